@@ -1,0 +1,43 @@
+"""Errors that are the user's to mend. Everything else is a defect of ours and keeps its traceback.
+
+    UserError                 one line: which input, what is wrong, what to do (exit code 1)
+    ├── BadInput              a value, file or name that cannot be used
+    ├── NotFound              a run, latent, hookpoint or file that is not there
+    ├── SettingsDiffer        the name is taken by work done under other settings
+    └── Unavailable           something outside this program did not answer (an LLM endpoint, a hub)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Shown to the user as one line, without a traceback; the command exits with ``exit_code``."""
+
+    exit_code = 1
+
+
+class BadInput(UserError):
+    pass
+
+
+class NotFound(UserError):
+    pass
+
+
+class SettingsDiffer(UserError):
+    pass
+
+
+class Unavailable(UserError):
+    pass
+
+
+def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
+    """The candidates most like ``name``, as words for an error message: ``'a', 'b' or 'c'``."""
+    pool = list(candidates)
+    found = difflib.get_close_matches(name, pool, n=n, cutoff=0.3) or pool[:n]
+    quoted = [repr(x) for x in found]
+    return " or ".join([", ".join(quoted[:-1]), quoted[-1]]) if len(quoted) > 1 else "".join(quoted)

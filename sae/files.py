@@ -1,0 +1,90 @@
+"""Files that are either whole or not there: written under a temporary name, then renamed.
+
+Tables are Parquet; each carries, as file metadata, a schema number and whatever its writer wants to
+be able to check later (the hash of the inputs it was made from, above all).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA = 1
+_META = b"autointerp"
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; when the block ends well it becomes ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write_table(path: Path, table: pd.DataFrame, **metadata: Any) -> None:
+    """Write ``table`` as Parquet with ``metadata`` (any JSON values) in its footer."""
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    stored = {**(arrow.schema.metadata or {}), _META: json.dumps({"schema": SCHEMA, **metadata}).encode()}
+    with atomic(path) as temporary:
+        pq.write_table(arrow.replace_schema_metadata(stored), temporary)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    return pd.read_parquet(path)
+
+
+def table_metadata(path: Path) -> dict[str, Any]:
+    """What :func:`write_table` stored beside the columns; empty for a missing or foreign file."""
+    if not path.exists():
+        return {}
+    stored = pq.read_schema(path).metadata or {}
+    return json.loads(stored[_META]) if _META in stored else {}
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, the same whatever the order of its keys. 64 hex characters."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digest_file(path: Path, first_bytes: int | None = None) -> str:
+    """SHA-256 of a file's bytes, or of its first ``first_bytes``."""
+    with path.open("rb") as stream:
+        if first_bytes is not None:
+            return hashlib.sha256(stream.read(first_bytes)).hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def mapping_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The leaves in which two nested mappings differ, as ``training.k: 32 there, 64 now``."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += mapping_differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} there, {b!r} now")
+    return found

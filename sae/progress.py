@@ -1,0 +1,104 @@
+"""Progress of long work, on standard error, so that ``--json`` on standard output stays clean.
+
+A bar on a terminal; elsewhere a plain line every half minute. Each stage ends with one line: how much,
+how fast, and the peak memory of the process so far.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False)
+_PLAIN_LINE_SECONDS = 30.0
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal. ``message`` is plain text: markup in it is not read."""
+    console.print(escape(message), soft_wrap=True)
+
+
+def human(n: float) -> str:
+    """A count in three digits: ``950``, ``12.3k``, ``2.00M``."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= limit:
+            return f"{n / limit:.3g}{suffix}"
+    return f"{n:.3g}"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{human(speed)} {task.fields['unit']}/s", style="dim")
+
+
+class Bar:
+    """Handed out by :func:`track`; ``advance`` moves it on and may leave a short note beside it."""
+
+    def __init__(self, progress: Progress | None, label: str, total: float, unit: str, done: float) -> None:
+        self.done = done
+        self._first = done
+        self._progress, self._label, self._total, self._unit = progress, label, total, unit
+        self._started = self._last_line = time.monotonic()
+        self._note = ""
+        self._task = (
+            progress.add_task(escape(label), total=total, completed=done, unit=unit, note="") if progress else None
+        )
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self.done += amount
+        self._note = note or self._note
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, advance=amount, note=escape(self._note))
+        elif time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            rate = (self.done - self._first) / (self._last_line - self._started)
+            left = (self._total - self.done) / rate if rate else float("inf")
+            say(f"{self._label}: {human(self.done)} of {human(self._total)} {self._unit}, {left:.0f} s left {self._note}")
+
+    def summary(self) -> str:
+        seconds = time.monotonic() - self._started
+        worked = self.done - self._first
+        return (
+            f"{self._label}: {human(worked)} {self._unit} in {seconds:.1f} s"
+            f" · {human(worked / seconds if seconds else 0)} {self._unit}/s"
+            f" · peak memory {peak_memory_bytes() / 2**30:.2f} GiB"
+        )
+
+
+@contextmanager
+def track(label: str, total: float, unit: str = "steps", done: float = 0) -> Iterator[Bar]:
+    """Progress over ``total`` units, of which ``done`` were done by an earlier, interrupted call.
+
+    When the block ends well, one closing line gives amount, rate and peak memory.
+    """
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            bar = Bar(progress, label, total, unit, done)
+            yield bar
+    else:
+        bar = Bar(None, label, total, unit, done)
+        yield bar
+    say(bar.summary())
