@@ -1,0 +1,112 @@
+"""Tiny subject models that every test may use: random weights, real checkpoints, real tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LINES = [
+    "def add(a, b):\n    return a + b\n",
+    "for name, value in sorted(items.items()):\n    print(name, value)\n",
+    "class Point:\n    def __init__(self, x, y):\n        self.x, self.y = x, y\n",
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.\n",
+    "Features that come back when the dictionary is trained again are shared features.\n",
+    "import math\n\nprint(math.sqrt(2), 'naïve café', \"日本語\", 3.14159)\n",
+    "while not done:\n    done = step(state)\n    state['count'] += 1\n",
+    "One, two, three; four? Five! (six) [seven] {eight}\n",
+]
+
+
+@pytest.fixture(scope="session")
+def lines() -> list[str]:
+    """A few lines of code and prose, some with characters outside ASCII."""
+    return LINES
+
+
+@pytest.fixture(scope="session")
+def tiny_neox_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-NeoX checkpoint folder: 3 layers, D 16, byte-level BPE of 320 tokens that adds no BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+    bpe: Any = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        LINES,
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    end = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, bos_token=end, model_max_length=64)
+    config = GPTNeoXConfig(
+        vocab_size=320,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _save(GPTNeoXForCausalLM, config, tokenizer, tmp_path_factory.mktemp("neox") / "tiny-neox")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama checkpoint folder: 2 layers, D 16, a byte-fallback BPE whose tokenizer puts ``<s>`` in front."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>"]
+    bpe: Any = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    bpe.train_from_iterator(
+        [line for text in LINES for line in text.splitlines() if line.isascii()],
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special + bytes_, show_progress=False),
+    )
+    # Byte tokens must be plain vocabulary for the fallback, not special ones: the model is built again without.
+    import json
+
+    state = json.loads(bpe.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in special]
+    bpe = Tokenizer.from_str(json.dumps(state))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=64
+    )
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _save(LlamaForCausalLM, config, tokenizer, tmp_path_factory.mktemp("llama") / "tiny-llama")
+
+
+def _save(model_class: Any, config: Any, tokenizer: Any, folder: Path) -> Path:
+    import torch
+
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
