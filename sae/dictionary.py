@@ -1,0 +1,169 @@
+"""The dictionary: a sparse autoencoder of a hookpoint's activations.
+
+A latent's direction in the encoder and in the decoder are what two seeds are compared by, so every
+architecture shows them under the same four names and shapes, whatever it stores on disk. Activations are
+handed on as K slots per token, never as a B x M matrix: nothing downstream grows with the width.
+
+Legend: B batch, D model width (d_in), M latents, K active latents.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from sae import kernels
+from sae.errors import BadInput
+
+_PRE_ACTIVATION_BYTES = 32 * 2**20  # dense pre-activations that may exist at once; about a last-level cache
+
+
+class Firings(NamedTuple):
+    """Which latents fire for each token, and how strongly."""
+
+    activations: Tensor
+    """[B, K] strictly positive; 0 marks an empty slot"""
+    indices: Tensor
+    """[B, K] int64 latent of each slot, in no particular order; 0 in an empty slot"""
+
+
+class Sae(ABC):
+    """What every architecture has: four weights, an encoder and a decoder.
+
+    ``W_enc`` [M, D], ``b_enc`` [M], ``W_dec`` [M, D], ``b_dec`` [D], all of one dtype on one device. They are
+    plain tensors without autograd: the trainer works out its gradients itself.
+    """
+
+    architecture: ClassVar[str]
+
+    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
+        num_latents, d_in = W_enc.shape
+        for name, tensor, shape in (
+            ("b_enc", b_enc, (num_latents,)),
+            ("W_dec", W_dec, (num_latents, d_in)),
+            ("b_dec", b_dec, (d_in,)),
+        ):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with W_enc {tuple(W_enc.shape)}: {shape}")
+        self.W_enc, self.b_enc, self.W_dec, self.b_dec = (t.contiguous() for t in (W_enc, b_enc, W_dec, b_dec))
+
+    @property
+    def d_in(self) -> int:
+        """D, the width of the activations."""
+        return self.W_enc.shape[1]
+
+    @property
+    def num_latents(self) -> int:
+        """M, the width of the dictionary."""
+        return self.W_enc.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_enc.dtype
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The tensors that training changes, by name; the very tensors, not copies."""
+        return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the weights, in place, and return ``self``. ``dtype`` is float32 or float64."""
+        for name, tensor in self.parameters().items():
+            setattr(self, name, tensor.to(device=device, dtype=dtype))
+        return self
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Firings:
+        """Firings of activations ``x`` [B, D], of any float dtype."""
+
+    def decode(self, firings: Firings) -> Tensor:
+        """The reconstruction [B, D]: ``sum_j a_j W_dec[i_j] + b_dec``."""
+        return kernels.decode(*firings, self.W_dec, self.b_dec)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """``decode(encode(x))`` [B, D]."""
+        return self.decode(self.encode(x))
+
+    def centred(self, x: Tensor) -> Tensor:
+        """``x - b_dec`` [B, D] in the weights' dtype: what the encoder's weights are multiplied with.
+
+        Raises BadInput where ``x`` has another width than the dictionary.
+        """
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise BadInput(
+                f"this SAE reads activations of width {self.d_in}, got shape {list(x.shape)}; "
+                "use the subject model and hookpoint that it was trained on"
+            )
+        return x.to(device=self.device, dtype=self.dtype) - self.b_dec
+
+
+class TopKSae(Sae):
+    """The k largest pre-activations of each token fire (Gao et al. 2024, section 2.3; Makhzani & Frey 2013).
+
+    a = TopK(relu((x - b_dec) W_enc^T + b_enc)),   x_hat = a W_dec + b_dec
+
+    A token whose positive pre-activations number fewer than k leaves slots empty.
+    """
+
+    architecture = "topk"
+
+    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> None:
+        super().__init__(W_enc, b_enc, W_dec, b_dec)
+        if not 1 <= k <= self.num_latents:
+            raise ValueError(f"k = {k} is not between 1 and the number of latents, {self.num_latents}")
+        self.k = k
+
+    @classmethod
+    def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> TopKSae:
+        """Fresh weights, in float32 in main memory; only the encoder's come from ``seed``.
+
+        The encoder is drawn as a linear layer's default, uniform in +-1/sqrt(D), with zero bias; the decoder is
+        the encoder with rows of length 1; ``b_dec`` is the geometric median of ``x_sample`` [N, D] (Gao et al.
+        2024, appendix A.1), or zero without one. A few thousand tokens are sample enough.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        bound = d_in**-0.5
+        encoder = (torch.rand(num_latents, d_in, generator=generator) * 2 - 1) * bound
+        decoder = torch.nn.functional.normalize(encoder.double(), dim=1).float()
+        centre = torch.zeros(d_in) if x_sample is None else geometric_median(x_sample).float()
+        return cls(encoder, torch.zeros(num_latents), decoder, centre, k)
+
+    def encode(self, x: Tensor) -> Firings:
+        return self.encode_centred(self.centred(x))
+
+    def encode_centred(self, centred: Tensor) -> Firings:
+        """:meth:`encode` for ``x - b_dec`` [B, D]. Pre-activations exist for some rows at a time only."""
+        return topk_firings(centred, self.W_enc, self.b_enc, self.k)
+
+
+def topk_firings(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> Firings:
+    """TopK(relu(centred @ weight.T + bias)) for centred [B, D], weight [M, D], bias [M]."""
+    rows = max(1, _PRE_ACTIVATION_BYTES // (weight.shape[0] * weight.element_size()))
+    parts = [kernels.topk(torch.addmm(bias, part, weight.T), k) for part in centred.split(rows)]
+    if len(parts) == 1:
+        return Firings(*parts[0])
+    return Firings(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+
+
+def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point [D] with the smallest sum of distances to the rows of ``x`` [N, D], in float64.
+
+    Weiszfeld's iteration from the mean, until it moves by less than ``tolerance`` of the spread. Unlike the
+    mean, it is not drawn away by the few tokens whose activations are enormous.
+    """
+    points = x.detach().double()
+    centre = points.mean(0)
+    spread = (points - centre).norm(dim=1).mean()
+    for _ in range(iterations):
+        weight = 1 / (points - centre).norm(dim=1).clamp_min(1e-9 * float(spread) + 1e-300)
+        moved = (weight[:, None] * points).sum(0) / weight.sum()
+        if (moved - centre).norm() <= tolerance * spread:
+            return moved
+        centre = moved
+    return centre

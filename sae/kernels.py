@@ -1,0 +1,183 @@
+"""The sparse steps of a TopK autoencoder: choose, decode, differentiate, update. One meaning on every device.
+
+Of M latents only K are active for a token, so decoding and every weight gradient need K/M of the dense
+arithmetic. The dense encoder product stays with the BLAS library; all that follows it is here. Tensors in
+main memory go to the compiled loops of ``kernels_cpu``, all others to PyTorch operations in ``kernels_torch``.
+
+Threads are plain Python threads over compiled code that holds no interpreter lock. An OpenMP region of
+Numba's own beside that of PyTorch would spin against it, and would need a threading layer that is not on
+every machine. No result depends on their number: each row of each result is one thread's work.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae import kernels_cpu as loops
+from sae import kernels_torch
+
+
+def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest positive pre-activations of each row: activations [B, K] and latents [B, K] int64.
+
+    A row with fewer than ``k`` positive ones has empty slots (activation 0, latent 0). The order of the
+    slots has no meaning; on one device it is always the same.
+    """
+    if not pre.is_cpu:
+        return kernels_torch.topk(pre, k)
+    activations = pre.new_empty(len(pre), k)
+    latents = torch.empty(len(pre), k, dtype=torch.int64)
+    # Looking at M / depth maxima and then at about K lanes of that depth is cheapest at a depth of sqrt(M / K).
+    depth = 2 ** round(0.5 * math.log2(max(1.0, pre.shape[1] / k)))
+    pre_array, *out = _arrays(pre, activations, latents)
+    _in_parallel(lambda low, high: loops.topk_rows(pre_array, depth, *out, low, high), _even(len(pre)))
+    return activations, latents
+
+
+def decode(activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``bias + sum_j activations[:, j] * weight[latents[:, j]]``: [B, D] from slots [B, K], weight [M, D]."""
+    if not weight.is_cpu:
+        return kernels_torch.decode(activations, latents, weight, bias)
+    out = weight.new_empty(len(activations), weight.shape[1])
+    arrays = _arrays(activations, latents, weight, bias, out)
+    _in_parallel(lambda low, high: loops.decode_rows(*arrays, low, high), _even(len(out)))
+    return out
+
+
+def residuals(
+    activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The error of the decoded slots, and what the gradient by the activations is made of.
+
+    Returns the residual [B, D], decoded minus target; its product with each active slot's decoder row
+    [B, K] (0 for an empty slot); and the sum of its squares, a float64 scalar.
+    """
+    if not weight.is_cpu:
+        return kernels_torch.residuals(activations, latents, weight, bias, target)
+    residual, products = torch.empty(target.shape, dtype=target.dtype), torch.empty_like(activations)
+    squares = target.new_empty(len(target))
+    arrays = _arrays(activations, latents, weight, bias, target, residual, products, squares)
+    _in_parallel(lambda low, high: loops.residual_rows(*arrays, low, high), _even(len(target)))
+    return residual, products, squares.sum(dtype=torch.float64)
+
+
+class WeightGradients(NamedTuple):
+    W_dec: Tensor
+    """[M, D]"""
+    W_enc: Tensor
+    """[M, D]"""
+    b_enc: Tensor
+    """[M]"""
+    firings: Tensor
+    """[M] int64: how often each latent was active in the batch"""
+
+
+def weight_gradients(
+    activations: Tensor,
+    products: Tensor,
+    latents: Tensor,
+    residual: Tensor,
+    centred: Tensor,
+    scale: float,
+    num_latents: int,
+) -> WeightGradients:
+    """The gradient of ``scale / 2 * sum(residual**2)`` with respect to the weights of M latents.
+
+    ``products`` [B, K] and ``residual`` [B, D] are those of :func:`residuals`; ``centred`` [B, D] is what
+    the encoder's weights were multiplied with.
+    """
+    if not residual.is_cpu:
+        arguments = activations, products, latents, residual, centred, scale, num_latents
+        return WeightGradients(*kernels_torch.weight_gradients(*arguments))
+    out = WeightGradients(
+        residual.new_empty(num_latents, residual.shape[1]),
+        residual.new_empty(num_latents, residual.shape[1]),
+        residual.new_empty(num_latents),
+        torch.empty(num_latents, dtype=torch.int64),
+    )
+    values, slot_products, who, *rows = _arrays(activations, products, latents, residual, centred)
+    offsets = np.zeros(num_latents + 2, np.int64)
+    active = int(np.count_nonzero(values > 0))
+    token, slot = np.empty(active, np.int64), np.empty(active, np.int64)
+    loops.sort_slots(values, who, offsets, token, slot)
+    offsets = offsets[:-1]
+    out.firings.numpy()[:] = np.diff(offsets)
+    arrays = (values.reshape(-1), slot_products.reshape(-1), offsets, token, slot, *rows, scale, *_arrays(*out[:3]))
+    _in_parallel(lambda low, high: loops.weight_gradient_rows(*arrays, low, high), _by_load(offsets))
+    return out
+
+
+def adam(
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    *,
+    step: int,
+    rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    unit_rows: bool,
+) -> None:
+    """One step of Adam (Kingma & Ba 2015), in place on ``weight`` and on the moments ``first`` and ``second``.
+
+    All four have shape [M, D] or [M]; ``step`` counts from 1. With ``unit_rows`` the part of the gradient
+    along each row is left out, which could only change the row's length, and rows are brought back to
+    length 1 afterwards.
+    """
+    corrections = 1 - betas[0] ** step, 1 - betas[1] ** step
+    if not weight.is_cpu:
+        kernels_torch.adam(weight, grad, first, second, rate, betas, eps, corrections, unit_rows)
+        return
+    arrays = _arrays(*(torch.atleast_2d(t) for t in (weight, grad, first, second)))
+    numbers = rate, *betas, eps, *corrections, unit_rows
+    _in_parallel(lambda low, high: loops.adam_rows(*arrays, *numbers, low, high), _even(len(arrays[0])))
+
+
+# ------------------------------------------------------------------------------------- arrays and threads
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """The tensors' own memory. The loops are compiled for contiguous rows, and results must not be copies."""
+    if not all(t.is_contiguous() for t in tensors):
+        raise ValueError("the sparse steps need contiguous tensors")
+    return [t.detach().numpy() for t in tensors]
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="sae-kernel")
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has the pool, but not its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _in_parallel(work: Callable[[int, int], Any], bounds: np.ndarray) -> None:
+    """``work(low, high)`` over the consecutive ranges that ``bounds`` delimits."""
+    ranges = [(int(low), int(high)) for low, high in pairwise(bounds) if high > low]
+    waiting = [_pool(len(bounds) - 1).submit(work, low, high) for low, high in ranges[1:]]
+    if ranges:
+        work(*ranges[0])
+    for future in waiting:
+        future.result()
+
+
+def _even(n: int) -> np.ndarray:
+    return np.linspace(0, n, torch.get_num_threads() + 1).astype(np.int64)
+
+
+def _by_load(offsets: np.ndarray) -> np.ndarray:
+    """Ranges of latents with about the same number of firings: a few latents may fire for most tokens."""
+    cuts = np.linspace(0, int(offsets[-1]), torch.get_num_threads() + 1)[1:-1]
+    return np.concatenate(([0], np.searchsorted(offsets[:-1], cuts), [len(offsets) - 1])).astype(np.int64)
