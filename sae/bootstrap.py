@@ -1,0 +1,84 @@
+"""Intervals for figures about several runs, by resampling latents together with their partners.
+
+The same feature found by several runs is one observation, not several: resampling each run by itself would take the two
+sides of a pair for independent evidence and make intervals narrower by √2 or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import nan
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from sae.estimate import Estimate
+
+INTERVALS = (
+    "percentile bootstrap over latents, 1000 resamples, seeded; the unit is a latent of one run "
+    "with its decoder-matched partners in the other runs"
+)
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Tables = Mapping[tuple[str, str], pd.DataFrame]
+
+
+class LatentBootstrap:
+    """Resamples the latents of all runs of a study at once.
+
+    The unit is a latent of the widest run with its decoder-matched partners; since every latent of a narrower run has a
+    partner in the widest, each latent of each run is in exactly one unit.
+    """
+
+    def __init__(self, runs: Sequence[str], alignments: Tables, resamples: int, seed: int) -> None:
+        self.runs = list(runs)
+        sizes = {run: len(alignments[run, next(x for x in runs if x != run)]) for run in runs}
+        widest = max(runs, key=lambda run: sizes[run])
+        self.n_units = sizes[widest]
+        self.unit = {
+            run: np.arange(self.n_units) if run == widest else alignments[run, widest]["decoder_partner"].to_numpy()
+            for run in runs
+        }
+        # How often each resample holds each unit: a byte is plenty for a Poisson count of mean 1.
+        rng = np.random.default_rng(seed)
+        self.weights = np.empty((resamples, self.n_units), dtype=np.uint8)
+        for row in self.weights:
+            row[:] = np.bincount(rng.integers(self.n_units, size=self.n_units), minlength=self.n_units)
+
+    def fractions(self, values: Mapping[str, NDArray], members: Mapping[str, Bools]) -> Floats:
+        """Mean of values [M, C] over each run's members, as [resamples + 1, S, C]; row 0 is the sample itself.
+
+        NaN where a run has no members.
+        """
+        n_columns = next(iter(values.values())).shape[1]
+        sums = np.zeros((self.n_units, len(self.runs), n_columns + 1))
+        for r, run in enumerate(self.runs):
+            held = members[run]
+            sums[self.unit[run][held], r, :n_columns] = values[run][held]
+            sums[self.unit[run][held], r, n_columns] = 1
+        flat = sums.reshape(self.n_units, -1)
+        parts = [flat.sum(axis=0)[None]]
+        chunk = max(1, 4_000_000 // self.n_units)
+        for done in range(0, len(self.weights), chunk):
+            parts.append(self.weights[done : done + chunk].astype(np.float64) @ flat)
+        total = np.concatenate(parts).reshape(-1, len(self.runs), n_columns + 1)
+        with np.errstate(invalid="ignore"):
+            return total[:, :, :n_columns] / total[:, :, n_columns:]
+
+
+def mean_over(values: Floats, axis: int) -> Floats:
+    """The mean without NaN (a run none of whose latents are alive has no fraction); NaN where nothing is left."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(axis=axis) / known.sum(axis=axis)
+
+
+def estimate(draws: Floats) -> Estimate:
+    """The sample's value, first, with the 95 % percentile interval of the resamples that follow."""
+    value, resampled = float(draws[0]), draws[1:][~np.isnan(draws[1:])]
+    if np.isnan(value) or not len(resampled):
+        return Estimate(value, nan, nan)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Estimate(value, min(float(low), value), max(float(high), value))

@@ -1,0 +1,282 @@
+"""Overlap against enumeration of every subset of runs, and against hand-made alignments whose answer is plain."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations, pairwise
+from math import isnan
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae.alignment import align
+from sae.errors import BadInput, NotFound
+from sae.files import read_table, write_table
+from sae.overlap import DEFINITIONS, latent_table, overlap, shared, threshold_sweep
+
+Tables = dict[tuple[str, str], pd.DataFrame]
+
+
+def table(partners: list[tuple[int, float, int, float]]) -> pd.DataFrame:
+    """An alignment from (encoder partner, cosine, decoder partner, cosine) per latent."""
+    columns = ["encoder_partner", "encoder_cosine", "decoder_partner", "decoder_cosine"]
+    made = pd.DataFrame(partners, columns=columns)
+    made["max_encoder_cosine"], made["max_decoder_cosine"] = made["encoder_cosine"], made["decoder_cosine"]
+    return made
+
+
+def study(n_runs: int, width: int, seed: int, widths: list[int] | None = None) -> tuple[list[str], Tables, dict]:
+    """Random dictionaries with a common core, aligned in full; some latents dead."""
+    rng = np.random.default_rng(seed)
+    runs = [f"run_{'abcdefghij'[i]}" for i in range(n_runs)]
+    core = rng.normal(size=(2, width, 16))
+    weights = {}
+    for i, run in enumerate(runs):
+        size = widths[i] if widths else width
+        noise = rng.uniform(0, 2, size=(1, width, 1)) * rng.normal(size=(2, width, 16))
+        rows = np.concatenate([core + noise, rng.normal(size=(2, max(0, size - width), 16))], axis=1)
+        weights[run] = rows[:, rng.permutation(rows.shape[1])[:size]]
+    tables: Tables = {}
+    for a, b in combinations(runs, 2):
+        found = align(*weights[a], *weights[b])
+        tables[a, b], tables[b, a] = found.a, found.b
+    alive = {run: rng.random(len(weights[run][0])) < 0.9 for run in runs}
+    return runs, tables, alive
+
+
+def enumerated(runs: list[str], tables: Tables, members: dict, definition: str) -> dict[str, list[float]]:
+    """The figures over n by going through every subset of runs and every anchor in it."""
+    only, every = [], []
+    for n in range(1, len(runs) + 1):
+        parts: dict[str, list[float]] = {"only": [], "every": []}
+        for subset in combinations(runs, n):
+            for anchor in subset:
+                held = [shared(tables[anchor, x], definition)[members[anchor]] for x in subset if x != anchor]
+                count = np.sum(held, axis=0) if held else np.zeros(members[anchor].sum())
+                parts["only"].append(float(np.mean(count == 0)))
+                parts["every"].append(float(np.mean(count == n - 1)))
+        only.append(float(np.mean(parts["only"])))
+        every.append(float(np.mean(parts["every"])))
+    total = {
+        run: np.sum([shared(tables[run, x], definition)[members[run]] for x in runs if x != run], axis=0)
+        for run in runs
+    }
+    exact = [float(np.mean([np.mean(total[run] == n) for run in runs])) for n in range(len(runs))]
+    return {"only_one": only, "all_of_n": every, "exactly_n": exact}
+
+
+@pytest.mark.parametrize(("n_runs", "widths"), [(2, None), (3, None), (5, None), (4, [30, 45, 25, 45])])
+def test_closed_form_equals_enumeration(n_runs: int, widths: list[int] | None) -> None:
+    runs, tables, alive = study(n_runs, 40, seed=n_runs, widths=widths)
+    found = overlap(runs, tables, alive, resamples=50)
+    everyone = {run: np.ones_like(alive[run]) for run in runs}
+    for population, members in ((found.alive, alive), (found.all, everyone)):
+        for definition in DEFINITIONS:
+            got = population[definition]
+            for name, values in enumerated(runs, tables, members, definition).items():
+                np.testing.assert_allclose([x.value for x in getattr(got, name)], values, atol=1e-12)
+            fractions = {
+                (a, b): shared(tables[a, b], definition)[members[a]].mean() for a in runs for b in runs if a != b
+            }
+            assert got.value.value == pytest.approx(np.mean(list(fractions.values())))
+            for a, b in combinations(runs, 2):
+                assert got.pairs[f"{a}--{b}"].value == pytest.approx((fractions[a, b] + fractions[b, a]) / 2)
+            assert got.only_one[0].value == got.all_of_n[0].value == 1
+            assert got.only_one[1].value == pytest.approx(1 - got.value.value)
+            assert sum(x.value for x in got.exactly_n) == pytest.approx(1)
+            for split in got.regions.values():
+                assert sum(fraction for _, fraction in split) == pytest.approx(1)
+
+
+def test_the_four_definitions() -> None:
+    here = table(
+        [
+            (0, 0.9, 0, 0.9),  # all four
+            (1, 0.9, 2, 0.9),  # partners differ: both, decoder
+            (2, 0.5, 1, 0.9),  # decoder alone
+            (3, 0.2, 3, 0.2),  # the same partner, far: lenient alone
+            (4, 0.9, 4, 0.5),  # encoder alone does not count: lenient alone
+            (5, 0.7, 5, 0.7),  # at the threshold is not above it: lenient alone
+            (-1, np.nan, -1, np.nan),  # no partner: none, though both partners are 'the same'
+            (-1, np.nan, 6, 0.9),
+        ]
+    )
+    want = {
+        "strict": [1, 0, 0, 0, 0, 0, 0, 0],
+        "both": [1, 1, 0, 0, 0, 0, 0, 0],
+        "decoder": [1, 1, 1, 0, 0, 0, 0, 1],
+        "lenient": [1, 0, 0, 1, 1, 1, 0, 0],
+    }
+    for stored in (here, here.astype({"encoder_cosine": np.float32, "decoder_cosine": np.float32})):
+        for definition, values in want.items():
+            np.testing.assert_array_equal(shared(stored, definition), np.array(values, bool), err_msg=definition)
+    assert shared(here, "strict", threshold=0.1).sum() == 4
+    with pytest.raises(BadInput, match="'loose'; there are strict, both, decoder, lenient"):
+        shared(here, "loose")
+
+
+def test_a_study_worked_by_hand() -> None:
+    """Three runs of four latents: 0 in all, 1 in a and b, 2 in a and c, 3 in a alone (and dead there)."""
+    identity = [(i, 0.1, i, 0.1) for i in range(4)]
+
+    def sharing(*latents: int) -> pd.DataFrame:
+        return table([(i, 0.9, i, 0.8) if i in latents else identity[i] for i in range(4)])
+
+    runs = ["a", "b", "c"]
+    tables = {("a", "b"): sharing(0, 1), ("a", "c"): sharing(0, 2), ("b", "c"): sharing(0)}
+    tables |= {(b, a): held for (a, b), held in tables.items()}
+    alive = {"a": np.array([1, 1, 1, 0], bool), "b": np.ones(4, bool), "c": np.ones(4, bool)}
+    found = overlap(runs, tables, alive, resamples=200)
+    strict = found.alive["strict"]
+    assert strict.regions["a"] == [(("b",), 1 / 3), (("b", "c"), 1 / 3), (("c",), 1 / 3)]
+    assert strict.regions["b"] == [((), 1 / 2), (("a",), 1 / 4), (("a", "c"), 1 / 4)]
+    assert strict.pairs["a--b"].value == pytest.approx((2 / 3 + 2 / 4) / 2)
+    assert strict.pairs["b--c"].value == pytest.approx(1 / 4)
+    assert strict.only_one[2].value == pytest.approx((0 + 1 / 2 + 1 / 2) / 3)
+    assert strict.all_of_n[2].value == pytest.approx((1 / 3 + 1 / 4 + 1 / 4) / 3)
+    # Of the shares (a: 0b 0c 1b 2c, b: 0a 0c 1a, c: 0a 0b 2a), weighed by run, those with a further share.
+    assert strict.retained.value == pytest.approx((2 / 3 + 2 / 4 + 2 / 4) / (4 / 3 + 3 / 4 + 3 / 4))
+    assert found.all["strict"].pairs["a--b"].value == pytest.approx(1 / 2)
+    assert found.n_alive == {"a": 3, "b": 4, "c": 4}
+    assert found.same_partner.value == 1
+    assert found.histogram["mean_differ"] is None
+    assert sum(found.histogram["agree"]) == 2 * (3 + 4 + 4)
+    assert found.mean_encoder.value == pytest.approx(np.mean([1.9 / 3, 1.9 / 3, 0.5, 0.3, 0.5, 0.3]))
+
+    told = latent_table("a", runs, tables, alive["a"])
+    assert list(told["shared_class"][:3]) == ["all", "some", "some"]
+    assert told["shared_class"].isna().tolist() == [False, False, False, True]
+    assert told["n_shared_strict"].tolist() == [2, 1, 1, 0]
+    assert told["unshared"].tolist() == [False] * 4  # latent 3 is dead, and a dead latent is not called unshared
+    assert told["similarity"].tolist() == pytest.approx([0.85, 0.475, 0.475, 0.1])
+    assert latent_table("b", runs, tables, alive["b"])["unshared"].tolist() == [False, False, True, True]
+    assert latent_table("a", ["b"], tables, alive["a"])["shared_class"].tolist()[:3] == ["all", "all", "one"]
+
+
+def test_latent_table_has_the_promised_columns_and_survives_parquet(tmp_path: Path) -> None:
+    runs, tables, alive = study(3, 20, seed=0, widths=[20, 30, 20])
+    told = latent_table("run_b", runs, tables, alive["run_b"])
+    per_run = ["encoder_partner", "encoder_cosine", "decoder_partner", "decoder_cosine"]
+    per_run += ["max_encoder_cosine", "max_decoder_cosine", *(f"shared_{name}" for name in DEFINITIONS)]
+    expected = {f"{name}__{other}" for name in per_run for other in ("run_a", "run_c")}
+    expected |= {"latent", "similarity", "unshared", "shared_class", *(f"n_shared_{name}" for name in DEFINITIONS)}
+    assert set(told.columns) == expected
+    lonely = (told["decoder_partner__run_a"] < 0) & (told["decoder_partner__run_c"] < 0)
+    assert (
+        told["similarity"].isna().tolist()
+        == (
+            lonely
+            | (
+                (told["encoder_cosine__run_a"] + told["decoder_cosine__run_a"]).isna()
+                & (told["encoder_cosine__run_c"] + told["decoder_cosine__run_c"]).isna()
+            )
+        ).tolist()
+    )
+    path = tmp_path / "latents.overlap.parquet"
+    write_table(path, told, inputs="x")
+    pd.testing.assert_frame_equal(read_table(path), told, check_dtype=False)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 5), st.integers(0, 10_000))
+def test_orders_that_must_hold(n_runs: int, seed: int) -> None:
+    runs, tables, alive = study(n_runs, 12, seed)
+    found = overlap(runs, tables, alive, resamples=20)
+    for population in (found.alive, found.all):
+        value = {name: population[name].value.value for name in DEFINITIONS}
+        assert value["strict"] <= value["both"] <= value["decoder"]
+        assert value["strict"] <= value["lenient"]
+        for got in population.values():
+            only, every = [x.value for x in got.only_one], [x.value for x in got.all_of_n]
+            assert all(a >= b - 1e-12 for a, b in pairwise(only))
+            assert all(a >= b - 1e-12 for a, b in pairwise(every))
+            for figure in (got.value, *got.only_one, *got.all_of_n, *got.exactly_n, *got.pairs.values()):
+                assert figure.low <= figure.value <= figure.high
+    both = found.alive["both"].value.value
+    assert found.max_cosine.value >= both - 1e-12  # the nearest is at least as near as the matched
+
+
+def test_same_seed_same_interval_and_json_has_no_nan() -> None:
+    runs, tables, alive = study(3, 25, seed=3)
+    first, again = (overlap(runs, tables, alive, resamples=100, seed=7) for _ in range(2))
+    assert first == again
+    other = overlap(runs, tables, alive, resamples=100, seed=8)
+    assert first.mean_decoder.value == other.mean_decoder.value
+    assert first.mean_decoder != other.mean_decoder
+    assert json.loads(json.dumps(first.as_dict(), allow_nan=False))["alive"]["strict"]["only_one"][0]["value"] == 1
+    with_none_alive = {**alive, "run_b": np.zeros(25, bool)}
+    mute = overlap(runs, tables, with_none_alive, resamples=20)
+    json.dumps(mute.as_dict(), allow_nan=False)
+    assert mute.alive["strict"].regions["run_b"] == []
+    assert mute.alive["strict"].pairs["run_a--run_b"].value == pytest.approx(
+        shared(tables["run_a", "run_b"], "strict")[alive["run_a"]].mean()
+    )
+    nobody = overlap(runs, tables, {run: np.zeros(25, bool) for run in runs}, resamples=20)
+    assert isnan(nobody.alive["strict"].value.value)
+    json.dumps(nobody.as_dict(), allow_nan=False)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    """Latents drawn from a population where 40 % are shared; the same latents ask from both sides.
+
+    Resampling each run by itself would take the two sides for independent and hold the truth about 83 % of the time.
+    """
+    rng = np.random.default_rng(0)
+    held = 0
+    trials, width = 200, 150
+    for _ in range(trials):
+        is_shared = rng.random(width) < 0.4
+        cosine = np.where(is_shared, 0.9, 0.3)
+        partner = rng.permutation(width)
+        back = np.argsort(partner)
+        tables = {
+            ("a", "b"): table(list(zip(partner, cosine, partner, cosine, strict=True))),
+            ("b", "a"): table(list(zip(back, cosine[back], back, cosine[back], strict=True))),
+        }
+        alive = {"a": np.ones(width, bool), "b": np.ones(width, bool)}
+        found = overlap(["a", "b"], tables, alive, resamples=200).alive["strict"].value
+        held += found.low <= 0.4 <= found.high
+    assert 0.90 <= held / trials <= 0.99
+
+
+def test_threshold_sweep_passes_through_the_values() -> None:
+    runs, tables, alive = study(3, 30, seed=5)
+    swept = threshold_sweep(runs, tables, alive)
+    at = swept[swept["threshold"] == 0.7].iloc[0]
+    found = overlap(runs, tables, alive, resamples=5)
+    for definition in DEFINITIONS:
+        assert at[definition] == pytest.approx(found.alive[definition].value.value)
+    assert (swept["strict"].diff().dropna() <= 0).all()
+    assert (swept["lenient"] == swept["lenient"][0]).all()
+
+
+def test_bimodality_tells_two_modes_from_one() -> None:
+    rng = np.random.default_rng(0)
+
+    def coefficient(cosines: np.ndarray) -> float:
+        n = len(cosines)
+        made = table([(i, c, i, c) for i, c in enumerate(cosines)])
+        every = np.ones(n, bool)
+        found = overlap(["a", "b"], {("a", "b"): made, ("b", "a"): made}, {"a": every, "b": every}, resamples=2)
+        return found.histogram["bimodality"]
+
+    one, two = rng.normal(0.6, 0.1, 1000), np.concatenate([rng.normal(0.3, 0.05, 500), rng.normal(0.9, 0.05, 500)])
+    assert coefficient(one) < 5 / 9 < coefficient(two)
+
+
+def test_what_is_missing_is_named() -> None:
+    runs, tables, alive = study(3, 8, seed=0)
+    del tables["run_b", "run_c"]
+    with pytest.raises(NotFound, match="'run_b' and 'run_c' are not aligned yet; run: align run_b run_c"):
+        overlap(runs, tables, alive)
+    with pytest.raises(BadInput, match="'run_a' has 9 latents, but 8 in its alignment with 'run_b'"):
+        overlap(runs[:2], tables, {"run_a": np.ones(9, bool), "run_b": np.ones(8, bool)})
+    for few in (["run_a"], ["run_a", "run_a"], []):
+        with pytest.raises(BadInput, match="two or more different runs"):
+            overlap(few, tables, alive)
+    with pytest.raises(BadInput, match="two or more different runs, not 'run_a'"):
+        latent_table("run_a", ["run_a"], tables, alive["run_a"])
