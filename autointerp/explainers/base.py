@@ -1,0 +1,71 @@
+"""What every explainer is: activating contexts in, one plain sentence out, or the reason why there is none.
+
+An explanation is plain text because text is all a judge may have. Whatever an explainer knows and does not
+write down (activations, the latent's number, the contexts themselves) is lost, and that loss is the point: the
+score says how much of the latent's behaviour the words alone carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from autointerp.llm.usage import Usage
+
+if TYPE_CHECKING:
+    from autointerp.contexts import Context
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One sentence about a latent, or why there is none; never both and never neither."""
+
+    text: str | None
+    """The explanation, one line. ``None`` when it failed."""
+    failure: str | None = None
+    """The reason in one line, when there is no text."""
+    usage: Usage = field(default_factory=Usage)
+    """What this explanation cost; nothing for an explainer that asks no model."""
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.failure is None):
+            raise ValueError("an explanation has either a text or a failure")
+
+
+class Explainer(Protocol):
+    """A way of explaining. Two explainers with equal names, hashes and models give interchangeable explanations."""
+
+    @property
+    def name(self) -> str:
+        """Short and stable, as stored in the journal: ``llm``, ``ngram``."""
+        ...
+
+    @property
+    def settings_hash(self) -> str:
+        """Digest of every parameter the text depends on."""
+        ...
+
+    @property
+    def prompt_hash(self) -> str:
+        """Digest of every word sent to a model; empty for an explainer that asks none."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """The model that writes; empty for an explainer that asks none."""
+        ...
+
+    @property
+    def needs_background(self) -> int:
+        """How many contexts in which the latent is silent :meth:`explain` wants."""
+        ...
+
+    async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:
+        """Say in one line what ``contexts`` have in common, in which the latent fires.
+
+        ``latent`` only names the work (logs, errors); it never reaches a model. What goes wrong with this one
+        latent comes back as a failure; what would go wrong with every latent (no server, a refused key) is raised
+        as :class:`sae.errors.UserError`.
+        """
+        ...

@@ -1,0 +1,146 @@
+"""Explain a latent by showing a language model where it fires (after Paulo et al. 2024, arXiv 2410.13928).
+
+The model sees text with the firing pieces marked and nothing else: no activations, no number of the latent. Its
+answer ends in one line, ``[EXPLANATION]: …``. An answer without that line is a failure, not an explanation, for
+a sentence made up in its place would be scored like any other.
+
+Marks need care in corpora of code, where ``<<`` and ``>>`` are operators and ``>>>`` is a prompt: where the text
+has such characters of its own, other marks are used and the request says so. White space cannot be seen between
+marks, so a marked piece that is nothing else is spelled out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from autointerp.explainers.base import Explanation
+from autointerp.llm.client import LlmClient
+from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
+from autointerp.prompts import conversation
+from sae.files import digest
+
+if TYPE_CHECKING:
+    from autointerp.contexts import Context
+
+MARKS = (("<<", ">>"), ("⟦", "⟧"), ("⦃", "⦄"))
+"""Pairs of marks, the first that the text itself does not contain is used."""
+LONGEST = 1500
+"""An explanation longer than this, in characters, is no sentence."""
+
+_FORMAT = 1  # part of the settings hash: raise it when the same contexts would be written out differently
+_SIGNS = str.maketrans({"\n": "⏎", "\r": "⏎", "\t": "⇥", " ": "␣"})
+_LINE = re.compile(r"^[\s*_#>`]*\[?\s*explanation\s*\]?[\s*_`]*:[\s*_`]*", re.IGNORECASE | re.MULTILINE)
+_LEFT_MARK = re.compile(r"""["'“”]?(?:<<(\S(?:[^<>\n]*\S)?)>>|[⟦⦃](\S(?:[^⟦⟧⦃⦄\n]*\S)?)[⟧⦄])["'“”]?""")
+
+
+class LlmExplainer:
+    """An :class:`autointerp.explainers.base.Explainer` that asks a language model.
+
+    :param client: the model; checked before the first question.
+    :param draw: which of several independent explanations this object writes. Draws differ only at a
+        ``temperature`` above zero.
+    :param threshold: tokens above this share of a context's peak activation are marked.
+    :param max_tokens: room for the answer, thinking included; doubled for answers that were cut off.
+    """
+
+    name = "llm"
+    needs_background = 0
+
+    def __init__(
+        self,
+        client: LlmClient,
+        *,
+        draw: int = 0,
+        temperature: float = 0.0,
+        threshold: float = 0.3,
+        max_tokens: int = 1000,
+    ) -> None:
+        self._client, self._draw, self._temperature = client, draw, temperature
+        self._threshold, self._max_tokens = threshold, max_tokens
+        self._conversation = conversation("explain")
+        self.prompt_hash = self._conversation.hash
+        self.settings_hash = digest(
+            {"format": _FORMAT, "temperature": temperature, "threshold": threshold, "max_tokens": max_tokens}
+        )
+
+    @property
+    def model(self) -> str:
+        return self._client.model
+
+    async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:  # noqa: ARG002
+        """One sentence for ``contexts``; ``latent`` and ``background`` are not shown to the model."""
+        if not contexts:
+            return Explanation(None, "no contexts to explain from")
+        try:
+            text, answer = await self._client.ask(self.request(contexts), parse_explanation)
+        except AnswerFailed as failed:
+            return Explanation(None, failed.reason, failed.usage)
+        return Explanation(text, usage=answer.usage)
+
+    def request(self, contexts: Sequence[Context]) -> Request:
+        """What is sent for ``contexts``."""
+        opening, closing = choose_marks([context.text for context in contexts])
+        snippets = [marked_text(c.tokens, c.marked(self._threshold), opening, closing) for c in contexts]
+        return Request(
+            self._conversation.messages(opening=opening, closing=closing, snippets=snippets),
+            max_tokens=self._max_tokens,
+            temperature=self._temperature,
+            seed=self._draw if self._temperature > 0 else None,
+            replicate=self._draw,
+        )
+
+
+def choose_marks(texts: Sequence[str]) -> tuple[str, str]:
+    """The first pair of marks of which neither occurs in any text; the last pair when all of them do."""
+    free = (pair for pair in MARKS if not any(mark in text for mark in pair for text in texts))
+    return next(free, MARKS[-1])
+
+
+def marked_text(tokens: Sequence[str], marked: Sequence[bool], opening: str, closing: str) -> str:
+    """The tokens joined, neighbouring marked ones as one piece between marks.
+
+    Leading blanks stay outside the marks. A piece of nothing but white space is written in signs (⏎ ⇥ ␣).
+    Without marks (and signs read back) it is the text again.
+    """
+    # A token without text of its own is the beginning of a character that a later token completes: hand the mark on.
+    visible: list[tuple[str, bool]] = []
+    handed_on = False
+    for token, flag in zip(tokens, marked, strict=True):
+        handed_on = handed_on or flag
+        if token:
+            visible.append((token, handed_on))
+            handed_on = False
+    parts = []
+    for flag, group in itertools.groupby(visible, key=lambda pair: pair[1]):
+        piece = "".join(token for token, _ in group)
+        if not flag:
+            parts.append(piece)
+        elif piece.isspace():
+            parts.append(f"{opening}{piece.translate(_SIGNS)}{closing}")
+        else:
+            core = piece.lstrip(" ")
+            parts.append(f"{piece[: len(piece) - len(core)]}{opening}{core}{closing}")
+    return "".join(parts)
+
+
+def parse_explanation(answer: Answer) -> str:
+    """The sentence after the last ``[EXPLANATION]:``, on one line, without marks that leaked into it.
+
+    :raises AnswerFailed: there is no such line, or nothing to use in it.
+    """
+    text = without_thinking(answer.text)
+    *_, last = itertools.chain([None], _LINE.finditer(text))
+    if last is None:
+        raise AnswerFailed("the answer has no line that begins with [EXPLANATION]:")
+    # One paragraph at most: what follows a blank line is comment on the answer.
+    paragraph = re.split(r"\n\s*\n", text[last.end() :].strip(), maxsplit=1)[0]
+    sentence = " ".join(paragraph.split()).strip("*_` ")
+    sentence = _LEFT_MARK.sub(lambda found: f'"{found[1] or found[2]}"', sentence)
+    if not any(c.isalnum() for c in sentence):
+        raise AnswerFailed("the line [EXPLANATION]: has nothing after it")
+    if len(sentence) > LONGEST:
+        raise AnswerFailed(f"the explanation is {len(sentence)} characters long; at most {LONGEST} make a sentence")
+    return sentence

@@ -1,0 +1,345 @@
+"""What has been asked, what came back, and what failed: one SQLite file beside each run.
+
+Explaining and scoring cost money and hours, so nothing is believed until it is written here: a row is committed
+before the answer in it is used, and a process killed at any instant finds on its next start exactly what it had
+paid for. A failure is a row too, with its reason and with no number in it, so that it can be counted, shown and
+tried again; the constraints below make it impossible to store one as a zero.
+
+The rows of different settings, prompts or models stand side by side: a digest of each is part of a row's identity.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from autointerp.database import Database
+from autointerp.llm.usage import Usage
+from sae.errors import Unavailable
+
+_MIGRATIONS = (
+    # 1: explanations, verdicts and usage. Append further migrations; never edit one that has been released.
+    """
+    CREATE TABLE explanation (
+        id INTEGER PRIMARY KEY,
+        latent INTEGER NOT NULL,
+        explainer TEXT NOT NULL,
+        settings_hash TEXT NOT NULL,
+        prompt_hash TEXT NOT NULL,
+        model TEXT NOT NULL,
+        draw INTEGER NOT NULL,
+        text TEXT,
+        status TEXT NOT NULL CHECK (status IN ('ok', 'failed')),
+        failure TEXT,
+        contexts TEXT NOT NULL,
+        created TEXT NOT NULL,
+        UNIQUE (latent, explainer, settings_hash, prompt_hash, model, draw),
+        CHECK ((status = 'ok') = (text IS NOT NULL) AND (status = 'failed') = (failure IS NOT NULL))
+    );
+    CREATE TABLE verdict (
+        id INTEGER PRIMARY KEY,
+        latent INTEGER NOT NULL,
+        explanation_id INTEGER NOT NULL REFERENCES explanation (id),
+        judge TEXT NOT NULL,
+        scorer TEXT NOT NULL,
+        settings_hash TEXT NOT NULL,
+        prompt_hash TEXT NOT NULL,
+        model TEXT NOT NULL,
+        context INTEGER NOT NULL,
+        negative_kind TEXT,
+        control TEXT NOT NULL,
+        replicate INTEGER NOT NULL,
+        truth INTEGER NOT NULL CHECK (truth IN (0, 1)),
+        p REAL CHECK (p BETWEEN 0 AND 1),
+        label INTEGER CHECK (label IN (0, 1)),
+        failure TEXT,
+        created TEXT NOT NULL,
+        UNIQUE (latent, explanation_id, judge, scorer, settings_hash, prompt_hash, model, context, control, replicate),
+        CHECK ((failure IS NULL) = (label IS NOT NULL)),
+        CHECK (failure IS NULL OR p IS NULL),
+        CHECK ((negative_kind IS NULL) = (truth = 1))
+    );
+    CREATE INDEX verdict_of_explanation ON verdict (explanation_id, control);
+    CREATE TABLE usage (
+        id INTEGER PRIMARY KEY,
+        stage TEXT NOT NULL,
+        latent INTEGER,
+        model TEXT NOT NULL,
+        requests INTEGER NOT NULL,
+        prompt_tokens INTEGER NOT NULL,
+        cached_tokens INTEGER NOT NULL,
+        completion_tokens INTEGER NOT NULL,
+        from_cache INTEGER NOT NULL,
+        seconds REAL NOT NULL,
+        created TEXT NOT NULL
+    )
+    """,
+)
+
+_EXPLANATION_FILTERS = {
+    *("id", "latent", "explainer", "settings_hash", "prompt_hash", "model", "draw", "status"),
+}
+_VERDICT_FILTERS = {
+    *("latent", "explanation_id", "judge", "scorer", "settings_hash", "prompt_hash", "model", "context"),
+    *("negative_kind", "control", "replicate", "truth"),
+}
+_VERDICT_IDENTITY = (
+    "latent, explanation_id, judge, scorer, settings_hash, prompt_hash, model, context, control, replicate"
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one judge said of one context, under one explanation; or why it said nothing.
+
+    ``negative_kind`` is ``None`` exactly where ``truth`` is true. A failed verdict has neither ``p`` nor ``label``.
+    """
+
+    latent: int
+    """The latent whose contexts these are (under the swap control, not the latent that was explained)."""
+    explanation_id: int
+    judge: str
+    scorer: str
+    settings_hash: str
+    prompt_hash: str
+    model: str
+    context: int
+    """The window's id in the firing store."""
+    truth: bool
+    """Whether the latent fires in the context."""
+    negative_kind: str | None = None
+    control: str = "none"
+    replicate: int = 0
+    p: float | None = None
+    label: bool | None = None
+    failure: str | None = None
+
+
+class Journal:
+    """A run's journal. Opening creates the file; every method that writes has committed when it returns.
+
+    Safe to share between threads and tasks of one process. Reading beside a process that writes is fine; two
+    processes that both mean to *work* on a run keep out of each other's way with :meth:`claim`.
+
+    :raises BadInput: the file is no journal, or a later version of this program wrote it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._database = Database(path, _MIGRATIONS)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._database.close()
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Be the only process that asks models on behalf of this run, so that no question is paid for twice.
+
+        The claim ends with the block or with the process, whichever comes first, ``kill -9`` included.
+
+        :raises Unavailable: another process holds it.
+        """
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        with lock.open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                holder = stream.read().strip() or "unknown"
+                raise Unavailable(
+                    f"run {self.path.parent.name!r} is being worked on by another process (id {holder}); "
+                    "wait until it is done, or stop it: what it has finished is kept"
+                ) from None
+            stream.truncate(0)
+            stream.write(str(os.getpid()))
+            stream.flush()
+            yield
+
+    # explanations
+
+    def add_explanation(
+        self,
+        *,
+        latent: int,
+        explainer: str,
+        settings_hash: str,
+        prompt_hash: str,
+        model: str,
+        contexts: Iterable[int],
+        text: str | None = None,
+        failure: str | None = None,
+        draw: int = 0,
+    ) -> int:
+        """Store an explanation (``text``) or why there is none (``failure``), and return its row's id.
+
+        A row that failed is replaced, under the same id. A row that did not fail is never replaced: verdicts hang
+        on its words, so the id of the row that stands is returned and the new text is dropped.
+
+        :param contexts: the window ids that the explainer saw.
+        """
+        identity = (latent, explainer, settings_hash, prompt_hash, model, draw)
+        with self._database.writing() as connection:
+            connection.execute(
+                """
+                INSERT INTO explanation (latent, explainer, settings_hash, prompt_hash, model, draw,
+                    text, status, failure, contexts, created)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                ON CONFLICT (latent, explainer, settings_hash, prompt_hash, model, draw) DO UPDATE SET
+                    text = excluded.text, status = excluded.status, failure = excluded.failure,
+                    contexts = excluded.contexts, created = excluded.created
+                WHERE explanation.status = 'failed'
+                """,
+                (
+                    *identity,
+                    text,
+                    "failed" if text is None else "ok",
+                    failure,
+                    json.dumps([int(window) for window in contexts]),
+                    _now(),
+                ),
+            )
+            row = connection.execute(
+                """
+                SELECT id FROM explanation WHERE latent = ? AND explainer = ? AND settings_hash = ?
+                    AND prompt_hash = ? AND model = ? AND draw = ?
+                """,
+                identity,
+            ).fetchone()
+        return int(row[0])
+
+    def explanations(self, **filters: Any) -> pd.DataFrame:
+        """Rows of the explanation table by id; ``contexts`` as lists of window ids.
+
+        Filters are columns: ``latent=17``, ``status="ok"``, ``model="…"``, …; a list, tuple or set means any of it.
+        """
+        table = self._select("explanation", _EXPLANATION_FILTERS, filters)
+        table["contexts"] = [json.loads(stored) for stored in table["contexts"]]
+        return table
+
+    # verdicts
+
+    def add_verdicts(self, verdicts: Sequence[Verdict]) -> None:
+        """Store a batch of verdicts in one transaction. A failed one is replaced by a later one; no other ever is."""
+        now = _now()
+        with self._database.writing() as connection:
+            connection.executemany(
+                f"""
+                INSERT INTO verdict ({_VERDICT_IDENTITY}, negative_kind, truth, p, label, failure, created)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                ON CONFLICT ({_VERDICT_IDENTITY}) DO UPDATE SET
+                    negative_kind = excluded.negative_kind, truth = excluded.truth, p = excluded.p,
+                    label = excluded.label, failure = excluded.failure, created = excluded.created
+                WHERE verdict.failure IS NOT NULL
+                """,
+                [
+                    (
+                        *(int(v.latent), int(v.explanation_id), v.judge, v.scorer, v.settings_hash, v.prompt_hash),
+                        *(v.model, int(v.context), v.control, int(v.replicate), v.negative_kind, int(v.truth)),
+                        *(_real(v.p), None if v.label is None else int(v.label), v.failure, now),
+                    )
+                    for v in verdicts
+                ],
+            )
+
+    def verdicts(self, **filters: Any) -> pd.DataFrame:
+        """Rows of the verdict table by id. ``truth`` is bool; ``p`` and ``label`` are floats, NaN where there is none.
+
+        Filters are columns, as in :meth:`explanations`; ``negative_kind=None`` means the activating contexts.
+        """
+        table = self._select("verdict", _VERDICT_FILTERS, filters)
+        return table.astype({"truth": bool, "p": float, "label": float})
+
+    def judged(self, **filters: Any) -> set[int]:
+        """Window ids whose verdict did not fail, under ``filters`` (see :meth:`verdicts`): not to be asked again."""
+        where, values = _where(_VERDICT_FILTERS, filters)
+        with self._database.reading() as connection:
+            rows = connection.execute(f"SELECT context FROM verdict WHERE {where} AND failure IS NULL", values)
+            return {int(row[0]) for row in rows}
+
+    # usage
+
+    def add_usage(self, stage: str, model: str, usage: Usage, latent: int | None = None) -> None:
+        """Record what a piece of work cost. Nothing is stored for work that asked no model at all."""
+        if usage == Usage():
+            return
+        with self._database.writing() as connection:
+            connection.execute(
+                """
+                INSERT INTO usage (stage, latent, model, requests, prompt_tokens, cached_tokens, completion_tokens,
+                    from_cache, seconds, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                """,
+                (
+                    *(stage, latent, model, usage.requests, usage.prompt_tokens, usage.cached_tokens),
+                    *(usage.completion_tokens, usage.from_cache, usage.seconds, _now()),
+                ),
+            )
+
+    def usage(self) -> pd.DataFrame:
+        """Everything spent on this run so far: one row for each stage and model, sums of the columns of ``Usage``."""
+        with self._database.reading() as connection:
+            return pd.read_sql_query(
+                """
+                SELECT stage, model, sum(requests) AS requests, sum(prompt_tokens) AS prompt_tokens,
+                    sum(cached_tokens) AS cached_tokens, sum(completion_tokens) AS completion_tokens,
+                    sum(from_cache) AS from_cache, sum(seconds) AS seconds
+                FROM usage GROUP BY stage, model ORDER BY stage, model
+                """,
+                connection,
+            )
+
+    def _select(self, table: str, known: set[str], filters: Mapping[str, Any]) -> pd.DataFrame:
+        where, values = _where(known, filters)
+        with self._database.reading() as connection:
+            query = f"SELECT * FROM {table} WHERE {where} ORDER BY id"
+            return pd.read_sql_query(query, connection, params=values)
+
+
+def _where(known: set[str], filters: Mapping[str, Any]) -> tuple[str, list[str | int]]:
+    """Filters as an SQL condition and its values. Column names are checked; values only ever travel as parameters."""
+    terms: list[str] = ["1"]
+    values: list[str | int] = []
+    for column, wanted in filters.items():
+        if column not in known:
+            raise TypeError(f"no such filter: {column!r}; there are {', '.join(sorted(known))}")
+        if wanted is None:
+            terms.append(f"{column} IS NULL")
+        elif isinstance(wanted, (list, tuple, set, frozenset)):
+            # One JSON parameter, because the number of "?" in a statement is limited.
+            terms.append(f"{column} IN (SELECT value FROM json_each(?))")
+            values.append(json.dumps([_plain(value) for value in wanted]))
+        else:
+            terms.append(f"{column} = ?")
+            values.append(_plain(wanted))
+    return " AND ".join(terms), values
+
+
+def _plain(value: Any) -> str | int:
+    """Numpy integers and booleans as SQLite knows them (it stores foreign ones as blobs, which equal nothing)."""
+    return value if isinstance(value, str) else int(value)
+
+
+def _real(p: float | None) -> float | None:
+    if p is None:
+        return None
+    if p != p:
+        raise ValueError("P(active) is NaN; a verdict without a probability has p = None")
+    return float(p)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

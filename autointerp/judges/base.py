@@ -1,0 +1,73 @@
+"""What every judge is: an explanation and contexts in, P(active) for each context out.
+
+A judge may look at a context's ``text`` and ``tokens`` and at nothing else of it. ``activations``, ``active``,
+``stratum``, ``kind`` and ``window`` are the answers, or would give them away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from autointerp.llm.usage import Usage
+
+if TYPE_CHECKING:
+    from autointerp.contexts import Context
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge says of one context. A failure has neither ``p`` nor ``label``: it is not a "no"."""
+
+    p: float | None
+    """P(active) in [0, 1], where the judge gives a probability; else ``None``."""
+    label: bool | None
+    """The judge's yes or no; ``None`` only when it failed."""
+    failure: str | None = None
+    """The reason in one line, when there is no label."""
+    usage: Usage = field(default_factory=Usage)
+    """What the request cost, on the *first* context of each request, so that a plain sum is right."""
+
+    def __post_init__(self) -> None:
+        if (self.label is None) == (self.failure is None):
+            raise ValueError("a judgement has either a label or a failure")
+        if self.p is not None and (self.failure is not None or not 0.0 <= self.p <= 1.0):
+            raise ValueError(f"P(active) = {self.p} is no probability of a judgement that was made")
+
+
+class Judge(Protocol):
+    """A way of judging. Two judges with equal names, hashes and models give interchangeable judgements."""
+
+    @property
+    def name(self) -> str:
+        """Short and stable, as stored in the journal: ``llm``, ``ngram``."""
+        ...
+
+    @property
+    def settings_hash(self) -> str:
+        """Digest of every parameter the judgement depends on."""
+        ...
+
+    @property
+    def prompt_hash(self) -> str:
+        """Digest of every word sent to a model; empty for a judge that asks none."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """The model that judges; empty for a judge that asks none."""
+        ...
+
+    @property
+    def contexts_per_request(self) -> int:
+        """How many contexts go into one request: the unit in which a caller does well to journal."""
+        ...
+
+    async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
+        """One judgement for each context, in the same order, whatever their number.
+
+        What goes wrong with one request comes back as failures of its contexts; what would go wrong with every
+        request (no server, a refused key) is raised as :class:`sae.errors.UserError`.
+        """
+        ...

@@ -1,0 +1,229 @@
+"""Judge contexts by asking a language model whether an explanation fits (detection: Paulo et al. 2024, arXiv
+2410.13928).
+
+Two protocols:
+
+``batch``    several contexts in a request, answered by a list of zeros and ones. Cheap. Where the server gives
+             log-probabilities, each label's own token gives P(active) = P(1) / (P(0) + P(1)); else there is no P.
+``single``   one context in a request, answered by one token, and P(active) from that token. Dearer, but no
+             context's verdict can lean on its neighbours.
+
+The model sees the explanation and plain text. A list of the wrong length, an answer that is no list, a token that
+is neither label: each is a failure with its reason, and is asked again on the next run. None of them is a "no".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from autointerp.judges.base import Judgement
+from autointerp.llm.client import LlmClient
+from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
+from autointerp.llm.usage import Usage
+from autointerp.prompts import conversation
+from sae.errors import BadInput
+from sae.files import digest
+
+if TYPE_CHECKING:
+    from autointerp.contexts import Context
+
+Protocol = Literal["batch", "single"]
+
+_FORMAT = 1  # part of the settings hash: raise it when the same question would be asked or read differently
+_LISTS = re.compile(r"\[[^\[\]]*\]")
+_AROUND_LABELS = " \t\r\n[]{},:\"'Ġ▁"  # what tokenizers glue to a digit in a list
+_SINGLE_LABEL = re.compile(r"\W*([01])(?!\w)")
+
+Verdicts = list[tuple[bool, float | None]]
+"""For each context the label and P(active), ``None`` where the server gives no log-probabilities."""
+
+
+class LlmJudge:
+    """An :class:`autointerp.judges.base.Judge` that asks a language model.
+
+    :param client: the model; checked before the first question.
+    :param protocol: ``batch`` or ``single``; see this module's head.
+    :param contexts_per_request: contexts in a request of the ``batch`` protocol; the last one is as short as it is.
+    :param replicate: which of several independent judgements this object gives. Replicates differ only at a
+        ``temperature`` above zero.
+    :raises BadInput: no such protocol, or no contexts in a request.
+    """
+
+    name = "llm"
+
+    def __init__(
+        self,
+        client: LlmClient,
+        protocol: Protocol = "batch",
+        *,
+        contexts_per_request: int = 5,
+        temperature: float = 0.0,
+        replicate: int = 0,
+    ) -> None:
+        if protocol not in ("batch", "single"):
+            raise BadInput(f"judge protocol {protocol!r}: choose batch or single")
+        if contexts_per_request < 1:
+            raise BadInput(f"contexts per request = {contexts_per_request}: must be at least 1")
+        self.protocol = protocol
+        self.contexts_per_request = contexts_per_request if protocol == "batch" else 1
+        self._client, self._temperature, self._replicate = client, temperature, replicate
+        self._conversation = conversation(f"judge_{protocol}")
+        self.prompt_hash = self._conversation.hash
+        self.settings_hash = digest(
+            {
+                "format": _FORMAT,
+                "protocol": protocol,
+                "contexts_per_request": self.contexts_per_request,
+                "temperature": temperature,
+            }
+        )
+
+    @property
+    def model(self) -> str:
+        return self._client.model
+
+    async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
+        """One judgement for each context; requests run side by side, as far as the client lets them."""
+        size = self.contexts_per_request
+        texts = [context.text for context in contexts]
+        batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+        tasks = [asyncio.ensure_future(self._judge_batch(explanation_text, batch)) for batch in batches]
+        try:
+            answered = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        return [judgement for batch in answered for judgement in batch]
+
+    async def _judge_batch(self, explanation: str, texts: list[str]) -> list[Judgement]:
+        try:
+            verdicts, answer = await self._client.ask(
+                self.request(explanation, texts), lambda answer: self._read(answer, len(texts))
+            )
+        except AnswerFailed as failed:
+            return [Judgement(None, None, failed.reason, usage) for usage in _on_first(failed.usage, len(texts))]
+        return [
+            Judgement(p, label, usage=usage)
+            for (label, p), usage in zip(verdicts, _on_first(answer.usage, len(texts)), strict=True)
+        ]
+
+    def request(self, explanation: str, texts: Sequence[str]) -> Request:
+        """What is sent for one request's texts."""
+        seed = self._replicate if self._temperature > 0 else None
+        if self.protocol == "single":
+            return Request(
+                self._conversation.messages(explanation=explanation, snippet=texts[0]),
+                max_tokens=4,
+                temperature=self._temperature,
+                logprobs=20,
+                seed=seed,
+                replicate=self._replicate,
+                may_be_cut=True,
+            )
+        return Request(
+            self._conversation.messages(explanation=explanation, snippets=list(texts)),
+            max_tokens=200 + 20 * len(texts),
+            temperature=self._temperature,
+            json_schema=labels_schema(len(texts)),
+            logprobs=5,
+            seed=seed,
+            replicate=self._replicate,
+        )
+
+    def _read(self, answer: Answer, n: int) -> Verdicts:
+        return [parse_single(answer)] if self.protocol == "single" else parse_batch(answer, n)
+
+
+async def open_llm_judge(client: LlmClient, protocol: str = "auto") -> LlmJudge:
+    """The judge for a protocol by name, its model checked. ``auto`` is ``batch``: the published one, and cheap."""
+    await client.check()
+    return LlmJudge(client, "single" if protocol == "single" else "batch")
+
+
+def labels_schema(n: int) -> dict[str, Any]:
+    """JSON schema of ``{"labels": [0, 1, …]}`` with exactly ``n`` of them."""
+    labels = {"type": "array", "items": {"type": "integer", "enum": [0, 1]}, "minItems": n, "maxItems": n}
+    return {"type": "object", "properties": {"labels": labels}, "required": ["labels"], "additionalProperties": False}
+
+
+def parse_batch(answer: Answer, n: int) -> Verdicts:
+    """``n`` labels out of an answer, with or without words around them.
+
+    :raises AnswerFailed: there is no list of zeros and ones, or it is not ``n`` long.
+    """
+    labels = _labels(without_thinking(answer.text))
+    if labels is None:
+        raise AnswerFailed("the answer holds no list of zeros and ones")
+    if len(labels) != n:
+        raise AnswerFailed(f"{len(labels)} labels for {n} context{'s' if n > 1 else ''}")
+    return list(zip(labels, _label_probabilities(answer, labels), strict=True))
+
+
+def _labels(text: str) -> list[bool] | None:
+    """The answer as JSON if it is that, else the last list in it."""
+    for candidate in (text, *reversed(_LISTS.findall(text))):
+        try:
+            value = json.loads(candidate)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, Mapping):
+            value = value.get("labels", next(iter(value.values()), None) if len(value) == 1 else None)
+        # In Python 1 == True == 1.0, which is what is wanted of all three here.
+        if isinstance(value, list) and all(
+            x in ("0", "1") or (isinstance(x, int | float) and x in (0, 1)) for x in value
+        ):
+            return [bool(int(x)) for x in value]
+    return None
+
+
+def _label_probabilities(answer: Answer, labels: list[bool]) -> list[float | None]:
+    """P(active) from the token of each label; all ``None`` where the tokens cannot be told for certain."""
+    nothing: list[float | None] = [None] * len(labels)
+    if answer.tokens is None or answer.top_logprobs is None:
+        return nothing
+    places = [i for i, token in enumerate(answer.tokens) if token.strip(_AROUND_LABELS) in ("0", "1")]
+    places = places[len(places) - len(labels) :]  # the list is the last thing in the answer
+    if [answer.tokens[i].strip(_AROUND_LABELS) == "1" for i in places] != labels:
+        return nothing
+    return [_p_active(answer.top_logprobs[i]) for i in places]
+
+
+def parse_single(answer: Answer) -> tuple[bool, float | None]:
+    """Label and P(active) from the first token that is not white space; from the text where there are no tokens.
+
+    :raises AnswerFailed: neither label is among that token's likeliest alternatives.
+    """
+    if answer.tokens is not None and answer.top_logprobs is not None:
+        first = next((i for i, token in enumerate(answer.tokens) if token.strip(_AROUND_LABELS)), 0)
+        p = _p_active(answer.top_logprobs[first])
+        if p is None:
+            without_thinking(answer.text)  # a model that has begun to think is told as such
+            raise AnswerFailed(f"neither 0 nor 1 is among the {len(answer.top_logprobs[first])} likeliest answers")
+        return p >= 0.5, p
+    found = _SINGLE_LABEL.match(without_thinking(answer.text))
+    if found is None:
+        raise AnswerFailed("the answer is neither 0 nor 1")
+    return found[1] == "1", None
+
+
+def _p_active(alternatives: Mapping[str, float]) -> float | None:
+    """P(1) / (P(0) + P(1)) over the alternatives for one token; ``None`` where neither is among them."""
+    mass = {"0": 0.0, "1": 0.0}
+    for token, logprob in alternatives.items():
+        label = token.strip(_AROUND_LABELS)
+        if label in mass:
+            mass[label] += math.exp(min(logprob, 0.0))
+    total = mass["0"] + mass["1"]
+    return mass["1"] / total if total > 0 else None
+
+
+def _on_first(usage: Usage, n: int) -> list[Usage]:
+    """A request's usage on its first context, nothing on the others, so that sums are right."""
+    return [usage, *[Usage()] * (n - 1)]

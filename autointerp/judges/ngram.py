@@ -1,0 +1,39 @@
+"""Judge a context by an n-gram explanation: read the sentence, find its patterns, combine their chances. No model.
+
+Nothing but the sentence and the context's tokens is used, as with every judge; the rule is in
+:mod:`autointerp.patterns`. A sentence that an n-gram explainer did not write is a failure, not a "no": there is
+nothing in it that this judge can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from autointerp.judges.base import Judgement
+from autointerp.patterns import LONGEST_RUN, parse
+from sae.files import digest
+
+if TYPE_CHECKING:
+    from autointerp.contexts import Context
+
+
+class NgramJudge:
+    """An :class:`autointerp.judges.base.Judge` that reads the sentences of the n-gram explainer."""
+
+    name = "ngram"
+    prompt_hash = ""
+    model = ""
+    contexts_per_request = 1_000
+    """Nothing is sent; this is how many judgements are worth one write to the journal."""
+    settings_hash = digest({"method": 1, "longest_run": LONGEST_RUN})
+
+    async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
+        """P(active) for each context; active where it is at least one half."""
+        patterns = parse(explanation_text)
+        if patterns is None:
+            reason = "the explanation is not an n-gram sentence; judge it with an LLM"
+            return [Judgement(None, None, reason) for _ in contexts]
+        costs = patterns.costs()
+        chances = [patterns.probability(context.tokens, costs) for context in contexts]
+        return [Judgement(p, p >= 0.5) for p in chances]

@@ -1,0 +1,56 @@
+"""Answers that have been paid for, kept by content: the same question to the same model is never bought twice.
+
+The key is a digest of the model, the messages, the parameters and the number of the replicate; the address of
+the server is not in it, because the answer is the model's. An answer is committed here before anyone sees it, so
+a process killed a moment later finds it again. Only usable answers are kept: a failure must be asked anew.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from autointerp.database import Database
+from autointerp.llm.exchange import Answer
+
+_MIGRATIONS = (
+    # 1: answers. Append further migrations; never edit one that has been released.
+    """
+    CREATE TABLE answer (
+        key TEXT PRIMARY KEY,
+        model TEXT NOT NULL,
+        answer TEXT NOT NULL,
+        created TEXT NOT NULL
+    ) WITHOUT ROWID
+    """,
+)
+
+
+class ResponseCache:
+    """One SQLite file for all runs under a root. Threads and processes may share it.
+
+    :raises BadInput: the file is no such cache.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._database = Database(path, _MIGRATIONS)
+
+    def get(self, key: str) -> Answer | None:
+        with self._database.reading() as connection:
+            row = connection.execute("SELECT answer FROM answer WHERE key = ?", (key,)).fetchone()
+        return None if row is None else Answer.from_json(row[0])
+
+    def put(self, key: str, model: str, answer: Answer) -> None:
+        """Keep ``answer``; on disk when this returns."""
+        with self._database.writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO answer (key, model, answer, created) VALUES (?, ?, ?, ?)",
+                (key, model, answer.to_json(), datetime.now(UTC).isoformat(timespec="seconds")),
+            )
+
+    def __len__(self) -> int:
+        with self._database.reading() as connection:
+            return int(connection.execute("SELECT count(*) FROM answer").fetchone()[0])
+
+    def close(self) -> None:
+        self._database.close()

@@ -1,0 +1,194 @@
+"""A request and its answer, as values: what identifies a request, and what of a server's reply is an answer.
+
+A reply that is no usable answer (cut off, empty, refused, an error inside a 200) raises :class:`AnswerFailed`
+with its reason here, at the door, so that nothing downstream can mistake it for a "no" or a zero.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from autointerp.llm.usage import Usage
+from sae.files import digest
+
+Message = dict[str, str]
+"""``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+
+class AnswerFailed(Exception):
+    """This one request brought no usable answer. ``reason`` is one line; ``usage`` is what it cost all the same."""
+
+    def __init__(self, reason: str, usage: Usage | None = None, *, cut: bool = False, final: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.usage = usage or Usage()
+        self.cut = cut
+        """The answer ran into ``max_tokens``: more room might mend it, the same again will not."""
+        self.final = final
+        """Asking again now is of no use: the server has been tried often enough, or refuses this very request."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything an answer depends on, apart from the model."""
+
+    messages: tuple[Message, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    json_schema: Mapping[str, Any] | None = None
+    """Schema of the answer, for servers that can hold a model to one; others are asked without it."""
+    logprobs: int = 0
+    """How many alternatives to return for each generated token; 0 for no log-probabilities."""
+    seed: int | None = None
+    replicate: int = 0
+    """Which of several independent answers to the same question this is; only the cache sees it."""
+    may_be_cut: bool = False
+    """Whether an answer that ran into ``max_tokens`` is one (where the first token is all that is wanted)."""
+
+    def key(self, model: str) -> str:
+        """Digest under which the answer is cached. 64 hex characters."""
+        return digest({"model": model, **asdict(self)})
+
+    def body(self, model: str, without: Collection[str] = ()) -> dict[str, Any]:
+        """The request as the protocol has it, less the parameters that this server does not take.
+
+        ``max_tokens`` among them means that the server wants it by its newer name.
+        """
+        body: dict[str, Any] = {"model": model, "messages": list(self.messages)}
+        body["max_completion_tokens" if "max_tokens" in without else "max_tokens"] = self.max_tokens
+        if "temperature" not in without:
+            body["temperature"] = self.temperature
+        if self.json_schema is not None and "response_format" not in without:
+            schema = {"name": "answer", "strict": True, "schema": self.json_schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if self.logprobs and "logprobs" not in without:
+            body["logprobs"], body["top_logprobs"] = True, self.logprobs
+        if self.seed is not None and "seed" not in without:
+            body["seed"] = self.seed
+        return body
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A usable answer: ``text`` is never empty."""
+
+    text: str
+    finish_reason: str
+    usage: Usage = field(default_factory=Usage, compare=False)
+    tokens: tuple[str, ...] | None = None
+    """The generated tokens, where log-probabilities came back."""
+    top_logprobs: tuple[dict[str, float], ...] | None = None
+    """For each generated token its most likely alternatives (natural logarithms), itself among them."""
+
+    @property
+    def from_cache(self) -> bool:
+        return self.usage.from_cache > 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, stored: str) -> Answer:
+        """An answer out of the cache: what it once cost is not spent again, so its usage is one cached answer."""
+        values = json.loads(stored)
+        tokens, top = values["tokens"], values["top_logprobs"]
+        return cls(
+            text=values["text"],
+            finish_reason=values["finish_reason"],
+            usage=Usage(from_cache=1),
+            tokens=None if tokens is None else tuple(tokens),
+            top_logprobs=None if top is None else tuple(top),
+        )
+
+
+def read_answer(body: Any, seconds: float) -> Answer:
+    """The first choice of a chat completion, given as parsed JSON.
+
+    :param seconds: how long the request took.
+    :raises AnswerFailed: there is no choice, no text in it, or it was refused or filtered.
+    """
+    if not isinstance(body, Mapping):
+        raise AnswerFailed("the server's reply is not a chat completion", Usage(requests=1, seconds=seconds))
+    usage = _read_usage(body.get("usage"), seconds)
+    choices = body.get("choices")
+    if not isinstance(choices, Sequence) or not choices or not isinstance(choices[0], Mapping):
+        error = body.get("error")
+        said = error.get("message") if isinstance(error, Mapping) else error
+        raise AnswerFailed(
+            f"the server's reply has no choices: {one_line(said)}" if said else "the server's reply has no choices",
+            usage,
+        )
+    message = choices[0].get("message") or {}
+    finish_reason = str(choices[0].get("finish_reason") or "stop")
+    text = message.get("content")
+    if finish_reason == "content_filter":
+        raise AnswerFailed("the server's content filter withheld the answer", usage)
+    if message.get("refusal"):
+        raise AnswerFailed(f"the model refused: {one_line(message['refusal'])}", usage)
+    if not isinstance(text, str) or not text.strip():
+        if finish_reason == "length":
+            raise AnswerFailed(
+                f"all {usage.completion_tokens} tokens went before any text of the answer", usage, cut=True
+            )
+        raise AnswerFailed("the answer is empty", usage)
+    tokens, top = _read_logprobs(choices[0].get("logprobs"))
+    return Answer(text, finish_reason, usage, tokens, top)
+
+
+def _read_usage(reported: Any, seconds: float) -> Usage:
+    """Token counts as the server gives them; servers that give none are counted as requests alone."""
+    if not isinstance(reported, Mapping):
+        return Usage(requests=1, seconds=seconds)
+    details = reported.get("prompt_tokens_details")
+    return Usage(
+        requests=1,
+        prompt_tokens=int(reported.get("prompt_tokens") or 0),
+        cached_tokens=int((details.get("cached_tokens") if isinstance(details, Mapping) else 0) or 0),
+        completion_tokens=int(reported.get("completion_tokens") or 0),
+        seconds=seconds,
+    )
+
+
+def _read_logprobs(reported: Any) -> tuple[tuple[str, ...] | None, tuple[dict[str, float], ...] | None]:
+    content = reported.get("content") if isinstance(reported, Mapping) else None
+    if not isinstance(content, Sequence) or not content:
+        return None, None
+    tokens, top = [], []
+    for position in content:
+        alternatives = {str(x["token"]): float(x["logprob"]) for x in position.get("top_logprobs") or ()}
+        # Some servers leave the chosen token out of its own alternatives when it was not among the likeliest.
+        alternatives.setdefault(str(position["token"]), float(position["logprob"]))
+        tokens.append(str(position["token"]))
+        top.append(alternatives)
+    return tuple(tokens), tuple(top)
+
+
+_THINKING = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
+_THINKING_END = re.compile(r"</(?:think|thinking|reasoning)>", re.IGNORECASE)
+_THINKING_START = re.compile(r"<(?:think|thinking|reasoning)>", re.IGNORECASE)
+
+
+def without_thinking(text: str) -> str:
+    """The answer proper. Templates that open the thinking in the prompt leave a lone closing tag: all before it goes.
+
+    :raises AnswerFailed: the thinking never ends, so there is no answer.
+    """
+    text = _THINKING.sub("", text)
+    text = _THINKING_END.split(text)[-1]
+    if _THINKING_START.search(text):
+        raise AnswerFailed("the model was still thinking when its answer ended", cut=True)
+    return text.strip()
+
+
+_KEY_LIKE = re.compile(r"\b(?:(?:sk|pk|hf|gsk|xai)[-_]|AIza)[\w*.\-]{6,}", re.IGNORECASE)
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """What a server said, fit for an error message: one line, bounded, without anything that looks like a key."""
+    line = _KEY_LIKE.sub("[key]", " ".join(str(text).split()))
+    line = "".join(c for c in line if c.isprintable())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,119 @@
+"""Controls: what a score is worth when the explanation says nothing about the latent.
+
+The swapped control puts another latent's explanation to a latent's test set. Everything else stays as it is: the
+contexts, the judge, the prompts, the style and length of the explanations. So whatever rises above one half in it (a
+judge that leans to "yes" on rich contexts, latents that fire in most of the text) is not the explanation's merit. That
+is only so when the other latent is really another: one that points the same way, or fires in the same windows, would be
+no control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
+
+from sae.firings import mix
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+CANDIDATES = 48
+"""Latents tried as partners of each. Most pairs of latents are dissimilar, so the first few will do."""
+_WINDOWS = 1 << 15  # windows in which co-firing is counted at most: phi is then known to about 0.006
+
+
+class FiringWindows(Protocol):
+    """What is needed of a firing store (:class:`sae.firings.FiringStore` is one)."""
+
+    n_windows: int
+
+    def windows(self, latent: int) -> tuple[Ints, NDArray[np.float32]]: ...
+
+
+def swap_partners(
+    latents: Sequence[int],
+    W_dec: NDArray[np.floating],
+    store: FiringWindows | None = None,
+    *,
+    seed: int = 0,
+    max_cosine: float = 0.2,
+    max_cofiring: float = 0.1,
+) -> dict[int, int]:
+    """For each latent another of ``latents`` whose explanation it is to be judged by.
+
+    The latents stand on a ring, at the places that a hash of the seed and their number gives them; a latent takes one
+    of those that come next. No two take the same while that can be had, so the control sees the very explanations that
+    are scored; the assignment with the nearest partners is taken, so that more latents disturb it little.
+
+    Args:
+        latents: n latents, each with an explanation.
+        W_dec: [M, D] the decoder; partners have a cosine below ``max_cosine`` in absolute value.
+        store: the firings; partners have a correlation of firing in a window (phi) below ``max_cofiring`` in absolute
+            value. Without it only the decoder is asked.
+    Returns:
+        Latent to partner, in the order of ``latents``. A latent without any dissimilar one among its candidates has no
+        control, and is left out: so is a single latent.
+    """
+    ring = np.array(sorted(set(latents)), dtype=np.int64)
+    ring = ring[np.argsort(mix(ring.astype(np.uint64) ^ mix(np.array([seed], np.uint64))), kind="stable")]
+    n, tried = len(ring), min(CANDIDATES, len(ring) - 1)
+    if n < 2:
+        return {}
+    following = (np.arange(n)[:, None] + np.arange(1, tried + 1)) % n
+    allowed = _dissimilar_directions(np.asarray(W_dec[ring], dtype=np.float64), following, max_cosine)
+    if store is not None:
+        allowed &= _fire_apart(ring, store, following, max_cofiring)
+    has_any = np.flatnonzero(allowed.any(1))
+    partner = np.full(n, -1)
+    partner[has_any] = _assign(allowed[has_any], following[has_any], n)
+    found = {int(ring[i]): int(ring[partner[i]]) for i in has_any}
+    return {latent: found[latent] for latent in latents if latent in found}
+
+
+def _dissimilar_directions(rows: NDArray[np.float64], following: Ints, most: float) -> Bools:
+    """[n, tried] whether the candidate's decoder row has a small cosine with the latent's. rows [n, D]."""
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    cosine = [np.einsum("nd,nd->n", rows, rows[column]) for column in following.T]
+    return np.abs(np.stack(cosine, axis=1)) < most
+
+
+def _fire_apart(ring: Ints, store: FiringWindows, following: Ints, most: float) -> Bools:
+    """[n, tried] whether the candidate fires in the latent's windows neither more nor less than elsewhere.
+
+    Windows are thinned evenly to a bounded number and held as bits.
+    """
+    step = -(-store.n_windows // _WINDOWS)
+    n_windows = -(-store.n_windows // step)
+    bits = np.zeros((len(ring), -(-n_windows // 8)), dtype=np.uint8)
+    for row, latent in enumerate(ring.tolist()):
+        windows, _ = store.windows(latent)
+        fires = np.zeros(n_windows, dtype=bool)
+        fires[windows[windows % step == 0] // step] = True
+        bits[row] = np.packbits(fires, bitorder="little")
+    share = np.bitwise_count(bits).sum(1, dtype=np.int64) / n_windows
+    spread = np.sqrt(share * (1 - share))
+    phi = np.zeros(following.shape)
+    for j, column in enumerate(following.T):
+        both = np.bitwise_count(bits & bits[column]).sum(1, dtype=np.int64) / n_windows
+        covariance, scale = both - share * share[column], spread * spread[column]
+        # A latent that fires nowhere, or everywhere, goes together with none.
+        phi[:, j] = np.divide(covariance, scale, out=np.zeros(len(ring)), where=scale > 0)
+    return np.abs(phi) < most
+
+
+def _assign(allowed: Bools, following: Ints, n: int) -> Ints:
+    """One allowed candidate for each row: all different if possible, near ones before far ones."""
+    row, rank = np.nonzero(allowed)
+    graph = csr_matrix((rank + 1.0, (row, following[row, rank])), shape=(len(allowed), n))
+    different = maximum_bipartite_matching(graph, perm_type="column")
+    if (different >= 0).all():
+        rows, columns = min_weight_full_bipartite_matching(graph)
+        return columns[np.argsort(rows)].astype(np.int64)
+    # Not all can differ: those left over share their nearest.
+    nearest = following[np.arange(len(allowed)), allowed.argmax(1)]
+    return np.where(different >= 0, different, nearest).astype(np.int64)

@@ -1,0 +1,370 @@
+"""The findings against an independent recount of the same files, stage by stage, failures included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import small_study
+from scipy import stats
+
+from autointerp.analysis import findings
+from autointerp.evidence import View
+from autointerp.latents import latent_findings
+from autointerp.scored import rows_of, setups, status_kind
+from sae.alignment import read_alignment
+from sae.errors import BadInput, NotFound
+from sae.files import read_table, write_table
+from sae.overlap import shared
+from sae.run import Run
+
+NAMES = ["run_a", "run_b", "run_c"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    small_study.whole(root)
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    """A copy that the test may spoil."""
+    return Path(shutil.copytree(made, tmp_path / "runs"))
+
+
+@pytest.fixture(scope="module")
+def found(made: Path) -> dict[str, Any]:
+    return findings(made, NAMES, contexts=small_study.contexts)
+
+
+def own_rows(root: Path) -> pd.DataFrame:
+    table = read_table(Run("run_a", root).stage_path("scores"))
+    return table[(table["control"] == "none") & (table["status"] == "ok")].set_index("latent")
+
+
+def strict_with(root: Path, other: str) -> np.ndarray:
+    return shared(read_alignment(root / "alignments", "run_a", other).a, "strict")
+
+
+def test_findings_are_plain_json(found: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert {"overlap", "similarity", "scores", "relation", "methods", "interesting", "failures"} <= found.keys()
+    assert found["missing"] == []
+
+
+def test_overlap_equals_a_recount(made: Path, found: dict[str, Any]) -> None:
+    tree = found["overlap"]
+    alive = {n: ~read_table(Run(n, made).stage_path("firing"))["dead"].to_numpy() for n in NAMES}
+    pairs = {}
+    for i, a in enumerate(NAMES):
+        for b in NAMES[i + 1 :]:
+            both = read_alignment(made / "alignments", a, b)
+            pairs[f"{a}--{b}"] = np.mean(
+                [shared(both.a, "strict")[alive[a]].mean(), shared(both.b, "strict")[alive[b]].mean()]
+            )
+    assert tree["strict"]["pairs"] == pytest.approx(pairs)
+    assert tree["strict"]["value"] == pytest.approx(np.mean(list(pairs.values())))
+    low, high = tree["strict"]["interval"]
+    assert low <= tree["strict"]["value"] <= high
+    assert len(tree["only_one"]) == len(tree["all_of_n"]) == 3
+    assert tree["only_one"][0] == tree["all_of_n"][0] == 1
+    assert tree["only_one"][1] + tree["all_of_n"][1] == pytest.approx(1)
+    # What was made to be shared is what is found to be.
+    assert tree["strict"]["value"] == pytest.approx(0.4, abs=0.06)
+
+
+def test_membership_parts_are_the_runs_latents(made: Path, found: dict[str, Any]) -> None:
+    alive = ~read_table(Run("run_a", made).stage_path("firing"))["dead"].to_numpy()
+    b, c = (strict_with(made, n)[alive] for n in ("run_b", "run_c"))
+    counts = {part["label"]: part["n"] for part in found["membership"]["parts"]}
+    assert counts == {
+        "only run_a": (~b & ~c).sum(),
+        "with run_b alone": (b & ~c).sum(),
+        "with run_c alone": (~b & c).sum(),
+        "with both": (b & c).sum(),
+    }
+    assert sum(p["fraction"] for p in found["membership"]["parts"]) == pytest.approx(1)
+
+
+def test_many_runs_are_counted_by_number(tmp_path: Path) -> None:
+    runs = small_study.runs_of(tmp_path, 4, m=40, d=16)
+    small_study.harvested(runs)
+    small_study.aligned(runs)
+    found = findings(tmp_path, [r.name for r in runs])
+    parts = found["membership"]["parts"]
+    assert [p["label"] for p in parts] == ["only run_a", "with 1 of 3", "with 2 of 3", "with all 3 others"]
+    assert sum(p["n"] for p in parts) == found["membership"]["n_alive"]
+
+
+def test_frequency_by_class_covers_every_alive_latent(made: Path, found: dict[str, Any]) -> None:
+    tree = found["frequency_by_class"]
+    alive = int((~read_table(Run("run_a", made).stage_path("firing"))["dead"]).sum())
+    assert sum(row["n"] for row in tree.values()) == alive
+    assert sum(sum(row["histogram"]["counts"]) for row in tree.values()) == alive
+    assert tree["all"]["median"] > 3 * tree["one"]["median"]
+    assert found["firing"]["tokens"] == small_study.HARVESTED
+
+
+def test_scores_equal_numpy(made: Path, found: dict[str, Any]) -> None:
+    values = own_rows(made)["balanced_accuracy"]
+    tree = found["scores"]
+    assert tree["mean"] == pytest.approx(values.mean())
+    assert tree["quartiles"] == pytest.approx(list(np.percentile(values, [25, 50, 75])))
+    assert tree["n_scored"] == len(values) == sum(tree["histogram"]["counts"])
+    assert tree["n_failed"] == 0
+    assert tree["waiting"] is None
+    low, high = tree["interval"]
+    assert low < tree["mean"] < high
+
+
+def test_control_is_paired_by_latent(made: Path, found: dict[str, Any]) -> None:
+    table = read_table(Run("run_a", made).stage_path("scores"))
+    swapped = table[table["control"] == "swap"].set_index("latent")["balanced_accuracy"]
+    differences = own_rows(made)["balanced_accuracy"] - swapped
+    control = found["scores"]["control"]
+    assert control["mean"] == pytest.approx(swapped.mean())
+    assert control["above_control"]["mean"] == pytest.approx(differences.mean())
+    assert control["above_control"]["fraction"] == pytest.approx((differences > 0).mean())
+
+
+def test_counts_by_class_equal_a_recount(made: Path, found: dict[str, Any]) -> None:
+    run = Run("run_a", made)
+    n = strict_with(made, "run_b").astype(int) + strict_with(made, "run_c")
+    classes = np.select([n == 0, n == 2], ["one", "all"], default="some")
+    alive, scored = ~read_table(run.stage_path("firing"))["dead"].to_numpy(), own_rows(made)
+    eligible = read_table(run.stage_path("contexts"))["eligible"].to_numpy()
+    for name, row in found["scores"]["by_class"].items():
+        members = classes == name
+        inside = scored[members[scored.index]]
+        assert row["n_latents"] == members.sum()
+        assert row["n_alive"] == (members & alive).sum()
+        assert row["n_eligible"] == (members & eligible).sum()
+        assert row["n_scored"] == len(inside)
+        if len(inside):
+            assert row["mean"] == pytest.approx(inside["balanced_accuracy"].mean())
+    assert sum(r["n_latents"] for r in found["scores"]["by_class"].values()) == len(n)
+
+
+def test_relation_equals_scipy(made: Path, found: dict[str, Any]) -> None:
+    similarity = np.mean(
+        [
+            read_alignment(made / "alignments", "run_a", b).a[["encoder_cosine", "decoder_cosine"]].mean(axis=1)
+            for b in ("run_b", "run_c")
+        ],
+        axis=0,
+    )
+    scored = own_rows(made)
+    alive = ~read_table(Run("run_a", made).stage_path("firing"))["dead"].to_numpy()
+    scored = scored[alive[scored.index]]
+    expected = stats.spearmanr(similarity[scored.index], scored["balanced_accuracy"]).statistic
+    tree = found["relation"]
+    assert tree["n"] == len(scored)
+    assert tree["spearman"] == pytest.approx(expected, abs=1e-6)
+    assert tree["interval"][0] < tree["spearman"] < tree["interval"][1]
+    assert sum(s["n"] for s in tree["strata"]) == sum(b["n"] for b in tree["bins"]) == tree["n"]
+    # The relation was built through sharing, which also drives the frequency: holding it fixed takes some away.
+    assert tree["spearman"] > 0.3
+    assert tree["partial"]["value"] < tree["spearman"]
+
+
+def test_interesting_are_unshared_and_well_explained(made: Path, found: dict[str, Any]) -> None:
+    lone = ~strict_with(made, "run_b") & ~strict_with(made, "run_c")
+    lows = [entry["interval"][0] for entry in found["interesting"]]
+    assert lows
+    assert lows == sorted(lows, reverse=True)
+    assert min(lows) > 0.5
+    for entry in found["interesting"]:
+        assert lone[entry["latent"]]
+        assert entry["score"] > entry["control"]
+        assert f"token{entry['latent']}" in entry["explanation"]
+        peaks = [max(c["activations"]) for c in entry["contexts"]]
+        assert len(peaks) == 3
+        assert peaks == sorted(peaks, reverse=True)
+
+
+def test_a_failure_is_counted_and_is_never_a_zero(root: Path) -> None:
+    run = Run("run_a", root)
+    run.journal_path.unlink()
+    run.stage_path("scores").unlink()
+    latents = list(range(60))
+    numbers = small_study.explained(run, latents, failing={3: "no [EXPLANATION] line", 4: "too few contexts: 2 of 10"})
+    lost = [
+        {
+            "latent": latent,
+            "explanation_id": 900 + latent,
+            "control": "none",
+            **small_study.EXPLAINED_BY,
+            "status": f"failed: no explanation: {why}",
+        }
+        for latent, why in ((3, "no [EXPLANATION] line"), (4, "too few contexts: 2 of 10"))
+    ]
+    small_study.scored(run, numbers, failing={7: "30 of 100 answers failed"}, more=lost)
+    found = findings(root, NAMES)
+    scores, failures = found["scores"], found["failures"]
+    assert scores["n_scored"] == 57
+    assert scores["n_failed"] == 2  # 3 and 7
+    assert scores["n_ineligible"] == 1  # 4
+    assert scores["mean"] == pytest.approx(own_rows(root)["balanced_accuracy"].mean())
+    assert min(scores["quartiles"]) > 0.4
+    assert {(r["stage"], r["reason"]): r["latents"] for r in failures["reasons"]} == {
+        ("explain", "no [EXPLANATION] line"): [3],
+        ("score", "30 of 100 answers failed"): [7],
+    }
+    assert failures["n"] == 2
+    assert "explain --sae run_a --indices 3 " in failures["retry"]
+
+
+def test_every_missing_stage_is_named_with_its_command(tmp_path: Path) -> None:
+    def stages() -> list[str]:
+        found = findings(tmp_path, NAMES)
+        json.dumps(found, allow_nan=False)
+        for entry in found["missing"]:
+            assert f"--root {tmp_path}" in entry["command"]
+        return [entry["stage"] for entry in found["missing"]]
+
+    runs = small_study.runs_of(tmp_path, m=40, d=16)
+    assert stages() == ["harvest", "overlap", "explain", "score"]
+    small_study.harvested(runs)
+    assert stages() == ["overlap", "explain", "score"]
+    assert findings(tmp_path, NAMES)["overlap"] is None
+    small_study.aligned(runs)
+    assert stages() == ["explain", "score"]
+    numbers = small_study.explained(runs[0], [1, 2, 3, 4])
+    assert stages() == ["score"]
+    assert findings(tmp_path, NAMES)["scores"]["waiting"]["n"] == 4
+    small_study.scored(runs[0], {k: v for k, v in numbers.items() if k < 4})
+    assert stages() == []
+    assert findings(tmp_path, NAMES)["scores"]["waiting"]["n"] == 1
+    runs[2].weights_path.unlink()
+    assert stages() == ["train"]
+
+
+def test_alignment_alone_counts_every_latent(tmp_path: Path) -> None:
+    runs = small_study.runs_of(tmp_path, 2, m=40, d=16)
+    small_study.aligned(runs)
+    tree = findings(tmp_path, ["run_a", "run_b"])["overlap"]
+    assert tree["strict"]["value"] == tree["strict"]["over_all_latents"]
+    assert tree["over"].startswith("all latents")
+
+
+def test_one_run_alone(tmp_path: Path) -> None:
+    small_study.whole(tmp_path, seeds=1, m=60, n_scored=30)
+    found = findings(tmp_path, ["run_a"])
+    assert found["overlap"] is None
+    assert found["relation"] is None
+    assert found["interesting"] is None
+    assert found["scores"]["n_scored"] > 0
+    assert found["scores"]["by_class"] is None
+    (entry,) = found["missing"]
+    assert entry["stage"] == "overlap"
+    assert "train --name run --seeds 0 1" in entry["command"]
+
+
+def test_a_run_that_is_not_aligned_yet_is_left_out_and_named(root: Path) -> None:
+    for path in (root / "alignments").glob("*run_c*"):
+        path.unlink()
+    found = findings(root, NAMES)
+    assert found["compared"] == ["run_a", "run_b"]
+    assert list(found["overlap"]["strict"]["pairs"]) == ["run_a--run_b"]
+    assert [(e["stage"], "run_c" in e["says"]) for e in found["missing"]] == [("overlap", True)]
+    assert [p["label"] for p in found["membership"]["parts"]] == ["only run_a", "with run_b"]
+
+
+def test_set_ups_are_never_mixed(root: Path) -> None:
+    run = Run("run_a", root)
+    path = run.stage_path("scores")
+    old = read_table(path)
+    new = old[(old["control"] == "none") & (old["latent"] > 60)].assign(
+        judge="llm", model="some-model", judge_prompt_hash="p" * 64, balanced_accuracy=0.9
+    )
+    write_table(path, pd.concat([old, new], ignore_index=True))
+    found = findings(root, NAMES)
+    assert found["scores"]["mean"] == pytest.approx(0.9)  # of equal age: a language model's before the baseline's
+    assert found["methods"]["judge"] == {"name": "llm", "model": "some-model"}
+    assert found["methods"]["prompt_hashes"] == {"judge": ["p" * 64]}
+    assert [s["judge"] for s in found["methods"]["other_setups"]] == ["ngram"]
+    chosen = findings(root, NAMES, View(judge="ngram"))
+    assert chosen["scores"]["mean"] == pytest.approx(old.loc[old["control"] == "none", "balanced_accuracy"].mean())
+
+
+def test_set_ups_are_ordered_by_their_newest_explanation() -> None:
+    base = {"latent": 0, "control": "none", "status": "ok", "judge": "ngram", "scorer": "detection", "model": ""}
+    table = pd.DataFrame(
+        [{**base, "explainer": "llm", "explanation_id": 9}, {**base, "explainer": "ngram", "explanation_id": 4}]
+    )
+    assert [s["explainer"] for s in setups(table)] == ["llm", "ngram"]
+    assert len(rows_of(table, setups(table)[1])) == 1
+    assert setups(table, explainer="nobody") == []
+
+
+def test_the_view_changes_what_is_shared(made: Path, found: dict[str, Any]) -> None:
+    lenient = findings(made, NAMES, View(definition="lenient"))
+    assert lenient["membership"]["parts"][0]["n"] < found["membership"]["parts"][0]["n"]
+    assert lenient["overlap"]["only_one"] == lenient["overlap"]["lenient"]["only_one"]
+    stern = findings(made, NAMES, View(threshold=0.97))
+    assert stern["overlap"]["strict"]["value"] < found["overlap"]["strict"]["value"]
+    fewer = findings(made, NAMES, View(against=("run_b",)))
+    assert "some" not in fewer["scores"]["by_class"]
+    other = findings(made, NAMES, View(focus="run_b"))
+    assert other["focus"] == "run_b"
+    assert other["scores"] is None
+
+
+@pytest.mark.parametrize(
+    ("names", "view", "error", "words"),
+    [
+        (["run_z"], View(), NotFound, "run_z"),
+        ([], View(), NotFound, "nothing to report"),
+        (NAMES, View(focus="run_d"), NotFound, "run_d"),
+        (NAMES, View(against=("other",)), NotFound, "other"),
+        (NAMES, View(definition="strong"), BadInput, "strict"),
+    ],
+)
+def test_unknown_names_are_one_line(
+    made: Path, names: list[str], view: View, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error) as caught:
+        findings(made, names, view)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_status_kinds() -> None:
+    assert status_kind("ok") == "ok"
+    assert status_kind("failed: no explanation: too few contexts: 3 to explain from") == "ineligible"
+    assert status_kind("failed: 30 of 100 answers failed") == "failed"
+
+
+def test_one_latent_beside_the_alignment(made: Path) -> None:
+    found = latent_findings(Run("run_a", made), 5)
+    json.dumps(found, allow_nan=False)
+    row = read_alignment(made / "alignments", "run_a", "run_c").a.iloc[5]
+    match = found["matches"][1]
+    assert match["run"] == "run_c"
+    assert match["decoder_partner"] == row["decoder_partner"] == 5
+    assert match["encoder_cosine"] == pytest.approx(row["encoder_cosine"])
+    assert match["shared"] == {"strict": True, "both": True, "decoder": True, "lenient": True}
+    assert found["n_shared"] == 2
+    assert found["explanations"][0]["text"].startswith("Active where")
+    assert {s["control"] for s in found["scores"]} == {"none", "swap"}
+    assert found["contexts"] == []
+    assert found["activations"] is None
+    with pytest.raises(NotFound, match="0 to 119"):
+        latent_findings(Run("run_a", made), 120)
+
+
+def test_a_report_does_not_load_torch() -> None:
+    code = (
+        "import sys, autointerp.analysis, autointerp.latents, autointerp.report.terminal, autointerp.report.latent, "
+        "autointerp.report.stages; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0

@@ -1,0 +1,604 @@
+"""The client against a real server on a real port: retries, refusals, limits, the cache, and the key's silence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from fake_server import FakeServer, Reply, error, token
+
+from autointerp.backends import LlmOptions
+from autointerp.llm.cache import ResponseCache
+from autointerp.llm.client import LlmClient, open_client
+from autointerp.llm.endpoint import candidates, is_loopback, read_key
+from autointerp.llm.exchange import Answer, AnswerFailed, Request, one_line, without_thinking
+from sae.errors import BadInput, NotFound, Unavailable, UserError
+
+T = TypeVar("T")
+MESSAGES = ({"role": "user", "content": "Statement: x"},)
+SECRET = "sk-secret-0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def _no_keys_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AUTOINTERP_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def client(server: FakeServer | str, **settings: Any) -> LlmClient:
+    url = server if isinstance(server, str) else server.url
+    return LlmClient(url, **{"backoff": 0.001, **settings})
+
+
+def run(work: Callable[[LlmClient], Awaitable[T]], made: LlmClient) -> T:
+    async def main() -> T:
+        async with made as opened:
+            return await work(opened)
+
+    return asyncio.run(main())
+
+
+def complete(made: LlmClient, **settings: Any) -> Answer:
+    return run(lambda c: c.complete(MESSAGES, 20, **settings), made)
+
+
+def line_of(caught: pytest.ExceptionInfo[BaseException]) -> str:
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_plain_answer() -> None:
+    with FakeServer("yes") as server:
+        answer = complete(client(server), seed=3, temperature=0.5)
+    assert (answer.text, answer.finish_reason, answer.from_cache) == ("yes", "stop", False)
+    usage = answer.usage
+    assert (usage.requests, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) == (1, 100, 60, 10)
+    assert usage.seconds > 0
+    assert server.requests[0].body == {
+        "model": "fake-model",
+        "messages": list(MESSAGES),
+        "max_tokens": 20,
+        "temperature": 0.5,
+        "seed": 3,
+    }
+
+
+# addresses
+
+
+@pytest.mark.parametrize("given", ["{root}", "{root}/", "{root}/v1", "{root}/v1/", "{root}/v1/chat/completions"])
+def test_the_address_may_be_given_with_and_without_v1(given: str) -> None:
+    with FakeServer() as server:
+        made = client(given.format(root=server.root))
+        complete(made)
+    assert made.url == server.url
+    assert made.model == "fake-model"
+
+
+@pytest.mark.parametrize("prefix", ["", "/openai", "/api/v3", "/v1beta/openai"])
+def test_other_places_for_the_api_are_found(prefix: str) -> None:
+    with FakeServer(prefix=prefix) as server:
+        made = client(server.root + prefix)
+        complete(made)
+    assert made.url == server.url
+
+
+def test_addresses_that_cannot_be_one() -> None:
+    for url in ("", "ftp://host", "http://", "http://host:port", "http://ho st/v1", "http://h:0/v1"):
+        with pytest.raises(BadInput, match="not an http address"):
+            candidates(url)
+    for url in (f"http://me:{SECRET}@host/v1", f"http://host/v1?key={SECRET}"):
+        with pytest.raises(BadInput) as caught:
+            candidates(url)
+        assert SECRET not in line_of(caught)
+
+
+def test_loopback_addresses_are_known() -> None:
+    assert all(is_loopback(u) for u in ("http://127.0.0.1:8000/v1", "http://localhost", "http://[::1]:80/v1"))
+    assert not any(is_loopback(u) for u in ("http://10.0.0.1/v1", "https://api.openai.com/v1"))
+
+
+def test_a_proxy_in_the_environment_is_not_used_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    with FakeServer() as server:
+        assert complete(client(server)).text
+
+
+def test_no_server_is_one_line_at_once() -> None:
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match=r"no LLM server answers at http://127\.0\.0\.1:\d+/v1 \(.*\); start it") as e:
+        run(lambda c: c.check(), client(f"http://127.0.0.1:{free_port()}", backoff=60))
+    line_of(e)
+    assert time.monotonic() - started < 5
+
+
+def test_something_else_at_the_address() -> None:
+    with FakeServer(models=None) as server:
+        with pytest.raises(BadInput, match=r"no OpenAI-compatible API at .* --llm-model"):
+            run(lambda c: c.check(), client(server.root))
+        assert run(lambda c: c.check(), client(server.root, model="named")) == "named"
+
+
+def test_the_model_is_the_one_served_or_must_be_named() -> None:
+    with FakeServer(models=["small", "large"]) as server:
+        with pytest.raises(BadInput, match=r"serves 2 models .*'small' or 'large'.*--llm-model"):
+            run(lambda c: c.check(), client(server))
+        assert complete(client(server, model="large")).text
+        with pytest.raises(BadInput, match=r"knows no model 'larg' \(HTTP 404\); it serves 'large'"):
+            complete(client(server, model="larg"))
+
+
+def test_one_client_serves_several_event_loops() -> None:
+    with FakeServer() as server:
+        made = client(server)
+
+        async def once() -> str:
+            return (await made.complete(MESSAGES, 20)).text
+
+        assert asyncio.run(once()) == asyncio.run(once())
+        assert server.gets == 1
+
+
+# retries
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *(error(status, "busy") for status in (408, 409, 429, 500, 502, 503, 529)),
+        Reply(drop=True),
+        Reply(status=503, body="<html>Bad gateway</html>"),
+    ],
+    ids=lambda fault: f"{fault.status}{'drop' if fault.drop else ''}",
+)
+def test_passing_faults_are_tried_again(fault: Reply) -> None:
+    with FakeServer() as server:
+        server.script.extend([fault, fault])
+        answer = complete(client(server))
+    assert answer.usage.requests == 3
+    assert len(server.requests) == 3
+
+
+def test_a_fault_that_stays_is_this_requests_failure() -> None:
+    with FakeServer() as server:
+        server.script.extend([error(500, "exploded")] * 4)
+        with pytest.raises(AnswerFailed, match=r"HTTP 500: exploded \(4 tries\)") as caught:
+            complete(client(server, tries=4))
+        assert caught.value.usage.requests == 4
+        assert complete(client(server)).text
+
+
+def test_a_server_that_goes_on_failing_is_given_up() -> None:
+    with FakeServer(error(500, "exploded")) as server:
+
+        async def work(c: LlmClient) -> int:
+            for failures in range(100):
+                try:
+                    await c.complete(MESSAGES, 20)
+                except AnswerFailed:
+                    continue
+                except Unavailable:
+                    return failures
+            return -1
+
+        assert run(work, client(server, tries=2, patience=5)) == 4
+
+
+def test_a_server_that_goes_away_stops_the_work() -> None:
+    with FakeServer() as server:
+
+        async def work(c: LlmClient) -> None:
+            await c.complete(MESSAGES, 20)
+            await asyncio.to_thread(server.stop)
+            await c.complete(MESSAGES, 21)
+
+        with pytest.raises(Unavailable, match="what is finished is kept"):
+            run(work, client(server, tries=2))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"retry-after": "0.4"},
+        {"retry-after-ms": "400"},
+        {"retry-after": format_datetime(datetime.now(UTC) + timedelta(seconds=300), usegmt=True)},
+    ],
+    ids=["seconds", "milliseconds", "date"],
+)
+def test_retry_after_is_honoured(headers: dict[str, str]) -> None:
+    with FakeServer() as server:
+        server.script.append(error(429, "slow down", headers=headers))
+        if "GMT" in headers.get("retry-after", ""):
+            with pytest.raises(Unavailable, match=r"asks for a pause of \d+ s"):
+                complete(client(server))
+        else:
+            complete(client(server))
+            assert server.requests[1].at - server.requests[0].at >= 0.4
+
+
+def test_retry_after_holds_the_whole_client_back() -> None:
+    with FakeServer() as server:
+
+        async def work(c: LlmClient) -> None:
+            await c.check()
+            server.script.append(error(429, "slow down", headers={"retry-after": "0.4"}))
+            first = asyncio.create_task(c.complete(MESSAGES, 20))
+            await asyncio.sleep(0.15)
+            await c.complete(MESSAGES, 21)
+            await first
+
+        run(work, client(server))
+    begun = [seen.at for seen in server.requests]
+    assert min(begun[1:]) - begun[0] >= 0.4
+
+
+def test_a_silent_server_times_out() -> None:
+    with FakeServer() as server:
+        server.script.append(Reply(delay=1.0))
+        answer = complete(client(server, timeout=0.2))
+    assert answer.usage.requests == 2
+
+
+# refusals
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_stops_everything_at_once(status: int) -> None:
+    with FakeServer() as server:
+        server.script.append(error(status, "no"))
+        with pytest.raises(Unavailable, match=rf"wants an API key \(HTTP {status}\); set AUTOINTERP_API_KEY"):
+            complete(client(server))
+        assert len(server.requests) == 1
+
+
+def test_no_credit_stops_everything_at_once() -> None:
+    with FakeServer() as server:
+        server.script.append(error(429, "You exceeded your current quota", code="insufficient_quota"))
+        with pytest.raises(Unavailable, match="no credit left"):
+            complete(client(server))
+        assert len(server.requests) == 1
+
+
+def test_a_refused_question_is_its_own_failure_but_a_server_that_refuses_all_is_an_error() -> None:
+    with FakeServer() as server:
+        server.script.append(error(400, "maximum context length is 4096 tokens, 'max_tokens' is too large"))
+        with pytest.raises(AnswerFailed, match=r"refused the request \(HTTP 400: maximum context"):
+            complete(client(server))
+        assert len(server.requests) == 1, "a refusal is not tried again"
+
+        async def work(c: LlmClient) -> None:
+            for n in range(3):
+                server.script.append(error(400, "no such thing"))
+                try:
+                    await c.complete(MESSAGES, 20 + n)
+                except AnswerFailed:
+                    assert n < 2
+
+        with pytest.raises(BadInput, match=r"refused the request \(HTTP 400: no such thing\), and nothing else so far"):
+            run(work, client(server))
+
+
+def test_parameters_that_a_server_does_not_take_are_left_out_once_and_for_all() -> None:
+    rejects = ["response_format", "logprobs", "temperature", "seed"]
+    with FakeServer(rejects=rejects) as server:
+
+        async def work(c: LlmClient) -> frozenset[str]:
+            for _ in range(2):
+                await c.complete(MESSAGES, 20, json_schema={"type": "object"}, logprobs=5, seed=1)
+            return c.done_without
+
+        assert run(work, client(server)) == set(rejects)
+    assert len(server.requests) == 4 + 2
+    assert server.requests[-1].body.keys() == {"model", "messages", "max_tokens"}
+
+
+def test_the_newer_name_of_max_tokens() -> None:
+    with FakeServer() as server:
+        message = (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        )
+        server.script.append(error(400, message, param="max_tokens", code="unsupported_parameter"))
+        complete(client(server))
+    assert server.requests[1].body["max_completion_tokens"] == 20
+    assert "max_tokens" not in server.requests[1].body
+
+
+# answers that are none
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Reply(body={"choices": []}), "no choices"),
+        (Reply(body={"error": {"message": "upstream is down"}}), "no choices: upstream is down"),
+        (Reply(body="<html>Sign in</html>"), "not JSON"),
+        (Reply(body=[1, 2]), "not a chat completion"),
+        (Reply(content=None), "empty"),
+        (Reply(content="  \n"), "empty"),
+        (Reply(content=None, message={"refusal": "I cannot"}), "refused: I cannot"),
+        (Reply(finish_reason="content_filter"), "content filter"),
+        (Reply(content='{"labels": [1', finish_reason="length"), r"cut off at (20|40|80) tokens"),
+        (Reply(content="", finish_reason="length", message={"reasoning_content": "hm"}), "before any text"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_unusable_answers_are_asked_again_and_then_a_failure(fault: Reply, reason: str, tmp_path: Path) -> None:
+    cache = ResponseCache(tmp_path / "cache.sqlite")
+    with FakeServer() as server:
+        server.script.append(fault)
+        assert complete(client(server)).usage.requests == 2
+        server.script.extend([fault] * 3)
+        with pytest.raises(AnswerFailed, match=reason) as caught:
+            complete(client(server, cache=cache))
+        assert caught.value.usage.requests == 3
+        assert len(cache) == 0, "what failed is asked anew by the next run"
+
+
+def test_more_room_after_an_answer_that_was_cut_off() -> None:
+    with FakeServer() as server:
+        server.script.extend([Reply(content="a", finish_reason="length")] * 2)
+        complete(client(server))
+    assert [seen.body["max_tokens"] for seen in server.requests] == [20, 40, 80]
+
+
+def test_what_failed_attempts_cost_is_counted() -> None:
+    with FakeServer() as server:
+        server.script.extend([error(503), Reply(content=None)])
+        answer = complete(client(server))
+    assert (answer.usage.requests, answer.usage.prompt_tokens) == (3, 200)
+
+
+def test_thinking_is_not_the_answer() -> None:
+    assert without_thinking("<think>a\nb</think>\n\n yes") == "yes"
+    assert without_thinking("opened in the prompt</think>yes") == "yes"
+    assert without_thinking("yes") == "yes"
+    with pytest.raises(AnswerFailed, match="still thinking"):
+        without_thinking("<think>and on and on")
+
+
+def test_logprobs_come_back_by_token() -> None:
+    with FakeServer(Reply("1", logprobs=[token("1", t1=-0.2, t0=-1.7), token("!")])) as server:
+        answer = complete(client(server), logprobs=2)
+    assert answer.tokens == ("1", "!")
+    assert answer.top_logprobs == ({"1": -0.2, "0": -1.7}, {"!": -0.01})
+    assert server.requests[0].body["logprobs"] is True
+    assert server.requests[0].body["top_logprobs"] == 2
+
+
+# the cache
+
+
+def test_the_same_question_is_sent_once(tmp_path: Path) -> None:
+    path = tmp_path / "cache.sqlite"
+    with FakeServer(Reply("1", logprobs=[token("1", t1=-0.2)])) as server:
+        first = complete(client(server, cache=ResponseCache(path)), logprobs=2)
+        made = client(server, cache=ResponseCache(path))
+        again = complete(made, logprobs=2)
+        assert len(server.requests) == 1
+        for change in ({"seed": 1}, {"replicate": 1}, {"temperature": 1.0}, {"json_schema": {"type": "object"}}):
+            complete(client(server, cache=ResponseCache(path)), logprobs=2, **change)
+        assert len(server.requests) == 5
+    assert again == first
+    assert again.from_cache
+    assert (again.usage.requests, again.usage.prompt_tokens, again.usage.from_cache) == (0, 0, 1)
+
+
+def test_kept_answers_need_no_server(tmp_path: Path) -> None:
+    with FakeServer() as server:
+        complete(client(server, cache=ResponseCache(tmp_path / "c.sqlite")))
+    made = client(server, cache=ResponseCache(tmp_path / "c.sqlite"), model="fake-model")
+    assert complete(made).from_cache
+
+
+def test_the_same_question_asked_by_many_at_once_is_sent_once(tmp_path: Path) -> None:
+    with FakeServer(Reply("yes", delay=0.05)) as server:
+        made = client(server, cache=ResponseCache(tmp_path / "cache.sqlite"))
+
+        async def work(c: LlmClient) -> list[Answer]:
+            return await asyncio.gather(*(c.complete(MESSAGES, 20) for _ in range(10)))
+
+        assert sum(answer.usage.requests for answer in run(work, made)) == 1
+        assert len(server.requests) == 1
+
+
+def test_a_kept_answer_that_no_longer_parses_is_asked_again(tmp_path: Path) -> None:
+    cache = ResponseCache(tmp_path / "cache.sqlite")
+    with FakeServer("new") as server:
+        request = Request(MESSAGES, 20)
+        cache.put(request.key("fake-model"), "fake-model", Answer("old", "stop"))
+
+        def parse(answer: Answer) -> str:
+            if answer.text == "old":
+                raise AnswerFailed("old")
+            return answer.text
+
+        assert run(lambda c: c.ask(request, parse), client(server, cache=cache))[0] == "new"
+        assert complete(client(server, cache=cache)).text == "new"
+        assert len(server.requests) == 1
+
+
+_ASKER = """
+import asyncio, sys
+from pathlib import Path
+from autointerp.llm.cache import ResponseCache
+from autointerp.llm.client import LlmClient
+
+async def main():
+    client = LlmClient(sys.argv[1], cache=ResponseCache(Path(sys.argv[2])), concurrency=4)
+    async def ask(n):
+        answer = await client.complete([{"role": "user", "content": str(n)}], 20)
+        print(n, answer.usage.requests, flush=True)
+    await asyncio.gather(*(ask(n) for n in range(int(sys.argv[3]))))
+
+asyncio.run(main())
+"""
+
+
+def test_answers_seen_before_kill_minus_9_are_not_paid_for_twice(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    arguments = [sys.executable, "-c", _ASKER]
+    with FakeServer(Reply("yes", delay=0.01)) as server:
+        rest = [server.url, str(tmp_path / "cache.sqlite"), "40"]
+        used = set()
+        with subprocess.Popen([*arguments, *rest], stdout=subprocess.PIPE, text=True, cwd=root) as asker:
+            assert asker.stdout is not None
+            for line in asker.stdout:
+                used.add(line.split()[0])
+                if len(used) == 12:
+                    os.kill(asker.pid, signal.SIGKILL)
+                    break
+        done = subprocess.run([*arguments, *rest], capture_output=True, text=True, cwd=root, check=True)
+        again = {n for n, requests in (line.split() for line in done.stdout.splitlines()) if requests != "0"}
+    assert not used & again
+    assert len(server.requests) <= 40 + 4, "only what was under way at the kill may be asked twice"
+
+
+# limits
+
+
+def test_no_more_requests_at_once_than_allowed() -> None:
+    with FakeServer(Reply("yes", delay=0.03)) as server:
+
+        async def work(c: LlmClient) -> None:
+            await asyncio.gather(*(c.complete(MESSAGES, 20 + n) for n in range(12)))
+
+        run(work, client(server, concurrency=3))
+    assert server.most_at_once == 3
+
+
+def test_the_rate_is_kept() -> None:
+    with FakeServer() as server:
+
+        async def work(c: LlmClient) -> None:
+            await asyncio.gather(*(c.complete(MESSAGES, 20 + n) for n in range(11)))
+
+        run(work, client(server, concurrency=11, requests_per_second=20))
+    begun = sorted(seen.at for seen in server.requests)
+    assert begun[-1] - begun[0] >= 10 / 20 - 0.05
+
+
+@pytest.mark.parametrize("wrong", [{"requests_per_second": 0}, {"concurrency": 0}, {"requests_per_second": -1.0}])
+def test_limits_that_allow_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BadInput):
+        client("http://localhost:1", **wrong)
+
+
+# keys
+
+
+def test_where_a_key_comes_from(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("from-file\n")
+    both = {"OPENAI_API_KEY": "theirs", "AUTOINTERP_API_KEY": "ours"}
+    for key, value in (
+        (read_key(file, both), "from-file"),
+        (read_key(None, both), "ours"),
+        (read_key(None, {"OPENAI_API_KEY": " theirs\n", "AUTOINTERP_API_KEY": ""}), "theirs"),
+    ):
+        assert key is not None
+        assert key.value == value
+        assert value not in repr(key) + str(key)
+    assert read_key(None, {}) is None
+    with pytest.raises(NotFound, match="cannot be read"):
+        read_key(tmp_path / "absent")
+    for bad in (f"{SECRET} {SECRET}", f"{SECRET}é", f"{SECRET}\n{SECRET}"):
+        file.write_text(bad)
+        with pytest.raises(BadInput, match="not a key") as caught:
+            read_key(file)
+        assert "secret" not in line_of(caught)
+    file.write_text("")
+    with pytest.raises(BadInput, match="not a key"):
+        read_key(file)
+
+
+def test_the_key_is_sent_and_shown_nowhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AUTOINTERP_API_KEY", SECRET)
+    caplog.set_level(logging.DEBUG)
+    shown = []
+
+    def told(server: FakeServer, **settings: Any) -> None:
+        made = client(server, **settings)
+        shown.append(repr(made))
+        try:
+            shown.append(repr(complete(made)))
+        except (UserError, AnswerFailed) as problem:
+            shown.append("".join(traceback.format_exception(problem)))
+
+    cache = ResponseCache(tmp_path / "cache.sqlite")
+    with FakeServer(f"echo {SECRET}", key=SECRET) as server:
+        told(server, cache=cache)
+        assert server.requests[0].headers["authorization"] == f"Bearer {SECRET}"
+        server.script.append(error(400, f"bad request with {SECRET} in it"))
+        told(server)
+        server.script.append(Reply(body={"error": {"message": f"key {SECRET}"}}))
+        told(server, answer_tries=1)
+    with FakeServer(key="another") as server:
+        told(server)
+    cache.close()
+    on_disk = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    out, err = capfd.readouterr()
+    for place in (*shown, caplog.text, out, err, on_disk.decode(errors="replace")):
+        assert SECRET not in place
+        assert SECRET[:12] not in place
+    assert any("refused the API key (HTTP 401)" in text for text in shown)
+
+
+def test_what_servers_say_is_one_bounded_line_without_keys() -> None:
+    said = one_line(f"Incorrect key\n provided: sk-abcd****wxyz \x1b[31m{'x' * 500}")
+    assert len(said) <= 200
+    assert "abcd" not in said
+    assert said.isprintable()
+
+
+def test_a_key_alone_configures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autointerp import backends
+
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    assert backends.resolve("auto", LlmOptions(), "explainer") == "ngram"
+    with pytest.raises(BadInput, match="not an http address"):
+        LlmClient("")
+
+
+def test_open_client_checks_before_any_work(tmp_path: Path) -> None:
+    async def opened(url: str) -> str:
+        async with open_client(LlmOptions(url=url), tmp_path / "cache.sqlite") as c:
+            return (await c.complete(MESSAGES, 20)).text
+
+    with FakeServer("yes") as server:
+        assert asyncio.run(opened(server.root)) == "yes"
+    with pytest.raises(Unavailable, match="no LLM server answers"):
+        asyncio.run(opened(server.root))
+
+
+def test_cached_answers_are_json(tmp_path: Path) -> None:
+    answer = Answer("日本\x00語", "stop", tokens=("a",), top_logprobs=({"a": -0.5},))
+    assert Answer.from_json(answer.to_json()) == answer
+    assert json.loads(answer.to_json())["text"] == answer.text
+    cache = ResponseCache(tmp_path / "c.sqlite")
+    cache.put("k", "m", answer)
+    assert cache.get("k") == answer
+    assert cache.get("other") is None

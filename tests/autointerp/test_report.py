@@ -1,0 +1,431 @@
+"""The terminal report fits its width, survives hostile text, loses nothing without colour, and says what is missing."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_study
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from autointerp import report
+from autointerp.analysis import findings
+from autointerp.report import blocks
+from autointerp.report.layout import decimal, interval, listed, percent
+from autointerp.report.terminal import in_short, render
+from autointerp.report.visible import highlighted, marking, shown, visible
+from sae.overlap import overlap
+
+NAMES = ["run_a", "run_b", "run_c"]
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+COLOURS = ("truecolor", "256", "standard", None)
+ACTS_ON_A_TERMINAL = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def console(width: int, colour: Any = None, encoding: str = "utf-8") -> Console:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
+    return Console(
+        file=stream,
+        width=width,
+        color_system=colour,
+        force_terminal=colour is not None,
+        highlight=False,
+        legacy_windows=False,
+    )
+
+
+def text_of(printed: Console) -> str:
+    printed.file.flush()
+    assert isinstance(printed.file, io.TextIOWrapper)
+    raw = printed.file.buffer
+    assert isinstance(raw, io.BytesIO)
+    return raw.getvalue().decode(printed.file.encoding)
+
+
+def drawn(found: dict[str, Any], width: int = 80, colour: Any = None) -> str:
+    target = console(width, colour)
+    render(found, target)
+    return text_of(target)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    small_study.whole(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(root: Path) -> dict[str, Any]:
+    return findings(root, NAMES, contexts=small_study.contexts)
+
+
+# --- blocks -----------------------------------------------------------------------------------------------
+
+sizes = st.lists(st.floats(0, 1e6), min_size=1, max_size=8)
+
+
+@given(sizes, st.integers(1, 120))
+def test_shares_fill_the_width_and_hide_nothing(values: list[float], width: int) -> None:
+    cells = blocks.shares(values, width)
+    if sum(values) <= 0:
+        assert sum(cells) == 0
+        return
+    assert sum(cells) == width
+    assert min(cells) >= 0
+    if len(values) <= width:
+        assert all(n > 0 for n, value in zip(cells, values, strict=True) if value > 0)
+    lifted = sum(1 for value in values if 0 < value / sum(values) * width < 1)
+    assert all(abs(n - v / sum(values) * width) <= 1 + lifted for n, v in zip(cells, values, strict=True))
+
+
+@given(sizes, st.integers(1, 120))
+def test_a_stacked_bar_is_as_long_as_asked(values: list[float], width: int) -> None:
+    bar = blocks.stacked_bar([blocks.Part(value, "", "█") for value in values], width)
+    assert bar.cell_len == (width if sum(values) > 0 else 0)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 3))
+def test_columns_show_every_bin_that_is_not_empty(counts: list[int], height: int, cell: int) -> None:
+    lines = [line.plain for line in blocks.columns(counts, height, cell=cell)]
+    assert len(lines) == height
+    assert {len(line) for line in lines} == {cell * len(counts)}
+    bottom = lines[-1][::cell]
+    assert [c != " " for c in bottom] == [n > 0 for n in counts]
+    if max(counts) > 0:
+        assert lines[0][cell * counts.index(max(counts))] == "█"
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=30),
+    st.integers(1, 7),
+    st.booleans(),
+)
+def test_stacked_columns_keep_both_layers(pairs: list[tuple[int, int]], height: int, colour: bool) -> None:
+    lower, upper = blocks.Layer([a for a, _ in pairs], "red", "░"), blocks.Layer([b for _, b in pairs], "blue", "█")
+    lines = blocks.stacked_columns(lower, upper, height, colour=colour)
+    assert {line.cell_len for line in lines} == {len(pairs)}
+    assert [c != " " for c in lines[-1].plain] == [a + b > 0 for a, b in pairs]
+
+
+@given(st.lists(st.floats() | st.just(math.nan), max_size=100), st.integers(1, 40), st.booleans())
+def test_a_sparkline_never_fails_and_never_overflows(values: list[float], width: int, log: bool) -> None:
+    assert blocks.sparkline(values, width, log=log).cell_len <= width
+
+
+def test_a_sparkline_falls_with_its_values() -> None:
+    line = blocks.sparkline([8, 4, 2, 1], 4, log=True).plain
+    assert line[0] == "█"
+    assert line[-1] == "▁"
+    assert list(line) == sorted(line, reverse=True)
+
+
+@given(st.floats(-2, 2), st.floats(-2, 2), st.floats(-2, 2), st.integers(3, 60))
+def test_a_whisker_keeps_its_length(value: float, low: float, high: float, width: int) -> None:
+    low, value, high = sorted((low, value, high))
+    drawn_ = blocks.whisker(value, low, high, -1, 1, width, mark=0).plain
+    assert len(drawn_) == width
+    assert drawn_.count("●") == 1
+    assert "●" not in blocks.whisker(math.nan, low, high, -1, 1, width).plain
+
+
+def test_axis_labels_never_touch() -> None:
+    rule, labels = blocks.axis(30, [blocks.Tick(15, "chance"), *(blocks.Tick(i, f".{i}") for i in range(0, 31, 3))])
+    assert rule.cell_len == 30
+    assert labels.plain.split() == sorted(set(labels.plain.split()), key=labels.plain.index)
+    assert "chance" in labels.plain.split()
+
+
+# --- numbers ----------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_written_in_one_way() -> None:
+    assert [decimal(x, 2) for x in (0.264, -0.39, 1, 0, -0.001, None, math.nan)] == [
+        ".26",
+        "−.39",
+        "1.00",
+        ".00",
+        ".00",
+        "–",
+        "–",
+    ]
+    assert decimal(0.14, 2, sign=True) == "+.14"
+    assert percent(0.2641) == "26.4 %"
+    assert percent(None) == "–"
+    assert interval([0.25, 0.5], 2) == "[.25, .50]"
+    assert interval(None) == ""
+    assert interval([None, 1.0]) == ""
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b", "c"]) == "a, b and c"
+
+
+# --- text by others ---------------------------------------------------------------------------------------
+
+
+@given(st.text(alphabet=st.characters(), max_size=60))
+def test_no_character_acts_on_the_terminal(text: str) -> None:
+    for safe in (visible(text), shown(text).plain):
+        assert not {unicodedata.category(c) for c in safe} & ACTS_ON_A_TERMINAL
+        safe.encode()  # lone surrogates would fail
+    assert visible(text) == shown(text).plain
+
+
+def test_signs_for_what_is_not_shown() -> None:
+    assert visible("a\nb\tc") == "a↵b⇥c"
+    assert visible("\x1b[31m") == "␛[31m"
+    assert visible("\u202eabc") == "‹U+202E›abc"
+    assert visible("שלום naïve 日本 🙂") == "שלום naïve 日本 🙂"
+
+
+tokens = st.lists(st.text(max_size=12), min_size=1, max_size=40)
+
+
+@given(tokens, st.randoms(use_true_random=False), st.integers(6, 100), st.sampled_from(COLOURS))
+def test_a_context_fits_its_width_and_keeps_its_strongest_token(
+    words: list[str], rng: Any, width: int, colour: Any
+) -> None:
+    activations = [rng.choice([0.0, 0.0, rng.random()]) for _ in words]
+    line = highlighted(words, activations, marking(console(80, colour)), width=width)
+    assert line.cell_len <= width
+    assert "\n" not in line.plain
+    peak = max(range(len(words)), key=lambda i: activations[i])
+    strongest = visible(words[peak])
+    if activations[peak] > 0 and cell_len(strongest) + 4 <= width:
+        assert strongest in line.plain
+
+
+def test_marks_without_colour_and_shades_with_it() -> None:
+    words, activations = ["a ", "b ", "c ", "d "], [0.1, 1.0, 0.5, 0.0]
+    plain = highlighted(words, activations, marking(console(80)))
+    assert plain.plain == "a «b c »d "
+    shaded = highlighted(words, activations, marking(console(80, "truecolor")))
+    assert shaded.plain == "a b c d "
+    assert len({str(span.style) for span in shaded.spans if "black on" in str(span.style)}) == 2
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+@pytest.mark.parametrize("colour", COLOURS)
+def test_no_line_is_longer_than_the_page(found: dict[str, Any], width: int, colour: Any) -> None:
+    page = drawn(found, width, colour)
+    for line in ANSI.sub("", page).splitlines():
+        assert cell_len(line) <= min(width, 120), line
+    if colour is None:
+        assert "\x1b" not in page
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_nothing_is_cut_off_at_usual_widths(found: dict[str, Any], width: int) -> None:
+    page = drawn(findings_without_contexts(found), width)
+    assert "…" not in page
+
+
+def findings_without_contexts(found: dict[str, Any]) -> dict[str, Any]:
+    return {**found, "interesting": [{**entry, "contexts": []} for entry in found["interesting"]]}
+
+
+def test_sections_come_in_a_natural_order(found: dict[str, Any]) -> None:
+    page = drawn(found)
+    titles = [
+        "How much comes back when only the seed changes",
+        "How alike the paired latents are",
+        "Where the latents of run_a are found",
+        "Do the frequent ones come back?",
+        "How well the SAEs are trained",
+        "How well the latents can be explained",
+        "Who was scored",
+        "Do latents that come back explain better?",
+        "Found in no other seed, yet easy to explain",
+        "Methods",
+    ]
+    places = [page.index(title) for title in titles]
+    assert places == sorted(places)
+    assert "What failed" not in page
+
+
+def test_the_page_shows_the_numbers_of_the_object(found: dict[str, Any]) -> None:
+    page = drawn(found)
+    for definition in ("strict", "both", "decoder", "lenient"):
+        assert percent(found["overlap"][definition]["value"]) in page
+    assert decimal(found["scores"]["mean"]) in page
+    assert decimal(found["scores"]["control"]["mean"]) in page
+    assert decimal(found["relation"]["spearman"], 2, sign=True) in page
+    for entry in found["interesting"][:5]:
+        assert f"latent {entry['latent']} " in page
+
+
+def test_words_do_not_depend_on_colour(found: dict[str, Any]) -> None:
+    def words(page: str) -> list[str]:
+        return re.findall(r"[A-Za-z]{3,}|\.\d+", ANSI.sub("", page))
+
+    bare = findings_without_contexts(found)
+    assert words(drawn(bare, 80, "truecolor")) == words(drawn(bare, 80))
+
+
+def test_hostile_text_is_shown_and_not_obeyed(found: dict[str, Any]) -> None:
+    hostile = {
+        **found,
+        "study": small_study.NASTY,
+        "interesting": [{**found["interesting"][0], "explanation": small_study.NASTY}],
+        "failures": {
+            "n": 1,
+            "n_answers": 2,
+            "retry": "python cli.py score",
+            "reasons": [{"stage": "score", "reason": small_study.NASTY, "n": 1, "latents": [3]}],
+        },
+        "methods": {**found["methods"], "judge": {"name": "llm", "model": small_study.NASTY}},
+    }
+    page = drawn(hostile, 120)
+    assert page.count("[red]markup[/red]") >= 4
+    assert not {unicodedata.category(c) for c in page.replace("\n", "")} & ACTS_ON_A_TERMINAL
+    coloured = ANSI.sub("", drawn(hostile, 120, "truecolor"))
+    assert not {unicodedata.category(c) for c in coloured.replace("\n", "")} & ACTS_ON_A_TERMINAL
+
+
+def test_an_ascii_terminal_gets_ascii(found: dict[str, Any]) -> None:
+    target = console(80, encoding="ascii")
+    render(found, target)
+    page = text_of(target)
+    assert page.isascii()
+    assert "How much comes back" in page
+    assert max(map(len, page.splitlines())) <= 80
+
+
+def test_failures_are_in_the_page_with_their_command(found: dict[str, Any]) -> None:
+    retry = "python cli.py explain --sae run_a --indices 3"
+    reasons = [{"stage": "explain", "reason": "no explanation line", "n": 1, "latents": [3]}]
+    page = drawn({**found, "failures": {"n": 1, "n_answers": 0, "reasons": reasons, "retry": retry}})
+    assert "What failed" in page
+    assert "no explanation line" in page
+    assert retry in page
+
+
+def test_each_missing_stage_prints_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = Path("eval_runs")
+    runs = small_study.runs_of(root, m=40, d=16)
+    page = drawn(findings(root, NAMES))
+    assert "$ python cli.py align run_a run_b run_c\n" in re.sub(" +\n", "\n", page)
+    assert "$ python cli.py explain --sae run_a\n" in re.sub(" +\n", "\n", page)
+    small_study.harvested(runs)
+    small_study.aligned(runs)
+    numbers = small_study.explained(runs[0], [1, 2, 3])
+    page = drawn(findings(root, NAMES))
+    assert "python cli.py score --sae run_a" in page
+    assert "python cli.py explain" not in page
+    small_study.scored(runs[0], {1: numbers[1]})
+    page = drawn(findings(root, NAMES))
+    assert "2 explained latents not scored yet" in page
+    assert "Fewer than three latents are scored" in page
+
+
+def test_one_run_alone_has_a_report(tmp_path: Path) -> None:
+    small_study.whole(tmp_path, seeds=1, m=60, n_scored=30)
+    page = drawn(findings(tmp_path, ["run_a"]))
+    assert "train --name run --seeds 0 1" in page
+    assert "own explanation" in page
+
+
+def test_a_short_harvest_calls_no_latent_dead(tmp_path: Path) -> None:
+    runs = small_study.runs_of(tmp_path, 2, m=40, d=16)
+    small_study.harvested(runs, tokens=50_000)
+    small_study.aligned(runs)
+    page = drawn(findings(tmp_path, ["run_a", "run_b"]))
+    assert "silent  loss" in page
+    assert "too few to call" in page
+
+
+@pytest.mark.parametrize(
+    ("whole", "partial", "words"),
+    [
+        ([0.1, 0.3], [0.05, 0.3], "Latents that come back explain better"),
+        ([-0.3, -0.1], [-0.3, -0.1], "Latents that come back explain worse"),
+        ([-0.1, 0.3], [0.05, 0.3], "At equal frequency, latents that come back explain better"),
+        ([0.1, 0.3], [-0.1, 0.3], "not clearly so at equal frequency"),
+        ([-0.1, 0.1], [-0.1, 0.1], "No clear relation"),
+    ],
+)
+def test_the_summary_says_no_more_than_the_intervals(
+    found: dict[str, Any], whole: list[float], partial: list[float], words: str
+) -> None:
+    tree = {**found["relation"], "interval": whole, "partial": {"value": 0.1, "interval": partial}}
+    assert any(words in line for line in in_short({**found, "relation": tree}))
+
+
+# --- the smaller pages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("colour", ["truecolor", None])
+def test_one_latent(root: Path, width: int, colour: Any) -> None:
+    from sae.run import Run
+
+    found = report.latent_findings(Run("run_a", root), 5)
+    pieces = [{"tokens": p.tokens, "activations": p.activations} for p in small_study.contexts("run_a", 5)]
+    target = console(width, colour)
+    report.render_latent({**found, "contexts": pieces, "activations": {"edges": [0, 1, 2], "counts": [5, 1]}}, target)
+    page = ANSI.sub("", text_of(target))
+    assert all(cell_len(line) <= width for line in page.splitlines())
+    assert "latent 5" in page
+    assert "In the other seeds" in page
+    assert "run_c" in page
+    assert not {unicodedata.category(c) for c in page.replace("\n", "")} & ACTS_ON_A_TERMINAL
+
+
+def test_a_latent_of_a_bare_run(tmp_path: Path) -> None:
+    (run,) = small_study.runs_of(tmp_path, 1, m=20, d=8)
+    target = console(80)
+    report.render_latent(report.latent_findings(run, 3), target)
+    page = text_of(target)
+    for command in ("harvest --sae run_a", "explain --sae run_a --indices 3", "python cli.py align"):
+        assert command in page
+
+
+def test_outcome_with_failures_and_without() -> None:
+    whole = {
+        "runs": ["run_a"],
+        "backend": "ngram",
+        "n_done": 200,
+        "n_new": 200,
+        "n_failed": 0,
+        "failures": {},
+        "notes": [],
+    }
+    target = console(80)
+    report.render_outcome({**whole, "retry": None}, "explain", target)
+    assert "200 latents explained by ngram" in text_of(target)
+    assert "score --sae run_a" in text_of(target)
+    target = console(80)
+    failed = {"n_failed": 3, "failures": {"[red]too few": 2, "b": 1}, "retry": "python cli.py explain"}
+    report.render_outcome({**whole, **failed}, "explain", target)
+    assert "[red]too few" in text_of(target)
+    assert "retries only what failed" in text_of(target)
+
+
+def test_alignment_and_runs(root: Path) -> None:
+    from sae.alignment import both_ways
+    from sae.run import Run
+    from sae.study import progress_of
+
+    tables = both_ways(root / "alignments", NAMES)
+    alive = {name: tables[name, other]["latent"].to_numpy() >= 0 for name, other in tables}
+    target = console(80)
+    report.render_alignment(overlap(NAMES, tables, alive).as_dict(), target)
+    assert "strict" in text_of(target)
+    assert "found in every one" in text_of(target)
+    target = console(80)
+    report.render_runs([progress_of(Run(name, root)) for name in NAMES], target)
+    assert text_of(target).count("yes") == 8  # three trained and harvested, one of them explained and scored
+    target = console(80)
+    report.render_runs([], target)
+    assert "python cli.py demo" in text_of(target)
