@@ -1,10 +1,10 @@
 """Errors that are the user's to mend. Everything else is a defect of ours and keeps its traceback.
 
-    UserError                 one line: which input, what is wrong, what to do (exit code 1)
-    ├── BadInput              a value, file or name that cannot be used
-    ├── NotFound              a run, latent, hookpoint or file that is not there
-    ├── SettingsDiffer        the name is taken by work done under other settings
-    └── Unavailable           something outside this program did not answer (an LLM endpoint, a hub)
+UserError                 one line: which input, what is wrong, what to do (exit code 1)
+├── BadInput              a value, file or name that cannot be used
+├── NotFound              a run, latent, hookpoint or file that is not there
+├── SettingsDiffer        the name is taken by work done under other settings
+└── Unavailable           something outside this program did not answer (an LLM endpoint, a hub)
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Bar:
         self._started = self._last_line = time.monotonic()
         self._note = ""
         self._task = (
-            progress.add_task(escape(label), total=total, completed=done, unit=unit, note="") if progress else None
+            progress.add_task(escape(label), total=total, completed=int(done), unit=unit, note="") if progress else None
         )
 
     def advance(self, amount: float = 1, note: str = "") -> None:
@@ -68,7 +68,9 @@ class Bar:
             self._last_line = time.monotonic()
             rate = (self.done - self._first) / (self._last_line - self._started)
             left = (self._total - self.done) / rate if rate else float("inf")
-            say(f"{self._label}: {human(self.done)} of {human(self._total)} {self._unit}, {left:.0f} s left {self._note}")
+            say(
+                f"{self._label}: {human(self.done)} of {human(self._total)} {self._unit}, {left:.0f} s left {self._note}"
+            )
 
     def summary(self) -> str:
         seconds = time.monotonic() - self._started

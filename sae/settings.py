@@ -22,7 +22,9 @@ class _Table(BaseModel):
 class SubjectSettings(_Table):
     """The language model whose activations are studied."""
 
-    model: str = Field("bundled", description="a Hugging Face name or directory; 'bundled' is the model in this package")
+    model: str = Field(
+        "bundled", description="a Hugging Face name or directory; 'bundled' is the model in this package"
+    )
     hookpoint: str = Field("layers.2.mlp", description="the module whose output is studied, by its name")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the forward pass")
 
@@ -131,3 +133,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise NotFound(f"recipe {str(path)!r} does not exist{hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"recipe {str(path)!r} is not valid TOML: {error}") from None
+
+
+def settings_from(recipe: Path | None, **tables: dict[str, Any]) -> Settings:
+    """The recipe's settings, or the defaults, with the values of the command line over them (``None``: not given)."""
+    base = validated(read_recipe(recipe), f"recipe {str(recipe)!r}") if recipe is not None else Settings()
+    return base.with_values(**tables)

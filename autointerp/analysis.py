@@ -1,0 +1,174 @@
+"""The findings of a study: one JSON object, which the terminal, the HTML report and ``report --json`` all show.
+
+It is built from what the stages left on disk (tables, alignments, journals) and from nothing else: no model,
+no weights, no torch. So a report is quick, can be made on another machine than the study, and cannot
+disagree with the files. What has not been made yet is ``None``, and ``missing`` says by which command it would be.
+
+    schema, study, focus, runs, subject, corpus, missing
+    overlap        how much comes back, under every definition           needs: align (alive latents: harvest)
+    similarity     matched cosines and their histogram                          align
+    membership     which seeds have the focus run's latents                     align
+    training, firing, frequency_by_class                                        train, harvest
+    scores, relation, interesting, failures                                     explain, score
+    methods        definitions, interval methods, who explained and judged, prompt hashes
+
+Fractions are between 0 and 1; a number that could not be measured is ``None``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from autointerp import scored, seeds
+from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
+from autointerp.scored import ContextSource
+from autointerp.statistics import METHODS
+from sae.files import SCHEMA
+from sae.overlap import DEFINITIONS, INTERVALS
+from sae.run import Run
+
+
+def findings(
+    root: Path, runs: Sequence[str], view: View | None = None, contexts: ContextSource | None = None
+) -> dict[str, Any]:
+    """The findings of ``runs`` (one study's, under ``root``) as JSON values.
+
+    ``contexts`` gives (run, latent) its contexts, to be shown with the latents of ``interesting``; without it they
+    carry none. Raises :class:`UserError` for unknown names and files that cannot be read.
+    """
+    study = Study.open(root, runs, view or View())
+    rows, told = study.score_rows(), study.journal()
+    latents = study.focus_latents()
+    similar = "similarity" in latents
+    has_scores = rows is not None and bool((rows["status"].map(scored.status_kind) == "ok").any())
+    scores = None
+    if rows is not None or told.explained:
+        scores = scored.score_findings(_rows_or_none(rows), latents, told.explained, told.too_few)
+        n, command = scores.pop("n_waiting"), study.command("score", "--sae", study.focus.name)
+        scores["waiting"] = {"n": n, "command": command} if n else None
+    return {
+        "schema": SCHEMA,
+        "study": study.focus.study,
+        "focus": study.focus.name,
+        "runs": [study.describe(run) for run in study.runs],
+        "compared": study.compared,
+        **_provenance(study.focus),
+        "missing": study.missing(told.explained, has_scores),
+        "overlap": seeds.overlap_findings(study),
+        "similarity": seeds.similarity_findings(study),
+        "membership": seeds.membership_findings(study, latents),
+        "training": seeds.training_findings(study.runs),
+        "firing": seeds.firing_findings(study),
+        "frequency_by_class": seeds.frequency_by_class_findings(latents),
+        "scores": scores,
+        "relation": scored.relation_findings(rows, latents) if rows is not None and similar else None,
+        "interesting": scored.interesting(study.focus.name, rows, latents, told.texts, contexts)
+        if rows is not None and has_scores and similar
+        else None,
+        "failures": _failures(study, rows, told),
+        "methods": _methods(study, told),
+    }
+
+
+def _rows_or_none(rows: pd.DataFrame | None) -> pd.DataFrame:
+    columns = ["latent", "control", "status", "balanced_accuracy"]
+    return pd.DataFrame({c: pd.Series(dtype=object) for c in columns}) if rows is None else rows
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    record, settings = run.record, run.settings
+    subject, corpus = record.get("subject", {}), record.get("corpus", {})
+    return {
+        "subject": {
+            "model": subject.get("source", settings.subject.model),
+            "hookpoint": record.get("hookpoint", settings.subject.hookpoint),
+            "width": subject.get("d_in"),
+            "fingerprint": subject.get("fingerprint"),
+        },
+        "corpus": {
+            "kind": corpus.get("kind", settings.corpus.kind),
+            "source": [str(s) for s in settings.corpus.source],
+            "tokens": corpus.get("n_tokens"),
+            "fingerprint": corpus.get("fingerprint"),
+        },
+    }
+
+
+# --- failures and methods ---------------------------------------------------------------------------------
+
+
+def _failures(study: Study, rows: pd.DataFrame | None, told: Told) -> dict[str, Any]:
+    """Latents that failed, by stage and reason, with the command that retries only them."""
+    by_reason: dict[tuple[str, str], set[int]] = {}
+    for latent, why in told.failed.items():
+        by_reason.setdefault(("explain", why), set()).add(latent)
+    answers = 0
+    if rows is not None:
+        kinds = rows["status"].map(scored.status_kind)
+        for row in rows[kinds == "failed"].to_dict("records"):
+            if int(row["latent"]) not in told.failed:
+                stage = "score" if row["control"] == "none" else f"score ({row['control']} control)"
+                by_reason.setdefault((stage, scored.reason(row)), set()).add(int(row["latent"]))
+        if "n_failed" in rows:
+            answers = int(rows.loc[kinds == "ok", "n_failed"].fillna(0).sum())
+    reasons = [
+        {"stage": stage, "reason": why, "n": len(latents), "latents": sorted(latents)}
+        for (stage, why), latents in sorted(by_reason.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1]))
+    ]
+    n = len(set().union(*by_reason.values())) if by_reason else 0
+    return {"n": n, "n_answers": answers, "reasons": reasons, "retry": _retry(study, told) if n or answers else None}
+
+
+def _retry(study: Study, told: Told) -> str:
+    """The command that tries again what failed, and only that: what is done is not asked again."""
+    if not told.failed:
+        return study.command("score", "--sae", study.focus.name)
+    latents = ["--indices", ",".join(map(str, sorted(told.failed)))] if len(told.failed) <= 20 else []
+    return study.command("explain", "--sae", study.focus.name, *latents)
+
+
+def _methods(study: Study, told: Told) -> dict[str, Any]:
+    view, setup, settings = study.view, study.setup or {}, study.focus.settings
+    contexts, last = settings.contexts, told.table.iloc[-1] if len(told.table) else None
+    prompts = {"explain": sorted({str(h) for h in told.table["prompt_hash"] if h}) if last is not None else []}
+    prompts["judge"] = [str(setup[c]) for c in setup if "prompt_hash" in c and "explain" not in c and setup[c]]
+    record = study.focus.record
+    commit = str(record.get("git_commit") or "")[:12]
+    versions = ", ".join(f"{k} {v}" for k, v in record.get("packages", {}).items() if k in ("torch", "transformers"))
+    return {
+        "definition": view.definition,
+        "threshold": view.threshold,
+        "definitions": DEFINITIONS,
+        "against": list(view.against),
+        "seeds": [run.seed for run in study.runs],
+        "explainer": None if last is None else {"name": str(last["explainer"]), "model": str(last["model"])},
+        "judge": {"name": setup["judge"], "model": str(setup.get("model") or "")} if setup else None,
+        "scorer": setup.get("scorer"),
+        "models": sorted({str(v) for v in (setup.get("model"), None if last is None else last["model"]) if v}),
+        "prompt_hashes": {k: v for k, v in prompts.items() if v},
+        "settings_hash": setup.get("settings_hash"),
+        "other_setups": study.other_setups,
+        "cost": told.cost,
+        "similarity": "mean over the other runs of (matched encoder cosine + matched decoder cosine) / 2",
+        "dead": f"no firing over the harvested tokens; the word is used from {ENOUGH_TO_CALL_DEAD:,} tokens on",
+        "contexts": f"{settings.harvest.window} tokens; up to {contexts.n_explain} to explain from and, never the same "
+        f"text, up to {contexts.n_active} activating over {contexts.n_strata} strata of activation and "
+        f"{contexts.n_inactive} position-matched silent ones to test on",
+        "score": "balanced accuracy, (true positive rate + true negative rate) / 2; latents weigh the same in means",
+        "control": "swap: the same contexts judged by the explanation of a dissimilar latent",
+        "intervals": {
+            "overlap": INTERVALS,
+            "scores": METHODS["balanced_accuracy"],
+            "AUROC": METHODS["auroc"],
+            "means": METHODS["bootstrap_mean"],
+            "correlations": METHODS["spearman"],
+            "held fixed": METHODS["partial_spearman"],
+            "strata": METHODS["stratified_spearman"],
+        },
+        "training": "FVU, L0: mean over the last twentieth of the training log",
+        "made_with": ", ".join(word for word in (versions, commit and f"commit {commit}") if word),
+    }

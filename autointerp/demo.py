@@ -1,0 +1,32 @@
+"""The study of `make demo`: every stage on the bundled subject model, offline, from the recipe beside the runs.
+
+It is the same code that users run on their own model; this module only says with what.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from autointerp.backends import LlmOptions
+from autointerp.explain import explain_runs
+from autointerp.score import score_runs
+from autointerp.selection import Choice
+from sae.run import Run
+from sae.settings import settings_from
+from sae.study import Compute, align_runs, harvest_runs, train_study
+
+RECIPE = Path(__file__).parent.parent / "eval_runs" / "recipes" / "demo.toml"
+STUDY = "demo"
+SEEDS = (0, 1, 2)
+N_LATENTS = 400
+
+
+def run_demo(root: Path, compute: Compute) -> tuple[list[Run], int]:
+    """Do what is missing of the demo study. Returns its runs and how many latents failed."""
+    runs = train_study(STUDY, SEEDS, settings_from(RECIPE), root, compute)
+    harvest_runs(runs, compute)
+    align_runs(runs, compute)
+    baseline = LlmOptions()  # no endpoint: explainer and judge are the n-gram baseline, whatever the environment holds
+    explained = explain_runs(runs[:1], Choice(n=N_LATENTS), "ngram", baseline, compute)
+    scored = score_runs(runs[:1], root, ("detection",), "ngram", baseline)
+    return runs, explained.n_failed + scored.n_failed

@@ -1,0 +1,252 @@
+"""What the stages left on disk for a report, read once: tables, alignments, one run's journal.
+
+Every later room of the analysis asks this one, so that what is missing, which runs are compared and which set-up
+of scores is meant are decided in a single place.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from autointerp import scored
+from autointerp.journal import Journal
+from sae.alignment import alignment_path, both_ways
+from sae.errors import BadInput, NotFound, nearest
+from sae.files import read_table
+from sae.overlap import DEFINITIONS, StudyOverlap, latent_table, overlap
+from sae.run import DEFAULT_ROOT, Run
+
+_UNALIGNED = "These SAEs have not been aligned yet."
+ENOUGH_TO_CALL_DEAD = 1_000_000  # tokens without a firing before the word is used
+
+
+@dataclass(frozen=True)
+class View:
+    """How the findings are looked at.
+
+    ``focus`` is the run whose latents are counted and explained (the first where ``None``); ``against`` names the
+    runs that decide what is unshared (all others where empty); the last three choose among set-ups of scores.
+    """
+
+    focus: str | None = None
+    definition: str = "strict"
+    threshold: float = 0.7
+    against: tuple[str, ...] = ()
+    scorer: str | None = "detection"
+    explainer: str | None = None
+    judge: str | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the focus run's journal holds of the chosen set-up."""
+
+    table: pd.DataFrame
+    texts: dict[int, str]  # by the explanation's number
+    explained: set[int]
+    too_few: set[int]
+    failed: dict[int, str]
+    cost: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Study:
+    root: Path
+    runs: list[Run]
+    focus: Run
+    view: View
+    firing: dict[str, pd.DataFrame]
+    alive: dict[str, np.ndarray]
+    tables: dict[tuple[str, str], pd.DataFrame]
+    compared: list[str]  # the runs that are aligned with each other, the focus among them
+    shared: StudyOverlap | None
+    scores: pd.DataFrame | None
+    setup: dict[str, Any] | None
+    other_setups: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, root: Path, names: Sequence[str], view: View) -> Study:
+        if not names:
+            raise NotFound(f"no run was named; there is nothing to report under {str(root)!r}")
+        runs = [Run.open(name, root) for name in names]
+        for wanted in (*([view.focus] if view.focus else []), *view.against):
+            if wanted not in names:
+                raise NotFound(
+                    f"run {wanted!r} is not among the runs reported on; did you mean {nearest(wanted, names)}?"
+                )
+        if view.definition not in DEFINITIONS:
+            raise BadInput(
+                f"--definition {view.definition!r} is not known; use {nearest(view.definition, DEFINITIONS, 4)}"
+            )
+        focus = next(run for run in runs if run.name == (view.focus or names[0]))
+        firing = {run.name: read_table(path) for run in runs if (path := run.stage_path("firing")).exists()}
+        compared = _compared(root / "alignments", focus.name, names)
+        tables = both_ways(root / "alignments", compared) if len(compared) > 1 else {}
+        alive = {run.name: _alive(run, firing) for run in runs}
+        scores = read_table(path) if (path := focus.stage_path("scores")).exists() else None
+        chosen: list[dict[str, Any]] = []
+        if scores is not None:
+            chosen = scored.setups(scores, scorer=view.scorer, explainer=view.explainer, judge=view.judge)
+        return cls(
+            root=root,
+            runs=runs,
+            focus=focus,
+            view=view,
+            firing=firing,
+            alive=alive,
+            tables=tables,
+            compared=compared,
+            shared=overlap(compared, tables, {name: alive[name] for name in compared}, view.threshold)
+            if tables
+            else None,
+            scores=scores,
+            setup=chosen[0] if chosen else None,
+            other_setups=chosen[1:],
+        )
+
+    @property
+    def names(self) -> list[str]:
+        return [run.name for run in self.runs]
+
+    def describe(self, run: Run) -> dict[str, Any]:
+        stages = {
+            "trained": run.trained,
+            "harvested": run.name in self.firing,
+            "aligned": any(run.name in pair for pair in self.tables),
+            "explained": run.journal_path.exists(),
+            "scored": run.stage_path("scores").exists(),
+        }
+        return {
+            "name": run.name,
+            "seed": run.seed,
+            "num_latents": len(self.alive[run.name]),
+            "k": run.settings.training.k,
+            "stages": [stage for stage, done in stages.items() if done],
+        }
+
+    def focus_latents(self) -> pd.DataFrame:
+        """The focus run's latents by number: firing, sharing under the view's definition, eligibility."""
+        name, view = self.focus.name, self.view
+        latents = pd.DataFrame({"alive": self.alive[name]}, index=pd.RangeIndex(len(self.alive[name]), name="latent"))
+        if name in self.firing:
+            latents = latents.join(self.firing[name].set_index("latent"))
+        path = self.focus.stage_path("contexts")
+        if path.exists():
+            latents = latents.join(read_table(path).set_index("latent")[["eligible"]])
+        if self.tables:
+            others = [n for n in view.against or self.compared if n != name]
+            table = latent_table(name, [name, *others], self.tables, self.alive[name], view.threshold).set_index(
+                "latent"
+            )
+            n = table[f"n_shared_{view.definition}"]
+            latents["n_shared"] = n
+            latents["similarity"] = table["similarity"]
+            latents["unshared"] = latents["alive"] & (n == 0)
+            latents["shared_class"] = np.select([n == 0, n == len(others)], ["one", "all"], default="some")
+        return latents
+
+    def score_rows(self) -> pd.DataFrame | None:
+        return None if self.scores is None or self.setup is None else scored.rows_of(self.scores, self.setup)
+
+    def journal(self) -> Told:
+        """The explanations of the chosen set-up; of the newest explainer where nothing is scored yet."""
+        if not self.focus.journal_path.exists():
+            return Told(pd.DataFrame(), {}, set(), set(), {}, [])
+        with Journal(self.focus.journal_path) as journal:
+            table, cost = journal.explanations(), journal.usage()
+        texts = {int(i): text for i, text in zip(table["id"], table["text"], strict=True) if isinstance(text, str)}
+        table = table[self._by_explainer(table)]
+        good = set(table.loc[table["status"] == "ok", "latent"].astype(int))
+        lost = table[(table["status"] == "failed") & ~table["latent"].isin(good)]
+        failed = {int(latent): str(why) for latent, why in zip(lost["latent"], lost["failure"], strict=True)}
+        too_few = {latent for latent, why in failed.items() if scored.TOO_FEW in why}
+        return Told(
+            table=table,
+            texts=texts,
+            explained=good,
+            too_few=too_few,
+            failed={latent: why for latent, why in failed.items() if latent not in too_few},
+            cost=[{str(k): v for k, v in row.items()} for row in cost.to_dict("records")],
+        )
+
+    def _by_explainer(self, table: pd.DataFrame) -> pd.Series:
+        """Which rows of the explanation table are by the explainer, model, prompt and settings that are meant."""
+        identity = dict.fromkeys(("explainer", "model", "settings_hash", "prompt_hash"))
+        if self.setup:
+            setup = self.setup
+            keys = ("explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
+            identity = {mine: setup.get(theirs) for mine, theirs in zip(identity, keys, strict=True)}
+        else:
+            of = table if self.view.explainer is None else table[table["explainer"] == self.view.explainer]
+            if len(of):
+                identity = {column: of[column].iloc[-1] for column in identity}
+        mask = pd.Series(True, index=table.index)
+        for column, value in identity.items():
+            if value is not None:
+                mask &= table[column] == value
+        return mask
+
+    # --- what to run next ---------------------------------------------------------------------------------
+
+    def command(self, *words: str) -> str:
+        root = [] if self.root.resolve() == DEFAULT_ROOT.resolve() else ["--root", str(self.root)]
+        return shlex.join(("python", "cli.py", *words, *root))
+
+    def missing(self, explained: set[int], has_scores: bool) -> list[dict[str, str]]:
+        """The stages that have not been run, in order, each with the command that runs it."""
+        found = []
+
+        def add(stage: str, says: str, *words: str) -> None:
+            found.append({"stage": stage, "says": says, "command": self.command(*words)})
+
+        focus, seeds = self.focus.name, [str(run.seed) for run in self.runs]
+        untrained = [run.name for run in self.runs if not run.trained]
+        if untrained:
+            says = f"Not trained to the end: {', '.join(untrained)}. With the same options as before, this goes on:"
+            add("train", says, *self._train(seeds))
+        unharvested = [name for name in self.names if name not in self.firing]
+        if unharvested:
+            chosen = [word for name in unharvested for word in ("--sae", name)]
+            add("harvest", f"Not harvested yet: {', '.join(unharvested)}.", "harvest", *chosen)
+        if len(self.runs) == 1:
+            another = str(max(run.seed for run in self.runs) + 1)
+            add(
+                "overlap",
+                "One SAE alone has nothing to be compared with. With the same options, this trains another seed:",
+                *self._train([*seeds, another]),
+            )
+        elif len(self.compared) < len(self.names) and not untrained:
+            apart = [name for name in self.names if name not in self.compared]
+            says = f"Not aligned with the others yet: {', '.join(apart)}." if self.tables else _UNALIGNED
+            add("overlap", says, "align", *self.names)
+        if not explained and not has_scores:
+            add("explain", f"No latent of {focus} has been explained yet.", "explain", "--sae", focus)
+        if not has_scores:
+            add("score", f"No explanation of {focus} has been scored yet.", "score", "--sae", focus)
+        return found
+
+    def _train(self, seeds: Sequence[str]) -> list[str]:
+        return ["train", "--name", self.focus.study, "--seeds", *seeds]
+
+
+def _compared(folder: Path, focus: str, names: Sequence[str]) -> list[str]:
+    """The focus and, in order, every run that is aligned with all before it."""
+    found = [focus]
+    for name in names:
+        if name != focus and all(alignment_path(folder, name, other) is not None for other in found):
+            found.append(name)
+    return [name for name in names if name in found]
+
+
+def _alive(run: Run, firing: Mapping[str, pd.DataFrame]) -> np.ndarray:
+    """Whether each latent fired; where nothing was harvested, every latent is taken to be alive."""
+    if run.name in firing:
+        return ~firing[run.name].sort_values("latent")["dead"].to_numpy(bool)
+    return np.ones(run.settings.training.num_latents, bool)

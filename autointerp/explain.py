@@ -1,0 +1,124 @@
+"""`explain`: choose latents, show their activating contexts to an explainer, keep each answer in the journal.
+
+Earlier stages that are missing run first. A latent that already has an explanation by the same explainer, from
+the same contexts and prompts, is not asked again; one that failed is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from autointerp.backends import LlmOptions, open_explainer, resolve
+from autointerp.explainers.base import Explainer
+from autointerp.journal import Journal
+from autointerp.material import Material
+from autointerp.selection import Choice, choose, partners
+from autointerp.work import Outcome, in_flight
+from sae.errors import BadInput
+from sae.files import digest, read_table
+from sae.progress import say, track
+from sae.run import Run
+from sae.study import Compute, ensure_aligned, ensure_harvested
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The latents of one run that are to be explained."""
+
+    run: Run
+    latents: list[int]
+
+
+def explain_runs(
+    runs: Sequence[Run], choice: Choice, backend: str, options: LlmOptions, compute: Compute | None = None
+) -> Outcome:
+    """Explain the chosen latents of ``runs``; returns what came of it. See this module's head."""
+    compute = compute or Compute()
+    kind = resolve(backend, options, "explainer")
+    for run in runs:
+        ensure_harvested([run, *run.siblings()] if choice.needs_alignment else [run], compute)
+        if choice.needs_alignment:
+            ensure_aligned(run, compute)
+    tasks = [task for run in runs for task in _plan(run, choice)]
+    return asyncio.run(_explain(tasks, kind, options))
+
+
+def _plan(run: Run, choice: Choice) -> list[_Task]:
+    eligibility = Material.of(run).eligibility()
+    eligible = eligibility["latent"][eligibility["eligible"]].tolist()
+    table = read_table(run.stage_path("overlap")) if choice.needs_alignment else pd.DataFrame()
+    latents = choose(run, table, eligible, choice)
+    lacking = sorted(set(latents) - set(eligible))
+    if lacking:  # named outright by the user: said here, recorded as failures below
+        say(f"{run.name}: {len(lacking)} of the latents named have too few contexts, the first is {lacking[0]}")
+    if not latents:
+        raise BadInput(
+            f"run {run.name!r}: no latent fits (asked for: {choice.sharing}, {len(eligible)} eligible in all); "
+            "ask for another class, another --threshold, or harvest more tokens"
+        )
+    tasks = [_Task(run, latents)]
+    if choice.with_partners:
+        for sibling in run.siblings():
+            theirs = Material.of(sibling).eligibility()
+            able = set(theirs["latent"][theirs["eligible"]])
+            tasks.append(_Task(sibling, [x for x in partners(table, sibling.name, latents) if x in able]))
+    return tasks
+
+
+async def _explain(tasks: list[_Task], kind: str, options: LlmOptions) -> Outcome:
+    root = tasks[0].run.root
+    outcome = Outcome("explain", list(dict.fromkeys(t.run.name for t in tasks)))
+    async with open_explainer(kind, options, root / "cache.sqlite") as explainer:
+        outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
+        for task in tasks:
+            await _explain_run(task, explainer, options.concurrency, outcome)
+    return outcome
+
+
+async def _explain_run(task: _Task, explainer: Explainer, concurrency: int, outcome: Outcome) -> None:
+    material = Material.of(task.run)
+    settings_hash = digest({"explainer": explainer.settings_hash, "material": material.digest})
+    same: dict[str, Any] = {
+        "explainer": explainer.name,
+        "settings_hash": settings_hash,
+        "prompt_hash": explainer.prompt_hash,
+        "model": explainer.model,
+    }
+    with Journal(task.run.journal_path) as journal, journal.claim():
+        stored = journal.explanations(status="ok", draw=0, **same)
+        todo = sorted(set(task.latents) - set(stored["latent"].tolist()))
+        before = len(task.latents) - len(todo)
+        if before:
+            say(f"{task.run.name}: {before} of {len(task.latents)} latents were explained before")
+
+        async def explain_one(latent: int) -> None:
+            contexts = material.sampler.explaining(latent)
+            eligible, reason = material.sampler.eligible(latent)
+            background = material.sampler.background(latent, explainer.needs_background)
+            text, failure = None, f"too few contexts: {reason}"
+            if eligible:
+                explanation = await explainer.explain(latent, contexts, background)
+                text, failure = explanation.text, explanation.failure or ""
+                journal.add_usage("explain", explainer.model, explanation.usage, latent)
+            journal.add_explanation(
+                latent=latent,
+                contexts=[context.window for context in contexts],
+                text=text,
+                failure=None if text is not None else failure,
+                **same,
+            )
+            if text is None:
+                outcome.failures[failure] += 1
+            else:
+                outcome.n_new += 1
+
+        if todo:
+            with track(f"explain {task.run.name}", len(task.latents), "latents", done=before) as bar:
+                await in_flight(todo, explain_one, concurrency, bar)
+        outcome.n_done += len(journal.explanations(status="ok", draw=0, latent=task.latents, **same))
+    outcome.retry = f"python cli.py explain --sae {task.run.name} (the same options: what is done is not asked again)"

@@ -1,0 +1,53 @@
+"""What explaining and scoring read of a run: its firing store, through one sampler. No torch, no model."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from autointerp.contexts import ContextSampler
+from sae.files import digest, read_table, write_table
+from sae.firings import FiringStore
+from sae.progress import track
+from sae.run import Run
+
+
+@dataclass(frozen=True)
+class Material:
+    """A run's contexts, and the digest of everything that decides which they are."""
+
+    run: Run
+    store: FiringStore
+    sampler: ContextSampler
+
+    @classmethod
+    def of(cls, run: Run) -> Material:
+        store = run.store()
+        return cls(run, store, ContextSampler(store, store.corpus.decode, run.settings.contexts))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Two runs of a command with the same digest draw the same contexts for every latent. 64 hex characters."""
+        contexts: dict[str, Any] = self.run.settings.contexts.model_dump(mode="json")
+        return digest({"store": self.store.digest, "contexts": contexts})
+
+    def eligibility(self) -> pd.DataFrame:
+        """One row per latent: ``latent``, ``eligible`` and, where it is not, ``reason``. Counted once, then read.
+
+        A dead latent is not eligible, and says so.
+        """
+        path = self.run.stage_path("contexts")
+        if self.run.stage_inputs("contexts") == self.digest:
+            return read_table(path)
+        rows = []
+        with track(f"counting contexts of {self.run.name}", self.store.num_latents, "latents") as bar:
+            for latent in range(self.store.num_latents):
+                eligible, reason = self.sampler.eligible(latent)
+                rows.append((latent, eligible, reason))
+                bar.advance()
+        table = pd.DataFrame(rows, columns=["latent", "eligible", "ineligible_reason"])
+        write_table(path, table, inputs=self.digest)
+        return table

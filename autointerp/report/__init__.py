@@ -1,0 +1,77 @@
+"""What was found, for a person to read: everything here only arranges what ``autointerp.analysis`` measured.
+
+Each ``render_…`` prints one JSON object of a command on standard output, or on the console it is given. What
+is heavy to import is imported by the function that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from autointerp.scored import ShownContext
+    from sae.run import Run
+
+
+def findings_of(
+    run: Run, study: Sequence[Run], *, definition: str = "strict", threshold: float = 0.7, against: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The findings of a study with ``run`` in the middle, contexts included where its firing store is there."""
+    from autointerp.analysis import findings
+    from autointerp.evidence import View
+    from autointerp.latents import contexts_of
+    from sae.errors import UserError
+
+    def contexts(_: str, latent: int) -> Sequence[ShownContext]:
+        try:
+            return contexts_of(run, latent)
+        except UserError:  # a store moved away, a hub out of reach: the report says so and shows the rest
+            return []
+
+    view = View(focus=run.name, definition=definition, threshold=threshold, against=tuple(against))
+    return findings(run.root, [r.name for r in study], view, contexts)
+
+
+def render_report(found: Mapping[str, Any], console: Console | None = None) -> None:
+    from autointerp.report.terminal import render
+
+    render(found, console or _output())
+
+
+def latent_findings(run: Run, latent: int, *, n_contexts: int = 8) -> dict[str, Any]:
+    """Everything known of one latent, as JSON values; see :func:`autointerp.latents.latent_findings`."""
+    from autointerp.latents import latent_findings as gathered
+
+    return gathered(run, latent, n_contexts)
+
+
+def render_latent(found: Mapping[str, Any], console: Console | None = None) -> None:
+    from autointerp.report.latent import show_latent
+
+    show_latent(found, console or _output())
+
+
+def render_alignment(found: Mapping[str, Any], console: Console | None = None) -> None:
+    from autointerp.report.stages import show_alignment
+
+    show_alignment(found, console or _output())
+
+
+def render_outcome(found: Mapping[str, Any], stage: str, console: Console | None = None) -> None:
+    from autointerp.report.stages import show_outcome
+
+    show_outcome(found, stage, console or _output())
+
+
+def render_runs(found: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    from autointerp.report.stages import show_runs
+
+    show_runs(found, console or _output())
+
+
+def _output() -> Console:
+    # Nothing is guessed from the text: numbers in an explanation are not to be coloured as numbers.
+    return Console(highlight=False, markup=False, emoji=False)

@@ -1,0 +1,276 @@
+"""The half of the report about meaning: how well latents can be explained, and how that goes with their return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from autointerp.report import blocks
+from autointerp.report.dictionaries import class_label, missing, rate
+from autointerp.report.layout import (
+    ACCENT,
+    QUIET,
+    STYLE_OF_CLASS,
+    Page,
+    command_line,
+    count,
+    decimal,
+    estimate,
+    grid,
+    human,
+    indented,
+    interval,
+    known,
+    percent,
+    plural,
+    section,
+)
+from autointerp.report.visible import highlighted, shown, visible
+
+Findings = Mapping[str, Any]
+CHANCE = 0.5
+N_SHOWN = 5
+
+
+def scores(found: Findings, page: Page) -> RenderableType:
+    title = "How well the latents can be explained"
+    says = (
+        "A judge reads only the explanation and says of unseen contexts whether the latent fires there; the score is "
+        "its balanced accuracy (.5 is guessing, 1 perfect). The control hands it another latent's explanation."
+    )
+    tree = found["scores"]
+    if tree is None or not tree["n_scored"]:
+        return section(page, title, says, missing(found, "score"), *_outcome(tree))
+    control = tree["control"]
+    body: list[RenderableType] = [*_histograms(tree, control, page), Text()]
+    table = grid("", ("latents", "right"), ("mean", "right"), "95 % interval", "quartiles", ("AUROC", "right"))
+    table.add_row(Text("own explanation", ACCENT), *_distribution(tree), decimal(tree["auroc_mean"]))
+    if control is not None:
+        table.add_row("swapped control", *_distribution(control), "")
+        above = control["above_control"]
+        difference = decimal(above["mean"], sign=True), interval(above["interval"], sign=True)
+        table.add_row("own − swapped", count(above["n"]), *difference)
+    body.append(table)
+    if control is None:
+        body.append(Text("\nNo control was scored: a score alone says little, random dictionaries score high too."))
+    elif known(control["above_control"]["fraction"]):
+        share = percent(control["above_control"]["fraction"], 0)
+        body.append(
+            Text(f"\n{share} of the latents score higher with their own explanation than with the swapped one.")
+        )
+    return section(page, title, says, *body)
+
+
+def _outcome(tree: Mapping[str, Any] | None) -> Iterator[RenderableType]:
+    if tree is not None and tree["n_asked"]:
+        yield Text(
+            f"\nOf {plural(tree['n_asked'], 'latent')} asked for: {tree['n_explained']} explained, "
+            f"{tree['n_failed']} failed, {tree['n_ineligible']} with too few contexts."
+        )
+
+
+def _distribution(tree: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    quartiles = " / ".join(decimal(q) for q in tree["quartiles"])
+    return count(tree["n_scored"]), decimal(tree["mean"]), interval(tree["interval"]), quartiles
+
+
+def _histograms(tree: Mapping[str, Any], control: Mapping[str, Any] | None, page: Page) -> Iterator[RenderableType]:
+    """Own scores above, the control below, on one axis that starts at the first tenth with anything in it."""
+    edges, counts = tree["histogram"]["edges"], tree["histogram"]["counts"]
+    swapped: Sequence[int] = control["histogram"]["counts"] if control else [0] * len(counts)
+    first = next((i for i, both in enumerate(zip(counts, swapped, strict=True)) if any(both)), 0) // 5 * 5
+    first = min(first, edges.index(CHANCE) // 5 * 5)
+    n = len(counts) - first
+    cell = max(1, min(3, (page.width - 4) // n))
+    width = cell * n
+    start, span = edges[first], edges[-1] - edges[first]
+    ticks = [blocks.Tick((CHANCE - start) / span * width, "chance .5", "bold")]
+    ticks += [blocks.Tick((x / 10 - start) / span * width, decimal(x / 10, 1)) for x in range(11) if x / 10 >= start]
+    upper = blocks.columns(counts[first:], 5, cell=cell, styles=ACCENT)
+    yield from map(indented, _named(upper, "own explanation", ACCENT))
+    if control:
+        lower = blocks.columns(swapped[first:], 3, cell=cell, styles=QUIET)
+        yield from map(indented, _named(lower, "swapped control", QUIET))
+    yield from map(indented, blocks.axis(width, ticks))
+
+
+def _named(lines: list[Text], name: str, style: str) -> Iterator[Text]:
+    """A chart with its name written into its upper left corner, or above it where that corner is taken."""
+    if lines[0].plain[: len(name) + 3].strip():
+        yield Text(name, style)
+        yield from lines
+    else:
+        yield Text.assemble((name, style), lines[0][len(name) :])
+        yield from lines[1:]
+
+
+def counted(found: Findings, page: Page) -> RenderableType:
+    title = "Who was scored"
+    says = (
+        "A latent that fires in too few different contexts cannot be tested, and such latents are mostly the rare "
+        "ones: what was scored is not a fair sample of all."
+    )
+    tree = found["scores"]
+    if tree is None:
+        return section(page, title, says, missing(found, "explain"))
+    kinds = ["latents", "alive", "eligible", "explained", "scored", *(["failed"] if tree["n_failed"] else [])]
+    heads = [("in all" if kind == "latents" else kind, "right") for kind in kinds]
+    table = grid("", *heads, "mean score", gap=2 if page.wide else 1)
+    for name, row in (tree["by_class"] or {}).items():
+        label = Text(class_label(name, len(found["compared"])), STYLE_OF_CLASS[name])
+        table.add_row(label, *(count(row[f"n_{kind}"]) for kind in kinds), estimate(row["mean"], row["interval"]))
+    total = estimate(tree["mean"], tree["interval"])
+    table.add_row("together", *(count(tree[f"n_{kind}"]) for kind in kinds), total)
+    notes = [f"Eligible: counted over {tree['eligible_of']}."]
+    if tree["n_ineligible"]:
+        notes.append(f"{plural(tree['n_ineligible'], 'latent')} asked for had too few contexts.")
+    body: list[RenderableType] = [table, Text("\n" + " ".join(notes))]
+    if tree["waiting"] and tree["n_scored"]:
+        body.append(Text(f"\n{plural(tree['waiting']['n'], 'explained latent')} not scored yet:"))
+        body.append(command_line(tree["waiting"]["command"]))
+    return section(page, title, says, *body)
+
+
+def relation(found: Findings, page: Page) -> RenderableType:
+    title = "Do latents that come back explain better?"
+    says = (
+        "Rank correlation (Spearman) of a latent's score with its similarity to its partners in the other seeds. Both "
+        "may merely follow how often it fires, so that is also held fixed."
+    )
+    tree = found["relation"]
+    if tree is None:
+        return section(page, title, says, _no_relation(found))
+    width = 41 if page.wide else 23
+    scale = "−1" + "0".center(width - 4) + "+1"
+    table = grid("", ("Spearman", "right"), "95 % interval", ("latents", "right"), scale, gap=2 if page.wide else 1)
+    rows: list[tuple[str, Mapping[str, Any], int]] = [
+        ("score and similarity", {"value": tree["spearman"], "interval": tree["interval"]}, tree["n"]),
+        (" frequency held fixed", tree["partial"], tree["n"]),
+        (" within frequency strata", tree["within_strata"], tree["n"]),
+        *((f"  {rate(s['low'])} to {rate(s['high'])}", s, s["n"]) for s in tree["strata"]),
+        ("score and frequency", tree["frequency"], tree["n"]),
+    ]
+    for label, row, n in rows:
+        style = "bold" if not label.startswith(" ") else QUIET if label.startswith("  ") else ""
+        value, bounds = decimal(row["value"], 2, sign=True), interval(row["interval"], 2, sign=True)
+        table.add_row(Text(label, style), value, bounds, count(n), _strip(row, width))
+    return section(page, title, says, table, Text(), *_by_similarity(tree))
+
+
+def _no_relation(found: Findings) -> RenderableType:
+    if found["scores"] is None or not found["scores"]["n_scored"]:
+        return missing(found, "score")
+    return missing(found, "overlap") if found["similarity"] is None else Text("Fewer than three latents are scored.")
+
+
+def _strip(row: Mapping[str, Any], width: int) -> Text:
+    value, bounds = row["value"], row["interval"]
+    low, high = bounds or (math.nan, math.nan)
+    return blocks.whisker(math.nan if value is None else value, low, high, -1, 1, width, ACCENT, mark=0)
+
+
+def _by_similarity(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
+    bins = tree["bins"]
+    if len(bins) < 2:
+        return
+    bounds = [b for row in bins for b in (row["interval"] or [row["mean"]])]
+    start, stop = min([CHANCE, *bounds]), max(bounds)
+    scale = f"{decimal(start, 2)}{decimal(stop, 2):>27}"
+    table = grid("similarity", ("latents", "right"), ("mean score", "right"), "95 % interval", scale)
+    for row in bins:
+        low, high = row["interval"] or (row["mean"], row["mean"])
+        table.add_row(
+            f"{decimal(row['low'], 2)} to {decimal(row['high'], 2)}",
+            count(row["n"]),
+            decimal(row["mean"]),
+            interval(row["interval"]),
+            blocks.whisker(row["mean"], low, high, start, stop, 30, ACCENT),
+        )
+    yield table
+
+
+def interesting(found: Findings, page: Page) -> RenderableType:
+    focus = visible(found["focus"])
+    title = "Found in no other seed, yet easy to explain"
+    says = (
+        f"Alive latents of {focus} without a shared partner, by the lower end of their score's interval; contexts run "
+        "from the strongest activation to the middle of its range."
+    )
+    tree = found["interesting"]
+    if tree is None:
+        return section(page, title, says, _no_relation(found))
+    if not tree:
+        nothing = "None: no unshared latent scores above chance and above its swapped control with 95 % confidence."
+        return section(page, title, says, Text(nothing))
+    body: list[RenderableType] = []
+    for entry in tree[:N_SHOWN]:
+        body += [_one(entry, page), Text()]
+    rest = len(tree) - N_SHOWN
+    if rest > 0:
+        numbers = ", ".join(str(entry["latent"]) for entry in tree[N_SHOWN:])
+        body.append(Text(f"Next: {numbers}.", QUIET))
+    body.append(
+        Text(f"python cli.py show --sae {focus} --latent {tree[0]['latent']} shows one of them in full.", QUIET)
+    )
+    return section(page, title, says, *body)
+
+
+def _one(entry: Mapping[str, Any], page: Page) -> RenderableType:
+    facts = [
+        f"score {estimate(entry['score'], entry['interval'], 2)}",
+        f"swapped {decimal(entry['control'], 2)}" if known(entry["control"]) else "",
+        f"similarity {decimal(entry['similarity'], 2)}",
+        f"fires {rate(entry['firing_frequency'])}",
+    ]
+    head = Text.assemble((f"latent {entry['latent']}", "bold"), "  ", (" · ".join(f for f in facts if f), QUIET))
+    words = entry["explanation"]
+    said = shown(words) if words else Text("(its explanation is not in the journal)", QUIET)
+    lines: list[RenderableType] = [head, Padding(said, (0, 0, 0, 2))]
+    lines += [context_line(context, page, indent=4) for context in entry["contexts"]]
+    if not entry["contexts"]:
+        lines.append(indented(Text("(its contexts are not at hand: no firing store, or no tokenizer)", QUIET), 4))
+    return Group(*lines)
+
+
+def context_line(context: Mapping[str, Any], page: Page, indent: int = 2, peak: bool = True) -> RenderableType:
+    """One context in one line: its largest activation, then its text around it."""
+    activations = context["activations"]
+    strongest = f"{max(activations, default=0.0):6.2f}  " if peak else ""
+    line = highlighted(context["tokens"], activations, page.marking, width=page.width - indent - len(strongest))
+    return indented(Text.assemble((strongest, QUIET), line, no_wrap=True), indent)
+
+
+def failures(found: Findings, page: Page) -> RenderableType | None:
+    """What failed, grouped by reason; nothing at all where nothing did."""
+    tree = found["failures"]
+    if tree is None or not (tree["n"] or tree["n_answers"]):
+        return None
+    table = grid("stage", ("latents", "right"), ("reason", "fold"), "which")
+    for row in tree["reasons"]:
+        some = ", ".join(str(n) for n in row["latents"][:6]) + (", …" if len(row["latents"]) > 6 else "")
+        table.add_row(row["stage"], count(row["n"]), shown(row["reason"]), Text(some, QUIET))
+    body: list[RenderableType] = [table] if tree["reasons"] else []
+    if tree["n_answers"]:
+        body.append(
+            Text(f"{plural(tree['n_answers'], 'answer')} of the judge failed within scored latents and count in none.")
+        )
+    if tree["retry"]:
+        body += [Text("\nThis retries only what failed:"), command_line(tree["retry"])]
+    return section(
+        page, "What failed", "None of these counts as a zero: they are left out of every figure above.", *body
+    )
+
+
+def cost(found: Findings) -> Iterator[str]:
+    """What was asked of language models, one line a stage; nothing for work that asked none."""
+    for row in found["methods"]["cost"]:
+        yield (
+            f"{row['stage']}: {visible(row['model'])}, {human(row['requests'])} requests, "
+            f"{human(row['prompt_tokens'])} prompt tokens ({human(row['cached_tokens'])} cached), "
+            f"{human(row['completion_tokens'])} completion tokens"
+        )

@@ -1,0 +1,173 @@
+"""One latent in the terminal: what it fires on, what it was said to mean, and what the other seeds have of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from autointerp.report import blocks
+from autointerp.report.dictionaries import rate
+from autointerp.report.explanations import context_line
+from autointerp.report.layout import (
+    ACCENT,
+    QUIET,
+    STYLE_OF_CLASS,
+    Page,
+    command_line,
+    count,
+    decimal,
+    grid,
+    indented,
+    interval,
+    section,
+)
+from autointerp.report.terminal import emit
+from autointerp.report.visible import shown, visible
+
+Latent = Mapping[str, Any]
+
+
+def show_latent(found: Latent, console: Console) -> None:
+    """Print one latent; ``found`` is the object of :func:`autointerp.latents.latent_findings`."""
+    page = Page.of(console)
+    parts = [_head(found, page), _contexts(found, page), _explanations(found, page), _matches(found, page)]
+    emit(Group(*parts, Text()), console, page.width)
+
+
+def _head(found: Latent, page: Page) -> RenderableType:
+    title = Text.assemble((f"latent {found['latent']}", f"bold {ACCENT}"), (f"   of {visible(found['run'])}", "bold"))
+    table = grid(("", "left"), ("", "fold"), head=False)
+    firing = found["firing"]
+    if firing is None:
+        table.add_row(Text("fires", QUIET), "not harvested yet")
+    elif firing["dead"]:
+        table.add_row(Text("fires", QUIET), "never, over the harvested tokens")
+    else:
+        words = (
+            f"{count(firing['n_firings'])} times, {rate(firing['firing_frequency'])} of the tokens, in "
+            f"{count(firing['n_windows'])} contexts; the {_ordinal(firing['rank'])} most frequent"
+        )
+        table.add_row(Text("fires", QUIET), words)
+        strength = f"mean {firing['mean_activation']:.3g}, largest {firing['max_activation']:.3g}"
+        table.add_row(Text("activation", QUIET), strength)
+    if firing is not None and firing.get("ineligible_reason"):
+        table.add_row(Text("not eligible", QUIET), shown(firing["ineligible_reason"]))
+    if found["activations"] is not None:
+        table.add_row("", blocks.strip(found["activations"]["counts"], ACCENT))
+        largest = f"{found['activations']['edges'][-1]:.3g}"
+        table.add_row("", Text("0" + largest.rjust(len(found["activations"]["counts"]) - 1), QUIET))
+    if found["matches"]:
+        n, of = found["n_shared"], len(found["matches"])
+        name = "one" if n == 0 else "all" if n == of else "some"
+        words = f"with {n} of {of} other seeds (strict); similarity {decimal(found['similarity'], 2)}"
+        table.add_row(Text("shared", QUIET), Text(words, STYLE_OF_CLASS[name]))
+    return Group(title, Text("━" * page.width, ACCENT, no_wrap=True), table)
+
+
+def _ordinal(n: int) -> str:
+    ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n:,}{ending}"
+
+
+def _contexts(found: Latent, page: Page) -> RenderableType:
+    how = "shaded by activation" if page.colour else "« » around what activates most"
+    says = f"From the strongest activation to the weakest, over its whole range; the largest stands in front ({how})."
+    if not found["contexts"]:
+        why = "It never fires." if found["firing"] and found["firing"]["dead"] else "None are at hand."
+        body: list[RenderableType] = [Text(why)]
+        if found["firing"] is None:
+            body.append(command_line(f"python cli.py harvest --sae {found['run']}"))
+        return section(page, "Contexts", says, *body)
+    return section(page, "Contexts", says, *(context_line(context, page, indent=0) for context in found["contexts"]))
+
+
+def _explanations(found: Latent, page: Page) -> RenderableType:
+    says = "What an explainer made of contexts like these, and how well a judge could tell other contexts by it."
+    if not found["explanations"]:
+        command = f"python cli.py explain --sae {found['run']} --indices {found['latent']}"
+        return section(page, "Explanation", says, Text("It has not been explained yet."), command_line(command))
+    body: list[RenderableType] = []
+    for entry in found["explanations"]:
+        who = f"{entry['explainer']}: {entry['model']}" if entry["model"] else entry["explainer"]
+        body.append(Text.assemble((visible(who), "bold"), (f"   {visible(entry['created'])}", QUIET)))
+        words = (
+            shown(entry["text"]) if entry["text"] else Text.assemble("failed: ", shown(entry["failure"] or "unknown"))
+        )
+        body += [Padding(words, (0, 0, 0, 2)), *_scores(found, entry["id"], page), Text()]
+    swapped = [row for row in found["scores"] if row["control"] != "none"]
+    if swapped:
+        body += [
+            Text("Controls: its contexts judged by another latent's explanation", QUIET),
+            _score_table(swapped, page),
+        ]
+    if not found["scores"]:
+        body += [Text("It has not been scored yet."), command_line(f"python cli.py score --sae {found['run']}")]
+    return section(page, "Explanation", says, *body)
+
+
+def _scores(found: Latent, identifier: int, page: Page) -> Iterator[RenderableType]:
+    own = [row for row in found["scores"] if row["explanation_id"] == identifier and row["control"] == "none"]
+    judged = [row for row in own if row.get("judge")]
+    if judged:
+        yield indented(_score_table(judged, page))
+
+
+def _score_table(rows: list[Mapping[str, Any]], page: Page) -> RenderableType:
+    rates_too = (("true positive", "right"), ("true negative", "right")) if page.wide else ()
+    heads = ("scored by", ("balanced accuracy", "right"), "95 % interval", *rates_too)
+    table = grid(*heads, ("AUROC", "right"), ("contexts", "right"))
+    for row in rows:
+        who = f"{row['scorer']}, {row['judge']}" + (f" {row['model']}" if row.get("model") else "")
+        if row["control"] != "none":
+            who = f"{row['control']}, {row['judge']}"
+        if row["status"] != "ok":
+            table.add_row(shown(who), "–", shown(str(row["status"])))
+            continue
+        rates = [decimal(row["tpr"], 2), decimal(row["tnr"], 2)] if page.wide else []
+        bounds = interval([row["ba_low"], row["ba_high"]], 2)
+        contexts = f"{count(row['n_active'])} + {count(row['n_inactive'])}"
+        table.add_row(
+            shown(who), decimal(row["balanced_accuracy"], 2), bounds, *rates, decimal(row["auroc"], 2), contexts
+        )
+    return table
+
+
+def _matches(found: Latent, page: Page) -> RenderableType:
+    title = "In the other seeds"
+    says = (
+        "Its partner in each sibling run under the best one-to-one matching, by encoder and by decoder direction "
+        "(cosine); the nearest latent, taken or not, in brackets."
+    )
+    if not found["matches"]:
+        lone = "No sibling run is aligned with it."
+        return section(page, title, says, Text(lone), command_line("python cli.py align"))
+    table = grid("", ("encoder", "right"), ("", "left"), ("decoder", "right"), ("", "left"), ("shared", "fold"))
+    for match in found["matches"]:
+        holds = [name for name, is_shared in match["shared"].items() if is_shared]
+        style = STYLE_OF_CLASS["all" if match["shared"]["strict"] else "one"]
+        table.add_row(
+            Text(visible(match["run"]), "bold"),
+            *_partner(match, "encoder"),
+            *_partner(match, "decoder"),
+            Text(", ".join(holds) if holds else "no", style),
+        )
+    body: list[RenderableType] = [table]
+    for match in found["matches"]:
+        if match["explanation"]:
+            head = f"\n{visible(match['run'])} {match['decoder_partner']}"
+            score = f"   score {decimal(match['score'], 2)}" if match["score"] is not None else ""
+            body += [Text.assemble((head, "bold"), (score, QUIET)), Padding(shown(match["explanation"]), (0, 0, 0, 2))]
+    return section(page, title, says, *body)
+
+
+def _partner(match: Mapping[str, Any], space: str) -> tuple[str, Text]:
+    """``412``, ``.83 [97 .84]``: the matched latent and its cosine; the nearest where that is another."""
+    partner, neighbor = match[f"{space}_partner"], match[f"max_{space}_neighbor"]
+    words = Text(decimal(match[f"{space}_cosine"], 2))
+    if neighbor != partner:
+        words.append(f" [{neighbor} {decimal(match[f'max_{space}_cosine'], 2)}]", QUIET)
+    return "–" if partner is None else str(partner), words

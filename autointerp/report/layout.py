@@ -1,0 +1,175 @@
+"""What all parts of the terminal report have in common: the page, its colours, and how a number is written.
+
+A number is written once in one way: fractions as ``26.4 %``, scores and cosines as ``.264``, and an
+interval always beside its estimate. What was not measured is a dash, never a zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from autointerp.report.blocks import FILLS
+from autointerp.report.visible import Marking, marking, visible
+
+#: Hues that people with any of the common colour-vision deficiencies can tell apart (Okabe and Ito).
+#: Orange is what is found in one SAE alone, blue what every SAE finds; control and context are grey.
+STYLE_OF_CLASS = {"one": "#e69f00", "some": "#56b4e9", "all": "#2f8fd8"}
+ACCENT = "#2f8fd8"
+QUIET = "dim"
+WIDEST = 120
+
+
+@dataclass(frozen=True)
+class Page:
+    """Where the report is written: its usable width in cells, whether it has colour, how tokens are marked."""
+
+    width: int
+    colour: bool
+    marking: Marking
+
+    @classmethod
+    def of(cls, console: Console) -> Page:
+        colour = console.color_system is not None and not console.no_color
+        return cls(max(40, min(console.width, WIDEST)), colour, marking(console))
+
+    @property
+    def wide(self) -> bool:
+        return self.width >= 100
+
+    def fill(self, i: int) -> str:
+        """The fill of the i-th part of a bar: solid where hues tell the parts apart, else a pattern."""
+        return "█" if self.colour else FILLS[i % len(FILLS)]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------
+
+
+def known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %" if value is not None and math.isfinite(value) else "–"
+
+
+def decimal(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
+    """``.264``, ``1.000``, ``−.390``: no zero before the point, a true minus, a plus where asked for."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    body = f"{abs(value):.{digits}f}"
+    body = body[1:] if body.startswith("0.") else body
+    negative = value < 0 and float(f"{value:.{digits}f}") != 0
+    return ("−" if negative else "+" if sign else "") + body
+
+
+def interval(bounds: Sequence[float | None] | None, digits: int = 3, *, sign: bool = False) -> str:
+    """``[.25, .29]``; empty where there is none."""
+    if bounds is None or not all(known(b) for b in bounds):
+        return ""
+    return f"[{', '.join(decimal(b, digits, sign=sign) for b in bounds)}]"
+
+
+def percent_interval(bounds: Sequence[float | None] | None) -> str:
+    if bounds is None or not all(known(b) for b in bounds):
+        return ""
+    return f"[{', '.join(f'{100 * b:.1f}' for b in bounds if b is not None)}]"
+
+
+def estimate(value: float | None, bounds: Sequence[float | None] | None, digits: int = 3, *, sign: bool = False) -> str:
+    return f"{decimal(value, digits, sign=sign)} {interval(bounds, digits, sign=sign)}".rstrip()
+
+
+def count(n: float | None) -> str:
+    return f"{round(n):,}" if n is not None and math.isfinite(n) else "–"
+
+
+def human(n: float | None) -> str:
+    """A count in at most three digits: ``950``, ``12.3k``, ``2M``."""
+    if n is None or not math.isfinite(n):
+        return "–"
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= limit:
+            return f"{n / limit:.3g}{suffix}"
+    return f"{n:.3g}"
+
+
+def plural(n: int, one: str, many: str | None = None) -> str:
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+# --- parts of a page --------------------------------------------------------------------------------------
+
+
+def section(page: Page, title: str, says: str, *body: RenderableType) -> RenderableType:
+    """A title over a rule, one dim sentence for who has not read the paper, then the body."""
+    head = Text.assemble((title, "bold"), " ", ("─" * max(0, page.width - len(title) - 1), QUIET), no_wrap=True)
+    return Group(Text(), head, Text(says, QUIET), Text(), *body)
+
+
+def indented(body: RenderableType, left: int = 2) -> Padding:
+    return Padding(body, (0, 0, 0, left))
+
+
+def command_line(command: str) -> Text:
+    """A command to copy, never wrapped inside a word."""
+    return Text.assemble(("  $ ", QUIET), (visible(command), "bold"), overflow="fold")
+
+
+def absent(says: str, command: str) -> RenderableType:
+    """What stands where a stage has not been run yet."""
+    return Group(Text(visible(says)), command_line(command))
+
+
+def grid(*columns: str | tuple[str, str], head: bool = True, gap: int = 2) -> Table:
+    """A table without lines. A column is its heading, or (heading, 'left' | 'right' | 'fold')."""
+    table = Table(box=None, pad_edge=False, show_header=head, header_style=QUIET, padding=(0, gap, 0, 0))
+    for column in columns:
+        name, kind = column if isinstance(column, tuple) else (column, "left")
+        table.add_column(
+            name,
+            justify="right" if kind == "right" else "left",
+            no_wrap=kind != "fold",
+            overflow="fold" if kind == "fold" else "ellipsis",
+        )
+    return table
+
+
+def bullets(lines: Sequence[str | Text]) -> Table:
+    """Sentences, each behind a point, wrapped under their own beginning."""
+    table = grid(("", "left"), ("", "fold"), head=False, gap=1)
+    for line in lines:
+        table.add_row(Text("•", ACCENT), line if isinstance(line, Text) else Text(line))
+    return table
+
+
+def legend(entries: Sequence[tuple[str, str, str]]) -> Text:
+    """``█ name  █ name``: (fill, style, words) for each part of a chart."""
+    text = Text()
+    for i, (fill, style, words) in enumerate(entries):
+        text.append("   " if i else "")
+        text.append(fill * 2, style)
+        text.append(f" {visible(words)}")
+    return text
+
+
+def get(tree: Mapping[str, Any] | None, *path: str) -> Any:
+    """The value at ``path`` in nested mappings, or ``None`` where any part of it is missing."""
+    node: Any = tree
+    for key in path:
+        if not isinstance(node, Mapping) or key not in node:
+            return None
+        node = node[key]
+    return node

@@ -1,0 +1,94 @@
+"""What the commands before the report print when they end: what was done, what failed, and what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
+
+from autointerp.report import dictionaries
+from autointerp.report.layout import (
+    ACCENT,
+    QUIET,
+    Page,
+    command_line,
+    count,
+    grid,
+    human,
+    listed,
+    plural,
+    section,
+)
+from autointerp.report.terminal import emit
+from autointerp.report.visible import shown, visible
+
+_DONE = {"explain": "explained", "score": "scored"}
+_NEXT = {"explain": "score", "score": "report"}
+_MOST_REASONS = 8
+
+
+def show_outcome(found: Mapping[str, Any], stage: str, console: Console) -> None:
+    """What ``explain`` or ``score`` did: counts, failures with their reasons, and the command that retries them."""
+    page = Page.of(console)
+    runs = [visible(name) for name in found["runs"]]
+    done = _DONE.get(stage, "done")
+    words = f"{plural(found['n_done'], 'latent')} {done}"
+    if 0 < found["n_new"] < found["n_done"]:
+        words += f", {found['n_new']:,} of them now"
+    head = Text.assemble((listed(runs), f"bold {ACCENT}"), f"  {words} by {visible(found['backend'])}")
+    body: list[RenderableType] = [Text(), head]
+    body += [Text(visible(note), QUIET) for note in found["notes"]]
+    if found["n_failed"]:
+        table = grid(("latents", "right"), ("failed because", "fold"))
+        reasons = sorted(found["failures"].items(), key=lambda item: -item[1])
+        for reason, n in reasons[:_MOST_REASONS]:
+            table.add_row(count(n), shown(reason))
+        if len(reasons) > _MOST_REASONS:
+            rest = sum(n for _, n in reasons[_MOST_REASONS:])
+            table.add_row(count(rest), Text("other reasons; --json has them all", QUIET))
+        body += [Text(), table]
+        if found["retry"]:
+            body += [Text("\nThis retries only what failed:"), command_line(found["retry"])]
+    elif stage in _NEXT and runs:
+        body += [Text("Next:", QUIET), command_line(f"python cli.py {_NEXT[stage]} --sae {runs[0]}")]
+    emit(Group(*body), console, page.width)
+
+
+def show_alignment(found: Mapping[str, Any], console: Console) -> None:
+    """What aligned runs share: the overlap and similarity parts of the report, by themselves."""
+    from autointerp.seeds import overlap_tree, similarity_tree
+
+    page = Page.of(console)
+    parts: dict[str, Any] = {
+        "overlap": overlap_tree(found),
+        "similarity": similarity_tree(found),
+        "runs": [{"name": name} for name in found["runs"]],
+        "compared": found["runs"],
+        "missing": [],
+    }
+    emit(Group(dictionaries.overlap(parts, page), dictionaries.similarity(parts, page)), console, page.width)
+
+
+def show_runs(found: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """One line per run, study by study, with how far each has come."""
+    page = Page.of(console)
+    if not found:
+        emit(Group(Text("There are no runs yet."), command_line("python cli.py demo")), console, page.width)
+        return
+    stages = ("trained", "harvested", "aligned", "explained", "scored")
+    body: list[RenderableType] = []
+    for study in dict.fromkeys(run["study"] for run in found):
+        members = [run for run in found if run["study"] == study]
+        first = members[0]
+        table = grid("", ("seed", "right"), *stages)
+        for run in members:
+            marks = [Text("yes", ACCENT) if run[stage] else Text("–", QUIET) for stage in stages]
+            table.add_row(Text(visible(run["name"]), "bold"), str(run["seed"]), *marks)
+        says = (
+            f"{visible(first['subject'])} · {visible(first['hookpoint'])} · {first['num_latents']:,} latents, "
+            f"k {first['k']}, {human(first['tokens'])} tokens"
+        )
+        body.append(section(page, visible(study), says, table))
+    emit(Group(*body), console, page.width)

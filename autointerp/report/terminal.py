@@ -1,0 +1,222 @@
+"""The report in the terminal: everything in the findings, in the order in which one would ask.
+
+It is drawn for 80 columns and uses up to 120; it loses nothing without colour; piped, it is plain text. It
+only draws: every number comes from :func:`autointerp.analysis.findings`, so that ``--json`` and the page
+cannot disagree.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
+
+from autointerp.report import dictionaries, explanations
+from autointerp.report.layout import (
+    ACCENT,
+    QUIET,
+    Page,
+    bullets,
+    decimal,
+    estimate,
+    get,
+    grid,
+    human,
+    known,
+    percent,
+    percent_interval,
+    plural,
+    section,
+)
+from autointerp.report.visible import shown, visible
+
+Findings = Mapping[str, Any]
+#: What stands for block characters where the output cannot hold them.
+_ASCII = str.maketrans(
+    "▁▂▃▄▅▆▇█▏▎▍▌▋▊▉▒▓░─━┴├┤┊●•·–−«»…‰↵⇥",
+    "..::++##.::++##%@:-=+[]|o*.--<>.%\\>",
+)
+
+
+def render(findings: Findings, console: Console) -> None:
+    """Print the whole report on ``console``. ``findings`` is the object of :func:`autointerp.analysis.findings`."""
+    page = Page.of(console)
+    parts = [
+        head(findings, page),
+        dictionaries.overlap(findings, page),
+        dictionaries.similarity(findings, page),
+        dictionaries.membership(findings, page),
+        dictionaries.frequency(findings, page),
+        dictionaries.training(findings, page),
+        explanations.scores(findings, page),
+        explanations.counted(findings, page),
+        explanations.relation(findings, page),
+        explanations.interesting(findings, page),
+        explanations.failures(findings, page),
+        methods(findings, page),
+    ]
+    emit(Group(*(part for part in parts if part is not None), Text()), console, page.width)
+
+
+def emit(body: RenderableType, console: Console, width: int) -> None:
+    """Print ``body`` at ``width``. Without colour as plain lines, with nothing behind their last character.
+
+    Where the console's encoding is not Unicode, in the characters that it has.
+    """
+    if console.color_system is not None and not console.options.ascii_only:
+        console.print(body, width=width)
+        return
+    page = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, highlight=False)
+    with page.capture() as captured:
+        page.print(body)
+    plain = "\n".join(line.rstrip() for line in captured.get().splitlines())
+    if console.options.ascii_only:
+        plain = plain.translate(_ASCII).encode(console.encoding, "replace").decode(console.encoding)
+    console.out(plain, highlight=False)
+
+
+# --- head -------------------------------------------------------------------------------------------------
+
+
+def head(found: Findings, page: Page) -> RenderableType:
+    runs = found["runs"]
+    title = Text.assemble(
+        (visible(found["study"]), f"bold {ACCENT}"),
+        (f"   {dictionaries.runs_in_words(found)}", "bold"),
+    )
+    table = grid(("", "left"), ("", "fold"), head=False)
+    subject, corpus = found["subject"], found["corpus"]
+    table.add_row(
+        Text("subject", QUIET), shown(f"{subject['model']} · {subject['hookpoint']} (width {subject['width']})")
+    )
+    table.add_row(Text("text", QUIET), shown(_corpus_in_words(corpus, found)))
+    table.add_row(Text("runs", QUIET), shown(", ".join(f"{run['name']} (seed {run['seed']})" for run in runs)))
+    if found["runs"] and len(runs) > 1:
+        table.add_row(
+            Text("looked at", QUIET), shown(f"{found['focus']}: the run whose latents are counted and explained below")
+        )
+    table.add_row(
+        Text("explainer", QUIET), _agent(get(found, "methods", "explainer"), "nothing has been explained yet")
+    )
+    table.add_row(Text("judge", QUIET), _agent(get(found, "methods", "judge"), "nothing has been scored yet"))
+    short = in_short(found)
+    rule = Text("━" * page.width, ACCENT, no_wrap=True)
+    answers: list[RenderableType] = [Text(), bullets(short)] if short else []
+    return Group(title, rule, table, *answers)
+
+
+def _corpus_in_words(corpus: Mapping[str, Any], found: Findings) -> str:
+    name = " ".join([corpus["kind"], *corpus["source"]])
+    words = f"{name} · {human(corpus['tokens'])} tokens" if corpus["tokens"] else name
+    trained = next(iter((get(found, "training", "tokens") or {}).values()), None)
+    harvested = get(found, "firing", "tokens")
+    words += f", {human(trained)} trained on" if trained else ""
+    return words + (f", {human(harvested)} harvested" if harvested else "")
+
+
+def _agent(agent: Mapping[str, Any] | None, otherwise: str) -> Text:
+    """Who explained or judged, called what it is."""
+    if agent is None:
+        return Text(otherwise, QUIET)
+    if agent["name"] == "ngram":
+        return Text("n-gram baseline: token patterns, no language model")
+    return shown(f"{agent['name']}: {agent['model']}" if agent["model"] else agent["name"])
+
+
+def in_short(found: Findings) -> list[str]:
+    """The answers in plain sentences, for the head of a report (and of its HTML sibling)."""
+    return [*_returns_in_short(found), *_scores_in_short(found), *_relation_in_short(found)]
+
+
+def _returns_in_short(found: Findings) -> Iterator[str]:
+    tree = found["overlap"]
+    if tree is None:
+        return
+    row, definition = tree[tree["definition"]], tree["definition"]
+    yield (
+        f"{percent(row['value'])} of the alive latents come back when only the seed changes "
+        f"({definition}, mean of {plural(len(row['pairs']), 'pair')}, 95 % {percent_interval(row['interval'])})."
+    )
+    if found["membership"] is not None and len(found["compared"]) > 2:
+        alone = next((p for p in found["membership"]["parts"] if p["shared_class"] == "one"), None)
+        if alone is not None:
+            yield f"{percent(alone['fraction'])} of the latents of {visible(found['focus'])} are in no other SAE."
+
+
+def _scores_in_short(found: Findings) -> Iterator[str]:
+    tree = found["scores"]
+    if tree is None or not tree["n_scored"]:
+        return
+    words = (
+        f"Explanations score {estimate(tree['mean'], tree['interval'])} on average over "
+        f"{plural(tree['n_scored'], 'latent')}; .5 is guessing"
+    )
+    if tree["control"] is not None:
+        words += f", another latent's explanation scores {decimal(tree['control']['mean'])}"
+    yield words + "."
+
+
+def _relation_in_short(found: Findings) -> Iterator[str]:
+    tree = found["relation"]
+    if tree is None or not known(tree["spearman"]):
+        return
+    held = tree["partial"]
+    yield (
+        f"{_verdict(tree)}: Spearman {estimate(tree['spearman'], tree['interval'], 2, sign=True)}, with the firing "
+        f"frequency held fixed {estimate(held['value'], held['interval'], 2, sign=True)}."
+    )
+
+
+def _verdict(tree: Mapping[str, Any]) -> str:
+    """What the two intervals allow one to say, and no more."""
+    signs = []
+    for bounds in (tree["interval"], tree["partial"]["interval"]):
+        signs.append(0 if not bounds or bounds[0] <= 0 <= bounds[1] else 1 if bounds[0] > 0 else -1)
+    if signs[0] and signs[0] == signs[1]:
+        return f"Latents that come back explain {'better' if signs[0] > 0 else 'worse'}"
+    if signs[1]:
+        return f"At equal frequency, latents that come back explain {'better' if signs[1] > 0 else 'worse'}"
+    if signs[0]:
+        how = "better" if signs[0] > 0 else "worse"
+        return f"Latents that come back explain {how}, but not clearly so at equal frequency"
+    return "No clear relation between coming back and being explained"
+
+
+# --- methods ----------------------------------------------------------------------------------------------
+
+
+def methods(found: Findings, page: Page) -> RenderableType:
+    tree = found["methods"]
+    table = grid(("", "left"), ("", "fold"), head=False)
+
+    def line(name: str, words: str | None) -> None:
+        if words:
+            table.add_row(Text(name, QUIET), shown(words))
+
+    line(
+        "shared",
+        f"{tree['definition']} at cosine {decimal(tree['threshold'], 2)}; unshared: alive and shared with no other run",
+    )
+    line("similarity", tree["similarity"])
+    line("dead", tree["dead"])
+    line("contexts", tree["contexts"])
+    line("score", tree["score"])
+    line("control", tree["control"])
+    for what, how in tree["intervals"].items():
+        line(f"95 %, {what}", how)
+    for what, hashes in tree["prompt_hashes"].items():
+        line(f"{what} prompt", ", ".join(value[:12] for value in hashes))
+    for words in explanations.cost(found):
+        line("asked", words)
+    for other in tree["other_setups"]:
+        names = (f"{k} {visible(str(v))[:24]}" for k, v in other.items() if v is not None)
+        line("also scored", ", ".join(names))
+    line("made with", tree["made_with"])
+    says = (
+        "How the numbers above are defined, after Paulo & Belrose (arXiv 2501.16615) and, for the scores, Paulo et al. "
+        "(arXiv 2410.13928)."
+    )
+    return section(page, "Methods", says, table)

@@ -1,0 +1,148 @@
+"""Text that somebody else wrote, made safe to show.
+
+Contexts come from a corpus, explanations from a language model: either may hold rich markup, terminal
+escape sequences, line breaks in the middle of a table, or marks that reverse the reading direction and
+so make one text look like another. Nothing of the kind reaches the terminal. It is shown instead of
+obeyed: a line break becomes ``↵``, an escape ``␛``, a reversal ``‹U+202E›``.
+
+Markup needs no escaping because these texts only ever travel inside ``rich.text.Text``, which does not
+parse any; a plain string given to rich would.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+# Of what Unicode calls control, format, surrogate, private or unassigned, none may pass as it is.
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_OWN_SIGN = {"\n": "↵", "\t": "⇥", "\x7f": "␡"}
+
+
+def _sign(character: str) -> str:
+    code = ord(character)
+    if character in _OWN_SIGN:
+        return _OWN_SIGN[character]
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return f"‹U+{code:04X}›"
+
+
+def visible(text: str) -> str:
+    """``text`` in one line, with every character that acts instead of showing replaced by a sign for it."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_sign(c) if unicodedata.category(c) in _HIDDEN else c for c in text)
+
+
+def shown(text: str, style: str = "") -> Text:
+    """:func:`visible` text in one style; a sign that stands for a character is dim."""
+    if text.isascii() and text.isprintable():
+        return Text(text, style)
+    out = Text(style=style)
+    for character in text:
+        if unicodedata.category(character) in _HIDDEN:
+            out.append(_sign(character), "dim")
+        else:
+            out.append(character)
+    return out
+
+
+class Marking(NamedTuple):
+    """How strength is shown: a style for a strength in (0, 1], and what is written around a strong token."""
+
+    style: Callable[[float], str]
+    before: str
+    after: str
+
+
+# Black on amber reads the same on light and on dark terminals.
+_SHADES = ((0.75, "black on #ff9f1c"), (0.5, "black on #ffc15e"), (0.3, "black on #ffe0a3"), (0.0, "underline"))
+
+
+def _shade(strength: float) -> str:
+    return next(style for least, style in _SHADES if strength >= least)
+
+
+def _few_colours(strength: float) -> str:
+    return "black on yellow" if strength >= 0.5 else "bold yellow" if strength >= 0.3 else "underline"
+
+
+def _plain(_: float) -> str:
+    return ""
+
+
+def marking(console: Console) -> Marking:
+    """Shading where the console has colour; without it, « » around what is strong."""
+    if console.no_color or console.color_system is None:
+        return Marking(_plain, "«", "»")
+    return Marking(_few_colours if console.color_system == "standard" else _shade, "", "")
+
+
+def _runs(strong: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """Begin and end of each stretch of true values."""
+    begin = None
+    for i, is_strong in enumerate([*strong, False]):
+        if is_strong and begin is None:
+            begin = i
+        elif not is_strong and begin is not None:
+            yield begin, i
+            begin = None
+
+
+def highlighted(
+    tokens: Sequence[str], activations: Sequence[float], how: Marking, *, width: int | None = None, strong: float = 0.3
+) -> Text:
+    """One context in one line, tokens shaded by activation relative to the context's largest.
+
+    Tokens at or above ``strong`` of the largest are the marked ones; neighbours are marked as one. With
+    ``width`` (cells) the line is cut around the strongest token, and ``…`` says where.
+    """
+    peak = max(activations, default=0.0)
+    strengths = [a / peak if peak > 0 and a > 0 else 0.0 for a in activations]
+    begins = {b for b, _ in _runs([s >= strong for s in strengths])}
+    ends = {e - 1 for _, e in _runs([s >= strong for s in strengths])}
+    pieces: list[Text] = []
+    for i, (token, strength) in enumerate(zip(tokens, strengths, strict=True)):
+        piece = Text()
+        if i in begins:
+            piece.append(how.before)
+        piece.append_text(shown(token, how.style(strength) if strength > 0 else ""))
+        if i in ends:
+            piece.append(how.after)
+        pieces.append(piece)
+    if width is None or sum(p.cell_len for p in pieces) <= width:
+        return Text("", no_wrap=True).join(pieces)
+    centre = max(range(len(strengths)), key=lambda i: strengths[i]) if peak > 0 else len(strengths) // 2
+    return _window(pieces, centre, width)
+
+
+def _window(pieces: Sequence[Text], centre: int, width: int) -> Text:
+    """Whole pieces around ``centre`` that fit ``width`` cells, twice as many cells before it as after."""
+    room = width - 2 - pieces[centre].cell_len
+    first = last = centre
+    used_before = used_after = 0
+    grew = True
+    while grew:
+        grew = False
+        prefer_before = used_before <= 2 * used_after
+        for before in (prefer_before, not prefer_before):
+            if before and first > 0 and used_before + used_after + pieces[first - 1].cell_len <= room:
+                first -= 1
+                used_before += pieces[first].cell_len
+                grew = True
+                break
+            if not before and last < len(pieces) - 1 and used_before + used_after + pieces[last + 1].cell_len <= room:
+                last += 1
+                used_after += pieces[last].cell_len
+                grew = True
+                break
+    line = Text("…" if first > 0 else "", "dim", no_wrap=True)
+    line = Text.assemble(line, *pieces[first : last + 1], no_wrap=True)
+    line.append("…" if last < len(pieces) - 1 else "", "dim")
+    line.truncate(width, overflow="ellipsis")
+    return line

@@ -1,0 +1,261 @@
+"""`score`: put every stored explanation to the test, journal each verdict, and make the run's score table of them.
+
+An explanation is judged on contexts that its explainer never saw. Beside each mean stands a control: the same
+contexts judged by the explanation of another, dissimilar latent, which is what words that say nothing about this
+latent are worth. What was judged is not judged again; what failed is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from autointerp.backends import LlmOptions, open_judge, resolve
+from autointerp.contexts import Context
+from autointerp.journal import Journal, Verdict
+from autointerp.judges.base import Judge
+from autointerp.llm.usage import Usage
+from autointerp.material import Material
+from autointerp.scorers import SCORERS, Scorer
+from autointerp.scorers.controls import swap_partners
+from autointerp.work import Outcome, in_flight
+from sae.errors import BadInput, nearest
+from sae.files import digest, write_table
+from sae.progress import say, track
+from sae.run import Run, all_runs
+
+CONTROL_LATENTS = {"ngram": None, "llm": 50}  # a swapped control costs as much as the score; None: all latents
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One latent's contexts under one explanation: its own, or as a control somebody else's."""
+
+    latent: int
+    explanation_id: int
+    text: str
+    seen: frozenset[int]
+    control: str = "none"
+
+
+def score_runs(
+    runs: Sequence[Run] | None,
+    root: Path,
+    scorers: Sequence[str],
+    backend: str,
+    options: LlmOptions,
+    control_latents: int | None = None,
+) -> Outcome:
+    """Score the stored explanations of ``runs``, or of every run under ``root``; see this module's head.
+
+    Named runs without explanations are explained first. Without names nothing is ever explained.
+    """
+    for name in scorers:
+        if name not in SCORERS:
+            raise BadInput(f"--scorer {name!r} is not known; choose {nearest(name, SCORERS)}")
+    kind = resolve(backend, options.for_judge(), "judge")
+    chosen = _with_explanations(runs, root, options)
+    if not chosen:
+        raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`")
+    if control_latents is None:
+        control_latents = CONTROL_LATENTS[kind]
+    return asyncio.run(_score(chosen, root, [SCORERS[name]() for name in scorers], kind, options, control_latents))
+
+
+def _with_explanations(runs: Sequence[Run] | None, root: Path, options: LlmOptions) -> list[Run]:
+    if runs is None:
+        return [run for run in all_runs(root) if run.journal_path.exists()]
+    from autointerp.explain import explain_runs
+    from autointerp.selection import Choice
+
+    for run in runs:
+        if not run.journal_path.exists():
+            say(f"{run.name}: not explained yet, doing that first (200 latents)")
+            explain_runs([run], Choice(), "auto", options)
+    return list(runs)
+
+
+async def _score(
+    runs: Sequence[Run],
+    root: Path,
+    scorers: Sequence[Scorer],
+    kind: str,
+    options: LlmOptions,
+    control_latents: int | None,
+) -> Outcome:
+    outcome = Outcome("score", [run.name for run in runs])
+    async with open_judge(kind, options, root / "cache.sqlite") as judge:
+        outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
+        for run in runs:
+            for scorer in scorers:
+                await _score_run(run, scorer, judge, options.concurrency, control_latents, outcome)
+    return outcome
+
+
+async def _score_run(
+    run: Run, scorer: Scorer, judge: Judge, concurrency: int, control_latents: int | None, outcome: Outcome
+) -> None:
+    material = Material.of(run)
+    same = {
+        "judge": judge.name,
+        "scorer": scorer.name,
+        "settings_hash": digest({"judge": judge.settings_hash, "material": material.digest}),
+        "prompt_hash": judge.prompt_hash,
+        "model": judge.model,
+    }
+    with Journal(run.journal_path) as journal, journal.claim():
+        explanations = journal.explanations(status="ok")
+        readable = _readable(explanations, judge)
+        if len(readable) < len(explanations):
+            outcome.notes.append(
+                f"{run.name}: {len(explanations) - len(readable)} explanations by a language model were left out: the "
+                f"n-gram judge reads only n-gram explanations; give --llm-url to have them judged"
+            )
+        questions = [_question(row) for row in _rows(readable)]
+        questions += _controls(run, readable, control_latents)
+
+        @functools.cache
+        def items(latent: int) -> list[Context]:
+            return scorer.items(material.sampler.testing(latent))
+
+        async def ask(question: _Question) -> None:
+            await _judge_one(question, items(question.latent), judge, journal, same)
+
+        if questions:
+            with track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar:
+                await in_flight(questions, ask, concurrency, bar)
+        table = score_table(journal, same["settings_hash"], items)
+    write_table(run.stage_path("scores"), table, inputs=material.digest)
+    mine = table[(table["control"] == "none") & (table["judge"].isna() | (table["judge"] == judge.name))]
+    for status in mine["status"]:
+        if status == "ok":
+            outcome.n_done += 1
+        else:
+            outcome.failures[status.removeprefix("failed: ")] += 1
+    outcome.retry = f"python cli.py score --sae {run.name} (the same options: only what failed is asked again)"
+
+
+def _readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
+    """The explanations that the judge can read: the n-gram judge parses one form of sentence, its explainer's."""
+    return explanations[explanations["explainer"] == "ngram"] if judge.name == "ngram" else explanations
+
+
+def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[_Question]:
+    """For up to ``n`` latents of each set-up, the explanation of a dissimilar latent in place of their own."""
+    from safetensors import safe_open
+
+    if n == 0 or explanations.empty:
+        return
+    with safe_open(run.weights_path, framework="numpy") as weights:
+        decoder = np.asarray(weights.get_tensor("W_dec"))
+    for _, group in explanations.groupby(["explainer", "settings_hash", "prompt_hash", "model", "draw"]):
+        own = {question.latent: question for question in map(_question, _rows(group))}
+        chosen = swap_partners(sorted(own), decoder, run.store(), seed=run.settings.contexts.sample_seed)
+        for latent in _first_by_hash(list(chosen), n):
+            other = own[chosen[latent]]
+            yield replace(own[latent], explanation_id=other.explanation_id, text=other.text, control="swap")
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return cast(list[dict[str, Any]], table.to_dict("records"))
+
+
+def _question(explanation: Mapping[str, Any]) -> _Question:
+    """A row of the journal's explanations as the question whether it is right."""
+    return _Question(
+        int(explanation["latent"]), int(explanation["id"]), explanation["text"], frozenset(explanation["contexts"])
+    )
+
+
+def _first_by_hash(latents: Sequence[int], n: int | None) -> list[int]:
+    ranked = sorted(latents, key=lambda latent: digest(["control", latent]))
+    return sorted(ranked if n is None else ranked[:n])
+
+
+async def _judge_one(
+    question: _Question, items: Sequence[Context], judge: Judge, journal: Journal, same: dict[str, str]
+) -> None:
+    """Judge what has no verdict yet of one question, journalling request by request."""
+    done = journal.judged(
+        latent=question.latent, explanation_id=question.explanation_id, control=question.control, replicate=0, **same
+    )
+    todo = [c for c in items if c.window not in done and c.window not in question.seen]
+    spent = Usage()
+    for start in range(0, len(todo), judge.contexts_per_request):
+        part = todo[start : start + judge.contexts_per_request]
+        judgements = await judge.judge(question.text, part)
+        journal.add_verdicts(
+            [
+                Verdict(
+                    latent=question.latent,
+                    explanation_id=question.explanation_id,
+                    judge=same["judge"],
+                    scorer=same["scorer"],
+                    settings_hash=same["settings_hash"],
+                    prompt_hash=same["prompt_hash"],
+                    model=same["model"],
+                    context=context.window,
+                    truth=context.active,
+                    negative_kind=None if context.active else context.kind,
+                    control=question.control,
+                    p=judgement.p,
+                    label=judgement.label,
+                    failure=judgement.failure,
+                )
+                for context, judgement in zip(part, judgements, strict=True)
+            ]
+        )
+        spent = sum((judgement.usage for judgement in judgements), spent)
+    journal.add_usage("score" if question.control == "none" else "control", judge.model, spent, question.latent)
+
+
+def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Sequence[Context]]) -> pd.DataFrame:
+    """One row per explanation, judge set-up and control, from the verdicts; failed explanations are rows too.
+
+    ``items`` gives what should have been judged of a latent under ``settings_hash``, so that what is missing counts as
+    failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands.
+    """
+    explanations = {row["id"]: row for row in _rows(journal.explanations())}
+    verdicts = journal.verdicts()
+    rows: list[dict[str, Any]] = []
+    keys = ["explanation_id", "latent", "judge", "scorer", "settings_hash", "prompt_hash", "model", "control"]
+    for key, group in verdicts.groupby(keys, sort=True):
+        found: dict[str, Any] = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
+        explained = explanations[found["explanation_id"]]
+        asked = items(found["latent"]) if found["settings_hash"] == settings_hash else ()
+        rows.append(
+            {
+                **_identity(found["latent"], explained),
+                "judge": found["judge"],
+                "model": found["model"],
+                "scorer": found["scorer"],
+                "settings_hash": found["settings_hash"],
+                "judge_prompt_hash": found["prompt_hash"],
+                "control": found["control"],
+                **SCORERS[found["scorer"]]().score(group, asked)._asdict(),
+            }
+        )
+    for explained in explanations.values():
+        if explained["status"] == "failed":
+            status = f"failed: no explanation: {explained['failure']}"
+            rows.append({**_identity(explained["latent"], explained), "control": "none", "status": status})
+    return pd.DataFrame(rows)
+
+
+def _identity(latent: int, explanation: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that say which explanation a score is of. ``latent`` is whose contexts were judged."""
+    return {
+        "latent": latent,
+        "explanation_id": explanation["id"],
+        "explainer": explanation["explainer"],
+        "explainer_model": explanation["model"],
+        "explain_settings_hash": explanation["settings_hash"],
+        "explain_prompt_hash": explanation["prompt_hash"],
+    }

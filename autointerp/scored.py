@@ -1,0 +1,306 @@
+"""What the scores of one run say: how well its latents can be explained, and how that goes with their return.
+
+A run's score table may hold several *set-ups* side by side (another explainer, judge, prompt or set of
+contexts), because making new scores never overwrites old ones. A mean over different set-ups would mean
+nothing, so every figure here is of one set-up; the others are named beside it.
+
+Three things that a mean score hides are kept in view: how many latents could not be scored and why, what
+the same judge makes of somebody else's explanation (the swapped control), and whether the relation with
+similarity is only that both follow the firing frequency.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from autointerp.statistics import (
+    Estimate,
+    bootstrap_mean,
+    partial_spearman,
+    quartiles,
+    spearman,
+    stratified_spearman,
+)
+
+CLASSES = ("one", "some", "all")
+#: Bins of a score histogram: from 0 to 1 in steps of .02.
+SCORE_EDGES = np.linspace(0, 1, 51)
+#: Who explained and judged, under which settings and prompts: what tells set-ups apart.
+_EXPLAIN = ("explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
+_JUDGE = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
+TOO_FEW = "too few contexts"  # how an explanation that was not even tried says so
+N_INTERESTING = 10
+N_CONTEXTS = 3
+
+
+class ShownContext(Protocol):
+    """What is needed of a context to show it (``autointerp.contexts.Context`` is one)."""
+
+    @property
+    def tokens(self) -> Sequence[str]: ...
+    @property
+    def activations(self) -> Sequence[float]: ...
+
+
+#: Gives a run's name and a latent the contexts to choose from; the firing store is opened only for those shown.
+ContextSource = Callable[[str, int], Sequence[ShownContext]]
+
+
+def status_kind(status: object) -> str:
+    """``ok``, ``ineligible`` or ``failed``, of a score row's status."""
+    words = str(status)
+    return "ok" if words == "ok" else "ineligible" if TOO_FEW in words else "failed"
+
+
+def reason(row: Mapping[Any, Any]) -> str:
+    """Why a row is not ``ok``, in the words of whoever wrote it."""
+    return str(row["status"]).removeprefix("failed:").strip()
+
+
+# --- set-ups ----------------------------------------------------------------------------------------------
+
+
+def setups(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]]:
+    """The set-ups in a score table that have what is ``wanted`` (``scorer="detection"``…), newest first.
+
+    Newest by the explanations' numbers in the journal; where the same explanations were judged twice, a language
+    model's judgement comes before the baseline's.
+    """
+    columns = [c for c in (*_EXPLAIN, *_JUDGE) if c in scores]
+    if "judge" not in columns:  # nothing but failed explanations
+        return []
+    mask = (scores["control"] == "none") & scores["judge"].notna()
+    for column, value in wanted.items():
+        if value is not None:
+            mask &= scores[column] == value
+    found = []
+    for _, group in scores[mask].groupby(columns, dropna=False, sort=False):
+        rank = int(group["explanation_id"].max()), group["judge"].iloc[0] != "ngram", int(group.index.max())
+        found.append((rank, {c: _plain(group[c].iloc[0]) for c in columns}))
+    return [setup for _, setup in sorted(found, key=lambda item: item[0], reverse=True)]
+
+
+def rows_of(scores: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of one set-up, and those of its explainer that came to no judge (an explanation that failed).
+
+    One row per latent and control: the last.
+    """
+    mask = pd.Series(True, index=scores.index)
+    for column, value in setup.items():
+        mask &= (scores[column] == value) | scores[column].isna()
+    return scores[mask].drop_duplicates(["latent", "control"], keep="last")
+
+
+# --- figures ----------------------------------------------------------------------------------------------
+
+
+def score_findings(
+    rows: pd.DataFrame, latents: pd.DataFrame, explained: set[int], too_few: Set[int] = frozenset()
+) -> dict[str, Any]:
+    """Distribution, control, and counts by shared class.
+
+    ``rows`` are one set-up's; ``latents`` is the run's table by latent number (``alive``, ``shared_class``
+    where there are siblings, ``eligible`` where contexts were counted for all); ``explained`` are the latents with
+    an explanation in the journal, ``too_few`` those that were asked for and had too few contexts for one.
+    """
+    own = rows[rows["control"] == "none"].set_index("latent")
+    kinds = own["status"].map(status_kind)
+    good = own[kinds == "ok"]
+    values = good["balanced_accuracy"].astype(float)
+    mean = bootstrap_mean(values)
+    aurocs = good["auroc"].astype(float).dropna() if "auroc" in good else pd.Series(dtype=float)
+    ineligible = set(own.index[kinds == "ineligible"]) | too_few
+    asked = set(own.index) | explained | ineligible
+    eligible = latents.get("eligible")
+    return {
+        **mean_of(mean),
+        "quartiles": quartiles_of(values),
+        "auroc_mean": number(aurocs.mean()) if len(aurocs) else None,
+        "auroc_interval": bootstrap_mean(aurocs).as_dict()["interval"],
+        "n_scored": len(good),
+        "n_failed": int((kinds == "failed").sum()),
+        "n_ineligible": len(ineligible),
+        "n_asked": len(asked),
+        "n_explained": len(explained),
+        "n_waiting": len(explained - set(own.index)),
+        "n_eligible": int(eligible.sum()) if eligible is not None else len(asked - ineligible),
+        "eligible_of": "all latents" if eligible is not None else "the latents asked for",
+        "n_alive": int(latents["alive"].sum()),
+        "n_latents": len(latents),
+        "n_failed_answers": int(own["n_failed"].fillna(0).sum()) if "n_failed" in own else 0,
+        "histogram": histogram(values, SCORE_EDGES),
+        "control": _control(rows, values),
+        "by_class": _by_class(latents, own, kinds, explained) if "shared_class" in latents else None,
+    }
+
+
+def _control(rows: pd.DataFrame, own: pd.Series) -> dict[str, Any] | None:
+    """The swapped control: each latent's contexts judged by another latent's explanation."""
+    swapped = rows[(rows["control"] == "swap") & (rows["status"].map(status_kind) == "ok")]
+    if swapped.empty:
+        return None
+    values = swapped.set_index("latent")["balanced_accuracy"].astype(float)
+    paired = (own - values).dropna()
+    return {
+        "kind": "swap",
+        **mean_of(bootstrap_mean(values)),
+        "quartiles": quartiles_of(values),
+        "n_scored": len(values),
+        "n_failed": int((rows["control"] == "swap").sum()) - len(values),
+        "histogram": histogram(values, SCORE_EDGES),
+        "above_control": {
+            **mean_of(bootstrap_mean(paired)),
+            "n": len(paired),
+            "fraction": number((paired > 0).mean()) if len(paired) else None,
+        },
+    }
+
+
+def _by_class(latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int]) -> dict[str, Any]:
+    found = {}
+    for name in CLASSES:
+        members = latents[latents["shared_class"] == name]
+        if members.empty:
+            continue
+        inside = own.index.isin(members.index)
+        good = own[inside & (kinds == "ok").to_numpy()]
+        values = good["balanced_accuracy"].astype(float)
+        counted = members.get("eligible")
+        found[name] = {
+            "n_latents": len(members),
+            "n_alive": int(members["alive"].sum()),
+            "n_eligible": int(counted.sum()) if counted is not None else int((kinds[inside] != "ineligible").sum()),
+            "n_explained": len(explained & set(members.index)),
+            "n_scored": len(good),
+            "n_failed": int((kinds[inside] == "failed").sum()),
+            **mean_of(bootstrap_mean(values)),
+            "quartiles": quartiles_of(values),
+        }
+    return found
+
+
+def relation_findings(rows: pd.DataFrame, latents: pd.DataFrame, *, n_bins: int = 4) -> dict[str, Any] | None:
+    """Score against cross-seed similarity, as it is and with the firing frequency held fixed."""
+    own = rows[(rows["control"] == "none") & (rows["status"].map(status_kind) == "ok")].set_index("latent")
+    joined = own[["balanced_accuracy"]].join(latents[["similarity", "firing_frequency"]], how="inner").dropna()
+    joined = joined[joined["firing_frequency"] > 0].astype(float)
+    if len(joined) < 3:
+        return None
+    score, similarity = joined["balanced_accuracy"], joined["similarity"]
+    frequency = np.log10(joined["firing_frequency"])
+    within = stratified_spearman(similarity, score, frequency, n_strata=n_bins)
+    return {
+        "spearman": (whole := spearman(similarity, score).as_dict())["value"],
+        "interval": whole["interval"],
+        "n": len(joined),
+        "partial": partial_spearman(similarity, score, frequency).as_dict(),
+        "within_strata": within.pooled.as_dict(),
+        "strata": [
+            {
+                "low": number(10**stratum.low),
+                "high": number(10**stratum.high),
+                "n": stratum.n,
+                **stratum.correlation.as_dict(),
+            }
+            for stratum in within.strata
+        ],
+        "frequency": spearman(frequency, score).as_dict(),
+        "similarity_and_frequency": spearman(similarity, frequency).as_dict(),
+        "bins": _bins(similarity, score, n_bins),
+    }
+
+
+def _bins(x: pd.Series, y: pd.Series, n: int) -> list[dict[str, Any]]:
+    """The mean of ``y`` in each quantile of ``x``, lowest first."""
+    edges = np.unique(np.quantile(x, np.linspace(0, 1, n + 1)[1:-1]))
+    place = np.searchsorted(edges, x, side="right")
+    return [
+        {
+            "low": number(x[place == i].min()),
+            "high": number(x[place == i].max()),
+            "n": int((place == i).sum()),
+            **mean_of(bootstrap_mean(y[place == i])),
+        }
+        for i in np.unique(place)
+    ]
+
+
+def interesting(
+    run: str, rows: pd.DataFrame, latents: pd.DataFrame, texts: Mapping[int, str], contexts: ContextSource | None
+) -> list[dict[str, Any]]:
+    """Latents that no other seed has and that can be explained all the same, best first.
+
+    Ordered by the *lower* end of the score's interval: by the score itself, the first places would go to the luckiest.
+    Only those whose interval lies above chance and whose own explanation does better than a swapped one.
+    """
+    good = rows[rows["status"].map(status_kind) == "ok"]
+    own = good[good["control"] == "none"].set_index("latent")
+    control = good[good["control"] == "swap"].set_index("latent")["balanced_accuracy"]
+    joined = own.join(latents[latents.columns.difference(own.columns)], how="inner")
+    joined["swapped"] = control.reindex(joined.index)
+    beats = joined["swapped"].isna() | (joined["balanced_accuracy"] > joined["swapped"])
+    kept = joined[joined["unshared"].astype(bool) & (joined["ba_low"] > 0.5) & beats]
+    kept = kept.sort_values(["ba_low", "balanced_accuracy"], ascending=False, kind="stable").head(N_INTERESTING)
+    return [
+        {
+            "latent": int(row["latent"]),
+            "score": number(row["balanced_accuracy"]),
+            "interval": [number(row["ba_low"]), number(row["ba_high"])],
+            "auroc": number(row.get("auroc")),
+            "control": number(row["swapped"]),
+            "similarity": number(row["similarity"]),
+            "firing_frequency": number(row.get("firing_frequency")),
+            "explanation_id": int(row["explanation_id"]),
+            "explanation": texts.get(int(row["explanation_id"])),
+            "contexts": spread(contexts(run, int(row["latent"]))) if contexts else [],
+        }
+        for row in kept.reset_index().to_dict("records")
+    ]
+
+
+def spread(contexts: Sequence[ShownContext], n: int = N_CONTEXTS) -> list[dict[str, Any]]:
+    """``n`` contexts from the strongest down to the middle of the range, not only the strongest.
+
+    The strongest alone make a latent look purer than it is.
+    """
+    ordered = sorted(contexts, key=lambda c: -max(c.activations, default=0.0))
+    picked = sorted({round(i * (len(ordered) - 1) / (2 * max(1, n - 1))) for i in range(n)}) if ordered else []
+    return [
+        {"tokens": list(ordered[i].tokens), "activations": [round(float(a), 4) for a in ordered[i].activations]}
+        for i in picked
+    ]
+
+
+# --- small things -----------------------------------------------------------------------------------------
+
+
+def number(value: Any) -> float | None:
+    """A float for JSON; ``None`` for what is missing, infinite or not a number."""
+    if value is None or pd.isna(value):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def mean_of(estimate: Estimate) -> dict[str, Any]:
+    as_dict = estimate.as_dict()
+    return {"mean": as_dict["value"], "interval": as_dict["interval"]}
+
+
+def quartiles_of(values: pd.Series) -> list[float | None]:
+    return [number(q) for q in quartiles(values)]
+
+
+def histogram(values: pd.Series | np.ndarray, edges: np.ndarray) -> dict[str, Any]:
+    """Counts between ``edges``; what lies outside is counted in the first or last bin."""
+    inside = np.clip(np.asarray(values, dtype=float), edges[0], edges[-1])
+    counts, _ = np.histogram(inside[np.isfinite(inside)], bins=edges)
+    return {"edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()}
+
+
+def _plain(value: Any) -> Any:
+    return None if pd.isna(value) else value

@@ -1,0 +1,100 @@
+"""Which latents to explain: filters by sharing, a seeded sample, and their partners in the sibling runs.
+
+The sample is drawn by hashing (seed, latent), not by shuffling a list: asking for 300 after 200 keeps the
+200 and adds a hundred, and nothing that was paid for is asked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from sae.errors import BadInput, NotFound, nearest
+from sae.overlap import shared
+from sae.run import Run
+
+Sharing = Literal["any", "unshared", "shared"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user asked to have explained.
+
+    ``against`` names the sibling runs that decide what is unshared (all of the study's where empty);
+    ``indices`` names latents outright and leaves the sample out.
+    """
+
+    sharing: Sharing = "any"
+    n: int | None = 200
+    indices: tuple[int, ...] = ()
+    against: tuple[str, ...] = ()
+    definition: str = "strict"
+    threshold: float = 0.7
+    with_partners: bool = False
+    seed: int = 0
+
+    @property
+    def needs_alignment(self) -> bool:
+        return self.sharing != "any" or self.with_partners
+
+
+def choose(run: Run, table: pd.DataFrame, eligible: Sequence[int], choice: Choice) -> list[int]:
+    """The latents of ``run`` to explain, ascending.
+
+    Args:
+        table: the run's overlap table (may be empty where the choice does not look at sharing).
+        eligible: latents with contexts enough.
+    """
+    pool = set(eligible)
+    if choice.indices:
+        n = run.settings.training.num_latents
+        outside = [i for i in choice.indices if not 0 <= i < n]
+        if outside:
+            raise NotFound(f"latent {outside[0]} does not exist in run {run.name!r}; it has latents 0 to {n - 1}")
+        return sorted(set(choice.indices))
+    if choice.sharing != "any":
+        unshared = unshared_latents(run, table, choice)
+        pool = pool & unshared if choice.sharing == "unshared" else pool - unshared
+    ranked = sorted(pool, key=lambda latent: _priority(choice.seed, latent))
+    return sorted(ranked if choice.n is None else ranked[: choice.n])
+
+
+def unshared_latents(run: Run, table: pd.DataFrame, choice: Choice) -> set[int]:
+    """Alive or not, the latents that are shared with none of the runs that the choice is against."""
+    siblings = [r.name for r in run.siblings()]
+    unknown = [name for name in choice.against if name not in siblings]
+    if unknown:
+        hint = f"did you mean {nearest(unknown[0], siblings)}?" if siblings else "the study has no other run"
+        raise BadInput(f"--against {unknown[0]!r} is not another run of study {run.study!r}; {hint}")
+    against = choice.against or tuple(siblings)
+    if not against:
+        raise BadInput(
+            f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; "
+            "train another seed, or leave --unshared-only / --shared-only out"
+        )
+    found = np.zeros(len(table), dtype=bool)
+    for name in against:
+        found |= shared(_as_seen_with(table, name), choice.definition, choice.threshold)
+    return set(table["latent"][~found].tolist())
+
+
+def partners(table: pd.DataFrame, sibling: str, latents: Sequence[int]) -> list[int]:
+    """The decoder-matched partners in ``sibling`` of ``latents``, those without one left out."""
+    column = table.set_index("latent")[f"decoder_partner__{sibling}"].reindex(np.asarray(latents))
+    return sorted({int(x) for x in column if x >= 0})
+
+
+def _as_seen_with(table: pd.DataFrame, other: str) -> pd.DataFrame:
+    """The columns about one sibling, under the names that an alignment gives them."""
+    ending = f"__{other}"
+    names = [str(c) for c in table.columns if str(c).endswith(ending)]
+    return table[names].rename(columns={name: name.removesuffix(ending) for name in names})
+
+
+def _priority(seed: int, latent: int) -> bytes:
+    return hashlib.blake2b(f"{seed}:{latent}".encode(), digest_size=8).digest()

@@ -1,0 +1,86 @@
+"""Many latents in flight together, each journalled as it ends; and what came of it, for the terminal and for JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sae.progress import Bar, say
+
+T = TypeVar("T")
+_REASONS_SHOWN = 5
+
+
+@dataclass
+class Outcome:
+    """What one command did, summed over its runs."""
+
+    stage: str
+    runs: list[str] = field(default_factory=list)
+    backend: str = ""
+    n_done: int = 0
+    """Latents that now have what was asked for, those of earlier calls included."""
+    n_new: int = 0
+    """Of these, done by this call."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Reason → latents that failed for it."""
+    retry: str = ""
+    """The command that tries only the failed ones again."""
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_failed(self) -> int:
+        return sum(self.failures.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "runs": self.runs,
+            "backend": self.backend,
+            "n_done": self.n_done,
+            "n_new": self.n_new,
+            "n_failed": self.n_failed,
+            "failures": dict(self.failures.most_common()),
+            "retry": self.retry if self.failures else None,
+            "notes": self.notes,
+            **self.details,
+        }
+
+    def render(self) -> None:
+        from autointerp.report import render_outcome
+
+        render_outcome(self.as_dict(), self.stage)
+
+    def say_notes(self) -> None:
+        for note in self.notes:
+            say(note)
+
+
+async def in_flight(
+    items: Iterable[T], work: Callable[[T], Awaitable[None]], limit: int, bar: Bar | None = None
+) -> None:
+    """``work`` on every item, at most ``limit`` at once. The first error stops the rest and is raised."""
+    waiting = iter(items)
+
+    async def worker() -> None:
+        for item in waiting:
+            await work(item)
+            if bar is not None:
+                bar.advance()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(limit):
+                group.create_task(worker())
+    except BaseExceptionGroup as errors:
+        # A task group wraps what went wrong; callers know the error itself.
+        raise _first(errors) from None
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,276 @@
+"""A run's folder: where everything measured on one trained SAE lies, and how it came to be.
+
+``run.json`` is provenance, written before training starts and never changed by later stages. Every later
+stage leaves one file that carries the digest of its inputs, so whether a stage is done, missing or
+stale is read off the disk and never remembered anywhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from sae.errors import BadInput, NotFound, SettingsDiffer, nearest
+from sae.files import (
+    SCHEMA,
+    digest,
+    digest_file,
+    mapping_differences,
+    read_json,
+    read_table,
+    table_metadata,
+    write_json,
+)
+from sae.settings import Settings, validated
+
+if TYPE_CHECKING:
+    from sae.corpus import Corpus
+    from sae.dictionary import Sae
+    from sae.firings import FiringStore
+
+DEFAULT_ROOT = Path("eval_runs")
+RESERVED = frozenset({"alignments", "reports", "recipes", "reference", "corpora"})
+LATENT_STAGES = ("firing", "overlap", "contexts", "scores")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(?:-[A-Za-z0-9._]+)*")
+_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "openai")
+
+
+def check_name(name: str) -> str:
+    """``name`` if a run or study may bear it, else one line that says why not."""
+    if name in RESERVED:
+        raise BadInput(f"name {name!r} is reserved for a folder of the program; choose another")
+    if not _NAME.fullmatch(name):
+        raise BadInput(
+            f"name {name!r} cannot be a folder of runs: use letters, digits, '.', '_' and single '-', "
+            "beginning with a letter or digit"
+        )
+    return name
+
+
+def letters(index: int) -> str:
+    """``0 → a``, ``25 → z``, ``26 → aa``: the suffixes of a study's runs."""
+    text = ""
+    index += 1
+    while index:
+        index, rest = divmod(index - 1, 26)
+        text = chr(ord("a") + rest) + text
+    return text
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained SAE and all that was measured on it. ``Run.open("run_a")`` in a notebook."""
+
+    name: str
+    root: Path
+
+    @classmethod
+    def open(cls, name: str, root: Path | str = DEFAULT_ROOT) -> Run:
+        run = cls(name, Path(root))
+        if not (run.folder / "run.json").is_file():
+            known = [r.name for r in all_runs(run.root)]
+            hint = f"did you mean {nearest(name, known)}?" if known else "train one with `python cli.py train`"
+            raise NotFound(f"run {name!r} does not exist under {str(run.root)!r}; {hint}")
+        return run
+
+    # --- where things lie -----------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def weights_path(self) -> Path:
+        return self.folder / "sae.safetensors"
+
+    @property
+    def state_folder(self) -> Path:
+        return self.folder / "training-state"
+
+    @property
+    def firings_folder(self) -> Path:
+        return self.folder / "firings"
+
+    @property
+    def journal_path(self) -> Path:
+        return self.folder / "journal.sqlite"
+
+    @property
+    def training_log_path(self) -> Path:
+        return self.folder / "training.parquet"
+
+    def stage_path(self, stage: str) -> Path:
+        return self.folder / f"latents.{stage}.parquet"
+
+    # --- provenance -----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """The content of ``run.json``."""
+        try:
+            record = read_json(self.folder / "run.json")
+            if record["schema"] != SCHEMA:
+                raise BadInput(
+                    f"run {self.name!r} was written in schema {record['schema']}, this program reads {SCHEMA}; "
+                    "use the version that wrote it"
+                )
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(
+                f"{str(self.folder / 'run.json')!r} is damaged; train the run again under a new name"
+            ) from None
+        return record
+
+    @property
+    def study(self) -> str:
+        return self.record["study"]
+
+    @property
+    def seed(self) -> int:
+        return self.record["seed"]
+
+    @functools.cached_property
+    def settings(self) -> Settings:
+        return validated(self.record["settings"], f"run {self.name!r}")
+
+    @property
+    def trained(self) -> bool:
+        return self.weights_path.is_file() and (self.folder / "cfg.json").is_file()  # written in this order
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        return digest_file(self.weights_path)
+
+    def siblings(self) -> list[Run]:
+        """The trained runs of the same study, this one left out."""
+        return [r for r in study_runs(self.study, self.root) if r.name != self.name and r.trained]
+
+    # --- contents -------------------------------------------------------------------------------------
+
+    def sae(self) -> Sae:
+        from sae.checkpoint import load_sae
+
+        return load_sae(self.folder)
+
+    def corpus(self) -> Corpus:
+        from sae.corpus import Corpus
+
+        return Corpus.open(self.root / "corpora" / self.record["corpus"]["key"])
+
+    def store(self) -> FiringStore:
+        from sae.firings import FiringStore
+
+        return FiringStore.open(self.firings_folder)
+
+    def latents(self) -> pd.DataFrame:
+        """One row per latent: every stage's columns, joined (scores: uncontrolled, one row per latent)."""
+        tables = []
+        for stage in LATENT_STAGES:
+            if not self.stage_path(stage).exists():
+                continue
+            table = read_table(self.stage_path(stage))
+            if stage == "scores":
+                table = table[table["control"] == "none"].drop_duplicates("latent", keep="last")
+            tables.append(table.set_index("latent"))
+        if not tables:
+            raise NotFound(f"run {self.name!r} has not been harvested; run `python cli.py harvest --sae {self.name}`")
+        joined = tables[0]
+        for table in tables[1:]:
+            joined = joined.join(table[table.columns.difference(joined.columns, sort=False)], how="left")
+        return joined.reset_index()
+
+    def stage_inputs(self, stage: str) -> str | None:
+        """The digest of the inputs from which a stage's table was made; ``None`` where there is no table."""
+        return table_metadata(self.stage_path(stage)).get("inputs")
+
+
+def all_runs(root: Path) -> list[Run]:
+    """Every run under ``root``, by name."""
+    if not root.is_dir():
+        return []
+    return [Run(f.name, root) for f in sorted(root.iterdir()) if f.name not in RESERVED and (f / "run.json").is_file()]
+
+
+def study_runs(study: str, root: Path) -> list[Run]:
+    """The runs of one study in the order of their suffixes (a … z, aa …)."""
+    runs = [r for r in all_runs(root) if r.study == study]
+    return sorted(runs, key=lambda r: (len(r.name), r.name))
+
+
+def newest_study(root: Path) -> list[Run]:
+    """The runs of the study that was begun last."""
+    runs = all_runs(root)
+    if not runs:
+        raise NotFound(f"there are no runs under {str(root)!r}; train some with `python cli.py train --name run`")
+    return study_runs(max(runs, key=lambda r: r.record["created"]).study, root)
+
+
+def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> list[tuple[Run, int]]:
+    """The runs that stand for ``seeds``: those that exist, and new names for the others.
+
+    Raises :class:`SettingsDiffer` where the study was trained under other settings.
+    """
+    check_name(study)
+    if len(set(seeds)) != len(seeds) or not seeds or min(seeds) < 0:
+        raise BadInput(f"seeds {' '.join(map(str, seeds))}: give each seed once, as whole numbers from 0 up")
+    existing = study_runs(study, root)
+    for run in existing:
+        differences = mapping_differences(run.settings.identity(), settings.identity())
+        if differences:
+            raise SettingsDiffer(
+                f"run {run.name!r} exists with other settings ({'; '.join(differences)}); "
+                "give the study another --name, or the same settings"
+            )
+    by_seed = {run.seed: run for run in existing}
+    taken = {run.name for run in existing}
+    planned, index = [], 0
+    for seed in seeds:
+        if seed in by_seed:
+            planned.append((by_seed[seed], seed))
+            continue
+        while (name := f"{study}_{letters(index)}") in taken:
+            index += 1
+        if (root / name).exists() and not (root / name / "run.json").is_file() and any((root / name).iterdir()):
+            raise BadInput(f"{str(root / name)!r} exists and is no run; move it away or choose another --name")
+        if (root / name / "run.json").is_file():
+            raise SettingsDiffer(
+                f"run {name!r} exists and belongs to study {Run(name, root).study!r}; choose another --name"
+            )
+        taken.add(name)
+        planned.append((Run(name, root), seed))
+    return planned
+
+
+def git_commit() -> str | None:
+    """The commit of this program's checkout, with ``+`` where it has changes; ``None`` outside one."""
+    here = Path(__file__).resolve().parent.parent
+    try:
+        ask = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        commit = ask(["git", "rev-parse", "HEAD"]).stdout.strip()
+        return commit + ("+" if ask(["git", "status", "--porcelain", "--untracked-files=no"]).stdout else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_record(run: Run, seed: int, study: str, settings: Settings, provenance: dict[str, Any]) -> None:
+    """Write ``run.json``. ``provenance`` holds the subject's, corpus's and batch order's records."""
+    record = {
+        "schema": SCHEMA,
+        "name": run.name,
+        "study": study,
+        "seed": seed,
+        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+        **provenance,
+        "settings": settings.model_dump(mode="json"),
+        "settings_digest": digest(settings.identity()),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "git_commit": git_commit(),
+    }
+    write_json(run.folder / "run.json", record)
