@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -330,6 +330,9 @@ def report(
     ] = None,
     definition: Annotated[Definition, typer.Option("--definition", help="What counts as shared.")] = Definition.strict,
     threshold: Annotated[float, typer.Option("--threshold", help="Cosine above which a latent is shared.")] = 0.7,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", help="The other runs that count. Default: all.")
+    ] = None,
     root: RootOption = ROOT,
     as_json: JsonOption = False,
 ) -> None:
@@ -337,7 +340,7 @@ def report(
     from sae.run import study_runs
 
     run = _opened([sae] if sae else None, root)[0]
-    _report(run, study_runs(run.study, root), as_json, definition.value, threshold)
+    _report(run, study_runs(run.study, root), as_json, definition.value, threshold, against or ())
 
 
 @app.command()
@@ -439,10 +442,17 @@ def _indices(text: str | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _report(run: Run, study: list[Run], as_json: bool, definition: str = "strict", threshold: float = 0.7) -> None:
+def _report(
+    run: Run,
+    study: list[Run],
+    as_json: bool,
+    definition: str = "strict",
+    threshold: float = 0.7,
+    against: Sequence[str] = (),
+) -> None:
     from autointerp.report import findings_of, render_report
 
-    found = findings_of(run, study, definition=definition, threshold=threshold)
+    found = findings_of(run, study, definition=definition, threshold=threshold, against=against)
     _finish(as_json, "report", lambda: found, lambda: render_report(found))
 
 
@@ -461,7 +471,7 @@ def _print_runs(found: list[Run]) -> None:
 
 def _finish(as_json: bool, command: str, to_object: Callable[[], dict[str, Any]], render: Callable[[], None]) -> None:
     if as_json:
-        print(json.dumps({"schema": 1, "command": command, **to_object()}, ensure_ascii=False))
+        print(json.dumps({"schema": 1, "command": command, **to_object()}))
     else:
         render()
 
@@ -497,7 +507,7 @@ def _one_line_errors(as_json: bool) -> Iterator[None]:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr)
         if as_json:
-            print(json.dumps({"schema": 1, "error": line}, ensure_ascii=False))
+            print(json.dumps({"schema": 1, "error": line}))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("\ninterrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)

@@ -1,0 +1,19 @@
+"""From latents to scores, and what they mean. In a notebook: ``from autointerp import Run``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autointerp.notebook import Run
+
+__all__ = ["Run"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: commands import this package for its rooms, and most need no notebook.
+    if name == "Run":
+        from autointerp.notebook import Run
+
+        return Run
+    raise AttributeError(f"module 'autointerp' has no attribute {name!r}")

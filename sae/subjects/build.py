@@ -30,7 +30,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from sae.subjects.stdlib_text import StdlibFile, read_stdlib, write_manifest
+from sae.subjects.stdlib_text import MANIFEST, StdlibFile, read_stdlib, write_manifest
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096
@@ -206,6 +206,38 @@ def encode(tokenizer: PreTrainedTokenizerFast, files: list[StdlibFile]) -> list[
     return [e.ids for e in tokenizer.backend_tokenizer.encode_batch([f.text for f in files], add_special_tokens=False)]
 
 
+def write_card(folder: Path) -> None:
+    """Write the model card from the training's own record."""
+    report = json.loads((folder / "training.json").read_text())
+    settings = report["settings"]
+    card = (
+        Path(__file__)
+        .with_name("card_template.md")
+        .read_text()
+        .format(
+            parameters=report["parameters"],
+            context=CONTEXT,
+            vocabulary=VOCABULARY,
+            python=json.loads(MANIFEST.read_text())["python"],
+            train_files=report["train_files"],
+            train_tokens=report["train_tokens_per_epoch"],
+            held_files=len(report["held_out_files"]),
+            held_tokens=report["held_out_tokens"],
+            bytes_per_token=report["held_out_bytes"] / report["held_out_tokens"],
+            steps=report["steps"],
+            tokens_seen=report["tokens_seen"] / 1e6,
+            epochs=report["tokens_seen"] / report["train_tokens_per_epoch"],
+            decay=settings["decay"],
+            dropout=settings["dropout"],
+            dropout_from=settings["dropout_from"],
+            nats=report["held_out_nats_per_token"],
+            bits=report["held_out_bits_per_byte"],
+            log=", ".join(f"{row['step']}: {row['held_out_loss']:.3f}" for row in report["log"]),
+        )
+    )
+    (folder / "README.md").write_text(card)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("pystdlib-4m"))
@@ -291,6 +323,7 @@ def main() -> None:
         "log": log,
     }
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_card(args.out)
     print(json.dumps({k: v for k, v in report.items() if k.startswith("held_out_") and k != "held_out_files"}))
 
 
