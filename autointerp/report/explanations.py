@@ -145,7 +145,7 @@ def relation(found: Findings, page: Page) -> RenderableType:
     tree = found["relation"]
     if tree is None:
         return section(page, title, says, _no_relation(found))
-    width = 41 if page.wide else 23
+    width = min(41, (page.width - 64) | 1) if page.wide else 23  # odd, so that 0 has a cell of its own
     scale = "−1" + "0".center(width - 4) + "+1"
     table = grid("", ("Spearman", "right"), "95 % interval", ("latents", "right"), scale, gap=2 if page.wide else 1)
     rows: list[tuple[str, Mapping[str, Any], int]] = [

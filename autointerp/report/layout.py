@@ -18,6 +18,7 @@ from rich.text import Text
 
 from autointerp.report.blocks import FILLS
 from autointerp.report.visible import Marking, marking, visible
+from sae import progress
 
 #: Hues that people with any of the common colour-vision deficiencies can tell apart (Okabe and Ito).
 #: Orange is what is found in one SAE alone, blue what every SAE finds; control and context are grey.
@@ -95,10 +96,7 @@ def human(n: float | None) -> str:
     """A count in at most three digits: ``950``, ``12.3k``, ``2M``."""
     if n is None or not math.isfinite(n):
         return "–"
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= limit:
-            return f"{n / limit:.3g}{suffix}"
-    return f"{n:.3g}"
+    return progress.human(n)
 
 
 def plural(n: int, one: str, many: str | None = None) -> str:
