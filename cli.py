@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 ROOT = Path("eval_runs")
 SOME_FAILED = 3
+INTERRUPTED = 130
+_UsageError: Any = typer.BadParameter.__base__  # typer's own copy of click's class, which has no public name
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC}
 
 app = typer.Typer(
     name="autointerp",
@@ -31,7 +35,6 @@ app = typer.Typer(
         "earlier stage runs it and says so. Every command can be killed and run again: it goes on where it stopped.\n\n"
         "Exit codes: 0 done; 1 error; 2 wrong usage; 3 finished, but some latents failed (the report says which)."
     ),
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     add_completion=False,
@@ -231,7 +234,9 @@ def explain(
         list[str] | None, typer.Option("--against", help="The other runs that count. Default: all.")
     ] = None,
     definition: Annotated[Definition, typer.Option("--definition", help="What counts as shared.")] = Definition.strict,
-    threshold: Annotated[float, typer.Option("--threshold", help="Cosine above which a latent is shared.")] = 0.7,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0, max=1, help="Cosine above which a latent is shared.")
+    ] = 0.7,
     latents: Annotated[int, typer.Option("--latents", min=1, help="Explain a seeded sample of so many.")] = 200,
     indices: Annotated[str | None, typer.Option("--indices", help="These latents: 3,17,40-60.")] = None,
     with_partners: Annotated[
@@ -329,7 +334,9 @@ def report(
         typer.Option("--sae", help="The run in the middle of the report. Default: the newest study's first."),
     ] = None,
     definition: Annotated[Definition, typer.Option("--definition", help="What counts as shared.")] = Definition.strict,
-    threshold: Annotated[float, typer.Option("--threshold", help="Cosine above which a latent is shared.")] = 0.7,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0, max=1, help="Cosine above which a latent is shared.")
+    ] = 0.7,
     against: Annotated[
         list[str] | None, typer.Option("--against", help="The other runs that count. Default: all.")
     ] = None,
@@ -412,17 +419,19 @@ def _llm(
 
 def _amount(option: str, text: str | None) -> int | None:
     """``2M``, ``500k``, ``1e6`` or ``123``, as a whole number."""
+    from decimal import Decimal
+
     from sae.errors import BadInput
 
     if text is None:
         return None
     scale = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}.get(text[-1:].lower(), 1)
     try:
-        value = float(text[:-1] if scale > 1 else text) * scale
-        if value < 1 or value != int(value):
+        value = Decimal(text[:-1] if scale > 1 else text) * scale  # not as a float: 1.001M would be no whole number
+        if not 1 <= value <= 10**15 or value != int(value):
             raise ValueError
         return int(value)
-    except (ValueError, OverflowError):
+    except (ValueError, ArithmeticError):
         raise BadInput(f"{option} {text!r} is not an amount; write it like 500k, 2M or 1000000") from None
 
 
@@ -431,13 +440,18 @@ def _indices(text: str | None) -> tuple[int, ...]:
     from sae.errors import BadInput
 
     found: list[int] = []
+    if text is not None and not text.strip(" ,"):
+        raise BadInput(f"--indices {text!r} names no latent; write it like 3,17,40-60")
     for part in (text or "").replace(" ", ",").split(","):
         if not part:
             continue
         first, dash, last = part.partition("-")
         try:
-            found += range(int(first), int(last) + 1) if dash else [int(first)]
-        except ValueError:
+            span = range(int(first), (int(last) if dash else int(first)) + 1)
+            if not 1 <= len(span) <= 10**7:
+                raise ValueError
+            found += span
+        except (ValueError, OverflowError):
             raise BadInput(f"--indices {part!r} is not a latent or a range; write it like 3,17,40-60") from None
     return tuple(dict.fromkeys(found))
 
@@ -503,24 +517,33 @@ def _one_line_errors(as_json: bool) -> Iterator[None]:
 
     try:
         yield
+        return
     except UserError as error:
-        line = " ".join(str(error).split())
-        print(f"error: {line}", file=sys.stderr)
-        if as_json:
-            print(json.dumps({"schema": 1, "error": line}))
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\ninterrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        line, code = " ".join(str(error).split()), error.exit_code
+    except _UsageError as error:
+        asked = error.ctx.command_path if error.ctx is not None else "python cli.py"
+        line, code = f"{' '.join(error.format_message().split())} (see `{asked} --help`)", error.exit_code
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in _NOT_OURS or error.filename is None:
+            raise
+        line, code = f"{str(error.filename)!r} cannot be used: {(error.strerror or '').lower()}", 1
+    print(f"error: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"schema": 1, "error": line}))
+    sys.exit(code)
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] or ["--help"]
     with _one_line_errors("--json" in arguments):
-        app(args=_spread_lists(arguments), prog_name="python cli.py" if sys.argv[0].endswith("cli.py") else None)
+        prog_name = "python cli.py" if sys.argv[0].endswith("cli.py") else None
+        code = app(args=_spread_lists(arguments), prog_name=prog_name, standalone_mode=False)
+    if code == INTERRUPTED:
+        print("\ninterrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,7 +18,7 @@ from autointerp.backends import LlmOptions, open_explainer, resolve
 from autointerp.explainers.base import Explainer
 from autointerp.journal import Journal
 from autointerp.material import Material
-from autointerp.selection import Choice, choose, partners
+from autointerp.selection import Choice, check, choose, partners
 from autointerp.work import Outcome, in_flight
 from sae.errors import BadInput
 from sae.files import digest, read_table
@@ -41,11 +42,21 @@ def explain_runs(
     compute = compute or Compute()
     kind = resolve(backend, options, "explainer")
     for run in runs:
+        check(run, choice)
+    for run in runs:
         ensure_harvested([run, *run.siblings()] if choice.needs_alignment else [run], compute)
         if choice.needs_alignment:
             ensure_aligned(run, compute)
     tasks = [task for run in runs for task in _plan(run, choice)]
-    return asyncio.run(_explain(tasks, kind, options))
+    outcome = asyncio.run(_explain(tasks, kind, options))
+    for run in runs:
+        begun_path(run).unlink(missing_ok=True)
+    return outcome
+
+
+def begun_path(run: Run) -> Path:
+    """Marks a run that `score` began to explain: stopped on the way, it is to go on with that and not score a part."""
+    return run.folder / ".explaining"
 
 
 def _plan(run: Run, choice: Choice) -> list[_Task]:

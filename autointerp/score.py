@@ -24,6 +24,7 @@ from autointerp.judges.base import Judge
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
 from autointerp.scorers import SCORERS, Scorer
+from autointerp.scorers.base import ScoreRow
 from autointerp.scorers.controls import swap_partners
 from autointerp.work import Outcome, in_flight
 from sae.errors import BadInput, nearest
@@ -31,6 +32,10 @@ from sae.files import digest, write_table
 from sae.progress import say, track
 from sae.run import Run, all_runs
 
+_IDENTITY = ("latent", "explanation_id", "explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
+_JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
+COLUMNS = (*_IDENTITY, *_JUDGED_BY, "control", *ScoreRow._fields)
+"""Of the score table. All are there even when every explanation failed and nothing was judged."""
 CONTROL_LATENTS = {"ngram": None, "llm": 50}  # a swapped control costs as much as the score; None: all latents
 
 
@@ -71,15 +76,24 @@ def score_runs(
 
 def _with_explanations(runs: Sequence[Run] | None, root: Path, options: LlmOptions) -> list[Run]:
     if runs is None:
-        return [run for run in all_runs(root) if run.journal_path.exists()]
-    from autointerp.explain import explain_runs
+        return [run for run in all_runs(root) if _was_explained(run)]
+    from autointerp.explain import begun_path, explain_runs
     from autointerp.selection import Choice
 
     for run in runs:
-        if not run.journal_path.exists():
+        if begun_path(run).exists() or not _was_explained(run):
             say(f"{run.name}: not explained yet, doing that first (200 latents)")
+            begun_path(run).touch()
             explain_runs([run], Choice(), "auto", options)
     return list(runs)
+
+
+def _was_explained(run: Run) -> bool:
+    """Whether anything was ever asked about its latents; an ``explain`` stopped early leaves a journal without rows."""
+    if not run.journal_path.exists():
+        return False
+    with Journal(run.journal_path) as journal:
+        return not journal.explanations().empty
 
 
 async def _score(
@@ -125,21 +139,39 @@ async def _score_run(
         def items(latent: int) -> list[Context]:
             return scorer.items(material.sampler.testing(latent))
 
+        asked_now: set[int] = set()
+
         async def ask(question: _Question) -> None:
-            await _judge_one(question, items(question.latent), judge, journal, same)
+            if await _judge_one(question, items(question.latent), judge, journal, same) and question.control == "none":
+                asked_now.add(question.explanation_id)
 
         if questions:
             with track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar:
                 await in_flight(questions, ask, concurrency, bar)
         table = score_table(journal, same["settings_hash"], items)
     write_table(run.stage_path("scores"), table, inputs=material.digest)
-    mine = table[(table["control"] == "none") & (table["judge"].isna() | (table["judge"] == judge.name))]
-    for status in mine["status"]:
-        if status == "ok":
+    for row in _rows(_of_this_judge(table, same)):
+        if row["status"] == "ok":
             outcome.n_done += 1
+            outcome.n_new += row["explanation_id"] in asked_now
         else:
-            outcome.failures[status.removeprefix("failed: ")] += 1
+            outcome.failures[row["status"].removeprefix("failed: ")] += 1
     outcome.retry = f"python cli.py score --sae {run.name} (the same options: only what failed is asked again)"
+
+
+def _of_this_judge(table: pd.DataFrame, same: Mapping[str, str]) -> pd.DataFrame:
+    """The rows that are this judge's doing under these settings, and the failed explanations it would have judged.
+
+    What other judges, protocols and prompts made of the same explanations stands in the table beside them.
+    """
+    found = table[table["control"] == "none"]
+    judged = found["judge_prompt_hash"] == same["prompt_hash"]
+    for column in ("judge", "scorer", "settings_hash", "model"):
+        judged &= found[column] == same[column]
+    unexplained = found["judge"].isna()
+    if same["judge"] == "ngram":
+        unexplained &= found["explainer"] == "ngram"
+    return found[judged | unexplained]
 
 
 def _readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
@@ -181,13 +213,13 @@ def _first_by_hash(latents: Sequence[int], n: int | None) -> list[int]:
 
 async def _judge_one(
     question: _Question, items: Sequence[Context], judge: Judge, journal: Journal, same: dict[str, str]
-) -> None:
-    """Judge what has no verdict yet of one question, journalling request by request."""
+) -> int:
+    """Judge what has no verdict yet of one question, journalling request by request. Returns how many those were."""
     done = journal.judged(
         latent=question.latent, explanation_id=question.explanation_id, control=question.control, replicate=0, **same
     )
     todo = [c for c in items if c.window not in done and c.window not in question.seen]
-    spent = Usage()
+    stage = "score" if question.control == "none" else "control"
     for start in range(0, len(todo), judge.contexts_per_request):
         part = todo[start : start + judge.contexts_per_request]
         judgements = await judge.judge(question.text, part)
@@ -212,8 +244,10 @@ async def _judge_one(
                 for context, judgement in zip(part, judgements, strict=True)
             ]
         )
-        spent = sum((judgement.usage for judgement in judgements), spent)
-    journal.add_usage("score" if question.control == "none" else "control", judge.model, spent, question.latent)
+        # With the verdicts and not at the end: what was paid for is on record however the command ends.
+        spent = sum((judgement.usage for judgement in judgements), Usage())
+        journal.add_usage(stage, judge.model, spent, question.latent)
+    return len(todo)
 
 
 def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Sequence[Context]]) -> pd.DataFrame:
@@ -246,7 +280,7 @@ def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Seq
         if explained["status"] == "failed":
             status = f"failed: no explanation: {explained['failure']}"
             rows.append({**_identity(explained["latent"], explained), "control": "none", "status": status})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _identity(latent: int, explanation: Mapping[str, Any]) -> dict[str, Any]:

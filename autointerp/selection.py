@@ -43,6 +43,25 @@ class Choice:
         return self.sharing != "any" or self.with_partners
 
 
+def check(run: Run, choice: Choice) -> None:
+    """Raise in one line what is wrong with ``choice`` for ``run``: cheap, so that it is told before any work."""
+    n = run.settings.training.num_latents
+    outside = [i for i in choice.indices if not 0 <= i < n]
+    if outside:
+        raise NotFound(f"latent {outside[0]} does not exist in run {run.name!r}; it has latents 0 to {n - 1}")
+    siblings = [r.name for r in run.siblings()]
+    unknown = [name for name in choice.against if name not in siblings]
+    if unknown:
+        hint = f"did you mean {nearest(unknown[0], siblings)}?" if siblings else "the study has no other run"
+        raise BadInput(f"--against {unknown[0]!r} is not another run of study {run.study!r}; {hint}")
+    if choice.needs_alignment and not siblings:
+        raise BadInput(
+            f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; "
+            f"train another seed (`python cli.py train --name {run.study} --seeds …`), or leave --unshared-only, "
+            "--shared-only and --with-partners out"
+        )
+
+
 def choose(run: Run, table: pd.DataFrame, eligible: Sequence[int], choice: Choice) -> list[int]:
     """The latents of ``run`` to explain, ascending.
 
@@ -50,12 +69,9 @@ def choose(run: Run, table: pd.DataFrame, eligible: Sequence[int], choice: Choic
         table: the run's overlap table (may be empty where the choice does not look at sharing).
         eligible: latents with contexts enough.
     """
+    check(run, choice)
     pool = set(eligible)
     if choice.indices:
-        n = run.settings.training.num_latents
-        outside = [i for i in choice.indices if not 0 <= i < n]
-        if outside:
-            raise NotFound(f"latent {outside[0]} does not exist in run {run.name!r}; it has latents 0 to {n - 1}")
         return sorted(set(choice.indices))
     if choice.sharing != "any":
         unshared = unshared_latents(run, table, choice)
@@ -66,17 +82,8 @@ def choose(run: Run, table: pd.DataFrame, eligible: Sequence[int], choice: Choic
 
 def unshared_latents(run: Run, table: pd.DataFrame, choice: Choice) -> set[int]:
     """Alive or not, the latents that are shared with none of the runs that the choice is against."""
-    siblings = [r.name for r in run.siblings()]
-    unknown = [name for name in choice.against if name not in siblings]
-    if unknown:
-        hint = f"did you mean {nearest(unknown[0], siblings)}?" if siblings else "the study has no other run"
-        raise BadInput(f"--against {unknown[0]!r} is not another run of study {run.study!r}; {hint}")
-    against = choice.against or tuple(siblings)
-    if not against:
-        raise BadInput(
-            f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; "
-            "train another seed, or leave --unshared-only / --shared-only out"
-        )
+    check(run, choice)
+    against = choice.against or tuple(r.name for r in run.siblings())
     found = np.zeros(len(table), dtype=bool)
     for name in against:
         found |= shared(_as_seen_with(table, name), choice.definition, choice.threshold)

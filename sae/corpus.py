@@ -251,6 +251,8 @@ class _Packer:
                 raise
             raise UserError(f"the disk is full under {str(self.folder)!r}; free some space and run again") from None
         if self.rows == 0:
+            self.part.unlink()
+            self.state.unlink(missing_ok=True)
             raise BadInput(
                 f"the text of {self._name()} has {human(len(self.left))} tokens, fewer than one sequence of "
                 f"corpus.context = {self.context}; add text or lower corpus.context"

@@ -6,6 +6,7 @@ be able to check later (the hash of the inputs it was made from, above all).
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -27,6 +28,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block ends well it becomes ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not _runs(left.name.rsplit(".", 2)[1]):  # of a process that was killed in here
+            left.unlink(missing_ok=True)
     try:
         yield temporary
         with temporary.open("rb") as written:
@@ -34,6 +38,16 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -33,10 +33,11 @@ def say(message: str) -> None:
 
 
 def human(n: float) -> str:
-    """A count in three digits: ``950``, ``12.3k``, ``2.00M``."""
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= limit:
-            return f"{n / limit:.3g}{suffix}"
+    """A count in at most three digits: ``950``, ``12.3k``, ``2M``. From 1e15 on plainly in powers of ten."""
+    for scale, suffix in ((1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T")):
+        shown = f"{n / scale:.3g}"
+        if abs(float(shown)) < 1000:  # as it is shown: 999,936 rounds to a whole million
+            return shown + suffix
     return f"{n:.3g}"
 
 
@@ -68,9 +69,8 @@ class Bar:
             self._last_line = time.monotonic()
             rate = (self.done - self._first) / (self._last_line - self._started)
             left = (self._total - self.done) / rate if rate else float("inf")
-            say(
-                f"{self._label}: {human(self.done)} of {human(self._total)} {self._unit}, {left:.0f} s left {self._note}"
-            )
+            done = f"{human(self.done)} of {human(self._total)} {self._unit}"
+            say(f"{self._label}: {done}, {left:.0f} s left {self._note}".rstrip())
 
     def summary(self) -> str:
         seconds = time.monotonic() - self._started

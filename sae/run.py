@@ -40,6 +40,7 @@ DEFAULT_ROOT = Path("eval_runs")
 RESERVED = frozenset({"alignments", "reports", "recipes", "reference", "corpora"})
 LATENT_STAGES = ("firing", "overlap", "contexts", "scores")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(?:-[A-Za-z0-9._]+)*")
+_LONGEST_NAME = 80  # two of them, and a few letters more, are the name of an alignment's file
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "openai")
 
 
@@ -47,6 +48,8 @@ def check_name(name: str) -> str:
     """``name`` if a run or study may bear it, else one line that says why not."""
     if name in RESERVED:
         raise BadInput(f"name {name!r} is reserved for a folder of the program; choose another")
+    if len(name) > _LONGEST_NAME:
+        raise BadInput(f"name {name[:20]!r}… has {len(name)} characters; choose one of at most {_LONGEST_NAME}")
     if not _NAME.fullmatch(name):
         raise BadInput(
             f"name {name!r} cannot be a folder of runs: use letters, digits, '.', '_' and single '-', "

@@ -131,6 +131,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         beside = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         hint = f"; there is {nearest(str(path), beside)}" if beside else ""
         raise NotFound(f"recipe {str(path)!r} does not exist{hint}") from None
+    except OSError as error:
+        raise BadInput(f"recipe {str(path)!r} cannot be read: {(error.strerror or '').lower()}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"recipe {str(path)!r} is not valid TOML: {error}") from None
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from tiny_study import Ran, cli, write_recipe, write_texts
+
+# No deadline: on a machine that does other work too, the clock says nothing about the program.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.load_profile("here")
 
 LINES = [
     "def add(a, b):\n    return a + b\n",
@@ -110,3 +118,33 @@ def _save(model_class: Any, config: Any, tokenizer: Any, folder: Path) -> Path:
     model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+    """A recipe for a study in seconds: see ``tiny_study``."""
+    folder = tmp_path_factory.mktemp("recipe")
+    return write_recipe(folder / "tiny.toml", tiny_llama_dir, write_texts(folder / "texts"))
+
+
+@pytest.fixture(scope="session")
+def tiny_done(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> tuple[Path, dict[str, Ran]]:
+    """A study of two seeds with every stage done through the commands, and what each said. To read, not to change."""
+    root = tmp_path_factory.mktemp("study") / "runs"
+    steps: dict[str, Sequence[object]] = {
+        "train": ("--name", "run", "--seeds", 0, 1, "--recipe", tiny_recipe),
+        "harvest": (),
+        "align": ("run_a", "run_b"),
+        "explain": ("--sae", "run_a", "--unshared-only", "--definition", "lenient", "--latents", 6),
+        "score": (),
+        "report": (),
+        "show": ("--latent", 3),
+        "runs": (),
+    }
+    return root, {name: cli(name, *arguments, "--root", root, "--json") for name, arguments in steps.items()}
+
+
+@pytest.fixture
+def tiny_root(tiny_done: tuple[Path, dict[str, Ran]], tmp_path: Path) -> Path:
+    """A copy of the finished study, to do with as one likes."""
+    return Path(shutil.copytree(tiny_done[0], tmp_path / "runs"))

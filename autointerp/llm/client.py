@@ -232,6 +232,7 @@ class LlmClient:
         await self.check()
         spent = Usage()
         sent = request
+        cut_off = ""
         for tries_left in reversed(range(self._answer_tries)):
             try:
                 answer, cost = await self._answer(sent)
@@ -242,7 +243,10 @@ class LlmClient:
             except AnswerFailed as failed:
                 spent += failed.usage
                 if not tries_left or failed.final:
-                    raise AnswerFailed(failed.reason, spent) from None
+                    # Where the model's context has no room for twice as much, the refusal alone would mislead.
+                    again = f"{cut_off}; asked again with more room: " if failed.final and cut_off else ""
+                    raise AnswerFailed(again + failed.reason, spent) from None
+                cut_off = failed.reason if failed.cut else ""
                 if failed.cut:
                     sent = replace(sent, max_tokens=2 * sent.max_tokens)
         raise AssertionError("unreachable")

@@ -363,6 +363,15 @@ def test_more_room_after_an_answer_that_was_cut_off() -> None:
     assert [seen.body["max_tokens"] for seen in server.requests] == [20, 40, 80]
 
 
+def test_where_there_is_no_more_room_the_answer_was_cut_off() -> None:
+    with FakeServer() as server:
+        refusal = error(400, "'max_tokens' is too large: this model's maximum context length is 60")
+        server.script.extend([Reply(content="a", finish_reason="length"), refusal])
+        with pytest.raises(AnswerFailed, match=r"cut off at 20 tokens; .* more room: .* is too large") as caught:
+            complete(client(server))
+    assert caught.value.usage.requests == 2
+
+
 def test_what_failed_attempts_cost_is_counted() -> None:
     with FakeServer() as server:
         server.script.extend([error(503), Reply(content=None)])

@@ -1,0 +1,405 @@
+"""Explaining and scoring over a real, tiny study, with explainers and judges that misbehave on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_study import journal, records
+
+from autointerp.backends import LlmOptions, open_judge, resolve
+from autointerp.contexts import Context
+from autointerp.explain import explain_runs
+from autointerp.explainers.base import Explanation
+from autointerp.journal import Journal
+from autointerp.judges.base import Judgement
+from autointerp.llm.usage import Usage
+from autointerp.material import Material
+from autointerp.score import score_runs
+from autointerp.selection import Choice
+from autointerp.work import Outcome, in_flight
+from sae.errors import BadInput, Unavailable
+from sae.files import read_json, read_table, write_json
+from sae.progress import track
+from sae.run import Run
+from sae.study import Compute
+
+NONE = LlmOptions(concurrency=4)
+
+
+@dataclass
+class FakeExplainer:
+    """Explains by number; ``fails`` says which latents it fails on, ``breaks`` on which it stops everything."""
+
+    name: str = "fake"
+    settings_hash: str = "s"
+    prompt_hash: str = "p"
+    model: str = "m"
+    needs_background: int = 3
+    fails: frozenset[int] = frozenset()
+    breaks: frozenset[int] = frozenset()
+    asked: list[int] = field(default_factory=list)
+    shown: dict[int, set[int]] = field(default_factory=dict)
+
+    async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:
+        self.asked.append(latent)
+        self.shown[latent] = {context.window for context in contexts}
+        assert all(context.active for context in contexts)
+        assert not any(context.active for context in background)
+        await asyncio.sleep(0)
+        if latent in self.breaks:
+            raise Unavailable("gone")
+        if latent in self.fails:
+            return Explanation(None, "no idea", Usage(requests=1))
+        return Explanation(f"statement {latent}", usage=Usage(requests=1))
+
+
+Verdict = Callable[[str, Context, int], Judgement]
+
+
+def right(_: str, context: Context, __: int) -> Judgement:
+    return Judgement(0.9 if context.active else 0.1, context.active)
+
+
+@dataclass
+class FakeJudge:
+    """Answers as ``verdict`` says, given the statement, the context and how many it has judged before."""
+
+    verdict: Verdict = right
+    name: str = "fakejudge"
+    settings_hash: str = "js"
+    prompt_hash: str = "jp"
+    model: str = "jm"
+    contexts_per_request: int = 3
+    judged: list[tuple[str, int]] = field(default_factory=list)
+
+    async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
+        assert 1 <= len(contexts) <= self.contexts_per_request
+        await asyncio.sleep(0)
+        found = []
+        for context in contexts:
+            found.append(self.verdict(explanation_text, context, len(self.judged)))
+            self.judged.append((explanation_text, context.window))
+        return found
+
+
+@pytest.fixture
+def run(tiny_root: Path) -> Run:
+    """Harvested and aligned, and not yet explained."""
+    return Run.open("run_b", tiny_root)
+
+
+@pytest.fixture
+def explain(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    def go(explainer: FakeExplainer, n: int = 8, **choice: Any) -> Outcome:
+        @asynccontextmanager
+        async def opened(*_: object) -> AsyncIterator[FakeExplainer]:
+            yield explainer
+
+        monkeypatch.setattr("autointerp.explain.open_explainer", opened)
+        return explain_runs([run], Choice(n=n, **choice), "ngram", NONE, Compute("cpu"))
+
+    return go
+
+
+@pytest.fixture
+def score(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    def go(judge: FakeJudge, control: int | None = None) -> Outcome:
+        @asynccontextmanager
+        async def opened(*_: object) -> AsyncIterator[FakeJudge]:
+            yield judge
+
+        monkeypatch.setattr("autointerp.score.open_judge", opened)
+        return score_runs([run], run.root, ("detection",), "ngram", NONE, control)
+
+    return go
+
+
+Explain = Callable[..., Outcome]
+Score = Callable[..., Outcome]
+
+
+# --- explain ------------------------------------------------------------------------------------------------
+
+
+def test_every_answer_is_journalled_with_what_it_was_made_from(run: Run, explain: Explain) -> None:
+    fake = FakeExplainer()
+    outcome = explain(fake)
+    rows = journal(run.journal_path)["explanation"]
+    assert (outcome.n_done, outcome.n_new, outcome.n_failed) == (8, 8, 0)
+    assert {row["latent"]: set(row["contexts"]) for row in rows} == fake.shown
+    assert all(row["text"] == f"statement {row['latent']}" and row["draw"] == 0 for row in rows)
+    assert {(row["explainer"], row["prompt_hash"], row["model"]) for row in rows} == {("fake", "p", "m")}
+    with Journal(run.journal_path) as opened:
+        assert opened.usage()["requests"].tolist() == [8]
+
+
+def the_latents(explain: Explain) -> list[int]:
+    """Which latents a sample of eight takes, in the order in which they are asked."""
+    probe = FakeExplainer(settings_hash="probe")
+    explain(probe)
+    return probe.asked
+
+
+def test_what_failed_is_counted_and_asked_again_alone(explain: Explain) -> None:
+    fails = frozenset(the_latents(explain)[:3])
+    outcome = explain(FakeExplainer(fails=fails))
+    assert outcome.failures == Counter({"no idea": 3})
+    assert (outcome.n_done, outcome.n_new) == (5, 5)
+    assert outcome.as_dict()["retry"].startswith("python cli.py explain --sae run_b")
+    again = FakeExplainer()
+    outcome = explain(again)
+    assert set(again.asked) == fails
+    assert (outcome.n_done, outcome.n_new, outcome.n_failed) == (8, 3, 0)
+
+
+def test_an_end_of_everything_keeps_what_was_finished(explain: Explain) -> None:
+    latents = the_latents(explain)
+    first = FakeExplainer(breaks=frozenset({latents[6]}))
+    with pytest.raises(Unavailable, match="gone"):
+        explain(first)
+    again = FakeExplainer()
+    outcome = explain(again)
+    assert outcome.n_done == 8
+    assert latents[6] in again.asked
+    assert len(again.asked) <= 2 + NONE.concurrency  # the last two, and those under way beside the seventh
+    assert outcome.n_new == len(again.asked)
+
+
+@pytest.mark.parametrize("changed", [{"settings_hash": "s2"}, {"prompt_hash": "p2"}, {"model": "m2"}, {"name": "n2"}])
+def test_other_settings_stand_beside(run: Run, explain: Explain, changed: dict[str, str]) -> None:
+    explain(FakeExplainer())
+    before = journal(run.journal_path, times=True)["explanation"]
+    assert explain(FakeExplainer(**changed)).n_new == 8  # type: ignore[arg-type]
+    after = journal(run.journal_path, times=True)["explanation"]
+    assert after[:8] == before
+    assert len(after) == 16
+
+
+def test_a_larger_sample_asks_only_for_the_rest(explain: Explain) -> None:
+    explain(FakeExplainer(), n=5)
+    more = FakeExplainer()
+    outcome = explain(more, n=9)
+    assert len(more.asked) == 4
+    assert (outcome.n_done, outcome.n_new) == (9, 4)
+
+
+# --- score --------------------------------------------------------------------------------------------------
+
+
+def own(run: Run) -> list[dict[str, Any]]:
+    table = read_table(run.stage_path("scores"))
+    return records(table[table["control"] == "none"])
+
+
+def test_a_judge_that_is_right_scores_one(run: Run, explain: Explain, score: Score) -> None:
+    fake = FakeExplainer()
+    explain(fake)
+    outcome = score(FakeJudge())
+    assert (outcome.n_done, outcome.n_new, outcome.n_failed) == (8, 8, 0)
+    for row in own(run):
+        assert (row["balanced_accuracy"], row["auroc"], row["status"], row["n_failed"]) == (1, 1, "ok", 0)
+        assert row["ba_low"] < 1
+    # … and has never seen a window that the explainer saw.
+    for verdict in journal(run.journal_path)["verdict"]:
+        assert verdict["context"] not in fake.shown[verdict["latent"]]
+
+
+def test_the_control_is_another_latents_statement(run: Run, explain: Explain, score: Score) -> None:
+    explain(FakeExplainer())
+    score(FakeJudge())
+    stored = journal(run.journal_path)
+    owner = {row["id"]: row["latent"] for row in stored["explanation"]}
+    for verdict in stored["verdict"]:
+        mine = owner[verdict["explanation_id"]] == verdict["latent"]
+        assert mine == (verdict["control"] == "none")
+    # On the very contexts of the score.
+    by_control: dict[str, set[tuple[int, int]]] = {"none": set(), "swap": set()}
+    for verdict in stored["verdict"]:
+        by_control[verdict["control"]].add((verdict["latent"], verdict["context"]))
+    assert by_control["swap"] <= by_control["none"]
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_controls_may_be_fewer(run: Run, explain: Explain, score: Score, n: int) -> None:
+    explain(FakeExplainer())
+    score(FakeJudge(), n)
+    table = read_table(run.stage_path("scores"))
+    assert (table["control"] == "swap").sum() == n
+    assert (table["control"] == "none").sum() == 8
+
+
+def failing(every: int) -> Verdict:
+    def verdict(text: str, context: Context, n: int) -> Judgement:
+        return Judgement(None, None, "garbled") if n % every == 0 else right(text, context, n)
+
+    return verdict
+
+
+def test_some_failed_answers_are_counted_and_asked_again(run: Run, explain: Explain, score: Score) -> None:
+    explain(FakeExplainer())
+    first = FakeJudge(failing(10))
+    score(first, 0)
+    failed = {row["latent"]: row["n_failed"] for row in own(run)}
+    assert sum(failed.values()) == len([i for i in range(len(first.judged)) if i % 10 == 0])
+    assert all(row["balanced_accuracy"] == 1 for row in own(run) if row["status"] == "ok")  # a failure is no "no"
+    second = FakeJudge()
+    score(second, 0)
+    assert len(second.judged) == sum(failed.values())
+    assert all(row["n_failed"] == 0 and row["balanced_accuracy"] == 1 for row in own(run))
+
+
+def test_many_failed_answers_are_no_score(run: Run, explain: Explain, score: Score) -> None:
+    explain(FakeExplainer())
+    outcome = score(FakeJudge(failing(2)), 0)
+    assert (outcome.n_done, outcome.n_failed) == (0, 8)
+    for row in own(run):
+        assert row["status"].startswith("failed: ")
+        assert "garbled" in row["status"]
+        assert row["balanced_accuracy"] is None
+
+
+def test_a_judge_that_stops_keeps_every_request(run: Run, explain: Explain, score: Score) -> None:
+    """What is judged is journalled request by request; the table in the end is that of an undisturbed scoring."""
+
+    def stops(text: str, context: Context, n: int) -> Judgement:
+        if n >= 40:
+            raise Unavailable("gone")
+        return right(text, context, n)
+
+    explain(FakeExplainer())
+    first = FakeJudge(stops)
+    with pytest.raises(Unavailable, match="gone"):
+        score(first)
+    kept = journal(run.journal_path)["verdict"]
+    assert len(kept) >= 40 - 3 * NONE.concurrency
+    second = FakeJudge()
+    score(second)
+    resumed = own(run)
+    everything = len(journal(run.journal_path)["verdict"])
+    assert len(second.judged) == everything - len(kept)
+    # The same, judged afresh under another name, in one go.
+    score(FakeJudge(name="undisturbed"))
+    fresh = [row for row in own(run) if row["judge"] == "undisturbed"]
+    ignored = ("judge", "settings_hash", "stratum_tpr")
+
+    def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if k not in ignored} for row in rows]
+
+    assert plain([row for row in resumed if row["judge"] == "fakejudge"]) == plain(fresh)
+
+
+def test_latents_without_an_explanation_are_rows_too(run: Run, explain: Explain, score: Score) -> None:
+    probe = FakeExplainer(settings_hash="probe")
+    explain(probe, n=4)
+    with Journal(run.journal_path) as opened:
+        n_before = len(opened.explanations())
+    assert n_before == 4
+    for path in run.folder.glob("journal.sqlite*"):
+        path.unlink()
+    explain(FakeExplainer(fails=frozenset(probe.asked)), n=4)
+    outcome = score(FakeJudge())
+    assert (outcome.n_done, outcome.n_failed) == (0, 4)
+    assert all(row["status"] == "failed: no explanation: no idea" for row in own(run))
+
+
+# --- material, backends, work -------------------------------------------------------------------------------
+
+
+def test_eligibility_is_counted_once_and_again_when_the_settings_change(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Material.of(run).eligibility()
+    assert 0 < first["eligible"].sum() <= len(first)
+    assert (first["ineligible_reason"] == "").equals(first["eligible"])
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("counted again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("autointerp.contexts.ContextSampler.eligible", refuse)
+        assert records(Material.of(run).eligibility()) == records(first)
+    record = read_json(run.folder / "run.json")
+    record["settings"]["contexts"]["min_active"] = 10
+    write_json(run.folder / "run.json", record)
+    again = Material.of(Run.open(run.name, run.root))
+    assert again.digest != Material.of(run).digest
+    assert again.eligibility()["eligible"].sum() <= first["eligible"].sum()
+
+
+names = st.none() | st.sampled_from(["http://a/v1", "b"])
+
+
+@given(names, names, names, names)
+def test_a_judge_of_its_own_is_just_that(
+    url: str | None, model: str | None, judge_url: str | None, judge_model: str | None
+) -> None:
+    options = LlmOptions(url, model, judge_url, judge_model)
+    judge = options.for_judge()
+    assert judge.url == (judge_url or url)
+    # Another server knows nothing of this one's model.
+    assert judge.model == (judge_model or (None if judge_url else model))
+    assert resolve("auto", options, "explainer") == ("llm" if url or model else "ngram")
+    assert resolve("ngram", options, "judge") == "ngram"
+    if options.named:
+        assert resolve("llm", options, "explainer") == "llm"
+    else:
+        with pytest.raises(BadInput, match="--explainer llm needs a language model"):
+            resolve("llm", options, "explainer")
+
+
+def test_an_unknown_protocol_is_told_before_anything_is_opened(tmp_path: Path) -> None:
+    async def opened() -> None:
+        async with open_judge("auto", LlmOptions(url="http://127.0.0.1:9", protocol="chat"), tmp_path / "cache"):
+            raise AssertionError
+
+    with pytest.raises(BadInput, match="--protocol 'chat'"):
+        asyncio.run(opened())
+    assert not (tmp_path / "cache").exists()
+
+
+@given(st.integers(0, 30), st.integers(1, 8), st.none() | st.integers(0, 29))
+def test_work_in_flight(n: int, limit: int, breaks: int | None) -> None:
+    """All of it, once each, never more than ``limit`` at a time; the first error is the one that is raised."""
+    begun: list[int] = []
+    now = most = 0
+
+    async def work(item: int) -> None:
+        nonlocal now, most
+        begun.append(item)
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0)
+        now -= 1
+        if item == breaks:
+            raise Unavailable(str(item))
+
+    async def go() -> float:
+        with track("work", n) as bar:
+            await in_flight(range(n), work, limit, bar)
+        return bar.done
+
+    if breaks is not None and breaks < n:
+        with pytest.raises(Unavailable, match=f"^{breaks}$"):
+            asyncio.run(go())
+        assert len(begun) <= breaks + 2 * limit
+    else:
+        assert asyncio.run(go()) == n
+        assert begun == list(range(n))
+    assert most <= limit
+
+
+@given(st.dictionaries(st.sampled_from("abc"), st.integers(1, 5)))
+def test_an_outcome_counts_its_failures(failures: dict[str, int]) -> None:
+    outcome = Outcome("explain", ["run_a"], "ngram", 5, 2, Counter(failures), retry="again")
+    found = outcome.as_dict()
+    assert found["n_failed"] == sum(failures.values()) == sum(found["failures"].values())
+    assert found["retry"] == ("again" if failures else None)

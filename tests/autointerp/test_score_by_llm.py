@@ -1,0 +1,137 @@
+"""`explain` and `score` by a language model, from a trained run to its score table: what is counted and kept."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import pytest
+from fake_server import FakeServer, Reply, error
+
+from autointerp.backends import LlmOptions
+from autointerp.explain import explain_runs
+from autointerp.journal import Journal
+from autointerp.score import COLUMNS, score_runs
+from autointerp.selection import Choice
+from autointerp.work import Outcome
+from sae.errors import BadInput, Unavailable
+from sae.files import read_table
+from sae.run import Run
+from sae.settings import Settings
+from sae.study import Compute, harvest_runs, train_study
+
+N = 4
+ITEMS = 12  # contexts that an explanation is tested on
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_neox_dir: Path) -> Path:
+    """A root with one trained and harvested run."""
+    root = tmp_path_factory.mktemp("harvested")
+    settings = Settings().with_values(
+        subject={"model": str(tiny_neox_dir), "hookpoint": "layers.1.mlp"},
+        corpus={"kind": "text", "source": (argparse.__file__,), "context": 64},
+        training={"num_latents": 32, "k": 4, "tokens": 20_000, "batch_tokens": 1024},
+        harvest={"tokens": 30_000},
+        contexts={"n_explain": 10, "n_active": ITEMS // 2, "n_inactive": ITEMS // 2},
+    )
+    compute = Compute("cpu", 1)
+    harvest_runs(train_study("run", [0], settings, root, compute), compute)
+    return root
+
+
+@pytest.fixture
+def run(harvested: Path, tmp_path: Path) -> Run:
+    return Run.open("run_a", Path(shutil.copytree(harvested, tmp_path / "runs")))
+
+
+def explain(run: Run, server: FakeServer) -> Outcome:
+    return explain_runs([run], Choice(n=N), "llm", LlmOptions(url=server.url, concurrency=2), Compute("cpu", 1))
+
+
+def score(run: Run, server: FakeServer, protocol: str = "batch", named: bool = True) -> Outcome:
+    options = LlmOptions(url=server.url, protocol=protocol, concurrency=2)
+    return score_runs([run] if named else None, run.root, ("detection",), "llm", options, control_latents=0)
+
+
+def test_everything_is_done_once(run: Run) -> None:
+    with FakeServer() as server:
+        explained = explain(run, server)
+        assert (explained.n_done, explained.n_new, explained.n_failed) == (N, N, 0)
+        scored = score(run, server, "single")
+        assert (scored.n_done, scored.n_new, scored.n_failed) == (N, N, 0)
+        assert len(server.requests) == N + N * ITEMS
+        again = explain(run, server), score(run, server, "single")
+        assert [(x.n_done, x.n_new, x.n_failed) for x in again] == [(N, 0, 0)] * 2
+        assert len(server.requests) == N + N * ITEMS
+    with Journal(run.journal_path) as journal:
+        usage = journal.usage().set_index("stage")
+    assert dict(usage["requests"]) == {"explain": N, "score": N * ITEMS}
+    table = read_table(run.stage_path("scores"))
+    assert tuple(table.columns) == COLUMNS
+    assert (table["status"] == "ok").all()
+
+
+def test_a_protocol_counts_its_own_scores(run: Run) -> None:
+    with FakeServer() as server:
+        explain(run, server)
+        server.answer = lambda _: Reply("neither")
+        first = score(run, server, "single")
+        assert (first.n_done, first.n_failed) == (0, N)
+    with FakeServer() as server:
+        second = score(run, server, "batch")
+    assert (second.n_done, second.n_new, second.n_failed) == (N, N, 0)
+    assert len(read_table(run.stage_path("scores"))) == 2 * N
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_explanations_that_all_failed_are_failures_and_no_crash(run: Run, named: bool) -> None:
+    with FakeServer("I cannot tell.") as server:
+        explained = explain(run, server)
+        assert (explained.n_done, explained.n_failed) == (0, N)
+        scored = score(run, server, named=named)
+    reason = "no explanation: the answer has no line that begins with [EXPLANATION]:"
+    assert (scored.n_done, dict(scored.failures)) == (0, {reason: N})
+    table = read_table(run.stage_path("scores"))
+    assert tuple(table.columns) == COLUMNS
+    assert table["balanced_accuracy"].isna().all()
+
+
+def test_a_language_models_failures_are_not_the_baselines(run: Run) -> None:
+    with FakeServer("I cannot tell.") as server:
+        explain(run, server)
+    explain_runs([run], Choice(n=N), "ngram", LlmOptions(), Compute("cpu", 1))
+    scored = score_runs([run], run.root, ("detection",), "ngram", LlmOptions(), control_latents=0)
+    assert (scored.n_done, scored.n_failed) == (N, 0)
+
+
+def test_an_explain_that_was_stopped_at_once_is_as_if_it_had_not_been(run: Run) -> None:
+    Journal(run.journal_path).close()
+    with FakeServer() as server:
+        with pytest.raises(BadInput, match="has explanations to score"):
+            score(run, server, named=False)
+        assert score(run, server).n_done >= N
+
+
+def test_a_server_that_goes_away_leaves_what_it_answered_and_what_that_cost(run: Run) -> None:
+    with FakeServer() as server:
+        explain(run, server)
+        before = len(server.requests)
+
+        def last_words(body: dict[str, object]) -> Reply | str:
+            from fake_server import sensible
+
+            return sensible(body) if len(server.requests) - before <= 20 else error(401)
+
+        server.answer = last_words
+        with pytest.raises(Unavailable):
+            score(run, server, "single")
+    with Journal(run.journal_path) as journal:
+        answered = len(journal.verdicts())
+        usage = journal.usage().set_index("stage")
+    assert 18 <= answered <= 20
+    assert usage.loc["score", "requests"] == answered
+    with FakeServer() as server:
+        assert score(run, server, "single").n_done == N
+        assert len(server.requests) == N * ITEMS - 20, "answers that came but were not journalled are in the cache"

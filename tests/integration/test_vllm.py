@@ -1,0 +1,306 @@
+"""Explaining and scoring by a language model that a real vLLM server serves, through the commands themselves.
+
+The server answers with the bundled model, four million parameters trained on Python source. Of its answers nothing is
+expected but that every one of them ends as a result or as a failure with its reason: such a model may well write white
+space until it is cut off. What *is* expected is what does not depend on how clever it is: that probabilities are the
+model's own, that tokens are counted, that a repeated prefix is read once, that too long a prompt says so.
+
+The bundled model reads 512 tokens, our prompts are longer. Its positions are rotary, so a copy whose configuration
+says 4096 can be served: it computes the same function, beyond 512 tokens badly, and that is enough here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from vllm_server import REPOSITORY, VllmServer
+
+from autointerp.journal import Journal
+from autointerp.judges.llm import LlmJudge
+from autointerp.llm.cache import ResponseCache
+from autointerp.llm.client import LlmClient
+from autointerp.llm.exchange import Answer, Request
+from autointerp.material import Material
+from sae.files import read_table
+from sae.run import Run
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
+
+BUNDLED = REPOSITORY / "sae" / "subjects" / "pystdlib-4m"
+CONTEXT = 4096
+N_LATENTS = 8
+TEXTS = [str(Path(argparse.__file__).with_name(f"{name}.py")) for name in ("argparse", "inspect", "subprocess", "ast")]
+RECIPE = """
+[contexts]
+n_explain = 12
+n_active = 6
+n_inactive = 6
+"""
+LOGPROB_TOLERANCE = 0.25
+"""Of a log-probability: the server computes in bfloat16 (8 bits of mantissa), the reference in float32."""
+P_TOLERANCE = 0.05
+
+
+def extended(model: Path, folder: Path) -> Path:
+    """A copy of a checkpoint that may be served with ``CONTEXT`` tokens."""
+    copy = Path(shutil.copytree(model, folder / f"{model.name}-{CONTEXT}"))
+    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        values = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps({**values, key: CONTEXT}, indent=2))
+    return copy
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server and the checkpoint it serves."""
+
+    server: VllmServer
+    model: Path
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    model = extended(BUNDLED, folder)
+    with VllmServer(model, folder / "vllm.log") as server:
+        yield Served(server, model)
+
+
+def command(root: Path, name: str, *arguments: object) -> tuple[int, dict[str, Any], str]:
+    """``python cli.py name arguments``: exit code, the object on standard output, standard error."""
+    keys = ("OPENAI_API_KEY", "AUTOINTERP_API_KEY", "OPENAI_BASE_URL")
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "cli.py", name, *map(str, arguments), "--root", root, "--json"],
+        cwd=root.parent,
+        env={key: value for key, value in os.environ.items() if key not in keys} | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert "Traceback" not in done.stderr, done.stderr[-5000:]
+    assert done.stdout, f"{name} printed no object and ended with code {done.returncode}: {done.stderr[-2000:]}"
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+def trained(root: Path) -> Run:
+    """A tiny SAE on a few files of the standard library, not yet explained."""
+    recipe = root.parent / "recipe.toml"
+    recipe.write_text(RECIPE)
+    code, found, said = command(
+        root,
+        "train",
+        *("--recipe", recipe, "--seeds", 0, "--tokens", "60k", "--num-latents", 64, "--k", 4, "--context", 128),
+        *("--text", *TEXTS),
+    )
+    assert code == 0, said
+    assert [run["name"] for run in found["runs"]] == ["run_a"]
+    return Run.open("run_a", root)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return trained(tmp_path_factory.mktemp("study") / "runs")
+
+
+@pytest.fixture(scope="module")
+def explained(run: Run, served: Served) -> dict[str, Any]:
+    """What ``explain`` said; the latents are also explained by the baseline, so that there is always what to judge."""
+    chosen = ("--sae", "run_a", "--latents", N_LATENTS)
+    code, _, said = command(run.root, "explain", *chosen, "--explainer", "ngram")
+    assert code == 0, said
+    code, found, said = command(run.root, "explain", *chosen, "--llm-url", served.url)
+    assert code == (3 if found["n_failed"] else 0), said
+    return {str(column): value for column, value in found.items()}
+
+
+@pytest.fixture(scope="module", params=["single", "batch"])
+def scored(request: pytest.FixtureRequest, run: Run, served: Served, explained: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """What ``score`` said under one protocol."""
+    code, found, said = command(run.root, "score", "--llm-url", served.url, "--protocol", request.param)
+    assert code == (3 if found["n_failed"] else 0), said
+    return {**found, "protocol": request.param}
+
+
+def judge_of(served: Served, protocol: str) -> LlmJudge:
+    return LlmJudge(LlmClient(served.url, served.model.name), protocol)  # type: ignore[arg-type]
+
+
+def verdicts_of(run: Run, served: Served, protocol: str) -> pd.DataFrame:
+    with Journal(run.journal_path) as journal:
+        return journal.verdicts(judge="llm", prompt_hash=judge_of(served, protocol).prompt_hash)
+
+
+def usage_of(run: Run, stage: str) -> dict[str, Any]:
+    with Journal(run.journal_path) as journal:
+        found = journal.usage().set_index("stage").loc[stage].to_dict()
+    return {str(column): value for column, value in found.items()}
+
+
+def test_every_latent_is_explained_or_says_why_not(run: Run, served: Served, explained: dict[str, Any]) -> None:
+    assert explained["n_done"] + explained["n_failed"] == N_LATENTS
+    assert explained["backend"] == f"llm ({served.model.name})"
+    with Journal(run.journal_path) as journal:
+        rows = journal.explanations(explainer="llm")
+    assert len(rows) == N_LATENTS
+    assert (rows["status"] == "ok").sum() == explained["n_done"]
+    failed = rows[rows["status"] == "failed"]
+    assert failed["failure"].str.len().gt(0).all()
+    assert sum(explained["failures"].values()) == len(failed)
+    usage = usage_of(run, "explain")
+    assert usage["requests"] >= N_LATENTS
+    assert usage["prompt_tokens"] >= 1000 * usage["requests"]
+    assert usage["completion_tokens"] > 0
+
+
+def test_every_explanation_is_scored_or_says_why_not(run: Run, served: Served, scored: dict[str, Any]) -> None:
+    with Journal(run.journal_path) as journal:
+        explanations = journal.explanations()
+    assert scored["n_done"] + scored["n_failed"] == len(explanations) == 2 * N_LATENTS
+    good = explanations[explanations["status"] == "ok"]
+    verdicts = verdicts_of(run, served, scored["protocol"])
+    own = verdicts[verdicts["control"] == "none"]
+    assert set(own["explanation_id"]) == set(good["id"])
+    assert (own.groupby("explanation_id").size() == 12).all(), "every context has its verdict, or its failure"
+    assert (verdicts["label"].isna() == verdicts["failure"].notna()).all()
+    assert verdicts.loc[verdicts["failure"].notna(), "p"].isna().all()
+
+    table = read_table(run.stage_path("scores"))
+    mine = table[(table["judge_prompt_hash"] == judge_of(served, scored["protocol"]).prompt_hash)]
+    assert set(mine.loc[mine["control"] == "none", "explanation_id"]) == set(good["id"])
+    for row in mine.to_dict("records"):
+        if row["status"] == "ok":
+            assert 0 <= row["balanced_accuracy"] <= 1
+            assert row["n_active"] + row["n_inactive"] + row["n_failed"] == 12
+        else:
+            assert row["status"].startswith("failed: ")
+            assert math.isnan(row["balanced_accuracy"]), "a failure is no zero"
+
+
+def test_what_was_answered_is_not_asked_again(run: Run, served: Served, scored: dict[str, Any]) -> None:
+    before = verdicts_of(run, served, scored["protocol"]).set_index("id")
+    code, found, said = command(run.root, "score", "--llm-url", served.url, "--protocol", scored["protocol"])
+    assert code == (3 if found["n_failed"] else 0), said
+    after = verdicts_of(run, served, scored["protocol"]).set_index("id")
+    answered = before.index[before["failure"].isna()]
+    pd.testing.assert_frame_equal(before.loc[answered], after.loc[answered])
+    assert found["n_done"] >= scored["n_done"]
+    if before["failure"].isna().all():
+        assert found["n_new"] == 0
+        assert len(after) == len(before)
+
+
+@pytest.mark.usefixtures("scored")
+def test_the_common_prefix_is_read_once(run: Run, served: Served) -> None:
+    asked, hits = (served.server.metric(f"vllm:prefix_cache_{what}_total") for what in ("queries", "hits"))
+    assert hits > 0.5 * asked, "the examples before each question are most of it"
+    for stage in ("score", "control"):
+        usage = usage_of(run, stage)
+        assert 0.5 * usage["prompt_tokens"] < usage["cached_tokens"] <= usage["prompt_tokens"]
+
+
+# P(active) against the same model in transformers
+
+
+class Reference:
+    """The served checkpoint in float32, asked what it gives to each token after a request's messages."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._torch = torch
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def prompt(self, request: Request) -> list[int]:
+        text = self.tokenizer.apply_chat_template(list(request.messages), tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def logprobs(self, request: Request) -> dict[str, float]:
+        """By the token's text."""
+        torch = self._torch
+        with torch.inference_mode():
+            logits = self._model(torch.tensor([self.prompt(request)])).logits[0, -1]
+        values = torch.log_softmax(logits.double(), -1).tolist()
+        return {self.tokenizer.decode([i]): value for i, value in enumerate(values)}
+
+
+def first_answers(run: Run, served: Served) -> Iterator[tuple[Request, Answer, float]]:
+    """Requests of the ``single`` protocol with the server's answer (as it was kept) and the verdict's P(active).
+
+    Only those answered by their very first token.
+    """
+    judge = judge_of(served, "single")
+    sampler = Material.of(run).sampler
+    with Journal(run.journal_path) as journal:
+        texts = journal.explanations(status="ok").set_index("id")["text"]
+    kept = ResponseCache(run.root / "cache.sqlite")
+    verdicts = verdicts_of(run, served, "single")
+    for latent, rows in verdicts[verdicts["p"].notna()].groupby("latent"):
+        both = sampler.testing(int(str(latent)))
+        contexts = {context.window: context for context in (*both.active, *both.inactive)}
+        for row in rows.to_dict("records"):
+            request = judge.request(texts[row["explanation_id"]], [contexts[row["context"]].text])
+            answer = kept.get(request.key(served.model.name))
+            assert answer is not None, "a verdict whose answer was not kept"
+            assert answer.tokens is not None
+            if answer.tokens[0].strip():
+                yield request, answer, row["p"]
+    kept.close()
+
+
+@pytest.mark.parametrize("scored", ["single"], indirect=True)
+@pytest.mark.usefixtures("scored")
+def test_p_active_is_the_models_own(run: Run, served: Served) -> None:
+    verdicts = verdicts_of(run, served, "single")
+    assert verdicts["p"].notna().any(), "no verdict has a probability"
+    assert verdicts["p"].dropna().between(0, 1).all()
+    assert (verdicts["p"].dropna().ge(0.5) == verdicts.loc[verdicts["p"].notna(), "label"].astype(bool)).all()
+
+    reference = Reference(served.model)
+    compared = 0
+    for request, answer, p in list(first_answers(run, served))[::4]:
+        own = reference.logprobs(request)
+        assert answer.top_logprobs is not None
+        served_values = answer.top_logprobs[0]
+        labels = [token for token in served_values if token.strip() in ("0", "1")]
+        for token in labels:
+            assert served_values[token] == pytest.approx(own[token], abs=LOGPROB_TOLERANCE), token
+        one = sum(math.exp(own[token]) for token in labels if token.strip() == "1")
+        zero = sum(math.exp(own[token]) for token in labels if token.strip() == "0")
+        assert p == pytest.approx(one / (one + zero), abs=P_TOLERANCE)
+        compared += 1
+    assert compared >= 3
+
+
+# too long a prompt
+
+
+def test_a_prompt_beyond_the_models_context_says_so_in_one_line(tmp_path: Path) -> None:
+    """The bundled model as it is: 512 tokens, and not one of our prompts fits."""
+    run = trained(tmp_path / "runs")
+    with VllmServer(BUNDLED, tmp_path / "vllm.log") as server:
+        code, found, said = command(run.root, "explain", "--sae", "run_a", "--latents", 4, "--llm-url", server.url)
+    assert code == 1
+    line = found["error"]
+    assert "maximum context length is 512 tokens" in line
+    assert "HTTP 400" in line
+    assert said.rstrip().splitlines()[-1] == f"error: {line}"
+    with Journal(run.journal_path) as journal:
+        assert not (journal.explanations()["status"] == "ok").any()

@@ -1,0 +1,137 @@
+"""Settings: recipes and flags alike, every mistake named, and an identity that is what the weights depend on."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from sae.errors import BadInput, NotFound
+from sae.settings import Settings, read_recipe, settings_from, validated
+
+RECIPES = sorted((Path(__file__).parents[2] / "eval_runs" / "recipes").glob("*.toml"))
+KEYS = [(table, key) for table, field in Settings.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]
+
+
+def test_the_defaults_are_valid_and_come_back() -> None:
+    settings = Settings()
+    assert validated(settings.model_dump(mode="json"), "here") == settings
+    assert settings_from(None) == settings
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_come_with_the_program(path: Path) -> None:
+    settings = settings_from(path)
+    assert validated(settings.model_dump(mode="json"), "here") == settings
+    # Every key says something: none repeats nothing but is misspelt, none is for show.
+    for table, values in tomllib.loads(path.read_text()).items():
+        for key, value in values.items():
+            assert settings.model_dump(mode="json")[table][key] == value
+
+
+def test_the_demo_is_what_the_demo_must_be() -> None:
+    settings = settings_from(next(path for path in RECIPES if path.stem == "demo"))
+    assert settings.training.num_latents >= 1024
+    assert settings.training.k >= 8
+    assert settings.training.k / settings.training.num_latents <= 0.0101
+    assert settings.subject.model == "bundled"
+
+
+def test_the_command_line_stands_over_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("[training]\nk = 4\nnum_latents = 32\n[corpus]\ncontext = 64\n")
+    found = settings_from(path, training={"k": 5, "tokens": None}, corpus={"context": None}, subject={})
+    assert (found.training.k, found.training.num_latents, found.corpus.context) == (5, 32, 64)
+    assert found.training.tokens == Settings().training.tokens
+
+
+@given(st.sampled_from(KEYS), st.data())
+def test_a_misspelt_key_is_named_with_its_nearest(where: tuple[str, str], data: st.DataObject) -> None:
+    table, key = where
+    at = data.draw(st.integers(0, len(key) - 1))
+    wrong = key[:at] + key[at + 1 :]
+    assume(wrong and (table, wrong) not in KEYS and len(key) > 3)
+    with pytest.raises(BadInput) as error:
+        validated({table: {wrong: 1}}, "recipe 'x'")
+    assert f"unknown key '{table}.{wrong}'" in str(error.value)
+    assert f"'{key}'" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("training", "k", 0),
+        ("training", "num_latents", 1.5),
+        ("training", "tokens", "10M"),
+        ("training", "learning_rate", -1),
+        ("training", "architecture", "relu"),
+        ("corpus", "context", 4),
+        ("corpus", "kind", "web"),
+        ("harvest", "window", 1000),
+        ("subject", "dtype", "int8"),
+        ("contexts", "n_active", 1),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(table: str, key: str, value: object) -> None:
+    with pytest.raises(BadInput) as error:
+        validated({table: {key: value}}, "recipe 'x'")
+    assert str(error.value).startswith(f"recipe 'x': {table}.{key} = {value!r}: ")
+    assert "\n" not in str(error.value)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_k_is_at_most_the_width(k: int, num_latents: int) -> None:
+    values = {"training": {"k": k, "num_latents": num_latents}}
+    if k <= num_latents:
+        assert validated(values, "here").training.k == k
+        return
+    with pytest.raises(BadInput, match=f"training.k = {k} is more than training.num_latents = {num_latents}"):
+        validated(values, "here")
+
+
+IRRELEVANT: list[tuple[str, str, Any]] = [
+    ("training", "checkpoint_steps", 7),
+    ("harvest", "tokens", 9),
+    ("harvest", "window", 8),
+    ("contexts", "n_active", 9),
+]
+RELEVANT: list[tuple[str, str, Any]] = [
+    ("subject", "model", "gpt2"),
+    ("subject", "hookpoint", "layers.0"),
+    ("subject", "dtype", "bfloat16"),
+    ("corpus", "context", 64),
+    ("corpus", "order_seed", 1),
+    ("corpus", "max_tokens", 5000),
+    ("training", "k", 9),
+    ("training", "tokens", 9),
+    ("training", "auxk", 0.0),
+    ("training", "learning_rate", 1e-3),
+]
+
+
+@pytest.mark.parametrize(("table", "key", "value"), IRRELEVANT)
+def test_what_the_weights_do_not_depend_on_is_no_part_of_the_identity(table: str, key: str, value: Any) -> None:
+    assert Settings().with_values(**{table: {key: value}}).identity() == Settings().identity()
+
+
+@pytest.mark.parametrize(("table", "key", "value"), RELEVANT)
+def test_what_the_weights_depend_on_is(table: str, key: str, value: Any) -> None:
+    assert Settings().with_values(**{table: {key: value}}).identity() != Settings().identity()
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"absent\.toml' does not exist$"):
+        read_recipe(tmp_path / "absent.toml")
+    (tmp_path / "widths.toml").write_text("")
+    with pytest.raises(NotFound, match=r"there is .*widths\.toml"):
+        read_recipe(tmp_path / "width.toml")
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_recipe(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b"a = '\xe9'")
+    with pytest.raises(BadInput, match="not valid TOML"):
+        read_recipe(tmp_path / "latin.toml")
