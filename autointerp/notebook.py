@@ -1,10 +1,10 @@
 """``Run`` for notebooks: a run's folder, with its contexts, explanations and scores.
 
-    from autointerp import Run
-    run = Run.open("run_a")
-    run.latents()        # one row per latent, every stage's columns
-    run.contexts(17)     # activating contexts, strongest first
-    run.explanations(), run.scores(), run.sae()
+from autointerp import Run
+run = Run.open("run_a")
+run.latents()        # one row per latent, every stage's columns
+run.contexts(17)     # activating contexts, strongest first
+run.explanations(), run.scores(), run.sae()
 """
 
 from __future__ import annotations

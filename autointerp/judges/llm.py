@@ -5,6 +5,8 @@ Two protocols:
 
 ``batch``    several contexts in a request, answered by a list of zeros and ones. Cheap. Where the server gives
              log-probabilities, each label's own token gives P(active) = P(1) / (P(0) + P(1)); else there is no P.
+             A label that is not among the likeliest tokens is given the most that it can have had, not nothing:
+             P then errs towards one half, and is not 1 for a model that gives each label next to nothing.
 ``single``   one context in a request, answered by one token, and P(active) from that token. Dearer, but no
              context's verdict can lean on its neighbours.
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 Protocol = Literal["batch", "single"]
 
-_FORMAT = 1  # part of the settings hash: raise it when the same question would be asked or read differently
+_FORMAT = 2  # part of the settings hash: raise it when the same question would be asked or read differently
 _LISTS = re.compile(r"\[[^\[\]]*\]")
 _AROUND_LABELS = " \t\r\n[]{},:\"'Ġ▁"  # what tokenizers glue to a digit in a list
 _SINGLE_LABEL = re.compile(r"\W*([01])(?!\w)")
@@ -192,7 +194,7 @@ def _label_probabilities(answer: Answer, labels: list[bool]) -> list[float | Non
     places = places[len(places) - len(labels) :]  # the list is the last thing in the answer
     if [answer.tokens[i].strip(_AROUND_LABELS) == "1" for i in places] != labels:
         return nothing
-    return [_p_active(answer.top_logprobs[i]) for i in places]
+    return [_p_active(answer.top_logprobs[i], answer.tokens[i]) for i in places]
 
 
 def parse_single(answer: Answer) -> tuple[bool, float | None]:
@@ -202,7 +204,7 @@ def parse_single(answer: Answer) -> tuple[bool, float | None]:
     """
     if answer.tokens is not None and answer.top_logprobs is not None:
         first = next((i for i, token in enumerate(answer.tokens) if token.strip(_AROUND_LABELS)), 0)
-        p = _p_active(answer.top_logprobs[first])
+        p = _p_active(answer.top_logprobs[first], answer.tokens[first])
         if p is None:
             without_thinking(answer.text)  # a model that has begun to think is told as such
             raise AnswerFailed(f"neither 0 nor 1 is among the {len(answer.top_logprobs[first])} likeliest answers")
@@ -213,15 +215,25 @@ def parse_single(answer: Answer) -> tuple[bool, float | None]:
     return found[1] == "1", None
 
 
-def _p_active(alternatives: Mapping[str, float]) -> float | None:
-    """P(1) / (P(0) + P(1)) over the alternatives for one token; ``None`` where neither is among them."""
+def _p_active(alternatives: Mapping[str, float], chosen: str) -> float | None:
+    """P(1) / (P(0) + P(1)) over the alternatives for one token; ``None`` where neither is among them.
+
+    One that is missing is taken at the most that it can have had: no more than the least likely of those listed, nor
+    than what all of them leave; and no more than the label that is there. ``chosen`` is no bound by itself: it is
+    listed however unlikely it was, since a schema may have forced it.
+    """
     mass = {"0": 0.0, "1": 0.0}
     for token, logprob in alternatives.items():
         label = token.strip(_AROUND_LABELS)
         if label in mass:
             mass[label] += math.exp(min(logprob, 0.0))
-    total = mass["0"] + mass["1"]
-    return mass["1"] / total if total > 0 else None
+    if not any(mass.values()):
+        return None
+    listed = [math.exp(min(logprob, 0.0)) for logprob in alternatives.values()]
+    others = [math.exp(min(logprob, 0.0)) for token, logprob in alternatives.items() if token != chosen]
+    most = min([max(0.0, 1.0 - sum(listed)), max(mass.values()), *others])
+    zero, one = (x if x > 0 else most for x in (mass["0"], mass["1"]))
+    return one / (zero + one)
 
 
 def _on_first(usage: Usage, n: int) -> list[Usage]:

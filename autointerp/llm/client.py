@@ -41,6 +41,8 @@ T = TypeVar("T")
 DEFAULT_URL = "https://api.openai.com/v1"
 """Where a model is looked for when only its name was given."""
 
+_BLANK = 100
+"""An answer that ends in more white space than this, in characters, was not going anywhere."""
 _REFUSALS = 3
 """So many refused requests before the first answer mean that the settings are wrong, not the questions."""
 
@@ -238,7 +240,7 @@ class LlmClient:
                 answer, cost = await self._answer(sent)
                 spent += cost
                 if answer.finish_reason == "length" and not request.may_be_cut:
-                    raise AnswerFailed(f"the answer was cut off at {sent.max_tokens} tokens", cut=True)
+                    raise _cut_off(answer, sent)
                 return parse(answer), replace(answer, usage=spent)
             except AnswerFailed as failed:
                 spent += failed.usage
@@ -361,6 +363,19 @@ class LlmClient:
         if self._session is None or self._session.loop is not loop:
             self._session = _Session(self, loop)
         return self._session
+
+
+def _cut_off(answer: Answer, sent: Request) -> AnswerFailed:
+    """Why an answer broke off, and whether twice the room might mend it."""
+    written = answer.usage.completion_tokens or sent.max_tokens
+    reason = f"the answer was cut off at {written} tokens"
+    blank = len(answer.text) - len(answer.text.rstrip())
+    if blank > _BLANK:
+        # A JSON schema allows white space without end, and weak models write it: more room is more of the same.
+        return AnswerFailed(f"{reason}, the last {blank} characters white space", final=True)
+    if written < sent.max_tokens:
+        return AnswerFailed(f"{reason}, where the model's context is full", final=True)
+    return AnswerFailed(reason, cut=True)
 
 
 class _Session:

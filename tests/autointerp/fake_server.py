@@ -33,6 +33,7 @@ class Reply:
     message: dict[str, Any] = field(default_factory=dict)
     """Further fields of the message (``refusal``, ``reasoning_content``)."""
     logprobs: list[dict[str, Any]] | None = None
+    completion_tokens: int | None = None
     delay: float = 0.0
     drop: bool = False
     """Close the connection without an answer."""
@@ -184,14 +185,15 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             headers = {k.lower(): v for k, v in self.headers.items()}
-            self._send(server.chat_reply(Seen(self.path, headers, body, time.monotonic())))
+            room = body.get("max_tokens") or body.get("max_completion_tokens") or 10
+            self._send(server.chat_reply(Seen(self.path, headers, body, time.monotonic())), room)
 
-        def _send(self, reply: Reply) -> None:
+        def _send(self, reply: Reply, room: int = 10) -> None:
             if reply.drop:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
-            payload = completion(reply) if reply.body is None else reply.body
+            payload = completion(reply, room) if reply.body is None else reply.body
             data = (payload if isinstance(payload, str) else json.dumps(payload)).encode()
             self.send_response(reply.status)
             self.send_header("content-type", "text/html" if isinstance(payload, str) else "application/json")
@@ -204,8 +206,8 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def completion(reply: Reply) -> dict[str, Any]:
-    """A chat completion with made-up, fixed token counts."""
+def completion(reply: Reply, room: int) -> dict[str, Any]:
+    """A chat completion with made-up token counts: 10 were written, or all of ``room`` where the answer was cut off."""
     message = {"role": "assistant", "content": reply.content, **reply.message}
     logprobs = None if reply.logprobs is None else {"content": reply.logprobs}
     return {
@@ -216,8 +218,7 @@ def completion(reply: Reply) -> dict[str, Any]:
         "choices": [{"index": 0, "message": message, "finish_reason": reply.finish_reason, "logprobs": logprobs}],
         "usage": {
             "prompt_tokens": 100,
-            "completion_tokens": 10,
-            "total_tokens": 110,
+            "completion_tokens": reply.completion_tokens or (room if reply.finish_reason == "length" else 10),
             "prompt_tokens_details": {"cached_tokens": 60},
         },
     }

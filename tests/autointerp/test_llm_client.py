@@ -372,6 +372,20 @@ def test_where_there_is_no_more_room_the_answer_was_cut_off() -> None:
     assert caught.value.usage.requests == 2
 
 
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Reply("a", "length", completion_tokens=7), "cut off at 7 tokens, where the model's context is full"),
+        (Reply('{"labels": [' + "\n" * 150, "length"), "cut off at 20 tokens, the last 150 characters white space"),
+    ],
+)
+def test_a_cut_that_more_room_cannot_mend_is_not_asked_again(reply: Reply, reason: str) -> None:
+    with FakeServer(reply) as server:
+        with pytest.raises(AnswerFailed, match=reason):
+            complete(client(server))
+        assert len(server.requests) == 1
+
+
 def test_what_failed_attempts_cost_is_counted() -> None:
     with FakeServer() as server:
         server.script.extend([error(503), Reply(content=None)])

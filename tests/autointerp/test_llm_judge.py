@@ -259,7 +259,6 @@ def test_one_token_read_with_care() -> None:
         return parse_single(Answer(text, "length", tokens=tokens, top_logprobs=positions))
 
     assert parsed({"\n": -0.1}, {"1": -0.1, "0": -3.0})[0] is True, "white space first"
-    assert parsed({"Yes": -0.1, "0": -2.0}) == (False, 0.0), "only one label among the alternatives"
     assert parsed({"1": -0.7, " 1": -2.0, "0": -0.9})[1] == pytest.approx(
         (math.exp(-0.7) + math.exp(-2)) / (math.exp(-0.7) + math.exp(-2) + math.exp(-0.9))
     )
@@ -267,6 +266,28 @@ def test_one_token_read_with_care() -> None:
         parsed({"Yes": -0.1, "No": -2.0})
     with pytest.raises(AnswerFailed, match="still thinking"):
         parsed({"<think>": -0.1}, text="<think>\nOkay")
+
+
+@pytest.mark.parametrize(
+    ("alternatives", "chosen", "expected"),
+    [
+        ({"1": 0.98, "x": 0.01, "y": 0.005}, "1", 0.98 / (0.98 + 0.005)),  # no more than what all others leave
+        ({"1": 0.9, "x": 0.05, "y": 0.001}, "1", 0.9 / (0.9 + 0.001)),  # no more than the least likely
+        ({"x": 0.5, "y": 0.2, "1": 0.01}, "x", 0.5),  # a guess between two tokens that mean next to nothing to it
+        ({"1": 1e-6, "x": 0.5, "y": 0.1}, "1", 0.5),  # forced by a schema: nothing is known of 0
+        ({"0": 0.75, " 0": 0.1, "x": 0.1, "y": 0.02}, "0", 0.02 / (0.85 + 0.02)),
+        ({"1": 0.9}, "1", 0.9),
+    ],
+)
+def test_a_label_that_is_not_listed_is_not_impossible(
+    alternatives: dict[str, float], chosen: str, expected: float
+) -> None:
+    logprobs = {token: math.log(p) for token, p in alternatives.items()}
+    answer = Answer("?", "length", tokens=(chosen,), top_logprobs=(logprobs,))
+    label, p = parse_single(answer)
+    assert p == pytest.approx(expected, abs=1e-3)
+    # The label that is listed is the one that counts.
+    assert label == ("1" in alternatives)
 
 
 @pytest.mark.parametrize(("text", "label"), [("1", True), (" 0.", False), ("**1**", True), ("0\n\nBecause", False)])

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -282,9 +283,12 @@ def test_p_active_is_the_models_own(run: Run, served: Served) -> None:
         labels = [token for token in served_values if token.strip() in ("0", "1")]
         for token in labels:
             assert served_values[token] == pytest.approx(own[token], abs=LOGPROB_TOLERANCE), token
-        one = sum(math.exp(own[token]) for token in labels if token.strip() == "1")
-        zero = sum(math.exp(own[token]) for token in labels if token.strip() == "0")
-        assert p == pytest.approx(one / (one + zero), abs=P_TOLERANCE)
+        one, zero = (sum(math.exp(v) for t, v in own.items() if t.strip() == label) for label in "10")
+        expected = one / (one + zero)
+        if {token.strip() for token in labels} == {"0", "1"}:
+            assert p == pytest.approx(expected, abs=P_TOLERANCE)
+        else:  # the label that is not among the likeliest had at most so much: P may err towards one half, and only so
+            assert min(0.5, expected) - P_TOLERANCE <= p <= max(0.5, expected) + P_TOLERANCE
         compared += 1
     assert compared >= 3
 
@@ -295,12 +299,19 @@ def test_p_active_is_the_models_own(run: Run, served: Served) -> None:
 def test_a_prompt_beyond_the_models_context_says_so_in_one_line(tmp_path: Path) -> None:
     """The bundled model as it is: 512 tokens, and not one of our prompts fits."""
     run = trained(tmp_path / "runs")
+    chosen = ("--sae", "run_a", "--latents", 4)
+    assert command(run.root, "explain", *chosen, "--explainer", "ngram")[0] == 0
     with VllmServer(BUNDLED, tmp_path / "vllm.log") as server:
-        code, found, said = command(run.root, "explain", "--sae", "run_a", "--latents", 4, "--llm-url", server.url)
-    assert code == 1
-    line = found["error"]
-    assert "maximum context length is 512 tokens" in line
-    assert "HTTP 400" in line
-    assert said.rstrip().splitlines()[-1] == f"error: {line}"
+        asked = {
+            "explain": command(run.root, "explain", *chosen, "--llm-url", server.url),
+            "score": command(run.root, "score", "--llm-url", server.url, "--protocol", "single"),
+        }
+    for code, found, said in asked.values():
+        assert code == 1
+        assert said.rstrip().splitlines()[-1] == f"error: {found['error']}"
+    # The room for an explanation alone is more than the model has; for a verdict it is the examples that are too long.
+    assert re.search(r"HTTP 400: max_tokens=\d+ cannot be greater than .*512", asked["explain"][1]["error"])
+    assert "HTTP 400: This model's maximum context length is 512 tokens" in asked["score"][1]["error"]
     with Journal(run.journal_path) as journal:
-        assert not (journal.explanations()["status"] == "ok").any()
+        assert (journal.explanations(explainer="llm")["status"] == "failed").all()
+        assert journal.verdicts()["failure"].notna().all()

@@ -122,6 +122,7 @@ def test_a_folder_above_the_checkpoint_names_those_below(folder: Path) -> None:
 @pytest.mark.peers
 def test_sparsify_opens_ours_and_we_open_its(tmp_path: Path, folder: Path, sae: TopKSae) -> None:
     import sparsify
+
     theirs = sparsify.Sae.load_from_disk(folder)
     x = torch.randn(50, D) + 1
     ours = sae.encode(x)
