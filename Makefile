@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-integration test-peers lint format subject bench clean help
+.PHONY: demo test test-slow test-integration test-peers lint format subject clean help
 
 help:
 	@echo "make demo              set up, then run the whole study offline on the bundled model (again: show its report)"

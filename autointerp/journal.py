@@ -63,11 +63,12 @@ _MIGRATIONS = (
         label INTEGER CHECK (label IN (0, 1)),
         failure TEXT,
         created TEXT NOT NULL,
-        UNIQUE (latent, explanation_id, judge, scorer, settings_hash, prompt_hash, model, context, control, replicate),
         CHECK ((failure IS NULL) = (label IS NOT NULL)),
         CHECK (failure IS NULL OR p IS NULL),
         CHECK ((negative_kind IS NULL) = (truth = 1))
     );
+    CREATE UNIQUE INDEX verdict_identity ON verdict (latent, explanation_id, judge, scorer, settings_hash, prompt_hash,
+        model, context, ifnull(negative_kind, ''), control, replicate);
     CREATE INDEX verdict_of_explanation ON verdict (explanation_id, control);
     CREATE TABLE usage (
         id INTEGER PRIMARY KEY,
@@ -92,9 +93,9 @@ _VERDICT_FILTERS = {
     *("latent", "explanation_id", "judge", "scorer", "settings_hash", "prompt_hash", "model", "context"),
     *("negative_kind", "control", "replicate", "truth"),
 }
-_VERDICT_IDENTITY = (
-    "latent, explanation_id, judge, scorer, settings_hash, prompt_hash, model, context, control, replicate"
-)
+_VERDICT_COLUMNS = "latent, explanation_id, judge, scorer, settings_hash, prompt_hash, model, context"
+# One window may stand for several questions: a negative of two kinds, or marked rightly and wrongly.
+_VERDICT_IDENTITY = f"{_VERDICT_COLUMNS}, ifnull(negative_kind, ''), control, replicate"
 
 
 @dataclass(frozen=True)
@@ -239,11 +240,11 @@ class Journal:
         with self._database.writing() as connection:
             connection.executemany(
                 f"""
-                INSERT INTO verdict ({_VERDICT_IDENTITY}, negative_kind, truth, p, label, failure, created)
+                INSERT INTO verdict ({_VERDICT_COLUMNS}, control, replicate, negative_kind, truth, p, label, failure,
+                    created)
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT ({_VERDICT_IDENTITY}) DO UPDATE SET
-                    negative_kind = excluded.negative_kind, truth = excluded.truth, p = excluded.p,
-                    label = excluded.label, failure = excluded.failure, created = excluded.created
+                    p = excluded.p, label = excluded.label, failure = excluded.failure, created = excluded.created
                 WHERE verdict.failure IS NOT NULL
                 """,
                 [
@@ -270,6 +271,14 @@ class Journal:
         with self._database.reading() as connection:
             rows = connection.execute(f"SELECT context FROM verdict WHERE {where} AND failure IS NULL", values)
             return {int(row[0]) for row in rows}
+
+    def state(self) -> list[int]:
+        """Numbers that change with whatever is added or mended: what is made from the journal records them."""
+        with self._database.reading() as connection:
+            query = "SELECT count(*), ifnull(max(id), 0), ifnull(sum({}), 0) FROM {}"
+            explanations = connection.execute(query.format("status = 'failed'", "explanation")).fetchone()
+            verdicts = connection.execute(query.format("failure IS NOT NULL", "verdict")).fetchone()
+        return [int(n) for n in (*explanations, *verdicts)]
 
     # usage
 

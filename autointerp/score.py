@@ -28,7 +28,7 @@ from autointerp.scorers.base import ScoreRow
 from autointerp.scorers.controls import swap_partners
 from autointerp.work import Outcome, in_flight
 from sae.errors import BadInput, nearest
-from sae.files import digest, write_table
+from sae.files import digest, read_table, table_metadata, write_table
 from sae.progress import say, track
 from sae.run import Run, all_runs
 
@@ -124,6 +124,8 @@ async def _score_run(
         "prompt_hash": judge.prompt_hash,
         "model": judge.model,
     }
+    path = run.stage_path("scores")
+    asked_now: set[int] = set()
     with Journal(run.journal_path) as journal, journal.claim():
         explanations = journal.explanations(status="ok")
         readable = _readable(explanations, judge)
@@ -132,24 +134,27 @@ async def _score_run(
                 f"{run.name}: {len(explanations) - len(readable)} explanations by a language model were left out: the "
                 f"n-gram judge reads only n-gram explanations; give --llm-url to have them judged"
             )
-        questions = [_question(row) for row in _rows(readable)]
-        questions += _controls(run, readable, control_latents)
+        inputs = _inputs(material, same, control_latents, journal)
+        if inputs is not None and table_metadata(path).get("inputs") == inputs:
+            table = read_table(path)  # nothing was added, and nothing failed that could be tried again
+        else:
+            questions = [_question(row) for row in _rows(readable)]
+            questions += _controls(run, readable, control_latents)
 
-        @functools.cache
-        def items(latent: int) -> list[Context]:
-            return scorer.items(material.sampler.testing(latent))
+            @functools.cache
+            def items(latent: int) -> list[Context]:
+                return scorer.items(material.sampler.testing(latent))
 
-        asked_now: set[int] = set()
+            async def ask(question: _Question) -> None:
+                judged = await _judge_one(question, items(question.latent), judge, journal, same)
+                if judged and question.control == "none":
+                    asked_now.add(question.explanation_id)
 
-        async def ask(question: _Question) -> None:
-            if await _judge_one(question, items(question.latent), judge, journal, same) and question.control == "none":
-                asked_now.add(question.explanation_id)
-
-        if questions:
-            with track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar:
-                await in_flight(questions, ask, concurrency, bar)
-        table = score_table(journal, same["settings_hash"], items)
-    write_table(run.stage_path("scores"), table, inputs=material.digest)
+            if questions:
+                with track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar:
+                    await in_flight(questions, ask, concurrency, bar)
+            table = score_table(journal, same["settings_hash"], items)
+            write_table(path, table, inputs=_inputs(material, same, control_latents, journal))
     for row in _rows(_of_this_judge(table, same)):
         if row["status"] == "ok":
             outcome.n_done += 1
@@ -157,6 +162,14 @@ async def _score_run(
         else:
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
     outcome.retry = f"python cli.py score --sae {run.name} (the same options: only what failed is asked again)"
+
+
+def _inputs(material: Material, same: Mapping[str, str], control_latents: int | None, journal: Journal) -> str | None:
+    """The digest of all that the score table of a finished call depends on; ``None`` while failures can be retried."""
+    *_, failed_verdicts = state = journal.state()
+    if failed_verdicts:
+        return None
+    return digest({"material": material.digest, "judge": dict(same), "controls": control_latents, "journal": state})
 
 
 def _of_this_judge(table: pd.DataFrame, same: Mapping[str, str]) -> pd.DataFrame:

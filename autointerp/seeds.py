@@ -119,7 +119,7 @@ def membership_findings(study: Study, latents: pd.DataFrame) -> dict[str, Any] |
 
 
 def frequency_by_class_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
-    """How often alive latents fire (firings per token), by shared class; logarithmic bins, ten a decade."""
+    """How often alive latents fire (firings per token), by shared class; logarithmic bins, five a decade."""
     if "shared_class" not in latents or "firing_frequency" not in latents:
         return None
     alive = latents[latents["alive"] & (latents["firing_frequency"] > 0)]

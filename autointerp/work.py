@@ -8,10 +8,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sae.progress import Bar, say
+from sae.progress import Bar
 
 T = TypeVar("T")
-_REASONS_SHOWN = 5
 
 
 @dataclass
@@ -30,7 +29,6 @@ class Outcome:
     retry: str = ""
     """The command that tries only the failed ones again."""
     notes: list[str] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_failed(self) -> int:
@@ -46,17 +44,12 @@ class Outcome:
             "failures": dict(self.failures.most_common()),
             "retry": self.retry if self.failures else None,
             "notes": self.notes,
-            **self.details,
         }
 
     def render(self) -> None:
         from autointerp.report import render_outcome
 
         render_outcome(self.as_dict(), self.stage)
-
-    def say_notes(self) -> None:
-        for note in self.notes:
-            say(note)
 
 
 async def in_flight(

@@ -173,14 +173,16 @@ class Run:
         return FiringStore.open(self.firings_folder)
 
     def latents(self) -> pd.DataFrame:
-        """One row per latent: every stage's columns, joined (scores: uncontrolled, one row per latent)."""
+        """One row per latent: every stage's columns, joined (scores: the last uncontrolled one that did not fail)."""
         tables = []
         for stage in LATENT_STAGES:
             if not self.stage_path(stage).exists():
                 continue
             table = read_table(self.stage_path(stage))
             if stage == "scores":
-                table = table[table["control"] == "none"].drop_duplicates("latent", keep="last")
+                table = table[table["control"] == "none"]
+                table = table.sort_values("status", key=lambda status: status == "ok", kind="stable")
+                table = table.drop_duplicates("latent", keep="last")
             tables.append(table.set_index("latent"))
         if not tables:
             raise NotFound(f"run {self.name!r} has not been harvested; run `python cli.py harvest --sae {self.name}`")
@@ -240,7 +242,9 @@ def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> 
             continue
         while (name := f"{study}_{letters(index)}") in taken:
             index += 1
-        if (root / name).exists() and not (root / name / "run.json").is_file() and any((root / name).iterdir()):
+        # What begins with a point is ours: a kill may have left a temporary file of run.json.
+        others = (root / name).exists() and any(not f.name.startswith(".") for f in (root / name).iterdir())
+        if others and not (root / name / "run.json").is_file():
             raise BadInput(f"{str(root / name)!r} exists and is no run; move it away or choose another --name")
         if (root / name / "run.json").is_file():
             raise SettingsDiffer(

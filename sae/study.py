@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
-from sae.files import digest, read_table, write_table
+from sae.files import digest, mapping_differences, read_table, write_table
 from sae.progress import human, say, track
 from sae.run import Run, plan_study, study_runs, write_record
 from sae.settings import CorpusSettings, Settings
@@ -74,6 +74,7 @@ def train_study(study: str, seeds: Sequence[int], settings: Settings, root: Path
     """
     planned = plan_study(study, list(seeds), settings, root)
     runs = [run for run, _ in planned]
+    _say_what_is_kept(study, settings, root)
     missing = [(run, seed) for run, seed in planned if not run.trained]
     if not missing:
         say(f"train: {', '.join(r.name for r in runs)}: already trained")
@@ -81,6 +82,15 @@ def train_study(study: str, seeds: Sequence[int], settings: Settings, root: Path
     with only_one(root, study):
         _train_missing(study, missing, settings, root, compute)
     return runs
+
+
+def _say_what_is_kept(study: str, settings: Settings, root: Path) -> None:
+    """A run keeps the settings of its later stages too: other ones given now take no effect, which has to be said."""
+    later = {"harvest", "contexts"}
+    for run in study_runs(study, root):
+        differences = mapping_differences(run.settings.model_dump(include=later), settings.model_dump(include=later))
+        if differences:
+            say(f"{run.name} keeps the settings that it was begun with ({'; '.join(differences)})")
 
 
 def _train_missing(
@@ -263,13 +273,14 @@ def align_runs(runs: Sequence[Run], compute: Compute) -> None:
             f"runs {', '.join(by_name)} belong to different studies ({', '.join(studies)}): they did not see the same "
             "batches, so what differs is not the seed alone; align runs of one study"
         )
-    harvest_runs(runs, compute)
+    ensure_harvested(runs, compute)
     with only_one(root, runs[0].study):
         todo = [(a, b) for a, b in wanted if not _aligned(by_name[a], by_name[b])]
         if todo:
             _align_pairs([(by_name[a], by_name[b]) for a, b in todo], compute)
         for run in study_runs(runs[0].study, root):
-            _write_overlap(run)
+            if run.trained:
+                _write_overlap(run)
 
 
 def _align_pairs(pairs: list[tuple[Run, Run]], compute: Compute) -> None:
@@ -306,15 +317,18 @@ def _write_overlap(run: Run) -> None:
     from sae.alignment import read_alignment
     from sae.overlap import latent_table
 
-    siblings = [other for other in run.siblings() if _aligned(run, other)]
-    if not run.trained or not siblings or not _harvested(run):
-        return
-    inputs = digest([_pair_inputs(run, other) for other in siblings] + [run.stage_inputs("firing")])
-    if run.stage_inputs("overlap") == inputs:
+    siblings, inputs = _overlap_inputs(run)
+    if not siblings or not _harvested(run) or run.stage_inputs("overlap") == inputs:
         return
     tables = {(run.name, x.name): read_alignment(run.root / "alignments", run.name, x.name).a for x in siblings}
     table = latent_table(run.name, [run.name, *(x.name for x in siblings)], tables, alive(run))
     write_table(run.stage_path("overlap"), table, inputs=inputs, against=[x.name for x in siblings])
+
+
+def _overlap_inputs(run: Run) -> tuple[list[Run], str]:
+    """The siblings that the run is aligned with, and the digest of what its overlap table is made from."""
+    siblings = [other for other in run.siblings() if _aligned(run, other)]
+    return siblings, digest([_pair_inputs(run, other) for other in siblings] + [run.stage_inputs("firing")])
 
 
 def alive(run: Run) -> np.ndarray:
@@ -354,7 +368,7 @@ def ensure_aligned(run: Run, compute: Compute) -> None:
     missing = [other for other in siblings if not _aligned(run, other)]
     if missing:
         say(f"{run.name}: not aligned with {', '.join(r.name for r in missing)} yet, doing that first")
-    if missing or run.stage_inputs("overlap") is None:
+    if missing or run.stage_inputs("overlap") != _overlap_inputs(run)[1]:  # a kill may fall between the two
         align_runs([run, *siblings], compute)
 
 

@@ -68,13 +68,11 @@ class NgramExplainer:
         self.settings_hash = digest({"method": _METHOD, "longest_run": LONGEST_RUN, **asdict(self.settings)})
         self.needs_background = self.settings.background
 
-    async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:
+    async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:  # noqa: ARG002
         """One sentence for ``contexts``, in which the latent fires, against ``background``, in which it is silent."""
         found = find_patterns(contexts, background, self.settings)
         if found is None:
-            return Explanation(
-                None, failure=f"latent {latent} fires on no token with text in the contexts it was given"
-            )
+            return Explanation(None, failure="fires on no token with text in the contexts it was given")
         return Explanation(found.sentence())
 
 

@@ -117,6 +117,16 @@ def test_a_failed_verdict_is_replaced_and_a_good_one_never(journal: Journal) -> 
     assert table["failure"].isna().all()
 
 
+def test_one_window_may_be_a_negative_of_two_kinds(journal: Journal) -> None:
+    journal.add_explanation(latent=7, contexts=[], text="t", **SAME)
+    kinds = {"random": False, "hard": True}
+    for _ in range(2):
+        journal.add_verdicts(
+            [verdict(1, truth=False, negative_kind=kind, label=label) for kind, label in kinds.items()]
+        )
+    assert dict(zip(*(journal.verdicts()[c] for c in ("negative_kind", "label")), strict=True)) == kinds
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -274,7 +284,7 @@ def test_the_first_migration_is_never_edited() -> None:
     """Journals written by earlier versions exist from here on: append a migration instead."""
     script = " ".join(journal_module._MIGRATIONS[0].split())
     assert script.startswith("CREATE TABLE explanation ( id INTEGER PRIMARY KEY, latent INTEGER NOT NULL")
-    assert script.count("CREATE") == 4
+    assert script.count("CREATE") == 5
 
 
 def test_a_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_nothing_to_explain_is_a_failure_with_a_reason() -> None:
     for contexts in ([], [context(["a", "b"])], [context(["", "b"], [1.0, 0.0])]):
         found = asyncio.run(NgramExplainer().explain(17, contexts, [context(["c"])]))
         assert found.text is None
-        assert found.failure == "latent 17 fires on no token with text in the contexts it was given"
+        assert found.failure == "fires on no token with text in the contexts it was given"
 
 
 def test_without_background_there_is_still_a_sentence() -> None:

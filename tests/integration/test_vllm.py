@@ -49,9 +49,9 @@ n_explain = 12
 n_active = 6
 n_inactive = 6
 """
-LOGPROB_TOLERANCE = 0.25
-"""Of a log-probability: the server computes in bfloat16 (8 bits of mantissa), the reference in float32."""
-P_TOLERANCE = 0.05
+LOGPROB_TOLERANCE = 0.15
+"""Of a log-probability: the server computes in bfloat16 (8 bits of mantissa), the reference in float32; .06 was measured."""
+P_TOLERANCE = 0.03
 
 
 def extended(model: Path, folder: Path) -> Path:

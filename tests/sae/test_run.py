@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sae import study
 from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
-from sae.files import read_json, write_json, write_table
+from sae.files import read_json, read_table, write_json, write_table
 from sae.run import (
     RESERVED,
     Run,
@@ -189,6 +189,8 @@ def test_seeds_that_cannot_be(seeds: list[int], tmp_path: Path) -> None:
 def test_what_is_in_the_way_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "run_a").mkdir()
     assert planned([0], tmp_path) == {0: "run_a"}  # an empty folder is in nobody's way
+    (tmp_path / "run_a" / ".run.json.4711.tmp").touch()
+    assert planned([0], tmp_path) == {0: "run_a"}  # nor is what a kill left behind
     (tmp_path / "run_a" / "thesis.tex").touch()
     with pytest.raises(BadInput, match="is no run"):
         planned([0], tmp_path)
@@ -206,7 +208,8 @@ def test_latents_joins_what_the_stages_left(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="has not been harvested"):
         runs[0].latents()
     small_study.harvested(runs)
-    small_study.scored(runs[0], small_study.explained(runs[0], [3, 5]))
+    failed_elsewhere = small_study._row(3, 99, "none", 0.0, "HTTP 500")
+    small_study.scored(runs[0], small_study.explained(runs[0], [3, 5]), more=[failed_elsewhere])
     table = runs[0].latents()
     assert table["latent"].tolist() == list(range(120))  # controls add no rows
     assert table.set_index("latent")["balanced_accuracy"].dropna().index.tolist() == [3, 5]
@@ -241,6 +244,32 @@ def test_only_runs_of_one_study_are_compared(tmp_path: Path) -> None:
         study.align_runs(runs[:1], study.Compute("cpu"))
     with pytest.raises(BadInput, match="only run"):
         study.ensure_aligned(runs[2], study.Compute("cpu"))
+
+
+def test_an_overlap_table_from_before_the_last_alignment_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = small_study.runs_of(tmp_path)
+    small_study.harvested(runs)
+    monkeypatch.setattr(study, "_harvested", lambda _: True)
+    monkeypatch.setattr(study, "_aligned", lambda a, b: "run_c" not in (a.name, b.name))
+    small_study.aligned(runs)
+    study._write_overlap(runs[0])
+    assert "similarity" in read_table(runs[0].stage_path("overlap"))
+    monkeypatch.setattr(study, "_aligned", lambda *_: True)  # killed between the last pair and the tables
+    study.ensure_aligned(runs[0], study.Compute("cpu"))
+    assert {"shared_strict__run_b", "shared_strict__run_c"} <= set(read_table(runs[0].stage_path("overlap")))
+
+
+def test_a_sibling_still_in_training_does_not_keep_others_from_being_aligned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = small_study.runs_of(tmp_path)
+    for name in ("sae.safetensors", "cfg.json"):
+        (runs[2].folder / name).unlink()
+    monkeypatch.setattr(study, "_harvested", lambda _: True)
+    monkeypatch.setattr(study, "_align_pairs", lambda *_: None)
+    study.align_runs(runs[:2], study.Compute("cpu"))
 
 
 def test_a_run_that_is_not_trained_to_its_end(tmp_path: Path) -> None:
