@@ -144,12 +144,12 @@ def train(
         raise BadInput("--text and --dataset both name the corpus; give one of them")
     corpus: dict[str, Any] = {"context": context, "split": split, "column": column, "config": config}
     if text:
-        corpus |= {"kind": "text", "source": tuple(text)}
+        corpus |= {"kind": "text", "source": tuple(_absolute(t) for t in text)}
     if dataset:
-        corpus |= {"kind": "dataset", "source": (dataset,)}
+        corpus |= {"kind": "dataset", "source": (_absolute(dataset),)}
     settings = settings_from(
         recipe,
-        subject={"model": model, "hookpoint": hookpoint, "dtype": dtype},
+        subject={"model": _absolute(model) if model else None, "hookpoint": hookpoint, "dtype": dtype},
         corpus=corpus,
         training={
             "num_latents": num_latents,
@@ -191,13 +191,13 @@ def align(
     as_json: JsonOption = False,
 ) -> None:
     """Match the latents of every pair of runs one to one, exactly, by encoder and by decoder; say what is shared."""
-    from autointerp.report import render_alignment
+    from autointerp.report import alignment_findings, render_alignment
     from sae.study import align_runs, overlap_of
 
     runs = _opened(names, root, whole_study=True)
     align_runs(runs, _compute(device, threads))
-    overlap = overlap_of(runs)
-    _finish(as_json, "align", lambda: {"runs": [r.name for r in runs], **overlap}, lambda: render_alignment(overlap))
+    found = alignment_findings(overlap_of(runs))
+    _finish(as_json, "align", lambda: found, lambda: render_alignment(found))
 
 
 # --- explain, score ----------------------------------------------------------------------------------------------
@@ -417,6 +417,12 @@ def _llm(
     )
 
 
+def _absolute(name: str) -> str:
+    """A path that exists, from the root on, so that later stages find it from any folder; other names as they are."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
 def _amount(option: str, text: str | None) -> int | None:
     """``2M``, ``500k``, ``1e6`` or ``123``, as a whole number."""
     from decimal import Decimal
@@ -513,13 +519,13 @@ def _spread_lists(arguments: list[str]) -> list[str]:
 @contextmanager
 def _one_line_errors(as_json: bool) -> Iterator[None]:
     """Errors that are the user's to mend as one line and an exit code; others keep their traceback."""
-    from sae.errors import UserError
+    from sae.errors import UserError, printable
 
     try:
         yield
         return
     except UserError as error:
-        line, code = " ".join(str(error).split()), error.exit_code
+        line, code = printable(" ".join(str(error).split())), error.exit_code
     except _UsageError as error:
         asked = error.ctx.command_path if error.ctx is not None else "python cli.py"
         line, code = f"{' '.join(error.format_message().split())} (see `{asked} --help`)", error.exit_code

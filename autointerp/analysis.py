@@ -58,6 +58,7 @@ def findings(
         "compared": study.compared,
         **_provenance(study.focus),
         "missing": study.missing(told.explained, has_scores),
+        "stale": study.stale(),
         "overlap": seeds.overlap_findings(study),
         "similarity": seeds.similarity_findings(study),
         "membership": seeds.membership_findings(study, latents),

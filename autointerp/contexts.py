@@ -29,6 +29,7 @@ import numpy.typing as npt
 from sae.firings import FiringStore, Ints, mix
 from sae.settings import ContextSettings
 
+METHOD = 1  # of drawing; part of what scores are keyed by: raise it when the same settings would draw other contexts
 EXPLAIN_SHARE = 0.4  # of all texts; the test set is the larger because its error bars are what is reported
 _LATENTS_REMEMBERED = 8  # explaining, testing and eligible are asked one after another for the same latent
 

@@ -6,7 +6,6 @@ of scores is meant are decided in a single place.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from autointerp import scored
 from autointerp.journal import Journal
 from sae.alignment import alignment_path, both_ways
 from sae.errors import BadInput, NotFound, nearest
-from sae.files import read_table
+from sae.files import read_table, table_metadata
 from sae.overlap import DEFINITIONS, StudyOverlap, latent_table, overlap
-from sae.run import DEFAULT_ROOT, Run
+from sae.run import Run, command
+from sae.study import is_aligned, is_harvested
 
 _UNALIGNED = "These SAEs have not been aligned yet."
 ENOUGH_TO_CALL_DEAD = 1_000_000  # tokens without a firing before the word is used
@@ -196,8 +196,7 @@ class Study:
     # --- what to run next ---------------------------------------------------------------------------------
 
     def command(self, *words: str) -> str:
-        root = [] if self.root.resolve() == DEFAULT_ROOT.resolve() else ["--root", str(self.root)]
-        return shlex.join(("python", "cli.py", *words, *root))
+        return command(self.root, *words)
 
     def missing(self, explained: set[int], has_scores: bool) -> list[dict[str, str]]:
         """The stages that have not been run, in order, each with the command that runs it."""
@@ -230,6 +229,35 @@ class Study:
             add("explain", f"No latent of {focus} has been explained yet.", "explain", "--sae", focus)
         if not has_scores:
             add("score", f"No explanation of {focus} has been scored yet.", "score", "--sae", focus)
+        return found
+
+    def stale(self) -> list[dict[str, str]]:
+        """Stages whose tables were made from something that has changed since, each with the command that mends it."""
+        found = []
+
+        def add(stage: str, says: str, *words: str) -> None:
+            found.append({"stage": stage, "says": says, "command": self.command(*words)})
+
+        for run in self.runs:
+            stored = run.trained and (run.firings_folder / "store.json").is_file()
+            if run.name in self.firing and stored and not is_harvested(run):
+                says = f"The firing table of {run.name} is not of its present weights and harvest."
+                add("harvest", says, "harvest", "--sae", run.name)
+        changed = [
+            (a, b)
+            for i, a in enumerate(self.runs)
+            for b in self.runs[i + 1 :]
+            if a.name in self.compared and b.name in self.compared and a.trained and b.trained and not is_aligned(a, b)
+        ]
+        if changed:
+            add("align", "Weights have changed since the SAEs were aligned.", "align", *self.names)
+        if self.scores is not None and (self.focus.firings_folder / "store.json").is_file():
+            from autointerp.material import Material
+
+            made_from = table_metadata(self.focus.stage_path("scores")).get("material")
+            if made_from is not None and made_from != Material.of(self.focus).digest:
+                says = f"These scores are from before {self.focus.name} was harvested again."
+                add("score", says, "score", "--sae", self.focus.name)
         return found
 
     def _train(self, seeds: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from autointerp.work import Outcome, in_flight
 from sae.errors import BadInput
 from sae.files import digest, read_table
 from sae.progress import say, track
-from sae.run import Run
+from sae.run import Run, command
 from sae.study import Compute, ensure_aligned, ensure_harvested
 
 
@@ -132,4 +132,6 @@ async def _explain_run(task: _Task, explainer: Explainer, concurrency: int, outc
             with track(f"explain {task.run.name}", len(task.latents), "latents", done=before) as bar:
                 await in_flight(todo, explain_one, concurrency, bar)
         outcome.n_done += len(journal.explanations(status="ok", draw=0, latent=task.latents, **same))
-    outcome.retry = f"python cli.py explain --sae {task.run.name} (the same options: what is done is not asked again)"
+    sae = [word for name in outcome.runs for word in ("--sae", name)]
+    outcome.retry = command(task.run.root, "explain", *sae)
+    outcome.next = command(task.run.root, "score", *sae)

@@ -20,7 +20,7 @@ from sae.alignment import alignment_path, read_alignment
 from sae.errors import NotFound
 from sae.files import SCHEMA, read_table
 from sae.overlap import DEFINITIONS, shared
-from sae.run import Run
+from sae.run import Run, command
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context
@@ -48,6 +48,12 @@ def latent_findings(run: Run, latent: int, n_contexts: int = 8, threshold: float
     return {
         "schema": SCHEMA,
         "run": run.name,
+        "commands": {
+            "harvest": command(run.root, "harvest", "--sae", run.name),
+            "explain": command(run.root, "explain", "--sae", run.name, "--indices", str(latent)),
+            "score": command(run.root, "score", "--sae", run.name),
+            "align": command(run.root, "align", run.name, *(x.name for x in run.siblings())),
+        },
         "latent": latent,
         "study": run.study,
         "threshold": threshold,

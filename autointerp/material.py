@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp.contexts import ContextSampler
+from autointerp.contexts import METHOD, ContextSampler
 from sae.files import digest, read_table, write_table
 from sae.firings import FiringStore
 from sae.progress import track
@@ -32,7 +32,7 @@ class Material:
     def digest(self) -> str:
         """Two runs of a command with the same digest draw the same contexts for every latent. 64 hex characters."""
         contexts: dict[str, Any] = self.run.settings.contexts.model_dump(mode="json")
-        return digest({"store": self.store.digest, "contexts": contexts})
+        return digest({"store": self.store.digest, "contexts": contexts, "method": METHOD})
 
     def eligibility(self) -> pd.DataFrame:
         """One row per latent: ``latent``, ``eligible`` and, where it is not, ``reason``. Counted once, then read.

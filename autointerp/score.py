@@ -30,11 +30,11 @@ from autointerp.work import Outcome, in_flight
 from sae.errors import BadInput, nearest
 from sae.files import digest, read_table, table_metadata, write_table
 from sae.progress import say, track
-from sae.run import Run, all_runs
+from sae.run import Run, all_runs, command
 
 _IDENTITY = ("latent", "explanation_id", "explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
 _JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
-COLUMNS = (*_IDENTITY, *_JUDGED_BY, "control", *ScoreRow._fields)
+COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow._fields)
 """Of the score table. All are there even when every explanation failed and nothing was judged."""
 CONTROL_LATENTS = {"ngram": None, "llm": 50}  # a swapped control costs as much as the score; None: all latents
 
@@ -154,14 +154,16 @@ async def _score_run(
                 with track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar:
                     await in_flight(questions, ask, concurrency, bar)
             table = score_table(journal, same["settings_hash"], items)
-            write_table(path, table, inputs=_inputs(material, same, control_latents, journal))
+            final = _inputs(material, same, control_latents, journal)
+            write_table(path, table, inputs=final, material=material.digest)
     for row in _rows(_of_this_judge(table, same)):
         if row["status"] == "ok":
             outcome.n_done += 1
             outcome.n_new += row["explanation_id"] in asked_now
         else:
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
-    outcome.retry = f"python cli.py score --sae {run.name} (the same options: only what failed is asked again)"
+    outcome.retry = command(run.root, "score", *(word for name in outcome.runs for word in ("--sae", name)))
+    outcome.next = command(run.root, "report", "--sae", outcome.runs[0])
 
 
 def _inputs(material: Material, same: Mapping[str, str], control_latents: int | None, journal: Journal) -> str | None:
@@ -272,7 +274,8 @@ def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Seq
     explanations = {row["id"]: row for row in _rows(journal.explanations())}
     verdicts = journal.verdicts()
     rows: list[dict[str, Any]] = []
-    keys = ["explanation_id", "latent", "judge", "scorer", "settings_hash", "prompt_hash", "model", "control"]
+    keys = ["explanation_id", "latent", "judge", "scorer", "settings_hash", "prompt_hash", "model"]
+    keys += ["control", "replicate"]
     for key, group in verdicts.groupby(keys, sort=True):
         found: dict[str, Any] = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
         explained = explanations[found["explanation_id"]]
@@ -286,6 +289,7 @@ def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Seq
                 "settings_hash": found["settings_hash"],
                 "judge_prompt_hash": found["prompt_hash"],
                 "control": found["control"],
+                "replicate": found["replicate"],
                 **SCORERS[found["scorer"]]().score(group, asked)._asdict(),
             }
         )
@@ -305,4 +309,5 @@ def _identity(latent: int, explanation: Mapping[str, Any]) -> dict[str, Any]:
         "explainer_model": explanation["model"],
         "explain_settings_hash": explanation["settings_hash"],
         "explain_prompt_hash": explanation["prompt_hash"],
+        "draw": explanation["draw"],
     }

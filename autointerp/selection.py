@@ -49,6 +49,8 @@ def check(run: Run, choice: Choice) -> None:
     outside = [i for i in choice.indices if not 0 <= i < n]
     if outside:
         raise NotFound(f"latent {outside[0]} does not exist in run {run.name!r}; it has latents 0 to {n - 1}")
+    if choice.indices and choice.sharing != "any":
+        raise BadInput(f"--indices names latents outright, --{choice.sharing}-only chooses them; give one of the two")
     siblings = [r.name for r in run.siblings()]
     unknown = [name for name in choice.against if name not in siblings]
     if unknown:

@@ -27,7 +27,9 @@ class Outcome:
     failures: Counter[str] = field(default_factory=Counter)
     """Reason → latents that failed for it."""
     retry: str = ""
-    """The command that tries only the failed ones again."""
+    """Given with the same options, it asks again only what failed."""
+    next: str = ""
+    """The command that comes after this one."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -43,6 +45,7 @@ class Outcome:
             "n_failed": self.n_failed,
             "failures": dict(self.failures.most_common()),
             "retry": self.retry if self.failures else None,
+            "next": None if self.failures else self.next or None,
             "notes": self.notes,
         }
 

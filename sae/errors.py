@@ -35,6 +35,11 @@ class Unavailable(UserError):
     pass
 
 
+def printable(text: str) -> str:
+    """``text`` for a terminal: what acts instead of showing (escape sequences of a server's answer) is replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """The candidates most like ``name``, as words for an error message: ``'a', 'b' or 'c'``."""
     pool = list(candidates)

@@ -17,6 +17,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sae.errors import printable
+
 console = Console(stderr=True, highlight=False, emoji=False)
 _PLAIN_LINE_SECONDS = 30.0
 
@@ -29,7 +31,7 @@ def peak_memory_bytes() -> int:
 
 def say(message: str) -> None:
     """One line for the person at the terminal. ``message`` is plain text: markup in it is not read."""
-    console.print(escape(message), soft_wrap=True)
+    console.print(escape(printable(message)), soft_wrap=True)
 
 
 def human(n: float) -> str:

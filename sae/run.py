@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
+import shlex
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,6 +43,12 @@ LATENT_STAGES = ("firing", "overlap", "contexts", "scores")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(?:-[A-Za-z0-9._]+)*")
 _LONGEST_NAME = 80  # two of them, and a few letters more, are the name of an alignment's file
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "openai")
+
+
+def command(root: Path, *words: str) -> str:
+    """A command to print for the user to run, with ``--root`` where it is not the default."""
+    elsewhere = [] if root.resolve() == DEFAULT_ROOT.resolve() else ["--root", str(root)]
+    return shlex.join(("python", "cli.py", *words, *elsewhere))
 
 
 def check_name(name: str) -> str:

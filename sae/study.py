@@ -19,7 +19,7 @@ from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.files import digest, mapping_differences, read_table, write_table
 from sae.progress import human, say, track
 from sae.run import Run, plan_study, study_runs, write_record
-from sae.settings import CorpusSettings, Settings
+from sae.settings import Settings
 
 if TYPE_CHECKING:
     from sae.activations import ActivationStream
@@ -72,6 +72,7 @@ def train_study(study: str, seeds: Sequence[int], settings: Settings, root: Path
 
     Every seed sees the same batches in the same order; seeds that exist are not touched.
     """
+    settings = _bounded(settings)
     planned = plan_study(study, list(seeds), settings, root)
     runs = [run for run, _ in planned]
     _say_what_is_kept(study, settings, root)
@@ -152,18 +153,16 @@ def _open_stream(settings: Settings, root: Path, compute: Compute) -> tuple[Subj
     subject = Subject.load(settings.subject.model, device=device, dtype=settings.subject.dtype)
     subject.resolve(settings.subject.hookpoint)  # a wrong name is told before the text is read
     _, tokenizer_fingerprint = load_tokenizer(settings.subject.model)
-    corpus = prepare_corpus(_bounded(settings), subject.tokenizer, tokenizer_fingerprint, root)
+    corpus = prepare_corpus(settings.corpus, subject.tokenizer, tokenizer_fingerprint, root)
     cache = ActivationCache.for_stream(corpus, subject, settings.subject.hookpoint)
     return subject, corpus, ActivationStream(subject, corpus, settings.subject.hookpoint, cache)
 
 
-def _bounded(settings: Settings) -> CorpusSettings:
-    """The corpus settings; a data set, which may have no end, is read no further than the study needs."""
-    corpus = settings.corpus
-    if corpus.kind == "dataset" and corpus.max_tokens is None:
-        needed = max(settings.training.tokens, settings.harvest.tokens)
-        return corpus.model_copy(update={"max_tokens": needed})
-    return corpus
+def _bounded(settings: Settings) -> Settings:
+    """A data set, which may have no end, is read no further than the study needs: recorded as if it had been asked."""
+    if settings.corpus.kind != "dataset" or settings.corpus.max_tokens is not None:
+        return settings
+    return settings.with_values(corpus={"max_tokens": max(settings.training.tokens, settings.harvest.tokens)})
 
 
 def _check_same_inputs(run: Run, provenance: dict[str, Any]) -> None:
@@ -193,7 +192,7 @@ def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = Non
     for study, of_study in _by_study(runs).items():
         for run in of_study:
             _need_trained(run)
-        todo = [run for run in of_study if tokens is not None or not _harvested(run)]
+        todo = [run for run in of_study if tokens is not None or not is_harvested(run)]
         if todo:
             with only_one(todo[0].root, study):
                 _harvest_study(todo, compute, tokens or todo[0].settings.harvest.tokens)
@@ -236,7 +235,7 @@ def _harvest_study(runs: list[Run], compute: Compute, tokens: int) -> None:
                 n_tokens=store.n_tokens - store.n_special_tokens,
             )
     whole_study = [run for run in study_runs(runs[0].study, runs[0].root) if run.trained]
-    if stream.cache is not None and all(_harvested(run) for run in whole_study):
+    if stream.cache is not None and all(is_harvested(run) for run in whole_study):
         stream.cache.delete()  # every later stage is a look-up in the firing stores
 
 
@@ -244,7 +243,8 @@ def _firing_inputs(run: Run, store: FiringStore) -> str:
     return digest({"weights": run.weights_digest, "store": store.digest})
 
 
-def _harvested(run: Run) -> bool:
+def is_harvested(run: Run) -> bool:
+    """Whether the run's firing table is there and is that of its weights and its store."""
     from sae.firings import FiringStore
 
     if not run.stage_path("firing").exists():
@@ -275,7 +275,7 @@ def align_runs(runs: Sequence[Run], compute: Compute) -> None:
         )
     ensure_harvested(runs, compute)
     with only_one(root, runs[0].study):
-        todo = [(a, b) for a, b in wanted if not _aligned(by_name[a], by_name[b])]
+        todo = [(a, b) for a, b in wanted if not is_aligned(by_name[a], by_name[b])]
         if todo:
             _align_pairs([(by_name[a], by_name[b]) for a, b in todo], compute)
         for run in study_runs(runs[0].study, root):
@@ -306,7 +306,8 @@ def _pair_inputs(a: Run, b: Run) -> str:
     return digest(sorted([[a.name, a.weights_digest], [b.name, b.weights_digest]]))
 
 
-def _aligned(a: Run, b: Run) -> bool:
+def is_aligned(a: Run, b: Run) -> bool:
+    """Whether the pair's alignment is there and is that of its weights."""
     from sae.alignment import alignment_inputs
 
     return alignment_inputs(a.root / "alignments", a.name, b.name) == _pair_inputs(a, b)
@@ -318,7 +319,7 @@ def _write_overlap(run: Run) -> None:
     from sae.overlap import latent_table
 
     siblings, inputs = _overlap_inputs(run)
-    if not siblings or not _harvested(run) or run.stage_inputs("overlap") == inputs:
+    if not siblings or not is_harvested(run) or run.stage_inputs("overlap") == inputs:
         return
     tables = {(run.name, x.name): read_alignment(run.root / "alignments", run.name, x.name).a for x in siblings}
     table = latent_table(run.name, [run.name, *(x.name for x in siblings)], tables, alive(run))
@@ -327,7 +328,7 @@ def _write_overlap(run: Run) -> None:
 
 def _overlap_inputs(run: Run) -> tuple[list[Run], str]:
     """The siblings that the run is aligned with, and the digest of what its overlap table is made from."""
-    siblings = [other for other in run.siblings() if _aligned(run, other)]
+    siblings = [other for other in run.siblings() if is_aligned(run, other)]
     return siblings, digest([_pair_inputs(run, other) for other in siblings] + [run.stage_inputs("firing")])
 
 
@@ -351,7 +352,7 @@ def overlap_of(runs: Sequence[Run], threshold: float = 0.7) -> dict[str, Any]:
 
 def ensure_harvested(runs: Sequence[Run], compute: Compute) -> None:
     """Harvest those of ``runs`` that are not, saying so."""
-    missing = [run for run in runs if not _harvested(run)]
+    missing = [run for run in runs if not is_harvested(run)]
     if missing:
         say(f"{', '.join(r.name for r in missing)}: not harvested yet, doing that first")
         harvest_runs(missing, compute)
@@ -365,7 +366,7 @@ def ensure_aligned(run: Run, compute: Compute) -> None:
             f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; train another "
             f"seed (`python cli.py train --name {run.study} --seeds …`), or leave the choice by sharing out"
         )
-    missing = [other for other in siblings if not _aligned(run, other)]
+    missing = [other for other in siblings if not is_aligned(run, other)]
     if missing:
         say(f"{run.name}: not aligned with {', '.join(r.name for r in missing)} yet, doing that first")
     if missing or run.stage_inputs("overlap") != _overlap_inputs(run)[1]:  # a kill may fall between the two

@@ -54,6 +54,22 @@ def render_latent(found: Mapping[str, Any], console: Console | None = None) -> N
     show_latent(found, console or _output())
 
 
+def alignment_findings(shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What aligned runs share, in the shape that it has in the report's own findings.
+
+    ``shared`` is a :meth:`sae.overlap.StudyOverlap.as_dict`.
+    """
+    from autointerp.seeds import overlap_tree, similarity_tree
+
+    return {
+        "runs": [{"name": name} for name in shared["runs"]],
+        "compared": shared["runs"],
+        "missing": [],
+        "overlap": overlap_tree(shared),
+        "similarity": similarity_tree(shared),
+    }
+
+
 def render_alignment(found: Mapping[str, Any], console: Console | None = None) -> None:
     from autointerp.report.stages import show_alignment
 

@@ -80,7 +80,7 @@ def _contexts(found: Latent, page: Page) -> RenderableType:
         why = "It never fires." if found["firing"] and found["firing"]["dead"] else "None are at hand."
         body: list[RenderableType] = [Text(why)]
         if found["firing"] is None:
-            body.append(command_line(f"python cli.py harvest --sae {found['run']}"))
+            body.append(command_line(found["commands"]["harvest"]))
         return section(page, "Contexts", says, *body)
     return section(page, "Contexts", says, *(context_line(context, page, indent=0) for context in found["contexts"]))
 
@@ -88,8 +88,8 @@ def _contexts(found: Latent, page: Page) -> RenderableType:
 def _explanations(found: Latent, page: Page) -> RenderableType:
     says = "What an explainer made of contexts like these, and how well a judge could tell other contexts by it."
     if not found["explanations"]:
-        command = f"python cli.py explain --sae {found['run']} --indices {found['latent']}"
-        return section(page, "Explanation", says, Text("It has not been explained yet."), command_line(command))
+        next_step = command_line(found["commands"]["explain"])
+        return section(page, "Explanation", says, Text("It has not been explained yet."), next_step)
     body: list[RenderableType] = []
     for entry in found["explanations"]:
         who = f"{entry['explainer']}: {entry['model']}" if entry["model"] else entry["explainer"]
@@ -105,7 +105,7 @@ def _explanations(found: Latent, page: Page) -> RenderableType:
             _score_table(swapped, page),
         ]
     if not found["scores"]:
-        body += [Text("It has not been scored yet."), command_line(f"python cli.py score --sae {found['run']}")]
+        body += [Text("It has not been scored yet."), command_line(found["commands"]["score"])]
     return section(page, "Explanation", says, *body)
 
 
@@ -144,7 +144,7 @@ def _matches(found: Latent, page: Page) -> RenderableType:
     )
     if not found["matches"]:
         lone = "No sibling run is aligned with it."
-        return section(page, title, says, Text(lone), command_line("python cli.py align"))
+        return section(page, title, says, Text(lone), command_line(found["commands"]["align"]))
     table = grid("", ("encoder", "right"), ("", "left"), ("decoder", "right"), ("", "left"), ("shared", "fold"))
     for match in found["matches"]:
         holds = [name for name, is_shared in match["shared"].items() if is_shared]

@@ -25,7 +25,6 @@ from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
 
 _DONE = {"explain": "explained", "score": "scored"}
-_NEXT = {"explain": "score", "score": "report"}
 _MOST_REASONS = 8
 
 
@@ -50,25 +49,16 @@ def show_outcome(found: Mapping[str, Any], stage: str, console: Console) -> None
             table.add_row(count(rest), Text("other reasons; --json has them all", QUIET))
         body += [Text(), table]
         if found["retry"]:
-            body += [Text("\nThis retries only what failed:"), command_line(found["retry"])]
-    elif stage in _NEXT and runs:
-        body += [Text("Next:", QUIET), command_line(f"python cli.py {_NEXT[stage]} --sae {runs[0]}")]
+            body += [Text("\nWith the same options, this asks again only what failed:"), command_line(found["retry"])]
+    elif found.get("next"):
+        body += [Text("Next:", QUIET), command_line(found["next"])]
     emit(Group(*body), console, page.width)
 
 
 def show_alignment(found: Mapping[str, Any], console: Console) -> None:
     """What aligned runs share: the overlap and similarity parts of the report, by themselves."""
-    from autointerp.seeds import overlap_tree, similarity_tree
-
     page = Page.of(console)
-    parts: dict[str, Any] = {
-        "overlap": overlap_tree(found),
-        "similarity": similarity_tree(found),
-        "runs": [{"name": name} for name in found["runs"]],
-        "compared": found["runs"],
-        "missing": [],
-    }
-    emit(Group(dictionaries.overlap(parts, page), dictionaries.similarity(parts, page)), console, page.width)
+    emit(Group(dictionaries.overlap(found, page), dictionaries.similarity(found, page)), console, page.width)
 
 
 def show_runs(found: Sequence[Mapping[str, Any]], console: Console) -> None:

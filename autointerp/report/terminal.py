@@ -20,6 +20,7 @@ from autointerp.report.layout import (
     QUIET,
     Page,
     bullets,
+    command_line,
     decimal,
     estimate,
     get,
@@ -105,7 +106,10 @@ def head(found: Findings, page: Page) -> RenderableType:
     short = in_short(found)
     rule = Text("━" * page.width, ACCENT, no_wrap=True)
     answers: list[RenderableType] = [Text(), bullets(short)] if short else []
-    return Group(title, rule, table, *answers)
+    warnings: list[RenderableType] = []
+    for entry in found["stale"]:
+        warnings += [Text(), Text(f"Out of date: {visible(entry['says'])}", "bold"), command_line(entry["command"])]
+    return Group(title, rule, table, *warnings, *answers)
 
 
 def _corpus_in_words(corpus: Mapping[str, Any], found: Findings) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_study import journal, records
 
@@ -366,6 +366,7 @@ def test_an_unknown_protocol_is_told_before_anything_is_opened(tmp_path: Path) -
     assert not (tmp_path / "cache").exists()
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 30), st.integers(1, 8), st.none() | st.integers(0, 29))
 def test_work_in_flight(n: int, limit: int, breaks: int | None) -> None:
     """All of it, once each, never more than ``limit`` at a time; the first error is the one that is raised."""

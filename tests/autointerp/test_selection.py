@@ -81,10 +81,16 @@ def test_what_was_made_to_be_shared_is(made: Made) -> None:
     assert len(unshared & set(range(int(0.4 * M), M))) == M - int(0.4 * M)
 
 
-@given(st.lists(st.integers(0, M - 1), min_size=1, max_size=9), sharings)
-def test_latents_named_outright_are_taken(made: Made, indices: list[int], sharing: Sharing) -> None:
-    """Eligible or not, shared or not: they are what was asked for."""
-    assert choose(*made, Choice(sharing, 1, tuple(indices))) == sorted(set(indices))
+@given(st.lists(st.integers(0, M - 1), min_size=1, max_size=9))
+def test_latents_named_outright_are_taken(made: Made, indices: list[int]) -> None:
+    """Eligible or not, and however many: they are what was asked for."""
+    assert choose(*made, Choice(n=1, indices=tuple(indices))) == sorted(set(indices))
+
+
+@pytest.mark.parametrize("sharing", ["shared", "unshared"])
+def test_latents_are_named_or_chosen(made: Made, sharing: Sharing) -> None:
+    with pytest.raises(BadInput, match=f"--indices .* --{sharing}-only"):
+        choose(*made, Choice(sharing, indices=(1,)))
 
 
 def test_the_sample_is_spread_over_the_latents(made: Made) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import string
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,15 @@ from sae.run import (
 from sae.settings import Settings
 
 SETTINGS = Settings().with_values(training={"num_latents": 120, "k": 4, "tokens": 1_000_000})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_git() -> Iterator[None]:
+    """The commit is asked of git for every record that is written, which is what most of the time here would go to."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sae.run.git_commit", lambda: "0123abc+")
+        yield
+
 
 # --- names ------------------------------------------------------------------------------------------------
 
@@ -107,7 +117,12 @@ def test_the_record_says_where_a_run_comes_from(tmp_path: Path) -> None:
     assert record["hookpoint"] == "layers.2.mlp"
     assert {"torch", "transformers", "numpy"} <= set(record["packages"])
     assert Run.open("run_a", tmp_path).settings == SETTINGS
-    assert record["git_commit"] == git_commit()
+    assert record["git_commit"] == "0123abc+"
+
+
+def test_the_commit_of_this_program() -> None:
+    commit = git_commit()  # None where the sources lie outside a checkout
+    assert commit is None or re.fullmatch(r"[0-9a-f]{40}\+?", commit)
 
 
 def test_what_counts_as_a_run(tmp_path: Path) -> None:
@@ -251,12 +266,12 @@ def test_an_overlap_table_from_before_the_last_alignment_is_made_again(
 ) -> None:
     runs = small_study.runs_of(tmp_path)
     small_study.harvested(runs)
-    monkeypatch.setattr(study, "_harvested", lambda _: True)
-    monkeypatch.setattr(study, "_aligned", lambda a, b: "run_c" not in (a.name, b.name))
+    monkeypatch.setattr(study, "is_harvested", lambda _: True)
+    monkeypatch.setattr(study, "is_aligned", lambda a, b: "run_c" not in (a.name, b.name))
     small_study.aligned(runs)
     study._write_overlap(runs[0])
     assert "similarity" in read_table(runs[0].stage_path("overlap"))
-    monkeypatch.setattr(study, "_aligned", lambda *_: True)  # killed between the last pair and the tables
+    monkeypatch.setattr(study, "is_aligned", lambda *_: True)  # killed between the last pair and the tables
     study.ensure_aligned(runs[0], study.Compute("cpu"))
     assert {"shared_strict__run_b", "shared_strict__run_c"} <= set(read_table(runs[0].stage_path("overlap")))
 
@@ -267,7 +282,7 @@ def test_a_sibling_still_in_training_does_not_keep_others_from_being_aligned(
     runs = small_study.runs_of(tmp_path)
     for name in ("sae.safetensors", "cfg.json"):
         (runs[2].folder / name).unlink()
-    monkeypatch.setattr(study, "_harvested", lambda _: True)
+    monkeypatch.setattr(study, "is_harvested", lambda _: True)
     monkeypatch.setattr(study, "_align_pairs", lambda *_: None)
     study.align_runs(runs[:2], study.Compute("cpu"))
 

@@ -66,7 +66,8 @@ class Here:
 
 
 def environment(recipe: Path | None) -> dict[str, str]:
-    return {**os.environ, **({} if recipe is None else {"DEMO_RECIPE": str(recipe)})}
+    one = {"OMP_NUM_THREADS": "1"}  # so small a study gains nothing by more, and waits for them on a busy machine
+    return {**os.environ, **one, **({} if recipe is None else {"DEMO_RECIPE": str(recipe)})}
 
 
 def run(
