@@ -148,7 +148,7 @@ def resampled(values: Sequence[float], width: int) -> list[float]:
     means = []
     for low, high in itertools.pairwise(edges):
         known = [v for v in values[low:high] if math.isfinite(v)]
-        means.append(math.fsum(known) / len(known) if known else math.nan)
+        means.append(math.fsum(v / len(known) for v in known) if known else math.nan)
     return means
 
 
