@@ -117,14 +117,12 @@ def test_no_text_is_on_both_sides_nor_twice(store: DenseStore, sample_seed: int,
     assert eligible == (reason == "") == enough
 
 
-@given(st.integers(0, 10**6), st.integers(60, 400))
+@given(st.integers(0, 10**6), st.integers(200, 500))
 def test_enough_text_gives_what_was_asked_for(seed: int, n: int) -> None:
-    """Counts, and position-matching one for one."""
+    """Counts, and position-matching one for one. (In less text a slot may run out, and its neighbours stand in.)"""
     store = a_store(n * 3, seed)
     sampled = sampler(store, n_explain=8, n_active=10, n_inactive=10, n_strata=5, min_explain=8, min_active=10)
-    if not sampled.eligible(0)[0]:
-        assert n < 120
-        return
+    assert sampled.eligible(0)[0]
     test = sampled.testing(0)
     assert len(sampled.explaining(0)) == 8
     assert len(test.active) == len(test.inactive) == 10
