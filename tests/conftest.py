@@ -13,7 +13,7 @@ import pytest
 from tiny_study import Ran, cli, write_recipe, write_texts
 
 # No deadline: on a machine that does other work too, the clock says nothing about the program.
-# In CI the examples are the same each time, so that a change is judged by what it changed; elsewhere new ones are sought.
+# In CI the examples are the same each time, so that a change is judged by what it changed; elsewhere they are new.
 hypothesis.settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("here")
 
