@@ -132,6 +132,22 @@ def test_enough_text_gives_what_was_asked_for(seed: int, n: int) -> None:
     assert Counter(c.window % SLOTS for c in background) == Counter({slot: 2 * n for slot, n in slots.items()})
 
 
+@given(st.integers(0, 10**6), st.integers(60, 200))
+def test_little_text_still_gives_the_numbers_asked_for(seed: int, n: int) -> None:
+    """Where a slot has run out its neighbours stand in: as many silent contexts, each once, none of them firing."""
+    sampled = sampler(
+        a_store(n * 3, seed), n_explain=8, n_active=10, n_inactive=10, n_strata=5, min_explain=8, min_active=10
+    )
+    if not sampled.eligible(0)[0]:
+        assert n < 120
+        return
+    test = sampled.testing(0)
+    assert len(sampled.explaining(0)) == 8
+    assert len(test.active) == len(test.inactive) == 10
+    assert len({c.window for c in test.inactive}) == 10
+    assert not {c.window for c in test.inactive} & set(sampled.store.windows(0)[0].tolist())
+
+
 def test_strata_cover_the_whole_range_evenly() -> None:
     store = a_store(6000)
     sampled = sampler(store, n_explain=40, n_active=50, n_strata=10)
