@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae.dictionary import Sae, TopKSae
+from sae.architectures import TopKSae
+from sae.dictionary import Sae
 from sae.errors import BadInput, NotFound
 from sae.files import atomic, write_json
 

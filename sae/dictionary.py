@@ -1,8 +1,9 @@
-"""The dictionary: a sparse autoencoder of a hookpoint's activations.
+"""The dictionary: a sparse autoencoder of a hookpoint's activations. Its architectures are in ``sae.architectures``.
 
 A latent's direction in the encoder and in the decoder are what two seeds are compared by, so every
 architecture shows them under the same four names and shapes, whatever it stores on disk. Activations are
-handed on as K slots per token, never as a B x M matrix: nothing downstream grows with the width.
+handed on as K slots per token, never as a B x M matrix: nothing downstream grows with the width. Gradients are
+worked out by hand, because automatic differentiation would keep that matrix for the backward pass.
 
 Legend: B batch, D model width (d_in), M latents, K active latents.
 """
@@ -17,8 +18,7 @@ from torch import Tensor
 
 from sae import kernels
 from sae.errors import BadInput
-
-_PRE_ACTIVATION_BYTES = 32 * 2**20  # dense pre-activations that may exist at once; about a last-level cache
+from sae.objective import Loss, Objective
 
 
 class Firings(NamedTuple):
@@ -38,6 +38,8 @@ class Sae(ABC):
     """
 
     architecture: ClassVar[str]
+    k: int | None
+    """latents that fire per token, or that training aims at on average; None where nobody says"""
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         num_latents, d_in = W_enc.shape
@@ -69,14 +71,34 @@ class Sae(ABC):
         return self.W_enc.dtype
 
     def parameters(self) -> dict[str, Tensor]:
-        """The tensors that training changes, by name; the very tensors, not copies."""
+        """The tensors that training changes by gradient, by name; the very tensors, not copies."""
         return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors that define what the dictionary computes: the parameters, and what training only measures."""
+        return self.parameters()
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the weights, in place, and return ``self``. ``dtype`` is float32 or float64."""
-        for name, tensor in self.parameters().items():
+        for name, tensor in self.weights().items():
             setattr(self, name, tensor.to(device=device, dtype=dtype))
         return self
+
+    @classmethod
+    @abstractmethod
+    def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> Self:
+        """A dictionary to train, in float32 in main memory, whose encoder is drawn from ``seed``.
+
+        ``k`` is the number of latents that are to fire per token; ``b_dec`` is made from ``x_sample`` [N, D].
+        """
+
+    @abstractmethod
+    def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
+        """The training loss on a batch ``x`` [B, D], and its gradient under the names of :meth:`parameters`.
+
+        The gradient is the plain one: what the unit length of the decoder's rows takes away from it is left to
+        the update.
+        """
 
     @abstractmethod
     def encode(self, x: Tensor) -> Firings:
@@ -101,54 +123,6 @@ class Sae(ABC):
                 "use the subject model and hookpoint that it was trained on"
             )
         return x.to(device=self.device, dtype=self.dtype) - self.b_dec
-
-
-class TopKSae(Sae):
-    """The k largest pre-activations of each token fire (Gao et al. 2024, section 2.3; Makhzani & Frey 2013).
-
-    a = TopK(relu((x - b_dec) W_enc^T + b_enc)),   x_hat = a W_dec + b_dec
-
-    A token whose positive pre-activations number fewer than k leaves slots empty.
-    """
-
-    architecture = "topk"
-
-    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> None:
-        super().__init__(W_enc, b_enc, W_dec, b_dec)
-        if not 1 <= k <= self.num_latents:
-            raise ValueError(f"k = {k} is not between 1 and the number of latents, {self.num_latents}")
-        self.k = k
-
-    @classmethod
-    def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> TopKSae:
-        """Fresh weights, in float32 in main memory; only the encoder's come from ``seed``.
-
-        The encoder is drawn as a linear layer's default, uniform in +-1/sqrt(D), with zero bias; the decoder is
-        the encoder with rows of length 1; ``b_dec`` is the geometric median of ``x_sample`` [N, D] (Gao et al.
-        2024, appendix A.1), or zero without one. A few thousand tokens are sample enough.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        bound = d_in**-0.5
-        encoder = (torch.rand(num_latents, d_in, generator=generator) * 2 - 1) * bound
-        decoder = torch.nn.functional.normalize(encoder.double(), dim=1).float()
-        centre = torch.zeros(d_in) if x_sample is None else geometric_median(x_sample).float()
-        return cls(encoder, torch.zeros(num_latents), decoder, centre, k)
-
-    def encode(self, x: Tensor) -> Firings:
-        return self.encode_centred(self.centred(x))
-
-    def encode_centred(self, centred: Tensor) -> Firings:
-        """:meth:`encode` for ``x - b_dec`` [B, D]. Pre-activations exist for some rows at a time only."""
-        return topk_firings(centred, self.W_enc, self.b_enc, self.k)
-
-
-def topk_firings(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> Firings:
-    """TopK(relu(centred @ weight.T + bias)) for centred [B, D], weight [M, D], bias [M]."""
-    rows = max(1, _PRE_ACTIVATION_BYTES // (weight.shape[0] * weight.element_size()))
-    parts = [kernels.topk(torch.addmm(bias, part, weight.T), k) for part in centred.split(rows)]
-    if len(parts) == 1:
-        return Firings(*parts[0])
-    return Firings(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

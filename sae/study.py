@@ -98,8 +98,8 @@ def _train_missing(
     study: str, missing: list[tuple[Run, int]], settings: Settings, root: Path, compute: Compute
 ) -> None:
     from sae.activations import TrainingBatches
+    from sae.architectures import TopKSae
     from sae.checkpoint import save_sae
-    from sae.dictionary import TopKSae
     from sae.trainer import train
     from sae.training_state import discard_states
 

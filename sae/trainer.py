@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from sae import kernels
-from sae.dictionary import TopKSae
+from sae.dictionary import Sae
 from sae.errors import BadInput
 from sae.files import digest
-from sae.gradients import AuxK, Loss, loss_and_gradient, total_variance
+from sae.objective import AuxK, Loss, Objective, total_variance
 from sae.progress import track
 from sae.settings import TrainingSettings
 from sae.training_state import State, latest_states, write_states
@@ -83,7 +83,7 @@ class Plan:
 
 def train(
     batches: Sequence[Tensor],
-    saes: Sequence[TopKSae],
+    saes: Sequence[Sae],
     settings: TrainingSettings,
     state_folders: Sequence[Path],
 ) -> list[TrainLog]:
@@ -132,7 +132,7 @@ class _Sums:
 class _Seed:
     """One dictionary in training, with everything that its next step depends on."""
 
-    sae: TopKSae
+    sae: Sae
     plan: Plan
     auxk: float
     name: str
@@ -149,7 +149,7 @@ class _Seed:
     def step(self, x: Tensor, variance: float, step: int) -> None:
         """Learn from one batch [B, D] with total variance ``variance``."""
         auxk = AuxK(self.silent >= self.plan.dead_tokens, self.plan.k_aux, self.auxk)
-        loss, gradient = loss_and_gradient(self.sae, x, variance, auxk)
+        loss, gradient = self.sae.loss_and_gradient(x, Objective(variance, len(x), auxk))
         self._check(loss, gradient, step)
         for name, weight in self.sae.parameters().items():
             kernels.adam(
@@ -183,7 +183,7 @@ class _Seed:
         sums.steps += 1
         sums.fvu += float(loss.fvu)
         sums.auxk += float(loss.auxk)
-        sums.l0 += float(loss.l0)
+        sums.l0 += float(loss.firings.sum()) / tokens
         if (step + 1) % self.plan.log_every and step + 1 != self.plan.steps:
             return
         fvu, auxk = sums.fvu / sums.steps, sums.auxk / sums.steps
@@ -228,7 +228,7 @@ def _resume(seeds: Sequence[_Seed], folders: Sequence[Path], identities: Sequenc
     return step
 
 
-def _identity(sae: TopKSae, settings: TrainingSettings, batches: Sequence[Tensor]) -> dict[str, Any]:
+def _identity(sae: Sae, settings: TrainingSettings, batches: Sequence[Tensor]) -> dict[str, Any]:
     """All that the trained weights depend on, as JSON. ``sae`` is still as it was initialised."""
     initial = {name: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for name, t in sae.parameters().items()}
     return {
@@ -240,7 +240,7 @@ def _identity(sae: TopKSae, settings: TrainingSettings, batches: Sequence[Tensor
     }
 
 
-def _batch(batches: Sequence[Tensor], step: int, sae: TopKSae) -> tuple[Tensor, float]:
+def _batch(batches: Sequence[Tensor], step: int, sae: Sae) -> tuple[Tensor, float]:
     """A step's activations [B, D] as the dictionaries need them, and their total variance."""
     x = batches[step].to(device=sae.device, dtype=sae.dtype).contiguous()
     variance = total_variance(x) if len(x) else 0.0

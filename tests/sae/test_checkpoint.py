@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sae.architectures import TopKSae
 from sae.checkpoint import load_sae, save_sae
-from sae.dictionary import TopKSae
 from sae.errors import BadInput, NotFound, UserError
 
 D, M, K = 8, 24, 3

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae import dictionary, kernels, kernels_torch
-from sae.dictionary import Firings, TopKSae, geometric_median
+from sae import encoding, kernels, kernels_torch
+from sae.architectures import TopKSae
+from sae.dictionary import Firings, geometric_median
 from sae.errors import BadInput
 
 
@@ -134,7 +135,7 @@ def test_moments_do_not_become_subnormal() -> None:
 def test_encode_and_decode_are_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(4)
     sae, x = random_sae(), torch.randn(30, 12, dtype=torch.float64) + 1
-    monkeypatch.setattr(dictionary, "_PRE_ACTIVATION_BYTES", 7 * 40 * 8)  # 7 rows at a time
+    monkeypatch.setattr(encoding, "_PRE_ACTIVATION_BYTES", 7 * 40 * 8)  # 7 rows at a time
     firings = sae.encode(x)
     assert firings.activations.shape == firings.indices.shape == (30, 5)
     pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()

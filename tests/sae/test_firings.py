@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from sae import firing_index
 from sae import harvest as harvesting
+from sae.architectures import TopKSae
 from sae.corpus import Corpus
-from sae.dictionary import Firings, TopKSae
+from sae.dictionary import Firings
 from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.files import read_json, write_json
 from sae.firing_index import Source

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from sae import training_state
-from sae.dictionary import TopKSae
+from sae.architectures import TopKSae
 from sae.errors import BadInput, SettingsDiffer
-from sae.gradients import AuxK, loss_and_gradient, total_variance
+from sae.objective import AuxK, Objective, total_variance
 from sae.settings import TrainingSettings
 from sae.trainer import Plan, train
 
@@ -92,7 +92,7 @@ def test_the_whole_gradient_is_that_of_autograd(n_dead: int, k_aux: int) -> None
     dead = torch.zeros(M, dtype=torch.bool)
     dead[torch.randperm(M)[:n_dead]] = True  # some of them are among the top k of this batch all the same
     auxk = AuxK(dead, k_aux, 0.4)
-    loss, gradient = loss_and_gradient(sae, x, total_variance(x), auxk)
+    loss, gradient = sae.loss_and_gradient(x, Objective(total_variance(x), len(x), auxk))
 
     weights = {name: w.clone().requires_grad_() for name, w in sae.parameters().items()}
     fvu, extra = dense_loss(weights, x, K, auxk if n_dead else None)
@@ -109,13 +109,13 @@ def test_auxk_reaches_the_encoder_of_latents_that_do_not_fire() -> None:
     sae = fresh(0)[0]
     sae.b_enc[:20] -= 0.02
     x = Batches(1)[0]
-    silent = loss_and_gradient(sae, x, total_variance(x))[0].firings == 0
+    silent = sae.loss_and_gradient(x, Objective(total_variance(x), len(x)))[0].firings == 0
     if not silent.any():
         pytest.fail("the example needs latents that do not fire")
-    gradient = loss_and_gradient(sae, x, total_variance(x), AuxK(silent, 6, 1 / 32))[1]
+    gradient = sae.loss_and_gradient(x, Objective(total_variance(x), len(x), AuxK(silent, 6, 1 / 32)))[1]
     assert (gradient["W_enc"][silent].abs().sum(1) > 0).any()
     assert (gradient["b_enc"][silent] != 0).any()
-    without = loss_and_gradient(sae, x, total_variance(x))[1]
+    without = sae.loss_and_gradient(x, Objective(total_variance(x), len(x)))[1]
     assert (without["W_enc"][silent] == 0).all()
 
 
@@ -123,9 +123,8 @@ def test_a_slot_filled_with_zero_is_no_firing() -> None:
     sae = fresh(0)[0]
     sae.b_enc.fill_(-100.0)
     x = Batches(1)[0]
-    loss, gradient = loss_and_gradient(sae, x, total_variance(x))
+    loss, gradient = sae.loss_and_gradient(x, Objective(total_variance(x), len(x)))
     assert (loss.firings == 0).all()
-    assert float(loss.l0) == 0
     assert (gradient["W_enc"] == 0).all()
 
 
