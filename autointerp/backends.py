@@ -35,6 +35,18 @@ class LlmOptions:
     def named(self) -> bool:
         return self.url is not None or self.model is not None
 
+    def words(self) -> list[str]:
+        """The flags that name the models again, for a command to print. A key is in none of them: an address that
+        carries one is left for the user to give."""
+        given = {
+            "--llm-url": self.url,
+            "--llm-model": self.model,
+            "--judge-url": self.judge_url,
+            "--judge-model": self.judge_model,
+            "--api-key-file": self.api_key_file,
+        }
+        return [word for flag, value in given.items() if value and "@" not in str(value) for word in (flag, str(value))]
+
     def for_judge(self) -> LlmOptions:
         """The same, with the judge's own endpoint and model where it has them."""
         model = self.judge_model or (self.model if self.judge_url is None else None)

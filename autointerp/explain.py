@@ -39,19 +39,26 @@ def explain_runs(
     runs: Sequence[Run], choice: Choice, backend: str, options: LlmOptions, compute: Compute | None = None
 ) -> Outcome:
     """Explain the chosen latents of ``runs``; returns what came of it. See this module's head."""
-    compute = compute or Compute()
     kind = resolve(backend, options, "explainer")
     for run in runs:
         check(run, choice)
+    outcome = asyncio.run(_explain(runs, choice, kind, options, compute or Compute()))
+    for run in runs:
+        begun_path(run).unlink(missing_ok=True)
+    return outcome
+
+
+def _prepare(runs: Sequence[Run], choice: Choice, compute: Compute) -> list[_Task]:
+    """What is to be explained, after the stages that it takes to know."""
     for run in runs:
         ensure_harvested([run, *run.siblings()] if choice.needs_alignment else [run], compute)
         if choice.needs_alignment:
             ensure_aligned(run, compute)
-    tasks = [task for run in runs for task in _plan(run, choice)]
-    outcome = asyncio.run(_explain(tasks, kind, options))
-    for run in runs:
-        begun_path(run).unlink(missing_ok=True)
-    return outcome
+    return [task for run in runs for task in _plan(run, choice)]
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    return [run.name for run in runs]
 
 
 def begun_path(run: Run) -> Path:
@@ -81,13 +88,19 @@ def _plan(run: Run, choice: Choice) -> list[_Task]:
     return tasks
 
 
-async def _explain(tasks: list[_Task], kind: str, options: LlmOptions) -> Outcome:
-    root = tasks[0].run.root
-    outcome = Outcome("explain", list(dict.fromkeys(t.run.name for t in tasks)))
+async def _explain(runs: Sequence[Run], choice: Choice, kind: str, options: LlmOptions, compute: Compute) -> Outcome:
+    root = runs[0].root
+    outcome = Outcome("explain")
+    # Opened first: an endpoint that is down is told before an hour's harvest, not after it.
     async with open_explainer(kind, options, root / "cache.sqlite") as explainer:
         outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
+        tasks = _prepare(runs, choice, compute)
         for task in tasks:
             await _explain_run(task, explainer, options.concurrency, outcome)
+    outcome.runs = list(dict.fromkeys(task.run.name for task in tasks))
+    asked, explained = ([word for name in names for word in ("--sae", name)] for names in (_names(runs), outcome.runs))
+    outcome.retry = command(root, "explain", *asked, *choice.words(), *options.words())
+    outcome.next = command(root, "score", *explained, *options.words())
     return outcome
 
 
@@ -132,6 +145,3 @@ async def _explain_run(task: _Task, explainer: Explainer, concurrency: int, outc
             with track(f"explain {task.run.name}", len(task.latents), "latents", done=before) as bar:
                 await in_flight(todo, explain_one, concurrency, bar)
         outcome.n_done += len(journal.explanations(status="ok", draw=0, latent=task.latents, **same))
-    sae = [word for name in outcome.runs for word in ("--sae", name)]
-    outcome.retry = command(task.run.root, "explain", *sae)
-    outcome.next = command(task.run.root, "score", *sae)

@@ -110,6 +110,9 @@ async def _score(
         for run in runs:
             for scorer in scorers:
                 await _score_run(run, scorer, judge, options.concurrency, control_latents, outcome)
+    sae = [word for run in runs for word in ("--sae", run.name)]
+    outcome.retry = command(root, "score", *sae, *options.words())
+    outcome.next = command(root, "report", "--sae", runs[0].name)
     return outcome
 
 
@@ -162,8 +165,6 @@ async def _score_run(
             outcome.n_new += row["explanation_id"] in asked_now
         else:
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
-    outcome.retry = command(run.root, "score", *(word for name in outcome.runs for word in ("--sae", name)))
-    outcome.next = command(run.root, "report", "--sae", outcome.runs[0])
 
 
 def _inputs(material: Material, same: Mapping[str, str], control_latents: int | None, journal: Journal) -> str | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from autointerp.llm.usage import Usage
+from autointerp.method import Method
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context
@@ -33,28 +34,8 @@ class Explanation:
             raise ValueError("an explanation has either a text or a failure")
 
 
-class Explainer(Protocol):
-    """A way of explaining. Two explainers with equal names, hashes and models give interchangeable explanations."""
-
-    @property
-    def name(self) -> str:
-        """Short and stable, as stored in the journal: ``llm``, ``ngram``."""
-        ...
-
-    @property
-    def settings_hash(self) -> str:
-        """Digest of every parameter the text depends on."""
-        ...
-
-    @property
-    def prompt_hash(self) -> str:
-        """Digest of every word sent to a model; empty for an explainer that asks none."""
-        ...
-
-    @property
-    def model(self) -> str:
-        """The model that writes; empty for an explainer that asks none."""
-        ...
+class Explainer(Method, Protocol):
+    """A way of explaining."""
 
     @property
     def needs_background(self) -> int:

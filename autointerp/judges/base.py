@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from autointerp.llm.usage import Usage
+from autointerp.method import Method
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context
@@ -36,28 +37,8 @@ class Judgement:
             raise ValueError(f"P(active) = {self.p} is no probability of a judgement that was made")
 
 
-class Judge(Protocol):
-    """A way of judging. Two judges with equal names, hashes and models give interchangeable judgements."""
-
-    @property
-    def name(self) -> str:
-        """Short and stable, as stored in the journal: ``llm``, ``ngram``."""
-        ...
-
-    @property
-    def settings_hash(self) -> str:
-        """Digest of every parameter the judgement depends on."""
-        ...
-
-    @property
-    def prompt_hash(self) -> str:
-        """Digest of every word sent to a model; empty for a judge that asks none."""
-        ...
-
-    @property
-    def model(self) -> str:
-        """The model that judges; empty for a judge that asks none."""
-        ...
+class Judge(Method, Protocol):
+    """A way of judging."""
 
     @property
     def contexts_per_request(self) -> int:

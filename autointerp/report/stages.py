@@ -49,7 +49,7 @@ def show_outcome(found: Mapping[str, Any], stage: str, console: Console) -> None
             table.add_row(count(rest), Text("other reasons; --json has them all", QUIET))
         body += [Text(), table]
         if found["retry"]:
-            body += [Text("\nWith the same options, this asks again only what failed:"), command_line(found["retry"])]
+            body += [Text("\nThis asks again only what failed:"), command_line(found["retry"])]
     elif found.get("next"):
         body += [Text("Next:", QUIET), command_line(found["next"])]
     emit(Group(*body), console, page.width)

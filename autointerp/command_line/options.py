@@ -1,0 +1,135 @@
+"""The options of the commands, each a type with its flag and its help: a flag means the same wherever it stands."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ROOT = Path("eval_runs")
+
+
+class Backend(enum.StrEnum):
+    """Who explains or judges."""
+
+    auto = "auto"
+    llm = "llm"
+    ngram = "ngram"
+
+
+class Definition(enum.StrEnum):
+    """What counts as shared (see :data:`sae.overlap.DEFINITIONS`)."""
+
+    strict = "strict"
+    both = "both"
+    decoder = "decoder"
+    lenient = "lenient"
+
+
+# --- every command -----------------------------------------------------------------------------------------------
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output instead of tables.")]
+Root = Annotated[Path, typer.Option("--root", help="The folder that holds all runs.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads for torch. Default: all cores.")]
+Saes = Annotated[
+    list[str] | None, typer.Option("--sae", help="A run, such as run_a. Default: the newest study's first.")
+]
+OneSae = Annotated[str | None, typer.Option("--sae", help="The run. Default: the newest study's first.")]
+
+# --- train, harvest, align ---------------------------------------------------------------------------------------
+
+Name = Annotated[str, typer.Option("--name", help="The study's name; its runs become NAME_a, NAME_b, …")]
+Seeds = Annotated[
+    list[int] | None, typer.Option("--seeds", help="One SAE per seed, all on the same batches: --seeds 0 1 2.")
+]
+Recipe = Annotated[Path | None, typer.Option("--recipe", help="A TOML file of settings (see eval_runs/recipes/).")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Hugging Face name or directory; 'bundled' is the model in this package."),
+]
+Hookpoint = Annotated[
+    str | None, typer.Option("--hookpoint", help="The module whose output is studied, such as layers.2.mlp.")
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="Precision of the subject's forward pass: float32, bfloat16, float16.")
+]
+Texts = Annotated[
+    list[str] | None, typer.Option("--text", help="A text file, or a folder of them. May be given several times.")
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option("--dataset", help="A `datasets` directory or hub name (with --split, --column, --config)."),
+]
+Split = Annotated[str | None, typer.Option("--split", help="The dataset's split.")]
+Column = Annotated[str | None, typer.Option("--column", help="The dataset's column that holds the text.")]
+Configuration = Annotated[str | None, typer.Option("--config", help="The dataset's configuration.")]
+Context = Annotated[int | None, typer.Option("--context", help="Tokens in a packed sequence.")]
+NumLatents = Annotated[int | None, typer.Option("--num-latents", "-M", help="Width of the dictionary.")]
+K = Annotated[int | None, typer.Option("--k", "-k", help="Active latents per token.")]
+TrainTokens = Annotated[str | None, typer.Option("--tokens", help="Tokens to train on, such as 10M.")]
+BatchTokens = Annotated[str | None, typer.Option("--batch-tokens", help="Tokens in a step.")]
+LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Adam's peak rate.")]
+HarvestTokens = Annotated[str | None, typer.Option("--tokens", help="How many tokens to record, such as 2M.")]
+RunNames = Annotated[list[str] | None, typer.Argument(metavar="RUN RUN…", help="Default: the newest study's runs.")]
+
+# --- what counts as shared ---------------------------------------------------------------------------------------
+
+Shared = Annotated[Definition, typer.Option("--definition", help="What counts as shared.")]
+Threshold = Annotated[float, typer.Option("--threshold", min=0, max=1, help="Cosine above which a latent is shared.")]
+Against = Annotated[list[str] | None, typer.Option("--against", help="The other runs that count. Default: all.")]
+
+# --- explain, score ----------------------------------------------------------------------------------------------
+
+UnsharedOnly = Annotated[bool, typer.Option("--unshared-only", help="Only latents found in no other run of the study.")]
+SharedOnly = Annotated[bool, typer.Option("--shared-only", help="Only latents found in some other run.")]
+Latents = Annotated[int, typer.Option("--latents", min=1, help="Explain a seeded sample of so many.")]
+Indices = Annotated[str | None, typer.Option("--indices", help="These latents: 3,17,40-60.")]
+WithPartners = Annotated[bool, typer.Option("--with-partners", help="Also each latent's partner in the sibling run.")]
+Explainer = Annotated[
+    Backend, typer.Option("--explainer", help="auto: an LLM where one is given, else the n-gram baseline.")
+]
+ScoredSaes = Annotated[
+    list[str] | None,
+    typer.Option("--sae", help="A run. Default: every stored explanation that has no score yet, in all runs."),
+]
+Scorers = Annotated[list[str] | None, typer.Option("--scorer", help="detection.")]
+Judge = Annotated[Backend, typer.Option("--judge", help="auto: an LLM where one is given, else the n-gram baseline.")]
+ControlLatents = Annotated[
+    int | None,
+    typer.Option(
+        "--control-latents",
+        min=0,
+        help="Latents also judged by a dissimilar latent's explanation. Default: all (ngram), 50 (llm).",
+    ),
+]
+LlmUrl = Annotated[
+    str | None, typer.Option("--llm-url", help="An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")
+]
+LlmModel = Annotated[str | None, typer.Option("--llm-model", help="The model there. Default: the only one it serves.")]
+JudgeUrl = Annotated[str | None, typer.Option("--judge-url", help="Another endpoint for the judge.")]
+JudgeModel = Annotated[str | None, typer.Option("--judge-model", help="Another model for the judge.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option("--api-key-file", help="A file that holds the key. Default: $AUTOINTERP_API_KEY or $OPENAI_API_KEY."),
+]
+Concurrency = Annotated[int, typer.Option("--concurrency", min=1, help="Requests in flight at once.")]
+Rate = Annotated[float | None, typer.Option("--requests-per-second", help="At most so many requests a second.")]
+Protocol = Annotated[
+    str,
+    typer.Option(
+        "--protocol",
+        help="How the judge is asked: batch (several contexts a request), single (one, with log-probabilities), auto.",
+    ),
+]
+
+# --- report, show ------------------------------------------------------------------------------------------------
+
+ReportedSae = Annotated[
+    str | None,
+    typer.Option("--sae", help="The run in the middle of the report. Default: the newest study's first."),
+]
+LatentNumber = Annotated[int, typer.Option("--latent", help="The latent's number.")]
+ShownContexts = Annotated[int, typer.Option("--contexts", min=1, help="Contexts to show.")]

@@ -1,0 +1,67 @@
+"""Reading what stands behind a flag: amounts, lists of latents, paths. Each value is exact or refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LISTS = frozenset({"--seeds", "--text", "--against"})
+
+
+def spread_lists(arguments: list[str]) -> list[str]:
+    """``--seeds 0 1 2`` as ``--seeds 0 --seeds 1 --seeds 2``, which is how click takes lists."""
+    spread: list[str] = []
+    inside = None
+    for argument in arguments:
+        if argument in LISTS:
+            inside = argument
+        elif inside and not argument.startswith("-"):
+            spread += [inside, argument]
+        else:
+            inside = None
+            spread.append(argument)
+    return spread
+
+
+def absolute(name: str) -> str:
+    """A path that exists, from the root on, so that later stages find it from any folder; other names as they are."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def amount(option: str, text: str | None) -> int | None:
+    """``2M``, ``500k``, ``1e6`` or ``123``, as a whole number."""
+    from decimal import Decimal
+
+    from sae.errors import BadInput
+
+    if text is None:
+        return None
+    scale = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}.get(text[-1:].lower(), 1)
+    try:
+        value = Decimal(text[:-1] if scale > 1 else text) * scale  # not as a float: 1.001M would be no whole number
+        if not 1 <= value <= 10**15 or value != int(value):
+            raise ValueError
+        return int(value)
+    except (ValueError, ArithmeticError):
+        raise BadInput(f"{option} {text!r} is not an amount; write it like 500k, 2M or 1000000") from None
+
+
+def indices(text: str | None) -> tuple[int, ...]:
+    """``3,17,40-60`` as numbers."""
+    from sae.errors import BadInput
+
+    found: list[int] = []
+    if text is not None and not text.strip(" ,"):
+        raise BadInput(f"--indices {text!r} names no latent; write it like 3,17,40-60")
+    for part in (text or "").replace(" ", ",").split(","):
+        if not part:
+            continue
+        first, dash, last = part.partition("-")
+        try:
+            span = range(int(first), (int(last) if dash else int(first)) + 1)
+            if not 1 <= len(span) <= 10**7:
+                raise ValueError
+            found += span
+        except (ValueError, OverflowError):
+            raise BadInput(f"--indices {part!r} is not a latent or a range; write it like 3,17,40-60") from None
+    return tuple(dict.fromkeys(found))

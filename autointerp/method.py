@@ -1,0 +1,29 @@
+"""What names a way of explaining or of judging, so that its answers can be found again and are never mixed up."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Method(Protocol):
+    """Two methods with equal name, hashes and model give answers that stand for each other."""
+
+    @property
+    def name(self) -> str:
+        """Short and stable, as stored in the journal: ``llm``, ``ngram``."""
+        ...
+
+    @property
+    def settings_hash(self) -> str:
+        """Digest of every parameter that an answer depends on."""
+        ...
+
+    @property
+    def prompt_hash(self) -> str:
+        """Digest of every word sent to a model; empty for a method that asks none."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """The model that is asked; empty for a method that asks none."""
+        ...
