@@ -2,7 +2,8 @@
 
 Of M latents only K are active for a token, so decoding and every weight gradient need K/M of the dense
 arithmetic. The dense encoder product stays with the BLAS library; all that follows it is here. Tensors in
-main memory go to the compiled loops of ``kernels_cpu``, all others to PyTorch operations in ``kernels_torch``.
+main memory go to the compiled loops of ``kernels_cpu``, those on a CUDA device to the Triton programs of
+``kernels_triton``, all others to PyTorch operations in ``kernels_torch``.
 
 Threads are plain Python threads over compiled code that holds no interpreter lock. An OpenMP region of
 Numba's own beside that of PyTorch would spin against it, and would need a threading layer that is not on
@@ -17,12 +18,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sae import kernels_bf16 as rounded_loops
 from sae import kernels_cpu as loops
 from sae import kernels_torch
 
@@ -34,7 +37,7 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     slots has no meaning; on one device it is always the same.
     """
     if not pre.is_cpu:
-        return kernels_torch.topk(pre, k)
+        return _elsewhere(pre).topk(pre, k)
     activations = pre.new_empty(len(pre), k)
     latents = torch.empty(len(pre), k, dtype=torch.int64)
     # Looking at M / depth maxima and then at about K lanes of that depth is cheapest at a depth of sqrt(M / K).
@@ -44,10 +47,28 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return activations, latents
 
 
+def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What :func:`topk` gives for ``centred @ weight.T + bias``, of which ``pre`` [B, M] is known, in bfloat16.
+
+    ``centred`` [B, D], ``weight`` [M, D] and ``bias`` [M] are float32, and so are the activations [B, K]: those
+    latents whose rounded pre-activation comes near the K-th are computed again. Of two latents that lie closer
+    together than bfloat16 tells apart, the product may have hidden the larger one.
+    """
+    if not pre.is_cpu:
+        return _elsewhere(pre).rounded_topk(pre, centred, weight, bias, k)
+    activations = centred.new_empty(len(pre), k)
+    latents = torch.empty(len(pre), k, dtype=torch.int64)
+    width = max(1, min(pre.shape[1], 2 ** round(math.log2(8 * k)), pre.shape[1] // 4))
+    arrays = _arrays(pre.view(torch.int16), centred, weight, bias, activations, latents)
+    bits, rest = arrays[0], arrays[1:]
+    _in_parallel(lambda low, high: rounded_loops.topk_rows(bits, width, *rest, low, high), _even(len(pre)))
+    return activations, latents
+
+
 def decode(activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``bias + sum_j activations[:, j] * weight[latents[:, j]]``: [B, D] from slots [B, K], weight [M, D]."""
     if not weight.is_cpu:
-        return kernels_torch.decode(activations, latents, weight, bias)
+        return _elsewhere(weight).decode(activations, latents, weight, bias)
     out = weight.new_empty(len(activations), weight.shape[1])
     arrays = _arrays(activations, latents, weight, bias, out)
     _in_parallel(lambda low, high: loops.decode_rows(*arrays, low, high), _even(len(out)))
@@ -63,7 +84,7 @@ def residuals(
     [B, K] (0 for an empty slot); and the sum of its squares, a float64 scalar.
     """
     if not weight.is_cpu:
-        return kernels_torch.residuals(activations, latents, weight, bias, target)
+        return _elsewhere(weight).residuals(activations, latents, weight, bias, target)
     residual, products = torch.empty(target.shape, dtype=target.dtype), torch.empty_like(activations)
     squares = target.new_empty(len(target))
     arrays = _arrays(activations, latents, weight, bias, target, residual, products, squares)
@@ -98,7 +119,7 @@ def weight_gradients(
     """
     if not residual.is_cpu:
         arguments = activations, products, latents, residual, centred, scale, num_latents
-        return WeightGradients(*kernels_torch.weight_gradients(*arguments))
+        return WeightGradients(*_elsewhere(residual).weight_gradients(*arguments))
     out = WeightGradients(
         residual.new_empty(num_latents, residual.shape[1]),
         residual.new_empty(num_latents, residual.shape[1]),
@@ -137,11 +158,29 @@ def adam(
     """
     corrections = 1 - betas[0] ** step, 1 - betas[1] ** step
     if not weight.is_cpu:
-        kernels_torch.adam(weight, grad, first, second, rate, betas, eps, corrections, unit_rows)
+        _elsewhere(weight).adam(weight, grad, first, second, rate, betas, eps, corrections, unit_rows)
         return
     arrays = _arrays(*(torch.atleast_2d(t) for t in (weight, grad, first, second)))
     numbers = rate, *betas, eps, *corrections, unit_rows
     _in_parallel(lambda low, high: loops.adam_rows(*arrays, *numbers, low, high), _even(len(arrays[0])))
+
+
+# --------------------------------------------------------------------------------------------- other devices
+
+
+@cache
+def triton_steps() -> ModuleType | None:
+    """``kernels_triton``, or None where Triton is not installed. Asked for only where there is a CUDA tensor."""
+    try:
+        from sae import kernels_triton
+    except ImportError:
+        return None
+    return kernels_triton
+
+
+def _elsewhere(tensor: Tensor) -> ModuleType:
+    """The steps for a tensor that is not in main memory."""
+    return (triton_steps() if tensor.is_cuda else None) or kernels_torch
 
 
 # ------------------------------------------------------------------------------------- arrays and threads

@@ -21,13 +21,13 @@ import numpy as np
 
 # Sums may be reordered and multiplications fused (that is what lets them vectorise); NaN and infinity keep
 # their meaning, because the trainer's check for them relies on it.
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 _SMALLEST_MOMENT = 1e-30  # below it a moment counts as zero; subnormal arithmetic is up to 100 times slower
 
 
 @_compiled
-def _bracket(values: np.ndarray, n: int, k: int, slack: int) -> tuple[Any, Any]:
+def bracket(values: np.ndarray, n: int, k: int, slack: int) -> tuple[Any, Any]:
     """``low < high`` such that at least ``k`` of ``values[:n]`` reach ``low`` and fewer reach ``high``.
 
     Bisects until at most ``k + slack`` reach ``low``, or until no value lies between the two: what is left
@@ -66,7 +66,7 @@ def topk_rows(pre: np.ndarray, depth: int, values: np.ndarray, latents: np.ndarr
             part = row[start : start + width]
             for lane in range(width):
                 lanes[lane] = part[lane] if part[lane] > lanes[lane] else lanes[lane]
-        floor, _ = _bracket(lanes, width, k, 1 + k // 4)
+        floor, _ = bracket(lanes, width, k, 1 + k // 4)
         # Written first and counted after: no branch to predict wrongly.
         n_chosen, n = 0, 0
         for lane in range(width):
@@ -84,7 +84,7 @@ def topk_rows(pre: np.ndarray, depth: int, values: np.ndarray, latents: np.ndarr
             best[:n], names[:n] = found[:n], who[:n]
             best[n:], names[n:] = 0, 0
             continue
-        least, above = _bracket(found, n, k, 0)
+        least, above = bracket(found, n, k, 0)
         ties = k
         for i in range(n):
             ties -= found[i] >= above

@@ -18,6 +18,17 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return activations, torch.where(activations > 0, latents, 0)
 
 
+def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    near = pre.topk(min(pre.shape[1], k + max(8, k // 4)), sorted=False).indices
+    exact = centred.new_empty(near.shape)
+    tokens = max(1, _GATHER_ELEMENTS // (near.shape[1] * centred.shape[1]))
+    for start in range(0, len(near), tokens):
+        part = slice(start, start + tokens)
+        exact[part] = torch.einsum("bnd,bd->bn", weight[near[part]], centred[part]) + bias[near[part]]
+    activations, slots = exact.relu().topk(k, sorted=False)
+    return activations, torch.where(activations > 0, near.gather(1, slots), 0)
+
+
 def decode(activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.nn.functional.embedding_bag(latents, weight, per_sample_weights=activations, mode="sum") + bias
 

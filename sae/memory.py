@@ -1,0 +1,193 @@
+"""How much memory a training takes, so that one that cannot fit is told before it begins, and in numbers.
+
+For S dictionaries of M latents on width D, in steps of B tokens, with K slots per token (the most that fire):
+
+- **states**: 4 bytes x 3 x (2 M D + M + D) each, for the weights and Adam's two moments, for all S;
+- **gradient**: 4 bytes x (2 M D + M + D), for one dictionary at a time;
+- **step**: 4 bytes x 6 B D for each hookpoint's activations as they are read, centred and compared, and
+  32 bytes x B (K + k_aux) for the slots, their products and their sorting;
+- **fixed**: the pieces of pre-activations (three of 32 MiB at most), a block's forward pass through the subject model
+  and, for each hookpoint, the blocks held where there is no cache on disk.
+
+Nothing grows with B x M. Measured on the CPU, the first three come to within a quarter of the peak resident memory
+above that of the loaded libraries and model; the last is an allowance. On a GPU, where seeds take their steps
+together, see ``sae.stacked`` for what is held besides.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sae.corpus import BLOCK_TOKENS, MIXED_BLOCKS
+from sae.errors import UserError
+from sae.settings import TrainingSettings
+
+_PIECES = 3 * (32 << 20)
+_BLOCK_WIDTHS = 24  # numbers of width D that a forward pass holds for each token of a block, about
+_SURE = 0.8  # the sums may be too high by this much
+_SMALLEST_STEP = 512  # below this, smaller steps are no help any more
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a training takes, in bytes; see the module's docstring for the parts."""
+
+    states: int
+    gradient: int
+    step: int
+    fixed: int
+
+    @property
+    def total(self) -> int:
+        return self.states + self.gradient + self.step + self.fixed
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some dictionaries under one setting: ``seeds`` of them on activations of width ``d_in``."""
+
+    settings: TrainingSettings
+    seeds: int
+    d_in: int
+    hookpoint: str
+
+
+def dictionary_bytes(num_latents: int, d_in: int) -> int:
+    """The weights of one dictionary and Adam's two moments, in float32."""
+    return 4 * 3 * (2 * num_latents * d_in + num_latents + d_in)
+
+
+def training_need(parts: Sequence[Part]) -> Need:
+    """What it takes to train all ``parts`` side by side."""
+    each = [dictionary_bytes(p.settings.num_latents, p.d_in) for p in parts]
+    widths = {p.hookpoint: p.d_in for p in parts}
+    batch = max(p.settings.batch_tokens for p in parts)
+    slots = max(p.settings.k + (p.settings.k_aux or p.d_in // 2) * (p.settings.auxk > 0) for p in parts)
+    return Need(
+        states=sum(size * p.seeds for size, p in zip(each, parts, strict=True)),
+        gradient=max(each) // 3,
+        step=4 * 6 * batch * sum(widths.values()) + 32 * batch * slots,
+        fixed=min(_PIECES, 3 * 4 * batch * max(p.settings.num_latents for p in parts))
+        + 4 * BLOCK_TOKENS * (_BLOCK_WIDTHS * max(widths.values()) + MIXED_BLOCKS * sum(widths.values())),
+    )
+
+
+def free_bytes(device: str | torch.device) -> int | None:
+    """What is free on ``device`` for this process, swap included; ``None`` where the system does not tell."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if device.type != "cpu":
+        return None
+    bounds = [_available(), _within_group(), _within_limit()]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
+        return found["MemAvailable"] + found.get("SwapFree", 0)
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _within_group() -> int | None:
+    """What a container's limit leaves (control groups, version 2)."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        cached = sum(int(line.split()[1]) for line in lines if line.split()[0] == "file")
+        return None if limit == "max" else int(limit) - used + cached
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _within_limit() -> int | None:
+    """What ``ulimit -v`` leaves."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - pages * resource.getpagesize())
+
+
+def check_fits(parts: Sequence[Part], device: str | torch.device) -> None:
+    """Raise UserError, before anything is begun, where a training plainly cannot fit in what is free."""
+    free, need = free_bytes(device), training_need(parts)
+    if free is not None and _SURE * (need.total - need.fixed) > free:
+        raise UserError(too_much(parts, free))
+
+
+@contextmanager
+def out_of_memory_is_told(parts: Sequence[Part], device: str | torch.device) -> Iterator[None]:
+    """Make one line that says what to lower, and by how much, of an allocation that fails in the block."""
+    free = free_bytes(device)
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory on {device}: {too_much(parts, free, failed=True)}") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed, on a GPU or in main memory. PyTorch has no class of its own for the latter."""
+    said = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in said or "not enough memory" in said)
+    )
+
+
+def too_much(parts: Sequence[Part], free: int | None, failed: bool = False) -> str:
+    """What a training needs beside what is ``free``, and what to lower: words for an error message.
+
+    ``failed``: an allocation has failed, so less has to be asked for even where the sums say that it fits.
+    """
+    need = training_need(parts)
+    batch = max(part.settings.batch_tokens for part in parts)
+    n = sum(part.seeds for part in parts)
+    room = need.total // 2 if free is None else free * 9 // 10  # what fits to the last byte does not fit
+    if failed:
+        room = min(room, need.total * 9 // 10)
+    words = (
+        f"training {n} SAE{'s' * (n > 1)} with training.batch_tokens {batch} needs about {_gib(need.total)} "
+        f"({_gib(need.states + need.gradient)} for weights and moments, {_gib(need.step)} for a step)"
+    )
+    words += "" if free is None else f" and {_gib(free)} are free"
+    return f"{words}: {_advice(parts, need, batch, n, room)}"
+
+
+def _advice(parts: Sequence[Part], need: Need, batch: int, n: int, room: int) -> str:
+    rest = need.total - need.step
+    smaller = batch
+    while smaller > _SMALLEST_STEP and rest + need.step * smaller // batch > room:
+        smaller //= 2
+    if smaller < batch and rest + need.step * smaller // batch <= room:
+        return f"lower training.batch_tokens to {smaller}"
+    # Smaller steps alone are not enough.
+    small = need.fixed + need.gradient + need.step * smaller // batch
+    lower = f"lower training.batch_tokens to {smaller} and " if smaller < batch else ""
+    fitting = max(0, room - small) * n // max(1, need.states)
+    if 1 <= fitting < n:
+        return f"{lower}train {fitting} at a time (more --seeds can be added later)"
+    widest = max(parts, key=lambda part: dictionary_bytes(part.settings.num_latents, part.d_in))
+    others = need.fixed + need.step * smaller // batch
+    per_latent = dictionary_bytes(widest.settings.num_latents, widest.d_in) * 4 / 3 / widest.settings.num_latents
+    latents = int(max(0, room - others) / per_latent) // 64 * 64
+    if 64 <= latents < widest.settings.num_latents:
+        return f"{lower}lower training.num_latents from {widest.settings.num_latents} to {latents}, one seed at a time"
+    half = f"lower training.batch_tokens to {batch // 2}, or " if batch > 1 else ""
+    return f"{half}free some memory, or use a machine with more"
+
+
+def _gib(n: float) -> str:
+    return f"{n / 2**30:.3g} GiB" if n >= 2**29 else f"{n / 2**20:.3g} MiB"

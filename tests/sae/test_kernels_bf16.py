@@ -1,0 +1,176 @@
+"""The choice by rounded pre-activations: what it returns is exact, and what it can mistake is a near tie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from sae import kernels, kernels_torch
+from sae.encoding import topk_firings
+from sae.kernels_bf16 import MARGIN
+
+
+def random_sizes(seed: int, n: int, num_latents: int, d_in: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d_in, generator=generator) * torch.rand(n, 1, generator=generator) * 3
+    weight = torch.nn.functional.normalize(torch.randn(num_latents, d_in, generator=generator), dim=1)
+    return x, weight, torch.randn(num_latents, generator=generator) * 0.1
+
+
+def dense(slots: Sequence[Tensor], num_latents: int) -> Tensor:
+    """Activations [B, M] from slots."""
+    out = torch.zeros(len(slots[0]), num_latents, dtype=slots[0].dtype)
+    return out.scatter_add_(1, slots[1], slots[0])
+
+
+def one_hot_setting(values: list[list[float]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A product whose results are given: one token a row, and weights that pick the token's numbers out."""
+    pre = torch.tensor(values).bfloat16()
+    m = pre.shape[1]
+    return pre, pre.float(), torch.eye(m), torch.zeros(m)
+
+
+NUMBERS = st.sampled_from([-np.inf, -3.0, -1e-30, -0.0, 0.0, 1e-30, 0.25, 1.0, 1.0078125, 2.0, 3.0, 3e38]) | st.floats(
+    -4, 4, width=16
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), m=st.integers(1, 70), k=st.integers(1, 12))
+def test_the_largest_of_given_numbers(data: st.DataObject, m: int, k: int) -> None:
+    """Where bfloat16 tells all numbers apart, the choice is that of torch.topk, ties, signs and infinities included."""
+    k = min(k, m)
+    finite = NUMBERS.filter(np.isfinite)
+    pre, x, weight, bias = one_hot_setting([data.draw(st.lists(finite, min_size=m, max_size=m)) for _ in range(2)])
+    activations, latents = kernels.rounded_topk(pre, x, weight, bias, k)
+    expected = pre.float().relu().topk(k).values
+    assert torch.equal(activations.sort(1, descending=True).values, expected)
+    filled = activations > 0
+    assert torch.equal(activations[filled], x.gather(1, latents)[filled])
+    assert (latents[~filled] == 0).all()
+    for row, fires in zip(latents, filled, strict=True):
+        assert len(row[fires].unique()) == int(fires.sum())
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), m=st.integers(1, 600), k=st.integers(1, 40), d=st.integers(1, 70))
+def test_activations_are_those_of_float32_and_only_near_ties_are_mistaken(seed: int, m: int, k: int, d: int) -> None:
+    x, weight, bias = random_sizes(seed, 20, m, d)
+    k = min(k, m)
+    pre = x @ weight.T + bias
+    firings = topk_firings(x, weight, bias, k, "bfloat16")
+    assert firings.indices.dtype == torch.int64
+    filled = firings.activations > 0
+    assert (firings.indices[~filled] == 0).all()
+    exact = pre.gather(1, firings.indices)
+    torch.testing.assert_close(firings.activations[filled], exact[filled], rtol=1e-6, atol=2e-6)
+    # No latent that was left out exceeds one that was taken by more than the product can be wrong: half a unit in
+    # the last place for each of the two factors, summed over the width, and the units that are looked at in any case.
+    taken = dense(firings, m) > 0
+    best_rejected = torch.where(taken, -torch.inf, pre).max(1).values
+    worst_taken = torch.where(filled, firings.activations, torch.inf).min(1).values
+    worst_taken = torch.where(filled.all(1), worst_taken, 0)
+    bound = 2 * 2**-8 * (x.abs() @ weight.abs().T + bias.abs()).max(1).values + 2**-8 * best_rejected.abs()
+    assert (best_rejected <= worst_taken + bound).all()
+
+
+def test_the_choice_is_that_of_float32_where_no_two_latents_tie() -> None:
+    """On random numbers too few sit within an error of the K-th for any to be hidden by the margin."""
+    x, weight, bias = random_sizes(3, 400, 1024, 64)
+    expected = dense(kernels.topk(torch.addmm(bias, x, weight.T), 16), 1024)
+    found = dense(topk_firings(x, weight, bias, 16, "bfloat16"), 1024)
+    differing = ((found > 0) != (expected > 0)).any(1).float().mean()
+    assert float(differing) < 0.01
+    same = (found > 0) & (expected > 0)
+    torch.testing.assert_close(found[same], expected[same], rtol=1e-5, atol=1e-6)
+
+
+def test_the_margin_is_looked_at() -> None:
+    """A latent that rounding put some units behind the K-th is found when its exact pre-activation is the larger."""
+    for behind in range(1, MARGIN + 1):
+        bits = torch.tensor([[16256, 16256 - behind, 16000, 15000]], dtype=torch.int16)  # 1.0 and below
+        weight = torch.eye(4)
+        x = torch.tensor([[0.99, 1.01, 0.5, 0.1]])
+        activations, latents = kernels.rounded_topk(bits.view(torch.bfloat16), x, weight, torch.zeros(4), 1)
+        assert latents.item() == 1
+        assert activations.item() == pytest.approx(1.01)
+
+
+def test_fewer_positive_than_slots() -> None:
+    pre, x, weight, bias = one_hot_setting([[-1.0, 0.5, -2.0, 0.25], [-1.0, -1.0, -0.5, 0.0]])
+    activations, latents = kernels.rounded_topk(pre, x, weight, bias, 3)
+    assert activations.tolist() == [[0.5, 0.25, 0.0], [0.0, 0.0, 0.0]]
+    assert latents.tolist() == [[1, 3, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 3, 40])
+def test_what_is_not_finite_surfaces(bad: float, place: int) -> None:
+    """Whatever its sign: a processor's own NaN is negative, and no comparison finds it."""
+    x, weight, bias = random_sizes(5, 3, 41, 8)
+    bias[place] = torch.tensor(bad)
+    firings = topk_firings(x, weight, bias, 4, "bfloat16")
+    assert not torch.isfinite(firings.activations).all(1).any()
+
+
+def test_a_product_that_overflows_surfaces() -> None:
+    x, weight, bias = random_sizes(6, 2, 50, 8)
+    firings = topk_firings(x * 1e25, weight * 1e25, bias, 4, "bfloat16")
+    assert not torch.isfinite(firings.activations).all(1).any()
+
+
+def test_more_nans_than_slots() -> None:
+    x, weight, bias = random_sizes(7, 2, 50, 8)
+    firings = topk_firings(x, weight, torch.full_like(bias, torch.nan), 4, "bfloat16")
+    assert torch.isnan(firings.activations).all()
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0, -1.0])
+def test_all_alike(value: float) -> None:
+    pre = torch.full((2, 40_000), value).bfloat16()
+    weight, bias = torch.zeros(40_000, 1), torch.full((40_000,), value)
+    activations, latents = kernels.rounded_topk(pre, torch.zeros(2, 1), weight, bias, 10)
+    assert (activations == max(value, 0)).all()
+    assert all(len(row.unique()) == (10 if value > 0 else 1) for row in latents)
+
+
+def test_rows_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = random_sizes(8, 30, 64, 8)
+    whole = topk_firings(x, weight, bias, 5, "bfloat16")
+    monkeypatch.setattr("sae.encoding._CPU_BFLOAT16_BYTES", 7 * 64 * 2)
+    pieces = topk_firings(x, weight, bias, 5, "bfloat16")
+    assert torch.equal(dense(whole, 64) > 0, dense(pieces, 64) > 0)
+    torch.testing.assert_close(whole.activations, pieces.activations, rtol=1e-6, atol=1e-6)
+    assert topk_firings(x[:0], weight, bias, 5, "bfloat16").activations.shape == (0, 5)
+
+
+def test_the_same_whatever_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = random_sizes(9, 33, 200, 16)
+    pre = torch.addmm(bias, x, weight.T).bfloat16()
+    found: list[Any] = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(kernels.rounded_topk(pre, x, weight, bias, 9))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_pytorch_operations_mean_the_same() -> None:
+    x, weight, bias = random_sizes(10, 50, 300, 16)
+    pre = torch.addmm(bias, x, weight.T).bfloat16()
+    loops = dense(kernels.rounded_topk(pre, x, weight, bias, 8), 300)
+    operations = dense(kernels_torch.rounded_topk(pre, x, weight, bias, 8), 300)
+    torch.testing.assert_close(loops, operations, rtol=1e-5, atol=1e-5)
+
+
+def test_float64_is_never_rounded() -> None:
+    x, weight, bias = (t.double() for t in random_sizes(11, 10, 30, 8))
+    exact, asked = topk_firings(x, weight, bias, 4), topk_firings(x, weight, bias, 4, "bfloat16")
+    assert torch.equal(exact.activations, asked.activations)

@@ -1,0 +1,138 @@
+"""Which precision a training gets, where that is written down, and that it binds whoever goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_study import write_recipe
+
+from sae import precision
+from sae.architectures import TopKSae
+from sae.errors import SettingsDiffer
+from sae.objective import Objective, total_variance
+from sae.run import Run
+from sae.settings import TrainingSettings, settings_from
+from sae.stage import Compute
+from sae.train_stage import Study, train_studies
+from sae.trainer import train
+
+D, M, K, B = 16, 64, 4, 96
+
+
+class Batches(Sequence[torch.Tensor]):
+    fingerprint = "synthetic"
+
+    def __init__(self, steps: int, fail_at: int | None = None) -> None:
+        self.steps, self.fail_at = steps, fail_at
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: Any) -> Any:
+        if step == self.fail_at:
+            raise KeyboardInterrupt
+        return torch.randn(B, D, generator=torch.Generator().manual_seed(step)).cumsum(1)
+
+
+def settings(asked: str) -> TrainingSettings:
+    given = {"num_latents": M, "k": K, "batch_tokens": B, "checkpoint_steps": 4, "precision": asked}
+    return TrainingSettings.model_validate(given)
+
+
+def fresh() -> TopKSae:
+    return TopKSae.init(D, M, K, 0, Batches(1)[0])
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """What the machine says it can do."""
+    can = {"multiply": True}
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda _: can["multiply"])
+    return can
+
+
+def test_it_is_what_was_asked_for_or_what_the_processor_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for avx, amx, expected in ((True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert precision.resolve("auto", "cpu") == expected
+        assert precision.resolve("float32", "cpu") == "float32"
+        assert precision.resolve("bfloat16", "cpu") == "bfloat16"
+    assert precision.resolve("auto", "meta") == "float32"
+    for capability, expected in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert precision.resolve("auto", "cuda") == expected
+
+
+def test_activations_and_gradients_are_not_rounded() -> None:
+    sae, x = fresh(), Batches(1)[0]
+    of = {
+        mode: sae.loss_and_gradient(x, Objective(total_variance(x), len(x), precision=mode))
+        for mode in ("float32", "bfloat16")
+    }
+    assert torch.equal(of["float32"][0].firings, of["bfloat16"][0].firings)  # the same latents are chosen here
+    for name, gradient in of["float32"][1].items():
+        torch.testing.assert_close(of["bfloat16"][1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_resumed_bit_for_bit_in_bfloat16(tmp_path: Path) -> None:
+    whole, parted = fresh(), fresh()
+    train(Batches(10), [whole], settings("bfloat16"), [tmp_path / "whole_a" / "training-state"])
+    folder = tmp_path / "parted_a" / "training-state"
+    with pytest.raises(KeyboardInterrupt):
+        train(Batches(10, fail_at=6), [parted], settings("bfloat16"), [folder])
+    again = fresh()
+    assert train(Batches(10), [again], settings("bfloat16"), [folder])[0].resumed_from == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters().values(), again.parameters().values(), strict=True))
+
+
+def test_an_unfinished_training_does_not_change_its_precision(tmp_path: Path, machine: dict[str, bool]) -> None:
+    folder = tmp_path / "run_a" / "training-state"
+    with pytest.raises(KeyboardInterrupt):
+        train(Batches(10, fail_at=6), [fresh()], settings("auto"), [folder])
+    machine["multiply"] = False
+    with pytest.raises(SettingsDiffer, match="precision: 'bfloat16' there, 'float32' now"):
+        train(Batches(10), [fresh()], settings("auto"), [folder])
+    assert train(Batches(10), [fresh()], settings("bfloat16"), [folder])[0].resumed_from == 4
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_study_grows_in_the_precision_it_was_begun_in(
+    first: bool, machine: dict[str, bool], tiny_recipe: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """A seed added on a machine of another kind is the seed that would have been trained with the first."""
+    texts = tiny_recipe.parent / "texts"
+    base = settings_from(write_recipe(tmp_path / "short.toml", tiny_llama_dir, texts, tokens=2048))
+    together, grown = tmp_path / "together", tmp_path / "grown"
+    machine["multiply"] = first
+    train_studies([Study("run", base, (0, 1))], together, Compute("cpu"))
+    train_studies([Study("run", base, (0,))], grown, Compute("cpu"))
+    machine["multiply"] = not first
+    train_studies([Study("run", base, (0, 1))], grown, Compute("cpu"))
+    for name in ("run_a", "run_b"):
+        assert Run.open(name, grown).record["precision"] == ("bfloat16" if first else "float32")
+        weights = [(root / name / "sae.safetensors").read_bytes() for root in (together, grown)]
+        assert weights[0] == weights[1]
+    asked = base.with_values(training={"precision": "float32"})
+    with pytest.raises(SettingsDiffer, match="precision"):
+        train_studies([Study("run", asked, (2,))], grown, Compute("cpu"))
+
+
+def test_what_was_trained_before_there_was_a_choice_is_float32(
+    machine: dict[str, bool], tiny_recipe: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    assert machine["multiply"]
+    texts = tiny_recipe.parent / "texts"
+    base = settings_from(write_recipe(tmp_path / "short.toml", tiny_llama_dir, texts, tokens=2048))
+    train_studies([Study("run", base, (0,))], tmp_path, Compute("cpu"))
+    path = tmp_path / "run_a" / "run.json"
+    record = json.loads(path.read_text())
+    del record["precision"], record["settings"]["training"]["precision"]
+    path.write_text(json.dumps(record))
+    train_studies([Study("run", base, (0, 1))], tmp_path, Compute("cpu"))
+    assert Run.open("run_b", tmp_path).record["precision"] == "float32"

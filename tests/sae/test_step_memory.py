@@ -1,0 +1,45 @@
+"""Nothing of size batch x M is kept: the peak of a step, measured, against the bound that a user is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# A process of its own, because a peak does not go down again. The small step first: compiling takes memory too.
+_STEP = """
+import resource, sys
+import torch
+from sae.architectures import TopKSae
+from sae.memory import Part, training_need
+from sae.objective import AuxK, Objective, total_variance
+from sae.settings import TrainingSettings
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def step(tokens, num_latents, d_in=16, k=4):
+    x = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(0))
+    sae = TopKSae.init(d_in, num_latents, k, 0)
+    dead = torch.arange(num_latents) % 8 == 0
+    before = peak()
+    objective = Objective(total_variance(x), tokens, AuxK(dead, d_in // 2, 1 / 32), precision=sys.argv[1])
+    sae.loss_and_gradient(x, objective)
+    settings = TrainingSettings(num_latents=num_latents, k=k, batch_tokens=tokens)
+    need = training_need([Part(settings, 1, d_in, "layers.0")])
+    return peak() - before, need.gradient + need.step + 3 * (32 << 20)
+
+torch.set_num_threads(1)
+step(64, 512)
+print(*step(16384, 32768))
+"""
+
+
+@pytest.mark.parametrize(("precision", "element"), [("float32", 4), ("bfloat16", 2)])
+def test_a_step_stays_within_the_bound(precision: str, element: int) -> None:
+    command = [sys.executable, "-c", _STEP, precision]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    used, bound = map(int, done.stdout.split())
+    assert used <= bound
+    assert bound < 16384 * 32768 * element / 4  # the matrix would not have fitted by far
