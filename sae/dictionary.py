@@ -38,6 +38,8 @@ class Sae(ABC):
     """
 
     architecture: ClassVar[str]
+    penalised: ClassVar[bool] = False
+    """whether a sparsity term decides how many latents fire, so that its coefficient has to be found"""
     k: int | None
     """latents that fire per token, or that training aims at on average; None where nobody says"""
 
@@ -77,6 +79,9 @@ class Sae(ABC):
     def weights(self) -> dict[str, Tensor]:
         """All tensors that define what the dictionary computes: the parameters, and what training only measures."""
         return self.parameters()
+
+    def measure(self, loss: Loss, step: int) -> None:  # noqa: B027 - most architectures measure nothing
+        """What training measures rather than learns: called after each update, with the step's number from 0."""
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the weights, in place, and return ``self``. ``dtype`` is float32 or float64."""
@@ -123,6 +128,26 @@ class Sae(ABC):
                 "use the subject model and hookpoint that it was trained on"
             )
         return x.to(device=self.device, dtype=self.dtype) - self.b_dec
+
+
+def check_k(k: int | None, num_latents: int) -> None:
+    """Raise ValueError where ``k`` of ``num_latents`` latents cannot fire; None is no claim."""
+    if k is not None and not 1 <= k <= num_latents:
+        raise ValueError(f"k = {k} is not between 1 and the number of latents, {num_latents}")
+
+
+def fresh_weights(d_in: int, num_latents: int, seed: int, x_sample: Tensor | None) -> dict[str, Tensor]:
+    """W_enc, b_enc, W_dec and b_dec to begin with, in float32 in main memory; only the encoder's come from ``seed``.
+
+    The encoder is drawn as a linear layer's default, uniform in +-1/sqrt(D), with zero bias; the decoder is the
+    encoder with rows of length 1; ``b_dec`` is the geometric median of ``x_sample`` [N, D] (Gao et al. 2024,
+    appendix A.1), or zero without one. A few thousand tokens are sample enough.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    encoder = (torch.rand(num_latents, d_in, generator=generator) * 2 - 1) * d_in**-0.5
+    decoder = torch.nn.functional.normalize(encoder.double(), dim=1).float()
+    centre = torch.zeros(d_in) if x_sample is None else geometric_median(x_sample).float().cpu()
+    return {"W_enc": encoder, "b_enc": torch.zeros(num_latents), "W_dec": decoder, "b_dec": centre}
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -5,6 +5,16 @@ e_hat = a_aux W_dec is its reconstruction by the k_aux dead latents with the lar
 token (Gao et al. 2024, appendix A.2). It has the form of the reconstruction error: a target, some latents, an error.
 So both are differentiated by the same kernels, AuxK's over the dictionary of the dead latents alone.
 
+A latent that TopK leaves dead still has positive pre-activations now and then, by which AuxK revives it. One that a
+penalty has killed has none, because its bias is far too low. The penalised architectures have another term in AuxK's
+place, after the pre-activation loss of Conerly et al. ("Dictionary Learning Optimization Techniques", Circuits Updates
+of January 2025): how far the dead latents' pre-activations z lie below what they have to exceed,
+
+    P = sum_{dead i} mean_b (theta_i - z_bi) / (M sqrt(V / B)),
+
+a mean over all M latents. It teaches the biases alone, so that dead latents rise until they fire without turning
+towards the mean of the activations, all alike.
+
 Automatic differentiation would keep the B x M pre-activations, and an encoder whose backward knows only the
 chosen slots leaves AuxK without effect on the encoder, which is what must revive a dead latent. Here nothing
 wider than K slots per token is kept, and every parameter receives its part of both terms.
@@ -20,6 +30,7 @@ from torch import Tensor
 from sae import kernels
 from sae.dictionary import Firings, Sae
 from sae.encoding import topk_firings
+from sae.entries import Error, Sums
 from sae.objective import Objective
 
 
@@ -51,14 +62,58 @@ def reconstruction(sae: Sae, firings: Firings, x: Tensor, centred: Tensor, scale
     return Reconstruction(squares, residual, products, gradient, of.firings)
 
 
-def add_auxk(gradient: dict[str, Tensor], sae: Sae, centred: Tensor, residual: Tensor, objective: Objective) -> Tensor:
+class Totals:
+    """What the groups of a batch add up to; their number does not change it, but for rounding."""
+
+    def __init__(self, sae: Sae, x: Tensor, objective: Objective) -> None:
+        self.scale = 2 / objective.variance
+        """times a residual's product with a decoder row: the gradient of FVU by that activation"""
+        self.squares = torch.zeros((), dtype=torch.float64, device=x.device)
+        self.residual = torch.empty_like(x)
+        """[B, D] reconstruction minus target"""
+        self.firings = torch.zeros(sae.num_latents, dtype=torch.int64, device=x.device)
+        self._sae = sae
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, rows: Tensor, error: Error, of: Sums) -> None:
+        """Add the tokens ``rows`` [R]: their error, and the sums whose slopes are gradients by pre-activations."""
+        self.residual[rows] = error.residual
+        self.squares += error.squares
+        self.firings += of.firings
+        self.add_to("W_enc", of.W_enc)
+        self.add_to("b_enc", of.b_enc)
+        self.add_to("W_dec", of.W_dec.mul_(self.scale))
+
+    def add_to(self, name: str, amount: Tensor) -> None:
+        """Add to one tensor of the gradient. ``amount`` may be kept and changed."""
+        if name in self._sums:
+            self._sums[name] += amount
+        else:
+            self._sums[name] = amount
+
+    def gradient(self) -> dict[str, Tensor]:
+        """The gradient of the groups by W_enc, b_enc, W_dec, b_dec and what else has been added to.
+
+        b_dec is added to the reconstruction and subtracted from the encoder's input.
+        """
+        sums = self._sums
+        return {**sums, "b_dec": self.residual.sum(0) * self.scale - sums["b_enc"] @ self._sae.W_enc}
+
+
+def add_auxk(
+    gradient: dict[str, Tensor],
+    sae: Sae,
+    centred: Tensor,
+    residual: Tensor,
+    objective: Objective,
+) -> Tensor:
     """Add AuxK's gradient to ``gradient`` and return AuxK, without its coefficient, as a float64 scalar."""
     auxk = objective.auxk
     if auxk is None or auxk.coefficient <= 0 or not bool(auxk.dead.any()):
         return torch.zeros((), dtype=torch.float64, device=residual.device)
     dead = auxk.dead.nonzero().squeeze(1)
     encoder, decoder = sae.W_enc[dead], sae.W_dec[dead]
-    chosen = topk_firings(centred, encoder, sae.b_enc[dead], min(auxk.k, len(dead)))
+    chosen = topk_firings(centred, encoder, sae.b_enc[dead], min(auxk.k, len(dead)), objective.precision)
     none = torch.zeros_like(sae.b_dec)
     error, products, squares = kernels.residuals(*chosen, decoder, none, residual.neg())
     scale = 2 / objective.variance * auxk.coefficient
@@ -68,3 +123,19 @@ def add_auxk(gradient: dict[str, Tensor], sae: Sae, centred: Tensor, residual: T
     gradient["W_dec"][dead] += of.W_dec
     gradient["b_dec"] -= of.b_enc @ encoder
     return squares / objective.variance
+
+
+def add_lift(
+    bias_gradient: Tensor, sae: Sae, centred: Tensor, threshold: Tensor | float, objective: Objective
+) -> Tensor:
+    """Add the gradient of P to that of the encoder's bias [M]; return P, without its coefficient, as a float64 scalar.
+
+    ``threshold`` is what a pre-activation has to exceed: a number, or [M].
+    """
+    auxk = objective.auxk
+    if auxk is None or auxk.coefficient <= 0 or not bool(auxk.dead.any()):
+        return torch.zeros((), dtype=torch.float64, device=centred.device)
+    share = 1 / (objective.tokens * objective.unit * sae.num_latents)
+    sums = torch.mv(sae.W_enc, centred.sum(0)) + (sae.b_enc - threshold) * len(centred)
+    bias_gradient[auxk.dead] -= auxk.coefficient * share * len(centred)
+    return -sums[auxk.dead].sum(dtype=torch.float64) * share

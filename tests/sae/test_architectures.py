@@ -1,0 +1,328 @@
+"""Each architecture's encoding and gradient, against its paper's equations over dense matrices and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae import entries
+from sae.architectures import ARCHITECTURES, BatchTopKSae, GatedSae, JumpReluSae, ReluSae
+from sae.batch_topk import batch_topk
+from sae.dictionary import Firings, Sae
+from sae.objective import AuxK, Objective, total_variance
+
+D, M, K, B = 12, 48, 4, 70
+KINDS = sorted(ARCHITECTURES)
+Weights = Mapping[str, Tensor]
+
+
+def dense(firings: Firings, num_latents: int = M) -> Tensor:
+    out = torch.zeros(len(firings.indices), num_latents, dtype=firings.activations.dtype)
+    return out.scatter_add_(1, firings.indices, firings.activations)
+
+
+def example(kind: str, seed: int = 0) -> tuple[Sae, Tensor]:
+    """A dictionary in float64 none of whose weights is special, and a batch [B, D] for which many latents fire."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = noise(B, D) + 0.5
+    sae = ARCHITECTURES[kind].init(D, M, K, seed, x.float()).to(dtype=torch.float64)
+    for name, weight in sae.weights().items():
+        if name not in ("threshold", "log_threshold"):
+            weight += 0.1 * noise(*weight.shape)
+    if isinstance(sae, JumpReluSae):
+        sae.threshold.copy_(0.5 * noise(M).exp())
+        sae.log_threshold.copy_(2 / D**0.5 * sae.threshold.log())
+    return sae, x
+
+
+# --- what each architecture computes, as its equations read -------------------------------------------------------
+
+
+class Expected(NamedTuple):
+    activations: Tensor
+    sparsity: Tensor
+    other: Tensor
+    """G"""
+    pre: Tensor
+    """[B, M] pre-activations, from which AuxK chooses"""
+
+
+def largest(values: Tensor, n: int) -> Tensor:
+    """The ``n`` largest of each row, the rest 0."""
+    return torch.where(values >= values.topk(n).values[:, -1:], values, 0)
+
+
+class Step(torch.autograd.Function):
+    """1[z > theta], differentiated by theta as the paper's estimator says (Rajamanoharan et al. 2024b, eq. 12)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.width = width
+        return (z > theta).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:  # type: ignore[override]
+        z, theta = ctx.saved_tensors
+        near = ((z - theta) / ctx.width).abs() < 0.5
+        return torch.zeros_like(z), -(grads[0] * near).sum(0) / ctx.width, None
+
+
+class Jump(torch.autograd.Function):
+    """z 1[z > theta] with the paper's estimator (eq. 11)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.width = width
+        return z * (z > theta)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        z, theta = ctx.saved_tensors
+        near = ((z - theta) / ctx.width).abs() < 0.5
+        return grads[0] * (z > theta), -(theta / ctx.width * grads[0] * near).sum(0), None
+
+
+def expected_topk(w: Weights, x: Tensor, o: Objective) -> Expected:  # noqa: ARG001
+    pre = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
+    return Expected(largest(pre.relu(), K), torch.zeros(()), torch.zeros(()), pre)
+
+
+def expected_batchtopk(w: Weights, x: Tensor, o: Objective) -> Expected:  # noqa: ARG001
+    pre = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
+    least = pre.relu().flatten().topk(len(x) * K).values[-1]
+    return Expected(torch.where(pre >= least, pre, 0).relu(), torch.zeros(()), torch.zeros(()), pre)
+
+
+def expected_relu(w: Weights, x: Tensor, o: Objective) -> Expected:
+    pre = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
+    a = pre.relu()
+    return Expected(a, a.sum(1).mean() / (o.variance / len(x)) ** 0.5, torch.zeros(()), pre)
+
+
+def expected_gated(w: Weights, x: Tensor, o: Objective) -> Expected:
+    p = (x - w["b_dec"]) @ w["W_enc"].T
+    gate = (p + w["b_gate"]).relu()
+    a = (p + w["b_gate"] > 0) * (w["r_mag"].exp() * p + w["b_mag"]).relu()
+    frozen = gate @ w["W_dec"].detach() + w["b_dec"].detach()
+    other = (frozen - x).square().sum() / o.variance
+    return Expected(a, gate.sum(1).mean() / (o.variance / len(x)) ** 0.5, other, p + w["b_gate"])
+
+
+def expected_jumprelu(w: Weights, x: Tensor, o: Objective) -> Expected:
+    z = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
+    theta, width = (D**0.5 / 2 * w["log_threshold"]).exp(), o.bandwidth * (o.variance / len(x)) ** 0.5
+    sparsity = Step.apply(z, theta, width).sum(1).mean()
+    return Expected(Jump.apply(z, theta, width), sparsity, torch.zeros(()), z)
+
+
+EXPECTED: dict[str, Callable[[Weights, Tensor, Objective], Expected]] = {
+    "topk": expected_topk,
+    "batchtopk": expected_batchtopk,
+    "relu": expected_relu,
+    "gated": expected_gated,
+    "jumprelu": expected_jumprelu,
+}
+
+
+def expected_revival(sae: Sae, pre: Tensor, w: Weights, residual: Tensor, o: Objective) -> Tensor:
+    """AuxK, or how far the dead latents' pre-activations lie below the threshold, as a function of the bias alone."""
+    assert o.auxk is not None
+    if not sae.penalised:
+        rebuilt = largest(pre.relu() * o.auxk.dead, min(o.auxk.k, int(o.auxk.dead.sum()))) @ w["W_dec"]
+        return (rebuilt + residual).square().sum() / o.variance
+    bias = w["b_gate" if "b_gate" in w else "b_enc"]
+    threshold = sae.threshold if isinstance(sae, JumpReluSae) else torch.zeros(())
+    below = (threshold - (pre.detach() - bias.detach() + bias))[:, o.auxk.dead]
+    return below.sum() / (len(pre) * M * (o.variance / len(pre)) ** 0.5)
+
+
+def check_gradient(sae: Sae, x: Tensor, objective: Objective) -> None:
+    loss, gradient = sae.loss_and_gradient(x, objective)
+    weights = {name: w.clone().requires_grad_() for name, w in sae.parameters().items()}
+    found = EXPECTED[sae.architecture](weights, x, objective)
+    residual = found.activations @ weights["W_dec"] + weights["b_dec"] - x
+    fvu = residual.square().sum() / objective.variance
+    extra, alpha = torch.zeros((), dtype=torch.float64), 0.0
+    if objective.auxk is not None and bool(objective.auxk.dead.any()):
+        alpha = objective.auxk.coefficient
+        extra = expected_revival(sae, found.pre, weights, residual.detach(), objective)
+    (fvu + alpha * extra + objective.sparsity * found.sparsity + found.other).backward()  # type: ignore[no-untyped-call]
+    assert float(loss.fvu) == pytest.approx(float(fvu.detach()))
+    assert float(loss.auxk) == pytest.approx(float(extra.detach()))
+    assert float(loss.sparsity) == pytest.approx(float(found.sparsity.detach()))
+    assert float(0 if loss.other is None else loss.other) == pytest.approx(float(found.other.detach()))
+    assert torch.equal(loss.firings, (found.activations > 0).sum(0))
+    assert set(gradient) == set(weights)
+    for name, weight in weights.items():
+        reference = weight.grad if weight.grad is not None else torch.zeros_like(weight)
+        torch.testing.assert_close(gradient[name], reference, rtol=1e-9, atol=1e-12, msg=partial("{}: {}".format, name))
+
+
+def tight(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Pieces of seven rows, few slots at once; rows with more than ``share`` of M as dense products."""
+    monkeypatch.setattr(entries, "_PIECE_BYTES", 7 * M * 8)
+    monkeypatch.setattr(entries, "_SLOTS", 150)
+    monkeypatch.setattr(entries, "_DENSE", share)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.5, 1.0])
+@pytest.mark.parametrize("n_dead", [0, 5, M])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_gradient_is_that_of_autograd(
+    kind: str, n_dead: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tight(monkeypatch, share)
+    sae, x = example(kind, seed=n_dead)
+    dead = torch.zeros(M, dtype=torch.bool)
+    dead[torch.randperm(M, generator=torch.Generator().manual_seed(1))[:n_dead]] = True
+    check_gradient(sae, x, Objective(total_variance(x), B, AuxK(dead, 6, 0.4), 0.03, bandwidth=0.2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encode_and_decode_are_the_equations(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tight(monkeypatch, 0.5)
+    sae, x = example(kind)
+    objective = Objective(total_variance(x), B)
+    expected = EXPECTED[kind](sae.parameters(), x, objective).activations
+    if isinstance(sae, BatchTopKSae):
+        sae.threshold.fill_(0.6)
+        pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
+        expected = pre * (pre > 0.6)
+    firings = sae.encode(x)
+    torch.testing.assert_close(dense(firings), expected)
+    assert int((firings.activations > 0).sum()) == int((expected > 0).sum())
+    assert (firings.indices[firings.activations == 0] == 0).all()
+    assert firings.indices.shape[1] == int((expected > 0).sum(1).max())
+    torch.testing.assert_close(sae.reconstruct(x), expected @ sae.W_dec + sae.b_dec)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_to_encode_and_nothing_that_fires(kind: str) -> None:
+    sae, x = example(kind)
+    assert len(sae.encode(x[:0]).indices) == 0
+    sae.b_enc.fill_(-1e4)
+    assert (sae.encode(x).activations == 0).all()
+    torch.testing.assert_close(sae.reconstruct(x), sae.b_dec.expand_as(x))
+    loss, gradient = sae.loss_and_gradient(x, Objective(total_variance(x), B, sparsity=0.1))
+    assert (loss.firings == 0).all()
+    assert all(bool(torch.isfinite(g).all()) for g in gradient.values())
+    assert (gradient["W_enc"] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moving_keeps_every_weight_under_its_name(kind: str) -> None:
+    sae, x = example(kind)
+    before = {name: w.clone() for name, w in sae.weights().items()}
+    assert sae.encode(x.float()).activations.dtype == torch.float64
+    sae.to(dtype=torch.float32)
+    assert {w.dtype for w in [*sae.weights().values(), *sae.parameters().values()]} == {torch.float32}
+    assert list(sae.weights()) == list(before)
+    for name, weight in sae.weights().items():
+        assert getattr(sae, name) is weight
+        assert torch.equal(weight, before[name].float())
+    assert {"W_enc", "W_dec", "b_dec"} < set(sae.parameters())
+    assert sae.b_enc.shape == (M,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_depends_on_the_seed_alone(kind: str) -> None:
+    sample = torch.randn(200, D) + 3
+    a, again, b = (ARCHITECTURES[kind].init(D, M, K, seed, sample) for seed in (0, 0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(a.weights().values(), again.weights().values(), strict=True))
+    assert not torch.equal(a.W_enc, b.W_enc)
+    assert torch.equal(a.b_dec, b.b_dec)
+    torch.testing.assert_close(a.W_dec.norm(dim=1), torch.ones(M))
+    assert a.k == K
+    assert a.architecture == kind
+    ARCHITECTURES[kind].init(D, M, M, 0)
+
+
+def test_jumprelu_begins_at_four_times_k() -> None:
+    sample = torch.randn(200, D) + 3
+    sae = JumpReluSae.init(D, M, K, 0, sample)
+    assert float((sae.encode(sample).activations > 0).sum(1).double().mean()) == pytest.approx(4 * K, rel=0.01)
+    assert (JumpReluSae.init(D, M, M, 0, sample).threshold > 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_k_and_shapes_are_checked(kind: str) -> None:
+    sae, _ = example(kind)
+    make: Any = type(sae)
+    weights = sae.weights()
+    for k in (0, M + 1):
+        with pytest.raises(ValueError, match=f"k = {k} is not between 1 and the number of latents, {M}"):
+            make(**weights, k=k)
+    if kind != "topk":
+        assert make(**weights, k=None).k is None
+    for name in set(weights) - {"W_enc"}:
+        with pytest.raises(ValueError, match=name.replace("b_gate", "b_enc")):
+            make(**{**weights, name: torch.zeros(3, 3, 3)}, k=K)
+    if kind == "jumprelu":
+        with pytest.raises(ValueError, match="positive"):
+            make(**{**weights, "threshold": torch.zeros(M)}, k=K)
+
+
+# --- the choice of BatchTopK --------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 30), k=st.integers(1, 12), uneven=st.floats(0, 4))
+def test_batch_topk_is_the_largest_of_the_whole_batch(seed: int, rows: int, k: int, uneven: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
+    x *= (uneven * torch.randn(rows, 1, generator=generator, dtype=torch.float64)).exp()  # a few tokens take it all
+    weight = torch.randn(16, 5, generator=generator, dtype=torch.float64)
+    bias = torch.randn(16, generator=generator, dtype=torch.float64)
+    chosen = batch_topk(x, weight, bias, k)
+    found = torch.zeros(rows, 16, dtype=torch.float64)
+    slots = 0
+    for row, group in chosen.groups:
+        found[row] = dense(Firings(group.pre, group.indices), 16)
+        slots += group.pre.numel()
+    pre = (x @ weight.T + bias).relu()
+    in_order = pre.flatten().sort(descending=True).values
+    last = in_order[: rows * k][-1]
+    torch.testing.assert_close(found, torch.where(pre >= last, pre, 0))
+    assert float(chosen.least) == pytest.approx(float(last))
+    assert slots <= 8 * rows * k + 16
+    assert sorted(torch.cat([row for row, _ in chosen.groups]).tolist()) == list(range(rows))
+
+
+def test_batch_topk_of_equal_values_takes_as_many_as_wanted() -> None:
+    chosen = batch_topk(torch.ones(6, 2), torch.ones(8, 2), torch.zeros(8), 3)
+    assert sum(int((group.pre > 0).sum()) for _, group in chosen.groups) == 18
+    assert float(chosen.least) == 2
+
+
+def test_the_threshold_is_the_mean_of_the_smallest_activations() -> None:
+    sae, x = example("batchtopk")
+    assert isinstance(sae, BatchTopKSae)
+    least = []
+    for step in range(5):
+        loss, _ = sae.loss_and_gradient(x[step * 10 : step * 10 + 14], Objective(1.0, 14))
+        assert loss.least is not None
+        least.append(float(loss.least))
+        sae.measure(loss, step)
+        assert float(sae.threshold) == pytest.approx(sum(least) / len(least))
+    sae.measure(loss, 100_000)  # later on, each batch counts for a hundredth
+    assert float(sae.threshold) == pytest.approx(0.99 * sum(least) / 5 + 0.01 * least[-1])
+
+
+def test_relu_and_gated_agree_where_the_gate_changes_nothing() -> None:
+    relu, x = example("relu")
+    assert isinstance(relu, ReluSae)
+    zero = torch.zeros(M, dtype=torch.float64)
+    gated = GatedSae(relu.W_enc, relu.b_enc, zero, relu.b_enc, relu.W_dec, relu.b_dec, K)
+    torch.testing.assert_close(dense(gated.encode(x)), dense(relu.encode(x)))
