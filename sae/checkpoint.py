@@ -1,133 +1,96 @@
-"""Read and write a trained dictionary: ``cfg.json`` beside ``sae.safetensors``.
+"""Read and write a trained dictionary, whichever program made it: the front door to ``sae.formats``.
 
-A TopK dictionary is stored as sparsify stores it, so that its ``Sae.load_from_disk`` opens a run's folder as
-it is. What a folder claims is checked against what it holds before anything is built from it: a checkpoint
-comes from a download or a copy as often as from here.
+A run's own dictionary is kept in a format that another program opens as it is: sparsify's for TopK, SAELens's for
+the other architectures, which sparsify has not: it finds no weights of its own there, so no dictionary can be taken
+for one of another architecture. What is read is known by the names of its files.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from sae.architectures import TopKSae
 from sae.dictionary import Sae
 from sae.errors import BadInput, NotFound
-from sae.files import atomic, write_json
+from sae.formats import FORMATS, About, Format, Opened
 
-CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-# Our names for the weights and sparsify's. It holds the encoder as a linear layer, the decoder as rows.
-_STORED = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
-
-
-def save_sae(folder: Path, sae: Sae) -> None:
-    """Write ``sae`` to ``folder``: the weights in float32, then the description that makes them a checkpoint."""
-    if not isinstance(sae, TopKSae):
-        raise BadInput(f"a {sae.architecture!r} dictionary cannot be written in sparsify's format, which is TopK only")
-    weights = {
-        _STORED[name]: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in sae.parameters().items()
-    }
-    with atomic(folder / WEIGHTS) as temporary:
-        save_file(weights, temporary)
-    config = {
-        "activation": "topk",
-        "expansion_factor": max(1, sae.num_latents // sae.d_in),
-        "normalize_decoder": True,
-        "num_latents": sae.num_latents,
-        "k": sae.k,
-        "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
-        "d_in": sae.d_in,
-    }
-    write_json(folder / CONFIG, config)
+_DEPTH = 3
+"""folders below a named one that are looked into for checkpoints"""
 
 
-def load_sae(folder: Path) -> TopKSae:
-    """The dictionary in ``folder``, in float32 in main memory.
+def native_format(architecture: str) -> Format:
+    """The format in which a run keeps a dictionary of ``architecture``."""
+    return FORMATS["sparsify" if architecture in FORMATS["sparsify"].architectures else "SAELens"]
 
-    Raises NotFound where a file is missing, BadInput where one is damaged, describes something else than a
-    TopK autoencoder, or disagrees with the other; each in one line.
+
+def format_named(name: str) -> Format:
+    """The format called ``name``, in upper or lower case."""
+    for known, found in FORMATS.items():
+        if known.lower() == name.lower():
+            return found
+    raise BadInput(f"format {name!r} is not known; choose {', '.join(known.lower() for known in FORMATS)}")
+
+
+def save_sae(folder: Path, sae: Sae, about: About | None = None, format_: Format | None = None) -> None:
+    """Write ``sae`` to ``folder``, in its native format if no other is given: the weights in float32, then what
+    makes them a checkpoint. Raises BadInput for an architecture that the format does not have."""
+    format_ = format_ or native_format(sae.architecture)
+    if sae.architecture not in format_.architectures:
+        able = " or ".join(name.lower() for name, other in FORMATS.items() if sae.architecture in other.architectures)
+        raise BadInput(
+            f"a {sae.architecture!r} dictionary cannot be written in {format_.name}'s format, which is "
+            f"{', '.join(sorted(format_.architectures))} only; choose {able}"
+        )
+    format_.write(folder, sae, about or About())
+
+
+def load_sae(folder: Path) -> Sae:
+    """The dictionary in ``folder``, in float32 in main memory; see :func:`open_sae`."""
+    return open_sae(folder)[0].sae
+
+
+def open_sae(folder: Path) -> tuple[Opened, Format]:
+    """The dictionary in ``folder``, what was folded into its weights, and the format it was in.
+
+    Raises NotFound where a file is missing, BadInput where one is damaged, describes something that cannot be
+    opened, or disagrees with the other; each in one line.
     """
-    config = _read_config(folder)
-    tensors = _read_weights(folder / WEIGHTS)
-    d_in, k = _number(config, "d_in", folder), _number(config, "k", folder)
-    num_latents = _width(config, d_in, folder)
-    expected = {"W_enc": (num_latents, d_in), "b_enc": (num_latents,), "W_dec": (num_latents, d_in), "b_dec": (d_in,)}
-    for name, shape in expected.items():
-        found = tuple(tensors[_STORED[name]].shape)
-        if found != shape:
-            raise BadInput(
-                f"{folder / WEIGHTS}: {_STORED[name]} has shape {list(found)}, but {CONFIG} says {list(shape)}; "
-                "the two files are not of one checkpoint"
-            )
-    if k > num_latents:
-        raise BadInput(f"{folder / CONFIG}: k = {k} is more than the {num_latents} latents; it must be at most that")
-    return TopKSae(**{name: tensors[stored] for name, stored in _STORED.items()}, k=k)
+    format_ = detect(folder)
+    return format_.read(folder), format_
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        below = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{CONFIG}"))
-        hint = f"there are checkpoints in {', '.join(below[:5])} below it" if below else f"name a folder with {CONFIG}"
-        what = f"has no {CONFIG}" if folder.is_dir() else "does not exist"
-        raise NotFound(f"{str(folder)!r} is no SAE checkpoint: it {what}; {hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(f"{path} is not valid JSON ({error}); fetch or write the checkpoint again") from None
-    if not isinstance(config, dict):
-        raise BadInput(f"{path} does not describe an SAE: it holds no JSON object; fetch the checkpoint again")
-    transcoder = [key for key in ("transcode", "skip_connection") if config.get(key)]
-    if config.get("activation", "topk") != "topk" or transcoder:
-        said = f"{transcoder[0]} is set" if transcoder else f"activation = {config['activation']!r}"
-        raise BadInput(f"{path}: {said}; only TopK autoencoders can be opened")
-    return config
+def detect(folder: Path) -> Format:
+    """The format of the checkpoint in ``folder``, by the names of its files."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise NotFound(f"{str(folder)!r} is no SAE checkpoint: it {what}; name the folder that holds the weights")
+    found = [format_ for format_ in FORMATS.values() if (folder / format_.weights).is_file()]
+    if len(found) > 1:
+        names = " and ".join(format_.weights for format_ in found)
+        raise BadInput(f"{str(folder)!r} holds {names}, weights in two formats; leave the one that is meant")
+    if found:
+        return found[0]
+    below = checkpoints_below(folder)
+    if below:
+        listed = ", ".join(below[:8]) + (f" and {len(below) - 8} more" if len(below) > 8 else "")
+        raise NotFound(
+            f"{str(folder)!r} is no SAE checkpoint, but there are checkpoints in {listed} below it; name one"
+        )
+    described = [format_ for format_ in FORMATS.values() if (folder / format_.config).is_file()]
+    if described:
+        missing = " or ".join(format_.weights for format_ in described)
+        raise NotFound(f"{str(folder)!r} is no whole SAE checkpoint: {missing} is missing; fetch or train it again")
+    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    what = f"holds {', '.join(held[:4])}{', …' if len(held) > 4 else ''}" if held else "is empty"
+    wanted = "; ".join(f"{name}: {format_.config}, {format_.weights}" for name, format_ in FORMATS.items())
+    raise NotFound(f"{str(folder)!r} is no SAE checkpoint in a known format: it {what} (known are {wanted})")
 
 
-def _number(config: dict[str, Any], key: str, folder: Path) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        said = f"{key} = {value!r} is no positive whole number" if key in config else f"{key!r} is missing"
-        raise BadInput(f"{folder / CONFIG}: {said}; this is no sparsify checkpoint, or a damaged one")
-    return value
-
-
-def _width(config: dict[str, Any], d_in: int, folder: Path) -> int:
-    """M. sparsify writes 0 (or leaves it out) where the width is a multiple of D."""
-    if config.get("num_latents"):
-        return _number(config, "num_latents", folder)
-    return d_in * _number(config, "expansion_factor", folder)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise NotFound(f"{path.parent} is no whole SAE checkpoint: {path.name} is missing; fetch or train it again")
-    try:
-        with safe_open(path, framework="pt") as stored:
-            names = set(stored.keys())
-            missing = sorted(set(_STORED.values()) - names)
-            if missing:
-                raise BadInput(
-                    f"{path}: {', '.join(missing)} missing (it holds {', '.join(sorted(names)[:6])}); "
-                    "only sparsify's TopK format can be opened"
-                )
-            if "W_skip" in names:
-                raise BadInput(f"{path}: a skip connection (W_skip) is not supported; only autoencoders can be opened")
-            # Copied out of the mapped file: its tensors may lie at any address, and BLAS rounds differently then.
-            tensors = {name: stored.get_tensor(name).to(torch.float32, copy=True) for name in _STORED.values()}
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{path} is damaged or cut short ({reason}); fetch or train it again") from None
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise BadInput(f"{path}: {name} holds NaN or infinite values; train it again with a lower learning rate")
-    return tensors
+def checkpoints_below(folder: Path) -> list[str]:
+    """Folders under ``folder`` that hold a checkpoint's weights, by their path from it."""
+    found = {
+        str(path.parent.relative_to(folder))
+        for depth in range(1, _DEPTH + 1)
+        for format_ in FORMATS.values()
+        for path in folder.glob("/".join(["*"] * depth + [format_.weights]))
+    }
+    return sorted(found)

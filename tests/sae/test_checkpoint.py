@@ -84,7 +84,7 @@ def cut(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], type[UserError], str]] = {
     "no config": (lambda f: (f / "cfg.json").unlink(), NotFound, "no SAE checkpoint: it has no cfg.json"),
-    "no weights": (lambda f: (f / "sae.safetensors").unlink(), NotFound, "sae.safetensors is missing"),
+    "no weights": (lambda f: (f / "sae.safetensors").unlink(), NotFound, "no whole SAE checkpoint: sae.safetensors or"),
     "cut short": (cut, BadInput, "damaged or cut short"),
     "empty": (lambda f: (f / "sae.safetensors").write_bytes(b""), BadInput, "damaged or cut short"),
     "other keys": (stored(lambda t: t.update(W_enc=t.pop("encoder.weight"))), BadInput, "encoder.weight missing"),
@@ -113,29 +113,7 @@ def test_damage_is_told_in_one_line(folder: Path, name: str) -> None:
 
 
 def test_a_folder_above_the_checkpoint_names_those_below(folder: Path) -> None:
-    with pytest.raises(NotFound, match="there are checkpoints in run_a below"):
+    with pytest.raises(NotFound, match="there are checkpoints in run_a below it; name one"):
         load_sae(folder.parent)
     with pytest.raises(NotFound, match="does not exist"):
         load_sae(folder / "nowhere")
-
-
-@pytest.mark.peers
-def test_sparsify_opens_ours_and_we_open_its(tmp_path: Path, folder: Path, sae: TopKSae) -> None:
-    import sparsify
-
-    theirs = sparsify.Sae.load_from_disk(folder)
-    x = torch.randn(50, D) + 1
-    ours = sae.encode(x)
-    encoded = theirs.encode(x)
-    strongest = [activations.sort(dim=1, descending=True).values for activations in (ours[0], encoded.top_acts)]
-    torch.testing.assert_close(*strongest)
-    dense = torch.zeros(50, M).scatter_add(1, ours.indices, ours.activations)
-    torch.testing.assert_close(dense, torch.zeros(50, M).scatter_add(1, encoded.top_indices, encoded.top_acts))
-    torch.testing.assert_close(sae.decode(ours), theirs.decode(encoded.top_acts, encoded.top_indices))
-
-    config = sparsify.SparseCoderConfig(expansion_factor=4, k=2)
-    made = sparsify.Sae(D, config)
-    made.save_to_disk(tmp_path / "theirs")
-    read = load_sae(tmp_path / "theirs")
-    assert (read.num_latents, read.k) == (4 * D, 2)
-    torch.testing.assert_close(read.W_dec, made.W_dec.data)
