@@ -1,165 +1,31 @@
-"""Activations as a stream: computed once, in fixed company, kept on disk while a study needs them again.
+"""Activations as a stream: computed once, in fixed company, for every hookpoint that is asked for.
 
 The forward pass is the dear part, and floating-point sums may differ in the last bit with the shape of a
 batch. So a sequence is always computed together with the others of its block (see :mod:`sae.corpus`):
 training, harvest and a resumed run all see the same bits, whoever asks first and in whatever portions.
 
-The cache is read and written with plain file calls, not through a mapping: mapped pages count as this
-process's memory, and a full disk would end it by a signal instead of an error. It only ever saves time: full,
-absent or deleted, the stream gives the same numbers.
+Several hookpoints are read side by side: a block that any of them lacks is run through the model once, as far as
+the last of them, and each takes its part. What was computed is kept on disk (:mod:`sae.activation_cache`) as far as
+that has room; beyond it, a few blocks are held in memory, which is all that reading in order needs.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
-import os
-import shutil
-import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import overload
 
 import numpy as np
 import torch
 
-from sae.corpus import BLOCK_TOKENS, MIXED_BLOCKS, Corpus
-from sae.errors import UserError
-from sae.files import digest, read_json, write_json
-from sae.progress import human, say
+from sae.activation_cache import ActivationCache
+from sae.corpus import MIXED_BLOCKS, Corpus
+from sae.errors import NotFinite, UserError
+from sae.files import digest
 from sae.subject import Subject
 
-CACHE_LIMIT_BYTES = 8 << 30
-_SPARE_DISK_BYTES = 2 << 30
-# NumPy has no bfloat16: its bits travel as 16-bit integers.
-_ON_DISK = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}
-
-
-class ActivationCache:
-    """One fixed-size slot ``[T, D]`` per sequence, in the subject's precision, and a byte that says it is filled.
-
-    The byte is written after the slot, so a process killed between the two computes the sequence again. A
-    machine that went down may have kept the one and lost the other: a cache from before the last start is
-    emptied.
-    """
-
-    def __init__(self, folder: Path, slots: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self.folder = folder
-        self._shape, self._dtype = shape, dtype
-        self._slot_bytes = shape[0] * shape[1] * dtype.itemsize
-        folder.mkdir(parents=True, exist_ok=True)
-        meta = {"slots": slots, "shape": list(shape), "dtype": str(dtype), "boot": _boot()}
-        try:
-            kept = read_json(folder / "meta.json") == meta
-        except (OSError, ValueError):
-            kept = False
-        if not kept:
-            for name in ("filled.bin", "slots.bin"):
-                (folder / name).unlink(missing_ok=True)
-            write_json(folder / "meta.json", meta)
-        self._slots_file = os.open(folder / "slots.bin", os.O_RDWR | os.O_CREAT, 0o644)
-        self._filled_file = os.open(folder / "filled.bin", os.O_RDWR | os.O_CREAT, 0o644)
-        self._close = weakref.finalize(self, _close_files, self._slots_file, self._filled_file)
-        os.truncate(self._filled_file, slots)
-        self._filled = np.frombuffer(os.pread(self._filled_file, slots, 0), dtype=np.uint8).copy()
-        self._full = False
-
-    @classmethod
-    def for_stream(
-        cls, corpus: Corpus, subject: Subject, hookpoint: str, limit_bytes: int = CACHE_LIMIT_BYTES
-    ) -> ActivationCache | None:
-        """The cache of one hookpoint's activations over a corpus, beside the corpus; what is in it is kept.
-
-        ``None``, and a line that says so, where it would take more than ``limit_bytes`` or the disk has no room.
-        """
-        hookpoint = subject.resolve(hookpoint)
-        width = subject.width(hookpoint)
-        folder = corpus.folder / "activations" / _cache_key(corpus, subject, hookpoint)
-        size = corpus.n_tokens * width * subject.dtype.itemsize
-        if size > limit_bytes:
-            say(
-                f"activations: not kept on disk ({human(size)}B would be more than the limit of "
-                f"{human(limit_bytes)}B); later epochs and the harvest compute them again"
-            )
-            return None
-        free = shutil.disk_usage(corpus.folder).free
-        if not folder.exists() and size + _SPARE_DISK_BYTES > free:
-            say(
-                f"activations: not kept on disk ({human(size)}B, and {human(free)}B are free); computed again as needed"
-            )
-            return None
-        return cls(folder, corpus.n_sequences, (corpus.context, width), subject.dtype)
-
-    def has(self, slots: np.ndarray) -> np.ndarray:
-        """Which of ``slots [n]`` are filled: bool ``[n]``."""
-        return self._filled[slots] != 0
-
-    def get(self, slots: np.ndarray) -> torch.Tensor:
-        """The contents of filled ``slots [n]``: ``[n, T, D]`` on the CPU."""
-        values = np.empty((len(slots), *self._shape), dtype=_ON_DISK[self._dtype])
-        raw = values.reshape(-1).view(np.uint8).data
-        for i, slot in enumerate(slots):
-            target = raw[i * self._slot_bytes : (i + 1) * self._slot_bytes]
-            if os.preadv(self._slots_file, [target], int(slot) * self._slot_bytes) != self._slot_bytes:
-                raise UserError(f"activation cache {str(self.folder)!r} is cut short; delete the folder and run again")
-        return torch.from_numpy(values).view(self._dtype)
-
-    def put(self, first: int, values: torch.Tensor) -> bool:
-        """Fill the slots from ``first`` on with ``values [n, T, D]``. False where the disk has become full."""
-        if self._full:
-            return False
-        raw = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        try:
-            _write_all(self._slots_file, raw, first * self._slot_bytes)
-            os.pwrite(self._filled_file, b"\1" * len(values), first)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            self._full = True
-            say("activations: the disk is full; the rest are not kept on disk but computed again as needed")
-            return False
-        self._filled[first : first + len(values)] = 1
-        return True
-
-    def delete(self) -> None:
-        """Give the disk space back. The cache cannot be used afterwards."""
-        self._close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _close_files(*files: int) -> None:
-    for file in files:
-        os.close(file)
-
-
-def _write_all(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def _cache_key(corpus: Corpus, subject: Subject, hookpoint: str) -> str:
-    """Everything that the bits depend on, the kind of device and the arithmetic library among it."""
-    made_from = [
-        corpus.fingerprint,
-        subject.fingerprint,
-        subject.prefix,
-        hookpoint,
-        str(subject.dtype),
-        subject.device.type,
-        torch.__version__,
-        BLOCK_TOKENS,
-    ]
-    return digest(made_from)[:16]
-
-
-def _boot() -> str:
-    """Names the machine's current start; empty where the system does not tell."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
+BlockSource = Callable[[Sequence["ActivationStream"], int], Mapping[str, torch.Tensor]]
 
 
 class ActivationStream:
@@ -169,6 +35,7 @@ class ActivationStream:
         subject, corpus, cache: what it was made of.
         hookpoint: the hookpoint's one name (see :meth:`Subject.resolve`).
         width: D. context: T. device: where the activations lie.
+        beside: streams of other hookpoints of the same subject and corpus, whose caches are filled on the way.
     """
 
     def __init__(self, subject: Subject, corpus: Corpus, hookpoint: str, cache: ActivationCache | None = None) -> None:
@@ -179,6 +46,7 @@ class ActivationStream:
         self.width = subject.width(self.hookpoint)
         self.context = corpus.context
         self.device = subject.device
+        self.beside: list[ActivationStream] = []
         subject.check_context(corpus.context)
         # Without a cache on disk, one group of an order (see Corpus.order) is held in memory.
         self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
@@ -187,53 +55,147 @@ class ActivationStream:
         """The activations of sequences ``index [n]``: ``[n, T, D]`` in the subject's precision on its device.
 
         Cheapest when read along :meth:`Corpus.order`: then every block is computed once.
-        Raises :class:`UserError` where the model gives NaN or infinity.
+        Raises :class:`sae.errors.NotFinite` where the model gives NaN or infinity.
         """
-        index = np.asarray(index, dtype=np.int64)
-        blocks, places = self.corpus.place(index)
-        out = torch.empty((len(index), self.context, self.width), dtype=self.subject.dtype, device=self.device)
-        wanted = np.ones(len(index), dtype=bool)
-        if self.cache is not None:
-            slots = blocks * self.corpus.block_rows + places
-            stored = self.cache.has(slots)
-            if stored.any():
-                _assign(out, stored, self.cache.get(slots[stored]).to(self.device))
-            wanted = ~stored
-        # Held blocks first, since computing others may push them out; then by their last use, so that what
-        # stays held is what the next call is likely to go on with.
-        last_use = {int(b): i for i, b in enumerate(blocks) if wanted[i]}
-        for block in sorted(last_use, key=lambda b: (b not in self._held, last_use[b])):
-            mine = wanted & (blocks == block)
-            _assign(out, mine, self._block(block)[torch.from_numpy(places[mine]).to(self.device)])
-        return out
+        return rows_together([self], index)[0]
 
-    def _block(self, number: int) -> torch.Tensor:
-        values = self._held.pop(number, None)
-        if values is None:
-            values = self._compute(number)
-            if self.cache is not None and self.cache.put(number * self.corpus.block_rows, values):
-                return values
-        self._held[number] = values
-        while len(self._held) > MIXED_BLOCKS:
+    def keep(self, number: int, values: torch.Tensor) -> None:
+        """Take in a block's activations: on disk or, where that has no room, in memory."""
+        if self.cache is None or not self.cache.put(number * self.corpus.block_rows, values):
+            self._held[number] = values
+
+    # --- what is kept ----------------------------------------------------------------------------------------
+
+    def _slots(self, blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return blocks * self.corpus.block_rows + places
+
+    def _stored(self, blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Which sequences lie on disk."""
+        if self.cache is None:
+            return np.zeros(len(blocks), dtype=bool)
+        return self.cache.has(self._slots(blocks, places))
+
+    def _read(self, out: torch.Tensor, blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Put what lies on disk into ``out [n, T, D]``; returns which sequences are still wanted, bool ``[n]``."""
+        stored = self._stored(blocks, places)
+        if self.cache is not None and stored.any():
+            values, whole = self.cache.get(self._slots(blocks[stored], places[stored]))
+            _assign(out, stored, values.to(self.device))
+            stored[stored] = whole
+        return ~stored
+
+    def _would_keep(self, number: int) -> bool:
+        """Whether the cache lacks a block that it has room for."""
+        if self.cache is None:
+            return False
+        slots = number * self.corpus.block_rows + np.arange(len(self.corpus.block(number)))
+        return self.cache.takes(slots) and not self.cache.has(slots).all()
+
+    def _let_go(self, most: int) -> None:
+        while len(self._held) > most:
             self._held.popitem(last=False)
-        return values
 
-    def _compute(self, number: int) -> torch.Tensor:
-        rows = self.corpus.block(number)
-        values = self.subject.activations(self.corpus.rows(rows), [self.hookpoint])[self.hookpoint]
-        if not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
-            bad = rows[~torch.isfinite(values).flatten(1).all(dim=1).cpu().numpy()]
-            kind = "NaN" if torch.isnan(values).any() else "infinity"
-            cure = (
-                "its weights are damaged: fetch them again"
-                if self.subject.dtype == torch.float32
-                else "use subject.dtype float32 (or bfloat16 in place of float16)"
-            )
-            raise UserError(
-                f"model {self.subject.source!r} gives {kind} at {self.hookpoint} in block {number} of the corpus "
-                f"(sequence {bad[0]} and {len(bad) - 1} more); {cure}"
-            )
-        return values
+
+def open_streams(
+    subject: Subject, corpus: Corpus, hookpoints: Sequence[str], caches: Mapping[str, ActivationCache]
+) -> dict[str, ActivationStream]:
+    """One stream for each hookpoint, by its resolved name; what one computes fills the others' caches too."""
+    names = dict.fromkeys(subject.resolve(hookpoint) for hookpoint in hookpoints)
+    streams = {name: ActivationStream(subject, corpus, name, caches.get(name)) for name in names}
+    for stream in streams.values():
+        stream.beside = [other for other in streams.values() if other is not stream]
+    return streams
+
+
+def rows_together(
+    streams: Sequence[ActivationStream], index: np.ndarray, source: BlockSource | None = None
+) -> list[torch.Tensor]:
+    """:meth:`ActivationStream.rows` of each of ``streams``, which share subject and corpus, in one pass for all.
+
+    ``source`` computes the blocks that are lacking (:func:`compute_block` by default): several processes may share
+    that work.
+    """
+    corpus = streams[0].corpus
+    index = np.asarray(index, dtype=np.int64)
+    blocks, places = corpus.place(index)
+    outs, wanted = [], []
+    for stream in streams:
+        shape = (len(index), stream.context, stream.width)
+        outs.append(torch.empty(shape, dtype=stream.subject.dtype, device=stream.device))
+        wanted.append(stream._read(outs[-1], blocks, places))
+    for block in _in_turn(blocks, wanted, streams):
+        asking = [i for i in range(len(streams)) if (wanted[i] & (blocks == block)).any()]
+        held = {i: streams[i]._held.pop(block) for i in asking if block in streams[i]._held}
+        lacking = [streams[i] for i in asking if i not in held]
+        computed = _compute_and_keep(lacking, block, source or compute_block) if lacking else {}
+        for i in asking:
+            values = held[i] if i in held else computed[streams[i].hookpoint]
+            if i in held:
+                streams[i]._held[block] = values  # as the one used last
+            mine = wanted[i] & (blocks == block)
+            _assign(outs[i], mine, values[torch.from_numpy(places[mine]).to(values.device)])
+            streams[i]._let_go(MIXED_BLOCKS)
+    return outs
+
+
+def lacking(streams: Sequence[ActivationStream], index: np.ndarray) -> list[int]:
+    """The blocks that :func:`rows_together` of ``index`` would compute, in the order in which it would.
+
+    What then turns out to be damaged on disk comes on top, without changing the order of these.
+    """
+    blocks, places = streams[0].corpus.place(np.asarray(index, dtype=np.int64))
+    wanted = [~stream._stored(blocks, places) for stream in streams]
+    return [
+        block
+        for block in _in_turn(blocks, wanted, streams)
+        if any(block in blocks[w] and block not in s._held for s, w in zip(streams, wanted, strict=True))
+    ]
+
+
+def _in_turn(blocks: np.ndarray, wanted: Sequence[np.ndarray], streams: Sequence[ActivationStream]) -> list[int]:
+    """Those of ``blocks`` [n] that any stream wants, each once. Held ones first, since computing others may push them
+    out; then by their last use, so that what stays held is what the next call is likely to go on with."""
+    last_use = {int(b): i for i, b in enumerate(blocks)}
+    asked = {int(b) for b in blocks[np.any(wanted, axis=0)]}
+    return sorted(asked, key=lambda b: (not any(b in s._held for s in streams), last_use[b]))
+
+
+def _compute_and_keep(
+    streams: Sequence[ActivationStream], number: int, source: BlockSource
+) -> Mapping[str, torch.Tensor]:
+    """One forward pass over a block for ``streams``, and for the caches beside them that lack it."""
+    known = list(streams)
+    known += [other for other in streams[0].beside if other not in streams and other._would_keep(number)]
+    values = source(known, number)
+    for stream in known:
+        if stream.hookpoint in values:
+            stream.keep(number, values[stream.hookpoint])
+    return values
+
+
+def compute_block(streams: Sequence[ActivationStream], number: int) -> dict[str, torch.Tensor]:
+    """A block's activations at the hookpoint of each of ``streams``, by name: ``[n, T, D]``, in one forward pass.
+
+    Raises :class:`sae.errors.NotFinite` where the model gives NaN or infinity.
+    """
+    subject, corpus = streams[0].subject, streams[0].corpus
+    rows = corpus.block(number)
+    found = subject.activations(corpus.rows(rows), [stream.hookpoint for stream in streams])
+    for hookpoint, values in found.items():
+        if torch.isfinite(values.sum(dtype=torch.float32)) or torch.isfinite(values).all():
+            continue
+        bad = rows[~torch.isfinite(values).flatten(1).all(dim=1).cpu().numpy()]
+        kind = "NaN" if torch.isnan(values).any() else "infinity"
+        cure = (
+            "its weights are damaged: fetch them again"
+            if subject.dtype == torch.float32
+            else "use subject.dtype float32 (or bfloat16 in place of float16)"
+        )
+        raise NotFinite(
+            f"model {subject.source!r} gives {kind} at {hookpoint} in block {number} of the corpus "
+            f"(sequence {bad[0]} and {len(bad) - 1} more); {cure}"
+        )
+    return found
 
 
 def _assign(out: torch.Tensor, mask: np.ndarray, values: torch.Tensor) -> None:
@@ -245,6 +207,7 @@ class TrainingBatches(Sequence[torch.Tensor]):
 
     A step takes whole sequences in the order of their epoch and leaves special tokens out, so B varies a
     little below ``sequences_per_step · T``. Past the corpus's end the next epoch begins, in an order of its own.
+    What a step takes does not depend on how many there are: a longer training begins like a shorter one.
 
     Attributes:
         sequences_per_step: whole sequences in a step.
@@ -289,11 +252,57 @@ class TrainingBatches(Sequence[torch.Tensor]):
             return [self[i] for i in range(*step.indices(self._steps))]
         if not -self._steps <= step < self._steps:
             raise IndexError(f"step {step} of {self._steps}")
-        index = self.sequences(step % self._steps)
-        x = self.stream.rows(index).reshape(-1, self.stream.width)
-        special = self.stream.corpus.is_special(self.stream.corpus.rows(index)).reshape(-1)
-        if special.any():
-            x = x[torch.from_numpy(~special).to(x.device)]
-        if len(x) == 0:
-            raise UserError(f"step {step} holds special tokens only; the corpus is no text")
-        return x.float()
+        return read_together([self], step % self._steps)[0]
+
+    def describe(self, step: int, row: int | None = None) -> str:
+        """Where in the corpus a step's batch comes from, or one row of it: words for an error message."""
+        corpus, index = self.stream.corpus, self.sequences(step)
+        if row is not None:
+            kept = np.flatnonzero(~corpus.is_special(corpus.rows(index)).reshape(-1))
+            index = index[kept[row : row + 1] // corpus.context]
+        blocks = [str(block) for block in np.unique(corpus.place(index)[0])]
+        more = f" and {len(index) - 1} more" if len(index) > 1 else ""
+        listed = ", ".join(blocks[:4]) + (f" and {len(blocks) - 4} more" if len(blocks) > 4 else "")
+        return f"sequence {index[0]}{more} of the corpus, block{'s' * (len(blocks) > 1)} {listed}"
+
+    def shares_steps_with(self, other: TrainingBatches) -> bool:
+        """Whether each step takes the same sequences of the same corpus as ``other``'s, for as long as both go on."""
+        return (self.stream.corpus.fingerprint, self.stream.subject, self.sequences_per_step, self.order_seed) == (
+            other.stream.corpus.fingerprint,
+            other.stream.subject,
+            other.sequences_per_step,
+            other.order_seed,
+        )
+
+
+def streams_of(batches: Sequence[TrainingBatches]) -> list[ActivationStream]:
+    """The streams behind ``batches``, each once."""
+    return list({b.stream.hookpoint: b.stream for b in batches}.values())
+
+
+def read_together(
+    batches: Sequence[TrainingBatches], step: int, source: BlockSource | None = None
+) -> list[torch.Tensor]:
+    """``batches[i][step]`` of each, out of one forward pass; those of one hookpoint are the very same tensor.
+
+    All must share their steps (:meth:`TrainingBatches.shares_steps_with`). Raises :class:`sae.errors.NotFinite`, which
+    names the step, and :class:`UserError` where the step has no text.
+    """
+    first = batches[0]
+    if not all(first.shares_steps_with(other) for other in batches[1:]):
+        raise ValueError("these batches do not take the same sequences")
+    streams = streams_of(batches)
+    index = first.sequences(step)
+    corpus = first.stream.corpus
+    try:
+        rows = rows_together(streams, index, source)
+    except NotFinite as error:
+        raise NotFinite(f"step {step + 1} of the training: {error}") from None
+    special = corpus.is_special(corpus.rows(index)).reshape(-1)
+    if special.all():
+        raise UserError(f"step {step + 1} holds special tokens only; the corpus is no text")
+    found = {}
+    for stream, values in zip(streams, rows, strict=True):
+        x = values.reshape(-1, stream.width)
+        found[stream.hookpoint] = (x[torch.from_numpy(~special).to(x.device)] if special.any() else x).float()
+    return [found[b.stream.hookpoint] for b in batches]

@@ -2,6 +2,7 @@
 
 UserError                 one line: which input, what is wrong, what to do (exit code 1)
 ├── BadInput              a value, file or name that cannot be used
+│   └── NotFinite         a number that has become NaN or infinite
 ├── NotFound              a run, latent, hookpoint or file that is not there
 ├── SettingsDiffer        the name is taken by work done under other settings
 └── Unavailable           something outside this program did not answer (an LLM endpoint, a hub)
@@ -20,6 +21,10 @@ class UserError(Exception):
 
 
 class BadInput(UserError):
+    pass
+
+
+class NotFinite(BadInput):
     pass
 
 

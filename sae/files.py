@@ -6,6 +6,7 @@ be able to check later (the hash of the inputs it was made from, above all).
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -19,13 +20,21 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sae.errors import UserError
+
 SCHEMA = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 _META = b"autointerp"
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the block ends well it becomes ``path``."""
+    """Yield a temporary path beside ``path``; when the block ends well it becomes ``path``, for good.
+
+    Raises UserError where the disk is full; what was there before stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
@@ -33,11 +42,38 @@ def atomic(path: Path) -> Iterator[Path]:
             left.unlink(missing_ok=True)
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_UMASK)  # some writers leave files that only their owner may read
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        raise UserError(
+            f"the disk is full: {str(path)!r} cannot be written; free some space and give the same command again"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming outlive the machine's death, before anything is deleted that it replaces."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+            raise
+    finally:
+        os.close(opened)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    # Of the writers in Rust, errors come as text only.
+    return any(f"(os error {number})" in str(error) for number in _FULL)
 
 
 def _runs(process: str) -> bool:

@@ -93,7 +93,7 @@ def harvest(
 def weights_digest(sae: Sae) -> str:
     """SHA-256 over architecture, k and every weight of ``sae``. 64 hex characters."""
     state = hashlib.sha256(f"{sae.architecture} {getattr(sae, 'k', '')}".encode())
-    for tensor in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec):
+    for tensor in sae.weights().values():
         state.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return state.hexdigest()
 

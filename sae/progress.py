@@ -17,9 +17,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sae import launch
 from sae.errors import printable
 
-console = Console(stderr=True, highlight=False, emoji=False)
+console = Console(
+    stderr=True, highlight=False, emoji=False, quiet=launch.rank() != 0
+)  # of several processes, one speaks
 _PLAIN_LINE_SECONDS = 30.0
 
 

@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from sae.corpus import Corpus
     from sae.dictionary import Sae
     from sae.firings import FiringStore
+    from sae.formats import About
 
 DEFAULT_ROOT = Path("eval_runs")
 RESERVED = frozenset({"alignments", "reports", "recipes", "reference", "corpora"})
 LATENT_STAGES = ("firing", "overlap", "contexts", "scores")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(?:-[A-Za-z0-9._]+)*")
 _LONGEST_NAME = 80  # two of them, and a few letters more, are the name of an alignment's file
+_WEIGHTS = ("sae.safetensors", "sae_weights.safetensors")  # TopK; the other architectures (see sae.checkpoint)
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "openai")
 
 
@@ -99,7 +101,9 @@ class Run:
 
     @property
     def weights_path(self) -> Path:
-        return self.folder / "sae.safetensors"
+        """The weights, under the name that the architecture's native format gives them."""
+        paths = [self.folder / name for name in _WEIGHTS]
+        return next((path for path in paths if path.is_file()), paths[0])
 
     @property
     def state_folder(self) -> Path:
@@ -143,8 +147,24 @@ class Run:
         return self.record["study"]
 
     @property
-    def seed(self) -> int:
+    def seed(self) -> int | None:
+        """What it was trained from; ``None`` where it was trained elsewhere and imported."""
         return self.record["seed"]
+
+    @property
+    def imported(self) -> dict[str, Any] | None:
+        """Where an imported dictionary came from, file by file; ``None`` for one that was trained here."""
+        return self.record.get("imported")
+
+    @property
+    def k(self) -> int | None:
+        """Latents that fire per token, or that training aimed at; ``None`` where an imported one does not say."""
+        return self.imported["k"] if self.imported else self.settings.training.k
+
+    @property
+    def origin(self) -> str:
+        """``seed 3``, or ``imported``."""
+        return "imported" if self.seed is None else f"seed {self.seed}"
 
     @functools.cached_property
     def settings(self) -> Settings:
@@ -162,12 +182,25 @@ class Run:
         """The trained runs of the same study, this one left out."""
         return [r for r in study_runs(self.study, self.root) if r.name != self.name and r.trained]
 
+    def advice_to_add_another(self) -> str:
+        """How the study gets another run, as part of a sentence."""
+        if self.imported:
+            return f"import another SAE (`python cli.py import --from … --name … --study {self.study}`)"
+        return f"train another seed (`python cli.py train --name {self.study} --seeds …`)"
+
     # --- contents -------------------------------------------------------------------------------------
 
     def sae(self) -> Sae:
         from sae.checkpoint import load_sae
 
         return load_sae(self.folder)
+
+    def about(self) -> About:
+        """What other programs' formats want to know of the dictionary."""
+        from sae.formats import About
+
+        subject = self.settings.subject
+        return About(subject.model, self.record["hookpoint"], self.settings.corpus.context, self.seed)
 
     def corpus(self) -> Corpus:
         from sae.corpus import Corpus
@@ -234,13 +267,15 @@ def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> 
         raise BadInput(f"seeds {' '.join(map(str, seeds))}: give each seed once, as whole numbers from 0 up")
     existing = study_runs(study, root)
     for run in existing:
-        differences = mapping_differences(run.settings.identity(), settings.identity())
+        common = {"subject", "corpus"} if run.imported else {"subject", "corpus", "training"}
+        theirs, ours = ({t: s.identity()[t] for t in common} for s in (run.settings, settings))
+        differences = mapping_differences(theirs, ours)
         if differences:
             raise SettingsDiffer(
                 f"run {run.name!r} exists with other settings ({'; '.join(differences)}); "
                 "give the study another --name, or the same settings"
             )
-    by_seed = {run.seed: run for run in existing}
+    by_seed = {run.seed: run for run in existing if not run.imported}
     taken = {run.name for run in existing}
     planned, index = [], 0
     for seed in seeds:
@@ -273,8 +308,11 @@ def git_commit() -> str | None:
         return None
 
 
-def write_record(run: Run, seed: int, study: str, settings: Settings, provenance: dict[str, Any]) -> None:
-    """Write ``run.json``. ``provenance`` holds the subject's, corpus's and batch order's records."""
+def write_record(run: Run, seed: int | None, study: str, settings: Settings, provenance: dict[str, Any]) -> None:
+    """Write ``run.json``. ``provenance`` holds the subject's, corpus's and batch order's records.
+
+    ``seed`` is ``None`` for a dictionary that was not trained here.
+    """
     record = {
         "schema": SCHEMA,
         "name": run.name,

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from sae.amounts import parse_amount
 from sae.errors import BadInput, NotFound, nearest
+
+
+def _amount(value: Any) -> Any:
+    return parse_amount(value) if isinstance(value, str) else value
 
 
 class _Table(BaseModel):
@@ -45,19 +50,39 @@ class CorpusSettings(_Table):
 class TrainingSettings(_Table):
     """The sparse autoencoder and how it is trained."""
 
-    architecture: Literal["topk"] = "topk"
+    architecture: Literal["topk", "batchtopk", "relu", "gated", "jumprelu"] = Field(
+        "topk", description="what makes latents fire: topk, batchtopk, relu (with an L1 penalty), gated or jumprelu"
+    )
     num_latents: int = Field(1024, ge=1, description="width of the dictionary (M)")
-    k: int = Field(8, ge=1, description="active latents per token (K)")
+    k: int = Field(8, ge=1, description="active latents per token (K), on average where their number may vary")
     tokens: int = Field(10_000_000, ge=1, description="tokens to train on; more than the corpus means several epochs")
     batch_tokens: int = Field(4096, ge=1, description="tokens in a step (B), rounded to whole sequences")
     learning_rate: float | None = Field(None, gt=0, description="peak of Adam's; default 2e-4/sqrt(M/2^14)")
     warmup_steps: int = Field(1000, ge=0, description="linear warm-up; at most a tenth of the run")
-    auxk: float = Field(1 / 32, ge=0, description="coefficient of the AuxK loss that revives dead latents")
+    auxk: float = Field(1 / 32, ge=0, description="coefficient of AuxK, or what revives dead latents in its place")
     k_aux: int | None = Field(None, ge=1, description="dead latents in the AuxK reconstruction; default D/2")
     dead_tokens: int | None = Field(
         None, ge=1, description="tokens without a firing that make a latent dead; default min(10M, 5%% of the run)"
     )
+    sparsity_warmup_steps: int | None = Field(
+        None, ge=1, description="relu, gated, jumprelu: steps in which L0 is led to k; default a fifth of the run"
+    )
+    bandwidth: float = Field(
+        0.01, gt=0, description="jumprelu: width of the window that teaches the thresholds, see sae/objective.py"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of the product by which training chooses latents (topk, batchtopk, AuxK); "
+        "auto: bfloat16 where the machine has instructions for it",
+    )
     checkpoint_steps: int = Field(500, ge=1, description="steps between checkpoints of an unfinished run")
+    activation_cache: Annotated[int, BeforeValidator(_amount)] = Field(
+        8 * 10**9, ge=0, description="bytes of activations kept on disk until the harvest, such as '8G'; 0: none"
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """What the trained weights depend on."""
+        return self.model_dump(mode="json", exclude={"checkpoint_steps", "activation_cache"})
 
 
 class HarvestSettings(_Table):
@@ -88,9 +113,7 @@ class Settings(_Table):
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs 'the same settings': everything that the trained weights depend on."""
-        kept = self.model_dump(mode="json", include={"subject", "corpus", "training"})
-        del kept["training"]["checkpoint_steps"]
-        return kept
+        return {**self.model_dump(mode="json", include={"subject", "corpus"}), "training": self.training.identity()}
 
     def with_values(self, **tables: dict[str, Any]) -> Settings:
         """A copy with the given values replaced, those that are ``None`` left as they are; validated."""

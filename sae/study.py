@@ -1,4 +1,4 @@
-"""The stages that need the weights: train, harvest, align. Each does what is missing and says so.
+"""The stages that need the weights: harvest and align (:mod:`sae.train_stage` trains). Each does what is missing.
 
 A stage is *done* when its file is on disk and carries the digest of the inputs that it would have now;
 otherwise it runs (again). So the same command after a kill goes on where the disk says it stopped.
@@ -6,179 +6,23 @@ otherwise it runs (again). So the same command after a kill goes on where the di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
-from sae.files import digest, mapping_differences, read_table, write_table
+from sae.errors import BadInput, NotFound
+from sae.files import digest, read_table, write_table
 from sae.progress import human, say, track
-from sae.run import Run, plan_study, study_runs, write_record
-from sae.settings import Settings
+from sae.run import Run, all_runs, study_runs
+from sae.stage import Compute, Source, check_same_inputs, only_one, open_source, shares_source
 
 if TYPE_CHECKING:
     from sae.activations import ActivationStream
-    from sae.corpus import Corpus
+    from sae.dictionary import Sae
     from sae.firings import FiringStore
-    from sae.subject import Subject
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where the arithmetic happens."""
-
-    device: str = "auto"
-    threads: int | None = None
-
-    def resolve(self) -> str:
-        """Set the number of threads and return the device's name for torch."""
-        import torch
-
-        if self.threads is not None:
-            if self.threads < 1:
-                raise BadInput(f"--threads {self.threads}: give 1 or more")
-            torch.set_num_threads(self.threads)
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadInput(f"--device {self.device!r} cannot be used here ({reason}); try --device cpu") from None
-        return self.device
-
-
-@contextmanager
-def only_one(root: Path, study: str) -> Iterator[None]:
-    """Keep two commands from writing the same study at once. The lock dies with its process."""
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(root / f".{study}.lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"another command is at work on study {study!r}; wait for it, then run this again") from None
-
-
-# --- train ------------------------------------------------------------------------------------------------
-
-
-def train_study(study: str, seeds: Sequence[int], settings: Settings, root: Path, compute: Compute) -> list[Run]:
-    """Train one SAE per seed on one stream of activations. Returns the runs in the order of ``seeds``.
-
-    Every seed sees the same batches in the same order; seeds that exist are not touched.
-    """
-    settings = _bounded(settings)
-    planned = plan_study(study, list(seeds), settings, root)
-    runs = [run for run, _ in planned]
-    _say_what_is_kept(study, settings, root)
-    missing = [(run, seed) for run, seed in planned if not run.trained]
-    if not missing:
-        say(f"train: {', '.join(r.name for r in runs)}: already trained")
-        return runs
-    with only_one(root, study):
-        _train_missing(study, missing, settings, root, compute)
-    return runs
-
-
-def _say_what_is_kept(study: str, settings: Settings, root: Path) -> None:
-    """A run keeps the settings of its later stages too: other ones given now take no effect, which has to be said."""
-    later = {"harvest", "contexts"}
-    for run in study_runs(study, root):
-        differences = mapping_differences(run.settings.model_dump(include=later), settings.model_dump(include=later))
-        if differences:
-            say(f"{run.name} keeps the settings that it was begun with ({'; '.join(differences)})")
-
-
-def _train_missing(
-    study: str, missing: list[tuple[Run, int]], settings: Settings, root: Path, compute: Compute
-) -> None:
-    from sae.activations import TrainingBatches
-    from sae.architectures import TopKSae
-    from sae.checkpoint import save_sae
-    from sae.trainer import train
-    from sae.training_state import discard_states
-
-    subject, corpus, stream = _open_stream(settings, root, compute)
-    batches = TrainingBatches(
-        stream,
-        tokens=settings.training.tokens,
-        batch_tokens=settings.training.batch_tokens,
-        order_seed=settings.corpus.order_seed,
-    )
-    hookpoint = subject.resolve(settings.subject.hookpoint)
-    provenance = {
-        "subject": {
-            "source": settings.subject.model,
-            "fingerprint": subject.fingerprint,
-            "dtype": settings.subject.dtype,
-            "d_in": stream.width,
-        },
-        "hookpoint": hookpoint,
-        "corpus": {"key": corpus.key, "fingerprint": corpus.fingerprint, **corpus.info},
-        "batch_order": {"seed": settings.corpus.order_seed, "fingerprint": batches.fingerprint, "steps": len(batches)},
-    }
-    for run, seed in missing:
-        _check_same_inputs(run, provenance)
-        if not (run.folder / "run.json").is_file():
-            write_record(run, seed, study, settings, provenance)
-    training = settings.training
-    say(
-        f"train: {', '.join(r.name for r, _ in missing)} · M {training.num_latents}, k {training.k}, D {stream.width}"
-        f" · {human(training.tokens)} tokens of {human(corpus.n_tokens)} · {subject.source}, {hookpoint}"
-    )
-    sample = batches[0]
-    saes = [
-        TopKSae.init(stream.width, training.num_latents, training.k, seed=seed, x_sample=sample).to(stream.device)
-        for _, seed in missing
-    ]
-    logs = train(batches, saes, training, [run.state_folder for run, _ in missing])
-    for (run, _), sae, log in zip(missing, saes, logs, strict=True):
-        write_table(run.training_log_path, log.table())
-        save_sae(run.folder, sae)
-        discard_states(run.state_folder)
-
-
-def _open_stream(settings: Settings, root: Path, compute: Compute) -> tuple[Subject, Corpus, ActivationStream]:
-    """The subject, its corpus and the stream of its activations, with the cache that all stages share."""
-    from sae.activations import ActivationCache, ActivationStream
-    from sae.corpus import prepare_corpus
-    from sae.subject import Subject, load_tokenizer
-
-    device = compute.resolve()
-    subject = Subject.load(settings.subject.model, device=device, dtype=settings.subject.dtype)
-    subject.resolve(settings.subject.hookpoint)  # a wrong name is told before the text is read
-    _, tokenizer_fingerprint = load_tokenizer(settings.subject.model)
-    corpus = prepare_corpus(settings.corpus, subject.tokenizer, tokenizer_fingerprint, root)
-    cache = ActivationCache.for_stream(corpus, subject, settings.subject.hookpoint)
-    return subject, corpus, ActivationStream(subject, corpus, settings.subject.hookpoint, cache)
-
-
-def _bounded(settings: Settings) -> Settings:
-    """A data set, which may have no end, is read no further than the study needs: recorded as if it had been asked."""
-    if settings.corpus.kind != "dataset" or settings.corpus.max_tokens is not None:
-        return settings
-    return settings.with_values(corpus={"max_tokens": max(settings.training.tokens, settings.harvest.tokens)})
-
-
-def _check_same_inputs(run: Run, provenance: dict[str, Any]) -> None:
-    """A run that was begun goes on only from the very text and model that it began with."""
-    if not (run.folder / "run.json").is_file():
-        return
-    differences = [
-        f"{what}.fingerprint: {run.record[what]['fingerprint'][:12]} there, {provenance[what]['fingerprint'][:12]} now"
-        for what in ("subject", "corpus", "batch_order")
-        if run.record[what]["fingerprint"] != provenance[what]["fingerprint"]
-    ]
-    if differences:
-        raise SettingsDiffer(
-            f"run {run.name!r} was begun from something else ({'; '.join(differences)}): a model or text has changed "
-            "under the same name; give the study another --name"
-        )
 
 
 # --- harvest ----------------------------------------------------------------------------------------------
@@ -187,37 +31,50 @@ def _check_same_inputs(run: Run, provenance: dict[str, Any]) -> None:
 def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = None) -> None:
     """Fill the firing stores of ``runs``, those of one study in one pass over the subject model.
 
-    Without ``tokens`` a store that is there is enough; with it, one that holds fewer is added to.
+    Studies of other hookpoints of the same model and text are harvested one after the other, out of what the first
+    pass has put into their caches. Without ``tokens`` a store that is there is enough; with it, one that holds fewer is
+    added to.
     """
-    for study, of_study in _by_study(runs).items():
-        for run in of_study:
-            _need_trained(run)
-        todo = [run for run in of_study if tokens is not None or not is_harvested(run)]
-        if todo:
-            with only_one(todo[0].root, study):
-                _harvest_study(todo, compute, tokens or todo[0].settings.harvest.tokens)
+    for run in runs:
+        _need_trained(run)
+    sources: dict[Any, list[Run]] = {}
+    for run in runs:
+        if tokens is not None or not is_harvested(run):
+            sources.setdefault(shares_source(run.settings), []).append(run)
+    for sharing in sources.values():
+        studies = _by_study(sharing)
+        with ExitStack() as locks:
+            for study in sorted(studies):
+                locks.enter_context(only_one(sharing[0].root, study))
+            source = open_source([run.settings for run in sharing], sharing[0].root, compute)
+            for of_study in studies.values():
+                _harvest_study(source, of_study, tokens or of_study[0].settings.harvest.tokens)
+            _delete_caches_of_no_more_use(source, sharing[0].root)
 
 
-def _harvest_study(runs: list[Run], compute: Compute, tokens: int) -> None:
+def _harvest_study(source: Source, runs: list[Run], tokens: int) -> None:
     from sae.firings import FiringStore, latent_statistics
     from sae.harvest import harvest
 
-    settings = runs[0].settings
-    subject, corpus, stream = _open_stream(settings, runs[0].root, compute)
+    settings, corpus = runs[0].settings, source.corpus
+    stream = source.stream(settings.subject.hookpoint)
     for run in runs:
-        _check_same_inputs(
+        check_same_inputs(
             run,
             {
-                "subject": {"fingerprint": subject.fingerprint},
+                "subject": {"fingerprint": source.subject.fingerprint},
                 "corpus": {"fingerprint": corpus.fingerprint},
                 "batch_order": run.record["batch_order"],
             },
         )
+    saes = {run.name: run.sae().to(stream.device) for run in runs}
+    for name, sae in saes.items():
+        _check_width(name, sae, stream)
     if tokens > corpus.n_tokens:
         say(f"harvest: {human(tokens)} tokens asked for, the corpus has {human(corpus.n_tokens)}; taking all of it")
     harvest(
         stream,
-        {run.name: run.sae().to(stream.device) for run in runs},
+        saes,
         {run.name: run.firings_folder for run in runs},
         tokens=min(tokens, corpus.n_tokens),
         window=settings.harvest.window,
@@ -234,9 +91,30 @@ def _harvest_study(runs: list[Run], compute: Compute, tokens: int) -> None:
                 inputs=inputs,
                 n_tokens=store.n_tokens - store.n_special_tokens,
             )
-    whole_study = [run for run in study_runs(runs[0].study, runs[0].root) if run.trained]
-    if stream.cache is not None and all(is_harvested(run) for run in whole_study):
-        stream.cache.delete()  # every later stage is a look-up in the firing stores
+
+
+def _check_width(name: str, sae: Sae, stream: ActivationStream) -> None:
+    if sae.d_in != stream.width:
+        raise BadInput(
+            f"run {name!r} is an SAE of activations of width {sae.d_in}, and {stream.hookpoint} of model "
+            f"{stream.subject.source!r} has width {stream.width}; give the model and hookpoint that it was trained on"
+        )
+
+
+def _delete_caches_of_no_more_use(source: Source, root: Path) -> None:
+    """Once every run that reads a hookpoint's activations is harvested, all later stages are look-ups in the stores."""
+    for hookpoint, stream in source.streams.items():
+        readers = [
+            run
+            for run in all_runs(root)
+            if run.record["corpus"]["key"] == source.corpus.key and run.record["hookpoint"] == hookpoint
+        ]
+        if stream.cache is not None and all(is_harvested(run) for run in readers if _is_or_will_be_trained(run)):
+            stream.cache.delete()
+
+
+def _is_or_will_be_trained(run: Run) -> bool:
+    return run.trained or run.state_folder.is_dir()
 
 
 def _firing_inputs(run: Run, store: FiringStore) -> str:
@@ -344,7 +222,8 @@ def overlap_of(runs: Sequence[Run], threshold: float = 0.7) -> dict[str, Any]:
 
     names = [run.name for run in runs]
     tables = both_ways(runs[0].root / "alignments", names)
-    return overlap(names, tables, {run.name: alive(run) for run in runs}, threshold).as_dict()
+    shared = overlap(names, tables, {run.name: alive(run) for run in runs}, threshold).as_dict()
+    return {**shared, "seeds": {run.name: run.seed for run in runs}}
 
 
 # --- what later stages ask for ----------------------------------------------------------------------------
@@ -363,8 +242,8 @@ def ensure_aligned(run: Run, compute: Compute) -> None:
     siblings = run.siblings()
     if not siblings:
         raise BadInput(
-            f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; train another "
-            f"seed (`python cli.py train --name {run.study} --seeds …`), or leave the choice by sharing out"
+            f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; "
+            f"{run.advice_to_add_another()}, or leave the choice by sharing out"
         )
     missing = [other for other in siblings if not is_aligned(run, other)]
     if missing:
@@ -385,9 +264,10 @@ def progress_of(run: Run) -> dict[str, Any]:
         "created": record["created"],
         "subject": record["subject"]["source"],
         "hookpoint": record["hookpoint"],
+        "architecture": training.architecture,
         "num_latents": training.num_latents,
-        "k": training.k,
-        "tokens": training.tokens,
+        "k": run.k,
+        "tokens": None if run.imported else training.tokens,
         "trained": run.trained,
         "harvested": table["firing"] and run.trained,
         "aligned": table["overlap"],
@@ -398,8 +278,9 @@ def progress_of(run: Run) -> dict[str, Any]:
 
 def _need_trained(run: Run) -> None:
     if not run.trained:
+        verb = "import" if run.imported else "train"
         raise NotFound(
-            f"run {run.name!r} is not trained to its end; give the `train` command that began it again and it goes on"
+            f"run {run.name!r} is not {verb}ed to its end; give the `{verb}` command that began it again and it goes on"
         )
 
 

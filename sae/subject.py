@@ -25,6 +25,7 @@ import torch
 from sae.errors import BadInput, NotFound, UserError, nearest
 from sae.files import digest, read_json
 from sae.hub import Kind, find_on_hub, first_line, looks_like_path
+from sae.memory import is_out_of_memory
 
 BUNDLED = Path(__file__).parent / "subjects" / "pystdlib-4m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -219,12 +220,12 @@ class Subject:
             self.model(input_ids=ids, use_cache=False)
         except _Enough:
             raise
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"model {self.source!r} runs out of memory on {self.device} with {ids.numel()} tokens; "
-                "use a smaller model, subject.dtype bfloat16, or another --device"
-            ) from None
         except Exception as error:
+            if is_out_of_memory(error):
+                raise UserError(
+                    f"model {self.source!r} runs out of memory on {self.device} with {ids.numel()} tokens at once; "
+                    "use a smaller model, subject.dtype bfloat16, or another --device"
+                ) from None
             raise UserError(f"model {self.source!r} fails on plain token ids: {first_line(error)}") from error
 
     def check_context(self, context: int) -> None:

@@ -1,18 +1,22 @@
 """What an unfinished training needs to go on: one file per checkpoint and seed, the last two kept.
 
-A state is one safetensors file, written under a temporary name and renamed, so it is whole or not there. Two are
-kept because the seeds are trained together but written one after the other: if the process dies in between, the
-step before is still on disk for every seed. Only when all seeds have the new step is the oldest deleted.
+A state is one safetensors file, written under a temporary name and renamed, so it is whole or not there. Two are kept,
+and each carries a checksum (XXH3 in 128 bits), because a disk may damage what it had taken: training then goes on from
+the one before. Seeds share nothing but the batches, so each goes on from its own last
+state: one that is ahead, because a death came between two seeds' files or because the study has grown by seeds since,
+waits until the batches have come that far.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,39 +37,39 @@ class State(NamedTuple):
     """any JSON values; ``record["identity"]`` is what must agree for training to go on from here"""
 
 
-def write_states(folders: Sequence[Path], step: int, states: Sequence[State]) -> None:
-    """Write one state for every seed, then delete all but the last two."""
-    for folder, state in zip(folders, states, strict=True):
-        with atomic(folder / f"{_PREFIX}{step:08d}{_SUFFIX}") as temporary:
-            save_file(state.tensors, temporary, metadata={"record": json.dumps(state.record)})
-    for folder in folders:
-        for old in _steps(folder)[:-_KEPT]:
-            _path(folder, old).unlink()
+def write_state(folder: Path, step: int, state: State) -> None:
+    """Write one seed's state after ``step`` steps, then delete all but it and the one before."""
+    with atomic(_path(folder, step)) as temporary:
+        record = json.dumps(state.record)
+        checksum = _checksum(record, state.tensors)
+        save_file(state.tensors, temporary, metadata={"record": record, "checksum": checksum})
+    # What is later than this step was unreadable, or this seed would not be here.
+    kept = [old for old in kept_steps(folder) if old <= step][-_KEPT:]
+    for old in set(kept_steps(folder)) - set(kept):
+        _path(folder, old).unlink(missing_ok=True)
 
 
-def latest_states(folders: Sequence[Path], identities: Sequence[Mapping[str, Any]]) -> tuple[int, list[State]]:
-    """The last step that every seed has a readable state of, and those states; (0, []) where there is none.
+def latest_state(folder: Path, identity: Mapping[str, Any]) -> tuple[int, State | None]:
+    """The last readable state in ``folder`` and the step it belongs to; (0, None) where there is none.
 
-    Raises SettingsDiffer where a state was made under another identity.
+    Raises SettingsDiffer where the state was made under another identity.
     """
-    common = set.intersection(*(set(_steps(folder)) for folder in folders))
-    for step in sorted(common, reverse=True):
+    for step in reversed(kept_steps(folder)):
         try:
-            states = [_read(_path(folder, step)) for folder in folders]
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-            say(
-                f"the training state of step {step} in {folders[0].parent} cannot be read ({error}); going back further"
-            )
+            state = _read(_path(folder, step))
+            found = state.record["identity"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            say(f"{folder.parent.name}: its state of step {step} cannot be read ({reason}); going back further")
             continue
-        for folder, state, identity in zip(folders, states, identities, strict=True):
-            differences = mapping_differences(state.record["identity"], identity)
-            if differences:
-                raise SettingsDiffer(
-                    f"{folder.parent.name}: an unfinished training of that name had other settings "
-                    f"({'; '.join(differences)}); choose another name, or delete {folder}"
-                )
-        return step, states
-    return 0, []
+        differences = mapping_differences(found, identity)
+        if differences:
+            raise SettingsDiffer(
+                f"{folder.parent.name}: an unfinished training of that name had other settings "
+                f"({'; '.join(differences)}); choose another name, or delete {folder}"
+            )
+        return step, state
+    return 0, None
 
 
 def discard_states(folder: Path) -> None:
@@ -73,7 +77,8 @@ def discard_states(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _steps(folder: Path) -> list[int]:
+def kept_steps(folder: Path) -> list[int]:
+    """The steps that ``folder`` holds states of, ascending."""
     found = folder.glob(f"{_PREFIX}*{_SUFFIX}")
     return sorted(int(p.stem.removeprefix(_PREFIX)) for p in found if p.stem.removeprefix(_PREFIX).isdigit())
 
@@ -84,5 +89,16 @@ def _path(folder: Path, step: int) -> Path:
 
 def _read(path: Path) -> State:
     with safe_open(path, framework="pt") as stored:
-        record = json.loads((stored.metadata() or {})["record"])
-        return State({name: stored.get_tensor(name) for name in stored.keys()}, record)  # noqa: SIM118
+        metadata = stored.metadata() or {}
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    if metadata.get("checksum") != _checksum(metadata.get("record", ""), tensors):
+        raise ValueError("it does not match its checksum")
+    return State(tensors, json.loads(metadata["record"]))
+
+
+def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
+    hasher = xxhash.xxh3_128(record.encode())
+    for name in sorted(tensors):
+        hasher.update(name.encode())
+        hasher.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
-from tiny_study import Ran, cli, write_recipe, write_texts
+from tiny_study import Ran, cli, journal, tree, write_recipe, write_texts
 
 # No deadline: on a machine that does other work too, the clock says nothing about the program.
 # In CI the examples are the same each time, so that a change is judged by what it changed; elsewhere they are new.
@@ -150,3 +150,26 @@ def tiny_done(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> tu
 def tiny_root(tiny_done: tuple[Path, dict[str, Ran]], tmp_path: Path) -> Path:
     """A copy of the finished study, to do with as one likes."""
     return Path(shutil.copytree(tiny_done[0], tmp_path / "runs"))
+
+
+# --- the same under short names, for tests of the commands ---------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Path) -> Path:
+    return tiny_recipe
+
+
+@pytest.fixture
+def root(tiny_root: Path) -> Path:
+    return tiny_root
+
+
+@pytest.fixture
+def untouched(tiny_done: tuple[Path, dict[str, Ran]]) -> Iterator[Path]:
+    """The finished study itself, checked to be as it was afterwards."""
+    root = tiny_done[0]
+    before, rows = tree(root), journal(root / "run_a" / "journal.sqlite", times=True)
+    yield root
+    assert tree(root) == before
+    assert journal(root / "run_a" / "journal.sqlite", times=True) == rows

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import sae.activations as activations_module
-from sae.activations import ActivationCache, ActivationStream, TrainingBatches
+from sae.activation_cache import ActivationCache, open_caches
+from sae.activations import (
+    ActivationStream,
+    TrainingBatches,
+    lacking,
+    open_streams,
+    read_together,
+    rows_together,
+)
 from sae.corpus import Corpus, prepare_corpus
 from sae.errors import BadInput, UserError
 from sae.settings import CorpusSettings
@@ -60,13 +63,17 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return count
 
 
-def expected(subject: Subject, corpus: Corpus) -> torch.Tensor:
+def expected(subject: Subject, corpus: Corpus, hookpoint: str = HOOKPOINT) -> torch.Tensor:
     """Every sequence's activations, each computed with its block, ``[N, T, D]``."""
     out = torch.empty(corpus.n_sequences, corpus.context, 16)
     for number in range(corpus.n_blocks):
         block = corpus.block(number)
-        out[block] = subject.activations(corpus.rows(block), [HOOKPOINT])[HOOKPOINT]
+        out[block] = subject.activations(corpus.rows(block), [hookpoint])[hookpoint]
     return out
+
+
+def cache_of(corpus: Corpus, subject: Subject, hookpoint: str = HOOKPOINT) -> ActivationCache:
+    return open_caches(corpus, subject, [hookpoint], 10**9)[hookpoint]
 
 
 # --- the stream -------------------------------------------------------------------------------------------
@@ -77,7 +84,7 @@ def test_the_bits_do_not_depend_on_the_portions(subject: Subject, corpus: Corpus
     truth = expected(subject, corpus)
     rng = np.random.default_rng(0)
     for portion in (1, 3, 4, 5, corpus.n_sequences):
-        cache = ActivationCache.for_stream(corpus, subject, HOOKPOINT) if cached else None
+        cache = cache_of(corpus, subject) if cached else None
         stream = ActivationStream(subject, corpus, "gpt_neox." + HOOKPOINT, cache)
         assert (stream.hookpoint, stream.width, stream.context) == (HOOKPOINT, 16, 16)
         order = rng.permutation(corpus.n_sequences)
@@ -107,11 +114,10 @@ def test_nan_and_infinity_are_told(tiny_neox_dir: Path, corpus: Corpus) -> None:
     broken = Subject.load(str(tiny_neox_dir))
     bias = broken.model.get_submodule(HOOKPOINT).dense_4h_to_h.bias
     bias[2] = torch.nan
-    cache = ActivationCache.for_stream(corpus, broken, HOOKPOINT)
+    cache = cache_of(corpus, broken)
     with pytest.raises(UserError, match=r"NaN at layers\.1\.mlp in block \d+ .*weights are damaged") as caught:
         ActivationStream(broken, corpus, HOOKPOINT, cache).rows(np.arange(3))
     assert "\n" not in str(caught.value)
-    assert cache is not None
     assert not cache.has(np.arange(corpus.n_sequences)).any()
     half = Subject.load(str(tiny_neox_dir), dtype="float16")
     half.model.get_submodule(HOOKPOINT).dense_4h_to_h.bias[0] = torch.inf
@@ -129,102 +135,109 @@ def test_sequences_longer_than_the_model_are_refused_at_once(
         ActivationStream(Subject.load(str(tiny_llama_dir)), corpus, HOOKPOINT)
 
 
-# --- the cache --------------------------------------------------------------------------------------------
+# --- several hookpoints -----------------------------------------------------------------------------------
+
+THREE = ("layers.0.mlp", "layers.1.mlp", "layers.2.mlp")
 
 
-def test_a_filled_cache_spares_the_model(subject: Subject, corpus: Corpus, forwards: list[int]) -> None:
-    everything = np.arange(corpus.n_sequences)
-    first = ActivationStream(subject, corpus, HOOKPOINT, ActivationCache.for_stream(corpus, subject, HOOKPOINT))
-    values = first.rows(everything)
-    assert not first._held
-    forwards.clear()
-    again = ActivationStream(subject, corpus, HOOKPOINT, ActivationCache.for_stream(corpus, subject, HOOKPOINT))
-    assert torch.equal(again.rows(everything), values)
-    assert forwards == []
-    other = ActivationCache.for_stream(corpus, subject, "layers.0.mlp")
-    assert other is not None
-    assert first.cache is not None
-    assert other.folder != first.cache.folder
-    assert not other.has(everything).any()
-    folder = other.folder
-    other.delete()
-    assert not folder.exists()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_precision_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
-    cache = ActivationCache(tmp_path / "c", 10, (4, 3), dtype)
-    values = torch.randn(5, 4, 3).to(dtype)
-    assert cache.put(2, values)
-    assert cache.has(np.arange(10)).tolist() == [False] * 2 + [True] * 5 + [False] * 3
-    back = cache.get(np.array([6, 2, 3]))
-    assert back.dtype == dtype
-    assert torch.equal(back, values[[4, 0, 1]])
-    assert (tmp_path / "c" / "slots.bin").stat().st_size <= 10 * 4 * 3 * dtype.itemsize
-
-
-def test_killed_at_any_moment_what_is_marked_is_whole(tmp_path: Path) -> None:
-    values = torch.randn(8, 4, 3)
-    child = os.fork()
-    if child == 0:
-        cache = ActivationCache(tmp_path / "c", 10, (4, 3), torch.float32)
-        cache.put(0, values[:4])
-        real = os.pwrite
-
-        def killed_before_the_mark(file: int, data: Any, offset: int) -> int:
-            if file == cache._filled_file:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(file, data, offset)
-
-        os.pwrite = killed_before_the_mark  # type: ignore[assignment]
-        cache.put(4, values[4:])
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    cache = ActivationCache(tmp_path / "c", 10, (4, 3), torch.float32)
-    assert cache.has(np.arange(10)).tolist() == [True] * 4 + [False] * 6
-    assert torch.equal(cache.get(np.arange(4)), values[:4])
-
-
-def test_after_a_restart_of_the_machine_the_cache_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = lambda: ActivationCache(tmp_path / "c", 4, (2, 2), torch.float32)  # noqa: E731
-    make().put(0, torch.ones(2, 2, 2))
-    assert make().has(np.arange(4)).sum() == 2
-    monkeypatch.setattr(activations_module, "_boot", lambda: "another")
-    assert make().has(np.arange(4)).sum() == 0
-
-
-def test_a_cache_above_the_limit_or_the_disk_is_left_out(
-    subject: Subject, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("cached", [False, True])
+def test_several_hookpoints_are_one_forward_pass(
+    subject: Subject, corpus: Corpus, forwards: list[int], cached: bool
 ) -> None:
-    assert ActivationCache.for_stream(corpus, subject, HOOKPOINT, limit_bytes=1000) is None
-    assert "limit" in capsys.readouterr().err
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert ActivationCache.for_stream(corpus, subject, HOOKPOINT) is None
-    assert "free" in capsys.readouterr().err
-    assert not (corpus.folder / "activations").exists()
+    truth = {h: expected(subject, corpus, h) for h in THREE}
+    caches = open_caches(corpus, subject, THREE, 10**9) if cached else {}
+    streams = open_streams(subject, corpus, THREE, caches)
+    forwards.clear()
+    for portion in (3, 40):  # below and above a group of four blocks of four
+        order = corpus.order(0, seed=1)
+        for start in range(0, len(order), portion):
+            index = order[start : start + portion]
+            for hookpoint, rows in zip(THREE, rows_together(list(streams.values()), index), strict=True):
+                assert torch.equal(rows, truth[hookpoint][index])
+            assert max(len(s._held) for s in streams.values()) <= (0 if cached else 4)
+        assert len(forwards) == (0 if cached and portion == 40 else corpus.n_blocks)
+        forwards.clear()
+        for stream in streams.values():
+            stream._held.clear()
 
 
-def test_a_disk_that_fills_up_costs_time_only(
+def test_what_one_hookpoint_computes_fills_the_others_caches(
+    subject: Subject, corpus: Corpus, forwards: list[int]
+) -> None:
+    streams = open_streams(subject, corpus, THREE, open_caches(corpus, subject, THREE, 10**9))
+    everything = np.arange(corpus.n_sequences)
+    streams["layers.0.mlp"].rows(everything)
+    assert len(forwards) == corpus.n_blocks
+    assert torch.equal(streams["layers.2.mlp"].rows(everything), expected(subject, corpus, "layers.2.mlp"))
+    assert len(forwards) == 2 * corpus.n_blocks  # those of the comparison alone
+
+
+def test_the_pass_goes_no_further_than_what_is_lacking(
     subject: Subject, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    truth = expected(subject, corpus)
-    stream = ActivationStream(subject, corpus, HOOKPOINT, ActivationCache.for_stream(corpus, subject, HOOKPOINT))
-    stream.rows(np.arange(4))
-    real, left = os.pwrite, [4]
+    asked: list[list[str]] = []
+    real = Subject.activations
 
-    def full(file: int, data: Any, offset: int) -> int:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(file, data, offset)
+    def watched(self: Subject, tokens: Any, names: Any) -> Any:
+        asked.append(list(names))
+        return real(self, tokens, names)
 
-    monkeypatch.setattr(os, "pwrite", full)
-    for _ in range(2):
-        for start in range(0, corpus.n_sequences, 5):
-            index = np.arange(start, min(start + 5, corpus.n_sequences))
-            assert torch.equal(stream.rows(index), truth[index])
-    assert left[0] == -1  # not tried again
+    monkeypatch.setattr(Subject, "activations", watched)
+    cache = {"layers.2.mlp": cache_of(corpus, subject, "layers.2.mlp")}
+    streams = open_streams(subject, corpus, THREE, cache)
+    streams["layers.2.mlp"].rows(np.arange(4))
+    asked.clear()
+    streams["layers.0.mlp"].rows(np.arange(4))
+    assert all(names == ["layers.0.mlp"] for names in asked)  # the last layer has its part already
+    assert asked
+
+
+def test_what_is_lacking_is_what_would_be_computed(subject: Subject, corpus: Corpus) -> None:
+    cache = {THREE[0]: cache_of(corpus, subject, THREE[0])}
+    streams = list(open_streams(subject, corpus, THREE, cache).values())
+    streams[0].rows(np.arange(9))
+    streams[1].rows(np.array([11]))
+    rng = np.random.default_rng(3)
+    for _ in range(12):
+        index = rng.permutation(corpus.n_sequences)[: rng.integers(1, 40)]
+        foretold = lacking(streams, index)
+        computed: list[int] = []
+
+        def source(known: Any, number: int, computed: list[int] = computed) -> Any:
+            computed.append(number)
+            return {s.hookpoint: expected(subject, corpus, s.hookpoint)[corpus.block(number)] for s in known}
+
+        rows_together(streams, index, source)
+        assert computed == foretold
+
+
+def test_batches_of_several_lengths_and_hookpoints_are_read_together(
+    subject: Subject, corpus: Corpus, forwards: list[int]
+) -> None:
+    streams = open_streams(subject, corpus, THREE, {})
+    make = lambda hookpoint, tokens: TrainingBatches(streams[hookpoint], tokens, 64, order_seed=2)  # noqa: E731
+    batches = [make(THREE[0], 500), make(THREE[0], 900), make(THREE[2], 500)]
+    alone = [TrainingBatches(ActivationStream(subject, corpus, h), 900, 64, 2)[3] for h in (THREE[0], THREE[2])]
+    forwards.clear()
+    short, long, last = read_together(batches, 3)
+    needed = len(np.unique(corpus.place(batches[0].sequences(3))[0]))
+    assert len(forwards) == needed
+    assert short is long
+    assert torch.equal(short, alone[0])
+    assert torch.equal(last, alone[1])
+    with pytest.raises(ValueError, match="same sequences"):
+        read_together([batches[0], TrainingBatches(streams[THREE[1]], 500, 32, order_seed=2)], 0)
+
+
+def test_where_a_row_comes_from(subject: Subject, corpus: Corpus) -> None:
+    batches = TrainingBatches(ActivationStream(subject, corpus, HOOKPOINT), 500, 64)
+    index = batches.sequences(2)
+    kept = np.flatnonzero(~corpus.is_special(corpus.rows(index)).reshape(-1))
+    for row in (0, len(kept) - 1):
+        sequence = int(index[kept[row] // 16])
+        block = int(corpus.place(np.array([sequence]))[0][0])
+        assert batches.describe(2, row) == f"sequence {sequence} of the corpus, block {block}"
+    assert f"sequence {index[0]} and 3 more of the corpus, blocks " in batches.describe(2)
 
 
 # --- training batches -------------------------------------------------------------------------------------
@@ -264,7 +277,7 @@ def test_batches_come_one_by_one_as_well_as_in_turn(subject: Subject, corpus: Co
 
 def test_precision_of_the_model_does_not_change_the_type_of_batches(tiny_neox_dir: Path, corpus: Corpus) -> None:
     half = Subject.load(str(tiny_neox_dir), dtype="bfloat16")
-    stream = ActivationStream(half, corpus, HOOKPOINT, ActivationCache.for_stream(corpus, half, HOOKPOINT))
+    stream = ActivationStream(half, corpus, HOOKPOINT, cache_of(corpus, half))
     first = TrainingBatches(stream, 100, 64)[0]
     assert first.dtype == torch.float32
     assert torch.equal(first, TrainingBatches(stream, 100, 64)[0])  # the second time from the cache

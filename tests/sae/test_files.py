@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,9 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
+from sae.errors import UserError
 from sae.files import (
     SCHEMA,
     atomic,
@@ -52,6 +55,53 @@ def test_a_file_appears_when_its_block_ends_well(tmp_path: Path) -> None:
         assert temporary.parent == path.parent  # a rename between file systems would be a copy
     assert path.read_text() == "whole"
     assert names(path.parent) == ["file.txt"]
+
+
+def write_half(path: Path, error: Exception) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text("half of i")
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, error: Exception) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(UserError, match=r"the disk is full: '.*file\.txt' cannot be written; free some") as caught:
+        write_half(path, error)
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_a_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    plain, path = tmp_path / "plain", tmp_path / "file"
+    plain.touch()
+    with atomic(path) as temporary:
+        temporary.touch(mode=0o600)
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+def test_the_folder_is_on_the_disk_before_anything_else_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File, renaming, folder: in this order, so that what a caller deletes afterwards can be spared."""
+    seen = []
+
+    def fsync(descriptor: int) -> None:
+        seen.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, (tmp_path / "file").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic(tmp_path / "file") as temporary:
+        temporary.write_text("whole")
+    assert seen == [(temporary.name, False), (tmp_path.name, True)]
 
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_misspelt_key_is_named_with_its_nearest(where: tuple[str, str], data: 
         ("training", "num_latents", 1.5),
         ("training", "tokens", "10M"),
         ("training", "learning_rate", -1),
-        ("training", "architecture", "relu"),
+        ("training", "architecture", "softmax"),
         ("corpus", "context", 4),
         ("corpus", "kind", "web"),
         ("harvest", "window", 1000),

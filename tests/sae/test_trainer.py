@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sae import training_state
 from sae.architectures import TopKSae
-from sae.errors import BadInput, SettingsDiffer
+from sae.errors import BadInput, SettingsDiffer, UserError
+from sae.learner import Plan
 from sae.objective import AuxK, Objective, total_variance
 from sae.settings import TrainingSettings
-from sae.trainer import Plan, train
+from sae.trainer import train
 
 D, M, K, B = 12, 40, 4, 64
 
@@ -28,9 +30,9 @@ class Batches(Sequence[torch.Tensor]):
 
     fingerprint = "synthetic"
 
-    def __init__(self, steps: int, fail_at: int | None = None, pause: float = 0.0) -> None:
+    def __init__(self, steps: int, fail_at: int | None = None, pause: float = 0.0, directions_in_all: int = 24) -> None:
         self.steps, self.fail_at, self.pause = steps, fail_at, pause
-        directions = torch.randn(24, D, generator=torch.Generator().manual_seed(99))
+        directions = torch.randn(directions_in_all, D, generator=torch.Generator().manual_seed(99))
         self.directions = torch.nn.functional.normalize(directions, dim=1)
 
     def __len__(self) -> int:
@@ -41,8 +43,9 @@ class Batches(Sequence[torch.Tensor]):
             raise KeyboardInterrupt
         time.sleep(self.pause)
         generator = torch.Generator().manual_seed(step)
-        active = torch.rand(B, 24, generator=generator) < 0.1
-        return (active * torch.rand(B, 24, generator=generator)) @ self.directions + 0.5
+        n = len(self.directions)
+        active = torch.rand(B, n, generator=generator) < 2.4 / n
+        return (active * torch.rand(B, n, generator=generator)) @ self.directions + 0.5
 
 
 def fresh(*seeds: int) -> list[TopKSae]:
@@ -155,7 +158,8 @@ def test_it_learns_and_keeps_its_log(tmp_path: Path) -> None:
     logs = train(Batches(300), saes, settings(tokens=300 * B, checkpoint_steps=100), folders(tmp_path, 2))
     for sae, log in zip(saes, logs, strict=True):
         table = log.table()
-        assert list(table) == ["step", "tokens", "loss", "fvu", "auxk", "l0", "dead_fraction", "learning_rate"]
+        columns = ["step", "tokens", "loss", "fvu", "auxk", "sparsity", "sparsity_coefficient", "l0", "dead_fraction"]
+        assert list(table) == [*columns, "learning_rate"]
         assert table["tokens"].iloc[-1] == 300 * B
         assert table["fvu"].iloc[-1] < table["fvu"].iloc[0] / 3
         assert 0 < table["l0"].iloc[-1] <= K
@@ -250,7 +254,7 @@ def test_resuming_is_bit_for_bit(tmp_path: Path, stops: tuple[int, ...]) -> None
     assert not broken[0].exists()
 
 
-def test_a_death_between_two_seeds_states_resumes_at_the_step_before(
+def test_after_a_death_between_two_seeds_states_each_goes_on_from_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = fresh(0, 1)
@@ -271,8 +275,93 @@ def test_a_death_between_two_seeds_states_resumes_at_the_step_before(
     assert (broken[0] / "step-00000012.safetensors").exists()
     assert not (broken[1] / "step-00000012.safetensors").exists()
     resumed = fresh(0, 1)
-    assert train(Batches(12), resumed, settings(), broken)[0].resumed_from == 8
+    assert [log.resumed_from for log in train(Batches(12), resumed, settings(), broken)] == [12, 8]
     assert all(map(same, straight, resumed))
+
+
+def test_a_study_that_grows_spares_the_states_of_the_seeds_it_has(tmp_path: Path) -> None:
+    """Seeds 0 and 1 wait at their last step while seed 2 catches up, and are not trained or written again till then."""
+    straight, places = fresh(0, 1, 2), folders(tmp_path / "grown", 3)
+    train(Batches(20), straight, settings(), folders(tmp_path / "straight", 3))
+    with pytest.raises(KeyboardInterrupt):
+        train(Batches(20, fail_at=15), fresh(0, 1), settings(), places[:2])
+    before = [path.read_bytes() for folder in places[:2] for path in sorted(folder.iterdir())]
+    with pytest.raises(KeyboardInterrupt):
+        train(Batches(20, fail_at=6), fresh(0, 1, 2), settings(), places)
+    assert [path.read_bytes() for folder in places[:2] for path in sorted(folder.iterdir())] == before
+    grown = fresh(0, 1, 2)
+    assert [log.resumed_from for log in train(Batches(20), grown, settings(), places)] == [12, 12, 4]
+    assert all(map(same, straight, grown))
+
+
+def test_a_state_that_the_disk_has_damaged_falls_back_to_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One bit, among the weights: the file opens, and only its checksum tells."""
+    straight, places = fresh(0), folders(tmp_path, 1)
+    train(Batches(12), straight, settings(), places)
+    last = places[0] / "step-00000012.safetensors"
+    stored = bytearray(last.read_bytes())
+    stored[-1000] ^= 1
+    last.write_bytes(stored)
+    capsys.readouterr()
+    resumed = fresh(0)
+    assert train(Batches(12), resumed, settings(), places)[0].resumed_from == 8
+    assert "run_a: its state of step 12 cannot be read (it does not match its checksum)" in capsys.readouterr().err
+    assert same(resumed[0], straight[0])
+
+
+def test_states_beyond_the_step_do_not_crowd_out_the_new_ones(tmp_path: Path) -> None:
+    """Both states are damaged; begun afresh, the last two are kept all the same."""
+    places = folders(tmp_path, 1)
+    train(Batches(12), fresh(0), settings(), places)
+    for path in places[0].iterdir():
+        path.write_bytes(b"no state")
+    with pytest.raises(KeyboardInterrupt):
+        train(Batches(12, fail_at=6), fresh(0), settings(), places)
+    assert [path.name for path in places[0].iterdir()] == ["step-00000004.safetensors"]
+
+
+def test_a_state_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    places = folders(tmp_path, 1)
+    train(Batches(8), fresh(0), settings(), places)
+    identity = training_state._read(places[0] / "step-00000008.safetensors").record["identity"]
+    _, state = training_state.latest_state(places[0], identity)
+    assert state is not None
+    for tensors, record in (
+        ({**state.tensors, "new": torch.zeros(1)}, state.record),
+        (state.tensors, {**state.record, "new": 1}),
+    ):
+        training_state.write_state(places[0], 8, training_state.State(tensors, record))
+        with pytest.raises(
+            SettingsDiffer, match=r"run_a: the unfinished training .* another version.*delete"
+        ) as caught:
+            train(Batches(8), fresh(0), settings(), places)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, places = fresh(0), folders(tmp_path / "full", 1)
+    train(Batches(12), straight, settings(), folders(tmp_path / "straight", 1))
+    save = training_state.save_file
+
+    def fills_the_disk(tensors: dict[str, torch.Tensor], path: Path, **named: object) -> None:
+        if "00000012" in path.name:
+            path.write_bytes(b"half a sta")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(tensors, path, **named)
+
+    monkeypatch.setattr(training_state, "save_file", fills_the_disk)
+    with pytest.raises(UserError, match=r"the disk is full.*free some space and give the same command again"):
+        train(Batches(12), fresh(0), settings(), places)
+    monkeypatch.undo()
+    assert sorted(path.name for path in places[0].iterdir()) == [
+        "step-00000004.safetensors",
+        "step-00000008.safetensors",
+    ]
+    resumed = fresh(0)
+    assert train(Batches(12), resumed, settings(), places)[0].resumed_from == 8
+    assert same(resumed[0], straight[0])
 
 
 def test_an_unreadable_state_falls_back_to_the_one_before(tmp_path: Path) -> None:

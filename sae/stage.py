@@ -1,0 +1,107 @@
+"""What the stages share: where the arithmetic happens, who may write, how model, text and activations are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from sae.errors import BadInput, SettingsDiffer, UserError
+from sae.run import Run
+from sae.settings import Settings
+
+if TYPE_CHECKING:
+    from sae.activations import ActivationStream
+    from sae.corpus import Corpus
+    from sae.subject import Subject
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where the arithmetic happens."""
+
+    device: str = "auto"
+    threads: int | None = None
+
+    def resolve(self) -> str:
+        """Set the number of threads and return the device's name for torch."""
+        import torch
+
+        if self.threads is not None:
+            if self.threads < 1:
+                raise BadInput(f"--threads {self.threads}: give 1 or more")
+            torch.set_num_threads(self.threads)
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"--device {self.device!r} cannot be used here ({reason}); try --device cpu") from None
+        return self.device
+
+
+@contextmanager
+def only_one(root: Path, study: str) -> Iterator[None]:
+    """Keep two commands from writing the same study at once. The lock dies with its process."""
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(root / f".{study}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another command is at work on study {study!r}; wait for it, then run this again") from None
+
+
+class Source(NamedTuple):
+    """Where activations come from: a model, a text, and a stream for each hookpoint by its resolved name."""
+
+    subject: Subject
+    corpus: Corpus
+    streams: dict[str, ActivationStream]
+
+    def stream(self, hookpoint: str) -> ActivationStream:
+        return self.streams[self.subject.resolve(hookpoint)]
+
+
+def shares_source(settings: Settings) -> tuple[Any, ...]:
+    """What settings must have in common to be served by one forward pass over one text."""
+    return settings.subject.model, settings.subject.dtype, settings.corpus
+
+
+def open_source(of: Sequence[Settings], root: Path, compute: Compute, keep: bool = True) -> Source:
+    """The model, the text and the hookpoints of settings that share a source; with caches on disk if ``keep``."""
+    from sae.activation_cache import open_caches
+    from sae.activations import open_streams
+    from sae.corpus import prepare_corpus
+    from sae.subject import Subject, load_tokenizer
+
+    first = of[0]
+    device = compute.resolve()
+    subject = Subject.load(first.subject.model, device=device, dtype=first.subject.dtype)
+    # A wrong name is told before the text is read.
+    hookpoints = list(dict.fromkeys(subject.resolve(settings.subject.hookpoint) for settings in of))
+    _, tokenizer_fingerprint = load_tokenizer(first.subject.model)
+    corpus = prepare_corpus(first.corpus, subject.tokenizer, tokenizer_fingerprint, root)
+    limit = min(settings.training.activation_cache for settings in of)
+    caches = open_caches(corpus, subject, hookpoints, limit) if keep else {}
+    return Source(subject, corpus, open_streams(subject, corpus, hookpoints, caches))
+
+
+def check_same_inputs(run: Run, provenance: dict[str, Any]) -> None:
+    """A run that was begun goes on only from the very text and model that it began with."""
+    if not (run.folder / "run.json").is_file():
+        return
+    differences = [
+        f"{what}.fingerprint: {run.record[what]['fingerprint'][:12]} there, {provenance[what]['fingerprint'][:12]} now"
+        for what in ("subject", "corpus", "batch_order")
+        if run.record[what]["fingerprint"] != provenance[what]["fingerprint"]
+    ]
+    if differences:
+        raise SettingsDiffer(
+            f"run {run.name!r} was begun from something else ({'; '.join(differences)}): a model or text has changed "
+            "under the same name; give the study another --name"
+        )
