@@ -13,7 +13,9 @@ from autointerp.score import score_runs
 from autointerp.selection import Choice
 from sae.run import Run
 from sae.settings import settings_from
-from sae.study import Compute, align_runs, harvest_runs, train_study
+from sae.stage import Compute
+from sae.study import align_runs, harvest_runs
+from sae.train_stage import train_study
 
 RECIPE = Path(__file__).parent.parent / "eval_runs" / "recipes" / "demo.toml"
 STUDY = "demo"

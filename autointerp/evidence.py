@@ -127,7 +127,8 @@ class Study:
             "name": run.name,
             "seed": run.seed,
             "num_latents": len(self.alive[run.name]),
-            "k": run.settings.training.k,
+            "architecture": run.settings.training.architecture,
+            "k": run.k,
             "stages": [stage for stage, done in stages.items() if done],
         }
 
@@ -205,22 +206,27 @@ class Study:
         def add(stage: str, says: str, *words: str) -> None:
             found.append({"stage": stage, "says": says, "command": self.command(*words)})
 
-        focus, seeds = self.focus.name, [str(run.seed) for run in self.runs]
+        focus, seeds = self.focus.name, [run.seed for run in self.runs if run.seed is not None]
         untrained = [run.name for run in self.runs if not run.trained]
-        if untrained:
-            says = f"Not trained to the end: {', '.join(untrained)}. With the same options as before, this goes on:"
+        halves = [run for run in self.runs if not run.trained and run.imported]
+        if len(untrained) > len(halves):
+            names = ", ".join(name for name in untrained if name not in [run.name for run in halves])
+            says = f"Not trained to the end: {names}. With the same options as before, this goes on:"
             add("train", says, *self._train(seeds))
+        for run in halves:
+            add("train", f"Not imported to the end: {run.name}. This goes on:", *self._import(run))
         unharvested = [name for name in self.names if name not in self.firing]
         if unharvested:
             chosen = [word for name in unharvested for word in ("--sae", name)]
             add("harvest", f"Not harvested yet: {', '.join(unharvested)}.", "harvest", *chosen)
         if len(self.runs) == 1:
-            another = str(max(run.seed for run in self.runs) + 1)
-            add(
-                "overlap",
-                "One SAE alone has nothing to be compared with. With the same options, this trains another seed:",
-                *self._train([*seeds, another]),
-            )
+            alone = "One SAE alone has nothing to be compared with."
+            if seeds:
+                says = f"{alone} With the same options, this trains another seed:"
+                add("overlap", says, *self._train([*seeds, max(seeds) + 1]))
+            else:
+                says = f"{alone} This imports another into the study:"
+                add("overlap", says, "import", "--from", "DIR", "--name", "NAME", "--study", self.focus.study)
         elif len(self.compared) < len(self.names) and not untrained:
             apart = [name for name in self.names if name not in self.compared]
             says = f"Not aligned with the others yet: {', '.join(apart)}." if self.tables else _UNALIGNED
@@ -260,8 +266,12 @@ class Study:
                 add("score", says, "score", "--sae", self.focus.name)
         return found
 
-    def _train(self, seeds: Sequence[str]) -> list[str]:
-        return ["train", "--name", self.focus.study, "--seeds", *seeds]
+    def _train(self, seeds: Sequence[int]) -> list[str]:
+        return ["train", "--name", self.focus.study, "--seeds", *map(str, seeds)]
+
+    def _import(self, run: Run) -> list[str]:
+        source = str((run.imported or {})["from"])
+        return ["import", "--from", source, "--name", run.name, "--study", run.study]
 
 
 def _compared(folder: Path, focus: str, names: Sequence[str]) -> list[str]:

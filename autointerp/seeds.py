@@ -19,7 +19,8 @@ from sae.files import read_table
 from sae.overlap import DEFINITIONS
 from sae.run import Run
 
-_LOSS_POINTS = 60
+_CURVES = ("step", "tokens", "loss", "fvu", "l0", "dead_fraction", "learning_rate")
+_CURVE_POINTS = 100
 _BY_NUMBER = ("only_one", "all_of_n", "exactly_n")  # lists over the number of SAEs, 1 … S
 
 
@@ -146,7 +147,7 @@ def frequency_by_class_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
 
 
 def training_findings(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Per run, the mean over the last twentieth of its log; the loss thinned for a small curve."""
+    """Per run, the mean over the last twentieth of its log, and the log itself thinned for small curves."""
     logs = {run.name: read_table(run.training_log_path) for run in runs if run.training_log_path.exists()}
     if not logs:
         return None
@@ -158,8 +159,10 @@ def training_findings(runs: Sequence[Run]) -> dict[str, Any] | None:
         },
         "tokens": {name: int(log["tokens"].iloc[-1]) if len(log) else 0 for name, log in logs.items()},
         "steps": {name: int(log["step"].iloc[-1]) if len(log) else 0 for name, log in logs.items()},
-        "loss": {
-            name: [number(v) for v in log["loss"].iloc[_spaced(len(log), _LOSS_POINTS)]]
+        "curves": {
+            name: {
+                column: [number(v) for v in log[column].iloc[_spaced(len(log), _CURVE_POINTS)]] for column in _CURVES
+            }
             for name, log in logs.items()
             if len(log)
         },

@@ -73,8 +73,7 @@ def check(run: Run, choice: Choice) -> None:
     if choice.needs_alignment and not siblings:
         raise BadInput(
             f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; "
-            f"train another seed (`python cli.py train --name {run.study} --seeds …`), or leave --unshared-only, "
-            "--shared-only and --with-partners out"
+            f"{run.advice_to_add_another()}, or leave --unshared-only, --shared-only and --with-partners out"
         )
 
 

@@ -7,9 +7,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
+
+from sae import launch
 
 SOME_FAILED = 3
 INTERRUPTED = 130
@@ -19,6 +21,8 @@ _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR
 
 def finish(as_json: bool, command: str, to_object: Callable[[], dict[str, Any]], render: Callable[[], None]) -> None:
     """Give the result: as one JSON object on standard output, or as ``render`` shows it to people."""
+    if launch.rank() != 0:
+        return
     if as_json:
         print(json.dumps({"schema": 1, "command": command, **to_object()}))
     else:
@@ -51,7 +55,22 @@ def one_line_errors(as_json: bool) -> Iterator[None]:
         if error.errno not in _NOT_OURS or error.filename is None:
             raise
         line, code = f"{str(error.filename)!r} cannot be used: {(error.strerror or '').lower()}", 1
-    print(f"error: {line}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"schema": 1, "error": line}))
+        end(code, f"error: {line}", json.dumps({"schema": 1, "error": line}))
+    end(code, f"error: {line}")
+
+
+def end(code: int, line: str, result: str | None = None) -> NoReturn:
+    """End with ``line`` on standard error and ``result``, if any, on standard output; of several ranks, one says it."""
+
+    def speak() -> None:
+        print(line, file=sys.stderr)
+        if result is not None:
+            print(result)
+
+    if launch.launched():
+        from sae.distributed import end_rank
+
+        end_rank(code, speak)
+    speak()
     sys.exit(code)

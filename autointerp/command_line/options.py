@@ -19,6 +19,14 @@ class Backend(enum.StrEnum):
     ngram = "ngram"
 
 
+class OtherFormat(enum.StrEnum):
+    """A format that another program opens."""
+
+    sparsify = "sparsify"
+    saelens = "saelens"
+    dictionary_learning = "dictionary_learning"
+
+
 class Definition(enum.StrEnum):
     """What counts as shared (see :data:`sae.overlap.DEFINITIONS`)."""
 
@@ -45,6 +53,14 @@ Name = Annotated[str, typer.Option("--name", help="The study's name; its runs be
 Seeds = Annotated[
     list[int] | None, typer.Option("--seeds", help="One SAE per seed, all on the same batches: --seeds 0 1 2.")
 ]
+Parallel = Annotated[
+    str | None,
+    typer.Option(
+        "--parallel",
+        help="Under torchrun, what the ranks split: seeds, or the data of every step. "
+        "Default: seeds where there are as many as ranks.",
+    ),
+]
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="A TOML file of settings (see eval_runs/recipes/).")]
 Model = Annotated[
     str | None,
@@ -52,6 +68,14 @@ Model = Annotated[
 ]
 Hookpoint = Annotated[
     str | None, typer.Option("--hookpoint", help="The module whose output is studied, such as layers.2.mlp.")
+]
+Hookpoints = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--hookpoint",
+        help="The module whose output is studied, such as layers.2.mlp. Several, in one pass over the model, "
+        "become a study each: NAME-layers.2.mlp and so on.",
+    ),
 ]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="Precision of the subject's forward pass: float32, bfloat16, float16.")
@@ -67,13 +91,36 @@ Split = Annotated[str | None, typer.Option("--split", help="The dataset's split.
 Column = Annotated[str | None, typer.Option("--column", help="The dataset's column that holds the text.")]
 Configuration = Annotated[str | None, typer.Option("--config", help="The dataset's configuration.")]
 Context = Annotated[int | None, typer.Option("--context", help="Tokens in a packed sequence.")]
+Architecture = Annotated[
+    str | None, typer.Option("--architecture", help="topk, batchtopk, relu (with an L1 penalty), gated or jumprelu.")
+]
 NumLatents = Annotated[int | None, typer.Option("--num-latents", "-M", help="Width of the dictionary.")]
 K = Annotated[int | None, typer.Option("--k", "-k", help="Active latents per token.")]
 TrainTokens = Annotated[str | None, typer.Option("--tokens", help="Tokens to train on, such as 10M.")]
 BatchTokens = Annotated[str | None, typer.Option("--batch-tokens", help="Tokens in a step.")]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Adam's peak rate.")]
+ActivationCache = Annotated[
+    str | None,
+    typer.Option(
+        "--activation-cache", help="Bytes of activations kept on disk until the harvest. Default: 8G; 0: none."
+    ),
+]
+Wandb = Annotated[
+    str | None, typer.Option("--wandb", metavar="PROJECT", help="Also log to this project of Weights & Biases.")
+]
 HarvestTokens = Annotated[str | None, typer.Option("--tokens", help="How many tokens to record, such as 2M.")]
 RunNames = Annotated[list[str] | None, typer.Argument(metavar="RUN RUN…", help="Default: the newest study's runs.")]
+
+# --- import, export ----------------------------------------------------------------------------------------------
+
+ImportedFrom = Annotated[
+    str,
+    typer.Option("--from", help="The folder of an SAE, or its name on the hub: OWNER/REPOSITORY[@REVISION][/FOLDER]."),
+]
+ImportedName = Annotated[str, typer.Option("--name", help="The run that it becomes.")]
+ImportedStudy = Annotated[str, typer.Option("--study", help="The study that the run joins, new or not.")]
+ExportTo = Annotated[Path, typer.Option("--to", help="The folder to write, new or empty.")]
+ExportFormat = Annotated[OtherFormat, typer.Option("--format", help="The program that is to open it.")]
 
 # --- what counts as shared ---------------------------------------------------------------------------------------
 

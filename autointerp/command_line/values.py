@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-LISTS = frozenset({"--seeds", "--text", "--against"})
+LISTS = frozenset({"--seeds", "--text", "--against", "--hookpoint"})
 
 
 def spread_lists(arguments: list[str]) -> list[str]:
@@ -28,22 +28,20 @@ def absolute(name: str) -> str:
     return str(path.resolve()) if path.exists() else name
 
 
-def amount(option: str, text: str | None) -> int | None:
-    """``2M``, ``500k``, ``1e6`` or ``123``, as a whole number."""
-    from decimal import Decimal
-
+def amount(option: str, text: str | None, least: int = 1) -> int | None:
+    """``2M``, ``500k``, ``1e6`` or ``123``, as a whole number of at least ``least``."""
+    from sae.amounts import parse_amount
     from sae.errors import BadInput
 
     if text is None:
         return None
-    scale = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}.get(text[-1:].lower(), 1)
     try:
-        value = Decimal(text[:-1] if scale > 1 else text) * scale  # not as a float: 1.001M would be no whole number
-        if not 1 <= value <= 10**15 or value != int(value):
-            raise ValueError
-        return int(value)
-    except (ValueError, ArithmeticError):
-        raise BadInput(f"{option} {text!r} is not an amount; write it like 500k, 2M or 1000000") from None
+        value = parse_amount(text)
+        if value < least:
+            raise ValueError(f"{text!r} is not an amount; write it like 500k, 2M or 1000000")
+    except ValueError as error:
+        raise BadInput(f"{option} {error}") from None
+    return value
 
 
 def indices(text: str | None) -> tuple[int, ...]:

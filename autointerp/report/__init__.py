@@ -57,12 +57,15 @@ def render_latent(found: Mapping[str, Any], console: Console | None = None) -> N
 def alignment_findings(shared: Mapping[str, Any]) -> dict[str, Any]:
     """What aligned runs share, in the shape that it has in the report's own findings.
 
-    ``shared`` is a :meth:`sae.overlap.StudyOverlap.as_dict`.
+    ``shared`` is a :meth:`sae.overlap.StudyOverlap.as_dict`, with each run's seed under ``seeds`` where some of them
+    were not trained here.
     """
     from autointerp.seeds import overlap_tree, similarity_tree
 
+    seeds = shared.get("seeds", {})
+
     return {
-        "runs": [{"name": name} for name in shared["runs"]],
+        "runs": [{"name": name, "seed": seeds.get(name, 0)} for name in shared["runs"]],
         "compared": shared["runs"],
         "missing": [],
         "overlap": overlap_tree(shared),

@@ -152,21 +152,37 @@ def resampled(values: Sequence[float], width: int) -> list[float]:
     return means
 
 
-def sparkline(values: Sequence[float], width: int, style: str = "", *, log: bool = False) -> Text:
+def sparkline(
+    values: Sequence[float],
+    width: int,
+    style: str = "",
+    *,
+    log: bool = False,
+    span: tuple[float, float] | None = None,
+) -> Text:
     """A series in one line, from its smallest value (lowest block) to its largest; gaps where it is missing.
 
-    ``log`` takes logarithms first, which keeps the end of a loss curve visible beside its beginning.
+    ``log`` takes logarithms first, which keeps the end of a loss curve visible beside its beginning. ``span`` is the
+    lowest and highest value of the scale, where several series share one.
     """
-    series = resampled(values, width)
-    if log:
-        series = [math.log(v) if math.isfinite(v) and v > 0 else math.nan for v in series]
+
+    def scaled(value: float) -> float:
+        if not log:
+            return value
+        return math.log(value) if math.isfinite(value) and value > 0 else math.nan
+
+    series = [scaled(v) for v in resampled(values, width)]
     known = [v for v in series if math.isfinite(v)]
     if not known:
         return Text("")
     low, high = min(known), max(known)
+    if span is not None:
+        bounds = [v for v in map(scaled, span) if math.isfinite(v)]
+        low, high = min([low, *bounds]), max([high, *bounds])
+    step = high / 7 - low / 7
+    flat = step <= 1e-9 * max(abs(low), abs(high))  # a difference in the last bits is none to look at
     line = "".join(
-        " " if not math.isfinite(v) else HEIGHTS[1 + round((v - low) / (high - low) * 7) if high > low else 4]
-        for v in series
+        " " if not math.isfinite(v) else HEIGHTS[4 if flat else 1 + round(v / step - low / step)] for v in series
     )
     return Text(line, style, no_wrap=True)
 

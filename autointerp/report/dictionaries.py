@@ -14,6 +14,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from autointerp.report import blocks
+from autointerp.report.curves import training_curves
 from autointerp.report.layout import (
     ACCENT,
     QUIET,
@@ -28,6 +29,7 @@ from autointerp.report.layout import (
     indented,
     legend,
     listed,
+    origin,
     percent,
     percent_interval,
     section,
@@ -44,7 +46,7 @@ RULES = {
 
 
 def overlap(found: Findings, page: Page) -> RenderableType:
-    title = "How much comes back when only the seed changes"
+    title = f"How much comes back {what_changes(found)}"
     says = (
         "Each latent of one SAE is paired with one latent of the other, once by encoder and once by decoder direction; "
         "it is shared when the pair is close."
@@ -232,28 +234,22 @@ def training(found: Findings, page: Page) -> RenderableType:
         "active per token; dead latents never fire."
     )
     tree, firing = found["training"], found["firing"]
-    if tree is None:
-        return section(page, title, says, missing(found, "train"))
+    if tree is None and not (_imported(found) and firing):
+        begun = any(entry["stage"] == "train" for entry in found["missing"])
+        return section(page, title, says, missing(found, "train" if begun or not _imported(found) else "harvest"))
     tokens = get(firing, "tokens")
     word = "dead" if tokens is None or tokens >= 1_000_000 else "silent"
-    table = grid("", ("seed", "right"), ("tokens", "right"), ("FVU", "right"), ("L0", "right"), (word, "right"), "loss")
-    room = page.width - 40 - max(len(visible(run["name"])) for run in found["runs"])
+    table = grid("", ("seed", "right"), ("tokens", "right"), ("FVU", "right"), ("L0", "right"), (word, "right"))
     for run in found["runs"]:
         name = run["name"]
         silent = get(firing, "dead_fraction", name)
         table.add_row(
             Text(visible(name), "bold" if name == found["focus"] else ""),
-            str(run["seed"]),
+            origin(run["seed"]),
             human(get(tree, "tokens", name)),
             decimal(get(tree, "fvu", name)),
-            decimal(get(tree, "l0", name), 1),
+            decimal(_l0(found, name), 1),
             percent(silent if silent is not None else get(tree, "dead_fraction", name)),
-            blocks.sparkline(
-                [math.nan if v is None else v for v in get(tree, "loss", name) or []],
-                max(8, min(32, room)),
-                ACCENT,
-                log=True,
-            ),
         )
     notes = []
     if tokens is not None:
@@ -263,7 +259,8 @@ def training(found: Findings, page: Page) -> RenderableType:
     unfinished = [visible(run["name"]) for run in found["runs"] if "trained" not in run["stages"]]
     if unfinished:
         notes.append(f"Not finished: {listed(unfinished)}.")
-    return section(page, title, says, table, *([Text("\n" + " ".join(notes))] if notes else []))
+    curves = training_curves(get(tree, "curves") or {}, page)
+    return section(page, title, says, table, *curves, *([Text("\n" + " ".join(notes))] if notes else []))
 
 
 #: Which missing stages explain that a part is empty, the first that applies. Commands run what they need by themselves.
@@ -285,12 +282,40 @@ def missing(found: Findings, stage: str) -> RenderableType:
     return Text("There is no record of it.", QUIET)
 
 
+def _l0(found: Findings, name: str) -> float | None:
+    """Latents per token at the end of training; for a run without a log, over the harvested tokens."""
+    logged = get(found["training"], "l0", name)
+    return get(found["firing"], "mean_l0", name) if logged is None else logged
+
+
+def _imported(found: Findings) -> list[str]:
+    return [run["name"] for run in found["runs"] if run.get("seed", 0) is None]
+
+
+def what_changes(found: Findings) -> str:
+    """What the SAEs of a study differ in, as the end of a sentence about what comes back."""
+    return "from one SAE to another" if _imported(found) else "when only the seed changes"
+
+
+def seed_in_words(run: Mapping[str, Any]) -> str:
+    return "imported" if run["seed"] is None else f"seed {run['seed']}"
+
+
+def size_in_words(run: Mapping[str, Any]) -> str:
+    """``1,024 latents, k 8``, with the architecture where it is not TopK."""
+    kind = "" if run.get("architecture", "topk") == "topk" else f"{run['architecture']}, "
+    k = "" if run["k"] is None else f", k {run['k']}"
+    return f"{kind}{run['num_latents']:,} latents{k}"
+
+
 def runs_in_words(found: Findings) -> str:
     """``3 SAEs on the same data, seeds 0 1 2 · 1,024 latents, k 8``."""
-    runs = found["runs"]
-    seeds = " ".join(str(run["seed"]) for run in runs)
-    sizes = sorted({(run["num_latents"], run["k"]) for run in runs})
-    each = listed([f"{m:,} latents, k {k}" for m, k in sizes])
+    runs, n_imported = found["runs"], len(_imported(found))
+    seeds = " ".join(str(run["seed"]) for run in runs if run["seed"] is not None)
+    each = listed(sorted({size_in_words(run) for run in runs}))
     if len(runs) == 1:
-        return f"1 SAE, seed {seeds} · {each}"
+        return f"1 SAE, {seed_in_words(runs[0])} · {each}"
+    if n_imported:
+        trained = f", seeds {seeds} trained here" if seeds else ""
+        return f"{len(runs)} SAEs, {n_imported} imported{trained} · {each}"
     return f"{len(runs)} SAEs on the same data, seeds {seeds} · {each}"

@@ -99,6 +99,11 @@ def human(n: float | None) -> str:
     return progress.human(n)
 
 
+def origin(seed: int | None) -> str:
+    """A run's seed, or ``imported`` for one that was not trained here."""
+    return "imported" if seed is None else str(seed)
+
+
 def plural(n: int, one: str, many: str | None = None) -> str:
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 

@@ -18,6 +18,7 @@ from autointerp.report.layout import (
     grid,
     human,
     listed,
+    origin,
     plural,
     section,
 )
@@ -75,10 +76,9 @@ def show_runs(found: Sequence[Mapping[str, Any]], console: Console) -> None:
         table = grid("", ("seed", "right"), *stages)
         for run in members:
             marks = [Text("yes", ACCENT) if run[stage] else Text("–", QUIET) for stage in stages]
-            table.add_row(Text(visible(run["name"]), "bold"), str(run["seed"]), *marks)
-        says = (
-            f"{visible(first['subject'])} · {visible(first['hookpoint'])} · {first['num_latents']:,} latents, "
-            f"k {first['k']}, {human(first['tokens'])} tokens"
-        )
+            table.add_row(Text(visible(run["name"]), "bold"), origin(run["seed"]), *marks)
+        sizes = sorted({dictionaries.size_in_words(run) for run in members})
+        tokens = "" if first["tokens"] is None else f", {human(first['tokens'])} tokens"
+        says = f"{visible(first['subject'])} · {visible(first['hookpoint'])} · {listed(sizes)}{tokens}"
         body.append(section(page, visible(study), says, table))
     emit(Group(*body), console, page.width)

@@ -94,7 +94,9 @@ def head(found: Findings, page: Page) -> RenderableType:
         Text("subject", QUIET), shown(f"{subject['model']} · {subject['hookpoint']} (width {subject['width']})")
     )
     table.add_row(Text("text", QUIET), shown(_corpus_in_words(corpus, found)))
-    table.add_row(Text("runs", QUIET), shown(", ".join(f"{run['name']} (seed {run['seed']})" for run in runs)))
+    table.add_row(
+        Text("runs", QUIET), shown(", ".join(f"{run['name']} ({dictionaries.seed_in_words(run)})" for run in runs))
+    )
     if found["runs"] and len(runs) > 1:
         table.add_row(
             Text("looked at", QUIET), shown(f"{found['focus']}: the run whose latents are counted and explained below")
@@ -141,7 +143,7 @@ def _returns_in_short(found: Findings) -> Iterator[str]:
         return
     row, definition = tree[tree["definition"]], tree["definition"]
     yield (
-        f"{percent(row['value'])} of the alive latents come back when only the seed changes "
+        f"{percent(row['value'])} of the alive latents come back {dictionaries.what_changes(found)} "
         f"({definition}, mean of {plural(len(row['pairs']), 'pair')}, 95 % {percent_interval(row['interval'])})."
     )
     if found["membership"] is not None and len(found["compared"]) > 2:

@@ -98,7 +98,7 @@ def aligned(runs: list[Run], *, shared: float = 0.4, noise: float = 0.35) -> Non
     common = np.random.default_rng(99).normal(size=(m, d))
     weights = {}
     for run in runs:
-        rng = np.random.default_rng(1000 + run.seed)
+        rng = np.random.default_rng(1000 + (run.seed or 0))
         base = np.where((np.arange(m) < shared * m)[:, None], common, rng.normal(size=(m, d)))
         weights[run.name] = [base + noise * rng.normal(size=(m, d)) for _ in range(2)]
     for i, a in enumerate(runs):

@@ -341,7 +341,7 @@ def test_a_short_harvest_calls_no_latent_dead(tmp_path: Path) -> None:
     small_study.harvested(runs, tokens=50_000)
     small_study.aligned(runs)
     page = drawn(findings(tmp_path, ["run_a", "run_b"]))
-    assert "silent  loss" in page
+    assert "  L0  silent" in page
     assert "too few to call" in page
 
 

@@ -19,7 +19,9 @@ from sae.errors import BadInput, Unavailable
 from sae.files import read_table
 from sae.run import Run
 from sae.settings import Settings
-from sae.study import Compute, harvest_runs, train_study
+from sae.stage import Compute
+from sae.study import harvest_runs
+from sae.train_stage import train_study
 
 N = 4
 ITEMS = 12  # contexts that an explanation is tested on

@@ -5,8 +5,8 @@ expected but that every one of them ends as a result or as a failure with its re
 space until it is cut off. What *is* expected is what does not depend on how clever it is: that probabilities are the
 model's own, that tokens are counted, that a repeated prefix is read once, that too long a prompt says so.
 
-The bundled model reads 512 tokens, our prompts are longer. Its positions are rotary, so a copy whose configuration
-says 4096 can be served: it computes the same function, beyond 512 tokens badly, and that is enough here.
+Our prompts are longer than the 1,024 tokens that it was trained on. Its positions are rotary, so it reads them all the
+same, if badly, and that is enough here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from sae.run import Run
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 BUNDLED = REPOSITORY / "sae" / "subjects" / "pystdlib-4m"
-CONTEXT = 4096
+FEW = 512
+"""Tokens: fewer than any of our prompts has."""
 N_LATENTS = 8
 TEXTS = [str(Path(argparse.__file__).with_name(f"{name}.py")) for name in ("argparse", "inspect", "subprocess", "ast")]
 RECIPE = """
@@ -55,12 +56,12 @@ P_TOLERANCE = 0.03
 """Of P(active). Measured: .009 at most."""
 
 
-def extended(model: Path, folder: Path) -> Path:
-    """A copy of a checkpoint that may be served with ``CONTEXT`` tokens."""
-    copy = Path(shutil.copytree(model, folder / f"{model.name}-{CONTEXT}"))
+def limited(model: Path, folder: Path) -> Path:
+    """A copy of a checkpoint that takes ``FEW`` tokens."""
+    copy = Path(shutil.copytree(model, folder / f"{model.name}-{FEW}"))
     for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
         values = json.loads((copy / name).read_text())
-        (copy / name).write_text(json.dumps({**values, key: CONTEXT}, indent=2))
+        (copy / name).write_text(json.dumps({**values, key: FEW}, indent=2))
     return copy
 
 
@@ -79,9 +80,8 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    model = extended(BUNDLED, folder)
-    with VllmServer(model, folder / "vllm.log") as server:
-        yield Served(server, model)
+    with VllmServer(BUNDLED, folder / "vllm.log") as server:
+        yield Served(server, BUNDLED)
 
 
 def command(root: Path, name: str, *arguments: object) -> tuple[int, dict[str, Any], str]:
@@ -298,11 +298,11 @@ def test_p_active_is_the_models_own(run: Run, served: Served) -> None:
 
 
 def test_a_prompt_beyond_the_models_context_says_so_in_one_line(tmp_path: Path) -> None:
-    """The bundled model as it is: 512 tokens, and not one of our prompts fits."""
+    """A model of 512 tokens: not one of our prompts fits."""
     run = trained(tmp_path / "runs")
     chosen = ("--sae", "run_a", "--latents", 4)
     assert command(run.root, "explain", *chosen, "--explainer", "ngram")[0] == 0
-    with VllmServer(BUNDLED, tmp_path / "vllm.log") as server:
+    with VllmServer(limited(BUNDLED, tmp_path), tmp_path / "vllm.log") as server:
         asked = {
             "explain": command(run.root, "explain", *chosen, "--llm-url", server.url),
             "score": command(run.root, "score", "--llm-url", server.url, "--protocol", "single"),

@@ -1,0 +1,216 @@
+"""Every kind of bad input: one line that names it and says what to do, and nothing on disk has changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import small_study
+from tiny_study import NUM_LATENTS, Ran, cli, tree
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[str, tuple[str, ...]]] = {
+    "unknown run": ("harvest --sae run_x", ("'run_x'", "did you mean", "'run_a'")),
+    "unknown run to explain": ("explain --sae rnu_a", ("'rnu_a'", "'run_a'")),
+    "unknown run to report": ("report --sae nope", ("'nope'", "'run_a'")),
+    "unknown run to align": ("align run_a run_z", ("'run_z'", "'run_a'")),
+    "one run to align": ("align run_a", ("'run_a'", "two runs")),
+    "slash in the name": ("train --name a/b --recipe {recipe}", ("'a/b'",)),
+    "reserved name": ("train --name reports --recipe {recipe}", ("'reports'", "reserved")),
+    "hidden name": ("train --name .run --recipe {recipe}", ("'.run'",)),
+    "endless name": (f"train --name {'x' * 300} --recipe {{recipe}}", ("300 characters",)),
+    "other settings": ("train --recipe {recipe} --k 3", ("'run_a'", "training.k: 2 there, 3 now")),
+    "repeated seed": ("train --recipe {recipe} --seeds 1 1", ("seeds 1 1",)),
+    "k above M": ("train --name wide --k 9 -M 8", ("training.k = 9", "training.num_latents = 8")),
+    "k of nothing": ("train --name wide --k 0", ("training.k = 0",)),
+    "unknown precision": ("train --name wide --dtype float8", ("subject.dtype = 'float8'", "float32")),
+    "two corpora": ("train --name wide --text x --dataset y", ("--text", "--dataset")),
+    "missing recipe": ("train --recipe {recipe}x", ("tiny.tomlx", "tiny.toml'")),
+    "recipe that is a folder": ("train --recipe {folder}", ("cannot be read",)),
+    "unknown latent": (f"explain --sae run_a --indices 1,{NUM_LATENTS}", (f"latent {NUM_LATENTS} ", "0 to 63")),
+    "latents upside down": ("explain --indices 5-3", ("'5-3'",)),
+    "latents without end": ("explain --indices 0-99999999999", ("'0-99999999999'",)),
+    "no latents": ("explain --indices ,", ("','",)),
+    "latents in words": ("explain --indices 1,two", ("'two'",)),
+    "unknown against": ("explain --unshared-only --against run_q", ("'run_q'", "'run_b'")),
+    "itself against": ("explain --unshared-only --against run_a", ("'run_a'", "'run_b'")),
+    "unknown against in a report": ("report --against run_q", ("'run_q'",)),
+    "shared and unshared": ("explain --unshared-only --shared-only", ("--unshared-only", "--shared-only")),
+    "unknown scorer": ("score --scorer detectoin", ("'detectoin'", "'detection'")),
+    "unknown protocol": ("score --protocol chat --llm-url x", ("'chat'", "batch")),
+    "no such address": ("explain --llm-url ftp://x", ("'ftp://x'",)),
+    "unknown latent to show": ("show --latent 64", ("latent 64 ", "0 to 63")),
+    "negative latent to show": ("show --latent -1", ("latent -1 ",)),
+    "unknown device": ("harvest --tokens 99M --device abacus", ("'abacus'",)),
+    "no threads": ("harvest --tokens 99M --threads 0", ("--threads 0",)),
+}
+
+
+@pytest.mark.parametrize(("command", "words"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("as_json", [False, True], ids=["tables", "json"])
+def test_bad_input_is_one_line(
+    command: str, words: tuple[str, ...], as_json: bool, untouched: Path, recipe: Path, tmp_path: Path
+) -> None:
+    arguments = command.format(recipe=recipe, folder=tmp_path).split(" ")
+    ran = cli(*arguments, "--root", untouched, *["--json"] * as_json)
+    ran.failed_in_one_line(*words)
+    assert len(ran.err.splitlines()) == 1
+    assert bool(ran.out) == as_json
+
+
+USAGE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "no such command": ("trian", ("'trian'", "--help")),
+    "no such option": ("train --sead 1", ("--sead",)),
+    "seed in words": ("train --seeds one", ("--seeds",)),
+    "negative seed": ("train --seeds -1", ("-1",)),
+    "no latents": ("explain --latents 0", ("--latents",)),
+    "unknown definition": ("explain --definition srtict", ("--definition",)),
+    "cosine above one": ("explain --threshold 1.5", ("--threshold",)),
+    "nobody at work": ("explain --concurrency 0", ("--concurrency",)),
+    "no latent to show": ("show", ("--latent",)),
+    "unknown explainer": ("explain --explainer magic", ("--explainer",)),
+}
+
+
+@pytest.mark.parametrize(("command", "words"), USAGE.values(), ids=USAGE)
+def test_wrong_usage_is_one_line_and_exit_code_2(command: str, words: tuple[str, ...], untouched: Path) -> None:
+    for more in ([], ["--json"]):
+        ran = cli(*command.split(), "--root", untouched, *more)
+        ran.failed_in_one_line(*words, code=2)
+        assert len(ran.err.splitlines()) == 1
+        assert bool(ran.out) == bool(more)
+
+
+@pytest.mark.parametrize("text", ["", "k", "abc", "0", "-5", "1.5", "0.0001k", "nan", "inf", "1e400", "2M2", "1e99"])
+def test_an_amount_that_is_none(text: str, untouched: Path, recipe: Path) -> None:
+    cli("train", "--recipe", recipe, "--tokens", text, "--root", untouched).failed_in_one_line("--tokens", repr(text))
+    cli("harvest", f"--tokens={text}", "--root", untouched).failed_in_one_line("--tokens", repr(text))
+
+
+def fresh(tmp_path: Path, recipe: Path, *arguments: object) -> tuple[Ran, Path]:
+    """``train`` in an empty root that is to stay without runs."""
+    root = tmp_path / "fresh"
+    ran = cli("train", "--recipe", recipe, *arguments, "--root", root, "--json")
+    assert not list(root.glob("*/run.json"))
+    assert not list(root.rglob("*.part"))
+    assert not list(root.rglob("*.safetensors"))
+    return ran, root
+
+
+def test_an_unknown_hookpoint_names_the_nearest(tmp_path: Path, recipe: Path) -> None:
+    ran, _ = fresh(tmp_path, recipe, "--hookpoint", "layers.1.mpl")
+    ran.failed_in_one_line("'layers.1.mpl'", "did you mean 'layers.1.mlp'")
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("[training]\nnum_latent = 5", ("'training.num_latent'", "'num_latents'")),
+        ("[trainnig]\nk = 5", ("'trainnig'", "'training'")),
+        ("[training]\nk = 'many'", ("training.k", "'many'")),
+        ("training = 5", ("training",)),
+        ("[training\n", ("not valid TOML",)),
+    ],
+)
+def test_a_recipe_that_cannot_be_one(table: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(table)
+    ran, root = fresh(tmp_path, path)
+    ran.failed_in_one_line("bad.toml", *words)
+    assert not root.exists()
+
+
+def test_a_text_shorter_than_one_sequence(tmp_path: Path, recipe: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    ran, _ = fresh(tmp_path, recipe, "--text", tmp_path / "short.txt")
+    ran.failed_in_one_line("short.txt", "corpus.context = 32")
+
+
+def test_a_text_that_is_not_there_or_is_none(tmp_path: Path, recipe: Path) -> None:
+    ran, _ = fresh(tmp_path, recipe, "--text", tmp_path / "absent.txt")
+    ran.failed_in_one_line("absent.txt")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 100)
+    ran, _ = fresh(tmp_path, recipe, "--text", tmp_path / "binary.txt")
+    ran.failed_in_one_line("binary.txt")
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path, recipe: Path, tiny_llama_dir: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fresh(tmp_path, recipe, "--model", empty)[0].failed_in_one_line(empty, "config.json")
+    fresh(tmp_path, recipe, "--model", tmp_path / "absent")[0].failed_in_one_line("absent")
+    fresh(tmp_path, recipe, "--model", recipe)[0].failed_in_one_line("tiny.toml", "a file")
+    cut = Path(shutil.copytree(tiny_llama_dir, tmp_path / "cut"))
+    (weights,) = cut.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    fresh(tmp_path, recipe, "--model", cut)[0].failed_in_one_line(cut)
+
+
+def test_sequences_longer_than_the_model_reads(tmp_path: Path, recipe: Path) -> None:
+    ran, _ = fresh(tmp_path, recipe, "--context", 64)
+    ran.failed_in_one_line("64 positions", "65", "corpus.context to 63")
+
+
+def test_a_root_that_is_a_file(tmp_path: Path, recipe: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    cli("train", "--recipe", recipe, "--root", tmp_path / "file", "--json").failed_in_one_line("file'")
+
+
+@pytest.mark.parametrize("command", ["harvest", "align", "explain", "report", "show --latent 1", "explain --llm-url x"])
+def test_there_are_no_runs_yet(command: str, tmp_path: Path) -> None:
+    ran = cli(*command.split(), "--root", tmp_path / "none", "--json")
+    ran.failed_in_one_line("no runs", "none'", "python cli.py train")
+    assert not (tmp_path / "none").exists()
+    assert cli("runs", "--root", tmp_path / "none", "--json").well().json["runs"] == []
+
+
+def test_nothing_is_explained_yet(tmp_path: Path) -> None:
+    small_study.runs_of(tmp_path)
+    cli("score", "--root", tmp_path, "--json").failed_in_one_line("has explanations", "python cli.py explain")
+
+
+@pytest.mark.parametrize("option", ["--unshared-only", "--shared-only", "--with-partners"])
+def test_one_seed_alone_shares_nothing(option: str, tmp_path: Path) -> None:
+    small_study.runs_of(tmp_path, 1)
+    before = tree(tmp_path)
+    ran = cli("explain", option, "--root", tmp_path, "--json")
+    ran.failed_in_one_line("'run_a'", "only run", "train")
+    assert len(ran.err.splitlines()) == 1  # before any harvest
+    assert tree(tmp_path) == before
+
+
+def test_runs_of_different_studies_are_not_aligned(tmp_path: Path) -> None:
+    small_study.runs_of(tmp_path, 1, study="left")
+    small_study.runs_of(tmp_path, 1, study="right")
+    ran = cli("align", "left_a", "right_a", "--root", tmp_path, "--json")
+    ran.failed_in_one_line("left_a, right_a", "different studies")
+
+
+def test_a_run_whose_weights_are_cut_short(root: Path) -> None:
+    weights = root / "run_a" / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    for command in (("harvest",), ("align",), ("explain", "--latents", 2)):
+        cli(*command, "--root", root, "--json").failed_in_one_line("run_a")
+
+
+def test_a_record_that_is_damaged(root: Path) -> None:
+    (root / "run_a" / "run.json").write_text("{")
+    cli("report", "--sae", "run_a", "--root", root, "--json").failed_in_one_line("run.json", "damaged")
+
+
+def test_a_training_under_way_is_not_harvested(root: Path) -> None:
+    (root / "run_b" / "cfg.json").unlink()
+    cli("harvest", "--sae", "run_b", "--root", root, "--json").failed_in_one_line("'run_b'", "not trained to its end")
+
+
+def test_an_endpoint_that_is_down_is_told_before_any_other_work(root: Path) -> None:
+    """A harvest of an hour is not to be waited for only to hear that nobody listens."""
+    shutil.rmtree(root / "run_a" / "firings")
+    (root / "run_a" / "latents.firing.parquet").unlink()
+    before = tree(root)
+    ran = cli("explain", "--sae", "run_a", "--llm-url", "http://127.0.0.1:9/v1", "--root", root)
+    ran.failed_in_one_line("127.0.0.1:9")
+    assert "harvest" not in ran.err
+    assert {name: stamp for name, stamp in tree(root).items() if "cache.sqlite" not in str(name)} == before

@@ -1,0 +1,252 @@
+"""The commands as a user meets them: a whole study end to end, by the n-gram baseline and by a language model."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import FakeServer
+from tiny_study import NUM_LATENTS, K, Ran, cli, journal, tree
+
+from autointerp.explainers.ngram import NgramExplainer
+from sae.files import read_table
+
+# --- a whole study ------------------------------------------------------------------------------------------
+
+
+def test_every_command_prints_one_object(tiny_done: tuple[Path, dict[str, Ran]]) -> None:
+    for name, ran in tiny_done[1].items():
+        assert ran.well().json["command"] == name
+
+
+def test_train_says_what_there_is(tiny_done: tuple[Path, dict[str, Ran]]) -> None:
+    runs = tiny_done[1]["train"].json["runs"]
+    assert [(run["name"], run["seed"], run["study"]) for run in runs] == [("run_a", 0, "run"), ("run_b", 1, "run")]
+    assert all(run["trained"] and not run["harvested"] for run in runs)
+    assert {(run["num_latents"], run["k"]) for run in runs} == {(NUM_LATENTS, K)}
+
+
+def test_the_report_holds_what_was_asked_for(tiny_done: tuple[Path, dict[str, Ran]]) -> None:
+    found = tiny_done[1]["report"].json
+    for name in ("strict", "both", "decoder", "lenient"):
+        overlap = found["overlap"][name]
+        assert 0 <= overlap["value"] <= 1
+        assert overlap["interval"][0] <= overlap["value"] <= overlap["interval"][1]
+        assert overlap["pairs"]
+    assert len(found["overlap"]["only_one"]) == len(found["overlap"]["all_of_n"])
+    assert {"mean_encoder", "mean_decoder"} <= set(found["similarity"])
+    assert {"mean", "quartiles", "n_scored", "n_failed", "control"} <= set(found["scores"])
+    assert found["scores"]["n_scored"] == tiny_done[1]["score"].json["n_done"] > 0
+    assert {"spearman", "interval"} <= set(found["relation"])
+    assert {"definition", "explainer", "judge"} <= set(found["methods"])
+
+
+def test_unshared_only_means_what_it_says(tiny_done: tuple[Path, dict[str, Ran]]) -> None:
+    outcome = tiny_done[1]["explain"].json
+    assert outcome["n_done"] == outcome["n_new"] == 6
+    overlap = read_table(tiny_done[0] / "run_a" / "latents.overlap.parquet").set_index("latent")
+    firing = read_table(tiny_done[0] / "run_a" / "latents.firing.parquet").set_index("latent")
+    explained = [row["latent"] for row in journal(tiny_done[0] / "run_a" / "journal.sqlite")["explanation"]]
+    assert explained == sorted(explained)
+    assert not firing.loc[explained, "dead"].any()
+    # Lenient: encoder and decoder pick the same partner.
+    partners = overlap.loc[explained, ["encoder_partner__run_b", "decoder_partner__run_b"]]
+    assert (partners.iloc[:, 0] != partners.iloc[:, 1]).all()
+
+
+def test_show_tells_all_of_one_latent(tiny_done: tuple[Path, dict[str, Ran]]) -> None:
+    found = tiny_done[1]["show"].json
+    assert (found["run"], found["latent"]) == ("run_a", 3)
+    assert [match["run"] for match in found["matches"]] == ["run_b"]
+
+
+def test_runs_says_how_far_each_has_come(tiny_done: tuple[Path, dict[str, Ran]]) -> None:
+    first, second = tiny_done[1]["runs"].json["runs"]
+    stages = ("trained", "harvested", "aligned", "explained", "scored")
+    assert [first[stage] for stage in stages] == [True] * 5
+    assert [second[stage] for stage in stages] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("command", ["train", "harvest", "align", "explain", "score", "report", "show", "runs"])
+def test_the_same_for_people(command: str, root: Path, recipe: Path) -> None:
+    more: dict[str, Sequence[object]] = {
+        "train": ("--recipe", recipe, "--seeds", 0, 1),
+        "explain": ("--latents", 2),
+        "show": ("--latent", 3),
+    }
+    ran = cli(command, *more.get(command, ()), "--root", root).well()
+    assert "seed" in ran.out or "run_a" in ran.out
+    assert not ran.out.startswith("{")
+
+
+def test_a_second_call_does_nothing(root: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, rows = tree(root), journal(root / "run_a" / "journal.sqlite", times=True)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(NgramExplainer, "explain", refuse)
+    monkeypatch.setattr("autointerp.judges.ngram.NgramJudge.judge", refuse)
+    monkeypatch.setattr("sae.subject.Subject.load", refuse)
+    monkeypatch.setattr("sae.alignment.align", refuse)
+    assert "already trained" in cli("train", "--seeds", 0, 1, "--recipe", recipe, "--root", root).well().err
+    cli("harvest", "--root", root).well()
+    cli("align", "--root", root).well()
+    again = cli("explain", "--unshared-only", "--definition", "lenient", "--latents", 6, "--root", root, "--json")
+    assert (again.well().json["n_done"], again.json["n_new"]) == (6, 0)
+    judged = cli("score", "--root", root, "--json")
+    assert (judged.well().json["n_done"], judged.json["n_new"]) == (6, 0)
+    assert tree(root) == before
+    assert journal(root / "run_a" / "journal.sqlite", times=True) == rows
+
+
+def test_seeds_grow_without_touching_what_exists(root: Path, recipe: Path) -> None:
+    before = {**tree(root, under="run_*"), **tree(root, under="alignments")}
+    grown = cli("train", "--seeds", 0, 1, 2, "--recipe", recipe, "--root", root, "--json").well()
+    assert [run["name"] for run in grown.json["runs"]] == ["run_a", "run_b", "run_c"]
+    assert {**tree(root, under="run_[ab]"), **tree(root, under="alignments")} == before
+    # A stage that now wants the third run brings it up, and leaves the weights, stores and old pairs as they are.
+    cli("explain", "--sae", "run_a", "--unshared-only", "--latents", 2, "--root", root).well()
+    after = tree(root)
+    derived = ("latents.overlap.parquet", "latents.contexts.parquet")
+    assert {name: after[name] for name in before if not name.endswith(derived)} == {
+        name: value for name, value in before.items() if not name.endswith(derived)
+    }
+    assert "alignments/run_b--run_c.parquet" in after
+    assert "decoder_partner__run_c" in read_table(root / "run_a" / "latents.overlap.parquet")
+
+
+def test_a_seed_trained_later_equals_one_trained_beside_others(root: Path, recipe: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    cli("train", "--seeds", 1, "--recipe", recipe, "--root", alone).well()
+    assert (alone / "run_a" / "sae.safetensors").read_bytes() == (root / "run_b" / "sae.safetensors").read_bytes()
+
+
+def test_an_explanation_is_made_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = NgramExplainer.explain
+
+    async def counted(self: NgramExplainer, latent: int, *rest: Any) -> Any:
+        asked.append(latent)
+        return await real(self, latent, *rest)
+
+    monkeypatch.setattr(NgramExplainer, "explain", counted)
+    path = root / "run_a" / "journal.sqlite"
+    before = journal(path, times=True)["explanation"]
+    more = cli("explain", "--sae", "run_a", "--latents", 12, "--root", root, "--json").well().json
+    after = journal(path, times=True)["explanation"]
+    assert after[: len(before)] == before
+    assert more["n_done"] == 12
+    assert sorted(asked) == sorted(row["latent"] for row in after[len(before) :])
+    assert not set(asked) & {row["latent"] for row in before}
+
+
+def test_score_without_a_name_scores_what_is_explained_everywhere(root: Path) -> None:
+    explained = cli("explain", "--sae", "run_b", "--latents", 4, "--root", root, "--json").well().json
+    scored = cli("score", "--root", root, "--json").well().json
+    assert scored["runs"] == ["run_a", "run_b"]
+    assert scored["n_new"] == explained["n_done"]
+    assert scored["n_done"] == 6 + explained["n_done"]
+    table = read_table(root / "run_b" / "latents.scores.parquet")
+    assert len(table[table["control"] == "none"]) == explained["n_done"]
+
+
+def test_score_with_a_name_explains_first(root: Path) -> None:
+    ran = cli("score", "--sae", "run_b", "--control-latents", 0, "--root", root, "--json").well()
+    assert "not explained yet" in ran.err
+    assert ran.json["n_done"] == ran.json["n_new"] > 6
+
+
+def test_score_goes_on_explaining_where_it_was_stopped(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that `score` had only half explained is not scored in half."""
+    whole = cli("score", "--sae", "run_b", "--root", root, "--json").well().json["n_done"]
+    for left in (root / "run_b").glob("*journal.sqlite*"):
+        left.unlink()
+    real, n = NgramExplainer.explain, 0
+
+    async def stops(self: NgramExplainer, *rest: Any) -> Any:
+        nonlocal n
+        n += 1
+        if n > 3:
+            raise KeyboardInterrupt
+        return await real(self, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NgramExplainer, "explain", stops)
+        assert cli("score", "--sae", "run_b", "--root", root).code == 130
+    assert len(journal(root / "run_b" / "journal.sqlite")["explanation"]) == 3
+    assert cli("score", "--sae", "run_b", "--root", root, "--json").well().json["n_done"] == whole
+    # Once it is through, what is asked for by hand stays what is scored.
+    assert "not explained" not in cli("score", "--sae", "run_b", "--root", root).well().err
+
+
+def test_partners_are_explained_too(root: Path) -> None:
+    found = cli("explain", "--sae", "run_a", "--latents", 4, "--with-partners", "--root", root, "--json").well().json
+    assert found["runs"] == ["run_a", "run_b"]
+    assert journal(root / "run_b" / "journal.sqlite")["explanation"]
+
+
+def test_a_dead_latent_named_outright_is_a_failure_with_a_reason(root: Path) -> None:
+    path = root / "run_a" / "latents.firing.parquet"
+    firing = read_table(path)
+    rare = int(firing.sort_values("n_windows")["latent"].iloc[0])
+    ran = cli("explain", "--sae", "run_a", "--indices", rare, "--root", root, "--json")
+    assert ran.code == 3
+    ((reason, n),) = ran.json["failures"].items()
+    assert "too few contexts" in reason
+    assert n == 1
+    assert "--sae run_a" in ran.json["retry"]
+    assert cli("score", "--sae", "run_a", "--root", root, "--json").code == 3
+
+
+# --- a language model ---------------------------------------------------------------------------------------
+
+
+def test_a_language_model_explains_and_judges_once(root: Path) -> None:
+    with FakeServer() as server:
+        there = ("--llm-url", server.url, "--root", root, "--json")
+        explained = cli("explain", "--sae", "run_b", "--latents", 3, *there).well().json
+        assert explained["backend"] == "llm (fake-model)"
+        assert explained["n_new"] == 3
+        scored = cli("score", "--sae", "run_b", *there).well().json
+        assert scored["n_done"] == 3
+        report = cli("report", "--sae", "run_b", "--root", root, "--json").well().json
+        assert "llm" in json.dumps(report["methods"]["explainer"])
+        assert report["scores"]["n_scored"] == 3
+        sent = len(server.requests)
+        assert sent >= 6
+        again = cli("explain", "--sae", "run_b", "--latents", 3, *there).well().json
+        assert (again["n_done"], again["n_new"]) == (3, 0)
+        assert cli("score", "--sae", "run_b", *there).well().json["n_new"] == 0
+        assert len(server.requests) == sent
+        # The n-gram baseline's work stands beside it, and the n-gram judge leaves foreign words alone.
+        note = cli("score", "--sae", "run_b", "--root", root, "--json").well().json
+        assert "left out" in " ".join(note["notes"])
+
+
+def test_answers_that_fail_are_told_and_tried_again(root: Path) -> None:
+    with FakeServer("no explanation in any form") as server:
+        there = ("--llm-url", server.url, "--root", root, "--json")
+        ran = cli("explain", "--sae", "run_b", "--latents", 2, *there)
+        assert ran.code == 3
+        assert ran.json["n_failed"] == 2
+
+
+def test_a_key_in_the_environment_alone_configures_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-a-key-at-all")
+    ran = cli("explain", "--sae", "run_a", "--unshared-only", "--definition", "lenient", "--latents", 6, "--root", root)
+    assert "ngram" in ran.well().out
+    cli("explain", "--explainer", "llm", "--root", root).failed_in_one_line("--explainer llm", "--llm-url")
+
+
+def test_an_endpoint_that_is_down(root: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    for command in ("explain", "score"):
+        cli(command, "--sae", "run_b", "--llm-url", url, "--root", root, "--json").failed_in_one_line(url)
+        assert not (root / "run_b" / "journal.sqlite").exists()
