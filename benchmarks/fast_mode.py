@@ -1,0 +1,156 @@
+"""Does training by rounded products end where training in float32 ends? The bundled study, both ways.
+
+    python benchmarks/fast_mode.py [--triples 3] [--root build/fast-mode] [--json] [--out x.json]
+
+Trains the study of ``make demo`` in float32 for several triples of seeds and in bfloat16 for the first triple, harvests
+and aligns, and compares: the FVU at the end of training, and what fraction of alive latents two seeds share. What
+two trainings in float32 differ by is shown by the triples beside each other. It also counts how often the two
+precisions choose different latents for the same token with the trained weights. Takes minutes for each triple; stopped,
+it goes on where it was. Exits with 1 where bfloat16 falls outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sae.activations import TrainingBatches
+from sae.encoding import topk_firings
+from sae.files import read_table
+from sae.run import Run
+from sae.settings import Settings, settings_from
+from sae.stage import Compute, open_source
+from sae.study import align_runs, overlap_of
+from sae.train_stage import train_study
+
+ROOT = Path(__file__).parents[1]
+DEFINITIONS = ("strict", "lenient")
+WITHIN = 0.01  # of float32's FVU
+
+
+def fvu(run: Run) -> float:
+    """Fraction of variance unexplained over the last twentieth of the training, weighted alike."""
+    rows = read_table(run.training_log_path)
+    return float(rows["fvu"].tail(max(1, len(rows) // 20)).mean())
+
+
+def overlaps(runs: Sequence[Run]) -> dict[str, float]:
+    """What fraction of alive latents each pair shares, "definition a--b", and their mean over the pairs."""
+    found: dict[str, float] = {}
+    for name in DEFINITIONS:
+        pairs = {
+            f"{a.name}--{b.name}": float(overlap_of([a, b])["alive"][name]["value"]) for a, b in combinations(runs, 2)
+        }
+        found |= {f"{name} {pair}": value for pair, value in pairs.items()}
+        found[name] = statistics.mean(pairs.values())
+    return found
+
+
+def chosen_differently(run: Run, compute: Compute, root: Path) -> dict[str, float]:
+    """For real activations and the run's weights: of tokens and of slots, the fraction in which the choice differs."""
+    source = open_source([run.settings], root, compute, keep=False)
+    training = run.settings.training
+    stream = source.stream(run.settings.subject.hookpoint)
+    batches = TrainingBatches(stream, training.tokens, training.batch_tokens, run.settings.corpus.order_seed)
+    sae = run.sae().to(stream.device)
+    tokens = differing = slots = swapped = 0
+    for step in range(0, len(batches), max(1, len(batches) // 8)):
+        centred = sae.centred(batches[step])
+        fires = []
+        for precision in ("float32", "bfloat16"):
+            firings = topk_firings(centred, sae.W_enc, sae.b_enc, training.k, precision)
+            dense = torch.zeros(len(centred), sae.num_latents, device=centred.device)
+            fires.append(dense.scatter_add_(1, firings.indices, firings.activations) > 0)
+        lost = (fires[0] & ~fires[1]).sum(1)
+        tokens, differing = tokens + len(lost), differing + int((lost > 0).sum())
+        slots, swapped = slots + int(fires[0].sum()), swapped + int(lost.sum())
+    return {"tokens": tokens, "of_tokens": differing / tokens, "of_slots": swapped / slots}
+
+
+def compare(settings: Settings, triples: int, root: Path, compute: Compute) -> dict[str, Any]:
+    """Train what is missing, and set the two precisions beside each other."""
+    studies = [("float32", i, range(3 * i, 3 * i + 3)) for i in range(triples)] + [("bfloat16", 0, range(3))]
+    found: dict[str, list[dict[str, Any]]] = {"float32": [], "bfloat16": []}
+    for precision, i, seeds in studies:
+        asked = settings.with_values(training={"precision": precision})
+        runs = train_study(f"{precision}-{i}", list(seeds), asked, root, compute)
+        align_runs(runs, compute)
+        found[precision].append({"seeds": list(seeds), "fvu": [fvu(run) for run in runs], **overlaps(runs)})
+    rounded, exact = found["bfloat16"][0], found["float32"]
+    ratio = statistics.mean(rounded["fvu"]) / statistics.mean(exact[0]["fvu"])
+    spread = {}
+    for name in DEFINITIONS:
+        pairs = [value for triple in exact for key, value in triple.items() if key.startswith(f"{name} ")]
+        spread[name] = {"least": min(pairs), "most": max(pairs), "bfloat16": rounded[name]}
+    return {
+        "fvu_ratio": ratio,
+        "fvu_within": abs(ratio - 1) <= WITHIN,
+        "overlap": spread,
+        "overlap_within": all(s["least"] <= s["bfloat16"] <= s["most"] for s in spread.values()),
+        "chosen_differently": chosen_differently(runs[0], compute, root),
+        "studies": found,
+    }
+
+
+def shown(result: dict[str, Any], console: Console) -> None:
+    table = Table(title="The bundled study in float32 and in bfloat16", title_justify="left")
+    for name in ("precision", "seeds", "FVU", *DEFINITIONS):
+        table.add_column(name)
+    for precision, studies in result["studies"].items():
+        for study in studies:
+            pairs = [[v for key, v in study.items() if key.startswith(f"{name} ")] for name in DEFINITIONS]
+            table.add_row(
+                precision,
+                " ".join(map(str, study["seeds"])),
+                " ".join(f"{value:.4f}" for value in study["fvu"]),
+                *(" ".join(f"{value:.3f}" for value in values) for values in pairs),
+            )
+    console.print(table)
+    console.print(f"  FVU of the same seeds: {result['fvu_ratio']:.4f} times float32's (within {WITHIN:.0%} asked)")
+    for name, s in result["overlap"].items():
+        console.print(
+            f"  {name} overlap: {s['bfloat16']:.3f} in bfloat16, {s['least']:.3f} to {s['most']:.3f} in float32"
+        )
+    differing = result["chosen_differently"]
+    console.print(
+        f"  other latents chosen: for {differing['of_tokens']:.3%} of {differing['tokens']:,} tokens, "
+        f"in {differing['of_slots']:.4%} of slots"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=ROOT / "eval_runs" / "recipes" / "demo.toml")
+    parser.add_argument("--triples", type=int, default=3, help="of seeds, in float32")
+    parser.add_argument("--tokens", type=int, help="train on fewer than the recipe says")
+    parser.add_argument("--root", type=Path, default=ROOT / "build" / "fast-mode", help="where the runs are kept")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--out", type=Path, help="also write it to this file, with the date")
+    asked = parser.parse_args()
+    settings = settings_from(asked.recipe, training={"tokens": asked.tokens})
+    result = compare(settings, asked.triples, asked.root, Compute("cpu", asked.threads))
+    if asked.out is not None:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        dated = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **result}
+        asked.out.write_text(json.dumps(dated, indent=1) + "\n")
+    if asked.json:
+        print(json.dumps(result, indent=1))
+    else:
+        shown(result, Console())
+    sys.exit(not (result["fvu_within"] and result["overlap_within"]))
+
+
+if __name__ == "__main__":
+    main()
