@@ -58,9 +58,13 @@ test-slow: $(VENV)/.test-ready
 test-integration: $(VENV)/.test-ready .venv-vllm/.ready
 	$(PY) -m pytest -m integration
 
-.venv-peers/.ready: constraints.txt
+.venv-peers/.ready: constraints.txt constraints-peers.txt
+	@echo "installing the peers into .venv-peers (versions pinned in constraints-peers.txt) …"
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' eai-sparsify
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-peers.txt \
+		-e '.[dev]' eai-sparsify sae-lens dictionary-learning
+	@# dictionary-learning's nnsight asks for it, but a build for CUDA fails beside a CPU torch; text needs none of it
+	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
 test-peers: .venv-peers/.ready
