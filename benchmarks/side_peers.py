@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -29,6 +30,8 @@ Step = Callable[[int, Tensor], Any]
 
 
 def sparsify_step(task: Task, pool: list[Tensor]) -> Step:
+    if task.device == "cpu":  # where Triton is installed, sparsify takes it for granted that there is a GPU too
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoder, SparseCoderConfig
     from transformers import get_linear_schedule_with_warmup
 
