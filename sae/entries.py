@@ -5,8 +5,9 @@ Where few fire, they are kept as slots and the sparse steps do what there is to 
 are dense products over some rows of the batch. :func:`parts` cuts a batch into groups of rows of the one kind or the
 other, and both kinds answer to the same few methods, so an architecture writes its gradient once.
 
-Memory: at most about three pieces of ``_PIECE_BYTES`` of pre-activations exist at once, and ``_SLOTS`` slots, whatever
-the batch and whatever fires: nothing of size B x M.
+Memory: at most about three pieces of ``_PIECE_BYTES`` of pre-activations exist at once, and ``_SLOTS`` slots for each
+of a few classes of tokens that fire for about as many latents, whatever the batch and whatever fires: nothing of size
+B x M.
 
 Legend: R rows of a batch, D model width, M latents, K' slots.
 """
@@ -25,6 +26,7 @@ from sae.dictionary import Firings
 
 _PIECE_BYTES = 32 * 2**20  # dense pre-activations made at once
 _SLOTS = 1 << 21  # slots handed on at once
+_NARROW = 64  # slots that any token is given; tokens that need more go by themselves, those that need 4 times more too
 _DENSE = 1 / 12  # the share of M from which on a token's latents are cheaper as a row of dense products
 _GATHERED = 1 << 22  # elements of decoder rows gathered at once
 
@@ -147,12 +149,23 @@ class Slots(Entries):
 # --------------------------------------------------------------------------------------------------- a batch in parts
 
 
+def tokens_at_once(num_latents: int, element_size: int = 4) -> int:
+    """For how many tokens M pre-activations are made at once."""
+    return max(1, _PIECE_BYTES // (num_latents * element_size))
+
+
 def pre_activations(centred: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """``centred @ weight.T + bias`` for some rows at a time: the first row's number, and [R, M]."""
-    rows = max(1, _PIECE_BYTES // (weight.shape[0] * weight.element_size()))
-    for start in range(0, len(centred), rows):
+    """``centred @ weight.T + bias`` for some rows at a time: the first row's number, and [R, M].
+
+    What is given is the same memory each time, and may be changed. (An allocator that is asked for pieces of some MiB
+    again and again may find that none of those it has been given back fits, and take gigabytes.)
+    """
+    rows = min(len(centred), tokens_at_once(weight.shape[0], weight.element_size()))
+    room = centred.new_empty(rows, len(weight))
+    for start in range(0, len(centred), max(1, rows)):
         part = centred[start : start + rows]
-        yield start, part @ weight.T if bias is None else torch.addmm(bias, part, weight.T)
+        pre = torch.mm(part, weight.T, out=room[: len(part)])
+        yield start, pre if bias is None else pre.add_(bias)
 
 
 def parts(
@@ -162,24 +175,42 @@ def parts(
 
     Yields the tokens' numbers, int64 [R], and their entries. Together the groups hold every token once.
     """
-    sparse, dense = _Held(), _Held()
+    dense, sparse = _Held(), dict[int, _Held]()
+    above = torch.empty(0, dtype=torch.bool, device=centred.device)
     for start, pre in pre_activations(centred, weight, bias):
-        real = pre > floor
-        many = real.sum(1) > len(weight) * _DENSE
-        rows = torch.arange(start, start + len(pre), device=pre.device)
+        above = above if len(above) >= len(pre) else torch.empty_like(pre, dtype=torch.bool)
+        real = torch.gt(pre, floor, out=above[: len(pre)])
+        counts = real.sum(1)
+        many = counts > len(weight) * _DENSE
         if bool(many.any()):
-            piece = Dense(pre[many], real[many])
-            if dense.size + piece.pre.numel() > _PIECE_BYTES // pre.element_size():
+            if dense.length(many) * len(weight) > _PIECE_BYTES // pre.element_size():
                 yield from dense.take()
-            dense.put(rows[many], piece, piece.pre.numel())
-            pre, real, rows = (t[~many] for t in (pre, real, rows))
-        if len(rows):
-            slots = packed(pre, None, real, len(weight))
-            if sparse.size + slots.pre.numel() > _SLOTS:
-                yield from sparse.take()
-            sparse.put(rows, slots, slots.pre.numel())
-    yield from dense.take()
-    yield from sparse.take()
+            dense.put(start + many.nonzero().squeeze(1), Dense(pre[many], real[many]))
+            real[many] = False
+        row, latents = real.nonzero(as_tuple=True)
+        values = pre[row, latents]
+        for width, of in _by_width(counts, ~many):
+            held = sparse.setdefault(width, _Held())
+            if held.length(of) * width > _SLOTS:
+                yield from held.take()
+            held.put(start + of.nonzero().squeeze(1), _slots(values, row, latents, counts, of, len(weight)))
+    for held in (dense, *sparse.values()):
+        yield from held.take()
+
+
+def _by_width(counts: Tensor, of: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Those tokens ``of`` a piece, bool [R], with about as many entries as each other, and how many slots are enough.
+
+    They are held together as wide as the widest: one token that fires for many latents must not widen them all.
+    """
+    counts = torch.where(of, counts, -1)
+    most = int(counts.max()) if len(counts) else -1
+    least, width = -1, _NARROW
+    while least < most:
+        of = (counts > least) & (counts <= width)
+        if bool(of.any()):
+            yield width, of
+        least, width = width, 4 * width
 
 
 class _Held:
@@ -188,17 +219,19 @@ class _Held:
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
         self.pieces: list[Entries] = []
-        self.size = 0
 
-    def put(self, rows: Tensor, piece: Entries, size: int) -> None:
+    def length(self, more: Tensor) -> int:
+        """Tokens held, with those of ``more``, bool [R]."""
+        return sum(map(len, self.rows)) + int(more.sum())
+
+    def put(self, rows: Tensor, piece: Entries) -> None:
         self.rows.append(rows)
         self.pieces.append(piece)
-        self.size += size
 
     def take(self) -> Iterator[tuple[Tensor, Entries]]:
         if self.rows:
             rows, joined = torch.cat(self.rows), _joined(self.pieces)
-            self.rows, self.pieces, self.size = [], [], 0
+            self.rows, self.pieces = [], []
             yield rows, joined
 
 
@@ -218,14 +251,26 @@ def packed(values: Tensor, indices: Tensor | None, real: Tensor, num_latents: in
 
     ``indices`` [R, K] says which latents they are of; without it, K = M and the column is the latent.
     """
-    counts = real.sum(1)
-    shape = len(values), max(1, int(counts.max()))
     row, column = real.nonzero(as_tuple=True)
+    latents = column if indices is None else indices[row, column]
+    every = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    return _slots(values[row, column], row, latents, real.sum(1), every, num_latents)
+
+
+def _slots(values: Tensor, row: Tensor, latents: Tensor, counts: Tensor, of: Tensor, num_latents: int) -> Slots:
+    """Entries, given row by row with their ``row`` and latent, as the slots of the rows ``of``, bool [R].
+
+    ``counts`` [R] says how many entries each row has.
+    """
+    if not bool(of.all()):
+        chosen = of[row]
+        values, latents, row = values[chosen], latents[chosen], (of.cumsum(0) - 1)[row[chosen]]
+        counts = counts[of]
+    shape = len(counts), max(1, int(counts.max()) if len(counts) else 1)
     slot = torch.arange(len(row), device=values.device) - (counts.cumsum(0) - counts)[row]
-    pre, latents = values.new_zeros(shape), torch.zeros(shape, dtype=torch.int64, device=values.device)
-    pre[row, slot] = values[row, column]
-    latents[row, slot] = column if indices is None else indices[row, column]
-    return Slots(pre, latents, torch.arange(shape[1], device=values.device) < counts[:, None], num_latents)
+    pre, indices = values.new_zeros(shape), torch.zeros(shape, dtype=torch.int64, device=values.device)
+    pre[row, slot], indices[row, slot] = values, latents
+    return Slots(pre, indices, torch.arange(shape[1], device=values.device) < counts[:, None], num_latents)
 
 
 def cat_padded(tensors: list[Tensor]) -> Tensor:
@@ -235,7 +280,12 @@ def cat_padded(tensors: list[Tensor]) -> Tensor:
 
 
 def firings_by(activate: Callable[[Tensor], Tensor], centred: Tensor, weight: Tensor, bias: Tensor | None) -> Firings:
-    """Firings of a batch ``centred`` [B, D], where ``activate`` turns pre-activations [R, M] into activations >= 0."""
+    """Firings of a batch ``centred`` [B, D], where ``activate`` turns pre-activations [R, M] into activations
+    >= 0, in place if it likes.
+
+    They have as many slots as the token with the most firings needs: give :func:`tokens_at_once` tokens where a few may
+    fire for nearly all latents.
+    """
     found = []
     for _, pre in pre_activations(centred, weight, bias):
         activations = activate(pre)

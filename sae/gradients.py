@@ -13,7 +13,7 @@ of January 2025): how far the dead latents' pre-activations z lie below what the
     P = sum_{dead i} mean_b (theta_i - z_bi) / (M sqrt(V / B)),
 
 a mean over all M latents. It teaches the biases alone, so that dead latents rise until they fire without turning
-towards the mean of the activations, all alike.
+towards the mean of the activations, all alike. (Gated has two biases: the one that keeps the latent silent is taught.)
 
 Automatic differentiation would keep the B x M pre-activations, and an encoder whose backward knows only the
 chosen slots leaves AuxK without effect on the encoder, which is what must revive a dead latent. Here nothing
@@ -96,7 +96,8 @@ class Totals:
 
         b_dec is added to the reconstruction and subtracted from the encoder's input.
         """
-        sums = self._sums
+        sae, none = self._sae, torch.zeros_like  # a process may have been given no token of a batch
+        sums = {"W_enc": none(sae.W_enc), "b_enc": none(sae.b_enc), "W_dec": none(sae.W_dec), **self._sums}
         return {**sums, "b_dec": self.residual.sum(0) * self.scale - sums["b_enc"] @ self._sae.W_enc}
 
 
@@ -125,17 +126,25 @@ def add_auxk(
     return squares / objective.variance
 
 
-def add_lift(
-    bias_gradient: Tensor, sae: Sae, centred: Tensor, threshold: Tensor | float, objective: Objective
-) -> Tensor:
-    """Add the gradient of P to that of the encoder's bias [M]; return P, without its coefficient, as a float64 scalar.
+class Lift(NamedTuple):
+    """The term P, which lowers what dead latents have to exceed."""
 
-    ``threshold`` is what a pre-activation has to exceed: a number, or [M].
+    value: Tensor
+    """P, without its coefficient, a float64 scalar"""
+    gradient: Tensor
+    """[M] of alpha P by the thresholds; 0 for latents that are not dead"""
+
+
+def lift(weight: Tensor, centred: Tensor, threshold: Tensor, objective: Objective) -> Lift:
+    """P of dead latents that fire where ``centred @ weight.T`` [B, M] exceeds ``threshold`` [M].
+
+    ``centred`` [B, D] may be a part of the batch: P and its gradient are then that part's.
     """
     auxk = objective.auxk
+    gradient = torch.zeros_like(threshold)
     if auxk is None or auxk.coefficient <= 0 or not bool(auxk.dead.any()):
-        return torch.zeros((), dtype=torch.float64, device=centred.device)
-    share = 1 / (objective.tokens * objective.unit * sae.num_latents)
-    sums = torch.mv(sae.W_enc, centred.sum(0)) + (sae.b_enc - threshold) * len(centred)
-    bias_gradient[auxk.dead] -= auxk.coefficient * share * len(centred)
-    return -sums[auxk.dead].sum(dtype=torch.float64) * share
+        return Lift(torch.zeros((), dtype=torch.float64, device=centred.device), gradient)
+    share = 1 / (objective.tokens * objective.unit * len(weight))
+    below = threshold * len(centred) - torch.mv(weight, centred.sum(0))
+    gradient[auxk.dead] = auxk.coefficient * share * len(centred)
+    return Lift(below[auxk.dead].sum(dtype=torch.float64) * share, gradient)

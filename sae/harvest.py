@@ -212,6 +212,21 @@ class _Coded(NamedTuple):
 
 def _encode(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> _Coded:
     """Firings of ``activations`` [B, D] at the tokens where ``ordinary`` [B] holds."""
+    from sae.entries import tokens_at_once
+
+    n = tokens_at_once(sae.num_latents)
+    parts = [_encode_part(name, sae, *of) for of in zip(activations.split(n), _split(ordinary, n), strict=True)]
+    latents, strengths, counts = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    clipped, raised = (sum(getattr(part, field) for part in parts) for field in ("n_clipped", "n_raised"))
+    return _Coded(latents, strengths, counts, clipped, raised)
+
+
+def _split(values: Array, n: int) -> list[Array]:
+    return [values[start : start + n] for start in range(0, len(values), n)]
+
+
+def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> _Coded:
+    """:func:`_encode` of so few tokens that M slots for each do no harm: one may fire for nearly all latents."""
     import torch
 
     latent_type, count_type = index_types(sae.num_latents)

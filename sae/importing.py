@@ -275,7 +275,10 @@ def export_sae(run: Run, format_name: str, folder: Path) -> dict[str, Any]:
         raise NotFound(f"run {run.name!r} is not finished, so there is nothing to export yet")
     sae = run.sae()
     taken = [name for f in FORMATS.values() for name in (f.weights, f.config) if (folder / name).exists()]
-    if format_.weights in taken and _same(open_sae(folder)[0].sae, sae):
+    if taken == [format_.weights] and _begun(folder / format_.weights, run, sae, format_):
+        save_sae(folder, sae, run.about(), format_)
+        say(f"export: {run.name} is in {folder}, in the format of {format_.name}, which was begun before")
+    elif format_.config in taken and format_.weights in taken and _same(open_sae(folder)[0].sae, sae):
         say(f"export: {run.name}: already in {folder}")
     elif taken:
         raise BadInput(f"{str(folder)!r} holds {taken[0]}, another SAE; name an empty folder with --to")
@@ -284,6 +287,17 @@ def export_sae(run: Run, format_name: str, folder: Path) -> dict[str, Any]:
         say(f"export: {run.name} is in {folder}, in the format of {format_.name}")
     files = {name: digest_file(folder / name) for name in (format_.config, format_.weights)}
     return {"run": run.name, "format": format_.name.lower(), "folder": str(folder), "files": files}
+
+
+def _begun(weights: Path, run: Run, sae: Sae, format_: Format) -> bool:
+    """Whether ``weights`` are what an export of ours writes first: killed there, it goes on."""
+    from tempfile import TemporaryDirectory
+
+    from sae.checkpoint import save_sae
+
+    with TemporaryDirectory() as folder:
+        save_sae(Path(folder), sae, run.about(), format_)
+        return digest_file(Path(folder) / format_.weights) == digest_file(weights)
 
 
 def _same(a: Sae, b: Sae) -> bool:

@@ -24,6 +24,11 @@ def rank() -> int:
     return _number("RANK", 0) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
+def local_size() -> int:
+    """How many ranks this machine has, which share its memory: 1 without torchrun."""
+    return max(1, _number("LOCAL_WORLD_SIZE", 1)) if launched() else 1
+
+
 def local_rank() -> int:
     """This process's number among those on its machine."""
     return _number("LOCAL_RANK", 0) if "TORCHELASTIC_RUN_ID" in os.environ else 0

@@ -159,6 +159,8 @@ class Learner:
         """Stop before a number that is not finite reaches the weights."""
         numbers = {name: getattr(loss, name) for name in ("fvu", "auxk", "sparsity")}
         numbers.update({f"gradient of {name}": g.sum().double() for name, g in gradient.items()})
+        # A pre-activation that is NaN is none of the largest, so weights that are would show in no gradient.
+        numbers.update({f"sum of {name}": w.sum().double() for name, w in self.sae.parameters().items()})
         fetched = torch.stack(list(numbers.values())).tolist()  # at once: a GPU is waited for each time
         bad = [name for name, value in zip(numbers, fetched, strict=True) if not math.isfinite(value)]
         if bad:

@@ -3,15 +3,19 @@
 For S dictionaries of M latents on width D, in steps of B tokens, with K slots per token (the most that fire):
 
 - **states**: 4 bytes x 3 x (2 M D + M + D) each, for the weights and Adam's two moments, for all S;
-- **gradient**: 4 bytes x (2 M D + M + D), for one dictionary at a time;
+- **gradient**: 4 bytes x (2 M D + M + D), for one dictionary at a time on a CPU, for all S on a GPU; as much again for
+  architectures that add it up group by group (all but TopK), and 2 bytes x M D for an encoder rounded to bfloat16;
 - **step**: 4 bytes x 6 B D for each hookpoint's activations as they are read, centred and compared, and
-  32 bytes x B (K + k_aux) for the slots, their products and their sorting;
-- **fixed**: the pieces of pre-activations (three of 32 MiB at most), a block's forward pass through the subject model
-  and, for each hookpoint, the blocks held where there is no cache on disk.
+  32 bytes x B (K + k_aux) for the slots, their products and their sorting, S times on a GPU (BatchTopK: of at most 8 k
+  slots for each token; architectures with a penalty, which may fire for M / 2 latents: none);
+- **pieces**: pre-activations that exist at once, three pieces of 32 MiB (one of 512 MiB on a GPU), and for
+  architectures with a penalty the slots held at once, 2 Mi x 40 bytes in each of two classes of tokens; never more than
+  B x M of them;
+- **fixed**: a block's forward pass through the subject model and, for each hookpoint, the blocks held where there is no
+  cache on disk; where most latents are dead, AuxK's copies of their weights and gradients, twice the gradient.
 
-Nothing grows with B x M. Measured on the CPU, the first three come to within a quarter of the peak resident memory
-above that of the loaded libraries and model; the last is an allowance. On a GPU, where seeds take their steps
-together, see ``sae.stacked`` for what is held besides.
+Nothing grows with B x M. ``tests/sae/test_step_memory.py`` holds gradient, step and pieces against the measured peak
+of a step of every architecture on the CPU; what is fixed is an allowance.
 """
 
 from __future__ import annotations
@@ -24,11 +28,13 @@ from pathlib import Path
 
 import torch
 
+from sae import launch
 from sae.corpus import BLOCK_TOKENS, MIXED_BLOCKS
 from sae.errors import UserError
 from sae.settings import TrainingSettings
 
-_PIECES = 3 * (32 << 20)
+_PIECES = {"cpu": 3 * (32 << 20), "cuda": 512 << 20}
+_HELD_SLOTS = 2 * 40 * (2 << 20)
 _BLOCK_WIDTHS = 24  # numbers of width D that a forward pass holds for each token of a block, about
 _SURE = 0.8  # the sums may be too high by this much
 _SMALLEST_STEP = 512  # below this, smaller steps are no help any more
@@ -41,11 +47,12 @@ class Need:
     states: int
     gradient: int
     step: int
+    pieces: int
     fixed: int
 
     @property
     def total(self) -> int:
-        return self.states + self.gradient + self.step + self.fixed
+        return self.states + self.gradient + self.step + self.pieces + self.fixed
 
 
 @dataclass(frozen=True)
@@ -63,19 +70,43 @@ def dictionary_bytes(num_latents: int, d_in: int) -> int:
     return 4 * 3 * (2 * num_latents * d_in + num_latents + d_in)
 
 
-def training_need(parts: Sequence[Part]) -> Need:
+def training_need(parts: Sequence[Part], device: str | torch.device = "cpu") -> Need:
     """What it takes to train all ``parts`` side by side."""
+    kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
     each = [dictionary_bytes(p.settings.num_latents, p.d_in) for p in parts]
     widths = {p.hookpoint: p.d_in for p in parts}
     batch = max(p.settings.batch_tokens for p in parts)
-    slots = max(p.settings.k + (p.settings.k_aux or p.d_in // 2) * (p.settings.auxk > 0) for p in parts)
+    together = [p.seeds if kind == "cuda" and p.settings.architecture == "topk" else 1 for p in parts]
+    dense = batch * max(p.settings.num_latents for p in parts)
+    held = _HELD_SLOTS if any(_has_penalty(p) for p in parts) else 0
     return Need(
         states=sum(size * p.seeds for size, p in zip(each, parts, strict=True)),
-        gradient=max(each) // 3,
-        step=4 * 6 * batch * sum(widths.values()) + 32 * batch * slots,
-        fixed=min(_PIECES, 3 * 4 * batch * max(p.settings.num_latents for p in parts))
-        + 4 * BLOCK_TOKENS * (_BLOCK_WIDTHS * max(widths.values()) + MIXED_BLOCKS * sum(widths.values())),
+        gradient=max(_gradient_bytes(p) * n for p, n in zip(parts, together, strict=True)),
+        step=4 * 6 * batch * sum(widths.values())
+        + 32 * batch * max(_slots(p) * n for p, n in zip(parts, together, strict=True)),
+        pieces=min(_PIECES[kind] + held, 3 * 4 * dense + 40 * dense * bool(held)),
+        fixed=4 * BLOCK_TOKENS * (_BLOCK_WIDTHS * max(widths.values()) + MIXED_BLOCKS * sum(widths.values())),
     )
+
+
+def _has_penalty(part: Part) -> bool:
+    return part.settings.architecture not in ("topk", "batchtopk")
+
+
+def _gradient_bytes(part: Part) -> int:
+    """Of one dictionary's gradient as it is made, without what AuxK may add."""
+    plain = dictionary_bytes(part.settings.num_latents, part.d_in) // 3
+    rounded = 0 if _has_penalty(part) else 2 * part.settings.num_latents * part.d_in
+    return plain * (1 if part.settings.architecture == "topk" else 2) + rounded
+
+
+def _slots(part: Part) -> int:
+    """Slots of a token in a step that are made for the whole batch."""
+    settings = part.settings
+    if _has_penalty(part):
+        return 0
+    auxiliary = (settings.k_aux or part.d_in // 2) * (settings.auxk > 0)
+    return settings.k * (1 if settings.architecture == "topk" else 8) + auxiliary
 
 
 def free_bytes(device: str | torch.device) -> int | None:
@@ -85,8 +116,9 @@ def free_bytes(device: str | torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type != "cpu":
         return None
-    bounds = [_available(), _within_group(), _within_limit()]
-    return min((bound for bound in bounds if bound is not None), default=None)
+    shared = [bound // launch.local_size() for bound in (_available(), _within_group()) if bound is not None]
+    own = _within_limit()
+    return min(shared if own is None else [*shared, own], default=None)
 
 
 def _available() -> int | None:
@@ -122,9 +154,9 @@ def _within_limit() -> int | None:
 
 def check_fits(parts: Sequence[Part], device: str | torch.device) -> None:
     """Raise UserError, before anything is begun, where a training plainly cannot fit in what is free."""
-    free, need = free_bytes(device), training_need(parts)
-    if free is not None and _SURE * (need.total - need.fixed) > free:
-        raise UserError(too_much(parts, free))
+    free, need = free_bytes(device), training_need(parts, device)
+    if free is not None and _SURE * (need.total - need.fixed - need.pieces) > free:
+        raise UserError(too_much(parts, free, device))
 
 
 @contextmanager
@@ -136,7 +168,7 @@ def out_of_memory_is_told(parts: Sequence[Part], device: str | torch.device) -> 
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory on {device}: {too_much(parts, free, failed=True)}") from None
+        raise UserError(f"out of memory on {device}: {too_much(parts, free, device, failed=True)}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -147,12 +179,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def too_much(parts: Sequence[Part], free: int | None, failed: bool = False) -> str:
+def too_much(parts: Sequence[Part], free: int | None, device: str | torch.device = "cpu", failed: bool = False) -> str:
     """What a training needs beside what is ``free``, and what to lower: words for an error message.
 
     ``failed``: an allocation has failed, so less has to be asked for even where the sums say that it fits.
     """
-    need = training_need(parts)
+    need = training_need(parts, device)
     batch = max(part.settings.batch_tokens for part in parts)
     n = sum(part.seeds for part in parts)
     room = need.total // 2 if free is None else free * 9 // 10  # what fits to the last byte does not fit
@@ -174,13 +206,13 @@ def _advice(parts: Sequence[Part], need: Need, batch: int, n: int, room: int) ->
     if smaller < batch and rest + need.step * smaller // batch <= room:
         return f"lower training.batch_tokens to {smaller}"
     # Smaller steps alone are not enough.
-    small = need.fixed + need.gradient + need.step * smaller // batch
+    small = need.fixed + need.pieces + need.gradient + need.step * smaller // batch
     lower = f"lower training.batch_tokens to {smaller} and " if smaller < batch else ""
     fitting = max(0, room - small) * n // max(1, need.states)
     if 1 <= fitting < n:
         return f"{lower}train {fitting} at a time (more --seeds can be added later)"
     widest = max(parts, key=lambda part: dictionary_bytes(part.settings.num_latents, part.d_in))
-    others = need.fixed + need.step * smaller // batch
+    others = need.fixed + need.pieces + need.step * smaller // batch
     per_latent = dictionary_bytes(widest.settings.num_latents, widest.d_in) * 4 / 3 / widest.settings.num_latents
     latents = int(max(0, room - others) / per_latent) // 64 * 64
     if 64 <= latents < widest.settings.num_latents:

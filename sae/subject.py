@@ -197,6 +197,8 @@ class Subject:
                     found[module_name] = _first(output)
                     if len(found) == len(awaited):
                         raise _Enough
+                    # The pass goes on, and some models add to this very tensor in place.
+                    found[module_name] = found[module_name].clone()
 
             return hook
 

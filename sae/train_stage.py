@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sae.errors import BadInput, UserError
 from sae.files import mapping_differences, write_table
 from sae.job import together
+from sae.launch import launched
 from sae.progress import human, say
 from sae.run import Run, check_name, plan_study, study_runs, write_record
 from sae.settings import Settings
@@ -69,7 +70,9 @@ def train_studies(
     names = [study.name for study in studies]
     if len(set(names)) < len(names):
         raise BadInput(f"studies {', '.join(names)}: give each name once")
-    with together(parallel, sum(len(study.seeds) for study in studies), compute.device) as (job, device):
+    # Read before anything is written, so that all ranks count the same.
+    missing = sum(_missing(study, root) for study in studies)
+    with together(parallel or _parallel_begun(studies, root), missing, compute.device) as (job, device):
         # Rank 0 decides, before anything is written: the others may look at the disk a moment later.
         planned = job.first("planned", lambda: [_planned(study, root) for study in studies])
         runs = [[Run(name, root) for name, _, _ in of_study] for of_study in planned]
@@ -99,6 +102,19 @@ class _Todo:
     @property
     def settings(self) -> Settings:
         return self.study.settings
+
+
+def _missing(study: Study, root: Path) -> int:
+    """How many of the study's seeds are not trained."""
+    return len(set(study.seeds) - {run.seed for run in study_runs(study.name, root) if run.trained})
+
+
+def _parallel_begun(studies: Sequence[Study], root: Path) -> str | None:
+    """How the ranks share an unfinished training, which its bits may depend on; None where none says."""
+    if not launched():
+        return None
+    begun = [run for study in studies for run in study_runs(study.name, root) if not run.trained]
+    return next((run.record["ranks"]["parallel"] for run in begun if "ranks" in run.record), None)
 
 
 def _planned(study: Study, root: Path) -> list[tuple[str, int, bool]]:

@@ -107,12 +107,13 @@ def write_recipe(path: Path, model: Path, texts: Path, **training: object) -> Pa
 
 
 def tree(root: Path, *, under: str = "*") -> dict[str, str]:
-    """Hashes of the files below ``root`` by path; locks and SQLite files, whose bytes may differ, left out."""
+    """Hashes of the files below ``root`` by path; left out are locks, SQLite files and remembered hashes of text
+    files (only of those that are old enough), which may differ."""
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for top in sorted(root.glob(under))
         for path in ([top] if top.is_file() else sorted(top.rglob("*")))
-        if path.is_file() and ".sqlite" not in path.name and not path.name.endswith(".lock")
+        if path.is_file() and ".sqlite" not in path.name and not path.name.endswith((".lock", "hashes.json"))
     }
 
 

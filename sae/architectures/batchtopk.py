@@ -48,7 +48,7 @@ class BatchTopKSae(Sae):
 
     def encode(self, x: Tensor) -> Firings:
         def activate(pre: Tensor) -> Tensor:
-            return pre.relu_() * (pre > self.threshold)
+            return pre.relu_().mul_(pre > self.threshold)
 
         return firings_by(activate, self.centred(x), self.W_enc, self.b_enc)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae.dictionary import Firings, Sae, check_k, fresh_weights
 from sae.entries import firings_by, parts
-from sae.gradients import Totals, add_lift
+from sae.gradients import Totals, lift
 from sae.objective import Loss, Objective
 
 
@@ -19,7 +19,7 @@ class GatedSae(Sae):
 
     The step of the gate passes no gradient; the gate learns from S and from G, in which the decoder counts as
     constant (the paper's frozen copy). Decoder rows have length 1. The paper draws dead latents anew; here they
-    are lifted by the gate's bias (see ``sae.gradients``).
+    are lifted by the bias that keeps them silent, that of the gate or that of the magnitude (see ``sae.gradients``).
     """
 
     architecture = "gated"
@@ -88,13 +88,16 @@ class GatedSae(Sae):
             of = entries.sums(gate, error.products * totals.scale + penalty, error.residual, inputs)
             totals.add_to("W_enc", of.W_enc)
             totals.add_to("b_gate", of.b_enc)
-        gradient = totals.gradient()
+        gradient = {"b_gate": torch.zeros_like(self.b_gate), **totals.gradient()}
         stretched = gradient.pop("b_enc")
         gradient["b_dec"] -= gradient["b_gate"] @ self.W_enc
         gradient["b_mag"] = stretched / stretch
         # The sum over tokens of exp(r_mag) p times the gradient by a. That of a times it is W_dec's along its rows.
         gradient["r_mag"] = (gradient["W_dec"] * self.W_dec).sum(1) - self.b_mag * gradient["b_mag"]
-        lift = add_lift(gradient["b_gate"], self, centred, 0.0, objective)
+        by_gate = self.b_gate <= self.b_mag / stretch  # which of the two thresholds on p is the higher one
+        revival = lift(self.W_enc, centred, -torch.minimum(self.b_gate, self.b_mag / stretch), objective)
+        gradient["b_gate"] -= revival.gradient * by_gate
+        gradient["b_mag"] -= revival.gradient * ~by_gate / stretch
         sparsity = length / (objective.tokens * objective.unit)
         other = unexplained / objective.variance
-        return Loss(totals.squares / objective.variance, lift, sparsity, totals.firings, other), gradient
+        return Loss(totals.squares / objective.variance, revival.value, sparsity, totals.firings, other), gradient

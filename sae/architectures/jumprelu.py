@@ -10,7 +10,7 @@ from torch import Tensor
 from sae.batch_topk import batch_topk
 from sae.dictionary import Firings, Sae, check_k, fresh_weights
 from sae.entries import firings_by, parts
-from sae.gradients import Totals, add_lift
+from sae.gradients import Totals, lift
 from sae.objective import Loss, Objective
 
 _BEGIN = 4  # times k: L0 at the first step
@@ -86,7 +86,7 @@ class JumpReluSae(Sae):
 
     def encode(self, x: Tensor) -> Firings:
         def activate(pre: Tensor) -> Tensor:
-            return pre * (pre > self.threshold)
+            return pre.mul_(pre > self.threshold)
 
         return firings_by(activate, self.centred(x), self.W_enc, self.b_enc)
 
@@ -106,7 +106,8 @@ class JumpReluSae(Sae):
             products = error.products + entries.products(near & ~above, error.residual, self.W_dec)
             steps = (products * (totals.scale * entries.of(theta)) + penalty) * near
             totals.add_to("log_threshold", entries.by_latent(steps) * theta * (self._unit / -bandwidth))
-        gradient = totals.gradient()
-        lift = add_lift(gradient["b_enc"], self, centred, theta, objective)
+        gradient = {"log_threshold": torch.zeros_like(theta), **totals.gradient()}
+        revival = lift(self.W_enc, centred, theta - self.b_enc, objective)
+        gradient["b_enc"] -= revival.gradient
         sparsity = totals.firings.sum(dtype=torch.float64) / objective.tokens
-        return Loss(totals.squares / objective.variance, lift, sparsity, totals.firings), gradient
+        return Loss(totals.squares / objective.variance, revival.value, sparsity, totals.firings), gradient

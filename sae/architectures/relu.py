@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae.dictionary import Firings, Sae, check_k, fresh_weights
 from sae.entries import firings_by, parts
-from sae.gradients import Totals, add_lift
+from sae.gradients import Totals, lift
 from sae.objective import Loss, Objective
 
 
@@ -36,7 +36,7 @@ class ReluSae(Sae):
         return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k)
 
     def encode(self, x: Tensor) -> Firings:
-        return firings_by(torch.relu, self.centred(x), self.W_enc, self.b_enc)
+        return firings_by(torch.relu_, self.centred(x), self.W_enc, self.b_enc)
 
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
         centred = self.centred(x)
@@ -50,6 +50,7 @@ class ReluSae(Sae):
             slopes = error.products * totals.scale + penalty
             totals.add(rows, error, entries.sums(activations, slopes, error.residual, centred[rows]))
         gradient = totals.gradient()
-        lift = add_lift(gradient["b_enc"], self, centred, 0.0, objective)
+        revival = lift(self.W_enc, centred, -self.b_enc, objective)
+        gradient["b_enc"] -= revival.gradient
         sparsity = length / (objective.tokens * objective.unit)
-        return Loss(totals.squares / objective.variance, lift, sparsity, totals.firings), gradient
+        return Loss(totals.squares / objective.variance, revival.value, sparsity, totals.firings), gradient

@@ -143,9 +143,13 @@ def expected_revival(sae: Sae, pre: Tensor, w: Weights, residual: Tensor, o: Obj
     if not sae.penalised:
         rebuilt = largest(pre.relu() * o.auxk.dead, min(o.auxk.k, int(o.auxk.dead.sum()))) @ w["W_dec"]
         return (rebuilt + residual).square().sum() / o.variance
-    bias = w["b_gate" if "b_gate" in w else "b_enc"]
-    threshold = sae.threshold if isinstance(sae, JumpReluSae) else torch.zeros(())
-    below = (threshold - (pre.detach() - bias.detach() + bias))[:, o.auxk.dead]
+    if isinstance(sae, GatedSae):
+        projected = (pre - w["b_gate"]).detach()
+        threshold = -torch.minimum(w["b_gate"], w["b_mag"] / w["r_mag"].detach().exp())
+    else:
+        projected = (pre - w["b_enc"]).detach()
+        threshold = (sae.threshold if isinstance(sae, JumpReluSae) else 0.0) - w["b_enc"]
+    below = (threshold - projected)[:, o.auxk.dead]
     return below.sum() / (len(pre) * M * (o.variance / len(pre)) ** 0.5)
 
 

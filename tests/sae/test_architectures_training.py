@@ -13,7 +13,7 @@ from test_firings import D as STREAM_D
 from test_trainer import B, Batches, D, K, M, folders, settings
 
 from sae.activations import ActivationStream
-from sae.architectures import ARCHITECTURES
+from sae.architectures import ARCHITECTURES, GatedSae
 from sae.dictionary import Sae
 from sae.errors import BadInput
 from sae.firings import FiringStore, latent_statistics
@@ -98,10 +98,13 @@ class Rich(Batches):
         super().__init__(steps, directions_in_all=60)
 
 
-def killed(kind: str) -> Sae:
+def killed(kind: str, way: str = "") -> Sae:
     """A dictionary whose first 25 latents never fire: too short to be among the largest, or too low to be positive."""
     sae = ARCHITECTURES[kind].init(D, M, K, 0, Rich(1)[0])
-    if sae.penalised:
+    if way == "magnitude":
+        assert isinstance(sae, GatedSae)
+        sae.b_mag[:25] -= 1.5
+    elif sae.penalised:
         sae.b_enc[:25] -= 1.5
     else:
         sae.W_enc[:25] *= 0.05
@@ -117,14 +120,14 @@ def silent(sae: Sae) -> int:
     return int((~fired[:25]).sum())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_latents_killed_on_purpose_are_brought_back(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "way"), [*((kind, "") for kind in KINDS), ("gated", "magnitude")])
+def test_latents_killed_on_purpose_are_brought_back(kind: str, way: str, tmp_path: Path) -> None:
     steps = 800 if kind == "jumprelu" else 400
     left, fvu = {}, {}
     for name, begin, coefficient in (
         ("whole", ARCHITECTURES[kind].init(D, M, K, 0, Rich(1)[0]), 1 / 32),
-        ("left alone", killed(kind), 0.0),
-        ("revived", killed(kind), 1 / 32),
+        ("left alone", killed(kind, way), 0.0),
+        ("revived", killed(kind, way), 1 / 32),
     ):
         before = silent(begin)
         values = of(kind, tokens=steps * B, dead_tokens=5 * B, auxk=coefficient)

@@ -73,6 +73,23 @@ def test_activations_are_those_of_the_whole_model(
     torch.testing.assert_close(cut.activations(ids, [full])[full], found, rtol=0, atol=0)
 
 
+def test_what_a_model_adds_in_place_later_is_not_seen(neox: Subject) -> None:
+    """Some models (Falcon) add to the very tensor that a module has given: beside a later hookpoint it is as alone."""
+    alone = neox.activations(tokens(), ["layers.0.mlp"])["layers.0.mlp"].clone()
+    given: list[torch.Tensor] = []
+    first, second = (neox.model.get_submodule(neox.resolve(f"layers.{i}.mlp")) for i in range(2))
+    handles = [
+        first.dense_4h_to_h.register_forward_hook(lambda _m, _i, output: given.append(output)),
+        second.register_forward_pre_hook(lambda _m, _i: given.append(given.pop().add_(1.0))),
+    ]
+    try:
+        beside = neox.activations(tokens(), ["layers.0.mlp", "layers.1.mlp"])["layers.0.mlp"]
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(beside, alone)
+
+
 def test_the_forward_pass_stops_at_the_last_hookpoint(neox: Subject) -> None:
     ran: list[str] = []
     handles = [
