@@ -194,8 +194,12 @@ def violations(
             whole = part[-1] - part[0] + 1 == len(part)
             where = slice(int(part[0]), int(part[-1]) + 1) if whole else torch.from_numpy(part).to(tiles.a.device)
             tile = tiles.product(some, screens[1].rows[where])
-            for i, j, _ in tiles.above(tile, row, v[part].astype(np.float32), margin.relative, True):
-                who, which = rows[i], part[j]
+            for i, j, x in tiles.above(tile, row, v[part].astype(np.float32), margin.relative, True):
+                if not len(i):
+                    continue
+                # The most suspicious as the screens tell; only these are worth an exact look, which costs far more.
+                kept_of = _few(i, j, x, rows, part, u, v, most, margin.absolute, margin.relative, dropped)
+                who, which = rows[i[kept_of]], part[j[kept_of]]
                 exact = cosines(a, b, who, which)
                 over = exact - u[who] - v[which]
                 np.maximum.at(excess, who, over)
@@ -205,6 +209,7 @@ def violations(
                 found = [_most(joined(found), u, v, most, dropped)]
         if found:
             kept.append(_most(joined(found), u, v, most, dropped))
+    np.maximum(excess, dropped, out=excess)  # of what was let go unseen, the bound has to do
     excess[excess <= TOLERANCE] = 0
     known.u, known.v = u + dropped, v.copy()
     return joined(kept), excess, formed
@@ -332,6 +337,52 @@ def _above(
                     found_i[n], found_j[n], found_x[n] = i, left + s, x
                     n += 1
     return n
+
+
+@_compiled
+def _few(
+    i: np.ndarray,
+    j: np.ndarray,
+    x: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    u: np.ndarray,
+    v: np.ndarray,
+    most: np.ndarray,
+    absolute: float,
+    relative: float,
+    dropped: np.ndarray,
+) -> np.ndarray:
+    """Which of the found (i, j, c̃), in the order of rows, to keep: of each row the ``most`` that exceed its prices most.
+
+    ``dropped`` comes to bound the true excess of the others.
+    """
+    keep = np.ones(len(i), np.bool_)
+    start = 0
+    while start < len(i):
+        stop = start
+        while stop < len(i) and i[stop] == i[start]:
+            stop += 1
+        row = rows[i[start]]
+        n = most[row]
+        if stop - start > n:
+            over = np.empty(stop - start)
+            for e in range(start, stop):
+                over[e - start] = x[e] + relative * abs(x[e]) - v[columns[j[e]]]
+            limit = np.partition(over, len(over) - n)[len(over) - n]
+            for e in range(start, stop):
+                above = over[e - start] > limit
+                if above:
+                    n -= 1
+                keep[e] = above
+            # Of equals the first: which they are does not depend on how the list was partitioned.
+            for e in range(start, stop):
+                if over[e - start] == limit and n > 0:
+                    keep[e] = True
+                    n -= 1
+            dropped[row] = max(dropped[row], limit + absolute - u[row])
+        start = stop
+    return keep
 
 
 @_compiled
