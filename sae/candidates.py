@@ -8,8 +8,6 @@ Both searches look at every pair, or prove that they need not:
 - :func:`violations`: the pairs whose cosine exceeds what prices allow, c[i, j] > u[i] + v[j]. Only where the bounds
   known so far leave room for one is the product formed at all (:class:`Known`).
 
-A block of products is searched while it lies in the processor's cache. It is never sorted, only compared.
-
 Shapes: n rows, m columns, D model width, E pairs.
 """
 
@@ -19,20 +17,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from sae.directions import Directions, Floats, Margin, Screen, cosines, even, in_parallel
-from sae.kernels_cpu import FAST
+from sae.directions import Directions, Floats, Margin, Screen, cosines, in_parallel
+from sae.screening import Tiles, few, insert_nearest
 
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-_TILE = (1024, 4096)  # 8 MiB in bfloat16, 16 in float32: within a third-level cache
-_CUDA_TILE = (8192, 16384)
 _SAMPLE = 1024
-_STRIP = 64  # neighbours compared together: one branch for so many
+_SAMPLED = 4096  # rows at a time
 _KEPT = 4_000_000  # pairs of a block of rows, before the least are let go
 TOLERANCE = 1e-12  # a price may be exceeded by this: float64 rounding of cosines and prices stays below it
 
@@ -56,53 +49,6 @@ class Known:
     v: Floats
 
 
-class _Tiles:
-    """Products of blocks of two screens, and the pairs in them that exceed a threshold."""
-
-    def __init__(self, a: Screen, b: Screen) -> None:
-        self.a, self.b = a.rows, b.rows
-        self.on_cpu = self.a.device.type == "cpu"
-        high, wide = _TILE if self.on_cpu else _CUDA_TILE
-        self.high, self.wide = min(high, len(a)), min(wide, len(b))
-        self._out = torch.empty(self.high * self.wide, dtype=self.a.dtype, device=self.a.device)
-        if self.on_cpu:
-            room = self.high * self.wide
-            self._found = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
-
-    def product(self, rows: Tensor, columns: Tensor) -> Tensor:
-        out = self._out[: len(rows) * len(columns)].view(len(rows), len(columns))
-        return torch.mm(rows, columns.T, out=out)
-
-    def above(
-        self, tile: Tensor, row: NDArray[np.float32], column: NDArray[np.float32], relative: float, summed: bool
-    ) -> list[tuple[NDArray[Any], ...]]:
-        """Positions and values (i, j, c̃) where c̃ exceeds the lesser threshold, or c̃ + relative · |c̃| their sum.
-
-        In parts, one after the other in the order of the rows.
-        """
-        if not self.on_cpu:
-            r, c = (torch.from_numpy(x).to(tile.device) for x in (row, column))
-            values = tile.float()
-            if summed:
-                over = values + relative * values.abs() > r[:, None] + c
-            else:
-                over = values > torch.minimum(r[:, None], c)
-            i, j = over.nonzero(as_tuple=True)
-            return [(i.int().cpu().numpy(), j.int().cpu().numpy(), values[i, j].cpu().numpy())]
-        bits = tile.view(torch.int16).numpy() if tile.dtype == torch.bfloat16 else tile.numpy()
-        width = tile.shape[1]
-        i, j, x = self._found
-        ranges = even(len(tile))
-
-        def search(low: int, high: int) -> int:
-            part = slice(low * width, high * width)
-            return int(_above(bits, row, column, np.float32(relative), summed, low, high, i[part], j[part], x[part]))
-
-        counts = in_parallel(search, ranges)
-        parts = [slice(low * width, low * width + n) for (low, _), n in zip(ranges, counts, strict=True)]
-        return [(i[part], j[part], x[part]) for part in parts]
-
-
 def shortlist(a: Screen, b: Screen, k: int) -> tuple[NDArray[np.int32], NDArray[np.int32], Known]:
     """The ``k`` nearest of each row [n, D] and of each column [m, D], as the screens tell, and bounds on all others.
 
@@ -111,7 +57,7 @@ def shortlist(a: Screen, b: Screen, k: int) -> tuple[NDArray[np.int32], NDArray[
     n, m = len(a), len(b)
     margin = a.margin(b)
     lists = _Lists(n, k, _kth_of_sample(a, b, k)), _Lists(m, k, _kth_of_sample(b, a, k))
-    tiles = _Tiles(a, b)
+    tiles = Tiles(a, b)
     for top in range(0, n, tiles.high):
         rows = slice(top, top + tiles.high)
         for left in range(0, m, tiles.wide):
@@ -144,11 +90,11 @@ def _kth_of_sample(a: Screen, b: Screen, k: int) -> NDArray[np.float32]:
         return np.full(len(a), -np.inf, np.float32)
     few = b.rows[:: len(b) // _SAMPLE][:_SAMPLE]
     out = np.empty(len(a), np.float32)
-    for top in range(0, len(a), _TILE[1]):
-        rows = slice(top, top + _TILE[1])
+    for top in range(0, len(a), _SAMPLED):
+        rows = slice(top, top + _SAMPLED)
         out[rows] = (a.rows[rows] @ few.T).float().topk(k).values[:, -1].cpu().numpy()
     # A product of other blocks may be summed in another order, and rounded otherwise: this much lower it still holds.
-    return out - np.float32(0.01) * np.abs(out)
+    return np.asarray(out - np.float32(0.01) * np.abs(out), dtype=np.float32)
 
 
 class _Lists:
@@ -162,7 +108,7 @@ class _Lists:
     def insert(
         self, own: NDArray[np.int32], first: int, other: NDArray[np.int32], first_other: int, x: NDArray[np.float32]
     ) -> None:
-        _insert(own, first, other, first_other, x, self._who, self._near, self._filled, self.threshold)
+        insert_nearest(own, first, other, first_other, x, self._who, self._near, self._filled, self.threshold)
 
     def pairs(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         own, slot = np.nonzero(np.arange(self._who.shape[1]) < self._filled[:, None])
@@ -170,7 +116,14 @@ class _Lists:
 
 
 def violations(
-    a: Directions, b: Directions, screens: tuple[Screen, Screen], u: Floats, v: Floats, known: Known, most: NDArray[np.int64], near: float
+    a: Directions,
+    b: Directions,
+    screens: tuple[Screen, Screen],
+    u: Floats,
+    v: Floats,
+    known: Known,
+    most: NDArray[np.int64],
+    near: float,
 ) -> tuple[Pairs, Floats, int]:
     """The pairs whose cosine comes within ``near`` of exceeding ``u[i] + v[j]``, and by how much each row exceeds it.
 
@@ -178,9 +131,9 @@ def violations(
     that are not. The second result [n] is max_j (c[i, j] - u[i] - v[j])⁺ over *all* columns, up to ``TOLERANCE``; the
     third is how many products were formed.
     """
-    n, m = len(a), len(b)
+    n = len(a)
     margin = screens[0].margin(screens[1])
-    tiles = _Tiles(*screens)
+    tiles = Tiles(*screens)
     excess, dropped = np.zeros(n), np.full(n, -near)
     kept: list[Pairs] = []
     formed = 0
@@ -198,7 +151,7 @@ def violations(
                 if not len(i):
                     continue
                 # The most suspicious as the screens tell; only these are worth an exact look, which costs far more.
-                kept_of = _few(i, j, x, rows, part, u, v, most, margin.absolute, margin.relative, dropped)
+                kept_of = few(i, j, x, rows, part, u, v, most, margin.absolute, margin.relative, dropped)
                 who, which = rows[i[kept_of]], part[j[kept_of]]
                 exact = cosines(a, b, who, which)
                 over = exact - u[who] - v[which]
@@ -227,7 +180,7 @@ def _below(u: Floats, margin: Margin) -> NDArray[np.float32]:
 
 
 def _most(pairs: Pairs, u: Floats, v: Floats, most: NDArray[np.int64], dropped: Floats) -> Pairs:
-    """Of each row's pairs those that exceed its prices the most, ``most[i]`` of them; ``dropped[i]`` bounds the rest."""
+    """Of each row's pairs the ``most[i]`` that exceed its prices the most; ``dropped[i]`` comes to bound the rest."""
     over = pairs.cosines - u[pairs.rows] - v[pairs.columns]
     order = np.lexsort((pairs.columns, -over, pairs.rows))
     rows = pairs.rows[order]
@@ -276,143 +229,3 @@ def _suspects(u: Floats, v: Floats, known: Known, high: int) -> Iterator[tuple[N
         ]
         if len(chosen):
             yield block, chosen
-
-
-def _wide(x: Any) -> Any:
-    """A float32 as it is; the bits of a bfloat16, an int16, as the float32 that they begin."""
-    raise NotImplementedError  # for compiled code only
-
-
-@numba.extending.overload(_wide)
-def _wide_compiled(x: Any) -> Any:
-    def bits(x: Any) -> Any:
-        return np.int32(np.int32(x) << 16).view(np.float32)
-
-    def same(x: Any) -> Any:
-        return x
-
-    return bits if isinstance(x, numba.types.Integer) else same
-
-
-@_compiled
-def _above(
-    tile: np.ndarray,
-    row: np.ndarray,
-    column: np.ndarray,
-    relative: float,
-    summed: bool,
-    low: int,
-    high: int,
-    found_i: np.ndarray,
-    found_j: np.ndarray,
-    found_x: np.ndarray,
-) -> int:
-    """See :meth:`_Tiles.above`; returns how many were found in rows ``low`` to ``high``."""
-    n = 0
-    width = tile.shape[1]
-    for i in range(low, high):
-        line, limit = tile[i], row[i]
-        for left in range(0, width, _STRIP):
-            right = min(left + _STRIP, width)
-            part, limits_of = line[left:right], column[left:right]
-            any_over = False
-            if right - left == _STRIP:
-                # The same twice over, since only a loop of known length becomes vector instructions throughout.
-                if summed:
-                    for s in range(_STRIP):
-                        x = _wide(part[s])
-                        any_over |= x + relative * abs(x) > limit + limits_of[s]
-                else:
-                    for s in range(_STRIP):
-                        any_over |= _wide(part[s]) > min(limit, limits_of[s])
-                if not any_over:
-                    continue
-            for s in range(right - left):
-                x = _wide(part[s])
-                if summed:
-                    over = x + relative * abs(x) > limit + limits_of[s]
-                else:
-                    over = x > min(limit, limits_of[s])
-                if over:
-                    found_i[n], found_j[n], found_x[n] = i, left + s, x
-                    n += 1
-    return n
-
-
-@_compiled
-def _few(
-    i: np.ndarray,
-    j: np.ndarray,
-    x: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    u: np.ndarray,
-    v: np.ndarray,
-    most: np.ndarray,
-    absolute: float,
-    relative: float,
-    dropped: np.ndarray,
-) -> np.ndarray:
-    """Which of the found (i, j, c̃), in the order of rows, to keep: of each row the ``most`` that exceed its prices most.
-
-    ``dropped`` comes to bound the true excess of the others.
-    """
-    keep = np.ones(len(i), np.bool_)
-    start = 0
-    while start < len(i):
-        stop = start
-        while stop < len(i) and i[stop] == i[start]:
-            stop += 1
-        row = rows[i[start]]
-        n = most[row]
-        if stop - start > n:
-            over = np.empty(stop - start)
-            for e in range(start, stop):
-                over[e - start] = x[e] + relative * abs(x[e]) - v[columns[j[e]]]
-            limit = np.partition(over, len(over) - n)[len(over) - n]
-            for e in range(start, stop):
-                above = over[e - start] > limit
-                if above:
-                    n -= 1
-                keep[e] = above
-            # Of equals the first: which they are does not depend on how the list was partitioned.
-            for e in range(start, stop):
-                if over[e - start] == limit and n > 0:
-                    keep[e] = True
-                    n -= 1
-            dropped[row] = max(dropped[row], limit + absolute - u[row])
-        start = stop
-    return keep
-
-
-@_compiled
-def _insert(
-    own: np.ndarray,
-    first: int,
-    other: np.ndarray,
-    first_other: int,
-    x: np.ndarray,
-    who: np.ndarray,
-    near: np.ndarray,
-    filled: np.ndarray,
-    threshold: np.ndarray,
-) -> None:
-    k = who.shape[1]
-    for e in range(len(own)):
-        i = own[e] + first
-        if not x[e] > threshold[i]:
-            continue
-        at = filled[i]
-        if at < k:
-            filled[i] += 1
-        else:
-            at = 0
-            for s in range(1, k):
-                if near[i, s] < near[i, at]:
-                    at = s
-        near[i, at], who[i, at] = x[e], other[e] + first_other
-        if filled[i] == k:
-            least = near[i, 0]
-            for s in range(1, k):
-                least = min(least, near[i, s])
-            threshold[i] = max(threshold[i], least)

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numba
@@ -191,7 +192,7 @@ def even(n: int, least: int = 1) -> list[tuple[int, int]]:
     """``n`` things in consecutive ranges (low, high), one a thread, none of fewer than ``least`` unless it is alone."""
     parts = max(1, min(threads(), n // least))
     cuts = np.linspace(0, n, parts + 1).astype(int).tolist()
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 def in_parallel(work: Callable[[int, int], Any], ranges: list[tuple[int, int]]) -> list[Any]:

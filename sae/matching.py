@@ -8,14 +8,13 @@ With prices u on rows and v on columns, v zero or more and zero for what is left
 
     Σ_i u[i] + Σ_j v[j] + Σ_i max_j (c[i, j] - u[i] - v[j])⁺ + rounding,
 
-whatever the prices. Those of the matching among the candidates make the first two terms its own sum; the third is zero
-once no pair exceeds its prices. So the last question both finds what was missed and, in the end, proves that nothing is.
+whatever the prices. Those of the matching among the candidates make the first two terms its own sum; the third is
+zero once no pair exceeds its prices. So the question finds what was missed and, in the end, proves that nothing is.
 
-Asking it of all pairs costs a product of the dictionaries each time, which is nearly all of the time there is. Mostly it
-need not be asked: the first pass bounds every pair that it passed over by the k-th nearest of its row and of its
-column (``sae.candidates.Known``), and of two random dictionaries as of two trained ones only few rows and columns are
-so cheap that this bound leaves a doubt. Where prices of a matching are low is known after the first, so doubts are few,
-and each later product is of those rows and columns alone.
+Asking it of all pairs costs a product of the dictionaries, which is nearly all of the time there is. Mostly it need not
+be asked: the first pass bounds every pair that it passed over by the k-th nearest of its row and of its column
+(``sae.candidates.Known``). This leaves a doubt only where prices are low on both sides, in few rows and columns of
+random dictionaries as of trained ones, and later products are of those alone.
 
 Rows of zeros have cosine 0 with every column. They take what is left over, and stand aside until the end.
 
@@ -24,7 +23,6 @@ Shapes: n rows, m columns, D model width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import fsum
 from typing import Literal
 
@@ -33,6 +31,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from sae.candidates import TOLERANCE, Pairs, joined, shortlist, violations
+from sae.dense_matching import Matching, Nearest
 from sae.directions import Directions, Floats, Screen, cosines, plain_products
 from sae.precision import resolve
 from sae.sparse_assignment import Graph, Solution, greedy, solve
@@ -41,47 +40,11 @@ Ints = NDArray[np.int32]
 
 NEAREST = 16  # of each row and of each column: in random dictionaries prices reach to about the 2 ln M-th nearest pair
 _MOST = 64  # new candidates of a row at a time, four times as many whenever that was not enough
-_NEAR = 2e-3  # a candidate that comes this near to its prices is taken too, so that prices may fall a little for nothing
+_NEAR = (
+    2e-3  # a candidate that comes this near to its prices is taken too, so that prices may fall a little for nothing
+)
 _ROUNDS = 200
 _ROWS = 256
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """The nearest of the other dictionary, taken or not; the lowest number among equals."""
-
-    who: Ints
-    cosine: Floats
-
-
-@dataclass(frozen=True)
-class Matching:
-    """The matching, its proof, and what else the pass over all pairs found."""
-
-    partner: Ints
-    """[n]: the column of each row"""
-    cosine: Floats
-    """[n]"""
-    u: Floats
-    """[n]: what each row gains after paying for its column"""
-    v: Floats
-    """[m]: prices, zero or more, zero for columns that are left over"""
-    sum: float
-    upper_bound: float
-    """no matching sums to more"""
-    nearest: tuple[Nearest, Nearest]
-    """of each row [n], of each column [m]"""
-    rounds: int
-    """how often prices were asked for violations"""
-    share_of_pairs: float
-    """how many products were formed in all, in multiples of n × m"""
-    candidates: int
-    """pairs that the exact matching chose from"""
-
-    @property
-    def gap(self) -> float:
-        """How far the sum can be from the best there is."""
-        return self.upper_bound - self.sum
 
 
 def best_matching(
@@ -232,7 +195,7 @@ def _fallback(a: Directions, b: Directions, pairs: Pairs) -> Pairs:
 def _nearest(
     a: Directions, b: Directions, i: NDArray[np.int64], j: Ints, cosine: Floats, bound: Floats, zeros: bool
 ) -> Nearest:
-    """The nearest of ``b`` [m, D] to each of ``a`` [n, D], out of candidates (i, j); all others are within ``bound`` [n].
+    """The nearest of ``b`` [m, D] to each of ``a`` [n, D], out of candidates (i, j); others are within ``bound`` [n].
 
     Where candidates do not settle it (equals, or too near to the bound) the whole row is formed. ``zeros``: there are
     rows of zeros in ``b`` that are not among the candidates.
