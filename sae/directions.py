@@ -5,12 +5,13 @@ e = max |x - x̃| and f = max |y - ỹ|, both measured when the screens are made
 
     |x·y - x̃·ỹ| ≤ |x - x̃| |y| + |x̃| |y - ỹ| ≤ e + (1 + e) f.
 
-Components of a unit row rounded to bfloat16 (8 significant bits) err by 2⁻⁹ of themselves at most, so e, f ≤ 2⁻⁹ and
-the sum is never above about 2⁻⁸; measured it is nearer to 0.6 · 2⁻⁸. Products are accumulated in float32, in whatever
-order: each of at most 2D roundings (vdpbf16ps rounds product and sum) costs 2⁻²⁴ of Σ|x̃ᵈỹᵈ| ≤ (1 + e)(1 + f), together
-less than 4D · 2⁻²⁴. In bfloat16 the result c̃ is rounded once more, by 2⁻⁹ of itself. So
+A number rounded to bfloat16 (8 significant bits) errs by 2⁻⁸ of itself at most, so e, f ≤ 2⁻⁸ whatever the rows. Most
+numbers err by less: e + f measures about 2⁻⁸ for rows of hundreds of components, half of what holds without measuring.
+Products are accumulated in float32, in whatever order: each of at most 2D roundings (vdpbf16ps rounds product and sum)
+costs 2⁻²⁴ of Σ|x̃ᵈỹᵈ| ≤ (1 + e)(1 + f), together less than 4D · 2⁻²⁴. In bfloat16 the result is rounded once more, to c̃,
+by 2⁻⁸ of itself. So
 
-    |x·y - c̃| ≤ margin + relative · |c̃|,    margin = e + (1 + e) f + 4D · 2⁻²⁴,    relative = 0 or 2⁻⁹ (1 + 2⁻⁷).
+    |x·y - c̃| ≤ margin + relative · |c̃|,    margin = e + (1 + e) f + 4D · 2⁻²⁴,    relative = 0 or 2⁻⁸ (1 + 2⁻⁷).
 
 What the screens say is used only within this error (:class:`Margin`), and nothing that they say enters a result.
 
@@ -42,7 +43,7 @@ _compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAS
 _BLOCK = 4096  # rows brought to unit length at a time
 _SAFE = 2.0**40  # rows longer than this, or shorter than its inverse, are scaled before they are multiplied
 _ROUNDINGS = 4 * 2.0**-24
-_BFLOAT16 = 2.0**-9 * (1 + 2.0**-7)
+_BFLOAT16 = 2.0**-8 * (1 + 2.0**-7)
 _SLACK = 1e-6  # for the measurement of rounding errors, itself done in float32
 
 

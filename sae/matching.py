@@ -40,9 +40,9 @@ Ints = NDArray[np.int32]
 
 NEAREST = 16  # of each row and of each column: in random dictionaries prices reach to about the 2 ln M-th nearest pair
 _MOST = 64  # new candidates of a row at a time, four times as many whenever that was not enough
-_NEAR = (
-    2e-3  # a candidate that comes this near to its prices is taken too, so that prices may fall a little for nothing
-)
+# Pairs that come this near to their prices are taken too, half as near each time. Where prices fell since by less than
+# half of it, what is known of a pair suffices without a product.
+_NEAR = 2e-3
 _ROUNDS = 200
 _ROWS = 256
 
@@ -97,15 +97,16 @@ def _search(
             bounds[0][alive], bounds[1][:] = known.row, known.column
             edges = _Edges(len(a), m, pairs)
             edges.add(_fallback(a, b, pairs))
-            warm, most = None, np.full(len(a), _MOST)
+            warm, most, near = None, np.full(len(a), _MOST), _NEAR
             formed = len(a) * m
             while True:
                 solution = warm = solve(edges.graph(), m, warm)
-                new, excess, asked = violations(a, b, screens, solution.u, solution.v, known, most, _NEAR)
+                new, excess, asked = violations(a, b, screens, solution.u, solution.v, known, most, near)
                 rounds, formed = rounds + 1, formed + asked
                 if not excess.any() or rounds == _ROUNDS:
                     break
-                most[(excess > 0) & (known.u > solution.u - _NEAR)] *= 4  # those of which something was let go
+                most[(excess > 0) & (known.u > solution.u - near)] *= 4  # those of which something was let go
+                near /= 2
                 edges.add(new)
             total = len(edges)
     rows, some = alive[pairs.rows], len(a) < n
