@@ -158,7 +158,7 @@ def verify(
         one_to_one = one_to_one and partner.min() >= 0 and len(np.unique(partner)) == len(partner)
         if not one_to_one or partner.max() >= len(columns):
             raise BadInput(f"the {space} matching is not one-to-one between these dictionaries; align them again")
-        matched = float(np.einsum("ij,ij->", rows, columns[partner]))
+        matched = sum(float((rows[block] * columns[partner[block]]).sum()) for block in blocks(len(rows)))
         if len(rows) < len(columns):
             prices = np.maximum(prices, 0)
         earned = sum(float((rows[block] @ columns.T - prices).max(axis=1).sum()) for block in blocks(len(rows)))

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sae.directions import Directions, Floats, Margin, Screen, cosines, in_parallel
 from sae.screening import Tiles, few, insert_nearest
 
-_SAMPLE = 1024
+_SAMPLE = 1024  # at most: more would cost more time than they save
 _SAMPLED = 4096  # rows at a time
 _KEPT = 4_000_000  # pairs of a block of rows, before the least are let go
 TOLERANCE = 1e-12  # a price may be exceeded by this: float64 rounding of cosines and prices stays below it
@@ -86,9 +86,10 @@ def _kth_of_sample(a: Screen, b: Screen, k: int) -> NDArray[np.float32]:
 
     The k-th nearest of some is no nearer than the k-th nearest of all.
     """
-    if len(b) < 2 * _SAMPLE or k > _SAMPLE // 4:
+    size = min(_SAMPLE, max(len(b) // 32, 8 * k))
+    if len(b) < 4 * size:
         return np.full(len(a), -np.inf, np.float32)
-    few = b.rows[:: len(b) // _SAMPLE][:_SAMPLE]
+    few = b.rows[:: len(b) // size][:size]
     out = np.empty(len(a), np.float32)
     for top in range(0, len(a), _SAMPLED):
         rows = slice(top, top + _SAMPLED)

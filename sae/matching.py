@@ -38,7 +38,7 @@ from sae.sparse_assignment import Graph, Solution, greedy, solve
 
 Ints = NDArray[np.int32]
 
-NEAREST = 16  # of each row and of each column: in random dictionaries prices reach to about the 2 ln M-th nearest pair
+NEAREST = 24  # of each row and of each column: in random dictionaries prices reach down to about the 2 ln M-th nearest
 _MOST = 64  # new candidates of a row at a time, four times as many whenever that was not enough
 # Pairs that come this near to their prices are taken too, half as near each time. Where prices fell since by less than
 # half of it, what is known of a pair suffices without a product.

@@ -193,6 +193,24 @@ def test_what_the_shortlist_passes_over_is_bounded(precision: Precision) -> None
     np.testing.assert_allclose(cosines(sides[0], sides[1], i, j), c[i, j], atol=1e-7)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_gpu_would_find_what_the_compiled_loop_finds(precision: Precision, summed: bool) -> None:
+    a, b = (Screen.of(Directions.of(side), precision, "cpu") for side in shared_half(150, 210, 8))
+    tiles = screening.Tiles(a, b)
+    tile = tiles.product(a.rows, b.rows)
+    rng = np.random.default_rng(0)
+    row, column = rng.uniform(0, 0.4, 150).astype(np.float32), rng.uniform(-0.1, 0.9, 210).astype(np.float32)
+    found = []
+    for on_cpu in (True, False):
+        tiles.on_cpu = on_cpu
+        i, j, x = (np.concatenate(parts) for parts in zip(*tiles.above(tile, row, column, 0.004, summed), strict=True))
+        found.append((i * 210 + j, x))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    assert 0 < len(found[0][0]) < tile.numel()
+
+
 def test_a_search_that_is_cut_short_says_how_far_it_is_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = special("duplicates")
     monkeypatch.setattr(matching, "_ROUNDS", 1)
