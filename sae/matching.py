@@ -44,7 +44,7 @@ _MOST = 64  # new candidates of a row at a time, four times as many whenever tha
 # half of it, what is known of a pair suffices without a product.
 _NEAR = 2e-3
 _ROUNDS = 200
-_ROWS = 256
+_ROWS = 1024
 
 
 def best_matching(
@@ -214,8 +214,8 @@ def _nearest(
     for start in range(0, len(rows), _ROWS):
         some = rows[start : start + _ROWS]
         best[some] = -np.inf
-        for left in range(0, len(b), 16 * _ROWS):
-            block = a.unit(some) @ b.unit(slice(left, left + 16 * _ROWS)).T
+        for left in range(0, len(b), 4 * _ROWS):
+            block = a.unit(some) @ b.unit(slice(left, left + 4 * _ROWS)).T
             at = block.argmax(axis=1)
             value = block[np.arange(len(some)), at]
             better = value > best[some]
