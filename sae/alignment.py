@@ -4,6 +4,9 @@ The rows of the encoders, and separately those of the decoders, are brought to u
 pairings the one with the largest sum of cosines is taken (Paulo & Belrose, arXiv 2501.16615). Encoder and decoder are
 matched independently: whether they name the same partner is itself a finding.
 
+Small pairs are matched with all cosines in memory (``sae.dense_matching``), wide ones without (``sae.matching``).
+Either way the matching is the best over all pairs, not over a choice of them.
+
 A matching is easy to get subtly wrong and impossible to judge by eye, so each comes with prices that bound what *any*
 matching could reach. For whatever prices v on the columns (zero or more, where columns may be left over),
 
@@ -16,29 +19,23 @@ be checked later from the weights alone, in memory of one block (:func:`verify`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
 
+from sae.dense_matching import Matching, best_of_all, blocks, unit_rows
 from sae.errors import BadInput, NotFound, nearest
 from sae.files import SCHEMA, read_json, read_table, table_metadata, write_json, write_table
-from sae.progress import say
-
-Array = NDArray[np.float64]
 
 SPACES = ("encoder", "decoder")
 UNMATCHED = -1
-_BLOCK = 256  # rows at a time: a block of a 32k-wide matrix is 64 MB
-_MAX_PASSES = 50  # over the matrix while prices are sought; real pairs need about ten
-_TOLERANCE = 1e-12  # prices rise by more than this or not at all: below it lies rounding
-_SAY_ABOVE = 2**30  # bytes
+_DENSE = 2048**2  # pairs up to which SciPy is as quick as a search that has to be compiled first
 
 
 @dataclass(frozen=True)
@@ -77,20 +74,25 @@ def align(
     W_dec_b: ArrayLike,
     *,
     names: tuple[str, str] = ("a", "b"),
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: str = "cpu",
 ) -> Alignment:
     """Match two dictionaries exactly, in encoder and decoder space.
 
-    One dense matrix of M_a × M_b float64 cosines is held at a time; where that is more than 1 GiB the size is said.
+    Beside the weights, memory holds a rounded copy of one space's rows, in ``precision``, and about a hundred times
+    M_a + M_b candidates of some 30 bytes; never the matrix of all pairs, except of up to 2,048 × 2,048.
 
     Args:
         W_enc_a, W_dec_a: [M_a, D] rows of the first, of any length.
         W_enc_b, W_dec_b: [M_b, D] rows of the second; M_b may differ from M_a.
         names: of the runs, for messages and for the certificate.
+        precision: of the products by which wide pairs are searched; time depends on it, the result does not.
+        device: where these products are formed, a name for torch.
     Raises:
-        BadInput: the dictionaries live in spaces of different width, hold NaN, or are too large for this machine.
+        BadInput: the dictionaries live in spaces of different width or hold NaN.
     """
-    first = [_unit_rows(W, names[0], space) for W, space in zip((W_enc_a, W_dec_a), SPACES, strict=True)]
-    second = [_unit_rows(W, names[1], space) for W, space in zip((W_enc_b, W_dec_b), SPACES, strict=True)]
+    first = [_checked(W, names[0], space) for W, space in zip((W_enc_a, W_dec_a), SPACES, strict=True)]
+    second = [_checked(W, names[1], space) for W, space in zip((W_enc_b, W_dec_b), SPACES, strict=True)]
     for name, (encoder, decoder) in zip(names, (first, second), strict=True):
         if len(encoder) != len(decoder):
             raise BadInput(
@@ -103,84 +105,37 @@ def align(
         )
     n_a, n_b = len(first[0]), len(second[0])
     if n_a > n_b:  # the solver and the prices want the narrower dictionary in the rows
-        return align(W_enc_b, W_dec_b, W_enc_a, W_dec_a, names=(names[1], names[0])).swapped()
+        exchanged = (names[1], names[0])
+        return align(*second, *first, names=exchanged, precision=precision, device=device).swapped()
     table_a = pd.DataFrame({"latent": np.arange(n_a)})
     table_b = pd.DataFrame({"latent": np.arange(n_b)})
     certificate: dict[str, Any] = {
         "schema": SCHEMA,
         "runs": list(names),
         "latents": [n_a, n_b],
-        "method": "maximum-weight one-to-one assignment over all pairs, cosines in float64 "
-        "(scipy.optimize.linear_sum_assignment)",
-        "bound": "sum of column prices v plus sum over rows of max(c - v); prices by longest-path relaxation from "
-        "the matching",
+        "method": "maximum-weight one-to-one assignment over all pairs, cosines in float64",
+        "bound": "sum of column prices v plus sum over rows of max(c - v)",
     }
     for space, rows, columns in zip(SPACES, first, second, strict=True):
-        cosines = _cosines(rows, columns, names)
-        partner = match(cosines)
-        prices = dual_prices(cosines, partner)
-        matched = cosines[np.arange(n_a), partner]
-        inverse = np.full(n_b, UNMATCHED)
-        inverse[partner] = np.arange(n_a)
-        for table, partners, axis in ((table_a, partner, 1), (table_b, inverse, 0)):
-            cosine = np.where(partners == UNMATCHED, np.nan, matched[partners if axis == 0 else slice(None)])
-            table[f"{space}_partner"] = partners.astype(np.int32)
-            table[f"{space}_cosine"] = cosine.astype(np.float32)
-            table[f"max_{space}_neighbor"] = cosines.argmax(axis=axis).astype(np.int32)
-            table[f"max_{space}_cosine"] = cosines.max(axis=axis).astype(np.float32)
-        earned = np.concatenate([(cosines[block] - prices).max(axis=1) for block in _blocks(n_a)])
-        table_a[f"{space}_price"], table_b[f"{space}_price"] = earned, prices
-        certificate[space] = _certificate(float(matched.sum()), float(earned.sum() + prices.sum()), n_a)
-        del cosines
+        found = _matched(rows, columns, precision, device)
+        inverse = np.full(n_b, UNMATCHED, np.int32)
+        inverse[found.partner] = np.arange(n_a)
+        cosine = np.where(inverse == UNMATCHED, np.nan, found.cosine[inverse])
+        sides = (table_a, found.partner, found.cosine, found.u), (table_b, inverse, cosine, found.v)
+        for (table, partner, own, price), near in zip(sides, found.nearest, strict=True):
+            table[f"{space}_partner"] = partner
+            table[f"{space}_cosine"] = own.astype(np.float32)
+            table[f"max_{space}_neighbor"] = near.who
+            table[f"max_{space}_cosine"] = near.cosine.astype(np.float32)
+            table[f"{space}_price"] = price
+        certificate[space] = _certificate(found.sum, found.upper_bound, n_a)
+        if found.candidates:
+            certificate.setdefault("search", {})[space] = {
+                "candidates": found.candidates,
+                "rounds": found.rounds,
+                "products": round(found.share_of_pairs, 4),
+            }
     return Alignment(table_a, table_b, certificate)
-
-
-def match(cosines: Array) -> NDArray[np.int64]:
-    """The column of each row in the assignment with the largest sum, exact. [n, m], n ≤ m; unchanged on return."""
-    # Negated in place and back: asking SciPy to maximise would copy the matrix.
-    np.negative(cosines, out=cosines)
-    try:
-        return np.asarray(linear_sum_assignment(cosines)[1], dtype=np.int64)
-    finally:
-        np.negative(cosines, out=cosines)
-
-
-def dual_prices(cosines: Array, partner: NDArray[np.int64], max_passes: float = _MAX_PASSES) -> Array:
-    """Column prices [m], zero or more, under which every row of [n, m] prefers the partner that it has.
-
-    Row i prefers its partner p when v[j] ≥ v[p] + c[i, j] - c[i, p] for all j: the prices are the longest paths in the
-    graph with these weights, found by relaxation from zero. Only rows whose partner's price rose since they were last
-    looked at are looked at again, so that some ten passes' worth of work does for many more rounds (measured on
-    4,096 × 4,096: 136 rounds, 9 passes). If the matching is not optimal the graph has a cycle of positive length and
-    prices rise for ever: the work is bounded by ``max_passes``, and whatever was reached still gives a valid, if wide,
-    bound; all prices zero are returned if that bounds better.
-    """
-    n, m = cosines.shape
-    prices = np.zeros(m)
-    own = cosines[np.arange(n), partner]
-    seen = np.full(n, -np.inf)
-    budget = max_passes * n
-    while budget > 0:
-        stirred = np.flatnonzero(prices[partner] > seen + _TOLERANCE)
-        if not len(stirred):
-            return prices
-        for start in range(0, len(stirred), _BLOCK):
-            rows = stirred[start : start + _BLOCK]
-            seen[rows] = prices[partner[rows]]
-            offers = cosines[rows] + (seen[rows] - own[rows])[:, None]
-            np.maximum(prices, offers.max(axis=0), out=prices)
-        budget -= len(stirred)
-    return min(prices, np.zeros(m), key=lambda v: upper_bound(cosines, v))
-
-
-def upper_bound(cosines: Array, prices: Array) -> float:
-    """What no one-to-one matching of [n, m] cosines, n ≤ m, can exceed, from any column prices [m].
-
-    Where m > n columns are left over, and negative prices would not bound: they are taken as 0.
-    """
-    n, m = cosines.shape
-    v = prices if n == m else np.maximum(prices, 0)
-    return float(v.sum() + sum((cosines[block] - v).max(axis=1).sum() for block in _blocks(n)))
 
 
 def verify(
@@ -196,17 +151,17 @@ def verify(
         return verify(alignment.swapped(), W_enc_b, W_dec_b, W_enc_a, W_dec_a)
     found = {}
     for space, W_a, W_b in zip(SPACES, (W_enc_a, W_dec_a), (W_enc_b, W_dec_b), strict=True):
-        rows, columns = _unit_rows(W_a, "a", space), _unit_rows(W_b, "b", space)
+        rows, columns = (unit_rows(_checked(W, name, space)) for W, name in ((W_a, "a"), (W_b, "b")))
         partner = alignment.a[f"{space}_partner"].to_numpy()
         prices = alignment.b[f"{space}_price"].to_numpy(dtype=np.float64)
         one_to_one = len(rows) == len(partner) and len(columns) == len(prices)
         one_to_one = one_to_one and partner.min() >= 0 and len(np.unique(partner)) == len(partner)
         if not one_to_one or partner.max() >= len(columns):
             raise BadInput(f"the {space} matching is not one-to-one between these dictionaries; align them again")
-        matched = float(np.einsum("ij,ij->", rows, columns[partner]))
+        matched = sum(float((rows[block] * columns[partner[block]]).sum()) for block in blocks(len(rows)))
         if len(rows) < len(columns):
             prices = np.maximum(prices, 0)
-        earned = sum(float((rows[block] @ columns.T - prices).max(axis=1).sum()) for block in _blocks(len(rows)))
+        earned = sum(float((rows[block] @ columns.T - prices).max(axis=1).sum()) for block in blocks(len(rows)))
         found[space] = _certificate(matched, earned + float(prices.sum()), len(rows))
     return found
 
@@ -218,9 +173,8 @@ def null_cosine(d_in: int, n_a: int, n_b: int, seed: int = 0) -> float:
     cosine (PW-MCC, arXiv 2505.20254) means something only beside this.
     """
     rng = np.random.default_rng(seed)
-    rows, columns = (_unit_rows(rng.normal(size=(n, d_in)), "random", "decoder") for n in sorted((n_a, n_b)))
-    cosines = _cosines(rows, columns, ("random", "random"))
-    return float(cosines[np.arange(len(rows)), match(cosines)].mean())
+    rows, columns = (rng.normal(size=(n, d_in)) for n in sorted((n_a, n_b)))
+    return float(_matched(rows, columns).cosine.mean())
 
 
 def pairs(runs: Sequence[str]) -> list[tuple[str, str]]:
@@ -289,34 +243,34 @@ def both_ways(folder: Path, runs: Sequence[str]) -> dict[tuple[str, str], pd.Dat
     return found
 
 
-def _unit_rows(weights: ArrayLike, name: str, space: str) -> Array:
-    rows = np.array(weights, dtype=np.float64)
+def _matched(
+    rows: ArrayLike,
+    columns: ArrayLike,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: str = "cpu",
+) -> Matching:
+    """The best matching of rows [n, D] to columns [m, D], n ≤ m, the short way or the wide one."""
+    rows, columns = np.asarray(rows), np.asarray(columns)
+    if len(rows) * len(columns) <= _DENSE:
+        return best_of_all(unit_rows(rows) @ unit_rows(columns).T)
+    from sae.matching import best_matching  # loads torch, which small pairs and readers of alignments do without
+
+    return best_matching(rows, columns, precision=precision, device=device)
+
+
+def _checked(weights: ArrayLike, name: str, space: str) -> NDArray[Any]:
+    """The rows [M, D] as they are, if they are rows and finite."""
+    rows = np.asarray(weights)
     if rows.ndim != 2 or not rows.size:
         raise BadInput(f"{name}: the {space} has shape {rows.shape}, not [M, D]; is its file complete?")
-    broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if rows.dtype.kind != "f":
+        rows = rows.astype(np.float64)
+    broken = np.concatenate([~np.isfinite(rows[block]).all(axis=1) for block in blocks(len(rows))]).nonzero()[0]
     if len(broken):
         raise BadInput(
             f"{name}: {len(broken)} {space} rows hold NaN or infinity (the first is latent {broken[0]}); train it again"
         )
-    # Scaled first, so that rows as small or large as float32 allows have a norm.
-    largest = np.abs(rows).max(axis=1, keepdims=True)
-    np.divide(rows, largest, out=rows, where=largest > 0)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    np.divide(rows, length, out=rows, where=length > 0)
     return rows
-
-
-def _cosines(rows: Array, columns: Array, names: tuple[str, str]) -> Array:
-    size = len(rows) * len(columns) * 8
-    words = (
-        f"{names[0]} × {names[1]}: the cosines of {len(rows):,} × {len(columns):,} latents take {size / 2**30:.1f} GiB"
-    )
-    if size > _SAY_ABOVE:
-        say(f"{words} of memory, one space at a time")
-    try:
-        return rows @ columns.T
-    except MemoryError:
-        raise BadInput(f"{words}, more than this machine can give; align narrower dictionaries") from None
 
 
 def _certificate(matched: float, bound: float, n: int) -> dict[str, Any]:
@@ -328,10 +282,6 @@ def _certificate(matched: float, bound: float, n: int) -> dict[str, Any]:
         "mean": matched / n,
         "upper_bound": bound,
         "gap": max(gap, 0.0) if certified else gap,
+        "gap_per_latent": (max(gap, 0.0) if certified else gap) / n,
         "certified": certified,
     }
-
-
-def _blocks(n: int) -> Iterator[slice]:
-    for start in range(0, n, _BLOCK):
-        yield slice(start, start + _BLOCK)

@@ -164,7 +164,7 @@ def align_runs(runs: Sequence[Run], compute: Compute) -> None:
 def _align_pairs(pairs: list[tuple[Run, Run]], compute: Compute) -> None:
     from sae.alignment import align, write_alignment
 
-    compute.resolve()
+    device = compute.resolve()
     weights: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +175,7 @@ def _align_pairs(pairs: list[tuple[Run, Run]], compute: Compute) -> None:
 
     with track("align", len(pairs), "pairs") as bar:
         for a, b in pairs:
-            alignment = align(*rows(a), *rows(b), names=(a.name, b.name))
+            alignment = align(*rows(a), *rows(b), names=(a.name, b.name), device=device)
             write_alignment(a.root / "alignments", a.name, b.name, alignment, _pair_inputs(a, b))
             bar.advance(note=f"{a.name} × {b.name}")
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from sae import alignment as module
+from sae import dense_matching
 from sae.alignment import (
     UNMATCHED,
     Alignment,
@@ -23,15 +23,13 @@ from sae.alignment import (
     alignment_inputs,
     alignment_path,
     both_ways,
-    dual_prices,
-    match,
     null_cosine,
     pairs,
     read_alignment,
-    upper_bound,
     verify,
     write_alignment,
 )
+from sae.dense_matching import dual_prices, match, upper_bound
 from sae.errors import BadInput, NotFound
 from sae.files import digest_file, read_table, table_metadata
 
@@ -171,7 +169,7 @@ def test_align_reports_a_solver_that_errs(monkeypatch: pytest.MonkeyPatch) -> No
             left[i], left[:, j] = -np.inf, -np.inf
         return partner
 
-    monkeypatch.setattr(module, "match", greedy)
+    monkeypatch.setattr(dense_matching, "match", greedy)
     certificate = align(*weights).certificate
     assert not certificate["decoder"]["certified"]
     assert certificate["decoder"]["gap"] > 0
@@ -239,18 +237,6 @@ def test_inputs_that_cannot_be_aligned_are_named() -> None:
     W_dec_b[4, 2] = np.nan
     with pytest.raises(BadInput, match=r"run_y: 1 decoder rows hold NaN or infinity .*latent 4"):
         align(W_enc_a, W_dec_a, W_enc_b, W_dec_b, names=names)
-
-
-def test_a_matrix_too_large_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(module, "_SAY_ABOVE", 1)
-
-    class Rows(np.ndarray):
-        def __matmul__(self, other: object) -> np.ndarray:
-            raise MemoryError
-
-    with pytest.raises(BadInput, match="more than this machine can give"):
-        module._cosines(np.zeros((4, 2)).view(Rows), np.zeros((5, 2)), ("run_x", "run_y"))
-    assert "run_x × run_y: the cosines of 4 × 5 latents take" in " ".join(capsys.readouterr().err.split())
 
 
 def test_pairs() -> None:

@@ -1,0 +1,231 @@
+"""How long the best one-to-one matching of two dictionaries takes, beside SciPy's dense solver.
+
+    python benchmarks/alignment.py [--sizes 8192 16384 32768] [--threads 2] [--runs run_a run_b] [--json] [--out x.json]
+
+The pair is synthetic, half of its latents shared: in that half a row of the second dictionary is one of the first plus
+half as much noise (cosine about 0.9), all else is random, D 768, and the second's order is shuffled. ``--runs`` names
+trained runs under ``--root`` instead, matched by decoder.
+
+Every side is a process of its own, run alone, that compiles its loops on a small pair first and then reports the time
+of one matching and the most memory that it held:
+
+- *ours*: ``sae.matching.best_matching`` from float32 weights, with its certificate; once as the machine likes it
+  (bfloat16 products where it has instructions for them) and once with float32 products only;
+- *scipy*: ``linear_sum_assignment`` on the dense float64 matrix, the time of the solver alone (that of the matrix is
+  given beside it); only up to ``--dense``, since its memory grows with the square;
+- *product*: one pass over all products in blocks, neither searched nor kept: no method that looks at every pair goes
+  below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from side import now
+from training import processor
+
+ROOT = Path(__file__).parent.parent
+TARGETS = {8192: 3.0, 16384: 6.0, 32768: 8.0}
+"""how many times as fast as SciPy we want to be"""
+D_IN = 768
+TILE = (1024, 4096)
+
+
+def synthetic(m: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """[M, D] twice; see the module's head."""
+    rng = np.random.default_rng(seed)
+    a, b = (rng.standard_normal((m, D_IN), dtype=np.float32) for _ in range(2))
+    b[: m // 2] *= 0.5
+    b[: m // 2] += a[: m // 2]
+    return a, b[rng.permutation(m)]
+
+
+def weights(asked: argparse.Namespace) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    if not asked.runs:
+        return synthetic(asked.size)
+    from sae.run import Run
+
+    a, b = (np.ascontiguousarray(Run.open(name, asked.root).sae().W_dec.numpy()) for name in asked.runs)
+    return (a, b) if len(a) <= len(b) else (b, a)
+
+
+def side(asked: argparse.Namespace) -> dict[str, Any]:
+    """What one side says of itself, in the process that was started for it."""
+    torch.set_num_threads(asked.threads)
+    if asked.side == "scipy":
+        return _scipy(asked)
+    if asked.side == "product":
+        return _product(asked)
+    from sae.matching import best_matching
+
+    options = {"precision": asked.precision, "device": asked.device}
+    rng = np.random.default_rng(1)
+    best_matching(*rng.standard_normal((2, 3000, 16), dtype=np.float32), **options)  # compiles
+    a, b = weights(asked)
+    begun = time.perf_counter()
+    found = best_matching(a, b, **options)
+    return {
+        "seconds": time.perf_counter() - begun,
+        "sum": found.sum,
+        "gap_per_latent": found.gap / len(a),
+        "rounds": found.rounds,
+        "products": round(found.share_of_pairs, 3),
+        "candidates": found.candidates,
+    }
+
+
+def _scipy(asked: argparse.Namespace) -> dict[str, Any]:
+    from scipy.optimize import linear_sum_assignment
+
+    pair = weights(asked)
+    begun = time.perf_counter()
+    rows, columns = (w.astype(np.float64) for w in pair)
+    for unit in (rows, columns):
+        unit /= np.maximum(np.linalg.norm(unit, axis=1)[:, None], 1e-300)
+    cosines = rows @ columns.T
+    matrix = time.perf_counter() - begun
+    np.negative(cosines, out=cosines)  # or SciPy would copy it
+    begun = time.perf_counter()
+    at = linear_sum_assignment(cosines)
+    return {"seconds": time.perf_counter() - begun, "matrix_seconds": matrix, "sum": float(-cosines[at].sum())}
+
+
+def _product(asked: argparse.Namespace) -> dict[str, Any]:
+    from sae.precision import resolve
+
+    kind = getattr(torch, resolve(asked.precision, asked.device))
+    a, b = (torch.from_numpy(w).to(asked.device, kind) for w in weights(asked))
+    out = torch.empty(TILE[0] * TILE[1], dtype=kind, device=asked.device)
+
+    def run(rows: torch.Tensor) -> float:
+        begun = now(asked.device)
+        for x in rows.split(TILE[0]):
+            for y in b.split(TILE[1]):
+                torch.mm(x, y.T, out=out[: len(x) * len(y)].view(len(x), len(y)))
+        return now(asked.device) - begun
+
+    run(a[: TILE[0]])
+    return {"seconds": run(a)}
+
+
+def started(asked: argparse.Namespace, name: str, size: int, precision: str) -> dict[str, Any]:
+    """Run one side alone; its answer, with the most memory that its process held in MiB."""
+    command = [sys.executable, __file__, "--side", name, "--size", str(size), "--precision", precision]
+    command += ["--threads", str(asked.threads), "--device", asked.device, "--root", str(asked.root)]
+    command += ["--runs", *asked.runs] if asked.runs else []
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    if answer.returncode:
+        raise SystemExit(f"error: {name} ({precision}) at {size} ended; what it said is above")
+    return dict(json.loads(answer.stdout.splitlines()[-1]))
+
+
+def compare(asked: argparse.Namespace, size: int) -> list[dict[str, Any]]:
+    """The rows of one size; a ratio above 1 is in our favour."""
+    peer = started(asked, "scipy", size, "float64") if size <= asked.dense else None
+    rows = []
+    for precision in ("auto", "float32"):
+        ours = started(asked, "ours", size, precision)
+        floor = started(asked, "product", size, precision)
+        rows.append(
+            {
+                "name": "matching" if precision == "auto" else "matching, float32 products only",
+                "setting": " × ".join(asked.runs) if asked.runs else f"M {size:,}, D {D_IN}, half shared",
+                "ours": round(ours["seconds"], 2),
+                "peer": peer and round(peer["seconds"], 2),
+                "peer_name": peer and "scipy linear_sum_assignment",
+                "unit": "s",
+                "ratio": peer and round(peer["seconds"] / ours["seconds"], 2),
+                "target": None if asked.runs else TARGETS.get(size),
+                "peak_mib": ours["peak_mib"],
+                "peer_peak_mib": peer and peer["peak_mib"],
+                "peer_matrix_s": peer and round(peer["matrix_seconds"], 2),
+                "product_s": round(floor["seconds"], 2),
+                "gap_per_latent": ours["gap_per_latent"],
+                "sum": ours["sum"],
+                "sum_minus_peers": peer and ours["sum"] - peer["sum"],
+                **{key: ours[key] for key in ("rounds", "products", "candidates")},
+            }
+        )
+    return rows
+
+
+def shown(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    heads = "ours s", "product s", "scipy s", "ratio", "wanted", "MiB", "scipy MiB", "gap / latent", "sum - scipy's"
+    for name in ("", *heads):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=bool(name))
+    for row in rows:
+        mode = "" if row["name"] == "matching" else " (float32)"
+        peer = row["peer"] is not None
+        table.add_row(
+            row["setting"] + mode,
+            f"{row['ours']:.2f}",
+            f"{row['product_s']:.2f}",
+            f"{row['peer']:.1f}" if peer else "",
+            f"{row['ratio']:.1f} ×" if peer else "",
+            f"{row['target']:.0f} ×" if row["target"] else "",
+            f"{row['peak_mib']:,}",
+            f"{row['peer_peak_mib']:,}" if peer else "",
+            f"{row['gap_per_latent']:.1e}",
+            f"{row['sum_minus_peers']:.0e}" if peer else "",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[8192, 16384, 32768], metavar="M")
+    parser.add_argument("--runs", nargs=2, metavar="RUN", help="two trained runs instead of synthetic pairs")
+    parser.add_argument("--root", type=Path, default=Path("eval_runs"), help="where the runs are")
+    parser.add_argument("--dense", type=int, default=32768, help="the widest pair that SciPy is asked for")
+    parser.add_argument("--device", default="cpu", help="where our products are formed")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--out", type=Path, help="also write them to this file, with date and machine")
+    for name in ("--side", "--size", "--precision"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.side:
+        asked.size = int(asked.size)
+        found = side(asked)
+        print(json.dumps({**found, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
+        return
+    begun, rows = time.time(), []
+    if asked.runs:
+        from sae.run import Run
+
+        asked.root = asked.root.resolve()
+        asked.sizes = [max(len(Run.open(name, asked.root).sae().W_dec) for name in asked.runs)]
+    for size in asked.sizes:
+        rows += compare(asked, size)
+    about = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": processor(asked.device),
+        "threads": asked.threads,
+        "minutes": round((time.time() - begun) / 60, 1),
+    }
+    if asked.out is not None:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    if asked.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        shown(rows, Console(width=150), f"{about['processor']}, {asked.threads} threads")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""The matching without a matrix against SciPy's with one; its certificate against dense computations; its parts."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from sae import alignment, candidates, matching, screening
+from sae.alignment import Alignment, align, verify
+from sae.candidates import shortlist
+from sae.dense_matching import Matching, unit_rows, upper_bound
+from sae.directions import Directions, Screen, cosines
+from sae.matching import best_matching
+from sae.sparse_assignment import Graph, solve
+
+Array = NDArray[Any]
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+
+
+def check(found: Matching, a: Array, b: Array) -> None:
+    """All that a matching claims, from the matrix of all cosines."""
+    c = unit_rows(a) @ unit_rows(b).T
+    n, m = c.shape
+    best = c[linear_sum_assignment(c, maximize=True)].sum()
+    assert len(np.unique(found.partner)) == n
+    np.testing.assert_allclose(found.cosine, c[np.arange(n), found.partner], atol=1e-7)
+    assert found.sum == pytest.approx(best, abs=1e-8 * n)
+    assert -1e-12 * n <= found.gap <= 1e-9 * n
+    # The prices prove it without the solver: feasible, and as large as the sum.
+    assert found.v.min() >= 0
+    assert (found.u[:, None] + found.v >= c - 1e-11).all()
+    assert (found.v[np.setdiff1d(np.arange(m), found.partner)] == 0).all()
+    assert upper_bound(c, found.v) == pytest.approx(best, abs=1e-8 * n)
+    for near, axis in zip(found.nearest, (1, 0), strict=True):
+        np.testing.assert_allclose(near.cosine, c.max(axis=axis), atol=1e-7)
+        at_it = np.take_along_axis(c, np.expand_dims(near.who, axis), axis).ravel()
+        np.testing.assert_allclose(at_it, near.cosine, atol=1e-12)
+
+
+# Few distinct values, so that ties, equal rows and zero rows are the rule.
+ENTRIES = st.sampled_from([-1.0, 0.0, 0.5, 1.0])
+
+
+@st.composite
+def tied_rows(draw: st.DrawFn) -> tuple[Array, Array]:
+    n, wider, d = draw(st.integers(1, 12)), draw(st.integers(0, 6)), draw(st.integers(1, 4))
+    kind = draw(st.sampled_from([np.float32, np.float64]))
+    rows = st.lists(ENTRIES, min_size=d, max_size=d)
+    a, b = (np.array(draw(st.lists(rows, min_size=size, max_size=size)), dtype=kind) for size in (n, n + wider))
+    return a, b
+
+
+@settings(max_examples=150, deadline=None)
+@given(tied_rows(), st.sampled_from(PRECISIONS), st.integers(1, 5))
+def test_ties_duplicates_zeros_and_negatives(rows: tuple[Array, Array], precision: Precision, nearest: int) -> None:
+    check(best_matching(*rows, precision=precision, nearest=nearest), *rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(0, 20), st.integers(1, 8), st.sampled_from(PRECISIONS)
+)
+def test_random_directions_of_unequal_widths(seed: int, n: int, wider: int, d: int, precision: Precision) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(n, d)), rng.normal(size=(n + wider, d))
+    check(best_matching(a, b, precision=precision, nearest=2), a, b)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 60), st.integers(0, 2**32 - 1))
+def test_a_permuted_and_rescaled_copy_is_recovered(n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, order = rng.normal(size=(n, 24)).astype(np.float32), rng.permutation(n)
+    found = best_matching(a, (rng.uniform(0.01, 100, size=(n, 1)) * a)[order].astype(np.float32), nearest=3)
+    np.testing.assert_array_equal(order[found.partner], np.arange(n))
+    np.testing.assert_array_equal(found.nearest[0].who, found.partner)
+    assert found.sum == pytest.approx(n)
+
+
+def shared_half(n: int, m: int, d: int, seed: int = 0) -> tuple[Array, Array]:
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((n, d), dtype=np.float32), rng.standard_normal((m, d), dtype=np.float32)
+    b[: n // 2] = a[: n // 2] + 0.5 * b[: n // 2]
+    return a, b[rng.permutation(m)]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a small pair has many blocks, samples and full lists."""
+    monkeypatch.setattr(screening, "_TILE", (96, 130))
+    monkeypatch.setattr(candidates, "_SAMPLE", 100)
+
+
+def special(name: str) -> tuple[Array, Array]:
+    a, b = shared_half(500, {"unequal": 650, "nearly equal": 503}.get(name, 500), 24)
+    if name == "zeros in the rows":
+        a[::3] = 0
+    elif name == "zeros in both":
+        a[::4], b[::2] = 0, 0
+    elif name == "duplicates":
+        a[:80], b[40:90] = a[0], b[40]
+    elif name == "all negative":
+        a, b = np.abs(a), -np.abs(b)
+    elif name == "one cluster":
+        a, b = a * 0.05 + 1, b * 0.05 + 1
+    elif name == "all zero":
+        a, b = 0 * a, b
+    return a, b
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shared",
+        "unequal",
+        "nearly equal",
+        "zeros in the rows",
+        "zeros in both",
+        "duplicates",
+        "all negative",
+        "one cluster",
+        "all zero",
+    ],
+)
+def test_every_precision_finds_the_same_best(name: str) -> None:
+    a, b = special(name)
+    found = {precision: best_matching(a, b, precision=precision, nearest=6) for precision in PRECISIONS}
+    for one in found.values():
+        check(one, a, b)
+    assert found["float32"].sum == pytest.approx(found["bfloat16"].sum, abs=1e-9)
+    if name == "shared":  # no ties: the best matching is the only one
+        np.testing.assert_array_equal(found["float32"].partner, found["bfloat16"].partner)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_it_is_deterministic_whatever_the_threads() -> None:
+    a, b = shared_half(700, 720, 16)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(best_matching(a, b, nearest=4))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        np.testing.assert_array_equal(other.partner, results[0].partner)
+        np.testing.assert_array_equal(other.cosine, results[0].cosine)
+    np.testing.assert_array_equal(results[2].v, results[0].v)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("d", [3, 64, 768])
+def test_the_margin_holds_and_is_not_far_above_the_error(precision: Precision, d: int) -> None:
+    rng = np.random.default_rng(d)
+    a, b = rng.normal(size=(300, d)).astype(np.float32), rng.normal(size=(400, d)).astype(np.float32)
+    b[:100] = a[:100] + 0.1 * b[:100]
+    b[100:200] = -a[100:200]
+    screens = [Screen.of(Directions.of(side), precision, "cpu") for side in (a, b)]
+    screened = (screens[0].rows @ screens[1].rows.T).double().numpy()
+    true = unit_rows(a) @ unit_rows(b).T
+    margin = screens[0].margin(screens[1])
+    allowed = margin.absolute + margin.relative * np.abs(screened)
+    assert (np.abs(true - screened) <= allowed).all()
+    assert (true <= margin.above(screened)).all()
+    assert margin.absolute <= (1.3 * 2.0**-8 if precision == "bfloat16" and d > 3 else 2.0**-7) + 3e-6
+    assert np.abs(true - screened).max() > (0.1 * allowed.min() if precision == "bfloat16" else 0)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_the_shortlist_passes_over_is_bounded(precision: Precision) -> None:
+    a, b = shared_half(400, 520, 8)
+    sides = [Directions.of(side) for side in (a, b)]
+    screens = [Screen.of(side, precision, "cpu") for side in sides]
+    i, j, known = shortlist(screens[0], screens[1], 5)
+    c = unit_rows(a) @ unit_rows(b).T
+    left = np.ones(c.shape, dtype=bool)
+    left[i, j] = False
+    assert (c <= np.minimum(known.row[:, None], known.column))[left].all()
+    # Rows and columns have their k nearest, up to what rounding can confuse.
+    kth = np.sort(c, axis=1)[:, -5]
+    assert (known.row <= kth + 3 * screens[0].margin(screens[1]).absolute + 0.02).all()
+    np.testing.assert_allclose(cosines(sides[0], sides[1], i, j), c[i, j], atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_gpu_would_find_what_the_compiled_loop_finds(precision: Precision, summed: bool) -> None:
+    a, b = (Screen.of(Directions.of(side), precision, "cpu") for side in shared_half(150, 210, 8))
+    tiles = screening.Tiles(a, b)
+    tile = tiles.product(a.rows, b.rows)
+    rng = np.random.default_rng(0)
+    row, column = rng.uniform(0, 0.4, 150).astype(np.float32), rng.uniform(-0.1, 0.9, 210).astype(np.float32)
+    found = []
+    for on_cpu in (True, False):
+        tiles.on_cpu = on_cpu
+        i, j, x = (np.concatenate(parts) for parts in zip(*tiles.above(tile, row, column, 0.004, summed), strict=True))
+        found.append((i * 210 + j, x))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    assert 0 < len(found[0][0]) < tile.numel()
+
+
+def test_a_search_that_is_cut_short_says_how_far_it_is_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = special("duplicates")
+    monkeypatch.setattr(matching, "_ROUNDS", 1)
+    monkeypatch.setattr(matching, "_MOST", 2)
+    found = best_matching(a, b, nearest=2)
+    c = unit_rows(a) @ unit_rows(b).T
+    best = c[linear_sum_assignment(c, maximize=True)].sum()
+    assert found.sum < best - 1e-3
+    assert best <= found.upper_bound
+
+
+@pytest.mark.parametrize("widths", [(260, 260), (200, 330), (330, 200)])
+def test_align_takes_wide_pairs_this_way(monkeypatch: pytest.MonkeyPatch, widths: tuple[int, int]) -> None:
+    """The tables are those of the dense way, the stored prices verify, and a spoiled matching does not."""
+    encoders, decoders = shared_half(min(widths), max(widths), 16), shared_half(min(widths), max(widths), 16, seed=1)
+    sides = (1, 0) if widths[0] > widths[1] else (0, 1)
+    weights = [space[side] for side in sides for space in (encoders, decoders)]
+    dense = align(*weights)
+    monkeypatch.setattr(alignment, "_DENSE", 0)
+    found = align(*weights)
+    for got, want in ((found.a, dense.a), (found.b, dense.b)):
+        for name in map(str, want):
+            if "price" not in name:  # they are not unique
+                np.testing.assert_allclose(got[name], want[name], atol=1e-6)
+            assert got[name].dtype == want[name].dtype
+    assert found.certificate["search"]["encoder"]["candidates"] > 0
+    for space in ("encoder", "decoder"):
+        assert found.certificate[space]["certified"]
+        assert found.certificate[space]["gap_per_latent"] <= 1e-9
+    assert all(space["certified"] for space in verify(found, *weights).values())
+
+    # The least harm that can be done: two unshared latents, hardly better off with their own partners.
+    side = found.a if widths[0] <= widths[1] else found.b
+    partner = side["decoder_partner"].to_numpy().copy()
+    low = np.argsort(side["decoder_cosine"].to_numpy())[:2]
+    partner[low] = partner[low[::-1]]
+    spoiled = side.assign(decoder_partner=partner)
+    tables = (spoiled, found.b) if widths[0] <= widths[1] else (found.a, spoiled)
+    checked = verify(Alignment(*tables, found.certificate), *weights)
+    assert checked["encoder"]["certified"]
+    assert not checked["decoder"]["certified"]
+    assert checked["decoder"]["gap"] > 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.integers(0, 5), st.booleans())
+def test_the_sparse_solver_is_exact_and_mends_its_own_solutions(seed: int, n: int, wider: int, tied: bool) -> None:
+    rng = np.random.default_rng(seed)
+    m = n + wider
+    c = rng.choice([-1, 0, 0.5, 1], size=(n, m)) if tied else rng.normal(size=(n, m))
+    there = (rng.random((n, m)) < 0.5) | (np.arange(m) == np.arange(n)[:, None])
+    found = None
+    for _ in range(3):
+        i, j = there.nonzero()
+        starts = np.searchsorted(i, np.arange(n + 1)).astype(np.int64)
+        found = solve(Graph(starts, j.astype(np.int32), c[i, j]), m, found)
+        weights = np.where(there, c, -100)
+        best = weights[linear_sum_assignment(weights, maximize=True)].sum()
+        assert c[np.arange(n), found.partner].sum() == pytest.approx(best)
+        assert there[np.arange(n), found.partner].all()
+        assert found.u.sum() + found.v.sum() == pytest.approx(best)
+        assert (found.u[:, None] + found.v >= weights - 1e-9).all()
+        assert found.v.min() >= 0
+        there |= rng.random((n, m)) < 0.3
+
+
+def test_edges_that_do_not_suffice_are_an_error() -> None:
+    with pytest.raises(ValueError, match="no matching"):
+        solve(Graph(np.array([0, 1, 2]), np.array([1, 1], np.int32), np.ones(2)), 3)
+
+
+def test_more_rows_than_columns_are_an_error() -> None:
+    with pytest.raises(ValueError, match="exchange them"):
+        best_matching(np.ones((3, 2)), np.ones((2, 2)))
