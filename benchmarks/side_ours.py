@@ -5,18 +5,19 @@ The trainer asks for each step's activations; that is where this side takes the 
 
 from __future__ import annotations
 
+import importlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not installed
+importlib.import_module("sae")  # before PyTorch, as cli.py does: it says how OpenMP's threads wait
 
 from activations import batches
 from side import Asked, now
+from torch import Tensor
 
 from sae import progress
 from sae.architectures import TopKSae

@@ -263,7 +263,7 @@ def main() -> None:
     if asked.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
-        shown(rows, Console(width=110), f"{about['processor']}, {asked.threads} threads, token·seeds per second")
+        shown(rows, Console(width=132), f"{about['processor']}, {asked.threads} threads, token·seeds per second")
 
 
 if __name__ == "__main__":

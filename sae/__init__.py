@@ -1,0 +1,9 @@
+"""From text to aligned latents."""
+
+import os
+
+# The loops of ``sae.kernels`` run in threads of their own between PyTorch's products. OpenMP's threads would wait for
+# the next product by turning round and round, for milliseconds, on the processors that those loops need: a step of
+# training takes a third longer by it. Read when PyTorch is loaded; what the user has set stands.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
