@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,9 +12,11 @@ import pytest
 from tiny_study import Ran, cli, journal, tree, write_recipe, write_texts
 
 # No deadline: on a machine that does other work too, the clock says nothing about the program.
-# In CI the examples are the same each time, so that a change is judged by what it changed; elsewhere they are new.
-hypothesis.settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
-hypothesis.settings.load_profile("here")
+# The examples are the same each time, so that a change is judged by what it changed and a new user's `make test` by what
+# the program does; `pytest --hypothesis-profile=search` looks for new ones.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile("same")
 
 LINES = [
     "def add(a, b):\n    return a + b\n",

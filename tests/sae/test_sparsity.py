@@ -47,7 +47,7 @@ def test_l0_is_brought_to_k_and_stays(
 ) -> None:
     control, l0 = run(k, k * spread, gain, lag, at * k ** (1 / gain), noise, drift)
     errors = np.log(l0 / k)
-    assert abs(errors[-100:].mean()) < 0.08
+    assert abs(errors[-100:].mean()) < math.log(1.1)  # what the study asks of matched L0
     assert errors[1000:].std() < 0.04 + 2 * noise  # it does not swing
     assert errors.min() > -1.0  # nor overshoot by much: latents that die of it may not come back
     assert math.isfinite(control.coefficient)
