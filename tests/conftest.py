@@ -12,8 +12,8 @@ import pytest
 from tiny_study import Ran, cli, journal, tree, write_recipe, write_texts
 
 # No deadline: on a machine that does other work too, the clock says nothing about the program.
-# The examples are the same each time, so that a change is judged by what it changed and a new user's `make test` by what
-# the program does; `pytest --hypothesis-profile=search` looks for new ones.
+# The examples are the same each time, so that a change is judged by what it changed, and a new user's `make test` by
+# what the program does; `pytest --hypothesis-profile=search` looks for new ones.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("same")
