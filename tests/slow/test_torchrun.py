@@ -105,7 +105,7 @@ def wait_for(happened: Callable[[], bool], seconds: float = 120) -> None:
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
     return write_recipe(
-        folder / "tiny.toml", tiny_llama_dir, write_texts(folder / "texts", n_lines=2000), tokens=40_000
+        folder / "tiny.toml", tiny_llama_dir, write_texts(folder / "texts", n_lines=2000), tokens=120_000
     )
 
 

@@ -1,0 +1,101 @@
+"""The dip against a linear programme that tries every mode, and its interval against samples whose dip is known."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from sae.dip import dip, dip_test
+
+
+def by_linear_programmes(values: list[float]) -> float:
+    """min over modes m of the least d for which a function convex before m and concave after it is within d.
+
+    Variables: the function's value at each place (the limit from the left at m), its value at m, and d.
+    """
+    at, counts = np.unique(values, return_counts=True)
+    reached = np.cumsum(counts) / len(values)
+    below, n, best = np.concatenate([[0.0], reached[:-1]]), len(at), 1.0
+    for m in range(n):
+        rows, limits = [], []
+
+        def under(limit: float, *terms: tuple[int, float], rows: list = rows, limits: list = limits) -> None:
+            row = np.zeros(n + 2)
+            for variable, factor in terms:
+                row[variable] += factor
+            rows.append(row)
+            limits.append(limit)
+
+        for i in range(n):
+            for variable, level in ((i, below[i]), (n if i == m else i, reached[i])):
+                under(level, (variable, 1), (n + 1, -1))
+                under(-level, (variable, -1), (n + 1, -1))
+        under(0, (m, 1), (n, -1))
+        sides = (list(range(m + 1)), at[: m + 1], 1), ([n, *range(m + 1, n)], at[m:], -1)
+        for side, places, sign in sides:
+            gaps = np.diff(places)
+            for (a, b), c, left, right in zip(pairwise(side), side[2:], gaps, gaps[1:], strict=False):
+                under(0, (b, sign * (1 / left + 1 / right)), (a, -sign / left), (c, -sign / right))
+            for a, b in pairwise(side):
+                under(0, (a, 1), (b, -1))
+        cost = np.zeros(n + 2)
+        cost[-1] = 1
+        found = linprog(cost, A_ub=np.array(rows), b_ub=limits, bounds=[(0, 1)] * (n + 2), method="highs")
+        best = min(best, found.fun if found.status == 0 else 1.0)
+    return best
+
+
+@given(st.lists(st.one_of(st.integers(0, 6).map(float), st.floats(0, 6, width=16)), min_size=2, max_size=9))
+def test_it_is_the_least_distance_to_one_mode(values: list[float]) -> None:
+    assert dip(values) == pytest.approx(max(by_linear_programmes(values), 0.5 / len(values)), abs=1e-7)
+
+
+def test_two_spikes_and_one() -> None:
+    assert dip([0.0] * 50 + [1.0] * 50) == pytest.approx(0.25)
+    assert dip([3.0] * 50) == pytest.approx(0.01)
+    assert np.isnan(dip([]))
+
+
+@given(st.integers(2, 200), st.floats(0.1, 5), st.integers(0, 99))
+def test_scale_and_order_do_not_matter(n: int, scale: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.round(rng.normal(size=n), 3)
+    assert dip(scale * rng.permutation(x) + 7) == pytest.approx(dip(x), abs=1e-6)
+    assert dip(-x) == pytest.approx(dip(x), abs=1e-12)
+
+
+def mixture(n: int, rng: np.random.Generator, apart: float = 4.0) -> np.ndarray:
+    return rng.normal(size=n) + apart * (rng.random(n) < 0.4)
+
+
+def test_chance_is_told_from_two_modes() -> None:
+    rng = np.random.default_rng(0)
+    one = dip_test([rng.normal(size=800), rng.random(800)])
+    two = dip_test([mixture(800, rng), rng.random(800)])
+    assert one.p_value > 0.05
+    assert dip_test([mixture(800, rng)]).p_value < 0.002
+    assert two.p_value > 0.05  # the least convincing sample decides
+    assert two.value.value > one.value.value
+    assert dip_test([[1.0], []]).p_value != dip_test([[1.0], []]).p_value  # NaN: too little to say anything
+
+
+def test_p_values_of_uniforms_are_spread_evenly() -> None:
+    rng = np.random.default_rng(1)
+    p = np.array([dip_test([rng.random(60)]).p_value for _ in range(60)])
+    assert 0.3 < p.mean() < 0.7
+    assert (p < 0.05).mean() < 0.15
+
+
+def test_the_interval_covers_the_truth() -> None:
+    rng = np.random.default_rng(2)
+    truth = dip(mixture(400_000, rng))
+    inside = 0
+    for _ in range(60):
+        low, high = dip_test([mixture(500, rng)]).value[1:]
+        inside += low <= truth <= high
+    assert inside >= 50  # of 60; where it covers 90 %, fewer than 50 has a chance of a few in a hundred
