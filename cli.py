@@ -126,7 +126,7 @@ def harvest(
     as_json: opt.Json = False,
 ) -> None:
     """Record which latent fires where, for all seeds in one pass over the subject model."""
-    from sae.study import harvest_runs
+    from sae.harvest_stage import harvest_runs
 
     runs = _opened(sae, root, whole_study=True)
     harvest_runs(runs, _compute(device, threads), tokens=amount("--tokens", tokens))
@@ -143,7 +143,7 @@ def align(
 ) -> None:
     """Match the latents of every pair of runs one to one, exactly, by encoder and by decoder; say what is shared."""
     from autointerp.report import alignment_findings, render_alignment
-    from sae.study import align_runs, overlap_of
+    from sae.align_stage import align_runs, overlap_of
 
     runs = _opened(names, root, whole_study=True)
     align_runs(runs, _compute(device, threads))
@@ -409,14 +409,14 @@ def _report(
 
 
 def _runs_object(found: list[Run]) -> dict[str, Any]:
-    from sae.study import progress_of
+    from sae.run import progress_of
 
     return {"runs": [progress_of(run) for run in found]}
 
 
 def _print_runs(found: list[Run]) -> None:
     from autointerp.report import render_runs
-    from sae.study import progress_of
+    from sae.run import progress_of
 
     render_runs([progress_of(run) for run in found])
 

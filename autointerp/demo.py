@@ -11,10 +11,11 @@ from autointerp.backends import LlmOptions
 from autointerp.explain import explain_runs
 from autointerp.score import score_runs
 from autointerp.selection import Choice
+from sae.align_stage import align_runs
+from sae.harvest_stage import harvest_runs
 from sae.run import Run
 from sae.settings import settings_from
 from sae.stage import Compute
-from sae.study import align_runs, harvest_runs
 from sae.train_stage import train_study
 
 RECIPE = Path(__file__).parent.parent / "eval_runs" / "recipes" / "demo.toml"

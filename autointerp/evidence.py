@@ -16,12 +16,15 @@ import pandas as pd
 
 from autointerp import scored
 from autointerp.journal import Journal
-from sae.alignment import alignment_path, both_ways
+from sae.align_stage import is_aligned
+from sae.alignment import both_ways
 from sae.errors import BadInput, NotFound, nearest
 from sae.files import read_table, table_metadata
-from sae.overlap import DEFINITIONS, StudyOverlap, latent_table, overlap
+from sae.harvest_stage import is_harvested
+from sae.latent_table import latent_table
+from sae.overlap import DEFINITIONS, StudyOverlap, overlap
+from sae.pair_files import pair_path
 from sae.run import Run, command
-from sae.study import is_aligned, is_harvested
 
 _UNALIGNED = "These SAEs have not been aligned yet."
 ENOUGH_TO_CALL_DEAD = 1_000_000  # tokens without a firing before the word is used
@@ -278,7 +281,7 @@ def _compared(folder: Path, focus: str, names: Sequence[str]) -> list[str]:
     """The focus and, in order, every run that is aligned with all before it."""
     found = [focus]
     for name in names:
-        if name != focus and all(alignment_path(folder, name, other) is not None for other in found):
+        if name != focus and all(pair_path(folder, name, other) is not None for other in found):
             found.append(name)
     return [name for name in names if name in found]
 

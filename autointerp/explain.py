@@ -20,11 +20,13 @@ from autointerp.journal import Journal
 from autointerp.material import Material
 from autointerp.selection import Choice, check, choose, partners
 from autointerp.work import Outcome, in_flight
+from sae.align_stage import ensure_aligned
 from sae.errors import BadInput
 from sae.files import digest, read_table
+from sae.harvest_stage import ensure_harvested
 from sae.progress import say, track
 from sae.run import Run, command
-from sae.study import Compute, ensure_aligned, ensure_harvested
+from sae.stage import Compute
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import pandas as pd
 
 from autointerp.journal import Journal
 from autointerp.scored import number
-from sae.alignment import alignment_path, read_alignment
+from sae.alignment import read_alignment
 from sae.errors import NotFound
 from sae.files import SCHEMA, read_table
 from sae.overlap import DEFINITIONS, shared
+from sae.pair_files import pair_path
 from sae.run import Run, command
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def scores_of(run: Run, latent: int) -> list[dict[str, Any]]:
 
 
 def _aligned(run: Run, sibling: Run) -> bool:
-    return alignment_path(run.root / "alignments", run.name, sibling.name) is not None
+    return pair_path(run.root / "alignments", run.name, sibling.name) is not None
 
 
 def _match(run: Run, sibling: Run, latent: int, threshold: float) -> dict[str, Any]:

@@ -23,13 +23,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sae.align_stage import align_runs, overlap_of
 from sae.amounts import parse_amount
 from sae.architectures import ARCHITECTURES
 from sae.files import read_table
+from sae.harvest_stage import harvest_runs
 from sae.run import Run
 from sae.settings import Settings, settings_from
 from sae.stage import Compute
-from sae.study import align_runs, harvest_runs, overlap_of
 from sae.train_stage import Study, train_studies
 
 ROOT = Path(__file__).parents[1]

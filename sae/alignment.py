@@ -30,8 +30,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from sae.dense_matching import Matching, best_of_all, blocks, unit_rows
-from sae.errors import BadInput, NotFound, nearest
-from sae.files import SCHEMA, read_json, read_table, table_metadata, write_json, write_table
+from sae.errors import BadInput
+from sae.files import SCHEMA, read_json, write_json
+from sae.pair_files import pair_path, read_sides, write_sides
 
 SPACES = ("encoder", "decoder")
 UNMATCHED = -1
@@ -166,17 +167,6 @@ def verify(
     return found
 
 
-def null_cosine(d_in: int, n_a: int, n_b: int, seed: int = 0) -> float:
-    """The mean matched cosine of two dictionaries of random directions: what a matching finds where nothing is shared.
-
-    The best of many pairings is well above 0 by selection alone, the more so the wider the dictionaries; a mean matched
-    cosine (PW-MCC, arXiv 2505.20254) means something only beside this.
-    """
-    rng = np.random.default_rng(seed)
-    rows, columns = (rng.normal(size=(n, d_in)) for n in sorted((n_a, n_b)))
-    return float(_matched(rows, columns).cosine.mean())
-
-
 def pairs(runs: Sequence[str]) -> list[tuple[str, str]]:
     """Every pair of runs, each once, in the order given."""
     repeated = sorted({name for name in runs if list(runs).count(name) > 1})
@@ -187,18 +177,6 @@ def pairs(runs: Sequence[str]) -> list[tuple[str, str]]:
     return list(combinations(runs, 2))
 
 
-def alignment_path(folder: Path, a: str, b: str) -> Path | None:
-    """The stored table of a pair, whichever of the two was named first; ``None`` if there is none."""
-    both = (folder / f"{a}--{b}.parquet", folder / f"{b}--{a}.parquet")
-    return next((path for path in both if path.exists()), None)
-
-
-def alignment_inputs(folder: Path, a: str, b: str) -> Any:
-    """The ``inputs`` that the stored alignment was made from, to tell whether it is stale; ``None`` if not there."""
-    path = alignment_path(folder, a, b)
-    return table_metadata(path).get("inputs") if path else None
-
-
 def write_alignment(folder: Path, a: str, b: str, alignment: Alignment, inputs: Any) -> Path:
     """Store an alignment as ``<a>--<b>.parquet`` and, beside it, its certificate as ``.json``.
 
@@ -206,32 +184,25 @@ def write_alignment(folder: Path, a: str, b: str, alignment: Alignment, inputs: 
     already stored the other way round, it is replaced under that name. ``inputs`` (any JSON value, as a rule a digest)
     goes into both. The table is written last and is the one whose ``inputs`` count, so a crash in between is harmless.
     """
-    path = alignment_path(folder, a, b)
+    path = pair_path(folder, a, b)
     if path is not None and path.name != f"{a}--{b}.parquet":
         a, b, alignment = b, a, alignment.swapped()
     path = folder / f"{a}--{b}.parquet"
     write_json(path.with_suffix(".json"), {**alignment.certificate, "runs": [a, b], "inputs": inputs})
-    sides = [side.assign(run=name) for name, side in ((a, alignment.a), (b, alignment.b))]
-    table = pd.concat(sides, ignore_index=True)
-    write_table(path, table[["run", *(c for c in table if c != "run")]], inputs=inputs, runs=[a, b])
+    write_sides(path, (a, b), (alignment.a, alignment.b), inputs=inputs)
     return path
 
 
 def read_alignment(folder: Path, a: str, b: str) -> Alignment:
     """The stored alignment of two runs as seen from ``a``, whichever was named first when it was made."""
-    path = alignment_path(folder, a, b)
-    if path is None:
-        known = [p.stem for p in folder.glob("*--*.parquet")]
-        hint = f"; there is {nearest(f'{a}--{b}', known)}" if known else ""
-        raise NotFound(f"{a!r} and {b!r} are not aligned yet{hint}; run: align {a} {b}")
+    sides, path = read_sides(folder, a, b), pair_path(folder, a, b)
     try:
-        table, certificate = read_table(path), read_json(path.with_suffix(".json"))
+        assert path is not None  # or it could not have been read
+        certificate = read_json(path.with_suffix(".json"))
         runs = certificate["runs"]
-        sides = [table[table["run"] == name].drop(columns="run").reset_index(drop=True) for name in runs]
     except (OSError, ValueError, KeyError):
-        raise BadInput(f"{str(path)!r} or its .json cannot be read; delete both and run: align {a} {b}") from None
-    found = Alignment(sides[0], sides[1], certificate)
-    return found if runs == [a, b] else found.swapped()
+        raise BadInput(f"the .json beside {str(path)!r} cannot be read; delete both and run: align {a} {b}") from None
+    return Alignment(*sides, certificate) if runs == [a, b] else Alignment(*sides[::-1], certificate).swapped()
 
 
 def both_ways(folder: Path, runs: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:

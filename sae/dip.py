@@ -21,7 +21,8 @@ from sae.estimate import UNKNOWN, Estimate
 _compiled = numba.njit(cache=True, error_model="numpy")
 _UNIFORMS = 2000  # made-up samples that the p-value counts among
 _UNIFORM_SIZE = 1000  # of each: from here on √n · dip of a uniform hardly changes its distribution
-_HALVES = 200  # half samples, for the interval
+_HALVES = 20, 200  # half samples, for the interval: at least and at most
+_LOOKED_AT = 20_000_000  # values of all half samples: with more, a standard error to a sixth of itself must do
 _FROM_HALVES = 1 / (2 ** (2 / 3) - 1)  # a bias, in units of how much larger it is for halves
 
 
@@ -64,7 +65,8 @@ def dip_test(samples: Sequence[ArrayLike], seed: int = 0) -> Dip:
         return Dip(UNKNOWN, float("nan"), float("nan"))
     dips = np.array([dip(x) for x in kept])
     rng = np.random.default_rng(seed)
-    halves = np.array([[dip(rng.choice(x, len(x) // 2, replace=False)) for x in kept] for _ in range(_HALVES)])
+    n_halves = min(max(_HALVES[0], _LOOKED_AT // sum(map(len, kept))), _HALVES[1])
+    halves = np.array([[dip(rng.choice(x, len(x) // 2, replace=False)) for x in kept] for _ in range(n_halves)])
     found, error = float(dips.mean()), float(halves.mean(axis=1).std(ddof=1))
     value = min(max(0.0, found - _FROM_HALVES * (float(halves.mean()) - found)), 0.25)
     p = max(_p_value(of, len(x)) for of, x in zip(dips, kept, strict=True))

@@ -137,7 +137,7 @@ class FiringStore:
         """For each of the window's w tokens, the latents that fired there."""
         (window_id,) = self._checked([window_id]).tolist()
         shard, local = divmod(window_id, self._windows_per_shard)
-        latents, counts, window_offsets = self._shard(shard)
+        latents, counts, window_offsets = self.shard(shard)
         here = latents[int(window_offsets[local]) : int(window_offsets[local + 1])]
         ends = np.cumsum(counts[local * self.window : (local + 1) * self.window], dtype=np.int64)
         return np.split(np.asarray(here), ends[:-1])
@@ -174,12 +174,24 @@ class FiringStore:
             raise BadInput(f"corpus {str(folder)!r} is not the one that {str(self.folder)!r} was harvested from")
         return corpus
 
-    # --- within ---------------------------------------------------------------------------------------
+    @property
+    def n_shards(self) -> int:
+        return len(self.record["shards"])
 
-    def _shard(self, number: int) -> tuple[Array, ...]:
-        """The arrays of one shard. Mapped afresh each time: a map costs microseconds, an open file is scarce."""
+    @property
+    def tokens_per_shard(self) -> int:
+        """Of every shard but the last, which may have fewer."""
+        return self._windows_per_shard * self.window
+
+    def shard(self, number: int) -> tuple[Array, ...]:
+        """``latents``, ``counts`` and ``window_offsets`` of one shard (see the module's head), memory-mapped.
+
+        Mapped afresh each time: a map costs microseconds, an open file is scarce.
+        """
         name = self.record["shards"][number]["name"]
         return tuple(mapped(self.folder / "shards" / name / f"{kind}.npy") for kind in SHARD_FILES)
+
+    # --- within ---------------------------------------------------------------------------------------
 
     def _checked(self, window_ids: npt.ArrayLike) -> Ints:
         ids = np.asarray(window_ids, dtype=np.int64)

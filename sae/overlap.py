@@ -16,8 +16,8 @@ anchors, and over all. A fraction is averaged over the anchors of a run, then ov
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from math import comb, nan
+from dataclasses import dataclass, replace
+from math import comb, isnan, nan
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,11 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from sae.bootstrap import INTERVALS, Bools, Floats, LatentBootstrap, Tables, estimate, mean_over
+from sae.dip import Dip
 from sae.errors import BadInput, NotFound
 from sae.estimate import UNKNOWN, Estimate
+from sae.nulls import NULLS, as_alignment
+from sae.similarity import bimodality, histogram, spread_over_pairs
 
 DEFINITIONS: dict[str, str] = {
     "strict": "encoder and decoder matchings pick the same partner, and both cosines exceed the threshold",
@@ -34,7 +37,6 @@ DEFINITIONS: dict[str, str] = {
     "decoder": "matched decoder cosine exceeds the threshold",
     "lenient": "encoder and decoder matchings pick the same partner, whatever the cosine",
 }
-EDGES = np.round(np.linspace(-1, 1, 41), 2)
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,12 @@ class Overlap:
 class StudyOverlap:
     """What the runs of a study share: every definition, over alive anchors and over all, and how alike partners are.
 
-    ``mean_encoder`` and ``mean_decoder`` are means of matched cosines (the decoder's is PW-MCC, arXiv 2505.20254),
-    ``max_cosine`` the fraction of alive anchors whose nearest encoder row and nearest decoder row, taken or not, are
-    both above the threshold. ``histogram`` shows whether matched cosines have two modes: see :meth:`as_dict`.
+    ``mean_encoder`` and ``mean_decoder`` are means of matched cosines (the decoder's is PW-MCC, arXiv 2505.20254, of
+    which ``pw_mcc_sd`` is the standard deviation over pairs of runs, NaN for one pair), ``max_cosine`` the fraction of
+    alive anchors whose nearest encoder row and nearest decoder row, taken or not, are both above the threshold.
+    ``histogram`` and ``bimodality``, the dip test of each pair's mean matched cosines, show whether these have two
+    modes. ``nulls`` has all of it again, without intervals, for what shares nothing (:mod:`sae.nulls`), where the pairs
+    were aligned with that.
     """
 
     runs: list[str]
@@ -92,8 +97,11 @@ class StudyOverlap:
     all: dict[str, Overlap]
     mean_encoder: Estimate
     mean_decoder: Estimate
+    pw_mcc_sd: float
     max_cosine: Estimate
     histogram: dict[str, Any]
+    bimodality: Dip
+    nulls: dict[str, StudyOverlap]
 
     @property
     def same_partner(self) -> Estimate:
@@ -105,7 +113,7 @@ class StudyOverlap:
 
         ``histogram``: 40 bins of 0.05 from -1 to 1 with the counts of alive anchors by matched ``encoder`` cosine,
         ``decoder`` cosine, and the mean of the two where the matchings ``agree`` and where they ``differ``, with the
-        means of these; ``bimodality`` is Sarle's coefficient of that mean (above 5/9, a uniform's: two modes likely).
+        means of these.
         """
         return {
             "runs": self.runs,
@@ -120,7 +128,15 @@ class StudyOverlap:
             "max_cosine": self.max_cosine.as_dict(),
             "mean_encoder": self.mean_encoder.as_dict(),
             "mean_decoder": self.mean_decoder.as_dict(),
+            "pw_mcc_sd": None if isnan(self.pw_mcc_sd) else self.pw_mcc_sd,
             "histogram": self.histogram,
+            "bimodality": {
+                "statistic": "Hartigan's dip of the mean of matched encoder and decoder cosine, over pairs of runs",
+                **self.bimodality.value.as_dict(),
+                "of_sample": None if isnan(self.bimodality.of_sample) else self.bimodality.of_sample,
+                "p_value": None if isnan(self.bimodality.p_value) else self.bimodality.p_value,
+            },
+            "nulls": {name: found.as_dict() for name, found in self.nulls.items()},
         }
 
 
@@ -166,9 +182,25 @@ def overlap(
         resamples, seed: of the bootstrap.
     """
     alive = {run: np.asarray(alive[run], dtype=bool) for run in runs}
-    _check(runs, alignments, alive)
-    populations = {"alive": alive, "all": {run: np.ones(len(alive[run]), bool) for run in runs}}
+    check(runs, alignments, alive)
+    nulls = {
+        null: _overlap_of(runs, tables, alive, threshold, LatentBootstrap(runs, tables, 0, seed), with_dip=False)
+        for null in NULLS
+        if (tables := _under(null, runs, alignments)) is not None
+    }
     draw = LatentBootstrap(runs, alignments, resamples, seed)
+    return replace(_overlap_of(runs, alignments, alive, threshold, draw, with_dip=True), nulls=nulls)
+
+
+def _overlap_of(
+    runs: Sequence[str],
+    alignments: Tables,
+    alive: Mapping[str, Bools],
+    threshold: float,
+    draw: LatentBootstrap,
+    with_dip: bool,
+) -> StudyOverlap:
+    populations = {"alive": alive, "all": {run: np.ones(len(alive[run]), bool) for run in runs}}
     found: dict[str, dict[str, Overlap]] = {
         population: {
             definition: _overlap(runs, _shared_with(runs, alignments, definition, threshold), members, draw)
@@ -181,6 +213,7 @@ def overlap(
         cosines = table[["max_encoder_cosine", "max_decoder_cosine"]].to_numpy(float)
         return (cosines.min(axis=1) > threshold).astype(float)
 
+    pairs = [(a, b) for i, a in enumerate(runs) for b in runs[i + 1 :]]
     return StudyOverlap(
         runs=list(runs),
         threshold=threshold,
@@ -190,9 +223,19 @@ def overlap(
         all=found["all"],
         mean_encoder=_pairwise_mean(runs, alignments, alive, draw, lambda t: t["encoder_cosine"].to_numpy(float)),
         mean_decoder=_pairwise_mean(runs, alignments, alive, draw, lambda t: t["decoder_cosine"].to_numpy(float)),
+        pw_mcc_sd=spread_over_pairs(pairs, alignments, alive),
         max_cosine=_pairwise_mean(runs, alignments, alive, draw, nearest_above),
-        histogram=_histogram(runs, alignments, alive),
+        histogram=histogram(runs, alignments, alive),
+        bimodality=bimodality(pairs, alignments, alive) if with_dip else Dip(UNKNOWN, nan, nan),
+        nulls={},
     )
+
+
+def _under(null: str, runs: Sequence[str], alignments: Tables) -> dict[tuple[str, str], pd.DataFrame] | None:
+    """The alignments as they would be if nothing were shared; ``None`` unless all of them were made with that null."""
+    found = {(a, b): as_alignment(alignments[a, b], null) for a in runs for b in runs if a != b}
+    known = {pair: table for pair, table in found.items() if table is not None}
+    return known if len(known) == len(found) else None
 
 
 def threshold_sweep(
@@ -202,7 +245,7 @@ def threshold_sweep(
 
     The default thresholds are 0, 0.02, … 1. ``lenient`` does not depend on the threshold and is a flat line.
     """
-    _check(runs, alignments, {run: alive[run] for run in runs})
+    check(runs, alignments, {run: alive[run] for run in runs})
     at = np.round(np.linspace(0, 1, 51), 2) if thresholds is None else np.asarray(thresholds, dtype=float)
     columns: dict[str, Any] = {"threshold": at}
     for definition in DEFINITIONS:
@@ -218,46 +261,8 @@ def threshold_sweep(
     return pd.DataFrame(columns)
 
 
-def latent_table(
-    run: str, runs: Sequence[str], alignments: Tables, alive: Bools, threshold: float = 0.7
-) -> pd.DataFrame:
-    """One row per latent of ``run``: what each of the other ``runs`` has to say of it.
-
-    Columns, with X for every other run: ``latent``; the alignment's ``encoder_partner__X``, ``encoder_cosine__X``,
-    ``decoder_partner__X``, ``decoder_cosine__X``, ``max_encoder_cosine__X``, ``max_decoder_cosine__X``;
-    ``shared_<definition>__X``; ``n_shared_<definition>``, the number of other runs that share it; ``similarity``, the
-    mean over the others of (matched encoder cosine + matched decoder cosine) / 2, leaving out runs in which it lacks a
-    partner because widths differ; ``unshared``: alive and strict-shared with none; ``shared_class``: ``all``, ``some``
-    or ``one`` (its own alone) under strict, missing for a dead latent.
-    """
-    others = [other for other in runs if other != run]
-    alive = np.asarray(alive, dtype=bool)
-    _check([run, *others], alignments, {run: alive})
-    columns: dict[str, Any] = {"latent": np.arange(len(alive))}
-    for other in others:
-        table = alignments[run, other]
-        for name in ("encoder_partner", "encoder_cosine", "decoder_partner", "decoder_cosine"):
-            columns[f"{name}__{other}"] = table[name].to_numpy()
-        for name in ("max_encoder_cosine", "max_decoder_cosine"):
-            columns[f"{name}__{other}"] = table[name].to_numpy()
-        for definition in DEFINITIONS:
-            columns[f"shared_{definition}__{other}"] = shared(table, definition, threshold)
-    for definition in DEFINITIONS:
-        per_run = [columns[f"shared_{definition}__{other}"] for other in others]
-        columns[f"n_shared_{definition}"] = np.sum(per_run, axis=0).astype(np.int32)
-    alike = np.stack([_similarity(alignments[run, other]) for other in others])
-    partnered = ~np.isnan(alike)
-    with np.errstate(invalid="ignore"):
-        columns["similarity"] = (np.where(partnered, alike, 0).sum(axis=0) / partnered.sum(axis=0)).astype(np.float32)
-    n = columns["n_shared_strict"]
-    columns["unshared"] = alive & (n == 0)
-    told = np.select([n == 0, n == len(others)], ["one", "all"], default="some").astype(object)
-    told[~alive] = None
-    columns["shared_class"] = told
-    return pd.DataFrame(columns)
-
-
-def _check(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> None:
+def check(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> None:
+    """Raise in one line where there are not two runs, or no alignment of theirs, or one of other widths."""
     if len(set(runs)) < 2 or len(set(runs)) < len(runs):
         raise BadInput(f"overlap needs two or more different runs, not {', '.join(map(repr, runs)) or 'none'}")
     for run, members in alive.items():
@@ -347,41 +352,3 @@ def _pairwise_mean(
         known = {run: members[run] & ~np.isnan(table[run]) for run in runs}
         of_run.append(draw.fractions({run: np.nan_to_num(table[run])[:, None] for run in runs}, known)[:, :, 0])
     return estimate(mean_over(np.concatenate(of_run, axis=1), axis=1))
-
-
-def _similarity(table: pd.DataFrame) -> Floats:
-    return (table["encoder_cosine"].to_numpy(float) + table["decoder_cosine"].to_numpy(float)) / 2
-
-
-def _histogram(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> dict[str, Any]:
-    tables = [alignments[a, b][alive[a]] for a in runs for b in runs if a != b]
-    table = pd.concat(tables, ignore_index=True)
-    table = table[(table["encoder_partner"] >= 0) & (table["decoder_partner"] >= 0)]
-    agree = (table["encoder_partner"] == table["decoder_partner"]).to_numpy()
-    alike = _similarity(table)
-
-    def counts(values: Floats) -> list[int]:
-        return np.histogram(np.clip(values, -1, 1), EDGES)[0].tolist()
-
-    def mean(values: Floats) -> float | None:
-        return float(values.mean()) if len(values) else None
-
-    return {
-        "edges": EDGES.tolist(),
-        "encoder": counts(table["encoder_cosine"].to_numpy(float)),
-        "decoder": counts(table["decoder_cosine"].to_numpy(float)),
-        "agree": counts(alike[agree]),
-        "differ": counts(alike[~agree]),
-        "mean_agree": mean(alike[agree]),
-        "mean_differ": mean(alike[~agree]),
-        "bimodality": _bimodality(alike),
-    }
-
-
-def _bimodality(values: Floats) -> float | None:
-    """Sarle's coefficient, (skewness² + 1) / kurtosis: 1 for two equal spikes, 5/9 for a uniform, 1/3 for a normal."""
-    spread = values.std() if len(values) > 3 else 0.0
-    if spread < 1e-9:
-        return None
-    z = (values - values.mean()) / spread
-    return float((np.mean(z**3) ** 2 + 1) / np.mean(z**4))

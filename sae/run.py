@@ -297,6 +297,30 @@ def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> 
     return planned
 
 
+def progress_of(run: Run) -> dict[str, Any]:
+    """How far a run has come: one JSON value, stage by stage."""
+    record = run.record
+    training = run.settings.training
+    table = {stage: run.stage_path(stage).exists() for stage in ("firing", "overlap", "scores")}
+    return {
+        "name": run.name,
+        "study": run.study,
+        "seed": run.seed,
+        "created": record["created"],
+        "subject": record["subject"]["source"],
+        "hookpoint": record["hookpoint"],
+        "architecture": training.architecture,
+        "num_latents": training.num_latents,
+        "k": run.k,
+        "tokens": None if run.imported else training.tokens,
+        "trained": run.trained,
+        "harvested": table["firing"] and run.trained,
+        "aligned": table["overlap"],
+        "explained": run.journal_path.exists(),
+        "scored": table["scores"],
+    }
+
+
 def git_commit() -> str | None:
     """The commit of this program's checkout, with ``+`` where it has changes; ``None`` outside one."""
     here = Path(__file__).resolve().parent.parent

@@ -30,7 +30,7 @@ from sae.errors import BadInput, Unavailable
 from sae.files import read_json, read_table, write_json
 from sae.progress import track
 from sae.run import Run
-from sae.study import Compute
+from sae.stage import Compute
 
 NONE = LlmOptions(concurrency=4)
 

@@ -414,8 +414,7 @@ def test_outcome_with_failures_and_without() -> None:
 
 def test_alignment_and_runs(root: Path) -> None:
     from sae.alignment import both_ways
-    from sae.run import Run
-    from sae.study import progress_of
+    from sae.run import Run, progress_of
 
     tables = both_ways(root / "alignments", NAMES)
     alive = {name: tables[name, other]["latent"].to_numpy() >= 0 for name, other in tables}

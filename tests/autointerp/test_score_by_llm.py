@@ -17,10 +17,10 @@ from autointerp.selection import Choice
 from autointerp.work import Outcome
 from sae.errors import BadInput, Unavailable
 from sae.files import read_table
+from sae.harvest_stage import harvest_runs
 from sae.run import Run
 from sae.settings import Settings
 from sae.stage import Compute
-from sae.study import harvest_runs
 from sae.train_stage import train_study
 
 N = 4

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from autointerp.selection import Choice, Sharing, check, choose, partners, unshared_latents
 from sae.alignment import read_alignment
 from sae.errors import BadInput, NotFound
-from sae.overlap import DEFINITIONS, latent_table
+from sae.latent_table import latent_table
+from sae.overlap import DEFINITIONS
 from sae.run import Run
 
 M = 120

@@ -20,10 +20,7 @@ from sae.alignment import (
     UNMATCHED,
     Alignment,
     align,
-    alignment_inputs,
-    alignment_path,
     both_ways,
-    null_cosine,
     pairs,
     read_alignment,
     verify,
@@ -32,6 +29,7 @@ from sae.alignment import (
 from sae.dense_matching import dual_prices, match, upper_bound
 from sae.errors import BadInput, NotFound
 from sae.files import digest_file, read_table, table_metadata
+from sae.pair_files import pair_inputs, pair_path
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -260,7 +258,7 @@ def test_a_pair_has_one_file_read_from_either_side(tmp_path: Path) -> None:
     assert there.certificate["inputs"] == "0123"
     assert all(space["certified"] for space in verify(there, *weights).values())
     assert all(space["certified"] for space in verify(back, *weights[2:], *weights[:2]).values())
-    assert alignment_inputs(tmp_path, "run_b", "run_a") == "0123"
+    assert pair_inputs(tmp_path, "run_b", "run_a") == "0123"
     assert table_metadata(path)["runs"] == ["run_a", "run_b"]
     assert set(read_table(path)["run"]) == {"run_a", "run_b"}
 
@@ -280,20 +278,11 @@ def test_missing_and_broken_alignments_are_named(tmp_path: Path) -> None:
     path = write_alignment(tmp_path, "run_a", "run_b", align(*dictionaries(5, 5)), inputs=None)
     with pytest.raises(NotFound, match="there is 'run_a--run_b'"):
         read_alignment(tmp_path, "run_a", "run_c")
-    assert alignment_path(tmp_path, "run_a", "run_c") is None
-    assert alignment_inputs(tmp_path, "run_a", "run_c") is None
+    assert pair_path(tmp_path, "run_a", "run_c") is None
+    assert pair_inputs(tmp_path, "run_a", "run_c") is None
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(BadInput, match="cannot be read; delete both"):
+    with pytest.raises(BadInput, match="cannot be read; delete it"):
         read_alignment(tmp_path, "run_b", "run_a")
-
-
-def test_the_null_grows_with_width_and_is_what_random_dictionaries_get() -> None:
-    narrow, wide = null_cosine(32, 20, 20), null_cosine(32, 200, 200)
-    assert 0.1 < narrow < wide < 0.9
-    rng = np.random.default_rng(5)
-    W = rng.normal(size=(4, 200, 32))
-    assert align(*W).certificate["encoder"]["mean"] == pytest.approx(wide, abs=0.02)
-    assert null_cosine(32, 20, 30) == null_cosine(32, 30, 20)
 
 
 def test_runs_without_torch() -> None:

@@ -22,9 +22,12 @@ def by_linear_programmes(values: list[float]) -> float:
     reached = np.cumsum(counts) / len(values)
     below, n, best = np.concatenate([[0.0], reached[:-1]]), len(at), 1.0
     for m in range(n):
-        rows, limits = [], []
+        rows: list[np.ndarray] = []
+        limits: list[float] = []
 
-        def under(limit: float, *terms: tuple[int, float], rows: list = rows, limits: list = limits) -> None:
+        def under(
+            limit: float, *terms: tuple[int, float], rows: list[np.ndarray] = rows, limits: list[float] = limits
+        ) -> None:
             row = np.zeros(n + 2)
             for variable, factor in terms:
                 row[variable] += factor
@@ -45,8 +48,8 @@ def by_linear_programmes(values: list[float]) -> float:
                 under(0, (a, 1), (b, -1))
         cost = np.zeros(n + 2)
         cost[-1] = 1
-        found = linprog(cost, A_ub=np.array(rows), b_ub=limits, bounds=[(0, 1)] * (n + 2), method="highs")
-        best = min(best, found.fun if found.status == 0 else 1.0)
+        found = linprog(cost, A_ub=np.array(rows), b_ub=np.array(limits), bounds=(0.0, 1.0))
+        best = min(best, found.fun if found.fun is not None else 1.0)
     return best
 
 

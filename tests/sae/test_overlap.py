@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from sae.alignment import align
 from sae.errors import BadInput, NotFound
 from sae.files import read_table, write_table
-from sae.overlap import DEFINITIONS, latent_table, overlap, shared, threshold_sweep
+from sae.latent_table import latent_table
+from sae.nulls import NULLS, with_nulls
+from sae.overlap import DEFINITIONS, overlap, shared, threshold_sweep
 
 Tables = dict[tuple[str, str], pd.DataFrame]
 
@@ -162,8 +164,10 @@ def test_latent_table_has_the_promised_columns_and_survives_parquet(tmp_path: Pa
     told = latent_table("run_b", runs, tables, alive["run_b"])
     per_run = ["encoder_partner", "encoder_cosine", "decoder_partner", "decoder_cosine"]
     per_run += ["max_encoder_cosine", "max_decoder_cosine", *(f"shared_{name}" for name in DEFINITIONS)]
+    per_run += ["max_encoder_neighbor", "max_decoder_neighbor"]
     expected = {f"{name}__{other}" for name in per_run for other in ("run_a", "run_c")}
     expected |= {"latent", "similarity", "unshared", "shared_class", *(f"n_shared_{name}" for name in DEFINITIONS)}
+    expected |= {f"stability_{name}" for name in DEFINITIONS}
     assert set(told.columns) == expected
     lonely = (told["decoder_partner__run_a"] < 0) & (told["decoder_partner__run_c"] < 0)
     assert (
@@ -257,15 +261,52 @@ def test_threshold_sweep_passes_through_the_values() -> None:
 def test_bimodality_tells_two_modes_from_one() -> None:
     rng = np.random.default_rng(0)
 
-    def coefficient(cosines: np.ndarray) -> float:
+    def found(cosines: np.ndarray) -> dict:
         n = len(cosines)
         made = table([(i, c, i, c) for i, c in enumerate(cosines)])
         every = np.ones(n, bool)
-        found = overlap(["a", "b"], {("a", "b"): made, ("b", "a"): made}, {"a": every, "b": every}, resamples=2)
-        return found.histogram["bimodality"]
+        whole = overlap(["a", "b"], {("a", "b"): made, ("b", "a"): made}, {"a": every, "b": every}, resamples=2)
+        return whole.as_dict()["bimodality"]
 
     one, two = rng.normal(0.6, 0.1, 1000), np.concatenate([rng.normal(0.3, 0.05, 500), rng.normal(0.9, 0.05, 500)])
-    assert coefficient(one) < 5 / 9 < coefficient(two)
+    assert found(one)["p_value"] > 0.1
+    assert found(two)["p_value"] < 0.001
+    assert found(two)["interval"][0] > 0.1 > found(one)["interval"][1]
+
+
+def test_pw_mcc_has_its_spread_over_pairs() -> None:
+    runs, tables, alive = study(4, 30, seed=2)
+    whole = overlap(runs, tables, alive, resamples=5)
+    means = [
+        np.mean([tables[x, y]["decoder_cosine"].to_numpy()[alive[x]].mean() for x, y in ((a, b), (b, a))])
+        for a, b in combinations(runs, 2)
+    ]
+    assert whole.mean_decoder.value == pytest.approx(np.mean(means), abs=1e-6)
+    assert whole.pw_mcc_sd == pytest.approx(np.std(means, ddof=1), abs=1e-6)
+    assert overlap(runs[:2], tables, alive, resamples=5).as_dict()["pw_mcc_sd"] is None
+
+
+def test_nulls_have_every_figure_and_share_nothing() -> None:
+    rng = np.random.default_rng(1)
+    core = rng.normal(size=(2, 200, 64))
+    weights = {run: core + 0.2 * rng.normal(size=core.shape) for run in "abc"}
+    tables: Tables = {}
+    for a, b in combinations("abc", 2):
+        made = align(*weights[a], *weights[b])
+        sides = (made.a, made.b)
+        tables[a, b], tables[b, a] = with_nulls(sides, tuple(weights[a]), tuple(weights[b]), (a, b))
+    alive = {run: np.ones(200, bool) for run in "abc"}
+    found = overlap(["a", "b", "c"], tables, alive, resamples=10)
+    assert found.alive["strict"].value.value > 0.95
+    assert set(found.nulls) == set(NULLS)
+    for null in found.nulls.values():
+        assert null.alive["strict"].value.value == 0
+        assert null.alive["strict"].only_one[2].value == 1
+        assert 0.2 < null.mean_decoder.value < 0.5  # the best of many, and far from 0 by that alone
+        json.dumps(null.as_dict(), allow_nan=False)
+    del tables["a", "c"]["encoder_cosine__gaussian"]
+    assert set(overlap(["a", "b", "c"], tables, alive, resamples=10).nulls) == {"rotated"}
+    assert "similarity__rotated" in latent_table("a", ["a", "b"], tables, alive["a"])
 
 
 def test_what_is_missing_is_named() -> None:

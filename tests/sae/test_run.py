@@ -15,9 +15,10 @@ import small_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae import study
+from sae import align_stage
 from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.files import read_json, read_table, write_json, write_table
+from sae.harvest_stage import harvest_runs
 from sae.run import (
     RESERVED,
     Run,
@@ -27,10 +28,12 @@ from sae.run import (
     letters,
     newest_study,
     plan_study,
+    progress_of,
     study_runs,
     write_record,
 )
 from sae.settings import Settings
+from sae.stage import Compute, only_one
 
 SETTINGS = Settings().with_values(training={"num_latents": 120, "k": 4, "tokens": 1_000_000})
 
@@ -239,26 +242,26 @@ def test_a_stage_knows_its_inputs(tmp_path: Path) -> None:
 
 
 def test_two_commands_do_not_write_one_study(tmp_path: Path) -> None:
-    with study.only_one(tmp_path, "run"):
+    with only_one(tmp_path, "run"):
         with (
             pytest.raises(UserError, match="another command is at work on study 'run'"),
-            study.only_one(tmp_path, "run"),
+            only_one(tmp_path, "run"),
         ):
             pass
-        with study.only_one(tmp_path, "other"):
+        with only_one(tmp_path, "other"):
             pass
-    with study.only_one(tmp_path, "run"):
+    with only_one(tmp_path, "run"):
         pass
 
 
 def test_only_runs_of_one_study_are_compared(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path, 2) + small_study.runs_of(tmp_path, 1, study="other")
     with pytest.raises(BadInput, match="different studies"):
-        study.align_runs(runs, study.Compute("cpu"))
+        align_stage.align_runs(runs, Compute("cpu"))
     with pytest.raises(BadInput, match="'run_a' alone"):
-        study.align_runs(runs[:1], study.Compute("cpu"))
+        align_stage.align_runs(runs[:1], Compute("cpu"))
     with pytest.raises(BadInput, match="only run"):
-        study.ensure_aligned(runs[2], study.Compute("cpu"))
+        align_stage.ensure_aligned(runs[2], Compute("cpu"))
 
 
 def test_an_overlap_table_from_before_the_last_alignment_is_made_again(
@@ -266,13 +269,16 @@ def test_an_overlap_table_from_before_the_last_alignment_is_made_again(
 ) -> None:
     runs = small_study.runs_of(tmp_path)
     small_study.harvested(runs)
-    monkeypatch.setattr(study, "is_harvested", lambda _: True)
-    monkeypatch.setattr(study, "is_aligned", lambda a, b: "run_c" not in (a.name, b.name))
+    monkeypatch.setattr(align_stage, "is_harvested", lambda _: True)
+    monkeypatch.setattr(align_stage, "is_aligned", lambda a, b: "run_c" not in (a.name, b.name))
     small_study.aligned(runs)
-    study._write_overlap(runs[0])
+    align_stage._write_overlap(runs[0])
     assert "similarity" in read_table(runs[0].stage_path("overlap"))
-    monkeypatch.setattr(study, "is_aligned", lambda *_: True)  # killed between the last pair and the tables
-    study.ensure_aligned(runs[0], study.Compute("cpu"))
+    monkeypatch.setattr(align_stage, "is_aligned", lambda *_: True)  # killed between the last pair and the tables
+    monkeypatch.setattr(align_stage, "_has_nulls", lambda *_: True)
+    monkeypatch.setattr(align_stage, "ensure_harvested", lambda *_: None)
+    monkeypatch.setattr(align_stage, "fired_on_the_same", lambda *_: False)
+    align_stage.ensure_aligned(runs[0], Compute("cpu"))
     assert {"shared_strict__run_b", "shared_strict__run_c"} <= set(read_table(runs[0].stage_path("overlap")))
 
 
@@ -282,43 +288,44 @@ def test_a_sibling_still_in_training_does_not_keep_others_from_being_aligned(
     runs = small_study.runs_of(tmp_path)
     for name in ("sae.safetensors", "cfg.json"):
         (runs[2].folder / name).unlink()
-    monkeypatch.setattr(study, "is_harvested", lambda _: True)
-    monkeypatch.setattr(study, "_align_pairs", lambda *_: None)
-    study.align_runs(runs[:2], study.Compute("cpu"))
+    monkeypatch.setattr(align_stage, "ensure_harvested", lambda *_: None)
+    monkeypatch.setattr(align_stage, "_align_pairs", lambda *_: None)
+    monkeypatch.setattr(align_stage, "fired_on_the_same", lambda *_: False)
+    align_stage.align_runs(runs[:2], Compute("cpu"))
 
 
 def test_a_run_that_is_not_trained_to_its_end(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path, 2)
     (runs[1].folder / "cfg.json").unlink()
-    for stage in (study.harvest_runs, study.align_runs):
+    for stage in (harvest_runs, align_stage.align_runs):
         with pytest.raises(NotFound, match="'run_b' is not trained to its end"):
-            stage(runs, study.Compute("cpu"))
+            stage(runs, Compute("cpu"))
 
 
 def test_where_to_compute() -> None:
-    assert study.Compute("cpu").resolve() == "cpu"
+    assert Compute("cpu").resolve() == "cpu"
     with pytest.raises(BadInput, match="--threads 0"):
-        study.Compute("cpu", 0).resolve()
+        Compute("cpu", 0).resolve()
     with pytest.raises(BadInput, match="--device 'abacus'"):
-        study.Compute("abacus").resolve()
+        Compute("abacus").resolve()
 
 
 def test_the_overlap_of_made_up_runs(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path)
     small_study.harvested(runs)
     small_study.aligned(runs)
-    found = study.overlap_of(runs, threshold=0.7)["alive"]
+    found = align_stage.overlap_of(runs, threshold=0.7)["alive"]
     assert found["strict"]["value"] == pytest.approx(0.4 * 120 / 114, abs=0.05)
-    loose = study.overlap_of(runs, threshold=0.0)["alive"]
+    loose = align_stage.overlap_of(runs, threshold=0.0)["alive"]
     assert loose["strict"]["value"] >= found["strict"]["value"]
-    assert study.alive(runs[0]).sum() == np.int64(114)
+    assert align_stage.alive(runs[0]).sum() == np.int64(114)
 
 
 def test_how_far_a_run_has_come(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path, 2)
     stages = ("trained", "harvested", "aligned", "explained", "scored")
-    assert [study.progress_of(runs[0])[stage] for stage in stages] == [True, False, False, False, False]
+    assert [progress_of(runs[0])[stage] for stage in stages] == [True, False, False, False, False]
     small_study.harvested(runs)
     small_study.scored(runs[0], small_study.explained(runs[0], [3]))
-    assert [study.progress_of(runs[0])[stage] for stage in stages] == [True, True, False, True, True]
-    assert [study.progress_of(runs[1])[stage] for stage in stages] == [True, True, False, False, False]
+    assert [progress_of(runs[0])[stage] for stage in stages] == [True, True, False, True, True]
+    assert [progress_of(runs[1])[stage] for stage in stages] == [True, True, False, False, False]

@@ -21,10 +21,10 @@ from sae.architectures import TopKSae
 from sae.checkpoint import save_sae
 from sae.errors import BadInput, UserError
 from sae.files import read_table
+from sae.harvest_stage import is_harvested
 from sae.run import Run
 from sae.settings import TrainingSettings, settings_from
 from sae.stage import Compute
-from sae.study import is_harvested
 from sae.subject import Subject
 from sae.train_stage import Study, studies_of, train_studies
 from sae.training_state import kept_steps

@@ -1,0 +1,231 @@
+"""The stage that compares runs: partners by weights, beside what shares nothing; what latents do; the overlap tables.
+
+A pair's alignment and the comparison of its firings are files of their own, each with the digest of what it was made
+from, so that only what is missing or stale is made (again).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae.errors import BadInput
+from sae.files import digest, read_json, read_table, write_table
+from sae.harvest_stage import by_study, ensure_harvested, is_harvested, need_trained
+from sae.pair_files import pair_inputs, pair_path
+from sae.progress import say, track
+from sae.run import Run, study_runs
+from sae.stage import Compute, only_one
+
+
+def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force: bool = False) -> None:
+    """Match every pair of ``runs`` by weights, compare their firings, bring the overlap tables up to date.
+
+    Args:
+        nulls: also match each with what shares nothing with it (:mod:`sae.nulls`): twice to four times the work.
+        force: also runs that did not see the same batches, or are of different hookpoints.
+    """
+    from sae.alignment import pairs
+
+    by_name = {run.name: run for run in runs}
+    wanted = [(by_name[a], by_name[b]) for a, b in pairs([run.name for run in runs])]
+    root = runs[0].root
+    for run in runs:
+        need_trained(run)
+    apart = what_sets_apart(runs)
+    if apart and not force:
+        raise BadInput(f"{apart}, so what differs is not the seed alone; align runs of one study, or give --force")
+    studies = by_study(runs)
+    ensure_harvested(runs, compute)
+    with ExitStack() as locks:
+        for study in sorted(studies):
+            locks.enter_context(only_one(root, study))
+        matched = [(a, b) for a, b in wanted if not is_aligned(a, b) or (nulls and not _has_nulls(a, b))]
+        if matched:
+            _align_pairs(matched, compute, nulls)
+        compared = [(a, b) for a, b in wanted if not is_compared(a, b) and fired_on_the_same(a, b)]
+        if compared:
+            _compare_pairs(compared, compute)
+        for study in studies:
+            for run in study_runs(study, root):
+                if run.trained:
+                    _write_overlap(run)
+
+
+def what_sets_apart(runs: Sequence[Run]) -> str | None:
+    """Why a difference between ``runs`` need not be one of seeds; ``None`` where they are of one study."""
+    studies = by_study(runs)
+    if len(studies) < 2:
+        return None
+    names = ", ".join(run.name for run in runs)
+    hookpoints = {f"{run.record['subject']['source']} {run.record['hookpoint']}" for run in runs}
+    if len(hookpoints) > 1:
+        return f"runs {names} are of different hookpoints ({', '.join(sorted(hookpoints))})"
+    return f"runs {names} belong to different studies ({', '.join(studies)}): they did not see the same batches"
+
+
+def _align_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) -> None:
+    from sae.alignment import Alignment, align, write_alignment
+    from sae.nulls import NULLS, with_nulls
+
+    device = compute.resolve()
+    weights = _Rows()
+    with track("align", len(pairs), "pairs") as bar:
+        for a, b in pairs:
+            names = (a.name, b.name)
+            found = align(*weights.of(a), *weights.of(b), names=names, device=device)
+            if nulls:
+                sides = with_nulls((found.a, found.b), weights.of(a), weights.of(b), names, device=device)
+                found = Alignment(*sides, {**found.certificate, "nulls": NULLS})
+            write_alignment(a.root / "alignments", *names, found, _pair_inputs(a, b))
+            bar.advance(note=f"{a.name} × {b.name}")
+
+
+class _Rows:
+    """Encoder and decoder rows of the runs at hand, each read once."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def of(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
+        if run.name not in self._held:
+            sae = run.sae()
+            self._held[run.name] = (sae.W_enc.numpy(), sae.W_dec.numpy())
+        return self._held[run.name]
+
+
+def _pair_inputs(a: Run, b: Run) -> str:
+    return digest(sorted([[a.name, a.weights_digest], [b.name, b.weights_digest]]))
+
+
+def is_aligned(a: Run, b: Run) -> bool:
+    """Whether the pair's alignment is there and is that of its weights."""
+    return pair_inputs(a.root / "alignments", a.name, b.name) == _pair_inputs(a, b)
+
+
+def _has_nulls(a: Run, b: Run) -> bool:
+    path = pair_path(a.root / "alignments", a.name, b.name)
+    return path is not None and "nulls" in read_json(path.with_suffix(".json"))
+
+
+# --- what latents do ---------------------------------------------------------------------------------------
+
+
+def behaviour_folder(root: Path) -> Path:
+    return root / "alignments" / "behaviour"
+
+
+def fired_on_the_same(a: Run, b: Run) -> bool:
+    """Whether the two were harvested from the same tokens of the same model's text, in the same order."""
+    one, other = (run.store().provenance for run in (a, b))
+    return all(one[key] == other[key] for key in ("corpus_fingerprint", "order", "context", "window"))
+
+
+def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute) -> None:
+    from sae.alignment import read_alignment
+    from sae.behaviour import Member, behaviour
+    from sae.nulls import null_of
+    from sae.overlap import shared
+    from sae.pair_files import write_sides
+
+    device, weights = compute.resolve(), _Rows()
+    total = sum(len(weights.of(run)[1]) for pair in pairs for run in pair)
+    with track("compare firings", total, "latents") as bar:
+        for a, b in pairs:
+            alignment = read_alignment(a.root / "alignments", a.name, b.name)
+            members = [
+                Member(
+                    store=one.store(),
+                    W_dec=weights.of(one)[1],
+                    decoder_partner=table["decoder_partner"].to_numpy(np.int32),
+                    lone=alive(one) & ~shared(table, "strict"),
+                    null_of_other=null_of("rotated", weights.of(other), (one.name, other.name))[1],
+                )
+                for one, other, table in ((a, b, alignment.a), (b, a, alignment.b))
+            ]
+            found = behaviour(members[0], members[1], device, bar.advance)
+            path = pair_path(behaviour_folder(a.root), a.name, b.name)
+            order = (b.name, a.name) if path is not None and path.name.startswith(f"{b.name}--") else (a.name, b.name)
+            sides = found.sides if order[0] == a.name else found.sides[::-1]
+            write_sides(
+                behaviour_folder(a.root) / f"{'--'.join(order)}.parquet",
+                order,
+                sides,
+                inputs=_behaviour_inputs(a, b),
+                n_tokens=found.n_tokens,
+                jaccard_gap_per_latent=found.gap_per_latent,
+            )
+
+
+def _behaviour_inputs(a: Run, b: Run) -> str:
+    return digest(["behaviour", _pair_inputs(a, b), sorted([a.store().digest, b.store().digest])])
+
+
+def is_compared(a: Run, b: Run) -> bool:
+    """Whether the pair's firings have been compared, those of their weights and harvests."""
+    stored = pair_inputs(behaviour_folder(a.root), a.name, b.name)
+    return stored is not None and stored == _behaviour_inputs(a, b)
+
+
+# --- overlap -----------------------------------------------------------------------------------------------
+
+
+def _write_overlap(run: Run) -> None:
+    """The run's overlap table, over the siblings that it is aligned with; kept where it is up to date."""
+    from sae.alignment import read_alignment
+    from sae.latent_table import latent_table
+    from sae.pair_files import read_sides
+
+    siblings, inputs = _overlap_inputs(run)
+    if not siblings or not is_harvested(run) or run.stage_inputs("overlap") == inputs:
+        return
+    tables = {(run.name, x.name): read_alignment(run.root / "alignments", run.name, x.name).a for x in siblings}
+    folder = behaviour_folder(run.root)
+    done = {x.name: read_sides(folder, run.name, x.name)[0] for x in siblings if is_compared(run, x)}
+    table = latent_table(run.name, [run.name, *(x.name for x in siblings)], tables, alive(run), behaviour=done)
+    write_table(run.stage_path("overlap"), table, inputs=inputs, against=[x.name for x in siblings])
+
+
+def _overlap_inputs(run: Run) -> tuple[list[Run], str]:
+    """The siblings that the run is aligned with, and the digest of what its overlap table is made from."""
+    siblings = [other for other in run.siblings() if is_aligned(run, other)]
+    pairs = [
+        [_pair_inputs(run, x), _has_nulls(run, x), pair_inputs(behaviour_folder(run.root), run.name, x.name)]
+        for x in siblings
+    ]
+    return siblings, digest([pairs, run.stage_inputs("firing")])
+
+
+def alive(run: Run) -> np.ndarray:
+    """Which latents fired in the harvest: bool [M]."""
+    return ~read_table(run.stage_path("firing"))["dead"].to_numpy(dtype=bool)
+
+
+def overlap_of(runs: Sequence[Run], threshold: float = 0.7) -> dict[str, Any]:
+    """What the aligned ``runs`` share, as one JSON value; see :class:`sae.overlap.StudyOverlap`."""
+    from sae.alignment import both_ways
+    from sae.overlap import overlap
+
+    names = [run.name for run in runs]
+    tables = both_ways(runs[0].root / "alignments", names)
+    shared = overlap(names, tables, {run.name: alive(run) for run in runs}, threshold).as_dict()
+    return {**shared, "seeds": {run.name: run.seed for run in runs}}
+
+
+def ensure_aligned(run: Run, compute: Compute) -> None:
+    """Align ``run`` with all its siblings where it is not, saying so."""
+    siblings = run.siblings()
+    if not siblings:
+        raise BadInput(
+            f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; "
+            f"{run.advice_to_add_another()}, or leave the choice by sharing out"
+        )
+    missing = [other for other in siblings if not is_aligned(run, other)]
+    if missing:
+        say(f"{run.name}: not aligned with {', '.join(r.name for r in missing)} yet, doing that first")
+    if missing or run.stage_inputs("overlap") != _overlap_inputs(run)[1]:  # a kill may fall between the two
+        align_runs([run, *siblings], compute)

@@ -1,0 +1,159 @@
+"""The harvest as a stage: the firing stores of runs, and whether they are those of their weights.
+
+A stage is *done* when its file is on disk and carries the digest of the inputs that it would have now;
+otherwise it runs (again). So the same command after a kill goes on where the disk says it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae.errors import BadInput, NotFound
+from sae.files import digest, write_table
+from sae.progress import human, say
+from sae.run import Run, all_runs
+from sae.stage import Compute, Source, check_same_inputs, only_one, open_source, shares_source
+
+if TYPE_CHECKING:
+    from sae.activations import ActivationStream
+    from sae.dictionary import Sae
+    from sae.firings import FiringStore
+
+
+# --- harvest ----------------------------------------------------------------------------------------------
+
+
+def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = None) -> None:
+    """Fill the firing stores of ``runs``, those of one study in one pass over the subject model.
+
+    Studies of other hookpoints of the same model and text are harvested one after the other, out of what the first
+    pass has put into their caches. Without ``tokens`` a store that is there is enough; with it, one that holds fewer is
+    added to.
+    """
+    for run in runs:
+        need_trained(run)
+    sources: dict[Any, list[Run]] = {}
+    for run in runs:
+        if tokens is not None or not is_harvested(run):
+            sources.setdefault(shares_source(run.settings), []).append(run)
+    for sharing in sources.values():
+        studies = by_study(sharing)
+        with ExitStack() as locks:
+            for study in sorted(studies):
+                locks.enter_context(only_one(sharing[0].root, study))
+            source = open_source([run.settings for run in sharing], sharing[0].root, compute)
+            for of_study in studies.values():
+                _harvest_study(source, of_study, tokens or of_study[0].settings.harvest.tokens)
+            _delete_caches_of_no_more_use(source, sharing[0].root)
+
+
+def _harvest_study(source: Source, runs: list[Run], tokens: int) -> None:
+    from sae.firings import FiringStore, latent_statistics
+    from sae.harvest import harvest
+
+    settings, corpus = runs[0].settings, source.corpus
+    stream = source.stream(settings.subject.hookpoint)
+    for run in runs:
+        check_same_inputs(
+            run,
+            {
+                "subject": {"fingerprint": source.subject.fingerprint},
+                "corpus": {"fingerprint": corpus.fingerprint},
+                "batch_order": run.record["batch_order"],
+            },
+        )
+    saes = {run.name: run.sae().to(stream.device) for run in runs}
+    for name, sae in saes.items():
+        _check_width(name, sae, stream)
+    if tokens > corpus.n_tokens:
+        say(f"harvest: {human(tokens)} tokens asked for, the corpus has {human(corpus.n_tokens)}; taking all of it")
+    harvest(
+        stream,
+        saes,
+        {run.name: run.firings_folder for run in runs},
+        tokens=min(tokens, corpus.n_tokens),
+        window=settings.harvest.window,
+        order_seed=settings.corpus.order_seed,
+        weights={run.name: run.weights_digest for run in runs},
+    )
+    for run in runs:
+        store = FiringStore.open(run.firings_folder)
+        inputs = _firing_inputs(run, store)
+        if run.stage_inputs("firing") != inputs:
+            write_table(
+                run.stage_path("firing"),
+                latent_statistics(store),
+                inputs=inputs,
+                n_tokens=store.n_tokens - store.n_special_tokens,
+            )
+
+
+def _check_width(name: str, sae: Sae, stream: ActivationStream) -> None:
+    if sae.d_in != stream.width:
+        raise BadInput(
+            f"run {name!r} is an SAE of activations of width {sae.d_in}, and {stream.hookpoint} of model "
+            f"{stream.subject.source!r} has width {stream.width}; give the model and hookpoint that it was trained on"
+        )
+
+
+def _delete_caches_of_no_more_use(source: Source, root: Path) -> None:
+    """Once every run that reads a hookpoint's activations is harvested, all later stages are look-ups in the stores."""
+    for hookpoint, stream in source.streams.items():
+        readers = [
+            run
+            for run in all_runs(root)
+            if run.record["corpus"]["key"] == source.corpus.key and run.record["hookpoint"] == hookpoint
+        ]
+        if stream.cache is not None and all(is_harvested(run) for run in readers if _is_or_will_be_trained(run)):
+            stream.cache.delete()
+
+
+def _is_or_will_be_trained(run: Run) -> bool:
+    return run.trained or run.state_folder.is_dir()
+
+
+def _firing_inputs(run: Run, store: FiringStore) -> str:
+    return digest({"weights": run.weights_digest, "store": store.digest})
+
+
+def is_harvested(run: Run) -> bool:
+    """Whether the run's firing table is there and is that of its weights and its store."""
+    from sae.firings import FiringStore
+
+    if not run.stage_path("firing").exists():
+        return False
+    try:
+        return run.stage_inputs("firing") == _firing_inputs(run, FiringStore.open(run.firings_folder))
+    except NotFound:
+        return False
+
+
+# --- what later stages ask for ----------------------------------------------------------------------------
+
+
+def ensure_harvested(runs: Sequence[Run], compute: Compute) -> None:
+    """Harvest those of ``runs`` that are not, saying so."""
+    missing = [run for run in runs if not is_harvested(run)]
+    if missing:
+        say(f"{', '.join(r.name for r in missing)}: not harvested yet, doing that first")
+        harvest_runs(missing, compute)
+
+
+def need_trained(run: Run) -> None:
+    """Raise in one line where the run was not trained, or imported, to its end."""
+    if not run.trained:
+        verb = "import" if run.imported else "train"
+        raise NotFound(
+            f"run {run.name!r} is not {verb}ed to its end; give the `{verb}` command that began it again and it goes on"
+        )
+
+
+def by_study(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Study → its runs among these, in their order."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.study, []).append(run)
+    return found

@@ -1,0 +1,98 @@
+"""What two dictionaries that share nothing would look like: the null beside every figure about what is shared.
+
+The best of many pairings looks good by selection alone, the more so the wider the dictionaries and the narrower the
+space. Two dictionaries stand in for the sibling, each in its own way unable to share anything but by chance:
+
+    rotated     the sibling itself, its encoder and decoder turned by one random rotation (Haar): all that is inside it
+                stays, its lengths, clusters, near-duplicates, and how its encoder goes with its decoder
+    gaussian    as many random directions, encoder and decoder drawn apart
+
+The one space of rows that encoder and decoder share is why both turn alike. What is drawn depends on the pair's names
+and a seed, so a pair's null is the same each time. Matched like the real sibling, over all pairs and both spaces, a
+null has every figure that the real one has: :func:`as_alignment` makes its table look like an alignment's.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from sae.alignment import align
+from sae.pair_files import Sides
+
+NULLS = {
+    "rotated": "the sibling turned by a random rotation: same inner geometry, nothing in common but by chance",
+    "gaussian": "random directions in the sibling's place",
+}
+COLUMNS = tuple(
+    name for space in ("encoder", "decoder") for name in (f"{space}_partner", f"{space}_cosine", f"max_{space}_cosine")
+)
+"""of an alignment's table, kept for each null as ``<column>__<null>``"""
+
+_ROWS = 4096  # turned at a time
+
+Array = NDArray[Any]
+Weights = tuple[Array, Array]
+"""encoder and decoder rows, [M, D] each"""
+
+
+def with_nulls(sides: Sides, a: Weights, b: Weights, names: tuple[str, str], **options: Any) -> Sides:
+    """The two sides of an alignment, with the columns of each null beside their own.
+
+    ``a`` and ``b`` are the weights that were aligned; ``options`` go to :func:`sae.alignment.align`.
+    """
+    one, other = (side.copy() for side in sides)
+    for null in NULLS:
+        matched = align(*a, *null_of(null, b, names), **options)
+        # A rotation of one is the inverse rotation of the other. Random directions in a's place are others.
+        back = matched if null == "rotated" else align(*null_of(null, a, names[::-1]), *b, **options)
+        for side, found in ((one, matched.a), (other, back.b)):
+            for column in COLUMNS:
+                side[f"{column}__{null}"] = found[column].to_numpy()
+    return one, other
+
+
+def as_alignment(table: pd.DataFrame, null: str) -> pd.DataFrame | None:
+    """A side of an alignment as it would be under a null; ``None`` where it was aligned without nulls."""
+    if any(f"{column}__{null}" not in table for column in COLUMNS):
+        return None
+    return pd.DataFrame({column: table[f"{column}__{null}"] for column in COLUMNS})
+
+
+def null_of(name: str, weights: Weights, pair: tuple[str, str], seed: int = 0) -> Weights:
+    """What stands in for a dictionary under a null: encoder and decoder, [M, D] float32 each.
+
+    Args:
+        name: ``rotated`` or ``gaussian``.
+        weights: of the sibling.
+        pair: the names of the two runs that are compared.
+    """
+    return _MAKERS[name](weights, np.random.default_rng([seed, zlib.crc32(f"{name} {'--'.join(pair)}".encode())]))
+
+
+def rotation(d: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """A random orthogonal matrix [D, D], each as likely as any other (Mezzadri, arXiv math-ph/0609050)."""
+    q, r = np.linalg.qr(rng.normal(size=(d, d)))
+    return np.asarray(q * np.sign(np.diag(r)))
+
+
+def _rotated(weights: Weights, rng: np.random.Generator) -> Weights:
+    turn = rotation(weights[0].shape[1], rng).astype(np.float32)
+    encoder, decoder = (
+        np.concatenate([rows[i : i + _ROWS].astype(np.float32) @ turn for i in range(0, len(rows), _ROWS)])
+        for rows in weights
+    )
+    return encoder, decoder
+
+
+def _gaussian(weights: Weights, rng: np.random.Generator) -> Weights:
+    encoder, decoder = (rng.standard_normal(rows.shape, dtype=np.float32) for rows in weights)
+    return encoder, decoder
+
+
+_MAKERS: dict[str, Callable[[Weights, np.random.Generator], Weights]] = {"rotated": _rotated, "gaussian": _gaussian}
