@@ -136,18 +136,26 @@ def harvest(
 @app.command()
 def align(
     names: opt.RunNames = None,
+    nulls: opt.Nulls = True,
+    force: opt.ForceAlign = False,
     root: opt.Root = ROOT,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Match the latents of every pair of runs one to one, exactly, by encoder and by decoder; say what is shared."""
+    """Match the latents of every pair of runs one to one, exactly, by encoder and by decoder; say what is shared.
+
+    Beside it: what chance alone would share, where the latents of both fire together, and what became of those that
+    do not return (split, absorbed, part of a wider one, or rebuilt from several).
+
+    Example: python cli.py align run_a run_b run_c
+    """
     from autointerp.report import alignment_findings, render_alignment
-    from sae.align_stage import align_runs, overlap_of
+    from sae.align_stage import align_runs, compared_of
 
     runs = _opened(names, root, whole_study=True)
-    align_runs(runs, _compute(device, threads))
-    found = alignment_findings(overlap_of(runs))
+    align_runs(runs, _compute(device, threads), nulls, force)
+    found = alignment_findings(compared_of(runs))
     finish(as_json, "align", lambda: found, lambda: render_alignment(found))
 
 

@@ -7,6 +7,7 @@ disagree with the files. What has not been made yet is ``None``, and ``missing``
     schema, study, focus, runs, subject, corpus, missing
     overlap        how much comes back, under every definition           needs: align (alive latents: harvest)
     similarity     matched cosines and their histogram                          align
+    counterparts   what latents do in the other seeds, and what became of those that do not return     align
     membership     which seeds have the focus run's latents                     align
     training, firing, frequency_by_class                                        train, harvest
     scores, relation, interesting, failures                                     explain, score
@@ -24,11 +25,14 @@ from typing import Any
 import pandas as pd
 
 from autointerp import scored, seeds
+from autointerp.counterparts import counterpart_findings
 from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
 from autointerp.scored import ContextSource
 from autointerp.statistics import METHODS
 from sae.files import SCHEMA
+from sae.nulls import NULLS
 from sae.overlap import DEFINITIONS, INTERVALS
+from sae.relation import RELATIONS
 from sae.run import Run
 
 
@@ -61,6 +65,7 @@ def findings(
         "stale": study.stale(),
         "overlap": seeds.overlap_findings(study),
         "similarity": seeds.similarity_findings(study),
+        "counterparts": counterpart_findings(study.behaviour, study.tables, study.alive),
         "membership": seeds.membership_findings(study, latents),
         "training": seeds.training_findings(study.runs),
         "firing": seeds.firing_findings(study),
@@ -144,6 +149,8 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
         "definition": view.definition,
         "threshold": view.threshold,
         "definitions": DEFINITIONS,
+        "nulls": NULLS,
+        "relations": RELATIONS,
         "against": list(view.against),
         "seeds": [run.seed for run in study.runs],
         "explainer": None if last is None else {"name": str(last["explainer"]), "model": str(last["model"])},

@@ -16,7 +16,7 @@ import pandas as pd
 
 from autointerp import scored
 from autointerp.journal import Journal
-from sae.align_stage import is_aligned
+from sae.align_stage import behaviours, is_aligned, is_compared
 from sae.alignment import both_ways
 from sae.errors import BadInput, NotFound, nearest
 from sae.files import read_table, table_metadata
@@ -68,6 +68,7 @@ class Study:
     firing: dict[str, pd.DataFrame]
     alive: dict[str, np.ndarray]
     tables: dict[tuple[str, str], pd.DataFrame]
+    behaviour: dict[tuple[str, str], pd.DataFrame]
     compared: list[str]  # the runs that are aligned with each other, the focus among them
     shared: StudyOverlap | None
     scores: pd.DataFrame | None
@@ -105,6 +106,7 @@ class Study:
             firing=firing,
             alive=alive,
             tables=tables,
+            behaviour=behaviours(root, compared),
             compared=compared,
             shared=overlap(compared, tables, {name: alive[name] for name in compared}, view.threshold)
             if tables
@@ -260,6 +262,9 @@ class Study:
         ]
         if changed:
             add("align", "Weights have changed since the SAEs were aligned.", "align", *self.names)
+        elif any(a < b and not is_compared(Run(a, self.root), Run(b, self.root)) for a, b in self.behaviour):
+            says = "Weights or harvests have changed since the SAEs' firings were compared."
+            add("align", says, "align", *self.names)
         if self.scores is not None and (self.focus.firings_folder / "store.json").is_file():
             from autointerp.material import Material
 

@@ -16,11 +16,12 @@ import pandas as pd
 
 from autointerp.journal import Journal
 from autointerp.scored import number
+from sae.align_stage import behaviour_folder
 from sae.alignment import read_alignment
 from sae.errors import NotFound
 from sae.files import SCHEMA, read_table
 from sae.overlap import DEFINITIONS, shared
-from sae.pair_files import pair_path
+from sae.pair_files import pair_path, read_sides
 from sae.run import Run, command
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def _match(run: Run, sibling: Run, latent: int, threshold: float) -> dict[str, A
     told = [e for e in explanations_of(sibling, partner) if e["status"] == "ok"] if partner >= 0 else []
     scores = [s for s in scores_of(sibling, partner) if s["status"] == "ok" and s["control"] == "none"]
     return {
+        "latent": latent,
         "run": sibling.name,
         "encoder_partner": _index(entry["encoder_partner"]),
         "encoder_cosine": cosines[0],
@@ -136,8 +138,40 @@ def _match(run: Run, sibling: Run, latent: int, threshold: float) -> dict[str, A
         "max_decoder_cosine": number(entry["max_decoder_cosine"]),
         "similarity": None if None in cosines else float(np.mean([c for c in cosines if c is not None])),
         "shared": {name: bool(shared(row, name, threshold)[0]) for name in DEFINITIONS},
+        "behaviour": _behaviour(run, sibling, latent),
         "explanation": told[0]["text"] if told else None,
         "score": scores[-1]["balanced_accuracy"] if scores else None,
+    }
+
+
+def _behaviour(run: Run, sibling: Run, latent: int) -> dict[str, Any] | None:
+    """Where it fires, beside what fires in the sibling; for a latent that the weights do not find again, more."""
+    folder = behaviour_folder(run.root)
+    if pair_path(folder, run.name, sibling.name) is None:
+        return None
+    row = read_sides(folder, run.name, sibling.name)[0].iloc[latent]
+
+    told = row["relation"] if isinstance(row["relation"], str) else None  # a column without any is read as numbers
+
+    def paired(latents: str, values: str) -> list[dict[str, Any]] | None:
+        if told is None:
+            return None
+        return [{"latent": int(i), "value": float(x)} for i, x in zip(row[latents], row[values], strict=True)]
+
+    return {
+        "jaccard_partner": _index(row["jaccard_partner"]),
+        **{key: number(row[key]) for key in ("jaccard", "p_there", "p_here")},
+        "max_jaccard_neighbor": _index(row["max_jaccard_neighbor"]),
+        "max_jaccard": number(row["max_jaccard"]),
+        "decoder_partner": {key: number(row[f"decoder_partner_{key}"]) for key in ("jaccard", "p_there", "p_here")},
+        "relation": told,
+        "relation_latents": None if told is None else [int(i) for i in row["relation_latents"]],
+        "relation_covered": number(row["relation_covered"]),
+        "rebuilt": number(row["rebuilt"]),
+        "rebuilt_null": number(row.get("rebuilt__rotated")),
+        "rebuilt_from": paired("rebuilt_from", "rebuilt_weights"),
+        "nearest_decoder": paired("nearest_decoder", "nearest_decoder_cosines"),
+        "nearest_firing": paired("nearest_firing", "nearest_firing_jaccards"),
     }
 
 

@@ -45,6 +45,7 @@ def overlap_tree(found: Mapping[str, Any], chosen: str = "strict") -> dict[str, 
             "over_all_latents": everyone["value"],
             "over_all_latents_interval": everyone["interval"],
             "retained": whole["retained"],
+            "null": {null: of["alive"][name]["value"] for null, of in found["nulls"].items()},
             **{key: [e["value"] for e in whole[key]] for key in _BY_NUMBER},
             **{f"{key}_intervals": [e["interval"] for e in whole[key]] for key in _BY_NUMBER},
         }
@@ -53,6 +54,17 @@ def overlap_tree(found: Mapping[str, Any], chosen: str = "strict") -> dict[str, 
         **{key: tree[chosen][key] for key in _BY_NUMBER},
         "same_partner": found["same_partner"]["value"],
         "max_cosine": found["max_cosine"]["value"],
+        "max_cosine_interval": found["max_cosine"]["interval"],
+        "sweep": found["sweep"],
+        "nulls": {
+            null: {
+                **{key: [e["value"] for e in of["alive"][chosen][key]] for key in _BY_NUMBER},
+                "same_partner": of["same_partner"]["value"],
+                "max_cosine": of["max_cosine"]["value"],
+                "sweep": of["sweep"],
+            }
+            for null, of in found["nulls"].items()
+        },
     }
 
 
@@ -70,7 +82,17 @@ def similarity_tree(found: Mapping[str, Any]) -> dict[str, Any]:
         "mean_decoder_interval": decoder["interval"],
         "mean_same_partner": shape["mean_agree"],
         "mean_different_partner": shape["mean_differ"],
-        "bimodality": shape["bimodality"],
+        "pw_mcc": {
+            "value": decoder["value"],
+            "interval": decoder["interval"],
+            "sd": found["pw_mcc_sd"],
+            "null": {null: of["mean_decoder"]["value"] for null, of in found["nulls"].items()},
+        },
+        "null": {
+            null: {"mean_encoder": of["mean_encoder"]["value"], "mean_decoder": of["mean_decoder"]["value"]}
+            for null, of in found["nulls"].items()
+        },
+        "bimodality": found["bimodality"],
         "histogram": {
             "edges": shape["edges"],
             "counts": [a + b for a, b in zip(shape["agree"], shape["differ"], strict=True)],

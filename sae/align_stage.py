@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from sae.errors import BadInput
 from sae.files import digest, read_json, read_table, write_table
 from sae.harvest_stage import by_study, ensure_harvested, is_harvested, need_trained
-from sae.pair_files import pair_inputs, pair_path
+from sae.pair_files import pair_inputs, pair_path, read_sides
 from sae.progress import say, track
 from sae.run import Run, study_runs
 from sae.stage import Compute, only_one
+
+if TYPE_CHECKING:
+    from sae.overlap import StudyOverlap
 
 
 def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force: bool = False) -> None:
@@ -178,7 +182,6 @@ def _write_overlap(run: Run) -> None:
     """The run's overlap table, over the siblings that it is aligned with; kept where it is up to date."""
     from sae.alignment import read_alignment
     from sae.latent_table import latent_table
-    from sae.pair_files import read_sides
 
     siblings, inputs = _overlap_inputs(run)
     if not siblings or not is_harvested(run) or run.stage_inputs("overlap") == inputs:
@@ -207,13 +210,48 @@ def alive(run: Run) -> np.ndarray:
 
 def overlap_of(runs: Sequence[Run], threshold: float = 0.7) -> dict[str, Any]:
     """What the aligned ``runs`` share, as one JSON value; see :class:`sae.overlap.StudyOverlap`."""
+    return compared_of(runs, threshold).shared.as_dict()
+
+
+class Compared(NamedTuple):
+    """All that is known of how aligned runs differ."""
+
+    runs: list[Run]
+    shared: StudyOverlap
+    alignments: dict[tuple[str, str], pd.DataFrame]
+    behaviour: dict[tuple[str, str], pd.DataFrame]
+    """of the pairs whose firings have been compared"""
+    alive: dict[str, np.ndarray]
+    apart: str | None
+    """why their differences need not be the seed's alone"""
+
+
+def compared_of(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
+    """What the stages found out about aligned ``runs``."""
     from sae.alignment import both_ways
     from sae.overlap import overlap
 
-    names = [run.name for run in runs]
-    tables = both_ways(runs[0].root / "alignments", names)
-    shared = overlap(names, tables, {run.name: alive(run) for run in runs}, threshold).as_dict()
-    return {**shared, "seeds": {run.name: run.seed for run in runs}}
+    names, root = [run.name for run in runs], runs[0].root
+    tables, fired = both_ways(root / "alignments", names), {run.name: alive(run) for run in runs}
+    return Compared(
+        list(runs),
+        overlap(names, tables, fired, threshold),
+        tables,
+        behaviours(root, names),
+        fired,
+        what_sets_apart(runs),
+    )
+
+
+def behaviours(root: Path, names: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
+    """Of every pair whose firings have been compared, both ways: (x, y) → the side of x in terms of y."""
+    found: dict[tuple[str, str], pd.DataFrame] = {}
+    folder = behaviour_folder(root)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            if pair_path(folder, a, b) is not None:
+                found[a, b], found[b, a] = read_sides(folder, a, b)
+    return found
 
 
 def ensure_aligned(run: Run, compute: Compute) -> None:

@@ -86,7 +86,7 @@ class StudyOverlap:
     alive anchors whose nearest encoder row and nearest decoder row, taken or not, are both above the threshold.
     ``histogram`` and ``bimodality``, the dip test of each pair's mean matched cosines, show whether these have two
     modes. ``nulls`` has all of it again, without intervals, for what shares nothing (:mod:`sae.nulls`), where the pairs
-    were aligned with that.
+    were aligned with that. ``sweep`` has what is shared at thresholds from 0 to 1: see :func:`threshold_sweep`.
     """
 
     runs: list[str]
@@ -101,6 +101,7 @@ class StudyOverlap:
     max_cosine: Estimate
     histogram: dict[str, Any]
     bimodality: Dip
+    sweep: pd.DataFrame
     nulls: dict[str, StudyOverlap]
 
     @property
@@ -136,6 +137,7 @@ class StudyOverlap:
                 "of_sample": None if isnan(self.bimodality.of_sample) else self.bimodality.of_sample,
                 "p_value": None if isnan(self.bimodality.p_value) else self.bimodality.p_value,
             },
+            "sweep": {column: _or_none(values) for column, values in self.sweep.items()},
             "nulls": {name: found.as_dict() for name, found in self.nulls.items()},
         }
 
@@ -227,6 +229,7 @@ def _overlap_of(
         max_cosine=_pairwise_mean(runs, alignments, alive, draw, nearest_above),
         histogram=histogram(runs, alignments, alive),
         bimodality=bimodality(pairs, alignments, alive) if with_dip else Dip(UNKNOWN, nan, nan),
+        sweep=threshold_sweep(runs, alignments, alive),
         nulls={},
     )
 
@@ -245,13 +248,12 @@ def threshold_sweep(
 
     The default thresholds are 0, 0.02, … 1. ``lenient`` does not depend on the threshold and is a flat line.
     """
-    check(runs, alignments, {run: alive[run] for run in runs})
     at = np.round(np.linspace(0, 1, 51), 2) if thresholds is None else np.asarray(thresholds, dtype=float)
     columns: dict[str, Any] = {"threshold": at}
     for definition in DEFINITIONS:
         of_run = [
             np.mean(
-                [(reach(alignments[a, b], definition)[alive[a]][:, None] > at).mean(axis=0) for b in runs if b != a],
+                [_share_above(reach(alignments[a, b], definition)[alive[a]], at) for b in runs if b != a],
                 axis=0,
             )
             for a in runs
@@ -259,6 +261,16 @@ def threshold_sweep(
         ]
         columns[definition] = np.mean(of_run, axis=0) if of_run else np.full(len(at), nan)
     return pd.DataFrame(columns)
+
+
+def _share_above(values: Floats, at: Floats) -> Floats:
+    """What share of ``values`` [n] exceeds each of ``at``; NaN exceeds nothing."""
+    known = np.sort(values[~np.isnan(values)])
+    return 1 - (np.searchsorted(known, at, side="right") + len(values) - len(known)) / len(values)
+
+
+def _or_none(values: pd.Series) -> list[float | None]:
+    return [None if isnan(x) else float(x) for x in values]
 
 
 def check(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> None:

@@ -29,7 +29,7 @@ RELATIONS = {
     "split": "is covered by several narrower latents there",
     "absorbed": "lies in a wider latent there, except where a narrower one fires",
     "broader": "lies in a wider latent there",
-    "new": "has nothing there that fires where it does",
+    "new": "has no counterpart there: none fires mostly where it does",
     "rare": "fires too rarely to tell",
 }
 NAMES = tuple(RELATIONS)

@@ -53,6 +53,21 @@ Name = Annotated[str, typer.Option("--name", help="The study's name; its runs be
 Seeds = Annotated[
     list[int] | None, typer.Option("--seeds", help="One SAE per seed, all on the same batches: --seeds 0 1 2.")
 ]
+Nulls = Annotated[
+    bool,
+    typer.Option(
+        "--nulls/--no-nulls",
+        help="Also match each SAE with what shares nothing with it (a rotated sibling, random directions), to show "
+        "what chance alone would share: three more matchings.",
+    ),
+]
+ForceAlign = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Also align runs of different studies or hookpoints, whose differences are not the seed's alone.",
+    ),
+]
 Parallel = Annotated[
     str | None,
     typer.Option(

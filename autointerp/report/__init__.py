@@ -13,6 +13,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from autointerp.scored import ShownContext
+    from sae.align_stage import Compared
     from sae.run import Run
 
 
@@ -54,22 +55,20 @@ def render_latent(found: Mapping[str, Any], console: Console | None = None) -> N
     show_latent(found, console or _output())
 
 
-def alignment_findings(shared: Mapping[str, Any]) -> dict[str, Any]:
-    """What aligned runs share, in the shape that it has in the report's own findings.
-
-    ``shared`` is a :meth:`sae.overlap.StudyOverlap.as_dict`, with each run's seed under ``seeds`` where some of them
-    were not trained here.
-    """
+def alignment_findings(compared: Compared) -> dict[str, Any]:
+    """What aligned runs share, in the shape that it has in the report's own findings."""
+    from autointerp.counterparts import counterpart_findings
     from autointerp.seeds import overlap_tree, similarity_tree
 
-    seeds = shared.get("seeds", {})
-
+    shared = compared.shared.as_dict()
     return {
-        "runs": [{"name": name, "seed": seeds.get(name, 0)} for name in shared["runs"]],
+        "runs": [{"name": run.name, "study": run.study, "seed": run.seed} for run in compared.runs],
         "compared": shared["runs"],
+        "apart": compared.apart,
         "missing": [],
         "overlap": overlap_tree(shared),
         "similarity": similarity_tree(shared),
+        "counterparts": counterpart_findings(compared.behaviour, compared.alignments, compared.alive),
     }
 
 

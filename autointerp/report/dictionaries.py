@@ -7,7 +7,7 @@ that part.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import RenderableType
@@ -16,7 +16,6 @@ from rich.text import Text
 from autointerp.report import blocks
 from autointerp.report.curves import training_curves
 from autointerp.report.layout import (
-    ACCENT,
     QUIET,
     STYLE_OF_CLASS,
     Page,
@@ -27,123 +26,14 @@ from autointerp.report.layout import (
     grid,
     human,
     indented,
-    legend,
     listed,
     origin,
     percent,
-    percent_interval,
     section,
 )
 from autointerp.report.visible import visible
 
 Findings = Mapping[str, Any]
-RULES = {
-    "strict": "encoder and decoder pick the same partner, both cosines > {t}",
-    "both": "both matched cosines > {t}, each under its own matching",
-    "decoder": "matched decoder cosine > {t} alone",
-    "lenient": "encoder and decoder pick the same partner, any cosine",
-}
-
-
-def overlap(found: Findings, page: Page) -> RenderableType:
-    title = f"How much comes back {what_changes(found)}"
-    says = (
-        "Each latent of one SAE is paired with one latent of the other, once by encoder and once by decoder direction; "
-        "it is shared when the pair is close."
-    )
-    tree = found["overlap"]
-    if tree is None:
-        return section(page, title, says, missing(found, "overlap"))
-    left_out = [Text(), missing(found, "overlap")] if len(found["compared"]) < len(found["runs"]) else []
-    return section(page, title, says, *overlap_table(tree, page), *left_out)
-
-
-def overlap_table(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableType]:
-    """Every definition with its interval, then the pairs, then what more SAEs change."""
-    threshold = decimal(tree["threshold"], 2).rstrip("0")
-    heads: list[str | tuple[str, str]] = ["", ("of alive", "right"), "95 % interval", ("of all", "right")]
-    table = grid(*heads, *([""] if page.wide else []), ("shared when", "fold"))
-    for name, rule in RULES.items():
-        row = tree[name]
-        leading = name == tree["definition"]
-        cells: list[RenderableType] = [
-            Text(name, "bold" if leading else ""),
-            Text(percent(row["value"]), "bold" if leading else ""),
-            Text(percent_interval(row["interval"])),
-            Text(percent(row["over_all_latents"]), QUIET),
-            Text(rule.format(t=threshold), QUIET),
-        ]
-        if page.wide:
-            cells.insert(4, blocks.bar(row["value"] or 0.0, 16, ACCENT if leading else ""))
-        table.add_row(*cells)
-    yield table
-    yield from _pairs(tree, page)
-    yield from _growth(tree)
-
-
-def _pairs(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableType]:
-    definition = tree["definition"]
-    pairs: Mapping[str, float | None] = tree[definition]["pairs"]
-    values = [v for v in pairs.values() if v is not None]
-    if len(pairs) < 2 or not values:
-        return
-    names = [visible(pair.replace("--", " & ")) for pair in pairs]
-    yield Text()
-    if sum(len(name) + 2 for name in names) + len(definition) <= page.width:
-        table = grid("by pair", *((name, "right") for name in names))
-        table.add_row(definition, *(percent(value) for value in pairs.values()))
-        yield table
-    else:
-        yield Text(f"{definition}: {len(pairs)} pairs, from {percent(min(values))} to {percent(max(values))}")
-
-
-def _growth(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
-    only, every = tree["only_one"], tree["all_of_n"]
-    if len(only) < 3:
-        return
-    table = grid("", *((str(n), "right") for n in range(2, len(only) + 1)))
-    table.columns[0].header = "SAEs compared"
-    table.add_row("found in one alone", *(Text(percent(v), STYLE_OF_CLASS["one"]) for v in only[1:]))
-    table.add_row("found in every one", *(Text(percent(v), STYLE_OF_CLASS["all"]) for v in every[1:]))
-    yield Text()
-    yield table
-
-
-def similarity(found: Findings, page: Page) -> RenderableType:
-    title = "How alike the paired latents are"
-    says = (
-        "Cosine of each alive latent with its partner, mean of encoder and decoder: 1 is the same direction. "
-        "Two humps mean that latents either return or do not."
-    )
-    tree = found["similarity"]
-    if tree is None:
-        return section(page, title, says, missing(found, "overlap"))
-    lines = _similarity_chart(tree["histogram"], found["overlap"]["threshold"], page)
-    same = tree["mean_same_partner"], tree["mean_different_partner"]
-    agree = found["overlap"]["same_partner"]
-    words = Text(
-        f"\nEncoder and decoder pick the same partner for {percent(agree)} of the latents: mean cosine there "
-        f"{decimal(same[0])}, elsewhere {decimal(same[1])}. Mean matched cosine of the encoders "
-        f"{decimal(tree['mean_encoder'])}, of the decoders {decimal(tree['mean_decoder'])}."
-    )
-    return section(page, title, says, *(indented(line) for line in lines), words)
-
-
-def _similarity_chart(shape: Mapping[str, Any], threshold: float, page: Page) -> Iterator[Text]:
-    """Cosines from 0 to 1 (what is below 0, hardly anything, stands in the first column), by same or other partner."""
-    first = next(i for i, edge in enumerate(shape["edges"]) if edge >= 0)
-    same, other = ([sum(c[: first + 1]), *c[first + 1 :]] for c in (shape["same_partner"], shape["different_partner"]))
-    cell = max(1, min(5, (page.width - 4) // len(same)))
-    width = cell * len(same)
-    layers = blocks.Layer(other, STYLE_OF_CLASS["one"], "░"), blocks.Layer(same, STYLE_OF_CLASS["all"], "█")
-    yield from blocks.stacked_columns(*layers, 7, cell=cell, colour=page.colour)
-    ticks = [blocks.Tick(threshold * width, decimal(threshold, 2).rstrip("0"), "bold")]
-    ticks += [blocks.Tick(x * width, decimal(x, 1)) for x in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
-    yield from blocks.axis(width, ticks)
-    yield Text()
-    fills = ("█", "█") if page.colour else ("█", "░")
-    names = "encoder and decoder pick the same partner", "they differ"
-    yield legend(list(zip(fills, (STYLE_OF_CLASS["all"], STYLE_OF_CLASS["one"]), names, strict=True)))
 
 
 def membership(found: Findings, page: Page) -> RenderableType:

@@ -23,10 +23,12 @@ from autointerp.report.layout import (
     grid,
     indented,
     interval,
+    percent,
     section,
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
+from sae.relation import RELATIONS
 
 Latent = Mapping[str, Any]
 
@@ -157,11 +159,45 @@ def _matches(found: Latent, page: Page) -> RenderableType:
         )
     body: list[RenderableType] = [table]
     for match in found["matches"]:
+        body += _behaviour(match)
         if match["explanation"]:
             head = f"\n{visible(match['run'])} {match['decoder_partner']}"
             score = f"   score {decimal(match['score'], 2)}" if match["score"] is not None else ""
             body += [Text.assemble((head, "bold"), (score, QUIET)), Padding(shown(match["explanation"]), (0, 0, 0, 2))]
     return section(page, title, says, *body)
+
+
+def _behaviour(match: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Where it fires, beside the latents of one sibling; what it is there where the weights do not find it again."""
+    tree = match["behaviour"]
+    if tree is None:
+        return
+    run, partner = visible(match["run"]), tree["jaccard_partner"]
+    words = Text(f"\n{run} by firing  ", "bold")
+    if partner is None:
+        words.append("those that fire with it are paired with others", "not bold")
+    else:
+        jaccard, there, here = (decimal(tree[key], 2) for key in ("jaccard", "p_there", "p_here"))
+        told = f"paired with {partner}: Jaccard {jaccard}; P({partner} | {match['latent']}) {there}, reversed {here}"
+        words.append(told, "not bold")
+    yield words
+    if tree["relation"] is None:
+        return
+    members = tree["relation_latents"] or []
+    told = f"{RELATIONS[tree['relation']]}"
+    if members:
+        told += f" ({', '.join(map(str, members))}; {percent(tree['relation_covered'])} of its firings)"
+    lines = [("there it", told)]
+    terms = [f"{term['value']:+.2f} × {term['latent']}" for term in tree["rebuilt_from"] or []]
+    null = f" (by chance {decimal(tree['rebuilt_null'], 2)})" if tree["rebuilt_null"] is not None else ""
+    lines.append(("rebuilt as", f"{'  '.join(terms) or 'nothing'}, explaining {decimal(tree['rebuilt'], 2)}{null}"))
+    for name, key in (("nearest, decoder", "nearest_decoder"), ("nearest, firing", "nearest_firing")):
+        near = [f"{term['latent']} ({decimal(term['value'], 2)})" for term in tree[key] or []]
+        lines.append((name, ", ".join(near) or "none"))
+    table = grid("", ("", "fold"), head=False)
+    for name, said in lines:
+        table.add_row(Text(name, QUIET), said)
+    yield indented(table)
 
 
 def _partner(match: Mapping[str, Any], space: str) -> tuple[str, Text]:

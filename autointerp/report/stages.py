@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from autointerp.report import dictionaries
+from autointerp.report import dictionaries, sharing
 from autointerp.report.layout import (
     ACCENT,
     QUIET,
@@ -57,9 +57,17 @@ def show_outcome(found: Mapping[str, Any], stage: str, console: Console) -> None
 
 
 def show_alignment(found: Mapping[str, Any], console: Console) -> None:
-    """What aligned runs share: the overlap and similarity parts of the report, by themselves."""
+    """What aligned runs share: the parts of the report that are about that, by themselves."""
     page = Page.of(console)
-    emit(Group(dictionaries.overlap(found, page), dictionaries.similarity(found, page)), console, page.width)
+    parts: list[RenderableType | None] = [
+        sharing.overlap(found, page),
+        sharing.similarity(found, page),
+        sharing.counterparts(found, page),
+    ]
+    if found["apart"]:
+        words = f"Aligned by --force: {found['apart']}. What differs between them is not the seed alone."
+        parts.insert(0, Text.assemble(("\n! ", "bold red"), shown(words)))
+    emit(Group(*(part for part in parts if part is not None)), console, page.width)
 
 
 def show_runs(found: Sequence[Mapping[str, Any]], console: Console) -> None:

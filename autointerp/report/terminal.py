@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from autointerp.report import dictionaries, explanations
+from autointerp.report import dictionaries, explanations, sharing
 from autointerp.report.layout import (
     ACCENT,
     QUIET,
@@ -47,8 +47,9 @@ def render(findings: Findings, console: Console) -> None:
     page = Page.of(console)
     parts = [
         head(findings, page),
-        dictionaries.overlap(findings, page),
-        dictionaries.similarity(findings, page),
+        sharing.overlap(findings, page),
+        sharing.similarity(findings, page),
+        sharing.counterparts(findings, page),
         dictionaries.membership(findings, page),
         dictionaries.frequency(findings, page),
         dictionaries.training(findings, page),

@@ -413,15 +413,23 @@ def test_outcome_with_failures_and_without() -> None:
 
 
 def test_alignment_and_runs(root: Path) -> None:
+    from sae.align_stage import Compared
     from sae.alignment import both_ways
     from sae.run import Run, progress_of
 
     tables = both_ways(root / "alignments", NAMES)
     alive = {name: tables[name, other]["latent"].to_numpy() >= 0 for name, other in tables}
+    runs = [Run(name, root) for name in NAMES]
+    compared = Compared(runs, overlap(NAMES, tables, alive), tables, {}, alive, None)
     target = console(80)
-    report.render_alignment(report.alignment_findings(overlap(NAMES, tables, alive).as_dict()), target)
+    report.render_alignment(report.alignment_findings(compared), target)
     assert "strict" in text_of(target)
     assert "found in every one" in text_of(target)
+    assert "--force" not in text_of(target)
+    target = console(80)
+    apart = "runs [red]x and y are of different hookpoints"
+    report.render_alignment(report.alignment_findings(compared._replace(apart=apart)), target)
+    assert "Aligned by --force: runs [red]x and y are of different hookpoints" in text_of(target)
     target = console(80)
     report.render_runs([progress_of(Run(name, root)) for name in NAMES], target)
     assert text_of(target).count("yes") == 8  # three trained and harvested, one of them explained and scored

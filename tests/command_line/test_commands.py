@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +104,55 @@ def test_a_second_call_does_nothing(root: Path, recipe: Path, monkeypatch: pytes
     assert (judged.well().json["n_done"], judged.json["n_new"]) == (6, 0)
     assert tree(root) == before
     assert journal(root / "run_a" / "journal.sqlite", times=True) == rows
+
+
+def test_alignment_has_its_nulls_and_what_latents_do(root: Path) -> None:
+    found = cli("align", "--root", root, "--json").well().json
+    assert set(found["overlap"]["nulls"]) == {"rotated", "gaussian"}
+    assert found["overlap"]["strict"]["null"].keys() == {"rotated", "gaussian"}
+    assert found["similarity"]["pw_mcc"]["value"] > max(found["similarity"]["pw_mcc"]["null"].values())
+    assert len(found["overlap"]["sweep"]["threshold"]) == len(found["overlap"]["sweep"]["strict"]) == 51
+    assert {"statistic", "value", "interval", "p_value"} <= set(found["similarity"]["bimodality"])
+    whole = found["counterparts"]
+    assert sum(row["n"] for row in whole["relations"]) == whole["n_unshared"] > 0
+    assert found["apart"] is None
+    table = read_table(root / "run_a" / "latents.overlap.parquet")
+    for name in ("jaccard", "p_there", "p_here", "relation", "rebuilt", "rebuilt__rotated", "max_jaccard_neighbor"):
+        assert f"{name}__run_b" in table
+    lone = table["relation__run_b"].notna()
+    assert not (lone & table["shared_strict__run_b"]).any()
+    assert table.loc[lone, "rebuilt__run_b"].between(0, 1).all()
+    assert {"stability_strict", "similarity__rotated"} <= set(table)
+    assert "encoder_cosine__gaussian" in read_table(root / "alignments" / "run_a--run_b.parquet")
+    latent = int(lone.to_numpy().argmax())
+    shown = cli("show", "--sae", "run_a", "--latent", latent, "--root", root, "--json").well().json
+    assert shown["matches"][0]["behaviour"]["relation"] == table["relation__run_b"][latent]
+    assert shown["matches"][0]["behaviour"]["rebuilt"] == pytest.approx(table["rebuilt__run_b"][latent])
+    told = cli("show", "--sae", "run_a", "--latent", latent, "--root", root).well().out
+    assert "rebuilt as" in told
+    assert "What became of those that do not return" in cli("report", "--root", root).well().out
+
+
+def test_nulls_can_be_left_out_and_come_later(root: Path) -> None:
+    shutil.rmtree(root / "alignments")
+    found = cli("align", "--no-nulls", "--root", root, "--json").well().json
+    assert found["overlap"]["nulls"] == {}
+    assert found["counterparts"] is not None
+    cli("align", "--no-nulls", "--root", root).well()
+    assert set(cli("align", "--root", root, "--json").well().json["overlap"]["nulls"]) == {"rotated", "gaussian"}
+    assert "similarity__rotated" in read_table(root / "run_a" / "latents.overlap.parquet")
+
+
+def test_runs_of_different_studies_are_aligned_by_force_and_it_is_said(root: Path, recipe: Path) -> None:
+    cli("train", "--name", "other", "--seeds", 0, "--tokens", "10k", "--recipe", recipe, "--root", root).well()
+    before = read_table(root / "run_a" / "latents.overlap.parquet")
+    cli("align", "run_a", "other_a", "--root", root, "--json").failed_in_one_line("different studies", "--force")
+    ran = cli("align", "run_a", "other_a", "--force", "--root", root, "--json").well()
+    assert "different studies" in ran.json["apart"]
+    assert ran.json["counterparts"] is not None  # the same text in the same order
+    assert "Aligned by --force" in cli("align", "run_a", "other_a", "--force", "--root", root).well().out
+    after = read_table(root / "run_a" / "latents.overlap.parquet")
+    assert list(after) == list(before)  # its own study is as it was
 
 
 def test_seeds_grow_without_touching_what_exists(root: Path, recipe: Path) -> None:

@@ -33,7 +33,7 @@ def test_what_is_told_is_reached_and_no_four_reach_more_than_the_best(d: int, m:
         assert 1 - np.square(ux[i] - built).sum() == pytest.approx(found.explained[i], abs=2e-4)
         best = max(explained_by(ux[i], ub[list(four)]) for four in combinations(range(m), min(4, m)))
         assert found.explained[i] <= best + 2e-4
-        greedy, taken = 0.0, []
+        greedy, taken = 0.0, list[int]()
         for _ in range(min(4, m)):  # orthogonal matching pursuit, the usual way to seek them
             left = ux[i] - np.linalg.pinv(ub[taken]) @ ub[taken] @ ux[i] if taken else ux[i]
             taken.append(int(np.abs(ub @ left).argmax()))

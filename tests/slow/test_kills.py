@@ -35,6 +35,7 @@ MILESTONES = (
     "demo_b/training-state/*.safetensors",
     "demo_a/firings/shards/*",
     "alignments/demo_a--demo_c.parquet",
+    "alignments/behaviour/demo_a--demo_b.parquet",
     "demo_a/journal.sqlite",
 )
 STAGES: dict[str, tuple[str, ...]] = {

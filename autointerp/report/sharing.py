@@ -1,0 +1,266 @@
+"""What comes back: overlap under every definition beside chance, how alike partners are, what became of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from autointerp.report import blocks
+from autointerp.report.dictionaries import missing, what_changes
+from autointerp.report.layout import (
+    ACCENT,
+    QUIET,
+    STYLE_OF_CLASS,
+    Page,
+    count,
+    decimal,
+    grid,
+    indented,
+    interval,
+    legend,
+    percent,
+    percent_interval,
+    section,
+)
+from autointerp.report.visible import visible
+
+Findings = Mapping[str, Any]
+RULES = {
+    "strict": "encoder and decoder pick the same partner, both cosines > {t}",
+    "both": "both matched cosines > {t}, each under its own matching",
+    "decoder": "matched decoder cosine > {t} alone",
+    "lenient": "encoder and decoder pick the same partner, any cosine",
+}
+
+
+def overlap(found: Findings, page: Page) -> RenderableType:
+    title = f"How much comes back {what_changes(found)}"
+    says = (
+        "Each latent of one SAE is paired with one latent of the other, once by encoder and once by decoder direction; "
+        "it is shared when the pair is close."
+    )
+    tree = found["overlap"]
+    if tree is None:
+        return section(page, title, says, missing(found, "overlap"))
+    left_out = [Text(), missing(found, "overlap")] if len(found["compared"]) < len(found["runs"]) else []
+    return section(page, title, says, *overlap_table(tree, page), *left_out)
+
+
+def overlap_table(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableType]:
+    """Every definition with its interval, then the pairs, then what more SAEs change."""
+    threshold = decimal(tree["threshold"], 2).rstrip("0")
+    heads: list[str | tuple[str, str]] = ["", ("of alive", "right"), "95 % interval", ("by chance", "right")]
+    if page.wide:
+        heads += [("of all", "right"), ""]
+    table = grid(*heads, ("shared when", "fold"))
+    for name, rule in RULES.items():
+        row = tree[name]
+        leading = name == tree["definition"]
+        cells: list[RenderableType] = [
+            Text(name, "bold" if leading else ""),
+            Text(percent(row["value"]), "bold" if leading else ""),
+            Text(percent_interval(row["interval"])),
+            Text(_most_by_chance(row["null"]), QUIET),
+            Text(rule.format(t=threshold), QUIET),
+        ]
+        if page.wide:
+            of_all = Text(percent(row["over_all_latents"]), QUIET)
+            cells[4:4] = [of_all, blocks.bar(row["value"] or 0.0, 16, ACCENT if leading else "")]
+        table.add_row(*cells)
+    nearest = [
+        Text("nearest", QUIET),
+        Text(percent(tree["max_cosine"])),
+        Text(percent_interval(tree["max_cosine_interval"])),
+        Text(_most_by_chance({null: of["max_cosine"] for null, of in tree["nulls"].items()}), QUIET),
+        *([Text(), blocks.bar(tree["max_cosine"] or 0.0, 16)] if page.wide else []),
+        Text(f"nearest of each, taken or not: both cosines > {threshold}", QUIET),
+    ]
+    table.add_row(*nearest)
+    yield table
+    if tree["nulls"]:
+        words = "By chance: with the sibling turned at random, or random directions in its place, whichever is more."
+        yield Text(words, QUIET)
+    yield from _pairs(tree, page)
+    yield from _growth(tree)
+    yield from _sweep(tree)
+
+
+def _most_by_chance(by_null: Mapping[str, float | None]) -> str:
+    known_values = [value for value in by_null.values() if value is not None]
+    return percent(max(known_values)) if known_values else "–"
+
+
+def _pairs(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableType]:
+    """What each two share: a row for three SAEs, a heat map for more, the range where that does not fit."""
+    definition = tree["definition"]
+    pairs: Mapping[str, float | None] = tree[definition]["pairs"]
+    values = [v for v in pairs.values() if v is not None]
+    if len(pairs) < 2 or not values:
+        return
+    names = list(dict.fromkeys(name for pair in pairs for name in pair.split("--")))
+    yield Text()
+    columns = [visible(pair.replace("--", " & ")) for pair in pairs]
+    if len(names) == 3 and sum(len(name) + 2 for name in columns) + len(definition) <= page.width:
+        table = grid("by pair", *((name, "right") for name in columns))
+        table.add_row(definition, *(percent(value) for value in pairs.values()))
+        yield table
+        return
+    short = [visible(name) for name in _without_common_beginning(names)]
+    if max(len(definition) + 3, *map(len, short)) + sum(max(len(name), 4) + 2 for name in short) > page.width:
+        yield Text(f"{definition}: {len(pairs)} pairs, from {percent(min(values))} to {percent(max(values))}")
+        return
+    table = grid(f"{definition}, %", *((name, "right") for name in short))
+    for a, name in zip(names, short, strict=True):
+        cells = [_heat(pairs.get(f"{a}--{b}", pairs.get(f"{b}--{a}")), min(values), max(values), page) for b in names]
+        table.add_row(Text(name, "bold"), *cells)
+    yield table
+
+
+def _without_common_beginning(names: list[str]) -> list[str]:
+    """``run_a``, ``run_b`` → ``a``, ``b``: what tells the runs of a study apart."""
+    beginnings = {name.rpartition("_")[0] for name in names}
+    return [name.rpartition("_")[2] for name in names] if len(beginnings) == 1 else names
+
+
+def _heat(value: float | None, low: float, high: float, page: Page) -> Text:
+    """A cell of a heat map: the number, and the more of it the brighter its ground. A run with itself is a point."""
+    if value is None:
+        return Text("·", QUIET)
+    words = f"{100 * value:.1f}"
+    if not page.colour:
+        return Text(words)
+    share = (value - low) / (high - low) if high > low else 1.0
+    red, green, blue = (round(dark + share * (bright - dark)) for dark, bright in ((18, 47), (42, 143), (66, 216)))
+    return Text(words, f"white on #{red:02x}{green:02x}{blue:02x}")
+
+
+_SWEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def _sweep(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What is shared at other thresholds, the strict null beside it."""
+    sweep = tree["sweep"]
+    at = [sweep["threshold"].index(value) for value in _SWEPT]
+    table = grid("at cosine >", *((decimal(value, 1), "right") for value in _SWEPT))
+    for name in ("strict", "both", "decoder"):
+        style = "bold" if name == tree["definition"] else ""
+        table.add_row(Text(name, style), *(Text(percent(sweep[name][i]), style) for i in at))
+    for null, of in tree["nulls"].items():
+        table.add_row(Text(f"decoder, {null}", QUIET), *(Text(percent(of["sweep"]["decoder"][i]), QUIET) for i in at))
+    yield Text()
+    yield table
+
+
+def _growth(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
+    only, every = tree["only_one"], tree["all_of_n"]
+    if len(only) < 3:
+        return
+    table = grid("", *((str(n), "right") for n in range(2, len(only) + 1)))
+    table.columns[0].header = "SAEs compared"
+    table.add_row("found in one alone", *(Text(percent(v), STYLE_OF_CLASS["one"]) for v in only[1:]))
+    table.add_row("found in every one", *(Text(percent(v), STYLE_OF_CLASS["all"]) for v in every[1:]))
+    yield Text()
+    yield table
+    n = len(only)
+    table = grid(f"in exactly n of {n}", *((str(i), "right") for i in range(1, n + 1)))
+    table.add_row(tree["definition"], *(percent(v) for v in tree["exactly_n"]))
+    for null, of in tree["nulls"].items():
+        table.add_row(Text(f"by chance, {null}", QUIET), *(Text(percent(v), QUIET) for v in of["exactly_n"]))
+    yield Text()
+    yield table
+
+
+def similarity(found: Findings, page: Page) -> RenderableType:
+    title = "How alike the paired latents are"
+    says = (
+        "Cosine of each alive latent with its partner, mean of encoder and decoder: 1 is the same direction. "
+        "Two humps mean that latents either return or do not."
+    )
+    tree = found["similarity"]
+    if tree is None:
+        return section(page, title, says, missing(found, "overlap"))
+    lines = _similarity_chart(tree["histogram"], found["overlap"]["threshold"], page)
+    same = tree["mean_same_partner"], tree["mean_different_partner"]
+    agree = found["overlap"]["same_partner"]
+    words = Text(
+        f"\nEncoder and decoder pick the same partner for {percent(agree)} of the latents: mean cosine there "
+        f"{decimal(same[0])}, elsewhere {decimal(same[1])}. {_modes(tree['bimodality'])}\n"
+    )
+    table = grid("mean matched cosine", ("", "right"), "95 % interval", *((null, "right") for null in tree["null"]))
+    for space, name in (("encoder", "encoders"), ("decoder", "decoders (PW-MCC)")):
+        nulls = [Text(decimal(of[f"mean_{space}"]), QUIET) for of in tree["null"].values()]
+        table.add_row(name, decimal(tree[f"mean_{space}"]), interval(tree[f"mean_{space}_interval"]), *nulls)
+    body: list[RenderableType] = [*(indented(line) for line in lines), words, table]
+    if tree["pw_mcc"]["sd"] is not None:
+        spread = f"Standard deviation of PW-MCC over pairs of SAEs: {decimal(tree['pw_mcc']['sd'], 4)}."
+        body.append(Text(spread, QUIET))
+    return section(page, title, says, *body)
+
+
+def _modes(dip: Mapping[str, Any]) -> str:
+    """Whether there are two modes, as a sentence with the test behind it."""
+    if dip["value"] is None or dip["p_value"] is None:
+        return "There are too few to tell one mode from two."
+    p = "p < .001" if dip["p_value"] < 0.001 else f"p = {decimal(dip['p_value'])}"
+    told = "They have more than one mode" if dip["p_value"] < 0.05 else "That they have two modes is not certain"
+    return f"{told}: dip {decimal(dip['value'])} {interval(dip['interval'])}, {p}."
+
+
+def _similarity_chart(shape: Mapping[str, Any], threshold: float, page: Page) -> Iterator[Text]:
+    """Cosines from 0 to 1 (what is below 0, hardly anything, stands in the first column), by same or other partner."""
+    first = next(i for i, edge in enumerate(shape["edges"]) if edge >= 0)
+    same, other = ([sum(c[: first + 1]), *c[first + 1 :]] for c in (shape["same_partner"], shape["different_partner"]))
+    cell = max(1, min(5, (page.width - 4) // len(same)))
+    width = cell * len(same)
+    layers = blocks.Layer(other, STYLE_OF_CLASS["one"], "░"), blocks.Layer(same, STYLE_OF_CLASS["all"], "█")
+    yield from blocks.stacked_columns(*layers, 7, cell=cell, colour=page.colour)
+    ticks = [blocks.Tick(threshold * width, decimal(threshold, 2).rstrip("0"), "bold")]
+    ticks += [blocks.Tick(x * width, decimal(x, 1)) for x in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
+    yield from blocks.axis(width, ticks)
+    yield Text()
+    fills = ("█", "█") if page.colour else ("█", "░")
+    names = "encoder and decoder pick the same partner", "they differ"
+    yield legend(list(zip(fills, (STYLE_OF_CLASS["all"], STYLE_OF_CLASS["one"]), names, strict=True)))
+
+
+def counterparts(found: Findings, page: Page) -> RenderableType | None:
+    """What became of the latents that do not return: totals over all pairs."""
+    tree = found["counterparts"]
+    if tree is None:
+        return None
+    title = "What became of those that do not return"
+    says = (
+        "By where latents fire, not by their weights: of each alive latent that another SAE does not share (strict, "
+        ".7), what fires in its place there."
+    )
+    table = grid("there it …", ("latents", "right"), ("share", "right"), "95 % interval", ("rebuilt", "right"))
+    for row in tree["relations"]:
+        if row["n"] or row["relation"] != "rare":
+            cells = count(row["n"]), percent(row["fraction"]), percent_interval(row["interval"])
+            table.add_row(_RELATION_WORDS.get(row["relation"], row["relation"]), *cells, decimal(row["rebuilt"], 2))
+    rebuilt, same, of = tree["rebuilt"], tree["same_partner"], tree["of_decoder_partner"]
+    null = f"; by chance {decimal(rebuilt['null'], 2)}" if rebuilt["null"] is not None else ""
+    words = Text(
+        "\nRebuilt: the share of its decoder direction that at most four latents there explain, "
+        f"{decimal(rebuilt['mean'], 2)} on average{null}.\nPaired by firing together instead (Jaccard), "
+        f"{percent(same['decoder'])} of the latents have the partner that the decoders gave them: "
+        f"{percent(same['shared'])} of the shared, {percent(same['unshared'])} of the others.\n"
+    )
+    heads = ("Jaccard", "right"), ("P(there | here)", "right"), ("P(here | there)", "right")
+    together = grid("with the decoder's partner", *heads)
+    for name in ("shared", "unshared"):
+        together.add_row(name, *(decimal(of[name][key], 2) for key in ("jaccard", "p_there", "p_here")))
+    return section(page, title, says, table, words, together)
+
+
+_RELATION_WORDS = {
+    "same": "fires where one latent fires",
+    "split": "is split into narrower ones",
+    "absorbed": "is absorbed by a wider one",
+    "broader": "is part of a wider one",
+    "new": "has no counterpart",
+    "rare": "fires too rarely to tell",
+}
