@@ -195,13 +195,13 @@ def write_alignment(folder: Path, a: str, b: str, alignment: Alignment, inputs: 
 
 def read_alignment(folder: Path, a: str, b: str) -> Alignment:
     """The stored alignment of two runs as seen from ``a``, whichever was named first when it was made."""
-    sides, path = read_sides(folder, a, b), pair_path(folder, a, b)
+    sides = read_sides(folder, a, b)
+    path = (pair_path(folder, a, b) or folder).with_suffix(".json")
     try:
-        assert path is not None  # or it could not have been read
-        certificate = read_json(path.with_suffix(".json"))
+        certificate = read_json(path)
         runs = certificate["runs"]
     except (OSError, ValueError, KeyError):
-        raise BadInput(f"the .json beside {str(path)!r} cannot be read; delete both and run: align {a} {b}") from None
+        raise BadInput(f"{str(path)!r} cannot be read; delete it and its .parquet and run: align {a} {b}") from None
     return Alignment(*sides, certificate) if runs == [a, b] else Alignment(*sides[::-1], certificate).swapped()
 
 

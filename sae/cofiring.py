@@ -10,8 +10,9 @@ Legend: M_a, M_b latents of the two; N nearest that are kept; T tokens that both
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sae import relation
+from sae.directions import in_parallel, threads
 from sae.firings import FiringStore
 
 NEAREST = 24  # latents of the other dictionary that are kept for each, the nearest by Jaccard
@@ -79,46 +81,80 @@ def cofirings(
     """
     n_tokens = min(store.n_tokens, other.n_tokens)
     here, there = (_firings(s, n_tokens) for s in (store, other))
-    m, lookup = store.num_latents, _ByToken(other)
-    near, near_together = np.full((m, NEAREST), -1, np.int32), np.zeros((m, NEAREST), np.int64)
-    asked_together = np.zeros(asked.shape, np.int64)
-    relations, covered = np.full(m, -1, np.int8), np.zeros(m, np.float32)
-    members = np.full((m, relation.MEMBERS), -1, np.int32)
-    counts, touched = np.zeros(other.num_latents, np.int64), np.empty(other.num_latents, np.int32)
-    place, chosen = np.full(other.num_latents, -1, np.int8), np.empty(relation.CANDIDATES, np.int32)
-    patterns = np.empty(1 << relation.CANDIDATES, np.int64)
-    for latent in range(m):
-        position = store.firings(latent)[0][: here[latent]]
+    m = store.num_latents
+    found = Cofirings(
+        n_tokens=n_tokens,
+        firings=here,
+        firings_there=there,
+        near=np.full((m, NEAREST), -1, np.int32),
+        near_together=np.zeros((m, NEAREST), np.int64),
+        asked_together=np.zeros(asked.shape, np.int64),
+        relation=np.full(m, -1, np.int8),
+        members=np.full((m, relation.MEMBERS), -1, np.int32),
+        covered=np.zeros(m, np.float32),
+    )
+
+    def count(low: int, high: int) -> None:
+        worker = _Worker(other, found)
+        for latent in range(low, high):
+            worker.count(latent, store.firings(latent)[0][: here[latent]], asked[latent], bool(relate[latent]))
+            done = latent - low + 1
+            if advance is not None and (done % _TELL == 0 or latent == high - 1):
+                advance((done - 1) % _TELL + 1)
+
+    # Each thread the same number of firings, not of latents: these differ a hundredfold.
+    share = np.searchsorted(np.cumsum(here), np.linspace(0, here.sum(), threads() + 1)[1:-1]) + 1
+    cuts = np.unique(np.concatenate([[0], np.minimum(share, m), [m]])).tolist()
+    in_parallel(count, list(pairwise(cuts)))
+    return found
+
+
+class _Worker:
+    """Counts one latent after another into the rows of ``found``, in arrays of its own that are used again."""
+
+    def __init__(self, other: FiringStore, found: Cofirings) -> None:
+        m = other.num_latents
+        self._found, self._lookup = found, _ByToken(other)
+        self._counts, self._touched = np.zeros(m, np.int64), np.empty(m, np.int32)
+        self._place, self._chosen = np.full(m, -1, np.int8), np.empty(relation.CANDIDATES, np.int32)
+        self._patterns = np.empty(1 << relation.CANDIDATES, np.int64)
+
+    def count(self, latent: int, position: Array, asked: Array, relate: bool) -> None:
+        """Everything about one latent, which fires at the tokens ``position``."""
+        found, counts = self._found, self._counts
         pieces = [position[i : i + _PIECE] for i in range(0, len(position), _PIECE)]
-        found, size = None, 0
+        last, size = None, 0
         for piece in pieces:
-            found = lookup.latents(piece)
-            size = _tally(found[0], counts, touched, size)
-        some = touched[:size]
-        _nearest(some, counts, here[latent], there, near[latent], near_together[latent])
-        asked_together[latent] = np.where(asked[latent] >= 0, counts[asked[latent]], 0)
-        if relate[latent]:
-            n = int(here[latent])
-            if n < relation.FEWEST:
-                relations[latent] = relation.NAMES.index("rare")
-            elif near[latent, 0] >= 0 and _same(near_together[latent, 0], n, there[near[latent, 0]]):
-                relations[latent] = relation.NAMES.index("same")
-                members[latent, 0], covered[latent] = near[latent, 0], near_together[latent, 0] / n
-            else:
-                among = chosen[: relation.candidates(some, counts, n, there, n_tokens, chosen)]
-                patterns[: 1 << len(among)] = 0
-                for piece in pieces:
-                    ids, ends = found if len(pieces) == 1 and found is not None else lookup.latents(piece)
-                    _patterns(ids, ends, among, place, patterns)
-                relations[latent], covered[latent] = relation.judge(patterns, among, n, there, members[latent])
-        counts[some] = 0
-        if advance is not None and (latent % _TELL == _TELL - 1 or latent == m - 1):
-            advance(latent % _TELL + 1)
-    return Cofirings(n_tokens, here, there, near, near_together, asked_together, relations, members, covered)
+            last = self._lookup.latents(piece)
+            size = _tally(last[0], counts, self._touched, size)
+        touched = self._touched[:size]
+        near, together = found.near[latent], found.near_together[latent]
+        _nearest(touched, counts, len(position), found.firings_there, near, together)
+        found.asked_together[latent] = np.where(asked >= 0, counts[asked], 0)
+        if relate:
+            known = pieces if len(pieces) != 1 or last is None else [last]
+            found.relation[latent], found.covered[latent] = self._relation(latent, len(position), touched, known)
+        counts[touched] = 0
 
-
-def _same(together: int, n: int, other: int) -> bool:
-    return bool(together >= relation.SAME * (n + other - together))
+    def _relation(
+        self, latent: int, n: int, touched: Array, pieces: Sequence[Array | tuple[Array, Array]]
+    ) -> tuple[int, float]:
+        """Which relation it is, and the share of its firings covered; a piece may have been looked up already."""
+        found, nearest = self._found, self._found.near[latent, 0]
+        if n < relation.FEWEST:
+            return relation.NAMES.index("rare"), 0.0
+        together = int(found.near_together[latent, 0])
+        if nearest >= 0 and together >= relation.SAME * (n + found.firings_there[nearest] - together):
+            found.members[latent, 0] = nearest
+            return relation.NAMES.index("same"), together / n
+        size = relation.candidates(touched, self._counts, n, found.firings_there, found.n_tokens, self._chosen)
+        chosen, patterns = self._chosen[:size], self._patterns
+        patterns[: 1 << size] = 0
+        for piece in pieces:
+            ids, ends = piece if isinstance(piece, tuple) else self._lookup.latents(piece)
+            _patterns(ids, ends, chosen, self._place, patterns)
+        told, covered = relation.judge(patterns, chosen, n, found.firings_there, found.members[latent])
+        return int(told), float(covered)
 
 
 def _firings(store: FiringStore, n_tokens: int) -> Ints:
