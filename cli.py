@@ -71,6 +71,7 @@ def train(
     config: opt.Configuration = None,
     context: opt.Context = None,
     architecture: opt.Architecture = None,
+    precision: opt.TrainPrecision = None,
     num_latents: opt.NumLatents = None,
     k: opt.K = None,
     tokens: opt.TrainTokens = None,
@@ -101,6 +102,7 @@ def train(
         **_subject_and_corpus(model, None, dtype, text, dataset, split, column, config, context),
         training={
             "architecture": architecture,
+            "precision": precision,
             "num_latents": num_latents,
             "k": k,
             "tokens": amount("--tokens", tokens),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import Lock
 from typing import Any
 
 import numba
@@ -94,13 +95,16 @@ def cofirings(
         covered=np.zeros(m, np.float32),
     )
 
+    telling = Lock()
+
     def count(low: int, high: int) -> None:
         worker = _Worker(other, found)
         for latent in range(low, high):
             worker.count(latent, store.firings(latent)[0][: here[latent]], asked[latent], bool(relate[latent]))
             done = latent - low + 1
             if advance is not None and (done % _TELL == 0 or latent == high - 1):
-                advance((done - 1) % _TELL + 1)
+                with telling:
+                    advance((done - 1) % _TELL + 1)
 
     # Each thread the same number of firings, not of latents: these differ a hundredfold.
     share = np.searchsorted(np.cumsum(here), np.linspace(0, here.sum(), threads() + 1)[1:-1]) + 1

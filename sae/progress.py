@@ -32,6 +32,14 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_device_bytes() -> int:
+    """The most that this process has had allocated on GPUs, in bytes; 0 where it has used none."""
+    torch = sys.modules.get("torch")  # who has not loaded it has used no GPU by it
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+
+
 def say(message: str) -> None:
     """One line for the person at the terminal. ``message`` is plain text: markup in it is not read."""
     console.print(escape(printable(message)), soft_wrap=True)
@@ -79,11 +87,12 @@ class Bar:
 
     def summary(self) -> str:
         seconds = time.monotonic() - self._started
-        worked = self.done - self._first
+        worked, on_gpu = self.done - self._first, peak_device_bytes()
         return (
             f"{self._label}: {human(worked)} {self._unit} in {seconds:.1f} s"
             f" · {human(worked / seconds if seconds else 0)} {self._unit}/s"
             f" · peak memory {peak_memory_bytes() / 2**30:.2f} GiB"
+            + (f", on the GPU {on_gpu / 2**30:.2f} GiB" if on_gpu else "")
         )
 
 

@@ -67,6 +67,11 @@ class Tracker:
     def end(self, run: str) -> None:
         self._runs.pop(run).finish()
 
+    def abandon(self) -> None:
+        """Close what is open as failed: the training has stopped, and may be taken up again."""
+        while self._runs:
+            self._runs.popitem()[1].finish(exit_code=1)
+
 
 def _without_key(error: Exception) -> str:
     said = (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -180,7 +180,12 @@ def _train_together(
                     write_record(run, seed, each.study.name, each.settings, {**of_study, **job.record})
         job.barrier()
         groups = _groups(todo, batches, mine, job, root)
-        train_groups(groups, job, job.read, _Ending(todo, groups, mine, job, tracker))
+        try:
+            train_groups(groups, job, job.read, _Ending(todo, groups, mine, job, tracker))
+        except BaseException:
+            if tracker is not None:
+                tracker.abandon()
+            raise
     job.barrier()
 
 

@@ -109,6 +109,14 @@ Context = Annotated[int | None, typer.Option("--context", help="Tokens in a pack
 Architecture = Annotated[
     str | None, typer.Option("--architecture", help="topk, batchtopk, relu (with an L1 penalty), gated or jumprelu.")
 ]
+TrainPrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        help="Of the product that chooses latents: float32, bfloat16, or auto (bfloat16 where the machine is good "
+        "at it). Activations, gradients and weights are float32 in any case.",
+    ),
+]
 NumLatents = Annotated[int | None, typer.Option("--num-latents", "-M", help="Width of the dictionary.")]
 K = Annotated[int | None, typer.Option("--k", "-k", help="Active latents per token.")]
 TrainTokens = Annotated[str | None, typer.Option("--tokens", help="Tokens to train on, such as 10M.")]

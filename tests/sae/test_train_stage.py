@@ -20,7 +20,7 @@ from sae import memory
 from sae.architectures import TopKSae
 from sae.checkpoint import save_sae
 from sae.errors import BadInput, UserError
-from sae.files import read_table
+from sae.files import read_json, read_table
 from sae.harvest_stage import is_harvested
 from sae.run import Run
 from sae.settings import TrainingSettings, settings_from
@@ -339,6 +339,7 @@ class FakeWandb(ModuleType):
         self.started: list[dict[str, Any]] = []
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.finished: list[str] = []
+        self.failed: list[str] = []
         self.fails: Exception | None = None
 
     def Settings(self, **values: Any) -> Any:
@@ -351,7 +352,7 @@ class FakeWandb(ModuleType):
         rows = self.rows.setdefault(values["name"], [])
         return SimpleNamespace(
             log=lambda row, step: rows.append({**row, "step": step}),
-            finish=lambda: self.finished.append(values["name"]),
+            finish=lambda exit_code=0: (self.failed if exit_code else self.finished).append(values["name"]),
         )
 
 
@@ -360,6 +361,27 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
+
+
+def test_wandb_is_told_of_a_training_that_stops(
+    short: Path, tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise UserError("stopped")
+
+    monkeypatch.setattr("sae.train_stage._Ending.row", fail)
+    cli("train", "--recipe", short, "--seeds", 0, 1, "--wandb", "saes", "--root", tmp_path).failed_in_one_line(
+        "stopped"
+    )
+    assert sorted(wandb.failed) == ["run_a", "run_b"]
+    assert wandb.finished == []
+
+
+def test_the_precision_can_be_given(short: Path, tmp_path: Path) -> None:
+    cli("train", "--recipe", short, "--seeds", 0, "--precision", "bfloat16", "--root", tmp_path).well()
+    assert read_json(tmp_path / "run_a" / "run.json")["settings"]["training"]["precision"] == "bfloat16"
+    ran = cli("train", "--recipe", short, "--precision", "float8", "--root", tmp_path, "--name", "x", "--json")
+    ran.failed_in_one_line("precision", "bfloat16")
 
 
 def test_wandb_is_given_the_rows_of_the_log_and_no_key(
@@ -380,6 +402,7 @@ def test_wandb_is_given_the_rows_of_the_log_and_no_key(
         assert [row["step"] for row in rows] == table["step"].tolist()
         for column in map(str, table.columns.drop("step")):
             np.testing.assert_array_equal([row[column] for row in rows], table[column])
+    assert wandb.failed == []
     n = len(wandb.started)
     cli("train", "--recipe", short, "--seeds", 0, 1, "--root", without).well()
     assert len(wandb.started) == n  # never on by itself
