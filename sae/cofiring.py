@@ -2,18 +2,19 @@
 
 For one latent at a time, the tokens at which it fires are looked up in its own store, and what fires there in the
 other's: as many look-ups as it has firings. Of the M counts that result, what is asked for is kept, and the next latent
-overwrites them. So memory is a few arrays of length M and one piece of firings, whatever the number of tokens; time is
-(firings of one) × (latents per token of the other), and no two tokens are ever compared.
+overwrites them. So memory is a few arrays of length M, a piece of firings and a byte for each firing of one latent;
+time is (firings of one) × (latents per token of the other), and no two tokens are ever compared.
 
 Legend: M_a, M_b latents of the two; N nearest that are kept; T tokens that both stores hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import numba
@@ -26,6 +27,7 @@ from sae.firings import FiringStore
 
 NEAREST = 24  # latents of the other dictionary that are kept for each, the nearest by Jaccard
 _TELL = 256  # latents between two reports of progress
+_MAPPED = 48  # shards of a store kept mapped: three files each
 _PIECE = 1 << 17  # firings of one latent looked up at once
 
 Ints = npt.NDArray[np.int64]
@@ -55,7 +57,7 @@ class Cofirings:
     members: npt.NDArray[np.int32]
     """[M_a, 4] the latents there that it rests on, -1 where fewer"""
     covered: npt.NDArray[np.float32]
-    """[M_a] the share of its firings that they cover"""
+    """[M_a] the share of its firings that they cover, NaN where there are none"""
 
 
 def jaccard(together: npt.ArrayLike, one: npt.ArrayLike, other: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -92,14 +94,16 @@ def cofirings(
         asked_together=np.zeros(asked.shape, np.int64),
         relation=np.full(m, -1, np.int8),
         members=np.full((m, relation.MEMBERS), -1, np.int32),
-        covered=np.zeros(m, np.float32),
+        covered=np.full(m, np.nan, np.float32),
     )
 
-    telling = Lock()
+    lookup, telling, stopped = _ByToken(other), Lock(), Event()
 
     def count(low: int, high: int) -> None:
-        worker = _Worker(other, found)
+        worker = _Worker(lookup, found)
         for latent in range(low, high):
+            if stopped.is_set():
+                return
             worker.count(latent, store.firings(latent)[0][: here[latent]], asked[latent], bool(relate[latent]))
             done = latent - low + 1
             if advance is not None and (done % _TELL == 0 or latent == high - 1):
@@ -109,56 +113,82 @@ def cofirings(
     # Each thread the same number of firings, not of latents: these differ a hundredfold.
     share = np.searchsorted(np.cumsum(here), np.linspace(0, here.sum(), threads() + 1)[1:-1]) + 1
     cuts = np.unique(np.concatenate([[0], np.minimum(share, m), [m]])).tolist()
-    in_parallel(count, list(pairwise(cuts)))
+    try:
+        in_parallel(count, list(pairwise(cuts)))
+    finally:
+        stopped.set()  # after an error in one thread, or Ctrl-C, the others need not go on
     return found
 
 
 class _Worker:
     """Counts one latent after another into the rows of ``found``, in arrays of its own that are used again."""
 
-    def __init__(self, other: FiringStore, found: Cofirings) -> None:
-        m = other.num_latents
-        self._found, self._lookup = found, _ByToken(other)
-        self._counts, self._touched = np.zeros(m, np.int64), np.empty(m, np.int32)
-        self._place, self._chosen = np.full(m, -1, np.int8), np.empty(relation.CANDIDATES, np.int32)
-        self._patterns = np.empty(1 << relation.CANDIDATES, np.int64)
+    def __init__(self, lookup: _ByToken, found: Cofirings) -> None:
+        m = len(found.firings_there)
+        self._found, self._lookup = found, lookup
+        self._counts, self._left, self._touched = np.zeros(m, np.int64), np.zeros(m, np.int64), np.empty(m, np.int32)
 
     def count(self, latent: int, position: Array, asked: Array, relate: bool) -> None:
         """Everything about one latent, which fires at the tokens ``position``."""
         found, counts = self._found, self._counts
-        pieces = [position[i : i + _PIECE] for i in range(0, len(position), _PIECE)]
-        last, size = None, 0
-        for piece in pieces:
-            last = self._lookup.latents(piece)
-            size = _tally(last[0], counts, self._touched, size)
+        pieces = _Pieces(self._lookup, position)
+        size = 0
+        for _, ids, _ in pieces.each():
+            size = _tally(ids, counts, self._touched, size)
         touched = self._touched[:size]
-        near, together = found.near[latent], found.near_together[latent]
-        _nearest(touched, counts, len(position), found.firings_there, near, together)
+        touched.sort()
+        _nearest(touched, counts, len(position), found.firings_there, found.near[latent], found.near_together[latent])
         found.asked_together[latent] = np.where(asked >= 0, counts[asked], 0)
         if relate:
-            known = pieces if len(pieces) != 1 or last is None else [last]
-            found.relation[latent], found.covered[latent] = self._relation(latent, len(position), touched, known)
+            tokens = _Tokens(pieces, touched, self._left)
+            told, members, covered = relation.judge(
+                counts[touched], found.firings_there[touched], len(position), found.n_tokens, tokens
+            )
+            found.relation[latent], found.covered[latent] = told, covered
+            found.members[latent, : len(members)] = touched[members]
         counts[touched] = 0
 
-    def _relation(
-        self, latent: int, n: int, touched: Array, pieces: Sequence[Array | tuple[Array, Array]]
-    ) -> tuple[int, float]:
-        """Which relation it is, and the share of its firings covered; a piece may have been looked up already."""
-        found, nearest = self._found, self._found.near[latent, 0]
-        if n < relation.FEWEST:
-            return relation.NAMES.index("rare"), 0.0
-        together = int(found.near_together[latent, 0])
-        if nearest >= 0 and together >= relation.SAME * (n + found.firings_there[nearest] - together):
-            found.members[latent, 0] = nearest
-            return relation.NAMES.index("same"), together / n
-        size = relation.candidates(touched, self._counts, n, found.firings_there, found.n_tokens, self._chosen)
-        chosen, patterns = self._chosen[:size], self._patterns
-        patterns[: 1 << size] = 0
-        for piece in pieces:
-            ids, ends = piece if isinstance(piece, tuple) else self._lookup.latents(piece)
-            _patterns(ids, ends, chosen, self._place, patterns)
-        told, covered = relation.judge(patterns, chosen, n, found.firings_there, found.members[latent])
-        return int(told), float(covered)
+
+class _Pieces:
+    """What fires at the tokens of one latent: looked up in pieces, and remembered where it is a single one."""
+
+    def __init__(self, lookup: _ByToken, position: Array) -> None:
+        self._lookup, self._position = lookup, position
+        self._only: tuple[Array, Array] | None = None
+
+    def __len__(self) -> int:
+        return len(self._position)
+
+    def each(self) -> Iterator[tuple[slice, Array, Array]]:
+        """Which of its tokens, the latents at them one token after another, and where each token's end."""
+        for start in range(0, len(self._position), _PIECE):
+            part = slice(start, start + _PIECE)
+            known = self._only or self._lookup.latents(self._position[part])
+            if len(self._position) <= _PIECE:
+                self._only = known
+            yield part, *known
+
+
+class _Tokens:
+    """A latent's tokens, as :mod:`sae.relation` asks about them: a byte each."""
+
+    def __init__(self, pieces: _Pieces, touched: Array, left: Ints) -> None:
+        self._pieces, self._touched, self._left = pieces, touched, left
+        self._taken = np.zeros(len(pieces), np.bool_)
+
+    def reset(self) -> None:
+        self._taken[:] = False
+
+    def take(self, i: int) -> None:
+        for part, ids, ends in self._pieces.each():
+            _take(ids, ends, self._touched[i], self._taken[part])
+
+    def left(self) -> Ints:
+        for part, ids, ends in self._pieces.each():
+            _tally_left(ids, ends, self._taken[part], self._left)
+        found = self._left[self._touched]
+        self._left[self._touched] = 0
+        return found
 
 
 def _firings(store: FiringStore, n_tokens: int) -> Ints:
@@ -170,19 +200,19 @@ def _firings(store: FiringStore, n_tokens: int) -> Ints:
 
 
 class _ByToken:
-    """The latents that fire at given tokens of a store."""
+    """The latents that fire at given tokens of a store. Threads may share one."""
 
     def __init__(self, store: FiringStore) -> None:
-        self._store = store
-        self._shards = [tuple(map(np.asarray, store.shard(i))) for i in range(store.n_shards)]
-        self._per_shard = store.tokens_per_shard
+        self._store, self._n_shards, self._per_shard = store, store.n_shards, store.tokens_per_shard
+        # Each mapped array holds an open file, of which a process may have few (256 on some systems).
+        self._shard = lru_cache(maxsize=_MAPPED)(lambda i: tuple(map(np.asarray, store.shard(i))))
 
     def latents(self, position: Array) -> tuple[npt.NDArray[np.int32], Ints]:
         """Those at tokens ``position`` (ascending): one after another, and where each token's end."""
-        cuts = np.searchsorted(position, np.arange(len(self._shards) + 1) * self._per_shard)
+        cuts = np.searchsorted(position, np.arange(self._n_shards + 1) * self._per_shard)
         ids, ends, done = [], [], 0
-        for i in np.flatnonzero(np.diff(cuts)):
-            latents, counts, window_offsets = self._shards[i]
+        for i in np.flatnonzero(np.diff(cuts)).tolist():
+            latents, counts, window_offsets = self._shard(i)
             local = np.asarray(position[cuts[i] : cuts[i + 1]], dtype=np.int64) - i * self._per_shard
             sizes = counts[local].astype(np.int64)
             end = np.cumsum(sizes)
@@ -260,17 +290,20 @@ def _before(c: int, either: int, b: int, other_c: int, other_either: int, other:
 
 
 @_compiled
-def _patterns(ids: np.ndarray, ends: np.ndarray, chosen: np.ndarray, place: np.ndarray, patterns: np.ndarray) -> None:
-    """Add up which of the chosen fire at each token. ``place`` [M_b] is -1 throughout, before and after."""
-    for i in range(len(chosen)):
-        place[chosen[i]] = i
+def _take(ids: np.ndarray, ends: np.ndarray, latent: int, taken: np.ndarray) -> None:
     start = 0
-    for end in ends:
-        pattern = 0
-        for i in range(start, end):
-            if place[ids[i]] >= 0:
-                pattern |= 1 << place[ids[i]]
-        patterns[pattern] += 1
-        start = end
-    for i in range(len(chosen)):
-        place[chosen[i]] = -1
+    for token in range(len(ends)):
+        for i in range(start, ends[token]):
+            if ids[i] == latent:
+                taken[token] = True
+        start = ends[token]
+
+
+@_compiled
+def _tally_left(ids: np.ndarray, ends: np.ndarray, taken: np.ndarray, left: np.ndarray) -> None:
+    start = 0
+    for token in range(len(ends)):
+        if not taken[token]:
+            for i in range(start, ends[token]):
+                left[ids[i]] += 1
+        start = ends[token]

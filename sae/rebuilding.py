@@ -9,8 +9,8 @@ cannot be found by trying all (M⁴/24 of them); it is sought by
 2. exchanges: each of the four is given up for the row that explains most beside the other three, among the 64 most
    alike, until none is better.
 
-So the variance explained is what a set does reach, and at least what orthogonal matching pursuit would give. Signs are
-free: a negative coefficient is a direction that the other dictionary has the opposite of.
+So the variance explained is what a set does reach; the best set may reach more. Signs are free: a negative coefficient
+is a direction that the other dictionary has the opposite of.
 
 Legend: R rows rebuilt, M rows to choose from, D model width.
 """
@@ -48,10 +48,13 @@ class Rebuilt(NamedTuple):
 
 
 def rebuild(x: ArrayLike, b: ArrayLike, device: str = "cpu") -> Rebuilt:
-    """Rebuild each row of ``x`` [R, D] from at most four of ``b`` [M, D]; rows are brought to unit length first."""
+    """Rebuild each row of ``x`` [R, D] from at most four of ``b`` [M, D]; rows are brought to unit length first.
+
+    Rows of zeros are of no use, and not taken.
+    """
     whole = torch.from_numpy(unit_rows(b).astype(np.float32)).to(device)
     rows = torch.from_numpy(unit_rows(x).astype(np.float32)).to(device)
-    step = max(1, _BYTES // (4 * len(whole)))
+    step = max(1, _BYTES // (4 * max(len(whole), (_POOL + TERMS) * whole.shape[1])))
     parts = [_rebuilt(rows[i : i + step], whole) for i in range(0, len(rows), step)]
     if not parts:
         none = np.zeros((0, TERMS), np.float32)

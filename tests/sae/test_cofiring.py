@@ -43,12 +43,14 @@ def test_counts_are_those_of_whole_tables(m: int, other: int, windows: int, dens
 
 def test_a_latent_with_many_firings_is_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    a, b = rng.random((400, 6)) < 0.6, rng.random((400, 9)) < 0.4
+    b = rng.random((4000, 90)) < 0.03
+    a = np.column_stack([b[:, i] | b[:, i + 1] | (rng.random(4000) < 0.004) for i in range(60)])
     whole = counted(a, b)
     monkeypatch.setattr(cofiring, "_PIECE", 7)
     pieces = counted(a, b)
     for name in ("near", "near_together", "asked_together", "relation", "members", "covered"):
-        assert np.array_equal(getattr(whole, name), getattr(pieces, name)), name
+        assert np.array_equal(getattr(whole, name), getattr(pieces, name), equal_nan=name == "covered"), name
+    assert {relation.NAMES[i] for i in whole.relation} >= {"split"}
 
 
 def test_progress_adds_up() -> None:
@@ -127,7 +129,27 @@ def test_what_fires_everywhere_contains_nothing() -> None:
     assert relation_of(on(slice(0, T)))[0] == "new"
     assert relation_of(on(slice(0, 4004)))[0] == "new"  # not quite five times as often within F as overall
     assert relation_of(on(slice(0, 4000)))[0] == "broader"
-    assert relation_of(on(slice(0, 790)))[0] == "same"
+    assert relation_of(on(slice(0, 780)))[0] == "same"
+
+
+def test_many_alike_do_not_hide_the_one_that_matters() -> None:
+    alike = [on(slice(0, 180 + i), slice(1000, 1040)) for i in range(10)]
+    assert relation_of(*alike, on(slice(175, 360)))[0] == "split"
+    inside = [on(slice(0, 150 + i), slice(1000, 1040)) for i in range(10)]
+    wide = on(slice(0, 340), slice(2000, 2450))
+    assert relation_of(wide, *inside, on(slice(335, 400))) == ("absorbed", [0, 11], 1.0)
+
+
+def test_as_many_firings_are_still_inside() -> None:
+    assert relation_of(on(slice(0, 240), slice(1000, 1160)), on(slice(240, 400)))[0] == "split"
+
+
+def test_dense_latents_are_not_split_or_found_by_chance() -> None:
+    rng = np.random.default_rng(0)
+    for share, density in ((0.6, 0.5), (0.55, 0.35), (0.7, 0.7)):
+        a, b = rng.random((T, 1)) < share, rng.random((T, 4)) < density
+        assert relation.NAMES[counted(a, b).relation[0]] == "new"
+    assert relation.NAMES[counted(a, a | (rng.random((T, 1)) < 0.02)).relation[0]] == "same"
 
 
 def test_few_firings_are_not_judged() -> None:
@@ -154,12 +176,32 @@ def test_whatever_is_said_holds(seed: int) -> None:
     told, members = relation.NAMES[found.relation[0]], found.members[0][found.members[0] >= 0]
     inside_f, total = b[a].sum(axis=0), b.sum(axis=0)
     closeness = (inside_f / (400 + total - inside_f)).max()
-    assert (told == "same") == (closeness >= 0.5)
+    assert told != "same" or closeness >= 0.5
+    assert told == "same" or closeness < 0.52  # what chance would give is little here
     if told != "new":
         union = b[a][:, members].any(axis=1).mean()
         assert found.covered[0] == pytest.approx(union, abs=1e-6)
         assert told == "same" or union >= 0.8
-    narrow, wide = (total < 400) & (inside_f >= 0.5 * total), (total > 400) & (inside_f * T >= 5 * total * 400)
+    lifted = inside_f * T >= 5 * total * 400
+    narrow, wide = lifted & (total <= 400) & (inside_f >= 0.5 * total), lifted & (total > 400)
+    if told in ("new", "broader"):  # nothing was overlooked: no two inside cover it, nor a wide one and its exception
+        f, small = b[a], np.flatnonzero(narrow)
+        for i, x in enumerate(small):
+            for y in small[i + 1 :]:
+                pair = (f[:, x] | f[:, y]).mean()
+                best_first = max(f[:, x].mean(), f[:, y].mean()) == f[:, small].mean(axis=0).max()
+                assert pair < 0.8 or not best_first or min(pair - f[:, x].mean(), pair - f[:, y].mean()) < 0.05
+        for big in np.flatnonzero(wide):
+            for x in small:
+                out = ~f[:, big]
+                assert not (
+                    0.5 <= f[:, big].mean() <= 0.95
+                    and f[out, x].mean() >= 0.7
+                    and f[f[:, x], big].mean() <= 0.3
+                    and (f[:, big] | f[:, x]).mean() >= 0.8
+                )
+    if told == "new":
+        assert not (inside_f[wide] >= 0.8 * 400).any()
     if told == "split":
         assert 2 <= len(members) <= 4
         assert narrow[members].all()
