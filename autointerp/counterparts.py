@@ -1,7 +1,8 @@
 """What latents do in the other SAEs, and what those are there that do not return: totals over all pairs of runs.
 
 The rows are :class:`sae.behaviour.Behaviour`'s. What became of a latent was asked where it is alive and not
-strict-shared at 0.7 with that run, whatever definition a report is looked at with.
+strict-shared at 0.7 with that run, whatever definition a report is looked at with. A row is a latent and another SAE,
+so with S runs a latent is counted up to S - 1 times.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from autointerp.scored import mean_of, number, quartiles_of
-from autointerp.statistics import bootstrap_mean, proportion
+from autointerp.statistics import bootstrap_mean
+from sae.estimate import UNKNOWN, Estimate
 from sae.relation import RELATIONS
 
 Tables = Mapping[tuple[str, str], pd.DataFrame]
@@ -33,7 +35,7 @@ def counterpart_findings(
     if not behaviour:
         return None
     rows = pd.concat(
-        [_rows(table, alignments[pair], alive[pair[0]]) for pair, table in behaviour.items()], ignore_index=True
+        [_rows(pair, table, alignments[pair], alive[pair[0]]) for pair, table in behaviour.items()], ignore_index=True
     )
     lone = rows[rows["relation"].notna()]
     shared = rows[rows["relation"].isna()]
@@ -42,41 +44,56 @@ def counterpart_findings(
         "pairs": [list(pair) for pair in behaviour],
         "n": len(rows),
         "same_partner": {
-            "decoder": number((rows["jaccard_partner"] == rows["decoder_partner"]).mean()),
-            "encoder": number((rows["jaccard_partner"] == rows["encoder_partner"]).mean()),
-            **{
-                name: number((of["jaccard_partner"] == of["decoder_partner"]).mean()) if len(of) else None
-                for name, of in by_class.items()
-            },
+            "decoder": _agreement(rows, "decoder"),
+            "encoder": _agreement(rows, "encoder"),
+            **{name: _agreement(of, "decoder") for name, of in by_class.items()},
         },
-        "jaccard": number(rows["jaccard"].fillna(0).mean()),
+        "jaccard": number(rows["jaccard"].mean()),
         "of_decoder_partner": {
             name: {
-                column.removeprefix("decoder_partner_"): number(of[column].fillna(0).mean()) if len(of) else None
-                for column in _FREQUENCIES
+                **{column.removeprefix("decoder_partner_"): number(of[column].mean()) for column in _FREQUENCIES},
+                "n": int(of["decoder_partner_p_here"].notna().sum()),
             }
             for name, of in by_class.items()
         },
         "n_unshared": len(lone),
         "relations": [_relation(name, lone) for name in RELATIONS],
         "rebuilt": {
-            **mean_of(bootstrap_mean(lone["rebuilt"])),
+            **mean_of(_by_latent(lone, "rebuilt")),
             "quartiles": quartiles_of(lone["rebuilt"]),
             "null": number(lone["rebuilt__rotated"].mean()) if "rebuilt__rotated" in lone else None,
         },
     }
 
 
-def _rows(table: pd.DataFrame, alignment: pd.DataFrame, alive: np.ndarray) -> pd.DataFrame:
+def _agreement(rows: pd.DataFrame, space: str) -> float | None:
+    """Of the latents that have a partner by cosine, the fraction whose partner by firing is the same."""
+    partnered = rows[rows[f"{space}_partner"] >= 0]
+    return number((partnered["jaccard_partner"] == partnered[f"{space}_partner"]).mean()) if len(partnered) else None
+
+
+def _by_latent(rows: pd.DataFrame, column: str) -> Estimate:
+    """The mean over rows; its interval takes a latent's rows, one for each other SAE, for a single observation."""
+    rows = rows[rows[column].notna()]
+    if rows.empty:
+        return UNKNOWN
+    whole = float(rows[column].mean())
+    per_latent = bootstrap_mean(rows.groupby(["run", "latent"])[column].mean())
+    return Estimate(whole, whole - (per_latent.value - per_latent.low), whole + (per_latent.high - per_latent.value))
+
+
+def _rows(pair: tuple[str, str], table: pd.DataFrame, alignment: pd.DataFrame, alive: np.ndarray) -> pd.DataFrame:
     joined = table.assign(
-        decoder_partner=alignment["decoder_partner"].to_numpy(), encoder_partner=alignment["encoder_partner"].to_numpy()
+        run=pair[0],
+        decoder_partner=alignment["decoder_partner"].to_numpy(),
+        encoder_partner=alignment["encoder_partner"].to_numpy(),
     )
     return joined[np.asarray(alive, bool)]
 
 
 def _relation(name: str, lone: pd.DataFrame) -> dict[str, Any]:
     of = lone[lone["relation"] == name]
-    share = proportion(len(of), len(lone)).as_dict() if len(lone) else {"value": None, "interval": None}
+    share = _by_latent(lone.assign(held=(lone["relation"] == name).astype(float)), "held").as_dict()
     return {
         "relation": name,
         "says": RELATIONS[name],

@@ -262,7 +262,9 @@ class Study:
         ]
         if changed:
             add("align", "Weights have changed since the SAEs were aligned.", "align", *self.names)
-        elif any(a < b and not is_compared(Run(a, self.root), Run(b, self.root)) for a, b in self.behaviour):
+        by_name = {run.name: run for run in self.runs}
+        fired = [(by_name[a], by_name[b]) for a, b in self.behaviour if _can_be_checked(by_name[a], by_name[b])]
+        if not changed and not all(is_compared(a, b) for a, b in fired):
             says = "Weights or harvests have changed since the SAEs' firings were compared."
             add("align", says, "align", *self.names)
         if self.scores is not None and (self.focus.firings_folder / "store.json").is_file():
@@ -289,6 +291,11 @@ def _compared(folder: Path, focus: str, names: Sequence[str]) -> list[str]:
         if name != focus and all(pair_path(folder, name, other) is not None for other in found):
             found.append(name)
     return [name for name in names if name in found]
+
+
+def _can_be_checked(*runs: Run) -> bool:
+    """Whether weights and stores are still there: a report does without, on another machine than the study's."""
+    return all(run.trained and (run.firings_folder / "store.json").is_file() for run in runs)
 
 
 def _alive(run: Run, firing: Mapping[str, pd.DataFrame]) -> np.ndarray:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sae.errors import BadInput
-from sae.files import digest, read_json, read_table, write_table
+from sae.errors import BadInput, NotFound
+from sae.files import digest, read_table, table_columns, write_table
 from sae.harvest_stage import by_study, ensure_harvested, is_harvested, need_trained
 from sae.pair_files import pair_inputs, pair_path, read_sides
 from sae.progress import say, track
@@ -23,6 +23,7 @@ from sae.run import Run, study_runs
 from sae.stage import Compute, only_one
 
 if TYPE_CHECKING:
+    from sae.nulls import Weights
     from sae.overlap import StudyOverlap
 
 
@@ -40,6 +41,7 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
     root = runs[0].root
     for run in runs:
         need_trained(run)
+    _check_widths(runs)
     apart = what_sets_apart(runs)
     if apart and not force:
         raise BadInput(f"{apart}, so what differs is not the seed alone; align runs of one study, or give --force")
@@ -51,6 +53,9 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
         matched = [(a, b) for a, b in wanted if not is_aligned(a, b) or (nulls and not _has_nulls(a, b))]
         if matched:
             _align_pairs(matched, compute, nulls)
+        for a, b in wanted:
+            if not fired_on_the_same(a, b):
+                say(f"{a.name} and {b.name} were harvested from different texts or windows: only weights are compared")
         compared = [(a, b) for a, b in wanted if not is_compared(a, b) and fired_on_the_same(a, b)]
         if compared:
             _compare_pairs(compared, compute)
@@ -58,6 +63,14 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
             for run in study_runs(study, root):
                 if run.trained:
                     _write_overlap(run)
+
+
+def _check_widths(runs: Sequence[Run]) -> None:
+    """Raise in one line where runs are of activations of different width: told before any work."""
+    widths = {run.name: run.record["subject"].get("d_in") for run in runs}
+    if len(set(widths.values())) > 1:
+        told = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise BadInput(f"only SAEs of activations of the same width can be aligned; d_in is {told}")
 
 
 def what_sets_apart(runs: Sequence[Run]) -> str | None:
@@ -81,25 +94,28 @@ def _align_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) ->
     with track("align", len(pairs), "pairs") as bar:
         for a, b in pairs:
             names = (a.name, b.name)
-            found = align(*weights.of(a), *weights.of(b), names=names, device=device)
+            one, other = weights.of_pair(a, b)
+            found = align(*one, *other, names=names, device=device)
             if nulls:
-                sides = with_nulls((found.a, found.b), weights.of(a), weights.of(b), names, device=device)
+                sides = with_nulls((found.a, found.b), one, other, names, device=device)
                 found = Alignment(*sides, {**found.certificate, "nulls": NULLS})
             write_alignment(a.root / "alignments", *names, found, _pair_inputs(a, b))
             bar.advance(note=f"{a.name} × {b.name}")
 
 
 class _Rows:
-    """Encoder and decoder rows of the runs at hand, each read once."""
+    """Encoder and decoder rows of the two runs at hand. Pairs come in an order in which the first seldom changes."""
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def of(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
-        if run.name not in self._held:
-            sae = run.sae()
-            self._held[run.name] = (sae.W_enc.numpy(), sae.W_dec.numpy())
-        return self._held[run.name]
+    def of_pair(self, a: Run, b: Run) -> tuple[Weights, Weights]:
+        self._held = {name: rows for name, rows in self._held.items() if name in (a.name, b.name)}
+        for run in (a, b):
+            if run.name not in self._held:
+                sae = run.sae()
+                self._held[run.name] = (sae.W_enc.numpy(), sae.W_dec.numpy())
+        return self._held[a.name], self._held[b.name]
 
 
 def _pair_inputs(a: Run, b: Run) -> str:
@@ -112,8 +128,11 @@ def is_aligned(a: Run, b: Run) -> bool:
 
 
 def _has_nulls(a: Run, b: Run) -> bool:
+    """As the table itself tells: its .json is written before it, and a kill may have fallen between the two."""
+    from sae.nulls import COLUMNS, NULLS
+
     path = pair_path(a.root / "alignments", a.name, b.name)
-    return path is not None and "nulls" in read_json(path.with_suffix(".json"))
+    return path is not None and {f"{c}__{n}" for c in COLUMNS for n in NULLS} <= set(table_columns(path))
 
 
 # --- what latents do ---------------------------------------------------------------------------------------
@@ -137,19 +156,22 @@ def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute) -> None:
     from sae.pair_files import write_sides
 
     device, weights = compute.resolve(), _Rows()
-    total = sum(len(weights.of(run)[1]) for pair in pairs for run in pair)
+    total = sum(run.store().num_latents for pair in pairs for run in pair)
     with track("compare firings", total, "latents") as bar:
         for a, b in pairs:
-            alignment = read_alignment(a.root / "alignments", a.name, b.name)
+            alignment, of_a, of_b = read_alignment(a.root / "alignments", a.name, b.name), *weights.of_pair(a, b)
             members = [
                 Member(
-                    store=one.store(),
-                    W_dec=weights.of(one)[1],
+                    store=run.store(),
+                    W_dec=mine[1],
                     decoder_partner=table["decoder_partner"].to_numpy(np.int32),
-                    lone=alive(one) & ~shared(table, "strict"),
-                    null_of_other=null_of("rotated", weights.of(other), (one.name, other.name))[1],
+                    lone=alive(run) & ~shared(table, "strict"),
+                    null_of_other=null_of("rotated", theirs, names)[1],
                 )
-                for one, other, table in ((a, b, alignment.a), (b, a, alignment.b))
+                for run, table, mine, theirs, names in (
+                    (a, alignment.a, of_a, of_b, (a.name, b.name)),
+                    (b, alignment.b, of_b, of_a, (b.name, a.name)),
+                )
             ]
             found = behaviour(members[0], members[1], device, bar.advance)
             path = pair_path(behaviour_folder(a.root), a.name, b.name)
@@ -172,7 +194,10 @@ def _behaviour_inputs(a: Run, b: Run) -> str:
 def is_compared(a: Run, b: Run) -> bool:
     """Whether the pair's firings have been compared, those of their weights and harvests."""
     stored = pair_inputs(behaviour_folder(a.root), a.name, b.name)
-    return stored is not None and stored == _behaviour_inputs(a, b)
+    try:
+        return stored is not None and stored == _behaviour_inputs(a, b)
+    except NotFound:  # a store has been moved away
+        return False
 
 
 # --- overlap -----------------------------------------------------------------------------------------------
@@ -243,14 +268,26 @@ def compared_of(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
     )
 
 
+def _aligned_pairs(run: Run) -> tuple[list[Run], list[Run]]:
+    """The run, as often as it has siblings that it is aligned with, and these."""
+    siblings = [other for other in run.siblings() if is_aligned(run, other)]
+    return [run] * len(siblings), siblings
+
+
+_TOTALLED = (
+    *("latent", "jaccard_partner", "jaccard", "relation", "relation_covered", "rebuilt", "rebuilt__rotated"),
+    *("decoder_partner_jaccard", "decoder_partner_p_there", "decoder_partner_p_here"),
+)
+
+
 def behaviours(root: Path, names: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
-    """Of every pair whose firings have been compared, both ways: (x, y) → the side of x in terms of y."""
+    """Of every pair whose firings have been compared: (x, y) → the side of x in terms of y, without the lists."""
     found: dict[tuple[str, str], pd.DataFrame] = {}
     folder = behaviour_folder(root)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             if pair_path(folder, a, b) is not None:
-                found[a, b], found[b, a] = read_sides(folder, a, b)
+                found[a, b], found[b, a] = read_sides(folder, a, b, _TOTALLED)
     return found
 
 
@@ -266,4 +303,7 @@ def ensure_aligned(run: Run, compute: Compute) -> None:
     if missing:
         say(f"{run.name}: not aligned with {', '.join(r.name for r in missing)} yet, doing that first")
     if missing or run.stage_inputs("overlap") != _overlap_inputs(run)[1]:  # a kill may fall between the two
-        align_runs([run, *siblings], compute)
+        if not missing:
+            say(f"{run.name}: its table of what is shared is not up to date, doing that first")
+        # Pairs that were aligned without nulls on purpose stay so.
+        align_runs([run, *siblings], compute, nulls=bool(missing) and all(map(_has_nulls, *_aligned_pairs(run))))

@@ -140,8 +140,11 @@ def _side(
 ) -> pd.DataFrame:
     near = np.where(of.near >= 0, jaccard(of.near_together, of.firings[:, None], of.firings_there[of.near]), 0.0)
     alone = np.flatnonzero(one.lone)
-    rebuilt = rebuild(one.W_dec[alone], other.W_dec, device)
-    null = None if one.null_of_other is None else rebuild(one.W_dec[alone], one.null_of_other, device).explained
+    living = (of.firings_there > 0)[:, None]  # what never fires is nothing to be made of
+    rebuilt = rebuild(one.W_dec[alone], np.where(living, other.W_dec, 0), device)
+    null = None
+    if one.null_of_other is not None:
+        null = rebuild(one.W_dec[alone], np.where(living, one.null_of_other, 0), device).explained
 
     def lists(values: NDArray[Any], real: Bools) -> list[Any]:
         found: list[Any] = [None] * len(one.lone)

@@ -19,11 +19,12 @@ from numpy.typing import ArrayLike, NDArray
 from sae.estimate import UNKNOWN, Estimate
 
 _compiled = numba.njit(cache=True, error_model="numpy")
+_FEWEST = 16  # values in a sample worth testing
 _UNIFORMS = 2000  # made-up samples that the p-value counts among
 _UNIFORM_SIZE = 1000  # of each: from here on √n · dip of a uniform hardly changes its distribution
-_HALVES = 20, 200  # half samples, for the interval: at least and at most
-_LOOKED_AT = 20_000_000  # values of all half samples: with more, a standard error to a sixth of itself must do
-_FROM_HALVES = 1 / (2 ** (2 / 3) - 1)  # a bias, in units of how much larger it is for halves
+_QUARTERS = 40, 200  # quarter samples, for the interval: at least and at most
+_LOOKED_AT = 20_000_000  # values of all quarter samples: with more, a standard error to an eighth of itself must do
+_WIDER = 1.25  # the corrected dip varies by so much more than the uncorrected, as simulations have it
 
 
 class Dip(NamedTuple):
@@ -32,7 +33,7 @@ class Dip(NamedTuple):
     of_sample: float
     """the samples' own, which chance makes larger"""
     p_value: float
-    """that a sample with one mode has a dip as large; the largest of the samples' p-values"""
+    """that a sample with one mode has a √n · dip as large as the samples' mean"""
 
 
 def dip(values: ArrayLike) -> float:
@@ -51,33 +52,52 @@ def dip(values: ArrayLike) -> float:
     return max(float(_dip(at, np.concatenate([[0.0], reached[:-1]]), reached)), 0.5 / len(x))
 
 
-def dip_test(samples: Sequence[ArrayLike], seed: int = 0) -> Dip:
+def dip_test(samples: Sequence[ArrayLike], units: Sequence[ArrayLike] | None = None, seed: int = 0) -> Dip:
     """How far from one mode several samples are, and whether chance would do it: the mean of their dips.
 
-    A sample's dip spreads about its expectation as those of random halves, drawn without replacement, do about the
-    whole's (the delete-half jackknife; a bootstrap would repeat values, and repeated values are modes), and exceeds
-    what it estimates by an amount that falls about as n^(-2/3): halves tell how much. ``value`` is corrected for that,
-    ± 1.96 standard errors; of mixtures of two normals with dips of .03 and more, it covers the truth 90 to 95 % of the
-    time, near .007 some 80 %. The p-value of a sample counts uniforms whose √n · dip is as large.
+    A sample's dip exceeds what it estimates by an amount that grows as the sample shrinks, and spreads about it. Random
+    quarters, drawn without replacement, tell how much of each (subsampling, Politis & Romano 1994; a bootstrap would
+    repeat values, and repeated values are modes): with d of the whole and d' of quarters, (d' - d) √(1/4) / √(3/4) is
+    distributed about as d minus the truth. ``value`` is d less the mean of that, ± 1.96 standard deviations of it and
+    a quarter more. In simulations of mixtures with dips of .03 to .08 the interval covers the truth 92 to 98 % of the
+    time, near .007 some 90 %.
+
+    Args:
+        samples: [n] each.
+        units: for each sample, what its values belong to, whole numbers from 0 on: the same feature seen in several
+            samples is one observation, and is drawn in all of them or in none. Without, all values are on their own.
+        seed: of the draws.
     """
-    kept = [x for x in (np.asarray(sample, dtype=np.float64) for sample in samples) if len(x) >= 4]
+    given = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    if units is None:
+        ends = np.cumsum([0, *map(len, given)])
+        of = [np.arange(ends[i], ends[i + 1]) for i in range(len(given))]
+    else:
+        of = [np.asarray(unit, dtype=np.int64) for unit in units]
+    kept = [(x, unit) for x, unit in zip(given, of, strict=True) if len(x) >= _FEWEST]
     if not kept:
         return Dip(UNKNOWN, float("nan"), float("nan"))
-    dips = np.array([dip(x) for x in kept])
+    n_units = 1 + max(int(unit.max()) for _, unit in kept)
+    dips = np.array([dip(x) for x, _ in kept])
     rng = np.random.default_rng(seed)
-    n_halves = min(max(_HALVES[0], _LOOKED_AT // sum(map(len, kept))), _HALVES[1])
-    halves = np.array([[dip(rng.choice(x, len(x) // 2, replace=False)) for x in kept] for _ in range(n_halves)])
-    found, error = float(dips.mean()), float(halves.mean(axis=1).std(ddof=1))
-    value = min(max(0.0, found - _FROM_HALVES * (float(halves.mean()) - found)), 0.25)
-    p = max(_p_value(of, len(x)) for of, x in zip(dips, kept, strict=True))
-    return Dip(Estimate(value, max(0.0, value - 1.96 * error), min(0.25, value + 1.96 * error)), found, p)
+    n_draws = min(max(_QUARTERS[0], 4 * _LOOKED_AT // sum(len(x) for x, _ in kept)), _QUARTERS[1])
+    apart = np.empty(n_draws)
+    for i in range(n_draws):
+        drawn = np.zeros(n_units, np.bool_)
+        drawn[rng.permutation(n_units)[: max(1, n_units // 4)]] = True
+        found = [dip(x[drawn[unit]]) for x, unit in kept]
+        apart[i] = np.nanmean(found) - dips.mean() if not np.isnan(found).all() else 0.0
+    apart /= np.sqrt(3)
+    whole, error = float(dips.mean()), _WIDER * float(apart.std(ddof=1))
+    value = min(max(0.0, whole - float(apart.mean())), 0.25)
+    interval = Estimate(value, max(0.0, value - 1.96 * error), min(0.25, value + 1.96 * error))
+    return Dip(interval, whole, _p_value([len(x) for x, _ in kept], dips))
 
 
-def _p_value(found: float, n: int) -> float:
-    size = min(n, _UNIFORM_SIZE)
-    null = _of_uniforms(size)
-    larger = int((null * np.sqrt(size) >= found * np.sqrt(n)).sum())
-    return (larger + 1) / (len(null) + 1)
+def _p_value(sizes: Sequence[int], dips: NDArray[np.float64]) -> float:
+    size = min(int(np.median(sizes)), _UNIFORM_SIZE)
+    null = _of_uniforms(size) * np.sqrt(size)
+    return (int((null >= np.mean(dips * np.sqrt(sizes))).sum()) + 1) / (len(null) + 1)
 
 
 @functools.lru_cache(maxsize=16)

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,14 @@ def write_table(path: Path, table: pd.DataFrame, **metadata: Any) -> None:
         pq.write_table(arrow.replace_schema_metadata(stored), temporary)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    return pd.read_parquet(path)
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """A stored table, or those of ``columns`` that it has."""
+    return pd.read_parquet(path, columns=None if columns is None else [c for c in table_columns(path) if c in columns])
+
+
+def table_columns(path: Path) -> list[str]:
+    """The names of a stored table's columns, without reading it."""
+    return list(pq.read_schema(path).names)
 
 
 def table_metadata(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ anchors, and over all. A fraction is averaged over the anchors of a run, then ov
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import comb, isnan, nan
 from typing import Any
 
@@ -101,7 +101,7 @@ class StudyOverlap:
     max_cosine: Estimate
     histogram: dict[str, Any]
     bimodality: Dip
-    sweep: pd.DataFrame
+    sweep: pd.DataFrame = field(compare=False)
     nulls: dict[str, StudyOverlap]
 
     @property
@@ -132,7 +132,7 @@ class StudyOverlap:
             "pw_mcc_sd": None if isnan(self.pw_mcc_sd) else self.pw_mcc_sd,
             "histogram": self.histogram,
             "bimodality": {
-                "statistic": "Hartigan's dip of the mean of matched encoder and decoder cosine, over pairs of runs",
+                "statistic": "Hartigan's dip of the mean of matched encoder and decoder cosine; mean over pairs",
                 **self.bimodality.value.as_dict(),
                 "of_sample": None if isnan(self.bimodality.of_sample) else self.bimodality.of_sample,
                 "p_value": None if isnan(self.bimodality.p_value) else self.bimodality.p_value,
@@ -228,7 +228,7 @@ def _overlap_of(
         pw_mcc_sd=spread_over_pairs(pairs, alignments, alive),
         max_cosine=_pairwise_mean(runs, alignments, alive, draw, nearest_above),
         histogram=histogram(runs, alignments, alive),
-        bimodality=bimodality(pairs, alignments, alive) if with_dip else Dip(UNKNOWN, nan, nan),
+        bimodality=bimodality(runs, alignments, alive, draw.unit) if with_dip else Dip(UNKNOWN, nan, nan),
         sweep=threshold_sweep(runs, alignments, alive),
         nulls={},
     )

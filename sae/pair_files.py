@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,18 @@ def write_sides(path: Path, names: tuple[str, str], sides: Sides, **metadata: An
     write_table(path, table[["run", *(c for c in table if c != "run")]], runs=list(names), **metadata)
 
 
-def read_sides(folder: Path, a: str, b: str) -> Sides:
-    """The stored table of two runs as seen from ``a`` and from ``b``, whichever was named first when it was made."""
+def read_sides(folder: Path, a: str, b: str, columns: Sequence[str] | None = None) -> Sides:
+    """The stored table of two runs as seen from ``a`` and from ``b``, whichever was named first when it was made.
+
+    With ``columns``, only those of them that it has.
+    """
     path = pair_path(folder, a, b)
     if path is None:
         known = [p.stem for p in folder.glob("*--*.parquet")]
         hint = f"; there is {nearest(f'{a}--{b}', known)}" if known else ""
         raise NotFound(f"{a!r} and {b!r} are not aligned yet{hint}; run: align {a} {b}")
     try:
-        table = read_table(path)
+        table = read_table(path, None if columns is None else ["run", *columns])
         one, other = (table[table["run"] == name].drop(columns="run").reset_index(drop=True) for name in (a, b))
     except (OSError, ValueError, KeyError):
         raise BadInput(f"{str(path)!r} cannot be read; delete it and run: align {a} {b}") from None

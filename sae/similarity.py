@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from sae.bootstrap import Bools, Floats, Tables
 from sae.dip import Dip, dip_test
@@ -45,10 +46,21 @@ def histogram(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools
     }
 
 
-def bimodality(pairs: Sequence[tuple[str, str]], alignments: Tables, alive: Mapping[str, Bools]) -> Dip:
-    """Each pair once, as seen from its first run: the other direction has the same matched pairs again."""
-    alike = [similarity(alignments[a, b])[alive[a]] for a, b in pairs]
-    return dip_test([values[~np.isnan(values)] for values in alike])
+def bimodality(
+    runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], unit: Mapping[str, NDArray[Any]]
+) -> Dip:
+    """The dip test of the mean matched cosines of each ordered pair's alive anchors.
+
+    ``unit`` gives each latent of each run the number of its unit (:class:`sae.bootstrap.LatentBootstrap`): the same
+    feature in several runs is one observation.
+    """
+    samples, units = [], []
+    for a, b in ((a, b) for a in runs for b in runs if a != b):
+        alike = similarity(alignments[a, b])
+        known = alive[a] & ~np.isnan(alike)
+        samples.append(alike[known])
+        units.append(np.asarray(unit[a])[known])
+    return dip_test(samples, units)
 
 
 def spread_over_pairs(pairs: Sequence[tuple[str, str]], alignments: Tables, alive: Mapping[str, Bools]) -> float:

@@ -184,7 +184,7 @@ def _imported(found: Findings) -> list[str]:
 
 def what_changes(found: Findings) -> str:
     """What the SAEs of a study differ in, as the end of a sentence about what comes back."""
-    return "from one SAE to another" if _imported(found) else "when only the seed changes"
+    return "from one SAE to another" if _imported(found) or found.get("apart") else "when only the seed changes"
 
 
 def seed_in_words(run: Mapping[str, Any]) -> str:

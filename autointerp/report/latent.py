@@ -175,7 +175,8 @@ def _behaviour(match: Mapping[str, Any]) -> Iterator[RenderableType]:
     run, partner = visible(match["run"]), tree["jaccard_partner"]
     words = Text(f"\n{run} by firing  ", "bold")
     if partner is None:
-        words.append("those that fire with it are paired with others", "not bold")
+        alone = tree["max_jaccard_neighbor"] is None
+        words.append("nothing fires where it does" if alone else "what fires with it is paired with others", "not bold")
     else:
         jaccard, there, here = (decimal(tree[key], 2) for key in ("jaccard", "p_there", "p_here"))
         told = f"paired with {partner}: Jaccard {jaccard}; P({partner} | {match['latent']}) {there}, reversed {here}"

@@ -141,7 +141,7 @@ _SWEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def _sweep(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What is shared at other thresholds, the strict null beside it."""
+    """What is shared at other thresholds; beside it the null of the decoder definition."""
     sweep = tree["sweep"]
     at = [sweep["threshold"].index(value) for value in _SWEPT]
     table = grid("at cosine >", *((decimal(value, 1), "right") for value in _SWEPT))
@@ -162,6 +162,8 @@ def _growth(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
     table.columns[0].header = "SAEs compared"
     table.add_row("found in one alone", *(Text(percent(v), STYLE_OF_CLASS["one"]) for v in only[1:]))
     table.add_row("found in every one", *(Text(percent(v), STYLE_OF_CLASS["all"]) for v in every[1:]))
+    for null, of in tree["nulls"].items():
+        table.add_row(Text(f"in one alone, {null}", QUIET), *(Text(percent(v), QUIET) for v in of["only_one"][1:]))
     yield Text()
     yield table
     n = len(only)
@@ -205,7 +207,7 @@ def _modes(dip: Mapping[str, Any]) -> str:
     if dip["value"] is None or dip["p_value"] is None:
         return "There are too few to tell one mode from two."
     p = "p < .001" if dip["p_value"] < 0.001 else f"p = {decimal(dip['p_value'])}"
-    told = "They have more than one mode" if dip["p_value"] < 0.05 else "That they have two modes is not certain"
+    told = "They have more than one mode" if dip["p_value"] < 0.05 else "A single mode cannot be ruled out"
     return f"{told}: dip {decimal(dip['value'])} {interval(dip['interval'])}, {p}."
 
 
@@ -233,10 +235,10 @@ def counterparts(found: Findings, page: Page) -> RenderableType | None:
         return None
     title = "What became of those that do not return"
     says = (
-        "By where latents fire, not by their weights: of each alive latent that another SAE does not share (strict, "
-        ".7), what fires in its place there."
+        "By where latents fire, not by their weights: what fires in another SAE in place of a latent that it does not "
+        "share (strict, .7). Each such latent is a case for every SAE that does not share it."
     )
-    table = grid("there it …", ("latents", "right"), ("share", "right"), "95 % interval", ("rebuilt", "right"))
+    table = grid("there it …", ("cases", "right"), ("share", "right"), "95 % interval", ("rebuilt", "right"))
     for row in tree["relations"]:
         if row["n"] or row["relation"] != "rare":
             cells = count(row["n"]), percent(row["fraction"]), percent_interval(row["interval"])
@@ -259,7 +261,7 @@ def counterparts(found: Findings, page: Page) -> RenderableType | None:
 _RELATION_WORDS = {
     "same": "fires where one latent fires",
     "split": "is split into narrower ones",
-    "absorbed": "is absorbed by a wider one",
+    "absorbed": "is in a wider one, but for a narrower",
     "broader": "is part of a wider one",
     "new": "has no counterpart",
     "rare": "fires too rarely to tell",

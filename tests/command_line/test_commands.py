@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_server import FakeServer
 from tiny_study import NUM_LATENTS, K, Ran, cli, journal, tree
 
 from autointerp.explainers.ngram import NgramExplainer
 from sae.files import read_table
+from sae.firings import FiringStore
+from sae.run import Run
 
 # --- a whole study ------------------------------------------------------------------------------------------
 
@@ -133,6 +136,62 @@ def test_alignment_has_its_nulls_and_what_latents_do(root: Path) -> None:
     assert "What became of those that do not return" in cli("report", "--root", root).well().out
 
 
+def test_what_latents_do_is_what_the_store_says(root: Path) -> None:
+    """One latent against every token of both stores."""
+    a, b = (Run.open(name, root).store() for name in ("run_a", "run_b"))
+
+    def table_of(store: FiringStore) -> np.ndarray:
+        fires = np.zeros((store.n_tokens, store.num_latents), bool)
+        for window in range(store.n_windows):
+            for offset, latents in enumerate(store.latents_at(window)):
+                fires[window * store.window + offset, latents] = True
+        return fires
+
+    one, other = table_of(a), table_of(b)
+    together = one.T.astype(np.int64) @ other
+    either = one.sum(axis=0)[:, None] + other.sum(axis=0) - together
+    exact = together / np.maximum(either, 1)
+    told = read_table(root / "run_a" / "latents.overlap.parquet")
+    np.testing.assert_allclose(told["max_jaccard__run_b"], exact.max(axis=1), atol=1e-6)
+    partner = told["decoder_partner__run_b"].to_numpy()
+    here = np.arange(len(partner))
+    known = one.sum(axis=0) > 0
+    np.testing.assert_allclose(
+        told["decoder_partner_p_there__run_b"][known],
+        (together[here, partner] / np.maximum(one.sum(axis=0), 1))[known],
+        atol=1e-6,
+    )
+
+
+def test_a_kill_while_nulls_are_added_does_not_lose_them(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(root / "alignments")
+    cli("align", "--no-nulls", "--root", root).well()
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt  # after the .json, before the table
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sae.alignment.write_sides", killed)
+        cli("align", "--root", root)
+    assert set(cli("align", "--root", root, "--json").well().json["overlap"]["nulls"]) == {"rotated", "gaussian"}
+
+
+def test_a_report_does_without_stores_and_weights(root: Path) -> None:
+    shutil.rmtree(root / "run_b" / "firings")
+    (root / "run_b" / "sae.safetensors").unlink()
+    assert "What became of those" in cli("report", "--sae", "run_a", "--root", root).well().out
+
+
+def test_widths_that_differ_are_told_before_any_work(root: Path) -> None:
+    record = json.loads((root / "run_b" / "run.json").read_text())
+    record["subject"]["d_in"] += 1
+    (root / "run_b" / "run.json").write_text(json.dumps(record))
+    shutil.rmtree(root / "run_a" / "firings")
+    ran = cli("align", "run_a", "run_b", "--root", root, "--json")
+    ran.failed_in_one_line("same width", "run_a", "run_b")
+    assert "harvest" not in ran.err
+
+
 def test_nulls_can_be_left_out_and_come_later(root: Path) -> None:
     shutil.rmtree(root / "alignments")
     found = cli("align", "--no-nulls", "--root", root, "--json").well().json
@@ -145,14 +204,14 @@ def test_nulls_can_be_left_out_and_come_later(root: Path) -> None:
 
 def test_runs_of_different_studies_are_aligned_by_force_and_it_is_said(root: Path, recipe: Path) -> None:
     cli("train", "--name", "other", "--seeds", 0, "--tokens", "10k", "--recipe", recipe, "--root", root).well()
-    before = read_table(root / "run_a" / "latents.overlap.parquet")
+    before = tree(root, under="run_*")
     cli("align", "run_a", "other_a", "--root", root, "--json").failed_in_one_line("different studies", "--force")
     ran = cli("align", "run_a", "other_a", "--force", "--root", root, "--json").well()
     assert "different studies" in ran.json["apart"]
     assert ran.json["counterparts"] is not None  # the same text in the same order
     assert "Aligned by --force" in cli("align", "run_a", "other_a", "--force", "--root", root).well().out
-    after = read_table(root / "run_a" / "latents.overlap.parquet")
-    assert list(after) == list(before)  # its own study is as it was
+    assert "only the seed changes" not in cli("align", "run_a", "other_a", "--force", "--root", root).well().out
+    assert tree(root, under="run_*") == before  # its own study is as it was
 
 
 def test_seeds_grow_without_touching_what_exists(root: Path, recipe: Path) -> None:

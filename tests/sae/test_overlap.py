@@ -208,6 +208,7 @@ def test_same_seed_same_interval_and_json_has_no_nan() -> None:
     runs, tables, alive = study(3, 25, seed=3)
     first, again = (overlap(runs, tables, alive, resamples=100, seed=7) for _ in range(2))
     assert first == again
+    assert first.sweep.equals(again.sweep)
     other = overlap(runs, tables, alive, resamples=100, seed=8)
     assert first.mean_decoder.value == other.mean_decoder.value
     assert first.mean_decoder != other.mean_decoder
