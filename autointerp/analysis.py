@@ -63,6 +63,7 @@ def findings(
         **_provenance(study.focus),
         "missing": study.missing(told.explained, has_scores),
         "stale": study.stale(),
+        "forced": [{"runs": pair, "command": study.command("align", *pair, "--force")} for pair in study.forced()],
         "overlap": seeds.overlap_findings(study),
         "similarity": seeds.similarity_findings(study),
         "counterparts": counterpart_findings(study.behaviour, study.tables, study.alive),

@@ -60,7 +60,7 @@ def counterpart_findings(
         "relations": [_relation(name, lone) for name in RELATIONS],
         "rebuilt": {
             **mean_of(_by_latent(lone, "rebuilt")),
-            "quartiles": quartiles_of(lone["rebuilt"]),
+            "quartiles": quartiles_of(lone["rebuilt"].dropna()),
             "null": number(lone["rebuilt__rotated"].mean()) if "rebuilt__rotated" in lone else None,
         },
     }

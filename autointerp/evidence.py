@@ -24,7 +24,7 @@ from sae.harvest_stage import is_harvested
 from sae.latent_table import latent_table
 from sae.overlap import DEFINITIONS, StudyOverlap, overlap
 from sae.pair_files import pair_path
-from sae.run import Run, command
+from sae.run import Run, all_runs, command
 
 _UNALIGNED = "These SAEs have not been aligned yet."
 ENOUGH_TO_CALL_DEAD = 1_000_000  # tokens without a firing before the word is used
@@ -198,6 +198,16 @@ class Study:
             if value is not None:
                 mask &= table[column] == value
         return mask
+
+    def forced(self) -> list[list[str]]:
+        """Pairs of a run looked at and one of another study, which were aligned by ``align --force``."""
+        ours = {run.name for run in all_runs(self.root) if run.study == self.focus.study}
+        pairs = [path.stem.split("--") for path in sorted((self.root / "alignments").glob("*--*.parquet"))]
+        return [
+            sorted(pair, key=lambda name: name not in ours)
+            for pair in pairs
+            if len(pair) == 2 and len(ours & set(pair)) == 1 and set(pair) & set(self.names)
+        ]
 
     # --- what to run next ---------------------------------------------------------------------------------
 

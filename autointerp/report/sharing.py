@@ -15,6 +15,7 @@ from autointerp.report.layout import (
     QUIET,
     STYLE_OF_CLASS,
     Page,
+    command_line,
     count,
     decimal,
     grid,
@@ -45,8 +46,13 @@ def overlap(found: Findings, page: Page) -> RenderableType:
     tree = found["overlap"]
     if tree is None:
         return section(page, title, says, missing(found, "overlap"))
+    forced: list[RenderableType] = []
+    for entry in found.get("forced") or []:
+        pair = visible(" and ".join(entry["runs"]))
+        words = f"\nAlso aligned, by --force, with a run of another study: {pair}."
+        forced += [Text(words, QUIET), command_line(entry["command"])]
     left_out = [Text(), missing(found, "overlap")] if len(found["compared"]) < len(found["runs"]) else []
-    return section(page, title, says, *overlap_table(tree, page), *left_out)
+    return section(page, title, says, *overlap_table(tree, page), *left_out, *forced)
 
 
 def overlap_table(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableType]:

@@ -212,6 +212,9 @@ def test_runs_of_different_studies_are_aligned_by_force_and_it_is_said(root: Pat
     assert "Aligned by --force" in cli("align", "run_a", "other_a", "--force", "--root", root).well().out
     assert "only the seed changes" not in cli("align", "run_a", "other_a", "--force", "--root", root).well().out
     assert tree(root, under="run_*") == before  # its own study is as it was
+    assert "of another study: run_a and other_a" in " ".join(
+        cli("report", "--root", root, "--sae", "run_a").well().out.split()
+    )
 
 
 def test_seeds_grow_without_touching_what_exists(root: Path, recipe: Path) -> None:
