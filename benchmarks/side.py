@@ -25,7 +25,7 @@ class Task:
     side: str
     """ours, sparsify or dictionary_learning"""
     mode: str
-    """float32, or bfloat16: ours with rounded encoder products, a peer under bfloat16 autocast"""
+    """float32, bfloat16 or int8: ours with rounded encoder products, a peer under bfloat16 autocast"""
     d_in: int
     num_latents: int
     k: int

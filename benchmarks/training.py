@@ -5,9 +5,10 @@
 Every side is a process of its own that waits until it is asked: in each round each side trains a few steps of all S
 seeds, one side after the other, so that what else the machine does falls on all of them alike. A side's figure is
 the median of its rounds, the first of which (compilation, growing heaps) does not count. Each side runs in float32
-and with bfloat16 products; compared are float32 with float32, and the faster mode of ours with the faster mode of
-the peer's. The peers live in ``.venv-peers`` (see the Makefile) or, where that is not, in ``.venv-bench``, which has
-only what their trainers need and is made here; or name a Python that has them with ``--peers-python``.
+and with bfloat16 products, ours on a CPU in int8 too; compared are float32 with float32, and the fastest mode of ours
+with the faster mode of the peer's. The peers live in ``.venv-peers`` (see the Makefile) or, where that is not, in
+``.venv-bench``, which has only what their trainers need and is made here; or name a Python that has them with
+``--peers-python``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parent / ".venv-peers", HERE.parent / ".venv-bench"
 SHAPES = {"cpu": ["256x4096x32x4096", "768x8192x32x2048"], "cuda": ["768x32768x32x8192"]}
 PEERS = ("sparsify", "dictionary_learning")
-MODES = ("float32", "bfloat16")
+MODES = {"ours": ("float32", "bfloat16", "int8"), **dict.fromkeys(PEERS, ("float32", "bfloat16"))}
 
 
 @dataclass
@@ -111,17 +112,19 @@ def compare(tasks: Sequence[Task], peers_python: str, rounds: int, seconds: floa
 def product_rate(task: Task) -> float:
     """Token·seeds per second of the dense encoder product alone: what no trainer that needs it can exceed."""
     kind = getattr(torch, task.mode)
+    multiply, result = (torch._int_mm, torch.int32) if kind == torch.int8 else (torch.mm, kind)
     torch.set_num_threads(task.threads)
     x = torch.randn(task.tokens, task.d_in, device=task.device).to(kind)
     weight = torch.randn(task.num_latents, task.d_in, device=task.device).to(kind)
-    rows = max(1, (8 if task.device == "cpu" else 1024) * 2**20 // (2 * task.num_latents))
-    out = torch.empty(min(rows, task.tokens), task.num_latents, dtype=kind, device=task.device)
     best = float("inf")
-    for _ in range(8):
-        begun = now(task.device)
-        for part in x.split(rows):
-            torch.mm(part, weight.T, out=out[: len(part)])
-        best = min(best, now(task.device) - begun)
+    for mebibytes in (8, 32) if task.device == "cpu" else (1024,):
+        rows = max(1, mebibytes * 2**20 // (result.itemsize * task.num_latents))
+        out = torch.empty(min(rows, task.tokens), task.num_latents, dtype=result, device=task.device)
+        for _ in range(8):
+            begun = now(task.device)
+            for part in x.split(rows):
+                multiply(part, weight.T, out=out[: len(part)])
+            best = min(best, now(task.device) - begun)
     return task.tokens / best
 
 
@@ -176,8 +179,10 @@ def processor(device: str) -> str:
     pairs = [line.split(":", 1) for line in lines if ":" in line]
     fields = {key.strip(): value.strip() for key, value in pairs}
     name = fields.get("model name", platform.processor())
-    known = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in fields.get("flags", "").split()]
-    return f"{name} ({known[0]})" if known else name
+    flags = fields.get("flags", "").split()
+    low_bits, vectors = ("amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16"), ("avx512f", "avx2")
+    known = [flag for flag in low_bits if flag in flags] or [flag for flag in vectors if flag in flags][:1]
+    return f"{name} ({', '.join(known)})" if known else name
 
 
 def peers_python(given: str | None) -> str:
@@ -234,7 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="about how long a side trains in a round")
     parser.add_argument("--sides", nargs="+", choices=("ours", *PEERS), default=["ours", *PEERS])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=MODES["ours"], default=list(MODES["ours"]))
     parser.add_argument("--peers-python", help="a Python that has eai-sparsify and dictionary-learning")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--out", type=Path, help="also write them to this file, with date and machine")
@@ -248,7 +253,9 @@ def main() -> None:
             Task(side, mode, **sizes, seeds=asked.seeds, threads=asked.threads, device=asked.device)
             for side in asked.sides
             for mode in asked.modes
-            if not (side == "sparsify" and mode == "float32" and kind == "cuda")  # there it always takes bfloat16
+            if mode in MODES[side]
+            and not (side == "sparsify" and mode == "float32" and kind == "cuda")  # there it always takes bfloat16
+            and not (mode == "int8" and kind == "cuda")
         ]
         rows += rows_of(compare(tasks, python, asked.rounds, asked.seconds))
     about = {

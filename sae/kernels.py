@@ -25,9 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae import kernels_bf16 as rounded_loops
+from sae import buffers, kernels_bf16, kernels_int8, kernels_torch
 from sae import kernels_cpu as loops
-from sae import kernels_torch
 
 
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -58,18 +57,62 @@ def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: 
         return _elsewhere(pre).rounded_topk(pre, centred, weight, bias, k)
     activations = centred.new_empty(len(pre), k)
     latents = torch.empty(len(pre), k, dtype=torch.int64)
-    width = max(1, min(pre.shape[1], 2 ** round(math.log2(8 * k)), pre.shape[1] // 4))
+    width = _lanes(pre.shape[1], k)
     arrays = _arrays(pre.view(torch.int16), centred, weight, bias, activations, latents)
     bits, rest = arrays[0], arrays[1:]
-    _in_parallel(lambda low, high: rounded_loops.topk_rows(bits, width, *rest, low, high), _even(len(pre)))
+    _in_parallel(lambda low, high: kernels_bf16.topk_rows(bits, width, *rest, low, high), _even(len(pre)))
     return activations, latents
+
+
+class Quantised(NamedTuple):
+    """A matrix whose rows were rounded to 8 bits, each by its own step."""
+
+    rows: Tensor
+    """[N, D] int8, at most 127"""
+    steps: Tensor
+    """[N] float32: row i is about ``steps[i] * rows[i]``"""
+    lengths: Tensor
+    """[N] float32: the norms of the original rows; not finite where an entry is not"""
+
+
+def quantised(matrix: Tensor) -> Quantised:
+    """``matrix`` [N, D] float32, in main memory, rounded to 8 bits."""
+    n = len(matrix)
+    out = Quantised(buffers.empty(matrix.shape, torch.int8), matrix.new_empty(n), matrix.new_empty(n))
+    arrays = _arrays(matrix, *out)
+    _in_parallel(lambda low, high: kernels_int8.quantise_rows(*arrays, low, high), _even(n))
+    return out
+
+
+def quantised_topk(
+    products: Tensor, x: Quantised, w: Quantised, centred: Tensor, weight: Tensor, bias: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """What :func:`topk` gives for ``centred @ weight.T + bias``, of which ``x.rows @ w.rows.T`` [B, M] is known.
+
+    The products are int32 in main memory; ``x`` is :func:`quantised` ``centred`` [B, D], ``w`` is ``weight`` [M, D].
+    Activations are those of float32. A latent is left out by mistake only where the roundings of two rows, taken as
+    random, add up to six standard deviations.
+    """
+    activations = centred.new_empty(len(products), k)
+    latents = torch.empty(len(products), k, dtype=torch.int64)
+    largest = (float(t.max()) for t in (w.lengths, w.steps, bias.abs()))
+    numbers = (*largest, _lanes(products.shape[1], k))
+    rough = _arrays(products, x.steps, x.lengths, w.steps)
+    exact = _arrays(centred, weight, bias, activations, latents)
+    _in_parallel(lambda low, high: kernels_int8.topk_rows(*rough, *numbers, *exact, low, high), _even(len(products)))
+    return activations, latents
+
+
+def _lanes(num_latents: int, k: int) -> int:
+    """Into how many lanes a row of rounded pre-activations is folded."""
+    return max(1, min(num_latents, 2 ** round(math.log2(8 * k)), num_latents // 4))
 
 
 def decode(activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``bias + sum_j activations[:, j] * weight[latents[:, j]]``: [B, D] from slots [B, K], weight [M, D]."""
     if not weight.is_cpu:
         return _elsewhere(weight).decode(activations, latents, weight, bias)
-    out = weight.new_empty(len(activations), weight.shape[1])
+    out = buffers.empty((len(activations), weight.shape[1]), weight.dtype)
     arrays = _arrays(activations, latents, weight, bias, out)
     _in_parallel(lambda low, high: loops.decode_rows(*arrays, low, high), _even(len(out)))
     return out
@@ -85,7 +128,7 @@ def residuals(
     """
     if not weight.is_cpu:
         return _elsewhere(weight).residuals(activations, latents, weight, bias, target)
-    residual, products = torch.empty(target.shape, dtype=target.dtype), torch.empty_like(activations)
+    residual, products = buffers.empty(target.shape, target.dtype), torch.empty_like(activations)
     squares = target.new_empty(len(target))
     arrays = _arrays(activations, latents, weight, bias, target, residual, products, squares)
     _in_parallel(lambda low, high: loops.residual_rows(*arrays, low, high), _even(len(target)))
@@ -121,8 +164,8 @@ def weight_gradients(
         arguments = activations, products, latents, residual, centred, scale, num_latents
         return WeightGradients(*_elsewhere(residual).weight_gradients(*arguments))
     out = WeightGradients(
-        residual.new_empty(num_latents, residual.shape[1]),
-        residual.new_empty(num_latents, residual.shape[1]),
+        buffers.empty((num_latents, residual.shape[1]), residual.dtype),
+        buffers.empty((num_latents, residual.shape[1]), residual.dtype),
         residual.new_empty(num_latents),
         torch.empty(num_latents, dtype=torch.int64),
     )

@@ -4,7 +4,8 @@ For S dictionaries of M latents on width D, in steps of B tokens, with K slots p
 
 - **states**: 4 bytes x 3 x (2 M D + M + D) each, for the weights and Adam's two moments, for all S;
 - **gradient**: 4 bytes x (2 M D + M + D), for one dictionary at a time on a CPU, for all S on a GPU; as much again for
-  architectures that add it up group by group (all but TopK), and 2 bytes x M D for an encoder rounded to bfloat16;
+  architectures that add it up group by group (all but TopK), and 2 bytes x M D for a rounded encoder (half of it where
+  that is done in 8 bits);
 - **step**: 4 bytes x 6 B D for each hookpoint's activations as they are read, centred and compared, and
   32 bytes x B (K + k_aux) for the slots, their products and their sorting, S times on a GPU (BatchTopK: of at most 8 k
   slots for each token; architectures with a penalty, which may fire for M / 2 latents: none);

@@ -10,14 +10,32 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["float32", "bfloat16"]
+from sae.errors import UserError
+
+Precision = Literal["float32", "bfloat16", "int8"]
+Asked = Literal["auto", "float32", "bfloat16", "int8"]
 
 
-def resolve(asked: Literal["auto", "float32", "bfloat16"], device: torch.device | str) -> Precision:
-    """``asked``, or for "auto" bfloat16 where ``device`` has instructions that multiply it, else float32."""
+def resolve(asked: Asked, device: torch.device | str) -> Precision:
+    """``asked``, or for "auto" the fewest bits that ``device`` has instructions for: int8 (CPUs), bfloat16, float32.
+
+    Raises :class:`UserError` for int8 elsewhere than on a CPU.
+    """
+    device = torch.device(device)
+    if asked == "int8" and device.type != "cpu":
+        raise UserError(f"precision int8 is for CPUs, not for {device}; use bfloat16 or auto there")
     if asked != "auto":
         return asked
-    return "bfloat16" if _multiplies_bfloat16(torch.device(device)) else "float32"
+    if device.type == "cpu" and has_int8_products():
+        return "int8"
+    return "bfloat16" if _multiplies_bfloat16(device) else "float32"
+
+
+def has_int8_products() -> bool:
+    """Whether this processor multiplies 8-bit integers without loss, and PyTorch makes use of it."""
+    # PyTorch's own questions, not public yet: where they are gone, the others are what is sure.
+    ask = getattr(torch.cpu, "_is_vnni_supported", None)
+    return hasattr(torch, "_int_mm") and torch.backends.mkldnn.is_available() and ask is not None and bool(ask())
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
@@ -25,6 +43,5 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    # PyTorch's own questions, not public yet: where they are gone, float32 is what is sure.
     ask = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(bool(question()) for question in ask if question is not None)

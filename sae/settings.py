@@ -70,10 +70,10 @@ class TrainingSettings(_Table):
     bandwidth: float = Field(
         0.01, gt=0, description="jumprelu: width of the window that teaches the thresholds, see sae/objective.py"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
         description="of the product by which training chooses latents (topk, batchtopk, AuxK); "
-        "auto: bfloat16 where the machine has instructions for it",
+        "auto: the fewest bits that the machine has instructions for (int8 on CPUs only)",
     )
     checkpoint_steps: int = Field(500, ge=1, description="steps between checkpoints of an unfinished run")
     activation_cache: Annotated[int, BeforeValidator(_amount)] = Field(

@@ -113,8 +113,8 @@ TrainPrecision = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="Of the product that chooses latents: float32, bfloat16, or auto (bfloat16 where the machine is good "
-        "at it). Activations, gradients and weights are float32 in any case.",
+        help="Of the product that chooses latents: float32, bfloat16, int8 (CPUs), or auto (the fewest bits that "
+        "the machine has instructions for). Activations, gradients and weights are float32 in any case.",
     ),
 ]
 NumLatents = Annotated[int | None, typer.Option("--num-latents", "-M", help="Width of the dictionary.")]

@@ -13,8 +13,9 @@ from tiny_study import write_recipe
 
 from sae import precision
 from sae.architectures import TopKSae
-from sae.errors import SettingsDiffer
+from sae.errors import SettingsDiffer, UserError
 from sae.objective import Objective, total_variance
+from sae.precision import Precision
 from sae.run import Run
 from sae.settings import TrainingSettings, settings_from
 from sae.stage import Compute
@@ -22,6 +23,7 @@ from sae.train_stage import Study, train_studies
 from sae.trainer import train
 
 D, M, K, B = 16, 64, 4, 96
+ROUNDED = pytest.mark.parametrize("mode", ["bfloat16", "int8"])
 
 
 class Batches(Sequence[torch.Tensor]):
@@ -53,41 +55,50 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     """What the machine says it can do."""
     can = {"multiply": True}
     monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda _: can["multiply"])
+    monkeypatch.setattr(precision, "has_int8_products", lambda: False)
     return can
 
 
 def test_it_is_what_was_asked_for_or_what_the_processor_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    for avx, amx, expected in ((True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+    none, bits16, tiles, bits8 = ("float32", "bfloat16", "bfloat16", "int8")
+    cases = ((0, 0, 0, none), (0, 1, 0, bits16), (0, 0, 1, tiles), (1, 0, 0, bits8), (1, 1, 1, bits8))
+    for vnni, avx, amx, expected in cases:
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: bool(vnni))
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: bool(avx))
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: bool(amx))
         assert precision.resolve("auto", "cpu") == expected
-        assert precision.resolve("float32", "cpu") == "float32"
-        assert precision.resolve("bfloat16", "cpu") == "bfloat16"
+        for asked in ("float32", "bfloat16", "int8"):
+            assert precision.resolve(asked, "cpu") == asked
+    monkeypatch.delattr(torch.cpu, "_is_vnni_supported")
+    assert precision.resolve("auto", "cpu") == "bfloat16"
+    with pytest.raises(UserError, match="int8 is for CPUs"):
+        precision.resolve("int8", "cuda")
     assert precision.resolve("auto", "meta") == "float32"
     for capability, expected in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert precision.resolve("auto", "cuda") == expected
 
 
-def test_activations_and_gradients_are_not_rounded() -> None:
+@ROUNDED
+def test_activations_and_gradients_are_not_rounded(mode: Precision) -> None:
     sae, x = fresh(), Batches(1)[0]
-    of = {
-        mode: sae.loss_and_gradient(x, Objective(total_variance(x), len(x), precision=mode))
-        for mode in ("float32", "bfloat16")
-    }
-    assert torch.equal(of["float32"][0].firings, of["bfloat16"][0].firings)  # the same latents are chosen here
-    for name, gradient in of["float32"][1].items():
-        torch.testing.assert_close(of["bfloat16"][1][name], gradient, rtol=1e-5, atol=1e-7)
+    plain, rounded = (
+        sae.loss_and_gradient(x, Objective(total_variance(x), len(x), precision=of)) for of in ("float32", mode)
+    )
+    assert torch.equal(plain[0].firings, rounded[0].firings)  # the same latents are chosen here
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(rounded[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_resumed_bit_for_bit_in_bfloat16(tmp_path: Path) -> None:
+@ROUNDED
+def test_resumed_bit_for_bit(mode: Precision, tmp_path: Path) -> None:
     whole, parted = fresh(), fresh()
-    train(Batches(10), [whole], settings("bfloat16"), [tmp_path / "whole_a" / "training-state"])
+    train(Batches(10), [whole], settings(mode), [tmp_path / "whole_a" / "training-state"])
     folder = tmp_path / "parted_a" / "training-state"
     with pytest.raises(KeyboardInterrupt):
-        train(Batches(10, fail_at=6), [parted], settings("bfloat16"), [folder])
+        train(Batches(10, fail_at=6), [parted], settings(mode), [folder])
     again = fresh()
-    assert train(Batches(10), [again], settings("bfloat16"), [folder])[0].resumed_from == 4
+    assert train(Batches(10), [again], settings(mode), [folder])[0].resumed_from == 4
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters().values(), again.parameters().values(), strict=True))
 
 

@@ -43,12 +43,17 @@ print(*step(16384, 32768))
 
 @pytest.mark.parametrize(
     ("architecture", "precision"),
-    [("topk", "float32"), ("topk", "bfloat16"), *((kind, "float32") for kind in ARCHITECTURES if kind != "topk")],
+    [
+        ("topk", "float32"),
+        ("topk", "bfloat16"),
+        ("topk", "int8"),
+        *((kind, "float32") for kind in ARCHITECTURES if kind != "topk"),
+    ],
 )
 def test_a_step_stays_within_the_bound(architecture: str, precision: str) -> None:
     command = [sys.executable, "-c", _STEP, architecture, precision]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
     used, bound = map(int, done.stdout.split())
     assert used <= bound
-    matrix = 16384 * 32768 * (2 if precision == "bfloat16" else 4)
+    matrix = 16384 * 32768 * {"float32": 4, "bfloat16": 2, "int8": 4}[precision]
     assert bound < matrix / 4  # which would not have fitted by far

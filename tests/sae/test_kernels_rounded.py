@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from sae import kernels, kernels_torch
-from sae.encoding import topk_firings
+from sae.encoding import product_of_int8, topk_firings
 from sae.kernels_bf16 import MARGIN
+from sae.precision import Precision
+
+ROUNDED = pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 
 
 def random_sizes(seed: int, n: int, num_latents: int, d_in: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,13 +62,16 @@ def test_the_largest_of_given_numbers(data: st.DataObject, m: int, k: int) -> No
         assert len(row[fires].unique()) == int(fires.sum())
 
 
+@ROUNDED
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), m=st.integers(1, 600), k=st.integers(1, 40), d=st.integers(1, 70))
-def test_activations_are_those_of_float32_and_only_near_ties_are_mistaken(seed: int, m: int, k: int, d: int) -> None:
+def test_activations_are_those_of_float32_and_only_near_ties_are_mistaken(
+    precision: Precision, seed: int, m: int, k: int, d: int
+) -> None:
     x, weight, bias = random_sizes(seed, 20, m, d)
     k = min(k, m)
     pre = x @ weight.T + bias
-    firings = topk_firings(x, weight, bias, k, "bfloat16")
+    firings = topk_firings(x, weight, bias, k, precision)
     assert firings.indices.dtype == torch.int64
     filled = firings.activations > 0
     assert (firings.indices[~filled] == 0).all()
@@ -73,19 +79,27 @@ def test_activations_are_those_of_float32_and_only_near_ties_are_mistaken(seed: 
     torch.testing.assert_close(firings.activations[filled], exact[filled], rtol=1e-6, atol=2e-6)
     # No latent that was left out exceeds one that was taken by more than the product can be wrong: half a unit in
     # the last place for each of the two factors, summed over the width, and the units that are looked at in any case.
+    # What 8 bits may hide is less: six standard deviations of a sum of roundings are computed exactly.
     taken = dense(firings, m) > 0
     best_rejected = torch.where(taken, -torch.inf, pre).max(1).values
     worst_taken = torch.where(filled, firings.activations, torch.inf).min(1).values
     worst_taken = torch.where(filled.all(1), worst_taken, 0)
     bound = 2 * 2**-8 * (x.abs() @ weight.abs().T + bias.abs()).max(1).values + 2**-8 * best_rejected.abs()
+    bound = torch.full_like(bound, 1e-5) if precision == "int8" else bound
     assert (best_rejected <= worst_taken + bound).all()
 
 
-def test_the_choice_is_that_of_float32_where_no_two_latents_tie() -> None:
-    """On random numbers too few sit within an error of the K-th for any to be hidden by the margin."""
+@ROUNDED
+@pytest.mark.parametrize("outlying", [1, 50])
+def test_the_choice_is_that_of_float32_where_no_two_latents_tie(precision: Precision, outlying: float) -> None:
+    """On random numbers too few sit within an error of the K-th for any to be hidden by the margin.
+
+    Language models have coordinates far larger than all others, which make the steps of 8 bits coarse.
+    """
     x, weight, bias = random_sizes(3, 400, 1024, 64)
+    x[:, 7] *= outlying
     expected = dense(kernels.topk(torch.addmm(bias, x, weight.T), 16), 1024)
-    found = dense(topk_firings(x, weight, bias, 16, "bfloat16"), 1024)
+    found = dense(topk_firings(x, weight, bias, 16, precision), 1024)
     differing = ((found > 0) != (expected > 0)).any(1).float().mean()
     assert float(differing) < 0.01
     same = (found > 0) & (expected > 0)
@@ -110,25 +124,35 @@ def test_fewer_positive_than_slots() -> None:
     assert latents.tolist() == [[1, 3, 0], [0, 0, 0]]
 
 
+@ROUNDED
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
 @pytest.mark.parametrize("place", [0, 3, 40])
-def test_what_is_not_finite_surfaces(bad: float, place: int) -> None:
+@pytest.mark.parametrize("where", ["bias", "weight", "x"])
+def test_what_is_not_finite_surfaces(precision: Precision, bad: float, place: int, where: str) -> None:
     """Whatever its sign: a processor's own NaN is negative, and no comparison finds it."""
-    x, weight, bias = random_sizes(5, 3, 41, 8)
-    bias[place] = torch.tensor(bad)
-    firings = topk_firings(x, weight, bias, 4, "bfloat16")
+    x, weight, bias = random_sizes(5, 3, 1041, 8)
+    if where == "x":
+        x[:, place % 8] = torch.tensor(bad)
+    elif where == "weight":
+        weight[place] = torch.tensor(bad) * x.sum(1).sign()[0]
+        x = x * (x.sum(1).sign() * x.sum(1).sign()[0])[:, None]
+    else:
+        bias[place] = torch.tensor(bad)
+    firings = topk_firings(x, weight, bias, 4, precision)
     assert not torch.isfinite(firings.activations).all(1).any()
 
 
-def test_a_product_that_overflows_surfaces() -> None:
+@ROUNDED
+def test_a_product_that_overflows_surfaces(precision: Precision) -> None:
     x, weight, bias = random_sizes(6, 2, 50, 8)
-    firings = topk_firings(x * 1e25, weight * 1e25, bias, 4, "bfloat16")
+    firings = topk_firings(x * 1e25, weight * 1e25, bias, 4, precision)
     assert not torch.isfinite(firings.activations).all(1).any()
 
 
-def test_more_nans_than_slots() -> None:
+@ROUNDED
+def test_more_nans_than_slots(precision: Precision) -> None:
     x, weight, bias = random_sizes(7, 2, 50, 8)
-    firings = topk_firings(x, weight, torch.full_like(bias, torch.nan), 4, "bfloat16")
+    firings = topk_firings(x, weight, torch.full_like(bias, torch.nan), 4, precision)
     assert torch.isnan(firings.activations).all()
 
 
@@ -141,23 +165,25 @@ def test_all_alike(value: float) -> None:
     assert all(len(row.unique()) == (10 if value > 0 else 1) for row in latents)
 
 
-def test_rows_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_rows_are_worked_on_in_pieces(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = random_sizes(8, 30, 64, 8)
-    whole = topk_firings(x, weight, bias, 5, "bfloat16")
+    whole = topk_firings(x, weight, bias, 5, precision)
     monkeypatch.setattr("sae.encoding._CPU_BFLOAT16_BYTES", 7 * 64 * 2)
-    pieces = topk_firings(x, weight, bias, 5, "bfloat16")
+    monkeypatch.setattr("sae.encoding._PRE_ACTIVATION_BYTES", 7 * 64 * 4)
+    pieces = topk_firings(x, weight, bias, 5, precision)
     assert torch.equal(dense(whole, 64) > 0, dense(pieces, 64) > 0)
     torch.testing.assert_close(whole.activations, pieces.activations, rtol=1e-6, atol=1e-6)
-    assert topk_firings(x[:0], weight, bias, 5, "bfloat16").activations.shape == (0, 5)
+    assert topk_firings(x[:0], weight, bias, 5, precision).activations.shape == (0, 5)
 
 
-def test_the_same_whatever_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@ROUNDED
+def test_the_same_whatever_the_number_of_threads(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = random_sizes(9, 33, 200, 16)
-    pre = torch.addmm(bias, x, weight.T).bfloat16()
     found: list[Any] = []
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(kernels.rounded_topk(pre, x, weight, bias, 9))
+        found.append(topk_firings(x, weight, bias, 9, precision))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
 
@@ -170,7 +196,66 @@ def test_pytorch_operations_mean_the_same() -> None:
     torch.testing.assert_close(loops, operations, rtol=1e-5, atol=1e-5)
 
 
-def test_float64_is_never_rounded() -> None:
+@ROUNDED
+def test_float64_is_never_rounded(precision: Precision) -> None:
     x, weight, bias = (t.double() for t in random_sizes(11, 10, 30, 8))
-    exact, asked = topk_firings(x, weight, bias, 4), topk_firings(x, weight, bias, 4, "bfloat16")
+    exact, asked = topk_firings(x, weight, bias, 4), topk_firings(x, weight, bias, 4, precision)
     assert torch.equal(exact.activations, asked.activations)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 20), d=st.integers(1, 90), scale=st.sampled_from([1e-20, 1, 1e12]))
+def test_rows_in_8_bits_are_off_by_half_a_step(seed: int, n: int, d: int, scale: float) -> None:
+    matrix = random_sizes(seed, n, 1, d)[0] * scale
+    matrix[0] = 0
+    of = kernels.quantised(matrix)
+    assert of.rows.dtype == torch.int8
+    assert int(of.rows.abs().max()) <= 127
+    back = of.rows.double() * of.steps[:, None].double()
+    assert ((back - matrix.double()).abs() <= 0.5001 * of.steps[:, None].double()).all()
+    torch.testing.assert_close(of.steps * 127, matrix.abs().max(1).values)
+    torch.testing.assert_close(of.lengths.double(), matrix.double().norm(dim=1), rtol=1e-5, atol=0)
+
+
+def test_what_8_bits_take_has_the_spread_that_the_margin_is_made_of() -> None:
+    """sigma of ``kernels_int8`` is not exceeded, and not much too wide."""
+    x, weight, _ = random_sizes(12, 200, 500, 256)
+    of, by = kernels.quantised(x), kernels.quantised(weight)
+    known = (of.rows.double() @ by.rows.double().T) * of.steps[:, None].double() * by.steps.double()
+    error = known - x.double() @ weight.double().T
+    sigma = ((of.steps**2 * by.lengths.max() ** 2 + by.steps.max() ** 2 * of.lengths**2) / 12).sqrt().double()
+    share = error.std(1) / sigma
+    assert float(share.max()) < 1
+    assert float(share.min()) > 0.5
+    assert float((error / sigma[:, None]).abs().max()) < 6
+
+
+def test_a_pre_activation_that_8_bits_put_below_zero_is_found() -> None:
+    """Many latents just above zero: rounding puts half of them below, and all are in the result all the same."""
+    x, weight, _ = random_sizes(13, 5, 40, 16)
+    weight = weight - (weight @ x[0])[:, None] * x[0] / (x[0] @ x[0])  # now at right angles to the first token
+    bias = torch.full((40,), 1e-4)
+    exact = (x[:1] @ weight.T + bias)[0]
+    assert (exact > 0).all()
+    firings = topk_firings(x[:1], weight, bias, 40, "int8")
+    assert len(firings.indices[0].unique()) == 40
+    assert (firings.activations > 0).all()
+
+
+@pytest.mark.parametrize(("of", "expected"), [(0.0, [[0.0] * 3] * 2), (2.0, [[2.0] * 3] * 2), (-2.0, [[0.0] * 3] * 2)])
+def test_no_activation_at_all_in_8_bits(of: float, expected: list[list[float]]) -> None:
+    weight = torch.nn.functional.normalize(torch.ones(9, 4), dim=1)
+    assert topk_firings(torch.zeros(2, 4), weight, torch.full((9,), of), 3, "int8").activations.tolist() == expected
+    assert topk_firings(torch.ones(2, 4), weight * 0, torch.full((9,), of), 3, "int8").activations.tolist() == expected
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 1), (3, 5, 2), (3, 5, 7), (40, 33, 200), (16, 64, 1100)])
+@pytest.mark.parametrize("has", [True, False])
+def test_products_of_8_bits_are_exact(sizes: tuple[int, int, int], has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the processor's instructions for them and without."""
+    if not has:
+        monkeypatch.setattr("sae.encoding.has_int8_products", lambda: False)
+    (n, m, d), generator = sizes, torch.Generator().manual_seed(1)
+    x, w = (torch.randint(-127, 128, (rows, d), dtype=torch.int8, generator=generator) for rows in (n, m))
+    found = product_of_int8(x, w, torch.empty(n, m, dtype=torch.int32))
+    assert torch.equal(found, (x.long() @ w.long().T).int())
