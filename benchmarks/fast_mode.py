@@ -1,12 +1,12 @@
 """Does training by rounded products end where training in float32 ends? The bundled study, both ways.
 
-    python benchmarks/fast_mode.py [--triples 3] [--root build/fast-mode] [--json] [--out x.json]
+    python benchmarks/fast_mode.py [--modes int8 bfloat16] [--triples 3] [--root build/fast-mode] [--out x.json]
 
-Trains the study of ``make demo`` in float32 for several triples of seeds and in bfloat16 for the first triple, harvests
-and aligns, and compares: the FVU at the end of training, and what fraction of alive latents two seeds share, where the
-mean of bfloat16's three pairs is held against the mean of all of float32's by these pairs' spread. It also counts how
-often the two precisions choose different latents for the same token with the trained weights. Takes minutes for each
-triple; stopped, it goes on where it was. Exits with 1 where bfloat16 falls outside.
+Trains the study of ``make demo`` in float32 for several triples of seeds and in each rounded mode for the first triple,
+harvests and aligns, and compares: the FVU at the end of training, and what fraction of alive latents two seeds share,
+where the mean of a mode's three pairs is held against the mean of all of float32's by these pairs' spread. It also
+counts how often two precisions choose different latents for the same token with the trained weights. Takes minutes for
+each triple; stopped, it goes on where it was. Exits with 1 where a mode falls outside.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sae.activations import TrainingBatches
 from sae.align_stage import align_runs, overlap_of
 from sae.encoding import topk_firings
 from sae.files import read_table
+from sae.precision import Precision
 from sae.run import Run
 from sae.settings import Settings, settings_from
 from sae.stage import Compute, open_source
@@ -58,8 +59,8 @@ def overlaps(runs: Sequence[Run]) -> dict[str, float]:
     return found
 
 
-def chosen_differently(run: Run, compute: Compute, root: Path) -> dict[str, float]:
-    """For real activations and the run's weights: of tokens and of slots, the fraction in which the choice differs."""
+def chosen_differently(run: Run, mode: Precision, compute: Compute, root: Path) -> dict[str, float]:
+    """For real activations and the run's weights: of tokens and of slots, the fraction in which ``mode`` differs."""
     source = open_source([run.settings], root, compute, keep=False)
     training = run.settings.training
     stream = source.stream(run.settings.subject.hookpoint)
@@ -69,7 +70,8 @@ def chosen_differently(run: Run, compute: Compute, root: Path) -> dict[str, floa
     for step in range(0, len(batches), max(1, len(batches) // 8)):
         centred = sae.centred(batches[step])
         fires = []
-        for precision in ("float32", "bfloat16"):
+        exactly: Precision = "float32"
+        for precision in (exactly, mode):
             firings = topk_firings(centred, sae.W_enc, sae.b_enc, training.k, precision)
             dense = torch.zeros(len(centred), sae.num_latents, device=centred.device)
             fires.append(dense.scatter_add_(1, firings.indices, firings.activations) > 0)
@@ -79,16 +81,31 @@ def chosen_differently(run: Run, compute: Compute, root: Path) -> dict[str, floa
     return {"tokens": tokens, "of_tokens": differing / tokens, "of_slots": swapped / slots}
 
 
-def compare(settings: Settings, triples: int, root: Path, compute: Compute) -> dict[str, Any]:
-    """Train what is missing, and set the two precisions beside each other."""
-    studies = [("float32", i, range(3 * i, 3 * i + 3)) for i in range(triples)] + [("bfloat16", 0, range(3))]
-    found: dict[str, list[dict[str, Any]]] = {"float32": [], "bfloat16": []}
-    for precision, i, seeds in studies:
-        asked = settings.with_values(training={"precision": precision})
-        runs = train_study(f"{precision}-{i}", list(seeds), asked, root, compute)
-        align_runs(runs, compute)
-        found[precision].append({"seeds": list(seeds), "fvu": [fvu(run) for run in runs], **overlaps(runs)})
-    rounded, exact = found["bfloat16"][0], found["float32"]
+def compare(
+    settings: Settings, modes: Sequence[Precision], triples: int, root: Path, compute: Compute
+) -> dict[str, Any]:
+    """Train what is missing, and set each mode beside float32."""
+    exact = [_study(settings, "float32", i, root, compute)[1] for i in range(triples)]
+    found = {}
+    for mode in modes:
+        runs, rounded = _study(settings, mode, 0, root, compute)
+        found[mode] = _beside(rounded, exact)
+        found[mode]["chosen_differently"] = chosen_differently(runs[0], mode, compute, root)
+    return {"float32": exact, "modes": found}
+
+
+def _study(
+    settings: Settings, precision: Precision, number: int, root: Path, compute: Compute
+) -> tuple[list[Run], dict[str, Any]]:
+    """Three seeds, trained where they are not yet, and what is compared of them."""
+    asked, seeds = settings.with_values(training={"precision": precision}), list(range(3 * number, 3 * number + 3))
+    runs = train_study(f"{precision}-{number}", seeds, asked, root, compute)
+    align_runs(runs, compute, nulls=False)
+    return runs, {"seeds": seeds, "fvu": [fvu(run) for run in runs], **overlaps(runs)}
+
+
+def _beside(rounded: dict[str, Any], exact: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One mode's triple beside all of float32's."""
     ratio = statistics.mean(rounded["fvu"]) / statistics.mean(exact[0]["fvu"])
     spread = {}
     for name in DEFINITIONS:
@@ -96,47 +113,50 @@ def compare(settings: Settings, triples: int, root: Path, compute: Compute) -> d
         mean, sd = statistics.mean(pairs), statistics.stdev(pairs)
         # The pairs of a triple are taken for independent, which makes the margin narrower than it would be.
         z = (rounded[name] - mean) / (sd * (1 / 3 + 1 / len(pairs)) ** 0.5)
-        spread[name] = {"float32": mean, "sd_of_pairs": sd, "bfloat16": rounded[name], "z": z}
+        spread[name] = {"float32": mean, "sd_of_pairs": sd, "rounded": rounded[name], "z": z}
     return {
         "fvu_ratio": ratio,
         "fvu_within": abs(ratio - 1) <= WITHIN,
         "overlap": spread,
         "overlap_within": all(abs(s["z"]) <= Z for s in spread.values()),
-        "chosen_differently": chosen_differently(runs[0], compute, root),
-        "studies": found,
+        "study": rounded,
     }
 
 
 def shown(result: dict[str, Any], console: Console) -> None:
-    table = Table(title="The bundled study in float32 and in bfloat16", title_justify="left")
+    table = Table(title="The bundled study in float32 and with rounded products", title_justify="left")
     for name in ("precision", "seeds", "FVU", *DEFINITIONS):
         table.add_column(name)
-    for precision, studies in result["studies"].items():
-        for study in studies:
-            pairs = [[v for key, v in study.items() if key.startswith(f"{name} ")] for name in DEFINITIONS]
-            table.add_row(
-                precision,
-                " ".join(map(str, study["seeds"])),
-                " ".join(f"{value:.4f}" for value in study["fvu"]),
-                *(" ".join(f"{value:.3f}" for value in values) for values in pairs),
-            )
-    console.print(table)
-    console.print(f"  FVU of the same seeds: {result['fvu_ratio']:.4f} times float32's (within {WITHIN:.0%} asked)")
-    for name, s in result["overlap"].items():
-        console.print(
-            f"  {name} overlap: {s['bfloat16']:.4f} in bfloat16, {s['float32']:.4f} in float32 "
-            f"(standard deviation of pairs {s['sd_of_pairs']:.4f}): z = {s['z']:+.2f}"
+    studies = [("float32", study) for study in result["float32"]]
+    for precision, study in studies + [(mode, found["study"]) for mode, found in result["modes"].items()]:
+        pairs = [[v for key, v in study.items() if key.startswith(f"{name} ")] for name in DEFINITIONS]
+        table.add_row(
+            precision,
+            " ".join(map(str, study["seeds"])),
+            " ".join(f"{value:.4f}" for value in study["fvu"]),
+            *(" ".join(f"{value:.3f}" for value in values) for values in pairs),
         )
-    differing = result["chosen_differently"]
-    console.print(
-        f"  other latents chosen: for {differing['of_tokens']:.3%} of {differing['tokens']:,} tokens, "
-        f"in {differing['of_slots']:.4%} of slots"
-    )
+    console.print(table)
+    for mode, found in result["modes"].items():
+        console.print(
+            f"{mode}: FVU {found['fvu_ratio']:.4f} times that of the same seeds in float32 ({WITHIN:.0%} asked)"
+        )
+        for name, s in found["overlap"].items():
+            console.print(
+                f"  {name} overlap: {s['rounded']:.4f}, {s['float32']:.4f} in float32 "
+                f"(standard deviation of pairs {s['sd_of_pairs']:.4f}): z = {s['z']:+.2f}"
+            )
+        differing = found["chosen_differently"]
+        console.print(
+            f"  other latents chosen: for {differing['of_tokens']:.3%} of {differing['tokens']:,} tokens, "
+            f"in {differing['of_slots']:.4%} of slots"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=ROOT / "eval_runs" / "recipes" / "demo.toml")
+    parser.add_argument("--modes", nargs="+", choices=("int8", "bfloat16"), default=["int8", "bfloat16"])
     parser.add_argument("--triples", type=int, default=3, help="of seeds, in float32")
     parser.add_argument("--tokens", type=int, help="train on fewer than the recipe says")
     parser.add_argument("--root", type=Path, default=ROOT / "build" / "fast-mode", help="where the runs are kept")
@@ -145,7 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write it to this file, with the date")
     asked = parser.parse_args()
     settings = settings_from(asked.recipe, training={"tokens": asked.tokens})
-    result = compare(settings, asked.triples, asked.root, Compute("cpu", asked.threads))
+    result = compare(settings, asked.modes, asked.triples, asked.root, Compute("cpu", asked.threads))
     if asked.out is not None:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         dated = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **result}
@@ -154,7 +174,7 @@ def main() -> None:
         print(json.dumps(result, indent=1))
     else:
         shown(result, Console())
-    sys.exit(not (result["fvu_within"] and result["overlap_within"]))
+    sys.exit(not all(of["fvu_within"] and of["overlap_within"] for of in result["modes"].values()))
 
 
 if __name__ == "__main__":

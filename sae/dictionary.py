@@ -109,6 +109,10 @@ class Sae(ABC):
     def encode(self, x: Tensor) -> Firings:
         """Firings of activations ``x`` [B, D], of any float dtype."""
 
+    def encode_fast(self, x: Tensor) -> Firings:
+        """:meth:`encode` by whatever arithmetic finds the same firings soonest; last bits of activations may differ."""
+        return self.encode(x)
+
     def decode(self, firings: Firings) -> Tensor:
         """The reconstruction [B, D]: ``sum_j a_j W_dec[i_j] + b_dec``."""
         return kernels.decode(*firings, self.W_dec, self.b_dec)

@@ -231,7 +231,7 @@ def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array
 
     latent_type, count_type = index_types(sae.num_latents)
     with torch.inference_mode():
-        strengths, indices = sae.encode(activations)
+        strengths, indices = sae.encode_fast(activations)
     values, latents = strengths.float().cpu().numpy(), indices.cpu().numpy()
     if not np.isfinite(values).all():
         raise UserError(f"harvest: the SAE of run {name!r} gives activations that are not finite; train it again")

@@ -325,7 +325,7 @@ def test_what_half_precision_cannot_hold_is_counted(stream: FakeStream, tmp_path
         def weights(self) -> dict[str, torch.Tensor]:
             return {"W_enc": self.W_enc}
 
-        def encode(self, x: torch.Tensor) -> Firings:
+        def encode_fast(self, x: torch.Tensor) -> Firings:
             values = torch.tensor([1e6, 1e-12, 0.0]).repeat(len(x), 1)
             return Firings(values, torch.tensor([1, 2, 3]).repeat(len(x), 1))
 

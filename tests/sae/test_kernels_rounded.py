@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from sae import kernels, kernels_torch
+from sae.architectures import TopKSae
 from sae.encoding import product_of_int8, topk_firings
 from sae.kernels_bf16 import MARGIN
 from sae.precision import Precision
@@ -201,6 +202,19 @@ def test_float64_is_never_rounded(precision: Precision) -> None:
     x, weight, bias = (t.double() for t in random_sizes(11, 10, 30, 8))
     exact, asked = topk_firings(x, weight, bias, 4), topk_firings(x, weight, bias, 4, precision)
     assert torch.equal(exact.activations, asked.activations)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), cuts=st.lists(st.integers(0, 60), max_size=4))
+def test_in_8_bits_a_token_is_encoded_alike_in_any_company(seed: int, cuts: list[int]) -> None:
+    """Bit for bit: whatever else is encoded with it, and however many threads there are."""
+    x, weight, bias = random_sizes(seed, 60, 300, 33)
+    sae = TopKSae(weight, bias, weight.clone(), torch.zeros(33), 7)
+    whole = topk_firings(x, weight, bias, 7, "int8")
+    parts = [topk_firings(part, weight, bias, 7, "int8") for part in x.tensor_split(sorted(cuts))]
+    assert torch.equal(torch.cat([p.activations for p in parts]), whole.activations)
+    assert torch.equal(torch.cat([p.indices for p in parts]), whole.indices)
+    torch.testing.assert_close(dense(sae.encode_fast(x), 300), dense(sae.encode(x), 300), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
