@@ -105,9 +105,9 @@ def _scipy(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def _product(asked: argparse.Namespace) -> dict[str, Any]:
-    from sae.precision import resolve
+    from sae.precision import resolve_float
 
-    kind = getattr(torch, resolve(asked.precision, asked.device))
+    kind = getattr(torch, resolve_float(asked.precision, asked.device))
     a, b = (torch.from_numpy(w).to(asked.device, kind) for w in weights(asked))
     out = torch.empty(TILE[0] * TILE[1], dtype=kind, device=asked.device)
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -79,15 +79,21 @@ class Side:
 
     def _tell(self, line: str) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            self._ended()
 
     def _hear(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"error: {self.task.side} ({self.task.mode}) ended; what it said is above")
+            self._ended()
         return dict(json.loads(line))
+
+    def _ended(self) -> NoReturn:
+        raise SystemExit(f"error: {self.task.side} ({self.task.mode}) ended; what it said is above")
 
 
 def compare(tasks: Sequence[Task], peers_python: str, rounds: int, seconds: float) -> list[Side]:

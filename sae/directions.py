@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sae.kernels_cpu import FAST
-from sae.precision import Precision
+from sae.precision import FloatPrecision
 
 Floats = NDArray[np.float64]
 
@@ -108,7 +108,7 @@ class Screen:
     """the largest distance of a rounded row from the true one"""
 
     @classmethod
-    def of(cls, directions: Directions, precision: Precision, device: torch.device | str) -> Screen:
+    def of(cls, directions: Directions, precision: FloatPrecision, device: torch.device | str) -> Screen:
         kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
         out = torch.empty(directions.rows.shape, dtype=kind, device=device)
         error = 0.0

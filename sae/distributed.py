@@ -32,6 +32,7 @@ from torch import Tensor
 from sae import launch
 from sae.errors import BadInput, UserError
 from sae.job import Job, Mode
+from sae.memory import is_out_of_memory
 from sae.objective import Loss
 
 if TYPE_CHECKING:
@@ -316,6 +317,8 @@ def _lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo, NCCL and the store raise nothing finer
+        if is_out_of_memory(error):
+            raise
         reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
         raise RankLost(
             f"rank {launch.rank()} lost the others ({reason}); one may have been killed, for want of memory perhaps: "

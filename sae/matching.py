@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 from sae.candidates import TOLERANCE, Pairs, joined, shortlist, violations
 from sae.dense_matching import Matching, Nearest
 from sae.directions import Directions, Floats, Screen, cosines, plain_products
-from sae.precision import resolve
+from sae.precision import resolve_float
 from sae.sparse_assignment import Graph, Solution, greedy, solve
 
 Ints = NDArray[np.int32]
@@ -90,7 +90,7 @@ def _search(
     excess, rounds, formed, total = np.zeros(0), 0, 0, 0
     if len(a):
         with plain_products():
-            kind = resolve(precision, device)
+            kind = resolve_float(precision, device)
             screens = Screen.of(a, kind, device), Screen.of(b, kind, device)
             i, j, known = shortlist(*screens, min(k, m))
             pairs = Pairs(i, j, cosines(a, b, i, j))

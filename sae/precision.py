@@ -1,4 +1,4 @@
-"""Which arithmetic the dense encoder product of training is done in, decided by what the machine can do.
+"""Which arithmetic dense products are done in, decided by what the machine can do.
 
 By what it says of itself, not by timing it: two runs of one study must not differ because a machine was busy.
 What was decided is recorded with a run, so that seeds added on another machine are trained alike.
@@ -12,6 +12,7 @@ import torch
 
 from sae.errors import UserError
 
+FloatPrecision = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "int8"]
 Asked = Literal["auto", "float32", "bfloat16", "int8"]
 
@@ -28,7 +29,17 @@ def resolve(asked: Asked, device: torch.device | str) -> Precision:
         return asked
     if device.type == "cpu" and has_int8_products():
         return "int8"
-    return "bfloat16" if _multiplies_bfloat16(device) else "float32"
+    return resolve_float("auto", device)
+
+
+def resolve_float(asked: Literal["auto", "float32", "bfloat16"], device: torch.device | str) -> FloatPrecision:
+    """``asked``, or for "auto" bfloat16 where ``device`` has instructions that multiply it, else float32.
+
+    For products whose error has to be bounded whatever the numbers are: eight bits would leave too wide a bound.
+    """
+    if asked != "auto":
+        return asked
+    return "bfloat16" if _multiplies_bfloat16(torch.device(device)) else "float32"
 
 
 def has_int8_products() -> bool:

@@ -15,6 +15,7 @@ from rank_work import ARCHITECTURES_IN_DATA, steps_of
 from safetensors.torch import load_file
 
 from sae import launch
+from sae.distributed import RankLost, _lost_ranks
 from sae.errors import BadInput
 from sae.job import ALONE, choose_mode, together
 
@@ -221,3 +222,10 @@ def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(BadInput, match="--nproc-per-node 2"):
         rank_device("auto")
+
+
+def test_want_of_memory_is_not_taken_for_a_lost_rank() -> None:
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"), _lost_ranks():
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(RankLost, match="lost the others"), _lost_ranks():
+        raise RuntimeError("Connection closed by peer")

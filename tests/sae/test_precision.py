@@ -67,6 +67,7 @@ def test_it_is_what_was_asked_for_or_what_the_processor_says(monkeypatch: pytest
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: bool(avx))
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: bool(amx))
         assert precision.resolve("auto", "cpu") == expected
+        assert precision.resolve_float("auto", "cpu") == ("bfloat16" if avx or amx else "float32")
         for asked in ("float32", "bfloat16", "int8"):
             assert precision.resolve(asked, "cpu") == asked
     monkeypatch.delattr(torch.cpu, "_is_vnni_supported")
