@@ -1,0 +1,134 @@
+"""Explaining and scoring by a language model, killed at random moments: nothing is lost, nothing is paid for twice."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_server import FakeServer, Reply, sensible
+from tiny_study import journal, records
+
+from sae.files import read_table
+from sae.harvest_stage import harvest_runs
+from sae.settings import Settings
+from sae.stage import Compute
+from sae.train_stage import train_study
+
+CLI = Path(__file__).parents[2] / "cli.py"
+LATENTS = 16
+AT_ONCE = 4
+COMMANDS: tuple[tuple[str, ...], ...] = (
+    ("explain", "--latents", str(LATENTS)),
+    ("score", "--protocol", "single", "--control-latents", "4"),
+)
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_neox_dir: Path) -> Path:
+    """A root with one trained and harvested run."""
+    root = tmp_path_factory.mktemp("harvested")
+    settings = Settings().with_values(
+        subject={"model": str(tiny_neox_dir), "hookpoint": "layers.1.mlp"},
+        corpus={"kind": "text", "source": (argparse.__file__,), "context": 64},
+        training={"num_latents": 64, "k": 4, "tokens": 20_000, "batch_tokens": 1024},
+        harvest={"tokens": 30_000},
+        contexts={"n_explain": 10, "n_active": 10, "n_inactive": 10},
+    )
+    compute = Compute("cpu", 1)
+    harvest_runs(train_study("run", [0], settings, root, compute), compute)
+    return root
+
+
+class Slow:
+    """A server that takes its time, so that a kill finds requests under way."""
+
+    def __init__(self, seed: int) -> None:
+        self._chance = random.Random(seed)
+
+    def __call__(self, body: dict[str, Any]) -> Reply:
+        answer = sensible(body)
+        answer = Reply(answer) if isinstance(answer, str) else answer
+        return Reply(**{**vars(answer), "delay": self._chance.uniform(0.002, 0.02)})
+
+
+def start(root: Path, command: tuple[str, ...], server: FakeServer) -> subprocess.Popen[str]:
+    words = (*command, "--sae", "run_a", "--root", str(root), "--concurrency", str(AT_ONCE), "--llm-url", server.url)
+    return subprocess.Popen(
+        [sys.executable, str(CLI), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def to_the_end(root: Path, command: tuple[str, ...], server: FakeServer) -> None:
+    process = start(root, command, server)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+
+
+def killed(root: Path, command: tuple[str, ...], server: FakeServer, after: int, delay: float) -> bool:
+    """Kill the command ``delay`` seconds after it has sent ``after`` requests. Whether it had not ended by then."""
+    before = len(server.requests)
+    process = start(root, command, server)
+    while process.poll() is None and len(server.requests) < before + after:
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    return process.returncode < 0
+
+
+def outcome(root: Path) -> dict[str, Any]:
+    """What the commands left, without row numbers and times: the order in which answers come is the server's."""
+    stored = journal(root / "run_a" / "journal.sqlite")
+    text_of = {row["id"]: row["text"] for row in stored["explanation"]}
+    tables = {
+        name: sorted(
+            (
+                {k: v for k, v in row.items() if k not in ("id", "explanation_id", "created")}
+                | ({"of": text_of[row["explanation_id"]]} if "explanation_id" in row else {})
+                for row in stored[name]
+            ),
+            key=str,
+        )
+        for name in ("explanation", "verdict")
+    }
+    scores = read_table(root / "run_a" / "latents.scores.parquet").drop(columns="explanation_id")
+    rows = ({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in records(scores))
+    return {**tables, "scores": sorted(map(str, rows))}
+
+
+@pytest.mark.parametrize(
+    "kills", [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(900)])], ids=lambda n: f"{n} kills"
+)
+def test_killed_at_random_moments(kills: int, harvested: Path, tmp_path: Path) -> None:
+    root, undisturbed = (Path(shutil.copytree(harvested, tmp_path / name)) for name in ("root", "undisturbed"))
+    chance = random.Random(kills)
+    with FakeServer(Slow(0)) as server:
+        for command in COMMANDS:
+            to_the_end(undisturbed, command, server)
+        needed = len(server.requests)
+    assert needed > 20 * LATENTS
+    deaths = 0
+    with FakeServer(Slow(1)) as server:
+        for command, share in zip(COMMANDS, (0.2, 0.8), strict=True):
+            for _ in range(round(share * kills)):
+                after = chance.randint(1, max(1, 2 * needed // (3 * kills))) if command[0] == "score" else 2
+                deaths += killed(root, command, server, after, chance.uniform(0, 0.03))
+            to_the_end(root, command, server)
+        asked = len(server.requests)
+    assert deaths == kills
+    # What was under way when the process died is lost: at most one request for each slot and death.
+    assert needed <= asked <= needed + kills * AT_ONCE
+    assert outcome(root) == outcome(undisturbed)
