@@ -434,8 +434,8 @@ def _print_runs(found: list[Run]) -> None:
 def main() -> None:
     arguments = sys.argv[1:] or ["--help"]
     with one_line_errors("--json" in arguments):
-        if launch.launched() and arguments[0] != "train":
-            raise BadInput(f"torchrun is for `train` alone; run `python cli.py {arguments[0]}` without it")
+        if launch.launched() and arguments[0] not in ("train", "harvest"):
+            raise BadInput(f"torchrun is for `train` and `harvest`; run `python cli.py {arguments[0]}` without it")
         prog_name = "python cli.py" if sys.argv[0].endswith("cli.py") else None
         code = app(args=spread_lists(arguments), prog_name=prog_name, standalone_mode=False)
     if code == INTERRUPTED:

@@ -61,7 +61,7 @@ def overlaps(runs: Sequence[Run]) -> dict[str, float]:
 
 def chosen_differently(run: Run, mode: Precision, compute: Compute, root: Path) -> dict[str, float]:
     """For real activations and the run's weights: of tokens and of slots, the fraction in which ``mode`` differs."""
-    source = open_source([run.settings], root, compute, keep=False)
+    source = open_source([run.settings], root, compute, cache="none")
     training = run.settings.training
     stream = source.stream(run.settings.subject.hookpoint)
     batches = TrainingBatches(stream, training.tokens, training.batch_tokens, run.settings.corpus.order_seed)

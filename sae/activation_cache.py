@@ -43,12 +43,27 @@ class ActivationCache:
     Attributes:
         folder: where it lies.
         slots: how many of the corpus's sequences it has room for, the first ones in block order.
+        fills: whether this process may fill slots; of several at one cache, one does.
     """
 
-    def __init__(self, folder: Path, slots: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self.folder, self.slots = folder, slots
+    def __init__(
+        self, folder: Path, slots: int, shape: tuple[int, int], dtype: torch.dtype, fills: bool = True
+    ) -> None:
+        self.folder, self.slots, self.fills = folder, slots, fills
         self._shape, self._dtype = shape, dtype
         self._slot_bytes = slot_bytes(shape, dtype)
+        if fills:
+            self._prepare()
+        self._slots_file = os.open(folder / "slots.bin", os.O_RDWR if fills else os.O_RDONLY)
+        self._sums_file = os.open(folder / "sums.bin", os.O_RDWR if fills else os.O_RDONLY)
+        self._close = weakref.finalize(self, _close_files, self._slots_file, self._sums_file)
+        self._sums = np.frombuffer(os.pread(self._sums_file, slots * _SUM_BYTES, 0), dtype="<u8").copy()
+        self._full = False
+        self._damaged = 0
+
+    def _prepare(self) -> None:
+        """Make the files, or bring those of another limit to size; what is of another form goes."""
+        folder, shape, dtype = self.folder, self._shape, self._dtype
         folder.mkdir(parents=True, exist_ok=True)
         meta = {"shape": list(shape), "dtype": str(dtype), "checksum": "xxh3-64"}
         try:
@@ -60,15 +75,12 @@ class ActivationCache:
                 (folder / name).unlink(missing_ok=True)
             write_json(folder / _META, meta)
         os.utime(folder / _META)  # its age says which cache has not been used for longest
-        self._slots_file = os.open(folder / "slots.bin", os.O_RDWR | os.O_CREAT, 0o644)
-        self._sums_file = os.open(folder / "sums.bin", os.O_RDWR | os.O_CREAT, 0o644)
-        self._close = weakref.finalize(self, _close_files, self._slots_file, self._sums_file)
-        os.truncate(self._sums_file, slots * _SUM_BYTES)
-        if os.fstat(self._slots_file).st_size > slots * self._slot_bytes:  # of a larger limit
-            os.truncate(self._slots_file, slots * self._slot_bytes)
-        self._sums = np.frombuffer(os.pread(self._sums_file, slots * _SUM_BYTES, 0), dtype="<u8").copy()
-        self._full = False
-        self._damaged = 0
+        slots_path, sums_path = folder / "slots.bin", folder / "sums.bin"
+        for path in (slots_path, sums_path):
+            path.touch(0o644)
+        os.truncate(sums_path, self.slots * _SUM_BYTES)
+        if slots_path.stat().st_size > self.slots * self._slot_bytes:  # of a larger limit
+            os.truncate(slots_path, self.slots * self._slot_bytes)
 
     def has(self, slots: np.ndarray) -> np.ndarray:
         """Which of ``slots [n]`` are filled: bool ``[n]``."""
@@ -77,7 +89,7 @@ class ActivationCache:
 
     def takes(self, slots: np.ndarray) -> bool:
         """Whether ``slots`` could be filled: they lie within the limit, and the disk has not become full."""
-        return not self._full and bool((slots < self.slots).all())
+        return self.fills and not self._full and bool((slots < self.slots).all())
 
     def get(self, slots: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         """The contents of filled ``slots [n]``: ``[n, T, D]`` on the CPU, and which of them are whole, bool ``[n]``.
@@ -163,6 +175,18 @@ def open_caches(
         for name in names
         if slots[name]
     }
+
+
+def caches_to_read(corpus: Corpus, subject: Subject, hookpoints: Sequence[str]) -> dict[str, ActivationCache]:
+    """The caches that another process has opened by :func:`open_caches` and may be filling, to read what they hold."""
+    found = {}
+    for name in (subject.resolve(hookpoint) for hookpoint in hookpoints):
+        folder = corpus.folder / "activations" / _cache_key(corpus, subject, name)
+        if (folder / "sums.bin").is_file():
+            slots = (folder / "sums.bin").stat().st_size // _SUM_BYTES
+            shape = corpus.context, subject.width(name)
+            found[name] = ActivationCache(folder, slots, shape, subject.dtype, fills=False)
+    return found
 
 
 def slot_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:

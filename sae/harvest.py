@@ -27,6 +27,8 @@ from sae.errors import BadInput, SettingsDiffer, UserError
 from sae.files import mapping_differences, read_json, write_json
 from sae.firing_index import SORTED_FILES, Piece, build_index
 from sae.firings import SCHEMA, STORE_FILE, Array, Ints, read_record
+from sae.job import ALONE
+from sae.job import Job as RankJob
 from sae.progress import say, track
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def harvest(
     window: int,
     order_seed: int,
     weights: Mapping[str, str] | None = None,
+    ranks: RankJob = ALONE,
 ) -> None:
     """Record the firings of ``saes`` over the first ``tokens`` tokens of the corpus order, in one pass.
 
@@ -60,6 +63,7 @@ def harvest(
         window: tokens in a window; what is left over at the end of a sequence is not harvested.
         order_seed: the seed of the corpus order (epoch 0).
         weights: each run's weights digest, recorded as provenance; computed here where it is not given.
+        ranks: the processes that harvest together, each some of the shards; all call this with the same arguments.
 
     Runs whose store already holds as many tokens take no part. Raises :class:`SettingsDiffer` where a
     finished store was harvested from something else, and a one-line :class:`UserError` for activations
@@ -75,19 +79,27 @@ def harvest(
     order = corpus.order(0, order_seed)
     study = _provenance(stream, order, order_seed, window)
     pieces = _pieces(n_sequences, study["sequences_per_shard"])
-    pending = []
+    jobs = []
     for name, sae in saes.items():
         digest = (weights or {}).get(name) or weights_digest(sae)
         job = _Job(name, sae, folders[name], {**study, "num_latents": sae.num_latents, "weights": digest}, pieces)
-        if job.begin():
-            pending.append(job)
+        jobs.append(job)
+    label = f"harvest {' '.join(saes)}"
+    begun = ranks.first(f"{label} begun", lambda: [job.name for job in jobs if job.begin()])
+    pending = [job for job in jobs if job.name in begun]
     if not pending:
         return
     order = order[:n_sequences]
+    # Rank 0 looks at what is there before any rank adds to it.
+    lacking = ranks.first(f"{label} lacking", lambda: [[job.name for job in pending if job.lacks(p)] for p in pieces])
+    missing = [(p, [job for job in pending if job.name in names]) for p, names in zip(pieces, lacking, strict=True)]
+    missing = [(piece, jobs) for piece, jobs in missing if jobs]
     with _disk_full_is_told(pending[0].folder):
-        _encode_missing(stream, pending, pieces, order, window)
-        for job in pending:
+        _encode_missing(stream, missing, order, window, ranks)
+        ranks.barrier()
+        for job in pending if ranks.rank == 0 else []:
             job.finish(corpus, order)
+    ranks.barrier()
 
 
 def weights_digest(sae: Sae) -> str:
@@ -178,15 +190,21 @@ class _Job:
                 shutil.rmtree(folder)
 
 
-def _encode_missing(stream: ActivationStream, jobs: list[_Job], pieces: list[Piece], order: Ints, window: int) -> None:
-    """Encode and write every shard that some run lacks."""
+def _encode_missing(
+    stream: ActivationStream, missing: list[tuple[Piece, list[_Job]]], order: Ints, window: int, ranks: RankJob
+) -> None:
+    """Encode and write this rank's part of the shards that some runs lack."""
     corpus = stream.corpus
     used = corpus.context // window * window
-    missing = [(piece, lacking) for piece in pieces if (lacking := [job for job in jobs if job.lacks(piece)])]
     left = sum(piece.stop - piece.start for piece, _ in missing) * used
-    total = len(order) * used
-    with track(f"harvest {' '.join(job.name for job in jobs)}", total, "tokens", done=total - left) as bar:
-        for piece, lacking in missing:
+    done = len(order) * used - left
+    names = dict.fromkeys(job.name for _, lacking in missing for job in lacking)
+    with track(f"harvest {' '.join(names)}", len(order) * used, "tokens", done=done) as bar:
+        for turn, (piece, lacking) in enumerate(missing):
+            if turn % ranks.size != ranks.rank:
+                # About now another rank is done with it.
+                bar.advance((piece.stop - piece.start) * used)
+                continue
             parts: list[list[_Coded]] = [[] for _ in lacking]
             for start in range(piece.start, piece.stop, corpus.block_rows):
                 rows = order[start : min(start + corpus.block_rows, piece.stop)]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sae.errors import BadInput, NotFound
 from sae.files import digest, write_table
+from sae.job import Job, together_at_text
 from sae.progress import human, say
 from sae.run import Run, all_runs
 from sae.stage import Compute, Source, check_same_inputs, only_one, open_source, shares_source
@@ -35,22 +37,36 @@ def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = Non
     """
     for run in runs:
         need_trained(run)
-    sources: dict[Any, list[Run]] = {}
-    for run in runs:
-        if tokens is not None or not is_harvested(run):
-            sources.setdefault(shares_source(run.settings), []).append(run)
-    for sharing in sources.values():
-        studies = by_study(sharing)
-        with ExitStack() as locks:
-            for study in sorted(studies):
-                locks.enter_context(only_one(sharing[0].root, study))
-            source = open_source([run.settings for run in sharing], sharing[0].root, compute)
-            for of_study in studies.values():
-                _harvest_study(source, of_study, tokens or of_study[0].settings.harvest.tokens)
+    with together_at_text(compute.device) as (job, device):
+        # Rank 0 decides, before anything is written: the others may look at the disk a moment later.
+        lacking = job.first(
+            "lacking", lambda: [run.name for run in runs if tokens is not None or not is_harvested(run)]
+        )
+        sources: dict[Any, list[Run]] = {}
+        for run in runs:
+            if run.name in lacking:
+                sources.setdefault(shares_source(run.settings), []).append(run)
+        for number, sharing in enumerate(sources.values()):
+            _harvest_sharing(sharing, replace(compute, device=device), tokens, job, f"source {number}")
+
+
+def _harvest_sharing(sharing: list[Run], compute: Compute, tokens: int | None, job: Job, label: str) -> None:
+    """Harvest runs that share a model and a text."""
+    studies = by_study(sharing)
+    with ExitStack() as locks:
+        for study in sorted(studies) if job.rank == 0 else []:
+            locks.enter_context(only_one(sharing[0].root, study))
+        with job.first_then_others(label):
+            cache: Literal["fill", "read"] = "fill" if job.rank == 0 else "read"
+            source = open_source([run.settings for run in sharing], sharing[0].root, compute, cache)
+        for of_study in studies.values():
+            _harvest_study(source, of_study, tokens or of_study[0].settings.harvest.tokens, job)
+        job.barrier()
+        if job.rank == 0:
             _delete_caches_of_no_more_use(source, sharing[0].root)
 
 
-def _harvest_study(source: Source, runs: list[Run], tokens: int) -> None:
+def _harvest_study(source: Source, runs: list[Run], tokens: int, job: Job) -> None:
     from sae.firings import FiringStore, latent_statistics
     from sae.harvest import harvest
 
@@ -78,8 +94,9 @@ def _harvest_study(source: Source, runs: list[Run], tokens: int) -> None:
         window=settings.harvest.window,
         order_seed=settings.corpus.order_seed,
         weights={run.name: run.weights_digest for run in runs},
+        ranks=job,
     )
-    for run in runs:
+    for run in runs if job.rank == 0 else []:
         store = FiringStore.open(run.firings_folder)
         inputs = _firing_inputs(run, store)
         if run.stage_inputs("firing") != inputs:

@@ -1,7 +1,7 @@
-"""Several processes at one training: what each of them does, and which one writes.
+"""Several processes at one training or harvest: what each of them does, and which one writes.
 
-``torchrun … cli.py train`` starts the same command several times over; each process is a *rank*. A training can be
-split in two ways:
+``torchrun … cli.py train`` starts the same command several times over; each process is a *rank*. A harvest is split by
+pieces of the text, and its files are those of one process. A training can be split in two ways:
 
 - ``seeds``: every rank trains some of the seeds, on the same batches as all others. Seeds share nothing but the
   batches, so on CPUs with the same number of threads a rank the weights are bit for bit those of one process.
@@ -113,17 +113,32 @@ def together(parallel: str | None, seeds: int, device: str) -> Iterator[tuple[Jo
 
     ``parallel`` is "seeds", "data", or None where the user leaves the choice to us; ``device`` what the user said.
     """
+    if parallel is not None and not launch.launched():
+        raise BadInput(
+            f"--parallel {parallel} is for several processes; start them with "
+            "`torchrun --standalone --nproc-per-node 2 cli.py train …`"
+        )
+    mode, line = choose_mode(parallel, seeds, launch.size())
+    with _met(mode, line, device) as met:
+        yield met
+
+
+@contextmanager
+def together_at_text(device: str) -> Iterator[tuple[Job, str]]:
+    """:func:`together` for work that is split by pieces of the text."""
+    line = f"{launch.size()} ranks: the text is split over them, the same files as from one process"
+    with _met("seeds", line, device) as met:
+        yield met
+
+
+@contextmanager
+def _met(mode: Mode, line: str, device: str) -> Iterator[tuple[Job, str]]:
+    """Meet the other ranks, if there are any, and say ``line``."""
     if not launch.launched():
-        if parallel is not None:
-            raise BadInput(
-                f"--parallel {parallel} is for several processes; start them with "
-                "`torchrun --standalone --nproc-per-node 2 cli.py train …`"
-            )
         yield ALONE, device
         return
     from sae.distributed import joined, rank_device
 
-    mode, line = choose_mode(parallel, seeds, launch.size())
     say(line)
     device = rank_device(device)
     with joined(mode, device) as job:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -72,9 +72,14 @@ def shares_source(settings: Settings) -> tuple[Any, ...]:
     return settings.subject.model, settings.subject.dtype, settings.corpus
 
 
-def open_source(of: Sequence[Settings], root: Path, compute: Compute, keep: bool = True) -> Source:
-    """The model, the text and the hookpoints of settings that share a source; with caches on disk if ``keep``."""
-    from sae.activation_cache import open_caches
+def open_source(
+    of: Sequence[Settings], root: Path, compute: Compute, cache: Literal["fill", "read", "none"] = "fill"
+) -> Source:
+    """The model, the text and the hookpoints of settings that share a source, and what is done with caches on disk.
+
+    Of several processes at one root, the first may fill them; the others open them after it, to read.
+    """
+    from sae.activation_cache import caches_to_read, open_caches
     from sae.activations import open_streams
     from sae.corpus import prepare_corpus
     from sae.subject import Subject, load_tokenizer
@@ -87,7 +92,9 @@ def open_source(of: Sequence[Settings], root: Path, compute: Compute, keep: bool
     _, tokenizer_fingerprint = load_tokenizer(first.subject.model)
     corpus = prepare_corpus(first.corpus, subject.tokenizer, tokenizer_fingerprint, root)
     limit = min(settings.training.activation_cache for settings in of)
-    caches = open_caches(corpus, subject, hookpoints, limit) if keep else {}
+    caches = open_caches(corpus, subject, hookpoints, limit) if cache == "fill" else {}
+    if cache == "read":
+        caches = caches_to_read(corpus, subject, hookpoints)
     return Source(subject, corpus, open_streams(subject, corpus, hookpoints, caches))
 
 

@@ -162,7 +162,7 @@ def _train_together(
     from sae.trainer import train_groups
 
     with job.first_then_others(label):
-        source = open_source([each.settings for each in todo], root, compute, keep=job.rank == 0)
+        source = open_source([each.settings for each in todo], root, compute, cache="fill" if job.rank == 0 else "none")
     batches = [_batches(source, each.settings) for each in todo]
     mine = set(job.share([run.name for each in todo for run, _ in each.missing]))
     parts = [_part(source, each, mine) for each in todo]

@@ -8,12 +8,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import test_firings
 import torch
 from safetensors.torch import save_file
 
@@ -25,7 +27,7 @@ from sae.architectures import ARCHITECTURES
 from sae.corpus import Corpus
 from sae.dictionary import Sae
 from sae.errors import BadInput
-from sae.job import ALONE, Job, together
+from sae.job import ALONE, Job, together, together_at_text
 from sae.learner import TrainLog
 from sae.progress import say, track
 from sae.settings import TrainingSettings
@@ -43,6 +45,7 @@ RANKS = {
     "data_killed": 2,
     "data_resumed": 2,
     "one_pass_for_all_ranks": 2,
+    "harvest_over_ranks": 3,
     "what_they_hand_each_other": 3,
     "the_same_mistake_everywhere": 2,
     "a_mistake_before_they_meet": 2,
@@ -124,6 +127,7 @@ def alone(folder: Path) -> None:
         trained(folder / architecture, [0, 1], architecture=architecture, dtype=torch.float64)
     for name, caches in (("held", no_caches), ("cached", both_caches)):
         _read_all(folder / name, ALONE, caches, {})
+    _harvest_twice(folder / "harvest", ALONE)
 
 
 def seeds_over_ranks(folder: Path) -> None:
@@ -258,6 +262,26 @@ def _read_all(folder: Path, job: Job, caches: Caches, events: Mapping[int, Calla
         read += [first, second]
     save_file({f"{i:02d}": x.clone() for i, x in enumerate(read)}, folder / f"{job.rank}.safetensors")
     (folder / f"{job.rank}.json").write_text(json.dumps(subject.passes))
+
+
+def harvest_over_ranks(folder: Path) -> None:
+    with together_at_text("cpu") as (job, _):
+        _harvest_twice(folder, job)
+
+
+def _harvest_twice(folder: Path, job: Job) -> None:
+    """Two runs, of which one has harvested a little before; then both of them, more."""
+    with ExitStack() as small:
+        small.enter_context(patch("sae.corpus.BLOCK_TOKENS", 2 * test_firings.T))
+        small.enter_context(patch("sae.harvest.SHARD_BLOCKS", 2))  # four sequences a shard, so that there are several
+        with job.first_then_others("corpus"):
+            tokens = np.random.default_rng(0).integers(0, 25, (test_firings.N, test_firings.T))
+            place = folder / "corpora" / "c0ffee"
+            corpus = test_firings.a_corpus(place, tokens) if job.rank == 0 else Corpus.open(place)
+        stream = test_firings.FakeStream(corpus)
+        test_firings.run(stream, folder, "a", tokens=10 * test_firings.USED, ranks=job)
+        test_firings.run(stream, folder, "ab", ranks=job)
+    (folder / f"asked-{job.rank}.json").write_text(json.dumps(stream.asked))
 
 
 def _damage(folder: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_activations import HOOKPOINT, cache_of, corpus, expected, forwards, small_blocks, subject  # noqa: F401
 
-from sae.activation_cache import ActivationCache, open_caches
+from sae.activation_cache import ActivationCache, caches_to_read, open_caches
 from sae.activations import ActivationStream
 from sae.corpus import Corpus
 from sae.subject import Subject
@@ -55,6 +55,25 @@ def test_every_precision_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Pa
     assert whole.all()
     assert torch.equal(back, values[[4, 0, 1]])
     assert (tmp_path / "c" / "slots.bin").stat().st_size <= 10 * 4 * 3 * dtype.itemsize
+
+
+def test_who_only_reads_finds_what_was_there_and_changes_nothing(
+    subject: Subject, corpus: Corpus, forwards: list[int]
+) -> None:
+    filled = cache_of(corpus, subject)
+    everything = np.arange(corpus.n_sequences)
+    half = everything[: corpus.block_rows]
+    values = ActivationStream(subject, corpus, HOOKPOINT, filled).rows(half)
+    before = {path.name: path.read_bytes() for path in filled.folder.iterdir()}
+    forwards.clear()
+    reader = caches_to_read(corpus, subject, [HOOKPOINT, "layers.0.mlp"])
+    assert list(reader) == [subject.resolve(HOOKPOINT)]  # of the other hookpoint nothing is there
+    stream = ActivationStream(subject, corpus, HOOKPOINT, reader[subject.resolve(HOOKPOINT)])
+    assert torch.equal(stream.rows(half), values)
+    assert forwards == []
+    stream.rows(everything)
+    assert forwards
+    assert {path.name: path.read_bytes() for path in filled.folder.iterdir()} == before
 
 
 # --- damage -----------------------------------------------------------------------------------------------

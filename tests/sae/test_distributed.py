@@ -13,6 +13,7 @@ import pytest
 import torch
 from rank_work import ARCHITECTURES_IN_DATA, steps_of
 from safetensors.torch import load_file
+from test_firings import files
 
 from sae import launch
 from sae.distributed import RankLost, _lost_ranks
@@ -68,6 +69,18 @@ def test_seeds_over_ranks_are_bit_for_bit_those_of_one_process(ran: Path, scenar
 def test_every_seed_goes_on_from_its_own_last_step(ran: Path) -> None:
     there = well(ran / "seeds_with_different_last_steps")
     assert [read(there / f"{seed}.json")["resumed_from"] for seed in range(3)] == [20, 30, 0]
+
+
+def test_a_harvest_over_ranks_is_byte_for_byte_that_of_one_process(ran: Path) -> None:
+    """Into new stores and into one that is added to; and each rank reads its own part of the text."""
+    there, alone = well(ran / "harvest_over_ranks"), ran / "alone/harvest"
+    for name in "ab":
+        one, other = (files(root / name / "firings") for root in (alone, there))
+        assert one == other
+        assert len(one) > 10
+    asked = [read(there / f"asked-{rank}.json") for rank in range(3)]
+    assert all(asked)
+    assert sorted(row for of_rank in asked for row in of_rank) == sorted(read(alone / "asked-0.json"))
 
 
 def test_only_rank_0_speaks(ran: Path) -> None:
