@@ -83,6 +83,7 @@ def train(
     dtype: opt.Dtype = None,
     threads: opt.Threads = None,
     parallel: opt.Parallel = None,
+    controls: opt.Controls = True,
     wandb: opt.Wandb = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -113,7 +114,7 @@ def train(
     )
     studies = studies_of(name, settings, hookpoint or [], seeds or [0, 1, 2])
     tracker = _tracker(wandb)
-    trained = train_studies(studies, root, _compute(device, threads), parallel, tracker)
+    trained = train_studies(studies, root, _compute(device, threads), parallel, tracker, controls)
     runs = [run for of_study in trained for run in of_study]
     finish(as_json, "train", lambda: _runs_object(runs), lambda: _print_runs(runs))
 

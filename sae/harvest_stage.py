@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sae.controls import controls_of
 from sae.errors import BadInput, NotFound
 from sae.files import digest, write_table
 from sae.job import Job, together_at_text
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = None) -> None:
-    """Fill the firing stores of ``runs``, those of one study in one pass over the subject model.
+    """Fill the firing stores of ``runs`` and of their studies' controls, in one pass over the subject model.
 
     Studies of other hookpoints of the same model and text are harvested one after the other, out of what the first
     pass has put into their caches. Without ``tokens`` a store that is there is enough; with it, one that holds fewer is
@@ -37,6 +38,8 @@ def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = Non
     """
     for run in runs:
         need_trained(run)
+    controls = {control.name: control for run in runs for control in controls_of(run).values()}
+    runs = [*runs, *(control for name, control in controls.items() if name not in {run.name for run in runs})]
     with together_at_text(compute.device) as (job, device):
         # Rank 0 decides, before anything is written: the others may look at the disk a moment later.
         lacking = job.first(
@@ -52,21 +55,29 @@ def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = Non
 
 def _harvest_sharing(sharing: list[Run], compute: Compute, tokens: int | None, job: Job, label: str) -> None:
     """Harvest runs that share a model and a text."""
-    studies = by_study(sharing)
     with ExitStack() as locks:
-        for study in sorted(studies) if job.rank == 0 else []:
+        for study in sorted({run.study for run in sharing}) if job.rank == 0 else []:
             locks.enter_context(only_one(sharing[0].root, study))
         with job.first_then_others(label):
             cache: Literal["fill", "read"] = "fill" if job.rank == 0 else "read"
             source = open_source([run.settings for run in sharing], sharing[0].root, compute, cache)
-        for of_study in studies.values():
-            _harvest_study(source, of_study, tokens or of_study[0].settings.harvest.tokens, job)
+        for alike in _alike(sharing):
+            _harvest_alike(source, alike, tokens or alike[0].settings.harvest.tokens, job)
         job.barrier()
         if job.rank == 0:
             _delete_caches_of_no_more_use(source, sharing[0].root)
 
 
-def _harvest_study(source: Source, runs: list[Run], tokens: int, job: Job) -> None:
+def _alike(runs: list[Run]) -> list[list[Run]]:
+    """Runs that one pass harvests: of one hookpoint, over the same tokens in the same order."""
+    found: dict[Any, list[Run]] = {}
+    for run in runs:
+        settings = run.settings
+        found.setdefault((run.record["hookpoint"], settings.harvest, settings.corpus.order_seed), []).append(run)
+    return list(found.values())
+
+
+def _harvest_alike(source: Source, runs: list[Run], tokens: int, job: Job) -> None:
     from sae.firings import FiringStore, latent_statistics
     from sae.harvest import harvest
 

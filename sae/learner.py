@@ -64,6 +64,7 @@ class Plan:
     bandwidth: float
     log_every: int
     precision: Precision
+    frozen: str
 
     @classmethod
     def of(cls, settings: TrainingSettings, steps: int, d_in: int, device: str | torch.device = "cpu") -> Plan:
@@ -77,6 +78,7 @@ class Plan:
             bandwidth=settings.bandwidth,
             log_every=max(1, steps // _LOG_ROWS),
             precision=resolve(settings.precision, device),
+            frozen=settings.frozen,
         )
 
     def rate(self, step: int) -> float:
@@ -130,6 +132,8 @@ class Learner:
         loss, gradient = job.total(*found)
         self._check(loss, gradient, step)
         for name, weight in self.sae.parameters().items():
+            if self.plan.frozen == "everything" or (self.plan.frozen == "decoder" and name == "W_dec"):
+                continue
             kernels.adam(
                 weight,
                 gradient[name],

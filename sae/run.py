@@ -88,7 +88,8 @@ class Run:
     def open(cls, name: str, root: Path | str = DEFAULT_ROOT) -> Run:
         run = cls(name, Path(root))
         if not (run.folder / "run.json").is_file():
-            known = [r.name for r in all_runs(run.root)]
+            runs = all_runs(run.root)
+            known = [r.name for r in runs if not r.is_control] or [r.name for r in runs]
             hint = f"did you mean {nearest(name, known)}?" if known else "train one with `python cli.py train`"
             raise NotFound(f"run {name!r} does not exist under {str(run.root)!r}; {hint}")
         return run
@@ -160,6 +161,11 @@ class Run:
     def k(self) -> int | None:
         """Latents that fire per token, or that training aimed at; ``None`` where an imported one does not say."""
         return self.imported["k"] if self.imported else self.settings.training.k
+
+    @property
+    def is_control(self) -> bool:
+        """Whether some of its weights were kept from learning (see :mod:`sae.controls`)."""
+        return not self.imported and self.settings.training.frozen != "nothing"
 
     @property
     def origin(self) -> str:
@@ -250,8 +256,9 @@ def study_runs(study: str, root: Path) -> list[Run]:
 
 
 def newest_study(root: Path) -> list[Run]:
-    """The runs of the study that was begun last."""
+    """The runs of the study that was begun last; controls do not count where there is anything else."""
     runs = all_runs(root)
+    runs = [run for run in runs if not run.is_control] or runs
     if not runs:
         raise NotFound(f"there are no runs under {str(root)!r}; train some with `python cli.py train --name run`")
     return study_runs(max(runs, key=lambda r: r.record["created"]).study, root)

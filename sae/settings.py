@@ -75,6 +75,9 @@ class TrainingSettings(_Table):
         description="of the product by which training chooses latents (topk, batchtopk, AuxK); "
         "auto: the fewest bits that the machine has instructions for (int8 on CPUs only)",
     )
+    frozen: Literal["nothing", "decoder", "everything"] = Field(
+        "nothing", description="weights that stay as they were drawn, for controls (sae/controls.py)"
+    )
     checkpoint_steps: int = Field(500, ge=1, description="steps between checkpoints of an unfinished run")
     activation_cache: Annotated[int, BeforeValidator(_amount)] = Field(
         8 * 10**9, ge=0, description="bytes of activations kept on disk until the harvest, such as '8G'; 0: none"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae.controls import with_controls
 from sae.errors import BadInput, UserError
 from sae.files import mapping_differences, write_table
 from sae.job import together
@@ -58,15 +59,19 @@ def train_studies(
     compute: Compute,
     parallel: str | None = None,
     tracker: Tracker | None = None,
+    controls: bool = False,
 ) -> list[list[Run]]:
     """Train one SAE per seed of every study. Returns each study's runs in the order of its seeds.
 
     Within a study every seed sees the same batches in the same order; runs that exist are not touched. Studies with the
     same subject, corpus and size of a step share one pass over the activations; give ``corpus.max_tokens`` where a data
     set without end is to be shared by studies of different lengths. ``parallel`` says how the ranks that torchrun
-    started share the work (see :mod:`sae.job`); ``tracker`` is told of every new row of the training logs.
+    started share the work (see :mod:`sae.job`); ``tracker`` is told of every new row of the training logs. With
+    ``controls`` each study gets its controls too (:mod:`sae.controls`), whose runs are not returned.
     """
-    studies = [replace(study, settings=_bounded(study.settings)) for study in studies]
+    studies, asked_for = [replace(study, settings=_bounded(study.settings)) for study in studies], len(studies)
+    if controls:
+        studies = with_controls(studies, root)
     names = [study.name for study in studies]
     if len(set(names)) < len(names):
         raise BadInput(f"studies {', '.join(names)}: give each name once")
@@ -83,13 +88,13 @@ def train_studies(
         todo = [each for each in todo if each.missing]
         if not todo:
             say(f"train: {', '.join(run.name for of_study in runs for run in of_study)}: already trained")
-            return runs
+            return runs[:asked_for]
         with ExitStack() as locks:
             for name in sorted(each.study.name for each in todo) if job.rank == 0 else []:
                 locks.enter_context(only_one(root, name))
             for number, sharing in enumerate(_sharing(todo)):
                 _train_together(sharing, root, replace(compute, device=device), job, tracker, f"source {number}")
-    return runs
+    return runs[:asked_for]
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def tiny_done(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> tu
     """A study of two seeds with every stage done through the commands, and what each said. To read, not to change."""
     root = tmp_path_factory.mktemp("study") / "runs"
     steps: dict[str, Sequence[object]] = {
-        "train": ("--name", "run", "--seeds", 0, 1, "--recipe", tiny_recipe),
+        "train": ("--name", "run", "--seeds", 0, 1, "--no-controls", "--recipe", tiny_recipe),
         "harvest": (),
         "align": ("run_a", "run_b"),
         "explain": ("--sae", "run_a", "--unshared-only", "--definition", "lenient", "--latents", 6),

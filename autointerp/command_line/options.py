@@ -128,6 +128,14 @@ ActivationCache = Annotated[
         "--activation-cache", help="Bytes of activations kept on disk until the harvest. Default: 8G; 0: none."
     ),
 ]
+Controls = Annotated[
+    bool,
+    typer.Option(
+        "--controls/--no-controls",
+        help="Also train what scores are held against: an SAE whose random decoder is never trained (NAME-frozen_a), "
+        "about as long as one more seed, and one that is not trained at all (NAME-untrained_a).",
+    ),
+]
 Wandb = Annotated[
     str | None, typer.Option("--wandb", metavar="PROJECT", help="Also log to this project of Weights & Biases.")
 ]

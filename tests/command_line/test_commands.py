@@ -79,7 +79,7 @@ def test_runs_says_how_far_each_has_come(tiny_done: tuple[Path, dict[str, Ran]])
 @pytest.mark.parametrize("command", ["train", "harvest", "align", "explain", "score", "report", "show", "runs"])
 def test_the_same_for_people(command: str, root: Path, recipe: Path) -> None:
     more: dict[str, Sequence[object]] = {
-        "train": ("--recipe", recipe, "--seeds", 0, 1),
+        "train": ("--recipe", recipe, "--no-controls", "--seeds", 0, 1),
         "explain": ("--latents", 2),
         "show": ("--latent", 3),
     }
@@ -98,7 +98,10 @@ def test_a_second_call_does_nothing(root: Path, recipe: Path, monkeypatch: pytes
     monkeypatch.setattr("autointerp.judges.ngram.NgramJudge.judge", refuse)
     monkeypatch.setattr("sae.subject.Subject.load", refuse)
     monkeypatch.setattr("sae.alignment.align", refuse)
-    assert "already trained" in cli("train", "--seeds", 0, 1, "--recipe", recipe, "--root", root).well().err
+    assert (
+        "already trained"
+        in cli("train", "--no-controls", "--seeds", 0, 1, "--recipe", recipe, "--root", root).well().err
+    )
     cli("harvest", "--root", root).well()
     cli("align", "--root", root).well()
     again = cli("explain", "--unshared-only", "--definition", "lenient", "--latents", 6, "--root", root, "--json")
@@ -203,7 +206,9 @@ def test_nulls_can_be_left_out_and_come_later(root: Path) -> None:
 
 
 def test_runs_of_different_studies_are_aligned_by_force_and_it_is_said(root: Path, recipe: Path) -> None:
-    cli("train", "--name", "other", "--seeds", 0, "--tokens", "10k", "--recipe", recipe, "--root", root).well()
+    cli(
+        "train", "--no-controls", "--name", "other", "--seeds", 0, "--tokens", "10k", "--recipe", recipe, "--root", root
+    ).well()
     before = tree(root, under="run_*")
     cli("align", "run_a", "other_a", "--root", root, "--json").failed_in_one_line("different studies", "--force")
     ran = cli("align", "run_a", "other_a", "--force", "--root", root, "--json").well()
@@ -219,7 +224,7 @@ def test_runs_of_different_studies_are_aligned_by_force_and_it_is_said(root: Pat
 
 def test_seeds_grow_without_touching_what_exists(root: Path, recipe: Path) -> None:
     before = {**tree(root, under="run_*"), **tree(root, under="alignments")}
-    grown = cli("train", "--seeds", 0, 1, 2, "--recipe", recipe, "--root", root, "--json").well()
+    grown = cli("train", "--no-controls", "--seeds", 0, 1, 2, "--recipe", recipe, "--root", root, "--json").well()
     assert [run["name"] for run in grown.json["runs"]] == ["run_a", "run_b", "run_c"]
     assert {**tree(root, under="run_[ab]"), **tree(root, under="alignments")} == before
     # A stage that now wants the third run brings it up, and leaves the weights, stores and old pairs as they are.
@@ -235,7 +240,7 @@ def test_seeds_grow_without_touching_what_exists(root: Path, recipe: Path) -> No
 
 def test_a_seed_trained_later_equals_one_trained_beside_others(root: Path, recipe: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
-    cli("train", "--seeds", 1, "--recipe", recipe, "--root", alone).well()
+    cli("train", "--no-controls", "--seeds", 1, "--recipe", recipe, "--root", alone).well()
     assert (alone / "run_a" / "sae.safetensors").read_bytes() == (root / "run_b" / "sae.safetensors").read_bytes()
 
 

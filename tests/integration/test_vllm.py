@@ -107,7 +107,21 @@ def trained(root: Path) -> Run:
     code, found, said = command(
         root,
         "train",
-        *("--recipe", recipe, "--seeds", 0, "--tokens", "60k", "--num-latents", 64, "--k", 4, "--context", 128),
+        *(
+            "--recipe",
+            recipe,
+            "--no-controls",
+            "--seeds",
+            0,
+            "--tokens",
+            "60k",
+            "--num-latents",
+            64,
+            "--k",
+            4,
+            "--context",
+            128,
+        ),
         *("--text", *TEXTS),
     )
     assert code == 0, said

@@ -119,7 +119,9 @@ def test_the_report_says_imported(tiny_recipe: Path, elsewhere: Path, tmp_path: 
 
 def test_a_seed_can_be_trained_beside_an_import(tiny_recipe: Path, elsewhere: Path, tmp_path: Path) -> None:
     take_in(elsewhere / "saelens" / "run_a", "s_a", tmp_path, "--recipe", tiny_recipe, study="s").well()
-    ran = cli("train", "--name", "s", "--seeds", 1, "--recipe", tiny_recipe, "--root", tmp_path, "--json").well()
+    ran = cli(
+        "train", "--no-controls", "--name", "s", "--seeds", 1, "--recipe", tiny_recipe, "--root", tmp_path, "--json"
+    ).well()
     assert [(run["name"], run["seed"]) for run in ran.json["runs"]] == [("s_b", 1)]
     assert (tmp_path / "s_b" / "sae.safetensors").read_bytes() == (
         elsewhere / "sparsify" / "run_b" / "sae.safetensors"
@@ -214,7 +216,18 @@ def test_what_differs_is_named(imported: Path, elsewhere: Path, tmp_path: Path, 
     take_in(theirs, "notes", imported, study="s").failed_in_one_line("'", "exists and is no run")
     take_in(theirs, "alignments", imported, study="s").failed_in_one_line("reserved")
     trained = cli(
-        "train", "--name", "s", "--seeds", 0, "--recipe", tiny_recipe, "--hookpoint", "layers.0", "--root", imported
+        "train",
+        "--no-controls",
+        "--name",
+        "s",
+        "--seeds",
+        0,
+        "--recipe",
+        tiny_recipe,
+        "--hookpoint",
+        "layers.0",
+        "--root",
+        imported,
     )
     trained.failed_in_one_line("'x' exists with other settings", "subject.hookpoint")
     (imported / "notes" / "a.txt").unlink()

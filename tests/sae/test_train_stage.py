@@ -65,7 +65,20 @@ def test_several_hookpoints_are_a_study_each_in_one_pass(
     short: Path, tmp_path: Path, passes: list[tuple[str, ...]]
 ) -> None:
     root = tmp_path / "together"
-    ran = cli("train", "--recipe", short, "--hookpoint", *HOOKPOINTS, "--seeds", 0, 1, "--root", root, "--json").well()
+    ran = cli(
+        "train",
+        "--no-controls",
+        "--recipe",
+        short,
+        "--hookpoint",
+        *HOOKPOINTS,
+        "--seeds",
+        0,
+        1,
+        "--root",
+        root,
+        "--json",
+    ).well()
     names = [f"run-{hookpoint}_{letter}" for hookpoint in HOOKPOINTS for letter in "ab"]
     assert [run["name"] for run in ran.json["runs"]] == names
     assert [run["study"] for run in ran.json["runs"]] == [f"run-{h}" for h in HOOKPOINTS for _ in "ab"]
@@ -73,7 +86,19 @@ def test_several_hookpoints_are_a_study_each_in_one_pass(
     assert set(passes) == {HOOKPOINTS}
     together = len(passes)
     passes.clear()
-    cli("train", "--recipe", short, "--hookpoint", HOOKPOINTS[0], "--seeds", 0, 1, "--root", tmp_path / "one").well()
+    cli(
+        "train",
+        "--no-controls",
+        "--recipe",
+        short,
+        "--hookpoint",
+        HOOKPOINTS[0],
+        "--seeds",
+        0,
+        1,
+        "--root",
+        tmp_path / "one",
+    ).well()
     assert len(passes) == together
     for letter in "ab":
         alone, beside = (
@@ -126,12 +151,18 @@ def test_a_sweep_shares_the_pass_and_each_ends_as_it_would_alone(
 def test_without_a_cache_the_weights_are_the_same(short: Path, tmp_path: Path) -> None:
     for room in (0, 3000, "8G"):
         root = tmp_path / str(room)
-        cli("train", "--recipe", short, "--seeds", 0, "--activation-cache", room, "--root", root).well()
+        cli(
+            "train", "--no-controls", "--recipe", short, "--seeds", 0, "--activation-cache", room, "--root", root
+        ).well()
         assert bool(list(root.glob("corpora/*/activations/*"))) == (room == "8G")
     assert weights(tmp_path / "0", "run_a") == weights(tmp_path / "8G", "run_a")
-    cli("train", "--recipe", short, "--activation-cache", "much", "--root", tmp_path).failed_in_one_line("'much'")
+    cli(
+        "train", "--no-controls", "--recipe", short, "--activation-cache", "much", "--root", tmp_path
+    ).failed_in_one_line("'much'")
     # The limit is no part of what a run is.
-    cli("train", "--recipe", short, "--seeds", 0, "--activation-cache", "1M", "--root", tmp_path / "0").well()
+    cli(
+        "train", "--no-controls", "--recipe", short, "--seeds", 0, "--activation-cache", "1M", "--root", tmp_path / "0"
+    ).well()
 
 
 def test_names_of_several_hookpoints(tiny_recipe: Path) -> None:
@@ -160,7 +191,7 @@ def test_a_model_that_gives_nan_in_mid_training_stops_it_and_the_same_command_go
             next(iter(found.values()))[2, 1, 3] = torch.nan
         return found
 
-    train = ("train", "--recipe", short, "--seeds", 0, 1, "--activation-cache", 0, "--root")
+    train = ("train", "--no-controls", "--recipe", short, "--seeds", 0, 1, "--activation-cache", 0, "--root")
     monkeypatch.setattr("sae.corpus.BLOCK_TOKENS", 512)
     with monkeypatch.context() as patched:
         patched.setattr(Subject, "activations", breaks)
@@ -178,11 +209,11 @@ def test_a_model_that_gives_nan_in_mid_training_stops_it_and_the_same_command_go
 
 def test_a_training_that_fails_before_its_first_state_leaves_its_name_free(short: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
-    cli("train", "--recipe", short, "--seeds", 0, "--lr", "1e30", "--root", root, "--json").failed_in_one_line(
-        "not finite", "learning_rate"
-    )
+    cli(
+        "train", "--no-controls", "--recipe", short, "--seeds", 0, "--lr", "1e30", "--root", root, "--json"
+    ).failed_in_one_line("not finite", "learning_rate")
     assert not (root / "run_a").exists()
-    cli("train", "--recipe", short, "--seeds", 0, "--root", root).well()
+    cli("train", "--no-controls", "--recipe", short, "--seeds", 0, "--root", root).well()
 
 
 # --- what does not fit ----------------------------------------------------------------------------------------
@@ -221,7 +252,7 @@ def test_what_plainly_cannot_fit_is_told_before_it_begins(
     root = tmp_path / "runs"
     monkeypatch.setattr(memory, "free_bytes", lambda _: 200 << 20)
     wide = ("--batch-tokens", 2**21, "--tokens", 2**21)
-    cli("train", "--recipe", short, *wide, "--root", root, "--json").failed_in_one_line(
+    cli("train", "--no-controls", "--recipe", short, *wide, "--root", root, "--json").failed_in_one_line(
         "training.batch_tokens 2097152 needs about", "200 MiB are free", "lower training.batch_tokens to"
     )
     assert not list(root.glob("*/run.json"))
@@ -247,7 +278,7 @@ def test_an_allocation_that_fails_is_one_line(
             raise error
         return real(self, *rest)
 
-    train = ("train", "--recipe", short, "--seeds", 0, "--root", root)
+    train = ("train", "--no-controls", "--recipe", short, "--seeds", 0, "--root", root)
     with monkeypatch.context() as patched:
         patched.setattr(TopKSae, "loss_and_gradient", fails)
         cli(*train, "--json").failed_in_one_line("out of memory on cpu", "lower")
@@ -263,7 +294,7 @@ def test_another_runtime_error_keeps_its_traceback(
 
     monkeypatch.setattr(TopKSae, "loss_and_gradient", fails)
     with pytest.raises(RuntimeError, match="a defect of ours"):
-        cli("train", "--recipe", short, "--seeds", 0, "--root", tmp_path / "runs")
+        cli("train", "--no-controls", "--recipe", short, "--seeds", 0, "--root", tmp_path / "runs")
 
 
 LIMITED = """
@@ -286,7 +317,22 @@ for attempt in range(2):
 
 def test_a_real_limit_on_memory(short: Path, tmp_path: Path) -> None:
     code = LIMITED.format(root=str(REPOSITORY), room=500 << 20)
-    arguments = ("train", "--recipe", short, "-M", 2**19, "--k", 8, "--seeds", 0, 1, 2, "--root", tmp_path / "runs")
+    arguments = (
+        "train",
+        "--no-controls",
+        "--recipe",
+        short,
+        "-M",
+        2**19,
+        "--k",
+        8,
+        "--seeds",
+        0,
+        1,
+        2,
+        "--root",
+        tmp_path / "runs",
+    )
     ran = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
@@ -370,17 +416,29 @@ def test_wandb_is_told_of_a_training_that_stops(
         raise UserError("stopped")
 
     monkeypatch.setattr("sae.train_stage._Ending.row", fail)
-    cli("train", "--recipe", short, "--seeds", 0, 1, "--wandb", "saes", "--root", tmp_path).failed_in_one_line(
-        "stopped"
-    )
+    cli(
+        "train", "--no-controls", "--recipe", short, "--seeds", 0, 1, "--wandb", "saes", "--root", tmp_path
+    ).failed_in_one_line("stopped")
     assert sorted(wandb.failed) == ["run_a", "run_b"]
     assert wandb.finished == []
 
 
 def test_the_precision_can_be_given(short: Path, tmp_path: Path) -> None:
-    cli("train", "--recipe", short, "--seeds", 0, "--precision", "bfloat16", "--root", tmp_path).well()
+    cli("train", "--no-controls", "--recipe", short, "--seeds", 0, "--precision", "bfloat16", "--root", tmp_path).well()
     assert read_json(tmp_path / "run_a" / "run.json")["settings"]["training"]["precision"] == "bfloat16"
-    ran = cli("train", "--recipe", short, "--precision", "float8", "--root", tmp_path, "--name", "x", "--json")
+    ran = cli(
+        "train",
+        "--no-controls",
+        "--recipe",
+        short,
+        "--precision",
+        "float8",
+        "--root",
+        tmp_path,
+        "--name",
+        "x",
+        "--json",
+    )
     ran.failed_in_one_line("precision", "bfloat16")
 
 
@@ -389,7 +447,9 @@ def test_wandb_is_given_the_rows_of_the_log_and_no_key(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "secret-key")
     with_it, without = tmp_path / "with", tmp_path / "without"
-    ran = cli("train", "--recipe", short, "--seeds", 0, 1, "--wandb", "saes", "--root", with_it, "--json").well()
+    ran = cli(
+        "train", "--no-controls", "--recipe", short, "--seeds", 0, 1, "--wandb", "saes", "--root", with_it, "--json"
+    ).well()
     assert len(ran.out.splitlines()) == 1
     assert [(s["project"], s["name"], s["group"], s["config"]["seed"]) for s in wandb.started] == [
         ("saes", "run_a", "run", 0),
@@ -404,7 +464,7 @@ def test_wandb_is_given_the_rows_of_the_log_and_no_key(
             np.testing.assert_array_equal([row[column] for row in rows], table[column])
     assert wandb.failed == []
     n = len(wandb.started)
-    cli("train", "--recipe", short, "--seeds", 0, 1, "--root", without).well()
+    cli("train", "--no-controls", "--recipe", short, "--seeds", 0, 1, "--root", without).well()
     assert len(wandb.started) == n  # never on by itself
     assert weights(with_it, "run_a") == weights(without, "run_a")
     records = [{**Run.open("run_a", root).record, "created": ""} for root in (with_it, without)]
@@ -415,7 +475,19 @@ def test_wandb_that_is_not_installed_or_refuses(
     short: Path, tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "secret-key")
-    train = ("train", "--recipe", short, "--seeds", 0, "--wandb", "saes", "--root", tmp_path / "runs", "--json")
+    train = (
+        "train",
+        "--no-controls",
+        "--recipe",
+        short,
+        "--seeds",
+        0,
+        "--wandb",
+        "saes",
+        "--root",
+        tmp_path / "runs",
+        "--json",
+    )
     wandb.fails = RuntimeError("401 for secret-key\nmore")
     line = cli(*train).failed_in_one_line("--wandb", "401 for …", "wandb login")
     assert "secret-key" not in line

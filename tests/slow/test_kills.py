@@ -39,7 +39,7 @@ MILESTONES = (
     "demo_a/journal.sqlite",
 )
 STAGES: dict[str, tuple[str, ...]] = {
-    "train": ("train", "--seeds", "0", "1"),
+    "train": ("train", "--no-controls", "--seeds", "0", "1"),
     "harvest": ("harvest",),
     "align": ("align",),
     "explain": ("explain", "--sae", "run_a", "--latents", "30"),

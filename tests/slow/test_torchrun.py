@@ -36,7 +36,7 @@ def command(root: Path, recipe: Path, mode: str) -> list[str]:
     """Two ranks that train; with three seeds they share those, with one the data."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("cli.py", "train", "--name", "run", "--recipe", str(recipe), "--root", str(root), "--json"),
+        *("cli.py", "train", "--no-controls", "--name", "run", "--recipe", str(recipe), "--root", str(root), "--json"),
         *("--device", "cpu", "--seeds", *SEEDS[mode]),
     ]
 
@@ -124,7 +124,18 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 def test_two_ranks_are_one_process(undisturbed: Path, recipe: Path, tmp_path: Path) -> None:
     mode, root = undisturbed.name, tmp_path / "one"
-    words = ("train", "--recipe", str(recipe), "--root", str(root), "--device", "cpu", "--seeds", *SEEDS[mode])
+    words = (
+        "train",
+        "--no-controls",
+        "--recipe",
+        str(recipe),
+        "--root",
+        str(root),
+        "--device",
+        "cpu",
+        "--seeds",
+        *SEEDS[mode],
+    )
     subprocess.run([sys.executable, "cli.py", *words], check=True, cwd=REPOSITORY, env=environment(None), timeout=300)
     if mode == "seeds":
         same(undisturbed, root)
