@@ -1,10 +1,12 @@
 """How long the best one-to-one matching of two dictionaries takes, beside SciPy's dense solver.
 
-    python benchmarks/alignment.py [--sizes 8192 16384 32768] [--threads 2] [--runs run_a run_b] [--json] [--out x.json]
+    python benchmarks/alignment.py [--sizes 8192 16384 32768] [--bundled | --runs run_a run_b] [--out x.json]
 
 The pair is synthetic, half of its latents shared: in that half a row of the second dictionary is one of the first plus
-half as much noise (cosine about 0.9), all else is random, D 768, and the second's order is shuffled. ``--runs`` names
-trained runs under ``--root`` instead, matched by decoder.
+half as much noise (cosine about 0.9), all else is random, D 768, and the second's order is shuffled. ``--bundled``
+takes two seeds of the bundled study in its place, trained here at each of the sizes (minutes; kept under
+``build/alignment``), and ``--runs`` two runs of yours under ``--root``; both are matched by decoder, or by what
+``--space`` says.
 
 Every side is a process of its own, run alone, that compiles its loops on a small pair first and then reports the time
 of one matching and the most memory that it held:
@@ -43,6 +45,8 @@ TARGETS = {8192: 3.0, 16384: 6.0, 32768: 8.0}
 """how many times as fast as SciPy we want to be"""
 D_IN = 768
 TILE = (1024, 4096)
+BUNDLED = ROOT / "build" / "alignment"
+BUNDLED_TOKENS = 1_000_000
 
 
 def synthetic(m: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -59,8 +63,20 @@ def weights(asked: argparse.Namespace) -> tuple[NDArray[np.float32], NDArray[np.
         return synthetic(asked.size)
     from sae.run import Run
 
-    a, b = (np.ascontiguousarray(Run.open(name, asked.root).sae().W_dec.numpy()) for name in asked.runs)
+    saes = [Run.open(name, asked.root).sae() for name in asked.runs]
+    a, b = (np.ascontiguousarray((sae.W_enc if asked.space == "encoder" else sae.W_dec).numpy()) for sae in saes)
     return (a, b) if len(a) <= len(b) else (b, a)
+
+
+def bundled_runs(size: int, threads: int) -> list[str]:
+    """The names of two trained seeds of the bundled study at width ``size``, under ``BUNDLED``."""
+    from sae.settings import settings_from
+    from sae.stage import Compute
+    from sae.train_stage import train_study
+
+    training = {"num_latents": size, "tokens": BUNDLED_TOKENS}
+    settings = settings_from(ROOT / "eval_runs" / "recipes" / "demo.toml", training=training)
+    return [run.name for run in train_study(f"m{size}", [0, 1], settings, BUNDLED, Compute("cpu", threads))]
 
 
 def side(asked: argparse.Namespace) -> dict[str, Any]:
@@ -126,6 +142,7 @@ def started(asked: argparse.Namespace, name: str, size: int, precision: str) -> 
     """Run one side alone; its answer, with the most memory that its process held in MiB."""
     command = [sys.executable, __file__, "--side", name, "--size", str(size), "--precision", precision]
     command += ["--threads", str(asked.threads), "--device", asked.device, "--root", str(asked.root)]
+    command += ["--space", asked.space]
     command += ["--runs", *asked.runs] if asked.runs else []
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if answer.returncode:
@@ -143,13 +160,13 @@ def compare(asked: argparse.Namespace, size: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": "matching" if precision == "auto" else "matching, float32 products only",
-                "setting": " × ".join(asked.runs) if asked.runs else f"M {size:,}, D {D_IN}, half shared",
+                "setting": _setting(asked, size),
                 "ours": round(ours["seconds"], 2),
                 "peer": peer and round(peer["seconds"], 2),
                 "peer_name": peer and "scipy linear_sum_assignment",
                 "unit": "s",
                 "ratio": peer and round(peer["seconds"] / ours["seconds"], 2),
-                "target": None if asked.runs else TARGETS.get(size),
+                "target": TARGETS.get(size),
                 "peak_mib": ours["peak_mib"],
                 "peer_peak_mib": peer and peer["peak_mib"],
                 "peer_matrix_s": peer and round(peer["matrix_seconds"], 2),
@@ -161,6 +178,12 @@ def compare(asked: argparse.Namespace, size: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _setting(asked: argparse.Namespace, size: int) -> str:
+    if asked.bundled:
+        return f"M {size:,}, two seeds of the bundled study by {asked.space}"
+    return f"{' × '.join(asked.runs)} by {asked.space}" if asked.runs else f"M {size:,}, D {D_IN}, half shared"
 
 
 def shown(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
@@ -190,6 +213,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=int, default=[8192, 16384, 32768], metavar="M")
     parser.add_argument("--runs", nargs=2, metavar="RUN", help="two trained runs instead of synthetic pairs")
+    parser.add_argument("--bundled", action="store_true", help="two seeds of the bundled study at each of the sizes")
+    parser.add_argument("--space", choices=("decoder", "encoder"), default="decoder", help="of real runs")
     parser.add_argument("--root", type=Path, default=Path("eval_runs"), help="where the runs are")
     parser.add_argument("--dense", type=int, default=32768, help="the widest pair that SciPy is asked for")
     parser.add_argument("--device", default="cpu", help="where our products are formed")
@@ -210,7 +235,10 @@ def main() -> None:
 
         asked.root = asked.root.resolve()
         asked.sizes = [max(len(Run.open(name, asked.root).sae().W_dec) for name in asked.runs)]
+    if asked.bundled:
+        asked.root = BUNDLED
     for size in asked.sizes:
+        asked.runs = bundled_runs(size, asked.threads) if asked.bundled else asked.runs
         rows += compare(asked, size)
     about = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
