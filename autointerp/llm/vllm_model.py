@@ -94,7 +94,7 @@ def find_model(given: str, arguments: str = "", name: str | None = None) -> Vllm
     changing = _changing_answers(words)
     suffix = f"+{digest(changing)[:6]}" if changing else ""
     folder = BUNDLED if given == "bundled" else Path(given).expanduser()
-    if folder.exists():
+    if given and folder.exists():
         _check_folder(folder, given)
         folder = folder.absolute()
         called = re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "model"

@@ -33,7 +33,7 @@ class FakeVllm:
         self._how.write_text(json.dumps({"record": str(self._record), **how}))
 
     def starts(self) -> list[dict[str, Any]]:
-        """What each start so far left: process ids, arguments, environment."""
+        """What each start so far left: ``pids``, ``arguments``, ``environment``; ``beside``: what still ran then."""
         return [json.loads(line) for line in self._record.read_text().splitlines()] if self._record.exists() else []
 
     def living(self) -> list[int]:

@@ -2,7 +2,8 @@
 
 ``FAKE_VLLM`` holds a JSON object:
 
-- ``record``: a file to which each start adds a line: process ids, arguments, environment.
+- ``record``: a file to which each start adds a line: process ids, arguments, environment, and which of those started
+  before are still there.
 - ``die``: what to print before ending with code ``code`` (1).
 - ``delay``: seconds until it listens. ``never``: it does not.
 - ``deaf``: SIGTERM is ignored, by the process and by the child that it starts.
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fake_server import FakeServer, Reply, Seen
+from fake_vllm_python import alive
 
 
 class Server(FakeServer):
@@ -51,8 +53,15 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     if "record" in how:
-        started = {"pids": [os.getpid(), child.pid], "arguments": sys.argv[1:], "environment": dict(os.environ)}
-        with Path(how["record"]).open("a") as record:
+        path = Path(how["record"])
+        before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        started = {
+            "pids": [os.getpid(), child.pid],
+            "arguments": sys.argv[1:],
+            "environment": dict(os.environ),
+            "beside": [pid for start in before for pid in start["pids"] if alive(pid)],
+        }
+        with path.open("a") as record:
             record.write(json.dumps(started) + "\n")
     print(f"(APIServer pid=7) INFO 11-26 04:00:00 [api_server.py:1] loading {given.model} slowly", flush=True)
     if "die" in how:
