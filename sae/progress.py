@@ -24,6 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from sae import launch
@@ -91,17 +92,17 @@ class Bar:
             self._progress.update(self._task, advance=amount, note=escape(self._note))
         elif time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
-            seconds = self._seconds()
+            seconds = self._seconds(self._last_line)
             rate = (self.done - self._first) / seconds if seconds else 0
             left = (self._total - self.done) / rate if rate else float("inf")
             done = f"{human(self.done)} of {human(self._total)} {self._unit}"
             say(f"{self._label}: {done}, {left:.0f} s left {self._note}".rstrip())
 
-    def _seconds(self) -> float:
-        return max(0.0, time.monotonic() - self._started - (_waited - self._waited_before))
+    def _seconds(self, now: float) -> float:
+        return max(0.0, now - self._started - (_waited - self._waited_before))
 
     def summary(self) -> str:
-        seconds = self._seconds()
+        seconds = self._seconds(time.monotonic())
         worked, on_gpu = self.done - self._first, peak_device_bytes()
         return (
             f"{self._label}: {human(worked)} {self._unit} in {seconds:.1f} s"
@@ -150,11 +151,11 @@ def waiting(label: str) -> Iterator[Callable[[str], None]]:
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 TimeElapsedColumn(),
-                TextColumn("[dim]{task.fields[note]}"),
+                TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             )
             with Progress(*columns, console=console, transient=True) as progress:
                 task = progress.add_task(escape(printable(label)), total=None, note="")
-                yield lambda note: progress.update(task, note=escape(printable(note)))
+                yield lambda note: progress.update(task, note=escape(printable(note)), refresh=True)
         else:
 
             def in_lines(note: str) -> None:
