@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import enum
 import fcntl
+import gc
 import http.client
 import json
 import os
@@ -85,12 +86,14 @@ class VllmServer:
         stop_seconds: float = STOP_SECONDS,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.model, self.python, self.log = model, python, log
+        self.model, self.python = model, python
+        self.log = self._first_log = log
         self.url = ""
         self._start_seconds, self._stop_seconds = start_seconds, stop_seconds
         self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._mark = ""
+        self._failure: Unavailable | None = None
 
     @property
     def name(self) -> str:
@@ -126,6 +129,8 @@ class VllmServer:
         """Yields whenever there is nothing to do but wait; ends when the server answers."""
         if self.running:
             return
+        if self._failure is not None:  # of many who wait for it, one learns first; the others must not try again
+            raise self._failure
         started = time.monotonic()
         try:
             with waiting(f"vLLM is loading {self.name}") as note:
@@ -142,7 +147,8 @@ class VllmServer:
                 else:
                     raise Unavailable(f"{_PORTS} ports in a row were taken from vLLM by others; try again")
             say(f"vLLM serves {self.name} after {time.monotonic() - started:.0f} s (log: {self.log})")
-        except BaseException:
+        except BaseException as error:
+            self._failure = error if isinstance(error, Unavailable) else None
             self.stop()
             raise
 
@@ -168,6 +174,7 @@ class VllmServer:
             return probe.connect_ex(("127.0.0.1", int(self.url.rsplit(":", 1)[1]))) == 0
 
     def _launch(self) -> None:
+        _give_back_gpu()
         port = _free_port()
         self.url, self._mark = f"http://127.0.0.1:{port}", f"autointerp-{secrets.token_hex(8)}"
         command = [
@@ -188,10 +195,10 @@ class VllmServer:
 
     def _open_log(self) -> IO[bytes]:
         """The log, empty. The lock on it is the server's as long as any part of it lives."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        stem = self.log.with_suffix("")
+        first = self._first_log
+        first.parent.mkdir(parents=True, exist_ok=True)
         for n in range(1, 1000):
-            path = self.log if n == 1 else stem.with_name(f"{stem.name}-{n}{self.log.suffix}")
+            path = first if n == 1 else first.with_name(f"{first.stem}-{n}{first.suffix}")
             stream = path.open("ab")
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,7 +208,7 @@ class VllmServer:
             stream.truncate(0)
             self.log = path
             return stream
-        raise Unavailable(f"{str(self.log)!r} and its like are all in use; stop some of the servers that write there")
+        raise Unavailable(f"{str(first)!r} and its like are all in use; stop some of the servers that write there")
 
     def _its_environment(self) -> dict[str, str]:
         """Ours without keys (it is asked without one), and what makes vLLM fit a machine that is not its own."""
@@ -276,6 +283,14 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def _give_back_gpu() -> None:
+    """Hand back what PyTorch keeps of a GPU's memory after its work is done: vLLM takes nearly all that there is."""
+    torch = sys.modules.get("torch")  # who has not loaded it holds nothing by it
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def cache_gib(free: int | None, weights: int) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import os
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 
 from autointerp.backends import VLLM_TIMEOUT, LlmOptions, kept_server
 from autointerp.llm import vllm_model
-from autointerp.llm.serving import Servers, server_for
+from autointerp.llm.serving import Servers, server_for, serving
 from autointerp.llm.vllm_model import VllmModel, find_model, find_python, split_arguments
 from sae.errors import BadInput, NotFound, Unavailable
 from sae.hub import OnHub
@@ -256,3 +259,23 @@ def test_the_log_lies_under_the_root_whatever_the_model_is_called(folder: Path, 
     assert log.name == "vllm-..-..-some-model-x.log"
     with pytest.raises(BadInput, match="--vllm-timeout 0"):
         server_for(dataclasses.replace(options, vllm_timeout=0), tmp_path)
+
+
+def test_a_server_that_ended_is_told_from_one_that_cannot_be_reached(folder: Path, tmp_path: Path) -> None:
+    vllm = FakeVllm(tmp_path / "fake")
+    options = LlmOptions(vllm=str(folder), vllm_python=vllm.python)
+
+    async def work(end: bool) -> None:
+        async with serving(options, tmp_path) as server:
+            await server.ready()
+            if end:
+                os.kill(vllm.starts()[-1]["pids"][0], signal.SIGKILL)
+                while server.running:
+                    await asyncio.sleep(0.05)
+            raise Unavailable("no LLM server answers")
+
+    with pytest.raises(Unavailable, match="was ended by SIGKILL while it was being asked; let it take less"):
+        asyncio.run(work(end=True))
+    with pytest.raises(Unavailable, match="no LLM server answers"):
+        asyncio.run(work(end=False))
+    assert not vllm.living()

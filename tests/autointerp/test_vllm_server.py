@@ -150,6 +150,22 @@ def test_one_that_dies_says_its_last_words(vllm: FakeVllm, tmp_path: Path, said:
     assert len(vllm.starts()) == 1
 
 
+def test_one_that_dies_is_not_started_by_each_who_waits(vllm: FakeVllm, tmp_path: Path) -> None:
+    vllm.behave(die="RuntimeError: no", delay=1)
+
+    async def work(own: VllmServer) -> None:
+        async with LlmClient("unused", own.name, start=own.ready) as client, asyncio.TaskGroup() as group:
+            for n in range(5):
+                group.create_task(client.complete(MESSAGES, 20, seed=n))
+
+    with server(vllm, tmp_path) as own:
+        with pytest.raises(ExceptionGroup) as error:
+            asyncio.run(work(own))
+        assert error.group_contains(Unavailable, match="RuntimeError: no")
+        assert "RuntimeError: no" in own.log.read_text(), "what it said is still there to be read"
+    assert len(vllm.starts()) == 1
+
+
 @pytest.mark.parametrize(
     ("last", "advice"),
     [
