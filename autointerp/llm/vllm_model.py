@@ -36,7 +36,10 @@ _WORDS = (".json", ".jinja", ".model", ".txt")
 _SMALL = 64 << 20
 _ABOUT_TRAINING = {"training.json", "trainer_state.json"}
 
-_OURS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--revision", "--ssl-keyfile", "--ssl-certfile")
+_OURS = (
+    *("--model", "--revision", "--served-model-name", "--host", "--port", "--uds"),
+    *("--allowed-origins", "--ssl-keyfile", "--ssl-certfile"),
+)
 _SECRETS = {"--api-key": "a server on this machine alone needs none", "--hf-token": "set HF_TOKEN in the environment"}
 _SAME_ANSWERS = frozenset(
     f"--{name}"

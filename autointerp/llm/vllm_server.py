@@ -4,8 +4,9 @@ It is started when the first question goes out that nobody has answered yet, not
 and a command that finds everything in the journal or among the kept answers needs none. A keeper process stands between
 (see ``keeper``), so that the server ends with us, however we end.
 
-The port is free when it is chosen and may be taken a moment later. So the server is given a second name that nobody
-else can have, and is ready when something at the port lists that name; otherwise another port is tried.
+The port is free when it is chosen and may be taken a moment later. So the server is told of a web page that nobody else
+can know of, the only one whose scripts it lets read its answers: what says so at the port is our server, and anything
+else means another port. It also keeps the pages of a browser on this machine from asking it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _LOOK_SECONDS, _ANSWER_SECONDS = 0.5, 2.0
 _PORTS = 3
 _LINES_SHOWN, _LONGEST_LINE = 20, 300
 _TAIL_BYTES = 64 << 10
+_PAGE_HEADER = "access-control-allow-origin"
 _MOST_CACHE_GIB = 16
 
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # no proxy lies between us and ourselves
@@ -92,7 +94,7 @@ class VllmServer:
         self._start_seconds, self._stop_seconds = start_seconds, stop_seconds
         self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
-        self._mark = ""
+        self._page = ""
         self._failure: Unavailable | None = None
 
     @property
@@ -157,16 +159,14 @@ class VllmServer:
             if self._somebody_listens():
                 return _State.PORT_LOST
             raise self._failed(f"{self._how_it_ended()} before it was ready")
+        asked = urllib.request.Request(f"{self.url}/health", headers={"Origin": self._page})
         try:
-            with _open(f"{self.url}/health", timeout=_ANSWER_SECONDS):
-                pass
-            with _open(f"{self.url}/v1/models", timeout=_ANSWER_SECONDS) as reply:
-                served = [entry["id"] for entry in json.load(reply)["data"]]
+            with _open(asked, timeout=_ANSWER_SECONDS) as reply:
+                return _State.READY if reply.headers[_PAGE_HEADER] == self._page else _State.PORT_LOST
         except OSError:  # not yet; or an answer of somebody else's, which ends ours soon
             return _State.LOADING
-        except (http.client.HTTPException, ValueError, LookupError, TypeError):
+        except http.client.HTTPException:
             return _State.PORT_LOST
-        return _State.READY if self._mark in served else _State.PORT_LOST
 
     def _somebody_listens(self) -> bool:
         with socket.socket() as probe:
@@ -176,10 +176,11 @@ class VllmServer:
     def _launch(self) -> None:
         _give_back_gpu()
         port = _free_port()
-        self.url, self._mark = f"http://127.0.0.1:{port}", f"autointerp-{secrets.token_hex(8)}"
+        self.url, self._page = f"http://127.0.0.1:{port}", f"http://{secrets.token_hex(8)}.invalid"
         command = [
             *(str(self.python), "-m", "vllm.entrypoints.openai.api_server", *self.model.words()),
-            *("--served-model-name", self.name, self._mark, "--host", "127.0.0.1", "--port", str(port)),
+            *("--served-model-name", self.name, "--host", "127.0.0.1", "--port", str(port)),
+            *("--allowed-origins", json.dumps([self._page])),
             *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
         ]
         kept = [sys.executable, "-I", "-S", keeper.__file__, str(os.getpid()), str(self._stop_seconds), *command]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,8 @@ def test_it_runs_from_the_first_call_to_the_end_of_the_block(vllm: FakeVllm, tmp
         assert words[:4] == ["--max-model-len", "64", "--model", "/models/some model"]
         assert words[words.index("--served-model-name") + 1] == "its-name"
         assert words[words.index("--host") + 1] == "127.0.0.1"
+        with urllib.request.urlopen(f"{url}/v1/models") as reply:
+            assert [entry["id"] for entry in json.load(reply)["data"]] == ["its-name"]
     assert not vllm.living()
     with own:
         assert own.start() != ""
@@ -260,7 +264,8 @@ class Stranger(FakeServer):
         self.port = int(self.root.rsplit(":", 1)[1])
 
     def models_reply(self, headers: dict[str, str], path: str) -> Reply:
-        return Reply(body={}) if path == "/health" else super().models_reply(headers, path)
+        anyone = {"access-control-allow-origin": "*"}
+        return Reply(body={}, headers=anyone) if path == "/health" else super().models_reply(headers, path)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,16 @@ from fake_vllm_python import alive
 
 
 class Server(FakeServer):
-    """The fake server with vLLM's ``/health``."""
+    """The fake server with vLLM's ``/health``, and its word on which pages may read what it says."""
 
     ends_after: int | None = None
+    origins: Sequence[str] = ()
 
     def models_reply(self, headers: dict[str, str], path: str) -> Reply:
-        return Reply(body={}) if path == "/health" else super().models_reply(headers, path)
+        if path != "/health":
+            return super().models_reply(headers, path)
+        page = headers.get("origin")
+        return Reply(body={}, headers={"access-control-allow-origin": page} if page in self.origins else {})
 
     def chat_reply(self, seen: Seen) -> Reply:
         if self.ends_after is not None and len(self.requests) >= self.ends_after:
@@ -47,6 +52,7 @@ def main() -> None:
     parser.add_argument("--served-model-name", nargs="+")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--allowed-origins", type=json.loads)
     given = parser.parse_known_args()[0]
     how: dict[str, Any] = json.loads(os.environ.get("FAKE_VLLM", "{}"))
     if how.get("deaf"):
@@ -70,6 +76,7 @@ def main() -> None:
     time.sleep(600 if how.get("never") else how.get("delay", 0))
     assert given.host == "127.0.0.1"
     with Server(models=given.served_model_name, port=given.port) as server:
+        server.origins = given.allowed_origins
         server.ends_after = how.get("ends_after")
         time.sleep(600)
 
