@@ -36,7 +36,7 @@ class Server(FakeServer):
     def models_reply(self, headers: dict[str, str], path: str) -> Reply:
         if path != "/health":
             return super().models_reply(headers, path)
-        page = headers.get("origin")
+        page = headers.get("origin", "")
         return Reply(body={}, headers={"access-control-allow-origin": page} if page in self.origins else {})
 
     def chat_reply(self, seen: Seen) -> Reply:
