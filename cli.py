@@ -233,6 +233,10 @@ def explain(
     explainer: opt.Explainer = Backend.auto,
     llm_url: opt.LlmUrl = None,
     llm_model: opt.LlmModel = None,
+    vllm: opt.Vllm = None,
+    vllm_python: opt.VllmPython = None,
+    vllm_args: opt.VllmArgs = "",
+    vllm_timeout: opt.VllmTimeout = 1800.0,
     api_key_file: opt.KeyFile = None,
     concurrency: opt.Concurrency = 32,
     requests_per_second: opt.Rate = None,
@@ -244,6 +248,9 @@ def explain(
     """Say in one sentence what makes a latent fire, from contexts in which it does.
 
     Example: python cli.py explain --sae run_a --unshared-only --latents 300
+
+    By a language model: --llm-url names a server that runs, --vllm starts one:
+    python cli.py explain --sae run_a --vllm Qwen/Qwen2.5-7B-Instruct --vllm-args '--max-model-len 8192'
     """
     from autointerp.backends import LlmOptions
     from autointerp.explain import explain_runs
@@ -266,6 +273,10 @@ def explain(
         api_key_file=api_key_file,
         concurrency=concurrency,
         requests_per_second=requests_per_second,
+        vllm=vllm,
+        vllm_python=vllm_python,
+        vllm_args=vllm_args,
+        vllm_timeout=vllm_timeout,
     )
     runs = _opened(sae, root)
     outcome = explain_runs(runs, choice, explainer.value, options, _compute(device, threads))
@@ -283,6 +294,11 @@ def score(
     llm_model: opt.LlmModel = None,
     judge_url: opt.JudgeUrl = None,
     judge_model: opt.JudgeModel = None,
+    vllm: opt.Vllm = None,
+    judge_vllm: opt.JudgeVllm = None,
+    vllm_python: opt.VllmPython = None,
+    vllm_args: opt.VllmArgs = "",
+    vllm_timeout: opt.VllmTimeout = 1800.0,
     api_key_file: opt.KeyFile = None,
     concurrency: opt.Concurrency = 32,
     requests_per_second: opt.Rate = None,
@@ -307,6 +323,11 @@ def score(
         concurrency=concurrency,
         requests_per_second=requests_per_second,
         protocol=protocol,
+        vllm=vllm,
+        judge_vllm=judge_vllm,
+        vllm_python=vllm_python,
+        vllm_args=vllm_args,
+        vllm_timeout=vllm_timeout,
     )
     runs = _opened(sae, root) if sae else None
     outcome = score_runs(runs, root, tuple(scorer or ("detection",)), judge.value, options, control_latents)

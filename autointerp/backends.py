@@ -1,21 +1,28 @@
 """Which explainer and which judge: the n-gram baseline, or a language model where one was named.
 
 A key in the environment alone configures nothing and spends nothing: ``auto`` is a language model only where an
-endpoint or a model was named by flag.
+endpoint or a model was named by flag. An endpoint is an address, or a vLLM server that is started for the command.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autointerp.explainers.base import Explainer
 from autointerp.judges.base import Judge
 from sae.errors import BadInput
 
+if TYPE_CHECKING:
+    from autointerp.llm.client import LlmClient
+    from autointerp.llm.serving import Servers
+
 PROTOCOLS = ("auto", "batch", "single")
+VLLM_TIMEOUT = 1800.0
+"""Seconds until a server has to be ready: a large model takes minutes to load, and as long again to be compiled."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +37,33 @@ class LlmOptions:
     concurrency: int = 32
     requests_per_second: float | None = None
     protocol: str = "auto"
+    vllm: str | None = None
+    """Serve this model for the command: a folder, a hub name or ``bundled``. ``model`` is then what it is called."""
+    judge_vllm: str | None = None
+    vllm_python: Path | None = None
+    vllm_args: str = ""
+    vllm_timeout: float = VLLM_TIMEOUT
+    servers: Servers | None = field(default=None, repr=False, compare=False)
+    """Keeps the server from one part of a command to the next; see :func:`kept_server`."""
+
+    def __post_init__(self) -> None:
+        for flag, vllm, url in (("", self.vllm, self.url), ("judge-", self.judge_vllm, self.judge_url)):
+            if vllm is not None and url is not None:
+                raise BadInput(f"--{flag}vllm starts a server, --{flag or 'llm-'}url names one; give one of the two")
+        if self.vllm is not None and self.judge_model is not None and not self.judge_is_elsewhere:
+            raise BadInput(
+                f"--judge-model {self.judge_model!r}: the server of --vllm {self.vllm!r} has one model alone; "
+                "give --judge-vllm or --judge-url"
+            )
 
     @property
     def named(self) -> bool:
-        return self.url is not None or self.model is not None
+        return self.url is not None or self.model is not None or self.vllm is not None
+
+    @property
+    def judge_is_elsewhere(self) -> bool:
+        """Whether the judge has an endpoint of its own."""
+        return self.judge_url is not None or self.judge_vllm is not None
 
     def words(self) -> list[str]:
         """The flags that name the models again, for a command to print. A key is in none of them: an address that
@@ -45,12 +75,48 @@ class LlmOptions:
             "--judge-model": self.judge_model,
             "--api-key-file": self.api_key_file,
         }
-        return [word for flag, value in given.items() if value and "@" not in str(value) for word in (flag, str(value))]
+        served = {
+            "--vllm": self.vllm,
+            "--judge-vllm": self.judge_vllm,
+            "--vllm-python": self.vllm_python,
+            "--vllm-args": self.vllm_args,
+            "--vllm-timeout": f"{self.vllm_timeout:g}" if self.vllm_timeout != VLLM_TIMEOUT else None,
+        }
+        words = [
+            word for flag, value in given.items() if value and "@" not in str(value) for word in (flag, str(value))
+        ]
+        if self.vllm or self.judge_vllm:
+            words += [word for flag, value in served.items() if value for word in (flag, str(value))]
+        return words
 
     def for_judge(self) -> LlmOptions:
         """The same, with the judge's own endpoint and model where it has them."""
-        model = self.judge_model or (self.model if self.judge_url is None else None)
-        return replace(self, url=self.judge_url or self.url, model=model)
+        if not self.judge_is_elsewhere:
+            return replace(self, model=self.judge_model or self.model)
+        return replace(
+            self,
+            url=self.judge_url,
+            vllm=self.judge_vllm,
+            model=self.judge_model,
+            judge_url=None,
+            judge_vllm=None,
+            judge_model=None,
+        )
+
+
+@contextmanager
+def kept_server(options: LlmOptions) -> Iterator[LlmOptions]:
+    """``options`` by which explainer and judge share a server where they name the same model; it ends with the block.
+
+    Without this each has its own, for as long as it is open.
+    """
+    if options.vllm is None and options.judge_vllm is None:
+        yield options
+        return
+    from autointerp.llm.serving import Servers
+
+    with Servers() as servers:
+        yield replace(options, servers=servers)
 
 
 def resolve(backend: str, options: LlmOptions, what: str) -> str:
@@ -59,8 +125,8 @@ def resolve(backend: str, options: LlmOptions, what: str) -> str:
         return "llm" if options.named else "ngram"
     if backend == "llm" and not options.named:
         raise BadInput(
-            f"--{what} llm needs a language model: give --llm-url (such as http://127.0.0.1:8000/v1) or --llm-model; "
-            "a key in the environment alone configures nothing"
+            f"--{what} llm needs a language model: give --llm-url (such as http://127.0.0.1:8000/v1), --vllm or "
+            "--llm-model; a key in the environment alone configures nothing"
         )
     return backend
 
@@ -74,9 +140,8 @@ async def open_explainer(backend: str, options: LlmOptions, cache: Path) -> Asyn
         yield NgramExplainer()
         return
     from autointerp.explainers.llm import LlmExplainer
-    from autointerp.llm.client import open_client
 
-    async with open_client(options, cache) as client:
+    async with _open_client(options, cache) as client:
         yield LlmExplainer(client)
 
 
@@ -86,13 +151,33 @@ async def open_judge(backend: str, options: LlmOptions, cache: Path) -> AsyncIte
     if options.protocol not in PROTOCOLS:
         raise BadInput(f"--protocol {options.protocol!r}: choose one of {', '.join(PROTOCOLS)}")
     chosen = options.for_judge()
-    if resolve(backend, chosen, "judge") == "ngram":
+    kind = resolve(backend, chosen, "judge")
+    if chosen.servers is not None and (kind == "ngram" or chosen.vllm is None):
+        chosen.servers.close()  # the explainer's, which nobody asks any more
+    if kind == "ngram":
         from autointerp.judges.ngram import NgramJudge
 
         yield NgramJudge()
         return
     from autointerp.judges.llm import open_llm_judge
+
+    async with _open_client(chosen, cache) as client:
+        yield await open_llm_judge(client, options.protocol)
+
+
+@asynccontextmanager
+async def _open_client(options: LlmOptions, cache: Path) -> AsyncIterator[LlmClient]:
+    """The client of a server that runs already, or of one that is started for its first question."""
     from autointerp.llm.client import open_client
 
-    async with open_client(chosen, cache) as client:
-        yield await open_llm_judge(client, options.protocol)
+    if options.vllm is None:
+        async with open_client(options, cache) as client:
+            yield client
+        return
+    from autointerp.llm.serving import serving
+
+    async with (
+        serving(options, cache.parent) as server,
+        open_client(replace(options, model=server.name), cache, server.ready) as client,
+    ):
+        yield client

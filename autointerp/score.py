@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from autointerp.backends import LlmOptions, open_judge, resolve
+from autointerp.backends import LlmOptions, kept_server, open_judge, resolve
 from autointerp.contexts import Context
 from autointerp.journal import Journal, Verdict
 from autointerp.judges.base import Judge
@@ -66,12 +66,15 @@ def score_runs(
         if name not in SCORERS:
             raise BadInput(f"--scorer {name!r} is not known; choose {nearest(name, SCORERS)}")
     kind = resolve(backend, options.for_judge(), "judge")
-    chosen = _with_explanations(runs, root, options)
-    if not chosen:
-        raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`")
     if control_latents is None:
         control_latents = CONTROL_LATENTS[kind]
-    return asyncio.run(_score(chosen, root, [SCORERS[name]() for name in scorers], kind, options, control_latents))
+    with kept_server(options) as options:
+        chosen = _with_explanations(runs, root, options)
+        if not chosen:
+            raise BadInput(
+                f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`"
+            )
+        return asyncio.run(_score(chosen, root, [SCORERS[name]() for name in scorers], kind, options, control_latents))
 
 
 def _with_explanations(runs: Sequence[Run] | None, root: Path, options: LlmOptions) -> list[Run]:

@@ -21,17 +21,15 @@ of a step of every architecture on the CPU; what is fixed is an allowance.
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from sae import launch
 from sae.corpus import BLOCK_TOKENS, MIXED_BLOCKS
 from sae.errors import UserError
+from sae.host_memory import free_host_bytes
 from sae.settings import TrainingSettings
 
 _PIECES = {"cpu": 3 * (32 << 20), "cuda": 512 << 20}
@@ -117,40 +115,7 @@ def free_bytes(device: str | torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type != "cpu":
         return None
-    shared = [bound // launch.local_size() for bound in (_available(), _within_group()) if bound is not None]
-    own = _within_limit()
-    return min(shared if own is None else [*shared, own], default=None)
-
-
-def _available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
-        return found["MemAvailable"] + found.get("SwapFree", 0)
-    except (OSError, KeyError, ValueError):
-        return None
-
-
-def _within_group() -> int | None:
-    """What a container's limit leaves (control groups, version 2)."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-        cached = sum(int(line.split()[1]) for line in lines if line.split()[0] == "file")
-        return None if limit == "max" else int(limit) - used + cached
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _within_limit() -> int | None:
-    """What ``ulimit -v`` leaves."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return None
-    return None if limit == resource.RLIM_INFINITY else max(0, limit - pages * resource.getpagesize())
+    return free_host_bytes()
 
 
 def check_fits(parts: Sequence[Part], device: str | torch.device) -> None:

@@ -9,12 +9,22 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from rich.text import Text
 
 from sae import launch
@@ -24,6 +34,7 @@ console = Console(
     stderr=True, highlight=False, emoji=False, quiet=launch.rank() != 0
 )  # of several processes, one speaks
 _PLAIN_LINE_SECONDS = 30.0
+_waited = 0.0  # seconds that this process has spent in `waiting`: nobody's work
 
 
 def peak_memory_bytes() -> int:
@@ -68,6 +79,7 @@ class Bar:
         self._first = done
         self._progress, self._label, self._total, self._unit = progress, label, total, unit
         self._started = self._last_line = time.monotonic()
+        self._waited_before = _waited
         self._note = ""
         self._task = (
             progress.add_task(escape(label), total=total, completed=int(done), unit=unit, note="") if progress else None
@@ -80,13 +92,17 @@ class Bar:
             self._progress.update(self._task, advance=amount, note=escape(self._note))
         elif time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
-            rate = (self.done - self._first) / (self._last_line - self._started)
+            seconds = self._seconds(self._last_line)
+            rate = (self.done - self._first) / seconds if seconds else 0
             left = (self._total - self.done) / rate if rate else float("inf")
             done = f"{human(self.done)} of {human(self._total)} {self._unit}"
             say(f"{self._label}: {done}, {left:.0f} s left {self._note}".rstrip())
 
+    def _seconds(self, now: float) -> float:
+        return max(0.0, now - self._started - (_waited - self._waited_before))
+
     def summary(self) -> str:
-        seconds = time.monotonic() - self._started
+        seconds = self._seconds(time.monotonic())
         worked, on_gpu = self.done - self._first, peak_device_bytes()
         return (
             f"{self._label}: {human(worked)} {self._unit} in {seconds:.1f} s"
@@ -118,3 +134,36 @@ def track(label: str, total: float, unit: str = "steps", done: float = 0) -> Ite
         bar = Bar(None, label, total, unit, done)
         yield bar
     say(bar.summary())
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[Callable[[str], None]]:
+    """A line that says for how long something outside this program has been waited for.
+
+    Yields what is to be called now and then with a few words on what is going on there. Bars that are up meanwhile
+    do not count this time as theirs.
+    """
+    global _waited
+    started = last_line = time.monotonic()
+    try:
+        if console.is_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            )
+            with Progress(*columns, console=console, transient=True) as progress:
+                task = progress.add_task(escape(printable(label)), total=None, note="")
+                yield lambda note: progress.update(task, note=escape(printable(note)), refresh=True)
+        else:
+
+            def in_lines(note: str) -> None:
+                nonlocal last_line
+                if time.monotonic() - last_line > _PLAIN_LINE_SECONDS:
+                    last_line = time.monotonic()
+                    say(f"{label}: {last_line - started:.0f} s {note}".rstrip())
+
+            yield in_lines
+    finally:
+        _waited += time.monotonic() - started

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sae.formats import About
 
 DEFAULT_ROOT = Path("eval_runs")
-RESERVED = frozenset({"alignments", "reports", "recipes", "reference", "corpora"})
+RESERVED = frozenset({"alignments", "reports", "recipes", "reference", "corpora", "logs"})
 LATENT_STAGES = ("firing", "overlap", "contexts", "scores")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(?:-[A-Za-z0-9._]+)*")
 _LONGEST_NAME = 80  # two of them, and a few letters more, are the name of an alignment's file

@@ -12,7 +12,6 @@ are unlike any other's; so it is put in front for the forward pass, and its posi
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,14 +22,13 @@ import numpy as np
 import torch
 
 from sae.errors import BadInput, NotFound, UserError, nearest
-from sae.files import digest, read_json
+from sae.files import digest, digest_samples, read_json
 from sae.hub import Kind, find_on_hub, first_line, looks_like_path
 from sae.memory import is_out_of_memory
+from sae.subjects import BUNDLED
 
-BUNDLED = Path(__file__).parent / "subjects" / "pystdlib-4m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = (".safetensors", ".bin")
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def load_tokenizer(source: str) -> tuple[Any, str]:
@@ -305,16 +303,7 @@ def _fingerprint(place: str, arguments: dict[str, Any]) -> str:
         k: v for k, v in read_json(folder / "config.json").items() if k not in ("transformers_version", "_name_or_path")
     }
     weights = [p for p in sorted(folder.iterdir()) if p.suffix in _WEIGHTS]
-    return digest([config, [[p.name, p.stat().st_size, _sampled_hash(p)] for p in weights]])
-
-
-def _sampled_hash(path: Path) -> str:
-    hasher, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as stream:
-        for part in range(_SAMPLES + 1):
-            stream.seek(max(0, (size - _SAMPLE_BYTES) * part // _SAMPLES))
-            hasher.update(stream.read(_SAMPLE_BYTES))
-    return hasher.hexdigest()
+    return digest([config, [[p.name, p.stat().st_size, digest_samples(p)] for p in weights]])
 
 
 @contextmanager

@@ -186,9 +186,44 @@ ControlLatents = Annotated[
 LlmUrl = Annotated[
     str | None, typer.Option("--llm-url", help="An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")
 ]
-LlmModel = Annotated[str | None, typer.Option("--llm-model", help="The model there. Default: the only one it serves.")]
+LlmModel = Annotated[
+    str | None,
+    typer.Option("--llm-model", help="The model there. Default: the only one it serves. With --vllm: what to call it."),
+]
 JudgeUrl = Annotated[str | None, typer.Option("--judge-url", help="Another endpoint for the judge.")]
 JudgeModel = Annotated[str | None, typer.Option("--judge-model", help="Another model for the judge.")]
+Vllm = Annotated[
+    str | None,
+    typer.Option(
+        "--vllm",
+        metavar="MODEL",
+        help="Start a vLLM server for this command, on this machine alone, and stop it at the end: a model's folder, a "
+        "Hugging Face name, or 'bundled'. It starts with the first question that is not answered yet. Its log is in "
+        "ROOT/logs. `make vllm` installs vLLM.",
+    ),
+]
+JudgeVllm = Annotated[
+    str | None,
+    typer.Option(
+        "--judge-vllm",
+        metavar="MODEL",
+        help="The same for the judge. With the model of --vllm one server serves both.",
+    ),
+]
+VllmPython = Annotated[
+    Path | None,
+    typer.Option(
+        "--vllm-python",
+        help="The Python that has vLLM. Default: $AUTOINTERP_VLLM_PYTHON, else that of `make vllm`, else this one.",
+    ),
+]
+VllmArgs = Annotated[
+    str,
+    typer.Option(
+        "--vllm-args", help="Further arguments of the vLLM server, in quotes: --vllm-args '--max-model-len 4096'."
+    ),
+]
+VllmTimeout = Annotated[float, typer.Option("--vllm-timeout", help="Seconds until the vLLM server has to be ready.")]
 KeyFile = Annotated[
     Path | None,
     typer.Option("--api-key-file", help="A file that holds the key. Default: $AUTOINTERP_API_KEY or $OPENAI_API_KEY."),

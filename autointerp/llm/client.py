@@ -61,6 +61,8 @@ class LlmClient:
     :param answer_tries: how often a question is put when the answers cannot be used.
     :param backoff: scale of the first pause between tries, in seconds; pauses double and are randomised.
     :param patience: requests in a row that may fail after all their tries before the server is given up.
+    :param start: starts a server of ours, which takes no key, and gives its address: called before the first question
+        that has no kept answer. ``model`` must be given; ``base_url`` is not used.
     :raises BadInput: the URL or the key cannot be one.
     """
 
@@ -78,14 +80,16 @@ class LlmClient:
         answer_tries: int = 3,
         backoff: float = 0.5,
         patience: int = 10,
+        start: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
-        self._candidates = candidates(base_url)
+        self._candidates = candidates(base_url if start is None else "http://127.0.0.1")
         self.url = self._candidates[0]
         if concurrency < 1 or tries < 1 or answer_tries < 1:
             raise BadInput("concurrency and the numbers of tries must be at least 1")
         if requests_per_second is not None and not requests_per_second > 0:
             raise BadInput(f"requests per second = {requests_per_second}: must be above 0; leave it out for no limit")
-        self._key = read_key(key_file)
+        self._start = start
+        self._key = read_key(key_file) if start is None else None
         self._model = model or None
         self._cache = cache
         self._concurrency, self._rate = concurrency, requests_per_second
@@ -129,10 +133,15 @@ class LlmClient:
     async def check(self) -> str:
         """Find the API and the model before any work is done; a second call returns at once.
 
+        A server of ours is not started by this: it may well not be needed.
+
         :returns: the model's name.
         :raises Unavailable: nothing answers at the address, or the key is refused.
         :raises BadInput: no such API at the address, or it serves several models and none was named.
         """
+        return self.model if self._start is not None else await self._connect()
+
+    async def _connect(self) -> str:
         if self._found:
             return self.model
         session = self._open()
@@ -144,6 +153,8 @@ class LlmClient:
         return self.model
 
     async def _find(self) -> None:
+        if self._start is not None:
+            self._candidates = candidates(await self._start())
         for url in self._candidates:
             served = await self._served(url)
             if served is None:
@@ -231,7 +242,7 @@ class LlmClient:
             return parsed, answer
 
     async def _ask_server(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T, Answer]:
-        await self.check()
+        await self._connect()
         spent = Usage()
         sent = request
         cut_off = ""
@@ -398,10 +409,13 @@ class _Session:
 
 
 @asynccontextmanager
-async def open_client(options: LlmOptions, cache: Path) -> AsyncIterator[LlmClient]:
+async def open_client(
+    options: LlmOptions, cache: Path, start: Callable[[], Awaitable[str]] | None = None
+) -> AsyncIterator[LlmClient]:
     """The client that ``options`` describe, checked, for the length of a block.
 
     :param cache: the file of kept answers; made if it is not there.
+    :param start: see :class:`LlmClient`.
     :raises Unavailable: no server answers there; said before any work is done.
     """
     answers = ResponseCache(cache)
@@ -413,6 +427,7 @@ async def open_client(options: LlmOptions, cache: Path) -> AsyncIterator[LlmClie
             cache=answers,
             concurrency=options.concurrency,
             requests_per_second=options.requests_per_second,
+            start=start,
         ) as client:
             await client.check()
             yield client

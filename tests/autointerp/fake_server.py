@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class FakeServer:
     :param prefix: where the API lives.
     :param key: refuse requests with another key.
     :param rejects: parameters answered by HTTP 400.
+    :param port: where to listen; 0 for any.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class FakeServer:
         prefix: str = "/v1",
         key: str | None = None,
         rejects: Sequence[str] = (),
+        port: int = 0,
     ) -> None:
         self.answer: Callable[[dict[str, Any]], Reply | str]
         if answer is None or callable(answer):
@@ -97,11 +99,11 @@ class FakeServer:
         self.most_at_once = 0
         self._at_once = 0
         self._lock = threading.Lock()
-        self._http = _Server(("127.0.0.1", 0), _handler(self))
+        self._http = _Server(("127.0.0.1", port), _handler(self))
         self.root = f"http://127.0.0.1:{self._http.server_address[1]}"
         self.url = self.root + prefix
 
-    def __enter__(self) -> FakeServer:
+    def __enter__(self) -> Self:
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 

@@ -23,6 +23,7 @@ from sae.files import (
     atomic,
     digest,
     digest_file,
+    digest_samples,
     mapping_differences,
     read_json,
     read_table,
@@ -199,3 +200,15 @@ def test_differences_are_there_exactly_where_values_differ(a: dict[str, Any], b:
 def test_a_difference_is_named_by_its_path() -> None:
     old, new = {"training": {"k": 32, "auxk": 0.1}, "text": "a"}, {"training": {"k": 64, "auxk": 0.1}}
     assert mapping_differences(old, new) == ["text: 'a' there, None now", "training.k: 32 there, 64 now"]
+
+
+@pytest.mark.parametrize("size", [1, 1 << 16, 5_000_000])
+def test_samples_of_a_file_hold_its_ends(size: int, tmp_path: Path) -> None:
+    found = set()
+    for changed in (None, 0, size - 1):
+        content = bytearray(size)
+        if changed is not None:
+            content[changed] = 1
+        (tmp_path / "x").write_bytes(content)
+        found.add(digest_samples(tmp_path / "x"))
+    assert len(found) == (2 if size == 1 else 3)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from sae import progress
-from sae.progress import human, peak_memory_bytes, say, track
+from sae.progress import human, peak_memory_bytes, say, track, waiting
 
 SCALES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
@@ -116,6 +116,41 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         bar.advance(note="[b] × c")
         bar.advance()
     assert "align [a]: 2 pairs in" in out.getvalue()
+
+
+def test_what_is_waited_for_says_for_how_long(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    with waiting("loading [x]") as note:
+        for _ in range(6):
+            note("[b]weights\x1b[0m")
+    found = lines.getvalue().splitlines()
+    assert 2 <= len(found) <= 4
+    assert all(re.fullmatch(r"loading \[x\]: \d+ s \[b\]weights\N{REPLACEMENT CHARACTER}\[0m", line) for line in found)
+
+
+def test_waiting_on_a_terminal_stands_below_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=True, highlight=False, width=100))
+    with track("align", 1, "pairs") as bar:
+        with waiting("loading [x]") as note:
+            note("[b]weights")
+        bar.advance()
+    assert "align: 1 pairs in" in out.getvalue()
+    assert "loading [x]" in out.getvalue()
+    assert "[b]weights" in out.getvalue()
+
+
+def test_a_stage_does_not_count_what_it_waited(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with track("explain", 10, "latents") as bar:
+        now += 2
+        with waiting("loading"):
+            now += 90
+        now += 3
+        bar.advance(10)
+    assert "10 latents in 5.0 s · 2 latents/s" in lines.getvalue()
 
 
 def test_memory_only_grows() -> None:
