@@ -85,6 +85,36 @@ def test_a_permuted_and_rescaled_copy_is_recovered(n: int, seed: int) -> None:
     assert found.sum == pytest.approx(n)
 
 
+def true_cosines(a: Array, b: Array) -> Array:
+    """[n, m] in 64 significant bits, by which float64's own errors can be measured."""
+    exact = [side.astype(np.longdouble) for side in (a, b)]
+    a, b = (side / np.sqrt((side * side).sum(axis=1, keepdims=True)) for side in exact)
+    return a @ b.T
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(0, 10), st.integers(2, 60))
+def test_the_bound_holds_for_the_true_cosines_not_only_for_computed_ones(seed: int, n: int, wider: int, d: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(n, d)), rng.normal(size=(n + wider, d))
+    found = best_matching(a, b, nearest=3)
+    c = true_cosines(a, b)
+    best = c[linear_sum_assignment(c.astype(np.float64), maximize=True)].sum()
+    assert best <= found.upper_bound  # by no more than the difference is float64 wrong
+    assert best >= found.sum - n * (d + 16) * 2.0**-52
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("length", [3e-41, 1e-30, 1e-13, 1e13, 1e36])
+def test_rows_of_any_length_keep_their_direction(kind: type[np.floating[Any]], length: float) -> None:
+    a, b = shared_half(60, 60, 12)
+    a = (a * length).astype(kind)
+    a[:, 0] /= 1000  # some numbers are far smaller than others
+    i, j = (at.ravel() for at in np.indices((60, 60)))
+    found = cosines(Directions.of(a), Directions.of(b), i, j)
+    np.testing.assert_allclose(found, true_cosines(a, b).ravel().astype(np.float64), rtol=0, atol=28 * 2.0**-52)
+
+
 def shared_half(n: int, m: int, d: int, seed: int = 0) -> tuple[Array, Array]:
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((n, d), dtype=np.float32), rng.standard_normal((m, d), dtype=np.float32)
@@ -139,6 +169,33 @@ def test_every_precision_finds_the_same_best(name: str) -> None:
     assert found["float32"].sum == pytest.approx(found["bfloat16"].sum, abs=1e-9)
     if name == "shared":  # no ties: the best matching is the only one
         np.testing.assert_array_equal(found["float32"].partner, found["bfloat16"].partner)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["identical", "on a line", "one column over and over", "zero columns", "one cluster"])
+def test_latents_alike_do_not_all_become_candidates_of_all(
+    monkeypatch: pytest.MonkeyPatch, name: str, precision: Precision
+) -> None:
+    """The screens cannot tell their cosines from the prices; were each a candidate, that would be the whole matrix."""
+    monkeypatch.setattr(matching, "_MOST", 8)
+    monkeypatch.setattr(matching, "_MOST_AT_ALL", 16)
+    n, m = 500, 1000 if name == "zero columns" else 500
+    a, b = shared_half(n, m, 16)
+    if name == "identical":
+        a[:], b[:] = a[0], 3 * a[0]
+    elif name == "on a line":
+        a, b = a[:, :1] * a[0], b[:, :1] * a[0]
+    elif name == "one column over and over":
+        b[:250] = b[0]
+    elif name == "zero columns":
+        a, b = np.abs(a), -np.abs(b)
+        b[100:] = 0
+    else:
+        a, b = a * 1e-3 + 1, b * 1e-3 + 1
+    found = best_matching(a, b, precision=precision, nearest=6)
+    check(found, a, b)
+    assert found.candidates < n * m / 4
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -253,6 +310,19 @@ def test_align_takes_wide_pairs_this_way(monkeypatch: pytest.MonkeyPatch, widths
     assert checked["encoder"]["certified"]
     assert not checked["decoder"]["certified"]
     assert checked["decoder"]["gap"] > 0
+
+
+@pytest.mark.parametrize("turn", [0.3, 1.3])
+def test_small_pairs_in_a_plane_are_certified_too(turn: float) -> None:
+    """Every row's best partner but one is taken by its neighbour: a chain through all of them."""
+    angle = np.arange(300) / 300 * 1.5
+    a, b = (np.stack([np.cos(at), np.sin(at)], axis=1) for at in (angle, angle + turn / 300))
+    found = align(a, a, b, b)
+    c = unit_rows(a) @ unit_rows(b).T
+    for space in ("encoder", "decoder"):
+        assert found.certificate[space]["certified"]
+        assert found.certificate[space]["sum"] == pytest.approx(c[linear_sum_assignment(c, maximize=True)].sum())
+    assert all(space["certified"] for space in verify(found, a, a, b, b).values())
 
 
 @settings(max_examples=150, deadline=None)
