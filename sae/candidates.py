@@ -186,7 +186,7 @@ def joined(parts: list[Pairs]) -> Pairs:
 
 
 def _portions(i: NDArray[np.int32], chosen: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
-    """Where ``chosen``, in portions of about ``_LOOKED_AT`` pairs, whole rows each. ``i`` are the rows of all, in order."""
+    """Where ``chosen``, in portions of about ``_LOOKED_AT`` pairs, whole rows each; ``i`` [E] is in order."""
     left = np.flatnonzero(chosen)
     while len(left):
         last = min(_LOOKED_AT, len(left)) - 1

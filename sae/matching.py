@@ -31,7 +31,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from sae.candidates import TOLERANCE, Pairs, joined, shortlist, violations
-from sae.dense_matching import Matching, Nearest
+from sae.dense_matching import EQUAL, Matching, Nearest
 from sae.directions import Directions, Floats, Screen, cosines, plain_products
 from sae.precision import resolve_float
 from sae.sparse_assignment import Graph, Solution, greedy, solve
@@ -207,10 +207,10 @@ def _nearest(
     n = len(a)
     who, best = np.zeros(n, np.int32), np.full(n, -np.inf)
     np.maximum.at(best, i, cosine)
-    winners = np.flatnonzero(cosine == best[i])[::-1]
+    winners = np.flatnonzero(cosine >= best[i] - EQUAL)[::-1]
     order = winners[np.argsort(-j[winners], kind="stable")]
     who[i[order]] = j[order]  # the last to be written is the lowest
-    doubt = ~(best > bound + 1e-12) | (zeros & (best <= 0))
+    doubt = ~(best > bound + 2 * EQUAL) | (zeros & (best <= 0))
     empty = a.inverse == 0
     who[empty], best[empty] = 0, 0.0
     rows = np.flatnonzero(doubt & ~empty)
@@ -219,8 +219,8 @@ def _nearest(
         best[some] = -np.inf
         for left in range(0, len(b), 4 * _ROWS):
             block = a.unit(some) @ b.unit(slice(left, left + 4 * _ROWS)).T
-            at = block.argmax(axis=1)
-            value = block[np.arange(len(some)), at]
-            better = value > best[some]
+            value = block.max(axis=1)
+            at = (block >= value[:, None] - EQUAL).argmax(axis=1)
+            better = value > best[some] + EQUAL
             who[some[better]], best[some[better]] = at[better] + left, value[better]
     return Nearest(who, best)

@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from sae import alignment, candidates, matching, screening
 from sae.alignment import Alignment, align, verify
 from sae.candidates import shortlist
-from sae.dense_matching import Matching, unit_rows, upper_bound
+from sae.dense_matching import Matching, best_of_all, unit_rows, upper_bound
 from sae.directions import Directions, Screen, cosines
 from sae.matching import best_matching
 from sae.sparse_assignment import Graph, solve
@@ -43,6 +43,8 @@ def check(found: Matching, a: Array, b: Array) -> None:
         np.testing.assert_allclose(near.cosine, c.max(axis=axis), atol=1e-7)
         at_it = np.take_along_axis(c, np.expand_dims(near.who, axis), axis).ravel()
         np.testing.assert_allclose(at_it, near.cosine, atol=1e-12)
+        lowest = (c >= c.max(axis=axis, keepdims=True) - 1e-12).argmax(axis=axis)
+        np.testing.assert_array_equal(near.who, lowest)
 
 
 # Few distinct values, so that ties, equal rows and zero rows are the rule.
@@ -310,6 +312,17 @@ def test_align_takes_wide_pairs_this_way(monkeypatch: pytest.MonkeyPatch, widths
     assert checked["encoder"]["certified"]
     assert not checked["decoder"]["certified"]
     assert checked["decoder"]["gap"] > 0
+
+
+def test_of_equal_neighbours_the_lowest_is_named_whatever_the_product_rounds() -> None:
+    a, b = shared_half(1403, 1507, 40)
+    of = np.random.default_rng(0).integers(0, 300, len(b))
+    b = b[of]  # the last few columns of a product are multiplied by other instructions than the same ones before
+    cosines = unit_rows(a) @ unit_rows(b).T
+    _, first, which = np.unique(of, return_index=True, return_inverse=True)
+    for found in (best_of_all(cosines), best_matching(a, b)):
+        who = found.nearest[0].who
+        np.testing.assert_array_equal(first[which][who], who)
 
 
 @pytest.mark.parametrize("turn", [0.3, 1.3])
