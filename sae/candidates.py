@@ -188,11 +188,12 @@ def joined(parts: list[Pairs]) -> Pairs:
 def _portions(i: NDArray[np.int32], chosen: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
     """Where ``chosen``, in portions of about ``_LOOKED_AT`` pairs, whole rows each; ``i`` [E] is in order."""
     left = np.flatnonzero(chosen)
-    while len(left):
-        last = min(_LOOKED_AT, len(left)) - 1
-        end = int(np.searchsorted(i[left], i[left[last]], side="right"))
-        yield left[:end]
-        left = left[end:]
+    rows, start = i[left], 0
+    while start < len(left):
+        last = min(start + _LOOKED_AT, len(left)) - 1
+        end = int(np.searchsorted(rows, rows[last], side="right"))
+        yield left[start:end]
+        start = end
 
 
 def _below(u: Floats, margin: Margin) -> NDArray[np.float32]:

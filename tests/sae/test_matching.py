@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from sae import alignment, candidates, matching, screening
 from sae.alignment import Alignment, align, verify
-from sae.candidates import shortlist
+from sae.candidates import Known, shortlist, violations
 from sae.dense_matching import Matching, best_of_all, unit_rows, upper_bound
 from sae.directions import Directions, Screen, cosines
 from sae.matching import best_matching
@@ -115,6 +115,17 @@ def test_rows_of_any_length_keep_their_direction(kind: type[np.floating[Any]], l
     i, j = (at.ravel() for at in np.indices((60, 60)))
     found = cosines(Directions.of(a), Directions.of(b), i, j)
     np.testing.assert_allclose(found, true_cosines(a, b).ravel().astype(np.float64), rtol=0, atol=28 * 2.0**-52)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 50, 10_000])
+def test_an_exact_look_in_portions_is_the_same_look(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
+    a, b = shared_half(200, 230, 6)
+    whole = best_matching(a, b, nearest=2)
+    monkeypatch.setattr(candidates, "_LOOKED_AT", at_a_time)
+    some = best_matching(a, b, nearest=2)
+    np.testing.assert_array_equal(some.partner, whole.partner)
+    np.testing.assert_array_equal(some.v, whole.v)
+    assert (some.candidates, some.rounds) == (whole.candidates, whole.rounds)
 
 
 def shared_half(n: int, m: int, d: int, seed: int = 0) -> tuple[Array, Array]:
@@ -235,6 +246,18 @@ def test_the_margin_holds_and_is_not_far_above_the_error(precision: Precision, d
     assert np.abs(true - screened).max() > (0.1 * allowed.min() if precision == "bfloat16" else 0)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_margin_holds_in_whatever_order_a_product_is_summed(precision: Precision) -> None:
+    """One after the other, as no library does any more, thousands of equal terms are all rounded the same way."""
+    rows = np.ones((2, 60_000), np.float32)
+    sides = [Screen.of(Directions.of(rows[at : at + 1]), precision, "cpu") for at in range(2)]
+    one, other = (side.rows.float().numpy()[0] for side in sides)
+    summed = float(np.add.accumulate(one * other)[-1])
+    error = abs(summed - one.astype(np.float64) @ other.astype(np.float64))
+    slack = 3e-6
+    assert slack < error <= sides[0].margin(sides[1]).absolute - sides[0].error - sides[1].error
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_the_shortlist_passes_over_is_bounded(precision: Precision) -> None:
@@ -250,6 +273,31 @@ def test_what_the_shortlist_passes_over_is_bounded(precision: Precision) -> None
     kth = np.sort(c, axis=1)[:, -5]
     assert (known.row <= kth + 3 * screens[0].margin(screens[1]).absolute + 0.02).all()
     np.testing.assert_allclose(cosines(sides[0], sides[1], i, j), c[i, j], atol=1e-7)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("most", [3, 10_000])
+def test_no_pair_that_exceeds_its_prices_is_overlooked(precision: Precision, most: int) -> None:
+    """Prices in the midst of small cosines: what the screens get wrong decides there."""
+    a, b = shared_half(300, 410, 8)
+    rng = np.random.default_rng(0)
+    u, v = rng.uniform(-0.05, 0.05, 300), rng.uniform(0, 0.05, 410)
+    c = unit_rows(a) @ unit_rows(b).T
+    over = c - u[:, None] - v
+    sides = [Directions.of(side) for side in (a, b)]
+    screens = Screen.of(sides[0], precision, "cpu"), Screen.of(sides[1], precision, "cpu")
+    known = Known(np.full(300, np.inf), np.full(410, np.inf), np.full(300, np.inf), np.zeros(410))
+    found, excess, _ = violations(*sides, screens, u, v, known, np.full(300, most), 1e-9)
+    if most == 10_000:
+        there = np.zeros(c.shape, dtype=bool)
+        there[found.rows, found.columns] = True
+        assert ((over > 1e-12) & (over < 1e-3)).sum() > 50
+        assert there[over > 1e-12].all()
+    assert (excess >= np.maximum(over.max(axis=1), 0) - 1e-12).all()
+    left = np.ones(c.shape, dtype=bool)
+    left[found.rows, found.columns] = False
+    assert (c <= known.u[:, None] + known.v + 1e-12)[left].all()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
