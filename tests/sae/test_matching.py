@@ -300,6 +300,39 @@ def test_no_pair_that_exceeds_its_prices_is_overlooked(precision: Precision, mos
     assert (c <= known.u[:, None] + known.v + 1e-12)[left].all()
 
 
+def test_what_is_let_go_is_bounded_by_the_worst_that_the_screens_may_err() -> None:
+    rng = np.random.default_rng(0)
+    absolute, relative = 0.01, 0.004
+    x = rng.uniform(-0.9, 0.9, size=(30, 40)).astype(np.float32)
+    true = x + absolute + relative * np.abs(x)  # all of them as far above as they can be
+    u, v, most = rng.uniform(-3, -2, 30), rng.uniform(0, 0.5, 40), rng.integers(1, 50, 30)
+    i, j = (at.ravel().astype(np.int32) for at in np.indices(x.shape))
+    dropped = np.full(30, -1e-3)
+    keep = screening.few(
+        i, j, x.ravel(), np.arange(30), np.arange(40), u, v, most, absolute, relative, dropped, False
+    ).reshape(x.shape)
+    np.testing.assert_array_equal(keep.sum(axis=1), np.minimum(most, 40))
+    left = np.where(keep, -np.inf, true - u[:, None] - v).max(axis=1)
+    np.testing.assert_array_equal(dropped[most >= 40], -1e-3)
+    assert (dropped >= left - 1e-12).all()
+    least = np.where(keep, true - u[:, None] - v, np.inf).min(axis=1)
+    assert (dropped <= least + 1e-6).all()
+
+
+def test_the_excess_allows_for_pairs_that_were_let_go_unseen() -> None:
+    a, b = (unit_rows(side) for side in shared_half(200, 210, 8))
+    noise = np.random.default_rng(0).normal(size=a.shape)
+    coarse = a + 0.3 * unit_rows(noise)  # so coarse that a row's best is often not its best as the screens tell
+    screens = Screen(torch.from_numpy(coarse).float(), 0.3 + 1e-5), Screen(torch.from_numpy(b).float(), 1e-5)
+    known = Known(np.full(200, np.inf), np.full(210, np.inf), np.full(200, np.inf), np.zeros(210))
+    u, v = np.full(200, -1.5), np.zeros(210)
+    found, excess, _ = violations(Directions.of(a), Directions.of(b), screens, u, v, known, np.full(200, 1), 1e-3)
+    over = a @ b.T - u[:, None]
+    assert (np.bincount(found.rows, minlength=200) == 1).all()
+    assert (over[found.rows, found.columns] < over.max(axis=1)[found.rows] - 1e-3).any()
+    assert (excess >= over.max(axis=1) - 1e-12).all()
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("summed", [False, True])
 def test_a_gpu_would_find_what_the_compiled_loop_finds(precision: Precision, summed: bool) -> None:
