@@ -36,6 +36,7 @@ def check(found: Matching, a: Array, b: Array) -> None:
     assert -1e-12 * n <= found.gap <= 1e-9 * n
     # The prices prove it without the solver: feasible, and as large as the sum.
     assert found.v.min() >= 0
+    assert found.u.sum() + found.v.sum() == pytest.approx(best, abs=1e-8 * n)
     assert (found.u[:, None] + found.v >= c - 1e-11).all()
     assert (found.v[np.setdiff1d(np.arange(m), found.partner)] == 0).all()
     assert upper_bound(c, found.v) == pytest.approx(best, abs=1e-8 * n)
@@ -152,6 +153,9 @@ def special(name: str) -> tuple[Array, Array]:
         a[:80], b[40:90] = a[0], b[40]
     elif name == "all negative":
         a, b = np.abs(a), -np.abs(b)
+    elif name == "negative or zero":
+        a, b = np.abs(a), -np.abs(b)
+        b[::2] = 0
     elif name == "one cluster":
         a, b = a * 0.05 + 1, b * 0.05 + 1
     elif name == "all zero":
@@ -170,6 +174,7 @@ def special(name: str) -> tuple[Array, Array]:
         "zeros in both",
         "duplicates",
         "all negative",
+        "negative or zero",
         "one cluster",
         "all zero",
     ],
@@ -288,7 +293,7 @@ def test_no_pair_that_exceeds_its_prices_is_overlooked(precision: Precision, mos
     sides = [Directions.of(side) for side in (a, b)]
     screens = Screen.of(sides[0], precision, "cpu"), Screen.of(sides[1], precision, "cpu")
     known = Known(np.full(300, np.inf), np.full(410, np.inf), np.full(300, np.inf), np.zeros(410))
-    found, excess, _ = violations(*sides, screens, u, v, known, np.full(300, most), 1e-9)
+    found, excess, _ = violations(sides[0], sides[1], screens, u, v, known, np.full(300, most), 1e-9)
     if most == 10_000:
         there = np.zeros(c.shape, dtype=bool)
         there[found.rows, found.columns] = True
