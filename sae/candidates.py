@@ -27,6 +27,7 @@ from sae.screening import Tiles, few, insert_nearest
 _SAMPLE = 1024  # at most: more would cost more time than they save
 _SAMPLED = 4096  # rows at a time
 _KEPT = 4_000_000  # pairs of a block of rows, before the least are let go
+_LOOKED_AT = 1_000_000  # pairs at a time whose cosine is formed, and a row more
 TOLERANCE = 1e-12  # a price may be exceeded by this: float64 rounding of cosines and prices stays below it
 
 
@@ -154,14 +155,20 @@ def violations(
             for i, j, x in tiles.above(tile, row, v[part].astype(np.float32), margin.relative, True):
                 if not len(i):
                     continue
-                # The most suspicious as the screens tell; only these are worth an exact look, which costs far more.
-                kept_of = few(i, j, x, rows, part, u, v, most, margin.absolute, margin.relative, dropped)
-                who, which = rows[i[kept_of]], part[j[kept_of]]
-                exact = cosines(a, b, who, which)
-                over = exact - u[who] - v[which]
-                np.maximum.at(excess, who, over)
-                keep = over > -near if near > 0 else over > TOLERANCE
-                found.append(Pairs(who[keep].astype(np.int32), which[keep].astype(np.int32), exact[keep]))
+                # The most suspicious as the screens tell, and all of a row where these do not settle it: an exact look
+                # costs far more, but only it tells equals of a price from what exceeds it.
+                looked_at = few(i, j, x, rows, part, u, v, most, margin.absolute, margin.relative, dropped, True)
+                for some_of in _portions(i, looked_at):
+                    i_of, j_of = i[some_of], j[some_of]
+                    who, which = rows[i_of], part[j_of]
+                    exact = cosines(a, b, who, which)
+                    over = exact - u[who] - v[which]
+                    np.maximum.at(excess, who, over)
+                    keep = over > -near
+                    i_of, j_of, exact = i_of[keep], j_of[keep], exact[keep]
+                    keep = few(i_of, j_of, exact, rows, part, u, v, most, 0.0, 0.0, dropped, False)
+                    who, which = rows[i_of[keep]], part[j_of[keep]]
+                    found.append(Pairs(who.astype(np.int32), which.astype(np.int32), exact[keep]))
             if sum(len(pairs.rows) for pairs in found) > _KEPT:
                 found = [_most(joined(found), u, v, most, dropped)]
         if found:
@@ -178,6 +185,17 @@ def joined(parts: list[Pairs]) -> Pairs:
     return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
+def _portions(i: NDArray[np.int32], chosen: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
+    """Where ``chosen``, in portions of about ``_LOOKED_AT`` pairs, whole rows each; ``i`` [E] is in order."""
+    left = np.flatnonzero(chosen)
+    rows, start = i[left], 0
+    while start < len(left):
+        last = min(start + _LOOKED_AT, len(left)) - 1
+        end = int(np.searchsorted(rows, rows[last], side="right"))
+        yield left[start:end]
+        start = end
+
+
 def _below(u: Floats, margin: Margin) -> NDArray[np.float32]:
     """Thresholds in float32 that err on the side of looking."""
     return (u - margin.absolute - 1e-6).astype(np.float32)
@@ -185,15 +203,11 @@ def _below(u: Floats, margin: Margin) -> NDArray[np.float32]:
 
 def _most(pairs: Pairs, u: Floats, v: Floats, most: NDArray[np.int64], dropped: Floats) -> Pairs:
     """Of each row's pairs the ``most[i]`` that exceed its prices the most; ``dropped[i]`` comes to bound the rest."""
-    over = pairs.cosines - u[pairs.rows] - v[pairs.columns]
-    order = np.lexsort((pairs.columns, -over, pairs.rows))
-    rows = pairs.rows[order]
-    begins = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]])) if len(rows) else np.empty(0, np.int64)
-    rank = np.arange(len(rows)) - np.repeat(begins, np.diff(np.append(begins, len(rows))))
-    keep = rank < most[rows]
-    np.maximum.at(dropped, rows[~keep], over[order][~keep])
-    order = order[keep]
-    return Pairs(pairs.rows[order], pairs.columns[order], pairs.cosines[order])
+    order = np.lexsort((pairs.columns, pairs.rows))
+    i, j, x = (column[order] for column in pairs)
+    every_row, every_column = np.arange(len(u)), np.arange(len(v))
+    keep = few(i, j, x, every_row, every_column, u, v, most, 0.0, 0.0, dropped, False)
+    return Pairs(i[keep], j[keep], x[keep])
 
 
 def _suspects(u: Floats, v: Floats, known: Known, high: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

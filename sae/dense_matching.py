@@ -18,6 +18,7 @@ Array = NDArray[np.float64]
 
 BLOCK = 256  # rows at a time: a block of a 32k-wide matrix is 64 MB
 _MAX_PASSES = 50  # over the matrix while prices are sought; real pairs need about ten
+EQUAL = 1e-12  # cosines that differ by less are the same: what is nearest must not depend on rounding
 _TOLERANCE = 1e-12  # prices rise by more than this or not at all: below it lies rounding
 
 
@@ -66,10 +67,14 @@ def best_of_all(cosines: Array) -> Matching:
     v = dual_prices(cosines, partner)
     u = np.concatenate([(cosines[block] - v).max(axis=1) for block in blocks(n)])
     own = cosines[np.arange(n), partner]
-    nearest = tuple(Nearest(cosines.argmax(axis=axis).astype(np.int32), cosines.max(axis=axis)) for axis in (1, 0))
-    return Matching(
-        partner.astype(np.int32), own, u, v, float(own.sum()), float(u.sum() + v.sum()), (nearest[0], nearest[1])
-    )
+    nearest = _nearest(cosines, 1), _nearest(cosines, 0)
+    return Matching(partner.astype(np.int32), own, u, v, float(own.sum()), float(u.sum() + v.sum()), nearest)
+
+
+def _nearest(cosines: Array, axis: int) -> Nearest:
+    best = cosines.max(axis=axis, keepdims=True)
+    # A product rounds the same row otherwise at the edge of a block: such equals are equal all the same.
+    return Nearest((cosines >= best - EQUAL).argmax(axis=axis).astype(np.int32), best.squeeze(axis))
 
 
 def match(cosines: Array) -> NDArray[np.int64]:

@@ -66,8 +66,9 @@ class Directions:
         odd = np.flatnonzero(((length > _SAFE) | (length < 1 / _SAFE)) & rows.any(axis=1))
         if len(odd):
             rows = rows.copy()
-            largest = np.abs(rows[odd].astype(np.float64)).max(axis=1, keepdims=True)
-            rows[odd] = rows[odd] / largest
+            # By powers of two, which round nothing: a row has to point where it pointed.
+            exponent = np.frexp(np.abs(rows[odd]).max(axis=1, keepdims=True))[1]
+            rows[odd] = np.ldexp(rows[odd], -exponent)
             length[odd] = np.sqrt(_squares(rows[odd]))
         inverse = np.divide(1.0, length, out=np.zeros_like(length), where=length > 0)
         return cls(rows, inverse)

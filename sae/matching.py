@@ -31,7 +31,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from sae.candidates import TOLERANCE, Pairs, joined, shortlist, violations
-from sae.dense_matching import Matching, Nearest
+from sae.dense_matching import EQUAL, Matching, Nearest
 from sae.directions import Directions, Floats, Screen, cosines, plain_products
 from sae.precision import resolve_float
 from sae.sparse_assignment import Graph, Solution, greedy, solve
@@ -40,6 +40,7 @@ Ints = NDArray[np.int32]
 
 NEAREST = 24  # of each row and of each column: in random dictionaries prices reach down to about the 2 ln M-th nearest
 _MOST = 64  # new candidates of a row at a time, four times as many whenever that was not enough
+_MOST_AT_ALL = 256  # but no more than this, so that thousands of latents nearly alike are not all candidates of all
 # Pairs that come this near to their prices are taken too, half as near each time. Where prices fell since by less than
 # half of it, what is known of a pair suffices without a product.
 _NEAR = 2e-3
@@ -61,8 +62,8 @@ def best_matching(
 
     Args:
         rows, columns: of any length, finite, as float32 or float64 (others are converted to float32).
-        precision: of the products that screen all pairs; the result is the same. "auto" is bfloat16 where the machine
-            has instructions for it.
+        precision: of the products that screen all pairs; the result is the same, up to which of equally good matchings
+            it is. "auto" is bfloat16 where the machine has instructions for it.
         device: where the products are formed.
         nearest: how many of each row's and column's nearest are candidates at first: a question of time only.
     """
@@ -105,7 +106,8 @@ def _search(
                 rounds, formed = rounds + 1, formed + asked
                 if not excess.any() or rounds == _ROUNDS:
                     break
-                most[(excess > 0) & (known.u > solution.u - near)] *= 4  # those of which something was let go
+                short = (excess > 0) & (known.u > solution.u + TOLERANCE)  # what was let go exceeds its price too
+                most[short] = np.minimum(4 * most[short], _MOST_AT_ALL)
                 near /= 2
                 edges.add(new)
             total = len(edges)
@@ -138,8 +140,9 @@ def _finished(
     partner[empty] = np.flatnonzero(free)[: len(empty)]
     u[empty] = -solution.v.min() if m else 0.0
     own = cosines(a, b, np.arange(n, dtype=np.int32), partner)
-    # Per pair: what may exceed its prices unnoticed, and float64's error in a cosine of D terms, in u and in v.
-    rounding = n * (TOLERANCE + (a.rows.shape[1] + 8) * 2.0**-52)
+    # Per pair: what may exceed its prices unnoticed, once more with every round that built on what an earlier one had
+    # found sufficient; and float64's error in a cosine of D terms, in u and in v.
+    rounding = n * (rounds * TOLERANCE + (a.rows.shape[1] + 16) * 2.0**-52)
     bound = fsum(u) + fsum(solution.v) + fsum(excess) + rounding
     return Matching(partner, own, u, solution.v, fsum(own), bound, nearest, rounds, share, candidates)
 
@@ -204,10 +207,10 @@ def _nearest(
     n = len(a)
     who, best = np.zeros(n, np.int32), np.full(n, -np.inf)
     np.maximum.at(best, i, cosine)
-    winners = np.flatnonzero(cosine == best[i])[::-1]
+    winners = np.flatnonzero(cosine >= best[i] - EQUAL)[::-1]
     order = winners[np.argsort(-j[winners], kind="stable")]
     who[i[order]] = j[order]  # the last to be written is the lowest
-    doubt = ~(best > bound + 1e-12) | (zeros & (best <= 0))
+    doubt = ~(best > bound + 2 * EQUAL) | (zeros & (best <= 0))
     empty = a.inverse == 0
     who[empty], best[empty] = 0, 0.0
     rows = np.flatnonzero(doubt & ~empty)
@@ -216,8 +219,8 @@ def _nearest(
         best[some] = -np.inf
         for left in range(0, len(b), 4 * _ROWS):
             block = a.unit(some) @ b.unit(slice(left, left + 4 * _ROWS)).T
-            at = block.argmax(axis=1)
-            value = block[np.arange(len(some)), at]
-            better = value > best[some]
+            value = block.max(axis=1)
+            at = (block >= value[:, None] - EQUAL).argmax(axis=1)
+            better = value > best[some] + EQUAL
             who[some[better]], best[some[better]] = at[better] + left, value[better]
     return Nearest(who, best)

@@ -144,11 +144,12 @@ def few(
     absolute: float,
     relative: float,
     dropped: np.ndarray,
+    doubted: bool,
 ) -> np.ndarray:
     """Which of the found (i, j, c̃) to keep: of each row the ``most`` that exceed its prices most.
 
     They come in the order of rows, as numbers within ``rows`` and ``columns``. ``dropped`` comes to bound the true
-    excess of the others.
+    excess of the others. With ``doubted``, a row of whose others it is not plain whether they exceed keeps all.
     """
     keep = np.ones(len(i), np.bool_)
     start = 0
@@ -163,16 +164,25 @@ def few(
             for e in range(start, stop):
                 over[e - start] = x[e] + relative * abs(x[e]) - v[columns[j[e]]]
             limit = np.partition(over, len(over) - n)[len(over) - n]
+            # Equals of one price, or a cluster: their bound would never fall to zero, however many are taken.
+            if doubted and limit - absolute - 2.02 * relative <= u[row] < limit + absolute:
+                start = stop
+                continue
             for e in range(start, stop):
                 above = over[e - start] > limit
                 if above:
                     n -= 1
                 keep[e] = above
-            # Of equals the first: which they are does not depend on how the list was partitioned.
+            # Of equals each row takes others, or all of them would compete for the same few; which they are does not
+            # depend on how the list was partitioned.
+            equals = 0
             for e in range(start, stop):
-                if over[e - start] == limit and n > 0:
-                    keep[e] = True
-                    n -= 1
+                equals += over[e - start] == limit
+            begin, at = (row * n) % equals, 0
+            for e in range(start, stop):
+                if over[e - start] == limit:
+                    keep[e] = (at - begin) % equals < n
+                    at += 1
             dropped[row] = max(dropped[row], limit + absolute - u[row])
         start = stop
     return keep

@@ -26,7 +26,7 @@ from sae.alignment import (
     verify,
     write_alignment,
 )
-from sae.dense_matching import dual_prices, match, upper_bound
+from sae.dense_matching import best_of_all, dual_prices, match, unit_rows, upper_bound
 from sae.errors import BadInput, NotFound
 from sae.files import digest_file, read_table, table_metadata
 from sae.pair_files import pair_inputs, pair_path
@@ -156,8 +156,9 @@ def test_a_spoiled_matching_fails_the_certificate() -> None:
     assert best < hasty <= cosines.max(axis=1).sum() + 1e-9
 
 
-def test_align_reports_a_solver_that_errs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solver_that_errs_is_found_out_and_another_one_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = dictionaries(50, 50)
+    right = align(*weights).certificate["decoder"]
 
     def greedy(cosines: np.ndarray) -> np.ndarray:
         left, partner = cosines.copy(), np.full(len(cosines), UNMATCHED)
@@ -168,9 +169,12 @@ def test_align_reports_a_solver_that_errs(monkeypatch: pytest.MonkeyPatch) -> No
         return partner
 
     monkeypatch.setattr(dense_matching, "match", greedy)
-    certificate = align(*weights).certificate
-    assert not certificate["decoder"]["certified"]
-    assert certificate["decoder"]["gap"] > 0
+    wrong = best_of_all(unit_rows(weights[1]) @ unit_rows(weights[3]).T)
+    assert wrong.sum < right["sum"] - 1e-6
+    assert wrong.upper_bound >= right["sum"] - 1e-9
+    found = align(*weights).certificate["decoder"]
+    assert found["certified"]
+    assert found["sum"] == pytest.approx(right["sum"])
 
 
 def test_tampered_prices_and_partners_are_caught() -> None:

@@ -14,8 +14,8 @@ from scipy.optimize import linear_sum_assignment
 
 from sae import alignment, candidates, matching, screening
 from sae.alignment import Alignment, align, verify
-from sae.candidates import shortlist
-from sae.dense_matching import Matching, unit_rows, upper_bound
+from sae.candidates import Known, shortlist, violations
+from sae.dense_matching import Matching, best_of_all, unit_rows, upper_bound
 from sae.directions import Directions, Screen, cosines
 from sae.matching import best_matching
 from sae.sparse_assignment import Graph, solve
@@ -36,6 +36,7 @@ def check(found: Matching, a: Array, b: Array) -> None:
     assert -1e-12 * n <= found.gap <= 1e-9 * n
     # The prices prove it without the solver: feasible, and as large as the sum.
     assert found.v.min() >= 0
+    assert found.u.sum() + found.v.sum() == pytest.approx(best, abs=1e-8 * n)
     assert (found.u[:, None] + found.v >= c - 1e-11).all()
     assert (found.v[np.setdiff1d(np.arange(m), found.partner)] == 0).all()
     assert upper_bound(c, found.v) == pytest.approx(best, abs=1e-8 * n)
@@ -43,6 +44,8 @@ def check(found: Matching, a: Array, b: Array) -> None:
         np.testing.assert_allclose(near.cosine, c.max(axis=axis), atol=1e-7)
         at_it = np.take_along_axis(c, np.expand_dims(near.who, axis), axis).ravel()
         np.testing.assert_allclose(at_it, near.cosine, atol=1e-12)
+        lowest = (c >= c.max(axis=axis, keepdims=True) - 1e-12).argmax(axis=axis)
+        np.testing.assert_array_equal(near.who, lowest)
 
 
 # Few distinct values, so that ties, equal rows and zero rows are the rule.
@@ -85,6 +88,47 @@ def test_a_permuted_and_rescaled_copy_is_recovered(n: int, seed: int) -> None:
     assert found.sum == pytest.approx(n)
 
 
+def true_cosines(a: Array, b: Array) -> Array:
+    """[n, m] in 64 significant bits, by which float64's own errors can be measured."""
+    exact = [side.astype(np.longdouble) for side in (a, b)]
+    a, b = (side / np.sqrt((side * side).sum(axis=1, keepdims=True)) for side in exact)
+    return a @ b.T
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(0, 10), st.integers(2, 60))
+def test_the_bound_holds_for_the_true_cosines_not_only_for_computed_ones(seed: int, n: int, wider: int, d: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(n, d)), rng.normal(size=(n + wider, d))
+    found = best_matching(a, b, nearest=3)
+    c = true_cosines(a, b)
+    best = c[linear_sum_assignment(c.astype(np.float64), maximize=True)].sum()
+    assert best <= found.upper_bound  # by no more than the difference is float64 wrong
+    assert best >= found.sum - n * (d + 16) * 2.0**-52
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("length", [3e-41, 1e-30, 1e-13, 1e13, 1e36])
+def test_rows_of_any_length_keep_their_direction(kind: type[np.floating[Any]], length: float) -> None:
+    a, b = shared_half(60, 60, 12)
+    a = (a * length).astype(kind)
+    a[:, 0] /= 1000  # some numbers are far smaller than others
+    i, j = (at.ravel() for at in np.indices((60, 60)))
+    found = cosines(Directions.of(a), Directions.of(b), i, j)
+    np.testing.assert_allclose(found, true_cosines(a, b).ravel().astype(np.float64), rtol=0, atol=28 * 2.0**-52)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 50, 10_000])
+def test_an_exact_look_in_portions_is_the_same_look(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
+    a, b = shared_half(200, 230, 6)
+    whole = best_matching(a, b, nearest=2)
+    monkeypatch.setattr(candidates, "_LOOKED_AT", at_a_time)
+    some = best_matching(a, b, nearest=2)
+    np.testing.assert_array_equal(some.partner, whole.partner)
+    np.testing.assert_array_equal(some.v, whole.v)
+    assert (some.candidates, some.rounds) == (whole.candidates, whole.rounds)
+
+
 def shared_half(n: int, m: int, d: int, seed: int = 0) -> tuple[Array, Array]:
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((n, d), dtype=np.float32), rng.standard_normal((m, d), dtype=np.float32)
@@ -109,6 +153,9 @@ def special(name: str) -> tuple[Array, Array]:
         a[:80], b[40:90] = a[0], b[40]
     elif name == "all negative":
         a, b = np.abs(a), -np.abs(b)
+    elif name == "negative or zero":
+        a, b = np.abs(a), -np.abs(b)
+        b[::2] = 0
     elif name == "one cluster":
         a, b = a * 0.05 + 1, b * 0.05 + 1
     elif name == "all zero":
@@ -127,6 +174,7 @@ def special(name: str) -> tuple[Array, Array]:
         "zeros in both",
         "duplicates",
         "all negative",
+        "negative or zero",
         "one cluster",
         "all zero",
     ],
@@ -139,6 +187,33 @@ def test_every_precision_finds_the_same_best(name: str) -> None:
     assert found["float32"].sum == pytest.approx(found["bfloat16"].sum, abs=1e-9)
     if name == "shared":  # no ties: the best matching is the only one
         np.testing.assert_array_equal(found["float32"].partner, found["bfloat16"].partner)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["identical", "on a line", "one column over and over", "zero columns", "one cluster"])
+def test_latents_alike_do_not_all_become_candidates_of_all(
+    monkeypatch: pytest.MonkeyPatch, name: str, precision: Precision
+) -> None:
+    """The screens cannot tell their cosines from the prices; were each a candidate, that would be the whole matrix."""
+    monkeypatch.setattr(matching, "_MOST", 8)
+    monkeypatch.setattr(matching, "_MOST_AT_ALL", 16)
+    n, m = 500, 1000 if name == "zero columns" else 500
+    a, b = shared_half(n, m, 16)
+    if name == "identical":
+        a[:], b[:] = a[0], 3 * a[0]
+    elif name == "on a line":
+        a, b = a[:, :1] * a[0], b[:, :1] * a[0]
+    elif name == "one column over and over":
+        b[:250] = b[0]
+    elif name == "zero columns":
+        a, b = np.abs(a), -np.abs(b)
+        b[100:] = 0
+    else:
+        a, b = a * 1e-3 + 1, b * 1e-3 + 1
+    found = best_matching(a, b, precision=precision, nearest=6)
+    check(found, a, b)
+    assert found.candidates < n * m / 6
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -176,6 +251,18 @@ def test_the_margin_holds_and_is_not_far_above_the_error(precision: Precision, d
     assert np.abs(true - screened).max() > (0.1 * allowed.min() if precision == "bfloat16" else 0)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_margin_holds_in_whatever_order_a_product_is_summed(precision: Precision) -> None:
+    """One after the other, as no library does any more, thousands of equal terms are all rounded the same way."""
+    rows = np.ones((2, 60_000), np.float32)
+    sides = [Screen.of(Directions.of(rows[at : at + 1]), precision, "cpu") for at in range(2)]
+    one, other = (side.rows.float().numpy()[0] for side in sides)
+    summed = float(np.add.accumulate(one * other)[-1])
+    error = abs(summed - one.astype(np.float64) @ other.astype(np.float64))
+    slack = 3e-6
+    assert slack < error <= sides[0].margin(sides[1]).absolute - sides[0].error - sides[1].error
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_the_shortlist_passes_over_is_bounded(precision: Precision) -> None:
@@ -191,6 +278,64 @@ def test_what_the_shortlist_passes_over_is_bounded(precision: Precision) -> None
     kth = np.sort(c, axis=1)[:, -5]
     assert (known.row <= kth + 3 * screens[0].margin(screens[1]).absolute + 0.02).all()
     np.testing.assert_allclose(cosines(sides[0], sides[1], i, j), c[i, j], atol=1e-7)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("most", [3, 10_000])
+def test_no_pair_that_exceeds_its_prices_is_overlooked(precision: Precision, most: int) -> None:
+    """Prices in the midst of small cosines: what the screens get wrong decides there."""
+    a, b = shared_half(300, 410, 8)
+    rng = np.random.default_rng(0)
+    u, v = rng.uniform(-0.05, 0.05, 300), rng.uniform(0, 0.05, 410)
+    c = unit_rows(a) @ unit_rows(b).T
+    over = c - u[:, None] - v
+    sides = [Directions.of(side) for side in (a, b)]
+    screens = Screen.of(sides[0], precision, "cpu"), Screen.of(sides[1], precision, "cpu")
+    known = Known(np.full(300, np.inf), np.full(410, np.inf), np.full(300, np.inf), np.zeros(410))
+    found, excess, _ = violations(sides[0], sides[1], screens, u, v, known, np.full(300, most), 1e-9)
+    if most == 10_000:
+        there = np.zeros(c.shape, dtype=bool)
+        there[found.rows, found.columns] = True
+        assert ((over > 1e-12) & (over < 1e-3)).sum() > 50
+        assert there[over > 1e-12].all()
+    assert (excess >= np.maximum(over.max(axis=1), 0) - 1e-12).all()
+    left = np.ones(c.shape, dtype=bool)
+    left[found.rows, found.columns] = False
+    assert (c <= known.u[:, None] + known.v + 1e-12)[left].all()
+
+
+def test_what_is_let_go_is_bounded_by_the_worst_that_the_screens_may_err() -> None:
+    rng = np.random.default_rng(0)
+    absolute, relative = 0.01, 0.004
+    x = rng.uniform(-0.9, 0.9, size=(30, 40)).astype(np.float32)
+    true = x + absolute + relative * np.abs(x)  # all of them as far above as they can be
+    u, v, most = rng.uniform(-3, -2, 30), rng.uniform(0, 0.5, 40), rng.integers(1, 50, 30)
+    i, j = (at.ravel().astype(np.int32) for at in np.indices(x.shape))
+    dropped = np.full(30, -1e-3)
+    keep = screening.few(
+        i, j, x.ravel(), np.arange(30), np.arange(40), u, v, most, absolute, relative, dropped, False
+    ).reshape(x.shape)
+    np.testing.assert_array_equal(keep.sum(axis=1), np.minimum(most, 40))
+    left = np.where(keep, -np.inf, true - u[:, None] - v).max(axis=1)
+    np.testing.assert_array_equal(dropped[most >= 40], -1e-3)
+    assert (dropped >= left - 1e-12).all()
+    least = np.where(keep, true - u[:, None] - v, np.inf).min(axis=1)
+    assert (dropped <= least + 1e-6).all()
+
+
+def test_the_excess_allows_for_pairs_that_were_let_go_unseen() -> None:
+    a, b = (unit_rows(side) for side in shared_half(200, 210, 8))
+    noise = np.random.default_rng(0).normal(size=a.shape)
+    coarse = a + 0.3 * unit_rows(noise)  # so coarse that a row's best is often not its best as the screens tell
+    screens = Screen(torch.from_numpy(coarse).float(), 0.3 + 1e-5), Screen(torch.from_numpy(b).float(), 1e-5)
+    known = Known(np.full(200, np.inf), np.full(210, np.inf), np.full(200, np.inf), np.zeros(210))
+    u, v = np.full(200, -1.5), np.zeros(210)
+    found, excess, _ = violations(Directions.of(a), Directions.of(b), screens, u, v, known, np.full(200, 1), 1e-3)
+    over = a @ b.T - u[:, None]
+    assert (np.bincount(found.rows, minlength=200) == 1).all()
+    assert (over[found.rows, found.columns] < over.max(axis=1)[found.rows] - 1e-3).any()
+    assert (excess >= over.max(axis=1) - 1e-12).all()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -253,6 +398,30 @@ def test_align_takes_wide_pairs_this_way(monkeypatch: pytest.MonkeyPatch, widths
     assert checked["encoder"]["certified"]
     assert not checked["decoder"]["certified"]
     assert checked["decoder"]["gap"] > 0
+
+
+def test_of_equal_neighbours_the_lowest_is_named_whatever_the_product_rounds() -> None:
+    a, b = shared_half(1403, 1507, 40)
+    of = np.random.default_rng(0).integers(0, 300, len(b))
+    b = b[of]  # the last few columns of a product are multiplied by other instructions than the same ones before
+    cosines = unit_rows(a) @ unit_rows(b).T
+    _, first, which = np.unique(of, return_index=True, return_inverse=True)
+    for found in (best_of_all(cosines), best_matching(a, b)):
+        who = found.nearest[0].who
+        np.testing.assert_array_equal(first[which][who], who)
+
+
+@pytest.mark.parametrize("turn", [0.3, 1.3])
+def test_small_pairs_in_a_plane_are_certified_too(turn: float) -> None:
+    """Every row's best partner but one is taken by its neighbour: a chain through all of them."""
+    angle = np.arange(300) / 300 * 1.5
+    a, b = (np.stack([np.cos(at), np.sin(at)], axis=1) for at in (angle, angle + turn / 300))
+    found = align(a, a, b, b)
+    c = unit_rows(a) @ unit_rows(b).T
+    for space in ("encoder", "decoder"):
+        assert found.certificate[space]["certified"]
+        assert found.certificate[space]["sum"] == pytest.approx(c[linear_sum_assignment(c, maximize=True)].sum())
+    assert all(space["certified"] for space in verify(found, a, a, b, b).values())
 
 
 @settings(max_examples=150, deadline=None)
