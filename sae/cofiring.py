@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from sae import relation
 from sae.directions import in_parallel, threads
+from sae.errors import BadInput
 from sae.firings import FiringStore
 
 NEAREST = 24  # latents of the other dictionary that are kept for each, the nearest by Jaccard
@@ -73,6 +74,7 @@ def cofirings(
     asked: npt.NDArray[np.int32],
     relate: npt.NDArray[np.bool_],
     advance: Callable[[int], None] | None = None,
+    shift: int = 0,
 ) -> Cofirings:
     """Count together-firings of every latent of ``store`` with those of ``other``, over the tokens that both hold.
 
@@ -81,8 +83,14 @@ def cofirings(
         asked: [M_a, Q] latents of the other whose count is wanted in any case; -1 for none.
         relate: [M_a] the latents whose relation (:mod:`sae.relation`) is wanted.
         advance: told how many latents are done since it was last told.
+        shift: tokens by which the other's firings are moved back, circularly: what fires there at token t + shift
+            counts as firing at t. For a null (:func:`sae.nulls.offset_of`).
+    Raises:
+        BadInput: a shift that is not from 0 to T - 1.
     """
     n_tokens = min(store.n_tokens, other.n_tokens)
+    if not 0 <= shift < max(n_tokens, 1):
+        raise BadInput(f"firings cannot be shifted by {shift} of {n_tokens} tokens; choose 0 to {n_tokens - 1}")
     here, there = (_firings(s, n_tokens) for s in (store, other))
     m = store.num_latents
     found = Cofirings(
@@ -104,7 +112,8 @@ def cofirings(
         for latent in range(low, high):
             if stopped.is_set():
                 return
-            worker.count(latent, store.firings(latent)[0][: here[latent]], asked[latent], bool(relate[latent]))
+            position = _moved(store.firings(latent)[0][: here[latent]], shift, n_tokens)
+            worker.count(latent, position, asked[latent], bool(relate[latent]))
             done = latent - low + 1
             if advance is not None and (done % _TELL == 0 or latent == high - 1):
                 with telling:
@@ -189,6 +198,15 @@ class _Tokens:
         found = self._left[self._touched]
         self._left[self._touched] = 0
         return found
+
+
+def _moved(position: Array, shift: int, n_tokens: int) -> Array:
+    """Tokens [n], ascending, each ``shift`` further on; what passes the end goes on at the beginning. Ascending."""
+    if shift == 0:
+        return position
+    turn = np.uint32(n_tokens - shift)
+    cut = int(np.searchsorted(position, turn))
+    return np.concatenate([position[cut:] - turn, position[:cut] + np.uint32(shift)])
 
 
 def _firings(store: FiringStore, n_tokens: int) -> Ints:

@@ -68,7 +68,9 @@ def alignment_findings(compared: Compared) -> dict[str, Any]:
         "missing": [],
         "overlap": overlap_tree(shared),
         "similarity": similarity_tree(shared),
-        "counterparts": counterpart_findings(compared.behaviour, compared.alignments, compared.alive),
+        "counterparts": counterpart_findings(
+            compared.behaviour, compared.alignments, compared.alive, compared.behaviour_facts
+        ),
     }
 
 

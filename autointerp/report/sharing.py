@@ -18,7 +18,9 @@ from autointerp.report.layout import (
     command_line,
     count,
     decimal,
+    get,
     grid,
+    human,
     indented,
     interval,
     legend,
@@ -244,30 +246,63 @@ def counterparts(found: Findings, page: Page) -> RenderableType | None:
         "By where latents fire, not by their weights: what fires in another SAE in place of a latent that it does not "
         "share (strict, .7). Each such latent is a case for every SAE that does not share it."
     )
-    table = grid("there it …", ("cases", "right"), ("share", "right"), "95 % interval", ("rebuilt", "right"))
+    null = get(tree, "null", "shifted")
+    by_chance = {row["relation"]: row["fraction"] for row in null["relations"]} if null else {}
+    numbers = ("cases", "right"), ("share", "right"), "95 % interval", ("by chance", "right"), ("rebuilt", "right")
+    table = grid("there it …", *numbers)
     for row in tree["relations"]:
         if row["n"] or row["relation"] != "rare":
             cells = count(row["n"]), percent(row["fraction"]), percent_interval(row["interval"])
-            table.add_row(_RELATION_WORDS.get(row["relation"], row["relation"]), *cells, decimal(row["rebuilt"], 2))
+            chance = Text(percent(by_chance.get(row["relation"])), QUIET)
+            name = _RELATION_WORDS.get(row["relation"], row["relation"])
+            table.add_row(name, *cells, chance, decimal(row["rebuilt"], 2))
     rebuilt, same, of = tree["rebuilt"], tree["same_partner"], tree["of_decoder_partner"]
-    null = f"; by chance {decimal(rebuilt['null'], 2)}" if rebuilt["null"] is not None else ""
+    of_null = f"; by chance {decimal(rebuilt['null'], 2)}" if rebuilt["null"] is not None else ""
+    paired = f"; by chance {percent(null['same_partner']['decoder'])}" if null else ""
     words = Text(
         "\nRebuilt: the share of its decoder direction that at most four latents there explain, "
-        f"{decimal(rebuilt['mean'], 2)} on average{null}.\nPaired by firing together instead (Jaccard), "
+        f"{decimal(rebuilt['mean'], 2)} on average{of_null}.\nPaired by firing together instead (Jaccard), "
         f"{percent(same['decoder'])} of the latents have the partner that the decoders gave them: "
-        f"{percent(same['shared'])} of the shared, {percent(same['unshared'])} of the others.\n"
+        f"{percent(same['shared'])} of the shared, {percent(same['unshared'])} of the others{paired}.\n"
     )
     heads = ("Jaccard", "right"), ("P(there | here)", "right"), ("P(here | there)", "right")
-    together = grid("with the decoder's partner", *heads)
+    together = grid("firing together", *heads)
     for name in ("shared", "unshared"):
-        together.add_row(name, *(decimal(of[name][key], 2) for key in ("jaccard", "p_there", "p_here")))
-    return section(page, title, says, table, words, together)
+        together.add_row(f"with the decoder's partner, {name}", *_frequencies(of[name]))
+    if null:
+        for name in ("shared", "unshared"):
+            moved = (Text(cell, QUIET) for cell in _frequencies(null["of_decoder_partner"][name]))
+            together.add_row(Text(f"by chance, {name}", QUIET), *moved)
+    together.add_row("with the partner by firing", decimal(tree["jaccard"], 2))
+    together.add_row("with the nearest by firing", decimal(tree["max_jaccard"], 2))
+    if null:
+        together.add_row(Text("by chance, nearest", QUIET), Text(decimal(null["max_jaccard"], 2), QUIET))
+    return section(page, title, says, table, words, together, Text(_how_compared(tree), QUIET))
+
+
+def _frequencies(of: Mapping[str, float | None]) -> list[str]:
+    return [decimal(of[key], 2) for key in ("jaccard", "p_there", "p_here")]
+
+
+def _how_compared(tree: Mapping[str, Any]) -> str:
+    """Over how many tokens, how exactly, and what chance means here: under the table."""
+    words = ""
+    if tree["n_tokens"] is not None:
+        gap = tree["jaccard_gap_per_latent"]
+        short = f"below {decimal(0.0001, 4)}" if gap < 0.0001 else f"at most {decimal(gap, 4)}"
+        words = (
+            f"Compared over {human(tree['n_tokens'])} tokens. The best pairing by firing of all could have a mean "
+            f"Jaccard greater by {short}. "
+        )
+    if tree["null"]:
+        words += "By chance: with the other SAE's firings moved far along the tokens."
+    return words
 
 
 _RELATION_WORDS = {
-    "same": "fires where one latent fires",
+    "same": "fires where one does",
     "split": "is split into narrower ones",
-    "absorbed": "is in a wider one, but for a narrower",
+    "absorbed": "is absorbed by a wider one",
     "broader": "is part of a wider one",
     "new": "has no counterpart",
     "rare": "fires too rarely to tell",

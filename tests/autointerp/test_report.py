@@ -420,7 +420,7 @@ def test_alignment_and_runs(root: Path) -> None:
     tables = both_ways(root / "alignments", NAMES)
     alive = {name: tables[name, other]["latent"].to_numpy() >= 0 for name, other in tables}
     runs = [Run(name, root) for name in NAMES]
-    compared = Compared(runs, overlap(NAMES, tables, alive), tables, {}, alive, None)
+    compared = Compared(runs, overlap(NAMES, tables, alive), tables, {}, {}, alive, None)
     target = console(80)
     report.render_alignment(report.alignment_findings(compared), target)
     assert "strict" in text_of(target)

@@ -18,6 +18,7 @@ from tiny_study import NUM_LATENTS, K, Ran, cli, journal, tree
 from autointerp.explainers.ngram import NgramExplainer
 from sae.files import read_table
 from sae.firings import FiringStore
+from sae.nulls import FIRING_COLUMNS
 from sae.run import Run
 
 # --- a whole study ------------------------------------------------------------------------------------------
@@ -119,9 +120,20 @@ def test_alignment_has_its_nulls_and_what_latents_do(root: Path) -> None:
     whole = found["counterparts"]
     assert sum(row["n"] for row in whole["relations"]) == whole["n_unshared"] > 0
     assert found["apart"] is None
+    store = Run.open("run_a", root).store()
+    assert whole["n_tokens"] == store.n_tokens
+    gap = whole["jaccard_gap_per_latent"]
+    comparison = {"runs": ["run_a", "run_b"], "n_tokens": store.n_tokens, "jaccard_gap_per_latent": gap}
+    assert whole["comparisons"] == [comparison]
+    assert 0 <= gap < 1
+    null = whole["null"]["shifted"]
+    assert sum(row["n"] for row in null["relations"]) == whole["n_unshared"]
+    assert null["jaccard"] < whole["jaccard"]
+    assert null["same_partner"]["decoder"] < whole["same_partner"]["decoder"]
     table = read_table(root / "run_a" / "latents.overlap.parquet")
     for name in ("jaccard", "p_there", "p_here", "relation", "rebuilt", "rebuilt__rotated", "max_jaccard_neighbor"):
         assert f"{name}__run_b" in table
+    assert {f"{name}__shifted__run_b" for name in FIRING_COLUMNS} <= set(table)
     lone = table["relation__run_b"].notna()
     assert not (lone & table["shared_strict__run_b"]).any()
     assert table.loc[lone, "rebuilt__run_b"].between(0, 1).all()
@@ -133,7 +145,9 @@ def test_alignment_has_its_nulls_and_what_latents_do(root: Path) -> None:
     assert shown["matches"][0]["behaviour"]["rebuilt"] == pytest.approx(table["rebuilt__run_b"][latent])
     told = cli("show", "--sae", "run_a", "--latent", latent, "--root", root).well().out
     assert "rebuilt as" in told
-    assert "What became of those that do not return" in cli("report", "--root", root).well().out
+    report = cli("report", "--root", root).well().out
+    assert "What became of those that do not return" in report
+    assert "By chance: with the other SAE's firings moved" in " ".join(report.split())
 
 
 def test_what_latents_do_is_what_the_store_says(root: Path) -> None:
@@ -196,9 +210,13 @@ def test_nulls_can_be_left_out_and_come_later(root: Path) -> None:
     shutil.rmtree(root / "alignments")
     found = cli("align", "--no-nulls", "--root", root, "--json").well().json
     assert found["overlap"]["nulls"] == {}
-    assert found["counterparts"] is not None
+    assert found["counterparts"]["null"] is None
+    assert found["counterparts"]["rebuilt"]["null"] is None
     cli("align", "--no-nulls", "--root", root).well()
-    assert set(cli("align", "--root", root, "--json").well().json["overlap"]["nulls"]) == {"rotated", "gaussian"}
+    later = cli("align", "--root", root, "--json").well().json
+    assert set(later["overlap"]["nulls"]) == {"rotated", "gaussian"}
+    assert later["counterparts"]["null"].keys() == {"shifted"}
+    assert later["counterparts"]["relations"] == found["counterparts"]["relations"]
     assert "similarity__rotated" in read_table(root / "run_a" / "latents.overlap.parquet")
 
 
