@@ -18,8 +18,10 @@ from autointerp.statistics import bootstrap_mean
 from sae.estimate import UNKNOWN, Estimate
 from sae.nulls import FIRING_COLUMNS, SHIFTED
 from sae.relation import RELATIONS
+from sae.similarity import range_of
 
 Tables = Mapping[tuple[str, str], pd.DataFrame]
+_JACCARDS = ("jaccard", "max_jaccard")
 _FREQUENCIES = ("decoder_partner_jaccard", "decoder_partner_p_there", "decoder_partner_p_here")
 
 
@@ -32,8 +34,9 @@ def counterpart_findings(
     """The totals as JSON values; ``None`` where no firings have been compared.
 
     ``null`` has those about firings again, with the other SAE's firings moved along the tokens (:mod:`sae.nulls`);
-    ``None`` unless all pairs were compared with that. ``jaccard`` is the mean with the partner by firing,
-    ``max_jaccard`` that with the nearest, taken or not.
+    ``None`` unless all pairs were compared with that. Every pair of runs has an offset of its own; ``…_range`` are the
+    least and the largest of a null's figure over pairs, ``None`` for a single one. ``jaccard`` is the mean with the
+    partner by firing, ``max_jaccard`` that with the nearest, taken or not.
 
     Args:
         behaviour: (x, y) → the side of x, for the pairs whose firings have been compared.
@@ -48,7 +51,7 @@ def counterpart_findings(
     )
     lone = rows[rows["relation"].notna()]
     null = _under_null(rows, behaviour)
-    of_null = None if null is None else _by_firing(null)
+    of_null = None if null is None else {**_by_firing(null), **_ranges(null)}
     found, facts = _by_firing(rows), facts or {}
     return {
         "pairs": [list(pair) for pair in behaviour],
@@ -90,6 +93,20 @@ def _by_firing(rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+def _ranges(rows: pd.DataFrame) -> dict[str, Any]:
+    """How a null spreads over pairs of runs."""
+    lone = rows[rows["relation"].notna()]
+    same = rows.loc[rows["decoder_partner"] >= 0]
+    agree = (same["jaccard_partner"] == same["decoder_partner"]).astype(float)
+    return {
+        **{f"{name}_range": range_of(rows.groupby("pair")[name].mean().to_dict()) for name in _JACCARDS},
+        "same_partner_range": range_of(agree.groupby(same["pair"]).mean().to_dict()),
+        "relations_range": {
+            name: range_of((lone["relation"] == name).groupby(lone["pair"]).mean().to_dict()) for name in RELATIONS
+        },
+    }
+
+
 def _under_null(rows: pd.DataFrame, behaviour: Tables) -> pd.DataFrame | None:
     """The rows as they are with the other's firings moved."""
     if any(f"jaccard__{SHIFTED}" not in table for table in behaviour.values()):
@@ -117,6 +134,7 @@ def _by_latent(rows: pd.DataFrame, column: str) -> Estimate:
 def _rows(pair: tuple[str, str], table: pd.DataFrame, alignment: pd.DataFrame, alive: np.ndarray) -> pd.DataFrame:
     joined = table.assign(
         run=pair[0],
+        pair="--".join(sorted(pair)),
         decoder_partner=alignment["decoder_partner"].to_numpy(),
         encoder_partner=alignment["encoder_partner"].to_numpy(),
     )
