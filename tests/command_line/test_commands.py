@@ -150,6 +150,30 @@ def test_alignment_has_its_nulls_and_what_latents_do(root: Path) -> None:
     assert "By chance: with the other SAE's firings moved" in " ".join(report.split())
 
 
+def test_align_answers_under_the_definition_and_threshold_asked_for(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("matched again")
+
+    monkeypatch.setattr("sae.alignment.align", refuse)
+    monkeypatch.setattr("sae.behaviour.behaviour", refuse)
+    before = tree(root)
+    options = ("--definition", "decoder", "--threshold", "0.3", "--root", root)
+    found, reported = cli("align", *options, "--json").well().json, cli("report", *options, "--json").well().json
+    assert (found["overlap"]["definition"], found["overlap"]["threshold"]) == ("decoder", 0.3)
+    assert "over" in reported["overlap"]
+    assert found["overlap"] == {key: value for key, value in reported["overlap"].items() if key != "over"}
+    plain = cli("align", "--root", root, "--json").well().json["overlap"]
+    assert found["overlap"]["decoder"]["value"] > plain["decoder"]["value"]
+    assert found["overlap"]["only_one"] == found["overlap"]["decoder"]["only_one"] != plain["only_one"]
+    page = cli("align", *options).well().out
+    assert "both cosines > .3" in " ".join(page.split())
+    assert tree(root) == before  # what is on disk is what it was
+    cli("align", "--definition", "loose", "--root", root).failed_in_one_line("loose", code=2)
+    cli("align", "--threshold", "1.5", "--root", root).failed_in_one_line("--threshold", code=2)
+
+
 def test_what_latents_do_is_what_the_store_says(root: Path) -> None:
     """One latent against every token of both stores."""
     a, b = (Run.open(name, root).store() for name in ("run_a", "run_b"))
