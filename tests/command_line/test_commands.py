@@ -18,7 +18,7 @@ from tiny_study import NUM_LATENTS, K, Ran, cli, journal, tree
 from autointerp.explainers.ngram import NgramExplainer
 from sae.files import read_table
 from sae.firings import FiringStore
-from sae.nulls import FIRING_COLUMNS
+from sae.nulls import FIRING_COLUMNS, offset_of
 from sae.run import Run
 
 # --- a whole study ------------------------------------------------------------------------------------------
@@ -174,8 +174,8 @@ def test_align_answers_under_the_definition_and_threshold_asked_for(
     cli("align", "--threshold", "1.5", "--root", root).failed_in_one_line("--threshold", code=2)
 
 
-def test_what_latents_do_is_what_the_store_says(root: Path) -> None:
-    """One latent against every token of both stores."""
+def check_what_latents_do(root: Path) -> None:
+    """The overlap table of run_a against every token of both stores."""
     a, b = (Run.open(name, root).store() for name in ("run_a", "run_b"))
 
     def table_of(store: FiringStore) -> np.ndarray:
@@ -186,19 +186,44 @@ def test_what_latents_do_is_what_the_store_says(root: Path) -> None:
         return fires
 
     one, other = table_of(a), table_of(b)
-    together = one.T.astype(np.int64) @ other
-    either = one.sum(axis=0)[:, None] + other.sum(axis=0) - together
-    exact = together / np.maximum(either, 1)
     told = read_table(root / "run_a" / "latents.overlap.parquet")
-    np.testing.assert_allclose(told["max_jaccard__run_b"], exact.max(axis=1), atol=1e-6)
-    partner = told["decoder_partner__run_b"].to_numpy()
-    here = np.arange(len(partner))
-    known = one.sum(axis=0) > 0
-    np.testing.assert_allclose(
-        told["decoder_partner_p_there__run_b"][known],
-        (together[here, partner] / np.maximum(one.sum(axis=0), 1))[known],
-        atol=1e-6,
-    )
+    offset = offset_of(("run_a", "run_b"), a.n_tokens, a.window * a.windows_per_sequence)
+    for there, suffix in ((other, ""), (np.roll(other, -offset, axis=0), "__shifted")):
+        together = one.T.astype(np.int64) @ there
+        either = one.sum(axis=0)[:, None] + there.sum(axis=0) - together
+        exact = together / np.maximum(either, 1)
+        np.testing.assert_allclose(told[f"max_jaccard{suffix}__run_b"], exact.max(axis=1), atol=1e-6)
+        partner = told["decoder_partner__run_b"].to_numpy()
+        here = np.arange(len(partner))
+        known = one.sum(axis=0) > 0
+        np.testing.assert_allclose(
+            told[f"decoder_partner_p_there{suffix}__run_b"][known],
+            (together[here, partner] / np.maximum(one.sum(axis=0), 1))[known],
+            atol=1e-6,
+        )
+
+
+def test_what_latents_do_is_what_the_store_says(root: Path) -> None:
+    check_what_latents_do(root)
+
+
+def test_a_harvest_that_grew_is_compared_again_chance_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.harvest.SHARD_BLOCKS", 1)
+    for name in ("run_a", "run_b"):
+        shutil.rmtree(root / name / "firings")
+    cli("harvest", "--tokens", "5k", "--root", root).well()
+    few = cli("align", "--root", root, "--json").well().json["counterparts"]
+    check_what_latents_do(root)
+    cli("harvest", "--tokens", "10k", "--root", root).well()
+    store = Run.open("run_a", root).store()
+    assert store.n_shards > 1
+    # By a stage that only needs the tables: it must not leave out the null that was there.
+    cli("explain", "--sae", "run_a", "--unshared-only", "--latents", 1, "--root", root).well()
+    check_what_latents_do(root)
+    found = cli("report", "--root", root, "--json").well().json["counterparts"]
+    assert few["n_tokens"] < found["n_tokens"] == store.n_tokens
+    assert found["null"].keys() == {"shifted"}
+    assert found["rebuilt"]["null"] is not None
 
 
 def test_a_kill_while_nulls_are_added_does_not_lose_them(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
