@@ -238,7 +238,11 @@ class _ByToken:
     def latents(self, position: Array) -> tuple[npt.NDArray[np.int32], Ints]:
         """Those at tokens ``position`` (ascending): one after another, and where each token's end."""
         cuts = [0, *np.searchsorted(position, self._borders).tolist(), len(position)]
-        ids, ends, total = np.empty(int(self._at_a_token * len(position)), np.int32), np.empty(len(position), np.int64), 0
+        ids, ends, total = (
+            np.empty(int(self._at_a_token * len(position)), np.int32),
+            np.empty(len(position), np.int64),
+            0,
+        )
         for number, (low, high) in enumerate(pairwise(cuts)):
             if low == high:
                 continue
@@ -252,13 +256,14 @@ class _ByToken:
 
 
 @_compiled
-def _ends(position: np.ndarray, low: int, high: int, first: int, starts: np.ndarray, end: int, ends: np.ndarray) -> int:
+def _ends(position: np.ndarray, low: int, high: int, first: int, starts: np.ndarray, end: int, ends: np.ndarray) -> Any:
     """Where the latents of each of the tokens ``low`` to ``high`` of ``position`` end, those before at ``end``."""
+    at = np.int64(end)
     for i in range(low, high):
         token = np.int64(position[i]) - first
-        end += np.int64(starts[token + 1]) - np.int64(starts[token])
-        ends[i] = end
-    return end
+        at += np.int64(starts[token + 1]) - np.int64(starts[token])
+        ends[i] = at
+    return at
 
 
 @_compiled

@@ -77,7 +77,7 @@ def _over_runs(tables: Sequence[pd.DataFrame], threshold: float) -> dict[str, ND
     for definition in DEFINITIONS:
         per_run = [shared(table, definition, threshold) for table in tables]
         columns[f"n_shared_{definition}"] = np.sum(per_run, axis=0).astype(np.int32)
-        columns[f"stability_{definition}"] = np.mean(per_run, axis=0, dtype=np.float32)
+        columns[f"stability_{definition}"] = np.asarray(np.mean(per_run, axis=0), dtype=np.float32)
     columns["similarity"] = _mean_similarity(tables)
     return columns
 

@@ -85,7 +85,7 @@ def spread(of: Mapping[str, float]) -> float:
     return float(np.std(list(of.values()), ddof=1)) if len(of) > 1 else nan
 
 
-def range_of(of: Mapping[str, float | None]) -> list[float] | None:
+def range_of(of: Mapping[Any, float | None]) -> list[float] | None:
     """The least and the largest over pairs; ``None`` for fewer than two.
 
     Under a null this is its spread: every pair of runs has a draw of its own (:mod:`sae.nulls`), so that figures of

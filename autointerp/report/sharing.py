@@ -332,8 +332,8 @@ def counterparts(found: Findings, page: Page) -> RenderableType | None:
     for key, name in (("jaccard", "with the partner by firing"), ("max_jaccard", "with the nearest by firing")):
         together.add_row(name, decimal(tree[key], 2))
         if null:
-            chance = f"by chance {interval(null[f'{key}_range'], 2)}".rstrip()
-            together.add_row(Text(chance, QUIET), Text(decimal(null[key], 2), QUIET))
+            words_of_null = f"by chance {interval(null[f'{key}_range'], 2)}".rstrip()
+            together.add_row(Text(words_of_null, QUIET), Text(decimal(null[key], 2), QUIET))
     return section(page, title, says, table, words, together, Text(_how_compared(tree), QUIET))
 
 

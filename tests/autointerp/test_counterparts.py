@@ -72,7 +72,7 @@ def test_dead_latents_do_not_count() -> None:
 
 
 def test_the_null_has_the_same_totals_of_moved_firings() -> None:
-    real = {
+    real: dict[str, list] = {
         "jaccard_partner": [0, 2, 1],
         "jaccard": [0.9, 0.5, 0.1],
         "max_jaccard": [0.9, 0.6, 0.2],
@@ -80,7 +80,7 @@ def test_the_null_has_the_same_totals_of_moved_firings() -> None:
         "relation_covered": [np.nan, 0.9, np.nan],
         "decoder_partner_jaccard": [0.9, 0.4, 0.1],
     }
-    moved = {
+    moved: dict[str, list] = {
         **{name: [np.nan] * 3 for name in FIRING_COLUMNS},
         "jaccard_partner": [-1, 2, 0],
         "jaccard": [np.nan, 0.1, 0.2],
@@ -88,14 +88,14 @@ def test_the_null_has_the_same_totals_of_moved_firings() -> None:
         "relation": [None, "new", "broader"],
         "decoder_partner_jaccard": [0.0, 0.1, 0.3],
     }
-    whole = side(3, **real, rebuilt=[np.nan, 0.2, 0.4], **{f"{name}__shifted": of for name, of in moved.items()})
+    shifted: dict[str, list] = {f"{name}__shifted": of for name, of in moved.items()}
+    whole = side(3, rebuilt=[np.nan, 0.2, 0.4], **real, **shifted)
     tables = {pair: partners(0, 2, 2) for pair in (("a", "b"), ("a", "c"))}
     alive = {"a": np.ones(3, bool)}
     found = counterpart_findings({("a", "b"): whole}, tables, alive)
     assert found is not None
     null = found["null"]["shifted"]
-    shifted = side(3, **moved, rebuilt=[np.nan] * 3)
-    alone = counterpart_findings({("a", "b"): shifted}, tables, alive)
+    alone = counterpart_findings({("a", "b"): side(3, **moved)}, tables, alive)
     assert alone is not None
     assert null["same_partner"] == alone["same_partner"] != found["same_partner"]
     assert null["of_decoder_partner"] == alone["of_decoder_partner"]

@@ -287,9 +287,8 @@ def some_counterparts(several: bool) -> dict[str, Any]:
         for name in FIRING_COLUMNS:
             for column in (name, f"{name}__shifted"):
                 columns[column] = rng.random(n)
-        moved = rng.integers(1, 7, n)
-        relations = told[rng.integers(0, 7, n)]
-        nulls = np.where(relations == None, None, told[moved])  # noqa: E711
+        drawn_ = rng.integers(0, 7, n)
+        relations, nulls = told[drawn_], told[np.where(drawn_ == 0, 0, rng.integers(1, 7, n))]
         partners = {name: rng.integers(0, n, n) for name in ("jaccard_partner", "jaccard_partner__shifted")}
         return pd.DataFrame({**columns, "relation": relations, "relation__shifted": nulls, **partners})
 
