@@ -139,6 +139,8 @@ def harvest(
 @app.command()
 def align(
     names: opt.RunNames = None,
+    definition: opt.Shared = Definition.strict,
+    threshold: opt.Threshold = 0.7,
     nulls: opt.Nulls = True,
     force: opt.ForceAlign = False,
     root: opt.Root = ROOT,
@@ -151,6 +153,8 @@ def align(
     Beside it: what chance alone would share, where the latents of both fire together, and what became of those that
     do not return (split, absorbed, part of a wider one, or rebuilt from several).
 
+    The files hold cosines: --definition and --threshold change what is printed, and nothing is matched again.
+
     Example: python cli.py align run_a run_b run_c
     """
     from autointerp.report import alignment_findings, render_alignment
@@ -158,7 +162,7 @@ def align(
 
     runs = _opened(names, root, whole_study=True)
     align_runs(runs, _compute(device, threads), nulls, force)
-    found = alignment_findings(compared_of(runs))
+    found = alignment_findings(compared_of(runs, threshold), definition.value)
     finish(as_json, "align", lambda: found, lambda: render_alignment(found))
 
 

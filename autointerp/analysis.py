@@ -30,7 +30,7 @@ from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
 from autointerp.scored import ContextSource
 from autointerp.statistics import METHODS
 from sae.files import SCHEMA
-from sae.nulls import NULLS
+from sae.nulls import FIRING_NULLS, NULLS
 from sae.overlap import DEFINITIONS, INTERVALS
 from sae.relation import RELATIONS
 from sae.run import Run
@@ -66,7 +66,7 @@ def findings(
         "forced": [{"runs": pair, "command": study.command("align", *pair, "--force")} for pair in study.forced()],
         "overlap": seeds.overlap_findings(study),
         "similarity": seeds.similarity_findings(study),
-        "counterparts": counterpart_findings(study.behaviour, study.tables, study.alive),
+        "counterparts": counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts),
         "membership": seeds.membership_findings(study, latents),
         "training": seeds.training_findings(study.runs),
         "firing": seeds.firing_findings(study),
@@ -150,7 +150,7 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
         "definition": view.definition,
         "threshold": view.threshold,
         "definitions": DEFINITIONS,
-        "nulls": NULLS,
+        "nulls": {**NULLS, **FIRING_NULLS},
         "relations": RELATIONS,
         "against": list(view.against),
         "seeds": [run.seed for run in study.runs],

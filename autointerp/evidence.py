@@ -16,7 +16,7 @@ import pandas as pd
 
 from autointerp import scored
 from autointerp.journal import Journal
-from sae.align_stage import behaviours, is_aligned, is_compared
+from sae.align_stage import behaviour_facts, behaviours, is_aligned, is_compared
 from sae.alignment import both_ways
 from sae.errors import BadInput, NotFound, nearest
 from sae.files import read_table, table_metadata
@@ -69,6 +69,7 @@ class Study:
     alive: dict[str, np.ndarray]
     tables: dict[tuple[str, str], pd.DataFrame]
     behaviour: dict[tuple[str, str], pd.DataFrame]
+    behaviour_facts: dict[tuple[str, str], dict[str, Any]]
     compared: list[str]  # the runs that are aligned with each other, the focus among them
     shared: StudyOverlap | None
     scores: pd.DataFrame | None
@@ -107,6 +108,7 @@ class Study:
             alive=alive,
             tables=tables,
             behaviour=behaviours(root, compared),
+            behaviour_facts=behaviour_facts(root, compared),
             compared=compared,
             shared=overlap(compared, tables, {name: alive[name] for name in compared}, view.threshold)
             if tables

@@ -18,9 +18,11 @@ from autointerp.statistics import quartiles
 from sae.files import read_table
 from sae.overlap import DEFINITIONS
 from sae.run import Run
+from sae.similarity import range_of
 
 _CURVES = ("step", "tokens", "loss", "fvu", "l0", "dead_fraction", "learning_rate")
 _CURVE_POINTS = 100
+_MEANS = ("mean_encoder", "mean_decoder", "mean_max_encoder", "mean_max_decoder")
 _BY_NUMBER = ("only_one", "all_of_n", "exactly_n")  # lists over the number of SAEs, 1 … S
 
 
@@ -33,21 +35,34 @@ def overlap_findings(study: Study) -> dict[str, Any] | None:
 
 
 def overlap_tree(found: Mapping[str, Any], chosen: str = "strict") -> dict[str, Any]:
-    """The ``overlap`` of the findings, out of :meth:`sae.overlap.StudyOverlap.as_dict`."""
+    """The ``overlap`` of the findings, out of :meth:`sae.overlap.StudyOverlap.as_dict`.
+
+    Whatever is called ``null`` has the same figure of each null; ``null_range`` its least and largest over pairs of
+    runs, of which each has a draw of its own; ``None`` for a single pair.
+    """
     tree: dict[str, Any] = {"definition": chosen, "threshold": found["threshold"]}
     for name in DEFINITIONS:
         whole, everyone = found["alive"][name], found["all"][name]
+        of_null = {null: of["alive"][name] for null, of in found["nulls"].items()}
         tree[name] = {
             "value": whole["value"],
             "interval": whole["interval"],
-            "pairs": {pair: e["value"] for pair, e in whole["pairs"].items()},
+            "pairs": _values(whole["pairs"]),
             "pair_intervals": {pair: e["interval"] for pair, e in whole["pairs"].items()},
+            "pairs_null": {null: _values(of["pairs"]) for null, of in of_null.items()},
             "over_all_latents": everyone["value"],
             "over_all_latents_interval": everyone["interval"],
+            "over_all_latents_null": {null: of["all"][name]["value"] for null, of in found["nulls"].items()},
             "retained": whole["retained"],
-            "null": {null: of["alive"][name]["value"] for null, of in found["nulls"].items()},
+            "retained_null": {null: of["retained"]["value"] for null, of in of_null.items()},
+            "null": {null: of["value"] for null, of in of_null.items()},
+            "null_range": {null: range_of(_values(of["pairs"])) for null, of in of_null.items()},
             **{key: [e["value"] for e in whole[key]] for key in _BY_NUMBER},
             **{f"{key}_intervals": [e["interval"] for e in whole[key]] for key in _BY_NUMBER},
+            **{
+                f"{key}_null": {null: [e["value"] for e in of[key]] for null, of in of_null.items()}
+                for key in _BY_NUMBER
+            },
         }
     return {
         **tree,
@@ -55,17 +70,25 @@ def overlap_tree(found: Mapping[str, Any], chosen: str = "strict") -> dict[str, 
         "same_partner": found["same_partner"]["value"],
         "max_cosine": found["max_cosine"]["value"],
         "max_cosine_interval": found["max_cosine"]["interval"],
+        "max_cosine_pairs": found["by_pair"]["max_cosine"],
         "sweep": found["sweep"],
         "nulls": {
             null: {
-                **{key: [e["value"] for e in of["alive"][chosen][key]] for key in _BY_NUMBER},
+                **{key: tree[chosen][f"{key}_null"][null] for key in _BY_NUMBER},
+                "pairs": tree[chosen]["pairs_null"][null],
                 "same_partner": of["same_partner"]["value"],
+                "same_partner_range": tree["lenient"]["null_range"][null],
                 "max_cosine": of["max_cosine"]["value"],
+                "max_cosine_range": range_of(of["by_pair"]["max_cosine"]),
                 "sweep": of["sweep"],
             }
             for null, of in found["nulls"].items()
         },
     }
+
+
+def _values(of_pairs: Mapping[str, Any]) -> dict[str, float | None]:
+    return {pair: e["value"] for pair, e in of_pairs.items()}
 
 
 def similarity_findings(study: Study) -> dict[str, Any] | None:
@@ -74,33 +97,47 @@ def similarity_findings(study: Study) -> dict[str, Any] | None:
 
 def similarity_tree(found: Mapping[str, Any]) -> dict[str, Any]:
     """The ``similarity`` of the findings, out of :meth:`sae.overlap.StudyOverlap.as_dict`."""
-    encoder, decoder, shape = found["mean_encoder"], found["mean_decoder"], found["histogram"]
+    decoder, shape, nulls = found["mean_decoder"], found["histogram"], found["nulls"]
     return {
-        "mean_encoder": encoder["value"],
-        "mean_encoder_interval": encoder["interval"],
-        "mean_decoder": decoder["value"],
-        "mean_decoder_interval": decoder["interval"],
+        **{name: found[name]["value"] for name in _MEANS},
+        **{f"{name}_interval": found[name]["interval"] for name in _MEANS},
+        "pairs": {name: found["by_pair"][name] for name in _MEANS},
         "mean_same_partner": shape["mean_agree"],
         "mean_different_partner": shape["mean_differ"],
         "pw_mcc": {
             "value": decoder["value"],
             "interval": decoder["interval"],
             "sd": found["pw_mcc_sd"],
-            "null": {null: of["mean_decoder"]["value"] for null, of in found["nulls"].items()},
+            "null": {null: of["mean_decoder"]["value"] for null, of in nulls.items()},
+            "null_sd": {null: of["pw_mcc_sd"] for null, of in nulls.items()},
         },
         "null": {
-            null: {"mean_encoder": of["mean_encoder"]["value"], "mean_decoder": of["mean_decoder"]["value"]}
-            for null, of in found["nulls"].items()
+            null: {
+                **{name: of[name]["value"] for name in _MEANS},
+                **{f"{name}_range": range_of(of["by_pair"][name]) for name in _MEANS},
+                "mean_same_partner": of["histogram"]["mean_agree"],
+                "mean_different_partner": of["histogram"]["mean_differ"],
+            }
+            for null, of in nulls.items()
         },
-        "bimodality": found["bimodality"],
-        "histogram": {
-            "edges": shape["edges"],
-            "counts": [a + b for a, b in zip(shape["agree"], shape["differ"], strict=True)],
-            "same_partner": shape["agree"],
-            "different_partner": shape["differ"],
-            "encoder": shape["encoder"],
-            "decoder": shape["decoder"],
+        "bimodality": {
+            **found["bimodality"],
+            "null": {
+                null: {key: of["bimodality"][key] for key in ("of_sample", "p_value")} for null, of in nulls.items()
+            },
         },
+        "histogram": {**_histogram(shape), "null": {null: _histogram(of["histogram"]) for null, of in nulls.items()}},
+    }
+
+
+def _histogram(shape: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "edges": shape["edges"],
+        "counts": [a + b for a, b in zip(shape["agree"], shape["differ"], strict=True)],
+        "same_partner": shape["agree"],
+        "different_partner": shape["differ"],
+        "encoder": shape["encoder"],
+        "decoder": shape["decoder"],
     }
 
 
@@ -111,19 +148,21 @@ def membership_findings(study: Study, latents: pd.DataFrame) -> dict[str, Any] |
     focus, definition = study.focus.name, study.view.definition
     alive = int(latents["alive"].sum())
     regions = study.shared.alive[definition].regions[focus]
+    of_nulls = {null: of.alive[definition].regions[focus] for null, of in study.shared.nulls.items()}
     others = [name for name in study.compared if name != focus]
     parts: list[tuple[str, list[str] | None, float, int]] = []
     if len(others) <= 2:
-        by_set = {frozenset(held): fraction for held, fraction in regions}
         sets: list[list[str]] = [[], *([o] for o in others), *([others] if len(others) > 1 else [])]
         for held in sets:
             words = f"only {focus}" if not held else f"with {held[0]}" + (" alone" if len(others) > 1 else "")
-            parts.append((words if len(held) < 2 else "with both", held, by_set.get(frozenset(held), 0.0), len(held)))
+            parts.append(
+                (words if len(held) < 2 else "with both", held, _fraction(regions, len(held), held), len(held))
+            )
     else:
         for n in range(len(others) + 1):
             words = f"with {n} of {len(others)}" if n < len(others) else f"with all {n} others"
             words = words if n else f"only {focus}"
-            parts.append((words, None, sum(fraction for held, fraction in regions if len(held) == n), n))
+            parts.append((words, None, _fraction(regions, n), n))
     return {
         "definition": definition,
         "n_alive": alive,
@@ -135,10 +174,16 @@ def membership_findings(study: Study, latents: pd.DataFrame) -> dict[str, Any] |
                 "shared_class": "one" if n == 0 else "all" if n == len(others) else "some",
                 "n": round(fraction * alive),
                 "fraction": fraction,
+                "null": {null: _fraction(split, n, held) for null, split in of_nulls.items()},
             }
             for words, held, fraction, n in parts
         ],
     }
+
+
+def _fraction(regions: Sequence[tuple[tuple[str, ...], float]], n: int, held: Sequence[str] | None = None) -> float:
+    """Of the anchors, those that ``n`` other runs share; ``held`` names which."""
+    return sum((part for by, part in regions if len(by) == n and (held is None or set(by) == set(held))), 0.0)
 
 
 def frequency_by_class_findings(latents: pd.DataFrame) -> dict[str, Any] | None:

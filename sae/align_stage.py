@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from sae.errors import BadInput, NotFound
-from sae.files import digest, read_table, table_columns, write_table
+from sae.files import digest, read_table, table_columns, table_metadata, write_table
 from sae.harvest_stage import by_study, ensure_harvested, is_harvested, need_trained
 from sae.pair_files import pair_inputs, pair_path, read_sides
 from sae.progress import say, track
@@ -31,7 +32,8 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
     """Match every pair of ``runs`` by weights, compare their firings, bring the overlap tables up to date.
 
     Args:
-        nulls: also match each with what shares nothing with it (:mod:`sae.nulls`): twice to four times the work.
+        nulls: also match each with what shares nothing with it (:mod:`sae.nulls`), and compare it with firings moved
+            along the tokens: twice to four times the work of the matching, twice that of the comparison.
         force: also runs that did not see the same batches, or are of different hookpoints.
     """
     from sae.alignment import pairs
@@ -56,9 +58,10 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
         for a, b in wanted:
             if not fired_on_the_same(a, b):
                 say(f"{a.name} and {b.name} were harvested from different texts or windows: only weights are compared")
-        compared = [(a, b) for a, b in wanted if not is_compared(a, b) and fired_on_the_same(a, b)]
+        done = {(a, b) for a, b in wanted if is_compared(a, b) and (not nulls or _has_shifted(a, b))}
+        compared = [(a, b) for a, b in wanted if (a, b) not in done and fired_on_the_same(a, b)]
         if compared:
-            _compare_pairs(compared, compute)
+            _compare_pairs(compared, compute, nulls)
         for study in studies:
             for run in study_runs(study, root):
                 if run.trained:
@@ -148,15 +151,22 @@ def fired_on_the_same(a: Run, b: Run) -> bool:
     return all(one[key] == other[key] for key in ("corpus_fingerprint", "order", "context", "window"))
 
 
-def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute) -> None:
+def _has_shifted(a: Run, b: Run) -> bool:
+    from sae.nulls import FIRING_COLUMNS, SHIFTED
+
+    path = pair_path(behaviour_folder(a.root), a.name, b.name)
+    return path is not None and {f"{name}__{SHIFTED}" for name in FIRING_COLUMNS} <= set(table_columns(path))
+
+
+def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) -> None:
     from sae.alignment import read_alignment
     from sae.behaviour import Member, behaviour
-    from sae.nulls import null_of
+    from sae.nulls import null_of, offset_of
     from sae.overlap import shared
     from sae.pair_files import write_sides
 
     device, weights = compute.resolve(), _Rows()
-    total = sum(run.store().num_latents for pair in pairs for run in pair)
+    total = sum(run.store().num_latents for pair in pairs for run in pair) * (2 if nulls else 1)
     with track("compare firings", total, "latents") as bar:
         for a, b in pairs:
             alignment, of_a, of_b = read_alignment(a.root / "alignments", a.name, b.name), *weights.of_pair(a, b)
@@ -166,14 +176,19 @@ def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute) -> None:
                     W_dec=mine[1],
                     decoder_partner=table["decoder_partner"].to_numpy(np.int32),
                     lone=alive(run) & ~shared(table, "strict"),
-                    null_of_other=null_of("rotated", theirs, names)[1],
+                    null_of_other=null_of("rotated", theirs, names)[1] if nulls else None,
                 )
                 for run, table, mine, theirs, names in (
                     (a, alignment.a, of_a, of_b, (a.name, b.name)),
                     (b, alignment.b, of_b, of_a, (b.name, a.name)),
                 )
             ]
-            found = behaviour(members[0], members[1], device, bar.advance)
+            offset = None
+            if nulls:
+                first, second = (member.store for member in members)
+                per_sequence = first.window * first.windows_per_sequence
+                offset = offset_of((a.name, b.name), min(first.n_tokens, second.n_tokens), per_sequence)
+            found = behaviour(members[0], members[1], device, bar.advance, offset)
             path = pair_path(behaviour_folder(a.root), a.name, b.name)
             order = (b.name, a.name) if path is not None and path.name.startswith(f"{b.name}--") else (a.name, b.name)
             sides = found.sides if order[0] == a.name else found.sides[::-1]
@@ -222,7 +237,10 @@ def _overlap_inputs(run: Run) -> tuple[list[Run], str]:
     """The siblings that the run is aligned with, and the digest of what its overlap table is made from."""
     siblings = [other for other in run.siblings() if is_aligned(run, other)]
     pairs = [
-        [_pair_inputs(run, x), _has_nulls(run, x), pair_inputs(behaviour_folder(run.root), run.name, x.name)]
+        [
+            *(_pair_inputs(run, x), _has_nulls(run, x)),
+            *(pair_inputs(behaviour_folder(run.root), run.name, x.name), _has_shifted(run, x)),
+        ]
         for x in siblings
     ]
     return siblings, digest([pairs, run.stage_inputs("firing")])
@@ -246,6 +264,8 @@ class Compared(NamedTuple):
     alignments: dict[tuple[str, str], pd.DataFrame]
     behaviour: dict[tuple[str, str], pd.DataFrame]
     """of the pairs whose firings have been compared"""
+    behaviour_facts: dict[tuple[str, str], dict[str, Any]]
+    """over how many tokens, and how exactly"""
     alive: dict[str, np.ndarray]
     apart: str | None
     """why their differences need not be the seed's alone"""
@@ -263,6 +283,7 @@ def compared_of(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
         overlap(names, tables, fired, threshold),
         tables,
         behaviours(root, names),
+        behaviour_facts(root, names),
         fired,
         what_sets_apart(runs),
     )
@@ -275,19 +296,33 @@ def _aligned_pairs(run: Run) -> tuple[list[Run], list[Run]]:
 
 
 _TOTALLED = (
-    *("latent", "jaccard_partner", "jaccard", "relation", "relation_covered", "rebuilt", "rebuilt__rotated"),
+    *("latent", "jaccard_partner", "jaccard", "max_jaccard", "relation", "relation_covered", "rebuilt"),
+    "rebuilt__rotated",
     *("decoder_partner_jaccard", "decoder_partner_p_there", "decoder_partner_p_here"),
 )
 
 
 def behaviours(root: Path, names: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
     """Of every pair whose firings have been compared: (x, y) → the side of x in terms of y, without the lists."""
+    from sae.nulls import FIRING_COLUMNS, SHIFTED
+
     found: dict[tuple[str, str], pd.DataFrame] = {}
-    folder = behaviour_folder(root)
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            if pair_path(folder, a, b) is not None:
-                found[a, b], found[b, a] = read_sides(folder, a, b, _TOTALLED)
+    folder, columns = behaviour_folder(root), (*_TOTALLED, *(f"{name}__{SHIFTED}" for name in FIRING_COLUMNS))
+    for a, b in combinations(names, 2):
+        if pair_path(folder, a, b) is not None:
+            found[a, b], found[b, a] = read_sides(folder, a, b, columns)
+    return found
+
+
+def behaviour_facts(root: Path, names: Sequence[str]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Of every pair whose firings have been compared, once: ``n_tokens``, over how many; ``jaccard_gap_per_latent``, by
+    how much the mean Jaccard of partners may be below that of the best matching, at the most."""
+    found = {}
+    for a, b in combinations(names, 2):
+        path = pair_path(behaviour_folder(root), a, b)
+        if path is not None:
+            told = table_metadata(path)
+            found[a, b] = {key: told[key] for key in ("n_tokens", "jaccard_gap_per_latent")}
     return found
 
 
@@ -306,4 +341,4 @@ def ensure_aligned(run: Run, compute: Compute) -> None:
         if not missing:
             say(f"{run.name}: its table of what is shared is not up to date, doing that first")
         # Pairs that were aligned without nulls on purpose stay so.
-        align_runs([run, *siblings], compute, nulls=bool(missing) and all(map(_has_nulls, *_aligned_pairs(run))))
+        align_runs([run, *siblings], compute, nulls=all(map(_has_nulls, *_aligned_pairs(run))))

@@ -10,6 +10,9 @@ firing stores of both and the decoder rows, for both runs of a pair:
 
 The matching by Jaccard is the best over the pairs in which one is among the 24 nearest of the other. Pairs beyond have
 a lower Jaccard than those 24; the metadata's ``gap_per_latent`` bounds what they could add.
+
+Latents that fire often meet by chance, and the best of many looks good. So all that is about firings can be had again
+with the other's firings moved along the tokens (``shifted``, :mod:`sae.nulls`): a second pass, as long as the first.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from numpy.typing import NDArray
 from sae import relation
 from sae.cofiring import Cofirings, cofirings, jaccard
 from sae.firings import FiringStore
+from sae.nulls import FIRING_COLUMNS, SHIFTED
 from sae.pair_files import Sides
 from sae.rebuilding import rebuild
 from sae.sparse_assignment import Graph, solve
@@ -61,7 +65,8 @@ class Behaviour:
     - for those asked about, else missing: ``relation``, ``relation_latents`` (lists), ``relation_covered``;
       ``rebuilt`` (variance explained), ``rebuilt_from`` and ``rebuilt_weights`` (lists, largest first), and
       ``rebuilt__rotated``, the same out of the other's rows turned by a random rotation;
-      ``nearest_decoder`` and ``nearest_decoder_cosines``, ``nearest_firing`` and ``nearest_firing_jaccards`` (lists).
+      ``nearest_decoder`` and ``nearest_decoder_cosines``, ``nearest_firing`` and ``nearest_firing_jaccards`` (lists);
+    - those of ``nulls.FIRING_COLUMNS`` again, as ``jaccard__shifted`` and so on, where that null was asked for.
     """
 
     sides: Sides
@@ -69,27 +74,61 @@ class Behaviour:
     gap_per_latent: float
 
 
-def behaviour(a: Member, b: Member, device: str = "cpu", advance: Callable[[int], None] | None = None) -> Behaviour:
-    """Compare two harvested dictionaries by their firings; ``advance`` is told of latents done, M_a + M_b in all.
+def behaviour(
+    a: Member,
+    b: Member,
+    device: str = "cpu",
+    advance: Callable[[int], None] | None = None,
+    offset: int | None = None,
+) -> Behaviour:
+    """Compare two harvested dictionaries by their firings.
 
     Memory: a few arrays of the length of the dictionaries, one latent's firings at a time.
+
+    Args:
+        device: where decoder rows are rebuilt, a name for torch.
+        advance: told of latents done, M_a + M_b in all, twice that with a null.
+        offset: tokens by which b's firings are moved for the null (:func:`sae.nulls.offset_of`); None for no null.
     """
-    counted = [
-        cofirings(one.store, other.store, one.decoder_partner[:, None], one.lone, advance)
-        for one, other in ((a, b), (b, a))
-    ]
-    partner, together, gap = best_by_jaccard(*counted)
+    real = _counted(a, b, advance)
+    sides = [_side(one, other, of, device) for one, other, of in ((a, b, real.a), (b, a, real.b))]
+    found = Behaviour((sides[0], sides[1]), real.a.counts.n_tokens, real.gap)
+    del real
+    if offset is not None:
+        null = _counted(a, b, advance, offset)
+        for side, one, of in ((sides[0], a, null.a), (sides[1], b, null.b)):
+            columns = _firing_columns(one, of)
+            for name in FIRING_COLUMNS:
+                side[f"{name}__{SHIFTED}"] = columns[name]
+    return found
+
+
+class _Matched(NamedTuple):
+    """One dictionary's counts, with its latents' partners by Jaccard."""
+
+    counts: Cofirings
+    partner: NDArray[np.int32]
+    together: NDArray[np.int64]
+
+
+class _Pair(NamedTuple):
+    a: _Matched
+    b: _Matched
+    gap: float
+
+
+def _counted(a: Member, b: Member, advance: Callable[[int], None] | None, offset: int = 0) -> _Pair:
+    """Both directions counted and matched, b's firings moved back by ``offset`` tokens against a's."""
+    n_tokens = min(a.store.n_tokens, b.store.n_tokens)
+    of_a, of_b = (
+        cofirings(one.store, other.store, one.decoder_partner[:, None], one.lone, advance, shift)
+        for one, other, shift in ((a, b, offset), (b, a, (n_tokens - offset) % max(n_tokens, 1)))
+    )
+    partner, together, gap = best_by_jaccard(of_a, of_b)
     inverse, together_b = np.full(len(b.lone), UNMATCHED, np.int32), np.zeros(len(b.lone), np.int64)
     matched = partner >= 0
     inverse[partner[matched]], together_b[partner[matched]] = np.flatnonzero(matched), together[matched]
-    sides = [
-        _side(one, other, of, there, count, device)
-        for one, other, of, there, count in (
-            (a, b, counted[0], partner, together),
-            (b, a, counted[1], inverse, together_b),
-        )
-    ]
-    return Behaviour((sides[0], sides[1]), counted[0].n_tokens, gap)
+    return _Pair(_Matched(of_a, partner, together), _Matched(of_b, inverse, together_b), gap)
 
 
 def best_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDArray[np.int64], float]:
@@ -135,10 +174,8 @@ def _least(of: Cofirings, firings_there: NDArray[np.int64]) -> Floats:
     return np.where(last >= 0, least, 0.0)
 
 
-def _side(
-    one: Member, other: Member, of: Cofirings, partner: NDArray[np.int32], together: NDArray[np.int64], device: str
-) -> pd.DataFrame:
-    near = np.where(of.near >= 0, jaccard(of.near_together, of.firings[:, None], of.firings_there[of.near]), 0.0)
+def _side(one: Member, other: Member, matched: _Matched, device: str) -> pd.DataFrame:
+    of = matched.counts
     alone = np.flatnonzero(one.lone)
     living = (of.firings_there > 0)[:, None]  # what never fires is nothing to be made of
     rebuilt = rebuild(one.W_dec[alone], np.where(living, other.W_dec, 0), device)
@@ -157,20 +194,18 @@ def _side(
         found[alone] = values
         return found
 
-    told = np.full(len(one.lone), None, object)
-    told[alone] = np.array(relation.NAMES, object)[of.relation[alone]]
-    shown, shown_near = of.near[alone, :SHOWN], near[alone, :SHOWN].astype(np.float32)
+    by_firing = _firing_columns(one, matched)
+    shown, shown_near = of.near[alone, :SHOWN], _near(of)[alone, :SHOWN].astype(np.float32)
     columns: dict[str, Any] = {
         "latent": np.arange(len(one.lone)),
         "n_firings": of.firings,
-        "jaccard_partner": partner,
-        **_frequencies("", of, partner, together),
+        **{name: by_firing[name] for name in ("jaccard_partner", "jaccard", "p_there", "p_here")},
         "max_jaccard_neighbor": of.near[:, 0],
-        "max_jaccard": near[:, 0].astype(np.float32),
-        **_frequencies("decoder_partner_", of, one.decoder_partner, of.asked_together[:, 0]),
-        "relation": told,
+        "max_jaccard": by_firing["max_jaccard"],
+        **{name: by_firing[name] for name in by_firing if name.startswith("decoder_partner_")},
+        "relation": by_firing["relation"],
         "relation_latents": lists(of.members[alone], of.members[alone] >= 0),
-        "relation_covered": numbers(of.covered[alone]),
+        "relation_covered": by_firing["relation_covered"],
         "rebuilt": numbers(rebuilt.explained),
         "rebuilt_from": lists(rebuilt.rows, rebuilt.rows >= 0),
         "rebuilt_weights": lists(rebuilt.weights, rebuilt.rows >= 0),
@@ -182,6 +217,26 @@ def _side(
     if null is not None:
         columns["rebuilt__rotated"] = numbers(null)
     return pd.DataFrame(columns)
+
+
+def _firing_columns(one: Member, matched: _Matched) -> dict[str, NDArray[Any]]:
+    """The columns that rest on firings alone, ``FIRING_COLUMNS``: [M] each."""
+    of = matched.counts
+    told = np.full(len(one.lone), None, object)
+    told[one.lone] = np.array(relation.NAMES, object)[of.relation[one.lone]]
+    return {
+        "jaccard_partner": matched.partner,
+        **_frequencies("", of, matched.partner, matched.together),
+        "max_jaccard": _near(of)[:, 0].astype(np.float32),
+        **_frequencies("decoder_partner_", of, one.decoder_partner, of.asked_together[:, 0]),
+        "relation": told,
+        "relation_covered": of.covered,
+    }
+
+
+def _near(of: Cofirings) -> Floats:
+    """The Jaccards of each latent with its nearest, 0 where there is none: [M, N]."""
+    return np.where(of.near >= 0, jaccard(of.near_together, of.firings[:, None], of.firings_there[of.near]), 0.0)
 
 
 def _frequencies(

@@ -23,11 +23,12 @@ import numpy.typing as npt
 
 from sae import relation
 from sae.directions import in_parallel, threads
+from sae.errors import BadInput
 from sae.firings import FiringStore
 
 NEAREST = 24  # latents of the other dictionary that are kept for each, the nearest by Jaccard
 _TELL = 256  # latents between two reports of progress
-_MAPPED = 48  # shards of a store kept mapped: three files each
+_MAPPED = 144  # shards of a store kept open: a file and, at 65,536 tokens a shard, 256 KiB each
 _PIECE = 1 << 17  # firings of one latent looked up at once
 
 Ints = npt.NDArray[np.int64]
@@ -73,6 +74,7 @@ def cofirings(
     asked: npt.NDArray[np.int32],
     relate: npt.NDArray[np.bool_],
     advance: Callable[[int], None] | None = None,
+    shift: int = 0,
 ) -> Cofirings:
     """Count together-firings of every latent of ``store`` with those of ``other``, over the tokens that both hold.
 
@@ -81,8 +83,14 @@ def cofirings(
         asked: [M_a, Q] latents of the other whose count is wanted in any case; -1 for none.
         relate: [M_a] the latents whose relation (:mod:`sae.relation`) is wanted.
         advance: told how many latents are done since it was last told.
+        shift: tokens by which the other's firings are moved back, circularly: what fires there at token t + shift
+            counts as firing at t. For a null (:func:`sae.nulls.offset_of`).
+    Raises:
+        BadInput: a shift that is not from 0 to T - 1.
     """
     n_tokens = min(store.n_tokens, other.n_tokens)
+    if not 0 <= shift < max(n_tokens, 1):
+        raise BadInput(f"firings cannot be shifted by {shift} of {n_tokens} tokens; choose 0 to {n_tokens - 1}")
     here, there = (_firings(s, n_tokens) for s in (store, other))
     m = store.num_latents
     found = Cofirings(
@@ -104,7 +112,8 @@ def cofirings(
         for latent in range(low, high):
             if stopped.is_set():
                 return
-            worker.count(latent, store.firings(latent)[0][: here[latent]], asked[latent], bool(relate[latent]))
+            position = _moved(np.asarray(store.firings(latent)[0])[: here[latent]], shift, n_tokens)
+            worker.count(latent, position, asked[latent], bool(relate[latent]))
             done = latent - low + 1
             if advance is not None and (done % _TELL == 0 or latent == high - 1):
                 with telling:
@@ -136,10 +145,10 @@ class _Worker:
         for _, ids, _ in pieces.each():
             size = _tally(ids, counts, self._touched, size)
         touched = self._touched[:size]
-        touched.sort()
         _nearest(touched, counts, len(position), found.firings_there, found.near[latent], found.near_together[latent])
         found.asked_together[latent] = np.where(asked >= 0, counts[asked], 0)
         if relate:
+            touched.sort()  # among equals, what is judged goes by number
             tokens = _Tokens(pieces, touched, self._left)
             told, members, covered = relation.judge(
                 counts[touched], found.firings_there[touched], len(position), found.n_tokens, tokens
@@ -191,6 +200,15 @@ class _Tokens:
         return found
 
 
+def _moved(position: Array, shift: int, n_tokens: int) -> Array:
+    """Tokens [n], ascending, each ``shift`` further on; what passes the end goes on at the beginning. Ascending."""
+    if shift == 0:
+        return position
+    turn = np.uint32(n_tokens - shift)
+    cut = int(np.searchsorted(position, turn))
+    return np.concatenate([position[cut:] - turn, position[:cut] + np.uint32(shift)])
+
+
 def _firings(store: FiringStore, n_tokens: int) -> Ints:
     """How often each latent fires at the first ``n_tokens`` tokens: [M]."""
     if n_tokens == store.n_tokens:
@@ -203,48 +221,66 @@ class _ByToken:
     """The latents that fire at given tokens of a store. Threads may share one."""
 
     def __init__(self, store: FiringStore) -> None:
-        self._store, self._n_shards, self._per_shard = store, store.n_shards, store.tokens_per_shard
+        self._store, self._per_shard = store, store.tokens_per_shard
+        self._at_a_token = 1.25 * int(store.latent_offsets[-1]) / max(store.n_tokens, 1)
+        # Of the positions' own type: with wider ones NumPy would first widen all positions.
+        self._borders = (np.arange(1, store.n_shards, dtype=np.int64) * self._per_shard).astype(np.uint32)
         # Each mapped array holds an open file, of which a process may have few (256 on some systems).
-        self._shard = lru_cache(maxsize=_MAPPED)(lambda i: tuple(map(np.asarray, store.shard(i))))
+        self._shard = lru_cache(maxsize=_MAPPED)(self._opened)
+
+    def _opened(self, number: int) -> tuple[Array, Array]:
+        """The shard's latents, mapped, and where each of its tokens begins among them (4 bytes for each token)."""
+        latents, counts, _ = self._store.shard(number)
+        starts = np.zeros(len(counts) + 1, np.uint32)
+        np.cumsum(counts, dtype=np.uint32, out=starts[1:])
+        return np.asarray(latents), starts
 
     def latents(self, position: Array) -> tuple[npt.NDArray[np.int32], Ints]:
         """Those at tokens ``position`` (ascending): one after another, and where each token's end."""
-        cuts = np.searchsorted(position, np.arange(self._n_shards + 1) * self._per_shard)
-        ids, ends, done = [], [], 0
-        for i in np.flatnonzero(np.diff(cuts)).tolist():
-            latents, counts, window_offsets = self._shard(i)
-            local = np.asarray(position[cuts[i] : cuts[i + 1]], dtype=np.int64) - i * self._per_shard
-            sizes = counts[local].astype(np.int64)
-            end = np.cumsum(sizes)
-            out = np.empty(int(end[-1]), np.int32)
-            _gather(local, latents, counts, window_offsets, self._store.window, out)
-            ids.append(out)
-            ends.append(end + done)
-            done += len(out)
-        if not ids:
-            return np.empty(0, np.int32), np.empty(0, np.int64)
-        return (ids[0], ends[0]) if len(ids) == 1 else (np.concatenate(ids), np.concatenate(ends))
+        cuts = [0, *np.searchsorted(position, self._borders).tolist(), len(position)]
+        ids, ends, total = (
+            np.empty(int(self._at_a_token * len(position)), np.int32),
+            np.empty(len(position), np.int64),
+            0,
+        )
+        for number, (low, high) in enumerate(pairwise(cuts)):
+            if low == high:
+                continue
+            (latents, starts), first = self._shard(number), number * self._per_shard
+            needed = _ends(position, low, high, first, starts, total, ends)
+            if needed > len(ids):
+                ids = np.concatenate([ids[:total], np.empty(max(needed, 2 * len(ids)) - total, np.int32)])
+            _gather(position, low, high, first, starts, latents, total, ids)
+            total = needed
+        return ids[:total], ends
+
+
+@_compiled
+def _ends(position: np.ndarray, low: int, high: int, first: int, starts: np.ndarray, end: int, ends: np.ndarray) -> Any:
+    """Where the latents of each of the tokens ``low`` to ``high`` of ``position`` end, those before at ``end``."""
+    at = np.int64(end)
+    for i in range(low, high):
+        token = np.int64(position[i]) - first
+        at += np.int64(starts[token + 1]) - np.int64(starts[token])
+        ends[i] = at
+    return at
 
 
 @_compiled
 def _gather(
-    local: np.ndarray,
+    position: np.ndarray,
+    low: int,
+    high: int,
+    first: int,
+    starts: np.ndarray,
     latents: np.ndarray,
-    counts: np.ndarray,
-    window_offsets: np.ndarray,
-    window: int,
+    at: int,
     out: np.ndarray,
 ) -> None:
-    at, current, token, start = 0, np.int64(-1), np.int64(0), np.int64(0)
-    for p in local:
-        w = p // window
-        if w != current:
-            current, token, start = w, w * window, np.int64(window_offsets[w])
-        while token < p:
-            start += np.int64(counts[token])
-            token += 1
-        for i in range(start, start + np.int64(counts[p])):
-            out[at] = latents[i]
+    for i in range(low, high):
+        token = np.int64(position[i]) - first
+        for k in range(np.int64(starts[token]), np.int64(starts[token + 1])):
+            out[at] = latents[k]
             at += 1
 
 

@@ -52,7 +52,9 @@ def dip(values: ArrayLike) -> float:
     return max(float(_dip(at, np.concatenate([[0.0], reached[:-1]]), reached)), 0.5 / len(x))
 
 
-def dip_test(samples: Sequence[ArrayLike], units: Sequence[ArrayLike] | None = None, seed: int = 0) -> Dip:
+def dip_test(
+    samples: Sequence[ArrayLike], units: Sequence[ArrayLike] | None = None, seed: int = 0, draw: bool = True
+) -> Dip:
     """How far from one mode several samples are, and whether chance would do it: the mean of their dips.
 
     A sample's dip exceeds what it estimates by an amount that grows as the sample shrinks, and spreads about it. Random
@@ -67,6 +69,7 @@ def dip_test(samples: Sequence[ArrayLike], units: Sequence[ArrayLike] | None = N
         units: for each sample, what its values belong to, whole numbers from 0 on: the same feature seen in several
             samples is one observation, and is drawn in all of them or in none. Without, all values are on their own.
         seed: of the draws.
+        draw: without, ``value`` stays unknown, and the rest takes a moment.
     """
     given = [np.asarray(sample, dtype=np.float64) for sample in samples]
     if units is None:
@@ -77,8 +80,11 @@ def dip_test(samples: Sequence[ArrayLike], units: Sequence[ArrayLike] | None = N
     kept = [(x, unit) for x, unit in zip(given, of, strict=True) if len(x) >= _FEWEST]
     if not kept:
         return Dip(UNKNOWN, float("nan"), float("nan"))
-    n_units = 1 + max(int(unit.max()) for _, unit in kept)
     dips = np.array([dip(x) for x, _ in kept])
+    p_value = _p_value([len(x) for x, _ in kept], dips)
+    if not draw:
+        return Dip(UNKNOWN, float(dips.mean()), p_value)
+    n_units = 1 + max(int(unit.max()) for _, unit in kept)
     rng = np.random.default_rng(seed)
     n_draws = min(max(_QUARTERS[0], 4 * _LOOKED_AT // sum(len(x) for x, _ in kept)), _QUARTERS[1])
     apart = np.empty(n_draws)
@@ -91,7 +97,7 @@ def dip_test(samples: Sequence[ArrayLike], units: Sequence[ArrayLike] | None = N
     whole, error = float(dips.mean()), _WIDER * float(apart.std(ddof=1))
     value = min(max(0.0, whole - float(apart.mean())), 0.25)
     interval = Estimate(value, max(0.0, value - 1.96 * error), min(0.25, value + 1.96 * error))
-    return Dip(interval, whole, _p_value([len(x) for x, _ in kept], dips))
+    return Dip(interval, whole, p_value)
 
 
 def _p_value(sizes: Sequence[int], dips: NDArray[np.float64]) -> float:

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sae.bootstrap import Bools, Tables
-from sae.nulls import as_alignment
+from sae.nulls import NULLS, as_alignment
 from sae.overlap import DEFINITIONS, check, shared
 from sae.similarity import similarity
 
@@ -37,7 +37,9 @@ def latent_table(
 
     - ``n_shared_<definition>``, the number of other runs that share it, and ``stability_<definition>``, their share;
     - ``similarity``, the mean over the others of (matched encoder cosine + matched decoder cosine) / 2, leaving out
-      runs in which it lacks a partner because widths differ; ``similarity__rotated``, the same under that null;
+      runs in which it lacks a partner because widths differ;
+    - for each null with which all were aligned, the last three under it: ``n_shared_strict__rotated``,
+      ``stability_strict__gaussian``, ``similarity__rotated`` and so on;
     - ``unshared``: alive and strict-shared with none; ``shared_class``: ``all``, ``some`` or ``one`` (its own alone)
       under strict, missing for a dead latent.
     """
@@ -55,20 +57,29 @@ def latent_table(
             columns |= {
                 f"{name}__{other}": done[name].to_numpy() for name in done if name not in ("latent", "n_firings")
             }
-    for definition in DEFINITIONS:
-        per_run = [columns[f"shared_{definition}__{other}"] for other in others]
-        columns[f"n_shared_{definition}"] = np.sum(per_run, axis=0).astype(np.int32)
-        columns[f"stability_{definition}"] = np.mean(per_run, axis=0, dtype=np.float32)
-    columns["similarity"] = _mean_similarity([alignments[run, other] for other in others])
-    rotated = [as_alignment(alignments[run, other], "rotated") for other in others]
-    if all(table is not None for table in rotated):
-        columns["similarity__rotated"] = _mean_similarity([table for table in rotated if table is not None])
+    columns |= _over_runs([alignments[run, other] for other in others], threshold)
+    for null in NULLS:
+        tables = [as_alignment(alignments[run, other], null) for other in others]
+        known = [table for table in tables if table is not None]
+        if len(known) == len(tables):
+            columns |= {f"{name}__{null}": values for name, values in _over_runs(known, threshold).items()}
     n = columns["n_shared_strict"]
     columns["unshared"] = alive & (n == 0)
     told = np.select([n == 0, n == len(others)], ["one", "all"], default="some").astype(object)
     told[~alive] = None
     columns["shared_class"] = told
     return pd.DataFrame(columns)
+
+
+def _over_runs(tables: Sequence[pd.DataFrame], threshold: float) -> dict[str, NDArray[Any]]:
+    """In how many of the other runs each latent returns, and how alike its partners are: columns [M]."""
+    columns: dict[str, NDArray[Any]] = {}
+    for definition in DEFINITIONS:
+        per_run = [shared(table, definition, threshold) for table in tables]
+        columns[f"n_shared_{definition}"] = np.sum(per_run, axis=0).astype(np.int32)
+        columns[f"stability_{definition}"] = np.asarray(np.mean(per_run, axis=0), dtype=np.float32)
+    columns["similarity"] = _mean_similarity(tables)
+    return columns
 
 
 def _mean_similarity(tables: Sequence[pd.DataFrame]) -> NDArray[np.float32]:

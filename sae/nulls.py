@@ -10,6 +10,11 @@ space. Two dictionaries stand in for the sibling, each in its own way unable to 
 The one space of rows that encoder and decoder share is why both turn alike. What is drawn depends on the pair's names
 and a seed, so a pair's null is the same each time. Matched like the real sibling, over all pairs and both spaces, a
 null has every figure that the real one has: :func:`as_alignment` makes its table look like an alignment's.
+
+Firings have a null of their own:
+
+    shifted     the sibling's firings moved along the harvested tokens, circularly and far: every latent fires as often
+                as before, in the same bursts, and beside the same others of its dictionary, but at other tokens
 """
 
 from __future__ import annotations
@@ -29,10 +34,17 @@ NULLS = {
     "rotated": "the sibling turned by a random rotation: same inner geometry, nothing in common but by chance",
     "gaussian": "random directions in the sibling's place",
 }
+SHIFTED = "shifted"
+FIRING_NULLS = {SHIFTED: "the sibling's firings moved far along the tokens: as often, in the same bursts, elsewhere"}
 COLUMNS = tuple(
     name for space in ("encoder", "decoder") for name in (f"{space}_partner", f"{space}_cosine", f"max_{space}_cosine")
 )
 """of an alignment's table, kept for each null as ``<column>__<null>``"""
+FIRING_COLUMNS = (
+    *("jaccard_partner", "jaccard", "p_there", "p_here", "max_jaccard", "relation", "relation_covered"),
+    *("decoder_partner_jaccard", "decoder_partner_p_there", "decoder_partner_p_here"),
+)
+"""of a side of :class:`sae.behaviour.Behaviour`, kept as ``<column>__shifted``"""
 
 _ROWS = 4096  # turned at a time
 
@@ -73,6 +85,21 @@ def null_of(name: str, weights: Weights, pair: tuple[str, str], seed: int = 0) -
         pair: the names of the two runs that are compared.
     """
     return _MAKERS[name](weights, np.random.default_rng([seed, zlib.crc32(f"{name} {'--'.join(pair)}".encode())]))
+
+
+def offset_of(pair: tuple[str, str], n_tokens: int, per_sequence: int, seed: int = 0) -> int:
+    """By how many tokens the firings of the second of ``pair`` are moved against those of the first under ``shifted``.
+
+    From about a quarter to three quarters of ``n_tokens``, and from a quarter to three quarters of a sequence beside
+    whole sequences, of which each has ``per_sequence``: two latents that both fire at the beginning of sequences do not
+    keep meeting there. It depends on the two names and the seed. Seen from the second, the first is moved back by as
+    much, so that both directions of a pair are of one and the same null.
+    """
+    first, second = sorted(pair)
+    rng = np.random.default_rng([seed, zlib.crc32(f"{SHIFTED} {first}--{second}".encode())])
+    whole = int(rng.integers(n_tokens // 4, 3 * n_tokens // 4 + 1)) // per_sequence * per_sequence
+    offset = (whole + per_sequence // 4 + int(rng.integers(per_sequence // 2 + 1))) % n_tokens
+    return offset if pair == (first, second) else (n_tokens - offset) % n_tokens
 
 
 def rotation(d: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -29,7 +29,7 @@ from sae.dip import Dip
 from sae.errors import BadInput, NotFound
 from sae.estimate import UNKNOWN, Estimate
 from sae.nulls import NULLS, as_alignment
-from sae.similarity import bimodality, histogram, spread_over_pairs
+from sae.similarity import bimodality, by_pair, histogram, spread
 
 DEFINITIONS: dict[str, str] = {
     "strict": "encoder and decoder matchings pick the same partner, and both cosines exceed the threshold",
@@ -83,10 +83,13 @@ class StudyOverlap:
 
     ``mean_encoder`` and ``mean_decoder`` are means of matched cosines (the decoder's is PW-MCC, arXiv 2505.20254, of
     which ``pw_mcc_sd`` is the standard deviation over pairs of runs, NaN for one pair), ``max_cosine`` the fraction of
-    alive anchors whose nearest encoder row and nearest decoder row, taken or not, are both above the threshold.
+    alive anchors whose nearest encoder row and nearest decoder row, taken or not, are both above the threshold;
+    ``mean_max_encoder`` and ``mean_max_decoder`` are means of the cosines with these. ``by_pair`` has the same figures
+    of each pair of runs: figure → "a--b" → the mean of the two directions.
     ``histogram`` and ``bimodality``, the dip test of each pair's mean matched cosines, show whether these have two
     modes. ``nulls`` has all of it again, without intervals, for what shares nothing (:mod:`sae.nulls`), where the pairs
-    were aligned with that. ``sweep`` has what is shared at thresholds from 0 to 1: see :func:`threshold_sweep`.
+    were aligned with that: one draw for each pair of runs, so that the figures of the pairs show how a null spreads.
+    ``sweep`` has what is shared at thresholds from 0 to 1: see :func:`threshold_sweep`.
     """
 
     runs: list[str]
@@ -97,8 +100,11 @@ class StudyOverlap:
     all: dict[str, Overlap]
     mean_encoder: Estimate
     mean_decoder: Estimate
+    mean_max_encoder: Estimate
+    mean_max_decoder: Estimate
     pw_mcc_sd: float
     max_cosine: Estimate
+    by_pair: dict[str, dict[str, float]]
     histogram: dict[str, Any]
     bimodality: Dip
     sweep: pd.DataFrame = field(compare=False)
@@ -129,6 +135,9 @@ class StudyOverlap:
             "max_cosine": self.max_cosine.as_dict(),
             "mean_encoder": self.mean_encoder.as_dict(),
             "mean_decoder": self.mean_decoder.as_dict(),
+            "mean_max_encoder": self.mean_max_encoder.as_dict(),
+            "mean_max_decoder": self.mean_max_decoder.as_dict(),
+            "by_pair": self.by_pair,
             "pw_mcc_sd": None if isnan(self.pw_mcc_sd) else self.pw_mcc_sd,
             "histogram": self.histogram,
             "bimodality": {
@@ -186,12 +195,12 @@ def overlap(
     alive = {run: np.asarray(alive[run], dtype=bool) for run in runs}
     check(runs, alignments, alive)
     nulls = {
-        null: _overlap_of(runs, tables, alive, threshold, LatentBootstrap(runs, tables, 0, seed), with_dip=False)
+        null: _overlap_of(runs, tables, alive, threshold, LatentBootstrap(runs, tables, 0, seed), is_null=True)
         for null in NULLS
         if (tables := _under(null, runs, alignments)) is not None
     }
     draw = LatentBootstrap(runs, alignments, resamples, seed)
-    return replace(_overlap_of(runs, alignments, alive, threshold, draw, with_dip=True), nulls=nulls)
+    return replace(_overlap_of(runs, alignments, alive, threshold, draw, is_null=False), nulls=nulls)
 
 
 def _overlap_of(
@@ -200,7 +209,7 @@ def _overlap_of(
     alive: Mapping[str, Bools],
     threshold: float,
     draw: LatentBootstrap,
-    with_dip: bool,
+    is_null: bool,
 ) -> StudyOverlap:
     populations = {"alive": alive, "all": {run: np.ones(len(alive[run]), bool) for run in runs}}
     found: dict[str, dict[str, Overlap]] = {
@@ -215,7 +224,15 @@ def _overlap_of(
         cosines = table[["max_encoder_cosine", "max_decoder_cosine"]].to_numpy(float)
         return (cosines.min(axis=1) > threshold).astype(float)
 
-    pairs = [(a, b) for i, a in enumerate(runs) for b in runs[i + 1 :]]
+    figures: dict[str, Callable[[pd.DataFrame], Floats]] = {
+        "mean_encoder": lambda table: table["encoder_cosine"].to_numpy(float),
+        "mean_decoder": lambda table: table["decoder_cosine"].to_numpy(float),
+        "mean_max_encoder": lambda table: table["max_encoder_cosine"].to_numpy(float),
+        "mean_max_decoder": lambda table: table["max_decoder_cosine"].to_numpy(float),
+        "max_cosine": nearest_above,
+    }
+    means = {name: _pairwise_mean(runs, alignments, alive, draw, values) for name, values in figures.items()}
+    of_pairs = {name: by_pair(runs, alignments, alive, values) for name, values in figures.items()}
     return StudyOverlap(
         runs=list(runs),
         threshold=threshold,
@@ -223,12 +240,11 @@ def _overlap_of(
         n_alive={run: int(alive[run].sum()) for run in runs},
         alive=found["alive"],
         all=found["all"],
-        mean_encoder=_pairwise_mean(runs, alignments, alive, draw, lambda t: t["encoder_cosine"].to_numpy(float)),
-        mean_decoder=_pairwise_mean(runs, alignments, alive, draw, lambda t: t["decoder_cosine"].to_numpy(float)),
-        pw_mcc_sd=spread_over_pairs(pairs, alignments, alive),
-        max_cosine=_pairwise_mean(runs, alignments, alive, draw, nearest_above),
+        **means,
+        pw_mcc_sd=spread(of_pairs["mean_decoder"]),
+        by_pair=of_pairs,
         histogram=histogram(runs, alignments, alive),
-        bimodality=bimodality(runs, alignments, alive, draw.unit) if with_dip else Dip(UNKNOWN, nan, nan),
+        bimodality=bimodality(runs, alignments, alive, draw.unit, draw=not is_null),
         sweep=threshold_sweep(runs, alignments, alive),
         nulls={},
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import nan
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,12 @@ def histogram(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools
 
 
 def bimodality(
-    runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], unit: Mapping[str, NDArray[Any]]
+    runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], unit: Mapping[str, NDArray[Any]], draw: bool
 ) -> Dip:
     """The dip test of the mean matched cosines of each ordered pair's alive anchors.
 
     ``unit`` gives each latent of each run the number of its unit (:class:`sae.bootstrap.LatentBootstrap`): the same
-    feature in several runs is one observation.
+    feature in several runs is one observation. ``draw``: also the interval, which takes most of the time.
     """
     samples, units = [], []
     for a, b in ((a, b) for a in runs for b in runs if a != b):
@@ -60,16 +61,35 @@ def bimodality(
         known = alive[a] & ~np.isnan(alike)
         samples.append(alike[known])
         units.append(np.asarray(unit[a])[known])
-    return dip_test(samples, units)
+    return dip_test(samples, units, draw=draw)
 
 
-def spread_over_pairs(pairs: Sequence[tuple[str, str]], alignments: Tables, alive: Mapping[str, Bools]) -> float:
-    """The standard deviation over pairs of the mean matched decoder cosine (the mean of both directions)."""
-    if len(pairs) < 2:
-        return nan
-    means = [
-        np.mean([np.nanmean(alignments[x, y]["decoder_cosine"].to_numpy(float)[alive[x]]) for x, y in ((a, b), (b, a))])
-        for a, b in pairs
-        if alive[a].any() and alive[b].any()
-    ]
-    return float(np.std(means, ddof=1)) if len(means) > 1 else nan
+def by_pair(
+    runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], values: Callable[[pd.DataFrame], Floats]
+) -> dict[str, float]:
+    """Pair, as "a--b" → the mean of both directions of the mean of ``values`` [M] over alive anchors that have one.
+
+    Those that are NaN have none; pairs of which a run has no anchor left are left out.
+    """
+    found = {}
+    for a, b in combinations(runs, 2):
+        both = [values(alignments[x, y])[alive[x]] for x, y in ((a, b), (b, a))]
+        known = [of[~np.isnan(of)] for of in both]
+        if all(map(len, known)):
+            found[f"{a}--{b}"] = float(np.mean([of.mean() for of in known]))
+    return found
+
+
+def spread(of: Mapping[str, float]) -> float:
+    """The standard deviation over pairs; NaN for fewer than two."""
+    return float(np.std(list(of.values()), ddof=1)) if len(of) > 1 else nan
+
+
+def range_of(of: Mapping[Any, float | None]) -> list[float] | None:
+    """The least and the largest over pairs; ``None`` for fewer than two.
+
+    Under a null this is its spread: every pair of runs has a draw of its own (:mod:`sae.nulls`), so that figures of
+    pairs differ by chance and by what the siblings are like.
+    """
+    known = [value for value in of.values() if value is not None and not isnan(value)]
+    return [min(known), max(known)] if len(known) > 1 else None

@@ -58,7 +58,7 @@ Nulls = Annotated[
     typer.Option(
         "--nulls/--no-nulls",
         help="Also match each SAE with what shares nothing with it (a rotated sibling, random directions), to show "
-        "what chance alone would share: three more matchings.",
+        "what chance alone would share: three more matchings; and compare firings a second time, moved in the text.",
     ),
 ]
 ForceAlign = Annotated[

@@ -55,8 +55,8 @@ def render_latent(found: Mapping[str, Any], console: Console | None = None) -> N
     show_latent(found, console or _output())
 
 
-def alignment_findings(compared: Compared) -> dict[str, Any]:
-    """What aligned runs share, in the shape that it has in the report's own findings."""
+def alignment_findings(compared: Compared, definition: str = "strict") -> dict[str, Any]:
+    """What aligned runs share under ``definition``, in the shape that it has in the report's own findings."""
     from autointerp.counterparts import counterpart_findings
     from autointerp.seeds import overlap_tree, similarity_tree
 
@@ -66,9 +66,11 @@ def alignment_findings(compared: Compared) -> dict[str, Any]:
         "compared": shared["runs"],
         "apart": compared.apart,
         "missing": [],
-        "overlap": overlap_tree(shared),
+        "overlap": overlap_tree(shared, definition),
         "similarity": similarity_tree(shared),
-        "counterparts": counterpart_findings(compared.behaviour, compared.alignments, compared.alive),
+        "counterparts": counterpart_findings(
+            compared.behaviour, compared.alignments, compared.alive, compared.behaviour_facts
+        ),
     }
 
 

@@ -45,10 +45,16 @@ def membership(found: Findings, page: Page) -> RenderableType:
     says = f"Each alive latent of {focus} is in one part, by the SAEs that share it ({tree['definition']})."
     styles, parts = _part_styles(tree["parts"]), tree["parts"]
     pieces = [blocks.Part(part["n"], styles[i], page.fill(i)) for i, part in enumerate(parts)]
-    table = grid("", "", ("latents", "right"), ("of alive", "right"), head=True)
+    nulls = list(parts[0]["null"]) if parts else []
+    by_chance = [(f"by chance, {null}" if i == 0 else null, "right") for i, null in enumerate(nulls)]
+    table = grid("", "", ("latents", "right"), ("of alive", "right"), *by_chance, head=True)
     for part, piece in zip(parts, pieces, strict=True):
         table.add_row(
-            Text(piece.fill * 2, piece.style), Text(visible(part["label"])), count(part["n"]), percent(part["fraction"])
+            Text(piece.fill * 2, piece.style),
+            Text(visible(part["label"])),
+            count(part["n"]),
+            percent(part["fraction"]),
+            *(Text(percent(part["null"][null]), QUIET) for null in nulls),
         )
     return section(page, title, says, indented(blocks.stacked_bar(pieces, page.width - 4)), Text(), indented(table))
 

@@ -18,7 +18,9 @@ from autointerp.report.layout import (
     command_line,
     count,
     decimal,
+    get,
     grid,
+    human,
     indented,
     interval,
     legend,
@@ -58,7 +60,7 @@ def overlap(found: Findings, page: Page) -> RenderableType:
 def overlap_table(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableType]:
     """Every definition with its interval, then the pairs, then what more SAEs change."""
     threshold = decimal(tree["threshold"], 2).rstrip("0")
-    heads: list[str | tuple[str, str]] = ["", ("of alive", "right"), "95 % interval", ("by chance", "right")]
+    heads: list[str | tuple[str, str]] = ["", ("of alive", "right"), "95 % interval", "by chance"]
     if page.wide:
         heads += [("of all", "right"), ""]
     table = grid(*heads, ("shared when", "fold"))
@@ -69,34 +71,43 @@ def overlap_table(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableTyp
             Text(name, "bold" if leading else ""),
             Text(percent(row["value"]), "bold" if leading else ""),
             Text(percent_interval(row["interval"])),
-            Text(_most_by_chance(row["null"]), QUIET),
+            Text(_most_by_chance(row["null"], row["null_range"]), QUIET),
             Text(rule.format(t=threshold), QUIET),
         ]
         if page.wide:
             of_all = Text(percent(row["over_all_latents"]), QUIET)
             cells[4:4] = [of_all, blocks.bar(row["value"] or 0.0, 16, ACCENT if leading else "")]
         table.add_row(*cells)
+    nulls = tree["nulls"]
     nearest = [
         Text("nearest", QUIET),
         Text(percent(tree["max_cosine"])),
         Text(percent_interval(tree["max_cosine_interval"])),
-        Text(_most_by_chance({null: of["max_cosine"] for null, of in tree["nulls"].items()}), QUIET),
+        Text(_most_by_chance(*({null: of[key] for null, of in nulls.items()} for key in _MAX_COSINE)), QUIET),
         *([Text(), blocks.bar(tree["max_cosine"] or 0.0, 16)] if page.wide else []),
         Text(f"nearest of each, taken or not: both cosines > {threshold}", QUIET),
     ]
     table.add_row(*nearest)
     yield table
-    if tree["nulls"]:
-        words = "By chance: with the sibling turned at random, or random directions in its place, whichever is more."
-        yield Text(words, QUIET)
+    if nulls:
+        words = "By chance: with the sibling turned at random, or random directions in its place, whichever is more"
+        yield Text(words + (_OVER_PAIRS if len(tree["strict"]["pairs"]) > 1 else "."), QUIET)
     yield from _pairs(tree, page)
     yield from _growth(tree)
     yield from _sweep(tree)
 
 
-def _most_by_chance(by_null: Mapping[str, float | None]) -> str:
-    known_values = [value for value in by_null.values() if value is not None]
-    return percent(max(known_values)) if known_values else "–"
+_MAX_COSINE = "max_cosine", "max_cosine_range"
+_OVER_PAIRS = "; in brackets from the least pair to the largest, each with a draw of its own."
+
+
+def _most_by_chance(by_null: Mapping[str, float | None], over_pairs: Mapping[str, list[float] | None]) -> str:
+    """The larger of the nulls, with its range over pairs where there are several."""
+    values = {null: value for null, value in by_null.items() if value is not None}
+    if not values:
+        return "–"
+    null = max(values, key=lambda name: values[name])
+    return f"{percent(values[null])} {percent_interval(over_pairs[null])}".rstrip()
 
 
 def _pairs(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableType]:
@@ -109,20 +120,36 @@ def _pairs(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableType]:
     names = list(dict.fromkeys(name for pair in pairs for name in pair.split("--")))
     yield Text()
     columns = [visible(pair.replace("--", " & ")) for pair in pairs]
-    if len(names) == 3 and sum(len(name) + 2 for name in columns) + len(definition) <= page.width:
+    of_null = tree[definition]["pairs_null"]
+    labels = {null: f"by chance, {null}" for null in of_null}
+    if len(names) == 3 and sum(len(name) + 2 for name in columns) + max(map(len, [definition, *labels.values()])) <= (
+        page.width
+    ):
         table = grid("by pair", *((name, "right") for name in columns))
         table.add_row(definition, *(percent(value) for value in pairs.values()))
+        for null, of in of_null.items():
+            table.add_row(Text(labels[null], QUIET), *(Text(percent(of[pair]), QUIET) for pair in pairs))
         yield table
         return
     short = [visible(name) for name in _without_common_beginning(names)]
     if max(len(definition) + 3, *map(len, short)) + sum(max(len(name), 4) + 2 for name in short) > page.width:
         yield Text(f"{definition}: {len(pairs)} pairs, from {percent(min(values))} to {percent(max(values))}")
+        yield from _pairs_by_chance(of_null)
         return
     table = grid(f"{definition}, %", *((name, "right") for name in short))
     for a, name in zip(names, short, strict=True):
         cells = [_heat(pairs.get(f"{a}--{b}", pairs.get(f"{b}--{a}")), min(values), max(values), page) for b in names]
         table.add_row(Text(name, "bold"), *cells)
     yield table
+    yield from _pairs_by_chance(of_null)
+
+
+def _pairs_by_chance(of_null: Mapping[str, Mapping[str, float | None]]) -> Iterator[RenderableType]:
+    """The range over pairs of each null, in a line: a map of what hardly differs would say nothing."""
+    ranges = {null: [value for value in of.values() if value is not None] for null, of in of_null.items()}
+    told = [f"{null} {percent(min(of))} to {percent(max(of))}" for null, of in ranges.items() if of]
+    if told:
+        yield Text(f"By chance, over pairs: {', '.join(told)}.", QUIET)
 
 
 def _without_common_beginning(names: list[str]) -> list[str]:
@@ -147,7 +174,7 @@ _SWEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def _sweep(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What is shared at other thresholds; beside it the null of the decoder definition."""
+    """What is shared at other thresholds; beside it the null of the decoder definition, which bounds the others'."""
     sweep = tree["sweep"]
     at = [sweep["threshold"].index(value) for value in _SWEPT]
     table = grid("at cosine >", *((decimal(value, 1), "right") for value in _SWEPT))
@@ -158,6 +185,8 @@ def _sweep(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
         table.add_row(Text(f"decoder, {null}", QUIET), *(Text(percent(of["sweep"]["decoder"][i]), QUIET) for i in at))
     yield Text()
     yield table
+    if tree["nulls"]:
+        yield Text("By chance strict and both are at most what decoder is: they ask for more.", QUIET)
 
 
 def _growth(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -167,9 +196,11 @@ def _growth(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
     table = grid("", *((str(n), "right") for n in range(2, len(only) + 1)))
     table.columns[0].header = "SAEs compared"
     table.add_row("found in one alone", *(Text(percent(v), STYLE_OF_CLASS["one"]) for v in only[1:]))
+    for null, of in tree["nulls"].items():
+        table.add_row(Text(f"by chance, {null}", QUIET), *(Text(percent(v), QUIET) for v in of["only_one"][1:]))
     table.add_row("found in every one", *(Text(percent(v), STYLE_OF_CLASS["all"]) for v in every[1:]))
     for null, of in tree["nulls"].items():
-        table.add_row(Text(f"in one alone, {null}", QUIET), *(Text(percent(v), QUIET) for v in of["only_one"][1:]))
+        table.add_row(Text(f"by chance, {null}", QUIET), *(Text(percent(v), QUIET) for v in of["all_of_n"][1:]))
     yield Text()
     yield table
     n = len(only)
@@ -191,21 +222,39 @@ def similarity(found: Findings, page: Page) -> RenderableType:
     if tree is None:
         return section(page, title, says, missing(found, "overlap"))
     lines = _similarity_chart(tree["histogram"], found["overlap"]["threshold"], page)
-    same = tree["mean_same_partner"], tree["mean_different_partner"]
-    agree = found["overlap"]["same_partner"]
+    same, nulls = (tree["mean_same_partner"], tree["mean_different_partner"]), tree["null"]
+    agree, of_overlap = found["overlap"]["same_partner"], found["overlap"]["nulls"]
+    chances = [
+        f"{null} {_most_by_chance({null: of['same_partner']}, {null: of['same_partner_range']})}"
+        for null, of in of_overlap.items()
+    ]
+    by_chance = f" (by chance: {', '.join(chances)})" if chances else ""
     words = Text(
-        f"\nEncoder and decoder pick the same partner for {percent(agree)} of the latents: mean cosine there "
-        f"{decimal(same[0])}, elsewhere {decimal(same[1])}. {_modes(tree['bimodality'])}\n"
+        f"\nEncoder and decoder pick the same partner for {percent(agree)} of the latents{by_chance}: mean cosine "
+        f"there {decimal(same[0])}, elsewhere {decimal(same[1])}. {_modes(tree['bimodality'])}\n"
     )
-    table = grid("mean matched cosine", ("", "right"), "95 % interval", *((null, "right") for null in tree["null"]))
-    for space, name in (("encoder", "encoders"), ("decoder", "decoders (PW-MCC)")):
-        nulls = [Text(decimal(of[f"mean_{space}"]), QUIET) for of in tree["null"].values()]
-        table.add_row(name, decimal(tree[f"mean_{space}"]), interval(tree[f"mean_{space}_interval"]), *nulls)
+    table = grid("mean cosine", ("", "right"), "95 % interval", *((f"{null}", "left") for null in nulls))
+    for key, name in _MEAN_COSINES.items():
+        chance = (Text(f"{decimal(of[key])} {interval(of[f'{key}_range'])}".rstrip(), QUIET) for of in nulls.values())
+        table.add_row(name, decimal(tree[key]), interval(tree[f"{key}_interval"]), *chance)
+    for key, name in _BY_PARTNER.items():
+        table.add_row(name, decimal(tree[key]), "", *(Text(decimal(of[key]), QUIET) for of in nulls.values()))
     body: list[RenderableType] = [*(indented(line) for line in lines), words, table]
     if tree["pw_mcc"]["sd"] is not None:
-        spread = f"Standard deviation of PW-MCC over pairs of SAEs: {decimal(tree['pw_mcc']['sd'], 4)}."
-        body.append(Text(spread, QUIET))
+        told = "".join(f"; {null} {decimal(sd, 4)}" for null, sd in tree["pw_mcc"]["null_sd"].items())
+        body.append(
+            Text(f"Standard deviation of PW-MCC over pairs of SAEs: {decimal(tree['pw_mcc']['sd'], 4)}{told}.", QUIET)
+        )
     return section(page, title, says, *body)
+
+
+_MEAN_COSINES = {
+    "mean_encoder": "encoders, matched",
+    "mean_max_encoder": "encoders, nearest",
+    "mean_decoder": "decoders (PW-MCC)",
+    "mean_max_decoder": "decoders, nearest",
+}
+_BY_PARTNER = {"mean_same_partner": "both, same partner", "mean_different_partner": "both, they differ"}
 
 
 def _modes(dip: Mapping[str, Any]) -> str:
@@ -214,7 +263,9 @@ def _modes(dip: Mapping[str, Any]) -> str:
         return "There are too few to tell one mode from two."
     p = "p < .001" if dip["p_value"] < 0.001 else f"p = {decimal(dip['p_value'])}"
     told = "They have more than one mode" if dip["p_value"] < 0.05 else "A single mode cannot be ruled out"
-    return f"{told}: dip {decimal(dip['value'])} {interval(dip['interval'])}, {p}."
+    chance = ", ".join(f"{null} {decimal(of['of_sample'])}" for null, of in dip["null"].items())
+    chance = f" (by chance: {chance})" if chance else ""
+    return f"{told}: dip {decimal(dip['value'])} {interval(dip['interval'])}{chance}, {p}."
 
 
 def _similarity_chart(shape: Mapping[str, Any], threshold: float, page: Page) -> Iterator[Text]:
@@ -244,30 +295,71 @@ def counterparts(found: Findings, page: Page) -> RenderableType | None:
         "By where latents fire, not by their weights: what fires in another SAE in place of a latent that it does not "
         "share (strict, .7). Each such latent is a case for every SAE that does not share it."
     )
-    table = grid("there it …", ("cases", "right"), ("share", "right"), "95 % interval", ("rebuilt", "right"))
+    null = get(tree, "null", "shifted")
+    by_chance = {row["relation"]: percent(row["fraction"]) for row in null["relations"]} if null else {}
+    if null and page.wide:
+        by_chance = {
+            name: f"{value} {percent_interval(null['relations_range'][name])}" for name, value in by_chance.items()
+        }
+    numbers = ("cases", "right"), ("share", "right"), "95 % interval", "by chance", ("rebuilt", "right")
+    table = grid("there it …", *numbers)
     for row in tree["relations"]:
         if row["n"] or row["relation"] != "rare":
             cells = count(row["n"]), percent(row["fraction"]), percent_interval(row["interval"])
-            table.add_row(_RELATION_WORDS.get(row["relation"], row["relation"]), *cells, decimal(row["rebuilt"], 2))
+            chance = Text(by_chance.get(row["relation"], "–"), QUIET)
+            name = _RELATION_WORDS.get(row["relation"], row["relation"])
+            table.add_row(name, *cells, chance, decimal(row["rebuilt"], 2))
     rebuilt, same, of = tree["rebuilt"], tree["same_partner"], tree["of_decoder_partner"]
-    null = f"; by chance {decimal(rebuilt['null'], 2)}" if rebuilt["null"] is not None else ""
+    of_null = f"; by chance {decimal(rebuilt['null'], 2)}" if rebuilt["null"] is not None else ""
+    paired = ""
+    if null:
+        over_pairs = percent_interval(null["same_partner_range"])
+        paired = f"; by chance {percent(null['same_partner']['decoder'])} {over_pairs}".rstrip()
     words = Text(
         "\nRebuilt: the share of its decoder direction that at most four latents there explain, "
-        f"{decimal(rebuilt['mean'], 2)} on average{null}.\nPaired by firing together instead (Jaccard), "
+        f"{decimal(rebuilt['mean'], 2)} on average{of_null}.\nPaired by firing together instead (Jaccard), "
         f"{percent(same['decoder'])} of the latents have the partner that the decoders gave them: "
-        f"{percent(same['shared'])} of the shared, {percent(same['unshared'])} of the others.\n"
+        f"{percent(same['shared'])} of the shared, {percent(same['unshared'])} of the others{paired}.\n"
     )
     heads = ("Jaccard", "right"), ("P(there | here)", "right"), ("P(here | there)", "right")
-    together = grid("with the decoder's partner", *heads)
+    together = grid("firing together", *heads)
     for name in ("shared", "unshared"):
-        together.add_row(name, *(decimal(of[name][key], 2) for key in ("jaccard", "p_there", "p_here")))
-    return section(page, title, says, table, words, together)
+        together.add_row(f"with the decoder's partner, {name}", *_frequencies(of[name]))
+    if null:
+        for name in ("shared", "unshared"):
+            moved = (Text(cell, QUIET) for cell in _frequencies(null["of_decoder_partner"][name]))
+            together.add_row(Text(f"by chance, {name}", QUIET), *moved)
+    for key, name in (("jaccard", "with the partner by firing"), ("max_jaccard", "with the nearest by firing")):
+        together.add_row(name, decimal(tree[key], 2))
+        if null:
+            words_of_null = f"by chance {interval(null[f'{key}_range'], 2)}".rstrip()
+            together.add_row(Text(words_of_null, QUIET), Text(decimal(null[key], 2), QUIET))
+    return section(page, title, says, table, words, together, Text(_how_compared(tree), QUIET))
+
+
+def _frequencies(of: Mapping[str, float | None]) -> list[str]:
+    return [decimal(of[key], 2) for key in ("jaccard", "p_there", "p_here")]
+
+
+def _how_compared(tree: Mapping[str, Any]) -> str:
+    """Over how many tokens, how exactly, and what chance means here: under the table."""
+    words = ""
+    if tree["n_tokens"] is not None:
+        gap = tree["jaccard_gap_per_latent"]
+        short = f"below {decimal(0.0001, 4)}" if gap < 0.0001 else f"at most {decimal(gap, 4)}"
+        words = (
+            f"Compared over {human(tree['n_tokens'])} tokens. The best pairing by firing of all could have a mean "
+            f"Jaccard greater by {short}. "
+        )
+    if tree["null"]:
+        words += "By chance: with the other SAE's firings moved far along the tokens."
+    return words
 
 
 _RELATION_WORDS = {
-    "same": "fires where one latent fires",
+    "same": "fires where one does",
     "split": "is split into narrower ones",
-    "absorbed": "is in a wider one, but for a narrower",
+    "absorbed": "is absorbed by a wider one",
     "broader": "is part of a wider one",
     "new": "has no counterpart",
     "rare": "fires too rarely to tell",

@@ -8,7 +8,7 @@ cannot disagree.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -145,12 +145,22 @@ def _returns_in_short(found: Findings) -> Iterator[str]:
     row, definition = tree[tree["definition"]], tree["definition"]
     yield (
         f"{percent(row['value'])} of the alive latents come back {dictionaries.what_changes(found)} "
-        f"({definition}, mean of {plural(len(row['pairs']), 'pair')}, 95 % {percent_interval(row['interval'])})."
+        f"({definition}, mean of {plural(len(row['pairs']), 'pair')}, 95 % {percent_interval(row['interval'])})"
+        f"{_by_chance(max, row['null'])}."
     )
     if found["membership"] is not None and len(found["compared"]) > 2:
         alone = next((p for p in found["membership"]["parts"] if p["shared_class"] == "one"), None)
         if alone is not None:
-            yield f"{percent(alone['fraction'])} of the latents of {visible(found['focus'])} are in no other SAE."
+            yield (
+                f"{percent(alone['fraction'])} of the latents of {visible(found['focus'])} are in no other SAE"
+                f"{_by_chance(min, alone['null'])}."
+            )
+
+
+def _by_chance(most: Callable[[Iterable[float]], float], by_null: Mapping[str, float | None]) -> str:
+    """What the null says that is nearest to the finding; nothing where there is none."""
+    values = [value for value in by_null.values() if value is not None]
+    return f"; by chance {percent(most(values))}" if values else ""
 
 
 def _scores_in_short(found: Findings) -> Iterator[str]:

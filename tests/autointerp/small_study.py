@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from autointerp.journal import Journal
-from sae.alignment import align, write_alignment
+from sae.alignment import Alignment, align, write_alignment
 from sae.files import write_json, write_table
+from sae.nulls import with_nulls
 from sae.run import Run, letters, write_record
 from sae.settings import Settings
 
@@ -92,7 +93,7 @@ def harvested(runs: list[Run], *, tokens: int = HARVESTED, shared: float = 0.4) 
         write_table(run.stage_path("contexts"), eligible)
 
 
-def aligned(runs: list[Run], *, shared: float = 0.4, noise: float = 0.35) -> None:
+def aligned(runs: list[Run], *, shared: float = 0.4, noise: float = 0.35, nulls: bool = False) -> None:
     """Alignments of all pairs. Latent i of the first ``shared`` is the same direction in every run."""
     m, d = runs[0].settings.training.num_latents, runs[0].record["subject"]["d_in"]
     common = np.random.default_rng(99).normal(size=(m, d))
@@ -103,7 +104,11 @@ def aligned(runs: list[Run], *, shared: float = 0.4, noise: float = 0.35) -> Non
         weights[run.name] = [base + noise * rng.normal(size=(m, d)) for _ in range(2)]
     for i, a in enumerate(runs):
         for b in runs[i + 1 :]:
-            found = align(*weights[a.name], *weights[b.name], names=(a.name, b.name))
+            one, other = ((weights[run.name][0], weights[run.name][1]) for run in (a, b))
+            found = align(*one, *other, names=(a.name, b.name))
+            if nulls:
+                sides = with_nulls((found.a, found.b), one, other, (a.name, b.name))
+                found = Alignment(*sides, found.certificate)
             write_alignment(a.root / "alignments", a.name, b.name, found, "inputs")
 
 
@@ -194,12 +199,12 @@ def contexts(_: str, latent: int) -> list[Piece]:
     return found
 
 
-def whole(root: Path, *, seeds: int = 3, m: int = 120, n_scored: int = 80) -> list[Run]:
+def whole(root: Path, *, seeds: int = 3, m: int = 120, n_scored: int = 80, nulls: bool = False) -> list[Run]:
     """Every stage done."""
     runs = runs_of(root, seeds, m=m)
     harvested(runs)
     if seeds > 1:
-        aligned(runs)
+        aligned(runs, nulls=nulls)
     latents = list(range(0, int(m * 0.9), max(1, int(m * 0.9) // n_scored)))
     scored(runs[0], explained(runs[0], latents))
     return runs

@@ -22,6 +22,7 @@ from autointerp.scored import rows_of, setups, status_kind
 from sae.alignment import read_alignment
 from sae.errors import BadInput, NotFound
 from sae.files import read_table, write_table
+from sae.nulls import as_alignment
 from sae.overlap import shared
 from sae.run import Run
 
@@ -93,6 +94,63 @@ def test_membership_parts_are_the_runs_latents(made: Path, found: dict[str, Any]
         "with both": (b & c).sum(),
     }
     assert sum(p["fraction"] for p in found["membership"]["parts"]) == pytest.approx(1)
+
+
+def test_nulls_equal_a_recount(tmp_path: Path) -> None:
+    """Every figure of a null is the real one's, of the null's columns."""
+    small_study.whole(tmp_path, m=60, n_scored=10, nulls=True)
+    found = findings(tmp_path, NAMES, View(definition="lenient", threshold=0.4))
+    alive = {n: ~read_table(Run(n, tmp_path).stage_path("firing"))["dead"].to_numpy() for n in NAMES}
+    seen = {}
+    for i, a in enumerate(NAMES):
+        for b in NAMES[i + 1 :]:
+            both = read_alignment(tmp_path / "alignments", a, b)
+            seen[a, b], seen[b, a] = (as_alignment(of, "rotated") for of in (both.a, both.b))
+    for name in ("strict", "both", "decoder", "lenient"):
+        held = {pair: shared(table, name, 0.4)[alive[pair[0]]] for pair, table in seen.items() if table is not None}
+        pairs = {f"{a}--{b}": (held[a, b].mean() + held[b, a].mean()) / 2 for a, b in held if a < b}
+        tree = found["overlap"][name]
+        assert tree["pairs_null"]["rotated"] == pytest.approx(pairs)
+        assert tree["null"]["rotated"] == pytest.approx(np.mean([*pairs.values()]))
+        assert tree["null_range"]["rotated"] == pytest.approx([min(pairs.values()), max(pairs.values())])
+        counts = {a: sum(held[a, b].astype(int) for b in NAMES if b != a) for a in NAMES}
+        exactly = [np.mean([np.mean(of == n) for of in counts.values()]) for n in range(3)]
+        assert tree["exactly_n_null"]["rotated"] == pytest.approx(exactly)
+        assert tree["only_one_null"]["rotated"][2] == pytest.approx(exactly[0])
+        assert tree["all_of_n_null"]["rotated"][2] == pytest.approx(exactly[2])
+    of_null = found["overlap"]["nulls"]["rotated"]
+    assert (
+        of_null["pairs"] == found["overlap"]["lenient"]["pairs_null"]["rotated"] != found["overlap"]["strict"]["pairs"]
+    )
+    assert of_null["exactly_n"] == found["overlap"]["lenient"]["exactly_n_null"]["rotated"]
+    with_b, with_c = held["run_a", "run_b"], held["run_a", "run_c"]
+    assert 0 < with_b.mean() < 1  # so that there is something to count
+    parts = {part["label"]: part["null"]["rotated"] for part in found["membership"]["parts"]}
+    assert parts == pytest.approx(
+        {
+            "only run_a": (~with_b & ~with_c).mean(),
+            "with run_b alone": (with_b & ~with_c).mean(),
+            "with run_c alone": (~with_b & with_c).mean(),
+            "with both": (with_b & with_c).mean(),
+        }
+    )
+    similar = found["similarity"]["null"]["rotated"]
+    means = [table["max_decoder_cosine"][alive[pair[0]]].mean() for pair, table in seen.items() if table is not None]
+    assert similar["mean_max_decoder"] == pytest.approx(np.mean(means))
+    assert similar["mean_max_decoder_range"][0] <= np.mean(means) <= similar["mean_max_decoder_range"][1]
+    n = sum(alive[a].sum() for a, _ in seen)
+    assert sum(found["similarity"]["histogram"]["null"]["rotated"]["counts"]) == n
+    assert found["similarity"]["pw_mcc"]["null_sd"]["rotated"] > 0
+
+
+def test_a_single_pair_has_a_null_without_a_range(tmp_path: Path) -> None:
+    small_study.whole(tmp_path, seeds=2, m=40, n_scored=10, nulls=True)
+    found = findings(tmp_path, NAMES[:2])
+    assert found["overlap"]["strict"]["null"]["rotated"] == 0
+    assert found["overlap"]["strict"]["null_range"] == {"rotated": None, "gaussian": None}
+    assert found["similarity"]["null"]["gaussian"]["mean_encoder_range"] is None
+    assert found["similarity"]["pw_mcc"]["null_sd"] == {"rotated": None, "gaussian": None}
+    json.dumps(found, allow_nan=False)
 
 
 def test_many_runs_are_counted_by_number(tmp_path: Path) -> None:

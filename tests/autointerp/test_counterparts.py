@@ -9,12 +9,14 @@ import pandas as pd
 import pytest
 
 from autointerp.counterparts import counterpart_findings
+from sae.nulls import FIRING_COLUMNS
 
 
 def side(n: int, **columns: list) -> pd.DataFrame:
     empty = {
         "jaccard_partner": [-1] * n,
         "jaccard": [np.nan] * n,
+        "max_jaccard": [np.nan] * n,
         "decoder_partner_jaccard": [np.nan] * n,
         "decoder_partner_p_there": [np.nan] * n,
         "decoder_partner_p_here": [np.nan] * n,
@@ -67,6 +69,56 @@ def test_dead_latents_do_not_count() -> None:
     assert found["n"] == 1
     assert found["same_partner"]["decoder"] == 1.0
     assert counterpart_findings({}, {}, {}) is None
+
+
+def test_the_null_has_the_same_totals_of_moved_firings() -> None:
+    real: dict[str, list] = {
+        "jaccard_partner": [0, 2, 1],
+        "jaccard": [0.9, 0.5, 0.1],
+        "max_jaccard": [0.9, 0.6, 0.2],
+        "relation": [None, "split", "new"],
+        "relation_covered": [np.nan, 0.9, np.nan],
+        "decoder_partner_jaccard": [0.9, 0.4, 0.1],
+    }
+    moved: dict[str, list] = {
+        **{name: [np.nan] * 3 for name in FIRING_COLUMNS},
+        "jaccard_partner": [-1, 2, 0],
+        "jaccard": [np.nan, 0.1, 0.2],
+        "max_jaccard": [0.0, 0.1, 0.3],
+        "relation": [None, "new", "broader"],
+        "decoder_partner_jaccard": [0.0, 0.1, 0.3],
+    }
+    shifted: dict[str, list] = {f"{name}__shifted": of for name, of in moved.items()}
+    whole = side(3, rebuilt=[np.nan, 0.2, 0.4], **real, **shifted)
+    tables = {pair: partners(0, 2, 2) for pair in (("a", "b"), ("a", "c"))}
+    alive = {"a": np.ones(3, bool)}
+    found = counterpart_findings({("a", "b"): whole}, tables, alive)
+    assert found is not None
+    null = found["null"]["shifted"]
+    alone = counterpart_findings({("a", "b"): side(3, **moved)}, tables, alive)
+    assert alone is not None
+    assert null["same_partner"] == alone["same_partner"] != found["same_partner"]
+    assert null["of_decoder_partner"] == alone["of_decoder_partner"]
+    assert (null["jaccard"], null["max_jaccard"]) == pytest.approx((0.15, 0.4 / 3))
+    assert {row["relation"]: row["n"] for row in null["relations"] if row["n"]} == {"broader": 1, "new": 1}
+    assert [row["n"] for row in null["relations"]] == [row["n"] for row in alone["relations"]]
+    assert found["relations"][1]["n"] == 1
+    json.dumps(found, allow_nan=False)
+    without = counterpart_findings({("a", "b"): whole, ("a", "c"): side(3, **real)}, tables, alive)
+    assert without is not None
+    assert without["null"] is None  # half a null is none
+
+
+def test_tokens_and_exactness_are_told_of_all_pairs() -> None:
+    tables = {("a", "b"): side(2, jaccard_partner=[0, 1])}
+    facts = {
+        ("a", "b"): {"n_tokens": 500, "jaccard_gap_per_latent": 0.01},
+        ("a", "c"): {"n_tokens": 400, "jaccard_gap_per_latent": 0.002},
+    }
+    found = counterpart_findings(tables, {("a", "b"): partners(0, 0)}, {"a": np.ones(2, bool)}, facts)
+    assert found is not None
+    assert (found["n_tokens"], found["jaccard_gap_per_latent"]) == (400, 0.01)  # what holds for each of them
+    assert found["comparisons"][1] == {"runs": ["a", "c"], "n_tokens": 400, "jaccard_gap_per_latent": 0.002}
 
 
 def test_a_latent_counted_for_two_others_is_one_observation() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import re
@@ -9,6 +10,8 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import small_study
 from hypothesis import given
@@ -18,10 +21,12 @@ from rich.console import Console
 
 from autointerp import report
 from autointerp.analysis import findings
+from autointerp.counterparts import counterpart_findings
 from autointerp.report import blocks
 from autointerp.report.layout import decimal, interval, listed, percent
 from autointerp.report.terminal import in_short, render
 from autointerp.report.visible import highlighted, marking, shown, visible
+from sae.nulls import FIRING_COLUMNS
 from sae.overlap import overlap
 
 NAMES = ["run_a", "run_b", "run_c"]
@@ -264,6 +269,100 @@ def test_the_page_shows_the_numbers_of_the_object(found: dict[str, Any]) -> None
         assert f"latent {entry['latent']} " in page
 
 
+@pytest.fixture(scope="module", params=[2, 3, 5])
+def beside_chance(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A study with its nulls, and the totals of what its latents do as if they had been compared."""
+    folder = tmp_path_factory.mktemp("nulls")
+    runs = [run.name for run in small_study.whole(folder, seeds=request.param, m=60, n_scored=10, nulls=True)]
+    return {**findings(folder, runs, contexts=small_study.contexts), "counterparts": some_counterparts(len(runs) > 2)}
+
+
+def some_counterparts(several: bool) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    n = 200
+
+    def side() -> pd.DataFrame:
+        told = np.array([None, "same", "split", "absorbed", "broader", "new", "rare"], object)
+        columns: dict[str, Any] = {"latent": range(n), "rebuilt": rng.random(n), "rebuilt__rotated": rng.random(n) / 4}
+        for name in FIRING_COLUMNS:
+            for column in (name, f"{name}__shifted"):
+                columns[column] = rng.random(n)
+        drawn_ = rng.integers(0, 7, n)
+        relations, nulls = told[drawn_], told[np.where(drawn_ == 0, 0, rng.integers(1, 7, n))]
+        partners = {name: rng.integers(0, n, n) for name in ("jaccard_partner", "jaccard_partner__shifted")}
+        return pd.DataFrame({**columns, "relation": relations, "relation__shifted": nulls, **partners})
+
+    pairs = [("a", "b"), ("b", "a"), *([("a", "c"), ("c", "a")] if several else [])]
+    partners = pd.DataFrame({"decoder_partner": range(n), "encoder_partner": range(n)})
+    facts = {pair: {"n_tokens": 2_000_000, "jaccard_gap_per_latent": 0.0123} for pair in pairs[::2]}
+    found = counterpart_findings(
+        {pair: side() for pair in pairs}, dict.fromkeys(pairs, partners), dict.fromkeys("abc", np.ones(n, bool)), facts
+    )
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_nulls_fit_the_page(beside_chance: dict[str, Any], width: int) -> None:
+    page = drawn(findings_without_contexts(beside_chance), width)
+    assert all(cell_len(line) <= width for line in page.splitlines())
+    assert width < 80 or "…" not in page.replace("there it …", "")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_chance_stands_beside_every_figure_of_what_is_shared(beside_chance: dict[str, Any], width: int) -> None:
+    """A null of its own for each place, changed to a number that is nowhere else, is found in the page."""
+    found = copy.deepcopy(findings_without_contexts(beside_chance))
+    overlap_, similar, several = found["overlap"], found["similarity"], len(found["runs"]) > 2
+    many = len(found["runs"]) > 3
+    marked: list[str] = []
+
+    def mark(holder: Any, key: Any, *, as_percent: bool = True) -> None:
+        value = 0.5 + len(marked) / 1000
+        holder[key] = value
+        marked.append(percent(value) if as_percent else decimal(value))
+
+    nulls = ("rotated", "gaussian")
+    for null in nulls:
+        of = overlap_["nulls"][null]
+        mark(of, "same_partner")
+        if several:
+            for key in ("only_one", "all_of_n", "exactly_n"):
+                mark(of[key], -1)
+            of_pairs = overlap_["strict"]["pairs_null"][null]
+            for pair in [*of_pairs] if not many else []:
+                mark(of_pairs, pair)
+            if many:
+                of_pairs.update(dict.fromkeys(of_pairs, 0.9))
+                mark(of_pairs, next(iter(of_pairs)))
+        for key in ("mean_encoder", "mean_decoder", "mean_max_encoder", "mean_max_decoder"):
+            mark(similar["null"][null], key, as_percent=False)
+        for key in ("mean_same_partner", "mean_different_partner"):
+            mark(similar["null"][null], key, as_percent=False)
+        mark(similar["bimodality"]["null"][null], "of_sample", as_percent=False)
+        if several:
+            similar["pw_mcc"]["null_sd"][null] = 0.0123 if null == "rotated" else 0.0456
+        for part in found["membership"]["parts"][1:]:
+            mark(part["null"], null)
+    for name in ("both", "decoder", "lenient"):
+        mark(overlap_[name]["null"], "rotated")
+        overlap_[name]["null"]["gaussian"] = 0.0
+    mark(overlap_["nulls"]["gaussian"], "max_cosine")
+    mark(overlap_["strict"]["null"], "gaussian")
+    for null in nulls:
+        mark(overlap_["nulls"][null]["sweep"]["decoder"], overlap_["sweep"]["threshold"].index(0.3))
+    moved = found["counterparts"]["null"]["shifted"]
+    for row in moved["relations"]:
+        mark(row, "fraction")
+    mark(moved["same_partner"], "decoder")
+    page = " ".join(drawn(found, width).split())
+    assert [word for word in marked if word not in page] == []
+    assert not several or (".0123" in page and ".0456" in page)
+    assert f"by chance {overlap_['strict']['null']['gaussian']:.1%}".replace("%", " %") in page  # in the first lines
+    assert "Compared over 2M tokens" in page
+    assert "greater by at most .0123" in page
+
+
 def test_words_do_not_depend_on_colour(found: dict[str, Any]) -> None:
     def words(page: str) -> list[str]:
         return re.findall(r"[A-Za-z]{3,}|\.\d+", ANSI.sub("", page))
@@ -420,7 +519,7 @@ def test_alignment_and_runs(root: Path) -> None:
     tables = both_ways(root / "alignments", NAMES)
     alive = {name: tables[name, other]["latent"].to_numpy() >= 0 for name, other in tables}
     runs = [Run(name, root) for name in NAMES]
-    compared = Compared(runs, overlap(NAMES, tables, alive), tables, {}, alive, None)
+    compared = Compared(runs, overlap(NAMES, tables, alive), tables, {}, {}, alive, None)
     target = console(80)
     report.render_alignment(report.alignment_findings(compared), target)
     assert "strict" in text_of(target)

@@ -18,6 +18,7 @@ from tiny_study import NUM_LATENTS, K, Ran, cli, journal, tree
 from autointerp.explainers.ngram import NgramExplainer
 from sae.files import read_table
 from sae.firings import FiringStore
+from sae.nulls import FIRING_COLUMNS, offset_of
 from sae.run import Run
 
 # --- a whole study ------------------------------------------------------------------------------------------
@@ -122,9 +123,20 @@ def test_alignment_has_its_nulls_and_what_latents_do(root: Path) -> None:
     whole = found["counterparts"]
     assert sum(row["n"] for row in whole["relations"]) == whole["n_unshared"] > 0
     assert found["apart"] is None
+    store = Run.open("run_a", root).store()
+    assert whole["n_tokens"] == store.n_tokens
+    gap = whole["jaccard_gap_per_latent"]
+    comparison = {"runs": ["run_a", "run_b"], "n_tokens": store.n_tokens, "jaccard_gap_per_latent": gap}
+    assert whole["comparisons"] == [comparison]
+    assert 0 <= gap < 1
+    null = whole["null"]["shifted"]
+    assert sum(row["n"] for row in null["relations"]) == whole["n_unshared"]
+    assert null["jaccard"] < whole["jaccard"]
+    assert null["same_partner"]["decoder"] < whole["same_partner"]["decoder"]
     table = read_table(root / "run_a" / "latents.overlap.parquet")
     for name in ("jaccard", "p_there", "p_here", "relation", "rebuilt", "rebuilt__rotated", "max_jaccard_neighbor"):
         assert f"{name}__run_b" in table
+    assert {f"{name}__shifted__run_b" for name in FIRING_COLUMNS} <= set(table)
     lone = table["relation__run_b"].notna()
     assert not (lone & table["shared_strict__run_b"]).any()
     assert table.loc[lone, "rebuilt__run_b"].between(0, 1).all()
@@ -136,11 +148,37 @@ def test_alignment_has_its_nulls_and_what_latents_do(root: Path) -> None:
     assert shown["matches"][0]["behaviour"]["rebuilt"] == pytest.approx(table["rebuilt__run_b"][latent])
     told = cli("show", "--sae", "run_a", "--latent", latent, "--root", root).well().out
     assert "rebuilt as" in told
-    assert "What became of those that do not return" in cli("report", "--root", root).well().out
+    report = cli("report", "--root", root).well().out
+    assert "What became of those that do not return" in report
+    assert "By chance: with the other SAE's firings moved" in " ".join(report.split())
 
 
-def test_what_latents_do_is_what_the_store_says(root: Path) -> None:
-    """One latent against every token of both stores."""
+def test_align_answers_under_the_definition_and_threshold_asked_for(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("matched again")
+
+    monkeypatch.setattr("sae.alignment.align", refuse)
+    monkeypatch.setattr("sae.behaviour.behaviour", refuse)
+    before = tree(root)
+    options = ("--definition", "decoder", "--threshold", "0.3", "--root", root)
+    found, reported = cli("align", *options, "--json").well().json, cli("report", *options, "--json").well().json
+    assert (found["overlap"]["definition"], found["overlap"]["threshold"]) == ("decoder", 0.3)
+    assert "over" in reported["overlap"]
+    assert found["overlap"] == {key: value for key, value in reported["overlap"].items() if key != "over"}
+    plain = cli("align", "--root", root, "--json").well().json["overlap"]
+    assert found["overlap"]["decoder"]["value"] > plain["decoder"]["value"]
+    assert found["overlap"]["only_one"] == found["overlap"]["decoder"]["only_one"] != plain["only_one"]
+    page = cli("align", *options).well().out
+    assert "both cosines > .3" in " ".join(page.split())
+    assert tree(root) == before  # what is on disk is what it was
+    cli("align", "--definition", "loose", "--root", root).failed_in_one_line("loose", code=2)
+    cli("align", "--threshold", "1.5", "--root", root).failed_in_one_line("--threshold", code=2)
+
+
+def check_what_latents_do(root: Path) -> None:
+    """The overlap table of run_a against every token of both stores."""
     a, b = (Run.open(name, root).store() for name in ("run_a", "run_b"))
 
     def table_of(store: FiringStore) -> np.ndarray:
@@ -151,19 +189,44 @@ def test_what_latents_do_is_what_the_store_says(root: Path) -> None:
         return fires
 
     one, other = table_of(a), table_of(b)
-    together = one.T.astype(np.int64) @ other
-    either = one.sum(axis=0)[:, None] + other.sum(axis=0) - together
-    exact = together / np.maximum(either, 1)
     told = read_table(root / "run_a" / "latents.overlap.parquet")
-    np.testing.assert_allclose(told["max_jaccard__run_b"], exact.max(axis=1), atol=1e-6)
-    partner = told["decoder_partner__run_b"].to_numpy()
-    here = np.arange(len(partner))
-    known = one.sum(axis=0) > 0
-    np.testing.assert_allclose(
-        told["decoder_partner_p_there__run_b"][known],
-        (together[here, partner] / np.maximum(one.sum(axis=0), 1))[known],
-        atol=1e-6,
-    )
+    offset = offset_of(("run_a", "run_b"), a.n_tokens, a.window * a.windows_per_sequence)
+    for there, suffix in ((other, ""), (np.roll(other, -offset, axis=0), "__shifted")):
+        together = one.T.astype(np.int64) @ there
+        either = one.sum(axis=0)[:, None] + there.sum(axis=0) - together
+        exact = together / np.maximum(either, 1)
+        np.testing.assert_allclose(told[f"max_jaccard{suffix}__run_b"], exact.max(axis=1), atol=1e-6)
+        partner = told["decoder_partner__run_b"].to_numpy()
+        here = np.arange(len(partner))
+        known = one.sum(axis=0) > 0
+        np.testing.assert_allclose(
+            told[f"decoder_partner_p_there{suffix}__run_b"][known],
+            (together[here, partner] / np.maximum(one.sum(axis=0), 1))[known],
+            atol=1e-6,
+        )
+
+
+def test_what_latents_do_is_what_the_store_says(root: Path) -> None:
+    check_what_latents_do(root)
+
+
+def test_a_harvest_that_grew_is_compared_again_chance_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.harvest.SHARD_BLOCKS", 1)
+    for name in ("run_a", "run_b"):
+        shutil.rmtree(root / name / "firings")
+    cli("harvest", "--tokens", "5k", "--root", root).well()
+    few = cli("align", "--root", root, "--json").well().json["counterparts"]
+    check_what_latents_do(root)
+    cli("harvest", "--tokens", "10k", "--root", root).well()
+    store = Run.open("run_a", root).store()
+    assert store.n_shards > 1
+    # By a stage that only needs the tables: it must not leave out the null that was there.
+    cli("explain", "--sae", "run_a", "--unshared-only", "--latents", 1, "--root", root).well()
+    check_what_latents_do(root)
+    found = cli("report", "--root", root, "--json").well().json["counterparts"]
+    assert few["n_tokens"] < found["n_tokens"] == store.n_tokens
+    assert found["null"].keys() == {"shifted"}
+    assert found["rebuilt"]["null"] is not None
 
 
 def test_a_kill_while_nulls_are_added_does_not_lose_them(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,9 +262,13 @@ def test_nulls_can_be_left_out_and_come_later(root: Path) -> None:
     shutil.rmtree(root / "alignments")
     found = cli("align", "--no-nulls", "--root", root, "--json").well().json
     assert found["overlap"]["nulls"] == {}
-    assert found["counterparts"] is not None
+    assert found["counterparts"]["null"] is None
+    assert found["counterparts"]["rebuilt"]["null"] is None
     cli("align", "--no-nulls", "--root", root).well()
-    assert set(cli("align", "--root", root, "--json").well().json["overlap"]["nulls"]) == {"rotated", "gaussian"}
+    later = cli("align", "--root", root, "--json").well().json
+    assert set(later["overlap"]["nulls"]) == {"rotated", "gaussian"}
+    assert later["counterparts"]["null"].keys() == {"shifted"}
+    assert later["counterparts"]["relations"] == found["counterparts"]["relations"]
     assert "similarity__rotated" in read_table(root / "run_a" / "latents.overlap.parquet")
 
 

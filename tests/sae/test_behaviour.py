@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +13,9 @@ from made_store import store_of
 from scipy.optimize import linear_sum_assignment
 
 from sae import cofiring
-from sae.behaviour import Member, behaviour, best_by_jaccard
+from sae.behaviour import Behaviour, Member, behaviour, best_by_jaccard
 from sae.cofiring import cofirings
+from sae.nulls import FIRING_COLUMNS
 from sae.pair_files import read_sides, write_sides
 
 
@@ -106,6 +108,34 @@ def test_a_side_says_what_the_tables_say(tmp_path: Path) -> None:
     back, mine = read_sides(tmp_path, "b", "a")
     assert back["max_jaccard"].to_numpy() == pytest.approx(other["max_jaccard"].to_numpy())
     assert list(mine["relation_latents"][5]) == [3]
+
+
+def test_the_null_is_the_same_comparison_with_the_other_moved() -> None:
+    rng = np.random.default_rng(5)
+    a, b = (table(rng, 200, m) | (rng.random((800, m)) < 0.03) for m in (12, 16))
+    b[:, :6] = a[:, :6]
+    W_a, W_b = rng.normal(size=(12, 8)), rng.normal(size=(16, 8))
+    to_b, to_a = np.arange(12, dtype=np.int32), np.r_[np.arange(12), [-1] * 4].astype(np.int32)
+
+    def compared(b: np.ndarray, offset: int | None) -> Behaviour:
+        one = Member(store_of(a), W_a, to_b, np.ones(12, bool), None)
+        other = Member(store_of(b), W_b, to_a, rng.random(16) < 2, None)
+        return behaviour(one, other, advance=told.append, offset=offset)
+
+    told: list[int] = []
+    found = compared(b, 333)
+    assert sum(told) == 2 * 28
+    # Moving b's tokens on for both directions is the same as moving a's back.
+    for side, plain, moved in zip(
+        found.sides, compared(b, None).sides, compared(np.roll(b, -333, axis=0), None).sides, strict=True
+    ):
+        null = side[[f"{name}__shifted" for name in FIRING_COLUMNS]].set_axis(FIRING_COLUMNS, axis=1)
+        pd.testing.assert_frame_equal(null, moved[list(FIRING_COLUMNS)])
+        pd.testing.assert_frame_equal(side[list(plain)], plain)
+        assert set(side) - set(plain) == {f"{name}__shifted" for name in FIRING_COLUMNS}
+    first = found.sides[0][:6]
+    assert (first["decoder_partner_jaccard"] == 1).all()
+    assert (first["decoder_partner_jaccard__shifted"] < 0.9).all()
 
 
 def test_silent_latents_have_no_partner_and_no_numbers() -> None:

@@ -10,12 +10,19 @@ from made_store import store_of
 
 from sae import cofiring, relation
 from sae.cofiring import Cofirings, cofirings, jaccard
+from sae.errors import BadInput
 
 
-def counted(a: np.ndarray, b: np.ndarray, relate: bool = True) -> Cofirings:
+def counted(a: np.ndarray, b: np.ndarray, relate: bool = True, shift: int = 0) -> Cofirings:
     """Of two tables [T, M] of what fires where; each latent is asked about latent 0 of the other."""
     asked = np.zeros((a.shape[1], 1), np.int32)
-    return cofirings(store_of(a), store_of(b), asked, np.full(a.shape[1], relate))
+    return cofirings(store_of(a), store_of(b), asked, np.full(a.shape[1], relate), shift=shift)
+
+
+def assert_same(one: Cofirings, other: Cofirings) -> None:
+    for name in ("firings", "firings_there", "near", "near_together", "asked_together", "relation", "members"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+    assert np.array_equal(one.covered, other.covered, equal_nan=True)
 
 
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 10), st.floats(0, 1), st.integers(0, 999))
@@ -41,6 +48,32 @@ def test_counts_are_those_of_whole_tables(m: int, other: int, windows: int, dens
             assert found.near_together[i][kept].tolist() == together[i, order].tolist()
 
 
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 10), st.integers(0, 9999), st.integers(0, 999))
+def test_a_shift_is_a_roll_of_the_other_table(m: int, other: int, windows: int, shift: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = (rng.random((4 * windows + 4, size)) < rng.random(size) for size in (m, other))
+    shift %= len(a)
+    longer = np.concatenate([b, rng.random((8, other)) < 0.5])  # the part that only one holds does not come round
+    for there in (b, longer):
+        assert_same(counted(a, there, shift=shift), counted(a, np.roll(b, -shift, axis=0)))
+
+
+def test_a_shift_beyond_the_tokens_is_refused() -> None:
+    fires = np.ones((8, 1), bool)
+    for shift in (-1, 8):
+        with pytest.raises(BadInput, match="0 to 7"):
+            counted(fires, fires, shift=shift)
+
+
+def test_shifted_a_latent_meets_itself_no_more() -> None:
+    rng = np.random.default_rng(0)
+    bursts = np.repeat(rng.random((T // 20, 3)) < 0.02, 20, axis=0)
+    assert [relation.NAMES[i] for i in counted(bursts, bursts).relation] == ["same"] * 3
+    moved = counted(bursts, bursts, shift=T // 2 + 3)
+    assert moved.firings_there.tolist() == bursts.sum(axis=0).tolist()
+    assert [relation.NAMES[i] for i in moved.relation] == ["new"] * 3
+
+
 def test_a_latent_with_many_firings_is_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     b = rng.random((4000, 90)) < 0.03
@@ -48,8 +81,7 @@ def test_a_latent_with_many_firings_is_counted_in_pieces(monkeypatch: pytest.Mon
     whole = counted(a, b)
     monkeypatch.setattr(cofiring, "_PIECE", 7)
     pieces = counted(a, b)
-    for name in ("near", "near_together", "asked_together", "relation", "members", "covered"):
-        assert np.array_equal(getattr(whole, name), getattr(pieces, name), equal_nan=name == "covered"), name
+    assert_same(whole, pieces)
     assert {relation.NAMES[i] for i in whole.relation} >= {"split"}
 
 

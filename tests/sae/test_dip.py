@@ -84,6 +84,10 @@ def test_chance_is_told_from_two_modes() -> None:
     assert dip_test([mixture(800, rng)]).p_value < 0.002
     assert dip_test([mixture(800, rng), mixture(800, rng)]).value.low > one.value.high
     assert np.isnan(dip_test([[1.0], []]).p_value)  # too little to say anything
+    samples = [mixture(800, rng), rng.random(500)]
+    drawn, not_drawn = dip_test(samples), dip_test(samples, draw=False)
+    assert (not_drawn.of_sample, not_drawn.p_value) == (drawn.of_sample, drawn.p_value)
+    assert np.isnan(not_drawn.value.value)
 
 
 def test_p_values_of_uniforms_are_spread_evenly() -> None:

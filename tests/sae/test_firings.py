@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +16,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_harvest import SPECIAL, USED, WINDOW, D, FakeStream, M, N, T, a_corpus, an_sae, dense, run, small_stream
 
 from sae import firing_index
-from sae import harvest as harvesting
 from sae.architectures import TopKSae
-from sae.corpus import Corpus
 from sae.dictionary import Firings
 from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.files import read_json, write_json
@@ -30,80 +27,10 @@ from sae.firing_index import Source
 from sae.firings import FiringStore, content_hash, latent_blocks, latent_statistics, mix
 from sae.harvest import harvest
 
-D, M, K, T, WINDOW, N, SPECIAL = 8, 40, 4, 19, 4, 30, 0
-USED = T // WINDOW * WINDOW
-
-
-def a_corpus(folder: Path, tokens: np.ndarray) -> Corpus:
-    """A stored corpus of ``tokens`` [N, T], of which token 0 is special."""
-    folder.mkdir(parents=True)
-    (folder / "tokens.bin").write_bytes(tokens.astype(np.uint16).tobytes())
-    record = {
-        "key": folder.name,
-        "fingerprint": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        "context": tokens.shape[1],
-        "n_sequences": tokens.shape[0],
-        "dtype": "<u2",
-        "special_ids": [SPECIAL],
-        "info": {},
-    }
-    write_json(folder / "corpus.json", record)
-    return Corpus.open(folder)
-
-
-class FakeStream:
-    """Activations that depend on row and position alone, and a record of what was asked for."""
-
-    hookpoint = "layers.1.mlp"
-    subject = SimpleNamespace(fingerprint="beef", dtype=torch.float32)
-
-    def __init__(self, corpus: Corpus) -> None:
-        self.corpus = corpus
-        shape = (corpus.n_sequences, corpus.context, D)
-        self.values = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        self.asked: list[int] = []
-
-    def rows(self, index: np.ndarray) -> torch.Tensor:
-        self.asked += index.tolist()
-        return self.values[torch.as_tensor(index)]
-
 
 @pytest.fixture
 def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStream:
-    monkeypatch.setattr("sae.corpus.BLOCK_TOKENS", 2 * T)
-    monkeypatch.setattr(harvesting, "SHARD_BLOCKS", 2)  # four sequences a shard, so that there are several
-    monkeypatch.setattr(firing_index, "_BLOCK_FIRINGS", 50)
-    monkeypatch.setattr(firing_index, "_SEQUENCES_AT_ONCE_TOKENS", 3 * T)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # a killed process needs none, and it is slow
-    monkeypatch.setattr("sae.firings._BLOCK_FIRINGS", 50)
-    tokens = np.random.default_rng(0).integers(0, 25, (N, T))
-    return FakeStream(a_corpus(tmp_path / "corpora" / "c0ffee", tokens))
-
-
-def an_sae(seed: int) -> TopKSae:
-    sae = TopKSae.init(D, M, K, seed)
-    sae.b_enc[:5] = -100.0  # some latents are dead, and some tokens fire fewer than k
-    return sae
-
-
-def run(stream: FakeStream, root: Path, names: str = "a", tokens: int = N * USED, **changed: Any) -> list[FiringStore]:
-    saes = {name: an_sae(ord(name)) for name in names}
-    folders = {name: root / name / "firings" for name in names}
-    arguments: dict[str, Any] = {"window": WINDOW, "order_seed": 7, **changed}
-    harvest(stream, saes, folders, tokens, **arguments)  # type: ignore[arg-type]
-    return [FiringStore.open(folder) for folder in folders.values()]
-
-
-def dense(stream: FakeStream, sae: TopKSae, n_sequences: int = N) -> np.ndarray:
-    """Brute force: activations [n_sequences * USED, M] in float16, none at special tokens."""
-    order = stream.corpus.order(0, 7)[:n_sequences]
-    out = np.zeros((n_sequences * USED, M), np.float16)
-    for rank, row in enumerate(order):
-        values, indices = sae.encode(stream.values[row, :USED])
-        table = torch.zeros(USED, M).scatter_add_(1, indices, values).numpy()
-        table[stream.corpus.is_special(stream.corpus.tokens[row, :USED])] = 0
-        out[rank * USED : (rank + 1) * USED] = table
-    return out
+    return small_stream(tmp_path, monkeypatch)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae.alignment import align
-from sae.nulls import COLUMNS, NULLS, as_alignment, null_of, rotation, with_nulls
+from sae.nulls import COLUMNS, NULLS, as_alignment, null_of, offset_of, rotation, with_nulls
 
 
 def weights(seed: int, m: int = 30, d: int = 24) -> tuple[np.ndarray, np.ndarray]:
@@ -46,6 +46,24 @@ def test_a_pair_has_the_same_null_each_time_and_another_pair_another() -> None:
         assert np.array_equal(once[0], again[0])
         assert not np.array_equal(once[0], other[0])
     assert not np.array_equal(null_of("rotated", of, ("a", "b"))[0], null_of("rotated", of, ("a", "b"), seed=1)[0])
+
+
+@given(st.integers(1, 200), st.integers(4, 64), st.integers(0, 99))
+def test_firings_are_moved_far_and_never_onto_the_same_place_in_a_sequence(
+    n: int, per_sequence: int, seed: int
+) -> None:
+    offset = offset_of(("a", "b"), n * per_sequence, per_sequence, seed)
+    assert 0 < offset < n * per_sequence
+    assert n * per_sequence / 4 - per_sequence <= offset <= 3 * n * per_sequence / 4 + per_sequence
+    assert per_sequence // 4 <= offset % per_sequence <= per_sequence // 4 + per_sequence // 2
+    assert offset + offset_of(("b", "a"), n * per_sequence, per_sequence, seed) == n * per_sequence
+
+
+def test_each_pair_has_an_offset_of_its_own() -> None:
+    pairs = [("a", "b"), ("a", "c"), ("b", "c"), ("b", "d")]
+    assert len({offset_of(pair, 2_000_000, 128) for pair in pairs}) == 4
+    assert offset_of(("a", "b"), 2_000_000, 128) == offset_of(("a", "b"), 2_000_000, 128)
+    assert offset_of(("a", "b"), 2_000_000, 128) != offset_of(("a", "b"), 2_000_000, 128, seed=1)
 
 
 def test_both_sides_have_each_null_and_of_unequal_widths_too() -> None:

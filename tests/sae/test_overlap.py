@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import combinations, pairwise
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from sae.alignment import align
 from sae.errors import BadInput, NotFound
 from sae.files import read_table, write_table
 from sae.latent_table import latent_table
-from sae.nulls import NULLS, with_nulls
+from sae.nulls import NULLS, as_alignment, with_nulls
 from sae.overlap import DEFINITIONS, overlap, shared, threshold_sweep
+from sae.similarity import range_of, spread
 
 Tables = dict[tuple[str, str], pd.DataFrame]
 
@@ -305,9 +306,47 @@ def test_nulls_have_every_figure_and_share_nothing() -> None:
         assert null.alive["strict"].only_one[2].value == 1
         assert 0.2 < null.mean_decoder.value < 0.5  # the best of many, and far from 0 by that alone
         json.dumps(null.as_dict(), allow_nan=False)
+    for name, null in found.nulls.items():
+        alone = {pair: seen for pair, of in tables.items() if (seen := as_alignment(of, name)) is not None}
+        as_real = overlap(["a", "b", "c"], alone, alive, resamples=10)
+        assert null.by_pair == as_real.by_pair
+        assert null.mean_max_decoder.value == as_real.mean_max_decoder.value
+        assert null.bimodality.of_sample == as_real.bimodality.of_sample < found.bimodality.of_sample
+        told = latent_table("a", ["a", "b", "c"], tables, alive["a"])
+        under = latent_table("a", ["a", "b", "c"], alone, alive["a"])
+        for column in ("n_shared_strict", "stability_lenient", "n_shared_decoder", "similarity"):
+            assert told[f"{column}__{name}"].equals(under[column]), column
+            assert not told[column].equals(under[column])
     del tables["a", "c"]["encoder_cosine__gaussian"]
     assert set(overlap(["a", "b", "c"], tables, alive, resamples=10).nulls) == {"rotated"}
     assert "similarity__rotated" in latent_table("a", ["a", "b"], tables, alive["a"])
+    assert "n_shared_strict__gaussian" not in latent_table("a", ["a", "b", "c"], tables, alive["a"])
+
+
+def test_figures_of_pairs_and_their_spread() -> None:
+    runs, tables, alive = study(4, 30, seed=2, widths=[30, 40, 30, 30])
+    found = overlap(runs, tables, alive, resamples=5)
+    for figure, column in (
+        ("mean_encoder", "encoder_cosine"),
+        ("mean_decoder", "decoder_cosine"),
+        ("mean_max_encoder", "max_encoder_cosine"),
+        ("mean_max_decoder", "max_decoder_cosine"),
+    ):
+        by_hand = {
+            f"{a}--{b}": np.mean([tables[x, y][column][alive[x]].mean() for x, y in ((a, b), (b, a))])
+            for a, b in combinations(runs, 2)
+        }
+        assert found.by_pair[figure] == pytest.approx(by_hand)
+        assert getattr(found, figure).value == pytest.approx(np.mean([*by_hand.values()]), abs=1e-3)
+    assert found.mean_max_decoder.value >= found.mean_decoder.value
+    assert spread(found.by_pair["mean_decoder"]) == found.pw_mcc_sd
+    values = [*found.by_pair["max_cosine"].values()]
+    assert range_of(found.by_pair["max_cosine"]) == [min(values), max(values)]
+    assert range_of({"a--b": 0.5}) is None
+    assert range_of({"a--b": 0.5, "a--c": None, "b--c": nan}) is None
+    assert isnan(spread({"a--b": 0.5}))
+    nobody = {**alive, runs[0]: np.zeros(30, bool)}
+    assert len(overlap(runs, tables, nobody, resamples=5).by_pair["mean_decoder"]) == 3
 
 
 def test_what_is_missing_is_named() -> None:
