@@ -6,7 +6,7 @@ endpoint or a model was named by flag.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,35 +22,46 @@ PROTOCOLS = ("auto", "batch", "single")
 class LlmOptions:
     """What the user said about language models. All unset: there is none."""
 
-    url: str | None = None
+    url: str | Sequence[str] | None = None
+    """An address, or several that share the load."""
     model: str | None = None
-    judge_url: str | None = None
+    judge_url: str | Sequence[str] | None = None
     judge_model: str | None = None
     api_key_file: Path | None = None
     concurrency: int = 32
     requests_per_second: float | None = None
+    tokens_per_minute: float | None = None
     protocol: str = "auto"
 
     @property
     def named(self) -> bool:
-        return self.url is not None or self.model is not None
+        return bool(self.url) or self.model is not None
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses; none where only a model was named."""
+        return _several(self.url)
 
     def words(self) -> list[str]:
         """The flags that name the models again, for a command to print. A key is in none of them: an address that
         carries one is left for the user to give."""
-        given = {
-            "--llm-url": self.url,
-            "--llm-model": self.model,
-            "--judge-url": self.judge_url,
-            "--judge-model": self.judge_model,
-            "--api-key-file": self.api_key_file,
-        }
-        return [word for flag, value in given.items() if value and "@" not in str(value) for word in (flag, str(value))]
+        given = [
+            *(("--llm-url", url) for url in self.urls),
+            ("--llm-model", self.model),
+            *(("--judge-url", url) for url in _several(self.judge_url)),
+            ("--judge-model", self.judge_model),
+            ("--api-key-file", self.api_key_file),
+        ]
+        return [word for flag, value in given if value and "@" not in str(value) for word in (flag, str(value))]
 
     def for_judge(self) -> LlmOptions:
         """The same, with the judge's own endpoint and model where it has them."""
-        model = self.judge_model or (self.model if self.judge_url is None else None)
+        model = self.judge_model or (None if self.judge_url else self.model)
         return replace(self, url=self.judge_url or self.url, model=model)
+
+
+def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 def resolve(backend: str, options: LlmOptions, what: str) -> str:

@@ -128,6 +128,7 @@ class LlmJudge:
                 seed=seed,
                 replicate=self._replicate,
                 may_be_cut=True,
+                affinity=explanation,
             )
         return Request(
             self._conversation.messages(explanation=explanation, snippets=list(texts)),
@@ -137,6 +138,7 @@ class LlmJudge:
             logprobs=5,
             seed=seed,
             replicate=self._replicate,
+            affinity=explanation,
         )
 
     def _read(self, answer: Answer, n: int) -> Verdicts:

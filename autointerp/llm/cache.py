@@ -40,13 +40,14 @@ class ResponseCache:
             row = connection.execute("SELECT answer FROM answer WHERE key = ?", (key,)).fetchone()
         return None if row is None else Answer.from_json(row[0])
 
-    def put(self, key: str, model: str, answer: Answer) -> None:
-        """Keep ``answer``; on disk when this returns."""
-        with self._database.writing() as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO answer (key, model, answer, created) VALUES (?, ?, ?, ?)",
-                (key, model, answer.to_json(), datetime.now(UTC).isoformat(timespec="seconds")),
+    async def put(self, key: str, model: str, answer: Answer) -> None:
+        """Keep ``answer``; committed when this returns, in one transaction with others of the same moment."""
+        row = (key, model, answer.to_json(), datetime.now(UTC).isoformat(timespec="seconds"))
+        await self._database.written(
+            lambda connection: connection.execute(
+                "INSERT OR REPLACE INTO answer (key, model, answer, created) VALUES (?, ?, ?, ?)", row
             )
+        )
 
     def __len__(self) -> int:
         with self._database.reading() as connection:

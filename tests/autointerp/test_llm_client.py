@@ -450,7 +450,7 @@ def test_a_kept_answer_that_no_longer_parses_is_asked_again(tmp_path: Path) -> N
     cache = ResponseCache(tmp_path / "cache.sqlite")
     with FakeServer("new") as server:
         request = Request(MESSAGES, 20)
-        cache.put(request.key("fake-model"), "fake-model", Answer("old", "stop"))
+        asyncio.run(cache.put(request.key("fake-model"), "fake-model", Answer("old", "stop")))
 
         def parse(answer: Answer) -> str:
             if answer.text == "old":
@@ -622,6 +622,6 @@ def test_cached_answers_are_json(tmp_path: Path) -> None:
     assert Answer.from_json(answer.to_json()) == answer
     assert json.loads(answer.to_json())["text"] == answer.text
     cache = ResponseCache(tmp_path / "c.sqlite")
-    cache.put("k", "m", answer)
+    asyncio.run(cache.put("k", "m", answer))
     assert cache.get("k") == answer
     assert cache.get("other") is None
