@@ -235,6 +235,7 @@ def explain(
     api_key_file: opt.KeyFile = None,
     concurrency: opt.Concurrency = 32,
     requests_per_second: opt.Rate = None,
+    tokens_per_minute: opt.TokenRate = None,
     root: opt.Root = ROOT,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
@@ -260,11 +261,12 @@ def explain(
         with_partners=with_partners,
     )
     options = LlmOptions(
-        url=llm_url,
+        url=tuple(llm_url or ()),
         model=llm_model,
         api_key_file=api_key_file,
         concurrency=concurrency,
         requests_per_second=requests_per_second,
+        tokens_per_minute=tokens_per_minute,
     )
     runs = _opened(sae, root)
     outcome = explain_runs(runs, choice, explainer.value, options, _compute(device, threads))
@@ -285,6 +287,7 @@ def score(
     api_key_file: opt.KeyFile = None,
     concurrency: opt.Concurrency = 32,
     requests_per_second: opt.Rate = None,
+    tokens_per_minute: opt.TokenRate = None,
     protocol: opt.Protocol = "auto",
     root: opt.Root = ROOT,
     as_json: opt.Json = False,
@@ -298,13 +301,14 @@ def score(
     from autointerp.score import score_runs
 
     options = LlmOptions(
-        url=llm_url,
+        url=tuple(llm_url or ()),
         model=llm_model,
-        judge_url=judge_url,
+        judge_url=tuple(judge_url or ()),
         judge_model=judge_model,
         api_key_file=api_key_file,
         concurrency=concurrency,
         requests_per_second=requests_per_second,
+        tokens_per_minute=tokens_per_minute,
         protocol=protocol,
     )
     runs = _opened(sae, root) if sae else None
