@@ -10,9 +10,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from autointerp.explainers.base import Explainer
 from autointerp.judges.base import Judge
+from autointerp.method import Method
 from sae.errors import BadInput
 
 PROTOCOLS = ("auto", "batch", "single")
@@ -107,3 +109,15 @@ async def open_judge(backend: str, options: LlmOptions, cache: Path) -> AsyncIte
 
     async with open_client(chosen, cache) as client:
         yield await open_llm_judge(client, options.protocol)
+
+
+def capabilities(method: Method) -> dict[str, Any] | None:
+    """What a method's servers can do, to be stored with its results; ``None`` for a method that asks none."""
+    found = getattr(method, "capabilities", None)
+    return None if found is None else found.as_dict()
+
+
+def lacks(method: Method) -> list[str]:
+    """What a method's servers turned out not to do, and what was done instead: a sentence each."""
+    found = getattr(method, "capabilities", None)
+    return [] if found is None else found.lacks()

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from autointerp.backends import LlmOptions, open_judge, resolve
+from autointerp.backends import LlmOptions, capabilities, lacks, open_judge, resolve
 from autointerp.contexts import Context
 from autointerp.journal import Journal, Verdict
 from autointerp.judges.base import Judge
@@ -112,6 +112,7 @@ async def _score(
         for run in runs:
             for scorer in scorers:
                 await _score_run(run, scorer, judge, options.concurrency, control_latents, outcome)
+        outcome.notes += lacks(judge)
     sae = [word for run in runs for word in ("--sae", run.name)]
     outcome.retry = command(root, "score", *sae, *options.words())
     outcome.next = command(root, "report", "--sae", runs[0].name)
@@ -160,7 +161,7 @@ async def _score_run(
                     await in_flight(questions, ask, concurrency, bar)
             table = score_table(journal, same["settings_hash"], items)
             final = _inputs(material, same, control_latents, journal)
-            write_table(path, table, inputs=final, material=material.digest)
+            write_table(path, table, inputs=final, material=material.digest, capabilities=capabilities(judge))
     for row in _rows(_of_this_judge(table, same)):
         if row["status"] == "ok":
             outcome.n_done += 1

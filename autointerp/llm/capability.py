@@ -40,8 +40,16 @@ class Capabilities:
     """Alternatives that come back for a token; 0 where there are no log-probabilities."""
     cached_tokens: bool | None = None
     """The server says how many tokens of a prompt it had cached."""
+    label_first: bool | None = None
+    """Asked for a label, the model gives it as its first token, without thinking before it."""
     context_length: int | None = None
     """Tokens of prompt and answer together."""
+
+    def take_over(self, found: Mapping[str, Any]) -> None:
+        """Fill in what is not known yet from an earlier :meth:`as_dict`."""
+        for name in ("json_schema", "logprobs", "cached_tokens", "label_first"):
+            if getattr(self, name) is None:
+                setattr(self, name, found.get(name))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,29 +131,34 @@ def _fits(text: str, schema: Mapping[str, Any]) -> bool:
 
 
 async def probe(client: LlmClient) -> Capabilities:
-    """Ask the two tiny questions, if what they would tell is not known yet. What they cost is not counted.
+    """Ask the two tiny questions, unless their answers are known: from this client's requests or from the cache.
 
     The first is put as the ``single`` protocol puts its own, because a model that thinks before it answers may give
     log-probabilities, and not of the label. The second forces a word that no one would answer.
 
     :raises UserError: no server answers, or the key is refused.
     """
+    await client.check()
+    client.remember_capabilities()
     known = client.capabilities
-    words = conversation("probe")
-    if known.logprobs is None:
-        asked = Request(words.messages(question="label"), max_tokens=4, logprobs=20, may_be_cut=True)
-        try:
-            _, answer = await client.ask_anew(asked, lambda answer: answer)
-            first = answer.tokens[0].strip() if answer.tokens else ""
-            if first not in ("0", "1"):
-                known.logprobs = 0
-        except AnswerFailed:
-            known.logprobs = 0
+    if known.label_first is None:
+        known.label_first = await _gives_label(client)
     if known.json_schema is None:
-        asked = Request(words.messages(question="word"), max_tokens=200, json_schema=_WORD_SCHEMA)
+        asked = Request(conversation("probe").messages(question="word"), max_tokens=200, json_schema=_WORD_SCHEMA)
         try:
             await client.ask_anew(asked, lambda answer: answer)
         except AnswerFailed:
             known.json_schema = False
         known.json_schema = bool(known.json_schema)  # an answer that was cut off has shown nothing
+    await client.keep_capabilities()
     return known
+
+
+async def _gives_label(client: LlmClient) -> bool:
+    asked = Request(conversation("probe").messages(question="label"), max_tokens=4, logprobs=20, may_be_cut=True)
+    try:
+        _, answer = await client.ask_anew(asked, lambda answer: answer)
+    except AnswerFailed:
+        return False
+    first = answer.tokens[0] if answer.tokens else answer.text[:1]
+    return first.strip() in ("0", "1")

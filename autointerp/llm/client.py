@@ -170,6 +170,16 @@ class LlmClient:
             server, url, self._key, self._timeout, lambda once: self._with_tries(once, patient=False)
         )
 
+    def remember_capabilities(self) -> None:
+        """Fill in what was found out about these servers today and is in the cache."""
+        if self._cache is not None:
+            self.capabilities.take_over(self._cache.capabilities(self.url, self.model))
+
+    async def keep_capabilities(self) -> None:
+        """Put into the cache what has been found out."""
+        if self._cache is not None:
+            await self._cache.put_capabilities(self.url, self.model, self.capabilities.as_dict())
+
     async def complete(
         self,
         messages: Sequence[Message],

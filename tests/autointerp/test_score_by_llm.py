@@ -16,7 +16,7 @@ from autointerp.score import COLUMNS, score_runs
 from autointerp.selection import Choice
 from autointerp.work import Outcome
 from sae.errors import BadInput, Unavailable
-from sae.files import read_table
+from sae.files import read_table, table_metadata
 from sae.harvest_stage import harvest_runs
 from sae.run import Run
 from sae.settings import Settings
@@ -137,3 +137,18 @@ def test_a_server_that_goes_away_leaves_what_it_answered_and_what_that_cost(run:
     with FakeServer() as server:
         assert score(run, server, "single").n_done == N
         assert len(server.requests) == N * ITEMS - 20, "answers that came but were not journalled are in the cache"
+
+
+def test_what_the_server_could_not_do_is_told_and_stored_with_the_scores(run: Run) -> None:
+    with FakeServer(gives_logprobs=False, counts_cached=False) as server:
+        explained = explain(run, server)
+        assert [note for note in explained.notes if "log-probabilities" in note] == []
+        scored = score(run, server, "auto")
+        assert len(server.probes) == 2
+    notes = " ".join(scored.notes)
+    assert "no log-probabilities: labels stand in for P(active)" in notes
+    assert "cached" in notes
+    table = read_table(run.stage_path("scores"))
+    assert table["auroc"].isna().all()
+    found = table_metadata(run.stage_path("scores"))["capabilities"]
+    assert (found["logprobs"], found["cached_tokens"], found["json_schema"]) == (0, False, True)
