@@ -354,9 +354,10 @@ class LlmClient:
                 continue
             except (openai.APIError, Unread) as error:
                 raise translate(error, server.url, self._key) from None
-            text = raw.decode(errors="replace")
             try:
-                reply = json.loads(text if self._key is None else self._key.hidden_in(text))
+                reply = json.loads(raw if self._key is None else self._key.hidden_in(raw.decode(errors="replace")))
+                if self._key is not None and b"\\" in raw:  # an echo of the key may have been written in escapes
+                    reply = json.loads(self._key.hidden_in(json.dumps(reply)))
             except (ValueError, RecursionError):
                 raise AnswerFailed("the server's reply is not JSON", Usage(requests=1)) from None
             self._ever_answered = True

@@ -186,8 +186,17 @@ def read_answer(body: Any, seconds: float) -> Answer:
     """The first choice of a chat completion, given as parsed JSON.
 
     :param seconds: how long the request took.
-    :raises AnswerFailed: there is no choice, no text in it, or it was refused or filtered.
+    :raises AnswerFailed: there is no choice, no text in it, it was refused or filtered, or is not laid out as it is.
     """
+    try:
+        return _read_answer(body, seconds)
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        # A field of another kind than the protocol has it. Servers do that, and one reply is no reason to stop.
+        reason = f"the server's reply cannot be read: {type(error).__name__}: {one_line(error, 100)}"
+        raise AnswerFailed(reason, Usage(requests=1, seconds=seconds)) from None
+
+
+def _read_answer(body: Any, seconds: float) -> Answer:
     if not isinstance(body, Mapping):
         raise AnswerFailed("the server's reply is not a chat completion", Usage(requests=1, seconds=seconds))
     usage = _read_usage(body.get("usage"), seconds)
@@ -212,6 +221,7 @@ def read_answer(body: Any, seconds: float) -> Answer:
                 f"all {usage.completion_tokens} tokens went before any text of the answer", usage, cut=True
             )
         raise AnswerFailed("the answer is empty", usage)
+    text = text.encode(errors="replace").decode()  # half a surrogate pair is no text, and no database takes it
     tokens, top = _read_logprobs(choices[0].get("logprobs"))
     return Answer(text, finish_reason, usage, tokens, top)
 
@@ -223,11 +233,25 @@ def _read_usage(reported: Any, seconds: float) -> Usage:
     details = reported.get("prompt_tokens_details")
     return Usage(
         requests=1,
-        prompt_tokens=int(reported.get("prompt_tokens") or 0),
-        cached_tokens=int((details.get("cached_tokens") if isinstance(details, Mapping) else 0) or 0),
-        completion_tokens=int(reported.get("completion_tokens") or 0),
+        prompt_tokens=_count(reported.get("prompt_tokens")),
+        cached_tokens=_count(details.get("cached_tokens") if isinstance(details, Mapping) else 0),
+        completion_tokens=_count(reported.get("completion_tokens")),
         seconds=seconds,
     )
+
+
+def _count(reported: Any) -> int:
+    count = int(reported or 0)
+    if not 0 <= count < 2**40:
+        raise ValueError(f"a count of {count:.3g} tokens")
+    return count
+
+
+def _logprob(reported: Any) -> float:
+    logprob = float(reported)
+    if logprob != logprob:
+        raise ValueError("a log-probability that is no number")
+    return logprob
 
 
 def _read_logprobs(reported: Any) -> tuple[tuple[str, ...] | None, tuple[dict[str, float], ...] | None]:
@@ -236,9 +260,9 @@ def _read_logprobs(reported: Any) -> tuple[tuple[str, ...] | None, tuple[dict[st
         return None, None
     tokens, top = [], []
     for position in content:
-        alternatives = {str(x["token"]): float(x["logprob"]) for x in position.get("top_logprobs") or ()}
+        alternatives = {str(x["token"]): _logprob(x["logprob"]) for x in position.get("top_logprobs") or ()}
         # Some servers leave the chosen token out of its own alternatives when it was not among the likeliest.
-        alternatives.setdefault(str(position["token"]), float(position["logprob"]))
+        alternatives.setdefault(str(position["token"]), _logprob(position["logprob"]))
         tokens.append(str(position["token"]))
         top.append(alternatives)
     return tuple(tokens), tuple(top)

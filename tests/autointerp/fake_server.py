@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import socket
+import struct
 import threading
 import time
 from collections import Counter, deque
@@ -41,6 +42,12 @@ class Reply:
     delay: float = 0.0
     drop: bool = False
     """Close the connection without an answer."""
+    reset: bool = False
+    """Break the connection off hard (RST)."""
+    raw: bytes | None = None
+    """Sent as it is, head and all; then the connection is closed."""
+    stall: float = 0.0
+    """Send the head and one byte of the body, and the rest so many seconds later."""
 
 
 def error(status: int, message: str = "", **fields: Any) -> Reply:
@@ -226,6 +233,19 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
+            if reply.reset:
+                # Closing with unread data or a zero linger sends RST instead of FIN.
+                self.close_connection = True
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.rfile.close()
+                self.wfile.close()
+                self.connection.close()
+                return
+            if reply.raw is not None:
+                self.close_connection = True
+                self.connection.sendall(reply.raw)
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
             payload = completion(reply, room) if reply.body is None else reply.body
             if not server.counts_cached and reply.body is None:
                 del payload["usage"]["prompt_tokens_details"]
@@ -238,6 +258,10 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             for name, value in reply.headers.items():
                 self.send_header(name, value)
             self.end_headers()
+            if reply.stall:
+                self.wfile.write(data[:1])
+                time.sleep(reply.stall)
+                data = data[1:]
             self.wfile.write(data)
 
     return Handler

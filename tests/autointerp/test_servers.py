@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from asking import free_port
 from fake_server import FakeServer, Reply, error
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,12 +51,6 @@ def ask(made: LlmClient, requests: Sequence[Request]) -> list[Answer | AnswerFai
 def client(*servers: FakeServer | str, **settings: Any) -> LlmClient:
     urls = [server if isinstance(server, str) else server.url for server in servers]
     return LlmClient(urls, **{"backoff": 0.001, **settings})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # choosing
