@@ -21,6 +21,7 @@ from fake_server import FakeServer, Reply, error, snippets_of, token
 from autointerp.contexts import Context
 from autointerp.journal import Journal, Verdict
 from autointerp.judges.llm import LlmJudge, Protocol
+from autointerp.llm import transport
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed
 from autointerp.llm.usage import Usage
@@ -56,8 +57,13 @@ PASSING = {
 }
 
 
+@pytest.mark.parametrize("with_aiohttp", [True, False])
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
-def test_faults_of_the_connection_are_waited_out(fault: Reply) -> None:
+def test_faults_of_the_connection_are_waited_out(
+    fault: Reply, with_aiohttp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_aiohttp:
+        monkeypatch.setattr(transport, "aiohttp", None)
     with FakeServer("fine") as server:
         server.script.append(fault)
         answer = complete(client(server, timeout=0.3))
