@@ -17,8 +17,6 @@ from pathlib import Path
 from sae.errors import BadInput, Unavailable, UserError
 
 BUSY_SECONDS = 30.0
-GATHER_SECONDS = 0.005
-"""How long a shared transaction waits for others to join it: a commit costs as much as twenty rows."""
 
 Work = Callable[[sqlite3.Connection], object]
 
@@ -128,7 +126,8 @@ class Database:
         done: asyncio.Future[None] = loop.create_future()
         self._waiting.append((work, done))
         if len(self._waiting) == 1:
-            loop.call_later(GATHER_SECONDS, self._flush)
+            # After what the loop has at hand already, and no later: what waits here would be lost with the process.
+            loop.call_soon(self._flush)
         await done
 
     def _flush(self) -> None:
