@@ -244,6 +244,7 @@ def explain(
     api_key_file: opt.KeyFile = None,
     concurrency: opt.Concurrency = 32,
     requests_per_second: opt.Rate = None,
+    tokens_per_minute: opt.TokenRate = None,
     root: opt.Root = ROOT,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
@@ -272,7 +273,7 @@ def explain(
         with_partners=with_partners,
     )
     options = LlmOptions(
-        url=llm_url,
+        url=tuple(llm_url or ()),
         model=llm_model,
         api_key_file=api_key_file,
         concurrency=concurrency,
@@ -281,6 +282,7 @@ def explain(
         vllm_python=vllm_python,
         vllm_args=vllm_args,
         vllm_timeout=vllm_timeout,
+        tokens_per_minute=tokens_per_minute,
     )
     runs = _opened(sae, root)
     outcome = explain_runs(runs, choice, explainer.value, options, _compute(device, threads))
@@ -306,6 +308,7 @@ def score(
     api_key_file: opt.KeyFile = None,
     concurrency: opt.Concurrency = 32,
     requests_per_second: opt.Rate = None,
+    tokens_per_minute: opt.TokenRate = None,
     protocol: opt.Protocol = "auto",
     root: opt.Root = ROOT,
     as_json: opt.Json = False,
@@ -319,13 +322,14 @@ def score(
     from autointerp.score import score_runs
 
     options = LlmOptions(
-        url=llm_url,
+        url=tuple(llm_url or ()),
         model=llm_model,
-        judge_url=judge_url,
+        judge_url=tuple(judge_url or ()),
         judge_model=judge_model,
         api_key_file=api_key_file,
         concurrency=concurrency,
         requests_per_second=requests_per_second,
+        tokens_per_minute=tokens_per_minute,
         protocol=protocol,
         vllm=vllm,
         judge_vllm=judge_vllm,

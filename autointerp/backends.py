@@ -6,19 +6,20 @@ endpoint or a model was named by flag. An endpoint is an address, or a vLLM serv
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autointerp.explainers.base import Explainer
 from autointerp.judges.base import Judge
+from autointerp.method import Method
 from sae.errors import BadInput
 
 if TYPE_CHECKING:
     from autointerp.llm.client import LlmClient
-    from autointerp.llm.serving import Servers
+    from autointerp.llm.serving import OneServer
 
 PROTOCOLS = ("auto", "batch", "single")
 VLLM_TIMEOUT = 1800.0
@@ -29,13 +30,15 @@ VLLM_TIMEOUT = 1800.0
 class LlmOptions:
     """What the user said about language models. All unset: there is none."""
 
-    url: str | None = None
+    url: str | Sequence[str] | None = None
+    """An address, or several that share the load."""
     model: str | None = None
-    judge_url: str | None = None
+    judge_url: str | Sequence[str] | None = None
     judge_model: str | None = None
     api_key_file: Path | None = None
     concurrency: int = 32
     requests_per_second: float | None = None
+    tokens_per_minute: float | None = None
     protocol: str = "auto"
     vllm: str | None = None
     """Serve this model for the command: a folder, a hub name or ``bundled``. ``model`` is then what it is called."""
@@ -43,12 +46,12 @@ class LlmOptions:
     vllm_python: Path | None = None
     vllm_args: str = ""
     vllm_timeout: float = VLLM_TIMEOUT
-    servers: Servers | None = field(default=None, repr=False, compare=False)
+    servers: OneServer | None = field(default=None, repr=False, compare=False)
     """Keeps the server from one part of a command to the next; see :func:`kept_server`."""
 
     def __post_init__(self) -> None:
         for flag, vllm, url in (("", self.vllm, self.url), ("judge-", self.judge_vllm, self.judge_url)):
-            if vllm is not None and url is not None:
+            if vllm is not None and url:
                 raise BadInput(f"--{flag}vllm starts a server, --{flag or 'llm-'}url names one; give one of the two")
         if self.vllm is not None and self.judge_model is not None and not self.judge_is_elsewhere:
             raise BadInput(
@@ -58,35 +61,38 @@ class LlmOptions:
 
     @property
     def named(self) -> bool:
-        return self.url is not None or self.model is not None or self.vllm is not None
+        return bool(self.url) or self.model is not None or self.vllm is not None
 
     @property
     def judge_is_elsewhere(self) -> bool:
         """Whether the judge has an endpoint of its own."""
-        return self.judge_url is not None or self.judge_vllm is not None
+        return bool(self.judge_url) or self.judge_vllm is not None
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses; none where only a model was named."""
+        return _several(self.url)
 
     def words(self) -> list[str]:
         """The flags that name the models again, for a command to print. A key is in none of them: an address that
         carries one is left for the user to give."""
-        given = {
-            "--llm-url": self.url,
-            "--llm-model": self.model,
-            "--judge-url": self.judge_url,
-            "--judge-model": self.judge_model,
-            "--api-key-file": self.api_key_file,
-        }
-        served = {
-            "--vllm": self.vllm,
-            "--judge-vllm": self.judge_vllm,
-            "--vllm-python": self.vllm_python,
-            "--vllm-args": self.vllm_args,
-            "--vllm-timeout": f"{self.vllm_timeout:g}" if self.vllm_timeout != VLLM_TIMEOUT else None,
-        }
-        words = [
-            word for flag, value in given.items() if value and "@" not in str(value) for word in (flag, str(value))
+        given = [
+            *(("--llm-url", url) for url in self.urls),
+            ("--llm-model", self.model),
+            *(("--judge-url", url) for url in _several(self.judge_url)),
+            ("--judge-model", self.judge_model),
+            ("--api-key-file", self.api_key_file),
         ]
+        served = [
+            ("--vllm", self.vllm),
+            ("--judge-vllm", self.judge_vllm),
+            ("--vllm-python", self.vllm_python),
+            ("--vllm-args", self.vllm_args),
+            ("--vllm-timeout", f"{self.vllm_timeout:g}" if self.vllm_timeout != VLLM_TIMEOUT else None),
+        ]
+        words = [word for flag, value in given if value and "@" not in str(value) for word in (flag, str(value))]
         if self.vllm or self.judge_vllm:
-            words += [word for flag, value in served.items() if value for word in (flag, str(value))]
+            words += [word for flag, value in served if value for word in (flag, str(value))]
         return words
 
     def for_judge(self) -> LlmOptions:
@@ -113,10 +119,14 @@ def kept_server(options: LlmOptions) -> Iterator[LlmOptions]:
     if options.vllm is None and options.judge_vllm is None:
         yield options
         return
-    from autointerp.llm.serving import Servers
+    from autointerp.llm.serving import OneServer
 
-    with Servers() as servers:
+    with OneServer() as servers:
         yield replace(options, servers=servers)
+
+
+def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 def resolve(backend: str, options: LlmOptions, what: str) -> str:
@@ -181,3 +191,15 @@ async def _open_client(options: LlmOptions, cache: Path) -> AsyncIterator[LlmCli
         open_client(replace(options, model=server.name), cache, server.ready) as client,
     ):
         yield client
+
+
+def capabilities(method: Method) -> dict[str, Any] | None:
+    """What a method's servers can do, to be stored with its results; ``None`` for a method that asks none."""
+    found = getattr(method, "capabilities", None)
+    return None if found is None else found.as_dict()
+
+
+def lacks(method: Method) -> list[str]:
+    """What a method's servers turned out not to do, and what was done instead: a sentence each."""
+    found = getattr(method, "capabilities", None)
+    return [] if found is None else found.lacks()

@@ -7,15 +7,18 @@ further migration at the end of its list, so a file of any age opens, and one fr
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from sae.errors import BadInput, Unavailable, UserError
 
 BUSY_SECONDS = 30.0
+
+Work = Callable[[sqlite3.Connection], object]
 
 
 class Database:
@@ -29,6 +32,8 @@ class Database:
     def __init__(self, path: Path, migrations: Sequence[str], busy_seconds: float = BUSY_SECONDS) -> None:
         self.path = path
         self._lock = threading.RLock()
+        self._waiting: list[tuple[Work, asyncio.Future[None]]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(
@@ -107,6 +112,45 @@ class Database:
                 raise
             self._connection.execute("COMMIT")
 
+    async def written(self, work: Work) -> None:
+        """Do ``work`` in a transaction that whoever writes at about the same time shares; committed on return.
+
+        A caller that is cancelled while it waits does not take its work back: it was handed in, and is written.
+
+        :raises Exception: what ``work`` raised; the others' work is kept all the same.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._flush()  # left by an event loop that has ended
+            self._loop = loop
+        done: asyncio.Future[None] = loop.create_future()
+        self._waiting.append((work, done))
+        if len(self._waiting) == 1:
+            # After what the loop has at hand already, and no later: what waits here would be lost with the process.
+            loop.call_soon(self._flush)
+        await done
+
+    def _flush(self) -> None:
+        batch, self._waiting = self._waiting, []
+        if not batch:
+            return
+        try:
+            with self.writing() as connection:
+                for work, _ in batch:
+                    work(connection)
+        except Exception as error:
+            if len(batch) > 1:  # nothing was kept: each alone, so that only the one at fault fails
+                for one in batch:
+                    self._waiting = [one]
+                    self._flush()
+            elif not batch[0][1].done() and not batch[0][1].get_loop().is_closed():
+                batch[0][1].set_exception(error)
+            return
+        for _, done in batch:
+            if not done.done() and not done.get_loop().is_closed():
+                done.set_result(None)
+
     def close(self) -> None:
         with self._lock:
+            self._flush()
             self._connection.close()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp.backends import LlmOptions, open_explainer, resolve
+from autointerp.backends import LlmOptions, lacks, open_explainer, resolve
 from autointerp.explainers.base import Explainer
 from autointerp.journal import Journal
 from autointerp.material import Material
@@ -99,6 +99,7 @@ async def _explain(runs: Sequence[Run], choice: Choice, kind: str, options: LlmO
         tasks = _prepare(runs, choice, compute)
         for task in tasks:
             await _explain_run(task, explainer, options.concurrency, outcome)
+        outcome.notes += lacks(explainer)
     outcome.runs = list(dict.fromkeys(task.run.name for task in tasks))
     asked, explained = ([word for name in names for word in ("--sae", name)] for names in (_names(runs), outcome.runs))
     outcome.retry = command(root, "explain", *asked, *choice.words(), *options.words())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,13 @@ _VERDICT_FILTERS = {
 _VERDICT_COLUMNS = "latent, explanation_id, judge, scorer, settings_hash, prompt_hash, model, context"
 # One window may stand for several questions: a negative of two kinds, or marked rightly and wrongly.
 _VERDICT_IDENTITY = f"{_VERDICT_COLUMNS}, ifnull(negative_kind, ''), control, replicate"
+_INSERT_VERDICT = f"""
+    INSERT INTO verdict ({_VERDICT_COLUMNS}, control, replicate, negative_kind, truth, p, label, failure, created)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT ({_VERDICT_IDENTITY}) DO UPDATE SET
+        p = excluded.p, label = excluded.label, failure = excluded.failure, created = excluded.created
+    WHERE verdict.failure IS NOT NULL
+"""
 
 
 @dataclass(frozen=True)
@@ -236,26 +244,18 @@ class Journal:
 
     def add_verdicts(self, verdicts: Sequence[Verdict]) -> None:
         """Store a batch of verdicts in one transaction. A failed one is replaced by a later one; no other ever is."""
-        now = _now()
         with self._database.writing() as connection:
-            connection.executemany(
-                f"""
-                INSERT INTO verdict ({_VERDICT_COLUMNS}, control, replicate, negative_kind, truth, p, label, failure,
-                    created)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-                ON CONFLICT ({_VERDICT_IDENTITY}) DO UPDATE SET
-                    p = excluded.p, label = excluded.label, failure = excluded.failure, created = excluded.created
-                WHERE verdict.failure IS NOT NULL
-                """,
-                [
-                    (
-                        *(int(v.latent), int(v.explanation_id), v.judge, v.scorer, v.settings_hash, v.prompt_hash),
-                        *(v.model, int(v.context), v.control, int(v.replicate), v.negative_kind, int(v.truth)),
-                        *(_real(v.p), None if v.label is None else int(v.label), v.failure, now),
-                    )
-                    for v in verdicts
-                ],
-            )
+            _insert_verdicts(connection, verdicts)
+
+    async def record(self, verdicts: Sequence[Verdict], stage: str, model: str, usage: Usage, latent: int) -> None:
+        """Store verdicts and what they cost, all or nothing. Committed on return, in a transaction that requests
+        answered at the same moment share."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            _insert_verdicts(connection, verdicts)
+            _insert_usage(connection, stage, model, usage, latent)
+
+        await self._database.written(work)
 
     def verdicts(self, **filters: Any) -> pd.DataFrame:
         """Rows of the verdict table by id. ``truth`` is bool; ``p`` and ``label`` are floats, NaN where there is none.
@@ -284,19 +284,9 @@ class Journal:
 
     def add_usage(self, stage: str, model: str, usage: Usage, latent: int | None = None) -> None:
         """Record what a piece of work cost. Nothing is stored for work that asked no model at all."""
-        if usage == Usage():
-            return
-        with self._database.writing() as connection:
-            connection.execute(
-                """
-                INSERT INTO usage (stage, latent, model, requests, prompt_tokens, cached_tokens, completion_tokens,
-                    from_cache, seconds, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-                """,
-                (
-                    *(stage, latent, model, usage.requests, usage.prompt_tokens, usage.cached_tokens),
-                    *(usage.completion_tokens, usage.from_cache, usage.seconds, _now()),
-                ),
-            )
+        if usage != Usage():
+            with self._database.writing() as connection:
+                _insert_usage(connection, stage, model, usage, latent)
 
     def usage(self) -> pd.DataFrame:
         """Everything spent on this run so far: one row for each stage and model, sums of the columns of ``Usage``."""
@@ -316,6 +306,36 @@ class Journal:
         with self._database.reading() as connection:
             query = f"SELECT * FROM {table} WHERE {where} ORDER BY id"
             return pd.read_sql_query(query, connection, params=values)
+
+
+def _insert_verdicts(connection: sqlite3.Connection, verdicts: Sequence[Verdict]) -> None:
+    now = _now()
+    connection.executemany(
+        _INSERT_VERDICT,
+        [
+            (
+                *(int(v.latent), int(v.explanation_id), v.judge, v.scorer, v.settings_hash, v.prompt_hash),
+                *(v.model, int(v.context), v.control, int(v.replicate), v.negative_kind, int(v.truth)),
+                *(_real(v.p), None if v.label is None else int(v.label), v.failure, now),
+            )
+            for v in verdicts
+        ],
+    )
+
+
+def _insert_usage(connection: sqlite3.Connection, stage: str, model: str, usage: Usage, latent: int | None) -> None:
+    if usage == Usage():
+        return
+    connection.execute(
+        """
+        INSERT INTO usage (stage, latent, model, requests, prompt_tokens, cached_tokens, completion_tokens,
+            from_cache, seconds, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        """,
+        (
+            *(stage, latent, model, usage.requests, usage.prompt_tokens, usage.cached_tokens),
+            *(usage.completion_tokens, usage.from_cache, usage.seconds, _now()),
+        ),
+    )
 
 
 def _where(known: set[str], filters: Mapping[str, Any]) -> tuple[str, list[str | int]]:

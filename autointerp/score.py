@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from autointerp.backends import LlmOptions, kept_server, open_judge, resolve
+from autointerp.backends import LlmOptions, capabilities, kept_server, lacks, open_judge, resolve
 from autointerp.contexts import Context
 from autointerp.journal import Journal, Verdict
 from autointerp.judges.base import Judge
@@ -34,6 +34,8 @@ from sae.run import Run, all_runs, command
 
 _IDENTITY = ("latent", "explanation_id", "explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
 _JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
+_PARTS_AT_ONCE = 32
+"""Requests about one explanation that may be under way together."""
 COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow._fields)
 """Of the score table. All are there even when every explanation failed and nothing was judged."""
 CONTROL_LATENTS = {"ngram": None, "llm": 50}  # a swapped control costs as much as the score; None: all latents
@@ -113,6 +115,7 @@ async def _score(
         for run in runs:
             for scorer in scorers:
                 await _score_run(run, scorer, judge, options.concurrency, control_latents, outcome)
+        outcome.notes += lacks(judge)
     sae = [word for run in runs for word in ("--sae", run.name)]
     outcome.retry = command(root, "score", *sae, *options.words())
     outcome.next = command(root, "report", "--sae", runs[0].name)
@@ -161,7 +164,7 @@ async def _score_run(
                     await in_flight(questions, ask, concurrency, bar)
             table = score_table(journal, same["settings_hash"], items)
             final = _inputs(material, same, control_latents, journal)
-            write_table(path, table, inputs=final, material=material.digest)
+            write_table(path, table, inputs=final, material=material.digest, capabilities=capabilities(judge))
     for row in _rows(_of_this_judge(table, same)):
         if row["status"] == "ok":
             outcome.n_done += 1
@@ -239,33 +242,35 @@ async def _judge_one(
     )
     todo = [c for c in items if c.window not in done and c.window not in question.seen]
     stage = "score" if question.control == "none" else "control"
-    for start in range(0, len(todo), judge.contexts_per_request):
-        part = todo[start : start + judge.contexts_per_request]
+    size = judge.contexts_per_request
+
+    async def ask(part: Sequence[Context]) -> None:
         judgements = await judge.judge(question.text, part)
-        journal.add_verdicts(
-            [
-                Verdict(
-                    latent=question.latent,
-                    explanation_id=question.explanation_id,
-                    judge=same["judge"],
-                    scorer=same["scorer"],
-                    settings_hash=same["settings_hash"],
-                    prompt_hash=same["prompt_hash"],
-                    model=same["model"],
-                    context=context.window,
-                    truth=context.active,
-                    negative_kind=None if context.active else context.kind,
-                    control=question.control,
-                    p=judgement.p,
-                    label=judgement.label,
-                    failure=judgement.failure,
-                )
-                for context, judgement in zip(part, judgements, strict=True)
-            ]
-        )
-        # With the verdicts and not at the end: what was paid for is on record however the command ends.
+        verdicts = [
+            Verdict(
+                latent=question.latent,
+                explanation_id=question.explanation_id,
+                judge=same["judge"],
+                scorer=same["scorer"],
+                settings_hash=same["settings_hash"],
+                prompt_hash=same["prompt_hash"],
+                model=same["model"],
+                context=context.window,
+                truth=context.active,
+                negative_kind=None if context.active else context.kind,
+                control=question.control,
+                p=judgement.p,
+                label=judgement.label,
+                failure=judgement.failure,
+            )
+            for context, judgement in zip(part, judgements, strict=True)
+        ]
+        # The cost with the verdicts and not at the end: what was paid for is on record however the command ends.
         spent = sum((judgement.usage for judgement in judgements), Usage())
-        journal.add_usage(stage, judge.model, spent, question.latent)
+        await journal.record(verdicts, stage, judge.model, spent, question.latent)
+
+    # Side by side, so that the last latents, too, keep the server busy; the judge's client bounds what is in flight.
+    await in_flight([todo[start : start + size] for start in range(0, len(todo), size)], ask, _PARTS_AT_ONCE)
     return len(todo)
 
 

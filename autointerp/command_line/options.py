@@ -184,13 +184,17 @@ ControlLatents = Annotated[
     ),
 ]
 LlmUrl = Annotated[
-    str | None, typer.Option("--llm-url", help="An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")
+    list[str] | None,
+    typer.Option(
+        "--llm-url",
+        help="An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1. Several of one model share the load.",
+    ),
 ]
 LlmModel = Annotated[
     str | None,
     typer.Option("--llm-model", help="The model there. Default: the only one it serves. With --vllm: what to call it."),
 ]
-JudgeUrl = Annotated[str | None, typer.Option("--judge-url", help="Another endpoint for the judge.")]
+JudgeUrl = Annotated[list[str] | None, typer.Option("--judge-url", help="Other endpoints for the judge.")]
 JudgeModel = Annotated[str | None, typer.Option("--judge-model", help="Another model for the judge.")]
 Vllm = Annotated[
     str | None,
@@ -230,6 +234,10 @@ KeyFile = Annotated[
 ]
 Concurrency = Annotated[int, typer.Option("--concurrency", min=1, help="Requests in flight at once.")]
 Rate = Annotated[float | None, typer.Option("--requests-per-second", help="At most so many requests a second.")]
+TokenRate = Annotated[
+    float | None,
+    typer.Option("--tokens-per-minute", help="At most so many tokens a minute, of prompts and answers together."),
+]
 Protocol = Annotated[
     str,
     typer.Option(

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autointerp.explainers.base import Explanation
+from autointerp.llm.capability import Capabilities
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
 from autointerp.prompts import conversation
@@ -69,6 +70,11 @@ class LlmExplainer:
     @property
     def model(self) -> str:
         return self._client.model
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the model's servers have turned out to be able to do."""
+        return self._client.capabilities
 
     async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:  # noqa: ARG002
         """One sentence for ``contexts``; ``latent`` and ``background`` are not shown to the model."""

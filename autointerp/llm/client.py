@@ -2,15 +2,17 @@
 
 What is where: ``openai`` speaks the protocol, ``tenacity`` decides when to try again, ``asyncio-throttle`` keeps
 to a rate. What is ours is the meaning: which failures stop everything and which are one row (``faults``), what
-counts as an answer (``exchange``), and that an answer is in the cache before anybody sees it (``cache``).
+counts as an answer (``exchange``), which server is asked (``servers``) and when (``pacing``), and that an answer is
+in the cache before anybody sees it (``cache``).
 
     ask ── cached? ──► parse ──► out
-     └──► slot ──► rate ──► send ──► (busy? wait, again) ──► parse ──► (unusable? again, once) ──► cache ──► out
+     └──► slot ──► pace ──► send ──► (busy? wait, again) ──► parse ──► (unusable? again) ──► cache ──► out
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import time
@@ -23,12 +25,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import openai
 import tenacity
-from asyncio_throttle import Throttler
 
 from autointerp.llm.cache import ResponseCache
-from autointerp.llm.endpoint import candidates, is_loopback, read_key
-from autointerp.llm.exchange import Answer, AnswerFailed, Message, Request, read_answer
+from autointerp.llm.capability import Capabilities, Measure
+from autointerp.llm.discovery import Listed, find, models_at
+from autointerp.llm.endpoint import read_key
+from autointerp.llm.exchange import Answer, AnswerFailed, Message, Request, cut_off, read_answer
 from autointerp.llm.faults import Transient, no_server, objection, translate
+from autointerp.llm.pacing import Pace, check_limits
+from autointerp.llm.servers import Server, Servers
+from autointerp.llm.transport import Unread, open_api, post
 from autointerp.llm.usage import Usage
 from sae.errors import BadInput, nearest
 from sae.progress import say
@@ -41,40 +47,42 @@ T = TypeVar("T")
 DEFAULT_URL = "https://api.openai.com/v1"
 """Where a model is looked for when only its name was given."""
 
-_BLANK = 100
-"""An answer that ends in more white space than this, in characters, was not going anywhere."""
+_OWN = "http://127.0.0.1"
+"""Stands for a server of ours until it is started, and for its capabilities whatever its port."""
 _REFUSALS = 3
 """So many refused requests before the first answer mean that the settings are wrong, not the questions."""
 
 
 class LlmClient:
-    """A model on a server. Cheap to make: nothing is sent before :meth:`check` or the first question.
+    """A model on one server or several. Cheap to make: nothing is sent before :meth:`check` or the first question.
 
-    :param base_url: the server's address, with or without ``/v1``.
-    :param model: the model's name; ``None`` takes the one that the server serves.
+    :param base_url: the server's address, with or without ``/v1``; or several, which share the load.
+    :param model: the model's name; ``None`` takes the one that the servers serve.
     :param key_file: a file that holds the key; ``None`` looks in the environment (see ``endpoint.KEY_VARIABLES``).
     :param cache: where answers are kept; ``None`` keeps none.
-    :param concurrency: requests under way at once.
-    :param requests_per_second: at most this many are begun in a second, evenly spaced; ``None`` for no limit.
+    :param concurrency: requests under way at once, over all servers.
+    :param requests_per_second: at most this many are begun in a second, spaced out; ``None`` for no limit.
+    :param tokens_per_minute: at most this many, of prompts and answers, are begun in a minute; ``None`` for no limit.
     :param timeout: seconds for one answer, waiting in the server's queue included.
     :param tries: how often a request is sent when the server is busy or breaks off.
     :param answer_tries: how often a question is put when the answers cannot be used.
     :param backoff: scale of the first pause between tries, in seconds; pauses double and are randomised.
-    :param patience: requests in a row that may fail after all their tries before the server is given up.
+    :param patience: requests in a row that may fail after all their tries before the servers are given up.
     :param start: starts a server of ours, which takes no key, and gives its address: called before the first question
         that has no kept answer. ``model`` must be given; ``base_url`` is not used.
-    :raises BadInput: the URL or the key cannot be one.
+    :raises BadInput: a URL or the key cannot be one, or a limit lets nothing through.
     """
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Sequence[str],
         model: str | None = None,
         *,
         key_file: Path | None = None,
         cache: ResponseCache | None = None,
         concurrency: int = 8,
         requests_per_second: float | None = None,
+        tokens_per_minute: float | None = None,
         timeout: float = 300.0,
         tries: int = 6,
         answer_tries: int = 3,
@@ -82,25 +90,24 @@ class LlmClient:
         patience: int = 10,
         start: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
-        self._candidates = candidates(base_url if start is None else "http://127.0.0.1")
-        self.url = self._candidates[0]
+        self._servers = Servers([_OWN] if start is not None else [base_url] if isinstance(base_url, str) else base_url)
         if concurrency < 1 or tries < 1 or answer_tries < 1:
             raise BadInput("concurrency and the numbers of tries must be at least 1")
-        if requests_per_second is not None and not requests_per_second > 0:
-            raise BadInput(f"requests per second = {requests_per_second}: must be above 0; leave it out for no limit")
+        check_limits(requests_per_second, tokens_per_minute)
         self._start = start
         self._key = read_key(key_file) if start is None else None
         self._model = model or None
         self._cache = cache
-        self._concurrency, self._rate = concurrency, requests_per_second
+        self._concurrency, self._limits = concurrency, (requests_per_second, tokens_per_minute)
         self._timeout, self._tries, self._answer_tries = timeout, tries, answer_tries
         self._backoff, self._patience = backoff, patience
         self._session: _Session | None = None
         self._found = False
-        self._not_before = 0.0
         self._failed_in_a_row = self._refused_so_far = 0
         self._ever_answered = False
-        self._without: set[str] = set()
+        self._measure = Measure()
+        self.capabilities = Capabilities()
+        """What the servers have turned out to be able to do, so far."""
         self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def __repr__(self) -> str:
@@ -116,7 +123,19 @@ class LlmClient:
         """Close the connections; the client opens new ones when it is asked again."""
         session, self._session = self._session, None
         if session is not None and session.loop is asyncio.get_running_loop():
-            await session.api.close()
+            for server in self._servers.all:
+                if server.api is not None:
+                    await server.api.close()
+
+    @property
+    def url(self) -> str:
+        """The address, or the addresses with commas between."""
+        return self._servers.names
+
+    @property
+    def local(self) -> bool:
+        """Whether all servers run on this machine."""
+        return self._servers.local
 
     @property
     def model(self) -> str:
@@ -127,8 +146,8 @@ class LlmClient:
 
     @property
     def done_without(self) -> frozenset[str]:
-        """Parameters that the server turned out not to take, and that requests now go without."""
-        return frozenset(self._without)
+        """Parameters that a server turned out not to take, and that requests to it now go without."""
+        return frozenset(name for server in self._servers.all for name in server.without)
 
     async def check(self) -> str:
         """Find the API and the model before any work is done; a second call returns at once.
@@ -137,7 +156,7 @@ class LlmClient:
 
         :returns: the model's name.
         :raises Unavailable: nothing answers at the address, or the key is refused.
-        :raises BadInput: no such API at the address, or it serves several models and none was named.
+        :raises BadInput: no such API at the address, several models and none was named, or servers of different ones.
         """
         return self.model if self._start is not None else await self._connect()
 
@@ -147,56 +166,39 @@ class LlmClient:
         session = self._open()
         async with session.finding:
             if not self._found:
-                await self._find()
-                session.api.base_url = self.url
+                if self._start is not None:
+                    self._servers.all[0].moves_to(await self._start())
+                self._model, listed = await find(self._servers, self._model, self._models_at)
+                for entry in listed:
+                    self.capabilities.learn_length(entry)
+                for server in self._servers.all:
+                    assert server.api is not None
+                    server.api.base_url = server.url
                 self._found = True
         return self.model
 
-    async def _find(self) -> None:
-        if self._start is not None:
-            self._candidates = candidates(await self._start())
-        for url in self._candidates:
-            served = await self._served(url)
-            if served is None:
-                continue
-            self.url = url
-            if self._model is None:
-                if len(served) != 1:
-                    named = f"{len(served)} models ({nearest('', served, 5)})" if served else "no model"
-                    raise BadInput(f"{url} serves {named}; name one with --llm-model")
-                self._model = served[0]
-            break
-        if self._model is None:
-            raise BadInput(
-                f"no OpenAI-compatible API at {' or '.join(self._candidates)} (no list of models there); "
-                "check the URL, or name the model with --llm-model if this server does not list them"
-            )
+    async def _models_at(self, server: Server, url: str) -> Listed | None:
+        self._open()
+        return await models_at(
+            server, url, self._key, self._timeout, lambda once: self._with_tries(once, patient=False)
+        )
 
-    async def _served(self, url: str) -> list[str] | None:
-        """The models listed at ``url``, or ``None`` where there is no such list."""
-        api = self._open().api.with_options(base_url=url)
+    def remember_capabilities(self) -> None:
+        """Fill in what was found out about these servers today and is in the cache."""
+        if self._cache is not None:
+            # Of a server of ours for good: to ask again it would have to be started, perhaps for nothing else.
+            found = self._cache.capabilities(self._known_as, self.model, lasting=self._start is not None)
+            self.capabilities.take_over(found)
 
-        async def once() -> Any:
-            try:
-                async with asyncio.timeout(min(self._timeout, 30.0)):
-                    return (await api.models.with_raw_response.list()).text
-            except TimeoutError:
-                raise Transient("no answer in 30 s", unreachable=True) from None
-            except openai.APIStatusError as error:
-                if error.status_code in (404, 405, 501):
-                    return None
-                raise translate(error, url, self._key) from None
-            except openai.APIError as error:
-                raise translate(error, url, self._key) from None
+    async def keep_capabilities(self) -> None:
+        """Put into the cache what has been found out."""
+        if self._cache is not None:
+            await self._cache.put_capabilities(self._known_as, self.model, self.capabilities.as_dict())
 
-        try:
-            text = await self._with_tries(once, patient=False)
-        except AnswerFailed as error:
-            raise no_server(url, error.reason) from None
-        try:
-            return [str(entry["id"]) for entry in json.loads(text)["data"]]
-        except (TypeError, ValueError, KeyError):
-            return None  # a web page, or some other API
+    @property
+    def _known_as(self) -> str:
+        """Under what the servers' capabilities are kept: of a server of ours the model's name says all."""
+        return self.url if self._start is None else _OWN
 
     async def complete(
         self,
@@ -226,7 +228,7 @@ class LlmClient:
         if self._model is None:
             await self.check()
         if self._cache is None:
-            return await self._ask_server(request, parse)
+            return await self.ask_anew(request, parse)
         key = request.key(self.model)
         # Whoever asks the same thing at the same moment waits, and then finds it in the cache.
         lock = self._asking.setdefault(key, asyncio.Lock())
@@ -237,29 +239,31 @@ class LlmClient:
                     return parse(kept), kept
                 except AnswerFailed:
                     pass  # kept under an earlier reading of answers: ask again
-            parsed, answer = await self._ask_server(request, parse)
-            self._cache.put(key, self.model, answer)
+            parsed, answer = await self.ask_anew(request, parse)
+            await self._cache.put(key, self.model, answer)
             return parsed, answer
 
-    async def _ask_server(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T, Answer]:
+    async def ask_anew(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T, Answer]:
+        """:meth:`ask`, past the cache."""
         await self._connect()
+        self._measure.check(request, self.capabilities.context_length)
         spent = Usage()
         sent = request
-        cut_off = ""
+        cut_before = ""
         for tries_left in reversed(range(self._answer_tries)):
             try:
                 answer, cost = await self._answer(sent)
-                spent += cost
+                spent = cost if spent == Usage() else spent + cost
                 if answer.finish_reason == "length" and not request.may_be_cut:
-                    raise _cut_off(answer, sent)
+                    raise cut_off(answer, sent)
                 return parse(answer), replace(answer, usage=spent)
             except AnswerFailed as failed:
                 spent += failed.usage
                 if not tries_left or failed.final:
                     # Where the model's context has no room for twice as much, the refusal alone would mislead.
-                    again = f"{cut_off}; asked again with more room: " if failed.final and cut_off else ""
+                    again = f"{cut_before}; asked again with more room: " if failed.final and cut_before else ""
                     raise AnswerFailed(again + failed.reason, spent) from None
-                cut_off = failed.reason if failed.cut else ""
+                cut_before = failed.reason if failed.cut else ""
                 if failed.cut:
                     sent = replace(sent, max_tokens=2 * sent.max_tokens)
         raise AssertionError("unreachable")
@@ -268,15 +272,32 @@ class LlmClient:
         """One usable reply, sent for as often as the server needs to be, and what all that cost."""
         session = self._open()
         sendings = 0
+        failed_at: set[Server] = set()
 
         async def once() -> Answer:
             nonlocal sendings
-            while (pause := self._not_before - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
-            if session.throttle is not None:
-                await session.throttle.acquire()
+            reserved = await session.pace.leave(request.characters, self._servers.held_back)
             sendings += 1
-            return await self._send(request)
+            server = self._servers.choose(request.affinity, failed_at)
+            server.in_flight += 1
+            try:
+                answer = await self._send(server, request)
+            except Transient as error:
+                failed_at.add(server)
+                self._servers.failed(server, error.reason, at_once=error.unreachable)
+                if error.wait:
+                    self._servers.hold_back(server, error.wait)
+                raise
+            except AnswerFailed as failed:
+                self._servers.answered(server)  # nothing to use, but it does answer
+                session.pace.settle(reserved, request.characters, failed.usage.tokens)
+                raise
+            finally:
+                server.in_flight -= 1
+            self._servers.answered(server, answer.usage.seconds)
+            self._measure.learn(request.characters, answer.usage.prompt_tokens)
+            session.pace.settle(reserved, request.characters, answer.usage.tokens)
+            return answer
 
         async with session.slots:
             try:
@@ -285,7 +306,7 @@ class LlmClient:
                 raise AnswerFailed(
                     failed.reason, replace(failed.usage, requests=sendings), cut=failed.cut, final=failed.final
                 ) from None
-        return answer, replace(answer.usage, requests=sendings)
+        return answer, answer.usage if sendings == 1 else replace(answer.usage, requests=sendings)
 
     async def _with_tries(self, once: Callable[[], Awaitable[T]], patient: bool = True) -> T:
         """``once`` until it does not raise :class:`Transient`, with growing, random pauses between.
@@ -298,13 +319,20 @@ class LlmClient:
             return isinstance(error, Transient) and (patient or not error.unreachable)
 
         def pause(state: tenacity.RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome is not None else None
-            asked = error.wait if isinstance(error, Transient) else 0.0
-            if asked:
-                # The whole client holds back, not only this request, and does not return all at once.
-                self._not_before = max(self._not_before, time.monotonic() + asked)
-                return asked + random.uniform(0, self._backoff)
-            return grow(state)
+            # Where a server asked for a pause it is kept to in the line; here all must not return at once.
+            return random.uniform(0, self._backoff) if self._servers.held_back() > 0 else grow(state)
+
+        try:
+            result = await once()  # nearly always the end of it: the machinery of trying again costs as much as sending
+            self._failed_in_a_row = 0
+            return result
+        except Transient as error:
+            failed: list[Transient] = [error]
+
+        async def next_try() -> T:
+            if failed:
+                raise failed.pop()  # the first try, as tenacity counts
+            return await once()
 
         grow = tenacity.wait_random_exponential(multiplier=self._backoff, max=30)
         retrying = tenacity.AsyncRetrying(
@@ -314,56 +342,61 @@ class LlmClient:
             reraise=True,
         )
         try:
-            result: T = await retrying(once)
+            result = await retrying(next_try)
         except Transient as error:
             self._failed_in_a_row += 1
-            if error.unreachable or self._failed_in_a_row >= self._patience:
+            if (error.unreachable and not self._servers.any_left()) or self._failed_in_a_row >= self._patience:
                 raise no_server(self.url, error.reason) from None
             raise AnswerFailed(f"{error.reason} ({self._tries} tries)", final=True) from None
         self._failed_in_a_row = 0
         return result
 
-    async def _send(self, request: Request) -> Answer:
+    async def _send(self, server: Server, request: Request) -> Answer:
         """Send once (and again at once where the server objects to a parameter it can be asked without)."""
-        api = self._open().api
+        self._open()
+        assert server.api is not None
         while True:
-            body = request.body(self.model, self._without)
+            parameters = request.parameters(self.model, server.without)
             started = time.monotonic()
             try:
-                async with asyncio.timeout(self._timeout):
-                    raw = await api.chat.completions.with_raw_response.create(**body)
+                raw = await post(server.api, "/chat/completions", request.content(parameters), self._timeout)
             except TimeoutError:
                 raise Transient(f"no answer within {self._timeout:g} s") from None
             except openai.APIStatusError as error:
-                dropped = objection(error, body)
+                dropped = objection(error, parameters)
                 if dropped is None:
-                    raise await self._refused(error) from None
-                if dropped not in self._without:
-                    self._without.add(dropped)
+                    raise await self._refused(server, error) from None
+                if dropped not in server.without:
+                    server.without.add(dropped)
+                    self.capabilities.went_without(dropped)
                     if dropped != "max_tokens":
-                        say(f"{self.url} does not take {dropped!r}: going on without it")
+                        say(f"{server.url} does not take {dropped!r}: going on without it")
                 continue
-            except openai.APIError as error:
-                raise translate(error, self.url, self._key) from None
+            except (openai.APIError, Unread) as error:
+                raise translate(error, server.url, self._key) from None
             try:
-                reply = json.loads(raw.text if self._key is None else self._key.hidden_in(raw.text))
-            except ValueError:
+                reply = json.loads(raw if self._key is None else self._key.hidden_in(raw.decode(errors="replace")))
+                if self._key is not None and b"\\" in raw:  # an echo of the key may have been written in escapes
+                    reply = json.loads(self._key.hidden_in(json.dumps(reply)))
+            except (ValueError, RecursionError):
                 raise AnswerFailed("the server's reply is not JSON", Usage(requests=1)) from None
             self._ever_answered = True
-            return read_answer(reply, time.monotonic() - started)
+            answer = read_answer(reply, time.monotonic() - started)
+            self.capabilities.learn(request, reply, answer)
+            return answer
 
-    async def _refused(self, error: openai.APIStatusError) -> Exception:
+    async def _refused(self, server: Server, error: openai.APIStatusError) -> Exception:
         """What a refusal means. One may be this question's own fault; from a server that never gave an answer,
         several are everybody's."""
         if error.status_code not in (404, 405):
-            meaning = translate(error, self.url, self._key)
+            meaning = translate(error, server.url, self._key)
             if isinstance(meaning, AnswerFailed) and not self._ever_answered:
                 self._refused_so_far += 1
                 if self._refused_so_far >= _REFUSALS:
-                    return BadInput(f"{self.url}: {meaning.reason}, and nothing else so far; check --llm-model")
+                    return BadInput(f"{server.url}: {meaning.reason}, and nothing else so far; check --llm-model")
             return meaning
-        served = await self._served(self.url)
-        where = f"{self.url} knows no model {self.model!r} (HTTP {error.status_code})"
+        served = [str(entry["id"]) for entry in await self._models_at(server, server.url) or ()]
+        where = f"{server.url} knows no model {self.model!r} (HTTP {error.status_code})"
         if served and self.model not in served:
             return BadInput(f"{where}; it serves {nearest(self.model, served)}: name one with --llm-model")
         return BadInput(f"{where}, or has no chat completions; check the URL and --llm-model")
@@ -372,40 +405,20 @@ class LlmClient:
         """What belongs to the running event loop; a new loop (a second ``asyncio.run``) gets its own."""
         loop = asyncio.get_running_loop()
         if self._session is None or self._session.loop is not loop:
-            self._session = _Session(self, loop)
+            self._session = _Session(loop, self._concurrency, Pace(*self._limits))
+            for server in self._servers.all:
+                server.api = open_api(server.url, self._key, self._timeout, self._concurrency + 1)
         return self._session
 
 
-def _cut_off(answer: Answer, sent: Request) -> AnswerFailed:
-    """Why an answer broke off, and whether twice the room might mend it."""
-    written = answer.usage.completion_tokens or sent.max_tokens
-    reason = f"the answer was cut off at {written} tokens"
-    blank = len(answer.text) - len(answer.text.rstrip())
-    if blank > _BLANK:
-        # A JSON schema allows white space without end, and weak models write it: more room is more of the same.
-        return AnswerFailed(f"{reason}, the last {blank} characters white space", final=True)
-    if written < sent.max_tokens:
-        return AnswerFailed(f"{reason}, where the model's context is full", final=True)
-    return AnswerFailed(reason, cut=True)
-
-
 class _Session:
-    """Connections and limits of one event loop."""
+    """Limits of one event loop."""
 
-    def __init__(self, client: LlmClient, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, concurrency: int, pace: Pace) -> None:
         self.loop = loop
-        self.slots = asyncio.Semaphore(client._concurrency)
+        self.slots = asyncio.Semaphore(concurrency)
         self.finding = asyncio.Lock()
-        rate = client._rate
-        self.throttle = None if rate is None else Throttler(rate_limit=1, period=1 / rate, retry_interval=0.005)
-        self.api = openai.AsyncOpenAI(
-            # A server without keys still gets the header that the SDK insists on.
-            api_key="none" if client._key is None else client._key.value,
-            base_url=client.url,
-            max_retries=0,
-            timeout=openai.Timeout(client._timeout, connect=10.0),
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(client.url)),
-        )
+        self.pace = pace
 
 
 @asynccontextmanager
@@ -419,17 +432,22 @@ async def open_client(
     :raises Unavailable: no server answers there; said before any work is done.
     """
     answers = ResponseCache(cache)
+    collected = gc.get_threshold()
+    # A request makes hundreds of small objects that die with it; searching them for cycles is a sixth of its cost.
+    gc.set_threshold(20_000, 20, 50)
     try:
         async with LlmClient(
-            options.url or DEFAULT_URL,
+            options.urls or DEFAULT_URL,
             options.model,
             key_file=options.api_key_file,
             cache=answers,
             concurrency=options.concurrency,
             requests_per_second=options.requests_per_second,
             start=start,
+            tokens_per_minute=options.tokens_per_minute,
         ) as client:
             await client.check()
             yield client
     finally:
+        gc.set_threshold(*collected)
         answers.close()

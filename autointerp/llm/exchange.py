@@ -6,17 +6,22 @@ with its reason here, at the door, so that nothing downstream can mistake it for
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from autointerp.llm.usage import Usage
-from sae.files import digest
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+
+_BLANK = 100
+"""An answer that ends in more white space than this, in characters, was not going anywhere."""
 
 
 class AnswerFailed(Exception):
@@ -49,16 +54,39 @@ class Request:
     may_be_cut: bool = False
     """Whether an answer that ran into ``max_tokens`` is one (where the first token is all that is wanted)."""
 
+    affinity: str = ""
+    """Requests of equal affinity begin alike: of several servers, one that has read one of them had better get the
+    others. Neither the server nor the cache sees it."""
+
+    @property
+    def characters(self) -> int:
+        """Of all messages together."""
+        return self._written[1]
+
     def key(self, model: str) -> str:
         """Digest under which the answer is cached. 64 hex characters."""
-        return digest({"model": model, **asdict(self)})
+        # What sae.files.digest makes of {"model": model, **the fields but affinity}, at a tenth of the time.
+        rest = {
+            "model": model,
+            "replicate": self.replicate,
+            "seed": self.seed,
+            "temperature": self.temperature,
+        }
+        before = {
+            "json_schema": self.json_schema,
+            "logprobs": self.logprobs,
+            "max_tokens": self.max_tokens,
+            "may_be_cut": self.may_be_cut,
+        }
+        head, tail = (json.dumps(part, sort_keys=True, separators=(",", ":")) for part in (before, rest))
+        return hashlib.sha256(f'{head[:-1]},"messages":{self._written[0]},{tail[1:]}'.encode()).hexdigest()
 
-    def body(self, model: str, without: Collection[str] = ()) -> dict[str, Any]:
-        """The request as the protocol has it, less the parameters that this server does not take.
+    def parameters(self, model: str, without: Collection[str] = ()) -> dict[str, Any]:
+        """The request as the protocol has it but for its messages, less the parameters that this server does not take.
 
         ``max_tokens`` among them means that the server wants it by its newer name.
         """
-        body: dict[str, Any] = {"model": model, "messages": list(self.messages)}
+        body: dict[str, Any] = {"model": model}
         body["max_completion_tokens" if "max_tokens" in without else "max_tokens"] = self.max_tokens
         if "temperature" not in without:
             body["temperature"] = self.temperature
@@ -70,6 +98,35 @@ class Request:
         if self.seed is not None and "seed" not in without:
             body["seed"] = self.seed
         return body
+
+    def content(self, parameters: Mapping[str, Any]) -> bytes:
+        """The bytes to send: :meth:`parameters` and the messages, as JSON."""
+        return f'{json.dumps(parameters)[:-1]}, "messages": {self._written[0]}}}'.encode()
+
+    @functools.cached_property
+    def _written(self) -> tuple[str, int]:
+        """The messages as JSON, and their length in characters. What stands before the question is the same in every
+        request and is written out once for all."""
+        prefix, characters = _prefix(_pairs(self.messages[:-1]))
+        last, more = _prefix.__wrapped__(_pairs(self.messages[-1:]))
+        return f"[{prefix},{last}]" if prefix and last else f"[{prefix}{last}]", characters + more
+
+
+_Pairs = tuple[tuple[str, str], ...]
+
+
+def _pairs(messages: Sequence[Message]) -> _Pairs:
+    return tuple((message["role"], message["content"]) for message in messages)
+
+
+def _message_json(role: str, content: str) -> str:
+    return f'{{"content":{json.dumps(content)},"role":{json.dumps(role)}}}'
+
+
+@functools.lru_cache(maxsize=32)
+def _prefix(messages: _Pairs) -> tuple[str, int]:
+    """Messages as JSON without the brackets around them, and their length in characters."""
+    return ",".join(_message_json(*message) for message in messages), sum(len(content) for _, content in messages)
 
 
 @dataclass(frozen=True)
@@ -89,7 +146,14 @@ class Answer:
         return self.usage.from_cache > 0
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        values = {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "usage": vars(self.usage),
+            "tokens": self.tokens,
+            "top_logprobs": self.top_logprobs,
+        }
+        return json.dumps(values, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, stored: str) -> Answer:
@@ -105,12 +169,34 @@ class Answer:
         )
 
 
+def cut_off(answer: Answer, sent: Request) -> AnswerFailed:
+    """Why an answer broke off, and whether twice the room might mend it."""
+    written = answer.usage.completion_tokens or sent.max_tokens
+    reason = f"the answer was cut off at {written} tokens"
+    blank = len(answer.text) - len(answer.text.rstrip())
+    if blank > _BLANK:
+        # A JSON schema allows white space without end, and weak models write it: more room is more of the same.
+        return AnswerFailed(f"{reason}, the last {blank} characters white space", final=True)
+    if written < sent.max_tokens:
+        return AnswerFailed(f"{reason}, where the model's context is full", final=True)
+    return AnswerFailed(reason, cut=True)
+
+
 def read_answer(body: Any, seconds: float) -> Answer:
     """The first choice of a chat completion, given as parsed JSON.
 
     :param seconds: how long the request took.
-    :raises AnswerFailed: there is no choice, no text in it, or it was refused or filtered.
+    :raises AnswerFailed: there is no choice, no text in it, it was refused or filtered, or is not laid out as it is.
     """
+    try:
+        return _read_answer(body, seconds)
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        # A field of another kind than the protocol has it. Servers do that, and one reply is no reason to stop.
+        reason = f"the server's reply cannot be read: {type(error).__name__}: {one_line(error, 100)}"
+        raise AnswerFailed(reason, Usage(requests=1, seconds=seconds)) from None
+
+
+def _read_answer(body: Any, seconds: float) -> Answer:
     if not isinstance(body, Mapping):
         raise AnswerFailed("the server's reply is not a chat completion", Usage(requests=1, seconds=seconds))
     usage = _read_usage(body.get("usage"), seconds)
@@ -135,6 +221,7 @@ def read_answer(body: Any, seconds: float) -> Answer:
                 f"all {usage.completion_tokens} tokens went before any text of the answer", usage, cut=True
             )
         raise AnswerFailed("the answer is empty", usage)
+    text = text.encode(errors="replace").decode()  # half a surrogate pair is no text, and no database takes it
     tokens, top = _read_logprobs(choices[0].get("logprobs"))
     return Answer(text, finish_reason, usage, tokens, top)
 
@@ -146,11 +233,25 @@ def _read_usage(reported: Any, seconds: float) -> Usage:
     details = reported.get("prompt_tokens_details")
     return Usage(
         requests=1,
-        prompt_tokens=int(reported.get("prompt_tokens") or 0),
-        cached_tokens=int((details.get("cached_tokens") if isinstance(details, Mapping) else 0) or 0),
-        completion_tokens=int(reported.get("completion_tokens") or 0),
+        prompt_tokens=_count(reported.get("prompt_tokens")),
+        cached_tokens=_count(details.get("cached_tokens") if isinstance(details, Mapping) else 0),
+        completion_tokens=_count(reported.get("completion_tokens")),
         seconds=seconds,
     )
+
+
+def _count(reported: Any) -> int:
+    count = int(reported or 0)
+    if not 0 <= count < 2**40:
+        raise ValueError(f"a count of {count:.3g} tokens")
+    return count
+
+
+def _logprob(reported: Any) -> float:
+    logprob = float(reported)
+    if logprob != logprob:
+        raise ValueError("a log-probability that is no number")
+    return logprob
 
 
 def _read_logprobs(reported: Any) -> tuple[tuple[str, ...] | None, tuple[dict[str, float], ...] | None]:
@@ -159,9 +260,9 @@ def _read_logprobs(reported: Any) -> tuple[tuple[str, ...] | None, tuple[dict[st
         return None, None
     tokens, top = [], []
     for position in content:
-        alternatives = {str(x["token"]): float(x["logprob"]) for x in position.get("top_logprobs") or ()}
+        alternatives = {str(x["token"]): _logprob(x["logprob"]) for x in position.get("top_logprobs") or ()}
         # Some servers leave the chosen token out of its own alternatives when it was not among the likeliest.
-        alternatives.setdefault(str(position["token"]), float(position["logprob"]))
+        alternatives.setdefault(str(position["token"]), _logprob(position["logprob"]))
         tokens.append(str(position["token"]))
         top.append(alternatives)
     return tuple(tokens), tuple(top)

@@ -19,6 +19,7 @@ import openai
 
 from autointerp.llm.endpoint import KEY_VARIABLES, Key
 from autointerp.llm.exchange import AnswerFailed, one_line
+from autointerp.llm.transport import Unread, broke_off, never_connected
 from sae.errors import Unavailable
 
 LONGEST_WAIT = 120.0
@@ -36,8 +37,12 @@ class Transient(Exception):
         """No connection could be made at all."""
 
 
-def no_server(url: str, reason: str) -> Unavailable:
-    return Unavailable(
+class NoServer(Unavailable):
+    """Nothing answers at an address; another may do."""
+
+
+def no_server(url: str, reason: str) -> NoServer:
+    return NoServer(
         f"no LLM server answers at {url} ({reason}); start it or correct the URL, then run the same command "
         "again: what is finished is kept"
     )
@@ -52,20 +57,17 @@ def said(error: openai.APIStatusError, key: Key | None = None) -> str:
     return "" if "<html" in text.lower() or "<!doctype" in text.lower() else one_line(text)
 
 
-def translate(error: openai.APIError, url: str, key: Key | None) -> Exception:
+def translate(error: openai.APIError | Unread, url: str, key: Key | None) -> Exception:
     """An error of the SDK, as one of the kinds above. (404 is the caller's, who knows what was looked for.)"""
-    if isinstance(error, openai.APITimeoutError):
-        unreachable = type(error.__cause__).__name__ in ("ConnectTimeout", "PoolTimeout")
-        return Transient("the server did not answer in time", unreachable=unreachable)
+    if isinstance(error, Unread):
+        return Transient(f"the server's reply cannot be read: {one_line(error, 120)}")
     if isinstance(error, openai.APIConnectionError):
-        cause = error.__cause__
-        unreachable = type(cause).__name__ == "ConnectError"
-        return Transient(
-            f"the connection failed: {one_line(cause or error, 120)}"
-            if str(cause or "")
-            else "the connection broke off",
-            unreachable=unreachable,
-        )
+        unreachable = never_connected(error)
+        if isinstance(error, openai.APITimeoutError) and not broke_off(error):
+            return Transient("the server did not answer in time", unreachable=unreachable)
+        cause = str(error.__cause__ or "")
+        told = f"the connection failed: {one_line(cause, 120)}" if cause and unreachable else "the connection broke off"
+        return Transient(told, unreachable=unreachable)
     if not isinstance(error, openai.APIStatusError):
         return AnswerFailed(f"the server's reply cannot be read: {one_line(error.message, 120)}")
     status, message = error.status_code, said(error, key)

@@ -19,7 +19,7 @@ LOGS = "logs"
 """The folder under the root in which servers write."""
 
 
-class Servers:
+class OneServer:
     """At most one server at a time, kept while the next part of a command asks the same model.
 
     Where explainer and judge are one model, it is loaded once; where they are two, the first is stopped before the
@@ -29,7 +29,7 @@ class Servers:
     def __init__(self) -> None:
         self._server: VllmServer | None = None
 
-    def __enter__(self) -> Servers:
+    def __enter__(self) -> OneServer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,7 +68,7 @@ def server_for(options: LlmOptions, root: Path) -> VllmServer:
 @asynccontextmanager
 async def serving(options: LlmOptions, root: Path) -> AsyncIterator[VllmServer]:
     """The server for the length of a block, or longer where ``options.servers`` keeps it. It is not started here."""
-    servers = Servers() if options.servers is None else options.servers
+    servers = OneServer() if options.servers is None else options.servers
     try:
         server = servers.of(options, root)
         try:

@@ -26,6 +26,11 @@ class Usage:
     seconds: float = 0.0
     """Wall time spent waiting for answers, summed over requests (which overlap), in seconds."""
 
+    @property
+    def tokens(self) -> int:
+        """Read and written."""
+        return self.prompt_tokens + self.completion_tokens
+
     def __add__(self, other: Usage) -> Usage:
         return Usage(
             self.requests + other.requests,

@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import socket
+import struct
 import threading
 import time
 from collections import Counter, deque
@@ -18,6 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
+
+from autointerp.prompts import conversation
+
+PROBE = conversation("probe").prefix[0]["content"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,12 @@ class Reply:
     delay: float = 0.0
     drop: bool = False
     """Close the connection without an answer."""
+    reset: bool = False
+    """Break the connection off hard (RST)."""
+    raw: bytes | None = None
+    """Sent as it is, head and all; then the connection is closed."""
+    stall: float = 0.0
+    """Send the head and one byte of the body, and the rest so many seconds later."""
 
 
 def error(status: int, message: str = "", **fields: Any) -> Reply:
@@ -75,6 +86,10 @@ class FakeServer:
     :param key: refuse requests with another key.
     :param rejects: parameters answered by HTTP 400.
     :param port: where to listen; 0 for any.
+    :param gives_logprobs, holds_schemas, counts_cached: what it does of what it is asked for, taking no notice of the
+        rest.
+    :param thinks: begin answers with thinking.
+    :param context_length: told in the list of models.
     """
 
     def __init__(
@@ -86,7 +101,14 @@ class FakeServer:
         key: str | None = None,
         rejects: Sequence[str] = (),
         port: int = 0,
+        gives_logprobs: bool = True,
+        holds_schemas: bool = True,
+        counts_cached: bool = True,
+        thinks: bool = False,
+        context_length: int | None = None,
     ) -> None:
+        self.gives_logprobs, self.holds_schemas, self.thinks = gives_logprobs, holds_schemas, thinks
+        self.counts_cached, self.context_length = counts_cached, context_length
         self.answer: Callable[[dict[str, Any]], Reply | str]
         if answer is None or callable(answer):
             self.answer = answer or sensible
@@ -95,6 +117,8 @@ class FakeServer:
         self.models, self.prefix, self.key, self.rejects = models, prefix, key, tuple(rejects)
         self.script: deque[Reply] = deque()
         self.requests: list[Seen] = []
+        self.probes: list[Seen] = []
+        """Questions about the server itself, which are no part of any work: kept apart, and served no faults."""
         self.gets = 0
         self.most_at_once = 0
         self._at_once = 0
@@ -124,11 +148,14 @@ class FakeServer:
             return error(404, "no such path")
         if not self._key_fits(headers):
             return error(401, f"Incorrect API key provided: {headers.get('authorization')}")
-        return Reply(body={"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]})
+        told = {} if self.context_length is None else {"max_model_len": self.context_length}
+        return Reply(body={"object": "list", "data": [{"id": name, "object": "model", **told} for name in self.models]})
 
     def chat_reply(self, seen: Seen) -> Reply:
         if seen.path != f"{self.prefix}/chat/completions":
             return error(404, "no such path")
+        if seen.body["messages"][0]["content"] == PROBE:
+            return self._probe_reply(seen)
         with self._lock:
             self.requests.append(seen)
             self._at_once += 1
@@ -152,6 +179,19 @@ class FakeServer:
         finally:
             with self._lock:
                 self._at_once -= 1
+
+    def _probe_reply(self, seen: Seen) -> Reply:
+        self.probes.append(seen)
+        if not self._key_fits(seen.headers):
+            return error(401, f"Incorrect API key provided: {seen.headers.get('authorization')}")
+        for name in self.rejects:
+            if name in seen.body:
+                return error(400, f"Unsupported parameter: '{name}' is not supported", param=name)
+        if "maybe" in seen.question:
+            return Reply('{"word": "yes"}' if self.holds_schemas and "response_format" in seen.body else "maybe")
+        if self.thinks:
+            return Reply("<think>Is 2", finish_reason="length", logprobs=[token("<think>")])
+        return Reply("1", logprobs=[_label_token(1)] if seen.body.get("logprobs") and self.gives_logprobs else None)
 
     def _key_fits(self, headers: dict[str, str]) -> bool:
         return self.key is None or headers.get("authorization") == f"Bearer {self.key}"
@@ -195,7 +235,24 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
+            if reply.reset:
+                # Closing with unread data or a zero linger sends RST instead of FIN.
+                self.close_connection = True
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.rfile.close()
+                self.wfile.close()
+                self.connection.close()
+                return
+            if reply.raw is not None:
+                self.close_connection = True
+                self.connection.sendall(reply.raw)
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
             payload = completion(reply, room) if reply.body is None else reply.body
+            if not server.counts_cached and reply.body is None:
+                del payload["usage"]["prompt_tokens_details"]
+            if not server.gives_logprobs and reply.body is None:
+                payload["choices"][0]["logprobs"] = None
             data = (payload if isinstance(payload, str) else json.dumps(payload)).encode()
             self.send_response(reply.status)
             self.send_header("content-type", "text/html" if isinstance(payload, str) else "application/json")
@@ -203,6 +260,10 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             for name, value in reply.headers.items():
                 self.send_header(name, value)
             self.end_headers()
+            if reply.stall:
+                self.wfile.write(data[:1])
+                time.sleep(reply.stall)
+                data = data[1:]
             self.wfile.write(data)
 
     return Handler

@@ -326,7 +326,8 @@ def test_protocols_by_name() -> None:
             return (await open_llm_judge(client, name)).protocol
 
     with FakeServer() as server:
-        assert [asyncio.run(main(name)) for name in ("auto", "batch", "single")] == ["batch", "batch", "single"]
+        assert [asyncio.run(main(name)) for name in ("batch", "single")] == ["batch", "single"]
+        assert not server.probes, "who is told the protocol need not ask"
     for wrong in ({"protocol": "both"}, {"contexts_per_request": 0}):
         with pytest.raises(BadInput):
             LlmJudge(LlmClient("http://127.0.0.1:9"), **wrong)  # type: ignore[arg-type]

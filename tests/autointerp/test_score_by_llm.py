@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
+import subprocess
+import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fake_server import FakeServer, Reply, error
+from fake_server import FakeServer, Reply, error, sensible, token
 
 from autointerp.backends import LlmOptions
 from autointerp.explain import explain_runs
@@ -16,7 +21,7 @@ from autointerp.score import COLUMNS, score_runs
 from autointerp.selection import Choice
 from autointerp.work import Outcome
 from sae.errors import BadInput, Unavailable
-from sae.files import read_table
+from sae.files import read_table, table_metadata
 from sae.harvest_stage import harvest_runs
 from sae.run import Run
 from sae.settings import Settings
@@ -24,6 +29,7 @@ from sae.stage import Compute
 from sae.train_stage import train_study
 
 N = 4
+SECRET = "sk-secret-0123456789abcdef"
 ITEMS = 12  # contexts that an explanation is tested on
 
 
@@ -122,8 +128,6 @@ def test_a_server_that_goes_away_leaves_what_it_answered_and_what_that_cost(run:
         before = len(server.requests)
 
         def last_words(body: dict[str, object]) -> Reply | str:
-            from fake_server import sensible
-
             return sensible(body) if len(server.requests) - before <= 20 else error(401)
 
         server.answer = last_words
@@ -137,3 +141,73 @@ def test_a_server_that_goes_away_leaves_what_it_answered_and_what_that_cost(run:
     with FakeServer() as server:
         assert score(run, server, "single").n_done == N
         assert len(server.requests) == N * ITEMS - 20, "answers that came but were not journalled are in the cache"
+
+
+def test_what_the_server_could_not_do_is_told_and_stored_with_the_scores(run: Run) -> None:
+    with FakeServer(gives_logprobs=False, counts_cached=False) as server:
+        explained = explain(run, server)
+        assert [note for note in explained.notes if "log-probabilities" in note] == []
+        scored = score(run, server, "auto")
+        assert len(server.probes) == 2
+    notes = " ".join(scored.notes)
+    assert "no log-probabilities: labels stand in for P(active)" in notes
+    assert "cached" in notes
+    table = read_table(run.stage_path("scores"))
+    assert table["auroc"].isna().all()
+    found = table_metadata(run.stage_path("scores"))["capabilities"]
+    assert (found["logprobs"], found["cached_tokens"], found["json_schema"]) == (0, False, True)
+
+
+def test_the_key_is_on_no_file_and_in_no_line_of_output(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a server does with the key that it is given: it says it in answers, in errors, in escapes."""
+    monkeypatch.setenv("AUTOINTERP_API_KEY", SECRET)
+    caplog.set_level(logging.DEBUG)
+    escaped = "".join(f"\\u{ord(c):04x}" for c in SECRET)
+    told: list[str] = []
+
+    def betray(body: dict[str, Any]) -> Reply | str:
+        n = len(server.requests) % 6
+        if n == 0:
+            return error(500, f"key {SECRET} made me fail")
+        if n == 1:
+            return error(400, f"bad key {SECRET}", code=SECRET, param=SECRET)
+        if n == 2:
+            return Reply(f"[EXPLANATION]: The key {SECRET}.", logprobs=[token(SECRET)])
+        if n == 3:
+            return Reply(body=f'{{"choices": [{{"message": {{"content": "[EXPLANATION]: {escaped} is it."}}}}]}}')
+        if n == 4:
+            return Reply(body={"error": {"message": f"no {SECRET}"}}, headers={"x-key": SECRET})
+        return sensible(body)
+
+    with FakeServer(betray, key=SECRET) as server:
+        explained = explain(run, server)
+        scored = score(run, server, "auto", named=False)
+        told += [repr(explained), str(explained.as_dict()), repr(scored), str(scored.as_dict())]
+        assert explained.n_failed
+        assert explained.n_done
+        assert all(seen.headers["authorization"] == f"Bearer {SECRET}" for seen in server.requests)
+    with FakeServer(key="another") as server, pytest.raises(Unavailable) as caught:
+        score(run, server, "single")
+    told.append("".join(traceback.format_exception(caught.value)))
+    with FakeServer() as server:
+        explain(run, server)
+        score(run, server)
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[2] / "cli.py"),
+        "report",
+        "--sae",
+        "run_a",
+        "--root",
+        str(run.root),
+    ]
+    for more in ((), ("--json",)):
+        shown = subprocess.run([*command, *more], capture_output=True, text=True, check=True)
+        assert "llm" in shown.stdout
+        told += [shown.stdout, shown.stderr]
+    files = [path for path in run.root.rglob("*") if path.is_file()]
+    assert {"journal.sqlite", "cache.sqlite"} <= {path.name for path in files}
+    told += [*capfd.readouterr(), caplog.text, *(path.read_bytes().decode("latin-1") for path in files)]
+    assert not [text[:200] for text in told if SECRET in text or SECRET[:12] in text or escaped in text]

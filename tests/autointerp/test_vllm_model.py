@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from autointerp.backends import VLLM_TIMEOUT, LlmOptions, kept_server
 from autointerp.llm import vllm_model
-from autointerp.llm.serving import Servers, server_for, serving
+from autointerp.llm.serving import OneServer, server_for, serving
 from autointerp.llm.vllm_model import VllmModel, find_model, find_python, split_arguments
 from sae.errors import BadInput, NotFound, Unavailable
 from sae.hub import OnHub
@@ -236,7 +236,7 @@ def test_one_model_one_server(folder: Path, tmp_path: Path) -> None:
     vllm = FakeVllm(tmp_path / "fake")
     options = LlmOptions(vllm=str(folder), judge_vllm="bundled", vllm_python=vllm.python)
     same = LlmOptions(vllm=str(folder), judge_vllm=str(folder), vllm_python=vllm.python)
-    with Servers() as servers:
+    with OneServer() as servers:
         first = servers.of(options, tmp_path)
         assert servers.of(same.for_judge(), tmp_path) is first
         first.start()

@@ -1,0 +1,197 @@
+"""How many requests a second the LLM client sustains, beside delphi's client on the same server.
+
+    python benchmarks/llm_client.py [--requests 6000] [--rounds 3] [--json] [--out x.json]
+
+A server in a process of its own answers every request the same, at once or after a latency. Ours is the product's own
+path: the judge's prompts, the answer cache, verdicts and costs in the journal. delphi's is its HTTP client under its
+pipeline. ``raw`` is aiohttp alone, which keeps nothing: what a client in Python, and this server, can reach. The sides
+run one after the other in every round, and a side's figure is the median of its rounds.
+
+Beside the rate stands the processor time of a request in the client's process. The rate on a quiet machine is about its
+inverse; on a machine that others use, believe the processor time.
+
+With a latency of 50 ms, concurrency / latency is the most that there can be; shown is the share of it that is reached.
+delphi is installed into ``.venv-delphi``, made here; or name a Python that has it with ``--peers-python``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from llm_side_ours import messages
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+ENVIRONMENT = HERE.parent / ".venv-delphi"
+SIDES = ("ours", "delphi", "raw")
+LATENCY = 0.05
+
+
+@contextmanager
+def server(latency: float) -> Iterator[str]:
+    """The address of a server that answers after ``latency`` seconds."""
+    command = [sys.executable, str(HERE / "llm_server.py"), "--latency", str(latency)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def measured(side: str, url: str, requests: int, concurrency: int, python: str) -> dict[str, float]:
+    """One side's figures: ``rate`` in requests a second, ``cost`` in processor seconds a request."""
+    with tempfile.TemporaryDirectory() as folder:
+        if side == "delphi":
+            path = Path(folder) / "messages.json"
+            path.write_text(json.dumps(messages(requests)))
+            command = [python, str(HERE / "llm_side_delphi.py"), str(path), url, str(concurrency)]
+        else:
+            command = [sys.executable, str(HERE / "llm_side_ours.py"), side, url, str(requests), str(concurrency)]
+        ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        raise SystemExit(f"error: {side} ended:\n{ran.stderr}")
+    found = json.loads(ran.stdout)
+    n = len(messages(requests))
+    if found["answered"] != n:
+        raise SystemExit(f"error: {side} has {found['answered']} answers to {n} requests")
+    return {"rate": n / found["seconds"], "cost": found["processor"] / n}
+
+
+def compared(
+    sides: Sequence[str], latency: float, requests: int, concurrency: int, rounds: int, python: str
+) -> dict[str, dict[str, float]]:
+    """The medians of each side, all of them on one server."""
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    with server(latency) as url:
+        for _ in range(rounds):
+            for side in sides:
+                found[side].append(measured(side, url, requests, concurrency, python))
+    return {
+        side: {name: statistics.median(one[name] for one in of) for name in ("rate", "cost")}
+        for side, of in found.items()
+    }
+
+
+def rows_of(found: dict[str, dict[str, float]], name: str, latency: float, concurrency: int) -> list[dict[str, Any]]:
+    ours, peer = found["ours"], found.get("delphi")
+    setting = f"{concurrency} at once, latency {latency * 1000:g} ms"
+    rows = [
+        {
+            "name": name,
+            "setting": setting,
+            "ours": round(ours["rate"]),
+            "peer": None if peer is None else round(peer["rate"]),
+            "peer_name": None if peer is None else "delphi",
+            "unit": "requests/s",
+            "ratio": None if peer is None else round(ours["rate"] / peer["rate"], 2),
+            "peak_mib": None,
+            "share": None if not latency else round(ours["rate"] * latency / concurrency, 3),
+            "peer_share": None if peer is None or not latency else round(peer["rate"] * latency / concurrency, 3),
+            "raw": round(found["raw"]["rate"]) if "raw" in found else None,
+        }
+    ]
+    if not latency:
+        rows.append(
+            {
+                **rows[0],
+                "name": "processor time",
+                "ours": round(1000 * ours["cost"], 3),
+                "peer": None if peer is None else round(1000 * peer["cost"], 3),
+                "unit": "ms/request",
+                "ratio": None if peer is None else round(peer["cost"] / ours["cost"], 2),
+                "raw": round(1000 * found["raw"]["cost"], 3) if "raw" in found else None,
+            }
+        )
+    return rows
+
+
+def peers_python(given: str | None) -> str:
+    """A Python that has delphi's client; makes the environment if there is none."""
+    if given is not None:
+        return given
+    python = ENVIRONMENT / "bin" / "python"
+    if not (ENVIRONMENT / ".ready").exists():
+        print(f"installing delphi's client into {ENVIRONMENT} …", file=sys.stderr)
+        venv.create(ENVIRONMENT, with_pip=True)
+        pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+        pinned = [word for name in ("", "-peers") for word in ("-c", str(HERE.parent / f"constraints{name}.txt"))]
+        # Its client needs httpx, its pipeline tqdm; what the rest of the package wants would be gigabytes.
+        subprocess.run([*pip, *pinned, "httpx", "tqdm"], check=True)
+        subprocess.run([*pip, *pinned, "--no-deps", "eai-delphi"], check=True)
+        (ENVIRONMENT / ".ready").touch()
+    return str(python)
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def shown(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table("what", "setting", "ours", "delphi", "ratio", "raw", "of concurrency / latency: ours", "delphi")
+    for row in rows:
+        texts = [row["name"], row["setting"], f"{row['ours']:,} {row['unit']}"]
+        texts += [
+            "" if row["peer"] is None else f"{row['peer']:,}",
+            "" if row["ratio"] is None else f"{row['ratio']} ×",
+        ]
+        texts += ["" if row["raw"] is None else f"{row['raw']:,}"]
+        texts += ["" if row[name] is None else f"{row[name]:.0%}" for name in ("share", "peer_share")]
+        table.add_row(*texts)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=6000, help="of each side in each round, without latency")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16, 32], help="with latency")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--peers-python", help="a Python that has delphi, httpx and tqdm")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--out", type=Path, help="also write them to this file, with date and machine")
+    asked = parser.parse_args()
+    python = peers_python(asked.peers_python) if "delphi" in asked.sides else ""
+    sides = list(dict.fromkeys(["ours", *asked.sides]))
+    begun = time.time()
+    rows = rows_of(compared(sides, 0.0, asked.requests, 64, asked.rounds, python), "throughput", 0.0, 64)
+    timed = [side for side in sides if side != "raw"]
+    for concurrency in asked.concurrency:
+        requests = int(concurrency / LATENCY * 4 / 100) * 100  # about four seconds
+        found = compared(timed, LATENCY, requests, concurrency, asked.rounds, python)
+        rows += rows_of(found, "with latency", LATENCY, concurrency)
+    about = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": processor(),
+        "minutes": round((time.time() - begun) / 60, 1),
+    }
+    if asked.out is not None:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    if asked.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        shown(rows, Console(width=140))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Our side of ``llm_client.py``: contexts of many latents judged by the product's own path, each verdict journalled.
+
+    python benchmarks/llm_side_ours.py ours|raw URL REQUESTS CONCURRENCY
+
+Prints one JSON object: the seconds it took, the processor seconds that this process spent, and how many verdicts the
+journal holds afterwards. Importing, opening files and connecting do not count. ``raw`` sends the same bytes with
+aiohttp alone and keeps nothing: what a client in Python can reach.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from autointerp.backends import LlmOptions, open_judge
+from autointerp.contexts import Context
+from autointerp.journal import Journal
+from autointerp.prompts import conversation
+from autointerp.score import _judge_one, _Question
+from autointerp.work import in_flight
+
+PER_LATENT = 100
+WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
+
+
+def contexts(latent: int, n: int) -> list[Context]:
+    """Made-up windows of 32 tokens, half of them active."""
+    draw = random.Random(latent)
+    made = []
+    for i in range(n):
+        tokens = tuple(f" {draw.choice(WORDS)}{draw.randrange(100)}" for _ in range(32))
+        window = latent * PER_LATENT + i
+        if i % 2:
+            made.append(Context(window, tokens, (0.0,) * 32, False, None, "random"))
+        else:
+            made.append(Context(window, tokens, (1.0,) * 32, True, 0, "active"))
+    return made
+
+
+def explanation(latent: int) -> str:
+    return f"The number {latent} at the end of a word, where the word before it is short."
+
+
+def messages(requests: int) -> list[list[dict[str, str]]]:
+    """What ``ours`` sends, for the others to send."""
+    words = conversation("judge_single")
+    latents = max(1, requests // PER_LATENT)
+    return [
+        list(words.messages(explanation=explanation(latent), snippet=context.text))
+        for latent in range(latents)
+        for context in contexts(latent, requests // latents)
+    ]
+
+
+async def ours(url: str, requests: int, concurrency: int, folder: Path) -> dict[str, float]:
+    options = LlmOptions(url=url, concurrency=concurrency, protocol="single")
+    latents = max(1, requests // PER_LATENT)
+    items = {latent: contexts(latent, requests // latents) for latent in range(latents)}
+    async with open_judge("llm", options, folder / "cache.sqlite") as judge:
+        same = {
+            "judge": judge.name,
+            "scorer": "detection",
+            "settings_hash": judge.settings_hash,
+            "prompt_hash": judge.prompt_hash,
+            "model": judge.model,
+        }
+        with Journal(folder / "journal.sqlite") as journal, journal.claim():
+            rows = {
+                latent: journal.add_explanation(
+                    latent=latent,
+                    explainer="llm",
+                    settings_hash="",
+                    prompt_hash="",
+                    model="m",
+                    contexts=(),
+                    text=explanation(latent),
+                )
+                for latent in items
+            }
+            questions = [_Question(x, row, explanation(x), frozenset()) for x, row in rows.items()]
+
+            async def ask(question: _Question) -> None:
+                await _judge_one(question, items[question.latent], judge, journal, same)
+
+            # Connections are made and code is warm before the clock starts.
+            warm = _Question(0, rows[0], "A word.", frozenset(), control="swap")
+            await _judge_one(warm, items[0][: 2 * concurrency], judge, journal, same)
+            clock = Clock()
+            await in_flight(questions, ask, concurrency)
+            taken = clock.read()
+            answered = int(journal.verdicts(control="none")["p"].notna().sum())
+    return {**taken, "answered": answered}
+
+
+async def raw(url: str, requests: int, concurrency: int) -> dict[str, float]:
+    import aiohttp
+
+    asked = {"model": "m", "max_tokens": 4, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
+    bodies = [json.dumps({**asked, "messages": one}).encode() for one in messages(requests)]
+    async with aiohttp.ClientSession() as session:
+
+        async def send(body: bytes) -> None:
+            head = {"content-type": "application/json"}
+            async with session.post(f"{url}/v1/chat/completions", data=body, headers=head) as reply:
+                json.loads(await reply.read())
+
+        await in_flight(bodies[: 2 * concurrency], send, concurrency)
+        clock = Clock()
+        await in_flight(bodies, send, concurrency)
+        return {**clock.read(), "answered": len(bodies)}
+
+
+class Clock:
+    """Wall and processor time since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self._began[0], "processor": time.process_time() - self._began[1]}
+
+
+if __name__ == "__main__":
+    side, address, n, at_once = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    if side == "raw":
+        print(json.dumps(asyncio.run(raw(address, n, at_once))))
+    else:
+        with tempfile.TemporaryDirectory() as made:
+            print(json.dumps(asyncio.run(ours(address, n, at_once, Path(made)))))

@@ -1,0 +1,170 @@
+"""What servers can do is found out: by two tiny questions before the protocol is chosen, and from every answer."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import FakeServer, Reply, token
+
+from autointerp.judges.llm import open_llm_judge
+from autointerp.llm.cache import ResponseCache
+from autointerp.llm.capability import Capabilities, probe
+from autointerp.llm.client import LlmClient
+from autointerp.llm.exchange import AnswerFailed, Request
+
+
+def probed(server: FakeServer, cache: Path | None = None) -> Capabilities:
+    async def main() -> Capabilities:
+        kept = None if cache is None else ResponseCache(cache)
+        try:
+            async with LlmClient(server.url, backoff=0.001, cache=kept) as client:
+                return await probe(client)
+        finally:
+            if kept is not None:
+                kept.close()
+
+    return asyncio.run(main())
+
+
+def asked(server: FakeServer, *requests: Request) -> Capabilities:
+    async def main() -> Capabilities:
+        async with LlmClient(server.url, backoff=0.001) as client:
+            for request in requests:
+                await client.ask(request, lambda answer: answer)
+            return client.capabilities
+
+    return asyncio.run(main())
+
+
+def question(**fields: Any) -> Request:
+    return Request(({"role": "user", "content": "Statement: x"},), max_tokens=20, **fields)
+
+
+ABLE = {"json_schema": True, "logprobs": 2, "cached_tokens": True, "label_first": True, "context_length": 4096}
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ({}, {}),
+        ({"gives_logprobs": False}, {"logprobs": 0}),
+        ({"rejects": ("logprobs",)}, {"logprobs": 0}),
+        ({"holds_schemas": False}, {"json_schema": False}),
+        ({"rejects": ("response_format",)}, {"json_schema": False}),
+        ({"counts_cached": False}, {"cached_tokens": False}),
+        ({"context_length": None}, {"context_length": None}),
+        ({"thinks": True}, {"label_first": False, "logprobs": 1}),
+    ],
+)
+def test_what_a_server_can_do_is_found_out(fault: dict[str, Any], found: dict[str, Any]) -> None:
+    with FakeServer(**{"context_length": 4096, **fault}) as server:
+        assert probed(server).as_dict() == {**ABLE, **found}
+        assert not server.requests
+
+
+def test_it_is_asked_once_a_day(tmp_path: Path) -> None:
+    path = tmp_path / "cache.sqlite"
+    with FakeServer() as server:
+        first = probed(server, path)
+        n = len(server.probes)
+        assert n == 2
+        assert probed(server, path) == first
+        assert len(server.probes) == n
+        connection = sqlite3.connect(path)
+        with connection:
+            connection.execute("UPDATE capability SET created = '2000-01-01T00:00:00+00:00'")
+        connection.close()
+        assert probed(server, path) == first
+        assert len(server.probes) == 2 * n
+    with FakeServer(gives_logprobs=False) as other:
+        assert probed(other, path).logprobs == 0, "another server, though of the same model"
+
+
+def test_every_answer_tells() -> None:
+    schema = {"type": "object", "properties": {"labels": {}}, "required": ["labels"]}
+    with FakeServer(Reply('{"labels": []}', logprobs=[token("1", t1=-0.1, t0=-3.0)])) as server:
+        assert asked(server, question()).lacks() == []
+        found = asked(server, question(json_schema=schema, logprobs=5))
+        assert (found.json_schema, found.logprobs, found.cached_tokens) == (True, 2, True)
+        server.answer = lambda _: Reply("[]")
+        found = asked(server, question(json_schema=schema, logprobs=5))
+        assert (found.json_schema, found.logprobs) == (False, 0)
+    with FakeServer("ok", counts_cached=False) as server:
+        found = asked(server, question())
+    assert (found.json_schema, found.logprobs, found.cached_tokens) == (None, None, False)
+
+
+def test_one_answer_without_is_enough() -> None:
+    found = Capabilities(json_schema=True, logprobs=20, cached_tokens=True)
+    with FakeServer("[]", counts_cached=False, gives_logprobs=False) as server:
+        worse = asked(server, question(logprobs=5))
+    assert worse.logprobs == 0
+    found.went_without("logprobs")
+    found.went_without("response_format")
+    assert len(found.lacks()) == 2
+    assert all("\n" not in line for line in found.lacks())
+
+
+@pytest.mark.parametrize(
+    ("fault", "protocol"),
+    [
+        ({}, "single"),
+        ({"counts_cached": False}, "single"),  # on this machine: vLLM keeps prefixes without saying so
+        ({"gives_logprobs": False}, "batch"),
+        ({"rejects": ("logprobs",)}, "batch"),
+        ({"thinks": True}, "batch"),
+    ],
+)
+def test_auto_is_single_where_that_is_cheap_and_gives_probabilities(fault: dict[str, Any], protocol: str) -> None:
+    async def main() -> str:
+        async with LlmClient(server.url, backoff=0.001) as client:
+            return (await open_llm_judge(client)).protocol
+
+    with FakeServer(**fault) as server:
+        assert asyncio.run(main()) == protocol
+
+
+@pytest.mark.parametrize(("counts", "protocol"), [(True, "single"), (False, "batch")])
+def test_auto_elsewhere_is_single_only_where_prefixes_are_known_to_be_kept(
+    counts: bool, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlmClient, "local", property(lambda _: False))
+
+    async def main() -> str:
+        async with LlmClient(server.url, backoff=0.001) as client:
+            return (await open_llm_judge(client)).protocol
+
+    with FakeServer(counts_cached=counts) as server:
+        assert asyncio.run(main()) == protocol
+
+
+def test_a_prompt_that_cannot_fit_is_told_and_not_sent() -> None:
+    async def main() -> str:
+        async with LlmClient(server.url) as client:
+            await client.complete([{"role": "user", "content": "short"}], 10)
+            with pytest.raises(AnswerFailed) as caught:
+                await client.complete([{"role": "user", "content": "x " * 5000}], 10)
+            return caught.value.reason
+
+    with FakeServer("ok", context_length=1000) as server:
+        reason = asyncio.run(main())
+        assert len(server.requests) == 1
+    assert "the prompt is too long for the model: about 1250 tokens at least" in reason
+    assert "its context holds 1000" in reason
+
+
+def test_the_least_tokens_of_a_character_are_learnt() -> None:
+    """The server counts 100 tokens in 1,000 characters: 8,000 of such characters may fit into 1,000 tokens."""
+
+    async def main() -> None:
+        async with LlmClient(server.url) as client:
+            await client.complete([{"role": "user", "content": "x" * 1000}], 10)
+            await client.complete([{"role": "user", "content": "x" * 8001}], 10)
+
+    with FakeServer("ok", context_length=1000) as server:
+        asyncio.run(main())
+        assert len(server.requests) == 2
