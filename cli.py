@@ -286,6 +286,8 @@ def score(
     concurrency: opt.Concurrency = 32,
     requests_per_second: opt.Rate = None,
     protocol: opt.Protocol = "auto",
+    precision: opt.Precision = None,
+    max_contexts: opt.MaxContexts = None,
     root: opt.Root = ROOT,
     as_json: opt.Json = False,
 ) -> None:
@@ -293,7 +295,10 @@ def score(
 
     Balanced accuracy and AUROC with 95 % intervals, and the same with explanations swapped between dissimilar latents,
     which says what a meaningless explanation would have scored.
+
+    Example: python cli.py score --sae run_a --precision 0.065 --max-contexts 200
     """
+    from autointerp.adaptive import Precision
     from autointerp.backends import LlmOptions
     from autointerp.score import score_runs
 
@@ -307,8 +312,11 @@ def score(
         requests_per_second=requests_per_second,
         protocol=protocol,
     )
+    if max_contexts is not None and precision is None:
+        raise BadInput("--max-contexts bounds adaptive scoring; give --precision too, such as --precision 0.065")
+    rule = None if precision is None else Precision(precision, max_contexts)
     runs = _opened(sae, root) if sae else None
-    outcome = score_runs(runs, root, tuple(scorer or ("detection",)), judge.value, options, control_latents)
+    outcome = score_runs(runs, root, tuple(scorer or ("detection",)), judge.value, options, control_latents, rule)
     finish(as_json, "score", outcome.as_dict, outcome.render)
     exit_if(outcome.n_failed)
 

@@ -17,12 +17,14 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
+from autointerp.adaptive import Precision
 from autointerp.backends import LlmOptions, open_judge, resolve
 from autointerp.contexts import Context
 from autointerp.journal import Journal, Verdict
 from autointerp.judges.base import Judge
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
+from autointerp.rounds import AdaptivePlan
 from autointerp.scorers import SCORERS, Scorer
 from autointerp.scorers.base import ScoreRow
 from autointerp.scorers.controls import swap_partners
@@ -36,6 +38,7 @@ _IDENTITY = ("latent", "explanation_id", "explainer", "explainer_model", "explai
 _JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
 COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow._fields)
 """Of the score table. All are there even when every explanation failed and nothing was judged."""
+_OUTDATED = "failed: judged in rounds of contexts that a later harvest replaced; score again"
 CONTROL_LATENTS = {"ngram": None, "llm": 50}  # a swapped control costs as much as the score; None: all latents
 
 
@@ -57,9 +60,11 @@ def score_runs(
     backend: str,
     options: LlmOptions,
     control_latents: int | None = None,
+    precision: Precision | None = None,
 ) -> Outcome:
     """Score the stored explanations of ``runs``, or of every run under ``root``; see this module's head.
 
+    With a ``precision`` each explanation is judged in rounds, until its score is known so well (``adaptive``).
     Named runs without explanations are explained first. Without names nothing is ever explained.
     """
     for name in scorers:
@@ -71,7 +76,8 @@ def score_runs(
         raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`")
     if control_latents is None:
         control_latents = CONTROL_LATENTS[kind]
-    return asyncio.run(_score(chosen, root, [SCORERS[name]() for name in scorers], kind, options, control_latents))
+    tested = [SCORERS[name]() for name in scorers]
+    return asyncio.run(_score(chosen, root, tested, kind, options, control_latents, precision))
 
 
 def _with_explanations(runs: Sequence[Run] | None, root: Path, options: LlmOptions) -> list[Run]:
@@ -103,33 +109,44 @@ async def _score(
     kind: str,
     options: LlmOptions,
     control_latents: int | None,
+    precision: Precision | None,
 ) -> Outcome:
     outcome = Outcome("score", [run.name for run in runs])
     async with open_judge(kind, options, root / "cache.sqlite") as judge:
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
         for run in runs:
             for scorer in scorers:
-                await _score_run(run, scorer, judge, options.concurrency, control_latents, outcome)
+                await _score_run(run, scorer, judge, options.concurrency, control_latents, precision, outcome)
     sae = [word for run in runs for word in ("--sae", run.name)]
-    outcome.retry = command(root, "score", *sae, *options.words())
+    outcome.retry = command(root, "score", *sae, *(precision.words() if precision else ()), *options.words())
     outcome.next = command(root, "report", "--sae", runs[0].name)
     return outcome
 
 
 async def _score_run(
-    run: Run, scorer: Scorer, judge: Judge, concurrency: int, control_latents: int | None, outcome: Outcome
+    run: Run,
+    scorer: Scorer,
+    judge: Judge,
+    concurrency: int,
+    control_latents: int | None,
+    precision: Precision | None,
+    outcome: Outcome,
 ) -> None:
-    material = Material.of(run)
+    plan = AdaptivePlan.of(run, scorer, precision) if precision else None
+    material = plan.material if plan else Material.of(run)
+    decides = {"judge": judge.settings_hash, "material": material.digest}
     same = {
         "judge": judge.name,
         "scorer": scorer.name,
-        "settings_hash": digest({"judge": judge.settings_hash, "material": material.digest}),
+        "settings_hash": digest({**decides, "adaptive": plan.identity} if plan else decides),
         "prompt_hash": judge.prompt_hash,
         "model": judge.model,
     }
     path = run.stage_path("scores")
     asked_now: set[int] = set()
     with Journal(run.journal_path) as journal, journal.claim():
+        if plan:
+            journal.add_setup(same["settings_hash"], plan.setup)
         explanations = journal.explanations(status="ok")
         readable = _readable(explanations, judge)
         if len(readable) < len(explanations):
@@ -149,14 +166,20 @@ async def _score_run(
                 return scorer.items(material.sampler.testing(latent))
 
             async def ask(question: _Question) -> None:
-                judged = await _judge_one(question, items(question.latent), judge, journal, same)
+                if plan:
+                    judged = await _judge_rounds(question, plan, judge, journal, same)
+                else:
+                    judged = await _judge_one(question, items(question.latent), judge, journal, same)
                 if judged and question.control == "none":
                     asked_now.add(question.explanation_id)
 
             if questions:
                 with track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar:
                     await in_flight(questions, ask, concurrency, bar)
-            table = score_table(journal, same["settings_hash"], items)
+            plans = _plans(run, journal)
+            if plan:
+                plans[same["settings_hash"]] = {scorer.name: plan}  # the one whose contexts have been read already
+            table = score_table(journal, same["settings_hash"], items, plans)
             final = _inputs(material, same, control_latents, journal)
             write_table(path, table, inputs=final, material=material.digest)
     for row in _rows(_of_this_judge(table, same)):
@@ -172,7 +195,8 @@ def _inputs(material: Material, same: Mapping[str, str], control_latents: int | 
     *_, failed_verdicts = state = journal.state()
     if failed_verdicts:
         return None
-    return digest({"material": material.digest, "judge": dict(same), "controls": control_latents, "journal": state})
+    depends = {"material": material.digest, "judge": dict(same), "controls": control_latents, "journal": state}
+    return digest({**depends, "columns": COLUMNS})
 
 
 def _of_this_judge(table: pd.DataFrame, same: Mapping[str, str]) -> pd.DataFrame:
@@ -266,11 +290,40 @@ async def _judge_one(
     return len(todo)
 
 
-def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Sequence[Context]]) -> pd.DataFrame:
+async def _judge_rounds(
+    question: _Question, plan: AdaptivePlan, judge: Judge, journal: Journal, same: dict[str, str]
+) -> int:
+    """Judge one question round by round, as far as it takes. Returns how many contexts were asked."""
+    identity = {"latent": question.latent, "explanation_id": question.explanation_id, "control": question.control}
+
+    def labels() -> dict[int, bool | None]:
+        return {**dict.fromkeys(question.seen), **journal.labels(**identity, replicate=0, **same)}
+
+    return await plan.judge(
+        question.latent, labels, lambda contexts: _judge_one(question, contexts, judge, journal, same)
+    )
+
+
+def _plans(run: Run, journal: Journal) -> dict[str, Mapping[str, AdaptivePlan | None]]:
+    """Settings hash → scorer → the plan by which it was judged, of the adaptive set-ups; ``None``: no longer known."""
+    setups = {key: setup for key, setup in journal.setups().items() if "adaptive" in setup}
+    return {
+        key: {name: AdaptivePlan.again(run, scorer(), setup) for name, scorer in SCORERS.items()}
+        for key, setup in setups.items()
+    }
+
+
+def score_table(
+    journal: Journal,
+    settings_hash: str,
+    items: Callable[[int], Sequence[Context]],
+    plans: Mapping[str, Mapping[str, AdaptivePlan | None]] | None = None,
+) -> pd.DataFrame:
     """One row per explanation, judge set-up and control, from the verdicts; failed explanations are rows too.
 
     ``items`` gives what should have been judged of a latent under ``settings_hash``, so that what is missing counts as
-    failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands.
+    failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands. ``plans`` are
+    those of adaptive set-ups, by settings hash and scorer.
     """
     explanations = {row["id"]: row for row in _rows(journal.explanations())}
     verdicts = journal.verdicts()
@@ -280,7 +333,15 @@ def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Seq
     for key, group in verdicts.groupby(keys, sort=True):
         found: dict[str, Any] = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
         explained = explanations[found["explanation_id"]]
-        asked = items(found["latent"]) if found["settings_hash"] == settings_hash else ()
+        scorer = SCORERS[found["scorer"]]()
+        if plans and found["settings_hash"] in plans:
+            plan = plans[found["settings_hash"]].get(found["scorer"])
+            row = (
+                plan.score(found["latent"], group) if plan else scorer.score(group.iloc[:0])._replace(status=_OUTDATED)
+            )
+        else:
+            asked = items(found["latent"]) if found["settings_hash"] == settings_hash else ()
+            row = scorer.score(group, asked)
         rows.append(
             {
                 **_identity(found["latent"], explained),
@@ -291,7 +352,7 @@ def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Seq
                 "judge_prompt_hash": found["prompt_hash"],
                 "control": found["control"],
                 "replicate": found["replicate"],
-                **SCORERS[found["scorer"]]().score(group, asked)._asdict(),
+                **row._asdict(),
             }
         )
     for explained in explanations.values():

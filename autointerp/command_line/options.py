@@ -195,6 +195,19 @@ Protocol = Annotated[
     ),
 ]
 
+Precision = Annotated[
+    float | None,
+    typer.Option(
+        "--precision",
+        help="Judge each explanation in rounds, until the 95 % interval of its balanced accuracy is ± so wide, such as "
+        "0.065. Default: every context of the test set.",
+    ),
+]
+MaxContexts = Annotated[
+    int | None,
+    typer.Option("--max-contexts", help="With --precision: judge at most so many. Default: the test set's size."),
+]
+
 # --- report, show ------------------------------------------------------------------------------------------------
 
 ReportedSae = Annotated[
