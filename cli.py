@@ -235,6 +235,11 @@ def explain(
     api_key_file: opt.KeyFile = None,
     concurrency: opt.Concurrency = 32,
     requests_per_second: opt.Rate = None,
+    dry_run: opt.DryRun = False,
+    budget: opt.Budget = None,
+    price_in: opt.PriceIn = None,
+    price_cached: opt.PriceCached = None,
+    price_out: opt.PriceOut = None,
     root: opt.Root = ROOT,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
@@ -245,6 +250,7 @@ def explain(
     Example: python cli.py explain --sae run_a --unshared-only --latents 300
     """
     from autointerp.backends import LlmOptions
+    from autointerp.cost import parse_budget, prices_of
     from autointerp.explain import explain_runs
     from autointerp.selection import Choice
 
@@ -259,14 +265,22 @@ def explain(
         threshold=threshold,
         with_partners=with_partners,
     )
+    prices = prices_of(price_in, price_cached, price_out)
     options = LlmOptions(
         url=llm_url,
         model=llm_model,
         api_key_file=api_key_file,
         concurrency=concurrency,
         requests_per_second=requests_per_second,
+        budget=parse_budget(budget, prices),
     )
     runs = _opened(sae, root)
+    if dry_run:
+        from autointerp.dry_run import forecast_explain
+
+        forecast = forecast_explain(runs, choice, explainer.value, options, prices)
+        finish(as_json, "explain", forecast.as_dict, forecast.render)
+        return
     outcome = explain_runs(runs, choice, explainer.value, options, _compute(device, threads))
     finish(as_json, "explain", outcome.as_dict, outcome.render)
     exit_if(outcome.n_failed)
@@ -288,6 +302,11 @@ def score(
     protocol: opt.Protocol = "auto",
     precision: opt.Precision = None,
     max_contexts: opt.MaxContexts = None,
+    dry_run: opt.DryRun = False,
+    budget: opt.Budget = None,
+    price_in: opt.PriceIn = None,
+    price_cached: opt.PriceCached = None,
+    price_out: opt.PriceOut = None,
     root: opt.Root = ROOT,
     as_json: opt.Json = False,
 ) -> None:
@@ -300,8 +319,10 @@ def score(
     """
     from autointerp.adaptive import Precision
     from autointerp.backends import LlmOptions
+    from autointerp.cost import parse_budget, prices_of
     from autointerp.score import score_runs
 
+    prices = prices_of(price_in, price_cached, price_out)
     options = LlmOptions(
         url=llm_url,
         model=llm_model,
@@ -311,11 +332,21 @@ def score(
         concurrency=concurrency,
         requests_per_second=requests_per_second,
         protocol=protocol,
+        budget=parse_budget(budget, prices),
     )
     if max_contexts is not None and precision is None:
         raise BadInput("--max-contexts bounds adaptive scoring; give --precision too, such as --precision 0.065")
     rule = None if precision is None else Precision(precision, max_contexts)
     runs = _opened(sae, root) if sae else None
+    if dry_run:
+        from autointerp.dry_run import forecast_score
+        from autointerp.score import explained_runs
+
+        chosen = runs or explained_runs(root)
+        names = tuple(scorer or ("detection",))
+        forecast = forecast_score(chosen, names, judge.value, options, prices, control_latents, rule)
+        finish(as_json, "score", forecast.as_dict, forecast.render)
+        return
     outcome = score_runs(runs, root, tuple(scorer or ("detection",)), judge.value, options, control_latents, rule)
     finish(as_json, "score", outcome.as_dict, outcome.render)
     exit_if(outcome.n_failed)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from autointerp.cost import Budget
 from autointerp.explainers.base import Explainer
 from autointerp.judges.base import Judge
 from sae.errors import BadInput
@@ -30,6 +31,8 @@ class LlmOptions:
     concurrency: int = 32
     requests_per_second: float | None = None
     protocol: str = "auto"
+    budget: Budget | None = None
+    """What the command may spend, the same object for explainer and judge."""
 
     @property
     def named(self) -> bool:

@@ -20,6 +20,7 @@ import pandas as pd
 from autointerp.adaptive import Precision
 from autointerp.backends import LlmOptions, open_judge, resolve
 from autointerp.contexts import Context
+from autointerp.cost import going_on
 from autointerp.journal import Journal, Verdict
 from autointerp.judges.base import Judge
 from autointerp.llm.usage import Usage
@@ -43,7 +44,7 @@ CONTROL_LATENTS = {"ngram": None, "llm": 50}  # a swapped control costs as much 
 
 
 @dataclass(frozen=True)
-class _Question:
+class Question:
     """One latent's contexts under one explanation: its own, or as a control somebody else's."""
 
     latent: int
@@ -71,18 +72,22 @@ def score_runs(
         if name not in SCORERS:
             raise BadInput(f"--scorer {name!r} is not known; choose {nearest(name, SCORERS)}")
     kind = resolve(backend, options.for_judge(), "judge")
-    chosen = _with_explanations(runs, root, options)
-    if not chosen:
-        raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`")
+    chosen = _with_explanations(runs, options) if runs is not None else explained_runs(root)
     if control_latents is None:
         control_latents = CONTROL_LATENTS[kind]
     tested = [SCORERS[name]() for name in scorers]
     return asyncio.run(_score(chosen, root, tested, kind, options, control_latents, precision))
 
 
-def _with_explanations(runs: Sequence[Run] | None, root: Path, options: LlmOptions) -> list[Run]:
-    if runs is None:
-        return [run for run in all_runs(root) if _was_explained(run)]
+def explained_runs(root: Path) -> list[Run]:
+    """The runs under ``root`` that have explanations, or an error that says what to do."""
+    found = [run for run in all_runs(root) if _was_explained(run)]
+    if not found:
+        raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`")
+    return found
+
+
+def _with_explanations(runs: Sequence[Run], options: LlmOptions) -> list[Run]:
     from autointerp.explain import begun_path, explain_runs
     from autointerp.selection import Choice
 
@@ -112,13 +117,19 @@ async def _score(
     precision: Precision | None,
 ) -> Outcome:
     outcome = Outcome("score", [run.name for run in runs])
+    sae = [word for run in runs for word in ("--sae", run.name)]
+    rule = precision.words() if precision else []
+    rule += [word for scorer in scorers for word in ("--scorer", scorer.name)] if len(scorers) > 1 else []
+    rule += ["--protocol", options.protocol] if options.protocol != "auto" else []
+    rule += ["--control-latents", str(control_latents)] if control_latents != CONTROL_LATENTS[kind] else []
+    outcome.retry = command(root, "score", *sae, *rule, *options.words())
     async with open_judge(kind, options, root / "cache.sqlite") as judge:
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
         for run in runs:
             for scorer in scorers:
-                await _score_run(run, scorer, judge, options.concurrency, control_latents, precision, outcome)
-    sae = [word for run in runs for word in ("--sae", run.name)]
-    outcome.retry = command(root, "score", *sae, *(precision.words() if precision else ()), *options.words())
+                await _score_run(
+                    run, scorer, judge, options.concurrency, control_latents, precision, outcome, outcome.retry
+                )
     outcome.next = command(root, "report", "--sae", runs[0].name)
     return outcome
 
@@ -131,41 +142,34 @@ async def _score_run(
     control_latents: int | None,
     precision: Precision | None,
     outcome: Outcome,
+    retry: str,
 ) -> None:
     plan = AdaptivePlan.of(run, scorer, precision) if precision else None
     material = plan.material if plan else Material.of(run)
-    decides = {"judge": judge.settings_hash, "material": material.digest}
-    same = {
-        "judge": judge.name,
-        "scorer": scorer.name,
-        "settings_hash": digest({**decides, "adaptive": plan.identity} if plan else decides),
-        "prompt_hash": judge.prompt_hash,
-        "model": judge.model,
-    }
+    same = judged_by(judge, scorer, material, plan)
     path = run.stage_path("scores")
     asked_now: set[int] = set()
     with Journal(run.journal_path) as journal, journal.claim():
         if plan:
             journal.add_setup(same["settings_hash"], plan.setup)
         explanations = journal.explanations(status="ok")
-        readable = _readable(explanations, judge)
-        if len(readable) < len(explanations):
+        read = readable(explanations, judge)
+        if len(read) < len(explanations):
             outcome.notes.append(
-                f"{run.name}: {len(explanations) - len(readable)} explanations by a language model were left out: the "
+                f"{run.name}: {len(explanations) - len(read)} explanations by a language model were left out: the "
                 f"n-gram judge reads only n-gram explanations; give --llm-url to have them judged"
             )
         inputs = _inputs(material, same, control_latents, journal)
         if inputs is not None and table_metadata(path).get("inputs") == inputs:
             table = read_table(path)  # nothing was added, and nothing failed that could be tried again
         else:
-            questions = [_question(row) for row in _rows(readable)]
-            questions += _controls(run, readable, control_latents)
+            questions = questions_of(run, read, control_latents)
 
             @functools.cache
             def items(latent: int) -> list[Context]:
                 return scorer.items(material.sampler.testing(latent))
 
-            async def ask(question: _Question) -> None:
+            async def ask(question: Question) -> None:
                 if plan:
                     judged = await _judge_rounds(question, plan, judge, journal, same)
                 else:
@@ -174,7 +178,10 @@ async def _score_run(
                     asked_now.add(question.explanation_id)
 
             if questions:
-                with track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar:
+                with (
+                    track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar,
+                    going_on(len(questions), "explanations", retry),
+                ):
                     await in_flight(questions, ask, concurrency, bar)
             plans = _plans(run, journal)
             if plan:
@@ -188,6 +195,18 @@ async def _score_run(
             outcome.n_new += row["explanation_id"] in asked_now
         else:
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
+
+
+def judged_by(judge: Judge, scorer: Scorer, material: Material, plan: AdaptivePlan | None) -> dict[str, str]:
+    """What the verdicts of one set-up have in common, as the journal's columns."""
+    decides = {"judge": judge.settings_hash, "material": material.digest}
+    return {
+        "judge": judge.name,
+        "scorer": scorer.name,
+        "settings_hash": digest({**decides, "adaptive": plan.identity} if plan else decides),
+        "prompt_hash": judge.prompt_hash,
+        "model": judge.model,
+    }
 
 
 def _inputs(material: Material, same: Mapping[str, str], control_latents: int | None, journal: Journal) -> str | None:
@@ -214,12 +233,18 @@ def _of_this_judge(table: pd.DataFrame, same: Mapping[str, str]) -> pd.DataFrame
     return found[judged | unexplained]
 
 
-def _readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
+def readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
     """The explanations that the judge can read: the n-gram judge parses one form of sentence, its explainer's."""
     return explanations[explanations["explainer"] == "ngram"] if judge.name == "ngram" else explanations
 
 
-def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[_Question]:
+def questions_of(run: Run, explanations: pd.DataFrame, control_latents: int | None) -> list[Question]:
+    """What is to be judged of ``explanations`` (see :func:`readable`): each, and up to so many controls."""
+    own = [_question(row) for row in _rows(explanations)]
+    return [*own, *_controls(run, explanations, control_latents)]
+
+
+def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[Question]:
     """For up to ``n`` latents of each set-up, the explanation of a dissimilar latent in place of their own."""
     from safetensors import safe_open
 
@@ -239,9 +264,9 @@ def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return cast(list[dict[str, Any]], table.to_dict("records"))
 
 
-def _question(explanation: Mapping[str, Any]) -> _Question:
+def _question(explanation: Mapping[str, Any]) -> Question:
     """A row of the journal's explanations as the question whether it is right."""
-    return _Question(
+    return Question(
         int(explanation["latent"]), int(explanation["id"]), explanation["text"], frozenset(explanation["contexts"])
     )
 
@@ -252,7 +277,7 @@ def _first_by_hash(latents: Sequence[int], n: int | None) -> list[int]:
 
 
 async def _judge_one(
-    question: _Question, items: Sequence[Context], judge: Judge, journal: Journal, same: dict[str, str]
+    question: Question, items: Sequence[Context], judge: Judge, journal: Journal, same: dict[str, str]
 ) -> int:
     """Judge what has no verdict yet of one question, journalling request by request. Returns how many those were."""
     done = journal.judged(
@@ -291,7 +316,7 @@ async def _judge_one(
 
 
 async def _judge_rounds(
-    question: _Question, plan: AdaptivePlan, judge: Judge, journal: Journal, same: dict[str, str]
+    question: Question, plan: AdaptivePlan, judge: Judge, journal: Journal, same: dict[str, str]
 ) -> int:
     """Judge one question round by round, as far as it takes. Returns how many contexts were asked."""
     identity = {"latent": question.latent, "explanation_id": question.explanation_id, "control": question.control}

@@ -208,6 +208,20 @@ MaxContexts = Annotated[
     typer.Option("--max-contexts", help="With --precision: judge at most so many. Default: the test set's size."),
 ]
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what it would cost: requests, tokens, time and price. Asks nothing.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option("--budget", help="Stop cleanly before this is overdrawn: tokens (2M) or dollars ('$5', with prices)."),
+]
+PriceIn = Annotated[float | None, typer.Option("--price-in", help="Dollars for a million prompt tokens.")]
+PriceCached = Annotated[
+    float | None,
+    typer.Option("--price-cached", help="The same, for those that the server has cached. Default: --price-in."),
+]
+PriceOut = Annotated[float | None, typer.Option("--price-out", help="Dollars for a million written tokens.")]
+
 # --- report, show ------------------------------------------------------------------------------------------------
 
 ReportedSae = Annotated[

@@ -35,6 +35,7 @@ from sae.progress import say
 
 if TYPE_CHECKING:
     from autointerp.backends import LlmOptions
+    from autointerp.cost import Budget
 
 T = TypeVar("T")
 
@@ -61,6 +62,7 @@ class LlmClient:
     :param answer_tries: how often a question is put when the answers cannot be used.
     :param backoff: scale of the first pause between tries, in seconds; pauses double and are randomised.
     :param patience: requests in a row that may fail after all their tries before the server is given up.
+    :param budget: what may be spent; ``None`` for no limit.
     :raises BadInput: the URL or the key cannot be one.
     """
 
@@ -78,6 +80,7 @@ class LlmClient:
         answer_tries: int = 3,
         backoff: float = 0.5,
         patience: int = 10,
+        budget: Budget | None = None,
     ) -> None:
         self._candidates = candidates(base_url)
         self.url = self._candidates[0]
@@ -91,6 +94,7 @@ class LlmClient:
         self._concurrency, self._rate = concurrency, requests_per_second
         self._timeout, self._tries, self._answer_tries = timeout, tries, answer_tries
         self._backoff, self._patience = backoff, patience
+        self._budget = budget
         self._session: _Session | None = None
         self._found = False
         self._not_before = 0.0
@@ -259,11 +263,16 @@ class LlmClient:
         sendings = 0
 
         async def once() -> Answer:
-            nonlocal sendings
             while (pause := self._not_before - time.monotonic()) > 0:
                 await asyncio.sleep(pause)
             if session.throttle is not None:
                 await session.throttle.acquire()
+            if self._budget is not None:
+                return await self._budget.spend(request, send)
+            return await send()
+
+        async def send() -> Answer:
+            nonlocal sendings
             sendings += 1
             return await self._send(request)
 
@@ -413,6 +422,7 @@ async def open_client(options: LlmOptions, cache: Path) -> AsyncIterator[LlmClie
             cache=answers,
             concurrency=options.concurrency,
             requests_per_second=options.requests_per_second,
+            budget=options.budget,
         ) as client:
             await client.check()
             yield client
