@@ -300,6 +300,7 @@ def score(
     concurrency: opt.Concurrency = 32,
     requests_per_second: opt.Rate = None,
     protocol: opt.Protocol = "auto",
+    contexts_per_request: opt.ContextsPerRequest = 5,
     precision: opt.Precision = None,
     max_contexts: opt.MaxContexts = None,
     dry_run: opt.DryRun = False,
@@ -332,6 +333,7 @@ def score(
         concurrency=concurrency,
         requests_per_second=requests_per_second,
         protocol=protocol,
+        contexts_per_request=contexts_per_request,
         budget=parse_budget(budget, prices),
     )
     if max_contexts is not None and precision is None:

@@ -31,6 +31,8 @@ class LlmOptions:
     concurrency: int = 32
     requests_per_second: float | None = None
     protocol: str = "auto"
+    contexts_per_request: int = 5
+    """In a request of the batch protocol."""
     budget: Budget | None = None
     """What the command may spend, the same object for explainer and judge."""
 
@@ -98,4 +100,4 @@ async def open_judge(backend: str, options: LlmOptions, cache: Path) -> AsyncIte
     from autointerp.llm.client import open_client
 
     async with open_client(chosen, cache) as client:
-        yield await open_llm_judge(client, options.protocol)
+        yield await open_llm_judge(client, options.protocol, options.contexts_per_request)

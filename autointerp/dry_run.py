@@ -163,7 +163,12 @@ def forecast_score(
     n_controls = CONTROL_LATENTS[kind] if control_latents is None else control_latents
 
     def lay_out(client: LlmClient, kept: Callable[[Request], bool]) -> _Asked:
-        judge, asked = LlmJudge(client, "single" if options.protocol == "single" else "batch"), _Asked()
+        asked, protocol = _Asked(), options.protocol
+        judge = LlmJudge(
+            client,
+            "single" if protocol == "single" else "batch",
+            contexts_per_request=options.contexts_per_request,
+        )
         for run in runs:
             for name in scorers:
                 _of_run(run, name, judge, n_controls, precision, asked, kept)

@@ -121,6 +121,8 @@ async def _score(
     rule = precision.words() if precision else []
     rule += [word for scorer in scorers for word in ("--scorer", scorer.name)] if len(scorers) > 1 else []
     rule += ["--protocol", options.protocol] if options.protocol != "auto" else []
+    size = options.contexts_per_request
+    rule += ["--contexts-per-request", str(size)] if size != LlmOptions.contexts_per_request else []
     rule += ["--control-latents", str(control_latents)] if control_latents != CONTROL_LATENTS[kind] else []
     outcome.retry = command(root, "score", *sae, *rule, *options.words())
     async with open_judge(kind, options, root / "cache.sqlite") as judge:

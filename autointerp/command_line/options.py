@@ -194,7 +194,15 @@ Protocol = Annotated[
         help="How the judge is asked: batch (several contexts a request), single (one, with log-probabilities), auto.",
     ),
 ]
-
+ContextsPerRequest = Annotated[
+    int,
+    typer.Option(
+        "--contexts-per-request",
+        min=1,
+        max=50,
+        help="Of the batch protocol. More cost fewer prompt tokens, and ask more of the model in one answer.",
+    ),
+]
 Precision = Annotated[
     float | None,
     typer.Option(

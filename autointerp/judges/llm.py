@@ -143,10 +143,10 @@ class LlmJudge:
         return [parse_single(answer)] if self.protocol == "single" else parse_batch(answer, n)
 
 
-async def open_llm_judge(client: LlmClient, protocol: str = "auto") -> LlmJudge:
+async def open_llm_judge(client: LlmClient, protocol: str = "auto", contexts_per_request: int = 5) -> LlmJudge:
     """The judge for a protocol by name, its model checked. ``auto`` is ``batch``: the published one, and cheap."""
     await client.check()
-    return LlmJudge(client, "single" if protocol == "single" else "batch")
+    return LlmJudge(client, "single" if protocol == "single" else "batch", contexts_per_request=contexts_per_request)
 
 
 def labels_schema(n: int) -> dict[str, Any]:
