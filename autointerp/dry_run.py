@@ -6,7 +6,8 @@ cache), the server's ``/tokenize`` (vLLM), ``tiktoken``, and at last characters 
 token), which is said to be an estimate. Nothing is sent but, at most, requests for ``/models`` and ``/tokenize``.
 
 Cached are the prompt's leading blocks of 16 tokens that an earlier request had too, as vLLM keeps them, requests one
-after another and nothing evicted. With adaptive scoring the number of rounds is not known: counts are then the most.
+after another and nothing evicted (on a CPU its blocks have 128, and less is cached). With adaptive scoring the number
+of rounds is not known: counts are then the most.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from autointerp.journal import Journal
 from autointerp.judges.llm import LlmJudge
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Message
-from autointerp.llm.tokens import block_keys, local_tokenizer
+from autointerp.llm.tokens import BLOCK, block_keys, local_tokenizer
 from autointerp.material import Material
 from autointerp.rounds import AdaptivePlan
 from autointerp.scorers import DetectionScorer
@@ -50,6 +50,7 @@ from sae.run import Run
 ROOT = Path(__file__).resolve().parent.parent
 DELPHI = "eai-delphi==0.1.3"
 SHOWN = 5  # delphi's num_examples_per_scorer_prompt
+CPU_BLOCK = 128  # tokens in a block of vLLM's prefix cache on CPUs
 BUNDLED = ROOT / "sae" / "subjects" / "pystdlib-4m"
 
 Messages = Sequence[Message]
@@ -138,7 +139,9 @@ def latents_of(run: Run, most: int) -> list[Latent]:
     return whole
 
 
-async def cost(ask: Ask, chosen: Sequence[tuple[Latent, list[list[Context]]]], model: str) -> dict[str, float]:
+async def cost(
+    ask: Ask, chosen: Sequence[tuple[Latent, list[list[Context]]]], model: str, block: int = BLOCK
+) -> dict[str, float]:
     """Per latent: requests, prompt tokens, and those that no earlier request had as whole leading blocks."""
     tokenize = local_tokenizer(model)
     assert tokenize is not None, f"{model} has no tokenizer with a chat template here"
@@ -149,7 +152,7 @@ async def cost(ask: Ask, chosen: Sequence[tuple[Latent, list[list[Context]]]], m
             total[3] += len(contexts)
             for messages in ask(latent.text, contexts):
                 tokens = await tokenize(messages)
-                total[:3] += 1, len(tokens), len(tokens) - block_keys(tokens, known)
+                total[:3] += 1, len(tokens), len(tokens) - block_keys(tokens, known, block)
     requests, prompt, uncached, judged = (total / len(chosen)).tolist()
     return {"contexts": judged, "requests": requests, "prompt_tokens": prompt, "uncached_tokens": uncached}
 
@@ -212,37 +215,39 @@ def _row(name: str, setting: str, ours: dict[str, float], theirs: dict[str, floa
 
 
 def measured(latents: Sequence[Latent], python: Path, model: Path) -> list[dict[str, Any]]:
-    """The same requests to a real vLLM, one after another, from an empty cache: its counters and the arithmetic."""
+    """The same requests to a real vLLM on the CPU, one after another: its counters, and the arithmetic."""
     sys.path.insert(0, str(ROOT / "tests" / "integration"))
     import vllm_server
 
     vllm_server.PYTHON = python.absolute()
     ways = {"delphi": asks_like_delphi(delphi_prompt()), "batch of 5": asks_like_us(model.name, "batch")}
     ways |= {"batch of 20": asks_like_us(model.name, "batch", 20), "single": asks_like_us(model.name, "single")}
+    chosen = [(x, [x.first(10)]) for x in latents]
     rows = []
-    for name, ask in ways.items():
-        chosen = [(x, [x.first(10)]) for x in latents]
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            vllm_server.VllmServer(model, Path(folder) / "vllm.log") as server,
-        ):
-            api = openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0)
+    with tempfile.TemporaryDirectory() as folder, vllm_server.VllmServer(model, Path(folder) / "vllm.log") as server:
+        api = openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0)
+        for name, ask in ways.items():
+            before = [server.metric(f"vllm:prefix_cache_{what}_total") for what in ("queries", "hits")]
             for latent, parts in chosen:
                 for messages in ask(latent.text, parts[0]):
                     sent: Any = list(messages)
-                    api.chat.completions.create(model=model.name, messages=sent, max_tokens=1, temperature=0)
-            queries, hits = (server.metric(f"vllm:prefix_cache_{what}_total") for what in ("queries", "hits"))
-        counted = asyncio.run(cost(ask, chosen, str(model)))
-        n = len(chosen)
-        rows.append(
-            {
-                "name": f"vLLM, {name}",
-                "setting": f"{n} latents, 10 contexts of each kind",
-                "prompt_tokens": queries / n,
-                "uncached_tokens": (queries - hits) / n,
-                "counted": {key: round(value, 1) for key, value in counted.items()},
-            }
-        )
+                    own = {"cache_salt": name}  # nobody finds in the cache what another way has left there
+                    api.chat.completions.create(
+                        model=model.name, messages=sent, max_tokens=1, temperature=0, extra_body=own
+                    )
+            after = [server.metric(f"vllm:prefix_cache_{what}_total") for what in ("queries", "hits")]
+            queries, hits = (b - a for a, b in zip(before, after, strict=True))
+            counted = asyncio.run(cost(ask, chosen, str(model), CPU_BLOCK))
+            n = len(chosen)
+            rows.append(
+                {
+                    "name": f"vLLM, {name}",
+                    "setting": f"{n} latents, 10 contexts of each kind",
+                    "prompt_tokens": queries / n,
+                    "uncached_tokens": (queries - hits) / n,
+                    "counted": {key: round(value, 1) for key, value in counted.items()},
+                }
+            )
     return rows
 
 

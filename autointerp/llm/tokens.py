@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from autointerp.llm.client import LlmClient
 
 BLOCK = 16
-"""Tokens in a block of vLLM's prefix cache."""
+"""Tokens in a block of vLLM's prefix cache on GPUs (on CPUs it has 128)."""
 CHARACTERS = 4.0
 """To a token, where nothing better is known."""
 _AROUND = 4  # tokens that a template puts around a message, about
@@ -150,17 +150,18 @@ def characters(messages: Sequence[Message]) -> int:
     return sum(len(message["content"]) for message in messages)
 
 
-def block_keys(tokens: Tokens, known: set[bytes]) -> int:
+def block_keys(tokens: Tokens, known: set[bytes], size: int = BLOCK) -> int:
     """How many leading tokens of a prompt a prefix cache has, which then learns the prompt.
 
     Whole blocks only, and never the last token, from which the answer begins.
 
     :param known: digests of the blocks seen so far, each with all before it; grows.
+    :param size: tokens in a block.
     """
     cached, hit = 0, True
     state = hashlib.blake2b(digest_size=16)
-    for end in range(BLOCK, len(tokens) + 1, BLOCK):
-        state.update(repr(tokens[end - BLOCK : end]).encode())
+    for end in range(size, len(tokens) + 1, size):
+        state.update(repr(tokens[end - size : end]).encode())
         key = state.digest()
         hit = hit and key in known
         if hit and end < len(tokens):
