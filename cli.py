@@ -245,6 +245,11 @@ def explain(
     concurrency: opt.Concurrency = 32,
     requests_per_second: opt.Rate = None,
     tokens_per_minute: opt.TokenRate = None,
+    dry_run: opt.DryRun = False,
+    budget: opt.Budget = None,
+    price_in: opt.PriceIn = None,
+    price_cached: opt.PriceCached = None,
+    price_out: opt.PriceOut = None,
     root: opt.Root = ROOT,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
@@ -258,6 +263,7 @@ def explain(
     python cli.py explain --sae run_a --vllm Qwen/Qwen2.5-7B-Instruct --vllm-args '--max-model-len 8192'
     """
     from autointerp.backends import LlmOptions
+    from autointerp.cost import parse_budget, prices_of
     from autointerp.explain import explain_runs
     from autointerp.selection import Choice
 
@@ -272,6 +278,7 @@ def explain(
         threshold=threshold,
         with_partners=with_partners,
     )
+    prices = prices_of(price_in, price_cached, price_out)
     options = LlmOptions(
         url=tuple(llm_url or ()),
         model=llm_model,
@@ -283,8 +290,15 @@ def explain(
         vllm_args=vllm_args,
         vllm_timeout=vllm_timeout,
         tokens_per_minute=tokens_per_minute,
+        budget=parse_budget(budget, prices),
     )
     runs = _opened(sae, root)
+    if dry_run:
+        from autointerp.dry_run import forecast_explain
+
+        forecast = forecast_explain(runs, choice, explainer.value, options, prices)
+        finish(as_json, "explain", forecast.as_dict, forecast.render)
+        return
     outcome = explain_runs(runs, choice, explainer.value, options, _compute(device, threads))
     finish(as_json, "explain", outcome.as_dict, outcome.render)
     exit_if(outcome.n_failed)
@@ -310,6 +324,14 @@ def score(
     requests_per_second: opt.Rate = None,
     tokens_per_minute: opt.TokenRate = None,
     protocol: opt.Protocol = "auto",
+    contexts_per_request: opt.ContextsPerRequest = None,
+    precision: opt.Precision = None,
+    max_contexts: opt.MaxContexts = None,
+    dry_run: opt.DryRun = False,
+    budget: opt.Budget = None,
+    price_in: opt.PriceIn = None,
+    price_cached: opt.PriceCached = None,
+    price_out: opt.PriceOut = None,
     root: opt.Root = ROOT,
     as_json: opt.Json = False,
 ) -> None:
@@ -317,10 +339,15 @@ def score(
 
     Balanced accuracy and AUROC with 95 % intervals, and the same with explanations swapped between dissimilar latents,
     which says what a meaningless explanation would have scored.
+
+    Example: python cli.py score --sae run_a --precision 0.065 --max-contexts 200
     """
+    from autointerp.adaptive import Precision
     from autointerp.backends import LlmOptions
+    from autointerp.cost import parse_budget, prices_of
     from autointerp.score import score_runs
 
+    prices = prices_of(price_in, price_cached, price_out)
     options = LlmOptions(
         url=tuple(llm_url or ()),
         model=llm_model,
@@ -336,9 +363,23 @@ def score(
         vllm_python=vllm_python,
         vllm_args=vllm_args,
         vllm_timeout=vllm_timeout,
+        contexts_per_request=contexts_per_request,
+        budget=parse_budget(budget, prices),
     )
+    if max_contexts is not None and precision is None:
+        raise BadInput("--max-contexts bounds adaptive scoring; give --precision too, such as --precision 0.065")
+    rule = None if precision is None else Precision(precision, max_contexts)
     runs = _opened(sae, root) if sae else None
-    outcome = score_runs(runs, root, tuple(scorer or ("detection",)), judge.value, options, control_latents)
+    if dry_run:
+        from autointerp.dry_run import forecast_score
+        from autointerp.score import explained_runs
+
+        chosen = runs or explained_runs(root)
+        names = tuple(scorer or ("detection",))
+        forecast = forecast_score(chosen, names, judge.value, options, prices, control_latents, rule)
+        finish(as_json, "score", forecast.as_dict, forecast.render)
+        return
+    outcome = score_runs(runs, root, tuple(scorer or ("detection",)), judge.value, options, control_latents, rule)
     finish(as_json, "score", outcome.as_dict, outcome.render)
     exit_if(outcome.n_failed)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autointerp.cost import Budget
 from autointerp.explainers.base import Explainer
 from autointerp.judges.base import Judge
 from autointerp.method import Method
@@ -48,6 +49,10 @@ class LlmOptions:
     vllm_timeout: float = VLLM_TIMEOUT
     servers: OneServer | None = field(default=None, repr=False, compare=False)
     """Keeps the server from one part of a command to the next; see :func:`kept_server`."""
+    contexts_per_request: int | None = None
+    """In a request of the batch protocol; ``None`` leaves it to the judge."""
+    budget: Budget | None = None
+    """What the command may spend, the same object for explainer and judge."""
 
     def __post_init__(self) -> None:
         for flag, vllm, url in (("", self.vllm, self.url), ("judge-", self.judge_vllm, self.judge_url)):
@@ -172,7 +177,7 @@ async def open_judge(backend: str, options: LlmOptions, cache: Path) -> AsyncIte
     from autointerp.judges.llm import open_llm_judge
 
     async with _open_client(chosen, cache) as client:
-        yield await open_llm_judge(client, options.protocol)
+        yield await open_llm_judge(client, options.protocol, options.contexts_per_request)
 
 
 @asynccontextmanager

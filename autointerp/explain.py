@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from autointerp.backends import LlmOptions, lacks, open_explainer, resolve
+from autointerp.cost import going_on
 from autointerp.explainers.base import Explainer
 from autointerp.journal import Journal
 from autointerp.material import Material
@@ -30,7 +31,7 @@ from sae.stage import Compute
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """The latents of one run that are to be explained."""
 
     run: Run
@@ -50,13 +51,13 @@ def explain_runs(
     return outcome
 
 
-def _prepare(runs: Sequence[Run], choice: Choice, compute: Compute) -> list[_Task]:
+def _prepare(runs: Sequence[Run], choice: Choice, compute: Compute) -> list[Task]:
     """What is to be explained, after the stages that it takes to know."""
     for run in runs:
         ensure_harvested([run, *run.siblings()] if choice.needs_alignment else [run], compute)
         if choice.needs_alignment:
             ensure_aligned(run, compute)
-    return [task for run in runs for task in _plan(run, choice)]
+    return [task for run in runs for task in plan_latents(run, choice)]
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -68,7 +69,8 @@ def begun_path(run: Run) -> Path:
     return run.folder / ".explaining"
 
 
-def _plan(run: Run, choice: Choice) -> list[_Task]:
+def plan_latents(run: Run, choice: Choice) -> list[Task]:
+    """What is to be explained of a run that is harvested (and aligned, where the choice needs that)."""
     eligibility = Material.of(run).eligibility()
     eligible = eligibility["latent"][eligibility["eligible"]].tolist()
     table = read_table(run.stage_path("overlap")) if choice.needs_alignment else pd.DataFrame()
@@ -81,12 +83,12 @@ def _plan(run: Run, choice: Choice) -> list[_Task]:
             f"run {run.name!r}: no latent fits (asked for: {choice.sharing}, {len(eligible)} eligible in all); "
             "ask for another class, another --threshold, or harvest more tokens"
         )
-    tasks = [_Task(run, latents)]
+    tasks = [Task(run, latents)]
     if choice.with_partners:
         for sibling in run.siblings():
             theirs = Material.of(sibling).eligibility()
             able = set(theirs["latent"][theirs["eligible"]])
-            tasks.append(_Task(sibling, [x for x in partners(table, sibling.name, latents) if x in able]))
+            tasks.append(Task(sibling, [x for x in partners(table, sibling.name, latents) if x in able]))
     return tasks
 
 
@@ -97,8 +99,10 @@ async def _explain(runs: Sequence[Run], choice: Choice, kind: str, options: LlmO
     async with open_explainer(kind, options, root / "cache.sqlite") as explainer:
         outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
         tasks = _prepare(runs, choice, compute)
+        named = [word for name in _names(runs) for word in ("--sae", name)]
+        retry = command(root, "explain", *named, *choice.words(), *options.words())
         for task in tasks:
-            await _explain_run(task, explainer, options.concurrency, outcome)
+            await _explain_run(task, explainer, options.concurrency, outcome, retry)
         outcome.notes += lacks(explainer)
     outcome.runs = list(dict.fromkeys(task.run.name for task in tasks))
     asked, explained = ([word for name in names for word in ("--sae", name)] for names in (_names(runs), outcome.runs))
@@ -107,7 +111,7 @@ async def _explain(runs: Sequence[Run], choice: Choice, kind: str, options: LlmO
     return outcome
 
 
-async def _explain_run(task: _Task, explainer: Explainer, concurrency: int, outcome: Outcome) -> None:
+async def _explain_run(task: Task, explainer: Explainer, concurrency: int, outcome: Outcome, retry: str) -> None:
     material = Material.of(task.run)
     settings_hash = digest({"explainer": explainer.settings_hash, "material": material.digest})
     same: dict[str, Any] = {
@@ -145,6 +149,9 @@ async def _explain_run(task: _Task, explainer: Explainer, concurrency: int, outc
                 outcome.n_new += 1
 
         if todo:
-            with track(f"explain {task.run.name}", len(task.latents), "latents", done=before) as bar:
+            with (
+                track(f"explain {task.run.name}", len(task.latents), "latents", done=before) as bar,
+                going_on(len(todo), "latents", retry),
+            ):
                 await in_flight(todo, explain_one, concurrency, bar)
         outcome.n_done += len(journal.explanations(status="ok", draw=0, latent=task.latents, **same))

@@ -85,6 +85,13 @@ _MIGRATIONS = (
         created TEXT NOT NULL
     )
     """,
+    # 2: what a settings hash stands for, where scoring again from verdicts needs to know it.
+    """
+    CREATE TABLE setup (
+        settings_hash TEXT PRIMARY KEY,
+        settings TEXT NOT NULL
+    ) WITHOUT ROWID
+    """,
 )
 
 _EXPLANATION_FILTERS = {
@@ -271,6 +278,26 @@ class Journal:
         with self._database.reading() as connection:
             rows = connection.execute(f"SELECT context FROM verdict WHERE {where} AND failure IS NULL", values)
             return {int(row[0]) for row in rows}
+
+    def labels(self, **filters: Any) -> dict[int, bool | None]:
+        """Window id → the judge's label, ``None`` where it failed, under ``filters`` (see :meth:`verdicts`)."""
+        where, values = _where(_VERDICT_FILTERS, filters)
+        with self._database.reading() as connection:
+            rows = connection.execute(f"SELECT context, label FROM verdict WHERE {where}", values)
+            return {int(window): None if label is None else bool(label) for window, label in rows}
+
+    # set-ups
+
+    def add_setup(self, settings_hash: str, settings: Mapping[str, Any]) -> None:
+        """Keep what ``settings_hash`` stands for; a hash that is known already stays as it is."""
+        with self._database.writing() as connection:
+            connection.execute("INSERT OR IGNORE INTO setup VALUES (?, ?)", (settings_hash, json.dumps(settings)))
+
+    def setups(self) -> dict[str, dict[str, Any]]:
+        """Settings hash → what it stands for, of the set-ups that were kept."""
+        with self._database.reading() as connection:
+            rows = connection.execute("SELECT settings_hash, settings FROM setup").fetchall()
+        return {str(row[0]): json.loads(row[1]) for row in rows}
 
     def state(self) -> list[int]:
         """Numbers that change with whatever is added or mended: what is made from the journal records them."""

@@ -32,6 +32,7 @@ _BINS = 30
 _SCORE_COLUMNS = (
     *("explanation_id", "explainer", "judge", "model", "scorer", "control", "status", "balanced_accuracy"),
     *("ba_low", "ba_high", "tpr", "tnr", "auroc", "auroc_low", "auroc_high", "n_active", "n_inactive", "n_failed"),
+    *("precision", "stopped"),
 )
 
 

@@ -13,6 +13,7 @@ from sae.files import digest, read_table, write_table
 from sae.firings import FiringStore
 from sae.progress import track
 from sae.run import Run
+from sae.settings import ContextSettings
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,15 @@ class Material:
     sampler: ContextSampler
 
     @classmethod
-    def of(cls, run: Run) -> Material:
+    def of(cls, run: Run, settings: ContextSettings | None = None) -> Material:
+        """``settings`` in place of the run's own, for a test set of another size."""
         store = run.store()
-        return cls(run, store, ContextSampler(store, store.corpus.decode, run.settings.contexts))
+        return cls(run, store, ContextSampler(store, store.corpus.decode, settings or run.settings.contexts))
 
     @functools.cached_property
     def digest(self) -> str:
         """Two runs of a command with the same digest draw the same contexts for every latent. 64 hex characters."""
-        contexts: dict[str, Any] = self.run.settings.contexts.model_dump(mode="json")
+        contexts: dict[str, Any] = self.sampler.settings.model_dump(mode="json")
         return digest({"store": self.store.digest, "contexts": contexts, "method": METHOD})
 
     def eligibility(self) -> pd.DataFrame:

@@ -17,12 +17,15 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
+from autointerp.adaptive import Precision
 from autointerp.backends import LlmOptions, capabilities, kept_server, lacks, open_judge, resolve
 from autointerp.contexts import Context
+from autointerp.cost import going_on
 from autointerp.journal import Journal, Verdict
 from autointerp.judges.base import Judge
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
+from autointerp.rounds import AdaptivePlan
 from autointerp.scorers import SCORERS, Scorer
 from autointerp.scorers.base import ScoreRow
 from autointerp.scorers.controls import swap_partners
@@ -38,11 +41,12 @@ _PARTS_AT_ONCE = 32
 """Requests about one explanation that may be under way together."""
 COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow._fields)
 """Of the score table. All are there even when every explanation failed and nothing was judged."""
+_OUTDATED = "failed: judged in rounds of contexts that a later harvest replaced; score again"
 CONTROL_LATENTS = {"ngram": None, "llm": 50}  # a swapped control costs as much as the score; None: all latents
 
 
 @dataclass(frozen=True)
-class _Question:
+class Question:
     """One latent's contexts under one explanation: its own, or as a control somebody else's."""
 
     latent: int
@@ -59,9 +63,11 @@ def score_runs(
     backend: str,
     options: LlmOptions,
     control_latents: int | None = None,
+    precision: Precision | None = None,
 ) -> Outcome:
     """Score the stored explanations of ``runs``, or of every run under ``root``; see this module's head.
 
+    With a ``precision`` each explanation is judged in rounds, until its score is known so well (``adaptive``).
     Named runs without explanations are explained first. Without names nothing is ever explained.
     """
     for name in scorers:
@@ -70,18 +76,21 @@ def score_runs(
     kind = resolve(backend, options.for_judge(), "judge")
     if control_latents is None:
         control_latents = CONTROL_LATENTS[kind]
+    tested = [SCORERS[name]() for name in scorers]
     with kept_server(options) as options:
-        chosen = _with_explanations(runs, root, options)
-        if not chosen:
-            raise BadInput(
-                f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`"
-            )
-        return asyncio.run(_score(chosen, root, [SCORERS[name]() for name in scorers], kind, options, control_latents))
+        chosen = _with_explanations(runs, options) if runs is not None else explained_runs(root)
+        return asyncio.run(_score(chosen, root, tested, kind, options, control_latents, precision))
 
 
-def _with_explanations(runs: Sequence[Run] | None, root: Path, options: LlmOptions) -> list[Run]:
-    if runs is None:
-        return [run for run in all_runs(root) if _was_explained(run)]
+def explained_runs(root: Path) -> list[Run]:
+    """The runs under ``root`` that have explanations, or an error that says what to do."""
+    found = [run for run in all_runs(root) if _was_explained(run)]
+    if not found:
+        raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`")
+    return found
+
+
+def _with_explanations(runs: Sequence[Run], options: LlmOptions) -> list[Run]:
     from autointerp.explain import begun_path, explain_runs
     from autointerp.selection import Choice
 
@@ -108,61 +117,82 @@ async def _score(
     kind: str,
     options: LlmOptions,
     control_latents: int | None,
+    precision: Precision | None,
 ) -> Outcome:
     outcome = Outcome("score", [run.name for run in runs])
+    sae = [word for run in runs for word in ("--sae", run.name)]
+    rule = precision.words() if precision else []
+    rule += [word for scorer in scorers for word in ("--scorer", scorer.name)] if len(scorers) > 1 else []
+    rule += ["--protocol", options.protocol] if options.protocol != "auto" else []
+    size = options.contexts_per_request
+    rule += ["--contexts-per-request", str(size)] if size is not None else []
+    rule += ["--control-latents", str(control_latents)] if control_latents != CONTROL_LATENTS[kind] else []
+    outcome.retry = command(root, "score", *sae, *rule, *options.words())
     async with open_judge(kind, options, root / "cache.sqlite") as judge:
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
         for run in runs:
             for scorer in scorers:
-                await _score_run(run, scorer, judge, options.concurrency, control_latents, outcome)
+                await _score_run(
+                    run, scorer, judge, options.concurrency, control_latents, precision, outcome, outcome.retry
+                )
         outcome.notes += lacks(judge)
-    sae = [word for run in runs for word in ("--sae", run.name)]
-    outcome.retry = command(root, "score", *sae, *options.words())
     outcome.next = command(root, "report", "--sae", runs[0].name)
     return outcome
 
 
 async def _score_run(
-    run: Run, scorer: Scorer, judge: Judge, concurrency: int, control_latents: int | None, outcome: Outcome
+    run: Run,
+    scorer: Scorer,
+    judge: Judge,
+    concurrency: int,
+    control_latents: int | None,
+    precision: Precision | None,
+    outcome: Outcome,
+    retry: str,
 ) -> None:
-    material = Material.of(run)
-    same = {
-        "judge": judge.name,
-        "scorer": scorer.name,
-        "settings_hash": digest({"judge": judge.settings_hash, "material": material.digest}),
-        "prompt_hash": judge.prompt_hash,
-        "model": judge.model,
-    }
+    plan = AdaptivePlan.of(run, scorer, precision) if precision else None
+    material = plan.material if plan else Material.of(run)
+    same = judged_by(judge, scorer, material, plan)
     path = run.stage_path("scores")
     asked_now: set[int] = set()
     with Journal(run.journal_path) as journal, journal.claim():
+        if plan:
+            journal.add_setup(same["settings_hash"], plan.setup)
         explanations = journal.explanations(status="ok")
-        readable = _readable(explanations, judge)
-        if len(readable) < len(explanations):
+        read = readable(explanations, judge)
+        if len(read) < len(explanations):
             outcome.notes.append(
-                f"{run.name}: {len(explanations) - len(readable)} explanations by a language model were left out: the "
+                f"{run.name}: {len(explanations) - len(read)} explanations by a language model were left out: the "
                 f"n-gram judge reads only n-gram explanations; give --llm-url to have them judged"
             )
         inputs = _inputs(material, same, control_latents, journal)
         if inputs is not None and table_metadata(path).get("inputs") == inputs:
             table = read_table(path)  # nothing was added, and nothing failed that could be tried again
         else:
-            questions = [_question(row) for row in _rows(readable)]
-            questions += _controls(run, readable, control_latents)
+            questions = questions_of(run, read, control_latents)
 
             @functools.cache
             def items(latent: int) -> list[Context]:
                 return scorer.items(material.sampler.testing(latent))
 
-            async def ask(question: _Question) -> None:
-                judged = await _judge_one(question, items(question.latent), judge, journal, same)
+            async def ask(question: Question) -> None:
+                if plan:
+                    judged = await _judge_rounds(question, plan, judge, journal, same)
+                else:
+                    judged = await _judge_one(question, items(question.latent), judge, journal, same)
                 if judged and question.control == "none":
                     asked_now.add(question.explanation_id)
 
             if questions:
-                with track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar:
+                with (
+                    track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar,
+                    going_on(len(questions), "explanations", retry),
+                ):
                     await in_flight(questions, ask, concurrency, bar)
-            table = score_table(journal, same["settings_hash"], items)
+            plans = _plans(run, journal)
+            if plan:
+                plans[same["settings_hash"]] = {scorer.name: plan}  # the one whose contexts have been read already
+            table = score_table(journal, same["settings_hash"], items, plans)
             final = _inputs(material, same, control_latents, journal)
             write_table(path, table, inputs=final, material=material.digest, capabilities=capabilities(judge))
     for row in _rows(_of_this_judge(table, same)):
@@ -173,12 +203,25 @@ async def _score_run(
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
 
 
+def judged_by(judge: Judge, scorer: Scorer, material: Material, plan: AdaptivePlan | None) -> dict[str, str]:
+    """What the verdicts of one set-up have in common, as the journal's columns."""
+    decides = {"judge": judge.settings_hash, "material": material.digest}
+    return {
+        "judge": judge.name,
+        "scorer": scorer.name,
+        "settings_hash": digest({**decides, "adaptive": plan.identity} if plan else decides),
+        "prompt_hash": judge.prompt_hash,
+        "model": judge.model,
+    }
+
+
 def _inputs(material: Material, same: Mapping[str, str], control_latents: int | None, journal: Journal) -> str | None:
     """The digest of all that the score table of a finished call depends on; ``None`` while failures can be retried."""
     *_, failed_verdicts = state = journal.state()
     if failed_verdicts:
         return None
-    return digest({"material": material.digest, "judge": dict(same), "controls": control_latents, "journal": state})
+    depends = {"material": material.digest, "judge": dict(same), "controls": control_latents, "journal": state}
+    return digest({**depends, "columns": COLUMNS})
 
 
 def _of_this_judge(table: pd.DataFrame, same: Mapping[str, str]) -> pd.DataFrame:
@@ -196,12 +239,18 @@ def _of_this_judge(table: pd.DataFrame, same: Mapping[str, str]) -> pd.DataFrame
     return found[judged | unexplained]
 
 
-def _readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
+def readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
     """The explanations that the judge can read: the n-gram judge parses one form of sentence, its explainer's."""
     return explanations[explanations["explainer"] == "ngram"] if judge.name == "ngram" else explanations
 
 
-def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[_Question]:
+def questions_of(run: Run, explanations: pd.DataFrame, control_latents: int | None) -> list[Question]:
+    """What is to be judged of ``explanations`` (see :func:`readable`): each, and up to so many controls."""
+    own = [_question(row) for row in _rows(explanations)]
+    return [*own, *_controls(run, explanations, control_latents)]
+
+
+def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[Question]:
     """For up to ``n`` latents of each set-up, the explanation of a dissimilar latent in place of their own."""
     from safetensors import safe_open
 
@@ -221,9 +270,9 @@ def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return cast(list[dict[str, Any]], table.to_dict("records"))
 
 
-def _question(explanation: Mapping[str, Any]) -> _Question:
+def _question(explanation: Mapping[str, Any]) -> Question:
     """A row of the journal's explanations as the question whether it is right."""
-    return _Question(
+    return Question(
         int(explanation["latent"]), int(explanation["id"]), explanation["text"], frozenset(explanation["contexts"])
     )
 
@@ -234,7 +283,7 @@ def _first_by_hash(latents: Sequence[int], n: int | None) -> list[int]:
 
 
 async def _judge_one(
-    question: _Question, items: Sequence[Context], judge: Judge, journal: Journal, same: dict[str, str]
+    question: Question, items: Sequence[Context], judge: Judge, journal: Journal, same: dict[str, str]
 ) -> int:
     """Judge what has no verdict yet of one question, journalling request by request. Returns how many those were."""
     done = journal.judged(
@@ -274,11 +323,40 @@ async def _judge_one(
     return len(todo)
 
 
-def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Sequence[Context]]) -> pd.DataFrame:
+async def _judge_rounds(
+    question: Question, plan: AdaptivePlan, judge: Judge, journal: Journal, same: dict[str, str]
+) -> int:
+    """Judge one question round by round, as far as it takes. Returns how many contexts were asked."""
+    identity = {"latent": question.latent, "explanation_id": question.explanation_id, "control": question.control}
+
+    def labels() -> dict[int, bool | None]:
+        return {**dict.fromkeys(question.seen), **journal.labels(**identity, replicate=0, **same)}
+
+    return await plan.judge(
+        question.latent, labels, lambda contexts: _judge_one(question, contexts, judge, journal, same)
+    )
+
+
+def _plans(run: Run, journal: Journal) -> dict[str, Mapping[str, AdaptivePlan | None]]:
+    """Settings hash → scorer → the plan by which it was judged, of the adaptive set-ups; ``None``: no longer known."""
+    setups = {key: setup for key, setup in journal.setups().items() if "adaptive" in setup}
+    return {
+        key: {name: AdaptivePlan.again(run, scorer(), setup) for name, scorer in SCORERS.items()}
+        for key, setup in setups.items()
+    }
+
+
+def score_table(
+    journal: Journal,
+    settings_hash: str,
+    items: Callable[[int], Sequence[Context]],
+    plans: Mapping[str, Mapping[str, AdaptivePlan | None]] | None = None,
+) -> pd.DataFrame:
     """One row per explanation, judge set-up and control, from the verdicts; failed explanations are rows too.
 
     ``items`` gives what should have been judged of a latent under ``settings_hash``, so that what is missing counts as
-    failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands.
+    failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands. ``plans`` are
+    those of adaptive set-ups, by settings hash and scorer.
     """
     explanations = {row["id"]: row for row in _rows(journal.explanations())}
     verdicts = journal.verdicts()
@@ -288,7 +366,15 @@ def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Seq
     for key, group in verdicts.groupby(keys, sort=True):
         found: dict[str, Any] = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
         explained = explanations[found["explanation_id"]]
-        asked = items(found["latent"]) if found["settings_hash"] == settings_hash else ()
+        scorer = SCORERS[found["scorer"]]()
+        if plans and found["settings_hash"] in plans:
+            plan = plans[found["settings_hash"]].get(found["scorer"])
+            row = (
+                plan.score(found["latent"], group) if plan else scorer.score(group.iloc[:0])._replace(status=_OUTDATED)
+            )
+        else:
+            asked = items(found["latent"]) if found["settings_hash"] == settings_hash else ()
+            row = scorer.score(group, asked)
         rows.append(
             {
                 **_identity(found["latent"], explained),
@@ -299,7 +385,7 @@ def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Seq
                 "judge_prompt_hash": found["prompt_hash"],
                 "control": found["control"],
                 "replicate": found["replicate"],
-                **SCORERS[found["scorer"]]().score(group, asked)._asdict(),
+                **row._asdict(),
             }
         )
     for explained in explanations.values():

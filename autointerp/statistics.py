@@ -38,7 +38,8 @@ __all__ = [
 
 METHODS = {
     "proportion": "Wilson score interval",
-    "balanced_accuracy": "MOVER of the Wilson intervals of the true positive and true negative rates",
+    "balanced_accuracy": "MOVER of the Wilson intervals of the true positive and true negative rates (Clopper-Pearson "
+    "intervals, and rates corrected for stopping, where contexts were judged in rounds to a precision)",
     "auroc": "DeLong variance on the logit scale; Wilson with n of the smaller class where that variance is zero",
     "spearman": "Fisher z with Bonett and Wright's variance",
     "partial_spearman": "Fisher z with Bonett and Wright's variance, one degree of freedom less per covariate",

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from autointerp.cost import BudgetSpent
 from sae.progress import Bar
 
 T = TypeVar("T")
@@ -58,12 +59,23 @@ class Outcome:
 async def in_flight(
     items: Iterable[T], work: Callable[[T], Awaitable[None]], limit: int, bar: Bar | None = None
 ) -> None:
-    """``work`` on every item, at most ``limit`` at once. The first error stops the rest and is raised."""
+    """``work`` on every item, at most ``limit`` at once. The first error stops the rest and is raised.
+
+    A spent budget stops nothing that is under way: it is raised when that is done.
+    """
     waiting = iter(items)
+    done = 0
+    spent: list[BudgetSpent] = []
 
     async def worker() -> None:
+        nonlocal done
         for item in waiting:
-            await work(item)
+            try:
+                await work(item)
+            except BudgetSpent as error:
+                spent.append(error)
+                return
+            done += 1
             if bar is not None:
                 bar.advance()
 
@@ -74,6 +86,8 @@ async def in_flight(
     except BaseExceptionGroup as errors:
         # A task group wraps what went wrong; callers know the error itself.
         raise _first(errors) from None
+    if spent:
+        raise BudgetSpent(spent[0].budget, done)
 
 
 def _first(error: BaseException) -> BaseException:

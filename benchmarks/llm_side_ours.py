@@ -23,7 +23,7 @@ from autointerp.backends import LlmOptions, open_judge
 from autointerp.contexts import Context
 from autointerp.journal import Journal
 from autointerp.prompts import conversation
-from autointerp.score import _judge_one, _Question
+from autointerp.score import Question, _judge_one
 from autointerp.work import in_flight
 
 PER_LATENT = 100
@@ -84,13 +84,13 @@ async def ours(url: str, requests: int, concurrency: int, folder: Path) -> dict[
                 )
                 for latent in items
             }
-            questions = [_Question(x, row, explanation(x), frozenset()) for x, row in rows.items()]
+            questions = [Question(x, row, explanation(x), frozenset()) for x, row in rows.items()]
 
-            async def ask(question: _Question) -> None:
+            async def ask(question: Question) -> None:
                 await _judge_one(question, items[question.latent], judge, journal, same)
 
             # Connections are made and code is warm before the clock starts.
-            warm = _Question(0, rows[0], "A word.", frozenset(), control="swap")
+            warm = Question(0, rows[0], "A word.", frozenset(), control="swap")
             await _judge_one(warm, items[0][: 2 * concurrency], judge, journal, same)
             clock = Clock()
             await in_flight(questions, ask, concurrency)

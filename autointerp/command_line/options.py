@@ -245,6 +245,42 @@ Protocol = Annotated[
         help="How the judge is asked: batch (several contexts a request), single (one, with log-probabilities), auto.",
     ),
 ]
+ContextsPerRequest = Annotated[
+    int | None,
+    typer.Option(
+        "--contexts-per-request",
+        min=1,
+        max=50,
+        help="Of the batch protocol, which this asks for. Default: 5. More cost fewer prompt tokens, and ask more of "
+        "the model in one answer.",
+    ),
+]
+Precision = Annotated[
+    float | None,
+    typer.Option(
+        "--precision",
+        help="Judge each explanation in rounds, until the 95 % interval of its balanced accuracy is ± so wide, such as "
+        "0.065. Default: every context of the test set.",
+    ),
+]
+MaxContexts = Annotated[
+    int | None,
+    typer.Option("--max-contexts", help="With --precision: judge at most so many. Default: the test set's size."),
+]
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what it would cost: requests, tokens, time and price. Asks nothing.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option("--budget", help="Stop cleanly before this is overdrawn: tokens (2M) or dollars ('$5', with prices)."),
+]
+PriceIn = Annotated[float | None, typer.Option("--price-in", help="Dollars for a million prompt tokens.")]
+PriceCached = Annotated[
+    float | None,
+    typer.Option("--price-cached", help="The same, for those that the server has cached. Default: --price-in."),
+]
+PriceOut = Annotated[float | None, typer.Option("--price-out", help="Dollars for a million written tokens.")]
 
 # --- report, show ------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 Protocol = Literal["batch", "single"]
 
+CONTEXTS = 5
+"""In a request of the batch protocol, where nobody says how many."""
 _FORMAT = 2  # part of the settings hash: raise it when the same question would be asked or read differently
 _LISTS = re.compile(r"\[[^\[\]]*\]")
 _AROUND_LABELS = " \t\r\n[]{},:\"'Ġ▁"  # what tokenizers glue to a digit in a list
@@ -64,7 +66,7 @@ class LlmJudge:
         client: LlmClient,
         protocol: Protocol = "batch",
         *,
-        contexts_per_request: int = 5,
+        contexts_per_request: int = CONTEXTS,
         temperature: float = 0.0,
         replicate: int = 0,
     ) -> None:
@@ -151,14 +153,29 @@ class LlmJudge:
         return [parse_single(answer)] if self.protocol == "single" else parse_batch(answer, n)
 
 
-async def open_llm_judge(client: LlmClient, protocol: str = "auto") -> LlmJudge:
+async def open_llm_judge(
+    client: LlmClient, protocol: str = "auto", contexts_per_request: int | None = None
+) -> LlmJudge:
     """The judge for a protocol by name, its model checked.
 
-    ``auto`` is ``single`` where the servers give log-probabilities of a label that comes first, and keep the prefix
-    that all requests begin with (they are on this machine, or say how many prompt tokens they had cached); else it is
-    ``batch``. Single verdicts are the better ones, P(active) of each context by itself, and this is when they cost no
-    more than about what a batch costs. In prompt tokens for one context of 32 tokens, with few-shot examples of about
-    700 (single) and 850 (batch), an explanation of 30, and 60 for the context as it is laid out:
+    ``auto`` is ``batch`` where somebody has said how many contexts a request is to have, else as :func:`best_protocol`
+    has it.
+    """
+    await client.check()
+    if protocol == "auto" and contexts_per_request is None:
+        protocol = best_protocol(await probe(client), client.local)
+    size = contexts_per_request or CONTEXTS
+    return LlmJudge(client, "single" if protocol == "single" else "batch", contexts_per_request=size)
+
+
+def best_protocol(found: Capabilities, local: bool) -> Protocol:
+    """The protocol that servers are best asked by, given what they can do and whether they are on this machine.
+
+    It is ``single`` where the servers give log-probabilities of a label that comes first, and keep the prefix that all
+    requests begin with (they are on this machine, or say how many prompt tokens they had cached); else it is ``batch``.
+    Single verdicts are the better ones, P(active) of each context by itself, and this is when they cost no more than
+    about what a batch costs. In prompt tokens for one context of 32 tokens, with few-shot examples of about 700
+    (single) and 850 (batch), an explanation of 30, and 60 for the context as it is laid out:
 
     =================================  =====================  ===========================
                                        single                 batch of 5
@@ -167,12 +184,8 @@ async def open_llm_judge(client: LlmClient, protocol: str = "auto") -> LlmJudge:
     the prefix is kept: read anew      30 + 60 = 90           30 / 5 + 60 = 66
     =================================  =====================  ===========================
     """
-    await client.check()
-    if protocol != "auto":
-        return LlmJudge(client, "single" if protocol == "single" else "batch")
-    found = await probe(client)
-    kept = client.local or bool(found.cached_tokens)
-    return LlmJudge(client, "single" if found.label_first and found.logprobs and kept else "batch")
+    kept = local or bool(found.cached_tokens)
+    return "single" if found.label_first and found.logprobs and kept else "batch"
 
 
 def labels_schema(n: int) -> dict[str, Any]:

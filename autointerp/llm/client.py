@@ -41,6 +41,7 @@ from sae.progress import say
 
 if TYPE_CHECKING:
     from autointerp.backends import LlmOptions
+    from autointerp.cost import Budget
 
 T = TypeVar("T")
 
@@ -70,6 +71,7 @@ class LlmClient:
     :param patience: requests in a row that may fail after all their tries before the servers are given up.
     :param start: starts a server of ours, which takes no key, and gives its address: called before the first question
         that has no kept answer. ``model`` must be given; ``base_url`` is not used.
+    :param budget: what may be spent; ``None`` for no limit.
     :raises BadInput: a URL or the key cannot be one, or a limit lets nothing through.
     """
 
@@ -89,6 +91,7 @@ class LlmClient:
         backoff: float = 0.5,
         patience: int = 10,
         start: Callable[[], Awaitable[str]] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._servers = Servers([_OWN] if start is not None else [base_url] if isinstance(base_url, str) else base_url)
         if concurrency < 1 or tries < 1 or answer_tries < 1:
@@ -101,6 +104,7 @@ class LlmClient:
         self._concurrency, self._limits = concurrency, (requests_per_second, tokens_per_minute)
         self._timeout, self._tries, self._answer_tries = timeout, tries, answer_tries
         self._backoff, self._patience = backoff, patience
+        self._budget = budget
         self._session: _Session | None = None
         self._found = False
         self._failed_in_a_row = self._refused_so_far = 0
@@ -131,6 +135,10 @@ class LlmClient:
     def url(self) -> str:
         """The address, or the addresses with commas between."""
         return self._servers.names
+
+    @property
+    def urls(self) -> list[str]:
+        return [server.url for server in self._servers.all]
 
     @property
     def local(self) -> bool:
@@ -275,6 +283,11 @@ class LlmClient:
         failed_at: set[Server] = set()
 
         async def once() -> Answer:
+            if self._budget is not None:
+                return await self._budget.spend(request, send)
+            return await send()
+
+        async def send() -> Answer:
             nonlocal sendings
             reserved = await session.pace.leave(request.characters, self._servers.held_back)
             sendings += 1
@@ -445,6 +458,7 @@ async def open_client(
             requests_per_second=options.requests_per_second,
             start=start,
             tokens_per_minute=options.tokens_per_minute,
+            budget=options.budget,
         ) as client:
             await client.check()
             yield client

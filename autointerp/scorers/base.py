@@ -6,6 +6,7 @@ is worth little without the number that were not. A row has both, and has no sco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
@@ -41,6 +42,10 @@ class ScoreRow(NamedTuple):
     """``ok``, or ``failed: …`` with the reason."""
     stratum_tpr: list[float]
     """TPR by stratum of activation, the weakest first; NaN for a stratum without verdicts. Empty when not asked for."""
+    precision: float = math.nan
+    """The half-width at which judging was to stop; NaN where a fixed number of contexts was judged."""
+    stopped: str = ""
+    """What ended adaptive judging: ``narrow enough``, ``cap`` or ``out of contexts``; empty without a precision."""
 
 
 class Scorer(Protocol):

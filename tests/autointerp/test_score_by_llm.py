@@ -81,6 +81,16 @@ def test_everything_is_done_once(run: Run) -> None:
     assert (table["status"] == "ok").all()
 
 
+def test_contexts_per_request_are_as_asked_for(run: Run) -> None:
+    with FakeServer() as server:
+        explain(run, server)
+        options = LlmOptions(url=server.url, contexts_per_request=ITEMS)
+        scored = score_runs([run], run.root, ("detection",), "llm", options, control_latents=0)
+        assert scored.n_done == N
+        assert len(server.requests) == N + N, "one request for all contexts of a latent"
+        assert "--contexts-per-request 12" in scored.retry
+
+
 def test_a_protocol_counts_its_own_scores(run: Run) -> None:
     with FakeServer() as server:
         explain(run, server)

@@ -1,0 +1,332 @@
+"""What `explain` or `score` would ask, counted without asking it: requests, tokens, time and price.
+
+The very requests are laid out, those that the journal or the answer cache have an answer to are left out, and the rest
+is counted by the first of these that is there: the model's own tokenizer and chat template (a folder, or the local hub
+cache), the server's ``/tokenize`` (vLLM), ``tiktoken``, and at last characters (by the journal's mean, else four to a
+token), which is said to be an estimate. Nothing is sent but, at most, requests for ``/models`` and ``/tokenize``.
+
+Cached are the prompt's leading blocks of 16 tokens that an earlier request had too, as vLLM keeps them, requests one
+after another and nothing evicted (on a CPU its blocks have 128, and less is cached). With adaptive scoring the number
+of rounds is not known: counts are then the most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autointerp.adaptive import Precision
+from autointerp.backends import LlmOptions, resolve
+from autointerp.contexts import Context
+from autointerp.cost import Prices
+from autointerp.explain import plan_latents
+from autointerp.explainers.llm import LlmExplainer
+from autointerp.journal import Journal
+from autointerp.judges.llm import CONTEXTS, LlmJudge, best_protocol
+from autointerp.llm.cache import ResponseCache
+from autointerp.llm.client import DEFAULT_URL, LlmClient
+from autointerp.llm.exchange import Request
+from autointerp.llm.tokens import Tokenize, block_keys, characters, tokenizer_of
+from autointerp.llm.vllm_model import find_model
+from autointerp.material import Material
+from autointerp.rounds import AdaptivePlan
+from autointerp.score import CONTROL_LATENTS, Question, judged_by, questions_of, readable
+from autointerp.scorers import SCORERS
+from autointerp.selection import Choice
+from sae.errors import BadInput
+from sae.files import digest
+from sae.run import Run
+
+EXPLANATION_TOKENS = 80
+"""Written for an explanation where the journal has none to go by."""
+
+
+@dataclass
+class Forecast:
+    """What a command would cost. ``None``: not known."""
+
+    stage: str
+    model: str
+    counted_by: str
+    exact: bool
+    """Whether prompt tokens were counted by the model's own tokenizer and template."""
+    requests: int = 0
+    requests_at_least: int = 0
+    """Less than ``requests`` only where adaptive scoring may stop earlier."""
+    answered_before: int = 0
+    """Contexts or latents that the journal has answers for."""
+    from_cache: int = 0
+    """Requests whose answer is kept."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    completion_at_most: int = 0
+    seconds: float | None = None
+    dollars: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"dry_run": True, **self.__dict__}
+
+    def render(self) -> None:
+        from rich.console import Console
+        from rich.markup import escape
+
+        about = "" if self.exact else " (an estimate)"
+        least = f" (at least {self.requests_at_least:,})" if self.requests_at_least < self.requests else ""
+        lines = [
+            f"{self.stage} would send {self.requests:,} requests{least} to {self.model or 'no model'}",
+            f"  answered before {self.answered_before:,}, in the answer cache {self.from_cache:,}",
+            f"  prompt tokens {self.prompt_tokens:,}{about}, of them cached by the server {self.cached_tokens:,}",
+            f"  written tokens about {self.completion_tokens:,}, at most {self.completion_at_most:,}",
+            f"  counted by {self.counted_by}",
+            "  time unknown: nothing was asked of this model before"
+            if self.seconds is None
+            else f"  time about {self.seconds:,.0f} s",
+            "  price unknown: give --price-in and --price-out"
+            if self.dollars is None
+            else f"  price about ${self.dollars:,.4f}",
+            *(f"  {note}" for note in self.notes),
+        ]
+        console = Console(soft_wrap=True, highlight=False)
+        for line in lines:
+            console.print(escape(line))
+
+
+@dataclass
+class _Asked:
+    """The requests of a command, in their order."""
+
+    most: list[Request] = field(default_factory=list)
+    least: int = 0
+    before: int = 0
+    from_cache: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def forecast_explain(
+    runs: Sequence[Run], choice: Choice, backend: str, options: LlmOptions, prices: Prices | None
+) -> Forecast:
+    """What `explain` would cost. Harvest and alignment must be there: contexts are not known before."""
+    if resolve(backend, options, "explainer") == "ngram":
+        return _free("explain")
+
+    def lay_out(client: LlmClient, kept: Callable[[Request], bool]) -> _Asked:
+        explainer, asked = LlmExplainer(client), _Asked()
+        for run in runs:
+            for task in plan_latents(run, choice):
+                _of_task(task.run, task.latents, explainer, asked, kept)
+        return asked
+
+    return asyncio.run(_forecast("explain", runs, options, prices, lay_out, lambda _, __: EXPLANATION_TOKENS))
+
+
+def _of_task(
+    run: Run, latents: Sequence[int], explainer: LlmExplainer, asked: _Asked, kept: Callable[[Request], bool]
+) -> None:
+    material = Material.of(run)
+    done: set[int] = set()
+    if run.journal_path.exists():
+        same = {
+            "explainer": explainer.name,
+            "settings_hash": digest({"explainer": explainer.settings_hash, "material": material.digest}),
+            "prompt_hash": explainer.prompt_hash,
+            "model": explainer.model,
+        }
+        with Journal(run.journal_path) as journal:
+            done = set(journal.explanations(status="ok", draw=0, **same)["latent"].tolist()) & set(latents)
+    asked.before += len(done)
+    for latent in sorted(set(latents) - done):
+        if material.sampler.eligible(latent)[0]:
+            _add(asked, [explainer.request(material.sampler.explaining(latent))], kept, least=True)
+
+
+def forecast_score(
+    runs: Sequence[Run],
+    scorers: Sequence[str],
+    backend: str,
+    options: LlmOptions,
+    prices: Prices | None,
+    control_latents: int | None = None,
+    precision: Precision | None = None,
+) -> Forecast:
+    """What `score` would cost for the explanations that there are."""
+    kind = resolve(backend, options.for_judge(), "judge")
+    if kind == "ngram":
+        return _free("score")
+    lacking = [run.name for run in runs if not run.journal_path.exists()]
+    if lacking:
+        raise BadInput(
+            f"--dry-run: run {lacking[0]!r} has no explanations yet; `explain --dry-run` says what they cost"
+        )
+    n_controls = CONTROL_LATENTS[kind] if control_latents is None else control_latents
+
+    def lay_out(client: LlmClient, kept: Callable[[Request], bool]) -> _Asked:
+        asked, protocol = _Asked(), options.protocol
+        if protocol == "auto" and options.contexts_per_request is None:
+            client.remember_capabilities()
+            protocol = best_protocol(client.capabilities, client.local)
+            if client.capabilities.label_first is None:
+                asked.notes.append(
+                    "counted for the batch protocol: which one is best is only known when the server has been asked; "
+                    "give --protocol to have it your way"
+                )
+        judge = LlmJudge(
+            client,
+            "single" if protocol == "single" else "batch",
+            contexts_per_request=options.contexts_per_request or CONTEXTS,
+        )
+        for run in runs:
+            for name in scorers:
+                _of_run(run, name, judge, n_controls, precision, asked, kept)
+        return asked
+
+    def written(request: Request, count: Callable[[str], int]) -> int:
+        if request.json_schema is None:
+            return 1
+        n = request.json_schema["properties"]["labels"]["maxItems"]
+        return count(json.dumps({"labels": [0] * n})) + 1
+
+    return asyncio.run(_forecast("score", runs, options.for_judge(), prices, lay_out, written))
+
+
+def _of_run(
+    run: Run,
+    scorer_name: str,
+    judge: LlmJudge,
+    n_controls: int | None,
+    precision: Precision | None,
+    asked: _Asked,
+    kept: Callable[[Request], bool],
+) -> None:
+    scorer = SCORERS[scorer_name]()
+    plan = AdaptivePlan.of(run, scorer, precision) if precision else None
+    material = plan.material if plan else Material.of(run)
+    same = judged_by(judge, scorer, material, plan)
+    with Journal(run.journal_path) as journal:
+        explanations = readable(journal.explanations(status="ok"), judge)
+        for question in questions_of(run, explanations, n_controls):
+            labels = journal.labels(
+                latent=question.latent, explanation_id=question.explanation_id, control=question.control, **same
+            )
+            done = {window for window, label in labels.items() if label is not None}
+            asked.before += len(done)
+            if plan is None:
+                parts = [scorer.items(material.sampler.testing(question.latent))]
+            else:
+                rounds = plan.rounds(question.latent)
+                stop = rounds.stop(labels, plan.half_width)
+                parts = [rounds[i] for i in range(len(rounds) if stop is None else stop.look + 1)]
+            sure = True  # the first round that has something to ask is asked for certain
+            for contexts in parts:
+                todo = [c for c in contexts if c.window not in done and c.window not in question.seen]
+                _add(asked, _requests(judge, question, todo), kept, least=sure)
+                sure = sure and not todo
+
+
+def _requests(judge: LlmJudge, question: Question, todo: Sequence[Context]) -> Iterable[Request]:
+    size = judge.contexts_per_request
+    for start in range(0, len(todo), size):
+        yield judge.request(question.text, [context.text for context in todo[start : start + size]])
+
+
+def _add(asked: _Asked, requests: Iterable[Request], kept: Callable[[Request], bool], least: bool) -> None:
+    for request in requests:
+        if kept(request):
+            asked.from_cache += 1
+        else:
+            asked.most.append(request)
+            asked.least += least
+
+
+async def _forecast(
+    stage: str,
+    runs: Sequence[Run],
+    options: LlmOptions,
+    prices: Prices | None,
+    lay_out: Callable[[LlmClient, Callable[[Request], bool]], _Asked],
+    written: Callable[[Request, Callable[[str], int]], int],
+) -> Forecast:
+    path = runs[0].root / "cache.sqlite"
+    cache = ResponseCache(path) if path.exists() else None
+    served = None if options.vllm is None else find_model(options.vllm, options.vllm_args, options.model)
+    model = options.model if served is None else served.name
+    async with LlmClient(
+        options.urls or DEFAULT_URL,
+        model,
+        key_file=options.api_key_file,
+        cache=cache,
+        start=None if served is None else _never,
+    ) as client:
+        if model is None:
+            await client.check()
+        seen: set[str] = set()
+
+        def kept(request: Request) -> bool:
+            """Whether the answer is in the cache, or will be by then: the same question earlier in this command."""
+            key = request.key(client.model)
+            if key in seen or (cache is not None and cache.get(key) is not None):
+                return True
+            seen.add(key)
+            return False
+
+        try:
+            asked = lay_out(client, kept)
+        finally:
+            if cache is not None:
+                cache.close()
+        usage = _usage(runs, stage, client.model)
+        per_request = usage["prompt_tokens"] / usage["requests"] if usage["requests"] else 0.0
+        mean = statistics.fmean(characters(r.messages) for r in asked.most) if asked.most else 0.0
+        per_token = mean / per_request if per_request and mean else 0.0
+        async with tokenizer_of(client, options, per_token, None if served is None else served.place) as tokenize:
+            found = Forecast(stage, client.model, tokenize.name, tokenize.exact, notes=asked.notes)
+            await _count(found, asked, tokenize, written)
+    if stage == "explain" and usage["completion_tokens"]:
+        found.completion_tokens = round(found.requests * usage["completion_tokens"] / usage["requests"])
+    if usage["requests"] and usage["seconds"]:
+        found.seconds = found.requests * usage["seconds"] / usage["requests"] / options.concurrency
+    if options.requests_per_second:
+        found.seconds = max(found.seconds or 0.0, found.requests / options.requests_per_second)
+    if prices is not None:
+        found.dollars = prices.of(found.prompt_tokens, found.cached_tokens, found.completion_tokens)
+    return found
+
+
+async def _count(
+    found: Forecast, asked: _Asked, tokenize: Tokenize, written: Callable[[Request, Callable[[str], int]], int]
+) -> None:
+    found.requests, found.requests_at_least = len(asked.most), asked.least
+    found.answered_before, found.from_cache = asked.before, asked.from_cache
+    blocks: set[bytes] = set()
+    for request in asked.most:
+        tokens = await tokenize(request.messages)
+        found.prompt_tokens += len(tokens)
+        found.cached_tokens += block_keys(tokens, blocks)
+        found.completion_tokens += written(request, tokenize.length)
+        found.completion_at_most += request.max_tokens
+
+
+def _usage(runs: Sequence[Run], stage: str, model: str) -> dict[str, float]:
+    """What this model was asked before for this stage, over all runs of the command."""
+    total = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "seconds"), 0.0)
+    for run in runs:
+        if run.journal_path.exists():
+            with Journal(run.journal_path) as journal:
+                rows = journal.usage()
+            rows = rows[(rows["stage"] == stage) & (rows["model"] == model)]
+            for column in total:
+                total[column] += float(rows[column].sum())
+    return total
+
+
+async def _never() -> str:
+    raise AssertionError("a dry run starts no server")
+
+
+def _free(stage: str) -> Forecast:
+    return Forecast(stage, "", "nothing: the n-gram baseline asks no model", exact=True, seconds=None, dollars=0.0)

@@ -1,0 +1,136 @@
+"""A budget ends a command before it is overdrawn, keeps all that was paid for, and says how to go on."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from fake_server import FakeServer, Reply
+from test_score_by_llm import ITEMS, N, explain, harvested, run  # noqa: F401
+
+from autointerp.backends import LlmOptions
+from autointerp.cost import Budget, BudgetSpent, Prices, parse_budget, prices_of
+from autointerp.explain import explain_runs
+from autointerp.journal import Journal
+from autointerp.llm.client import LlmClient
+from autointerp.llm.exchange import AnswerFailed, Request
+from autointerp.score import score_runs
+from autointerp.selection import Choice
+from sae.errors import BadInput
+from sae.run import Run
+from sae.stage import Compute
+
+COST = 110  # tokens of one answer of the fake server: 100 read, 60 of them cached, and 10 written
+
+
+def question(number: int = 0) -> Request:
+    return Request(({"role": "user", "content": f"{number:0>40}"},), max_tokens=20)
+
+
+def ask_many(server: FakeServer, budget: Budget, n: int, at_once: int = 8) -> int:
+    """How many of ``n`` questions were answered."""
+
+    async def go() -> int:
+        async with LlmClient(server.url, budget=budget, concurrency=at_once) as client:
+            await client.check()
+            asked = (client.ask(question(i), lambda answer: answer.text) for i in range(n))
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            assert {type(x) for x in found} <= {tuple, BudgetSpent}
+            return sum(isinstance(x, tuple) for x in found)
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_it_is_used_up_as_far_as_may_be_and_never_overdrawn(at_once: int) -> None:
+    with FakeServer(Reply("fine", delay=0.01)) as server:
+        budget = Budget(tokens=20 * COST + 60)
+        n = ask_many(server, budget, 40, at_once)
+        assert n == len(server.requests)
+        assert n * COST <= 20 * COST + 60
+        # What stays unspent is less than one more request might have taken: 100 read (at most 108 thought) and 20.
+        assert n >= 19
+
+
+def test_dollars_count_cached_tokens_at_their_price() -> None:
+    prices = Prices(prompt=2.0, completion=10.0, cached=0.5)
+    assert prices.of(100, 60, 10) == pytest.approx((40 * 2 + 60 * 0.5 + 10 * 10) / 1e6)
+    each = prices.of(100, 60, 10)
+    with FakeServer("fine") as server:
+        n = ask_many(server, Budget(dollars=10 * each, prices=prices), 40)
+    assert 7 <= n <= 10
+
+
+def test_answers_that_cannot_be_used_are_paid_for_too() -> None:
+    async def go(server: FakeServer) -> None:
+        async with LlmClient(server.url, budget=Budget(tokens=5 * COST), answer_tries=100) as client:
+
+            def refuse(_: object) -> None:
+                raise AnswerFailed("useless")
+
+            with pytest.raises(BudgetSpent, match=r"of 550 tokens is spent \(\d+ prompt"):
+                await client.ask(question(), refuse)
+
+    with FakeServer("fine") as server:
+        asyncio.run(go(server))
+        assert len(server.requests) * COST <= 5 * COST
+
+
+def test_score_stops_and_the_same_command_goes_on(run: Run) -> None:  # noqa: F811
+    with FakeServer() as server:
+        explain(run, server)
+        before = len(server.requests)
+        options = LlmOptions(url=server.url, protocol="single", concurrency=4, budget=Budget(tokens=3_000))
+        with pytest.raises(BudgetSpent) as stopped:
+            score_runs([run], run.root, ("detection",), "llm", options, control_latents=0)
+        asked = len(server.requests) - before
+        assert 0 < asked * COST <= 3_000
+        with Journal(run.journal_path) as journal:
+            assert len(journal.verdicts()) == asked, "each answer that was paid for is a verdict"
+            usage = journal.usage().set_index("stage").loc["score"]
+        assert usage["prompt_tokens"] + usage["completion_tokens"] == asked * COST
+        line = str(stopped.value)
+        assert "3,000 tokens" in line
+        assert f"of {N} explanations were done to the end" in line
+        assert f"python cli.py score --sae run_a --protocol single --control-latents 0 --llm-url {server.url}" in line
+        assert stopped.value.exit_code != 0
+        again = score_runs(
+            [run], run.root, ("detection",), "llm", LlmOptions(url=server.url, protocol="single"), control_latents=0
+        )
+        assert again.n_done == N
+        assert len(server.requests) - before == N * ITEMS, "nothing was asked twice"
+
+
+def test_explain_stops_too(run: Run) -> None:  # noqa: F811
+    with FakeServer(Reply("[EXPLANATION]: Words.", completion_tokens=1_500)) as server:
+        options = LlmOptions(url=server.url, concurrency=1, budget=Budget(tokens=4_200))
+        with pytest.raises(BudgetSpent, match=rf"of {N} latents .* python cli.py explain --sae run_a"):
+            explain_runs([run], Choice(n=N), "llm", options, Compute("cpu", 1))
+        with Journal(run.journal_path) as journal:
+            assert len(journal.explanations(status="ok")) == len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "dollars"),
+    [("2M", 2_000_000, None), ("500", 500, None), ("$5", None, 5.0), ("$1,000.50", None, 1000.5)],
+)
+def test_budgets_as_people_write_them(text: str, tokens: int | None, dollars: float | None) -> None:
+    found = parse_budget(text, Prices(1, 1))
+    assert found is not None
+    assert (found.tokens, found.dollars) == (tokens, dollars)
+
+
+@pytest.mark.parametrize("text", ["", "0", "five", "$", "$-1", "$0", "$nan", "-3", "$inf"])
+def test_what_is_no_budget_is_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="--budget"):
+        parse_budget(text, Prices(1, 1))
+
+
+def test_dollars_need_prices() -> None:
+    with pytest.raises(BadInput, match="--price-in"):
+        parse_budget("$5", None)
+    with pytest.raises(BadInput, match="--price-out"):
+        prices_of(1.0, None, None)
+    with pytest.raises(BadInput, match="--price-cached"):
+        prices_of(1.0, -1.0, 1.0)
+    assert prices_of(None, None, None) is None
