@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +36,7 @@ _IDENTITY = ("latent", "explanation_id", "explainer", "explainer_model", "explai
 _JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
 COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow._fields)
 """Of the score table. All are there even when every explanation failed and nothing was judged."""
+UNTESTED = "failed: too few contexts that can be marked otherwise"
 CONTROL_LATENTS = {"ngram": None, "llm": 50}  # a swapped control costs as much as the score; None: all latents
 
 
@@ -48,6 +49,35 @@ class _Question:
     text: str
     seen: frozenset[int]
     control: str = "none"
+
+
+@dataclass(frozen=True)
+class _Test:
+    """A scorer with the judge that it asks, of one run's contexts."""
+
+    scorer: Scorer
+    judge: Judge
+    same: dict[str, str]
+    """What all its verdicts have in common in the journal."""
+    items: Callable[[int], Sequence[Context]]
+    """What is to be judged of a latent; worked out once."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.scorer.name, self.same["settings_hash"]
+
+    @classmethod
+    def of(cls, scorer: Scorer, judge: Judge, material: Material) -> _Test:
+        asked = judge.of_marks() if scorer.marked else judge
+        same = {
+            "judge": asked.name,
+            "scorer": scorer.name,
+            "settings_hash": digest({"judge": asked.settings_hash, "material": material.digest}),
+            "prompt_hash": asked.prompt_hash,
+            "model": asked.model,
+        }
+        items = functools.cache(lambda latent: scorer.items(scorer.test_set(material.sampler, latent)))
+        return cls(scorer, asked, same, items)
 
 
 def score_runs(
@@ -120,13 +150,9 @@ async def _score_run(
     run: Run, scorer: Scorer, judge: Judge, concurrency: int, control_latents: int | None, outcome: Outcome
 ) -> None:
     material = Material.of(run)
-    same = {
-        "judge": judge.name,
-        "scorer": scorer.name,
-        "settings_hash": digest({"judge": judge.settings_hash, "material": material.digest}),
-        "prompt_hash": judge.prompt_hash,
-        "model": judge.model,
-    }
+    tests = [_Test.of(of(), judge, material) for of in SCORERS.values()]
+    test = next(test for test in tests if test.scorer.name == scorer.name)
+    same = test.same
     path = run.stage_path("scores")
     asked_now: set[int] = set()
     with Journal(run.journal_path) as journal, journal.claim():
@@ -144,27 +170,35 @@ async def _score_run(
             questions = [_question(row) for row in _rows(readable)]
             questions += _controls(run, readable, control_latents)
 
-            @functools.cache
-            def items(latent: int) -> list[Context]:
-                return scorer.items(material.sampler.testing(latent))
-
             async def ask(question: _Question) -> None:
-                judged = await _judge_one(question, items(question.latent), judge, journal, same)
+                judged = await _judge_one(question, test.items(question.latent), test.judge, journal, same)
                 if judged and question.control == "none":
                     asked_now.add(question.explanation_id)
 
             if questions:
                 with track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar:
                     await in_flight(questions, ask, concurrency, bar)
-            table = score_table(journal, same["settings_hash"], items)
+            before = (
+                read_table(path, ["scorer", "settings_hash"]).drop_duplicates() if path.exists() else pd.DataFrame()
+            )
+            made = {(row["scorer"], row["settings_hash"]) for row in _rows(before)} | {test.key}
+            table = score_table(journal, tests, readable, made)
             final = _inputs(material, same, control_latents, journal)
             write_table(path, table, inputs=final, material=material.digest)
+    untested = 0
     for row in _rows(_of_this_judge(table, same)):
         if row["status"] == "ok":
             outcome.n_done += 1
             outcome.n_new += row["explanation_id"] in asked_now
+        elif row["status"] == UNTESTED:
+            untested += 1
         else:
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
+
+    if untested:
+        outcome.notes.append(
+            f"{run.name}: {untested} explanations have no {scorer.name} score: too few contexts for it"
+        )
 
 
 def _inputs(material: Material, same: Mapping[str, str], control_latents: int | None, journal: Journal) -> str | None:
@@ -250,8 +284,8 @@ async def _judge_one(
                     prompt_hash=same["prompt_hash"],
                     model=same["model"],
                     context=context.window,
-                    truth=context.active,
-                    negative_kind=None if context.active else context.kind,
+                    truth=context.truth,
+                    negative_kind=None if context.truth else context.kind,
                     control=question.control,
                     p=judgement.p,
                     label=judgement.label,
@@ -266,39 +300,52 @@ async def _judge_one(
     return len(todo)
 
 
-def score_table(journal: Journal, settings_hash: str, items: Callable[[int], Sequence[Context]]) -> pd.DataFrame:
+def score_table(
+    journal: Journal, tests: Sequence[_Test], readable: pd.DataFrame, made: Set[tuple[str, str]]
+) -> pd.DataFrame:
     """One row per explanation, judge set-up and control, from the verdicts; failed explanations are rows too.
 
-    ``items`` gives what should have been judged of a latent under ``settings_hash``, so that what is missing counts as
-    failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands.
+    ``tests`` give what should have been judged of a latent under their settings, so that what is missing counts as
+    failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands. Of the
+    ``readable`` explanations, those whose latent has too few contexts for a test among the ``made`` ones (scorer and
+    settings) are rows without scores.
     """
     explanations = {row["id"]: row for row in _rows(journal.explanations())}
     verdicts = journal.verdicts()
+    known = {test.key: test for test in tests}
     rows: list[dict[str, Any]] = []
     keys = ["explanation_id", "latent", "judge", "scorer", "settings_hash", "prompt_hash", "model"]
     keys += ["control", "replicate"]
     for key, group in verdicts.groupby(keys, sort=True):
         found: dict[str, Any] = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
         explained = explanations[found["explanation_id"]]
-        asked = items(found["latent"]) if found["settings_hash"] == settings_hash else ()
+        test = known.get((found["scorer"], found["settings_hash"]))
+        asked = test.items(found["latent"]) if test is not None else ()
         rows.append(
             {
                 **_identity(found["latent"], explained),
-                "judge": found["judge"],
-                "model": found["model"],
-                "scorer": found["scorer"],
-                "settings_hash": found["settings_hash"],
-                "judge_prompt_hash": found["prompt_hash"],
+                **_judged_by(found),
                 "control": found["control"],
                 "replicate": found["replicate"],
                 **SCORERS[found["scorer"]]().score(group, asked)._asdict(),
             }
         )
+    for test in (known[key] for key in sorted(made & known.keys())):
+        for explained in _rows(readable):
+            if not test.items(explained["latent"]):
+                untested = {"control": "none", "replicate": 0, "status": UNTESTED}
+                rows.append({**_identity(explained["latent"], explained), **_judged_by(test.same), **untested})
     for explained in explanations.values():
         if explained["status"] == "failed":
             status = f"failed: no explanation: {explained['failure']}"
             rows.append({**_identity(explained["latent"], explained), "control": "none", "status": status})
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _judged_by(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that say who judged, and how."""
+    same = {key: verdict[key] for key in ("judge", "model", "scorer", "settings_hash")}
+    return {**same, "judge_prompt_hash": verdict["prompt_hash"]}
 
 
 def _identity(latent: int, explanation: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,9 @@ class FakeJudge:
     model: str = "jm"
     contexts_per_request: int = 3
     judged: list[tuple[str, int]] = field(default_factory=list)
+
+    def of_marks(self) -> FakeJudge:
+        return replace(self, settings_hash="marked", judged=self.judged)
 
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
         assert 1 <= len(contexts) <= self.contexts_per_request
