@@ -12,6 +12,7 @@ similarity is only that both follow the firing frequency.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Protocol
 
@@ -219,7 +220,8 @@ def too_few_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
 def _too_few(members: pd.DataFrame) -> dict[str, Any]:
     enough = members["eligible"].astype("boolean").fillna(False).astype(bool)
     lacking = members[~enough]
-    reasons = lacking["ineligible_reason"].map(_kind_of_reason).value_counts() if "ineligible_reason" in lacking else {}
+    said = lacking.get("ineligible_reason", pd.Series("", index=lacking.index))
+    reasons = Counter(said.map(_kind_of_reason))
     frequency = members.get("firing_frequency", pd.Series(np.nan, index=members.index))
     return {
         "n_alive": len(members),
@@ -227,7 +229,7 @@ def _too_few(members: pd.DataFrame) -> dict[str, Any]:
         "fraction": (share := proportion(len(lacking), len(members)).as_dict())["value"],
         "interval": share["interval"],
         "latents": [int(latent) for latent in lacking.index],
-        "reasons": {str(reason): int(n) for reason, n in dict(reasons).items()},
+        "reasons": dict(reasons.most_common()),
         "median_frequency": number(frequency[~enough].median()) if len(lacking) else None,
         "median_frequency_of_eligible": number(frequency[enough].median()) if enough.any() else None,
     }

@@ -72,8 +72,8 @@ def _by_negatives(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
     """The harder negatives, each beside the random ones of the same latents; nothing where there are none."""
     if not tree["negatives"]:
         return
-    heads = [("latents", "right"), ("mean", "right"), "95 % interval", ("TNR", "right"), ("AUROC", "right")]
-    table = grid("negatives", *heads, ("random", "right"), ("lacking", "right"))
+    names = "latents", "mean", "95 % interval", "TNR", "AUROC", "random", "lacking"
+    table = grid("negatives", *((name, "right") for name in names))
     for kind, row in tree["negatives"].items():
         figures = count(row["n_scored"]), decimal(row["mean"]), interval(row["interval"]), decimal(row["tnr"]["value"])
         random = decimal(row["random_mean"])
@@ -158,8 +158,8 @@ def _too_few(tree: Mapping[str, Any] | None, n_runs: int) -> Iterator[Renderable
     """What the scores leave out: the alive latents with too few contexts, by shared class."""
     if tree is None or not tree["together"]["n"]:
         return
-    heads = [("of alive", "right"), "95 % interval", ("fire", "right"), ("those with enough", "right")]
-    table = grid("too few contexts", ("latents", "right"), *heads)
+    names = "latents", "of alive", "95 % interval", "fire", "those with enough"
+    table = grid("too few contexts", *((name, "right") for name in names))
     for name, row in sorted(tree.items(), key=lambda item: item[0] == "together"):
         label = Text("together") if name == "together" else Text(class_label(name, n_runs), STYLE_OF_CLASS[name])
         fire, others = (

@@ -293,7 +293,7 @@ def test_a_judge_that_stops_keeps_every_request(run: Run, explain: Explain, scor
     # The same, judged afresh under another name, in one go.
     score(FakeJudge(name="undisturbed"))
     fresh = [row for row in own(run) if row["judge"] == "undisturbed"]
-    ignored = ("judge", "settings_hash", "stratum_tpr")
+    ignored = ("judge", "settings_hash", "stratum_tpr", "stratum_low", "stratum_high")
 
     def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{k: v for k, v in row.items() if k not in ignored} for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,11 +46,11 @@ class Store:
     def slot(self, ids: np.ndarray) -> np.ndarray:
         return ids % SLOTS
 
-    def content(self, ids: object = slice(None)) -> np.ndarray:
-        return content_hash(self.all_tokens)[ids]  # type: ignore[index]
+    def content(self, ids: Any = slice(None)) -> np.ndarray:
+        return content_hash(self.all_tokens)[ids]
 
-    def has_special(self, ids: object = slice(None)) -> np.ndarray:
-        return (self.all_tokens == 0).any(1)[ids]  # type: ignore[index]
+    def has_special(self, ids: Any = slice(None)) -> np.ndarray:
+        return (self.all_tokens == 0).any(1)[ids]
 
 
 TOP = 7  # the token on which latent 0 fires, mostly
@@ -202,8 +203,8 @@ def test_a_judge_that_falls_for_them_loses_only_there(kind: str) -> None:
     assert (row[f"tnr_{kind}"], row[f"ba_{kind}"], row[f"auroc_{kind}"]) == (0.0, 0.5, 0.5)
     assert row[f"tnr_{kind}_low"] == 0.0 < row[f"tnr_{kind}_high"] < 0.4
     assert (row["n_inactive"], row[f"n_{kind}"], row["n_failed"]) == (len(test.inactive), 12, 0)
-    lost = pd.DataFrame(rows)
-    lost.loc[lost["negative_kind"] == kind, ["p", "label", "failure"]] = [np.nan, np.nan, "gone"]
+    gone = {"p": np.nan, "label": np.nan, "failure": "gone"}
+    lost = pd.DataFrame([{**r, **gone} if r["negative_kind"] == kind else r for r in rows])
     failed = DetectionScorer().score(lost, items)._asdict()
     assert (failed["status"], failed["n_failed"], failed[f"n_failed_{kind}"]) == ("ok", 0, 12)
     assert np.isnan(failed[f"ba_{kind}"])
