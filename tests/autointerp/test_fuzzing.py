@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_contexts import DenseStore, sampler
 
+from autointerp.backends import LlmOptions
 from autointerp.contexts import Context, TestSet
+from autointerp.explain import explain_runs
+from autointerp.judges.ngram import NgramJudge
+from autointerp.patterns import Pattern, Patterns
+from autointerp.score import score_runs
 from autointerp.scorers import SCORERS, FuzzingScorer
 from autointerp.scorers.fuzzing import mark
+from autointerp.selection import Choice
 from autointerp.statistics import balanced_accuracy
+from sae.files import read_table
+from sae.run import Run
+from sae.stage import Compute
 
 W = 16
 
@@ -162,3 +172,29 @@ def test_contexts_are_of_the_judges_side_and_too_few_are_none(seed: int) -> None
     assert not shown & {c.window for c in (*tests.active, *tests.inactive)}
     few = sampler(DenseStore(tokens, values), n_active=200, n_inactive=20, min_active=150)
     assert FuzzingScorer().test_set(few, 0) == TestSet([], [])
+
+
+def test_the_baseline_judges_marks_by_the_marked_tokens_alone() -> None:
+    patterns = Patterns((Pattern(" raise Error", 0.9, 9.0), Pattern(" x", 0.5, 5.0)), 0.1)
+    tokens = (" raise", " Error", " x", " y")
+    for marks, expected in (
+        ((False, True, False, False), 0.9),  # what stands before a marked token counts as ever
+        ((False, False, True, False), 0.5),
+        ((False, False, True, True), 1 - 0.5 * 0.9),
+        ((False,) * 4, 0.0),
+        ((True,) * 4, patterns.probability(tokens)),
+    ):
+        assert patterns.probability(tokens, marks=marks) == pytest.approx(expected)
+    assert NgramJudge().of_marks().settings_hash != NgramJudge().settings_hash
+
+
+def test_the_baseline_scores_both_ways(tiny_root: Path) -> None:
+    run = Run.open("run_a", tiny_root)
+    explain_runs([run], Choice(n=6), "ngram", LlmOptions(), Compute("cpu"))
+    outcome = score_runs([run], tiny_root, ("detection", "fuzzing"), "ngram", LlmOptions(), 0)
+    table = read_table(run.stage_path("scores"))
+    fuzzed = table[(table["scorer"] == "fuzzing") & (table["status"] == "ok")]
+    assert len(fuzzed) >= 3
+    assert outcome.n_failed == 0
+    assert (fuzzed["n_active"] == fuzzed["n_inactive"]).all()
+    assert fuzzed["balanced_accuracy"].mean() > 0.7  # latents of this study stand for words
