@@ -192,7 +192,7 @@ class Rounds:
 
 
 def _tally(contexts: Sequence[Context], labels: Mapping[int, bool | None]) -> Tally:
-    answers = [(context.active, label) for context in contexts if (label := labels[context.window]) is not None]
+    answers = [(context.truth, label) for context in contexts if (label := labels[context.window]) is not None]
     active = [label for is_active, label in answers if is_active]
     inactive = [not label for is_active, label in answers if not is_active]
     return Tally(len(active), sum(active), len(inactive), sum(inactive), len(contexts) - len(answers))

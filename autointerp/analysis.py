@@ -120,8 +120,7 @@ def _failures(study: Study, rows: pd.DataFrame | None, told: Told) -> dict[str, 
             if int(row["latent"]) not in told.failed:
                 stage = "score" if row["control"] == "none" else f"score ({row['control']} control)"
                 by_reason.setdefault((stage, scored.reason(row)), set()).add(int(row["latent"]))
-        if "n_failed" in rows:
-            answers = int(rows.loc[kinds == "ok", "n_failed"].fillna(0).sum())
+        answers = scored.failed_answers(rows[kinds == "ok"])
     reasons = [
         {"stage": stage, "reason": why, "n": len(latents), "latents": sorted(latents)}
         for (stage, why), latents in sorted(by_reason.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1]))
@@ -169,8 +168,13 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
         f"{contexts.n_inactive} position-matched silent ones to test on",
         "score": "balanced accuracy, (true positive rate + true negative rate) / 2; latents weigh the same in means",
         "control": "swap: the same contexts judged by the explanation of a dissimilar latent",
+        "negatives": f"random: silent contexts from the same slots of the sequence, which make the score; hard: up to "
+        f"{contexts.n_hard} in which one of the nearest latents (decoder cosine, firing together) fires strongly; same "
+        f"token: up to {contexts.n_same_token} that hold the token on which the latent mostly peaks",
+        "near_duplicates": f"windows that share {contexts.near_duplicate:g} of their token 5-grams count as one text",
         "intervals": {
             "overlap": INTERVALS,
+            "rates": METHODS["proportion"],
             "scores": METHODS["balanced_accuracy"],
             "AUROC": METHODS["auroc"],
             "means": METHODS["bootstrap_mean"],

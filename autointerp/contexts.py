@@ -2,17 +2,20 @@
 
 A score means something only if the judge is tested on text that the explainer never saw. Drawing both
 from one list lets the same text into both (20 to 40 % of it, as measured on a peer), and distinct windows
-are not enough, since corpora repeat themselves: licence headers, boilerplate, quoted files. So the side
-of a window is decided by a hash of its *tokens*, once for all latents: equal texts always land on the
-same side, and a latent never sees one text twice.
+are not enough, since corpora repeat themselves, word for word or nearly so: licence headers, boilerplate,
+quoted files. So windows whose texts nearly agree form a *group* (:mod:`autointerp.near_duplicates`), and the
+side of a window is decided by a hash of its group, once for all latents: what repeats itself always lands on
+the same side, and a latent never sees two windows of one group.
 
-What is drawn from a side is decided by hashes too, of the sample seed, the latent and the text, and never
+What is drawn from a side is decided by hashes too, of the sample seed, the latent and the group, and never
 by the state of a random generator: a draw depends on what is drawn from and on nothing else, it is the
 same in every process, and when the harvest grows it changes only as far as newcomers displace what was
 there.
 
 Contexts in which the latent is silent are matched by position: as many from each slot of the sequence as
-the activating ones have, so that a judge cannot win by telling where in a document a text stands.
+the activating ones have, so that a judge cannot win by telling where in a document a text stands. Two further
+kinds of silent context ask harder questions: those in which a neighbour of the latent fires strongly, and those
+that hold the token on which the latent mostly peaks. They are drawn apart, and are scored apart.
 """
 
 from __future__ import annotations
@@ -20,22 +23,29 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from autointerp.rings import Hashes, Ring, among
 from sae.firings import FiringStore, Ints, mix
 from sae.settings import ContextSettings
 
-METHOD = 1  # of drawing; part of what scores are keyed by: raise it when the same settings would draw other contexts
+METHOD = 2  # of drawing; part of what scores are keyed by: raise it when the same settings would draw other contexts
 EXPLAIN_SHARE = 0.4  # of all texts; the test set is the larger because its error bars are what is reported
 _LATENTS_REMEMBERED = 8  # explaining, testing and eligible are asked one after another for the same latent
 
-Hashes = npt.NDArray[np.uint64]
-Kind = Literal["active", "random", "hard", "same_token"]
+STRONG = 0.25  # a neighbour fires strongly in this share of its windows, those with the highest peaks
+_PEAKS = 200  # contexts whose peaks are asked which token is the latent's
+_WALK = 1 << 16  # windows looked through for a token at most: what is rarer is missing
+_BLOCK = 1 << 12
+_FEWEST = 5  # of a harder kind: fewer say nothing
+
+Kind = Literal["active", "random", "hard", "same_token", "mismarked"]
 DecodeTokens = Callable[[npt.NDArray[Any]], list[str]]
+NeighboursOf = Callable[[int], Ints]
 
 
 @dataclass(frozen=True)
@@ -53,11 +63,19 @@ class Context:
     stratum: int | None
     """Which quantile of the latent's peak activations it falls in, 0 the weakest; None where silent."""
     kind: Kind
-    """``active``, or how a context in which the latent is silent was chosen."""
+    """``active``; how a context in which the latent is silent was chosen; ``mismarked`` for one in which it fires,
+    but not on the tokens of ``marks``."""
+    marks: tuple[bool, ...] | None = None
+    """Which tokens the judge is shown as activating, rightly or not; None where it is shown none."""
 
     @property
     def text(self) -> str:
         return "".join(self.tokens)
+
+    @property
+    def truth(self) -> bool:
+        """What a judge that knows everything says: the latent fires here, and on the marked tokens if there are any."""
+        return self.active and self.kind != "mismarked"
 
     def marked(self, threshold: float = 0.3) -> list[bool]:
         """Which tokens to show as activating: above ``threshold`` times the context's own peak."""
@@ -69,24 +87,27 @@ class Context:
 class TestSet:
     """What a judge is tested on: the active ones spread over the strata, the inactive ones position-matched.
 
-    Any beginning of either list is as representative as the whole.
+    Any beginning of either list is as representative as the whole. No window is there twice.
     """
 
     __test__: ClassVar[bool] = False  # for pytest: no test
 
     active: list[Context]
     inactive: list[Context]
+    hard: list[Context] = field(default_factory=list)
+    """Silent contexts in which a neighbour of the latent fires strongly; empty where there are too few."""
+    same_token: list[Context] = field(default_factory=list)
+    """Silent contexts that hold the latent's top token; empty where there are too few."""
 
 
 class _Actives(NamedTuple):
-    """The distinct texts in which a latent fires, special tokens apart: [n] each, ``content`` ascending.
-
-    A text that is silent in one place and fires in another is among them, and so is never called silent.
-    """
+    """The groups of texts in which a latent fires, special tokens apart: [n] each, ``group`` ascending."""
 
     windows: Ints
-    content: Hashes
+    group: Hashes
     strata: Ints
+    firing: Hashes
+    """All groups in which it fires anywhere, special tokens or not, ascending: none of them is ever called silent."""
 
 
 class ContextSampler:
@@ -96,46 +117,69 @@ class ContextSampler:
         store: the firings of one run.
         decode_tokens: token ids [w] to the text of each, such as :meth:`sae.corpus.Corpus.decode`.
         settings: how many of what, and the sample seed.
+        groups: [W] the group of each window, equal for texts that nearly agree; by default only equal texts share one.
+        neighbours: the latents whose firing makes hard negatives of a latent; without it none are drawn.
     """
 
-    def __init__(self, store: FiringStore, decode_tokens: DecodeTokens, settings: ContextSettings) -> None:
+    def __init__(
+        self,
+        store: FiringStore,
+        decode_tokens: DecodeTokens,
+        settings: ContextSettings,
+        groups: Hashes | None = None,
+        neighbours: NeighboursOf | None = None,
+    ) -> None:
         self.store = store
+        self._groups = store.content() if groups is None else groups
+        self._neighbours = neighbours
         self.settings = settings
         self._decode = decode_tokens
         self._seed = mix(mix(np.array([settings.sample_seed], np.uint64)))[0]
-        self._rings: dict[bool, list[_Ring]] = {}
+        self._rings: dict[bool, list[Ring]] = {}
         self._remembered: OrderedDict[int, _Actives] = OrderedDict()
 
     # --- what is drawn --------------------------------------------------------------------------------
 
     def explaining(self, latent: int) -> list[Context]:
         """Up to ``n_explain`` activating contexts for an explainer, evenly from all strata."""
-        return self._active_contexts(latent, self._draw_active(latent, explain=True))
+        return self._active_contexts(latent, self._draw_active(latent, True, self.settings.n_explain))
+
+    def activating(self, latent: int, n: int) -> list[Context]:
+        """Up to ``n`` activating contexts that no explainer ever sees; the first are those of :meth:`testing`."""
+        return self._active_contexts(latent, self._draw_active(latent, False, n))
 
     def background(self, latent: int, n: int) -> list[Context]:
         """Up to ``n`` contexts in which the latent is silent, from the explainer's side of the split.
 
         Position-matched to :meth:`explaining`. For explainers that need something to compare with.
         """
-        positives = self._actives(latent).windows[self._draw_active(latent, explain=True)]
-        return self._inactive_contexts(self._draw_inactive(latent, positives, n, explain=True))
+        positives = self._actives(latent).windows[self._draw_active(latent, True, self.settings.n_explain)]
+        return self._silent_contexts(self._draw_inactive(latent, positives, n, explain=True), "random")
 
     def testing(self, latent: int) -> TestSet:
         """Up to ``n_active`` activating and ``n_inactive`` silent contexts that no explainer ever sees.
 
-        Where fewer activating contexts exist, the silent ones keep the settings' proportion to them.
+        Where fewer activating contexts exist, the silent ones keep the settings' proportion to them. With them up to
+        ``n_hard`` and ``n_same_token`` of the harder kinds, in groups that none of the kinds before has.
         """
-        drawn = self._draw_active(latent, explain=False)
+        drawn = self._draw_active(latent, False, self.settings.n_active)
         positives = self._actives(latent).windows[drawn]
         n = self._n_inactive(len(positives))
-        inactive = self._draw_inactive(latent, positives, n, explain=False)
-        return TestSet(self._active_contexts(latent, drawn), self._inactive_contexts(inactive))
+        random = self._draw_inactive(latent, positives, n, explain=False)
+        hard = self._draw_hard(latent, self.settings.n_hard, random)
+        same_token = self._draw_same_token(latent, self.settings.n_same_token, np.concatenate([random, hard]))
+        return TestSet(
+            self._active_contexts(latent, drawn),
+            self._silent_contexts(random, "random"),
+            self._silent_contexts(hard, "hard"),
+            self._silent_contexts(same_token, "same_token"),
+        )
 
     def eligible(self, latent: int) -> tuple[bool, str]:
         """Whether there is enough to explain the latent and to test on, and if not, what is missing."""
         settings = self.settings
         actives = self._actives(latent)
-        explain = int(self._explain_side(actives.content).sum())
+        explain = int(self._explain_side(actives.group).sum())
         test = len(actives.windows) - explain
         if len(self.store.windows(latent)[0]) == 0:
             return False, "never fires in the harvest"
@@ -144,7 +188,7 @@ class ContextSampler:
         if test < settings.min_active:
             return False, f"{test} activating contexts to test on, {settings.min_active} needed"
         wanted = self._n_inactive(min(test, settings.n_active))
-        silent = self._n_test_texts - test
+        silent = len(self._test_ring.group) - int(among(self._test_ring.group, actives.firing).sum())
         if silent < wanted:
             return False, f"fires nearly everywhere: {silent} silent contexts to test on, {wanted} needed"
         return True, ""
@@ -155,31 +199,29 @@ class ContextSampler:
         if latent in self._remembered:
             return self._remembered[latent]
         windows, peaks = self.store.windows(latent)
-        content = self.store.content(windows)
-        ordinary = ~self.store.has_special(windows)
-        kept = np.flatnonzero(ordinary)
-        distinct, first = np.unique(content[kept], return_index=True)  # of equal texts the earliest window
+        group = self._groups[windows]
+        kept = np.flatnonzero(~self.store.has_special(windows))
+        distinct, first = np.unique(group[kept], return_index=True)  # of each group the earliest window
         kept = kept[first]
-        # Equal peaks are common in half precision: the text's hash decides among them, not its place.
+        # Equal peaks are common in half precision: the group's hash decides among them, not its place.
         rank = np.empty(len(kept), np.int64)
         rank[np.lexsort((distinct, peaks[kept]))] = np.arange(len(kept))
         strata = rank * self.settings.n_strata // max(len(kept), 1)
-        found = _Actives(windows[kept], distinct, strata)
+        found = _Actives(windows[kept], distinct, strata, np.unique(group))
         self._remembered[latent] = found
         while len(self._remembered) > _LATENTS_REMEMBERED:
             self._remembered.popitem(last=False)
         return found
 
-    def _draw_active(self, latent: int, explain: bool) -> Ints:
-        """Which of :meth:`_actives` to show. Every stratum gives its first by priority, then its second …
+    def _draw_active(self, latent: int, explain: bool, wanted: int) -> Ints:
+        """Which of :meth:`_actives` to show, ``wanted`` at most.
 
-        Strata that run out leave their share to the others. Any beginning of the list is as evenly spread
-        as the whole.
+        Every stratum gives its first by priority, then its second …. Strata that run out leave their share to the
+        others. Any beginning of the list is as evenly spread as the whole.
         """
-        wanted = self.settings.n_explain if explain else self.settings.n_active
         actives = self._actives(latent)
-        here = np.flatnonzero(self._explain_side(actives.content) == explain)
-        priority = mix(actives.content[here] ^ self._key(latent))
+        here = np.flatnonzero(self._explain_side(actives.group) == explain)
+        priority = mix(actives.group[here] ^ self._key(latent))
         by_stratum = np.lexsort((priority, actives.strata[here]))
         strata = actives.strata[here][by_stratum]
         turn = np.arange(len(here)) - np.searchsorted(strata, strata)
@@ -200,7 +242,7 @@ class ContextSampler:
     # --- the silent side ------------------------------------------------------------------------------
 
     def _draw_inactive(self, latent: int, positives: Ints, n: int, explain: bool) -> Ints:
-        """``n`` windows from the slots of the first ``n`` positives (round and round), no text twice.
+        """``n`` windows from the slots of the first ``n`` positives (round and round), no group twice.
 
         A slot that has too few silent texts is made up for by the nearest slots that have some.
         """
@@ -208,13 +250,13 @@ class ContextSampler:
             return np.empty(0, np.int64)
         rings = self._silent_rings(explain)
         need = np.bincount(np.resize(self.store.slot(positives), n), minlength=len(rings))
-        active, key = self._actives(latent).content, self._key(latent)
+        firing, key = self._actives(latent).firing, self._key(latent)
         drawn = [(np.empty(0, np.int64), np.empty(0, np.uint64))]
 
         def draw(slot: int, many: int) -> int:
             """Draw up to ``many`` texts from one slot; returns how many are lacking."""
-            taken = np.sort(np.concatenate([content for _, content in drawn]))
-            drawn.append(rings[slot].after(key, many, active, taken))
+            taken = np.sort(np.concatenate([group for _, group in drawn]))
+            drawn.append(rings[slot].after(key, many, firing, taken))
             return many - len(drawn[-1][0])
 
         lacking = {slot: draw(slot, int(need[slot])) for slot in np.flatnonzero(need).tolist()}
@@ -223,29 +265,80 @@ class ContextSampler:
                 if many == 0:
                     break
                 many = draw(other, many)
-        windows, content = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-        return windows[np.argsort(mix(content ^ key))]
+        windows, group = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+        return windows[np.argsort(mix(group ^ key))]
 
-    def _silent_rings(self, explain: bool) -> list[_Ring]:
+    def _draw_hard(self, latent: int, n: int, taken: Ints) -> Ints:
+        """Up to ``n`` windows in which a neighbour fires strongly and the latent does not, none in a taken group.
+
+        Every neighbour gives its first by priority, then its second …, so that none speaks for all.
+        """
+        if n == 0 or self._neighbours is None or not len(self._actives(latent).windows):
+            return np.empty(0, np.int64)
+        firing, key, gone = self._actives(latent).firing, self._key(latent), np.unique(self._groups[taken])
+        found = [(np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.int64))]
+        for neighbour in self._neighbours(latent).tolist():
+            windows, peaks = self.store.windows(neighbour)
+            strong = windows[peaks >= np.quantile(peaks, 1 - STRONG)] if len(windows) else windows
+            group = self._groups[strong]
+            usable = ~self._explain_side(group) & ~self.store.has_special(strong)
+            usable &= ~among(group, firing) & ~among(group, gone)
+            distinct, first = np.unique(group[usable], return_index=True)
+            priority = mix(distinct ^ key)
+            nearest = np.argsort(priority)[:n]
+            found.append((strong[usable][first][nearest], priority[nearest], np.arange(len(nearest))))
+        windows, priority, turn = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        order = np.lexsort((priority, turn))
+        _, first = np.unique(priority[order], return_index=True)  # a group that several neighbours give counts once
+        return _unless_too_few(windows[order][np.sort(first)][:n], n)
+
+    def _draw_same_token(self, latent: int, n: int, taken: Ints) -> Ints:
+        """Up to ``n`` windows that hold the latent's top token and in which it is silent, none in a taken group."""
+        if n == 0 or not len(self._actives(latent).windows):
+            return np.empty(0, np.int64)
+        token = self.top_token(latent)
+        firing, key, gone = self._actives(latent).firing, self._key(latent), np.unique(self._groups[taken])
+        found, n_found = [np.empty(0, np.int64)], 0
+        for windows, group in self._test_ring.walk(key, _BLOCK, _WALK):
+            silent = ~among(group, firing) & ~among(group, gone)
+            holding = windows[silent][(self.store.tokens(windows[silent]) == token).any(axis=1)]
+            found.append(holding)
+            n_found += len(holding)
+            if n_found >= n:
+                break
+        return _unless_too_few(np.concatenate(found)[:n], n)
+
+    def top_token(self, latent: int) -> int:
+        """The token on which the latent most often peaks, over up to 200 of its contexts; it must fire somewhere."""
+        actives = self._actives(latent)
+        asked = actives.windows[np.argsort(mix(actives.group ^ self._key(latent)))[:_PEAKS]]
+        peaks = self.store.activations(latent, asked).argmax(axis=1)
+        tokens, counts = np.unique(self.store.tokens(asked)[np.arange(len(asked)), peaks], return_counts=True)
+        return int(tokens[counts.argmax()])
+
+    def _silent_rings(self, explain: bool) -> list[Ring]:
         """For each slot the texts of one side, arranged for drawing; made once."""
         if explain not in self._rings:
-            content = self.store.content()
-            usable = np.flatnonzero(~self.store.has_special() & (self._explain_side(content) == explain))
+            usable = self._usable(explain)
             slots = self.store.slot(usable)
             self._rings[explain] = [
-                _Ring.of(usable[slots == slot], content, self._seed) for slot in range(self.store.windows_per_sequence)
+                Ring.of(usable[slots == slot], self._groups, self._seed)
+                for slot in range(self.store.windows_per_sequence)
             ]
         return self._rings[explain]
 
     @functools.cached_property
-    def _n_test_texts(self) -> int:
-        """How many different texts the test side has, whatever fires in them."""
-        return len(np.unique(np.concatenate([ring.content for ring in self._silent_rings(explain=False)])))
+    def _test_ring(self) -> Ring:
+        """All texts of the test side, whatever their slot and whatever fires in them."""
+        return Ring.of(self._usable(explain=False), self._groups, self._seed)
 
-    def _inactive_contexts(self, windows: Ints) -> list[Context]:
+    def _usable(self, explain: bool) -> Ints:
+        return np.flatnonzero(~self.store.has_special() & (self._explain_side(self._groups) == explain))
+
+    def _silent_contexts(self, windows: Ints, kind: Kind) -> list[Context]:
         silence = (0.0,) * self.store.window
         return [
-            Context(window, texts, silence, False, None, "random")
+            Context(window, texts, silence, False, None, kind)
             for window, texts in zip(windows.tolist(), self._texts(windows), strict=True)
         ]
 
@@ -255,12 +348,12 @@ class ContextSampler:
         return round(n_active * self.settings.n_inactive / self.settings.n_active)
 
     @staticmethod
-    def _explain_side(content: Hashes) -> npt.NDArray[np.bool_]:
-        """Whether each text belongs to the explainer.
+    def _explain_side(group: Hashes) -> npt.NDArray[np.bool_]:
+        """Whether each group belongs to the explainer.
 
         The same for every latent, run and sample seed: what was explained under one is tested under others.
         """
-        return mix(content) < np.uint64(int(EXPLAIN_SHARE * 2**64))
+        return mix(group) < np.uint64(int(EXPLAIN_SHARE * 2**64))
 
     def _key(self, latent: int) -> np.uint64:
         return mix(np.array([latent], np.uint64) ^ self._seed)[0]
@@ -269,42 +362,5 @@ class ContextSampler:
         return [tuple(self._decode(tokens)) for tokens in self.store.tokens(windows)]
 
 
-class _Ring(NamedTuple):
-    """Texts around a circle at the places that their hashes give them.
-
-    Drawing for a latent starts at the latent's own place and goes round: a uniform sample of the texts
-    that costs as much as what is drawn, however large the harvest, and that newcomers disturb only where
-    they come to stand.
-    """
-
-    places: Hashes  # ascending
-    windows: Ints
-    content: Hashes
-
-    @classmethod
-    def of(cls, windows: Ints, content: Hashes, seed: np.uint64) -> _Ring:
-        distinct, first = np.unique(content[windows], return_index=True)
-        places = mix(distinct ^ seed)
-        order = np.argsort(places)
-        return cls(places[order], windows[first][order], distinct[order])
-
-    def after(self, key: np.uint64, n: int, *excluded: Hashes) -> tuple[Ints, Hashes]:
-        """The first ``n`` texts from ``key`` on that are in none of ``excluded`` (each sorted), or all there are."""
-        size = len(self.places)
-        begin = int(np.searchsorted(self.places, key))
-        looked = min(2 * n, size)
-        while True:
-            around = (begin + np.arange(looked)) % max(size, 1)
-            for hashes in excluded:
-                around = around[~_among(self.content[around], hashes)]
-            found = around[:n]
-            if len(found) == n or looked == size:
-                return self.windows[found], self.content[found]
-            looked = min(4 * looked, size)
-
-
-def _among(values: Hashes, in_sorted: Hashes) -> npt.NDArray[np.bool_]:
-    if len(in_sorted) == 0:
-        return np.zeros(len(values), bool)
-    at = np.minimum(np.searchsorted(in_sorted, values), len(in_sorted) - 1)
-    return in_sorted[at] == values
+def _unless_too_few(windows: Ints, n: int) -> Ints:
+    return windows if len(windows) >= min(n, _FEWEST) else windows[:0]

@@ -34,7 +34,8 @@ from autointerp.llm.tokens import Tokenize, block_keys, characters, tokenizer_of
 from autointerp.llm.vllm_model import find_model
 from autointerp.material import Material
 from autointerp.rounds import AdaptivePlan
-from autointerp.score import CONTROL_LATENTS, Question, judged_by, questions_of, readable
+from autointerp.score import CONTROL_LATENTS, Question, questions_of, readable
+from autointerp.score_table import Test
 from autointerp.scorers import SCORERS
 from autointerp.selection import Choice
 from sae.errors import BadInput
@@ -205,18 +206,18 @@ def _of_run(
 ) -> None:
     scorer = SCORERS[scorer_name]()
     plan = AdaptivePlan.of(run, scorer, precision) if precision else None
-    material = plan.material if plan else Material.of(run)
-    same = judged_by(judge, scorer, material, plan)
+    test = Test.of(scorer, judge, Material.of(run), plan)
+    asked_by = judge.of_marks() if scorer.marked else judge
     with Journal(run.journal_path) as journal:
         explanations = readable(journal.explanations(status="ok"), judge)
         for question in questions_of(run, explanations, n_controls):
             labels = journal.labels(
-                latent=question.latent, explanation_id=question.explanation_id, control=question.control, **same
+                latent=question.latent, explanation_id=question.explanation_id, control=question.control, **test.same
             )
             done = {window for window, label in labels.items() if label is not None}
             asked.before += len(done)
             if plan is None:
-                parts = [scorer.items(material.sampler.testing(question.latent))]
+                parts = [list(test.items(question.latent))]
             else:
                 rounds = plan.rounds(question.latent)
                 stop = rounds.stop(labels, plan.half_width)
@@ -224,14 +225,14 @@ def _of_run(
             sure = True  # the first round that has something to ask is asked for certain
             for contexts in parts:
                 todo = [c for c in contexts if c.window not in done and c.window not in question.seen]
-                _add(asked, _requests(judge, question, todo), kept, least=sure)
+                _add(asked, _requests(asked_by, question, todo), kept, least=sure)
                 sure = sure and not todo
 
 
 def _requests(judge: LlmJudge, question: Question, todo: Sequence[Context]) -> Iterable[Request]:
     size = judge.contexts_per_request
     for start in range(0, len(todo), size):
-        yield judge.request(question.text, [context.text for context in todo[start : start + size]])
+        yield judge.request(question.text, todo[start : start + size])
 
 
 def _add(asked: _Asked, requests: Iterable[Request], kept: Callable[[Request], bool], least: bool) -> None:

@@ -147,7 +147,7 @@ class Study:
             latents = latents.join(self.firing[name].set_index("latent"))
         path = self.focus.stage_path("contexts")
         if path.exists():
-            latents = latents.join(read_table(path).set_index("latent")[["eligible"]])
+            latents = latents.join(read_table(path).set_index("latent")[["eligible", "ineligible_reason"]])
         if self.tables:
             others = [n for n in view.against or self.compared if n != name]
             table = latent_table(name, [name, *others], self.tables, self.alive[name], view.threshold).set_index(

@@ -6,9 +6,14 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from autointerp.contexts import METHOD, ContextSampler
+from autointerp.near_duplicates import METHOD as GROUPING
+from autointerp.near_duplicates import groups_of
+from autointerp.neighbours import Neighbours
 from sae.files import digest, read_table, write_table
 from sae.firings import FiringStore
 from sae.progress import track
@@ -22,19 +27,38 @@ class Material:
 
     run: Run
     store: FiringStore
-    sampler: ContextSampler
+    settings: ContextSettings
+    """How many contexts of what, and the sample seed."""
 
     @classmethod
     def of(cls, run: Run, settings: ContextSettings | None = None) -> Material:
         """``settings`` in place of the run's own, for a test set of another size."""
-        store = run.store()
-        return cls(run, store, ContextSampler(store, store.corpus.decode, settings or run.settings.contexts))
+        return cls(run, run.store(), settings or run.settings.contexts)
+
+    @functools.cached_property
+    def sampler(self) -> ContextSampler:
+        """Made when first drawn from: windows that nearly repeat each other are looked for then, once for a harvest."""
+        settings = self.settings
+        return ContextSampler(
+            self.store,
+            self.store.corpus.decode,
+            settings,
+            groups_of(self.run, self.store, settings.near_duplicate),
+            Neighbours(self.store, self.decoder),
+        )
+
+    def decoder(self) -> npt.NDArray[np.floating]:
+        """[M, D] the decoder, read from the run's weights."""
+        from safetensors import safe_open
+
+        with safe_open(self.run.weights_path, framework="numpy") as weights:
+            return np.asarray(weights.get_tensor("W_dec"))
 
     @functools.cached_property
     def digest(self) -> str:
         """Two runs of a command with the same digest draw the same contexts for every latent. 64 hex characters."""
-        contexts: dict[str, Any] = self.sampler.settings.model_dump(mode="json")
-        return digest({"store": self.store.digest, "contexts": contexts, "method": METHOD})
+        contexts: dict[str, Any] = self.settings.model_dump(mode="json")
+        return digest({"store": self.store.digest, "contexts": contexts, "method": [METHOD, GROUPING]})
 
     def eligibility(self) -> pd.DataFrame:
         """One row per latent: ``latent``, ``eligible`` and, where it is not, ``reason``. Counted once, then read.

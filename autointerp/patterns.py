@@ -18,6 +18,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 LOWEST, HIGHEST = 1e-4, 0.98
 """A chance outside these is not something that a few dozen contexts can show."""
@@ -63,23 +64,28 @@ class Patterns:
         rest = "and on any other token" if parts else "on any token"
         return f"Fires {''.join(parts)}{rest} with chance {_written(self.other)}."
 
-    def probability(self, tokens: Sequence[str], costs: Mapping[str, float] | None = None) -> float:
-        """P(active) of ``tokens [T]``, by the rule in this module's head. ``costs`` as of :meth:`costs`, if at hand."""
+    def probability(
+        self, tokens: Sequence[str], costs: Mapping[str, float] | None = None, marks: Sequence[bool] | None = None
+    ) -> float:
+        """P(active) of ``tokens [T]``, by the rule in this module's head; with ``marks [T]``, on a marked token.
+
+        ``costs`` as of :meth:`costs`, if at hand.
+        """
         table = self.costs() if costs is None else costs
         other = -math.log1p(-self.other)
         total = 0.0
         before = last = ""
-        for token in tokens:
+        for token, counts in zip(tokens, repeat(True) if marks is None else marks, strict=marks is not None):
             if not token:  # part of a character that is shown whole elsewhere
                 continue
             pair = last + token
             # Longer texts first: a run of tokens that ends here is longer the more tokens it has.
-            for text in (before + pair, pair, token):
+            for text in (before + pair, pair, token) if counts else ():
                 if text in table:
                     total += table[text]
                     break
             else:
-                total += other
+                total += other if counts else 0.0
             before, last = last, token
         return -math.expm1(-total)
 

@@ -54,8 +54,14 @@ class AdaptivePlan:
 
     def rounds(self, latent: int) -> Rounds:
         if latent not in self._rounds:
-            self._rounds[latent] = Rounds(self.material.sampler.testing(latent), self._scorer, self._wanted)
+            test_set = self._scorer.test_set(self.material.sampler, latent)
+            self._rounds[latent] = Rounds(test_set, self._scorer, self._wanted)
         return self._rounds[latent]
+
+    def contexts(self, latent: int) -> list[Context]:
+        """All that may be judged of a latent, round by round."""
+        rounds = self.rounds(latent)
+        return rounds.up_to(len(rounds) - 1)
 
     async def judge(
         self,

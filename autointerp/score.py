@@ -8,11 +8,10 @@ latent are worth. What was judged is not judged again; what failed is.
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,8 +25,8 @@ from autointerp.judges.base import Judge
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
 from autointerp.rounds import AdaptivePlan
+from autointerp.score_table import COLUMNS, UNTESTED, Test, of_this_judge, plans_of, rows_of, score_table
 from autointerp.scorers import SCORERS, Scorer
-from autointerp.scorers.base import ScoreRow
 from autointerp.scorers.controls import swap_partners
 from autointerp.work import Outcome, in_flight
 from sae.errors import BadInput, nearest
@@ -35,13 +34,8 @@ from sae.files import digest, read_table, table_metadata, write_table
 from sae.progress import say, track
 from sae.run import Run, all_runs, command
 
-_IDENTITY = ("latent", "explanation_id", "explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
-_JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
 _PARTS_AT_ONCE = 32
 """Requests about one explanation that may be under way together."""
-COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow._fields)
-"""Of the score table. All are there even when every explanation failed and nothing was judged."""
-_OUTDATED = "failed: judged in rounds of contexts that a later harvest replaced; score again"
 CONTROL_LATENTS = {"ngram": None, "llm": 50}  # a swapped control costs as much as the score; None: all latents
 
 
@@ -151,8 +145,9 @@ async def _score_run(
     retry: str,
 ) -> None:
     plan = AdaptivePlan.of(run, scorer, precision) if precision else None
-    material = plan.material if plan else Material.of(run)
-    same = judged_by(judge, scorer, material, plan)
+    material = Material.of(run)
+    test, tests = Test.of(scorer, judge, material, plan), [Test.of(of(), judge, material) for of in SCORERS.values()]
+    same = test.same
     path = run.stage_path("scores")
     asked_now: set[int] = set()
     with Journal(run.journal_path) as journal, journal.claim():
@@ -171,15 +166,11 @@ async def _score_run(
         else:
             questions = questions_of(run, read, control_latents)
 
-            @functools.cache
-            def items(latent: int) -> list[Context]:
-                return scorer.items(material.sampler.testing(latent))
-
             async def ask(question: Question) -> None:
                 if plan:
-                    judged = await _judge_rounds(question, plan, judge, journal, same)
+                    judged = await _judge_rounds(question, plan, test.judge, journal, same)
                 else:
-                    judged = await _judge_one(question, items(question.latent), judge, journal, same)
+                    judged = await _judge_one(question, test.items(question.latent), test.judge, journal, same)
                 if judged and question.control == "none":
                     asked_now.add(question.explanation_id)
 
@@ -189,30 +180,33 @@ async def _score_run(
                     going_on(len(questions), "explanations", retry),
                 ):
                     await in_flight(questions, ask, concurrency, bar)
-            plans = _plans(run, journal)
+            plans = plans_of(run, journal)
             if plan:
                 plans[same["settings_hash"]] = {scorer.name: plan}  # the one whose contexts have been read already
-            table = score_table(journal, same["settings_hash"], items, plans)
+            table = score_table(journal, [*tests, test], read, _made(path) | {test.key}, plans)
             final = _inputs(material, same, control_latents, journal)
             write_table(path, table, inputs=final, material=material.digest, capabilities=capabilities(judge))
-    for row in _rows(_of_this_judge(table, same)):
+    untested = 0
+    for row in rows_of(of_this_judge(table, same)):
         if row["status"] == "ok":
             outcome.n_done += 1
             outcome.n_new += row["explanation_id"] in asked_now
+        elif row["status"] == UNTESTED:
+            untested += 1
         else:
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
+    if untested:
+        outcome.notes.append(
+            f"{run.name}: {untested} explanations have no {scorer.name} score: too few contexts for it"
+        )
 
 
-def judged_by(judge: Judge, scorer: Scorer, material: Material, plan: AdaptivePlan | None) -> dict[str, str]:
-    """What the verdicts of one set-up have in common, as the journal's columns."""
-    decides = {"judge": judge.settings_hash, "material": material.digest}
-    return {
-        "judge": judge.name,
-        "scorer": scorer.name,
-        "settings_hash": digest({**decides, "adaptive": plan.identity} if plan else decides),
-        "prompt_hash": judge.prompt_hash,
-        "model": judge.model,
-    }
+def _made(path: Path) -> set[tuple[str, str]]:
+    """The scorers and settings of which the score table has rows."""
+    if not path.exists():
+        return set()
+    before = read_table(path, ["scorer", "settings_hash"]).drop_duplicates()
+    return {(row["scorer"], row["settings_hash"]) for row in rows_of(before)}
 
 
 def _inputs(material: Material, same: Mapping[str, str], control_latents: int | None, journal: Journal) -> str | None:
@@ -224,21 +218,6 @@ def _inputs(material: Material, same: Mapping[str, str], control_latents: int | 
     return digest({**depends, "columns": COLUMNS})
 
 
-def _of_this_judge(table: pd.DataFrame, same: Mapping[str, str]) -> pd.DataFrame:
-    """The rows that are this judge's doing under these settings, and the failed explanations it would have judged.
-
-    What other judges, protocols and prompts made of the same explanations stands in the table beside them.
-    """
-    found = table[table["control"] == "none"]
-    judged = found["judge_prompt_hash"] == same["prompt_hash"]
-    for column in ("judge", "scorer", "settings_hash", "model"):
-        judged &= found[column] == same[column]
-    unexplained = found["judge"].isna()
-    if same["judge"] == "ngram":
-        unexplained &= found["explainer"] == "ngram"
-    return found[judged | unexplained]
-
-
 def readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
     """The explanations that the judge can read: the n-gram judge parses one form of sentence, its explainer's."""
     return explanations[explanations["explainer"] == "ngram"] if judge.name == "ngram" else explanations
@@ -246,7 +225,7 @@ def readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
 
 def questions_of(run: Run, explanations: pd.DataFrame, control_latents: int | None) -> list[Question]:
     """What is to be judged of ``explanations`` (see :func:`readable`): each, and up to so many controls."""
-    own = [_question(row) for row in _rows(explanations)]
+    own = [_question(row) for row in rows_of(explanations)]
     return [*own, *_controls(run, explanations, control_latents)]
 
 
@@ -259,15 +238,11 @@ def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[Q
     with safe_open(run.weights_path, framework="numpy") as weights:
         decoder = np.asarray(weights.get_tensor("W_dec"))
     for _, group in explanations.groupby(["explainer", "settings_hash", "prompt_hash", "model", "draw"]):
-        own = {question.latent: question for question in map(_question, _rows(group))}
+        own = {question.latent: question for question in map(_question, rows_of(group))}
         chosen = swap_partners(sorted(own), decoder, run.store(), seed=run.settings.contexts.sample_seed)
         for latent in _first_by_hash(list(chosen), n):
             other = own[chosen[latent]]
             yield replace(own[latent], explanation_id=other.explanation_id, text=other.text, control="swap")
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return cast(list[dict[str, Any]], table.to_dict("records"))
 
 
 def _question(explanation: Mapping[str, Any]) -> Question:
@@ -305,8 +280,8 @@ async def _judge_one(
                 prompt_hash=same["prompt_hash"],
                 model=same["model"],
                 context=context.window,
-                truth=context.active,
-                negative_kind=None if context.active else context.kind,
+                truth=context.truth,
+                negative_kind=None if context.truth else context.kind,
                 control=question.control,
                 p=judgement.p,
                 label=judgement.label,
@@ -335,74 +310,3 @@ async def _judge_rounds(
     return await plan.judge(
         question.latent, labels, lambda contexts: _judge_one(question, contexts, judge, journal, same)
     )
-
-
-def _plans(run: Run, journal: Journal) -> dict[str, Mapping[str, AdaptivePlan | None]]:
-    """Settings hash → scorer → the plan by which it was judged, of the adaptive set-ups; ``None``: no longer known."""
-    setups = {key: setup for key, setup in journal.setups().items() if "adaptive" in setup}
-    return {
-        key: {name: AdaptivePlan.again(run, scorer(), setup) for name, scorer in SCORERS.items()}
-        for key, setup in setups.items()
-    }
-
-
-def score_table(
-    journal: Journal,
-    settings_hash: str,
-    items: Callable[[int], Sequence[Context]],
-    plans: Mapping[str, Mapping[str, AdaptivePlan | None]] | None = None,
-) -> pd.DataFrame:
-    """One row per explanation, judge set-up and control, from the verdicts; failed explanations are rows too.
-
-    ``items`` gives what should have been judged of a latent under ``settings_hash``, so that what is missing counts as
-    failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands. ``plans`` are
-    those of adaptive set-ups, by settings hash and scorer.
-    """
-    explanations = {row["id"]: row for row in _rows(journal.explanations())}
-    verdicts = journal.verdicts()
-    rows: list[dict[str, Any]] = []
-    keys = ["explanation_id", "latent", "judge", "scorer", "settings_hash", "prompt_hash", "model"]
-    keys += ["control", "replicate"]
-    for key, group in verdicts.groupby(keys, sort=True):
-        found: dict[str, Any] = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
-        explained = explanations[found["explanation_id"]]
-        scorer = SCORERS[found["scorer"]]()
-        if plans and found["settings_hash"] in plans:
-            plan = plans[found["settings_hash"]].get(found["scorer"])
-            row = (
-                plan.score(found["latent"], group) if plan else scorer.score(group.iloc[:0])._replace(status=_OUTDATED)
-            )
-        else:
-            asked = items(found["latent"]) if found["settings_hash"] == settings_hash else ()
-            row = scorer.score(group, asked)
-        rows.append(
-            {
-                **_identity(found["latent"], explained),
-                "judge": found["judge"],
-                "model": found["model"],
-                "scorer": found["scorer"],
-                "settings_hash": found["settings_hash"],
-                "judge_prompt_hash": found["prompt_hash"],
-                "control": found["control"],
-                "replicate": found["replicate"],
-                **row._asdict(),
-            }
-        )
-    for explained in explanations.values():
-        if explained["status"] == "failed":
-            status = f"failed: no explanation: {explained['failure']}"
-            rows.append({**_identity(explained["latent"], explained), "control": "none", "status": status})
-    return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def _identity(latent: int, explanation: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that say which explanation a score is of. ``latent`` is whose contexts were judged."""
-    return {
-        "latent": latent,
-        "explanation_id": explanation["id"],
-        "explainer": explanation["explainer"],
-        "explainer_model": explanation["model"],
-        "explain_settings_hash": explanation["settings_hash"],
-        "explain_prompt_hash": explanation["prompt_hash"],
-        "draw": explanation["draw"],
-    }

@@ -12,16 +12,19 @@ similarity is only that both follow the firing frequency.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
+from autointerp.scorers.base import HARDER
 from autointerp.statistics import (
     Estimate,
     bootstrap_mean,
     partial_spearman,
+    proportion,
     quartiles,
     spearman,
     stratified_spearman,
@@ -132,9 +135,11 @@ def score_findings(
         "eligible_of": "all latents" if eligible is not None else "the latents asked for",
         "n_alive": int(latents["alive"].sum()),
         "n_latents": len(latents),
-        "n_failed_answers": int(own["n_failed"].fillna(0).sum()) if "n_failed" in own else 0,
+        "n_failed_answers": failed_answers(own),
         "histogram": histogram(values, SCORE_EDGES),
         "control": _control(rows, values),
+        "negatives": _negatives(good),
+        "too_few": too_few_findings(latents),
         "by_class": _by_class(latents, own, kinds, explained) if "shared_class" in latents else None,
     }
 
@@ -159,6 +164,84 @@ def _control(rows: pd.DataFrame, own: pd.Series) -> dict[str, Any] | None:
             "fraction": number((paired > 0).mean()) if len(paired) else None,
         },
     }
+
+
+def failed_answers(rows: pd.DataFrame) -> int:
+    """Contexts of any kind without a verdict."""
+    columns = [c for c in ("n_failed", *(f"n_failed_{kind}" for kind in HARDER)) if c in rows]
+    return int(sum(rows[c].fillna(0).sum() for c in columns))
+
+
+def _negatives(good: pd.DataFrame) -> dict[str, Any]:
+    """By kind of negative: the mean over the latents that have it, and how many lack it. ``random`` makes the score.
+
+    ``random_mean`` is the score of the same latents over random negatives: the kinds are compared on equal terms.
+    Empty where no score has any kind but the random one.
+    """
+    found: dict[str, Any] = {}
+    for kind in HARDER:
+        if f"ba_{kind}" not in good:
+            continue
+        has = good[f"ba_{kind}"].notna()
+        if not has.any():
+            continue
+        some = good[has].astype({f"ba_{kind}": float, f"tnr_{kind}": float, "balanced_accuracy": float})
+        aurocs = some[f"auroc_{kind}"].astype(float).dropna()
+        found[kind] = {
+            **mean_of(bootstrap_mean(some[f"ba_{kind}"])),
+            "quartiles": quartiles_of(some[f"ba_{kind}"]),
+            "tnr": bootstrap_mean(some[f"tnr_{kind}"]).as_dict(),
+            "auroc_mean": number(aurocs.mean()) if len(aurocs) else None,
+            "random_mean": number(some["balanced_accuracy"].mean()),
+            "n_scored": int(has.sum()),
+            "n_missing": int((~has).sum()),
+            "n_failed_answers": int(good[f"n_failed_{kind}"].fillna(0).sum()),
+        }
+    return found
+
+
+def too_few_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
+    """The alive latents that have too few contexts to be explained and tested, by shared class, with the reasons.
+
+    ``together`` and, where there are siblings, each class: how many are alive, how many of them have too few, the share
+    with its interval, their numbers, how often they fire beside those that have enough, and latents by reason.
+    ``None`` where contexts were not counted.
+    """
+    if "eligible" not in latents:
+        return None
+    alive = latents[latents["alive"].astype(bool)]
+    found = {"together": _too_few(alive)}
+    if "shared_class" in alive:
+        classes = {name: alive[alive["shared_class"] == name] for name in CLASSES}
+        found |= {name: _too_few(members) for name, members in classes.items() if len(members)}
+    return found
+
+
+def _too_few(members: pd.DataFrame) -> dict[str, Any]:
+    enough = members["eligible"].astype("boolean").fillna(False).astype(bool)
+    lacking = members[~enough]
+    said = lacking.get("ineligible_reason", pd.Series("", index=lacking.index))
+    reasons = Counter(said.map(_kind_of_reason))
+    frequency = members.get("firing_frequency", pd.Series(np.nan, index=members.index))
+    return {
+        "n_alive": len(members),
+        "n": len(lacking),
+        "fraction": (share := proportion(len(lacking), len(members)).as_dict())["value"],
+        "interval": share["interval"],
+        "latents": [int(latent) for latent in lacking.index],
+        "reasons": dict(reasons.most_common()),
+        "median_frequency": number(frequency[~enough].median()) if len(lacking) else None,
+        "median_frequency_of_eligible": number(frequency[enough].median()) if enough.any() else None,
+    }
+
+
+def _kind_of_reason(reason: object) -> str:
+    """The reason without its numbers, which differ from latent to latent."""
+    words = str(reason or "not said")
+    for kind in ("fires nearly everywhere", "activating contexts to explain from", "activating contexts to test on"):
+        if kind in words:
+            return kind if kind.startswith("fires") else f"too few {kind}"
+    return words
 
 
 def _by_class(latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def asks_like_us(model: str, protocol: str, size: int = 5) -> Ask:
     def ask(explanation: str, contexts: Sequence[Context]) -> Iterator[Messages]:
         for start in range(0, len(contexts), judge.contexts_per_request):
             part = contexts[start : start + judge.contexts_per_request]
-            yield judge.request(explanation, [c.text for c in part]).messages
+            yield judge.request(explanation, part).messages
 
     return ask
 

@@ -101,6 +101,11 @@ class ContextSettings(_Table):
     n_explain: int = Field(40, ge=1, description="activating contexts shown to the explainer")
     n_active: int = Field(50, ge=2, description="activating contexts in the test set")
     n_inactive: int = Field(50, ge=2, description="non-activating contexts in the test set")
+    n_hard: int = Field(20, ge=0, description="further ones in which a neighbour of the latent fires; scored apart")
+    n_same_token: int = Field(20, ge=0, description="further ones that hold the latent's top token; scored apart")
+    near_duplicate: float = Field(
+        0.6, gt=0, le=1, description="windows that share this much of their token 5-grams count as one (1: only equal)"
+    )
     n_strata: int = Field(10, ge=1, description="quantiles of activation that the activating contexts cover")
     min_explain: int = Field(10, ge=1, description="fewer activating contexts to explain from: not eligible")
     min_active: int = Field(20, ge=2, description="fewer activating contexts to test on: not eligible")

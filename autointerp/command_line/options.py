@@ -173,7 +173,9 @@ ScoredSaes = Annotated[
     list[str] | None,
     typer.Option("--sae", help="A run. Default: every stored explanation that has no score yet, in all runs."),
 ]
-Scorers = Annotated[list[str] | None, typer.Option("--scorer", help="detection.")]
+Scorers = Annotated[
+    list[str] | None, typer.Option("--scorer", help="detection (the default), fuzzing; may be repeated.")
+]
 Judge = Annotated[Backend, typer.Option("--judge", help="auto: an LLM where one is given, else the n-gram baseline.")]
 ControlLatents = Annotated[
     int | None,

@@ -3,10 +3,6 @@
 The model sees text with the firing pieces marked and nothing else: no activations, no number of the latent. Its
 answer ends in one line, ``[EXPLANATION]: …``. An answer without that line is a failure, not an explanation, for
 a sentence made up in its place would be scored like any other.
-
-Marks need care in corpora of code, where ``<<`` and ``>>`` are operators and ``>>>`` is a prompt: where the text
-has such characters of its own, other marks are used and the request says so. White space cannot be seen between
-marks, so a marked piece that is nothing else is spelled out.
 """
 
 from __future__ import annotations
@@ -20,19 +16,17 @@ from autointerp.explainers.base import Explanation
 from autointerp.llm.capability import Capabilities
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
+from autointerp.marking import choose_marks, marked_text
 from autointerp.prompts import conversation
 from sae.files import digest
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context
 
-MARKS = (("<<", ">>"), ("⟦", "⟧"), ("⦃", "⦄"))
-"""Pairs of marks, the first that the text itself does not contain is used."""
 LONGEST = 1500
 """An explanation longer than this, in characters, is no sentence."""
 
 _FORMAT = 1  # part of the settings hash: raise it when the same contexts would be written out differently
-_SIGNS = str.maketrans({"\n": "⏎", "\r": "⏎", "\t": "⇥", " ": "␣"})
 _LINE = re.compile(r"^[\s*_#>`]*\[?\s*explanation\s*\]?[\s*_`]*:[\s*_`]*", re.IGNORECASE | re.MULTILINE)
 _LEFT_MARK = re.compile(r"""["'“”]?(?:<<(\S(?:[^<>\n]*\S)?)>>|[⟦⦃](\S(?:[^⟦⟧⦃⦄\n]*\S)?)[⟧⦄])["'“”]?""")
 
@@ -97,39 +91,6 @@ class LlmExplainer:
             seed=self._draw if self._temperature > 0 else None,
             replicate=self._draw,
         )
-
-
-def choose_marks(texts: Sequence[str]) -> tuple[str, str]:
-    """The first pair of marks of which neither occurs in any text; the last pair when all of them do."""
-    free = (pair for pair in MARKS if not any(mark in text for mark in pair for text in texts))
-    return next(free, MARKS[-1])
-
-
-def marked_text(tokens: Sequence[str], marked: Sequence[bool], opening: str, closing: str) -> str:
-    """The tokens joined, neighbouring marked ones as one piece between marks.
-
-    Leading blanks stay outside the marks. A piece of nothing but white space is written in signs (⏎ ⇥ ␣).
-    Without marks (and signs read back) it is the text again.
-    """
-    # A token without text of its own is the beginning of a character that a later token completes: hand the mark on.
-    visible: list[tuple[str, bool]] = []
-    handed_on = False
-    for token, flag in zip(tokens, marked, strict=True):
-        handed_on = handed_on or flag
-        if token:
-            visible.append((token, handed_on))
-            handed_on = False
-    parts = []
-    for flag, group in itertools.groupby(visible, key=lambda pair: pair[1]):
-        piece = "".join(token for token, _ in group)
-        if not flag:
-            parts.append(piece)
-        elif piece.isspace():
-            parts.append(f"{opening}{piece.translate(_SIGNS)}{closing}")
-        else:
-            core = piece.lstrip(" ")
-            parts.append(f"{piece[: len(piece) - len(core)]}{opening}{core}{closing}")
-    return "".join(parts)
 
 
 def parse_explanation(answer: Answer) -> str:

@@ -1,7 +1,7 @@
 """What every judge is: an explanation and contexts in, P(active) for each context out.
 
-A judge may look at a context's ``text`` and ``tokens`` and at nothing else of it. ``activations``, ``active``,
-``stratum``, ``kind`` and ``window`` are the answers, or would give them away.
+A judge may look at a context's ``text``, ``tokens`` and ``marks`` and at nothing else of it. ``activations``,
+``active``, ``stratum``, ``kind`` and ``window`` are the answers, or would give them away.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class Judge(Method, Protocol):
     @property
     def contexts_per_request(self) -> int:
         """How many contexts go into one request: the unit in which a caller does well to journal."""
+        ...
+
+    def of_marks(self) -> Judge:
+        """The judge of this kind that is asked whether the latent fires on the marked tokens: P(active) is then the
+        chance that the marks are right."""
         ...
 
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:

@@ -10,8 +10,11 @@ Two protocols:
 ``single``   one context in a request, answered by one token, and P(active) from that token. Dearer, but no
              context's verdict can lean on its neighbours.
 
-The model sees the explanation and plain text. A list of the wrong length, an answer that is no list, a token that
-is neither label: each is a failure with its reason, and is asked again on the next run. None of them is a "no".
+Asked about marks (fuzzing, in the same paper) it is shown which tokens are marked, and says whether they are those on
+which the latent is active; the protocols are the same, the prompts are others.
+
+The model sees the explanation and text, nothing else. A list of the wrong length, an answer that is no list, a token
+that is neither label: each is a failure with its reason, and is asked again on the next run. None of them is a "no".
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from autointerp.llm.capability import Capabilities, probe
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
 from autointerp.llm.usage import Usage
+from autointerp.marking import choose_marks, marked_text
 from autointerp.prompts import conversation
 from sae.errors import BadInput
 from sae.files import digest
@@ -54,6 +58,7 @@ class LlmJudge:
     :param client: the model; checked before the first question.
     :param protocol: ``batch`` or ``single``; see this module's head.
     :param contexts_per_request: contexts in a request of the ``batch`` protocol; the last one is as short as it is.
+    :param marked: whether it is asked about marked tokens; every context must then have ``marks``.
     :param replicate: which of several independent judgements this object gives. Replicates differ only at a
         ``temperature`` above zero.
     :raises BadInput: no such protocol, or no contexts in a request.
@@ -69,6 +74,7 @@ class LlmJudge:
         contexts_per_request: int = CONTEXTS,
         temperature: float = 0.0,
         replicate: int = 0,
+        marked: bool = False,
     ) -> None:
         if protocol not in ("batch", "single"):
             raise BadInput(f"judge protocol {protocol!r}: choose batch or single")
@@ -76,8 +82,8 @@ class LlmJudge:
             raise BadInput(f"contexts per request = {contexts_per_request}: must be at least 1")
         self.protocol = protocol
         self.contexts_per_request = contexts_per_request if protocol == "batch" else 1
-        self._client, self._temperature, self._replicate = client, temperature, replicate
-        self._conversation = conversation(f"judge_{protocol}")
+        self._client, self._temperature, self._replicate, self._marked = client, temperature, replicate, marked
+        self._conversation = conversation(f"{'fuzz' if marked else 'judge'}_{protocol}")
         self.prompt_hash = self._conversation.hash
         self.settings_hash = digest(
             {
@@ -85,6 +91,7 @@ class LlmJudge:
                 "protocol": protocol,
                 "contexts_per_request": self.contexts_per_request,
                 "temperature": temperature,
+                **({"marked": True} if marked else {}),
             }
         )
 
@@ -97,11 +104,21 @@ class LlmJudge:
         """What the model's servers have turned out to be able to do."""
         return self._client.capabilities
 
+    def of_marks(self) -> LlmJudge:
+        """The same model under the same protocol, asked about marked tokens."""
+        return LlmJudge(
+            self._client,
+            self.protocol,
+            contexts_per_request=self.contexts_per_request,
+            temperature=self._temperature,
+            replicate=self._replicate,
+            marked=True,
+        )
+
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
         """One judgement for each context; requests run side by side, as far as the client lets them."""
         size = self.contexts_per_request
-        texts = [context.text for context in contexts]
-        batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+        batches = [contexts[start : start + size] for start in range(0, len(contexts), size)]
         tasks = [asyncio.ensure_future(self._judge_batch(explanation_text, batch)) for batch in batches]
         try:
             answered = await asyncio.gather(*tasks)
@@ -112,24 +129,27 @@ class LlmJudge:
             raise
         return [judgement for batch in answered for judgement in batch]
 
-    async def _judge_batch(self, explanation: str, texts: list[str]) -> list[Judgement]:
+    async def _judge_batch(self, explanation: str, contexts: Sequence[Context]) -> list[Judgement]:
+        n = len(contexts)
         try:
             verdicts, answer = await self._client.ask(
-                self.request(explanation, texts), lambda answer: self._read(answer, len(texts))
+                self.request(explanation, contexts), lambda answer: self._read(answer, n)
             )
         except AnswerFailed as failed:
-            return [Judgement(None, None, failed.reason, usage) for usage in _on_first(failed.usage, len(texts))]
+            return [Judgement(None, None, failed.reason, usage) for usage in _on_first(failed.usage, n)]
         return [
             Judgement(p, label, usage=usage)
-            for (label, p), usage in zip(verdicts, _on_first(answer.usage, len(texts)), strict=True)
+            for (label, p), usage in zip(verdicts, _on_first(answer.usage, n), strict=True)
         ]
 
-    def request(self, explanation: str, texts: Sequence[str]) -> Request:
-        """What is sent for one request's texts."""
+    def request(self, explanation: str, contexts: Sequence[Context]) -> Request:
+        """What is sent for one request's contexts."""
+        texts, values = _written(contexts, self._marked)
+        values["explanation"] = explanation
         seed = self._replicate if self._temperature > 0 else None
         if self.protocol == "single":
             return Request(
-                self._conversation.messages(explanation=explanation, snippet=texts[0]),
+                self._conversation.messages(**values, snippet=texts[0]),
                 max_tokens=4,
                 temperature=self._temperature,
                 logprobs=20,
@@ -139,7 +159,7 @@ class LlmJudge:
                 affinity=explanation,
             )
         return Request(
-            self._conversation.messages(explanation=explanation, snippets=list(texts)),
+            self._conversation.messages(**values, snippets=texts),
             max_tokens=200 + 20 * len(texts),
             temperature=self._temperature,
             json_schema=labels_schema(len(texts)),
@@ -273,6 +293,19 @@ def _p_active(alternatives: Mapping[str, float], chosen: str) -> float | None:
     most = min([max(0.0, 1.0 - sum(listed)), max(mass.values()), *others])
     zero, one = (x if x > 0 else most for x in (mass["0"], mass["1"]))
     return one / (zero + one)
+
+
+def _written(contexts: Sequence[Context], marked: bool) -> tuple[list[str], dict[str, str]]:
+    """The texts as the model is shown them, and what its prompt must know of their marks."""
+    if not marked:
+        return [context.text for context in contexts], {}
+    opening, closing = choose_marks([context.text for context in contexts])
+    texts = []
+    for context in contexts:
+        if context.marks is None:
+            raise ValueError(f"window {context.window} has no marks to judge")
+        texts.append(marked_text(context.tokens, context.marks, opening, closing))
+    return texts, {"opening": opening, "closing": closing}
 
 
 def _on_first(usage: Usage, n: int) -> list[Usage]:

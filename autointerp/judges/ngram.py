@@ -1,8 +1,8 @@
 """Judge a context by an n-gram explanation: read the sentence, find its patterns, combine their chances. No model.
 
-Nothing but the sentence and the context's tokens is used, as with every judge; the rule is in
-:mod:`autointerp.patterns`. A sentence that an n-gram explainer did not write is a failure, not a "no": there is
-nothing in it that this judge can read.
+Nothing but the sentence and the context's tokens is used (and their marks, where it is asked about these), as with
+every judge; the rule is in :mod:`autointerp.patterns`. A sentence that an n-gram explainer did not write is a failure,
+not a "no": there is nothing in it that this judge can read.
 """
 
 from __future__ import annotations
@@ -26,14 +26,22 @@ class NgramJudge:
     model = ""
     contexts_per_request = 1_000
     """Nothing is sent; this is how many judgements are worth one write to the journal."""
-    settings_hash = digest({"method": 1, "longest_run": LONGEST_RUN})
+
+    def __init__(self, marked: bool = False) -> None:
+        self._marked = marked
+        # What was judged before there were marks keeps its hash.
+        self.settings_hash = digest({"method": 1, "longest_run": LONGEST_RUN} | ({"marked": True} if marked else {}))
+
+    def of_marks(self) -> NgramJudge:
+        """Judges the chance that the latent fires on any of the marked tokens."""
+        return NgramJudge(marked=True)
 
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
-        """P(active) for each context; active where it is at least one half."""
+        """P(active) for each context (on a marked token, where asked about these); active from one half on."""
         patterns = parse(explanation_text)
         if patterns is None:
             reason = "the explanation is not an n-gram sentence; judge it with an LLM"
             return [Judgement(None, None, reason) for _ in contexts]
         costs = patterns.costs()
-        chances = [patterns.probability(context.tokens, costs) for context in contexts]
+        chances = [patterns.probability(c.tokens, costs, c.marks if self._marked else None) for c in contexts]
         return [Judgement(p, p >= 0.5) for p in chances]

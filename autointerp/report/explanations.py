@@ -27,6 +27,7 @@ from autointerp.report.layout import (
     interval,
     known,
     percent,
+    percent_interval,
     plural,
     section,
 )
@@ -34,6 +35,7 @@ from autointerp.report.visible import highlighted, shown, visible
 
 Findings = Mapping[str, Any]
 CHANCE = 0.5
+NEGATIVES = {"hard": "a neighbour fires", "same_token": "same token"}
 N_SHOWN = 5
 
 
@@ -55,7 +57,7 @@ def scores(found: Findings, page: Page) -> RenderableType:
         above = control["above_control"]
         difference = decimal(above["mean"], sign=True), interval(above["interval"], sign=True)
         table.add_row("own − swapped", count(above["n"]), *difference)
-    body.append(table)
+    body += [table, *_by_negatives(tree)]
     if control is None:
         body.append(Text("\nNo control was scored: a score alone says little, random dictionaries score high too."))
     elif known(control["above_control"]["fraction"]):
@@ -64,6 +66,21 @@ def scores(found: Findings, page: Page) -> RenderableType:
             Text(f"\n{share} of the latents score higher with their own explanation than with the swapped one.")
         )
     return section(page, title, says, *body)
+
+
+def _by_negatives(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """The harder negatives, each beside the random ones of the same latents; nothing where there are none."""
+    if not tree["negatives"]:
+        return
+    names = "latents", "mean", "95 % interval", "TNR", "AUROC", "random", "lacking"
+    table = grid("negatives", *((name, "right") for name in names))
+    for kind, row in tree["negatives"].items():
+        figures = count(row["n_scored"]), decimal(row["mean"]), interval(row["interval"]), decimal(row["tnr"]["value"])
+        random = decimal(row["random_mean"])
+        table.add_row(NEGATIVES[kind], *figures, decimal(row["auroc_mean"]), random, count(row["n_missing"]))
+    yield Text()
+    yield table
+    yield Text("random: the same latents' score over random negatives; lacking: latents without enough of the kind.")
 
 
 def _outcome(tree: Mapping[str, Any] | None) -> Iterator[RenderableType]:
@@ -130,10 +147,30 @@ def counted(found: Findings, page: Page) -> RenderableType:
     if tree["n_ineligible"]:
         notes.append(f"{plural(tree['n_ineligible'], 'latent')} asked for had too few contexts.")
     body: list[RenderableType] = [table, Text("\n" + " ".join(notes))]
+    body += _too_few(tree["too_few"], len(found["compared"]))
     if tree["waiting"] and tree["n_scored"]:
         body.append(Text(f"\n{plural(tree['waiting']['n'], 'explained latent')} not scored yet:"))
         body.append(command_line(tree["waiting"]["command"]))
     return section(page, title, says, *body)
+
+
+def _too_few(tree: Mapping[str, Any] | None, n_runs: int) -> Iterator[RenderableType]:
+    """What the scores leave out: the alive latents with too few contexts, by shared class."""
+    if tree is None or not tree["together"]["n"]:
+        return
+    names = "latents", "of alive", "95 % interval", "fire", "those with enough"
+    table = grid("too few contexts", *((name, "right") for name in names))
+    for name, row in sorted(tree.items(), key=lambda item: item[0] == "together"):
+        label = Text("together") if name == "together" else Text(class_label(name, n_runs), STYLE_OF_CLASS[name])
+        fire, others = (
+            rate(row[key]) if known(row[key]) else "" for key in ("median_frequency", "median_frequency_of_eligible")
+        )
+        bounds = percent_interval(row["interval"]) if row["interval"] else ""
+        table.add_row(label, count(row["n"]), percent(row["fraction"]), bounds, fire, others)
+    yield Text()
+    yield table
+    reasons = tree["together"]["reasons"].items()
+    yield Text(" · ".join(f"{reason}: {n}" for reason, n in reasons), QUIET)
 
 
 def relation(found: Findings, page: Page) -> RenderableType:

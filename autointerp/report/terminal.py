@@ -220,7 +220,9 @@ def methods(found: Findings, page: Page) -> RenderableType:
     line("similarity", tree["similarity"])
     line("dead", tree["dead"])
     line("contexts", tree["contexts"])
+    line("one text", tree["near_duplicates"])
     line("score", tree["score"])
+    line("negatives", tree["negatives"])
     line("control", tree["control"])
     for what, how in tree["intervals"].items():
         line(f"95 %, {what}", how)

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 import pandas as pd
 
 if TYPE_CHECKING:
-    from autointerp.contexts import Context, TestSet
+    from autointerp.contexts import Context, ContextSampler, TestSet
+
+HARDER = ("hard", "same_token")
+"""Kinds of negatives that have figures of their own and are in no others."""
 
 
 class ScoreRow(NamedTuple):
@@ -22,26 +25,60 @@ class ScoreRow(NamedTuple):
     balanced_accuracy: float
     """(TPR + TNR) / 2."""
     ba_low: float
-    """Lower end of its 95 % interval."""
+    """Lower end of its 95 % interval (Wilson's of the two rates, joined by MOVER)."""
     ba_high: float
     tpr: float
-    """Of the contexts in which the latent fires, the share that the judge said so of."""
+    """Of the contexts that the judge should say yes of (the latent fires there; the marks are right), the share that it
+    did say yes of. Interval: Wilson's."""
+    tpr_low: float
+    tpr_high: float
     tnr: float
-    """Of the contexts in which it is silent, the share that the judge said so of."""
+    """Of those that it should say no of (a silent context drawn at random; wrong marks), the share of no. Wilson's."""
+    tnr_low: float
+    tnr_high: float
     auroc: float
-    """NaN where the judge gives no probabilities."""
+    """NaN where the judge gives no probabilities. Interval: DeLong's."""
     auroc_low: float
     auroc_high: float
     n_active: int
-    """Activating contexts with a verdict."""
+    """Contexts to say yes of, with a verdict."""
     n_inactive: int
-    """Silent contexts with a verdict."""
+    """Contexts to say no of, with a verdict; the harder kinds are not among them."""
     n_failed: int
     """Contexts of either kind without one, because the judge failed or was not asked."""
     status: str
     """``ok``, or ``failed: …`` with the reason."""
     stratum_tpr: list[float]
     """TPR by stratum of activation, the weakest first; NaN for a stratum without verdicts. Empty when not asked for."""
+    stratum_low: list[float]
+    """Lower ends of their 95 % intervals (Wilson's)."""
+    stratum_high: list[float]
+    ba_hard: float = math.nan
+    """As ``balanced_accuracy``; the negatives are silent contexts in which a neighbour of the latent fires strongly."""
+    ba_hard_low: float = math.nan
+    ba_hard_high: float = math.nan
+    tnr_hard: float = math.nan
+    tnr_hard_low: float = math.nan
+    tnr_hard_high: float = math.nan
+    auroc_hard: float = math.nan
+    auroc_hard_low: float = math.nan
+    auroc_hard_high: float = math.nan
+    n_hard: int = 0
+    """Such contexts with a verdict; none where they could not be drawn, or the scorer has no such kind."""
+    n_failed_hard: int = 0
+    ba_same_token: float = math.nan
+    """As ``balanced_accuracy``; the negatives are silent contexts that hold the latent's top token."""
+    ba_same_token_low: float = math.nan
+    ba_same_token_high: float = math.nan
+    tnr_same_token: float = math.nan
+    tnr_same_token_low: float = math.nan
+    tnr_same_token_high: float = math.nan
+    auroc_same_token: float = math.nan
+    auroc_same_token_low: float = math.nan
+    auroc_same_token_high: float = math.nan
+    n_same_token: int = 0
+    """Such contexts with a verdict; none where they could not be drawn, or the scorer has no such kind."""
+    n_failed_same_token: int = 0
     precision: float = math.nan
     """The half-width at which judging was to stop; NaN where a fixed number of contexts was judged."""
     stopped: str = ""
@@ -53,6 +90,12 @@ class Scorer(Protocol):
 
     name: ClassVar[str]
     """Short and stable, as stored in the journal: ``detection``."""
+    marked: ClassVar[bool]
+    """Whether the judge is asked about marked tokens, not about the whole text."""
+
+    def test_set(self, sampler: ContextSampler, latent: int) -> TestSet:
+        """The contexts to test on, empty where there are too few."""
+        ...
 
     def items(self, test_set: TestSet) -> list[Context]:
         """The contexts in the order in which the judge is to see them, which gives nothing away."""
@@ -62,8 +105,8 @@ class Scorer(Protocol):
         """The score of one explanation, judged once (one judge, control and replicate).
 
         Args:
-            verdicts: rows as of :meth:`autointerp.journal.Journal.verdicts`: ``context``, ``truth``, ``p``, ``label``
-                and ``failure`` are read.
+            verdicts: rows as of :meth:`autointerp.journal.Journal.verdicts`: ``context``, ``truth``, ``p``, ``label``,
+                ``failure`` and ``negative_kind`` are read.
             items: what should have been judged, where that is known: verdicts on other contexts are then left aside,
                 those that are missing count as failed, and the strata of the activating ones are scored too.
         """

@@ -291,7 +291,8 @@ def snippets_of(question: str) -> list[str]:
     """The snippets in a request, as the model finds them."""
     parts = re.split(r"^### Snippet(?: \d+)?\n", question, flags=re.MULTILINE)[1:]
     return [
-        re.sub(r"\n+(Labels for the .*:|Active \(1\) or not \(0\)\?)\s*\Z", "", part).rstrip("\n") for part in parts
+        re.sub(r"\n+(Labels for the .*:|(?:Active|Marked rightly) \(1\) or not \(0\)\?)\s*\Z", "", part).rstrip("\n")
+        for part in parts
     ]
 
 
@@ -304,8 +305,10 @@ def sensible(body: dict[str, Any]) -> Reply | str:
         piece = "".join(found.most_common(1)[0][0]) if found else "?"
         return f'[EXPLANATION]: Text that contains "{piece}".'
     quoted = re.search(r'"(.+)"', question.split("\n", 1)[0])
-    labels = [int(quoted is not None and quoted[1] in snippet) for snippet in snippets]
-    if "Active (1) or not (0)?" in question:
+    marked = "marked" in str(body["messages"][0]["content"]).split("Label", 1)[0]
+    pieces = [" ".join(re.findall(r"<<.+?>>|⟦.+?⟧", snippet)) if marked else snippet for snippet in snippets]
+    labels = [int(quoted is not None and quoted[1] in piece) for piece in pieces]
+    if "(1) or not (0)?" in question:
         text, tokens = str(labels[0]), [_label_token(labels[0])]
     else:
         text = json.dumps({"labels": labels})

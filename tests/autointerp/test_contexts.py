@@ -62,8 +62,14 @@ def texts(tokens: np.ndarray) -> list[str]:
     return [f" {t}" for t in tokens]
 
 
-def sampler(store: Any, decode: Callable[[np.ndarray], list[str]] = texts, **settings: int) -> ContextSampler:
-    return ContextSampler(store, decode, ContextSettings(**settings))  # type: ignore[arg-type]
+def sampler(
+    store: Any,
+    decode: Callable[[np.ndarray], list[str]] = texts,
+    groups: np.ndarray | None = None,
+    neighbours: Callable[[int], np.ndarray] | None = None,
+    **settings: int,
+) -> ContextSampler:
+    return ContextSampler(store, decode, ContextSettings(**settings), groups, neighbours)  # type: ignore[arg-type]
 
 
 def a_store(n: int, seed: int = 0, vocabulary: int = 10**6, share_active: float = 0.3) -> DenseStore:

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,9 @@ class FakeJudge:
     model: str = "jm"
     contexts_per_request: int = 3
     judged: list[tuple[str, int]] = field(default_factory=list)
+
+    def of_marks(self) -> FakeJudge:
+        return replace(self, settings_hash="marked", judged=self.judged)
 
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
         assert 1 <= len(contexts) <= self.contexts_per_request
@@ -248,13 +251,14 @@ def test_some_failed_answers_are_counted_and_asked_again(run: Run, explain: Expl
     explain(FakeExplainer())
     first = FakeJudge(failing(10))
     score(first, 0)
-    failed = {row["latent"]: row["n_failed"] for row in own(run)}
+    columns = ("n_failed", "n_failed_hard", "n_failed_same_token")
+    failed = {row["latent"]: sum(row[c] for c in columns) for row in own(run)}
     assert sum(failed.values()) == len([i for i in range(len(first.judged)) if i % 10 == 0])
     assert all(row["balanced_accuracy"] == 1 for row in own(run) if row["status"] == "ok")  # a failure is no "no"
     second = FakeJudge()
     score(second, 0)
     assert len(second.judged) == sum(failed.values())
-    assert all(row["n_failed"] == 0 and row["balanced_accuracy"] == 1 for row in own(run))
+    assert all(row["balanced_accuracy"] == 1 and not any(row[c] for c in columns) for row in own(run))
 
 
 def test_many_failed_answers_are_no_score(run: Run, explain: Explain, score: Score) -> None:
@@ -289,7 +293,7 @@ def test_a_judge_that_stops_keeps_every_request(run: Run, explain: Explain, scor
     # The same, judged afresh under another name, in one go.
     score(FakeJudge(name="undisturbed"))
     fresh = [row for row in own(run) if row["judge"] == "undisturbed"]
-    ignored = ("judge", "settings_hash", "stratum_tpr")
+    ignored = ("judge", "settings_hash", "stratum_tpr", "stratum_low", "stratum_high")
 
     def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{k: v for k, v in row.items() if k not in ignored} for row in rows]

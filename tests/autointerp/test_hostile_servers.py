@@ -25,7 +25,8 @@ from autointerp.llm import transport
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed
 from autointerp.llm.usage import Usage
-from autointerp.score import score_table
+from autointerp.score_table import Test, score_table
+from autointerp.scorers import SCORERS
 from autointerp.work import in_flight
 
 BODY = json.dumps({"choices": [{"index": 0, "message": {"content": "1"}, "finish_reason": "stop"}]})
@@ -288,7 +289,8 @@ def scored(
         sent = int(journal.usage()["requests"].sum())
         # All that were sent are on record; some were sent on a connection that the server was just closing.
         assert 0 <= sent - len(server.requests) < 0.02 * sent
-        return score_table(journal, "s", items.__getitem__), journal.verdicts()
+        test = Test(SCORERS["detection"](), LlmJudge(LlmClient(server.url), protocol), dict(SAME), items.__getitem__)
+        return score_table(journal, [test], journal.explanations(status="ok"), {test.key}), journal.verdicts()
 
 
 @pytest.mark.parametrize("protocol", ["single", "batch"])

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from autointerp import prompts
 from autointerp.contexts import Context
 from autointerp.explainers.base import Explainer, Explanation
-from autointerp.explainers.llm import MARKS, LlmExplainer, choose_marks, marked_text, parse_explanation
+from autointerp.explainers.llm import LlmExplainer, parse_explanation
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed
+from autointerp.marking import MARKS, choose_marks, marked_text
 from sae.errors import BadInput, NotFound, Unavailable
 
 

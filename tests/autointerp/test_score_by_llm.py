@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import pytest
 from fake_server import FakeServer, Reply, error, sensible, token
 
 from autointerp.backends import LlmOptions
+from autointerp.contexts import TestSet
 from autointerp.explain import explain_runs
 from autointerp.journal import Journal
-from autointerp.score import COLUMNS, score_runs
+from autointerp.score import COLUMNS, UNTESTED, score_runs
 from autointerp.selection import Choice
 from autointerp.work import Outcome
 from sae.errors import BadInput, Unavailable
@@ -42,7 +44,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_neox_dir: Path) -> 
         corpus={"kind": "text", "source": (argparse.__file__,), "context": 64},
         training={"num_latents": 32, "k": 4, "tokens": 20_000, "batch_tokens": 1024},
         harvest={"tokens": 30_000},
-        contexts={"n_explain": 10, "n_active": ITEMS // 2, "n_inactive": ITEMS // 2},
+        contexts={"n_explain": 10, "n_active": ITEMS // 2, "n_inactive": ITEMS // 2, "n_hard": 0, "n_same_token": 0},
     )
     compute = Compute("cpu", 1)
     harvest_runs(train_study("run", [0], settings, root, compute), compute)
@@ -221,3 +223,51 @@ def test_the_key_is_on_no_file_and_in_no_line_of_output(
     assert {"journal.sqlite", "cache.sqlite"} <= {path.name for path in files}
     told += [*capfd.readouterr(), caplog.text, *(path.read_bytes().decode("latin-1") for path in files)]
     assert not [text[:200] for text in told if SECRET in text or SECRET[:12] in text or escaped in text]
+
+
+@pytest.mark.parametrize("protocol", ["batch", "single"])
+def test_both_scorers_together_stand_side_by_side(run: Run, protocol: str) -> None:
+    with FakeServer() as server:
+        explain(run, server)
+        options = LlmOptions(url=server.url, protocol=protocol, concurrency=2)
+
+        def go(*scorers: str) -> Outcome:
+            return score_runs([run], run.root, scorers, "llm", options, control_latents=0)
+
+        first = go("detection", "fuzzing")
+        assert first.n_failed == 0
+        asked = len(server.requests)
+        questions = [
+            str(seen.body["messages"]) for seen in server.requests if "marked rightly" in str(seen.body).lower()
+        ]
+        assert questions
+        assert all("<<" in question or "⟦" in question for question in questions)
+        again = go("fuzzing", "detection")
+        assert len(server.requests) == asked
+        assert again.n_new == 0
+    table = read_table(run.stage_path("scores"))
+    assert Counter(table["scorer"]) == {"detection": N, "fuzzing": N}
+    fuzzed = table[(table["scorer"] == "fuzzing") & (table["status"] == "ok")]
+    assert len(fuzzed) + sum("have no fuzzing score" in note for note in first.notes) > 0
+    assert (fuzzed["n_active"] == fuzzed["n_inactive"]).all()
+    detected = table[table["scorer"] == "detection"]
+    assert detected["stratum_tpr"].map(len).gt(0).all(), "the other scorer's rows keep their strata"
+    assert detected["settings_hash"].nunique() == 1
+    assert not set(detected["judge_prompt_hash"]) & set(fuzzed["judge_prompt_hash"])
+    with Journal(run.journal_path) as journal:
+        verdicts = journal.verdicts(scorer="fuzzing")
+    assert set(verdicts["negative_kind"].dropna()) == {"mismarked"}
+    assert verdicts.groupby("latent")["context"].apply(lambda windows: windows.is_unique).all()
+
+
+def test_a_latent_that_cannot_be_fuzzed_is_told_and_is_no_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autointerp.scorers.fuzzing.mark", lambda _: TestSet([], []))
+    with FakeServer() as server:
+        explain(run, server)
+        options = LlmOptions(url=server.url, concurrency=2)
+        outcome = score_runs([run], run.root, ("fuzzing", "detection"), "llm", options, control_latents=0)
+    assert (outcome.n_done, outcome.n_failed) == (N, 0)
+    assert outcome.notes == [f"run_a: {N} explanations have no fuzzing score: too few contexts for it"]
+    table = read_table(run.stage_path("scores"))
+    assert Counter(table["status"]) == {"ok": N, UNTESTED: N}
+    assert table.loc[table["status"] == UNTESTED, "balanced_accuracy"].isna().all()

@@ -195,6 +195,18 @@ def coverage(make: Callable[[np.random.Generator], Estimate], truth: float, tria
     return float(np.mean([x.low <= truth <= x.high for x in found]))
 
 
+@pytest.mark.parametrize("n", [5, 20, 50, 100])
+def test_proportion_interval_covers(n: int) -> None:
+    """Exactly, over all outcomes: on average over rates as asked, and never far from it at 20 contexts and more."""
+    every = [proportion(successes, n) for successes in range(n + 1)]
+    rates = np.linspace(0.02, 0.98, 97)
+    held = [
+        sum(stats.binom.pmf(k, n, p) for k, found in enumerate(every) if found.low <= p <= found.high) for p in rates
+    ]
+    assert 0.94 <= np.mean(held) <= 0.965
+    assert min(held) > (0.83 if n < 20 else 0.89)
+
+
 @pytest.mark.parametrize(("tpr", "tnr", "n"), [(0.7, 0.74, 50), (0.95, 0.6, 50), (0.98, 0.99, 50), (0.8, 0.5, 20)])
 def test_balanced_accuracy_interval_covers(tpr: float, tnr: float, n: int) -> None:
     truth = np.arange(2 * n) < n

@@ -270,9 +270,10 @@ def first_answers(run: Run, served: Served) -> Iterator[tuple[Request, Answer, f
     verdicts = verdicts_of(run, served, "single")
     for latent, rows in verdicts[verdicts["p"].notna()].groupby("latent"):
         both = sampler.testing(int(str(latent)))
-        contexts = {context.window: context for context in (*both.active, *both.inactive)}
+        every = (*both.active, *both.inactive, *both.hard, *both.same_token)
+        contexts = {context.window: context for context in every}
         for row in rows.to_dict("records"):
-            request = judge.request(texts[row["explanation_id"]], [contexts[row["context"]].text])
+            request = judge.request(texts[row["explanation_id"]], [contexts[row["context"]]])
             answer = kept.get(request.key(served.model.name))
             assert answer is not None, "a verdict whose answer was not kept"
             assert answer.tokens is not None

@@ -1,0 +1,75 @@
+"""A latent's nearest neighbours, whose firing makes the hardest contexts in which it is silent.
+
+Two ways of being near: the decoder points the same way, or both fire in the same windows. An explanation that holds for
+the neighbours too ("code", "names") calls their contexts active, and loses by it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from sae.firings import FiringStore, Ints, mix
+
+NEAREST = 10
+"""Neighbours of each of the two ways."""
+_WINDOWS = 128  # of the latent, in which it is looked what else fires
+_LEAST = 2  # windows in which both fire: in one, anything may
+
+
+class Neighbours:
+    """The neighbours of any latent of one SAE.
+
+    Args:
+        store: its firings.
+        decoder: gives its decoder [M, D]; called once, when first needed.
+    """
+
+    def __init__(self, store: FiringStore, decoder: Callable[[], npt.NDArray[np.floating]]) -> None:
+        self._store, self._read = store, decoder
+
+    def __call__(self, latent: int) -> Ints:
+        """Up to 20 latents: the nearest by decoder cosine first, then those by firing together that are not among them.
+
+        Dead latents are none's neighbours.
+        """
+        both = np.concatenate([self.by_direction(latent), self.by_firing(latent)])
+        _, first = np.unique(both, return_index=True)
+        return both[np.sort(first)]
+
+    def by_direction(self, latent: int) -> Ints:
+        """The latents with the largest decoder cosine, falling."""
+        cosine = self._unit @ self._unit[latent]
+        cosine[latent] = -np.inf
+        cosine[self._firings == 0] = -np.inf
+        nearest = np.argsort(-cosine, kind="stable")[:NEAREST]
+        return nearest[np.isfinite(cosine[nearest])]
+
+    def by_firing(self, latent: int) -> Ints:
+        """The latents that fire most in the windows of this one, falling.
+
+        By the cosine of firing in a window, counted over up to 128 of the latent's windows (chosen by hash), where a
+        neighbour's number of firings stands for its number of windows.
+        """
+        windows = self._store.windows(latent)[0]
+        chosen = windows[np.argsort(mix(windows.astype(np.uint64)))[:_WINDOWS]]
+        if not len(chosen):
+            return np.empty(0, np.int64)
+        there = [np.unique(np.concatenate(self._store.latents_at(window))) for window in chosen.tolist()]
+        latents, together = np.unique(np.concatenate(there).astype(np.int64), return_counts=True)
+        kept = (latents != latent) & (together >= _LEAST)
+        latents, together = latents[kept], together[kept]
+        cosine = together / np.sqrt(self._firings[latents])
+        return latents[np.argsort(-cosine, kind="stable")[:NEAREST]]
+
+    @functools.cached_property
+    def _firings(self) -> Ints:
+        return np.diff(np.asarray(self._store.latent_offsets))
+
+    @functools.cached_property
+    def _unit(self) -> npt.NDArray[np.float32]:
+        rows = np.asarray(self._read(), dtype=np.float32)
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
