@@ -241,11 +241,15 @@ def sensible(body: dict[str, Any]) -> Reply | str:
         piece = "".join(found.most_common(1)[0][0]) if found else "?"
         return f'[EXPLANATION]: Text that contains "{piece}".'
     quoted = re.search(r'"(.+)"', question.split("\n", 1)[0])
-    labels = [int(quoted is not None and quoted[1] in snippet) for snippet in snippets]
-    if "Active (1) or not (0)?" in question:
+    return labelled(body, [int(quoted is not None and quoted[1] in snippet) for snippet in snippets])
+
+
+def labelled(body: dict[str, Any], labels: Sequence[int]) -> Reply:
+    """A judge's answer to a request, under either protocol: a label for each snippet."""
+    if "Active (1) or not (0)?" in str(body["messages"][-1]["content"]):
         text, tokens = str(labels[0]), [_label_token(labels[0])]
     else:
-        text = json.dumps({"labels": labels})
+        text = json.dumps({"labels": list(labels)})
         tokens = [token('{"labels"'), token(": [")]
         for label in labels:
             tokens += [_label_token(label), token(", ")]
