@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tiny_study import cli
 
 from sae.architectures.relu import ReluSae
@@ -232,9 +231,9 @@ def rule_score(run: Run, latent: int, known: Latent) -> float:
     fires = np.zeros(store.n_windows, bool)
     fires[store.windows(latent)[0]] = True
     tokens = store.tokens(np.arange(store.n_windows))
-    wanted: NDArray[np.bool_] = np.isin(tokens, [place(word) for word in known.seen])  # type: ignore[assignment]
+    wanted = np.asarray(np.isin(tokens, [place(word) for word in known.seen]))
     if known.after is not None:
         wanted[:, 1:] &= tokens[:, :-1] == place(known.after)
         wanted[:, 0] = False
-    says, used = wanted.any(1), ~store.has_special(np.arange(store.n_windows))
+    says, used = np.asarray(wanted.any(1)), ~store.has_special(np.arange(store.n_windows))
     return float(says[used & fires].mean() + (~says[used & ~fires]).mean()) / 2
