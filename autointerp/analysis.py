@@ -24,9 +24,10 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp import scored, seeds
+from autointerp import relation, reliability, scored, seeds
 from autointerp.counterparts import counterpart_findings
 from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
+from autointerp.pooled import pooled_relation
 from autointerp.scored import ContextSource
 from autointerp.statistics import METHODS
 from sae.files import SCHEMA
@@ -52,6 +53,7 @@ def findings(
     scores = None
     if rows is not None or told.explained:
         scores = scored.score_findings(_rows_or_none(rows), latents, told.explained, told.too_few)
+        scores["reliability"] = _reliability(study, rows)
         n, command = scores.pop("n_waiting"), study.command("score", "--sae", study.focus.name)
         scores["waiting"] = {"n": n, "command": command} if n else None
     return {
@@ -72,7 +74,7 @@ def findings(
         "firing": seeds.firing_findings(study),
         "frequency_by_class": seeds.frequency_by_class_findings(latents),
         "scores": scores,
-        "relation": scored.relation_findings(rows, latents) if rows is not None and similar else None,
+        "relation": _relation(study, rows, latents) if rows is not None and similar else None,
         "interesting": scored.interesting(study.focus.name, rows, latents, told.texts, contexts)
         if rows is not None and has_scores and similar
         else None,
@@ -103,6 +105,23 @@ def _provenance(run: Run) -> dict[str, Any]:
             "fingerprint": corpus.get("fingerprint"),
         },
     }
+
+
+def _reliability(study: Study, rows: pd.DataFrame | None) -> dict[str, Any] | None:
+    if rows is None or study.setup is None:
+        return None
+    verdicts = reliability.verdicts_of(study.focus, rows, study.setup)
+    return reliability.reliability_findings(rows, verdicts, reliability.together_of(study.setup))
+
+
+def _relation(study: Study, rows: pd.DataFrame, latents: pd.DataFrame) -> dict[str, Any] | None:
+    """Of the focus run, and ``pooled`` over all runs that were scored alike (``None`` where it alone was)."""
+    if study.setup is None:
+        return None
+    verdicts = reliability.verdicts_of(study.focus, rows, study.setup)
+    part = relation.Part(study.focus.name, rows, latents, verdicts, reliability.together_of(study.setup))
+    found = relation.relation_findings(part)
+    return None if found is None else {**found, "pooled": pooled_relation(study)}
 
 
 # --- failures and methods ---------------------------------------------------------------------------------
@@ -177,6 +196,8 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
             "correlations": METHODS["spearman"],
             "held fixed": METHODS["partial_spearman"],
             "strata": METHODS["stratified_spearman"],
+            **reliability.METHODS,
+            **relation.METHODS,
         },
         "training": "FVU, L0: mean over the last twentieth of the training log",
         "made_with": ", ".join(word for word in (versions, commit and f"commit {commit}") if word),
