@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from sae.estimate import Estimate
 
@@ -31,7 +32,8 @@ class Resamples:
         units: [N] the group that each value belongs to, of any type that can be compared.
     """
 
-    def __init__(self, units: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> None:
+    def __init__(self, units: ArrayLike, resamples: int | None = None, seed: int = 0) -> None:
+        resamples = RESAMPLES if resamples is None else resamples
         _, self.unit = np.unique(np.asarray(units), return_inverse=True)
         self.n_units = int(self.unit.max(initial=-1)) + 1
         rng = np.random.default_rng(seed)
@@ -48,6 +50,10 @@ class Resamples:
         step = max(1, _CELLS // max(1, len(unit)))
         for start in range(0, len(self), step):
             yield self._held[start : start + step].astype(np.float64)[:, unit]
+
+    def count(self, kept: Bools) -> int:
+        """How many units the values ``kept`` [N] are of."""
+        return len(np.unique(self.unit[kept]))
 
     def means(self, values: ArrayLike, kept: Bools | None = None) -> Floats:
         """[R + 1] the mean of the values [N] (of those ``kept``); NaN where a resample holds none of them."""
@@ -105,13 +111,18 @@ def partial(xy: Floats, xz: Floats, yz: Floats) -> Floats:
         return np.where(left > 1e-12, np.clip((xy - xz * yz) / np.sqrt(np.maximum(left, 1e-12)), -1, 1), np.nan)
 
 
-def interval_of(draws: Floats, level: float = 0.95) -> Estimate:
+def interval_of(draws: Floats, n: int | None = None, level: float = 0.95) -> Estimate:
     """The sample's value, first of the draws, with the percentile interval of the resamples that follow.
 
+    Percentiles alone are too narrow for few observations, as the normal distribution is in place of Student's. With
+    ``n`` independent observations they are moved outwards by as much (the expanded percentiles of Hesterberg 2015).
     No interval where more than a tenth of the resamples give no value: those that do would not be a fair sample.
     """
     value, known = float(draws[0]), draws[1:][~np.isnan(draws[1:])]
-    if np.isnan(value) or len(known) < 0.9 * (len(draws) - 1) or not len(known):
+    if np.isnan(value) or len(known) < 0.9 * (len(draws) - 1) or not len(known) or n == 1:
         return Estimate(value, float("nan"), float("nan"))
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    tail = (1 - level) / 2
+    if n is not None:
+        tail = float(stats.norm.cdf((n / (n - 1)) ** 0.5 * stats.t.ppf(tail, n - 1)))
+    low, high = np.quantile(known, [tail, 1 - tail])
     return Estimate(value, min(float(low), value), max(float(high), value))

@@ -33,8 +33,8 @@ from autointerp.statistics import (
 
 METHODS = {
     "matched": "shared - unshared within tenths of the firing frequency, weighted by n_shared n_unshared / n; "
-    "percentile bootstrap, 1000 resamples, seeded",
-    "pooled": "percentile bootstrap over latents with their decoder-matched partners, 1000 resamples, seeded",
+    "expanded percentile bootstrap, 1000 resamples, seeded",
+    "pooled": "expanded percentile bootstrap, 1000 resamples, seeded, of latents with their decoder-matched partners",
 }
 _FREQUENCY_STRATA = 10  # of the matched comparison; fewer where there are fewer than _IN_STRATUM latents in each
 _IN_STRATUM = 8
@@ -112,21 +112,21 @@ def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> dict[str, Any]
     table = pd.concat(tables, ignore_index=True)
     score, similarity, frequency = table["score"], table["similarity"], table["frequency"]
     resamples = Resamples(table["unit"])
-    r = resamples.correlations([similarity, score, frequency])
+    n, r = resamples.n_units, resamples.correlations([similarity, score, frequency])
     strata, place = strata_of(frequency, n_bins), _quarter(similarity, n_bins)
     inside = {int(i): _within(resamples, similarity, score, strata == i) for i in np.unique(strata)}
     return {
         "runs": [part.run for part in parts],
-        "n_units": resamples.n_units,
+        "n_units": n,
         **_tree(
             table,
-            whole=interval_of(r[:, 0, 1]),
-            held=interval_of(partial(r[:, 0, 1], r[:, 0, 2], r[:, 1, 2])),
-            with_frequency=interval_of(r[:, 1, 2]),
-            similar_and_frequent=interval_of(r[:, 0, 2]),
-            within=interval_of(_mean_of_strata(inside, {i: int((strata == i).sum()) for i in inside})),
-            strata={i: interval_of(draws) for i, draws in inside.items()},
-            means={int(i): interval_of(resamples.means(score, place == i)) for i in np.unique(place)},
+            whole=interval_of(r[:, 0, 1], n),
+            held=interval_of(partial(r[:, 0, 1], r[:, 0, 2], r[:, 1, 2]), n),
+            with_frequency=interval_of(r[:, 1, 2], n),
+            similar_and_frequent=interval_of(r[:, 0, 2], n),
+            within=interval_of(_mean_of_strata(inside, {i: int((strata == i).sum()) for i in inside}), n),
+            strata={i: interval_of(draws, resamples.count(strata == i)) for i, draws in inside.items()},
+            means={int(i): _mean(resamples, score, place == i) for i in np.unique(place)},
             n_bins=n_bins,
         ),
         **_by_resampling(parts, tables, resamples),
@@ -180,6 +180,10 @@ def _quarter(x: pd.Series, n: int) -> np.ndarray:
     """Which quantile of x each value is in, from 0."""
     edges = np.unique(np.quantile(x, np.linspace(0, 1, n + 1)[1:-1]))
     return np.searchsorted(edges, x, side="right")
+
+
+def _mean(resamples: Resamples, values: pd.Series, inside: Bools) -> Estimate:
+    return interval_of(resamples.means(values, inside), resamples.count(inside))
 
 
 def _within(resamples: Resamples, x: pd.Series, y: pd.Series, inside: Bools) -> Floats:
@@ -253,8 +257,8 @@ def matched_difference(score: Floats, shared: Bools, frequency: Floats, resample
         sums += precision * difference
         weight += precision
     with np.errstate(invalid="ignore"):
-        matched = interval_of(sums / weight) if usable else UNKNOWN
-    plain = interval_of(resamples.means(score, shared) - resamples.means(score, ~shared))
+        matched = interval_of(sums / weight, resamples.n_units) if usable else UNKNOWN
+    plain = interval_of(resamples.means(score, shared) - resamples.means(score, ~shared), resamples.n_units)
     return {
         "plain": plain.as_dict(),
         "matched": matched.as_dict(),

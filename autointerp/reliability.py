@@ -43,14 +43,14 @@ from sae.run import Run
 
 METHODS = {
     "reliability": "mean rank correlation of random halves of each latent's verdicts, stepped up by Spearman and "
-    "Brown's formula; percentile bootstrap over latents, 1000 resamples, seeded",
+    "Brown's formula; expanded percentile bootstrap over latents, 1000 resamples, seeded",
     "corrected": "Spearman / sqrt(reliability of the score); both are made anew in each of 1000 bootstrap resamples",
 }
 LEAST = 0.25
 """Reliability below which no correlation is corrected: it would be more than doubled, its noise with it."""
 TOGETHER = 5  # verdicts of a language model that are kept together in a split: as many as a request holds
 _FEWEST = 10  # latents with two halves below which nothing is said
-_WORK = 20_000  # latents × splits
+_WORK = 6_000  # latents × splits
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Halves:
         place = kept.groupby("latent").cumcount().to_numpy()
         # What goes to a half as one, and within what the ones are dealt out in turn.
         deck = latent * 2 + truth if together == 1 else latent
-        _, card = np.unique(np.stack([deck, place // together]), axis=1, return_inverse=True)
-        first = np.unique(card, return_index=True)[1]
-        decks = deck[first]
+        turn = place // together
+        _, first, card = np.unique(deck * (turn.max(initial=0) + 1) + turn, return_index=True, return_inverse=True)
+        decks = deck[first]  # ascending
         rng = np.random.default_rng(seed)
         splits = splits or splits_of(len(latents))
         right = truth == label
@@ -116,12 +116,12 @@ class Halves:
 
 def splits_of(n: int) -> int:
     """Into halves, of n latents: many of few, few of many, whose mean is sure sooner."""
-    return int(np.clip(_WORK // max(1, n), 4, 40))
+    return int(np.clip(_WORK // max(1, n), 4, 30))
 
 
 def _dealt(decks: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
     """0 or 1 for each card, half of each deck either; of an odd deck the greater half is either by chance."""
-    order = np.lexsort((rng.random(len(decks)), decks))
+    order = np.argsort(decks + rng.random(len(decks)))
     start = np.searchsorted(decks[order], decks[order])
     odd = rng.integers(2, size=int(decks.max(initial=0)) + 1)
     side = np.empty(len(decks), np.int64)
@@ -147,8 +147,8 @@ def corrected_spearman(
 
     In the partial one both correlations with the score are corrected before the covariate [N] is held fixed.
     """
-    reliability = halves.draws(resamples)
-    told = interval_of(reliability)
+    reliability, n = halves.draws(resamples), resamples.n_units
+    told = interval_of(reliability, n)
     if not told.value >= LEAST:
         return Corrected(told, UNKNOWN, UNKNOWN)
     r = resamples.correlations([score, similarity, covariate])
@@ -156,7 +156,7 @@ def corrected_spearman(
     root = np.sqrt(np.maximum(reliability, LEAST / 4))
     with_similarity, with_covariate = (np.clip(r[:, 0, i] / root, -1, 1) for i in (1, 2))
     held = partial(with_similarity, with_covariate, r[:, 1, 2])
-    return Corrected(told, interval_of(with_similarity), interval_of(held))
+    return Corrected(told, interval_of(with_similarity, n), interval_of(held, n))
 
 
 def reliability_findings(rows: pd.DataFrame, verdicts: pd.DataFrame, together: int) -> dict[str, Any] | None:
@@ -165,7 +165,8 @@ def reliability_findings(rows: pd.DataFrame, verdicts: pd.DataFrame, together: i
     halves = Halves.of(verdicts, own["latent"].tolist(), together)
     if not halves.n:
         return None
-    return {**interval_of(halves.draws(Resamples(np.arange(len(own))))).as_dict(), "n": halves.n}
+    told = interval_of(halves.draws(Resamples(np.arange(len(own)))), len(own))
+    return {**told.as_dict(), "n": halves.n}
 
 
 def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:

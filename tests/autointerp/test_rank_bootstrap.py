@@ -55,6 +55,14 @@ def test_no_interval_where_too_many_resamples_give_no_value() -> None:
     assert interval_of(np.array([0.3, *[0.2] * 95, *[np.nan] * 5])).low == pytest.approx(0.2)
 
 
+def test_the_interval_of_few_values_is_as_wide_as_students() -> None:
+    rng = np.random.default_rng(0)
+    draws = np.array([0.0, *rng.normal(size=200_000)])
+    assert interval_of(draws).high == pytest.approx(1.96, abs=0.02)
+    assert interval_of(draws, 10).high == pytest.approx(stats.t.ppf(0.975, 9) * np.sqrt(10 / 9), abs=0.05)
+    assert np.isnan(interval_of(draws, 1).low)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_intervals_cover_when_groups_are_drawn_together(size: int) -> None:
     """Members of a group are alike: drawn one by one, as if they were independent, the interval is too narrow."""
