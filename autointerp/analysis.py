@@ -10,7 +10,9 @@ disagree with the files. What has not been made yet is ``None``, and ``missing``
     counterparts   what latents do in the other seeds, and what became of those that do not return     align
     membership     which seeds have the focus run's latents                     align
     training, firing, frequency_by_class                                        train, harvest
-    scores, relation, interesting, failures                                     explain, score
+    scores         with their control and reliability                           explain, score
+    relation       score and similarity, raw and corrected; of several runs     explain, score, align
+    interesting, failures                                                       explain, score
     methods        definitions, interval methods, who explained and judged, prompt hashes
 
 Fractions are between 0 and 1; a number that could not be measured is ``None``.

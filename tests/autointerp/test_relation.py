@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 import small_study
 from made_scores import Made, rank_correlation, score
+from rich.console import Console
 from scipy import stats
 
 from autointerp.analysis import findings
@@ -20,6 +22,8 @@ from autointerp.evidence import View
 from autointerp.journal import Journal, Verdict
 from autointerp.rank_bootstrap import Resamples
 from autointerp.relation import Part, matched_difference, pooled_findings, relation_findings
+from autointerp.report.layout import decimal, estimate, interval
+from autointerp.report.terminal import render
 from sae.alignment import read_alignment
 from sae.bootstrap import partner_units
 from sae.files import read_table, write_table
@@ -274,3 +278,35 @@ def test_what_was_judged_otherwise_is_not_pooled(three: Path, tmp_path: Path) ->
     assert pooled()["runs"] == ["run_a", "run_b"]
     Run("run_b", root).stage_path("scores").unlink()
     assert pooled() is None
+
+
+def test_the_report_shows_what_was_found(three: Path) -> None:
+    found = findings(three, NAMES)
+    tree = found["relation"]
+    page = " ".join(plain(found).split())
+    told = found["scores"]["reliability"]
+    assert f"Reliability {estimate(told['value'], told['interval'], 2)}: the rank correlation" in page
+    for of in (tree, tree["pooled"]):
+        value = of["corrected"]
+        shown = f"{decimal(value['value'], 2, sign=True)} {interval(value['interval'], 2, sign=True)} {of['n']}"
+        assert f"without the score's noise {shown}" in page
+    assert "3 runs together" in page
+    assert f"{tree['pooled']['n']} latents are {tree['pooled']['n_units']} with their partners" in page
+    matched = tree["shared_and_unshared"]["matched"]
+    assert f"at equal firing frequency {decimal(matched['value'], sign=True)}" in page
+    # Without verdicts there is nothing to correct for, and nothing is said of it.
+    unknown = {"value": None, "interval": None}
+    poor = {**tree, "pooled": None, "reliability": unknown, "corrected": unknown, "partial_corrected": unknown}
+    page = plain({**found, "relation": poor, "scores": {**found["scores"], "reliability": None}})
+    assert "Reliability" not in page
+    assert "without the score's noise" not in page
+    assert "together" not in page.split("Do latents that come back")[1].split("Found in no other")[0]
+    low = {**poor, "reliability": {"value": 0.1, "interval": [0.0, 0.2]}}
+    assert "Reliability .10: too small to correct" in " ".join(plain({**found, "relation": low}).split())
+
+
+def plain(found: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=110, color_system=None)
+    with console.capture() as captured:
+        render(found, console)
+    return captured.get()
