@@ -52,10 +52,17 @@ def findings(
     latents = study.focus_latents()
     similar = "similarity" in latents
     has_scores = rows is not None and bool((rows["status"].map(scored.status_kind) == "ok").any())
+    part = None
+    if rows is not None and study.setup is not None:
+        verdicts = reliability.verdicts_of(study.focus, rows, study.setup)
+        together = reliability.together_of(study.setup)
+        part = relation.Part(study.focus.name, rows, latents, verdicts, together)
     scores = None
     if rows is not None or told.explained:
         scores = scored.score_findings(_rows_or_none(rows), latents, told.explained, told.too_few)
-        scores["reliability"] = _reliability(study, rows)
+        scores["reliability"] = (
+            None if part is None else reliability.reliability_findings(part.rows, part.verdicts, part.together)
+        )
         n, command = scores.pop("n_waiting"), study.command("score", "--sae", study.focus.name)
         scores["waiting"] = {"n": n, "command": command} if n else None
     return {
@@ -76,7 +83,7 @@ def findings(
         "firing": seeds.firing_findings(study),
         "frequency_by_class": seeds.frequency_by_class_findings(latents),
         "scores": scores,
-        "relation": _relation(study, rows, latents) if rows is not None and similar else None,
+        "relation": _relation(study, part) if part is not None and similar else None,
         "interesting": scored.interesting(study.focus.name, rows, latents, told.texts, contexts)
         if rows is not None and has_scores and similar
         else None,
@@ -109,21 +116,10 @@ def _provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def _reliability(study: Study, rows: pd.DataFrame | None) -> dict[str, Any] | None:
-    if rows is None or study.setup is None:
-        return None
-    verdicts = reliability.verdicts_of(study.focus, rows, study.setup)
-    return reliability.reliability_findings(rows, verdicts, reliability.together_of(study.setup))
-
-
-def _relation(study: Study, rows: pd.DataFrame, latents: pd.DataFrame) -> dict[str, Any] | None:
+def _relation(study: Study, part: relation.Part) -> dict[str, Any] | None:
     """Of the focus run, and ``pooled`` over all runs that were scored alike (``None`` where it alone was)."""
-    if study.setup is None:
-        return None
-    verdicts = reliability.verdicts_of(study.focus, rows, study.setup)
-    part = relation.Part(study.focus.name, rows, latents, verdicts, reliability.together_of(study.setup))
     found = relation.relation_findings(part)
-    return None if found is None else {**found, "pooled": pooled_relation(study)}
+    return None if found is None else {**found, "pooled": pooled_relation(study, part.verdicts)}
 
 
 # --- failures and methods ---------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+
 from autointerp import scored
 from autointerp.evidence import Study
 from autointerp.relation import Part, pooled_findings
@@ -17,8 +19,11 @@ _ALIKE = ("explainer", "explainer_model", "explain_prompt_hash", "judge", "model
 """What two runs' set-ups must have in common. Their settings hashes differ by the run's own contexts."""
 
 
-def pooled_relation(study: Study) -> dict[str, Any] | None:
-    """:func:`autointerp.relation.pooled_findings` of the runs that are scored as the focus run is."""
+def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | None:
+    """:func:`autointerp.relation.pooled_findings` of the runs that are scored as the focus run is.
+
+    ``of_focus`` are the verdicts behind the focus run's scores, which the caller has read already.
+    """
     if study.shared is None or study.setup is None or len(study.compared) < 2:
         return None
     units = partner_units(study.compared, study.tables)
@@ -28,7 +33,7 @@ def pooled_relation(study: Study) -> dict[str, Any] | None:
             rows, setup = found
             latents, together = study.latents_of(run), together_of(setup)
             if "firing_frequency" in latents:
-                verdicts = verdicts_of(run, rows, setup)
+                verdicts = of_focus if run.name == study.focus.name else verdicts_of(run, rows, setup)
                 parts.append(Part(run.name, rows, latents, verdicts, together, units[run.name]))
     return pooled_findings(parts)
 

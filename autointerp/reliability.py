@@ -50,7 +50,7 @@ LEAST = 0.25
 """Reliability below which no correlation is corrected: it would be more than doubled, its noise with it."""
 TOGETHER = 5  # verdicts of a language model that are kept together in a split: as many as a request holds
 _FEWEST = 10  # latents with two halves below which nothing is said
-_WORK = 6_000  # latents × splits
+_WORK = 20_000  # latents × splits
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def test_a_model_that_finds_the_rule_finds_what_is_known(
 )
 def test_a_judge_that_does_not_read_scores_one_half(harvested: Path, tmp_path: Path, says: object) -> None:
     root = Path(shutil.copytree(harvested, tmp_path / "runs"))
-    among = of_kind("token", "noise", "digit", "bigram")
+    among = of_kind("token", "noise", "digit", "bigram") if says is rule_model.coin else FEW
     cli("explain", "--sae", "known_a", "--indices", ",".join(map(str, among)), "--root", root).well()
     with FakeServer(rule_model.judge_that(says)) as server:  # type: ignore[arg-type]
         cli("score", "--sae", "known_a", "--llm-url", server.url, "--control-latents", 0, "--root", root).well()
