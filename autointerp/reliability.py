@@ -20,8 +20,8 @@ for that (*disattenuated*, Spearman 1904) by
 The similarity is computed from the weights and has no such noise: its reliability is 1. The limits of the correction:
 
 * It is derived for normal scores with equal noise. For ranks of balanced accuracies it is right within .02, as
-  simulated (``benchmarks/correlation.py``). Where many latents have *exactly* the same true score, the reliability comes
-  out too large by about .02 and sure of itself, and the correlation is corrected too little, by up to .04.
+  simulated (``benchmarks/correlation.py``). Where many latents have *exactly* the same true score, the reliability
+  comes out too large by about .02 and sure of itself, and the correlation is corrected too little, by up to .04.
 * It takes noise away and nothing else. Where latents failed because they were hard, or only some range of scores or
   similarities was looked at, both figures are of the latents that are left, and nearer to 0.
 * Below a reliability of :data:`LEAST` the scores hardly tell latents apart, and nothing is corrected.
