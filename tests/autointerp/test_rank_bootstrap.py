@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,9 +11,8 @@ from scipy import stats
 from autointerp.rank_bootstrap import Resamples, interval_of, partial
 from autointerp.statistics import partial_spearman
 
-warnings.filterwarnings("ignore", category=stats.ConstantInputWarning)
 
-
+@pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
 @given(st.data(), st.integers(3, 40))
 def test_a_weighted_correlation_is_that_of_the_sample_written_out(data: st.DataObject, n: int) -> None:
     few = st.lists(st.integers(0, 6), min_size=n, max_size=n)  # with ties
