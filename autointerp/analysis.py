@@ -10,7 +10,9 @@ disagree with the files. What has not been made yet is ``None``, and ``missing``
     counterparts   what latents do in the other seeds, and what became of those that do not return     align
     membership     which seeds have the focus run's latents                     align
     training, firing, frequency_by_class                                        train, harvest
-    scores, relation, interesting, failures                                     explain, score
+    scores         with their control and reliability                           explain, score
+    relation       score and similarity, raw and corrected; of several runs     explain, score, align
+    interesting, failures                                                       explain, score
     methods        definitions, interval methods, who explained and judged, prompt hashes
 
 Fractions are between 0 and 1; a number that could not be measured is ``None``.
@@ -24,9 +26,10 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp import scored, seeds
+from autointerp import relation, reliability, scored, seeds
 from autointerp.counterparts import counterpart_findings
 from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
+from autointerp.pooled import pooled_relation
 from autointerp.scored import ContextSource
 from autointerp.statistics import METHODS
 from sae.files import SCHEMA
@@ -49,9 +52,17 @@ def findings(
     latents = study.focus_latents()
     similar = "similarity" in latents
     has_scores = rows is not None and bool((rows["status"].map(scored.status_kind) == "ok").any())
+    part = None
+    if rows is not None and study.setup is not None:
+        verdicts = reliability.verdicts_of(study.focus, rows, study.setup)
+        together = reliability.together_of(study.setup)
+        part = relation.Part(study.focus.name, rows, latents, verdicts, together)
     scores = None
     if rows is not None or told.explained:
         scores = scored.score_findings(_rows_or_none(rows), latents, told.explained, told.too_few)
+        scores["reliability"] = (
+            None if part is None else reliability.reliability_findings(part.rows, part.verdicts, part.together)
+        )
         n, command = scores.pop("n_waiting"), study.command("score", "--sae", study.focus.name)
         scores["waiting"] = {"n": n, "command": command} if n else None
     return {
@@ -72,7 +83,7 @@ def findings(
         "firing": seeds.firing_findings(study),
         "frequency_by_class": seeds.frequency_by_class_findings(latents),
         "scores": scores,
-        "relation": scored.relation_findings(rows, latents) if rows is not None and similar else None,
+        "relation": _relation(study, part) if part is not None and similar else None,
         "interesting": scored.interesting(study.focus.name, rows, latents, told.texts, contexts)
         if rows is not None and has_scores and similar
         else None,
@@ -103,6 +114,12 @@ def _provenance(run: Run) -> dict[str, Any]:
             "fingerprint": corpus.get("fingerprint"),
         },
     }
+
+
+def _relation(study: Study, part: relation.Part) -> dict[str, Any] | None:
+    """Of the focus run, and ``pooled`` over all runs that were scored alike (``None`` where it alone was)."""
+    found = relation.relation_findings(part)
+    return None if found is None else {**found, "pooled": pooled_relation(study, part.verdicts)}
 
 
 # --- failures and methods ---------------------------------------------------------------------------------
@@ -181,6 +198,8 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
             "correlations": METHODS["spearman"],
             "held fixed": METHODS["partial_spearman"],
             "strata": METHODS["stratified_spearman"],
+            **reliability.METHODS,
+            **relation.METHODS,
         },
         "training": "FVU, L0: mean over the last twentieth of the training log",
         "made_with": ", ".join(word for word in (versions, commit and f"commit {commit}") if word),

@@ -140,16 +140,20 @@ class Study:
         }
 
     def focus_latents(self) -> pd.DataFrame:
-        """The focus run's latents by number: firing, sharing under the view's definition, eligibility."""
-        name, view = self.focus.name, self.view
+        """:meth:`latents_of` the focus run."""
+        return self.latents_of(self.focus)
+
+    def latents_of(self, run: Run) -> pd.DataFrame:
+        """A run's latents by number: firing, sharing under the view's definition, eligibility."""
+        name, view = run.name, self.view
         latents = pd.DataFrame({"alive": self.alive[name]}, index=pd.RangeIndex(len(self.alive[name]), name="latent"))
         if name in self.firing:
             latents = latents.join(self.firing[name].set_index("latent"))
-        path = self.focus.stage_path("contexts")
+        path = run.stage_path("contexts")
         if path.exists():
             latents = latents.join(read_table(path).set_index("latent")[["eligible", "ineligible_reason"]])
-        if self.tables:
-            others = [n for n in view.against or self.compared if n != name]
+        if self.tables and name in self.compared:
+            others = [n for n in view.against if n != name] or [n for n in self.compared if n != name]
             table = latent_table(name, [name, *others], self.tables, self.alive[name], view.threshold).set_index(
                 "latent"
             )

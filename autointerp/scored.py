@@ -1,12 +1,12 @@
-"""What the scores of one run say: how well its latents can be explained, and how that goes with their return.
+"""What the scores of one run say: how well its latents can be explained.
 
 A run's score table may hold several *set-ups* side by side (another explainer, judge, prompt or set of
 contexts), because making new scores never overwrites old ones. A mean over different set-ups would mean
 nothing, so every figure here is of one set-up; the others are named beside it.
 
-Three things that a mean score hides are kept in view: how many latents could not be scored and why, what
-the same judge makes of somebody else's explanation (the swapped control), and whether the relation with
-similarity is only that both follow the firing frequency.
+Two things that a mean score hides are kept in view: how many latents could not be scored and why, and what
+the same judge makes of somebody else's explanation (the swapped control). How scores go with the latents'
+return is in :mod:`autointerp.relation`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.scorers.base import HARDER
-from autointerp.statistics import (
-    Estimate,
-    bootstrap_mean,
-    partial_spearman,
-    proportion,
-    quartiles,
-    spearman,
-    stratified_spearman,
-)
+from autointerp.statistics import Estimate, bootstrap_mean, proportion, quartiles
 
 CLASSES = ("one", "some", "all")
 #: Bins of a score histogram: from 0 to 1 in steps of .02.
@@ -265,52 +257,6 @@ def _by_class(latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explai
             "quartiles": quartiles_of(values),
         }
     return found
-
-
-def relation_findings(rows: pd.DataFrame, latents: pd.DataFrame, *, n_bins: int = 4) -> dict[str, Any] | None:
-    """Score against cross-seed similarity, as it is and with the firing frequency held fixed."""
-    own = rows[(rows["control"] == "none") & (rows["status"].map(status_kind) == "ok")].set_index("latent")
-    joined = own[["balanced_accuracy"]].join(latents[["similarity", "firing_frequency"]], how="inner").dropna()
-    joined = joined[joined["firing_frequency"] > 0].astype(float)
-    if len(joined) < 3:
-        return None
-    score, similarity = joined["balanced_accuracy"], joined["similarity"]
-    frequency = np.log10(joined["firing_frequency"])
-    within = stratified_spearman(similarity, score, frequency, n_strata=n_bins)
-    return {
-        "spearman": (whole := spearman(similarity, score).as_dict())["value"],
-        "interval": whole["interval"],
-        "n": len(joined),
-        "partial": partial_spearman(similarity, score, frequency).as_dict(),
-        "within_strata": within.pooled.as_dict(),
-        "strata": [
-            {
-                "low": number(10**stratum.low),
-                "high": number(10**stratum.high),
-                "n": stratum.n,
-                **stratum.correlation.as_dict(),
-            }
-            for stratum in within.strata
-        ],
-        "frequency": spearman(frequency, score).as_dict(),
-        "similarity_and_frequency": spearman(similarity, frequency).as_dict(),
-        "bins": _bins(similarity, score, n_bins),
-    }
-
-
-def _bins(x: pd.Series, y: pd.Series, n: int) -> list[dict[str, Any]]:
-    """The mean of ``y`` in each quantile of ``x``, lowest first."""
-    edges = np.unique(np.quantile(x, np.linspace(0, 1, n + 1)[1:-1]))
-    place = np.searchsorted(edges, x, side="right")
-    return [
-        {
-            "low": number(x[place == i].min()),
-            "high": number(x[place == i].max()),
-            "n": int((place == i).sum()),
-            **mean_of(bootstrap_mean(y[place == i])),
-        }
-        for i in np.unique(place)
-    ]
 
 
 def interesting(

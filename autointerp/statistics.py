@@ -32,7 +32,9 @@ __all__ = [
     "partial_spearman",
     "proportion",
     "quartiles",
+    "short_of_one",
     "spearman",
+    "strata_of",
     "stratified_spearman",
 ]
 
@@ -180,8 +182,7 @@ def stratified_spearman(
         raise ValueError(f"{len(a)}, {len(b)} and {len(c)} values")
     if not len(a):
         return Stratified(UNKNOWN, [])
-    edges = np.unique(np.quantile(c, np.linspace(0, 1, n_strata + 1)[1:-1]))
-    stratum = np.searchsorted(edges, c, side="left")
+    stratum = strata_of(c, n_strata)
     strata, weights, scores, variances = [], [], [], []
     for number in np.unique(stratum):
         inside = stratum == number
@@ -189,7 +190,7 @@ def stratified_spearman(
         n = int(inside.sum())
         strata.append(Stratum(float(c[inside].min()), float(c[inside].max()), n, found))
         if not math.isnan(found.low):
-            r = _short_of_one(found.value, n)
+            r = float(short_of_one(found.value, n))
             weights.append(n - 3)
             scores.append(math.atanh(r))
             variances.append(_variance(r, n, 0))
@@ -198,6 +199,22 @@ def stratified_spearman(
     share = np.asarray(weights) / sum(weights)
     z, half = float(share @ scores), _quantile(level) * math.sqrt(float(share**2 @ variances))
     return Stratified(Estimate(math.tanh(z), math.tanh(z - half), math.tanh(z + half)), strata)
+
+
+def strata_of(covariate: ArrayLike, n_strata: int) -> NDArray[np.intp]:
+    """[N] the quantile of a covariate [N] that each value falls in, from 0; equal values fall in the same."""
+    c = _finite(covariate)
+    edges = np.unique(np.quantile(c, np.linspace(0, 1, n_strata + 1)[1:-1]))
+    return np.searchsorted(edges, c, side="left")
+
+
+def short_of_one(r: ArrayLike, n: int) -> Array:
+    """Rank correlations of n points, brought in by half a step where they are ±1: Fisher's z has no value there.
+
+    A step is what one exchange of neighbouring ranks takes from a perfect correlation, 12 / (n³ - n).
+    """
+    limit = 1 - 6 / (n**3 - n)
+    return np.clip(np.asarray(r, dtype=np.float64), -limit, limit)
 
 
 def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
@@ -252,7 +269,7 @@ def _finite(values: ArrayLike) -> Array:
 def _fisher(r: float, n: int, covariates: int, level: float) -> Estimate:
     if n - covariates < 5:
         return Estimate(r, math.nan, math.nan)
-    inside = _short_of_one(r, n)
+    inside = float(short_of_one(r, n))
     z, half = math.atanh(inside), _quantile(level) * math.sqrt(_variance(inside, n, covariates))
     return Estimate(r, min(r, math.tanh(z - half)), max(r, math.tanh(z + half)))
 
@@ -260,15 +277,6 @@ def _fisher(r: float, n: int, covariates: int, level: float) -> Estimate:
 def _variance(r: float, n: int, covariates: int) -> float:
     """Of Fisher's z of a rank correlation (Bonett and Wright 2000)."""
     return (1 + r * r / 2) / (n - 3 - covariates)
-
-
-def _short_of_one(r: float, n: int) -> float:
-    """``r``, brought in by half a step where it is ±1: Fisher's z has no value there.
-
-    A step is what one exchange of neighbouring ranks takes from a perfect correlation, 12 / (n³ - n).
-    """
-    limit = 1 - 6 / (n**3 - n)
-    return min(limit, max(-limit, r))
 
 
 def _quantile(level: float) -> float:

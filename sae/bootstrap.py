@@ -25,22 +25,27 @@ Floats = NDArray[np.float64]
 Tables = Mapping[tuple[str, str], pd.DataFrame]
 
 
-class LatentBootstrap:
-    """Resamples the latents of all runs of a study at once.
+def partner_units(runs: Sequence[str], alignments: Tables) -> dict[str, NDArray[np.integer]]:
+    """Run → [M] the unit of each of its latents: the same number for a latent and its partners in the other runs.
 
     The unit is a latent of the widest run with its decoder-matched partners; since every latent of a narrower run has a
     partner in the widest, each latent of each run is in exactly one unit.
     """
+    sizes = {run: len(alignments[run, next(x for x in runs if x != run)]) for run in runs}
+    widest = max(runs, key=lambda run: sizes[run])
+    return {
+        run: np.arange(sizes[run]) if run == widest else alignments[run, widest]["decoder_partner"].to_numpy()
+        for run in runs
+    }
+
+
+class LatentBootstrap:
+    """Resamples the latents of all runs of a study at once, by their units: see :func:`partner_units`."""
 
     def __init__(self, runs: Sequence[str], alignments: Tables, resamples: int, seed: int) -> None:
         self.runs = list(runs)
-        sizes = {run: len(alignments[run, next(x for x in runs if x != run)]) for run in runs}
-        widest = max(runs, key=lambda run: sizes[run])
-        self.n_units = sizes[widest]
-        self.unit = {
-            run: np.arange(self.n_units) if run == widest else alignments[run, widest]["decoder_partner"].to_numpy()
-            for run in runs
-        }
+        self.unit = partner_units(runs, alignments)
+        self.n_units = max(len(unit) for unit in self.unit.values())
         # How often each resample holds each unit: a byte is plenty for a Poisson count of mean 1.
         rng = np.random.default_rng(seed)
         self.weights = np.empty((resamples, self.n_units), dtype=np.uint8)

@@ -58,6 +58,7 @@ def scores(found: Findings, page: Page) -> RenderableType:
         difference = decimal(above["mean"], sign=True), interval(above["interval"], sign=True)
         table.add_row("own − swapped", count(above["n"]), *difference)
     body += [table, *_by_negatives(tree)]
+    body += _reliability(tree)
     if control is None:
         body.append(Text("\nNo control was scored: a score alone says little, random dictionaries score high too."))
     elif known(control["above_control"]["fraction"]):
@@ -81,6 +82,15 @@ def _by_negatives(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text()
     yield table
     yield Text("random: the same latents' score over random negatives; lacking: latents without enough of the kind.")
+
+
+def _reliability(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
+    told = tree["reliability"]
+    if told is not None and known(told["value"]):
+        yield Text(
+            f"\nReliability {estimate(told['value'], told['interval'], 2)}: the rank correlation of these scores with "
+            "those of another draw of contexts."
+        )
 
 
 def _outcome(tree: Mapping[str, Any] | None) -> Iterator[RenderableType]:
@@ -187,16 +197,53 @@ def relation(found: Findings, page: Page) -> RenderableType:
     table = grid("", ("Spearman", "right"), "95 % interval", ("latents", "right"), scale, gap=2 if page.wide else 1)
     rows: list[tuple[str, Mapping[str, Any], int]] = [
         ("score and similarity", {"value": tree["spearman"], "interval": tree["interval"]}, tree["n"]),
+        *_corrected(tree, "corrected", " without the score's noise"),
         (" frequency held fixed", tree["partial"], tree["n"]),
+        *_corrected(tree, "partial_corrected", " both"),
         (" within frequency strata", tree["within_strata"], tree["n"]),
         *((f"  {rate(s['low'])} to {rate(s['high'])}", s, s["n"]) for s in tree["strata"]),
         ("score and frequency", tree["frequency"], tree["n"]),
+        *_pooled(tree["pooled"]),
     ]
     for label, row, n in rows:
         style = "bold" if not label.startswith(" ") else QUIET if label.startswith("  ") else ""
         value, bounds = decimal(row["value"], 2, sign=True), interval(row["interval"], 2, sign=True)
         table.add_row(Text(label, style), value, bounds, count(n), _strip(row, width))
-    return section(page, title, says, table, Text(), *_by_similarity(tree))
+    return section(page, title, says, table, *_in_words(tree), Text(), *_by_similarity(tree))
+
+
+def _corrected(tree: Mapping[str, Any], key: str, label: str) -> Iterator[tuple[str, Mapping[str, Any], int]]:
+    if known(tree[key]["value"]):
+        yield label, tree[key], tree["n"]
+
+
+def _pooled(tree: Mapping[str, Any] | None) -> Iterator[tuple[str, Mapping[str, Any], int]]:
+    """The same over the scores of several runs."""
+    if tree is None:
+        return
+    yield f"{len(tree['runs'])} runs together", {"value": tree["spearman"], "interval": tree["interval"]}, tree["n"]
+    yield from _corrected(tree, "corrected", " without the score's noise")
+    yield " frequency held fixed", tree["partial"], tree["n"]
+
+
+def _in_words(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What no correlation says: the reliability that was corrected for, and shared against unshared."""
+    told, apart = tree["reliability"], tree["shared_and_unshared"]
+    if known(told["value"]) and not known(tree["corrected"]["value"]):
+        yield Text(f"\nReliability {decimal(told['value'], 2)}: too small to correct the correlation for noise.")
+    if known(apart["plain"]["value"]):
+        words = f"\nShared latents less unshared: {_difference(apart['plain'])}"
+        if known(apart["matched"]["value"]):
+            words += f"; at equal firing frequency {_difference(apart['matched'])}"
+        yield Text(f"{words} ({apart['n_shared']} and {apart['n_unshared']} latents).")
+    if (pooled := tree["pooled"]) is not None:
+        yield Text(
+            f"The runs' {pooled['n']} latents are {pooled['n_units']} with their partners counted as one.", QUIET
+        )
+
+
+def _difference(told: Mapping[str, Any]) -> str:
+    return f"{decimal(told['value'], sign=True)} {interval(told['interval'], sign=True)}"
 
 
 def _no_relation(found: Findings) -> RenderableType:

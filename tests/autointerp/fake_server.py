@@ -307,11 +307,15 @@ def sensible(body: dict[str, Any]) -> Reply | str:
     quoted = re.search(r'"(.+)"', question.split("\n", 1)[0])
     marked = "marked" in str(body["messages"][0]["content"]).split("Label", 1)[0]
     pieces = [" ".join(re.findall(r"<<.+?>>|⟦.+?⟧", snippet)) if marked else snippet for snippet in snippets]
-    labels = [int(quoted is not None and quoted[1] in piece) for piece in pieces]
-    if "(1) or not (0)?" in question:
+    return labelled(body, [int(quoted is not None and quoted[1] in piece) for piece in pieces])
+
+
+def labelled(body: dict[str, Any], labels: Sequence[int]) -> Reply:
+    """A judge's answer to a request, under either protocol: a label for each snippet."""
+    if "(1) or not (0)?" in str(body["messages"][-1]["content"]):
         text, tokens = str(labels[0]), [_label_token(labels[0])]
     else:
-        text = json.dumps({"labels": labels})
+        text = json.dumps({"labels": list(labels)})
         tokens = [token('{"labels"'), token(": [")]
         for label in labels:
             tokens += [_label_token(label), token(", ")]

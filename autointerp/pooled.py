@@ -1,0 +1,52 @@
+"""The scores of all runs of a study together, where they were explained and judged alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from autointerp import scored
+from autointerp.evidence import Study
+from autointerp.relation import Part, pooled_findings
+from autointerp.reliability import together_of, verdicts_of
+from sae.bootstrap import partner_units
+from sae.files import read_table
+from sae.run import Run
+
+_ALIKE = ("explainer", "explainer_model", "explain_prompt_hash", "judge", "model", "scorer", "judge_prompt_hash")
+"""What two runs' set-ups must have in common. Their settings hashes differ by the run's own contexts."""
+
+
+def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | None:
+    """:func:`autointerp.relation.pooled_findings` of the runs that are scored as the focus run is.
+
+    ``of_focus`` are the verdicts behind the focus run's scores, which the caller has read already.
+    """
+    if study.shared is None or study.setup is None or len(study.compared) < 2:
+        return None
+    units = partner_units(study.compared, study.tables)
+    parts = []
+    for run in study.runs:
+        if run.name in study.compared and (found := _part(study, run)) is not None:
+            rows, setup = found
+            latents, together = study.latents_of(run), together_of(setup)
+            if "firing_frequency" in latents:
+                verdicts = of_focus if run.name == study.focus.name else verdicts_of(run, rows, setup)
+                parts.append(Part(run.name, rows, latents, verdicts, together, units[run.name]))
+    return pooled_findings(parts)
+
+
+def _part(study: Study, run: Run) -> tuple[Any, Mapping[str, Any]] | None:
+    """The rows of the run's newest set-up that is like the focus run's; ``None`` where it has none."""
+    setup = study.setup or {}
+    if run.name == study.focus.name:
+        return study.score_rows(), setup
+    ours, theirs = study.focus.settings, run.settings
+    path = run.stage_path("scores")
+    if not path.exists() or (ours.contexts, ours.harvest.window) != (theirs.contexts, theirs.harvest.window):
+        return None
+    table = read_table(path)
+    like = [found for found in scored.setups(table) if all(found.get(key) == setup.get(key) for key in _ALIKE)]
+    return (scored.rows_of(table, like[0]), like[0]) if like else None

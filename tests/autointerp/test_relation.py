@@ -1,0 +1,312 @@
+"""How scores go with return, of one run and of several: against recounts, and intervals against simulation."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import small_study
+from made_scores import Made, rank_correlation, score
+from rich.console import Console
+from scipy import stats
+
+from autointerp.analysis import findings
+from autointerp.evidence import View
+from autointerp.journal import Journal, Verdict
+from autointerp.rank_bootstrap import Resamples
+from autointerp.relation import Part, matched_difference, pooled_findings, relation_findings
+from autointerp.report.layout import decimal, estimate, interval
+from autointerp.report.terminal import render
+from sae.alignment import read_alignment
+from sae.bootstrap import partner_units
+from sae.files import read_table, write_table
+from sae.run import Run
+
+NAMES = ["run_a", "run_b", "run_c"]
+
+
+def part_of(made: Made, verdicts: pd.DataFrame, unit: np.ndarray | None = None, run: str = "run_a") -> Part:
+    latents = pd.DataFrame(
+        {
+            "similarity": made.similarity,
+            "firing_frequency": 10 ** (made.frequency - 3),
+            "unshared": made.similarity < 0,
+        }
+    )
+    rows = pd.DataFrame({"latent": np.arange(len(latents)), "balanced_accuracy": score(verdicts)})
+    return Part(run, rows.assign(control="none", status="ok"), latents, verdicts, unit=unit)
+
+
+def test_one_run() -> None:
+    rng = np.random.default_rng(0)
+    made = Made.draw(200, 0.6, "even", rng)
+    found = relation_findings(part_of(made, made.verdicts(10, rng)))
+    assert found is not None
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    low, high = found["corrected"]["interval"]
+    assert low <= rank_correlation(made.true, made.similarity) <= high
+    assert found["corrected"]["value"] == pytest.approx(found["spearman"] / found["reliability"]["value"] ** 0.5)
+    assert found["partial_corrected"]["value"] > found["partial"]["value"]
+    assert sum(row["n"] for row in found["bins"]) == found["n"] == 200
+    part = part_of(made, made.verdicts(10, rng))
+    without = Part("run_a", part.rows, part.latents, NONE)
+    found = relation_findings(without)
+    assert found is not None
+    assert found["corrected"] == found["reliability"] == {"value": None, "interval": None}
+    assert found["spearman"] is not None
+
+
+NONE = pd.DataFrame({"latent": np.empty(0, int), "truth": np.empty(0, bool), "label": np.empty(0)})
+
+
+def test_failed_latents_leave_their_verdicts_out() -> None:
+    rng = np.random.default_rng(0)
+    made = Made.draw(120, 0.6, "even", rng)
+    verdicts = made.verdicts(20, rng)
+    part = part_of(made, verdicts)
+    rows = part.rows.copy()
+    rows.loc[:39, "status"] = "failed: 30 of 100 contexts without a verdict"
+    found = relation_findings(Part("run_a", rows, part.latents, verdicts))
+    kept = relation_findings(Part("run_a", rows[40:], part.latents, verdicts[verdicts["latent"] >= 40]))
+    assert found == kept
+    assert found is not None
+    assert found["n"] == 80
+
+
+# --- at equal frequency ---------------------------------------------------------------------------------------------
+
+
+def test_matched_frequency_takes_away_what_frequency_alone_makes() -> None:
+    """Shared latents fire more often, and what fires often scores high: that is all. And then a tenth of their own."""
+    rng = np.random.default_rng(0)
+    frequency = rng.normal(size=2000)
+    shared = rng.random(2000) < 1 / (1 + np.exp(-2 * frequency))
+    measured = 0.7 + 0.1 * frequency + 0.05 * rng.normal(size=2000)
+    resamples = Resamples(np.arange(2000))
+    found = matched_difference(measured, shared, frequency, resamples)
+    assert found["plain"]["value"] == pytest.approx(measured[shared].mean() - measured[~shared].mean())
+    assert found["plain"]["value"] > 0.08
+    assert abs(found["matched"]["value"]) < 0.02
+    more = matched_difference(measured + 0.1 * shared, shared, frequency, resamples)
+    assert more["matched"]["value"] == pytest.approx(found["matched"]["value"] + 0.1)
+    assert more["matched"]["interval"][0] > 0.08
+    assert (found["n_shared"], found["n_unshared"]) == (shared.sum(), (~shared).sum())
+
+
+def test_matched_difference_equals_a_recount() -> None:
+    rng = np.random.default_rng(1)
+    frequency, shared, measured = rng.normal(size=40), np.arange(40) % 3 == 0, rng.random(40)
+    found = matched_difference(measured, shared, frequency, Resamples(np.arange(40), 5))
+    table = pd.DataFrame({"y": measured, "shared": shared, "stratum": pd.qcut(frequency, 5, labels=False)})
+    total, weight = 0.0, 0.0
+    for _, of in table.groupby("stratum"):
+        a, b = of.loc[of["shared"], "y"], of.loc[~of["shared"], "y"]
+        if len(a) and len(b):
+            w = len(a) * len(b) / len(of)
+            total, weight = total + w * (a.mean() - b.mean()), weight + w
+    assert found["matched"]["value"] == pytest.approx(total / weight)
+
+
+def test_nothing_to_compare() -> None:
+    frequency = np.arange(20.0)
+    for shared in (np.ones(20, bool), np.zeros(20, bool), frequency > 15):  # nowhere both at one frequency
+        found = matched_difference(frequency, shared, frequency, Resamples(np.arange(20), 50))
+        assert found["n_matched"] == 0 or shared.sum() == 4
+        if found["n_matched"] == 0:
+            assert found["matched"] == {"value": None, "interval": None}
+
+
+# --- several runs ---------------------------------------------------------------------------------------------------
+
+
+def several(made: Made, rng: np.random.Generator, n: int = 20, runs: int = 3) -> list[Part]:
+    """The same latents in every run, each time with other verdicts and in another order."""
+    parts = []
+    for i in range(runs):
+        order = rng.permutation(len(made.true))
+        again = made.only(order)
+        parts.append(part_of(again, again.verdicts(n, rng), unit=order, run=NAMES[i]))
+    return parts
+
+
+def test_several_runs_together_equal_scipy() -> None:
+    rng = np.random.default_rng(0)
+    parts = several(Made.draw(100, 0.5, "even", rng), rng)
+    found = pooled_findings(parts)
+    assert found is not None
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    table = pd.concat([part.joined() for part in parts])
+    assert found["spearman"] == pytest.approx(stats.spearmanr(table["similarity"], table["score"]).statistic)
+    assert found["n"] == 300
+    assert found["n_units"] == 100
+    one = relation_findings(Part("run_a", *_pooled_as_one(parts)))
+    assert one is not None
+    for name in ("spearman", "n"):
+        assert found[name] == pytest.approx(one[name])
+    for name in ("partial", "within_strata", "frequency", "corrected", "reliability"):
+        assert found[name]["value"] == pytest.approx(one[name]["value"], abs=0.01)
+    assert [row["mean"] for row in found["bins"]] == pytest.approx([row["mean"] for row in one["bins"]])
+    assert [row["value"] for row in found["strata"]] == pytest.approx([row["value"] for row in one["strata"]])
+    # Three scores of a latent are not three latents.
+    for name in ("partial", "within_strata", "frequency", "corrected"):
+        assert np.diff(found[name]["interval"]) > 1.2 * np.diff(one[name]["interval"])
+    for wide, narrow in zip(found["bins"], one["bins"], strict=True):
+        assert np.diff(wide["interval"]) > 1.2 * np.diff(narrow["interval"])
+    assert pooled_findings(parts[:1]) is None
+    assert pooled_findings([]) is None
+
+
+def _pooled_as_one(parts: list[Part]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    m = len(parts[0].latents)
+    rows, latents, verdicts = ([getattr(p, name) for p in parts] for name in ("rows", "latents", "verdicts"))
+    return (
+        pd.concat([r.assign(latent=r["latent"] + i * m) for i, r in enumerate(rows)], ignore_index=True),
+        pd.concat(latents, ignore_index=True),
+        pd.concat([v.assign(latent=v["latent"] + i * m) for i, v in enumerate(verdicts)], ignore_index=True),
+    )
+
+
+def test_pooled_intervals_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coverage of the pooled correlation and of the first quarter's mean, with whole groups and latent by latent."""
+    monkeypatch.setattr("autointerp.rank_bootstrap.RESAMPLES", 400)
+    monkeypatch.setattr("autointerp.reliability._WORK", 1)
+    rng, rounds = np.random.default_rng(2), 100
+    large = Made.draw(100_000, 0.5, "even", rng)
+    truth = rank_correlation(large.true, large.similarity)
+    quarter = large.true[large.similarity < np.quantile(large.similarity, 0.25)].mean()
+    together, alone = np.zeros(2), np.zeros(2)
+    for _ in range(rounds):
+        made = Made.draw(150, 0.5, "even", rng)
+        parts = several(made, rng, n=60)
+        for unit, covered in ((True, together), (False, alone)):
+            units = [part.unit if unit else _apart(i) for i, part in enumerate(parts)]
+            chosen = [replace(part, unit=of) for part, of in zip(parts, units, strict=True)]
+            found = pooled_findings(chosen)
+            assert found is not None
+            estimates = (found["corrected"]["interval"], truth), (found["bins"][0]["interval"], quarter)
+            covered += [low <= value <= high for (low, high), value in estimates]
+    assert (together / rounds > 0.88).all()
+    assert (alone < together - 6).all()
+    assert alone[1] / rounds < 0.8
+
+
+def _apart(i: int) -> np.ndarray:
+    """Units that no two latents share."""
+    return np.arange(150) + 1000 * i
+
+
+# --- as part of a study ---------------------------------------------------------------------------------------------
+
+
+def scored_alike(root: Path, names: list[str]) -> None:
+    """Score tables for ``names`` with verdicts behind them in their journals, each under settings of its own."""
+    for i, name in enumerate(names):
+        run, rng = Run(name, root), np.random.default_rng(i)
+        numbers = small_study.explained(run, list(range(0, 100, 2)))
+        table = small_study.scored(run, numbers)
+        table["settings_hash"] = str(i) * 64
+        table["replicate"] = 0
+        write_table(run.stage_path("scores"), table)
+        said = Verdict(
+            latent=0,
+            explanation_id=0,
+            judge=small_study.JUDGED_BY["judge"],
+            scorer=small_study.JUDGED_BY["scorer"],
+            settings_hash=str(i) * 64,
+            prompt_hash="",
+            model="",
+            context=0,
+            truth=True,
+        )
+        verdicts = []
+        for latent, number in numbers.items():
+            for context, right in enumerate(rng.random(40) < (0.9 if latent < 48 else 0.6)):
+                truth = context % 2 == 0
+                kind = None if truth else "random"
+                of = replace(said, latent=latent, explanation_id=number, context=context, truth=truth)
+                verdicts.append(replace(of, negative_kind=kind, label=bool(truth == right)))
+        with Journal(run.journal_path) as journal:
+            journal.add_verdicts(verdicts)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("three")
+    runs = small_study.runs_of(root)
+    small_study.harvested(runs)
+    small_study.aligned(runs)
+    scored_alike(root, NAMES)
+    return root
+
+
+def test_findings_pool_the_runs_that_were_scored_alike(three: Path) -> None:
+    found = findings(three, NAMES)
+    pooled = found["relation"]["pooled"]
+    assert pooled["runs"] == NAMES
+    assert pooled["n"] == sum(findings(three, NAMES, View(focus=name))["relation"]["n"] for name in NAMES)
+    tables = {(a, b): read_alignment(three / "alignments", a, b).a for a in NAMES for b in NAMES if a < b}
+    tables |= {(b, a): read_alignment(three / "alignments", b, a).a for a, b in list(tables)}
+    unit = partner_units(NAMES, tables)
+    units: set[int] = set()
+    for name in NAMES:
+        latents = read_table(Run(name, three).stage_path("scores")).query("control == 'none'")["latent"]
+        alive = ~read_table(Run(name, three).stage_path("firing"))["dead"].to_numpy()
+        units |= {int(unit[name][i]) for i in latents if alive[i]}
+    assert pooled["n_units"] == len(units)
+    # The first 48 latents are the same direction everywhere.
+    assert (unit["run_b"][:48] == unit["run_a"][:48]).all()
+    assert found["scores"]["reliability"]["n"] == found["scores"]["n_scored"]
+    assert found["scores"]["reliability"]["value"] > 0.6
+    assert found["relation"]["reliability"]["value"] == pytest.approx(found["scores"]["reliability"]["value"], abs=0.1)
+
+
+def test_what_was_judged_otherwise_is_not_pooled(three: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(three, tmp_path / "runs"))
+
+    def pooled() -> Any:
+        return findings(root, NAMES)["relation"]["pooled"]
+
+    path = Run("run_c", root).stage_path("scores")
+    write_table(path, read_table(path).assign(model="another"))
+    assert pooled()["runs"] == ["run_a", "run_b"]
+    Run("run_b", root).stage_path("scores").unlink()
+    assert pooled() is None
+
+
+def test_the_report_shows_what_was_found(three: Path) -> None:
+    found = findings(three, NAMES)
+    tree = found["relation"]
+    page = " ".join(plain(found).split())
+    told = found["scores"]["reliability"]
+    assert f"Reliability {estimate(told['value'], told['interval'], 2)}: the rank correlation" in page
+    for of in (tree, tree["pooled"]):
+        value = of["corrected"]
+        shown = f"{decimal(value['value'], 2, sign=True)} {interval(value['interval'], 2, sign=True)} {of['n']}"
+        assert f"without the score's noise {shown}" in page
+    assert "3 runs together" in page
+    assert f"{tree['pooled']['n']} latents are {tree['pooled']['n_units']} with their partners" in page
+    matched = tree["shared_and_unshared"]["matched"]
+    assert f"at equal firing frequency {decimal(matched['value'], sign=True)}" in page
+    # Without verdicts there is nothing to correct for, and nothing is said of it.
+    unknown = {"value": None, "interval": None}
+    poor = {**tree, "pooled": None, "reliability": unknown, "corrected": unknown, "partial_corrected": unknown}
+    page = plain({**found, "relation": poor, "scores": {**found["scores"], "reliability": None}})
+    assert "Reliability" not in page
+    assert "without the score's noise" not in page
+    assert "together" not in page.split("Do latents that come back")[1].split("Found in no other")[0]
+    low = {**poor, "reliability": {"value": 0.1, "interval": [0.0, 0.2]}}
+    assert "Reliability .10: too small to correct" in " ".join(plain({**found, "relation": low}).split())
+
+
+def plain(found: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=110, color_system=None)
+    with console.capture() as captured:
+        render(found, console)
+    return captured.get()
