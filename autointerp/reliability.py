@@ -38,8 +38,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from autointerp.journal import Journal
-from autointerp.scorers.base import HARDER
 from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of, partial
+from autointerp.scorers.base import HARDER
 from sae.estimate import UNKNOWN, Estimate
 from sae.run import Run
 
