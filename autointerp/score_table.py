@@ -95,7 +95,8 @@ def score_table(
     test among the ``made`` ones (scorer and settings) are rows without scores.
     """
     explanations = {row["id"]: row for row in rows_of(journal.explanations())}
-    verdicts, plans = journal.verdicts(), plans or {}
+    # Sums are rounded in the order of their parts, and answers come in any order: a score must not depend on it.
+    verdicts, plans = journal.verdicts().sort_values("context", kind="stable"), plans or {}
     known = {test.key: test for test in tests}
     rows: list[dict[str, Any]] = []
     keys = ["explanation_id", "latent", "judge", "scorer", "settings_hash", "prompt_hash", "model"]

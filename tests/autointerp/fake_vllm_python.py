@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -62,3 +63,8 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def heed_interrupts() -> None:
+    """For ``preexec_fn``: a command begun in a shell's background ignores Ctrl-C, and so would all that tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

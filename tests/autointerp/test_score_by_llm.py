@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
+import sqlite3
 import subprocess
 import sys
 import traceback
@@ -20,6 +21,7 @@ from autointerp.contexts import TestSet
 from autointerp.explain import explain_runs
 from autointerp.journal import Journal
 from autointerp.score import COLUMNS, UNTESTED, score_runs
+from autointerp.score_table import score_table
 from autointerp.selection import Choice
 from autointerp.work import Outcome
 from sae.errors import BadInput, Unavailable
@@ -91,6 +93,25 @@ def test_contexts_per_request_are_as_asked_for(run: Run) -> None:
         assert scored.n_done == N
         assert len(server.requests) == N + N, "one request for all contexts of a latent"
         assert "--contexts-per-request 12" in scored.retry
+
+
+def test_a_score_does_not_depend_on_the_order_of_the_answers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit: sums are rounded in the order of their parts."""
+    with FakeServer() as server:
+        explain(run, server)
+        score(run, server, "single")
+    with sqlite3.connect(run.journal_path) as connection:
+        connection.execute("UPDATE verdict SET p = (7919 * id % 11) / 11.0")
+    connection.close()
+    in_order = Journal.verdicts
+    tables = []
+    with Journal(run.journal_path) as journal:
+        for seed in range(8):
+            monkeypatch.setattr(
+                Journal, "verdicts", lambda journal, seed=seed: in_order(journal).sample(frac=1, random_state=seed)
+            )
+            tables.append(score_table(journal, [], journal.explanations(), set()).map(str).to_dict())
+    assert all(table == tables[0] for table in tables)
 
 
 def test_a_protocol_counts_its_own_scores(run: Run) -> None:

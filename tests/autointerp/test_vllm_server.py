@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from fake_server import FakeServer, Reply
-from fake_vllm_python import FakeVllm, alive
+from fake_vllm_python import FakeVllm, alive, heed_interrupts
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -322,6 +322,7 @@ def parent(vllm: FakeVllm, folder: Path, where: str = "main") -> subprocess.Pope
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        preexec_fn=heed_interrupts,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_vllm_python import FakeVllm
+from fake_vllm_python import FakeVllm, heed_interrupts
 from tiny_study import Ran, cli, journal, tree
 
 import cli as program
@@ -120,7 +120,9 @@ def test_ctrl_c_stops_it(vllm: FakeVllm, root: Path) -> None:
     vllm.behave(never=True)
     command = [sys.executable, str(Path(program.__file__)), "explain", *map(str, EXPLAINED), "--vllm", "bundled"]
     command += ["--vllm-python", str(vllm.python), "--root", str(root)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_interrupts
+    ) as process:
         vllm.wait_for_start()
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
