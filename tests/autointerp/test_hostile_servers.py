@@ -48,8 +48,8 @@ PASSING = {
     "large error page": Reply(status=503, body="<html>" + "x" * LONG),
     "hung up": Reply(drop=True),
     "reset": Reply(reset=True),
-    "stalled": Reply(stall=1.0),
-    "silent": Reply(delay=1.0),
+    "stalled": Reply(stall=6.0),
+    "silent": Reply(delay=6.0),
     "cut off in the middle": Reply(raw=http(BODY[:20], len(BODY))),
     "no HTTP": Reply(raw=b"SSH-2.0-OpenSSH_9.6\r\n"),
     "garbage": Reply(raw=bytes(range(256)) * 4),
@@ -67,7 +67,8 @@ def test_faults_of_the_connection_are_waited_out(
         monkeypatch.setattr(transport, "aiohttp", None)
     with FakeServer("fine") as server:
         server.script.append(fault)
-        answer = complete(client(server, timeout=0.3))
+        # Long enough for a busy machine, also to list its models.
+        answer = complete(client(server, timeout=1.5 if fault.stall or fault.delay else 30.0))
     assert (answer.text, answer.usage.requests) == ("fine", 2)
 
 
