@@ -42,7 +42,8 @@ format: $(VENV)/.test-ready
 	$(VENV)/bin/ruff format .
 
 test: lint
-	$(PY) -m pytest
+	@# two files at a time, each on one core: threads of both would be in each other's way
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.test-ready
 	$(PY) -m pytest -m slow
