@@ -74,7 +74,9 @@ def test_a_name_is_one_folder_and_no_other(name: str) -> None:
     assert "--" not in name  # what stands between two runs in the name of their alignment
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a--b", "a-", "-a", "a b", "a\n", "x" * 81, *sorted(RESERVED)])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "/a", "a--b", "a-", "-a", "a b", "a\n", "x" * 81, *sorted(RESERVED)]
+)
 def test_names_that_cannot_be(name: str) -> None:
     with pytest.raises(BadInput):
         check_name(name)
