@@ -2,19 +2,23 @@
 
 Earlier stages that are missing run first. A latent that already has an explanation by the same explainer, from
 the same contexts and prompts, is not asked again; one that failed is.
+
+With the latents of a run a sample of each control SAE of its study is explained (:mod:`autointerp.control_saes`), and
+beside a language model the n-gram baseline explains the same latents, which costs no request.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from autointerp.backends import LlmOptions, lacks, open_explainer, resolve
+from autointerp.control_saes import beside, sample_size
 from autointerp.cost import going_on
 from autointerp.explainers.base import Explainer
 from autointerp.journal import Journal
@@ -39,22 +43,31 @@ class Task:
 
 
 def explain_runs(
-    runs: Sequence[Run], choice: Choice, backend: str, options: LlmOptions, compute: Compute | None = None
+    runs: Sequence[Run],
+    choice: Choice,
+    backend: str,
+    options: LlmOptions,
+    compute: Compute | None = None,
+    control_sae_latents: int | None = None,
 ) -> Outcome:
-    """Explain the chosen latents of ``runs``; returns what came of it. See this module's head."""
+    """Explain the chosen latents of ``runs``; returns what came of it. See this module's head.
+
+    ``control_sae_latents`` is how many of each control SAE are explained too (``None``: the default number).
+    """
     kind = resolve(backend, options, "explainer")
     for run in runs:
         check(run, choice)
-    outcome = asyncio.run(_explain(runs, choice, kind, options, compute or Compute()))
+    outcome = asyncio.run(_explain(runs, choice, kind, options, compute or Compute(), control_sae_latents))
     for run in runs:
         begun_path(run).unlink(missing_ok=True)
     return outcome
 
 
-def _prepare(runs: Sequence[Run], choice: Choice, compute: Compute) -> list[Task]:
-    """What is to be explained, after the stages that it takes to know."""
+def _prepare(runs: Sequence[Run], choice: Choice, compute: Compute, with_controls: bool) -> list[Task]:
+    """What is to be explained of ``runs``, after the stages that it takes to know, and harvests their controls."""
     for run in runs:
-        ensure_harvested([run, *run.siblings()] if choice.needs_alignment else [run], compute)
+        others = run.siblings() if choice.needs_alignment else []
+        ensure_harvested([run, *others, *(beside([run]) if with_controls else [])], compute)
         if choice.needs_alignment:
             ensure_aligned(run, compute)
     return [task for run in runs for task in plan_latents(run, choice)]
@@ -92,26 +105,70 @@ def plan_latents(run: Run, choice: Choice) -> list[Task]:
     return tasks
 
 
-async def _explain(runs: Sequence[Run], choice: Choice, kind: str, options: LlmOptions, compute: Compute) -> Outcome:
+def plan_controls(tasks: Sequence[Task], choice: Choice, kind: str, asked: int | None) -> list[Task]:
+    """What is to be explained of the control SAEs beside ``tasks``; they are harvested. See :func:`sample_size`.
+
+    A control SAE none of whose latents has contexts enough is there with no latent.
+    """
+    n = sample_size(choice, kind, asked, max(len(task.latents) for task in tasks))
+    planned = []
+    for control in beside([task.run for task in tasks]) if n else []:
+        eligibility = Material.of(control).eligibility()
+        eligible = eligibility["latent"][eligibility["eligible"]].tolist()
+        planned.append(Task(control, choose(control, pd.DataFrame(), eligible, Choice(n=n))))
+    return planned
+
+
+async def _explain(
+    runs: Sequence[Run],
+    choice: Choice,
+    kind: str,
+    options: LlmOptions,
+    compute: Compute,
+    control_sae_latents: int | None,
+) -> Outcome:
     root = runs[0].root
     outcome = Outcome("explain")
     # Opened first: an endpoint that is down is told before an hour's harvest, not after it.
     async with open_explainer(kind, options, root / "cache.sqlite") as explainer:
         outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
-        tasks = _prepare(runs, choice, compute)
+        with_controls = sample_size(choice, kind, control_sae_latents, 1) > 0
+        tasks = _prepare(runs, choice, compute, with_controls)
+        controls = plan_controls(tasks, choice, kind, control_sae_latents)
         named = [word for name in _names(runs) for word in ("--sae", name)]
-        retry = command(root, "explain", *named, *choice.words(), *options.words())
-        for task in tasks:
-            await _explain_run(task, explainer, options.concurrency, outcome, retry)
+        size = [] if control_sae_latents is None else ["--control-sae-latents", str(control_sae_latents)]
+        outcome.retry = command(root, "explain", *named, *choice.words(), *size, *options.words())
+        if kind == "llm":
+            await _explain_by_baseline(tasks, outcome, outcome.retry)
+        for task in [*tasks, *controls]:
+            await _explain_run(task, explainer, options.concurrency, outcome, outcome.retry)
+        outcome.notes += [
+            f"{task.run.name} (control): " + (f"{len(task.latents)} latents" if task.latents else "none has contexts enough")
+            for task in controls
+        ]
         outcome.notes += lacks(explainer)
-    outcome.runs = list(dict.fromkeys(task.run.name for task in tasks))
-    asked, explained = ([word for name in names for word in ("--sae", name)] for names in (_names(runs), outcome.runs))
-    outcome.retry = command(root, "explain", *asked, *choice.words(), *options.words())
-    outcome.next = command(root, "score", *explained, *options.words())
+    explained = list(dict.fromkeys(task.run.name for task in tasks))
+    outcome.runs = explained + [task.run.name for task in controls]
+    outcome.next = command(root, "score", *(w for name in explained for w in ("--sae", name)), *options.words())
     return outcome
 
 
-async def _explain_run(task: Task, explainer: Explainer, concurrency: int, outcome: Outcome, retry: str) -> None:
+async def _explain_by_baseline(tasks: Sequence[Task], outcome: Outcome, retry: str) -> None:
+    """The n-gram baseline's explanations of the same latents, from the same contexts. They count as nobody's."""
+    from autointerp.explainers.ngram import NgramExplainer
+
+    for task in tasks:
+        baseline, eligibility = Outcome("explain"), Material.of(task.run).eligibility()
+        able = set(eligibility["latent"][eligibility["eligible"]])  # of the others the language model's failure tells
+        task = replace(task, latents=[latent for latent in task.latents if latent in able])
+        await _explain_run(task, NgramExplainer(), 1, baseline, retry, "explain by n-grams")
+        lost = baseline.failures.items()
+        outcome.notes += [f"{task.run.name}: {n} latents without an n-gram baseline: {why}" for why, n in lost]
+
+
+async def _explain_run(
+    task: Task, explainer: Explainer, concurrency: int, outcome: Outcome, retry: str, doing: str = "explain"
+) -> None:
     material = Material.of(task.run)
     settings_hash = digest({"explainer": explainer.settings_hash, "material": material.digest})
     same: dict[str, Any] = {
@@ -150,7 +207,7 @@ async def _explain_run(task: Task, explainer: Explainer, concurrency: int, outco
 
         if todo:
             with (
-                track(f"explain {task.run.name}", len(task.latents), "latents", done=before) as bar,
+                track(f"{doing} {task.run.name}", len(task.latents), "latents", done=before) as bar,
                 going_on(len(todo), "latents", retry),
             ):
                 await in_flight(todo, explain_one, concurrency, bar)

@@ -3,12 +3,15 @@
 An explanation is judged on contexts that its explainer never saw. Beside each mean stands a control: the same
 contexts judged by the explanation of another, dissimilar latent, which is what words that say nothing about this
 latent are worth. What was judged is not judged again; what failed is.
+
+With a run the explained sample of each control SAE of its study is scored (:mod:`autointerp.control_saes`). Beside a
+language model's explanations those of the n-gram baseline are judged by the n-gram judge on the same contexts.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import pandas as pd
 from autointerp.adaptive import Precision
 from autointerp.backends import LlmOptions, capabilities, kept_server, lacks, open_judge, resolve
 from autointerp.contexts import Context
+from autointerp.control_saes import beside, first, was_explained
 from autointerp.cost import going_on
 from autointerp.journal import Journal, Verdict
 from autointerp.judges.base import Judge
@@ -58,11 +62,15 @@ def score_runs(
     options: LlmOptions,
     control_latents: int | None = None,
     precision: Precision | None = None,
+    control_sae_latents: int | None = None,
 ) -> Outcome:
     """Score the stored explanations of ``runs``, or of every run under ``root``; see this module's head.
 
     With a ``precision`` each explanation is judged in rounds, until its score is known so well (``adaptive``).
     Named runs without explanations are explained first. Without names nothing is ever explained.
+
+    ``control_sae_latents`` is the most of each control SAE's latents that are scored (``None``: all that are
+    explained), unless it is named itself. They get no swapped control: they are one.
     """
     for name in scorers:
         if name not in SCORERS:
@@ -72,16 +80,42 @@ def score_runs(
         control_latents = CONTROL_LATENTS[kind]
     tested = [SCORERS[name]() for name in scorers]
     with kept_server(options) as options:
-        chosen = _with_explanations(runs, options) if runs is not None else explained_runs(root)
-        return asyncio.run(_score(chosen, root, tested, kind, options, control_latents, precision))
+        named = None if runs is None else _with_explanations(runs, options)
+        parts = parts_of(named, root, control_latents, control_sae_latents)
+        return asyncio.run(_score(parts, root, tested, kind, options, precision))
 
 
-def explained_runs(root: Path) -> list[Run]:
-    """The runs under ``root`` that have explanations, or an error that says what to do."""
-    found = [run for run in all_runs(root) if _was_explained(run)]
+@dataclass(frozen=True)
+class Part:
+    """One run's share of a `score`."""
+
+    run: Run
+    n_swapped: int | None
+    """Latents also judged by another's explanation; ``None``: all."""
+    at_most: int | None = None
+    """Latents to score; ``None``: all that are explained."""
+    is_control: bool = False
+    """Whether it is there beside a run of its study."""
+
+    def explanations(self, journal: Journal) -> pd.DataFrame:
+        return first(self.run, journal.explanations(status="ok"), self.at_most)
+
+
+def parts_of(
+    named: Sequence[Run] | None, root: Path, n_swapped: int | None, control_sae_latents: int | None
+) -> list[Part]:
+    """What is to be scored: the runs that the user named, or all under ``root``, and the control SAEs beside them."""
+    found = [run for run in all_runs(root) if was_explained(run)] if named is None else list(named)
     if not found:
         raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`")
-    return found
+    controls = [run for run in beside(found) if was_explained(run)]
+    if named is None:
+        controls = [run for run in beside([r for r in found if not r.is_control]) if was_explained(run)]
+    names = {run.name for run in controls}
+    parts = [Part(run, n_swapped) for run in found if run.name not in names]
+    if control_sae_latents != 0:
+        parts += [Part(run, 0, control_sae_latents, is_control=True) for run in controls]
+    return parts
 
 
 def _with_explanations(runs: Sequence[Run], options: LlmOptions) -> list[Run]:
@@ -89,82 +123,122 @@ def _with_explanations(runs: Sequence[Run], options: LlmOptions) -> list[Run]:
     from autointerp.selection import Choice
 
     for run in runs:
-        if begun_path(run).exists() or not _was_explained(run):
+        if begun_path(run).exists() or not was_explained(run):
             say(f"{run.name}: not explained yet, doing that first (200 latents)")
             begun_path(run).touch()
             explain_runs([run], Choice(), "auto", options)
     return list(runs)
 
 
-def _was_explained(run: Run) -> bool:
-    """Whether anything was ever asked about its latents; an ``explain`` stopped early leaves a journal without rows."""
-    if not run.journal_path.exists():
-        return False
-    with Journal(run.journal_path) as journal:
-        return not journal.explanations().empty
-
-
 async def _score(
-    runs: Sequence[Run],
+    parts: Sequence[Part],
     root: Path,
     scorers: Sequence[Scorer],
     kind: str,
     options: LlmOptions,
-    control_latents: int | None,
     precision: Precision | None,
 ) -> Outcome:
-    outcome = Outcome("score", [run.name for run in runs])
-    sae = [word for run in runs for word in ("--sae", run.name)]
-    rule = precision.words() if precision else []
-    rule += [word for scorer in scorers for word in ("--scorer", scorer.name)] if len(scorers) > 1 else []
-    rule += ["--protocol", options.protocol] if options.protocol != "auto" else []
-    size = options.contexts_per_request
-    rule += ["--contexts-per-request", str(size)] if size is not None else []
-    rule += ["--control-latents", str(control_latents)] if control_latents != CONTROL_LATENTS[kind] else []
-    outcome.retry = command(root, "score", *sae, *rule, *options.words())
+    outcome = Outcome("score", [part.run.name for part in parts])
+    outcome.retry = _command(parts, root, scorers, kind, options, precision)
     async with open_judge(kind, options, root / "cache.sqlite") as judge:
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
-        for run in runs:
+        for part in parts:
             for scorer in scorers:
-                await _score_run(
-                    run, scorer, judge, options.concurrency, control_latents, precision, outcome, outcome.retry
-                )
+                if judge.name != "ngram" and not part.is_control:
+                    await _score_baseline(part, scorer, precision, outcome)
+                await _score_run(part, scorer, judge, options.concurrency, precision, outcome, outcome.retry)
         outcome.notes += lacks(judge)
-    outcome.next = command(root, "report", "--sae", runs[0].name)
+    own = [part.run for part in parts if not part.is_control]
+    outcome.notes += _without_controls(own, parts)
+    outcome.next = command(root, "report", "--sae", own[0].name)
     return outcome
 
 
+def _command(
+    parts: Sequence[Part],
+    root: Path,
+    scorers: Sequence[Scorer],
+    kind: str,
+    options: LlmOptions,
+    precision: Precision | None,
+) -> str:
+    """The command that does the same again, and so only what failed."""
+    own, controls = ([part for part in parts if part.is_control == is_control] for is_control in (False, True))
+    words = [word for part in own for word in ("--sae", part.run.name)]
+    words += precision.words() if precision else []
+    words += [word for scorer in scorers for word in ("--scorer", scorer.name)] if len(scorers) > 1 else []
+    words += ["--protocol", options.protocol] if options.protocol != "auto" else []
+    size = options.contexts_per_request
+    words += ["--contexts-per-request", str(size)] if size is not None else []
+    words += ["--control-latents", str(own[0].n_swapped)] if own[0].n_swapped != CONTROL_LATENTS[kind] else []
+    most = controls[0].at_most if controls else 0 if any(map(was_explained, beside([p.run for p in own]))) else None
+    words += ["--control-sae-latents", str(most)] if most is not None else []
+    return command(root, "score", *words, *options.words())
+
+
+def _without_controls(runs: Sequence[Run], parts: Sequence[Part]) -> list[str]:
+    """A sentence for control SAEs that are there and not explained, so that there was nothing to score of them."""
+    lacking = [run for run in beside(runs) if not was_explained(run)]
+    if not lacking:
+        return []
+    names = ", ".join(run.name for run in lacking)
+    return [f"{names} (control): not explained, so not scored; the command that explained {runs[0].name} explains them"]
+
+
+async def _score_baseline(part: Part, scorer: Scorer, precision: Precision | None, outcome: Outcome) -> None:
+    """The n-gram explanations that stand beside a language model's, by the n-gram judge; the run's own come after."""
+    from autointerp.judges.ngram import NgramJudge
+
+    with Journal(part.run.journal_path) as journal:
+        explainers = set(journal.explanations(status="ok")["explainer"])
+    if not {"ngram"} < explainers:
+        return
+    baseline = Outcome("score")
+    whole = replace(part, n_swapped=CONTROL_LATENTS["ngram"])
+    await _score_run(whole, scorer, NgramJudge(), 1, precision, baseline, "", "score by n-grams")
+    outcome.notes += [
+        f"{part.run.name}: {n} n-gram baselines have no {scorer.name} score: {why}"
+        for why, n in baseline.failures.items()
+    ]
+
+
 async def _score_run(
-    run: Run,
+    part: Part,
     scorer: Scorer,
     judge: Judge,
     concurrency: int,
-    control_latents: int | None,
     precision: Precision | None,
     outcome: Outcome,
     retry: str,
+    doing: str = "score",
 ) -> None:
+    from autointerp.judges.ngram import NgramJudge
+
+    run = part.run
     plan = AdaptivePlan.of(run, scorer, precision) if precision else None
     material = Material.of(run)
-    test, tests = Test.of(scorer, judge, material, plan), [Test.of(of(), judge, material) for of in SCORERS.values()]
+    judges = [judge] if judge.name == "ngram" else [judge, NgramJudge()]
+    test, tests = Test.of(scorer, judge, material, plan), Test.all_of(judges, material)
+    if plan is None:
+        test = next(each for each in tests if each.key == test.key)  # its contexts are drawn once
     same = test.same
     path = run.stage_path("scores")
     asked_now: set[int] = set()
     with Journal(run.journal_path) as journal, journal.claim():
         if plan:
             journal.add_setup(same["settings_hash"], plan.setup)
-        explanations = journal.explanations(status="ok")
+        explanations = part.explanations(journal)
         read = readable(explanations, judge)
-        if len(read) < len(explanations):
+        if judge.name == "ngram" and len(read) < len(explanations) and doing == "score":
             outcome.notes.append(
                 f"{run.name}: {len(explanations) - len(read)} explanations by a language model were left out: the "
                 f"n-gram judge reads only n-gram explanations; give --llm-url to have them judged"
             )
-        inputs = _inputs(material, same, control_latents, journal)
+        inputs = _inputs(material, same, part, journal)
         if inputs is not None and table_metadata(path).get("inputs") == inputs:
             table = read_table(path)  # nothing was added, and nothing failed that could be tried again
         else:
-            questions = questions_of(run, read, control_latents)
+            questions = questions_of(run, read, part.n_swapped)
 
             async def ask(question: Question) -> None:
                 if plan:
@@ -176,7 +250,7 @@ async def _score_run(
 
             if questions:
                 with (
-                    track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar,
+                    track(f"{doing} {run.name} ({scorer.name})", len(questions), "explanations") as bar,
                     going_on(len(questions), "explanations", retry),
                 ):
                     await in_flight(questions, ask, concurrency, bar)
@@ -184,8 +258,15 @@ async def _score_run(
             if plan:
                 plans[same["settings_hash"]] = {scorer.name: plan}  # the one whose contexts have been read already
             table = score_table(journal, [*tests, test], read, _made(path) | {test.key}, plans)
-            final = _inputs(material, same, control_latents, journal)
+            final = _inputs(material, same, part, journal)
             write_table(path, table, inputs=final, material=material.digest, capabilities=capabilities(judge))
+    _count(table, same, asked_now, outcome, f"{run.name}: {{}} explanations have no {scorer.name} score")
+
+
+def _count(
+    table: pd.DataFrame, same: Mapping[str, str], asked_now: Set[int], outcome: Outcome, lacking: str
+) -> None:
+    """Add to ``outcome`` what became of one judge's explanations; ``lacking`` says of how many there are no contexts."""
     untested = 0
     for row in rows_of(of_this_judge(table, same)):
         if row["status"] == "ok":
@@ -196,9 +277,7 @@ async def _score_run(
         else:
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
     if untested:
-        outcome.notes.append(
-            f"{run.name}: {untested} explanations have no {scorer.name} score: too few contexts for it"
-        )
+        outcome.notes.append(f"{lacking.format(untested)}: too few contexts for it")
 
 
 def _made(path: Path) -> set[tuple[str, str]]:
@@ -209,18 +288,25 @@ def _made(path: Path) -> set[tuple[str, str]]:
     return {(row["scorer"], row["settings_hash"]) for row in rows_of(before)}
 
 
-def _inputs(material: Material, same: Mapping[str, str], control_latents: int | None, journal: Journal) -> str | None:
+def _inputs(material: Material, same: Mapping[str, str], part: Part, journal: Journal) -> str | None:
     """The digest of all that the score table of a finished call depends on; ``None`` while failures can be retried."""
     *_, failed_verdicts = state = journal.state()
     if failed_verdicts:
         return None
-    depends = {"material": material.digest, "judge": dict(same), "controls": control_latents, "journal": state}
-    return digest({**depends, "columns": COLUMNS})
+    depends = {"material": material.digest, "judge": dict(same), "controls": part.n_swapped, "journal": state}
+    return digest({**depends, "at_most": part.at_most, "columns": COLUMNS})
 
 
 def readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
-    """The explanations that the judge can read: the n-gram judge parses one form of sentence, its explainer's."""
-    return explanations[explanations["explainer"] == "ngram"] if judge.name == "ngram" else explanations
+    """The explanations that are the judge's.
+
+    The n-gram judge parses one form of sentence, its explainer's. A language model is asked about those only where
+    they are all there is: beside explanations by a language model they are the baseline, which has its own judge.
+    """
+    by_ngram = explanations["explainer"] == "ngram"
+    if judge.name == "ngram":
+        return explanations[by_ngram]
+    return explanations if by_ngram.all() else explanations[~by_ngram]
 
 
 def questions_of(run: Run, explanations: pd.DataFrame, control_latents: int | None) -> list[Question]:
