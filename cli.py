@@ -382,9 +382,7 @@ def score(
         finish(as_json, "score", forecast.as_dict, forecast.render)
         return
     scorers = tuple(scorer or ("detection",))
-    outcome = score_runs(
-        runs, root, scorers, judge.value, options, control_latents, rule, control_sae_latents
-    )
+    outcome = score_runs(runs, root, scorers, judge.value, options, control_latents, rule, control_sae_latents)
     finish(as_json, "score", outcome.as_dict, outcome.render)
     exit_if(outcome.n_failed)
 

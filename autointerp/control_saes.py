@@ -1,4 +1,4 @@
-"""The control SAEs of a study (:mod:`sae.controls`) in `explain` and `score`: what a dictionary that learnt less scores.
+"""The control SAEs of a study (:mod:`sae.controls`) in `explain` and `score`: what less learning scores.
 
 A sample of the latents of each is explained by the same explainer and judged by the same judge, from as many contexts
 of the same kinds, as the latents of the run. What the run's latents score above them is owed to training. `explain`

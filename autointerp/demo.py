@@ -16,7 +16,7 @@ from sae.harvest_stage import harvest_runs
 from sae.run import Run
 from sae.settings import settings_from
 from sae.stage import Compute
-from sae.train_stage import train_study
+from sae.train_stage import Study, train_studies
 
 RECIPE = Path(__file__).parent.parent / "eval_runs" / "recipes" / "demo.toml"
 STUDY = "demo"
@@ -26,7 +26,8 @@ N_LATENTS = 400
 
 def run_demo(root: Path, compute: Compute) -> tuple[list[Run], int]:
     """Do what is missing of the demo study. Returns its runs and how many latents failed."""
-    runs = train_study(STUDY, SEEDS, settings_from(RECIPE), root, compute)
+    study = Study(STUDY, settings_from(RECIPE), SEEDS)
+    (runs,) = train_studies([study], root, compute, controls=True)
     harvest_runs(runs, compute)
     align_runs(runs, compute)
     baseline = LlmOptions()  # no endpoint: explainer and judge are the n-gram baseline, whatever the environment holds

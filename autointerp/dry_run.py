@@ -168,8 +168,7 @@ def forecast_score(
     precision: Precision | None = None,
     control_sae_latents: int | None = None,
 ) -> Forecast:
-    """What `score` would cost for the explanations that there are; arguments as of :func:`autointerp.score.score_runs`.
-    """
+    """What `score` would cost for the explanations that there are; see :func:`autointerp.score.score_runs`."""
     kind = resolve(backend, options.for_judge(), "judge")
     if kind == "ngram":
         return _free("score")

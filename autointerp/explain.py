@@ -142,10 +142,9 @@ async def _explain(
             await _explain_by_baseline(tasks, outcome, outcome.retry)
         for task in [*tasks, *controls]:
             await _explain_run(task, explainer, options.concurrency, outcome, outcome.retry)
-        outcome.notes += [
-            f"{task.run.name} (control): " + (f"{len(task.latents)} latents" if task.latents else "none has contexts enough")
-            for task in controls
-        ]
+        for task in controls:
+            n = f"{len(task.latents)} latents" if task.latents else "no latent has contexts enough"
+            outcome.notes.append(f"{task.run.name} (control): {n}")
         outcome.notes += lacks(explainer)
     explained = list(dict.fromkeys(task.run.name for task in tasks))
     outcome.runs = explained + [task.run.name for task in controls]

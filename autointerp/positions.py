@@ -32,7 +32,7 @@ class Queue(NamedTuple):
 
 
 def wanted(slots: Ints, n: int, n_slots: int) -> Ints:
-    """[S] how many of ``n`` texts each slot is to give: those of the first ``n`` activating contexts, round and round."""
+    """[S] how many of ``n`` texts each slot is to give: as the first ``n`` activating ones (round and round)."""
     return np.bincount(np.resize(slots, n if len(slots) else 0), minlength=n_slots)
 
 

@@ -149,7 +149,7 @@ async def _score(
                 await _score_run(part, scorer, judge, options.concurrency, precision, outcome, outcome.retry)
         outcome.notes += lacks(judge)
     own = [part.run for part in parts if not part.is_control]
-    outcome.notes += _without_controls(own, parts)
+    outcome.notes += _without_controls(own)
     outcome.next = command(root, "report", "--sae", own[0].name)
     return outcome
 
@@ -176,7 +176,7 @@ def _command(
     return command(root, "score", *words, *options.words())
 
 
-def _without_controls(runs: Sequence[Run], parts: Sequence[Part]) -> list[str]:
+def _without_controls(runs: Sequence[Run]) -> list[str]:
     """A sentence for control SAEs that are there and not explained, so that there was nothing to score of them."""
     lacking = [run for run in beside(runs) if not was_explained(run)]
     if not lacking:
@@ -263,10 +263,8 @@ async def _score_run(
     _count(table, same, asked_now, outcome, f"{run.name}: {{}} explanations have no {scorer.name} score")
 
 
-def _count(
-    table: pd.DataFrame, same: Mapping[str, str], asked_now: Set[int], outcome: Outcome, lacking: str
-) -> None:
-    """Add to ``outcome`` what became of one judge's explanations; ``lacking`` says of how many there are no contexts."""
+def _count(table: pd.DataFrame, same: Mapping[str, str], asked_now: Set[int], outcome: Outcome, lacking: str) -> None:
+    """Add to ``outcome`` what became of one judge's explanations; ``lacking`` says how many have too few contexts."""
     untested = 0
     for row in rows_of(of_this_judge(table, same)):
         if row["status"] == "ok":

@@ -190,9 +190,9 @@ ControlSaeLatents = Annotated[
     typer.Option(
         "--control-sae-latents",
         min=0,
-        help="Also explain so many latents of each control SAE of the study (a frozen random decoder, an untrained one; "
-        "`train` makes them), for `score` to compare with; 0: none. Default: as many as of the run, at most 50 (llm: "
-        "half as many requests again for 200 latents) or 200 (ngram); none with --indices.",
+        help="Also explain so many latents of each control SAE of the study (one with a frozen random decoder, one "
+        "that is not trained; `train` makes them), for `score` to compare with; 0: none. Default: as many as of the "
+        "run, at most 50 (llm: half as many requests again for 200 latents) or 200 (ngram); none with --indices.",
     ),
 ]
 ScoredControlSaeLatents = Annotated[
