@@ -314,7 +314,8 @@ class ContextSampler:
 
     def _from_queues(self, queues: list[Queue], positives: Ints, n: int, key: np.uint64) -> Ints:
         windows, group = in_turn(queues, self._wanted(positives, n))
-        return _unless_too_few(windows[np.argsort(mix(group ^ mix(key)))], n)
+        order = np.argsort(mix(mix(group ^ key)))  # not the priority, by which slots and neighbours differ
+        return _unless_too_few(windows[order], n)
 
     def _wanted(self, positives: Ints, n: int) -> Ints:
         """[S] how many of ``n`` silent contexts each slot is to give."""

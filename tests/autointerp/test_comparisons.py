@@ -93,16 +93,17 @@ def test_what_is_no_better_than_a_control_is_said_to_be(tmp_path: Path) -> None:
 
 def test_what_is_lacking_is_told_with_the_command_that_makes_it(tmp_path: Path) -> None:
     run, *_ = small_study.whole(tmp_path)
-    assert scores_of(tmp_path)["lacking_controls"]["command"].endswith("train --name run --seeds 0 1 2")
+    lacking = scores_of(tmp_path)["lacking_controls"]
+    assert lacking["command"].startswith("python cli.py train --name run --seeds 0 1 2 --root")
     for kind in FROZEN:
         small_study.runs_of(tmp_path, 1, study=f"run-{kind}", frozen=FROZEN[kind])
     lacking = scores_of(tmp_path)["lacking_controls"]
     assert lacking["kinds"] == ["frozen", "untrained"]
-    assert lacking["command"].endswith("explain --sae run_a")
+    assert lacking["command"].startswith("python cli.py explain --sae run_a --root")
     assert lacking["command"] in " ".join(page_of(tmp_path).split())
     for kind in FROZEN:
         small_study.explained(Run.open(f"run-{kind}_a", tmp_path), [1, 2, 3])
-    assert scores_of(tmp_path)["lacking_controls"]["command"].endswith("score --sae run_a")
+    assert scores_of(tmp_path)["lacking_controls"]["command"].startswith("python cli.py score --sae run_a --root")
     control(tmp_path, "frozen", 0.5)
     lacking = scores_of(tmp_path)["lacking_controls"]
     assert lacking["kinds"] == ["untrained"]

@@ -93,7 +93,7 @@ def test_a_sample_of_each_is_explained_and_scored(run: Run) -> None:
     assert outcome.runs == NAMES
     assert (outcome.n_done, outcome.n_new, outcome.n_failed) == (3 * N, 3 * N, 0)
     assert [len(explained(sae)) for sae in saes(run.root)] == [N, N, N]
-    assert outcome.next.endswith("score --sae run_a"), "which scores the controls too"
+    assert outcome.next.startswith("python cli.py score --sae run_a --root"), "which scores the controls too"
     scored = score(run, run.root)
     assert scored.runs == NAMES
     assert scored.n_failed == 0
