@@ -189,7 +189,7 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
         "score": "balanced accuracy, (true positive rate + true negative rate) / 2; latents weigh the same in means",
         "control": "swap: the same contexts judged by the explanation of a dissimilar latent (decoder cosine below "
         ".2, little firing together)",
-        "control SAEs": "a sample of the latents of an SAE whose random decoder is never trained, and of one that is "
+        "control_saes": "a sample of the latents of an SAE whose random decoder is never trained, and of one that is "
         "not trained at all, explained and judged by the same protocol",
         "baseline": "n-gram explanations of the same latents, from the same contexts, judged by the n-gram judge on "
         "the language model's contexts",

@@ -34,8 +34,8 @@ from autointerp.llm.exchange import Request
 from autointerp.llm.tokens import Tokenize, block_keys, characters, tokenizer_of
 from autointerp.llm.vllm_model import find_model
 from autointerp.material import Material
+from autointerp.questions import CONTROL_LATENTS, Part, Question, parts_of, questions_of, readable
 from autointerp.rounds import AdaptivePlan
-from autointerp.score import CONTROL_LATENTS, Part, Question, parts_of, questions_of, readable
 from autointerp.score_table import Test
 from autointerp.scorers import SCORERS
 from autointerp.selection import Choice

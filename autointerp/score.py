@@ -11,47 +11,33 @@ language model's explanations those of the n-gram baseline are judged by the n-g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from autointerp.adaptive import Precision
 from autointerp.backends import LlmOptions, capabilities, kept_server, lacks, open_judge, resolve
 from autointerp.contexts import Context
-from autointerp.control_saes import beside, first, was_explained
+from autointerp.control_saes import beside, was_explained
 from autointerp.cost import going_on
 from autointerp.journal import Journal, Verdict
 from autointerp.judges.base import Judge
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
+from autointerp.questions import CONTROL_LATENTS, Part, Question, parts_of, questions_of, readable
 from autointerp.rounds import AdaptivePlan
 from autointerp.score_table import COLUMNS, UNTESTED, Test, of_this_judge, plans_of, rows_of, score_table
 from autointerp.scorers import SCORERS, Scorer
-from autointerp.scorers.controls import swap_partners
 from autointerp.work import Outcome, in_flight
 from sae.errors import BadInput, nearest
 from sae.files import digest, read_table, table_metadata, write_table
 from sae.progress import say, track
-from sae.run import Run, all_runs, command
+from sae.run import Run, command
 
 _PARTS_AT_ONCE = 32
 """Requests about one explanation that may be under way together."""
-CONTROL_LATENTS = {"ngram": None, "llm": 50}  # a swapped control costs as much as the score; None: all latents
-
-
-@dataclass(frozen=True)
-class Question:
-    """One latent's contexts under one explanation: its own, or as a control somebody else's."""
-
-    latent: int
-    explanation_id: int
-    text: str
-    seen: frozenset[int]
-    control: str = "none"
 
 
 def score_runs(
@@ -85,39 +71,6 @@ def score_runs(
         return asyncio.run(_score(parts, root, tested, kind, options, precision))
 
 
-@dataclass(frozen=True)
-class Part:
-    """One run's share of a `score`."""
-
-    run: Run
-    n_swapped: int | None
-    """Latents also judged by another's explanation; ``None``: all."""
-    at_most: int | None = None
-    """Latents to score; ``None``: all that are explained."""
-    is_control: bool = False
-    """Whether it is there beside a run of its study."""
-
-    def explanations(self, journal: Journal) -> pd.DataFrame:
-        return first(self.run, journal.explanations(status="ok"), self.at_most)
-
-
-def parts_of(
-    named: Sequence[Run] | None, root: Path, n_swapped: int | None, control_sae_latents: int | None
-) -> list[Part]:
-    """What is to be scored: the runs that the user named, or all under ``root``, and the control SAEs beside them."""
-    found = [run for run in all_runs(root) if was_explained(run)] if named is None else list(named)
-    if not found:
-        raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`")
-    controls = [run for run in beside(found) if was_explained(run)]
-    if named is None:
-        controls = [run for run in beside([r for r in found if not r.is_control]) if was_explained(run)]
-    names = {run.name for run in controls}
-    parts = [Part(run, n_swapped) for run in found if run.name not in names]
-    if control_sae_latents != 0:
-        parts += [Part(run, 0, control_sae_latents, is_control=True) for run in controls]
-    return parts
-
-
 def _with_explanations(runs: Sequence[Run], options: LlmOptions) -> list[Run]:
     from autointerp.explain import begun_path, explain_runs
     from autointerp.selection import Choice
@@ -144,7 +97,7 @@ async def _score(
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
         for part in parts:
             for scorer in scorers:
-                if judge.name != "ngram" and not part.is_control:
+                if judge.name != "ngram" and not part.is_control and not _is_done(part, scorer, judge, precision):
                     await _score_baseline(part, scorer, precision, outcome)
                 await _score_run(part, scorer, judge, options.concurrency, precision, outcome, outcome.retry)
         outcome.notes += lacks(judge)
@@ -183,6 +136,15 @@ def _without_controls(runs: Sequence[Run]) -> list[str]:
         return []
     names = ", ".join(run.name for run in lacking)
     return [f"{names} (control): not explained, so not scored; the command that explained {runs[0].name} explains them"]
+
+
+def _is_done(part: Part, scorer: Scorer, judge: Judge, precision: Precision | None) -> bool:
+    """Whether the score table is of a finished call like this one, and nothing was added since."""
+    material = Material.of(part.run)
+    test = Test.of(scorer, judge, material, AdaptivePlan.of(part.run, scorer, precision) if precision else None)
+    with Journal(part.run.journal_path) as journal:
+        inputs = _inputs(material, test.same, part, journal)
+    return inputs is not None and table_metadata(part.run.stage_path("scores")).get("inputs") == inputs
 
 
 async def _score_baseline(part: Part, scorer: Scorer, precision: Precision | None, outcome: Outcome) -> None:
@@ -293,52 +255,6 @@ def _inputs(material: Material, same: Mapping[str, str], part: Part, journal: Jo
         return None
     depends = {"material": material.digest, "judge": dict(same), "controls": part.n_swapped, "journal": state}
     return digest({**depends, "at_most": part.at_most, "columns": COLUMNS})
-
-
-def readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
-    """The explanations that are the judge's.
-
-    The n-gram judge parses one form of sentence, its explainer's. A language model is asked about those only where
-    they are all there is: beside explanations by a language model they are the baseline, which has its own judge.
-    """
-    by_ngram = explanations["explainer"] == "ngram"
-    if judge.name == "ngram":
-        return explanations[by_ngram]
-    return explanations if by_ngram.all() else explanations[~by_ngram]
-
-
-def questions_of(run: Run, explanations: pd.DataFrame, control_latents: int | None) -> list[Question]:
-    """What is to be judged of ``explanations`` (see :func:`readable`): each, and up to so many controls."""
-    own = [_question(row) for row in rows_of(explanations)]
-    return [*own, *_controls(run, explanations, control_latents)]
-
-
-def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[Question]:
-    """For up to ``n`` latents of each set-up, the explanation of a dissimilar latent in place of their own."""
-    from safetensors import safe_open
-
-    if n == 0 or explanations.empty:
-        return
-    with safe_open(run.weights_path, framework="numpy") as weights:
-        decoder = np.asarray(weights.get_tensor("W_dec"))
-    for _, group in explanations.groupby(["explainer", "settings_hash", "prompt_hash", "model", "draw"]):
-        own = {question.latent: question for question in map(_question, rows_of(group))}
-        chosen = swap_partners(sorted(own), decoder, run.store(), seed=run.settings.contexts.sample_seed)
-        for latent in _first_by_hash(list(chosen), n):
-            other = own[chosen[latent]]
-            yield replace(own[latent], explanation_id=other.explanation_id, text=other.text, control="swap")
-
-
-def _question(explanation: Mapping[str, Any]) -> Question:
-    """A row of the journal's explanations as the question whether it is right."""
-    return Question(
-        int(explanation["latent"]), int(explanation["id"]), explanation["text"], frozenset(explanation["contexts"])
-    )
-
-
-def _first_by_hash(latents: Sequence[int], n: int | None) -> list[int]:
-    ranked = sorted(latents, key=lambda latent: digest(["control", latent]))
-    return sorted(ranked if n is None else ranked[:n])
 
 
 async def _judge_one(

@@ -129,6 +129,11 @@ def _rows(tree: Tree) -> Iterator[tuple[str, Tree, Tree]]:
         yield "n-gram baseline", baseline, baseline["above"]
 
 
+def above(tree: Tree) -> Iterator[tuple[str, Tree]]:
+    """How far the own mean is above each control: its name, and the difference with its interval."""
+    yield from ((name, told) for name, _, told in _rows(tree) if known(told["mean"]))
+
+
 def _figures(row: Tree, page: Page) -> list[str]:
     figures = [count(row["n_scored"]), decimal(row["mean"]), interval(row["interval"])]
     figures += [" / ".join(decimal(q, 2) for q in row["quartiles"])] if page.wide else []
