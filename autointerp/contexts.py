@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from autointerp.positions import Queue, in_turn, match, wanted
+from autointerp.positions import Queue, in_proportion, in_turn, match, one_by_one
 from autointerp.rings import Hashes, Ring, among
 from sae.firings import FiringStore, Ints, mix
 from sae.settings import ContextSettings
@@ -164,10 +164,10 @@ class ContextSampler:
         Where fewer activating contexts exist, the silent ones keep the settings' proportion to them. With them up to
         ``n_hard`` and ``n_same_token`` of the harder kinds, in groups that none of the kinds before has.
 
-        Position: the i-th silent context of each kind stands for the i-th activating one (round and round), and is from
-        its slot of the sequence. A slot that has too few is made up for by the nearest that have some: for random ones
-        that hardly happens, while neighbours may fire, and tokens stand, in some slots only. Within a list the order
-        is that of a hash.
+        Position: of the random ones each slot of the sequence gives as many as of the activating ones (where both are
+        equally many), of the harder kinds the same share, to the nearest whole number. A slot that has too few is made
+        up for by the nearest that have some: with random ones that hardly happens, while neighbours may fire, and
+        tokens stand, in some slots only. Within a list of silent contexts the order is that of a hash.
         """
         drawn = self._draw_active(latent, False, self.settings.n_active)
         positives = self._actives(latent).windows[drawn]
@@ -265,7 +265,7 @@ class ContextSampler:
             drawn.append(rings[slot].after(key, many, firing, taken))
             return many - len(drawn[-1][0])
 
-        match(self._wanted(positives, n), draw)
+        match(one_by_one(self.store.slot(positives), n, len(rings)), draw)
         windows, group = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         return windows[np.argsort(mix(group ^ key))]
 
@@ -297,8 +297,8 @@ class ContextSampler:
             return np.empty(0, np.int64)
         token = self.top_token(latent)
         firing, key, gone = self._actives(latent).firing, self._key(latent), np.unique(self._groups[taken])
-        need = self._wanted(positives, n)
-        found, lacking = [(np.empty(0, np.int64), np.empty(0, np.uint64))], need.copy()
+        lacking = self._wanted(positives, n)
+        found = [(np.empty(0, np.int64), np.empty(0, np.uint64))]
         for windows, group in self._test_ring.walk(key, _BLOCK, _WALK):
             silent = np.flatnonzero(~among(group, firing) & ~among(group, gone))
             holding = silent[(self.store.tokens(windows[silent]) == token).any(axis=1)]
@@ -318,8 +318,8 @@ class ContextSampler:
         return _unless_too_few(windows[order], n)
 
     def _wanted(self, positives: Ints, n: int) -> Ints:
-        """[S] how many of ``n`` silent contexts each slot is to give."""
-        return wanted(self.store.slot(positives), n, self.store.windows_per_sequence)
+        """[S] how many of ``n`` harder contexts each slot is to give."""
+        return in_proportion(self.store.slot(positives), n, self.store.windows_per_sequence)
 
     def top_token(self, latent: int) -> int:
         """The token on which the latent most often peaks, over up to 200 of its contexts; it must fire somewhere."""

@@ -34,7 +34,7 @@ from autointerp.llm.exchange import Request
 from autointerp.llm.tokens import Tokenize, block_keys, characters, tokenizer_of
 from autointerp.llm.vllm_model import find_model
 from autointerp.material import Material
-from autointerp.questions import CONTROL_LATENTS, Part, Question, parts_of, questions_of, readable
+from autointerp.questions import CONTROL_LATENTS, Part, Question, parts_of, questions_of
 from autointerp.rounds import AdaptivePlan
 from autointerp.score_table import Test
 from autointerp.scorers import SCORERS
@@ -222,7 +222,7 @@ def _of_part(
     test = Test.of(scorer, judge, Material.of(run), plan)
     asked_by = judge.of_marks() if scorer.marked else judge
     with Journal(run.journal_path) as journal:
-        explanations = readable(part.explanations(journal), judge)
+        explanations = part.readable(journal, judge)
         for question in questions_of(run, explanations, part.n_swapped):
             labels = journal.labels(
                 latent=question.latent, explanation_id=question.explanation_id, control=question.control, **test.same

@@ -31,9 +31,25 @@ class Queue(NamedTuple):
         return Queue(*(column[kept] for column in self))
 
 
-def wanted(slots: Ints, n: int, n_slots: int) -> Ints:
+def one_by_one(slots: Ints, n: int, n_slots: int) -> Ints:
     """[S] how many of ``n`` texts each slot is to give: as the first ``n`` activating ones (round and round)."""
     return np.bincount(np.resize(slots, n if len(slots) else 0), minlength=n_slots)
+
+
+def in_proportion(slots: Ints, n: int, n_slots: int) -> Ints:
+    """[S] how many of ``n`` texts each slot is to give: in proportion to all activating ones, by largest remainders.
+
+    Of equal remainders that slot comes first which comes first among ``slots``: they are in no order, so on the whole
+    no slot is favoured.
+    """
+    found, first, count = np.unique(slots, return_index=True, return_counts=True)
+    exact = count * n / max(1, len(slots))
+    whole = np.floor(exact).astype(np.int64)
+    lacking = n - int(whole.sum()) if len(slots) else 0
+    whole[np.lexsort((first, whole - exact))[:lacking]] += 1
+    need = np.zeros(n_slots, np.int64)
+    need[found] = whole
+    return need
 
 
 def match(need: Ints, draw: Callable[[int, int], int]) -> None:

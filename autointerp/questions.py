@@ -39,7 +39,21 @@ class Part:
     """Whether it is there beside a run of its study."""
 
     def explanations(self, journal: Journal) -> pd.DataFrame:
+        """Those that are to be scored, whoever's they are."""
         return first(self.run, journal.explanations(status="ok"), self.at_most)
+
+    def readable(self, journal: Journal, judge: Judge) -> pd.DataFrame:
+        """Those that are the judge's.
+
+        The n-gram judge parses one form of sentence, its explainer's. A language model is asked about those only where
+        no language model was ever asked to explain: beside such explanations they are the baseline, which has its own
+        judge.
+        """
+        explanations = self.explanations(journal)
+        by_ngram = explanations["explainer"] == "ngram"
+        if judge.name == "ngram":
+            return explanations[by_ngram]
+        return explanations[~by_ngram] if explained_by_model(journal) else explanations
 
 
 def parts_of(
@@ -70,20 +84,13 @@ class Question:
     control: str = "none"
 
 
-def readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
-    """The explanations that are the judge's.
-
-    The n-gram judge parses one form of sentence, its explainer's. A language model is asked about those only where
-    they are all there is: beside explanations by a language model they are the baseline, which has its own judge.
-    """
-    by_ngram = explanations["explainer"] == "ngram"
-    if judge.name == "ngram":
-        return explanations[by_ngram]
-    return explanations if by_ngram.all() else explanations[~by_ngram]
+def explained_by_model(journal: Journal) -> bool:
+    """Whether a language model was asked to explain any latent, even in vain."""
+    return bool((journal.explanations()["explainer"] != "ngram").any())
 
 
 def questions_of(run: Run, explanations: pd.DataFrame, control_latents: int | None) -> list[Question]:
-    """What is to be judged of ``explanations`` (see :func:`readable`): each, and up to so many controls."""
+    """What is to be judged of ``explanations`` (see :meth:`Part.readable`): each, and up to so many controls."""
     own = [_question(row) for row in rows_of(explanations)]
     return [*own, *_controls(run, explanations, control_latents)]
 

@@ -26,7 +26,7 @@ from autointerp.journal import Journal, Verdict
 from autointerp.judges.base import Judge
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
-from autointerp.questions import CONTROL_LATENTS, Part, Question, parts_of, questions_of, readable
+from autointerp.questions import CONTROL_LATENTS, Part, Question, explained_by_model, parts_of, questions_of
 from autointerp.rounds import AdaptivePlan
 from autointerp.score_table import COLUMNS, UNTESTED, Test, of_this_judge, plans_of, rows_of, score_table
 from autointerp.scorers import SCORERS, Scorer
@@ -152,9 +152,8 @@ async def _score_baseline(part: Part, scorer: Scorer, precision: Precision | Non
     from autointerp.judges.ngram import NgramJudge
 
     with Journal(part.run.journal_path) as journal:
-        explainers = set(journal.explanations(status="ok")["explainer"])
-    if not {"ngram"} < explainers:
-        return
+        if not explained_by_model(journal) or journal.explanations(status="ok", explainer="ngram").empty:
+            return
     baseline = Outcome("score")
     whole = replace(part, n_swapped=CONTROL_LATENTS["ngram"])
     await _score_run(whole, scorer, NgramJudge(), 1, precision, baseline, "", "score by n-grams")
@@ -190,7 +189,7 @@ async def _score_run(
         if plan:
             journal.add_setup(same["settings_hash"], plan.setup)
         explanations = part.explanations(journal)
-        read = readable(explanations, judge)
+        read = part.readable(journal, judge)
         if judge.name == "ngram" and len(read) < len(explanations) and doing == "score":
             outcome.notes.append(
                 f"{run.name}: {len(explanations) - len(read)} explanations by a language model were left out: the "

@@ -111,8 +111,9 @@ def counted(found: Findings, page: Page) -> RenderableType:
     if tree is None:
         return section(page, title, says, missing(found, "explain"))
     kinds = ["latents", "alive", "eligible", "explained", "scored", *(["failed"] if tree["n_failed"] else [])]
+    kinds = kinds if page.wide or len(kinds) < 6 else kinds[1:]
     heads = [("in all" if kind == "latents" else kind, "right") for kind in kinds]
-    table = grid("", *heads, "mean score", *_above_head(tree), gap=2 if page.wide else 1)
+    table = grid("", *heads, "mean score", *_above_head(tree, page), gap=2 if page.wide else 1)
     for name, row in (tree["by_class"] or {}).items():
         label = Text(class_label(name, len(found["compared"])), STYLE_OF_CLASS[name])
         table.add_row(
@@ -131,13 +132,13 @@ def counted(found: Findings, page: Page) -> RenderableType:
     return section(page, title, says, *body)
 
 
-def _above_head(tree: Mapping[str, Any]) -> list[str]:
-    return [] if tree["control"] is None else ["own − swapped"]
+def _above_head(tree: Mapping[str, Any], page: Page) -> list[str]:
+    return [] if tree["control"] is None else ["own − swapped" if page.wide else "above"]
 
 
 def _means(tree: Mapping[str, Any], row: Mapping[str, Any], above: Mapping[str, Any] | None, page: Page) -> list[str]:
     """The mean score of some latents, and how far it is above their swapped control where there is one at all."""
-    own = estimate(row["mean"], row["interval"])
+    own = estimate(row["mean"], row["interval"], 3 if page.wide else 2)
     if tree["control"] is None:
         return [own]
     if above is None:

@@ -296,7 +296,8 @@ def score(run: Run, server: FakeServer, precision: Precision | None = WIDE, prot
 
 
 def table_of(run: Run) -> pd.DataFrame:
-    return read_table(run.stage_path("scores")).drop(columns=["stratum_tpr"]).set_index(["latent", "control"])
+    table = read_table(run.stage_path("scores")).drop(columns=["stratum_tpr"])
+    return table[table["judge"] == "llm"].set_index(["latent", "control"])  # the n-gram baseline stands beside
 
 
 def test_rounds_end_when_the_interval_is_narrow_or_the_contexts_are_used_up(run: Run) -> None:
@@ -312,7 +313,7 @@ def test_rounds_end_when_the_interval_is_narrow_or_the_contexts_are_used_up(run:
         assert (narrow["n_active"] + narrow["n_inactive"]).min() < 100
         asked = len(server.requests)
         with Journal(run.journal_path) as journal:
-            n_judged = len(journal.verdicts())
+            n_judged = len(journal.verdicts(judge="llm"))
         kinds = ["n_active", "n_inactive", "n_hard", "n_same_token"]
         assert n_judged == table[kinds].sum().sum(), "nothing was judged beyond a stop"
         assert score(run, server).n_new == 0

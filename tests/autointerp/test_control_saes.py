@@ -33,6 +33,7 @@ from sae.train_stage import Study, train_studies
 N = 4
 CPU = Compute("cpu", 1)
 NONE = LlmOptions()
+SIZES = {"n_explain": 10, "n_active": 6, "n_inactive": 6, "n_hard": 3, "n_same_token": 0}
 NAMES = ["run_a", "run-frozen_a", "run-untrained_a"]
 
 
@@ -45,7 +46,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_neox_dir: Path) -> 
         corpus={"kind": "text", "source": (argparse.__file__,), "context": 64},
         training={"num_latents": 32, "k": 4, "tokens": 20_000, "batch_tokens": 1024},
         harvest={"tokens": 30_000},
-        contexts={"n_explain": 10, "n_active": 6, "n_inactive": 6, "n_hard": 3, "n_same_token": 0},
+        contexts={**SIZES, "min_explain": 3, "min_active": 6},
     )
     (runs,) = train_studies([Study("run", settings, (0,))], root, CPU, controls=True)
     harvest_runs(runs, CPU)
@@ -116,16 +117,16 @@ def test_as_many_as_are_asked_for(run: Run) -> None:
     assert [len(explained(sae)) for sae in saes(run.root)] == [N, 0, 0]
     notes = score(run, run.root).notes
     assert any("not explained, so not scored" in note for note in notes)
-    assert "--control-sae-latents 7" in explain(run, sample=7).retry
+    assert "--control-sae-latents 2" in explain(run, sample=2).retry
     few = [explained(sae) for sae in saes(run.root)[1:]]
-    assert [len(latents) for latents in few] == [7, 7]
-    explain(run, sample=9)
+    assert [len(latents) for latents in few] == [2, 2]
+    explain(run, sample=4)
     for before, sae in zip(few, saes(run.root)[1:], strict=True):
         assert set(before) < set(explained(sae)), "the sample grows"
-    score(run, run.root, sample=3)
-    assert [len(rows_of(sae)) for sae in saes(run.root)[1:]] == [3, 3]
+    score(run, run.root, sample=1)
+    assert [len(rows_of(sae)) for sae in saes(run.root)[1:]] == [1, 1]
     score(run, run.root)
-    assert [len(rows_of(sae)) for sae in saes(run.root)[1:]] == [9, 9]
+    assert [len(rows_of(sae)) for sae in saes(run.root)[1:]] == [4, 4]
 
 
 @pytest.mark.parametrize(

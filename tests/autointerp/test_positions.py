@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_negatives import Store, a_store, sampler
 
-from autointerp.positions import Queue, in_turn, wanted
+from autointerp.positions import Queue, in_proportion, in_turn, one_by_one
 
 N_SLOTS = 4
 Texts = list[tuple[int, int]]
@@ -56,9 +56,22 @@ def test_no_source_speaks_for_all() -> None:
     assert Counter((windows // 100).tolist()) == {0: 3, 1: 3, 2: 3}
 
 
-def test_slots_are_those_of_the_activating_contexts_round_and_round() -> None:
-    assert wanted(np.array([2, 2, 0]), 7, N_SLOTS).tolist() == [2, 0, 5, 0]
-    assert wanted(np.array([], np.int64), 7, N_SLOTS).tolist() == [0, 0, 0, 0]
+def test_slots_are_those_of_the_activating_contexts() -> None:
+    assert one_by_one(np.array([2, 2, 0]), 7, N_SLOTS).tolist() == [2, 0, 5, 0]
+    for counted in (one_by_one, in_proportion):
+        assert counted(np.array([], np.int64), 7, N_SLOTS).tolist() == [0, 0, 0, 0]
+    assert in_proportion(np.array([2, 0, 2, 0]), 3, N_SLOTS).tolist() == [1, 0, 2, 0], "the first of equals"
+    assert in_proportion(np.array([0, 2, 0, 2]), 3, N_SLOTS).tolist() == [2, 0, 1, 0]
+
+
+@given(st.lists(st.integers(0, N_SLOTS - 1), min_size=1, max_size=50), st.integers(0, 60))
+def test_shares_of_slots_are_right_to_the_nearest_number(slots: list[int], n: int) -> None:
+    found = in_proportion(np.array(slots), n, N_SLOTS)
+    assert found.sum() == n
+    exact = np.bincount(slots, minlength=N_SLOTS) * n / len(slots)
+    assert (np.abs(found - exact) < 1).all()
+    if n == len(slots):
+        assert found.tolist() == one_by_one(np.array(slots), n, N_SLOTS).tolist()
 
 
 @given(st.integers(0, 10**6), st.integers(0, 2))
