@@ -24,7 +24,7 @@ from autointerp.adaptive import Precision
 from autointerp.backends import LlmOptions, resolve
 from autointerp.contexts import Context
 from autointerp.cost import Prices
-from autointerp.explain import plan_controls, plan_latents
+from autointerp.explain import identity_of, plan_controls, plan_latents
 from autointerp.explainers.llm import LlmExplainer
 from autointerp.journal import Journal
 from autointerp.judges.llm import CONTEXTS, LlmJudge, best_protocol
@@ -40,7 +40,6 @@ from autointerp.score_table import Test
 from autointerp.scorers import SCORERS
 from autointerp.selection import Choice
 from sae.errors import BadInput, NotFound
-from sae.files import digest
 from sae.run import Run
 
 EXPLANATION_TOKENS = 80
@@ -143,12 +142,7 @@ def _of_task(
     material = Material.of(run)
     done: set[int] = set()
     if run.journal_path.exists():
-        same = {
-            "explainer": explainer.name,
-            "settings_hash": digest({"explainer": explainer.settings_hash, "material": material.digest}),
-            "prompt_hash": explainer.prompt_hash,
-            "model": explainer.model,
-        }
+        same = identity_of(explainer, material)
         with Journal(run.journal_path) as journal:
             done = set(journal.explanations(status="ok", draw=0, **same)["latent"].tolist()) & set(latents)
     asked.before += len(done)

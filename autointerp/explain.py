@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pandas as pd
 
 from autointerp.backends import LlmOptions, lacks, open_explainer, resolve
 from autointerp.control_saes import beside, sample_size
-from autointerp.cost import going_on
+from autointerp.cost import BudgetSpent, going_on
 from autointerp.explainers.base import Explainer
 from autointerp.journal import Journal
 from autointerp.material import Material
@@ -138,10 +138,16 @@ async def _explain(
         named = [word for name in _names(runs) for word in ("--sae", name)]
         size = [] if control_sae_latents is None else ["--control-sae-latents", str(control_sae_latents)]
         outcome.retry = command(root, "explain", *named, *choice.words(), *size, *options.words())
-        if kind == "llm":
-            await _explain_by_baseline(tasks, outcome, outcome.retry)
         for task in [*tasks, *controls]:
-            await _explain_run(task, explainer, options.concurrency, outcome, outcome.retry)
+            with_baseline = kind == "llm" and task not in controls
+            try:
+                await _explain_run(task, explainer, options.concurrency, outcome, outcome.retry)
+            except BudgetSpent:  # what was paid for is compared with what costs nothing
+                if with_baseline:
+                    await _explain_by_baseline(task, explainer, outcome, outcome.retry)
+                raise
+            if with_baseline:
+                await _explain_by_baseline(task, explainer, outcome, outcome.retry)
         for task in controls:
             n = f"{len(task.latents)} latents" if task.latents else "no latent has contexts enough"
             outcome.notes.append(f"{task.run.name} (control): {n}")
@@ -152,30 +158,36 @@ async def _explain(
     return outcome
 
 
-async def _explain_by_baseline(tasks: Sequence[Task], outcome: Outcome, retry: str) -> None:
-    """The n-gram baseline's explanations of the same latents, from the same contexts. They count as nobody's."""
+async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcome, retry: str) -> None:
+    """The n-gram baseline's explanations of the latents that ``explainer`` explained, which count as nobody's."""
     from autointerp.explainers.ngram import NgramExplainer
 
-    for task in tasks:
-        baseline, eligibility = Outcome("explain"), Material.of(task.run).eligibility()
-        able = set(eligibility["latent"][eligibility["eligible"]])  # of the others the language model's failure tells
-        task = replace(task, latents=[latent for latent in task.latents if latent in able])
-        await _explain_run(task, NgramExplainer(), 1, baseline, retry, "explain by n-grams")
-        lost = baseline.failures.items()
-        outcome.notes += [f"{task.run.name}: {n} latents without an n-gram baseline: {why}" for why, n in lost]
+    with Journal(task.run.journal_path) as journal:
+        told = journal.explanations(status="ok", draw=0, **identity_of(explainer, Material.of(task.run)))
+    latents = sorted(set(task.latents) & set(told["latent"].tolist()))
+    if not latents:
+        return
+    baseline = Outcome("explain")
+    await _explain_run(Task(task.run, latents), NgramExplainer(), 1, baseline, retry, "explain by n-grams")
+    lost = baseline.failures.items()
+    outcome.notes += [f"{task.run.name}: {n} latents without an n-gram baseline: {why}" for why, n in lost]
+
+
+def identity_of(explainer: Explainer, material: Material) -> dict[str, Any]:
+    """What all of an explainer's explanations from one run's contexts have in common in the journal."""
+    return {
+        "explainer": explainer.name,
+        "settings_hash": digest({"explainer": explainer.settings_hash, "material": material.digest}),
+        "prompt_hash": explainer.prompt_hash,
+        "model": explainer.model,
+    }
 
 
 async def _explain_run(
     task: Task, explainer: Explainer, concurrency: int, outcome: Outcome, retry: str, doing: str = "explain"
 ) -> None:
     material = Material.of(task.run)
-    settings_hash = digest({"explainer": explainer.settings_hash, "material": material.digest})
-    same: dict[str, Any] = {
-        "explainer": explainer.name,
-        "settings_hash": settings_hash,
-        "prompt_hash": explainer.prompt_hash,
-        "model": explainer.model,
-    }
+    same = identity_of(explainer, material)
     with Journal(task.run.journal_path) as journal, journal.claim():
         stored = journal.explanations(status="ok", draw=0, **same)
         todo = sorted(set(task.latents) - set(stored["latent"].tolist()))

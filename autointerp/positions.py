@@ -28,7 +28,7 @@ class Queue(NamedTuple):
         order = np.lexsort((self.priority, self.slot))
         slot = self.slot[order]
         kept = order[np.arange(len(slot)) - np.searchsorted(slot, slot) < n]
-        return Queue(*(column[kept] for column in self))
+        return Queue(self.windows[kept], self.group[kept], self.slot[kept], self.priority[kept])
 
 
 def one_by_one(slots: Ints, n: int, n_slots: int) -> Ints:

@@ -118,7 +118,7 @@ class AdaptivePlan:
         )
 
 
-def _harder(kind: str, row: ScoreRow, tpr: float) -> dict[str, float]:
+def _harder(kind: str, row: ScoreRow, tpr: float) -> dict[str, Any]:
     """The figures of one harder kind beside a TPR that was corrected for stopping.
 
     Whether judging stopped was not asked of these answers, so their own rate needs no correction.

@@ -96,7 +96,9 @@ def rows_of(scores: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:
 
 def precision_of(rows: pd.DataFrame) -> float | None:
     """The half-width to which one set-up's explanations were judged; ``None`` where all contexts were."""
-    told = rows.loc[rows["status"] == "ok", "precision"].dropna() if "precision" in rows else []
+    if "precision" not in rows:
+        return None
+    told = rows.loc[rows["status"] == "ok", "precision"].dropna()
     return float(told.iloc[0]) if len(told) else None
 
 

@@ -189,7 +189,7 @@ def questions(server: FakeServer) -> int:
 def chat_windows(run: Run, judge: str) -> dict[int, set[int]]:
     with Journal(run.journal_path) as journal:
         table = journal.verdicts(judge=judge, control="none")
-    return {int(latent): set(group["context"]) for latent, group in table.groupby("latent")}
+    return {latent: set(table.loc[table["latent"] == latent, "context"]) for latent in set(table["latent"].tolist())}
 
 
 def test_a_language_model_has_the_baseline_beside_it_on_the_same_contexts(run: Run) -> None:

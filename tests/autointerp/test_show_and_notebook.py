@@ -23,7 +23,7 @@ def run(tiny_root: Path) -> Run:
     cli("explain", "--sae", "run_a", "--latents", 30, "--root", tiny_root).well()
     both = ("--scorer", "detection", "--scorer", "fuzzing")
     cli("score", "--sae", "run_a", *both, "--root", tiny_root).well()
-    return Run.open("run_a", tiny_root)
+    return Run("run_a", tiny_root)
 
 
 def test_show_tells_every_score_apart_with_its_interval(run: Run) -> None:
