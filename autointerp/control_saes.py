@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from autointerp.journal import Journal
+from autointerp.material import Material
 from autointerp.selection import Choice, choose
 from sae.controls import controls_of
 from sae.run import Run
@@ -38,6 +39,24 @@ def sample_size(choice: Choice, kind: str, asked: int | None, n_of_run: int) -> 
     if asked is not None:
         return asked
     return 0 if choice.indices else min(LATENTS[kind], n_of_run)
+
+
+def sample_of(control: Run, n: int) -> list[int]:
+    """The ``n`` latents of a control SAE that are explained: those that `explain` would take, were it a run like any.
+
+    Contexts are counted only of as many latents as it takes to find ``n`` that have enough.
+    """
+    sampler, m = Material.of(control).sampler, control.settings.training.num_latents
+    eligible: dict[int, bool] = {}
+    looked = n
+    while True:
+        looked = min(2 * looked, m)
+        for latent in choose(control, pd.DataFrame(), range(m), Choice(n=looked)):
+            if latent not in eligible:
+                eligible[latent] = sampler.eligible(latent)[0]
+        able = [latent for latent, enough in eligible.items() if enough]
+        if len(able) >= n or looked == m:
+            return choose(control, pd.DataFrame(), able, Choice(n=n))
 
 
 def first(run: Run, explanations: pd.DataFrame, n: int | None) -> pd.DataFrame:

@@ -22,6 +22,7 @@ RECIPE = Path(__file__).parent.parent / "eval_runs" / "recipes" / "demo.toml"
 STUDY = "demo"
 SEEDS = (0, 1, 2)
 N_LATENTS = 400
+N_OF_CONTROL_SAES = 50  # of each: enough to tell .05 apart, and half a minute less than the default
 
 
 def run_demo(root: Path, compute: Compute) -> tuple[list[Run], int]:
@@ -31,6 +32,6 @@ def run_demo(root: Path, compute: Compute) -> tuple[list[Run], int]:
     harvest_runs(runs, compute)
     align_runs(runs, compute)
     baseline = LlmOptions()  # no endpoint: explainer and judge are the n-gram baseline, whatever the environment holds
-    explained = explain_runs(runs[:1], Choice(n=N_LATENTS), "ngram", baseline, compute)
+    explained = explain_runs(runs[:1], Choice(n=N_LATENTS), "ngram", baseline, compute, N_OF_CONTROL_SAES)
     scored = score_runs(runs[:1], root, ("detection",), "ngram", baseline)
     return runs, explained.n_failed + scored.n_failed

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from autointerp.backends import LlmOptions, lacks, open_explainer, resolve
-from autointerp.control_saes import beside, sample_size
+from autointerp.control_saes import beside, sample_of, sample_size
 from autointerp.cost import BudgetSpent, going_on
 from autointerp.explainers.base import Explainer
 from autointerp.journal import Journal
@@ -113,9 +113,7 @@ def plan_controls(tasks: Sequence[Task], choice: Choice, kind: str, asked: int |
     n = sample_size(choice, kind, asked, max(len(task.latents) for task in tasks))
     planned = []
     for control in beside([task.run for task in tasks]) if n else []:
-        eligibility = Material.of(control).eligibility()
-        eligible = eligibility["latent"][eligibility["eligible"]].tolist()
-        planned.append(Task(control, choose(control, pd.DataFrame(), eligible, Choice(n=n))))
+        planned.append(Task(control, sample_of(control, n)))
     return planned
 
 

@@ -108,6 +108,7 @@ def test_explain_stops_too(run: Run) -> None:  # noqa: F811
             explain_runs([run], Choice(n=N), "llm", options, Compute("cpu", 1))
         with Journal(run.journal_path) as journal:
             assert len(journal.explanations(status="ok", explainer="llm")) == len(server.requests) == 2
+            assert len(journal.explanations(status="ok", explainer="ngram")) == 2, "the baseline, of these"
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from fake_server import FakeServer, error, sensible
 
 from autointerp.backends import LlmOptions
-from autointerp.control_saes import sample_size
+from autointerp.control_saes import sample_of, sample_size
 from autointerp.cost import Budget, BudgetSpent
 from autointerp.dry_run import forecast_explain, forecast_score
 from autointerp.explain import explain_runs
 from autointerp.journal import Journal
+from autointerp.material import Material
 from autointerp.report import findings_of
 from autointerp.score import score_runs
-from autointerp.selection import Choice
+from autointerp.selection import Choice, choose
 from autointerp.work import Outcome
 from sae.controls import controls_of
 from sae.errors import Unavailable
@@ -143,6 +145,14 @@ def test_as_many_as_are_asked_for(run: Run) -> None:
 )
 def test_the_number_that_nobody_named(choice: Choice, kind: str, asked: int | None, n_of_run: int, size: int) -> None:
     assert sample_size(choice, kind, asked, n_of_run) == size
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 32])
+def test_the_sample_is_the_one_that_explain_would_take(run: Run, n: int) -> None:
+    for control in controls_of(run).values():
+        table = Material.of(control).eligibility()
+        eligible = table["latent"][table["eligible"]].tolist()
+        assert sample_of(control, n) == choose(control, pd.DataFrame(), eligible, Choice(n=n))
 
 
 def test_without_names_they_are_scored_as_controls(run: Run) -> None:
