@@ -98,7 +98,7 @@ async def _score(
         for part in parts:
             for scorer in scorers:
                 if judge.name != "ngram" and not part.is_control and not _is_done(part, scorer, judge, precision):
-                    await _score_baseline(part, scorer, precision, outcome)
+                    await _score_baseline(part, scorer, judge, precision, outcome)
                 await _score_run(part, scorer, judge, options.concurrency, precision, outcome, outcome.retry)
         outcome.notes += lacks(judge)
     own = [part.run for part in parts if not part.is_control]
@@ -147,8 +147,10 @@ def _is_done(part: Part, scorer: Scorer, judge: Judge, precision: Precision | No
     return inputs is not None and table_metadata(part.run.stage_path("scores")).get("inputs") == inputs
 
 
-async def _score_baseline(part: Part, scorer: Scorer, precision: Precision | None, outcome: Outcome) -> None:
-    """The n-gram explanations that stand beside a language model's, by the n-gram judge; the run's own come after."""
+async def _score_baseline(
+    part: Part, scorer: Scorer, judge: Judge, precision: Precision | None, outcome: Outcome
+) -> None:
+    """The n-gram explanations that stand beside a language model's, by the n-gram judge; ``judge`` comes after."""
     from autointerp.judges.ngram import NgramJudge
 
     with Journal(part.run.journal_path) as journal:
@@ -156,7 +158,7 @@ async def _score_baseline(part: Part, scorer: Scorer, precision: Precision | Non
             return
     baseline = Outcome("score")
     whole = replace(part, n_swapped=CONTROL_LATENTS["ngram"])
-    await _score_run(whole, scorer, NgramJudge(), 1, precision, baseline, "", "score by n-grams")
+    await _score_run(whole, scorer, NgramJudge(), 1, precision, baseline, "", "score by n-grams", judge)
     outcome.notes += [
         f"{part.run.name}: {n} n-gram baselines have no {scorer.name} score: {why}"
         for why, n in baseline.failures.items()
@@ -172,14 +174,16 @@ async def _score_run(
     outcome: Outcome,
     retry: str,
     doing: str = "score",
+    other: Judge | None = None,
 ) -> None:
+    """Judge what is to be judged of one run by one scorer, and make its score table; ``other`` judges it too, apart."""
     from autointerp.judges.ngram import NgramJudge
 
     run = part.run
     plan = AdaptivePlan.of(run, scorer, precision) if precision else None
     material = Material.of(run)
-    judges = [judge] if judge.name == "ngram" else [judge, NgramJudge()]
-    test, tests = Test.of(scorer, judge, material, plan), Test.all_of(judges, material)
+    judges = {each.name: each for each in (NgramJudge(), other, judge) if each is not None}
+    test, tests = Test.of(scorer, judge, material, plan), Test.all_of(list(judges.values()), material)
     if plan is None:
         test = next(each for each in tests if each.key == test.key)  # its contexts are drawn once
     same = test.same
@@ -189,7 +193,8 @@ async def _score_run(
         if plan:
             journal.add_setup(same["settings_hash"], plan.setup)
         explanations = part.explanations(journal)
-        read = part.readable(journal, judge)
+        readable = {name: part.readable(journal, each) for name, each in judges.items()}
+        read = readable[judge.name]
         if judge.name == "ngram" and len(read) < len(explanations) and doing == "score":
             outcome.notes.append(
                 f"{run.name}: {len(explanations) - len(read)} explanations by a language model were left out: the "
@@ -218,7 +223,7 @@ async def _score_run(
             plans = plans_of(run, journal)
             if plan:
                 plans[same["settings_hash"]] = {scorer.name: plan}  # the one whose contexts have been read already
-            table = score_table(journal, [*tests, test], read, _made(path) | {test.key}, plans)
+            table = score_table(journal, [*tests, test], readable, _made(path) | {test.key}, plans)
             final = _inputs(material, same, part, journal)
             write_table(path, table, inputs=final, material=material.digest, capabilities=capabilities(judge))
     _count(table, same, asked_now, outcome, f"{run.name}: {{}} explanations have no {scorer.name} score")

@@ -105,7 +105,7 @@ def plans_of(run: Run, journal: Journal) -> Plans:
 def score_table(
     journal: Journal,
     tests: Sequence[Test],
-    readable: pd.DataFrame,
+    readable: Mapping[str, pd.DataFrame],
     made: Set[tuple[str, str]],
     plans: Plans | None = None,
 ) -> pd.DataFrame:
@@ -113,8 +113,8 @@ def score_table(
 
     ``tests`` give what should have been judged of a latent under their settings, so that what is missing counts as
     failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands; of adaptive
-    ones ``plans`` are what is known. Of the ``readable`` explanations, those whose latent has too few contexts for a
-    test among the ``made`` ones (scorer and settings) are rows without scores.
+    ones ``plans`` are what is known. Of the explanations that are ``readable`` for a judge (by its name), those whose
+    latent has too few contexts for a test among the ``made`` ones (scorer and settings) are rows without scores.
     """
     explanations = {row["id"]: row for row in rows_of(journal.explanations())}
     # Sums are rounded in the order of their parts, and answers come in any order: a score must not depend on it.
@@ -143,7 +143,7 @@ def score_table(
             }
         )
     for test in (known[key] for key in sorted(made & known.keys())):
-        for explained in rows_of(readable):
+        for explained in rows_of(readable[test.same["judge"]]):
             if not test.items(explained["latent"]):
                 untested = {"control": "none", "replicate": 0, "status": UNTESTED}
                 rows.append({**_identity(explained["latent"], explained), **_judged_by(test.same), **untested})

@@ -117,7 +117,7 @@ def test_a_score_does_not_depend_on_the_order_of_the_answers(run: Run, monkeypat
             monkeypatch.setattr(
                 Journal, "verdicts", lambda journal, seed=seed: in_order(journal).sample(frac=1, random_state=seed)
             )
-            tables.append(score_table(journal, [], journal.explanations(), set()).map(str).to_dict())
+            tables.append(score_table(journal, [], {}, set()).map(str).to_dict())
     assert all(table == tables[0] for table in tables)
 
 
@@ -297,4 +297,5 @@ def test_a_latent_that_cannot_be_fuzzed_is_told_and_is_no_failure(run: Run, monk
     assert outcome.notes == [f"run_a: {N} explanations have no fuzzing score: too few contexts for it"]
     table = table_of(run)
     assert Counter(table["status"]) == {"ok": N, UNTESTED: N}
+    assert set(table["judge"]) == {"llm"}, "what n-grams are judged by is none of a model's explanations"
     assert table.loc[table["status"] == UNTESTED, "balanced_accuracy"].isna().all()
