@@ -234,6 +234,7 @@ def explain(
     latents: opt.Latents = 200,
     indices: opt.Indices = None,
     with_partners: opt.WithPartners = False,
+    control_sae_latents: opt.ControlSaeLatents = None,
     explainer: opt.Explainer = Backend.auto,
     llm_url: opt.LlmUrl = None,
     llm_model: opt.LlmModel = None,
@@ -296,10 +297,10 @@ def explain(
     if dry_run:
         from autointerp.dry_run import forecast_explain
 
-        forecast = forecast_explain(runs, choice, explainer.value, options, prices)
+        forecast = forecast_explain(runs, choice, explainer.value, options, prices, control_sae_latents)
         finish(as_json, "explain", forecast.as_dict, forecast.render)
         return
-    outcome = explain_runs(runs, choice, explainer.value, options, _compute(device, threads))
+    outcome = explain_runs(runs, choice, explainer.value, options, _compute(device, threads), control_sae_latents)
     finish(as_json, "explain", outcome.as_dict, outcome.render)
     exit_if(outcome.n_failed)
 
@@ -310,6 +311,7 @@ def score(
     scorer: opt.Scorers = None,
     judge: opt.Judge = Backend.auto,
     control_latents: opt.ControlLatents = None,
+    control_sae_latents: opt.ScoredControlSaeLatents = None,
     llm_url: opt.LlmUrl = None,
     llm_model: opt.LlmModel = None,
     judge_url: opt.JudgeUrl = None,
@@ -372,14 +374,15 @@ def score(
     runs = _opened(sae, root) if sae else None
     if dry_run:
         from autointerp.dry_run import forecast_score
-        from autointerp.score import explained_runs
 
-        chosen = runs or explained_runs(root)
         names = tuple(scorer or ("detection",))
-        forecast = forecast_score(chosen, names, judge.value, options, prices, control_latents, rule)
+        forecast = forecast_score(
+            runs, root, names, judge.value, options, prices, control_latents, rule, control_sae_latents
+        )
         finish(as_json, "score", forecast.as_dict, forecast.render)
         return
-    outcome = score_runs(runs, root, tuple(scorer or ("detection",)), judge.value, options, control_latents, rule)
+    scorers = tuple(scorer or ("detection",))
+    outcome = score_runs(runs, root, scorers, judge.value, options, control_latents, rule, control_sae_latents)
     finish(as_json, "score", outcome.as_dict, outcome.render)
     exit_if(outcome.n_failed)
 

@@ -13,6 +13,10 @@ truth too seldom. Three things mend that here:
   of all orders of right and wrong answers that would have gone on to the same look with the same counts, the mean rate
   among the first look's answers. That is unbiased whatever the rule.
 
+The harder negatives are judged in the same rounds, in the proportion to the random ones that the settings give them: so
+a request shows the same mix in every round and as in a whole test set. They have figures of their own and no say in
+when to stop, hence what they score is not biased by it; only the TPR beside it is the corrected one.
+
 ``precision`` is the half-length of the 95 % interval of balanced accuracy, as it is shown beside every score: not its
 standard error. ± .065 takes about 25 contexts of each kind where both rates are .98, 36 at .95, 54 at .9, 105 at .75:
 a test set of 50 and 50 reaches it for good explanations only, and others end at the cap unless that is raised. A
@@ -32,6 +36,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from autointerp.contexts import TestSet
+from autointerp.scorers.base import HARDER
 from sae.errors import BadInput
 from sae.estimate import Estimate
 
@@ -49,8 +54,11 @@ LARGEST = 1_000
 MOST_FAILED = 0.2
 """A look with a larger share of failures decides nothing, as a score with so many is none."""
 LEVEL = 0.95
-METHOD = 1
+METHOD = 2
 """Of rounds, rule and estimate; part of what adaptive scores are keyed by."""
+
+SIZES = ("n_active", "n_inactive", "n_hard", "n_same_token")
+"""Of a test set, as the settings call them."""
 
 Array = NDArray[np.float64]
 
@@ -61,7 +69,7 @@ class Precision:
 
     half_width: float
     max_contexts: int | None = None
-    """Of both kinds together; ``None``: as many as the run's settings have in a test set."""
+    """Activating and random silent ones together; ``None``: as many as the run's settings have in a test set."""
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.half_width <= 0.5:
@@ -70,11 +78,15 @@ class Precision:
             raise BadInput(f"--max-contexts {self.max_contexts}: give a number from 4 to {LARGEST}")
 
     def cap(self, settings: ContextSettings) -> ContextSettings:
-        """The settings with a test set of ``max_contexts``, its kinds in the settings' own proportion."""
+        """The settings with a test set of ``max_contexts``, its kinds in the settings' own proportion.
+
+        The harder negatives come on top of these.
+        """
         whole = settings.n_active + settings.n_inactive
         n = min(self.max_contexts or whole, LARGEST)
         n_active = min(max(2, round(n * settings.n_active / whole)), n - 2)
-        return settings.model_copy(update={"n_active": n_active, "n_inactive": n - n_active})
+        harder = {name: round(getattr(settings, name) * (n - n_active) / settings.n_inactive) for name in SIZES[2:]}
+        return settings.model_copy(update={"n_active": n_active, "n_inactive": n - n_active, **harder})
 
     def words(self) -> list[str]:
         """The flags that say the same again, for a command to print."""
@@ -87,8 +99,7 @@ class Precision:
         return {
             "method": METHOD,
             "half_width": self.half_width,
-            "n_active": capped.n_active,
-            "n_inactive": capped.n_inactive,
+            **{name: getattr(capped, name) for name in SIZES},
         }
 
 
@@ -153,12 +164,11 @@ class Rounds:
         have = Look(len(test_set.active), len(test_set.inactive))
         self.all_found = have.n_active >= wanted.n_active and have.n_inactive >= wanted.n_inactive
         self._parts: list[list[Context]] = []
-        before = Look(0, 0)
+        before = TestSet([], [])
         for look in schedule(*have):
-            active = test_set.active[before.n_active : look.n_active]
-            inactive = test_set.inactive[before.n_inactive : look.n_inactive]
-            self._parts.append(scorer.items(TestSet(active, inactive)))
-            before = look
+            now = _beginning(test_set, look)
+            self._parts.append(scorer.items(_without(now, before)))
+            before = now
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -191,7 +201,30 @@ class Rounds:
         return None
 
 
+def _beginning(test_set: TestSet, look: Look) -> TestSet:
+    """What has been asked at ``look``: of the harder kinds the same share as of the random silent contexts."""
+    share = look.n_inactive / max(1, len(test_set.inactive))
+    return TestSet(
+        test_set.active[: look.n_active],
+        test_set.inactive[: look.n_inactive],
+        test_set.hard[: round(share * len(test_set.hard))],
+        test_set.same_token[: round(share * len(test_set.same_token))],
+    )
+
+
+def _without(test_set: TestSet, beginning: TestSet) -> TestSet:
+    """The rest of every list behind its ``beginning``."""
+    return TestSet(
+        test_set.active[len(beginning.active) :],
+        test_set.inactive[len(beginning.inactive) :],
+        test_set.hard[len(beginning.hard) :],
+        test_set.same_token[len(beginning.same_token) :],
+    )
+
+
 def _tally(contexts: Sequence[Context], labels: Mapping[int, bool | None]) -> Tally:
+    """The harder negatives are left out: they decide nothing."""
+    contexts = [context for context in contexts if context.kind not in HARDER]
     answers = [(context.truth, label) for context in contexts if (label := labels[context.window]) is not None]
     active = [label for is_active, label in answers if is_active]
     inactive = [not label for is_active, label in answers if not is_active]

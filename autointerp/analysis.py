@@ -10,7 +10,7 @@ disagree with the files. What has not been made yet is ``None``, and ``missing``
     counterparts   what latents do in the other seeds, and what became of those that do not return     align
     membership     which seeds have the focus run's latents                     align
     training, firing, frequency_by_class                                        train, harvest
-    scores         with their control and reliability                           explain, score
+    scores         with their controls, baseline, reliability                           explain, score
     relation       score and similarity, raw and corrected; of several runs     explain, score, align
     interesting, failures                                                       explain, score
     methods        definitions, interval methods, who explained and judged, prompt hashes
@@ -27,6 +27,8 @@ from typing import Any
 import pandas as pd
 
 from autointerp import relation, reliability, scored, seeds
+from autointerp.comparisons import METHODS as OF_DIFFERENCES
+from autointerp.comparisons import comparison_findings
 from autointerp.counterparts import counterpart_findings
 from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
 from autointerp.pooled import pooled_relation
@@ -63,6 +65,7 @@ def findings(
         scores["reliability"] = (
             None if part is None else reliability.reliability_findings(part.rows, part.verdicts, part.together)
         )
+        scores |= comparison_findings(study, _rows_or_none(rows), told)
         n, command = scores.pop("n_waiting"), study.command("score", "--sae", study.focus.name)
         scores["waiting"] = {"n": n, "command": command} if n else None
     return {
@@ -184,10 +187,16 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
         f"text, up to {contexts.n_active} activating over {contexts.n_strata} strata of activation and "
         f"{contexts.n_inactive} position-matched silent ones to test on",
         "score": "balanced accuracy, (true positive rate + true negative rate) / 2; latents weigh the same in means",
-        "control": "swap: the same contexts judged by the explanation of a dissimilar latent",
+        "control": "swap: the same contexts judged by the explanation of a dissimilar latent (decoder cosine below "
+        ".2, little firing together)",
+        "control_saes": "a sample of the latents of an SAE whose random decoder is never trained, and of one that is "
+        "not trained at all, explained and judged by the same protocol",
+        "baseline": "n-gram explanations of the same latents, from the same contexts, judged by the n-gram judge on "
+        "the language model's contexts",
         "negatives": f"random: silent contexts from the same slots of the sequence, which make the score; hard: up to "
         f"{contexts.n_hard} in which one of the nearest latents (decoder cosine, firing together) fires strongly; same "
-        f"token: up to {contexts.n_same_token} that hold the token on which the latent mostly peaks",
+        f"token: up to {contexts.n_same_token} that hold the token on which the latent mostly peaks; both from "
+        "the slots of the activating contexts, or the nearest that have some",
         "near_duplicates": f"windows that share {contexts.near_duplicate:g} of their token 5-grams count as one text",
         "intervals": {
             "overlap": INTERVALS,
@@ -195,6 +204,7 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
             "scores": METHODS["balanced_accuracy"],
             "AUROC": METHODS["auroc"],
             "means": METHODS["bootstrap_mean"],
+            "differences": OF_DIFFERENCES["difference"],
             "correlations": METHODS["spearman"],
             "held fixed": METHODS["partial_spearman"],
             "strata": METHODS["stratified_spearman"],

@@ -15,7 +15,8 @@ there.
 Contexts in which the latent is silent are matched by position: as many from each slot of the sequence as
 the activating ones have, so that a judge cannot win by telling where in a document a text stands. Two further
 kinds of silent context ask harder questions: those in which a neighbour of the latent fires strongly, and those
-that hold the token on which the latent mostly peaks. They are drawn apart, and are scored apart.
+that hold the token on which the latent mostly peaks. They are drawn apart, and are scored apart; they are matched
+by position as far as there are such texts, which for them is no matter of course (:mod:`autointerp.positions`).
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from autointerp.positions import Queue, in_proportion, in_turn, match, one_by_one
 from autointerp.rings import Hashes, Ring, among
 from sae.firings import FiringStore, Ints, mix
 from sae.settings import ContextSettings
 
-METHOD = 2  # of drawing; part of what scores are keyed by: raise it when the same settings would draw other contexts
+METHOD = 3  # of drawing; part of what scores are keyed by: raise it when the same settings would draw other contexts
 EXPLAIN_SHARE = 0.4  # of all texts; the test set is the larger because its error bars are what is reported
 _LATENTS_REMEMBERED = 8  # explaining, testing and eligible are asked one after another for the same latent
 
@@ -161,13 +163,19 @@ class ContextSampler:
 
         Where fewer activating contexts exist, the silent ones keep the settings' proportion to them. With them up to
         ``n_hard`` and ``n_same_token`` of the harder kinds, in groups that none of the kinds before has.
+
+        Position: of the random ones each slot of the sequence gives as many as of the activating ones (where both are
+        equally many), of the harder kinds the same share, to the nearest whole number. A slot that has too few is made
+        up for by the nearest that have some: with random ones that hardly happens, while neighbours may fire, and
+        tokens stand, in some slots only. Within a list of silent contexts the order is that of a hash.
         """
         drawn = self._draw_active(latent, False, self.settings.n_active)
         positives = self._actives(latent).windows[drawn]
         n = self._n_inactive(len(positives))
         random = self._draw_inactive(latent, positives, n, explain=False)
-        hard = self._draw_hard(latent, self.settings.n_hard, random)
-        same_token = self._draw_same_token(latent, self.settings.n_same_token, np.concatenate([random, hard]))
+        hard = self._draw_hard(latent, positives, self.settings.n_hard, random)
+        taken = np.concatenate([random, hard])
+        same_token = self._draw_same_token(latent, positives, self.settings.n_same_token, taken)
         return TestSet(
             self._active_contexts(latent, drawn),
             self._silent_contexts(random, "random"),
@@ -249,34 +257,27 @@ class ContextSampler:
         if len(positives) == 0 or n == 0:
             return np.empty(0, np.int64)
         rings = self._silent_rings(explain)
-        need = np.bincount(np.resize(self.store.slot(positives), n), minlength=len(rings))
         firing, key = self._actives(latent).firing, self._key(latent)
         drawn = [(np.empty(0, np.int64), np.empty(0, np.uint64))]
 
         def draw(slot: int, many: int) -> int:
-            """Draw up to ``many`` texts from one slot; returns how many are lacking."""
             taken = np.sort(np.concatenate([group for _, group in drawn]))
             drawn.append(rings[slot].after(key, many, firing, taken))
             return many - len(drawn[-1][0])
 
-        lacking = {slot: draw(slot, int(need[slot])) for slot in np.flatnonzero(need).tolist()}
-        for slot, many in lacking.items():
-            for other in sorted(range(len(rings)), key=lambda s, slot=slot: (abs(s - slot), s)):  # type: ignore[misc]
-                if many == 0:
-                    break
-                many = draw(other, many)
+        match(one_by_one(self.store.slot(positives), n, len(rings)), draw)
         windows, group = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         return windows[np.argsort(mix(group ^ key))]
 
-    def _draw_hard(self, latent: int, n: int, taken: Ints) -> Ints:
+    def _draw_hard(self, latent: int, positives: Ints, n: int, taken: Ints) -> Ints:
         """Up to ``n`` windows in which a neighbour fires strongly and the latent does not, none in a taken group.
 
-        Every neighbour gives its first by priority, then its second …, so that none speaks for all.
+        Slots as in :meth:`testing`. Within a slot the neighbour that has given least gives next, by priority.
         """
-        if n == 0 or self._neighbours is None or not len(self._actives(latent).windows):
+        if n == 0 or self._neighbours is None or not len(positives):
             return np.empty(0, np.int64)
         firing, key, gone = self._actives(latent).firing, self._key(latent), np.unique(self._groups[taken])
-        found = [(np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.int64))]
+        queues = []
         for neighbour in self._neighbours(latent).tolist():
             windows, peaks = self.store.windows(neighbour)
             strong = windows[peaks >= np.quantile(peaks, 1 - STRONG)] if len(windows) else windows
@@ -284,29 +285,41 @@ class ContextSampler:
             usable = ~self._explain_side(group) & ~self.store.has_special(strong)
             usable &= ~among(group, firing) & ~among(group, gone)
             distinct, first = np.unique(group[usable], return_index=True)
-            priority = mix(distinct ^ key)
-            nearest = np.argsort(priority)[:n]
-            found.append((strong[usable][first][nearest], priority[nearest], np.arange(len(nearest))))
-        windows, priority, turn = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        order = np.lexsort((priority, turn))
-        _, first = np.unique(priority[order], return_index=True)  # a group that several neighbours give counts once
-        return _unless_too_few(windows[order][np.sort(first)][:n], n)
+            queues.append(self._queue(strong[usable][first], distinct, key).shortened(2 * n))
+        return self._from_queues(queues, positives, n, key)
 
-    def _draw_same_token(self, latent: int, n: int, taken: Ints) -> Ints:
-        """Up to ``n`` windows that hold the latent's top token and in which it is silent, none in a taken group."""
-        if n == 0 or not len(self._actives(latent).windows):
+    def _draw_same_token(self, latent: int, positives: Ints, n: int, taken: Ints) -> Ints:
+        """Up to ``n`` windows that hold the latent's top token and in which it is silent, none in a taken group.
+
+        Slots as in :meth:`testing`; it is looked for more until each slot has enough.
+        """
+        if n == 0 or not len(positives):
             return np.empty(0, np.int64)
         token = self.top_token(latent)
         firing, key, gone = self._actives(latent).firing, self._key(latent), np.unique(self._groups[taken])
-        found, n_found = [np.empty(0, np.int64)], 0
+        lacking = self._wanted(positives, n)
+        found = [(np.empty(0, np.int64), np.empty(0, np.uint64))]
         for windows, group in self._test_ring.walk(key, _BLOCK, _WALK):
-            silent = ~among(group, firing) & ~among(group, gone)
-            holding = windows[silent][(self.store.tokens(windows[silent]) == token).any(axis=1)]
-            found.append(holding)
-            n_found += len(holding)
-            if n_found >= n:
+            silent = np.flatnonzero(~among(group, firing) & ~among(group, gone))
+            holding = silent[(self.store.tokens(windows[silent]) == token).any(axis=1)]
+            found.append((windows[holding], group[holding]))
+            lacking -= np.bincount(self.store.slot(windows[holding]), minlength=len(lacking))
+            if (lacking <= 0).all():
                 break
-        return _unless_too_few(np.concatenate(found)[:n], n)
+        windows, group = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return self._from_queues([self._queue(windows, group, key).shortened(n)], positives, n, key)
+
+    def _queue(self, windows: Ints, group: Hashes, key: np.uint64) -> Queue:
+        return Queue(windows, group, self.store.slot(windows), mix(group ^ key))
+
+    def _from_queues(self, queues: list[Queue], positives: Ints, n: int, key: np.uint64) -> Ints:
+        windows, group = in_turn(queues, self._wanted(positives, n))
+        order = np.argsort(mix(mix(group ^ key)))  # not the priority, by which slots and neighbours differ
+        return _unless_too_few(windows[order], n)
+
+    def _wanted(self, positives: Ints, n: int) -> Ints:
+        """[S] how many of ``n`` harder contexts each slot is to give."""
+        return in_proportion(self.store.slot(positives), n, self.store.windows_per_sequence)
 
     def top_token(self, latent: int) -> int:
         """The token on which the latent most often peaks, over up to 200 of its contexts; it must fire somewhere."""

@@ -17,13 +17,14 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from autointerp.adaptive import Precision
 from autointerp.backends import LlmOptions, resolve
 from autointerp.contexts import Context
 from autointerp.cost import Prices
-from autointerp.explain import plan_latents
+from autointerp.explain import identity_of, plan_controls, plan_latents
 from autointerp.explainers.llm import LlmExplainer
 from autointerp.journal import Journal
 from autointerp.judges.llm import CONTEXTS, LlmJudge, best_protocol
@@ -33,13 +34,12 @@ from autointerp.llm.exchange import Request
 from autointerp.llm.tokens import Tokenize, block_keys, characters, tokenizer_of
 from autointerp.llm.vllm_model import find_model
 from autointerp.material import Material
+from autointerp.questions import CONTROL_LATENTS, Part, Question, parts_of, questions_of
 from autointerp.rounds import AdaptivePlan
-from autointerp.score import CONTROL_LATENTS, Question, questions_of, readable
 from autointerp.score_table import Test
 from autointerp.scorers import SCORERS
 from autointerp.selection import Choice
-from sae.errors import BadInput
-from sae.files import digest
+from sae.errors import BadInput, NotFound
 from sae.run import Run
 
 EXPLANATION_TOKENS = 80
@@ -110,7 +110,12 @@ class _Asked:
 
 
 def forecast_explain(
-    runs: Sequence[Run], choice: Choice, backend: str, options: LlmOptions, prices: Prices | None
+    runs: Sequence[Run],
+    choice: Choice,
+    backend: str,
+    options: LlmOptions,
+    prices: Prices | None,
+    control_sae_latents: int | None = None,
 ) -> Forecast:
     """What `explain` would cost. Harvest and alignment must be there: contexts are not known before."""
     if resolve(backend, options, "explainer") == "ngram":
@@ -118,9 +123,14 @@ def forecast_explain(
 
     def lay_out(client: LlmClient, kept: Callable[[Request], bool]) -> _Asked:
         explainer, asked = LlmExplainer(client), _Asked()
-        for run in runs:
-            for task in plan_latents(run, choice):
-                _of_task(task.run, task.latents, explainer, asked, kept)
+        tasks = [task for run in runs for task in plan_latents(run, choice)]
+        try:
+            controls = plan_controls(tasks, choice, "llm", control_sae_latents)
+        except NotFound as error:
+            controls = []
+            asked.notes.append(f"control SAEs are not counted: {error}")
+        for task in [*tasks, *controls]:
+            _of_task(task.run, task.latents, explainer, asked, kept)
         return asked
 
     return asyncio.run(_forecast("explain", runs, options, prices, lay_out, lambda _, __: EXPLANATION_TOKENS))
@@ -132,12 +142,7 @@ def _of_task(
     material = Material.of(run)
     done: set[int] = set()
     if run.journal_path.exists():
-        same = {
-            "explainer": explainer.name,
-            "settings_hash": digest({"explainer": explainer.settings_hash, "material": material.digest}),
-            "prompt_hash": explainer.prompt_hash,
-            "model": explainer.model,
-        }
+        same = identity_of(explainer, material)
         with Journal(run.journal_path) as journal:
             done = set(journal.explanations(status="ok", draw=0, **same)["latent"].tolist()) & set(latents)
     asked.before += len(done)
@@ -147,24 +152,27 @@ def _of_task(
 
 
 def forecast_score(
-    runs: Sequence[Run],
+    named: Sequence[Run] | None,
+    root: Path,
     scorers: Sequence[str],
     backend: str,
     options: LlmOptions,
     prices: Prices | None,
     control_latents: int | None = None,
     precision: Precision | None = None,
+    control_sae_latents: int | None = None,
 ) -> Forecast:
-    """What `score` would cost for the explanations that there are."""
+    """What `score` would cost for the explanations that there are; see :func:`autointerp.score.score_runs`."""
     kind = resolve(backend, options.for_judge(), "judge")
     if kind == "ngram":
         return _free("score")
-    lacking = [run.name for run in runs if not run.journal_path.exists()]
+    lacking = [run.name for run in named or () if not run.journal_path.exists()]
     if lacking:
         raise BadInput(
             f"--dry-run: run {lacking[0]!r} has no explanations yet; `explain --dry-run` says what they cost"
         )
-    n_controls = CONTROL_LATENTS[kind] if control_latents is None else control_latents
+    n_swapped = CONTROL_LATENTS[kind] if control_latents is None else control_latents
+    parts = parts_of(named, root, n_swapped, control_sae_latents)
 
     def lay_out(client: LlmClient, kept: Callable[[Request], bool]) -> _Asked:
         asked, protocol = _Asked(), options.protocol
@@ -181,9 +189,9 @@ def forecast_score(
             "single" if protocol == "single" else "batch",
             contexts_per_request=options.contexts_per_request or CONTEXTS,
         )
-        for run in runs:
+        for part in parts:
             for name in scorers:
-                _of_run(run, name, judge, n_controls, precision, asked, kept)
+                _of_part(part, name, judge, precision, asked, kept)
         return asked
 
     def written(request: Request, count: Callable[[str], int]) -> int:
@@ -192,25 +200,24 @@ def forecast_score(
         n = request.json_schema["properties"]["labels"]["maxItems"]
         return count(json.dumps({"labels": [0] * n})) + 1
 
-    return asyncio.run(_forecast("score", runs, options.for_judge(), prices, lay_out, written))
+    return asyncio.run(_forecast("score", [part.run for part in parts], options.for_judge(), prices, lay_out, written))
 
 
-def _of_run(
-    run: Run,
+def _of_part(
+    part: Part,
     scorer_name: str,
     judge: LlmJudge,
-    n_controls: int | None,
     precision: Precision | None,
     asked: _Asked,
     kept: Callable[[Request], bool],
 ) -> None:
-    scorer = SCORERS[scorer_name]()
+    scorer, run = SCORERS[scorer_name](), part.run
     plan = AdaptivePlan.of(run, scorer, precision) if precision else None
     test = Test.of(scorer, judge, Material.of(run), plan)
     asked_by = judge.of_marks() if scorer.marked else judge
     with Journal(run.journal_path) as journal:
-        explanations = readable(journal.explanations(status="ok"), judge)
-        for question in questions_of(run, explanations, n_controls):
+        explanations = part.readable(journal, judge)
+        for question in questions_of(run, explanations, part.n_swapped):
             labels = journal.labels(
                 latent=question.latent, explanation_id=question.explanation_id, control=question.control, **test.same
             )

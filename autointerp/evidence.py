@@ -168,7 +168,8 @@ class Study:
         return None if self.scores is None or self.setup is None else scored.rows_of(self.scores, self.setup)
 
     def journal(self) -> Told:
-        """The explanations of the chosen set-up; of the newest explainer where nothing is scored yet."""
+        """The explanations of the chosen set-up; where nothing is scored yet, the newest (a language model's before the
+        baseline's, which is made beside them)."""
         if not self.focus.journal_path.exists():
             return Told(pd.DataFrame(), {}, set(), set(), {}, [])
         with Journal(self.focus.journal_path) as journal:
@@ -197,6 +198,7 @@ class Study:
             identity = {mine: setup.get(theirs) for mine, theirs in zip(identity, keys, strict=True)}
         else:
             of = table if self.view.explainer is None else table[table["explainer"] == self.view.explainer]
+            of = of if (of["explainer"] == "ngram").all() else of[of["explainer"] != "ngram"]
             if len(of):
                 identity = {column: of[column].iloc[-1] for column in identity}
         mask = pd.Series(True, index=table.index)

@@ -2,6 +2,9 @@
 
 Earlier stages that are missing run first. A latent that already has an explanation by the same explainer, from
 the same contexts and prompts, is not asked again; one that failed is.
+
+With the latents of a run a sample of each control SAE of its study is explained (:mod:`autointerp.control_saes`), and
+beside a language model the n-gram baseline explains the same latents, which costs no request.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from typing import Any
 import pandas as pd
 
 from autointerp.backends import LlmOptions, lacks, open_explainer, resolve
-from autointerp.cost import going_on
+from autointerp.control_saes import beside, sample_of, sample_size
+from autointerp.cost import BudgetSpent, going_on
 from autointerp.explainers.base import Explainer
 from autointerp.journal import Journal
 from autointerp.material import Material
@@ -39,22 +43,31 @@ class Task:
 
 
 def explain_runs(
-    runs: Sequence[Run], choice: Choice, backend: str, options: LlmOptions, compute: Compute | None = None
+    runs: Sequence[Run],
+    choice: Choice,
+    backend: str,
+    options: LlmOptions,
+    compute: Compute | None = None,
+    control_sae_latents: int | None = None,
 ) -> Outcome:
-    """Explain the chosen latents of ``runs``; returns what came of it. See this module's head."""
+    """Explain the chosen latents of ``runs``; returns what came of it. See this module's head.
+
+    ``control_sae_latents`` is how many of each control SAE are explained too (``None``: the default number).
+    """
     kind = resolve(backend, options, "explainer")
     for run in runs:
         check(run, choice)
-    outcome = asyncio.run(_explain(runs, choice, kind, options, compute or Compute()))
+    outcome = asyncio.run(_explain(runs, choice, kind, options, compute or Compute(), control_sae_latents))
     for run in runs:
         begun_path(run).unlink(missing_ok=True)
     return outcome
 
 
-def _prepare(runs: Sequence[Run], choice: Choice, compute: Compute) -> list[Task]:
-    """What is to be explained, after the stages that it takes to know."""
+def _prepare(runs: Sequence[Run], choice: Choice, compute: Compute, with_controls: bool) -> list[Task]:
+    """What is to be explained of ``runs``, after the stages that it takes to know, and harvests their controls."""
     for run in runs:
-        ensure_harvested([run, *run.siblings()] if choice.needs_alignment else [run], compute)
+        others = run.siblings() if choice.needs_alignment else []
+        ensure_harvested([run, *others, *(beside([run]) if with_controls else [])], compute)
         if choice.needs_alignment:
             ensure_aligned(run, compute)
     return [task for run in runs for task in plan_latents(run, choice)]
@@ -92,34 +105,87 @@ def plan_latents(run: Run, choice: Choice) -> list[Task]:
     return tasks
 
 
-async def _explain(runs: Sequence[Run], choice: Choice, kind: str, options: LlmOptions, compute: Compute) -> Outcome:
+def plan_controls(tasks: Sequence[Task], choice: Choice, kind: str, asked: int | None) -> list[Task]:
+    """What is to be explained of the control SAEs beside ``tasks``; they are harvested. See :func:`sample_size`.
+
+    A control SAE none of whose latents has contexts enough is there with no latent.
+    """
+    n = sample_size(choice, kind, asked, max(len(task.latents) for task in tasks))
+    planned = []
+    for control in beside([task.run for task in tasks]) if n else []:
+        planned.append(Task(control, sample_of(control, n)))
+    return planned
+
+
+async def _explain(
+    runs: Sequence[Run],
+    choice: Choice,
+    kind: str,
+    options: LlmOptions,
+    compute: Compute,
+    control_sae_latents: int | None,
+) -> Outcome:
     root = runs[0].root
     outcome = Outcome("explain")
     # Opened first: an endpoint that is down is told before an hour's harvest, not after it.
     async with open_explainer(kind, options, root / "cache.sqlite") as explainer:
         outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
-        tasks = _prepare(runs, choice, compute)
+        with_controls = sample_size(choice, kind, control_sae_latents, 1) > 0
+        tasks = _prepare(runs, choice, compute, with_controls)
+        controls = plan_controls(tasks, choice, kind, control_sae_latents)
         named = [word for name in _names(runs) for word in ("--sae", name)]
-        retry = command(root, "explain", *named, *choice.words(), *options.words())
-        for task in tasks:
-            await _explain_run(task, explainer, options.concurrency, outcome, retry)
+        size = [] if control_sae_latents is None else ["--control-sae-latents", str(control_sae_latents)]
+        outcome.retry = command(root, "explain", *named, *choice.words(), *size, *options.words())
+        for task in [*tasks, *controls]:
+            with_baseline = kind == "llm" and task not in controls
+            try:
+                await _explain_run(task, explainer, options.concurrency, outcome, outcome.retry)
+            except BudgetSpent:  # what was paid for is compared with what costs nothing
+                if with_baseline:
+                    await _explain_by_baseline(task, explainer, outcome, outcome.retry)
+                raise
+            if with_baseline:
+                await _explain_by_baseline(task, explainer, outcome, outcome.retry)
+        for task in controls:
+            n = f"{len(task.latents)} latents" if task.latents else "no latent has contexts enough"
+            outcome.notes.append(f"{task.run.name} (control): {n}")
         outcome.notes += lacks(explainer)
-    outcome.runs = list(dict.fromkeys(task.run.name for task in tasks))
-    asked, explained = ([word for name in names for word in ("--sae", name)] for names in (_names(runs), outcome.runs))
-    outcome.retry = command(root, "explain", *asked, *choice.words(), *options.words())
-    outcome.next = command(root, "score", *explained, *options.words())
+    explained = list(dict.fromkeys(task.run.name for task in tasks))
+    outcome.runs = explained + [task.run.name for task in controls]
+    outcome.next = command(root, "score", *(w for name in explained for w in ("--sae", name)), *options.words())
     return outcome
 
 
-async def _explain_run(task: Task, explainer: Explainer, concurrency: int, outcome: Outcome, retry: str) -> None:
-    material = Material.of(task.run)
-    settings_hash = digest({"explainer": explainer.settings_hash, "material": material.digest})
-    same: dict[str, Any] = {
+async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcome, retry: str) -> None:
+    """The n-gram baseline's explanations of the latents that ``explainer`` explained, which count as nobody's."""
+    from autointerp.explainers.ngram import NgramExplainer
+
+    with Journal(task.run.journal_path) as journal:
+        told = journal.explanations(status="ok", draw=0, **identity_of(explainer, Material.of(task.run)))
+    latents = sorted(set(task.latents) & set(told["latent"].tolist()))
+    if not latents:
+        return
+    baseline = Outcome("explain")
+    await _explain_run(Task(task.run, latents), NgramExplainer(), 1, baseline, retry, "explain by n-grams")
+    lost = baseline.failures.items()
+    outcome.notes += [f"{task.run.name}: {n} latents without an n-gram baseline: {why}" for why, n in lost]
+
+
+def identity_of(explainer: Explainer, material: Material) -> dict[str, Any]:
+    """What all of an explainer's explanations from one run's contexts have in common in the journal."""
+    return {
         "explainer": explainer.name,
-        "settings_hash": settings_hash,
+        "settings_hash": digest({"explainer": explainer.settings_hash, "material": material.digest}),
         "prompt_hash": explainer.prompt_hash,
         "model": explainer.model,
     }
+
+
+async def _explain_run(
+    task: Task, explainer: Explainer, concurrency: int, outcome: Outcome, retry: str, doing: str = "explain"
+) -> None:
+    material = Material.of(task.run)
+    same = identity_of(explainer, material)
     with Journal(task.run.journal_path) as journal, journal.claim():
         stored = journal.explanations(status="ok", draw=0, **same)
         todo = sorted(set(task.latents) - set(stored["latent"].tolist()))
@@ -150,7 +216,7 @@ async def _explain_run(task: Task, explainer: Explainer, concurrency: int, outco
 
         if todo:
             with (
-                track(f"explain {task.run.name}", len(task.latents), "latents", done=before) as bar,
+                track(f"{doing} {task.run.name}", len(task.latents), "latents", done=before) as bar,
                 going_on(len(todo), "latents", retry),
             ):
                 await in_flight(todo, explain_one, concurrency, bar)

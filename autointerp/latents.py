@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 
 from autointerp.journal import Journal
-from autointerp.scored import number
+from autointerp.reliability import reliability_findings, together_of, verdicts_of
+from autointerp.scored import number, rows_of, setups
+from autointerp.scorers.base import HARDER
 from sae.align_stage import behaviour_folder
 from sae.alignment import read_alignment
 from sae.errors import NotFound
@@ -30,8 +32,11 @@ if TYPE_CHECKING:
 
 _BINS = 30
 _SCORE_COLUMNS = (
-    *("explanation_id", "explainer", "judge", "model", "scorer", "control", "status", "balanced_accuracy"),
-    *("ba_low", "ba_high", "tpr", "tnr", "auroc", "auroc_low", "auroc_high", "n_active", "n_inactive", "n_failed"),
+    *("explanation_id", "explainer", "judge", "model", "scorer", "control", "status"),
+    *(f"{name}{end}" for name in ("tpr", "tnr", "auroc") for end in ("", "_low", "_high")),
+    *("balanced_accuracy", "ba_low", "ba_high", "n_active", "n_inactive", "n_failed"),
+    *(f"{name}_{kind}{end}" for kind in HARDER for name in ("ba", "tnr", "auroc") for end in ("", "_low", "_high")),
+    *(f"{name}_{kind}" for kind in HARDER for name in ("n", "n_failed")),
     *("precision", "stopped"),
 )
 
@@ -67,6 +72,7 @@ def latent_findings(run: Run, latent: int, n_contexts: int = 8, threshold: float
         "matches": matches,
         "explanations": explanations_of(run, latent),
         "scores": scores_of(run, latent),
+        "reliability": reliability_of(run),
         "contexts": [_as_json(context) for context in from_strong_to_weak(contexts_of(run, latent), n_contexts)],
     }
 
@@ -113,6 +119,23 @@ def scores_of(run: Run, latent: int) -> list[dict[str, Any]]:
     return [{str(k): _plain(v) for k, v in row.items()} for row in rows.to_dict("records")]
 
 
+def reliability_of(run: Run) -> list[dict[str, Any]]:
+    """The reliability of each set-up of the run's scores, newest first: of all its latents, not of one.
+
+    With it who explained and judged, and by which scorer; ``value`` and ``interval``, ``None`` where they are not to be
+    had, and ``n`` latents.
+    """
+    path = run.stage_path("scores")
+    if not path.exists():
+        return []
+    table, found = read_table(path), []
+    for setup in setups(table):
+        rows = rows_of(table, setup)
+        told = reliability_findings(rows, verdicts_of(run, rows, setup), together_of(setup))
+        found.append({**setup, **(told or {"value": None, "interval": None, "n": 0})})
+    return found
+
+
 def _aligned(run: Run, sibling: Run) -> bool:
     return pair_path(run.root / "alignments", run.name, sibling.name) is not None
 
@@ -126,6 +149,9 @@ def _match(run: Run, sibling: Run, latent: int, threshold: float) -> dict[str, A
     partner = int(entry["decoder_partner"])
     told = [e for e in explanations_of(sibling, partner) if e["status"] == "ok"] if partner >= 0 else []
     scores = [s for s in scores_of(sibling, partner) if s["status"] == "ok" and s["control"] == "none"]
+    # The scorers are never mixed; of explainers a language model comes before the baseline beside it.
+    scores = [s for s in scores if s["scorer"] == "detection"]
+    scores.sort(key=lambda s: (s["explainer"] != "ngram", s["explanation_id"]))
     return {
         "latent": latent,
         "run": sibling.name,

@@ -4,7 +4,7 @@ from autointerp import Run
 run = Run.open("run_a")
 run.latents()        # one row per latent, every stage's columns
 run.contexts(17)     # activating contexts, strongest first
-run.explanations(), run.scores(), run.sae()
+run.explanations(), run.scores(), run.reliability(), run.sae()
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pandas as pd
 import sae.run
 from autointerp.contexts import Context
 from autointerp.journal import Journal
+from autointerp.latents import reliability_of
 from autointerp.material import Material
 from sae.errors import NotFound
 from sae.files import read_table
@@ -38,7 +39,28 @@ class Run(sae.run.Run):
             return journal.explanations()
 
     def scores(self) -> pd.DataFrame:
-        """Every score with its interval and counts, controls included: one row per explanation, judge and control."""
+        """Every score with its interval and counts, controls included: one row per explanation, judge and control.
+
+        ``scorer`` says whether it is of detection or fuzzing. ``balanced_accuracy``, ``tpr``, ``tnr`` and ``auroc`` are
+        over random silent contexts (in fuzzing: wrong marks), ``ba_hard``, ``tnr_hard``, ``auroc_hard`` over those in
+        which a neighbour fires, ``…_same_token`` over those that hold the latent's top token; each with its 95 %
+        interval in ``…_low`` and ``…_high`` (of the balanced accuracy: ``ba_low``, ``ba_high``). All columns are told
+        at :class:`autointerp.scorers.base.ScoreRow`.
+        """
         if not self.stage_path("scores").exists():
             raise NotFound(f"run {self.name!r} has no scores; run `python cli.py score --sae {self.name}`")
         return read_table(self.stage_path("scores"))
+
+    def reliability(self) -> pd.DataFrame:
+        """How well each set-up's scores would agree with those of another draw of contexts: one row per set-up.
+
+        Who explained and judged and by which scorer, newest first; ``value`` (see :mod:`autointerp.reliability`), NaN
+        where it is not to be had, its 95 % interval ``low`` to ``high``, and over ``n`` latents.
+        """
+        self.scores()  # says what to do where there are none
+        rows = [
+            {**told, **dict(zip(("low", "high"), told["interval"] or (None, None), strict=True))}
+            for told in reliability_of(self)
+        ]
+        table = pd.DataFrame(rows).drop(columns="interval", errors="ignore")
+        return table.astype(dict.fromkeys(("value", "low", "high"), float)) if rows else table

@@ -29,7 +29,7 @@ def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | No
     units = partner_units(study.compared, study.tables)
     parts = []
     for run in study.runs:
-        if run.name in study.compared and (found := _part(study, run)) is not None:
+        if run.name in study.compared and (found := scored_alike(study, run)) is not None:
             rows, setup = found
             latents, together = study.latents_of(run), together_of(setup)
             if "firing_frequency" in latents:
@@ -38,15 +38,24 @@ def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | No
     return pooled_findings(parts)
 
 
-def _part(study: Study, run: Run) -> tuple[Any, Mapping[str, Any]] | None:
-    """The rows of the run's newest set-up that is like the focus run's; ``None`` where it has none."""
-    setup = study.setup or {}
+def scored_alike(study: Study, run: Run) -> tuple[pd.DataFrame, Mapping[str, Any]] | None:
+    """The rows of the run's newest set-up that is like the focus run's, and the set-up; ``None`` where it has none.
+
+    Like it in who explained and judged, in how many contexts of what, and in the precision of adaptive judging.
+    """
+    setup, own = study.setup or {}, study.score_rows()
     if run.name == study.focus.name:
-        return study.score_rows(), setup
+        return None if own is None else (own, setup)
     ours, theirs = study.focus.settings, run.settings
     path = run.stage_path("scores")
-    if not path.exists() or (ours.contexts, ours.harvest.window) != (theirs.contexts, theirs.harvest.window):
+    if own is None or not path.exists():
+        return None
+    if (ours.contexts, ours.harvest.window) != (theirs.contexts, theirs.harvest.window):
         return None
     table = read_table(path)
-    like = [found for found in scored.setups(table) if all(found.get(key) == setup.get(key) for key in _ALIKE)]
-    return (scored.rows_of(table, like[0]), like[0]) if like else None
+    for found in scored.setups(table):
+        if all(found.get(key) == setup.get(key) for key in _ALIKE):
+            rows = scored.rows_of(table, found)
+            if scored.precision_of(rows) == scored.precision_of(own):
+                return rows, found
+    return None

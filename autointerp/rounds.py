@@ -12,11 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp.adaptive import Look, Precision, Rounds
+from autointerp.adaptive import SIZES, Look, Precision, Rounds, interval
 from autointerp.contexts import Context
 from autointerp.material import Material
 from autointerp.scorers import Scorer
-from autointerp.scorers.base import ScoreRow
+from autointerp.scorers.base import HARDER, ScoreRow
 from sae.run import Run
 
 UNFINISHED = "failed: not judged to its end; run the same `score` again"
@@ -33,7 +33,7 @@ class AdaptivePlan:
         self._scorer, self.identity = scorer, dict(identity)
         self.half_width = float(identity["half_width"])
         self._wanted = Look(int(identity["n_active"]), int(identity["n_inactive"]))
-        sizes = {"n_active": self._wanted.n_active, "n_inactive": self._wanted.n_inactive}
+        sizes = {name: int(identity.get(name, 0)) for name in SIZES}
         self.material = Material.of(run, run.settings.contexts.model_copy(update=sizes))
         self._rounds: dict[int, Rounds] = {}
 
@@ -106,6 +106,7 @@ class AdaptivePlan:
         if row.status != "ok":
             return row
         return row._replace(
+            **{key: value for kind in HARDER for key, value in _harder(kind, row, stop.tpr).items()},
             balanced_accuracy=stop.estimate.value,
             ba_low=stop.estimate.low,
             ba_high=stop.estimate.high,
@@ -115,3 +116,23 @@ class AdaptivePlan:
             auroc_low=math.nan,
             auroc_high=math.nan,
         )
+
+
+def _harder(kind: str, row: ScoreRow, tpr: float) -> dict[str, Any]:
+    """The figures of one harder kind beside a TPR that was corrected for stopping.
+
+    Whether judging stopped was not asked of these answers, so their own rate needs no correction.
+    """
+    told = row._asdict()
+    n, tnr = told[f"n_{kind}"], told[f"tnr_{kind}"]
+    if math.isnan(tnr):
+        return {}
+    value = (tpr + tnr) / 2
+    low, high = interval(row.tpr * row.n_active, row.n_active, tnr * n, n)
+    return {
+        f"ba_{kind}": value,
+        f"ba_{kind}_low": min(float(low), value),
+        f"ba_{kind}_high": max(float(high), value),
+        f"auroc_{kind}_low": math.nan,
+        f"auroc_{kind}_high": math.nan,
+    }

@@ -3,51 +3,41 @@
 An explanation is judged on contexts that its explainer never saw. Beside each mean stands a control: the same
 contexts judged by the explanation of another, dissimilar latent, which is what words that say nothing about this
 latent are worth. What was judged is not judged again; what failed is.
+
+With a run the explained sample of each control SAE of its study is scored (:mod:`autointerp.control_saes`). Beside a
+language model's explanations those of the n-gram baseline are judged by the n-gram judge on the same contexts.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from autointerp.adaptive import Precision
 from autointerp.backends import LlmOptions, capabilities, kept_server, lacks, open_judge, resolve
 from autointerp.contexts import Context
+from autointerp.control_saes import beside, was_explained
 from autointerp.cost import going_on
 from autointerp.journal import Journal, Verdict
 from autointerp.judges.base import Judge
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
+from autointerp.questions import CONTROL_LATENTS, Part, Question, explained_by_model, parts_of, questions_of
 from autointerp.rounds import AdaptivePlan
 from autointerp.score_table import COLUMNS, UNTESTED, Test, of_this_judge, plans_of, rows_of, score_table
 from autointerp.scorers import SCORERS, Scorer
-from autointerp.scorers.controls import swap_partners
 from autointerp.work import Outcome, in_flight
 from sae.errors import BadInput, nearest
 from sae.files import digest, read_table, table_metadata, write_table
 from sae.progress import say, track
-from sae.run import Run, all_runs, command
+from sae.run import Run, command
 
 _PARTS_AT_ONCE = 32
 """Requests about one explanation that may be under way together."""
-CONTROL_LATENTS = {"ngram": None, "llm": 50}  # a swapped control costs as much as the score; None: all latents
-
-
-@dataclass(frozen=True)
-class Question:
-    """One latent's contexts under one explanation: its own, or as a control somebody else's."""
-
-    latent: int
-    explanation_id: int
-    text: str
-    seen: frozenset[int]
-    control: str = "none"
 
 
 def score_runs(
@@ -58,11 +48,15 @@ def score_runs(
     options: LlmOptions,
     control_latents: int | None = None,
     precision: Precision | None = None,
+    control_sae_latents: int | None = None,
 ) -> Outcome:
     """Score the stored explanations of ``runs``, or of every run under ``root``; see this module's head.
 
     With a ``precision`` each explanation is judged in rounds, until its score is known so well (``adaptive``).
     Named runs without explanations are explained first. Without names nothing is ever explained.
+
+    ``control_sae_latents`` is the most of each control SAE's latents that are scored (``None``: all that are
+    explained), unless it is named itself. They get no swapped control: they are one.
     """
     for name in scorers:
         if name not in SCORERS:
@@ -72,16 +66,9 @@ def score_runs(
         control_latents = CONTROL_LATENTS[kind]
     tested = [SCORERS[name]() for name in scorers]
     with kept_server(options) as options:
-        chosen = _with_explanations(runs, options) if runs is not None else explained_runs(root)
-        return asyncio.run(_score(chosen, root, tested, kind, options, control_latents, precision))
-
-
-def explained_runs(root: Path) -> list[Run]:
-    """The runs under ``root`` that have explanations, or an error that says what to do."""
-    found = [run for run in all_runs(root) if _was_explained(run)]
-    if not found:
-        raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`")
-    return found
+        named = None if runs is None else _with_explanations(runs, options)
+        parts = parts_of(named, root, control_latents, control_sae_latents)
+        return asyncio.run(_score(parts, root, tested, kind, options, precision))
 
 
 def _with_explanations(runs: Sequence[Run], options: LlmOptions) -> list[Run]:
@@ -89,82 +76,135 @@ def _with_explanations(runs: Sequence[Run], options: LlmOptions) -> list[Run]:
     from autointerp.selection import Choice
 
     for run in runs:
-        if begun_path(run).exists() or not _was_explained(run):
+        if begun_path(run).exists() or not was_explained(run):
             say(f"{run.name}: not explained yet, doing that first (200 latents)")
             begun_path(run).touch()
             explain_runs([run], Choice(), "auto", options)
     return list(runs)
 
 
-def _was_explained(run: Run) -> bool:
-    """Whether anything was ever asked about its latents; an ``explain`` stopped early leaves a journal without rows."""
-    if not run.journal_path.exists():
-        return False
-    with Journal(run.journal_path) as journal:
-        return not journal.explanations().empty
-
-
 async def _score(
-    runs: Sequence[Run],
+    parts: Sequence[Part],
     root: Path,
     scorers: Sequence[Scorer],
     kind: str,
     options: LlmOptions,
-    control_latents: int | None,
     precision: Precision | None,
 ) -> Outcome:
-    outcome = Outcome("score", [run.name for run in runs])
-    sae = [word for run in runs for word in ("--sae", run.name)]
-    rule = precision.words() if precision else []
-    rule += [word for scorer in scorers for word in ("--scorer", scorer.name)] if len(scorers) > 1 else []
-    rule += ["--protocol", options.protocol] if options.protocol != "auto" else []
-    size = options.contexts_per_request
-    rule += ["--contexts-per-request", str(size)] if size is not None else []
-    rule += ["--control-latents", str(control_latents)] if control_latents != CONTROL_LATENTS[kind] else []
-    outcome.retry = command(root, "score", *sae, *rule, *options.words())
+    outcome = Outcome("score", [part.run.name for part in parts])
+    outcome.retry = _command(parts, root, scorers, kind, options, precision)
     async with open_judge(kind, options, root / "cache.sqlite") as judge:
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
-        for run in runs:
+        for part in parts:
             for scorer in scorers:
-                await _score_run(
-                    run, scorer, judge, options.concurrency, control_latents, precision, outcome, outcome.retry
-                )
+                if judge.name != "ngram" and not part.is_control and not _is_done(part, scorer, judge, precision):
+                    await _score_baseline(part, scorer, judge, precision, outcome)
+                await _score_run(part, scorer, judge, options.concurrency, precision, outcome, outcome.retry)
         outcome.notes += lacks(judge)
-    outcome.next = command(root, "report", "--sae", runs[0].name)
+    own = [part.run for part in parts if not part.is_control]
+    outcome.notes += _without_controls(own)
+    outcome.next = command(root, "report", "--sae", own[0].name)
     return outcome
 
 
+def _command(
+    parts: Sequence[Part],
+    root: Path,
+    scorers: Sequence[Scorer],
+    kind: str,
+    options: LlmOptions,
+    precision: Precision | None,
+) -> str:
+    """The command that does the same again, and so only what failed."""
+    own, controls = ([part for part in parts if part.is_control == is_control] for is_control in (False, True))
+    words = [word for part in own for word in ("--sae", part.run.name)]
+    words += precision.words() if precision else []
+    words += [word for scorer in scorers for word in ("--scorer", scorer.name)] if len(scorers) > 1 else []
+    words += ["--protocol", options.protocol] if options.protocol != "auto" else []
+    size = options.contexts_per_request
+    words += ["--contexts-per-request", str(size)] if size is not None else []
+    words += ["--control-latents", str(own[0].n_swapped)] if own[0].n_swapped != CONTROL_LATENTS[kind] else []
+    most = controls[0].at_most if controls else 0 if any(map(was_explained, beside([p.run for p in own]))) else None
+    words += ["--control-sae-latents", str(most)] if most is not None else []
+    return command(root, "score", *words, *options.words())
+
+
+def _without_controls(runs: Sequence[Run]) -> list[str]:
+    """A sentence for control SAEs that are there and not explained, so that there was nothing to score of them."""
+    lacking = [run for run in beside(runs) if not was_explained(run)]
+    if not lacking:
+        return []
+    names = ", ".join(run.name for run in lacking)
+    return [f"{names} (control): not explained, so not scored; the command that explained {runs[0].name} explains them"]
+
+
+def _is_done(part: Part, scorer: Scorer, judge: Judge, precision: Precision | None) -> bool:
+    """Whether the score table is of a finished call like this one, and nothing was added since."""
+    material = Material.of(part.run)
+    test = Test.of(scorer, judge, material, AdaptivePlan.of(part.run, scorer, precision) if precision else None)
+    with Journal(part.run.journal_path) as journal:
+        inputs = _inputs(material, test.same, part, journal)
+    return inputs is not None and table_metadata(part.run.stage_path("scores")).get("inputs") == inputs
+
+
+async def _score_baseline(
+    part: Part, scorer: Scorer, judge: Judge, precision: Precision | None, outcome: Outcome
+) -> None:
+    """The n-gram explanations that stand beside a language model's, by the n-gram judge; ``judge`` comes after."""
+    from autointerp.judges.ngram import NgramJudge
+
+    with Journal(part.run.journal_path) as journal:
+        if not explained_by_model(journal) or journal.explanations(status="ok", explainer="ngram").empty:
+            return
+    baseline = Outcome("score")
+    whole = replace(part, n_swapped=CONTROL_LATENTS["ngram"])
+    await _score_run(whole, scorer, NgramJudge(), 1, precision, baseline, "", "score by n-grams", judge)
+    outcome.notes += [
+        f"{part.run.name}: {n} n-gram baselines have no {scorer.name} score: {why}"
+        for why, n in baseline.failures.items()
+    ]
+
+
 async def _score_run(
-    run: Run,
+    part: Part,
     scorer: Scorer,
     judge: Judge,
     concurrency: int,
-    control_latents: int | None,
     precision: Precision | None,
     outcome: Outcome,
     retry: str,
+    doing: str = "score",
+    other: Judge | None = None,
 ) -> None:
+    """Judge what is to be judged of one run by one scorer, and make its score table; ``other`` judges it too, apart."""
+    from autointerp.judges.ngram import NgramJudge
+
+    run = part.run
     plan = AdaptivePlan.of(run, scorer, precision) if precision else None
     material = Material.of(run)
-    test, tests = Test.of(scorer, judge, material, plan), [Test.of(of(), judge, material) for of in SCORERS.values()]
+    judges = {each.name: each for each in (NgramJudge(), other, judge) if each is not None}
+    test, tests = Test.of(scorer, judge, material, plan), Test.all_of(list(judges.values()), material)
+    if plan is None:
+        test = next(each for each in tests if each.key == test.key)  # its contexts are drawn once
     same = test.same
     path = run.stage_path("scores")
     asked_now: set[int] = set()
     with Journal(run.journal_path) as journal, journal.claim():
         if plan:
             journal.add_setup(same["settings_hash"], plan.setup)
-        explanations = journal.explanations(status="ok")
-        read = readable(explanations, judge)
-        if len(read) < len(explanations):
+        explanations = part.explanations(journal)
+        readable = {name: part.readable(journal, each) for name, each in judges.items()}
+        read = readable[judge.name]
+        if judge.name == "ngram" and len(read) < len(explanations) and doing == "score":
             outcome.notes.append(
                 f"{run.name}: {len(explanations) - len(read)} explanations by a language model were left out: the "
                 f"n-gram judge reads only n-gram explanations; give --llm-url to have them judged"
             )
-        inputs = _inputs(material, same, control_latents, journal)
+        inputs = _inputs(material, same, part, journal)
         if inputs is not None and table_metadata(path).get("inputs") == inputs:
             table = read_table(path)  # nothing was added, and nothing failed that could be tried again
         else:
-            questions = questions_of(run, read, control_latents)
+            questions = questions_of(run, read, part.n_swapped)
 
             async def ask(question: Question) -> None:
                 if plan:
@@ -176,16 +216,21 @@ async def _score_run(
 
             if questions:
                 with (
-                    track(f"score {run.name} ({scorer.name})", len(questions), "explanations") as bar,
+                    track(f"{doing} {run.name} ({scorer.name})", len(questions), "explanations") as bar,
                     going_on(len(questions), "explanations", retry),
                 ):
                     await in_flight(questions, ask, concurrency, bar)
             plans = plans_of(run, journal)
             if plan:
                 plans[same["settings_hash"]] = {scorer.name: plan}  # the one whose contexts have been read already
-            table = score_table(journal, [*tests, test], read, _made(path) | {test.key}, plans)
-            final = _inputs(material, same, control_latents, journal)
+            table = score_table(journal, [*tests, test], readable, _made(path) | {test.key}, plans)
+            final = _inputs(material, same, part, journal)
             write_table(path, table, inputs=final, material=material.digest, capabilities=capabilities(judge))
+    _count(table, same, asked_now, outcome, f"{run.name}: {{}} explanations have no {scorer.name} score")
+
+
+def _count(table: pd.DataFrame, same: Mapping[str, str], asked_now: Set[int], outcome: Outcome, lacking: str) -> None:
+    """Add to ``outcome`` what became of one judge's explanations; ``lacking`` says how many have too few contexts."""
     untested = 0
     for row in rows_of(of_this_judge(table, same)):
         if row["status"] == "ok":
@@ -196,9 +241,7 @@ async def _score_run(
         else:
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
     if untested:
-        outcome.notes.append(
-            f"{run.name}: {untested} explanations have no {scorer.name} score: too few contexts for it"
-        )
+        outcome.notes.append(f"{lacking.format(untested)}: too few contexts for it")
 
 
 def _made(path: Path) -> set[tuple[str, str]]:
@@ -209,52 +252,13 @@ def _made(path: Path) -> set[tuple[str, str]]:
     return {(row["scorer"], row["settings_hash"]) for row in rows_of(before)}
 
 
-def _inputs(material: Material, same: Mapping[str, str], control_latents: int | None, journal: Journal) -> str | None:
+def _inputs(material: Material, same: Mapping[str, str], part: Part, journal: Journal) -> str | None:
     """The digest of all that the score table of a finished call depends on; ``None`` while failures can be retried."""
     *_, failed_verdicts = state = journal.state()
     if failed_verdicts:
         return None
-    depends = {"material": material.digest, "judge": dict(same), "controls": control_latents, "journal": state}
-    return digest({**depends, "columns": COLUMNS})
-
-
-def readable(explanations: pd.DataFrame, judge: Judge) -> pd.DataFrame:
-    """The explanations that the judge can read: the n-gram judge parses one form of sentence, its explainer's."""
-    return explanations[explanations["explainer"] == "ngram"] if judge.name == "ngram" else explanations
-
-
-def questions_of(run: Run, explanations: pd.DataFrame, control_latents: int | None) -> list[Question]:
-    """What is to be judged of ``explanations`` (see :func:`readable`): each, and up to so many controls."""
-    own = [_question(row) for row in rows_of(explanations)]
-    return [*own, *_controls(run, explanations, control_latents)]
-
-
-def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[Question]:
-    """For up to ``n`` latents of each set-up, the explanation of a dissimilar latent in place of their own."""
-    from safetensors import safe_open
-
-    if n == 0 or explanations.empty:
-        return
-    with safe_open(run.weights_path, framework="numpy") as weights:
-        decoder = np.asarray(weights.get_tensor("W_dec"))
-    for _, group in explanations.groupby(["explainer", "settings_hash", "prompt_hash", "model", "draw"]):
-        own = {question.latent: question for question in map(_question, rows_of(group))}
-        chosen = swap_partners(sorted(own), decoder, run.store(), seed=run.settings.contexts.sample_seed)
-        for latent in _first_by_hash(list(chosen), n):
-            other = own[chosen[latent]]
-            yield replace(own[latent], explanation_id=other.explanation_id, text=other.text, control="swap")
-
-
-def _question(explanation: Mapping[str, Any]) -> Question:
-    """A row of the journal's explanations as the question whether it is right."""
-    return Question(
-        int(explanation["latent"]), int(explanation["id"]), explanation["text"], frozenset(explanation["contexts"])
-    )
-
-
-def _first_by_hash(latents: Sequence[int], n: int | None) -> list[int]:
-    ranked = sorted(latents, key=lambda latent: digest(["control", latent]))
-    return sorted(ranked if n is None else ranked[:n])
+    depends = {"material": material.digest, "judge": dict(same), "controls": part.n_swapped, "journal": state}
+    return digest({**depends, "at_most": part.at_most, "columns": COLUMNS})
 
 
 async def _judge_one(

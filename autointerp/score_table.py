@@ -54,8 +54,18 @@ class Test:
         return self.scorer.name, self.same["settings_hash"]
 
     @classmethod
-    def of(cls, scorer: Scorer, judge: Judge, material: Material, plan: AdaptivePlan | None = None) -> Test:
-        """The test of ``scorer`` on contexts out of ``material``, or on those of ``plan``."""
+    def of(
+        cls,
+        scorer: Scorer,
+        judge: Judge,
+        material: Material,
+        plan: AdaptivePlan | None = None,
+        items: Callable[[int], Sequence[Context]] | None = None,
+    ) -> Test:
+        """The test of ``scorer`` on contexts out of ``material``, or on those of ``plan``.
+
+        ``items`` gives those out of ``material`` where they have been worked out for another judge.
+        """
         asked = judge.of_marks() if scorer.marked else judge
         decides = {"judge": asked.settings_hash, "material": (plan.material if plan else material).digest}
         same = {
@@ -67,8 +77,20 @@ class Test:
         }
         if plan is not None:
             return cls(scorer, asked, same, plan.contexts, plan)
-        items = functools.cache(lambda latent: scorer.items(scorer.test_set(material.sampler, latent)))
-        return cls(scorer, asked, same, items)
+        return cls(scorer, asked, same, items or _items(scorer, material))
+
+    @classmethod
+    def all_of(cls, judges: Sequence[Judge], material: Material) -> list[Test]:
+        """Those of every scorer with each of ``judges``; contexts are drawn once for all of these."""
+        found = []
+        for scorer in (of() for of in SCORERS.values()):
+            items = _items(scorer, material)
+            found += [cls.of(scorer, judge, material, items=items) for judge in judges]
+        return found
+
+
+def _items(scorer: Scorer, material: Material) -> Callable[[int], Sequence[Context]]:
+    return functools.cache(lambda latent: scorer.items(scorer.test_set(material.sampler, latent)))
 
 
 def plans_of(run: Run, journal: Journal) -> Plans:
@@ -83,7 +105,7 @@ def plans_of(run: Run, journal: Journal) -> Plans:
 def score_table(
     journal: Journal,
     tests: Sequence[Test],
-    readable: pd.DataFrame,
+    readable: Mapping[str, pd.DataFrame],
     made: Set[tuple[str, str]],
     plans: Plans | None = None,
 ) -> pd.DataFrame:
@@ -91,8 +113,8 @@ def score_table(
 
     ``tests`` give what should have been judged of a latent under their settings, so that what is missing counts as
     failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands; of adaptive
-    ones ``plans`` are what is known. Of the ``readable`` explanations, those whose latent has too few contexts for a
-    test among the ``made`` ones (scorer and settings) are rows without scores.
+    ones ``plans`` are what is known. Of the explanations that are ``readable`` for a judge (by its name), those whose
+    latent has too few contexts for a test among the ``made`` ones (scorer and settings) are rows without scores.
     """
     explanations = {row["id"]: row for row in rows_of(journal.explanations())}
     # Sums are rounded in the order of their parts, and answers come in any order: a score must not depend on it.
@@ -121,7 +143,7 @@ def score_table(
             }
         )
     for test in (known[key] for key in sorted(made & known.keys())):
-        for explained in rows_of(readable):
+        for explained in rows_of(readable[test.same["judge"]]):
             if not test.items(explained["latent"]):
                 untested = {"control": "none", "replicate": 0, "status": UNTESTED}
                 rows.append({**_identity(explained["latent"], explained), **_judged_by(test.same), **untested})
@@ -145,9 +167,11 @@ def of_this_judge(table: pd.DataFrame, same: Mapping[str, str]) -> pd.DataFrame:
     judged = found["judge_prompt_hash"] == same["prompt_hash"]
     for column in ("judge", "scorer", "settings_hash", "model"):
         judged &= found[column] == same[column]
-    unexplained = found["judge"].isna()
+    unexplained, by_ngram = found["judge"].isna(), found["explainer"] == "ngram"
     if same["judge"] == "ngram":
-        unexplained &= found["explainer"] == "ngram"
+        unexplained &= by_ngram
+    elif not by_ngram.all():  # beside a language model's explanations those are the baseline's
+        unexplained &= ~by_ngram
     return found[judged | unexplained]
 
 

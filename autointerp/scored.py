@@ -28,6 +28,7 @@ SCORE_EDGES = np.linspace(0, 1, 51)
 #: Who explained and judged, under which settings and prompts: what tells set-ups apart.
 _EXPLAIN = ("explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
 _JUDGE = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
+CHANCE = 0.5
 TOO_FEW = "too few contexts"  # how an explanation that was not even tried says so
 N_INTERESTING = 10
 N_CONTEXTS = 3
@@ -63,8 +64,8 @@ def reason(row: Mapping[Any, Any]) -> str:
 def setups(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]]:
     """The set-ups in a score table that have what is ``wanted`` (``scorer="detection"``…), newest first.
 
-    Newest by the explanations' numbers in the journal; where the same explanations were judged twice, a language
-    model's judgement comes before the baseline's.
+    Newest by the explanations' numbers in the journal. A language model's explanations, and its judgement where the
+    same ones were judged twice, come before the n-gram baseline's, which is made beside them.
     """
     columns = [c for c in (*_EXPLAIN, *_JUDGE) if c in scores]
     if "judge" not in columns:  # nothing but failed explanations
@@ -75,7 +76,9 @@ def setups(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]]:
             mask &= scores[column] == value
     found = []
     for _, group in scores[mask].groupby(columns, dropna=False, sort=False):
-        rank = int(group["explanation_id"].max()), group["judge"].iloc[0] != "ngram", int(group.index.max())
+        by_model = {column: group[column].iloc[0] != "ngram" for column in columns}
+        newest = int(group["explanation_id"].max()), by_model["judge"], int(group.index.max())
+        rank = by_model.get("explainer", True), *newest
         found.append((rank, {c: _plain(group[c].iloc[0]) for c in columns}))
     return [setup for _, setup in sorted(found, key=lambda item: item[0], reverse=True)]
 
@@ -89,6 +92,14 @@ def rows_of(scores: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:
     for column, value in setup.items():
         mask &= (scores[column] == value) | scores[column].isna()
     return scores[mask].drop_duplicates(["latent", "control"], keep="last")
+
+
+def precision_of(rows: pd.DataFrame) -> float | None:
+    """The half-width to which one set-up's explanations were judged; ``None`` where all contexts were."""
+    if "precision" not in rows:
+        return None
+    told = rows.loc[rows["status"] == "ok", "precision"].dropna()
+    return float(told.iloc[0]) if len(told) else None
 
 
 # --- figures ----------------------------------------------------------------------------------------------
@@ -130,23 +141,33 @@ def score_findings(
         "n_failed_answers": failed_answers(own),
         "histogram": histogram(values, SCORE_EDGES),
         "control": _control(rows, values),
-        "negatives": _negatives(good),
+        "negatives": _negatives(good, swapped_rows(rows)),
         "too_few": too_few_findings(latents),
-        "by_class": _by_class(latents, own, kinds, explained) if "shared_class" in latents else None,
+        "by_class": _by_class(latents, own, kinds, explained, swapped_rows(rows))
+        if "shared_class" in latents
+        else None,
     }
 
 
 def _control(rows: pd.DataFrame, own: pd.Series) -> dict[str, Any] | None:
-    """The swapped control: each latent's contexts judged by another latent's explanation."""
-    swapped = rows[(rows["control"] == "swap") & (rows["status"].map(status_kind) == "ok")]
+    """The swapped control: each latent's contexts judged by another latent's explanation.
+
+    ``leaks``: its mean is not .5 within its interval, so that something other than the explanation tells the judge
+    where the latent fires.
+    """
+    swapped = swapped_rows(rows)
     if swapped.empty:
         return None
-    values = swapped.set_index("latent")["balanced_accuracy"].astype(float)
+    values = swapped["balanced_accuracy"].astype(float)
     paired = (own - values).dropna()
+    mean = bootstrap_mean(values)
+    aurocs = swapped["auroc"].astype(float).dropna() if "auroc" in swapped else pd.Series(dtype=float)
     return {
         "kind": "swap",
-        **mean_of(bootstrap_mean(values)),
+        **mean_of(mean),
+        "leaks": bool(mean.low > CHANCE or mean.high < CHANCE),
         "quartiles": quartiles_of(values),
+        "auroc_mean": number(aurocs.mean()) if len(aurocs) else None,
         "n_scored": len(values),
         "n_failed": int((rows["control"] == "swap").sum()) - len(values),
         "histogram": histogram(values, SCORE_EDGES),
@@ -158,17 +179,29 @@ def _control(rows: pd.DataFrame, own: pd.Series) -> dict[str, Any] | None:
     }
 
 
+def swapped_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """The swapped controls that did not fail, by latent."""
+    return rows[(rows["control"] == "swap") & (rows["status"].map(status_kind) == "ok")].set_index("latent")
+
+
+def _above(own: pd.Series, swapped: pd.Series) -> dict[str, Any] | None:
+    """The mean of own − swapped over the latents that have both; ``None`` where none has."""
+    paired = (own.astype(float) - swapped.astype(float)).dropna()
+    return {**mean_of(bootstrap_mean(paired)), "n": len(paired)} if len(paired) else None
+
+
 def failed_answers(rows: pd.DataFrame) -> int:
     """Contexts of any kind without a verdict."""
     columns = [c for c in ("n_failed", *(f"n_failed_{kind}" for kind in HARDER)) if c in rows]
     return int(sum(rows[c].fillna(0).sum() for c in columns))
 
 
-def _negatives(good: pd.DataFrame) -> dict[str, Any]:
+def _negatives(good: pd.DataFrame, swapped: pd.DataFrame) -> dict[str, Any]:
     """By kind of negative: the mean over the latents that have it, and how many lack it. ``random`` makes the score.
 
     ``random_mean`` is the score of the same latents over random negatives: the kinds are compared on equal terms.
-    Empty where no score has any kind but the random one.
+    ``swapped_mean`` is that of the swapped control over this kind, ``above_control`` the difference. Empty where no
+    score has any kind but the random one.
     """
     found: dict[str, Any] = {}
     for kind in HARDER:
@@ -185,6 +218,8 @@ def _negatives(good: pd.DataFrame) -> dict[str, Any]:
             "tnr": bootstrap_mean(some[f"tnr_{kind}"]).as_dict(),
             "auroc_mean": number(aurocs.mean()) if len(aurocs) else None,
             "random_mean": number(some["balanced_accuracy"].mean()),
+            "swapped_mean": number(swapped[f"ba_{kind}"].mean()) if f"ba_{kind}" in swapped else None,
+            "above_control": _above(some[f"ba_{kind}"], swapped[f"ba_{kind}"]) if f"ba_{kind}" in swapped else None,
             "n_scored": int(has.sum()),
             "n_missing": int((~has).sum()),
             "n_failed_answers": int(good[f"n_failed_{kind}"].fillna(0).sum()),
@@ -236,7 +271,9 @@ def _kind_of_reason(reason: object) -> str:
     return words
 
 
-def _by_class(latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int]) -> dict[str, Any]:
+def _by_class(
+    latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int], swapped: pd.DataFrame
+) -> dict[str, Any]:
     found = {}
     for name in CLASSES:
         members = latents[latents["shared_class"] == name]
@@ -254,6 +291,7 @@ def _by_class(latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explai
             "n_scored": len(good),
             "n_failed": int((kinds[inside] == "failed").sum()),
             **mean_of(bootstrap_mean(values)),
+            "above_control": _above(values, swapped["balanced_accuracy"]),
             "quartiles": quartiles_of(values),
         }
     return found

@@ -23,7 +23,8 @@ from autointerp.backends import LlmOptions, open_judge
 from autointerp.contexts import Context
 from autointerp.journal import Journal
 from autointerp.prompts import conversation
-from autointerp.score import Question, _judge_one
+from autointerp.questions import Question
+from autointerp.score import _judge_one
 from autointerp.work import in_flight
 
 PER_LATENT = 100

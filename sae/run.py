@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 DEFAULT_ROOT = Path("eval_runs")
 RESERVED = frozenset({"alignments", "reports", "recipes", "reference", "corpora", "logs"})
+_FUZZING = (
+    *("balanced_accuracy", "ba_low", "ba_high", "tpr", "tnr", "auroc", "auroc_low", "auroc_high"),
+    *("n_active", "n_inactive", "n_failed"),
+)
 LATENT_STAGES = ("firing", "overlap", "contexts", "scores")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(?:-[A-Za-z0-9._]+)*")
 _LONGEST_NAME = 80  # two of them, and a few letters more, are the name of an alignment's file
@@ -219,16 +223,18 @@ class Run:
         return FiringStore.open(self.firings_folder)
 
     def latents(self) -> pd.DataFrame:
-        """One row per latent: every stage's columns, joined (scores: the last uncontrolled one that did not fail)."""
+        """One row per latent: every stage's columns, joined.
+
+        Of its scores the last that did not fail, by a language model's explanation before the n-gram baseline's; never
+        a control's. They are of detection, those of fuzzing stand beside them (``fuzzing_balanced_accuracy`` …).
+        """
         tables = []
         for stage in LATENT_STAGES:
             if not self.stage_path(stage).exists():
                 continue
             table = read_table(self.stage_path(stage))
             if stage == "scores":
-                table = table[table["control"] == "none"]
-                table = table.sort_values("status", key=lambda status: status == "ok", kind="stable")
-                table = table.drop_duplicates("latent", keep="last")
+                table = _scores_of_latents(table)
             tables.append(table.set_index("latent"))
         if not tables:
             raise NotFound(f"run {self.name!r} has not been harvested; run `python cli.py harvest --sae {self.name}`")
@@ -240,6 +246,20 @@ class Run:
     def stage_inputs(self, stage: str) -> str | None:
         """The digest of the inputs from which a stage's table was made; ``None`` where there is no table."""
         return table_metadata(self.stage_path(stage)).get("inputs")
+
+
+def _scores_of_latents(table: pd.DataFrame) -> pd.DataFrame:
+    """A score table as one row per latent; see :meth:`Run.latents`."""
+    own = table[table["control"] == "none"]
+    rank = 2 * (own["status"] == "ok") + (own["explainer"] != "ngram")
+    own = own.loc[rank.sort_values(kind="stable").index]
+    fuzzing = own["scorer"] == "fuzzing"
+    found = own[~fuzzing].drop_duplicates("latent", keep="last").set_index("latent")
+    beside = own[fuzzing].drop_duplicates("latent", keep="last").set_index("latent")
+    if len(beside):
+        kept = ["status", *(column for column in _FUZZING if column in beside)]
+        found = found.join(beside[kept].add_prefix("fuzzing_"), how="outer")
+    return found.reset_index()
 
 
 def all_runs(root: Path) -> list[Run]:

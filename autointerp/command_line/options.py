@@ -185,6 +185,25 @@ ControlLatents = Annotated[
         help="Latents also judged by a dissimilar latent's explanation. Default: all (ngram), 50 (llm).",
     ),
 ]
+ControlSaeLatents = Annotated[
+    int | None,
+    typer.Option(
+        "--control-sae-latents",
+        min=0,
+        help="Also explain so many latents of each control SAE of the study (one with a frozen random decoder, one "
+        "that is not trained; `train` makes them), for `score` to compare with; 0: none. Default: as many as of the "
+        "run, at most 50 (llm: half as many requests again for 200 latents) or 200 (ngram); none with --indices.",
+    ),
+]
+ScoredControlSaeLatents = Annotated[
+    int | None,
+    typer.Option(
+        "--control-sae-latents",
+        min=0,
+        help="Score at most so many latents of each control SAE; 0: none. Default: all that `explain` explained there "
+        "(llm: two fifths as many requests again for 200 latents and two times 50).",
+    ),
+]
 LlmUrl = Annotated[
     list[str] | None,
     typer.Option(

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from autointerp.report import blocks
+from autointerp.report import blocks, controls
 from autointerp.report.dictionaries import class_label, missing, rate
 from autointerp.report.layout import (
     ACCENT,
@@ -35,7 +35,6 @@ from autointerp.report.visible import highlighted, shown, visible
 
 Findings = Mapping[str, Any]
 CHANCE = 0.5
-NEGATIVES = {"hard": "a neighbour fires", "same_token": "same token"}
 N_SHOWN = 5
 
 
@@ -50,38 +49,9 @@ def scores(found: Findings, page: Page) -> RenderableType:
         return section(page, title, says, missing(found, "score"), *_outcome(tree))
     control = tree["control"]
     body: list[RenderableType] = [*_histograms(tree, control, page), Text()]
-    table = grid("", ("latents", "right"), ("mean", "right"), "95 % interval", "quartiles", ("AUROC", "right"))
-    table.add_row(Text("own explanation", ACCENT), *_distribution(tree), decimal(tree["auroc_mean"]))
-    if control is not None:
-        table.add_row("swapped control", *_distribution(control), "")
-        above = control["above_control"]
-        difference = decimal(above["mean"], sign=True), interval(above["interval"], sign=True)
-        table.add_row("own − swapped", count(above["n"]), *difference)
-    body += [table, *_by_negatives(tree)]
+    body += [controls.score_table(tree, page), *controls.in_words(tree), *controls.by_negatives(tree, page)]
     body += _reliability(tree)
-    if control is None:
-        body.append(Text("\nNo control was scored: a score alone says little, random dictionaries score high too."))
-    elif known(control["above_control"]["fraction"]):
-        share = percent(control["above_control"]["fraction"], 0)
-        body.append(
-            Text(f"\n{share} of the latents score higher with their own explanation than with the swapped one.")
-        )
     return section(page, title, says, *body)
-
-
-def _by_negatives(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """The harder negatives, each beside the random ones of the same latents; nothing where there are none."""
-    if not tree["negatives"]:
-        return
-    names = "latents", "mean", "95 % interval", "TNR", "AUROC", "random", "lacking"
-    table = grid("negatives", *((name, "right") for name in names))
-    for kind, row in tree["negatives"].items():
-        figures = count(row["n_scored"]), decimal(row["mean"]), interval(row["interval"]), decimal(row["tnr"]["value"])
-        random = decimal(row["random_mean"])
-        table.add_row(NEGATIVES[kind], *figures, decimal(row["auroc_mean"]), random, count(row["n_missing"]))
-    yield Text()
-    yield table
-    yield Text("random: the same latents' score over random negatives; lacking: latents without enough of the kind.")
 
 
 def _reliability(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -99,11 +69,6 @@ def _outcome(tree: Mapping[str, Any] | None) -> Iterator[RenderableType]:
             f"\nOf {plural(tree['n_asked'], 'latent')} asked for: {tree['n_explained']} explained, "
             f"{tree['n_failed']} failed, {tree['n_ineligible']} with too few contexts."
         )
-
-
-def _distribution(tree: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    quartiles = " / ".join(decimal(q) for q in tree["quartiles"])
-    return count(tree["n_scored"]), decimal(tree["mean"]), interval(tree["interval"]), quartiles
 
 
 def _histograms(tree: Mapping[str, Any], control: Mapping[str, Any] | None, page: Page) -> Iterator[RenderableType]:
@@ -146,13 +111,16 @@ def counted(found: Findings, page: Page) -> RenderableType:
     if tree is None:
         return section(page, title, says, missing(found, "explain"))
     kinds = ["latents", "alive", "eligible", "explained", "scored", *(["failed"] if tree["n_failed"] else [])]
+    kinds = kinds if page.wide or len(kinds) < 6 else kinds[1:]
     heads = [("in all" if kind == "latents" else kind, "right") for kind in kinds]
-    table = grid("", *heads, "mean score", gap=2 if page.wide else 1)
+    table = grid("", *heads, "mean score", *_above_head(tree, page), gap=2 if page.wide else 1)
     for name, row in (tree["by_class"] or {}).items():
         label = Text(class_label(name, len(found["compared"])), STYLE_OF_CLASS[name])
-        table.add_row(label, *(count(row[f"n_{kind}"]) for kind in kinds), estimate(row["mean"], row["interval"]))
-    total = estimate(tree["mean"], tree["interval"])
-    table.add_row("together", *(count(tree[f"n_{kind}"]) for kind in kinds), total)
+        table.add_row(
+            label, *(count(row[f"n_{kind}"]) for kind in kinds), *_means(tree, row, row["above_control"], page)
+        )
+    above = tree["control"] and tree["control"]["above_control"]
+    table.add_row("together", *(count(tree[f"n_{kind}"]) for kind in kinds), *_means(tree, tree, above, page))
     notes = [f"Eligible: counted over {tree['eligible_of']}."]
     if tree["n_ineligible"]:
         notes.append(f"{plural(tree['n_ineligible'], 'latent')} asked for had too few contexts.")
@@ -162,6 +130,20 @@ def counted(found: Findings, page: Page) -> RenderableType:
         body.append(Text(f"\n{plural(tree['waiting']['n'], 'explained latent')} not scored yet:"))
         body.append(command_line(tree["waiting"]["command"]))
     return section(page, title, says, *body)
+
+
+def _above_head(tree: Mapping[str, Any], page: Page) -> list[str]:
+    return [] if tree["control"] is None else ["own − swapped" if page.wide else "above"]
+
+
+def _means(tree: Mapping[str, Any], row: Mapping[str, Any], above: Mapping[str, Any] | None, page: Page) -> list[str]:
+    """The mean score of some latents, and how far it is above their swapped control where there is one at all."""
+    own = estimate(row["mean"], row["interval"], 3 if page.wide else 2)
+    if tree["control"] is None:
+        return [own]
+    if above is None:
+        return [own, "–"]
+    return [own, estimate(above["mean"], above["interval"] if page.wide else None, 2, sign=True)]
 
 
 def _too_few(tree: Mapping[str, Any] | None, n_runs: int) -> Iterator[RenderableType]:

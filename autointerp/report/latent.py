@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from autointerp.report import blocks
+from autointerp.report.controls import NEGATIVES
 from autointerp.report.dictionaries import rate
 from autointerp.report.explanations import context_line
 from autointerp.report.layout import (
@@ -20,10 +21,13 @@ from autointerp.report.layout import (
     command_line,
     count,
     decimal,
+    estimate,
     grid,
     indented,
     interval,
+    known,
     percent,
+    plural,
     section,
 )
 from autointerp.report.terminal import emit
@@ -106,6 +110,7 @@ def _explanations(found: Latent, page: Page) -> RenderableType:
             Text("Controls: its contexts judged by another latent's explanation", QUIET),
             _score_table(swapped, page),
         ]
+    body += _reliability(found)
     if not found["scores"]:
         body += [Text("It has not been scored yet."), command_line(found["commands"]["score"])]
     return section(page, "Explanation", says, *body)
@@ -118,24 +123,45 @@ def _scores(found: Latent, identifier: int, page: Page) -> Iterator[RenderableTy
         yield indented(_score_table(judged, page))
 
 
-def _score_table(rows: list[Mapping[str, Any]], page: Page) -> RenderableType:
-    rates_too = (("true positive", "right"), ("true negative", "right")) if page.wide else ()
-    heads = ("scored by", ("balanced accuracy", "right"), "95 % interval", *rates_too)
-    table = grid(*heads, ("AUROC", "right"), ("contexts", "right"))
+def _score_table(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableType:
+    """A line for each score, and under it one for each harder kind of negatives that it has."""
+    heads = ("scored by", ("balanced accuracy", "right"), "95 % interval")
+    rates_too = (("true positive", "left"), ("true negative", "left")) if page.wide else ()
+    table = grid(*heads, *rates_too, ("AUROC", "left"), ("contexts", "right"))
     for row in rows:
         who = f"{row['scorer']}, {row['judge']}" + (f" {row['model']}" if row.get("model") else "")
         if row["control"] != "none":
-            who = f"{row['control']}, {row['judge']}"
+            who = f"{row['control']}, {row['scorer']}, {row['judge']}"
         if row["status"] != "ok":
             table.add_row(shown(who), "–", shown(str(row["status"])))
             continue
-        rates = [decimal(row["tpr"], 2), decimal(row["tnr"], 2)] if page.wide else []
+        rates = [_with_interval(row, "tpr"), _with_interval(row, "tnr")] if page.wide else []
         bounds = interval([row["ba_low"], row["ba_high"]], 2)
         contexts = f"{count(row['n_active'])} + {count(row['n_inactive'])}"
-        table.add_row(
-            shown(who), decimal(row["balanced_accuracy"], 2), bounds, *rates, decimal(row["auroc"], 2), contexts
-        )
+        score = decimal(row["balanced_accuracy"], 2)
+        table.add_row(shown(who), score, bounds, *rates, _with_interval(row, "auroc"), contexts)
+        for kind, name in NEGATIVES.items():
+            if not known(row.get(f"ba_{kind}")):
+                continue
+            rates = ["", _with_interval(row, f"tnr_{kind}")] if page.wide else []
+            bounds = interval([row[f"ba_{kind}_low"], row[f"ba_{kind}_high"]], 2)
+            figures = decimal(row[f"ba_{kind}"], 2), bounds, *rates, _with_interval(row, f"auroc_{kind}")
+            contexts = f"{count(row['n_active'])} + {count(row[f'n_{kind}'])}"
+            table.add_row(Text(f"  {name}", QUIET), *figures, contexts)
     return table
+
+
+def _with_interval(row: Mapping[str, Any], name: str) -> str:
+    return estimate(row.get(name), [row.get(f"{name}_low"), row.get(f"{name}_high")], 2)
+
+
+def _reliability(found: Latent) -> Iterator[RenderableType]:
+    """How far the scores above can be trusted to tell latents apart, set-up by set-up."""
+    told = [row for row in found["reliability"] if known(row["value"])]
+    for row in told:
+        who = f"{row['scorer']}, {row['judge']}" + (f" {row['model']}" if row.get("model") else "")
+        words = f"Reliability of such scores over the run's {plural(row['n'], 'latent')} ({visible(who)}): "
+        yield Text(words + estimate(row["value"], row["interval"], 2), QUIET)
 
 
 def _matches(found: Latent, page: Page) -> RenderableType:

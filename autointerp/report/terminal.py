@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from autointerp.report import dictionaries, explanations, sharing
+from autointerp.report import controls, dictionaries, explanations, sharing
 from autointerp.report.layout import (
     ACCENT,
     QUIET,
@@ -174,6 +174,10 @@ def _scores_in_short(found: Findings) -> Iterator[str]:
     if tree["control"] is not None:
         words += f", another latent's explanation scores {decimal(tree['control']['mean'])}"
     yield words + "."
+    if told := [f"{name} {estimate(x['mean'], x['interval'], sign=True)}" for name, x in controls.above(tree)]:
+        yield f"That is, above the {'; the '.join(told)}."
+    if tree["control"] is not None and tree["control"]["leaks"]:
+        yield "The swapped control is not at .5: the judge or the sampling leaks (see below)."
 
 
 def _relation_in_short(found: Findings) -> Iterator[str]:
@@ -224,6 +228,8 @@ def methods(found: Findings, page: Page) -> RenderableType:
     line("score", tree["score"])
     line("negatives", tree["negatives"])
     line("control", tree["control"])
+    line("control SAEs", tree["control_saes"] if found["scores"] and found["scores"]["control_saes"] else None)
+    line("baseline", tree["baseline"] if found["scores"] and found["scores"]["baseline"] else None)
     for what, how in tree["intervals"].items():
         line(f"95 %, {what}", how)
     for what, hashes in tree["prompt_hashes"].items():

@@ -36,9 +36,12 @@ JUDGED_BY = {
 NASTY = "[red]markup[/red] \x1b[31mescape\x07 line\nbreak \u202eright-to-left\u200b \ud800 tab\t"
 
 
-def runs_of(root: Path, seeds: int = 3, *, study: str = "run", m: int = 120, d: int = 32) -> list[Run]:
+def runs_of(
+    root: Path, seeds: int = 3, *, study: str = "run", m: int = 120, d: int = 32, frozen: str = "nothing"
+) -> list[Run]:
     """Trained runs: ``run.json``, weights (empty) and a training log."""
-    settings = Settings().with_values(training={"num_latents": m, "k": 4, "tokens": 1_000_000})
+    training = {"num_latents": m, "k": 4, "tokens": 1_000_000, "frozen": frozen}
+    settings = Settings().with_values(training=training)
     found = []
     for seed in range(seeds):
         run = Run(f"{study}_{letters(seed)}", root)

@@ -6,7 +6,7 @@ import argparse
 import itertools
 import shutil
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 
 from autointerp.adaptive import Look, Precision, Rounds, Tally, _score, interval, schedule, stops, unbiased
 from autointerp.backends import LlmOptions
-from autointerp.contexts import Context, TestSet
+from autointerp.contexts import Context, Kind, TestSet
 from autointerp.explain import explain_runs
 from autointerp.journal import Journal
 from autointerp.score import score_runs
@@ -160,8 +160,9 @@ def test_good_explanations_take_half_the_contexts() -> None:
 # Rounds of contexts
 
 
-def contexts(n: int, active: bool, start: int) -> list[Context]:
-    return [Context(start + i, ("x",), (1.0 * active,), active, 0, "active") for i in range(n)]
+def contexts(n: int, active: bool, start: int, kind: Kind | None = None) -> list[Context]:
+    kind = kind or ("active" if active else "random")
+    return [Context(start + i, ("x",), (1.0 * active,), active, 0, kind) for i in range(n)]
 
 
 def rounds(n_active: int = 50, n_inactive: int = 50) -> Rounds:
@@ -175,6 +176,35 @@ def test_rounds_hold_every_context_once_and_take_beginnings() -> None:
     assert len({c.window for c in found.up_to(len(found) - 1)}) == 100
     assert {c.window for c in found[0]} == {*range(20), *range(1000, 1020)}
     assert {c.window for c in found.up_to(2)} == {*range(30), *range(1000, 1030)}
+
+
+def with_harder(n_active: int = 50, n_inactive: int = 50, n_hard: int = 20, n_same_token: int = 20) -> Rounds:
+    harder = contexts(n_hard, False, 2000, "hard"), contexts(n_same_token, False, 3000, "same_token")
+    found = TestSet(contexts(n_active, True, 0), contexts(n_inactive, False, 1000), *harder)
+    return Rounds(found, DetectionScorer(), Look(50, 50))
+
+
+@given(st.integers(5, 60), st.integers(5, 60), st.integers(0, 40), st.integers(0, 40))
+def test_every_round_has_the_same_mix_of_silent_contexts(n_active: int, n: int, n_hard: int, n_same: int) -> None:
+    found = with_harder(n_active, n, n_hard, n_same)
+    every = [c.window for c in found.up_to(len(found) - 1)]
+    assert len(every) == len(set(every)) == n_active + n + n_hard + n_same
+    for number in range(len(found)):
+        counts = Counter(c.kind for c in found.up_to(number))
+        assert abs(counts["hard"] - counts["random"] * n_hard / n) <= 0.5
+        assert abs(counts["same_token"] - counts["random"] * n_same / n) <= 0.5
+
+
+def test_harder_negatives_have_no_say_in_when_to_stop() -> None:
+    found = with_harder()
+    right = answered(found, 0)
+    wrong = {c.window for c in found[0] if c.kind in ("hard", "same_token")}
+    assert len(wrong) == 16
+    assert found.stop(right, 0.1) == found.stop(answered(found, 0, wrong), 0.1)
+    assert found.stop(right, 0.1) == found.stop(right | dict.fromkeys(wrong, None), 0.1)
+    assert found.stop(right, 0.1) == rounds().stop(answered(rounds(), 0), 0.1)
+    del right[min(wrong)]
+    assert found.stop(right, 0.1) is None, "they belong to the round"
 
 
 def answered(found: Rounds, number: int, wrong: set[int] = frozenset()) -> dict[int, bool | None]:  # type: ignore[assignment]
@@ -266,7 +296,8 @@ def score(run: Run, server: FakeServer, precision: Precision | None = WIDE, prot
 
 
 def table_of(run: Run) -> pd.DataFrame:
-    return read_table(run.stage_path("scores")).drop(columns=["stratum_tpr"]).set_index(["latent", "control"])
+    table = read_table(run.stage_path("scores")).drop(columns=["stratum_tpr"])
+    return table[table["judge"] == "llm"].set_index(["latent", "control"])  # the n-gram baseline stands beside
 
 
 def test_rounds_end_when_the_interval_is_narrow_or_the_contexts_are_used_up(run: Run) -> None:
@@ -282,10 +313,30 @@ def test_rounds_end_when_the_interval_is_narrow_or_the_contexts_are_used_up(run:
         assert (narrow["n_active"] + narrow["n_inactive"]).min() < 100
         asked = len(server.requests)
         with Journal(run.journal_path) as journal:
-            n_judged = len(journal.verdicts())
-        assert n_judged == (table["n_active"] + table["n_inactive"]).sum(), "nothing was judged beyond a stop"
+            n_judged = len(journal.verdicts(judge="llm"))
+        kinds = ["n_active", "n_inactive", "n_hard", "n_same_token"]
+        assert n_judged == table[kinds].sum().sum(), "nothing was judged beyond a stop"
         assert score(run, server).n_new == 0
         assert len(server.requests) == asked
+
+
+def test_harder_negatives_are_judged_in_proportion_and_scored_apart(run: Run) -> None:
+    with FakeServer() as server:
+        score(run, server)
+    table = table_of(run)
+    assert (table["n_hard"] > 0).any()
+    for kind in ("hard", "same_token"):
+        told = table[table[f"ba_{kind}"].notna()]
+        assert len(told) > 0
+        # Of 50 random ones 33 harder ones of each kind are asked for; a latent may have fewer.
+        assert (told[f"n_{kind}"] <= told["n_inactive"] * 33 / 50 + 0.5).all()
+        expected = (told["tpr"] + told[f"tnr_{kind}"]) / 2
+        assert told[f"ba_{kind}"].to_numpy() == pytest.approx(expected.to_numpy()), "with the corrected rate"
+        assert (told[f"ba_{kind}_low"] <= told[f"ba_{kind}"]).all()
+        assert (told[f"ba_{kind}"] <= told[f"ba_{kind}_high"]).all()
+        assert told[f"auroc_{kind}_low"].isna().all()
+    material = Precision(0.1, 100).cap(run.settings.contexts)
+    assert (material.n_active, material.n_inactive, material.n_hard, material.n_same_token) == (50, 50, 33, 33)
 
 
 @pytest.mark.parametrize("answered", [3, 11, 25])

@@ -86,7 +86,7 @@ def test_score_stops_and_the_same_command_goes_on(run: Run) -> None:  # noqa: F8
         asked = len(server.requests) - before
         assert 0 < asked * COST <= 3_000
         with Journal(run.journal_path) as journal:
-            assert len(journal.verdicts()) == asked, "each answer that was paid for is a verdict"
+            assert len(journal.verdicts(judge="llm")) == asked, "each answer that was paid for is a verdict"
             usage = journal.usage().set_index("stage").loc["score"]
         assert usage["prompt_tokens"] + usage["completion_tokens"] == asked * COST
         line = str(stopped.value)
@@ -107,7 +107,8 @@ def test_explain_stops_too(run: Run) -> None:  # noqa: F811
         with pytest.raises(BudgetSpent, match=rf"of {N} latents .* python cli.py explain --sae run_a"):
             explain_runs([run], Choice(n=N), "llm", options, Compute("cpu", 1))
         with Journal(run.journal_path) as journal:
-            assert len(journal.explanations(status="ok")) == len(server.requests) == 2
+            assert len(journal.explanations(status="ok", explainer="llm")) == len(server.requests) == 2
+            assert len(journal.explanations(status="ok", explainer="ngram")) == 2, "the baseline, of these"
 
 
 @pytest.mark.parametrize(

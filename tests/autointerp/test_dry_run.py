@@ -30,7 +30,7 @@ BUNDLED = Path(__file__).resolve().parents[2] / "sae" / "subjects" / "pystdlib-4
 
 def forecast(run: Run, server: FakeServer, protocol: str = "batch", **more: Any) -> Forecast:  # noqa: F811
     options = LlmOptions(url=server.url, protocol=protocol, model=more.pop("model", None))
-    return forecast_score([run], ("detection",), "llm", options, more.pop("prices", None), 0, **more)
+    return forecast_score([run], run.root, ("detection",), "llm", options, more.pop("prices", None), 0, **more)
 
 
 def test_explain_is_foretold_and_nothing_is_asked(run: Run) -> None:  # noqa: F811
@@ -157,7 +157,7 @@ def test_what_has_no_explanations_cannot_be_foretold(run: Run) -> None:  # noqa:
 
 
 def test_the_baseline_costs_nothing(run: Run) -> None:  # noqa: F811
-    found = forecast_score([run], ("detection",), "ngram", LlmOptions(), None)
+    found = forecast_score([run], run.root, ("detection",), "ngram", LlmOptions(), None)
     assert (found.requests, found.dollars) == (0, 0.0)
 
 

@@ -291,7 +291,8 @@ def scored(
         # All that were sent are on record; some were sent on a connection that the server was just closing.
         assert 0 <= sent - len(server.requests) < 0.02 * sent
         test = Test(SCORERS["detection"](), LlmJudge(LlmClient(server.url), protocol), dict(SAME), items.__getitem__)
-        return score_table(journal, [test], journal.explanations(status="ok"), {test.key}), journal.verdicts()
+        readable = {test.same["judge"]: journal.explanations(status="ok")}
+        return score_table(journal, [test], readable, {test.key}), journal.verdicts()
 
 
 @pytest.mark.parametrize("protocol", ["single", "batch"])

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from fake_server import FakeServer, Reply, error, sensible, token
 
@@ -67,6 +68,12 @@ def score(run: Run, server: FakeServer, protocol: str = "batch", named: bool = T
     return score_runs([run] if named else None, run.root, ("detection",), "llm", options, control_latents=0)
 
 
+def table_of(run: Run) -> pd.DataFrame:
+    """The score table without the n-gram baseline's rows, which stand beside."""
+    table = read_table(run.stage_path("scores"))
+    return table[table["explainer"] == "llm"]
+
+
 def test_everything_is_done_once(run: Run) -> None:
     with FakeServer() as server:
         explained = explain(run, server)
@@ -110,7 +117,7 @@ def test_a_score_does_not_depend_on_the_order_of_the_answers(run: Run, monkeypat
             monkeypatch.setattr(
                 Journal, "verdicts", lambda journal, seed=seed: in_order(journal).sample(frac=1, random_state=seed)
             )
-            tables.append(score_table(journal, [], journal.explanations(), set()).map(str).to_dict())
+            tables.append(score_table(journal, [], {}, set()).map(str).to_dict())
     assert all(table == tables[0] for table in tables)
 
 
@@ -123,7 +130,7 @@ def test_a_protocol_counts_its_own_scores(run: Run) -> None:
     with FakeServer() as server:
         second = score(run, server, "batch")
     assert (second.n_done, second.n_new, second.n_failed) == (N, N, 0)
-    assert len(read_table(run.stage_path("scores"))) == 2 * N
+    assert len(table_of(run)) == 2 * N
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -167,7 +174,7 @@ def test_a_server_that_goes_away_leaves_what_it_answered_and_what_that_cost(run:
         with pytest.raises(Unavailable):
             score(run, server, "single")
     with Journal(run.journal_path) as journal:
-        answered = len(journal.verdicts())
+        answered = len(journal.verdicts(judge="llm"))
         usage = journal.usage().set_index("stage")
     assert 18 <= answered <= 20
     assert usage.loc["score", "requests"] == answered
@@ -185,8 +192,7 @@ def test_what_the_server_could_not_do_is_told_and_stored_with_the_scores(run: Ru
     notes = " ".join(scored.notes)
     assert "no log-probabilities: labels stand in for P(active)" in notes
     assert "cached" in notes
-    table = read_table(run.stage_path("scores"))
-    assert table["auroc"].isna().all()
+    assert table_of(run)["auroc"].isna().all()
     found = table_metadata(run.stage_path("scores"))["capabilities"]
     assert (found["logprobs"], found["cached_tokens"], found["json_schema"]) == (0, False, True)
 
@@ -266,17 +272,17 @@ def test_both_scorers_together_stand_side_by_side(run: Run, protocol: str) -> No
         again = go("fuzzing", "detection")
         assert len(server.requests) == asked
         assert again.n_new == 0
-    table = read_table(run.stage_path("scores"))
+    table = table_of(run)
     assert Counter(table["scorer"]) == {"detection": N, "fuzzing": N}
     fuzzed = table[(table["scorer"] == "fuzzing") & (table["status"] == "ok")]
     assert len(fuzzed) + sum("have no fuzzing score" in note for note in first.notes) > 0
     assert (fuzzed["n_active"] == fuzzed["n_inactive"]).all()
     detected = table[table["scorer"] == "detection"]
     assert detected["stratum_tpr"].map(len).gt(0).all(), "the other scorer's rows keep their strata"
-    assert detected["settings_hash"].nunique() == 1
+    assert len(set(detected["settings_hash"])) == 1
     assert not set(detected["judge_prompt_hash"]) & set(fuzzed["judge_prompt_hash"])
     with Journal(run.journal_path) as journal:
-        verdicts = journal.verdicts(scorer="fuzzing")
+        verdicts = journal.verdicts(scorer="fuzzing", judge="llm")
     assert set(verdicts["negative_kind"].dropna()) == {"mismarked"}
     assert verdicts.groupby("latent")["context"].apply(lambda windows: windows.is_unique).all()
 
@@ -289,6 +295,7 @@ def test_a_latent_that_cannot_be_fuzzed_is_told_and_is_no_failure(run: Run, monk
         outcome = score_runs([run], run.root, ("fuzzing", "detection"), "llm", options, control_latents=0)
     assert (outcome.n_done, outcome.n_failed) == (N, 0)
     assert outcome.notes == [f"run_a: {N} explanations have no fuzzing score: too few contexts for it"]
-    table = read_table(run.stage_path("scores"))
+    table = table_of(run)
     assert Counter(table["status"]) == {"ok": N, UNTESTED: N}
+    assert set(table["judge"]) == {"llm"}, "what n-grams are judged by is none of a model's explanations"
     assert table.loc[table["status"] == UNTESTED, "balanced_accuracy"].isna().all()

@@ -77,7 +77,8 @@ def test_two_models_are_served_one_after_the_other(
     assert "pystdlib" in str(explaining["arguments"])
     assert str(judge) in judging["arguments"]
     assert judging["beside"] == []
-    (model,) = {row["model"] for row in journal(root / "run_b" / "journal.sqlite")["verdict"]}
+    verdicts = journal(root / "run_b" / "journal.sqlite")["verdict"]
+    (model,) = {row["model"] for row in verdicts if row["judge"] == "llm"}
     assert model.startswith("the-judge-")
 
 

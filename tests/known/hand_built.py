@@ -30,7 +30,7 @@ from tiny_study import cli
 
 from sae.architectures.relu import ReluSae
 from sae.checkpoint import save_sae
-from sae.run import Run
+from sae.run import Run, write_record
 
 CONTEXT, WINDOW, FAR = 64, 8, 16
 DIGITS = tuple("0123456789")
@@ -221,8 +221,44 @@ def make_study(root: Path, made: Path, study: str, seeds: Sequence[Seed], recipe
         cli("import", *source, "--root", root).well()
     names = [seed.name for seed in seeds]
     cli("harvest", *(word for name in names for word in ("--sae", name)), "--root", root).well()
-    cli("align", *names, "--no-nulls", "--root", root).well()
+    if len(names) > 1:
+        cli("align", *names, "--no-nulls", "--root", root).well()
     return [Run.open(name, root) for name in names]
+
+
+def make_control(like: Run, kind: str, sae: ReluSae) -> Run:
+    """A control SAE of the study of ``like``, with weights made by hand, harvested."""
+    made = {"schema", "name", "study", "seed", "created", "imported", "settings", "settings_digest", "packages"}
+    provenance = {key: value for key, value in like.record.items() if key not in made | {"git_commit"}}
+    frozen = {"frozen": "decoder", "untrained": "everything"}[kind]
+    settings = like.settings.with_values(training={"frozen": frozen, "num_latents": sae.num_latents})
+    study = f"{like.study}-{kind}"
+    run = Run(f"{study}_a", like.root)
+    write_record(run, 0, study, settings, provenance)
+    save_sae(run.folder, sae)
+    cli("harvest", "--sae", run.name, "--root", like.root).well()
+    return run
+
+
+def of_what_is_not_seen(n: int) -> ReluSae:
+    """``n`` latents that fire on what stands 16 places back: no explanation of a context of 8 tokens can say when."""
+    rng = random.Random(5)
+    known = [Latent("noise", back=tuple(rng.sample(WORDS, 3))) for _ in range(n)]
+    rows = np.stack([latent.direction() for latent in known])
+    return _relu_sae(rows, np.array([latent.bias for latent in known]))
+
+
+def of_random_directions(n: int) -> ReluSae:
+    """``n`` latents in random directions, each firing on the inputs that lie farthest along its own."""
+    rng = np.random.default_rng(6)
+    rows = rng.normal(size=(n, D))
+    return _relu_sae(rows, np.full(n, -3.5))  # an input is four ones: its product has standard deviation 2
+
+
+def _relu_sae(rows: np.ndarray, bias: np.ndarray) -> ReluSae:
+    decoder = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    weights = {"W_enc": rows, "b_enc": bias, "W_dec": decoder, "b_dec": np.zeros(D)}
+    return ReluSae(**{name: torch.tensor(values, dtype=torch.float32) for name, values in weights.items()}, k=None)
 
 
 def rule_score(run: Run, latent: int, known: Latent) -> float:

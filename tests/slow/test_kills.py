@@ -231,7 +231,7 @@ def test_answers_of_a_language_model_survive(here: Here, tmp_path: Path) -> None
             for r in (root, undisturbed)
         )
         assert one == other
-    columns = ["latent", "control", "status", "balanced_accuracy", "auroc", "n_active", "n_inactive"]
+    columns = ["latent", "control", "judge", "status", "balanced_accuracy", "auroc", "n_active", "n_inactive"]
     tables = [read_table(r / "run_a" / "latents.scores.parquet")[columns] for r in (root, undisturbed)]
-    one, other = (records(t.sort_values(["latent", "control"]).reset_index(drop=True)) for t in tables)
+    one, other = (records(t.sort_values(["latent", "control", "judge"]).reset_index(drop=True)) for t in tables)
     assert one == other

@@ -1,0 +1,75 @@
+"""The control SAEs of a study (:mod:`sae.controls`) in `explain` and `score`: what less learning scores.
+
+A sample of the latents of each is explained by the same explainer and judged by the same judge, from as many contexts
+of the same kinds, as the latents of the run. What the run's latents score above them is owed to training. `explain`
+explains the sample, `score` judges the explanations that it finds there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from autointerp.journal import Journal
+from autointerp.material import Material
+from autointerp.selection import Choice, choose
+from sae.controls import controls_of
+from sae.run import Run
+
+LATENTS = {"ngram": 200, "llm": 50}
+"""Explained of each control SAE, by what explains; at most as many as of the run itself."""
+
+
+def beside(runs: Sequence[Run]) -> list[Run]:
+    """The control SAEs of the studies of ``runs``, each once; those that are among ``runs`` are left out."""
+    found = {control.name: control for run in runs for control in controls_of(run).values()}
+    return [control for name, control in found.items() if name not in {run.name for run in runs}]
+
+
+def sample_size(choice: Choice, kind: str, asked: int | None, n_of_run: int) -> int:
+    """How many latents of each control SAE are to be explained.
+
+    Args:
+        choice: of the run's latents; one that names them is no sample, and gets none unless asked for.
+        kind: ``ngram`` or ``llm``.
+        asked: what the user said; ``None``: nothing.
+        n_of_run: latents of the run that are explained.
+    """
+    if asked is not None:
+        return asked
+    return 0 if choice.indices else min(LATENTS[kind], n_of_run)
+
+
+def sample_of(control: Run, n: int) -> list[int]:
+    """The ``n`` latents of a control SAE that are explained: those that `explain` would take, were it a run like any.
+
+    Contexts are counted only of as many latents as it takes to find ``n`` that have enough.
+    """
+    sampler, m = Material.of(control).sampler, control.settings.training.num_latents
+    eligible: dict[int, bool] = {}
+    looked = n
+    while True:
+        looked = min(2 * looked, m)
+        for latent in choose(control, pd.DataFrame(), range(m), Choice(n=looked)):
+            if latent not in eligible:
+                eligible[latent] = sampler.eligible(latent)[0]
+        able = [latent for latent, enough in eligible.items() if enough]
+        if len(able) >= n or looked == m:
+            return choose(control, pd.DataFrame(), able, Choice(n=n))
+
+
+def first(run: Run, explanations: pd.DataFrame, n: int | None) -> pd.DataFrame:
+    """The explanations of the first ``n`` latents, in the order in which `explain` takes them; all for ``None``."""
+    if n is None or explanations.empty:
+        return explanations
+    chosen = choose(run, pd.DataFrame(), explanations["latent"].astype(int).tolist(), Choice(n=n)) if n else []
+    return explanations[explanations["latent"].isin(chosen)]
+
+
+def was_explained(run: Run) -> bool:
+    """Whether anything was ever asked about its latents; an ``explain`` stopped early leaves a journal without rows."""
+    if not run.journal_path.exists():
+        return False
+    with Journal(run.journal_path) as journal:
+        return not journal.explanations().empty

@@ -1,0 +1,123 @@
+"""What `score` asks: whose explanations, of which runs, and which controls beside them.
+
+Controls cost as much as the scores, so with a language model a sample of the latents has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from autointerp.control_saes import beside, first, was_explained
+from autointerp.journal import Journal
+from autointerp.judges.base import Judge
+from autointerp.score_table import rows_of
+from autointerp.scorers.controls import swap_partners
+from sae.errors import BadInput
+from sae.files import digest
+from sae.run import Run, all_runs
+
+CONTROL_LATENTS = {"ngram": None, "llm": 50}
+"""Latents that have a swapped control, by who judges; ``None``: all."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run's share of a `score`."""
+
+    run: Run
+    n_swapped: int | None
+    """Latents also judged by another's explanation; ``None``: all."""
+    at_most: int | None = None
+    """Latents to score; ``None``: all that are explained."""
+    is_control: bool = False
+    """Whether it is there beside a run of its study."""
+
+    def explanations(self, journal: Journal) -> pd.DataFrame:
+        """Those that are to be scored, whoever's they are."""
+        return first(self.run, journal.explanations(status="ok"), self.at_most)
+
+    def readable(self, journal: Journal, judge: Judge) -> pd.DataFrame:
+        """Those that are the judge's.
+
+        The n-gram judge parses one form of sentence, its explainer's. A language model is asked about those only where
+        no language model was ever asked to explain: beside such explanations they are the baseline, which has its own
+        judge.
+        """
+        explanations = self.explanations(journal)
+        by_ngram = explanations["explainer"] == "ngram"
+        if judge.name == "ngram":
+            return explanations[by_ngram]
+        return explanations[~by_ngram] if explained_by_model(journal) else explanations
+
+
+def parts_of(
+    named: Sequence[Run] | None, root: Path, n_swapped: int | None, control_sae_latents: int | None
+) -> list[Part]:
+    """What is to be scored: the runs that the user named, or all under ``root``, and the control SAEs beside them."""
+    found = [run for run in all_runs(root) if was_explained(run)] if named is None else list(named)
+    if not found:
+        raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`")
+    controls = [run for run in beside(found) if was_explained(run)]
+    if named is None:
+        controls = [run for run in beside([r for r in found if not r.is_control]) if was_explained(run)]
+    names = {run.name for run in controls}
+    parts = [Part(run, n_swapped) for run in found if run.name not in names]
+    if control_sae_latents != 0:
+        parts += [Part(run, 0, control_sae_latents, is_control=True) for run in controls]
+    return parts
+
+
+@dataclass(frozen=True)
+class Question:
+    """One latent's contexts under one explanation: its own, or as a control somebody else's."""
+
+    latent: int
+    explanation_id: int
+    text: str
+    seen: frozenset[int]
+    control: str = "none"
+
+
+def explained_by_model(journal: Journal) -> bool:
+    """Whether a language model was asked to explain any latent, even in vain."""
+    return bool((journal.explanations()["explainer"] != "ngram").any())
+
+
+def questions_of(run: Run, explanations: pd.DataFrame, control_latents: int | None) -> list[Question]:
+    """What is to be judged of ``explanations`` (see :meth:`Part.readable`): each, and up to so many controls."""
+    own = [_question(row) for row in rows_of(explanations)]
+    return [*own, *_controls(run, explanations, control_latents)]
+
+
+def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[Question]:
+    """For up to ``n`` latents of each set-up, the explanation of a dissimilar latent in place of their own."""
+    from safetensors import safe_open
+
+    if n == 0 or explanations.empty:
+        return
+    with safe_open(run.weights_path, framework="numpy") as weights:
+        decoder = np.asarray(weights.get_tensor("W_dec"))
+    for _, group in explanations.groupby(["explainer", "settings_hash", "prompt_hash", "model", "draw"]):
+        own = {question.latent: question for question in map(_question, rows_of(group))}
+        chosen = swap_partners(sorted(own), decoder, run.store(), seed=run.settings.contexts.sample_seed)
+        for latent in _first_by_hash(list(chosen), n):
+            other = own[chosen[latent]]
+            yield replace(own[latent], explanation_id=other.explanation_id, text=other.text, control="swap")
+
+
+def _question(explanation: Mapping[str, Any]) -> Question:
+    """A row of the journal's explanations as the question whether it is right."""
+    return Question(
+        int(explanation["latent"]), int(explanation["id"]), explanation["text"], frozenset(explanation["contexts"])
+    )
+
+
+def _first_by_hash(latents: Sequence[int], n: int | None) -> list[int]:
+    ranked = sorted(latents, key=lambda latent: digest(["control", latent]))
+    return sorted(ranked if n is None else ranked[:n])

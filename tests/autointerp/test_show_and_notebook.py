@@ -1,0 +1,85 @@
+"""One latent in the terminal and a run in a notebook: every kind of score, by whom, with its interval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny_study import cli
+
+from autointerp import Run
+from autointerp.reliability import reliability_findings, together_of, verdicts_of
+from autointerp.scored import rows_of, setups
+from autointerp.scorers.base import HARDER
+from sae.errors import NotFound
+from sae.files import read_table, write_table
+
+
+@pytest.fixture
+def run(tiny_root: Path) -> Run:
+    """Explained and scored by n-grams, in detection and fuzzing: enough latents for a reliability."""
+    cli("explain", "--sae", "run_a", "--latents", 30, "--root", tiny_root).well()
+    both = ("--scorer", "detection", "--scorer", "fuzzing")
+    cli("score", "--sae", "run_a", *both, "--root", tiny_root).well()
+    return Run("run_a", tiny_root)
+
+
+def test_show_tells_every_score_apart_with_its_interval(run: Run) -> None:
+    table = run.scores()
+    has = table[(table["control"] == "none") & (table["status"] == "ok") & table["ba_hard"].notna()]
+    latent = int(has[has["scorer"] == "detection"]["latent"].iloc[0])
+    found = cli("show", "--latent", latent, "--sae", "run_a", "--root", run.root, "--json").well().json
+    rows = {(row["scorer"], row["control"]): row for row in found["scores"]}
+    assert {("detection", "none"), ("fuzzing", "none"), ("detection", "swap")} <= set(rows)
+    told = rows["detection", "none"]
+    of_table = has[(has["latent"] == latent) & (has["scorer"] == "detection")].iloc[0]
+    for kind in HARDER:
+        for name in (f"ba_{kind}", f"ba_{kind}_low", f"tnr_{kind}_high", f"auroc_{kind}", f"n_{kind}"):
+            assert told[name] == pytest.approx(of_table[name], nan_ok=True) or told[name] is None
+    shown = cli("show", "--latent", latent, "--sae", "run_a", "--root", run.root).well().out
+    assert {row["scorer"] for row in found["reliability"]} == {"detection", "fuzzing"}
+    for words in ("detection, ngram", "fuzzing, ngram", "swap, detection, ngram", "a neighbour fires", "Reliability"):
+        assert words in shown
+
+
+def test_a_notebook_has_the_reliability_of_each_set_up(run: Run) -> None:
+    table = run.reliability()
+    assert table["scorer"].tolist() != []
+    scores = run.scores()
+    for (_, told), setup in zip(table.iterrows(), setups(scores), strict=True):
+        rows = rows_of(scores, setup)
+        expected = reliability_findings(rows, verdicts_of(run, rows, setup), together_of(setup))
+        assert told["scorer"] == setup["scorer"]
+        if expected is None or expected["value"] is None:
+            assert np.isnan(told["value"])
+        else:
+            assert told["value"] == pytest.approx(expected["value"])
+            assert [told["low"], told["high"]] == pytest.approx(expected["interval"])
+    assert table["value"].notna().any()
+    scores_path = run.stage_path("scores")
+    scores_path.unlink()
+    with pytest.raises(NotFound, match="no scores"):
+        run.reliability()
+
+
+def test_the_table_of_latents_never_mixes_scorers(run: Run) -> None:
+    table = run.latents().set_index("latent")
+    scores = run.scores()
+    own = scores[(scores["control"] == "none") & (scores["status"] == "ok")]
+    for scorer, column in (("detection", "balanced_accuracy"), ("fuzzing", "fuzzing_balanced_accuracy")):
+        expected = own[own["scorer"] == scorer].set_index("latent")["balanced_accuracy"]
+        found = table[column].dropna()
+        assert found.to_dict() == pytest.approx(expected.to_dict())
+        assert len(expected) > 0
+    assert {"ba_low", "tnr_low", "ba_hard", "ba_same_token_high", "fuzzing_ba_high"} <= set(table.columns)
+
+
+def test_a_models_explanation_comes_before_the_baseline_beside_it(run: Run) -> None:
+    scores = read_table(run.stage_path("scores"))
+    mine = scores[(scores["control"] == "none") & (scores["scorer"] == "detection")]
+    by_model = mine.assign(explainer="llm", judge="llm", model="m", balanced_accuracy=0.25)
+    write_table(run.stage_path("scores"), pd.concat([by_model, scores], ignore_index=True))
+    ok = by_model[by_model["status"] == "ok"]["latent"]
+    assert (run.latents().set_index("latent").loc[ok, "balanced_accuracy"] == 0.25).all()
