@@ -19,8 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from autointerp.estimation import Estimator, error_of
+from autointerp.sample_record import Sample
 from autointerp.scorers.base import HARDER
-from autointerp.statistics import Estimate, bootstrap_mean, proportion, quartiles
+from autointerp.statistics import Estimate, proportion, quartiles
 
 CLASSES = ("one", "some", "all")
 #: Bins of a score histogram: from 0 to 1 in steps of .02.
@@ -95,29 +97,38 @@ def rows_of(scores: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def score_findings(
-    rows: pd.DataFrame, latents: pd.DataFrame, explained: set[int], too_few: Set[int] = frozenset()
+    rows: pd.DataFrame,
+    latents: pd.DataFrame,
+    explained: set[int],
+    too_few: Set[int] = frozenset(),
+    sample: Sample | None = None,
 ) -> dict[str, Any]:
     """Distribution, control, and counts by shared class.
 
     ``rows`` are one set-up's; ``latents`` is the run's table by latent number (``alive``, ``shared_class``
     where there are siblings, ``eligible`` where contexts were counted for all); ``explained`` are the latents with
-    an explanation in the journal, ``too_few`` those that were asked for and had too few contexts for one.
+    an explanation in the journal, ``too_few`` those that were asked for and had too few contexts for one. With a
+    ``sample``, figures are of its latents and weighted (:mod:`autointerp.estimation`); counts are of latents as ever.
     """
     own = rows[rows["control"] == "none"].set_index("latent")
     kinds = own["status"].map(status_kind)
-    good = own[kinds == "ok"]
+    weights = None if sample is None else sample.weights(set(own.index) | too_few)
+    of = Estimator(weights)
+    scored = own[kinds == "ok"]
+    good = of.of(scored)
     values = good["balanced_accuracy"].astype(float)
-    mean = bootstrap_mean(values)
+    mean, error = of.mean(values, error_of(good)), error_of(good)
     aurocs = good["auroc"].astype(float).dropna() if "auroc" in good else pd.Series(dtype=float)
     ineligible = set(own.index[kinds == "ineligible"]) | too_few
     asked = set(own.index) | explained | ineligible
     eligible = latents.get("eligible")
     return {
         **mean_of(mean),
-        "quartiles": quartiles_of(values),
-        "auroc_mean": number(aurocs.mean()) if len(aurocs) else None,
-        "auroc_interval": bootstrap_mean(aurocs).as_dict()["interval"],
+        **quartile_figures(of, values, error),
+        "auroc_mean": (auroc := of.mean(aurocs, error_of(good.loc[aurocs.index], "auroc")).as_dict())["value"],
+        "auroc_interval": auroc["interval"],
         "n_scored": len(good),
+        "sample": None if sample is None else _sample_findings(sample, weights, good, scored),
         "n_failed": int((kinds == "failed").sum()),
         "n_ineligible": len(ineligible),
         "n_asked": len(asked),
@@ -128,32 +139,55 @@ def score_findings(
         "n_alive": int(latents["alive"].sum()),
         "n_latents": len(latents),
         "n_failed_answers": failed_answers(own),
-        "histogram": histogram(values, SCORE_EDGES),
-        "control": _control(rows, values),
-        "negatives": _negatives(good),
+        "histogram": histogram(values, SCORE_EDGES, of),
+        "control": _control(rows, good, sample),
+        "negatives": _negatives(good, of),
         "too_few": too_few_findings(latents),
-        "by_class": _by_class(latents, own, kinds, explained) if "shared_class" in latents else None,
+        "by_class": _by_class(latents, own, kinds, explained, of) if "shared_class" in latents else None,
     }
 
 
-def _control(rows: pd.DataFrame, own: pd.Series) -> dict[str, Any] | None:
-    """The swapped control: each latent's contexts judged by another latent's explanation."""
-    swapped = rows[(rows["control"] == "swap") & (rows["status"].map(status_kind) == "ok")]
+def _sample_findings(
+    sample: Sample, weights: pd.DataFrame | None, good: pd.DataFrame, scored: pd.DataFrame
+) -> dict[str, Any]:
+    """What the figures are a sample of, how far it has come, and how many scored latents are outside it."""
+    assert weights is not None
+    return {
+        **sample.as_dict(),
+        "n_done": len(weights),
+        "n_scored": len(good),
+        "n_waiting": len(sample.drawn - set(weights.index)),
+        "n_failed": len(weights) - len(good),
+        "n_outside": len(scored) - len(good),
+        "effective_n": number(weights["weight"].sum() ** 2 / (weights["weight"] ** 2).sum()) if len(weights) else None,
+    }
+
+
+def _control(rows: pd.DataFrame, own: pd.DataFrame, sample: Sample | None) -> dict[str, Any] | None:
+    """The swapped control: each latent's contexts judged by another latent's explanation.
+
+    Of a sample, the latents that have one are a smaller sample, chosen by their numbers alone.
+    """
+    asked = rows[rows["control"] == "swap"].set_index("latent")
+    of = Estimator(None if sample is None else sample.weights(set(asked.index)))
+    swapped = of.of(asked[asked["status"].map(status_kind) == "ok"])
     if swapped.empty:
         return None
-    values = swapped.set_index("latent")["balanced_accuracy"].astype(float)
-    paired = (own - values).dropna()
+    values, error = swapped["balanced_accuracy"].astype(float), error_of(swapped)
+    paired = (own["balanced_accuracy"].astype(float) - values).dropna()
+    of_own = error_of(own)
+    errors = None if error is None or of_own is None else (of_own + error).reindex(paired.index)
     return {
         "kind": "swap",
-        **mean_of(bootstrap_mean(values)),
-        "quartiles": quartiles_of(values),
+        **mean_of(of.mean(values, error)),
+        **quartile_figures(of, values, error),
         "n_scored": len(values),
-        "n_failed": int((rows["control"] == "swap").sum()) - len(values),
-        "histogram": histogram(values, SCORE_EDGES),
+        "n_failed": int((asked["status"].map(status_kind) != "ok").sum()),
+        "histogram": histogram(values, SCORE_EDGES, of),
         "above_control": {
-            **mean_of(bootstrap_mean(paired)),
+            **mean_of(of.mean(paired, errors)),
             "n": len(paired),
-            "fraction": number((paired > 0).mean()) if len(paired) else None,
+            "fraction": number(of.share(paired > 0)) if len(paired) else None,
         },
     }
 
@@ -164,7 +198,7 @@ def failed_answers(rows: pd.DataFrame) -> int:
     return int(sum(rows[c].fillna(0).sum() for c in columns))
 
 
-def _negatives(good: pd.DataFrame) -> dict[str, Any]:
+def _negatives(good: pd.DataFrame, of: Estimator) -> dict[str, Any]:
     """By kind of negative: the mean over the latents that have it, and how many lack it. ``random`` makes the score.
 
     ``random_mean`` is the score of the same latents over random negatives: the kinds are compared on equal terms.
@@ -180,11 +214,11 @@ def _negatives(good: pd.DataFrame) -> dict[str, Any]:
         some = good[has].astype({f"ba_{kind}": float, f"tnr_{kind}": float, "balanced_accuracy": float})
         aurocs = some[f"auroc_{kind}"].astype(float).dropna()
         found[kind] = {
-            **mean_of(bootstrap_mean(some[f"ba_{kind}"])),
-            "quartiles": quartiles_of(some[f"ba_{kind}"]),
-            "tnr": bootstrap_mean(some[f"tnr_{kind}"]).as_dict(),
-            "auroc_mean": number(aurocs.mean()) if len(aurocs) else None,
-            "random_mean": number(some["balanced_accuracy"].mean()),
+            **mean_of(of.mean(some[f"ba_{kind}"], error := error_of(some, f"ba_{kind}"))),
+            **quartile_figures(of, some[f"ba_{kind}"], error),
+            "tnr": of.mean(some[f"tnr_{kind}"], error_of(some, f"tnr_{kind}")).as_dict(),
+            "auroc_mean": number(of.plain_mean(aurocs)) if len(aurocs) else None,
+            "random_mean": number(of.plain_mean(some["balanced_accuracy"])),
             "n_scored": int(has.sum()),
             "n_missing": int((~has).sum()),
             "n_failed_answers": int(good[f"n_failed_{kind}"].fillna(0).sum()),
@@ -236,14 +270,16 @@ def _kind_of_reason(reason: object) -> str:
     return words
 
 
-def _by_class(latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int]) -> dict[str, Any]:
+def _by_class(
+    latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int], of: Estimator
+) -> dict[str, Any]:
     found = {}
     for name in CLASSES:
         members = latents[latents["shared_class"] == name]
         if members.empty:
             continue
         inside = own.index.isin(members.index)
-        good = own[inside & (kinds == "ok").to_numpy()]
+        good = of.of(own[inside & (kinds == "ok").to_numpy()])
         values = good["balanced_accuracy"].astype(float)
         counted = members.get("eligible")
         found[name] = {
@@ -253,8 +289,8 @@ def _by_class(latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explai
             "n_explained": len(explained & set(members.index)),
             "n_scored": len(good),
             "n_failed": int((kinds[inside] == "failed").sum()),
-            **mean_of(bootstrap_mean(values)),
-            "quartiles": quartiles_of(values),
+            **mean_of(of.mean(values, error_of(good))),
+            **quartile_figures(of, values, error_of(good)),
         }
     return found
 
@@ -324,11 +360,24 @@ def quartiles_of(values: pd.Series) -> list[float | None]:
     return [number(q) for q in quartiles(values)]
 
 
-def histogram(values: pd.Series | np.ndarray, edges: np.ndarray) -> dict[str, Any]:
-    """Counts between ``edges``; what lies outside is counted in the first or last bin."""
+def quartile_figures(of: Estimator, values: pd.Series, error: pd.Series | None = None) -> dict[str, Any]:
+    found = [quartile.as_dict() for quartile in of.quartiles(values, error)]
+    return {"quartiles": [q["value"] for q in found], "quartile_intervals": [q["interval"] for q in found]}
+
+
+def histogram(values: pd.Series | np.ndarray, edges: np.ndarray, of: Estimator | None = None) -> dict[str, Any]:
+    """Counts between ``edges``; what lies outside is counted in the first or last bin.
+
+    Of a sample also ``estimated``: how many of all eligible latents are in each bin.
+    """
     inside = np.clip(np.asarray(values, dtype=float), edges[0], edges[-1])
-    counts, _ = np.histogram(inside[np.isfinite(inside)], bins=edges)
-    return {"edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()}
+    known = np.isfinite(inside)
+    counts, _ = np.histogram(inside[known], bins=edges)
+    found = {"edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()}
+    if of is not None and of.sample is not None and isinstance(values, pd.Series):
+        estimated, _ = np.histogram(inside[known], bins=edges, weights=of.weights(values)[known])
+        found["estimated"] = [round(float(n), 3) for n in estimated]
+    return found
 
 
 def _plain(value: Any) -> Any:
