@@ -149,12 +149,14 @@ class _Order:
 
 def _correlate(orders: Sequence[_Order], weights: Floats) -> Floats:
     total = weights.sum(1, keepdims=True)
-    centred = []
+    centred, spread = [], []
     for order in orders:
         ranks = order.ranks(weights)
         centred.append(ranks - (weights * ranks).sum(1, keepdims=True) / total)
+        of_all, left = ((weights * x * x).sum(1) for x in (ranks, centred[-1]))
+        # Of a constant, weights that are no whole numbers leave rounding behind.
+        spread.append(np.sqrt(np.where(left > 1e-18 * of_all, left, np.nan)))
     found = np.ones((len(weights), len(orders), len(orders)))
-    spread = [np.sqrt((weights * c * c).sum(1)) for c in centred]
     with np.errstate(invalid="ignore", divide="ignore"):
         for i in range(len(orders)):
             for j in range(i, len(orders)):
