@@ -138,8 +138,12 @@ def real_share(values: Floats, kept: Bools, error: Floats, sample: pd.DataFrame)
 
 
 def _free(resamples: Resamples, kept: Bools) -> int:
-    """What stands for the number of observations in an interval: latents less the strata that they are of."""
-    return max(2, min(resamples.n_free, int(kept.sum())))
+    """What stands for the number of observations in an interval: latents less the strata that they are of.
+
+    1, which has no interval, for a single value: the bootstrap would be sure of it.
+    """
+    n = int(kept.sum())
+    return 1 if n == 1 else max(2, min(resamples.n_free, n))
 
 
 def error_of(rows: pd.DataFrame, value: str = "ba") -> pd.Series | None:

@@ -220,6 +220,16 @@ def correlation(score: pd.Series, similarity: np.ndarray, error: float, weights:
     return interval_of(of.correlations([score, similarity])[:, 0, 1], of.n_free)
 
 
+def test_of_one_latent_nothing_is_sure() -> None:
+    table = sample(100, 40)
+    one = int(table["latent"][table["drawn"]].iloc[0])
+    found = of_table(table, set(range(100))).mean(pd.Series({one: 0.7}), pd.Series({one: 0.01}))
+    assert found.value == pytest.approx(0.7)
+    assert np.isnan(found.low)
+    nothing = of_table(table, set(range(100))).mean(pd.Series(dtype=float))
+    assert np.isnan(nothing.value)
+
+
 def test_failures_take_their_place_with_them() -> None:
     """A latent that failed counts for its stratum, and the mean is of those that can be scored."""
     score = pd.Series(np.linspace(0.4, 1.0, 500))
