@@ -26,7 +26,7 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp import relation, reliability, scored, seeds
+from autointerp import estimation, relation, reliability, scored, seeds
 from autointerp.comparisons import METHODS as OF_DIFFERENCES
 from autointerp.comparisons import comparison_findings
 from autointerp.counterparts import counterpart_findings
@@ -54,18 +54,18 @@ def findings(
     latents = study.focus_latents()
     similar = "similarity" in latents
     has_scores = rows is not None and bool((rows["status"].map(scored.status_kind) == "ok").any())
-    part = None
+    part, sample = None, study.sample()
     if rows is not None and study.setup is not None:
         verdicts = reliability.verdicts_of(study.focus, rows, study.setup)
         together = reliability.together_of(study.setup)
-        part = relation.Part(study.focus.name, rows, latents, verdicts, together)
+        part = relation.Part(study.focus.name, rows, latents, verdicts, together, sample=sample)
     scores = None
     if rows is not None or told.explained:
-        scores = scored.score_findings(_rows_or_none(rows), latents, told.explained, told.too_few)
+        scores = scored.score_findings(_rows_or_none(rows), latents, told.explained, told.too_few, sample)
         scores["reliability"] = (
-            None if part is None else reliability.reliability_findings(part.rows, part.verdicts, part.together)
+            None if part is None else reliability.reliability_findings(part.rows, part.verdicts, part.together, sample)
         )
-        scores |= comparison_findings(study, _rows_or_none(rows), told)
+        scores |= comparison_findings(study, _rows_or_none(rows), told, sample)
         n, command = scores.pop("n_waiting"), study.command("score", "--sae", study.focus.name)
         scores["waiting"] = {"n": n, "command": command} if n else None
     return {
@@ -210,6 +210,7 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
             "strata": METHODS["stratified_spearman"],
             **reliability.METHODS,
             **relation.METHODS,
+            **estimation.METHODS,
         },
         "training": "FVU, L0: mean over the last twentieth of the training log",
         "made_with": ", ".join(word for word in (versions, commit and f"commit {commit}") if word),

@@ -1,9 +1,10 @@
 """What a run's scores stand above: the control SAEs of its study, and the n-gram baseline, scored by the same protocol.
 
 Scores of a *control SAE* (:mod:`sae.controls`) are compared as two samples: its latents are others, so the difference
-of the means has an interval that resamples both. What it says is of latents of these very SAEs; another random draw of
-the frozen decoder would move it a little. The *baseline* explained the same latents from the same contexts, so it is
-compared latent by latent.
+of the means has an interval that resamples both. A control SAE's latents are a plain random sample of those with
+contexts enough; the run's own are weighted where they are a stratified one (:mod:`autointerp.estimation`). What it says
+is of latents of these very SAEs; another random draw of the frozen decoder would move it a little. The *baseline*
+explained the same latents from the same contexts, so it is compared latent by latent.
 
 The same protocol: explainer, judge, prompts, models and scorer are equal, so are the numbers of contexts of each kind
 and the precision to which each explanation was judged. Only the contexts themselves differ, for they are the latents'.
@@ -12,42 +13,50 @@ and the precision to which each explanation was judged. Only the contexts themse
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 from autointerp import scored
+from autointerp.estimation import AS_THEY_ARE, Estimator, error_of
 from autointerp.evidence import Study, Told
 from autointerp.journal import Journal
 from autointerp.pooled import scored_alike
+from autointerp.rank_bootstrap import interval_of
+from autointerp.sample_record import Sample
 from autointerp.scorers.base import HARDER
-from autointerp.statistics import UNKNOWN, Estimate, bootstrap_mean
+from autointerp.statistics import UNKNOWN, Estimate
 from sae.controls import CONTROLS, controls_of
 from sae.run import Run
 
-METHODS = {"difference": "percentile bootstrap of the difference of two means, both resampled, 2000 resamples, seeded"}
+METHODS = {
+    "difference": "expanded percentile bootstrap of the difference of two means, both resampled, 1000 resamples, seeded"
+}
 
 
-def comparison_findings(study: Study, rows: pd.DataFrame, told: Told) -> dict[str, Any]:
+def comparison_findings(study: Study, rows: pd.DataFrame, told: Told, sample: Sample | None = None) -> dict[str, Any]:
     """``control_saes`` and ``baseline`` of the scores in ``rows``, as JSON values.
+
+    With a ``sample``, the run's own scores are weighted as everywhere (:func:`autointerp.scored.score_findings`).
 
     ``control_saes`` has an entry for each control SAE that was scored alike; ``lacking_controls`` says of which there
     is none, and how it is had (``None`` where there is nothing to say).
     """
-    own, controls = good(rows), controls_of(study.focus)
+    controls = controls_of(study.focus)
+    of = scored.estimator_of(rows, told.too_few, sample)
+    own = of.of(good(rows))
     entries, lacking = [], []
     for kind in CONTROLS:
         alike = scored_alike(study, controls[kind]) if kind in controls else None
         if alike is None or good(alike[0]).empty:
             lacking.append(kind)
         else:
-            entries.append({"kind": kind, "run": controls[kind].name, **_beside(own, alike[0])})
+            entries.append({"kind": kind, "run": controls[kind].name, **_beside(own, alike[0], of)})
     return {
         "control_saes": entries,
         "lacking_controls": _lacking(study, lacking, controls, told),
-        "baseline": _baseline(study, own),
+        "baseline": _baseline(study, own, of),
     }
 
 
@@ -56,52 +65,54 @@ def good(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows["control"] == "none") & (rows["status"] == "ok")].set_index("latent")
 
 
-def difference_of_means(a: pd.Series, b: pd.Series) -> Estimate:
-    """mean(a) − mean(b) of two independent samples, NaN left out, with its interval (see :data:`METHODS`)."""
-    x, y = (np.asarray(values, dtype=np.float64) for values in (a, b))
-    x, y = x[~np.isnan(x)], y[~np.isnan(y)]
-    if not len(x) or not len(y):
+def difference_of_means(
+    a: pd.Series, b: pd.Series, of: Estimator = AS_THEY_ARE, error: pd.Series | None = None
+) -> Estimate:
+    """mean(a) − mean(b) of two independent samples, NaN left out, with its interval (see :data:`METHODS`).
+
+    Args:
+        of: what the latents of ``a`` are a sample of; those of ``b`` are as they are.
+        error: the error variances of ``a``, where they are known.
+    """
+    a, b = a.astype(float).dropna(), b.astype(float).dropna()
+    if a.empty or b.empty:
         return UNKNOWN
-    value = float(x.mean() - y.mean())
-    if min(len(x), len(y)) < 2:
-        return Estimate(value, np.nan, np.nan)
-
-    def statistic(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
-        return np.asarray(x.mean(axis) - y.mean(axis))
-
-    drawn = stats.bootstrap((x, y), statistic, n_resamples=2000, method="percentile", batch=200, rng=0)
-    low, high = drawn.confidence_interval
-    return Estimate(value, min(float(low), value), max(float(high), value))
+    draws, n = of.mean_draws(a, error)
+    theirs, m = Estimator(seed=1).mean_draws(b)
+    return interval_of(draws - theirs, min(n, m))
 
 
-def paired_difference(a: pd.Series, b: pd.Series) -> Estimate:
-    """The mean of a − b over the latents that have both."""
-    return bootstrap_mean((a.astype(float) - b.astype(float)).dropna())
-
-
-def _beside(own: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
+def _beside(own: pd.DataFrame, rows: pd.DataFrame, of: Estimator) -> dict[str, Any]:
     """One control SAE's scores, and how far those of ``own`` stand above them."""
     theirs = good(rows)
     failed = rows[(rows["control"] == "none") & (rows["status"] != "ok")]
+
+    def difference(column: str, value: str) -> Estimate:
+        return difference_of_means(own[column], theirs[column], of, error_of(own, value))
+
     return {
-        **_figures(own, theirs, difference_of_means),
+        **_figures(own, theirs, AS_THEY_ARE, difference),
         "n_failed": int((failed["status"].map(scored.status_kind) == "failed").sum()),
         "n_ineligible": int((failed["status"].map(scored.status_kind) == "ineligible").sum()),
     }
 
 
 def _figures(
-    own: pd.DataFrame, theirs: pd.DataFrame, difference: Callable[[pd.Series, pd.Series], Estimate]
+    own: pd.DataFrame, theirs: pd.DataFrame, of: Estimator, difference: Callable[[str, str], Estimate]
 ) -> dict[str, Any]:
-    values = theirs["balanced_accuracy"].astype(float)
+    """The figures of ``theirs``, which are a sample as ``of`` says, and how far ``own`` is above them.
+
+    ``difference`` is that of the means of a column, given with the beginning of the names of its interval.
+    """
+    values, error = theirs["balanced_accuracy"].astype(float), error_of(theirs)
     aurocs = theirs["auroc"].astype(float).dropna() if "auroc" in theirs else pd.Series(dtype=float)
     found = {
-        **scored.mean_of(bootstrap_mean(values)),
-        "quartiles": scored.quartiles_of(values),
-        "auroc_mean": scored.number(aurocs.mean()) if len(aurocs) else None,
+        **scored.mean_of(of.mean(values, error)),
+        **scored.quartile_figures(of, values, error),
+        "auroc_mean": scored.number(of.plain_mean(aurocs)) if len(aurocs) else None,
         "n_scored": len(values),
-        "histogram": scored.histogram(values, scored.SCORE_EDGES),
-        "above": scored.mean_of(difference(own["balanced_accuracy"], theirs["balanced_accuracy"])),
+        "histogram": scored.histogram(values, scored.SCORE_EDGES, of),
+        "above": scored.mean_of(difference("balanced_accuracy", "ba")),
         "negatives": {},
     }
     for kind in HARDER:
@@ -109,14 +120,14 @@ def _figures(
         if column in own and column in theirs and own[column].notna().any() and theirs[column].notna().any():
             harder = theirs[column].astype(float).dropna()
             found["negatives"][kind] = {
-                **scored.mean_of(bootstrap_mean(harder)),
+                **scored.mean_of(of.mean(harder, error_of(theirs.loc[harder.index], column))),
                 "n_scored": len(harder),
-                "above": scored.mean_of(difference(own[column], theirs[column])),
+                "above": scored.mean_of(difference(column, column)),
             }
     return found
 
 
-def _baseline(study: Study, own: pd.DataFrame) -> dict[str, Any] | None:
+def _baseline(study: Study, own: pd.DataFrame, of: Estimator) -> dict[str, Any] | None:
     """The n-gram explanations of the same latents, judged by the n-gram judge; ``None`` where the scores are theirs."""
     setup, scores = study.setup, study.scores
     if setup is None or scores is None or setup["judge"] == "ngram":
@@ -128,7 +139,8 @@ def _baseline(study: Study, own: pd.DataFrame) -> dict[str, Any] | None:
         theirs = good(rows)
         both = theirs.index.intersection(own.index)
         if len(both) and scored.precision_of(rows) == wanted:
-            return _figures(own.loc[both], theirs.loc[both], paired_difference)
+            ours, theirs = own.loc[both], theirs.loc[both]
+            return _figures(ours, theirs, of, partial(of.difference, ours, theirs))
     return None
 
 

@@ -7,13 +7,15 @@ explains the sample, `score` judges the explanations that it finds there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
 from autointerp.journal import Journal
 from autointerp.material import Material
-from autointerp.selection import Choice, choose
+from autointerp.sampling import permanent_number
+from autointerp.selection import Choice
 from sae.controls import controls_of
 from sae.run import Run
 
@@ -42,29 +44,25 @@ def sample_size(choice: Choice, kind: str, asked: int | None, n_of_run: int) -> 
 
 
 def sample_of(control: Run, n: int) -> list[int]:
-    """The ``n`` latents of a control SAE that are explained: those that `explain` would take, were it a run like any.
+    """The ``n`` latents of a control SAE that are explained: a plain random sample of those with contexts enough.
 
     Contexts are counted only of as many latents as it takes to find ``n`` that have enough.
     """
-    sampler, m = Material.of(control).sampler, control.settings.training.num_latents
-    eligible: dict[int, bool] = {}
-    looked = n
-    while True:
-        looked = min(2 * looked, m)
-        for latent in choose(control, pd.DataFrame(), range(m), Choice(n=looked)):
-            if latent not in eligible:
-                eligible[latent] = sampler.eligible(latent)[0]
-        able = [latent for latent, enough in eligible.items() if enough]
-        if len(able) >= n or looked == m:
-            return choose(control, pd.DataFrame(), able, Choice(n=n))
+    sampler = Material.of(control).sampler
+    able = (x for x in in_turn(range(control.settings.training.num_latents)) if sampler.eligible(x)[0])
+    return sorted(itertools.islice(able, n))
 
 
-def first(run: Run, explanations: pd.DataFrame, n: int | None) -> pd.DataFrame:
-    """The explanations of the first ``n`` latents, in the order in which `explain` takes them; all for ``None``."""
+def in_turn(latents: Iterable[int]) -> list[int]:
+    """Latents in an order that says nothing of them, the same whatever others there are."""
+    return sorted(latents, key=lambda latent: permanent_number(0, latent))
+
+
+def first(explanations: pd.DataFrame, n: int | None) -> pd.DataFrame:
+    """The explanations of the first ``n`` latents, :func:`in_turn`; all for ``None``."""
     if n is None or explanations.empty:
         return explanations
-    chosen = choose(run, pd.DataFrame(), explanations["latent"].astype(int).tolist(), Choice(n=n)) if n else []
-    return explanations[explanations["latent"].isin(chosen)]
+    return explanations[explanations["latent"].isin(in_turn(set(explanations["latent"].astype(int)))[:n])]
 
 
 def was_explained(run: Run) -> bool:

@@ -16,6 +16,7 @@ import pandas as pd
 
 from autointerp import scored
 from autointerp.journal import Journal
+from autointerp.sample_record import Sample, sample_of
 from sae.align_stage import behaviour_facts, behaviours, is_aligned, is_compared
 from sae.alignment import both_ways
 from sae.errors import BadInput, NotFound, nearest
@@ -166,6 +167,10 @@ class Study:
 
     def score_rows(self) -> pd.DataFrame | None:
         return None if self.scores is None or self.setup is None else scored.rows_of(self.scores, self.setup)
+
+    def sample(self) -> Sample | None:
+        """What was drawn of the focus run's latents for the chosen set-up; ``None`` where nothing is on record."""
+        return None if self.setup is None else sample_of(self.focus, self.setup)
 
     def journal(self) -> Told:
         """The explanations of the chosen set-up; where nothing is scored yet, the newest (a language model's before the

@@ -23,7 +23,9 @@ from autointerp.cost import BudgetSpent, going_on
 from autointerp.explainers.base import Explainer
 from autointerp.journal import Journal
 from autointerp.material import Material
-from autointerp.selection import Choice, check, choose, partners
+from autointerp.sample_record import Draw, partners_of, record
+from autointerp.sampling import permanent_number
+from autointerp.selection import Choice, check, choose, draw, partners
 from autointerp.work import Outcome, in_flight
 from sae.align_stage import ensure_aligned
 from sae.errors import BadInput
@@ -36,10 +38,11 @@ from sae.stage import Compute
 
 @dataclass(frozen=True)
 class Task:
-    """The latents of one run that are to be explained."""
+    """The latents of one run that are to be explained, and the sample that they are (``None``: named outright)."""
 
     run: Run
     latents: list[int]
+    draw: Draw | None = None
 
 
 def explain_runs(
@@ -86,8 +89,10 @@ def plan_latents(run: Run, choice: Choice) -> list[Task]:
     """What is to be explained of a run that is harvested (and aligned, where the choice needs that)."""
     eligibility = Material.of(run).eligibility()
     eligible = eligibility["latent"][eligibility["eligible"]].tolist()
-    table = read_table(run.stage_path("overlap")) if choice.needs_alignment else pd.DataFrame()
-    latents = choose(run, table, eligible, choice)
+    path = run.stage_path("overlap")
+    table = read_table(path) if choice.needs_alignment or path.exists() else pd.DataFrame()
+    sample = None if choice.indices else draw(run, table, eligible, choice)
+    latents = choose(run, table, eligible, choice) if sample is None else sample.latents
     lacking = sorted(set(latents) - set(eligible))
     if lacking:  # named outright by the user: said here, recorded as failures below
         say(f"{run.name}: {len(lacking)} of the latents named have too few contexts, the first is {lacking[0]}")
@@ -96,12 +101,15 @@ def plan_latents(run: Run, choice: Choice) -> list[Task]:
             f"run {run.name!r}: no latent fits (asked for: {choice.sharing}, {len(eligible)} eligible in all); "
             "ask for another class, another --threshold, or harvest more tokens"
         )
-    tasks = [Task(run, latents)]
+    tasks = [Task(run, latents, sample)]
     if choice.with_partners:
         for sibling in run.siblings():
             theirs = Material.of(sibling).eligibility()
             able = set(theirs["latent"][theirs["eligible"]])
-            tasks.append(Task(sibling, [x for x in partners(table, sibling.name, latents) if x in able]))
+            column = table.sort_values("latent")[f"decoder_partner__{sibling.name}"].to_numpy()
+            of_sample = None if sample is None else partners_of(sample, run.name, column, able)
+            chosen = [x for x in partners(table, sibling.name, latents) if x in able]
+            tasks.append(Task(sibling, chosen, of_sample))
     return tasks
 
 
@@ -187,8 +195,11 @@ async def _explain_run(
     material = Material.of(task.run)
     same = identity_of(explainer, material)
     with Journal(task.run.journal_path) as journal, journal.claim():
+        if task.draw is not None:
+            record(task.run, task.draw, same)
         stored = journal.explanations(status="ok", draw=0, **same)
-        todo = sorted(set(task.latents) - set(stored["latent"].tolist()))
+        # In an order that says nothing of a latent, so that what is done when a budget ends is a fair sample as well.
+        todo = sorted(set(task.latents) - set(stored["latent"].tolist()), key=lambda x: permanent_number(0, x))
         before = len(task.latents) - len(todo)
         if before:
             say(f"{task.run.name}: {before} of {len(task.latents)} latents were explained before")

@@ -5,6 +5,7 @@ run = Run.open("run_a")
 run.latents()        # one row per latent, every stage's columns
 run.contexts(17)     # activating contexts, strongest first
 run.explanations(), run.scores(), run.reliability(), run.sae()
+run.sample()         # which latents were drawn to be explained, with their inclusion probabilities and weights
 """
 
 from __future__ import annotations
@@ -64,3 +65,12 @@ class Run(sae.run.Run):
         ]
         table = pd.DataFrame(rows).drop(columns="interval", errors="ignore")
         return table.astype(dict.fromkeys(("value", "low", "high"), float)) if rows else table
+
+    def sample(self) -> pd.DataFrame:
+        """Every draw of latents to explain, its whole population in rows: ``drawn``, ``probability``, ``weight``, …
+
+        See :func:`autointerp.sampling.drawn`; ``draw`` tells draws apart, of other explainers or populations.
+        """
+        if not self.stage_path("sample").exists():
+            raise NotFound(f"run {self.name!r} has no sample; run `python cli.py explain --sae {self.name}`")
+        return read_table(self.stage_path("sample"))

@@ -11,6 +11,7 @@ from autointerp import scored
 from autointerp.evidence import Study
 from autointerp.relation import Part, pooled_findings
 from autointerp.reliability import together_of, verdicts_of
+from autointerp.sample_record import sample_of
 from sae.bootstrap import partner_units
 from sae.files import read_table
 from sae.run import Run
@@ -34,7 +35,8 @@ def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | No
             latents, together = study.latents_of(run), together_of(setup)
             if "firing_frequency" in latents:
                 verdicts = of_focus if run.name == study.focus.name else verdicts_of(run, rows, setup)
-                parts.append(Part(run.name, rows, latents, verdicts, together, units[run.name]))
+                sample = sample_of(run, setup)
+                parts.append(Part(run.name, rows, latents, verdicts, together, units[run.name], sample))
     return pooled_findings(parts)
 
 

@@ -40,7 +40,7 @@ class Part:
 
     def explanations(self, journal: Journal) -> pd.DataFrame:
         """Those that are to be scored, whoever's they are."""
-        return first(self.run, journal.explanations(status="ok"), self.at_most)
+        return first(journal.explanations(status="ok"), self.at_most)
 
     def readable(self, journal: Journal, judge: Judge) -> pd.DataFrame:
         """Those that are the judge's.

@@ -5,6 +5,15 @@ in which each value stands so often. So nothing is copied or sorted again for a 
 drawn together: a latent and its partners in the other seeds are one observation, and were each drawn by itself, the
 intervals would be too narrow.
 
+Values of a stratified sample have weights of their own (:mod:`autointerp.sampling`), which a resample multiplies. Units
+are then drawn within their strata, n - 1 of n, and the factors are brought towards 1 as the finite population asks (the
+rescaling bootstrap of Rao and Wu 1988, in the weights as in Rao, Wu and Yue 1992):
+
+    factor = 1 - c + c n / (n - 1) times held,    c = sqrt(1 - known)
+
+``known`` is the share of the sampling variance that is none: the stratum's sampling fraction, where values are known
+without error; see :mod:`autointerp.estimation` for values that are not.
+
 R resamples, N values. Row 0 of every result is the sample itself.
 """
 
@@ -16,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from autointerp.statistics import sorted_quantiles
 from sae.estimate import Estimate
 
 Floats = NDArray[np.float64]
@@ -30,26 +40,75 @@ class Resamples:
 
     Args:
         units: [N] the group that each value belongs to, of any type that can be compared.
+        weights: [N] how many values of the population each stands for; scaled alike, they give the same results.
+        strata: [N] a number each; a unit is in that of its first value. Where a stratum has but one unit, it is
+            taken together with the next.
+        known: [N] the share of each stratum's sampling variance that is none, from 0 to 1.
     """
 
-    def __init__(self, units: ArrayLike, resamples: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        units: ArrayLike,
+        resamples: int | None = None,
+        seed: int = 0,
+        *,
+        weights: ArrayLike | None = None,
+        strata: ArrayLike | None = None,
+        known: ArrayLike | None = None,
+    ) -> None:
         resamples = RESAMPLES if resamples is None else resamples
-        _, self.unit = np.unique(np.asarray(units), return_inverse=True)
+        _, first, self.unit = np.unique(np.asarray(units), return_index=True, return_inverse=True)
         self.n_units = int(self.unit.max(initial=-1)) + 1
+        self.own = None if weights is None else np.asarray(weights, dtype=np.float64)
         rng = np.random.default_rng(seed)
         self._held = np.ones((resamples + 1, self.n_units), dtype=np.uint8)
-        for row in self._held[1:]:
-            row[:] = np.bincount(rng.integers(self.n_units, size=self.n_units), minlength=self.n_units)
+        self._times, self._plus = np.ones(self.n_units), np.zeros(self.n_units)
+        self.n_strata = 1
+        if strata is None:
+            for row in self._held[1:]:
+                row[:] = np.bincount(rng.integers(self.n_units, size=self.n_units), minlength=self.n_units)
+            return
+        of = _none_alone(np.asarray(strata)[first])
+        c = np.sqrt(1 - (np.zeros(self.n_units) if known is None else np.clip(np.asarray(known, float)[first], 0, 1)))
+        self.n_strata = int(of.max(initial=0)) + 1
+        for stratum in range(self.n_strata):
+            inside = np.flatnonzero(of == stratum)
+            n = len(inside)
+            if n > 1:
+                drawn = rng.multinomial(n - 1, np.full(n, 1 / n), size=resamples)
+                self._held[1:, inside] = drawn
+                self._times[inside], self._plus[inside] = c[inside] * n / (n - 1), 1 - c[inside]
 
     def __len__(self) -> int:
         return len(self._held)
 
+    @property
+    def n_free(self) -> int:
+        """As many units as would leave as many degrees of freedom without strata."""
+        return self.n_units - self.n_strata + 1
+
     def weights(self, kept: Bools | None = None) -> Iterator[Floats]:
         """The weights of the values (``kept`` [N] of them) in pieces [r, n], which together have R + 1 rows."""
-        unit = self.unit if kept is None else self.unit[kept]
+        chosen = slice(None) if kept is None else kept
+        unit = self.unit[chosen]
+        own = 1.0 if self.own is None else self.own[chosen]
         step = max(1, _CELLS // max(1, len(unit)))
         for start in range(0, len(self), step):
-            yield self._held[start : start + step].astype(np.float64)[:, unit]
+            factors = self._held[start : start + step].astype(np.float64) * self._times + self._plus
+            if start == 0:
+                factors[0] = 1.0  # the sample itself
+            yield factors[:, unit] * own
+
+    def quantiles(self, values: ArrayLike, at: ArrayLike, kept: Bools | None = None) -> Floats:
+        """[R + 1, Q] the quantiles ``at`` [Q] of the values [N]; see :func:`autointerp.statistics.quantiles`."""
+        x = np.asarray(values, dtype=np.float64)
+        x = x if kept is None else x[kept]
+        order, at = np.argsort(x, kind="stable"), np.asarray(at, dtype=np.float64)
+        if not len(x):
+            return np.full((len(self), len(at)), np.nan)
+        return np.concatenate(
+            [np.stack([sorted_quantiles(x[order], row, at) for row in w[:, order]]) for w in self.weights(kept)]
+        )
 
     def count(self, kept: Bools) -> int:
         """How many units the values ``kept`` [N] are of."""
@@ -90,18 +149,34 @@ class _Order:
 
 def _correlate(orders: Sequence[_Order], weights: Floats) -> Floats:
     total = weights.sum(1, keepdims=True)
-    centred = []
+    centred, spread = [], []
     for order in orders:
         ranks = order.ranks(weights)
         centred.append(ranks - (weights * ranks).sum(1, keepdims=True) / total)
+        of_all, left = ((weights * x * x).sum(1) for x in (ranks, centred[-1]))
+        # Of a constant, weights that are no whole numbers leave rounding behind.
+        spread.append(np.sqrt(np.where(left > 1e-18 * of_all, left, np.nan)))
     found = np.ones((len(weights), len(orders), len(orders)))
-    spread = [np.sqrt((weights * c * c).sum(1)) for c in centred]
     with np.errstate(invalid="ignore", divide="ignore"):
         for i in range(len(orders)):
             for j in range(i, len(orders)):
                 r = (weights * centred[i] * centred[j]).sum(1) / (spread[i] * spread[j])
                 found[:, i, j] = found[:, j, i] = np.clip(r, -1, 1)
     return found
+
+
+def _none_alone(strata: NDArray) -> NDArray[np.intp]:
+    """Strata numbered from 0, each with two members at least where there are two."""
+    names, of, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    joined, number, waiting = np.zeros(len(names), np.intp), 0, 0
+    for i, size in enumerate(sizes):
+        joined[i] = number
+        waiting += size
+        if waiting > 1:
+            number, waiting = number + 1, 0
+    if waiting and number:
+        joined[joined == number] = number - 1
+    return joined[of.reshape(-1)]
 
 
 def partial(xy: Floats, xz: Floats, yz: Floats) -> Floats:

@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from autointerp.estimation import error_of, real_share
 from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of, partial
 from autointerp.reliability import Corrected, Halves, corrected_spearman, splits_of
+from autointerp.sample_record import Sample
 from autointerp.scored import mean_of, number, status_kind
 from autointerp.statistics import (
     UNKNOWN,
     Estimate,
     bootstrap_mean,
     partial_spearman,
+    quantiles,
     short_of_one,
     spearman,
     strata_of,
@@ -55,15 +58,21 @@ class Part:
     verdicts: pd.DataFrame
     together: int = 1
     unit: np.ndarray | None = None
+    sample: Sample | None = None
+    """What the scored latents are a sample of; ``None``: of nothing on record."""
 
     def joined(self) -> pd.DataFrame:
-        """The scored latents that fire: ``score``, ``similarity``, ``frequency`` (log 10), ``unshared``, ``unit``."""
-        good = (self.rows["control"] == "none") & (self.rows["status"].map(status_kind) == "ok")
-        own = self.rows[good].set_index("latent")
+        """The scored latents that fire: ``score``, ``similarity``, ``frequency`` (log 10), ``unshared``, ``unit``.
+
+        With a sample those that are in it, with ``weight``, ``stratum`` and ``known`` (see ``Resamples``).
+        """
+        own = self.rows[self.rows["control"] == "none"].set_index("latent")
+        weights = None if self.sample is None else self.sample.weights(set(own.index))
+        own = own[own["status"].map(status_kind) == "ok"]
         columns = ["similarity", "firing_frequency"]
         table = own[["balanced_accuracy"]].join(self.latents[columns], how="inner").dropna().astype(float)
         table = table[table["firing_frequency"] > 0]
-        return pd.DataFrame(
+        joined = pd.DataFrame(
             {
                 "score": table["balanced_accuracy"],
                 "similarity": table["similarity"],
@@ -72,13 +81,28 @@ class Part:
                 "unit": table.index if self.unit is None else np.asarray(self.unit)[table.index],
             }
         )
+        if weights is None:
+            return joined
+        joined = joined.join(weights, how="inner")
+        error = error_of(own.loc[joined.index])
+        rho = 0.0
+        if error is not None:
+            kept = np.ones(len(joined), dtype=bool)
+            rho = real_share(joined["score"].to_numpy(), kept, error.to_numpy(), joined)
+        return joined.assign(known=rho * joined["fraction"])
 
 
 def relation_findings(part: Part, *, n_bins: int = 4) -> dict[str, Any] | None:
-    """One run's scores against cross-seed similarity; ``None`` where fewer than three latents have both."""
+    """One run's scores against cross-seed similarity; ``None`` where fewer than three latents have both.
+
+    Of a sample, all of it is weighted and by resampling within strata: see :mod:`autointerp.estimation`.
+    """
     table = part.joined()
     if len(table) < 3:
         return None
+    if part.sample is not None:
+        of = Resamples(table["unit"], weights=table["weight"], strata=table["stratum"], known=table["known"])
+        return _all_by_resampling([part], [table], of, n_bins)
     score, similarity, frequency = table["score"], table["similarity"], table["frequency"]
     within = stratified_spearman(similarity, score, frequency, n_strata=n_bins)
     place = _quarter(similarity, n_bins)
@@ -109,15 +133,32 @@ def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> dict[str, Any]
     tables = [table for table in tables if len(table)]
     if len(parts) < 2 or sum(map(len, tables)) < 3:
         return None
-    table = pd.concat(tables, ignore_index=True)
-    score, similarity, frequency = table["score"], table["similarity"], table["frequency"]
-    resamples = Resamples(table["unit"])
-    n, r = resamples.n_units, resamples.correlations([similarity, score, frequency])
-    strata, place = strata_of(frequency, n_bins), _quarter(similarity, n_bins)
-    inside = {int(i): _within(resamples, similarity, score, strata == i) for i in np.unique(strata)}
+    weighted = all(part.sample is not None for part in parts)
+    whole = pd.concat(tables, ignore_index=True)
+    resamples = Resamples(whole["unit"])
+    if weighted:
+        # A unit is in the stratum that it has in the first run that holds it. Without correction for how much of the
+        # population is known: what units of several runs are drawn from is larger than what either was.
+        run = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        strata = run * (int(whole["stratum"].max()) + 1) + whole["stratum"].to_numpy()
+        resamples = Resamples(whole["unit"], weights=whole["weight"], strata=strata)
     return {
         "runs": [part.run for part in parts],
-        "n_units": n,
+        "n_units": resamples.n_units,
+        "weighted": weighted,
+        **_all_by_resampling(parts, tables, resamples, n_bins),
+    }
+
+
+def _all_by_resampling(
+    parts: Sequence[Part], tables: Sequence[pd.DataFrame], resamples: Resamples, n_bins: int
+) -> dict[str, Any]:
+    table = pd.concat(tables, ignore_index=True)
+    score, similarity, frequency = table["score"], table["similarity"], table["frequency"]
+    n, r = resamples.n_free, resamples.correlations([similarity, score, frequency])
+    strata, place = strata_of(frequency, n_bins, resamples.own), _quarter(similarity, n_bins, resamples.own)
+    inside = {int(i): _within(resamples, similarity, score, strata == i) for i in np.unique(strata)}
+    return {
         **_tree(
             table,
             whole=interval_of(r[:, 0, 1], n),
@@ -128,6 +169,7 @@ def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> dict[str, Any]
             strata={i: interval_of(draws, resamples.count(strata == i)) for i, draws in inside.items()},
             means={int(i): _mean(resamples, score, place == i) for i in np.unique(place)},
             n_bins=n_bins,
+            weights=resamples.own,
         ),
         **_by_resampling(parts, tables, resamples),
     }
@@ -144,8 +186,10 @@ def _tree(
     strata: Mapping[int, Estimate],
     means: Mapping[int, Estimate],
     n_bins: int,
+    weights: Floats | None = None,
 ) -> dict[str, Any]:
-    frequency, place = strata_of(table["frequency"], n_bins), _quarter(table["similarity"], n_bins)
+    frequency = strata_of(table["frequency"], n_bins, weights)
+    place = _quarter(table["similarity"], n_bins, weights)
     told = whole.as_dict()
     return {
         "spearman": told["value"],
@@ -176,9 +220,9 @@ def _tree(
     }
 
 
-def _quarter(x: pd.Series, n: int) -> np.ndarray:
-    """Which quantile of x each value is in, from 0."""
-    edges = np.unique(np.quantile(x, np.linspace(0, 1, n + 1)[1:-1]))
+def _quarter(x: pd.Series, n: int, weights: Floats | None = None) -> np.ndarray:
+    """Which quantile of x each value is in, from 0; of the population, where values have weights."""
+    edges = np.unique(quantiles(x, np.linspace(0, 1, n + 1)[1:-1], weights))
     return np.searchsorted(edges, x, side="right")
 
 
@@ -244,7 +288,7 @@ def matched_difference(score: Floats, shared: Bools, frequency: Floats, resample
         shared: [N] whether each latent is shared with any other run.
         frequency: [N] what is to be equal, such as the log of the firing frequency.
     """
-    strata = strata_of(frequency, int(np.clip(len(score) // _IN_STRATUM, 1, _FREQUENCY_STRATA)))
+    strata = strata_of(frequency, int(np.clip(len(score) // _IN_STRATUM, 1, _FREQUENCY_STRATA)), resamples.own)
     usable = [i for i in np.unique(strata) if 0 < shared[strata == i].sum() < (strata == i).sum()]
     sums, weight = np.zeros(len(resamples)), np.zeros(len(resamples))
     for i in usable:
@@ -257,8 +301,8 @@ def matched_difference(score: Floats, shared: Bools, frequency: Floats, resample
         sums += precision * difference
         weight += precision
     with np.errstate(invalid="ignore"):
-        matched = interval_of(sums / weight, resamples.n_units) if usable else UNKNOWN
-    plain = interval_of(resamples.means(score, shared) - resamples.means(score, ~shared), resamples.n_units)
+        matched = interval_of(sums / weight, resamples.n_free) if usable else UNKNOWN
+    plain = interval_of(resamples.means(score, shared) - resamples.means(score, ~shared), resamples.n_free)
     return {
         "plain": plain.as_dict(),
         "matched": matched.as_dict(),

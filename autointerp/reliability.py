@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 from autointerp.journal import Journal
 from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of, partial
+from autointerp.sample_record import Sample
 from autointerp.scorers.base import HARDER
 from sae.estimate import UNKNOWN, Estimate
 from sae.run import Run
@@ -149,7 +150,7 @@ def corrected_spearman(
 
     In the partial one both correlations with the score are corrected before the covariate [N] is held fixed.
     """
-    reliability, n = halves.draws(resamples), resamples.n_units
+    reliability, n = halves.draws(resamples), resamples.n_free
     told = interval_of(reliability, n)
     if not told.value >= LEAST:
         return Corrected(told, UNKNOWN, UNKNOWN)
@@ -161,13 +162,26 @@ def corrected_spearman(
     return Corrected(told, interval_of(with_similarity, n), interval_of(held, n))
 
 
-def reliability_findings(rows: pd.DataFrame, verdicts: pd.DataFrame, together: int) -> dict[str, Any] | None:
-    """The reliability of one set-up's scores as JSON values; ``None`` where there are no verdicts."""
-    own = rows[(rows["control"] == "none") & (rows["status"] == "ok")]
-    halves = Halves.of(verdicts, own["latent"].tolist(), together)
+def reliability_findings(
+    rows: pd.DataFrame, verdicts: pd.DataFrame, together: int, sample: Sample | None = None
+) -> dict[str, Any] | None:
+    """The reliability of one set-up's scores as JSON values; ``None`` where there are no verdicts.
+
+    With a ``sample``, that of the scores of all eligible latents (without finite population correction: the halves'
+    own noise is most of what is uncertain about it).
+    """
+    own = rows[rows["control"] == "none"].set_index("latent")
+    weights = None if sample is None else sample.weights(set(own.index))
+    own = own[own["status"] == "ok"]
+    own = own if weights is None else own[own.index.isin(weights.index)]
+    halves = Halves.of(verdicts, own.index.tolist(), together)
     if not halves.n:
         return None
-    told = interval_of(halves.draws(Resamples(np.arange(len(own)))), len(own))
+    resamples = Resamples(np.arange(len(own)))
+    if weights is not None:
+        of = weights.loc[own.index]
+        resamples = Resamples(np.arange(len(own)), weights=of["weight"], strata=of["stratum"])
+    told = interval_of(halves.draws(resamples), max(2, resamples.n_free))
     return {**told.as_dict(), "n": halves.n}
 
 

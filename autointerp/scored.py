@@ -14,13 +14,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
+from autointerp.estimation import Estimator, error_of
+from autointerp.sample_record import Sample
 from autointerp.scorers.base import HARDER
-from autointerp.statistics import Estimate, bootstrap_mean, proportion, quartiles
+from autointerp.statistics import UNKNOWN, Estimate, proportion, quartiles
 
 CLASSES = ("one", "some", "all")
 #: Bins of a score histogram: from 0 to 1 in steps of .02.
@@ -106,29 +109,37 @@ def precision_of(rows: pd.DataFrame) -> float | None:
 
 
 def score_findings(
-    rows: pd.DataFrame, latents: pd.DataFrame, explained: set[int], too_few: Set[int] = frozenset()
+    rows: pd.DataFrame,
+    latents: pd.DataFrame,
+    explained: set[int],
+    too_few: Set[int] = frozenset(),
+    sample: Sample | None = None,
 ) -> dict[str, Any]:
     """Distribution, control, and counts by shared class.
 
     ``rows`` are one set-up's; ``latents`` is the run's table by latent number (``alive``, ``shared_class``
     where there are siblings, ``eligible`` where contexts were counted for all); ``explained`` are the latents with
-    an explanation in the journal, ``too_few`` those that were asked for and had too few contexts for one.
+    an explanation in the journal, ``too_few`` those that were asked for and had too few contexts for one. With a
+    ``sample``, figures are of its latents and weighted (:mod:`autointerp.estimation`); counts are of latents as ever.
     """
     own = rows[rows["control"] == "none"].set_index("latent")
     kinds = own["status"].map(status_kind)
-    good = own[kinds == "ok"]
+    of = estimator_of(rows, too_few, sample)
+    scored = own[kinds == "ok"]
+    good, swapped = of.of(scored), Swapped.among(rows, sample)
     values = good["balanced_accuracy"].astype(float)
-    mean = bootstrap_mean(values)
+    mean, error = of.mean(values, error_of(good)), error_of(good)
     aurocs = good["auroc"].astype(float).dropna() if "auroc" in good else pd.Series(dtype=float)
     ineligible = set(own.index[kinds == "ineligible"]) | too_few
     asked = set(own.index) | explained | ineligible
     eligible = latents.get("eligible")
     return {
         **mean_of(mean),
-        "quartiles": quartiles_of(values),
-        "auroc_mean": number(aurocs.mean()) if len(aurocs) else None,
-        "auroc_interval": bootstrap_mean(aurocs).as_dict()["interval"],
+        **quartile_figures(of, values, error),
+        "auroc_mean": (auroc := of.mean(aurocs, error_of(good.loc[aurocs.index], "auroc")).as_dict())["value"],
+        "auroc_interval": auroc["interval"],
         "n_scored": len(good),
+        "sample": None if sample is None else _sample_findings(sample, of.sample, good, scored),
         "n_failed": int((kinds == "failed").sum()),
         "n_ineligible": len(ineligible),
         "n_asked": len(asked),
@@ -139,55 +150,101 @@ def score_findings(
         "n_alive": int(latents["alive"].sum()),
         "n_latents": len(latents),
         "n_failed_answers": failed_answers(own),
-        "histogram": histogram(values, SCORE_EDGES),
-        "control": _control(rows, values),
-        "negatives": _negatives(good, swapped_rows(rows)),
+        "histogram": histogram(values, SCORE_EDGES, of),
+        "control": _control(swapped, good),
+        "negatives": _negatives(good, of, swapped),
         "too_few": too_few_findings(latents),
-        "by_class": _by_class(latents, own, kinds, explained, swapped_rows(rows))
-        if "shared_class" in latents
-        else None,
+        "by_class": _by_class(latents, own, kinds, explained, of, swapped) if "shared_class" in latents else None,
     }
 
 
-def _control(rows: pd.DataFrame, own: pd.Series) -> dict[str, Any] | None:
+def _sample_findings(
+    sample: Sample, weights: pd.DataFrame | None, good: pd.DataFrame, scored: pd.DataFrame
+) -> dict[str, Any]:
+    """What the figures are a sample of, how far it has come, and how many scored latents are outside it."""
+    assert weights is not None
+    return {
+        **sample.as_dict(),
+        "n_done": len(weights),
+        "n_scored": len(good),
+        "n_waiting": len(sample.drawn - set(weights.index)),
+        "n_failed": len(weights) - len(good),
+        "n_outside": len(scored) - len(good),
+        "effective_n": number(weights["weight"].sum() ** 2 / (weights["weight"] ** 2).sum()) if len(weights) else None,
+    }
+
+
+def estimator_of(rows: pd.DataFrame, too_few: Set[int], sample: Sample | None) -> Estimator:
+    """What the own scores among ``rows`` are a sample of: those that came to an end, scored, failed or ``too_few``."""
+    if sample is None:
+        return Estimator()
+    return Estimator(sample.weights(set(rows["latent"][rows["control"] == "none"]) | too_few))
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """The swapped controls that did not fail.
+
+    Of a sample, the latents that have one are a smaller sample, chosen by their numbers alone.
+    """
+
+    rows: pd.DataFrame
+    """By latent."""
+    of: Estimator
+    n_failed: int
+
+    @classmethod
+    def among(cls, rows: pd.DataFrame, sample: Sample | None) -> Swapped:
+        asked = rows[rows["control"] == "swap"].set_index("latent")
+        of = Estimator(None if sample is None else sample.weights(set(asked.index)))
+        good = asked["status"].map(status_kind) == "ok"
+        return cls(of.of(asked[good]), of, int((~good).sum()))
+
+    def mean(self, column: str) -> float | None:
+        """The mean of one of the columns, without an interval."""
+        if column not in self.rows or self.rows[column].isna().all():
+            return None
+        return number(self.of.plain_mean(self.rows[column].astype(float).dropna()))
+
+    def below(self, own: pd.DataFrame, value: str = "ba") -> dict[str, Any] | None:
+        """The mean of own − swapped over the latents that have both, ``n`` of them, and for what ``fraction`` it is
+        above 0; ``None`` where none has.
+
+        Args:
+            own: rows by latent.
+            value: the beginning of the names of the score's interval.
+        """
+        column = "balanced_accuracy" if value == "ba" else value
+        if column not in own or column not in self.rows:
+            return None
+        paired = (own[column].astype(float) - self.rows[column].astype(float)).dropna()
+        if paired.empty:
+            return None
+        difference = self.of.difference(own, self.rows, column, value)
+        return {**mean_of(difference), "n": len(paired), "fraction": number(self.of.share(paired > 0))}
+
+
+def _control(swapped: Swapped, own: pd.DataFrame) -> dict[str, Any] | None:
     """The swapped control: each latent's contexts judged by another latent's explanation.
 
     ``leaks``: its mean is not .5 within its interval, so that something other than the explanation tells the judge
     where the latent fires.
     """
-    swapped = swapped_rows(rows)
-    if swapped.empty:
+    if swapped.rows.empty:
         return None
-    values = swapped["balanced_accuracy"].astype(float)
-    paired = (own - values).dropna()
-    mean = bootstrap_mean(values)
-    aurocs = swapped["auroc"].astype(float).dropna() if "auroc" in swapped else pd.Series(dtype=float)
+    of, values, error = swapped.of, swapped.rows["balanced_accuracy"].astype(float), error_of(swapped.rows)
+    mean = of.mean(values, error)
     return {
         "kind": "swap",
         **mean_of(mean),
         "leaks": bool(mean.low > CHANCE or mean.high < CHANCE),
-        "quartiles": quartiles_of(values),
-        "auroc_mean": number(aurocs.mean()) if len(aurocs) else None,
+        **quartile_figures(of, values, error),
+        "auroc_mean": swapped.mean("auroc"),
         "n_scored": len(values),
-        "n_failed": int((rows["control"] == "swap").sum()) - len(values),
-        "histogram": histogram(values, SCORE_EDGES),
-        "above_control": {
-            **mean_of(bootstrap_mean(paired)),
-            "n": len(paired),
-            "fraction": number((paired > 0).mean()) if len(paired) else None,
-        },
+        "n_failed": swapped.n_failed,
+        "histogram": histogram(values, SCORE_EDGES, of),
+        "above_control": swapped.below(own) or {**mean_of(UNKNOWN), "n": 0, "fraction": None},
     }
-
-
-def swapped_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """The swapped controls that did not fail, by latent."""
-    return rows[(rows["control"] == "swap") & (rows["status"].map(status_kind) == "ok")].set_index("latent")
-
-
-def _above(own: pd.Series, swapped: pd.Series) -> dict[str, Any] | None:
-    """The mean of own − swapped over the latents that have both; ``None`` where none has."""
-    paired = (own.astype(float) - swapped.astype(float)).dropna()
-    return {**mean_of(bootstrap_mean(paired)), "n": len(paired)} if len(paired) else None
 
 
 def failed_answers(rows: pd.DataFrame) -> int:
@@ -196,7 +253,7 @@ def failed_answers(rows: pd.DataFrame) -> int:
     return int(sum(rows[c].fillna(0).sum() for c in columns))
 
 
-def _negatives(good: pd.DataFrame, swapped: pd.DataFrame) -> dict[str, Any]:
+def _negatives(good: pd.DataFrame, of: Estimator, swapped: Swapped) -> dict[str, Any]:
     """By kind of negative: the mean over the latents that have it, and how many lack it. ``random`` makes the score.
 
     ``random_mean`` is the score of the same latents over random negatives: the kinds are compared on equal terms.
@@ -213,13 +270,13 @@ def _negatives(good: pd.DataFrame, swapped: pd.DataFrame) -> dict[str, Any]:
         some = good[has].astype({f"ba_{kind}": float, f"tnr_{kind}": float, "balanced_accuracy": float})
         aurocs = some[f"auroc_{kind}"].astype(float).dropna()
         found[kind] = {
-            **mean_of(bootstrap_mean(some[f"ba_{kind}"])),
-            "quartiles": quartiles_of(some[f"ba_{kind}"]),
-            "tnr": bootstrap_mean(some[f"tnr_{kind}"]).as_dict(),
-            "auroc_mean": number(aurocs.mean()) if len(aurocs) else None,
-            "random_mean": number(some["balanced_accuracy"].mean()),
-            "swapped_mean": number(swapped[f"ba_{kind}"].mean()) if f"ba_{kind}" in swapped else None,
-            "above_control": _above(some[f"ba_{kind}"], swapped[f"ba_{kind}"]) if f"ba_{kind}" in swapped else None,
+            **mean_of(of.mean(some[f"ba_{kind}"], error := error_of(some, f"ba_{kind}"))),
+            **quartile_figures(of, some[f"ba_{kind}"], error),
+            "tnr": of.mean(some[f"tnr_{kind}"], error_of(some, f"tnr_{kind}")).as_dict(),
+            "auroc_mean": number(of.plain_mean(aurocs)) if len(aurocs) else None,
+            "random_mean": number(of.plain_mean(some["balanced_accuracy"])),
+            "swapped_mean": swapped.mean(f"ba_{kind}"),
+            "above_control": swapped.below(some, f"ba_{kind}"),
             "n_scored": int(has.sum()),
             "n_missing": int((~has).sum()),
             "n_failed_answers": int(good[f"n_failed_{kind}"].fillna(0).sum()),
@@ -272,7 +329,7 @@ def _kind_of_reason(reason: object) -> str:
 
 
 def _by_class(
-    latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int], swapped: pd.DataFrame
+    latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int], of: Estimator, swapped: Swapped
 ) -> dict[str, Any]:
     found = {}
     for name in CLASSES:
@@ -280,7 +337,7 @@ def _by_class(
         if members.empty:
             continue
         inside = own.index.isin(members.index)
-        good = own[inside & (kinds == "ok").to_numpy()]
+        good = of.of(own[inside & (kinds == "ok").to_numpy()])
         values = good["balanced_accuracy"].astype(float)
         counted = members.get("eligible")
         found[name] = {
@@ -290,9 +347,9 @@ def _by_class(
             "n_explained": len(explained & set(members.index)),
             "n_scored": len(good),
             "n_failed": int((kinds[inside] == "failed").sum()),
-            **mean_of(bootstrap_mean(values)),
-            "above_control": _above(values, swapped["balanced_accuracy"]),
-            "quartiles": quartiles_of(values),
+            **mean_of(of.mean(values, error_of(good))),
+            "above_control": swapped.below(good),
+            **quartile_figures(of, values, error_of(good)),
         }
     return found
 
@@ -362,11 +419,24 @@ def quartiles_of(values: pd.Series) -> list[float | None]:
     return [number(q) for q in quartiles(values)]
 
 
-def histogram(values: pd.Series | np.ndarray, edges: np.ndarray) -> dict[str, Any]:
-    """Counts between ``edges``; what lies outside is counted in the first or last bin."""
+def quartile_figures(of: Estimator, values: pd.Series, error: pd.Series | None = None) -> dict[str, Any]:
+    found = [quartile.as_dict() for quartile in of.quartiles(values, error)]
+    return {"quartiles": [q["value"] for q in found], "quartile_intervals": [q["interval"] for q in found]}
+
+
+def histogram(values: pd.Series | np.ndarray, edges: np.ndarray, of: Estimator | None = None) -> dict[str, Any]:
+    """Counts between ``edges``; what lies outside is counted in the first or last bin.
+
+    Of a sample also ``estimated``: how many of all eligible latents are in each bin.
+    """
     inside = np.clip(np.asarray(values, dtype=float), edges[0], edges[-1])
-    counts, _ = np.histogram(inside[np.isfinite(inside)], bins=edges)
-    return {"edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()}
+    known = np.isfinite(inside)
+    counts, _ = np.histogram(inside[known], bins=edges)
+    found = {"edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()}
+    if of is not None and of.sample is not None and isinstance(values, pd.Series):
+        estimated, _ = np.histogram(inside[known], bins=edges, weights=of.weights(values)[known])
+        found["estimated"] = [round(float(n), 3) for n in estimated]
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -1,20 +1,22 @@
 """Which latents to explain: filters by sharing, a seeded sample, and their partners in the sibling runs.
 
-The sample is drawn by hashing (seed, latent), not by shuffling a list: asking for 300 after 200 keeps the
-200 and adds a hundred, and nothing that was paid for is asked again.
+How the sample is drawn is in :mod:`autointerp.sampling`: asking for 300 after 200 keeps the 200 and adds a hundred, and
+nothing that was paid for is asked again.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from autointerp.sample_record import Draw
+from autointerp.sampling import drawn, strata
 from sae.errors import BadInput, NotFound, nearest
+from sae.files import read_table
 from sae.overlap import shared
 from sae.run import Run
 
@@ -78,21 +80,34 @@ def check(run: Run, choice: Choice) -> None:
 
 
 def choose(run: Run, table: pd.DataFrame, eligible: Sequence[int], choice: Choice) -> list[int]:
-    """The latents of ``run`` to explain, ascending.
+    """The latents of ``run`` to explain, ascending: those named outright, or those of :func:`draw`."""
+    if choice.indices:
+        check(run, choice)
+        return sorted(set(choice.indices))
+    return draw(run, table, eligible, choice).latents
+
+
+def draw(run: Run, table: pd.DataFrame, eligible: Sequence[int], choice: Choice) -> Draw:
+    """A stratified sample of the eligible latents that the choice is among.
 
     Args:
-        table: the run's overlap table (may be empty where the choice does not look at sharing).
+        table: the run's overlap table (may be empty where the choice does not look at sharing: strata are then of the
+            firing frequency alone).
         eligible: latents with contexts enough.
     """
     check(run, choice)
     pool = set(eligible)
-    if choice.indices:
-        return sorted(set(choice.indices))
     if choice.sharing != "any":
         unshared = unshared_latents(run, table, choice)
         pool = pool & unshared if choice.sharing == "unshared" else pool - unshared
-    ranked = sorted(pool, key=lambda latent: _priority(choice.seed, latent))
-    return sorted(ranked if choice.n is None else ranked[: choice.n])
+    latents = sorted(pool)
+    frequency = read_table(run.stage_path("firing"), ["latent", "firing_frequency"]).set_index("latent")
+    similarity = table.set_index("latent")["similarity"].reindex(latents) if "similarity" in table else None
+    cells = strata(frequency["firing_frequency"].reindex(latents), similarity)
+    about: dict[str, Any] = {"sharing": choice.sharing, "strata": cells.by, "seed": choice.seed}
+    if choice.sharing != "any":
+        about |= {"definition": choice.definition, "threshold": choice.threshold, "against": list(choice.against)}
+    return Draw(drawn(latents, cells, choice.n, choice.seed), about)
 
 
 def unshared_latents(run: Run, table: pd.DataFrame, choice: Choice) -> set[int]:
@@ -116,7 +131,3 @@ def _as_seen_with(table: pd.DataFrame, other: str) -> pd.DataFrame:
     ending = f"__{other}"
     names = [str(c) for c in table.columns if str(c).endswith(ending)]
     return table[names].rename(columns={name: name.removesuffix(ending) for name in names})
-
-
-def _priority(seed: int, latent: int) -> bytes:
-    return hashlib.blake2b(f"{seed}:{latent}".encode(), digest_size=8).digest()

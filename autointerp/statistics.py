@@ -201,10 +201,13 @@ def stratified_spearman(
     return Stratified(Estimate(math.tanh(z), math.tanh(z - half), math.tanh(z + half)), strata)
 
 
-def strata_of(covariate: ArrayLike, n_strata: int) -> NDArray[np.intp]:
-    """[N] the quantile of a covariate [N] that each value falls in, from 0; equal values fall in the same."""
+def strata_of(covariate: ArrayLike, n_strata: int, weights: ArrayLike | None = None) -> NDArray[np.intp]:
+    """[N] the quantile of a covariate [N] that each value falls in, from 0; equal values fall in the same.
+
+    With ``weights`` [N], quantiles are those of the population that the values are a sample of.
+    """
     c = _finite(covariate)
-    edges = np.unique(np.quantile(c, np.linspace(0, 1, n_strata + 1)[1:-1]))
+    edges = np.unique(quantiles(c, np.linspace(0, 1, n_strata + 1)[1:-1], weights))
     return np.searchsorted(edges, c, side="left")
 
 
@@ -238,6 +241,30 @@ def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = 2000
     )
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(mean, min(float(low), mean), max(float(high), mean))
+
+
+def quantiles(values: ArrayLike, at: ArrayLike, weights: ArrayLike | None = None) -> Array:
+    """[Q] the quantiles ``at`` [Q] of [N] values, interpolated linearly; NaN when there is no value.
+
+    With ``weights`` [N] (only their ratios matter), the k-th value in order is the quantile C_k, the weight that lies
+    before the middle of its own, brought to run from 0 for the first value to 1 for the last. Equal weights give what
+    NumPy's ``linear`` gives.
+    """
+    x, at = _finite(values), np.asarray(at, dtype=np.float64)
+    if not len(x):
+        return np.full(at.shape, math.nan)
+    if weights is None:
+        return np.quantile(x, at)
+    order = np.argsort(x, kind="stable")
+    return sorted_quantiles(x[order], _finite(weights)[order], at)
+
+
+def sorted_quantiles(x: Array, weights: Array, at: Array) -> Array:
+    """:func:`quantiles` of values that are in order."""
+    if len(x) == 1 or np.ptp(weights) == 0:
+        return np.quantile(x, at)
+    middle = np.cumsum(weights) - weights / 2
+    return np.interp(at, (middle - middle[0]) / (middle[-1] - middle[0]), x)
 
 
 def quartiles(values: ArrayLike) -> tuple[float, float, float]:

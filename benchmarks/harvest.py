@@ -211,6 +211,15 @@ def shown(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
     console.print(table)
 
 
+def others(path: Path, about: dict[str, Any], measured: set[str]) -> list[dict[str, Any]]:
+    """The rows of settings that were not measured now, where those in ``path`` are of the same machine and day."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    same = before["date"][:10] == about["date"][:10] and all(before[x] == about[x] for x in ("processor", "threads"))
+    return [row for row in before["rows"] if same and row["setting"] not in measured]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="+", type=int, default=[250_000, 1_000_000])
@@ -221,7 +230,7 @@ def main() -> None:
     parser.add_argument("--scratch", help="where the stores are written; default: the system's place")
     parser.add_argument("--delphi-python", help="a Python that has eai-delphi and eai-sparsify")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--out", type=Path, help="also write them to this file, with date and machine")
+    parser.add_argument("--out", type=Path, help="also write them to this file, beside its other settings")
     for name in ("--side", "--names", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -241,7 +250,8 @@ def main() -> None:
     }
     if asked.out is not None:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+        kept = others(asked.out, about, {row["setting"] for row in rows})
+        asked.out.write_text(json.dumps({**about, "rows": [*kept, *rows]}, indent=1, ensure_ascii=False) + "\n")
     if asked.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     else:

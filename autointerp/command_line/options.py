@@ -163,7 +163,15 @@ Against = Annotated[list[str] | None, typer.Option("--against", help="The other 
 
 UnsharedOnly = Annotated[bool, typer.Option("--unshared-only", help="Only latents found in no other run of the study.")]
 SharedOnly = Annotated[bool, typer.Option("--shared-only", help="Only latents found in some other run.")]
-Latents = Annotated[int, typer.Option("--latents", min=1, help="Explain a seeded sample of so many.")]
+Latents = Annotated[
+    int,
+    typer.Option(
+        "--latents",
+        min=1,
+        help="Explain a sample of so many, stratified by similarity and firing frequency; its figures are weighted to "
+        "stand for all eligible latents. More later keep those that there are.",
+    ),
+]
 Indices = Annotated[str | None, typer.Option("--indices", help="These latents: 3,17,40-60.")]
 WithPartners = Annotated[bool, typer.Option("--with-partners", help="Also each latent's partner in the sibling run.")]
 Explainer = Annotated[

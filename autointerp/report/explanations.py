@@ -48,10 +48,31 @@ def scores(found: Findings, page: Page) -> RenderableType:
     if tree is None or not tree["n_scored"]:
         return section(page, title, says, missing(found, "score"), *_outcome(tree))
     control = tree["control"]
-    body: list[RenderableType] = [*_histograms(tree, control, page), Text()]
+    body: list[RenderableType] = [*_sample(tree), Text(), *_histograms(tree, control, page), Text()]
     body += [controls.score_table(tree, page), *controls.in_words(tree), *controls.by_negatives(tree, page)]
     body += _reliability(tree)
     return section(page, title, says, *body)
+
+
+def _sample(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What the figures stand for: all eligible latents, or the scored ones alone."""
+    sample, n = tree["sample"], plural(tree["n_scored"], "latent")
+    if sample is None:
+        yield Text(f"{n}, of which no draw is on record: figures are of these latents as they are, unweighted.", QUIET)
+        return
+    (draw, *more) = sample["draws"]
+    kind = "eligible" if draw["sharing"] == "any" or more else f"eligible {draw['sharing']}"
+    whose = f" partners of latents of {visible(draw['partners_of'])}" if draw.get("partners_of") else ""
+    if sample["n_done"] == sample["population"]:
+        yield Text(f"{n}: all {count(sample['population'])} {kind}{whose}, but for {sample['n_failed']} that failed.")
+    else:
+        drawn = f"a stratified sample ({draw['strata']}) of {count(sample['population'])} {kind}{whose}"
+        yield Text(f"{n}, {drawn}; weighted, so that figures estimate all of these.")
+    if sample["n_waiting"]:
+        yield Text(f"{count(sample['n_waiting'])} of the {count(sample['n_drawn'])} drawn have no score yet.", QUIET)
+    if sample["n_outside"]:
+        outside = plural(sample["n_outside"], "scored latent")
+        yield Text(f"{outside} outside the sample: shown one by one, and in none of these figures.", QUIET)
 
 
 def _reliability(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -71,10 +92,16 @@ def _outcome(tree: Mapping[str, Any] | None) -> Iterator[RenderableType]:
         )
 
 
+def _bars(shape: Mapping[str, Any]) -> Sequence[float]:
+    """How many latents each bar stands for: of a sample, of all that are eligible."""
+    bars: Sequence[float] = shape.get("estimated", shape["counts"])
+    return bars
+
+
 def _histograms(tree: Mapping[str, Any], control: Mapping[str, Any] | None, page: Page) -> Iterator[RenderableType]:
     """Own scores above, the control below, on one axis that starts at the first tenth with anything in it."""
-    edges, counts = tree["histogram"]["edges"], tree["histogram"]["counts"]
-    swapped: Sequence[int] = control["histogram"]["counts"] if control else [0] * len(counts)
+    edges, counts = tree["histogram"]["edges"], _bars(tree["histogram"])
+    swapped: Sequence[float] = _bars(control["histogram"]) if control else [0] * len(counts)
     first = next((i for i, both in enumerate(zip(counts, swapped, strict=True)) if any(both)), 0) // 5 * 5
     first = min(first, edges.index(CHANCE) // 5 * 5)
     n = len(counts) - first

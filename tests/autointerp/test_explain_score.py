@@ -15,21 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_study import journal, records
 
+from autointerp.analysis import findings
 from autointerp.backends import LlmOptions, open_judge, resolve
 from autointerp.contexts import Context
+from autointerp.evidence import View
 from autointerp.explain import explain_runs
 from autointerp.explainers.base import Explanation
 from autointerp.journal import Journal
 from autointerp.judges.base import Judgement
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
+from autointerp.sample_record import Sample, sample_of
 from autointerp.score import score_runs
 from autointerp.selection import Choice
 from autointerp.work import Outcome, in_flight
 from sae.errors import BadInput, Unavailable
-from sae.files import read_json, read_table, write_json
+from sae.files import read_json, read_table, table_metadata, write_json
 from sae.progress import track
-from sae.run import Run
+from sae.run import Run, all_runs
 from sae.stage import Compute
 
 NONE = LlmOptions(concurrency=4)
@@ -193,6 +196,54 @@ def test_a_larger_sample_asks_only_for_the_rest(explain: Explain) -> None:
     outcome = explain(more, n=9)
     assert len(more.asked) == 4
     assert (outcome.n_done, outcome.n_new) == (9, 4)
+
+
+def test_the_sample_is_on_record_before_anything_is_asked(run: Run, explain: Explain, score: Score) -> None:
+    broken = FakeExplainer(breaks=frozenset(range(run.settings.training.num_latents)))
+    with pytest.raises(Unavailable):
+        explain(broken, n=6)
+    setup = {
+        "explainer": "fake",
+        "explainer_model": "m",
+        "explain_prompt_hash": "p",
+        "explain_settings_hash": table_metadata(run.stage_path("sample"))["draws"][0]["settings_hash"],
+    }
+
+    def kept() -> Sample:
+        found = sample_of(run, setup)
+        assert found is not None
+        return found
+
+    few = kept()
+    assert len(few.drawn) == 6
+    assert few.draws[0].about["strata"] == "similarity × log firing frequency"
+    fake = FakeExplainer()
+    explain(fake, n=9)
+    more = kept()
+    assert few.drawn < more.drawn == set(fake.asked)
+    assert fake.asked != sorted(fake.asked)  # whatever was done by an early end would be a sample too
+    outside = sorted(set(range(run.settings.training.num_latents)) - more.drawn)[:2]
+    explain(FakeExplainer(), indices=tuple(outside))
+    assert kept().drawn == more.drawn
+    assert len(table_metadata(run.stage_path("sample"))["draws"]) == 1
+    score(FakeJudge())
+    found = findings(run.root, [r.name for r in all_runs(run.root)], View(focus=run.name, explainer="fake"))
+    tree = found["scores"]["sample"]
+    assert (tree["n_drawn"], tree["n_done"], tree["n_waiting"]) == (9, 9, 0)
+    assert tree["n_scored"] + tree["n_failed"] == 9
+    assert tree["n_outside"] == sum(row["latent"] in outside and row["status"] == "ok" for row in own(run))
+    assert found["scores"]["mean"] == pytest.approx(1)
+
+
+def test_partners_of_a_sample_are_on_record_too(run: Run, explain: Explain) -> None:
+    explain(FakeExplainer(), n=9, with_partners=True)
+    (sibling,) = run.siblings()
+    draws = table_metadata(sibling.stage_path("sample"))["draws"]
+    assert [entry["partners_of"] for entry in draws if entry["explainer"] == "fake"] == [run.name]
+    with Journal(sibling.journal_path) as opened:
+        asked = set(opened.explanations(explainer="fake")["latent"])
+    table = read_table(sibling.stage_path("sample"))
+    assert set(table["latent"][table["drawn"] & (table["draw"] == draws[-1]["draw"])]) == asked
 
 
 # --- score --------------------------------------------------------------------------------------------------

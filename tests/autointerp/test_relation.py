@@ -24,6 +24,8 @@ from autointerp.rank_bootstrap import Resamples
 from autointerp.relation import Part, matched_difference, pooled_findings, relation_findings
 from autointerp.report.layout import decimal, estimate, interval
 from autointerp.report.terminal import render
+from autointerp.sample_record import Draw, Sample
+from autointerp.sampling import drawn, strata
 from sae.alignment import read_alignment
 from sae.bootstrap import partner_units
 from sae.files import read_table, write_table
@@ -78,6 +80,35 @@ def test_failed_latents_leave_their_verdicts_out() -> None:
     assert found == kept
     assert found is not None
     assert found["n"] == 80
+
+
+def test_a_sample_tells_of_the_population(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The corrected correlation and the lowest quarter's mean of 500 latents, from 150 drawn with unequal chances."""
+    monkeypatch.setattr("autointerp.rank_bootstrap.RESAMPLES", 200)
+    monkeypatch.setattr("autointerp.reliability._WORK", 1)
+    rng, rounds = np.random.default_rng(4), 60
+    made = Made.draw(500, 0.5, "even", rng)
+    truth = rank_correlation(made.true, made.similarity)
+    quarter = made.true[made.similarity < np.quantile(made.similarity, 0.25)].mean()
+    cells = strata(made.frequency, np.where(made.similarity > 0, made.similarity, np.round(made.similarity)))
+    covered, values = np.zeros(2), []
+    for seed in range(rounds):
+        table = drawn(range(500), cells, 150, seed)
+        sample = Sample((Draw(table, {"sharing": "any"}),))
+        part = part_of(made, made.verdicts(40, rng))
+        rows = part.rows[part.rows["latent"].isin(sample.drawn)].assign(
+            ba_low=lambda of: of["balanced_accuracy"] - 0.1, ba_high=lambda of: of["balanced_accuracy"] + 0.1
+        )
+        found = relation_findings(replace(part, rows=rows, sample=sample))
+        assert found is not None
+        assert found["n"] == 150
+        values.append(found["corrected"]["value"])
+        for i, (bounds, of) in enumerate(
+            [(found["corrected"]["interval"], truth), (found["bins"][0]["interval"], quarter)]
+        ):
+            covered[i] += bounds[0] <= of <= bounds[1]
+    assert np.mean(values) == pytest.approx(truth, abs=0.03)
+    assert (covered / rounds > 0.86).all(), covered / rounds
 
 
 # --- at equal frequency ---------------------------------------------------------------------------------------------

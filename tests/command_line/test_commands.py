@@ -57,7 +57,7 @@ def test_unshared_only_means_what_it_says(tiny_done: tuple[Path, dict[str, Ran]]
     overlap = read_table(tiny_done[0] / "run_a" / "latents.overlap.parquet").set_index("latent")
     firing = read_table(tiny_done[0] / "run_a" / "latents.firing.parquet").set_index("latent")
     explained = [row["latent"] for row in journal(tiny_done[0] / "run_a" / "journal.sqlite")["explanation"]]
-    assert explained == sorted(explained)
+    assert len(explained) == len(set(explained))
     assert not firing.loc[explained, "dead"].any()
     # Lenient: encoder and decoder pick the same partner.
     partners = overlap.loc[explained, ["encoder_partner__run_b", "decoder_partner__run_b"]]
