@@ -16,22 +16,20 @@ from sae.harvest_stage import harvest_runs
 from sae.run import Run
 from sae.settings import settings_from
 from sae.stage import Compute
-from sae.train_stage import Study, train_studies
+from sae.train_stage import train_study
 
 RECIPE = Path(__file__).parent.parent / "eval_runs" / "recipes" / "demo.toml"
 STUDY = "demo"
 SEEDS = (0, 1, 2)
 N_LATENTS = 400
-N_OF_CONTROL_SAES = 50  # of each: enough to tell .05 apart, and half a minute less than the default
 
 
 def run_demo(root: Path, compute: Compute) -> tuple[list[Run], int]:
     """Do what is missing of the demo study. Returns its runs and how many latents failed."""
-    study = Study(STUDY, settings_from(RECIPE), SEEDS)
-    (runs,) = train_studies([study], root, compute, controls=True)
+    runs = train_study(STUDY, SEEDS, settings_from(RECIPE), root, compute)
     harvest_runs(runs, compute)
     align_runs(runs, compute)
     baseline = LlmOptions()  # no endpoint: explainer and judge are the n-gram baseline, whatever the environment holds
-    explained = explain_runs(runs[:1], Choice(n=N_LATENTS), "ngram", baseline, compute, N_OF_CONTROL_SAES)
+    explained = explain_runs(runs[:1], Choice(n=N_LATENTS), "ngram", baseline, compute)
     scored = score_runs(runs[:1], root, ("detection",), "ngram", baseline)
     return runs, explained.n_failed + scored.n_failed

@@ -33,6 +33,7 @@ _WHAT = {
     "frozen": "an SAE whose random decoder was never trained",
     "untrained": "an SAE that was not trained at all",
 }
+_OWED = {"frozen": "training the decoder", "untrained": "training"}
 NEGATIVES = {"hard": "a neighbour fires", "same_token": "same token"}
 
 
@@ -147,7 +148,8 @@ def _than_control_sae(row: Tree) -> str:
         return f"{plural(row['n_scored'], 'latent')} of {what} scored: too few to compare with."
     low, high = above["interval"]
     if low > 0:
-        return f"On the whole they score higher than the latents of {what} {told}: so much is owed to training."
+        owed = _OWED[row["kind"]]
+        return f"On the whole they score higher than the latents of {what} {told}: so much is owed to {owed}."
     if high < 0:
         return f"On the whole they score lower than the latents of {what} {told}: training did not make them clearer."
     return f"On the whole they score no higher than the latents of {what} {told}: such scores do not show training."

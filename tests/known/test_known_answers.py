@@ -200,7 +200,7 @@ def test_a_model_that_finds_the_rule_finds_what_is_known(
         cli("explain", "--sae", "known_a", "--indices", chosen, *llm).well()
         cli("score", "--sae", "known_a", "--protocol", protocol, "--control-latents", 0, *llm).well()
     with Journal(Run.open("known_a", root).journal_path) as journal:
-        said = journal.explanations().set_index("latent")["text"]
+        said = journal.explanations(explainer="llm").set_index("latent")["text"]
     for i in among:
         latent = KNOWN[i]
         expected = {
