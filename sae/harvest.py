@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from sae.firings import SCHEMA, STORE_FILE, Array, Ints, read_record
 from sae.job import ALONE
 from sae.job import Job as RankJob
 from sae.progress import say, track
+from sae.shard_writer import Coded, Shard, ShardWriter, folder_at_once
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from sae.dictionary import Sae
 
 PLAN_FILE = "plan.json"
-SHARD_BLOCKS = 16  # blocks (see Corpus.order) in a shard: what a kill costs, and whose firings are held in memory
+SHARD_BLOCKS = 16  # blocks (see Corpus.order) in a shard: two of them a kill costs, and are held in memory
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # the positive range of float16
 
 
@@ -147,7 +148,7 @@ class _Job:
     def finish(self, corpus: Corpus, order: Ints) -> None:
         """Merge the shards into the by-latent index and declare the store complete."""
         index = f"index-{len(order):08d}"
-        with _folder_at_once(self.folder / index) as temporary:
+        with folder_at_once(self.folder / index) as temporary:
             label = f"index {self.name} by latent"
             totals = build_index(temporary, self.folder, self.provenance, self.kept, self.pieces, corpus, order, label)
         facts = [self._facts(piece) for piece in self.pieces]
@@ -199,13 +200,14 @@ def _encode_missing(
     left = sum(piece.stop - piece.start for piece, _ in missing) * used
     done = len(order) * used - left
     names = dict.fromkeys(job.name for _, lacking in missing for job in lacking)
-    with track(f"harvest {' '.join(names)}", len(order) * used, "tokens", done=done) as bar:
+    bar_of = track(f"harvest {' '.join(names)}", len(order) * used, "tokens", done=done)
+    with bar_of as bar, ShardWriter(window) as writer:
         for turn, (piece, lacking) in enumerate(missing):
             if turn % ranks.size != ranks.rank:
                 # About now another rank is done with it.
                 bar.advance((piece.stop - piece.start) * used)
                 continue
-            parts: list[list[_Coded]] = [[] for _ in lacking]
+            parts: list[list[Coded]] = [[] for _ in lacking]
             for start in range(piece.start, piece.stop, corpus.block_rows):
                 rows = order[start : min(start + corpus.block_rows, piece.stop)]
                 activations = stream.rows(rows)[:, :used].flatten(0, 1)
@@ -213,22 +215,14 @@ def _encode_missing(
                 for job, coded in zip(lacking, parts, strict=True):
                     coded.append(_encode(job.name, job.sae, activations, ordinary))
                 bar.advance(len(rows) * used)
-            for job, coded in zip(lacking, parts, strict=True):
-                with _folder_at_once(job.shards / piece.name) as temporary:
-                    _write_shard(temporary, coded, job.sae.num_latents, window)
+            shards = [
+                Shard(job.shards / piece.name, coded, job.sae.num_latents)
+                for job, coded in zip(lacking, parts, strict=True)
+            ]
+            writer.hand_over(shards)
 
 
-class _Coded(NamedTuple):
-    """Firings of some consecutive tokens: F latents and activations in token order, and B counts."""
-
-    latents: Array
-    activations: Array
-    counts: Array
-    n_clipped: int
-    n_raised: int
-
-
-def _encode(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> _Coded:
+def _encode(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> Coded:
     """Firings of ``activations`` [B, D] at the tokens where ``ordinary`` [B] holds."""
     from sae.entries import tokens_at_once
 
@@ -236,14 +230,14 @@ def _encode(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> 
     parts = [_encode_part(name, sae, *of) for of in zip(activations.split(n), _split(ordinary, n), strict=True)]
     latents, strengths, counts = (np.concatenate([part[i] for part in parts]) for i in range(3))
     clipped, raised = (sum(getattr(part, field) for part in parts) for field in ("n_clipped", "n_raised"))
-    return _Coded(latents, strengths, counts, clipped, raised)
+    return Coded(latents, strengths, counts, clipped, raised)
 
 
 def _split(values: Array, n: int) -> list[Array]:
     return [values[start : start + n] for start in range(0, len(values), n)]
 
 
-def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> _Coded:
+def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> Coded:
     """:func:`_encode` of so few tokens that M slots for each do no harm: one may fire for nearly all latents."""
     import torch
 
@@ -256,7 +250,7 @@ def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array
     fires = (values > 0) & ordinary[:, None]
     kept = values[fires]
     # A firing too weak for float16 stays a firing, and one too strong stays finite; both are counted.
-    return _Coded(
+    return Coded(
         latents=latents[fires].astype(latent_type),
         activations=np.clip(kept, _SMALLEST, _LARGEST).astype(np.float16),
         counts=fires.sum(1, dtype=count_type),
@@ -265,37 +259,9 @@ def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array
     )
 
 
-def _write_shard(folder: Path, coded: list[_Coded], num_latents: int, window: int) -> None:
-    """One shard's arrays: by token, which stay; and sorted by latent, until the index is merged."""
-    latents, activations, counts = (np.concatenate([part[i] for part in coded]) for i in range(3))
-    window_counts = counts.reshape(-1, window).sum(1, dtype=np.int64)
-    token = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
-    by_latent = np.argsort(latents, kind="stable")  # stable: tokens stay ascending within a latent
-    arrays = {
-        "latents": latents,
-        "counts": counts,
-        "window_offsets": _offsets(window_counts).astype(np.uint32),
-        "sorted_offsets": _offsets(np.bincount(latents, minlength=num_latents)),
-        "sorted_positions": token[by_latent],
-        "sorted_activations": activations[by_latent],
-    }
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    facts = {
-        "n_firings": len(latents),
-        "n_clipped": sum(part.n_clipped for part in coded),
-        "n_raised": sum(part.n_raised for part in coded),
-    }
-    write_json(folder / "facts.json", facts)
-
-
 def index_types(num_latents: int) -> tuple[type[np.unsignedinteger[Any]], type[np.unsignedinteger[Any]]]:
     """The narrowest types for a latent's number and for how many latents fire at one token."""
     return np.uint16 if num_latents <= 2**16 else np.uint32, np.uint16 if num_latents < 2**16 else np.uint32
-
-
-def _offsets(counts: Array) -> Ints:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
 def _pieces(n_sequences: int, per_shard: int) -> list[Piece]:
@@ -325,24 +291,6 @@ def _same_plan(path: Path, plan: dict[str, Any]) -> bool:
         return read_record(path) == plan
     except (OSError, UserError):
         return False
-
-
-@contextmanager
-def _folder_at_once(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; when the block ends well its files are synced and it is renamed."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    for leftover in (temporary, path):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
