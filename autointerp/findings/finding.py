@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from sae.estimate import UNKNOWN, Estimate
 
-AGREES, DISAGREES, UNDECIDED = "agrees in direction", "disagrees", "cannot tell"
 Verdict = Literal["agrees in direction", "disagrees", "cannot tell"]
-PERCENT, NUMBER, SIGNED = "percent", "number", "signed"
+AGREES: Verdict = "agrees in direction"
+DISAGREES: Verdict = "disagrees"
+UNDECIDED: Verdict = "cannot tell"
+
 Unit = Literal["percent", "number", "signed"]
+PERCENT: Unit = "percent"
+NUMBER: Unit = "number"
+SIGNED: Unit = "signed"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,24 @@ class Finding:
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
+@dataclass(frozen=True)
+class About:
+    """What is the same of a finding however it comes out; makes its rows."""
+
+    id: str
+    finding: str
+    reference: str
+    measure: str
+    unit: Unit = NUMBER
+
+    def row(self, found: Estimate, verdict: Verdict, why: str) -> Finding:
+        return Finding(self.id, self.finding, *found, self.reference, verdict, why, self.measure, self.unit)
+
+    def missing(self, why: str, command: str | None) -> Finding:
+        """Nothing was measured; ``command`` would provide it."""
+        return replace(self.row(UNKNOWN, UNDECIDED, why), command=command)
+
+
 def against(estimate: Estimate, level: float = 0.0, direction: int = 1) -> Verdict:
     """What an interval says of a claim that the value lies above ``level`` (``direction`` 1) or below it (-1).
 
@@ -58,7 +82,7 @@ def against(estimate: Estimate, level: float = 0.0, direction: int = 1) -> Verdi
     return UNDECIDED
 
 
-def every(verdicts: list[Verdict]) -> Verdict:
+def every(verdicts: Sequence[Verdict]) -> Verdict:
     """A claim of several parts: it agrees where all do, disagrees where all do, and otherwise cannot tell."""
     return verdicts[0] if verdicts and len(set(verdicts)) == 1 else UNDECIDED
 
