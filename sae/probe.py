@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sae.job import ALONE
 from sae.stage import Compute, Source, open_source
@@ -18,18 +18,20 @@ from sae.stage import Compute, Source, open_source
 if TYPE_CHECKING:
     import torch
 
+    from sae.activations import ActivationStream
     from sae.train_stage import Study
 
 STEPS = 8
 """of each setting, the first two of them not counted"""
 _WARM = 2
+_BLOCKS = 3
 
 
 class Probe(NamedTuple):
     """Seconds that a training of several studies on one stream would take."""
 
     stream: float
-    """to compute the activations of the longest, once"""
+    """to compute the activations of the longest, once; later epochs are taken to be read from the cache on disk"""
     studies: dict[str, float]
     """to train all seeds of each"""
     steps: int
@@ -42,7 +44,7 @@ class Probe(NamedTuple):
 
 def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
     """Time a few steps of every study. Prepares the text under ``root``, as the training would, and nothing else."""
-    from sae.activations import TrainingBatches
+    from sae.activations import TrainingBatches, read_together
 
     source = open_source([study.settings for study in studies], root, compute, cache="none")
     batches = {
@@ -57,9 +59,11 @@ def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
     longest = max(batches.values(), key=len)
     n = min(STEPS, len(longest))
     hookpoints = list({of.stream.hookpoint: of for of in batches.values()}.values())
-    held, seconds = _read(hookpoints, n)
+    read = [read_together(hookpoints, step) for step in range(n)]
+    held = {of.stream.hookpoint: [batch[i] for batch in read] for i, of in enumerate(hookpoints)}
+    computed = min(len(longest) * longest.tokens_per_step, source.corpus.n_tokens)
     return Probe(
-        seconds * len(longest),
+        computed * _seconds_per_token([of.stream for of in hookpoints]),
         {
             study.name: _step_seconds(
                 study, source, held[batches[study.name].stream.hookpoint], len(batches[study.name])
@@ -72,14 +76,17 @@ def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
     )
 
 
-def _read(hookpoints: Sequence[Any], n: int) -> tuple[dict[str, list[torch.Tensor]], float]:
-    """The first ``n`` batches of every hookpoint, and the mean seconds that one of all took."""
-    from sae.activations import read_together
+def _seconds_per_token(streams: Sequence[ActivationStream]) -> float:
+    """The median of a few blocks of the subject's forward pass, which has been run before."""
+    from sae.activations import compute_block
 
-    began = time.perf_counter()
-    read = [read_together(hookpoints, step) for step in range(n)]
-    took = (time.perf_counter() - began) / n
-    return {of.stream.hookpoint: [batch[i] for batch in read] for i, of in enumerate(hookpoints)}, took
+    corpus = streams[0].corpus
+    times = []
+    for number in range(min(_BLOCKS, corpus.n_blocks)):
+        began = time.perf_counter()
+        compute_block(streams, number)
+        times.append((time.perf_counter() - began) / (len(corpus.block(number)) * corpus.context))
+    return statistics.median(times)
 
 
 def _step_seconds(study: Study, source: Source, batches: list[torch.Tensor], steps: int) -> float:

@@ -25,6 +25,7 @@ from autointerp.findings.finding import (
     every,
 )
 from autointerp.findings.intervals import Measured, over_seeds
+from autointerp.numerals import decimal
 from sae.bootstrap import Bools, Floats, LatentBootstrap, Tables, mean_over
 from sae.dip import Dip
 from sae.overlap import shared
@@ -137,7 +138,8 @@ def shared_finding(of: Dictionaries) -> Finding:
     chance = 0.0 if isnan(found.null) else found.null
     above, below = against(found.estimate, chance), against(found.estimate, NEARLY_ALL, -1)
     verdict = DISAGREES if DISAGREES in (above, below) else every([above, below])
-    why = f"tested: above chance ({chance:.3f}), below {NEARLY_ALL:g}; by decoder alone {decoder:.3f}; {found.method}"
+    tested = f"above chance ({decimal(chance)}), below {decimal(NEARLY_ALL, 1)}"
+    why = f"tested: {tested}; by decoder alone {decimal(decoder)}; {found.method}"
     return about.row(found.estimate, verdict, why)
 
 
@@ -156,7 +158,7 @@ def bimodal_finding(of: Dictionaries) -> Finding:
         verdict = AGREES
     elif p >= 0.05 and found.high < NO_SECOND_MODE:
         verdict = DISAGREES
-    told = "too few latents to test" if isnan(p) else "p < .001" if p < 0.001 else f"p = {p:.3f}"
+    told = "too few latents to test" if isnan(p) else "p < .001" if p < 0.001 else f"p = {decimal(p)}"
     return about.row(found, verdict, f"tested against a single mode: {told}; bootstrap over latents")
 
 
@@ -174,7 +176,8 @@ def disagree_finding(of: Dictionaries) -> Finding:
     agree = fraction(of, "lenient").estimate.value
     if isnan(found.estimate.value):
         return about.row(found.estimate, UNDECIDED, "the matchings agree for all latents, or for none")
-    why = f"tested: above chance ({chance:+.3f}); they agree for {agree:.3f} of latents; {found.method}"
+    tested = f"above chance ({decimal(chance, sign=True)})"
+    why = f"tested: {tested}; the matchings agree for {decimal(agree)} of the latents; {found.method}"
     return about.row(found.estimate, against(found.estimate, chance), why)
 
 
@@ -190,8 +193,8 @@ def third_seed_finding(of: Dictionaries) -> Finding:
     found = over_seeds(lambda draw, tables: _drop(draw, tables, of.alive), of.runs, of.tables, least=3)
     chance = 0.0 if isnan(found.null) else found.null
     alone = 1 - fraction(of, "both").estimate.value
-    left = f"{alone:.3f} of two SAEs, {alone - found.estimate.value:.3f} of three"
-    why = f"tested: more than by chance ({chance:.3f}); in one alone {left}; {found.method}"
+    left = f"{decimal(alone)} of two SAEs, {decimal(alone - found.estimate.value)} of three"
+    why = f"tested: more than by chance ({decimal(chance)}); in one alone {left}; {found.method}"
     return about.row(found.estimate, against(found.estimate, chance), why)
 
 
@@ -237,8 +240,8 @@ def frequency_finding(of: Dictionaries) -> Finding:
     )
     cluster = _frequent_though_unshared(of)
     why = (
-        f"tested: above 0; {most:.3f} and {rarest:.3f} shared; of the unshared {cluster:.3f} fire more than the median "
-        f"shared latent; {found.method}"
+        f"tested: above 0; {decimal(most)} and {decimal(rarest)} shared; of the unshared {decimal(cluster)} fire more "
+        f"than the median shared latent; {found.method}"
     )
     return about.row(found.estimate, against(found.estimate), why)
 

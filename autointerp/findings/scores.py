@@ -21,6 +21,7 @@ from autointerp.findings.finding import (
     against,
     estimate_of,
 )
+from autointerp.numerals import decimal, estimate
 from autointerp.rank_bootstrap import Resamples, interval_of
 from sae.estimate import Estimate
 
@@ -98,7 +99,7 @@ def interp_finding(of: Scores) -> Finding:
     above = estimate_of(control["above_control"]["mean"], control["above_control"]["interval"])
     verdicts = against(mean, CHANCE), against(above)
     verdict = DISAGREES if DISAGREES in verdicts else AGREES if set(verdicts) == {AGREES} else UNDECIDED
-    quartiles = " / ".join("–" if q is None else f"{q:.3f}" for q in of.scores["quartiles"])
+    quartiles = " / ".join(decimal(q) for q in of.scores["quartiles"])
     why = f"tested: above .5, and above the swapped control: {_told(above)}; quartiles {quartiles}; judge: {of.judge}"
     return about.row(mean, verdict, why)
 
@@ -125,7 +126,7 @@ def _unshared_high(table: pd.DataFrame | None) -> str:
     if table is None or not table["unshared"].any():
         return ""
     high = (table.loc[table["unshared"], "score"] > table["score"].median()).mean()
-    return f"{high:.3f} of the unshared latents score above the median; "
+    return f"{decimal(high)} of the unshared latents score above the median; "
 
 
 def frequent_low_finding(of: Scores) -> Finding:
@@ -160,9 +161,10 @@ def both_scored_finding(of: Scores) -> Finding:
     one, other = of.pairs["score"].to_numpy(), of.pairs["score_there"].to_numpy()
     found = interval_of(draw.correlations([one, other], aligned)[:, 0, 1], draw.count(aligned))
     gap = np.abs(one - other)
-    apart = "" if aligned.all() else f", {gap[~aligned].mean():.3f} elsewhere ({int((~aligned).sum())} pairs)"
+    apart = "" if aligned.all() else f", {decimal(gap[~aligned].mean())} elsewhere ({int((~aligned).sum())} pairs)"
     why = (
-        f"tested: above 0; mean difference {gap[aligned].mean():.3f} where aligned ({int(aligned.sum())} pairs){apart}"
+        f"tested: above 0; mean difference {decimal(gap[aligned].mean())} where aligned "
+        f"({int(aligned.sum())} pairs){apart}"
     )
     return about.row(found, against(found), why)
 
@@ -177,6 +179,4 @@ def _estimate(tree: Mapping[str, Any]) -> Estimate:
 
 
 def _told(e: Estimate) -> str:
-    if math.isnan(e.value):
-        return "not known"
-    return f"{e.value:+.3f}" if math.isnan(e.low) else f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+    return "not known" if math.isnan(e.value) else estimate(e.value, (e.low, e.high), sign=True)

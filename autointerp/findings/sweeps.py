@@ -16,6 +16,7 @@ import numpy as np
 
 from autointerp.findings.finding import SIGNED, UNDECIDED, About, Finding, against, estimate_of, every
 from autointerp.findings.intervals import LATENTS, SEEDS, jackknife, normal, standard_error, wider
+from autointerp.numerals import decimal, estimate
 from sae.estimate import UNKNOWN, Estimate
 
 Rows = Sequence[Mapping[str, Any]]
@@ -141,7 +142,7 @@ def architecture_finding(sweep: Mapping[str, Any], rows: Rows) -> Finding:
     ]
     told = ", ".join(f"{_MORE_STABLE[kind]} {_signed(e)}" for kind, (e, _) in found.items())
     fvu = ", ".join(
-        f"{row['values'][axis]} {row['fvu']:.3f}" for row in (*topk, *(r for of in others.values() for r in of))
+        f"{row['values'][axis]} {decimal(row['fvu'])}" for row in (*topk, *(r for of in others.values() for r in of))
     )
     if apart:
         return about.row(mean, UNDECIDED, f"L0 is not matched: {'; '.join(apart)}; {told}; FVU {fvu}")
@@ -212,11 +213,11 @@ def _ends(rows: Rows, axis: str, definition: str) -> str:
 
 def _at(row: Mapping[str, Any], axis: str, definition: str) -> str:
     value = row["shared"][definition]["value"]
-    return f"{'–' if value is None else f'{value:.3f}'} at {row['values'][axis]:,}"
+    return f"{decimal(value)} at {row['values'][axis]:,}"
 
 
 def _signed(e: Estimate) -> str:
-    return f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+    return estimate(e.value, (e.low, e.high), sign=True)
 
 
 def _made(sweep: Mapping[str, Any], method: str) -> str:

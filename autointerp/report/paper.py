@@ -17,6 +17,7 @@ from autointerp.report.layout import (
     Page,
     command_line,
     estimate,
+    grid,
     indented,
     known,
     percent,
@@ -45,7 +46,7 @@ def findings(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableType | 
     return section(page, "The paper's findings, measured here", says, *body)
 
 
-_TALLY = ((AGREES, "agree in direction"), (DISAGREES, "disagree"), (UNDECIDED, "cannot be told"))
+_TALLY = (AGREES, "in agreement"), (DISAGREES, "in disagreement"), (UNDECIDED, "undecided")
 
 
 def _one(row: Mapping[str, Any]) -> list[RenderableType]:
@@ -57,6 +58,24 @@ def _one(row: Mapping[str, Any]) -> list[RenderableType]:
         lines.append(indented(Text(f"here: {row['measure']}", QUIET)))
     lines.append(indented(Text(visible(row["why"]), QUIET)))
     return [*lines, indented(command_line(row["command"]), 0)] if row["command"] else lines
+
+
+_MARKS = {AGREES: "+", DISAGREES: "−", UNDECIDED: "?"}
+
+
+def by_point(points: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], page: Page) -> RenderableType | None:
+    """The verdict of every point of a sweep on each finding about a study: one mark each, where they fit."""
+    ids = list(dict.fromkeys(row["id"] for _, rows in points for row in rows))
+    if not ids or sum(len(label) + 2 for label, _ in points) + 13 > page.width:
+        return None
+    table = grid("", *((visible(label), "right") for label, _ in points))
+    for name in ids:
+        cells = []
+        for _, rows in points:
+            verdict = next((row["verdict"] for row in rows if row["id"] == name), None)
+            cells.append(Text(_MARKS[verdict], _STYLES[verdict]) if verdict else Text("–", QUIET))
+        table.add_row(name, *cells)
+    return table
 
 
 def value(row: Mapping[str, Any]) -> str:

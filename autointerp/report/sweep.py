@@ -41,7 +41,7 @@ _WIDEST_BAR = 7
 def show_sweep(found: Table, console: Console) -> None:
     page = Page.of(console)
     parts = [_head(found, page), paper.findings(found["findings"], page), _trained(found, page), _shared(found, page)]
-    parts += [_chart(found, page), _scored(found, page)]
+    parts += [_chart(found, page), _scored(found, page), _by_point(found, page)]
     emit(Group(*(part for part in parts if part is not None), Text()), console, page.width)
 
 
@@ -82,6 +82,14 @@ def _label(found: Table, point: Table, axes: Sequence[str] | None = None) -> str
 
 def _axis_words(found: Table) -> str:
     return ", ".join(AXES[axis].words for axis in _leading(found))
+
+
+def _by_point(found: Table, page: Page) -> RenderableType | None:
+    table = paper.by_point([(_label(found, point), point["findings"]) for point in found["points"]], page)
+    if table is None:
+        return None
+    says = f"Agrees in direction (+), disagrees (−), cannot tell (?), by {_axis_words(found)}; --json has the reasons."
+    return section(page, "The other findings at each point", says, table)
 
 
 def _trained(found: Table, page: Page) -> RenderableType:
