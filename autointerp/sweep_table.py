@@ -19,6 +19,7 @@ from autointerp.findings.intervals import without_each
 from sae.errors import BadInput
 from sae.files import SCHEMA, digest, digest_file, read_json, write_json, write_table
 from sae.overlap import DEFINITIONS
+from sae.progress import say
 from sae.run import Run, git_commit
 from sae.sweep import Point, Sweep
 
@@ -197,7 +198,11 @@ def sweeps_of(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tables of sweeps of the same subject model under ``root``, the newest first."""
     found = []
     for path in sorted((root / "reports").glob("*.sweep.json")):
-        summary = read_summary(root, path.name.removesuffix(".sweep.json"))
+        try:
+            summary = read_summary(root, path.name.removesuffix(".sweep.json"))
+        except BadInput as error:  # a report does without
+            say(str(error))
+            continue
         if summary is not None and summary.table["subject"]["fingerprint"] == subject["fingerprint"]:
             found.append(summary.table)
     return sorted(found, key=lambda table: str(table["created"]), reverse=True)

@@ -64,6 +64,8 @@ def _dictionaries(study: Study) -> Dictionaries:
     train = study.command(
         "train", "--name", study.focus.study, "--seeds", *map(str, [*seeds, max(seeds, default=-1) + 1])
     )
+    if not seeds:
+        train = study.command("import", "--from", "DIR", "--name", "NAME", "--study", study.focus.study)
     align = study.command("align", *names)
     return Dictionaries(
         runs=study.compared if study.tables else [study.focus.name],

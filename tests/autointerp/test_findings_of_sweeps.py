@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ AXIS = "training.num_latents"
 def point(
     at: dict[str, Any], value: float, *, half: float = 0.01, seeds: int = 3, noise: float = 0.0, **more: Any
 ) -> Any:
-    rng = np.random.default_rng(abs(hash(str(at))) % 2**32)
+    rng = np.random.default_rng(zlib.crc32(str(at).encode()))
     without = {str(s): value + noise * rng.normal() for s in range(seeds)} if seeds > 2 else {}
     shared = {"value": value, "interval": [value - half, value + half], "without": without}
     return {"values": at, "shared": dict.fromkeys(DEFINITIONS, shared), "l0": 8.0, "fvu": 0.3, **more}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from rich.cells import cell_len
-from tiny_study import Ran, cli
+from tiny_study import Ran, cli, tree
 
 import autointerp.sweep
 import autointerp.sweep_table
@@ -102,7 +102,7 @@ def test_the_subject_reads_no_more_than_the_longest_training_takes(small: Path, 
         with pytest.raises(RuntimeError, match="stopped"):
             cli("sweep", small, "--root", tmp_path, "--no-score")
         trained = sum(seen)
-    assert 12_000 <= trained < 12_000 + 2 * 4096  # whole blocks; four studies of two seeds would read 80,000
+    assert 12_000 <= trained < 22_000  # whole blocks, each once: the text has 21.5k; one by one they would read 80k
 
 
 def _stop(*_: Any, **__: Any) -> None:
@@ -138,7 +138,7 @@ def test_stopped_between_stages_it_goes_on_and_ends_the_same(
     again = cli("sweep", small, "--root", tmp_path, "--json").well()
     assert points(again.json) == points(done[1].json)
     if name != "harvest_runs":
-        assert "harvest:" not in again.err
+        assert "harvest" not in again.err
 
 
 def test_finished_it_shows_its_table_at_once_and_more_seeds_make_it_anew(
@@ -177,7 +177,7 @@ def test_it_fits_80_columns_and_loses_nothing_without_colour(done: tuple[Path, R
         "How much comes back",
         "Overlap by width",
         "same partner",
-        "n-gram" and "ngram",
+        "ngram",
     ):
         assert words in shown
     assert "░" in shown
@@ -208,7 +208,7 @@ def test_a_dry_run_without_the_model_estimates_nothing(small: Path, tmp_path: Pa
 def nothing_written(tmp_path: Path) -> Iterator[Path]:
     root = tmp_path / "runs"
     yield root
-    assert not root.exists()
+    assert not tree(root)
 
 
 @pytest.mark.parametrize(
@@ -247,3 +247,6 @@ def test_a_damaged_table_is_told(done: tuple[Path, Ran], small: Path, tmp_path: 
     root = shutil.copytree(done[0], tmp_path / "runs")
     (root / "reports" / "small.sweep.json").write_text("{")
     cli("sweep", small, "--root", root).failed_in_one_line("small.sweep.json", "damaged")
+    report = cli("report", "--sae", "small_m32_t8k_a", "--root", root, "--json").well()
+    assert "damaged" in report.err
+    assert next(row for row in report.json["findings"] if row["id"] == "width")["verdict"] == UNDECIDED
