@@ -30,8 +30,9 @@ from autointerp.report.visible import visible
 _STYLES = {AGREES: ACCENT, DISAGREES: STYLE_OF_CLASS["one"], UNDECIDED: QUIET}
 
 
-def findings(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableType | None:
+def findings(found: Mapping[str, Any], page: Page) -> RenderableType | None:
     """Every row: what was found here with its interval, the paper's value, the verdict, and why."""
+    rows: Sequence[Mapping[str, Any]] = found["findings"]
     if not rows:
         return None
     says = (

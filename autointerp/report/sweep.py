@@ -40,7 +40,7 @@ _WIDEST_BAR = 7
 
 def show_sweep(found: Table, console: Console) -> None:
     page = Page.of(console)
-    parts = [_head(found, page), paper.findings(found["findings"], page), _trained(found, page), _shared(found, page)]
+    parts = [_head(found, page), paper.findings(found, page), _trained(found, page), _shared(found, page)]
     parts += [_chart(found, page), _scored(found, page), _by_point(found, page)]
     emit(Group(*(part for part in parts if part is not None), Text()), console, page.width)
 

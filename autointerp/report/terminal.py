@@ -47,7 +47,7 @@ def render(findings: Findings, console: Console) -> None:
     page = Page.of(console)
     parts = [
         head(findings, page),
-        paper.findings(findings["findings"], page),
+        paper.findings(findings, page),
         sharing.overlap(findings, page),
         sharing.similarity(findings, page),
         sharing.counterparts(findings, page),
