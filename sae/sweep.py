@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae.amounts import parse_amount
-from sae.errors import BadInput, nearest
+from sae.errors import BadInput
 from sae.progress import human
 from sae.run import check_name
 from sae.settings import read_recipe, validated
@@ -135,8 +135,10 @@ def _axes(table: Mapping[str, Any], where: str) -> dict[str, tuple[Any, ...]]:
         for key, values in keys.items() if isinstance(keys, dict) else [("", keys)]:
             name = f"{prefix}.{key}" if key else prefix
             if name not in AXES:
-                known = [*AXES, "seeds", "together"]
-                raise BadInput(f"{where}: unknown axis {name!r} in [sweep]; did you mean {nearest(name, known)}?")
+                known = ", ".join(AXES)
+                raise BadInput(
+                    f"{where}: unknown axis {name!r} in [sweep]; the axes are {known}, beside seeds, together"
+                )
             found[name] = _values(name, values, where)
     if not found:
         raise BadInput(f"{where}: [sweep] varies nothing; give an axis such as training.num_latents = [256, 512]")
