@@ -166,6 +166,67 @@ def align(
     finish(as_json, "align", lambda: found, lambda: render_alignment(found))
 
 
+@app.command()
+def sweep(
+    recipe: opt.SweepRecipe,
+    name: opt.SweepName = None,
+    seeds: opt.SweepSeeds = None,
+    score: opt.SweepScore = None,
+    explainer: opt.Explainer = Backend.auto,
+    llm_url: opt.LlmUrl = None,
+    llm_model: opt.LlmModel = None,
+    judge_url: opt.JudgeUrl = None,
+    judge_model: opt.JudgeModel = None,
+    vllm: opt.Vllm = None,
+    judge_vllm: opt.JudgeVllm = None,
+    vllm_python: opt.VllmPython = None,
+    vllm_args: opt.VllmArgs = "",
+    vllm_timeout: opt.VllmTimeout = 1800.0,
+    api_key_file: opt.KeyFile = None,
+    concurrency: opt.Concurrency = 32,
+    nulls: opt.Nulls = True,
+    dry_run: opt.SweepDryRun = False,
+    root: opt.Root = ROOT,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """A study for every point of a grid: width, k, training tokens, architecture, hookpoint; all on one stream.
+
+    Stopped, it goes on where it was; finished, it shows its table at once.
+
+    Example: python cli.py sweep eval_runs/recipes/widths.toml
+    """
+    from autointerp.backends import LlmOptions
+    from autointerp.report import render_forecast, render_sweep
+    from autointerp.sweep import forecast, run_sweep, scoring_of, sweep_findings
+    from sae.sweep import read_sweep
+
+    swept = read_sweep(recipe, name, seeds or ())
+    options = LlmOptions(
+        url=tuple(llm_url or ()),
+        model=llm_model,
+        judge_url=tuple(judge_url or ()),
+        judge_model=judge_model,
+        api_key_file=api_key_file,
+        concurrency=concurrency,
+        vllm=vllm,
+        judge_vllm=judge_vllm,
+        vllm_python=vllm_python,
+        vllm_args=vllm_args,
+        vllm_timeout=vllm_timeout,
+    )
+    scoring = scoring_of(swept, score, explainer.value, options)
+    if dry_run:
+        expected = forecast(swept, root, _compute(device, threads))
+        finish(as_json, "sweep", lambda: expected, lambda: render_forecast(expected))
+        return
+    summary, failed = run_sweep(swept, root, _compute(device, threads), scoring, nulls)
+    found = sweep_findings(summary)
+    finish(as_json, "sweep", lambda: found, lambda: render_sweep(found))
+    exit_if(failed)
+
+
 # --- import, export ----------------------------------------------------------------------------------------------
 
 

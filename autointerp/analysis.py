@@ -13,6 +13,7 @@ disagree with the files. What has not been made yet is ``None``, and ``missing``
     scores         with their controls, baseline, reliability                           explain, score
     relation       score and similarity, raw and corrected; of several runs     explain, score, align
     interesting, failures                                                       explain, score
+    findings       the paper's, each with a verdict (autointerp.findings)       what each of them takes
     methods        definitions, interval methods, who explained and judged, prompt hashes
 
 Fractions are between 0 and 1; a number that could not be measured is ``None``.
@@ -31,6 +32,7 @@ from autointerp.comparisons import METHODS as OF_DIFFERENCES
 from autointerp.comparisons import comparison_findings
 from autointerp.counterparts import counterpart_findings
 from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
+from autointerp.findings.of_study import findings_table
 from autointerp.pooled import pooled_relation
 from autointerp.scored import ContextSource
 from autointerp.statistics import METHODS
@@ -42,12 +44,17 @@ from sae.run import Run
 
 
 def findings(
-    root: Path, runs: Sequence[str], view: View | None = None, contexts: ContextSource | None = None
+    root: Path,
+    runs: Sequence[str],
+    view: View | None = None,
+    contexts: ContextSource | None = None,
+    with_sweeps: bool = True,
 ) -> dict[str, Any]:
     """The findings of ``runs`` (one study's, under ``root``) as JSON values.
 
     ``contexts`` gives (run, latent) its contexts, to be shown with the latents of ``interesting``; without it they
-    carry none. Raises :class:`UserError` for unknown names and files that cannot be read.
+    carry none. ``with_sweeps``: the findings table has the rows about sweeps too. Raises :class:`UserError` for unknown
+    names and files that cannot be read.
     """
     study = Study.open(root, runs, view or View())
     rows, told = study.score_rows(), study.journal()
@@ -68,7 +75,7 @@ def findings(
         scores |= comparison_findings(study, _rows_or_none(rows), told, sample)
         n, command = scores.pop("n_waiting"), study.command("score", "--sae", study.focus.name)
         scores["waiting"] = {"n": n, "command": command} if n else None
-    return {
+    tree = {
         "schema": SCHEMA,
         "study": study.focus.study,
         "focus": study.focus.name,
@@ -93,6 +100,7 @@ def findings(
         "failures": _failures(study, rows, told),
         "methods": _methods(study, told),
     }
+    return {**tree, "findings": findings_table(study, tree, part, with_sweeps)}
 
 
 def _rows_or_none(rows: pd.DataFrame | None) -> pd.DataFrame:

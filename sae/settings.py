@@ -170,5 +170,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def settings_from(recipe: Path | None, **tables: dict[str, Any]) -> Settings:
     """The recipe's settings, or the defaults, with the values of the command line over them (``None``: not given)."""
-    base = validated(read_recipe(recipe), f"recipe {str(recipe)!r}") if recipe is not None else Settings()
-    return base.with_values(**tables)
+    if recipe is None:
+        return Settings().with_values(**tables)
+    values = read_recipe(recipe)
+    if "sweep" in values:
+        raise BadInput(f"recipe {str(recipe)!r} describes a sweep; give it to `python cli.py sweep {recipe}`")
+    return validated(values, f"recipe {str(recipe)!r}").with_values(**tables)

@@ -311,6 +311,29 @@ PriceCached = Annotated[
 ]
 PriceOut = Annotated[float | None, typer.Option("--price-out", help="Dollars for a million written tokens.")]
 
+# --- sweep -----------------------------------------------------------------------------------------------------------
+
+SweepRecipe = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A TOML file with a [sweep] table (see eval_runs/recipes/).")
+]
+SweepName = Annotated[
+    str | None, typer.Option("--name", help="What its studies are called after. Default: the recipe's file name.")
+]
+SweepSeeds = Annotated[list[int] | None, typer.Option("--seeds", help="Seeds of every point. Default: the recipe's.")]
+SweepScore = Annotated[
+    bool | None,
+    typer.Option(
+        "--score/--no-score",
+        help="Also explain and score latents of every point. Default: where the recipe has an [explain] table.",
+    ),
+]
+SweepDryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Only list the points, their tokens, and how long training would take by a few timed steps."
+    ),
+]
+
 # --- report, show ------------------------------------------------------------------------------------------------
 
 ReportedSae = Annotated[

@@ -80,6 +80,18 @@ def render_alignment(found: Mapping[str, Any], console: Console | None = None) -
     show_alignment(found, console or _output())
 
 
+def render_sweep(found: Mapping[str, Any], console: Console | None = None) -> None:
+    from autointerp.report.sweep import show_sweep
+
+    show_sweep(found, console or _output())
+
+
+def render_forecast(found: Mapping[str, Any], console: Console | None = None) -> None:
+    from autointerp.report.sweep import show_forecast
+
+    show_forecast(found, console or _output())
+
+
 def render_outcome(found: Mapping[str, Any], stage: str, console: Console | None = None) -> None:
     from autointerp.report.stages import show_outcome
 

@@ -103,14 +103,16 @@ class Layer(NamedTuple):
     fill: str
 
 
-def stacked_columns(lower: Layer, upper: Layer, height: int, *, cell: int = 1, colour: bool = True) -> list[Text]:
+def stacked_columns(
+    lower: Layer, upper: Layer, height: int, *, cell: int = 1, colour: bool = True, top: float | None = None
+) -> list[Text]:
     """Two histograms over the same bins, ``upper`` standing on ``lower``; as :func:`columns` otherwise.
 
     With colour to an eighth of a cell, the border inside a cell drawn as foreground on background; without, in
     whole cells of either fill.
     """
     whole = [a + b for a, b in zip(lower.counts, upper.counts, strict=True)]
-    tops = _levels(whole, height)
+    tops = _levels(whole, height, top)
     borders = [round(top * a / total) if total else 0 for top, a, total in zip(tops, lower.counts, whole, strict=True)]
     draw = _stacked_cell if colour else _stacked_cell_plain
     lines = []

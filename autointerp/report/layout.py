@@ -16,6 +16,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from autointerp.numerals import decimal as decimal
+from autointerp.numerals import estimate as estimate
+from autointerp.numerals import interval as interval
+from autointerp.numerals import known as known
 from autointerp.report.blocks import FILLS
 from autointerp.report.visible import Marking, marking, visible
 from sae import progress
@@ -53,39 +57,14 @@ class Page:
 # --- numbers ----------------------------------------------------------------------------------------------
 
 
-def known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 def percent(value: float | None, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %" if value is not None and math.isfinite(value) else "–"
-
-
-def decimal(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
-    """``.264``, ``1.000``, ``−.390``: no zero before the point, a true minus, a plus where asked for."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    body = f"{abs(value):.{digits}f}"
-    body = body[1:] if body.startswith("0.") else body
-    negative = value < 0 and float(f"{value:.{digits}f}") != 0
-    return ("−" if negative else "+" if sign else "") + body
-
-
-def interval(bounds: Sequence[float | None] | None, digits: int = 3, *, sign: bool = False) -> str:
-    """``[.25, .29]``; empty where there is none."""
-    if bounds is None or not all(known(b) for b in bounds):
-        return ""
-    return f"[{', '.join(decimal(b, digits, sign=sign) for b in bounds)}]"
 
 
 def percent_interval(bounds: Sequence[float | None] | None) -> str:
     if bounds is None or not all(known(b) for b in bounds):
         return ""
     return f"[{', '.join(f'{100 * b:.1f}' for b in bounds if b is not None)}]"
-
-
-def estimate(value: float | None, bounds: Sequence[float | None] | None, digits: int = 3, *, sign: bool = False) -> str:
-    return f"{decimal(value, digits, sign=sign)} {interval(bounds, digits, sign=sign)}".rstrip()
 
 
 def count(n: float | None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from autointerp.report import controls, dictionaries, explanations, sharing
+from autointerp.report import controls, dictionaries, explanations, paper, sharing
 from autointerp.report.layout import (
     ACCENT,
     QUIET,
@@ -47,6 +47,7 @@ def render(findings: Findings, console: Console) -> None:
     page = Page.of(console)
     parts = [
         head(findings, page),
+        paper.findings(findings, page),
         sharing.overlap(findings, page),
         sharing.similarity(findings, page),
         sharing.counterparts(findings, page),

@@ -1,0 +1,143 @@
+"""The findings table of a study: every row of the paper's, from what its stages left on disk.
+
+The rows about sweeps are measured on those of the same subject model under the same root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from autointerp.evidence import Study
+from autointerp.findings.dictionaries import THRESHOLD, Dictionaries, findings_of_dictionaries
+from autointerp.findings.finding import Finding
+from autointerp.findings.scores import Scores, findings_of_scores
+from autointerp.findings.sweeps import findings_of_sweeps
+from autointerp.pooled import scored_alike
+from autointerp.relation import Part
+from autointerp.scored import status_kind
+from autointerp.sweep_table import sweeps_of
+from sae.bootstrap import partner_units
+from sae.overlap import shared
+
+_RECIPES = {"width": "widths", "k": "ks", "tokens": "tokens", "architecture": "architectures"}
+
+
+def findings_table(
+    study: Study, tree: Mapping[str, Any], part: Part | None, with_sweeps: bool = True
+) -> list[dict[str, Any]]:
+    """The rows as JSON values, in the paper's order.
+
+    Args:
+        tree: the report's own findings, as far as they are made: ``scores`` and ``relation``.
+        part: the focus run's scores; ``None`` where it has none.
+        with_sweeps: also the rows about width, k, tokens and architecture.
+    """
+    rows: list[Finding] = findings_of_dictionaries(_dictionaries(study))
+    if with_sweeps:
+        rows += findings_of_sweeps(sweeps_of(study.root, tree["subject"]), _sweep_advice(study))
+    rows += findings_of_scores(_scores(study, tree, part))
+    return [row.as_dict() for row in rows]
+
+
+def _sweep_advice(study: Study) -> Callable[[str], tuple[str, str | None]]:
+    """finding → what to do for the sweep that it takes, in words and as a command.
+
+    The recipes are of the bundled model; another one's has to be written first.
+    """
+
+    def advice(name: str) -> tuple[str, str | None]:
+        recipe = f"eval_runs/recipes/{_RECIPES[name]}.toml"
+        if study.focus.settings.subject.model == "bundled":
+            return "", study.command("sweep", recipe)
+        return f"; copy {recipe}, put this model and text in it, and give it to `python cli.py sweep`", None
+
+    return advice
+
+
+def _dictionaries(study: Study) -> Dictionaries:
+    names = [run.name for run in study.runs]
+    seeds = [run.seed for run in study.runs if run.seed is not None]
+    train = study.command(
+        "train", "--name", study.focus.study, "--seeds", *map(str, [*seeds, max(seeds, default=-1) + 1])
+    )
+    if not seeds:
+        train = study.command("import", "--from", "DIR", "--name", "NAME", "--study", study.focus.study)
+    align = study.command("align", *names)
+    return Dictionaries(
+        runs=study.compared if study.tables else [study.focus.name],
+        tables=study.tables,
+        alive=study.alive,
+        frequency={
+            name: table.sort_values("latent")["firing_frequency"].to_numpy(float)
+            for name, table in study.firing.items()
+        },
+        bimodality=None if study.shared is None else study.shared.bimodality,
+        more={
+            "pair": align if len(names) > 1 else train,
+            "seed": align if len(names) > 2 else train,
+            "harvest": study.command("harvest", *(word for name in names for word in ("--sae", name))),
+        },
+    )
+
+
+def _scores(study: Study, tree: Mapping[str, Any], part: Part | None) -> Scores:
+    focus, setup = study.focus.name, study.setup or {}
+    explain = study.command("explain", "--sae", focus)
+    similar = part is not None and "similarity" in part.latents
+    scores = tree["scores"]
+    waiting = scores is not None and scores["waiting"] is not None
+    score = study.command("score", "--sae", focus)
+    return Scores(
+        scores=scores,
+        relation=tree["relation"],
+        table=part.joined() if part is not None and similar else None,
+        pairs=_pairs(study),
+        judge=" ".join(word for word in (setup.get("judge"), str(setup.get("model") or "")) if word) or "none",
+        more={
+            "score": score if waiting else explain,
+            "pair": study.command("align", *study.names),
+            "partners": study.command("explain", "--sae", focus, "--with-partners"),
+            "more": study.command("explain", "--sae", focus, "--latents", "400"),
+        },
+    )
+
+
+def _pairs(study: Study) -> pd.DataFrame | None:
+    """Latents and their decoder-matched partners in other runs, where both are scored in the same way: see Scores."""
+    if study.setup is None or len(study.compared) < 2:
+        return None
+    scores = {name: found for name in study.compared if len(found := _good(study, name))}
+    units, parts = partner_units(study.compared, study.tables), []
+    for i, a in enumerate(study.compared):
+        for b in study.compared[i + 1 :]:
+            if a in scores and b in scores:
+                parts.append(_pairs_of(study.tables[a, b], scores[a], scores[b], units[a]))
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
+def _pairs_of(table: pd.DataFrame, here: pd.Series, there: pd.Series, unit: np.ndarray) -> pd.DataFrame:
+    partner, aligned = table["decoder_partner"].to_numpy(), shared(table, "both", THRESHOLD)
+    kept = [latent for latent in here.index if partner[latent] in there.index]
+    return pd.DataFrame(
+        {
+            "score": here.loc[kept].to_numpy(float),
+            "score_there": there.loc[partner[kept]].to_numpy(float),
+            "aligned": aligned[kept],
+            "unit": unit[kept],
+        }
+    )
+
+
+def _good(study: Study, name: str) -> pd.Series:
+    """Latent → score of a run, of those that are scored as the focus run is."""
+    run = next(run for run in study.runs if run.name == name)
+    found = scored_alike(study, run)
+    if found is None or found[0] is None:
+        return pd.Series(dtype=float)
+    rows = found[0]
+    good = rows[(rows["control"] == "none") & (rows["status"].map(status_kind) == "ok")]
+    return good.set_index("latent")["balanced_accuracy"].astype(float)

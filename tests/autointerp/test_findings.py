@@ -1,0 +1,271 @@
+"""Every finding's rule on made-up dictionaries whose answer is known, and its intervals against enumeration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autointerp.findings.dictionaries import Dictionaries, findings_of_dictionaries
+from autointerp.findings.finding import AGREES, DISAGREES, UNDECIDED, Finding, Verdict, against, every
+from autointerp.findings.intervals import jackknife, wider, without_each
+from autointerp.findings.scores import Scores, findings_of_scores
+from sae.alignment import align
+from sae.dip import Dip
+from sae.estimate import UNKNOWN, Estimate
+
+M, D = 200, 48
+MORE = dict.fromkeys(("pair", "seed", "harvest", "score", "partners", "more"), "python cli.py …")
+
+
+def dictionaries(
+    shares: Sequence[float], *, seeds: int = 3, frequent_shared: bool | None = None, dip: Dip | None = None
+) -> Dictionaries:
+    """``seeds`` runs; run i has the first ``shares[i]`` of the directions that all runs with as many have.
+
+    ``frequent_shared``: whether latents that return fire more (True), less (False), or as often as others (None).
+    """
+    core, runs = np.random.default_rng(7).normal(size=(2, M, D)), [f"run_{'abcdefg'[i]}" for i in range(seeds)]
+    weights, frequency = {}, {}
+    for i, run in enumerate(runs):
+        rng = np.random.default_rng(100 + i)
+        inside = np.arange(M) < shares[i % len(shares)] * M
+        rows = np.where(inside[:, None], core + 0.2 * rng.normal(size=core.shape), rng.normal(size=core.shape))
+        weights[run] = rows
+        ahead = 0 if frequent_shared is None else (3.0 if frequent_shared else -3.0)
+        frequency[run] = np.exp(rng.normal(size=M) + ahead * inside)
+    tables = {}
+    for a, b in combinations(runs, 2):
+        found = align(*weights[a], *weights[b])
+        tables[a, b], tables[b, a] = found.a, found.b
+    alive = {run: np.ones(M, bool) for run in runs}
+    return Dictionaries(runs, tables, alive, frequency, dip, MORE)
+
+
+def rows_of(of: Dictionaries) -> dict[str, Finding]:
+    return {row.id: row for row in findings_of_dictionaries(of)}
+
+
+# --- what an interval allows -----------------------------------------------------------------------------------
+
+
+@given(st.floats(-1, 1), st.floats(0, 0.5), st.floats(0, 0.5), st.floats(-1, 1), st.sampled_from([-1, 1]))
+def test_a_verdict_needs_the_whole_interval(x: float, below: float, above: float, level: float, direction: int) -> None:
+    found = Estimate(x, x - below, x + above)
+    verdict = against(found, level, direction)
+    if x - below <= level <= x + above:
+        assert verdict == UNDECIDED
+    else:
+        assert verdict == (AGREES if (x > level) == (direction > 0) else DISAGREES)
+    mirrored = Estimate(-x, -x - above, -x + below)
+    assert against(mirrored, -level, -direction) == verdict
+
+
+def test_without_an_interval_nothing_is_decided() -> None:
+    assert against(UNKNOWN) == UNDECIDED
+    assert against(Estimate(3.0, math.nan, math.nan)) == UNDECIDED
+    assert every([AGREES, DISAGREES]) == UNDECIDED
+    assert every([DISAGREES, DISAGREES]) == DISAGREES
+    assert every([AGREES, UNDECIDED]) == UNDECIDED
+
+
+@given(st.lists(st.floats(0, 1), min_size=6, max_size=6))
+def test_each_run_left_out_is_the_mean_of_the_pairs_without_it(values: list[float]) -> None:
+    runs = "abcd"
+    pairs = {f"{a}--{b}": v for (a, b), v in zip(combinations(runs, 2), values, strict=True)}
+    found = without_each(pairs)
+    for left in runs:
+        rest = [v for pair, v in pairs.items() if left not in pair]
+        assert found[left] == pytest.approx(sum(rest) / 3)
+    # a mean over pairs is the mean of the means without each run: the jackknife has no bias to correct
+    assert np.mean(list(found.values())) == pytest.approx(np.mean(values))
+
+
+def test_two_runs_leave_nothing_to_leave_out() -> None:
+    assert without_each({"a--b": 0.5}) == {}
+    assert math.isnan(jackknife(0.5, [0.5]).low)
+
+
+@pytest.mark.parametrize("seeds", [3, 4, 6])
+def test_the_jackknife_holds_the_truth_as_often_as_it_says(seeds: int) -> None:
+    """Pairs that share a seed are alike: a seed that shares much does so with every other."""
+    rng, held, n = np.random.default_rng(seeds), 0, 2000
+    for _ in range(n):
+        own = rng.normal(size=seeds)
+        pairs = {f"{a}--{b}": own[a] + own[b] + rng.normal() for a, b in combinations(range(seeds), 2)}
+        found = jackknife(float(np.mean(list(pairs.values()))), list(without_each(pairs).values()))
+        held += found.low <= 0 <= found.high
+    assert held / n >= 0.93
+
+
+def test_the_wider_of_two_intervals_has_the_outer_bounds() -> None:
+    assert wider(Estimate(0.5, 0.4, 0.6), Estimate(0.5, 0.45, 0.9)) == Estimate(0.5, 0.4, 0.9)
+    assert wider(Estimate(0.5, math.nan, math.nan), Estimate(0.5, 0.1, 0.9)) == Estimate(0.5, 0.1, 0.9)
+
+
+# --- dictionaries ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict"), [(0.5, AGREES), (1.0, DISAGREES), (0.0, UNDECIDED)], ids=["half", "all", "none"]
+)
+def test_shared(share: float, verdict: Verdict) -> None:
+    row = rows_of(dictionaries([share]))["shared"]
+    assert row.verdict == verdict
+    assert row.value == pytest.approx(share, abs=0.01)
+    assert row.low <= row.value <= row.high
+
+
+def test_where_matchings_disagree_the_cosine_is_low() -> None:
+    row = rows_of(dictionaries([0.5]))["disagree"]
+    assert row.verdict == AGREES
+    assert row.value > 0.3
+
+
+@pytest.mark.parametrize(
+    ("shares", "verdict"),
+    [((0.6, 0.6, 0.6), AGREES), ((0.5, 0.5, 0.0), DISAGREES)],
+    ids=["a core of all", "none of the third's"],
+)
+def test_retained(shares: tuple[float, ...], verdict: Verdict) -> None:
+    assert rows_of(dictionaries(shares))["retained"].verdict == verdict
+
+
+def test_third_seed_cannot_tell_what_does_not_fall() -> None:
+    """What two share, the third shares too, and nobody else has the rest: no fraction falls."""
+    row = rows_of(dictionaries([0.5]))["third-seed"]
+    assert row.value == pytest.approx(0, abs=0.01)
+    assert row.verdict == UNDECIDED
+    row = rows_of(dictionaries([0.9, 0.5, 0.9]))["third-seed"]
+    assert row.verdict == AGREES
+    assert row.value == pytest.approx(
+        0.4 / 3, abs=0.03
+    )  # of run b nothing falls, of a and c where b came first: half of .4
+
+
+@pytest.mark.parametrize(("frequent", "verdict"), [(True, AGREES), (False, DISAGREES), (None, UNDECIDED)])
+def test_frequency(frequent: bool | None, verdict: Verdict) -> None:
+    row = rows_of(dictionaries([0.5], frequent_shared=frequent))["frequency"]
+    assert row.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "p", "verdict"),
+    [
+        (Estimate(0.05, 0.03, 0.07), 0.001, AGREES),
+        (Estimate(0.002, 0.0, 0.006), 0.6, DISAGREES),
+        (Estimate(0.01, 0.0, 0.03), 0.2, UNDECIDED),
+        (Estimate(0.01, 0.0, 0.03), math.nan, UNDECIDED),
+    ],
+)
+def test_bimodal(value: Estimate, p: float, verdict: Verdict) -> None:
+    assert rows_of(dictionaries([0.5], seeds=2, dip=Dip(value, value.value, p)))["bimodal"].verdict == verdict
+
+
+def test_with_two_seeds_intervals_are_over_latents_and_say_so() -> None:
+    rows = rows_of(dictionaries([0.5], seeds=2))
+    assert "says nothing of other seeds" in rows["shared"].why
+    assert rows["third-seed"].verdict == rows["retained"].verdict == UNDECIDED
+    assert rows["retained"].command
+    assert "jackknife over seeds" in rows_of(dictionaries([0.5]))["shared"].why
+
+
+def test_one_seed_can_tell_nothing_and_says_what_would() -> None:
+    for row in findings_of_dictionaries(dictionaries([0.5], seeds=1)):
+        assert row.verdict == UNDECIDED
+        assert row.command
+        assert row.as_dict()["value"] is None
+
+
+def test_the_interval_over_seeds_is_no_narrower_than_that_over_latents() -> None:
+    """Three seeds that happen to share exactly alike say nothing of the latents' own chance."""
+    three, two = (rows_of(dictionaries([0.5], seeds=n))["shared"] for n in (3, 2))
+    assert three.high - three.low > 0.5 * (two.high - two.low)
+
+
+# --- scores ------------------------------------------------------------------------------------------------------
+
+
+def scores(
+    *, mean: tuple[float, float, float] = (0.7, 0.69, 0.71), above: tuple[float, float, float] = (0.2, 0.19, 0.21)
+) -> dict[str, Any]:
+    control = {"mean": 0.5, "above_control": {"mean": above[0], "interval": list(above[1:])}}
+    return {
+        "n_scored": 100,
+        "mean": mean[0],
+        "interval": list(mean[1:]),
+        "control": control,
+        "quartiles": [0.6, 0.7, 0.8],
+    }
+
+
+def told(**given: Any) -> dict[str, Finding]:
+    empty: dict[str, Any] = {"scores": None, "relation": None, "table": None, "pairs": None, "judge": "ngram"}
+    return {row.id: row for row in findings_of_scores(Scores(**{**empty, **given}, more=MORE))}
+
+
+@pytest.mark.parametrize(
+    ("of", "verdict"),
+    [
+        (scores(), AGREES),
+        (scores(mean=(0.45, 0.4, 0.49)), DISAGREES),
+        (scores(above=(-0.1, -0.2, -0.05)), DISAGREES),
+        (scores(above=(0.01, -0.02, 0.04)), UNDECIDED),
+        ({**scores(), "control": None}, UNDECIDED),
+    ],
+    ids=["above both", "below chance", "below the control", "like the control", "no control"],
+)
+def test_interp(of: dict[str, Any], verdict: Verdict) -> None:
+    assert told(scores=of)["interp"].verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("bounds", "verdict"), [([0.1, 0.3], AGREES), ([-0.3, -0.1], DISAGREES), ([-0.1, 0.1], UNDECIDED)]
+)
+def test_relation(bounds: list[float], verdict: Verdict) -> None:
+    tree = {"spearman": sum(bounds) / 2, "interval": bounds, "n": 9, "partial": {"value": None, "interval": None}}
+    relation = {**tree, "pooled": None, "frequency": {"value": None, "interval": None}}
+    assert told(relation=relation)["relation"].verdict == verdict
+    pooled = {**tree, "spearman": 0.9, "interval": [0.8, 0.95]}
+    assert told(relation={**relation, "pooled": pooled})["relation"].verdict == AGREES  # of all runs, where there are
+
+
+@pytest.mark.parametrize(("slope", "verdict"), [(-0.1, AGREES), (0.1, DISAGREES), (0.0, UNDECIDED)])
+def test_frequent_low(slope: float, verdict: Verdict) -> None:
+    rng = np.random.default_rng(0)
+    frequency = rng.normal(size=400)
+    score = 0.7 + slope * (frequency > np.quantile(frequency, 0.9)) + 0.05 * rng.normal(size=400)
+    table = pd.DataFrame({"score": score, "frequency": frequency, "unshared": rng.random(400) < 0.5})
+    assert told(table=table)["frequent-low"].verdict == verdict
+    assert told(table=table[:150])["frequent-low"].command
+
+
+@pytest.mark.parametrize(("alike", "verdict"), [(1.0, AGREES), (-1.0, DISAGREES), (0.0, UNDECIDED)])
+def test_both_scored(alike: float, verdict: Verdict) -> None:
+    rng = np.random.default_rng(0)
+    one, noise = rng.normal(size=(2, 200))
+    pairs = pd.DataFrame(
+        {
+            "score": 0.7 + 0.1 * one,
+            "score_there": 0.7 + 0.1 * (alike * one + noise),
+            "aligned": np.arange(200) < 150,
+            "unit": np.arange(200),
+        }
+    )
+    assert told(pairs=pairs)["both-scored"].verdict == verdict
+    few = told(pairs=pairs.assign(aligned=np.arange(200) < 10))["both-scored"]
+    assert few.verdict == UNDECIDED
+    assert "10 aligned pairs" in few.why
+
+
+def test_nothing_scored_says_what_to_run() -> None:
+    for row in told().values():
+        assert row.verdict == UNDECIDED
+        assert row.command
