@@ -47,7 +47,11 @@ def findings(
     ``contexts`` gives (run, latent) its contexts, to be shown with the latents of ``interesting``; without it they
     carry none. Raises :class:`UserError` for unknown names and files that cannot be read.
     """
-    study = Study.open(root, runs, view or View())
+    return study_findings(Study.open(root, runs, view or View()), contexts)
+
+
+def study_findings(study: Study, contexts: ContextSource | None = None) -> dict[str, Any]:
+    """:func:`findings` of a study that is open already."""
     rows, told = study.score_rows(), study.journal()
     latents = study.focus_latents()
     similar = "similarity" in latents

@@ -29,7 +29,7 @@ def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | No
     units = partner_units(study.compared, study.tables)
     parts = []
     for run in study.runs:
-        if run.name in study.compared and (found := _part(study, run)) is not None:
+        if run.name in study.compared and (found := rows_alike(study, run)) is not None:
             rows, setup = found
             latents, together = study.latents_of(run), together_of(setup)
             if "firing_frequency" in latents:
@@ -38,7 +38,7 @@ def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | No
     return pooled_findings(parts)
 
 
-def _part(study: Study, run: Run) -> tuple[Any, Mapping[str, Any]] | None:
+def rows_alike(study: Study, run: Run) -> tuple[Any, Mapping[str, Any]] | None:
     """The rows of the run's newest set-up that is like the focus run's; ``None`` where it has none."""
     setup = study.setup or {}
     if run.name == study.focus.name:
