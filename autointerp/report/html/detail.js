@@ -105,7 +105,7 @@
     });
     return [
       element("h3", {}, "What the judge said"),
-      element("p", { class: "quiet" }, `Of contexts that the explainer never saw. ${counts}${failed}. Some of them, wrong ones first where there are many:`),
+      element("p", { class: "quiet" }, `Of contexts that the explainer never saw. ${counts}${failed}. Some of them, right and wrong:`),
       element("div", { class: "verdicts" }, lines),
     ];
   }
@@ -122,7 +122,7 @@
       {},
       element("h4", {}, foreign(match.run), element("span", { class: "quiet" }, `latent ${match.decoder_partner ?? "–"}`), element("span", { class: `badge ${holds.includes("strict") ? "all" : "one"}` }, holds.length ? holds.join(", ") : "not shared")),
       element("p", { class: "quiet" }, `${space("encoder")} · ${space("decoder")}`),
-      behaviour === null ? null : element("p", { class: "quiet" }, `By firing: Jaccard ${decimal(behaviour.jaccard, 2)} with ${behaviour.jaccard_partner ?? "none"}`),
+      behaviour === null ? null : element("p", { class: "quiet" }, behaviour.jaccard_partner === null ? "By firing nothing is paired with it." : `By firing: ${behaviour.jaccard_partner}, Jaccard ${decimal(behaviour.jaccard, 2)}`),
       relation === null ? null : element("p", { class: "quiet" }, `There it ${relation}${behaviour.relation_latents?.length ? ` (${behaviour.relation_latents.join(", ")}; ${percent(behaviour.relation_covered)} of its firings)` : ""}`),
       match.explanation === null ? null : element("p", { class: "said" }, foreign(match.explanation)),
       match.score === null ? null : element("p", {}, `score ${decimal(match.score, 2)}`),

@@ -78,7 +78,7 @@ def details_of(study: Study, status: Sequence[int], first: Sequence[int], budget
 def order(status: Sequence[int], alive: np.ndarray, first: Sequence[int] = ()) -> list[int]:
     """The latents of which there shall be details, the most wanted first: a cut anywhere leaves a fair sample.
 
-    After ``first`` come those that were asked for and then ``OTHERS`` alive ones, either in an order by chance (seeded).
+    After ``first`` come those that were asked for, then ``OTHERS`` alive ones, either in an order by chance (seeded).
     """
     rng = np.random.default_rng(0)
     wanted = np.asarray(status) > 0

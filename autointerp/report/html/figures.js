@@ -41,7 +41,6 @@
         xaxis: axis("cosine that is asked for", { range: [0, 1] }),
         yaxis: percentAxis("shared, of alive latents", { range: [0, 1.02] }),
         shapes: [rule({ x0: tree.threshold, x1: tree.threshold, yref: "paper", y0: 0, y1: 1 })],
-        margin: { l: 48, r: 12, t: 46, b: 44 },
       }),
       table: {
         head: ["threshold", ...names, ...nulls.map((name) => `decoder, ${name}`)],
@@ -145,9 +144,8 @@
       layout: layout({
         barmode: "stack",
         xaxis: axis("mean of encoder and decoder cosine", { range: [-0.05, 1] }),
-        yaxis: axis("latents"),
+        yaxis: axis("latents", { range: [0, 1.15 * Math.max(...shape.counts)] }),
         shapes: [rule({ x0: threshold, x1: threshold, yref: "paper", y0: 0, y1: 1 })],
-        margin: { l: 48, r: 12, t: 46, b: 44 },
       }),
       table: {
         head: ["from", "to", "same partner", "different partners", ...nulls.map(([name]) => `by chance, ${name}`)],
@@ -204,7 +202,7 @@
       group(`score ${name}`, colour(`q${i}`), scored.filter((latent) => quarter(latent) === i), similarity, firings));
     return Report.scatter(groups, {
       x: "similarity to the partners", y: "firings", yLog: true, edges: true, xRange: [-0.02, 1.02],
-      layout: { margin: { l: 48, r: 12, t: 46, b: 44 } },
+     
     });
   };
 

@@ -118,7 +118,7 @@ def _similarity(found: Findings, _: Columns) -> Figure | None:
         "similarity",
         "How alike partners are",
         "Alive latents of all pairs by the mean of encoder and decoder cosine with their partner. Two humps mean that "
-        "latents either return or do not. Lines: the same by chance.",
+        "latents either return or do not. Lines: the same by chance, cut where they leave the frame.",
         f"Mean matched cosine: encoders {decimal(tree['mean_encoder'])}, decoders {decimal(tree['mean_decoder'])}.",
     )
 
@@ -272,8 +272,7 @@ def _partners(_: Findings, columns: Columns) -> Figure | None:
         "partners",
         "relation",
         "Score of a latent and of its partner",
-        "On the diagonal both can be explained equally well. The darker, the more alike the two are."
-        f"{_SHOWS_LATENTS}",
+        f"On the diagonal both can be explained equally well. The darker, the more alike the two are.{_SHOWS_LATENTS}",
         f"{plural(n, 'pair')} of latents that are both scored.",
         choices=tuple(pairs["run"] for pairs in columns["partners"]),
         paper="figure 6",

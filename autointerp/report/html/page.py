@@ -6,6 +6,7 @@ and from ``columns``. The template escapes whatever it is given; scripts and sty
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from autointerp.report.html.details import BUDGET, Details, details_of
 from autointerp.report.html.embedded import json_in_script, policy, script
 from autointerp.report.html.figures import Figure, figures_of
 from autointerp.report.layout import Section, decimal, interval, percent, percent_interval
-from autointerp.report.visible import visible
 
 SCRIPTS = ("base.js", "plots.js", "scatter.js", "figures.js", "scored.js", "table.js", "detail.js", "main.js")
 #: The chapters of the page, each with its parts of the terminal's report, in order.
@@ -34,6 +34,8 @@ CHAPTERS = {
     "relation": ("How the two go together", ("relation", "interesting")),
 }
 _METHODS = "methods"
+#: In place of what the terminal says of a chart that a page does not have.
+_SAYS = {"frequency": "How often latents fire (‰: firings per thousand tokens), by whether other seeds have them."}
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _parts(found: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, Par
         if isinstance(section, Section):
             of_part = [figure for figure in figures if figure.part == name]
             words = [] if name == "interesting" and found["interesting"] else list(prose.blocks(section))
-            parts[name] = Part(name, section.title, section.says, words, of_part)
+            parts[name] = Part(name, section.title, _SAYS.get(name, section.says), words, of_part)
     return parts
 
 
@@ -149,8 +151,14 @@ def _verdict_class(row: Mapping[str, Any]) -> str:
     return str(row["verdict"]).split()[0] if str(row["verdict"]).startswith(("agrees", "disagrees")) else "undecided"
 
 
+def _groupwise(them: Sequence[prose.Block]) -> list[tuple[str, list[prose.Block]]]:
+    """Blocks of one kind that follow each other, together: small tables stand side by side."""
+    return [(kind, list(run)) for kind, run in itertools.groupby(them, lambda block: block.kind)]
+
+
 _FILTERS = {
-    "visible": visible,
+    "shown": prose.shown,
+    "groupwise": _groupwise,
     "decimal": decimal,
     "interval": interval,
     "rate": dictionaries.rate,

@@ -7,6 +7,8 @@ other. Charts made of block characters are left out: the page draws figures.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -124,12 +126,20 @@ def _pieces(text: Text) -> tuple[Piece, ...]:
     whole = _css(str(text.style))
     marks = sorted({0, len(text.plain), *(edge for span in text.spans for edge in (span.start, span.end))})
     found = []
-    for begin, end in zip(marks, marks[1:], strict=False):
+    for begin, end in itertools.pairwise(marks):
         styles = [_css(str(span.style)) for span in text.spans if span.start <= begin < span.end]
         css = " ".join(dict.fromkeys(word for words in (whole, *styles) for word in words.split()))
-        if words := visible(text.plain[begin:end]):
+        if words := shown(text.plain[begin:end]):
             found.append(Piece(words, css))
     return tuple(found)
+
+
+def shown(text: object) -> str:
+    """Text for the page: nothing hidden in it, and a number never parted from its per cent."""
+    return _NUMBER.sub("\u00a0", visible(str(text)))
+
+
+_NUMBER = re.compile(r"(?<=\d) (?=[%‰])")
 
 
 def _css(style: str) -> str:

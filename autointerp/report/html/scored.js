@@ -35,7 +35,7 @@
         xaxis: axis("balanced accuracy", { range: [Math.min(CHANCE - 0.1, edges[Math.max(0, filled)]) - 0.01, 1.01], dtick: 0.1 }),
         yaxis: axis("latents", { tickvals: ticks, ticktext: ticks.map((tick) => `${Math.abs(tick)}`), zeroline: true }),
         shapes: [rule({ x0: CHANCE, x1: CHANCE, yref: "paper", y0: 0, y1: 1 }, { layer: "above" })],
-        annotations: [{ x: CHANCE, yref: "paper", y: 1, yanchor: "bottom", text: "guessing", showarrow: false, font: { size: 11 } }],
+        annotations: [{ x: CHANCE, yref: "paper", y: 0, yanchor: "bottom", xanchor: "left", xshift: 4, text: "guessing", showarrow: false, font: { size: 11 } }],
         legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom" },
       }),
       table: {
@@ -95,7 +95,7 @@
     };
     return Report.scatter(classGroups(similarity, score), {
       x: "similarity to the partners", y: "balanced accuracy", yRange: scoreRange(columns().scored.score), xRange: [-0.02, 1.02],
-      shapes: [guessing()], more: [means], layout: { margin: { l: 48, r: 12, t: 46, b: 44 } },
+      shapes: [guessing()], more: [means],
     });
   };
 
