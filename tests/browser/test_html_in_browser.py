@@ -1,8 +1,9 @@
-"""The HTML report as a reader has it: figures, the list of latents, an open latent, keys, colours, a phone, a printer."""
+"""The HTML report as a reader has it: figures, latents, keys, colours, a phone, a printer."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,8 @@ def test_a_phone_scrolls_one_way_only(watched: Opened, finished: Path, address: 
         one.draw_all()
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     sticks_out = """selector => [...document.querySelectorAll(selector)]
-        .filter((node) => node.getBoundingClientRect().right > 391 && !node.closest(".scroll, .bar nav, .plot, [role=gridcell]"))
+        .filter((node) => node.getBoundingClientRect().right > 391)
+        .filter((node) => !node.closest(".scroll, .bar nav, .plot, [role=gridcell]"))
         .map((node) => node.outerHTML.slice(0, 80))"""
     assert page.evaluate(sticks_out, "dialog[open] *" if address else "main *") == []
 
@@ -242,7 +244,7 @@ def test_everything_that_can_be_pressed_has_a_name(watched: Opened, finished: Pa
         "[...document.querySelectorAll('main h1, main h2, main h3, main h4')].map((h) => +h.tagName[1])"
     )
     assert levels[0] == 1
-    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
 
 
 def test_it_prints_with_every_figure(watched: Opened, finished: Path) -> None:
