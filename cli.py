@@ -409,8 +409,14 @@ def report(
         from autointerp.report import render_written
         from autointerp.report.html import write_report
 
-        told = {"definition": definition.value, "threshold": threshold, "against": against or ()}
-        written = write_report(run, study_runs(run.study, root), to, **told)
+        written = write_report(
+            run,
+            study_runs(run.study, root),
+            to,
+            definition=definition.value,
+            threshold=threshold,
+            against=against or (),
+        )
         finish(as_json, "report", written.as_dict, lambda: render_written(written))
         return
     _report(run, study_runs(run.study, root), as_json, definition.value, threshold, against or ())

@@ -144,7 +144,7 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         written = write_report(runs[0], runs)
         made = time.perf_counter() - begun
         took = opened(Path(written.path), arguments.rounds)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": "size", "ours": written.n_bytes / 1e6, "unit": "MB", "goal": MEGABYTES},
         {"name": "details", "ours": written.n_details, "unit": "latents", "goal": None},
         {"name": "made in", "ours": made, "unit": "s", "goal": None},

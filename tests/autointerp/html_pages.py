@@ -86,6 +86,31 @@ def rendered(root: Path, names: list[str], budget: int = BUDGET, **view: Any) ->
     return render(study_findings(study, small_study.contexts), study, budget)
 
 
+def swept(root: Path) -> None:
+    """A sweep's table, with as much of it as figure 4 takes."""
+    from sae.files import write_json
+
+    points: list[dict[str, Any]] = [
+        {
+            "name": f"widths_{m}",
+            "values": {"training.num_latents": m},
+            "shared": {
+                name: {
+                    "value": value / (1 + m / 500),
+                    "interval": [0.1, 0.9],
+                    "null": {"rotated": 0.01, "gaussian": None},
+                }
+                for name, value in (("both", 0.9), ("lenient", 1.0))
+            },
+        }
+        for m in (512, 64, 2048)
+    ]
+    points.append({"name": "alone", "values": {"training.num_latents": 4}, "shared": None})
+    table: dict[str, Any] = {"schema": 1, "sweep": "widths", "subject": {"fingerprint": "f" * 64}, "points": points}
+    write_json(root / "reports" / "widths.sweep.json", {**table, "axes": {"training.num_latents": [512, 64, 2048, 4]}})
+    write_json(root / "reports" / "other.sweep.json", {**table, "subject": {"fingerprint": "g"}, "points": None})
+
+
 def hostile(root: Path, seeds: int = 3) -> list[Any]:
     """A finished study whose explanations and failures mean harm."""
     from autointerp.journal import Journal

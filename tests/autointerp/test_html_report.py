@@ -37,6 +37,7 @@ from autointerp.report.html.figures import figures_of
 from autointerp.report.html.page import CHAPTERS, SCRIPTS
 from autointerp.report.layout import Section, command_line, grid
 from autointerp.report.visible import visible
+from sae.errors import BadInput
 from sae.run import Run
 
 NAMES = ["run_a", "run_b", "run_c"]
@@ -49,6 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("html")
     runs = small_study.whole(folder, nulls=True)
     small_study.scored(runs[1], small_study.explained(runs[1], list(range(0, 108, 2))))
+    html_pages.swept(folder)
     return folder
 
 
@@ -111,7 +113,7 @@ def test_every_number_of_the_terminals_tables_is_on_the_page(root: Path, page: P
 def test_figures_are_drawn_by_the_page_and_told_in_words(page: Parsed) -> None:
     drawn = set(re.findall(r"^  figures\.(\w+) =", "".join(read(name) for name in SCRIPTS), re.MULTILINE))
     shown = {attributes["data-figure"] for _, attributes in page.tags if "data-figure" in attributes}
-    assert shown == drawn - {"width"}
+    assert shown == drawn
     labels = [attributes["aria-label"] for _, attributes in page.tags if attributes.get("role") == "img"]
     assert len(labels) == len(shown)
     assert all(label and len(label) > 30 and "None" not in label and "nan" not in label for label in labels)
@@ -150,6 +152,22 @@ def test_partners_are_paired_by_the_decoder(root: Path, page: Parsed) -> None:
 def test_the_findings_of_the_json_are_in_the_file(root: Path, page: Parsed) -> None:
     plain = json.loads(json.dumps(findings(root, NAMES, contexts=small_study.contexts)))
     assert page.data("findings") == plain
+
+
+def test_a_sweep_of_the_same_subject_is_figure_4(page: Parsed) -> None:
+    (sweep,) = page.data("columns")["sweeps"]
+    assert sweep["axis"] == "training.num_latents"
+    assert [point["at"] for point in sweep["points"]] == [512, 64, 2048]
+    assert sweep["points"][1]["both"] == {"value": 0.9 / (1 + 64 / 500), "interval": [0.1, 0.9], "chance": 0.01}
+    assert "widths, 64: 79.8 % and 88.7 %" in page.text
+
+
+def test_a_damaged_sweep_is_named(tmp_path: Path) -> None:
+    small_study.whole(tmp_path, seeds=1)
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "x.sweep.json").write_text('{"schema": 1, "subject": 3}')
+    with pytest.raises(BadInput, match=r"x\.sweep\.json' is damaged; delete it"):
+        html_pages.rendered(tmp_path, ["run_a"])
 
 
 def test_a_findings_table_is_shown_with_its_verdicts(root: Path) -> None:

@@ -5,17 +5,84 @@ from __future__ import annotations
 import csv
 import itertools
 import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import html_pages
 import pytest
-from browser_pages import Opened, Watched
+import small_study
+from browser_pages import FLAGS, Watched, chromium
 from html_pages import HOSTILE
+from playwright.sync_api import Browser, sync_playwright
 
 from autointerp.report.visible import visible
 
 pytestmark = pytest.mark.browser
-FIGURES = 15
+FIGURES = 16
+NAMES = ["run_a", "run_b", "run_c"]
+Opened = Callable[..., Watched]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def watched(browser: Browser) -> Iterator[Opened]:
+    """Opens a file in a context of its own; at the end nothing may have been said or asked for."""
+    made: list[Watched] = []
+
+    def new(source: Path, *, width: int = 1280, height: int = 900, scheme: str = "light") -> Watched:
+        context = browser.new_context(
+            viewport={"width": width, "height": height},
+            color_scheme="dark" if scheme == "dark" else "light",
+            accept_downloads=True,
+        )
+        context.set_default_timeout(15_000)
+        one = Watched(context.new_page(), source=source)
+        # Software WebGL says of itself that it is slow; that is no fault of the page.
+        one.page.on("console", lambda m: one.said.append(m.text) if "GPU stall" not in m.text else None)
+        one.page.on("pageerror", lambda error: one.said.append(str(error)))
+        one.page.on("dialog", lambda dialog: one.said.append(dialog.message))
+        one.page.on("request", lambda request: one.asked_for.append(request.url))
+        made.append(one)
+        return one
+
+    yield new
+    for one in made:
+        assert one.said == []
+        assert {url for url in one.asked_for if not url.startswith(("file:", "blob:", "data:"))} == set()
+        assert one.page.evaluate("window.harmed") is None
+        one.page.context.close()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a made-up study with every stage done, two runs scored."""
+    root = tmp_path_factory.mktemp("finished")
+    runs = small_study.whole(root, nulls=True)
+    small_study.scored(runs[1], small_study.explained(runs[1], list(range(0, 108, 2))))
+    html_pages.swept(root)
+    return written(root)
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a study whose texts mean harm."""
+    root = tmp_path_factory.mktemp("hostile")
+    html_pages.hostile(root)
+    return written(root)
+
+
+def written(root: Path) -> Path:
+    path = root / "page.html"
+    path.write_text(html_pages.rendered(root, NAMES).html, encoding="utf-8")
+    return path
 
 
 def rows(one: Watched) -> list[str]:

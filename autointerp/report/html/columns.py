@@ -14,6 +14,7 @@ import pandas as pd
 
 from autointerp.evidence import Study, Told
 from autointerp.pooled import rows_alike
+from autointerp.report.html.sweeps import sweeps_at
 from autointerp.scored import CLASSES, status_kind
 
 #: What became of a latent on its way to a score; its place here is what the page holds.
@@ -28,6 +29,7 @@ def columns_of(study: Study, told: Told) -> dict[str, Any]:
     ``latents``: columns [M]; ``shared_class`` and ``status`` index ``classes`` (-1: none, the latent is dead or nothing
     is aligned) and ``statuses``. ``against``: per aligned sibling, columns [M]. ``scored``: columns [N].
     ``partners``: per sibling that was scored alike, one row for each pair of scores. ``explanations``: latent → text.
+    ``sweeps``: see :func:`autointerp.report.html.sweeps.sweeps_at`.
     """
     table = study.focus_latents()
     rows = study.score_rows()
@@ -55,6 +57,7 @@ def columns_of(study: Study, told: Told) -> dict[str, Any]:
         "scored": _scored(own, swapped),
         "partners": _partner_scores(study, own),
         "explanations": _explanations(told, own),
+        "sweeps": sweeps_at(study.root, study.focus.record.get("subject", {}).get("fingerprint")),
     }
 
 

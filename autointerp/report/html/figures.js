@@ -106,6 +106,37 @@
     };
   };
 
+  figures.width = (name) => {
+    const sweep = columns().sweeps.find((of) => of.name === name) ?? columns().sweeps[0];
+    const points = [...sweep.points].sort((a, b) => (a.at > b.at) - (a.at < b.at));
+    const numeric = points.every((point) => Report.known(point.at) && point.at > 0);
+    const at = points.map((point) => (numeric ? point.at : label(String(point.at))));
+    const series = (key, said, hue, symbol) => line(said, at, points.map((point) => point[key].value), colour(hue), {
+      mode: "lines+markers",
+      marker: { size: 8, symbol },
+      error_y: {
+        type: "data", symmetric: false, color: colour(hue), thickness: 1.2, width: 3,
+        array: points.map(({ [key]: of }) => (of.interval ? of.interval[1] - of.value : 0)),
+        arrayminus: points.map(({ [key]: of }) => (of.interval ? of.value - of.interval[0] : 0)),
+      },
+    });
+    const chance = (key) => line(`${key} by chance`, at, points.map((point) => point[key].chance), colour("control"), {
+      line: { color: colour("control"), width: 1.5, dash: key === "both" ? "dash" : "dot" }, showlegend: false,
+    });
+    const words = sweep.axis.split(".").at(-1).replaceAll("_", " ");
+    return {
+      traces: [series("both", "both cosines above the threshold", "all", "square"), series("lenient", "same partner", "one", "diamond"), chance("both"), chance("lenient")],
+      layout: layout({
+        xaxis: axis(label(words), numeric ? { type: "log", tickvals: at, ticktext: at.map(Report.count) } : { type: "category" }),
+        yaxis: percentAxis("of alive latents", { range: [0, 1.02] }),
+      }),
+      table: {
+        head: ["point", words, ...["both", "same partner"].flatMap((said) => [said, "low", "high", `${said} by chance`])],
+        rows: points.map((point) => [point.name, point.at, ...["both", "lenient"].flatMap((key) => [point[key].value, ...(point[key].interval ?? [null, null]), point[key].chance])]),
+      },
+    };
+  };
+
   figures.cosines = (run) => {
     const of = against(run);
     const { threshold } = columns();

@@ -26,7 +26,8 @@ class Figure:
     says: str
     alt: str
     choices: tuple[str, ...] = ()
-    """Sibling runs to choose from, where it shows one at a time."""
+    """Sibling runs (or sweeps) to choose from, where it shows one at a time."""
+    choose: str = "against"
     paper: str = ""
     """Which figure of the paper it is."""
     tall: bool = False
@@ -280,12 +281,34 @@ def _partners(_: Findings, columns: Columns) -> Figure | None:
     )
 
 
+def _width(found: Findings, columns: Columns) -> Figure | None:
+    sweeps = columns["sweeps"]
+    if not sweeps:
+        return None
+    told = [
+        f"{sweep['name']}, {point['at']}: {percent(point['both']['value'])} and {percent(point['lenient']['value'])}"
+        for sweep in sweeps
+        for point in sweep["points"]
+    ]
+    return Figure(
+        "width",
+        "overlap" if found["overlap"] is not None else "training",
+        "Overlap over a swept setting",
+        "Share of alive latents that two seeds share, by what was swept: both cosines above the threshold, and the "
+        "same partner at any cosine. Bars: 95 %, over latents. Dashed: by chance.",
+        "Both and same partner: " + "; ".join(told) + ".",
+        choices=tuple(sweep["name"] for sweep in sweeps),
+        choose="sweep",
+        paper="figure 4",
+    )
+
+
 def _class(name: str) -> str:
     return {"one": "in no other seed", "some": "in some seeds", "all": "in every seed"}[name]
 
 
 _BUILDERS: tuple[Build, ...] = (
-    *(_sweep, _growth, _pairs),
+    *(_sweep, _growth, _pairs, _width),
     *(_cosines, _similarity, _nearest),
     *(_membership, _frequency, _quartiles, _training),
     *(_scores, _by_number, _relation, _score_frequency, _partners),
