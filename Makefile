@@ -47,7 +47,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.test-ready
-	$(PY) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow
 
 # Chromium is no Python package: Debian's is taken where none is there, as root or by sudo without a password.
 APT ?= $(if $(filter 0,$(shell id -u)),,sudo -n )apt-get
