@@ -211,9 +211,9 @@ def _scores(found: Findings, _: Columns) -> Figure | None:
     return Figure(
         "scores",
         "scores",
-        "Scores, own and swapped",
-        "Latents by balanced accuracy of a judge who reads their own explanation (blue), and another latent's (grey, "
-        "downwards). .5 is guessing.",
+        "Scores beside their controls",
+        "Latents by balanced accuracy of a judge who reads their own explanation (blue, upwards); what each control "
+        "scores hangs below, as a share of its own latents. .5 is guessing.",
         f"Own explanation {estimate(tree['mean'], tree['interval'])}, {plural(tree['n_scored'], 'latent')}{beside}.",
     )
 

@@ -34,6 +34,7 @@ CHAPTERS = {
     "relation": ("How the two go together", ("relation", "interesting")),
 }
 _METHODS = "methods"
+_ELSEWHERE = (_METHODS, "findings")  # parts that have a place of their own on the page
 #: In place of what the terminal says of a chart that a page does not have.
 _SAYS = {"frequency": "How often latents fire (‰: firings per thousand tokens), by whether other seeds have them."}
 
@@ -120,7 +121,7 @@ def _parts(found: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, Par
 def _chapters(parts: Mapping[str, Part]) -> list[tuple[str, str, list[Part]]]:
     """(id, title, parts) for each chapter that has any; parts that no chapter names stand in the last."""
     named = {name for _, (_, names) in CHAPTERS.items() for name in names}
-    rest = [name for name in parts if name not in named and name != _METHODS]
+    rest = [name for name in parts if name not in (*named, *_ELSEWHERE)]
     chapters = []
     for i, (key, (title, names)) in enumerate(CHAPTERS.items()):
         wanted = [*names, *(rest if i == len(CHAPTERS) - 1 else [])]

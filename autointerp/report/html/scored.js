@@ -12,35 +12,58 @@
     return [Math.floor(low * 20) / 20 - 0.03, 1.03];
   }
 
+  /** Whatever the scores are held against, as {name, counts}: the swapped control first. */
+  function heldAgainst(tree) {
+    const names = { frozen: "frozen decoder", untrained: "untrained SAE" };
+    return [
+      ["swapped control", tree.control],
+      ...(tree.control_saes ?? []).map((row) => [names[row.kind] ?? row.kind, row]),
+      ["n-gram baseline", tree.baseline],
+    ]
+      .filter(([, row]) => row?.histogram)
+      .map(([name, row]) => ({ name, counts: row.histogram.counts }));
+  }
+
   figures.scores = () => {
     const tree = findings().scores;
     const { edges, counts } = tree.histogram;
-    const swapped = tree.control?.histogram.counts ?? null;
+    const controls = heldAgainst(tree);
     const middle = counts.map((_, i) => (edges[i] + edges[i + 1]) / 2);
-    const filled = counts.findIndex((count, i) => count + (swapped?.[i] ?? 0) > 0);
-    const bar = (name, y, hue, said) => ({
-      type: "bar", name, x: middle, y, customdata: said, marker: { color: colour(hue), line: { color: colour("card"), width: 1 } },
-      hovertemplate: "%{customdata:,} latents at %{x}<extra>%{fullData.name}</extra>",
+    const filled = counts.findIndex((count, i) => count + controls.reduce((sum, of) => sum + of.counts[i], 0) > 0);
+    // Of as many latents as each has: they are not equally many.
+    const share = (of) => {
+      const n = of.reduce((sum, count) => sum + count, 0);
+      return of.map((count) => count / n);
+    };
+    const said = (of) => of.map((count, i) => [count, share(of)[i]]);
+    const template = "%{customdata[0]:,} latents (%{customdata[1]:.1%}) at %{x}<extra>%{fullData.name}</extra>";
+    const bar = (name, y, hue, of) => ({
+      type: "bar", name, x: middle, y, customdata: said(of), hovertemplate: template,
+      marker: { color: colour(hue), line: { color: colour("card"), width: 1 } },
     });
-    const most = Math.max(...counts);
-    const least = swapped ? Math.max(...swapped) : 0;
-    const ticks = [-least, 0, most / 2, most].map(Math.round);
+    const dashes = ["solid", "dash", "dot"];
+    const below = controls.map(({ name, counts: of }, i) => {
+      const y = share(of).map((part) => -part);
+      if (i === 0) return bar(name, y, "control", of);
+      const hue = colour(["one", "some", "q2"][i - 1] ?? "ink");
+      return Report.line(name, middle, y, hue, { customdata: said(of), hovertemplate: template, line: { color: hue, width: 2, shape: "hvh", dash: dashes[i - 1] } });
+    });
+    const most = Math.max(...share(counts));
+    const least = Math.max(0, ...controls.flatMap((of) => share(of.counts)));
+    const step = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5].find((one) => (most + least) / one <= 7) ?? 1;
+    const ticks = Array.from({ length: 41 }, (_, i) => (i - 20) * step).filter((at) => at <= most && at >= -least);
     return {
-      traces: [
-        bar("own explanation", counts, "all", counts),
-        ...(swapped ? [bar("swapped control", swapped.map((count) => -count), "control", swapped)] : []),
-      ],
+      traces: [bar("own explanation", share(counts), "all", counts), ...below],
       layout: layout({
         barmode: "relative",
         xaxis: axis("balanced accuracy", { range: [Math.min(CHANCE - 0.1, edges[Math.max(0, filled)]) - 0.01, 1.01], dtick: 0.1 }),
-        yaxis: axis("latents", { tickvals: ticks, ticktext: ticks.map((tick) => `${Math.abs(tick)}`), zeroline: true }),
+        yaxis: axis("share of the latents", { zeroline: true, tickvals: ticks, ticktext: ticks.map((at) => `${Math.round(100 * Math.abs(at))}%`) }),
         shapes: [rule({ x0: CHANCE, x1: CHANCE, yref: "paper", y0: 0, y1: 1 }, { layer: "above" })],
         annotations: [{ x: CHANCE, yref: "paper", y: 0, yanchor: "bottom", xanchor: "left", xshift: 4, text: "guessing", showarrow: false, font: { size: 11 } }],
-        legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom" },
       }),
       table: {
-        head: ["from", "to", "own explanation", "swapped control"],
-        rows: counts.map((count, i) => [edges[i], edges[i + 1], count, swapped?.[i] ?? null]),
+        head: ["from", "to", "own explanation", ...controls.map((of) => of.name)],
+        rows: counts.map((count, i) => [edges[i], edges[i + 1], count, ...controls.map((of) => of.counts[i])]),
       },
     };
   };
