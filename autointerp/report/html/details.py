@@ -28,7 +28,7 @@ OTHERS = 200
 _CONTEXTS, _OF_PARTNER = 8, 4
 _PER_CHUNK = 32  # details that are read together when one of them is opened
 _RIGHT, _WRONG = 2, 4  # verdicts shown of each kind
-_LEFT_OUT = ("schema", "run", "commands", "study", "threshold")
+_LEFT_OUT = ("schema", "run", "commands", "study", "threshold", "reliability")  # the same of all latents
 
 
 @dataclass(frozen=True)
