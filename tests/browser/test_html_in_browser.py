@@ -317,13 +317,16 @@ def test_everything_that_can_be_pressed_has_a_name(watched: Opened, finished: Pa
 def test_it_prints_with_every_figure(watched: Opened, finished: Path) -> None:
     one = watched(finished)
     page = one.open()
-    page.evaluate("Report.drawAll()")
-    pages = page.pdf(format="A4")
-    assert pages.startswith(b"%PDF")
+    page.evaluate("Report.print(true)")
     assert len(page.query_selector_all("[data-figure][data-drawn]")) == FIGURES
     page.emulate_media(media="print")
     assert not page.is_visible("#browser")
     assert page.is_visible("#figure-sweep")
+    page.set_viewport_size({"width": 700, "height": 990})
+    wide = "[...document.querySelectorAll('.plot .svg-container')].map((node) => node.getBoundingClientRect().right)"
+    assert max(page.evaluate(wide)) <= 700
+    page.evaluate("Report.print(false)")
+    assert page.pdf(format="A4").startswith(b"%PDF")
 
 
 def test_without_scripts_the_tables_are_there(browser: Any, finished: Path) -> None:

@@ -203,6 +203,7 @@
 
   Report.makeDetail = () => {
     dialog.addEventListener("close", () => {
+      if (open === null || dialog.open) return; // opened again before this was told
       const { latent } = open;
       open = null;
       dialog.replaceChildren();

@@ -25,7 +25,7 @@
   figures.sweep = () => {
     const tree = findings().overlap;
     const { sweep } = tree;
-    const hues = { strict: "all", both: "some", decoder: "one", lenient: "none" };
+    const hues = { strict: "all", both: "some", decoder: "one", lenient: "q2" };
     const dashes = { strict: "solid", both: "longdash", decoder: "solid", lenient: "dot" };
     const names = Object.keys(hues);
     const own = names.map((name) => line(name, sweep.threshold, sweep[name], colour(hues[name]), {

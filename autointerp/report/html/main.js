@@ -68,5 +68,6 @@
     Report.watchFigures();
     document.documentElement.dataset.ready = "figures";
   });
-  addEventListener("beforeprint", () => Report.drawAll());
+  addEventListener("beforeprint", () => Report.print(true));
+  addEventListener("afterprint", () => Report.print(false));
 })();

@@ -5,7 +5,9 @@
   const { element, colour, decimal, interval, rate } = Report;
   const FONT = '13px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif';
   const SHOWN_ROWS = 200;
+  const ON_PAPER = 640; // pixels, the width of a figure on A4 or Letter
   const drawn = new Set();
+  let printing = false;
   Report.figures = {};
 
   /** Plotly reads a little HTML in its labels: what is not ours is kept from being read so. */
@@ -113,6 +115,7 @@
   async function draw(figure) {
     const plot = figure.querySelector(".plot");
     const { traces, layout } = made(figure);
+    if (printing) layout.width = ON_PAPER;
     const first = !drawn.has(figure);
     drawn.add(figure);
     await Plotly.react(plot, traces, layout, {
@@ -164,7 +167,13 @@
   }
 
   Report.redraw = () => Promise.all([...drawn].map(draw));
-  Report.drawAll = () => Promise.all([...document.querySelectorAll("[data-figure]")].map(draw));
+
+  /** Every figure, as wide as a sheet allows, for as long as it is printed. */
+  Report.print = (begins) => {
+    printing = begins;
+    const figures = begins ? document.querySelectorAll("[data-figure]") : drawn;
+    return Promise.all([...figures].map(draw));
+  };
 
   Report.watchFigures = () => {
     const near = new IntersectionObserver(
