@@ -93,7 +93,7 @@ def _explained(run: Any, latents: list[int]) -> dict[int, int]:
 
 def opened(path: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round, by what was waited for."""
-    from browser_pages import FLAGS, chromium
+    from browser_pages import FLAGS, chromium, until
     from playwright.sync_api import sync_playwright
 
     took: dict[str, list[float]] = {name: [] for name in ("ready", "figures", "one scatter", "search", "end")}
@@ -109,7 +109,7 @@ def opened(path: Path, rounds: int) -> dict[str, list[float]]:
                 ".observe(document, { subtree: true, attributes: true, attributeFilter: ['data-ready'] });"
             )
             page.goto(path.as_uri())
-            page.wait_for_function("window.stages?.figures")
+            until(page, "window.stages?.figures", 60)
             stages = page.evaluate("window.stages")
             took["ready"].append(stages["latents"] / 1000)
             took["figures"].append(stages["figures"] / 1000)
@@ -119,14 +119,14 @@ def opened(path: Path, rounds: int) -> dict[str, list[float]]:
             took["one scatter"].append(time.perf_counter() - begun)
             begun = time.perf_counter()
             page.fill("#search", "latent 77 ")
-            page.wait_for_function("document.querySelector('#count').textContent.length < 26")
+            until(page, "document.querySelector('#count').textContent.length < 26", 60)
             took["search"].append(time.perf_counter() - begun)
             page.fill("#search", "")
             page.wait_for_timeout(300)
             page.keyboard.press("ArrowDown")
             begun = time.perf_counter()
             page.keyboard.press("End")
-            page.wait_for_function("document.activeElement.getAttribute('aria-rowindex') > 1000")
+            until(page, "document.activeElement.getAttribute('aria-rowindex') > 1000", 60)
             took["end"].append(time.perf_counter() - begun)
             assert page.evaluate("document.querySelectorAll('#browser .rows [role=row]').length") < 100
             context.close()

@@ -55,7 +55,7 @@ def shares(sizes: Sequence[float], width: int) -> list[int]:
     return cells
 
 
-def stacked_bar(parts: Sequence[Part], width: int) -> Text:
+def stacked_bar(parts: Sequence[Part], width: int) -> Drawn:
     """One bar of ``width`` cells, divided in proportion to the parts."""
     bar = Drawn(no_wrap=True)
     for part, cells in zip(parts, shares([part.size for part in parts], width), strict=True):
@@ -82,7 +82,7 @@ def _levels(counts: Sequence[float], height: int, top: float | None = None) -> l
 
 def columns(
     counts: Sequence[float], height: int, *, cell: int = 1, styles: Sequence[str] | str = "", top: float | None = None
-) -> list[Text]:
+) -> list[Drawn]:
     """A histogram as ``height`` lines, uppermost first; every bin is ``cell`` cells wide.
 
     ``styles`` is one style for all or one for each bin; ``top`` is the count that fills the height
@@ -90,7 +90,7 @@ def columns(
     """
     levels = _levels(counts, height, top)
     named = [styles] * len(levels) if isinstance(styles, str) else list(styles)
-    lines = []
+    lines: list[Drawn] = []
     for row in reversed(range(height)):
         line = Drawn(no_wrap=True)
         for level, style in zip(levels, named, strict=True):
@@ -107,7 +107,7 @@ class Layer(NamedTuple):
     fill: str
 
 
-def stacked_columns(lower: Layer, upper: Layer, height: int, *, cell: int = 1, colour: bool = True) -> list[Text]:
+def stacked_columns(lower: Layer, upper: Layer, height: int, *, cell: int = 1, colour: bool = True) -> list[Drawn]:
     """Two histograms over the same bins, ``upper`` standing on ``lower``; as :func:`columns` otherwise.
 
     With colour to an eighth of a cell, the border inside a cell drawn as foreground on background; without, in
@@ -117,7 +117,7 @@ def stacked_columns(lower: Layer, upper: Layer, height: int, *, cell: int = 1, c
     tops = _levels(whole, height)
     borders = [round(top * a / total) if total else 0 for top, a, total in zip(tops, lower.counts, whole, strict=True)]
     draw = _stacked_cell if colour else _stacked_cell_plain
-    lines = []
+    lines: list[Drawn] = []
     for row in reversed(range(height)):
         line = Drawn(no_wrap=True)
         for border, top in zip(borders, tops, strict=True):

@@ -147,7 +147,7 @@ class Command(Text):
     """A line with a command in it."""
 
 
-def command_line(command: str) -> Command:
+def command_line(command: str) -> Text:
     """A command to copy, never wrapped inside a word."""
     return Command.assemble(("  $ ", QUIET), (visible(command), "bold"), overflow="fold")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,12 +30,23 @@ class Watched:
         self.page.wait_for_selector("html[data-ready=figures]", state="attached")
         return self.page
 
+    def until(self, holds: str, seconds: float = 15) -> None:
+        """Wait until the expression holds. (The page's own policy forbids what ``wait_for_function`` does.)"""
+        until(self.page, holds, seconds)
+
     def draw_all(self) -> None:
         """Every figure, one after another, as a reader scrolls by."""
         for figure in self.page.query_selector_all("[data-figure]"):
             figure.scroll_into_view_if_needed()
             name = figure.get_attribute("data-figure")
             self.page.wait_for_selector(f"[data-figure={name}][data-drawn]", state="attached", timeout=10_000)
+
+
+def until(page: Page, holds: str, seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not page.evaluate(holds):
+        assert time.monotonic() < end, f"after {seconds} s it does not hold that {holds}"
+        page.wait_for_timeout(20)
 
 
 def chromium() -> str:

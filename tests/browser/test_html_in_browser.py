@@ -134,13 +134,13 @@ def test_search_filters_and_order(watched: Opened, finished: Path) -> None:
     page = one.open()
     assert counted(one) == "120 of 120 latents"
     page.fill("#search", "token17")
-    page.wait_for_function("document.querySelector('#count').textContent.startsWith('1 of')")
+    one.until("document.querySelector('#count').textContent.startsWith('1 of')")
     assert "token17" in rows(one)[0]
     page.fill("#search", "17")
-    page.wait_for_function("document.querySelectorAll('#browser .rows [role=row]').length < 6")
+    one.until("document.querySelectorAll('#browser .rows [role=row]').length < 6")
     assert rows(one)[0].startswith("17")
     page.click("button[type=reset]")
-    page.wait_for_function("document.querySelector('#count').textContent === '120 of 120 latents'")
+    one.until("document.querySelector('#count').textContent === '120 of 120 latents'")
 
     columns = page.evaluate("Report.data('columns')")
     page.select_option("#by-class", "one")
@@ -150,7 +150,7 @@ def test_search_filters_and_order(watched: Opened, finished: Path) -> None:
         for latent, score in zip(columns["scored"]["latent"], columns["scored"]["score"], strict=True)
         if score >= 0.6 and columns["classes"][columns["latents"]["shared_class"][latent]] == "one"
     ]
-    page.wait_for_function(f"document.querySelector('#count').textContent.startsWith('{len(wanted)} of')")
+    one.until(f"document.querySelector('#count').textContent.startsWith('{len(wanted)} of')")
     page.click("[data-key=score] button")
     best = max(wanted, key=lambda latent: columns["scored"]["score"][columns["scored"]["latent"].index(latent)])
     assert rows(one)[0].split()[0] == str(best)
@@ -180,9 +180,9 @@ def test_all_of_it_by_keyboard(watched: Opened, finished: Path) -> None:
     page.wait_for_selector("dialog[open]")
     assert page.inner_text("#detail-title") == "Latent 1"
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.querySelector('#detail-title').textContent === 'Latent 2'")
+    one.until("document.querySelector('#detail-title').textContent === 'Latent 2'")
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function("document.querySelector('#detail-title').textContent === 'Latent 1'")
+    one.until("document.querySelector('#detail-title').textContent === 'Latent 1'")
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog:not([open])", state="attached")
     assert "#latent" not in page.url
@@ -197,7 +197,7 @@ def test_an_address_opens_a_latent(watched: Opened, finished: Path) -> None:
     for words in ("token17", "run_b", "run_c", "Scores and controls", "swap", "own explanation"):
         assert words in text
     page.evaluate("location.hash = 'latent=5'")
-    page.wait_for_function("document.querySelector('#detail-title').textContent === 'Latent 5'")
+    one.until("document.querySelector('#detail-title').textContent === 'Latent 5'")
     page.evaluate("location.hash = 'latent=99999'")
     page.wait_for_selector("dialog:not([open])", state="attached")
 
@@ -212,7 +212,7 @@ def test_hostile_texts_are_shown_and_not_obeyed(watched: Opened, hostile: Path) 
     assert page.query_selector("dialog script, dialog img, dialog b") is None
     page.keyboard.press("Escape")
     page.fill("#search", "<img src=x")
-    page.wait_for_function("!document.querySelector('#count').textContent.startsWith('120')")
+    one.until("!document.querySelector('#count').textContent.startsWith('120')")
     assert "</script>" in rows(one)[0]
     hidden = [c for c in page.inner_text("body") if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t"]
     assert hidden == []
@@ -240,7 +240,8 @@ def test_numbers_are_written_as_in_the_terminal(watched: Opened, finished: Path)
 
 
 def test_colours_can_be_chosen(watched: Opened, finished: Path) -> None:
-    page = watched(finished).open()
+    one = watched(finished)
+    page = one.open()
     ground = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(ground)
     page.click("#theme")
@@ -253,7 +254,7 @@ def test_colours_can_be_chosen(watched: Opened, finished: Path) -> None:
     ink = "document.querySelector('#figure-sweep .xtick text').style.fill"
     assert page.evaluate(ink) == "rgb(155, 163, 173)"
     page.click("#theme")
-    page.wait_for_function(f"{ink} === 'rgb(93, 101, 112)'")
+    one.until(f"{ink} === 'rgb(93, 101, 112)'")
 
 
 def test_data_of_a_figure_can_be_saved(watched: Opened, finished: Path, tmp_path: Path) -> None:

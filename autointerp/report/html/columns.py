@@ -101,7 +101,7 @@ def _against(study: Study, sibling: str) -> dict[str, Any]:
     }
 
 
-def _scored(own: pd.DataFrame, swapped: pd.DataFrame) -> dict[str, list[Any]]:
+def _scored(own: pd.DataFrame, swapped: pd.DataFrame) -> dict[str, Any]:
     columns = {"score": "balanced_accuracy", "low": "ba_low", "high": "ba_high", "auroc": "auroc"}
     return {
         "latent": _whole(own.index.to_series()),

@@ -206,9 +206,9 @@
       traces: [{
         type: "pie", hole: 0.58, sort: false, direction: "clockwise", labels: texts, values: parts.map((part) => part.n),
         marker: { colors: parts.map(hue), line: { color: colour("card"), width: 2 } }, textinfo: "label+percent",
-        textposition: "outside", automargin: true, hovertemplate: "%{label}: %{value:,} latents<extra></extra>",
+        textposition: "outside", hovertemplate: "%{label}: %{value:,} latents<extra></extra>",
       }],
-      layout: layout({ showlegend: false, margin: { l: 20, r: 20, t: 30, b: 30 } }),
+      layout: layout({ showlegend: false, margin: { l: 110, r: 110, t: 36, b: 36 } }),
       table: {
         head: ["found", "latents", "of alive", ...Object.keys(parts[0].null).map((name) => `by chance, ${name}`)],
         rows: parts.map((part) => [part.label, part.n, part.fraction, ...Object.values(part.null)]),
