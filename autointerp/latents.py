@@ -7,7 +7,7 @@ one, from the same files as the findings; whatever has not been made yet is ``No
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,39 +42,187 @@ _SCORE_COLUMNS = (
 
 
 def latent_findings(run: Run, latent: int, n_contexts: int = 8, threshold: float = 0.7) -> dict[str, Any]:
-    """What is known of one latent of ``run``, as JSON values.
+    """What is known of one latent of ``run``, as JSON values: :meth:`LatentReader.findings`, and how far the run's
+    scores can be relied upon."""
+    return {**LatentReader(run, threshold).findings(latent, n_contexts), "reliability": reliability_of(run)}
 
-    ``matches`` has an entry per sibling run that it is aligned with: partners by encoder and decoder, cosines, which
-    definitions of shared hold at ``threshold``, and what the partner was explained as there. ``contexts`` run
-    from the strongest activation to the weakest. Raises :class:`NotFound` for a number that the run does not have.
+
+class LatentReader:
+    """What is known of any latent of one run. Every table is read once, when it is first needed.
+
+    ``threshold`` is that of the definitions of shared.
     """
-    m = run.settings.training.num_latents
-    if not 0 <= latent < m:
-        raise NotFound(f"latent {latent} does not exist in run {run.name!r}; it has latents 0 to {m - 1}")
-    matches = [_match(run, sibling, latent, threshold) for sibling in run.siblings() if _aligned(run, sibling)]
-    similar = [match["similarity"] for match in matches if match["similarity"] is not None]
-    return {
-        "schema": SCHEMA,
-        "run": run.name,
-        "commands": {
-            "harvest": command(run.root, "harvest", "--sae", run.name),
-            "explain": command(run.root, "explain", "--sae", run.name, "--indices", str(latent)),
-            "score": command(run.root, "score", "--sae", run.name),
-            "align": command(run.root, "align", run.name, *(x.name for x in run.siblings())),
-        },
-        "latent": latent,
-        "study": run.study,
-        "threshold": threshold,
-        "firing": _firing(run, latent),
-        "activations": _activations(run, latent),
-        "similarity": float(np.mean(similar)) if similar else None,
-        "n_shared": sum(match["shared"]["strict"] for match in matches),
-        "matches": matches,
-        "explanations": explanations_of(run, latent),
-        "scores": scores_of(run, latent),
-        "reliability": reliability_of(run),
-        "contexts": [_as_json(context) for context in from_strong_to_weak(contexts_of(run, latent), n_contexts)],
-    }
+
+    def __init__(self, run: Run, threshold: float = 0.7) -> None:
+        self.run, self.threshold = run, threshold
+        self._tables: dict[Path, pd.DataFrame | None] = {}
+
+    def findings(self, latent: int, n_contexts: int = 8) -> dict[str, Any]:
+        """What is known of one latent, as JSON values.
+
+        ``matches`` has an entry per sibling run that it is aligned with: partners by encoder and decoder, cosines,
+        which definitions of shared hold, and what the partner was explained as there. ``contexts`` run from the
+        strongest activation to the weakest. Raises :class:`NotFound` for a number that the run does not have.
+        """
+        run, m = self.run, self.run.settings.training.num_latents
+        if not 0 <= latent < m:
+            raise NotFound(f"latent {latent} does not exist in run {run.name!r}; it has latents 0 to {m - 1}")
+        matches = [self._match(sibling, latent) for sibling in self.siblings]
+        similar = [match["similarity"] for match in matches if match["similarity"] is not None]
+        return {
+            "schema": SCHEMA,
+            "run": run.name,
+            "commands": {
+                "harvest": command(run.root, "harvest", "--sae", run.name),
+                "explain": command(run.root, "explain", "--sae", run.name, "--indices", str(latent)),
+                "score": command(run.root, "score", "--sae", run.name),
+                "align": command(run.root, "align", run.name, *(x.name for x in self._all_siblings)),
+            },
+            "latent": latent,
+            "study": run.study,
+            "threshold": self.threshold,
+            "firing": self._firing(latent),
+            "activations": self._activations(latent),
+            "similarity": float(np.mean(similar)) if similar else None,
+            "n_shared": sum(match["shared"]["strict"] for match in matches),
+            "matches": matches,
+            "explanations": self.explanations(run, latent),
+            "scores": self.scores(run, latent),
+            "contexts": [as_json(context) for context in self.contexts(run, latent, n_contexts)],
+        }
+
+    @functools.cached_property
+    def siblings(self) -> list[Run]:
+        """The trained runs of the study that this one is aligned with."""
+        return [run for run in self._all_siblings if _aligned(self.run, run)]
+
+    @functools.cached_property
+    def _all_siblings(self) -> list[Run]:
+        return self.run.siblings()
+
+    def contexts(self, run: Run, latent: int, n: int) -> list[Context]:
+        """``n`` of the contexts that an explainer is shown, from strong to weak; none where nothing was harvested."""
+        material = self.material(run) if n else None
+        return [] if material is None else from_strong_to_weak(material.sampler.explaining(latent), n)
+
+    def material(self, run: Run) -> Material | None:
+        """The contexts of ``run``; ``None`` where it is not harvested."""
+        if not (run.firings_folder / "store.json").is_file():
+            return None
+        return self._materials(run.name, run.root.resolve())
+
+    @functools.cached_property
+    def _materials(self) -> Callable[[str, Path], Material]:
+        from autointerp.material import Material
+
+        return functools.cache(lambda name, root: Material.of(Run.open(name, root)))
+
+    def explanations(self, run: Run, latent: int) -> list[dict[str, Any]]:
+        """Every explanation in the run's journal, newest first; failed ones with their reason."""
+        rows = self._of(self._journal(run), latent)
+        columns = ["id", "explainer", "model", "draw", "status", "text", "failure", "created"]
+        return [{k: _plain(row[k]) for k in columns} for row in rows[::-1]]
+
+    def scores(self, run: Run, latent: int) -> list[dict[str, Any]]:
+        """Every row of the run's score table, controls among them."""
+        rows = self._of(self._table(run.stage_path("scores")), latent)
+        return [{k: _plain(row[k]) for k in _SCORE_COLUMNS if k in row} for row in rows]
+
+    def _match(self, sibling: Run, latent: int) -> dict[str, Any]:
+        """The latent's match in one sibling, both ways of matching, and what the decoder's partner was said to be."""
+        entry = self._alignments[sibling.name].iloc[latent]
+        cosines = [number(entry["encoder_cosine"]), number(entry["decoder_cosine"])]
+        partner = int(entry["decoder_partner"])
+        told = [e for e in self.explanations(sibling, partner) if e["status"] == "ok"]
+        scores = [s for s in self.scores(sibling, partner) if s["status"] == "ok" and s["control"] == "none"]
+        # The scorers are never mixed; of explainers a language model comes before the baseline beside it.
+        scores = [s for s in scores if s["scorer"] == "detection"]
+        scores.sort(key=lambda s: (s["explainer"] != "ngram", s["explanation_id"]))
+        row = self._alignments[sibling.name].iloc[[latent]]
+        return {
+            "latent": latent,
+            "run": sibling.name,
+            "encoder_partner": _index(entry["encoder_partner"]),
+            "encoder_cosine": cosines[0],
+            "decoder_partner": _index(entry["decoder_partner"]),
+            "decoder_cosine": cosines[1],
+            "max_encoder_neighbor": _index(entry["max_encoder_neighbor"]),
+            "max_encoder_cosine": number(entry["max_encoder_cosine"]),
+            "max_decoder_neighbor": _index(entry["max_decoder_neighbor"]),
+            "max_decoder_cosine": number(entry["max_decoder_cosine"]),
+            "similarity": None if None in cosines else float(np.mean([c for c in cosines if c is not None])),
+            "shared": {name: bool(shared(row, name, self.threshold)[0]) for name in DEFINITIONS},
+            "behaviour": _behaviour(self._behaviours[sibling.name], latent),
+            "explanation": told[0]["text"] if told else None,
+            "score": scores[-1]["balanced_accuracy"] if scores else None,
+        }
+
+    @functools.cached_property
+    def _alignments(self) -> dict[str, pd.DataFrame]:
+        run = self.run
+        tables = {x.name: read_alignment(run.root / "alignments", run.name, x.name).a for x in self.siblings}
+        return {name: table.sort_values("latent", ignore_index=True) for name, table in tables.items()}
+
+    @functools.cached_property
+    def _behaviours(self) -> dict[str, pd.DataFrame | None]:
+        folder = behaviour_folder(self.run.root)
+        return {
+            x.name: None
+            if pair_path(folder, self.run.name, x.name) is None
+            else read_sides(folder, self.run.name, x.name)[0]
+            for x in self.siblings
+        }
+
+    def _firing(self, latent: int) -> dict[str, Any] | None:
+        table = self._table(self.run.stage_path("firing"))
+        if table is None:
+            return None
+        row = self._of(table, latent)[0]
+        found = {column: _plain(row[column]) for column in table.columns if column != "latent"}
+        found["rank"] = int((table["n_firings"] > row["n_firings"]).sum()) + 1
+        for eligible in self._of(self._table(self.run.stage_path("contexts")), latent):
+            found["eligible"] = bool(eligible["eligible"])
+            found["ineligible_reason"] = str(eligible["ineligible_reason"] or "") or None
+        return found
+
+    def _activations(self, latent: int) -> dict[str, Any] | None:
+        """A histogram of the latent's activations over all its firings, from 0 to the largest."""
+        material = self.material(self.run)
+        if material is None:
+            return None
+        _, activations = material.store.firings(latent)
+        if not len(activations):
+            return None
+        values = np.asarray(activations, np.float32)
+        counts, edges = np.histogram(values, bins=_BINS, range=(0.0, float(values.max())))
+        return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+    def _table(self, path: Path) -> pd.DataFrame | None:
+        if path not in self._tables:
+            self._tables[path] = read_table(path) if path.exists() else None
+        return self._tables[path]
+
+    def _journal(self, run: Run) -> pd.DataFrame | None:
+        path = run.journal_path
+        if path not in self._tables and path.exists():
+            with Journal(path) as journal:
+                self._tables[path] = journal.explanations()
+        return self._tables.get(path)
+
+    @functools.cached_property
+    def _of(self) -> Callable[[pd.DataFrame | None, int], list[dict[str, Any]]]:
+        """The rows of a table that are about a latent, in order."""
+        places: dict[int, dict[Any, Any]] = {}
+
+        def rows(table: pd.DataFrame | None, latent: int) -> list[dict[str, Any]]:
+            if table is None:
+                return []
+            if id(table) not in places:
+                places[id(table)] = table.groupby("latent").indices
+            found = table.iloc[places[id(table)].get(latent, [])]
+            return [{str(k): v for k, v in row.items()} for row in found.to_dict("records")]
+
+        return rows
 
 
 def contexts_of(run: Run, latent: int) -> Sequence[Context]:
@@ -99,26 +247,6 @@ def from_strong_to_weak(contexts: Sequence[Context], n: int) -> list[Context]:
     return [ordered[i] for i in sorted({round(x) for x in np.linspace(0, len(ordered) - 1, n)})]
 
 
-def explanations_of(run: Run, latent: int) -> list[dict[str, Any]]:
-    """Every explanation in the journal, newest first; failed ones with their reason."""
-    if not run.journal_path.exists():
-        return []
-    with Journal(run.journal_path) as journal:
-        table = journal.explanations(latent=latent)
-    columns = ["id", "explainer", "model", "draw", "status", "text", "failure", "created"]
-    return [{str(k): _plain(v) for k, v in row.items()} for row in table[columns][::-1].to_dict("records")]
-
-
-def scores_of(run: Run, latent: int) -> list[dict[str, Any]]:
-    """Every row of the score table, controls among them."""
-    path = run.stage_path("scores")
-    if not path.exists():
-        return []
-    table = read_table(path)
-    rows = table.loc[table["latent"] == latent, [c for c in _SCORE_COLUMNS if c in table]]
-    return [{str(k): _plain(v) for k, v in row.items()} for row in rows.to_dict("records")]
-
-
 def reliability_of(run: Run) -> list[dict[str, Any]]:
     """The reliability of each set-up of the run's scores, newest first: of all its latents, not of one.
 
@@ -140,44 +268,11 @@ def _aligned(run: Run, sibling: Run) -> bool:
     return pair_path(run.root / "alignments", run.name, sibling.name) is not None
 
 
-def _match(run: Run, sibling: Run, latent: int, threshold: float) -> dict[str, Any]:
-    """The latent's match in one sibling run, both ways of matching, and what the decoder's partner was said to be."""
-    table = read_alignment(run.root / "alignments", run.name, sibling.name).a
-    row = table.loc[table["latent"] == latent]
-    entry = row.iloc[0]
-    cosines = [number(entry["encoder_cosine"]), number(entry["decoder_cosine"])]
-    partner = int(entry["decoder_partner"])
-    told = [e for e in explanations_of(sibling, partner) if e["status"] == "ok"] if partner >= 0 else []
-    scores = [s for s in scores_of(sibling, partner) if s["status"] == "ok" and s["control"] == "none"]
-    # The scorers are never mixed; of explainers a language model comes before the baseline beside it.
-    scores = [s for s in scores if s["scorer"] == "detection"]
-    scores.sort(key=lambda s: (s["explainer"] != "ngram", s["explanation_id"]))
-    return {
-        "latent": latent,
-        "run": sibling.name,
-        "encoder_partner": _index(entry["encoder_partner"]),
-        "encoder_cosine": cosines[0],
-        "decoder_partner": _index(entry["decoder_partner"]),
-        "decoder_cosine": cosines[1],
-        "max_encoder_neighbor": _index(entry["max_encoder_neighbor"]),
-        "max_encoder_cosine": number(entry["max_encoder_cosine"]),
-        "max_decoder_neighbor": _index(entry["max_decoder_neighbor"]),
-        "max_decoder_cosine": number(entry["max_decoder_cosine"]),
-        "similarity": None if None in cosines else float(np.mean([c for c in cosines if c is not None])),
-        "shared": {name: bool(shared(row, name, threshold)[0]) for name in DEFINITIONS},
-        "behaviour": _behaviour(run, sibling, latent),
-        "explanation": told[0]["text"] if told else None,
-        "score": scores[-1]["balanced_accuracy"] if scores else None,
-    }
-
-
-def _behaviour(run: Run, sibling: Run, latent: int) -> dict[str, Any] | None:
+def _behaviour(table: pd.DataFrame | None, latent: int) -> dict[str, Any] | None:
     """Where it fires, beside what fires in the sibling; for a latent that the weights do not find again, more."""
-    folder = behaviour_folder(run.root)
-    if pair_path(folder, run.name, sibling.name) is None:
+    if table is None:
         return None
-    row = read_sides(folder, run.name, sibling.name)[0].iloc[latent]
-
+    row = table.iloc[latent]
     told = row["relation"] if isinstance(row["relation"], str) else None  # a column without any is read as numbers
 
     def paired(latents: str, values: str) -> list[dict[str, Any]] | None:
@@ -202,35 +297,7 @@ def _behaviour(run: Run, sibling: Run, latent: int) -> dict[str, Any] | None:
     }
 
 
-def _firing(run: Run, latent: int) -> dict[str, Any] | None:
-    path = run.stage_path("firing")
-    if not path.exists():
-        return None
-    table = read_table(path)
-    row = table.loc[table["latent"] == latent].iloc[0]
-    found = {column: _plain(row[column]) for column in table.columns if column != "latent"}
-    found["rank"] = int((table["n_firings"] > row["n_firings"]).sum()) + 1
-    contexts = run.stage_path("contexts")
-    if contexts.exists():
-        eligible = read_table(contexts).set_index("latent").loc[latent]
-        found["eligible"] = bool(eligible["eligible"])
-        found["ineligible_reason"] = str(eligible["ineligible_reason"] or "") or None
-    return found
-
-
-def _activations(run: Run, latent: int) -> dict[str, Any] | None:
-    """A histogram of the latent's activations over all its firings, from 0 to the largest."""
-    if not (run.firings_folder / "store.json").is_file():
-        return None
-    _, activations = run.store().firings(latent)
-    if not len(activations):
-        return None
-    values = np.asarray(activations, np.float32)
-    counts, edges = np.histogram(values, bins=_BINS, range=(0.0, float(values.max())))
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
-
-
-def _as_json(context: Context) -> dict[str, Any]:
+def as_json(context: Context) -> dict[str, Any]:
     return {
         "window": context.window,
         "stratum": context.stratum,

@@ -340,5 +340,9 @@ ReportedSae = Annotated[
     str | None,
     typer.Option("--sae", help="The run in the middle of the report. Default: the newest study's first."),
 ]
+Html = Annotated[
+    bool, typer.Option("--html", help="Write it as one HTML file, ROOT/reports/RUN.html, and print its path and size.")
+]
+HtmlTo = Annotated[Path | None, typer.Option("--to", help="Where the HTML file goes instead.")]
 LatentNumber = Annotated[int, typer.Option("--latent", help="The latent's number.")]
 ShownContexts = Annotated[int, typer.Option("--contexts", min=1, help="Contexts to show.")]

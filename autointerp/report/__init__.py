@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from autointerp.report.visible import visible
+
 if TYPE_CHECKING:
-    from autointerp.scored import ShownContext
+    from autointerp.report.html import Written
+    from autointerp.scored import ContextSource, ShownContext
     from sae.align_stage import Compared
     from sae.run import Run
 
@@ -23,6 +26,13 @@ def findings_of(
     """The findings of a study with ``run`` in the middle, contexts included where its firing store is there."""
     from autointerp.analysis import findings
     from autointerp.evidence import View
+
+    view = View(focus=run.name, definition=definition, threshold=threshold, against=tuple(against))
+    return findings(run.root, [r.name for r in study], view, contexts_at_hand(run))
+
+
+def contexts_at_hand(run: Run) -> ContextSource:
+    """Gives a latent its contexts, or none where the run's firing store or tokenizer is not there."""
     from autointerp.latents import contexts_of
     from sae.errors import UserError
 
@@ -32,8 +42,7 @@ def findings_of(
         except UserError:  # a store moved away, a hub out of reach: the report says so and shows the rest
             return []
 
-    view = View(focus=run.name, definition=definition, threshold=threshold, against=tuple(against))
-    return findings(run.root, [r.name for r in study], view, contexts)
+    return contexts
 
 
 def render_report(found: Mapping[str, Any], console: Console | None = None) -> None:
@@ -72,6 +81,15 @@ def alignment_findings(compared: Compared, definition: str = "strict") -> dict[s
             compared.behaviour, compared.alignments, compared.alive, compared.behaviour_facts
         ),
     }
+
+
+def render_written(written: Written, console: Console | None = None) -> None:
+    """Where a page is, how large, and how much of the study is in it."""
+    (console or _output()).out(
+        f"{visible(written.path)}  {written.n_bytes / 1e6:.1f} MB, details of {written.n_details:,} of "
+        f"{written.n_latents:,} latents",
+        highlight=False,
+    )
 
 
 def render_alignment(found: Mapping[str, Any], console: Console | None = None) -> None:

@@ -22,6 +22,10 @@ WIDTHS = " ▏▎▍▌▋▊▉█"
 FILLS = "█▒░▓"
 
 
+class Drawn(Text):
+    """A part of a chart made of characters. A page that draws figures leaves it out."""
+
+
 class Part(NamedTuple):
     """One piece of a stacked bar: its size (any unit, at least 0), its style and its fill character."""
 
@@ -51,9 +55,9 @@ def shares(sizes: Sequence[float], width: int) -> list[int]:
     return cells
 
 
-def stacked_bar(parts: Sequence[Part], width: int) -> Text:
+def stacked_bar(parts: Sequence[Part], width: int) -> Drawn:
     """One bar of ``width`` cells, divided in proportion to the parts."""
-    bar = Text(no_wrap=True)
+    bar = Drawn(no_wrap=True)
     for part, cells in zip(parts, shares([part.size for part in parts], width), strict=True):
         bar.append(part.fill * cells, part.style)
     return bar
@@ -65,7 +69,7 @@ def bar(fraction: float, width: int, style: str = "", rest: str = "dim") -> Text
     eighths = round(fraction * width * 8)
     full, part = divmod(eighths, 8)
     drawn = "█" * full + (WIDTHS[part] if part else "")
-    return Text.assemble((drawn, style), ("·" * (width - len(drawn)), rest), no_wrap=True)
+    return Drawn.assemble((drawn, style), ("·" * (width - len(drawn)), rest), no_wrap=True)
 
 
 def _levels(counts: Sequence[float], height: int, top: float | None = None) -> list[int]:
@@ -78,7 +82,7 @@ def _levels(counts: Sequence[float], height: int, top: float | None = None) -> l
 
 def columns(
     counts: Sequence[float], height: int, *, cell: int = 1, styles: Sequence[str] | str = "", top: float | None = None
-) -> list[Text]:
+) -> list[Drawn]:
     """A histogram as ``height`` lines, uppermost first; every bin is ``cell`` cells wide.
 
     ``styles`` is one style for all or one for each bin; ``top`` is the count that fills the height
@@ -86,9 +90,9 @@ def columns(
     """
     levels = _levels(counts, height, top)
     named = [styles] * len(levels) if isinstance(styles, str) else list(styles)
-    lines = []
+    lines: list[Drawn] = []
     for row in reversed(range(height)):
-        line = Text(no_wrap=True)
+        line = Drawn(no_wrap=True)
         for level, style in zip(levels, named, strict=True):
             line.append(HEIGHTS[min(8, max(0, level - 8 * row))] * cell, style)
         lines.append(line)
@@ -105,7 +109,7 @@ class Layer(NamedTuple):
 
 def stacked_columns(
     lower: Layer, upper: Layer, height: int, *, cell: int = 1, colour: bool = True, top: float | None = None
-) -> list[Text]:
+) -> list[Drawn]:
     """Two histograms over the same bins, ``upper`` standing on ``lower``; as :func:`columns` otherwise.
 
     With colour to an eighth of a cell, the border inside a cell drawn as foreground on background; without, in
@@ -115,9 +119,9 @@ def stacked_columns(
     tops = _levels(whole, height, top)
     borders = [round(top * a / total) if total else 0 for top, a, total in zip(tops, lower.counts, whole, strict=True)]
     draw = _stacked_cell if colour else _stacked_cell_plain
-    lines = []
+    lines: list[Drawn] = []
     for row in reversed(range(height)):
-        line = Text(no_wrap=True)
+        line = Drawn(no_wrap=True)
         for border, top in zip(borders, tops, strict=True):
             inside = min(8, max(0, border - 8 * row)), min(8, max(0, top - 8 * row))
             glyph, style = draw(*inside, lower, upper, row == 0)
@@ -176,7 +180,7 @@ def sparkline(
     series = [scaled(v) for v in resampled(values, width)]
     known = [v for v in series if math.isfinite(v)]
     if not known:
-        return Text("")
+        return Drawn("")
     low, high = min(known), max(known)
     if span is not None:
         bounds = [v for v in map(scaled, span) if math.isfinite(v)]
@@ -186,12 +190,12 @@ def sparkline(
     line = "".join(
         " " if not math.isfinite(v) else HEIGHTS[4 if flat else 1 + round(v / step - low / step)] for v in series
     )
-    return Text(line, style, no_wrap=True)
+    return Drawn(line, style, no_wrap=True)
 
 
 def strip(counts: Sequence[float], style: str = "", *, cell: int = 1) -> Text:
     """A histogram in one line, scaled to its own largest bin; empty bins are dots."""
-    line = Text(no_wrap=True)
+    line = Drawn(no_wrap=True)
     for level in _levels(counts, 1):
         line.append((HEIGHTS[level] if level else "·") * cell, style if level else "dim")
     return line
@@ -216,18 +220,18 @@ def whisker(
         return min(width - 1, max(0, int((x - start) / (stop - start) * width)))
 
     if stop <= start:
-        return Text("·" * width, "dim", no_wrap=True)
+        return Drawn("·" * width, "dim", no_wrap=True)
     drawn = ["·"] * width
     if math.isfinite(mark):
         drawn[cell_of(mark)] = "┊"
     if not all(map(math.isfinite, (value, low, high))):
-        return Text("".join(drawn), "dim", no_wrap=True)
+        return Drawn("".join(drawn), "dim", no_wrap=True)
     left, middle, right = cell_of(low), cell_of(value), cell_of(high)
     drawn[left : right + 1] = "─" * (right + 1 - left)
     drawn[left], drawn[right] = "├", "┤"
     drawn[middle] = "●"
     inside = "".join(drawn[left : right + 1])
-    return Text.assemble(
+    return Drawn.assemble(
         ("".join(drawn[:left]), "dim"), (inside, style), ("".join(drawn[right + 1 :]), "dim"), no_wrap=True
     )
 
@@ -256,7 +260,7 @@ def axis(width: int, ticks: Sequence[Tick]) -> tuple[Text, Text]:
         rule[at] = "┴"
         labels[begin:end] = tick.label
         styled.append((begin, end, tick.style))
-    under = Text("".join(labels).rstrip(), no_wrap=True)
+    under = Drawn("".join(labels).rstrip(), no_wrap=True)
     for begin, end, style in styled:
         under.stylize(style, begin, end)
-    return Text("".join(rule), "dim", no_wrap=True), under
+    return Drawn("".join(rule), "dim", no_wrap=True), under

@@ -50,7 +50,7 @@ def membership(found: Findings, page: Page) -> RenderableType:
     table = grid("", "", ("latents", "right"), ("of alive", "right"), *by_chance, head=True)
     for part, piece in zip(parts, pieces, strict=True):
         table.add_row(
-            Text(piece.fill * 2, piece.style),
+            blocks.Drawn(piece.fill * 2, piece.style),
             Text(visible(part["label"])),
             count(part["n"]),
             percent(part["fraction"]),

@@ -118,13 +118,13 @@ def _histograms(tree: Mapping[str, Any], control: Mapping[str, Any] | None, page
     yield from map(indented, blocks.axis(width, ticks))
 
 
-def _named(lines: list[Text], name: str, style: str) -> Iterator[Text]:
+def _named(lines: Sequence[Text], name: str, style: str) -> Iterator[Text]:
     """A chart with its name written into its upper left corner, or above it where that corner is taken."""
     if lines[0].plain[: len(name) + 3].strip():
-        yield Text(name, style)
+        yield blocks.Drawn(name, style)
         yield from lines
     else:
-        yield Text.assemble((name, style), lines[0][len(name) :])
+        yield blocks.Drawn.assemble((name, style), lines[0][len(name) :])
         yield from lines[1:]
 
 

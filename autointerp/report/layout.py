@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +20,7 @@ from autointerp.numerals import decimal as decimal
 from autointerp.numerals import estimate as estimate
 from autointerp.numerals import interval as interval
 from autointerp.numerals import known as known
-from autointerp.report.blocks import FILLS
+from autointerp.report.blocks import FILLS, Drawn
 from autointerp.report.visible import Marking, marking, visible
 from sae import progress
 
@@ -95,19 +95,40 @@ def listed(names: Sequence[str]) -> str:
 # --- parts of a page --------------------------------------------------------------------------------------
 
 
-def section(page: Page, title: str, says: str, *body: RenderableType) -> RenderableType:
-    """A title over a rule, one dim sentence for who has not read the paper, then the body."""
-    head = Text.assemble((title, "bold"), " ", ("─" * max(0, page.width - len(title) - 1), QUIET), no_wrap=True)
-    return Group(Text(), head, Text(says, QUIET), Text(), *body)
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: in the terminal a title over a rule, one dim sentence, then the body."""
+
+    title: str
+    says: str
+    body: tuple[RenderableType, ...]
+    width: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        rule = "─" * max(0, self.width - len(self.title) - 1)
+        yield Text()
+        yield Text.assemble((self.title, "bold"), " ", (rule, QUIET), no_wrap=True)
+        yield Text(self.says, QUIET)
+        yield Text()
+        yield from self.body
+
+
+def section(page: Page, title: str, says: str, *body: RenderableType) -> Section:
+    """A title, one sentence for who has not read the paper, and the body."""
+    return Section(title, says, body, page.width)
 
 
 def indented(body: RenderableType, left: int = 2) -> Padding:
     return Padding(body, (0, 0, 0, left))
 
 
+class Command(Text):
+    """A line with a command in it."""
+
+
 def command_line(command: str) -> Text:
     """A command to copy, never wrapped inside a word."""
-    return Text.assemble(("  $ ", QUIET), (visible(command), "bold"), overflow="fold")
+    return Command.assemble(("  $ ", QUIET), (visible(command), "bold"), overflow="fold")
 
 
 def absent(says: str, command: str) -> RenderableType:
@@ -137,9 +158,9 @@ def bullets(lines: Sequence[str | Text]) -> Table:
     return table
 
 
-def legend(entries: Sequence[tuple[str, str, str]]) -> Text:
+def legend(entries: Sequence[tuple[str, str, str]]) -> Drawn:
     """``█ name  █ name``: (fill, style, words) for each part of a chart."""
-    text = Text()
+    text = Drawn()
     for i, (fill, style, words) in enumerate(entries):
         text.append("   " if i else "")
         text.append(fill * 2, style)

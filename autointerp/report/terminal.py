@@ -45,23 +45,27 @@ _ASCII = str.maketrans(
 def render(findings: Findings, console: Console) -> None:
     """Print the whole report on ``console``. ``findings`` is the object of :func:`autointerp.analysis.findings`."""
     page = Page.of(console)
-    parts = [
-        head(findings, page),
-        paper.findings(findings, page),
-        sharing.overlap(findings, page),
-        sharing.similarity(findings, page),
-        sharing.counterparts(findings, page),
-        dictionaries.membership(findings, page),
-        dictionaries.frequency(findings, page),
-        dictionaries.training(findings, page),
-        explanations.scores(findings, page),
-        explanations.counted(findings, page),
-        explanations.relation(findings, page),
-        explanations.interesting(findings, page),
-        explanations.failures(findings, page),
-        methods(findings, page),
-    ]
+    parts = [head(findings, page), *(part(findings, page) for part in parts_of_report().values())]
     emit(Group(*(part for part in parts if part is not None), Text()), console, page.width)
+
+
+def parts_of_report() -> dict[str, Callable[[Findings, Page], RenderableType | None]]:
+    """What follows the head, in the order in which one would ask; ``None`` from a part that has nothing to say."""
+    return {
+        "findings": paper.findings,
+        "overlap": sharing.overlap,
+        "similarity": sharing.similarity,
+        "counterparts": sharing.counterparts,
+        "membership": dictionaries.membership,
+        "frequency": dictionaries.frequency,
+        "training": dictionaries.training,
+        "scores": explanations.scores,
+        "counted": explanations.counted,
+        "relation": explanations.relation,
+        "interesting": explanations.interesting,
+        "failures": explanations.failures,
+        "methods": methods,
+    }
 
 
 def emit(body: RenderableType, console: Console, width: int) -> None:
@@ -85,28 +89,14 @@ def emit(body: RenderableType, console: Console, width: int) -> None:
 
 
 def head(found: Findings, page: Page) -> RenderableType:
-    runs = found["runs"]
     title = Text.assemble(
         (visible(found["study"]), f"bold {ACCENT}"),
         (f"   {dictionaries.runs_in_words(found)}", "bold"),
     )
     table = grid(("", "left"), ("", "fold"), head=False)
-    subject, corpus = found["subject"], found["corpus"]
-    table.add_row(
-        Text("subject", QUIET), shown(f"{subject['model']} · {subject['hookpoint']} (width {subject['width']})")
-    )
-    table.add_row(Text("text", QUIET), shown(_corpus_in_words(corpus, found)))
-    table.add_row(
-        Text("runs", QUIET), shown(", ".join(f"{run['name']} ({dictionaries.seed_in_words(run)})" for run in runs))
-    )
-    if found["runs"] and len(runs) > 1:
-        table.add_row(
-            Text("looked at", QUIET), shown(f"{found['focus']}: the run whose latents are counted and explained below")
-        )
-    table.add_row(
-        Text("explainer", QUIET), _agent(get(found, "methods", "explainer"), "nothing has been explained yet")
-    )
-    table.add_row(Text("judge", QUIET), _agent(get(found, "methods", "judge"), "nothing has been scored yet"))
+    for name, words in head_in_words(found).items():
+        nobody = name in ("explainer", "judge") and found["methods"][name] is None
+        table.add_row(Text(name, QUIET), shown(words, QUIET if nobody else ""))
     short = in_short(found)
     rule = Text("━" * page.width, ACCENT, no_wrap=True)
     answers: list[RenderableType] = [Text(), bullets(short)] if short else []
@@ -125,13 +115,28 @@ def _corpus_in_words(corpus: Mapping[str, Any], found: Findings) -> str:
     return words + (f", {human(harvested)} harvested" if harvested else "")
 
 
-def _agent(agent: Mapping[str, Any] | None, otherwise: str) -> Text:
+def head_in_words(found: Findings) -> dict[str, str]:
+    """What is reported on, line by line: subject, text, runs, who explained and judged."""
+    subject, runs = found["subject"], found["runs"]
+    words = {
+        "subject": f"{subject['model']} · {subject['hookpoint']} (width {subject['width']})",
+        "text": _corpus_in_words(found["corpus"], found),
+        "runs": ", ".join(f"{run['name']} ({dictionaries.seed_in_words(run)})" for run in runs),
+    }
+    if len(runs) > 1:
+        words["looked at"] = f"{found['focus']}: the run whose latents are counted and explained below"
+    words["explainer"] = _agent(found["methods"]["explainer"], "nothing has been explained yet")
+    words["judge"] = _agent(found["methods"]["judge"], "nothing has been scored yet")
+    return words
+
+
+def _agent(agent: Mapping[str, Any] | None, otherwise: str) -> str:
     """Who explained or judged, called what it is."""
     if agent is None:
-        return Text(otherwise, QUIET)
+        return otherwise
     if agent["name"] == "ngram":
-        return Text("n-gram baseline: token patterns, no language model")
-    return shown(f"{agent['name']}: {agent['model']}" if agent["model"] else agent["name"])
+        return "n-gram baseline: token patterns, no language model"
+    return f"{agent['name']}: {agent['model']}" if agent["model"] else str(agent["name"])
 
 
 def in_short(found: Findings) -> list[str]:

@@ -1,0 +1,51 @@
+"""The report as one HTML file: see :mod:`autointerp.report.html.page`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae.run import Run
+
+
+@dataclass(frozen=True)
+class Written:
+    """A page on disk."""
+
+    path: str
+    n_bytes: int
+    n_latents: int
+    n_details: int
+    """Latents of which the file has everything."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def write_report(
+    run: Run,
+    study: Sequence[Run],
+    path: Path | None = None,
+    *,
+    definition: str = "strict",
+    threshold: float = 0.7,
+    against: Sequence[str] = (),
+) -> Written:
+    """Write the report of ``study`` with ``run`` in its middle to ``path``, or to reports/RUN.html under the root."""
+    from autointerp.analysis import study_findings
+    from autointerp.evidence import Study, View
+    from autointerp.report import contexts_at_hand
+    from autointerp.report.html.page import render
+    from sae.files import atomic
+
+    view = View(focus=run.name, definition=definition, threshold=threshold, against=tuple(against))
+    opened = Study.open(run.root, [r.name for r in study], view)
+    page = render(study_findings(opened, contexts_at_hand(run)), opened)
+    path = path or run.root / "reports" / f"{run.name}.html"
+    content = page.html.encode()
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+    return Written(str(path), len(content), page.n_latents, page.n_details)

@@ -1,0 +1,132 @@
+/* What the other scripts of the page share: data, elements, safe text, numbers, colours. Texts that somebody else wrote
+   reach the page by `textContent` alone, never as HTML, and with every character that acts instead of showing replaced
+   by a sign for it (the rule is that of autointerp/report/visible.py). */
+"use strict";
+const Report = {};
+
+(() => {
+  const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}]/u;
+  const SIGNS = { "\n": "↵", "\t": "⇥", "\x7f": "␡" };
+
+  function sign(character) {
+    const code = character.codePointAt(0);
+    if (character in SIGNS) return SIGNS[character];
+    if (code < 0x20) return String.fromCodePoint(0x2400 + code);
+    return `‹U+${code.toString(16).toUpperCase().padStart(4, "0")}›`;
+  }
+
+  Report.visible = (text) =>
+    HIDDEN.test(text) ? Array.from(text, (c) => (HIDDEN.test(c) ? sign(c) : c)).join("") : text;
+
+  /** Put `text` into `node`, signs for hidden characters in a quieter colour. */
+  Report.show = (node, text) => {
+    if (!HIDDEN.test(text)) {
+      node.append(text);
+      return node;
+    }
+    let plain = "";
+    for (const character of text) {
+      if (!HIDDEN.test(character)) {
+        plain += character;
+        continue;
+      }
+      node.append(plain, Report.element("span", { class: "sign" }, sign(character)));
+      plain = "";
+    }
+    node.append(plain);
+    return node;
+  };
+
+  /** A text of somebody else's, kept apart from the reading direction around it. */
+  Report.foreign = (text, tag = "bdi") => Report.show(document.createElement(tag), text);
+
+  /** An element; strings among `children` become text. */
+  Report.element = (tag, attributes = {}, ...children) => {
+    const node = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (value === true) node.setAttribute(name, "");
+      else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value);
+    }
+    node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
+    return node;
+  };
+
+  const read = new Map();
+  Report.data = (name) => {
+    if (!read.has(name)) {
+      const node = document.getElementById(`data-${name}`);
+      read.set(name, node === null ? null : JSON.parse(node.textContent));
+    }
+    return read.get(name);
+  };
+
+  // Numbers, written as autointerp/report/layout.py writes them.
+  Report.known = (value) => typeof value === "number" && Number.isFinite(value);
+  Report.decimal = (value, digits = 3) => {
+    if (!Report.known(value)) return "–";
+    const body = Math.abs(value).toFixed(digits).replace(/^0\./, ".");
+    return (value < 0 && Number(value.toFixed(digits)) !== 0 ? "−" : "") + body;
+  };
+  Report.percent = (value) => (Report.known(value) ? `${(100 * value).toFixed(1)} %` : "–");
+  Report.interval = (low, high, digits = 2) =>
+    Report.known(low) && Report.known(high) ? `[${Report.decimal(low, digits)}, ${Report.decimal(high, digits)}]` : "";
+  Report.count = (value) => (Report.known(value) ? value.toLocaleString("en") : "–");
+  Report.rate = (value) => {
+    if (!Report.known(value)) return "–";
+    const thousand = 1000 * value;
+    const text = Number(thousand.toPrecision(thousand >= 1 ? 3 : 2));
+    return `${text >= 1e-4 || text === 0 ? text : thousand.toExponential(1)} ‰`;
+  };
+
+  Report.classNames = () => {
+    const others = Report.data("columns").against.length;
+    return { one: "in no other seed", some: "in some seeds", all: others === 1 ? "in the other seed" : "in every seed" };
+  };
+
+  Report.colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
+  /** Columns [M] and look-ups of every latent, out of what the page holds. */
+  Report.latents = (() => {
+    let made = null;
+    return () => {
+      if (made) return made;
+      const columns = Report.data("columns");
+      const place = new Map(columns.scored.latent.map((latent, i) => [latent, i]));
+      const classOf = (latent) => columns.classes[columns.latents.shared_class[latent]] ?? null;
+      const ofScored = (name) => (latent) => (place.has(latent) ? columns.scored[name][place.get(latent)] : null);
+      made = {
+        n: columns.n_latents,
+        classOf,
+        status: (latent) => columns.statuses[columns.latents.status[latent]],
+        frequency: (latent) => columns.latents.frequency?.[latent] ?? null,
+        firings: (latent) => columns.latents.n_firings?.[latent] ?? null,
+        similarity: (latent) => columns.latents.similarity?.[latent] ?? null,
+        shared: (latent) => columns.latents.n_shared?.[latent] ?? null,
+        score: ofScored("score"),
+        low: ofScored("low"),
+        high: ofScored("high"),
+        control: ofScored("control"),
+        explanation: (latent) => columns.explanations[latent] ?? null,
+      };
+      return made;
+    };
+  })();
+
+  /** `rows` as a file to save. Text that a spreadsheet would take for a formula begins with an apostrophe. */
+  Report.saveCsv = (name, head, rows) => {
+    const cell = (value) => {
+      if (value === null || value === undefined) return "";
+      let text = String(value);
+      if (typeof value === "string" && /^[=+\-@\t\r]/.test(text)) text = `'${text}`;
+      return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+    };
+    const lines = [head, ...rows].map((row) => row.map(cell).join(","));
+    Report.save(`${name}.csv`, "text/csv", `${lines.join("\r\n")}\r\n`);
+  };
+
+  Report.save = (name, type, text) => {
+    const url = URL.createObjectURL(new Blob([text], { type: `${type};charset=utf-8` }));
+    Report.element("a", { href: url, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 10_000);
+  };
+})();

@@ -1,0 +1,168 @@
+"""What the page knows of every latent of the run in its middle, in columns: for the figures and the latent browser.
+
+The columns are those that the findings were computed from (:class:`autointerp.evidence.Study`); nothing is measured
+here. ``None`` is what could not be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from autointerp.evidence import Study, Told
+from autointerp.pooled import scored_alike
+from autointerp.report.html.sweeps import sweeps_at
+from autointerp.scored import CLASSES, status_kind
+
+#: What became of a latent on its way to a score; its place here is what the page holds.
+STATUSES = ("not asked for", "too few contexts", "failed", "explained", "scored")
+_COSINES = ("encoder_cosine", "decoder_cosine", "max_encoder_cosine", "max_decoder_cosine")
+_PARTNERS = ("encoder_partner", "decoder_partner")
+
+
+def columns_of(study: Study, told: Told) -> dict[str, Any]:
+    """M latents of the focus run, N of them scored.
+
+    ``latents``: columns [M]; ``shared_class`` and ``status`` index ``classes`` (-1: none, the latent is dead or nothing
+    is aligned) and ``statuses``. ``against``: per aligned sibling, columns [M]. ``scored``: columns [N].
+    ``partners``: per sibling that was scored alike, one row for each pair of scores. ``explanations``: latent → text.
+    ``sweeps``: see :func:`autointerp.report.html.sweeps.sweeps_at`.
+    """
+    table = study.focus_latents()
+    rows = study.score_rows()
+    own, swapped = _ok(rows, "none"), _ok(rows, "swap")
+    return {
+        "run": study.focus.name,
+        "study": study.focus.study,
+        "n_latents": len(table),
+        "runs": study.compared,
+        "definition": study.view.definition,
+        "threshold": study.view.threshold,
+        "classes": list(CLASSES),
+        "statuses": list(STATUSES),
+        "latents": {
+            "n_firings": _whole(table.get("n_firings")),
+            "frequency": _rounded(table.get("firing_frequency"), significant=4),
+            "similarity": _rounded(table.get("similarity")),
+            "n_shared": _whole(table.get("n_shared")),
+            "shared_class": _classes(table),
+            "status": _statuses(table, rows, told),
+        },
+        "against": [_against(study, name) for name in study.compared if name != study.focus.name]
+        if study.tables
+        else [],
+        "scored": _scored(own, swapped),
+        "partners": _partner_scores(study, own),
+        "explanations": _explanations(told, own),
+        "sweeps": sweeps_at(study.root, study.focus.record.get("subject", {}).get("fingerprint")),
+    }
+
+
+def _ok(rows: pd.DataFrame | None, control: str) -> pd.DataFrame:
+    """The scores that there are, by latent."""
+    if rows is None:
+        return pd.DataFrame(columns=["balanced_accuracy", "explanation_id"])
+    good = rows[(rows["control"] == control) & (rows["status"].map(status_kind) == "ok")]
+    return good.set_index("latent").sort_index()
+
+
+def _classes(table: pd.DataFrame) -> list[int]:
+    if "shared_class" not in table:
+        return [-1] * len(table)
+    place = table["shared_class"].map({name: i for i, name in enumerate(CLASSES)}).fillna(-1)
+    return np.where(table["alive"], place, -1).astype(int).tolist()
+
+
+def _statuses(table: pd.DataFrame, rows: pd.DataFrame | None, told: Told) -> list[int]:
+    status = np.zeros(len(table), int)
+    kinds: dict[str, Iterable[int]] = {
+        "too few contexts": told.too_few,
+        "explained": told.explained,
+        "failed": told.failed,
+    }
+    for name, latents in kinds.items():
+        status[list(latents)] = STATUSES.index(name)
+    if rows is not None:
+        own = rows[rows["control"] == "none"]
+        words = own["status"].map(status_kind).map({"ok": "scored", "failed": "failed", "ineligible": STATUSES[1]})
+        status[own["latent"].to_numpy(int)] = words.map(STATUSES.index)
+    return status.tolist()
+
+
+def _against(study: Study, sibling: str) -> dict[str, Any]:
+    table = study.tables[study.focus.name, sibling].sort_values("latent")
+    return {
+        "run": sibling,
+        **{name: _rounded(table[name]) for name in _COSINES},
+        **{name: _whole(table[name]) for name in _PARTNERS},
+    }
+
+
+def _scored(own: pd.DataFrame, swapped: pd.DataFrame) -> dict[str, Any]:
+    columns = {"score": "balanced_accuracy", "low": "ba_low", "high": "ba_high", "auroc": "auroc"}
+    return {
+        "latent": _whole(own.index.to_series()),
+        **{name: _rounded(own.get(column), n=len(own)) for name, column in columns.items()},
+        "control": _rounded(swapped["balanced_accuracy"].reindex(own.index), n=len(own)),
+    }
+
+
+def _partner_scores(study: Study, own: pd.DataFrame) -> list[dict[str, Any]]:
+    """The scores of latents beside those of their decoder-matched partners (figure 6 of the paper)."""
+    found = []
+    for run in study.runs:
+        if run.name == study.focus.name or (study.focus.name, run.name) not in study.tables:
+            continue
+        alike = scored_alike(study, run)
+        theirs = _ok(None if alike is None else alike[0], "none")["balanced_accuracy"]
+        table = study.tables[study.focus.name, run.name].set_index("latent").loc[own.index]
+        pairs = pd.DataFrame(
+            {
+                "partner": table["decoder_partner"],
+                "score": own["balanced_accuracy"],
+                "partner_score": theirs.reindex(table["decoder_partner"]).to_numpy(),
+                "similarity": (table["encoder_cosine"] + table["decoder_cosine"]) / 2,
+            }
+        ).dropna()
+        if len(pairs):
+            found.append(
+                {
+                    "run": run.name,
+                    "latent": _whole(pairs.index.to_series()),
+                    "partner": _whole(pairs["partner"]),
+                    **{name: _rounded(pairs[name]) for name in ("score", "partner_score", "similarity")},
+                }
+            )
+    return found
+
+
+def _explanations(told: Told, own: pd.DataFrame) -> dict[str, str]:
+    """The explanation that was scored, or else the newest of the explainer meant."""
+    newest: dict[int, str] = {}
+    if len(told.table):
+        good = told.table[told.table["status"] == "ok"]
+        newest = {int(i): str(text) for i, text in zip(good["latent"], good["text"], strict=True)}
+    numbers = own["explanation_id"].items() if "explanation_id" in own else ()
+    scored = {int(str(latent)): told.texts[int(n)] for latent, n in numbers if int(n) in told.texts}
+    return {str(latent): text for latent, text in sorted({**newest, **scored}.items())}
+
+
+def _whole(values: pd.Series | None) -> list[int | None] | None:
+    if values is None:
+        return None
+    return [None if pd.isna(value) else int(value) for value in values.tolist()]
+
+
+def _rounded(
+    values: pd.Series | None, *, significant: int | None = None, n: int | None = None
+) -> list[float | None] | None:
+    """To four decimals, or to so many significant digits: more would be bytes and not information."""
+    if values is None:
+        return None if n is None else [None] * n
+    numbers = values.astype(float).tolist()
+    if significant is not None:
+        return [None if not np.isfinite(x) else float(f"{x:.{significant}g}") for x in numbers]
+    return [None if not np.isfinite(x) else round(x, 4) for x in numbers]

@@ -1,0 +1,199 @@
+"""Everything about some latents: what ``show`` prints of one, its verdicts, and its partners' contexts beside its own.
+
+All of it for 32,768 latents would make a file that no browser opens. So the page has what a reader came for first, the
+latents that were explained, and then a fair sample of the others, until a budget of bytes is spent; it says how many of
+how many it has, and how to see the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from autointerp.evidence import Study
+from autointerp.journal import Journal
+from autointerp.latents import LatentReader, as_json
+from autointerp.report.html.embedded import json_in_script
+from sae.errors import UserError
+from sae.progress import track
+
+BUDGET = 20_000_000
+"""Bytes of details in a page."""
+OTHERS = 200
+"""Latents that nobody asked to explain, of which details are shown too."""
+_CONTEXTS, _OF_PARTNER = 8, 4
+_PER_CHUNK = 32  # details that are read together when one of them is opened
+_RIGHT, _WRONG = 2, 4  # verdicts shown of each kind
+_LEFT_OUT = ("schema", "run", "commands", "study", "threshold", "reliability")  # the same of all latents
+
+
+@dataclass(frozen=True)
+class Details:
+    """``chunks`` are JSON lists of details, safe in a script; ``place`` is latent → chunk."""
+
+    chunks: list[str]
+    place: dict[int, int]
+    without_contexts: str | None
+    """Why the contexts are not at hand, where they are not."""
+
+
+def details_of(study: Study, status: Sequence[int], first: Sequence[int], budget: int = BUDGET) -> Details:
+    """Details of as many latents as fit ``budget`` bytes.
+
+    Args:
+        status: [M] of each latent, above 0 where it was asked for.
+        first: latents that come before all others.
+    """
+    reader = _Reader(study)
+    chunks: list[str] = []
+    place: dict[int, int] = {}
+    waiting: list[tuple[int, str]] = []
+    spent = 0
+
+    def close() -> None:
+        if waiting:
+            place.update((latent, len(chunks)) for latent, _ in waiting)
+            chunks.append("[" + ",".join(text for _, text in waiting) + "]")
+            waiting.clear()
+
+    chosen = order(status, study.alive[study.focus.name], first)
+    with track("gathering latents for the page", len(chosen), "latents") as bar:
+        for latent in chosen:
+            text = str(json_in_script(reader.detail(latent)))
+            spent += len(text) + 1
+            if spent > budget:
+                break
+            waiting.append((latent, text))
+            if len(waiting) == _PER_CHUNK:
+                close()
+            bar.advance()
+    close()
+    return Details(chunks, dict(sorted(place.items())), reader.without_contexts)
+
+
+def order(status: Sequence[int], alive: np.ndarray, first: Sequence[int] = ()) -> list[int]:
+    """The latents of which there shall be details, the most wanted first: a cut anywhere leaves a fair sample.
+
+    After ``first`` come those that were asked for, then ``OTHERS`` alive ones, either in an order by chance (seeded).
+    """
+    rng = np.random.default_rng(0)
+    wanted = np.asarray(status) > 0
+    asked = rng.permutation(np.flatnonzero(wanted))
+    others = rng.permutation(np.flatnonzero(~wanted & np.asarray(alive, bool)))[:OTHERS]
+    return list(dict.fromkeys([*map(int, first), *asked.tolist(), *others.tolist()]))
+
+
+class _Reader:
+    """Reads details; without contexts once these turn out not to be at hand."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._latents = LatentReader(study.focus, study.view.threshold)
+        rows = study.score_rows()
+        own = rows[rows["control"] == "none"] if rows is not None else pd.DataFrame(columns=["latent"])
+        self._explanation = dict(zip(own["latent"], own.get("explanation_id", own["latent"]), strict=True))
+        self.without_contexts: str | None = None
+
+    def detail(self, latent: int) -> dict[str, Any]:
+        found = self._findings(latent)
+        for match in found["matches"]:
+            partner = match["decoder_partner"]
+            match["contexts"] = [] if partner is None else self._contexts(match["run"], partner)
+        found = {key: value for key, value in found.items() if key not in _LEFT_OUT}
+        return _shortened({**found, "verdicts": self._verdicts(latent)})
+
+    def _findings(self, latent: int) -> dict[str, Any]:
+        if self.without_contexts is None:
+            try:
+                return self._latents.findings(latent, _CONTEXTS)
+            except UserError as error:  # a store moved away, a hub out of reach: the rest is worth showing
+                self.without_contexts = str(error)
+        return self._latents.findings(latent, 0)
+
+    def _contexts(self, run: str, latent: int) -> list[dict[str, Any]]:
+        sibling = next(r for r in self._latents.siblings if r.name == run)
+        try:
+            found = self._latents.contexts(sibling, latent, _OF_PARTNER) if self.without_contexts is None else []
+        except UserError:
+            found = []
+        return [as_json(context) for context in found]
+
+    def _verdicts(self, latent: int) -> dict[str, Any] | None:
+        """What the judge said of contexts that the explainer never saw: counts, and some with their text."""
+        setup, run = self._study.setup, self._study.focus
+        if setup is None or latent not in self._explanation or not run.journal_path.exists():
+            return None
+        with Journal(run.journal_path) as journal:
+            table = journal.verdicts(
+                explanation_id=int(self._explanation[latent]),
+                judge=setup["judge"],
+                scorer=setup["scorer"],
+                settings_hash=setup["settings_hash"],
+                prompt_hash=setup["judge_prompt_hash"],
+                model=setup["model"] or "",
+                control="none",
+                replicate=0,
+            )
+        if table.empty:
+            return None
+        failed = table["failure"].notna()
+        return {
+            "judge": setup["judge"],
+            "n_failed": int(failed.sum()),
+            "counts": _counts(table[~failed]),
+            "shown": list(self._shown(latent, table[~failed])),
+        }
+
+    def _shown(self, latent: int, table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+        right = table["truth"] == table["label"].astype(bool)
+        some = pd.concat(
+            [
+                part.head(n)
+                for truth in (True, False)
+                for n, part in (
+                    (_RIGHT, table[right & (table["truth"] == truth)]),
+                    (_WRONG, table[~right & (table["truth"] == truth)]),
+                )
+            ]
+        )
+        texts = self._windows(latent, [int(window) for window in some["context"]])
+        for row in some.to_dict("records"):
+            if int(row["context"]) in texts:
+                p = None if pd.isna(row["p"]) else float(row["p"])
+                verdict = {"truth": bool(row["truth"]), "label": bool(row["label"]), "p": p}
+                yield {**verdict, "kind": row["negative_kind"], **texts[int(row["context"])]}
+
+    def _windows(self, latent: int, windows: list[int]) -> dict[int, dict[str, Any]]:
+        """Window → its tokens, and the latent's activation at each."""
+        material = self._latents.material(self._study.focus) if self.without_contexts is None else None
+        if material is None:
+            return {}
+        store, at = material.store, np.asarray(windows, np.int64)
+        tokens = [store.corpus.decode(row) for row in store.tokens(at)]
+        return {
+            window: {"tokens": words, "activations": values}
+            for window, words, values in zip(windows, tokens, store.activations(latent, at).tolist(), strict=True)
+        }
+
+
+def _counts(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """By kind of context: how many the latent fires in or not, and of how many the judge said the same."""
+    kinds = table["negative_kind"].fillna("active")
+    right = table["truth"] == table["label"].astype(bool)
+    return [
+        {"kind": str(kind), "n": int((kinds == kind).sum()), "n_right": int((right & (kinds == kind)).sum())}
+        for kind in kinds.drop_duplicates()
+    ]
+
+
+def _shortened(value: Any) -> Any:
+    """Numbers to four significant digits; a number that is none as ``None``."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if np.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _shortened(inner) for key, inner in value.items()}
+    return [_shortened(inner) for inner in value] if isinstance(value, list | tuple) else value
