@@ -226,7 +226,7 @@ def test_partners_are_drawn_where_their_latents_are(runs: list[Run]) -> None:
     back = {int(column[x]): x for x in of.table["latent"]}
     mine = of.table.set_index("latent")
     for row in theirs.table.itertuples():
-        assert row.probability == mine.loc[back[row.latent], "probability"]
+        assert row.probability == mine.loc[back[int(str(row.latent))], "probability"]
     record(sibling, theirs, BY)
     kept = sample_of(sibling, SETUP)
     assert kept is not None

@@ -97,7 +97,7 @@ def figures(values: np.ndarray, other: np.ndarray, weights: np.ndarray | None = 
 def test_figures_are_unbiased_over_draws(n: int) -> None:
     """Scores go with similarity and frequency, so that the unweighted sample is far off."""
     frequency, similarity = population(600, 1)
-    similarity = np.nan_to_num(similarity)
+    similarity = np.nan_to_num(np.asarray(similarity, float))
     rng = np.random.default_rng(1)
     score = 0.6 + 0.2 * similarity**2 + 0.03 * np.log(frequency) + rng.normal(0, 0.05, 600)
     truth = figures(score, similarity)
@@ -180,7 +180,7 @@ def test_intervals_hold_what_all_latents_would_give(n: int, noise: float, monkey
     monkeypatch.setattr("autointerp.rank_bootstrap.RESAMPLES", 250)
     rng = np.random.default_rng(n)
     frequency, similarity = population(400, 2)
-    similarity = np.nan_to_num(similarity)
+    similarity = np.nan_to_num(np.asarray(similarity, float))
     true = 0.65 + 0.1 * similarity + 0.02 * np.log(frequency) + rng.normal(0, 0.07, 400)
     shared = similarity > 0.3
     cells, rounds = strata(frequency, similarity), 200
