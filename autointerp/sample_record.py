@@ -27,6 +27,7 @@ _EXPLAINED_BY = {
     "prompt_hash": "explain_prompt_hash",
 }
 """What tells explainers apart in the journal, and the same in a score table."""
+_OF_RECORD = ("draw", "inputs", "latents", "n", "population")
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,20 @@ class Draw:
 def record(run: Run, draw: Draw, explained_by: Mapping[str, Any]) -> None:
     """Keep ``draw`` for the explainer (``explainer``, ``model``, ``settings_hash``, ``prompt_hash``).
 
-    A larger sample of the same population, or one of as many in other strata, replaces the one that was kept; where a
-    larger one was drawn before, that stays. Whoever calls has claimed the run's journal.
+    It replaces what was kept for the same filter: a smaller sample of the population, one in other strata, one of a
+    population that has changed since (another seed decides what is unshared). Where a larger one of this very
+    population was drawn before, that stays. Whoever calls has claimed the run's journal.
     """
     explainer = {name: explained_by[name] for name in _EXPLAINED_BY}
     about = {name: value for name, value in draw.about.items() if name != "strata"}
-    of = digest({"about": about, "population": draw.table["latent"].tolist(), "explainer": explainer, "method": METHOD})
+    of = digest({"about": about, "explainer": explainer, "method": METHOD})
     kept = {entry["draw"]: entry for entry in _draws(run)}
-    before = kept.get(of)
-    words = {"draw": of, **explainer, **draw.words()}
-    if before is not None and (before["n"] > words["n"] or before["inputs"] == _inputs(draw)):
+    before = kept.get(of, {})
+    latents, inputs_of_draw = digest(draw.table["latent"].tolist()), _inputs(draw)
+    words = {"draw": of, **explainer, **draw.words(), "latents": latents, "inputs": inputs_of_draw}
+    same = before.get("latents") == latents
+    if same and (before["n"] > words["n"] or before["inputs"] == inputs_of_draw):
         return
-    words["inputs"] = _inputs(draw)
     old = _table(run)
     others = old[old["draw"] != of] if old is not None else None
     table = draw.table.assign(draw=of)
@@ -147,7 +150,7 @@ def sample_of(run: Run, setup: Mapping[str, Any]) -> Sample | None:
         latents = set(rows["latent"].tolist())
         if not latents & held:
             held |= latents
-            about = {k: v for k, v in entry.items() if k not in ("draw", "inputs", "n", "population", *_EXPLAINED_BY)}
+            about = {k: v for k, v in entry.items() if k not in (*_OF_RECORD, *_EXPLAINED_BY)}
             taken.append(Draw(rows, about))
     return Sample(tuple(taken)) if taken else None
 

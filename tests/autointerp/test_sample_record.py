@@ -201,6 +201,10 @@ def test_what_is_kept_over_the_life_of_a_run(runs: list[Run]) -> None:
     assert kept is not None
     assert kept.drawn == set(large.latents)
     assert len(table_metadata(run.stage_path("sample"))["draws"]) == 3
+    # The unshared of today, not of when another seed had not been trained: the newest of a filter counts alone.
+    less = draw(run, table, sorted(set(able) - set(unshared.latents[:1])), Choice(n=20, sharing="unshared"))
+    record(run, less, BY)
+    assert len(table_metadata(run.stage_path("sample"))["draws"]) == 3
     # Where both parts were drawn from and the whole was not, they are the whole.
     by = BY | {"settings_hash": "x"}
     asked(50, by, sharing="unshared")

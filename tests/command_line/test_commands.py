@@ -297,7 +297,7 @@ def test_seeds_grow_without_touching_what_exists(root: Path, recipe: Path) -> No
     # A stage that now wants the third run brings it up, and leaves the weights, stores and old pairs as they are.
     cli("explain", "--sae", "run_a", "--unshared-only", "--latents", 2, "--root", root).well()
     after = tree(root)
-    derived = ("latents.overlap.parquet", "latents.contexts.parquet")
+    derived = ("latents.overlap.parquet", "latents.contexts.parquet", "latents.sample.parquet")
     assert {name: after[name] for name in before if not name.endswith(derived)} == {
         name: value for name, value in before.items() if not name.endswith(derived)
     }
