@@ -86,11 +86,14 @@ def _dictionaries(study: Study) -> Dictionaries:
 
 def _scores(study: Study, tree: Mapping[str, Any], part: Part | None) -> Scores:
     focus, setup = study.focus.name, study.setup or {}
-    explain = study.command("explain", "--sae", focus)
     similar = part is not None and "similarity" in part.latents
     scores = tree["scores"]
     waiting = scores is not None and scores["waiting"] is not None
-    score = study.command("score", "--sae", focus)
+
+    def ask(*words: str) -> str:
+        """The command that explains more, or first the one that scores what is explained."""
+        return study.command("score", "--sae", focus) if waiting else study.command("explain", "--sae", focus, *words)
+
     return Scores(
         scores=scores,
         relation=tree["relation"],
@@ -98,10 +101,10 @@ def _scores(study: Study, tree: Mapping[str, Any], part: Part | None) -> Scores:
         pairs=_pairs(study),
         judge=" ".join(word for word in (setup.get("judge"), str(setup.get("model") or "")) if word) or "none",
         more={
-            "score": score if waiting else explain,
+            "score": ask(),
             "pair": study.command("align", *study.names),
-            "partners": study.command("explain", "--sae", focus, "--with-partners"),
-            "more": study.command("explain", "--sae", focus, "--latents", "400"),
+            "partners": ask("--with-partners"),
+            "more": ask("--latents", "400"),
         },
     )
 

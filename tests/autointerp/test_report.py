@@ -421,7 +421,7 @@ def test_each_missing_stage_prints_its_command(tmp_path: Path, monkeypatch: pyte
     numbers = small_study.explained(runs[0], [1, 2, 3])
     page = drawn(findings(root, NAMES))
     assert "python cli.py score --sae run_a" in page
-    assert "python cli.py explain" not in page
+    assert "$ python cli.py explain --sae run_a\n" not in re.sub(" +\n", "\n", page)
     small_study.scored(runs[0], {1: numbers[1]})
     page = drawn(findings(root, NAMES))
     assert "2 explained latents not scored yet" in page

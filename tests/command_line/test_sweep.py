@@ -42,8 +42,11 @@ def done(tmp_path_factory: pytest.TempPathFactory, small: Path) -> tuple[Path, R
 
 
 def points(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a sweep came to, without when and by which commit."""
+    """What a sweep came to, without when, by which commit and under which root."""
     rows: list[dict[str, Any]] = json.loads(json.dumps(found["points"]))
+    for row in rows:
+        for finding in row["findings"]:
+            finding["command"] = finding["command"] and finding["command"].partition(" --root ")[0]
     return rows
 
 

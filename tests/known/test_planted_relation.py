@@ -80,9 +80,9 @@ def test_a_planted_relation_is_weakened_by_few_verdicts_and_recovered(planted: P
     assert low <= true <= high
     assert relation["spearman"] < relation["corrected"]["value"]
     assert abs(relation["corrected"]["value"] - true) < abs(relation["spearman"] - true)
-    # The reliability is that of another draw of contexts, which was never asked for.
+    # The reliability is that of another draw of contexts, which was never asked for; of one draw it is off by chance.
     own = read_table(run.stage_path("scores")).set_index("latent")["balanced_accuracy"].reindex(range(M))
-    retest = float(stats.spearmanr(own, scores_on(run, FEW, seed=6)).statistic)
+    retest = float(np.mean([stats.spearmanr(own, scores_on(run, FEW, seed=seed)).statistic for seed in range(6, 11)]))
     low, high = found["scores"]["reliability"]["interval"]
     assert low <= retest <= high
     assert 0.5 < found["scores"]["reliability"]["value"] < 0.97

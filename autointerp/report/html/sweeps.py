@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae.errors import BadInput
-from sae.files import SCHEMA, read_json
+from autointerp.sweep_table import sweeps_of
 
 
-def sweeps_at(root: Path, fingerprint: str | None) -> list[dict[str, Any]]:
-    """What ``reports/NAME.sweep.json`` say of the subject model with this fingerprint, by name; points in order.
+def sweeps_at(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the sweeps of the subject model under ``root`` say, by name; points in order.
 
     Per sweep: ``name``, ``axis`` (the first that was swept) and ``points``: ``at`` on the axis, ``name``, and for the
     definitions ``both`` and ``lenient`` the fraction shared, its ``interval`` and the largest by chance.
     """
     found = []
-    for path in sorted((root / "reports").glob("*.sweep.json")):
-        try:
-            table = read_json(path)
-            if table["schema"] != SCHEMA or table["subject"]["fingerprint"] != fingerprint:
-                continue
-            axis = next(iter(table["axes"]))
-            points = [_point(point, axis) for point in table["points"] if point["shared"] is not None]
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-            raise BadInput(f"{str(path)!r} is damaged; delete it and give `python cli.py sweep` again") from None
+    for table in sorted(sweeps_of(root, subject), key=lambda table: str(table["sweep"])):
+        axis = next(iter(table["axes"]))
+        points = [_point(point, axis) for point in table["points"] if point["shared"] is not None]
         if points:
             found.append({"name": str(table["sweep"]), "axis": axis, "points": points})
     return found
