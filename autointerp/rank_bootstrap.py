@@ -152,7 +152,8 @@ def _correlate(orders: Sequence[_Order], weights: Floats) -> Floats:
     centred, spread = [], []
     for order in orders:
         ranks = order.ranks(weights)
-        centred.append(ranks - (weights * ranks).sum(1, keepdims=True) / total)
+        with np.errstate(invalid="ignore"):  # a resample may hold none of the values
+            centred.append(ranks - (weights * ranks).sum(1, keepdims=True) / total)
         of_all, left = ((weights * x * x).sum(1) for x in (ranks, centred[-1]))
         # Of a constant, weights that are no whole numbers leave rounding behind.
         spread.append(np.sqrt(np.where(left > 1e-18 * of_all, left, np.nan)))

@@ -189,7 +189,10 @@ def read_summary(root: Path, name: str) -> Summary | None:
         return None
     try:
         table = read_json(path)
-        return Summary(table) if table["schema"] == SCHEMA and table["points"] is not None else None
+        if table["schema"] != SCHEMA or table["points"] is None:
+            return None
+        table["created"], table["axes"], table["subject"]["fingerprint"]  # what tells whose it is
+        return Summary(table)
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{str(path)!r} is damaged; delete it and give `python cli.py sweep` again") from None
 
@@ -203,7 +206,7 @@ def sweeps_of(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:
         except BadInput as error:  # a report does without
             say(str(error))
             continue
-        if summary is not None and summary.table["subject"]["fingerprint"] == subject["fingerprint"]:
+        if summary is not None and summary.table["subject"]["fingerprint"] == subject.get("fingerprint"):
             found.append(summary.table)
     return sorted(found, key=lambda table: str(table["created"]), reverse=True)
 

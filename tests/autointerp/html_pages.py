@@ -87,7 +87,7 @@ def rendered(root: Path, names: list[str], budget: int = BUDGET, **view: Any) ->
 
 
 def swept(root: Path) -> None:
-    """A sweep's table, with as much of it as figure 4 takes."""
+    """A sweep's table, with as much of it as figure 4 and the findings take."""
     from sae.files import write_json
 
     points: list[dict[str, Any]] = [
@@ -99,6 +99,7 @@ def swept(root: Path) -> None:
                     "value": value / (1 + m / 500),
                     "interval": [0.1, 0.9],
                     "null": {"rotated": 0.01, "gaussian": None},
+                    "without": {},
                 }
                 for name, value in (("both", 0.9), ("lenient", 1.0))
             },
@@ -107,6 +108,7 @@ def swept(root: Path) -> None:
     ]
     points.append({"name": "alone", "values": {"training.num_latents": 4}, "shared": None})
     table: dict[str, Any] = {"schema": 1, "sweep": "widths", "subject": {"fingerprint": "f" * 64}, "points": points}
+    table |= {"created": "2026-01-01T00:00:00+00:00", "seeds": [0, 1], "together": []}
     write_json(root / "reports" / "widths.sweep.json", {**table, "axes": {"training.num_latents": [512, 64, 2048, 4]}})
     write_json(root / "reports" / "other.sweep.json", {**table, "subject": {"fingerprint": "g"}, "points": None})
 

@@ -37,7 +37,6 @@ from autointerp.report.html.figures import figures_of
 from autointerp.report.html.page import CHAPTERS, SCRIPTS
 from autointerp.report.layout import Section, command_line, grid
 from autointerp.report.visible import visible
-from sae.errors import BadInput
 from sae.run import Run
 
 NAMES = ["run_a", "run_b", "run_c"]
@@ -82,7 +81,9 @@ def ours(html: str) -> str:
 
 def test_every_chapter_and_every_part_of_the_terminals_report_is_there(page: Parsed) -> None:
     assert {"summary", "latents", "methods", "browser", *CHAPTERS} <= page.ids
-    parts = {name for name in terminal.parts_of_report() if name not in ("methods", "failures", "counterparts")}
+    parts = {
+        name for name in terminal.parts_of_report() if name not in ("findings", "methods", "failures", "counterparts")
+    }
     assert {f"part-{name}" for name in parts} <= page.ids
 
 
@@ -162,12 +163,13 @@ def test_a_sweep_of_the_same_subject_is_figure_4(page: Parsed) -> None:
     assert "widths, 64: 79.8 % and 88.7 %" in page.text
 
 
-def test_a_damaged_sweep_is_named(tmp_path: Path) -> None:
+def test_a_damaged_sweep_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_study.whole(tmp_path, seeds=1)
     (tmp_path / "reports").mkdir()
-    (tmp_path / "reports" / "x.sweep.json").write_text('{"schema": 1, "subject": 3}')
-    with pytest.raises(BadInput, match=r"x\.sweep\.json' is damaged; delete it"):
-        html_pages.rendered(tmp_path, ["run_a"])
+    (tmp_path / "reports" / "x.sweep.json").write_text('{"schema": 1, "subject": 3, "points": []}')
+    page = Parsed.of(html_pages.rendered(tmp_path, ["run_a"]).html)
+    assert page.data("columns")["sweeps"] == []
+    assert "x.sweep.json' is damaged; delete it" in capsys.readouterr().err
 
 
 def test_a_findings_table_is_shown_with_its_verdicts(root: Path) -> None:

@@ -57,7 +57,7 @@ def columns_of(study: Study, told: Told) -> dict[str, Any]:
         "scored": _scored(own, swapped),
         "partners": _partner_scores(study, own),
         "explanations": _explanations(told, own),
-        "sweeps": sweeps_at(study.root, study.focus.record.get("subject", {}).get("fingerprint")),
+        "sweeps": sweeps_at(study.root, study.focus.record.get("subject", {})),
     }
 
 
