@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-browser vllm test-integration test-peers lint format subject clean help
+.PHONY: setup demo test test-slow test-browser vllm test-integration peers test-peers lint format subject clean help
 
 help:
 	@echo "make demo              set up, then run the whole study offline on the bundled model (again: show its report)"
@@ -29,6 +29,8 @@ $(VENV)/.test-ready: pyproject.toml constraints.txt | $(PY)
 	@echo "installing into $(VENV) (versions pinned in constraints.txt) …"
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo-ready
+
+setup: $(VENV)/.test-ready
 
 demo: $(VENV)/.demo-ready
 	$(PY) cli.py demo
@@ -91,6 +93,8 @@ test-integration: $(VENV)/.test-ready vllm
 	@# dictionary-learning's nnsight asks for it, but a build for CUDA fails beside a CPU torch; text needs none of it
 	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
+
+peers: .venv-peers/.ready
 
 test-peers: .venv-peers/.ready
 	.venv-peers/bin/python -m pytest -m peers
