@@ -204,6 +204,7 @@ def _pooled_as_one(parts: list[Part]) -> tuple[pd.DataFrame, pd.DataFrame, pd.Da
     )
 
 
+@pytest.mark.slow
 def test_pooled_intervals_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Coverage of the pooled correlation and of the first quarter's mean, with whole groups and latent by latent."""
     monkeypatch.setattr("autointerp.rank_bootstrap.RESAMPLES", 400)

@@ -115,11 +115,11 @@ def _stop(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "after"),
     [
-        (autointerp.sweep, "harvest_runs", 0),
-        (autointerp.sweep, "align_runs", 1),
+        pytest.param(autointerp.sweep, "harvest_runs", 0, marks=pytest.mark.slow),
+        pytest.param(autointerp.sweep, "align_runs", 1, marks=pytest.mark.slow),
         (autointerp.sweep, "explain_runs", 1),
-        (autointerp.sweep, "score_runs", 2),
-        (autointerp.sweep_table, "write_json", 0),
+        pytest.param(autointerp.sweep, "score_runs", 2, marks=pytest.mark.slow),
+        pytest.param(autointerp.sweep_table, "write_json", 0, marks=pytest.mark.slow),
     ],
     ids=["before the harvest", "while aligning", "while explaining", "while scoring", "between the two tables"],
 )
