@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, Request
 from autointerp.material import Material
+from autointerp.scorers.base import HARDER
 from sae.files import read_table
 from sae.run import Run
 
@@ -204,7 +204,8 @@ def test_every_explanation_is_scored_or_says_why_not(run: Run, served: Served, s
     verdicts = verdicts_of(run, served, scored["protocol"])
     own = verdicts[verdicts["control"] == "none"]
     assert set(own["explanation_id"]) == set(good["id"])
-    assert (own.groupby("explanation_id").size() == 12).all(), "every context has its verdict, or its failure"
+    scored_on = own[~own["negative_kind"].isin(HARDER)]
+    assert (scored_on.groupby("explanation_id").size() == 12).all(), "every context has its verdict, or its failure"
     assert (verdicts["label"].isna() == verdicts["failure"].notna()).all()
     assert verdicts.loc[verdicts["failure"].notna(), "p"].isna().all()
 
@@ -311,9 +312,12 @@ def test_p_active_is_the_models_own(run: Run, served: Served) -> None:
         labels = [token for token in served_values if token.strip() in ("0", "1")]
         for token in labels:
             assert served_values[token] == pytest.approx(own[token], abs=LOGPROB_TOLERANCE), token
-        one, zero = (sum(math.exp(v) for t, v in own.items() if t.strip() == label) for label in "10")
+        both = {token.strip() for token in labels} == {"0", "1"}
+        # Of the ways to write a label those count that were among the likeliest tokens: no more is told.
+        told = {token: own[token] for token in labels} if both else own
+        one, zero = (sum(math.exp(v) for t, v in told.items() if t.strip() == label) for label in "10")
         expected = one / (one + zero)
-        if {token.strip() for token in labels} == {"0", "1"}:
+        if both:
             assert p == pytest.approx(expected, abs=P_TOLERANCE)
         else:  # the label that is not among the likeliest had at most so much: P may err towards one half, and only so
             assert min(0.5, expected) - P_TOLERANCE <= p <= max(0.5, expected) + P_TOLERANCE
@@ -334,12 +338,15 @@ def test_a_prompt_beyond_the_models_context_says_so_in_one_line(tmp_path: Path) 
             "score": command(run.root, "score", "--llm-url", server.url, "--protocol", "single"),
             "explain": command(run.root, "explain", *chosen, "--llm-url", server.url),
         }
-    for code, found, said in asked.values():
-        assert code == 1
-        assert said.rstrip().splitlines()[-1] == f"error: {found['error']}"
-    # The room for an explanation alone is more than the model has; for a verdict it is the examples that are too long.
-    assert re.search(r"HTTP 400: max_tokens=\d+ cannot be greater than .*512", asked["explain"][1]["error"])
-    assert "HTTP 400: This model's maximum context length is 512 tokens" in asked["score"][1]["error"]
+    code, found, said = asked["score"]
+    assert code == 1
+    assert said.rstrip().splitlines()[-1] == f"error: {found['error']}"
+    assert "HTTP 400: This model's maximum context length is 512 tokens" in found["error"]
+    # By now the context's length and how many tokens such text has are known, and nothing is sent that cannot fit.
+    code, found, _ = asked["explain"]
+    assert (code, found["n_failed"]) == (3, 4)
+    for reason in found["failures"]:
+        assert re.fullmatch(r"the prompt is too long for the model: about \d+ tokens.*512; not sent", reason)
     with Journal(run.journal_path) as journal:
         assert (journal.explanations(explainer="llm")["status"] == "failed").all()
         assert journal.verdicts()["failure"].notna().all()
