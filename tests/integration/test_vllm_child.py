@@ -32,7 +32,7 @@ def test_a_vllm_child_explains_and_judges_and_is_gone(tmp_path: Path, monkeypatc
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm-cache"))
     run = trained(tmp_path / "runs")
-    # Explained by n-grams alone: a small model may fail at all of it, and beside its explanations n-grams judge their own.
+    # Explained by n-grams alone: a small model may fail at all of it, and beside it n-grams judge their own.
     judged = Run.open("run_a", Path(shutil.copytree(run.root, tmp_path / "judged" / "runs")))
     served = ("--vllm", "bundled", "--vllm-args", EAGER)
     chosen = ("--sae", "run_a", "--latents", 4)
