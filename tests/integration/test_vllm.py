@@ -50,6 +50,8 @@ RECIPE = """
 n_explain = 12
 n_active = 6
 n_inactive = 6
+n_hard = 4
+n_same_token = 4
 """
 LOGPROB_TOLERANCE = 0.15
 """Of a log-probability: the server computes in bfloat16, the reference in float32. Measured: .06 at most."""
