@@ -29,7 +29,7 @@ import pytest
 from vllm_server import REPOSITORY, VllmServer
 
 from autointerp.journal import Journal
-from autointerp.judges.llm import LlmJudge
+from autointerp.judges.llm import _AROUND_LABELS, LlmJudge
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, Request
@@ -312,13 +312,14 @@ def test_p_active_is_the_models_own(run: Run, served: Served) -> None:
         own = reference.logprobs(request)
         assert answer.top_logprobs is not None
         served_values = answer.top_logprobs[0]
-        labels = [token for token in served_values if token.strip() in ("0", "1")]
+        label_of = {token: token.strip(_AROUND_LABELS) for token in own}
+        labels = [token for token in served_values if label_of.get(token) in ("0", "1")]
         for token in labels:
             assert served_values[token] == pytest.approx(own[token], abs=LOGPROB_TOLERANCE), token
-        both = {token.strip() for token in labels} == {"0", "1"}
+        both = {label_of[token] for token in labels} == {"0", "1"}
         # Of the ways to write a label those count that were among the likeliest tokens: no more is told.
         told = {token: own[token] for token in labels} if both else own
-        one, zero = (sum(math.exp(v) for t, v in told.items() if t.strip() == label) for label in "10")
+        one, zero = (sum(math.exp(v) for t, v in told.items() if label_of[t] == label) for label in "10")
         expected = one / (one + zero)
         if both:
             assert p == pytest.approx(expected, abs=P_TOLERANCE)
