@@ -17,7 +17,7 @@ from autointerp.control_saes import beside, first, was_explained
 from autointerp.journal import Journal
 from autointerp.judges.base import Judge
 from autointerp.score_table import rows_of
-from autointerp.scorers.controls import swap_partners
+from autointerp.swapping import swap_partners
 from sae.errors import BadInput
 from sae.files import digest
 from sae.run import Run, all_runs

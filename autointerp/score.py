@@ -29,7 +29,8 @@ from autointerp.material import Material
 from autointerp.questions import CONTROL_LATENTS, Part, Question, explained_by_model, parts_of, questions_of
 from autointerp.rounds import AdaptivePlan
 from autointerp.score_table import COLUMNS, UNTESTED, Test, of_this_judge, plans_of, rows_of, score_table
-from autointerp.scorers import SCORERS, Scorer
+from autointerp.scorers import SCORERS
+from autointerp.scorers.base import Scorer
 from autointerp.work import Outcome, in_flight
 from sae.errors import BadInput, nearest
 from sae.files import digest, read_table, table_metadata, write_table

@@ -18,8 +18,8 @@ from autointerp.journal import Journal
 from autointerp.judges.base import Judge
 from autointerp.material import Material
 from autointerp.rounds import AdaptivePlan
-from autointerp.scorers import SCORERS, Scorer
-from autointerp.scorers.base import ScoreRow
+from autointerp.scorers import SCORERS
+from autointerp.scorers.base import Scorer, ScoreRow
 from sae.files import digest
 from sae.run import Run
 

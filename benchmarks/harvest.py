@@ -50,7 +50,7 @@ SMALL = 16_384
 
 def prepared(folder: Path, shape: str, tokens: int) -> None:
     """What all sides work on: the model's folder, tokens in the order of the harvest, and three dictionaries."""
-    from sae.architectures import TopKSae
+    from sae.architectures.topk import TopKSae
     from sae.checkpoint import save_sae
     from sae.formats import About
 

@@ -44,7 +44,7 @@ from autointerp.llm.exchange import Message
 from autointerp.llm.tokens import BLOCK, block_keys, local_tokenizer
 from autointerp.material import Material
 from autointerp.rounds import AdaptivePlan
-from autointerp.scorers import DetectionScorer
+from autointerp.scorers.detection import DetectionScorer
 from sae.errors import BadInput
 from sae.run import Run
 

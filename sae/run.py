@@ -47,7 +47,7 @@ _FUZZING = (
 LATENT_STAGES = ("firing", "overlap", "contexts", "scores")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(?:-[A-Za-z0-9._]+)*")
 _LONGEST_NAME = 80  # two of them, and a few letters more, are the name of an alignment's file
-_WEIGHTS = ("sae.safetensors", "sae_weights.safetensors")  # TopK; the other architectures (see sae.checkpoint)
+_WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "dictionary.safetensors")  # see sae.checkpoint
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "openai")
 
 

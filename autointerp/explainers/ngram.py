@@ -30,7 +30,7 @@ import numpy as np
 from scipy.special import expit
 
 from autointerp.explainers.base import Explanation
-from autointerp.explainers.ngram_counts import Bools, Floats, Positions, search
+from autointerp.ngram_counts import Bools, Floats, Positions, search
 from autointerp.patterns import HIGHEST, LONGEST_RUN, Pattern, Patterns, bounded, rounded
 from sae.files import digest
 

@@ -24,7 +24,7 @@ from autointerp.contexts import Context, Kind, TestSet
 from autointerp.explain import explain_runs
 from autointerp.journal import Journal
 from autointerp.score import score_runs
-from autointerp.scorers import DetectionScorer
+from autointerp.scorers.detection import DetectionScorer
 from autointerp.selection import Choice
 from autointerp.statistics import balanced_accuracy
 from autointerp.work import Outcome

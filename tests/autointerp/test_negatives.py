@@ -187,7 +187,7 @@ def test_a_run_draws_them_from_its_own_weights_and_firings(tiny_root: Path) -> N
 def test_a_judge_that_falls_for_them_loses_only_there(kind: str) -> None:
     import pandas as pd
 
-    from autointerp.scorers import DetectionScorer
+    from autointerp.scorers.detection import DetectionScorer
 
     test = sampler(a_store(5)).testing(0)
     items = DetectionScorer().items(test)

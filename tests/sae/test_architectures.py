@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae import entries
-from sae.architectures import ARCHITECTURES, BatchTopKSae, GatedSae, JumpReluSae, ReluSae
+from sae.architectures import ARCHITECTURES
+from sae.architectures.batchtopk import BatchTopKSae
+from sae.architectures.gated import GatedSae
+from sae.architectures.jumprelu import JumpReluSae
+from sae.architectures.relu import ReluSae
 from sae.batch_topk import batch_topk
 from sae.dictionary import Firings, Sae
 from sae.objective import AuxK, Objective, total_variance

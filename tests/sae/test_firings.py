@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from small_harvest import SPECIAL, USED, WINDOW, D, FakeStream, M, N, T, a_corpus, an_sae, dense, run, small_stream
 
 from sae import firing_index
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.dictionary import Firings
 from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.files import read_json, write_json
