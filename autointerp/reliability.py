@@ -211,4 +211,4 @@ def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.Da
 
 def together_of(setup: Mapping[str, Any]) -> int:
     """How many consecutive verdicts of the set-up may have been given together; see :meth:`Halves.of`."""
-    return 1 if setup["judge"] == "ngram" else TOGETHER
+    return TOGETHER if setup["model"] else 1  # who asks no model answers for each context by itself

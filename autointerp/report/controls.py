@@ -48,6 +48,26 @@ def score_table(tree: Tree, page: Page) -> RenderableType:
     return table
 
 
+def other_scorers(tree: Tree, page: Page) -> Iterator[RenderableType]:
+    """What other scorers make of the latents, each beside its own swapped control; nothing where there is none."""
+    if not tree["other_scorers"]:
+        return
+    heads = [("latents", "right"), ("mean", "right"), ("95 % interval", "left"), ("AUROC", "right")]
+    table = grid("also scored by", *heads, "swapped control", "own − this", gap=2 if page.wide else 1)
+    for row in tree["other_scorers"]:
+        control = row["control"]
+        swapped = estimate(control["mean"], control["interval"]) if control else "–"
+        above = control["above_control"] if control else None
+        told = estimate(above["mean"], above["interval"], sign=True) if above else "–"
+        figures = count(row["n_scored"]), decimal(row["mean"]), interval(row["interval"]), decimal(row["auroc_mean"])
+        table.add_row(visible(row["scorer"]), *figures, swapped, told)
+    who = {(str(row["explainer"]), str(row["judge"])) for row in tree["other_scorers"]}
+    by = "; ".join(f"{visible(explainer)}, judged by {visible(judge)}" for explainer, judge in sorted(who))
+    yield Text()
+    yield table
+    yield Text(f"Explained by {by}. A score means what its scorer tests, and only that.", QUIET)
+
+
 def in_words(tree: Tree) -> Iterator[RenderableType]:
     """The same as sentences, a warning where the swapped control is not at one half, and how to get what lacks."""
     control = tree["control"]

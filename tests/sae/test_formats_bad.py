@@ -172,6 +172,7 @@ KEYS: dict[str, tuple[str, ...]] = {
         *("rescale_acts_by_decoder_norm", "activation_fn_str", "activation_fn", "activation_fn_kwargs", "dtype"),
     ),
     "dictionary_learning": ("dict_class", "k", "activation_dim", "dict_size", "target_l0", "trainer"),
+    "native": ("sae_autointerp", "architecture", "k", "shapes"),
 }
 ANYTHING = st.recursive(
     st.none()
