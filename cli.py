@@ -11,7 +11,7 @@ import typer
 
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import INTERRUPTED, end, exit_if, finish, one_line_errors
-from autointerp.command_line.options import ROOT, Backend, Definition
+from autointerp.command_line.options import ROOT, Definition
 from autointerp.command_line.values import absolute, amount, spread_lists
 from autointerp.command_line.values import indices as latent_numbers
 from sae import launch
@@ -172,7 +172,8 @@ def sweep(
     name: opt.SweepName = None,
     seeds: opt.SweepSeeds = None,
     score: opt.SweepScore = None,
-    explainer: opt.Explainer = Backend.auto,
+    explainer: opt.Explainer = "auto",
+    judge: opt.SweepJudge = None,
     llm_url: opt.LlmUrl = None,
     llm_model: opt.LlmModel = None,
     judge_url: opt.JudgeUrl = None,
@@ -216,7 +217,7 @@ def sweep(
         vllm_args=vllm_args,
         vllm_timeout=vllm_timeout,
     )
-    scoring = scoring_of(swept, score, explainer.value, options)
+    scoring = scoring_of(swept, score, explainer, options, judge)
     if dry_run:
         expected = forecast(swept, root, _compute(device, threads))
         finish(as_json, "sweep", lambda: expected, lambda: render_forecast(expected))
@@ -296,7 +297,7 @@ def explain(
     indices: opt.Indices = None,
     with_partners: opt.WithPartners = False,
     control_sae_latents: opt.ControlSaeLatents = None,
-    explainer: opt.Explainer = Backend.auto,
+    explainer: opt.Explainer = "auto",
     llm_url: opt.LlmUrl = None,
     llm_model: opt.LlmModel = None,
     vllm: opt.Vllm = None,
@@ -358,10 +359,10 @@ def explain(
     if dry_run:
         from autointerp.dry_run import forecast_explain
 
-        forecast = forecast_explain(runs, choice, explainer.value, options, prices, control_sae_latents)
+        forecast = forecast_explain(runs, choice, explainer, options, prices, control_sae_latents)
         finish(as_json, "explain", forecast.as_dict, forecast.render)
         return
-    outcome = explain_runs(runs, choice, explainer.value, options, _compute(device, threads), control_sae_latents)
+    outcome = explain_runs(runs, choice, explainer, options, _compute(device, threads), control_sae_latents)
     finish(as_json, "explain", outcome.as_dict, outcome.render)
     exit_if(outcome.n_failed)
 
@@ -370,7 +371,7 @@ def explain(
 def score(
     sae: opt.ScoredSaes = None,
     scorer: opt.Scorers = None,
-    judge: opt.Judge = Backend.auto,
+    judge: opt.Judge = "auto",
     control_latents: opt.ControlLatents = None,
     control_sae_latents: opt.ScoredControlSaeLatents = None,
     llm_url: opt.LlmUrl = None,
@@ -437,13 +438,11 @@ def score(
         from autointerp.dry_run import forecast_score
 
         names = tuple(scorer or ("detection",))
-        forecast = forecast_score(
-            runs, root, names, judge.value, options, prices, control_latents, rule, control_sae_latents
-        )
+        forecast = forecast_score(runs, root, names, judge, options, prices, control_latents, rule, control_sae_latents)
         finish(as_json, "score", forecast.as_dict, forecast.render)
         return
     scorers = tuple(scorer or ("detection",))
-    outcome = score_runs(runs, root, scorers, judge.value, options, control_latents, rule, control_sae_latents)
+    outcome = score_runs(runs, root, scorers, judge, options, control_latents, rule, control_sae_latents)
     finish(as_json, "score", outcome.as_dict, outcome.render)
     exit_if(outcome.n_failed)
 

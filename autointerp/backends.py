@@ -19,6 +19,7 @@ from autointerp.judges import JUDGES
 from autointerp.judges.base import Judge
 from autointerp.method import BASELINE, Method
 from sae.errors import BadInput
+from sae.registry import Registry
 
 if TYPE_CHECKING:
     from autointerp.explainers.base import ModelExplainer
@@ -145,7 +146,7 @@ def resolve(backend: str, options: LlmOptions, what: str) -> str:
     """
     if backend == "auto":
         return "llm" if options.named else BASELINE
-    known = {"explainer": EXPLAINERS, "judge": JUDGES}[what]
+    known: Registry[Explainer] | Registry[Judge] = EXPLAINERS if what == "explainer" else JUDGES
     known.checked(backend, f"--{what}", "auto")
     if known[backend].asks_model and not options.named:
         raise BadInput(

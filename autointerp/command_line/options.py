@@ -8,15 +8,12 @@ from typing import Annotated
 
 import typer
 
+from autointerp.explainers import EXPLAINERS
+from autointerp.judges import JUDGES
+from autointerp.scorers import SCORERS
+from sae.architectures import ARCHITECTURES
+
 ROOT = Path("eval_runs")
-
-
-class Backend(enum.StrEnum):
-    """Who explains or judges."""
-
-    auto = "auto"
-    llm = "llm"
-    ngram = "ngram"
 
 
 class OtherFormat(enum.StrEnum):
@@ -106,9 +103,7 @@ Split = Annotated[str | None, typer.Option("--split", help="The dataset's split.
 Column = Annotated[str | None, typer.Option("--column", help="The dataset's column that holds the text.")]
 Configuration = Annotated[str | None, typer.Option("--config", help="The dataset's configuration.")]
 Context = Annotated[int | None, typer.Option("--context", help="Tokens in a packed sequence.")]
-Architecture = Annotated[
-    str | None, typer.Option("--architecture", help="topk, batchtopk, relu (with an L1 penalty), gated or jumprelu.")
-]
+Architecture = Annotated[str | None, typer.Option("--architecture", help=f"{ARCHITECTURES.words()}. Default: topk.")]
 TrainPrecision = Annotated[
     str | None,
     typer.Option(
@@ -175,16 +170,29 @@ Latents = Annotated[
 Indices = Annotated[str | None, typer.Option("--indices", help="These latents: 3,17,40-60.")]
 WithPartners = Annotated[bool, typer.Option("--with-partners", help="Also each latent's partner in the sibling run.")]
 Explainer = Annotated[
-    Backend, typer.Option("--explainer", help="auto: an LLM where one is given, else the n-gram baseline.")
+    str,
+    typer.Option(
+        "--explainer",
+        help=f"{EXPLAINERS.words('auto')}. auto: llm where a language model is given, else ngram, the baseline.",
+    ),
 ]
 ScoredSaes = Annotated[
     list[str] | None,
     typer.Option("--sae", help="A run. Default: every stored explanation that has no score yet, in all runs."),
 ]
 Scorers = Annotated[
-    list[str] | None, typer.Option("--scorer", help="detection (the default), fuzzing; may be repeated.")
+    list[str] | None, typer.Option("--scorer", help=f"{SCORERS.words()}; may be repeated. Default: detection.")
 ]
-Judge = Annotated[Backend, typer.Option("--judge", help="auto: an LLM where one is given, else the n-gram baseline.")]
+Judge = Annotated[
+    str,
+    typer.Option(
+        "--judge", help=f"{JUDGES.words('auto')}. auto: llm where a language model is given, else ngram, the baseline."
+    ),
+]
+SweepJudge = Annotated[
+    str | None,
+    typer.Option("--judge", help=f"{JUDGES.words('auto')}. Default: called as the explainer, else auto."),
+]
 ControlLatents = Annotated[
     int | None,
     typer.Option(

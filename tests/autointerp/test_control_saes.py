@@ -132,19 +132,21 @@ def test_as_many_as_are_asked_for(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "kind", "asked", "n_of_run", "size"),
+    ("choice", "asks_model", "asked", "n_of_run", "size"),
     [
-        (Choice(), "llm", None, 200, 50),
-        (Choice(), "llm", None, 20, 20),
-        (Choice(), "ngram", None, 400, 200),
-        (Choice(indices=(1, 2)), "llm", None, 2, 0),
-        (Choice(indices=(1, 2)), "llm", 5, 2, 5),
-        (Choice(), "llm", 0, 200, 0),
-        (Choice(), "llm", 500, 200, 500),
+        (Choice(), True, None, 200, 50),
+        (Choice(), True, None, 20, 20),
+        (Choice(), False, None, 400, 200),
+        (Choice(indices=(1, 2)), True, None, 2, 0),
+        (Choice(indices=(1, 2)), True, 5, 2, 5),
+        (Choice(), True, 0, 200, 0),
+        (Choice(), True, 500, 200, 500),
     ],
 )
-def test_the_number_that_nobody_named(choice: Choice, kind: str, asked: int | None, n_of_run: int, size: int) -> None:
-    assert sample_size(choice, kind, asked, n_of_run) == size
+def test_the_number_that_nobody_named(
+    choice: Choice, asks_model: bool, asked: int | None, n_of_run: int, size: int
+) -> None:
+    assert sample_size(choice, asks_model, asked, n_of_run) == size
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 32])
