@@ -299,6 +299,11 @@ class Journal:
             rows = connection.execute("SELECT settings_hash, settings FROM setup").fetchall()
         return {str(row[0]): json.loads(row[1]) for row in rows}
 
+    def scorers(self) -> list[str]:
+        """Those that there are verdicts of, by name."""
+        with self._database.reading() as connection:
+            return sorted(str(row[0]) for row in connection.execute("SELECT DISTINCT scorer FROM verdict"))
+
     def state(self) -> list[int]:
         """Numbers that change with whatever is added or mended: what is made from the journal records them."""
         with self._database.reading() as connection:

@@ -184,14 +184,16 @@ async def _score_run(
     plan = AdaptivePlan.of(run, scorer, precision) if precision else None
     material = Material.of(run)
     judges = {each.name: each for each in (NgramJudge(), other, judge) if each is not None}
-    test, tests = Test.of(scorer, judge, material, plan), Test.all_of(list(judges.values()), material)
-    if plan is None:
-        test = next(each for each in tests if each.key == test.key)  # its contexts are drawn once
+    test = Test.of(scorer, judge, material, plan)
     same = test.same
     path = run.stage_path("scores")
     asked_now: set[int] = set()
     with Journal(run.journal_path) as journal, journal.claim():
-        if plan:
+        used = {scorer.name, *journal.scorers(), *(name for name, _ in _made(path))}  # the others need not even work
+        tests = Test.all_of(list(judges.values()), material, sorted(used & set(SCORERS)))
+        if plan is None:
+            test = next(each for each in tests if each.key == test.key)  # its contexts are drawn once
+        else:
             journal.add_setup(same["settings_hash"], plan.setup)
         explanations = part.explanations(journal)
         readable = {name: part.readable(journal, each) for name, each in judges.items()}

@@ -7,7 +7,7 @@ prompts or models stands beside what is judged now.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -81,10 +81,10 @@ class Test:
         return cls(scorer, asked, same, items or _items(scorer, material))
 
     @classmethod
-    def all_of(cls, judges: Sequence[Judge], material: Material) -> list[Test]:
-        """Those of every scorer with each of ``judges``; contexts are drawn once for all of these."""
+    def all_of(cls, judges: Sequence[Judge], material: Material, scorers: Iterable[str]) -> list[Test]:
+        """Those of every one of the ``scorers`` with each of ``judges``; contexts are drawn once for all of these."""
         found = []
-        for scorer in (of() for of in SCORERS.values()):
+        for scorer in (SCORERS[name]() for name in scorers):
             items = _items(scorer, material)
             found += [cls.of(scorer, judge, material, items=items) for judge in judges]
         return found
@@ -96,9 +96,10 @@ def _items(scorer: Scorer, material: Material) -> Callable[[int], Sequence[Conte
 
 def plans_of(run: Run, journal: Journal) -> Plans:
     """The adaptive set-ups by which the run was ever judged."""
+    scorers = [name for name in journal.scorers() if name in SCORERS]
     setups = {key: setup for key, setup in journal.setups().items() if "adaptive" in setup}
     return {
-        key: {name: AdaptivePlan.again(run, scorer(), setup) for name, scorer in SCORERS.items()}
+        key: {name: AdaptivePlan.again(run, SCORERS[name](), setup) for name in scorers}
         for key, setup in setups.items()
     }
 
@@ -158,7 +159,7 @@ def score_table(
 
 def lost_scorers(journal: Journal) -> list[str]:
     """Scorers that the journal has verdicts of, and that there are no files of any more."""
-    return sorted(set(journal.verdicts()["scorer"]) - set(SCORERS))
+    return sorted(set(journal.scorers()) - set(SCORERS))
 
 
 def rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:

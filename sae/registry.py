@@ -81,7 +81,7 @@ class Registry(Mapping[str, type[T]]):
     def _imported(self, name: str) -> Any:
         try:
             return importlib.import_module(f"{self._package}.{name}")
-        except Exception as error:  # whatever a file does when it is imported
+        except (Exception, SystemExit) as error:  # whatever a file does when it is imported
             place = _place(self._package, name)
             why = str(error).splitlines()[0] if str(error) else "no reason given"
             raise BadInput(

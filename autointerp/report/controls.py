@@ -52,15 +52,18 @@ def other_scorers(tree: Tree, page: Page) -> Iterator[RenderableType]:
     """What other scorers make of the latents, each beside its own swapped control; nothing where there is none."""
     if not tree["other_scorers"]:
         return
-    heads = [("latents", "right"), ("mean", "right"), ("95 % interval", "left"), ("AUROC", "right")]
-    table = grid("also scored by", *heads, "swapped control", "own − this", gap=2 if page.wide else 1)
+    digits = 3 if page.wide else 2
+    heads = [("latents", "right"), ("own explanation", "left"), ("swapped control", "left"), ("own − swapped", "left")]
+    heads += [("AUROC", "right")] if page.wide else []
+    table = grid("also scored by", *heads, gap=2 if page.wide else 1)
     for row in tree["other_scorers"]:
         control = row["control"]
-        swapped = estimate(control["mean"], control["interval"]) if control else "–"
+        cells = [estimate(row["mean"], row["interval"], digits)]
+        cells += [estimate(control["mean"], control["interval"], digits)] if control else ["–"]
         above = control["above_control"] if control else None
-        told = estimate(above["mean"], above["interval"], sign=True) if above else "–"
-        figures = count(row["n_scored"]), decimal(row["mean"]), interval(row["interval"]), decimal(row["auroc_mean"])
-        table.add_row(visible(row["scorer"]), *figures, swapped, told)
+        cells += [estimate(above["mean"], above["interval"], digits, sign=True)] if above else ["–"]
+        cells += [decimal(row["auroc_mean"])] if page.wide else []
+        table.add_row(visible(row["scorer"]), count(row["n_scored"]), *cells)
     who = {(str(row["explainer"]), str(row["judge"])) for row in tree["other_scorers"]}
     by = "; ".join(f"{visible(explainer)}, judged by {visible(judge)}" for explainer, judge in sorted(who))
     yield Text()
