@@ -19,7 +19,6 @@ its counters ``vllm:prefix_cache_queries`` and ``…_hits`` are put beside the a
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import importlib.util
 import json
@@ -34,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import openai
+from outcome import about, leave, parser_of
 
 from autointerp.adaptive import Look, Precision
 from autointerp.contexts import Context, TestSet
@@ -253,7 +253,7 @@ def measured(latents: Sequence[Latent], python: Path, model: Path) -> list[dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--root", type=Path, default=Path("eval_runs"))
     parser.add_argument("--run", default="demo_a")
     parser.add_argument("--latents", type=int, default=100)
@@ -263,21 +263,13 @@ def main() -> None:
     parser.add_argument("--model", default=str(BUNDLED), help="whose tokenizer and chat template count")
     parser.add_argument("--vllm-python", type=Path, help="the interpreter of an environment with vLLM: measure too")
     parser.add_argument("--measured", type=int, default=3, help="latents asked of vLLM")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     run = Run.open(given.run, given.root)
     latents = latents_of(run, given.latents)
     rows = rows_of(run, latents, given.precision, given.model)
     if given.vllm_python is not None:
         rows += measured(latents[: given.measured], given.vllm_python, BUNDLED)
-    if given.out is not None:
-        given.out.write_text(json.dumps({"latents": len(latents), "rows": rows}, indent=1) + "\n")
-    if given.json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        print(json.dumps(row))
+    leave(given, rows, about(latents=len(latents)), lambda: print(*map(json.dumps, rows), sep="\n"))
 
 
 if __name__ == "__main__":
