@@ -87,6 +87,13 @@ def setups(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]]:
     return [setup for _, setup in sorted(found, key=lambda item: item[0], reverse=True)]
 
 
+def verdicts_of(setup: Mapping[str, Any]) -> dict[str, Any]:
+    """What a set-up's verdicts under the latents' own explanations have in common in the journal."""
+    same = {key: setup[key] for key in ("judge", "scorer", "settings_hash")}
+    by = {"prompt_hash": setup["judge_prompt_hash"], "model": setup["model"] or ""}
+    return {**same, **by, "control": "none", "replicate": 0}
+
+
 def rows_of(scores: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:
     """The rows of one set-up, and those of its explainer that came to no judge (an explanation that failed).
 
