@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from autointerp.command_line.values import known
 from autointerp.explainers import EXPLAINERS
 from autointerp.judges import JUDGES
 from autointerp.scorers import SCORERS
@@ -173,6 +174,7 @@ Explainer = Annotated[
     str,
     typer.Option(
         "--explainer",
+        callback=known(EXPLAINERS, "auto"),
         help=f"{EXPLAINERS.words('auto')}. auto: llm where a language model is given, else ngram, the baseline.",
     ),
 ]
@@ -186,19 +188,25 @@ Scorers = Annotated[
 Judge = Annotated[
     str,
     typer.Option(
-        "--judge", help=f"{JUDGES.words('auto')}. auto: llm where a language model is given, else ngram, the baseline."
+        "--judge",
+        callback=known(JUDGES, "auto"),
+        help=f"{JUDGES.words('auto')}. auto: llm where a language model is given, else ngram, the baseline.",
     ),
 ]
 SweepJudge = Annotated[
     str | None,
-    typer.Option("--judge", help=f"{JUDGES.words('auto')}. Default: called as the explainer, else auto."),
+    typer.Option(
+        "--judge",
+        callback=known(JUDGES, "auto"),
+        help=f"{JUDGES.words('auto')}. Default: called as the explainer, else auto.",
+    ),
 ]
 ControlLatents = Annotated[
     int | None,
     typer.Option(
         "--control-latents",
         min=0,
-        help="Latents also judged by a dissimilar latent's explanation. Default: all (ngram), 50 (llm).",
+        help="Latents also judged by a dissimilar latent's explanation. Default: all, or 50 where the judge asks a model.",
     ),
 ]
 ControlSaeLatents = Annotated[
@@ -208,7 +216,7 @@ ControlSaeLatents = Annotated[
         min=0,
         help="Also explain so many latents of each control SAE of the study (one with a frozen random decoder, one "
         "that is not trained; `train` makes them), for `score` to compare with; 0: none. Default: as many as of the "
-        "run, at most 50 (llm: half as many requests again for 200 latents) or 200 (ngram); none with --indices.",
+        "run, at most 200, or 50 where a model is asked (half as many requests again for 200 latents); none with --indices.",
     ),
 ]
 ScoredControlSaeLatents = Annotated[

@@ -151,8 +151,10 @@ def test_export_is_of_what_other_programs_have(study: tuple[Path, dict[str, Ran]
 def test_a_wrong_name_is_told_the_nearest(study: tuple[Path, dict[str, Ran]]) -> None:
     root, _ = study
     of = ("--sae", "run_a", "--root", root)
-    cli("explain", *of, "--explainer", "top_tokens").failed_in_one_line("--explainer 'top_tokens'", "'top_token'")
-    cli("score", *of, "--judge", "quotes").failed_in_one_line("--judge 'quotes'", "'quoted'")
+    cli("explain", *of, "--explainer", "top_tokens").failed_in_one_line(
+        "'--explainer'", "'top_tokens'", "'top_token'", code=2
+    )
+    cli("score", *of, "--judge", "quotes").failed_in_one_line("'--judge'", "'quoted'", code=2)
     cli("score", *of, "--scorer", "random").failed_in_one_line("--scorer 'random'", "'top_and_random'")
     train = ("train", "--name", "x", "--root", root, "--architecture")
     cli(*train, "matroshka").failed_in_one_line("training.architecture", "'matroshka'", "'matryoshka'")
