@@ -206,7 +206,7 @@ ControlLatents = Annotated[
     typer.Option(
         "--control-latents",
         min=0,
-        help="Latents also judged by a dissimilar latent's explanation. Default: all, or 50 where the judge asks a model.",
+        help="Latents also judged by a dissimilar latent's explanation. Default: all, or 50 where a model is asked.",
     ),
 ]
 ControlSaeLatents = Annotated[
@@ -216,7 +216,8 @@ ControlSaeLatents = Annotated[
         min=0,
         help="Also explain so many latents of each control SAE of the study (one with a frozen random decoder, one "
         "that is not trained; `train` makes them), for `score` to compare with; 0: none. Default: as many as of the "
-        "run, at most 200, or 50 where a model is asked (half as many requests again for 200 latents); none with --indices.",
+        "run, at most 200, or 50 where a model is asked (half as many requests again for 200 latents); none with "
+        "--indices.",
     ),
 ]
 ScoredControlSaeLatents = Annotated[

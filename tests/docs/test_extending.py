@@ -218,3 +218,28 @@ def test_a_broken_file_is_one_line_and_only_where_it_is_asked_for(
         folders.undo()
     assert "broken" not in EXPLAINERS
     assert "matryoshka" in ARCHITECTURES
+
+
+def test_a_scorer_that_is_gone_leaves_its_verdicts_and_stops_nothing(
+    study: tuple[Path, dict[str, Ran]], tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(study[0], tmp_path / "runs"))
+    of = ("--sae", "run_a", "--judge", "quoted", "--root", root, "--json")
+    folders, place = Folders(), tmp_path / "scorers"
+    place.mkdir()
+    text = FILES["autointerp/scorers/top_and_random.py"]
+    (place / "passing.py").write_text(text.replace('= "top_and_random"', '= "passing"'))
+    try:
+        folders.lay("autointerp.scorers", place)
+        assert not cli("score", *of, "--scorer", "passing").well().json["notes"]
+    finally:
+        folders.undo()
+    with Journal(root / "run_a" / "journal.sqlite") as journal:
+        before = journal.verdicts(scorer="passing")
+    assert len(before)
+    (note,) = cli("score", *of, "--control-latents", 3).well().json["notes"]
+    assert note.startswith("run_a: verdicts of the scorer passing stay in the journal")
+    with Journal(root / "run_a" / "journal.sqlite") as journal:
+        assert len(journal.verdicts(scorer="passing")) == len(before)
+    reported = cli("report", *of[:2], *of[4:]).well().json["scores"]["other_scorers"]
+    assert [row["scorer"] for row in reported] == ["top_and_random"]
