@@ -39,8 +39,8 @@ ITEMS = 12  # contexts that an explanation is tested on
 def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_neox_dir: Path) -> Path:
     """A root with one trained and harvested run."""
     root = tmp_path_factory.mktemp("harvested")
-    sizes = {"n_active": ITEMS // 2, "n_inactive": ITEMS // 2, "n_hard": 0, "n_same_token": 0}
-    harvested_study(root, tiny_neox_dir, n_explain=10, **sizes)
+    half = ITEMS // 2
+    harvested_study(root, tiny_neox_dir, n_explain=10, n_active=half, n_inactive=half, n_hard=0, n_same_token=0)
     return root
 
 

@@ -27,6 +27,7 @@ from sae.run import Run
 HOME = Path(__file__).resolve().parents[2]
 PAGE = (HOME / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+SNIPPETS = re.findall(r"^```python\n(?!# )(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 PACKAGES = {"autointerp.explainers", "autointerp.judges", "autointerp.scorers", "sae.architectures"}
 ADDED = {"explain": "top_token", "judge": "quoted", "score": "top_and_random", "train": "matryoshka"}
 
@@ -158,6 +159,12 @@ def test_a_wrong_name_is_told_the_nearest(study: tuple[Path, dict[str, Ran]]) ->
     cli("score", *of, "--scorer", "random").failed_in_one_line("--scorer 'random'", "'top_and_random'")
     train = ("train", "--name", "x", "--root", root, "--architecture")
     cli(*train, "matroshka").failed_in_one_line("training.architecture", "'matroshka'", "'matryoshka'")
+
+
+def test_the_snippets_of_the_page_hold(folder: Path) -> None:  # noqa: ARG001
+    assert SNIPPETS
+    for text in SNIPPETS:
+        exec(compile(text, "docs/extending.md", "exec"), {})
 
 
 def test_the_gradient_check_of_the_page_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
