@@ -26,7 +26,9 @@ def _architecture(name: str) -> str:
     if name in ARCHITECTURES:
         return name
     raise PydanticCustomError(
-        "architecture", "there is no such one; choose {choice}", {"choice": nearest(name, ARCHITECTURES)}
+        "architecture",
+        "no file of that name in sae/architectures; choose {choice}",
+        {"choice": nearest(name, ARCHITECTURES)},
     )
 
 
