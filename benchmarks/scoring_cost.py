@@ -177,7 +177,7 @@ def sizes_of(parts: Sequence[tuple[Latent, list[list[Context]]]]) -> list[Look]:
 def rows_of(run: Run, latents: Sequence[Latent], half_widths: Sequence[float], model: str) -> list[dict[str, Any]]:
     delphi = asks_like_delphi(delphi_prompt())
     ways = {"batch of 5": asks_like_us(model, "batch"), "single": asks_like_us(model, "single")}
-    ways |= {f"batch of {size}": asks_like_us(model, "batch", size) for size in (10, 20)}
+    ways |= {f"batch of {size}": asks_like_us(model, "batch", size) for size in (10, 20, 40)}
     n_whole = min(len(x.test_set.active) for x in latents)
     theirs_of: dict[int, dict[str, float]] = {}
 
@@ -222,8 +222,9 @@ def measured(latents: Sequence[Latent], python: Path, model: Path) -> list[dict[
 
     os.environ["AUTOINTERP_VLLM_PYTHON"] = str(python.absolute())
     ways = {"delphi": asks_like_delphi(delphi_prompt()), "batch of 5": asks_like_us(model.name, "batch")}
-    ways |= {"batch of 20": asks_like_us(model.name, "batch", 20), "single": asks_like_us(model.name, "single")}
-    chosen = [(x, [x.first(10)]) for x in latents]
+    ways |= {f"batch of {size}": asks_like_us(model.name, "batch", size) for size in (20, 40)}
+    ways |= {"single": asks_like_us(model.name, "single")}
+    chosen = [(x, [x.first(20)]) for x in latents]
     rows = []
     with tempfile.TemporaryDirectory() as folder, vllm_server.VllmServer(model, Path(folder) / "vllm.log") as server:
         api = openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0)
@@ -243,7 +244,7 @@ def measured(latents: Sequence[Latent], python: Path, model: Path) -> list[dict[
             rows.append(
                 {
                     "name": f"vLLM, {name}",
-                    "setting": f"{n} latents, 10 contexts of each kind",
+                    "setting": f"{n} latents, 20 contexts of each kind",
                     "prompt_tokens": queries / n,
                     "uncached_tokens": (queries - hits) / n,
                     "counted": {key: round(value, 1) for key, value in counted.items()},
