@@ -92,6 +92,13 @@ def render_written(written: Written, console: Console | None = None) -> None:
     )
 
 
+def render_comparison(found: Mapping[str, Any], pairs: Mapping[str, Any], console: Console | None = None) -> None:
+    """``pairs`` are those of ``found`` to show; see :func:`autointerp.report.compare.show_comparison`."""
+    from autointerp.report.compare import show_comparison
+
+    show_comparison(found, pairs, console or _output())
+
+
 def render_alignment(found: Mapping[str, Any], console: Console | None = None) -> None:
     from autointerp.report.stages import show_alignment
 
