@@ -174,7 +174,8 @@ class Side:
 
 
 def _by_latent(table: pd.DataFrame) -> dict[int, dict[str, Any]]:
-    return {int(str(latent)): row for latent, row in table.to_dict("index").items()}
+    rows = table.to_dict("index").items()
+    return {int(str(latent)): {str(k): v for k, v in row.items()} for latent, row in rows}
 
 
 def _newest_scores(study: Study, run: Run) -> tuple[pd.DataFrame, Mapping[str, Any]] | None:

@@ -218,8 +218,8 @@ def _pair(pair: Found, names: tuple[str, str], page: Page) -> Iterator[Renderabl
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 3, 0, 0))
     for _ in columns:
         table.add_column(width=each, overflow="fold")
-    for lines in zip(*columns, strict=True):
-        table.add_row(*lines)
+    for row in zip(*columns, strict=True):
+        table.add_row(*row)
     yield Padding(table, (0, 0, 0, 2))
 
 

@@ -45,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def found(runs: list[Run]) -> dict[str, Any]:
-    return compare_runs(*runs)
+    return compare_runs(runs[0], runs[1])
 
 
 def drawn(found: dict[str, Any], choice: PairChoice | None = None, width: int = 80, colour: Any = None) -> str:
@@ -102,7 +102,7 @@ def test_agreement_is_that_of_the_scores_of_both_sides(runs: list[Run], found: d
 
 
 def test_the_threshold_and_definition_decide_what_is_shared(runs: list[Run]) -> None:
-    loose = compare_runs(*runs, definition="decoder", threshold=0.3)
+    loose = compare_runs(runs[0], runs[1], definition="decoder", threshold=0.3)
     table = read_alignment(runs[0].root / "alignments", "run_a", "run_b").a
     assert [pair["is_shared"] for pair in loose["pairs"]] == shared(table, "decoder", 0.3).tolist()
     assert loose["overlap"]["definition"] == "decoder"
@@ -137,7 +137,7 @@ def test_nothing_explained_names_the_command(tmp_path: Path) -> None:
     made = small_study.runs_of(tmp_path, 2)
     small_study.harvested(made)
     small_study.aligned(made)
-    bare = compare_runs(*made)
+    bare = compare_runs(made[0], made[1])
     assert bare["agreement"] is None
     text = drawn(bare)
     assert "Nothing is explained in either run yet." in text
@@ -151,7 +151,7 @@ def test_scores_made_in_another_way_are_left_out_and_told(tmp_path: Path) -> Non
     made = small_study.whole(tmp_path, seeds=2)
     rows = small_study.scored(made[1], small_study.explained(made[1], list(range(50))))
     write_table(made[1].stage_path("scores"), rows.assign(judge_prompt_hash="another"))
-    other = compare_runs(*made)
+    other = compare_runs(made[0], made[1])
     assert other["agreement"] is None
     assert other["scored_by"]["other_made_otherwise"]
     assert all(pair["sides"][1]["score"] is None for pair in other["pairs"])
@@ -163,7 +163,7 @@ def test_scores_of_the_second_run_alone_are_shown(tmp_path: Path) -> None:
     small_study.harvested(made)
     small_study.aligned(made)
     table = small_study.scored(made[1], small_study.explained(made[1], list(range(50))), control=False)
-    alone = compare_runs(*made)
+    alone = compare_runs(made[0], made[1])
     told = {p["partner"]: p["sides"][1]["score"] for p in alone["pairs"] if p["sides"][1]["score"]}
     assert {k: v["value"] for k, v in told.items()} == pytest.approx(
         table.set_index("latent")["balanced_accuracy"].to_dict()
