@@ -48,9 +48,9 @@ class Ids:
     @classmethod
     def of(cls, run: Run, model: str | None = None, source: str | None = None, author: str | None = None) -> Ids:
         """Those given; else the model's name without its owner, and the layer's number before the run's name."""
-        subject = run.record["subject"]["source"]
+        subject = str(run.record["subject"]["source"]).partition("@")[0]
         if subject == "bundled":
-            from sae.subject import BUNDLED
+            from sae.subjects import BUNDLED
 
             subject = BUNDLED.name
         layer = _LAYER.search("." + run.record["hookpoint"])

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 Sort = Literal["similarity", "score", "gap", "firing"]
+Sharing = Literal["any", "shared", "unshared"]
 Pair = Mapping[str, Any]
 SHOWN = 8
 
@@ -23,7 +24,7 @@ class PairChoice:
 
     n: int = SHOWN
     sort: Sort | None = None
-    sharing: Literal["any", "shared", "unshared"] = "any"
+    sharing: Sharing = "any"
 
 
 def _similarity(pair: Pair) -> float | None:

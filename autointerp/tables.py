@@ -229,7 +229,8 @@ def _thresholds(run: Run, _: Sequence[Run]) -> Frames:
 def _interesting(run: Run, _: Sequence[Run]) -> Frames:
     rows = [{**row, **_ends(row["interval"])} for row in _part(run, "interesting")]
     columns = ["latent", "score", "low", "high", "auroc", "control", "similarity", "firing_frequency"]
-    yield pd.DataFrame(rows, columns=[*columns, "explanation_id", "explanation"])
+    numbers = dict.fromkeys(columns[1:], float)
+    yield pd.DataFrame(rows, columns=[*columns, "explanation_id", "explanation"]).astype(numbers)
 
 
 def _failures(run: Run, _: Sequence[Run]) -> Frames:
