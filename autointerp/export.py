@@ -149,11 +149,10 @@ def _write_csv(frames: _Counted, stream: TextIO) -> None:
     for i, frame in enumerate(frames):
         flat = frame.copy(deep=False)
         for name in frame:
-            if not pd.api.types.is_object_dtype(frame[name]) and not pd.api.types.is_string_dtype(frame[name]):
-                continue
-            if any(_nested(value) for value in frame[name]):
+            if pd.api.types.is_object_dtype(frame[name]) and any(map(_nested, frame[name])):
                 flat[name] = [_as_json(value) if _nested(value) else value for value in frame[name]]
-            frames.count_formulas(flat[name])
+            if pd.api.types.is_object_dtype(flat[name]) or pd.api.types.is_string_dtype(flat[name]):
+                frames.count_formulas(flat[name])
         flat.to_csv(stream, index=False, header=i == 0, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
 
 

@@ -22,7 +22,7 @@ from sae.run import Run, command, study_runs
 Frames = Iterator[pd.DataFrame]
 """One table, in pieces where it may not fit in memory at once; all have the same columns."""
 
-VERDICTS_AT_ONCE = 200_000
+VERDICTS_AT_ONCE = 100_000
 
 
 @dataclass(frozen=True)
