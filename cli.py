@@ -36,6 +36,7 @@ app.command()(explaining.explain)
 app.command()(explaining.score)
 app.command()(reading.report)
 app.command()(reading.show)
+app.command()(reading.compare)
 app.command()(reading.runs)
 
 

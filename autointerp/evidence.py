@@ -60,6 +60,20 @@ class Told:
     failed: dict[int, str]
     cost: list[dict[str, Any]]
 
+    def explanations(self, own: pd.DataFrame) -> dict[int, str]:
+        """Latent → the explanation that was scored, or else the newest of the explainer meant.
+
+        Args:
+            own: scores by latent, with ``explanation_id`` where there are any.
+        """
+        newest: dict[int, str] = {}
+        if len(self.table):
+            good = self.table[self.table["status"] == "ok"]
+            newest = {int(i): str(text) for i, text in zip(good["latent"], good["text"], strict=True)}
+        numbers = own["explanation_id"].items() if "explanation_id" in own else ()
+        scored = {int(str(latent)): self.texts[int(n)] for latent, n in numbers if int(n) in self.texts}
+        return {**newest, **scored}
+
 
 @dataclass(frozen=True)
 class Study:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish
 from autointerp.command_line.groups import JudgeServer, Machine, Output, Server, Text, llm_options, takes_groups
-from autointerp.command_line.options import Definition
-from autointerp.command_line.shared import finish_with_runs, opened, opened_one
+from autointerp.command_line.options import Definition, OtherFormat
+from autointerp.command_line.shared import finish_with_runs, opened
 from autointerp.command_line.values import absolute, amount
+from sae.errors import BadInput
 
 if TYPE_CHECKING:
     from sae.tracking import Tracker
@@ -177,12 +178,47 @@ def import_(
 
 
 @takes_groups
-def export(*, to: opt.ExportTo, format_: opt.ExportFormat, sae: opt.OneSae = None, output: Output) -> None:
-    """Write a run's SAE so that another program opens it: sparsify (TopK only), saelens or dictionary_learning."""
-    from sae.importing import export_sae
+def export(
+    *,
+    to: opt.ExportTo,
+    format_: opt.ExportFormat,
+    table: opt.ExportedTable = None,
+    sae: opt.ExportedSaes = None,
+    model_id: opt.ModelId = None,
+    source_id: opt.SourceId = None,
+    author_id: opt.AuthorId = None,
+    output: Output,
+) -> None:
+    """Write what other programs open: a run's SAE, any of its tables, or its explanations for Neuronpedia.
 
-    written = export_sae(opened_one(sae, output.root), format_.value, to)
-    finish(output.as_json, "export", lambda: written, lambda: None)
+    The SAE: --format sparsify (TopK only), saelens or dictionary_learning, --to a folder.
+
+    A table: --format csv or parquet, --to a file; --format neuronpedia writes explanations as its exports have them.
+
+    Example: python cli.py export --sae run_a --table scores --format csv --to scores.csv
+    """
+    runs = opened(sae, output.root)
+    if table is None and format_ in _OF_SAES:
+        from sae.importing import export_sae
+
+        if len(runs) > 1:
+            raise BadInput(f"--format {format_.value} writes one run's SAE; give --sae once")
+        saved = export_sae(runs[0], format_.value, to)
+        finish(output.as_json, "export", lambda: saved, lambda: None)
+        return
+    from autointerp.export import check_request, export_neuronpedia, export_table
+    from autointerp.neuronpedia import Ids
+    from autointerp.report import render_exported
+
+    name = check_request(format_.value, table, runs)
+    if format_ == OtherFormat.neuronpedia:
+        written = export_neuronpedia(runs[0], to, Ids.of(runs[0], model_id, source_id, author_id))
+    else:
+        written = export_table(runs, name, format_.value, to)
+    finish(output.as_json, "export", lambda: written, lambda: render_exported(written))
+
+
+_OF_SAES = (OtherFormat.sparsify, OtherFormat.saelens, OtherFormat.dictionary_learning)
 
 
 def _tracker(project: str | None) -> Tracker | None:

@@ -18,11 +18,23 @@ ROOT = Path("eval_runs")
 
 
 class OtherFormat(enum.StrEnum):
-    """A format that another program opens."""
+    """A format that another program opens: three of SAEs, three of tables."""
 
     sparsify = "sparsify"
     saelens = "saelens"
     dictionary_learning = "dictionary_learning"
+    csv = "csv"
+    parquet = "parquet"
+    neuronpedia = "neuronpedia"
+
+
+class PairOrder(enum.StrEnum):
+    """By what pairs of latents are ordered (see :mod:`autointerp.pair_choice`)."""
+
+    similarity = "similarity"
+    score = "score"
+    gap = "gap"
+    firing = "firing"
 
 
 class Definition(enum.StrEnum):
@@ -146,8 +158,39 @@ ImportedFrom = Annotated[
 ]
 ImportedName = Annotated[str, typer.Option("--name", help="The run that it becomes.")]
 ImportedStudy = Annotated[str, typer.Option("--study", help="The study that the run joins, new or not.")]
-ExportTo = Annotated[Path, typer.Option("--to", help="The folder to write, new or empty.")]
-ExportFormat = Annotated[OtherFormat, typer.Option("--format", help="The program that is to open it.")]
+ExportTo = Annotated[
+    Path, typer.Option("--to", help="The folder to write, new or empty; of a table the file (.gz: compressed).")
+]
+ExportFormat = Annotated[
+    OtherFormat,
+    typer.Option(
+        "--format", help="Of an SAE: sparsify, saelens, dictionary_learning. Of a table: csv, parquet, neuronpedia."
+    ),
+]
+ExportedSaes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sae",
+        help="The run. Default: the newest study's first. Several, for tables of pairs: the first against the others.",
+    ),
+]
+ExportedTable = Annotated[
+    str | None,
+    typer.Option(
+        "--table",
+        metavar="NAME",
+        help="latents, explanations, scores, verdicts, pairs, findings, …; a wrong name lists all.",
+    ),
+]
+ModelId = Annotated[
+    str | None, typer.Option("--model-id", help="neuronpedia: its id of the model. Default: the model's name.")
+]
+SourceId = Annotated[
+    str | None, typer.Option("--source-id", help="neuronpedia: its id of the SAE. Default: LAYER-RUN, such as 6-run_a.")
+]
+AuthorId = Annotated[
+    str | None, typer.Option("--author-id", help="neuronpedia: the author's id there. Default: that of its own tools.")
+]
 
 # --- what counts as shared ---------------------------------------------------------------------------------------
 
@@ -363,3 +406,14 @@ Html = Annotated[
 HtmlTo = Annotated[Path | None, typer.Option("--to", help="Where the HTML file goes instead.")]
 LatentNumber = Annotated[int, typer.Option("--latent", help="The latent's number.")]
 ShownContexts = Annotated[int, typer.Option("--contexts", min=1, help="Contexts to show.")]
+
+# --- compare -----------------------------------------------------------------------------------------------------
+
+ComparedSaes = Annotated[list[str] | None, typer.Option("--sae", help="A run; given twice, for two.")]
+ShownPairs = Annotated[int, typer.Option("--latents", min=1, help="Pairs to show; --json has all.")]
+SortPairs = Annotated[
+    PairOrder | None,
+    typer.Option("--sort", help="Show the first by this. Default: spread from the most alike to the least alike."),
+]
+SharedPairs = Annotated[bool, typer.Option("--shared-only", help="Show only pairs that are shared.")]
+UnsharedPairs = Annotated[bool, typer.Option("--unshared-only", help="Show only pairs that are not shared.")]

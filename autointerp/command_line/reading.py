@@ -1,12 +1,18 @@
-"""The commands that show: demo (which runs what is missing first), report, show, runs."""
+"""The commands that show: demo (which runs what is missing first), report, show, compare, runs."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish
-from autointerp.command_line.groups import Output, takes_groups
+from autointerp.command_line.groups import Machine, Output, takes_groups
 from autointerp.command_line.options import Definition
 from autointerp.command_line.shared import finish_with_report, finish_with_runs, opened_one
+from sae.errors import BadInput
+
+if TYPE_CHECKING:
+    from autointerp.pair_choice import Sharing
 
 
 @takes_groups
@@ -60,6 +66,40 @@ def show(*, latent: opt.LatentNumber, sae: opt.OneSae = None, contexts: opt.Show
 
     found = latent_findings(opened_one(sae, output.root), latent, n_contexts=contexts)
     finish(output.as_json, "show", lambda: found, lambda: render_latent(found))
+
+
+@takes_groups
+def compare(
+    *,
+    sae: opt.ComparedSaes = None,
+    latents: opt.ShownPairs = 8,
+    sort: opt.SortPairs = None,
+    shared_only: opt.SharedPairs = False,
+    unshared_only: opt.UnsharedPairs = False,
+    definition: opt.Shared = Definition.strict,
+    threshold: opt.Threshold = 0.7,
+    machine: Machine,
+    output: Output,
+) -> None:
+    """Two runs: how far they agree, and pairs of their latents with both explanations and scores side by side.
+
+    `explain --with-partners` explains both sides of a pair.
+
+    Example: python cli.py compare --sae run_a --sae run_b --sort gap --latents 20
+    """
+    from autointerp.compare import compare_runs, ensure_pair_aligned, the_two
+    from autointerp.pair_choice import PairChoice, chosen
+    from autointerp.report import render_comparison
+
+    if shared_only and unshared_only:
+        raise BadInput("--unshared-only and --shared-only exclude each other; give one of them")
+    a, b = the_two(sae or [], output.root)
+    ensure_pair_aligned(a, b, machine.compute())
+    found = compare_runs(a, b, definition.value, threshold)
+    sharing: Sharing = "shared" if shared_only else "unshared" if unshared_only else "any"
+    shown = chosen(found["pairs"], PairChoice(latents, None if sort is None else sort.value, sharing))
+    told = {"shown": {key: shown[key] for key in ("says", "n_of", "latents")}}
+    finish(output.as_json, "compare", lambda: {**found, **told}, lambda: render_comparison(found, shown))
 
 
 @takes_groups

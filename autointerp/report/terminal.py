@@ -38,8 +38,8 @@ from autointerp.report.visible import shown, visible
 Findings = Mapping[str, Any]
 #: What stands for block characters where the output cannot hold them.
 _ASCII = str.maketrans(
-    "▁▂▃▄▅▆▇█▏▎▍▌▋▊▉▒▓░─━┴├┤┊●•·–−«»…‰↵⇥",
-    "..::++##.::++##%@:-=+[]|o*.--<>.%\\>",
+    "▁▂▃▄▅▆▇█▏▎▍▌▋▊▉▒▓░─━┴├┤┊●•·–−«»…‰↵⇥↔",
+    "..::++##.::++##%@:-=+[]|o*.--<>.%\\>=",
 )
 
 
