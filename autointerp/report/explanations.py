@@ -276,11 +276,11 @@ def _by_similarity(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableTy
         return
     bounds = [b for row in bins for b in (row["interval"] or [row["mean"]])]
     start, stop = min([CHANCE, *bounds]), max(bounds)
-    width = 30 if page.wide else 18
-    scale = f"{decimal(start, 2)}{decimal(stop, 2):>{width - 3}}"
+    width = 30 if page.wide else 18 if page.width >= 76 else 0
+    scale = [f"{decimal(start, 2)}{decimal(stop, 2):>{width - 3}}"] if width else []
     swapped = any(row.get("above_control") for row in bins)
     heads = ["own − swapped"] if swapped and page.wide else ["above"] if swapped else []
-    table = grid("similarity", ("latents", "right"), ("mean score", "right"), "95 % interval", *heads, scale)
+    table = grid("similarity", ("latents", "right"), ("mean score", "right"), "95 % interval", *heads, *scale)
     for row in bins:
         low, high = row["interval"] or (row["mean"], row["mean"])
         table.add_row(
@@ -289,7 +289,7 @@ def _by_similarity(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableTy
             decimal(row["mean"]),
             interval(row["interval"]),
             *([_above(row["above_control"], page)] if swapped else []),
-            blocks.whisker(row["mean"], low, high, start, stop, width, ACCENT),
+            *([blocks.whisker(row["mean"], low, high, start, stop, width, ACCENT)] if width else []),
         )
     yield table
 
