@@ -1,4 +1,4 @@
-"""The pages that a user reads, taken apart: code blocks and their marks, links, headings, tables, what is set in code."""
+"""The pages for users, taken apart: code blocks and their marks, links, headings, tables, what is set in code."""
 
 from __future__ import annotations
 
