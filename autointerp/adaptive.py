@@ -42,7 +42,7 @@ from sae.estimate import Estimate
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context
-    from autointerp.scorers import Scorer
+    from autointerp.scorers.base import Scorer
     from sae.settings import ContextSettings
 
 FIRST = 20

@@ -33,6 +33,7 @@ from autointerp.comparisons import comparison_findings
 from autointerp.counterparts import counterpart_findings
 from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
 from autointerp.findings.of_study import findings_table
+from autointerp.other_scorers import other_scorer_findings
 from autointerp.pooled import pooled_relation
 from autointerp.scored import ContextSource
 from autointerp.statistics import METHODS
@@ -77,6 +78,7 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
             None if part is None else reliability.reliability_findings(part.rows, part.verdicts, part.together, sample)
         )
         scores |= comparison_findings(study, _rows_or_none(rows), told, sample)
+        scores["other_scorers"] = other_scorer_findings(study, latents, told)
         n, command = scores.pop("n_waiting"), study.command("score", "--sae", study.focus.name)
         scores["waiting"] = {"n": n, "command": command} if n else None
     tree = {

@@ -1,4 +1,4 @@
-"""Which explainer and which judge: the n-gram baseline, or a language model where one was named.
+"""Which explainer and which judge: by name, or the n-gram baseline, or a language model where one was named.
 
 A key in the environment alone configures nothing and spends nothing: ``auto`` is a language model only where an
 endpoint or a model was named by flag. An endpoint is an address, or a vLLM server that is started for the command.
@@ -10,15 +10,20 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from autointerp.cost import Budget
+from autointerp.explainers import EXPLAINERS
 from autointerp.explainers.base import Explainer
+from autointerp.judges import JUDGES
 from autointerp.judges.base import Judge
-from autointerp.method import Method
+from autointerp.method import BASELINE, Method
 from sae.errors import BadInput
+from sae.registry import Registry
 
 if TYPE_CHECKING:
+    from autointerp.explainers.base import ModelExplainer
+    from autointerp.judges.base import ModelJudge
     from autointerp.llm.client import LlmClient
     from autointerp.llm.serving import OneServer
 
@@ -135,29 +140,36 @@ def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def resolve(backend: str, options: LlmOptions, what: str) -> str:
-    """``auto`` as ``llm`` or ``ngram``; ``llm`` without a model is an error that says what to give."""
+    """The name of an explainer or judge (``what``): ``auto`` as ``llm`` or ``ngram``, any other as it is.
+
+    A name that is not known, or that needs a language model where none was named, is an error that says what to give.
+    """
     if backend == "auto":
-        return "llm" if options.named else "ngram"
-    if backend == "llm" and not options.named:
+        return "llm" if options.named else BASELINE
+    known: Registry[Explainer] | Registry[Judge] = EXPLAINERS if what == "explainer" else JUDGES
+    known.checked(backend, f"--{what}", "auto")
+    if known[backend].asks_model and not options.named:
         raise BadInput(
-            f"--{what} llm needs a language model: give --llm-url (such as http://127.0.0.1:8000/v1), --vllm or "
+            f"--{what} {backend} needs a language model: give --llm-url (such as http://127.0.0.1:8000/v1), --vllm or "
             "--llm-model; a key in the environment alone configures nothing"
         )
     return backend
 
 
+def words_of(name: str, options: LlmOptions, what: str) -> list[str]:
+    """The flag that chooses this explainer or judge again, for a command to print; none where ``auto`` does."""
+    return [] if name == resolve("auto", options, what) else [f"--{what}", name]
+
+
 @asynccontextmanager
 async def open_explainer(backend: str, options: LlmOptions, cache: Path) -> AsyncIterator[Explainer]:
     """The explainer for the length of a block; an endpoint that does not answer is told before any work."""
-    if resolve(backend, options, "explainer") == "ngram":
-        from autointerp.explainers.ngram import NgramExplainer
-
-        yield NgramExplainer()
+    kind = EXPLAINERS[resolve(backend, options, "explainer")]
+    if not kind.asks_model:
+        yield kind()
         return
-    from autointerp.explainers.llm import LlmExplainer
-
     async with _open_client(options, cache) as client:
-        yield LlmExplainer(client)
+        yield await cast("type[ModelExplainer]", kind).open(client, options)
 
 
 @asynccontextmanager
@@ -166,18 +178,14 @@ async def open_judge(backend: str, options: LlmOptions, cache: Path) -> AsyncIte
     if options.protocol not in PROTOCOLS:
         raise BadInput(f"--protocol {options.protocol!r}: choose one of {', '.join(PROTOCOLS)}")
     chosen = options.for_judge()
-    kind = resolve(backend, chosen, "judge")
-    if chosen.servers is not None and (kind == "ngram" or chosen.vllm is None):
+    kind = JUDGES[resolve(backend, chosen, "judge")]
+    if chosen.servers is not None and not (kind.asks_model and chosen.vllm):
         chosen.servers.close()  # the explainer's, which nobody asks any more
-    if kind == "ngram":
-        from autointerp.judges.ngram import NgramJudge
-
-        yield NgramJudge()
+    if not kind.asks_model:
+        yield kind()
         return
-    from autointerp.judges.llm import open_llm_judge
-
     async with _open_client(chosen, cache) as client:
-        yield await open_llm_judge(client, options.protocol, options.contexts_per_request)
+        yield await cast("type[ModelJudge]", kind).open(client, chosen)
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from autointerp import scored
 from autointerp.estimation import AS_THEY_ARE, Estimator, error_of
 from autointerp.evidence import Study, Told
 from autointerp.journal import Journal
+from autointerp.method import BASELINE
 from autointerp.pooled import scored_alike
 from autointerp.rank_bootstrap import interval_of
 from autointerp.sample_record import Sample
@@ -130,9 +131,9 @@ def _figures(
 def _baseline(study: Study, own: pd.DataFrame, of: Estimator) -> dict[str, Any] | None:
     """The n-gram explanations of the same latents, judged by the n-gram judge; ``None`` where the scores are theirs."""
     setup, scores = study.setup, study.scores
-    if setup is None or scores is None or setup["judge"] == "ngram":
+    if setup is None or scores is None or setup["judge"] == BASELINE:
         return None
-    found = scored.setups(scores, scorer=setup["scorer"], explainer="ngram", judge="ngram")
+    found = scored.setups(scores, scorer=setup["scorer"], explainer=BASELINE, judge=BASELINE)
     wanted = scored.precision_of(scored.rows_of(scores, setup))
     for baseline in found:
         rows = scored.rows_of(scores, baseline)

@@ -19,8 +19,8 @@ from autointerp.selection import Choice
 from sae.controls import controls_of
 from sae.run import Run
 
-LATENTS = {"ngram": 200, "llm": 50}
-"""Explained of each control SAE, by what explains; at most as many as of the run itself."""
+LATENTS = {False: 200, True: 50}
+"""Explained of each control SAE, by whether a model is asked; at most as many as of the run itself."""
 
 
 def beside(runs: Sequence[Run]) -> list[Run]:
@@ -29,18 +29,18 @@ def beside(runs: Sequence[Run]) -> list[Run]:
     return [control for name, control in found.items() if name not in {run.name for run in runs}]
 
 
-def sample_size(choice: Choice, kind: str, asked: int | None, n_of_run: int) -> int:
+def sample_size(choice: Choice, asks_model: bool, asked: int | None, n_of_run: int) -> int:
     """How many latents of each control SAE are to be explained.
 
     Args:
         choice: of the run's latents; one that names them is no sample, and gets none unless asked for.
-        kind: ``ngram`` or ``llm``.
+        asks_model: of the explainer.
         asked: what the user said; ``None``: nothing.
         n_of_run: latents of the run that are explained.
     """
     if asked is not None:
         return asked
-    return 0 if choice.indices else min(LATENTS[kind], n_of_run)
+    return 0 if choice.indices else min(LATENTS[asks_model], n_of_run)
 
 
 def sample_of(control: Run, n: int) -> list[int]:

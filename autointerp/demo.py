@@ -9,11 +9,12 @@ from pathlib import Path
 
 from autointerp.backends import LlmOptions
 from autointerp.explain import explain_runs
+from autointerp.method import BASELINE
 from autointerp.score import score_runs
 from autointerp.selection import Choice
 from sae.align_stage import align_runs
 from sae.harvest_stage import harvest_runs
-from sae.run import Run
+from sae.run import MAIN_SCORER, Run
 from sae.settings import settings_from
 from sae.stage import Compute
 from sae.train_stage import train_study
@@ -30,6 +31,6 @@ def run_demo(root: Path, compute: Compute) -> tuple[list[Run], int]:
     harvest_runs(runs, compute)
     align_runs(runs, compute)
     baseline = LlmOptions()  # no endpoint: explainer and judge are the n-gram baseline, whatever the environment holds
-    explained = explain_runs(runs[:1], Choice(n=N_LATENTS), "ngram", baseline, compute)
-    scored = score_runs(runs[:1], root, ("detection",), "ngram", baseline)
+    explained = explain_runs(runs[:1], Choice(n=N_LATENTS), BASELINE, baseline, compute)
+    scored = score_runs(runs[:1], root, (MAIN_SCORER,), BASELINE, baseline)
     return runs, explained.n_failed + scored.n_failed

@@ -13,27 +13,29 @@ of rounds is not known: counts are then the most.
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from autointerp.adaptive import Precision
 from autointerp.backends import LlmOptions, resolve
 from autointerp.contexts import Context
 from autointerp.cost import Prices
 from autointerp.explain import identity_of, plan_controls, plan_latents
-from autointerp.explainers.llm import LlmExplainer
+from autointerp.explainers import EXPLAINERS
+from autointerp.explainers.base import ModelExplainer
 from autointerp.journal import Journal
-from autointerp.judges.llm import CONTEXTS, LlmJudge, best_protocol
+from autointerp.judges import JUDGES
+from autointerp.judges.base import ModelJudge
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import DEFAULT_URL, LlmClient
 from autointerp.llm.exchange import Request
 from autointerp.llm.tokens import Tokenize, block_keys, characters, tokenizer_of
 from autointerp.llm.vllm_model import find_model
 from autointerp.material import Material
+from autointerp.method import BASELINE
 from autointerp.questions import CONTROL_LATENTS, Part, Question, parts_of, questions_of
 from autointerp.rounds import AdaptivePlan
 from autointerp.score_table import Test
@@ -107,6 +109,8 @@ class _Asked:
     before: int = 0
     from_cache: int = 0
     notes: list[str] = field(default_factory=list)
+    answer_like: Callable[[Request], str] | None = None
+    """An answer as long as a request's; ``None``: an explanation."""
 
 
 def forecast_explain(
@@ -118,14 +122,16 @@ def forecast_explain(
     control_sae_latents: int | None = None,
 ) -> Forecast:
     """What `explain` would cost. Harvest and alignment must be there: contexts are not known before."""
-    if resolve(backend, options, "explainer") == "ngram":
-        return _free("explain")
+    name = resolve(backend, options, "explainer")
+    if not EXPLAINERS[name].asks_model:
+        return _free("explain", name)
 
     def lay_out(client: LlmClient, kept: Callable[[Request], bool]) -> _Asked:
-        explainer, asked = LlmExplainer(client), _Asked()
+        explainer, notes = cast("type[ModelExplainer]", EXPLAINERS[name]).plan(client, options)
+        asked = _Asked(notes=notes)
         tasks = [task for run in runs for task in plan_latents(run, choice)]
         try:
-            controls = plan_controls(tasks, choice, "llm", control_sae_latents)
+            controls = plan_controls(tasks, choice, True, control_sae_latents)
         except NotFound as error:
             controls = []
             asked.notes.append(f"control SAEs are not counted: {error}")
@@ -133,11 +139,11 @@ def forecast_explain(
             _of_task(task.run, task.latents, explainer, asked, kept)
         return asked
 
-    return asyncio.run(_forecast("explain", runs, options, prices, lay_out, lambda _, __: EXPLANATION_TOKENS))
+    return asyncio.run(_forecast("explain", runs, options, prices, lay_out))
 
 
 def _of_task(
-    run: Run, latents: Sequence[int], explainer: LlmExplainer, asked: _Asked, kept: Callable[[Request], bool]
+    run: Run, latents: Sequence[int], explainer: ModelExplainer, asked: _Asked, kept: Callable[[Request], bool]
 ) -> None:
     material = Material.of(run)
     done: set[int] = set()
@@ -163,50 +169,35 @@ def forecast_score(
     control_sae_latents: int | None = None,
 ) -> Forecast:
     """What `score` would cost for the explanations that there are; see :func:`autointerp.score.score_runs`."""
+    for name in scorers:
+        SCORERS.checked(name, "--scorer")
     kind = resolve(backend, options.for_judge(), "judge")
-    if kind == "ngram":
-        return _free("score")
+    if not JUDGES[kind].asks_model:
+        return _free("score", kind)
+    of_kind = cast("type[ModelJudge]", JUDGES[kind])
     lacking = [run.name for run in named or () if not run.journal_path.exists()]
     if lacking:
         raise BadInput(
             f"--dry-run: run {lacking[0]!r} has no explanations yet; `explain --dry-run` says what they cost"
         )
-    n_swapped = CONTROL_LATENTS[kind] if control_latents is None else control_latents
+    n_swapped = CONTROL_LATENTS[True] if control_latents is None else control_latents
     parts = parts_of(named, root, n_swapped, control_sae_latents)
 
     def lay_out(client: LlmClient, kept: Callable[[Request], bool]) -> _Asked:
-        asked, protocol = _Asked(), options.protocol
-        if protocol == "auto" and options.contexts_per_request is None:
-            client.remember_capabilities()
-            protocol = best_protocol(client.capabilities, client.local)
-            if client.capabilities.label_first is None:
-                asked.notes.append(
-                    "counted for the batch protocol: which one is best is only known when the server has been asked; "
-                    "give --protocol to have it your way"
-                )
-        judge = LlmJudge(
-            client,
-            "single" if protocol == "single" else "batch",
-            contexts_per_request=options.contexts_per_request or CONTEXTS,
-        )
+        judge, notes = of_kind.plan(client, options.for_judge())
+        asked = _Asked(notes=notes, answer_like=judge.answer_like)
         for part in parts:
             for name in scorers:
                 _of_part(part, name, judge, precision, asked, kept)
         return asked
 
-    def written(request: Request, count: Callable[[str], int]) -> int:
-        if request.json_schema is None:
-            return 1
-        n = request.json_schema["properties"]["labels"]["maxItems"]
-        return count(json.dumps({"labels": [0] * n})) + 1
-
-    return asyncio.run(_forecast("score", [part.run for part in parts], options.for_judge(), prices, lay_out, written))
+    return asyncio.run(_forecast("score", [part.run for part in parts], options.for_judge(), prices, lay_out))
 
 
 def _of_part(
     part: Part,
     scorer_name: str,
-    judge: LlmJudge,
+    judge: ModelJudge,
     precision: Precision | None,
     asked: _Asked,
     kept: Callable[[Request], bool],
@@ -236,7 +227,7 @@ def _of_part(
                 sure = sure and not todo
 
 
-def _requests(judge: LlmJudge, question: Question, todo: Sequence[Context]) -> Iterable[Request]:
+def _requests(judge: ModelJudge, question: Question, todo: Sequence[Context]) -> Iterable[Request]:
     size = judge.contexts_per_request
     for start in range(0, len(todo), size):
         yield judge.request(question.text, todo[start : start + size])
@@ -257,7 +248,6 @@ async def _forecast(
     options: LlmOptions,
     prices: Prices | None,
     lay_out: Callable[[LlmClient, Callable[[Request], bool]], _Asked],
-    written: Callable[[Request, Callable[[str], int]], int],
 ) -> Forecast:
     path = runs[0].root / "cache.sqlite"
     cache = ResponseCache(path) if path.exists() else None
@@ -293,7 +283,7 @@ async def _forecast(
         per_token = mean / per_request if per_request and mean else 0.0
         async with tokenizer_of(client, options, per_token, None if served is None else served.place) as tokenize:
             found = Forecast(stage, client.model, tokenize.name, tokenize.exact, notes=asked.notes)
-            await _count(found, asked, tokenize, written)
+            await _count(found, asked, tokenize)
     if stage == "explain" and usage["completion_tokens"]:
         found.completion_tokens = round(found.requests * usage["completion_tokens"] / usage["requests"])
     if usage["requests"] and usage["seconds"]:
@@ -305,9 +295,7 @@ async def _forecast(
     return found
 
 
-async def _count(
-    found: Forecast, asked: _Asked, tokenize: Tokenize, written: Callable[[Request, Callable[[str], int]], int]
-) -> None:
+async def _count(found: Forecast, asked: _Asked, tokenize: Tokenize) -> None:
     found.requests, found.requests_at_least = len(asked.most), asked.least
     found.answered_before, found.from_cache = asked.before, asked.from_cache
     blocks: set[bytes] = set()
@@ -315,8 +303,16 @@ async def _count(
         tokens = await tokenize(request.messages)
         found.prompt_tokens += len(tokens)
         found.cached_tokens += block_keys(tokens, blocks)
-        found.completion_tokens += written(request, tokenize.length)
+        found.completion_tokens += _written(asked, request, tokenize)
         found.completion_at_most += request.max_tokens
+
+
+def _written(asked: _Asked, request: Request, tokenize: Tokenize) -> int:
+    """Tokens of the answer. A label alone ends the answer; after a longer one the model says that it has ended."""
+    if asked.answer_like is None:
+        return EXPLANATION_TOKENS
+    answer = asked.answer_like(request)
+    return 1 if len(answer) == 1 else tokenize.length(answer) + 1
 
 
 def _usage(runs: Sequence[Run], stage: str, model: str) -> dict[str, float]:
@@ -336,5 +332,6 @@ async def _never() -> str:
     raise AssertionError("a dry run starts no server")
 
 
-def _free(stage: str) -> Forecast:
-    return Forecast(stage, "", "nothing: the n-gram baseline asks no model", exact=True, seconds=None, dollars=0.0)
+def _free(stage: str, name: str) -> Forecast:
+    who = "the n-gram baseline" if name == BASELINE else name
+    return Forecast(stage, "", f"nothing: {who} asks no model", exact=True, seconds=None, dollars=0.0)

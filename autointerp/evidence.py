@@ -16,6 +16,7 @@ import pandas as pd
 
 from autointerp import scored
 from autointerp.journal import Journal
+from autointerp.method import BASELINE
 from autointerp.sample_record import Sample, sample_of
 from sae.align_stage import behaviour_facts, behaviours, is_aligned, is_compared
 from sae.alignment import both_ways
@@ -25,7 +26,7 @@ from sae.harvest_stage import is_harvested
 from sae.latent_table import latent_table
 from sae.overlap import DEFINITIONS, StudyOverlap, overlap
 from sae.pair_files import pair_path
-from sae.run import Run, all_runs, command
+from sae.run import MAIN_SCORER, Run, all_runs, command
 
 _UNALIGNED = "These SAEs have not been aligned yet."
 ENOUGH_TO_CALL_DEAD = 1_000_000  # tokens without a firing before the word is used
@@ -43,7 +44,7 @@ class View:
     definition: str = "strict"
     threshold: float = 0.7
     against: tuple[str, ...] = ()
-    scorer: str | None = "detection"
+    scorer: str | None = MAIN_SCORER
     explainer: str | None = None
     judge: str | None = None
 
@@ -58,6 +59,20 @@ class Told:
     too_few: set[int]
     failed: dict[int, str]
     cost: list[dict[str, Any]]
+
+    def explanations(self, own: pd.DataFrame) -> dict[int, str]:
+        """Latent → the explanation that was scored, or else the newest of the explainer meant.
+
+        Args:
+            own: scores by latent, with ``explanation_id`` where there are any.
+        """
+        newest: dict[int, str] = {}
+        if len(self.table):
+            good = self.table[self.table["status"] == "ok"]
+            newest = {int(i): str(text) for i, text in zip(good["latent"], good["text"], strict=True)}
+        numbers = own["explanation_id"].items() if "explanation_id" in own else ()
+        scored = {int(str(latent)): self.texts[int(n)] for latent, n in numbers if int(n) in self.texts}
+        return {**newest, **scored}
 
 
 @dataclass(frozen=True)
@@ -170,7 +185,11 @@ class Study:
 
     def sample(self) -> Sample | None:
         """What was drawn of the focus run's latents for the chosen set-up; ``None`` where nothing is on record."""
-        return None if self.setup is None else sample_of(self.focus, self.setup)
+        return None if self.setup is None else self.sample_of(self.setup)
+
+    def sample_of(self, setup: Mapping[str, Any]) -> Sample | None:
+        """The same for any set-up of the focus run's scores."""
+        return sample_of(self.focus, setup)
 
     def journal(self) -> Told:
         """The explanations of the chosen set-up; where nothing is scored yet, the newest (a language model's before the
@@ -203,7 +222,7 @@ class Study:
             identity = {mine: setup.get(theirs) for mine, theirs in zip(identity, keys, strict=True)}
         else:
             of = table if self.view.explainer is None else table[table["explainer"] == self.view.explainer]
-            of = of if (of["explainer"] == "ngram").all() else of[of["explainer"] != "ngram"]
+            of = of if (of["explainer"] == BASELINE).all() else of[of["explainer"] != BASELINE]
             if len(of):
                 identity = {column: of[column].iloc[-1] for column in identity}
         mask = pd.Series(True, index=table.index)

@@ -4,7 +4,7 @@ Earlier stages that are missing run first. A latent that already has an explanat
 the same contexts and prompts, is not asked again; one that failed is.
 
 With the latents of a run a sample of each control SAE of its study is explained (:mod:`autointerp.control_saes`), and
-beside a language model the n-gram baseline explains the same latents, which costs no request.
+beside any other explainer the n-gram baseline explains the same latents, which costs no request.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp.backends import LlmOptions, lacks, open_explainer, resolve
+from autointerp.backends import LlmOptions, lacks, open_explainer, resolve, words_of
 from autointerp.control_saes import beside, sample_of, sample_size
 from autointerp.cost import BudgetSpent, going_on
 from autointerp.explainers.base import Explainer
 from autointerp.journal import Journal
 from autointerp.material import Material
+from autointerp.method import BASELINE
 from autointerp.sample_record import Draw, partners_of, record
 from autointerp.sampling import permanent_number
 from autointerp.selection import Choice, check, choose, draw, partners
@@ -113,12 +114,12 @@ def plan_latents(run: Run, choice: Choice) -> list[Task]:
     return tasks
 
 
-def plan_controls(tasks: Sequence[Task], choice: Choice, kind: str, asked: int | None) -> list[Task]:
+def plan_controls(tasks: Sequence[Task], choice: Choice, asks_model: bool, asked: int | None) -> list[Task]:
     """What is to be explained of the control SAEs beside ``tasks``; they are harvested. See :func:`sample_size`.
 
     A control SAE none of whose latents has contexts enough is there with no latent.
     """
-    n = sample_size(choice, kind, asked, max(len(task.latents) for task in tasks))
+    n = sample_size(choice, asks_model, asked, max(len(task.latents) for task in tasks))
     planned = []
     for control in beside([task.run for task in tasks]) if n else []:
         planned.append(Task(control, sample_of(control, n)))
@@ -138,14 +139,15 @@ async def _explain(
     # Opened first: an endpoint that is down is told before an hour's harvest, not after it.
     async with open_explainer(kind, options, root / "cache.sqlite") as explainer:
         outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
-        with_controls = sample_size(choice, kind, control_sae_latents, 1) > 0
+        with_controls = sample_size(choice, explainer.asks_model, control_sae_latents, 1) > 0
         tasks = _prepare(runs, choice, compute, with_controls)
-        controls = plan_controls(tasks, choice, kind, control_sae_latents)
+        controls = plan_controls(tasks, choice, explainer.asks_model, control_sae_latents)
         named = [word for name in _names(runs) for word in ("--sae", name)]
+        by = words_of(kind, options, "explainer")
         size = [] if control_sae_latents is None else ["--control-sae-latents", str(control_sae_latents)]
-        outcome.retry = command(root, "explain", *named, *choice.words(), *size, *options.words())
+        outcome.retry = command(root, "explain", *named, *choice.words(), *size, *by, *options.words())
         for task in [*tasks, *controls]:
-            with_baseline = kind == "llm" and task not in controls
+            with_baseline = kind != BASELINE and task not in controls
             try:
                 await _explain_run(task, explainer, options.concurrency, outcome, outcome.retry)
             except BudgetSpent:  # what was paid for is compared with what costs nothing

@@ -101,6 +101,7 @@ _VERDICT_FILTERS = {
     *("latent", "explanation_id", "judge", "scorer", "settings_hash", "prompt_hash", "model", "context"),
     *("negative_kind", "control", "replicate", "truth"),
 }
+_VERDICT_TYPES = {"truth": bool, "p": float, "label": float}
 _VERDICT_COLUMNS = "latent, explanation_id, judge, scorer, settings_hash, prompt_hash, model, context"
 # One window may stand for several questions: a negative of two kinds, or marked rightly and wrongly.
 _VERDICT_IDENTITY = f"{_VERDICT_COLUMNS}, ifnull(negative_kind, ''), control, replicate"
@@ -269,8 +270,17 @@ class Journal:
 
         Filters are columns, as in :meth:`explanations`; ``negative_kind=None`` means the activating contexts.
         """
-        table = self._select("verdict", _VERDICT_FILTERS, filters)
-        return table.astype({"truth": bool, "p": float, "label": float})
+        return self._select("verdict", _VERDICT_FILTERS, filters).astype(_VERDICT_TYPES)
+
+    def verdicts_in_pieces(self, n: int) -> Iterator[pd.DataFrame]:
+        """All verdicts by id, at most ``n`` at a time, as they are when the first is read; at least one piece."""
+        with self._database.reading() as connection:
+            found = False
+            for table in pd.read_sql_query("SELECT * FROM verdict ORDER BY id", connection, chunksize=n):
+                found = True
+                yield table.astype(_VERDICT_TYPES)
+        if not found:
+            yield self.verdicts()
 
     def judged(self, **filters: Any) -> set[int]:
         """Window ids whose verdict did not fail, under ``filters`` (see :meth:`verdicts`): not to be asked again."""
@@ -298,6 +308,11 @@ class Journal:
         with self._database.reading() as connection:
             rows = connection.execute("SELECT settings_hash, settings FROM setup").fetchall()
         return {str(row[0]): json.loads(row[1]) for row in rows}
+
+    def scorers(self) -> list[str]:
+        """Those that there are verdicts of, by name."""
+        with self._database.reading() as connection:
+            return sorted(str(row[0]) for row in connection.execute("SELECT DISTINCT scorer FROM verdict"))
 
     def state(self) -> list[int]:
         """Numbers that change with whatever is added or mended: what is made from the journal records them."""

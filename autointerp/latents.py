@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.journal import Journal
+from autointerp.method import BASELINE
 from autointerp.reliability import reliability_findings, together_of, verdicts_of
 from autointerp.scored import number, rows_of, setups
 from autointerp.scorers.base import HARDER
@@ -24,7 +25,7 @@ from sae.errors import NotFound
 from sae.files import SCHEMA, read_table
 from sae.overlap import DEFINITIONS, shared
 from sae.pair_files import pair_path, read_sides
-from sae.run import Run, command
+from sae.run import MAIN_SCORER, Run, command
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context
@@ -135,9 +136,9 @@ class LatentReader:
         partner = int(entry["decoder_partner"])
         told = [e for e in self.explanations(sibling, partner) if e["status"] == "ok"]
         scores = [s for s in self.scores(sibling, partner) if s["status"] == "ok" and s["control"] == "none"]
-        # The scorers are never mixed; of explainers a language model comes before the baseline beside it.
-        scores = [s for s in scores if s["scorer"] == "detection"]
-        scores.sort(key=lambda s: (s["explainer"] != "ngram", s["explanation_id"]))
+        # The scorers are never mixed; of explainers any other comes before the baseline beside it.
+        scores = [s for s in scores if s["scorer"] == MAIN_SCORER]
+        scores.sort(key=lambda s: (s["explainer"] != BASELINE, s["explanation_id"]))
         row = self._alignments[sibling.name].iloc[[latent]]
         return {
             "latent": latent,

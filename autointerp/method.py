@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
+
+BASELINE = "ngram"
+"""The explainer that explains beside every other one, and the judge of its sentences."""
 
 
 class Method(Protocol):
     """Two methods with equal name, hashes and model give answers that stand for each other."""
+
+    asks_model: ClassVar[bool]
+    """Whether it asks a language model: one has to be named then, and requests are counted and paid for."""
 
     @property
     def name(self) -> str:

@@ -58,8 +58,9 @@ class Neighbours:
         chosen = windows[np.argsort(mix(windows.astype(np.uint64)))[:_WINDOWS]]
         if not len(chosen):
             return np.empty(0, np.int64)
-        there = [np.unique(np.concatenate(self._store.latents_at(window))) for window in chosen.tolist()]
-        latents, together = np.unique(np.concatenate(there).astype(np.int64), return_counts=True)
+        window, fired = self._store.firing_in(chosen)
+        once = np.unique(window * self._store.num_latents + fired) % self._store.num_latents
+        latents, together = np.unique(once, return_counts=True)
         kept = (latents != latent) & (together >= _LEAST)
         latents, together = latents[kept], together[kept]
         cosine = together / np.sqrt(self._firings[latents])

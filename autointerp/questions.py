@@ -16,14 +16,15 @@ import pandas as pd
 from autointerp.control_saes import beside, first, was_explained
 from autointerp.journal import Journal
 from autointerp.judges.base import Judge
+from autointerp.method import BASELINE
 from autointerp.score_table import rows_of
-from autointerp.scorers.controls import swap_partners
+from autointerp.swapping import swap_partners
 from sae.errors import BadInput
 from sae.files import digest
 from sae.run import Run, all_runs
 
-CONTROL_LATENTS = {"ngram": None, "llm": 50}
-"""Latents that have a swapped control, by who judges; ``None``: all."""
+CONTROL_LATENTS = {False: None, True: 50}
+"""Latents that have a swapped control, by whether the judge asks a model; ``None``: all."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,15 @@ class Part:
     def readable(self, journal: Journal, judge: Judge) -> pd.DataFrame:
         """Those that are the judge's.
 
-        The n-gram judge parses one form of sentence, its explainer's. A language model is asked about those only where
-        no language model was ever asked to explain: beside such explanations they are the baseline, which has its own
-        judge.
+        The n-gram judge parses one form of sentence, its explainer's. Another judge is asked about those only where
+        nobody else was ever asked to explain: beside such explanations they are the baseline, which has its own judge.
         """
         explanations = self.explanations(journal)
-        by_ngram = explanations["explainer"] == "ngram"
-        if judge.name == "ngram":
-            return explanations[by_ngram]
-        return explanations[~by_ngram] if explained_by_model(journal) else explanations
+        if judge.reads is not None:
+            return explanations[explanations["explainer"] == judge.reads]
+        if not has_more_than_baseline(journal):
+            return explanations
+        return explanations[explanations["explainer"] != BASELINE]
 
 
 def parts_of(
@@ -84,9 +85,9 @@ class Question:
     control: str = "none"
 
 
-def explained_by_model(journal: Journal) -> bool:
-    """Whether a language model was asked to explain any latent, even in vain."""
-    return bool((journal.explanations()["explainer"] != "ngram").any())
+def has_more_than_baseline(journal: Journal) -> bool:
+    """Whether anything but the n-gram baseline was asked to explain any latent, even in vain."""
+    return bool((journal.explanations()["explainer"] != BASELINE).any())
 
 
 def questions_of(run: Run, explanations: pd.DataFrame, control_latents: int | None) -> list[Question]:

@@ -37,6 +37,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from autointerp import scored
 from autointerp.journal import Journal
 from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of, partial
 from autointerp.sample_record import Sample
@@ -194,16 +195,8 @@ def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.Da
     if not run.journal_path.exists() or own.empty:
         return pd.DataFrame(columns=["latent", "truth", "label"]).astype({"latent": int, "truth": bool, "label": float})
     with Journal(run.journal_path) as journal:
-        table = journal.verdicts(
-            explanation_id=[int(i) for i in own["explanation_id"]],
-            judge=setup["judge"],
-            scorer=setup["scorer"],
-            settings_hash=setup["settings_hash"],
-            prompt_hash=setup["judge_prompt_hash"],
-            model=setup["model"] or "",
-            control="none",
-            replicate=0,
-        )
+        ids = [int(i) for i in own["explanation_id"]]
+        table = journal.verdicts(explanation_id=ids, **scored.verdicts_of(setup))
     # The score is the one over random negatives; harder ones have figures of their own.
     counted = table["failure"].isna() & ~table["negative_kind"].isin(HARDER)
     return table.loc[counted, ["latent", "truth", "label"]]
@@ -211,4 +204,4 @@ def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.Da
 
 def together_of(setup: Mapping[str, Any]) -> int:
     """How many consecutive verdicts of the set-up may have been given together; see :meth:`Halves.of`."""
-    return 1 if setup["judge"] == "ngram" else TOGETHER
+    return TOGETHER if setup["model"] else 1  # who asks no model answers for each context by itself

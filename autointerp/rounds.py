@@ -15,8 +15,7 @@ import pandas as pd
 from autointerp.adaptive import SIZES, Look, Precision, Rounds, interval
 from autointerp.contexts import Context
 from autointerp.material import Material
-from autointerp.scorers import Scorer
-from autointerp.scorers.base import HARDER, ScoreRow
+from autointerp.scorers.base import HARDER, Scorer, ScoreRow
 from sae.run import Run
 
 UNFINISHED = "failed: not judged to its end; run the same `score` again"

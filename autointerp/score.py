@@ -4,8 +4,8 @@ An explanation is judged on contexts that its explainer never saw. Beside each m
 contexts judged by the explanation of another, dissimilar latent, which is what words that say nothing about this
 latent are worth. What was judged is not judged again; what failed is.
 
-With a run the explained sample of each control SAE of its study is scored (:mod:`autointerp.control_saes`). Beside a
-language model's explanations those of the n-gram baseline are judged by the n-gram judge on the same contexts.
+With a run the explained sample of each control SAE of its study is scored (:mod:`autointerp.control_saes`). Beside
+other explanations those of the n-gram baseline are judged by the n-gram judge on the same contexts.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from pathlib import Path
 import pandas as pd
 
 from autointerp.adaptive import Precision
-from autointerp.backends import LlmOptions, capabilities, kept_server, lacks, open_judge, resolve
+from autointerp.backends import LlmOptions, capabilities, kept_server, lacks, open_judge, resolve, words_of
 from autointerp.contexts import Context
 from autointerp.control_saes import beside, was_explained
 from autointerp.cost import going_on
 from autointerp.journal import Journal, Verdict
+from autointerp.judges import JUDGES
 from autointerp.judges.base import Judge
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
-from autointerp.questions import CONTROL_LATENTS, Part, Question, explained_by_model, parts_of, questions_of
+from autointerp.method import BASELINE
+from autointerp.questions import CONTROL_LATENTS, Part, Question, has_more_than_baseline, parts_of, questions_of
 from autointerp.rounds import AdaptivePlan
-from autointerp.score_table import COLUMNS, UNTESTED, Test, of_this_judge, plans_of, rows_of, score_table
-from autointerp.scorers import SCORERS, Scorer
+from autointerp.score_table import COLUMNS, UNTESTED, Test, lost_scorers, of_this_judge, plans_of, rows_of, score_table
+from autointerp.scorers import SCORERS
+from autointerp.scorers.base import Scorer
 from autointerp.work import Outcome, in_flight
-from sae.errors import BadInput, nearest
 from sae.files import digest, read_table, table_metadata, write_table
 from sae.progress import say, track
-from sae.run import Run, command
+from sae.run import MAIN_SCORER, Run, command
 
 _PARTS_AT_ONCE = 32
 """Requests about one explanation that may be under way together."""
@@ -58,13 +60,10 @@ def score_runs(
     ``control_sae_latents`` is the most of each control SAE's latents that are scored (``None``: all that are
     explained), unless it is named itself. They get no swapped control: they are one.
     """
-    for name in scorers:
-        if name not in SCORERS:
-            raise BadInput(f"--scorer {name!r} is not known; choose {nearest(name, SCORERS)}")
+    tested = [SCORERS.chosen(name, "--scorer")() for name in scorers]
     kind = resolve(backend, options.for_judge(), "judge")
     if control_latents is None:
-        control_latents = CONTROL_LATENTS[kind]
-    tested = [SCORERS[name]() for name in scorers]
+        control_latents = CONTROL_LATENTS[JUDGES[kind].asks_model]
     with kept_server(options) as options:
         named = None if runs is None else _with_explanations(runs, options)
         parts = parts_of(named, root, control_latents, control_sae_latents)
@@ -97,7 +96,7 @@ async def _score(
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
         for part in parts:
             for scorer in scorers:
-                if judge.name != "ngram" and not part.is_control and not _is_done(part, scorer, judge, precision):
+                if judge.name != BASELINE and not part.is_control and not _is_done(part, scorer, judge, precision):
                     await _score_baseline(part, scorer, judge, precision, outcome)
                 await _score_run(part, scorer, judge, options.concurrency, precision, outcome, outcome.retry)
         outcome.notes += lacks(judge)
@@ -119,11 +118,13 @@ def _command(
     own, controls = ([part for part in parts if part.is_control == is_control] for is_control in (False, True))
     words = [word for part in own for word in ("--sae", part.run.name)]
     words += precision.words() if precision else []
-    words += [word for scorer in scorers for word in ("--scorer", scorer.name)] if len(scorers) > 1 else []
+    names = [scorer.name for scorer in scorers]
+    words += [word for name in names for word in ("--scorer", name)] if names != [MAIN_SCORER] else []
+    words += words_of(kind, options.for_judge(), "judge")
     words += ["--protocol", options.protocol] if options.protocol != "auto" else []
-    size = options.contexts_per_request
+    size, usual = options.contexts_per_request, CONTROL_LATENTS[JUDGES[kind].asks_model]
     words += ["--contexts-per-request", str(size)] if size is not None else []
-    words += ["--control-latents", str(own[0].n_swapped)] if own[0].n_swapped != CONTROL_LATENTS[kind] else []
+    words += ["--control-latents", str(own[0].n_swapped)] if own[0].n_swapped != usual else []
     most = controls[0].at_most if controls else 0 if any(map(was_explained, beside([p.run for p in own]))) else None
     words += ["--control-sae-latents", str(most)] if most is not None else []
     return command(root, "score", *words, *options.words())
@@ -154,10 +155,10 @@ async def _score_baseline(
     from autointerp.judges.ngram import NgramJudge
 
     with Journal(part.run.journal_path) as journal:
-        if not explained_by_model(journal) or journal.explanations(status="ok", explainer="ngram").empty:
+        if not has_more_than_baseline(journal) or journal.explanations(status="ok", explainer=BASELINE).empty:
             return
     baseline = Outcome("score")
-    whole = replace(part, n_swapped=CONTROL_LATENTS["ngram"])
+    whole = replace(part, n_swapped=CONTROL_LATENTS[NgramJudge.asks_model])
     await _score_run(whole, scorer, NgramJudge(), 1, precision, baseline, "", "score by n-grams", judge)
     outcome.notes += [
         f"{part.run.name}: {n} n-gram baselines have no {scorer.name} score: {why}"
@@ -183,22 +184,24 @@ async def _score_run(
     plan = AdaptivePlan.of(run, scorer, precision) if precision else None
     material = Material.of(run)
     judges = {each.name: each for each in (NgramJudge(), other, judge) if each is not None}
-    test, tests = Test.of(scorer, judge, material, plan), Test.all_of(list(judges.values()), material)
-    if plan is None:
-        test = next(each for each in tests if each.key == test.key)  # its contexts are drawn once
+    test = Test.of(scorer, judge, material, plan)
     same = test.same
     path = run.stage_path("scores")
     asked_now: set[int] = set()
     with Journal(run.journal_path) as journal, journal.claim():
-        if plan:
+        used = {scorer.name, *journal.scorers(), *(name for name, _ in _made(path))}  # the others need not even work
+        tests = Test.all_of(list(judges.values()), material, sorted(used & set(SCORERS)))
+        if plan is None:
+            test = next(each for each in tests if each.key == test.key)  # its contexts are drawn once
+        else:
             journal.add_setup(same["settings_hash"], plan.setup)
         explanations = part.explanations(journal)
         readable = {name: part.readable(journal, each) for name, each in judges.items()}
         read = readable[judge.name]
-        if judge.name == "ngram" and len(read) < len(explanations) and doing == "score":
+        if judge.reads is not None and len(read) < len(explanations) and doing == "score":
             outcome.notes.append(
-                f"{run.name}: {len(explanations) - len(read)} explanations by a language model were left out: the "
-                f"n-gram judge reads only n-gram explanations; give --llm-url to have them judged"
+                f"{run.name}: {len(explanations) - len(read)} explanations that are not by {judge.reads} were left "
+                f"out: the judge {judge.name} reads no others; give --llm-url, or another --judge, to have them judged"
             )
         inputs = _inputs(material, same, part, journal)
         if inputs is not None and table_metadata(path).get("inputs") == inputs:
@@ -224,6 +227,11 @@ async def _score_run(
             if plan:
                 plans[same["settings_hash"]] = {scorer.name: plan}  # the one whose contexts have been read already
             table = score_table(journal, [*tests, test], readable, _made(path) | {test.key}, plans)
+            outcome.notes += [
+                f"{run.name}: verdicts of the scorer {name} stay in the journal and out of the scores: there is no "
+                f"autointerp/scorers/{name}.py any more"
+                for name in lost_scorers(journal)
+            ]
             final = _inputs(material, same, part, journal)
             write_table(path, table, inputs=final, material=material.digest, capabilities=capabilities(judge))
     _count(table, same, asked_now, outcome, f"{run.name}: {{}} explanations have no {scorer.name} score")

@@ -7,7 +7,7 @@ prompts or models stands beside what is judged now.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,9 +17,10 @@ from autointerp.contexts import Context
 from autointerp.journal import Journal
 from autointerp.judges.base import Judge
 from autointerp.material import Material
+from autointerp.method import BASELINE
 from autointerp.rounds import AdaptivePlan
-from autointerp.scorers import SCORERS, Scorer
-from autointerp.scorers.base import ScoreRow
+from autointerp.scorers import SCORERS
+from autointerp.scorers.base import Scorer, ScoreRow
 from sae.files import digest
 from sae.run import Run
 
@@ -80,10 +81,10 @@ class Test:
         return cls(scorer, asked, same, items or _items(scorer, material))
 
     @classmethod
-    def all_of(cls, judges: Sequence[Judge], material: Material) -> list[Test]:
-        """Those of every scorer with each of ``judges``; contexts are drawn once for all of these."""
+    def all_of(cls, judges: Sequence[Judge], material: Material, scorers: Iterable[str]) -> list[Test]:
+        """Those of every one of the ``scorers`` with each of ``judges``; contexts are drawn once for all of these."""
         found = []
-        for scorer in (of() for of in SCORERS.values()):
+        for scorer in (SCORERS[name]() for name in scorers):
             items = _items(scorer, material)
             found += [cls.of(scorer, judge, material, items=items) for judge in judges]
         return found
@@ -95,9 +96,10 @@ def _items(scorer: Scorer, material: Material) -> Callable[[int], Sequence[Conte
 
 def plans_of(run: Run, journal: Journal) -> Plans:
     """The adaptive set-ups by which the run was ever judged."""
+    scorers = [name for name in journal.scorers() if name in SCORERS]
     setups = {key: setup for key, setup in journal.setups().items() if "adaptive" in setup}
     return {
-        key: {name: AdaptivePlan.again(run, scorer(), setup) for name, scorer in SCORERS.items()}
+        key: {name: AdaptivePlan.again(run, SCORERS[name](), setup) for name in scorers}
         for key, setup in setups.items()
     }
 
@@ -115,6 +117,7 @@ def score_table(
     failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands; of adaptive
     ones ``plans`` are what is known. Of the explanations that are ``readable`` for a judge (by its name), those whose
     latent has too few contexts for a test among the ``made`` ones (scorer and settings) are rows without scores.
+    Verdicts of scorers that are gone (:func:`lost_scorers`) make no rows.
     """
     explanations = {row["id"]: row for row in rows_of(journal.explanations())}
     # Sums are rounded in the order of their parts, and answers come in any order: a score must not depend on it.
@@ -123,7 +126,7 @@ def score_table(
     rows: list[dict[str, Any]] = []
     keys = ["explanation_id", "latent", "judge", "scorer", "settings_hash", "prompt_hash", "model"]
     keys += ["control", "replicate"]
-    for key, group in verdicts.groupby(keys, sort=True):
+    for key, group in verdicts[verdicts["scorer"].isin(list(SCORERS))].groupby(keys, sort=True):
         found: dict[str, Any] = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
         scorer = SCORERS[found["scorer"]]()
         if found["settings_hash"] in plans:
@@ -154,6 +157,11 @@ def score_table(
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def lost_scorers(journal: Journal) -> list[str]:
+    """Scorers that the journal has verdicts of, and that there are no files of any more."""
+    return sorted(set(journal.scorers()) - set(SCORERS))
+
+
 def rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
     return cast(list[dict[str, Any]], table.to_dict("records"))
 
@@ -167,10 +175,10 @@ def of_this_judge(table: pd.DataFrame, same: Mapping[str, str]) -> pd.DataFrame:
     judged = found["judge_prompt_hash"] == same["prompt_hash"]
     for column in ("judge", "scorer", "settings_hash", "model"):
         judged &= found[column] == same[column]
-    unexplained, by_ngram = found["judge"].isna(), found["explainer"] == "ngram"
-    if same["judge"] == "ngram":
+    unexplained, by_ngram = found["judge"].isna(), found["explainer"] == BASELINE
+    if same["judge"] == BASELINE:
         unexplained &= by_ngram
-    elif not by_ngram.all():  # beside a language model's explanations those are the baseline's
+    elif not by_ngram.all():  # beside others' explanations those are the baseline's
         unexplained &= ~by_ngram
     return found[judged | unexplained]
 

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.estimation import Estimator, error_of
+from autointerp.method import BASELINE
 from autointerp.sample_record import Sample
 from autointerp.scorers.base import HARDER
 from autointerp.statistics import UNKNOWN, Estimate, proportion, quartiles
@@ -67,8 +68,8 @@ def reason(row: Mapping[Any, Any]) -> str:
 def setups(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]]:
     """The set-ups in a score table that have what is ``wanted`` (``scorer="detection"``…), newest first.
 
-    Newest by the explanations' numbers in the journal. A language model's explanations, and its judgement where the
-    same ones were judged twice, come before the n-gram baseline's, which is made beside them.
+    Newest by the explanations' numbers in the journal. Other explanations, and other judgements where the same ones
+    were judged twice, come before the n-gram baseline's, which is made beside them.
     """
     columns = [c for c in (*_EXPLAIN, *_JUDGE) if c in scores]
     if "judge" not in columns:  # nothing but failed explanations
@@ -79,11 +80,18 @@ def setups(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]]:
             mask &= scores[column] == value
     found = []
     for _, group in scores[mask].groupby(columns, dropna=False, sort=False):
-        by_model = {column: group[column].iloc[0] != "ngram" for column in columns}
+        by_model = {column: group[column].iloc[0] != BASELINE for column in columns}
         newest = int(group["explanation_id"].max()), by_model["judge"], int(group.index.max())
         rank = by_model.get("explainer", True), *newest
         found.append((rank, {c: _plain(group[c].iloc[0]) for c in columns}))
     return [setup for _, setup in sorted(found, key=lambda item: item[0], reverse=True)]
+
+
+def verdicts_of(setup: Mapping[str, Any]) -> dict[str, Any]:
+    """What a set-up's verdicts under the latents' own explanations have in common in the journal."""
+    same = {key: setup[key] for key in ("judge", "scorer", "settings_hash")}
+    by = {"prompt_hash": setup["judge_prompt_hash"], "model": setup["model"] or ""}
+    return {**same, **by, "control": "none", "replicate": 0}
 
 
 def rows_of(scores: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:

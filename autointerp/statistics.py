@@ -11,6 +11,7 @@ raises ``ValueError``. Where nothing can be measured (a class is empty, a variab
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -306,6 +307,7 @@ def _variance(r: float, n: int, covariates: int) -> float:
     return (1 + r * r / 2) / (n - 3 - covariates)
 
 
+@functools.cache
 def _quantile(level: float) -> float:
     return float(stats.norm.ppf((1 + level) / 2))
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from autointerp.backends import LlmOptions
+from autointerp.backends import LlmOptions, resolve
 from autointerp.explain import explain_runs
 from autointerp.findings.sweeps import axes_of, finding_of_sweep
+from autointerp.judges import JUDGES
 from autointerp.score import score_runs
 from autointerp.selection import Choice
 from autointerp.sweep_table import Summary, read_summary, summarise, summary_inputs, write_summary
@@ -25,7 +26,7 @@ from sae.errors import BadInput, UserError, nearest
 from sae.harvest_stage import harvest_runs
 from sae.probe import Probe, probe
 from sae.progress import say
-from sae.run import Run
+from sae.run import MAIN_SCORER, Run
 from sae.stage import Compute
 from sae.sweep import Sweep
 from sae.train_stage import train_studies
@@ -45,8 +46,9 @@ class Scoring:
     """Whether points are explained and scored, and by whom."""
 
     explaining: Explaining
-    backend: str = "auto"
+    explainer: str = "auto"
     options: LlmOptions = field(default_factory=LlmOptions)
+    judge: str = "auto"
 
 
 def explaining_of(sweep: Sweep) -> Explaining | None:
@@ -64,12 +66,20 @@ def explaining_of(sweep: Sweep) -> Explaining | None:
         raise BadInput(f"sweep {sweep.name!r}: explain.{key} = {first['input']!r}: {first['msg'].lower()}") from None
 
 
-def scoring_of(sweep: Sweep, wanted: bool | None, backend: str, options: LlmOptions) -> Scoring | None:
-    """Whether and how points are scored: as the recipe's ``[explain]`` says, unless the user says otherwise."""
+def scoring_of(
+    sweep: Sweep, wanted: bool | None, explainer: str, options: LlmOptions, judge: str | None = None
+) -> Scoring | None:
+    """Whether and how points are scored: as the recipe's ``[explain]`` says, unless the user says otherwise.
+
+    Where no ``judge`` is named it is the one called as the explainer, and ``auto`` where there is no such judge.
+    """
     explaining = explaining_of(sweep)
     if wanted is False or (wanted is None and explaining is None):
         return None
-    return Scoring(explaining or Explaining(), backend, options)
+    judge = judge or (explainer if explainer in JUDGES else "auto")
+    resolve(explainer, options, "explainer")  # both are told before anything is trained
+    resolve(judge, options.for_judge(), "judge")
+    return Scoring(explaining or Explaining(), explainer, options, judge)
 
 
 def run_sweep(
@@ -98,9 +108,9 @@ def _score(runs: list[Run], scoring: Scoring, root: Path, compute: Compute) -> i
     """Explain and score a point; what is done already is not asked again."""
     asked = scoring.explaining
     choice = Choice(n=asked.latents, with_partners=asked.with_partners and len(runs) > 1)
-    explained = explain_runs(runs[:1], choice, scoring.backend, scoring.options, compute)
+    explained = explain_runs(runs[:1], choice, scoring.explainer, scoring.options, compute)
     of_point = [Run.open(name, root) for name in explained.runs]
-    scored = score_runs(of_point, root, ("detection",), scoring.backend, scoring.options)
+    scored = score_runs(of_point, root, (MAIN_SCORER,), scoring.judge, scoring.options)
     return explained.n_failed + scored.n_failed
 
 

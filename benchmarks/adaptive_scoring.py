@@ -15,14 +15,12 @@ The worst coverage over the grid, the largest bias, and the mean number of conte
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from outcome import about, leave, parser_of
 from scipy import stats
 
 from autointerp.adaptive import Look, _paths, interval, schedule, stops
@@ -100,9 +98,7 @@ def row(name: str, n: int, half_width: float | None) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    parser.add_argument("--out", type=Path, help="also write the rows here")
+    parser = parser_of(__doc__)
     given = parser.parse_args()
     rows = []
     for n in SIZES:
@@ -112,10 +108,7 @@ def main() -> None:
             if not given.json:
                 for made in rows[-3:] if half_width == HALF_WIDTHS[0] else rows[-2:]:
                     _show(made)
-    if given.json:
-        print(json.dumps(rows))
-    if given.out is not None:
-        given.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    leave(given, rows, about(), lambda: None)
 
 
 def _show(made: dict[str, object]) -> None:

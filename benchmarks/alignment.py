@@ -28,17 +28,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from outcome import about, leave, parser_of
 from rich.console import Console
 from rich.table import Table
 from side import now
-from training import processor
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {8192: 3.0, 16384: 6.0, 32768: 8.0}
@@ -210,7 +209,7 @@ def shown(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--sizes", nargs="+", type=int, default=[8192, 16384, 32768], metavar="M")
     parser.add_argument("--runs", nargs=2, metavar="RUN", help="two trained runs instead of synthetic pairs")
     parser.add_argument("--bundled", action="store_true", help="two seeds of the bundled study at each of the sizes")
@@ -219,8 +218,6 @@ def main() -> None:
     parser.add_argument("--dense", type=int, default=32768, help="the widest pair that SciPy is asked for")
     parser.add_argument("--device", default="cpu", help="where our products are formed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--out", type=Path, help="also write them to this file, with date and machine")
     for name in ("--side", "--size", "--precision"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -240,19 +237,8 @@ def main() -> None:
     for size in asked.sizes:
         asked.runs = bundled_runs(size, asked.threads) if asked.bundled else asked.runs
         rows += compare(asked, size)
-    about = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": processor(asked.device),
-        "threads": asked.threads,
-        "minutes": round((time.time() - begun) / 60, 1),
-    }
-    if asked.out is not None:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
-    if asked.json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
-    else:
-        shown(rows, Console(width=150), f"{about['processor']}, {asked.threads} threads")
+    head = about(begun, asked.device, threads=asked.threads)
+    leave(asked, rows, head, lambda: shown(rows, Console(width=150), f"{head['processor']}, {asked.threads} threads"))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ where it was. Exits with 1 where an L0 is more than 10 % from k, or 5 % or more 
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from outcome import about, leave, parser_of
 from rich.console import Console
 from rich.table import Table
 
@@ -88,25 +86,16 @@ def shown(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--recipe", type=Path, default=ROOT / "eval_runs" / "recipes" / "demo.toml")
     parser.add_argument("--kinds", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--tokens", type=parse_amount, help="train on fewer than the recipe says")
     parser.add_argument("--root", type=Path, default=ROOT / "build" / "architectures", help="where the runs are kept")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--out", type=Path, help="also write them to this file, with the date")
     asked = parser.parse_args()
     settings = settings_from(asked.recipe, training={"tokens": asked.tokens})
     rows = compare(settings, asked.kinds, asked.seeds, asked.root)
-    if asked.out is not None:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        dated = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "tokens": settings.training.tokens}
-        asked.out.write_text(json.dumps({**dated, "rows": rows}, indent=1) + "\n")
-    if asked.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        shown(rows, Console())
+    leave(asked, rows, about(tokens=settings.training.tokens), lambda: shown(rows, Console()))
     sys.exit(not all(row["ok"] for row in rows))
 
 

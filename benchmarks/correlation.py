@@ -12,18 +12,14 @@ that are left would give with endless verdicts is ``truth_of_these``. Takes minu
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 from collections.abc import Callable
-from datetime import UTC, datetime
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from made_scores import SHAPES, Made, rank_correlation, score
 from numpy.typing import NDArray
+from outcome import about, leave, parser_of
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -92,11 +88,9 @@ def shown(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=200, help="studies in each setting")
     parser.add_argument("--latents", type=int, default=200, help="in a study")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--out", type=Path, help="also write them to this file, with date and machine")
     asked = parser.parse_args()
     settings: list[tuple[str, float, int, str]] = list(product(SHAPES, (0.0, 0.4, 0.8), (10, 50), ("all",)))
     settings += list(product(("even", "paper"), (0.6,), (25,), [left for left in LEFT if left != "all"]))
@@ -104,16 +98,7 @@ def main() -> None:
     rows = [
         cell(*s, latents=asked.latents, rounds=asked.rounds) for s in track(settings, "simulating", console=console)
     ]
-    if asked.out is not None:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        head = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": platform.machine()}
-        asked.out.write_text(
-            json.dumps({**head, "latents": asked.latents, "rounds": asked.rounds, "rows": rows}, indent=1) + "\n"
-        )
-    if asked.json:
-        print(json.dumps(rows))
-    else:
-        shown(rows, Console())
+    leave(asked, rows, about(latents=asked.latents, rounds=asked.rounds), lambda: shown(rows, Console()))
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ each triple; stopped, it goes on where it was. Exits with 1 where a mode falls o
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
+from outcome import about, keep, parser_of
 from rich.console import Console
 from rich.table import Table
 
@@ -154,22 +153,18 @@ def shown(result: dict[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--recipe", type=Path, default=ROOT / "eval_runs" / "recipes" / "demo.toml")
     parser.add_argument("--modes", nargs="+", choices=("int8", "bfloat16"), default=["int8", "bfloat16"])
     parser.add_argument("--triples", type=int, default=3, help="of seeds, in float32")
     parser.add_argument("--tokens", type=int, help="train on fewer than the recipe says")
     parser.add_argument("--root", type=Path, default=ROOT / "build" / "fast-mode", help="where the runs are kept")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--out", type=Path, help="also write it to this file, with the date")
     asked = parser.parse_args()
     settings = settings_from(asked.recipe, training={"tokens": asked.tokens})
     result = compare(settings, asked.modes, asked.triples, asked.root, Compute("cpu", asked.threads))
     if asked.out is not None:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        dated = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **result}
-        asked.out.write_text(json.dumps(dated, indent=1) + "\n")
+        keep(asked.out, {**about(), **result})
     if asked.json:
         print(json.dumps(result, indent=1))
     else:

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sae import kernels
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.objective import AuxK, Objective
 from sae.stacked import Stack
 

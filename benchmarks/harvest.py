@@ -29,15 +29,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from outcome import about, keep, parser_of
 from rich.console import Console
 from rich.table import Table
-from training import peers_python, processor
+from training import peers_python
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -50,7 +50,7 @@ SMALL = 16_384
 
 def prepared(folder: Path, shape: str, tokens: int) -> None:
     """What all sides work on: the model's folder, tokens in the order of the harvest, and three dictionaries."""
-    from sae.architectures import TopKSae
+    from sae.architectures.topk import TopKSae
     from sae.checkpoint import save_sae
     from sae.formats import About
 
@@ -221,7 +221,7 @@ def others(path: Path, about: dict[str, Any], measured: set[str]) -> list[dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", nargs="+", type=int, default=[250_000, 1_000_000])
     parser.add_argument("--shapes", nargs="+", metavar="MxK", default=["2048x8", "8192x32"])
     parser.add_argument("--sides", nargs="+", choices=("delphi",), default=["delphi"], help="peers; none: bare alone")
@@ -229,8 +229,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scratch", help="where the stores are written; default: the system's place")
     parser.add_argument("--delphi-python", help="a Python that has eai-delphi and eai-sparsify")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--out", type=Path, help="also write them to this file, beside its other settings")
     for name in ("--side", "--names", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -242,20 +240,14 @@ def main() -> None:
     for shape in asked.shapes:
         for tokens in asked.tokens:
             rows += compare(shape, tokens, asked)
-    about = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": processor("cpu"),
-        "threads": asked.threads,
-        "minutes": round((time.time() - begun) / 60, 1),
-    }
+    head = about(begun, threads=asked.threads)
     if asked.out is not None:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        kept = others(asked.out, about, {row["setting"] for row in rows})
-        asked.out.write_text(json.dumps({**about, "rows": [*kept, *rows]}, indent=1, ensure_ascii=False) + "\n")
+        kept = others(asked.out, head, {row["setting"] for row in rows})
+        keep(asked.out, {**head, "rows": [*kept, *rows]})
     if asked.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
-        shown(rows, Console(width=120), f"{about['processor']}, {asked.threads} threads, tokens/s")
+        shown(rows, Console(width=120), f"{head['processor']}, {asked.threads} threads, tokens/s")
 
 
 if __name__ == "__main__":

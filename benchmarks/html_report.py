@@ -18,7 +18,6 @@ in under 3 s.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from outcome import about, leave, parser_of
 
 ROOT = Path(__file__).parent.parent
 for folder in (ROOT / "tests" / "autointerp", ROOT / "tests" / "browser", ROOT):
@@ -164,20 +164,17 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--latents", type=int, default=32_768)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--scored", type=int, default=7_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--out", type=Path, help="write the rows there")
     arguments = parser.parse_args()
     rows = measured(arguments)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
-    if arguments.json:
-        print(json.dumps(rows))
-        return
+    leave(arguments, rows, about(), lambda: shown(rows))
+
+
+def shown(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         spread = f"  ({row['from']:.2f} to {row['to']:.2f})" if "from" in row else ""
         goal = f"  goal: under {row['goal']:g}" if row["goal"] else ""

@@ -11,16 +11,13 @@ trials. Exits with 1 where a coverage of 20 contexts or more lies outside 91 to 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from outcome import about, leave, parser_of
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
@@ -96,27 +93,23 @@ def _true_auroc(shift: float, cuts: np.ndarray | None) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--trials", type=int, default=20_000)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows = [*of_rates(), *of_balanced_accuracy(options.trials), *of_auroc(options.trials)]
     for row in rows:
         row["as_asked"] = bool(row["n"] < 20 or BOUNDS[0] <= row["coverage"] <= BOUNDS[1])
     methods = {name: METHODS[name] for name in ("proportion", "balanced_accuracy", "auroc")}
-    found = {"date": datetime.now(UTC).date().isoformat(), "trials": options.trials, "methods": methods, "rows": rows}
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    leave(options, rows, about(trials=options.trials, methods=methods), lambda: shown(rows))
+    return 0 if all(row["as_asked"] for row in rows) else 1
+
+
+def shown(rows: list[dict[str, Any]]) -> None:
     table = Table("what", "setting", "coverage", "mean width", "")
     for row in rows:
         figures = f"{row['coverage']:.3f}", f"{row['width']:.3f}"
         table.add_row(row["name"], row["setting"], *figures, "" if row["as_asked"] else "outside")
-    Console(stderr=options.json).print(table)
-    if options.json:
-        print(json.dumps(rows))
-    return 0 if all(row["as_asked"] for row in rows) else 1
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ delphi is installed into ``.venv-delphi``, made here; or name a Python that has 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -26,11 +25,11 @@ import time
 import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from llm_side_ours import messages
+from outcome import about, leave, parser_of
 from rich.console import Console
 from rich.table import Table
 
@@ -138,14 +137,6 @@ def peers_python(given: str | None) -> str:
     return str(python)
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-
-
 def shown(rows: Sequence[dict[str, Any]], console: Console) -> None:
     table = Table("what", "setting", "ours", "delphi", "ratio", "raw", "of concurrency / latency: ours", "delphi")
     for row in rows:
@@ -161,14 +152,12 @@ def shown(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--requests", type=int, default=6000, help="of each side in each round, without latency")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16, 32], help="with latency")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--peers-python", help="a Python that has delphi, httpx and tqdm")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--out", type=Path, help="also write them to this file, with date and machine")
     asked = parser.parse_args()
     python = peers_python(asked.peers_python) if "delphi" in asked.sides else ""
     sides = list(dict.fromkeys(["ours", *asked.sides]))
@@ -179,18 +168,7 @@ def main() -> None:
         requests = int(concurrency / LATENCY * 4 / 100) * 100  # about four seconds
         found = compared(timed, LATENCY, requests, concurrency, asked.rounds, python)
         rows += rows_of(found, "with latency", LATENCY, concurrency)
-    about = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": processor(),
-        "minutes": round((time.time() - begun) / 60, 1),
-    }
-    if asked.out is not None:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
-    if asked.json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
-    else:
-        shown(rows, Console(width=140))
+    leave(asked, rows, about(begun), lambda: shown(rows, Console(width=140)))
 
 
 if __name__ == "__main__":

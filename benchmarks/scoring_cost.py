@@ -19,7 +19,6 @@ its counters ``vllm:prefix_cache_queries`` and ``…_hits`` are put beside the a
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import importlib.util
 import json
@@ -34,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import openai
+from outcome import about, leave, parser_of
 
 from autointerp.adaptive import Look, Precision
 from autointerp.contexts import Context, TestSet
@@ -44,7 +44,7 @@ from autointerp.llm.exchange import Message
 from autointerp.llm.tokens import BLOCK, block_keys, local_tokenizer
 from autointerp.material import Material
 from autointerp.rounds import AdaptivePlan
-from autointerp.scorers import DetectionScorer
+from autointerp.scorers.detection import DetectionScorer
 from sae.errors import BadInput
 from sae.run import Run
 
@@ -177,7 +177,7 @@ def sizes_of(parts: Sequence[tuple[Latent, list[list[Context]]]]) -> list[Look]:
 def rows_of(run: Run, latents: Sequence[Latent], half_widths: Sequence[float], model: str) -> list[dict[str, Any]]:
     delphi = asks_like_delphi(delphi_prompt())
     ways = {"batch of 5": asks_like_us(model, "batch"), "single": asks_like_us(model, "single")}
-    ways |= {f"batch of {size}": asks_like_us(model, "batch", size) for size in (10, 20)}
+    ways |= {f"batch of {size}": asks_like_us(model, "batch", size) for size in (10, 20, 40)}
     n_whole = min(len(x.test_set.active) for x in latents)
     theirs_of: dict[int, dict[str, float]] = {}
 
@@ -222,8 +222,9 @@ def measured(latents: Sequence[Latent], python: Path, model: Path) -> list[dict[
 
     os.environ["AUTOINTERP_VLLM_PYTHON"] = str(python.absolute())
     ways = {"delphi": asks_like_delphi(delphi_prompt()), "batch of 5": asks_like_us(model.name, "batch")}
-    ways |= {"batch of 20": asks_like_us(model.name, "batch", 20), "single": asks_like_us(model.name, "single")}
-    chosen = [(x, [x.first(10)]) for x in latents]
+    ways |= {f"batch of {size}": asks_like_us(model.name, "batch", size) for size in (20, 40)}
+    ways |= {"single": asks_like_us(model.name, "single")}
+    chosen = [(x, [x.first(20)]) for x in latents]
     rows = []
     with tempfile.TemporaryDirectory() as folder, vllm_server.VllmServer(model, Path(folder) / "vllm.log") as server:
         api = openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0)
@@ -243,7 +244,7 @@ def measured(latents: Sequence[Latent], python: Path, model: Path) -> list[dict[
             rows.append(
                 {
                     "name": f"vLLM, {name}",
-                    "setting": f"{n} latents, 10 contexts of each kind",
+                    "setting": f"{n} latents, 20 contexts of each kind",
                     "prompt_tokens": queries / n,
                     "uncached_tokens": (queries - hits) / n,
                     "counted": {key: round(value, 1) for key, value in counted.items()},
@@ -253,7 +254,7 @@ def measured(latents: Sequence[Latent], python: Path, model: Path) -> list[dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--root", type=Path, default=Path("eval_runs"))
     parser.add_argument("--run", default="demo_a")
     parser.add_argument("--latents", type=int, default=100)
@@ -263,21 +264,13 @@ def main() -> None:
     parser.add_argument("--model", default=str(BUNDLED), help="whose tokenizer and chat template count")
     parser.add_argument("--vllm-python", type=Path, help="the interpreter of an environment with vLLM: measure too")
     parser.add_argument("--measured", type=int, default=3, help="latents asked of vLLM")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     run = Run.open(given.run, given.root)
     latents = latents_of(run, given.latents)
     rows = rows_of(run, latents, given.precision, given.model)
     if given.vllm_python is not None:
         rows += measured(latents[: given.measured], given.vllm_python, BUNDLED)
-    if given.out is not None:
-        given.out.write_text(json.dumps({"latents": len(latents), "rows": rows}, indent=1) + "\n")
-    if given.json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        print(json.dumps(row))
+    leave(given, rows, about(latents=len(latents)), lambda: print(*map(json.dumps, rows), sep="\n"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from side import Asked, now
 from torch import Tensor
 
 from sae import progress
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.kernels import triton_steps
 from sae.settings import TrainingSettings
 from sae.trainer import Group, train_groups

@@ -13,9 +13,7 @@ with the faster mode of the peer's. The peers live in ``.venv-peers`` (see the M
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,11 +21,11 @@ import time
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from outcome import about, leave, parser_of
 from rich.console import Console
 from rich.table import Table
 from side import Task, now
@@ -174,23 +172,6 @@ def _row(name: str, ours: Side, peer: Side | None) -> dict[str, Any]:
     }
 
 
-def processor(device: str) -> str:
-    """The name of what computes."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    pairs = [line.split(":", 1) for line in lines if ":" in line]
-    fields = {key.strip(): value.strip() for key, value in pairs}
-    name = fields.get("model name", platform.processor())
-    flags = fields.get("flags", "").split()
-    low_bits, vectors = ("amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16"), ("avx512f", "avx2")
-    known = [flag for flag in low_bits if flag in flags] or [flag for flag in vectors if flag in flags][:1]
-    return f"{name} ({', '.join(known)})" if known else name
-
-
 def peers_python(given: str | None) -> str:
     """A Python that has the peers; makes the environment if there is none."""
     if given is not None:
@@ -237,7 +218,7 @@ def shown(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", metavar="DxMxKxB", help="default: the two of the README; one on a GPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -247,8 +228,6 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=("ours", *PEERS), default=["ours", *PEERS])
     parser.add_argument("--modes", nargs="+", choices=MODES["ours"], default=list(MODES["ours"]))
     parser.add_argument("--peers-python", help="a Python that has eai-sparsify and dictionary-learning")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--out", type=Path, help="also write them to this file, with date and machine")
     asked = parser.parse_args()
     kind = torch.device(asked.device).type
     python = peers_python(asked.peers_python) if set(asked.sides) - {"ours"} else ""
@@ -264,19 +243,9 @@ def main() -> None:
             and not (mode == "int8" and kind == "cuda")
         ]
         rows += rows_of(compare(tasks, python, asked.rounds, asked.seconds))
-    about = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": processor(asked.device),
-        "threads": asked.threads,
-        "minutes": round((time.time() - begun) / 60, 1),
-    }
-    if asked.out is not None:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
-    if asked.json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
-    else:
-        shown(rows, Console(width=132), f"{about['processor']}, {asked.threads} threads, token·seeds per second")
+    head = about(begun, asked.device, threads=asked.threads)
+    title = f"{head['processor']}, {asked.threads} threads, token·seeds per second"
+    leave(asked, rows, head, lambda: shown(rows, Console(width=132), title))
 
 
 if __name__ == "__main__":

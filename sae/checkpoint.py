@@ -1,8 +1,9 @@
 """Read and write a trained dictionary, whichever program made it: the front door to ``sae.formats``.
 
 A run's own dictionary is kept in a format that another program opens as it is: sparsify's for TopK, SAELens's for
-the other architectures, which sparsify has not: it finds no weights of its own there, so no dictionary can be taken
-for one of another architecture. What is read is known by the names of its files.
+the other architectures that it has, which sparsify has not: it finds no weights of its own there, so no dictionary can
+be taken for one of another architecture. An architecture that neither has is kept in ``sae.formats.native``. What is
+read is known by the names of its files.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _DEPTH = 3
 
 def native_format(architecture: str) -> Format:
     """The format in which a run keeps a dictionary of ``architecture``."""
-    return FORMATS["sparsify" if architecture in FORMATS["sparsify"].architectures else "SAELens"]
+    return next(FORMATS[name] for name in ("sparsify", "SAELens", "native") if FORMATS[name].has(architecture))
 
 
 def format_named(name: str) -> Format:
@@ -34,13 +35,15 @@ def save_sae(folder: Path, sae: Sae, about: About | None = None, format_: Format
     """Write ``sae`` to ``folder``, in its native format if no other is given: the weights in float32, then what
     makes them a checkpoint. Raises BadInput for an architecture that the format does not have."""
     format_ = format_ or native_format(sae.architecture)
-    if sae.architecture not in format_.architectures:
-        able = " or ".join(name.lower() for name, other in FORMATS.items() if sae.architecture in other.architectures)
+    written = sae if format_.has(sae.architecture) else sae.as_known()
+    if written is None or not format_.has(written.architecture):
+        kinds = [sae.architecture] if written is None else [sae.architecture, written.architecture]
+        able = [name.lower() for name, other in FORMATS.items() if any(map(other.has, kinds))]
         raise BadInput(
             f"a {sae.architecture!r} dictionary cannot be written in {format_.name}'s format, which is "
-            f"{', '.join(sorted(format_.architectures))} only; choose {able}"
+            f"{', '.join(sorted(format_.architectures or ()))} only; choose {' or '.join(able)}"
         )
-    format_.write(folder, sae, about or About())
+    format_.write(folder, written, about or About())
 
 
 def load_sae(folder: Path) -> Sae:

@@ -11,6 +11,7 @@ Legend: B batch, D model width (d_in), M latents, K active latents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -40,6 +41,10 @@ class Sae(ABC):
     architecture: ClassVar[str]
     penalised: ClassVar[bool] = False
     """whether a sparsity term decides how many latents fire, so that its coefficient has to be found"""
+    gradients_at_once: ClassVar[int] = 2
+    """gradients as large as the weights that a step holds: 1 where it is made in one piece (see ``sae.memory``)"""
+    slots_per_k: ClassVar[int] = 8
+    """most slots of a token that a step holds for the whole batch, in units of k; 0 where it goes piece by piece"""
     k: int | None
     """latents that fire per token, or that training aims at on average; None where nobody says"""
 
@@ -79,6 +84,16 @@ class Sae(ABC):
     def weights(self) -> dict[str, Tensor]:
         """All tensors that define what the dictionary computes: the parameters, and what training only measures."""
         return self.parameters()
+
+    @classmethod
+    def of_weights(cls, weights: Mapping[str, Tensor], k: int | None) -> Self:
+        """The dictionary that has these :meth:`weights`; they are the names of the constructor's arguments."""
+        build: Callable[..., Self] = cls
+        return build(**weights, k=k)
+
+    def as_known(self) -> Sae | None:
+        """A dictionary that computes the same and that other programs have, for export; ``None``: there is none."""
+        return None
 
     def measure(self, loss: Loss, step: int) -> None:  # noqa: B027 - most architectures measure nothing
         """What training measures rather than learns: called after each update, with the step's number from 0."""

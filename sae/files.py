@@ -99,9 +99,13 @@ def read_json(path: Path) -> Any:
 def write_table(path: Path, table: pd.DataFrame, **metadata: Any) -> None:
     """Write ``table`` as Parquet with ``metadata`` (any JSON values) in its footer."""
     arrow = pa.Table.from_pandas(table, preserve_index=False)
-    stored = {**(arrow.schema.metadata or {}), _META: json.dumps({"schema": SCHEMA, **metadata}).encode()}
     with atomic(path) as temporary:
-        pq.write_table(arrow.replace_schema_metadata(stored), temporary)
+        pq.write_table(arrow.replace_schema_metadata(with_metadata(arrow.schema, metadata)), temporary)
+
+
+def with_metadata(schema: pa.Schema, metadata: Mapping[str, Any]) -> dict[bytes, bytes]:
+    """A schema's metadata with ours beside it, as :func:`table_metadata` reads them."""
+    return {**(schema.metadata or {}), _META: json.dumps({"schema": SCHEMA, **metadata}).encode()}
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:

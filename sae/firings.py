@@ -72,6 +72,7 @@ class FiringStore:
             mapped(index / f"{name}.npy") for name in INDEX_FILES
         )
         self._windows_per_shard = self.provenance["sequences_per_shard"] * self.windows_per_sequence
+        self._layouts: dict[int, list[tuple[np.dtype[Any], int, tuple[int, ...]]]] = {}
 
     @classmethod
     def open(cls, folder: Path | str) -> FiringStore:
@@ -142,6 +143,23 @@ class FiringStore:
         ends = np.cumsum(counts[local * self.window : (local + 1) * self.window], dtype=np.int64)
         return np.split(np.asarray(here), ends[:-1])
 
+    def firing_in(self, window_ids: npt.ArrayLike) -> tuple[Ints, Ints]:
+        """The firings in any windows: of each, which of ``window_ids`` it is in (its index) and the latent.
+
+        In no particular order; a latent that fires at several tokens of a window is there several times.
+        """
+        ids = self._checked(window_ids)
+        shard, local = np.divmod(ids, self._windows_per_shard)
+        rows, found = [], []
+        for number in np.unique(shard).tolist():  # each mapped once: for many windows the mapping is what takes time
+            latents, _, window_offsets = self.shard(number)
+            here = np.flatnonzero(shard == number)
+            start, stop = (window_offsets[local[here] + i].astype(np.int64) for i in (0, 1))
+            row, taken = _ranges(start, stop)
+            rows.append(here[row])
+            found.append(latents[taken].astype(np.int64))
+        return np.concatenate([np.empty(0, np.int64), *rows]), np.concatenate([np.empty(0, np.int64), *found])
+
     def tokens(self, window_ids: npt.ArrayLike) -> Ints:
         """Token ids of the given windows, out of the study's corpus: [n, w]."""
         ids = self._checked(window_ids)
@@ -186,10 +204,17 @@ class FiringStore:
     def shard(self, number: int) -> tuple[Array, ...]:
         """``latents``, ``counts`` and ``window_offsets`` of one shard (see the module's head), memory-mapped.
 
-        Mapped afresh each time: a map costs microseconds, an open file is scarce.
+        Mapped afresh each time: a map costs microseconds, an open file is scarce. What does take time is reading the
+        files' heads, so these are kept.
         """
         name = self.record["shards"][number]["name"]
-        return tuple(mapped(self.folder / "shards" / name / f"{kind}.npy") for kind in SHARD_FILES)
+        paths = [self.folder / "shards" / name / f"{kind}.npy" for kind in SHARD_FILES]
+        if number not in self._layouts:
+            arrays = tuple(mapped(path) for path in paths)
+            self._layouts[number] = [(a.dtype, a.offset, a.shape) for a in arrays]
+            return arrays
+        layouts = zip(paths, self._layouts[number], strict=True)
+        return tuple(np.memmap(path, dtype, "r", offset, shape) for path, (dtype, offset, shape) in layouts)
 
     # --- within ---------------------------------------------------------------------------------------
 
@@ -300,9 +325,10 @@ def _expected_shapes(record: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def mapped(path: Path) -> Array:
+def mapped(path: Path) -> np.memmap[Any, Any]:
     """A ``.npy`` file as a read-only memory map."""
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    array: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
 
 
 def _damaged(folder: Path, what: str) -> BadInput:

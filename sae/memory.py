@@ -15,6 +15,8 @@ For S dictionaries of M latents on width D, in steps of B tokens, with K slots p
 - **fixed**: a block's forward pass through the subject model and, for each hookpoint, the blocks held where there is no
   cache on disk; where most latents are dead, AuxK's copies of their weights and gradients, twice the gradient.
 
+An architecture says for itself whether it has a penalty, how many gradients and slots (:class:`sae.dictionary.Sae`).
+
 Nothing grows with B x M. ``tests/sae/test_step_memory.py`` holds gradient, step and pieces against the measured peak
 of a step of every architecture on the CPU; what is fixed is an allowance.
 """
@@ -27,10 +29,13 @@ from dataclasses import dataclass
 
 import torch
 
+from sae.architectures import ARCHITECTURES
 from sae.corpus import BLOCK_TOKENS, MIXED_BLOCKS
+from sae.dictionary import Sae
 from sae.errors import UserError
 from sae.host_memory import free_host_bytes
 from sae.settings import TrainingSettings
+from sae.stacked import can_be_stacked
 
 _PIECES = {"cpu": 3 * (32 << 20), "cuda": 512 << 20}
 _HELD_SLOTS = 2 * 40 * (2 << 20)
@@ -75,9 +80,9 @@ def training_need(parts: Sequence[Part], device: str | torch.device = "cpu") -> 
     each = [dictionary_bytes(p.settings.num_latents, p.d_in) for p in parts]
     widths = {p.hookpoint: p.d_in for p in parts}
     batch = max(p.settings.batch_tokens for p in parts)
-    together = [p.seeds if kind == "cuda" and p.settings.architecture == "topk" else 1 for p in parts]
+    together = [p.seeds if kind == "cuda" and can_be_stacked(_kind(p)) else 1 for p in parts]
     dense = batch * max(p.settings.num_latents for p in parts)
-    held = _HELD_SLOTS if any(_has_penalty(p) for p in parts) else 0
+    held = _HELD_SLOTS if any(_kind(p).penalised for p in parts) else 0
     return Need(
         states=sum(size * p.seeds for size, p in zip(each, parts, strict=True)),
         gradient=max(_gradient_bytes(p) * n for p, n in zip(parts, together, strict=True)),
@@ -88,24 +93,22 @@ def training_need(parts: Sequence[Part], device: str | torch.device = "cpu") -> 
     )
 
 
-def _has_penalty(part: Part) -> bool:
-    return part.settings.architecture not in ("topk", "batchtopk")
+def _kind(part: Part) -> type[Sae]:
+    return ARCHITECTURES[part.settings.architecture]
 
 
 def _gradient_bytes(part: Part) -> int:
     """Of one dictionary's gradient as it is made, without what AuxK may add."""
     plain = dictionary_bytes(part.settings.num_latents, part.d_in) // 3
-    rounded = 0 if _has_penalty(part) else 2 * part.settings.num_latents * part.d_in
-    return plain * (1 if part.settings.architecture == "topk" else 2) + rounded
+    rounded = 0 if _kind(part).penalised else 2 * part.settings.num_latents * part.d_in
+    return plain * _kind(part).gradients_at_once + rounded
 
 
 def _slots(part: Part) -> int:
     """Slots of a token in a step that are made for the whole batch."""
-    settings = part.settings
-    if _has_penalty(part):
-        return 0
-    auxiliary = (settings.k_aux or part.d_in // 2) * (settings.auxk > 0)
-    return settings.k * (1 if settings.architecture == "topk" else 8) + auxiliary
+    settings, kind = part.settings, _kind(part)
+    auxiliary = 0 if kind.penalised else (settings.k_aux or part.d_in // 2) * (settings.auxk > 0)
+    return settings.k * kind.slots_per_k + auxiliary
 
 
 def free_bytes(device: str | torch.device) -> int | None:

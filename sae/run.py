@@ -40,14 +40,17 @@ if TYPE_CHECKING:
 
 DEFAULT_ROOT = Path("eval_runs")
 RESERVED = frozenset({"alignments", "reports", "recipes", "reference", "corpora", "logs"})
-_FUZZING = (
+MAIN_SCORER = "detection"
+"""Whose scores are *the* scores of latents; those of other scorers stand beside them, under their names."""
+_BASELINE = "ngram"  # whose explanations stand back behind others' of the same latent
+_BESIDE = (
     *("balanced_accuracy", "ba_low", "ba_high", "tpr", "tnr", "auroc", "auroc_low", "auroc_high"),
     *("n_active", "n_inactive", "n_failed"),
 )
 LATENT_STAGES = ("firing", "overlap", "contexts", "scores")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(?:-[A-Za-z0-9._]+)*")
 _LONGEST_NAME = 80  # two of them, and a few letters more, are the name of an alignment's file
-_WEIGHTS = ("sae.safetensors", "sae_weights.safetensors")  # TopK; the other architectures (see sae.checkpoint)
+_WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "dictionary.safetensors")  # see sae.checkpoint
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "openai")
 
 
@@ -251,14 +254,14 @@ class Run:
 def _scores_of_latents(table: pd.DataFrame) -> pd.DataFrame:
     """A score table as one row per latent; see :meth:`Run.latents`."""
     own = table[table["control"] == "none"]
-    rank = 2 * (own["status"] == "ok") + (own["explainer"] != "ngram")
+    rank = 2 * (own["status"] == "ok") + (own["explainer"] != _BASELINE)
     own = own.loc[rank.sort_values(kind="stable").index]
-    fuzzing = own["scorer"] == "fuzzing"
-    found = own[~fuzzing].drop_duplicates("latent", keep="last").set_index("latent")
-    beside = own[fuzzing].drop_duplicates("latent", keep="last").set_index("latent")
-    if len(beside):
-        kept = ["status", *(column for column in _FUZZING if column in beside)]
-        found = found.join(beside[kept].add_prefix("fuzzing_"), how="outer")
+    others = sorted(set(own["scorer"].dropna()) - {MAIN_SCORER})
+    found = own[~own["scorer"].isin(others)].drop_duplicates("latent", keep="last").set_index("latent")
+    for scorer in others:
+        beside = own[own["scorer"] == scorer].drop_duplicates("latent", keep="last").set_index("latent")
+        kept = ["status", *(column for column in _BESIDE if column in beside)]
+        found = found.join(beside[kept].add_prefix(f"{scorer}_"), how="outer")
     return found.reset_index()
 
 

@@ -10,14 +10,26 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from sae.amounts import parse_amount
+from sae.architectures import ARCHITECTURES
 from sae.errors import BadInput, NotFound, nearest
 
 
 def _amount(value: Any) -> Any:
     return parse_amount(value) if isinstance(value, str) else value
+
+
+def _architecture(name: str) -> str:
+    if name in ARCHITECTURES:
+        return name
+    raise PydanticCustomError(
+        "architecture",
+        "no file of that name in sae/architectures; choose {choice}",
+        {"choice": nearest(name, ARCHITECTURES)},
+    )
 
 
 class _Table(BaseModel):
@@ -50,8 +62,8 @@ class CorpusSettings(_Table):
 class TrainingSettings(_Table):
     """The sparse autoencoder and how it is trained."""
 
-    architecture: Literal["topk", "batchtopk", "relu", "gated", "jumprelu"] = Field(
-        "topk", description="what makes latents fire: topk, batchtopk, relu (with an L1 penalty), gated or jumprelu"
+    architecture: Annotated[str, AfterValidator(_architecture)] = Field(
+        "topk", description="what makes latents fire: the name of a file in sae/architectures"
     )
     num_latents: int = Field(1024, ge=1, description="width of the dictionary (M)")
     k: int = Field(8, ge=1, description="active latents per token (K), on average where their number may vary")
@@ -65,14 +77,14 @@ class TrainingSettings(_Table):
         None, ge=1, description="tokens without a firing that make a latent dead; default min(10M, 5%% of the run)"
     )
     sparsity_warmup_steps: int | None = Field(
-        None, ge=1, description="relu, gated, jumprelu: steps in which L0 is led to k; default a fifth of the run"
+        None, ge=1, description="steps in which L0 is led to k, where a penalty decides it; default a fifth of the run"
     )
     bandwidth: float = Field(
         0.01, gt=0, description="jumprelu: width of the window that teaches the thresholds, see sae/objective.py"
     )
     precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
-        description="of the product by which training chooses latents (topk, batchtopk, AuxK); "
+        description="of the product by which training chooses latents (by rank, and in AuxK); "
         "auto: the fewest bits that the machine has instructions for (int8 on CPUs only)",
     )
     frozen: Literal["nothing", "decoder", "everything"] = Field(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sae import kernels
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.dictionary import Sae
 from sae.objective import AuxK, Loss, Objective
 
@@ -106,9 +106,14 @@ class Found(NamedTuple):
     """views into the stack's gradient"""
 
 
+def can_be_stacked(kind: type[Sae]) -> bool:
+    """Whether a stack does what the architecture does: the steps here are TopK's, and nothing derived from it."""
+    return kind is TopKSae
+
+
 def stacked(saes: Sequence[Sae]) -> Stack | None:
     """``saes`` as a stack, where that is of use: several TopK dictionaries of one form on a CUDA device with Triton."""
-    kinds = [sae for sae in saes if type(sae) is TopKSae]
+    kinds = [sae for sae in saes if isinstance(sae, TopKSae) and can_be_stacked(type(sae))]
     if not kinds or len(kinds) < len(saes) or kinds[0].device.type != "cuda":
         return None
     steps: Any = kernels.triton_steps()

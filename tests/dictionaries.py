@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae.architectures import BatchTopKSae, GatedSae, JumpReluSae, ReluSae, TopKSae
+from sae.architectures.batchtopk import BatchTopKSae
+from sae.architectures.gated import GatedSae
+from sae.architectures.jumprelu import JumpReluSae
+from sae.architectures.relu import ReluSae
+from sae.architectures.topk import TopKSae
 from sae.dictionary import Sae
 
 D, M, K = 6, 20, 3

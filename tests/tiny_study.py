@@ -6,6 +6,7 @@ are plentiful, and the n-gram baseline has something to say.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
@@ -21,6 +22,11 @@ import pandas as pd
 
 import cli as program
 from autointerp.journal import Journal
+from sae.harvest_stage import harvest_runs
+from sae.run import Run
+from sae.settings import Settings
+from sae.stage import Compute
+from sae.train_stage import Study, train_studies
 
 HOOKPOINT = "layers.1.input_layernorm"
 NUM_LATENTS, K = 64, 2
@@ -104,6 +110,25 @@ def write_recipe(path: Path, model: Path, texts: Path, **training: object) -> Pa
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def harvested_study(
+    root: Path, model: Path, *, num_latents: int = 32, controls: bool = False, **contexts: int
+) -> list[Run]:
+    """One run of a made-up model on the source of a module, trained and harvested; its control SAEs too if asked for.
+
+    ``contexts`` are values of that table of settings. Returns the run, and the controls after it.
+    """
+    settings = Settings().with_values(
+        subject={"model": str(model), "hookpoint": "layers.1.mlp"},
+        corpus={"kind": "text", "source": (argparse.__file__,), "context": 64},
+        training={"num_latents": num_latents, "k": 4, "tokens": 20_000, "batch_tokens": 1024},
+        harvest={"tokens": 30_000},
+        contexts=contexts,
+    )
+    (runs,) = train_studies([Study("run", settings, (0,))], root, Compute("cpu", 1), controls=controls)
+    harvest_runs(runs, Compute("cpu", 1))
+    return runs
 
 
 def tree(root: Path, *, under: str = "*") -> dict[str, str]:

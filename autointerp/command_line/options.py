@@ -8,23 +8,33 @@ from typing import Annotated
 
 import typer
 
+from autointerp.command_line.values import known
+from autointerp.explainers import EXPLAINERS
+from autointerp.judges import JUDGES
+from autointerp.scorers import SCORERS
+from sae.architectures import ARCHITECTURES
+
 ROOT = Path("eval_runs")
 
 
-class Backend(enum.StrEnum):
-    """Who explains or judges."""
-
-    auto = "auto"
-    llm = "llm"
-    ngram = "ngram"
-
-
 class OtherFormat(enum.StrEnum):
-    """A format that another program opens."""
+    """A format that another program opens: three of SAEs, three of tables."""
 
     sparsify = "sparsify"
     saelens = "saelens"
     dictionary_learning = "dictionary_learning"
+    csv = "csv"
+    parquet = "parquet"
+    neuronpedia = "neuronpedia"
+
+
+class PairOrder(enum.StrEnum):
+    """By what pairs of latents are ordered (see :mod:`autointerp.pair_choice`)."""
+
+    similarity = "similarity"
+    score = "score"
+    gap = "gap"
+    firing = "firing"
 
 
 class Definition(enum.StrEnum):
@@ -106,9 +116,7 @@ Split = Annotated[str | None, typer.Option("--split", help="The dataset's split.
 Column = Annotated[str | None, typer.Option("--column", help="The dataset's column that holds the text.")]
 Configuration = Annotated[str | None, typer.Option("--config", help="The dataset's configuration.")]
 Context = Annotated[int | None, typer.Option("--context", help="Tokens in a packed sequence.")]
-Architecture = Annotated[
-    str | None, typer.Option("--architecture", help="topk, batchtopk, relu (with an L1 penalty), gated or jumprelu.")
-]
+Architecture = Annotated[str | None, typer.Option("--architecture", help=f"{ARCHITECTURES.words()}. Default: topk.")]
 TrainPrecision = Annotated[
     str | None,
     typer.Option(
@@ -150,8 +158,39 @@ ImportedFrom = Annotated[
 ]
 ImportedName = Annotated[str, typer.Option("--name", help="The run that it becomes.")]
 ImportedStudy = Annotated[str, typer.Option("--study", help="The study that the run joins, new or not.")]
-ExportTo = Annotated[Path, typer.Option("--to", help="The folder to write, new or empty.")]
-ExportFormat = Annotated[OtherFormat, typer.Option("--format", help="The program that is to open it.")]
+ExportTo = Annotated[
+    Path, typer.Option("--to", help="The folder to write, new or empty; of a table the file (.gz: compressed).")
+]
+ExportFormat = Annotated[
+    OtherFormat,
+    typer.Option(
+        "--format", help="Of an SAE: sparsify, saelens, dictionary_learning. Of a table: csv, parquet, neuronpedia."
+    ),
+]
+ExportedSaes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sae",
+        help="The run. Default: the newest study's first. Several, for tables of pairs: the first against the others.",
+    ),
+]
+ExportedTable = Annotated[
+    str | None,
+    typer.Option(
+        "--table",
+        metavar="NAME",
+        help="latents, explanations, scores, verdicts, pairs, findings, …; a wrong name lists all.",
+    ),
+]
+ModelId = Annotated[
+    str | None, typer.Option("--model-id", help="neuronpedia: its id of the model. Default: the model's name.")
+]
+SourceId = Annotated[
+    str | None, typer.Option("--source-id", help="neuronpedia: its id of the SAE. Default: LAYER-RUN, such as 6-run_a.")
+]
+AuthorId = Annotated[
+    str | None, typer.Option("--author-id", help="neuronpedia: the author's id there. Default: that of its own tools.")
+]
 
 # --- what counts as shared ---------------------------------------------------------------------------------------
 
@@ -175,22 +214,42 @@ Latents = Annotated[
 Indices = Annotated[str | None, typer.Option("--indices", help="These latents: 3,17,40-60.")]
 WithPartners = Annotated[bool, typer.Option("--with-partners", help="Also each latent's partner in the sibling run.")]
 Explainer = Annotated[
-    Backend, typer.Option("--explainer", help="auto: an LLM where one is given, else the n-gram baseline.")
+    str,
+    typer.Option(
+        "--explainer",
+        callback=known(EXPLAINERS, "auto"),
+        help=f"{EXPLAINERS.words('auto')}. auto: llm where a language model is given, else ngram, the baseline.",
+    ),
 ]
 ScoredSaes = Annotated[
     list[str] | None,
     typer.Option("--sae", help="A run. Default: every stored explanation that has no score yet, in all runs."),
 ]
 Scorers = Annotated[
-    list[str] | None, typer.Option("--scorer", help="detection (the default), fuzzing; may be repeated.")
+    list[str] | None, typer.Option("--scorer", help=f"{SCORERS.words()}; may be repeated. Default: detection.")
 ]
-Judge = Annotated[Backend, typer.Option("--judge", help="auto: an LLM where one is given, else the n-gram baseline.")]
+Judge = Annotated[
+    str,
+    typer.Option(
+        "--judge",
+        callback=known(JUDGES, "auto"),
+        help=f"{JUDGES.words('auto')}. auto: llm where a language model is given, else ngram, the baseline.",
+    ),
+]
+SweepJudge = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        callback=known(JUDGES, "auto"),
+        help=f"{JUDGES.words('auto')}. Default: called as the explainer, else auto.",
+    ),
+]
 ControlLatents = Annotated[
     int | None,
     typer.Option(
         "--control-latents",
         min=0,
-        help="Latents also judged by a dissimilar latent's explanation. Default: all (ngram), 50 (llm).",
+        help="Latents also judged by a dissimilar latent's explanation. Default: all, or 50 where a model is asked.",
     ),
 ]
 ControlSaeLatents = Annotated[
@@ -200,7 +259,8 @@ ControlSaeLatents = Annotated[
         min=0,
         help="Also explain so many latents of each control SAE of the study (one with a frozen random decoder, one "
         "that is not trained; `train` makes them), for `score` to compare with; 0: none. Default: as many as of the "
-        "run, at most 50 (llm: half as many requests again for 200 latents) or 200 (ngram); none with --indices.",
+        "run, at most 200, or 50 where a model is asked (half as many requests again for 200 latents); none with "
+        "--indices.",
     ),
 ]
 ScoredControlSaeLatents = Annotated[
@@ -346,3 +406,14 @@ Html = Annotated[
 HtmlTo = Annotated[Path | None, typer.Option("--to", help="Where the HTML file goes instead.")]
 LatentNumber = Annotated[int, typer.Option("--latent", help="The latent's number.")]
 ShownContexts = Annotated[int, typer.Option("--contexts", min=1, help="Contexts to show.")]
+
+# --- compare -----------------------------------------------------------------------------------------------------
+
+ComparedSaes = Annotated[list[str] | None, typer.Option("--sae", help="A run; given twice, for two.")]
+ShownPairs = Annotated[int, typer.Option("--latents", min=1, help="Pairs to show; --json has all.")]
+SortPairs = Annotated[
+    PairOrder | None,
+    typer.Option("--sort", help="Show the first by this. Default: spread from the most alike to the least alike."),
+]
+SharedPairs = Annotated[bool, typer.Option("--shared-only", help="Show only pairs that are shared.")]
+UnsharedPairs = Annotated[bool, typer.Option("--unshared-only", help="Show only pairs that are not shared.")]

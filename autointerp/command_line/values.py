@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import typer
+
+from sae.errors import nearest
+from sae.registry import Registry
 
 LISTS = frozenset({"--seeds", "--text", "--against", "--hookpoint"})
 
@@ -63,3 +70,14 @@ def indices(text: str | None) -> tuple[int, ...]:
         except (ValueError, OverflowError):
             raise BadInput(f"--indices {part!r} is not a latent or a range; write it like 3,17,40-60") from None
     return tuple(dict.fromkeys(found))
+
+
+def known(names: Registry[Any], *more: str) -> Callable[[str | None], str | None]:
+    """A check of an option's value, which is one of ``names`` or of ``more``; the nearest are offered."""
+
+    def check(value: str | None) -> str | None:
+        if value is None or value in more or value in names:
+            return value
+        raise typer.BadParameter(f"{value!r} is not known; choose {nearest(value, [*more, *names])}")
+
+    return check

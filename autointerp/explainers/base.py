@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from autointerp.llm.usage import Usage
 from autointerp.method import Method
 
 if TYPE_CHECKING:
+    from autointerp.backends import LlmOptions
     from autointerp.contexts import Context
+    from autointerp.llm.client import LlmClient
+    from autointerp.llm.exchange import Request
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Explanation:
 
 
 class Explainer(Method, Protocol):
-    """A way of explaining."""
+    """A way of explaining. One that asks no model is made without arguments; else see :class:`ModelExplainer`."""
 
     @property
     def needs_background(self) -> int:
@@ -49,4 +52,22 @@ class Explainer(Method, Protocol):
         latent comes back as a failure; what would go wrong with every latent (no server, a refused key) is raised
         as :class:`sae.errors.UserError`.
         """
+        ...
+
+
+class ModelExplainer(Explainer, Protocol):
+    """An explainer that asks a language model: how it is made, and what it would send."""
+
+    @classmethod
+    async def open(cls, client: LlmClient, options: LlmOptions) -> Self:
+        """One that asks ``client``, whose model is checked before anything is asked."""
+        ...
+
+    @classmethod
+    def plan(cls, client: LlmClient, options: LlmOptions) -> tuple[Self, list[str]]:
+        """As :meth:`open`, but sends nothing, for ``--dry-run``; and what is not known therefore, in sentences."""
+        ...
+
+    def request(self, contexts: Sequence[Context]) -> Request:
+        """What is sent for ``contexts``."""
         ...

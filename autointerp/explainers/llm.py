@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from autointerp.explainers.base import Explanation
 from autointerp.llm.capability import Capabilities
@@ -21,6 +21,7 @@ from autointerp.prompts import conversation
 from sae.files import digest
 
 if TYPE_CHECKING:
+    from autointerp.backends import LlmOptions
     from autointerp.contexts import Context
 
 LONGEST = 1500
@@ -42,6 +43,7 @@ class LlmExplainer:
     """
 
     name = "llm"
+    asks_model: ClassVar[bool] = True
     needs_background = 0
 
     def __init__(
@@ -60,6 +62,16 @@ class LlmExplainer:
         self.settings_hash = digest(
             {"format": _FORMAT, "temperature": temperature, "threshold": threshold, "max_tokens": max_tokens}
         )
+
+    @classmethod
+    async def open(cls, client: LlmClient, options: LlmOptions) -> Self:  # noqa: ARG003
+        """See :meth:`autointerp.explainers.base.ModelExplainer.open`."""
+        return cls(client)
+
+    @classmethod
+    def plan(cls, client: LlmClient, options: LlmOptions) -> tuple[Self, list[str]]:  # noqa: ARG003
+        """See :meth:`autointerp.explainers.base.ModelExplainer.plan`."""
+        return cls(client), []
 
     @property
     def model(self) -> str:

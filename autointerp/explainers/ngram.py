@@ -24,13 +24,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from scipy.special import expit
 
 from autointerp.explainers.base import Explanation
-from autointerp.explainers.ngram_counts import Bools, Floats, Positions, search
+from autointerp.method import BASELINE
+from autointerp.ngram_counts import Bools, Floats, Positions, search
 from autointerp.patterns import HIGHEST, LONGEST_RUN, Pattern, Patterns, bounded, rounded
 from sae.files import digest
 
@@ -59,7 +60,8 @@ class NgramSettings:
 class NgramExplainer:
     """An :class:`autointerp.explainers.base.Explainer` that counts. Equal contexts give an equal sentence."""
 
-    name = "ngram"
+    name = BASELINE
+    asks_model: ClassVar[bool] = False
     prompt_hash = ""
     model = ""
 

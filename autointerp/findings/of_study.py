@@ -8,20 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from autointerp.evidence import Study
 from autointerp.findings.dictionaries import THRESHOLD, Dictionaries, findings_of_dictionaries
 from autointerp.findings.finding import Finding
 from autointerp.findings.scores import Scores, findings_of_scores
 from autointerp.findings.sweeps import findings_of_sweeps
-from autointerp.pooled import scored_alike
 from autointerp.relation import Part
-from autointerp.scored import status_kind
+from autointerp.scored_pairs import scored_pairs
 from autointerp.sweep_table import sweeps_of
-from sae.bootstrap import partner_units
-from sae.overlap import shared
 
 _RECIPES = {"width": "widths", "k": "ks", "tokens": "tokens", "architecture": "architectures"}
 
@@ -98,7 +92,7 @@ def _scores(study: Study, tree: Mapping[str, Any], part: Part | None) -> Scores:
         scores=scores,
         relation=tree["relation"],
         table=part.joined() if part is not None and similar else None,
-        pairs=_pairs(study),
+        pairs=scored_pairs(study, THRESHOLD),
         judge=" ".join(word for word in (setup.get("judge"), str(setup.get("model") or "")) if word) or "none",
         more={
             "score": ask(),
@@ -107,40 +101,3 @@ def _scores(study: Study, tree: Mapping[str, Any], part: Part | None) -> Scores:
             "more": ask("--latents", "400"),
         },
     )
-
-
-def _pairs(study: Study) -> pd.DataFrame | None:
-    """Latents and their decoder-matched partners in other runs, where both are scored in the same way: see Scores."""
-    if study.setup is None or len(study.compared) < 2:
-        return None
-    scores = {name: found for name in study.compared if len(found := _good(study, name))}
-    units, parts = partner_units(study.compared, study.tables), []
-    for i, a in enumerate(study.compared):
-        for b in study.compared[i + 1 :]:
-            if a in scores and b in scores:
-                parts.append(_pairs_of(study.tables[a, b], scores[a], scores[b], units[a]))
-    return pd.concat(parts, ignore_index=True) if parts else None
-
-
-def _pairs_of(table: pd.DataFrame, here: pd.Series, there: pd.Series, unit: np.ndarray) -> pd.DataFrame:
-    partner, aligned = table["decoder_partner"].to_numpy(), shared(table, "both", THRESHOLD)
-    kept = [latent for latent in here.index if partner[latent] in there.index]
-    return pd.DataFrame(
-        {
-            "score": here.loc[kept].to_numpy(float),
-            "score_there": there.loc[partner[kept]].to_numpy(float),
-            "aligned": aligned[kept],
-            "unit": unit[kept],
-        }
-    )
-
-
-def _good(study: Study, name: str) -> pd.Series:
-    """Latent → score of a run, of those that are scored as the focus run is."""
-    run = next(run for run in study.runs if run.name == name)
-    found = scored_alike(study, run)
-    if found is None or found[0] is None:
-        return pd.Series(dtype=float)
-    rows = found[0]
-    good = rows[(rows["control"] == "none") & (rows["status"].map(status_kind) == "ok")]
-    return good.set_index("latent")["balanced_accuracy"].astype(float)

@@ -23,6 +23,7 @@ from autointerp.findings.finding import (
 )
 from autointerp.numerals import decimal, estimate
 from autointerp.rank_bootstrap import Resamples, interval_of
+from autointerp.scored_pairs import agreement
 from sae.estimate import Estimate
 
 CHANCE = 0.5
@@ -157,16 +158,11 @@ def both_scored_finding(of: Scores) -> Finding:
     if of.pairs is None or int(of.pairs["aligned"].sum()) < FEWEST:
         n = 0 if of.pairs is None else int(of.pairs["aligned"].sum())
         return about.missing(f"{n} aligned pairs have both scores, it takes {FEWEST}", of.more["partners"])
-    draw, aligned = Resamples(of.pairs["unit"]), of.pairs["aligned"].to_numpy(bool)
-    one, other = of.pairs["score"].to_numpy(), of.pairs["score_there"].to_numpy()
-    found = interval_of(draw.correlations([one, other], aligned)[:, 0, 1], draw.count(aligned))
-    gap = np.abs(one - other)
-    apart = "" if aligned.all() else f", {decimal(gap[~aligned].mean())} elsewhere ({int((~aligned).sum())} pairs)"
-    why = (
-        f"tested: above 0; mean difference {decimal(gap[aligned].mean())} where aligned "
-        f"({int(aligned.sum())} pairs){apart}"
-    )
-    return about.row(found, against(found), why)
+    aligned = of.pairs["aligned"].to_numpy(bool)
+    here, elsewhere = agreement(of.pairs, aligned), agreement(of.pairs, ~aligned)
+    apart = f", {decimal(elsewhere.gap.value)} elsewhere ({elsewhere.n} pairs)" if elsewhere.n else ""
+    why = f"tested: above 0; mean difference {decimal(here.gap.value)} where aligned ({here.n} pairs){apart}"
+    return about.row(here.spearman, against(here.spearman), why)
 
 
 def findings_of_scores(of: Scores) -> list[Finding]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from autointerp.llm.usage import Usage
 from autointerp.method import Method
 
 if TYPE_CHECKING:
+    from autointerp.backends import LlmOptions
     from autointerp.contexts import Context
+    from autointerp.llm.client import LlmClient
+    from autointerp.llm.exchange import Request
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,10 @@ class Judgement:
 
 
 class Judge(Method, Protocol):
-    """A way of judging."""
+    """A way of judging. One that asks no model is made without arguments; else see :class:`ModelJudge`."""
+
+    reads: ClassVar[str | None]
+    """The one explainer whose sentences it can read; ``None``: any text."""
 
     @property
     def contexts_per_request(self) -> int:
@@ -56,4 +62,28 @@ class Judge(Method, Protocol):
         What goes wrong with one request comes back as failures of its contexts; what would go wrong with every
         request (no server, a refused key) is raised as :class:`sae.errors.UserError`.
         """
+        ...
+
+
+class ModelJudge(Judge, Protocol):
+    """A judge that asks a language model: how it is made, and what it would send."""
+
+    @classmethod
+    async def open(cls, client: LlmClient, options: LlmOptions) -> Self:
+        """One that asks ``client``, whose model is checked before anything is asked."""
+        ...
+
+    @classmethod
+    def plan(cls, client: LlmClient, options: LlmOptions) -> tuple[Self, list[str]]:
+        """As :meth:`open`, but sends nothing, for ``--dry-run``; and what is not known therefore, in sentences."""
+        ...
+
+    def of_marks(self) -> Self: ...
+
+    def request(self, explanation: str, contexts: Sequence[Context]) -> Request:
+        """What is sent for ``contexts``, of which there are at most ``contexts_per_request``."""
+        ...
+
+    def answer_like(self, request: Request) -> str:
+        """An answer as long as those that ``request`` is given."""
         ...

@@ -24,7 +24,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from autointerp.judges.base import Judgement
 from autointerp.llm.capability import Capabilities, probe
@@ -37,6 +37,7 @@ from sae.errors import BadInput
 from sae.files import digest
 
 if TYPE_CHECKING:
+    from autointerp.backends import LlmOptions
     from autointerp.contexts import Context
 
 Protocol = Literal["batch", "single"]
@@ -65,6 +66,8 @@ class LlmJudge:
     """
 
     name = "llm"
+    asks_model: ClassVar[bool] = True
+    reads: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -95,6 +98,37 @@ class LlmJudge:
             }
         )
 
+    @classmethod
+    async def open(cls, client: LlmClient, options: LlmOptions) -> Self:
+        """The judge for the protocol that the options name, its model checked.
+
+        ``auto`` is ``batch`` where somebody has said how many contexts a request is to have, else as
+        :func:`best_protocol` has it.
+        """
+        await client.check()
+        protocol = options.protocol
+        if protocol == "auto" and options.contexts_per_request is None:
+            protocol = best_protocol(await probe(client), client.local)
+        return cls._of(client, protocol, options.contexts_per_request)
+
+    @classmethod
+    def plan(cls, client: LlmClient, options: LlmOptions) -> tuple[Self, list[str]]:
+        """As :meth:`open`, by what is remembered of the servers."""
+        protocol, unknown = options.protocol, []
+        if protocol == "auto" and options.contexts_per_request is None:
+            client.remember_capabilities()
+            protocol = best_protocol(client.capabilities, client.local)
+            if client.capabilities.label_first is None:
+                unknown.append(
+                    "counted for the batch protocol: which one is best is only known when the server has been asked; "
+                    "give --protocol to have it your way"
+                )
+        return cls._of(client, protocol, options.contexts_per_request), unknown
+
+    @classmethod
+    def _of(cls, client: LlmClient, protocol: str, size: int | None) -> Self:
+        return cls(client, "single" if protocol == "single" else "batch", contexts_per_request=size or CONTEXTS)
+
     @property
     def model(self) -> str:
         return self._client.model
@@ -104,9 +138,9 @@ class LlmJudge:
         """What the model's servers have turned out to be able to do."""
         return self._client.capabilities
 
-    def of_marks(self) -> LlmJudge:
+    def of_marks(self) -> Self:
         """The same model under the same protocol, asked about marked tokens."""
-        return LlmJudge(
+        return type(self)(
             self._client,
             self.protocol,
             contexts_per_request=self.contexts_per_request,
@@ -169,23 +203,14 @@ class LlmJudge:
             affinity=explanation,
         )
 
+    def answer_like(self, request: Request) -> str:
+        """A list of labels; one label where the request asks for no list."""
+        if request.json_schema is None:
+            return "0"
+        return json.dumps({"labels": [0] * request.json_schema["properties"]["labels"]["maxItems"]})
+
     def _read(self, answer: Answer, n: int) -> Verdicts:
         return [parse_single(answer)] if self.protocol == "single" else parse_batch(answer, n)
-
-
-async def open_llm_judge(
-    client: LlmClient, protocol: str = "auto", contexts_per_request: int | None = None
-) -> LlmJudge:
-    """The judge for a protocol by name, its model checked.
-
-    ``auto`` is ``batch`` where somebody has said how many contexts a request is to have, else as :func:`best_protocol`
-    has it.
-    """
-    await client.check()
-    if protocol == "auto" and contexts_per_request is None:
-        protocol = best_protocol(await probe(client), client.local)
-    size = contexts_per_request or CONTEXTS
-    return LlmJudge(client, "single" if protocol == "single" else "batch", contexts_per_request=size)
 
 
 def best_protocol(found: Capabilities, local: bool) -> Protocol:

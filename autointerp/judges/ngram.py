@@ -8,9 +8,10 @@ not a "no": there is nothing in it that this judge can read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from autointerp.judges.base import Judgement
+from autointerp.method import BASELINE
 from autointerp.patterns import LONGEST_RUN, parse
 from sae.files import digest
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 class NgramJudge:
     """An :class:`autointerp.judges.base.Judge` that reads the sentences of the n-gram explainer."""
 
-    name = "ngram"
+    name = BASELINE
+    asks_model: ClassVar[bool] = False
+    reads: ClassVar[str | None] = BASELINE
     prompt_hash = ""
     model = ""
     contexts_per_request = 1_000

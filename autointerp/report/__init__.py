@@ -92,6 +92,23 @@ def render_written(written: Written, console: Console | None = None) -> None:
     )
 
 
+def render_exported(found: Mapping[str, Any], console: Console | None = None) -> None:
+    """Where a table is, and how large."""
+    there = "  (was there already)" if found["kept"] else ""
+    (console or _output()).out(
+        f"{visible(found['path'])}  {found['table']} of {visible(', '.join(found.get('runs', [found['run']])))}: "
+        f"{found['rows']:,} rows, {len(found['columns'])} columns, {found['bytes'] / 1e6:.1f} MB{there}",
+        highlight=False,
+    )
+
+
+def render_comparison(found: Mapping[str, Any], pairs: Mapping[str, Any], console: Console | None = None) -> None:
+    """``pairs`` are those of ``found`` to show; see :func:`autointerp.report.compare.show_comparison`."""
+    from autointerp.report.compare import show_comparison
+
+    show_comparison(found, pairs, console or _output())
+
+
 def render_alignment(found: Mapping[str, Any], console: Console | None = None) -> None:
     from autointerp.report.stages import show_alignment
 

@@ -48,6 +48,29 @@ def score_table(tree: Tree, page: Page) -> RenderableType:
     return table
 
 
+def other_scorers(tree: Tree, page: Page) -> Iterator[RenderableType]:
+    """What other scorers make of the latents, each beside its own swapped control; nothing where there is none."""
+    if not tree["other_scorers"]:
+        return
+    digits = 3 if page.wide else 2
+    heads = [("latents", "right"), ("own explanation", "left"), ("swapped control", "left"), ("own − swapped", "left")]
+    heads += [("AUROC", "right")] if page.wide else []
+    table = grid("also scored by", *heads, gap=2 if page.wide else 1)
+    for row in tree["other_scorers"]:
+        control = row["control"]
+        cells = [estimate(row["mean"], row["interval"], digits)]
+        cells += [estimate(control["mean"], control["interval"], digits)] if control else ["–"]
+        above = control["above_control"] if control else None
+        cells += [estimate(above["mean"], above["interval"], digits, sign=True)] if above else ["–"]
+        cells += [decimal(row["auroc_mean"])] if page.wide else []
+        table.add_row(visible(row["scorer"]), count(row["n_scored"]), *cells)
+    who = {(str(row["explainer"]), str(row["judge"])) for row in tree["other_scorers"]}
+    by = "; ".join(f"{visible(explainer)}, judged by {visible(judge)}" for explainer, judge in sorted(who))
+    yield Text()
+    yield table
+    yield Text(f"Explained by {by}. A score means what its scorer tests, and only that.", QUIET)
+
+
 def in_words(tree: Tree) -> Iterator[RenderableType]:
     """The same as sentences, a warning where the swapped control is not at one half, and how to get what lacks."""
     control = tree["control"]

@@ -46,10 +46,12 @@ def scores(found: Findings, page: Page) -> RenderableType:
     )
     tree = found["scores"]
     if tree is None or not tree["n_scored"]:
-        return section(page, title, says, missing(found, "score"), *_outcome(tree))
+        others = [] if tree is None else controls.other_scorers(tree, page)
+        return section(page, title, says, missing(found, "score"), *_outcome(tree), *others)
     control = tree["control"]
     body: list[RenderableType] = [*_sample(tree), Text(), *_histograms(tree, control, page), Text()]
     body += [controls.score_table(tree, page), *controls.in_words(tree), *controls.by_negatives(tree, page)]
+    body += controls.other_scorers(tree, page)
     body += _reliability(tree)
     return section(page, title, says, *body)
 

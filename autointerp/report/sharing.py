@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -24,6 +24,7 @@ from autointerp.report.layout import (
     indented,
     interval,
     legend,
+    listed,
     percent,
     percent_interval,
     section,
@@ -94,7 +95,7 @@ def overlap_table(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableTyp
         yield Text(words + (_OVER_PAIRS if len(tree["strict"]["pairs"]) > 1 else "."), QUIET)
     yield from _pairs(tree, page)
     yield from _growth(tree)
-    yield from _sweep(tree)
+    yield from _sweep(tree, page)
 
 
 _MAX_COSINE = "max_cosine", "max_cosine_range"
@@ -173,10 +174,13 @@ def _heat(value: float | None, low: float, high: float, page: Page) -> Text:
 _SWEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def _sweep(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
+def _sweep(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableType]:
     """What is shared at other thresholds; beside it the null of the decoder definition, which bounds the others'."""
     sweep = tree["sweep"]
     at = [sweep["threshold"].index(value) for value in _SWEPT]
+    if page.width < _ROOM_FOR_SWEEP:
+        yield from _sweep_down(tree, at)
+        return
     table = grid("at cosine >", *((decimal(value, 1), "right") for value in _SWEPT))
     for name in ("strict", "both", "decoder"):
         style = "bold" if name == tree["definition"] else ""
@@ -187,6 +191,23 @@ def _sweep(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield table
     if tree["nulls"]:
         yield Text("By chance strict and both are at most what decoder is: they ask for more.", QUIET)
+
+
+_ROOM_FOR_SWEEP = 76
+
+
+def _sweep_down(tree: Mapping[str, Any], at: Sequence[int]) -> Iterator[RenderableType]:
+    """The same with a row for each threshold, where there is no room for a column each."""
+    names = ("strict", "both", "decoder")
+    table = grid("at cosine >", *((name, "right") for name in (*names, *tree["nulls"])))
+    for value, i in zip(_SWEPT, at, strict=True):
+        of_null = (of["sweep"]["decoder"][i] for of in tree["nulls"].values())
+        cells = [Text(percent(tree["sweep"][name][i]), "bold" if name == tree["definition"] else "") for name in names]
+        table.add_row(decimal(value, 1), *cells, *(Text(percent(x), QUIET) for x in of_null))
+    yield Text()
+    yield table
+    if tree["nulls"]:
+        yield Text(f"By chance: {listed(list(tree['nulls']))}, of decoder, which the others are at most.", QUIET)
 
 
 def _growth(tree: Mapping[str, Any]) -> Iterator[RenderableType]:

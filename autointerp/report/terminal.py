@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from autointerp.method import BASELINE
 from autointerp.report import controls, dictionaries, explanations, paper, sharing
 from autointerp.report.layout import (
     ACCENT,
@@ -37,8 +38,8 @@ from autointerp.report.visible import shown, visible
 Findings = Mapping[str, Any]
 #: What stands for block characters where the output cannot hold them.
 _ASCII = str.maketrans(
-    "▁▂▃▄▅▆▇█▏▎▍▌▋▊▉▒▓░─━┴├┤┊●•·–−«»…‰↵⇥",
-    "..::++##.::++##%@:-=+[]|o*.--<>.%\\>",
+    "▁▂▃▄▅▆▇█▏▎▍▌▋▊▉▒▓░─━┴├┤┊●•·–−«»…‰↵⇥↔",
+    "..::++##.::++##%@:-=+[]|o*.--<>.%\\>=",
 )
 
 
@@ -134,9 +135,9 @@ def _agent(agent: Mapping[str, Any] | None, otherwise: str) -> str:
     """Who explained or judged, called what it is."""
     if agent is None:
         return otherwise
-    if agent["name"] == "ngram":
+    if agent["name"] == BASELINE:
         return "n-gram baseline: token patterns, no language model"
-    return f"{agent['name']}: {agent['model']}" if agent["model"] else str(agent["name"])
+    return f"{agent['name']}: {agent['model'] or 'no language model'}"
 
 
 def in_short(found: Findings) -> list[str]:

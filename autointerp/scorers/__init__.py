@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from autointerp.scorers.base import Scorer, ScoreRow
-from autointerp.scorers.detection import DetectionScorer
-from autointerp.scorers.fuzzing import FuzzingScorer
+from typing import TYPE_CHECKING
 
-SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (DetectionScorer, FuzzingScorer)}
+from sae.registry import Registry
+
+if TYPE_CHECKING:
+    from autointerp.scorers.base import Scorer
+
+SCORERS: Registry[Scorer] = Registry(__name__, "scorer")
 """Every scorer by its name on the command line and in the journal."""
-
-__all__ = ["SCORERS", "DetectionScorer", "FuzzingScorer", "ScoreRow", "Scorer"]

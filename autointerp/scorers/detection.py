@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pandas as pd
 
+from autointerp.measure import in_hash_order, measure
 from autointerp.scorers.base import ScoreRow
-from autointerp.scorers.measure import in_hash_order, measure
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context, ContextSampler, TestSet

@@ -23,8 +23,8 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
 from autointerp.contexts import TestSet
+from autointerp.measure import in_hash_order, measure
 from autointerp.scorers.base import ScoreRow
-from autointerp.scorers.measure import in_hash_order, measure
 from sae.firings import mix
 
 if TYPE_CHECKING:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from sae.architectures.batchtopk import BatchTopKSae
-from sae.architectures.gated import GatedSae
-from sae.architectures.jumprelu import JumpReluSae
-from sae.architectures.relu import ReluSae
-from sae.architectures.topk import TopKSae
-from sae.dictionary import Sae
+from typing import TYPE_CHECKING
 
-_KINDS: tuple[type[Sae], ...] = (TopKSae, BatchTopKSae, ReluSae, GatedSae, JumpReluSae)
-ARCHITECTURES: dict[str, type[Sae]] = {kind.architecture: kind for kind in _KINDS}
+from sae.registry import Registry
 
-__all__ = ["ARCHITECTURES", "BatchTopKSae", "GatedSae", "JumpReluSae", "ReluSae", "TopKSae"]
+if TYPE_CHECKING:
+    from sae.dictionary import Sae
+
+ARCHITECTURES: Registry[Sae] = Registry(__name__, "architecture", "architecture")

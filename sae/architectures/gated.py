@@ -24,6 +24,7 @@ class GatedSae(Sae):
 
     architecture = "gated"
     penalised = True
+    slots_per_k = 0
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ class JumpReluSae(Sae):
 
     architecture = "jumprelu"
     penalised = True
+    slots_per_k = 0
 
     def __init__(
         self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor, k: int | None

@@ -24,6 +24,7 @@ class ReluSae(Sae):
 
     architecture = "relu"
     penalised = True
+    slots_per_k = 0
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int | None) -> None:
         super().__init__(W_enc, b_enc, W_dec, b_dec)

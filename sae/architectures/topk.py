@@ -21,6 +21,8 @@ class TopKSae(Sae):
     """
 
     architecture = "topk"
+    gradients_at_once = 1
+    slots_per_k = 1
     k: int
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> None:

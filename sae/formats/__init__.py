@@ -1,4 +1,6 @@
-"""The formats in which other programs keep a dictionary, one file each: what their files hold, read and written.
+"""The formats in which programs keep a dictionary, one file each: what their files hold, read and written.
+
+``native`` is for architectures that no other program has.
 
 Every reader ends with weights of ours, so what a format leaves to its own loader (a factor on the activations, a
 bias that is not subtracted, pre-activations scaled by the decoder's lengths) is folded into the weights: the
@@ -9,9 +11,10 @@ not depend on either.
 
 from __future__ import annotations
 
-from sae.formats import dictionary_learning, saelens, sparsify
+from sae.formats import dictionary_learning, native, saelens, sparsify
 from sae.formats.base import About, Format, Opened
 
-FORMATS: dict[str, Format] = {kind.name: kind for kind in (sparsify.FORMAT, saelens.FORMAT, dictionary_learning.FORMAT)}
+_OF_OTHERS = (sparsify.FORMAT, saelens.FORMAT, dictionary_learning.FORMAT)
+FORMATS: dict[str, Format] = {kind.name: kind for kind in (*_OF_OTHERS, native.FORMAT)}
 
 __all__ = ["FORMATS", "About", "Format", "Opened"]

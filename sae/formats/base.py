@@ -47,13 +47,17 @@ class Format:
     name: str
     weights: str
     config: str
-    architectures: frozenset[str]
+    architectures: frozenset[str] | None
+    """those that it has; ``None``: all"""
     read: Callable[[Path], Opened]
     """from a folder; raises NotFound for a missing file and BadInput for what cannot be used, in one line each"""
     write: Callable[[Path, Sae, About], None]
     """to a folder, the weights before the description; the architecture is one of ``architectures``"""
     beside: tuple[str, ...] = ()
     """further files that are read where they are there"""
+
+    def has(self, architecture: str) -> bool:
+        return self.architectures is None or architecture in self.architectures
 
 
 # --- descriptions -----------------------------------------------------------------------------------------

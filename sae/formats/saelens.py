@@ -25,7 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.architectures import BatchTopKSae, GatedSae, JumpReluSae, ReluSae, TopKSae
+from sae.architectures.batchtopk import BatchTopKSae
+from sae.architectures.gated import GatedSae
+from sae.architectures.jumprelu import JumpReluSae
+from sae.architectures.relu import ReluSae
+from sae.architectures.topk import TopKSae
 from sae.dictionary import Sae
 from sae.errors import BadInput
 from sae.files import write_json

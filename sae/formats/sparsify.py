@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.dictionary import Sae
 from sae.errors import BadInput
 from sae.files import write_json

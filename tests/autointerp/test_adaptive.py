@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import shutil
 import zlib
@@ -17,6 +16,7 @@ from fake_server import FakeServer, Reply, error, sensible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
+from tiny_study import harvested_study
 
 from autointerp.adaptive import Look, Precision, Rounds, Tally, _score, interval, schedule, stops, unbiased
 from autointerp.backends import LlmOptions
@@ -24,17 +24,15 @@ from autointerp.contexts import Context, Kind, TestSet
 from autointerp.explain import explain_runs
 from autointerp.journal import Journal
 from autointerp.score import score_runs
-from autointerp.scorers import DetectionScorer
+from autointerp.scorers.detection import DetectionScorer
 from autointerp.selection import Choice
 from autointerp.statistics import balanced_accuracy
 from autointerp.work import Outcome
 from sae.errors import BadInput, Unavailable
 from sae.files import read_table
-from sae.harvest_stage import harvest_runs
 from sae.run import Run
-from sae.settings import ContextSettings, Settings
+from sae.settings import ContextSettings
 from sae.stage import Compute
-from sae.train_stage import train_study
 
 # The looks, and the rule as a function of what has been judged
 
@@ -270,18 +268,9 @@ WIDE = Precision(0.13, 100)
 def explained(tmp_path_factory: pytest.TempPathFactory, tiny_neox_dir: Path) -> Path:
     """A root with one run whose latents have explanations."""
     root = tmp_path_factory.mktemp("explained")
-    chosen = Settings().with_values(
-        subject={"model": str(tiny_neox_dir), "hookpoint": "layers.1.mlp"},
-        corpus={"kind": "text", "source": (argparse.__file__,), "context": 64},
-        training={"num_latents": 32, "k": 4, "tokens": 20_000, "batch_tokens": 1024},
-        harvest={"tokens": 30_000},
-        contexts={"n_explain": 10, "n_active": 30, "n_inactive": 30},
-    )
-    compute = Compute("cpu", 1)
-    runs = train_study("run", [0], chosen, root, compute)
-    harvest_runs(runs, compute)
+    runs = harvested_study(root, tiny_neox_dir, n_explain=10, n_active=30, n_inactive=30)
     with FakeServer() as server:
-        explain_runs(runs, Choice(n=N), "llm", LlmOptions(url=server.url), compute)
+        explain_runs(runs, Choice(n=N), "llm", LlmOptions(url=server.url), Compute("cpu", 1))
     return root
 
 

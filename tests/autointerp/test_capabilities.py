@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from fake_server import FakeServer, Reply, token
 
-from autointerp.judges.llm import open_llm_judge
+from autointerp.backends import LlmOptions
+from autointerp.judges.llm import LlmJudge
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.capability import Capabilities, probe
 from autointerp.llm.client import LlmClient
@@ -122,7 +123,7 @@ def test_one_answer_without_is_enough() -> None:
 def test_auto_is_single_where_that_is_cheap_and_gives_probabilities(fault: dict[str, Any], protocol: str) -> None:
     async def main() -> str:
         async with LlmClient(server.url, backoff=0.001) as client:
-            return (await open_llm_judge(client)).protocol
+            return (await LlmJudge.open(client, LlmOptions())).protocol
 
     with FakeServer(**fault) as server:
         assert asyncio.run(main()) == protocol
@@ -136,7 +137,7 @@ def test_auto_elsewhere_is_single_only_where_prefixes_are_known_to_be_kept(
 
     async def main() -> str:
         async with LlmClient(server.url, backoff=0.001) as client:
-            return (await open_llm_judge(client)).protocol
+            return (await LlmJudge.open(client, LlmOptions())).protocol
 
     with FakeServer(counts_cached=counts) as server:
         assert asyncio.run(main()) == protocol

@@ -306,7 +306,7 @@ def test_from_a_real_subject_model_to_contexts(tiny_neox_dir: Path, lines: list[
     import torch
 
     from sae.activations import ActivationStream
-    from sae.architectures import TopKSae
+    from sae.architectures.topk import TopKSae
     from sae.corpus import prepare_corpus
     from sae.firings import FiringStore
     from sae.harvest import harvest

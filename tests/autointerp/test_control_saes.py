@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from fake_server import FakeServer, error, sensible
+from tiny_study import harvested_study
 
 from autointerp.backends import LlmOptions
 from autointerp.control_saes import sample_of, sample_size
@@ -26,11 +26,8 @@ from autointerp.work import Outcome
 from sae.controls import controls_of
 from sae.errors import Unavailable
 from sae.files import read_table
-from sae.harvest_stage import harvest_runs
 from sae.run import Run, study_runs
-from sae.settings import Settings
 from sae.stage import Compute
-from sae.train_stage import Study, train_studies
 
 N = 4
 CPU = Compute("cpu", 1)
@@ -43,15 +40,7 @@ NAMES = ["run_a", "run-frozen_a", "run-untrained_a"]
 def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_neox_dir: Path) -> Path:
     """A root with one run and its controls, harvested."""
     root = tmp_path_factory.mktemp("harvested")
-    settings = Settings().with_values(
-        subject={"model": str(tiny_neox_dir), "hookpoint": "layers.1.mlp"},
-        corpus={"kind": "text", "source": (argparse.__file__,), "context": 64},
-        training={"num_latents": 32, "k": 4, "tokens": 20_000, "batch_tokens": 1024},
-        harvest={"tokens": 30_000},
-        contexts={**SIZES, "min_explain": 3, "min_active": 6},
-    )
-    (runs,) = train_studies([Study("run", settings, (0,))], root, CPU, controls=True)
-    harvest_runs(runs, CPU)
+    harvested_study(root, tiny_neox_dir, controls=True, **SIZES, min_explain=3, min_active=6)
     return root
 
 
@@ -132,19 +121,21 @@ def test_as_many_as_are_asked_for(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "kind", "asked", "n_of_run", "size"),
+    ("choice", "asks_model", "asked", "n_of_run", "size"),
     [
-        (Choice(), "llm", None, 200, 50),
-        (Choice(), "llm", None, 20, 20),
-        (Choice(), "ngram", None, 400, 200),
-        (Choice(indices=(1, 2)), "llm", None, 2, 0),
-        (Choice(indices=(1, 2)), "llm", 5, 2, 5),
-        (Choice(), "llm", 0, 200, 0),
-        (Choice(), "llm", 500, 200, 500),
+        (Choice(), True, None, 200, 50),
+        (Choice(), True, None, 20, 20),
+        (Choice(), False, None, 400, 200),
+        (Choice(indices=(1, 2)), True, None, 2, 0),
+        (Choice(indices=(1, 2)), True, 5, 2, 5),
+        (Choice(), True, 0, 200, 0),
+        (Choice(), True, 500, 200, 500),
     ],
 )
-def test_the_number_that_nobody_named(choice: Choice, kind: str, asked: int | None, n_of_run: int, size: int) -> None:
-    assert sample_size(choice, kind, asked, n_of_run) == size
+def test_the_number_that_nobody_named(
+    choice: Choice, asks_model: bool, asked: int | None, n_of_run: int, size: int
+) -> None:
+    assert sample_size(choice, asks_model, asked, n_of_run) == size
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 32])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.scorers.controls import swap_partners
+from autointerp.swapping import swap_partners
 
 
 class Firings:

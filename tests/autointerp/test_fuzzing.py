@@ -19,8 +19,8 @@ from autointerp.explain import explain_runs
 from autointerp.judges.ngram import NgramJudge
 from autointerp.patterns import Pattern, Patterns
 from autointerp.score import score_runs
-from autointerp.scorers import SCORERS, FuzzingScorer
-from autointerp.scorers.fuzzing import mark
+from autointerp.scorers import SCORERS
+from autointerp.scorers.fuzzing import FuzzingScorer, mark
 from autointerp.selection import Choice
 from autointerp.statistics import balanced_accuracy
 from sae.files import read_table

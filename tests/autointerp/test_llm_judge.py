@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autointerp import prompts
+from autointerp.backends import LlmOptions
 from autointerp.contexts import Context
 from autointerp.judges.base import Judge, Judgement
-from autointerp.judges.llm import LlmJudge, open_llm_judge, parse_batch, parse_single
+from autointerp.judges.llm import LlmJudge, parse_batch, parse_single
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed
@@ -323,7 +324,7 @@ def test_hashes_follow_what_they_stand_for() -> None:
 def test_protocols_by_name() -> None:
     async def main(name: str) -> str:
         async with LlmClient(server.url) as client:
-            return (await open_llm_judge(client, name)).protocol
+            return (await LlmJudge.open(client, LlmOptions(protocol=name))).protocol
 
     with FakeServer() as server:
         assert [asyncio.run(main(name)) for name in ("batch", "single")] == ["batch", "single"]

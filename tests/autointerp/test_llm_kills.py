@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import random
@@ -17,13 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_server import FakeServer, Reply, sensible
-from tiny_study import journal, records
+from tiny_study import harvested_study, journal, records
 
 from sae.files import read_table
-from sae.harvest_stage import harvest_runs
-from sae.settings import Settings
-from sae.stage import Compute
-from sae.train_stage import train_study
 
 CLI = Path(__file__).parents[2] / "cli.py"
 LATENTS = 16
@@ -38,15 +33,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
 def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_neox_dir: Path) -> Path:
     """A root with one trained and harvested run."""
     root = tmp_path_factory.mktemp("harvested")
-    settings = Settings().with_values(
-        subject={"model": str(tiny_neox_dir), "hookpoint": "layers.1.mlp"},
-        corpus={"kind": "text", "source": (argparse.__file__,), "context": 64},
-        training={"num_latents": 64, "k": 4, "tokens": 20_000, "batch_tokens": 1024},
-        harvest={"tokens": 30_000},
-        contexts={"n_explain": 10, "n_active": 10, "n_inactive": 10},
-    )
-    compute = Compute("cpu", 1)
-    harvest_runs(train_study("run", [0], settings, root, compute), compute)
+    harvested_study(root, tiny_neox_dir, num_latents=64, n_explain=10, n_active=10, n_inactive=10)
     return root
 
 

@@ -28,6 +28,7 @@ class Store:
 
     def __init__(self, tokens: np.ndarray, dense: np.ndarray) -> None:
         self.all_tokens, self.dense, self.n_windows = tokens, dense.astype(np.float32), len(tokens)
+        self.num_latents = len(dense)
         self.latent_offsets = np.concatenate([[0], np.cumsum((dense > 0).sum((1, 2)))])
 
     def windows(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,8 +41,9 @@ class Store:
     def tokens(self, ids: np.ndarray) -> np.ndarray:
         return self.all_tokens[ids]
 
-    def latents_at(self, window: int) -> list[np.ndarray]:
-        return [np.flatnonzero(column > 0) for column in self.dense[:, window].T]
+    def firing_in(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        latent, row, _ = np.nonzero(self.dense[:, ids] > 0)
+        return row, latent
 
     def slot(self, ids: np.ndarray) -> np.ndarray:
         return ids % SLOTS
@@ -179,7 +181,7 @@ def test_a_run_draws_them_from_its_own_weights_and_firings(tiny_root: Path) -> N
         assert not silent & set(material.store.windows(latent)[0].tolist())
         near = Neighbours(material.store, material.decoder)(latent).tolist()
         for context in test.hard:
-            there = set(np.concatenate(material.store.latents_at(context.window)).tolist())
+            there = set(material.store.firing_in([context.window])[1].tolist())
             assert there & set(near)
 
 
@@ -187,7 +189,7 @@ def test_a_run_draws_them_from_its_own_weights_and_firings(tiny_root: Path) -> N
 def test_a_judge_that_falls_for_them_loses_only_there(kind: str) -> None:
     import pandas as pd
 
-    from autointerp.scorers import DetectionScorer
+    from autointerp.scorers.detection import DetectionScorer
 
     test = sampler(a_store(5)).testing(0)
     items = DetectionScorer().items(test)

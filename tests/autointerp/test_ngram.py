@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from autointerp.contexts import Context
 from autointerp.explainers.ngram import NgramExplainer, NgramSettings
-from autointerp.explainers.ngram_counts import Positions, search
 from autointerp.judges.ngram import NgramJudge
+from autointerp.ngram_counts import Positions, search
 from autointerp.patterns import Pattern, Patterns, bounded, parse, quoted, rounded
 
 NASTY = [

@@ -82,14 +82,19 @@ def test_failed_latents_leave_their_verdicts_out() -> None:
     assert found["n"] == 80
 
 
+def truth_of(made: Made) -> tuple[float, float]:
+    """The rank correlation of the true scores with the similarity, and the mean true score of its lowest quarter."""
+    lowest = made.true[made.similarity < np.quantile(made.similarity, 0.25)]
+    return rank_correlation(made.true, made.similarity), float(lowest.mean())
+
+
 def test_a_sample_tells_of_the_population(monkeypatch: pytest.MonkeyPatch) -> None:
     """The corrected correlation and the lowest quarter's mean of 500 latents, from 150 drawn with unequal chances."""
     monkeypatch.setattr("autointerp.rank_bootstrap.RESAMPLES", 200)
     monkeypatch.setattr("autointerp.reliability._WORK", 1)
     rng, rounds = np.random.default_rng(4), 60
     made = Made.draw(500, 0.5, "even", rng)
-    truth = rank_correlation(made.true, made.similarity)
-    quarter = made.true[made.similarity < np.quantile(made.similarity, 0.25)].mean()
+    truth, quarter = truth_of(made)
     cells = strata(made.frequency, np.where(made.similarity > 0, made.similarity, np.round(made.similarity)))
     covered, values = np.zeros(2), []
     for seed in range(rounds):
@@ -211,8 +216,7 @@ def test_pooled_intervals_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("autointerp.reliability._WORK", 1)
     rng, rounds = np.random.default_rng(2), 100
     large = Made.draw(100_000, 0.5, "even", rng)
-    truth = rank_correlation(large.true, large.similarity)
-    quarter = large.true[large.similarity < np.quantile(large.similarity, 0.25)].mean()
+    truth, quarter = truth_of(large)
     together, alone = np.zeros(2), np.zeros(2)
     for _ in range(rounds):
         made = Made.draw(150, 0.5, "even", rng)

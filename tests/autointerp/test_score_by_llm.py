@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shutil
 import sqlite3
@@ -16,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from fake_server import FakeServer, Reply, error, sensible, token
+from tiny_study import harvested_study
 
 from autointerp.backends import LlmOptions
 from autointerp.contexts import TestSet
@@ -27,11 +27,8 @@ from autointerp.selection import Choice
 from autointerp.work import Outcome
 from sae.errors import BadInput, Unavailable
 from sae.files import read_table, table_metadata
-from sae.harvest_stage import harvest_runs
 from sae.run import Run
-from sae.settings import Settings
 from sae.stage import Compute
-from sae.train_stage import train_study
 
 N = 4
 SECRET = "sk-secret-0123456789abcdef"
@@ -42,15 +39,8 @@ ITEMS = 12  # contexts that an explanation is tested on
 def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_neox_dir: Path) -> Path:
     """A root with one trained and harvested run."""
     root = tmp_path_factory.mktemp("harvested")
-    settings = Settings().with_values(
-        subject={"model": str(tiny_neox_dir), "hookpoint": "layers.1.mlp"},
-        corpus={"kind": "text", "source": (argparse.__file__,), "context": 64},
-        training={"num_latents": 32, "k": 4, "tokens": 20_000, "batch_tokens": 1024},
-        harvest={"tokens": 30_000},
-        contexts={"n_explain": 10, "n_active": ITEMS // 2, "n_inactive": ITEMS // 2, "n_hard": 0, "n_same_token": 0},
-    )
-    compute = Compute("cpu", 1)
-    harvest_runs(train_study("run", [0], settings, root, compute), compute)
+    half = ITEMS // 2
+    harvested_study(root, tiny_neox_dir, n_explain=10, n_active=half, n_inactive=half, n_hard=0, n_same_token=0)
     return root
 
 

@@ -13,7 +13,9 @@ from tiny_study import cli
 import cli as program
 
 REPOSITORY = Path(program.__file__).parent
-COMMANDS = ("demo", "train", "harvest", "align", "import", "export", "explain", "score", "report", "show", "runs")
+COMMANDS = (
+    *("demo", "train", "harvest", "align", "import", "export", "explain", "score", "report", "show", "compare", "runs"),
+)
 
 HELP = """
 import sys
@@ -47,7 +49,11 @@ def test_look_ups_never_import_torch(root: Path) -> None:
 import sys
 from tiny_study import cli
 root = sys.argv[1]
-for command in (["explain", "--latents", "8"], ["score"], ["report"], ["show", "--latent", "3"], ["runs"]):
+table = ["export", "--table", "pairs", "--format", "csv", "--to", root + ".csv"]
+lines = ["export", "--format", "neuronpedia", "--to", root + ".jsonl"]
+compare = ["compare", "--sae", "run_a", "--sae", "run_b"]
+show = ["show", "--latent", "3"]
+for command in (["explain", "--latents", "8"], ["score"], ["report"], show, ["runs"], compare, table, lines):
     cli(*command, "--root", root).well()
     assert "torch" not in sys.modules, command
 """

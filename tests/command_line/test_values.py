@@ -72,7 +72,7 @@ def test_a_printed_choice_is_read_as_the_same_choice(choice: Choice) -> None:
     explain = typer.main.get_command(cli.app).commands["explain"]  # type: ignore[attr-defined]
     with (
         mock.patch("autointerp.explain.explain_runs", return_value=Outcome("explain")) as explain_runs,
-        mock.patch("cli._opened", return_value=[]),
+        mock.patch("autointerp.command_line.explaining.opened", return_value=[]),
         redirect_stdout(StringIO()),
     ):
         explain.main(args=spread_lists([*choice.words(), "--json"]), standalone_mode=False)

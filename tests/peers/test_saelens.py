@@ -11,7 +11,7 @@ import torch
 from dictionaries import ARCHITECTURES, D, K, M, check_alike, random_sae, tokens
 from torch import Tensor
 
-from sae.architectures import BatchTopKSae
+from sae.architectures.batchtopk import BatchTopKSae
 from sae.checkpoint import load_sae, save_sae
 from sae.errors import BadInput
 from sae.formats import FORMATS, About

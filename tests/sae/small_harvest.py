@@ -14,7 +14,7 @@ import torch
 
 from sae import firing_index
 from sae import harvest as harvesting
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.corpus import Corpus
 from sae.files import write_json
 from sae.firings import FiringStore

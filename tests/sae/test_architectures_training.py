@@ -13,7 +13,8 @@ from test_firings import D as STREAM_D
 from test_trainer import B, Batches, D, K, M, folders, settings
 
 from sae.activations import ActivationStream
-from sae.architectures import ARCHITECTURES, GatedSae
+from sae.architectures import ARCHITECTURES
+from sae.architectures.gated import GatedSae
 from sae.dictionary import Sae
 from sae.errors import BadInput
 from sae.firings import FiringStore, latent_statistics

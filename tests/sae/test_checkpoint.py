@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.checkpoint import load_sae, save_sae
 from sae.errors import BadInput, NotFound, UserError
 

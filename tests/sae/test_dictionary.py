@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae import encoding, kernels, kernels_torch
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.dictionary import Firings, geometric_median
 from sae.errors import BadInput
 

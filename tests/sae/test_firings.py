@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from small_harvest import SPECIAL, USED, WINDOW, D, FakeStream, M, N, T, a_corpus, an_sae, dense, run, small_stream
 
 from sae import firing_index
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.dictionary import Firings
 from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.files import read_json, write_json
@@ -58,6 +58,10 @@ def test_equals_brute_force(stream: FakeStream, tmp_path: Path) -> None:
         for window in every:
             fired = [sorted(latents.tolist()) for latents in store.latents_at(int(window))]
             assert fired == [np.flatnonzero(token).tolist() for token in windows[window]]
+        some = every[::-2]  # in any order, across shards
+        found = np.stack(store.firing_in(some))
+        there = np.stack(np.nonzero(windows[some])[::2])
+        assert sorted(found.T.tolist()) == sorted(there.T.tolist())
         order = stream.corpus.order(0, 7)
         tokens = stream.corpus.tokens[order][:, :USED].reshape(-1, WINDOW)
         assert (store.tokens(every) == tokens).all()

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from their_files import CLASSES, VECTORS, learned_files, learned_tensors, saelens_files, saelens_tensors
 from torch import Tensor
 
-from sae.architectures import BatchTopKSae, JumpReluSae
+from sae.architectures.batchtopk import BatchTopKSae
+from sae.architectures.jumprelu import JumpReluSae
 from sae.checkpoint import detect, format_named, load_sae, native_format, open_sae, save_sae
 from sae.dictionary import Sae
 from sae.errors import BadInput
 from sae.formats import FORMATS, About
 
-PAIRS = [(a, f) for f, kind in FORMATS.items() for a in ARCHITECTURES if a in kind.architectures]
+PAIRS = [(a, f) for f, kind in FORMATS.items() for a in ARCHITECTURES if kind.has(a)]
 
 
 def opened(folder: Path) -> Sae:

@@ -14,7 +14,10 @@ import torch
 from dictionaries import dense
 from tiny_study import HOOKPOINT, NUM_LATENTS, K, Ran, cli, journal, tree, write_texts
 
-from sae.architectures import BatchTopKSae, GatedSae, JumpReluSae, ReluSae
+from sae.architectures.batchtopk import BatchTopKSae
+from sae.architectures.gated import GatedSae
+from sae.architectures.jumprelu import JumpReluSae
+from sae.architectures.relu import ReluSae
 from sae.checkpoint import load_sae, save_sae
 from sae.dictionary import Sae
 from sae.files import read_json, write_json

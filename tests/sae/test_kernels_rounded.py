@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from sae import kernels, kernels_torch
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.encoding import product_of_int8, topk_firings
 from sae.kernels_bf16 import MARGIN
 from sae.precision import Precision

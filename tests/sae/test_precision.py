@@ -12,7 +12,7 @@ import torch
 from tiny_study import write_recipe
 
 from sae import precision
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.errors import SettingsDiffer, UserError
 from sae.objective import Objective, total_variance
 from sae.precision import Precision

@@ -10,7 +10,8 @@ from fresh_triton import interpreted_steps
 from test_trainer import Batches, folders, settings
 
 from sae import stacked
-from sae.architectures import ReluSae, TopKSae
+from sae.architectures.relu import ReluSae
+from sae.architectures.topk import TopKSae
 from sae.dictionary import Sae
 from sae.objective import AuxK, Objective, total_variance
 from sae.stacked import Stack, Steps

@@ -17,7 +17,7 @@ import torch
 from tiny_study import NUM_LATENTS, Ran, cli, tree, write_recipe
 
 from sae import memory
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.checkpoint import save_sae
 from sae.errors import BadInput, UserError
 from sae.files import read_json, read_table

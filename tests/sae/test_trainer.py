@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from sae import training_state
-from sae.architectures import TopKSae
+from sae.architectures.topk import TopKSae
 from sae.errors import BadInput, SettingsDiffer, UserError
 from sae.learner import Plan
 from sae.objective import AuxK, Objective, total_variance

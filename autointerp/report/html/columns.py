@@ -56,7 +56,7 @@ def columns_of(study: Study, told: Told) -> dict[str, Any]:
         else [],
         "scored": _scored(own, swapped),
         "partners": _partner_scores(study, own),
-        "explanations": _explanations(told, own),
+        "explanations": {str(latent): text for latent, text in sorted(told.explanations(own).items())},
         "sweeps": sweeps_at(study.root, study.focus.record.get("subject", {})),
     }
 
@@ -137,17 +137,6 @@ def _partner_scores(study: Study, own: pd.DataFrame) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _explanations(told: Told, own: pd.DataFrame) -> dict[str, str]:
-    """The explanation that was scored, or else the newest of the explainer meant."""
-    newest: dict[int, str] = {}
-    if len(told.table):
-        good = told.table[told.table["status"] == "ok"]
-        newest = {int(i): str(text) for i, text in zip(good["latent"], good["text"], strict=True)}
-    numbers = own["explanation_id"].items() if "explanation_id" in own else ()
-    scored = {int(str(latent)): told.texts[int(n)] for latent, n in numbers if int(n) in told.texts}
-    return {str(latent): text for latent, text in sorted({**newest, **scored}.items())}
 
 
 def _whole(values: pd.Series | None) -> list[int | None] | None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from autointerp import scored
 from autointerp.evidence import Study
 from autointerp.journal import Journal
 from autointerp.latents import LatentReader, as_json
@@ -128,16 +129,8 @@ class _Reader:
         if setup is None or latent not in self._explanation or not run.journal_path.exists():
             return None
         with Journal(run.journal_path) as journal:
-            table = journal.verdicts(
-                explanation_id=int(self._explanation[latent]),
-                judge=setup["judge"],
-                scorer=setup["scorer"],
-                settings_hash=setup["settings_hash"],
-                prompt_hash=setup["judge_prompt_hash"],
-                model=setup["model"] or "",
-                control="none",
-                replicate=0,
-            )
+            of = int(self._explanation[latent])
+            table = journal.verdicts(explanation_id=of, **scored.verdicts_of(setup))
         if table.empty:
             return None
         failed = table["failure"].notna()

@@ -1,0 +1,111 @@
+"""The commands that ask: explain and score."""
+
+from __future__ import annotations
+
+from autointerp.command_line import options as opt
+from autointerp.command_line.ending import exit_if, finish
+from autointerp.command_line.groups import JudgeServer, Machine, Output, Server, Spending, llm_options, takes_groups
+from autointerp.command_line.options import Definition
+from autointerp.command_line.shared import opened
+from autointerp.command_line.values import indices as latent_numbers
+from sae.errors import BadInput
+
+
+@takes_groups
+def explain(
+    *,
+    sae: opt.Saes = None,
+    unshared_only: opt.UnsharedOnly = False,
+    shared_only: opt.SharedOnly = False,
+    against: opt.Against = None,
+    definition: opt.Shared = Definition.strict,
+    threshold: opt.Threshold = 0.7,
+    latents: opt.Latents = 200,
+    indices: opt.Indices = None,
+    with_partners: opt.WithPartners = False,
+    control_sae_latents: opt.ControlSaeLatents = None,
+    explainer: opt.Explainer = "auto",
+    server: Server,
+    spending: Spending,
+    machine: Machine,
+    output: Output,
+) -> None:
+    """Say in one sentence what makes a latent fire, from contexts in which it does.
+
+    Example: python cli.py explain --sae run_a --unshared-only --latents 300
+
+    By a language model: --llm-url names a server that runs, --vllm starts one:
+    python cli.py explain --sae run_a --vllm Qwen/Qwen2.5-7B-Instruct --vllm-args '--max-model-len 8192'
+    """
+    from autointerp.selection import Choice
+
+    if unshared_only and shared_only:
+        raise BadInput("--unshared-only and --shared-only exclude each other; give one of them")
+    choice = Choice(
+        sharing="unshared" if unshared_only else "shared" if shared_only else "any",
+        n=latents,
+        indices=latent_numbers(indices),
+        against=tuple(against or ()),
+        definition=definition.value,
+        threshold=threshold,
+        with_partners=with_partners,
+    )
+    options = llm_options(server, spending=spending)
+    runs = opened(sae, output.root)
+    if spending.dry_run:
+        from autointerp.dry_run import forecast_explain
+
+        forecast = forecast_explain(runs, choice, explainer, options, spending.prices(), control_sae_latents)
+        finish(output.as_json, "explain", forecast.as_dict, forecast.render)
+        return
+    from autointerp.explain import explain_runs
+
+    outcome = explain_runs(runs, choice, explainer, options, machine.compute(), control_sae_latents)
+    finish(output.as_json, "explain", outcome.as_dict, outcome.render)
+    exit_if(outcome.n_failed)
+
+
+@takes_groups
+def score(
+    *,
+    sae: opt.ScoredSaes = None,
+    scorer: opt.Scorers = None,
+    judge: opt.Judge = "auto",
+    control_latents: opt.ControlLatents = None,
+    control_sae_latents: opt.ScoredControlSaeLatents = None,
+    server: Server,
+    judge_server: JudgeServer,
+    protocol: opt.Protocol = "auto",
+    contexts_per_request: opt.ContextsPerRequest = None,
+    precision: opt.Precision = None,
+    max_contexts: opt.MaxContexts = None,
+    spending: Spending,
+    output: Output,
+) -> None:
+    """Test explanations: a judge reads only the explanation and says in which contexts the latent fires.
+
+    Balanced accuracy and AUROC with 95 % intervals, and the same with explanations swapped between dissimilar latents,
+    which says what a meaningless explanation would have scored.
+
+    Example: python cli.py score --sae run_a --precision 0.065 --max-contexts 200
+    """
+    from autointerp.adaptive import Precision
+
+    options = llm_options(server, judge_server, spending, protocol=protocol, contexts_per_request=contexts_per_request)
+    if max_contexts is not None and precision is None:
+        raise BadInput("--max-contexts bounds adaptive scoring; give --precision too, such as --precision 0.065")
+    rule = None if precision is None else Precision(precision, max_contexts)
+    runs = opened(sae, output.root) if sae else None
+    scorers = tuple(scorer or ("detection",))
+    asked = (runs, output.root, scorers, judge, options)
+    if spending.dry_run:
+        from autointerp.dry_run import forecast_score
+
+        forecast = forecast_score(*asked, spending.prices(), control_latents, rule, control_sae_latents)
+        finish(output.as_json, "score", forecast.as_dict, forecast.render)
+        return
+    from autointerp.score import score_runs
+
+    outcome = score_runs(*asked, control_latents, rule, control_sae_latents)
+    finish(output.as_json, "score", outcome.as_dict, outcome.render)
+    exit_if(outcome.n_failed)

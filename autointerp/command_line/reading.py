@@ -1,0 +1,110 @@
+"""The commands that show: demo (which runs what is missing first), report, show, compare, runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autointerp.command_line import options as opt
+from autointerp.command_line.ending import exit_if, finish
+from autointerp.command_line.groups import Machine, Output, takes_groups
+from autointerp.command_line.options import Definition
+from autointerp.command_line.shared import finish_with_report, finish_with_runs, opened_one
+from sae.errors import BadInput
+
+if TYPE_CHECKING:
+    from autointerp.pair_choice import Sharing
+
+
+@takes_groups
+def demo(*, threads: opt.Threads = None, output: Output) -> None:
+    """The whole study, offline, on the bundled subject model. Run again, it shows its report at once.
+
+    Trains three TopK SAEs on one stream of activations of a small language model of Python source, aligns their
+    latents, explains and scores a few hundred with the n-gram baseline (which needs no model), and reports.
+    """
+    from autointerp.demo import run_demo
+    from sae.stage import Compute
+
+    runs, failed = run_demo(output.root, Compute("cpu", threads))
+    finish_with_report(output.as_json, runs[0], runs)
+    exit_if(failed)
+
+
+@takes_groups
+def report(
+    *,
+    sae: opt.ReportedSae = None,
+    definition: opt.Shared = Definition.strict,
+    threshold: opt.Threshold = 0.7,
+    against: opt.Against = None,
+    html: opt.Html = False,
+    to: opt.HtmlTo = None,
+    output: Output,
+) -> None:
+    """What is shared between the seeds, what the latents mean, how well that can be told, and how the two relate.
+
+    With --html as one file that any browser opens without a network: figures, and every latent to look at.
+    """
+    from sae.run import study_runs
+
+    run = opened_one(sae, output.root)
+    study = study_runs(run.study, output.root)
+    if not (html or to):
+        finish_with_report(output.as_json, run, study, definition.value, threshold, against or ())
+        return
+    from autointerp.report import render_written
+    from autointerp.report.html import write_report
+
+    written = write_report(run, study, to, definition=definition.value, threshold=threshold, against=against or ())
+    finish(output.as_json, "report", written.as_dict, lambda: render_written(written))
+
+
+@takes_groups
+def show(*, latent: opt.LatentNumber, sae: opt.OneSae = None, contexts: opt.ShownContexts = 8, output: Output) -> None:
+    """One latent: contexts highlighted, explanation, scores, its match in each sibling run."""
+    from autointerp.report import latent_findings, render_latent
+
+    found = latent_findings(opened_one(sae, output.root), latent, n_contexts=contexts)
+    finish(output.as_json, "show", lambda: found, lambda: render_latent(found))
+
+
+@takes_groups
+def compare(
+    *,
+    sae: opt.ComparedSaes = None,
+    latents: opt.ShownPairs = 8,
+    sort: opt.SortPairs = None,
+    shared_only: opt.SharedPairs = False,
+    unshared_only: opt.UnsharedPairs = False,
+    definition: opt.Shared = Definition.strict,
+    threshold: opt.Threshold = 0.7,
+    machine: Machine,
+    output: Output,
+) -> None:
+    """Two runs: how far they agree, and pairs of their latents with both explanations and scores side by side.
+
+    `explain --with-partners` explains both sides of a pair.
+
+    Example: python cli.py compare --sae run_a --sae run_b --sort gap --latents 20
+    """
+    from autointerp.compare import compare_runs, ensure_pair_aligned, the_two
+    from autointerp.pair_choice import PairChoice, chosen
+    from autointerp.report import render_comparison
+
+    if shared_only and unshared_only:
+        raise BadInput("--unshared-only and --shared-only exclude each other; give one of them")
+    a, b = the_two(sae or [], output.root)
+    ensure_pair_aligned(a, b, machine.compute())
+    found = compare_runs(a, b, definition.value, threshold)
+    sharing: Sharing = "shared" if shared_only else "unshared" if unshared_only else "any"
+    shown = chosen(found["pairs"], PairChoice(latents, None if sort is None else sort.value, sharing))
+    told = {"shown": {key: shown[key] for key in ("says", "n_of", "latents")}}
+    finish(output.as_json, "compare", lambda: {**found, **told}, lambda: render_comparison(found, shown))
+
+
+@takes_groups
+def runs(*, output: Output) -> None:
+    """What runs there are, and how far each has come."""
+    from sae.run import all_runs
+
+    finish_with_runs(output.as_json, "runs", all_runs(output.root))

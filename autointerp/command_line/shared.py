@@ -1,0 +1,58 @@
+"""What several commands do alike: open the runs that were named, and tell how far runs have come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autointerp.command_line.ending import finish
+
+if TYPE_CHECKING:
+    from sae.run import Run
+
+
+def opened(names: Sequence[str] | None, root: Path, whole_study: bool = False) -> list[Run]:
+    """The runs ``names``; where none is named the newest study's first, or all of that study."""
+    from sae.run import Run, newest_study
+
+    if names:
+        return [Run.open(name, root) for name in dict.fromkeys(names)]
+    study = newest_study(root)
+    return study if whole_study else study[:1]
+
+
+def opened_one(name: str | None, root: Path) -> Run:
+    """The run ``name``; where none is named the newest study's first."""
+    return opened([name] if name else None, root)[0]
+
+
+def finish_with_runs(as_json: bool, command: str, found: Sequence[Run]) -> None:
+    """End by telling how far each of ``found`` has come."""
+
+    def progress() -> list[dict[str, Any]]:
+        from sae.run import progress_of
+
+        return [progress_of(run) for run in found]
+
+    def render() -> None:
+        from autointerp.report import render_runs
+
+        render_runs(progress())
+
+    finish(as_json, command, lambda: {"runs": progress()}, render)
+
+
+def finish_with_report(
+    as_json: bool,
+    run: Run,
+    study: list[Run],
+    definition: str = "strict",
+    threshold: float = 0.7,
+    against: Sequence[str] = (),
+) -> None:
+    """End with the report of ``run`` in its study."""
+    from autointerp.report import findings_of, render_report
+
+    found = findings_of(run, study, definition=definition, threshold=threshold, against=against)
+    finish(as_json, "report", lambda: found, lambda: render_report(found))

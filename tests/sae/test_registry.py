@@ -1,0 +1,40 @@
+"""The ways of a package, found by their files."""
+
+from __future__ import annotations
+
+import pytest
+
+from autointerp.explainers import EXPLAINERS
+from autointerp.judges import JUDGES
+from autointerp.scorers import SCORERS
+from sae.architectures import ARCHITECTURES
+from sae.errors import BadInput
+from sae.registry import Registry
+
+
+@pytest.mark.parametrize(
+    ("found", "names", "attribute"),
+    [
+        (EXPLAINERS, ["llm", "ngram"], "name"),
+        (JUDGES, ["llm", "ngram"], "name"),
+        (SCORERS, ["detection", "fuzzing"], "name"),
+        (ARCHITECTURES, ["batchtopk", "gated", "jumprelu", "relu", "topk"], "architecture"),
+    ],
+)
+def test_each_file_is_one(found: Registry[object], names: list[str], attribute: str) -> None:
+    assert list(found) == names
+    assert len(found) == len(names)
+    for name, kind in found.items():
+        assert getattr(kind, attribute) == name
+        assert found.chosen(name, "--flag") is kind
+
+
+def test_what_is_no_way_is_not_found() -> None:
+    for name in ("base", "__init__", "_private", "", "tests"):
+        assert name not in SCORERS
+        with pytest.raises(KeyError):
+            SCORERS[name]
+    with pytest.raises(BadInput, match="--scorer 'fuzing' is not known; choose 'fuzzing'"):
+        SCORERS.chosen("fuzing", "--scorer")
+    assert JUDGES.checked("auto", "--judge", "auto") == "auto"
+    assert JUDGES.words("auto") == "auto, llm, ngram"
