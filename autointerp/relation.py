@@ -123,6 +123,14 @@ def relation_findings(part: Part, *, n_bins: int = 4) -> dict[str, Any] | None:
     }
 
 
+def quarter_of(part: Part, *, n_bins: int = 4) -> pd.Series:
+    """By latent: which of the ``bins`` of :func:`relation_findings` it is in, from 0."""
+    table = part.joined()
+    weights = None if part.sample is None else table["weight"].to_numpy(dtype=float)
+    _, place = np.unique(_quarter(table["similarity"], n_bins, weights), return_inverse=True)
+    return pd.Series(place, index=table.index)
+
+
 def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> dict[str, Any] | None:
     """The same over several runs' scores together; all intervals by resampling latents with their partners.
 

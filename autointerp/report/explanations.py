@@ -168,11 +168,12 @@ def _above_head(tree: Mapping[str, Any], page: Page) -> list[str]:
 def _means(tree: Mapping[str, Any], row: Mapping[str, Any], above: Mapping[str, Any] | None, page: Page) -> list[str]:
     """The mean score of some latents, and how far it is above their swapped control where there is one at all."""
     own = estimate(row["mean"], row["interval"], 3 if page.wide else 2)
-    if tree["control"] is None:
-        return [own]
-    if above is None:
-        return [own, "–"]
-    return [own, estimate(above["mean"], above["interval"] if page.wide else None, 2, sign=True)]
+    return [own] if tree["control"] is None else [own, _above(above, page)]
+
+
+def _above(above: Mapping[str, Any] | None, page: Page) -> str:
+    """How far a mean is above the swapped control; with its interval where there is room."""
+    return "–" if above is None else estimate(above["mean"], above["interval"] if page.wide else None, 2, sign=True)
 
 
 def _too_few(tree: Mapping[str, Any] | None, n_runs: int) -> Iterator[RenderableType]:
@@ -220,7 +221,7 @@ def relation(found: Findings, page: Page) -> RenderableType:
         style = "bold" if not label.startswith(" ") else QUIET if label.startswith("  ") else ""
         value, bounds = decimal(row["value"], 2, sign=True), interval(row["interval"], 2, sign=True)
         table.add_row(Text(label, style), value, bounds, count(n), _strip(row, width))
-    return section(page, title, says, table, *_in_words(tree), Text(), *_by_similarity(tree))
+    return section(page, title, says, table, *_in_words(tree), Text(), *_by_similarity(tree, page))
 
 
 def _corrected(tree: Mapping[str, Any], key: str, label: str) -> Iterator[tuple[str, Mapping[str, Any], int]]:
@@ -269,14 +270,17 @@ def _strip(row: Mapping[str, Any], width: int) -> Text:
     return blocks.whisker(math.nan if value is None else value, low, high, -1, 1, width, ACCENT, mark=0)
 
 
-def _by_similarity(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
+def _by_similarity(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableType]:
     bins = tree["bins"]
     if len(bins) < 2:
         return
     bounds = [b for row in bins for b in (row["interval"] or [row["mean"]])]
     start, stop = min([CHANCE, *bounds]), max(bounds)
-    scale = f"{decimal(start, 2)}{decimal(stop, 2):>27}"
-    table = grid("similarity", ("latents", "right"), ("mean score", "right"), "95 % interval", scale)
+    width = 30 if page.wide else 18
+    scale = f"{decimal(start, 2)}{decimal(stop, 2):>{width - 3}}"
+    swapped = any(row.get("above_control") for row in bins)
+    heads = ["own − swapped"] if swapped and page.wide else ["above"] if swapped else []
+    table = grid("similarity", ("latents", "right"), ("mean score", "right"), "95 % interval", *heads, scale)
     for row in bins:
         low, high = row["interval"] or (row["mean"], row["mean"])
         table.add_row(
@@ -284,7 +288,8 @@ def _by_similarity(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
             count(row["n"]),
             decimal(row["mean"]),
             interval(row["interval"]),
-            blocks.whisker(row["mean"], low, high, start, stop, 30, ACCENT),
+            *([_above(row["above_control"], page)] if swapped else []),
+            blocks.whisker(row["mean"], low, high, start, stop, width, ACCENT),
         )
     yield table
 

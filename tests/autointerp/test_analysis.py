@@ -47,9 +47,9 @@ def found(made: Path) -> dict[str, Any]:
     return findings(made, NAMES, contexts=small_study.contexts)
 
 
-def own_rows(root: Path) -> pd.DataFrame:
+def own_rows(root: Path, control: str = "none") -> pd.DataFrame:
     table = read_table(Run("run_a", root).stage_path("scores"))
-    return table[(table["control"] == "none") & (table["status"] == "ok")].set_index("latent")
+    return table[(table["control"] == control) & (table["status"] == "ok")].set_index("latent")
 
 
 def strict_with(root: Path, other: str) -> np.ndarray:
@@ -229,6 +229,14 @@ def test_relation_equals_scipy(made: Path, found: dict[str, Any]) -> None:
     assert tree["spearman"] == pytest.approx(expected, abs=1e-6)
     assert tree["interval"][0] < tree["spearman"] < tree["interval"][1]
     assert sum(s["n"] for s in tree["strata"]) == sum(b["n"] for b in tree["bins"]) == tree["n"]
+    swapped = own_rows(made, "swap")
+    both = (scored["balanced_accuracy"] - swapped["balanced_accuracy"]).dropna()
+    for quarter in tree["bins"]:
+        inside = pd.Series(similarity[both.index], both.index).between(quarter["low"] - 1e-9, quarter["high"] + 1e-9)
+        above = quarter["above_control"]
+        assert above["n"] == inside.sum() > 0
+        assert above["mean"] == pytest.approx(both[inside].mean())
+        assert above["interval"][0] < above["mean"] < above["interval"][1]
     # The relation was built through sharing, which also drives the frequency: holding it fixed takes some away.
     assert tree["spearman"] > 0.3
     assert tree["partial"]["value"] < tree["spearman"]
