@@ -122,13 +122,15 @@ def _agreement(rows: pd.DataFrame, space: str) -> float | None:
 
 
 def _by_latent(rows: pd.DataFrame, column: str) -> Estimate:
-    """The mean over rows; its interval takes a latent's rows, one for each other SAE, for a single observation."""
+    """The mean over rows of what is a share; its interval takes a latent's rows, one for each other SAE, for a single
+    observation."""
     rows = rows[rows[column].notna()]
     if rows.empty:
         return UNKNOWN
     whole = float(rows[column].mean())
     per_latent = bootstrap_mean(rows.groupby(["run", "latent"])[column].mean())
-    return Estimate(whole, whole - (per_latent.value - per_latent.low), whole + (per_latent.high - per_latent.value))
+    low, high = whole - (per_latent.value - per_latent.low), whole + (per_latent.high - per_latent.value)
+    return Estimate(whole, max(low, 0.0), min(high, 1.0))  # moved, it may pass what a share can be
 
 
 def _rows(pair: tuple[str, str], table: pd.DataFrame, alignment: pd.DataFrame, alive: np.ndarray) -> pd.DataFrame:

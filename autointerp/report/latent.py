@@ -123,11 +123,20 @@ def _scores(found: Latent, identifier: int, page: Page) -> Iterator[RenderableTy
         yield indented(_score_table(judged, page))
 
 
+_WITH_RATES = 116  # columns that the score table takes with the true positive and negative rates
+
+
 def _score_table(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableType:
     """A line for each score, and under it one for each harder kind of negatives that it has."""
-    heads = ("scored by", ("balanced accuracy", "right"), "95 % interval")
-    rates_too = (("true positive", "left"), ("true negative", "left")) if page.wide else ()
-    table = grid(*heads, *rates_too, ("AUROC", "left"), ("contexts", "right"))
+    with_rates = page.width >= _WITH_RATES
+    heads = ("scored by", ("balanced accuracy" if with_rates else "score", "right"), "95 % interval")
+    rates_too = (("true positive", "left"), ("true negative", "left")) if with_rates else ()
+    roomy = page.width >= 76
+    table = grid(*heads, *rates_too, ("AUROC", "left"), ("contexts", "right"), gap=2 if roomy else 1)
+
+    def auroc(row: Mapping[str, Any], name: str = "auroc") -> str:
+        return _with_interval(row, name) if roomy else decimal(row.get(name), 2)
+
     for row in rows:
         who = f"{row['scorer']}, {row['judge']}" + (f" {row['model']}" if row.get("model") else "")
         if row["control"] != "none":
@@ -135,17 +144,17 @@ def _score_table(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableTyp
         if row["status"] != "ok":
             table.add_row(shown(who), "–", shown(str(row["status"])))
             continue
-        rates = [_with_interval(row, "tpr"), _with_interval(row, "tnr")] if page.wide else []
+        rates = [_with_interval(row, "tpr"), _with_interval(row, "tnr")] if with_rates else []
         bounds = interval([row["ba_low"], row["ba_high"]], 2)
         contexts = f"{count(row['n_active'])} + {count(row['n_inactive'])}"
         score = decimal(row["balanced_accuracy"], 2)
-        table.add_row(shown(who), score, bounds, *rates, _with_interval(row, "auroc"), contexts)
+        table.add_row(shown(who), score, bounds, *rates, auroc(row), contexts)
         for kind, name in NEGATIVES.items():
             if not known(row.get(f"ba_{kind}")):
                 continue
-            rates = ["", _with_interval(row, f"tnr_{kind}")] if page.wide else []
+            rates = ["", _with_interval(row, f"tnr_{kind}")] if with_rates else []
             bounds = interval([row[f"ba_{kind}_low"], row[f"ba_{kind}_high"]], 2)
-            figures = decimal(row[f"ba_{kind}"], 2), bounds, *rates, _with_interval(row, f"auroc_{kind}")
+            figures = decimal(row[f"ba_{kind}"], 2), bounds, *rates, auroc(row, f"auroc_{kind}")
             contexts = f"{count(row['n_active'])} + {count(row[f'n_{kind}'])}"
             table.add_row(Text(f"  {name}", QUIET), *figures, contexts)
     return table

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from tiny_study import cli
 
 from autointerp import Run
 from autointerp.reliability import reliability_findings, together_of, verdicts_of
+from autointerp.report import latent_findings, render_latent
 from autointerp.scored import rows_of, setups
 from autointerp.scorers.base import HARDER
 from sae.errors import NotFound
@@ -42,6 +45,18 @@ def test_show_tells_every_score_apart_with_its_interval(run: Run) -> None:
     assert {row["scorer"] for row in found["reliability"]} == {"detection", "fuzzing"}
     for words in ("detection, ngram", "fuzzing, ngram", "swap, detection, ngram", "a neighbour fires", "Reliability"):
         assert words in shown
+    for width in (60, 80, 100, 120):
+        page = io.StringIO()
+        render_latent(latent_findings(run, latent), Console(file=page, width=width, color_system=None))
+        lines = page.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        (score,) = (line for line in lines if line.lstrip().startswith("detection, ngram"))
+        assert all(part in score for part in (f"{told['n_active']} + {told['n_inactive']}", decimals(told["ba_high"])))
+        assert "…" not in score
+
+
+def decimals(value: float) -> str:
+    return f"{value:.2f}".removeprefix("0")
 
 
 def test_a_notebook_has_the_reliability_of_each_set_up(run: Run) -> None:
