@@ -149,7 +149,7 @@ def _check_study(run: Run, study: str, settings: Settings) -> None:
 
 def _provenance(source: str, sae: Sae, settings: Settings, root: Path, compute: Compute) -> dict[str, Any]:
     """The records of subject, hookpoint and corpus, once the dictionary is known to fit."""
-    from sae.corpus import prepare_corpus
+    from sae.packing import prepare_corpus
     from sae.subject import Subject
 
     subject = Subject.load(settings.subject.model, device=compute.resolve(), dtype=settings.subject.dtype)

@@ -81,7 +81,7 @@ def open_source(
     """
     from sae.activation_cache import caches_to_read, open_caches
     from sae.activations import open_streams
-    from sae.corpus import prepare_corpus
+    from sae.packing import prepare_corpus
     from sae.subject import Subject, load_tokenizer
 
     first = of[0]

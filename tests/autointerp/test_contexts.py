@@ -307,9 +307,9 @@ def test_from_a_real_subject_model_to_contexts(tiny_neox_dir: Path, lines: list[
 
     from sae.activations import ActivationStream
     from sae.architectures.topk import TopKSae
-    from sae.corpus import prepare_corpus
     from sae.firings import FiringStore
     from sae.harvest import harvest
+    from sae.packing import prepare_corpus
     from sae.settings import CorpusSettings
     from sae.subject import Subject, load_tokenizer
 

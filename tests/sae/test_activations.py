@@ -18,8 +18,9 @@ from sae.activations import (
     read_together,
     rows_together,
 )
-from sae.corpus import Corpus, prepare_corpus
+from sae.corpus import Corpus
 from sae.errors import BadInput, UserError
+from sae.packing import prepare_corpus
 from sae.settings import CorpusSettings
 from sae.subject import Subject, load_tokenizer
 

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sae.corpus as corpus_module
-from sae.corpus import MIXED_BLOCKS, Corpus, prepare_corpus
+import sae.packing as packing
+from sae.corpus import MIXED_BLOCKS, Corpus
 from sae.documents import Document, in_pieces, read_pieces
 from sae.errors import BadInput, NotFound, UserError
+from sae.packing import prepare_corpus
 from sae.settings import CorpusSettings
 from sae.subject import load_tokenizer
 
@@ -145,7 +146,7 @@ def test_a_large_vocabulary_takes_four_bytes_and_the_fingerprint_is_that_of_the_
     neox: tuple[Any, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = prepare_corpus(text_settings(folder), *neox, tmp_path / "small")
-    monkeypatch.setattr(corpus_module, "vocabulary", lambda _: 1 << 17)
+    monkeypatch.setattr(packing, "vocabulary", lambda _: 1 << 17)
     large = prepare_corpus(text_settings(folder), *neox, tmp_path / "large")
     assert large.tokens.dtype == np.uint32
     np.testing.assert_array_equal(large.tokens, small.tokens)
@@ -165,11 +166,11 @@ def test_standard_library(neox: tuple[Any, str], tmp_path: Path) -> None:
 def test_killed_while_packing_it_goes_on_and_ends_the_same(
     neox: tuple[Any, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "_CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(corpus_module, "_BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(packing, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 2)
     whole = prepare_corpus(text_settings(folder), *neox, tmp_path / "whole")
     tokenised: list[str] = []
-    real_encoder = corpus_module.encoder
+    real_encoder = packing.encoder
 
     def failing_encoder(tokenizer: Any) -> tuple[Any, Any]:
         encode, backend = real_encoder(tokenizer)
@@ -182,7 +183,7 @@ def test_killed_while_packing_it_goes_on_and_ends_the_same(
 
         return run, backend
 
-    monkeypatch.setattr(corpus_module, "encoder", failing_encoder)
+    monkeypatch.setattr(packing, "encoder", failing_encoder)
     root = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
         prepare_corpus(text_settings(folder), *neox, root)
@@ -208,7 +209,7 @@ def test_a_limit_counts_the_same_wherever_batches_begin(
     neox: tuple[Any, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = prepare_corpus(text_settings(folder, max_tokens=320), *neox, tmp_path / "one")
-    monkeypatch.setattr(corpus_module, "_BATCH_DOCUMENTS", 1)
+    monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 1)
     two = prepare_corpus(text_settings(folder, max_tokens=320), *neox, tmp_path / "two")
     assert one.info == two.info
     assert one.fingerprint == two.fingerprint
@@ -246,8 +247,8 @@ def test_a_document_in_pieces_gets_one_end_of_text(
         yield Document("b", "", ends=True)
         yield Document("c", "five six seven eight nine")
 
-    source = corpus_module.TextSource({"kind": "x"}, {}, documents, 4, "documents")
-    monkeypatch.setattr(corpus_module, "open_source", lambda *_: source)
+    source = packing.TextSource({"kind": "x"}, {}, documents, 4, "documents")
+    monkeypatch.setattr(packing, "open_source", lambda *_: source)
     corpus = prepare_corpus(text_settings("x", context=8), *neox, tmp_path)
     assert corpus.info["n_documents"] == 2
     assert (corpus.tokens == 0).sum() == 1
@@ -354,7 +355,7 @@ def test_a_full_disk_is_told_in_one_line(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpus_module._Packer, "_pack", full)
+    monkeypatch.setattr(packing._Packer, "_pack", full)
     refused(text_settings(folder), neox, tmp_path, UserError, "disk is full")
 
 
