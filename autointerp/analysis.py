@@ -33,9 +33,10 @@ from autointerp.comparisons import comparison_findings
 from autointerp.counterparts import counterpart_findings
 from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
 from autointerp.findings.of_study import findings_table
+from autointerp.interesting import ContextSource, interesting
 from autointerp.other_scorers import other_scorer_findings
 from autointerp.pooled import pooled_relation
-from autointerp.scored import ContextSource
+from autointerp.setups import reason, status_kind
 from autointerp.statistics import METHODS
 from sae.files import SCHEMA
 from sae.nulls import FIRING_NULLS, NULLS
@@ -65,7 +66,7 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
     rows, told = study.score_rows(), study.journal()
     latents = study.focus_latents()
     similar = "similarity" in latents
-    has_scores = rows is not None and bool((rows["status"].map(scored.status_kind) == "ok").any())
+    has_scores = rows is not None and bool((rows["status"].map(status_kind) == "ok").any())
     part, sample = None, study.sample()
     if rows is not None and study.setup is not None:
         verdicts = reliability.verdicts_of(study.focus, rows, study.setup)
@@ -100,7 +101,7 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
         "frequency_by_class": seeds.frequency_by_class_findings(latents),
         "scores": scores,
         "relation": _relation(study, part) if part is not None and similar else None,
-        "interesting": scored.interesting(study.focus.name, rows, latents, told.texts, contexts)
+        "interesting": interesting(study.focus.name, rows, latents, told.texts, contexts)
         if rows is not None and has_scores and similar
         else None,
         "failures": _failures(study, rows, told),
@@ -155,11 +156,11 @@ def _failures(study: Study, rows: pd.DataFrame | None, told: Told) -> dict[str, 
         by_reason.setdefault(("explain", why), set()).add(latent)
     answers = 0
     if rows is not None:
-        kinds = rows["status"].map(scored.status_kind)
+        kinds = rows["status"].map(status_kind)
         for row in rows[kinds == "failed"].to_dict("records"):
             if int(row["latent"]) not in told.failed:
                 stage = "score" if row["control"] == "none" else f"score ({row['control']} control)"
-                by_reason.setdefault((stage, scored.reason(row)), set()).add(int(row["latent"]))
+                by_reason.setdefault((stage, reason(row)), set()).add(int(row["latent"]))
         answers = scored.failed_answers(rows[kinds == "ok"])
     reasons = [
         {"stage": stage, "reason": why, "n": len(latents), "latents": sorted(latents)}

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp import scored
 from autointerp.evidence import Study, Told, View
+from autointerp.json_values import number
 from autointerp.pooled import scored_alike
-from autointerp.scored import number
 from autointerp.scored_pairs import METHODS, agreement, good_scores, scored_pairs
 from autointerp.seeds import overlap_findings, similarity_findings
 from autointerp.selection import Choice
+from autointerp.setups import rows_of, setups_of
 from sae.align_stage import align_runs, what_sets_apart
 from sae.errors import BadInput
 from sae.files import SCHEMA, read_table
@@ -182,8 +182,8 @@ def _newest_scores(study: Study, run: Run) -> tuple[pd.DataFrame, Mapping[str, A
     """Those of a run where the first has none that could be like them."""
     path = run.stage_path("scores")
     table = read_table(path) if path.exists() else None
-    chosen = [] if table is None else scored.setups(table, scorer=study.view.scorer)
-    return None if table is None or not chosen else (scored.rows_of(table, chosen[0]), chosen[0])
+    chosen = [] if table is None else setups_of(table, scorer=study.view.scorer)
+    return None if table is None or not chosen else (rows_of(table, chosen[0]), chosen[0])
 
 
 def _seen_from(study: Study, run: Run, setup: dict[str, Any] | None) -> Study:

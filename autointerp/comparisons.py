@@ -18,15 +18,17 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp import scored
 from autointerp.estimation import AS_THEY_ARE, Estimator, error_of
 from autointerp.evidence import Study, Told
 from autointerp.journal import Journal
+from autointerp.json_values import histogram, mean_of, number, quartile_figures
 from autointerp.method import BASELINE
 from autointerp.pooled import scored_alike
 from autointerp.rank_bootstrap import interval_of
 from autointerp.sample_record import Sample
+from autointerp.scored import SCORE_EDGES, estimator_of
 from autointerp.scorers.base import HARDER
+from autointerp.setups import precision_of, rows_of, setups_of, status_kind
 from autointerp.statistics import UNKNOWN, Estimate
 from sae.controls import CONTROLS, controls_of
 from sae.run import Run
@@ -45,7 +47,7 @@ def comparison_findings(study: Study, rows: pd.DataFrame, told: Told, sample: Sa
     is none, and how it is had (``None`` where there is nothing to say).
     """
     controls = controls_of(study.focus)
-    of = scored.estimator_of(rows, told.too_few, sample)
+    of = estimator_of(rows, told.too_few, sample)
     own = of.of(good(rows))
     entries, lacking = [], []
     for kind in CONTROLS:
@@ -93,8 +95,8 @@ def _beside(own: pd.DataFrame, rows: pd.DataFrame, of: Estimator) -> dict[str, A
 
     return {
         **_figures(own, theirs, AS_THEY_ARE, difference),
-        "n_failed": int((failed["status"].map(scored.status_kind) == "failed").sum()),
-        "n_ineligible": int((failed["status"].map(scored.status_kind) == "ineligible").sum()),
+        "n_failed": int((failed["status"].map(status_kind) == "failed").sum()),
+        "n_ineligible": int((failed["status"].map(status_kind) == "ineligible").sum()),
     }
 
 
@@ -108,12 +110,12 @@ def _figures(
     values, error = theirs["balanced_accuracy"].astype(float), error_of(theirs)
     aurocs = theirs["auroc"].astype(float).dropna() if "auroc" in theirs else pd.Series(dtype=float)
     found = {
-        **scored.mean_of(of.mean(values, error)),
-        **scored.quartile_figures(of, values, error),
-        "auroc_mean": scored.number(of.plain_mean(aurocs)) if len(aurocs) else None,
+        **mean_of(of.mean(values, error)),
+        **quartile_figures(of, values, error),
+        "auroc_mean": number(of.plain_mean(aurocs)) if len(aurocs) else None,
         "n_scored": len(values),
-        "histogram": scored.histogram(values, scored.SCORE_EDGES, of),
-        "above": scored.mean_of(difference("balanced_accuracy", "ba")),
+        "histogram": histogram(values, SCORE_EDGES, of),
+        "above": mean_of(difference("balanced_accuracy", "ba")),
         "negatives": {},
     }
     for kind in HARDER:
@@ -121,9 +123,9 @@ def _figures(
         if column in own and column in theirs and own[column].notna().any() and theirs[column].notna().any():
             harder = theirs[column].astype(float).dropna()
             found["negatives"][kind] = {
-                **scored.mean_of(of.mean(harder, error_of(theirs.loc[harder.index], column))),
+                **mean_of(of.mean(harder, error_of(theirs.loc[harder.index], column))),
                 "n_scored": len(harder),
-                "above": scored.mean_of(difference(column, column)),
+                "above": mean_of(difference(column, column)),
             }
     return found
 
@@ -133,13 +135,13 @@ def _baseline(study: Study, own: pd.DataFrame, of: Estimator) -> dict[str, Any] 
     setup, scores = study.setup, study.scores
     if setup is None or scores is None or setup["judge"] == BASELINE:
         return None
-    found = scored.setups(scores, scorer=setup["scorer"], explainer=BASELINE, judge=BASELINE)
-    wanted = scored.precision_of(scored.rows_of(scores, setup))
+    found = setups_of(scores, scorer=setup["scorer"], explainer=BASELINE, judge=BASELINE)
+    wanted = precision_of(rows_of(scores, setup))
     for baseline in found:
-        rows = scored.rows_of(scores, baseline)
+        rows = rows_of(scores, baseline)
         theirs = good(rows)
         both = theirs.index.intersection(own.index)
-        if len(both) and scored.precision_of(rows) == wanted:
+        if len(both) and precision_of(rows) == wanted:
             ours, theirs = own.loc[both], theirs.loc[both]
             return _figures(ours, theirs, of, partial(of.difference, ours, theirs))
     return None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.scored import mean_of, number, quartiles_of
+from autointerp.json_values import mean_of, number, quartiles_of
 from autointerp.statistics import bootstrap_mean
 from sae.estimate import UNKNOWN, Estimate
 from sae.nulls import FIRING_COLUMNS, SHIFTED

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp import scored
 from autointerp.journal import Journal
 from autointerp.method import BASELINE
 from autointerp.sample_record import Sample, sample_of
+from autointerp.setups import TOO_FEW, rows_of, setups_of
 from sae.align_stage import behaviour_facts, behaviours, is_aligned, is_compared
 from sae.alignment import both_ways
 from sae.errors import BadInput, NotFound, nearest
 from sae.files import read_table, table_metadata
 from sae.harvest_stage import is_harvested
-from sae.latent_table import latent_table
+from sae.latent_table import latent_table, shared_class
 from sae.overlap import DEFINITIONS, StudyOverlap, overlap
 from sae.pair_files import pair_path
 from sae.run import MAIN_SCORER, Run, all_runs, command
@@ -114,7 +114,7 @@ class Study:
         scores = read_table(path) if (path := focus.stage_path("scores")).exists() else None
         chosen: list[dict[str, Any]] = []
         if scores is not None:
-            chosen = scored.setups(scores, scorer=view.scorer, explainer=view.explainer, judge=view.judge)
+            chosen = setups_of(scores, scorer=view.scorer, explainer=view.explainer, judge=view.judge)
         return cls(
             root=root,
             runs=runs,
@@ -177,11 +177,11 @@ class Study:
             latents["n_shared"] = n
             latents["similarity"] = table["similarity"]
             latents["unshared"] = latents["alive"] & (n == 0)
-            latents["shared_class"] = np.select([n == 0, n == len(others)], ["one", "all"], default="some")
+            latents["shared_class"] = shared_class(n, len(others))
         return latents
 
     def score_rows(self) -> pd.DataFrame | None:
-        return None if self.scores is None or self.setup is None else scored.rows_of(self.scores, self.setup)
+        return None if self.scores is None or self.setup is None else rows_of(self.scores, self.setup)
 
     def sample(self) -> Sample | None:
         """What was drawn of the focus run's latents for the chosen set-up; ``None`` where nothing is on record."""
@@ -203,7 +203,7 @@ class Study:
         good = set(table.loc[table["status"] == "ok", "latent"].astype(int))
         lost = table[(table["status"] == "failed") & ~table["latent"].isin(good)]
         failed = {int(latent): str(why) for latent, why in zip(lost["latent"], lost["failure"], strict=True)}
-        too_few = {latent for latent, why in failed.items() if scored.TOO_FEW in why}
+        too_few = {latent for latent, why in failed.items() if TOO_FEW in why}
         return Told(
             table=table,
             texts=texts,

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 
 from autointerp.journal import Journal
+from autointerp.json_values import number, plain
 from autointerp.method import BASELINE
 from autointerp.reliability import reliability_findings, together_of, verdicts_of
-from autointerp.scored import number, rows_of, setups
 from autointerp.scorers.base import HARDER
+from autointerp.setups import rows_of, setups_of
 from sae.align_stage import behaviour_folder
 from sae.alignment import read_alignment
 from sae.errors import NotFound
@@ -122,12 +123,12 @@ class LatentReader:
         """Every explanation in the run's journal, newest first; failed ones with their reason."""
         rows = self._of(self._journal(run), latent)
         columns = ["id", "explainer", "model", "draw", "status", "text", "failure", "created"]
-        return [{k: _plain(row[k]) for k in columns} for row in rows[::-1]]
+        return [{k: plain(row[k]) for k in columns} for row in rows[::-1]]
 
     def scores(self, run: Run, latent: int) -> list[dict[str, Any]]:
         """Every row of the run's score table, controls among them."""
         rows = self._of(self._table(run.stage_path("scores")), latent)
-        return [{k: _plain(row[k]) for k in _SCORE_COLUMNS if k in row} for row in rows]
+        return [{k: plain(row[k]) for k in _SCORE_COLUMNS if k in row} for row in rows]
 
     def _match(self, sibling: Run, latent: int) -> dict[str, Any]:
         """The latent's match in one sibling, both ways of matching, and what the decoder's partner was said to be."""
@@ -179,7 +180,7 @@ class LatentReader:
         if table is None:
             return None
         row = self._of(table, latent)[0]
-        found = {column: _plain(row[column]) for column in table.columns if column != "latent"}
+        found = {column: plain(row[column]) for column in table.columns if column != "latent"}
         found["rank"] = int((table["n_firings"] > row["n_firings"]).sum()) + 1
         for eligible in self._of(self._table(self.run.stage_path("contexts")), latent):
             found["eligible"] = bool(eligible["eligible"])
@@ -258,7 +259,7 @@ def reliability_of(run: Run) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     table, found = read_table(path), []
-    for setup in setups(table):
+    for setup in setups_of(table):
         rows = rows_of(table, setup)
         told = reliability_findings(rows, verdicts_of(run, rows, setup), together_of(setup))
         found.append({**setup, **(told or {"value": None, "interval": None, "n": 0})})
@@ -309,10 +310,3 @@ def as_json(context: Context) -> dict[str, Any]:
 
 def _index(value: Any) -> int | None:
     return None if value < 0 else int(value)
-
-
-def _plain(value: Any) -> Any:
-    """A numpy or pandas scalar as JSON has it; what is missing is ``None``."""
-    if value is None or pd.isna(value):
-        return None
-    return value.item() if isinstance(value, np.generic) else value

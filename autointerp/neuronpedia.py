@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from autointerp.journal import Journal
-from autointerp.scored import number
+from autointerp.json_values import number
 from sae.errors import BadInput, NotFound
 from sae.files import digest, read_table
 from sae.run import Run, command

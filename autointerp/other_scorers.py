@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp import scored
 from autointerp.evidence import Study, Told
+from autointerp.scored import score_findings
+from autointerp.setups import rows_of, setups_of
 
 _FIGURES = ("mean", "interval", "auroc_mean", "auroc_interval", "n_scored", "n_failed", "n_ineligible", "control")
 _SAME = ("explainer", "explainer_model", "judge", "model")
@@ -25,11 +26,11 @@ def other_scorer_findings(study: Study, latents: pd.DataFrame, told: Told) -> li
     wanted = same if study.setup else {"explainer": view.explainer, "judge": view.judge}
     found = []
     for scorer in sorted(set(study.scores["scorer"].dropna()) - {view.scorer, (study.setup or {}).get("scorer")}):
-        setups = scored.setups(study.scores, scorer=scorer, **wanted)
+        setups = setups_of(study.scores, scorer=scorer, **wanted)
         if setups:
-            rows = scored.rows_of(study.scores, setups[0])
+            rows = rows_of(study.scores, setups[0])
             sample = study.sample_of(setups[0])
-            figures = scored.score_findings(rows, latents, told.explained, told.too_few, sample)
+            figures = score_findings(rows, latents, told.explained, told.too_few, sample)
             who = {"explainer": setups[0].get("explainer"), "judge": setups[0].get("judge")}
             found.append({"scorer": scorer, **who, **{key: figures[key] for key in _FIGURES}})
     return found

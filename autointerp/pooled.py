@@ -7,11 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp import scored
 from autointerp.evidence import Study
 from autointerp.relation import Part, pooled_findings
 from autointerp.reliability import together_of, verdicts_of
 from autointerp.sample_record import sample_of
+from autointerp.setups import precision_of, rows_of, setups_of
 from sae.bootstrap import partner_units
 from sae.files import read_table
 from sae.run import Run
@@ -55,9 +55,9 @@ def scored_alike(study: Study, run: Run) -> tuple[pd.DataFrame, Mapping[str, Any
     if (ours.contexts, ours.harvest.window) != (theirs.contexts, theirs.harvest.window):
         return None
     table = read_table(path)
-    for found in scored.setups(table):
+    for found in setups_of(table):
         if all(found.get(key) == setup.get(key) for key in _ALIKE):
-            rows = scored.rows_of(table, found)
-            if scored.precision_of(rows) == scored.precision_of(own):
+            rows = rows_of(table, found)
+            if precision_of(rows) == precision_of(own):
                 return rows, found
     return None

@@ -17,7 +17,7 @@ from autointerp.control_saes import beside, first, was_explained
 from autointerp.journal import Journal
 from autointerp.judges.base import Judge
 from autointerp.method import BASELINE
-from autointerp.score_table import rows_of
+from autointerp.score_table import records_of
 from autointerp.swapping import swap_partners
 from sae.errors import BadInput
 from sae.files import digest
@@ -92,7 +92,7 @@ def has_more_than_baseline(journal: Journal) -> bool:
 
 def questions_of(run: Run, explanations: pd.DataFrame, control_latents: int | None) -> list[Question]:
     """What is to be judged of ``explanations`` (see :meth:`Part.readable`): each, and up to so many controls."""
-    own = [_question(row) for row in rows_of(explanations)]
+    own = [_question(row) for row in records_of(explanations)]
     return [*own, *_controls(run, explanations, control_latents)]
 
 
@@ -105,7 +105,7 @@ def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[Q
     with safe_open(run.weights_path, framework="numpy") as weights:
         decoder = np.asarray(weights.get_tensor("W_dec"))
     for _, group in explanations.groupby(["explainer", "settings_hash", "prompt_hash", "model", "draw"]):
-        own = {question.latent: question for question in map(_question, rows_of(group))}
+        own = {question.latent: question for question in map(_question, records_of(group))}
         chosen = swap_partners(sorted(own), decoder, run.store(), seed=run.settings.contexts.sample_seed)
         for latent in _first_by_hash(list(chosen), n):
             other = own[chosen[latent]]

@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 
 from autointerp.estimation import error_of, real_share
+from autointerp.json_values import mean_of, number
 from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of, partial
 from autointerp.reliability import Corrected, Halves, corrected_spearman, splits_of
 from autointerp.sample_record import Sample
-from autointerp.scored import mean_of, number, status_kind
+from autointerp.setups import status_kind
 from autointerp.statistics import (
     UNKNOWN,
     Estimate,

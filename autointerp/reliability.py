@@ -37,11 +37,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from autointerp import scored
 from autointerp.journal import Journal
 from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of, partial
 from autointerp.sample_record import Sample
 from autointerp.scorers.base import HARDER
+from autointerp.setups import verdict_filters
 from sae.estimate import UNKNOWN, Estimate
 from sae.run import Run
 
@@ -196,7 +196,7 @@ def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.Da
         return pd.DataFrame(columns=["latent", "truth", "label"]).astype({"latent": int, "truth": bool, "label": float})
     with Journal(run.journal_path) as journal:
         ids = [int(i) for i in own["explanation_id"]]
-        table = journal.verdicts(explanation_id=ids, **scored.verdicts_of(setup))
+        table = journal.verdicts(explanation_id=ids, **verdict_filters(setup))
     # The score is the one over random negatives; harder ones have figures of their own.
     counted = table["failure"].isna() & ~table["negative_kind"].isin(HARDER)
     return table.loc[counted, ["latent", "truth", "label"]]

@@ -30,7 +30,16 @@ from autointerp.material import Material
 from autointerp.method import BASELINE
 from autointerp.questions import CONTROL_LATENTS, Part, Question, has_more_than_baseline, parts_of, questions_of
 from autointerp.rounds import AdaptivePlan
-from autointerp.score_table import COLUMNS, UNTESTED, Test, lost_scorers, of_this_judge, plans_of, rows_of, score_table
+from autointerp.score_table import (
+    COLUMNS,
+    UNTESTED,
+    Test,
+    lost_scorers,
+    of_this_judge,
+    plans_of,
+    records_of,
+    score_table,
+)
 from autointerp.scorers import SCORERS
 from autointerp.scorers.base import Scorer
 from autointerp.work import Outcome, in_flight
@@ -240,7 +249,7 @@ async def _score_run(
 def _count(table: pd.DataFrame, same: Mapping[str, str], asked_now: Set[int], outcome: Outcome, lacking: str) -> None:
     """Add to ``outcome`` what became of one judge's explanations; ``lacking`` says how many have too few contexts."""
     untested = 0
-    for row in rows_of(of_this_judge(table, same)):
+    for row in records_of(of_this_judge(table, same)):
         if row["status"] == "ok":
             outcome.n_done += 1
             outcome.n_new += row["explanation_id"] in asked_now
@@ -257,7 +266,7 @@ def _made(path: Path) -> set[tuple[str, str]]:
     if not path.exists():
         return set()
     before = read_table(path, ["scorer", "settings_hash"]).drop_duplicates()
-    return {(row["scorer"], row["settings_hash"]) for row in rows_of(before)}
+    return {(row["scorer"], row["settings_hash"]) for row in records_of(before)}
 
 
 def _inputs(material: Material, same: Mapping[str, str], part: Part, journal: Journal) -> str | None:

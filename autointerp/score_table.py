@@ -119,7 +119,7 @@ def score_table(
     latent has too few contexts for a test among the ``made`` ones (scorer and settings) are rows without scores.
     Verdicts of scorers that are gone (:func:`lost_scorers`) make no rows.
     """
-    explanations = {row["id"]: row for row in rows_of(journal.explanations())}
+    explanations = {row["id"]: row for row in records_of(journal.explanations())}
     # Sums are rounded in the order of their parts, and answers come in any order: a score must not depend on it.
     verdicts, plans = journal.verdicts().sort_values("context", kind="stable"), plans or {}
     known = {test.key: test for test in tests}
@@ -146,7 +146,7 @@ def score_table(
             }
         )
     for test in (known[key] for key in sorted(made & known.keys())):
-        for explained in rows_of(readable[test.same["judge"]]):
+        for explained in records_of(readable[test.same["judge"]]):
             if not test.items(explained["latent"]):
                 untested = {"control": "none", "replicate": 0, "status": UNTESTED}
                 rows.append({**_identity(explained["latent"], explained), **_judged_by(test.same), **untested})
@@ -162,7 +162,7 @@ def lost_scorers(journal: Journal) -> list[str]:
     return sorted(set(journal.scorers()) - set(SCORERS))
 
 
-def rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
+def records_of(table: pd.DataFrame) -> list[dict[str, Any]]:
     return cast(list[dict[str, Any]], table.to_dict("records"))
 
 

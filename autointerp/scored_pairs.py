@@ -15,9 +15,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from autointerp.evidence import Study
+from autointerp.json_values import number
 from autointerp.pooled import scored_alike
 from autointerp.rank_bootstrap import Resamples, interval_of
-from autointerp.scored import number, status_kind
+from autointerp.setups import status_kind
 from sae.bootstrap import partner_units
 from sae.estimate import UNKNOWN, Estimate
 from sae.overlap import shared

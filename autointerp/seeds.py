@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 
 from autointerp.evidence import Study
-from autointerp.scored import CLASSES, histogram, number
+from autointerp.json_values import histogram, number
 from autointerp.statistics import quartiles
 from sae.files import read_table
+from sae.latent_table import CLASSES, shared_class
 from sae.overlap import DEFINITIONS
 from sae.run import Run
 from sae.similarity import range_of
@@ -171,7 +172,7 @@ def membership_findings(study: Study, latents: pd.DataFrame) -> dict[str, Any] |
                 "label": words,
                 "runs": held,
                 "n_others": n,
-                "shared_class": "one" if n == 0 else "all" if n == len(others) else "some",
+                "shared_class": str(shared_class(n, len(others))),
                 "n": round(fraction * alive),
                 "fraction": fraction,
                 "null": {null: _fraction(split, n, held) for null, split in of_nulls.items()},

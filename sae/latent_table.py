@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from sae.bootstrap import Bools, Tables
 from sae.nulls import NULLS, as_alignment
@@ -18,6 +18,15 @@ _ALIGNED = (
     *("encoder_partner", "encoder_cosine", "decoder_partner", "decoder_cosine"),
     *("max_encoder_neighbor", "max_encoder_cosine", "max_decoder_neighbor", "max_decoder_cosine"),
 )
+
+CLASSES = ("one", "some", "all")
+"""How many of a study's SAEs have a latent: its own alone, its own and some others, every one."""
+
+
+def shared_class(n_shared: ArrayLike, n_others: int) -> NDArray[np.str_]:
+    """The class, of :data:`CLASSES`, of latents that ``n_shared`` of ``n_others`` other runs share; in their shape."""
+    n = np.asarray(n_shared)
+    return np.select([n == 0, n == n_others], [CLASSES[0], CLASSES[2]], default=CLASSES[1])
 
 
 def latent_table(
@@ -65,7 +74,7 @@ def latent_table(
             columns |= {f"{name}__{null}": values for name, values in _over_runs(known, threshold).items()}
     n = columns["n_shared_strict"]
     columns["unshared"] = alive & (n == 0)
-    told = np.select([n == 0, n == len(others)], ["one", "all"], default="some").astype(object)
+    told = shared_class(n, len(others)).astype(object)
     told[~alive] = None
     columns["shared_class"] = told
     return pd.DataFrame(columns)

@@ -14,8 +14,8 @@ from rich.console import Console
 from autointerp.report.visible import visible
 
 if TYPE_CHECKING:
+    from autointerp.interesting import ContextSource, ShownContext
     from autointerp.report.html import Written
-    from autointerp.scored import ContextSource, ShownContext
     from sae.align_stage import Compared
     from sae.run import Run
 

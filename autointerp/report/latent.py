@@ -32,6 +32,7 @@ from autointerp.report.layout import (
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
+from sae.latent_table import shared_class
 from sae.relation import RELATIONS
 
 Latent = Mapping[str, Any]
@@ -68,7 +69,7 @@ def _head(found: Latent, page: Page) -> RenderableType:
         table.add_row("", Text("0" + largest.rjust(len(found["activations"]["counts"]) - 1), QUIET))
     if found["matches"]:
         n, of = found["n_shared"], len(found["matches"])
-        name = "one" if n == 0 else "all" if n == of else "some"
+        name = str(shared_class(n, of))
         words = f"with {n} of {of} other seeds (strict); similarity {decimal(found['similarity'], 2)}"
         table.add_row(Text("shared", QUIET), Text(words, STYLE_OF_CLASS[name]))
     return Group(title, Text("━" * page.width, ACCENT, no_wrap=True), table)

@@ -18,7 +18,7 @@ from scipy import stats
 from autointerp.analysis import findings
 from autointerp.evidence import View
 from autointerp.latents import latent_findings
-from autointerp.scored import rows_of, setups, status_kind
+from autointerp.setups import rows_of, setups_of, status_kind
 from sae.alignment import read_alignment
 from sae.errors import BadInput, NotFound
 from sae.files import read_table, write_table
@@ -367,9 +367,9 @@ def test_set_ups_are_ordered_by_their_newest_explanation() -> None:
     table = pd.DataFrame(
         [{**base, "explainer": "llm", "explanation_id": 9}, {**base, "explainer": "ngram", "explanation_id": 4}]
     )
-    assert [s["explainer"] for s in setups(table)] == ["llm", "ngram"]
-    assert len(rows_of(table, setups(table)[1])) == 1
-    assert setups(table, explainer="nobody") == []
+    assert [s["explainer"] for s in setups_of(table)] == ["llm", "ngram"]
+    assert len(rows_of(table, setups_of(table)[1])) == 1
+    assert setups_of(table, explainer="nobody") == []
 
 
 def test_the_view_changes_what_is_shared(made: Path, found: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from tiny_study import cli
 from autointerp import Run
 from autointerp.reliability import reliability_findings, together_of, verdicts_of
 from autointerp.report import latent_findings, render_latent
-from autointerp.scored import rows_of, setups
 from autointerp.scorers.base import HARDER
+from autointerp.setups import rows_of, setups_of
 from sae.errors import NotFound
 from sae.files import read_table, write_table
 
@@ -63,7 +63,7 @@ def test_a_notebook_has_the_reliability_of_each_set_up(run: Run) -> None:
     table = run.reliability()
     assert table["scorer"].tolist() != []
     scores = run.scores()
-    for (_, told), setup in zip(table.iterrows(), setups(scores), strict=True):
+    for (_, told), setup in zip(table.iterrows(), setups_of(scores), strict=True):
         rows = rows_of(scores, setup)
         expected = reliability_findings(rows, verdicts_of(run, rows, setup), together_of(setup))
         assert told["scorer"] == setup["scorer"]

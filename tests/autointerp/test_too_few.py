@@ -14,7 +14,7 @@ from rich.console import Console
 from autointerp.analysis import findings
 from autointerp.evidence import View
 from autointerp.report import render_report
-from autointerp.scored import too_few_findings
+from autointerp.too_few import too_few_findings
 from sae.files import read_table, write_table
 from sae.run import Run
 

@@ -15,7 +15,8 @@ import pandas as pd
 from autointerp.evidence import Study, Told
 from autointerp.pooled import scored_alike
 from autointerp.report.html.sweeps import sweeps_at
-from autointerp.scored import CLASSES, status_kind
+from autointerp.setups import status_kind
+from sae.latent_table import CLASSES
 
 #: What became of a latent on its way to a score; its place here is what the page holds.
 STATUSES = ("not asked for", "too few contexts", "failed", "explained", "scored")

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp import scored
 from autointerp.evidence import Study
 from autointerp.journal import Journal
 from autointerp.latents import LatentReader, as_json
 from autointerp.report.html.embedded import json_in_script
+from autointerp.setups import verdict_filters
 from sae.errors import UserError
 from sae.progress import track
 
@@ -130,7 +130,7 @@ class _Reader:
             return None
         with Journal(run.journal_path) as journal:
             of = int(self._explanation[latent])
-            table = journal.verdicts(explanation_id=of, **scored.verdicts_of(setup))
+            table = journal.verdicts(explanation_id=of, **verdict_filters(setup))
         if table.empty:
             return None
         failed = table["failure"].notna()
