@@ -150,7 +150,7 @@ class _Worker:
         if relate:
             touched.sort()  # among equals, what is judged goes by number
             tokens = _Tokens(pieces, touched, self._left)
-            told, members, covered = relation.judge(
+            told, members, covered = relation.relation_of(
                 counts[touched], found.firings_there[touched], len(position), found.n_tokens, tokens
             )
             found.relation[latent], found.covered[latent] = told, covered

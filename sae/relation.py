@@ -65,7 +65,7 @@ class Within(Protocol):
         """On how many that are not taken each of the t latents fires: [t]."""
 
 
-def judge(together: Ints, firings: Ints, n: int, n_tokens: int, tokens: Within) -> tuple[int, list[int], float]:
+def relation_of(together: Ints, firings: Ints, n: int, n_tokens: int, tokens: Within) -> tuple[int, list[int], float]:
     """What a latent that fires on n tokens is in the other dictionary.
 
     Args:
