@@ -6,17 +6,17 @@ endpoint or a model was named by flag. An endpoint is an address, or a vLLM serv
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from autointerp.cost import Budget
 from autointerp.explainers import EXPLAINERS
 from autointerp.explainers.base import Explainer
 from autointerp.judges import JUDGES
 from autointerp.judges.base import Judge
+from autointerp.llm.options import LlmOptions
 from autointerp.method import BASELINE, Method
 from sae.errors import BadInput
 from sae.registry import Registry
@@ -25,99 +25,8 @@ if TYPE_CHECKING:
     from autointerp.explainers.base import ModelExplainer
     from autointerp.judges.base import ModelJudge
     from autointerp.llm.client import LlmClient
-    from autointerp.llm.serving import OneServer
 
 PROTOCOLS = ("auto", "batch", "single")
-VLLM_TIMEOUT = 1800.0
-"""Seconds until a server has to be ready: a large model takes minutes to load, and as long again to be compiled."""
-
-
-@dataclass(frozen=True)
-class LlmOptions:
-    """What the user said about language models. All unset: there is none."""
-
-    url: str | Sequence[str] | None = None
-    """An address, or several that share the load."""
-    model: str | None = None
-    judge_url: str | Sequence[str] | None = None
-    judge_model: str | None = None
-    api_key_file: Path | None = None
-    concurrency: int = 32
-    requests_per_second: float | None = None
-    tokens_per_minute: float | None = None
-    protocol: str = "auto"
-    vllm: str | None = None
-    """Serve this model for the command: a folder, a hub name or ``bundled``. ``model`` is then what it is called."""
-    judge_vllm: str | None = None
-    vllm_python: Path | None = None
-    vllm_args: str = ""
-    vllm_timeout: float = VLLM_TIMEOUT
-    servers: OneServer | None = field(default=None, repr=False, compare=False)
-    """Keeps the server from one part of a command to the next; see :func:`kept_server`."""
-    contexts_per_request: int | None = None
-    """In a request of the batch protocol; ``None`` leaves it to the judge."""
-    budget: Budget | None = None
-    """What the command may spend, the same object for explainer and judge."""
-
-    def __post_init__(self) -> None:
-        for flag, vllm, url in (("", self.vllm, self.url), ("judge-", self.judge_vllm, self.judge_url)):
-            if vllm is not None and url:
-                raise BadInput(f"--{flag}vllm starts a server, --{flag or 'llm-'}url names one; give one of the two")
-        if self.vllm is not None and self.judge_model is not None and not self.judge_is_elsewhere:
-            raise BadInput(
-                f"--judge-model {self.judge_model!r}: the server of --vllm {self.vllm!r} has one model alone; "
-                "give --judge-vllm or --judge-url"
-            )
-
-    @property
-    def named(self) -> bool:
-        return bool(self.url) or self.model is not None or self.vllm is not None
-
-    @property
-    def judge_is_elsewhere(self) -> bool:
-        """Whether the judge has an endpoint of its own."""
-        return bool(self.judge_url) or self.judge_vllm is not None
-
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """The addresses; none where only a model was named."""
-        return _several(self.url)
-
-    def words(self) -> list[str]:
-        """The flags that name the models again, for a command to print. A key is in none of them: an address that
-        carries one is left for the user to give."""
-        given = [
-            *(("--llm-url", url) for url in self.urls),
-            ("--llm-model", self.model),
-            *(("--judge-url", url) for url in _several(self.judge_url)),
-            ("--judge-model", self.judge_model),
-            ("--api-key-file", self.api_key_file),
-        ]
-        served = [
-            ("--vllm", self.vllm),
-            ("--judge-vllm", self.judge_vllm),
-            ("--vllm-python", self.vllm_python),
-            ("--vllm-args", self.vllm_args),
-            ("--vllm-timeout", f"{self.vllm_timeout:g}" if self.vllm_timeout != VLLM_TIMEOUT else None),
-        ]
-        words = [word for flag, value in given if value and "@" not in str(value) for word in (flag, str(value))]
-        if self.vllm or self.judge_vllm:
-            words += [word for flag, value in served if value for word in (flag, str(value))]
-        return words
-
-    def for_judge(self) -> LlmOptions:
-        """The same, with the judge's own endpoint and model where it has them."""
-        if not self.judge_is_elsewhere:
-            return replace(self, model=self.judge_model or self.model)
-        return replace(
-            self,
-            url=self.judge_url,
-            vllm=self.judge_vllm,
-            model=self.judge_model,
-            judge_url=None,
-            judge_vllm=None,
-            judge_model=None,
-        )
 
 
 @contextmanager
@@ -133,10 +42,6 @@ def kept_server(options: LlmOptions) -> Iterator[LlmOptions]:
 
     with OneServer() as servers:
         yield replace(options, servers=servers)
-
-
-def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 def resolve(backend: str, options: LlmOptions, what: str) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autointerp.backends import LlmOptions
 from autointerp.explain import explain_runs
+from autointerp.llm.options import LlmOptions
 from autointerp.method import BASELINE
 from autointerp.score import score_runs
 from autointerp.selection import Choice

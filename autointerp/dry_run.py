@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from autointerp.adaptive import Precision
-from autointerp.backends import LlmOptions, resolve
+from autointerp.backends import resolve
 from autointerp.contexts import Context
 from autointerp.cost import Prices
 from autointerp.explain import identity_of, plan_controls, plan_latents
@@ -32,6 +32,7 @@ from autointerp.judges.base import ModelJudge
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import DEFAULT_URL, LlmClient
 from autointerp.llm.exchange import Request
+from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import Tokenize, block_keys, characters, tokenizer_of
 from autointerp.llm.vllm_model import find_model
 from autointerp.material import Material

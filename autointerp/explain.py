@@ -17,11 +17,12 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp.backends import LlmOptions, lacks, open_explainer, resolve, words_of
+from autointerp.backends import lacks, open_explainer, resolve, words_of
 from autointerp.control_saes import beside, sample_of, sample_size
 from autointerp.cost import BudgetSpent, going_on
 from autointerp.explainers.base import Explainer
 from autointerp.journal import Journal
+from autointerp.llm.options import LlmOptions
 from autointerp.material import Material
 from autointerp.method import BASELINE
 from autointerp.sample_record import Draw, partners_of, record

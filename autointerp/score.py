@@ -18,13 +18,14 @@ from pathlib import Path
 import pandas as pd
 
 from autointerp.adaptive import Precision
-from autointerp.backends import LlmOptions, capabilities, kept_server, lacks, open_judge, resolve, words_of
+from autointerp.backends import capabilities, kept_server, lacks, open_judge, resolve, words_of
 from autointerp.contexts import Context
 from autointerp.control_saes import beside, was_explained
 from autointerp.cost import going_on
 from autointerp.journal import Journal, Verdict
 from autointerp.judges import JUDGES
 from autointerp.judges.base import Judge
+from autointerp.llm.options import LlmOptions
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
 from autointerp.method import BASELINE

@@ -14,10 +14,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from autointerp.backends import LlmOptions, resolve
+from autointerp.backends import resolve
 from autointerp.explain import explain_runs
 from autointerp.findings.sweeps import axes_of, finding_of_sweep
 from autointerp.judges import JUDGES
+from autointerp.llm.options import LlmOptions
 from autointerp.score import score_runs
 from autointerp.selection import Choice
 from autointerp.sweep_table import Summary, read_summary, summarise, summary_inputs, write_summary

@@ -19,9 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from autointerp.backends import LlmOptions, open_judge
+from autointerp.backends import open_judge
 from autointerp.contexts import Context
 from autointerp.journal import Journal
+from autointerp.llm.options import LlmOptions
 from autointerp.prompts import conversation
 from autointerp.questions import Question
 from autointerp.score import _judge_one

@@ -13,8 +13,8 @@ from autointerp.command_line.values import absolute
 from sae.errors import BadInput
 
 if TYPE_CHECKING:
-    from autointerp.backends import LlmOptions
     from autointerp.cost import Prices
+    from autointerp.llm.options import LlmOptions
     from sae.stage import Compute
 
 
@@ -144,8 +144,8 @@ def llm_options(
     server: Server, judge: JudgeServer | None = None, spending: Spending | None = None, **asking: Any
 ) -> LlmOptions:
     """What was said of language models, in one. ``asking`` is how the judge is asked."""
-    from autointerp.backends import LlmOptions
     from autointerp.cost import parse_budget
+    from autointerp.llm.options import LlmOptions
 
     judge, spending = judge or JudgeServer(), spending or Spending()
     return LlmOptions(

@@ -21,8 +21,8 @@ from autointerp.prompts import conversation
 from sae.files import digest
 
 if TYPE_CHECKING:
-    from autointerp.backends import LlmOptions
     from autointerp.contexts import Context
+    from autointerp.llm.options import LlmOptions
 
 LONGEST = 1500
 """An explanation longer than this, in characters, is no sentence."""

@@ -14,10 +14,10 @@ from autointerp.llm.usage import Usage
 from autointerp.method import Method
 
 if TYPE_CHECKING:
-    from autointerp.backends import LlmOptions
     from autointerp.contexts import Context
     from autointerp.llm.client import LlmClient
     from autointerp.llm.exchange import Request
+    from autointerp.llm.options import LlmOptions
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ from sae.errors import BadInput
 from sae.files import digest
 
 if TYPE_CHECKING:
-    from autointerp.backends import LlmOptions
     from autointerp.contexts import Context
+    from autointerp.llm.options import LlmOptions
 
 Protocol = Literal["batch", "single"]
 

@@ -40,8 +40,8 @@ from sae.errors import BadInput, nearest
 from sae.progress import say
 
 if TYPE_CHECKING:
-    from autointerp.backends import LlmOptions
     from autointerp.cost import Budget
+    from autointerp.llm.options import LlmOptions
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from autointerp.llm.vllm_server import VllmServer
 from sae.errors import BadInput, Unavailable
 
 if TYPE_CHECKING:
-    from autointerp.backends import LlmOptions
+    from autointerp.llm.options import LlmOptions
 
 LOGS = "logs"
 """The folder under the root in which servers write."""

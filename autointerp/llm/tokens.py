@@ -20,8 +20,8 @@ from autointerp.llm.endpoint import Key, is_loopback, read_key
 from autointerp.llm.exchange import Message
 
 if TYPE_CHECKING:
-    from autointerp.backends import LlmOptions
     from autointerp.llm.client import LlmClient
+    from autointerp.llm.options import LlmOptions
 
 BLOCK = 16
 """Tokens in a block of vLLM's prefix cache on GPUs (on CPUs it has 128)."""

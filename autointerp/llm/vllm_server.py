@@ -31,9 +31,9 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import IO
 
-from autointerp.backends import VLLM_TIMEOUT
 from autointerp.llm import keeper
 from autointerp.llm.endpoint import KEY_VARIABLES
+from autointerp.llm.options import VLLM_TIMEOUT
 from autointerp.llm.vllm_model import VllmModel
 from sae.errors import Unavailable
 from sae.host_memory import free_host_bytes

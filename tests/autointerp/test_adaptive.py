@@ -19,10 +19,10 @@ from scipy.stats import binomtest
 from tiny_study import harvested_study
 
 from autointerp.adaptive import Look, Precision, Rounds, Tally, _score, interval, schedule, stops, unbiased
-from autointerp.backends import LlmOptions
 from autointerp.contexts import Context, Kind, TestSet
 from autointerp.explain import explain_runs
 from autointerp.journal import Journal
+from autointerp.llm.options import LlmOptions
 from autointerp.score import score_runs
 from autointerp.scorers.detection import DetectionScorer
 from autointerp.selection import Choice

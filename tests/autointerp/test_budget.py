@@ -8,12 +8,12 @@ import pytest
 from fake_server import FakeServer, Reply
 from test_score_by_llm import ITEMS, N, explain, harvested, run  # noqa: F401
 
-from autointerp.backends import LlmOptions
 from autointerp.cost import Budget, BudgetSpent, Prices, parse_budget, prices_of
 from autointerp.explain import explain_runs
 from autointerp.journal import Journal
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed, Request
+from autointerp.llm.options import LlmOptions
 from autointerp.score import score_runs
 from autointerp.selection import Choice
 from sae.errors import BadInput

@@ -12,12 +12,12 @@ import pytest
 from fake_server import FakeServer, error, sensible
 from tiny_study import harvested_study
 
-from autointerp.backends import LlmOptions
 from autointerp.control_saes import sample_of, sample_size
 from autointerp.cost import Budget, BudgetSpent
 from autointerp.dry_run import forecast_explain, forecast_score
 from autointerp.explain import explain_runs
 from autointerp.journal import Journal
+from autointerp.llm.options import LlmOptions
 from autointerp.material import Material
 from autointerp.report import findings_of
 from autointerp.score import score_runs

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from test_score_by_llm import ITEMS, N, explain, harvested, run, score  # noqa: F401
 
 from autointerp.adaptive import Precision
-from autointerp.backends import LlmOptions
 from autointerp.cost import Prices
 from autointerp.dry_run import Forecast, forecast_explain, forecast_score
+from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import BLOCK, block_keys, by_characters, local_tokenizer
 from autointerp.score import score_runs
 from autointerp.selection import Choice

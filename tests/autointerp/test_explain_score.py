@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from tiny_study import journal, records
 
 from autointerp.analysis import findings
-from autointerp.backends import LlmOptions, open_judge, resolve
+from autointerp.backends import open_judge, resolve
 from autointerp.contexts import Context
 from autointerp.evidence import View
 from autointerp.explain import explain_runs
 from autointerp.explainers.base import Explanation
 from autointerp.journal import Journal
 from autointerp.judges.base import Judgement
+from autointerp.llm.options import LlmOptions
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
 from autointerp.sample_record import Sample, sample_of

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_contexts import DenseStore, sampler
 
-from autointerp.backends import LlmOptions
 from autointerp.contexts import Context, TestSet
 from autointerp.explain import explain_runs
 from autointerp.judges.ngram import NgramJudge
+from autointerp.llm.options import LlmOptions
 from autointerp.patterns import Pattern, Patterns
 from autointerp.score import score_runs
 from autointerp.scorers import SCORERS

@@ -18,11 +18,11 @@ import pytest
 from asking import MESSAGES, client, complete, free_port, line_of, run
 from fake_server import FakeServer, Reply, error, token
 
-from autointerp.backends import LlmOptions
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import LlmClient, open_client
 from autointerp.llm.endpoint import candidates, is_loopback, read_key
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, one_line
+from autointerp.llm.options import LlmOptions
 from sae.errors import BadInput, NotFound, Unavailable, UserError
 
 SECRET = "sk-secret-0123456789abcdef"

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autointerp import prompts
-from autointerp.backends import LlmOptions
 from autointerp.contexts import Context
 from autointerp.judges.base import Judge, Judgement
 from autointerp.judges.llm import LlmJudge, parse_batch, parse_single
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed
+from autointerp.llm.options import LlmOptions
 from autointerp.llm.usage import Usage
 from sae.errors import BadInput, Unavailable
 

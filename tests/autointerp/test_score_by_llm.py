@@ -17,10 +17,10 @@ import pytest
 from fake_server import FakeServer, Reply, error, sensible, token
 from tiny_study import harvested_study
 
-from autointerp.backends import LlmOptions
 from autointerp.contexts import TestSet
 from autointerp.explain import explain_runs
 from autointerp.journal import Journal
+from autointerp.llm.options import LlmOptions
 from autointerp.score import COLUMNS, UNTESTED, score_runs
 from autointerp.score_table import score_table
 from autointerp.selection import Choice

@@ -14,9 +14,9 @@ from fake_server import FakeServer, Reply, error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.backends import LlmOptions
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request
+from autointerp.llm.options import LlmOptions
 from autointerp.llm.servers import LONGEST_REST, OVERFLOW, REST, TOLERATED, Servers
 from sae.errors import BadInput, Unavailable
 

@@ -16,8 +16,9 @@ from fake_vllm_python import FakeVllm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.backends import VLLM_TIMEOUT, LlmOptions, kept_server
+from autointerp.backends import kept_server
 from autointerp.llm import vllm_model
+from autointerp.llm.options import VLLM_TIMEOUT, LlmOptions
 from autointerp.llm.serving import OneServer, server_for, serving
 from autointerp.llm.vllm_model import VllmModel, find_model, find_python, split_arguments
 from sae.errors import BadInput, NotFound, Unavailable
