@@ -2,8 +2,8 @@
 
 What is where: ``openai`` speaks the protocol, ``tenacity`` decides when to try again, ``asyncio-throttle`` keeps
 to a rate. What is ours is the meaning: which failures stop everything and which are one row (``faults``), what
-counts as an answer (``exchange``), which server is asked (``servers``) and when (``pacing``), and that an answer is
-in the cache before anybody sees it (``cache``).
+counts as an answer (``exchange``), which server is asked (``servers``) and when (``pacing``), how often (``retrying``)
+and with what (``sending``), and that an answer is in the cache before anybody sees it (``cache``).
 
     ask ── cached? ──► parse ──► out
      └──► slot ──► pace ──► send ──► (busy? wait, again) ──► parse ──► (unusable? again) ──► cache ──► out
@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
-import random
-import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -23,21 +20,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import openai
-import tenacity
-
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.capability import Capabilities, Measure
-from autointerp.llm.discovery import Listed, find, models_at
+from autointerp.llm.discovery import find
 from autointerp.llm.endpoint import read_key
-from autointerp.llm.exchange import Answer, AnswerFailed, Message, Request, cut_off, read_answer
-from autointerp.llm.faults import Transient, no_server, objection, translate
+from autointerp.llm.exchange import Answer, AnswerFailed, Message, Request, cut_off
+from autointerp.llm.faults import Transient
 from autointerp.llm.pacing import Pace, check_limits
+from autointerp.llm.retrying import Retrying
+from autointerp.llm.sending import Sender
 from autointerp.llm.servers import Server, Servers
-from autointerp.llm.transport import Unread, open_api, post
+from autointerp.llm.transport import open_api
 from autointerp.llm.usage import Usage
-from sae.errors import BadInput, nearest
-from sae.progress import say
+from sae.errors import BadInput
 
 if TYPE_CHECKING:
     from autointerp.cost import Budget
@@ -50,8 +45,6 @@ DEFAULT_URL = "https://api.openai.com/v1"
 
 _OWN = "http://127.0.0.1"
 """Stands for a server of ours until it is started, and for its capabilities whatever its port."""
-_REFUSALS = 3
-"""So many refused requests before the first answer mean that the settings are wrong, not the questions."""
 
 
 class LlmClient:
@@ -102,16 +95,15 @@ class LlmClient:
         self._model = model or None
         self._cache = cache
         self._concurrency, self._limits = concurrency, (requests_per_second, tokens_per_minute)
-        self._timeout, self._tries, self._answer_tries = timeout, tries, answer_tries
-        self._backoff, self._patience = backoff, patience
+        self._timeout, self._answer_tries = timeout, answer_tries
         self._budget = budget
         self._session: _Session | None = None
         self._found = False
-        self._failed_in_a_row = self._refused_so_far = 0
-        self._ever_answered = False
         self._measure = Measure()
         self.capabilities = Capabilities()
         """What the servers have turned out to be able to do, so far."""
+        self._retrying = Retrying(self._servers, tries, backoff, patience)
+        self._sender = Sender(self._key, timeout, self.capabilities, self._retrying)
         self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def __repr__(self) -> str:
@@ -176,7 +168,7 @@ class LlmClient:
             if not self._found:
                 if self._start is not None:
                     self._servers.all[0].moves_to(await self._start())
-                self._model, listed = await find(self._servers, self._model, self._models_at)
+                self._model, listed = await find(self._servers, self._model, self._sender.models_at)
                 for entry in listed:
                     self.capabilities.learn_length(entry)
                 for server in self._servers.all:
@@ -184,12 +176,6 @@ class LlmClient:
                     server.api.base_url = server.url
                 self._found = True
         return self.model
-
-    async def _models_at(self, server: Server, url: str) -> Listed | None:
-        self._open()
-        return await models_at(
-            server, url, self._key, self._timeout, lambda once: self._with_tries(once, patient=False)
-        )
 
     def remember_capabilities(self) -> None:
         """Fill in what was found out about these servers today and is in the cache."""
@@ -294,7 +280,8 @@ class LlmClient:
             server = self._servers.choose(request.affinity, failed_at)
             server.in_flight += 1
             try:
-                answer = await self._send(server, request)
+                self._open()
+                answer = await self._sender.send(server, request, self.model)
             except Transient as error:
                 failed_at.add(server)
                 self._servers.failed(server, error.reason, at_once=error.unreachable)
@@ -314,105 +301,12 @@ class LlmClient:
 
         async with session.slots:
             try:
-                answer = await self._with_tries(once)
+                answer = await self._retrying(once)
             except AnswerFailed as failed:
                 raise AnswerFailed(
                     failed.reason, replace(failed.usage, requests=sendings), cut=failed.cut, final=failed.final
                 ) from None
         return answer, answer.usage if sendings == 1 else replace(answer.usage, requests=sendings)
-
-    async def _with_tries(self, once: Callable[[], Awaitable[T]], patient: bool = True) -> T:
-        """``once`` until it does not raise :class:`Transient`, with growing, random pauses between.
-
-        :param patient: whether a server that cannot be reached at all is worth waiting for. Before any work it is
-            not: the user had better be told at once.
-        """
-
-        def again(error: BaseException) -> bool:
-            return isinstance(error, Transient) and (patient or not error.unreachable)
-
-        def pause(state: tenacity.RetryCallState) -> float:
-            # Where a server asked for a pause it is kept to in the line; here all must not return at once.
-            return random.uniform(0, self._backoff) if self._servers.held_back() > 0 else grow(state)
-
-        try:
-            result = await once()  # nearly always the end of it: the machinery of trying again costs as much as sending
-            self._failed_in_a_row = 0
-            return result
-        except Transient as error:
-            failed: list[Transient] = [error]
-
-        async def next_try() -> T:
-            if failed:
-                raise failed.pop()  # the first try, as tenacity counts
-            return await once()
-
-        grow = tenacity.wait_random_exponential(multiplier=self._backoff, max=30)
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(again),
-            wait=pause,
-            stop=tenacity.stop_after_attempt(self._tries),
-            reraise=True,
-        )
-        try:
-            result = await retrying(next_try)
-        except Transient as error:
-            self._failed_in_a_row += 1
-            if (error.unreachable and not self._servers.any_left()) or self._failed_in_a_row >= self._patience:
-                raise no_server(self.url, error.reason) from None
-            raise AnswerFailed(f"{error.reason} ({self._tries} tries)", final=True) from None
-        self._failed_in_a_row = 0
-        return result
-
-    async def _send(self, server: Server, request: Request) -> Answer:
-        """Send once (and again at once where the server objects to a parameter it can be asked without)."""
-        self._open()
-        assert server.api is not None
-        while True:
-            parameters = request.parameters(self.model, server.without)
-            started = time.monotonic()
-            try:
-                raw = await post(server.api, "/chat/completions", request.content(parameters), self._timeout)
-            except TimeoutError:
-                raise Transient(f"no answer within {self._timeout:g} s") from None
-            except openai.APIStatusError as error:
-                dropped = objection(error, parameters)
-                if dropped is None:
-                    raise await self._refused(server, error) from None
-                if dropped not in server.without:
-                    server.without.add(dropped)
-                    self.capabilities.went_without(dropped)
-                    if dropped != "max_tokens":
-                        say(f"{server.url} does not take {dropped!r}: going on without it")
-                continue
-            except (openai.APIError, Unread) as error:
-                raise translate(error, server.url, self._key) from None
-            try:
-                reply = json.loads(raw if self._key is None else self._key.hidden_in(raw.decode(errors="replace")))
-                if self._key is not None and b"\\" in raw:  # an echo of the key may have been written in escapes
-                    reply = json.loads(self._key.hidden_in(json.dumps(reply)))
-            except (ValueError, RecursionError):
-                raise AnswerFailed("the server's reply is not JSON", Usage(requests=1)) from None
-            self._ever_answered = True
-            answer = read_answer(reply, time.monotonic() - started)
-            self.capabilities.learn(request, reply, answer)
-            return answer
-
-    async def _refused(self, server: Server, error: openai.APIStatusError) -> Exception:
-        """What a refusal means. One may be this question's own fault; from a server that never gave an answer,
-        several are everybody's."""
-        if error.status_code not in (404, 405):
-            meaning = translate(error, server.url, self._key)
-            if isinstance(meaning, AnswerFailed) and not self._ever_answered:
-                self._refused_so_far += 1
-                if self._refused_so_far >= _REFUSALS:
-                    return BadInput(f"{server.url}: {meaning.reason}, and nothing else so far; check --llm-model")
-            return meaning
-        served = [str(entry["id"]) for entry in await self._models_at(server, server.url) or ()]
-        where = f"{server.url} knows no model {self.model!r} (HTTP {error.status_code})"
-        if served and self.model not in served:
-            return BadInput(f"{where}; it serves {nearest(self.model, served)}: name one with --llm-model")
-        return BadInput(f"{where}, or has no chat completions; check the URL and --llm-model")
 
     def _open(self) -> _Session:
         """What belongs to the running event loop; a new loop (a second ``asyncio.run``) gets its own."""
