@@ -27,7 +27,7 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp import estimation, relation, reliability, scored, seeds
+from autointerp import estimation, reliability, score_similarity, scored, seeds
 from autointerp.comparisons import METHODS as OF_DIFFERENCES
 from autointerp.comparisons import comparison_findings
 from autointerp.counterparts import counterpart_findings
@@ -71,7 +71,7 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
     if rows is not None and study.setup is not None:
         verdicts = reliability.verdicts_of(study.focus, rows, study.setup)
         together = reliability.together_of(study.setup)
-        part = relation.Part(study.focus.name, rows, latents, verdicts, together, sample=sample)
+        part = score_similarity.Part(study.focus.name, rows, latents, verdicts, together, sample=sample)
     scores = None
     if rows is not None or told.explained:
         scores = scored.score_findings(_rows_or_none(rows), latents, told.explained, told.too_few, sample)
@@ -134,12 +134,12 @@ def _provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def _relation(study: Study, part: relation.Part) -> dict[str, Any] | None:
+def _relation(study: Study, part: score_similarity.Part) -> dict[str, Any] | None:
     """Of the focus run, and ``pooled`` over all runs that were scored alike (``None`` where it alone was)."""
-    found = relation.relation_findings(part)
+    found = score_similarity.relation_findings(part)
     if found is None:
         return None
-    swapped, quarter = scored.Swapped.among(part.rows, part.sample), relation.quarter_of(part)
+    swapped, quarter = scored.Swapped.among(part.rows, part.sample), score_similarity.quarter_of(part)
     own = part.rows[part.rows["control"] == "none"].set_index("latent")
     for number, row in enumerate(found["bins"]):
         row["above_control"] = swapped.below(swapped.of.of(own.loc[quarter.index[quarter == number]]))
@@ -230,7 +230,7 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
             "held fixed": METHODS["partial_spearman"],
             "strata": METHODS["stratified_spearman"],
             **reliability.METHODS,
-            **relation.METHODS,
+            **score_similarity.METHODS,
             **estimation.METHODS,
         },
         "training": "FVU, L0: mean over the last twentieth of the training log",

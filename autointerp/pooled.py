@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 
 from autointerp.evidence import Study
-from autointerp.relation import Part, pooled_findings
 from autointerp.reliability import together_of, verdicts_of
 from autointerp.sample_record import sample_of
+from autointerp.score_similarity import Part, pooled_findings
 from autointerp.setups import precision_of, rows_of, setups_of
 from sae.bootstrap import partner_units
 from sae.files import read_table
@@ -21,7 +21,7 @@ _ALIKE = ("explainer", "explainer_model", "explain_prompt_hash", "judge", "model
 
 
 def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | None:
-    """:func:`autointerp.relation.pooled_findings` of the runs that are scored as the focus run is.
+    """:func:`autointerp.score_similarity.pooled_findings` of the runs that are scored as the focus run is.
 
     ``of_focus`` are the verdicts behind the focus run's scores, which the caller has read already.
     """

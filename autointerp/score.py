@@ -45,7 +45,7 @@ from autointerp.scorers import SCORERS
 from autointerp.scorers.base import Scorer
 from autointerp.work import Outcome, in_flight
 from sae.files import digest, read_table, table_metadata, write_table
-from sae.progress import say, track
+from sae.progress import Bar, say, track
 from sae.run import MAIN_SCORER, Run, command
 
 _PARTS_AT_ONCE = 32
@@ -218,21 +218,12 @@ async def _score_run(
             table = read_table(path)  # nothing was added, and nothing failed that could be tried again
         else:
             questions = questions_of(run, read, part.n_swapped)
-
-            async def ask(question: Question) -> None:
-                if plan:
-                    judged = await _judge_rounds(question, plan, test.judge, journal, same)
-                else:
-                    judged = await _judge_one(question, test.items(question.latent), test.judge, journal, same)
-                if judged and question.control == "none":
-                    asked_now.add(question.explanation_id)
-
             if questions:
                 with (
                     track(f"{doing} {run.name} ({scorer.name})", len(questions), "explanations") as bar,
                     going_on(len(questions), "explanations", retry),
                 ):
-                    await in_flight(questions, ask, concurrency, bar)
+                    await _judge_all(questions, test, journal, asked_now, concurrency, bar)
             plans = plans_of(run, journal)
             if plan:
                 plans[same["settings_hash"]] = {scorer.name: plan}  # the one whose contexts have been read already
@@ -277,6 +268,23 @@ def _inputs(material: Material, same: Mapping[str, str], part: Part, journal: Jo
         return None
     depends = {"material": material.digest, "judge": dict(same), "controls": part.n_swapped, "journal": state}
     return digest({**depends, "at_most": part.at_most, "columns": COLUMNS})
+
+
+async def _judge_all(
+    questions: Sequence[Question], test: Test, journal: Journal, asked_now: set[int], concurrency: int, bar: Bar
+) -> None:
+    """Judge what has no verdict yet, and add to ``asked_now`` the explanations, controls aside, that were asked about:
+    one by one, because a spent budget ends this half way."""
+
+    async def ask(question: Question) -> None:
+        if test.plan:
+            judged = await _judge_rounds(question, test.plan, test.judge, journal, test.same)
+        else:
+            judged = await _judge_one(question, test.items(question.latent), test.judge, journal, test.same)
+        if judged and question.control == "none":
+            asked_now.add(question.explanation_id)
+
+    await in_flight(questions, ask, concurrency, bar)
 
 
 async def _judge_one(

@@ -2,7 +2,7 @@
 
 Two things that a mean score hides are kept in view: how many latents could not be scored and why, and what
 the same judge makes of somebody else's explanation (the swapped control). How scores go with the latents'
-return is in :mod:`autointerp.relation`.
+return is in :mod:`autointerp.score_similarity`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sae.latent_table import CLASSES
 SCORE_EDGES = np.linspace(0, 1, 51)
 
 CHANCE = 0.5
+"""The balanced accuracy, and the AUROC, of a judge who knows nothing."""
 
 
 def score_findings(

@@ -21,7 +21,8 @@ from autointerp.judges import JUDGES
 from autointerp.llm.options import LlmOptions
 from autointerp.score import score_runs
 from autointerp.selection import Choice
-from autointerp.sweep_table import Summary, read_summary, summarise, summary_inputs, write_summary
+from autointerp.sweep_points import summarise
+from autointerp.sweep_table import Summary, read_summary, summary_inputs, write_summary
 from sae.align_stage import align_runs
 from sae.errors import BadInput, UserError, nearest
 from sae.harvest_stage import harvest_runs

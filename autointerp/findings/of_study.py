@@ -13,7 +13,7 @@ from autointerp.findings.dictionaries import THRESHOLD, Dictionaries, findings_o
 from autointerp.findings.finding import Finding
 from autointerp.findings.scores import Scores, findings_of_scores
 from autointerp.findings.sweeps import findings_of_sweeps
-from autointerp.relation import Part
+from autointerp.score_similarity import Part
 from autointerp.scored_pairs import scored_pairs
 from autointerp.sweep_table import sweeps_of
 

@@ -23,10 +23,10 @@ from autointerp.findings.finding import (
 )
 from autointerp.numerals import decimal, estimate
 from autointerp.rank_bootstrap import Resamples, interval_of
+from autointerp.scored import CHANCE
 from autointerp.scored_pairs import agreement
 from sae.estimate import Estimate
 
-CHANCE = 0.5
 FEWEST = 20
 """Aligned pairs, or latents in a tenth, below which a finding about them is not measured."""
 

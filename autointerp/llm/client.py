@@ -144,11 +144,6 @@ class LlmClient:
             raise RuntimeError("the model is not known before check()")
         return self._model
 
-    @property
-    def done_without(self) -> frozenset[str]:
-        """Parameters that a server turned out not to take, and that requests to it now go without."""
-        return frozenset(name for server in self._servers.all for name in server.without)
-
     async def check(self) -> str:
         """Find the API and the model before any work is done; a second call returns at once.
 

@@ -32,9 +32,9 @@ from autointerp.report.layout import (
     section,
 )
 from autointerp.report.visible import highlighted, shown, visible
+from autointerp.scored import CHANCE
 
 Findings = Mapping[str, Any]
-CHANCE = 0.5
 N_SHOWN = 5
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -43,6 +43,7 @@ NONE = LlmOptions(concurrency=4)
 class FakeExplainer:
     """Explains by number; ``fails`` says which latents it fails on, ``breaks`` on which it stops everything."""
 
+    asks_model: ClassVar[bool] = True
     name: str = "fake"
     settings_hash: str = "s"
     prompt_hash: str = "p"

@@ -166,12 +166,11 @@ def test_parameters_that_a_server_does_not_take_are_left_out_once_and_for_all() 
     rejects = ["response_format", "logprobs", "temperature", "seed"]
     with FakeServer(rejects=rejects) as server:
 
-        async def work(c: LlmClient) -> frozenset[str]:
+        async def work(c: LlmClient) -> None:
             for _ in range(2):
                 await c.complete(MESSAGES, 20, json_schema={"type": "object"}, logprobs=5, seed=1)
-            return c.done_without
 
-        assert run(work, client(server)) == set(rejects)
+        run(work, client(server))
     assert len(server.requests) == 4 + 2
     assert server.requests[-1].body.keys() == {"model", "messages", "max_tokens"}
 
