@@ -45,11 +45,12 @@ format: $(VENV)/.test-ready
 	$(VENV)/bin/ruff format .
 
 test: lint
-	@# two files at a time, each on one core: threads of both would be in each other's way
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	@# two files at a time, each on one core: threads of both would be in each other's way; the long ones first (conftest.py)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# SELECT narrows it: make test-slow SELECT='-k torchrun'
 test-slow: $(VENV)/.test-ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow $(SELECT)
 
 # Chromium is no Python package: Debian's is taken where none is there, as root or by sudo without a password.
 APT ?= $(if $(filter 0,$(shell id -u)),,sudo -n )apt-get

@@ -30,6 +30,25 @@ LINES = [
 ]
 
 
+LONG = (
+    "test_sweep.py",
+    "test_llm_kills.py",
+    "test_sampling.py",
+    "test_architectures_training.py",
+    "test_docs.py",
+    "test_vllm_option.py",
+    "test_export_tables.py",
+    "test_distributed.py",
+    "test_step_memory.py",
+    "test_matching.py",
+)
+"""Files that take longest: begun first, so that none of them is left to one process at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def lines() -> list[str]:
     """A few lines of code and prose, some with characters outside ASCII."""

@@ -43,7 +43,7 @@ NONE = LlmOptions(concurrency=4)
 class FakeExplainer:
     """Explains by number; ``fails`` says which latents it fails on, ``breaks`` on which it stops everything."""
 
-    asks_model: ClassVar[bool] = True
+    asks_model: ClassVar[bool] = False
     name: str = "fake"
     settings_hash: str = "s"
     prompt_hash: str = "p"
@@ -78,6 +78,8 @@ def right(_: str, context: Context, __: int) -> Judgement:
 class FakeJudge:
     """Answers as ``verdict`` says, given the statement, the context and how many it has judged before."""
 
+    asks_model: ClassVar[bool] = False
+    reads: ClassVar[str | None] = None
     verdict: Verdict = right
     name: str = "fakejudge"
     settings_hash: str = "js"

@@ -317,7 +317,8 @@ def test_every_table_is_written_by_the_command(untouched: Path, tmp_path: Path, 
         assert (told["command"], told["rows"], told["columns"]) == ("export", len(table), list(table.columns)), name
         if name not in ("failures", "interesting", "usage"):
             assert told["rows"] > 0, name
-        assert f"{told['rows']:,} rows" in cli("export", *arguments).well().out
+        if name == "scores":
+            assert f"{told['rows']:,} rows" in cli("export", *arguments).well().out
     run = Opened("run_a", untouched)
     contexts = pd.read_parquet(tmp_path / "contexts.parquet") if format_ == "parquet" else None
     if contexts is not None:

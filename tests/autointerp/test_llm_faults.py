@@ -85,14 +85,17 @@ def test_a_server_that_goes_away_stops_the_work() -> None:
     [
         {"retry-after": "0.4"},
         {"retry-after-ms": "400"},
-        {"retry-after": format_datetime(datetime.now(UTC) + timedelta(seconds=300), usegmt=True)},
+        {"retry-after": "a date"},
     ],
     ids=["seconds", "milliseconds", "date"],
 )
 def test_retry_after_is_honoured(headers: dict[str, str]) -> None:
+    at_a_date = headers.get("retry-after") == "a date"
+    if at_a_date:
+        headers = {"retry-after": format_datetime(datetime.now(UTC) + timedelta(seconds=300), usegmt=True)}
     with FakeServer() as server:
         server.script.append(error(429, "slow down", headers=headers))
-        if "GMT" in headers.get("retry-after", ""):
+        if at_a_date:
             with pytest.raises(Unavailable, match=r"asks for a pause of \d+ s"):
                 complete(client(server))
         else:
