@@ -293,6 +293,10 @@ async def _forecast(
         found.seconds = max(found.seconds or 0.0, found.requests / options.requests_per_second)
     if prices is not None:
         found.dollars = prices.of(found.prompt_tokens, found.cached_tokens, found.completion_tokens)
+        if prices.cached is None and found.cached_tokens:
+            found.notes.append(
+                "cached prompt tokens are priced like any other; --price-cached gives them a price of their own"
+            )
     return found
 
 

@@ -147,6 +147,11 @@ def test_the_price_is_of_what_is_counted(run: Run) -> None:  # noqa: F811
     with FakeServer() as server:
         explain(run, server)
         found = forecast(run, server, prices=prices)
+        dearer = forecast(run, server, prices=Prices(prompt=2.0, completion=8.0))
+    assert found.cached_tokens > 0
+    assert dearer.dollars is not None
+    assert dearer.dollars > (found.dollars or 0)
+    assert [any("--price-cached" in note for note in f.notes) for f in (found, dearer)] == [False, True]
     new = found.prompt_tokens - found.cached_tokens
     assert found.dollars == pytest.approx((2 * new + 0.5 * found.cached_tokens + 8 * found.completion_tokens) / 1e6)
 
