@@ -107,7 +107,9 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
         "failures": _failures(study, rows, told),
         "methods": _methods(study, told),
     }
-    return {**tree, "findings": findings_table(study, tree, part, with_sweeps)}
+    worth = tree["interesting"]
+    show = study.command("show", "--sae", study.focus.name, "--latent", str(worth[0]["latent"])) if worth else None
+    return {**tree, "show": show, "findings": findings_table(study, tree, part, with_sweeps)}
 
 
 def _rows_or_none(rows: pd.DataFrame | None) -> pd.DataFrame:

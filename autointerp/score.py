@@ -100,7 +100,7 @@ async def _score(
     options: LlmOptions,
     precision: Precision | None,
 ) -> Outcome:
-    outcome = Outcome("score", [part.run.name for part in parts])
+    outcome = Outcome("score", [part.run.name for part in parts], of="score" if len(scorers) > 1 else "latent")
     outcome.retry = _command(parts, root, scorers, kind, options, precision)
     async with open_judge(kind, options, root / "cache.sqlite") as judge:
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name

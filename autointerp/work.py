@@ -32,6 +32,8 @@ class Outcome:
     next: str = ""
     """The command that comes after this one."""
     notes: list[str] = field(default_factory=list)
+    of: str = "latent"
+    """What is counted: latents, or the scores of several scorers."""
 
     @property
     def n_failed(self) -> int:
@@ -41,6 +43,7 @@ class Outcome:
         return {
             "runs": self.runs,
             "backend": self.backend,
+            "of": self.of,
             "n_done": self.n_done,
             "n_new": self.n_new,
             "n_failed": self.n_failed,

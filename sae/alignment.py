@@ -202,7 +202,9 @@ def read_alignment(folder: Path, a: str, b: str) -> Alignment:
         certificate = read_json(path)
         runs = certificate["runs"]
     except (OSError, ValueError, KeyError):
-        raise BadInput(f"{str(path)!r} cannot be read; delete it and its .parquet and run: align {a} {b}") from None
+        raise BadInput(
+            f"{str(path)!r} cannot be read; delete it and its .parquet and run `python cli.py align {a} {b}`"
+        ) from None
     return Alignment(*sides, certificate) if runs == [a, b] else Alignment(*sides[::-1], certificate).swapped()
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sae.errors import UserError
+from sae.errors import BadInput, UserError
 
 SCHEMA = 1
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -41,14 +41,20 @@ def atomic(path: Path) -> Iterator[Path]:
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if not _runs(left.name.rsplit(".", 2)[1]):  # of a process that was killed in here
             left.unlink(missing_ok=True)
+    filled = False
     try:
         yield temporary
+        filled = True
         temporary.chmod(0o666 & ~_UMASK)  # some writers leave files that only their owner may read
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
     except Exception as error:
+        if not filled and isinstance(error, FileNotFoundError | PermissionError) and temporary.name in str(error):
+            raise BadInput(
+                f"{str(path)!r} cannot be written: its folder takes no new file; name another place"
+            ) from None
         if not _disk_is_full(error):
             raise
         raise UserError(
@@ -109,21 +115,38 @@ def with_metadata(schema: pa.Schema, metadata: Mapping[str, Any]) -> dict[bytes,
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """A stored table, or those of ``columns`` that it has."""
-    return pd.read_parquet(path, columns=None if columns is None else [c for c in table_columns(path) if c in columns])
+    """A stored table, or those of ``columns`` that it has. Raises BadInput where the file is no whole table."""
+    wanted = None if columns is None else [c for c in table_columns(path) if c in columns]
+    with _whole(path):
+        return pd.read_parquet(path, columns=wanted)
 
 
 def table_columns(path: Path) -> list[str]:
-    """The names of a stored table's columns, without reading it."""
-    return list(pq.read_schema(path).names)
+    """The names of a stored table's columns, without reading it. Raises BadInput as :func:`read_table` does."""
+    with _whole(path):
+        return list(pq.read_schema(path).names)
 
 
 def table_metadata(path: Path) -> dict[str, Any]:
     """What :func:`write_table` stored beside the columns; empty for a missing or foreign file."""
     if not path.exists():
         return {}
-    stored = pq.read_schema(path).metadata or {}
+    with _whole(path):
+        stored = pq.read_schema(path).metadata or {}
     return json.loads(stored[_META]) if _META in stored else {}
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError):
+        raise BadInput(
+            f"{str(path)!r} is damaged and cannot be read; delete it and give the command again that makes it "
+            "(docs/files.md says which)"
+        ) from None
 
 
 def digest(value: Any) -> str:

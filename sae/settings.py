@@ -22,6 +22,10 @@ def _amount(value: Any) -> Any:
     return parse_amount(value) if isinstance(value, str) else value
 
 
+Amount = Annotated[int, BeforeValidator(_amount)]
+"""A number of tokens or bytes, in a recipe also as ``"2M"``."""
+
+
 def _architecture(name: str) -> str:
     if name in ARCHITECTURES:
         return name
@@ -55,7 +59,7 @@ class CorpusSettings(_Table):
     split: str = Field("train", description="dataset: the split")
     column: str = Field("text", description="dataset: the column that holds the text")
     context: int = Field(256, ge=8, description="tokens in a packed sequence (T)")
-    max_tokens: int | None = Field(None, ge=1, description="stop reading after this many tokens")
+    max_tokens: Amount | None = Field(None, ge=1, description="stop reading after this many tokens")
     order_seed: int = Field(0, ge=0, description="seed of the order in which sequences are seen")
 
 
@@ -67,13 +71,13 @@ class TrainingSettings(_Table):
     )
     num_latents: int = Field(1024, ge=1, description="width of the dictionary (M)")
     k: int = Field(8, ge=1, description="active latents per token (K), on average where their number may vary")
-    tokens: int = Field(10_000_000, ge=1, description="tokens to train on; more than the corpus means several epochs")
-    batch_tokens: int = Field(4096, ge=1, description="tokens in a step (B), rounded to whole sequences")
+    tokens: Amount = Field(10_000_000, ge=1, description="to train on; more than the corpus means several epochs")
+    batch_tokens: Amount = Field(4096, ge=1, description="tokens in a step (B), rounded to whole sequences")
     learning_rate: float | None = Field(None, gt=0, description="peak of Adam's; default 2e-4/sqrt(M/2^14)")
     warmup_steps: int = Field(1000, ge=0, description="linear warm-up; at most a tenth of the run")
     auxk: float = Field(1 / 32, ge=0, description="coefficient of AuxK, or what revives dead latents in its place")
     k_aux: int | None = Field(None, ge=1, description="dead latents in the AuxK reconstruction; default D/2")
-    dead_tokens: int | None = Field(
+    dead_tokens: Amount | None = Field(
         None, ge=1, description="tokens without a firing that make a latent dead; default min(10M, 5%% of the run)"
     )
     sparsity_warmup_steps: int | None = Field(
@@ -91,7 +95,7 @@ class TrainingSettings(_Table):
         "nothing", description="weights that stay as they were drawn, for controls (sae/controls.py)"
     )
     checkpoint_steps: int = Field(500, ge=1, description="steps between checkpoints of an unfinished run")
-    activation_cache: Annotated[int, BeforeValidator(_amount)] = Field(
+    activation_cache: Amount = Field(
         8 * 10**9, ge=0, description="bytes of activations kept on disk until the harvest, such as '8G'; 0: none"
     )
 
@@ -103,7 +107,7 @@ class TrainingSettings(_Table):
 class HarvestSettings(_Table):
     """Recording which latent fires where."""
 
-    tokens: int = Field(2_000_000, ge=1, description="tokens to harvest (at most the corpus)")
+    tokens: Amount = Field(2_000_000, ge=1, description="tokens to harvest (at most the corpus)")
     window: int = Field(32, ge=4, le=256, description="tokens in a context shown to explainers and judges")
 
 

@@ -9,7 +9,7 @@ from autointerp.command_line.ending import exit_if, finish
 from autointerp.command_line.groups import JudgeServer, Machine, Output, Server, Text, llm_options, takes_groups
 from autointerp.command_line.options import Definition, OtherFormat
 from autointerp.command_line.shared import finish_with_runs, opened
-from autointerp.command_line.values import absolute, amount
+from autointerp.command_line.values import absolute, amount, new_file
 from sae.errors import BadInput
 
 if TYPE_CHECKING:
@@ -211,6 +211,7 @@ def export(
     from autointerp.report import render_exported
 
     name = check_request(format_.value, table, runs)
+    to = new_file("--to", to)
     if format_ == OtherFormat.neuronpedia:
         written = export_neuronpedia(runs[0], to, Ids.of(runs[0], model_id, source_id, author_id))
     else:

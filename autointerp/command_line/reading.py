@@ -9,6 +9,7 @@ from autointerp.command_line.ending import exit_if, finish
 from autointerp.command_line.groups import Machine, Output, takes_groups
 from autointerp.command_line.options import Definition
 from autointerp.command_line.shared import finish_with_report, finish_with_runs, opened_one
+from autointerp.command_line.values import new_file
 from sae.errors import BadInput
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def report(
     if not (html or to):
         finish_with_report(output.as_json, run, study, definition.value, threshold, against or ())
         return
+    if to is not None:
+        to = new_file("--to", to)
     from autointerp.report import render_written
     from autointerp.report.html import write_report
 

@@ -11,7 +11,7 @@ import typer
 from sae.errors import nearest
 from sae.registry import Registry
 
-LISTS = frozenset({"--seeds", "--text", "--against", "--hookpoint"})
+LISTS = frozenset({"--seeds", "--text", "--against", "--hookpoint", "--sae"})
 
 
 def spread_lists(arguments: list[str]) -> list[str]:
@@ -33,6 +33,16 @@ def absolute(name: str) -> str:
     """A path that exists, from the root on, so that later stages find it from any folder; other names as they are."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
+
+
+def new_file(option: str, path: Path) -> Path:
+    """A file to be written, in a folder that there is: a mistyped one is not made."""
+    from sae.errors import BadInput
+
+    folder = path.expanduser().absolute().parent
+    if not folder.is_dir():
+        raise BadInput(f"{option} {str(path)!r}: there is no folder {str(folder)!r}; make it first, or name another")
+    return path
 
 
 def amount(option: str, text: str | None, least: int = 1) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from autointerp.evidence import ENOUGH_TO_CALL_DEAD
 from autointerp.report import blocks
 from autointerp.report.curves import training_curves
 from autointerp.report.layout import (
@@ -134,7 +135,7 @@ def training(found: Findings, page: Page) -> RenderableType:
         begun = any(entry["stage"] == "train" for entry in found["missing"])
         return section(page, title, says, missing(found, "train" if begun or not _imported(found) else "harvest"))
     tokens = get(firing, "tokens")
-    word = "dead" if tokens is None or tokens >= 1_000_000 else "silent"
+    word = "dead" if tokens is None or tokens >= ENOUGH_TO_CALL_DEAD else "silent"
     table = grid("", ("seed", "right"), ("tokens", "right"), ("FVU", "right"), ("L0", "right"), (word, "right"))
     for run in found["runs"]:
         name = run["name"]

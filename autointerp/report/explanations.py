@@ -195,6 +195,9 @@ def _too_few(tree: Mapping[str, Any] | None, n_runs: int) -> Iterator[Renderable
     yield Text(" · ".join(f"{reason}: {n}" for reason, n in reasons), QUIET)
 
 
+_LEAST_STRIP = 11  # cells from −1 to 1 in which an interval still says something
+
+
 def relation(found: Findings, page: Page) -> RenderableType:
     title = "Do latents that come back explain better?"
     says = (
@@ -204,9 +207,6 @@ def relation(found: Findings, page: Page) -> RenderableType:
     tree = found["relation"]
     if tree is None:
         return section(page, title, says, _no_relation(found))
-    width = min(41, (page.width - 64) | 1) if page.wide else 23  # odd, so that 0 has a cell of its own
-    scale = "−1" + "0".center(width - 4) + "+1"
-    table = grid("", ("Spearman", "right"), "95 % interval", ("latents", "right"), scale, gap=2 if page.wide else 1)
     rows: list[tuple[str, Mapping[str, Any], int]] = [
         ("score and similarity", {"value": tree["spearman"], "interval": tree["interval"]}, tree["n"]),
         *_corrected(tree, "corrected", " without the score's noise"),
@@ -217,10 +217,15 @@ def relation(found: Findings, page: Page) -> RenderableType:
         ("score and frequency", tree["frequency"], tree["n"]),
         *_pooled(tree["pooled"]),
     ]
+    gap = 2 if page.wide else 1
+    left = page.width - max(len(label) for label, _, _ in rows) - 29 - 4 * gap  # 29: what the figures take
+    width = min(41, left - 1 + left % 2)  # odd, so that 0 has a cell of its own
+    scale = ["−1" + "0".center(width - 4) + "+1"] if width >= _LEAST_STRIP else []
+    table = grid("", ("Spearman", "right"), "95 % interval", ("latents", "right"), *scale, gap=gap)
     for label, row, n in rows:
         style = "bold" if not label.startswith(" ") else QUIET if label.startswith("  ") else ""
         value, bounds = decimal(row["value"], 2, sign=True), interval(row["interval"], 2, sign=True)
-        table.add_row(Text(label, style), value, bounds, count(n), _strip(row, width))
+        table.add_row(Text(label, style), value, bounds, count(n), *([_strip(row, width)] if scale else []))
     return section(page, title, says, table, *_in_words(tree), Text(), *_by_similarity(tree, page))
 
 
@@ -314,9 +319,7 @@ def interesting(found: Findings, page: Page) -> RenderableType:
     if rest > 0:
         numbers = ", ".join(str(entry["latent"]) for entry in tree[N_SHOWN:])
         body.append(Text(f"Next: {numbers}.", QUIET))
-    body.append(
-        Text(f"python cli.py show --sae {focus} --latent {tree[0]['latent']} shows one of them in full.", QUIET)
-    )
+    body += [Text("One of them in full:", QUIET), command_line(found["show"])]
     return section(page, title, says, *body)
 
 

@@ -34,7 +34,7 @@ def show_outcome(found: Mapping[str, Any], stage: str, console: Console) -> None
     page = Page.of(console)
     runs = [visible(name) for name in found["runs"]]
     done = _DONE.get(stage, "done")
-    words = f"{plural(found['n_done'], 'latent')} {done}"
+    words = f"{plural(found['n_done'], found['of'])} {done if found['of'] == 'latent' else 'made'}"
     if 0 < found["n_new"] < found["n_done"]:
         words += f", {found['n_new']:,} of them now"
     head = Text.assemble((listed(runs), f"bold {ACCENT}"), f"  {words} by {visible(found['backend'])}")

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from autointerp.evidence import ENOUGH_TO_CALL_DEAD
 from autointerp.report import blocks, paper
 from autointerp.report.layout import (
     ACCENT,
@@ -94,7 +95,8 @@ def _by_point(found: Table, page: Page) -> RenderableType | None:
 
 def _trained(found: Table, page: Page) -> RenderableType:
     says = "Means over seeds; FVU is the share of variance that the SAE fails to reproduce, L0 the latents per token."
-    heads = ("alive", "FVU", "L0", "dead", "tokens")
+    enough = all((point["harvested"] or 0) >= ENOUGH_TO_CALL_DEAD for point in found["points"])
+    heads = ("alive", "FVU", "L0", "dead" if enough else "silent", "tokens")
     table = grid(_axis_words(found), *((name, "right") for name in heads), "runs")
     for point in found["points"]:
         runs = point["runs"]

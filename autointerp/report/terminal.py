@@ -191,10 +191,13 @@ def _relation_in_short(found: Findings) -> Iterator[str]:
     tree = found["relation"]
     if tree is None or not known(tree["spearman"]):
         return
-    held = tree["partial"]
+    pooled = tree["pooled"]
+    told = tree if pooled is None else pooled  # as the finding below: over all runs that were scored alike
+    over = "" if pooled is None else f" (over {len(pooled['runs'])} runs)"
+    held = told["partial"]
     yield (
-        f"{_verdict(tree)}: Spearman {estimate(tree['spearman'], tree['interval'], 2, sign=True)}, with the firing "
-        f"frequency held fixed {estimate(held['value'], held['interval'], 2, sign=True)}."
+        f"{_verdict(told)}: Spearman {estimate(told['spearman'], told['interval'], sign=True)}, with the firing "
+        f"frequency held fixed {estimate(held['value'], held['interval'], sign=True)}{over}."
     )
 
 
@@ -204,13 +207,15 @@ def _verdict(tree: Mapping[str, Any]) -> str:
     for bounds in (tree["interval"], tree["partial"]["interval"]):
         signs.append(0 if not bounds or bounds[0] <= 0 <= bounds[1] else 1 if bounds[0] > 0 else -1)
     if signs[0] and signs[0] == signs[1]:
-        return f"Latents that come back explain {'better' if signs[0] > 0 else 'worse'}"
+        return f"Latents that are alike in other seeds explain {'better' if signs[0] > 0 else 'worse'}"
     if signs[1]:
-        return f"At equal frequency, latents that come back explain {'better' if signs[1] > 0 else 'worse'}"
+        return (
+            f"At equal frequency, latents that are alike in other seeds explain {'better' if signs[1] > 0 else 'worse'}"
+        )
     if signs[0]:
         how = "better" if signs[0] > 0 else "worse"
-        return f"Latents that come back explain {how}, but not clearly so at equal frequency"
-    return "No clear relation between coming back and being explained"
+        return f"Latents that are alike in other seeds explain {how}, but not clearly so at equal frequency"
+    return "No clear relation between being alike in other seeds and being explained"
 
 
 # --- methods ----------------------------------------------------------------------------------------------

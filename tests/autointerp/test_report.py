@@ -447,9 +447,9 @@ def test_a_short_harvest_calls_no_latent_dead(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("whole", "partial", "words"),
     [
-        ([0.1, 0.3], [0.05, 0.3], "Latents that come back explain better"),
-        ([-0.3, -0.1], [-0.3, -0.1], "Latents that come back explain worse"),
-        ([-0.1, 0.3], [0.05, 0.3], "At equal frequency, latents that come back explain better"),
+        ([0.1, 0.3], [0.05, 0.3], "Latents that are alike in other seeds explain better"),
+        ([-0.3, -0.1], [-0.3, -0.1], "Latents that are alike in other seeds explain worse"),
+        ([-0.1, 0.3], [0.05, 0.3], "At equal frequency, latents that are alike in other seeds explain better"),
         ([0.1, 0.3], [-0.1, 0.3], "not clearly so at equal frequency"),
         ([-0.1, 0.1], [-0.1, 0.1], "No clear relation"),
     ],
@@ -457,7 +457,7 @@ def test_a_short_harvest_calls_no_latent_dead(tmp_path: Path) -> None:
 def test_the_summary_says_no_more_than_the_intervals(
     found: dict[str, Any], whole: list[float], partial: list[float], words: str
 ) -> None:
-    tree = {**found["relation"], "interval": whole, "partial": {"value": 0.1, "interval": partial}}
+    tree = {**found["relation"], "interval": whole, "partial": {"value": 0.1, "interval": partial}, "pooled": None}
     assert any(words in line for line in in_short({**found, "relation": tree}))
 
 
@@ -494,6 +494,7 @@ def test_outcome_with_failures_and_without() -> None:
     whole = {
         "runs": ["run_a"],
         "backend": "ngram",
+        "of": "latent",
         "n_done": 200,
         "n_new": 200,
         "n_failed": 0,
@@ -509,6 +510,9 @@ def test_outcome_with_failures_and_without() -> None:
     report.render_outcome({**whole, **failed}, "explain", target)
     assert "[red]too few" in text_of(target)
     assert "asks again only what failed" in text_of(target)
+    target = console(80)
+    report.render_outcome({**whole, "of": "score", "n_done": 400, "retry": None, "next": None}, "score", target)
+    assert "400 scores made, 200 of them now by ngram" in text_of(target)
 
 
 def test_alignment_and_runs(root: Path) -> None:

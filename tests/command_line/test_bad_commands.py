@@ -48,6 +48,9 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "no such address": ("explain --llm-url ftp://x", ("'ftp://x'",)),
     "unknown latent to show": ("show --latent 64", ("latent 64 ", "0 to 63")),
     "negative latent to show": ("show --latent -1", ("latent -1 ",)),
+    "a page in no folder": ("report --html --to {folder}/no/such/x.html", ("--to", "no/such", "make it first")),
+    "a table in no folder": ("export --table scores --format csv --to {folder}/no/x.csv", ("--to", "make it first")),
+    "one run to compare": ("compare --sae run_a", ("run_a",)),
     "unknown device": ("harvest --tokens 99M --device abacus", ("'abacus'",)),
     "no threads": ("harvest --tokens 99M --threads 0", ("--threads 0",)),
 }
@@ -219,3 +222,21 @@ def test_an_endpoint_that_is_down_is_told_before_any_other_work(root: Path) -> N
     ran.failed_in_one_line("127.0.0.1:9")
     assert "harvest" not in ran.err
     assert {name: stamp for name, stamp in tree(root).items() if "cache.sqlite" not in str(name)} == before
+
+
+@pytest.mark.parametrize("stage", ["firing", "scores", "contexts"])
+@pytest.mark.parametrize("command", ["report", "export --table latents --format csv --to {to}"])
+def test_a_damaged_table_is_named(stage: str, command: str, untouched: Path, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    shutil.copytree(untouched, root)
+    damaged = root / "run_a" / f"latents.{stage}.parquet"
+    damaged.write_text("garbage")
+    ran = cli(*command.format(to=tmp_path / "t.csv").split(), "--sae", "run_a", "--root", root)
+    ran.failed_in_one_line(damaged.name, "damaged", "delete it")
+    assert not (tmp_path / "t.csv").exists()
+
+
+def test_a_place_that_takes_no_file_is_named(untouched: Path) -> None:
+    to = "/proc/scores.csv"
+    ran = cli("export", "--sae", "run_a", "--table", "sample", "--format", "csv", "--to", to, "--root", untouched)
+    ran.failed_in_one_line(to, "name another place")

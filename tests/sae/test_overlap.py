@@ -352,7 +352,9 @@ def test_figures_of_pairs_and_their_spread() -> None:
 def test_what_is_missing_is_named() -> None:
     runs, tables, alive = study(3, 8, seed=0)
     del tables["run_b", "run_c"]
-    with pytest.raises(NotFound, match="'run_b' and 'run_c' are not aligned yet; run: align run_b run_c"):
+    with pytest.raises(
+        NotFound, match=r"'run_b' and 'run_c' are not aligned yet; run `python cli\.py align run_b run_c`"
+    ):
         overlap(runs, tables, alive)
     with pytest.raises(BadInput, match="'run_a' has 9 latents, but 8 in its alignment with 'run_b'"):
         overlap(runs[:2], tables, {"run_a": np.ones(9, bool), "run_b": np.ones(8, bool)})

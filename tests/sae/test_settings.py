@@ -71,7 +71,7 @@ def test_a_misspelt_key_is_named_with_its_nearest(where: tuple[str, str], data: 
     [
         ("training", "k", 0),
         ("training", "num_latents", 1.5),
-        ("training", "tokens", "10M"),
+        ("training", "tokens", "many"),
         ("training", "learning_rate", -1),
         ("training", "architecture", "softmax"),
         ("corpus", "context", 4),
@@ -139,3 +139,10 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"a = '\xe9'")
     with pytest.raises(BadInput, match="not valid TOML"):
         read_recipe(tmp_path / "latin.toml")
+
+
+def test_tokens_may_be_written_as_amounts(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[training]\ntokens = "2M"\nbatch_tokens = "8k"\n[harvest]\ntokens = "500k"\n')
+    found = settings_from(recipe)
+    assert (found.training.tokens, found.training.batch_tokens, found.harvest.tokens) == (2_000_000, 8000, 500_000)
