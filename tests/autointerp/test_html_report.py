@@ -385,6 +385,7 @@ def test_the_command_writes_the_file_and_says_where_and_how_large(untouched_copy
         right = {row["kind"]: row["n_right"] / row["n"] for row in told}
         assert (right["active"] + right["random"]) / 2 == pytest.approx(own["balanced_accuracy"], abs=1e-3)
     elsewhere = untouched_copy / "some where" / "page.html"
+    elsewhere.parent.mkdir()
     json_said = cli("report", "--html", "--to", elsewhere, "--json", "--root", untouched_copy).well().json
     assert json_said["path"] == str(elsewhere)
     assert json_said["n_bytes"] == elsewhere.stat().st_size == path.stat().st_size
