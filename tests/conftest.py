@@ -149,6 +149,13 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) 
     return write_recipe(folder / "tiny.toml", tiny_llama_dir, write_texts(folder / "texts"))
 
 
+@pytest.fixture
+def short(tiny_recipe: Path, tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """A recipe of 16 steps with states every 4."""
+    texts = tiny_recipe.parent / "texts"
+    return write_recipe(tmp_path / "short.toml", tiny_llama_dir, texts, tokens=4096, checkpoint_steps=4)
+
+
 @pytest.fixture(scope="session")
 def tiny_done(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> tuple[Path, dict[str, Ran]]:
     """A study of two seeds with every stage done through the commands, and what each said. To read, not to change."""

@@ -39,7 +39,8 @@ def new_file(option: str, path: Path) -> Path:
     """A file to be written, in a folder that there is: a mistyped one is not made."""
     from sae.errors import BadInput
 
-    folder = path.expanduser().absolute().parent
+    path = path.expanduser()
+    folder = path.absolute().parent
     if not folder.is_dir():
         raise BadInput(f"{option} {str(path)!r}: there is no folder {str(folder)!r}; make it first, or name another")
     return path
