@@ -139,13 +139,7 @@ def _provenance(run: Run) -> dict[str, Any]:
 def _relation(study: Study, part: score_similarity.Part) -> dict[str, Any] | None:
     """Of the focus run, and ``pooled`` over all runs that were scored alike (``None`` where it alone was)."""
     found = score_similarity.relation_findings(part)
-    if found is None:
-        return None
-    swapped, quarter = scored.Swapped.among(part.rows, part.sample), score_similarity.quarter_of(part)
-    own = part.rows[part.rows["control"] == "none"].set_index("latent")
-    for number, row in enumerate(found["bins"]):
-        row["above_control"] = swapped.below(swapped.of.of(own.loc[quarter.index[quarter == number]]))
-    return {**found, "pooled": pooled_relation(study, part.verdicts)}
+    return None if found is None else {**found, "pooled": pooled_relation(study, part.verdicts)}
 
 
 # --- failures and methods ---------------------------------------------------------------------------------

@@ -164,9 +164,8 @@ def _lacking(study: Study, kinds: list[str], controls: Mapping[str, Run], told: 
             return said("An imported study has no control SAEs: they are trained with the SAEs of a study.")
         seeds = [str(run.seed) for run in study.runs if run.seed is not None]
         says = "This study has no control SAEs. With the same options as before, this trains them, and nothing else:"
-        recipe = (
-            ("--recipe", _DEMO_RECIPE) if focus.study == "demo" else ()
-        )  # `demo` takes no options to be the same as
+        # The command `demo` takes no options that these could be the same as.
+        recipe = ("--recipe", _DEMO_RECIPE) if focus.study == "demo" else ()
         return said(says, "train", "--name", focus.study, "--seeds", *seeds, *recipe)
     if any(not _explained_alike(controls[kind], told) for kind in kinds):
         says = "Control SAEs are not explained yet. With the same options as before, this explains a sample of each:"

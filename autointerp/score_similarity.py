@@ -22,6 +22,7 @@ from autointerp.json_values import mean_of, number
 from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of, partial
 from autointerp.reliability import Corrected, Halves, corrected_spearman, splits_of
 from autointerp.sample_record import Sample
+from autointerp.scored import Swapped
 from autointerp.setups import status_kind
 from autointerp.statistics import (
     UNKNOWN,
@@ -118,18 +119,11 @@ def relation_findings(part: Part, *, n_bins: int = 4) -> dict[str, Any] | None:
             within=within.pooled,
             strata={int(i): s.correlation for i, s in zip(np.unique(strata), within.strata, strict=True)},
             means={int(i): bootstrap_mean(score[place == i]) for i in np.unique(place)},
+            above=_above_control(part, table, place),
             n_bins=n_bins,
         ),
         **_by_resampling([part], [table], Resamples(table["unit"])),
     }
-
-
-def quarter_of(part: Part, *, n_bins: int = 4) -> pd.Series:
-    """By latent: which of the ``bins`` of :func:`relation_findings` it is in, from 0."""
-    table = part.joined()
-    weights = None if part.sample is None else table["weight"].to_numpy(dtype=float)
-    _, place = np.unique(_quarter(table["similarity"], n_bins, weights), return_inverse=True)
-    return pd.Series(place, index=table.index)
 
 
 def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> dict[str, Any] | None:
@@ -177,6 +171,7 @@ def _all_by_resampling(
             within=interval_of(_mean_of_strata(inside, {i: int((strata == i).sum()) for i in inside}), n),
             strata={i: interval_of(draws, resamples.count(strata == i)) for i, draws in inside.items()},
             means={int(i): _mean(resamples, score, place == i) for i in np.unique(place)},
+            above=_above_control(parts[0], tables[0], place) if len(parts) == 1 else {},
             n_bins=n_bins,
             weights=resamples.own,
         ),
@@ -194,6 +189,7 @@ def _tree(
     within: Estimate,
     strata: Mapping[int, Estimate],
     means: Mapping[int, Estimate],
+    above: Mapping[int, dict[str, Any] | None],
     n_bins: int,
     weights: Floats | None = None,
 ) -> dict[str, Any]:
@@ -223,6 +219,7 @@ def _tree(
                 "high": number(table["similarity"][place == i].max()),
                 "n": int((place == i).sum()),
                 **mean_of(mean),
+                "above_control": above.get(i),
             }
             for i, mean in means.items()
         ],
@@ -233,6 +230,16 @@ def _quarter(x: pd.Series, n: int, weights: Floats | None = None) -> np.ndarray:
     """Which quantile of x each value is in, from 0; of the population, where values have weights."""
     edges = np.unique(quantiles(x, np.linspace(0, 1, n + 1)[1:-1], weights))
     return np.searchsorted(edges, x, side="right")
+
+
+def _above_control(part: Part, table: pd.DataFrame, place: np.ndarray) -> dict[int, dict[str, Any] | None]:
+    """By quarter: how far the mean score is above the swapped control (:meth:`autointerp.scored.Swapped.below`).
+
+    ``table`` is the part's joined one, ``place`` [n] the quarter of each of its rows.
+    """
+    swapped = Swapped.among(part.rows, part.sample)
+    own = part.rows[part.rows["control"] == "none"].set_index("latent").loc[table.index]
+    return {int(i): swapped.below(own[place == i]) for i in np.unique(place)}
 
 
 def _mean(resamples: Resamples, values: pd.Series, inside: Bools) -> Estimate:
