@@ -7,14 +7,14 @@ so with S runs a latent is counted up to S - 1 times.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from autointerp.json_values import mean_of, number, quartiles_of
-from autointerp.statistics import bootstrap_mean
+from autointerp.statistics import bootstrap_mean, mean_fraction
 from sae.estimate import UNKNOWN, Estimate
 from sae.nulls import FIRING_COLUMNS, SHIFTED
 from sae.relation import RELATIONS
@@ -62,7 +62,7 @@ def counterpart_findings(
         **found,
         "n_unshared": len(lone),
         "rebuilt": {
-            **mean_of(_by_latent(lone, "rebuilt")),
+            **mean_of(_by_latent(lone, "rebuilt", bootstrap_mean)),
             "quartiles": quartiles_of(lone["rebuilt"].dropna()),
             "null": number(lone["rebuilt__rotated"].mean()) if "rebuilt__rotated" in lone else None,
         },
@@ -121,14 +121,14 @@ def _agreement(rows: pd.DataFrame, space: str) -> float | None:
     return number((partnered["jaccard_partner"] == partnered[f"{space}_partner"]).mean()) if len(partnered) else None
 
 
-def _by_latent(rows: pd.DataFrame, column: str) -> Estimate:
+def _by_latent(rows: pd.DataFrame, column: str, interval: Callable[[pd.Series], Estimate]) -> Estimate:
     """The mean over rows of what is a share; its interval takes a latent's rows, one for each other SAE, for a single
     observation."""
     rows = rows[rows[column].notna()]
     if rows.empty:
         return UNKNOWN
     whole = float(rows[column].mean())
-    per_latent = bootstrap_mean(rows.groupby(["run", "latent"])[column].mean())
+    per_latent = interval(rows.groupby(["run", "latent"])[column].mean())
     low, high = whole - (per_latent.value - per_latent.low), whole + (per_latent.high - per_latent.value)
     return Estimate(whole, max(low, 0.0), min(high, 1.0))  # moved, it may pass what a share can be
 
@@ -145,7 +145,7 @@ def _rows(pair: tuple[str, str], table: pd.DataFrame, alignment: pd.DataFrame, a
 
 def _relation(name: str, lone: pd.DataFrame) -> dict[str, Any]:
     of = lone[lone["relation"] == name]
-    share = _by_latent(lone.assign(held=(lone["relation"] == name).astype(float)), "held").as_dict()
+    share = _by_latent(lone.assign(held=(lone["relation"] == name).astype(float)), "held", mean_fraction).as_dict()
     return {
         "relation": name,
         "says": RELATIONS[name],

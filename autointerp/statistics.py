@@ -30,6 +30,7 @@ __all__ = [
     "auroc",
     "balanced_accuracy",
     "bootstrap_mean",
+    "mean_fraction",
     "partial_spearman",
     "proportion",
     "quartiles",
@@ -64,6 +65,21 @@ def proportion(successes: float, n: float, level: float = 0.95) -> Estimate:
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # Rounding may leave the bound a hair inside an observed 0 or 1.
     return Estimate(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
+
+
+def mean_fraction(values: ArrayLike, level: float = 0.95) -> Estimate:
+    """The mean of fractions [N], each of its own latent, with Wilson's interval at their effective number.
+
+    That is the number of yes-or-no cases whose mean would vary as much as that of these values does (as Korn and
+    Graubard 1998 have it for surveys): N where all are 0 or 1, or all are the same. So the interval of a rare thing is
+    lopsided as it must be, and that of a thing never seen does not shrink to nothing.
+    """
+    x = _finite(values)
+    if len(x) == 0:
+        return UNKNOWN
+    mean, variance = float(x.mean()), float(x.var())
+    effective = len(x) * (mean * (1 - mean) / variance if variance > 0 else 1.0)
+    return proportion(mean * effective, effective, level)
 
 
 def balanced_accuracy(truth: ArrayLike, label: ArrayLike, level: float = 0.95) -> Estimate:

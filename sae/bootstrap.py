@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sae.estimate import Estimate
+from sae.estimate import Estimate, rule_of_none
 
 INTERVALS = (
     "percentile bootstrap over latents, 1000 resamples, seeded; the unit is a latent of one run "
-    "with its decoder-matched partners in the other runs"
+    "with its decoder-matched partners in the other runs; Wilson score interval where a fraction is 0 or 1 of all units"
 )
 
 Bools = NDArray[np.bool_]
@@ -52,6 +52,13 @@ class LatentBootstrap:
         for row in self.weights:
             row[:] = np.bincount(rng.integers(self.n_units, size=self.n_units), minlength=self.n_units)
 
+    def count(self, members: Mapping[str, Bools]) -> int:
+        """How many units hold a member of any run."""
+        held = np.zeros(self.n_units, dtype=bool)
+        for run in self.runs:
+            held[self.unit[run][members[run]]] = True
+        return int(held.sum())
+
     def fractions(self, values: Mapping[str, NDArray], members: Mapping[str, Bools]) -> Floats:
         """Mean of values [M, C] over each run's members, as [resamples + 1, S, C]; row 0 is the sample itself.
 
@@ -80,10 +87,16 @@ def mean_over(values: Floats, axis: int) -> Floats:
         return np.where(known, values, 0).sum(axis=axis) / known.sum(axis=axis)
 
 
-def estimate(draws: Floats) -> Estimate:
-    """The sample's value, first, with the 95 % percentile interval of the resamples that follow."""
+def estimate(draws: Floats, units: int | None = None) -> Estimate:
+    """The sample's value, first, with the 95 % percentile interval of the resamples that follow.
+
+    ``units`` is for fractions: of how many units they are. Where all or none of these show something, every resample
+    says the same, and the interval is that of a count of 0 (:func:`sae.estimate.rule_of_none`).
+    """
     value, resampled = float(draws[0]), draws[1:][~np.isnan(draws[1:])]
     if np.isnan(value) or not len(resampled):
         return Estimate(value, nan, nan)
     low, high = np.quantile(resampled, [0.025, 0.975])
+    if units and low == high == value and value in (0.0, 1.0):
+        low, high = (0.0, rule_of_none(units)) if value == 0 else (1 - rule_of_none(units), 1.0)
     return Estimate(value, min(float(low), value), max(float(high), value))

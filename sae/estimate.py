@@ -24,3 +24,14 @@ class Estimate(NamedTuple):
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
+
+_Z_95 = 1.959963984540054
+"""the normal distribution's 97.5th percentile"""
+
+
+def rule_of_none(n: int) -> float:
+    """The largest fraction, at 95 %, of what none of ``n`` independent cases showed (Wilson 1927 at a count of 0).
+
+    Resampling cases none of which shows it never shows it either: a bootstrap would be sure of 0.
+    """
+    return _Z_95**2 / (n + _Z_95**2)

@@ -231,7 +231,10 @@ def _overlap_of(
         "mean_max_decoder": lambda table: table["max_decoder_cosine"].to_numpy(float),
         "max_cosine": nearest_above,
     }
-    means = {name: _pairwise_mean(runs, alignments, alive, draw, values) for name, values in figures.items()}
+    means = {
+        name: _pairwise_mean(runs, alignments, alive, draw, values, is_fraction=name == "max_cosine")
+        for name, values in figures.items()
+    }
     of_pairs = {name: by_pair(runs, alignments, alive, values) for name, values in figures.items()}
     return StudyOverlap(
         runs=list(runs),
@@ -327,10 +330,12 @@ def _overlap(
     # [resamples + 1, S, (S - 1) + S]: what the others share, then the distribution of s; the first row is the sample.
     fractions = draw.fractions(indicators, members)
     spread = mean_over(fractions[:, :, n_others:], axis=1)
+    units = draw.count(members)
 
     def weighted(weights: ArrayLike) -> Estimate:
-        # Rounded so that a whole is 1 and not the float below it.
-        return estimate(np.round(spread @ np.asarray(weights, dtype=float), 12))
+        # Rounded so that a whole is 1 and not the float below it. What is 1 whatever is shared, is so for certain.
+        of = np.asarray(weights, dtype=float)
+        return estimate(np.round(spread @ of, 12), units if np.ptp(of) else None)
 
     def share_of_sets(kind: Callable[[int, int], int], n: int) -> Estimate:
         return weighted([kind(int(s), n - 1) / comb(n_others, n - 1) for s in counts])
@@ -338,18 +343,19 @@ def _overlap(
     sets = range(1, n_others + 2)
     with np.errstate(invalid="ignore"):
         retained = (spread @ (counts * (counts - 1.0))) / ((n_others - 1) * (spread @ counts)) if n_others > 1 else None
+    held = {run: members[run] & shares[run].any(axis=1) for run in runs}
     pair = {}
     for i, a in enumerate(runs):
         for j in range(i + 1, len(runs)):
             directions = np.stack([fractions[:, i, j - 1], fractions[:, j, i]])
-            pair[f"{a}--{runs[j]}"] = estimate(mean_over(directions, axis=0))
+            pair[f"{a}--{runs[j]}"] = estimate(mean_over(directions, axis=0), units)
     return Overlap(
         value=weighted(counts / n_others),
         pairs=pair,
         only_one=[share_of_sets(lambda s, others: comb(n_others - s, others), n) for n in sets],
         all_of_n=[share_of_sets(comb, n) for n in sets],
         exactly_n=[weighted(counts == n - 1) for n in sets],
-        retained=UNKNOWN if retained is None else estimate(retained),
+        retained=UNKNOWN if retained is None else estimate(np.round(retained, 12), draw.count(held)),
         regions={run: _regions(run, runs, shares[run][members[run]]) for run in runs},
     )
 
@@ -372,6 +378,7 @@ def _pairwise_mean(
     members: Mapping[str, Bools],
     draw: LatentBootstrap,
     values: Callable[[pd.DataFrame], Floats],
+    is_fraction: bool,
 ) -> Estimate:
     """The mean over ordered pairs of the mean over the anchors that have a value (NaN: no partner)."""
     of_run = []
@@ -379,4 +386,5 @@ def _pairwise_mean(
         table = {run: values(alignments[run, [x for x in runs if x != run][k]]) for run in runs}
         known = {run: members[run] & ~np.isnan(table[run]) for run in runs}
         of_run.append(draw.fractions({run: np.nan_to_num(table[run])[:, None] for run in runs}, known)[:, :, 0])
-    return estimate(mean_over(np.concatenate(of_run, axis=1), axis=1))
+    units = draw.count(members) if is_fraction else None
+    return estimate(mean_over(np.concatenate(of_run, axis=1), axis=1), units)

@@ -12,6 +12,7 @@ from math import comb, isnan
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from autointerp.findings.finding import (
     AGREES,
@@ -72,14 +73,16 @@ def _pairwise(
 def fraction(of: Dictionaries, definition: str, members: Mapping[str, Bools] | None = None) -> Measured:
     """The fraction of ``members`` (the alive latents) that two runs share."""
 
+    counted = of.alive if members is None else members
+
     def figure(draw: LatentBootstrap, tables: Tables) -> Floats:
         def is_shared(table: pd.DataFrame) -> Floats:
             return shared(table, definition, THRESHOLD)[:, None].astype(float)
 
-        found = _pairwise(draw, tables, of.alive if members is None else members, is_shared)
+        found = _pairwise(draw, tables, counted, is_shared)
         return mean_over(found.reshape(len(found), -1), axis=1)
 
-    return over_seeds(figure, of.runs, of.tables)
+    return over_seeds(figure, of.runs, of.tables, members=counted)
 
 
 def _gap(draw: LatentBootstrap, tables: Tables, alive: Mapping[str, Bools]) -> Floats:
@@ -98,12 +101,16 @@ def _gap(draw: LatentBootstrap, tables: Tables, alive: Mapping[str, Bools]) -> F
         return sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]
 
 
+def _n_shared(tables: Tables, runs: Sequence[str], run: str) -> NDArray[np.int_]:
+    """[M] how many of the other runs share each latent of ``run``."""
+    return np.sum([shared(tables[run, other], "both", THRESHOLD) for other in runs if other != run], axis=0)
+
+
 def _spread(draw: LatentBootstrap, tables: Tables, alive: Mapping[str, Bools]) -> Floats:
     """[R + 1, S]: the distribution of how many of the S - 1 other runs share a latent, the mean over runs."""
     counts, indicators = np.arange(len(draw.runs)), {}
     for run in draw.runs:
-        n = sum(shared(tables[run, other], "both", THRESHOLD).astype(int) for other in draw.runs if other != run)
-        indicators[run] = (np.asarray(n)[:, None] == counts).astype(float)
+        indicators[run] = (_n_shared(tables, draw.runs, run)[:, None] == counts).astype(float)
     return mean_over(draw.fractions(indicators, {run: alive[run] for run in draw.runs}), axis=1)
 
 
@@ -190,7 +197,7 @@ def third_seed_finding(of: Dictionaries) -> Finding:
     about = _ABOUT["third-seed"]
     if len(of.runs) < 3:
         return about.missing("it takes three aligned seeds", of.more["seed"])
-    found = over_seeds(lambda draw, tables: _drop(draw, tables, of.alive), of.runs, of.tables, least=3)
+    found = over_seeds(lambda draw, tables: _drop(draw, tables, of.alive), of.runs, of.tables, least=3, members=of.alive)
     chance = 0.0 if isnan(found.null) else found.null
     alone = 1 - fraction(of, "both").estimate.value
     left = f"{decimal(alone)} of two SAEs, {decimal(alone - found.estimate.value)} of three"
@@ -203,7 +210,8 @@ def retained_finding(of: Dictionaries) -> Finding:
     about = _ABOUT["retained"]
     if len(of.runs) < 3:
         return about.missing("it takes three aligned seeds", of.more["seed"])
-    found = over_seeds(lambda draw, tables: _retained(draw, tables, of.alive), of.runs, of.tables, least=3)
+    held = {run: of.alive[run] & (_n_shared(of.tables, of.runs, run) > 0) for run in of.runs}
+    found = over_seeds(lambda draw, tables: _retained(draw, tables, of.alive), of.runs, of.tables, least=3, members=held)
     return about.row(found.estimate, against(found.estimate, 0.5), f"tested: above one half; {found.method}")
 
 

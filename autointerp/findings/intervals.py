@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from sae.bootstrap import Floats, LatentBootstrap, Tables, estimate
+from sae.bootstrap import Bools, Floats, LatentBootstrap, Tables, estimate
 from sae.estimate import Estimate
 from sae.nulls import NULLS, as_alignment
 
@@ -36,13 +36,20 @@ class Measured(NamedTuple):
 
 
 def over_seeds(
-    figure: Figure, runs: Sequence[str], tables: Tables, least: int = 2, within: tuple[float, float] = (0.0, 1.0)
+    figure: Figure,
+    runs: Sequence[str],
+    tables: Tables,
+    least: int = 2,
+    within: tuple[float, float] = (0.0, 1.0),
+    members: Mapping[str, Bools] | None = None,
 ) -> Measured:
     """The figure of ``runs`` with its interval (this module's head) and by chance.
 
     ``least`` is the number of runs that the figure takes; ``within`` its range, at which intervals are cut.
+    For a fraction, ``members`` are the latents that it is of (run → [M]).
     """
-    of_latents = estimate(figure(LatentBootstrap(runs, tables, RESAMPLES, 0), tables))
+    draw = LatentBootstrap(runs, tables, RESAMPLES, 0)
+    of_latents = estimate(figure(draw, tables), None if members is None else draw.count(members))
     found, method = of_latents, LATENTS
     if len(runs) > least:
         parts = [[run for run in runs if run != left] for left in runs]

@@ -17,6 +17,7 @@ from autointerp.statistics import (
     auroc,
     balanced_accuracy,
     bootstrap_mean,
+    mean_fraction,
     partial_spearman,
     proportion,
     quartiles,
@@ -156,6 +157,32 @@ def test_bootstrap_mean() -> None:
     assert bootstrap_mean(np.full(50, 0.1)) == pytest.approx((0.1, 0.1, 0.1))
     many = np.random.default_rng(0).normal(size=50_000)  # several chunks
     assert bootstrap_mean(many, resamples=100).high - many.mean() == pytest.approx(1.96 / math.sqrt(50_000), rel=0.3)
+
+
+@given(st.integers(0, 30), st.integers(1, 30))
+def test_mean_fraction_of_yes_and_no_is_wilsons(ones: int, zeros: int) -> None:
+    found = mean_fraction([1.0] * ones + [0.0] * zeros)
+    assert found == pytest.approx(proportion(ones, ones + zeros))
+
+
+def test_mean_fraction_knows_how_alike_the_fractions_are() -> None:
+    alike, apart = mean_fraction([0.4, 0.6] * 20), mean_fraction([0.0, 1.0] * 20)
+    assert alike.value == apart.value == 0.5
+    assert alike.high - alike.low < (apart.high - apart.low) / 3
+    assert math.isnan(mean_fraction([]).value)
+    assert mean_fraction([0.0] * 100).high > 0.03
+
+
+@pytest.mark.parametrize("rate", [0.002, 0.02, 0.3])
+def test_mean_fraction_interval_covers(rate: float) -> None:
+    """Each latent is asked twice and mostly answers alike; a percentile bootstrap covers .002 but seven times in ten."""
+
+    def once(rng: np.random.Generator) -> Estimate:
+        first = rng.random(500) < rate
+        second = np.where(rng.random(500) < 0.8, first, rng.random(500) < rate)
+        return mean_fraction(np.mean([first, second], axis=0))
+
+    assert 0.93 <= coverage(once, rate, 1500) <= 0.99
 
 
 def test_quartiles() -> None:

@@ -249,6 +249,23 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     assert 0.90 <= held / trials <= 0.99
 
 
+def test_what_was_never_seen_is_not_surely_nowhere() -> None:
+    """None or all of 40 latents come back: no resample differs, yet 1 in 50 of the population might."""
+    width = 40
+    alike, apart = (table([(i, cosine, i, cosine) for i in range(width)]) for cosine in (0.9, 0.3))
+    alive = {run: np.arange(width) >= 8 for run in "ab"}
+    bound = 1.96**2 / (32 + 1.96**2)
+    none = overlap(["a", "b"], {("a", "b"): apart, ("b", "a"): apart}, alive, resamples=50)
+    every = overlap(["a", "b"], {("a", "b"): alike, ("b", "a"): alike}, alive, resamples=50)
+    for found in (none.alive["strict"].value, none.alive["both"].pairs["a--b"], none.max_cosine):
+        assert tuple(found) == pytest.approx((0, 0, bound), abs=1e-4)
+    for found in (every.alive["strict"].value, every.alive["both"].pairs["a--b"], every.max_cosine):
+        assert tuple(found) == pytest.approx((1, 1 - bound, 1), abs=1e-4)
+    assert tuple(none.all["strict"].value)[2] < bound  # more latents, more sure
+    assert tuple(every.alive["strict"].only_one[0]) == (1, 1, 1)  # a latent is in its own SAE, whatever was drawn
+    assert tuple(every.mean_decoder) == pytest.approx((0.9, 0.9, 0.9))  # no fraction: nothing is known of its spread
+
+
 def test_threshold_sweep_passes_through_the_values() -> None:
     runs, tables, alive = study(3, 30, seed=5)
     swept = threshold_sweep(runs, tables, alive)
