@@ -197,7 +197,9 @@ def third_seed_finding(of: Dictionaries) -> Finding:
     about = _ABOUT["third-seed"]
     if len(of.runs) < 3:
         return about.missing("it takes three aligned seeds", of.more["seed"])
-    found = over_seeds(lambda draw, tables: _drop(draw, tables, of.alive), of.runs, of.tables, least=3, members=of.alive)
+    found = over_seeds(
+        lambda draw, tables: _drop(draw, tables, of.alive), of.runs, of.tables, least=3, members=of.alive
+    )
     chance = 0.0 if isnan(found.null) else found.null
     alone = 1 - fraction(of, "both").estimate.value
     left = f"{decimal(alone)} of two SAEs, {decimal(alone - found.estimate.value)} of three"
@@ -211,7 +213,9 @@ def retained_finding(of: Dictionaries) -> Finding:
     if len(of.runs) < 3:
         return about.missing("it takes three aligned seeds", of.more["seed"])
     held = {run: of.alive[run] & (_n_shared(of.tables, of.runs, run) > 0) for run in of.runs}
-    found = over_seeds(lambda draw, tables: _retained(draw, tables, of.alive), of.runs, of.tables, least=3, members=held)
+    found = over_seeds(
+        lambda draw, tables: _retained(draw, tables, of.alive), of.runs, of.tables, least=3, members=held
+    )
     return about.row(found.estimate, against(found.estimate, 0.5), f"tested: above one half; {found.method}")
 
 

@@ -7,10 +7,12 @@ interval always beside its estimate. What was not measured is a dash, never a ze
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
@@ -122,13 +124,48 @@ def indented(body: RenderableType, left: int = 2) -> Padding:
     return Padding(body, (0, 0, 0, left))
 
 
-class Command(Text):
-    """A line with a command in it."""
+_PROMPT = "  $ "
 
 
-def command_line(command: str) -> Text:
-    """A command to copy, never wrapped inside a word."""
-    return Command.assemble(("  $ ", QUIET), (visible(command), "bold"), overflow="fold")
+@dataclass(frozen=True)
+class Command:
+    """A command to copy: over several lines, where one is too narrow, as a shell takes them."""
+
+    command: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = over_lines(self.command, options.max_width - len(_PROMPT))
+        for i, line in enumerate(lines):
+            start = " " * len(_PROMPT) if i else _PROMPT
+            yield Text.assemble((start, QUIET), (line, "bold"), overflow="fold")
+
+
+def over_lines(command: str, width: int) -> list[str]:
+    """A command in lines of at most ``width`` cells, all but the last ending in a backslash.
+
+    An option stays beside its first value where that is possible. A word longer than a line is left whole.
+    """
+    if cell_len(command) <= width:
+        return [command]
+    words = [shlex.quote(word) for word in shlex.split(command)]
+    parts: list[str] = []
+    for i, word in enumerate(words):
+        valued = i > 0 and words[i - 1].startswith("-") and "=" not in words[i - 1] and not word.startswith("-")
+        if valued and cell_len(f"    {parts[-1]} {word} \\") <= width:
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    lines: list[str] = []
+    for part in parts:
+        if lines and cell_len(f"{lines[-1]} {part} \\") <= width:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(f"    {part}" if lines else part)
+    return [*(f"{line} \\" for line in lines[:-1]), lines[-1]]
+
+
+def command_line(command: str) -> Command:
+    return Command(visible(command))
 
 
 def absent(says: str, command: str) -> RenderableType:

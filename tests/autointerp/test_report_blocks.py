@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import shlex
 import unicodedata
 from typing import Any
 
@@ -10,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from printed import ACTS_ON_A_TERMINAL, COLOURS, console
 from rich.cells import cell_len
+from rich.console import Console
 
 from autointerp.report import blocks
-from autointerp.report.layout import decimal, interval, listed, percent
+from autointerp.report.layout import command_line, decimal, interval, listed, over_lines, percent
 from autointerp.report.visible import highlighted, marking, shown, visible
 
 # --- blocks -----------------------------------------------------------------------------------------------
@@ -156,3 +159,28 @@ def test_marks_without_colour_and_shades_with_it() -> None:
     shaded = highlighted(words, activations, marking(console(80, "truecolor")))
     assert shaded.plain == "a b c d "
     assert len({str(span.style) for span in shaded.spans if "black on" in str(span.style)}) == 2
+
+
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "Zs"]), max_size=30), min_size=1),
+    st.integers(20, 120),
+)
+def test_a_command_over_several_lines_is_the_same_command(words: list[str], width: int) -> None:
+    command = shlex.join(words)
+    lines = over_lines(command, width)
+    assert shlex.split("\n".join(lines).replace("\\\n", "")) == words  # as a shell does, and shlex does not
+    longest = max(cell_len(shlex.quote(word)) for word in words) + len("     \\")
+    assert all(cell_len(line) <= max(width, longest) for line in lines)
+
+
+def test_an_option_stays_beside_its_value() -> None:
+    command = "python cli.py score --sae run_a --scorer fuzzing --precision 0.065 --root 'my runs'"
+    assert over_lines(command, 100) == [command]
+    assert over_lines(command, 40) == [
+        "python cli.py score --sae run_a \\",
+        "    --scorer fuzzing --precision 0.065 \\",
+        "    --root 'my runs'",
+    ]
+    page = io.StringIO()
+    Console(width=44, file=page).print(command_line(command))
+    assert page.getvalue().splitlines()[0].rstrip() == "  $ python cli.py score --sae run_a \\"

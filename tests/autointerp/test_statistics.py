@@ -175,7 +175,7 @@ def test_mean_fraction_knows_how_alike_the_fractions_are() -> None:
 
 @pytest.mark.parametrize("rate", [0.002, 0.02, 0.3])
 def test_mean_fraction_interval_covers(rate: float) -> None:
-    """Each latent is asked twice and mostly answers alike; a percentile bootstrap covers .002 but seven times in ten."""
+    """Each latent is asked twice and mostly answers alike; a percentile bootstrap covers .002 in 69 % of cases."""
 
     def once(rng: np.random.Generator) -> Estimate:
         first = rng.random(500) < rate

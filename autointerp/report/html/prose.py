@@ -78,7 +78,7 @@ def blocks(part: RenderableType | None) -> Iterator[Block]:
     elif isinstance(part, Padding):
         yield from blocks(part.renderable)
     elif isinstance(part, Command):
-        yield CommandWords(part.plain.strip().removeprefix("$ "))
+        yield CommandWords(part.command)
     elif isinstance(part, Table):
         if (grid := _grid(part)) is not None:
             yield grid
