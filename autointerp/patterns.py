@@ -20,11 +20,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
+from autointerp.numerals import decimal
+
 LOWEST, HIGHEST = 1e-4, 0.98
 """A chance outside these is not something that a few dozen contexts can show."""
 
 LONGEST_RUN = 3
 """Tokens in a pattern at most."""
+
+_WORTH_SAYING = 0.01
 
 _NUMBER = r"\d+(?:\.\d+)?"
 _ITEM = rf'"(?:[^"\\]|\\.)*" \(chance {_NUMBER}, lift {_NUMBER}\)'
@@ -110,6 +114,23 @@ def parse(sentence: str) -> Patterns | None:
     return Patterns(tuple(patterns), float(found["other"])) if all(0 <= chance < 1 for chance in chances) else None
 
 
+def brief(sentence: str, most: int = 5) -> str:
+    """An n-gram sentence for people: the patterns that tell most, each with its chance; any other text as it is.
+
+    Blanks within a pattern are shown as ``␣``: they count, and no line is to be broken there.
+    """
+    found = parse(sentence)
+    if found is None:
+        return sentence
+    more, less = (tuple(p for p in found.patterns if (p.lift >= 1) == above) for above in (True, False))
+    parts = [f"{says}{_in_brief(kept, most)}" for says, kept in (("on ", more), ("less on ", less)) if kept]
+    if not parts:
+        return f"Fires on any token {_chance(found.other)}."
+    if found.other >= _WORTH_SAYING:
+        parts.append(f"and on any other token {_chance(found.other)}")
+    return f"Fires {', '.join(parts)}."
+
+
 def quoted(text: str) -> str:
     """``text`` as a JSON string in which nothing is invisible: what does not print is written as an escape."""
     return "".join(c if _plain(c) else json.dumps(c)[1:-1] for c in text).join('""')
@@ -136,6 +157,15 @@ def _item(pattern: Pattern) -> str:
 
 def _listed(items: list[str]) -> str:
     return " or ".join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else items[0]
+
+
+def _in_brief(patterns: Sequence[Pattern], most: int) -> str:
+    items = [f"{quoted(p.text).replace(' ', '␣')} {_chance(p.chance)}" for p in patterns[:most]]
+    return _listed([*items, f"{len(patterns) - most} more"] if len(patterns) > most else items)
+
+
+def _chance(chance: float) -> str:
+    return f"({decimal(chance, 2)})" if chance >= _WORTH_SAYING else f"(< {decimal(_WORTH_SAYING, 2)})"
 
 
 def _written(value: float) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from autointerp.patterns import brief
 from autointerp.report import blocks
 from autointerp.report.controls import NEGATIVES
 from autointerp.report.dictionaries import rate
@@ -199,7 +200,10 @@ def _matches(found: Latent, page: Page) -> RenderableType:
         if match["explanation"]:
             head = f"\n{visible(match['run'])} {match['decoder_partner']}"
             score = f"   score {decimal(match['score'], 2)}" if match["score"] is not None else ""
-            body += [Text.assemble((head, "bold"), (score, QUIET)), Padding(shown(match["explanation"]), (0, 0, 0, 2))]
+            body += [
+                Text.assemble((head, "bold"), (score, QUIET)),
+                Padding(shown(brief(match["explanation"])), (0, 0, 0, 2)),
+            ]
     return section(page, title, says, *body)
 
 

@@ -16,7 +16,7 @@ from autointerp.contexts import Context
 from autointerp.explainers.ngram import NgramExplainer, NgramSettings
 from autointerp.judges.ngram import NgramJudge
 from autointerp.ngram_counts import Positions, search
-from autointerp.patterns import Pattern, Patterns, bounded, parse, quoted, rounded
+from autointerp.patterns import Pattern, Patterns, bounded, brief, parse, quoted, rounded
 
 NASTY = [
     '"',
@@ -124,6 +124,25 @@ def test_the_sentence_reads_as_english() -> None:
 
 
 # --- the judge's rule -----------------------------------------------------------------------------------------
+
+
+def test_in_brief_a_sentence_names_what_tells_most_and_counts_the_rest() -> None:
+    found = [Pattern(f"w{i}", 0.9 - i / 10, 9 - i) for i in range(4)]
+    less = Pattern("\n  ", 0.001, 0.01)
+    assert brief(Patterns((*found, less), 0.02).sentence(), most=2) == (
+        'Fires on "w0" (.90), "w1" (.80) or 2 more, less on "\\n␣␣" (< .01), and on any other token (.02).'
+    )
+    assert brief(Patterns((found[0],), 0.001).sentence()) == 'Fires on "w0" (.90).'
+    assert brief(Patterns((), 0.001).sentence()) == "Fires on any token (< .01)."
+    assert brief("Fires on the word “the”, in prose.") == "Fires on the word “the”, in prose."
+
+
+@given(any_patterns(), st.integers(1, 4))
+def test_in_brief_is_one_visible_line_too(patterns: Patterns, most: int) -> None:
+    said = brief(patterns.sentence(), most)
+    assert said.isprintable()
+    assert said.endswith(".")
+    assert len(said) <= len(patterns.sentence()) + len(" or 99 more, and on any other token (.99).")
 
 
 def test_the_longest_run_of_whole_tokens_decides() -> None:
