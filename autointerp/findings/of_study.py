@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from autointerp.evidence import Study
 from autointerp.findings.dictionaries import THRESHOLD, Dictionaries, findings_of_dictionaries
 from autointerp.findings.finding import Finding
@@ -16,6 +18,7 @@ from autointerp.findings.sweeps import findings_of_sweeps
 from autointerp.score_similarity import Part
 from autointerp.scored_pairs import scored_pairs
 from autointerp.sweep_table import sweeps_of
+from sae.overlap import shared
 
 _RECIPES = {"width": "widths", "k": "ks", "tokens": "tokens", "architecture": "architectures"}
 
@@ -94,10 +97,19 @@ def _scores(study: Study, tree: Mapping[str, Any], part: Part | None) -> Scores:
         table=part.joined() if part is not None and similar else None,
         pairs=scored_pairs(study, THRESHOLD),
         judge=" ".join(word for word in (setup.get("judge"), str(setup.get("model") or "")) if word) or "none",
+        n_aligned=_n_aligned(study),
+        most_latents=0 if scores is None else scores["n_eligible"],
         more={
             "score": ask(),
             "pair": study.command("align", *study.names),
             "partners": ask("--with-partners"),
-            "more": ask("--latents", "400"),
         },
+        explain_more=lambda latents: ask("--latents", str(latents)),
     )
+
+
+def _n_aligned(study: Study) -> int | None:
+    """How many latents of the focus run have an aligned partner in a run that is compared with it."""
+    focus = study.focus.name
+    held = [shared(table, "both", THRESHOLD) for (a, _), table in study.tables.items() if a == focus]
+    return int(np.any(held, axis=0).sum()) if held else None

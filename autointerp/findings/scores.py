@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from autointerp.findings.finding import (
     AGREES,
@@ -25,6 +26,7 @@ from autointerp.numerals import decimal, estimate
 from autointerp.rank_bootstrap import Resamples, interval_of
 from autointerp.scored import CHANCE
 from autointerp.scored_pairs import agreement
+from autointerp.statistics import quantiles
 from sae.estimate import Estimate
 
 FEWEST = 20
@@ -70,10 +72,12 @@ class Scores:
     """What was scored of a study.
 
     ``scores`` and ``relation`` are the report's own trees (``None``: not made yet). ``table`` has the focus run's
-    scored latents: ``score``, ``frequency``, ``unshared``. ``pairs`` has a latent and its decoder-matched partner in
-    another run, where both are scored: ``score``, ``score_there``, ``aligned`` (both matched cosines above .7) and
-    ``unit``, one number for all that are partners of each other. ``more``: the commands that provide what is missing,
-    for ``score``, ``pair`` and ``partners``.
+    scored latents (:meth:`autointerp.score_similarity.Part.joined`). ``pairs`` has a latent and its decoder-matched
+    partner in another run, where both are scored: ``score``, ``score_there``, ``aligned`` (both matched cosines above
+    .7) and ``unit``, one number for all that are partners of each other. ``n_aligned``: how many of the focus run's
+    latents have an aligned partner anywhere (``None``: no run is aligned with it). ``most_latents``: how many can be
+    scored. ``more``: the commands that provide what is missing, for ``score``, ``pair`` and ``partners``;
+    ``explain_more``: the one that explains so many latents, or first scores what is explained.
     """
 
     scores: Mapping[str, Any] | None
@@ -81,7 +85,10 @@ class Scores:
     table: pd.DataFrame | None
     pairs: pd.DataFrame | None
     judge: str
+    n_aligned: int | None
+    most_latents: int
     more: Mapping[str, str]
+    explain_more: Callable[[int], str]
 
 
 def interp_finding(of: Scores) -> Finding:
@@ -126,27 +133,53 @@ def relation_finding(of: Scores) -> Finding:
 def _unshared_high(table: pd.DataFrame | None) -> str:
     if table is None or not table["unshared"].any():
         return ""
-    high = (table.loc[table["unshared"], "score"] > table["score"].median()).mean()
+    weight = pd.Series(_weights(table), table.index)
+    median = float(quantiles(table["score"], [0.5], weight)[0])
+    lone = table[table["unshared"]]
+    high = float(np.average(lone["score"] > median, weights=weight[lone.index]))
     return f"{decimal(high)} of the unshared latents score above the median; "
 
 
 def frequent_low_finding(of: Scores) -> Finding:
-    """Agrees where the scored latents that fire most (a tenth) have a lower mean score than the others.
+    """Agrees where the latents that fire most (a tenth) have a lower mean score than the others.
 
-    That is, where the interval of the difference lies wholly below 0; disagrees where it lies wholly above.
+    That is, where the interval of the difference lies wholly below 0; disagrees where it lies wholly above. Of a
+    sample, the tenth and the means are weighted, so that they are those of all latents that can be scored.
     """
     about = _ABOUT["frequent-low"]
     if of.table is None or of.table.empty:
         return about.missing("it takes scores and aligned seeds", of.more["score"])
-    n = len(of.table) // 10
-    if n < FEWEST:
-        return about.missing(f"a tenth of {len(of.table)} scored latents is fewer than {FEWEST}", of.more["more"])
-    frequent = np.zeros(len(of.table), bool)
-    frequent[np.argsort(of.table["frequency"].to_numpy(), kind="stable")[len(of.table) - n :]] = True
-    draw, score = Resamples(np.arange(len(of.table))), of.table["score"].to_numpy()
-    found = interval_of(draw.means(score, frequent) - draw.means(score, ~frequent), n)
+    frequent = _most_frequent_tenth(of.table)
+    if (n := int(frequent.sum())) < FEWEST:
+        why = f"of {len(of.table)} scored latents {n} are of the tenth that fires most, it takes {FEWEST}"
+        latents = min(50 * math.ceil(1.2 * len(of.table) * FEWEST / max(n, 1) / 50), of.most_latents)
+        if latents <= len(of.table):
+            return about.missing(f"{why}; no more latents have contexts enough", None)
+        return about.missing(why, of.explain_more(latents))
+    draw, score = _resamples(of.table), of.table["score"].to_numpy()
+    found = interval_of(draw.means(score, frequent) - draw.means(score, ~frequent), min(n, draw.n_free))
     over_all = "" if of.relation is None else f"Spearman with frequency {_told(_estimate(of.relation['frequency']))}; "
     return about.row(found, against(found, 0, -1), f"tested: below 0; {over_all}{n} of {len(of.table)} latents")
+
+
+def _most_frequent_tenth(table: pd.DataFrame) -> NDArray[np.bool_]:
+    """[N] whether a latent is of the tenth of all those that the table stands for which fires most."""
+    order = np.argsort(-table["frequency"].to_numpy(), kind="stable")
+    weight = _weights(table)[order]
+    found = np.zeros(len(table), bool)
+    found[order[np.cumsum(weight) <= 0.1 * weight.sum() * (1 + 1e-9)]] = True
+    return found
+
+
+def _weights(table: pd.DataFrame) -> NDArray[np.float64]:
+    """[N] how many latents each stands for."""
+    return table["weight"].to_numpy(float) if "weight" in table else np.ones(len(table))
+
+
+def _resamples(table: pd.DataFrame) -> Resamples:
+    if "weight" not in table:
+        return Resamples(np.arange(len(table)))
+    return Resamples(np.arange(len(table)), weights=table["weight"], strata=table["stratum"], known=table["known"])
 
 
 def both_scored_finding(of: Scores) -> Finding:
@@ -157,6 +190,8 @@ def both_scored_finding(of: Scores) -> Finding:
     about = _ABOUT["both-scored"]
     if of.pairs is None or int(of.pairs["aligned"].sum()) < FEWEST:
         n = 0 if of.pairs is None else int(of.pairs["aligned"].sum())
+        if of.n_aligned is not None and of.n_aligned < FEWEST:
+            return about.missing(f"only {of.n_aligned} latents have an aligned partner, it takes {FEWEST}", None)
         return about.missing(f"{n} aligned pairs have both scores, it takes {FEWEST}", of.more["partners"])
     aligned = of.pairs["aligned"].to_numpy(bool)
     here, elsewhere = agreement(of.pairs, aligned), agreement(of.pairs, ~aligned)

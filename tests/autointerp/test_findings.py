@@ -22,7 +22,7 @@ from sae.dip import Dip
 from sae.estimate import UNKNOWN, Estimate
 
 M, D = 200, 48
-MORE = dict.fromkeys(("pair", "seed", "harvest", "score", "partners", "more"), "python cli.py …")
+MORE = dict.fromkeys(("pair", "seed", "harvest", "score", "partners"), "python cli.py …")
 
 
 def dictionaries(
@@ -208,6 +208,7 @@ def scores(
 
 def told(**given: Any) -> dict[str, Finding]:
     empty: dict[str, Any] = {"scores": None, "relation": None, "table": None, "pairs": None, "judge": "ngram"}
+    empty |= {"n_aligned": None, "most_latents": 1000, "explain_more": "python cli.py explain --latents {}".format}
     return {row.id: row for row in findings_of_scores(Scores(**{**empty, **given}, more=MORE))}
 
 
@@ -244,7 +245,27 @@ def test_frequent_low(slope: float, verdict: Verdict) -> None:
     score = 0.7 + slope * (frequency > np.quantile(frequency, 0.9)) + 0.05 * rng.normal(size=400)
     table = pd.DataFrame({"score": score, "frequency": frequency, "unshared": rng.random(400) < 0.5})
     assert told(table=table)["frequent-low"].verdict == verdict
-    assert told(table=table[:150])["frequent-low"].command
+    few = told(table=table[:150])["frequent-low"]
+    assert "15 are of the tenth" in few.why
+    assert few.command is not None
+    assert "--latents 250" in few.command
+    assert "--latents 180" in (told(table=table[:150], most_latents=180)["frequent-low"].command or "")
+    assert told(table=table[:150], most_latents=150)["frequent-low"].command is None
+
+
+def test_frequent_low_is_of_all_latents_where_those_scored_are_a_sample() -> None:
+    """Rare latents were drawn twice as often: the tenth of all that fires most is a smaller part of those scored."""
+    rng = np.random.default_rng(0)
+    frequency = np.sort(rng.normal(size=2000))
+    drawn = rng.random(2000) < np.where(np.arange(2000) < 1000, 0.8, 0.4)
+    score = 0.7 + 0.3 * np.arange(2000) / 2000 + 0.01 * rng.normal(size=2000)
+    table = pd.DataFrame({"score": score, "frequency": frequency, "unshared": False})
+    rare = np.arange(2000) < 1000
+    sample = table.assign(weight=np.where(rare, 1.25, 2.5), stratum=(~rare).astype(int), known=0.3)[drawn]
+    truth = score[1800:].mean() - score[:1800].mean()
+    found, plain = told(table=sample)["frequent-low"], told(table=table[drawn])["frequent-low"]
+    assert found.low < truth < found.high
+    assert abs(found.value - truth) < abs(plain.value - truth) / 2
 
 
 @pytest.mark.parametrize(("alike", "verdict"), [(1.0, AGREES), (-1.0, DISAGREES), (0.0, UNDECIDED)])
@@ -263,6 +284,10 @@ def test_both_scored(alike: float, verdict: Verdict) -> None:
     few = told(pairs=pairs.assign(aligned=np.arange(200) < 10))["both-scored"]
     assert few.verdict == UNDECIDED
     assert "10 aligned pairs" in few.why
+    assert few.command
+    none = told(pairs=pairs[:0], n_aligned=3)["both-scored"]
+    assert none.command is None
+    assert "only 3 latents" in none.why
 
 
 def test_nothing_scored_says_what_to_run() -> None:
