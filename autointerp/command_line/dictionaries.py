@@ -42,10 +42,14 @@ def train(
 ) -> None:
     """Train SAEs that differ in their seed alone, on one stream of a language model's activations.
 
-    Example: python cli.py train --name run --seeds 0 1 2 --model EleutherAI/pythia-160m --hookpoint layers.6.mlp
-    --text corpus.txt --num-latents 4096 --k 32 --tokens 50M
+    \b
+    python cli.py train --name run --seeds 0 1 2 --text corpus.txt \\
+        --model EleutherAI/pythia-160m --hookpoint layers.6.mlp \\
+        --num-latents 4096 --k 32 --tokens 50M
 
     --seeds may grow later: the seeds that exist are not touched. On several GPUs or machines:
+
+    \b
     torchrun --nproc-per-node 2 cli.py train …
     """
     from sae.settings import settings_from
@@ -73,7 +77,13 @@ def train(
 
 @takes_groups
 def harvest(*, sae: opt.Saes = None, tokens: opt.HarvestTokens = None, machine: Machine, output: Output) -> None:
-    """Record which latent fires where, for all seeds in one pass over the subject model."""
+    """Record which latent fires where, for all seeds in one pass over the subject model.
+
+    Runs of one study are harvested together. --tokens may grow later: what is recorded is kept.
+
+    \b
+    python cli.py harvest --sae run_a --sae run_b --tokens 10M
+    """
     from sae.harvest_stage import harvest_runs
 
     runs = opened(sae, output.root, whole_study=True)
@@ -99,7 +109,8 @@ def align(
 
     The files hold cosines: --definition and --threshold change what is printed, and nothing is matched again.
 
-    Example: python cli.py align run_a run_b run_c
+    \b
+    python cli.py align run_a run_b run_c
     """
     from autointerp.report import alignment_findings, render_alignment
     from sae.align_stage import align_runs, compared_of
@@ -130,7 +141,8 @@ def sweep(
 
     Stopped, it goes on where it was; finished, it shows its table at once.
 
-    Example: python cli.py sweep eval_runs/recipes/widths.toml
+    \b
+    python cli.py sweep eval_runs/recipes/widths.toml
     """
     from autointerp.report import render_forecast, render_sweep
     from autointerp.sweep import forecast, run_sweep, scoring_of, sweep_findings
@@ -164,8 +176,10 @@ def import_(
 ) -> None:
     """Take in an SAE that somebody else trained (sparsify, SAELens, dictionary_learning), as a run of a study.
 
-    Example: python cli.py import --from EleutherAI/sae-pythia-70m-32k/layers.3.mlp --name theirs --study pythia
-    --model EleutherAI/pythia-70m --hookpoint layers.3.mlp --text corpus.txt
+    \b
+    python cli.py import --from EleutherAI/sae-pythia-70m-32k/layers.3.mlp \\
+        --name theirs --study pythia --model EleutherAI/pythia-70m \\
+        --hookpoint layers.3.mlp --text corpus.txt
 
     A second import into the study takes model, hookpoint and text from the first. Then align, explain and score.
     """
@@ -195,7 +209,9 @@ def export(
 
     A table: --format csv or parquet, --to a file; --format neuronpedia writes explanations as its exports have them.
 
-    Example: python cli.py export --sae run_a --table scores --format csv --to scores.csv
+    \b
+    python cli.py export --sae run_a --table scores --format csv --to scores.csv
+    python cli.py export --sae run_a --format saelens --to exported
     """
     runs = opened(sae, output.root)
     if table is None and format_ in _OF_SAES:

@@ -32,10 +32,14 @@ def explain(
 ) -> None:
     """Say in one sentence what makes a latent fire, from contexts in which it does.
 
-    Example: python cli.py explain --sae run_a --unshared-only --latents 300
+    \b
+    python cli.py explain --sae run_a --unshared-only --latents 300
 
-    By a language model: --llm-url names a server that runs, --vllm starts one:
-    python cli.py explain --sae run_a --vllm Qwen/Qwen2.5-7B-Instruct --vllm-args '--max-model-len 8192'
+    By a language model: --llm-url names a server that runs, --vllm starts one.
+
+    \b
+    python cli.py explain --sae run_a --llm-url http://127.0.0.1:8000/v1 --dry-run
+    python cli.py explain --sae run_a --vllm Qwen/Qwen2.5-7B-Instruct
     """
     from autointerp.selection import Choice
 
@@ -87,7 +91,9 @@ def score(
     Balanced accuracy and AUROC with 95 % intervals, and the same with explanations swapped between dissimilar latents,
     which says what a meaningless explanation would have scored.
 
-    Example: python cli.py score --sae run_a --precision 0.065 --max-contexts 200
+    \b
+    python cli.py score --sae run_a
+    python cli.py score --sae run_a --precision 0.065 --max-contexts 200
     """
     from autointerp.adaptive import Precision
 

@@ -61,7 +61,7 @@ OneSae = Annotated[str | None, typer.Option("--sae", help="The run. Default: the
 
 Name = Annotated[str, typer.Option("--name", help="The study's name; its runs become NAME_a, NAME_b, …")]
 Seeds = Annotated[
-    list[int] | None, typer.Option("--seeds", help="One SAE per seed, all on the same batches: --seeds 0 1 2.")
+    list[int] | None, typer.Option("--seeds", help="One SAE per seed, all on the same batches. Default: 0 1 2.")
 ]
 Nulls = Annotated[
     bool,
@@ -86,50 +86,62 @@ Parallel = Annotated[
         "Default: seeds where there are as many as ranks.",
     ),
 ]
-Recipe = Annotated[Path | None, typer.Option("--recipe", help="A TOML file of settings (see eval_runs/recipes/).")]
+Recipe = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="A TOML file of settings (see eval_runs/recipes/); flags go over it."),
+]
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="Hugging Face name or directory; 'bundled' is the model in this package."),
+    typer.Option("--model", help="Hugging Face name or directory. Default: bundled, the model in this package."),
 ]
 Hookpoint = Annotated[
-    str | None, typer.Option("--hookpoint", help="The module whose output is studied, such as layers.2.mlp.")
+    str | None, typer.Option("--hookpoint", help="The module whose output is studied. Default: layers.2.mlp.")
 ]
 Hookpoints = Annotated[
     list[str] | None,
     typer.Option(
         "--hookpoint",
-        help="The module whose output is studied, such as layers.2.mlp. Several, in one pass over the model, "
-        "become a study each: NAME-layers.2.mlp and so on.",
+        help="The module whose output is studied. Several, in one pass over the model, become a study each: "
+        "NAME-layers.2.mlp and so on. Default: layers.2.mlp.",
     ),
 ]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="Precision of the subject's forward pass: float32, bfloat16, float16.")
+    str | None,
+    typer.Option("--dtype", help="Of the subject's forward pass: bfloat16, float16, float32. Default: float32."),
 ]
 Texts = Annotated[
-    list[str] | None, typer.Option("--text", help="A text file, or a folder of them. May be given several times.")
+    list[str] | None,
+    typer.Option("--text", help="Text files, or folders of them. Default: the sources of Python's library."),
 ]
 Dataset = Annotated[
     str | None,
     typer.Option("--dataset", help="A `datasets` directory or hub name (with --split, --column, --config)."),
 ]
-Split = Annotated[str | None, typer.Option("--split", help="The dataset's split.")]
-Column = Annotated[str | None, typer.Option("--column", help="The dataset's column that holds the text.")]
-Configuration = Annotated[str | None, typer.Option("--config", help="The dataset's configuration.")]
-Context = Annotated[int | None, typer.Option("--context", help="Tokens in a packed sequence.")]
+Split = Annotated[str | None, typer.Option("--split", help="The dataset's split. Default: train.")]
+Column = Annotated[
+    str | None, typer.Option("--column", help="The dataset's column that holds the text. Default: text.")
+]
+Configuration = Annotated[
+    str | None, typer.Option("--config", help="The dataset's configuration, where it has several.")
+]
+Context = Annotated[int | None, typer.Option("--context", help="Tokens in a packed sequence. Default: 256.")]
 Architecture = Annotated[str | None, typer.Option("--architecture", help=f"{ARCHITECTURES.words()}. Default: topk.")]
 TrainPrecision = Annotated[
     str | None,
     typer.Option(
         "--precision",
         help="Of the product that chooses latents: float32, bfloat16, int8 (CPUs), or auto (the fewest bits that "
-        "the machine has instructions for). Activations, gradients and weights are float32 in any case.",
+        "the machine has instructions for). Activations, gradients and weights are float32 in any case. Default: auto.",
     ),
 ]
-NumLatents = Annotated[int | None, typer.Option("--num-latents", "-M", help="Width of the dictionary.")]
-K = Annotated[int | None, typer.Option("--k", "-k", help="Active latents per token.")]
-TrainTokens = Annotated[str | None, typer.Option("--tokens", help="Tokens to train on, such as 10M.")]
-BatchTokens = Annotated[str | None, typer.Option("--batch-tokens", help="Tokens in a step.")]
-LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Adam's peak rate.")]
+NumLatents = Annotated[int | None, typer.Option("--num-latents", "-M", help="Width of the dictionary. Default: 1024.")]
+K = Annotated[int | None, typer.Option("--k", "-k", help="Active latents per token. Default: 8.")]
+TrainTokens = Annotated[str | None, typer.Option("--tokens", help="Tokens to train on. Default: 10M.")]
+BatchTokens = Annotated[str | None, typer.Option("--batch-tokens", help="Tokens in a step. Default: 4096.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--learning-rate", "--lr", help="Adam's peak rate. Default: 2e-4 / sqrt(width / 16384)."),
+]
 ActivationCache = Annotated[
     str | None,
     typer.Option(
@@ -147,7 +159,7 @@ Controls = Annotated[
 Wandb = Annotated[
     str | None, typer.Option("--wandb", metavar="PROJECT", help="Also log to this project of Weights & Biases.")
 ]
-HarvestTokens = Annotated[str | None, typer.Option("--tokens", help="How many tokens to record, such as 2M.")]
+HarvestTokens = Annotated[str | None, typer.Option("--tokens", help="How many tokens to record. Default: 2M.")]
 RunNames = Annotated[list[str] | None, typer.Argument(metavar="RUN RUN…", help="Default: the newest study's runs.")]
 
 # --- import, export ----------------------------------------------------------------------------------------------

@@ -45,6 +45,10 @@ def report(
     """What is shared between the seeds, what the latents mean, how well that can be told, and how the two relate.
 
     With --html as one file that any browser opens without a network: figures, and every latent to look at.
+
+    \b
+    python cli.py report --sae run_a
+    python cli.py report --sae run_a --html --to run_a.html
     """
     from sae.run import study_runs
 
@@ -64,7 +68,11 @@ def report(
 
 @takes_groups
 def show(*, latent: opt.LatentNumber, sae: opt.OneSae = None, contexts: opt.ShownContexts = 8, output: Output) -> None:
-    """One latent: contexts highlighted, explanation, scores, its match in each sibling run."""
+    """One latent: contexts highlighted, explanation, scores, its match in each sibling run.
+
+    \b
+    python cli.py show --sae run_a --latent 131
+    """
     from autointerp.report import latent_findings, render_latent
 
     found = latent_findings(opened_one(sae, output.root), latent, n_contexts=contexts)
@@ -88,7 +96,8 @@ def compare(
 
     `explain --with-partners` explains both sides of a pair.
 
-    Example: python cli.py compare --sae run_a --sae run_b --sort gap --latents 20
+    \b
+    python cli.py compare --sae run_a --sae run_b --sort gap --latents 20
     """
     from autointerp.compare import compare_runs, ensure_pair_aligned, the_two
     from autointerp.pair_choice import PairChoice, chosen
@@ -107,7 +116,11 @@ def compare(
 
 @takes_groups
 def runs(*, output: Output) -> None:
-    """What runs there are, and how far each has come."""
+    """What runs there are, and how far each has come; controls stand behind the seeds of their study.
+
+    \b
+    python cli.py runs
+    """
     from sae.run import all_runs
 
     finish_with_runs(output.as_json, "runs", all_runs(output.root))
