@@ -42,7 +42,7 @@ def the_two(names: Sequence[str], root: Path) -> tuple[Run, Run]:
     if len(names) != 2 or names[0] == names[1]:
         told = f"{names[0]!r} twice" if len(names) == 2 else f"{len(names)} run{'' if len(names) == 1 else 's'}"
         raise BadInput(
-            f"a comparison takes two different runs, and --sae names {told}; give it twice: --sae run_a --sae run_b"
+            f"a comparison takes two different runs, not {told}; name them: python cli.py compare run_a run_b"
         )
     return Run.open(names[0], root), Run.open(names[1], root)
 

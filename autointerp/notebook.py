@@ -17,7 +17,6 @@ from autointerp.contexts import Context
 from autointerp.journal import Journal
 from autointerp.latents import reliability_of
 from autointerp.material import Material
-from sae.errors import NotFound
 from sae.files import read_table
 
 
@@ -35,7 +34,7 @@ class Run(sae.run.Run):
     def explanations(self) -> pd.DataFrame:
         """Every explanation asked for, those that failed with their reason: one row each."""
         if not self.journal_path.exists():
-            raise NotFound(f"run {self.name!r} has no explanations; run `python cli.py explain --sae {self.name}`")
+            raise self.lacking("explanations", "explain")
         with Journal(self.journal_path) as journal:
             return journal.explanations()
 
@@ -49,7 +48,7 @@ class Run(sae.run.Run):
         at :class:`autointerp.scorers.base.ScoreRow`.
         """
         if not self.stage_path("scores").exists():
-            raise NotFound(f"run {self.name!r} has no scores; run `python cli.py score --sae {self.name}`")
+            raise self.lacking("scores", "score")
         return read_table(self.stage_path("scores"))
 
     def reliability(self) -> pd.DataFrame:
@@ -72,5 +71,5 @@ class Run(sae.run.Run):
         See :func:`autointerp.sampling.drawn`; ``draw`` tells draws apart, of other explainers or populations.
         """
         if not self.stage_path("sample").exists():
-            raise NotFound(f"run {self.name!r} has no sample; run `python cli.py explain --sae {self.name}`")
+            raise self.lacking("sample", "explain")
         return read_table(self.stage_path("sample"))

@@ -21,7 +21,7 @@ from autointerp.score_table import records_of
 from autointerp.swapping import swap_partners
 from sae.errors import BadInput
 from sae.files import digest
-from sae.run import Run, all_runs
+from sae.run import Run, all_runs, command
 
 CONTROL_LATENTS = {False: None, True: 50}
 """Latents that have a swapped control, by whether the judge asks a model; ``None``: all."""
@@ -63,7 +63,8 @@ def parts_of(
     """What is to be scored: the runs that the user named, or all under ``root``, and the control SAEs beside them."""
     found = [run for run in all_runs(root) if was_explained(run)] if named is None else list(named)
     if not found:
-        raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `python cli.py explain`")
+        explain = command(root, "explain")
+        raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `{explain}`")
     controls = [run for run in beside(found) if was_explained(run)]
     if named is None:
         controls = [run for run in beside([r for r in found if not r.is_control]) if was_explained(run)]

@@ -80,7 +80,7 @@ def read_summary(root: Path, name: str) -> Summary | None:
         table["created"], table["axes"], table["subject"]["fingerprint"]  # what tells whose it is
         return Summary(table)
     except (ValueError, KeyError, TypeError):
-        raise BadInput(f"{str(path)!r} is damaged; delete it and give `python cli.py sweep` again") from None
+        raise BadInput(f"{str(path)!r} is damaged; delete it and run the sweep again") from None
 
 
 def sweeps_of(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ from sae.dense_matching import Matching, best_of_all, blocks, unit_rows
 from sae.errors import BadInput
 from sae.files import SCHEMA, read_json, write_json
 from sae.pair_files import pair_path, read_sides, write_sides
+from sae.run import command
 
 SPACES = ("encoder", "decoder")
 UNMATCHED = -1
@@ -202,9 +203,8 @@ def read_alignment(folder: Path, a: str, b: str) -> Alignment:
         certificate = read_json(path)
         runs = certificate["runs"]
     except (OSError, ValueError, KeyError):
-        raise BadInput(
-            f"{str(path)!r} cannot be read; delete it and its .parquet and run `python cli.py align {a} {b}`"
-        ) from None
+        again = command(folder.parent, "align", a, b)
+        raise BadInput(f"{str(path)!r} cannot be read; delete it and its .parquet and run `{again}`") from None
     return Alignment(*sides, certificate) if runs == [a, b] else Alignment(*sides[::-1], certificate).swapped()
 
 

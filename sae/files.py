@@ -173,6 +173,11 @@ def digest_samples(path: Path) -> str:
     return hasher.hexdigest()
 
 
+def _said(value: Any) -> str:
+    """A setting in a sentence."""
+    return "not set" if value is None else repr(value)
+
+
 def mapping_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The leaves in which two nested mappings differ, as ``training.k: 32 there, 64 now``."""
     found = []
@@ -181,5 +186,5 @@ def mapping_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: 
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += mapping_differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {a!r} there, {b!r} now")
+            found.append(f"{prefix}{key}: {_said(a)} there, {_said(b)} now")
     return found

@@ -10,6 +10,7 @@ import pandas as pd
 
 from sae.errors import BadInput, NotFound, nearest
 from sae.files import read_table, table_metadata, write_table
+from sae.run import command
 
 Sides = tuple[pd.DataFrame, pd.DataFrame]
 
@@ -42,10 +43,11 @@ def read_sides(folder: Path, a: str, b: str, columns: Sequence[str] | None = Non
     if path is None:
         known = [p.stem for p in folder.glob("*--*.parquet")]
         hint = f"; there is {nearest(f'{a}--{b}', known)}" if known else ""
-        raise NotFound(f"{a!r} and {b!r} are not aligned yet{hint}; run `python cli.py align {a} {b}`")
+        raise NotFound(f"{a!r} and {b!r} are not aligned yet{hint}; run `{command(folder.parent, 'align', a, b)}`")
     try:
         table = read_table(path, None if columns is None else ["run", *columns])
         one, other = (table[table["run"] == name].drop(columns="run").reset_index(drop=True) for name in (a, b))
     except (BadInput, OSError, ValueError, KeyError):
-        raise BadInput(f"{str(path)!r} cannot be read; delete it and run `python cli.py align {a} {b}`") from None
+        again = command(folder.parent, "align", a, b)
+        raise BadInput(f"{str(path)!r} cannot be read; delete it and run `{again}`") from None
     return one, other

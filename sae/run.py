@@ -97,7 +97,8 @@ class Run:
         if not (run.folder / "run.json").is_file():
             runs = all_runs(run.root)
             known = [r.name for r in runs if not r.is_control] or [r.name for r in runs]
-            hint = f"did you mean {nearest(name, known)}?" if known else "train one with `python cli.py train`"
+            train = command(run.root, "train")
+            hint = f"did you mean {nearest(name, known)}?" if known else f"train one with `{train}`"
             raise NotFound(f"run {name!r} does not exist under {str(run.root)!r}; {hint}")
         return run
 
@@ -195,11 +196,16 @@ class Run:
         """The trained runs of the same study, this one left out."""
         return [r for r in study_runs(self.study, self.root) if r.name != self.name and r.trained]
 
+    def lacking(self, what: str, stage: str) -> NotFound:
+        """The error that says what the run has none of, and by which command it gets some."""
+        return NotFound(f"run {self.name!r} has no {what}; run `{command(self.root, stage, '--sae', self.name)}`")
+
     def advice_to_add_another(self) -> str:
         """How the study gets another run, as part of a sentence."""
         if self.imported:
-            return f"import another SAE (`python cli.py import --from … --name … --study {self.study}`)"
-        return f"train another seed (`python cli.py train --name {self.study} --seeds …`)"
+            words = command(self.root, "import", "--study", self.study)
+            return f"import another SAE (`{words} --from … --name …`)"
+        return f"train another seed (`{command(self.root, 'train', '--name', self.study)} --seeds …`)"
 
     # --- contents -------------------------------------------------------------------------------------
 
@@ -240,7 +246,7 @@ class Run:
                 table = _scores_of_latents(table)
             tables.append(table.set_index("latent"))
         if not tables:
-            raise NotFound(f"run {self.name!r} has not been harvested; run `python cli.py harvest --sae {self.name}`")
+            raise self.lacking("firings", "harvest")
         joined = tables[0]
         for table in tables[1:]:
             joined = joined.join(table[table.columns.difference(joined.columns, sort=False)], how="left")
@@ -283,7 +289,7 @@ def newest_study(root: Path) -> list[Run]:
     runs = all_runs(root)
     runs = [run for run in runs if not run.is_control] or runs
     if not runs:
-        raise NotFound(f"there are no runs under {str(root)!r}; train some with `python cli.py train --name run`")
+        raise NotFound(f"there are no runs under {str(root)!r}; train some with `{command(root, 'train')}`")
     return study_runs(max(runs, key=lambda r: r.record["created"]).study, root)
 
 

@@ -238,7 +238,8 @@ ScoredSaes = Annotated[
     typer.Option("--sae", help="A run. Default: every stored explanation that has no score yet, in all runs."),
 ]
 Scorers = Annotated[
-    list[str] | None, typer.Option("--scorer", help=f"{SCORERS.words()}; may be repeated. Default: detection.")
+    list[str] | None,
+    typer.Option("--scorer", callback=known(SCORERS), help=f"{SCORERS.words()}; may be repeated. Default: detection."),
 ]
 Judge = Annotated[
     str,
@@ -421,7 +422,8 @@ ShownContexts = Annotated[int, typer.Option("--contexts", min=1, help="Contexts 
 
 # --- compare -----------------------------------------------------------------------------------------------------
 
-ComparedSaes = Annotated[list[str] | None, typer.Option("--sae", help="A run; given twice, for two.")]
+ComparedNames = Annotated[list[str] | None, typer.Argument(metavar="RUN RUN", help="The two runs.")]
+ComparedSaes = Annotated[list[str] | None, typer.Option("--sae", help="The same: a run; given twice, for two.")]
 ShownPairs = Annotated[int, typer.Option("--latents", min=1, help="Pairs to show; --json has all.")]
 SortPairs = Annotated[
     PairOrder | None,

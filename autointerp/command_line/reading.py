@@ -14,6 +14,7 @@ from sae.errors import BadInput
 
 if TYPE_CHECKING:
     from autointerp.pair_choice import Sharing
+    from sae.run import Run
 
 
 @takes_groups
@@ -82,6 +83,7 @@ def show(*, latent: opt.LatentNumber, sae: opt.OneSae = None, contexts: opt.Show
 @takes_groups
 def compare(
     *,
+    names: opt.ComparedNames = None,
     sae: opt.ComparedSaes = None,
     latents: opt.ShownPairs = 8,
     sort: opt.SortPairs = None,
@@ -97,7 +99,7 @@ def compare(
     `explain --with-partners` explains both sides of a pair.
 
     \b
-    python cli.py compare --sae run_a --sae run_b --sort gap --latents 20
+    python cli.py compare run_a run_b --sort gap --latents 20
     """
     from autointerp.compare import compare_runs, ensure_pair_aligned, the_two
     from autointerp.pair_choice import PairChoice, chosen
@@ -105,7 +107,7 @@ def compare(
 
     if shared_only and unshared_only:
         raise BadInput("--unshared-only and --shared-only exclude each other; give one of them")
-    a, b = the_two(sae or [], output.root)
+    a, b = the_two([*(names or []), *(sae or [])], output.root)
     ensure_pair_aligned(a, b, machine.compute())
     found = compare_runs(a, b, definition.value, threshold)
     sharing: Sharing = "shared" if shared_only else "unshared" if unshared_only else "any"
@@ -123,4 +125,8 @@ def runs(*, output: Output) -> None:
     """
     from sae.run import all_runs
 
-    finish_with_runs(output.as_json, "runs", all_runs(output.root))
+    def place(run: Run) -> tuple[str, bool, int, str]:
+        study = run.study.rpartition("-")[0] if run.is_control else run.study
+        return study, run.is_control, len(run.name), run.name
+
+    finish_with_runs(output.as_json, "runs", sorted(all_runs(output.root), key=place))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,25 @@ def absolute(name: str) -> str:
 
 
 def new_file(option: str, path: Path) -> Path:
-    """A file to be written, in a folder that there is: a mistyped one is not made."""
+    """A file to be written, in a folder that there is, and that takes files: a mistyped one is not made.
+
+    It is tried at once, before the work whose result would have no place to go.
+    """
     from sae.errors import BadInput
 
     path = path.expanduser()
     folder = path.absolute().parent
     if not folder.is_dir():
         raise BadInput(f"{option} {str(path)!r}: there is no folder {str(folder)!r}; make it first, or name another")
+    if path.is_dir():
+        raise BadInput(f"{option} {str(path)!r} is a folder; name a file in it")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(
+            f"{option} {str(path)!r} cannot be written ({(error.strerror or '').lower()}); name another place"
+        ) from None
     return path
 
 
@@ -83,12 +96,13 @@ def indices(text: str | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def known(names: Registry[Any], *more: str) -> Callable[[str | None], str | None]:
-    """A check of an option's value, which is one of ``names`` or of ``more``; the nearest are offered."""
+def known(names: Registry[Any], *more: str) -> Callable[[Any], Any]:
+    """A check of an option's value, or values: each one of ``names`` or of ``more``; the nearest are offered."""
 
-    def check(value: str | None) -> str | None:
-        if value is None or value in more or value in names:
-            return value
-        raise typer.BadParameter(f"{value!r} is not known; choose {nearest(value, [*more, *names])}")
+    def check(given: Any) -> Any:
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value not in more and value not in names:
+                raise typer.BadParameter(f"{value!r} is not known; choose {nearest(value, [*more, *names])}")
+        return given
 
     return check

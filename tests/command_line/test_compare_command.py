@@ -43,13 +43,15 @@ def test_what_is_not_aligned_is_aligned_first_and_said(root: Path) -> None:
     assert ran.json["pairs"] == expected["pairs"]
     again = cli("compare", "--sae", "run_a", "--sae", "run_b", "--root", root, "--json").well()
     assert "not aligned" not in again.err
+    assert cli("compare", "run_a", "run_b", "--root", root, "--json").well().json == again.json
+    assert cli("compare", "run_a", "--sae", "run_b", "--root", root, "--json").well().json == again.json
 
 
 BAD = {
-    "no run": ("", "names 0 runs"),
-    "one run": ("--sae run_a", "names 1 run"),
+    "no run": ("", "not 0 runs"),
+    "one run": ("--sae run_a", "not 1 run"),
     "the same twice": ("--sae run_a --sae run_a", "'run_a' twice"),
-    "three": ("--sae run_a --sae run_b --sae run_a", "names 3 runs"),
+    "three": ("--sae run_a --sae run_b --sae run_a", "not 3 runs"),
     "unknown": ("--sae run_a --sae run_x", "'run_x'"),
     "both kinds": ("--sae run_a --sae run_b --shared-only --unshared-only", "exclude each other"),
 }

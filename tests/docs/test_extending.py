@@ -156,7 +156,7 @@ def test_a_wrong_name_is_told_the_nearest(study: tuple[Path, dict[str, Ran]]) ->
         "'--explainer'", "'top_tokens'", "'top_token'", code=2
     )
     cli("score", *of, "--judge", "quotes").failed_in_one_line("'--judge'", "'quoted'", code=2)
-    cli("score", *of, "--scorer", "random").failed_in_one_line("--scorer 'random'", "'top_and_random'")
+    cli("score", *of, "--scorer", "random").failed_in_one_line("'--scorer'", "'random'", "'top_and_random'", code=2)
     train = ("train", "--name", "x", "--root", root, "--architecture")
     cli(*train, "matroshka").failed_in_one_line("training.architecture", "'matroshka'", "'matryoshka'")
 

@@ -277,9 +277,8 @@ def test_a_pair_has_one_file_read_from_either_side(tmp_path: Path) -> None:
 
 
 def test_missing_and_broken_alignments_are_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        NotFound, match=r"'run_a' and 'run_c' are not aligned yet; run `python cli\.py align run_a run_c`"
-    ):
+    told = r"'run_a' and 'run_c' are not aligned yet; run `python cli\.py align run_a run_c --root .*`"
+    with pytest.raises(NotFound, match=told):
         read_alignment(tmp_path, "run_a", "run_c")
     path = write_alignment(tmp_path, "run_a", "run_b", align(*dictionaries(5, 5)), inputs=None)
     with pytest.raises(NotFound, match="there is 'run_a--run_b'"):

@@ -225,7 +225,7 @@ def test_what_is_in_the_way_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_latents_joins_what_the_stages_left(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path)
-    with pytest.raises(NotFound, match="has not been harvested"):
+    with pytest.raises(NotFound, match=r"has no firings; run `python cli\.py harvest --sae run_a --root"):
         runs[0].latents()
     small_study.harvested(runs)
     failed_elsewhere = small_study._row(3, 99, "none", 0.0, "HTTP 500")
