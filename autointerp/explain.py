@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from autointerp.control_saes import beside, sample_of, sample_size
 from autointerp.cost import BudgetSpent, going_on
 from autointerp.explainers.base import Explainer
 from autointerp.journal import Journal
+from autointerp.judges import JUDGES
 from autointerp.llm.options import LlmOptions
 from autointerp.material import Material
 from autointerp.method import BASELINE
@@ -163,8 +165,20 @@ async def _explain(
         outcome.notes += lacks(explainer)
     explained = list(dict.fromkeys(task.run.name for task in tasks))
     outcome.runs = explained + [task.run.name for task in controls]
-    outcome.next = command(root, "score", *(w for name in explained for w in ("--sae", name)), *options.words())
+    named = [word for name in explained for word in ("--sae", name)]
+    outcome.next = command(root, "score", *named, *_judge_of(explainer), *options.words())
     return outcome
+
+
+def _judge_of(explainer: Explainer) -> list[str]:
+    """The flag of a judge that asks no model and can read what was explained, where ``auto`` would take another."""
+    if explainer.name == BASELINE or explainer.asks_model:
+        return []
+    for name in JUDGES:
+        with suppress(BadInput):  # a judge's file that cannot be imported is not this command's concern
+            if not JUDGES[name].asks_model and JUDGES[name].reads in (None, explainer.name):
+                return ["--judge", name]
+    return []
 
 
 async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcome, retry: str) -> None:

@@ -127,7 +127,9 @@ def test_every_report_calls_them_by_their_names(study: tuple[Path, dict[str, Ran
 def test_what_is_done_is_not_done_again(study: tuple[Path, dict[str, Ran]]) -> None:
     root, _ = study
     of = ("--sae", "run_a", "--root", root, "--json")
-    assert cli("explain", *of, "--explainer", "top_token", "--latents", 6).well().json["n_new"] == 0
+    explained = cli("explain", *of, "--explainer", "top_token", "--latents", 6).well().json
+    assert explained["n_new"] == 0
+    assert "--judge quoted" in explained["next"]
     scorers = ("--scorer", "detection", "--scorer", "top_and_random")
     assert cli("score", *of, "--judge", "quoted", *scorers).well().json["n_new"] == 0
 
