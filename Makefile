@@ -84,7 +84,8 @@ endif
 vllm: .venv-vllm/.ready
 
 test-integration: $(VENV)/.test-ready vllm
-	$(PY) -m pytest -m integration
+	@# two files, two servers: most of either's time is a start on one core
+	$(PY) -m pytest -n 2 --dist loadfile -m integration
 
 .venv-peers/.ready: constraints.txt constraints-peers.txt
 	@echo "installing the peers into .venv-peers (versions pinned in constraints-peers.txt) …"

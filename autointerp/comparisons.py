@@ -36,7 +36,6 @@ from sae.run import Run
 METHODS = {
     "difference": "expanded percentile bootstrap of the difference of two means, both resampled, 1000 resamples, seeded"
 }
-_DEMO_RECIPE = "eval_runs/recipes/demo.toml"
 
 
 def comparison_findings(study: Study, rows: pd.DataFrame, told: Told, sample: Sample | None = None) -> dict[str, Any]:
@@ -162,11 +161,8 @@ def _lacking(study: Study, kinds: list[str], controls: Mapping[str, Run], told: 
     if any(kind not in controls for kind in kinds):
         if focus.imported:
             return said("An imported study has no control SAEs: they are trained with the SAEs of a study.")
-        seeds = [str(run.seed) for run in study.runs if run.seed is not None]
-        says = "This study has no control SAEs. With the same options as before, this trains them, and nothing else:"
-        # The command `demo` takes no options that these could be the same as.
-        recipe = ("--recipe", _DEMO_RECIPE) if focus.study == "demo" else ()
-        return said(says, "train", "--name", focus.study, "--seeds", *seeds, *recipe)
+        says = "This study has no control SAEs. This trains them, and nothing else:"
+        return said(says, "train", "--name", focus.study)
     if any(not _explained_alike(controls[kind], told) for kind in kinds):
         says = "Control SAEs are not explained yet. With the same options as before, this explains a sample of each:"
         return said(says, "explain", "--sae", focus.name)

@@ -35,7 +35,7 @@ def import_settings(study: str, root: Path, recipe: Path | None, **tables: dict[
     members = study_runs(study, root)
     if recipe is None and members:
         return members[0].settings.with_values(**tables)
-    settings = settings_from(recipe, **tables)
+    settings = settings_from(recipe, None, **tables)
     if settings.corpus.kind == "dataset" and settings.corpus.max_tokens is None:  # it may have no end
         like = members[0].settings.corpus.max_tokens if members else None
         return settings.with_values(corpus={"max_tokens": like or settings.harvest.tokens})

@@ -184,10 +184,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise BadInput(f"recipe {str(path)!r} is not valid TOML: {error}") from None
 
 
-def settings_from(recipe: Path | None, **tables: dict[str, Any]) -> Settings:
-    """The recipe's settings, or the defaults, with the values of the command line over them (``None``: not given)."""
+def settings_from(recipe: Path | None, known: Settings | None = None, **tables: dict[str, Any]) -> Settings:
+    """Settings with the values of the command line over them (``None``: not given).
+
+    They are the recipe's; without one those that are ``known``, of a study that is there; else the defaults.
+    """
     if recipe is None:
-        return Settings().with_values(**tables)
+        return (known or Settings()).with_values(**tables)
     values = read_recipe(recipe)
     if "sweep" in values:
         raise BadInput(f"recipe {str(recipe)!r} describes a sweep; give it to `python cli.py sweep {recipe}`")

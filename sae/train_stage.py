@@ -312,12 +312,15 @@ def _no_trace_of_nothing(todo: Sequence[_Todo], job: Job) -> Iterator[None]:
         raise
 
 
+def names_of(name: str, hookpoints: Sequence[str]) -> list[str]:
+    """What studies are called: ``name`` itself for one hookpoint, ``name-layers.1.mlp`` and so on for several."""
+    return [name] if len(hookpoints) <= 1 else [f"{name}-{hookpoint}" for hookpoint in hookpoints]
+
+
 def studies_of(name: str, settings: Settings, hookpoints: Sequence[str], seeds: Sequence[int]) -> list[Study]:
-    """One study for each hookpoint: ``name`` itself for one, ``name-layers.1.mlp`` and so on for several."""
-    if len(hookpoints) <= 1:
-        chosen = settings.with_values(subject={"hookpoint": hookpoints[0]}) if hookpoints else settings
-        return [Study(name, chosen, tuple(seeds))]
+    """One study for each hookpoint, or of the settings' own; see :func:`names_of`."""
+    chosen: Sequence[str | None] = hookpoints or [None]
     return [
-        Study(check_name(f"{name}-{hookpoint}"), settings.with_values(subject={"hookpoint": hookpoint}), tuple(seeds))
-        for hookpoint in hookpoints
+        Study(check_name(study), settings.with_values(subject={"hookpoint": hookpoint}), tuple(seeds))
+        for study, hookpoint in zip(names_of(name, hookpoints), chosen, strict=True)
     ]

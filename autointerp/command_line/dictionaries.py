@@ -47,16 +47,21 @@ def train(
         --model EleutherAI/pythia-160m --hookpoint layers.6.mlp \\
         --num-latents 4096 --k 32 --tokens 50M
 
-    --seeds may grow later: the seeds that exist are not touched. On several GPUs or machines:
+    --seeds may grow later: the seeds that exist are not touched, and what is not said is as the study has it. On
+    several GPUs or machines:
 
     \b
     torchrun --nproc-per-node 2 cli.py train …
     """
+    from sae.run import study_runs
     from sae.settings import settings_from
-    from sae.train_stage import studies_of, train_studies
+    from sae.train_stage import names_of, studies_of, train_studies
 
+    there = next((runs for of in names_of(name, hookpoint or []) if (runs := study_runs(of, output.root))), [])
+    own_seeds = [run.seed for run in there if run.seed is not None]
     settings = settings_from(
         recipe,
+        there[0].settings if there else None,
         subject={"model": absolute(model) if model else None, "dtype": dtype},
         corpus=text.settings(),
         training={
@@ -70,7 +75,7 @@ def train(
             "activation_cache": amount("--activation-cache", activation_cache, least=0),
         },
     )
-    studies = studies_of(name, settings, hookpoint or [], seeds or [0, 1, 2])
+    studies = studies_of(name, settings, hookpoint or [], seeds or own_seeds or [0, 1, 2])
     trained = train_studies(studies, output.root, machine.compute(), parallel, _tracker(wandb), controls)
     finish_with_runs(output.as_json, "train", [run for of_study in trained for run in of_study])
 

@@ -305,6 +305,17 @@ def test_seeds_grow_without_touching_what_exists(root: Path, recipe: Path) -> No
     assert "decoder_partner__run_c" in read_table(root / "run_a" / "latents.overlap.parquet")
 
 
+def test_a_study_that_is_there_says_what_is_not_said(root: Path) -> None:
+    before = {run: (root / run / "sae.safetensors").read_bytes() for run in ("run_a", "run_b")}
+    alone = cli("train", "--name", "run", "--no-controls", "--root", root, "--json").well().json
+    assert [run["seed"] for run in alone["runs"]] == [0, 1]  # its own seeds, not the default's three
+    more = cli("train", "--name", "run", "--seeds", 0, 1, 7, "--no-controls", "--root", root, "--json").well().json
+    assert [run["seed"] for run in more["runs"]] == [0, 1, 7]
+    assert {run["num_latents"] for run in more["runs"]} == {NUM_LATENTS}
+    assert {run: (root / run / "sae.safetensors").read_bytes() for run in before} == before
+    cli("train", "--name", "run", "--k", K + 1, "--root", root).failed_in_one_line("training.k")
+
+
 def test_a_seed_trained_later_equals_one_trained_beside_others(root: Path, recipe: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     cli("train", "--no-controls", "--seeds", 1, "--recipe", recipe, "--root", alone).well()
