@@ -9,6 +9,8 @@ strikes already when the *thread* ends that started the server. It is used here 
 be killed, the kernel tells the server. So is ``PR_SET_CHILD_SUBREAPER``, which hands what the server leaves behind to
 this process and not to the system's first one, which in a container may clear nothing away.
 
+The server's temporary files (sockets, mostly) are in a folder of their own, which goes when it has ended.
+
 Run as ``python keeper.py PARENT GRACE COMMAND…``, standard input the pipe: the process id of the program, and how many
 seconds the server has between being asked and being killed. It exits as the server did. It imports nothing of ours.
 """
@@ -22,7 +24,9 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
 
 _PDEATHSIG, _CHILD_SUBREAPER = 1, 36
 _LOOK_SECONDS = 0.2
@@ -37,9 +41,10 @@ def _control(option: int, value: int) -> None:
 class _Family:
     """A process that leads a group of its own, and whatever it leaves behind."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], environment: Mapping[str, str]) -> None:
         self.leader = subprocess.Popen(
             command,
+            env=environment,
             stdin=subprocess.DEVNULL,
             process_group=0,
             preexec_fn=lambda: _control(_PDEATHSIG, signal.SIGTERM),
@@ -73,17 +78,24 @@ class _Family:
         return True
 
 
+def _with_scratch(folder: str) -> dict[str, str]:
+    """Our environment, with temporary files in ``folder``. What PyTorch compiles stays where later servers find it."""
+    compiled = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+    return {"TORCHINDUCTOR_CACHE_DIR": compiled, **os.environ, "TMPDIR": folder}
+
+
 def main(parent: int, grace: float, command: list[str]) -> int:
     """Keep ``command`` until it ends, the pipe is closed or the parent is gone. Returns its exit code."""
     asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: asked.append(1))
     _control(_CHILD_SUBREAPER, 1)
-    family = _Family(command)
-    while not family.ended() and not asked and os.getppid() == parent:
-        if select.select([sys.stdin], [], [], _LOOK_SECONDS)[0]:
-            break
-    family.end(grace)
+    with tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True) as scratch:
+        family = _Family(command, _with_scratch(scratch))
+        while not family.ended() and not asked and os.getppid() == parent:
+            if select.select([sys.stdin], [], [], _LOOK_SECONDS)[0]:
+                break
+        family.end(grace)
     # By a signal: as shells say it.
     status = family.status if family.status is not None else -signal.SIGKILL
     return status if status >= 0 else 128 - status

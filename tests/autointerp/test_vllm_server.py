@@ -72,9 +72,12 @@ def test_it_runs_from_the_first_call_to_the_end_of_the_block(vllm: FakeVllm, tmp
         assert words[:4] == ["--max-model-len", "64", "--model", "/models/some model"]
         assert words[words.index("--served-model-name") + 1] == "its-name"
         assert words[words.index("--host") + 1] == "127.0.0.1"
+        scratch = Path(start["environment"]["TMPDIR"])
+        (scratch / "socket").touch()
         with urllib.request.urlopen(f"{url}/v1/models") as reply:
             assert [entry["id"] for entry in json.load(reply)["data"]] == ["its-name"]
     assert not vllm.living()
+    assert not scratch.exists()
     with own:
         assert own.start() != ""
         assert len(vllm.starts()) == 2
@@ -346,6 +349,11 @@ def test_it_does_not_outlive_us(how: signal.Signals, deaf: bool, loading: bool, 
         process.send_signal(how)
         process.wait(30)
         vllm.wait_for_end()
+    scratch = Path(vllm.starts()[0]["environment"]["TMPDIR"])
+    end = time.monotonic() + 20
+    while scratch.exists():
+        assert time.monotonic() < end, "its temporary files are still there"
+        time.sleep(0.05)
 
 
 def test_it_outlives_the_thread_that_started_it(vllm: FakeVllm, tmp_path: Path) -> None:
