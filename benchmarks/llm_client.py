@@ -140,7 +140,8 @@ def peers_python(given: str | None) -> str:
 
 
 def shown(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    table = Table("what", "setting", "ours", "delphi", "ratio", "raw", "of concurrency / latency: ours", "delphi", "raw")
+    of = "of concurrency / latency"
+    table = Table("what", "setting", "ours", "delphi", "ratio", "raw", f"{of}: ours", "delphi", "raw")
     for row in rows:
         texts = [row["name"], row["setting"], f"{row['ours']:,} {row['unit']}"]
         texts += [
