@@ -70,13 +70,12 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
     part, sample = None, study.sample()
     if rows is not None and study.setup is not None:
         verdicts = reliability.verdicts_of(study.focus, rows, study.setup)
-        together = reliability.together_of(study.setup)
-        part = score_similarity.Part(study.focus.name, rows, latents, verdicts, together, sample=sample)
+        part = score_similarity.Part(study.focus.name, rows, latents, verdicts, sample=sample)
     scores = None
     if rows is not None or told.explained:
         scores = scored.score_findings(_rows_or_none(rows), latents, told.explained, told.too_few, sample)
         scores["reliability"] = (
-            None if part is None else reliability.reliability_findings(part.rows, part.verdicts, part.together, sample)
+            None if part is None else reliability.reliability_findings(part.rows, part.verdicts, sample)
         )
         scores |= comparison_findings(study, _rows_or_none(rows), told, sample)
         scores["other_scorers"] = other_scorer_findings(study, latents, told)

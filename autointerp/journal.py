@@ -35,15 +35,17 @@ _VERDICT_FILTERS = {
     *("latent", "explanation_id", "judge", "scorer", "settings_hash", "prompt_hash", "model", "context"),
     *("negative_kind", "control", "replicate", "truth"),
 }
-_VERDICT_TYPES = {"truth": bool, "p": float, "label": float}
+_VERDICT_TYPES: dict[str, Any] = {"truth": bool, "p": float, "label": float, "request": "Int64"}
 _VERDICT_COLUMNS = "latent, explanation_id, judge, scorer, settings_hash, prompt_hash, model, context"
 # One window may stand for several questions: a negative of two kinds, or marked rightly and wrongly.
 _VERDICT_IDENTITY = f"{_VERDICT_COLUMNS}, ifnull(negative_kind, ''), control, replicate"
 _INSERT_VERDICT = f"""
-    INSERT INTO verdict ({_VERDICT_COLUMNS}, control, replicate, negative_kind, truth, p, label, failure, created)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO verdict ({_VERDICT_COLUMNS}, control, replicate, negative_kind, truth, p, label, failure, request,
+        created)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT ({_VERDICT_IDENTITY}) DO UPDATE SET
-        p = excluded.p, label = excluded.label, failure = excluded.failure, created = excluded.created
+        p = excluded.p, label = excluded.label, failure = excluded.failure, request = excluded.request,
+        created = excluded.created
     WHERE verdict.failure IS NOT NULL
 """
 
@@ -73,6 +75,8 @@ class Verdict:
     p: float | None = None
     label: bool | None = None
     failure: str | None = None
+    request: int | None = None
+    """The window of the first context of the request that the verdict came with; ``None`` where no model was asked."""
 
 
 class Journal:
@@ -292,7 +296,7 @@ def _insert_verdicts(connection: sqlite3.Connection, verdicts: Sequence[Verdict]
             (
                 *(int(v.latent), int(v.explanation_id), v.judge, v.scorer, v.settings_hash, v.prompt_hash),
                 *(v.model, int(v.context), v.control, int(v.replicate), v.negative_kind, int(v.truth)),
-                *(_real(v.p), None if v.label is None else int(v.label), v.failure, now),
+                *(_real(v.p), None if v.label is None else int(v.label), v.failure, v.request, now),
             )
             for v in verdicts
         ],

@@ -70,4 +70,9 @@ MIGRATIONS = (
         settings TEXT NOT NULL
     ) WITHOUT ROWID
     """,
+    # 3: which verdicts were given together: the window of their request's first context. NULL where each was given by
+    # itself, and in rows that are older.
+    """
+    ALTER TABLE verdict ADD COLUMN request INTEGER
+    """,
 )

@@ -17,7 +17,7 @@ import pandas as pd
 from autointerp.journal import Journal
 from autointerp.json_values import number, plain
 from autointerp.method import BASELINE
-from autointerp.reliability import reliability_findings, together_of, verdicts_of
+from autointerp.reliability import reliability_findings, verdicts_of
 from autointerp.scorers.base import HARDER
 from autointerp.setups import rows_of, setups_of
 from sae.align_stage import behaviour_folder
@@ -261,7 +261,7 @@ def reliability_of(run: Run) -> list[dict[str, Any]]:
     table, found = read_table(path), []
     for setup in setups_of(table):
         rows = rows_of(table, setup)
-        told = reliability_findings(rows, verdicts_of(run, rows, setup), together_of(setup))
+        told = reliability_findings(rows, verdicts_of(run, rows, setup))
         found.append({**setup, **(told or {"value": None, "interval": None, "n": 0})})
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from autointerp.evidence import Study
-from autointerp.reliability import together_of, verdicts_of
+from autointerp.reliability import verdicts_of
 from autointerp.sample_record import sample_of
 from autointerp.score_similarity import Part, pooled_findings
 from autointerp.setups import precision_of, rows_of, setups_of
@@ -32,11 +32,11 @@ def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | No
     for run in study.runs:
         if run.name in study.compared and (found := scored_alike(study, run)) is not None:
             rows, setup = found
-            latents, together = study.latents_of(run), together_of(setup)
+            latents = study.latents_of(run)
             if "firing_frequency" in latents:
                 verdicts = of_focus if run.name == study.focus.name else verdicts_of(run, rows, setup)
                 sample = sample_of(run, setup)
-                parts.append(Part(run.name, rows, latents, verdicts, together, units[run.name], sample))
+                parts.append(Part(run.name, rows, latents, verdicts, units[run.name], sample))
     return pooled_findings(parts)
 
 

@@ -52,7 +52,7 @@ METHODS = {
 }
 LEAST = 0.25
 """Reliability below which no correlation is corrected: it would be more than doubled, its noise with it."""
-TOGETHER = 5  # verdicts of a language model that are kept together in a split: as many as a request holds
+_TOGETHER = 5  # verdicts in a request of a language model, where the journal is too old to say
 _FEWEST = 10  # latents with two halves below which nothing is said
 _WORK = 20_000  # latents × splits
 
@@ -70,23 +70,21 @@ class Halves:
         return int((~np.isnan(self.scores)).all(1).any(0).sum())
 
     @classmethod
-    def of(
-        cls, verdicts: pd.DataFrame, latents: Sequence[Any], together: int = 1, seed: int = 0, splits: int | None = None
-    ) -> Halves:
+    def of(cls, verdicts: pd.DataFrame, latents: Sequence[Any], seed: int = 0, splits: int | None = None) -> Halves:
         """Split the ``verdicts`` on ``latents`` (their order is that of the result).
 
         Args:
-            verdicts: ``latent``, ``truth`` and ``label``, in the order in which they were asked; none that failed.
-            together: how many consecutive verdicts of a latent always go to the same half. With 1, each half has the
-                same number of activating contexts and of silent ones, give or take one.
+            verdicts: ``latent``, ``truth`` and ``label``; none that failed. With ``request``, those of a latent that
+                have the same one always go to the same half. Where none have, each half has the same number of
+                activating contexts and of silent ones, give or take one.
         """
         kept = verdicts[verdicts["latent"].isin(latents)]
         latent = pd.Index(latents).get_indexer(kept["latent"])
         truth, label = kept["truth"].to_numpy(bool), kept["label"].to_numpy(bool)
-        place = kept.groupby("latent").cumcount().to_numpy()
+        alone = "request" not in kept or not kept.duplicated(["latent", "request"]).any()
         # What goes to a half as one, and within what the ones are dealt out in turn.
-        deck = latent * 2 + truth if together == 1 else latent
-        turn = place // together
+        deck = latent * 2 + truth if alone else latent
+        turn = np.arange(len(kept)) if alone else pd.factorize(kept["request"])[0]
         _, first, card = np.unique(deck * (turn.max(initial=0) + 1) + turn, return_index=True, return_inverse=True)
         decks = deck[first]  # ascending
         rng = np.random.default_rng(seed)
@@ -164,7 +162,7 @@ def corrected_spearman(
 
 
 def reliability_findings(
-    rows: pd.DataFrame, verdicts: pd.DataFrame, together: int, sample: Sample | None = None
+    rows: pd.DataFrame, verdicts: pd.DataFrame, sample: Sample | None = None
 ) -> dict[str, Any] | None:
     """The reliability of one set-up's scores as JSON values; ``None`` where there are no verdicts.
 
@@ -175,7 +173,7 @@ def reliability_findings(
     weights = None if sample is None else sample.weights(set(own.index))
     own = own[own["status"] == "ok"]
     own = own if weights is None else own[own.index.isin(weights.index)]
-    halves = Halves.of(verdicts, own.index.tolist(), together)
+    halves = Halves.of(verdicts, own.index.tolist())
     if not halves.n:
         return None
     resamples = Resamples(np.arange(len(own)))
@@ -187,9 +185,10 @@ def reliability_findings(
 
 
 def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:
-    """The verdicts behind the scores in ``rows`` (one set-up's), in the order in which they were asked.
+    """The verdicts behind the scores in ``rows`` (one set-up's).
 
-    ``latent``, ``truth`` and ``label``; what failed is left out. Empty where the run has no journal.
+    ``latent``, ``truth`` and ``label``, and where a model was asked ``request``, a number for those that it gave
+    together; what failed is left out. Empty where the run has no journal.
     """
     own = rows[(rows["control"] == "none") & (rows["status"] == "ok")]
     if not run.journal_path.exists() or own.empty:
@@ -197,11 +196,11 @@ def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.Da
     with Journal(run.journal_path) as journal:
         ids = [int(i) for i in own["explanation_id"]]
         table = journal.verdicts(explanation_id=ids, **verdict_filters(setup))
-    # The score is the one over random negatives; harder ones have figures of their own.
+    # The score is the one over random negatives; harder ones, which the requests held too, have figures of their own.
     counted = table["failure"].isna() & ~table["negative_kind"].isin(HARDER)
-    return table.loc[counted, ["latent", "truth", "label"]]
-
-
-def together_of(setup: Mapping[str, Any]) -> int:
-    """How many consecutive verdicts of the set-up may have been given together; see :meth:`Halves.of`."""
-    return TOGETHER if setup["model"] else 1  # who asks no model answers for each context by itself
+    columns = ["latent", "truth", "label"]
+    if setup["model"]:
+        older = -1 - table.groupby("latent").cumcount() // _TOGETHER
+        table["request"] = table["request"].fillna(older)
+        columns.append("request")
+    return table.loc[counted, columns]

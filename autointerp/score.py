@@ -316,6 +316,7 @@ async def _judge_one(
                 p=judgement.p,
                 label=judgement.label,
                 failure=judgement.failure,
+                request=part[0].window if judge.asks_model else None,
             )
             for context, judgement in zip(part, judgements, strict=True)
         ]

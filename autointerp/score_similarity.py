@@ -50,15 +50,14 @@ class Part:
     """One run's scores.
 
     ``rows`` are one set-up's; ``latents`` is the run's table by latent number (``similarity``, ``firing_frequency``,
-    ``unshared``); ``verdicts`` those behind the scores (:func:`autointerp.reliability.verdicts_of`), ``together`` how
-    many of them were given together; ``unit`` [M] has one number for a latent and its partners in the other runs.
+    ``unshared``); ``verdicts`` those behind the scores (:func:`autointerp.reliability.verdicts_of`); ``unit`` [M] has
+    one number for a latent and its partners in the other runs.
     """
 
     run: str
     rows: pd.DataFrame
     latents: pd.DataFrame
     verdicts: pd.DataFrame
-    together: int = 1
     unit: np.ndarray | None = None
     sample: Sample | None = None
     """What the scored latents are a sample of; ``None``: of nothing on record."""
@@ -283,7 +282,7 @@ def _corrected(
     parts: Sequence[Part], tables: Sequence[pd.DataFrame], table: pd.DataFrame, resamples: Resamples
 ) -> Corrected:
     halves = [
-        Halves.of(part.verdicts, of.index.tolist(), part.together, splits=splits_of(len(table)))
+        Halves.of(part.verdicts, of.index.tolist(), splits=splits_of(len(table)))
         for part, of in zip(parts, tables, strict=True)
     ]
     if any(one.n == 0 for one in halves):  # the verdicts are not at hand

@@ -51,7 +51,8 @@ class Made:
     def verdicts(self, n: int, rng: np.random.Generator, *, by_request: float = 0.0) -> pd.DataFrame:
         """``n`` verdicts on either kind of context of each latent, in random order.
 
-        ``by_request`` is the share of a latent's requests of five in which all answers are wrong together.
+        ``by_request`` is the share of a latent's requests, of five each, in which all answers are wrong together;
+        ``request`` numbers them.
         """
         size = len(self.true)
         truth = rng.permuted(np.tile(np.arange(2 * n) < n, (size, 1)), axis=1)
@@ -60,7 +61,8 @@ class Made:
         right &= ~np.repeat(spoilt, 5, axis=1)[:, : 2 * n]
         label = (truth == right).astype(float)
         latent = np.repeat(np.arange(size), 2 * n)
-        return pd.DataFrame({"latent": latent, "truth": truth.ravel(), "label": label.ravel()})
+        made = pd.DataFrame({"latent": latent, "truth": truth.ravel(), "label": label.ravel()})
+        return made.assign(request=np.tile(np.arange(2 * n) // 5, size)) if by_request else made
 
 
 def score(verdicts: pd.DataFrame) -> Floats:

@@ -323,10 +323,10 @@ def test_where_the_encoding_is_not_unicode_it_is_legible(found: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ([], "names 0 runs"),
-        (["run_a"], "names 1 run;"),
-        (["run_a", "run_a"], "names 'run_a' twice"),
-        (["run_a", "run_b", "run_a"], "names 3 runs"),
+        ([], "not 0 runs"),
+        (["run_a"], "not 1 run;"),
+        (["run_a", "run_a"], "not 'run_a' twice"),
+        (["run_a", "run_b", "run_a"], "not 3 runs"),
     ],
 )
 def test_a_comparison_takes_two(runs: list[Run], names: list[str], words: str) -> None:

@@ -12,8 +12,8 @@ from autointerp.reliability import LEAST, Halves, corrected_spearman
 from autointerp.statistics import proportion
 
 
-def reliability(verdicts: pd.DataFrame, n: int, together: int = 1) -> float:
-    return float(Halves.of(verdicts, range(n), together, splits=12).draws(Resamples(np.arange(n), 1))[0])
+def reliability(verdicts: pd.DataFrame, n: int) -> float:
+    return float(Halves.of(verdicts, range(n), splits=12).draws(Resamples(np.arange(n), 1))[0])
 
 
 def test_halves_are_halves() -> None:
@@ -87,8 +87,12 @@ def test_errors_that_a_request_has_in_common_are_no_agreement() -> None:
     made = Made.draw(size, 0.5, "even", rng)
     first, second = (made.verdicts(20, rng, by_request=0.3) for _ in range(2))
     retest = rank_correlation(score(first), score(second))
-    assert reliability(first, size, together=5) == pytest.approx(retest, abs=0.05)
-    assert reliability(first, size, together=1) > retest + 0.1
+    assert reliability(first, size) == pytest.approx(retest, abs=0.05)
+    assert reliability(first.drop(columns="request"), size) > retest + 0.1
+    shuffled = first.sample(frac=1, random_state=0)  # the order of the rows says nothing
+    assert reliability(shuffled, size) == pytest.approx(retest, abs=0.05)
+    alone = first.assign(request=np.arange(len(first)))
+    assert reliability(alone, size) == reliability(first.drop(columns="request"), size)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.7])

@@ -19,8 +19,9 @@ from tiny_study import harvested_study
 
 from autointerp.contexts import TestSet
 from autointerp.explain import explain_runs
-from autointerp.journal import Journal
+from autointerp.journal import Journal, Verdict
 from autointerp.llm.options import LlmOptions
+from autointerp.reliability import verdicts_of
 from autointerp.score import COLUMNS, UNTESTED, score_runs
 from autointerp.score_table import score_table
 from autointerp.selection import Choice
@@ -90,6 +91,47 @@ def test_contexts_per_request_are_as_asked_for(run: Run) -> None:
         assert scored.n_done == N
         assert len(server.requests) == N + N, "one request for all contexts of a latent"
         assert "--contexts-per-request 12" in scored.retry
+
+
+@pytest.mark.parametrize(("protocol", "size"), [("batch", 5), ("single", 1)])
+def test_what_was_answered_together_is_on_record(run: Run, protocol: str, size: int) -> None:
+    with FakeServer() as server:
+        explain(run, server)
+        score(run, server, protocol)
+    with Journal(run.journal_path) as journal:
+        verdicts = journal.verdicts(control="none")
+    by_model, baseline = (verdicts[(verdicts["model"] != "") == asked] for asked in (True, False))
+    assert baseline["request"].isna().all()
+    assert not baseline.empty
+    rest = [ITEMS % size] if ITEMS % size else []
+    for _, of in by_model.groupby("explanation_id"):
+        requests = of.groupby("request")["context"]
+        assert sorted(requests.size(), reverse=True) == [size] * (ITEMS // size) + rest
+        assert (requests.first() == requests.first().index).all()
+
+
+def test_requests_hold_the_harder_contexts_too_and_stay_whole(run: Run) -> None:
+    """What a split keeps together are requests as they were sent, not fives of what the score counts of them."""
+    rows = pd.DataFrame({"explanation_id": [1], "control": ["none"], "status": ["ok"]})
+    setup = dict.fromkeys(("judge", "scorer", "settings_hash", "judge_prompt_hash"), "x") | {"model": "m"}
+    kinds = ["random", "hard", None, "same_token", None, "random"] * 2
+    with Journal(run.journal_path) as journal:
+        journal.add_explanation(
+            latent=3, explainer="llm", settings_hash="", prompt_hash="", model="m", contexts=(), text="x"
+        )
+        for first, is_known in ((0, True), (100, False)):  # twelve in requests of four; twelve of an older journal
+            journal.add_verdicts(
+                [
+                    Verdict(
+                        *(3, 1, "x", "x", "x", "x", "m", first + i, kind is None, kind),
+                        label=True,
+                        request=i // 4 * 4 if is_known else None,
+                    )
+                    for i, kind in enumerate(kinds)
+                ]
+            )
+    found = verdicts_of(run, rows, setup)
+    assert found["request"].tolist() == [0, 0, 4, 4, 4, 8, 8, 8, -3, -3, -4, -4, -4, -5, -5, -5]
 
 
 def test_a_score_does_not_depend_on_the_order_of_the_answers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

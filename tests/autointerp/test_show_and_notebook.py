@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_study import cli
 
 from autointerp import Run
-from autointerp.reliability import reliability_findings, together_of, verdicts_of
+from autointerp.reliability import reliability_findings, verdicts_of
 from autointerp.report import latent_findings, render_latent
 from autointerp.scorers.base import HARDER
 from autointerp.setups import rows_of, setups_of
@@ -65,7 +65,7 @@ def test_a_notebook_has_the_reliability_of_each_set_up(run: Run) -> None:
     scores = run.scores()
     for (_, told), setup in zip(table.iterrows(), setups_of(scores), strict=True):
         rows = rows_of(scores, setup)
-        expected = reliability_findings(rows, verdicts_of(run, rows, setup), together_of(setup))
+        expected = reliability_findings(rows, verdicts_of(run, rows, setup))
         assert told["scorer"] == setup["scorer"]
         if expected is None or expected["value"] is None:
             assert np.isnan(told["value"])
