@@ -43,7 +43,7 @@ class LatentBootstrap:
     """Resamples the latents of all runs of a study at once, by their units: see :func:`partner_units`."""
 
     def __init__(self, runs: Sequence[str], alignments: Tables, resamples: int, seed: int) -> None:
-        self.runs = list(runs)
+        self.runs, self.seed = list(runs), seed
         self.unit = partner_units(runs, alignments)
         self.n_units = max(len(unit) for unit in self.unit.values())
         # How often each resample holds each unit: a byte is plenty for a Poisson count of mean 1.

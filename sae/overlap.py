@@ -212,9 +212,16 @@ def _overlap_of(
     is_null: bool,
 ) -> StudyOverlap:
     populations = {"alive": alive, "all": {run: np.ones(len(alive[run]), bool) for run in runs}}
+    pairs = _pairs(runs, alignments, populations, threshold, draw)
     found: dict[str, dict[str, Overlap]] = {
         population: {
-            definition: _overlap(runs, _shared_with(runs, alignments, definition, threshold), members, draw)
+            definition: _overlap(
+                runs,
+                _shared_with(runs, alignments, definition, threshold),
+                members,
+                draw,
+                {pair: told[population, definition] for pair, told in pairs.items()},
+            )
             for definition in DEFINITIONS
         }
         for population, members in populations.items()
@@ -315,8 +322,42 @@ def _shared_with(runs: Sequence[str], alignments: Tables, definition: str, thres
     }
 
 
+_DIGITS = 12
+"""To which fractions are rounded, so that a whole is 1 and not the float below it."""
+
+
+def _pairs(
+    runs: Sequence[str],
+    alignments: Tables,
+    populations: Mapping[str, Mapping[str, Bools]],
+    threshold: float,
+    draw: LatentBootstrap,
+) -> dict[str, dict[tuple[str, str], Estimate]]:
+    """``a--b`` → (population, definition) → the fraction that the two share, the mean of both directions.
+
+    Each pair is resampled by its own partners. In the units of the study a latent that two runs share and the widest
+    does not would be two, and the interval too narrow.
+    """
+    found: dict[str, dict[tuple[str, str], Estimate]] = {}
+    for i, a in enumerate(runs):
+        for b in runs[i + 1 :]:
+            own = LatentBootstrap([a, b], alignments, len(draw.weights), draw.seed)
+            told: dict[tuple[str, str], Estimate] = {}
+            for definition in DEFINITIONS:
+                shares = _shared_with([a, b], alignments, definition, threshold)
+                for population, members in populations.items():
+                    fraction = mean_over(own.fractions(shares, members)[:, :, 0], axis=1)
+                    told[population, definition] = estimate(np.round(fraction, _DIGITS), own.count(members))
+            found[f"{a}--{b}"] = told
+    return found
+
+
 def _overlap(
-    runs: Sequence[str], shares: Mapping[str, Bools], members: Mapping[str, Bools], draw: LatentBootstrap
+    runs: Sequence[str],
+    shares: Mapping[str, Bools],
+    members: Mapping[str, Bools],
+    draw: LatentBootstrap,
+    pairs: Mapping[str, Estimate],
 ) -> Overlap:
     """Every figure of one definition from which runs share which anchors.
 
@@ -326,16 +367,14 @@ def _overlap(
     """
     n_others = len(runs) - 1
     counts = np.arange(n_others + 1)
-    indicators = {run: np.hstack([shares[run], shares[run].sum(axis=1)[:, None] == counts]) for run in runs}
-    # [resamples + 1, S, (S - 1) + S]: what the others share, then the distribution of s; the first row is the sample.
-    fractions = draw.fractions(indicators, members)
-    spread = mean_over(fractions[:, :, n_others:], axis=1)
+    indicators = {run: shares[run].sum(axis=1)[:, None] == counts for run in runs}
+    spread = mean_over(draw.fractions(indicators, members), axis=1)  # [resamples + 1, S]; the first row is the sample
     units = draw.count(members)
 
     def weighted(weights: ArrayLike) -> Estimate:
-        # Rounded so that a whole is 1 and not the float below it. What is 1 whatever is shared, is so for certain.
+        # What is 1 whatever is shared, is so for certain.
         of = np.asarray(weights, dtype=float)
-        return estimate(np.round(spread @ of, 12), units if np.ptp(of) else None)
+        return estimate(np.round(spread @ of, _DIGITS), units if np.ptp(of) else None)
 
     def share_of_sets(kind: Callable[[int, int], int], n: int) -> Estimate:
         return weighted([kind(int(s), n - 1) / comb(n_others, n - 1) for s in counts])
@@ -344,18 +383,13 @@ def _overlap(
     with np.errstate(invalid="ignore"):
         retained = (spread @ (counts * (counts - 1.0))) / ((n_others - 1) * (spread @ counts)) if n_others > 1 else None
     held = {run: members[run] & shares[run].any(axis=1) for run in runs}
-    pair = {}
-    for i, a in enumerate(runs):
-        for j in range(i + 1, len(runs)):
-            directions = np.stack([fractions[:, i, j - 1], fractions[:, j, i]])
-            pair[f"{a}--{runs[j]}"] = estimate(mean_over(directions, axis=0), units)
     return Overlap(
         value=weighted(counts / n_others),
-        pairs=pair,
+        pairs=dict(pairs),
         only_one=[share_of_sets(lambda s, others: comb(n_others - s, others), n) for n in sets],
         all_of_n=[share_of_sets(comb, n) for n in sets],
         exactly_n=[weighted(counts == n - 1) for n in sets],
-        retained=UNKNOWN if retained is None else estimate(np.round(retained, 12), draw.count(held)),
+        retained=UNKNOWN if retained is None else estimate(np.round(retained, _DIGITS), draw.count(held)),
         regions={run: _regions(run, runs, shares[run][members[run]]) for run in runs},
     )
 

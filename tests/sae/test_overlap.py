@@ -249,6 +249,19 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     assert 0.90 <= held / trials <= 0.99
 
 
+@pytest.mark.parametrize("widths", [None, [20, 25, 40]])
+def test_a_pairs_interval_is_its_own_whatever_stands_beside_it(widths: list[int] | None) -> None:
+    runs, tables, alive = study(3, 25, seed=4, widths=widths)
+    together = overlap(runs, tables, alive, resamples=100)
+    for a, b in combinations(runs, 2):
+        alone = overlap([a, b], tables, {run: alive[run] for run in (a, b)}, resamples=100)
+        for definition in DEFINITIONS:
+            pair = f"{a}--{b}"
+            assert together.alive[definition].pairs[pair] == alone.alive[definition].pairs[pair]
+            assert together.all[definition].pairs[pair] == alone.all[definition].pairs[pair]
+        assert alone.alive["both"].pairs[f"{a}--{b}"] == alone.alive["both"].value
+
+
 def test_what_was_never_seen_is_not_surely_nowhere() -> None:
     """None or all of 40 latents come back: no resample differs, yet 1 in 50 of the population might."""
     width = 40
