@@ -122,15 +122,15 @@ def tokens_finding(sweep: Mapping[str, Any], rows: Rows) -> Finding:
 def architecture_finding(sweep: Mapping[str, Any], rows: Rows) -> Finding:
     """Agrees where ReLU + L1 and Gated each share more than TopK by decoder, disagrees where each shares less.
 
-    With the whole interval of the difference; both must be there, at an L0 within :data:`L0_WITHIN` of TopK's. The
-    value is the mean of the two differences.
+    With the whole interval of the difference, over the other settings at which all three were trained; each must have
+    an L0 within :data:`L0_WITHIN` of TopK's. The value is the mean of the two differences.
     """
     axis, about = AXES["architecture"], _ABOUT["architecture"]
+    rows, lacking = _trained_alike(sweep, rows, axis, ("topk", *_MORE_STABLE))
+    if lacking:
+        return about.missing(f"sweep {sweep['sweep']} has {lacking}", None)
     topk = [row for row in rows if row["values"][axis] == "topk"]
     others = {kind: [row for row in rows if row["values"][axis] == kind] for kind in _MORE_STABLE}
-    lacking = [kind for kind, of in {"topk": topk, **others}.items() if not of]
-    if lacking:
-        return about.missing(f"sweep {sweep['sweep']} has no {' and no '.join(lacking)}", None)
     found = {kind: _difference(rows, of, topk) for kind, of in others.items()}
     mean, method = _difference(rows, [row for of in others.values() for row in of], topk)
     apart = [
@@ -168,6 +168,16 @@ def _slope_weights(x: np.ndarray, groups: Sequence[Any]) -> np.ndarray | None:
         centred[inside] -= x[inside].mean()
     total = float(centred @ centred)
     return centred / total if total > 1e-12 else None
+
+
+def _trained_alike(sweep: Mapping[str, Any], rows: Rows, axis: str, kinds: Sequence[str]) -> tuple[Rows, str]:
+    """The rows at whose other settings each of ``kinds`` has one; or what is lacking, in words."""
+    at = {kind: {_others(sweep, row, axis) for row in rows if row["values"][axis] == kind} for kind in kinds}
+    if none := [kind for kind, settings in at.items() if not settings]:
+        return [], f"no {' and no '.join(none)}"
+    common = set.intersection(*at.values())
+    kept = [row for row in rows if row["values"][axis] in kinds and _others(sweep, row, axis) in common]
+    return kept, "" if kept else f"no settings at which {', '.join(kinds)} were all trained"
 
 
 def _difference(rows: Rows, of: Rows, less: Rows) -> tuple[Estimate, str]:

@@ -108,6 +108,23 @@ def test_architecture(relu: float, gated: float, verdict: Verdict) -> None:
     assert row.value == pytest.approx((relu + gated) / 2 - 0.7)
 
 
+def test_architectures_are_compared_at_common_settings_alone() -> None:
+    axis, k = "training.architecture", "training.k"
+
+    def row(kind: str, at: int, value: float) -> Any:
+        return point({axis: kind, k: at}, value, l0=float(at))
+
+    unlike = [row("topk", 32, 0.5), row("relu", 80, 0.8), row("gated", 75, 0.8)]
+    axes = {axis: ["topk", "relu", "gated"], k: [32, 75, 80]}
+    told = finding_of_sweep("architecture", swept(unlike, axes))
+    assert told.verdict == UNDECIDED
+    assert "no settings at which" in told.why
+    alike = [row(kind, 16, value) for kind, value in (("topk", 0.5), ("relu", 0.4), ("gated", 0.4))]
+    told = finding_of_sweep("architecture", swept([*unlike, *alike], axes))
+    assert told.verdict == DISAGREES
+    assert told.value == pytest.approx(-0.1)
+
+
 def test_architectures_of_other_sparsity_are_not_compared() -> None:
     row = finding_of_sweep("architecture", architectures(0.8, 0.85) | {})
     assert row.verdict == AGREES
