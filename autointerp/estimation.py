@@ -20,17 +20,21 @@ For a mean over strata of N_h latents, n_h of them drawn, it is the two-stage va
 
 with s_h^2 the variance of the measured scores, v_h the mean of their error variances and rho = 1 - v / s^2, both over
 strata: only what differs between latents themselves becomes known by drawing more of them. The bootstrap takes
-``known`` = f_h rho. For a mean this is exact; quartiles and rank correlations take the rho of the scores they are of,
-and are those of *measured* scores (noise draws a correlation towards 0 and quartiles apart; the corrected correlation
-takes that back). Not covered: another training, another explanation of the same latent, another judge.
+``known`` = f_h rho. For a mean this is exact. A quantile varies by whether scores lie below it, and of that less is the
+latents' own (:func:`known_of_quantile`). Rank correlations take the rho of the scores they are of. Both are those of
+*measured* scores (noise draws a correlation towards 0 and quartiles apart; the corrected correlation takes that back).
+Not covered: another training, another explanation of the same latent, another judge.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
+from scipy import special, stats
 
 from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of
 from autointerp.statistics import UNKNOWN, Estimate, bootstrap_mean
@@ -99,12 +103,13 @@ class Estimator:
         if values.empty:
             return [UNKNOWN] * 3
         if self.sample is None:
-            x, kept, resamples = values.to_numpy(float), None, Resamples(np.arange(len(values)))
-        else:
-            x, kept, resamples = self._resampled(values, error)
-        draws = resamples.quantiles(x, _QUARTILES, kept)
-        n = len(values) if kept is None else _free(resamples, kept)
-        return [interval_of(column, n) for column in draws.T]
+            draws = Resamples(np.arange(len(values))).quantiles(values.to_numpy(float), _QUARTILES)
+            return [interval_of(column, len(values)) for column in draws.T]
+        found = []
+        for p in _QUARTILES:
+            x, kept, resamples = self._resampled(values, error, partial(known_of_quantile, p=p))
+            found.append(interval_of(resamples.quantiles(x, [p], kept)[:, 0], _free(resamples, kept)))
+        return found
 
     def share(self, holds: pd.Series) -> float:
         """Of the latents, the share for which something holds."""
@@ -122,8 +127,13 @@ class Estimator:
             return np.ones(len(values))
         return self.sample["weight"].reindex(values.index).to_numpy(float)
 
-    def _resampled(self, values: pd.Series, error: pd.Series | None) -> tuple[Floats, Bools, Resamples]:
-        """Values and their places among all of the sample, and its resamples."""
+    def _resampled(
+        self, values: pd.Series, error: pd.Series | None, known_of: Callable[[float], float] = float
+    ) -> tuple[Floats, Bools, Resamples]:
+        """Values and their places among all of the sample, and its resamples.
+
+        ``known_of`` has for rho the share of the figure's own variance that the latents make.
+        """
         sample = self.sample
         assert sample is not None
         x = values.astype(float).reindex(sample.index)
@@ -132,7 +142,7 @@ class Estimator:
         known = np.zeros(len(sample))
         if error is not None:
             noise = np.asarray(error.astype(float).reindex(sample.index), dtype=np.float64)
-            known = sample["fraction"].to_numpy() * real_share(filled, kept, noise, sample)
+            known = sample["fraction"].to_numpy() * known_of(real_share(filled, kept, noise, sample))
         resamples = Resamples(
             np.arange(len(sample)), seed=self.seed, weights=sample["weight"], strata=sample["stratum"], known=known
         )
@@ -163,6 +173,21 @@ def real_share(values: Floats, kept: Bools, error: Floats, sample: pd.DataFrame)
     spread = float((held * of.var(ddof=1).fillna(0)).sum())
     noise = float((weight * np.where(kept, error, 0.0)).sum())
     return float(np.clip(1 - noise / spread, 0, 1)) if spread > 0 else 0.0
+
+
+def known_of_quantile(rho: float, p: float) -> float:
+    """Of the sampling variance of a quantile, the share that is not error of measurement, from 0 to 1.
+
+    A sample's quantile at ``p`` varies as the share of scores below it does. Of two measurements of one latent, normal
+    and correlated by ``rho``, both lie below with probability Phi2(z_p, z_p; rho); so whether one does is correlated by
+
+        (Phi2(z_p, z_p; rho) - p^2) / (p (1 - p)),
+
+    which is 2 asin(rho) / pi at the median, and less than rho.
+    """
+    z = stats.norm.ppf(p)
+    both = p - 2 * special.owens_t(z, np.sqrt((1 - rho) / (1 + rho)))
+    return float(np.clip((both - p * p) / (p * (1 - p)), 0, 1))
 
 
 def _free(resamples: Resamples, kept: Bools) -> int:

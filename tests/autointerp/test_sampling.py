@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from autointerp.estimation import Estimator
+from autointerp.estimation import Estimator, known_of_quantile
 from autointerp.rank_bootstrap import Resamples
 from autointerp.sampling import allocation, drawn, strata, weights_of
 from autointerp.statistics import quantiles
@@ -204,6 +205,37 @@ def test_intervals_hold_what_all_latents_would_give(n: int, noise: float, monkey
     assert (covered / rounds <= 0.995).all(), covered / rounds
     if n == 400:
         assert width[0] / rounds == pytest.approx(2 * 1.96 * noise / np.sqrt(400), rel=0.2)
+
+
+@pytest.mark.parametrize(("n", "noise"), [(60, 0.05), (260, 0.05), (400, 0.05), (400, 0.02)])
+def test_intervals_hold_the_quartiles_of_all_measured_scores(
+    n: int, noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 400: what quartiles of all measured scores are on average. A mean's share would cover .75 in a census."""
+    monkeypatch.setattr("autointerp.rank_bootstrap.RESAMPLES", 250)
+    rng = np.random.default_rng(n)
+    frequency, similarity = population(400, 2)
+    true, cells, rounds = 0.7 + rng.normal(0, 0.1, 400), strata(frequency, similarity), 200
+    at = [0.25, 0.5, 0.75]
+    truths = np.mean([np.quantile(true + rng.normal(0, noise, 400), at) for _ in range(1000)], axis=0)
+    covered = np.zeros(3)
+    for seed in range(rounds):
+        weights = weights_of(drawn(range(400), cells, n, seed), set(range(400)))
+        measured = pd.Series(true + rng.normal(0, noise, 400))[weights.index]
+        found = Estimator(weights).quartiles(measured, pd.Series(noise**2, weights.index))
+        covered += [e.low <= truth <= e.high for e, truth in zip(found, truths, strict=True)]
+    assert (covered / rounds >= 0.89).all(), covered / rounds
+    assert covered.mean() / rounds >= 0.92
+    assert (covered / rounds <= 0.995).all(), covered / rounds
+
+
+@given(st.floats(0, 1), st.floats(0.05, 0.95))
+def test_of_a_quantile_less_is_known_than_of_a_mean(rho: float, p: float) -> None:
+    known = known_of_quantile(rho, p)
+    assert 0 <= known <= rho + 1e-9
+    assert known_of_quantile(rho, 0.5) == pytest.approx(2 / np.pi * np.arcsin(rho), abs=1e-9)
+    both = stats.multivariate_normal([0, 0], [[1, rho], [rho, 1]], allow_singular=True).cdf([stats.norm.ppf(p)] * 2)
+    assert known == pytest.approx((both - p * p) / (p * (1 - p)), abs=1e-4)
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
