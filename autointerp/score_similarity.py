@@ -128,6 +128,9 @@ def relation_findings(part: Part, *, n_bins: int = 4) -> dict[str, Any] | None:
 def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> dict[str, Any] | None:
     """The same over several runs' scores together; all intervals by resampling latents with their partners.
 
+    Of samples, each run counts for as many latents as its weighted sample is worth, (sum w)^2 / sum w^2: did it count
+    for all its eligible latents, a few scored partners would speak as loudly as another run's hundreds.
+
     ``None`` where fewer than two runs have scores, or fewer than three latents.
     """
     tables = [part.joined() for part in parts]
@@ -136,6 +139,8 @@ def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> dict[str, Any]
     if len(parts) < 2 or sum(map(len, tables)) < 3:
         return None
     weighted = all(part.sample is not None for part in parts)
+    if weighted:
+        tables = [table.assign(weight=table["weight"] * _worth(table["weight"])) for table in tables]
     whole = pd.concat(tables, ignore_index=True)
     resamples = Resamples(whole["unit"])
     if weighted:
@@ -150,6 +155,11 @@ def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> dict[str, Any]
         "weighted": weighted,
         **_all_by_resampling(parts, tables, resamples, n_bins),
     }
+
+
+def _worth(weight: pd.Series) -> float:
+    """By what to multiply weights, so that they sum to the number of equal ones that would be worth as much."""
+    return float(weight.sum() / (weight**2).sum())
 
 
 def _all_by_resampling(

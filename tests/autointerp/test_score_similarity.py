@@ -199,6 +199,28 @@ def test_several_runs_together_equal_scipy() -> None:
     assert pooled_findings([]) is None
 
 
+def test_a_few_latents_of_one_run_do_not_outweigh_hundreds_of_another() -> None:
+    """300 of 600 latents in one run; in the other, whose correlation is the reverse, 15 of 600."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for name, n, sign in (("run_a", 300, 1), ("run_b", 15, -1)):
+        made = Made.draw(600, 0.9, "even", rng)
+        turned = replace(made, similarity=sign * made.similarity)
+        table = drawn(range(600), strata(made.frequency, turned.similarity), n, 0)
+        sample = Sample((Draw(table, {"sharing": "any"}),))
+        part = part_of(turned, turned.verdicts(50, rng), unit=np.arange(600) + 1000 * len(parts), run=name)
+        rows = part.rows[part.rows["latent"].isin(sample.drawn)]
+        parts.append(replace(part, rows=rows, sample=sample))
+    found, alone = pooled_findings(parts), relation_findings(parts[0])
+    assert found is not None
+    assert alone is not None
+    assert found["n"] == 315
+    assert found["spearman"] == pytest.approx(alone["spearman"], abs=0.15)
+    assert alone["spearman"] > 0.6
+    low, high = found["interval"]
+    assert high - low < 2 * (alone["interval"][1] - alone["interval"][0])
+
+
 def _pooled_as_one(parts: list[Part]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     m = len(parts[0].latents)
     rows, latents, verdicts = ([getattr(p, name) for p in parts] for name in ("rows", "latents", "verdicts"))
