@@ -164,8 +164,12 @@ class FiringStore:
         """Token ids of the given windows, out of the study's corpus: [n, w]."""
         ids = self._checked(window_ids)
         columns = self.slot(ids)[:, None] * self.window + np.arange(self.window)
-        rows = self._sequences[ids // self.windows_per_sequence]
+        rows = self.sequences_of(ids)
         return self.corpus.tokens[rows[:, None], columns].astype(np.int64)
+
+    def sequences_of(self, window_ids: npt.ArrayLike) -> Ints:
+        """Which sequence of the corpus each window is a piece of."""
+        return np.asarray(self._sequences[np.asarray(window_ids, dtype=np.int64) // self.windows_per_sequence])
 
     def slot(self, window_ids: npt.ArrayLike) -> Ints:
         """Which window of its sequence each one is: 0 to ``windows_per_sequence`` - 1."""

@@ -1,0 +1,120 @@
+"""What do scores gain by documents whose other windows the explainer saw? By splitting a run's texts in two ways.
+
+    python benchmarks/split_by_document.py [--sae demo_a] [--latents 400] [--splits 4] [--json] [--out x.json]
+
+The program never shows a judge a text that an explainer saw, nor a near-duplicate; but a text is a window of some tens
+of tokens, and two windows of one document may lie on either side. Here latents are explained and judged anew by the
+n-gram baseline, on texts that are split ``by text``, as the program does it, or ``by document``: all windows of a
+document on one side. The same latents take part in both, and each split is drawn several times. A row is a split of
+both kinds: mean scores, and their difference with the standard error over latents. Needs a harvested run whose
+tokenizer puts a token between documents, such as those of ``make demo``. Takes minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from outcome import about, leave, parser_of
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from autointerp.contexts import EXPLAIN_SHARE, ContextSampler
+from autointerp.explainers.ngram import NgramExplainer
+from autointerp.judges.ngram import NgramJudge
+from autointerp.material import Material
+from autointerp.near_duplicates import groups_of
+from sae.firings import FiringStore
+from sae.run import Run
+
+Hashes = npt.NDArray[np.uint64]
+Bools = npt.NDArray[np.bool_]
+
+
+class Split(ContextSampler):
+    """A sampler in which ``explain`` [G] says for each of ``groups`` [G], ascending, whether it is the explainer's."""
+
+    def __init__(self, material: Material, of_window: Hashes, groups: Hashes, explain: Bools) -> None:
+        super().__init__(material.store, material.store.corpus.decode, material.settings, of_window)
+        self._ascending, self._explain = groups, explain
+
+    def _explain_side(self, group: Hashes) -> Bools:  # type: ignore[override]
+        return self._explain[np.searchsorted(self._ascending, group)]
+
+
+def documents_of(store: FiringStore) -> npt.NDArray[np.int64]:
+    """[W] the number of the document that each harvested window ends in."""
+    corpus, per_sequence = store.corpus, store.windows_per_sequence
+    ends = np.cumsum(corpus.is_special(np.asarray(corpus.tokens)).ravel()).reshape(corpus.tokens.shape)
+    window = np.arange(store.n_windows)
+    last = (window % per_sequence) * store.window + store.window - 1
+    return np.asarray(ends[store.sequences_of(window), last], np.int64)
+
+
+def scores(sampler: ContextSampler, latents: list[int]) -> npt.NDArray[np.float64]:
+    """[L] balanced accuracies by the n-gram baseline; NaN where there is no explanation or too few contexts."""
+    explainer, judge = NgramExplainer(), NgramJudge()
+
+    async def one(latent: int) -> float:
+        shown, silent = sampler.explaining(latent), sampler.background(latent, explainer.needs_background)
+        explanation, test = await explainer.explain(latent, shown, silent), sampler.testing(latent)
+        if explanation.text is None or len(test.active) < sampler.settings.min_active or not test.inactive:
+            return float("nan")
+        active, inactive = [await judge.judge(explanation.text, kind) for kind in (test.active, test.inactive)]
+        return float(np.mean([j.label for j in active]) + 1 - np.mean([j.label for j in inactive])) / 2
+
+    return np.array([asyncio.run(one(latent)) for latent in latents])
+
+
+def row_of(material: Material, latents: list[int], seed: int) -> dict[str, Any]:
+    of_window = groups_of(material.run, material.store, material.settings.near_duplicate)
+    groups, first = np.unique(of_window, return_index=True)
+    document, rng = documents_of(material.store), np.random.default_rng(seed)
+    # A text that several documents hold goes where its first one goes.
+    sides = {
+        "by text": rng.random(len(groups)) < EXPLAIN_SHARE,
+        "by document": (rng.random(document.max() + 1) < EXPLAIN_SHARE)[document[first]],
+    }
+    found = {name: scores(Split(material, of_window, groups, side), latents) for name, side in sides.items()}
+    gain = found["by text"] - found["by document"]
+    gain = gain[~np.isnan(gain)]
+    return {
+        "split": seed,
+        "latents": len(gain),
+        **{name: round(float(np.nanmean(values)), 4) for name, values in found.items()},
+        "difference": round(float(gain.mean()), 4),
+        "standard error": round(float(gain.std(ddof=1) / np.sqrt(len(gain))), 4),
+    }
+
+
+def shown(rows: list[dict[str, Any]]) -> None:
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--sae", default="demo_a")
+    parser.add_argument("--root", type=Path, default=Path("eval_runs"))
+    parser.add_argument("--latents", type=int, default=400, help="of the run, drawn at random from the eligible ones")
+    parser.add_argument("--splits", type=int, default=4)
+    asked = parser.parse_args()
+    begun = time.time()
+    material = Material.of(Run.open(asked.sae, asked.root))
+    eligible = material.eligibility().query("eligible")["latent"].to_numpy()
+    drawn = np.random.default_rng(0).permutation(eligible)[: asked.latents].tolist()
+    console = Console(stderr=True)
+    rows = [row_of(material, drawn, seed) for seed in track(range(asked.splits), "splitting", console=console)]
+    documents = len(np.unique(documents_of(material.store)))
+    leave(asked, rows, about(begun, run=asked.sae, documents=documents), lambda: shown(rows))
+
+
+if __name__ == "__main__":
+    main()
