@@ -19,7 +19,8 @@ app = typer.Typer(
         "\n\n"
         "Begin with `demo`. On your own model: `train`, then `explain`, `score`, `report`; a command that needs an "
         "earlier stage runs it and says so. Every command can be killed and run again: it goes on where it stopped.\n\n"
-        "Exit codes: 0 done; 1 error; 2 wrong usage; 3 finished, but some latents failed (the report says which)."
+        "Exit codes: 0 done; 1 error, said in one line; 2 no such command, flag or choice; 3 finished, but some "
+        "latents failed (the report says which)."
     ),
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

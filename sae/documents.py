@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae.errors import BadInput, NotFound, nearest
+from sae.errors import BadInput, NotFound, alike, nearest
 from sae.files import digest, read_json, write_json
 from sae.settings import CorpusSettings
 
@@ -187,7 +187,11 @@ def _text_files(settings: CorpusSettings, hashes: Hashes) -> TextSource:
             contents.append([facts.sha256, "lines of JSON" if path.suffix.lower() in JSON_LINES else "text"])
     hashes.save()
     if not chosen:
-        why = f"{len(skipped)} files there are not UTF-8 text" if skipped else f"none ends in {' '.join(TEXT_SUFFIXES)}"
+        why = f"none ends in {' '.join(TEXT_SUFFIXES)}"
+        if skipped:
+            why = (
+                "the one file there is not UTF-8 text" if len(skipped) == 1 else f"{len(skipped)} files, no UTF-8 text"
+            )
         raise NotFound(f"no text files in {', '.join(map(repr, settings.source))}: {why}; name other files or folders")
     identity: dict[str, Any] = {"kind": "text", "contents": digest(contents)}
     if any(how != "text" for _, how in contents):
@@ -203,7 +207,8 @@ def _text_files(settings: CorpusSettings, hashes: Hashes) -> TextSource:
 
 def _beside(path: Path) -> str:
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f"; beside it there is {nearest(path.name, names)}" if names else ""
+    found = alike(path.name, names)
+    return f"; beside it there is {nearest(path.name, found)}" if found else ""
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -45,6 +45,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def alike(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
+    """Those of the candidates that ``name`` may have been meant to be, the likest first."""
+    return difflib.get_close_matches(name, list(candidates), n=n, cutoff=0.6)
+
+
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """The candidates most like ``name``, as words for an error message: ``'a', 'b' or 'c'``."""
     pool = list(candidates)

@@ -105,7 +105,8 @@ class Bar:
         seconds = self._seconds(time.monotonic())
         worked, on_gpu = self.done - self._first, peak_device_bytes()
         return (
-            f"{self._label}: {human(worked)} {self._unit} in {seconds:.1f} s"
+            f"{self._label}: {human(worked)} {self._unit.removesuffix('s') if worked == 1 else self._unit} "
+            f"in {seconds:.1f} s"
             f" · {human(worked / seconds if seconds else 0)} {self._unit}/s"
             f" · peak memory {peak_memory_bytes() / 2**30:.2f} GiB"
             + (f", on the GPU {on_gpu / 2**30:.2f} GiB" if on_gpu else "")

@@ -12,6 +12,7 @@ import importlib.metadata
 import re
 import shlex
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -176,6 +177,11 @@ class Run:
         return not self.imported and self.settings.training.frozen != "nothing"
 
     @property
+    def of_study(self) -> str:
+        """The study that it belongs to: a control's is the one that it is held against."""
+        return (self.study.rpartition("-")[0] if self.is_control else "") or self.study
+
+    @property
     def origin(self) -> str:
         """``seed 3``, or ``imported``."""
         return "imported" if self.seed is None else f"seed {self.seed}"
@@ -280,14 +286,38 @@ def all_runs(root: Path) -> list[Run]:
 
 def study_runs(study: str, root: Path) -> list[Run]:
     """The runs of one study in the order of their suffixes (a … z, aa …)."""
-    runs = [r for r in all_runs(root) if r.study == study]
+    runs = [r for r in all_runs(root) if _is_of(r, study)]
     return sorted(runs, key=lambda r: (len(r.name), r.name))
+
+
+def _is_of(run: Run, study: str) -> bool:
+    """Whether the run is of the study. A damaged record stops only those that it may concern, by the run's name."""
+    try:
+        return run.study == study
+    except BadInput:
+        if run.name.startswith(f"{study}_"):
+            raise
+        return False
+
+
+def readable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Those of the runs whose records can be read, and of the others what is wrong with them."""
+    found, damaged = [], []
+    for run in runs:
+        try:
+            run.record  # noqa: B018
+            found.append(run)
+        except BadInput as error:
+            damaged.append(str(error))
+    return found, damaged
 
 
 def newest_study(root: Path) -> list[Run]:
     """The runs of the study that was begun last; controls do not count where there is anything else."""
-    runs = all_runs(root)
+    runs, damaged = readable(all_runs(root))
     runs = [run for run in runs if not run.is_control] or runs
+    if damaged and not runs:
+        raise BadInput(damaged[0])
     if not runs:
         raise NotFound(f"there are no runs under {str(root)!r}; train some with `{command(root, 'train')}`")
     return study_runs(max(runs, key=lambda r: r.record["created"]).study, root)
@@ -341,6 +371,7 @@ def progress_of(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "study": run.study,
+        "control_of": run.of_study if run.is_control else None,
         "seed": run.seed,
         "created": record["created"],
         "subject": record["subject"]["source"],

@@ -167,6 +167,11 @@ def validated(values: dict[str, Any], where: str) -> Settings:
             f"{where}: training.k = {training.k} is more than training.num_latents = {training.num_latents}; "
             "lower k or widen the dictionary"
         )
+    if settings.corpus.source and settings.corpus.kind == "stdlib":
+        raise BadInput(
+            f"{where}: corpus.source = {list(settings.corpus.source)!r} is not read where corpus.kind is 'stdlib'; "
+            "say kind = 'text' (files and folders) or kind = 'dataset'"
+        )
     return settings
 
 

@@ -48,7 +48,11 @@ class Compute:
 @contextmanager
 def only_one(root: Path, study: str) -> Iterator[None]:
     """Keep two commands from writing the same study at once. The lock dies with its process."""
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or "").lower()
+        raise BadInput(f"--root {str(root)!r} cannot be made a folder ({reason}); name another place") from None
     try:
         with FileLock(root / f".{study}.lock", timeout=0):
             yield

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae.amounts import parse_amount
-from sae.errors import BadInput
+from sae.errors import BadInput, nearest
 from sae.progress import human
 from sae.run import check_name
-from sae.settings import read_recipe, validated
+from sae.settings import Settings, read_recipe, validated
 from sae.train_stage import Study
 
 
@@ -106,6 +106,9 @@ def read_sweep(path: Path, name: str | None = None, seeds: Sequence[int] = ()) -
     """
     recipe, where = read_recipe(path), f"recipe {str(path)!r}"
     if not isinstance(recipe.get("sweep"), dict):
+        known = [*Settings.model_fields, *_BESIDE]
+        if unknown := next((key for key in recipe if key not in known), None):
+            raise BadInput(f"{where}: unknown key {unknown!r}; did you mean {nearest(unknown, known)}?")
         raise BadInput(f"{where} has no [sweep] table, so there is nothing to vary; `python cli.py train` trains it")
     table = dict(recipe["sweep"])
     together = _together(table.pop("together", []), where)
@@ -148,7 +151,7 @@ def _axes(table: Mapping[str, Any], where: str) -> dict[str, tuple[Any, ...]]:
 def _values(name: str, values: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(values, list) or len(values) < 2:
         raise BadInput(
-            f"{where}: axis {name} = {values!r} has not two values; give a list of several, "
+            f"{where}: axis {name} = {values!r} does not vary; give a list of two values or more, "
             f"or set it in [{AXES[name].table}]"
         )
     read = []

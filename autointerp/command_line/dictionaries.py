@@ -53,6 +53,7 @@ def train(
     \b
     torchrun --nproc-per-node 2 cli.py train …
     """
+    from sae.controls import controls_of
     from sae.run import study_runs
     from sae.settings import settings_from
     from sae.train_stage import names_of, studies_of, train_studies
@@ -77,7 +78,9 @@ def train(
     )
     studies = studies_of(name, settings, hookpoint or [], seeds or own_seeds or [0, 1, 2])
     trained = train_studies(studies, output.root, machine.compute(), parallel, _tracker(wandb), controls)
-    finish_with_runs(output.as_json, "train", [run for of_study in trained for run in of_study])
+    found = [run for of_study in trained for run in of_study]
+    beside = [control for of_study in trained for control in controls_of(of_study[0]).values()]
+    finish_with_runs(output.as_json, "train", [*found, *beside], output.root)
 
 
 @takes_groups
@@ -93,7 +96,7 @@ def harvest(*, sae: opt.Saes = None, tokens: opt.HarvestTokens = None, machine: 
 
     runs = opened(sae, output.root, whole_study=True)
     harvest_runs(runs, machine.compute(), tokens=amount("--tokens", tokens))
-    finish_with_runs(output.as_json, "harvest", runs)
+    finish_with_runs(output.as_json, "harvest", runs, output.root)
 
 
 @takes_groups
@@ -193,7 +196,7 @@ def import_(
     subject = {"model": absolute(model) if model else None, "hookpoint": hookpoint, "dtype": dtype}
     settings = import_settings(study, output.root, recipe, subject=subject, corpus=text.settings())
     run = import_sae(source, name, study, settings, output.root, machine.compute())
-    finish_with_runs(output.as_json, "import", [run])
+    finish_with_runs(output.as_json, "import", [run], output.root)
 
 
 @takes_groups

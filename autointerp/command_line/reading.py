@@ -123,10 +123,10 @@ def runs(*, output: Output) -> None:
     \b
     python cli.py runs
     """
-    from sae.run import all_runs
+    from sae.run import all_runs, readable
 
     def place(run: Run) -> tuple[str, bool, int, str]:
-        study = run.study.rpartition("-")[0] if run.is_control else run.study
-        return study, run.is_control, len(run.name), run.name
+        return run.of_study, run.is_control, len(run.name), run.name
 
-    finish_with_runs(output.as_json, "runs", sorted(all_runs(output.root), key=place))
+    found, damaged = readable(all_runs(output.root))
+    finish_with_runs(output.as_json, "runs", sorted(found, key=place), output.root, damaged)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autointerp.command_line.ending import finish
+from autointerp.command_line.ending import end, finish
 
 if TYPE_CHECKING:
     from sae.run import Run
@@ -27,8 +27,10 @@ def opened_one(name: str | None, root: Path) -> Run:
     return opened([name] if name else None, root)[0]
 
 
-def finish_with_runs(as_json: bool, command: str, found: Sequence[Run]) -> None:
-    """End by telling how far each of ``found`` has come."""
+def finish_with_runs(
+    as_json: bool, command: str, found: Sequence[Run], root: Path, damaged: Sequence[str] = ()
+) -> None:
+    """End by telling how far each of ``found`` has come, and what is wrong with those that are ``damaged``."""
 
     def progress() -> list[dict[str, Any]]:
         from sae.run import progress_of
@@ -38,9 +40,11 @@ def finish_with_runs(as_json: bool, command: str, found: Sequence[Run]) -> None:
     def render() -> None:
         from autointerp.report import render_runs
 
-        render_runs(progress())
+        render_runs(progress(), root=root)
 
-    finish(as_json, command, lambda: {"runs": progress()}, render)
+    finish(as_json, command, lambda: {"runs": progress(), **({"damaged": list(damaged)} if damaged else {})}, render)
+    if damaged:
+        end(1, "\n".join(f"error: {line}" for line in damaged))
 
 
 def finish_with_report(

@@ -7,6 +7,7 @@ is heavy to import is imported by the function that needs it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -133,10 +134,12 @@ def render_outcome(found: Mapping[str, Any], stage: str, console: Console | None
     show_outcome(found, stage, console or _output())
 
 
-def render_runs(found: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+def render_runs(
+    found: Sequence[Mapping[str, Any]], console: Console | None = None, root: Path = Path("eval_runs")
+) -> None:
     from autointerp.report.stages import show_runs
 
-    show_runs(found, console or _output())
+    show_runs(found, console or _output(), root)
 
 
 def _output() -> Console:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -24,6 +25,7 @@ from autointerp.report.layout import (
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
+from sae.run import command
 
 _DONE = {"explain": "explained", "score": "scored"}
 _MOST_REASONS = 8
@@ -70,21 +72,25 @@ def show_alignment(found: Mapping[str, Any], console: Console) -> None:
     emit(Group(*(part for part in parts if part is not None)), console, page.width)
 
 
-def show_runs(found: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """One line per run, study by study, with how far each has come."""
+def show_runs(found: Sequence[Mapping[str, Any]], console: Console, root: Path) -> None:
+    """One line per run, study by study, its controls last, with how far each has come."""
     page = Page.of(console)
     if not found:
-        emit(Group(Text("There are no runs yet."), command_line("python cli.py demo")), console, page.width)
+        none = Text(f"There are no runs under {visible(str(root))}.")
+        emit(Group(none, command_line(command(root, "demo"))), console, page.width)
         return
     stages = ("trained", "harvested", "aligned", "explained", "scored")
     body: list[RenderableType] = []
-    for study in dict.fromkeys(run["study"] for run in found):
-        members = [run for run in found if run["study"] == study]
+    for study in dict.fromkeys(run["control_of"] or run["study"] for run in found):
+        members = [run for run in found if (run["control_of"] or run["study"]) == study]
+        members.sort(key=lambda run: run["control_of"] is not None)
         first = members[0]
         table = grid("", ("seed", "right"), *stages)
         for run in members:
             marks = [Text("yes", ACCENT) if run[stage] else Text("–", QUIET) for stage in stages]
-            table.add_row(Text(visible(run["name"]), "bold"), origin(run["seed"]), *marks)
+            name = Text(visible(run["name"]), "bold")
+            name.append("  control" if run["control_of"] else "", f"not bold {QUIET}")
+            table.add_row(name, origin(run["seed"]), *marks)
         sizes = sorted({dictionaries.size_in_words(run) for run in members})
         tokens = "" if first["tokens"] is None else f", {human(first['tokens'])} tokens"
         says = f"{visible(first['subject'])} · {visible(first['hookpoint'])} · {listed(sizes)}{tokens}"

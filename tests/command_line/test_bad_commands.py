@@ -243,3 +243,36 @@ def test_a_place_that_takes_no_file_is_named(untouched: Path) -> None:
     to = "/proc/scores.csv"
     ran = cli("export", "--sae", "run_a", "--table", "sample", "--format", "csv", "--to", to, "--root", untouched)
     ran.failed_in_one_line(to, "name another place")
+
+
+def test_a_root_that_cannot_be_is_named(recipe: Path) -> None:
+    cli("train", "--recipe", recipe, "--root", "/proc/foo").failed_in_one_line("--root '/proc/foo'", "another place")
+
+
+def test_a_recipes_text_is_not_passed_over(tmp_path: Path) -> None:
+    for command in ("train --recipe", "sweep --dry-run"):
+        axis = "[sweep]\ntraining.k = [2, 4]\n" if "sweep" in command else ""
+        (tmp_path / "new.toml").write_text(f'[corpus]\nsource = ["/tmp"]\n{axis}')
+        ran = cli(*command.split(), tmp_path / "new.toml", "--root", tmp_path / "runs")
+        ran.failed_in_one_line("corpus.source", "kind = 'text'")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistyped_table_of_a_sweep_is_named(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text("[swep]\ntraining.k = [2, 4]\n")
+    cli("sweep", tmp_path / "s.toml", "--root", tmp_path / "runs").failed_in_one_line("'swep'", "'sweep'")
+
+
+def test_one_damaged_run_does_not_hide_the_others(root: Path) -> None:
+    shutil.copytree(root / "run_b", root / "other_a")
+    (root / "other_a" / "run.json").write_text("{")
+    ran = cli("runs", "--root", root)
+    assert ran.code == 1
+    assert "run_a" in ran.out
+    (line,) = ran.err.splitlines()
+    assert "other_a" in line
+    assert "damaged" in line
+    assert [run["name"] for run in cli("runs", "--root", root, "--json").json["runs"]] == ["run_a", "run_b"]
+    cli("show", "--latent", 3, "--root", root).well()  # the newest study is still found
+    (root / "run_b" / "run.json").write_text("{")
+    cli("report", "--sae", "run_a", "--root", root).failed_in_one_line("run_b", "damaged")

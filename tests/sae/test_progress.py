@@ -136,7 +136,7 @@ def test_waiting_on_a_terminal_stands_below_a_bar(monkeypatch: pytest.MonkeyPatc
         with waiting("loading [x]") as note:
             note("[b]weights")
         bar.advance()
-    assert "align: 1 pairs in" in out.getvalue()
+    assert "align: 1 pair in" in out.getvalue()
     assert "loading [x]" in out.getvalue()
     assert "[b]weights" in out.getvalue()
 
