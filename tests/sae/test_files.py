@@ -199,7 +199,7 @@ def test_differences_are_there_exactly_where_values_differ(a: dict[str, Any], b:
 
 def test_a_difference_is_named_by_its_path() -> None:
     old, new = {"training": {"k": 32, "auxk": 0.1}, "text": "a"}, {"training": {"k": 64, "auxk": 0.1}}
-    assert mapping_differences(old, new) == ["text: 'a' there, None now", "training.k: 32 there, 64 now"]
+    assert mapping_differences(old, new) == ["text: 'a' there, not set now", "training.k: 32 there, 64 now"]
 
 
 @pytest.mark.parametrize("size", [1, 1 << 16, 5_000_000])
