@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from autointerp.findings.finding import (
     AGREES,
     DISAGREES,
-    PERCENT,
+    NUMBER,
     SIGNED,
     UNDECIDED,
     About,
@@ -289,7 +289,7 @@ _ABOUT = {
             "two seeds share a part of their latents, not all",
             "32k latents: .416 both (.53 as told in the blog, by decoder alone)",
             "fraction shared by two seeds (both)",
-            PERCENT,
+            NUMBER,
         ),
         About(
             "bimodal",
@@ -309,14 +309,14 @@ _ABOUT = {
             "a third seed lowers the fraction found in no other SAE",
             ".099 (.583 of two, .484 of three); as told in the blog .12",
             "fall of the fraction found in one SAE alone, from two SAEs to three",
-            PERCENT,
+            NUMBER,
         ),
         About(
             "retained",
             "most latents that SAEs 1 and 2 share are in SAE 3 too",
-            ".786 (32.7 % in all three, 8.9 % in 1 and 2 alone)",
+            ".786 (.327 in all three, .089 in 1 and 2 alone)",
             "of the latents that two SAEs share, those in a third",
-            PERCENT,
+            NUMBER,
         ),
         About(
             "frequency",

@@ -14,8 +14,7 @@ AGREES: Verdict = "agrees in direction"
 DISAGREES: Verdict = "disagrees"
 UNDECIDED: Verdict = "cannot tell"
 
-Unit = Literal["percent", "number", "signed"]
-PERCENT: Unit = "percent"
+Unit = Literal["number", "signed"]
 NUMBER: Unit = "number"
 SIGNED: Unit = "signed"
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from autointerp.findings.finding import AGREES, DISAGREES, PERCENT, SIGNED, UNDECIDED
+from autointerp.findings.finding import AGREES, DISAGREES, SIGNED, UNDECIDED
 from autointerp.report.layout import (
     ACCENT,
     QUIET,
@@ -20,8 +20,6 @@ from autointerp.report.layout import (
     grid,
     indented,
     known,
-    percent,
-    percent_interval,
     plural,
     section,
 )
@@ -81,7 +79,4 @@ def by_point(points: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], page: Pa
 
 def value(row: Mapping[str, Any]) -> str:
     """The value with its interval, in the finding's unit."""
-    bounds = (row["low"], row["high"])
-    if row["unit"] == PERCENT:
-        return f"{percent(row['value'])} {percent_interval(bounds)}".rstrip()
-    return estimate(row["value"], bounds, sign=row["unit"] == SIGNED)
+    return estimate(row["value"], (row["low"], row["high"]), sign=row["unit"] == SIGNED)

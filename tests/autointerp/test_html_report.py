@@ -177,14 +177,14 @@ def test_a_findings_table_is_shown_with_its_verdicts(root: Path) -> None:
     from autointerp.evidence import Study, View
     from autointerp.report.html.page import render
 
-    row = {"finding": "wide <b>", "measure": "share", "value": 0.416, "low": 0.4, "high": 0.43, "unit": "percent"}
+    row = {"finding": "wide <b>", "measure": "share", "value": 0.416, "low": 0.4, "high": 0.43, "unit": "number"}
     told = {"id": "shared", "reference": ".53", "verdict": "disagrees", "why": "below", "command": None}
     unknown = {"value": None, "low": None, "high": None, "verdict": "cannot tell", "command": "python cli.py sweep x"}
     study = Study.open(root, NAMES, View())
     found = {**study_findings(study), "findings": [row | told, row | told | unknown]}
     page = Parsed.of(render(found, study, 0).html)
     assert "findings-table" in page.ids
-    for words in ("wide <b>", "41.6 %", "[40.0, 43.0]", "disagrees", "cannot tell", "python cli.py sweep x"):
+    for words in ("wide <b>", ".416", "[.400, .430]", "disagrees", "cannot tell", "python cli.py sweep x"):
         assert words in page.text
     classes = [attributes.get("class") for _, attributes in page.tags]
     assert "verdict disagrees" in classes

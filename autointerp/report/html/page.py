@@ -23,7 +23,7 @@ from autointerp.report.html.columns import columns_of
 from autointerp.report.html.details import BUDGET, Details, details_of
 from autointerp.report.html.embedded import json_in_script, policy, script
 from autointerp.report.html.figures import Figure, figures_of
-from autointerp.report.layout import Section, decimal, interval, percent, percent_interval
+from autointerp.report.layout import Section, decimal, interval
 
 SCRIPTS = ("base.js", "plots.js", "scatter.js", "figures.js", "scored.js", "table.js", "detail.js", "main.js")
 #: The chapters of the page, each with its parts of the terminal's report, in order.
@@ -139,13 +139,11 @@ def _head(found: Mapping[str, Any], study: Study) -> dict[str, Any]:
 
 
 def _finding_value(row: Mapping[str, Any]) -> str:
-    unit = row.get("unit", "number")
-    return percent(row["value"]) if unit == "percent" else decimal(row["value"], sign=unit == "signed")
+    return decimal(row["value"], sign=row.get("unit") == "signed")
 
 
 def _finding_interval(row: Mapping[str, Any]) -> str:
-    unit, bounds = row.get("unit", "number"), [row["low"], row["high"]]
-    return percent_interval(bounds) if unit == "percent" else interval(bounds, sign=unit == "signed")
+    return interval([row["low"], row["high"]], sign=row.get("unit") == "signed")
 
 
 def _verdict_class(row: Mapping[str, Any]) -> str:
