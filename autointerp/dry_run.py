@@ -208,8 +208,7 @@ def _of_part(
     test = Test.of(scorer, judge, Material.of(run), plan)
     asked_by = judge.of_marks() if scorer.marked else judge
     with Journal(run.journal_path) as journal:
-        explanations = part.readable(journal, judge)
-        for question in questions_of(run, explanations, part.n_swapped):
+        for question in questions_of(part, part.readable(journal, judge)):
             labels = journal.labels(
                 latent=question.latent, explanation_id=question.explanation_id, control=question.control, **test.same
             )
