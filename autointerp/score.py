@@ -2,7 +2,8 @@
 
 An explanation is judged on contexts that its explainer never saw. Beside each mean stands a control: the same
 contexts judged by the explanation of another, dissimilar latent, which is what words that say nothing about this
-latent are worth. What was judged is not judged again; what failed is.
+latent are worth. What was judged is not judged again; what failed is. A latent that has no explanation is counted and
+no failure: there is nothing to judge.
 
 With a run the explained sample of each control SAE of its study is scored (:mod:`autointerp.control_saes`). Beside
 other explanations those of the n-gram baseline are judged by the n-gram judge on the same contexts.
@@ -33,6 +34,7 @@ from autointerp.method import BASELINE
 from autointerp.questions import CONTROL_LATENTS, Part, Question, has_more_than_baseline, parts_of, questions_of
 from autointerp.rounds import AdaptivePlan
 from autointerp.score_table import (
+    UNEXPLAINED,
     UNTESTED,
     Test,
     lost_scorers,
@@ -41,6 +43,7 @@ from autointerp.score_table import (
 )
 from autointerp.scorers import SCORERS
 from autointerp.scorers.base import Scorer
+from autointerp.setups import status_kind
 from autointerp.work import Outcome, in_flight
 from sae.files import digest
 from sae.progress import Bar, say, track
@@ -164,7 +167,7 @@ async def _score_baseline(
     await _score_run(beside, scorer, NgramJudge(), 1, precision, baseline, "", "score by n-grams", judge)
     outcome.notes += [
         f"{part.run.name}: {n} n-gram baselines have no {scorer.name} score: {why}"
-        for why, n in baseline.failures.items()
+        for why, n in (baseline.failures + baseline.left_out).items()
     ]
 
 
@@ -225,22 +228,31 @@ async def _score_run(
         table = brought_up_to_date(kept, journal, material, [*tests, test], wanted, None if is_done else call, judge)
     if part.latents is not None:
         table = table[table["latent"].isin(part.latents)]
-    _count(table, same, asked_now, outcome, f"{run.name}: {{}} explanations have no {scorer.name} score")
+    _count(table, same, asked_now, outcome, run.name, f"{run.name}: {{}} explanations have no {scorer.name} score")
 
 
-def _count(table: pd.DataFrame, same: Mapping[str, str], asked_now: Set[int], outcome: Outcome, lacking: str) -> None:
+def _count(
+    table: pd.DataFrame, same: Mapping[str, str], asked_now: Set[int], outcome: Outcome, run: str, lacking: str
+) -> None:
     """Add to ``outcome`` what became of one judge's explanations; ``lacking`` says how many have too few contexts."""
-    untested = 0
+    untested = unexplained = 0
     for row in records_of(of_this_judge(table, same)):
         if row["status"] == "ok":
             outcome.n_done += 1
             outcome.n_new += row["explanation_id"] in asked_now
         elif row["status"] == UNTESTED:
             untested += 1
+        elif row["status"].startswith(UNEXPLAINED):
+            outcome.left_out[row["status"].removeprefix("failed: ")] += 1
+            unexplained += status_kind(row["status"]) == "failed"
         else:
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
     if untested:
         outcome.notes.append(f"{lacking.format(untested)}: too few contexts for it")
+    if unexplained:
+        outcome.notes.append(
+            f"{run}: explaining {unexplained} latents failed; the same `explain` asks again about these"
+        )
 
 
 def _call(part: Part, readable: pd.DataFrame) -> str:

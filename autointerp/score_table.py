@@ -29,6 +29,7 @@ _JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
 COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow._fields)
 """Of the score table. All are there even when every explanation failed and nothing was judged."""
 UNTESTED = "failed: too few contexts that can be marked otherwise"
+UNEXPLAINED = "failed: no explanation: "
 _OUTDATED = "failed: judged in rounds of contexts that a later harvest replaced; score again"
 
 Plans = dict[str, Mapping[str, AdaptivePlan | None]]
@@ -179,7 +180,7 @@ def score_table(
     rows += sorted(untested.values(), key=lambda row: (row["scorer"], row["settings_hash"], *_place(row)))
     for explained in explanations.values():
         if explained["status"] == "failed":
-            status = f"failed: no explanation: {explained['failure']}"
+            status = f"{UNEXPLAINED}{explained['failure']}"
             rows.append({**_identity(explained["latent"], explained), "control": "none", "status": status})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 

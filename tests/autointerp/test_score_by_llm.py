@@ -168,13 +168,13 @@ def test_a_protocol_counts_its_own_scores(run: Run) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_explanations_that_all_failed_are_failures_and_no_crash(run: Run, named: bool) -> None:
+def test_explanations_that_all_failed_are_counted_and_no_crash(run: Run, named: bool) -> None:
     with FakeServer("I cannot tell.") as server:
         explained = explain(run, server)
         assert (explained.n_done, explained.n_failed) == (0, N)
         scored = score(run, server, named=named)
     reason = "no explanation: the answer has no line that begins with [EXPLANATION]:"
-    assert (scored.n_done, dict(scored.failures)) == (0, {reason: N})
+    assert (scored.n_done, scored.n_failed, dict(scored.left_out)) == (0, 0, {reason: N})
     table = read_table(run.stage_path("scores"))
     assert tuple(table.columns) == COLUMNS
     assert table["balanced_accuracy"].isna().all()
