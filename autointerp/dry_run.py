@@ -7,14 +7,15 @@ token), which is said to be an estimate. Nothing is sent but, at most, requests 
 
 Cached are the prompt's leading blocks of 16 tokens that an earlier request had too, as vLLM keeps them, requests one
 after another and nothing evicted (on a CPU its blocks have 128, and less is cached). With adaptive scoring the number
-of rounds is not known: counts are then the most.
+of rounds is not known: counts are then the most. Where the judge's protocol is only known when the server has been
+asked, counts are of the one that costs more, and what the other would cost stands beside them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -58,6 +59,8 @@ class Forecast:
     counted_by: str
     exact: bool
     """Whether prompt tokens were counted by the model's own tokenizer and template."""
+    protocol: str | None = None
+    """Of the judge, where it has several: that of all these figures."""
     requests: int = 0
     requests_at_least: int = 0
     """Less than ``requests`` only where adaptive scoring may stop earlier."""
@@ -72,18 +75,27 @@ class Forecast:
     seconds: float | None = None
     dollars: float | None = None
     notes: list[str] = field(default_factory=list)
+    cheaper: Forecast | None = None
+    """By the other protocol, where only the server can tell which one it will be."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {"dry_run": True, **self.__dict__}
+        cheaper = None if self.cheaper is None else {key: getattr(self.cheaper, key) for key in _OF_PROTOCOL}
+        return {"dry_run": True, **self.__dict__, "cheaper": cheaper}
+
+    @property
+    def cost(self) -> tuple[float, int]:
+        """What forecasts are compared by: the price, where there are prices, and the tokens."""
+        return self.dollars or 0.0, self.prompt_tokens + self.completion_tokens
 
     def render(self) -> None:
         from rich.console import Console
         from rich.markup import escape
 
         about = "" if self.exact else " (an estimate)"
-        least = f" (at least {self.requests_at_least:,})" if self.requests_at_least < self.requests else ""
+        most = "at most " if self.cheaper else ""
         lines = [
-            f"{self.stage} would send {self.requests:,} requests{least} to {self.model or 'no model'}",
+            f"{self.stage} would send {most}{self._requests()} to {self.model or 'no model'}",
+            *([self._in_words(self.cheaper)] if self.cheaper else []),
             f"  answered before {self.answered_before:,}, in the answer cache {self.from_cache:,}",
             f"  prompt tokens {self.prompt_tokens:,}{about}, of them cached by the server {self.cached_tokens:,}",
             f"  written tokens about {self.completion_tokens:,}, at most {self.completion_at_most:,}",
@@ -99,6 +111,28 @@ class Forecast:
         console = Console(soft_wrap=True, highlight=False)
         for line in lines:
             console.print(escape(line))
+
+    def _requests(self) -> str:
+        least = f" (at least {self.requests_at_least:,})" if self.requests_at_least < self.requests else ""
+        return f"{self.requests:,} requests{least}"
+
+    def _in_words(self, cheaper: Forecast) -> str:
+        price = "" if cheaper.dollars is None else f", about ${cheaper.dollars:,.4f}"
+        return (
+            f"  all figures are of --protocol {self.protocol}, the dearer; --protocol {cheaper.protocol} would be "
+            f"{cheaper._requests()}, {cheaper.prompt_tokens:,} prompt tokens{price}; "
+            "without --protocol the command chooses when it has asked the server what it can do"
+        )
+
+
+_OF_PROTOCOL = (
+    *("protocol", "requests", "requests_at_least", "answered_before", "from_cache", "prompt_tokens", "cached_tokens"),
+    *("completion_tokens", "completion_at_most", "seconds", "dollars"),
+)
+
+
+_Cached = Callable[[], Callable[[Request], bool]]
+"""Gives a function that says of a command's requests, in turn, whether the answer is in the cache by then."""
 
 
 @dataclass
@@ -127,7 +161,8 @@ def forecast_explain(
     if not EXPLAINERS[name].asks_model:
         return _free("explain", name)
 
-    def lay_out(client: LlmClient, kept: Callable[[Request], bool]) -> _Asked:
+    def lay_out(client: LlmClient, cached: _Cached) -> dict[str, _Asked]:
+        kept = cached()
         explainer, notes = cast("type[ModelExplainer]", EXPLAINERS[name]).plan(client, options)
         asked = _Asked(notes=notes)
         tasks = [task for run in runs for task in plan_latents(run, choice)]
@@ -138,7 +173,7 @@ def forecast_explain(
             asked.notes.append(f"control SAEs are not counted: {error}")
         for task in [*tasks, *controls]:
             _of_task(task.run, task.latents, explainer, asked, kept)
-        return asked
+        return {"": asked}
 
     return asyncio.run(_forecast("explain", runs, options, prices, lay_out))
 
@@ -184,13 +219,15 @@ def forecast_score(
     n_swapped = CONTROL_LATENTS[True] if control_latents is None else control_latents
     parts = parts_of(named, root, n_swapped, control_sae_latents)
 
-    def lay_out(client: LlmClient, kept: Callable[[Request], bool]) -> _Asked:
-        judge, notes = of_kind.plan(client, options.for_judge())
-        asked = _Asked(notes=notes, answer_like=judge.answer_like)
-        for part in parts:
-            for name in scorers:
-                _of_part(part, name, judge, precision, asked, kept)
-        return asked
+    def lay_out(client: LlmClient, cached: _Cached) -> dict[str, _Asked]:
+        found = {}
+        for protocol, judge in of_kind.plan(client, options.for_judge()).items():
+            kept, asked = cached(), _Asked(answer_like=judge.answer_like)
+            for part in parts:
+                for name in scorers:
+                    _of_part(part, name, judge, precision, asked, kept)
+            found[protocol] = asked
+        return found
 
     return asyncio.run(_forecast("score", [part.run for part in parts], options.for_judge(), prices, lay_out))
 
@@ -247,7 +284,7 @@ async def _forecast(
     runs: Sequence[Run],
     options: LlmOptions,
     prices: Prices | None,
-    lay_out: Callable[[LlmClient, Callable[[Request], bool]], _Asked],
+    lay_out: Callable[[LlmClient, _Cached], Mapping[str, _Asked]],
 ) -> Forecast:
     path = runs[0].root / "cache.sqlite"
     cache = ResponseCache(path) if path.exists() else None
@@ -262,29 +299,46 @@ async def _forecast(
     ) as client:
         if model is None:
             await client.check()
-        seen: set[str] = set()
 
-        def kept(request: Request) -> bool:
-            """Whether the answer is in the cache, or will be by then: the same question earlier in this command."""
-            key = request.key(client.model)
-            if key in seen or (cache is not None and cache.get(key) is not None):
-                return True
-            seen.add(key)
-            return False
+        def cached() -> Callable[[Request], bool]:
+            seen: set[str] = set()
+
+            def kept(request: Request) -> bool:
+                """Whether the answer is in the cache, or will be by then: the same question earlier in this command."""
+                key = request.key(client.model)
+                if key in seen or (cache is not None and cache.get(key) is not None):
+                    return True
+                seen.add(key)
+                return False
+
+            return kept
 
         try:
-            asked = lay_out(client, kept)
+            laid_out = lay_out(client, cached)
         finally:
             if cache is not None:
                 cache.close()
         usage = _usage(runs, stage, client.model)
         per_request = usage["prompt_tokens"] / usage["requests"] if usage["requests"] else 0.0
-        mean = statistics.fmean(characters(r.messages) for r in asked.most) if asked.most else 0.0
-        per_token = mean / per_request if per_request and mean else 0.0
-        async with tokenizer_of(client, options, per_token, None if served is None else served.place) as tokenize:
-            found = Forecast(stage, client.model, tokenize.name, tokenize.exact, notes=asked.notes)
-            await _count(found, asked, tokenize)
-    if stage == "explain" and usage["completion_tokens"]:
+        place = None if served is None else served.place
+        forecasts = []
+        for protocol, asked in laid_out.items():
+            mean = statistics.fmean(characters(r.messages) for r in asked.most) if asked.most else 0.0
+            per_token = mean / per_request if per_request and mean else 0.0
+            async with tokenizer_of(client, options, per_token, place) as tokenize:
+                found = Forecast(stage, client.model, tokenize.name, tokenize.exact, notes=asked.notes)
+                await _count(found, asked, tokenize)
+            found.protocol = protocol or None
+            _estimate(found, usage, options, prices)
+            forecasts.append(found)
+    cheaper, dearest = min(forecasts, key=lambda f: f.cost), max(forecasts, key=lambda f: f.cost)
+    dearest.cheaper = None if cheaper is dearest else cheaper
+    return dearest
+
+
+def _estimate(found: Forecast, usage: Mapping[str, float], options: LlmOptions, prices: Prices | None) -> None:
+    """Time and price, and what is written, by what this model was asked before."""
+    if found.stage == "explain" and usage["completion_tokens"]:
         found.completion_tokens = round(found.requests * usage["completion_tokens"] / usage["requests"])
     if usage["requests"] and usage["seconds"]:
         found.seconds = found.requests * usage["seconds"] / usage["requests"] / options.concurrency
@@ -296,7 +350,6 @@ async def _forecast(
             found.notes.append(
                 "cached prompt tokens are priced like any other; --price-cached gives them a price of their own"
             )
-    return found
 
 
 async def _count(found: Forecast, asked: _Asked, tokenize: Tokenize) -> None:
