@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from autointerp.adaptive import Precision
-from autointerp.backends import kept_server, lacks, open_judge, resolve, words_of
+from autointerp.backends import kept_server, lacks, of_no_effect, open_judge, resolve, words_of
 from autointerp.contexts import Context
 from autointerp.control_saes import beside, was_explained
 from autointerp.cost import going_on
@@ -73,6 +73,7 @@ def score_runs(
     """
     tested = [SCORERS.chosen(name, "--scorer")() for name in scorers]
     kind = resolve(backend, options.for_judge(), "judge")
+    of_no_effect(kind, options.of_judge(), "judge")
     if control_latents is None:
         control_latents = CONTROL_LATENTS[JUDGES[kind].asks_model]
     with kept_server(options) as options:

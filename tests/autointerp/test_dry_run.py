@@ -17,7 +17,8 @@ from test_score_by_llm import ITEMS, N, explain, harvested, run, score  # noqa: 
 
 from autointerp.adaptive import Precision
 from autointerp.cost import Prices
-from autointerp.dry_run import Forecast, forecast_explain, forecast_score
+from autointerp.dry_run import forecast_explain, forecast_score
+from autointerp.forecast import Forecast
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import BLOCK, block_keys, by_characters, local_tokenizer
 from autointerp.score import score_runs
