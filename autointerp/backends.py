@@ -61,6 +61,16 @@ def resolve(backend: str, options: LlmOptions, what: str) -> str:
     return backend
 
 
+def of_no_effect(name: str, flags: list[str], what: str) -> None:
+    """Raise where flags about a language model were given beside an explainer or judge (``what``) that asks none."""
+    known: Registry[Explainer] | Registry[Judge] = EXPLAINERS if what == "explainer" else JUDGES
+    if flags and not known[name].asks_model:
+        raise BadInput(
+            f"{flags[0]} has no effect: the {what} {name} asks no language model; leave it out, or choose another "
+            f"--{what}"
+        )
+
+
 def words_of(name: str, options: LlmOptions, what: str) -> list[str]:
     """The flag that chooses this explainer or judge again, for a command to print; none where ``auto`` does."""
     return [] if name == resolve("auto", options, what) else [f"--{what}", name]

@@ -7,25 +7,27 @@ token), which is said to be an estimate. Nothing is sent but, at most, requests 
 
 Cached are the prompt's leading blocks of 16 tokens that an earlier request had too, as vLLM keeps them, requests one
 after another and nothing evicted (on a CPU its blocks have 128, and less is cached). With adaptive scoring the number
-of rounds is not known: counts are then the most.
+of rounds is not known: counts are then the most. Where the judge's protocol is only known when the server has been
+asked, counts are of the one that costs more, and what the other would cost stands beside them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from autointerp.adaptive import Precision
-from autointerp.backends import resolve
+from autointerp.backends import of_no_effect, resolve
 from autointerp.contexts import Context
 from autointerp.cost import Prices
 from autointerp.explain import identity_of, plan_controls, plan_latents
 from autointerp.explainers import EXPLAINERS
 from autointerp.explainers.base import ModelExplainer
+from autointerp.forecast import Forecast
 from autointerp.journal import Journal
 from autointerp.judges import JUDGES
 from autointerp.judges.base import ModelJudge
@@ -49,56 +51,8 @@ EXPLANATION_TOKENS = 80
 """Written for an explanation where the journal has none to go by."""
 
 
-@dataclass
-class Forecast:
-    """What a command would cost. ``None``: not known."""
-
-    stage: str
-    model: str
-    counted_by: str
-    exact: bool
-    """Whether prompt tokens were counted by the model's own tokenizer and template."""
-    requests: int = 0
-    requests_at_least: int = 0
-    """Less than ``requests`` only where adaptive scoring may stop earlier."""
-    answered_before: int = 0
-    """Contexts or latents that the journal has answers for."""
-    from_cache: int = 0
-    """Requests whose answer is kept."""
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    completion_at_most: int = 0
-    seconds: float | None = None
-    dollars: float | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"dry_run": True, **self.__dict__}
-
-    def render(self) -> None:
-        from rich.console import Console
-        from rich.markup import escape
-
-        about = "" if self.exact else " (an estimate)"
-        least = f" (at least {self.requests_at_least:,})" if self.requests_at_least < self.requests else ""
-        lines = [
-            f"{self.stage} would send {self.requests:,} requests{least} to {self.model or 'no model'}",
-            f"  answered before {self.answered_before:,}, in the answer cache {self.from_cache:,}",
-            f"  prompt tokens {self.prompt_tokens:,}{about}, of them cached by the server {self.cached_tokens:,}",
-            f"  written tokens about {self.completion_tokens:,}, at most {self.completion_at_most:,}",
-            f"  counted by {self.counted_by}",
-            "  time unknown: nothing was asked of this model before"
-            if self.seconds is None
-            else f"  time about {self.seconds:,.0f} s",
-            "  price unknown: give --price-in and --price-out"
-            if self.dollars is None
-            else f"  price about ${self.dollars:,.4f}",
-            *(f"  {note}" for note in self.notes),
-        ]
-        console = Console(soft_wrap=True, highlight=False)
-        for line in lines:
-            console.print(escape(line))
+_Cached = Callable[[], Callable[[Request], bool]]
+"""Gives a function that says of a command's requests, in turn, whether the answer is in the cache by then."""
 
 
 @dataclass
@@ -127,7 +81,8 @@ def forecast_explain(
     if not EXPLAINERS[name].asks_model:
         return _free("explain", name)
 
-    def lay_out(client: LlmClient, kept: Callable[[Request], bool]) -> _Asked:
+    def lay_out(client: LlmClient, cached: _Cached) -> dict[str, _Asked]:
+        kept = cached()
         explainer, notes = cast("type[ModelExplainer]", EXPLAINERS[name]).plan(client, options)
         asked = _Asked(notes=notes)
         tasks = [task for run in runs for task in plan_latents(run, choice)]
@@ -138,7 +93,7 @@ def forecast_explain(
             asked.notes.append(f"control SAEs are not counted: {error}")
         for task in [*tasks, *controls]:
             _of_task(task.run, task.latents, explainer, asked, kept)
-        return asked
+        return {"": asked}
 
     return asyncio.run(_forecast("explain", runs, options, prices, lay_out))
 
@@ -173,6 +128,7 @@ def forecast_score(
     for name in scorers:
         SCORERS.checked(name, "--scorer")
     kind = resolve(backend, options.for_judge(), "judge")
+    of_no_effect(kind, options.of_judge(), "judge")
     if not JUDGES[kind].asks_model:
         return _free("score", kind)
     of_kind = cast("type[ModelJudge]", JUDGES[kind])
@@ -184,13 +140,15 @@ def forecast_score(
     n_swapped = CONTROL_LATENTS[True] if control_latents is None else control_latents
     parts = parts_of(named, root, n_swapped, control_sae_latents)
 
-    def lay_out(client: LlmClient, kept: Callable[[Request], bool]) -> _Asked:
-        judge, notes = of_kind.plan(client, options.for_judge())
-        asked = _Asked(notes=notes, answer_like=judge.answer_like)
-        for part in parts:
-            for name in scorers:
-                _of_part(part, name, judge, precision, asked, kept)
-        return asked
+    def lay_out(client: LlmClient, cached: _Cached) -> dict[str, _Asked]:
+        found = {}
+        for protocol, judge in of_kind.plan(client, options.for_judge()).items():
+            kept, asked = cached(), _Asked(answer_like=judge.answer_like)
+            for part in parts:
+                for name in scorers:
+                    _of_part(part, name, judge, precision, asked, kept)
+            found[protocol] = asked
+        return found
 
     return asyncio.run(_forecast("score", [part.run for part in parts], options.for_judge(), prices, lay_out))
 
@@ -208,8 +166,7 @@ def _of_part(
     test = Test.of(scorer, judge, Material.of(run), plan)
     asked_by = judge.of_marks() if scorer.marked else judge
     with Journal(run.journal_path) as journal:
-        explanations = part.readable(journal, judge)
-        for question in questions_of(run, explanations, part.n_swapped):
+        for question in questions_of(part, part.readable(journal, judge)):
             labels = journal.labels(
                 latent=question.latent, explanation_id=question.explanation_id, control=question.control, **test.same
             )
@@ -248,7 +205,7 @@ async def _forecast(
     runs: Sequence[Run],
     options: LlmOptions,
     prices: Prices | None,
-    lay_out: Callable[[LlmClient, Callable[[Request], bool]], _Asked],
+    lay_out: Callable[[LlmClient, _Cached], Mapping[str, _Asked]],
 ) -> Forecast:
     path = runs[0].root / "cache.sqlite"
     cache = ResponseCache(path) if path.exists() else None
@@ -263,29 +220,46 @@ async def _forecast(
     ) as client:
         if model is None:
             await client.check()
-        seen: set[str] = set()
 
-        def kept(request: Request) -> bool:
-            """Whether the answer is in the cache, or will be by then: the same question earlier in this command."""
-            key = request.key(client.model)
-            if key in seen or (cache is not None and cache.get(key) is not None):
-                return True
-            seen.add(key)
-            return False
+        def cached() -> Callable[[Request], bool]:
+            seen: set[str] = set()
+
+            def kept(request: Request) -> bool:
+                """Whether the answer is in the cache, or will be by then: the same question earlier in this command."""
+                key = request.key(client.model)
+                if key in seen or (cache is not None and cache.get(key) is not None):
+                    return True
+                seen.add(key)
+                return False
+
+            return kept
 
         try:
-            asked = lay_out(client, kept)
+            laid_out = lay_out(client, cached)
         finally:
             if cache is not None:
                 cache.close()
         usage = _usage(runs, stage, client.model)
         per_request = usage["prompt_tokens"] / usage["requests"] if usage["requests"] else 0.0
-        mean = statistics.fmean(characters(r.messages) for r in asked.most) if asked.most else 0.0
-        per_token = mean / per_request if per_request and mean else 0.0
-        async with tokenizer_of(client, options, per_token, None if served is None else served.place) as tokenize:
-            found = Forecast(stage, client.model, tokenize.name, tokenize.exact, notes=asked.notes)
-            await _count(found, asked, tokenize)
-    if stage == "explain" and usage["completion_tokens"]:
+        place = None if served is None else served.place
+        forecasts = []
+        for protocol, asked in laid_out.items():
+            mean = statistics.fmean(characters(r.messages) for r in asked.most) if asked.most else 0.0
+            per_token = mean / per_request if per_request and mean else 0.0
+            async with tokenizer_of(client, options, per_token, place) as tokenize:
+                found = Forecast(stage, client.model, tokenize.name, tokenize.exact, notes=asked.notes)
+                await _count(found, asked, tokenize)
+            found.protocol = protocol or None
+            _estimate(found, usage, options, prices)
+            forecasts.append(found)
+    cheaper, dearest = min(forecasts, key=lambda f: f.cost), max(forecasts, key=lambda f: f.cost)
+    dearest.cheaper = None if cheaper is dearest else cheaper
+    return dearest
+
+
+def _estimate(found: Forecast, usage: Mapping[str, float], options: LlmOptions, prices: Prices | None) -> None:
+    """Time and price, and what is written, by what this model was asked before."""
+    if found.stage == "explain" and usage["completion_tokens"]:
         found.completion_tokens = round(found.requests * usage["completion_tokens"] / usage["requests"])
     if usage["requests"] and usage["seconds"]:
         found.seconds = found.requests * usage["seconds"] / usage["requests"] / options.concurrency
@@ -297,7 +271,6 @@ async def _forecast(
             found.notes.append(
                 "cached prompt tokens are priced like any other; --price-cached gives them a price of their own"
             )
-    return found
 
 
 async def _count(found: Forecast, asked: _Asked, tokenize: Tokenize) -> None:

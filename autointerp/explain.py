@@ -1,7 +1,8 @@
 """`explain`: choose latents, show their activating contexts to an explainer, keep each answer in the journal.
 
 Earlier stages that are missing run first. A latent that already has an explanation by the same explainer, from
-the same contexts and prompts, is not asked again; one that failed is.
+the same contexts and prompts, is not asked again; one that failed is. A latent with too few contexts is never asked
+about: named outright it is counted, with the reason, and is no failure.
 
 With the latents of a run a sample of each control SAE of its study is explained (:mod:`autointerp.control_saes`), and
 beside any other explainer the n-gram baseline explains the same latents, which costs no request.
@@ -98,7 +99,7 @@ def plan_latents(run: Run, choice: Choice) -> list[Task]:
     sample = None if choice.indices else draw(run, table, eligible, choice)
     latents = choose(run, table, eligible, choice) if sample is None else sample.latents
     lacking = sorted(set(latents) - set(eligible))
-    if lacking:  # named outright by the user: said here, recorded as failures below
+    if lacking:  # named outright by the user: said here, recorded with the reason below
         say(f"{run.name}: {len(lacking)} of the latents named have too few contexts, the first is {lacking[0]}")
     if not latents:
         raise BadInput(
@@ -192,7 +193,7 @@ async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcom
         return
     baseline = Outcome("explain")
     await _explain_run(Task(task.run, latents), NgramExplainer(), 1, baseline, retry, "explain by n-grams")
-    lost = baseline.failures.items()
+    lost = (baseline.failures + baseline.left_out).items()
     outcome.notes += [f"{task.run.name}: {n} latents without an n-gram baseline: {why}" for why, n in lost]
 
 
@@ -237,7 +238,9 @@ async def _explain_run(
                 failure=None if text is not None else failure,
                 **same,
             )
-            if text is None:
+            if not eligible:
+                outcome.left_out[failure] += 1
+            elif text is None:
                 outcome.failures[failure] += 1
             else:
                 outcome.n_new += 1

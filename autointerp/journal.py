@@ -252,13 +252,22 @@ class Journal:
         with self._database.reading() as connection:
             return sorted(str(row[0]) for row in connection.execute("SELECT DISTINCT scorer FROM verdict"))
 
-    def state(self) -> list[int]:
-        """Numbers that change with whatever is added or mended: what is made from the journal records them."""
+    def explanation_state(self) -> list[int]:
+        """Numbers that change with whatever is added to the explanations, or mended: count, highest id, failures."""
         with self._database.reading() as connection:
-            query = "SELECT count(*), ifnull(max(id), 0), ifnull(sum({}), 0) FROM {}"
-            explanations = connection.execute(query.format("status = 'failed'", "explanation")).fetchone()
-            verdicts = connection.execute(query.format("failure IS NOT NULL", "verdict")).fetchone()
-        return [int(n) for n in (*explanations, *verdicts)]
+            query = "SELECT count(*), ifnull(max(id), 0), ifnull(sum(status = 'failed'), 0) FROM explanation"
+            return [int(n) for n in connection.execute(query).fetchone()]
+
+    def verdict_states(self) -> dict[tuple[str, ...], tuple[int, int, int, str, str]]:
+        """Judge, scorer, settings hash, prompt hash and model → what changes with whatever is added to their verdicts,
+        or mended: count, highest id, failures, and when the first and the last were written."""
+        columns = "judge, scorer, settings_hash, prompt_hash, model"
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                f"SELECT {columns}, count(*), max(id), sum(failure IS NOT NULL), min(created), max(created) "
+                f"FROM verdict GROUP BY {columns}"
+            ).fetchall()
+        return {tuple(row[:5]): (int(row[5]), int(row[6]), int(row[7]), str(row[8]), str(row[9])) for row in rows}
 
     # usage
 

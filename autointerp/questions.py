@@ -5,7 +5,7 @@ Controls cost as much as the scores, so with a language model a sample of the la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Part:
     """Latents to score; ``None``: all that are explained."""
     is_control: bool = False
     """Whether it is there beside a run of its study."""
+    latents: frozenset[int] | None = None
+    """Those whose scores are wanted; ``None``: all that are explained. Others lend their explanations to controls."""
 
     def explanations(self, journal: Journal) -> pd.DataFrame:
         """Those that are to be scored, whoever's they are."""
@@ -55,6 +57,10 @@ class Part:
         if not has_more_than_baseline(journal):
             return explanations
         return explanations[explanations["explainer"] != BASELINE]
+
+    def wanted(self, readable: pd.DataFrame) -> pd.DataFrame:
+        """Those of the ``readable`` ones that are to be scored."""
+        return readable if self.latents is None else readable[readable["latent"].isin(self.latents)]
 
 
 def parts_of(
@@ -91,13 +97,15 @@ def has_more_than_baseline(journal: Journal) -> bool:
     return bool((journal.explanations()["explainer"] != BASELINE).any())
 
 
-def questions_of(run: Run, explanations: pd.DataFrame, control_latents: int | None) -> list[Question]:
-    """What is to be judged of ``explanations`` (see :meth:`Part.readable`): each, and up to so many controls."""
-    own = [_question(row) for row in records_of(explanations)]
-    return [*own, *_controls(run, explanations, control_latents)]
+def questions_of(part: Part, readable: pd.DataFrame) -> list[Question]:
+    """What is to be judged of the explanations that the judge can read (see :meth:`Part.readable`): each that is
+    wanted, and up to so many controls. Who lends a control its explanation does not depend on what is wanted, so that
+    whoever scores more of the latents later has the same controls."""
+    own = [_question(row) for row in records_of(part.wanted(readable))]
+    return [*own, *_controls(part.run, readable, part.n_swapped, part.latents)]
 
 
-def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[Question]:
+def _controls(run: Run, explanations: pd.DataFrame, n: int | None, wanted: Set[int] | None) -> Iterator[Question]:
     """For up to ``n`` latents of each set-up, the explanation of a dissimilar latent in place of their own."""
     from safetensors import safe_open
 
@@ -108,7 +116,7 @@ def _controls(run: Run, explanations: pd.DataFrame, n: int | None) -> Iterator[Q
     for _, group in explanations.groupby(["explainer", "settings_hash", "prompt_hash", "model", "draw"]):
         own = {question.latent: question for question in map(_question, records_of(group))}
         chosen = swap_partners(sorted(own), decoder, run.store(), seed=run.settings.contexts.sample_seed)
-        for latent in _first_by_hash(list(chosen), n):
+        for latent in _first_by_hash([x for x in chosen if wanted is None or x in wanted], n):
             other = own[chosen[latent]]
             yield replace(own[latent], explanation_id=other.explanation_id, text=other.text, control="swap")
 

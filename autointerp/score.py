@@ -2,7 +2,8 @@
 
 An explanation is judged on contexts that its explainer never saw. Beside each mean stands a control: the same
 contexts judged by the explanation of another, dissimilar latent, which is what words that say nothing about this
-latent are worth. What was judged is not judged again; what failed is.
+latent are worth. What was judged is not judged again; what failed is. A latent that has no explanation is counted and
+no failure: there is nothing to judge.
 
 With a run the explained sample of each control SAE of its study is scored (:mod:`autointerp.control_saes`). Beside
 other explanations those of the n-gram baseline are judged by the n-gram judge on the same contexts.
@@ -18,13 +19,14 @@ from pathlib import Path
 import pandas as pd
 
 from autointerp.adaptive import Precision
-from autointerp.backends import capabilities, kept_server, lacks, open_judge, resolve, words_of
+from autointerp.backends import kept_server, lacks, of_no_effect, open_judge, resolve, words_of
 from autointerp.contexts import Context
 from autointerp.control_saes import beside, was_explained
 from autointerp.cost import going_on
 from autointerp.journal import Journal, Verdict
 from autointerp.judges import JUDGES
 from autointerp.judges.base import Judge
+from autointerp.kept_scores import KeptScores, brought_up_to_date, states_of
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.usage import Usage
 from autointerp.material import Material
@@ -32,19 +34,18 @@ from autointerp.method import BASELINE
 from autointerp.questions import CONTROL_LATENTS, Part, Question, has_more_than_baseline, parts_of, questions_of
 from autointerp.rounds import AdaptivePlan
 from autointerp.score_table import (
-    COLUMNS,
+    UNEXPLAINED,
     UNTESTED,
     Test,
     lost_scorers,
     of_this_judge,
-    plans_of,
     records_of,
-    score_table,
 )
 from autointerp.scorers import SCORERS
 from autointerp.scorers.base import Scorer
+from autointerp.setups import status_kind
 from autointerp.work import Outcome, in_flight
-from sae.files import digest, read_table, table_metadata, write_table
+from sae.files import digest
 from sae.progress import Bar, say, track
 from sae.run import MAIN_SCORER, Run, command
 
@@ -72,6 +73,7 @@ def score_runs(
     """
     tested = [SCORERS.chosen(name, "--scorer")() for name in scorers]
     kind = resolve(backend, options.for_judge(), "judge")
+    of_no_effect(kind, options.of_judge(), "judge")
     if control_latents is None:
         control_latents = CONTROL_LATENTS[JUDGES[kind].asks_model]
     with kept_server(options) as options:
@@ -106,7 +108,7 @@ async def _score(
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
         for part in parts:
             for scorer in scorers:
-                if judge.name != BASELINE and not part.is_control and not _is_done(part, scorer, judge, precision):
+                if judge.name != BASELINE and not part.is_control:
                     await _score_baseline(part, scorer, judge, precision, outcome)
                 await _score_run(part, scorer, judge, options.concurrency, precision, outcome, outcome.retry)
         outcome.notes += lacks(judge)
@@ -149,30 +151,24 @@ def _without_controls(runs: Sequence[Run]) -> list[str]:
     return [f"{names} (control): not explained, so not scored; the command that explained {runs[0].name} explains them"]
 
 
-def _is_done(part: Part, scorer: Scorer, judge: Judge, precision: Precision | None) -> bool:
-    """Whether the score table is of a finished call like this one, and nothing was added since."""
-    material = Material.of(part.run)
-    test = Test.of(scorer, judge, material, AdaptivePlan.of(part.run, scorer, precision) if precision else None)
-    with Journal(part.run.journal_path) as journal:
-        inputs = _inputs(material, test.same, part, journal)
-    return inputs is not None and table_metadata(part.run.stage_path("scores")).get("inputs") == inputs
-
-
 async def _score_baseline(
     part: Part, scorer: Scorer, judge: Judge, precision: Precision | None, outcome: Outcome
 ) -> None:
-    """The n-gram explanations that stand beside a language model's, by the n-gram judge; ``judge`` comes after."""
+    """The n-gram explanations of the latents whose explanations ``judge`` scores after this, by the n-gram judge."""
     from autointerp.judges.ngram import NgramJudge
 
     with Journal(part.run.journal_path) as journal:
-        if not has_more_than_baseline(journal) or journal.explanations(status="ok", explainer=BASELINE).empty:
+        if not has_more_than_baseline(journal):
+            return
+        latents = frozenset(part.readable(journal, judge)["latent"].tolist())
+        if journal.explanations(status="ok", explainer=BASELINE, latent=latents).empty:
             return
     baseline = Outcome("score")
-    whole = replace(part, n_swapped=CONTROL_LATENTS[NgramJudge.asks_model])
-    await _score_run(whole, scorer, NgramJudge(), 1, precision, baseline, "", "score by n-grams", judge)
+    beside = replace(part, n_swapped=CONTROL_LATENTS[NgramJudge.asks_model], latents=latents)
+    await _score_run(beside, scorer, NgramJudge(), 1, precision, baseline, "", "score by n-grams", judge)
     outcome.notes += [
         f"{part.run.name}: {n} n-gram baselines have no {scorer.name} score: {why}"
-        for why, n in baseline.failures.items()
+        for why, n in (baseline.failures + baseline.left_out).items()
     ]
 
 
@@ -196,10 +192,11 @@ async def _score_run(
     judges = {each.name: each for each in (NgramJudge(), other, judge) if each is not None}
     test = Test.of(scorer, judge, material, plan)
     same = test.same
-    path = run.stage_path("scores")
+    kept = KeptScores.of(run.stage_path("scores"), material.digest)
     asked_now: set[int] = set()
     with Journal(run.journal_path) as journal, journal.claim():
-        used = {scorer.name, *journal.scorers(), *(name for name, _ in _made(path))}  # the others need not even work
+        made = kept.keys()
+        used = {scorer.name, *journal.scorers(), *(name for name, _ in made)}  # the others need not even work
         tests = Test.all_of(list(judges.values()), material, sorted(used & set(SCORERS)))
         if plan is None:
             test = next(each for each in tests if each.key == test.key)  # its contexts are drawn once
@@ -213,61 +210,58 @@ async def _score_run(
                 f"{run.name}: {len(explanations) - len(read)} explanations that are not by {judge.reads} were left "
                 f"out: the judge {judge.name} reads no others; give --llm-url, or another --judge, to have them judged"
             )
-        inputs = _inputs(material, same, part, journal)
-        if inputs is not None and table_metadata(path).get("inputs") == inputs:
-            table = read_table(path)  # nothing was added, and nothing failed that could be tried again
-        else:
-            questions = questions_of(run, read, part.n_swapped)
+        call = _call(part, read)
+        is_done = kept.is_done(test.set_up, call, states_of(journal))
+        if not is_done:
+            questions = questions_of(part, read)
             if questions:
                 with (
                     track(f"{doing} {run.name} ({scorer.name})", len(questions), "explanations") as bar,
                     going_on(len(questions), "explanations", retry),
                 ):
                     await _judge_all(questions, test, journal, asked_now, concurrency, bar)
-            plans = plans_of(run, journal)
-            if plan:
-                plans[same["settings_hash"]] = {scorer.name: plan}  # the one whose contexts have been read already
-            table = score_table(journal, [*tests, test], readable, _made(path) | {test.key}, plans)
             outcome.notes += [
                 f"{run.name}: verdicts of the scorer {name} stay in the journal and out of the scores: there is no "
                 f"autointerp/scorers/{name}.py any more"
                 for name in lost_scorers(journal)
             ]
-            final = _inputs(material, same, part, journal)
-            write_table(path, table, inputs=final, material=material.digest, capabilities=capabilities(judge))
-    _count(table, same, asked_now, outcome, f"{run.name}: {{}} explanations have no {scorer.name} score")
+        wanted = {name: part.wanted(each) for name, each in readable.items()}
+        table = brought_up_to_date(kept, journal, material, [*tests, test], wanted, None if is_done else call, judge)
+    if part.latents is not None:
+        table = table[table["latent"].isin(part.latents)]
+    _count(table, same, asked_now, outcome, run.name, f"{run.name}: {{}} explanations have no {scorer.name} score")
 
 
-def _count(table: pd.DataFrame, same: Mapping[str, str], asked_now: Set[int], outcome: Outcome, lacking: str) -> None:
+def _count(
+    table: pd.DataFrame, same: Mapping[str, str], asked_now: Set[int], outcome: Outcome, run: str, lacking: str
+) -> None:
     """Add to ``outcome`` what became of one judge's explanations; ``lacking`` says how many have too few contexts."""
-    untested = 0
+    untested = unexplained = 0
     for row in records_of(of_this_judge(table, same)):
         if row["status"] == "ok":
             outcome.n_done += 1
             outcome.n_new += row["explanation_id"] in asked_now
         elif row["status"] == UNTESTED:
             untested += 1
+        elif row["status"].startswith(UNEXPLAINED):
+            outcome.left_out[row["status"].removeprefix("failed: ")] += 1
+            unexplained += status_kind(row["status"]) == "failed"
         else:
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
     if untested:
         outcome.notes.append(f"{lacking.format(untested)}: too few contexts for it")
+    if unexplained:
+        outcome.notes.append(
+            f"{run}: explaining {unexplained} latents failed; the same `explain` asks again about these"
+        )
 
 
-def _made(path: Path) -> set[tuple[str, str]]:
-    """The scorers and settings of which the score table has rows."""
-    if not path.exists():
-        return set()
-    before = read_table(path, ["scorer", "settings_hash"]).drop_duplicates()
-    return {(row["scorer"], row["settings_hash"]) for row in records_of(before)}
-
-
-def _inputs(material: Material, same: Mapping[str, str], part: Part, journal: Journal) -> str | None:
-    """The digest of all that the score table of a finished call depends on; ``None`` while failures can be retried."""
-    *_, failed_verdicts = state = journal.state()
-    if failed_verdicts:
-        return None
-    depends = {"material": material.digest, "judge": dict(same), "controls": part.n_swapped, "journal": state}
-    return digest({**depends, "at_most": part.at_most, "columns": COLUMNS})
+def _call(part: Part, readable: pd.DataFrame) -> str:
+    """The digest of what one call asks of a set-up: whose explanations, and whose controls."""
+    wanted = part.wanted(readable)
+    own = [[int(x) for x in wanted[column]] for column in ("id", "latent")]
+    lenders = [] if part.n_swapped == 0 else [int(number) for number in readable["id"]]
+    return digest({"explanations": own, "controls": part.n_swapped, "lenders": lenders})
 
 
 async def _judge_all(

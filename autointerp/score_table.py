@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 
@@ -29,10 +29,26 @@ _JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
 COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow._fields)
 """Of the score table. All are there even when every explanation failed and nothing was judged."""
 UNTESTED = "failed: too few contexts that can be marked otherwise"
+UNEXPLAINED = "failed: no explanation: "
 _OUTDATED = "failed: judged in rounds of contexts that a later harvest replaced; score again"
 
 Plans = dict[str, Mapping[str, AdaptivePlan | None]]
 """Settings hash → scorer → the plan by which it was judged, of adaptive set-ups; ``None``: no longer known."""
+
+
+class SetUp(NamedTuple):
+    """What all verdicts of one way of judging have in common in the journal."""
+
+    judge: str
+    scorer: str
+    settings_hash: str
+    prompt_hash: str
+    model: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What decides which contexts are judged."""
+        return self.scorer, self.settings_hash
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,11 @@ class Test:
 
     @property
     def key(self) -> tuple[str, str]:
-        return self.scorer.name, self.same["settings_hash"]
+        return self.set_up.key
+
+    @property
+    def set_up(self) -> SetUp:
+        return SetUp(**self.same)
 
     @classmethod
     def of(
@@ -110,6 +130,9 @@ def score_table(
     readable: Mapping[str, pd.DataFrame],
     made: Set[tuple[str, str]],
     plans: Plans | None = None,
+    standing: Mapping[SetUp, Sequence[dict[str, Any]]] | None = None,
+    kept: Sequence[dict[str, Any]] = (),
+    advance: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """One row per explanation, judge set-up and control, from the verdicts; failed explanations are rows too.
 
@@ -118,43 +141,66 @@ def score_table(
     ones ``plans`` are what is known. Of the explanations that are ``readable`` for a judge (by its name), those whose
     latent has too few contexts for a test among the ``made`` ones (scorer and settings) are rows without scores.
     Verdicts of scorers that are gone (:func:`lost_scorers`) make no rows.
+
+    Args:
+        standing: set-up → its rows of verdicts, where these need not be made again.
+        kept: rows without scores that stay; see ``made``.
+        advance: called for each row that is made, with the number of its verdicts.
     """
     explanations = {row["id"]: row for row in records_of(journal.explanations())}
-    # Sums are rounded in the order of their parts, and answers come in any order: a score must not depend on it.
-    verdicts, plans = journal.verdicts().sort_values("context", kind="stable"), plans or {}
+    standing, plans = standing or {}, plans or {}
     known = {test.key: test for test in tests}
-    rows: list[dict[str, Any]] = []
-    keys = ["explanation_id", "latent", "judge", "scorer", "settings_hash", "prompt_hash", "model"]
-    keys += ["control", "replicate"]
-    for key, group in verdicts[verdicts["scorer"].isin(list(SCORERS))].groupby(keys, sort=True):
-        found: dict[str, Any] = dict(zip(keys, cast(tuple[Any, ...], key), strict=True))
-        scorer = SCORERS[found["scorer"]]()
-        if found["settings_hash"] in plans:
-            plan = plans[found["settings_hash"]].get(found["scorer"])
-            outdated = scorer.score(group.iloc[:0])._replace(status=_OUTDATED)
-            row = plan.score(found["latent"], group) if plan else outdated
-        else:
-            test = known.get((found["scorer"], found["settings_hash"]))
-            row = scorer.score(group, test.items(found["latent"]) if test is not None else ())
-        rows.append(
-            {
-                **_identity(found["latent"], explanations[found["explanation_id"]]),
-                **_judged_by(found),
-                "control": found["control"],
-                "replicate": found["replicate"],
-                **row._asdict(),
-            }
-        )
+    rows = [row for of in standing.values() for row in of]
+    for set_up in map(SetUp._make, sorted(journal.verdict_states())):
+        if set_up in standing or set_up.scorer not in SCORERS:
+            continue
+        # Sums are rounded in the order of their parts, and answers come in any order: a score must not depend on it.
+        verdicts = journal.verdicts(**set_up._asdict()).sort_values("context", kind="stable")
+        for key, group in verdicts.groupby(["explanation_id", "latent", "control", "replicate"], sort=True):
+            number, latent, control, replicate = cast(tuple[int, int, str, int], key)
+            rows.append(
+                {
+                    **_identity(latent, explanations[number]),
+                    **_judged_by(set_up),
+                    "control": control,
+                    "replicate": replicate,
+                    **_score(set_up, latent, group, known, plans)._asdict(),
+                }
+            )
+            if advance:
+                advance(len(group))
+    rows.sort(key=_place)
+    untested = {(row["explanation_id"], judged_by(row)): row for row in kept}
     for test in (known[key] for key in sorted(made & known.keys())):
         for explained in records_of(readable[test.same["judge"]]):
             if not test.items(explained["latent"]):
-                untested = {"control": "none", "replicate": 0, "status": UNTESTED}
-                rows.append({**_identity(explained["latent"], explained), **_judged_by(test.same), **untested})
+                row = {**_identity(explained["latent"], explained), **_judged_by(test.set_up)}
+                row |= {"control": "none", "replicate": 0, "status": UNTESTED}
+                untested[explained["id"], judged_by(row)] = row
+    rows += sorted(untested.values(), key=lambda row: (row["scorer"], row["settings_hash"], *_place(row)))
     for explained in explanations.values():
         if explained["status"] == "failed":
-            status = f"failed: no explanation: {explained['failure']}"
+            status = f"{UNEXPLAINED}{explained['failure']}"
             rows.append({**_identity(explained["latent"], explained), "control": "none", "status": status})
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _score(
+    set_up: SetUp, latent: int, verdicts: pd.DataFrame, known: Mapping[tuple[str, str], Test], plans: Plans
+) -> ScoreRow:
+    """The score of one explanation, judged once by ``set_up``."""
+    scorer = SCORERS[set_up.scorer]()
+    if set_up.settings_hash not in plans:
+        test = known.get(set_up.key)
+        return scorer.score(verdicts, test.items(latent) if test is not None else ())
+    plan = plans[set_up.settings_hash].get(set_up.scorer)
+    return plan.score(latent, verdicts) if plan else scorer.score(verdicts.iloc[:0])._replace(status=_OUTDATED)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands in the table: by explanation, then by who judged."""
+    order = ("explanation_id", "latent", *("judge", "scorer", "settings_hash", "judge_prompt_hash", "model"))
+    return tuple(row[column] for column in (*order, "control", "replicate"))
 
 
 def lost_scorers(journal: Journal) -> list[str]:
@@ -183,10 +229,15 @@ def of_this_judge(table: pd.DataFrame, same: Mapping[str, str]) -> pd.DataFrame:
     return found[judged | unexplained]
 
 
-def _judged_by(verdict: Mapping[str, Any]) -> dict[str, Any]:
+def _judged_by(set_up: SetUp) -> dict[str, Any]:
     """The columns that say who judged, and how."""
-    same = {key: verdict[key] for key in ("judge", "model", "scorer", "settings_hash")}
-    return {**same, "judge_prompt_hash": verdict["prompt_hash"]}
+    same = {key: getattr(set_up, key) for key in ("judge", "model", "scorer", "settings_hash")}
+    return {**same, "judge_prompt_hash": set_up.prompt_hash}
+
+
+def judged_by(row: Mapping[str, Any]) -> SetUp:
+    """The set-up that a row of the table is of."""
+    return SetUp(row["judge"], row["scorer"], row["settings_hash"], row["judge_prompt_hash"], row["model"])
 
 
 def _identity(latent: int, explanation: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,9 @@ class Outcome:
     n_new: int = 0
     """Of these, done by this call."""
     failures: Counter[str] = field(default_factory=Counter)
-    """Reason → latents that failed for it."""
+    """Reason → latents that failed for it, so that asking again may mend it."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Reason → latents that there was nothing to ask about, whoever asks again: no failures of this command."""
     retry: str = ""
     """Given with the same options, it asks again only what failed."""
     next: str = ""
@@ -48,8 +50,10 @@ class Outcome:
             "n_new": self.n_new,
             "n_failed": self.n_failed,
             "failures": dict(self.failures.most_common()),
+            "n_left_out": self.left_out.total(),
+            "left_out": dict(self.left_out.most_common()),
             "retry": self.retry if self.failures else None,
-            "next": None if self.failures else self.next or None,
+            "next": (self.next or None) if self.n_done and not self.failures else None,
             "notes": self.notes,
         }
 

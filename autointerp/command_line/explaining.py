@@ -41,6 +41,7 @@ def explain(
     python cli.py explain --sae run_a --llm-url http://127.0.0.1:8000/v1 --dry-run
     python cli.py explain --sae run_a --vllm Qwen/Qwen2.5-7B-Instruct
     """
+    from autointerp.backends import of_no_effect, resolve
     from autointerp.selection import Choice
 
     if unshared_only and shared_only:
@@ -54,7 +55,10 @@ def explain(
         threshold=threshold,
         with_partners=with_partners,
     )
+    if choice.indices and latents != Choice().n:
+        raise BadInput("--indices names latents outright, --latents draws a sample; give one of the two")
     options = llm_options(server, spending=spending)
+    of_no_effect(resolve(explainer, options, "explainer"), options.of_server(), "explainer")
     runs = opened(sae, output.root)
     if spending.dry_run:
         from autointerp.dry_run import forecast_explain

@@ -6,7 +6,7 @@ A judge may look at a context's ``text``, ``tokens`` and ``marks`` and at nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
@@ -74,8 +74,9 @@ class ModelJudge(Judge, Protocol):
         ...
 
     @classmethod
-    def plan(cls, client: LlmClient, options: LlmOptions) -> tuple[Self, list[str]]:
-        """As :meth:`open`, but sends nothing, for ``--dry-run``; and what is not known therefore, in sentences."""
+    def plan(cls, client: LlmClient, options: LlmOptions) -> Mapping[str, Self]:
+        """As :meth:`open`, but sends nothing, for ``--dry-run``: its protocol → the judge. Several where which one it
+        will be is only known when the servers have been asked; a judge with one protocol alone may call it ``""``."""
         ...
 
     def of_marks(self) -> Self: ...

@@ -112,18 +112,15 @@ class LlmJudge:
         return cls._of(client, protocol, options.contexts_per_request)
 
     @classmethod
-    def plan(cls, client: LlmClient, options: LlmOptions) -> tuple[Self, list[str]]:
-        """As :meth:`open`, by what is remembered of the servers."""
-        protocol, unknown = options.protocol, []
-        if protocol == "auto" and options.contexts_per_request is None:
+    def plan(cls, client: LlmClient, options: LlmOptions) -> dict[str, Self]:
+        """As :meth:`open`, by what is remembered of the servers; both protocols where that does not decide."""
+        protocols: tuple[str, ...] = (options.protocol,)
+        if options.protocol == "auto" and options.contexts_per_request is None:
             client.remember_capabilities()
-            protocol = best_protocol(client.capabilities, client.local)
-            if client.capabilities.label_first is None:
-                unknown.append(
-                    "counted for the batch protocol: which one is best is only known when the server has been asked; "
-                    "give --protocol to have it your way"
-                )
-        return cls._of(client, protocol, options.contexts_per_request), unknown
+            is_known = client.capabilities.label_first is not None
+            protocols = (best_protocol(client.capabilities, client.local),) if is_known else ("single", "batch")
+        judges = [cls._of(client, protocol, options.contexts_per_request) for protocol in protocols]
+        return {judge.protocol: judge for judge in judges}
 
     @classmethod
     def _of(cls, client: LlmClient, protocol: str, size: int | None) -> Self:

@@ -54,6 +54,12 @@ class LlmOptions:
                 "give --judge-vllm or --judge-url"
             )
 
+        if self.protocol == "single" and (self.contexts_per_request or 1) > 1:
+            raise BadInput(
+                "--protocol single asks about one context at a time, --contexts-per-request "
+                f"{self.contexts_per_request} about several; give one of the two"
+            )
+
     @property
     def named(self) -> bool:
         return bool(self.url) or self.model is not None or self.vllm is not None
@@ -89,6 +95,22 @@ class LlmOptions:
         if self.vllm or self.judge_vllm:
             words += [word for flag, value in served if value for word in (flag, str(value))]
         return words
+
+    def of_server(self) -> list[str]:
+        """The flags by which a language model was named for any part of a command."""
+        given = {"--llm-url": self.url, "--llm-model": self.model, "--vllm": self.vllm}
+        return [flag for flag, value in given.items() if value]
+
+    def of_judge(self) -> list[str]:
+        """The flags that are about a judge that is a language model, and about nothing else."""
+        given = {
+            "--judge-url": self.judge_url,
+            "--judge-model": self.judge_model,
+            "--judge-vllm": self.judge_vllm,
+            "--protocol": self.protocol != "auto",
+            "--contexts-per-request": self.contexts_per_request,
+        }
+        return [flag for flag, value in given.items() if value]
 
     def for_judge(self) -> LlmOptions:
         """The same, with the judge's own endpoint and model where it has them."""

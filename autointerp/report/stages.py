@@ -32,7 +32,8 @@ _MOST_REASONS = 8
 
 
 def show_outcome(found: Mapping[str, Any], stage: str, console: Console) -> None:
-    """What ``explain`` or ``score`` did: counts, failures with their reasons, and the command that retries them."""
+    """What ``explain`` or ``score`` did: counts, what was left out, and failures with their reasons and
+    the command that retries them."""
     page = Page.of(console)
     runs = [visible(name) for name in found["runs"]]
     done = _DONE.get(stage, "done")
@@ -42,20 +43,27 @@ def show_outcome(found: Mapping[str, Any], stage: str, console: Console) -> None
     head = Text.assemble((listed(runs), f"bold {ACCENT}"), f"  {words} by {visible(found['backend'])}")
     body: list[RenderableType] = [Text(), head]
     body += [Text(visible(note), QUIET) for note in found["notes"]]
+    if found.get("left_out"):
+        body += [Text(), _reasons(found["left_out"], "left out because")]
     if found["n_failed"]:
-        table = grid(("latents", "right"), ("failed because", "fold"))
-        reasons = sorted(found["failures"].items(), key=lambda item: -item[1])
-        for reason, n in reasons[:_MOST_REASONS]:
-            table.add_row(count(n), shown(reason))
-        if len(reasons) > _MOST_REASONS:
-            rest = sum(n for _, n in reasons[_MOST_REASONS:])
-            table.add_row(count(rest), Text("other reasons; --json has them all", QUIET))
-        body += [Text(), table]
+        body += [Text(), _reasons(found["failures"], "failed because")]
         if found["retry"]:
             body += [Text("\nThis asks again only what failed:"), command_line(found["retry"])]
     elif found.get("next"):
         body += [Text("Next:", QUIET), command_line(found["next"])]
     emit(Group(*body), console, page.width)
+
+
+def _reasons(counts: Mapping[str, int], head: str) -> RenderableType:
+    """The commonest reasons, each with its number of latents."""
+    table = grid(("latents", "right"), (head, "fold"))
+    reasons = sorted(counts.items(), key=lambda item: -item[1])
+    for reason, n in reasons[:_MOST_REASONS]:
+        table.add_row(count(n), shown(reason))
+    if len(reasons) > _MOST_REASONS:
+        rest = sum(n for _, n in reasons[_MOST_REASONS:])
+        table.add_row(count(rest), Text("other reasons; --json has them all", QUIET))
+    return table
 
 
 def show_alignment(found: Mapping[str, Any], console: Console) -> None:

@@ -17,7 +17,8 @@ from test_score_by_llm import ITEMS, N, explain, harvested, run, score  # noqa: 
 
 from autointerp.adaptive import Precision
 from autointerp.cost import Prices
-from autointerp.dry_run import Forecast, forecast_explain, forecast_score
+from autointerp.dry_run import forecast_explain, forecast_score
+from autointerp.forecast import Forecast
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import BLOCK, block_keys, by_characters, local_tokenizer
 from autointerp.score import score_runs
@@ -61,14 +62,43 @@ def test_the_protocol_is_the_one_that_the_command_would_choose(run: Run) -> None
     with FakeServer() as server:
         explain(run, server)
         unknown = forecast(run, server, "auto")
-        assert unknown.requests == forecast(run, server, "batch").requests
-        assert any("--protocol" in note for note in unknown.notes)
+        before = len([s for s in server.requests if "chat" in s.path])
         score_runs([run], run.root, ("detection",), "llm", LlmOptions(url=server.url), control_latents=0)
+        asked = len([s for s in server.requests if "chat" in s.path]) - before
+        assert asked <= unknown.requests + 2, "the most, but for the probes of what the server can do"
+        assert unknown.requests == N * ITEMS
         Path(run.journal_path).unlink()
         explain(run, server)
         known = forecast(run, server, "auto")
     assert known.from_cache == N * ITEMS, "single, which is best here, and answered before"
+    assert known.protocol == "single"
+    assert known.cheaper is None
     assert not known.notes
+
+
+@pytest.mark.parametrize("prices", [None, Prices(prompt=2.0, completion=8.0)])
+def test_where_the_protocol_is_not_known_both_are_counted(
+    run: Run,  # noqa: F811
+    prices: Prices | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with FakeServer() as server:
+        explain(run, server)
+        unknown = forecast(run, server, "auto", prices=prices)
+        single, batch = (forecast(run, server, name, prices=prices) for name in ("single", "batch"))
+    assert single.requests > batch.requests
+    assert single.cost > batch.cost
+    found = unknown.as_dict()
+    cheaper = found.pop("cheaper")
+    assert found == {key: value for key, value in single.as_dict().items() if key != "cheaper"}
+    assert cheaper.items() <= batch.as_dict().items()
+    assert json.loads(json.dumps(cheaper))["protocol"] == "batch"
+    unknown.render()
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert f"at most {single.requests:,} requests" in first
+    assert "of --protocol single, the dearer" in second
+    assert f"--protocol batch would be {batch.requests:,} requests" in second
+    assert ("$" in second) == (prices is not None)
 
 
 @pytest.mark.parametrize(("protocol", "each"), [("batch", -(-ITEMS // 5)), ("single", ITEMS)])

@@ -22,8 +22,8 @@ from autointerp.explain import explain_runs
 from autointerp.journal import Journal, Verdict
 from autointerp.llm.options import LlmOptions
 from autointerp.reliability import verdicts_of
-from autointerp.score import COLUMNS, UNTESTED, score_runs
-from autointerp.score_table import score_table
+from autointerp.score import score_runs
+from autointerp.score_table import COLUMNS, UNTESTED, score_table
 from autointerp.selection import Choice
 from autointerp.work import Outcome
 from sae.errors import BadInput, Unavailable
@@ -147,7 +147,9 @@ def test_a_score_does_not_depend_on_the_order_of_the_answers(run: Run, monkeypat
     with Journal(run.journal_path) as journal:
         for seed in range(8):
             monkeypatch.setattr(
-                Journal, "verdicts", lambda journal, seed=seed: in_order(journal).sample(frac=1, random_state=seed)
+                Journal,
+                "verdicts",
+                lambda journal, seed=seed, **of: in_order(journal, **of).sample(frac=1, random_state=seed),
             )
             tables.append(score_table(journal, [], {}, set()).map(str).to_dict())
     assert all(table == tables[0] for table in tables)
@@ -166,13 +168,13 @@ def test_a_protocol_counts_its_own_scores(run: Run) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_explanations_that_all_failed_are_failures_and_no_crash(run: Run, named: bool) -> None:
+def test_explanations_that_all_failed_are_counted_and_no_crash(run: Run, named: bool) -> None:
     with FakeServer("I cannot tell.") as server:
         explained = explain(run, server)
         assert (explained.n_done, explained.n_failed) == (0, N)
         scored = score(run, server, named=named)
     reason = "no explanation: the answer has no line that begins with [EXPLANATION]:"
-    assert (scored.n_done, dict(scored.failures)) == (0, {reason: N})
+    assert (scored.n_done, scored.n_failed, dict(scored.left_out)) == (0, 0, {reason: N})
     table = read_table(run.stage_path("scores"))
     assert tuple(table.columns) == COLUMNS
     assert table["balanced_accuracy"].isna().all()

@@ -45,6 +45,22 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "unknown against in a report": ("report --against run_q", ("'run_q'",)),
     "shared and unshared": ("explain --unshared-only --shared-only", ("--unshared-only", "--shared-only")),
     "unknown protocol": ("score --protocol chat --llm-url x", ("'chat'", "batch")),
+    "contexts of a single": (
+        "score --llm-url http://x --protocol single --contexts-per-request 5",
+        ("--protocol single", "--contexts-per-request 5"),
+    ),
+    "a server that nobody asks": ("score --judge ngram --judge-url http://x", ("--judge-url", "ngram", "--judge")),
+    "a server that a dry run asks not": (
+        "score --judge ngram --judge-vllm bundled --dry-run",
+        ("--judge-vllm", "ngram"),
+    ),
+    "a protocol of n-grams": ("score --protocol single", ("--protocol", "ngram")),
+    "a size of n-grams": ("score --contexts-per-request 5", ("--contexts-per-request", "ngram")),
+    "an explainer that asks nobody": (
+        "explain --explainer ngram --llm-url http://x",
+        ("--llm-url", "ngram", "--explainer"),
+    ),
+    "named and drawn": ("explain --indices 3 --latents 20", ("--indices", "--latents")),
     "no such address": ("explain --llm-url ftp://x", ("'ftp://x'",)),
     "unknown latent to show": ("show --latent 64", ("latent 64 ", "0 to 63")),
     "negative latent to show": ("show --latent -1", ("latent -1 ",)),

@@ -388,17 +388,24 @@ def test_partners_are_explained_too(root: Path) -> None:
     assert journal(root / "run_b" / "journal.sqlite")["explanation"]
 
 
-def test_a_dead_latent_named_outright_is_a_failure_with_a_reason(root: Path) -> None:
+def test_a_dead_latent_named_outright_is_left_out_with_a_reason(root: Path) -> None:
     path = root / "run_a" / "latents.firing.parquet"
     firing = read_table(path)
     rare = int(firing.sort_values("n_windows")["latent"].iloc[0])
-    ran = cli("explain", "--sae", "run_a", "--indices", rare, "--root", root, "--json")
-    assert ran.code == 3
-    ((reason, n),) = ran.json["failures"].items()
+    named = ("explain", "--sae", "run_a", "--indices", rare, "--root", root)
+    found = cli(*named, "--json").well().json
+    ((reason, n),) = found["left_out"].items()
     assert "too few contexts" in reason
-    assert n == 1
-    assert "--sae run_a" in ran.json["retry"]
-    assert cli("score", "--sae", "run_a", "--root", root, "--json").code == 3
+    assert n == found["n_left_out"] == 1
+    assert (found["n_done"], found["n_failed"], found["failures"]) == (0, 0, {})
+    assert found["retry"] is None, "no retry could mend it"
+    assert found["next"] is None, "there is nothing to score"
+    shown = cli(*named).well().out
+    assert "left out because" in shown
+    assert "asks again" not in shown
+    scored = cli("score", "--sae", "run_a", "--root", root, "--json").well().json
+    assert scored["left_out"] == {f"no explanation: {reason}": 1}
+    assert (scored["n_failed"], scored["retry"]) == (0, None)
 
 
 # --- a language model ---------------------------------------------------------------------------------------

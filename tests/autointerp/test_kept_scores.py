@@ -1,0 +1,198 @@
+"""A score table keeps the rows of set-ups that have not changed, and a `score` that was done is done at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from fake_server import FakeServer, Reply, error, sensible
+from test_score_by_llm import N, explain, harvested, run, score  # noqa: F401
+
+from autointerp.contexts import ContextSampler
+from autointerp.explain import explain_runs
+from autointerp.journal import Journal
+from autointerp.llm.options import LlmOptions
+from autointerp.score import score_runs
+from autointerp.selection import Choice
+from autointerp.work import Outcome
+from sae.errors import Unavailable
+from sae.files import read_table, table_metadata
+from sae.run import Run
+from sae.stage import Compute
+
+ALL = 7  # latents that can be explained
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The latents whose test sets have been drawn, one after another."""
+    found: list[int] = []
+    draw: Callable[..., object] = ContextSampler.testing
+
+    def counted(self: ContextSampler, latent: int, *rest: object) -> object:
+        found.append(latent)
+        return draw(self, latent, *rest)
+
+    monkeypatch.setattr(ContextSampler, "testing", counted)
+    return found
+
+
+def by_ngrams(run: Run, n_swapped: int | None = None) -> Outcome:  # noqa: F811
+    return score_runs([run], run.root, ("detection",), "ngram", LlmOptions(), n_swapped)
+
+
+def explained_by_both(run: Run, server: FakeServer) -> None:  # noqa: F811
+    explain_runs([run], Choice(n=ALL), "ngram", LlmOptions(), Compute("cpu", 1))
+    explain(run, server)
+
+
+def table_of(run: Run) -> pd.DataFrame:  # noqa: F811
+    return read_table(run.stage_path("scores"))
+
+
+def test_judges_in_turn_are_done_at_once(run: Run, drawn: list[int], capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    with FakeServer() as server:
+        explained_by_both(run, server)
+        first = by_ngrams(run)
+        assert (first.n_done, first.n_new) == (ALL, ALL)
+        assert "score table of run_a" in capsys.readouterr().err
+        assert score(run, server).n_new == N
+        path = run.stage_path("scores")
+        drawn.clear()
+        sent, before = len(server.requests), path.read_bytes()
+        capsys.readouterr()
+        for _ in range(2):
+            again = by_ngrams(run)
+            assert (again.n_done, again.n_new, again.n_failed) == (ALL, 0, 0)
+            again = score(run, server)
+            assert (again.n_done, again.n_new, again.n_failed) == (N, 0, 0)
+        assert len([seen for seen in server.requests[sent:] if "chat" in seen.path]) == 0
+    assert not drawn
+    assert path.read_bytes() == before
+    assert "score" not in capsys.readouterr().err
+
+
+def test_kept_rows_are_those_that_would_be_made(run: Run) -> None:  # noqa: F811
+    with FakeServer() as server:
+        explained_by_both(run, server)
+        score(run, server)
+        by_ngrams(run)
+        score(run, server, "single")
+        kept = table_of(run)
+        run.stage_path("scores").unlink()
+        # Of every set-up it must be known what was asked: each is made by its own call.
+        score(run, server)
+        by_ngrams(run)
+        score(run, server, "single")
+    assert set(kept["judge"]) == {"llm", "ngram"}
+    assert kept["settings_hash"].nunique() == 3
+    assert kept["stratum_tpr"].map(len).min() > 0
+    pd.testing.assert_frame_equal(kept, table_of(run))
+
+
+def test_rows_of_failed_explanations_leave_the_others_types_alone(run: Run) -> None:  # noqa: F811
+    with FakeServer() as server:
+        explained_by_both(run, server)
+        by_ngrams(run)
+        before = table_of(run)
+        server.answer = lambda _: Reply("I cannot tell.")
+        explain_runs([run], Choice(n=ALL), "llm", LlmOptions(url=server.url), Compute("cpu", 1), 0)
+        by_ngrams(run)
+        with_failed = table_of(run)
+        assert with_failed["judge"].isna().sum() == ALL - N
+        server.answer = sensible
+        explain_runs([run], Choice(n=ALL), "llm", LlmOptions(url=server.url), Compute("cpu", 1), 0)
+        by_ngrams(run)
+    pd.testing.assert_frame_equal(with_failed[with_failed["judge"].notna()], before, check_dtype=False)
+    pd.testing.assert_frame_equal(table_of(run), before)
+
+
+def test_the_baseline_is_of_the_latents_that_the_model_explained(run: Run, drawn: list[int]) -> None:  # noqa: F811
+    with FakeServer() as server:
+        explained_by_both(run, server)
+        with Journal(run.journal_path) as journal:
+            by_model = set(journal.explanations(explainer="llm")["latent"])
+            assert len(by_model) == N < len(journal.explanations(explainer="ngram")) == ALL
+        drawn.clear()
+        score(run, server)
+        assert set(drawn) == by_model
+    with Journal(run.journal_path) as journal:
+        judged = journal.verdicts(judge="ngram")
+    assert set(judged["latent"]) == by_model
+    assert set(judged["control"]) == {"none", "swap"}
+    outcome = by_ngrams(run)
+    assert (outcome.n_done, outcome.n_new) == (ALL, ALL - N), "the others are still to be judged"
+    table = table_of(run)
+    by_ngram = table[table["judge"] == "ngram"]
+    assert len(by_ngram) == len(by_ngram.drop_duplicates(["latent", "control"])), "with the same controls"
+    assert set(by_ngram.loc[by_ngram["control"] == "none", "latent"]) > by_model
+
+
+def test_what_a_stopped_call_left_in_the_journal_is_made_into_rows(run: Run) -> None:  # noqa: F811
+    with FakeServer() as server:
+        explained_by_both(run, server)
+        by_ngrams(run)
+        sent = len(server.requests)
+        server.answer = lambda body: sensible(body) if len(server.requests) - sent <= 20 else error(401)
+        with pytest.raises(Unavailable):
+            score(run, server, "single")
+    before = table_of(run)
+    assert set(before["judge"]) == {"ngram"}
+    assert by_ngrams(run).n_new == 0
+    table = table_of(run)
+    assert set(table["judge"]) == {"llm", "ngram"}
+    pd.testing.assert_frame_equal(table[table["judge"] == "ngram"].reset_index(drop=True), before)
+    with FakeServer() as server:
+        assert score(run, server, "single").n_done == N
+
+
+def test_failures_of_one_judge_are_tried_again_by_it_alone(run: Run, drawn: list[int]) -> None:  # noqa: F811
+    with FakeServer() as server:
+        explained_by_both(run, server)
+        by_ngrams(run)
+        server.answer = lambda _: Reply("neither")
+        assert score(run, server).n_failed == N
+        drawn.clear()
+        assert by_ngrams(run).n_new == 0
+        assert not drawn
+        server.answer = sensible
+        assert score(run, server).n_done == N
+    assert (table_of(run)["status"] == "ok").all()
+
+
+def test_another_journal_makes_no_old_call_done(run: Run) -> None:  # noqa: F811
+    explain_runs([run], Choice(n=ALL), "ngram", LlmOptions(), Compute("cpu", 1))
+    by_ngrams(run)
+    for path in run.folder.glob("journal.sqlite*"):
+        path.unlink()
+    explain_runs([run], Choice(n=ALL), "ngram", LlmOptions(), Compute("cpu", 1))
+    again = by_ngrams(run)
+    assert (again.n_done, again.n_new) == (ALL, ALL)
+
+
+def test_a_table_of_other_contexts_keeps_no_row(run: Run) -> None:  # noqa: F811
+    explain_runs([run], Choice(n=ALL), "ngram", LlmOptions(), Compute("cpu", 1))
+    by_ngrams(run)
+    (entry,) = table_metadata(run.stage_path("scores"))["set_ups"]
+    assert entry["is_known"]
+    text = (run.folder / "run.json").read_text()
+    assert '"sample_seed": 0' in text
+    (run.folder / "run.json").write_text(text.replace('"sample_seed": 0', '"sample_seed": 1'))
+    changed = Run.open(run.name, run.root)
+    assert by_ngrams(changed).n_new == ALL
+    entries = table_metadata(run.stage_path("scores"))["set_ups"]
+    assert sorted(entry["is_known"] for entry in entries) == [False, True]
+
+
+def test_controls_that_were_left_out_are_made_when_asked_for(run: Run) -> None:  # noqa: F811
+    explain_runs([run], Choice(n=ALL), "ngram", LlmOptions(), Compute("cpu", 1))
+    by_ngrams(run, 0)
+    assert set(table_of(run)["control"]) == {"none"}
+    assert by_ngrams(run).n_new == 0
+    assert (table_of(run)["control"] == "swap").sum() > 0
+    path: Path = run.stage_path("scores")
+    before = path.read_bytes()
+    by_ngrams(run, 0)
+    assert path.read_bytes() == before
