@@ -28,6 +28,7 @@ from autointerp.report.layout import (
     grid,
     human,
     known,
+    listed,
     percent,
     percent_interval,
     plural,
@@ -181,10 +182,18 @@ def _scores_in_short(found: Findings) -> Iterator[str]:
     if tree["control"] is not None:
         words += f", another latent's explanation scores {decimal(tree['control']['mean'])}"
     yield words + "."
-    if told := [f"{name} {estimate(x['mean'], x['interval'], sign=True)}" for name, x in controls.above(tree)]:
-        yield f"That is, above the {'; the '.join(told)}."
+    if told := [f"{_apart(x)} the {name}" for name, x in controls.above(tree)]:
+        yield f"That is, {listed(told)}."
     if tree["control"] is not None and tree["control"]["leaks"]:
         yield "The swapped control is not at .5: the judge or the sampling leaks (see below)."
+
+
+def _apart(difference: Mapping[str, Any]) -> str:
+    """``.080 [.045, .120] above``: a difference in words, its interval read in the same direction."""
+    value, bounds = difference["mean"], difference["interval"]
+    if value >= 0:
+        return f"{estimate(value, bounds)} above"
+    return f"{estimate(-value, [-b for b in reversed(bounds)] if bounds else None)} below"
 
 
 def _relation_in_short(found: Findings) -> Iterator[str]:

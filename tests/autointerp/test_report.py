@@ -289,6 +289,25 @@ def test_the_summary_says_no_more_than_the_intervals(
     assert any(words in line for line in in_short({**found, "relation": tree}))
 
 
+@pytest.mark.parametrize(
+    ("mean", "interval", "words"),
+    [
+        (0.0804, [0.045, 0.12], "That is, .080 [.045, .120] above the swapped control and .100 below the n-gram"),
+        (-0.05, [-0.08, -0.02], "That is, .050 [.020, .080] below the swapped control and"),
+        (0.01, [-0.02, 0.04], "That is, .010 [−.020, .040] above the swapped control and"),
+        (-0.01, [-0.04, 0.02], "That is, .010 [−.020, .040] below the swapped control and"),
+        (0.01, None, "That is, .010 above the swapped control and"),
+    ],
+)
+def test_the_summary_says_on_which_side_of_each_control_the_scores_are(
+    found: dict[str, Any], mean: float, interval: list[float] | None, words: str
+) -> None:
+    control = {**found["scores"]["control"], "above_control": {"mean": mean, "interval": interval}}
+    baseline = {"above": {"mean": -0.1, "interval": None}}
+    told = in_short({**found, "scores": {**found["scores"], "control": control, "baseline": baseline}})
+    assert any(line.startswith(words) for line in told), told
+
+
 # --- the smaller pages ------------------------------------------------------------------------------------
 
 
