@@ -36,7 +36,7 @@ from autointerp.findings.of_study import findings_table
 from autointerp.interesting import ContextSource, interesting
 from autointerp.other_scorers import other_scorer_findings
 from autointerp.pooled import pooled_relation
-from autointerp.setups import reason, status_kind
+from autointerp.setups import described, reason, status_kind
 from autointerp.statistics import METHODS
 from sae.files import SCHEMA
 from sae.nulls import FIRING_NULLS, NULLS
@@ -173,6 +173,21 @@ def _retry(study: Study, told: Told) -> str:
     return study.command("explain", "--sae", study.focus.name, *latents)
 
 
+def _other_setups(study: Study) -> dict[str, Any]:
+    """The set-ups that the figures are not of; of each other explainer, the command that shows its newest scores."""
+    others = [] if study.scores is None else [described(study.scores, setup) for setup in study.other_setups]
+    newest: dict[str, int] = {}
+    for other in others:
+        if (name := other.get("explainer")) and name != (study.setup or {}).get("explainer"):
+            newest.setdefault(str(name), other["n_scored"])
+
+    def shows(name: str) -> str:
+        return study.command("report", "--sae", study.focus.name, "--explainer", name)
+
+    explainers = [{"explainer": name, "n_scored": n, "command": shows(name)} for name, n in newest.items()]
+    return {"other_setups": others, "other_explainers": explainers}
+
+
 def _methods(study: Study, told: Told) -> dict[str, Any]:
     view, setup, settings = study.view, study.setup or {}, study.focus.settings
     contexts, last = settings.contexts, told.table.iloc[-1] if len(told.table) else None
@@ -195,7 +210,7 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
         "models": sorted({str(v) for v in (setup.get("model"), None if last is None else last["model"]) if v}),
         "prompt_hashes": {k: v for k, v in prompts.items() if v},
         "settings_hash": setup.get("settings_hash"),
-        "other_setups": study.other_setups,
+        **_other_setups(study),
         "cost": told.cost,
         "similarity": "mean over the other runs of (matched encoder cosine + matched decoder cosine) / 2",
         "dead": f"no firing over the harvested tokens; the word is used from {ENOUGH_TO_CALL_DEAD:,} tokens on",

@@ -17,7 +17,7 @@ import pandas as pd
 from autointerp.journal import Journal
 from autointerp.method import BASELINE
 from autointerp.sample_record import Sample, sample_of
-from autointerp.setups import TOO_FEW, rows_of, setups_of
+from autointerp.setups import TOO_FEW, rows_of, setups_of, wanted_of
 from sae.align_stage import behaviour_facts, behaviours, is_aligned, is_compared
 from sae.alignment import both_ways
 from sae.errors import BadInput, NotFound, nearest
@@ -112,9 +112,8 @@ class Study:
         tables = both_ways(root / "alignments", compared) if len(compared) > 1 else {}
         alive = {run.name: _alive(run, firing) for run in runs}
         scores = read_table(path) if (path := focus.stage_path("scores")).exists() else None
-        chosen: list[dict[str, Any]] = []
-        if scores is not None:
-            chosen = setups_of(scores, scorer=view.scorer, explainer=view.explainer, judge=view.judge)
+        known = [] if scores is None else setups_of(scores, scorer=view.scorer)
+        chosen = wanted_of(known, focus.name, explainer=view.explainer, judge=view.judge)
         return cls(
             root=root,
             runs=runs,
@@ -131,7 +130,7 @@ class Study:
             else None,
             scores=scores,
             setup=chosen[0] if chosen else None,
-            other_setups=chosen[1:],
+            other_setups=[setup for setup in known if setup not in chosen[:1]],
         )
 
     @property
@@ -222,6 +221,7 @@ class Study:
             identity = {mine: setup.get(theirs) for mine, theirs in zip(identity, keys, strict=True)}
         else:
             of = table if self.view.explainer is None else table[table["explainer"] == self.view.explainer]
+            identity["explainer"] = self.view.explainer
             of = of if (of["explainer"] == BASELINE).all() else of[of["explainer"] != BASELINE]
             if len(of):
                 identity = {column: of[column].iloc[-1] for column in identity}

@@ -39,6 +39,7 @@ def report(
     definition: opt.Shared = Definition.strict,
     threshold: opt.Threshold = 0.7,
     against: opt.Against = None,
+    explainer: opt.ShownExplainer = None,
     html: opt.Html = False,
     to: opt.HtmlTo = None,
     output: Output,
@@ -56,14 +57,17 @@ def report(
     run = opened_one(sae, output.root)
     study = study_runs(run.study, output.root)
     if not (html or to):
-        finish_with_report(output.as_json, run, study, definition.value, threshold, against or ())
+        finish_with_report(output.as_json, run, study, definition.value, threshold, against or (), explainer)
         return
     if to is not None:
         to = new_file("--to", to)
     from autointerp.report import render_written
     from autointerp.report.html import write_report
 
-    written = write_report(run, study, to, definition=definition.value, threshold=threshold, against=against or ())
+    counted = against or ()
+    written = write_report(
+        run, study, to, definition=definition.value, threshold=threshold, against=counted, explainer=explainer
+    )
     finish(output.as_json, "report", written.as_dict, lambda: render_written(written))
 
 
@@ -91,6 +95,7 @@ def compare(
     unshared_only: opt.UnsharedPairs = False,
     definition: opt.Shared = Definition.strict,
     threshold: opt.Threshold = 0.7,
+    explainer: opt.ShownExplainer = None,
     machine: Machine,
     output: Output,
 ) -> None:

@@ -50,9 +50,10 @@ def finish_with_report(
     definition: str = "strict",
     threshold: float = 0.7,
     against: Sequence[str] = (),
+    explainer: str | None = None,
 ) -> None:
     """End with the report of ``run`` in its study."""
     from autointerp.report import findings_of, render_report
 
-    found = findings_of(run, study, definition=definition, threshold=threshold, against=against)
+    found = findings_of(run, study, definition=definition, threshold=threshold, against=against, explainer=explainer)
     finish(as_json, "report", lambda: found, lambda: render_report(found))

@@ -53,7 +53,7 @@ def scores(found: Findings, page: Page) -> RenderableType:
     body: list[RenderableType] = [*_sample(tree), Text(), *_histograms(tree, control, page), Text()]
     body += [controls.score_table(tree, page), *controls.in_words(tree), *controls.by_negatives(tree, page)]
     body += controls.other_scorers(tree, page)
-    body += _reliability(tree)
+    body += [*_reliability(tree), *_other_explainers(found)]
     return section(page, title, says, *body)
 
 
@@ -85,6 +85,14 @@ def _reliability(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
             f"\nReliability {estimate(told['value'], told['interval'], 2)}: the rank correlation of these scores with "
             "those of another draw of contexts."
         )
+
+
+def _other_explainers(found: Findings) -> Iterator[RenderableType]:
+    """Whose explanations are scored too, and how their scores are seen."""
+    for other in found["methods"]["other_explainers"]:
+        n = plural(other["n_scored"], "latent")
+        yield Text(f"\nExplanations by {visible(other['explainer'])} are scored too ({n}). This shows their scores:")
+        yield command_line(other["command"])
 
 
 def _outcome(tree: Mapping[str, Any] | None) -> Iterator[RenderableType]:

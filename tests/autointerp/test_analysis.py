@@ -362,6 +362,50 @@ def test_set_ups_are_never_mixed(root: Path) -> None:
     assert chosen["scores"]["mean"] == pytest.approx(old.loc[old["control"] == "none", "balanced_accuracy"].mean())
 
 
+@pytest.fixture
+def two_explainers(root: Path) -> Path:
+    """Latents above 60 of run_a are also explained and judged by a model: newer, and fewer."""
+    path = Run("run_a", root).stage_path("scores")
+    old = read_table(path)
+    by: dict[str, Any] = {"explainer": "llm", "explainer_model": "m", "judge": "llm", "model": "m"}
+    new = old[(old["control"] == "none") & (old["latent"] > 60)].assign(**by, balanced_accuracy=0.9)
+    write_table(path, pd.concat([old, new.assign(explanation_id=new["explanation_id"] + 1000)], ignore_index=True))
+    return root
+
+
+def test_an_explainer_can_be_chosen(two_explainers: Path) -> None:
+    newest = findings(two_explainers, NAMES)
+    assert newest["scores"]["mean"] == pytest.approx(0.9)
+    (other,) = newest["methods"]["other_explainers"]
+    assert (other["explainer"], other["n_scored"]) == ("ngram", 108)
+    assert other["command"].startswith("python cli.py report --sae run_a --explainer ngram")
+    chosen = findings(two_explainers, NAMES, View(explainer="ngram"))
+    assert chosen["scores"]["n_scored"] == 108
+    assert chosen["methods"]["explainer"]["name"] == "ngram"
+    assert [(s["explainer"], s["precision"]) for s in chosen["methods"]["other_setups"]] == [("llm", None)]
+    assert findings(two_explainers, NAMES, View(explainer="llm"))["scores"] == newest["scores"]
+    with pytest.raises(NotFound, match=r"--explainer 'gpt'.*'run_a'.*those by 'llm' and 'ngram' are"):
+        findings(two_explainers, NAMES, View(explainer="gpt"))
+    with pytest.raises(NotFound, match=r"'ngram'.*'run_b'.*no explanation of it is"):
+        findings(two_explainers, NAMES, View(focus="run_b", explainer="ngram"))
+
+
+def test_of_equal_set_ups_the_most_precise_comes_first() -> None:
+    base = {"latent": 0, "control": "none", "status": "ok", "judge": "ngram", "scorer": "detection", "model": ""}
+    rows = [
+        {**base, "settings_hash": key, "explanation_id": 4, "precision": to}
+        for key, to in (
+            ("a", 0.1),
+            ("b", np.nan),
+            ("c", 0.065),
+            ("d", 0.2),
+        )
+    ]
+    assert [s["settings_hash"] for s in setups_of(pd.DataFrame(rows))] == ["b", "c", "a", "d"]
+    newer = {**base, "settings_hash": "e", "explanation_id": 5, "precision": 0.3}
+    assert setups_of(pd.DataFrame([*rows, newer]))[0]["settings_hash"] == "e"
+
+
 def test_set_ups_are_ordered_by_their_newest_explanation() -> None:
     base = {"latent": 0, "control": "none", "status": "ok", "judge": "ngram", "scorer": "detection", "model": ""}
     table = pd.DataFrame(

@@ -19,7 +19,7 @@ from autointerp import report
 from autointerp.analysis import findings
 from autointerp.counterparts import counterpart_findings
 from autointerp.report.layout import decimal, percent
-from autointerp.report.terminal import in_short, render
+from autointerp.report.terminal import in_short, render, setups_in_words
 from sae.nulls import FIRING_COLUMNS
 from sae.overlap import overlap
 
@@ -306,6 +306,31 @@ def test_the_summary_says_on_which_side_of_each_control_the_scores_are(
     baseline = {"above": {"mean": -0.1, "interval": None}}
     told = in_short({**found, "scores": {**found["scores"], "control": control, "baseline": baseline}})
     assert any(line.startswith(words) for line in told), told
+
+
+def test_other_set_ups_are_told_apart_in_words(found: dict[str, Any]) -> None:
+    model = {"explainer_model": "m", "model": "m"}
+    one = {"explainer": "llm", "judge": "llm", **model, "scorer": "detection", "settings_hash": "a" * 64}
+    ngram = {**one, "explainer": "ngram", "judge": "ngram", "explainer_model": "", "model": ""}
+    told = setups_in_words(
+        [
+            {**one, "precision": 0.065, "n_scored": 60},
+            {**one, "precision": None, "n_scored": 60},
+            {**one, "precision": None, "n_scored": 60, "settings_hash": "b" * 64},
+            {**ngram, "precision": None, "n_scored": 1},
+        ]
+    )
+    assert told == [
+        "60 latents: explained by llm (m), judged by llm (m), detection, to ± .065",
+        "60 latents: explained by llm (m), judged by llm (m), detection, all contexts, settings aaaaaaaa",
+        "60 latents: explained by llm (m), judged by llm (m), detection, all contexts, settings bbbbbbbb",
+        "1 latent: explained by ngram, judged by ngram, detection, all contexts",
+    ]
+    others = [{"explainer": small_study.NASTY, "n_scored": 1, "command": "python cli.py report --explainer x"}]
+    page = drawn({**found, "methods": {**found["methods"], "other_explainers": others}})
+    assert "are scored too (1 latent)" in page
+    assert "$ python cli.py report --explainer x" in page
+    assert not {unicodedata.category(c) for c in page.replace("\n", "")} & ACTS_ON_A_TERMINAL
 
 
 # --- the smaller pages ------------------------------------------------------------------------------------
