@@ -114,7 +114,7 @@ def compare(
         raise BadInput("--unshared-only and --shared-only exclude each other; give one of them")
     a, b = the_two([*(names or []), *(sae or [])], output.root)
     ensure_pair_aligned(a, b, machine.compute())
-    found = compare_runs(a, b, definition.value, threshold)
+    found = compare_runs(a, b, definition.value, threshold, explainer)
     sharing: Sharing = "shared" if shared_only else "unshared" if unshared_only else "any"
     shown = chosen(found["pairs"], PairChoice(latents, None if sort is None else sort.value, sharing))
     told = {"shown": {key: shown[key] for key in ("says", "n_of", "latents")}}

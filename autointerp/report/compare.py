@@ -262,14 +262,14 @@ def _lacking(found: Found, page: Page) -> RenderableType | None:
         if unable:
             words = f"{name}: {len(unable):,} more that cannot be explained (too few contexts): {_numbers(unable)}."
             body.append(Text(words, QUIET))
+    how = ", with the same --llm-url or --vllm as before" if tree["by_language_model"] else ""
     if tree["explain"]:
-        how = ", with the same --llm-url or --vllm as before" if tree["by_language_model"] else ""
         body += [Text(f"This explains partners{how}:"), *map(command_line, tree["explain"])]
     if tree["not_scored"]:
         words = f"{plural(len(tree['not_scored']), 'pair')} explained on both sides without a score on either or both"
         body.append(Text(f"{words}: {_first(tree['not_scored'])}."))
-    if tree["explain"] or tree["not_scored"]:
-        body += [Text("This scores what is explained:"), command_line(tree["score"])]
+    if tree["score"]:
+        body += [Text(f"This scores what is explained{how}:"), command_line(tree["score"])]
     if not body:
         return None
     says = "Explanations and scores that a pair has on one side alone cannot be compared."
