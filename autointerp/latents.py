@@ -64,11 +64,13 @@ class LatentReader:
 
         ``matches`` has an entry per sibling run that it is aligned with: partners by encoder and decoder, cosines,
         which definitions of shared hold, and what the partner was explained as there. ``contexts`` run from the
-        strongest activation to the weakest. Raises :class:`NotFound` for a number that the run does not have.
+        strongest activation to the weakest. ``cannot_be_explained`` says why, where that is so. Raises :class:`NotFound` for a number that the run does not have.
         """
         run, m = self.run, self.run.settings.training.num_latents
         if not 0 <= latent < m:
             raise NotFound(f"latent {latent} does not exist in run {run.name!r}; it has latents 0 to {m - 1}")
+        firing = self._firing(latent)
+        unable, words = _why_unable(firing), ("explain", "--sae", run.name, "--indices", str(latent))
         matches = [self._match(sibling, latent) for sibling in self.siblings]
         similar = [match["similarity"] for match in matches if match["similarity"] is not None]
         return {
@@ -76,14 +78,15 @@ class LatentReader:
             "run": run.name,
             "commands": {
                 "harvest": command(run.root, "harvest", "--sae", run.name),
-                "explain": command(run.root, "explain", "--sae", run.name, "--indices", str(latent)),
+                "explain": None if unable else command(run.root, *words),
                 "score": command(run.root, "score", "--sae", run.name),
                 "align": command(run.root, "align", run.name, *(x.name for x in self._all_siblings)),
             },
             "latent": latent,
             "study": run.study,
             "threshold": self.threshold,
-            "firing": self._firing(latent),
+            "firing": firing,
+            "cannot_be_explained": unable,
             "activations": self._activations(latent),
             "similarity": float(np.mean(similar)) if similar else None,
             "n_shared": sum(match["shared"]["strict"] for match in matches),
@@ -264,6 +267,15 @@ def reliability_of(run: Run) -> list[dict[str, Any]]:
         told = reliability_findings(rows, verdicts_of(run, rows, setup))
         found.append({**setup, **(told or {"value": None, "interval": None, "n": 0})})
     return found
+
+
+def _why_unable(firing: dict[str, Any] | None) -> str | None:
+    """Why a latent that fires so cannot be explained; ``None`` where it can, or contexts have not been counted."""
+    if firing is None:
+        return None
+    if firing["dead"]:
+        return "it never fires over the harvested tokens"
+    return None if firing.get("eligible", True) else firing["ineligible_reason"] or "too few contexts"
 
 
 def _aligned(run: Run, sibling: Run) -> bool:

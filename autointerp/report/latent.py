@@ -62,12 +62,15 @@ def _head(found: Latent, page: Page) -> RenderableType:
         table.add_row(Text("fires", QUIET), words)
         strength = f"mean {firing['mean_activation']:.3g}, largest {firing['max_activation']:.3g}"
         table.add_row(Text("activation", QUIET), strength)
-    if firing is not None and firing.get("ineligible_reason"):
-        table.add_row(Text("not eligible", QUIET), shown(firing["ineligible_reason"]))
     if found["activations"] is not None:
-        table.add_row("", blocks.strip(found["activations"]["counts"], ACCENT))
+        unnamed = firing is None or firing["dead"]
+        table.add_row(
+            Text("activation" if unnamed else "", QUIET), blocks.strip(found["activations"]["counts"], ACCENT)
+        )
         largest = f"{found['activations']['edges'][-1]:.3g}"
         table.add_row("", Text("0" + largest.rjust(len(found["activations"]["counts"]) - 1), QUIET))
+    if firing is not None and firing.get("ineligible_reason"):
+        table.add_row(Text("not eligible", QUIET), shown(firing["ineligible_reason"]))
     if found["matches"]:
         n, of = found["n_shared"], len(found["matches"])
         name = str(shared_class(n, of))
@@ -95,6 +98,10 @@ def _contexts(found: Latent, page: Page) -> RenderableType:
 
 def _explanations(found: Latent, page: Page) -> RenderableType:
     says = "What an explainer made of contexts like these, and how well a judge could tell other contexts by it."
+    if not found["explanations"] and found["cannot_be_explained"]:
+        return section(
+            page, "Explanation", says, Text(f"It cannot be explained: {visible(found['cannot_be_explained'])}.")
+        )
     if not found["explanations"]:
         next_step = command_line(found["commands"]["explain"])
         return section(page, "Explanation", says, Text("It has not been explained yet."), next_step)

@@ -20,6 +20,7 @@ from autointerp.analysis import findings
 from autointerp.counterparts import counterpart_findings
 from autointerp.report.layout import decimal, percent
 from autointerp.report.terminal import in_short, render, setups_in_words
+from sae.files import write_table
 from sae.nulls import FIRING_COLUMNS
 from sae.overlap import overlap
 
@@ -351,6 +352,31 @@ def test_one_latent(root: Path, width: int, colour: Any) -> None:
     assert "In the other seeds" in page
     assert "run_c" in page
     assert not {unicodedata.category(c) for c in page.replace("\n", "")} & ACTS_ON_A_TERMINAL
+
+
+@pytest.mark.parametrize("reason", ["7 activating contexts to test on, [b]20[/b] needed", "", "dead"])
+def test_a_latent_that_cannot_be_explained_says_why_and_names_no_command(tmp_path: Path, reason: str) -> None:
+    (run,) = small_study.runs_of(tmp_path, 1, m=20, d=8)
+    small_study.harvested([run])
+    if reason != "dead":
+        table = pd.DataFrame(
+            {"latent": range(20), "eligible": [i != 3 for i in range(20)], "ineligible_reason": reason}
+        )
+        write_table(run.stage_path("contexts"), table)
+    found = report.latent_findings(run, 19 if reason == "dead" else 3)
+    assert found["commands"]["explain"] is None
+    target = console(80)
+    report.render_latent({**found, "activations": {"edges": [0, 1, 2], "counts": [5, 1]}}, target)
+    page = text_of(target)
+    why = {"dead": "it never fires over the harvested tokens", "": "too few contexts"}.get(reason, reason)
+    assert f"It cannot be explained: {why}." in page
+    assert "has not been explained yet" not in page
+    assert "explain --sae" not in page
+    if reason:
+        lines = page.splitlines()
+        strip = next(i for i, line in enumerate(lines) if "█" in line)
+        assert "activation" in (lines[strip] if reason == "dead" else lines[strip - 1])
+        assert "not eligible" not in lines[strip]
 
 
 def test_a_latent_of_a_bare_run(tmp_path: Path) -> None:
