@@ -29,6 +29,7 @@ from autointerp.report.layout import (
     known,
     percent,
     plural,
+    precision_in_words,
     section,
 )
 from autointerp.report.terminal import emit
@@ -120,7 +121,7 @@ def _explanations(found: Latent, page: Page) -> RenderableType:
             _score_table(swapped, page),
         ]
     body += _reliability(found)
-    if not found["scores"]:
+    if not found["scores"] and not found["cannot_be_explained"]:
         body += [Text("It has not been scored yet."), command_line(found["commands"]["score"])]
     return section(page, "Explanation", says, *body)
 
@@ -147,7 +148,7 @@ def _score_table(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableTyp
         return _with_interval(row, name) if roomy else decimal(row.get(name), 2)
 
     for row in rows:
-        who = f"{row['scorer']}, {row['judge']}" + (f" {row['model']}" if row.get("model") else "")
+        who = _who(row)
         if row["control"] != "none":
             who = f"{row['control']}, {row['scorer']}, {row['judge']}"
         if row["status"] != "ok":
@@ -158,6 +159,8 @@ def _score_table(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableTyp
         contexts = f"{count(row['n_active'])} + {count(row['n_inactive'])}"
         score = decimal(row["balanced_accuracy"], 2)
         table.add_row(shown(who), score, bounds, *rates, auroc(row), contexts)
+        if known(row.get("precision")):
+            table.add_row(Text(f"  {precision_in_words(row['precision'])}", QUIET))
         for kind, name in NEGATIVES.items():
             if not known(row.get(f"ba_{kind}")):
                 continue
@@ -169,6 +172,10 @@ def _score_table(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableTyp
     return table
 
 
+def _who(row: Mapping[str, Any]) -> str:
+    return f"{row['scorer']}, {row['judge']}" + (f" {row['model']}" if row.get("model") else "")
+
+
 def _with_interval(row: Mapping[str, Any], name: str) -> str:
     return estimate(row.get(name), [row.get(f"{name}_low"), row.get(f"{name}_high")], 2)
 
@@ -177,7 +184,7 @@ def _reliability(found: Latent) -> Iterator[RenderableType]:
     """How far the scores above can be trusted to tell latents apart, set-up by set-up."""
     told = [row for row in found["reliability"] if known(row["value"])]
     for row in told:
-        who = f"{row['scorer']}, {row['judge']}" + (f" {row['model']}" if row.get("model") else "")
+        who = f"{_who(row)}, {precision_in_words(row['precision'])}"
         words = f"Reliability of such scores over the run's {plural(row['n'], 'latent')} ({visible(who)}): "
         yield Text(words + estimate(row["value"], row["interval"], 2), QUIET)
 

@@ -80,6 +80,11 @@ def human(n: float | None) -> str:
     return progress.human(n)
 
 
+def precision_in_words(half_width: float | None) -> str:
+    """To what precision contexts were judged: ``to ±.065``, or ``all contexts``."""
+    return "all contexts" if half_width is None else f"to ±{decimal(half_width).rstrip('0')}"
+
+
 def origin(seed: int | None) -> str:
     """A run's seed, or ``imported`` for one that was not trained here."""
     return "imported" if seed is None else str(seed)

@@ -32,6 +32,7 @@ from autointerp.report.layout import (
     percent,
     percent_interval,
     plural,
+    precision_in_words,
     section,
 )
 from autointerp.report.visible import shown, visible
@@ -39,8 +40,8 @@ from autointerp.report.visible import shown, visible
 Findings = Mapping[str, Any]
 #: What stands for block characters where the output cannot hold them.
 _ASCII = str.maketrans(
-    "▁▂▃▄▅▆▇█▏▎▍▌▋▊▉▒▓░─━┴├┤┊●•·–−«»…‰↵⇥↔",
-    "..::++##.::++##%@:-=+[]|o*.--<>.%\\>=",
+    "▁▂▃▄▅▆▇█▏▎▍▌▋▊▉▒▓░─━┴├┤┊●•·–−±«»…‰↵⇥↔",
+    "..::++##.::++##%@:-=+[]|o*.--~<>.%\\>=",
 )
 
 
@@ -287,8 +288,7 @@ def _setup_in_words(setup: Mapping[str, Any]) -> str:
         name = str(setup.get(role) or "unknown")
         return f"{name} ({setup[model]})" if setup.get(model) else name
 
-    how = "all contexts" if setup["precision"] is None else f"to ± {decimal(setup['precision'], 3).rstrip('0')}"
     return (
         f"{plural(setup['n_scored'], 'latent')}: explained by {agent('explainer', 'explainer_model')}, judged by "
-        f"{agent('judge', 'model')}, {setup['scorer']}, {how}"
+        f"{agent('judge', 'model')}, {setup['scorer']}, {precision_in_words(setup['precision'])}"
     )

@@ -322,7 +322,7 @@ def test_other_set_ups_are_told_apart_in_words(found: dict[str, Any]) -> None:
         ]
     )
     assert told == [
-        "60 latents: explained by llm (m), judged by llm (m), detection, to ± .065",
+        "60 latents: explained by llm (m), judged by llm (m), detection, to ±.065",
         "60 latents: explained by llm (m), judged by llm (m), detection, all contexts, settings aaaaaaaa",
         "60 latents: explained by llm (m), judged by llm (m), detection, all contexts, settings bbbbbbbb",
         "1 latent: explained by ngram, judged by ngram, detection, all contexts",
