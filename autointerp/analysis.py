@@ -28,12 +28,14 @@ from typing import Any
 import pandas as pd
 
 from autointerp import estimation, reliability, score_similarity, scored, seeds
+from autointerp.adaptive import SIZES
 from autointerp.comparisons import METHODS as OF_DIFFERENCES
 from autointerp.comparisons import comparison_findings
 from autointerp.counterparts import counterpart_findings
 from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
 from autointerp.findings.of_study import findings_table
 from autointerp.interesting import ContextSource, interesting
+from autointerp.numerals import precision_in_words
 from autointerp.other_scorers import other_scorer_findings
 from autointerp.pooled import pooled_relation
 from autointerp.setups import described, reason, status_kind
@@ -77,6 +79,8 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
         scores["reliability"] = (
             None if part is None else reliability.reliability_findings(part.rows, part.verdicts, sample)
         )
+        if scores["precision"] is not None:
+            scores["precision"]["rounds"] = told.rounds
         scores |= comparison_findings(study, _rows_or_none(rows), told, sample)
         scores["other_scorers"] = other_scorer_findings(study, latents, told)
         n, command = scores.pop("n_waiting"), study.command("score", "--sae", study.focus.name)
@@ -190,7 +194,10 @@ def _other_setups(study: Study) -> dict[str, Any]:
 
 def _methods(study: Study, told: Told) -> dict[str, Any]:
     view, setup, settings = study.view, study.setup or {}, study.focus.settings
-    contexts, last = settings.contexts, told.table.iloc[-1] if len(told.table) else None
+    last = told.table.iloc[-1] if len(told.table) else None
+    rounds = told.rounds or {}
+    contexts = settings.contexts.model_copy(update={name: rounds[name] for name in SIZES if name in rounds})
+    to = precision_in_words(rounds["half_width"]) if rounds else None
     prompts = {"explain": sorted({str(h) for h in told.table["prompt_hash"] if h}) if last is not None else []}
     prompts["judge"] = [str(setup[c]) for c in setup if "prompt_hash" in c and "explain" not in c and setup[c]]
     record = study.focus.record
@@ -216,7 +223,8 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
         "dead": f"no firing over the harvested tokens; the word is used from {ENOUGH_TO_CALL_DEAD:,} tokens on",
         "contexts": f"{settings.harvest.window} tokens; up to {contexts.n_explain} to explain from and, never the same "
         f"text, up to {contexts.n_active} activating over {contexts.n_strata} strata of activation and "
-        f"{contexts.n_inactive} position-matched silent ones to test on",
+        f"{contexts.n_inactive} position-matched silent ones to test on"
+        + (f", judged in rounds until the 95 % interval of the score is narrow enough ({to})" if to else ""),
         "score": "balanced accuracy, (true positive rate + true negative rate) / 2; latents weigh the same in means",
         "control": "swap: the same contexts judged by the explanation of a dissimilar latent (decoder cosine below "
         ".2, little firing together)",

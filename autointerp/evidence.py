@@ -59,6 +59,7 @@ class Told:
     too_few: set[int]
     failed: dict[int, str]
     cost: list[dict[str, Any]]
+    rounds: dict[str, Any] | None = None  # of scores to a precision: as of `Precision.identity`
 
     def explanations(self, own: pd.DataFrame) -> dict[int, str]:
         """Latent → the explanation that was scored, or else the newest of the explainer meant.
@@ -196,7 +197,7 @@ class Study:
         if not self.focus.journal_path.exists():
             return Told(pd.DataFrame(), {}, set(), set(), {}, [])
         with Journal(self.focus.journal_path) as journal:
-            table, cost = journal.explanations(), journal.usage()
+            table, cost, setups = journal.explanations(), journal.usage(), journal.setups()
         texts = {int(i): text for i, text in zip(table["id"], table["text"], strict=True) if isinstance(text, str)}
         table = table[self._by_explainer(table)]
         good = set(table.loc[table["status"] == "ok", "latent"].astype(int))
@@ -210,6 +211,7 @@ class Study:
             too_few=too_few,
             failed={latent: why for latent, why in failed.items() if latent not in too_few},
             cost=[{str(k): v for k, v in row.items()} for row in cost.to_dict("records")],
+            rounds=setups.get((self.setup or {}).get("settings_hash", ""), {}).get("adaptive"),
         )
 
     def _by_explainer(self, table: pd.DataFrame) -> pd.Series:

@@ -53,7 +53,7 @@ def scores(found: Findings, page: Page) -> RenderableType:
     body: list[RenderableType] = [*_sample(tree), Text(), *_histograms(tree, control, page), Text()]
     body += [controls.score_table(tree, page), *controls.in_words(tree), *controls.by_negatives(tree, page)]
     body += controls.other_scorers(tree, page)
-    body += [*_reliability(tree), *_other_explainers(found)]
+    body += [*_judged_in_rounds(tree), *_reliability(tree), *_other_explainers(found)]
     return section(page, title, says, *body)
 
 
@@ -76,6 +76,22 @@ def _sample(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
     if sample["n_outside"]:
         outside = plural(sample["n_outside"], "scored latent")
         yield Text(f"{outside} outside the sample: shown one by one, and in none of these figures.", QUIET)
+
+
+def _judged_in_rounds(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Of scores to a precision: which, how many contexts that took, and what ended it."""
+    told = tree["precision"]
+    if told is None:
+        return
+    most = told.get("rounds")
+    at_most = f", of at most {most['n_active']} + {most['n_inactive']}" if most else ""
+    narrow, cap, out = told["stopped"].values()
+    width, mean = decimal(told["half_width"]).rstrip("0"), f"{told['mean_contexts']:.0f}"
+    yield Text(
+        f"\nContexts were judged in rounds until a score's 95 % interval was ±{width}: {mean} contexts a latent on "
+        f"average{at_most}. {plural(narrow, 'latent')} ended narrow enough, {cap:,} at the cap, {out:,} with no contexts "
+        "left."
+    )
 
 
 def _reliability(tree: Mapping[str, Any]) -> Iterator[RenderableType]:

@@ -22,6 +22,7 @@ from autointerp.numerals import decimal as decimal
 from autointerp.numerals import estimate as estimate
 from autointerp.numerals import interval as interval
 from autointerp.numerals import known as known
+from autointerp.numerals import precision_in_words as precision_in_words
 from autointerp.report.blocks import FILLS, Drawn
 from autointerp.report.visible import Marking, marking, visible
 from sae import progress
@@ -78,11 +79,6 @@ def human(n: float | None) -> str:
     if n is None or not math.isfinite(n):
         return "–"
     return progress.human(n)
-
-
-def precision_in_words(half_width: float | None) -> str:
-    """To what precision contexts were judged: ``to ±.065``, or ``all contexts``."""
-    return "all contexts" if half_width is None else f"to ±{decimal(half_width).rstrip('0')}"
 
 
 def origin(seed: int | None) -> str:

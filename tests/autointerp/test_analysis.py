@@ -13,11 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import small_study
+from printed import console, text_of
 from scipy import stats
 
+from autointerp.adaptive import Precision
 from autointerp.analysis import findings
 from autointerp.evidence import View
+from autointerp.journal import Journal
 from autointerp.latents import latent_findings
+from autointerp.report.terminal import render
 from autointerp.setups import rows_of, setups_of, status_kind
 from sae.alignment import read_alignment
 from sae.errors import BadInput, NotFound
@@ -388,6 +392,39 @@ def test_an_explainer_can_be_chosen(two_explainers: Path) -> None:
         findings(two_explainers, NAMES, View(explainer="gpt"))
     with pytest.raises(NotFound, match=r"'ngram'.*'run_b'.*no explanation of it is"):
         findings(two_explainers, NAMES, View(focus="run_b", explainer="ngram"))
+
+
+def test_scores_to_a_precision_say_so(root: Path) -> None:
+    run = Run("run_a", root)
+    assert findings(root, NAMES)["scores"]["precision"] is None
+    table = read_table(run.stage_path("scores"))
+    own = (table["control"] == "none").to_numpy()
+    stopped = np.where(own & (np.arange(len(table)) % 4 == 0), "cap", "narrow enough")
+    n = np.where(stopped == "cap", 80, 25)
+    judged: dict[str, Any] = {"precision": 0.065, "stopped": stopped, "n_active": n, "n_inactive": n}
+    write_table(run.stage_path("scores"), table.assign(**judged))
+    n_cap = int((stopped[own] == "cap").sum())
+    n_narrow = int(own.sum()) - n_cap
+    assert min(n_cap, n_narrow) > 10
+    for known in (False, True):
+        if known:
+            with Journal(run.journal_path) as journal:
+                rounds = Precision(0.065, 160).identity(run.settings.contexts)
+                journal.add_setup(table["settings_hash"].iloc[0], {"adaptive": rounds, "material": "m"})
+        found = findings(root, NAMES)
+        told = found["scores"]["precision"]
+        assert told["half_width"] == 0.065
+        assert told["stopped"] == {"narrow enough": n_narrow, "cap": n_cap, "out of contexts": 0}
+        assert told["mean_contexts"] == pytest.approx((160 * n_cap + 50 * n_narrow) / (n_cap + n_narrow))
+        assert (told["rounds"] is None) != known
+    assert "up to 80 activating" in found["methods"]["contexts"]
+    assert "80 position-matched" in found["methods"]["contexts"]
+    assert "narrow enough (to ±.065)" in found["methods"]["contexts"]
+    target = console(120)
+    render(found, target)
+    page = " ".join(text_of(target).split())
+    assert f"interval was ±.065: {told['mean_contexts']:.0f} contexts a latent on average, of at most 80 + 80." in page
+    assert f"{n_narrow} latents ended narrow enough, {n_cap} at the cap, 0 with no contexts left." in page
 
 
 def test_of_equal_set_ups_the_most_precise_comes_first() -> None:
