@@ -29,6 +29,7 @@ import pandas as pd
 
 from autointerp import estimation, reliability, score_similarity, scored, seeds
 from autointerp.adaptive import SIZES
+from autointerp.advice import asking
 from autointerp.comparisons import METHODS as OF_DIFFERENCES
 from autointerp.comparisons import comparison_findings
 from autointerp.counterparts import counterpart_findings
@@ -83,7 +84,7 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
             scores["precision"]["rounds"] = told.rounds
         scores |= comparison_findings(study, _rows_or_none(rows), told, sample)
         scores["other_scorers"] = other_scorer_findings(study, latents, told)
-        n, command = scores.pop("n_waiting"), study.command("score", "--sae", study.focus.name)
+        n, command = scores.pop("n_waiting"), asking(study, told, "score")
         scores["waiting"] = {"n": n, "command": command} if n else None
     tree = {
         "schema": SCHEMA,
@@ -112,7 +113,7 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
     }
     worth = tree["interesting"]
     show = study.command("show", "--sae", study.focus.name, "--latent", str(worth[0]["latent"])) if worth else None
-    return {**tree, "show": show, "findings": findings_table(study, tree, part, with_sweeps)}
+    return {**tree, "show": show, "findings": findings_table(study, told, tree, part, with_sweeps)}
 
 
 def _rows_or_none(rows: pd.DataFrame | None) -> pd.DataFrame:
@@ -172,9 +173,9 @@ def _failures(study: Study, rows: pd.DataFrame | None, told: Told) -> dict[str, 
 def _retry(study: Study, told: Told) -> str:
     """The command that tries again what failed, and only that: what is done is not asked again."""
     if not told.failed:
-        return study.command("score", "--sae", study.focus.name)
+        return asking(study, told, "score")
     latents = ["--indices", ",".join(map(str, sorted(told.failed)))] if len(told.failed) <= 20 else []
-    return study.command("explain", "--sae", study.focus.name, *latents)
+    return asking(study, told, "explain", *latents)
 
 
 def _other_setups(study: Study) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def _judged_in_rounds(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
     width, mean = decimal(told["half_width"]).rstrip("0"), f"{told['mean_contexts']:.0f}"
     yield Text(
         f"\nContexts were judged in rounds until a score's 95 % interval was ±{width}: {mean} contexts a latent on "
-        f"average{at_most}. {plural(narrow, 'latent')} ended narrow enough, {cap:,} at the cap, {out:,} with no contexts "
-        "left."
+        f"average{at_most}. {plural(narrow, 'latent')} ended narrow enough, {cap:,} at the cap, {out:,} with no "
+        "contexts left."
     )
 
 

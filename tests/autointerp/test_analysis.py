@@ -293,6 +293,38 @@ def test_a_failure_is_counted_and_is_never_a_zero(root: Path) -> None:
     assert "explain --sae run_a --indices 3 " in failures["retry"]
 
 
+@pytest.mark.parametrize("model", ["", "some-model"])
+def test_what_a_model_was_asked_is_advised_with_a_place_for_the_model(root: Path, model: str) -> None:
+    """Else n-grams would answer, whose explanations are no more of the same kind."""
+    run = Run("run_a", root)
+    if model:
+        with Journal(run.journal_path) as journal:
+            hashes = {"settings_hash": "x" * 64, "prompt_hash": "p" * 64}
+            numbers = {
+                latent: journal.add_explanation(
+                    latent=latent, explainer="llm", model=model, contexts=[1], text="of a model", **hashes
+                )
+                for latent in range(0, 60, 2)
+            }
+        mine = read_table(run.stage_path("scores"))
+        mine = mine[(mine["control"] == "none") & mine["latent"].isin(list(numbers)[1:])]
+        by = {"explainer": "llm", "judge": "llm", "explainer_model": model, "model": model}
+        by |= {"explain_settings_hash": "x" * 64, "explain_prompt_hash": "p" * 64, "judge_prompt_hash": "j"}
+        mine = mine.assign(explanation_id=mine["latent"].map(numbers), **by)
+        write_table(run.stage_path("scores"), mine)
+    found = findings(root, NAMES)
+    rows = {row["id"]: row for row in found["findings"]}
+    advised = [str(rows[name]["command"]) for name in ("frequent-low", "both-scored") if rows[name]["command"]]
+    if found["scores"]["waiting"]:
+        advised.append(found["scores"]["waiting"]["command"])
+    assert advised
+    assert all(("--llm-url URL" in command) == bool(model) for command in advised), advised
+    if model:
+        assert found["scores"]["waiting"]["n"] == 1
+        write_table(run.stage_path("scores"), mine.assign(latent=mine["latent"] + 0).iloc[:0])
+        assert "--llm-url URL" in findings(root, NAMES)["scores"]["waiting"]["command"]
+
+
 def test_every_missing_stage_is_named_with_its_command(tmp_path: Path) -> None:
     def stages() -> list[str]:
         found = findings(tmp_path, NAMES)
