@@ -299,7 +299,7 @@ def test_what_a_model_was_asked_is_advised_with_a_place_for_the_model(root: Path
     run = Run("run_a", root)
     if model:
         with Journal(run.journal_path) as journal:
-            hashes = {"settings_hash": "x" * 64, "prompt_hash": "p" * 64}
+            hashes: dict[str, Any] = {"settings_hash": "x" * 64, "prompt_hash": "p" * 64}
             numbers = {
                 latent: journal.add_explanation(
                     latent=latent, explainer="llm", model=model, contexts=[1], text="of a model", **hashes

@@ -138,6 +138,17 @@ def test_nulls_fit_the_page(beside_chance: dict[str, Any], width: int) -> None:
     assert width < 80 or "…" not in page.replace("there it …", "")
 
 
+def test_of_two_equal_means_one_is_shown(beside_chance: dict[str, Any]) -> None:
+    found = copy.deepcopy(beside_chance)
+    for name, value in (("shared", 0.613), ("unshared", 0.287)):
+        found["counterparts"]["of_decoder_partner"][name] |= {"p_there": value, "p_here": value}
+    page = drawn(found)
+    assert "P(there | here)" in page
+    assert "P(here | there)" not in page
+    (row,) = (line for line in page.splitlines() if "decoder's partner, shared" in line)
+    assert row.count(".61") == 1
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_chance_stands_beside_every_figure_of_what_is_shared(beside_chance: dict[str, Any], width: int) -> None:
     """A null of its own for each place, changed to a number that is nowhere else, is found in the page."""
