@@ -182,7 +182,8 @@ def _pairs(found: Found, chosen: Found, page: Page) -> RenderableType:
     a, b = (visible(run["name"]) for run in found["runs"])
     says = (
         f"A latent of {a} and its partner in {b} by decoder direction; whether the encoders pick the same one, and "
-        f"whether that counts as shared ({found['definition']} at {decimal(found['threshold'], 2)})."
+        f"whether that counts as shared ({found['definition']} at {decimal(found['threshold'], 2)}). "
+        "“Fire together”: the Jaccard index of the tokens at which they fire."
     )
     body: list[RenderableType] = [Text(chosen["says"])]
     for pair in chosen["pairs"]:
@@ -202,7 +203,7 @@ def _pair(pair: Found, names: tuple[str, str], page: Page) -> Iterator[Renderabl
         f"encoder {decimal(pair['encoder_cosine'], 2)}",
         f"decoder {decimal(pair['decoder_cosine'], 2)}",
         same,
-        *([f"firing together {decimal(pair['jaccard'], 2)} (Jaccard)"] if known(pair["jaccard"]) else []),
+        *([f"fire together {decimal(pair['jaccard'], 2)}"] if known(pair["jaccard"]) else []),
     ]
     yield Text.assemble(
         (f"{pair['latent']} ↔ {pair['partner']}", "bold"),

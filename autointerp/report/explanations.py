@@ -37,6 +37,8 @@ from autointerp.scored import CHANCE
 
 Findings = Mapping[str, Any]
 N_SHOWN = 5
+_OWN_LESS_SWAPPED = "own − swapped"
+_IN_TWO_LINES = "own −\nswapped"
 
 
 def scores(found: Findings, page: Page) -> RenderableType:
@@ -187,7 +189,7 @@ def counted(found: Findings, page: Page) -> RenderableType:
 
 
 def _above_head(tree: Mapping[str, Any], page: Page) -> list[str]:
-    return [] if tree["control"] is None else ["own − swapped" if page.wide else "above"]
+    return [] if tree["control"] is None else [_OWN_LESS_SWAPPED if page.wide else _IN_TWO_LINES]
 
 
 def _means(tree: Mapping[str, Any], row: Mapping[str, Any], above: Mapping[str, Any] | None, page: Page) -> list[str]:
@@ -309,7 +311,7 @@ def _by_similarity(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableTy
     width = 30 if page.wide else 18 if page.width >= 76 else 0
     scale = [f"{decimal(start, 2)}{decimal(stop, 2):>{width - 3}}"] if width else []
     swapped = any(row.get("above_control") for row in bins)
-    heads = ["own − swapped"] if swapped and page.wide else ["above"] if swapped else []
+    heads = [_OWN_LESS_SWAPPED if page.wide else _IN_TWO_LINES] if swapped else []
     table = grid("similarity", ("latents", "right"), ("mean score", "right"), "95 % interval", *heads, *scale)
     for row in bins:
         low, high = row["interval"] or (row["mean"], row["mean"])

@@ -358,6 +358,16 @@ def _cells(line: str, begin: int, end: int) -> str:
     return kept
 
 
+def test_how_a_pair_is_matched_fits_one_line(found: dict[str, Any]) -> None:
+    """At 80 columns, with cosines and latents of any size that there are."""
+    wide = copy.deepcopy(found)
+    for pair in wide["pairs"]:
+        pair |= {"encoder_partner": 32_767, "same_partner": False, "jaccard": 0.63}
+    lines = [line for line in drawn(wide).splitlines() if line.startswith("  encoder ")]
+    assert len(lines) == 8
+    assert all(line.endswith("encoder's partner is 32767 · fire together .63") for line in lines)
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_hostile_text_is_shown_and_not_obeyed(found: dict[str, Any], width: int) -> None:
     nasty = copy.deepcopy(found)

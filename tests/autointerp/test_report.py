@@ -58,6 +58,15 @@ def test_no_line_is_longer_than_the_page(found: dict[str, Any], width: int, colo
         assert "\x1b" not in page
 
 
+@pytest.mark.parametrize("width", [80, 99, 100, 120])
+def test_what_is_above_the_control_has_a_heading_that_says_so(found: dict[str, Any], width: int) -> None:
+    page = drawn(found, width)
+    heads = [line for line in page.splitlines() if "own −" in line and "own − this" not in line and "…" not in line]
+    assert len(heads) == 2  # of the classes, of the quarters of similarity
+    assert all(("own − swapped" in line) == (width >= 100) for line in heads)
+    assert not re.search(r" above\b *($|  )", page, re.MULTILINE)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_nothing_is_cut_off_at_usual_widths(found: dict[str, Any], width: int) -> None:
     page = drawn(findings_without_contexts(found), width)
