@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from autointerp.contexts import TestSet
-from autointerp.scorers.base import HARDER
+from autointerp.scorers.base import HARDER, STOPS
 from sae.errors import BadInput
 from sae.estimate import Estimate
 
@@ -134,7 +134,7 @@ class Stop(NamedTuple):
 
     look: int
     why: str
-    """``narrow enough``, ``cap`` or ``out of contexts``."""
+    """One of :data:`autointerp.scorers.base.STOPS`."""
     estimate: Estimate
     """Balanced accuracy, unbiased, with its 95 % interval; NaN where too much failed."""
     tpr: float
@@ -196,7 +196,8 @@ class Rounds:
             found = _score(tallies, half_width)
             narrow = (found.estimate.high - found.estimate.low) / 2 <= half_width  # False where it is NaN
             if narrow or last:
-                why = "narrow enough" if narrow else "cap" if self.all_found else "out of contexts"
+                enough, cap, out = STOPS
+                why = enough if narrow else cap if self.all_found else out
                 return found._replace(look=number, why=why)
         return None
 

@@ -28,15 +28,18 @@ from typing import Any
 import pandas as pd
 
 from autointerp import estimation, reliability, score_similarity, scored, seeds
+from autointerp.adaptive import SIZES
+from autointerp.advice import asking
 from autointerp.comparisons import METHODS as OF_DIFFERENCES
 from autointerp.comparisons import comparison_findings
 from autointerp.counterparts import counterpart_findings
 from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
 from autointerp.findings.of_study import findings_table
 from autointerp.interesting import ContextSource, interesting
+from autointerp.numerals import precision_in_words
 from autointerp.other_scorers import other_scorer_findings
 from autointerp.pooled import pooled_relation
-from autointerp.setups import reason, status_kind
+from autointerp.setups import described, reason, status_kind
 from autointerp.statistics import METHODS
 from sae.files import SCHEMA
 from sae.nulls import FIRING_NULLS, NULLS
@@ -77,9 +80,11 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
         scores["reliability"] = (
             None if part is None else reliability.reliability_findings(part.rows, part.verdicts, sample)
         )
+        if scores["precision"] is not None:
+            scores["precision"]["rounds"] = told.rounds
         scores |= comparison_findings(study, _rows_or_none(rows), told, sample)
         scores["other_scorers"] = other_scorer_findings(study, latents, told)
-        n, command = scores.pop("n_waiting"), study.command("score", "--sae", study.focus.name)
+        n, command = scores.pop("n_waiting"), asking(study, told, "score")
         scores["waiting"] = {"n": n, "command": command} if n else None
     tree = {
         "schema": SCHEMA,
@@ -108,7 +113,7 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
     }
     worth = tree["interesting"]
     show = study.command("show", "--sae", study.focus.name, "--latent", str(worth[0]["latent"])) if worth else None
-    return {**tree, "show": show, "findings": findings_table(study, tree, part, with_sweeps)}
+    return {**tree, "show": show, "findings": findings_table(study, told, tree, part, with_sweeps)}
 
 
 def _rows_or_none(rows: pd.DataFrame | None) -> pd.DataFrame:
@@ -168,14 +173,32 @@ def _failures(study: Study, rows: pd.DataFrame | None, told: Told) -> dict[str, 
 def _retry(study: Study, told: Told) -> str:
     """The command that tries again what failed, and only that: what is done is not asked again."""
     if not told.failed:
-        return study.command("score", "--sae", study.focus.name)
+        return asking(study, told, "score")
     latents = ["--indices", ",".join(map(str, sorted(told.failed)))] if len(told.failed) <= 20 else []
-    return study.command("explain", "--sae", study.focus.name, *latents)
+    return asking(study, told, "explain", *latents)
+
+
+def _other_setups(study: Study) -> dict[str, Any]:
+    """The set-ups that the figures are not of; of each other explainer, the command that shows its newest scores."""
+    others = [] if study.scores is None else [described(study.scores, setup) for setup in study.other_setups]
+    newest: dict[str, int] = {}
+    for other in others:
+        if (name := other.get("explainer")) and name != (study.setup or {}).get("explainer"):
+            newest.setdefault(str(name), other["n_scored"])
+
+    def shows(name: str) -> str:
+        return study.command("report", "--sae", study.focus.name, "--explainer", name)
+
+    explainers = [{"explainer": name, "n_scored": n, "command": shows(name)} for name, n in newest.items()]
+    return {"other_setups": others, "other_explainers": explainers}
 
 
 def _methods(study: Study, told: Told) -> dict[str, Any]:
     view, setup, settings = study.view, study.setup or {}, study.focus.settings
-    contexts, last = settings.contexts, told.table.iloc[-1] if len(told.table) else None
+    last = told.table.iloc[-1] if len(told.table) else None
+    rounds = told.rounds or {}
+    contexts = settings.contexts.model_copy(update={name: rounds[name] for name in SIZES if name in rounds})
+    to = precision_in_words(rounds["half_width"]) if rounds else None
     prompts = {"explain": sorted({str(h) for h in told.table["prompt_hash"] if h}) if last is not None else []}
     prompts["judge"] = [str(setup[c]) for c in setup if "prompt_hash" in c and "explain" not in c and setup[c]]
     record = study.focus.record
@@ -195,13 +218,14 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
         "models": sorted({str(v) for v in (setup.get("model"), None if last is None else last["model"]) if v}),
         "prompt_hashes": {k: v for k, v in prompts.items() if v},
         "settings_hash": setup.get("settings_hash"),
-        "other_setups": study.other_setups,
+        **_other_setups(study),
         "cost": told.cost,
         "similarity": "mean over the other runs of (matched encoder cosine + matched decoder cosine) / 2",
         "dead": f"no firing over the harvested tokens; the word is used from {ENOUGH_TO_CALL_DEAD:,} tokens on",
         "contexts": f"{settings.harvest.window} tokens; up to {contexts.n_explain} to explain from and, never the same "
         f"text, up to {contexts.n_active} activating over {contexts.n_strata} strata of activation and "
-        f"{contexts.n_inactive} position-matched silent ones to test on",
+        f"{contexts.n_inactive} position-matched silent ones to test on"
+        + (f", judged in rounds until the 95 % interval of the score is narrow enough ({to})" if to else ""),
         "score": "balanced accuracy, (true positive rate + true negative rate) / 2; latents weigh the same in means",
         "control": "swap: the same contexts judged by the explanation of a dissimilar latent (decoder cosine below "
         ".2, little firing together)",

@@ -22,7 +22,7 @@ from autointerp.pooled import scored_alike
 from autointerp.scored_pairs import METHODS, agreement, good_scores, scored_pairs
 from autointerp.seeds import overlap_findings, similarity_findings
 from autointerp.selection import Choice
-from autointerp.setups import rows_of, setups_of
+from autointerp.setups import rows_of, setups_of, status_kind, wanted_of
 from sae.align_stage import align_runs, what_sets_apart
 from sae.errors import BadInput
 from sae.files import SCHEMA, read_table
@@ -64,15 +64,21 @@ def ensure_pair_aligned(a: Run, b: Run, compute: Compute) -> None:
     align_runs([a, b], compute)
 
 
-def compare_runs(a: Run, b: Run, definition: str = "strict", threshold: float = 0.7) -> dict[str, Any]:
+def compare_runs(
+    a: Run, b: Run, definition: str = "strict", threshold: float = 0.7, explainer: str | None = None
+) -> dict[str, Any]:
     """The comparison of two aligned runs, as JSON values.
+
+    The scores are those of the newest set-up that both have (of ``explainer``, where it is given: NotFound where it
+    made none of the first run's scores), else of the first run's newest.
 
     ``overlap`` and ``similarity`` are as in a report; ``agreement`` has, of the pairs that are scored alike on both
     sides, those that are ``shared``, those that are ``unshared`` and all ``together``; ``pairs`` has one entry for each
     latent of ``a`` with a partner, ``sides`` what is known of the two; ``lacking`` says which explained latents have a
     partner that has no explanation, and by which commands it gets one.
     """
-    study = Study.open(a.root, [a.name, b.name], View(focus=a.name, definition=definition, threshold=threshold))
+    view = View(a.name, definition, threshold, explainer=explainer)
+    study = _seen_by_both(Study.open(a.root, [a.name, b.name], view), b)
     here, there = Side.of(study, a), Side.of(study, b)
     table = study.tables[a.name, b.name].sort_values("latent", ignore_index=True)
     pairs = _pairs(study, table, here, there)
@@ -110,6 +116,8 @@ class Side:
     texts: dict[int, str]
     scores: pd.DataFrame
     """by latent; of the set-up that is compared"""
+    untestable: frozenset[int]
+    """latents with too few contexts for a score of that set-up"""
     made_otherwise: bool
     """whether it has scores that are not made like the first run's, and are left out"""
 
@@ -119,7 +127,9 @@ class Side:
         scores = good_scores(found[0]) if found is not None else pd.DataFrame()
         path = run.stage_path("scores")
         told = _seen_from(study, run, None if found is None else dict(found[1])).journal()
-        return cls(run, study.latents_of(run), told, told.explanations(scores), scores, found is None and path.exists())
+        texts, otherwise = told.explanations(scores), found is None and path.exists()
+        untestable = frozenset[int]() if found is None else _untestable(found[0])
+        return cls(run, study.latents_of(run), told, texts, scores, untestable, otherwise)
 
     def counts(self) -> dict[str, int]:
         return {
@@ -173,6 +183,11 @@ class Side:
         return _by_latent(self.scores)
 
 
+def _untestable(rows: pd.DataFrame) -> frozenset[int]:
+    tried = rows[rows["control"] == "none"]
+    return frozenset(tried.loc[tried["status"].map(status_kind) == "ineligible", "latent"].astype(int))
+
+
 def _by_latent(table: pd.DataFrame) -> dict[int, dict[str, Any]]:
     rows = table.to_dict("index").items()
     return {int(str(latent)): {str(k): v for k, v in row.items()} for latent, row in rows}
@@ -184,6 +199,18 @@ def _newest_scores(study: Study, run: Run) -> tuple[pd.DataFrame, Mapping[str, A
     table = read_table(path) if path.exists() else None
     chosen = [] if table is None else setups_of(table, scorer=study.view.scorer)
     return None if table is None or not chosen else (rows_of(table, chosen[0]), chosen[0])
+
+
+def _seen_by_both(study: Study, there: Run) -> Study:
+    """The study with the newest of the first run's set-ups that the other run has too, where there is one."""
+    if study.setup is None or study.scores is None:
+        return study
+    for setup in wanted_of([study.setup, *study.other_setups], study.focus.name, explainer=study.view.explainer):
+        others = [other for other in [study.setup, *study.other_setups] if other != setup]
+        seen = replace(study, setup=setup, other_setups=others)
+        if scored_alike(seen, there) is not None:
+            return seen
+    return study
 
 
 def _seen_from(study: Study, run: Run, setup: dict[str, Any] | None) -> Study:
@@ -256,6 +283,7 @@ def _lacking(here: Side, there: Side, pairs: Sequence[dict[str, Any]]) -> dict[s
 
     ``without_explanation`` has the latents whose partner is explained and that are not: ``can_be_explained`` where they
     have contexts enough. ``not_scored``: latents of pairs explained on both sides that lack a score on either.
+    ``score`` is ``None`` where no such pair could have one and nothing more is to be explained.
     """
     both = [pair for pair in pairs if _explained(pair) == 2]
     lone = [pair for pair in pairs if _explained(pair) == 1]
@@ -277,16 +305,25 @@ def _lacking(here: Side, there: Side, pairs: Sequence[dict[str, Any]]) -> dict[s
     explaining = [one for one, other in ((here, there), (there, here)) if other.run.name in wanting]
     if not both and not lone:
         explaining = [here]
-    root, names = here.run.root, (here.run.name, there.run.name)
+    not_scored = [pair for pair in both if any(side["score"] is None for side in pair["sides"])]
+    names = (here.run.name, there.run.name)
+    score = command(here.run.root, "score", *(word for name in names for word in ("--sae", name)))
+    helps = bool(explaining) or any(_can_be_scored(pair, here, there) for pair in not_scored)
     return {
         "n_explained_both": len(both),
         "n_explained_one": len(lone),
         "without_explanation": entries,
-        "not_scored": [pair["latent"] for pair in both if any(side["score"] is None for side in pair["sides"])],
+        "not_scored": [pair["latent"] for pair in not_scored],
         "by_language_model": any(_by_language_model(side) for side in (here, there)),
         "explain": [_explain_command(side) for side in explaining],
-        "score": command(root, "score", *(word for name in names for word in ("--sae", name))),
+        "score": score if helps else None,
     }
+
+
+def _can_be_scored(pair: dict[str, Any], here: Side, there: Side) -> bool:
+    """Whether every score that the pair lacks can be had."""
+    sides = zip(pair["sides"], (here, there), strict=True)
+    return all(told["score"] is not None or told["latent"] not in side.untestable for told, side in sides)
 
 
 def _explain_command(side: Side) -> str:

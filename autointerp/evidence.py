@@ -17,7 +17,7 @@ import pandas as pd
 from autointerp.journal import Journal
 from autointerp.method import BASELINE
 from autointerp.sample_record import Sample, sample_of
-from autointerp.setups import TOO_FEW, rows_of, setups_of
+from autointerp.setups import TOO_FEW, rows_of, setups_of, wanted_of
 from sae.align_stage import behaviour_facts, behaviours, is_aligned, is_compared
 from sae.alignment import both_ways
 from sae.errors import BadInput, NotFound, nearest
@@ -59,6 +59,7 @@ class Told:
     too_few: set[int]
     failed: dict[int, str]
     cost: list[dict[str, Any]]
+    rounds: dict[str, Any] | None = None  # of scores to a precision: as of `Precision.identity`
 
     def explanations(self, own: pd.DataFrame) -> dict[int, str]:
         """Latent → the explanation that was scored, or else the newest of the explainer meant.
@@ -112,9 +113,8 @@ class Study:
         tables = both_ways(root / "alignments", compared) if len(compared) > 1 else {}
         alive = {run.name: _alive(run, firing) for run in runs}
         scores = read_table(path) if (path := focus.stage_path("scores")).exists() else None
-        chosen: list[dict[str, Any]] = []
-        if scores is not None:
-            chosen = setups_of(scores, scorer=view.scorer, explainer=view.explainer, judge=view.judge)
+        known = [] if scores is None else setups_of(scores, scorer=view.scorer)
+        chosen = wanted_of(known, focus.name, explainer=view.explainer, judge=view.judge)
         return cls(
             root=root,
             runs=runs,
@@ -131,7 +131,7 @@ class Study:
             else None,
             scores=scores,
             setup=chosen[0] if chosen else None,
-            other_setups=chosen[1:],
+            other_setups=[setup for setup in known if setup not in chosen[:1]],
         )
 
     @property
@@ -197,7 +197,7 @@ class Study:
         if not self.focus.journal_path.exists():
             return Told(pd.DataFrame(), {}, set(), set(), {}, [])
         with Journal(self.focus.journal_path) as journal:
-            table, cost = journal.explanations(), journal.usage()
+            table, cost, setups = journal.explanations(), journal.usage(), journal.setups()
         texts = {int(i): text for i, text in zip(table["id"], table["text"], strict=True) if isinstance(text, str)}
         table = table[self._by_explainer(table)]
         good = set(table.loc[table["status"] == "ok", "latent"].astype(int))
@@ -211,6 +211,7 @@ class Study:
             too_few=too_few,
             failed={latent: why for latent, why in failed.items() if latent not in too_few},
             cost=[{str(k): v for k, v in row.items()} for row in cost.to_dict("records")],
+            rounds=setups.get((self.setup or {}).get("settings_hash", ""), {}).get("adaptive"),
         )
 
     def _by_explainer(self, table: pd.DataFrame) -> pd.Series:
@@ -222,6 +223,7 @@ class Study:
             identity = {mine: setup.get(theirs) for mine, theirs in zip(identity, keys, strict=True)}
         else:
             of = table if self.view.explainer is None else table[table["explainer"] == self.view.explainer]
+            identity["explainer"] = self.view.explainer
             of = of if (of["explainer"] == BASELINE).all() else of[of["explainer"] != BASELINE]
             if len(of):
                 identity = {column: of[column].iloc[-1] for column in identity}

@@ -19,7 +19,7 @@ from autointerp.json_values import number, plain
 from autointerp.method import BASELINE
 from autointerp.reliability import reliability_findings, verdicts_of
 from autointerp.scorers.base import HARDER
-from autointerp.setups import rows_of, setups_of
+from autointerp.setups import precision_of, rows_of, setups_of
 from sae.align_stage import behaviour_folder
 from sae.alignment import read_alignment
 from sae.errors import NotFound
@@ -45,8 +45,8 @@ _SCORE_COLUMNS = (
 
 def latent_findings(run: Run, latent: int, n_contexts: int = 8, threshold: float = 0.7) -> dict[str, Any]:
     """What is known of one latent of ``run``, as JSON values: :meth:`LatentReader.findings`, and how far the run's
-    scores can be relied upon."""
-    return {**LatentReader(run, threshold).findings(latent, n_contexts), "reliability": reliability_of(run)}
+    scores can be relied upon, of the set-ups that have a score of this latent."""
+    return {**LatentReader(run, threshold).findings(latent, n_contexts), "reliability": reliability_of(run, latent)}
 
 
 class LatentReader:
@@ -64,11 +64,14 @@ class LatentReader:
 
         ``matches`` has an entry per sibling run that it is aligned with: partners by encoder and decoder, cosines,
         which definitions of shared hold, and what the partner was explained as there. ``contexts`` run from the
-        strongest activation to the weakest. Raises :class:`NotFound` for a number that the run does not have.
+        strongest activation to the weakest. ``cannot_be_explained`` says why, where that is so. Raises
+        :class:`NotFound` for a number that the run does not have.
         """
         run, m = self.run, self.run.settings.training.num_latents
         if not 0 <= latent < m:
             raise NotFound(f"latent {latent} does not exist in run {run.name!r}; it has latents 0 to {m - 1}")
+        firing = self._firing(latent)
+        unable, words = _why_unable(firing), ("explain", "--sae", run.name, "--indices", str(latent))
         matches = [self._match(sibling, latent) for sibling in self.siblings]
         similar = [match["similarity"] for match in matches if match["similarity"] is not None]
         return {
@@ -76,14 +79,15 @@ class LatentReader:
             "run": run.name,
             "commands": {
                 "harvest": command(run.root, "harvest", "--sae", run.name),
-                "explain": command(run.root, "explain", "--sae", run.name, "--indices", str(latent)),
+                "explain": None if unable else command(run.root, *words),
                 "score": command(run.root, "score", "--sae", run.name),
                 "align": command(run.root, "align", run.name, *(x.name for x in self._all_siblings)),
             },
             "latent": latent,
             "study": run.study,
             "threshold": self.threshold,
-            "firing": self._firing(latent),
+            "firing": firing,
+            "cannot_be_explained": unable,
             "activations": self._activations(latent),
             "similarity": float(np.mean(similar)) if similar else None,
             "n_shared": sum(match["shared"]["strict"] for match in matches),
@@ -249,10 +253,11 @@ def from_strong_to_weak(contexts: Sequence[Context], n: int) -> list[Context]:
     return [ordered[i] for i in sorted({round(x) for x in np.linspace(0, len(ordered) - 1, n)})]
 
 
-def reliability_of(run: Run) -> list[dict[str, Any]]:
+def reliability_of(run: Run, latent: int | None = None) -> list[dict[str, Any]]:
     """The reliability of each set-up of the run's scores, newest first: of all its latents, not of one.
 
-    With it who explained and judged, and by which scorer; ``value`` and ``interval``, ``None`` where they are not to be
+    With a ``latent`` only of those that have a score of it. With it who explained and judged, by which scorer and to
+    what ``precision`` (``None``: on all contexts); ``value`` and ``interval``, ``None`` where they are not to be
     had, and ``n`` latents.
     """
     path = run.stage_path("scores")
@@ -261,9 +266,21 @@ def reliability_of(run: Run) -> list[dict[str, Any]]:
     table, found = read_table(path), []
     for setup in setups_of(table):
         rows = rows_of(table, setup)
+        own = rows[(rows["control"] == "none") & (rows["status"] == "ok")]
+        if latent is not None and latent not in set(own["latent"]):
+            continue
         told = reliability_findings(rows, verdicts_of(run, rows, setup))
-        found.append({**setup, **(told or {"value": None, "interval": None, "n": 0})})
+        found.append({**setup, "precision": precision_of(rows), **(told or {"value": None, "interval": None, "n": 0})})
     return found
+
+
+def _why_unable(firing: dict[str, Any] | None) -> str | None:
+    """Why a latent that fires so cannot be explained; ``None`` where it can, or contexts have not been counted."""
+    if firing is None:
+        return None
+    if firing["dead"]:
+        return "it never fires over the harvested tokens"
+    return None if firing.get("eligible", True) else firing["ineligible_reason"] or "too few contexts"
 
 
 def _aligned(run: Run, sibling: Run) -> bool:

@@ -54,8 +54,9 @@ class Run(sae.run.Run):
     def reliability(self) -> pd.DataFrame:
         """How well each set-up's scores would agree with those of another draw of contexts: one row per set-up.
 
-        Who explained and judged and by which scorer, newest first; ``value`` (see :mod:`autointerp.reliability`), NaN
-        where it is not to be had, its 95 % interval ``low`` to ``high``, and over ``n`` latents.
+        Who explained and judged, by which scorer and to what ``precision``, newest first; ``value`` (see
+        :mod:`autointerp.reliability`), NaN where it is not to be had, its 95 % interval ``low`` to ``high``, and over
+        ``n`` latents.
         """
         self.scores()  # says what to do where there are none
         rows = [

@@ -33,3 +33,8 @@ def interval(bounds: Sequence[float | None] | None, digits: int = 3, *, sign: bo
 
 def estimate(value: float | None, bounds: Sequence[float | None] | None, digits: int = 3, *, sign: bool = False) -> str:
     return f"{decimal(value, digits, sign=sign)} {interval(bounds, digits, sign=sign)}".rstrip()
+
+
+def precision_in_words(half_width: float | None) -> str:
+    """To what precision contexts were judged: ``to ±.065``, or ``all contexts``."""
+    return "all contexts" if half_width is None else f"to ±{decimal(half_width).rstrip('0')}"

@@ -17,8 +17,8 @@ import pandas as pd
 from autointerp.estimation import Estimator, error_of
 from autointerp.json_values import histogram, mean_of, number, quartile_figures
 from autointerp.sample_record import Sample
-from autointerp.scorers.base import HARDER
-from autointerp.setups import status_kind
+from autointerp.scorers.base import HARDER, STOPS
+from autointerp.setups import precision_of, status_kind
 from autointerp.statistics import UNKNOWN
 from autointerp.too_few import too_few_findings
 from sae.latent_table import CLASSES
@@ -61,6 +61,7 @@ def score_findings(
         "auroc_mean": (auroc := of.mean(aurocs, error_of(good.loc[aurocs.index], "auroc")).as_dict())["value"],
         "auroc_interval": auroc["interval"],
         "n_scored": len(good),
+        "precision": _precision(good),
         "sample": None if sample is None else _sample_findings(sample, of.sample, good, scored),
         "n_failed": int((kinds == "failed").sum()),
         "n_ineligible": len(ineligible),
@@ -77,6 +78,21 @@ def score_findings(
         "negatives": _negatives(good, of, swapped),
         "too_few": too_few_findings(latents),
         "by_class": _by_class(latents, own, kinds, explained, of, swapped) if "shared_class" in latents else None,
+    }
+
+
+def _precision(good: pd.DataFrame) -> dict[str, Any] | None:
+    """Of scores that were judged to a precision: to which, what ended it for how many latents, and after how many
+    contexts (activating and random silent ones that were answered) on average. ``None`` where all contexts were."""
+    to = precision_of(good)
+    if to is None:
+        return None
+    judged = good["n_active"].astype(float) + good["n_inactive"].astype(float)
+    counts = good["stopped"].value_counts()
+    return {
+        "half_width": to,
+        "stopped": {why: int(counts.get(why, 0)) for why in STOPS},
+        "mean_contexts": number(judged.mean()),
     }
 
 

@@ -6,13 +6,14 @@ set-ups would mean nothing, so every figure is of one set-up; the others are nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from autointerp.json_values import plain
 from autointerp.method import BASELINE
+from sae.errors import NotFound
 
 #: Who explained and judged, under which settings and prompts: what tells set-ups apart.
 _EXPLAIN = ("explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
@@ -24,7 +25,8 @@ def setups_of(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]
     """The set-ups in a score table that have what is ``wanted`` (``scorer="detection"``…), newest first.
 
     Newest by the explanations' numbers in the journal. Other explanations, and other judgements where the same ones
-    were judged twice, come before the n-gram baseline's, which is made beside them.
+    were judged twice, come before the n-gram baseline's, which is made beside them. Of equal ones, those judged on all
+    contexts come before those judged to a precision, and finer precisions before coarser ones.
     """
     columns = [c for c in (*_EXPLAIN, *_JUDGE) if c in scores]
     if "judge" not in columns:  # nothing but failed explanations
@@ -36,10 +38,25 @@ def setups_of(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]
     found = []
     for _, group in scores[mask].groupby(columns, dropna=False, sort=False):
         by_model = {column: group[column].iloc[0] != BASELINE for column in columns}
-        newest = int(group["explanation_id"].max()), by_model["judge"], int(group.index.max())
-        rank = by_model.get("explainer", True), *newest
+        newest = int(group["explanation_id"].max()), by_model["judge"]
+        rank = by_model.get("explainer", True), *newest, -(precision_of(group) or 0.0), int(group.index.max())
         found.append((rank, {c: plain(group[c].iloc[0]) for c in columns}))
     return [setup for _, setup in sorted(found, key=lambda item: item[0], reverse=True)]
+
+
+def wanted_of(
+    setups: Sequence[Mapping[str, Any]], name: str, *, explainer: str | None = None, judge: str | None = None
+) -> list[dict[str, Any]]:
+    """Those of the run ``name``'s set-ups with this explainer and judge (``None``: any), in their order.
+
+    Raises NotFound, in one line that names those that there are, where no set-up has the explainer.
+    """
+    there = list(dict.fromkeys(str(setup.get("explainer")) for setup in setups))
+    if explainer is not None and explainer not in there:
+        those = f"those by {' and '.join(map(repr, there))} are" if there else "no explanation of it is"
+        raise NotFound(f"--explainer {explainer!r} has no explanations of {name!r} that are scored; {those}")
+    wanted = {"explainer": explainer, "judge": judge}
+    return [dict(s) for s in setups if all(value is None or s.get(key) == value for key, value in wanted.items())]
 
 
 def verdict_filters(setup: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,6 +84,13 @@ def precision_of(rows: pd.DataFrame) -> float | None:
         return None
     told = rows.loc[rows["status"] == "ok", "precision"].dropna()
     return float(told.iloc[0]) if len(told) else None
+
+
+def described(scores: pd.DataFrame, setup: Mapping[str, Any]) -> dict[str, Any]:
+    """A set-up with the ``precision`` to which it was judged (``None``: all contexts) and its ``n_scored`` latents."""
+    rows = rows_of(scores, setup)
+    own = rows[rows["control"] == "none"]
+    return {**setup, "precision": precision_of(rows), "n_scored": int((own["status"] == "ok").sum())}
 
 
 def status_kind(status: object) -> str:

@@ -413,6 +413,15 @@ ReportedSae = Annotated[
     str | None,
     typer.Option("--sae", help="The run in the middle of the report. Default: the newest study's first."),
 ]
+ShownExplainer = Annotated[
+    str | None,
+    typer.Option(
+        "--explainer",
+        metavar="NAME",
+        help="Show the newest scores of explanations by this explainer: llm, ngram, … Default: the newest of all, any "
+        "other before the n-gram baseline.",
+    ),
+]
 Html = Annotated[
     bool, typer.Option("--html", help="Write it as one HTML file, ROOT/reports/RUN.html, and print its path and size.")
 ]

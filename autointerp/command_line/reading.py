@@ -8,7 +8,7 @@ from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish
 from autointerp.command_line.groups import Machine, Output, takes_groups
 from autointerp.command_line.options import Definition
-from autointerp.command_line.shared import finish_with_report, finish_with_runs, opened_one
+from autointerp.command_line.shared import finish_with_report, finish_with_runs, opened_one, reading
 from autointerp.command_line.values import new_file
 from sae.errors import BadInput
 
@@ -39,6 +39,7 @@ def report(
     definition: opt.Shared = Definition.strict,
     threshold: opt.Threshold = 0.7,
     against: opt.Against = None,
+    explainer: opt.ShownExplainer = None,
     html: opt.Html = False,
     to: opt.HtmlTo = None,
     output: Output,
@@ -56,14 +57,18 @@ def report(
     run = opened_one(sae, output.root)
     study = study_runs(run.study, output.root)
     if not (html or to):
-        finish_with_report(output.as_json, run, study, definition.value, threshold, against or ())
+        finish_with_report(output.as_json, run, study, definition.value, threshold, against or (), explainer)
         return
     if to is not None:
         to = new_file("--to", to)
     from autointerp.report import render_written
     from autointerp.report.html import write_report
 
-    written = write_report(run, study, to, definition=definition.value, threshold=threshold, against=against or ())
+    counted = against or ()
+    with reading(run):
+        written = write_report(
+            run, study, to, definition=definition.value, threshold=threshold, against=counted, explainer=explainer
+        )
     finish(output.as_json, "report", written.as_dict, lambda: render_written(written))
 
 
@@ -76,7 +81,9 @@ def show(*, latent: opt.LatentNumber, sae: opt.OneSae = None, contexts: opt.Show
     """
     from autointerp.report import latent_findings, render_latent
 
-    found = latent_findings(opened_one(sae, output.root), latent, n_contexts=contexts)
+    run = opened_one(sae, output.root)
+    with reading(run):
+        found = latent_findings(run, latent, n_contexts=contexts)
     finish(output.as_json, "show", lambda: found, lambda: render_latent(found))
 
 
@@ -91,6 +98,7 @@ def compare(
     unshared_only: opt.UnsharedPairs = False,
     definition: opt.Shared = Definition.strict,
     threshold: opt.Threshold = 0.7,
+    explainer: opt.ShownExplainer = None,
     machine: Machine,
     output: Output,
 ) -> None:
@@ -109,7 +117,8 @@ def compare(
         raise BadInput("--unshared-only and --shared-only exclude each other; give one of them")
     a, b = the_two([*(names or []), *(sae or [])], output.root)
     ensure_pair_aligned(a, b, machine.compute())
-    found = compare_runs(a, b, definition.value, threshold)
+    with reading(a):
+        found = compare_runs(a, b, definition.value, threshold, explainer)
     sharing: Sharing = "shared" if shared_only else "unshared" if unshared_only else "any"
     shown = chosen(found["pairs"], PairChoice(latents, None if sort is None else sort.value, sharing))
     told = {"shown": {key: shown[key] for key in ("says", "n_of", "latents")}}

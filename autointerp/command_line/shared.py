@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,15 @@ def opened(names: Sequence[str] | None, root: Path, whole_study: bool = False) -
 def opened_one(name: str | None, root: Path) -> Run:
     """The run ``name``; where none is named the newest study's first."""
     return opened([name] if name else None, root)[0]
+
+
+@contextmanager
+def reading(run: Run) -> Iterator[None]:
+    """A line at a terminal for as long as the files of the run's study are read, which may take many seconds."""
+    from sae.progress import waiting
+
+    with waiting(f"reading the study {run.study}"):
+        yield
 
 
 def finish_with_runs(
@@ -54,9 +64,13 @@ def finish_with_report(
     definition: str = "strict",
     threshold: float = 0.7,
     against: Sequence[str] = (),
+    explainer: str | None = None,
 ) -> None:
     """End with the report of ``run`` in its study."""
     from autointerp.report import findings_of, render_report
 
-    found = findings_of(run, study, definition=definition, threshold=threshold, against=against)
+    with reading(run):
+        found = findings_of(
+            run, study, definition=definition, threshold=threshold, against=against, explainer=explainer
+        )
     finish(as_json, "report", lambda: found, lambda: render_report(found))

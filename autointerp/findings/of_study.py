@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from autointerp.evidence import Study
+from autointerp.advice import asking
+from autointerp.evidence import Study, Told
 from autointerp.findings.dictionaries import THRESHOLD, Dictionaries, findings_of_dictionaries
 from autointerp.findings.finding import Finding
 from autointerp.findings.scores import Scores, findings_of_scores
@@ -24,11 +25,12 @@ _RECIPES = {"width": "widths", "k": "ks", "tokens": "tokens", "architecture": "a
 
 
 def findings_table(
-    study: Study, tree: Mapping[str, Any], part: Part | None, with_sweeps: bool = True
+    study: Study, told: Told, tree: Mapping[str, Any], part: Part | None, with_sweeps: bool = True
 ) -> list[dict[str, Any]]:
     """The rows as JSON values, in the paper's order.
 
     Args:
+        told: the focus run's explanations.
         tree: the report's own findings, as far as they are made: ``scores`` and ``relation``.
         part: the focus run's scores; ``None`` where it has none.
         with_sweeps: also the rows about width, k, tokens and architecture.
@@ -36,7 +38,7 @@ def findings_table(
     rows: list[Finding] = findings_of_dictionaries(_dictionaries(study))
     if with_sweeps:
         rows += findings_of_sweeps(sweeps_of(study.root, tree["subject"]), _sweep_advice(study))
-    rows += findings_of_scores(_scores(study, tree, part))
+    rows += findings_of_scores(_scores(study, told, tree, part))
     return [row.as_dict() for row in rows]
 
 
@@ -81,15 +83,15 @@ def _dictionaries(study: Study) -> Dictionaries:
     )
 
 
-def _scores(study: Study, tree: Mapping[str, Any], part: Part | None) -> Scores:
-    focus, setup = study.focus.name, study.setup or {}
+def _scores(study: Study, told: Told, tree: Mapping[str, Any], part: Part | None) -> Scores:
+    setup = study.setup or {}
     similar = part is not None and "similarity" in part.latents
     scores = tree["scores"]
     waiting = scores is not None and scores["waiting"] is not None
 
     def ask(*words: str) -> str:
         """The command that explains more, or first the one that scores what is explained."""
-        return study.command("score", "--sae", focus) if waiting else study.command("explain", "--sae", focus, *words)
+        return asking(study, told, "score") if waiting else asking(study, told, "explain", *words)
 
     return Scores(
         scores=scores,

@@ -22,13 +22,23 @@ if TYPE_CHECKING:
 
 
 def findings_of(
-    run: Run, study: Sequence[Run], *, definition: str = "strict", threshold: float = 0.7, against: Sequence[str] = ()
+    run: Run,
+    study: Sequence[Run],
+    *,
+    definition: str = "strict",
+    threshold: float = 0.7,
+    against: Sequence[str] = (),
+    explainer: str | None = None,
 ) -> dict[str, Any]:
-    """The findings of a study with ``run`` in the middle, contexts included where its firing store is there."""
+    """The findings of a study with ``run`` in the middle, contexts included where its firing store is there.
+
+    ``explainer``: scores are the newest of its explanations; by default the newest of all
+    (:func:`autointerp.setups.setups_of`).
+    """
     from autointerp.analysis import findings
     from autointerp.evidence import View
 
-    view = View(focus=run.name, definition=definition, threshold=threshold, against=tuple(against))
+    view = View(run.name, definition, threshold, tuple(against), explainer=explainer)
     return findings(run.root, [r.name for r in study], view, contexts_at_hand(run))
 
 

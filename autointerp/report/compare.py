@@ -182,7 +182,8 @@ def _pairs(found: Found, chosen: Found, page: Page) -> RenderableType:
     a, b = (visible(run["name"]) for run in found["runs"])
     says = (
         f"A latent of {a} and its partner in {b} by decoder direction; whether the encoders pick the same one, and "
-        f"whether that counts as shared ({found['definition']} at {decimal(found['threshold'], 2)})."
+        f"whether that counts as shared ({found['definition']} at {decimal(found['threshold'], 2)}). "
+        "“Fire together”: the Jaccard index of the tokens at which they fire."
     )
     body: list[RenderableType] = [Text(chosen["says"])]
     for pair in chosen["pairs"]:
@@ -202,7 +203,7 @@ def _pair(pair: Found, names: tuple[str, str], page: Page) -> Iterator[Renderabl
         f"encoder {decimal(pair['encoder_cosine'], 2)}",
         f"decoder {decimal(pair['decoder_cosine'], 2)}",
         same,
-        *([f"firing together {decimal(pair['jaccard'], 2)} (Jaccard)"] if known(pair["jaccard"]) else []),
+        *([f"fire together {decimal(pair['jaccard'], 2)}"] if known(pair["jaccard"]) else []),
     ]
     yield Text.assemble(
         (f"{pair['latent']} ↔ {pair['partner']}", "bold"),
@@ -262,14 +263,14 @@ def _lacking(found: Found, page: Page) -> RenderableType | None:
         if unable:
             words = f"{name}: {len(unable):,} more that cannot be explained (too few contexts): {_numbers(unable)}."
             body.append(Text(words, QUIET))
+    how = ", with the same --llm-url or --vllm as before" if tree["by_language_model"] else ""
     if tree["explain"]:
-        how = ", with the same --llm-url or --vllm as before" if tree["by_language_model"] else ""
         body += [Text(f"This explains partners{how}:"), *map(command_line, tree["explain"])]
     if tree["not_scored"]:
         words = f"{plural(len(tree['not_scored']), 'pair')} explained on both sides without a score on either or both"
         body.append(Text(f"{words}: {_first(tree['not_scored'])}."))
-    if tree["explain"] or tree["not_scored"]:
-        body += [Text("This scores what is explained:"), command_line(tree["score"])]
+    if tree["score"]:
+        body += [Text(f"This scores what is explained{how}:"), command_line(tree["score"])]
     if not body:
         return None
     says = "Explanations and scores that a pair has on one side alone cannot be compared."

@@ -37,6 +37,8 @@ from autointerp.scored import CHANCE
 
 Findings = Mapping[str, Any]
 N_SHOWN = 5
+_OWN_LESS_SWAPPED = "own − swapped"
+_IN_TWO_LINES = "own −\nswapped"
 
 
 def scores(found: Findings, page: Page) -> RenderableType:
@@ -53,7 +55,7 @@ def scores(found: Findings, page: Page) -> RenderableType:
     body: list[RenderableType] = [*_sample(tree), Text(), *_histograms(tree, control, page), Text()]
     body += [controls.score_table(tree, page), *controls.in_words(tree), *controls.by_negatives(tree, page)]
     body += controls.other_scorers(tree, page)
-    body += _reliability(tree)
+    body += [*_judged_in_rounds(tree), *_reliability(tree), *_other_explainers(found)]
     return section(page, title, says, *body)
 
 
@@ -78,6 +80,22 @@ def _sample(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Text(f"{outside} outside the sample: shown one by one, and in none of these figures.", QUIET)
 
 
+def _judged_in_rounds(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Of scores to a precision: which, how many contexts that took, and what ended it."""
+    told = tree["precision"]
+    if told is None:
+        return
+    most = told.get("rounds")
+    at_most = f", of at most {most['n_active']} + {most['n_inactive']}" if most else ""
+    narrow, cap, out = told["stopped"].values()
+    width, mean = decimal(told["half_width"]).rstrip("0"), f"{told['mean_contexts']:.0f}"
+    yield Text(
+        f"\nContexts were judged in rounds until a score's 95 % interval was ±{width}: {mean} contexts a latent on "
+        f"average{at_most}. {plural(narrow, 'latent')} ended narrow enough, {cap:,} at the cap, {out:,} with no "
+        "contexts left."
+    )
+
+
 def _reliability(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
     told = tree["reliability"]
     if told is not None and known(told["value"]):
@@ -85,6 +103,14 @@ def _reliability(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
             f"\nReliability {estimate(told['value'], told['interval'], 2)}: the rank correlation of these scores with "
             "those of another draw of contexts."
         )
+
+
+def _other_explainers(found: Findings) -> Iterator[RenderableType]:
+    """Whose explanations are scored too, and how their scores are seen."""
+    for other in found["methods"]["other_explainers"]:
+        n = plural(other["n_scored"], "latent")
+        yield Text(f"\nExplanations by {visible(other['explainer'])} are scored too ({n}). This shows their scores:")
+        yield command_line(other["command"])
 
 
 def _outcome(tree: Mapping[str, Any] | None) -> Iterator[RenderableType]:
@@ -163,7 +189,7 @@ def counted(found: Findings, page: Page) -> RenderableType:
 
 
 def _above_head(tree: Mapping[str, Any], page: Page) -> list[str]:
-    return [] if tree["control"] is None else ["own − swapped" if page.wide else "above"]
+    return [] if tree["control"] is None else [_OWN_LESS_SWAPPED if page.wide else _IN_TWO_LINES]
 
 
 def _means(tree: Mapping[str, Any], row: Mapping[str, Any], above: Mapping[str, Any] | None, page: Page) -> list[str]:
@@ -285,7 +311,7 @@ def _by_similarity(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableTy
     width = 30 if page.wide else 18 if page.width >= 76 else 0
     scale = [f"{decimal(start, 2)}{decimal(stop, 2):>{width - 3}}"] if width else []
     swapped = any(row.get("above_control") for row in bins)
-    heads = ["own − swapped"] if swapped and page.wide else ["above"] if swapped else []
+    heads = [_OWN_LESS_SWAPPED if page.wide else _IN_TWO_LINES] if swapped else []
     table = grid("similarity", ("latents", "right"), ("mean score", "right"), "95 % interval", *heads, *scale)
     for row in bins:
         low, high = row["interval"] or (row["mean"], row["mean"])

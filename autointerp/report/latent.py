@@ -29,6 +29,7 @@ from autointerp.report.layout import (
     known,
     percent,
     plural,
+    precision_in_words,
     section,
 )
 from autointerp.report.terminal import emit
@@ -62,12 +63,15 @@ def _head(found: Latent, page: Page) -> RenderableType:
         table.add_row(Text("fires", QUIET), words)
         strength = f"mean {firing['mean_activation']:.3g}, largest {firing['max_activation']:.3g}"
         table.add_row(Text("activation", QUIET), strength)
-    if firing is not None and firing.get("ineligible_reason"):
-        table.add_row(Text("not eligible", QUIET), shown(firing["ineligible_reason"]))
     if found["activations"] is not None:
-        table.add_row("", blocks.strip(found["activations"]["counts"], ACCENT))
+        unnamed = firing is None or firing["dead"]
+        table.add_row(
+            Text("activation" if unnamed else "", QUIET), blocks.strip(found["activations"]["counts"], ACCENT)
+        )
         largest = f"{found['activations']['edges'][-1]:.3g}"
         table.add_row("", Text("0" + largest.rjust(len(found["activations"]["counts"]) - 1), QUIET))
+    if firing is not None and firing.get("ineligible_reason"):
+        table.add_row(Text("not eligible", QUIET), shown(firing["ineligible_reason"]))
     if found["matches"]:
         n, of = found["n_shared"], len(found["matches"])
         name = str(shared_class(n, of))
@@ -95,6 +99,10 @@ def _contexts(found: Latent, page: Page) -> RenderableType:
 
 def _explanations(found: Latent, page: Page) -> RenderableType:
     says = "What an explainer made of contexts like these, and how well a judge could tell other contexts by it."
+    if not found["explanations"] and found["cannot_be_explained"]:
+        return section(
+            page, "Explanation", says, Text(f"It cannot be explained: {visible(found['cannot_be_explained'])}.")
+        )
     if not found["explanations"]:
         next_step = command_line(found["commands"]["explain"])
         return section(page, "Explanation", says, Text("It has not been explained yet."), next_step)
@@ -113,7 +121,7 @@ def _explanations(found: Latent, page: Page) -> RenderableType:
             _score_table(swapped, page),
         ]
     body += _reliability(found)
-    if not found["scores"]:
+    if not found["scores"] and not found["cannot_be_explained"]:
         body += [Text("It has not been scored yet."), command_line(found["commands"]["score"])]
     return section(page, "Explanation", says, *body)
 
@@ -140,7 +148,7 @@ def _score_table(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableTyp
         return _with_interval(row, name) if roomy else decimal(row.get(name), 2)
 
     for row in rows:
-        who = f"{row['scorer']}, {row['judge']}" + (f" {row['model']}" if row.get("model") else "")
+        who = _who(row)
         if row["control"] != "none":
             who = f"{row['control']}, {row['scorer']}, {row['judge']}"
         if row["status"] != "ok":
@@ -151,6 +159,8 @@ def _score_table(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableTyp
         contexts = f"{count(row['n_active'])} + {count(row['n_inactive'])}"
         score = decimal(row["balanced_accuracy"], 2)
         table.add_row(shown(who), score, bounds, *rates, auroc(row), contexts)
+        if known(row.get("precision")):
+            table.add_row(Text(f"  {precision_in_words(row['precision'])}", QUIET))
         for kind, name in NEGATIVES.items():
             if not known(row.get(f"ba_{kind}")):
                 continue
@@ -162,6 +172,10 @@ def _score_table(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableTyp
     return table
 
 
+def _who(row: Mapping[str, Any]) -> str:
+    return f"{row['scorer']}, {row['judge']}" + (f" {row['model']}" if row.get("model") else "")
+
+
 def _with_interval(row: Mapping[str, Any], name: str) -> str:
     return estimate(row.get(name), [row.get(f"{name}_low"), row.get(f"{name}_high")], 2)
 
@@ -170,7 +184,7 @@ def _reliability(found: Latent) -> Iterator[RenderableType]:
     """How far the scores above can be trusted to tell latents apart, set-up by set-up."""
     told = [row for row in found["reliability"] if known(row["value"])]
     for row in told:
-        who = f"{row['scorer']}, {row['judge']}" + (f" {row['model']}" if row.get("model") else "")
+        who = f"{_who(row)}, {precision_in_words(row['precision'])}"
         words = f"Reliability of such scores over the run's {plural(row['n'], 'latent')} ({visible(who)}): "
         yield Text(words + estimate(row["value"], row["interval"], 2), QUIET)
 

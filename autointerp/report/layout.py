@@ -22,6 +22,7 @@ from autointerp.numerals import decimal as decimal
 from autointerp.numerals import estimate as estimate
 from autointerp.numerals import interval as interval
 from autointerp.numerals import known as known
+from autointerp.numerals import precision_in_words as precision_in_words
 from autointerp.report.blocks import FILLS, Drawn
 from autointerp.report.visible import Marking, marking, visible
 from sae import progress

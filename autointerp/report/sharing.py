@@ -342,7 +342,7 @@ def counterparts(found: Findings, page: Page) -> RenderableType | None:
         f"{percent(same['decoder'])} of the latents have the partner that the decoders gave them: "
         f"{percent(same['shared'])} of the shared, {percent(same['unshared'])} of the others{paired}.\n"
     )
-    heads = ("Jaccard", "right"), ("P(there | here)", "right"), ("P(here | there)", "right")
+    heads = ("Jaccard", "right"), ("P(there | here)", "right")
     together = grid("firing together", *heads)
     for name in ("shared", "unshared"):
         together.add_row(f"with the decoder's partner, {name}", *_frequencies(of[name]))
@@ -359,7 +359,8 @@ def counterparts(found: Findings, page: Page) -> RenderableType | None:
 
 
 def _frequencies(of: Mapping[str, float | None]) -> list[str]:
-    return [decimal(of[key], 2) for key in ("jaccard", "p_there", "p_here")]
+    # Every pair is seen from both sides, so the mean of p_here is that of p_there.
+    return [decimal(of[key], 2) for key in ("jaccard", "p_there")]
 
 
 def _how_compared(tree: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ cannot disagree.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -28,9 +28,11 @@ from autointerp.report.layout import (
     grid,
     human,
     known,
+    listed,
     percent,
     percent_interval,
     plural,
+    precision_in_words,
     section,
 )
 from autointerp.report.visible import shown, visible
@@ -38,8 +40,8 @@ from autointerp.report.visible import shown, visible
 Findings = Mapping[str, Any]
 #: What stands for block characters where the output cannot hold them.
 _ASCII = str.maketrans(
-    "▁▂▃▄▅▆▇█▏▎▍▌▋▊▉▒▓░─━┴├┤┊●•·–−«»…‰↵⇥↔",
-    "..::++##.::++##%@:-=+[]|o*.--<>.%\\>=",
+    "▁▂▃▄▅▆▇█▏▎▍▌▋▊▉▒▓░─━┴├┤┊●•·–−±«»…‰↵⇥↔",
+    "..::++##.::++##%@:-=+[]|o*.--~<>.%\\>=",
 )
 
 
@@ -181,10 +183,18 @@ def _scores_in_short(found: Findings) -> Iterator[str]:
     if tree["control"] is not None:
         words += f", another latent's explanation scores {decimal(tree['control']['mean'])}"
     yield words + "."
-    if told := [f"{name} {estimate(x['mean'], x['interval'], sign=True)}" for name, x in controls.above(tree)]:
-        yield f"That is, above the {'; the '.join(told)}."
+    if told := [f"{_apart(x)} the {name}" for name, x in controls.above(tree)]:
+        yield f"That is, {listed(told)}."
     if tree["control"] is not None and tree["control"]["leaks"]:
         yield "The swapped control is not at .5: the judge or the sampling leaks (see below)."
+
+
+def _apart(difference: Mapping[str, Any]) -> str:
+    """``.080 [.045, .120] above``: a difference in words, its interval read in the same direction."""
+    value, bounds = difference["mean"], difference["interval"]
+    if value >= 0:
+        return f"{estimate(value, bounds)} above"
+    return f"{estimate(-value, [-b for b in reversed(bounds)] if bounds else None)} below"
 
 
 def _relation_in_short(found: Findings) -> Iterator[str]:
@@ -248,12 +258,37 @@ def methods(found: Findings, page: Page) -> RenderableType:
         line(f"{what} prompt", ", ".join(value[:12] for value in hashes))
     for words in explanations.cost(found):
         line("asked", words)
-    for other in tree["other_setups"]:
-        names = (f"{k} {visible(str(v))[:24]}" for k, v in other.items() if v is not None)
-        line("also scored", ", ".join(names))
+    for words in setups_in_words(tree["other_setups"]):
+        line("also scored", words)
     line("made with", tree["made_with"])
     says = (
         "How the numbers above are defined, after Paulo & Belrose (arXiv 2501.16615) and, for the scores, Paulo et al. "
         "(arXiv 2410.13928)."
     )
     return section(page, "Methods", says, table)
+
+
+def setups_in_words(setups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each set-up of scores: who explained and judged, how, how many latents.
+
+    Where two would read alike, what tells them apart: the beginning of a hash.
+    """
+    told = [_setup_in_words(setup) for setup in setups]
+    found = []
+    for words, setup in zip(told, setups, strict=True):
+        alike = [other for other, theirs in zip(setups, told, strict=True) if theirs == words]
+        differing = [key for key in setup if any(other.get(key) != setup[key] for other in alike)]
+        apart = [f"{key.removesuffix('_hash').replace('_', ' ')} {str(setup[key])[:8]}" for key in differing]
+        found.append(", ".join([words, *apart]))
+    return found
+
+
+def _setup_in_words(setup: Mapping[str, Any]) -> str:
+    def agent(role: str, model: str) -> str:
+        name = str(setup.get(role) or "unknown")
+        return f"{name} ({setup[model]})" if setup.get(model) else name
+
+    return (
+        f"{plural(setup['n_scored'], 'latent')}: explained by {agent('explainer', 'explainer_model')}, judged by "
+        f"{agent('judge', 'model')}, {setup['scorer']}, {precision_in_words(setup['precision'])}"
+    )

@@ -19,6 +19,10 @@ HARDER = ("hard", "same_token")
 """Kinds of negatives that have figures of their own and are in no others."""
 
 
+STOPS = ("narrow enough", "cap", "out of contexts")
+"""What ends adaptive judging: the interval, the most contexts that were asked for, or the most that there are."""
+
+
 class ScoreRow(NamedTuple):
     """One explanation's score. What could not be measured is NaN, never zero."""
 

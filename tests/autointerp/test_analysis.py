@@ -13,11 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import small_study
+from printed import console, text_of
 from scipy import stats
 
+from autointerp.adaptive import Precision
 from autointerp.analysis import findings
 from autointerp.evidence import View
+from autointerp.journal import Journal
 from autointerp.latents import latent_findings
+from autointerp.report.terminal import render
 from autointerp.setups import rows_of, setups_of, status_kind
 from sae.alignment import read_alignment
 from sae.errors import BadInput, NotFound
@@ -289,6 +293,38 @@ def test_a_failure_is_counted_and_is_never_a_zero(root: Path) -> None:
     assert "explain --sae run_a --indices 3 " in failures["retry"]
 
 
+@pytest.mark.parametrize("model", ["", "some-model"])
+def test_what_a_model_was_asked_is_advised_with_a_place_for_the_model(root: Path, model: str) -> None:
+    """Else n-grams would answer, whose explanations are no more of the same kind."""
+    run = Run("run_a", root)
+    if model:
+        with Journal(run.journal_path) as journal:
+            hashes: dict[str, Any] = {"settings_hash": "x" * 64, "prompt_hash": "p" * 64}
+            numbers = {
+                latent: journal.add_explanation(
+                    latent=latent, explainer="llm", model=model, contexts=[1], text="of a model", **hashes
+                )
+                for latent in range(0, 60, 2)
+            }
+        mine = read_table(run.stage_path("scores"))
+        mine = mine[(mine["control"] == "none") & mine["latent"].isin(list(numbers)[1:])]
+        by = {"explainer": "llm", "judge": "llm", "explainer_model": model, "model": model}
+        by |= {"explain_settings_hash": "x" * 64, "explain_prompt_hash": "p" * 64, "judge_prompt_hash": "j"}
+        mine = mine.assign(explanation_id=mine["latent"].map(numbers), **by)
+        write_table(run.stage_path("scores"), mine)
+    found = findings(root, NAMES)
+    rows = {row["id"]: row for row in found["findings"]}
+    advised = [str(rows[name]["command"]) for name in ("frequent-low", "both-scored") if rows[name]["command"]]
+    if found["scores"]["waiting"]:
+        advised.append(found["scores"]["waiting"]["command"])
+    assert advised
+    assert all(("--llm-url URL" in command) == bool(model) for command in advised), advised
+    if model:
+        assert found["scores"]["waiting"]["n"] == 1
+        write_table(run.stage_path("scores"), mine.assign(latent=mine["latent"] + 0).iloc[:0])
+        assert "--llm-url URL" in findings(root, NAMES)["scores"]["waiting"]["command"]
+
+
 def test_every_missing_stage_is_named_with_its_command(tmp_path: Path) -> None:
     def stages() -> list[str]:
         found = findings(tmp_path, NAMES)
@@ -360,6 +396,83 @@ def test_set_ups_are_never_mixed(root: Path) -> None:
     assert [s["judge"] for s in found["methods"]["other_setups"]] == ["ngram"]
     chosen = findings(root, NAMES, View(judge="ngram"))
     assert chosen["scores"]["mean"] == pytest.approx(old.loc[old["control"] == "none", "balanced_accuracy"].mean())
+
+
+@pytest.fixture
+def two_explainers(root: Path) -> Path:
+    """Latents above 60 of run_a are also explained and judged by a model: newer, and fewer."""
+    path = Run("run_a", root).stage_path("scores")
+    old = read_table(path)
+    by: dict[str, Any] = {"explainer": "llm", "explainer_model": "m", "judge": "llm", "model": "m"}
+    new = old[(old["control"] == "none") & (old["latent"] > 60)].assign(**by, balanced_accuracy=0.9)
+    write_table(path, pd.concat([old, new.assign(explanation_id=new["explanation_id"] + 1000)], ignore_index=True))
+    return root
+
+
+def test_an_explainer_can_be_chosen(two_explainers: Path) -> None:
+    newest = findings(two_explainers, NAMES)
+    assert newest["scores"]["mean"] == pytest.approx(0.9)
+    (other,) = newest["methods"]["other_explainers"]
+    assert (other["explainer"], other["n_scored"]) == ("ngram", 108)
+    assert other["command"].startswith("python cli.py report --sae run_a --explainer ngram")
+    chosen = findings(two_explainers, NAMES, View(explainer="ngram"))
+    assert chosen["scores"]["n_scored"] == 108
+    assert chosen["methods"]["explainer"]["name"] == "ngram"
+    assert [(s["explainer"], s["precision"]) for s in chosen["methods"]["other_setups"]] == [("llm", None)]
+    assert findings(two_explainers, NAMES, View(explainer="llm"))["scores"] == newest["scores"]
+    with pytest.raises(NotFound, match=r"--explainer 'gpt'.*'run_a'.*those by 'llm' and 'ngram' are"):
+        findings(two_explainers, NAMES, View(explainer="gpt"))
+    with pytest.raises(NotFound, match=r"'ngram'.*'run_b'.*no explanation of it is"):
+        findings(two_explainers, NAMES, View(focus="run_b", explainer="ngram"))
+
+
+def test_scores_to_a_precision_say_so(root: Path) -> None:
+    run = Run("run_a", root)
+    assert findings(root, NAMES)["scores"]["precision"] is None
+    table = read_table(run.stage_path("scores"))
+    own = (table["control"] == "none").to_numpy()
+    stopped = np.where(own & (np.arange(len(table)) % 4 == 0), "cap", "narrow enough")
+    n = np.where(stopped == "cap", 80, 25)
+    judged: dict[str, Any] = {"precision": 0.065, "stopped": stopped, "n_active": n, "n_inactive": n}
+    write_table(run.stage_path("scores"), table.assign(**judged))
+    n_cap = int((stopped[own] == "cap").sum())
+    n_narrow = int(own.sum()) - n_cap
+    assert min(n_cap, n_narrow) > 10
+    for known in (False, True):
+        if known:
+            with Journal(run.journal_path) as journal:
+                rounds = Precision(0.065, 160).identity(run.settings.contexts)
+                journal.add_setup(table["settings_hash"].iloc[0], {"adaptive": rounds, "material": "m"})
+        found = findings(root, NAMES)
+        told = found["scores"]["precision"]
+        assert told["half_width"] == 0.065
+        assert told["stopped"] == {"narrow enough": n_narrow, "cap": n_cap, "out of contexts": 0}
+        assert told["mean_contexts"] == pytest.approx((160 * n_cap + 50 * n_narrow) / (n_cap + n_narrow))
+        assert (told["rounds"] is None) != known
+    assert "up to 80 activating" in found["methods"]["contexts"]
+    assert "80 position-matched" in found["methods"]["contexts"]
+    assert "narrow enough (to ±.065)" in found["methods"]["contexts"]
+    target = console(120)
+    render(found, target)
+    page = " ".join(text_of(target).split())
+    assert f"interval was ±.065: {told['mean_contexts']:.0f} contexts a latent on average, of at most 80 + 80." in page
+    assert f"{n_narrow} latents ended narrow enough, {n_cap} at the cap, 0 with no contexts left." in page
+
+
+def test_of_equal_set_ups_the_most_precise_comes_first() -> None:
+    base = {"latent": 0, "control": "none", "status": "ok", "judge": "ngram", "scorer": "detection", "model": ""}
+    rows = [
+        {**base, "settings_hash": key, "explanation_id": 4, "precision": to}
+        for key, to in (
+            ("a", 0.1),
+            ("b", np.nan),
+            ("c", 0.065),
+            ("d", 0.2),
+        )
+    ]
+    assert [s["settings_hash"] for s in setups_of(pd.DataFrame(rows))] == ["b", "c", "a", "d"]
+    newer = {**base, "settings_hash": "e", "explanation_id": 5, "precision": 0.3}
+    assert setups_of(pd.DataFrame([*rows, newer]))[0]["settings_hash"] == "e"
 
 
 def test_set_ups_are_ordered_by_their_newest_explanation() -> None:

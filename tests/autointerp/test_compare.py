@@ -20,6 +20,7 @@ from rich.console import Console
 from scipy import stats
 
 from autointerp.compare import compare_runs, ensure_pair_aligned, the_two
+from autointerp.journal import Journal
 from autointerp.pair_choice import PairChoice, chosen
 from autointerp.report.compare import show_comparison
 from sae.alignment import read_alignment
@@ -158,6 +159,71 @@ def test_scores_made_in_another_way_are_left_out_and_told(tmp_path: Path) -> Non
     assert "run_b has scores, but made in another way" in drawn(other)
 
 
+@pytest.fixture
+def lone_model(tmp_path: Path) -> list[Run]:
+    """Both runs are scored by n-grams; ten latents of the first also by a model, later."""
+    made = small_study.whole(tmp_path, seeds=2)
+    small_study.scored(made[1], small_study.explained(made[1], list(range(50))))
+    path, numbers = made[0].stage_path("scores"), {}
+    with Journal(made[0].journal_path) as journal:
+        for latent in range(10):
+            words: dict[str, Any] = {
+                "settings_hash": "x" * 64,
+                "prompt_hash": "p" * 64,
+                "model": "m",
+                "text": f"model on {latent}",
+            }
+            numbers[latent] = journal.add_explanation(latent=latent, explainer="llm", contexts=[1], **words)
+    rows = read_table(path)
+    mine = rows[(rows["control"] == "none") & rows["latent"].isin(list(numbers))]
+    by = {"explainer": "llm", "explainer_model": "m", "explain_settings_hash": "x" * 64, "judge": "llm", "model": "m"}
+    mine = mine.assign(explanation_id=mine["latent"].map(numbers), **by, explain_prompt_hash="p" * 64)
+    write_table(path, pd.concat([rows, mine], ignore_index=True))
+    return made
+
+
+def test_the_newest_scores_that_both_runs_have_are_compared(lone_model: list[Run]) -> None:
+    told = compare_runs(lone_model[0], lone_model[1])
+    assert told["scored_by"]["explainer"] == "ngram"
+    assert told["agreement"]["together"]["n"] > 10
+    texts = [side["explanation"] for pair in told["pairs"] for side in pair["sides"] if side["explanation"]]
+    assert len(texts) > 60
+    assert not any("model on" in text for text in texts)
+    assert compare_runs(lone_model[0], lone_model[1], explainer="ngram") == told
+
+
+def test_explanations_of_two_explainers_never_stand_side_by_side(lone_model: list[Run]) -> None:
+    told = compare_runs(lone_model[0], lone_model[1], explainer="llm")
+    assert told["agreement"] is None
+    assert told["scored_by"]["other_made_otherwise"]
+    sides = [[pair["sides"][i]["explanation"] for pair in told["pairs"]] for i in (0, 1)]
+    assert sum(text is not None for text in sides[0]) == 10
+    assert not any(sides[1])
+    page = " ".join(drawn(told).split())
+    assert "This explains partners, with the same --llm-url or --vllm as before:" in page
+    assert "This scores what is explained, with the same --llm-url or --vllm as before:" in page
+    with pytest.raises(NotFound, match=r"'gpt'.*'llm' and 'ngram'"):
+        compare_runs(lone_model[0], lone_model[1], explainer="gpt")
+
+
+def test_scoring_is_advised_only_where_it_can_help(tmp_path: Path) -> None:
+    made = small_study.whole(tmp_path, seeds=2, m=40, n_scored=40)
+    table = read_alignment(tmp_path / "alignments", "run_a", "run_b").a
+    partners = [int(i) for i in table["decoder_partner"]]
+    for run, latents in zip(made, (list(range(40)), partners), strict=True):
+        failing = {latents[0]: "too few contexts that can be marked otherwise"} if run is made[1] else {}
+        small_study.scored(run, small_study.explained(run, latents), failing=failing)
+    told = compare_runs(made[0], made[1])
+    assert told["lacking"]["not_scored"] == [0]
+    assert told["lacking"]["score"] is None
+    assert "This scores" not in drawn(told)
+    rows = read_table(made[1].stage_path("scores"))
+    write_table(made[1].stage_path("scores"), rows[rows["latent"] != partners[0]])
+    told = compare_runs(made[0], made[1])
+    assert told["lacking"]["not_scored"] == [0]
+    assert "This scores what is explained:" in drawn(told)
+
+
 def test_scores_of_the_second_run_alone_are_shown(tmp_path: Path) -> None:
     made = small_study.runs_of(tmp_path, 2)
     small_study.harvested(made)
@@ -290,6 +356,16 @@ def _cells(line: str, begin: int, end: int) -> str:
             kept += character
         at += cell_len(character)
     return kept
+
+
+def test_how_a_pair_is_matched_fits_one_line(found: dict[str, Any]) -> None:
+    """At 80 columns, with cosines and latents of any size that there are."""
+    wide = copy.deepcopy(found)
+    for pair in wide["pairs"]:
+        pair |= {"encoder_partner": 32_767, "same_partner": False, "jaccard": 0.63}
+    lines = [line for line in drawn(wide).splitlines() if line.startswith("  encoder ")]
+    assert len(lines) == 8
+    assert all(line.endswith("encoder's partner is 32767 · fire together .63") for line in lines)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

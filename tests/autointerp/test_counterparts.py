@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autointerp.counterparts import counterpart_findings
 from sae.nulls import FIRING_COLUMNS
@@ -60,6 +62,34 @@ def test_missing_frequencies_are_not_zeros() -> None:
     assert found["of_decoder_partner"]["unshared"]["p_here"] is None
     assert found["same_partner"]["decoder"] == pytest.approx(2 / 3)
     assert [row["n"] for row in found["relations"] if row["relation"] == "split"] == [1]
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_two_directions_of_firing_together_have_the_same_mean(seed: int) -> None:
+    """Which is why a report shows one: every pair is seen from both sides."""
+    rng, n = np.random.default_rng(seed), 12
+    fires = {name: rng.random((n, 40)) < rng.uniform(0.1, 0.9, (n, 1)) for name in "ab"}
+    for rows in fires.values():
+        rows[:, 0] = True  # none is dead
+    there = {"ab": rng.permutation(n)}
+    there["ba"] = np.argsort(there["ab"])
+    lone = rng.random(n) < 0.5  # of a; a pair is unshared on both of its sides
+    unshared = {"ab": lone, "ba": lone[there["ba"]]}
+    behaviour, alignments = {}, {}
+    for pair, partner in there.items():
+        mine, theirs = fires[pair[0]], fires[pair[1]][partner]
+        both = (mine & theirs).sum(1)
+        behaviour[pair[0], pair[1]] = side(
+            n,
+            decoder_partner_p_there=(both / mine.sum(1)).tolist(),
+            decoder_partner_p_here=(both / theirs.sum(1)).tolist(),
+            relation=["new" if lost else None for lost in unshared[pair]],
+        )
+        alignments[pair[0], pair[1]] = partners(*partner)
+    found = counterpart_findings(behaviour, alignments, dict.fromkeys("ab", np.ones(n, bool)))
+    assert found is not None
+    for told in found["of_decoder_partner"].values():
+        assert told["p_there"] == (None if told["p_here"] is None else pytest.approx(told["p_here"]))
 
 
 def test_dead_latents_do_not_count() -> None:

@@ -19,7 +19,8 @@ from autointerp import report
 from autointerp.analysis import findings
 from autointerp.counterparts import counterpart_findings
 from autointerp.report.layout import decimal, percent
-from autointerp.report.terminal import in_short, render
+from autointerp.report.terminal import in_short, render, setups_in_words
+from sae.files import write_table
 from sae.nulls import FIRING_COLUMNS
 from sae.overlap import overlap
 
@@ -55,6 +56,15 @@ def test_no_line_is_longer_than_the_page(found: dict[str, Any], width: int, colo
         assert cell_len(line) <= min(width, 120), line
     if colour is None:
         assert "\x1b" not in page
+
+
+@pytest.mark.parametrize("width", [80, 99, 100, 120])
+def test_what_is_above_the_control_has_a_heading_that_says_so(found: dict[str, Any], width: int) -> None:
+    page = drawn(found, width)
+    heads = [line for line in page.splitlines() if "own −" in line and "own − this" not in line and "…" not in line]
+    assert len(heads) == 2  # of the classes, of the quarters of similarity
+    assert all(("own − swapped" in line) == (width >= 100) for line in heads)
+    assert not re.search(r" above\b *($|  )", page, re.MULTILINE)
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -135,6 +145,17 @@ def test_nulls_fit_the_page(beside_chance: dict[str, Any], width: int) -> None:
     page = drawn(findings_without_contexts(beside_chance), width)
     assert all(cell_len(line) <= width for line in page.splitlines())
     assert width < 80 or "…" not in page.replace("there it …", "")
+
+
+def test_of_two_equal_means_one_is_shown(beside_chance: dict[str, Any]) -> None:
+    found = copy.deepcopy(beside_chance)
+    for name, value in (("shared", 0.613), ("unshared", 0.287)):
+        found["counterparts"]["of_decoder_partner"][name] |= {"p_there": value, "p_here": value}
+    page = drawn(found)
+    assert "P(there | here)" in page
+    assert "P(here | there)" not in page
+    (row,) = (line for line in page.splitlines() if "decoder's partner, shared" in line)
+    assert row.count(".61") == 1
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -289,6 +310,50 @@ def test_the_summary_says_no_more_than_the_intervals(
     assert any(words in line for line in in_short({**found, "relation": tree}))
 
 
+@pytest.mark.parametrize(
+    ("mean", "interval", "words"),
+    [
+        (0.0804, [0.045, 0.12], "That is, .080 [.045, .120] above the swapped control and .100 below the n-gram"),
+        (-0.05, [-0.08, -0.02], "That is, .050 [.020, .080] below the swapped control and"),
+        (0.01, [-0.02, 0.04], "That is, .010 [−.020, .040] above the swapped control and"),
+        (-0.01, [-0.04, 0.02], "That is, .010 [−.020, .040] below the swapped control and"),
+        (0.01, None, "That is, .010 above the swapped control and"),
+    ],
+)
+def test_the_summary_says_on_which_side_of_each_control_the_scores_are(
+    found: dict[str, Any], mean: float, interval: list[float] | None, words: str
+) -> None:
+    control = {**found["scores"]["control"], "above_control": {"mean": mean, "interval": interval}}
+    baseline = {"above": {"mean": -0.1, "interval": None}}
+    told = in_short({**found, "scores": {**found["scores"], "control": control, "baseline": baseline}})
+    assert any(line.startswith(words) for line in told), told
+
+
+def test_other_set_ups_are_told_apart_in_words(found: dict[str, Any]) -> None:
+    model = {"explainer_model": "m", "model": "m"}
+    one = {"explainer": "llm", "judge": "llm", **model, "scorer": "detection", "settings_hash": "a" * 64}
+    ngram = {**one, "explainer": "ngram", "judge": "ngram", "explainer_model": "", "model": ""}
+    told = setups_in_words(
+        [
+            {**one, "precision": 0.065, "n_scored": 60},
+            {**one, "precision": None, "n_scored": 60},
+            {**one, "precision": None, "n_scored": 60, "settings_hash": "b" * 64},
+            {**ngram, "precision": None, "n_scored": 1},
+        ]
+    )
+    assert told == [
+        "60 latents: explained by llm (m), judged by llm (m), detection, to ±.065",
+        "60 latents: explained by llm (m), judged by llm (m), detection, all contexts, settings aaaaaaaa",
+        "60 latents: explained by llm (m), judged by llm (m), detection, all contexts, settings bbbbbbbb",
+        "1 latent: explained by ngram, judged by ngram, detection, all contexts",
+    ]
+    others = [{"explainer": small_study.NASTY, "n_scored": 1, "command": "python cli.py report --explainer x"}]
+    page = drawn({**found, "methods": {**found["methods"], "other_explainers": others}})
+    assert "are scored too (1 latent)" in page
+    assert "$ python cli.py report --explainer x" in page
+    assert not {unicodedata.category(c) for c in page.replace("\n", "")} & ACTS_ON_A_TERMINAL
+
+
 # --- the smaller pages ------------------------------------------------------------------------------------
 
 
@@ -307,6 +372,31 @@ def test_one_latent(root: Path, width: int, colour: Any) -> None:
     assert "In the other seeds" in page
     assert "run_c" in page
     assert not {unicodedata.category(c) for c in page.replace("\n", "")} & ACTS_ON_A_TERMINAL
+
+
+@pytest.mark.parametrize("reason", ["7 activating contexts to test on, [b]20[/b] needed", "", "dead"])
+def test_a_latent_that_cannot_be_explained_says_why_and_names_no_command(tmp_path: Path, reason: str) -> None:
+    (run,) = small_study.runs_of(tmp_path, 1, m=20, d=8)
+    small_study.harvested([run])
+    if reason != "dead":
+        table = pd.DataFrame(
+            {"latent": range(20), "eligible": [i != 3 for i in range(20)], "ineligible_reason": reason}
+        )
+        write_table(run.stage_path("contexts"), table)
+    found = report.latent_findings(run, 19 if reason == "dead" else 3)
+    assert found["commands"]["explain"] is None
+    target = console(80)
+    report.render_latent({**found, "activations": {"edges": [0, 1, 2], "counts": [5, 1]}}, target)
+    page = text_of(target)
+    why = {"dead": "it never fires over the harvested tokens", "": "too few contexts"}.get(reason, reason)
+    assert f"It cannot be explained: {why}." in page
+    assert "has not been explained yet" not in page
+    assert "explain --sae" not in page
+    if reason:
+        lines = page.splitlines()
+        strip = next(i for i, line in enumerate(lines) if "█" in line)
+        assert "activation" in (lines[strip] if reason == "dead" else lines[strip - 1])
+        assert "not eligible" not in lines[strip]
 
 
 def test_a_latent_of_a_bare_run(tmp_path: Path) -> None:

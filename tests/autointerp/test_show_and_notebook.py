@@ -55,6 +55,27 @@ def test_show_tells_every_score_apart_with_its_interval(run: Run) -> None:
         assert "…" not in score
 
 
+def test_set_ups_are_told_apart_by_precision_and_others_reliabilities_left_out(run: Run) -> None:
+    scores = read_table(run.stage_path("scores"))
+    mine = scores[(scores["control"] == "none") & (scores["scorer"] == "detection") & (scores["status"] == "ok")]
+    rough = mine.assign(precision=0.1, settings_hash="r" * 64)
+    fine = mine.iloc[1:].assign(precision=0.065, settings_hash="f" * 64)
+    write_table(run.stage_path("scores"), pd.concat([scores, rough, fine], ignore_index=True))
+    without, having = (int(mine["latent"].iloc[i]) for i in (0, 1))
+    for latent, wanted in ((having, ["", "  to ±.065", "  to ±.1"]), (without, ["", "  to ±.1"])):
+        found = latent_findings(run, latent)
+        keys = {(row["scorer"], row["precision"]) for row in found["reliability"]}
+        assert ("detection", 0.065) in keys or latent == without
+        assert {precision for _, precision in keys} == {None, 0.1, *([0.065] if latent == having else [])}
+        page = io.StringIO()
+        render_latent(found, Console(file=page, width=80, color_system=None))
+        lines = [line.strip() for line in page.getvalue().splitlines()]
+        rows = [i for i, line in enumerate(lines) if line.startswith("detection, ngram")]
+        named = [next((w for w in wanted if w and lines[i + 1] == w.strip()), "") for i in rows]
+        assert sorted(named) == wanted
+    assert len(run.reliability()) == len(setups_of(run.scores()))
+
+
 def decimals(value: float) -> str:
     return f"{value:.2f}".removeprefix("0")
 

@@ -53,6 +53,7 @@ BAD = {
     "the same twice": ("--sae run_a --sae run_a", "'run_a' twice"),
     "three": ("--sae run_a --sae run_b --sae run_a", "not 3 runs"),
     "unknown": ("--sae run_a --sae run_x", "'run_x'"),
+    "no explanations by it": ("--sae run_a --sae run_b --explainer nobody", "--explainer 'nobody'"),
     "both kinds": ("--sae run_a --sae run_b --shared-only --unshared-only", "exclude each other"),
 }
 

@@ -33,15 +33,19 @@ def write_report(
     definition: str = "strict",
     threshold: float = 0.7,
     against: Sequence[str] = (),
+    explainer: str | None = None,
 ) -> Written:
-    """Write the report of ``study`` with ``run`` in its middle to ``path``, or to reports/RUN.html under the root."""
+    """Write the report of ``study`` with ``run`` in its middle to ``path``, or to reports/RUN.html under the root.
+
+    The other arguments are those of :func:`autointerp.report.findings_of`.
+    """
     from autointerp.analysis import study_findings
     from autointerp.evidence import Study, View
     from autointerp.report import contexts_at_hand
     from autointerp.report.html.page import render
     from sae.files import atomic
 
-    view = View(focus=run.name, definition=definition, threshold=threshold, against=tuple(against))
+    view = View(run.name, definition, threshold, tuple(against), explainer=explainer)
     opened = Study.open(run.root, [r.name for r in study], view)
     page = render(study_findings(opened, contexts_at_hand(run)), opened)
     path = path or run.root / "reports" / f"{run.name}.html"
