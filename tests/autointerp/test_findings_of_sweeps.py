@@ -115,7 +115,7 @@ def test_architectures_are_compared_at_common_settings_alone() -> None:
         return point({axis: kind, k: at}, value, l0=float(at))
 
     unlike = [row("topk", 32, 0.5), row("relu", 80, 0.8), row("gated", 75, 0.8)]
-    axes = {axis: ["topk", "relu", "gated"], k: [32, 75, 80]}
+    axes: dict[str, list[Any]] = {axis: ["topk", "relu", "gated"], k: [32, 75, 80]}
     told = finding_of_sweep("architecture", swept(unlike, axes))
     assert told.verdict == UNDECIDED
     assert "no settings at which" in told.why

@@ -202,7 +202,7 @@ def test_several_runs_together_equal_scipy() -> None:
 def test_a_few_latents_of_one_run_do_not_outweigh_hundreds_of_another() -> None:
     """300 of 600 latents in one run; in the other, whose correlation is the reverse, 15 of 600."""
     rng = np.random.default_rng(0)
-    parts = []
+    parts: list[Part] = []
     for name, n, sign in (("run_a", 300, 1), ("run_b", 15, -1)):
         made = Made.draw(600, 0.9, "even", rng)
         turned = replace(made, similarity=sign * made.similarity)
