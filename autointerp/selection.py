@@ -51,7 +51,7 @@ class Choice:
         for flag, value, default in (
             ("--definition", self.definition, plain.definition),
             ("--threshold", self.threshold, plain.threshold),
-            ("--latents", self.n, plain.n),
+            ("--latents", plain.n if self.indices else self.n, plain.n),
         ):
             words += [flag, str(value)] if value != default else []
         words += ["--indices", ",".join(map(str, self.indices))] if self.indices else []

@@ -20,7 +20,7 @@ from sae.architectures.jumprelu import JumpReluSae
 from sae.architectures.relu import ReluSae
 from sae.checkpoint import load_sae, save_sae
 from sae.dictionary import Sae
-from sae.files import read_json, write_json
+from sae.files import read_json, read_table, write_json
 from sae.formats import FORMATS
 from sae.run import Run
 
@@ -74,7 +74,10 @@ def test_results_equal_those_of_the_original_runs(
 
     theirs, ours = tree(original), tree(root)
     assert set(theirs) - set(ours) == {"run_a/training.parquet", "run_b/training.parquet"}
-    assert {path for path in ours if ours[path] != theirs[path]} == {"run_a/run.json", "run_b/run.json"}
+    scores = "run_a/latents.scores.parquet"  # its footer says when the verdicts were made
+    changed = {path for path in ours if ours[path] != theirs[path]}
+    assert changed - {scores} == {"run_a/run.json", "run_b/run.json"}
+    pd.testing.assert_frame_equal(read_table(root / scores), read_table(original / scores))
     assert journal(root / "run_a" / "journal.sqlite") == journal(original / "run_a" / "journal.sqlite")
     before = said["report"].json
     for part in ("overlap", "similarity", "membership", "scores", "relation", "firing", "interesting"):
