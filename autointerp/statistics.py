@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from sae.estimate import UNKNOWN, Estimate
+from sae.estimate import UNKNOWN, Estimate, proportion
 
 __all__ = [
     "METHODS",
@@ -53,18 +53,6 @@ METHODS = {
 """How each interval is made, for the head of a report."""
 
 Array = NDArray[np.float64]
-
-
-def proportion(successes: float, n: float, level: float = 0.95) -> Estimate:
-    """A fraction with its Wilson score interval (Wilson 1927); NaN when ``n`` is 0."""
-    if n <= 0:
-        return UNKNOWN
-    z = _quantile(level)
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # Rounding may leave the bound a hair inside an observed 0 or 1.
-    return Estimate(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
 
 
 def mean_fraction(values: ArrayLike, level: float = 0.95) -> Estimate:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sae.estimate import Estimate, rule_of_none
+from sae.estimate import Estimate, proportion
 
 INTERVALS = (
     "percentile bootstrap over latents, 1000 resamples, seeded; the unit is a latent of one run "
@@ -91,12 +91,12 @@ def estimate(draws: Floats, units: int | None = None) -> Estimate:
     """The sample's value, first, with the 95 % percentile interval of the resamples that follow.
 
     ``units`` is for fractions: of how many units they are. Where all or none of these show something, every resample
-    says the same, and the interval is that of a count of 0 (:func:`sae.estimate.rule_of_none`).
+    says the same, and the interval is Wilson's (:func:`sae.estimate.proportion`).
     """
     value, resampled = float(draws[0]), draws[1:][~np.isnan(draws[1:])]
     if np.isnan(value) or not len(resampled):
         return Estimate(value, nan, nan)
     low, high = np.quantile(resampled, [0.025, 0.975])
     if units and low == high == value and value in (0.0, 1.0):
-        low, high = (0.0, rule_of_none(units)) if value == 0 else (1 - rule_of_none(units), 1.0)
+        return proportion(value * units, units)
     return Estimate(value, min(float(low), value), max(float(high), value))

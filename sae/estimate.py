@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from scipy import special
+
 
 class Estimate(NamedTuple):
     """A measured value with its 95 % interval (unless the maker was asked for another level).
@@ -25,13 +27,14 @@ class Estimate(NamedTuple):
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
-_Z_95 = 1.959963984540054
-"""the normal distribution's 97.5th percentile"""
 
-
-def rule_of_none(n: int) -> float:
-    """The largest fraction, at 95 %, of what none of ``n`` independent cases showed (Wilson 1927 at a count of 0).
-
-    Resampling cases none of which shows it never shows it either: a bootstrap would be sure of 0.
-    """
-    return _Z_95**2 / (n + _Z_95**2)
+def proportion(successes: float, n: float, level: float = 0.95) -> Estimate:
+    """A fraction with its Wilson score interval (Wilson 1927); NaN when ``n`` is 0."""
+    if n <= 0:
+        return UNKNOWN
+    z = float(special.ndtri((1 + level) / 2))
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # Rounding may leave the bound a hair inside an observed 0 or 1.
+    return Estimate(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
