@@ -27,6 +27,8 @@ def topk_firings(centred: Tensor, weight: Tensor, bias: Tensor, k: int, precisio
         return _in_8_bits(centred, weight, bias, k)
     if precision == "bfloat16" and centred.dtype == torch.float32:
         return _rounded(centred, weight, bias, k)
+    if kernels.multiplies_in_tiles(centred):
+        return Firings(*kernels.product_topk(centred.contiguous(), weight, bias, k))
     rows = min(len(centred), max(1, _PRE_ACTIVATION_BYTES // (weight.shape[0] * weight.element_size())))
     pre = _room((rows, len(weight)), centred)
     found = _empty(centred, k)

@@ -16,7 +16,7 @@ from sae.hub import Kind, find_on_hub, first_line
 from sae.progress import human, say
 from sae.run import Run, check_name, study_runs, write_record
 from sae.settings import Settings, settings_from
-from sae.stage import Compute, only_one
+from sae.stage import Compute, only_one, with_dtype
 
 if TYPE_CHECKING:
     from sae.dictionary import Sae
@@ -69,7 +69,7 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
     check_name(study)
     place = locate(source)
     opened, format_ = open_sae(place.folder)
-    settings = _with_dictionary(settings, opened.sae)
+    settings = with_dtype(study, _with_dictionary(settings, opened.sae), root, compute)
     origin = _origin(place, opened, format_)
     run = Run(name, root)
     with only_one(root, study):

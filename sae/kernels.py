@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from sae import buffers, kernels_bf16, kernels_int8, kernels_torch
@@ -39,11 +40,56 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return _elsewhere(pre).topk(pre, k)
     activations = pre.new_empty(len(pre), k)
     latents = torch.empty(len(pre), k, dtype=torch.int64)
-    # Looking at M / depth maxima and then at about K lanes of that depth is cheapest at a depth of sqrt(M / K).
-    depth = 2 ** round(0.5 * math.log2(max(1.0, pre.shape[1] / k)))
+    depth = _depth(pre.shape[1], k)
     pre_array, *out = _arrays(pre, activations, latents)
     _in_parallel(lambda low, high: loops.topk_rows(pre_array, depth, *out, low, high), _even(len(pre)))
     return activations, latents
+
+
+def multiplies_in_tiles(matrix: Tensor) -> bool:
+    """Whether :func:`product_topk` is faster than a whole product and :func:`topk` of it.
+
+    It is on CPUs without AVX-512, by up to 2 times (benchmarks/README.md), where NumPy has OpenBLAS.
+    """
+    plain = matrix.is_cpu and matrix.dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return plain and bool(_openblas().lib_controllers)
+
+
+def product_topk(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`topk` of ``centred @ weight.T + bias``, for float32 [B, D], [M, D] and [M] in main memory.
+
+    Each thread multiplies some rows at a time by NumPy's BLAS and chooses among the results while they are in its
+    cache. The sizes of the pieces, and so the bits of the results, do not depend on the number of threads.
+    """
+    n, num_latents = len(centred), len(weight)
+    activations, latents = centred.new_empty(n, k), torch.empty(n, k, dtype=torch.int64)
+    rows = min(max(_FEWEST_ROWS, -(-n // _PIECES)), max(_FEWEST_ROWS, TILE_BYTES // (4 * num_latents)))
+    x, w, b, *out = _arrays(centred, weight, bias, activations, latents)
+    depth = _depth(num_latents, k)
+
+    def work(first: int, last: int) -> None:
+        memory = buffers.empty((min(rows, n), num_latents), torch.float32).numpy()
+        for low in range(first * rows, min(last * rows, n), rows):
+            high = min(low + rows, n)
+            pre = np.matmul(x[low:high], w.T, out=memory[: high - low])
+            loops.add_to_rows(pre, b)
+            loops.topk_rows(pre, depth, out[0][low:high], out[1][low:high], 0, high - low)
+
+    with _openblas().limit(limits=1):  # the threads are ours
+        _in_parallel(work, _even(-(-n // rows)))
+    return activations, latents
+
+
+TILE_BYTES = 32 * 2**20
+"""pre-activations of :func:`product_topk` that a thread holds at once"""
+_FEWEST_ROWS = 64  # with fewer, rearranging the weights for each product costs as much as the product
+_PIECES = 16  # of a batch, or more
+
+
+@cache
+def _openblas() -> ThreadpoolController:
+    """The OpenBLAS libraries in this process, NumPy's among them."""
+    return ThreadpoolController().select(internal_api="openblas")
 
 
 def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -101,6 +147,14 @@ def quantised_topk(
     exact = _arrays(centred, weight, bias, activations, latents)
     _in_parallel(lambda low, high: kernels_int8.topk_rows(*rough, *numbers, *exact, low, high), _even(len(products)))
     return activations, latents
+
+
+def _depth(num_latents: int, k: int) -> int:
+    """How many pre-activations a lane of ``topk_rows`` stands for.
+
+    Looking at M / depth maxima and then at about K lanes of that depth is cheapest at a depth of sqrt(M / K).
+    """
+    return 2 ** round(0.5 * math.log2(max(1.0, num_latents / k)))
 
 
 def _lanes(num_latents: int, k: int) -> int:

@@ -54,6 +54,15 @@ def bracket(values: np.ndarray, n: int, k: int, slack: int) -> tuple[Any, Any]:
 
 
 @_compiled
+def add_to_rows(rows: np.ndarray, amount: np.ndarray) -> None:
+    """``rows += amount``: NumPy's own is slower by half, because it looks at each row anew."""
+    for b in range(len(rows)):
+        row = rows[b]
+        for j in range(len(row)):
+            row[j] += amount[j]
+
+
+@_compiled
 def topk_rows(pre: np.ndarray, depth: int, values: np.ndarray, latents: np.ndarray, low: int, high: int) -> None:
     m, k = pre.shape[1], values.shape[1]
     width = m // depth

@@ -9,7 +9,8 @@ For S dictionaries of M latents on width D, in steps of B tokens, with K slots p
 - **step**: 4 bytes x 6 B D for each hookpoint's activations as they are read, centred and compared, and
   32 bytes x B (K + k_aux) for the slots, their products and their sorting, S times on a GPU (BatchTopK: of at most 8 k
   slots for each token; architectures with a penalty, which may fire for M / 2 latents: none);
-- **pieces**: pre-activations that exist at once, three pieces of 32 MiB (one of 512 MiB on a GPU), and for
+- **pieces**: pre-activations that exist at once, three pieces of 32 MiB or one for each thread (one of 512 MiB on a
+  GPU), and for
   architectures with a penalty the slots held at once, 2 Mi x 40 bytes in each of two classes of tokens; never more than
   B x M of them;
 - **fixed**: a block's forward pass through the subject model and, for each hookpoint, the blocks held where there is no
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sae import kernels
 from sae.architectures import ARCHITECTURES
 from sae.corpus import BLOCK_TOKENS, MIXED_BLOCKS
 from sae.dictionary import Sae
@@ -37,7 +39,7 @@ from sae.host_memory import free_host_bytes
 from sae.settings import TrainingSettings
 from sae.stacked import can_be_stacked
 
-_PIECES = {"cpu": 3 * (32 << 20), "cuda": 512 << 20}
+_CUDA_PIECES = 512 << 20
 _HELD_SLOTS = 2 * 40 * (2 << 20)
 _BLOCK_WIDTHS = 24  # numbers of width D that a forward pass holds for each token of a block, about
 _SURE = 0.8  # the sums may be too high by this much
@@ -82,13 +84,14 @@ def training_need(parts: Sequence[Part], device: str | torch.device = "cpu") -> 
     batch = max(p.settings.batch_tokens for p in parts)
     together = [p.seeds if kind == "cuda" and can_be_stacked(_kind(p)) else 1 for p in parts]
     dense = batch * max(p.settings.num_latents for p in parts)
+    pieces = _CUDA_PIECES if kind == "cuda" else max(3, torch.get_num_threads()) * kernels.TILE_BYTES
     held = _HELD_SLOTS if any(_kind(p).penalised for p in parts) else 0
     return Need(
         states=sum(size * p.seeds for size, p in zip(each, parts, strict=True)),
         gradient=max(_gradient_bytes(p) * n for p, n in zip(parts, together, strict=True)),
         step=4 * 6 * batch * sum(widths.values())
         + 32 * batch * max(_slots(p) * n for p, n in zip(parts, together, strict=True)),
-        pieces=min(_PIECES[kind] + held, 3 * 4 * dense + 40 * dense * bool(held)),
+        pieces=min(pieces + held, 3 * 4 * dense + 40 * dense * bool(held)),
         fixed=4 * BLOCK_TOKENS * (_BLOCK_WIDTHS * max(widths.values()) + MIXED_BLOCKS * sum(widths.values())),
     )
 

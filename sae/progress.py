@@ -6,6 +6,7 @@ how fast, and the peak memory of the process so far.
 
 from __future__ import annotations
 
+import functools
 import resource
 import sys
 import time
@@ -54,6 +55,12 @@ def peak_device_bytes() -> int:
 def say(message: str) -> None:
     """One line for the person at the terminal. ``message`` is plain text: markup in it is not read."""
     console.print(escape(printable(message)), soft_wrap=True)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """:func:`say`, but the same message only once in a process."""
+    say(message)
 
 
 def human(n: float) -> str:

@@ -47,7 +47,11 @@ class SubjectSettings(_Table):
         "bundled", description="a Hugging Face name or directory; 'bundled' is the model in this package"
     )
     hookpoint: str = Field("layers.2.mlp", description="the module whose output is studied, by its name")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the forward pass")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="precision of the forward pass; auto: bfloat16 where the machine has instructions for it, "
+        "else float32",
+    )
 
 
 class CorpusSettings(_Table):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from filelock import FileLock, Timeout
 
 from sae.errors import BadInput, SettingsDiffer, UserError
-from sae.run import Run
+from sae.run import Run, study_runs
 from sae.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ class Compute:
             if self.threads < 1:
                 raise BadInput(f"--threads {self.threads}: give 1 or more")
             torch.set_num_threads(self.threads)
+        elif (allowed := _cpus_allowed()) < torch.get_num_threads():
+            torch.set_num_threads(allowed)  # threads beyond a container's share only take turns
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -43,6 +47,15 @@ class Compute:
             reason = str(error).splitlines()[0]
             raise BadInput(f"--device {self.device!r} cannot be used here ({reason}); try --device cpu") from None
         return self.device
+
+
+def _cpus_allowed() -> int:
+    """CPUs that this process may use at once: a container's quota, rounded up; without one, all of the machine's."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no control groups, or "max": no quota
+        return os.cpu_count() or 1
 
 
 @contextmanager
@@ -58,6 +71,20 @@ def only_one(root: Path, study: str) -> Iterator[None]:
             yield
     except Timeout:
         raise UserError(f"another command is at work on study {study!r}; wait for it, then run this again") from None
+
+
+def with_dtype(study: str, settings: Settings, root: Path, compute: Compute) -> Settings:
+    """``settings`` with subject.dtype decided: the precision that the study was begun in, else the machine's best.
+
+    So a record always holds the precision that was used, and a study continues in it on any machine.
+    """
+    if settings.subject.dtype != "auto":
+        return settings
+    from sae.precision import resolve_float
+
+    begun = study_runs(study, root)
+    dtype = begun[0].settings.subject.dtype if begun else resolve_float("auto", compute.resolve())
+    return settings.with_values(subject={"dtype": dtype})
 
 
 class Source(NamedTuple):

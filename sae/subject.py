@@ -25,6 +25,7 @@ from sae.errors import BadInput, NotFound, UserError, nearest
 from sae.files import digest, digest_samples, read_json
 from sae.hub import Kind, find_on_hub, first_line, looks_like_path
 from sae.memory import is_out_of_memory
+from sae.precision import resolve_float, warn_if_emulated
 from sae.subjects import BUNDLED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,8 +81,10 @@ class Subject:
         self.prefix = _prefix(tokenizer)
 
     @classmethod
-    def load(cls, source: str, device: str = "cpu", dtype: str = "float32") -> Subject:
+    def load(cls, source: str, device: str = "cpu", dtype: str = "auto") -> Subject:
         """Load a model folder, a hub name (``name@revision`` for other than its default) or ``'bundled'``.
+
+        ``dtype`` is one of ``DTYPES``, or "auto": bfloat16 where ``device`` multiplies it, else float32.
 
         Raises:
             NotFound, BadInput: no such model, no checkpoint, damaged or incomplete weights, no usable tokenizer.
@@ -89,6 +92,8 @@ class Subject:
         """
         from transformers import AutoConfig, AutoModel
 
+        if dtype == "auto":
+            dtype = resolve_float("auto", device)
         if dtype not in DTYPES:
             raise BadInput(f"subject.dtype {dtype!r} is not known; choose {nearest(dtype, DTYPES)}")
         place, arguments = _locate(source)
@@ -112,6 +117,7 @@ class Subject:
             raise BadInput(
                 f"model {source!r} lacks {len(absent)} of its weights ({absent[0]} among them); fetch its files again"
             )
+        warn_if_emulated("subject.dtype", dtype, device)
         tokenizer, tokenizer_fingerprint = _tokenizer_at(source, place, arguments)
         fingerprint = _fingerprint(place, arguments)
         try:

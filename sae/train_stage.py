@@ -23,7 +23,7 @@ from sae.launch import launched
 from sae.progress import human, say
 from sae.run import Run, check_name, plan_study, study_runs, write_record
 from sae.settings import Settings
-from sae.stage import Compute, Source, check_same_inputs, only_one, open_source, shares_source
+from sae.stage import Compute, Source, check_same_inputs, only_one, open_source, shares_source, with_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,10 @@ def train_studies(
     started share the work (see :mod:`sae.job`); ``tracker`` is told of every new row of the training logs. With
     ``controls`` each study gets its controls too (:mod:`sae.controls`), whose runs are not returned.
     """
-    studies, asked_for = [replace(study, settings=_bounded(study.settings)) for study in studies], len(studies)
+    studies, asked_for = (
+        [replace(s, settings=_bounded(with_dtype(s.name, s.settings, root, compute))) for s in studies],
+        len(studies),
+    )
     if controls:
         studies = with_controls(studies, root)
     names = [study.name for study in studies]
@@ -79,6 +82,11 @@ def train_studies(
     missing = sum(_missing(study, root) for study in studies)
     with together(parallel or _parallel_begun(studies, root), missing, compute.device) as (job, device):
         # Rank 0 decides, before anything is written: the others may look at the disk a moment later.
+        dtypes = job.first("dtypes", lambda: [study.settings.subject.dtype for study in studies])
+        studies = [
+            replace(study, settings=study.settings.with_values(subject={"dtype": dtype}))
+            for study, dtype in zip(studies, dtypes, strict=True)
+        ]
         planned = job.first("planned", lambda: [_planned(study, root) for study in studies])
         runs = [[Run(name, root) for name, _, _ in of_study] for of_study in planned]
         todo = [
@@ -231,12 +239,14 @@ def _provenance(source: Source, todo: _Todo, batches: TrainingBatches, root: Pat
 
 def _precision(todo: _Todo, device: torch.device, root: Path) -> Precision:
     """What the encoder's product is done in: as in the study's first run, be that from a machine of another kind."""
-    from sae.precision import resolve
+    from sae.precision import resolve, warn_if_emulated
 
+    precision = resolve(todo.settings.training.precision, device)
     for run in (run for run in study_runs(todo.study.name, root) if not run.imported):
-        recorded: Precision = run.record.get("precision", "float32")  # there was no other before it was recorded
-        return recorded
-    return resolve(todo.settings.training.precision, device)
+        precision = run.record.get("precision", "float32")  # there was no other before it was recorded
+        break
+    warn_if_emulated("training.precision", precision, device)
+    return precision
 
 
 def _say_what_begins(todo: _Todo, source: Source) -> None:

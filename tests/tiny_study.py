@@ -101,7 +101,7 @@ def write_recipe(path: Path, model: Path, texts: Path, **training: object) -> Pa
         **training,
     }
     lines = [
-        *("[subject]", f'model = "{model}"', f'hookpoint = "{HOOKPOINT}"'),
+        *("[subject]", f'model = "{model}"', f'hookpoint = "{HOOKPOINT}"', 'dtype = "float32"'),
         *("[corpus]", 'kind = "text"', f'source = ["{texts}"]', "context = 32"),
         *("[training]", *(f"{key} = {value}" for key, value in values.items())),
         *("[harvest]", "window = 8"),

@@ -107,7 +107,11 @@ Hookpoints = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="Of the subject's forward pass: bfloat16, float16, float32. Default: float32."),
+    typer.Option(
+        "--dtype",
+        help="Precision of the subject's forward pass: float32, bfloat16, float16, or auto (bfloat16 where the machine "
+        "has instructions for it, else float32; a study keeps what it began with). Default: auto.",
+    ),
 ]
 Texts = Annotated[
     list[str] | None,

@@ -145,6 +145,48 @@ def test_encode_and_decode_are_the_equations(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(sae.reconstruct(x), sae.decode(firings))
 
 
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), n=st.integers(0, 300), m=st.integers(1, 300), d=st.integers(1, 40), k=st.data())
+def test_product_in_tiles_is_the_product(seed: int, n: int, m: int, d: int, k: st.DataObject) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    x, weight, bias = torch.randn(n, d, generator=rng), torch.randn(m, d, generator=rng), torch.randn(m, generator=rng)
+    k = k.draw(st.integers(1, m))
+    activations, latents = kernels.product_topk(x, weight, bias, k)
+    pre = x.double() @ weight.double().T + bias.double()
+    expected = pre.clamp(min=0).topk(k, dim=1).values
+    torch.testing.assert_close(activations.double().sort(dim=1, descending=True).values, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        activations.double(), pre.gather(1, latents).where(activations > 0, 0), rtol=1e-5, atol=1e-5
+    )
+    assert not latents[activations == 0].any()
+
+
+@pytest.mark.parametrize("memory", [1, 64 * 500 * 4, kernels.TILE_BYTES])
+def test_product_in_tiles_has_the_same_bits_on_any_threads(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "TILE_BYTES", memory)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1500, 24), torch.randn(500, 24), torch.randn(500)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(kernels.product_topk(x, weight, bias, 7))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for of in found[1:] for one, other in zip(found[0], of, strict=True))
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_a_dictionary_multiplies_in_tiles_without_avx512(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    used: list[int] = []
+    in_tiles = kernels.product_topk
+    monkeypatch.setattr(kernels, "product_topk", lambda *of: (used.append(1), in_tiles(*of))[1])
+    sae, x = TopKSae.init(8, 16, 2, seed=0), torch.randn(3, 8)
+    torch.testing.assert_close(dense(sae.encode(x), 16), dense(sae.to(dtype=torch.float64).encode(x), 16).float())
+    assert len(used) == (capability == "AVX2")
+
+
 def test_encode_takes_any_float_and_refuses_another_width() -> None:
     sae = TopKSae.init(8, 16, 2, seed=0)
     assert sae.encode(torch.randn(3, 8).bfloat16()).activations.dtype == torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import pytest
 import torch
 from tiny_study import write_recipe
 
-from sae import precision
+from sae import precision, stage
 from sae.architectures.topk import TopKSae
 from sae.errors import SettingsDiffer, UserError
 from sae.objective import Objective, total_variance
 from sae.precision import Precision
+from sae.progress import say_once
 from sae.run import Run
 from sae.settings import TrainingSettings, settings_from
 from sae.stage import Compute
+from sae.subject import Subject
 from sae.train_stage import Study, train_studies
 from sae.trainer import train
 
@@ -54,6 +57,7 @@ def fresh() -> TopKSae:
 def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     """What the machine says it can do."""
     can = {"multiply": True}
+    say_once.cache_clear()
     monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda _: can["multiply"])
     monkeypatch.setattr(precision, "has_int8_products", lambda: False)
     return can
@@ -62,6 +66,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
 def test_it_is_what_was_asked_for_or_what_the_processor_says(monkeypatch: pytest.MonkeyPatch) -> None:
     none, bits16, tiles, bits8 = ("float32", "bfloat16", "bfloat16", "int8")
     cases = ((0, 0, 0, none), (0, 1, 0, bits16), (0, 0, 1, tiles), (1, 0, 0, bits8), (1, 1, 1, bits8))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     for vnni, avx, amx, expected in cases:
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: bool(vnni))
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: bool(avx))
@@ -78,6 +84,25 @@ def test_it_is_what_was_asked_for_or_what_the_processor_says(monkeypatch: pytest
     for capability, expected in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert precision.resolve("auto", "cuda") == expected
+
+
+LIMITS = ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "ALL"]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_libraries_limited_by_the_environment_count_as_such(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with every instruction, whose libraries may use only some: what an ordinary CPU sees."""
+    for name in ("_is_vnni_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    at = LIMITS.index(limit)
+    assert precision.has_int8_products() == (at >= 2)
+    assert precision.is_emulated("bfloat16", "cpu") == (at < 3)
+    assert precision.is_emulated("float16", "cpu") == (at < 4)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert precision.resolve("auto", "cpu") == "float32"
+    assert all(precision.is_emulated(kind, "cpu") for kind in ("int8", "bfloat16", "float16"))
 
 
 @ROUNDED
@@ -148,3 +173,67 @@ def test_what_was_trained_before_there_was_a_choice_is_float32(
     path.write_text(json.dumps(record))
     train_studies([Study("run", base, (0, 1))], tmp_path, Compute("cpu"))
     assert Run.open("run_b", tmp_path).record["precision"] == "float32"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_study_keeps_the_dtype_it_began_with(
+    first: bool,
+    machine: dict[str, bool],
+    tiny_recipe: Path,
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = tiny_recipe.parent / "texts"
+    base = settings_from(write_recipe(tmp_path / "short.toml", tiny_llama_dir, texts, tokens=2048))
+    auto = base.with_values(subject={"dtype": "auto"}, training={"precision": "float32"})
+    machine["multiply"] = first
+    train_studies([Study("run", auto, (0,))], tmp_path, Compute("cpu"))
+    begun_in = "bfloat16" if first else "float32"
+    assert not _warnings(capsys)
+    machine["multiply"] = not first
+    train_studies([Study("run", auto, (0, 1))], tmp_path, Compute("cpu"))
+    warnings = _warnings(capsys)
+    for name in ("run_a", "run_b"):
+        run = Run.open(name, tmp_path)
+        assert run.settings.subject.dtype == run.record["subject"]["dtype"] == begun_in
+    assert len(warnings) == first
+    assert all("subject.dtype is bfloat16" in line for line in warnings)
+    other = base.with_values(subject={"dtype": "float32" if first else "bfloat16"}, training={"precision": "float32"})
+    with pytest.raises(SettingsDiffer, match="dtype"):
+        train_studies([Study("run", other, (2,))], tmp_path, Compute("cpu"))
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "int8"])
+def test_an_emulated_precision_warns_once(
+    mode: str, machine: dict[str, bool], tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine["multiply"] = False
+    for _ in range(2):
+        precision.warn_if_emulated("training.precision", mode, "cpu")
+        precision.warn_if_emulated("training.precision", "float32", "cpu")
+    (line,) = _warnings(capsys)
+    assert f"training.precision is {mode}" in line
+    assert "AVX-512" in line
+    assert "auto" in line
+    machine["multiply"] = True
+    assert Subject.load(str(tiny_llama_dir)).dtype == torch.bfloat16
+    machine["multiply"] = False
+    assert Subject.load(str(tiny_llama_dir)).dtype == torch.float32
+    assert not _warnings(capsys)
+    Subject.load(str(tiny_llama_dir), dtype="bfloat16")
+    assert "subject.dtype is bfloat16" in _warnings(capsys)[0]
+
+
+def _warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", None), ("", None)],
+)
+def test_threads_do_not_exceed_a_containers_quota(text: str, cpus: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _: text)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert stage._cpus_allowed() == (cpus or 64)
