@@ -28,6 +28,7 @@ from sae.firings import FiringStore
 
 NEAREST = 24  # latents of the other dictionary that are kept for each, the nearest by Jaccard
 _TELL = 256  # latents between two reports of progress
+_IN_MEMORY = 256 << 20  # bytes; the latents of a store that has no more are held as one array: one look-up, not many
 _MAPPED = 144  # shards of a store kept open: a file and, at 65,536 tokens a shard, 256 KiB each
 _PIECE = 1 << 17  # firings of one latent looked up at once
 
@@ -221,19 +222,27 @@ class _ByToken:
     """The latents that fire at given tokens of a store. Threads may share one."""
 
     def __init__(self, store: FiringStore) -> None:
-        self._store, self._per_shard = store, store.tokens_per_shard
-        self._at_a_token = 1.25 * int(store.latent_offsets[-1]) / max(store.n_tokens, 1)
+        n_firings = int(store.latent_offsets[-1])
+        self._store = store
+        self._shards = store.n_shards if 4 * (n_firings + store.n_tokens) <= _IN_MEMORY else 1  # opened as one
+        self._per_part = self._shards * store.tokens_per_shard
+        self._at_a_token = 1.25 * n_firings / max(store.n_tokens, 1)
         # Of the positions' own type: with wider ones NumPy would first widen all positions.
-        self._borders = (np.arange(1, store.n_shards, dtype=np.int64) * self._per_shard).astype(np.uint32)
+        n_parts = -(-store.n_shards // max(self._shards, 1))
+        self._borders = (np.arange(1, n_parts, dtype=np.int64) * self._per_part).astype(np.uint32)
         # Each mapped array holds an open file, of which a process may have few (256 on some systems).
-        self._shard = lru_cache(maxsize=_MAPPED)(self._opened)
+        self._part = lru_cache(maxsize=_MAPPED)(self._opened)
 
     def _opened(self, number: int) -> tuple[Array, Array]:
-        """The shard's latents, mapped, and where each of its tokens begins among them (4 bytes for each token)."""
-        latents, counts, _ = self._store.shard(number)
+        """The latents of a part of the store, and where each of its tokens begins among them (4 bytes for each token).
+
+        A part is one shard, whose latents are mapped, or all shards together.
+        """
+        shards = [self._store.shard(number + i) for i in range(self._shards)]
+        latents, counts = [np.asarray(shard[0]) for shard in shards], np.concatenate([shard[1] for shard in shards])
         starts = np.zeros(len(counts) + 1, np.uint32)
         np.cumsum(counts, dtype=np.uint32, out=starts[1:])
-        return np.asarray(latents), starts
+        return latents[0] if len(latents) == 1 else np.concatenate(latents), starts
 
     def latents(self, position: Array) -> tuple[npt.NDArray[np.int32], Ints]:
         """Those at tokens ``position`` (ascending): one after another, and where each token's end."""
@@ -246,7 +255,7 @@ class _ByToken:
         for number, (low, high) in enumerate(pairwise(cuts)):
             if low == high:
                 continue
-            (latents, starts), first = self._shard(number), number * self._per_shard
+            (latents, starts), first = self._part(number), number * self._per_part
             needed = _ends(position, low, high, first, starts, total, ends)
             if needed > len(ids):
                 ids = np.concatenate([ids[:total], np.empty(max(needed, 2 * len(ids)) - total, np.int32)])

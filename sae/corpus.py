@@ -17,6 +17,7 @@ Importing this module, and reading a stored corpus, needs no torch.
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Corpus:
         self.tokens = tokens
         self.n_sequences: int = tokens.shape[0]
         self.n_tokens: int = tokens.size
+        self._piece = functools.cache(self._piece_of)
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:
@@ -128,6 +130,19 @@ class Corpus:
             raise NotFound(f"corpus {str(self.folder)!r} has no tokenizer.json; its tokenizer exists in Python only")
         return Tokenizer.from_file(str(path))
 
+    @functools.cached_property
+    def _decodes_apart(self) -> bool:
+        """Whether the bytes of a text are those of its tokens, one after another, whatever stands around them."""
+        decoder: dict[str, Any] | None = json.loads(self._decoder.to_str())["decoder"]
+        return decoder is not None and decoder["type"] == "ByteLevel"
+
+    def _piece_of(self, token: int) -> str | None:
+        """The text of a token that is whole characters wherever it stands; ``None`` where that is not certain."""
+        if not self._decodes_apart:
+            return None
+        text: str = self._decoder.decode([token], skip_special_tokens=False)
+        return None if "\ufffd" in text else text
+
     def decode(self, tokens: np.ndarray) -> list[str]:
         """The text of each of ``tokens [n]``; joined, they are the text of all of them.
 
@@ -136,7 +151,10 @@ class Corpus:
         """
         from tokenizers.decoders import DecodeStream
 
-        ids = [int(t) for t in tokens]
+        ids = tokens.tolist()
+        pieces = [self._piece(i) for i in ids]
+        if None not in pieces:
+            return [piece or "" for piece in pieces]
         stream = DecodeStream(skip_special_tokens=False)
         steps: list[str | None] = []
         for i in ids:

@@ -17,9 +17,10 @@ from sae.firings import FiringStore
 ASKED = np.arange(M, dtype=np.int32)[::-1, None].copy()
 
 
-@pytest.fixture
-def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStream:
+@pytest.fixture(params=["shard by shard", "in memory"])
+def stream(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStream:
     monkeypatch.setattr(cofiring, "_PIECE", 50)
+    monkeypatch.setattr(cofiring, "_IN_MEMORY", 0 if request.param == "shard by shard" else cofiring._IN_MEMORY)
     monkeypatch.setattr(cofiring, "_MAPPED", 2)  # so that shards are closed and opened again
     return small_stream(tmp_path, monkeypatch)
 

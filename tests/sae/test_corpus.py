@@ -320,6 +320,20 @@ def test_decoded_tokens_join_to_the_text(
     assert corpus.decode(np.array([], dtype=np.int64)) == []
 
 
+@pytest.mark.parametrize("which", ["neox", "llama"])
+def test_known_tokens_decode_as_a_stream_does(
+    which: str, request: pytest.FixtureRequest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, fingerprint = request.getfixturevalue(which)
+    corpus = prepare_corpus(text_settings(folder), tokenizer, fingerprint, tmp_path)
+    rng = np.random.default_rng(1)
+    rows = [*corpus.tokens, *rng.integers(0, 320, size=(300, 12))]
+    known = [corpus.decode(row) for row in rows]
+    assert corpus._decodes_apart == (which == "neox")
+    monkeypatch.setattr(corpus, "_piece", lambda _: None)
+    assert known == [corpus.decode(row) for row in rows]
+
+
 # --- what goes wrong --------------------------------------------------------------------------------------
 
 
