@@ -6,9 +6,9 @@ Every side is a process of its own that waits until it is asked: in each round e
 seeds, one side after the other, so that what else the machine does falls on all of them alike. A side's figure is
 the median of its rounds, the first of which (compilation, growing heaps) does not count. Each side runs in float32
 and with bfloat16 products, ours on a CPU in int8 too; compared are float32 with float32, and the fastest mode of ours
-with the faster mode of the peer's. The peers live in ``.venv-peers`` (see the Makefile) or, where that is not, in
-``.venv-bench``, which has only what their trainers need and is made here; or name a Python that has them with
-``--peers-python``.
+with the faster mode of the peer's. Modes that the machine can only emulate are skipped. The peers live in
+``.venv-peers`` (see the Makefile) or, where that is not, in ``.venv-bench``, which has only what their trainers need
+and is made here; or name a Python that has them with ``--peers-python``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from outcome import about, leave, parser_of
 from rich.console import Console
 from rich.table import Table
 from side import Task, now
+
+from sae import kernels
+from sae.precision import is_emulated
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parent / ".venv-peers", HERE.parent / ".venv-bench"
@@ -114,7 +117,10 @@ def compare(tasks: Sequence[Task], peers_python: str, rounds: int, seconds: floa
 
 
 def product_rate(task: Task) -> float:
-    """Token·seeds per second of the dense encoder product alone: what no trainer that needs it can exceed."""
+    """Token·seeds per second of the dense encoder product alone: what no trainer that needs it can exceed.
+
+    The fastest of PyTorch's product, in two sizes of pieces, and of the one that training uses on this machine.
+    """
     kind = getattr(torch, task.mode)
     multiply, result = (torch._int_mm, torch.int32) if kind == torch.int8 else (torch.mm, kind)
     torch.set_num_threads(task.threads)
@@ -129,6 +135,11 @@ def product_rate(task: Task) -> float:
             for part in x.split(rows):
                 multiply(part, weight.T, out=out[: len(part)])
             best = min(best, now(task.device) - begun)
+            if kind == torch.float32:
+                begun = now(task.device)
+                for part in x.split(rows):
+                    kernels.products(part, weight, out[: len(part)])
+                best = min(best, now(task.device) - begun)
     return task.tokens / best
 
 
@@ -226,18 +237,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="about how long a side trains in a round")
     parser.add_argument("--sides", nargs="+", choices=("ours", *PEERS), default=["ours", *PEERS])
-    parser.add_argument("--modes", nargs="+", choices=MODES["ours"], default=list(MODES["ours"]))
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES["ours"], help="default: those that the machine has instructions for"
+    )
     parser.add_argument("--peers-python", help="a Python that has eai-sparsify and dictionary-learning")
     asked = parser.parse_args()
     kind = torch.device(asked.device).type
     python = peers_python(asked.peers_python) if set(asked.sides) - {"ours"} else ""
+    modes = asked.modes or [mode for mode in MODES["ours"] if not is_emulated(mode, asked.device)]
     begun, rows = time.time(), []
     for shape in asked.shapes or SHAPES[kind]:
         sizes = dict(zip(("d_in", "num_latents", "k", "tokens"), map(int, shape.split("x")), strict=True))
         tasks = [
             Task(side, mode, **sizes, seeds=asked.seeds, threads=asked.threads, device=asked.device)
             for side in asked.sides
-            for mode in asked.modes
+            for mode in modes
             if mode in MODES[side]
             and not (side == "sparsify" and mode == "float32" and kind == "cuda")  # there it always takes bfloat16
             and not (mode == "int8" and kind == "cuda")

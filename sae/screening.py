@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sae import kernels
 from sae.directions import Screen, even, in_parallel
 from sae.kernels_cpu import FAST
 
@@ -40,7 +41,7 @@ class Tiles:
 
     def product(self, rows: Tensor, columns: Tensor) -> Tensor:
         out = self._out[: len(rows) * len(columns)].view(len(rows), len(columns))
-        return torch.mm(rows, columns.T, out=out)
+        return kernels.products(rows, columns, out)
 
     def above(
         self, tile: Tensor, row: NDArray[np.float32], column: NDArray[np.float32], relative: float, summed: bool
