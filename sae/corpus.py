@@ -152,9 +152,9 @@ class Corpus:
         from tokenizers.decoders import DecodeStream
 
         ids = tokens.tolist()
-        pieces = [self._piece(i) for i in ids]
-        if None not in pieces:
-            return [piece or "" for piece in pieces]
+        known = [self._piece(i) for i in ids]
+        if None not in known:
+            return [piece or "" for piece in known]
         stream = DecodeStream(skip_special_tokens=False)
         steps: list[str | None] = []
         for i in ids:
