@@ -76,7 +76,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def test_help_and_module_run_in_an_empty_folder(wheel: Installed) -> None:
     assert "Usage: autointerp " in wheel.well("autointerp", "--help")
     assert "cli.py" not in wheel.well("autointerp", "train", "--help")
-    assert "python -m autointerp train" in wheel.well("python", "-m", "autointerp", "runs")
+    assert "$ python -m autointerp demo" in wheel.well("python", "-m", "autointerp", "runs")
     assert not list(wheel.work.iterdir())
 
 
@@ -117,4 +117,4 @@ def test_an_editable_install_reads_the_checkout(tmp_path: Path) -> None:
     code = "from sae.package_data import IS_CHECKOUT, TOP; print(IS_CHECKOUT, TOP)"
     assert editable.well("python", "-c", code).split() == ["True", str(REPOSITORY)]
     assert "Usage: autointerp " in editable.well("autointerp", "--help")
-    assert "autointerp train" in editable.well("autointerp", "runs")
+    assert "$ autointerp demo" in editable.well("autointerp", "runs")
