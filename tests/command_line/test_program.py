@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,27 @@ def test_a_command_starts_as_the_user_started_it(
     assert command(DEFAULT_ROOT, "align", "run_a", "b c") == f"{expected} align run_a 'b c'"
     assert as_started("see python cli.py runs") == f"see {expected} runs"
     assert as_started(TORCHRUN) == f"torchrun --nproc-per-node 2 {with_torchrun} train"
+
+
+def names_the_script(path: Path) -> Iterator[str]:
+    """Each place whose text says ``cli.py`` to the user: not a docstring, and not given to ``as_started``."""
+    tree = ast.parse(path.read_text())
+    excepted = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "as_started"
+        for part in ast.walk(node)
+    }
+    excepted |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and id(node) not in excepted and "cli.py" in str(node.value):
+            yield f"{path.relative_to(REPOSITORY)}:{node.lineno}"
+
+
+def test_only_one_module_says_how_the_program_starts() -> None:
+    sources = [REPOSITORY / "cli.py", *(REPOSITORY / "sae").rglob("*.py"), *(REPOSITORY / "autointerp").rglob("*.py")]
+    found = {place.split(":")[0] for path in sources for place in names_the_script(path)}
+    assert found == {"sae/commands.py"}, "write commands with sae.commands.written"
 
 
 def test_a_root_elsewhere_is_part_of_the_command(tmp_path: Path) -> None:
