@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-slow test-browser vllm test-integration peers test-peers lint format subject clean help
+.PHONY: setup demo test test-slow test-browser vllm test-integration peers test-peers lint format subject package clean help
 
 help:
 	@echo "make demo              set up, then run the whole study offline on the bundled model (again: show its report)"
@@ -14,6 +14,7 @@ help:
 	@echo "make vllm              install vLLM into .venv-vllm, for explain and score with --vllm (for a GPU where there is one)"
 	@echo "make test-integration  explain and score with a real vLLM server on the CPU (sets up .venv-vllm)"
 	@echo "make test-peers        our files opened by the peers' own loaders (sets up .venv-peers)"
+	@echo "make package           build the wheel and the source distribution into dist/"
 	@echo "make subject           train the bundled subject model again (about an hour on 2 cores)"
 
 $(PY):
@@ -104,5 +105,9 @@ test-peers: .venv-peers/.ready
 subject: $(VENV)/.demo-ready
 	$(PY) -m sae.subjects.build
 
+package: $(VENV)/.test-ready
+	rm -rf dist
+	$(PY) -m hatchling build -d dist
+
 clean:
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 
+try:
+    import sae  # noqa: F401  # refuses a system that the program does not run on
+except ImportError as error:
+    sys.exit(f"error: {error}")
+
 import typer
 
 from autointerp.command_line import dictionaries, explaining, reading
 from autointerp.command_line.ending import INTERRUPTED, end, one_line_errors
 from autointerp.command_line.values import spread_lists
 from sae import launch
+from sae.commands import program, written
 from sae.errors import BadInput
 
 app = typer.Typer(
@@ -45,9 +51,8 @@ def main() -> None:
     arguments = sys.argv[1:] or ["--help"]
     with one_line_errors("--json" in arguments):
         if launch.launched() and arguments[0] not in ("train", "harvest"):
-            raise BadInput(f"torchrun is for `train` and `harvest`; run `python cli.py {arguments[0]}` without it")
-        prog_name = "python cli.py" if sys.argv[0].endswith("cli.py") else None
-        code = app(args=spread_lists(arguments), prog_name=prog_name, standalone_mode=False)
+            raise BadInput(f"torchrun is for `train` and `harvest`; run `{written(arguments[0])}` without it")
+        code = app(args=spread_lists(arguments), prog_name=program(), standalone_mode=False)
     if code == INTERRUPTED:
         end(code, "\ninterrupted; what is finished is kept, and the same command goes on from there")
     sys.exit(code or 0)

@@ -13,6 +13,7 @@ __all__ = ["Run"]
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: commands import this package for its rooms, and most need no notebook.
     if name == "Run":
+        import sae  # noqa: F401  # before other packages: refuses a system that the program does not run on
         from autointerp.notebook import Run
 
         return Run

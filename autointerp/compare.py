@@ -24,12 +24,13 @@ from autointerp.seeds import overlap_findings, similarity_findings
 from autointerp.selection import Choice
 from autointerp.setups import rows_of, setups_of, status_kind, wanted_of
 from sae.align_stage import align_runs, what_sets_apart
+from sae.commands import command, written
 from sae.errors import BadInput
 from sae.files import SCHEMA, read_table
 from sae.overlap import DEFINITIONS, shared
 from sae.pair_files import pair_path
 from sae.progress import say
-from sae.run import Run, command
+from sae.run import Run
 from sae.similarity import similarity
 from sae.stage import Compute
 
@@ -42,7 +43,7 @@ def the_two(names: Sequence[str], root: Path) -> tuple[Run, Run]:
     if len(names) != 2 or names[0] == names[1]:
         told = f"{names[0]!r} twice" if len(names) == 2 else f"{len(names)} run{'' if len(names) == 1 else 's'}"
         raise BadInput(
-            f"a comparison takes two different runs, not {told}; name them: python cli.py compare run_a run_b"
+            f"a comparison takes two different runs, not {told}; name them: {written('compare', 'run_a', 'run_b')}"
         )
     return Run.open(names[0], root), Run.open(names[1], root)
 

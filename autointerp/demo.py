@@ -14,12 +14,13 @@ from autointerp.score import score_runs
 from autointerp.selection import Choice
 from sae.align_stage import align_runs
 from sae.harvest_stage import harvest_runs
+from sae.package_data import RECIPES
 from sae.run import MAIN_SCORER, Run
 from sae.settings import settings_from
 from sae.stage import Compute
 from sae.train_stage import train_study
 
-RECIPE = Path(__file__).parent.parent / "eval_runs" / "recipes" / "demo.toml"
+RECIPE = RECIPES / "demo.toml"
 STUDY = "demo"
 SEEDS = (0, 1, 2)
 N_LATENTS = 400

@@ -33,11 +33,12 @@ from autointerp.sampling import permanent_number
 from autointerp.selection import Choice, check, choose, draw, partners
 from autointerp.work import Outcome, in_flight
 from sae.align_stage import ensure_aligned
+from sae.commands import command
 from sae.errors import BadInput
 from sae.files import digest, read_table
 from sae.harvest_stage import ensure_harvested
 from sae.progress import say, track
-from sae.run import Run, command
+from sae.run import Run
 from sae.stage import Compute
 
 

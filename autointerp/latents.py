@@ -22,11 +22,12 @@ from autointerp.scorers.base import HARDER
 from autointerp.setups import precision_of, rows_of, setups_of
 from sae.align_stage import behaviour_folder
 from sae.alignment import read_alignment
+from sae.commands import command
 from sae.errors import NotFound
 from sae.files import SCHEMA, read_table
 from sae.overlap import DEFINITIONS, shared
 from sae.pair_files import pair_path, read_sides
-from sae.run import MAIN_SCORER, Run, command
+from sae.run import MAIN_SCORER, Run
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context

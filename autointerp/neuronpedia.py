@@ -23,9 +23,10 @@ import pandas as pd
 
 from autointerp.journal import Journal
 from autointerp.json_values import number
+from sae.commands import command
 from sae.errors import BadInput, NotFound
 from sae.files import digest, read_table
-from sae.run import Run, command
+from sae.run import Run
 
 DEFAULT_AUTHOR = "clkht01d40000jv08hvalcvly"
 """What Neuronpedia's own tools write as author where none is set."""

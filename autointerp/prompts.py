@@ -26,8 +26,9 @@ import jinja2
 
 from autointerp.llm.exchange import Message
 from sae.errors import BadInput, NotFound
+from sae.package_data import data_folder
 
-FOLDER = Path(__file__).resolve().parent.parent / "prompts"
+FOLDER = data_folder(packaged="autointerp/_prompts", in_checkout="prompts")
 
 _jinja = jinja2.Environment(
     undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -79,7 +80,7 @@ class Conversation:
 def load(name: str, folder: Path = FOLDER) -> Prompt:
     """The prompt file ``name``; ``.md`` is added to a bare name.
 
-    :raises NotFound: the prompts are not beside the package (it was not installed in place).
+    :raises NotFound: the file is missing.
     :raises BadInput: the file is not UTF-8 text.
     """
     path = folder / (name if "." in name else f"{name}.md")
@@ -88,8 +89,7 @@ def load(name: str, folder: Path = FOLDER) -> Prompt:
         return Prompt(content.decode(), hashlib.sha256(content).hexdigest())
     except OSError as error:
         raise NotFound(
-            f"prompt file {str(path)!r} cannot be read ({error.strerror}); install the program in place: "
-            "pip install -e . in its repository"
+            f"prompt file {str(path)!r} cannot be read ({error.strerror}); restore it, or install the program again"
         ) from None
     except UnicodeDecodeError:
         raise BadInput(f"prompt file {str(path)!r} is not UTF-8 text; save it as such") from None

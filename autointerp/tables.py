@@ -14,10 +14,11 @@ import pandas as pd
 
 from autointerp.journal import Journal
 from sae.align_stage import behaviour_folder
+from sae.commands import command
 from sae.errors import BadInput, NotFound, nearest
 from sae.files import read_table
 from sae.pair_files import pair_path, read_sides
-from sae.run import Run, command, study_runs
+from sae.run import Run, study_runs
 
 Frames = Iterator[pd.DataFrame]
 """One table, in pieces where it may not fit in memory at once; all have the same columns."""

@@ -29,11 +29,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from sae.commands import command
 from sae.dense_matching import Matching, best_of_all, blocks, unit_rows
 from sae.errors import BadInput
 from sae.files import SCHEMA, read_json, write_json
 from sae.pair_files import pair_path, read_sides, write_sides
-from sae.run import command
 
 SPACES = ("encoder", "decoder")
 UNMATCHED = -1

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from sae.commands import written
 from sae.errors import BadInput, NotFound
 from sae.files import read_json
 
@@ -60,7 +61,7 @@ class Corpus:
     @classmethod
     def open(cls, folder: Path) -> Corpus:
         """A stored corpus. Raises :class:`NotFound` or :class:`BadInput` where there is none, or a damaged one."""
-        again = "delete the folder and run `python cli.py train` with the same settings to make it again"
+        again = f"delete the folder and run `{written('train')}` with the same settings to make it again"
         try:
             record = read_json(folder / "corpus.json")
             n, context, dtype = record["n_sequences"], record["context"], np.dtype(record["dtype"])

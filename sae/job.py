@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sae import launch
+from sae.commands import as_started
 from sae.errors import BadInput
 from sae.progress import say
 
@@ -116,7 +117,7 @@ def together(parallel: str | None, seeds: int, device: str) -> Iterator[tuple[Jo
     if parallel is not None and not launch.launched():
         raise BadInput(
             f"--parallel {parallel} is for several processes; start them with "
-            "`torchrun --standalone --nproc-per-node 2 cli.py train …`"
+            f"`{as_started('torchrun --standalone --nproc-per-node 2 cli.py train')} …`"
         )
     mode, line = choose_mode(parallel, seeds, launch.size())
     with _met(mode, line, device) as met:

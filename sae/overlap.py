@@ -25,6 +25,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from sae.bootstrap import INTERVALS, Bools, Floats, LatentBootstrap, Tables, estimate, mean_over
+from sae.commands import written
 from sae.dip import Dip
 from sae.errors import BadInput, NotFound
 from sae.estimate import UNKNOWN, Estimate
@@ -306,11 +307,11 @@ def check(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -
     for run, members in alive.items():
         for other in (x for x in runs if x != run):
             if (run, other) not in alignments:
-                raise NotFound(f"{run!r} and {other!r} are not aligned yet; run `python cli.py align {run} {other}`")
+                raise NotFound(f"{run!r} and {other!r} are not aligned yet; run `{written('align', run, other)}`")
             if len(alignments[run, other]) != len(members):
                 raise BadInput(
                     f"{run!r} has {len(members)} latents, but {len(alignments[run, other])} in its alignment with "
-                    f"{other!r}; run `python cli.py align {run} {other}`"
+                    f"{other!r}; run `{written('align', run, other)}`"
                 )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from sae.commands import command
 from sae.errors import BadInput, NotFound, nearest
 from sae.files import read_table, table_metadata, write_table
-from sae.run import command
 
 Sides = tuple[pd.DataFrame, pd.DataFrame]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
-import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from sae.commands import DEFAULT_ROOT, command
 from sae.errors import BadInput, NotFound, SettingsDiffer, nearest
 from sae.files import (
     SCHEMA,
@@ -31,6 +31,7 @@ from sae.files import (
     table_metadata,
     write_json,
 )
+from sae.package_data import TOP
 from sae.settings import Settings, validated
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from sae.firings import FiringStore
     from sae.formats import About
 
-DEFAULT_ROOT = Path("eval_runs")
 RESERVED = frozenset({"alignments", "reports", "recipes", "reference", "corpora", "logs"})
 MAIN_SCORER = "detection"
 """Whose scores are *the* scores of latents; those of other scorers stand beside them, under their names."""
@@ -53,12 +53,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(?:-[A-Za-z0-9._]+)*")
 _LONGEST_NAME = 80  # two of them, and a few letters more, are the name of an alignment's file
 _WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "dictionary.safetensors")  # see sae.checkpoint
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "openai")
-
-
-def command(root: Path, *words: str) -> str:
-    """A command to print for the user to run, with ``--root`` where it is not the default."""
-    elsewhere = [] if root.resolve() == DEFAULT_ROOT.resolve() else ["--root", str(root)]
-    return shlex.join(("python", "cli.py", *words, *elsewhere))
 
 
 def check_name(name: str) -> str:
@@ -389,10 +383,11 @@ def progress_of(run: Run) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of this program's checkout, with ``+`` where it has changes; ``None`` outside one."""
-    here = Path(__file__).resolve().parent.parent
+    """Return the commit of this program's checkout, with ``+`` where it has changes; ``None`` outside one."""
+    if not (TOP / ".git").exists():  # an installed program may lie inside another project's checkout
+        return None
     try:
-        ask = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        ask = functools.partial(subprocess.run, cwd=TOP, capture_output=True, text=True, timeout=10, check=True)
         commit = ask(["git", "rev-parse", "HEAD"]).stdout.strip()
         return commit + ("+" if ask(["git", "status", "--porcelain", "--untracked-files=no"]).stdout else "")
     except (OSError, subprocess.SubprocessError):

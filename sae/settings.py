@@ -15,7 +15,9 @@ from pydantic_core import PydanticCustomError
 
 from sae.amounts import parse_amount
 from sae.architectures import ARCHITECTURES
+from sae.commands import written
 from sae.errors import BadInput, NotFound, nearest
+from sae.package_data import bundled_recipes
 
 
 def _amount(value: Any) -> Any:
@@ -180,13 +182,19 @@ def validated(values: dict[str, Any], where: str) -> Settings:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe's tables as plain values (not yet validated)."""
+    """Return a recipe's tables as plain values (not yet validated).
+
+    Args:
+        path: a file, or else the name of a bundled recipe, such as ``demo``.
+    """
+    bundled = bundled_recipes()
+    file = path if path.is_file() else bundled.get(str(path), path)
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(file.read_text())
     except FileNotFoundError:
-        beside = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        hint = f"; there is {nearest(str(path), beside)}" if beside else ""
-        raise NotFound(f"recipe {str(path)!r} does not exist{hint}") from None
+        nearby = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        hint = f"; there is {nearest(str(path), nearby)}" if nearby else ""
+        raise NotFound(f"recipe {str(path)!r} does not exist{hint}; bundled recipes: {', '.join(bundled)}") from None
     except OSError as error:
         raise BadInput(f"recipe {str(path)!r} cannot be read: {(error.strerror or '').lower()}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -202,5 +210,5 @@ def settings_from(recipe: Path | None, known: Settings | None = None, **tables: 
         return (known or Settings()).with_values(**tables)
     values = read_recipe(recipe)
     if "sweep" in values:
-        raise BadInput(f"recipe {str(recipe)!r} describes a sweep; give it to `python cli.py sweep {recipe}`")
+        raise BadInput(f"recipe {str(recipe)!r} describes a sweep; give it to `{written('sweep', str(recipe))}`")
     return validated(values, f"recipe {str(recipe)!r}").with_values(**tables)

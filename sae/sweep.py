@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae.amounts import parse_amount
+from sae.commands import written
 from sae.errors import BadInput, nearest
 from sae.progress import human
 from sae.run import check_name
@@ -109,7 +110,7 @@ def read_sweep(path: Path, name: str | None = None, seeds: Sequence[int] = ()) -
         known = [*Settings.model_fields, *_BESIDE]
         if unknown := next((key for key in recipe if key not in known), None):
             raise BadInput(f"{where}: unknown key {unknown!r}; did you mean {nearest(unknown, known)}?")
-        raise BadInput(f"{where} has no [sweep] table, so there is nothing to vary; `python cli.py train` trains it")
+        raise BadInput(f"{where} has no [sweep] table, so there is nothing to vary; `{written('train')}` trains it")
     table = dict(recipe["sweep"])
     together = _together(table.pop("together", []), where)
     chosen = tuple(seeds) or _seeds(table.pop("seeds", [0, 1, 2]), where)

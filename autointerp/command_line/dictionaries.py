@@ -150,7 +150,7 @@ def sweep(
     Stopped, it goes on where it was; finished, it shows its table at once.
 
     \b
-    python cli.py sweep eval_runs/recipes/widths.toml
+    python cli.py sweep widths
     """
     from autointerp.report import render_forecast, render_sweep
     from autointerp.sweep import forecast, run_sweep, scoring_of, sweep_findings

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from sae import launch
+from sae.commands import program
 
 SOME_FAILED = 3
 INTERRUPTED = 130
@@ -46,7 +47,7 @@ def one_line_errors(as_json: bool) -> Iterator[None]:
     except UserError as error:
         line, code = printable(" ".join(str(error).split())), error.exit_code
     except _UsageError as error:
-        asked = error.ctx.command_path if error.ctx is not None else "python cli.py"
+        asked = error.ctx.command_path if error.ctx is not None else program()
         line, code = f"{' '.join(error.format_message().split())} (see `{asked} --help`)", error.exit_code
     except BrokenPipeError:
         sys.stderr.close()

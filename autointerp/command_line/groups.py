@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from autointerp.command_line import options as opt
 from autointerp.command_line.values import absolute
+from sae.commands import DEFAULT_ROOT, as_started
 from sae.errors import BadInput
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     """``command``, of whose parameters those that are groups stand as the options that are their fields.
 
-    Typer reads flags from a signature; this gives it one in which every group is spread out where it stands.
+    Typer reads flags from a signature; this gives it one in which every group is spread out where it stands. The
+    examples in its help start the program as the user has started it.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
@@ -45,6 +47,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
         made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
         command(**given, **made)
 
+    with_groups.__doc__ = as_started(command.__doc__ or "")
     with_groups.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
     with_groups.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
     return with_groups
@@ -54,7 +57,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
 class Output:
     """Of every command."""
 
-    root: opt.Root = opt.ROOT
+    root: opt.Root = DEFAULT_ROOT
     as_json: opt.Json = False
 
 

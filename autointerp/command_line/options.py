@@ -14,8 +14,6 @@ from autointerp.judges import JUDGES
 from autointerp.scorers import SCORERS
 from sae.architectures import ARCHITECTURES
 
-ROOT = Path("eval_runs")
-
 
 class OtherFormat(enum.StrEnum):
     """A format that another program opens: three of SAEs, three of tables."""
@@ -88,7 +86,7 @@ Parallel = Annotated[
 ]
 Recipe = Annotated[
     Path | None,
-    typer.Option("--recipe", help="A TOML file of settings (see eval_runs/recipes/); flags go over it."),
+    typer.Option("--recipe", help="A TOML file of settings, or a bundled one: demo. Flags override it."),
 ]
 Model = Annotated[
     str | None,
@@ -309,7 +307,7 @@ Vllm = Annotated[
         metavar="MODEL",
         help="Start a vLLM server for this command, on this machine alone, and stop it at the end: a model's folder, a "
         "Hugging Face name, or 'bundled'. It starts with the first question that is not answered yet. Its log is in "
-        "ROOT/logs. `make vllm` installs vLLM.",
+        "ROOT/logs. In a checkout `make vllm` installs vLLM.",
     ),
 ]
 JudgeVllm = Annotated[
@@ -391,7 +389,11 @@ PriceOut = Annotated[float | None, typer.Option("--price-out", help="Dollars for
 # --- sweep -----------------------------------------------------------------------------------------------------------
 
 SweepRecipe = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A TOML file with a [sweep] table (see eval_runs/recipes/).")
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A TOML file with a [sweep] table, or a bundled one: architectures, ks, pythia-160m, tokens or widths.",
+    ),
 ]
 SweepName = Annotated[
     str | None, typer.Option("--name", help="What its studies are called after. Default: the recipe's file name.")

@@ -19,7 +19,9 @@ from autointerp.findings.sweeps import findings_of_sweeps
 from autointerp.score_similarity import Part
 from autointerp.scored_pairs import scored_pairs
 from autointerp.sweep_table import sweeps_of
+from sae.commands import written
 from sae.overlap import shared
+from sae.package_data import bundled_recipes, shown_path
 
 _RECIPES = {"width": "widths", "k": "ks", "tokens": "tokens", "architecture": "architectures"}
 
@@ -49,10 +51,11 @@ def _sweep_advice(study: Study) -> Callable[[str], tuple[str, str | None]]:
     """
 
     def advice(name: str) -> tuple[str, str | None]:
-        recipe = f"eval_runs/recipes/{_RECIPES[name]}.toml"
+        recipe = _RECIPES[name]
         if study.focus.settings.subject.model == "bundled":
             return "", study.command("sweep", recipe)
-        return f"; copy {recipe}, put this model and text in it, and give it to `python cli.py sweep`", None
+        copied = shown_path(bundled_recipes()[recipe])
+        return f"; copy {copied}, put this model and text in it, and give it to `{written('sweep')}`", None
 
     return advice
 

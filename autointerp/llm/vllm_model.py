@@ -24,11 +24,14 @@ from pathlib import Path
 from sae.errors import BadInput, NotFound, Unavailable
 from sae.files import digest, digest_file, digest_samples
 from sae.hub import Kind, find_on_hub, looks_like_path
+from sae.package_data import IS_CHECKOUT, TOP
 from sae.subjects import BUNDLED
 
 PYTHON_VARIABLE = "AUTOINTERP_VLLM_PYTHON"
-OWN_PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
-"""Where ``make vllm`` puts it."""
+OWN_PYTHON = TOP / ".venv-vllm" / "bin" / "python"
+"""Where ``make vllm`` puts it in a checkout."""
+INSTALL = "run `make vllm`" if IS_CHECKOUT else "install it (`pip install vllm`) in an environment of its own"
+"""How to get vLLM, for a message."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _WORDS = (".json", ".jinja", ".model", ".txt")
@@ -199,7 +202,7 @@ def _with_vllm(python: Path, origin: str) -> Path:
             has_it = False
     if not has_it:
         raise Unavailable(
-            f"vLLM is not installed in {str(python)!r} ({origin}): say `make vllm`, or name an interpreter that has it "
+            f"vLLM is not installed in {str(python)!r} ({origin}): {INSTALL}, or name an interpreter that has it "
             "with --vllm-python"
         )
     return python

@@ -34,7 +34,7 @@ from typing import IO
 from autointerp.llm import keeper
 from autointerp.llm.endpoint import KEY_VARIABLES
 from autointerp.llm.options import VLLM_TIMEOUT
-from autointerp.llm.vllm_model import VllmModel
+from autointerp.llm.vllm_model import INSTALL, VllmModel
 from sae.errors import Unavailable
 from sae.host_memory import free_host_bytes
 from sae.progress import say, waiting
@@ -51,7 +51,7 @@ _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # no 
 _ERROR = re.compile(r"\b(\w+(Error|Exception|Exit): |error: |No module named ).+")
 _LESS = "let it take less (--vllm-args '--max-model-len 4096', '--gpu-memory-utilization 0.7'), or take a smaller model"
 _ADVICE = (
-    (re.compile(r"No module named|cannot import name"), "say `make vllm`, or name another with --vllm-python"),
+    (re.compile(r"No module named|cannot import name"), f"{INSTALL}, or name another with --vllm-python"),
     (re.compile(r"unrecognized arguments|invalid choice|error: argument"), "mend --vllm-args"),
     (re.compile(r"out of memory|[Mm]emory on (node|device)|[Nn]o available memory|KV cache|by SIGKILL"), _LESS),
 )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from autointerp.report.visible import visible
+from sae.commands import DEFAULT_ROOT
 
 if TYPE_CHECKING:
     from autointerp.interesting import ContextSource, ShownContext
@@ -144,9 +145,7 @@ def render_outcome(found: Mapping[str, Any], stage: str, console: Console | None
     show_outcome(found, stage, console or _output())
 
 
-def render_runs(
-    found: Sequence[Mapping[str, Any]], console: Console | None = None, root: Path = Path("eval_runs")
-) -> None:
+def render_runs(found: Sequence[Mapping[str, Any]], console: Console | None = None, root: Path = DEFAULT_ROOT) -> None:
     from autointerp.report.stages import show_runs
 
     show_runs(found, console or _output(), root)

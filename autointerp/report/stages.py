@@ -25,7 +25,7 @@ from autointerp.report.layout import (
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
-from sae.run import command
+from sae.commands import command
 
 _DONE = {"explain": "explained", "score": "scored"}
 _MOST_REASONS = 8

@@ -172,7 +172,7 @@ def test_the_interpreter_that_was_named_last(tmp_path: Path, monkeypatch: pytest
 
 def test_an_interpreter_without_vllm_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_model, "OWN_PYTHON", tmp_path / "none")
-    told = r"vLLM is not installed in .* say `make vllm`, or name an interpreter that has it with --vllm-python"
+    told = r"vLLM is not installed in .* run `make vllm`, or name an interpreter that has it with --vllm-python"
     with pytest.raises(Unavailable, match=told):
         find_python(None, {})
     link = tmp_path / "python"
