@@ -25,7 +25,7 @@ from autointerp.report.layout import (
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
-from sae.run import command
+from sae.run import all_runs, command, readable
 
 _DONE = {"explain": "explained", "score": "scored"}
 _MOST_REASONS = 8
@@ -93,9 +93,10 @@ def show_runs(found: Sequence[Mapping[str, Any]], console: Console, root: Path) 
         members = [run for run in found if (run["control_of"] or run["study"]) == study]
         members.sort(key=lambda run: run["control_of"] is not None)
         first = members[0]
+        trained = _trained_runs(study, root)
         table = grid("", ("seed", "right"), *stages)
         for run in members:
-            marks = [Text("yes", ACCENT) if run[stage] else Text("–", QUIET) for stage in stages]
+            marks = [_mark(run, stage, trained) for stage in stages]
             name = Text(visible(run["name"]), "bold")
             name.append("  control" if run["control_of"] else "", f"not bold {QUIET}")
             table.add_row(name, origin(run["seed"]), *marks)
@@ -104,3 +105,18 @@ def show_runs(found: Sequence[Mapping[str, Any]], console: Console, root: Path) 
         says = f"{visible(first['subject'])} · {visible(first['hookpoint'])} · {listed(sizes)}{tokens}"
         body.append(section(page, visible(study), says, table))
     emit(Group(*body), console, page.width)
+
+
+def _mark(run: Mapping[str, Any], stage: str, trained: Sequence[str]) -> Text:
+    """``yes``, a dash, or with how many of the study's other trained runs it is aligned where not with all."""
+    if not run[stage]:
+        return Text("–", QUIET)
+    others = [name for name in trained if name != run["name"]]
+    n = sum(name in run["aligned_with"] for name in others)
+    if stage == "aligned" and n < len(others):
+        return Text(f"with {n} of {len(others)}", ACCENT)
+    return Text("yes", ACCENT)
+
+
+def _trained_runs(study: str, root: Path) -> list[str]:
+    return [run.name for run in readable(all_runs(root))[0] if run.study == study and run.trained]
