@@ -25,6 +25,8 @@ class Outcome:
     """Latents that now have what was asked for, those of earlier calls included."""
     n_new: int = 0
     """Of these, done by this call."""
+    n_controls: int = 0
+    """Of ``n_done``, latents of control SAEs, for which nobody asked by name."""
     failures: Counter[str] = field(default_factory=Counter)
     """Reason → latents that failed for it, so that asking again may mend it."""
     left_out: Counter[str] = field(default_factory=Counter)
@@ -48,6 +50,7 @@ class Outcome:
             "of": self.of,
             "n_done": self.n_done,
             "n_new": self.n_new,
+            "n_controls": self.n_controls,
             "n_failed": self.n_failed,
             "failures": dict(self.failures.most_common()),
             "n_left_out": self.left_out.total(),

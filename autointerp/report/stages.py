@@ -37,7 +37,9 @@ def show_outcome(found: Mapping[str, Any], stage: str, console: Console) -> None
     page = Page.of(console)
     runs = [visible(name) for name in found["runs"]]
     done = _DONE.get(stage, "done")
-    words = f"{plural(found['n_done'], found['of'])} {done if found['of'] == 'latent' else 'made'}"
+    n_controls = found.get("n_controls", 0)
+    words = f"{plural(found['n_done'] - n_controls, found['of'])} {done if found['of'] == 'latent' else 'made'}"
+    words += f" and {n_controls:,} of control SAEs" if n_controls else ""
     if 0 < found["n_new"] < found["n_done"]:
         words += f", {found['n_new']:,} of them now"
     head = Text.assemble((listed(runs), f"bold {ACCENT}"), f"  {words} by {visible(found['backend'])}")
@@ -120,3 +122,19 @@ def _mark(run: Mapping[str, Any], stage: str, trained: Sequence[str]) -> Text:
 
 def _trained_runs(study: str, root: Path) -> list[str]:
     return [run.name for run in readable(all_runs(root))[0] if run.study == study and run.trained]
+
+
+def show_deletion(found: Mapping[str, Any], console: Console) -> None:
+    """What would be deleted, with sizes, the largest first, and what stays."""
+    page = Page.of(console)
+    body: list[RenderableType] = []
+    if found["parts"]:
+        table = grid(("size", "right"), "what", ("", "fold"))
+        for part in sorted(found["parts"], key=lambda part: -part["bytes"]):
+            table.add_row(f"{human(part['bytes'])}B", part["kind"], visible(part["path"]))
+        table.add_row(Text(f"{human(found['bytes'])}B", "bold"), Text("together", "bold"), "")
+        body.append(table)
+    else:
+        body.append(Text("Nothing to delete."))
+    body += [Text(visible(words), QUIET) for words in found["kept"]]
+    emit(Group(*body), console, page.width)
