@@ -25,8 +25,6 @@ class Outcome:
     """Latents that now have what was asked for, those of earlier calls included."""
     n_new: int = 0
     """Of these, done by this call."""
-    n_controls: int = 0
-    """Of ``n_done``, latents of control SAEs, for which nobody asked by name."""
     failures: Counter[str] = field(default_factory=Counter)
     """Reason → latents that failed for it, so that asking again may mend it."""
     left_out: Counter[str] = field(default_factory=Counter)
@@ -38,6 +36,8 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     of: str = "latent"
     """What is counted: latents, or the scores of several scorers."""
+    n_controls: int = 0
+    """Of ``n_done``, latents of control SAEs, for which nobody asked by name."""
 
     @property
     def n_failed(self) -> int:

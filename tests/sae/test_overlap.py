@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from sae.alignment import align
 from sae.bootstrap import LatentBootstrap, estimate, mean_over
@@ -315,7 +316,11 @@ def test_a_fractions_interval_covers_it_near_both_ends_too(p: float, n_units: in
         found = estimate(mean_over(draw.fractions(dict.fromkeys(runs, x), members)[:, :, 0], axis=1), n_units)
         held += found.low <= p <= found.high
         assert found.low < found.high
-    assert held / rounds >= 0.91
+    # Counts are discrete: at some fractions of few units even Wilson's own interval covers less than it says.
+    by_count = [proportion(count, n_units) for count in range(n_units + 1)]
+    of_count = stats.binom.pmf(np.arange(n_units + 1), n_units, p)
+    exact = float(sum(of_count[count] for count, each in enumerate(by_count) if each.low <= p <= each.high))
+    assert held / rounds >= min(0.95, exact) - 0.04
 
 
 def test_equal_parts_of_latents_have_an_interval() -> None:
