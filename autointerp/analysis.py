@@ -78,7 +78,9 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
     if rows is not None or told.explained:
         scores = scored.score_findings(_rows_or_none(rows), latents, told.explained, told.too_few, sample)
         scores["reliability"] = (
-            None if part is None else reliability.reliability_findings(part.rows, part.verdicts, sample)
+            None
+            if part is None or study.setup is None
+            else reliability.reliability_findings(study.focus, study.setup, part.rows, part.verdicts)
         )
         if scores["precision"] is not None:
             scores["precision"]["rounds"] = told.rounds

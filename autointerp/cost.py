@@ -146,12 +146,10 @@ class Budget:
             self._waiting.clear()
 
     def _count(self, request: Request, usage: Usage, held: tuple[float, float]) -> None:
-        if not usage.prompt_tokens:  # a server that does not say is taken to have used all that it may
-            self._prompt, self._completion = self._prompt + int(held[0]), self._completion + int(held[1])
-            return
-        self._prompt += usage.prompt_tokens
+        # What the server does not say, or what cannot be right, counts as the most that the request may take.
+        self._prompt += usage.prompt_tokens or int(held[0])
         self._cached += usage.cached_tokens
-        self._completion += usage.completion_tokens
+        self._completion += usage.completion_tokens or int(held[1])
         self._per_character = max(self._per_character, usage.prompt_tokens / max(1, _characters(request)))
 
 

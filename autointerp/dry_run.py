@@ -2,8 +2,9 @@
 
 The very requests are laid out, those that the journal or the answer cache have an answer to are left out, and the rest
 is counted by the first of these that is there: the model's own tokenizer and chat template (a folder, or the local hub
-cache), the server's ``/tokenize`` (vLLM), ``tiktoken``, and at last characters (by the journal's mean, else four to a
-token), which is said to be an estimate. Nothing is sent but, at most, requests for ``/models`` and ``/tokenize``.
+cache), the server's ``/tokenize`` (vLLM, llama.cpp) where its counts can be right, ``tiktoken``, and at last characters
+(by the journal's mean, else four to a token), which is said to be an estimate. Nothing is sent but, at most, requests
+for ``/models``, ``/apply-template`` and ``/tokenize``.
 
 Cached are the prompt's leading blocks of 16 tokens that an earlier request had too, as vLLM keeps them, requests one
 after another and nothing evicted (on a CPU its blocks have 128, and less is cached). With adaptive scoring the number
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -33,9 +34,10 @@ from autointerp.judges import JUDGES
 from autointerp.judges.base import ModelJudge
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import DEFAULT_URL, LlmClient
-from autointerp.llm.exchange import Request
+from autointerp.llm.exchange import Request, one_line
 from autointerp.llm.options import LlmOptions
-from autointerp.llm.tokens import Tokenize, block_keys, characters, tokenizer_of
+from autointerp.llm.tokens import NotCounted, Tokenize, block_keys, characters, estimated, tokenizer_of
+from autointerp.llm.usage import is_plausible_count
 from autointerp.llm.vllm_model import find_model
 from autointerp.material import Material
 from autointerp.method import BASELINE
@@ -245,10 +247,15 @@ async def _forecast(
         forecasts = []
         for protocol, asked in laid_out.items():
             mean = statistics.fmean(characters(r.messages) for r in asked.most) if asked.most else 0.0
-            per_token = mean / per_request if per_request and mean else 0.0
-            async with tokenizer_of(client, options, per_token, place) as tokenize:
-                found = Forecast(stage, client.model, tokenize.name, tokenize.exact, notes=asked.notes)
-                await _count(found, asked, tokenize)
+            is_measured = is_plausible_count(round(per_request), round(mean), round(mean))
+            per_token = mean / per_request if per_request and mean and is_measured else 0.0
+            tokenize = await tokenizer_of(client, options, per_token, place)
+            try:
+                found = await _counted(stage, client.model, asked, tokenize)
+            except NotCounted as error:  # the server stopped counting half-way
+                note = f"{tokenize.name} failed ({one_line(error, 100)}): prompt tokens are an estimate"
+                tokenize = replace(estimated(client.model, per_token), note=note)
+                found = await _counted(stage, client.model, asked, tokenize)
             found.protocol = protocol or None
             _estimate(found, usage, options, prices)
             forecasts.append(found)
@@ -273,7 +280,10 @@ def _estimate(found: Forecast, usage: Mapping[str, float], options: LlmOptions, 
             )
 
 
-async def _count(found: Forecast, asked: _Asked, tokenize: Tokenize) -> None:
+async def _counted(stage: str, model: str, asked: _Asked, tokenize: Tokenize) -> Forecast:
+    """The forecast's counts of requests and tokens."""
+    notes = [*asked.notes, *([tokenize.note] if tokenize.note else [])]
+    found = Forecast(stage, model, tokenize.name, tokenize.exact, notes=notes)
     found.requests, found.requests_at_least = len(asked.most), asked.least
     found.answered_before, found.from_cache = asked.before, asked.from_cache
     blocks: set[bytes] = set()
@@ -283,6 +293,7 @@ async def _count(found: Forecast, asked: _Asked, tokenize: Tokenize) -> None:
         found.cached_tokens += block_keys(tokens, blocks)
         found.completion_tokens += _written(asked, request, tokenize)
         found.completion_at_most += request.max_tokens
+    return found
 
 
 def _written(asked: _Asked, request: Request, tokenize: Tokenize) -> int:

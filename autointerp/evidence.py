@@ -257,6 +257,7 @@ class Study:
             found.append({"stage": stage, "says": says, "command": self.command(*words)})
 
         focus, seeds = self.focus.name, [run.seed for run in self.runs if run.seed is not None]
+        trained = [run.name for run in self.runs if run.trained]
         untrained = [run.name for run in self.runs if not run.trained]
         halves = [run for run in self.runs if not run.trained and run.imported]
         if len(untrained) > len(halves):
@@ -277,10 +278,9 @@ class Study:
             else:
                 says = f"{alone} This imports another into the study:"
                 add("overlap", says, "import", "--from", "DIR", "--name", "NAME", "--study", self.focus.study)
-        elif len(self.compared) < len(self.names) and not untrained:
-            apart = [name for name in self.names if name not in self.compared]
+        elif len(trained) > 1 and (apart := [name for name in trained if name not in self.compared]):
             says = f"Not aligned with the others yet: {', '.join(apart)}." if self.tables else _UNALIGNED
-            add("overlap", says, "align", *self.names)
+            add("overlap", says, "align", *trained)
         if not explained and not has_scores:
             add("explain", f"No latent of {focus} has been explained yet.", "explain", "--sae", focus)
         if not has_scores:
@@ -306,12 +306,12 @@ class Study:
             if a.name in self.compared and b.name in self.compared and a.trained and b.trained and not is_aligned(a, b)
         ]
         if changed:
-            add("align", "Weights have changed since the SAEs were aligned.", "align", *self.names)
+            add("align", "Weights have changed since the SAEs were aligned.", "align", *self.compared)
         by_name = {run.name: run for run in self.runs}
         fired = [(by_name[a], by_name[b]) for a, b in self.behaviour if _can_be_checked(by_name[a], by_name[b])]
         if not changed and not all(is_compared(a, b) for a, b in fired):
             says = "Weights or harvests have changed since the SAEs' firings were compared."
-            add("align", says, "align", *self.names)
+            add("align", says, "align", *self.compared)
         if self.scores is not None and (self.focus.firings_folder / "store.json").is_file():
             from autointerp.material import Material
 

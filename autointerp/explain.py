@@ -153,6 +153,7 @@ async def _explain(
         outcome.retry = command(root, "explain", *named, *choice.words(), *size, *by, *options.words())
         for task in [*tasks, *controls]:
             with_baseline = kind != BASELINE and task not in controls
+            before = outcome.n_done
             try:
                 await _explain_run(task, explainer, options.concurrency, outcome, outcome.retry)
             except BudgetSpent:  # what was paid for is compared with what costs nothing
@@ -161,6 +162,7 @@ async def _explain(
                 raise
             if with_baseline:
                 await _explain_by_baseline(task, explainer, outcome, outcome.retry)
+            outcome.n_controls += outcome.n_done - before if task in controls else 0
         for task in controls:
             n = f"{len(task.latents)} latents" if task.latents else "no latent has contexts enough"
             outcome.notes.append(f"{task.run.name} (control): {n}")

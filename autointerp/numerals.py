@@ -28,7 +28,20 @@ def interval(bounds: Sequence[float | None] | None, digits: int = 3, *, sign: bo
     """``[.25, .29]``; empty where there is none."""
     if bounds is None or not all(known(b) for b in bounds):
         return ""
+    digits = digits_of([b for b in bounds if b is not None], digits)
     return f"[{', '.join(decimal(b, digits, sign=sign) for b in bounds)}]"
+
+
+def digits_of(values: Sequence[float], digits: int, most: int = 5) -> int:
+    """Return the digits, ``digits`` or a few more, at which not all values are written as 0, or as ±1, that are not.
+
+    So an interval is never [.000, .000] unless both its bounds are 0.
+    """
+    for n in range(digits, digits + most):
+        written = {float(f"{value:.{n}f}") for value in values}
+        if len(written) > 1 or not written <= {0.0, 1.0, -1.0}:
+            return n
+    return digits if all(abs(value - round(value)) < 1e-9 for value in values) else digits + most
 
 
 def estimate(value: float | None, bounds: Sequence[float | None] | None, digits: int = 3, *, sign: bool = False) -> str:

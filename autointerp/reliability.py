@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from autointerp.journal import Journal
 from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of, partial
-from autointerp.sample_record import Sample
+from autointerp.sample_record import sample_of
 from autointerp.scorers.base import HARDER
 from autointerp.setups import verdict_filters
 from sae.estimate import UNKNOWN, Estimate
@@ -162,13 +162,19 @@ def corrected_spearman(
 
 
 def reliability_findings(
-    rows: pd.DataFrame, verdicts: pd.DataFrame, sample: Sample | None = None
+    run: Run, setup: Mapping[str, Any], rows: pd.DataFrame, verdicts: pd.DataFrame | None = None
 ) -> dict[str, Any] | None:
     """The reliability of one set-up's scores as JSON values; ``None`` where there are no verdicts.
 
-    With a ``sample``, that of the scores of all eligible latents (without finite population correction: the halves'
-    own noise is most of what is uncertain about it).
+    Where the explained latents are a sample on record, that of the scores of all eligible latents (without finite
+    population correction: the halves' own noise is most of what is uncertain about it).
+
+    Args:
+        rows: the set-up's rows of the run's score table.
+        verdicts: those behind the rows, where the caller has read them already.
     """
+    verdicts = verdicts_of(run, rows, setup) if verdicts is None else verdicts
+    sample = sample_of(run, setup)
     own = rows[rows["control"] == "none"].set_index("latent")
     weights = None if sample is None else sample.weights(set(own.index))
     own = own[own["status"] == "ok"]

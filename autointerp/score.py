@@ -108,10 +108,12 @@ async def _score(
     async with open_judge(kind, options, root / "cache.sqlite") as judge:
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
         for part in parts:
+            before = outcome.n_done
             for scorer in scorers:
                 if judge.name != BASELINE and not part.is_control:
                     await _score_baseline(part, scorer, judge, precision, outcome)
                 await _score_run(part, scorer, judge, options.concurrency, precision, outcome, outcome.retry)
+            outcome.n_controls += outcome.n_done - before if part.is_control else 0
         outcome.notes += lacks(judge)
     own = [part.run for part in parts if not part.is_control]
     outcome.notes += _without_controls(own)
@@ -216,8 +218,10 @@ async def _score_run(
         if not is_done:
             questions = questions_of(part, read)
             if questions:
+                n_swapped = sum(question.control != "none" for question in questions)
+                of = f"{scorer.name}, {n_swapped:,} of them swapped controls" if n_swapped else scorer.name
                 with (
-                    track(f"{doing} {run.name} ({scorer.name})", len(questions), "explanations") as bar,
+                    track(f"{doing} {run.name} ({of})", len(questions), "explanations") as bar,
                     going_on(len(questions), "explanations", retry),
                 ):
                     await _judge_all(questions, test, journal, asked_now, concurrency, bar)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from sae.estimate import UNKNOWN, Estimate, proportion
+from sae.estimate import UNKNOWN, Estimate, fraction, proportion
 
 __all__ = [
     "METHODS",
@@ -58,16 +58,13 @@ Array = NDArray[np.float64]
 def mean_fraction(values: ArrayLike, level: float = 0.95) -> Estimate:
     """The mean of fractions [N], each of its own latent, with Wilson's interval at their effective number.
 
-    That is the number of yes-or-no cases whose mean would vary as much as that of these values does (as Korn and
-    Graubard 1998 have it for surveys): N where all are 0 or 1, or all are the same. So the interval of a rare thing is
-    lopsided as it must be, and that of a thing never seen does not shrink to nothing.
+    See :func:`sae.estimate.fraction`; the number is N where all are 0 or 1, or all are the same. So the interval of a
+    rare thing is lopsided as it must be, and that of a thing never seen does not shrink to nothing.
     """
     x = _finite(values)
     if len(x) == 0:
         return UNKNOWN
-    mean, variance = float(x.mean()), float(x.var())
-    effective = len(x) * (mean * (1 - mean) / variance if variance > 0 else 1.0)
-    return proportion(mean * effective, effective, level)
+    return fraction(float(x.mean()), float(x.var()) / len(x), len(x), level)
 
 
 def balanced_accuracy(truth: ArrayLike, label: ArrayLike, level: float = 0.95) -> Estimate:

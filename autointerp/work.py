@@ -36,6 +36,8 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     of: str = "latent"
     """What is counted: latents, or the scores of several scorers."""
+    n_controls: int = 0
+    """Of ``n_done``, latents of control SAEs, for which nobody asked by name."""
 
     @property
     def n_failed(self) -> int:
@@ -48,6 +50,7 @@ class Outcome:
             "of": self.of,
             "n_done": self.n_done,
             "n_new": self.n_new,
+            "n_controls": self.n_controls,
             "n_failed": self.n_failed,
             "failures": dict(self.failures.most_common()),
             "n_left_out": self.left_out.total(),

@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sae.estimate import Estimate, proportion
+from sae.estimate import FEW, Estimate, effective_number, proportion
 
 INTERVALS = (
     "percentile bootstrap over latents, 1000 resamples, seeded; the unit is a latent of one run "
-    "with its decoder-matched partners in the other runs; Wilson score interval where a fraction is 0 or 1 of all units"
+    f"with its decoder-matched partners in the other runs; Wilson score interval where a fraction has under {FEW} "
+    f"cases, or all but under {FEW}"
 )
 
 Bools = NDArray[np.bool_]
@@ -90,13 +91,16 @@ def mean_over(values: Floats, axis: int) -> Floats:
 def estimate(draws: Floats, units: int | None = None) -> Estimate:
     """The sample's value, first, with the 95 % percentile interval of the resamples that follow.
 
-    ``units`` is for fractions: of how many units they are. Where all or none of these show something, every resample
-    says the same, and the interval is Wilson's (:func:`sae.estimate.proportion`).
+    ``units`` is for fractions: of how many units they are. Where under :data:`sae.estimate.FEW` of these show
+    something, or all but as few, or every resample says the same, the interval is Wilson's at the effective number of
+    units (:func:`sae.estimate.fraction`), which is never taken to be more than there are.
     """
     value, resampled = float(draws[0]), draws[1:][~np.isnan(draws[1:])]
     if np.isnan(value) or not len(resampled):
         return Estimate(value, nan, nan)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    if units and low == high == value and value in (0.0, 1.0):
-        return proportion(value * units, units)
+    if units and 0 <= value <= 1:
+        n = min(units, effective_number(value, float(resampled.var()), units))
+        if low == high or min(value, 1 - value) * n < FEW:
+            return proportion(value * n, n)
     return Estimate(value, min(float(low), value), max(float(high), value))

@@ -26,6 +26,10 @@ class Estimate(NamedTuple):
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
+FEW = 30
+"""A fraction of fewer cases, or with fewer against it, has Wilson's interval and not that of resampling.
+
+The percentiles of resamples are too narrow there: of one case in 6,144 a third of the resamples hold none at all."""
 
 
 def proportion(successes: float, n: float, level: float = 0.95) -> Estimate:
@@ -38,3 +42,25 @@ def proportion(successes: float, n: float, level: float = 0.95) -> Estimate:
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # Rounding may leave the bound a hair inside an observed 0 or 1.
     return Estimate(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
+
+
+def fraction(value: float, variance: float, n: float, level: float = 0.95) -> Estimate:
+    """A mean of fractions with Wilson's interval at its effective number of cases.
+
+    That is the number of yes-or-no cases whose mean would vary as much (Korn and Graubard 1998, for surveys), or ``n``
+    where the value does not vary at all.
+
+    Args:
+        value: the mean, from 0 to 1.
+        variance: of the mean.
+        n: how many observations the mean is of.
+    """
+    if math.isnan(value):
+        return UNKNOWN
+    effective = effective_number(value, variance, n)
+    return proportion(value * effective, effective, level)
+
+
+def effective_number(value: float, variance: float, n: float) -> float:
+    """The number of yes-or-no cases whose mean is ``value`` and has the variance; ``n`` where there is none."""
+    return value * (1 - value) / variance if variance > 0 and 0 < value < 1 else n

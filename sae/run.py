@@ -362,6 +362,7 @@ def progress_of(run: Run) -> dict[str, Any]:
     record = run.record
     training = run.settings.training
     table = {stage: run.stage_path(stage).exists() for stage in ("firing", "overlap", "scores")}
+    aligned_with = table_metadata(run.stage_path("overlap")).get("against", []) if table["overlap"] else []
     return {
         "name": run.name,
         "study": run.study,
@@ -377,6 +378,7 @@ def progress_of(run: Run) -> dict[str, Any]:
         "trained": run.trained,
         "harvested": table["firing"] and run.trained,
         "aligned": table["overlap"],
+        "aligned_with": aligned_with,
         "explained": run.journal_path.exists(),
         "scored": table["scores"],
     }

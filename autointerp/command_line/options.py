@@ -435,6 +435,27 @@ HtmlTo = Annotated[Path | None, typer.Option("--to", help="Where the HTML file g
 LatentNumber = Annotated[int, typer.Option("--latent", help="The latent's number.")]
 ShownContexts = Annotated[int, typer.Option("--contexts", min=1, help="Contexts to show.")]
 
+# --- runs --------------------------------------------------------------------------------------------------------
+
+DeletedName = Annotated[
+    str | None,
+    typer.Option(
+        "--delete",
+        metavar="NAME",
+        help="Delete a run, or a whole study with its controls; their alignments and HTML reports go too.",
+    ),
+]
+Prune = Annotated[
+    bool,
+    typer.Option(
+        "--prune",
+        help="Delete what no run uses any more: corpora, kept activations, alignments and HTML reports. "
+        "Never language models' answers.",
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Delete without asking.")]
+ListOnly = Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted, with sizes.")]
+
 # --- compare -----------------------------------------------------------------------------------------------------
 
 ComparedNames = Annotated[list[str] | None, typer.Argument(metavar="RUN RUN", help="The two runs.")]

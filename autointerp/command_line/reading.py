@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from autointerp.command_line import options as opt
@@ -10,7 +11,7 @@ from autointerp.command_line.groups import Machine, Output, takes_groups
 from autointerp.command_line.options import Definition
 from autointerp.command_line.shared import finish_with_report, finish_with_runs, opened_one, reading
 from autointerp.command_line.values import new_file
-from sae.errors import BadInput
+from sae.errors import BadInput, UserError
 
 if TYPE_CHECKING:
     from autointerp.pair_choice import Sharing
@@ -126,16 +127,77 @@ def compare(
 
 
 @takes_groups
-def runs(*, output: Output) -> None:
-    """What runs there are, and how far each has come; controls stand behind the seeds of their study.
+def runs(
+    *,
+    delete: opt.DeletedName = None,
+    prune: opt.Prune = False,
+    yes: opt.Yes = False,
+    dry_run: opt.ListOnly = False,
+    output: Output,
+) -> None:
+    """List the runs and how far each has come, or delete some; controls stand behind the seeds of their study.
+
+    --delete and --prune list what goes, with sizes, and ask before they delete.
 
     \b
     python cli.py runs
+    python cli.py runs --prune --dry-run
     """
     from sae.run import all_runs, readable
+
+    if delete is not None or prune:
+        _delete(delete, prune, yes, dry_run, output)
+        return
+    if yes or dry_run:
+        raise BadInput(f"{'--yes' if yes else '--dry-run'} has no effect without --delete NAME or --prune")
 
     def place(run: Run) -> tuple[str, bool, int, str]:
         return run.of_study, run.is_control, len(run.name), run.name
 
     found, damaged = readable(all_runs(output.root))
     finish_with_runs(output.as_json, "runs", sorted(found, key=place), output.root, damaged)
+
+
+def _delete(name: str | None, prune: bool, yes: bool, dry_run: bool, output: Output) -> None:
+    """Delete a run or study, or what no run uses any more, after showing it and asking."""
+    from autointerp.report import render_deletion
+    from sae.deletion import delete, nobody_at_work, plan_deletion, plan_pruning
+    from sae.progress import human
+    from sae.commands import command
+
+    if name is not None and prune:
+        raise BadInput("--delete and --prune exclude each other; give one of them")
+    if yes and dry_run:
+        raise BadInput("--yes and --dry-run exclude each other; give one of them")
+    with nobody_at_work(output.root, name):
+        plan = plan_pruning(output.root) if name is None else plan_deletion(name, output.root)
+        found = {**plan.as_dict(), "dry_run": dry_run}
+        if not output.as_json:
+            render_deletion(found)
+        if plan.parts and not dry_run:
+            if not yes:
+                _confirm(output.as_json)
+            delete(plan)
+    if output.as_json:
+        finish(True, "runs", lambda: found, lambda: None)
+    elif plan.parts and not dry_run:
+        print("deleted")
+        rest = plan_pruning(output.root)
+        if name is not None and rest.parts:
+            print(f"{human(rest.n_bytes)}B more are of no use to any run: {command(output.root, 'runs', '--prune')}")
+
+
+def _confirm(as_json: bool) -> None:
+    """Ask at a terminal whether to delete what was listed.
+
+    :raises BadInput: there is no terminal to ask at.
+    :raises UserError: the answer is no.
+    """
+    if as_json or not sys.stdin.isatty():
+        raise BadInput("nothing was deleted: there is no terminal to ask at; give --yes to delete, --dry-run to list")
+    try:
+        answer = input("Delete these? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was deleted")

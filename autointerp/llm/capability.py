@@ -102,7 +102,7 @@ class Measure:
         self._counted = False
 
     def learn(self, characters: int, prompt_tokens: int) -> None:
-        if characters >= 1000 and prompt_tokens > 0:
+        if characters >= 1000 and prompt_tokens > 0:  # 0: not reported, or not believed
             # Somewhat less than the least ever seen: the next text may be of another kind.
             ratio = 0.8 * prompt_tokens / characters
             self._fewest = min(self._fewest, ratio) if self._counted else ratio

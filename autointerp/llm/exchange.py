@@ -14,12 +14,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autointerp.llm.usage import Usage
+from autointerp.llm.usage import Usage, is_plausible_count
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``."""
 
 
+_MOST_HIDDEN = 100_000
+"""Prompt tokens that a server may add to what it was sent (its own system prompt), at most."""
+_MOST_THOUGHT = 1_000_000
+"""Tokens that a model may write besides its answer, at most."""
 _BLANK = 100
 """An answer that ends in more white space than this, in characters, was not going anywhere."""
 
@@ -182,25 +186,26 @@ def cut_off(answer: Answer, sent: Request) -> AnswerFailed:
     return AnswerFailed(reason, cut=True)
 
 
-def read_answer(body: Any, seconds: float) -> Answer:
+def read_answer(body: Any, seconds: float, characters: int = 0) -> Answer:
     """The first choice of a chat completion, given as parsed JSON.
 
     :param seconds: how long the request took.
+    :param characters: length of the prompt, to check the server's count of its tokens.
     :raises AnswerFailed: there is no choice, no text in it, it was refused or filtered, or is not laid out as it is.
     """
     try:
-        return _read_answer(body, seconds)
+        return _read_answer(body, seconds, characters)
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
         # A field of another kind than the protocol has it. Servers do that, and one reply is no reason to stop.
         reason = f"the server's reply cannot be read: {type(error).__name__}: {one_line(error, 100)}"
         raise AnswerFailed(reason, Usage(requests=1, seconds=seconds)) from None
 
 
-def _read_answer(body: Any, seconds: float) -> Answer:
+def _read_answer(body: Any, seconds: float, characters: int) -> Answer:
     if not isinstance(body, Mapping):
         raise AnswerFailed("the server's reply is not a chat completion", Usage(requests=1, seconds=seconds))
-    usage = _read_usage(body.get("usage"), seconds)
     choices = body.get("choices")
+    usage = _read_usage(body.get("usage"), seconds, characters, _written_characters(choices))
     if not isinstance(choices, Sequence) or not choices or not isinstance(choices[0], Mapping):
         error = body.get("error")
         said = error.get("message") if isinstance(error, Mapping) else error
@@ -226,25 +231,35 @@ def _read_answer(body: Any, seconds: float) -> Answer:
     return Answer(text, finish_reason, usage, tokens, top)
 
 
-def _read_usage(reported: Any, seconds: float) -> Usage:
-    """Token counts as the server gives them; servers that give none are counted as requests alone."""
+def _written_characters(choices: Any) -> int:
+    """Length of the first choice's text, 0 where there is none."""
+    first = choices[0] if isinstance(choices, Sequence) and choices else None
+    message = first.get("message") if isinstance(first, Mapping) else None
+    text = message.get("content") if isinstance(message, Mapping) else None
+    return len(text) if isinstance(text, str) else 0
+
+
+def _read_usage(reported: Any, seconds: float, prompt: int, written: int) -> Usage:
+    """The server's token counts. One that is missing or cannot be right is 0, and a budget then counts the most.
+
+    :param prompt: characters of the prompt.
+    :param written: characters of the answer.
+    """
     if not isinstance(reported, Mapping):
         return Usage(requests=1, seconds=seconds)
     details = reported.get("prompt_tokens_details")
-    return Usage(
-        requests=1,
-        prompt_tokens=_count(reported.get("prompt_tokens")),
-        cached_tokens=_count(details.get("cached_tokens") if isinstance(details, Mapping) else 0),
-        completion_tokens=_count(reported.get("completion_tokens")),
-        seconds=seconds,
-    )
+    prompt_tokens = _count(reported.get("prompt_tokens"), prompt, _MOST_HIDDEN)
+    cached = _count(details.get("cached_tokens") if isinstance(details, Mapping) else 0, 0, prompt_tokens)
+    completion_tokens = _count(reported.get("completion_tokens"), written, _MOST_THOUGHT)
+    return Usage(1, prompt_tokens, cached, completion_tokens, seconds=seconds)
 
 
-def _count(reported: Any) -> int:
-    count = int(reported or 0)
-    if not 0 <= count < 2**40:
-        raise ValueError(f"a count of {count:.3g} tokens")
-    return count
+def _count(reported: Any, characters: int, more: int) -> int:
+    """A count of tokens; 0 where it is not a whole number or cannot be right."""
+    if isinstance(reported, float) and reported.is_integer():
+        reported = int(reported)
+    is_count = isinstance(reported, int) and not isinstance(reported, bool)
+    return reported if is_count and is_plausible_count(reported, characters, more) else 0
 
 
 def _logprob(reported: Any) -> float:

@@ -71,7 +71,7 @@ class Sender:
             except (ValueError, RecursionError):
                 raise AnswerFailed("the server's reply is not JSON", Usage(requests=1)) from None
             self._ever_answered = True
-            answer = read_answer(reply, time.monotonic() - started)
+            answer = read_answer(reply, time.monotonic() - started, request.characters)
             self._capabilities.learn(request, reply, answer)
             return answer
 

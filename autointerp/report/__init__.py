@@ -151,6 +151,13 @@ def render_runs(found: Sequence[Mapping[str, Any]], console: Console | None = No
     show_runs(found, console or _output(), root)
 
 
+def render_deletion(found: Mapping[str, Any], console: Console | None = None) -> None:
+    """``found`` is a plan of :mod:`sae.deletion` as a mapping."""
+    from autointerp.report.stages import show_deletion
+
+    show_deletion(found, console or _output())
+
+
 def _output() -> Console:
     # Nothing is guessed from the text: numbers in an explanation are not to be coloured as numbers.
     return Console(highlight=False, markup=False, emoji=False)

@@ -253,7 +253,8 @@ def relation(found: Findings, page: Page) -> RenderableType:
         style = "bold" if not label.startswith(" ") else QUIET if label.startswith("  ") else ""
         value, bounds = decimal(row["value"], 2, sign=True), interval(row["interval"], 2, sign=True)
         table.add_row(Text(label, style), value, bounds, count(n), *([_strip(row, width)] if scale else []))
-    return section(page, title, says, table, *_in_words(tree), Text(), *_by_similarity(tree, page))
+    of_scores = found["scores"]["reliability"] or tree["reliability"]
+    return section(page, title, says, table, *_in_words(tree, of_scores), Text(), *_by_similarity(tree, page))
 
 
 def _corrected(tree: Mapping[str, Any], key: str, label: str) -> Iterator[tuple[str, Mapping[str, Any], int]]:
@@ -270,10 +271,10 @@ def _pooled(tree: Mapping[str, Any] | None) -> Iterator[tuple[str, Mapping[str, 
     yield " frequency held fixed", tree["partial"], tree["n"]
 
 
-def _in_words(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What no correlation says: the reliability that was corrected for, and shared against unshared."""
-    told, apart = tree["reliability"], tree["shared_and_unshared"]
-    if known(told["value"]) and not known(tree["corrected"]["value"]):
+def _in_words(tree: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What no correlation says: the scores' reliability ``told`` where it is too small, and shared against unshared."""
+    apart = tree["shared_and_unshared"]
+    if known(tree["reliability"]["value"]) and not known(tree["corrected"]["value"]):
         yield Text(f"\nReliability {decimal(told['value'], 2)}: too small to correct the correlation for noise.")
     if known(apart["plain"]["value"]):
         words = f"\nShared latents less unshared: {_difference(apart['plain'])}"

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autointerp.numerals import decimal as decimal
+from autointerp.numerals import digits_of
 from autointerp.numerals import estimate as estimate
 from autointerp.numerals import interval as interval
 from autointerp.numerals import known as known
@@ -61,13 +62,18 @@ class Page:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %" if value is not None and math.isfinite(value) else "–"
+    """``26.4 %``; with more digits where it would be written as 0 or 100 and is not."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{100 * value:.{digits_of([value], digits + 2) - 2}f} %"
 
 
 def percent_interval(bounds: Sequence[float | None] | None) -> str:
     if bounds is None or not all(known(b) for b in bounds):
         return ""
-    return f"[{', '.join(f'{100 * b:.1f}' for b in bounds if b is not None)}]"
+    found = [b for b in bounds if b is not None]
+    digits = digits_of(found, 3) - 2
+    return f"[{', '.join(f'{100 * b:.{digits}f}' for b in found)}]"
 
 
 def count(n: float | None) -> str:

@@ -26,6 +26,7 @@ from autointerp.report.layout import (
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
 from sae.commands import command
+from sae.run import all_runs, readable
 
 _DONE = {"explain": "explained", "score": "scored"}
 _MOST_REASONS = 8
@@ -37,7 +38,9 @@ def show_outcome(found: Mapping[str, Any], stage: str, console: Console) -> None
     page = Page.of(console)
     runs = [visible(name) for name in found["runs"]]
     done = _DONE.get(stage, "done")
-    words = f"{plural(found['n_done'], found['of'])} {done if found['of'] == 'latent' else 'made'}"
+    n_controls = found.get("n_controls", 0)
+    words = f"{plural(found['n_done'] - n_controls, found['of'])} {done if found['of'] == 'latent' else 'made'}"
+    words += f" and {n_controls:,} of control SAEs" if n_controls else ""
     if 0 < found["n_new"] < found["n_done"]:
         words += f", {found['n_new']:,} of them now"
     head = Text.assemble((listed(runs), f"bold {ACCENT}"), f"  {words} by {visible(found['backend'])}")
@@ -93,9 +96,10 @@ def show_runs(found: Sequence[Mapping[str, Any]], console: Console, root: Path) 
         members = [run for run in found if (run["control_of"] or run["study"]) == study]
         members.sort(key=lambda run: run["control_of"] is not None)
         first = members[0]
+        trained = _trained_runs(study, root)
         table = grid("", ("seed", "right"), *stages)
         for run in members:
-            marks = [Text("yes", ACCENT) if run[stage] else Text("–", QUIET) for stage in stages]
+            marks = [_mark(run, stage, trained) for stage in stages]
             name = Text(visible(run["name"]), "bold")
             name.append("  control" if run["control_of"] else "", f"not bold {QUIET}")
             table.add_row(name, origin(run["seed"]), *marks)
@@ -103,4 +107,35 @@ def show_runs(found: Sequence[Mapping[str, Any]], console: Console, root: Path) 
         tokens = "" if first["tokens"] is None else f", {human(first['tokens'])} tokens"
         says = f"{visible(first['subject'])} · {visible(first['hookpoint'])} · {listed(sizes)}{tokens}"
         body.append(section(page, visible(study), says, table))
+    emit(Group(*body), console, page.width)
+
+
+def _mark(run: Mapping[str, Any], stage: str, trained: Sequence[str]) -> Text:
+    """``yes``, a dash, or with how many of the study's other trained runs it is aligned where not with all."""
+    if not run[stage]:
+        return Text("–", QUIET)
+    others = [name for name in trained if name != run["name"]]
+    n = sum(name in run["aligned_with"] for name in others)
+    if stage == "aligned" and n < len(others):
+        return Text(f"with {n} of {len(others)}", ACCENT)
+    return Text("yes", ACCENT)
+
+
+def _trained_runs(study: str, root: Path) -> list[str]:
+    return [run.name for run in readable(all_runs(root))[0] if run.study == study and run.trained]
+
+
+def show_deletion(found: Mapping[str, Any], console: Console) -> None:
+    """What would be deleted, with sizes, the largest first, and what stays."""
+    page = Page.of(console)
+    body: list[RenderableType] = []
+    if found["parts"]:
+        table = grid(("size", "right"), "what", ("", "fold"))
+        for part in sorted(found["parts"], key=lambda part: -part["bytes"]):
+            table.add_row(f"{human(part['bytes'])}B", part["kind"], visible(part["path"]))
+        table.add_row(Text(f"{human(found['bytes'])}B", "bold"), Text("together", "bold"), "")
+        body.append(table)
+    else:
+        body.append(Text("Nothing to delete."))
+    body += [Text(visible(words), QUIET) for words in found["kept"]]
     emit(Group(*body), console, page.width)

@@ -124,13 +124,34 @@ def head_in_words(found: Findings) -> dict[str, str]:
     words = {
         "subject": f"{subject['model']} · {subject['hookpoint']} (width {subject['width']})",
         "text": _corpus_in_words(found["corpus"], found),
-        "runs": ", ".join(f"{run['name']} ({dictionaries.seed_in_words(run)})" for run in runs),
+        "runs": ", ".join(f"{run['name']} ({dictionaries.seed_in_words(run)}{_unfinished(run)})" for run in runs),
     }
+    if aligned := _aligned_in_words(found):
+        words["aligned"] = aligned
     if len(runs) > 1:
         words["looked at"] = f"{found['focus']}: the run whose latents are counted and explained below"
     words["explainer"] = _agent(found["methods"]["explainer"], "nothing has been explained yet")
     words["judge"] = _agent(found["methods"]["judge"], "nothing has been scored yet")
     return words
+
+
+def _unfinished(run: Mapping[str, Any]) -> str:
+    """What a run of a study part-way lacks: ``, not harvested``; empty where it is trained and harvested."""
+    if "trained" not in run["stages"]:
+        return ", not imported to the end" if run["seed"] is None else ", not trained to the end"
+    return "" if "harvested" in run["stages"] else ", not harvested"
+
+
+def _aligned_in_words(found: Findings) -> str:
+    """Which runs the figures about sharing are of, where these are not all, and what aligns the others."""
+    names, compared = [run["name"] for run in found["runs"]], found["compared"]
+    apart = [name for name in names if name not in compared or len(compared) < 2]
+    if len(names) < 2 or not apart:
+        return ""
+    waiting = {entry["stage"]: entry["command"] for entry in found["missing"]}
+    command = waiting.get("overlap") or waiting.get("train", "")
+    words = f"{listed(compared)}; not {listed(apart)}" if len(compared) > 1 else "none"
+    return f"{words} (next: {command})" if command else words
 
 
 def _agent(agent: Mapping[str, Any] | None, otherwise: str) -> str:

@@ -76,6 +76,27 @@ def test_answers_that_cannot_be_used_are_paid_for_too() -> None:
         assert len(server.requests) * COST <= 5 * COST
 
 
+@pytest.mark.parametrize(
+    "counts",
+    [
+        None,
+        {"prompt_tokens": 0, "completion_tokens": 0},
+        {"prompt_tokens": -100, "completion_tokens": -10},
+        {"prompt_tokens": 100, "completion_tokens": -(10**9)},
+        {"prompt_tokens": 0, "completion_tokens": 10},
+        {"prompt_tokens": 100, "completion_tokens": 0},
+        {"prompt_tokens": 100, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 10**9}},
+    ],
+)
+def test_counts_that_cannot_be_right_do_not_keep_a_budget_from_ending(counts: dict[str, object] | None) -> None:
+    prices = Prices(prompt=1.0, completion=1.0, cached=0.0)
+    body = {"choices": [{"message": {"content": "fine"}}], "usage": counts}
+    for budget in (Budget(tokens=1000), Budget(dollars=1000 / 1e6, prices=prices)):
+        with FakeServer(Reply(body=body)) as server:
+            n = ask_many(server, budget, 100, at_once=1)
+        assert 5 <= n <= 30, "a request may take 20 + 8 + 20 tokens before any is counted, and at most 108 + 20"
+
+
 def test_score_stops_and_the_same_command_goes_on(run: Run) -> None:  # noqa: F811
     with FakeServer() as server:
         explain(run, server)

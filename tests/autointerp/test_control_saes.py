@@ -84,11 +84,13 @@ def test_a_sample_of_each_is_explained_and_scored(run: Run) -> None:
     outcome = explain(run)
     assert outcome.runs == NAMES
     assert (outcome.n_done, outcome.n_new, outcome.n_failed) == (3 * N, 3 * N, 0)
+    assert outcome.n_controls == 2 * N
     assert [len(explained(sae)) for sae in saes(run.root)] == [N, N, N]
     assert outcome.next.startswith("python cli.py score --sae run_a --root"), "which scores the controls too"
     scored = score(run, run.root)
     assert scored.runs == NAMES
     assert scored.n_failed == 0
+    assert (scored.n_done, scored.n_controls) == (3 * N, 2 * N)
     own, *controls = (rows_of(sae) for sae in saes(run.root))
     assert Counter(own["control"]) == {"none": N, "swap": 2}
     for table in controls:

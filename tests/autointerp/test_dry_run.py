@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from autointerp.adaptive import Precision
 from autointerp.cost import Prices
 from autointerp.dry_run import forecast_explain, forecast_score
 from autointerp.forecast import Forecast
+from autointerp.llm.client import LlmClient
 from autointerp.llm.options import LlmOptions
-from autointerp.llm.tokens import BLOCK, block_keys, by_characters, local_tokenizer
+from autointerp.llm.tokens import BLOCK, Tokenize, block_keys, by_characters, local_tokenizer, tokenizer_of
 from autointerp.score import score_runs
 from autointerp.selection import Choice
 from sae.errors import BadInput, Unavailable
@@ -236,21 +239,139 @@ def test_a_model_that_is_not_here_has_no_local_tokenizer() -> None:
     assert local_tokenizer("nobody/no-such-model") is None
 
 
-def test_a_server_that_tokenizes_is_asked() -> None:
-    from autointerp.llm.client import LlmClient
-    from autointerp.llm.tokens import tokenizer_of
+Messages = list[dict[str, str]]
 
-    class Tokenizing(FakeServer):
-        def chat_reply(self, seen: Any) -> Reply:
-            if seen.path == "/tokenize":
-                return Reply(body={"tokens": [len(m["content"]) for m in seen.body["messages"]], "count": 1})
+
+class Tokenizing(FakeServer):
+    """A server with a ``/tokenize`` that answers as ``reply_to`` says; every word and every space is a token."""
+
+    def __init__(self, reply_to: Callable[[str, dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self.reply_to = reply_to
+
+    def chat_reply(self, seen: Any) -> Reply:
+        if seen.path.endswith("/chat/completions"):
             return super().chat_reply(seen)
+        found = self.reply_to(seen.path, seen.body)
+        return error(404, "no such path") if found is None else found if isinstance(found, Reply) else Reply(body=found)
 
-    async def go(url: str) -> tuple[bool, Any]:
-        async with LlmClient(url, "fake-model") as client, tokenizer_of(client, LlmOptions(url=url)) as tokenize:
-            return tokenize.exact, await tokenize([{"role": "user", "content": "abc"}])
 
-    with Tokenizing() as server:
-        assert asyncio.run(go(server.url)) == (True, [3])
+def words(text: str) -> list[int]:
+    return [len(word) for word in re.findall(r"\S+|\s", text)]
+
+
+def templated(messages: Messages) -> str:
+    return "".join(f"<|{m['role']}|> {m['content']} " for m in messages) + "<|assistant|>"
+
+
+def vllm(path: str, body: dict[str, Any]) -> Any:
+    if path != "/tokenize" or not body.get("add_generation_prompt"):
+        return None
+    tokens = words(templated(body["messages"]))
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": 2048}
+
+
+def llama_cpp(path: str, body: dict[str, Any]) -> Any:
+    if path == "/apply-template":
+        return {"prompt": templated(body["messages"])}
+    return {"tokens": words(body.get("content", ""))} if path == "/tokenize" else None
+
+
+def old_llama_cpp(path: str, body: dict[str, Any]) -> Any:
+    return llama_cpp(path, body) if path == "/tokenize" else None
+
+
+def counted(server: FakeServer, messages: Messages) -> tuple[Tokenize, int]:
+    async def go() -> tuple[Tokenize, int]:
+        async with LlmClient(server.url, "fake-model") as client:
+            tokenize = await tokenizer_of(client, LlmOptions(url=server.url))
+            return tokenize, len(await tokenize(messages))
+
+    return asyncio.run(go())
+
+
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one two three " * 50}]
+
+
+@pytest.mark.parametrize("dialect", [vllm, llama_cpp])
+def test_the_servers_own_tokens_are_counted_in_its_dialect(dialect: Callable[[str, dict[str, Any]], Any]) -> None:
+    with Tokenizing(dialect) as server:
+        tokenize, n = counted(server, TALK)
+    assert tokenize.exact
+    assert tokenize.name == f"the server's own tokenizer ({server.root}/tokenize)"
+    assert n == len(words(templated(TALK)))
+
+
+def test_without_apply_template_the_template_is_guessed() -> None:
+    with Tokenizing(old_llama_cpp) as server:
+        tokenize, n = counted(server, TALK)
+    assert not tokenize.exact
+    assert "the chat template guessed" in tokenize.name
+    assert n == sum(len(words(m["content"])) for m in TALK) + 8
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "none": lambda _: {"tokens": []},
+    "none, and said so": lambda _: {"tokens": [], "count": 0},
+    "one for any text": lambda _: {"tokens": [7], "count": 1},
+    "as many for any text": lambda _: {"tokens": [7] * 60, "count": 60},
+    "far more than bytes": lambda _: {"tokens": [7] * 100_000},
+    "a count that is another": lambda body: {"tokens": [7] * len(str(body)), "count": 5},
+    "a negative count": lambda body: {"tokens": [7] * len(str(body)), "count": -len(str(body))},
+    "a count that is no number": lambda body: {"tokens": [7] * len(str(body)), "count": "many"},
+    "a count that is a truth": lambda _: {"tokens": [7], "count": True},
+    "negative tokens": lambda body: {"tokens": [-7] * len(str(body))},
+    "tokens that are text": lambda body: {"tokens": ["7"] * len(str(body))},
+    "fewer for more": lambda body: {"tokens": [7] * max(1, 9000 - len(str(body)))},
+    "cut off": lambda body: {"tokens": [7] * min(128, len(str(body)))},
+}
+
+
+@pytest.mark.parametrize("reply", WRONG.values(), ids=WRONG.keys())
+def test_a_count_that_cannot_be_right_is_not_used(reply: Callable[[dict[str, Any]], Any]) -> None:
+    with Tokenizing(lambda path, body: reply(body) if path == "/tokenize" else None) as server:
+        tokenize, n = counted(server, TALK)
+    assert not tokenize.exact
+    assert "an estimate" in tokenize.name
+    assert tokenize.note.startswith("the server's /tokenize is not believed (")
+    assert n == round(sum(len(m["content"]) for m in TALK) / 4)
+
+
+NO_COUNT: dict[str, Any] = {
+    "no such path": None,
+    "a web page": Reply(body="<html>"),
+    "an error inside a 200": {"error": "no"},
+    "a list": [1, 2],
+    "no list of tokens": {"tokens": 5},
+    "nothing": Reply(drop=True),
+    "a redirect": Reply(status=307, headers={"location": "http://127.0.0.1:1/tokenize"}, body=""),
+}
+
+
+@pytest.mark.parametrize("reply", NO_COUNT.values(), ids=NO_COUNT.keys())
+def test_a_server_without_a_tokenizer_is_estimated_without_a_word(reply: Any) -> None:
+    with Tokenizing(lambda _path, _body: reply) as server:
+        tokenize, _ = counted(server, TALK)
+    assert not tokenize.exact
+    assert not tokenize.note
+
+
+def test_a_server_that_stops_counting_is_estimated(run: Run) -> None:  # noqa: F811
+    left = iter(range(4))
+    with Tokenizing(lambda path, body: vllm(path, body) if next(left, None) is not None else None) as server:
+        found = forecast_explain([run], Choice(n=N), "llm", LlmOptions(url=server.url), None)
     with FakeServer() as plain:
-        assert asyncio.run(go(plain.url))[0] is False
+        want = forecast_explain([run], Choice(n=N), "llm", LlmOptions(url=plain.url), None)
+    assert not found.exact
+    assert found.prompt_tokens == want.prompt_tokens > 0
+    assert any("failed (HTTP Error 404" in note for note in found.notes)
+
+
+def test_a_dry_run_says_that_a_count_was_not_believed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    with Tokenizing(lambda _path, _body: {"tokens": []}) as server:
+        found = forecast_explain([run], Choice(n=N), "llm", LlmOptions(url=server.url), None)
+    found.render()
+    printed = capsys.readouterr().out
+    assert f"prompt tokens {found.prompt_tokens:,} (an estimate)" in printed
+    assert "not believed (0 tokens for 1 character)" in printed
+    assert found.prompt_tokens > 0

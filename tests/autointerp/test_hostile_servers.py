@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from asking import client, complete
+from asking import run as run_client
 from fake_server import FakeServer, Reply, error, snippets_of, token
 
 from autointerp.contexts import Context
@@ -81,20 +82,12 @@ UNUSABLE: dict[str, tuple[Reply, str]] = {
     "another kind of object": (Reply(body={"choices": {"a": 1}}), "no choices"),
     "choices of another kind": (Reply(body={"choices": ["text"]}), "no choices"),
     "a message of another kind": (Reply(body={"choices": [{"message": "1"}]}), "cannot be read|empty"),
-    "counts of another kind": (
-        Reply(body={"choices": [{"message": {"content": "1"}}], "usage": {"prompt_tokens": "many"}}),
-        "cannot be read",
-    ),
     "log-probabilities of another kind": (
         Reply(body={"choices": [{"message": {"content": "1"}, "logprobs": {"content": [{"token": "1"}]}}]}),
         "cannot be read",
     ),
     "log-probabilities that are no numbers": (
         Reply("1", logprobs=[{"token": "1", "logprob": float("nan"), "top_logprobs": []}]),
-        "cannot be read",
-    ),
-    "counts without end": (
-        Reply(body={"choices": [{"message": {"content": "1"}}], "usage": {"prompt_tokens": 1e300}}),
         "cannot be read",
     ),
     "refused": (Reply(content=None, message={"refusal": "I cannot"}), "refused: I cannot"),
@@ -112,6 +105,30 @@ def test_replies_that_are_no_answers_are_failures_with_their_reason(fault: Reply
         assert "\n" not in caught.value.reason
         assert len(caught.value.reason) < 300
         assert caught.value.usage.requests == len(server.requests)
+
+
+@pytest.mark.parametrize(
+    "count", [0, -1, -(10**30), True, "many", "7", 2.5, 1e300, float("nan"), 10**400, 10**12, None, [], {"a": 1}, 1]
+)
+@pytest.mark.parametrize("which", ["prompt_tokens", "completion_tokens", "both"])
+def test_an_answer_is_kept_whatever_its_token_counts_say(count: object, which: str) -> None:
+    counts = {"prompt_tokens": 100, "completion_tokens": 100} | {
+        name: count for name in ("prompt_tokens", "completion_tokens") if which in (name, "both")
+    }
+    body = {"choices": [{"message": {"content": "x" * 1000}}], "usage": counts}
+    with FakeServer(Reply(body=body)) as server:
+        answer = run_client(lambda c: c.complete([{"role": "user", "content": "y" * 1000}], 2000), client(server))
+    found = answer.usage
+    assert answer.text == "x" * 1000
+    assert found.prompt_tokens == (0 if which != "completion_tokens" else 100)
+    assert found.completion_tokens == (0 if which != "prompt_tokens" else 100)
+
+
+@pytest.mark.parametrize("cached", [101, -5, 10**15, "all", True])
+def test_cached_tokens_are_never_more_than_the_prompt_has(cached: object) -> None:
+    usage = {"prompt_tokens": 100, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": cached}}
+    with FakeServer(Reply(body={"choices": [{"message": {"content": "x"}}], "usage": usage})) as server:
+        assert complete(client(server)).usage.cached_tokens == 0
 
 
 def test_half_a_surrogate_pair_is_no_text() -> None:

@@ -18,8 +18,9 @@ from rich.cells import cell_len
 from autointerp import report
 from autointerp.analysis import findings
 from autointerp.counterparts import counterpart_findings
+from autointerp.evidence import View
 from autointerp.report.layout import decimal, percent
-from autointerp.report.terminal import in_short, render, setups_in_words
+from autointerp.report.terminal import head_in_words, in_short, render, setups_in_words
 from sae.files import write_table
 from sae.nulls import FIRING_COLUMNS
 from sae.overlap import overlap
@@ -424,6 +425,9 @@ def test_outcome_with_failures_and_without() -> None:
     assert "200 latents explained by ngram" in text_of(target)
     assert "score --sae run_a" in text_of(target)
     target = console(80)
+    report.render_outcome({**whole, "n_done": 280, "n_controls": 80, "retry": None, "next": None}, "explain", target)
+    assert "200 latents explained and 80 of control SAEs" in text_of(target), "what was asked for comes first"
+    target = console(80)
     failed = {"n_failed": 3, "failures": {"[red]too few": 2, "b": 1}, "retry": "python cli.py explain"}
     report.render_outcome({**whole, **failed}, "explain", target)
     assert "[red]too few" in text_of(target)
@@ -457,3 +461,74 @@ def test_alignment_and_runs(root: Path) -> None:
     target = console(80)
     report.render_runs([], target)
     assert "python cli.py demo" in text_of(target)
+
+
+# --- a study part-way ---------------------------------------------------------------------------------------
+
+
+FOUR = [*NAMES, "run_d"]
+
+
+@pytest.fixture
+def part_way(tmp_path: Path) -> Path:
+    """Three aligned SAEs, and a fourth seed that has been trained since."""
+    small_study.whole(tmp_path, seeds=3, m=40, n_scored=12)
+    small_study.runs_of(tmp_path, 4, m=40)
+    return tmp_path
+
+
+def head(root: Path, names: list[str] = FOUR, focus: str | None = None) -> dict[str, str]:
+    return head_in_words(findings(root, names, View(focus)))
+
+
+def test_the_head_says_which_runs_are_aligned(part_way: Path) -> None:
+    command = f"python cli.py align {' '.join(FOUR)} --root {part_way}"
+    words = head(part_way)
+    assert words["aligned"] == f"run_a, run_b and run_c; not run_d (next: {command})"
+    assert words["runs"].endswith("run_c (seed 2), run_d (seed 3, not harvested)")
+    assert "aligned" not in head(part_way, NAMES), "all of them are"
+    assert head(part_way, focus="run_d")["aligned"].startswith("none (next: python cli.py align run_a")
+    page = " ".join(drawn(findings(part_way, FOUR), 200).split())
+    assert "aligned run_a, run_b and run_c; not run_d" in page
+    assert "mean of 3 pairs" in page
+
+
+def test_the_head_says_which_runs_are_not_trained(part_way: Path) -> None:
+    (part_way / "run_d" / "cfg.json").unlink()
+    words = head(part_way)
+    assert "run_d (seed 3, not trained to the end)" in words["runs"]
+    assert "not run_d (next: python cli.py train --name run --seeds 0 1 2 3" in words["aligned"]
+
+
+def test_trained_runs_can_be_aligned_while_one_is_not(part_way: Path) -> None:
+    (part_way / "run_c" / "cfg.json").unlink()
+    found = findings(part_way, FOUR, View("run_a"))
+    waiting = {entry["stage"]: entry["command"] for entry in found["missing"]}
+    assert f"align run_a run_b run_d --root {part_way}" in waiting["overlap"]
+
+
+def test_a_page_has_the_same_head(part_way: Path) -> None:
+    from autointerp.report.html import write_report
+    from sae.run import Run
+
+    runs = [Run(name, part_way) for name in FOUR]
+    written = Path(write_report(runs[0], runs).path).read_text()
+    assert "run_a, run_b and run_c; not run_d" in written
+
+
+def test_runs_says_with_how_many_each_is_aligned(part_way: Path) -> None:
+    from sae.run import Run, progress_of
+
+    for name in NAMES:
+        table = pd.DataFrame({"latent": [0]})
+        others = [other for other in NAMES if other != name]
+        write_table(part_way / name / "latents.overlap.parquet", table, inputs="", against=others)
+    told = [progress_of(Run(name, part_way)) for name in FOUR]
+    assert [run["aligned_with"] for run in told] == [["run_b", "run_c"], ["run_a", "run_c"], ["run_a", "run_b"], []]
+    target = console(80)
+    report.render_runs(told, target, part_way)
+    assert text_of(target).count("with 2 of 3") == 3
+    (part_way / "run_d" / "cfg.json").unlink()
+    target = console(80)
+    report.render_runs(told, target, part_way)
+    assert "with 2 of" not in text_of(target)

@@ -360,7 +360,9 @@ def test_the_report_shows_what_was_found(three: Path) -> None:
     assert "without the score's noise" not in page
     assert "together" not in page.split("Do latents that come back")[1].split("Found in no other")[0]
     low = {**poor, "reliability": {"value": 0.1, "interval": [0.0, 0.2]}}
-    assert "Reliability .10: too small to correct" in " ".join(plain({**found, "relation": low}).split())
+    scores = {**found["scores"], "reliability": low["reliability"]}
+    page = " ".join(plain({**found, "relation": low, "scores": scores}).split())
+    assert "Reliability .10: too small to correct" in page
 
 
 def plain(found: dict[str, Any]) -> str:

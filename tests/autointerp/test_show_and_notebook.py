@@ -12,7 +12,8 @@ from rich.console import Console
 from tiny_study import cli
 
 from autointerp import Run
-from autointerp.reliability import reliability_findings, verdicts_of
+from autointerp.analysis import findings
+from autointerp.reliability import reliability_findings
 from autointerp.report import latent_findings, render_latent
 from autointerp.scorers.base import HARDER
 from autointerp.setups import rows_of, setups_of
@@ -76,6 +77,20 @@ def test_set_ups_are_told_apart_by_precision_and_others_reliabilities_left_out(r
     assert len(run.reliability()) == len(setups_of(run.scores()))
 
 
+def test_report_show_and_notebook_have_one_reliability(run: Run) -> None:
+    """Of a stratified sample, whose weights make another number than the scored latents by themselves."""
+    report = findings(run.root, ["run_a"])["scores"]["reliability"]
+    latent = int(run.scores()["latent"].iloc[0])
+    shown = next(row for row in latent_findings(run, latent)["reliability"] if row["scorer"] == "detection")
+    table = run.reliability()
+    noted = table[table["scorer"] == "detection"].iloc[0]
+    assert (shown["value"], shown["interval"], shown["n"]) == (report["value"], report["interval"], report["n"])
+    assert (noted["value"], [noted["low"], noted["high"]]) == (report["value"], report["interval"])
+    sample = run.stage_path("sample")
+    sample.rename(sample.with_suffix(".away"))
+    assert run.reliability()[table["scorer"] == "detection"].iloc[0]["value"] != report["value"]
+
+
 def decimals(value: float) -> str:
     return f"{value:.2f}".removeprefix("0")
 
@@ -86,7 +101,7 @@ def test_a_notebook_has_the_reliability_of_each_set_up(run: Run) -> None:
     scores = run.scores()
     for (_, told), setup in zip(table.iterrows(), setups_of(scores), strict=True):
         rows = rows_of(scores, setup)
-        expected = reliability_findings(rows, verdicts_of(run, rows, setup))
+        expected = reliability_findings(run, setup, rows)
         assert told["scorer"] == setup["scorer"]
         if expected is None or expected["value"] is None:
             assert np.isnan(told["value"])

@@ -12,9 +12,12 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from sae.alignment import align
+from sae.bootstrap import LatentBootstrap, estimate, mean_over
 from sae.errors import BadInput, NotFound
+from sae.estimate import proportion
 from sae.files import read_table, write_table
 from sae.latent_table import latent_table
 from sae.nulls import NULLS, as_alignment, with_nulls
@@ -260,6 +263,71 @@ def test_a_pairs_interval_is_its_own_whatever_stands_beside_it(widths: list[int]
             assert together.alive[definition].pairs[pair] == alone.alive[definition].pairs[pair]
             assert together.all[definition].pairs[pair] == alone.all[definition].pairs[pair]
         assert alone.alive["both"].pairs[f"{a}--{b}"] == alone.alive["both"].value
+
+
+def rare(n_runs: int, width: int, counts: list[int]) -> tuple[list[str], Tables]:
+    """Runs whose latents have a partner each, of which the first ``counts[k]`` are strict-shared with k + 1 others."""
+    runs = [f"run_{'abcdefghij'[i]}" for i in range(n_runs)]
+    tables: Tables = {}
+    for a, b in combinations(range(n_runs), 2):
+        cosines = np.zeros(width)
+        start = 0
+        for k, n in enumerate(counts):
+            if max(a, b) <= k + 1:
+                cosines[start : start + n] = 0.9
+            start += n
+        made = table([(i, float(c), i, float(c)) for i, c in enumerate(cosines)])
+        tables[runs[a], runs[b]] = tables[runs[b], runs[a]] = made
+    return runs, tables
+
+
+@pytest.mark.parametrize("n_runs", [2, 3])
+def test_few_of_many_have_the_same_rule_as_none(n_runs: int) -> None:
+    width = 6144
+    before = -1.0
+    for n in (0, 1, 2, 10, 29, 31, 100):
+        runs, tables = rare(n_runs, width, [0] * (n_runs - 2) + [n])
+        found = overlap(runs, tables, {run: np.ones(width, bool) for run in runs}, resamples=200)
+        value, low, high = found.alive["strict"].value
+        want = proportion(n, width)
+        assert value == pytest.approx(n / width)
+        assert low <= value < high
+        assert high == pytest.approx(want.high, rel=0.25)
+        assert low == pytest.approx(want.low, rel=0.25, abs=2e-5)
+        assert high > before
+        before = high
+        for of_pair in found.alive["strict"].pairs.values():
+            assert of_pair == pytest.approx(found.alive["strict"].value, rel=0.3, abs=2e-5)
+        assert 1 - found.alive["strict"].only_one[1].low == pytest.approx(want.high, rel=0.25)
+        nearest = found.max_cosine
+        assert nearest.high == pytest.approx(want.high, rel=0.25)
+
+
+@pytest.mark.parametrize("n_units", [50, 400])
+@pytest.mark.parametrize("p", [0.003, 0.02, 0.1, 0.5, 0.97, 0.999])
+def test_a_fractions_interval_covers_it_near_both_ends_too(p: float, n_units: int) -> None:
+    runs = ["run_a", "run_b"]
+    draw = LatentBootstrap(runs, rare(2, n_units, [0])[1], 1000, 0)
+    rng = np.random.default_rng(1)
+    held, rounds = 0, 400
+    members = {run: np.ones(n_units, bool) for run in runs}
+    for _ in range(rounds):
+        x = (rng.random(n_units) < p)[:, None]
+        found = estimate(mean_over(draw.fractions(dict.fromkeys(runs, x), members)[:, :, 0], axis=1), n_units)
+        held += found.low <= p <= found.high
+        assert found.low < found.high
+    # Counts are discrete: at some fractions of few units even Wilson's own interval covers less than it says.
+    by_count = [proportion(count, n_units) for count in range(n_units + 1)]
+    of_count = stats.binom.pmf(np.arange(n_units + 1), n_units, p)
+    exact = float(sum(of_count[count] for count, each in enumerate(by_count) if each.low <= p <= each.high))
+    assert held / rounds >= min(0.95, exact) - 0.04
+
+
+def test_equal_parts_of_latents_have_an_interval() -> None:
+    halves = {run: np.full((100, 1), 0.5) for run in ("run_a", "run_b")}
+    draw = LatentBootstrap(list(halves), rare(2, 100, [0])[1], 100, 0)
+    drawn = mean_over(draw.fractions(halves, {run: np.ones(100, bool) for run in halves})[:, :, 0], axis=1)
+    assert estimate(drawn, 100) == pytest.approx(proportion(50, 100))
 
 
 def test_what_was_never_seen_is_not_surely_nowhere() -> None:

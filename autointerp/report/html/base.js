@@ -67,9 +67,21 @@ const Report = {};
     const body = Math.abs(value).toFixed(digits).replace(/^0\./, ".");
     return (value < 0 && Number(value.toFixed(digits)) !== 0 ? "−" : "") + body;
   };
-  Report.percent = (value) => (Report.known(value) ? `${(100 * value).toFixed(1)} %` : "–");
-  Report.interval = (low, high, digits = 2) =>
-    Report.known(low) && Report.known(high) ? `[${Report.decimal(low, digits)}, ${Report.decimal(high, digits)}]` : "";
+  // More digits where all values would be written as 0, or as ±1, and are not.
+  const digitsOf = (values, digits, most = 5) => {
+    for (let n = digits; n < digits + most; n += 1) {
+      const written = values.map((value) => Number(value.toFixed(n)));
+      if (!written.every((value) => value === written[0]) || ![0, 1, -1].includes(written[0])) return n;
+    }
+    return values.every((value) => Math.abs(value - Math.round(value)) < 1e-9) ? digits : digits + most;
+  };
+  Report.percent = (value) =>
+    Report.known(value) ? `${(100 * value).toFixed(digitsOf([value], 3) - 2)} %` : "–";
+  Report.interval = (low, high, digits = 2) => {
+    if (!Report.known(low) || !Report.known(high)) return "";
+    const n = digitsOf([low, high], digits);
+    return `[${Report.decimal(low, n)}, ${Report.decimal(high, n)}]`;
+  };
   Report.count = (value) => (Report.known(value) ? value.toLocaleString("en") : "–");
   Report.rate = (value) => {
     if (!Report.known(value)) return "–";
