@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from sae.activations import ActivationStream
+    from sae.settings import Settings
     from sae.train_stage import Study
 
 STEPS = 8
@@ -74,6 +75,23 @@ def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
         },
         n,
     )
+
+
+def forward_seconds(settings: Settings, compute: Compute) -> float:
+    """Seconds per token of the subject's forward pass, from two passes over a few sequences of arbitrary tokens."""
+    import torch
+
+    from sae.subject import Subject
+
+    device = compute.resolve()
+    subject = Subject.load(settings.subject.model, device=device, dtype=settings.subject.dtype)
+    tokens = torch.arange(8 * settings.corpus.context).reshape(8, -1)  # ids that every vocabulary has
+    times = []
+    for _ in range(2):  # the first one also allocates
+        began = time.perf_counter()
+        subject.activations(tokens, [settings.subject.hookpoint])
+        times.append(time.perf_counter() - began)
+    return times[-1] / tokens.numel()
 
 
 def _seconds_per_token(streams: Sequence[ActivationStream]) -> float:

@@ -25,10 +25,15 @@ def demo(*, threads: opt.Threads = None, output: Output) -> None:
     latents, explains and scores a few hundred with the n-gram baseline (which needs no model), and reports.
     """
     from autointerp.demo import run_demo
-    from sae.stage import Compute
 
-    runs, failed = run_demo(output.root, Compute("cpu", threads))
-    finish_with_report(output.as_json, runs[0], runs)
+    found, failed = run_demo(output.root, threads)
+
+    def render() -> None:
+        from autointerp.report import render_report
+
+        render_report(found)
+
+    finish(output.as_json, "report", lambda: found, render)
     exit_if(failed)
 
 
