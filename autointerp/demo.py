@@ -35,6 +35,8 @@ REFERENCE_SPEED = Speed(python=0.05, matmul=0.05)
 CORPUS_TOKENS = 2_960_000
 FORWARD_SECONDS = 100e-6
 """per token, of the subject model"""
+TOKEN_LATENTS = 500
+"""A token costs an SAE as much as this many latents, whatever its width: by the times of M = 512 and 2048."""
 REFERENCE = {
     TEXT: Cost(start=10),
     TRAIN: Cost(start=8, work=15e-9),
@@ -64,7 +66,6 @@ def _run(
 ) -> tuple[dict[str, Any], int]:
     overview.begin(TEXT)
     # Imported here because these take seconds, in which the overview is already shown.
-    from autointerp.command_line.shared import reading
     from autointerp.explain import explain_runs
     from autointerp.llm.options import LlmOptions
     from autointerp.method import BASELINE
@@ -74,6 +75,7 @@ def _run(
     from sae.align_stage import align_runs
     from sae.harvest_stage import harvest_runs
     from sae.probe import forward_seconds
+    from sae.progress import waiting
     from sae.run import MAIN_SCORER
     from sae.stage import Compute
     from sae.train_stage import train_study
@@ -92,7 +94,7 @@ def _run(
     overview.begin(SCORE)
     scored = score_runs(runs[:1], root, (MAIN_SCORER,), BASELINE, baseline)
     overview.begin(REPORT)
-    with reading(runs[0]):
+    with waiting(f"reading the study {STUDY}"):
         found = findings_of(runs[0], runs)
     return found, explained.n_failed + scored.n_failed
 
@@ -126,8 +128,8 @@ def units(settings: Settings) -> dict[str, float]:
     explained = min(N_LATENTS, n_latents)
     return {
         TEXT: 1,
-        TRAIN: training.tokens * len(SEEDS) * n_latents,
-        HARVEST: min(settings.harvest.tokens, CORPUS_TOKENS) * len(SEEDS) * n_latents,
+        TRAIN: training.tokens * len(SEEDS) * (n_latents + TOKEN_LATENTS),
+        HARVEST: min(settings.harvest.tokens, CORPUS_TOKENS) * len(SEEDS) * (n_latents + TOKEN_LATENTS),
         ALIGN: n_pairs * n_latents,
         EXPLAIN: explained,
         SCORE: explained,

@@ -194,7 +194,7 @@ class Overview:
         """A line for each stage, and one for the whole."""
         table = Table.grid(padding=(0, 1))
         table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis")
+        table.add_column(no_wrap=True, overflow="crop")
         table.add_column(no_wrap=True)
         plain = console.options.ascii_only
         for stage in self.stages:
@@ -203,7 +203,7 @@ class Overview:
         left, total = self.left(), self.left() + self.elapsed()
         running = any(stage.state != "done" for stage in self.stages)
         whole = f"about {duration(left)} left of {duration(total)}" if running else f"done in {duration(total)}"
-        return Group(table, Text(whole, no_wrap=True, overflow="ellipsis"))
+        return Group(table, Text(whole, no_wrap=True, overflow="crop"))
 
     def _time_of(self, stage: Stage) -> str:
         if stage.state == "to come":

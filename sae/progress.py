@@ -36,7 +36,7 @@ console = Console(
 _PLAIN_LINE_SECONDS = 30.0
 _waited = 0.0  # seconds that this process has spent in `waiting`: nobody's work
 watcher: Callable[[Bar], None] | None = None
-"""Called with every bar when it starts, advances and ends well: see :mod:`sae.overview`."""
+"""Is called with a bar whenever that starts, advances or ends well; see :mod:`sae.overview`."""
 
 
 def peak_memory_bytes() -> int:
@@ -143,9 +143,9 @@ def track(label: str, total: float, unit: str = "steps", done: float = 0) -> Ite
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
-            _Rate(),
+            _Rate(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="crop")),
         )
         with Progress(*columns, console=console, transient=True) as progress:
             bar = Bar(progress, label, total, unit, done)
