@@ -29,22 +29,22 @@ TEXT, TRAIN, HARVEST, ALIGN, EXPLAIN, SCORE, REPORT = STAGES = (
 _BARS = {TRAIN: "train", HARVEST: "harvest", ALIGN: "compare firings", EXPLAIN: "explain", SCORE: f"score {STUDY}"}
 """How the label of each stage's bar starts."""
 
-# What the stages cost on the reference machine (two cores, AVX2). Only the proportions matter once training runs.
+# What the stages cost on the reference machine (one core, AVX2). Only the proportions matter once training runs.
 # `python benchmarks/demo_stages.py` measures these constants again and prints them in this form.
-REFERENCE_SPEED = Speed(python=0.05, matmul=0.05)
+REFERENCE_SPEED = Speed(python=0.0767, matmul=0.047)
 CORPUS_TOKENS = 2_960_000
 FORWARD_SECONDS = 100e-6
 """per token, of the subject model"""
 TOKEN_LATENTS = 500
 """A token costs an SAE as much as this many latents, whatever its width: by the times of M = 512 and 2048."""
 REFERENCE = {
-    TEXT: Cost(start=10),
-    TRAIN: Cost(start=8, work=15e-9),
-    HARVEST: Cost(start=1, work=5e-9, end=1),
-    ALIGN: Cost(start=3, work=6e-3),
-    EXPLAIN: Cost(start=3, work=0.1),
-    SCORE: Cost(start=1, work=0.1, end=0.025),
-    REPORT: Cost(start=10),
+    TEXT: Cost(start=25),
+    TRAIN: Cost(start=8, work=24e-9),
+    HARVEST: Cost(start=0.3, work=8.7e-9, end=6e-10),
+    ALIGN: Cost(start=1.3, work=7.1e-3, end=5e-4),
+    EXPLAIN: Cost(start=1.8, work=0.11),
+    SCORE: Cost(start=2.5, work=0.083, end=0.022),
+    REPORT: Cost(start=8),
 }
 """Seconds before the bar of each stage moves, and for each unit of :func:`units` while it moves and after that. The
 forward pass comes on top."""

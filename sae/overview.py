@@ -1,12 +1,14 @@
 """Progress of a command of several stages: which stage runs, and how long the whole command takes.
 
 The estimate starts from a plan: the seconds that each stage is expected to take on this machine. Once the bar of a
-stage moves (:func:`sae.progress.track`), its measured rate replaces the plan of that stage, and the ratio of measured
-to expected seconds, over all stages so far, scales the plan of the stages to come.
+stage moves (:func:`sae.progress.track`), its measured rate replaces the plan of that stage. The plan of the stages to
+come is scaled by the ratio of measured to expected seconds: its geometric mean over the stages so far, since a machine
+may be fast at one kind of work and slow at another.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from sae import progress
 from sae.progress import Bar, console, duration, say
 
 _PRIOR_SECONDS = 1.0  # of expected work: the weight of the plan against what was measured
+_FULL_WEIGHT_SECONDS = 10.0  # of expected work, from which on a stage counts fully in the mean over stages
 _MARKS = {"done": ("✓", "+"), "running": ("▸", ">"), "to come": ("·", ".")}  # the second ones where there is no Unicode
 
 
@@ -54,12 +57,16 @@ class Stage:
 
     @property
     def measured(self) -> float:
-        """Seconds in which the bar moved."""
+        """Seconds in which the bar moved; of a stage without one, that it took."""
+        if self.bar is None:
+            return (self.ended - self.began) if self.ended else 0.0
         return 0.0 if self.moved is None else self.last - self.moved
 
     @property
     def expected(self) -> float:
         """Seconds that the plan has for the same work."""
+        if self.bar is None:
+            return self.cost.start if self.ended else 0.0
         return self.cost.work * (self.fraction - self.first)
 
     def actual(self) -> Cost:
@@ -154,9 +161,10 @@ class Overview:
         """Seconds that the rest of one stage is estimated to take."""
         if stage.state == "done":
             return 0.0
-        others = [other for other in self.stages if other is not stage]
-        expected = _PRIOR_SECONDS + sum(other.expected for other in others)
-        ratio = (_PRIOR_SECONDS + sum(other.measured for other in others)) / expected
+        others = [other for other in self.stages if other is not stage and min(other.expected, other.measured) > 0]
+        weights = [min(other.expected, _FULL_WEIGHT_SECONDS) for other in others]
+        logs = [math.log(other.measured / other.expected) for other in others]
+        ratio = math.exp(sum(w * x for w, x in zip(weights, logs, strict=True)) / (_PRIOR_SECONDS + sum(weights)))
         start, work, end = (seconds * ratio for seconds in stage.cost)
         if stage.state == "to come":
             return start + work + end
@@ -166,7 +174,8 @@ class Overview:
         if stage.moved is None:
             return max(0.0, start - (now - stage.began)) + work + end
         # The work of a stage need not be even: where other stages have confirmed the plan, it counts for half the work.
-        prior = min(expected, stage.cost.work / 2)
+        confirmed = sum(other.expected for other in others if other.bar)
+        prior = min(_PRIOR_SECONDS + confirmed, stage.cost.work / 2)
         own = (prior * ratio + stage.measured) / max(prior + stage.expected, 1e-9)
         work = own * stage.cost.work * (1 - stage.fraction)
         return max(0.0, work - (now - stage.last)) + end
