@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     import torch
 
     from sae.activations import ActivationStream
+    from sae.settings import Settings
     from sae.train_stage import Study
 
 STEPS = 8
 """of each setting, the first two of them not counted"""
 _WARM = 2
 _BLOCKS = 3
+_FORWARD_SECONDS = 0.5
 
 
 class Probe(NamedTuple):
@@ -74,6 +76,23 @@ def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
         },
         n,
     )
+
+
+def forward_seconds(settings: Settings, compute: Compute) -> float:
+    """Seconds per token of the subject's forward pass: the best of half a second of passes over arbitrary tokens."""
+    import torch
+
+    from sae.subject import Subject
+
+    device = compute.resolve()
+    subject = Subject.load(settings.subject.model, device=device, dtype=settings.subject.dtype)
+    tokens = torch.arange(8 * settings.corpus.context).reshape(8, -1) % 7  # ids that every vocabulary has
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < _FORWARD_SECONDS:  # the first one also allocates
+        began = time.perf_counter()
+        subject.activations(tokens, [settings.subject.hookpoint])
+        times.append(time.perf_counter() - began)
+    return min(times) / tokens.numel()
 
 
 def _seconds_per_token(streams: Sequence[ActivationStream]) -> float:

@@ -36,6 +36,8 @@ console = Console(
 )  # of several processes, one speaks
 _PLAIN_LINE_SECONDS = 30.0
 _waited = 0.0  # seconds that this process has spent in `waiting`: nobody's work
+watcher: Callable[[Bar], None] | None = None
+"""Is called with a bar whenever that starts, advances or ends well; see :mod:`sae.overview`."""
 
 
 def peak_memory_bytes() -> int:
@@ -72,6 +74,16 @@ def human(n: float) -> str:
     return f"{n:.3g}"
 
 
+def duration(seconds: float) -> str:
+    """A time in at most two units: ``7 s``, ``4 min 10 s``, ``1 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -83,8 +95,9 @@ class Bar:
 
     def __init__(self, progress: Progress | None, label: str, total: float, unit: str, done: float) -> None:
         self.done = done
-        self._first = done
-        self._progress, self._label, self._total, self._unit = progress, label, total, unit
+        self.first = done
+        self.has_ended = False
+        self._progress, self.label, self.total, self._unit = progress, label, total, unit
         self._started = self._last_line = time.monotonic()
         self._waited_before = _waited
         self._note = ""
@@ -94,30 +107,36 @@ class Bar:
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
+        _show_watcher(self)
         self._note = note or self._note
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, advance=amount, note=escape(self._note))
         elif time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
             seconds = self._seconds(self._last_line)
-            rate = (self.done - self._first) / seconds if seconds else 0
-            left = (self._total - self.done) / rate if rate else float("inf")
-            done = f"{human(self.done)} of {human(self._total)} {self._unit}"
-            say(f"{self._label}: {done}, {left:.0f} s left {self._note}".rstrip())
+            rate = (self.done - self.first) / seconds if seconds else 0
+            left = (self.total - self.done) / rate if rate else float("inf")
+            done = f"{human(self.done)} of {human(self.total)} {self._unit}"
+            say(f"{self.label}: {done}, {left:.0f} s left {self._note}".rstrip())
 
     def _seconds(self, now: float) -> float:
         return max(0.0, now - self._started - (_waited - self._waited_before))
 
     def summary(self) -> str:
         seconds = self._seconds(time.monotonic())
-        worked, on_gpu = self.done - self._first, peak_device_bytes()
+        worked, on_gpu = self.done - self.first, peak_device_bytes()
         return (
-            f"{self._label}: {human(worked)} {self._unit.removesuffix('s') if worked == 1 else self._unit} "
+            f"{self.label}: {human(worked)} {self._unit.removesuffix('s') if worked == 1 else self._unit} "
             f"in {seconds:.1f} s"
             f" · {human(worked / seconds if seconds else 0)} {self._unit}/s"
             f" · peak memory {peak_memory_bytes() / 2**30:.2f} GiB"
             + (f", on the GPU {on_gpu / 2**30:.2f} GiB" if on_gpu else "")
         )
+
+
+def _show_watcher(bar: Bar) -> None:
+    if watcher is not None:
+        watcher(bar)
 
 
 @contextmanager
@@ -131,16 +150,20 @@ def track(label: str, total: float, unit: str = "steps", done: float = 0) -> Ite
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
-            _Rate(),
+            _Rate(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="crop")),
         )
         with Progress(*columns, console=console, transient=True) as progress:
             bar = Bar(progress, label, total, unit, done)
+            _show_watcher(bar)
             yield bar
     else:
         bar = Bar(None, label, total, unit, done)
+        _show_watcher(bar)
         yield bar
+    bar.has_ended = True
+    _show_watcher(bar)
     say(bar.summary())
 
 

@@ -26,10 +26,15 @@ def demo(*, threads: opt.Threads = None, output: Output) -> None:
     latents, explains and scores a few hundred with the n-gram baseline (which needs no model), and reports.
     """
     from autointerp.demo import run_demo
-    from sae.stage import Compute
 
-    runs, failed = run_demo(output.root, Compute("cpu", threads))
-    finish_with_report(output.as_json, runs[0], runs)
+    found, failed = run_demo(output.root, threads)
+
+    def render() -> None:
+        from autointerp.report import render_report
+
+        render_report(found)
+
+    finish(output.as_json, "report", lambda: found, render)
     exit_if(failed)
 
 
@@ -161,9 +166,9 @@ def runs(
 def _delete(name: str | None, prune: bool, yes: bool, dry_run: bool, output: Output) -> None:
     """Delete a run or study, or what no run uses any more, after showing it and asking."""
     from autointerp.report import render_deletion
+    from sae.commands import command
     from sae.deletion import delete, nobody_at_work, plan_deletion, plan_pruning
     from sae.progress import human
-    from sae.commands import command
 
     if name is not None and prune:
         raise BadInput("--delete and --prune exclude each other; give one of them")
