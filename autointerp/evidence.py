@@ -29,7 +29,6 @@ from sae.pair_files import pair_path
 from sae.run import MAIN_SCORER, Run, all_runs, command
 
 _UNALIGNED = "These SAEs have not been aligned yet."
-ENOUGH_TO_CALL_DEAD = 1_000_000  # tokens without a firing before the word is used
 
 
 @dataclass(frozen=True)

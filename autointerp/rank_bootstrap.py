@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from autointerp.statistics import sorted_quantiles
 from sae.estimate import Estimate
@@ -199,6 +199,6 @@ def interval_of(draws: Floats, n: int | None = None, level: float = 0.95) -> Est
         return Estimate(value, float("nan"), float("nan"))
     tail = (1 - level) / 2
     if n is not None:
-        tail = float(stats.norm.cdf((n / (n - 1)) ** 0.5 * stats.t.ppf(tail, n - 1)))
+        tail = float(special.ndtr((n / (n - 1)) ** 0.5 * special.stdtrit(n - 1, tail)))
     low, high = np.quantile(known, [tail, 1 - tail])
     return Estimate(value, min(float(low), value), max(float(high), value))

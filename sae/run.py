@@ -18,8 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from sae.errors import BadInput, NotFound, SettingsDiffer, nearest
 from sae.files import (
     SCHEMA,
@@ -34,6 +32,8 @@ from sae.files import (
 from sae.settings import Settings, validated
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sae.corpus import Corpus
     from sae.dictionary import Sae
     from sae.firings import FiringStore

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from sae.bootstrap import Bools, Floats, LatentBootstrap, Tables, estimate
 from sae.estimate import Estimate
@@ -75,7 +75,7 @@ def jackknife(value: float, left_out: Sequence[float]) -> Estimate:
     if n < 2 or any(math.isnan(x) for x in (value, *left_out)):
         return Estimate(value, math.nan, math.nan)
     spread = math.sqrt((n - 1) / n * float(np.sum((np.asarray(left_out) - np.mean(left_out)) ** 2)))
-    half = float(stats.t.ppf(0.975, n - 1)) * spread
+    half = float(special.stdtrit(n - 1, 0.975)) * spread
     return Estimate(value, value - half, value + half)
 
 
@@ -104,10 +104,10 @@ def cut(found: Estimate, least: float, most: float) -> Estimate:
 
 def standard_error(found: Estimate) -> float:
     """Of a 95 % interval, as of a normal one."""
-    return (found.high - found.low) / (2 * float(stats.norm.ppf(0.975)))
+    return (found.high - found.low) / (2 * float(special.ndtri(0.975)))
 
 
 def normal(value: float, error: float) -> Estimate:
     """``value`` with the 95 % interval of its standard error."""
-    half = float(stats.norm.ppf(0.975)) * error
+    half = float(special.ndtri(0.975)) * error
     return Estimate(value, value - half, value + half)
