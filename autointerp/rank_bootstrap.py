@@ -15,11 +15,16 @@ rescaling bootstrap of Rao and Wu 1988, in the weights as in Rao, Wu and Yue 199
 without error; see :mod:`autointerp.estimation` for values that are not.
 
 R resamples, N values. Row 0 of every result is the sample itself.
+
+Within, weights are held as [n, r]: sums over the n values then run along whole rows, several at a time, and in
+pieces small enough for a processor's cache.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,6 +38,7 @@ Bools = NDArray[np.bool_]
 
 RESAMPLES = 1000
 _CELLS = 1_000_000  # of a resample × value matrix held at a time
+_NEAR = 1 << 16  # of them worked on at a time where a piece is read many times over
 
 
 class Resamples:
@@ -89,15 +95,28 @@ class Resamples:
 
     def weights(self, kept: Bools | None = None) -> Iterator[Floats]:
         """The weights of the values (``kept`` [N] of them) in pieces [r, n], which together have R + 1 rows."""
-        chosen = slice(None) if kept is None else kept
-        unit = self.unit[chosen]
-        own = 1.0 if self.own is None else self.own[chosen]
-        step = max(1, _CELLS // max(1, len(unit)))
+        step = max(1, _CELLS // max(1, len(self.unit) if kept is None else int(kept.sum())))
         for start in range(0, len(self), step):
-            factors = self._held[start : start + step].astype(np.float64) * self._times + self._plus
-            if start == 0:
-                factors[0] = 1.0  # the sample itself
-            yield factors[:, unit] * own
+            yield self._piece(start, start + step, kept).T
+
+    def _piece(self, start: int, stop: int, kept: Bools | None) -> Floats:
+        """[n, r] the weights of the values ``kept`` in the resamples from ``start`` to ``stop``."""
+        if self._whole is not None:
+            chosen = self._whole[:, start:stop]
+            return np.ascontiguousarray(chosen if kept is None else chosen[kept])
+        return self._weights_of(start, stop, slice(None) if kept is None else kept)
+
+    @functools.cached_property
+    def _whole(self) -> Floats | None:
+        """[N, R + 1] all weights; ``None`` where they are too many to be held."""
+        return self._weights_of(0, len(self), slice(None)) if len(self) * len(self.unit) <= _CELLS else None
+
+    def _weights_of(self, start: int, stop: int, chosen: slice | Bools) -> Floats:
+        factors = self._held[start:stop].astype(np.float64) * self._times + self._plus
+        if start == 0:
+            factors[0] = 1.0  # the sample itself
+        found = np.take(factors.T, self.unit[chosen], axis=0)
+        return found if self.own is None else found * self.own[chosen][:, None]
 
     def quantiles(self, values: ArrayLike, at: ArrayLike, kept: Bools | None = None) -> Floats:
         """[R + 1, Q] the quantiles ``at`` [Q] of the values [N]; see :func:`autointerp.statistics.quantiles`."""
@@ -125,7 +144,10 @@ class Resamples:
         """[R + 1, C, C] Spearman's correlations of C columns [N]; NaN where one is constant in a resample."""
         table = [np.asarray(c, dtype=np.float64) if kept is None else np.asarray(c, float)[kept] for c in columns]
         orders = [_Order.of(column) for column in table]
-        return np.concatenate([_correlate(orders, w) for w in self.weights(kept)])
+        # At least two resamples at a time: NumPy sums a single row in another order.
+        n_pieces = max(1, min(len(self) * len(orders[0].order) // _NEAR, len(self) // 2))
+        ends = np.linspace(0, len(self), n_pieces + 1).astype(int)
+        return np.concatenate([_correlate(orders, self._piece(i, j, kept)) for i, j in pairwise(ends)])
 
 
 class _Order:
@@ -141,27 +163,39 @@ class _Order:
         return cls(order, np.cumsum(counts) - 1, group)
 
     def ranks(self, weights: Floats) -> Floats:
-        """[r, n] the mean rank of each value in the sample in which it stands ``weights`` [r, n] times."""
-        upto = np.cumsum(weights[:, self.order], axis=1)[:, self.ends]
-        before = np.concatenate([np.zeros((len(upto), 1)), upto[:, :-1]], axis=1)
-        return ((before + upto + 1) / 2)[:, self.group]
+        """[n, r] the mean rank of each value in the sample in which it stands ``weights`` [n, r] times."""
+        upto = np.cumsum(weights[self.order], axis=0)[self.ends]
+        mean = np.zeros_like(upto)
+        mean[1:] = upto[:-1]
+        mean += upto
+        mean += 1
+        mean /= 2
+        return mean[self.group]
 
 
 def _correlate(orders: Sequence[_Order], weights: Floats) -> Floats:
-    total = weights.sum(1, keepdims=True)
-    centred, spread = [], []
-    for order in orders:
-        ranks = order.ranks(weights)
-        with np.errstate(invalid="ignore"):  # a resample may hold none of the values
-            centred.append(ranks - (weights * ranks).sum(1, keepdims=True) / total)
-        of_all, left = ((weights * x * x).sum(1) for x in (ranks, centred[-1]))
-        # Of a constant, weights that are no whole numbers leave rounding behind.
-        spread.append(np.sqrt(np.where(left > 1e-18 * of_all, left, np.nan)))
-    found = np.ones((len(weights), len(orders), len(orders)))
-    with np.errstate(invalid="ignore", divide="ignore"):
+    """[r, C, C] the correlations of C columns under ``weights`` [n, r]."""
+    total = weights.sum(0)
+    centred, weighted, spread = [], [], []
+    found = np.ones((weights.shape[1], len(orders), len(orders)))
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold none of the values
+        for i, order in enumerate(orders):
+            ranks = order.ranks(weights)
+            product = weights * ranks
+            centre = product.sum(0) / total
+            product *= ranks
+            of_all = product.sum(0)
+            ranks -= centre
+            np.multiply(weights, ranks, out=product)
+            left = (product * ranks).sum(0)
+            centred.append(ranks)
+            weighted.append(product)
+            # Of a constant, weights that are no whole numbers leave rounding behind.
+            spread.append(np.sqrt(np.where(left > 1e-18 * of_all, left, np.nan)))
+            found[:, i, i] = np.clip(left / (spread[i] * spread[i]), -1, 1)
         for i in range(len(orders)):
-            for j in range(i, len(orders)):
-                r = (weights * centred[i] * centred[j]).sum(1) / (spread[i] * spread[j])
+            for j in range(i + 1, len(orders)):
+                r = (weighted[i] * centred[j]).sum(0) / (spread[i] * spread[j])
                 found[:, i, j] = found[:, j, i] = np.clip(r, -1, 1)
     return found
 
