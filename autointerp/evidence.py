@@ -24,7 +24,7 @@ from sae.errors import BadInput, NotFound, nearest
 from sae.files import read_table, table_metadata
 from sae.harvest_stage import is_harvested
 from sae.latent_table import latent_table, shared_class
-from sae.overlap import DEFINITIONS, StudyOverlap, overlap
+from sae.overlap import DEFINITIONS, DIPS, StudyOverlap, overlap
 from sae.pair_files import pair_path
 from sae.run import MAIN_SCORER, Run, all_runs, command
 
@@ -125,7 +125,13 @@ class Study:
             behaviour=behaviours(root, compared),
             behaviour_facts=behaviour_facts(root, compared),
             compared=compared,
-            shared=overlap(compared, tables, {name: alive[name] for name in compared}, view.threshold)
+            shared=overlap(
+                compared,
+                tables,
+                {name: alive[name] for name in compared},
+                view.threshold,
+                kept=root / "alignments" / DIPS,
+            )
             if tables
             else None,
             scores=scores,
