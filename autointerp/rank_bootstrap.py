@@ -66,23 +66,19 @@ class Resamples:
         _, first, self.unit = np.unique(np.asarray(units), return_index=True, return_inverse=True)
         self.n_units = int(self.unit.max(initial=-1)) + 1
         self.own = None if weights is None else np.asarray(weights, dtype=np.float64)
-        rng = np.random.default_rng(seed)
-        self._held = np.ones((resamples + 1, self.n_units), dtype=np.uint8)
         self._times, self._plus = np.ones(self.n_units), np.zeros(self.n_units)
         self.n_strata = 1
         if strata is None:
-            for row in self._held[1:]:
-                row[:] = np.bincount(rng.integers(self.n_units, size=self.n_units), minlength=self.n_units)
+            self._held = _drawn(self.n_units, resamples, seed)
             return
         of = _none_alone(np.asarray(strata)[first])
         c = np.sqrt(1 - (np.zeros(self.n_units) if known is None else np.clip(np.asarray(known, float)[first], 0, 1)))
         self.n_strata = int(of.max(initial=0)) + 1
+        self._held = _drawn_within(of.tobytes(), resamples, seed)
         for stratum in range(self.n_strata):
             inside = np.flatnonzero(of == stratum)
             n = len(inside)
             if n > 1:
-                drawn = rng.multinomial(n - 1, np.full(n, 1 / n), size=resamples)
-                self._held[1:, inside] = drawn
                 self._times[inside], self._plus[inside] = c[inside] * n / (n - 1), 1 - c[inside]
 
     def __len__(self) -> int:
@@ -125,9 +121,7 @@ class Resamples:
         order, at = np.argsort(x, kind="stable"), np.asarray(at, dtype=np.float64)
         if not len(x):
             return np.full((len(self), len(at)), np.nan)
-        return np.concatenate(
-            [np.stack([sorted_quantiles(x[order], row, at) for row in w[:, order]]) for w in self.weights(kept)]
-        )
+        return np.concatenate([sorted_quantiles(x[order], w[:, order], at) for w in self.weights(kept)])
 
     def count(self, kept: Bools) -> int:
         """How many units the values ``kept`` [N] are of."""
@@ -148,6 +142,32 @@ class Resamples:
         n_pieces = max(1, min(len(self) * len(orders[0].order) // _NEAR, len(self) // 2))
         ends = np.linspace(0, len(self), n_pieces + 1).astype(int)
         return np.concatenate([_correlate(orders, self._piece(i, j, kept)) for i, j in pairwise(ends)])
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(n_units: int, resamples: int, seed: int) -> NDArray[np.uint8]:
+    """[R + 1, n_units] how often each resample holds each unit; a report asks for the same ones many times."""
+    rng = np.random.default_rng(seed)
+    held = np.ones((resamples + 1, n_units), dtype=np.uint8)
+    for row in held[1:]:
+        row[:] = np.bincount(rng.integers(n_units, size=n_units), minlength=n_units)
+    held.setflags(write=False)
+    return held
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn_within(strata: bytes, resamples: int, seed: int) -> NDArray[np.uint8]:
+    """The same drawn within strata, n - 1 of n: the bytes of the stratum (``intp``) of each unit."""
+    of = np.frombuffer(strata, np.intp)
+    rng = np.random.default_rng(seed)
+    held = np.ones((resamples + 1, len(of)), dtype=np.uint8)
+    for stratum in range(int(of.max(initial=0)) + 1):
+        inside = np.flatnonzero(of == stratum)
+        n = len(inside)
+        if n > 1:
+            held[1:, inside] = rng.multinomial(n - 1, np.full(n, 1 / n), size=resamples)
+    held.setflags(write=False)
+    return held
 
 
 class _Order:

@@ -265,11 +265,16 @@ def quantiles(values: ArrayLike, at: ArrayLike, weights: ArrayLike | None = None
 
 
 def sorted_quantiles(x: Array, weights: Array, at: Array) -> Array:
-    """:func:`quantiles` of values that are in order."""
-    if len(x) == 1 or np.ptp(weights) == 0:
-        return np.quantile(x, at)
-    middle = np.cumsum(weights) - weights / 2
-    return np.interp(at, (middle - middle[0]) / (middle[-1] - middle[0]), x)
+    """[Q] the :func:`quantiles` of values [N] that are in order; [R, Q] for weights [R, N], a row each."""
+    rows = np.atleast_2d(weights)
+    found = np.tile(np.quantile(x, at), (len(rows), 1))  # right where weights are equal
+    if len(x) > 1:
+        middle = np.cumsum(rows, axis=1) - rows / 2
+        with np.errstate(invalid="ignore"):  # of a row of zeros
+            place = (middle - middle[:, :1]) / (middle[:, -1:] - middle[:, :1])
+        for i in np.flatnonzero(np.ptp(rows, axis=1)):
+            found[i] = np.interp(at, place[i], x)
+    return found.reshape(*weights.shape[:-1], len(at))
 
 
 def quartiles(values: ArrayLike) -> tuple[float, float, float]:
