@@ -6,6 +6,7 @@ of scores is meant are decided in a single place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,16 @@ class Study:
         return self.latents_of(self.focus)
 
     def latents_of(self, run: Run) -> pd.DataFrame:
-        """A run's latents by number: firing, sharing under the view's definition, eligibility."""
+        """A run's latents by number: firing, sharing under the view's definition, eligibility. A copy."""
+        if run.name not in self._latents:
+            self._latents[run.name] = self._gathered(run)
+        return self._latents[run.name].copy()
+
+    @functools.cached_property
+    def _latents(self) -> dict[str, pd.DataFrame]:
+        return {}
+
+    def _gathered(self, run: Run) -> pd.DataFrame:
         name, view = run.name, self.view
         latents = pd.DataFrame({"alive": self.alive[name]}, index=pd.RangeIndex(len(self.alive[name]), name="latent"))
         if name in self.firing:
@@ -190,6 +200,10 @@ class Study:
 
     def sample(self) -> Sample | None:
         """What was drawn of the focus run's latents for the chosen set-up; ``None`` where nothing is on record."""
+        return self._sample
+
+    @functools.cached_property
+    def _sample(self) -> Sample | None:
         return None if self.setup is None else self.sample_of(self.setup)
 
     def sample_of(self, setup: Mapping[str, Any]) -> Sample | None:
