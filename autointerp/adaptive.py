@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from autointerp.contexts import TestSet
 from autointerp.scorers.base import HARDER, STOPS
@@ -257,6 +256,8 @@ def interval(
 
 def _exact(right: float | Array, n: int, level: float) -> tuple[Array, Array]:
     """Clopper and Pearson's interval of a proportion."""
+    from scipy import stats
+
     x = np.asarray(right, dtype=float)
     tail = (1 - level) / 2
     low = stats.beta.ppf(tail, np.maximum(x, 0.5), n - x + 1)  # the value at 0 is not used
@@ -297,10 +298,14 @@ def stops(look: Look, half_width: float) -> NDArray[np.bool_]:
 
 
 def _halves(n: int) -> Array:
+    from scipy import stats
+
     return np.asarray(stats.binom.pmf(np.arange(n + 1), n, 0.5))
 
 
 def _added(before: int, now: int) -> Array:
     """[now + 1, before + 1] chance to have x right of ``now`` answers after y right of ``before``, at a rate of ½."""
+    from scipy import stats
+
     more = np.arange(now + 1)[:, None] - np.arange(before + 1)[None]
     return np.asarray(stats.binom.pmf(more, now - before, 0.5))

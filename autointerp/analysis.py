@@ -33,9 +33,10 @@ from autointerp.advice import asking
 from autointerp.comparisons import METHODS as OF_DIFFERENCES
 from autointerp.comparisons import comparison_findings
 from autointerp.counterparts import counterpart_findings
-from autointerp.evidence import ENOUGH_TO_CALL_DEAD, Study, Told, View
+from autointerp.evidence import Study, Told, View
 from autointerp.findings.of_study import findings_table
 from autointerp.interesting import ContextSource, interesting
+from autointerp.method import ENOUGH_TO_CALL_DEAD
 from autointerp.numerals import precision_in_words
 from autointerp.other_scorers import other_scorer_findings
 from autointerp.pooled import pooled_relation

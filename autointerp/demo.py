@@ -140,9 +140,13 @@ def units(settings: Settings) -> dict[str, float]:
     }
 
 
+def _corpus_tokens(settings: Settings) -> int:
+    return settings.corpus.max_tokens or CORPUS_TOKENS
+
+
 def forward_tokens(settings: Settings) -> dict[str, float]:
     """How many tokens the subject model reads in training, and in the harvest beyond those that training has kept."""
-    corpus = settings.corpus.max_tokens or CORPUS_TOKENS
+    corpus = _corpus_tokens(settings)
     trained, harvested = (min(of.tokens, corpus) for of in (settings.training, settings.harvest))
     return {TRAIN: trained, HARVEST: max(0, harvested - trained)}
 

@@ -34,7 +34,7 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-from scipy import special, stats
+from scipy import special
 
 from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of
 from autointerp.statistics import UNKNOWN, Estimate, bootstrap_mean
@@ -185,7 +185,7 @@ def known_of_quantile(rho: float, p: float) -> float:
 
     which is 2 asin(rho) / pi at the median, and less than rho.
     """
-    z = stats.norm.ppf(p)
+    z = special.ndtri(p)
     both = p - 2 * special.owens_t(z, np.sqrt((1 - rho) / (1 + rho)))
     return float(np.clip((both - p * p) / (p * (1 - p)), 0, 1))
 

@@ -6,6 +6,7 @@ of scores is meant are decided in a single place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,11 @@ from sae.errors import BadInput, NotFound, nearest
 from sae.files import read_table, table_metadata
 from sae.harvest_stage import is_harvested
 from sae.latent_table import latent_table, shared_class
-from sae.overlap import DEFINITIONS, StudyOverlap, overlap
+from sae.overlap import DEFINITIONS, DIPS, StudyOverlap, overlap
 from sae.pair_files import pair_path
 from sae.run import MAIN_SCORER, Run, all_runs
 
 _UNALIGNED = "These SAEs have not been aligned yet."
-ENOUGH_TO_CALL_DEAD = 1_000_000  # tokens without a firing before the word is used
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,13 @@ class Study:
             behaviour=behaviours(root, compared),
             behaviour_facts=behaviour_facts(root, compared),
             compared=compared,
-            shared=overlap(compared, tables, {name: alive[name] for name in compared}, view.threshold)
+            shared=overlap(
+                compared,
+                tables,
+                {name: alive[name] for name in compared},
+                view.threshold,
+                kept=root / "alignments" / DIPS,
+            )
             if tables
             else None,
             scores=scores,
@@ -161,7 +167,16 @@ class Study:
         return self.latents_of(self.focus)
 
     def latents_of(self, run: Run) -> pd.DataFrame:
-        """A run's latents by number: firing, sharing under the view's definition, eligibility."""
+        """A run's latents by number: firing, sharing under the view's definition, eligibility. A copy."""
+        if run.name not in self._latents:
+            self._latents[run.name] = self._gathered(run)
+        return self._latents[run.name].copy()
+
+    @functools.cached_property
+    def _latents(self) -> dict[str, pd.DataFrame]:
+        return {}
+
+    def _gathered(self, run: Run) -> pd.DataFrame:
         name, view = run.name, self.view
         latents = pd.DataFrame({"alive": self.alive[name]}, index=pd.RangeIndex(len(self.alive[name]), name="latent"))
         if name in self.firing:
@@ -186,6 +201,10 @@ class Study:
 
     def sample(self) -> Sample | None:
         """What was drawn of the focus run's latents for the chosen set-up; ``None`` where nothing is on record."""
+        return self._sample
+
+    @functools.cached_property
+    def _sample(self) -> Sample | None:
         return None if self.setup is None else self.sample_of(self.setup)
 
     def sample_of(self, setup: Mapping[str, Any]) -> Sample | None:

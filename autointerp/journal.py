@@ -203,12 +203,14 @@ class Journal:
 
         await self._database.written(work)
 
-    def verdicts(self, **filters: Any) -> pd.DataFrame:
+    def verdicts(self, columns: Sequence[str] | None = None, **filters: Any) -> pd.DataFrame:
         """Rows of the verdict table by id. ``truth`` is bool; ``p`` and ``label`` are floats, NaN where there is none.
 
-        Filters are columns, as in :meth:`explanations`; ``negative_kind=None`` means the activating contexts.
+        Filters are columns, as in :meth:`explanations`; ``negative_kind=None`` means the activating contexts. With
+        ``columns`` (known ones) only those are read: of the tens of thousands behind a score most are not needed.
         """
-        return self._select("verdict", _VERDICT_FILTERS, filters).astype(_VERDICT_TYPES)
+        table = self._select("verdict", _VERDICT_FILTERS, filters, columns)
+        return table.astype({name: kind for name, kind in _VERDICT_TYPES.items() if name in table})
 
     def verdicts_in_pieces(self, n: int) -> Iterator[pd.DataFrame]:
         """All verdicts by id, at most ``n`` at a time, as they are when the first is read; at least one piece."""
@@ -290,10 +292,12 @@ class Journal:
                 connection,
             )
 
-    def _select(self, table: str, known: set[str], filters: Mapping[str, Any]) -> pd.DataFrame:
+    def _select(
+        self, table: str, known: set[str], filters: Mapping[str, Any], columns: Sequence[str] | None = None
+    ) -> pd.DataFrame:
         where, values = _where(known, filters)
         with self._database.reading() as connection:
-            query = f"SELECT * FROM {table} WHERE {where} ORDER BY id"
+            query = f"SELECT {'*' if columns is None else ', '.join(columns)} FROM {table} WHERE {where} ORDER BY id"
             return pd.read_sql_query(query, connection, params=values)
 
 

@@ -7,6 +7,12 @@ from typing import ClassVar, Protocol
 BASELINE = "ngram"
 """The explainer that explains beside every other one, and the judge of its sentences."""
 
+CHANCE = 0.5
+"""The balanced accuracy, and the AUROC, of a judge who knows nothing."""
+
+ENOUGH_TO_CALL_DEAD = 1_000_000
+"""Tokens without a firing before the word is used."""
+
 
 class Method(Protocol):
     """Two methods with equal name, hashes and model give answers that stand for each other."""

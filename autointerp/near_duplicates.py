@@ -19,8 +19,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from autointerp.rings import Hashes
 from sae.files import digest, read_table, table_metadata, write_table
@@ -135,6 +133,9 @@ def _distinct(rows: Hashes) -> Ints:
 
 
 def _components(edges: list[Pairs], n: int) -> Ints:
+    from scipy.sparse import coo_array  # here, since reading the groups takes none
+    from scipy.sparse.csgraph import connected_components
+
     a, b = (np.concatenate(ends) for ends in zip(*edges, strict=True))
     graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(n, n))
     return connected_components(graph, directed=False)[1].astype(np.int64)

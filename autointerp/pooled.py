@@ -35,7 +35,7 @@ def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | No
             latents = study.latents_of(run)
             if "firing_frequency" in latents:
                 verdicts = of_focus if run.name == study.focus.name else verdicts_of(run, rows, setup)
-                sample = sample_of(run, setup)
+                sample = study.sample() if run.name == study.focus.name else sample_of(run, setup)
                 parts.append(Part(run.name, rows, latents, verdicts, units[run.name], sample))
     return pooled_findings(parts)
 

@@ -15,15 +15,20 @@ rescaling bootstrap of Rao and Wu 1988, in the weights as in Rao, Wu and Yue 199
 without error; see :mod:`autointerp.estimation` for values that are not.
 
 R resamples, N values. Row 0 of every result is the sample itself.
+
+Within, weights are held as [n, r]: sums over the n values then run along whole rows, several at a time, and in
+pieces small enough for a processor's cache.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from autointerp.statistics import sorted_quantiles
 from sae.estimate import Estimate
@@ -33,6 +38,7 @@ Bools = NDArray[np.bool_]
 
 RESAMPLES = 1000
 _CELLS = 1_000_000  # of a resample × value matrix held at a time
+_NEAR = 1 << 16  # of them worked on at a time where a piece is read many times over
 
 
 class Resamples:
@@ -60,23 +66,19 @@ class Resamples:
         _, first, self.unit = np.unique(np.asarray(units), return_index=True, return_inverse=True)
         self.n_units = int(self.unit.max(initial=-1)) + 1
         self.own = None if weights is None else np.asarray(weights, dtype=np.float64)
-        rng = np.random.default_rng(seed)
-        self._held = np.ones((resamples + 1, self.n_units), dtype=np.uint8)
         self._times, self._plus = np.ones(self.n_units), np.zeros(self.n_units)
         self.n_strata = 1
         if strata is None:
-            for row in self._held[1:]:
-                row[:] = np.bincount(rng.integers(self.n_units, size=self.n_units), minlength=self.n_units)
+            self._held = _drawn(self.n_units, resamples, seed)
             return
         of = _none_alone(np.asarray(strata)[first])
         c = np.sqrt(1 - (np.zeros(self.n_units) if known is None else np.clip(np.asarray(known, float)[first], 0, 1)))
         self.n_strata = int(of.max(initial=0)) + 1
+        self._held = _drawn_within(of.tobytes(), resamples, seed)
         for stratum in range(self.n_strata):
             inside = np.flatnonzero(of == stratum)
             n = len(inside)
             if n > 1:
-                drawn = rng.multinomial(n - 1, np.full(n, 1 / n), size=resamples)
-                self._held[1:, inside] = drawn
                 self._times[inside], self._plus[inside] = c[inside] * n / (n - 1), 1 - c[inside]
 
     def __len__(self) -> int:
@@ -89,15 +91,28 @@ class Resamples:
 
     def weights(self, kept: Bools | None = None) -> Iterator[Floats]:
         """The weights of the values (``kept`` [N] of them) in pieces [r, n], which together have R + 1 rows."""
-        chosen = slice(None) if kept is None else kept
-        unit = self.unit[chosen]
-        own = 1.0 if self.own is None else self.own[chosen]
-        step = max(1, _CELLS // max(1, len(unit)))
+        step = max(1, _CELLS // max(1, len(self.unit) if kept is None else int(kept.sum())))
         for start in range(0, len(self), step):
-            factors = self._held[start : start + step].astype(np.float64) * self._times + self._plus
-            if start == 0:
-                factors[0] = 1.0  # the sample itself
-            yield factors[:, unit] * own
+            yield self._piece(start, start + step, kept).T
+
+    def _piece(self, start: int, stop: int, kept: Bools | None) -> Floats:
+        """[n, r] the weights of the values ``kept`` in the resamples from ``start`` to ``stop``."""
+        if self._whole is not None:
+            chosen = self._whole[:, start:stop]
+            return np.ascontiguousarray(chosen if kept is None else chosen[kept])
+        return self._weights_of(start, stop, slice(None) if kept is None else kept)
+
+    @functools.cached_property
+    def _whole(self) -> Floats | None:
+        """[N, R + 1] all weights; ``None`` where they are too many to be held."""
+        return self._weights_of(0, len(self), slice(None)) if len(self) * len(self.unit) <= _CELLS else None
+
+    def _weights_of(self, start: int, stop: int, chosen: slice | Bools) -> Floats:
+        factors = self._held[start:stop].astype(np.float64) * self._times + self._plus
+        if start == 0:
+            factors[0] = 1.0  # the sample itself
+        found = np.take(factors.T, self.unit[chosen], axis=0)
+        return found if self.own is None else found * self.own[chosen][:, None]
 
     def quantiles(self, values: ArrayLike, at: ArrayLike, kept: Bools | None = None) -> Floats:
         """[R + 1, Q] the quantiles ``at`` [Q] of the values [N]; see :func:`autointerp.statistics.quantiles`."""
@@ -106,9 +121,7 @@ class Resamples:
         order, at = np.argsort(x, kind="stable"), np.asarray(at, dtype=np.float64)
         if not len(x):
             return np.full((len(self), len(at)), np.nan)
-        return np.concatenate(
-            [np.stack([sorted_quantiles(x[order], row, at) for row in w[:, order]]) for w in self.weights(kept)]
-        )
+        return np.concatenate([sorted_quantiles(x[order], w[:, order], at) for w in self.weights(kept)])
 
     def count(self, kept: Bools) -> int:
         """How many units the values ``kept`` [N] are of."""
@@ -125,7 +138,36 @@ class Resamples:
         """[R + 1, C, C] Spearman's correlations of C columns [N]; NaN where one is constant in a resample."""
         table = [np.asarray(c, dtype=np.float64) if kept is None else np.asarray(c, float)[kept] for c in columns]
         orders = [_Order.of(column) for column in table]
-        return np.concatenate([_correlate(orders, w) for w in self.weights(kept)])
+        # At least two resamples at a time: NumPy sums a single row in another order.
+        n_pieces = max(1, min(len(self) * len(orders[0].order) // _NEAR, len(self) // 2))
+        ends = np.linspace(0, len(self), n_pieces + 1).astype(int)
+        return np.concatenate([_correlate(orders, self._piece(i, j, kept)) for i, j in pairwise(ends)])
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(n_units: int, resamples: int, seed: int) -> NDArray[np.uint8]:
+    """[R + 1, n_units] how often each resample holds each unit; a report asks for the same ones many times."""
+    rng = np.random.default_rng(seed)
+    held = np.ones((resamples + 1, n_units), dtype=np.uint8)
+    for row in held[1:]:
+        row[:] = np.bincount(rng.integers(n_units, size=n_units), minlength=n_units)
+    held.setflags(write=False)
+    return held
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn_within(strata: bytes, resamples: int, seed: int) -> NDArray[np.uint8]:
+    """The same drawn within strata, n - 1 of n: the bytes of the stratum (``intp``) of each unit."""
+    of = np.frombuffer(strata, np.intp)
+    rng = np.random.default_rng(seed)
+    held = np.ones((resamples + 1, len(of)), dtype=np.uint8)
+    for stratum in range(int(of.max(initial=0)) + 1):
+        inside = np.flatnonzero(of == stratum)
+        n = len(inside)
+        if n > 1:
+            held[1:, inside] = rng.multinomial(n - 1, np.full(n, 1 / n), size=resamples)
+    held.setflags(write=False)
+    return held
 
 
 class _Order:
@@ -141,27 +183,39 @@ class _Order:
         return cls(order, np.cumsum(counts) - 1, group)
 
     def ranks(self, weights: Floats) -> Floats:
-        """[r, n] the mean rank of each value in the sample in which it stands ``weights`` [r, n] times."""
-        upto = np.cumsum(weights[:, self.order], axis=1)[:, self.ends]
-        before = np.concatenate([np.zeros((len(upto), 1)), upto[:, :-1]], axis=1)
-        return ((before + upto + 1) / 2)[:, self.group]
+        """[n, r] the mean rank of each value in the sample in which it stands ``weights`` [n, r] times."""
+        upto = np.cumsum(weights[self.order], axis=0)[self.ends]
+        mean = np.zeros_like(upto)
+        mean[1:] = upto[:-1]
+        mean += upto
+        mean += 1
+        mean /= 2
+        return mean[self.group]
 
 
 def _correlate(orders: Sequence[_Order], weights: Floats) -> Floats:
-    total = weights.sum(1, keepdims=True)
-    centred, spread = [], []
-    for order in orders:
-        ranks = order.ranks(weights)
-        with np.errstate(invalid="ignore"):  # a resample may hold none of the values
-            centred.append(ranks - (weights * ranks).sum(1, keepdims=True) / total)
-        of_all, left = ((weights * x * x).sum(1) for x in (ranks, centred[-1]))
-        # Of a constant, weights that are no whole numbers leave rounding behind.
-        spread.append(np.sqrt(np.where(left > 1e-18 * of_all, left, np.nan)))
-    found = np.ones((len(weights), len(orders), len(orders)))
-    with np.errstate(invalid="ignore", divide="ignore"):
+    """[r, C, C] the correlations of C columns under ``weights`` [n, r]."""
+    total = weights.sum(0)
+    centred, weighted, spread = [], [], []
+    found = np.ones((weights.shape[1], len(orders), len(orders)))
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold none of the values
+        for i, order in enumerate(orders):
+            ranks = order.ranks(weights)
+            product = weights * ranks
+            centre = product.sum(0) / total
+            product *= ranks
+            of_all = product.sum(0)
+            ranks -= centre
+            np.multiply(weights, ranks, out=product)
+            left = (product * ranks).sum(0)
+            centred.append(ranks)
+            weighted.append(product)
+            # Of a constant, weights that are no whole numbers leave rounding behind.
+            spread.append(np.sqrt(np.where(left > 1e-18 * of_all, left, np.nan)))
+            found[:, i, i] = np.clip(left / (spread[i] * spread[i]), -1, 1)
         for i in range(len(orders)):
-            for j in range(i, len(orders)):
-                r = (weights * centred[i] * centred[j]).sum(1) / (spread[i] * spread[j])
+            for j in range(i + 1, len(orders)):
+                r = (weighted[i] * centred[j]).sum(0) / (spread[i] * spread[j])
                 found[:, i, j] = found[:, j, i] = np.clip(r, -1, 1)
     return found
 
@@ -199,6 +253,6 @@ def interval_of(draws: Floats, n: int | None = None, level: float = 0.95) -> Est
         return Estimate(value, float("nan"), float("nan"))
     tail = (1 - level) / 2
     if n is not None:
-        tail = float(stats.norm.cdf((n / (n - 1)) ** 0.5 * stats.t.ppf(tail, n - 1)))
+        tail = float(special.ndtr((n / (n - 1)) ** 0.5 * special.stdtrit(n - 1, tail)))
     low, high = np.quantile(known, [tail, 1 - tail])
     return Estimate(value, min(float(low), value), max(float(high), value))

@@ -201,7 +201,8 @@ def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.Da
         return pd.DataFrame(columns=["latent", "truth", "label"]).astype({"latent": int, "truth": bool, "label": float})
     with Journal(run.journal_path) as journal:
         ids = [int(i) for i in own["explanation_id"]]
-        table = journal.verdicts(explanation_id=ids, **verdict_filters(setup))
+        read = ["latent", "truth", "label", "failure", "negative_kind", "request"]
+        table = journal.verdicts(read, explanation_id=ids, **verdict_filters(setup))
     # The score is the one over random negatives; harder ones, which the requests held too, have figures of their own.
     counted = table["failure"].isna() & ~table["negative_kind"].isin(HARDER)
     columns = ["latent", "truth", "label"]

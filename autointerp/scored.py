@@ -16,6 +16,7 @@ import pandas as pd
 
 from autointerp.estimation import Estimator, error_of
 from autointerp.json_values import histogram, mean_of, number, quartile_figures
+from autointerp.method import CHANCE
 from autointerp.sample_record import Sample
 from autointerp.scorers.base import HARDER, STOPS
 from autointerp.setups import precision_of, status_kind
@@ -25,9 +26,6 @@ from sae.latent_table import CLASSES
 
 #: Bins of a score histogram: from 0 to 1 in steps of .02.
 SCORE_EDGES = np.linspace(0, 1, 51)
-
-CHANCE = 0.5
-"""The balanced accuracy, and the AUROC, of a judge who knows nothing."""
 
 
 def score_findings(

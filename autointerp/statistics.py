@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from sae.estimate import UNKNOWN, Estimate, fraction, proportion
 
@@ -107,10 +107,10 @@ def auroc(truth: ArrayLike, p: ArrayLike, level: float = 0.95) -> Estimate:
     n1, n0 = int(np.sum(positive)), int(np.sum(~positive))
     if n1 == 0 or n0 == 0:
         return UNKNOWN
-    ranks = stats.rankdata(score)
+    ranks = mean_ranks(score)
     # Per context: the share of the other class that it beats.
-    beats = (ranks[positive] - stats.rankdata(score[positive])) / n0
-    beaten = 1 - (ranks[~positive] - stats.rankdata(score[~positive])) / n1
+    beats = (ranks[positive] - mean_ranks(score[positive])) / n0
+    beaten = 1 - (ranks[~positive] - mean_ranks(score[~positive])) / n1
     value = float(np.mean(beats))
     variance = sum(float(np.var(part, ddof=1)) / len(part) if len(part) > 1 else 0.25 for part in (beats, beaten))
     if variance < 1e-12 or not 0 < value < 1:
@@ -142,9 +142,9 @@ def partial_spearman(x: ArrayLike, y: ArrayLike, covariates: ArrayLike, level: f
         raise ValueError(f"{len(a)} values against {len(b)}")
     if len(a) - len(held) < 3:
         return UNKNOWN
-    left = np.stack([stats.rankdata(a), stats.rankdata(b)])
+    left = np.stack([mean_ranks(a), mean_ranks(b)])
     spread = left.std(axis=1)
-    design = np.vstack([np.ones(len(a)), *(stats.rankdata(row)[None] for row in held)])
+    design = np.vstack([np.ones(len(a)), *(mean_ranks(row)[None] for row in held)])
     left = left - (np.linalg.lstsq(design.T, left.T, rcond=None)[0].T @ design)
     kept = left.std(axis=1)
     # A variable that the covariates explain wholly leaves only rounding behind.
@@ -262,11 +262,16 @@ def quantiles(values: ArrayLike, at: ArrayLike, weights: ArrayLike | None = None
 
 
 def sorted_quantiles(x: Array, weights: Array, at: Array) -> Array:
-    """:func:`quantiles` of values that are in order."""
-    if len(x) == 1 or np.ptp(weights) == 0:
-        return np.quantile(x, at)
-    middle = np.cumsum(weights) - weights / 2
-    return np.interp(at, (middle - middle[0]) / (middle[-1] - middle[0]), x)
+    """[Q] the :func:`quantiles` of values [N] that are in order; [R, Q] for weights [R, N], a row each."""
+    rows = np.atleast_2d(weights)
+    found = np.tile(np.quantile(x, at), (len(rows), 1))  # right where weights are equal
+    if len(x) > 1:
+        middle = np.cumsum(rows, axis=1) - rows / 2
+        with np.errstate(invalid="ignore"):  # of a row of zeros
+            place = (middle - middle[:, :1]) / (middle[:, -1:] - middle[:, :1])
+        for i in np.flatnonzero(np.ptp(rows, axis=1)):
+            found[i] = np.interp(at, place[i], x)
+    return found.reshape(*weights.shape[:-1], len(at))
 
 
 def quartiles(values: ArrayLike) -> tuple[float, float, float]:
@@ -276,6 +281,13 @@ def quartiles(values: ArrayLike) -> tuple[float, float, float]:
         return math.nan, math.nan, math.nan
     first, median, third = np.quantile(x, [0.25, 0.5, 0.75])
     return float(first), float(median), float(third)
+
+
+def mean_ranks(values: ArrayLike) -> Array:
+    """[N] the ranks of [N] values, from 1; equal values share the mean of theirs."""
+    _, of, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((2 * last - counts + 1) / 2)[of]
 
 
 def _answers(truth: ArrayLike, answer: ArrayLike, kind: type) -> tuple[NDArray[np.bool_], NDArray]:
@@ -310,7 +322,7 @@ def _variance(r: float, n: int, covariates: int) -> float:
 
 @functools.cache
 def _quantile(level: float) -> float:
-    return float(stats.norm.ppf((1 + level) / 2))
+    return float(special.ndtri((1 + level) / 2))
 
 
 def _expit(x: float) -> float:

@@ -203,7 +203,9 @@ def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) 
 
 
 def _behaviour_inputs(a: Run, b: Run) -> str:
-    return digest(["behaviour", _pair_inputs(a, b), sorted([a.store().digest, b.store().digest])])
+    from sae.firings import digest_of
+
+    return digest(["behaviour", _pair_inputs(a, b), sorted(digest_of(run.firings_folder) for run in (a, b))])
 
 
 def is_compared(a: Run, b: Run) -> bool:
@@ -274,13 +276,13 @@ class Compared(NamedTuple):
 def compared_of(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
     """What the stages found out about aligned ``runs``."""
     from sae.alignment import both_ways
-    from sae.overlap import overlap
+    from sae.overlap import DIPS, overlap
 
     names, root = [run.name for run in runs], runs[0].root
     tables, fired = both_ways(root / "alignments", names), {run.name: alive(run) for run in runs}
     return Compared(
         list(runs),
-        overlap(names, tables, fired, threshold),
+        overlap(names, tables, fired, threshold, kept=root / "alignments" / DIPS),
         tables,
         behaviours(root, names),
         behaviour_facts(root, names),

@@ -6,6 +6,7 @@ sides of a pair for independent evidence and make intervals narrower by √2 or 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from math import nan
 
@@ -47,11 +48,7 @@ class LatentBootstrap:
         self.runs, self.seed = list(runs), seed
         self.unit = partner_units(runs, alignments)
         self.n_units = max(len(unit) for unit in self.unit.values())
-        # How often each resample holds each unit: a byte is plenty for a Poisson count of mean 1.
-        rng = np.random.default_rng(seed)
-        self.weights = np.empty((resamples, self.n_units), dtype=np.uint8)
-        for row in self.weights:
-            row[:] = np.bincount(rng.integers(self.n_units, size=self.n_units), minlength=self.n_units)
+        self.weights = _weights(self.n_units, resamples, seed)
 
     def count(self, members: Mapping[str, Bools]) -> int:
         """How many units hold a member of any run."""
@@ -79,6 +76,17 @@ class LatentBootstrap:
         total = np.concatenate(parts).reshape(-1, len(self.runs), n_columns + 1)
         with np.errstate(invalid="ignore"):
             return total[:, :, :n_columns] / total[:, :, n_columns:]
+
+
+@functools.lru_cache(maxsize=4)
+def _weights(n_units: int, resamples: int, seed: int) -> NDArray[np.uint8]:
+    """[resamples, n_units] how often each resample holds each unit; a report draws the same ones for many figures."""
+    rng = np.random.default_rng(seed)
+    weights = np.empty((resamples, n_units), dtype=np.uint8)  # plenty for a Poisson count of mean 1
+    for row in weights:
+        row[:] = np.bincount(rng.integers(n_units, size=n_units), minlength=n_units)
+    weights.setflags(write=False)
+    return weights
 
 
 def mean_over(values: Floats, axis: int) -> Floats:

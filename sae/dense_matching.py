@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
 
 Array = NDArray[np.float64]
 
@@ -79,6 +78,8 @@ def _nearest(cosines: Array, axis: int) -> Nearest:
 
 def match(cosines: Array) -> NDArray[np.int64]:
     """The column of each row in the assignment with the largest sum, exact. [n, m], n ≤ m; unchanged on return."""
+    from scipy.optimize import linear_sum_assignment  # here, since reading an alignment takes none
+
     # Negated in place and back: asking SciPy to maximise would copy the matrix.
     np.negative(cosines, out=cosines)
     try:

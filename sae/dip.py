@@ -8,17 +8,23 @@ to, shrinks as 1/√n. Against that uniform the p-value is counted, so it errs o
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sae.errors import UserError
 from sae.estimate import UNKNOWN, Estimate
+from sae.files import read_json, write_json
 
-_compiled = numba.njit(cache=True, error_model="numpy")
+METHOD = 1  # raise it when the same samples would give another result
+_KEPT = 300  # results in a file, the newest
 _FEWEST = 16  # values in a sample worth testing
 _UNIFORMS = 2000  # made-up samples that the p-value counts among
 _UNIFORM_SIZE = 1000  # of each: from here on √n · dip of a uniform hardly changes its distribution
@@ -42,6 +48,8 @@ def dip(values: ArrayLike) -> float:
     Values that are the same number are tied, as the definition has it: a sample of one number has its dip 0, which is
     given as 1/(2n), the dip of n different ones.
     """
+    from sae.dip_kernel import dip_of_jumps  # here, since a report finds its dips in a file and needs no compiler
+
     x = np.sort(np.asarray(values, dtype=np.float64))
     if not len(x):
         return float("nan")
@@ -49,7 +57,7 @@ def dip(values: ArrayLike) -> float:
         return 0.5 / len(x)
     at, counts = np.unique(x, return_counts=True)
     reached = np.cumsum(counts) / len(x)
-    return max(float(_dip(at, np.concatenate([[0.0], reached[:-1]]), reached)), 0.5 / len(x))
+    return max(float(dip_of_jumps(at, np.concatenate([[0.0], reached[:-1]]), reached)), 0.5 / len(x))
 
 
 def dip_test(
@@ -100,6 +108,37 @@ def dip_test(
     return Dip(interval, whole, p_value)
 
 
+def kept_dip_test(path: Path, samples: Sequence[ArrayLike], units: Sequence[ArrayLike], draw: bool) -> Dip:
+    """:func:`dip_test` of these samples, worked out once and then read from ``path``.
+
+    A file that cannot be read is written anew; where none can be written, it is worked out each time.
+    """
+    hasher = hashlib.sha256(f"{METHOD} {draw}".encode())
+    for sample, unit in zip(samples, units, strict=True):
+        hasher.update(f" {len(np.asarray(sample))} ".encode())
+        hasher.update(np.asarray(sample, dtype=np.float64).tobytes())
+        hasher.update(np.asarray(unit, dtype=np.int64).tobytes())
+    key, kept = hasher.hexdigest(), _read_kept(path)
+    if key not in kept:
+        kept[key] = dip_test(samples, units, draw=draw)
+        stored = {
+            name: [None if math.isnan(x) else x for x in (*of.value, of.of_sample, of.p_value)]
+            for name, of in list(kept.items())[-_KEPT:]
+        }
+        with contextlib.suppress(OSError, UserError):  # a study that may only be read, a full disk
+            write_json(path, stored)
+    return kept[key]
+
+
+def _read_kept(path: Path) -> dict[str, Dip]:
+    try:
+        rows = read_json(path) if path.exists() else {}
+        numbers = {name: [math.nan if x is None else float(x) for x in row] for name, row in rows.items()}
+        return {name: Dip(Estimate(*row[:3]), row[3], row[4]) for name, row in numbers.items()}
+    except (OSError, ValueError, TypeError, AttributeError, IndexError):
+        return {}
+
+
 def _p_value(sizes: Sequence[int], dips: NDArray[np.float64]) -> float:
     size = min(int(np.median(sizes)), _UNIFORM_SIZE)
     null = _of_uniforms(size) * np.sqrt(size)
@@ -110,78 +149,3 @@ def _p_value(sizes: Sequence[int], dips: NDArray[np.float64]) -> float:
 def _of_uniforms(n: int) -> NDArray[np.float64]:
     rng = np.random.default_rng(0)
     return np.array([dip(rng.random(n)) for _ in range(_UNIFORMS)])
-
-
-@_compiled
-def _dip(at: np.ndarray, below: np.ndarray, reached: np.ndarray) -> Any:
-    """The dip of a distribution with a jump at each of ``at`` [n], from ``below`` to ``reached``.
-
-    The best function with one mode is convex, then a straight line over an interval of modes, then concave. The
-    interval is narrowed from both ends: within it, the greatest convex function below the distribution and the least
-    concave one above it are apart by some distance at some place, and the next interval begins or ends there. What is
-    then left outside fixes how far the convex and the concave part must be from the distribution.
-    """
-    n = len(at)
-    low, high = 0, n - 1
-    convex, concave = np.empty(n, np.int64), np.empty(n, np.int64)
-    least = 0.0
-    while low < high:  # a single place left is a mode whatever its jump
-        size_g = _hull(at, below, low, high, convex, 1.0)
-        size_l = _hull(at, reached, low, high, concave, -1.0)
-        apart, new_low, new_high = 0.0, low, high
-        # The distance is largest where one of the two bends.
-        j = 0
-        for i in range(size_g):
-            x = convex[i]
-            while j + 1 < size_l - 1 and concave[j + 1] <= x:
-                j += 1
-            distance = _line(at, reached, concave[j], concave[min(j + 1, size_l - 1)], x) - below[x]
-            if distance > apart:
-                apart, new_low = distance, x
-                new_high = concave[j] if concave[j] >= x else concave[min(j + 1, size_l - 1)]
-        j = 0
-        for i in range(size_l):
-            x = concave[i]
-            while j + 1 < size_g - 1 and convex[j + 1] < x:
-                j += 1
-            distance = reached[x] - _line(at, below, convex[j], convex[min(j + 1, size_g - 1)], x)
-            if distance > apart:
-                apart, new_high = distance, x
-                last = convex[min(j + 1, size_g - 1)]
-                new_low = last if last <= x else convex[j]
-        if apart <= least:
-            return 0.5 * max(least, apart)
-        for i in range(size_g - 1):
-            for x in range(convex[i], min(convex[i + 1] - 1, new_low) + 1 if convex[i] < new_low else 0):
-                least = max(least, reached[x] - _line(at, below, convex[i], convex[i + 1], x))
-        for i in range(size_l - 1):
-            for x in range(max(concave[i] + 1, new_high), concave[i + 1] + 1 if concave[i + 1] > new_high else 0):
-                least = max(least, _line(at, reached, concave[i], concave[i + 1], x) - below[x])
-        if new_low == low and new_high == high:
-            return 0.5 * max(least, apart)
-        low, high = new_low, new_high
-    return 0.5 * least
-
-
-@_compiled
-def _line(at: np.ndarray, height: np.ndarray, left: int, right: int, x: int) -> Any:
-    if left == right:
-        return height[left]
-    share = (at[x] - at[left]) / (at[right] - at[left])
-    return height[left] + share * (height[right] - height[left])
-
-
-@_compiled
-def _hull(at: np.ndarray, height: np.ndarray, low: int, high: int, out: np.ndarray, sign: float) -> int:
-    """Corners of the greatest convex function below the points (``sign`` 1), or the least concave above (-1)."""
-    size = 0
-    for x in range(low, high + 1):
-        while size >= 2:
-            a, b = out[size - 2], out[size - 1]
-            turn = (at[b] - at[a]) * (height[x] - height[a]) - (height[b] - height[a]) * (at[x] - at[a])
-            if sign * turn > 0:
-                break
-            size -= 1
-        out[size] = x
-        size += 1
-    return size

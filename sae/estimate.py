@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from scipy import special
-
 
 class Estimate(NamedTuple):
     """A measured value with its 95 % interval (unless the maker was asked for another level).
@@ -36,6 +34,8 @@ def proportion(successes: float, n: float, level: float = 0.95) -> Estimate:
     """A fraction with its Wilson score interval (Wilson 1927); NaN when ``n`` is 0."""
     if n <= 0:
         return UNKNOWN
+    from scipy import special  # here, since what only shows an estimate does without
+
     z = float(special.ndtri((1 + level) / 2))
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)

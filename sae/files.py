@@ -2,6 +2,8 @@
 
 Tables are Parquet; each carries, as file metadata, a schema number and whatever its writer wants to
 be able to check later (the hash of the inputs it was made from, above all).
+
+pandas and pyarrow are imported by the functions that read and write tables, since `runs` reads none.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from sae.errors import BadInput, UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
 
 SCHEMA = 1
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -104,6 +106,9 @@ def read_json(path: Path) -> Any:
 
 def write_table(path: Path, table: pd.DataFrame, **metadata: Any) -> None:
     """Write ``table`` as Parquet with ``metadata`` (any JSON values) in its footer."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     with atomic(path) as temporary:
         pq.write_table(arrow.replace_schema_metadata(with_metadata(arrow.schema, metadata)), temporary)
@@ -116,6 +121,8 @@ def with_metadata(schema: pa.Schema, metadata: Mapping[str, Any]) -> dict[bytes,
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """A stored table, or those of ``columns`` that it has. Raises BadInput where the file is no whole table."""
+    import pandas as pd
+
     wanted = None if columns is None else [c for c in table_columns(path) if c in columns]
     with _whole(path):
         return pd.read_parquet(path, columns=wanted)
@@ -123,6 +130,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
 
 def table_columns(path: Path) -> list[str]:
     """The names of a stored table's columns, without reading it. Raises BadInput as :func:`read_table` does."""
+    import pyarrow.parquet as pq
+
     with _whole(path):
         return list(pq.read_schema(path).names)
 
@@ -131,6 +140,8 @@ def table_metadata(path: Path) -> dict[str, Any]:
     """What :func:`write_table` stored beside the columns; empty for a missing or foreign file."""
     if not path.exists():
         return {}
+    import pyarrow.parquet as pq
+
     with _whole(path):
         stored = pq.read_schema(path).metadata or {}
     return json.loads(stored[_META]) if _META in stored else {}
@@ -138,6 +149,8 @@ def table_metadata(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
     try:
         yield
     except FileNotFoundError:

@@ -28,6 +28,8 @@ Legend: B tokens in a batch, T tokens in a sequence, M latents, F firings, W win
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,15 +84,11 @@ class FiringStore:
         schema and :class:`BadInput` for files that are missing, cut short or not those that were written.
         """
         folder = Path(folder)
-        path = folder / STORE_FILE
-        if not path.is_file():
-            state = "is unfinished" if (folder / "shards").is_dir() else "does not exist"
-            raise NotFound(f"firing store {str(folder)!r} {state}; harvest the run (the same command goes on)")
-        record = read_record(path)
+        record = _finished(folder)
         shapes = _expected_shapes(record)
         for relative, shape in shapes.items():
             try:
-                found = mapped(folder / relative).shape
+                found = _shape_of(folder / relative)
             except (OSError, ValueError):
                 raise _damaged(folder, f"{relative} is missing or cut short") from None
             if found != shape:
@@ -100,7 +98,7 @@ class FiringStore:
     @property
     def digest(self) -> str:
         """What a table made from this store depends on: provenance and amount. 64 hex characters."""
-        return digest({"provenance": self.provenance, "n_sequences": self.n_sequences})
+        return _digest(self.record)
 
     # --- by latent ------------------------------------------------------------------------------------
 
@@ -299,6 +297,27 @@ def latent_blocks(offsets: Ints, firings: int) -> Iterator[tuple[int, int]]:
         first = last
 
 
+def digest_of(folder: Path) -> str:
+    """:attr:`FiringStore.digest` of the store in ``folder``, out of its record alone: its arrays are not looked at.
+
+    Raises as :meth:`FiringStore.open` does where there is no finished harvest, or no record that can be read.
+    """
+    return _digest(_finished(folder))
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return digest({"provenance": record["provenance"], "n_sequences": record["n_sequences"]})
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """The record of the store in ``folder``; NotFound where there is no finished harvest."""
+    path = folder / STORE_FILE
+    if not path.is_file():
+        state = "is unfinished" if (folder / "shards").is_dir() else "does not exist"
+        raise NotFound(f"firing store {str(folder)!r} {state}; harvest the run (the same command goes on)")
+    return read_record(path)
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """A ``store.json`` or ``plan.json``, or one line: damaged, or written in another schema."""
     try:
@@ -327,6 +346,16 @@ def _expected_shapes(record: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         lengths = (shard["n_firings"], shard_windows * provenance["window"], shard_windows + 1)
         shapes |= {f"shards/{shard['name']}/{kind}.npy": (n,) for kind, n in zip(SHARD_FILES, lengths, strict=True)}
     return shapes
+
+
+def _shape_of(path: Path) -> tuple[int, ...]:
+    """The shape of a ``.npy`` file that is as long as its head says; ValueError where it is not. Nothing is mapped."""
+    with path.open("rb") as stream:
+        np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        if os.fstat(stream.fileno()).st_size < stream.tell() + math.prod(shape) * dtype.itemsize:
+            raise ValueError("cut short")
+    return shape
 
 
 def mapped(path: Path) -> np.memmap[Any, Any]:

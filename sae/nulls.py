@@ -73,7 +73,7 @@ def as_alignment(table: pd.DataFrame, null: str) -> pd.DataFrame | None:
     """A side of an alignment as it would be under a null; ``None`` where it was aligned without nulls."""
     if any(f"{column}__{null}" not in table for column in COLUMNS):
         return None
-    return pd.DataFrame({column: table[f"{column}__{null}"] for column in COLUMNS})
+    return table[[f"{column}__{null}" for column in COLUMNS]].set_axis(list(COLUMNS), axis="columns")
 
 
 def null_of(name: str, weights: Weights, pair: tuple[str, str], seed: int = 0) -> Weights:

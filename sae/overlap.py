@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import comb, isnan, nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ from sae.errors import BadInput, NotFound
 from sae.estimate import UNKNOWN, Estimate
 from sae.nulls import NULLS, as_alignment
 from sae.similarity import bimodality, by_pair, histogram, spread
+
+DIPS = "dips.json"
+"""The name of the file that keeps dip tests, among a root's alignments."""
 
 DEFINITIONS: dict[str, str] = {
     "strict": "encoder and decoder matchings pick the same partner, and both cosines exceed the threshold",
@@ -183,6 +187,7 @@ def overlap(
     threshold: float = 0.7,
     resamples: int = 1000,
     seed: int = 0,
+    kept: Path | None = None,
 ) -> StudyOverlap:
     """Everything that a study says about how far its S dictionaries overlap.
 
@@ -192,16 +197,17 @@ def overlap(
         alive: run → [M] whether the latent ever fired.
         threshold: what both or either cosine must exceed.
         resamples, seed: of the bootstrap.
+        kept: the file that keeps dip tests, which take as long as all the rest (:func:`sae.dip.kept_dip_test`).
     """
     alive = {run: np.asarray(alive[run], dtype=bool) for run in runs}
     check(runs, alignments, alive)
     nulls = {
-        null: _overlap_of(runs, tables, alive, threshold, LatentBootstrap(runs, tables, 0, seed), is_null=True)
+        null: _overlap_of(runs, tables, alive, threshold, LatentBootstrap(runs, tables, 0, seed), True, kept)
         for null in NULLS
         if (tables := _under(null, runs, alignments)) is not None
     }
     draw = LatentBootstrap(runs, alignments, resamples, seed)
-    return replace(_overlap_of(runs, alignments, alive, threshold, draw, is_null=False), nulls=nulls)
+    return replace(_overlap_of(runs, alignments, alive, threshold, draw, False, kept), nulls=nulls)
 
 
 def _overlap_of(
@@ -211,6 +217,7 @@ def _overlap_of(
     threshold: float,
     draw: LatentBootstrap,
     is_null: bool,
+    kept: Path | None,
 ) -> StudyOverlap:
     populations = {"alive": alive, "all": {run: np.ones(len(alive[run]), bool) for run in runs}}
     pairs = _pairs(runs, alignments, populations, threshold, draw)
@@ -255,7 +262,7 @@ def _overlap_of(
         pw_mcc_sd=spread(of_pairs["mean_decoder"]),
         by_pair=of_pairs,
         histogram=histogram(runs, alignments, alive),
-        bimodality=bimodality(runs, alignments, alive, draw.unit, draw=not is_null),
+        bimodality=bimodality(runs, alignments, alive, draw.unit, draw=not is_null, kept=kept),
         sweep=threshold_sweep(runs, alignments, alive),
         nulls={},
     )

@@ -17,8 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from sae.commands import DEFAULT_ROOT, command
 from sae.errors import BadInput, NotFound, SettingsDiffer, nearest
 from sae.files import (
@@ -35,6 +33,8 @@ from sae.package_data import TOP
 from sae.settings import Settings, validated
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sae.corpus import Corpus
     from sae.dictionary import Sae
     from sae.firings import FiringStore

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from math import isnan, nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sae.bootstrap import Bools, Floats, Tables
-from sae.dip import Dip, dip_test
+from sae.dip import Dip, dip_test, kept_dip_test
 
 EDGES = np.round(np.linspace(-1, 1, 41), 2)
 
@@ -48,12 +49,18 @@ def histogram(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools
 
 
 def bimodality(
-    runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], unit: Mapping[str, NDArray[Any]], draw: bool
+    runs: Sequence[str],
+    alignments: Tables,
+    alive: Mapping[str, Bools],
+    unit: Mapping[str, NDArray[Any]],
+    draw: bool,
+    kept: Path | None = None,
 ) -> Dip:
     """The dip test of the mean matched cosines of each ordered pair's alive anchors.
 
     ``unit`` gives each latent of each run the number of its unit (:class:`sae.bootstrap.LatentBootstrap`): the same
-    feature in several runs is one observation. ``draw``: also the interval, which takes most of the time.
+    feature in several runs is one observation. ``draw``: also the interval, which takes most of the time. ``kept``: the
+    file that keeps what was worked out before.
     """
     samples, units = [], []
     for a, b in ((a, b) for a in runs for b in runs if a != b):
@@ -61,7 +68,7 @@ def bimodality(
         known = alive[a] & ~np.isnan(alike)
         samples.append(alike[known])
         units.append(np.asarray(unit[a])[known])
-    return dip_test(samples, units, draw=draw)
+    return dip_test(samples, units, draw=draw) if kept is None else kept_dip_test(kept, samples, units, draw)
 
 
 def by_pair(

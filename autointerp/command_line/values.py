@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,8 @@ def new_file(option: str, path: Path) -> Path:
 
     It is tried at once, before the work whose result would have no place to go.
     """
+    import tempfile
+
     from sae.errors import BadInput
 
     path = path.expanduser()

@@ -6,6 +6,7 @@ since the reference values are of that. Fractions are of alive latents.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, isnan
@@ -25,7 +26,7 @@ from autointerp.findings.finding import (
     against,
     every,
 )
-from autointerp.findings.intervals import Measured, over_seeds
+from autointerp.findings.intervals import Measured, over_seeds, under_nulls
 from autointerp.numerals import decimal
 from sae.bootstrap import Bools, Floats, LatentBootstrap, Tables, mean_over
 from sae.dip import Dip
@@ -53,6 +54,11 @@ class Dictionaries:
     frequency: Mapping[str, Floats]
     bimodality: Dip | None
     more: Mapping[str, str]
+
+    @functools.cached_property
+    def nulls(self) -> Mapping[str, Tables]:
+        """The tables as they are by chance, made once for all figures."""
+        return under_nulls(self.runs, self.tables)
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
@@ -82,7 +88,7 @@ def fraction(of: Dictionaries, definition: str, members: Mapping[str, Bools] | N
         found = _pairwise(draw, tables, counted, is_shared)
         return mean_over(found.reshape(len(found), -1), axis=1)
 
-    return over_seeds(figure, of.runs, of.tables, members=counted)
+    return over_seeds(figure, of.runs, of.tables, of.nulls, members=counted)
 
 
 def _gap(draw: LatentBootstrap, tables: Tables, alive: Mapping[str, Bools]) -> Floats:
@@ -178,7 +184,7 @@ def disagree_finding(of: Dictionaries) -> Finding:
     about = _ABOUT["disagree"]
     if len(of.runs) < 2:
         return about.missing("it takes two aligned seeds", of.more["pair"])
-    found = over_seeds(lambda draw, tables: _gap(draw, tables, of.alive), of.runs, of.tables, within=(-2, 2))
+    found = over_seeds(lambda draw, tables: _gap(draw, tables, of.alive), of.runs, of.tables, of.nulls, within=(-2, 2))
     chance = 0.0 if isnan(found.null) else found.null
     agree = fraction(of, "lenient").estimate.value
     if isnan(found.estimate.value):
@@ -198,7 +204,7 @@ def third_seed_finding(of: Dictionaries) -> Finding:
     if len(of.runs) < 3:
         return about.missing("it takes three aligned seeds", of.more["seed"])
     found = over_seeds(
-        lambda draw, tables: _drop(draw, tables, of.alive), of.runs, of.tables, least=3, members=of.alive
+        lambda draw, tables: _drop(draw, tables, of.alive), of.runs, of.tables, of.nulls, least=3, members=of.alive
     )
     chance = 0.0 if isnan(found.null) else found.null
     alone = 1 - fraction(of, "both").estimate.value
@@ -214,7 +220,7 @@ def retained_finding(of: Dictionaries) -> Finding:
         return about.missing("it takes three aligned seeds", of.more["seed"])
     held = {run: of.alive[run] & (_n_shared(of.tables, of.runs, run) > 0) for run in of.runs}
     found = over_seeds(
-        lambda draw, tables: _retained(draw, tables, of.alive), of.runs, of.tables, least=3, members=held
+        lambda draw, tables: _retained(draw, tables, of.alive), of.runs, of.tables, of.nulls, least=3, members=held
     )
     return about.row(found.estimate, against(found.estimate, 0.5), f"tested: above one half; {found.method}")
 
@@ -246,7 +252,7 @@ def frequency_finding(of: Dictionaries) -> Finding:
         )
         return most - least
 
-    found = over_seeds(figure, of.runs, of.tables, within=(-1, 1))
+    found = over_seeds(figure, of.runs, of.tables, of.nulls, within=(-1, 1))
     most, rarest = (
         fraction(of, "both", {run: of_run[i] for run, of_run in tenths.items()}).estimate.value for i in (0, 1)
     )

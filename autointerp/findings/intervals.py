@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from sae.bootstrap import Bools, Floats, LatentBootstrap, Tables, estimate
 from sae.estimate import Estimate
@@ -39,13 +39,15 @@ def over_seeds(
     figure: Figure,
     runs: Sequence[str],
     tables: Tables,
+    nulls: Mapping[str, Tables],
     least: int = 2,
     within: tuple[float, float] = (0.0, 1.0),
     members: Mapping[str, Bools] | None = None,
 ) -> Measured:
     """The figure of ``runs`` with its interval (this module's head) and by chance.
 
-    ``least`` is the number of runs that the figure takes; ``within`` its range, at which intervals are cut.
+    ``nulls`` are the tables :func:`under_nulls`. ``least`` is the number of runs that the figure takes; ``within`` its
+    range, at which intervals are cut.
     For a fraction, ``members`` are the latents that it is of (run → [M]).
     """
     draw = LatentBootstrap(runs, tables, RESAMPLES, 0)
@@ -55,17 +57,23 @@ def over_seeds(
         parts = [[run for run in runs if run != left] for left in runs]
         left_out = [float(figure(LatentBootstrap(part, tables, 0, 0), tables)[0]) for part in parts]
         found, method = wider(jackknife(of_latents.value, left_out), of_latents), SEEDS
-    return Measured(cut(found, *within), method, by_chance(figure, runs, tables))
+    return Measured(cut(found, *within), method, by_chance(figure, runs, nulls))
 
 
-def by_chance(figure: Figure, runs: Sequence[str], tables: Tables) -> float:
-    """The figure of ``runs`` aligned with what shares nothing with them, the largest over the nulls."""
-    values = []
+def under_nulls(runs: Sequence[str], tables: Tables) -> dict[str, Tables]:
+    """Null → the alignments of ``runs`` with what shares nothing with them; without the nulls that not all have."""
+    found: dict[str, Tables] = {}
     for null in NULLS:
         turned = {pair: as_alignment(tables[pair], null) for pair in tables if set(pair) <= set(runs)}
         known = {pair: table for pair, table in turned.items() if table is not None}
         if known and len(known) == len(turned):
-            values.append(float(figure(LatentBootstrap(runs, known, 0, 0), known)[0]))
+            found[null] = known
+    return found
+
+
+def by_chance(figure: Figure, runs: Sequence[str], nulls: Mapping[str, Tables]) -> float:
+    """The figure of ``runs`` aligned with what shares nothing with them, the largest over the nulls."""
+    values = [float(figure(LatentBootstrap(runs, tables, 0, 0), tables)[0]) for tables in nulls.values()]
     return max((v for v in values if not math.isnan(v)), default=math.nan)
 
 
@@ -75,7 +83,7 @@ def jackknife(value: float, left_out: Sequence[float]) -> Estimate:
     if n < 2 or any(math.isnan(x) for x in (value, *left_out)):
         return Estimate(value, math.nan, math.nan)
     spread = math.sqrt((n - 1) / n * float(np.sum((np.asarray(left_out) - np.mean(left_out)) ** 2)))
-    half = float(stats.t.ppf(0.975, n - 1)) * spread
+    half = float(special.stdtrit(n - 1, 0.975)) * spread
     return Estimate(value, value - half, value + half)
 
 
@@ -104,10 +112,10 @@ def cut(found: Estimate, least: float, most: float) -> Estimate:
 
 def standard_error(found: Estimate) -> float:
     """Of a 95 % interval, as of a normal one."""
-    return (found.high - found.low) / (2 * float(stats.norm.ppf(0.975)))
+    return (found.high - found.low) / (2 * float(special.ndtri(0.975)))
 
 
 def normal(value: float, error: float) -> Estimate:
     """``value`` with the 95 % interval of its standard error."""
-    half = float(stats.norm.ppf(0.975)) * error
+    half = float(special.ndtri(0.975)) * error
     return Estimate(value, value - half, value + half)

@@ -22,9 +22,9 @@ from autointerp.findings.finding import (
     against,
     estimate_of,
 )
+from autointerp.method import CHANCE
 from autointerp.numerals import decimal, estimate
 from autointerp.rank_bootstrap import Resamples, interval_of
-from autointerp.scored import CHANCE
 from autointerp.scored_pairs import agreement
 from autointerp.statistics import quantiles
 from sae.estimate import Estimate

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from autointerp.method import CHANCE
 from autointerp.patterns import brief
 from autointerp.report import blocks, controls
 from autointerp.report.dictionaries import class_label, missing, rate
@@ -33,7 +34,6 @@ from autointerp.report.layout import (
     section,
 )
 from autointerp.report.visible import highlighted, shown, visible
-from autointerp.scored import CHANCE
 
 Findings = Mapping[str, Any]
 N_SHOWN = 5

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from autointerp.database import Database
@@ -104,6 +105,7 @@ def test_verdicts_round_trip_with_nan_where_nothing_was_said(journal: Journal) -
     np.testing.assert_array_equal(table["label"], [1, 0, np.nan])
     assert table["failure"].isna().tolist() == [True, True, False]
     assert journal.verdicts(negative_kind=None)["context"].tolist() == [1]
+    pd.testing.assert_frame_equal(journal.verdicts(["label", "truth"], latent=7), table[["label", "truth"]])
     assert journal.judged(explanation_id=1, control="none") == {1, 2}
     assert journal.verdicts(context={1, np.int64(3)})["context"].tolist() == [1, 3]
 
@@ -156,8 +158,9 @@ def test_nan_is_refused(journal: Journal) -> None:
 
 
 def test_an_unknown_filter_is_an_error(journal: Journal) -> None:
+    unknown: dict[str, Any] = {"1=1; --": 3}
     with pytest.raises(TypeError, match="no such filter"):
-        journal.verdicts(**{"1=1; --": 3})
+        journal.verdicts(**unknown)
 
 
 def test_usage_sums(journal: Journal) -> None:

@@ -29,11 +29,18 @@ def test_a_weighted_correlation_is_that_of_the_sample_written_out(data: st.DataO
         assert r[0, 1] == pytest.approx(r[1, 0], nan_ok=True)
 
 
-def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weights", [None, np.linspace(0.5, 3, 50)], ids=["plain", "weighted"])
+def test_pieces_change_no_bit(weights: np.ndarray | None, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = np.random.default_rng(0).normal(size=(2, 50))
-    whole = Resamples(np.arange(50)).correlations([x, y], x > -1)
-    monkeypatch.setattr("autointerp.rank_bootstrap._CELLS", 120)
-    assert np.allclose(whole, Resamples(np.arange(50)).correlations([x, y], x > -1))
+
+    def found() -> np.ndarray:
+        return Resamples(np.arange(50), weights=weights).correlations([x, y], x > -1)
+
+    whole = found()
+    monkeypatch.setattr("autointerp.rank_bootstrap._CELLS", 120)  # weights are not kept
+    assert np.array_equal(whole, found())
+    monkeypatch.setattr("autointerp.rank_bootstrap._NEAR", 1 << 30)  # and worked on in one piece
+    assert np.array_equal(whole, found())
 
 
 def test_partial_is_that_of_the_regressed_ranks() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,32 +16,57 @@ REPOSITORY = Path(program.__file__).parent
 COMMANDS = (
     *("demo", "train", "harvest", "align", "import", "export", "explain", "score", "report", "show", "compare", "runs"),
 )
+OF_TYPER = {"annotated_doc", "shellingham", "typer"}
+OF_PYDANTIC = {"annotated_types", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection"}
+OF_RICH = {"rich", "pygments", "markdown_it", "mdurl"}
 
-HELP = """
-import sys
+RUN = """
+import json, sys
 from cli import main
 sys.argv = ["cli.py", *sys.argv[1:]]
 try:
     main()
 finally:
-    heavy = {"torch", "pandas", "transformers", "numpy", "openai"} & set(sys.modules)
-    assert not heavy, heavy
+    print(json.dumps(sorted(sys.modules)), file=sys.stderr)
 """
 
 
-def seconds_used() -> float:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return children.ru_utime + children.ru_stime
-
-
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_is_quick_and_imports_nothing_heavy(command: str) -> None:
-    before = seconds_used()  # of computing, which other work on the machine does not lengthen as it does the clock
-    arguments = [sys.executable, "-c", HELP, *command.split(), "--help"]
-    ran = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True)
+def modules_of(*arguments: object) -> set[str]:
+    """All modules that a command has imported when it ends."""
+    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert "--help" in ran.stdout
-    assert seconds_used() - before < 0.5
+    return set(json.loads(ran.stderr.splitlines()[-1]))
+
+
+def packages(modules: set[str]) -> set[str]:
+    """The packages of others among the modules."""
+    others = {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names)
+    return {name for name in others if not name.startswith("_") and name not in ("autointerp", "cli", "sae")}
+
+
+def test_help_imports_typer_alone() -> None:
+    assert packages(modules_of("--help")) <= OF_TYPER
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_imports_nothing_heavy(command: str) -> None:
+    assert packages(modules_of(command, "--help")) <= OF_TYPER | OF_PYDANTIC  # pydantic by typer itself
+
+
+def test_runs_imports_no_library_of_numbers(root: Path) -> None:
+    assert packages(modules_of("runs", "--root", root)) <= OF_TYPER | OF_PYDANTIC | OF_RICH
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["report", "report --json", "show --latent 3", "compare run_a run_b"],
+)
+def test_reading_a_study_imports_no_solver_and_no_model(root: Path, words: str) -> None:
+    modules = modules_of(*words.split(), "--root", root)
+    heavy = {"datasets", "httpx", "jinja2", "openai", "plotly", "torch", "transformers"}
+    heavy |= {"scipy.optimize", "scipy.sparse", "scipy.stats"}
+    assert not heavy & modules
 
 
 def test_look_ups_never_import_torch(root: Path) -> None:

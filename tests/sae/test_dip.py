@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from sae.dip import dip, dip_test
+from sae.dip import dip, dip_test, kept_dip_test
 
 
 def by_linear_programmes(values: list[float]) -> float:
@@ -128,3 +129,37 @@ def test_what_is_seen_in_several_samples_is_one_observation() -> None:
     assert inside >= 33
     joint, apart = np.mean(widths, axis=0)
     assert joint > 1.5 * apart
+
+
+def test_a_kept_dip_is_the_same_and_needs_no_second_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    samples, units, path = [rng.normal(size=200), rng.normal(size=8)], [np.arange(200), np.arange(8)], tmp_path / "dips"
+    expected = {draw: dip_test(samples, units, draw=draw) for draw in (True, False)}
+    found = {draw: kept_dip_test(path, samples, units, draw) for draw in (True, False)}
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("worked out again")
+
+    monkeypatch.setattr("sae.dip.dip_test", refused)
+    for draw in (True, False):
+        again = kept_dip_test(path, samples, units, draw)
+        assert np.array_equal(np.hstack(again), np.hstack(expected[draw]), equal_nan=True)
+        assert np.array_equal(np.hstack(found[draw]), np.hstack(expected[draw]), equal_nan=True)
+    for other in ([samples[0] + 1e-9, samples[1]], [samples[0][::-1], samples[1]]):
+        with pytest.raises(AssertionError, match="again"):
+            kept_dip_test(path, other, units, True)
+
+
+def test_a_damaged_file_of_dips_is_written_anew(tmp_path: Path) -> None:
+    samples, units, path = [np.linspace(0, 1, 50)], [np.arange(50)], tmp_path / "dips"
+    expected = kept_dip_test(path, samples, units, True)
+    for content in ("{", "[]", '{"a": 3}', '{"a": [1]}', '{"a": ["x", 1, 1, 1, 1]}'):
+        path.write_text(content)
+        assert kept_dip_test(path, samples, units, True) == expected
+        assert kept_dip_test(path, samples, units, True) == expected
+
+
+def test_where_nothing_can_be_written_the_dip_is_worked_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    samples, units = [np.linspace(0, 1, 50)], [np.arange(50)]
+    assert kept_dip_test(tmp_path / "file" / "dips", samples, units, True) == dip_test(samples, units)

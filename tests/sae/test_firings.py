@@ -24,7 +24,7 @@ from sae.dictionary import Firings
 from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.files import read_json, write_json
 from sae.firing_index import Source
-from sae.firings import FiringStore, content_hash, latent_blocks, latent_statistics, mix
+from sae.firings import FiringStore, content_hash, digest_of, latent_blocks, latent_statistics, mix
 from sae.harvest import harvest
 
 
@@ -224,6 +224,9 @@ def test_opening_refuses_what_is_not_whole(stream: FakeStream, tmp_path: Path) -
         FiringStore.open(folder)
     latents.write_bytes(whole)
     assert FiringStore.open(folder).n_firings == record["n_firings"]
+    assert digest_of(folder) == FiringStore.open(folder).digest
+    with pytest.raises(NotFound, match="does not exist"):
+        digest_of(tmp_path / "nowhere")
 
 
 def test_the_corpus_has_to_be_the_one_that_was_harvested(stream: FakeStream, tmp_path: Path) -> None:
