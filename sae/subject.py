@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae.errors import BadInput, NotFound, UserError, nearest
+from sae.errors import BadInput, NotFound, UserError, listed, nearest
 from sae.files import digest, digest_samples, read_json
+from sae.hookpoint_names import likely_hookpoints
 from sae.hub import Kind, find_on_hub, first_line, looks_like_path
 from sae.memory import is_out_of_memory
 from sae.subjects import BUNDLED
@@ -159,9 +160,14 @@ class Subject:
         if name in known:
             raise BadInput(
                 f"hookpoint {name!r} of model {self.source!r} does not give one vector per token; "
-                f"choose for example {nearest(name, self._widths)}"
+                f"choose for example {self._likely(name)}"
             )
-        raise NotFound(f"model {self.source!r} has no hookpoint {name!r}; did you mean {nearest(name, self._widths)}?")
+        raise NotFound(f"model {self.source!r} has no hookpoint {name!r}; did you mean {self._likely(name)}?")
+
+    def _likely(self, name: str) -> str:
+        """Hookpoints that a wrong name may mean, as words for an error message."""
+        known = self.hookpoints()
+        return listed(likely_hookpoints(name, known)) or nearest(name, known)
 
     @functools.cached_property
     def _widths(self) -> dict[str, int]:
