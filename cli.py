@@ -7,10 +7,11 @@ import sys
 import typer
 
 from autointerp.command_line import dictionaries, explaining, reading
-from autointerp.command_line.ending import INTERRUPTED, end, one_line_errors
+from autointerp.command_line.ending import INTERRUPTED, TERMINATED, end, one_line_errors
 from autointerp.command_line.values import spread_lists
 from sae import launch
 from sae.errors import BadInput
+from sae.interrupt import Terminated
 
 app = typer.Typer(
     name="autointerp",
@@ -47,9 +48,13 @@ def main() -> None:
         if launch.launched() and arguments[0] not in ("train", "harvest"):
             raise BadInput(f"torchrun is for `train` and `harvest`; run `python cli.py {arguments[0]}` without it")
         prog_name = "python cli.py" if sys.argv[0].endswith("cli.py") else None
-        code = app(args=spread_lists(arguments), prog_name=prog_name, standalone_mode=False)
-    if code == INTERRUPTED:
-        end(code, "\ninterrupted; what is finished is kept, and the same command goes on from there")
+        try:
+            code = app(args=spread_lists(arguments), prog_name=prog_name, standalone_mode=False)
+        except Terminated:
+            code = TERMINATED
+    if code in (INTERRUPTED, TERMINATED):
+        what = "interrupted" if code == INTERRUPTED else "terminated"
+        end(code, f"\n{what}; what is finished is kept, and the same command resumes from there")
     sys.exit(code or 0)
 
 
