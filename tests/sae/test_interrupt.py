@@ -39,10 +39,12 @@ class Signalled(Batches):
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
-    """None is left behind."""
+    """Python's own, which what runs the tests may have turned off; none of ours is left behind."""
+    given = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    signal.signal(signal.SIGINT, given)
 
 
 @KINDS
