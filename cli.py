@@ -12,11 +12,12 @@ except ImportError as error:
 import typer
 
 from autointerp.command_line import dictionaries, explaining, reading
-from autointerp.command_line.ending import INTERRUPTED, end, one_line_errors
+from autointerp.command_line.ending import INTERRUPTED, TERMINATED, end, one_line_errors
 from autointerp.command_line.values import spread_lists
 from sae import launch
 from sae.commands import program, written
 from sae.errors import BadInput
+from sae.interrupt import Terminated
 
 app = typer.Typer(
     name="autointerp",
@@ -52,9 +53,13 @@ def main() -> None:
     with one_line_errors("--json" in arguments):
         if launch.launched() and arguments[0] not in ("train", "harvest"):
             raise BadInput(f"torchrun is for `train` and `harvest`; run `{written(arguments[0])}` without it")
-        code = app(args=spread_lists(arguments), prog_name=program(), standalone_mode=False)
-    if code == INTERRUPTED:
-        end(code, "\ninterrupted; what is finished is kept, and the same command goes on from there")
+        try:
+            code = app(args=spread_lists(arguments), prog_name=program(), standalone_mode=False)
+        except Terminated:
+            code = TERMINATED
+    if code in (INTERRUPTED, TERMINATED):
+        what = "interrupted" if code == INTERRUPTED else "terminated"
+        end(code, f"\n{what}; what is finished is kept, and the same command resumes from there")
     sys.exit(code or 0)
 
 

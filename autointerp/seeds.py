@@ -15,7 +15,7 @@ import pandas as pd
 from autointerp.evidence import Study
 from autointerp.json_values import histogram, number
 from autointerp.statistics import quartiles
-from sae.files import read_table
+from sae.files import read_table, table_metadata
 from sae.latent_table import CLASSES, shared_class
 from sae.overlap import DEFINITIONS
 from sae.run import Run
@@ -225,6 +225,7 @@ def training_findings(runs: Sequence[Run]) -> dict[str, Any] | None:
             key: {name: number(tail[key].mean()) for name, tail in tails.items()}
             for key in ("fvu", "l0", "dead_fraction", "auxk")
         },
+        "quality": {run.name: found for run in runs if (found := table_metadata(run.training_log_path).get("quality"))},
         "tokens": {name: int(log["tokens"].iloc[-1]) if len(log) else 0 for name, log in logs.items()},
         "steps": {name: int(log["step"].iloc[-1]) if len(log) else 0 for name, log in logs.items()},
         "curves": {

@@ -112,7 +112,7 @@ def delphi(folder: Path, tokens: int, names: str) -> None:
     from transformers import AutoModel
 
     about = json.loads((folder / "about.json").read_text())
-    model = AutoModel.from_pretrained(subject_folder(), dtype=torch.float32)
+    model = AutoModel.from_pretrained(subject_folder(), dtype=torch.float32, trust_remote_code=False)
     coder = SparseCoder.load_from_disk(str(folder / names[0]), device="cpu")
     encode = {about["hookpoint"]: partial(sae_dense_latents, sae=coder)}
     cache = LatentCache(model, encode, batch_size=SEQUENCES)

@@ -8,7 +8,10 @@ read is known by the names of its files.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+
+import torch
 
 from sae.dictionary import Sae
 from sae.errors import BadInput, NotFound
@@ -16,6 +19,8 @@ from sae.formats import FORMATS, About, Format, Opened
 
 _DEPTH = 3
 """folders below a named one that are looked into for checkpoints"""
+_LARGEST = 1e17
+"""of a weight: the squares of a row of larger ones overflow float32, and so do products with any activations"""
 
 
 def native_format(architecture: str) -> Format:
@@ -58,7 +63,15 @@ def open_sae(folder: Path) -> tuple[Opened, Format]:
     opened, or disagrees with the other; each in one line.
     """
     format_ = detect(folder)
-    return format_.read(folder), format_
+    opened = format_.read(folder)
+    for name, weight in opened.sae.weights().items():
+        largest = float(torch.linalg.vector_norm(weight, ord=math.inf))
+        if not largest <= _LARGEST:
+            raise BadInput(
+                f"{folder / format_.weights}: {name} holds numbers of size {largest:.3g}, whose products overflow "
+                "float32; fetch the checkpoint again, or train it again with a lower learning rate"
+            )
+    return opened, format_
 
 
 def detect(folder: Path) -> Format:

@@ -53,6 +53,10 @@ def alike(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """The candidates most like ``name``, as words for an error message: ``'a', 'b' or 'c'``."""
     pool = list(candidates)
-    found = difflib.get_close_matches(name, pool, n=n, cutoff=0.3) or pool[:n]
-    quoted = [repr(x) for x in found]
+    return listed(difflib.get_close_matches(name, pool, n=n, cutoff=0.3) or pool[:n])
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as words for an error message: ``'a', 'b' or 'c'``."""
+    quoted = [repr(name) for name in names]
     return " or ".join([", ".join(quoted[:-1]), quoted[-1]]) if len(quoted) > 1 else "".join(quoted)

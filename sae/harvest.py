@@ -226,11 +226,28 @@ def _encode(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> 
     """Firings of ``activations`` [B, D] at the tokens where ``ordinary`` [B] holds."""
     from sae.entries import tokens_at_once
 
+    _check_products(name, sae, activations)
     n = tokens_at_once(sae.num_latents)
     parts = [_encode_part(name, sae, *of) for of in zip(activations.split(n), _split(ordinary, n), strict=True)]
     latents, strengths, counts = (np.concatenate([part[i] for part in parts]) for i in range(3))
     clipped, raised = (sum(getattr(part, field) for part in parts) for field in ("n_clipped", "n_raised"))
     return Coded(latents, strengths, counts, clipped, raised)
+
+
+def _check_products(name: str, sae: Sae, activations: torch.Tensor) -> None:
+    """Raise BadInput where a pre-activation of ``activations`` [B, D], or a part of its sum, could overflow float32.
+
+    A sum that overflows in both directions is NaN, and a latent whose pre-activation is NaN would seem not to fire.
+    """
+    import torch
+
+    token = float(activations.double().norm(dim=1).max()) + float(sae.b_dec.double().norm())
+    row = float(sae.W_enc.norm(dim=1, dtype=torch.float64).max())
+    if not token * row + float(sae.b_enc.abs().max()) < torch.finfo(torch.float32).max:
+        raise BadInput(
+            f"harvest: the SAE of run {name!r} overflows float32 on these activations (encoder rows as long as "
+            f"{row:.3g}, tokens as long as {token:.3g}); give the model and hookpoint that it was trained on"
+        )
 
 
 def _split(values: Array, n: int) -> list[Array]:
@@ -246,7 +263,9 @@ def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array
         strengths, indices = sae.encode_fast(activations)
     values, latents = strengths.float().cpu().numpy(), indices.cpu().numpy()
     if not np.isfinite(values).all():
-        raise UserError(f"harvest: the SAE of run {name!r} gives activations that are not finite; train it again")
+        raise UserError(
+            f"harvest: the SAE of run {name!r} gives activations that are not finite; train or import another"
+        )
     fires = (values > 0) & ordinary[:, None]
     kept = values[fires]
     # A firing too weak for float16 stays a firing, and one too strong stays finite; both are counted.

@@ -10,6 +10,9 @@
 
 Four slots are added at a time, because an accumulator that is read and written once per slot would make
 memory, not arithmetic, the limit.
+
+Compiled code checks no bounds, and weights may come from anywhere: no index depends on floats without being bounded,
+whatever they are (infinity, NaN, ties, subnormal numbers). ``tests/sae/test_kernel_bounds.py`` runs all loops checked.
 """
 
 from __future__ import annotations
@@ -31,22 +34,24 @@ def bracket(values: np.ndarray, n: int, k: int, slack: int) -> tuple[Any, Any]:
     """``low < high`` such that at least ``k`` of ``values[:n]`` reach ``low`` and fewer reach ``high``.
 
     Bisects until at most ``k + slack`` reach ``low``, or until no value lies between the two: what is left
-    in the bracket is then one value, several times. ``low`` is 0 where fewer than ``k`` are positive.
+    in the bracket is then one value, several times. ``low`` is 0 where fewer than ``k`` are positive. Where ``k`` or
+    more are infinite, ``high`` is infinity, which they do reach: a caller that fills ``k`` slots has to count them.
     """
     kind = values.dtype.type
     low, high, half, one, zero = kind(0), kind(0), kind(0.5), kind(1), kind(0)
     for i in range(n):
         high = values[i] if values[i] > high else high
     high += high
+    top = min(high, kind(np.finfo(values.dtype).max))  # there is no middle between a number and infinity
     while True:
-        middle = low + (high - low) * half
-        if middle <= low or middle >= high:
+        middle = low + (top - low) * half
+        if middle <= low or middle >= top:
             return low, high
         reach = zero
         for i in range(n):
             reach += one if values[i] >= middle else zero
         if reach < k:
-            high = middle
+            high = top = middle
         else:
             low = middle
             if reach <= k + slack:
@@ -66,11 +71,13 @@ def add_to_rows(rows: np.ndarray, amount: np.ndarray) -> None:
 def topk_rows(pre: np.ndarray, depth: int, values: np.ndarray, latents: np.ndarray, low: int, high: int) -> None:
     m, k = pre.shape[1], values.shape[1]
     width = m // depth
+    lowest = pre.dtype.type(-np.inf)
     lanes, chosen = np.empty(width, pre.dtype), np.empty(width, np.int64)
     found, who = np.empty(m + 1, pre.dtype), np.empty(m + 1, np.int64)
     for b in range(low, high):
         row = pre[b]
-        lanes[:] = row[:width]
+        for lane in range(width):  # NaN, which nothing exceeds, must not hide the rest of its lane
+            lanes[lane] = row[lane] if row[lane] > lowest else lowest
         for start in range(width, depth * width, width):
             part = row[start : start + width]
             for lane in range(width):
@@ -100,10 +107,11 @@ def topk_rows(pre: np.ndarray, depth: int, values: np.ndarray, latents: np.ndarr
         filled = 0
         for i in range(n):
             value = found[i]
-            if value >= above or (value >= least and ties > 0):
+            if filled < k and (value >= above or (value >= least and ties > 0)):
                 ties -= value < above
                 best[filled], names[filled] = value, who[i]
                 filled += 1
+        best[filled:], names[filled:] = 0, 0
 
 
 @_compiled

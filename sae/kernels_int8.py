@@ -86,15 +86,16 @@ def topk_rows(
         s, length = steps[b], lengths[b]
         sigma = np.sqrt((s * s * longest * longest + coarsest * coarsest * length * length) / 12)
         largest = length * longest + highest_bias
-        if not (sigma < np.inf and largest < np.inf):  # something is not a number, or too large for one: it surfaces
+        unit = max(sigma / _UNITS, largest / _HIGHEST)
+        product, per_product, per_bias = products[b], np.float32(s / unit), np.float32(1 / unit)
+        if largest == 0:
+            n = 0
+        elif not (sigma < np.inf and largest < np.inf and per_product < np.inf and per_bias < np.inf):
+            # Something is not a number, or too large or too small for one: all are computed, and it surfaces.
             n = m
             for j in range(m):
                 who[j] = j
-        elif largest == 0:
-            n = 0
         else:
-            unit = max(sigma / _UNITS, largest / _HIGHEST)
-            product, per_product, per_bias = products[b], np.float32(s / unit), np.float32(1 / unit)
             # Raised by the margin, because what seems to be below zero may be above.
             for j in range(m):
                 value = np.float32(product[j]) * weight_steps[j] * per_product + bias[j] * per_bias + raised

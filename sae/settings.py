@@ -100,7 +100,9 @@ class TrainingSettings(_Table):
     frozen: Literal["nothing", "decoder", "everything"] = Field(
         "nothing", description="weights that stay as they were drawn, for controls (sae/controls.py)"
     )
-    checkpoint_steps: int = Field(500, ge=1, description="steps between checkpoints of an unfinished run")
+    checkpoint_steps: int = Field(
+        500, ge=1, description="steps between checkpoints of an unfinished run; one is written about every minute too"
+    )
     activation_cache: Amount = Field(
         8 * 10**9, ge=0, description="bytes of activations kept on disk until the harvest, such as '8G'; 0: none"
     )

@@ -155,6 +155,8 @@ def _auction(
                 best, second, at = profit, best, columns[e]
             elif profit > second:
                 second = profit
+        if at < 0:
+            continue  # no profit is a number: this row cannot bid
         if second == -np.inf:
             second = best - _ALONE
         v[at] += best - second + epsilon

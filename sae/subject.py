@@ -5,6 +5,9 @@ hookpoint asked for has answered: at layer 6 of 12 that halves the work, and it 
 architecture. Which modules can be hookpoints is likewise not looked up but tried out: those that give one
 vector for each token when a few tokens are run.
 
+A checkpoint may bring Python code of its own (``auto_map`` in its JSON files). It is never run, and nobody is asked
+whether it should be: a model or tokenizer that transformers has no class for is refused.
+
 Many tokenizers put a beginning-of-text token before a text. The model then expects it, and its activations
 are unlike any other's; so it is put in front for the forward pass, and its position is dropped.
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae.errors import BadInput, NotFound, UserError, nearest
+from sae.errors import BadInput, NotFound, UserError, listed, nearest
 from sae.files import digest, digest_samples, read_json
+from sae.hookpoint_names import likely_hookpoints
 from sae.hub import Kind, find_on_hub, first_line, looks_like_path
 from sae.memory import is_out_of_memory
 from sae.precision import resolve_float, warn_if_emulated
@@ -48,8 +52,10 @@ def _tokenizer_at(source: str, place: str, arguments: dict[str, Any]) -> tuple[A
 
     with _quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **arguments)
         except Exception as error:  # a damaged file surfaces as whatever its parser raises
+            if _auto_map(place, "tokenizer_config.json", arguments):
+                raise _own_code(source, "tokenizer", "tokenizer_config.json") from None
             raise BadInput(f"model {source!r} has no usable tokenizer: {first_line(error)}") from None
     if len(tokenizer) == 0:
         raise BadInput(f"model {source!r} has no tokenizer files; add tokenizer.json beside its weights")
@@ -90,7 +96,7 @@ class Subject:
             NotFound, BadInput: no such model, no checkpoint, damaged or incomplete weights, no usable tokenizer.
             Unavailable: the hub cannot be reached and the name is not cached.
         """
-        from transformers import AutoConfig, AutoModel
+        from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
 
         if dtype == "auto":
             dtype = resolve_float("auto", device)
@@ -99,14 +105,23 @@ class Subject:
         place, arguments = _locate(source)
         with _quiet():
             try:
-                config = AutoConfig.from_pretrained(place, **arguments)
+                config = AutoConfig.from_pretrained(place, trust_remote_code=False, **arguments)
             except Exception as error:  # a damaged file surfaces as whatever its parser raises
+                if _auto_map(place, "config.json", arguments, unless_known=CONFIG_MAPPING):
+                    raise _own_code(source, "model", "config.json") from None
                 raise BadInput(f"model {source!r} has no usable config.json: {first_line(error)}") from None
+            if getattr(config, "auto_map", None) and type(config) not in MODEL_MAPPING:
+                raise _own_code(source, "model", "config.json")
             if config.is_encoder_decoder:
                 raise BadInput(f"model {source!r} is an encoder-decoder; give a decoder-only language model")
             try:
                 model, report = AutoModel.from_pretrained(
-                    place, config=config, dtype=DTYPES[dtype], output_loading_info=True, **arguments
+                    place,
+                    config=config,
+                    dtype=DTYPES[dtype],
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                    **arguments,
                 )
             except Exception as error:  # as above: safetensors, torch, the hub and the model each have their own
                 raise BadInput(
@@ -151,9 +166,14 @@ class Subject:
         if name in known:
             raise BadInput(
                 f"hookpoint {name!r} of model {self.source!r} does not give one vector per token; "
-                f"choose for example {nearest(name, self._widths)}"
+                f"choose for example {self._likely(name)}"
             )
-        raise NotFound(f"model {self.source!r} has no hookpoint {name!r}; did you mean {nearest(name, self._widths)}?")
+        raise NotFound(f"model {self.source!r} has no hookpoint {name!r}; did you mean {self._likely(name)}?")
+
+    def _likely(self, name: str) -> str:
+        """Hookpoints that a wrong name may mean, as words for an error message."""
+        known = self.hookpoints()
+        return listed(likely_hookpoints(name, known)) or nearest(name, known)
 
     @functools.cached_property
     def _widths(self) -> dict[str, int]:
@@ -295,6 +315,27 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
         raise BadInput(f"model {source!r} is a file; give the folder that holds config.json and the weights")
     found = find_on_hub(source, Kind.MODEL)
     return found.name, found.arguments()
+
+
+def _auto_map(place: str, file: str, arguments: dict[str, Any], unless_known: Container[str] = ()) -> bool:
+    """Return whether a JSON file of the model names Python code of the model's own.
+
+    False where the file says a ``model_type`` that is among ``unless_known``, and where it cannot be read.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        found = read_json(Path(str(cached_file(place, file, **arguments))))
+        return bool(found.get("auto_map")) and found.get("model_type") not in unless_known
+    except Exception:  # the caller has an error to report already
+        return False
+
+
+def _own_code(source: str, part: str, file: str) -> BadInput:
+    return BadInput(
+        f"model {source!r} brings its own Python code for its {part} (auto_map in its {file}), and such code is never "
+        f"run; give a model whose {part} class is part of transformers"
+    )
 
 
 def _fingerprint(place: str, arguments: dict[str, Any]) -> str:

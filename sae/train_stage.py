@@ -9,9 +9,9 @@ done when they have weights, and in between goes on from its own last state.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,16 @@ if TYPE_CHECKING:
     import torch
 
     from sae.activations import TrainingBatches
+    from sae.dictionary import Sae
     from sae.job import Job
     from sae.learner import LogRow, TrainLog
     from sae.memory import Part
+    from sae.outliers import Outliers
     from sae.precision import Precision
     from sae.tracking import Tracker
     from sae.trainer import Group
+
+_SAMPLE = 16_384  # tokens of the first batch that are looked at for outliers
 
 
 @dataclass(frozen=True)
@@ -187,14 +191,19 @@ def _train_together(
     for each in todo:
         _say_what_begins(each, source)
     with _no_trace_of_nothing(todo, job), out_of_memory_is_told(parts, source.subject.device):
+        samples = job.read(batches, 0)
+        outliers = _outliers(batches, samples)
+        dominated = _where_outliers_dominate(batches, samples, outliers)
         for each, of_study in zip(todo, provenance, strict=True) if job.rank == 0 else []:
             for run, seed in each.missing:
                 if not (run.folder / "run.json").is_file():
-                    write_record(run, seed, each.study.name, each.settings, {**of_study, **job.record})
+                    found = {"outlier_tokens": outliers[of_study["hookpoint"]].record()}
+                    write_record(run, seed, each.study.name, each.settings, {**of_study, **found, **job.record})
         job.barrier()
-        groups = _groups(todo, batches, mine, job, root)
+        groups = _groups(todo, batches, samples, mine, root)
+        del samples
         try:
-            train_groups(groups, job, job.read, _Ending(todo, groups, mine, job, tracker))
+            train_groups(groups, job, job.read, _Ending(todo, groups, mine, job, tracker, dominated))
         except BaseException:
             if tracker is not None:
                 tracker.abandon()
@@ -259,15 +268,45 @@ def _say_what_begins(todo: _Todo, source: Source) -> None:
     )
 
 
+def _outliers(batches: Sequence[TrainingBatches], samples: Sequence[torch.Tensor]) -> dict[str, Outliers]:
+    """Measure each hookpoint's outlier tokens on its first batch [B, D]; a warning where they decide what FVU says."""
+    from sae.outliers import find_outliers
+
+    by_hookpoint = {of.stream.hookpoint: sample[:_SAMPLE] for of, sample in zip(batches, samples, strict=True)}
+    found = {hookpoint: find_outliers(sample) for hookpoint, sample in by_hookpoint.items()}
+    for hookpoint, outliers in found.items():
+        if outliers.dominate:
+            say(
+                f"train: warning: at {hookpoint} {outliers.in_words()}; FVU and L0 as printed here and in the report "
+                "are then about these few tokens, and the end of the training says what they are without them"
+            )
+    return found
+
+
+def _where_outliers_dominate(
+    batches: Sequence[TrainingBatches], samples: Sequence[torch.Tensor], outliers: Mapping[str, Outliers]
+) -> dict[str, torch.Tensor]:
+    """Hookpoint → tokens of its first batch [n, D], for hookpoints where outlier tokens decide what FVU says."""
+    return {
+        of.stream.hookpoint: sample[:_SAMPLE].clone()
+        for of, sample in zip(batches, samples, strict=True)
+        if outliers[of.stream.hookpoint].dominate
+    }
+
+
 def _groups(
-    todo: Sequence[_Todo], batches: Sequence[TrainingBatches], mine: set[str], job: Job, root: Path
+    todo: Sequence[_Todo],
+    batches: Sequence[TrainingBatches],
+    samples: Sequence[torch.Tensor],
+    mine: set[str],
+    root: Path,
 ) -> list[Group]:
-    """The dictionaries of this process as they are initialised, study by study."""
+    """The dictionaries of this process as they are initialised on ``samples`` [B, D], study by study."""
     from sae.architectures import ARCHITECTURES
     from sae.trainer import Group
 
     groups = []
-    for each, of_study, sample in zip(todo, batches, job.read(batches, 0), strict=True):
+    for each, of_study, sample in zip(todo, batches, samples, strict=True):
         training = each.settings.training
         kind, shape = ARCHITECTURES[training.architecture], (of_study.stream.width, training.num_latents, training.k)
         own = [(run, seed) for run, seed in each.missing if run.name in mine]
@@ -281,9 +320,16 @@ class _Ending:
     """Writes each study's weights and logs as soon as it is trained, and passes new rows on to the tracker."""
 
     def __init__(
-        self, todo: Sequence[_Todo], groups: Sequence[Group], mine: set[str], job: Job, tracker: Tracker | None
+        self,
+        todo: Sequence[_Todo],
+        groups: Sequence[Group],
+        mine: set[str],
+        job: Job,
+        tracker: Tracker | None,
+        dominated: Mapping[str, torch.Tensor],
     ) -> None:
         self._todo, self._groups, self._mine, self._job, self._tracker = todo, groups, mine, job, tracker
+        self._dominated = dominated
         if tracker is not None and job.writes:
             for each in todo:
                 for run, _ in each.missing:
@@ -300,11 +346,23 @@ class _Ending:
 
         own = [run for run, _ in self._todo[group].missing if run.name in self._mine]
         for run, sae, log in zip(own, self._groups[group].saes, logs, strict=True) if self._job.writes else []:
-            write_table(run.training_log_path, log.table())
+            write_table(run.training_log_path, log.table(), **self._without_outliers(run, sae))
             save_sae(run.folder, sae, run.about())
             discard_states(run.state_folder)
             if self._tracker is not None:
                 self._tracker.end(run.name)
+
+    def _without_outliers(self, run: Run, sae: Sae) -> dict[str, Any]:
+        """What FVU and L0 are without outlier tokens, as metadata of the log; nothing where there is no need to ask."""
+        from sae.outliers import measure_quality
+
+        sample = self._dominated.get(run.record["hookpoint"])
+        if sample is None:
+            return {}
+        quality = measure_quality(sae, sample)
+        if not run.is_control:
+            say(f"train: {run.name}: {quality.in_words()} (on the first batch)")
+        return {"quality": asdict(quality)}
 
 
 @contextmanager

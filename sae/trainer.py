@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ from torch import Tensor
 from sae.dictionary import Sae
 from sae.errors import BadInput, NotFinite
 from sae.files import digest
+from sae.interrupt import Interrupt, deferred, end_by
 from sae.job import ALONE, Job
 from sae.learner import Learner, LogRow, Plan, TrainLog
 from sae.objective import total_variance
@@ -28,6 +31,10 @@ from sae.progress import track
 from sae.settings import TrainingSettings
 from sae.stacked import Found, stacked
 from sae.training_state import kept_steps, write_state
+
+CHECKPOINT_SECONDS = 60.0
+"""Checkpoints are at most so far apart, next to those every ``checkpoint_steps``: what ``kill -9`` can cost."""
+_MOST_WRITING = 0.05  # of the time: where a checkpoint takes long to write, they are further apart
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,9 @@ def train_groups(
     number of threads. The last state stays on disk: call ``discard_states`` once the checkpoint is safe. ``job`` says
     what other processes train beside this one.
 
+    States are written every ``checkpoint_steps``, about every minute, after the last step, and on Ctrl-C or SIGTERM at
+    the end of the step that runs; then KeyboardInterrupt or Terminated is raised.
+
     Raises BadInput where there is nothing to train on or a number stops being finite: the last state on disk is then
     from before that, and the same command goes on from it. Raises SettingsDiffer where a state belongs to a training
     with other settings, batches or initial weights.
@@ -93,10 +103,10 @@ def train_groups(
     logs: list[list[TrainLog]] = [[] for _ in groups]
     waiting = {i: _Training(group, job) for i, group in enumerate(groups)}
     first = min(training.first for training in waiting.values())
-    last = max(training.steps for training in waiting.values())
-    done = sum(training.first * training.size for training in waiting.values())
-    total = sum(training.steps * training.size for training in waiting.values())
-    with track(_label(groups), total, "tokens", done) as bar:
+    longest = max(waiting.values(), key=lambda training: training.steps)
+    last, each = longest.steps, longest.tokens / longest.steps
+    with track(_label(groups), longest.tokens, "tokens", first * each) as bar, deferred() as interrupt:
+        clock = _Clock(job, interrupt)
         for step in range(first, last + 1):
             for i in [i for i, training in waiting.items() if step >= training.steps]:
                 logs[i] = waiting.pop(i).logs()  # and with it goes the memory of its moments
@@ -115,14 +125,43 @@ def train_groups(
                 if form not in ready:
                     ready[form] = _ready(raw, training.group.batches, step, sae)
                 training.step(*ready[form], step, watch)
-            size = sum(training.size for training in active)
-            bar.advance(size, next((t.seeds[0].note() for t in active if t.seeds), ""))
+            bar.advance(each, next((t.seeds[0].note() for t in active if t.seeds), ""))
+            clock.checkpoint(active, step)
     return logs
 
 
 def _label(groups: Sequence[Group]) -> str:
-    n = sum(len(group.saes) for group in groups)
-    return f"train {n} seed{'s' * (n > 1)}" if len(groups) == 1 else f"train {n} SAEs under {len(groups)} settings"
+    """What is trained, as it was asked for: the controls that a study brings with it are counted apart."""
+    own = [group for group in groups if group.settings.frozen == "nothing"] or groups
+    n = sum(len(group.saes) for group in own)
+    controls = sum(len(group.saes) for group in groups) - n
+    what = f"{n} seed{'s' * (n != 1)}" if len(own) == 1 else f"{n} SAEs under {len(own)} settings"
+    return f"train {what}" + (f" and {controls} control{'s' * (controls > 1)}" if controls else "")
+
+
+class _Clock:
+    """Says when checkpoints are due that no setting asks for: after a while, or because the command is to end."""
+
+    def __init__(self, job: Job, interrupt: Interrupt) -> None:
+        self._job, self._interrupt = job, interrupt
+        self._last, self._apart = time.monotonic(), CHECKPOINT_SECONDS
+
+    def checkpoint(self, active: Sequence[_Training], step: int) -> None:
+        """Write the states of ``active`` after a step where they are due; end where a signal has come.
+
+        Ranks agree on it: the first to be due, or to be interrupted, is so for all.
+        """
+        wish = self._interrupt.signal or int(time.monotonic() - self._last >= self._apart)  # no signal is number 1
+        wish = -self._job.least(-wish)
+        if not wish:
+            return
+        before = time.monotonic()
+        for training in active:
+            training.checkpoint(step)
+        self._last = time.monotonic()
+        self._apart = max(CHECKPOINT_SECONDS, (self._last - before) / _MOST_WRITING)
+        if wish > 1:
+            end_by(wish)
 
 
 class _Training:
@@ -132,7 +171,9 @@ class _Training:
         if not len(group.batches):
             raise BadInput("there is not one batch to train on; give more text, or lower training.batch_tokens")
         self.group, self.job = group, job
-        self.steps, self.size = len(group.batches), group.settings.batch_tokens
+        self.steps = len(group.batches)
+        self.tokens = min(group.settings.tokens, self.steps * group.settings.batch_tokens)
+        self.written = 0
         self.identities = [_identity(sae, group.settings, group.batches) for sae in group.saes]
         self.stack = stacked(group.saes)
         self.seeds = [
@@ -149,28 +190,46 @@ class _Training:
         self.first = job.least(min((seed.resumed_from for seed in self.seeds), default=self.steps))
 
     def step(self, x: Tensor, variance: float, step: int, watch: Watch | None) -> None:
-        """One step of every seed that has not done it yet, and their states where one is due."""
-        job, group = self.job, self.group
-        due = (step + 1) % group.settings.checkpoint_steps == 0 or step + 1 == self.steps
+        """One step of every seed that has not done it yet, and their states where the settings ask for them."""
         together = self._together(x, variance, step)
+        due = (step + 1) % self.group.settings.checkpoint_steps == 0 or step + 1 == self.steps
         for seed, found, folder, identity in zip(
-            self.seeds, together, group.state_folders, self.identities, strict=True
+            self.seeds, together, self.group.state_folders, self.identities, strict=True
         ):
             if step < seed.resumed_from:
                 continue  # this one is ahead of the others
             rows = len(seed.rows)
-            try:
-                seed.step(x, variance, step, job, found)
-                if due:
-                    seed.check_finite(step)
-            except NotFinite as error:
-                raise NotFinite(f"{error}{_told(group.batches, step)}; {_stands(folder)}") from None
+            with self._where(step, folder):
+                seed.step(x, variance, step, self.job, found)
             if due:
-                job.check_alike(list(seed.tensors().values()))
-            if due and job.writes:
-                write_state(folder, step + 1, seed.state(identity))
-            if watch is not None and len(seed.rows) > rows and job.writes:
+                self._write(seed, folder, identity, step)
+            if watch is not None and len(seed.rows) > rows and self.job.writes:
                 watch.row(seed.name, seed.rows[-1])
+        self.written = step + 1 if due else self.written
+
+    def checkpoint(self, step: int) -> None:
+        """Write the state of every seed after the step, unless that is done."""
+        if self.written == step + 1:
+            return
+        for seed, folder, identity in zip(self.seeds, self.group.state_folders, self.identities, strict=True):
+            if step >= seed.resumed_from:
+                self._write(seed, folder, identity, step)
+        self.written = step + 1
+
+    def _write(self, seed: Learner, folder: Path, identity: dict[str, Any], step: int) -> None:
+        with self._where(step, folder):
+            seed.check_finite(step)
+        self.job.check_alike(list(seed.tensors().values()))
+        if self.job.writes:
+            write_state(folder, step + 1, seed.state(identity))
+
+    @contextmanager
+    def _where(self, step: int, folder: Path) -> Iterator[None]:
+        """Add to an error of numbers which batch it came with, and from where the training resumes."""
+        try:
+            yield
+        except NotFinite as error:
+            raise NotFinite(f"{error}{_told(self.group.batches, step)}; {_stands(folder)}") from None
 
     def _together(self, x: Tensor, variance: float, step: int) -> Sequence[Found | None]:
         """Each seed's loss and gradient, where one launch does them all; None where each has to do its own."""

@@ -16,6 +16,7 @@ from sae.commands import program
 
 SOME_FAILED = 3
 INTERRUPTED = 130
+TERMINATED = 143
 _UsageError: Any = typer.BadParameter.__base__  # typer's own copy of click's class, which has no public name
 _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC}
 

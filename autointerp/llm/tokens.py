@@ -228,7 +228,7 @@ def local_tokenizer(model: str) -> Tokenize | None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         return None
     if not getattr(tokenizer, "chat_template", None):

@@ -53,6 +53,7 @@ _LESS = "let it take less (--vllm-args '--max-model-len 4096', '--gpu-memory-uti
 _ADVICE = (
     (re.compile(r"No module named|cannot import name"), f"{INSTALL}, or name another with --vllm-python"),
     (re.compile(r"unrecognized arguments|invalid choice|error: argument"), "mend --vllm-args"),
+    (re.compile(r"trust.remote.code"), "name a model that vLLM has a class for: a model's own code is not run"),
     (re.compile(r"out of memory|[Mm]emory on (node|device)|[Nn]o available memory|KV cache|by SIGKILL"), _LESS),
 )
 _PREFIX = re.compile(r"^(\(\S+( pid=\d+)?\) )?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] )?)?")

@@ -153,6 +153,17 @@ def training(found: Findings, page: Page) -> RenderableType:
         notes.append(f"Firings were counted over {human(tokens)} tokens.")
     if word == "silent":
         notes.append("That is under 1M, too few to call a latent without a firing dead.")
+    if quality := get(tree, "quality"):
+        shown = listed(
+            [
+                f"{visible(name)} {decimal(of['fvu_without'])} (L0 {of['l0_without']:.1f})"
+                for name, of in quality.items()
+            ]
+        )
+        notes.append(
+            "A few outlier tokens (over 10 times the median norm) hold most of the variance, so FVU is about them. "
+            f"Without them, on the first batch: {shown}."
+        )
     unfinished = [visible(run["name"]) for run in found["runs"] if "trained" not in run["stages"]]
     if unfinished:
         notes.append(f"Not finished: {listed(unfinished)}.")

@@ -44,6 +44,8 @@ RANKS = {
     "data_undisturbed": 2,
     "data_killed": 2,
     "data_resumed": 2,
+    "data_interrupted": 2,
+    "seeds_interrupted": 2,
     "one_pass_for_all_ranks": 2,
     "harvest_over_ranks": 3,
     "what_they_hand_each_other": 3,
@@ -175,6 +177,28 @@ def data_killed(folder: Path) -> None:
 
 def data_resumed(folder: Path) -> None:
     data_undisturbed(folder.with_name("data_killed"))
+
+
+def data_interrupted(folder: Path) -> None:
+    """Ctrl-C reaches rank 1 alone, in step 25; then all train on."""
+    _interrupted(folder, "data", [0])
+
+
+def seeds_interrupted(folder: Path) -> None:
+    _interrupted(folder, "seeds", [0, 1, 2])
+
+
+def _interrupted(folder: Path, mode: str, seeds: Sequence[int]) -> None:
+    with together(mode, len(seeds), "cpu") as (job, _):
+        mine = job.share(seeds)
+        try:
+            trained(folder, mine, job, Batches(STEPS, 24, _ctrl_c if job.rank else _nothing))
+        except KeyboardInterrupt:
+            trained(folder, mine, job)
+
+
+def _ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
 
 
 def _interrupt() -> None:

@@ -78,6 +78,7 @@ def _fork(work: Callable[[Path], object], rank: int, ranks: int, port: int, fold
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what runs the tests may have turned off
     root = Path(sys.argv[1])
     rank_work.alone(root / "alone")
     for scenario, n in rank_work.RANKS.items():

@@ -121,6 +121,17 @@ def test_data_over_ranks_resumes_bit_for_bit_after_a_rank_was_killed(ran: Path) 
     assert states == ["step-00000040.safetensors", "step-00000050.safetensors"] * 2
 
 
+@pytest.mark.parametrize(("scenario", "alone", "seeds"), [("data", "data_undisturbed", 1), ("seeds", "alone/seeds", 3)])
+def test_ranks_agree_on_the_step_at_which_an_interrupt_ends_them(
+    ran: Path, scenario: str, alone: str, seeds: int
+) -> None:
+    there = well(ran / f"{scenario}_interrupted")
+    for seed in range(seeds):
+        one, other = (load_file(root / f"{seed}.safetensors") for root in (ran / alone, there))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert read(there / f"{seed}.json")["resumed_from"] == 25
+
+
 # --- the activations ------------------------------------------------------------------------------------------
 
 

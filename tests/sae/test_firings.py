@@ -275,8 +275,8 @@ def test_what_half_precision_cannot_hold_is_counted(stream: FakeStream, tmp_path
 
 def test_activations_that_are_not_finite_stop_it(stream: FakeStream, tmp_path: Path) -> None:
     sae = an_sae(0)
-    sae.b_enc[7] = float("inf")
-    with pytest.raises(UserError, match="run 'a' gives activations that are not finite"):
+    sae.W_enc[7] = 1e38
+    with pytest.raises(UserError, match="run 'a' overflows float32 on these activations"):
         harvest(stream, {"a": sae}, {"a": tmp_path / "f"}, 100, WINDOW, 0)  # type: ignore[arg-type]
 
 

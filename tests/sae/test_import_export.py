@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from dictionaries import dense
+from safetensors.torch import load_file, save_file
 from tiny_study import HOOKPOINT, NUM_LATENTS, K, Ran, cli, journal, tree, write_texts
 
 from sae.architectures.batchtopk import BatchTopKSae
@@ -107,6 +108,27 @@ def test_no_bit_is_lost_on_the_way(
     assert (record["imported"]["architecture"], record["imported"]["k"]) == ("topk", K)
     for what in ("subject", "hookpoint", "corpus"):
         assert record[what] == original.record[what], what
+
+
+@pytest.mark.parametrize("size", [1e38, -3e38, 1e20])
+def test_weights_whose_products_overflow_are_one_line(
+    tiny_recipe: Path, elsewhere: Path, tmp_path: Path, size: float
+) -> None:
+    """In ``import``, and in what reads a run whose weights have become so."""
+    folder = Path(shutil.copytree(elsewhere / "sparsify" / "run_a", tmp_path / "huge"))
+    weights = load_file(folder / "sae.safetensors")
+    weights["encoder.weight"][5:] = size
+    save_file(weights, folder / "sae.safetensors")
+    root = tmp_path / "runs"
+    words = (f"W_enc holds numbers of size {abs(size):.3g}", "overflow float32")
+    take_in(folder, "x", root, "--recipe", tiny_recipe, study="s").failed_in_one_line(*words)
+    for letter in "ab":
+        take_in(
+            elsewhere / "sparsify" / f"run_{letter}", f"x_{letter}", root, "--recipe", tiny_recipe, study="s"
+        ).well()
+    shutil.copy(folder / "sae.safetensors", root / "x_a" / "sae.safetensors")
+    for command in ("harvest", "align"):
+        cli(command, "--root", root).failed_in_one_line("x_a", *words)
 
 
 def test_the_report_says_imported(tiny_recipe: Path, elsewhere: Path, tmp_path: Path) -> None:

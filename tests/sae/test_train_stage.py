@@ -43,6 +43,22 @@ def weights(root: Path, run: str) -> bytes:
     return (root / run / "sae.safetensors").read_bytes()
 
 
+# --- what is said ---------------------------------------------------------------------------------------------
+
+
+def test_progress_counts_the_tokens_that_were_asked_for(short: Path, tmp_path: Path) -> None:
+    """Not those of the controls too, nor what whole steps come to; and for a resumed training what is left."""
+    train = ("train", "--recipe", short, "--tokens", 4000)
+    said = cli(*train, "--seeds", 0, 1, "--root", tmp_path / "one").well().err
+    assert "train 2 seeds and 2 controls: 4k tokens in" in said
+    said = cli(*train, "--seeds", 0, "--no-controls", "--root", tmp_path / "two").well().err
+    assert "train 1 seed: 4k tokens in" in said
+    said = (
+        cli(*train, "--hookpoint", *HOOKPOINTS, "--seeds", 0, "--no-controls", "--root", tmp_path / "three").well().err
+    )
+    assert "train 2 SAEs under 2 settings: 4k tokens in" in said
+
+
 # --- several studies ------------------------------------------------------------------------------------------
 
 

@@ -436,6 +436,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Pat
     assert torch.equal(sae.W_enc, before)
 
 
+@pytest.mark.parametrize("rate", [1e15, 1e20, 1e30, 1e38])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_a_training_that_diverges_names_the_step_and_the_cause(tmp_path: Path, rate: float, precision: str) -> None:
+    values = settings(learning_rate=rate, precision=precision, checkpoint_steps=1)
+    with pytest.raises(BadInput, match=r"run_a: .* step \d of 20.*lower training.learning_rate") as caught:
+        train(Batches(20), fresh(0), values, folders(tmp_path, 1))
+    assert f"at learning rate {rate / 2:.3g}" in str(caught.value) or f"at learning rate {rate:.3g}" in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+
+
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not one batch"):
         train([], fresh(0), settings(), folders(tmp_path, 1))
