@@ -7,7 +7,6 @@ run.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from numba.core.registry import CPUDispatcher
 from sae import cofiring, dip, directions, kernels, screening, sparse_assignment
 
 ROWS, LATENTS, WIDTH = 4, 45, 6
-TINY, HUGE = np.float32(1e-45), np.finfo(np.float32).max
+TINY, HUGE = float(np.float32(1e-45)), float(np.finfo(np.float32).max)
 KINDS: dict[str, list[float]] = {
     "infinity": [np.inf],
     "infinity and one number": [np.inf, np.inf, np.inf, np.inf, 1.0],
@@ -67,6 +66,7 @@ def steps_of_training(kind: str) -> None:
         for k in (1, 8, LATENTS):
             check_slots(*kernels.rounded_topk(rough, x, w, b, k), LATENTS)
             check_slots(*kernels.quantised_topk(products, x8, w8, x, w, b, k), LATENTS)
+            check_slots(*kernels.product_topk(x, w, b, k), LATENTS)
     activations, latents = kernels.topk(numbers(kind, ROWS, LATENTS, seed=3), 5)
     kernels.decode(activations, latents, weight, bias[:WIDTH].clone())
     residual, products, _ = kernels.residuals(activations, latents, weight, bias[:WIDTH].clone(), x)
@@ -166,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

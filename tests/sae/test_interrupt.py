@@ -16,7 +16,7 @@ from sae import trainer
 from sae.activations import TrainingBatches
 from sae.interrupt import Terminated, deferred
 from sae.trainer import Group, train, train_groups
-from sae.training_state import kept_steps
+from sae.training_state import State, kept_steps
 
 KINDS = pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)], ids=["Ctrl-C", "SIGTERM"]
@@ -116,9 +116,12 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps after which states were written."""
     steps: list[int] = []
     write = trainer.write_state
-    monkeypatch.setattr(
-        trainer, "write_state", lambda folder, step, state: (steps.append(step), write(folder, step, state))
-    )
+
+    def record(folder: Path, step: int, state: State) -> None:
+        steps.append(step)
+        write(folder, step, state)
+
+    monkeypatch.setattr(trainer, "write_state", record)
     return steps
 
 

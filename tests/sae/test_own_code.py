@@ -53,7 +53,12 @@ def evil(tiny_neox_dir: Path, tmp_path: Path) -> Evil:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Questions at the terminal, each of which would be answered with yes."""
     questions: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda question="": questions.append(question) or "y")
+
+    def answer(question: str = "") -> str:
+        questions.append(question)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
     return questions
 
 
