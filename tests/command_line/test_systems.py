@@ -39,7 +39,7 @@ ctypes.CDLL = None  # no prctl
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=250)
 
 
 @pytest.mark.parametrize("start", ["runpy.run_path('cli.py')", "runpy.run_module('autointerp', run_name='__main__')"])

@@ -129,7 +129,7 @@ def test_what_the_weights_depend_on_is(table: str, key: str, value: Any) -> None
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"absent\.toml' does not exist$"):
+    with pytest.raises(NotFound, match=r"absent\.toml' does not exist; bundled recipes: "):
         read_recipe(tmp_path / "absent.toml")
     (tmp_path / "widths.toml").write_text("")
     with pytest.raises(NotFound, match=r"there is .*widths\.toml"):

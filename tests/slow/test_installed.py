@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -46,7 +45,8 @@ class Installed:
         self.bin, self.work = folder / "venv" / "bin", folder / "work"
         self.work.mkdir()
         (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
-        (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        borrowed = [path for path in sys.path if Path(path).name == "site-packages"]
+        (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
         pip = [sys.executable, "-m", "pip", "--python", str(self.bin / "python"), "install", "--no-deps", "--no-index"]
         subprocess.run([*pip, "--ignore-installed", "--no-build-isolation", *what], check=True, timeout=300)
 
