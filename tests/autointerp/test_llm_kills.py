@@ -119,7 +119,9 @@ def outcome(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "kills", [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(900)])], ids=lambda n: f"{n} kills"
+    "kills",
+    [2, pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    ids=lambda n: f"{n} kills",
 )
 def test_killed_at_random_moments(kills: int, harvested: Path, tmp_path: Path) -> None:
     root, undisturbed = (Path(shutil.copytree(harvested, tmp_path / name)) for name in ("root", "undisturbed"))

@@ -94,7 +94,7 @@ def figures(values: np.ndarray, other: np.ndarray, weights: np.ndarray | None = 
     return np.array([resamples.means(values)[0], *middle, resamples.correlations([values, other])[0, 0, 1]])
 
 
-@pytest.mark.parametrize("n", [20, 40, 150])
+@pytest.mark.parametrize("n", [20, pytest.param(40, marks=pytest.mark.slow), pytest.param(150, marks=pytest.mark.slow)])
 def test_figures_are_unbiased_over_draws(n: int) -> None:
     """Scores go with similarity and frequency, so that the unweighted sample is far off."""
     frequency, similarity = population(600, 1)
@@ -175,7 +175,15 @@ def test_a_census_is_the_unweighted_figure_and_as_sure_as_its_scores() -> None:
     assert (unknown.high - unknown.low) / 2 == pytest.approx(1.96 * score.std() / np.sqrt(300), rel=0.12)
 
 
-@pytest.mark.parametrize(("n", "noise"), [(60, 0.1), (200, 0.0), (200, 0.1), (400, 0.1)])
+@pytest.mark.parametrize(
+    ("n", "noise"),
+    [
+        (60, 0.1),
+        (400, 0.1),
+        pytest.param(200, 0.0, marks=pytest.mark.slow),
+        pytest.param(200, 0.1, marks=pytest.mark.slow),
+    ],
+)
 def test_intervals_hold_what_all_latents_would_give(n: int, noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 400: the mean of true scores, its mean over a class, and the correlation of measured ones, over all."""
     monkeypatch.setattr("autointerp.rank_bootstrap.RESAMPLES", 250)
@@ -207,7 +215,15 @@ def test_intervals_hold_what_all_latents_would_give(n: int, noise: float, monkey
         assert width[0] / rounds == pytest.approx(2 * 1.96 * noise / np.sqrt(400), rel=0.2)
 
 
-@pytest.mark.parametrize(("n", "noise"), [(60, 0.05), (260, 0.05), (400, 0.05), (400, 0.02)])
+@pytest.mark.parametrize(
+    ("n", "noise"),
+    [
+        (60, 0.05),
+        (400, 0.05),
+        pytest.param(260, 0.05, marks=pytest.mark.slow),
+        pytest.param(400, 0.02, marks=pytest.mark.slow),
+    ],
+)
 def test_intervals_hold_the_quartiles_of_all_measured_scores(
     n: int, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,11 +72,13 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Read]:
         yield Read(folder / "eval_runs", reader, "mine")
 
 
+@pytest.mark.slow
 def test_the_pages_commands_run(read: Read) -> None:
     assert len(read.reader.ran) >= 20
     assert {block.page for block, _, _ in read.reader.ran} >= {"README.md", "docs/tutorial.md"}
 
 
+@pytest.mark.slow
 def test_every_stand_in_is_needed(read: Read) -> None:
     assert read.reader.used == set(STAND_INS)
 

@@ -71,7 +71,7 @@ def test_alone_or_beside_others_and_twice_the_same(kind: str, tmp_path: Path) ->
     assert same(alone[0], again[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in PENALISED)) for kind in KINDS])
 def test_it_learns_and_fires_as_often_as_asked(kind: str, tmp_path: Path) -> None:
     (sae,) = fresh(kind, 0)
     steps = 2000 if kind in PENALISED else 800  # to settle, the coefficient takes a run as long as real ones are
@@ -121,7 +121,14 @@ def silent(sae: Sae) -> int:
     return int((~fired[:25]).sum())
 
 
-@pytest.mark.parametrize(("kind", "way"), [*((kind, "") for kind in KINDS), ("gated", "magnitude")])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("topk", ""),
+        ("gated", "magnitude"),
+        *(pytest.param(kind, "", marks=pytest.mark.slow) for kind in KINDS if kind != "topk"),
+    ],
+)
 def test_latents_killed_on_purpose_are_brought_back(kind: str, way: str, tmp_path: Path) -> None:
     steps = 800 if kind == "jumprelu" else 400
     left, fvu = {}, {}

@@ -45,7 +45,7 @@ print(*step(16384, 32768))
     ("architecture", "precision"),
     [
         ("topk", "float32"),
-        ("topk", "bfloat16"),
+        pytest.param("topk", "bfloat16", marks=pytest.mark.slow),  # most of a minute where the product is emulated
         ("topk", "int8"),
         *((kind, "float32") for kind in ARCHITECTURES if kind != "topk"),
     ],
