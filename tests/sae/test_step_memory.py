@@ -46,8 +46,13 @@ print(*step(16384, 32768))
     [
         ("topk", "float32"),
         pytest.param("topk", "bfloat16", marks=pytest.mark.slow),  # most of a minute where the product is emulated
-        ("topk", "int8"),
-        *((kind, "float32") for kind in ARCHITECTURES if kind != "topk"),
+        pytest.param("topk", "int8", marks=pytest.mark.slow),
+        ("batchtopk", "float32"),
+        *(
+            pytest.param(kind, "float32", marks=pytest.mark.slow)
+            for kind, architecture in ARCHITECTURES.items()
+            if architecture.penalised
+        ),
     ],
 )
 def test_a_step_stays_within_the_bound(architecture: str, precision: str) -> None:
