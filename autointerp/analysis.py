@@ -81,7 +81,7 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
         scores["reliability"] = (
             None
             if part is None or study.setup is None
-            else reliability.reliability_findings(study.focus, study.setup, part.rows, part.verdicts)
+            else reliability.reliability_findings(part.rows, part.verdicts, sample)
         )
         if scores["precision"] is not None:
             scores["precision"]["rounds"] = told.rounds

@@ -16,7 +16,7 @@ from sae.settings import Settings, settings_from
 RECIPE = RECIPES / "demo.toml"
 STUDY = "demo"
 SEEDS = (0, 1, 2)
-N_LATENTS = 400
+N_LATENTS = 300
 
 TEXT, TRAIN, HARVEST, ALIGN, EXPLAIN, SCORE, REPORT = STAGES = (
     "read and tokenise the text",

@@ -17,7 +17,8 @@ import pandas as pd
 from autointerp.journal import Journal
 from autointerp.json_values import number, plain
 from autointerp.method import BASELINE
-from autointerp.reliability import reliability_findings
+from autointerp.reliability import reliability_findings, verdicts_of
+from autointerp.sample_record import sample_of
 from autointerp.scorers.base import HARDER
 from autointerp.setups import precision_of, rows_of, setups_of
 from sae.align_stage import behaviour_folder
@@ -270,7 +271,7 @@ def reliability_of(run: Run, latent: int | None = None) -> list[dict[str, Any]]:
         own = rows[(rows["control"] == "none") & (rows["status"] == "ok")]
         if latent is not None and latent not in set(own["latent"]):
             continue
-        told = reliability_findings(run, setup, rows)
+        told = reliability_findings(rows, verdicts_of(run, rows, setup), sample_of(run, setup))
         found.append({**setup, "precision": precision_of(rows), **(told or {"value": None, "interval": None, "n": 0})})
     return found
 

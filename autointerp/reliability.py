@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from autointerp.journal import Journal
 from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of, partial
-from autointerp.sample_record import sample_of
+from autointerp.sample_record import Sample
 from autointerp.scorers.base import HARDER
 from autointerp.setups import verdict_filters
 from sae.estimate import UNKNOWN, Estimate
@@ -161,9 +161,7 @@ def corrected_spearman(
     return Corrected(told, interval_of(with_similarity, n), interval_of(held, n))
 
 
-def reliability_findings(
-    run: Run, setup: Mapping[str, Any], rows: pd.DataFrame, verdicts: pd.DataFrame | None = None
-) -> dict[str, Any] | None:
+def reliability_findings(rows: pd.DataFrame, verdicts: pd.DataFrame, sample: Sample | None) -> dict[str, Any] | None:
     """The reliability of one set-up's scores as JSON values; ``None`` where there are no verdicts.
 
     Where the explained latents are a sample on record, that of the scores of all eligible latents (without finite
@@ -171,10 +169,9 @@ def reliability_findings(
 
     Args:
         rows: the set-up's rows of the run's score table.
-        verdicts: those behind the rows, where the caller has read them already.
+        verdicts: those behind the rows (:func:`verdicts_of`).
+        sample: what the explained latents are a sample of, if that is on record.
     """
-    verdicts = verdicts_of(run, rows, setup) if verdicts is None else verdicts
-    sample = sample_of(run, setup)
     own = rows[rows["control"] == "none"].set_index("latent")
     weights = None if sample is None else sample.weights(set(own.index))
     own = own[own["status"] == "ok"]

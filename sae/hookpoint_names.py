@@ -23,6 +23,8 @@ def likely_hookpoints(name: str, known: Sequence[str]) -> list[str]:
 
     Empty where the name says neither a block's number nor the embedding.
     """
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=_TYPING_ERROR):
+        return close
     name = name.lower()
     blocks = _blocks(known)
     number = _LAYER.search(name) or re.search(r"(\d+)", name)

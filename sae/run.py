@@ -357,12 +357,19 @@ def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> 
     return planned
 
 
+def _aligned_with(run: Run) -> list[str]:
+    """The runs that it is aligned with, by the names of files: `runs` opens no table."""
+    folder = run.root / "alignments"
+    after = (path.stem.removeprefix(f"{run.name}--") for path in folder.glob(f"{run.name}--*.parquet"))
+    before = (path.stem.removesuffix(f"--{run.name}") for path in folder.glob(f"*--{run.name}.parquet"))
+    return sorted({*after, *before})
+
+
 def progress_of(run: Run) -> dict[str, Any]:
     """How far a run has come: one JSON value, stage by stage."""
     record = run.record
     training = run.settings.training
     table = {stage: run.stage_path(stage).exists() for stage in ("firing", "overlap", "scores")}
-    aligned_with = table_metadata(run.stage_path("overlap")).get("against", []) if table["overlap"] else []
     return {
         "name": run.name,
         "study": run.study,
@@ -378,7 +385,7 @@ def progress_of(run: Run) -> dict[str, Any]:
         "trained": run.trained,
         "harvested": table["firing"] and run.trained,
         "aligned": table["overlap"],
-        "aligned_with": aligned_with,
+        "aligned_with": _aligned_with(run) if table["overlap"] else [],
         "explained": run.journal_path.exists(),
         "scored": table["scores"],
     }

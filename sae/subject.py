@@ -98,6 +98,10 @@ class Subject:
         """
         from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
 
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise BadInput(f"model {source!r} cannot be put on {device!r}: {first_line(error)}") from None
         if dtype == "auto":
             dtype = resolve_float("auto", device)
         if dtype not in DTYPES:

@@ -257,7 +257,7 @@ def test_a_prompt_that_is_edited_has_another_hash(tmp_path: Path) -> None:
 
 
 def test_prompt_files_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"explain\.md' cannot be read .*pip install -e"):
+    with pytest.raises(NotFound, match=r"explain\.md' cannot be read .*install the program again"):
         prompts.conversation("explain", tmp_path)
     (tmp_path / "x.md").write_text("system")
     (tmp_path / "x_request.md").write_text("{{ question }}")

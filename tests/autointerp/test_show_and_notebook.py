@@ -13,8 +13,9 @@ from tiny_study import cli
 
 from autointerp import Run
 from autointerp.analysis import findings
-from autointerp.reliability import reliability_findings
+from autointerp.reliability import reliability_findings, verdicts_of
 from autointerp.report import latent_findings, render_latent
+from autointerp.sample_record import sample_of
 from autointerp.scorers.base import HARDER
 from autointerp.setups import rows_of, setups_of
 from sae.errors import NotFound
@@ -101,7 +102,7 @@ def test_a_notebook_has_the_reliability_of_each_set_up(run: Run) -> None:
     scores = run.scores()
     for (_, told), setup in zip(table.iterrows(), setups_of(scores), strict=True):
         rows = rows_of(scores, setup)
-        expected = reliability_findings(run, setup, rows)
+        expected = reliability_findings(rows, verdicts_of(run, rows, setup), sample_of(run, setup))
         assert told["scorer"] == setup["scorer"]
         if expected is None or expected["value"] is None:
             assert np.isnan(told["value"])

@@ -34,6 +34,7 @@ def only_on_macos(event, arguments):
         raise FileNotFoundError(2, "No such file or directory", arguments[0])
 sys.addaudithook(only_on_macos)
 ctypes.CDLL = None  # no prctl
+torch.backends.cpu.get_cpu_capability = lambda: "DEFAULT"  # Apple silicon
 """
 
 

@@ -136,9 +136,11 @@ def statistics(kind: str) -> None:
 
 def counts_of_firings() -> None:
     """No floats in these: the indices are the stores' own whole numbers."""
-    fires = np.random.default_rng(0).random((24, 30)) < 0.4
-    store, asked = store_of(fires), np.zeros((30, 1), np.int32)
-    cofiring.cofirings(store, store, asked, np.ones(30, np.bool_), shift=3)
+    fires = np.random.default_rng(0).random((600, 30)) < 0.1
+    fires[:, 0] = fires[:, 1] | fires[:, 2]  # split in the other, which lacks it
+    store, other, asked = store_of(fires), store_of(fires[:, 1:]), np.zeros((30, 1), np.int32)
+    for shift in (0, 3):
+        cofiring.cofirings(store, other, asked, np.ones(30, np.bool_), shift=shift)
 
 
 def loops() -> Iterator[tuple[str, CPUDispatcher]]:
