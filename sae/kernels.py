@@ -71,7 +71,7 @@ def product_topk(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple
         memory = buffers.empty((min(rows, n), num_latents), torch.float32).numpy()
         for low in range(first * rows, min(last * rows, n), rows):
             high = min(low + rows, n)
-            pre = np.matmul(x[low:high], w.T, out=memory[: high - low])
+            pre = _matmul(x[low:high], w, memory[: high - low])
             loops.add_to_rows(pre, b)
             loops.topk_rows(pre, depth, out[0][low:high], out[1][low:high], 0, high - low)
 
@@ -86,8 +86,14 @@ def products(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         return torch.mm(x, weight.T, out=out)
     a, w, into = _arrays(x, weight, out)
     with _openblas().limit(limits=1):  # the threads are ours
-        _in_parallel(lambda low, high: np.matmul(a[low:high], w.T, out=into[low:high]), _even(len(a)))
+        _in_parallel(lambda low, high: _matmul(a[low:high], w, into[low:high]), _even(len(a)))
     return out
+
+
+def _matmul(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """``x @ weight.T`` into ``out``, without NumPy's warnings: what is not finite is reported by those who use it."""
+    with np.errstate(all="ignore"):
+        return np.matmul(x, weight.T, out=out)
 
 
 TILE_BYTES = 32 * 2**20

@@ -136,8 +136,8 @@ def statistics(kind: str) -> None:
 
 def counts_of_firings() -> None:
     """No floats in these: the indices are the stores' own whole numbers."""
-    fires = np.random.default_rng(0).random((600, 30)) < 0.1
-    fires[:, 0] = fires[:, 1] | fires[:, 2]  # split in the other, which lacks it
+    fires = np.random.default_rng(0).random((600, 30)) < 0.04
+    fires[:, 0] = fires[:, 1:4].any(1)  # split in the other, which lacks it
     store, other, asked = store_of(fires), store_of(fires[:, 1:]), np.zeros((30, 1), np.int32)
     for shift in (0, 3):
         cofiring.cofirings(store, other, asked, np.ones(30, np.bool_), shift=shift)
