@@ -77,7 +77,7 @@ def start(root: Path, command: tuple[str, ...], server: FakeServer) -> subproces
 
 def to_the_end(root: Path, command: tuple[str, ...], server: FakeServer) -> None:
     process = start(root, command, server)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=1200)
     assert process.returncode == 0, said
 
 
@@ -120,7 +120,7 @@ def outcome(root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "kills",
-    [2, pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    [2, pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
     ids=lambda n: f"{n} kills",
 )
 def test_killed_at_random_moments(kills: int, harvested: Path, tmp_path: Path) -> None:

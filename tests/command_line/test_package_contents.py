@@ -43,7 +43,7 @@ print(*sorted(prompts.conversation(name).hash for name in names))
 def build(source: Path, to: Path, *targets: str) -> list[Path]:
     """Build ``targets`` (sdist, wheel) of the project in ``source``, without a download."""
     command = [sys.executable, "-m", "hatchling", "build", "-d", str(to), *(w for t in targets for w in ("-t", t))]
-    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=1200)
     return sorted(to.iterdir())
 
 
@@ -100,7 +100,7 @@ def test_the_unpacked_wheel_reads_all_its_files(
 
     def ran(*words: object) -> str:
         command = [sys.executable, *map(str, words)]
-        done = subprocess.run(command, cwd=empty, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=empty, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -40,7 +40,7 @@ torch.backends.cpu.get_cpu_capability = lambda: "DEFAULT"  # Apple silicon
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=250)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.mark.parametrize("start", ["runpy.run_path('cli.py')", "runpy.run_module('autointerp', run_name='__main__')"])

@@ -29,7 +29,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "small_ranks.py"), str(folder)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stderr
     return folder
 

@@ -18,7 +18,7 @@ from sae import kernels
 ODD = st.sampled_from(sorted({x for values in KINDS.values() for x in values if x == x})) | st.floats(width=32)
 
 
-@pytest.mark.timeout(1000)  # it compiles all of them
+@pytest.mark.timeout(1800)  # it compiles all of them
 def test_compiled_loops_stay_in_bounds(tmp_path: Path) -> None:
     """A cache of its own: one that is there holds loops without checks."""
     script = Path(__file__).with_name("checked_kernels.py")

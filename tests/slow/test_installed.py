@@ -48,7 +48,7 @@ class Installed:
         borrowed = [path for path in sys.path if Path(path).name == "site-packages"]
         (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
         pip = [sys.executable, "-m", "pip", "--python", str(self.bin / "python"), "install", "--no-deps", "--no-index"]
-        subprocess.run([*pip, "--ignore-installed", "--no-build-isolation", *what], check=True, timeout=300)
+        subprocess.run([*pip, "--ignore-installed", "--no-build-isolation", *what], check=True, timeout=1200)
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -68,7 +68,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     """The wheel that pip builds of the checkout, installed."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder / "dist")]
-    subprocess.run([*build, str(REPOSITORY)], check=True, timeout=300)
+    subprocess.run([*build, str(REPOSITORY)], check=True, timeout=1200)
     (built,) = (folder / "dist").iterdir()
     return Installed(folder, str(built))
 

@@ -25,7 +25,7 @@ from tiny_study import journal, records, tree, write_recipe, write_texts
 
 from sae.files import read_json, read_table
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 DYING = Path(__file__).with_name("dying_cli.py")
 REPOSITORY = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def run(
         capture_output=True,
         text=True,
         env=environment(recipe),
-        timeout=300,
+        timeout=1200,
     )
     assert ran.returncode in (0, -signal.SIGKILL), ran.stderr
     if ran.returncode:

@@ -20,7 +20,7 @@ from tiny_study import write_recipe, write_texts
 
 from sae.files import read_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 REPOSITORY = Path(__file__).parents[2]
 SEEDS = {"seeds": ("0", "1", "2"), "data": ("0",)}
@@ -43,7 +43,7 @@ def command(root: Path, recipe: Path, mode: str) -> list[str]:
 
 def run(root: Path, recipe: Path, mode: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(root, recipe, mode), capture_output=True, text=True, cwd=REPOSITORY, env=environment(None), timeout=300
+        command(root, recipe, mode), capture_output=True, text=True, cwd=REPOSITORY, env=environment(None), timeout=1200
     )
 
 
@@ -136,7 +136,7 @@ def test_two_ranks_are_one_process(undisturbed: Path, recipe: Path, tmp_path: Pa
         "--seeds",
         *SEEDS[mode],
     )
-    subprocess.run([sys.executable, "cli.py", *words], check=True, cwd=REPOSITORY, env=environment(None), timeout=300)
+    subprocess.run([sys.executable, "cli.py", *words], check=True, cwd=REPOSITORY, env=environment(None), timeout=1200)
     if mode == "seeds":
         same(undisturbed, root)
         return
