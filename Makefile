@@ -103,7 +103,7 @@ test-peers: .venv-peers/.ready
 	.venv-peers/bin/python -m pytest -m peers
 
 subject: $(VENV)/.demo-ready
-	$(PY) -m sae.subjects.build
+	$(PY) -m sae.activations.bundled.build
 
 package: $(VENV)/.test-ready
 	rm -rf dist

@@ -14,10 +14,10 @@ import typer
 from autointerp.command_line import dictionaries, explaining, reading
 from autointerp.command_line.ending import INTERRUPTED, TERMINATED, end, one_line_errors
 from autointerp.command_line.values import spread_lists
-from sae import launch
-from sae.commands import program, written
-from sae.errors import BadInput
-from sae.interrupt import Terminated
+from sae.common import launch
+from sae.common.commands import program, written
+from sae.common.errors import BadInput
+from sae.common.interrupt import Terminated
 
 app = typer.Typer(
     name="autointerp",

@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 
 from autointerp.contexts import TestSet
 from autointerp.scorers.base import HARDER, STOPS
-from sae.errors import BadInput
-from sae.estimate import Estimate
+from sae.common.errors import BadInput
+from sae.common.estimate import Estimate
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context

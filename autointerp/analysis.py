@@ -37,16 +37,16 @@ from autointerp.evidence import Study, Told, View
 from autointerp.findings.of_study import findings_table
 from autointerp.interesting import ContextSource, interesting
 from autointerp.method import ENOUGH_TO_CALL_DEAD
-from autointerp.numerals import precision_in_words
 from autointerp.other_scorers import other_scorer_findings
 from autointerp.pooled import pooled_relation
 from autointerp.setups import described, reason, status_kind
 from autointerp.statistics import METHODS
-from sae.files import SCHEMA
-from sae.nulls import FIRING_NULLS, NULLS
-from sae.overlap import DEFINITIONS, INTERVALS
-from sae.relation import RELATIONS
-from sae.run import Run
+from sae.alignment.nulls import FIRING_NULLS, NULLS
+from sae.alignment.overlap import DEFINITIONS, INTERVALS
+from sae.alignment.relation import RELATIONS
+from sae.common.files import SCHEMA
+from sae.common.numerals import precision_in_words
+from sae.study.run import Run
 
 
 def findings(

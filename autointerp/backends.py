@@ -18,8 +18,8 @@ from autointerp.judges import JUDGES
 from autointerp.judges.base import Judge
 from autointerp.llm.options import LlmOptions
 from autointerp.method import BASELINE, Method
-from sae.errors import BadInput
-from sae.registry import Registry
+from sae.common.errors import BadInput
+from sae.common.registry import Registry
 
 if TYPE_CHECKING:
     from autointerp.explainers.base import ModelExplainer

@@ -23,16 +23,16 @@ from autointerp.scored_pairs import METHODS, agreement, good_scores, scored_pair
 from autointerp.seeds import overlap_findings, similarity_findings
 from autointerp.selection import Choice
 from autointerp.setups import rows_of, setups_of, status_kind, wanted_of
-from sae.align_stage import align_runs, what_sets_apart
-from sae.commands import command, written
-from sae.errors import BadInput
-from sae.files import SCHEMA, read_table
-from sae.overlap import DEFINITIONS, shared
-from sae.pair_files import pair_path
-from sae.progress import say
-from sae.run import Run
-from sae.similarity import similarity
-from sae.stage import Compute
+from sae.alignment.overlap import DEFINITIONS, shared
+from sae.alignment.pairs import pair_path
+from sae.alignment.similarity import similarity
+from sae.common.commands import command, written
+from sae.common.errors import BadInput
+from sae.common.files import SCHEMA, read_table
+from sae.common.progress import say
+from sae.study.align import align_runs, what_sets_apart
+from sae.study.run import Run
+from sae.study.stage import Compute
 
 USUAL = Choice().n or 0
 """How many latents ``explain`` takes where it is not told."""

@@ -1,9 +1,9 @@
 """What a run's scores stand above: the control SAEs of its study, and the n-gram baseline, scored by the same protocol.
 
-Scores of a *control SAE* (:mod:`sae.controls`) are compared as two samples: its latents are others, so the difference
-of the means has an interval that resamples both. A control SAE's latents are a plain random sample of those with
-contexts enough; the run's own are weighted where they are a stratified one (:mod:`autointerp.estimation`). What it says
-is of latents of these very SAEs; another random draw of the frozen decoder would move it a little. The *baseline*
+Scores of a *control SAE* (:mod:`sae.study.controls`) are compared as two samples: its latents are others, so the
+difference of the means has an interval that resamples both. A control SAE's latents are a plain random sample of those
+with contexts enough; the run's own are weighted where they are a stratified one (:mod:`autointerp.estimation`). What it
+says is of latents of these very SAEs; another random draw of the frozen decoder would move it a little. The *baseline*
 explained the same latents from the same contexts, so it is compared latent by latent.
 
 The same protocol: explainer, judge, prompts, models and scorer are equal, so are the numbers of contexts of each kind
@@ -30,8 +30,8 @@ from autointerp.scored import SCORE_EDGES, estimator_of
 from autointerp.scorers.base import HARDER
 from autointerp.setups import precision_of, rows_of, setups_of, status_kind
 from autointerp.statistics import UNKNOWN, Estimate
-from sae.controls import CONTROLS, controls_of
-from sae.run import Run
+from sae.study.controls import CONTROLS, controls_of
+from sae.study.run import Run
 
 METHODS = {
     "difference": "expanded percentile bootstrap of the difference of two means, both resampled, 1000 resamples, seeded"

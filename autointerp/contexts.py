@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from autointerp.positions import Queue, in_proportion, in_turn, match, one_by_one
 from autointerp.rings import Hashes, Ring, among
-from sae.firings import FiringStore, Ints, mix
+from sae.firings.store import FiringStore, Ints, mix
 from sae.settings import ContextSettings
 
 METHOD = 3  # of drawing; part of what scores are keyed by: raise it when the same settings would draw other contexts
@@ -117,7 +117,7 @@ class ContextSampler:
 
     Args:
         store: the firings of one run.
-        decode_tokens: token ids [w] to the text of each, such as :meth:`sae.corpus.Corpus.decode`.
+        decode_tokens: token ids [w] to the text of each, such as :meth:`sae.text.corpus.Corpus.decode`.
         settings: how many of what, and the sample seed.
         groups: [W] the group of each window, equal for texts that nearly agree; by default only equal texts share one.
         neighbours: the latents whose firing makes hard negatives of a latent; without it none are drawn.

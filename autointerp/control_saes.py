@@ -1,4 +1,4 @@
-"""The control SAEs of a study (:mod:`sae.controls`) in `explain` and `score`: what less learning scores.
+"""The control SAEs of a study (:mod:`sae.study.controls`) in `explain` and `score`: what less learning scores.
 
 A sample of the latents of each is explained by the same explainer and judged by the same judge, from as many contexts
 of the same kinds, as the latents of the run. What the run's latents score above them is owed to training. `explain`
@@ -16,8 +16,8 @@ from autointerp.journal import Journal
 from autointerp.material import Material
 from autointerp.sampling import permanent_number
 from autointerp.selection import Choice
-from sae.controls import controls_of
-from sae.run import Run
+from sae.study.controls import controls_of
+from sae.study.run import Run
 
 LATENTS = {False: 200, True: 50}
 """Explained of each control SAE, by whether a model is asked; at most as many as of the run itself."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING
 
-from sae.amounts import parse_amount
-from sae.errors import BadInput, UserError
+from sae.common.amounts import parse_amount
+from sae.common.errors import BadInput, UserError
 
 if TYPE_CHECKING:
     from autointerp.llm.exchange import Answer, Request

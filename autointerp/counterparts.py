@@ -1,6 +1,6 @@
 """What latents do in the other SAEs, and what those are there that do not return: totals over all pairs of runs.
 
-The rows are :class:`sae.behaviour.Behaviour`'s. What became of a latent was asked where it is alive and not
+The rows are :class:`sae.alignment.behaviour.Behaviour`'s. What became of a latent was asked where it is alive and not
 strict-shared at 0.7 with that run, whatever definition a report is looked at with. A row is a latent and another SAE,
 so with S runs a latent is counted up to S - 1 times.
 """
@@ -15,10 +15,10 @@ import pandas as pd
 
 from autointerp.json_values import mean_of, number, quartiles_of
 from autointerp.statistics import bootstrap_mean, mean_fraction
-from sae.estimate import UNKNOWN, Estimate
-from sae.nulls import FIRING_COLUMNS, SHIFTED
-from sae.relation import RELATIONS
-from sae.similarity import range_of
+from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
+from sae.alignment.relation import RELATIONS
+from sae.alignment.similarity import range_of
+from sae.common.estimate import UNKNOWN, Estimate
 
 Tables = Mapping[tuple[str, str], pd.DataFrame]
 _JACCARDS = ("jaccard", "max_jaccard")
@@ -33,10 +33,10 @@ def counterpart_findings(
 ) -> dict[str, Any] | None:
     """The totals as JSON values; ``None`` where no firings have been compared.
 
-    ``null`` has those about firings again, with the other SAE's firings moved along the tokens (:mod:`sae.nulls`);
-    ``None`` unless all pairs were compared with that. Every pair of runs has an offset of its own; ``…_range`` are the
-    least and the largest of a null's figure over pairs, ``None`` for a single one. ``jaccard`` is the mean with the
-    partner by firing, ``max_jaccard`` that with the nearest, taken or not.
+    ``null`` has those about firings again, with the other SAE's firings moved along the tokens
+    (:mod:`sae.alignment.nulls`); ``None`` unless all pairs were compared with that. Every pair of runs has an offset of
+    its own; ``…_range`` are the least and the largest of a null's figure over pairs, ``None`` for a single one.
+    ``jaccard`` is the mean with the partner by firing, ``max_jaccard`` that with the nearest, taken or not.
 
     Args:
         behaviour: (x, y) → the side of x, for the pairs whose firings have been compared.

@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from sae.overview import Cost, Overview, Speed, Stage, measure_speed
-from sae.package_data import RECIPES
+from sae.common.overview import Cost, Overview, Speed, Stage, measure_speed
+from sae.common.package_data import RECIPES
 from sae.settings import Settings, settings_from
 
 RECIPE = RECIPES / "demo.toml"
@@ -73,13 +73,13 @@ def _run(
     from autointerp.report import findings_of
     from autointerp.score import score_runs
     from autointerp.selection import Choice
-    from sae.align_stage import align_runs
-    from sae.harvest_stage import harvest_runs
-    from sae.probe import forward_seconds
-    from sae.progress import waiting
-    from sae.run import MAIN_SCORER
-    from sae.stage import Compute
-    from sae.train_stage import train_study
+    from sae.common.progress import waiting
+    from sae.study.align import align_runs
+    from sae.study.harvest import harvest_runs
+    from sae.study.probe import forward_seconds
+    from sae.study.run import MAIN_SCORER
+    from sae.study.stage import Compute
+    from sae.study.train import train_study
 
     compute = Compute("cpu", threads)
     if overview.stages[STAGES.index(TRAIN)].state != "done":
@@ -112,7 +112,7 @@ def stages_done(root: Path) -> set[str]:
     """The stages that an earlier call has finished, as far as files tell."""
     if not any(root.glob(f"{STUDY}_*")):
         return set()  # without the seconds that it takes to import what reads runs
-    from sae.run import progress_of, study_runs
+    from sae.study.run import progress_of, study_runs
 
     runs = [progress_of(run) for run in study_runs(STUDY, root)]
     if len(runs) < len(SEEDS):

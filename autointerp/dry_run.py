@@ -46,8 +46,8 @@ from autointerp.rounds import AdaptivePlan
 from autointerp.score_table import Test
 from autointerp.scorers import SCORERS
 from autointerp.selection import Choice
-from sae.errors import BadInput, NotFound
-from sae.run import Run
+from sae.common.errors import BadInput, NotFound
+from sae.study.run import Run
 
 EXPLANATION_TOKENS = 80
 """Written for an explanation where the journal has none to go by."""

@@ -19,16 +19,16 @@ from autointerp.journal import Journal
 from autointerp.method import BASELINE
 from autointerp.sample_record import Sample, sample_of
 from autointerp.setups import TOO_FEW, rows_of, setups_of, wanted_of
-from sae.align_stage import behaviour_facts, behaviours, is_aligned, is_compared
-from sae.alignment import both_ways
-from sae.commands import command
-from sae.errors import BadInput, NotFound, nearest
-from sae.files import read_table, table_metadata
-from sae.harvest_stage import is_harvested
-from sae.latent_table import latent_table, shared_class
-from sae.overlap import DEFINITIONS, DIPS, StudyOverlap, overlap
-from sae.pair_files import pair_path
-from sae.run import MAIN_SCORER, Run, all_runs
+from sae.alignment.alignment import both_ways
+from sae.alignment.latent_table import latent_table, shared_class
+from sae.alignment.overlap import DEFINITIONS, DIPS, StudyOverlap, overlap
+from sae.alignment.pairs import pair_path
+from sae.common.commands import command
+from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.files import read_table, table_metadata
+from sae.study.align import behaviour_facts, behaviours, is_aligned, is_compared
+from sae.study.harvest import is_harvested
+from sae.study.run import MAIN_SCORER, Run, all_runs
 
 _UNALIGNED = "These SAEs have not been aligned yet."
 

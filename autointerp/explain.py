@@ -32,14 +32,14 @@ from autointerp.sample_record import Draw, partners_of, record
 from autointerp.sampling import permanent_number
 from autointerp.selection import Choice, check, choose, draw, partners
 from autointerp.work import Outcome, in_flight
-from sae.align_stage import ensure_aligned
-from sae.commands import command
-from sae.errors import BadInput
-from sae.files import digest, read_table
-from sae.harvest_stage import ensure_harvested
-from sae.progress import say, track
-from sae.run import Run
-from sae.stage import Compute
+from sae.common.commands import command
+from sae.common.errors import BadInput
+from sae.common.files import digest, read_table
+from sae.common.progress import say, track
+from sae.study.align import ensure_aligned
+from sae.study.harvest import ensure_harvested
+from sae.study.run import Run
+from sae.study.stage import Compute
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ import pyarrow.parquet as pq
 
 from autointerp.neuronpedia import Ids, lines_of
 from autointerp.tables import TABLES, Frames, frames_of, table_named
-from sae.errors import BadInput
-from sae.files import atomic, digest_file, with_metadata
-from sae.progress import say
-from sae.run import Run
+from sae.common.errors import BadInput
+from sae.common.files import atomic, digest_file, with_metadata
+from sae.common.progress import say
+from sae.study.run import Run
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 

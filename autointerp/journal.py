@@ -23,10 +23,10 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp.database import Database
 from autointerp.journal_schema import MIGRATIONS
 from autointerp.llm.usage import Usage
-from sae.errors import Unavailable
+from sae.common.database import Database
+from sae.common.errors import Unavailable
 
 _EXPLANATION_FILTERS = {
     *("id", "latent", "explainer", "settings_hash", "prompt_hash", "model", "draw", "status"),

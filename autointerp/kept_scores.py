@@ -23,8 +23,8 @@ from autointerp.judges.base import Judge
 from autointerp.material import Material
 from autointerp.score_table import COLUMNS, UNTESTED, SetUp, Test, judged_by, plans_of, records_of, score_table
 from autointerp.scorers import SCORERS
-from sae.files import digest, read_table, table_metadata, write_table
-from sae.progress import track
+from sae.common.files import digest, read_table, table_metadata, write_table
+from sae.common.progress import track
 
 State = tuple[int, int, int, str, str]
 """Of a set-up's verdicts: see :meth:`autointerp.journal.Journal.verdict_states`."""

@@ -21,14 +21,14 @@ from autointerp.reliability import reliability_findings, verdicts_of
 from autointerp.sample_record import sample_of
 from autointerp.scorers.base import HARDER
 from autointerp.setups import precision_of, rows_of, setups_of
-from sae.align_stage import behaviour_folder
-from sae.alignment import read_alignment
-from sae.commands import command
-from sae.errors import NotFound
-from sae.files import SCHEMA, read_table
-from sae.overlap import DEFINITIONS, shared
-from sae.pair_files import pair_path, read_sides
-from sae.run import MAIN_SCORER, Run
+from sae.alignment.alignment import read_alignment
+from sae.alignment.overlap import DEFINITIONS, shared
+from sae.alignment.pairs import pair_path, read_sides
+from sae.common.commands import command
+from sae.common.errors import NotFound
+from sae.common.files import SCHEMA, read_table
+from sae.study.align import behaviour_folder
+from sae.study.run import MAIN_SCORER, Run
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context

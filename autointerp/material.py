@@ -14,11 +14,11 @@ from autointerp.contexts import METHOD, ContextSampler
 from autointerp.near_duplicates import METHOD as GROUPING
 from autointerp.near_duplicates import groups_of
 from autointerp.neighbours import Neighbours
-from sae.files import digest, read_table, write_table
-from sae.firings import FiringStore
-from sae.progress import track
-from sae.run import Run
+from sae.common.files import digest, read_table, write_table
+from sae.common.progress import track
+from sae.firings.store import FiringStore
 from sae.settings import ContextSettings
+from sae.study.run import Run
 
 
 @dataclass(frozen=True)

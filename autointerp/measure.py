@@ -11,7 +11,7 @@ import pandas as pd
 
 from autointerp.scorers.base import HARDER, ScoreRow
 from autointerp.statistics import UNKNOWN, Estimate, auroc, balanced_accuracy, proportion
-from sae.firings import mix
+from sae.firings.store import mix
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context

@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from autointerp.rings import Hashes
-from sae.files import digest, read_table, table_metadata, write_table
-from sae.firings import FiringStore, Ints, mix
-from sae.progress import say
-from sae.run import Run
+from sae.common.files import digest, read_table, table_metadata, write_table
+from sae.common.progress import say
+from sae.firings.store import FiringStore, Ints, mix
+from sae.study.run import Run
 
 METHOD = 1  # raise it when the same windows would be grouped otherwise
 GRAM = 5  # tokens

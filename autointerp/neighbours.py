@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from sae.firings import FiringStore, Ints, mix
+from sae.firings.store import FiringStore, Ints, mix
 
 NEAREST = 10
 """Neighbours of each of the two ways."""

@@ -23,10 +23,10 @@ import pandas as pd
 
 from autointerp.journal import Journal
 from autointerp.json_values import number
-from sae.commands import command
-from sae.errors import BadInput, NotFound
-from sae.files import digest, read_table
-from sae.run import Run
+from sae.common.commands import command
+from sae.common.errors import BadInput, NotFound
+from sae.common.files import digest, read_table
+from sae.study.run import Run
 
 DEFAULT_AUTHOR = "clkht01d40000jv08hvalcvly"
 """What Neuronpedia's own tools write as author where none is set."""
@@ -51,7 +51,7 @@ class Ids:
         """Those given; else the model's name without its owner, and the layer's number before the run's name."""
         subject = str(run.record["subject"]["source"]).partition("@")[0]
         if subject == "bundled":
-            from sae.subjects import BUNDLED
+            from sae.activations.bundled import BUNDLED
 
             subject = BUNDLED.name
         layer = _LAYER.search("." + run.record["hookpoint"])

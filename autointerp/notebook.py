@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import pandas as pd
 
-import sae.run
+import sae.study.run
 from autointerp.contexts import Context
 from autointerp.journal import Journal
 from autointerp.latents import reliability_of
 from autointerp.material import Material
-from sae.files import read_table
+from sae.common.files import read_table
 
 
-class Run(sae.run.Run):
+class Run(sae.study.run.Run):
     """One trained SAE and all that was measured on it. Open one with :meth:`open`."""
 
     def contexts(self, latent: int) -> list[Context]:

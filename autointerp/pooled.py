@@ -12,9 +12,9 @@ from autointerp.reliability import verdicts_of
 from autointerp.sample_record import sample_of
 from autointerp.score_similarity import Part, pooled_findings
 from autointerp.setups import precision_of, rows_of, setups_of
-from sae.bootstrap import partner_units
-from sae.files import read_table
-from sae.run import Run
+from sae.alignment.bootstrap import partner_units
+from sae.common.files import read_table
+from sae.study.run import Run
 
 _ALIKE = ("explainer", "explainer_model", "explain_prompt_hash", "judge", "model", "scorer", "judge_prompt_hash")
 """What two runs' set-ups must have in common. Their settings hashes differ by the run's own contexts."""

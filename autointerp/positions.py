@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autointerp.rings import Hashes
-from sae.firings import Ints
+from sae.firings.store import Ints
 
 
 class Queue(NamedTuple):

@@ -25,8 +25,8 @@ from typing import Any
 import jinja2
 
 from autointerp.llm.exchange import Message
-from sae.errors import BadInput, NotFound
-from sae.package_data import data_folder
+from sae.common.errors import BadInput, NotFound
+from sae.common.package_data import data_folder
 
 FOLDER = data_folder(packaged="autointerp/_prompts", in_checkout="prompts")
 

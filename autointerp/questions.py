@@ -19,10 +19,10 @@ from autointerp.judges.base import Judge
 from autointerp.method import BASELINE
 from autointerp.score_table import records_of
 from autointerp.swapping import swap_partners
-from sae.commands import command
-from sae.errors import BadInput
-from sae.files import digest
-from sae.run import Run, all_runs
+from sae.common.commands import command
+from sae.common.errors import BadInput
+from sae.common.files import digest
+from sae.study.run import Run, all_runs
 
 CONTROL_LATENTS = {False: None, True: 50}
 """Latents that have a swapped control, by whether the judge asks a model; ``None``: all."""

@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from autointerp.statistics import sorted_quantiles
-from sae.estimate import Estimate
+from sae.common.estimate import Estimate
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

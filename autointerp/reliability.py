@@ -42,8 +42,8 @@ from autointerp.rank_bootstrap import Bools, Floats, Resamples, interval_of, par
 from autointerp.sample_record import Sample
 from autointerp.scorers.base import HARDER
 from autointerp.setups import verdict_filters
-from sae.estimate import UNKNOWN, Estimate
-from sae.run import Run
+from sae.common.estimate import UNKNOWN, Estimate
+from sae.study.run import Run
 
 METHODS = {
     "reliability": "mean rank correlation of random halves of each latent's verdicts, stepped up by Spearman and "

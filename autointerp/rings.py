@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sae.firings import Ints, mix
+from sae.firings.store import Ints, mix
 
 Hashes = npt.NDArray[np.uint64]
 

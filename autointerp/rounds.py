@@ -16,7 +16,7 @@ from autointerp.adaptive import SIZES, Look, Precision, Rounds, interval
 from autointerp.contexts import Context
 from autointerp.material import Material
 from autointerp.scorers.base import HARDER, Scorer, ScoreRow
-from sae.run import Run
+from sae.study.run import Run
 
 UNFINISHED = "failed: not judged to its end; run the same `score` again"
 

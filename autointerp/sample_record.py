@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from autointerp.sampling import METHOD, weights_of
-from sae.files import digest, read_table, table_metadata, write_table
-from sae.run import Run
+from sae.common.files import digest, read_table, table_metadata, write_table
+from sae.study.run import Run
 
 STAGE = "sample"
 _EXPLAINED_BY = {

@@ -45,10 +45,10 @@ from autointerp.scorers import SCORERS
 from autointerp.scorers.base import Scorer
 from autointerp.setups import status_kind
 from autointerp.work import Outcome, in_flight
-from sae.commands import command
-from sae.files import digest
-from sae.progress import Bar, say, track
-from sae.run import MAIN_SCORER, Run
+from sae.common.commands import command
+from sae.common.files import digest
+from sae.common.progress import Bar, say, track
+from sae.study.run import MAIN_SCORER, Run
 
 _PARTS_AT_ONCE = 32
 """Requests about one explanation that may be under way together."""

@@ -21,8 +21,8 @@ from autointerp.method import BASELINE
 from autointerp.rounds import AdaptivePlan
 from autointerp.scorers import SCORERS
 from autointerp.scorers.base import Scorer, ScoreRow
-from sae.files import digest
-from sae.run import Run
+from sae.common.files import digest
+from sae.study.run import Run
 
 _IDENTITY = ("latent", "explanation_id", "explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
 _JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")

@@ -22,7 +22,7 @@ from autointerp.scorers.base import HARDER, STOPS
 from autointerp.setups import precision_of, status_kind
 from autointerp.statistics import UNKNOWN
 from autointerp.too_few import too_few_findings
-from sae.latent_table import CLASSES
+from sae.alignment.latent_table import CLASSES
 
 #: Bins of a score histogram: from 0 to 1 in steps of .02.
 SCORE_EDGES = np.linspace(0, 1, 51)

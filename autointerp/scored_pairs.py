@@ -1,7 +1,8 @@
 """A latent and its partner in another run, where both are scored in the same way: do their scores agree?
 
 Partners are decoder-matched. The pairs that hold a latent in common are one observation, and are resampled together
-(:func:`sae.bootstrap.partner_units`). The scores are as they are, unweighted: what is paired is no sample of all pairs.
+(:func:`sae.alignment.bootstrap.partner_units`). The scores are as they are, unweighted: what is paired is no sample of
+all pairs.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from autointerp.json_values import number
 from autointerp.pooled import scored_alike
 from autointerp.rank_bootstrap import Resamples, interval_of
 from autointerp.setups import status_kind
-from sae.bootstrap import partner_units
-from sae.estimate import UNKNOWN, Estimate
-from sae.overlap import shared
-from sae.run import Run
+from sae.alignment.bootstrap import partner_units
+from sae.alignment.overlap import shared
+from sae.common.estimate import UNKNOWN, Estimate
+from sae.study.run import Run
 
 METHODS = {
     "score agreement": "expanded percentile bootstrap over pairs, 1000 resamples, seeded; pairs that hold a latent in "

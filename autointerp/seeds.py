@@ -1,6 +1,6 @@
 """What comes back when a dictionary is trained again with another seed, and how the dictionaries were trained.
 
-The figures are :mod:`sae.overlap`'s; this only arranges them as JSON values, and adds what needs the firing
+The figures are :mod:`sae.alignment.overlap`'s; this only arranges them as JSON values, and adds what needs the firing
 counts: how often the latents fire that return, and those that do not.
 """
 
@@ -15,11 +15,11 @@ import pandas as pd
 from autointerp.evidence import Study
 from autointerp.json_values import histogram, number
 from autointerp.statistics import quartiles
-from sae.files import read_table, table_metadata
-from sae.latent_table import CLASSES, shared_class
-from sae.overlap import DEFINITIONS
-from sae.run import Run
-from sae.similarity import range_of
+from sae.alignment.latent_table import CLASSES, shared_class
+from sae.alignment.overlap import DEFINITIONS
+from sae.alignment.similarity import range_of
+from sae.common.files import read_table, table_metadata
+from sae.study.run import Run
 
 _CURVES = ("step", "tokens", "loss", "fvu", "l0", "dead_fraction", "learning_rate")
 _CURVE_POINTS = 100
@@ -36,7 +36,7 @@ def overlap_findings(study: Study) -> dict[str, Any] | None:
 
 
 def overlap_tree(found: Mapping[str, Any], chosen: str = "strict") -> dict[str, Any]:
-    """The ``overlap`` of the findings, out of :meth:`sae.overlap.StudyOverlap.as_dict`.
+    """The ``overlap`` of the findings, out of :meth:`sae.alignment.overlap.StudyOverlap.as_dict`.
 
     Whatever is called ``null`` has the same figure of each null; ``null_range`` its least and largest over pairs of
     runs, of which each has a draw of its own; ``None`` for a single pair.
@@ -97,7 +97,7 @@ def similarity_findings(study: Study) -> dict[str, Any] | None:
 
 
 def similarity_tree(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``similarity`` of the findings, out of :meth:`sae.overlap.StudyOverlap.as_dict`."""
+    """The ``similarity`` of the findings, out of :meth:`sae.alignment.overlap.StudyOverlap.as_dict`."""
     decoder, shape, nulls = found["mean_decoder"], found["histogram"], found["nulls"]
     return {
         **{name: found[name]["value"] for name in _MEANS},

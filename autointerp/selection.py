@@ -15,10 +15,10 @@ import pandas as pd
 
 from autointerp.sample_record import Draw
 from autointerp.sampling import drawn, strata
-from sae.errors import BadInput, NotFound, nearest
-from sae.files import read_table
-from sae.overlap import shared
-from sae.run import Run
+from sae.alignment.overlap import shared
+from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.files import read_table
+from sae.study.run import Run
 
 Sharing = Literal["any", "unshared", "shared"]
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from autointerp.json_values import plain
 from autointerp.method import BASELINE
-from sae.errors import NotFound
+from sae.common.errors import NotFound
 
 #: Who explained and judged, under which settings and prompts: what tells set-ups apart.
 _EXPLAIN = ("explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")

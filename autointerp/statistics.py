@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from sae.estimate import UNKNOWN, Estimate, fraction, proportion
+from sae.common.estimate import UNKNOWN, Estimate, fraction, proportion
 
 __all__ = [
     "METHODS",
@@ -58,8 +58,8 @@ Array = NDArray[np.float64]
 def mean_fraction(values: ArrayLike, level: float = 0.95) -> Estimate:
     """The mean of fractions [N], each of its own latent, with Wilson's interval at their effective number.
 
-    See :func:`sae.estimate.fraction`; the number is N where all are 0 or 1, or all are the same. So the interval of a
-    rare thing is lopsided as it must be, and that of a thing never seen does not shrink to nothing.
+    See :func:`sae.common.estimate.fraction`; the number is N where all are 0 or 1, or all are the same. So the interval
+    of a rare thing is lopsided as it must be, and that of a thing never seen does not shrink to nothing.
     """
     x = _finite(values)
     if len(x) == 0:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
 
-from sae.firings import mix
+from sae.firings.store import mix
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -28,7 +28,7 @@ _WINDOWS = 1 << 15  # windows in which co-firing is counted at most: phi is then
 
 
 class FiringWindows(Protocol):
-    """What is needed of a firing store (:class:`sae.firings.FiringStore` is one)."""
+    """What is needed of a firing store (:class:`sae.firings.store.FiringStore` is one)."""
 
     n_windows: int
 

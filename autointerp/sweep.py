@@ -23,15 +23,15 @@ from autointerp.score import score_runs
 from autointerp.selection import Choice
 from autointerp.sweep_points import summarise
 from autointerp.sweep_table import Summary, read_summary, summary_inputs, write_summary
-from sae.align_stage import align_runs
-from sae.errors import BadInput, UserError, nearest
-from sae.harvest_stage import harvest_runs
-from sae.probe import Probe, probe
-from sae.progress import say
-from sae.run import MAIN_SCORER, Run
-from sae.stage import Compute
-from sae.sweep import Sweep
-from sae.train_stage import train_studies
+from sae.common.errors import BadInput, UserError, nearest
+from sae.common.progress import say
+from sae.study.align import align_runs
+from sae.study.harvest import harvest_runs
+from sae.study.probe import Probe, probe
+from sae.study.run import MAIN_SCORER, Run
+from sae.study.stage import Compute
+from sae.study.sweep import Sweep
+from sae.study.train import train_studies
 
 
 class Explaining(BaseModel):

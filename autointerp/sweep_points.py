@@ -14,10 +14,10 @@ from typing import Any
 from autointerp.analysis import findings
 from autointerp.findings.intervals import without_each
 from autointerp.sweep_table import Summary
-from sae.files import SCHEMA
-from sae.overlap import DEFINITIONS
-from sae.run import Run, git_commit
-from sae.sweep import Point, Sweep
+from sae.alignment.overlap import DEFINITIONS
+from sae.common.files import SCHEMA
+from sae.study.run import Run, git_commit
+from sae.study.sweep import Point, Sweep
 
 _COSINES = ("mean_decoder", "mean_encoder", "mean_max_decoder", "mean_max_encoder")
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pandas as pd
 
-from sae.errors import BadInput
-from sae.files import SCHEMA, digest, digest_file, read_json, write_json, write_table
-from sae.overlap import DEFINITIONS
-from sae.progress import say
-from sae.run import Run
-from sae.sweep import Sweep
+from sae.alignment.overlap import DEFINITIONS
+from sae.common.errors import BadInput
+from sae.common.files import SCHEMA, digest, digest_file, read_json, write_json, write_table
+from sae.common.progress import say
+from sae.study.run import Run
+from sae.study.sweep import Sweep
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 
 from autointerp.journal import Journal
-from sae.align_stage import behaviour_folder
-from sae.commands import command
-from sae.errors import BadInput, NotFound, nearest
-from sae.files import read_table
-from sae.pair_files import pair_path, read_sides
-from sae.run import Run, study_runs
+from sae.alignment.pairs import pair_path, read_sides
+from sae.common.commands import command
+from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.files import read_table
+from sae.study.align import behaviour_folder
+from sae.study.run import Run, study_runs
 
 Frames = Iterator[pd.DataFrame]
 """One table, in pieces where it may not fit in memory at once; all have the same columns."""

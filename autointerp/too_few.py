@@ -10,7 +10,7 @@ import pandas as pd
 
 from autointerp.json_values import number
 from autointerp.statistics import proportion
-from sae.latent_table import CLASSES
+from sae.alignment.latent_table import CLASSES
 
 
 def too_few_findings(latents: pd.DataFrame) -> dict[str, Any] | None:

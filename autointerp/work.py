@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from autointerp.cost import BudgetSpent
-from sae.progress import Bar
+from sae.common.progress import Bar
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ takes two seeds of the bundled study in its place, trained here at each of the s
 Every side is a process of its own, run alone, that compiles its loops on a small pair first and then reports the time
 of one matching and the most memory that it held:
 
-- *ours*: ``sae.matching.best_matching`` from float32 weights, with its certificate; once as the machine likes it
-  (bfloat16 products where it has instructions for them) and once with float32 products only;
+- *ours*: ``sae.alignment.matching.best.best_matching`` from float32 weights, with its certificate; once as the machine
+  likes it (bfloat16 products where it has instructions for them) and once with float32 products only;
 - *scipy*: ``linear_sum_assignment`` on the dense float64 matrix, the time of the solver alone (that of the matrix is
   given beside it); only up to ``--dense``, since its memory grows with the square;
 - *product*: one pass over all products in blocks, by the faster of PyTorch and NumPy, neither searched nor kept: no
@@ -39,8 +39,8 @@ from rich.console import Console
 from rich.table import Table
 from side import now
 
-from sae import kernels
-from sae.precision import resolve_float
+from sae.common.precision import resolve_float
+from sae.dictionaries.kernels import steps as kernels
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {8192: 3.0, 16384: 6.0, 32768: 8.0}
@@ -63,7 +63,7 @@ def synthetic(m: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.fl
 def weights(asked: argparse.Namespace) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     if not asked.runs:
         return synthetic(asked.size)
-    from sae.run import Run
+    from sae.study.run import Run
 
     saes = [Run.open(name, asked.root).sae() for name in asked.runs]
     a, b = (np.ascontiguousarray((sae.W_enc if asked.space == "encoder" else sae.W_dec).numpy()) for sae in saes)
@@ -73,8 +73,8 @@ def weights(asked: argparse.Namespace) -> tuple[NDArray[np.float32], NDArray[np.
 def bundled_runs(size: int, threads: int) -> list[str]:
     """The names of two trained seeds of the bundled study at width ``size``, under ``BUNDLED``."""
     from sae.settings import settings_from
-    from sae.stage import Compute
-    from sae.train_stage import train_study
+    from sae.study.stage import Compute
+    from sae.study.train import train_study
 
     training = {"num_latents": size, "tokens": BUNDLED_TOKENS}
     settings = settings_from(ROOT / "eval_runs" / "recipes" / "demo.toml", training=training)
@@ -88,7 +88,7 @@ def side(asked: argparse.Namespace) -> dict[str, Any]:
         return _scipy(asked)
     if asked.side == "product":
         return _product(asked)
-    from sae.matching import best_matching
+    from sae.alignment.matching.best import best_matching
 
     options = {"precision": asked.precision, "device": asked.device}
     rng = np.random.default_rng(1)
@@ -234,7 +234,7 @@ def main() -> None:
         return
     begun, rows = time.time(), []
     if asked.runs:
-        from sae.run import Run
+        from sae.study.run import Run
 
         asked.root = asked.root.resolve()
         asked.sizes = [max(len(Run.open(name, asked.root).sae().W_dec) for name in asked.runs)]

@@ -21,15 +21,15 @@ from outcome import about, leave, parser_of
 from rich.console import Console
 from rich.table import Table
 
-from sae.align_stage import align_runs, overlap_of
-from sae.amounts import parse_amount
-from sae.architectures import ARCHITECTURES
-from sae.files import read_table
-from sae.harvest_stage import harvest_runs
-from sae.run import Run
+from sae.common.amounts import parse_amount
+from sae.common.files import read_table
+from sae.dictionaries.architectures import ARCHITECTURES
 from sae.settings import Settings, settings_from
-from sae.stage import Compute
-from sae.train_stage import Study, train_studies
+from sae.study.align import align_runs, overlap_of
+from sae.study.harvest import harvest_runs
+from sae.study.run import Run
+from sae.study.stage import Compute
+from sae.study.train import Study, train_studies
 
 ROOT = Path(__file__).parents[1]
 HARVEST = 1_000_000  # tokens

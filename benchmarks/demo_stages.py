@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
-    from sae.overview import Overview, Speed
+    from sae.common.overview import Overview, Speed
     from sae.settings import Settings
 
 MOMENTS = (3.0, 10.0, 30.0)
@@ -39,7 +39,7 @@ def main() -> None:
 
 def measure(root: Path, recipe: Path, threads: int | None) -> None:
     from autointerp import demo
-    from sae.overview import Overview, Speed, measure_speed
+    from sae.common.overview import Overview, Speed, measure_speed
     from sae.settings import settings_from
 
     demo.RECIPE = recipe
@@ -68,9 +68,9 @@ def measure(root: Path, recipe: Path, threads: int | None) -> None:
 def show_constants(settings: Settings, overview: Overview, speed: Speed, root: Path, threads: int | None) -> None:
     """Print the constants of `autointerp/demo.py` as they are on this machine."""
     from autointerp import demo
-    from sae.probe import forward_seconds
-    from sae.run import study_runs
-    from sae.stage import Compute
+    from sae.study.probe import forward_seconds
+    from sae.study.run import study_runs
+    from sae.study.stage import Compute
 
     corpus_tokens = study_runs(demo.STUDY, root)[0].record["corpus"]["n_tokens"]
     forward = sorted(forward_seconds(settings, Compute("cpu", threads)) for _ in range(3))[1]

@@ -24,15 +24,15 @@ from outcome import about, keep, parser_of
 from rich.console import Console
 from rich.table import Table
 
-from sae.activations import TrainingBatches
-from sae.align_stage import align_runs, overlap_of
-from sae.encoding import topk_firings
-from sae.files import read_table
-from sae.precision import Precision
-from sae.run import Run
+from sae.activations.stream import TrainingBatches
+from sae.common.files import read_table
+from sae.common.precision import Precision
+from sae.dictionaries.encoding import topk_firings
 from sae.settings import Settings, settings_from
-from sae.stage import Compute, open_source
-from sae.train_stage import train_study
+from sae.study.align import align_runs, overlap_of
+from sae.study.run import Run
+from sae.study.stage import Compute, open_source
+from sae.study.train import train_study
 
 ROOT = Path(__file__).parents[1]
 DEFINITIONS = ("strict", "lenient")

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sae import kernels
-from sae.architectures.topk import TopKSae
-from sae.objective import AuxK, Objective
-from sae.stacked import Stack
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.objective import AuxK, Objective
+from sae.training.stacked import Stack
 
 RESULTS = Path(__file__).parent / "results" / "gpu-check.json"
 _FLOAT = 2e-5  # float32 sums of some thousand terms, added in another order

@@ -5,8 +5,8 @@
 The bundled subject model in float32 on its own text, the hookpoint of `make demo`, and TopK dictionaries with random
 weights: how many latents fire does not depend on what they have learnt. Every side is a process of its own, run alone:
 
-- *ours*: ``sae.harvest.harvest`` to a firing store that is ready for look-ups, index included, for one dictionary and
-  for three in one pass; no cache of activations;
+- *ours*: ``sae.firings.harvest.harvest`` to a firing store that is ready for look-ups, index included, for one
+  dictionary and for three in one pass; no cache of activations;
 - *bare*: the same forward pass and the same encoding, with nothing recorded: what no harvest exceeds;
 - *delphi*: ``LatentCache.run`` and ``save_splits`` (5 splits), the dictionary opened by sparsify, as its documentation
   has it; it runs the model to its last layer.
@@ -50,9 +50,9 @@ SMALL = 16_384
 
 def prepared(folder: Path, shape: str, tokens: int) -> None:
     """What all sides work on: the model's folder, tokens in the order of the harvest, and three dictionaries."""
-    from sae.architectures.topk import TopKSae
-    from sae.checkpoint import save_sae
-    from sae.formats import About
+    from sae.dictionaries.architectures.topk import TopKSae
+    from sae.dictionaries.checkpoint import save_sae
+    from sae.dictionaries.formats import About
 
     source = our_source(folder)
     stream = next(iter(source.streams.values()))
@@ -68,7 +68,7 @@ def prepared(folder: Path, shape: str, tokens: int) -> None:
 
 def our_source(folder: Path) -> Any:
     from sae.settings import settings_from
-    from sae.stage import Compute, open_source
+    from sae.study.stage import Compute, open_source
 
     recipe = ROOT / "eval_runs" / "recipes" / "demo.toml"
     settings = settings_from(recipe, subject={"dtype": "float32"})
@@ -77,8 +77,8 @@ def our_source(folder: Path) -> Any:
 
 def ours(folder: Path, tokens: int, names: str) -> None:
     """Harvest so many tokens for the dictionaries ``names``, from nothing."""
-    from sae.checkpoint import load_sae
-    from sae.harvest import harvest
+    from sae.dictionaries.checkpoint import load_sae
+    from sae.firings.harvest import harvest
 
     source = our_source(folder)
     stream = next(iter(source.streams.values()))
@@ -89,7 +89,7 @@ def ours(folder: Path, tokens: int, names: str) -> None:
 
 def bare(folder: Path, tokens: int, names: str) -> None:
     """The forward pass and the encoding of the same tokens in the same pieces."""
-    from sae.checkpoint import load_sae
+    from sae.dictionaries.checkpoint import load_sae
 
     source = our_source(folder)
     stream, corpus = next(iter(source.streams.values())), source.corpus
@@ -123,7 +123,7 @@ def delphi(folder: Path, tokens: int, names: str) -> None:
 
 def subject_folder() -> Path:
     """The bundled model's folder, found without our own packages."""
-    return next((ROOT / "sae" / "subjects").glob("*/config.json")).parent
+    return next((ROOT / "sae" / "activations" / "bundled").glob("*/config.json")).parent
 
 
 SIDES = {"ours": ours, "bare": bare, "delphi": delphi}

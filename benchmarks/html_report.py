@@ -39,7 +39,7 @@ def wide_study(root: Path, m: int, n_runs: int, n_scored: int) -> list[Any]:
     """Every stage of a study of ``m`` latents, as files. Two fifths of the latents return."""
     import small_study
 
-    from sae.alignment import Alignment, write_alignment
+    from sae.alignment.alignment import Alignment, write_alignment
 
     runs = small_study.runs_of(root, n_runs, m=m)
     small_study.harvested(runs)

@@ -45,14 +45,14 @@ from autointerp.llm.tokens import BLOCK, block_keys, local_tokenizer
 from autointerp.material import Material
 from autointerp.rounds import AdaptivePlan
 from autointerp.scorers.detection import DetectionScorer
-from sae.errors import BadInput
-from sae.run import Run
+from sae.common.errors import BadInput
+from sae.study.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 DELPHI = "eai-delphi==0.1.3"
 SHOWN = 5  # delphi's num_examples_per_scorer_prompt
 CPU_BLOCK = 128  # tokens in a block of vLLM's prefix cache on CPUs
-BUNDLED = ROOT / "sae" / "subjects" / "pystdlib-4m"
+BUNDLED = ROOT / "sae" / "activations" / "bundled" / "pystdlib-4m"
 
 Messages = Sequence[Message]
 Ask = Callable[[str, Sequence[Context]], Iterator[Messages]]

@@ -1,4 +1,4 @@
-"""Our side: :func:`sae.trainer.train_groups`, S seeds side by side on each batch, as ``cli.py train`` runs it.
+"""Our side: :func:`sae.training.trainer.train_groups`, S seeds side by side on each batch, as ``cli.py train`` runs it.
 
 The trainer asks for each step's activations; that is where this side takes the time, and waits between rounds.
 """
@@ -19,11 +19,11 @@ from activations import batches
 from side import Asked, now
 from torch import Tensor
 
-from sae import progress
-from sae.architectures.topk import TopKSae
-from sae.kernels import triton_steps
+from sae.common import progress
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.kernels.steps import triton_steps
 from sae.settings import TrainingSettings
-from sae.trainer import Group, train_groups
+from sae.training.trainer import Group, train_groups
 
 _ENDLESS = 10**9
 

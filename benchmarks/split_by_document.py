@@ -29,8 +29,8 @@ from autointerp.explainers.ngram import NgramExplainer
 from autointerp.judges.ngram import NgramJudge
 from autointerp.material import Material
 from autointerp.near_duplicates import groups_of
-from sae.firings import FiringStore
-from sae.run import Run
+from sae.firings.store import FiringStore
+from sae.study.run import Run
 
 Hashes = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]

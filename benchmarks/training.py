@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from side import Task, now
 
-from sae import kernels
-from sae.precision import is_emulated
+from sae.common.precision import is_emulated
+from sae.dictionaries.kernels import steps as kernels
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parent / ".venv-peers", HERE.parent / ".venv-bench"

@@ -14,7 +14,7 @@ from rich.segment import Segment, Segments
 from rich.terminal_theme import DIMMED_MONOKAI
 
 from autointerp.report import findings_of, render_report
-from sae.run import study_runs
+from sae.study.run import study_runs
 
 HERE = Path(__file__).parent
 WIDTH, LINES = 100, 78

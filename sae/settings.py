@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from sae.amounts import parse_amount
-from sae.architectures import ARCHITECTURES
-from sae.commands import written
-from sae.errors import BadInput, NotFound, nearest
-from sae.package_data import bundled_recipes
+from sae.common.amounts import parse_amount
+from sae.common.commands import written
+from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.package_data import bundled_recipes
+from sae.dictionaries.architectures import ARCHITECTURES
 
 
 def _amount(value: Any) -> Any:
@@ -90,7 +90,9 @@ class TrainingSettings(_Table):
         None, ge=1, description="steps in which L0 is led to k, where a penalty decides it; default a fifth of the run"
     )
     bandwidth: float = Field(
-        0.01, gt=0, description="jumprelu: width of the window that teaches the thresholds, see sae/objective.py"
+        0.01,
+        gt=0,
+        description="jumprelu: width of the window that teaches the thresholds, see sae/dictionaries/objective.py",
     )
     precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
@@ -98,7 +100,7 @@ class TrainingSettings(_Table):
         "auto: the fewest bits that the machine has instructions for (int8 on CPUs only)",
     )
     frozen: Literal["nothing", "decoder", "everything"] = Field(
-        "nothing", description="weights that stay as they were drawn, for controls (sae/controls.py)"
+        "nothing", description="weights that stay as they were drawn, for controls (sae/study/controls.py)"
     )
     checkpoint_steps: int = Field(
         500, ge=1, description="steps between checkpoints of an unfinished run; one is written about every minute too"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae.architectures.batchtopk import BatchTopKSae
-from sae.architectures.gated import GatedSae
-from sae.architectures.jumprelu import JumpReluSae
-from sae.architectures.relu import ReluSae
-from sae.architectures.topk import TopKSae
-from sae.dictionary import Sae
+from sae.dictionaries.architectures.batchtopk import BatchTopKSae
+from sae.dictionaries.architectures.gated import GatedSae
+from sae.dictionaries.architectures.jumprelu import JumpReluSae
+from sae.dictionaries.architectures.relu import ReluSae
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.sae import Sae
 
 D, M, K = 6, 20, 3
 ARCHITECTURES = ("topk", "batchtopk", "relu", "gated", "jumprelu")

@@ -22,11 +22,11 @@ import pandas as pd
 
 import cli as program
 from autointerp.journal import Journal
-from sae.harvest_stage import harvest_runs
-from sae.run import Run
 from sae.settings import Settings
-from sae.stage import Compute
-from sae.train_stage import Study, train_studies
+from sae.study.harvest import harvest_runs
+from sae.study.run import Run
+from sae.study.stage import Compute
+from sae.study.train import Study, train_studies
 
 HOOKPOINT = "layers.1.input_layernorm"
 NUM_LATENTS, K = 64, 2

@@ -10,10 +10,10 @@ from autointerp.command_line.groups import JudgeServer, Machine, Output, Server,
 from autointerp.command_line.options import Definition, OtherFormat
 from autointerp.command_line.shared import finish_with_runs, opened
 from autointerp.command_line.values import absolute, amount, new_file
-from sae.errors import BadInput
+from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
-    from sae.tracking import Tracker
+    from sae.study.tracking import Tracker
 
 
 @takes_groups
@@ -53,10 +53,10 @@ def train(
     \b
     torchrun --nproc-per-node 2 cli.py train …
     """
-    from sae.controls import controls_of
-    from sae.run import study_runs
     from sae.settings import settings_from
-    from sae.train_stage import names_of, studies_of, train_studies
+    from sae.study.controls import controls_of
+    from sae.study.run import study_runs
+    from sae.study.train import names_of, studies_of, train_studies
 
     there = next((runs for of in names_of(name, hookpoint or []) if (runs := study_runs(of, output.root))), [])
     own_seeds = [run.seed for run in there if run.seed is not None]
@@ -92,7 +92,7 @@ def harvest(*, sae: opt.Saes = None, tokens: opt.HarvestTokens = None, machine: 
     \b
     python cli.py harvest --sae run_a --sae run_b --tokens 10M
     """
-    from sae.harvest_stage import harvest_runs
+    from sae.study.harvest import harvest_runs
 
     runs = opened(sae, output.root, whole_study=True)
     harvest_runs(runs, machine.compute(), tokens=amount("--tokens", tokens))
@@ -121,7 +121,7 @@ def align(
     python cli.py align run_a run_b run_c
     """
     from autointerp.report import alignment_findings, render_alignment
-    from sae.align_stage import align_runs, compared_of
+    from sae.study.align import align_runs, compared_of
 
     runs = opened(names, output.root, whole_study=True)
     align_runs(runs, machine.compute(), nulls, force)
@@ -154,7 +154,7 @@ def sweep(
     """
     from autointerp.report import render_forecast, render_sweep
     from autointerp.sweep import forecast, run_sweep, scoring_of, sweep_findings
-    from sae.sweep import read_sweep
+    from sae.study.sweep import read_sweep
 
     swept = read_sweep(recipe, name, seeds or ())
     scoring = scoring_of(swept, score, explainer, llm_options(server, judge_server), judge)
@@ -191,7 +191,7 @@ def import_(
 
     A second import into the study takes model, hookpoint and text from the first. Then align, explain and score.
     """
-    from sae.importing import import_sae, import_settings
+    from sae.study.importing import import_sae, import_settings
 
     subject = {"model": absolute(model) if model else None, "hookpoint": hookpoint, "dtype": dtype}
     settings = import_settings(study, output.root, recipe, subject=subject, corpus=text.settings())
@@ -223,7 +223,7 @@ def export(
     """
     runs = opened(sae, output.root)
     if table is None and format_ in _OF_SAES:
-        from sae.importing import export_sae
+        from sae.study.importing import export_sae
 
         if len(runs) > 1:
             raise BadInput(f"--format {format_.value} writes one run's SAE; give --sae once")
@@ -247,6 +247,6 @@ _OF_SAES = (OtherFormat.sparsify, OtherFormat.saelens, OtherFormat.dictionary_le
 
 
 def _tracker(project: str | None) -> Tracker | None:
-    from sae.tracking import Tracker
+    from sae.study.tracking import Tracker
 
     return None if project is None else Tracker(project)

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import typer
 
-from sae import launch
-from sae.commands import program
+from sae.common import launch
+from sae.common.commands import program
 
 SOME_FAILED = 3
 INTERRUPTED = 130
@@ -40,7 +40,7 @@ def exit_if(failed: int) -> None:
 @contextmanager
 def one_line_errors(as_json: bool) -> Iterator[None]:
     """Errors that are the user's to mend as one line and an exit code; others keep their traceback."""
-    from sae.errors import UserError, printable
+    from sae.common.errors import UserError, printable
 
     try:
         yield
@@ -71,7 +71,7 @@ def end(code: int, line: str, result: str | None = None) -> NoReturn:
             print(result)
 
     if launch.launched():
-        from sae.distributed import end_rank
+        from sae.common.torchrun import end_rank
 
         end_rank(code, speak)
     speak()

@@ -8,7 +8,7 @@ from autointerp.command_line.groups import JudgeServer, Machine, Output, Server,
 from autointerp.command_line.options import Definition
 from autointerp.command_line.shared import opened
 from autointerp.command_line.values import indices as latent_numbers
-from sae.errors import BadInput
+from sae.common.errors import BadInput
 
 
 @takes_groups

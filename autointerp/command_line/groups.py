@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from autointerp.command_line import options as opt
 from autointerp.command_line.values import absolute
-from sae.commands import DEFAULT_ROOT, as_started
-from sae.errors import BadInput
+from sae.common.commands import DEFAULT_ROOT, as_started
+from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
     from autointerp.cost import Prices
     from autointerp.llm.options import LlmOptions
-    from sae.stage import Compute
+    from sae.study.stage import Compute
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -69,7 +69,7 @@ class Machine:
     threads: opt.Threads = None
 
     def compute(self) -> Compute:
-        from sae.stage import Compute
+        from sae.study.stage import Compute
 
         return Compute(self.device, self.threads)
 

@@ -12,7 +12,7 @@ from autointerp.command_line.values import known
 from autointerp.explainers import EXPLAINERS
 from autointerp.judges import JUDGES
 from autointerp.scorers import SCORERS
-from sae.architectures import ARCHITECTURES
+from sae.dictionaries.architectures import ARCHITECTURES
 
 
 class OtherFormat(enum.StrEnum):
@@ -36,7 +36,7 @@ class PairOrder(enum.StrEnum):
 
 
 class Definition(enum.StrEnum):
-    """What counts as shared (see :data:`sae.overlap.DEFINITIONS`)."""
+    """What counts as shared (see :data:`sae.alignment.overlap.DEFINITIONS`)."""
 
     strict = "strict"
     both = "both"

@@ -11,11 +11,11 @@ from autointerp.command_line.groups import Machine, Output, takes_groups
 from autointerp.command_line.options import Definition
 from autointerp.command_line.shared import finish_with_report, finish_with_runs, opened_one, reading
 from autointerp.command_line.values import new_file
-from sae.errors import BadInput, UserError
+from sae.common.errors import BadInput, UserError
 
 if TYPE_CHECKING:
     from autointerp.pair_choice import Sharing
-    from sae.run import Run
+    from sae.study.run import Run
 
 
 @takes_groups
@@ -58,7 +58,7 @@ def report(
     python cli.py report --sae run_a
     python cli.py report --sae run_a --html --to run_a.html
     """
-    from sae.run import study_runs
+    from sae.study.run import study_runs
 
     run = opened_one(sae, output.root)
     study = study_runs(run.study, output.root)
@@ -148,7 +148,7 @@ def runs(
     python cli.py runs
     python cli.py runs --prune --dry-run
     """
-    from sae.run import all_runs, readable
+    from sae.study.run import all_runs, readable
 
     if delete is not None or prune:
         _delete(delete, prune, yes, dry_run, output)
@@ -166,9 +166,9 @@ def runs(
 def _delete(name: str | None, prune: bool, yes: bool, dry_run: bool, output: Output) -> None:
     """Delete a run or study, or what no run uses any more, after showing it and asking."""
     from autointerp.report import render_deletion
-    from sae.commands import command
-    from sae.deletion import delete, nobody_at_work, plan_deletion, plan_pruning
-    from sae.progress import human
+    from sae.common.commands import command
+    from sae.common.progress import human
+    from sae.study.deletion import delete, nobody_at_work, plan_deletion, plan_pruning
 
     if name is not None and prune:
         raise BadInput("--delete and --prune exclude each other; give one of them")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from autointerp.command_line.ending import end, finish
 
 if TYPE_CHECKING:
-    from sae.run import Run
+    from sae.study.run import Run
 
 
 def opened(names: Sequence[str] | None, root: Path, whole_study: bool = False) -> list[Run]:
     """The runs ``names``; where none is named the newest study's first, or all of that study."""
-    from sae.run import Run, newest_study
+    from sae.study.run import Run, newest_study
 
     if names:
         return [Run.open(name, root) for name in dict.fromkeys(names)]
@@ -31,7 +31,7 @@ def opened_one(name: str | None, root: Path) -> Run:
 @contextmanager
 def reading(run: Run) -> Iterator[None]:
     """A line at a terminal for as long as the files of the run's study are read, which may take many seconds."""
-    from sae.progress import waiting
+    from sae.common.progress import waiting
 
     with waiting(f"reading the study {run.study}"):
         yield
@@ -43,7 +43,7 @@ def finish_with_runs(
     """End by telling how far each of ``found`` has come, and what is wrong with those that are ``damaged``."""
 
     def progress() -> list[dict[str, Any]]:
-        from sae.run import progress_of
+        from sae.study.run import progress_of
 
         return [progress_of(run) for run in found]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from sae.errors import nearest
-from sae.registry import Registry
+from sae.common.errors import nearest
+from sae.common.registry import Registry
 
 LISTS = frozenset({"--seeds", "--text", "--against", "--hookpoint", "--sae"})
 
@@ -42,7 +42,7 @@ def new_file(option: str, path: Path) -> Path:
     """
     import tempfile
 
-    from sae.errors import BadInput
+    from sae.common.errors import BadInput
 
     path = path.expanduser()
     folder = path.absolute().parent
@@ -62,8 +62,8 @@ def new_file(option: str, path: Path) -> Path:
 
 def amount(option: str, text: str | None, least: int = 1) -> int | None:
     """``2M``, ``500k``, ``1e6`` or ``123``, as a whole number of at least ``least``."""
-    from sae.amounts import parse_amount
-    from sae.errors import BadInput
+    from sae.common.amounts import parse_amount
+    from sae.common.errors import BadInput
 
     if text is None:
         return None
@@ -78,7 +78,7 @@ def amount(option: str, text: str | None, least: int = 1) -> int | None:
 
 def indices(text: str | None) -> tuple[int, ...]:
     """``3,17,40-60`` as numbers."""
-    from sae.errors import BadInput
+    from sae.common.errors import BadInput
 
     found: list[int] = []
     if text is not None and not text.strip(" ,"):

@@ -50,7 +50,7 @@ class Explainer(Method, Protocol):
 
         ``latent`` only names the work (logs, errors); it never reaches a model. What goes wrong with this one
         latent comes back as a failure; what would go wrong with every latent (no server, a refused key) is raised
-        as :class:`sae.errors.UserError`.
+        as :class:`sae.common.errors.UserError`.
         """
         ...
 

@@ -18,7 +18,7 @@ from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
 from autointerp.marking import choose_marks, marked_text
 from autointerp.prompts import conversation
-from sae.files import digest
+from sae.common.files import digest
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context

@@ -33,7 +33,7 @@ from autointerp.explainers.base import Explanation
 from autointerp.method import BASELINE
 from autointerp.ngram_counts import Bools, Floats, Positions, search
 from autointerp.patterns import HIGHEST, LONGEST_RUN, Pattern, Patterns, bounded, rounded
-from sae.files import digest
+from sae.common.files import digest
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context

@@ -27,11 +27,11 @@ from autointerp.findings.finding import (
     every,
 )
 from autointerp.findings.intervals import Measured, over_seeds, under_nulls
-from autointerp.numerals import decimal
-from sae.bootstrap import Bools, Floats, LatentBootstrap, Tables, mean_over
-from sae.dip import Dip
-from sae.overlap import shared
-from sae.similarity import similarity
+from sae.alignment.bootstrap import Bools, Floats, LatentBootstrap, Tables, mean_over
+from sae.alignment.dip import Dip
+from sae.alignment.overlap import shared
+from sae.alignment.similarity import similarity
+from sae.common.numerals import decimal
 
 THRESHOLD = 0.7
 NEARLY_ALL = 0.9

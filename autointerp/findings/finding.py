@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from sae.estimate import UNKNOWN, Estimate
+from sae.common.estimate import UNKNOWN, Estimate
 
 Verdict = Literal["agrees in direction", "disagrees", "cannot tell"]
 AGREES: Verdict = "agrees in direction"

@@ -2,9 +2,9 @@
 
 The pairs of S seeds are no independent observations: a seed is in S - 1 of them. So where a figure can do without one
 seed, its interval is a jackknife over seeds (each left out in turn; Student's t with S - 1 degrees of freedom, since
-there are few), widened to the bootstrap over latents (:mod:`sae.bootstrap`) where that reaches further: with three
-seeds a jackknife may come out narrow by luck. With fewer, it is the bootstrap over latents alone, which says nothing of
-other seeds.
+there are few), widened to the bootstrap over latents (:mod:`sae.alignment.bootstrap`) where that reaches further: with
+three seeds a jackknife may come out narrow by luck. With fewer, it is the bootstrap over latents alone, which says
+nothing of other seeds.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from sae.bootstrap import Bools, Floats, LatentBootstrap, Tables, estimate
-from sae.estimate import Estimate
-from sae.nulls import NULLS, as_alignment
+from sae.alignment.bootstrap import Bools, Floats, LatentBootstrap, Tables, estimate
+from sae.alignment.nulls import NULLS, as_alignment
+from sae.common.estimate import Estimate
 
 RESAMPLES = 1000
 SEEDS = "jackknife over seeds, no narrower than the bootstrap over latents"

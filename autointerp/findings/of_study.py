@@ -19,9 +19,9 @@ from autointerp.findings.sweeps import findings_of_sweeps
 from autointerp.score_similarity import Part
 from autointerp.scored_pairs import scored_pairs
 from autointerp.sweep_table import sweeps_of
-from sae.commands import written
-from sae.overlap import shared
-from sae.package_data import bundled_recipes, shown_path
+from sae.alignment.overlap import shared
+from sae.common.commands import written
+from sae.common.package_data import bundled_recipes, shown_path
 
 _RECIPES = {"width": "widths", "k": "ks", "tokens": "tokens", "architecture": "architectures"}
 

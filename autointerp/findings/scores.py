@@ -23,11 +23,11 @@ from autointerp.findings.finding import (
     estimate_of,
 )
 from autointerp.method import CHANCE
-from autointerp.numerals import decimal, estimate
 from autointerp.rank_bootstrap import Resamples, interval_of
 from autointerp.scored_pairs import agreement
 from autointerp.statistics import quantiles
-from sae.estimate import Estimate
+from sae.common.estimate import Estimate
+from sae.common.numerals import decimal, estimate
 
 FEWEST = 20
 """Aligned pairs, or latents in a tenth, below which a finding about them is not measured."""

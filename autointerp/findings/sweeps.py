@@ -16,8 +16,8 @@ import numpy as np
 
 from autointerp.findings.finding import SIGNED, UNDECIDED, About, Finding, against, estimate_of, every
 from autointerp.findings.intervals import LATENTS, SEEDS, jackknife, normal, standard_error, wider
-from autointerp.numerals import decimal, estimate
-from sae.estimate import UNKNOWN, Estimate
+from sae.common.estimate import UNKNOWN, Estimate
+from sae.common.numerals import decimal, estimate
 
 Rows = Sequence[Mapping[str, Any]]
 L0_WITHIN = 0.1

@@ -60,7 +60,7 @@ class Judge(Method, Protocol):
         """One judgement for each context, in the same order, whatever their number.
 
         What goes wrong with one request comes back as failures of its contexts; what would go wrong with every
-        request (no server, a refused key) is raised as :class:`sae.errors.UserError`.
+        request (no server, a refused key) is raised as :class:`sae.common.errors.UserError`.
         """
         ...
 

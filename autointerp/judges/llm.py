@@ -33,8 +33,8 @@ from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_think
 from autointerp.llm.usage import Usage
 from autointerp.marking import choose_marks, marked_text
 from autointerp.prompts import conversation
-from sae.errors import BadInput
-from sae.files import digest
+from sae.common.errors import BadInput
+from sae.common.files import digest
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context

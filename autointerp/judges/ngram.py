@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from autointerp.judges.base import Judgement
 from autointerp.method import BASELINE
 from autointerp.patterns import LONGEST_RUN, parse
-from sae.files import digest
+from sae.common.files import digest
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context

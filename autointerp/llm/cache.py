@@ -13,8 +13,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from autointerp.database import Database
 from autointerp.llm.exchange import Answer
+from sae.common.database import Database
 
 _MIGRATIONS = (
     # 1: answers. Append further migrations; never edit one that has been released.

@@ -32,7 +32,7 @@ from autointerp.llm.sending import Sender
 from autointerp.llm.servers import Server, Servers
 from autointerp.llm.transport import open_api
 from autointerp.llm.usage import Usage
-from sae.errors import BadInput
+from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
     from autointerp.cost import Budget

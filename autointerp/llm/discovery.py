@@ -14,7 +14,7 @@ from autointerp.llm.exchange import AnswerFailed
 from autointerp.llm.faults import NoServer, Transient, no_server, translate
 from autointerp.llm.servers import Server, Servers
 from autointerp.llm.transport import Unread
-from sae.errors import BadInput, nearest
+from sae.common.errors import BadInput, nearest
 
 Listed = list[Mapping[str, Any]]
 """The entries of a server's list of models; each has an ``id``."""

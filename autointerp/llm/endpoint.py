@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from sae.errors import BadInput, NotFound
+from sae.common.errors import BadInput, NotFound
 
 KEY_VARIABLES = ("AUTOINTERP_API_KEY", "OPENAI_API_KEY")
 """Environment variables looked at for a key, the first that is set wins."""

@@ -69,7 +69,7 @@ class Request:
 
     def key(self, model: str) -> str:
         """Digest under which the answer is cached. 64 hex characters."""
-        # What sae.files.digest makes of {"model": model, **the fields but affinity}, at a tenth of the time.
+        # What sae.common.files.digest makes of {"model": model, **the fields but affinity}, at a tenth of the time.
         rest = {
             "model": model,
             "replicate": self.replicate,

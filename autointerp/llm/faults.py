@@ -20,7 +20,7 @@ import openai
 from autointerp.llm.endpoint import KEY_VARIABLES, Key
 from autointerp.llm.exchange import AnswerFailed, one_line
 from autointerp.llm.transport import Unread, broke_off, never_connected
-from sae.errors import Unavailable
+from sae.common.errors import Unavailable
 
 LONGEST_WAIT = 120.0
 """A server that asks for a longer pause than this, in seconds, is better met by running the command again later."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autointerp.cost import Budget
-from sae.errors import BadInput
+from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
     from autointerp.llm.serving import OneServer

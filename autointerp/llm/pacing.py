@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 
 from asyncio_throttle import Throttler
 
-from sae.errors import BadInput
+from sae.common.errors import BadInput
 
 FIRST_GUESS = 0.3
 """Tokens of a character before anything has been counted: English text has about 0.25, code somewhat more."""

@@ -16,8 +16,8 @@ from autointerp.llm.retrying import Retrying
 from autointerp.llm.servers import Server
 from autointerp.llm.transport import Unread, post
 from autointerp.llm.usage import Usage
-from sae.errors import BadInput, nearest
-from sae.progress import say
+from sae.common.errors import BadInput, nearest
+from sae.common.progress import say
 
 _REFUSALS = 3
 """So many refused requests before the first answer mean that the settings are wrong, not the questions."""

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import openai
 
 from autointerp.llm.endpoint import candidates, is_loopback
-from sae.errors import BadInput
-from sae.progress import say
+from sae.common.errors import BadInput
+from sae.common.progress import say
 
 OVERFLOW = 2.0
 TOLERATED = 3

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from autointerp.llm.vllm_model import find_model, find_python
 from autointerp.llm.vllm_server import VllmServer
-from sae.errors import BadInput, Unavailable
+from sae.common.errors import BadInput, Unavailable
 
 if TYPE_CHECKING:
     from autointerp.llm.options import LlmOptions

@@ -21,11 +21,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae.errors import BadInput, NotFound, Unavailable
-from sae.files import digest, digest_file, digest_samples
-from sae.hub import Kind, find_on_hub, looks_like_path
-from sae.package_data import IS_CHECKOUT, TOP
-from sae.subjects import BUNDLED
+from sae.activations.bundled import BUNDLED
+from sae.common.errors import BadInput, NotFound, Unavailable
+from sae.common.files import digest, digest_file, digest_samples
+from sae.common.hub import Kind, find_on_hub, looks_like_path
+from sae.common.package_data import IS_CHECKOUT, TOP
 
 PYTHON_VARIABLE = "AUTOINTERP_VLLM_PYTHON"
 OWN_PYTHON = TOP / ".venv-vllm" / "bin" / "python"

@@ -35,9 +35,9 @@ from autointerp.llm import keeper
 from autointerp.llm.endpoint import KEY_VARIABLES
 from autointerp.llm.options import VLLM_TIMEOUT
 from autointerp.llm.vllm_model import INSTALL, VllmModel
-from sae.errors import Unavailable
-from sae.host_memory import free_host_bytes
-from sae.progress import say, waiting
+from sae.common.errors import Unavailable
+from sae.common.memory import free_host_bytes
+from sae.common.progress import say, waiting
 
 STOP_SECONDS = 20.0
 _LOOK_SECONDS, _ANSWER_SECONDS = 0.5, 2.0

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from autointerp.report.visible import visible
-from sae.commands import DEFAULT_ROOT
+from sae.common.commands import DEFAULT_ROOT
 
 if TYPE_CHECKING:
     from autointerp.interesting import ContextSource, ShownContext
     from autointerp.report.html import Written
-    from sae.align_stage import Compared
-    from sae.run import Run
+    from sae.study.align import Compared
+    from sae.study.run import Run
 
 
 def findings_of(
@@ -46,7 +46,7 @@ def findings_of(
 def contexts_at_hand(run: Run) -> ContextSource:
     """Gives a latent its contexts, or none where the run's firing store or tokenizer is not there."""
     from autointerp.latents import contexts_of
-    from sae.errors import UserError
+    from sae.common.errors import UserError
 
     def contexts(_: str, latent: int) -> Sequence[ShownContext]:
         try:
@@ -152,7 +152,7 @@ def render_runs(found: Sequence[Mapping[str, Any]], console: Console | None = No
 
 
 def render_deletion(found: Mapping[str, Any], console: Console | None = None) -> None:
-    """``found`` is a plan of :mod:`sae.deletion` as a mapping."""
+    """``found`` is a plan of :mod:`sae.study.deletion` as a mapping."""
     from autointerp.report.stages import show_deletion
 
     show_deletion(found, console or _output())

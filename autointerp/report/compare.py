@@ -21,10 +21,7 @@ from autointerp.report.layout import (
     bullets,
     command_line,
     count,
-    decimal,
-    estimate,
     grid,
-    known,
     listed,
     percent,
     percent_interval,
@@ -33,6 +30,7 @@ from autointerp.report.layout import (
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
+from sae.common.numerals import decimal, estimate, known
 
 Found = Mapping[str, Any]
 _SIDE_BY_SIDE = 80

@@ -12,20 +12,9 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from autointerp.report.layout import (
-    ACCENT,
-    QUIET,
-    Page,
-    command_line,
-    count,
-    decimal,
-    estimate,
-    grid,
-    interval,
-    known,
-    plural,
-)
+from autointerp.report.layout import ACCENT, QUIET, Page, command_line, count, grid, plural
 from autointerp.report.visible import visible
+from sae.common.numerals import decimal, estimate, interval, known
 
 Tree = Mapping[str, Any]
 NAMES = {"frozen": "frozen decoder", "untrained": "untrained SAE"}

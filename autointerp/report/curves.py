@@ -12,8 +12,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from autointerp.report import blocks
-from autointerp.report.layout import ACCENT, QUIET, Page, decimal, grid, percent
+from autointerp.report.layout import ACCENT, QUIET, Page, grid, percent
 from autointerp.report.visible import visible
+from sae.common.numerals import decimal
 
 _NARROWEST, _WIDEST = 9, 40  # cells of a curve
 _BESIDE = 36  # what name and range take

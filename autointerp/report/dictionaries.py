@@ -22,7 +22,6 @@ from autointerp.report.layout import (
     Page,
     absent,
     count,
-    decimal,
     get,
     grid,
     human,
@@ -33,6 +32,7 @@ from autointerp.report.layout import (
     section,
 )
 from autointerp.report.visible import visible
+from sae.common.numerals import decimal
 
 Findings = Mapping[str, Any]
 

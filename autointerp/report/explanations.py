@@ -21,19 +21,16 @@ from autointerp.report.layout import (
     Page,
     command_line,
     count,
-    decimal,
-    estimate,
     grid,
     human,
     indented,
-    interval,
-    known,
     percent,
     percent_interval,
     plural,
     section,
 )
 from autointerp.report.visible import highlighted, shown, visible
+from sae.common.numerals import decimal, estimate, interval, known
 
 Findings = Mapping[str, Any]
 N_SHOWN = 5

@@ -21,21 +21,17 @@ from autointerp.report.layout import (
     Page,
     command_line,
     count,
-    decimal,
-    estimate,
     grid,
     indented,
-    interval,
-    known,
     percent,
     plural,
-    precision_in_words,
     section,
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
-from sae.latent_table import shared_class
-from sae.relation import RELATIONS
+from sae.alignment.latent_table import shared_class
+from sae.alignment.relation import RELATIONS
+from sae.common.numerals import decimal, estimate, interval, known, precision_in_words
 
 Latent = Mapping[str, Any]
 

@@ -18,15 +18,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from autointerp.numerals import decimal as decimal
-from autointerp.numerals import digits_of
-from autointerp.numerals import estimate as estimate
-from autointerp.numerals import interval as interval
-from autointerp.numerals import known as known
-from autointerp.numerals import precision_in_words as precision_in_words
 from autointerp.report.blocks import FILLS, Drawn
 from autointerp.report.visible import Marking, marking, visible
-from sae import progress
+from sae.common import progress
+from sae.common.numerals import digits_of, known
 
 #: Hues that people with any of the common colour-vision deficiencies can tell apart (Okabe and Ito).
 #: Orange is what is found in one SAE alone, blue what every SAE finds; control and context are grey.

@@ -17,12 +17,10 @@ from autointerp.report.layout import (
     Page,
     command_line,
     count,
-    decimal,
     get,
     grid,
     human,
     indented,
-    interval,
     legend,
     listed,
     percent,
@@ -30,6 +28,7 @@ from autointerp.report.layout import (
     section,
 )
 from autointerp.report.visible import visible
+from sae.common.numerals import decimal, interval
 
 Findings = Mapping[str, Any]
 RULES = {

@@ -25,8 +25,8 @@ from autointerp.report.layout import (
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
-from sae.commands import command
-from sae.run import all_runs, readable
+from sae.common.commands import command
+from sae.study.run import all_runs, readable
 
 _DONE = {"explain": "explained", "score": "scored"}
 _MOST_REASONS = 8

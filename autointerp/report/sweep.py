@@ -18,11 +18,9 @@ from autointerp.report.layout import (
     STYLE_OF_CLASS,
     Page,
     count,
-    decimal,
     grid,
     human,
     indented,
-    interval,
     legend,
     listed,
     percent,
@@ -32,7 +30,8 @@ from autointerp.report.layout import (
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
-from sae.sweep import AXES
+from sae.common.numerals import decimal, interval
+from sae.study.sweep import AXES
 
 Table = Mapping[str, Any]
 _HEIGHT = 10

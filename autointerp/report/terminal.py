@@ -22,20 +22,17 @@ from autointerp.report.layout import (
     Page,
     bullets,
     command_line,
-    decimal,
-    estimate,
     get,
     grid,
     human,
-    known,
     listed,
     percent,
     percent_interval,
     plural,
-    precision_in_words,
     section,
 )
 from autointerp.report.visible import shown, visible
+from sae.common.numerals import decimal, estimate, known, precision_in_words
 
 Findings = Mapping[str, Any]
 #: What stands for block characters where the output cannot hold them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sae.registry import Registry
+from sae.common.registry import Registry
 
 if TYPE_CHECKING:
     from autointerp.scorers.base import Scorer

@@ -25,7 +25,7 @@ from scipy.optimize import linear_sum_assignment
 from autointerp.contexts import TestSet
 from autointerp.measure import in_hash_order, measure
 from autointerp.scorers.base import ScoreRow
-from sae.firings import mix
+from sae.firings.store import mix
 
 if TYPE_CHECKING:
     from autointerp.contexts import Context, ContextSampler

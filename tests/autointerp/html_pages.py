@@ -88,7 +88,7 @@ def rendered(root: Path, names: list[str], budget: int = BUDGET, **view: Any) ->
 
 def swept(root: Path) -> None:
     """A sweep's table, with as much of it as figure 4 and the findings take."""
-    from sae.files import write_json
+    from sae.common.files import write_json
 
     points: list[dict[str, Any]] = [
         {
@@ -138,7 +138,7 @@ def hostile(root: Path, seeds: int = 3) -> list[Any]:
         by = {"explainer": "llm", "explainer_model": "<b>model</b>", "judge": "llm", "model": "<b>model</b>"}
         good = {latent: number for latent, number in numbers.items() if latent % 20 != 7}
         table = small_study.scored(run, good)
-        from sae.files import write_table
+        from sae.common.files import write_table
 
         write_table(run.stage_path("scores"), table.assign(**by))
     return runs

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 from autointerp.journal import Journal
-from sae.alignment import Alignment, align, write_alignment
-from sae.files import write_json, write_table
-from sae.nulls import with_nulls
-from sae.run import Run, letters, write_record
+from sae.alignment.alignment import Alignment, align, write_alignment
+from sae.alignment.nulls import with_nulls
+from sae.common.files import write_json, write_table
 from sae.settings import Settings
+from sae.study.run import Run, letters, write_record
 
 HARVESTED = 2_000_000
 EXPLAINED_BY = {

@@ -28,11 +28,11 @@ from autointerp.scorers.detection import DetectionScorer
 from autointerp.selection import Choice
 from autointerp.statistics import balanced_accuracy
 from autointerp.work import Outcome
-from sae.errors import BadInput, Unavailable
-from sae.files import read_table
-from sae.run import Run
+from sae.common.errors import BadInput, Unavailable
+from sae.common.files import read_table
 from sae.settings import ContextSettings
-from sae.stage import Compute
+from sae.study.run import Run
+from sae.study.stage import Compute
 
 # The looks, and the rule as a function of what has been judged
 

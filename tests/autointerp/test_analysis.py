@@ -19,12 +19,12 @@ from autointerp.analysis import findings
 from autointerp.evidence import View
 from autointerp.journal import Journal
 from autointerp.latents import latent_findings
-from sae.alignment import read_alignment
-from sae.errors import BadInput, NotFound
-from sae.files import read_table, write_table
-from sae.nulls import as_alignment
-from sae.overlap import shared
-from sae.run import Run
+from sae.alignment.alignment import read_alignment
+from sae.alignment.nulls import as_alignment
+from sae.alignment.overlap import shared
+from sae.common.errors import BadInput, NotFound
+from sae.common.files import read_table, write_table
+from sae.study.run import Run
 
 NAMES = ["run_a", "run_b", "run_c"]
 

@@ -16,9 +16,9 @@ from autointerp.llm.exchange import AnswerFailed, Request
 from autointerp.llm.options import LlmOptions
 from autointerp.score import score_runs
 from autointerp.selection import Choice
-from sae.errors import BadInput
-from sae.run import Run
-from sae.stage import Compute
+from sae.common.errors import BadInput
+from sae.study.run import Run
+from sae.study.stage import Compute
 
 COST = 110  # tokens of one answer of the fake server: 100 read, 60 of them cached, and 10 written
 

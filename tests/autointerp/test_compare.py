@@ -23,12 +23,12 @@ from autointerp.compare import compare_runs, ensure_pair_aligned, the_two
 from autointerp.journal import Journal
 from autointerp.pair_choice import PairChoice, chosen
 from autointerp.report.compare import show_comparison
-from sae.alignment import read_alignment
-from sae.errors import BadInput, NotFound
-from sae.files import read_table, write_table
-from sae.overlap import shared
-from sae.run import Run
-from sae.stage import Compute
+from sae.alignment.alignment import read_alignment
+from sae.alignment.overlap import shared
+from sae.common.errors import BadInput, NotFound
+from sae.common.files import read_table, write_table
+from sae.study.run import Run
+from sae.study.stage import Compute
 
 COLUMNS_BEGIN = 80
 
@@ -238,7 +238,7 @@ def test_scores_of_the_second_run_alone_are_shown(tmp_path: Path) -> None:
 
 
 def test_a_wider_run_has_latents_without_partner(tmp_path: Path) -> None:
-    from sae.alignment import align, write_alignment
+    from sae.alignment.alignment import align, write_alignment
 
     wide, narrow = (small_study.runs_of(tmp_path, 1, study=s, m=m)[0] for s, m in (("wide", 90), ("narrow", 60)))
     for run in (wide, narrow):

@@ -18,8 +18,8 @@ from scipy import stats
 from autointerp.analysis import findings
 from autointerp.comparisons import difference_of_means
 from autointerp.report import render_report
-from sae.files import read_table, write_table
-from sae.run import Run
+from sae.common.files import read_table, write_table
+from sae.study.run import Run
 
 FROZEN = {"frozen": "decoder", "untrained": "everything"}
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autointerp.contexts import Context, ContextSampler
-from sae.firings import content_hash, mix
+from sae.firings.store import content_hash, mix
 from sae.settings import ContextSettings
 
 WINDOW, SLOTS, SPECIAL = 4, 3, 0
@@ -305,13 +305,13 @@ def test_from_a_real_subject_model_to_contexts(tiny_neox_dir: Path, lines: list[
     """Text, model, dictionary, harvest, contexts: what is shown is the corpus's text and the SAE's activations."""
     import torch
 
-    from sae.activations import ActivationStream
-    from sae.architectures.topk import TopKSae
-    from sae.firings import FiringStore
-    from sae.harvest import harvest
-    from sae.packing import prepare_corpus
+    from sae.activations.stream import ActivationStream
+    from sae.activations.subject import Subject, load_tokenizer
+    from sae.dictionaries.architectures.topk import TopKSae
+    from sae.firings.harvest import harvest
+    from sae.firings.store import FiringStore
     from sae.settings import CorpusSettings
-    from sae.subject import Subject, load_tokenizer
+    from sae.text.packing import prepare_corpus
 
     rng = np.random.default_rng(0)
     words = "".join(lines).split(" ")

@@ -23,11 +23,11 @@ from autointerp.report import findings_of
 from autointerp.score import score_runs
 from autointerp.selection import Choice, choose
 from autointerp.work import Outcome
-from sae.controls import controls_of
-from sae.errors import Unavailable
-from sae.files import read_table
-from sae.run import Run, study_runs
-from sae.stage import Compute
+from sae.common.errors import Unavailable
+from sae.common.files import read_table
+from sae.study.controls import controls_of
+from sae.study.run import Run, study_runs
+from sae.study.stage import Compute
 
 N = 4
 CPU = Compute("cpu", 1)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autointerp.counterparts import counterpart_findings
-from sae.nulls import FIRING_COLUMNS
+from sae.alignment.nulls import FIRING_COLUMNS
 
 
 def side(n: int, **columns: list) -> pd.DataFrame:

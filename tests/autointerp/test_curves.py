@@ -21,7 +21,7 @@ from autointerp.report import blocks
 from autointerp.report.curves import training_curves
 from autointerp.report.layout import Page
 from autointerp.report.terminal import emit, render
-from sae.files import read_table, write_table
+from sae.common.files import read_table, write_table
 
 NAMES = ("loss", "FVU", "L0", "dead", "learning rate")
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from tiny_study import cli, write_recipe, write_texts
 
 from autointerp import demo
-from sae import overview, progress
-from sae.overview import Speed
+from sae.common import overview, progress
+from sae.common.overview import Speed
 from sae.settings import Settings, settings_from
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from autointerp.contexts import Context, TestSet
 from autointerp.scorers import SCORERS
 from autointerp.scorers.detection import DetectionScorer
-from sae.files import read_table, write_table
+from sae.common.files import read_table, write_table
 
 Answer = tuple[bool, float | None, str | None]
 

@@ -26,10 +26,10 @@ from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import BLOCK, Tokenize, block_keys, by_characters, local_tokenizer, tokenizer_of
 from autointerp.score import score_runs
 from autointerp.selection import Choice
-from sae.errors import BadInput, Unavailable
-from sae.run import Run
+from sae.common.errors import BadInput, Unavailable
+from sae.study.run import Run
 
-BUNDLED = Path(__file__).resolve().parents[2] / "sae" / "subjects" / "pystdlib-4m"
+BUNDLED = Path(__file__).resolve().parents[2] / "sae" / "activations" / "bundled" / "pystdlib-4m"
 
 
 def forecast(run: Run, server: FakeServer, protocol: str = "batch", **more: Any) -> Forecast:  # noqa: F811

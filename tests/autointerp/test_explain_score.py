@@ -30,11 +30,11 @@ from autointerp.sample_record import Sample, sample_of
 from autointerp.score import score_runs
 from autointerp.selection import Choice
 from autointerp.work import Outcome, in_flight
-from sae.errors import BadInput, Unavailable
-from sae.files import read_json, read_table, table_metadata, write_json
-from sae.progress import track
-from sae.run import Run, all_runs
-from sae.stage import Compute
+from sae.common.errors import BadInput, Unavailable
+from sae.common.files import read_json, read_table, table_metadata, write_json
+from sae.common.progress import track
+from sae.study.run import Run, all_runs
+from sae.study.stage import Compute
 
 NONE = LlmOptions(concurrency=4)
 

@@ -23,10 +23,10 @@ from autointerp.export import check_request, export_neuronpedia, export_table
 from autointerp.journal import Journal, Verdict
 from autointerp.neuronpedia import Ids, lines_of
 from autointerp.tables import TABLES, frames_of
-from sae.alignment import read_alignment
-from sae.errors import BadInput, NotFound
-from sae.files import read_table, table_metadata
-from sae.run import Run
+from sae.alignment.alignment import read_alignment
+from sae.common.errors import BadInput, NotFound
+from sae.common.files import read_table, table_metadata
+from sae.study.run import Run
 
 NASTY = "=HYPERLINK(\"x\")\r\nline,two\ttab 'q' \x1b[31m \u202e ‖ naïve 漢字\n"
 

@@ -17,9 +17,9 @@ from autointerp.findings.dictionaries import Dictionaries, findings_of_dictionar
 from autointerp.findings.finding import AGREES, DISAGREES, UNDECIDED, Finding, Verdict, against, every
 from autointerp.findings.intervals import jackknife, wider, without_each
 from autointerp.findings.scores import Scores, findings_of_scores
-from sae.alignment import align
-from sae.dip import Dip
-from sae.estimate import UNKNOWN, Estimate
+from sae.alignment.alignment import align
+from sae.alignment.dip import Dip
+from sae.common.estimate import UNKNOWN, Estimate
 
 M, D = 200, 48
 MORE = dict.fromkeys(("pair", "seed", "harvest", "score", "partners"), "python cli.py …")

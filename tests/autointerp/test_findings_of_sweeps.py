@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from autointerp.findings.finding import AGREES, DISAGREES, UNDECIDED, Verdict
 from autointerp.findings.sweeps import axes_of, finding_of_sweep, findings_of_sweeps, slope
-from sae.overlap import DEFINITIONS
+from sae.alignment.overlap import DEFINITIONS
 
 AXIS = "training.num_latents"
 

@@ -23,9 +23,9 @@ from autointerp.scorers import SCORERS
 from autointerp.scorers.fuzzing import FuzzingScorer, mark
 from autointerp.selection import Choice
 from autointerp.statistics import balanced_accuracy
-from sae.files import read_table
-from sae.run import Run
-from sae.stage import Compute
+from sae.common.files import read_table
+from sae.study.run import Run
+from sae.study.stage import Compute
 
 W = 16
 

@@ -35,7 +35,7 @@ from autointerp.report.html.figures import figures_of
 from autointerp.report.html.page import CHAPTERS, SCRIPTS
 from autointerp.report.layout import Section, command_line, grid
 from autointerp.report.visible import visible
-from sae.run import Run
+from sae.study.run import Run
 
 NAMES = ["run_a", "run_b", "run_c"]
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -139,7 +139,7 @@ def test_partners_are_paired_by_the_decoder(root: Path, page: Parsed) -> None:
     assert pairs["run"] == "run_b"
     (against,) = [of for of in columns["against"] if of["run"] == "run_b"]
     theirs = Run.open("run_b", root).stage_path("scores")
-    from sae.files import read_table
+    from sae.common.files import read_table
 
     scores = read_table(theirs).query("control == 'none'").set_index("latent")["balanced_accuracy"]
     assert len(pairs["latent"]) > 10

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from autointerp.database import Database
 from autointerp.journal import Journal, Verdict
 from autointerp.journal_schema import MIGRATIONS
 from autointerp.llm.usage import Usage
-from sae.errors import BadInput, Unavailable
+from sae.common.database import Database
+from sae.common.errors import BadInput, Unavailable
 
 SAME: dict[str, Any] = {"explainer": "llm", "settings_hash": "s", "prompt_hash": "p", "model": "m"}
 

@@ -17,10 +17,10 @@ from autointerp.llm.options import LlmOptions
 from autointerp.score import score_runs
 from autointerp.selection import Choice
 from autointerp.work import Outcome
-from sae.errors import Unavailable
-from sae.files import read_table, table_metadata
-from sae.run import Run
-from sae.stage import Compute
+from sae.common.errors import Unavailable
+from sae.common.files import read_table, table_metadata
+from sae.study.run import Run
+from sae.study.stage import Compute
 
 ALL = 7  # latents that can be explained
 

@@ -23,7 +23,7 @@ from autointerp.llm.client import LlmClient, open_client
 from autointerp.llm.endpoint import candidates, is_loopback, read_key
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, one_line
 from autointerp.llm.options import LlmOptions
-from sae.errors import BadInput, NotFound, Unavailable, UserError
+from sae.common.errors import BadInput, NotFound, Unavailable, UserError
 
 SECRET = "sk-secret-0123456789abcdef"
 

@@ -19,7 +19,7 @@ from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed
 from autointerp.marking import MARKS, choose_marks, marked_text
-from sae.errors import BadInput, NotFound, Unavailable
+from sae.common.errors import BadInput, NotFound, Unavailable
 
 
 def context(tokens: Sequence[str], activations: Sequence[float], window: int = 910_273) -> Context:

@@ -14,7 +14,7 @@ from fake_server import FakeServer, Reply, error
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed, without_thinking
-from sae.errors import BadInput, Unavailable
+from sae.common.errors import BadInput, Unavailable
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.usage import Usage
-from sae.errors import BadInput, Unavailable
+from sae.common.errors import BadInput, Unavailable
 
 EXPLANATION = 'Text that contains "cat".'
 

@@ -18,7 +18,7 @@ import pytest
 from fake_server import FakeServer, Reply, sensible
 from tiny_study import harvested_study, journal, records
 
-from sae.files import read_table
+from sae.common.files import read_table
 
 CLI = Path(__file__).parents[2] / "cli.py"
 LATENTS = 16

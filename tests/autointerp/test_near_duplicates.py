@@ -14,9 +14,9 @@ from test_contexts import DenseStore, sampler
 from autointerp import near_duplicates as near
 from autointerp.material import Material
 from autointerp.near_duplicates import groups_of, near_duplicates
-from sae.files import table_metadata
-from sae.firings import mix
-from sae.run import Run
+from sae.common.files import table_metadata
+from sae.firings.store import mix
+from sae.study.run import Run
 
 W = 32
 

@@ -14,9 +14,9 @@ from test_contexts import texts
 from autointerp.contexts import ContextSampler, TestSet
 from autointerp.material import Material
 from autointerp.neighbours import NEAREST, Neighbours
-from sae.firings import content_hash
-from sae.run import Run
+from sae.firings.store import content_hash
 from sae.settings import ContextSettings
+from sae.study.run import Run
 
 W, SLOTS = 6, 3
 

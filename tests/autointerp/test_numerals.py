@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from autointerp.numerals import interval
 from autointerp.report.layout import percent, percent_interval
-from sae.estimate import proportion
+from sae.common.estimate import proportion
+from sae.common.numerals import interval
 
 
 @pytest.mark.parametrize(

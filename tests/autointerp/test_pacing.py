@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Request
 from autointerp.llm.pacing import FIRST_GUESS, Pace
-from sae.errors import BadInput
+from sae.common.errors import BadInput
 
 
 class Clock:

@@ -19,11 +19,12 @@ from autointerp import report
 from autointerp.analysis import findings
 from autointerp.counterparts import counterpart_findings
 from autointerp.evidence import View
-from autointerp.report.layout import decimal, percent
+from autointerp.report.layout import percent
 from autointerp.report.terminal import head_in_words, in_short, render, setups_in_words
-from sae.files import write_table
-from sae.nulls import FIRING_COLUMNS
-from sae.overlap import overlap
+from sae.alignment.nulls import FIRING_COLUMNS
+from sae.alignment.overlap import overlap
+from sae.common.files import write_table
+from sae.common.numerals import decimal
 
 NAMES = ["run_a", "run_b", "run_c"]
 
@@ -361,7 +362,7 @@ def test_other_set_ups_are_told_apart_in_words(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("colour", ["truecolor", None])
 def test_one_latent(root: Path, width: int, colour: Any) -> None:
-    from sae.run import Run
+    from sae.study.run import Run
 
     found = report.latent_findings(Run("run_a", root), 5)
     pieces = [{"tokens": p.tokens, "activations": p.activations} for p in small_study.contexts("run_a", 5)]
@@ -438,9 +439,9 @@ def test_outcome_with_failures_and_without() -> None:
 
 
 def test_alignment_and_runs(root: Path) -> None:
-    from sae.align_stage import Compared
-    from sae.alignment import both_ways
-    from sae.run import Run, progress_of
+    from sae.alignment.alignment import both_ways
+    from sae.study.align import Compared
+    from sae.study.run import Run, progress_of
 
     tables = both_ways(root / "alignments", NAMES)
     alive = {name: tables[name, other]["latent"].to_numpy() >= 0 for name, other in tables}
@@ -509,7 +510,7 @@ def test_trained_runs_can_be_aligned_while_one_is_not(part_way: Path) -> None:
 
 def test_a_page_has_the_same_head(part_way: Path) -> None:
     from autointerp.report.html import write_report
-    from sae.run import Run
+    from sae.study.run import Run
 
     runs = [Run(name, part_way) for name in FOUR]
     written = Path(write_report(runs[0], runs).path).read_text()
@@ -517,7 +518,7 @@ def test_a_page_has_the_same_head(part_way: Path) -> None:
 
 
 def test_runs_says_with_how_many_each_is_aligned(part_way: Path) -> None:
-    from sae.run import Run, progress_of
+    from sae.study.run import Run, progress_of
 
     for name in NAMES:
         table = pd.DataFrame({"latent": [0]})

@@ -15,8 +15,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from autointerp.report import blocks
-from autointerp.report.layout import command_line, decimal, interval, listed, over_lines, percent
+from autointerp.report.layout import command_line, listed, over_lines, percent
 from autointerp.report.visible import highlighted, marking, shown, visible
+from sae.common.numerals import decimal, interval
 
 # --- blocks -----------------------------------------------------------------------------------------------
 

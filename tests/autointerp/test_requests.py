@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autointerp.llm.exchange import Request
-from sae.files import digest
+from sae.common.files import digest
 
 TEXT = st.text(max_size=20)
 MESSAGES = st.lists(

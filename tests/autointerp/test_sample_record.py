@@ -18,10 +18,10 @@ from autointerp.report.terminal import render
 from autointerp.sample_record import Draw, partners_of, record, sample_of
 from autointerp.sampling import drawn, strata
 from autointerp.selection import Choice, draw
-from sae.alignment import read_alignment
-from sae.files import read_table, table_metadata
-from sae.latent_table import latent_table
-from sae.run import Run
+from sae.alignment.alignment import read_alignment
+from sae.alignment.latent_table import latent_table
+from sae.common.files import read_table, table_metadata
+from sae.study.run import Run
 
 M = 300
 BY = {"explainer": "ngram", "model": "", "settings_hash": "e" * 64, "prompt_hash": ""}

@@ -26,10 +26,10 @@ from autointerp.score import score_runs
 from autointerp.score_table import COLUMNS, UNTESTED, score_table
 from autointerp.selection import Choice
 from autointerp.work import Outcome
-from sae.errors import BadInput, Unavailable
-from sae.files import read_table, table_metadata
-from sae.run import Run
-from sae.stage import Compute
+from sae.common.errors import BadInput, Unavailable
+from sae.common.files import read_table, table_metadata
+from sae.study.run import Run
+from sae.study.stage import Compute
 
 N = 4
 SECRET = "sk-secret-0123456789abcdef"

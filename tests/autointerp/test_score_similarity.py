@@ -21,15 +21,15 @@ from autointerp.analysis import findings
 from autointerp.evidence import View
 from autointerp.journal import Journal, Verdict
 from autointerp.rank_bootstrap import Resamples
-from autointerp.report.layout import decimal, estimate, interval
 from autointerp.report.terminal import render
 from autointerp.sample_record import Draw, Sample
 from autointerp.sampling import drawn, strata
 from autointerp.score_similarity import Part, matched_difference, pooled_findings, relation_findings
-from sae.alignment import read_alignment
-from sae.bootstrap import partner_units
-from sae.files import read_table, write_table
-from sae.run import Run
+from sae.alignment.alignment import read_alignment
+from sae.alignment.bootstrap import partner_units
+from sae.common.files import read_table, write_table
+from sae.common.numerals import decimal, estimate, interval
+from sae.study.run import Run
 
 NAMES = ["run_a", "run_b", "run_c"]
 

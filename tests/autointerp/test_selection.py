@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autointerp.selection import Choice, Sharing, check, choose, partners, unshared_latents
-from sae.alignment import read_alignment
-from sae.errors import BadInput, NotFound
-from sae.latent_table import latent_table
-from sae.overlap import DEFINITIONS
-from sae.run import Run
+from sae.alignment.alignment import read_alignment
+from sae.alignment.latent_table import latent_table
+from sae.alignment.overlap import DEFINITIONS
+from sae.common.errors import BadInput, NotFound
+from sae.study.run import Run
 
 M = 120
 Made = tuple[Run, pd.DataFrame, list[int]]

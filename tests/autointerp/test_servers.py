@@ -18,7 +18,7 @@ from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.servers import LONGEST_REST, OVERFLOW, REST, TOLERATED, Servers
-from sae.errors import BadInput, Unavailable
+from sae.common.errors import BadInput, Unavailable
 
 URLS = ("http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1", "http://127.0.0.1:3/v1")
 

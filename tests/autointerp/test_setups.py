@@ -18,9 +18,9 @@ from autointerp.evidence import View
 from autointerp.journal import Journal
 from autointerp.report.terminal import render
 from autointerp.setups import rows_of, setups_of, status_kind
-from sae.errors import NotFound
-from sae.files import read_table, write_table
-from sae.run import Run
+from sae.common.errors import NotFound
+from sae.common.files import read_table, write_table
+from sae.study.run import Run
 
 NAMES = ["run_a", "run_b", "run_c"]
 

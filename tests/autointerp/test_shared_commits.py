@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autointerp.database import Database
+from sae.common.database import Database
 
 SCHEMA = ("CREATE TABLE x (n INTEGER PRIMARY KEY)",)
 

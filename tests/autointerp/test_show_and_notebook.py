@@ -18,8 +18,8 @@ from autointerp.report import latent_findings, render_latent
 from autointerp.sample_record import sample_of
 from autointerp.scorers.base import HARDER
 from autointerp.setups import rows_of, setups_of
-from sae.errors import NotFound
-from sae.files import read_table, write_table
+from sae.common.errors import NotFound
+from sae.common.files import read_table, write_table
 
 
 @pytest.fixture

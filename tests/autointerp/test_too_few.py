@@ -15,8 +15,8 @@ from autointerp.analysis import findings
 from autointerp.evidence import View
 from autointerp.report import render_report
 from autointerp.too_few import too_few_findings
-from sae.files import read_table, write_table
-from sae.run import Run
+from sae.common.files import read_table, write_table
+from sae.study.run import Run
 
 NAMES = ["run_a", "run_b", "run_c"]
 

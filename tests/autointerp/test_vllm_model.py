@@ -21,9 +21,9 @@ from autointerp.llm import vllm_model
 from autointerp.llm.options import VLLM_TIMEOUT, LlmOptions
 from autointerp.llm.serving import OneServer, server_for, serving
 from autointerp.llm.vllm_model import VllmModel, find_model, find_python, split_arguments
-from sae.errors import BadInput, NotFound, Unavailable
-from sae.hub import OnHub
-from sae.subjects import BUNDLED
+from sae.activations.bundled import BUNDLED
+from sae.common.errors import BadInput, NotFound, Unavailable
+from sae.common.hub import OnHub
 
 
 @pytest.fixture

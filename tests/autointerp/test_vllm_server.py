@@ -27,8 +27,8 @@ from autointerp.llm import vllm_server
 from autointerp.llm.client import LlmClient
 from autointerp.llm.vllm_model import VllmModel
 from autointerp.llm.vllm_server import VllmServer, cache_gib
-from sae import progress
-from sae.errors import Unavailable
+from sae.common import progress
+from sae.common.errors import Unavailable
 
 REPOSITORY = Path(vllm_server.__file__).parents[2]
 MESSAGES = [{"role": "user", "content": "Statement: x"}]

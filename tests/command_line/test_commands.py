@@ -16,10 +16,10 @@ from fake_server import FakeServer
 from tiny_study import NUM_LATENTS, K, Ran, cli, journal, tree
 
 from autointerp.explainers.ngram import NgramExplainer
-from sae.files import read_table
-from sae.firings import FiringStore
-from sae.nulls import FIRING_COLUMNS, offset_of
-from sae.run import Run
+from sae.alignment.nulls import FIRING_COLUMNS, offset_of
+from sae.common.files import read_table
+from sae.firings.store import FiringStore
+from sae.study.run import Run
 
 # --- a whole study ------------------------------------------------------------------------------------------
 
@@ -97,8 +97,8 @@ def test_a_second_call_does_nothing(root: Path, recipe: Path, monkeypatch: pytes
 
     monkeypatch.setattr(NgramExplainer, "explain", refuse)
     monkeypatch.setattr("autointerp.judges.ngram.NgramJudge.judge", refuse)
-    monkeypatch.setattr("sae.subject.Subject.load", refuse)
-    monkeypatch.setattr("sae.alignment.align", refuse)
+    monkeypatch.setattr("sae.activations.subject.Subject.load", refuse)
+    monkeypatch.setattr("sae.alignment.alignment.align", refuse)
     assert (
         "already trained"
         in cli("train", "--no-controls", "--seeds", 0, 1, "--recipe", recipe, "--root", root).well().err
@@ -159,8 +159,8 @@ def test_align_answers_under_the_definition_and_threshold_asked_for(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("matched again")
 
-    monkeypatch.setattr("sae.alignment.align", refuse)
-    monkeypatch.setattr("sae.behaviour.behaviour", refuse)
+    monkeypatch.setattr("sae.alignment.alignment.align", refuse)
+    monkeypatch.setattr("sae.alignment.behaviour.behaviour", refuse)
     before = tree(root)
     options = ("--definition", "decoder", "--threshold", "0.3", "--root", root)
     found, reported = cli("align", *options, "--json").well().json, cli("report", *options, "--json").well().json
@@ -211,7 +211,7 @@ def test_what_latents_do_is_what_the_store_says(root: Path) -> None:
 
 
 def test_a_harvest_that_grew_is_compared_again_chance_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.harvest.SHARD_BLOCKS", 1)
+    monkeypatch.setattr("sae.firings.harvest.SHARD_BLOCKS", 1)
     for name in ("run_a", "run_b"):
         shutil.rmtree(root / name / "firings")
     cli("harvest", "--tokens", "5k", "--root", root).well()
@@ -237,7 +237,7 @@ def test_a_kill_while_nulls_are_added_does_not_lose_them(root: Path, monkeypatch
         raise KeyboardInterrupt  # after the .json, before the table
 
     with monkeypatch.context() as patched:
-        patched.setattr("sae.alignment.write_sides", killed)
+        patched.setattr("sae.alignment.alignment.write_sides", killed)
         cli("align", "--root", root)
     assert set(cli("align", "--root", root, "--json").well().json["overlap"]["nulls"]) == {"rotated", "gaussian"}
 

@@ -10,8 +10,8 @@ import pytest
 import small_study
 from tiny_study import Ran, cli
 
-from sae.run import Run
-from sae.stage import only_one
+from sae.study.run import Run
+from sae.study.stage import only_one
 
 
 class Terminal(io.StringIO):

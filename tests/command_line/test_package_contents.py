@@ -25,10 +25,10 @@ import sys
 from pathlib import Path
 from autointerp import prompts
 from autointerp.demo import RECIPE
-from sae.package_data import IS_CHECKOUT, TOP, bundled_recipes
+from sae.common.package_data import IS_CHECKOUT, TOP, bundled_recipes
 from sae.settings import read_recipe, settings_from
-from sae.subjects import BUNDLED
-from sae.subjects.stdlib_text import MANIFEST
+from sae.activations.bundled import BUNDLED
+from sae.text.stdlib import MANIFEST
 
 assert TOP == Path(sys.argv[1]).resolve() and not IS_CHECKOUT
 assert (BUNDLED / "model.safetensors").stat().st_size > 1e6 and MANIFEST.is_file()

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from tiny_study import cli
 
-from sae import commands
-from sae.commands import DEFAULT_ROOT, as_started, command, program
-from sae.package_data import RECIPES, bundled_recipes
+from sae.common import commands
+from sae.common.commands import DEFAULT_ROOT, as_started, command, program
+from sae.common.package_data import RECIPES, bundled_recipes
 
-REPOSITORY = Path(commands.__file__).parents[1]
+REPOSITORY = Path(commands.__file__).parents[2]
 TORCHRUN = "torchrun --nproc-per-node 2 cli.py train"
 
 
@@ -62,7 +62,7 @@ def names_the_script(path: Path) -> Iterator[str]:
 def test_only_one_module_says_how_the_program_starts() -> None:
     sources = [REPOSITORY / "cli.py", *(REPOSITORY / "sae").rglob("*.py"), *(REPOSITORY / "autointerp").rglob("*.py")]
     found = {place.split(":")[0] for path in sources for place in names_the_script(path)}
-    assert found == {"sae/commands.py"}, "write commands with sae.commands.written"
+    assert found == {"sae/common/commands.py"}, "write commands with sae.common.commands.written"
 
 
 def test_a_root_elsewhere_is_part_of_the_command(tmp_path: Path) -> None:

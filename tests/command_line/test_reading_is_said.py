@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tiny_study import cli
 
-from sae import progress
+from sae.common import progress
 
 COMMANDS = {
     "report": "report --sae run_a",

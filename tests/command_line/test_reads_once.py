@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from tiny_study import cli
 
-from sae.firings import FiringStore
+from sae.firings.store import FiringStore
 
 
 def test_a_report_reads_each_table_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,5 +48,5 @@ def test_a_second_report_tests_no_dip(root: Path, monkeypatch: pytest.MonkeyPatc
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("tested again")
 
-    monkeypatch.setattr("sae.dip.dip_test", refused)
+    monkeypatch.setattr("sae.alignment.dip.dip_test", refused)
     assert cli("report", "--root", root, "--json").well().out == first

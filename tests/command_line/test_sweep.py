@@ -15,7 +15,7 @@ from tiny_study import Ran, cli, tree
 import autointerp.sweep
 import autointerp.sweep_table
 from autointerp.findings.finding import AGREES, DISAGREES, UNDECIDED
-from sae.files import read_json, read_table, table_metadata
+from sae.common.files import read_json, read_table, table_metadata
 
 SEEDS = ("--seeds", 0, 1, 2)
 POINTS = ["small_m32_t8k", "small_m32_t12k", "small_m48_t8k", "small_m48_t12k"]
@@ -91,7 +91,7 @@ def test_the_weights_are_those_of_a_point_trained_alone(
 
 
 def test_the_subject_reads_no_more_than_the_longest_training_takes(small: Path, tmp_path: Path) -> None:
-    from sae.subject import Subject
+    from sae.activations.subject import Subject
 
     seen, real = [], Subject.activations
 

@@ -52,7 +52,7 @@ def test_windows_is_refused_in_one_line(start: str) -> None:
     assert "WSL" in line
 
 
-@pytest.mark.parametrize("imported", ["import sae", "import sae.run", "from autointerp import Run"])
+@pytest.mark.parametrize("imported", ["import sae", "import sae.study.run", "from autointerp import Run"])
 def test_an_import_on_windows_says_why(imported: str) -> None:
     refused = python(ON_WINDOWS + imported)
     assert refused.returncode == 1
@@ -65,8 +65,8 @@ def test_a_study_needs_nothing_that_macos_lacks(recipe: Path, tmp_path: Path) ->
 sys.path.insert(0, "tests")
 from tiny_study import cli
 from autointerp.llm.vllm_server import cache_gib
-from sae.host_memory import free_host_bytes
-from sae.progress import peak_memory_bytes
+from sae.common.memory import free_host_bytes
+from sae.common.progress import peak_memory_bytes
 recipe, root = sys.argv[1:]
 assert free_host_bytes() is None
 assert cache_gib(None, 1 << 30) >= 1

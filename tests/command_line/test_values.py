@@ -16,7 +16,7 @@ import cli
 from autointerp.command_line.values import amount, indices, spread_lists
 from autointerp.selection import Choice
 from autointerp.work import Outcome
-from sae.errors import BadInput
+from sae.common.errors import BadInput
 
 
 @given(st.integers(1, 10**9), st.sampled_from(["", "k", "K", "M", "G", "B"]))

@@ -33,11 +33,11 @@ from autointerp.report.html.figures import figures_of
 from autointerp.report.html.page import CHAPTERS
 from autointerp.report.layout import Section
 from autointerp.report.terminal import parts_of_report
-from sae.files import read_json
-from sae.overlap import DEFINITIONS
-from sae.relation import RELATIONS
-from sae.run import Run, study_runs
+from sae.alignment.overlap import DEFINITIONS
+from sae.alignment.relation import RELATIONS
+from sae.common.files import read_json
 from sae.settings import Settings
+from sae.study.run import Run, study_runs
 
 PAGES = {page.name: page for page in pages()}
 EXTENDING = "docs/extending.md"
@@ -60,7 +60,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Read]:
     """Every command and every piece of Python in the pages, run in order."""
     folder = tmp_path_factory.mktemp("reader")
     texts = write_texts(folder / "corpus", n_lines=1000)
-    model = REPOSITORY / "sae" / "subjects" / "pystdlib-4m"
+    model = REPOSITORY / "sae" / "activations" / "bundled" / "pystdlib-4m"
     with FakeServer() as server, contextlib.chdir(folder), pytest.MonkeyPatch.context() as environment:
         for name in ("AUTOINTERP_API_KEY", "OPENAI_API_KEY", "COLUMNS"):
             environment.delenv(name, raising=False)

@@ -18,17 +18,17 @@ from autointerp.explainers import EXPLAINERS
 from autointerp.journal import Journal
 from autointerp.judges import JUDGES
 from autointerp.scorers import SCORERS
-from sae.architectures import ARCHITECTURES
-from sae.checkpoint import load_sae
-from sae.errors import BadInput
-from sae.registry import Registry
-from sae.run import Run
+from sae.common.errors import BadInput
+from sae.common.registry import Registry
+from sae.dictionaries.architectures import ARCHITECTURES
+from sae.dictionaries.checkpoint import load_sae
+from sae.study.run import Run
 
 HOME = Path(__file__).resolve().parents[2]
 PAGE = (HOME / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 SNIPPETS = re.findall(r"^```python\n(?!# )(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-PACKAGES = {"autointerp.explainers", "autointerp.judges", "autointerp.scorers", "sae.architectures"}
+PACKAGES = {"autointerp.explainers", "autointerp.judges", "autointerp.scorers", "sae.dictionaries.architectures"}
 ADDED = {"explain": "top_token", "judge": "quoted", "score": "top_and_random", "train": "matryoshka"}
 
 

@@ -11,7 +11,7 @@ from doc_commands import check, ours
 from typer.testing import CliRunner
 
 import cli as program
-from sae.amounts import parse_amount
+from sae.common.amounts import parse_amount
 from sae.settings import Settings
 
 COMMANDS: dict[str, Any] = typer.main.get_command(program.app).commands  # type: ignore[attr-defined]

@@ -35,12 +35,12 @@ from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, Request
 from autointerp.material import Material
 from autointerp.scorers.base import HARDER
-from sae.files import read_table
-from sae.run import Run
+from sae.common.files import read_table
+from sae.study.run import Run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
-BUNDLED = REPOSITORY / "sae" / "subjects" / "pystdlib-4m"
+BUNDLED = REPOSITORY / "sae" / "activations" / "bundled" / "pystdlib-4m"
 FEW = 512
 """Tokens: fewer than any of our prompts has."""
 N_LATENTS = 8

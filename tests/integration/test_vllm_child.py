@@ -10,7 +10,7 @@ from test_vllm import command, trained
 from vllm_server import EAGER
 
 from autointerp.journal import Journal
-from sae.run import Run
+from sae.study.run import Run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 

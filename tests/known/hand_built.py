@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from tiny_study import cli
 
-from sae.architectures.relu import ReluSae
-from sae.checkpoint import save_sae
-from sae.run import Run, write_record
+from sae.dictionaries.architectures.relu import ReluSae
+from sae.dictionaries.checkpoint import save_sae
+from sae.study.run import Run, write_record
 
 CONTEXT, WINDOW, FAR = 64, 8, 16
 DIGITS = tuple("0123456789")

@@ -35,10 +35,10 @@ from tiny_study import cli
 
 from autointerp.journal import Journal
 from autointerp.statistics import balanced_accuracy, proportion
-from sae.alignment import read_alignment
-from sae.files import read_table
-from sae.overlap import shared
-from sae.run import Run
+from sae.alignment.alignment import read_alignment
+from sae.alignment.overlap import shared
+from sae.common.files import read_table
+from sae.study.run import Run
 
 KNOWN = latents()
 M = len(KNOWN)
@@ -113,7 +113,7 @@ def check_known(root: Path, judge: str, among: Sequence[int]) -> None:
 
 
 def test_the_stream_holds_the_token_the_position_and_the_tokens_before(harvested: Path, model: Path) -> None:
-    from sae.subject import Subject
+    from sae.activations.subject import Subject
 
     corpus = Run.open("known_a", harvested).corpus()
     tokens = corpus.rows(np.arange(20)).astype(np.int64)

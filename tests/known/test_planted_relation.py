@@ -19,8 +19,8 @@ from tiny_study import cli
 from autointerp.contexts import ContextSampler
 from autointerp.journal import Journal
 from autointerp.judges.ngram import NgramJudge
-from sae.files import read_table
-from sae.run import Run
+from sae.common.files import read_table
+from sae.study.run import Run
 
 KNOWN = latents()
 M = len(KNOWN)

@@ -11,8 +11,8 @@ import torch
 from dictionaries import ARCHITECTURES, D, K, M, check_alike, random_sae, tokens
 from torch import Tensor
 
-from sae.checkpoint import load_sae, save_sae
-from sae.formats import FORMATS, About
+from sae.dictionaries.checkpoint import load_sae, save_sae
+from sae.dictionaries.formats import FORMATS, About
 
 pytestmark = pytest.mark.peers
 

@@ -11,10 +11,10 @@ import torch
 from dictionaries import ARCHITECTURES, D, K, M, check_alike, random_sae, tokens
 from torch import Tensor
 
-from sae.architectures.batchtopk import BatchTopKSae
-from sae.checkpoint import load_sae, save_sae
-from sae.errors import BadInput
-from sae.formats import FORMATS, About
+from sae.common.errors import BadInput
+from sae.dictionaries.architectures.batchtopk import BatchTopKSae
+from sae.dictionaries.checkpoint import load_sae, save_sae
+from sae.dictionaries.formats import FORMATS, About
 
 pytestmark = pytest.mark.peers
 

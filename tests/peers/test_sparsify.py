@@ -12,9 +12,9 @@ import torch
 from dictionaries import ARCHITECTURES, D, K, M, check_alike, dense, random_sae, tokens
 from torch import Tensor
 
-from sae.checkpoint import load_sae, save_sae
-from sae.errors import BadInput
-from sae.formats import FORMATS
+from sae.common.errors import BadInput
+from sae.dictionaries.checkpoint import load_sae, save_sae
+from sae.dictionaries.formats import FORMATS
 
 pytestmark = pytest.mark.peers
 if not torch.cuda.is_available():  # where Triton is installed, sparsify takes it for granted that there is a GPU too

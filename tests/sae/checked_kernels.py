@@ -16,8 +16,13 @@ import torch
 from made_store import store_of
 from numba.core.registry import CPUDispatcher
 
-from sae import cofiring, dip, directions, kernels, screening, sparse_assignment
+import sae
+from sae.alignment import cofiring, dip
+from sae.alignment.matching import directions, screening
+from sae.alignment.matching import sparse as sparse_assignment
+from sae.dictionaries.kernels import steps as kernels
 
+SAE = Path(sae.__file__).parent
 ROWS, LATENTS, WIDTH = 4, 45, 6
 TINY, HUGE = float(np.float32(1e-45)), float(np.finfo(np.float32).max)
 KINDS: dict[str, list[float]] = {
@@ -144,9 +149,9 @@ def counts_of_firings() -> None:
 
 
 def loops() -> Iterator[tuple[str, CPUDispatcher]]:
-    for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
-        if "numba" in path.read_text() and path.name != "triton_programs.py":
-            module = importlib.import_module(f"sae.{path.stem}")
+    for path in sorted(SAE.rglob("*.py")):
+        if "numba" in path.read_text() and path.name != "cuda_programs.py":
+            module = importlib.import_module(".".join(path.relative_to(SAE.parent).with_suffix("").parts))
             for name, value in vars(module).items():
                 if isinstance(value, CPUDispatcher) and value.py_func.__module__ == module.__name__:
                     yield f"{module.__name__}.{name}", value

@@ -23,7 +23,7 @@ _OURS = ("kernels_triton", "triton_programs")
 
 @contextmanager
 def interpreted_steps() -> Iterator[Any]:
-    """``sae.kernels_triton`` on tensors in main memory, by Triton's interpreter, with blocks small enough to test."""
+    """Run ``kernels.cuda`` on tensors in main memory with Triton's interpreter, with blocks small enough to test."""
     with _fresh("1") as (steps, patch):
         interpreter = importlib.import_module("triton.runtime.interpreter")
         core = importlib.import_module("triton.language.core")
@@ -42,7 +42,7 @@ def interpreted_steps() -> Iterator[Any]:
 
 @contextmanager
 def compiled_steps(capability: int) -> Iterator[tuple[Any, list[Any]]]:
-    """``sae.kernels_triton`` that compiles for a CUDA device which need not be there, and launches nothing.
+    """``sae.dictionaries.kernels.cuda`` that compiles for a CUDA device which need not be there, and launches nothing.
 
     Also yields the list of what was compiled, which grows. ``capability`` is 80 for sm_80.
     """
@@ -81,7 +81,7 @@ def _fresh(interpret: str) -> Iterator[tuple[Any, pytest.MonkeyPatch]]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", interpret)
-            yield importlib.import_module("sae.kernels_triton"), patch
+            yield importlib.import_module("sae.dictionaries.kernels.cuda"), patch
     finally:
         _taken_out()
         sys.modules.update(before)

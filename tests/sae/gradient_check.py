@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.architectures import ARCHITECTURES
-from sae.architectures.gated import GatedSae
-from sae.architectures.jumprelu import JumpReluSae
-from sae.dictionary import Firings, Sae
-from sae.objective import Objective
+from sae.dictionaries.architectures import ARCHITECTURES
+from sae.dictionaries.architectures.gated import GatedSae
+from sae.dictionaries.architectures.jumprelu import JumpReluSae
+from sae.dictionaries.objective import Objective
+from sae.dictionaries.sae import Firings, Sae
 
 D, M, K, B = 12, 48, 4, 70
 Weights = Mapping[str, Tensor]

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from sae.firings import FiringStore
+from sae.firings.store import FiringStore
 
 
 class MadeStore:

@@ -20,18 +20,18 @@ import torch
 from safetensors.torch import save_file
 
 from autointerp.command_line.ending import finish
-from sae import launch
-from sae.activation_cache import open_caches
-from sae.activations import TrainingBatches, open_streams
-from sae.architectures import ARCHITECTURES
-from sae.corpus import Corpus
-from sae.dictionary import Sae
-from sae.errors import BadInput
-from sae.job import ALONE, Job, together, together_at_text
-from sae.learner import TrainLog
-from sae.progress import say, track
+from sae.activations.cache import open_caches
+from sae.activations.stream import TrainingBatches, open_streams
+from sae.common import launch
+from sae.common.errors import BadInput
+from sae.common.progress import say, track
+from sae.common.ranks import ALONE, Job, together, together_at_text
+from sae.dictionaries.architectures import ARCHITECTURES
+from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
-from sae.trainer import train
+from sae.text.corpus import Corpus
+from sae.training.learner import TrainLog
+from sae.training.trainer import train
 
 D, M, K, B = 12, 40, 4, 65
 STEPS = 50
@@ -296,8 +296,10 @@ def harvest_over_ranks(folder: Path) -> None:
 def _harvest_twice(folder: Path, job: Job) -> None:
     """Two runs, of which one has harvested a little before; then both of them, more."""
     with ExitStack() as small:
-        small.enter_context(patch("sae.corpus.BLOCK_TOKENS", 2 * test_firings.T))
-        small.enter_context(patch("sae.harvest.SHARD_BLOCKS", 2))  # four sequences a shard, so that there are several
+        small.enter_context(patch("sae.text.corpus.BLOCK_TOKENS", 2 * test_firings.T))
+        small.enter_context(
+            patch("sae.firings.harvest.SHARD_BLOCKS", 2)
+        )  # four sequences a shard, so that there are several
         with job.first_then_others("corpus"):
             tokens = np.random.default_rng(0).integers(0, 25, (test_firings.N, test_firings.T))
             place = folder / "corpora" / "c0ffee"

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from sae import firing_index
-from sae import harvest as harvesting
-from sae.architectures.topk import TopKSae
-from sae.corpus import Corpus
-from sae.files import write_json
-from sae.firings import FiringStore
-from sae.harvest import harvest
+from sae.common.files import write_json
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.firings import harvest as harvesting
+from sae.firings import index as firing_index
+from sae.firings.harvest import harvest
+from sae.firings.store import FiringStore
+from sae.text.corpus import Corpus
 
 D, M, K, T, WINDOW, N, SPECIAL = 8, 40, 4, 19, 4, 30, 0
 USED = T // WINDOW * WINDOW
@@ -60,12 +60,12 @@ class FakeStream:
 
 def small_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStream:
     """Activations over a corpus in ``folder``, and everything that works in pieces made to need several."""
-    monkeypatch.setattr("sae.corpus.BLOCK_TOKENS", 2 * T)
+    monkeypatch.setattr("sae.text.corpus.BLOCK_TOKENS", 2 * T)
     monkeypatch.setattr(harvesting, "SHARD_BLOCKS", 2)  # four sequences a shard, so that there are several
     monkeypatch.setattr(firing_index, "_BLOCK_FIRINGS", 50)
     monkeypatch.setattr(firing_index, "_SEQUENCES_AT_ONCE_TOKENS", 3 * T)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # a killed process needs none, and it is slow
-    monkeypatch.setattr("sae.firings._BLOCK_FIRINGS", 50)
+    monkeypatch.setattr("sae.firings.store._BLOCK_FIRINGS", 50)
     tokens = np.random.default_rng(0).integers(0, 25, (N, T))
     return FakeStream(a_corpus(folder / "corpora" / "c0ffee", tokens))
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from autointerp.command_line.ending import one_line_errors
-from sae import progress
+from sae.common import progress
 
 PATIENCE = 60.0
 

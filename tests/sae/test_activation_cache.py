@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_activations import HOOKPOINT, cache_of, corpus, expected, forwards, small_blocks, subject  # noqa: F401
 
-from sae.activation_cache import ActivationCache, caches_to_read, open_caches
-from sae.activations import ActivationStream
-from sae.corpus import Corpus
-from sae.subject import Subject
+from sae.activations.cache import ActivationCache, caches_to_read, open_caches
+from sae.activations.stream import ActivationStream
+from sae.activations.subject import Subject
+from sae.text.corpus import Corpus
 
 SLOT = 16 * 16 * 4
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae.activation_cache import ActivationCache, open_caches
-from sae.activations import (
+from sae.activations.cache import ActivationCache, open_caches
+from sae.activations.stream import (
     ActivationStream,
     TrainingBatches,
     lacking,
@@ -18,11 +18,11 @@ from sae.activations import (
     read_together,
     rows_together,
 )
-from sae.corpus import Corpus
-from sae.errors import BadInput, UserError
-from sae.packing import prepare_corpus
+from sae.activations.subject import Subject, load_tokenizer
+from sae.common.errors import BadInput, UserError
 from sae.settings import CorpusSettings
-from sae.subject import Subject, load_tokenizer
+from sae.text.corpus import Corpus
+from sae.text.packing import prepare_corpus
 
 HOOKPOINT = "layers.1.mlp"
 
@@ -30,7 +30,7 @@ HOOKPOINT = "layers.1.mlp"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of four sequences, so that a small corpus has many."""
-    monkeypatch.setattr("sae.corpus.BLOCK_TOKENS", 64)
+    monkeypatch.setattr("sae.text.corpus.BLOCK_TOKENS", 64)
 
 
 @pytest.fixture(scope="module")

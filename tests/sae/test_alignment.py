@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from sae import dense_matching
-from sae.alignment import (
+from sae.alignment.alignment import (
     UNMATCHED,
     Alignment,
     align,
@@ -26,10 +25,11 @@ from sae.alignment import (
     verify,
     write_alignment,
 )
-from sae.dense_matching import best_of_all, dual_prices, match, unit_rows, upper_bound
-from sae.errors import BadInput, NotFound
-from sae.files import digest_file, read_table, table_metadata
-from sae.pair_files import pair_inputs, pair_path
+from sae.alignment.matching import dense as dense_matching
+from sae.alignment.matching.dense import best_of_all, dual_prices, match, unit_rows, upper_bound
+from sae.alignment.pairs import pair_inputs, pair_path
+from sae.common.errors import BadInput, NotFound
+from sae.common.files import digest_file, read_table, table_metadata
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -291,5 +291,5 @@ def test_missing_and_broken_alignments_are_named(tmp_path: Path) -> None:
 
 
 def test_runs_without_torch() -> None:
-    code = "import sys, sae.alignment, sae.overlap; sys.exit('torch' in sys.modules)"
+    code = "import sys, sae.alignment.alignment, sae.alignment.overlap; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0

@@ -10,15 +10,15 @@ from gradient_check import EXPECTED, B, D, K, M, check_gradient, dense, example
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae import entries
-from sae.architectures import ARCHITECTURES
-from sae.architectures.batchtopk import BatchTopKSae
-from sae.architectures.gated import GatedSae
-from sae.architectures.jumprelu import JumpReluSae
-from sae.architectures.relu import ReluSae
-from sae.batch_topk import batch_topk
-from sae.dictionary import Firings
-from sae.objective import AuxK, Objective, total_variance
+from sae.dictionaries import entries
+from sae.dictionaries.architectures import ARCHITECTURES
+from sae.dictionaries.architectures.batchtopk import BatchTopKSae
+from sae.dictionaries.architectures.gated import GatedSae
+from sae.dictionaries.architectures.jumprelu import JumpReluSae
+from sae.dictionaries.architectures.relu import ReluSae
+from sae.dictionaries.batch_topk import batch_topk
+from sae.dictionaries.objective import AuxK, Objective, total_variance
+from sae.dictionaries.sae import Firings
 
 KINDS = sorted(EXPECTED)
 

@@ -12,16 +12,16 @@ from test_firings import USED, FakeStream, N, stream
 from test_firings import D as STREAM_D
 from test_trainer import B, Batches, D, K, M, folders, settings
 
-from sae.activations import ActivationStream
-from sae.architectures import ARCHITECTURES
-from sae.architectures.gated import GatedSae
-from sae.dictionary import Sae
-from sae.errors import BadInput
-from sae.firings import FiringStore, latent_statistics
-from sae.harvest import harvest
-from sae.objective import Objective, total_variance
+from sae.activations.stream import ActivationStream
+from sae.common.errors import BadInput
+from sae.dictionaries.architectures import ARCHITECTURES
+from sae.dictionaries.architectures.gated import GatedSae
+from sae.dictionaries.objective import Objective, total_variance
+from sae.dictionaries.sae import Sae
+from sae.firings.harvest import harvest
+from sae.firings.store import FiringStore, latent_statistics
 from sae.settings import TrainingSettings
-from sae.trainer import train
+from sae.training.trainer import train
 
 __all__ = ["stream"]  # a fixture
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from made_store import store_of
 from scipy.optimize import linear_sum_assignment
 
-from sae import cofiring
-from sae.behaviour import Behaviour, Member, behaviour, best_by_jaccard
-from sae.cofiring import cofirings
-from sae.nulls import FIRING_COLUMNS
-from sae.pair_files import read_sides, write_sides
+from sae.alignment import cofiring
+from sae.alignment.behaviour import Behaviour, Member, behaviour, best_by_jaccard
+from sae.alignment.cofiring import cofirings
+from sae.alignment.nulls import FIRING_COLUMNS
+from sae.alignment.pairs import read_sides, write_sides
 
 
 def table(rng: np.random.Generator, windows: int, m: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sae.buffers import SMALLEST, Buffers
+from sae.dictionaries.kernels.buffers import SMALLEST, Buffers
 
 LARGE = SMALLEST // 4 + 8  # elements of float32
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.architectures.topk import TopKSae
-from sae.checkpoint import load_sae, save_sae
-from sae.errors import BadInput, NotFound, UserError
+from sae.common.errors import BadInput, NotFound, UserError
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.checkpoint import load_sae, save_sae
 
 D, M, K = 8, 24, 3
 

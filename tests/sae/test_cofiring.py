@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_store import store_of
 
-from sae import cofiring, relation
-from sae.cofiring import Cofirings, cofirings, jaccard
-from sae.errors import BadInput
+from sae.alignment import cofiring, relation
+from sae.alignment.cofiring import Cofirings, cofirings, jaccard
+from sae.common.errors import BadInput
 
 
 def counted(a: np.ndarray, b: np.ndarray, relate: bool = True, shift: int = 0) -> Cofirings:

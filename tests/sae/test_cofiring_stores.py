@@ -10,9 +10,9 @@ import pytest
 from made_store import store_of
 from small_harvest import USED, FakeStream, M, N, an_sae, dense, run, small_stream
 
-from sae import cofiring
-from sae.cofiring import Cofirings, cofirings, jaccard
-from sae.firings import FiringStore
+from sae.alignment import cofiring
+from sae.alignment.cofiring import Cofirings, cofirings, jaccard
+from sae.firings.store import FiringStore
 
 ASKED = np.arange(M, dtype=np.int32)[::-1, None].copy()
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny_study import write_recipe
 
-from sae.architectures import ARCHITECTURES
-from sae.controls import controls_of
-from sae.harvest_stage import harvest_runs
-from sae.run import Run, newest_study
+from sae.dictionaries.architectures import ARCHITECTURES
 from sae.settings import Settings, settings_from
-from sae.stage import Compute
-from sae.train_stage import Study, train_studies
+from sae.study.controls import controls_of
+from sae.study.harvest import harvest_runs
+from sae.study.run import Run, newest_study
+from sae.study.stage import Compute
+from sae.study.train import Study, train_studies
 
 CPU = Compute("cpu", 1)
 

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sae.packing as packing
-from sae.corpus import MIXED_BLOCKS, Corpus
-from sae.documents import Document, in_pieces, read_pieces
-from sae.errors import BadInput, NotFound, UserError
-from sae.packing import prepare_corpus
+import sae.text.packing as packing
+from sae.activations.subject import load_tokenizer
+from sae.common.errors import BadInput, NotFound, UserError
 from sae.settings import CorpusSettings
-from sae.subject import load_tokenizer
+from sae.text.corpus import MIXED_BLOCKS, Corpus
+from sae.text.documents import Document, in_pieces, read_pieces
+from sae.text.packing import prepare_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -376,7 +376,7 @@ def test_a_full_disk_is_told_in_one_line(
 def test_reading_a_corpus_imports_no_torch(neox: tuple[Any, str], folder: Path, tmp_path: Path) -> None:
     made = prepare_corpus(text_settings(folder), *neox, tmp_path).folder
     program = (
-        "import sys; from pathlib import Path; from sae.corpus import Corpus; "
+        "import sys; from pathlib import Path; from sae.text.corpus import Corpus; "
         f"c = Corpus.open(Path({str(made)!r})); c.decode(c.tokens[0]); c.order(0, 0); "
         "sys.exit(sum(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     )

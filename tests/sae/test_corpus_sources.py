@@ -12,8 +12,8 @@ import datasets
 import pytest
 from test_corpus import dataset_settings, folder, neox, refused, text_settings  # noqa: F401
 
-from sae.errors import BadInput, NotFound, Unavailable
-from sae.packing import prepare_corpus
+from sae.common.errors import BadInput, NotFound, Unavailable
+from sae.text.packing import prepare_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 

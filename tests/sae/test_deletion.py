@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import small_study
 
-from sae import deletion
-from sae.deletion import delete, disk_bytes, nobody_at_work, plan_deletion, plan_pruning
-from sae.errors import BadInput, NotFound, UserError
-from sae.run import Run
-from sae.stage import only_one
+from sae.common.errors import BadInput, NotFound, UserError
+from sae.study import deletion
+from sae.study.deletion import delete, disk_bytes, nobody_at_work, plan_deletion, plan_pruning
+from sae.study.run import Run
+from sae.study.stage import only_one
 
 REPORT = "<title>run: which latents come back, and what they mean</title>Latents of <bdi>{}</bdi>"
 KEYS = {"run": "0" * 16, "other": "1" * 16}

@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae import encoding, kernels, kernels_torch
-from sae.architectures.topk import TopKSae
-from sae.dictionary import Firings, geometric_median
-from sae.errors import BadInput
+from sae.common.errors import BadInput
+from sae.dictionaries import encoding
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.kernels import plain as kernels_torch
+from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.sae import Firings, geometric_median
 
 
 def dense(firings: Firings, num_latents: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from sae.dip import dip, dip_test, kept_dip_test
+from sae.alignment.dip import dip, dip_test, kept_dip_test
 
 
 def by_linear_programmes(values: list[float]) -> float:
@@ -140,7 +140,7 @@ def test_a_kept_dip_is_the_same_and_needs_no_second_test(tmp_path: Path, monkeyp
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("worked out again")
 
-    monkeypatch.setattr("sae.dip.dip_test", refused)
+    monkeypatch.setattr("sae.alignment.dip.dip_test", refused)
     for draw in (True, False):
         again = kept_dip_test(path, samples, units, draw)
         assert np.array_equal(np.hstack(again), np.hstack(expected[draw]), equal_nan=True)

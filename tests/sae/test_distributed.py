@@ -15,10 +15,10 @@ from rank_work import ARCHITECTURES_IN_DATA, steps_of
 from safetensors.torch import load_file
 from test_firings import files
 
-from sae import launch
-from sae.distributed import RankLost, _lost_ranks
-from sae.errors import BadInput
-from sae.job import ALONE, choose_mode, together
+from sae.common import launch
+from sae.common.errors import BadInput
+from sae.common.ranks import ALONE, choose_mode, together
+from sae.common.torchrun import RankLost, _lost_ranks
 
 HERE = Path(__file__).parent
 
@@ -229,7 +229,7 @@ def test_who_am_i(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae.distributed import rank_device
+    from sae.common.torchrun import rank_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert rank_device("auto") == rank_device("cpu") == "cpu"

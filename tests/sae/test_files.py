@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from sae.errors import UserError
-from sae.files import (
+from sae.common.errors import UserError
+from sae.common.files import (
     SCHEMA,
     atomic,
     digest,
@@ -129,7 +129,7 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     path = tmp_path / "a[b]*.json"
     code = (
-        "import os, signal, sys; from pathlib import Path; from sae.files import atomic\n"
+        "import os, signal, sys; from pathlib import Path; from sae.common.files import atomic\n"
         "with atomic(Path(sys.argv[1])) as t: t.write_text('ha'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     ran = subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[2], check=False)

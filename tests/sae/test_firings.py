@@ -18,14 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_harvest import SPECIAL, USED, WINDOW, D, FakeStream, M, N, T, a_corpus, an_sae, dense, run, small_stream
 
-from sae import firing_index
-from sae.architectures.topk import TopKSae
-from sae.dictionary import Firings
-from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
-from sae.files import read_json, write_json
-from sae.firing_index import Source
-from sae.firings import FiringStore, content_hash, digest_of, latent_blocks, latent_statistics, mix
-from sae.harvest import harvest
+from sae.common.errors import BadInput, NotFound, SettingsDiffer, UserError
+from sae.common.files import read_json, write_json
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.sae import Firings
+from sae.firings import index as firing_index
+from sae.firings.harvest import harvest
+from sae.firings.index import Source
+from sae.firings.store import FiringStore, content_hash, digest_of, latent_blocks, latent_statistics, mix
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_bytes_per_firing(tmp_path: Path) -> None:
 
 
 def test_reading_imports_no_torch() -> None:
-    code = "import sys, sae.firings; sys.exit('torch' in sys.modules)"
+    code = "import sys, sae.firings.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

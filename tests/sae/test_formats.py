@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from their_files import CLASSES, VECTORS, learned_files, learned_tensors, saelens_files, saelens_tensors
 from torch import Tensor
 
-from sae.architectures.batchtopk import BatchTopKSae
-from sae.architectures.jumprelu import JumpReluSae
-from sae.checkpoint import detect, format_named, load_sae, native_format, open_sae, save_sae
-from sae.dictionary import Sae
-from sae.errors import BadInput
-from sae.formats import FORMATS, About
+from sae.common.errors import BadInput
+from sae.dictionaries.architectures.batchtopk import BatchTopKSae
+from sae.dictionaries.architectures.jumprelu import JumpReluSae
+from sae.dictionaries.checkpoint import detect, format_named, load_sae, native_format, open_sae, save_sae
+from sae.dictionaries.formats import FORMATS, About
+from sae.dictionaries.sae import Sae
 
 PAIRS = [(a, f) for f, kind in FORMATS.items() for a in ARCHITECTURES if kind.has(a)]
 

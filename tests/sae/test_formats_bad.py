@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from their_files import CLASSES, learned_files, learned_tensors, saelens_files, saelens_tensors
 from torch import Tensor
 
-from sae.checkpoint import load_sae, save_sae
-from sae.errors import BadInput, NotFound, UserError
-from sae.formats import FORMATS
+from sae.common.errors import BadInput, NotFound, UserError
+from sae.dictionaries.checkpoint import load_sae, save_sae
+from sae.dictionaries.formats import FORMATS
 
 
 class Malicious:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sae.errors import NotFound
-from sae.hookpoint_names import likely_hookpoints
-from sae.subject import Subject
+from sae.activations.hookpoint_names import likely_hookpoints
+from sae.activations.subject import Subject
+from sae.common.errors import NotFound
 
 GPT2 = ["wte", "wpe", "drop"]
 for _i in range(12):

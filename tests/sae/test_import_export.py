@@ -15,15 +15,15 @@ from dictionaries import dense
 from safetensors.torch import load_file, save_file
 from tiny_study import HOOKPOINT, NUM_LATENTS, K, Ran, cli, journal, tree, write_texts
 
-from sae.architectures.batchtopk import BatchTopKSae
-from sae.architectures.gated import GatedSae
-from sae.architectures.jumprelu import JumpReluSae
-from sae.architectures.relu import ReluSae
-from sae.checkpoint import load_sae, save_sae
-from sae.dictionary import Sae
-from sae.files import read_json, read_table, write_json
-from sae.formats import FORMATS
-from sae.run import Run
+from sae.common.files import read_json, read_table, write_json
+from sae.dictionaries.architectures.batchtopk import BatchTopKSae
+from sae.dictionaries.architectures.gated import GatedSae
+from sae.dictionaries.architectures.jumprelu import JumpReluSae
+from sae.dictionaries.architectures.relu import ReluSae
+from sae.dictionaries.checkpoint import load_sae, save_sae
+from sae.dictionaries.formats import FORMATS
+from sae.dictionaries.sae import Sae
+from sae.study.run import Run
 
 D = 16  # of the tiny subject
 FORMAT_NAMES = ("sparsify", "saelens", "dictionary_learning")

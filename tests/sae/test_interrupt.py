@@ -12,11 +12,11 @@ import torch
 from test_trainer import Batches, folders, fresh, same, settings
 from tiny_study import cli
 
-from sae import trainer
-from sae.activations import TrainingBatches
-from sae.interrupt import Terminated, deferred
-from sae.trainer import Group, train, train_groups
-from sae.training_state import State, kept_steps
+from sae.activations.stream import TrainingBatches
+from sae.common.interrupt import Terminated, deferred
+from sae.training import trainer
+from sae.training.state import State, kept_steps
+from sae.training.trainer import Group, train, train_groups
 
 KINDS = pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)], ids=["Ctrl-C", "SIGTERM"]

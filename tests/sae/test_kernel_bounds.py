@@ -13,7 +13,7 @@ import torch
 from checked_kernels import KINDS, check_slots
 from hypothesis import given
 
-from sae import kernels
+from sae.dictionaries.kernels import steps as kernels
 
 ODD = st.sampled_from(sorted({x for values in KINDS.values() for x in values if x == x})) | st.floats(width=32)
 

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from sae import kernels, kernels_torch
-from sae.architectures.topk import TopKSae
-from sae.encoding import product_of_int8, topk_firings
-from sae.kernels_bf16 import MARGIN
-from sae.precision import Precision
+from sae.common.precision import Precision
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.encoding import product_of_int8, topk_firings
+from sae.dictionaries.kernels import plain as kernels_torch
+from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels.cpu_bf16 import MARGIN
 
 ROUNDED = pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 
@@ -170,8 +171,8 @@ def test_all_alike(value: float) -> None:
 def test_rows_are_worked_on_in_pieces(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = random_sizes(8, 30, 64, 8)
     whole = topk_firings(x, weight, bias, 5, precision)
-    monkeypatch.setattr("sae.encoding._CPU_BFLOAT16_BYTES", 7 * 64 * 2)
-    monkeypatch.setattr("sae.encoding._PRE_ACTIVATION_BYTES", 7 * 64 * 4)
+    monkeypatch.setattr("sae.dictionaries.encoding._CPU_BFLOAT16_BYTES", 7 * 64 * 2)
+    monkeypatch.setattr("sae.dictionaries.encoding._PRE_ACTIVATION_BYTES", 7 * 64 * 4)
     pieces = topk_firings(x, weight, bias, 5, precision)
     assert torch.equal(dense(whole, 64) > 0, dense(pieces, 64) > 0)
     torch.testing.assert_close(whole.activations, pieces.activations, rtol=1e-6, atol=1e-6)
@@ -268,7 +269,7 @@ def test_no_activation_at_all_in_8_bits(of: float, expected: list[list[float]]) 
 def test_products_of_8_bits_are_exact(sizes: tuple[int, int, int], has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the processor's instructions for them and without."""
     if not has:
-        monkeypatch.setattr("sae.encoding.has_int8_products", lambda: False)
+        monkeypatch.setattr("sae.dictionaries.encoding.has_int8_products", lambda: False)
     (n, m, d), generator = sizes, torch.Generator().manual_seed(1)
     x, w = (torch.randint(-127, 128, (rows, d), dtype=torch.int8, generator=generator) for rows in (n, m))
     found = product_of_int8(x, w, torch.empty(n, m, dtype=torch.int32))

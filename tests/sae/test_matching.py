@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from sae import alignment, candidates, matching, screening
-from sae.alignment import Alignment, align, verify
-from sae.candidates import Known, shortlist, violations
-from sae.dense_matching import Matching, best_of_all, unit_rows, upper_bound
-from sae.directions import Directions, Screen, cosines
-from sae.matching import best_matching
-from sae.sparse_assignment import Graph, solve
+from sae.alignment import alignment
+from sae.alignment.alignment import Alignment, align, verify
+from sae.alignment.matching import best as matching
+from sae.alignment.matching import candidates, screening
+from sae.alignment.matching.best import best_matching
+from sae.alignment.matching.candidates import Known, shortlist, violations
+from sae.alignment.matching.dense import Matching, best_of_all, unit_rows, upper_bound
+from sae.alignment.matching.directions import Directions, Screen, cosines
+from sae.alignment.matching.sparse import Graph, solve
 
 Array = NDArray[Any]
 Precision = Literal["float32", "bfloat16"]

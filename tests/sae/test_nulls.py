@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.alignment import align
-from sae.nulls import COLUMNS, NULLS, as_alignment, null_of, offset_of, rotation, with_nulls
+from sae.alignment.alignment import align
+from sae.alignment.nulls import COLUMNS, NULLS, as_alignment, null_of, offset_of, rotation, with_nulls
 
 
 def weights(seed: int, m: int = 30, d: int = 24) -> tuple[np.ndarray, np.ndarray]:

@@ -11,10 +11,10 @@ import torch
 from tiny_study import cli, write_recipe
 from transformers import GPT2Config, GPT2Model
 
-from sae.architectures.topk import TopKSae
-from sae.files import read_json, table_metadata
-from sae.objective import total_variance
-from sae.outliers import find_outliers, measure_quality
+from sae.activations.outliers import find_outliers, measure_quality
+from sae.common.files import read_json, table_metadata
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.objective import total_variance
 
 
 def sample(n: int, outlying: int, times: float) -> torch.Tensor:

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sae.alignment import align
-from sae.bootstrap import LatentBootstrap, estimate, mean_over
-from sae.errors import BadInput, NotFound
-from sae.estimate import proportion
-from sae.files import read_table, write_table
-from sae.latent_table import latent_table
-from sae.nulls import NULLS, as_alignment, with_nulls
-from sae.overlap import DEFINITIONS, overlap, shared, threshold_sweep
-from sae.similarity import range_of, spread
+from sae.alignment.alignment import align
+from sae.alignment.bootstrap import LatentBootstrap, estimate, mean_over
+from sae.alignment.latent_table import latent_table
+from sae.alignment.nulls import NULLS, as_alignment, with_nulls
+from sae.alignment.overlap import DEFINITIONS, overlap, shared, threshold_sweep
+from sae.alignment.similarity import range_of, spread
+from sae.common.errors import BadInput, NotFound
+from sae.common.estimate import proportion
+from sae.common.files import read_table, write_table
 
 Tables = dict[tuple[str, str], pd.DataFrame]
 

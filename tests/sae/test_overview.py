@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sae import overview as module
-from sae import progress
-from sae.overview import Cost, Overview, Stage, measure_speed
-from sae.progress import Bar, duration, track
+from sae.common import overview as module
+from sae.common import progress
+from sae.common.overview import Cost, Overview, Stage, measure_speed
+from sae.common.progress import Bar, duration, track
 
 PLAN = {
     "read the text": (None, Cost(start=6)),

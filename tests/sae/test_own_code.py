@@ -16,8 +16,8 @@ import pytest
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
 from autointerp.llm.tokens import local_tokenizer
-from sae.errors import BadInput
-from sae.subject import Subject, load_tokenizer
+from sae.activations.subject import Subject, load_tokenizer
+from sae.common.errors import BadInput
 
 MAPS: dict[str, Any] = {
     "config": {"AutoConfig": "evil.EvilConfig"},

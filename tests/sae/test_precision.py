@@ -12,18 +12,19 @@ import pytest
 import torch
 from tiny_study import write_recipe
 
-from sae import precision, stage
-from sae.architectures.topk import TopKSae
-from sae.errors import SettingsDiffer, UserError
-from sae.objective import Objective, total_variance
-from sae.precision import Precision
-from sae.progress import say_once
-from sae.run import Run
+from sae.activations.subject import Subject
+from sae.common import precision
+from sae.common.errors import SettingsDiffer, UserError
+from sae.common.precision import Precision
+from sae.common.progress import say_once
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.objective import Objective, total_variance
 from sae.settings import TrainingSettings, settings_from
-from sae.stage import Compute
-from sae.subject import Subject
-from sae.train_stage import Study, train_studies
-from sae.trainer import train
+from sae.study import stage
+from sae.study.run import Run
+from sae.study.stage import Compute
+from sae.study.train import Study, train_studies
+from sae.training.trainer import train
 
 D, M, K, B = 16, 64, 4, 96
 ROUNDED = pytest.mark.parametrize("mode", ["bfloat16", "int8"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.rebuilding import rebuild
+from sae.alignment.rebuilding import rebuild
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -7,9 +7,9 @@ import pytest
 from autointerp.explainers import EXPLAINERS
 from autointerp.judges import JUDGES
 from autointerp.scorers import SCORERS
-from sae.architectures import ARCHITECTURES
-from sae.errors import BadInput
-from sae.registry import Registry
+from sae.common.errors import BadInput
+from sae.common.registry import Registry
+from sae.dictionaries.architectures import ARCHITECTURES
 
 
 @pytest.mark.parametrize(

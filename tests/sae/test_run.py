@@ -15,11 +15,12 @@ import small_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae import align_stage
-from sae.errors import BadInput, NotFound, SettingsDiffer, UserError
-from sae.files import read_json, read_table, write_json, write_table
-from sae.harvest_stage import harvest_runs
-from sae.run import (
+from sae.common.errors import BadInput, NotFound, SettingsDiffer, UserError
+from sae.common.files import read_json, read_table, write_json, write_table
+from sae.settings import Settings
+from sae.study import align as align_stage
+from sae.study.harvest import harvest_runs
+from sae.study.run import (
     RESERVED,
     Run,
     all_runs,
@@ -32,8 +33,7 @@ from sae.run import (
     study_runs,
     write_record,
 )
-from sae.settings import Settings
-from sae.stage import Compute, only_one
+from sae.study.stage import Compute, only_one
 
 SETTINGS = Settings().with_values(training={"num_latents": 120, "k": 4, "tokens": 1_000_000})
 
@@ -42,7 +42,7 @@ SETTINGS = Settings().with_values(training={"num_latents": 120, "k": 4, "tokens"
 def no_git() -> Iterator[None]:
     """The commit is asked of git for every record that is written, which is what most of the time here would go to."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("sae.run.git_commit", lambda: "0123abc+")
+        patched.setattr("sae.study.run.git_commit", lambda: "0123abc+")
         yield
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sae.errors import BadInput, NotFound
+from sae.common.errors import BadInput, NotFound
 from sae.settings import Settings, read_recipe, settings_from, validated
-from sae.sweep import read_sweep
+from sae.study.sweep import read_sweep
 
 RECIPES = sorted((Path(__file__).parents[2] / "eval_runs" / "recipes").glob("*.toml"))
 KEYS = [(table, key) for table, field in Settings.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.sparsity import SparsityControl
+from sae.training.sparsity import SparsityControl
 
 
 def run(

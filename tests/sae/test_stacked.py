@@ -9,13 +9,13 @@ import torch
 from fresh_triton import interpreted_steps
 from test_trainer import Batches, folders, settings
 
-from sae import stacked
-from sae.architectures.relu import ReluSae
-from sae.architectures.topk import TopKSae
-from sae.dictionary import Sae
-from sae.objective import AuxK, Objective, total_variance
-from sae.stacked import Stack, Steps
-from sae.trainer import train
+from sae.dictionaries.architectures.relu import ReluSae
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.objective import AuxK, Objective, total_variance
+from sae.dictionaries.sae import Sae
+from sae.training import stacked
+from sae.training.stacked import Stack, Steps
+from sae.training.trainer import train
 
 D, M, K = 12, 40, 4
 
@@ -110,7 +110,7 @@ def test_training_in_a_stack_is_training(tmp_path: Path, monkeypatch: pytest.Mon
     def always(saes: list[TopKSae]) -> Stack:
         return Stack(saes)
 
-    monkeypatch.setattr("sae.trainer.stacked", always)
+    monkeypatch.setattr("sae.training.trainer.stacked", always)
     together = [TopKSae.init(D, M, K, seed, Batches(1)[0]) for seed in (0, 1)]
     places = folders(tmp_path / "together", 2)
     with pytest.raises(KeyboardInterrupt):

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-from sae.architectures import ARCHITECTURES
+from sae.dictionaries.architectures import ARCHITECTURES
 
 # A process of its own, because a peak does not go down again. The small step first: compiling takes memory too.
 _STEP = """
 import resource, sys
 import torch
-from sae.architectures import ARCHITECTURES
-from sae.memory import Part, training_need
-from sae.objective import AuxK, Objective, total_variance
+from sae.dictionaries.architectures import ARCHITECTURES
+from sae.training.memory import Part, training_need
+from sae.dictionaries.objective import AuxK, Objective, total_variance
 from sae.settings import TrainingSettings
 
 def peak():

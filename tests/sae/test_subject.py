@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sae import hub, subject
-from sae.errors import BadInput, NotFound, Unavailable, UserError
-from sae.hub import Kind, find_on_hub, looks_like_path
-from sae.subject import Subject, load_tokenizer
+from sae.activations import subject
+from sae.activations.subject import Subject, load_tokenizer
+from sae.common import hub
+from sae.common.errors import BadInput, NotFound, Unavailable, UserError
+from sae.common.hub import Kind, find_on_hub, looks_like_path
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,7 @@ def test_no_model_there(tmp_path: Path) -> None:
 
 def test_the_bundled_model_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "BUNDLED", tmp_path)
-    refused(lambda: Subject.load("bundled"), NotFound, "python -m sae.subjects.build")
+    refused(lambda: Subject.load("bundled"), NotFound, "python -m sae.activations.bundled.build")
 
 
 def test_damaged_weights(damaged: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.errors import BadInput
-from sae.sweep import AXES, Sweep, read_sweep
+from sae.common.errors import BadInput
+from sae.study.sweep import AXES, Sweep, read_sweep
 
 RECIPES = Path(__file__).parents[2] / "eval_runs" / "recipes"
 BASE = "[training]\nnum_latents = 64\nk = 2\ntokens = 1000\n"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tiny_study import Ran, cli, tree
 
-from sae.errors import UserError
-from sae.files import read_table
-from sae.run import Run
+from sae.common.errors import UserError
+from sae.common.files import read_table
+from sae.study.run import Run
 
 
 class FakeWandb(ModuleType):
@@ -54,7 +54,7 @@ def test_wandb_is_told_of_a_training_that_stops(
     def fail(*_: Any) -> None:
         raise UserError("stopped")
 
-    monkeypatch.setattr("sae.train_stage._Ending.row", fail)
+    monkeypatch.setattr("sae.study.train._Ending.row", fail)
     cli(
         "train", "--no-controls", "--recipe", short, "--seeds", 0, 1, "--wandb", "saes", "--root", tmp_path
     ).failed_in_one_line("stopped")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from test_trainer import B, Batches, D, folders, settings
 
-from sae import kernels
-from sae.architectures import ARCHITECTURES
-from sae.dictionary import Sae
-from sae.errors import NotFinite
-from sae.learner import LogRow, TrainLog
+from sae.common.errors import NotFinite
+from sae.dictionaries.architectures import ARCHITECTURES
+from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
-from sae.trainer import Group, train, train_groups
-from sae.training_state import kept_steps
+from sae.training.learner import LogRow, TrainLog
+from sae.training.state import kept_steps
+from sae.training.trainer import Group, train, train_groups
 
 
 class Elsewhere(Batches):

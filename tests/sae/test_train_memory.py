@@ -14,12 +14,12 @@ import pytest
 import torch
 from tiny_study import cli
 
-from sae import memory
-from sae.architectures.topk import TopKSae
-from sae.errors import UserError
+from sae.common.errors import UserError
+from sae.dictionaries.architectures.topk import TopKSae
 from sae.settings import TrainingSettings
+from sae.training import memory
 
-REPOSITORY = Path(memory.__file__).parents[1]
+REPOSITORY = Path(memory.__file__).parents[2]
 
 
 def part(**values: Any) -> memory.Part:
@@ -104,17 +104,15 @@ LIMITED = """
 import resource, sys
 sys.path[:0] = [{root!r}]
 import torch, transformers.models.llama.modeling_llama
-import cli, sae.architectures, sae.memory, sae.subject, sae.train_stage, sae.trainer
-torch.set_num_threads(1)
-sys.argv = ["cli.py", *sys.argv[1:]]
-taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + {room}, resource.RLIM_INFINITY))
-for attempt in range(2):
+import cli, sae.dictionaries.architectures, sae.training.memory, sae.activations.subject, sae.study.train,
+sae.training.trainer torch.set_num_threads(1) sys.argv = ["cli.py", *sys.argv[1:]] taken =
+int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() resource.setrlimit(resource.RLIMIT_AS, (taken +
+{room}, resource.RLIM_INFINITY)) for attempt in range(2):
     try:
         cli.main()
     except SystemExit as end:
         assert end.code == 1
-    sae.memory.check_fits = lambda *_: None  # the second time it is met, not foreseen
+    sae.training.memory.check_fits = lambda *_: None  # the second time it is met, not foreseen
 """
 
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from tiny_study import NUM_LATENTS, cli, tree
 
-from sae.architectures.topk import TopKSae
-from sae.checkpoint import save_sae
-from sae.errors import BadInput
-from sae.files import read_json, read_table
-from sae.harvest_stage import is_harvested
-from sae.run import Run
+from sae.activations.subject import Subject
+from sae.common.errors import BadInput
+from sae.common.files import read_json, read_table
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.checkpoint import save_sae
 from sae.settings import settings_from
-from sae.stage import Compute
-from sae.subject import Subject
-from sae.train_stage import Study, studies_of, train_studies
-from sae.training_state import kept_steps
+from sae.study.harvest import is_harvested
+from sae.study.run import Run
+from sae.study.stage import Compute
+from sae.study.train import Study, studies_of, train_studies
+from sae.training.state import kept_steps
 
 HOOKPOINTS = ("layers.0.mlp", "layers.1.input_layernorm")
 
@@ -193,7 +193,7 @@ def test_a_model_that_gives_nan_in_mid_training_stops_it_and_the_same_command_go
         return found
 
     train = ("train", "--no-controls", "--recipe", short, "--seeds", 0, 1, "--activation-cache", 0, "--root")
-    monkeypatch.setattr("sae.corpus.BLOCK_TOKENS", 512)
+    monkeypatch.setattr("sae.text.corpus.BLOCK_TOKENS", 512)
     with monkeypatch.context() as patched:
         patched.setattr(Subject, "activations", breaks)
         ran = cli(*train, root, "--json")

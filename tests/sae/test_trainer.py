@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from sae import training_state
-from sae.architectures.topk import TopKSae
-from sae.errors import BadInput, SettingsDiffer, UserError
-from sae.learner import Plan
-from sae.objective import AuxK, Objective, total_variance
+from sae.common.errors import BadInput, SettingsDiffer, UserError
+from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.objective import AuxK, Objective, total_variance
 from sae.settings import TrainingSettings
-from sae.trainer import train
+from sae.training import state as training_state
+from sae.training.learner import Plan
+from sae.training.trainer import train
 
 D, M, K, B = 12, 40, 4, 64
 

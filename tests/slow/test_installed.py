@@ -114,7 +114,7 @@ def test_a_small_study_runs_from_training_to_report(wheel: Installed) -> None:
 
 def test_an_editable_install_reads_the_checkout(tmp_path: Path) -> None:
     editable = Installed(tmp_path, "-e", str(REPOSITORY))
-    code = "from sae.package_data import IS_CHECKOUT, TOP; print(IS_CHECKOUT, TOP)"
+    code = "from sae.common.package_data import IS_CHECKOUT, TOP; print(IS_CHECKOUT, TOP)"
     assert editable.well("python", "-c", code).split() == ["True", str(REPOSITORY)]
     assert "Usage: autointerp " in editable.well("autointerp", "--help")
     assert "$ autointerp demo" in editable.well("autointerp", "runs")

@@ -23,7 +23,7 @@ from dying_cli import TOTAL
 from fake_server import FakeServer
 from tiny_study import journal, records, tree, write_recipe, write_texts
 
-from sae.files import read_json, read_table
+from sae.common.files import read_json, read_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_kills import environment, same
 from tiny_study import write_recipe, write_texts
 
-from sae.files import read_json
+from sae.common.files import read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

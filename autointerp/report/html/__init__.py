@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae.run import Run
+    from sae.study.run import Run
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def write_report(
     from autointerp.evidence import Study, View
     from autointerp.report import contexts_at_hand
     from autointerp.report.html.page import render
-    from sae.files import atomic
+    from sae.common.files import atomic
 
     view = View(run.name, definition, threshold, tuple(against), explainer=explainer)
     opened = Study.open(run.root, [r.name for r in study], view)

@@ -16,7 +16,7 @@ from autointerp.evidence import Study, Told
 from autointerp.pooled import scored_alike
 from autointerp.report.html.sweeps import sweeps_at
 from autointerp.setups import status_kind
-from sae.latent_table import CLASSES
+from sae.alignment.latent_table import CLASSES
 
 #: What became of a latent on its way to a score; its place here is what the page holds.
 STATUSES = ("not asked for", "too few contexts", "failed", "explained", "scored")

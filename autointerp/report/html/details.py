@@ -19,8 +19,8 @@ from autointerp.journal import Journal
 from autointerp.latents import LatentReader, as_json
 from autointerp.report.html.embedded import json_in_script
 from autointerp.setups import verdict_filters
-from sae.errors import UserError
-from sae.progress import track
+from sae.common.errors import UserError
+from sae.common.progress import track
 
 BUDGET = 20_000_000
 """Bytes of details in a page."""

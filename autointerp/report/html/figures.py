@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autointerp.report.layout import decimal, estimate, get, listed, percent, plural
+from autointerp.report.layout import get, listed, percent, plural
+from sae.common.numerals import decimal, estimate
 
 Findings = Mapping[str, Any]
 Columns = Mapping[str, Any]

@@ -1,0 +1,247 @@
+"""Activations on disk: computed once, read again in later epochs and by the harvest.
+
+It only ever saves time: full, absent, damaged or deleted, the stream above it gives the same numbers. So it is
+bounded (what does not fit is computed again), and every slot carries a checksum of its own, which also tells a slot
+that was never finished from one that was: nothing else needs to be written in any order.
+
+Slots are read and written with plain file calls, not through a mapping: mapped pages count as this process's memory,
+and a full disk would end it by a signal instead of an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from sae.activations.subject import Subject
+from sae.common.files import digest, read_json, write_json
+from sae.common.progress import human, say
+from sae.text.corpus import BLOCK_TOKENS, Corpus
+
+_SPARE_DISK_BYTES = 2 << 30
+_SUM_BYTES = 8
+_META = "meta.json"
+# NumPy has no bfloat16: its bits travel as 16-bit integers.
+_ON_DISK = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}
+
+
+class ActivationCache:
+    """One fixed-size slot ``[T, D]`` per sequence, in the subject's precision, and its checksum.
+
+    The checksum is XXH3 in 64 bits, chosen because it costs less than the copy from the page cache; 0, which stands
+    for an empty slot, is written as 1. It protects against what happens to files (a bad disk, a process or machine
+    that died between two writes), not against an adversary.
+
+    Attributes:
+        folder: where it lies.
+        slots: how many of the corpus's sequences it has room for, the first ones in block order.
+        fills: whether this process may fill slots; of several at one cache, one does.
+    """
+
+    def __init__(
+        self, folder: Path, slots: int, shape: tuple[int, int], dtype: torch.dtype, fills: bool = True
+    ) -> None:
+        self.folder, self.slots, self.fills = folder, slots, fills
+        self._shape, self._dtype = shape, dtype
+        self._slot_bytes = slot_bytes(shape, dtype)
+        if fills:
+            self._prepare()
+        self._slots_file = os.open(folder / "slots.bin", os.O_RDWR if fills else os.O_RDONLY)
+        self._sums_file = os.open(folder / "sums.bin", os.O_RDWR if fills else os.O_RDONLY)
+        self._close = weakref.finalize(self, _close_files, self._slots_file, self._sums_file)
+        self._sums = np.frombuffer(os.pread(self._sums_file, slots * _SUM_BYTES, 0), dtype="<u8").copy()
+        self._full = False
+        self._damaged = 0
+
+    def _prepare(self) -> None:
+        """Make the files, or bring those of another limit to size; what is of another form goes."""
+        folder, shape, dtype = self.folder, self._shape, self._dtype
+        folder.mkdir(parents=True, exist_ok=True)
+        meta = {"shape": list(shape), "dtype": str(dtype), "checksum": "xxh3-64"}
+        try:
+            kept = read_json(folder / _META) == meta
+        except (OSError, ValueError):
+            kept = False
+        if not kept:
+            for name in ("sums.bin", "slots.bin"):
+                (folder / name).unlink(missing_ok=True)
+            write_json(folder / _META, meta)
+        os.utime(folder / _META)  # its age says which cache has not been used for longest
+        slots_path, sums_path = folder / "slots.bin", folder / "sums.bin"
+        for path in (slots_path, sums_path):
+            path.touch(0o644)
+        os.truncate(sums_path, self.slots * _SUM_BYTES)
+        if slots_path.stat().st_size > self.slots * self._slot_bytes:  # of a larger limit
+            os.truncate(slots_path, self.slots * self._slot_bytes)
+
+    def has(self, slots: np.ndarray) -> np.ndarray:
+        """Which of ``slots [n]`` are filled: bool ``[n]``."""
+        inside = slots < self.slots
+        return inside & (self._sums[np.where(inside, slots, 0)] != 0) if self.slots else inside
+
+    def takes(self, slots: np.ndarray) -> bool:
+        """Whether ``slots`` could be filled: they lie within the limit, and the disk has not become full."""
+        return self.fills and not self._full and bool((slots < self.slots).all())
+
+    def get(self, slots: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """The contents of filled ``slots [n]``: ``[n, T, D]`` on the CPU, and which of them are whole, bool ``[n]``.
+
+        A slot that does not match its checksum counts as empty from here on.
+        """
+        values = np.empty((len(slots), *self._shape), dtype=_ON_DISK[self._dtype])
+        raw = values.reshape(-1).view(np.uint8).data
+        whole = np.zeros(len(slots), dtype=bool)
+        for i, slot in enumerate(slots):
+            target = raw[i * self._slot_bytes : (i + 1) * self._slot_bytes]
+            read = os.preadv(self._slots_file, [target], int(slot) * self._slot_bytes)
+            whole[i] = read == self._slot_bytes and _checksum(target) == self._sums[slot]
+        if not whole.all():
+            self._tell_damage(int((~whole).sum()))
+            self._sums[slots[~whole]] = 0
+        return torch.from_numpy(values).view(self._dtype), whole
+
+    def put(self, first: int, values: torch.Tensor) -> bool:
+        """Fill the slots from ``first`` on with ``values [n, T, D]``. False where there is no room for them (any more).
+
+        Data and checksums may reach the disk in any order: a slot is what its checksum says, or empty.
+        """
+        slots = np.arange(first, first + len(values))
+        if not self.takes(slots):
+            return False
+        raw = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        size = self._slot_bytes
+        sums = np.array([_checksum(raw[i * size : (i + 1) * size]) for i in range(len(values))], dtype="<u8")
+        try:
+            _write_all(self._slots_file, raw, first * size)
+            _write_all(self._sums_file, memoryview(sums.tobytes()), first * _SUM_BYTES)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._full = True
+            say("activations: the disk is full; the rest are not kept on disk but computed again as needed")
+            return False
+        self._sums[slots] = sums
+        return True
+
+    def delete(self) -> None:
+        """Give the disk space back. The cache cannot be used afterwards."""
+        self._close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _tell_damage(self, n: int) -> None:
+        if not self._damaged:
+            say(
+                f"activations: {n} of the sequences kept in {str(self.folder)!r} do not match their checksums; they, "
+                "and any others like them, are computed again"
+            )
+        self._damaged += n
+
+
+def open_caches(
+    corpus: Corpus, subject: Subject, hookpoints: Sequence[str], limit_bytes: int
+) -> dict[str, ActivationCache]:
+    """The caches of some hookpoints' activations over a corpus, beside the corpus; what is in them is kept.
+
+    ``limit_bytes`` is for all caches under the same root together. The hookpoints share it evenly; caches that are
+    not asked for, of studies that were never harvested, make room where it is needed, those unused for longest first.
+    A hookpoint is left out, and one line says so, where not even one block fits.
+    """
+    names = [subject.resolve(hookpoint) for hookpoint in hookpoints]
+    if limit_bytes <= 0 or not names:
+        return {}
+    folders = {name: corpus.folder / "activations" / _cache_key(corpus, subject, name) for name in names}
+    sizes = {name: slot_bytes((corpus.context, subject.width(name)), subject.dtype) for name in names}
+    kept = sum(_on_disk(folder) for folder in folders.values())
+    room = min(limit_bytes, max(kept, shutil.disk_usage(corpus.folder).free + kept - _SPARE_DISK_BYTES))
+    slots = {name: _slots(corpus, sizes[name], room // len(names)) for name in names}
+    wanted = corpus.n_tokens * sum(sizes.values()) // corpus.context
+    if wanted > room:
+        why = "the limit (--activation-cache)" if room == limit_bytes else "what the disk has to spare"
+        say(
+            f"activations: {human(sum(slots[n] * sizes[n] for n in names))}B of {human(wanted)}B are kept on disk, "
+            f"within {why}; later epochs and the harvest compute the rest again"
+        )
+    _make_room(corpus.folder.parent, set(folders.values()), limit_bytes - sum(slots[n] * sizes[n] for n in names))
+    return {
+        name: ActivationCache(folders[name], slots[name], (corpus.context, subject.width(name)), subject.dtype)
+        for name in names
+        if slots[name]
+    }
+
+
+def caches_to_read(corpus: Corpus, subject: Subject, hookpoints: Sequence[str]) -> dict[str, ActivationCache]:
+    """The caches that another process has opened by :func:`open_caches` and may be filling, to read what they hold."""
+    found = {}
+    for name in (subject.resolve(hookpoint) for hookpoint in hookpoints):
+        folder = corpus.folder / "activations" / _cache_key(corpus, subject, name)
+        if (folder / "sums.bin").is_file():
+            slots = (folder / "sums.bin").stat().st_size // _SUM_BYTES
+            shape = corpus.context, subject.width(name)
+            found[name] = ActivationCache(folder, slots, shape, subject.dtype, fills=False)
+    return found
+
+
+def slot_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """What a sequence's activations ``[T, D]`` take."""
+    return shape[0] * shape[1] * dtype.itemsize
+
+
+def _slots(corpus: Corpus, size: int, room: int) -> int:
+    """How many sequences fit, in whole blocks: a block is computed at once, so half of one saves nothing."""
+    fitting = room // (size + _SUM_BYTES)
+    return corpus.n_sequences if fitting >= corpus.n_sequences else fitting // corpus.block_rows * corpus.block_rows
+
+
+def _make_room(corpora: Path, ours: set[Path], room: int) -> None:
+    """Delete other caches under the root, those unused for longest first, until they take at most ``room``."""
+    others = [meta for meta in corpora.glob(f"*/activations/*/{_META}") if meta.parent not in ours]
+    found = sorted((meta.stat().st_mtime, _on_disk(meta.parent), meta.parent) for meta in others)
+    taken = sum(size for _, size, _ in found)
+    for _, size, folder in found:
+        if taken <= max(0, room):
+            return
+        say(f"activations: {human(size)}B kept for another study make room; its harvest computes them again")
+        shutil.rmtree(folder, ignore_errors=True)
+        taken -= size
+
+
+def _on_disk(folder: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in folder.glob("*.bin"))
+
+
+def _checksum(data: memoryview) -> int:
+    return xxhash.xxh3_64_intdigest(data) or 1
+
+
+def _close_files(*files: int) -> None:
+    for file in files:
+        os.close(file)
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _cache_key(corpus: Corpus, subject: Subject, hookpoint: str) -> str:
+    """Everything that the bits depend on, the kind of device and the arithmetic library among it."""
+    made_from = [
+        corpus.fingerprint,
+        subject.fingerprint,
+        subject.prefix,
+        hookpoint,
+        str(subject.dtype),
+        subject.device.type,
+        torch.__version__,
+        BLOCK_TOKENS,
+    ]
+    return digest(made_from)[:16]

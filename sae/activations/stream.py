@@ -1,0 +1,308 @@
+"""Activations as a stream: computed once, in fixed company, for every hookpoint that is asked for.
+
+The forward pass is the dear part, and floating-point sums may differ in the last bit with the shape of a
+batch. So a sequence is always computed together with the others of its block (see :mod:`sae.text.corpus`):
+training, harvest and a resumed run all see the same bits, whoever asks first and in whatever portions.
+
+Several hookpoints are read side by side: a block that any of them lacks is run through the model once, as far as
+the last of them, and each takes its part. What was computed is kept on disk (:mod:`sae.activations.cache`) as far as
+that has room; beyond it, a few blocks are held in memory, which is all that reading in order needs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import overload
+
+import numpy as np
+import torch
+
+from sae.activations.cache import ActivationCache
+from sae.activations.subject import Subject
+from sae.common.errors import NotFinite, UserError
+from sae.common.files import digest
+from sae.text.corpus import MIXED_BLOCKS, Corpus
+
+BlockSource = Callable[[Sequence["ActivationStream"], int], Mapping[str, torch.Tensor]]
+
+
+class ActivationStream:
+    """The activations of one hookpoint over a corpus, by sequence, the same bits whoever asks.
+
+    Attributes:
+        subject, corpus, cache: what it was made of.
+        hookpoint: the hookpoint's one name (see :meth:`Subject.resolve`).
+        width: D. context: T. device: where the activations lie.
+        beside: streams of other hookpoints of the same subject and corpus, whose caches are filled on the way.
+    """
+
+    def __init__(self, subject: Subject, corpus: Corpus, hookpoint: str, cache: ActivationCache | None = None) -> None:
+        self.subject = subject
+        self.corpus = corpus
+        self.hookpoint = subject.resolve(hookpoint)
+        self.cache = cache
+        self.width = subject.width(self.hookpoint)
+        self.context = corpus.context
+        self.device = subject.device
+        self.beside: list[ActivationStream] = []
+        subject.check_context(corpus.context)
+        # Without a cache on disk, one group of an order (see Corpus.order) is held in memory.
+        self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
+
+    def rows(self, index: np.ndarray) -> torch.Tensor:
+        """The activations of sequences ``index [n]``: ``[n, T, D]`` in the subject's precision on its device.
+
+        Cheapest when read along :meth:`Corpus.order`: then every block is computed once.
+        Raises :class:`sae.common.errors.NotFinite` where the model gives NaN or infinity.
+        """
+        return rows_together([self], index)[0]
+
+    def keep(self, number: int, values: torch.Tensor) -> None:
+        """Take in a block's activations: on disk or, where that has no room, in memory."""
+        if self.cache is None or not self.cache.put(number * self.corpus.block_rows, values):
+            self._held[number] = values
+
+    # --- what is kept ----------------------------------------------------------------------------------------
+
+    def _slots(self, blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return blocks * self.corpus.block_rows + places
+
+    def _stored(self, blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Which sequences lie on disk."""
+        if self.cache is None:
+            return np.zeros(len(blocks), dtype=bool)
+        return self.cache.has(self._slots(blocks, places))
+
+    def _read(self, out: torch.Tensor, blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Put what lies on disk into ``out [n, T, D]``; returns which sequences are still wanted, bool ``[n]``."""
+        stored = self._stored(blocks, places)
+        if self.cache is not None and stored.any():
+            values, whole = self.cache.get(self._slots(blocks[stored], places[stored]))
+            _assign(out, stored, values.to(self.device))
+            stored[stored] = whole
+        return ~stored
+
+    def _would_keep(self, number: int) -> bool:
+        """Whether the cache lacks a block that it has room for."""
+        if self.cache is None:
+            return False
+        slots = number * self.corpus.block_rows + np.arange(len(self.corpus.block(number)))
+        return self.cache.takes(slots) and not self.cache.has(slots).all()
+
+    def _let_go(self, most: int) -> None:
+        while len(self._held) > most:
+            self._held.popitem(last=False)
+
+
+def open_streams(
+    subject: Subject, corpus: Corpus, hookpoints: Sequence[str], caches: Mapping[str, ActivationCache]
+) -> dict[str, ActivationStream]:
+    """One stream for each hookpoint, by its resolved name; what one computes fills the others' caches too."""
+    names = dict.fromkeys(subject.resolve(hookpoint) for hookpoint in hookpoints)
+    streams = {name: ActivationStream(subject, corpus, name, caches.get(name)) for name in names}
+    for stream in streams.values():
+        stream.beside = [other for other in streams.values() if other is not stream]
+    return streams
+
+
+def rows_together(
+    streams: Sequence[ActivationStream], index: np.ndarray, source: BlockSource | None = None
+) -> list[torch.Tensor]:
+    """:meth:`ActivationStream.rows` of each of ``streams``, which share subject and corpus, in one pass for all.
+
+    ``source`` computes the blocks that are lacking (:func:`compute_block` by default): several processes may share
+    that work.
+    """
+    corpus = streams[0].corpus
+    index = np.asarray(index, dtype=np.int64)
+    blocks, places = corpus.place(index)
+    outs, wanted = [], []
+    for stream in streams:
+        shape = (len(index), stream.context, stream.width)
+        outs.append(torch.empty(shape, dtype=stream.subject.dtype, device=stream.device))
+        wanted.append(stream._read(outs[-1], blocks, places))
+    for block in _in_turn(blocks, wanted, streams):
+        asking = [i for i in range(len(streams)) if (wanted[i] & (blocks == block)).any()]
+        held = {i: streams[i]._held.pop(block) for i in asking if block in streams[i]._held}
+        lacking = [streams[i] for i in asking if i not in held]
+        computed = _compute_and_keep(lacking, block, source or compute_block) if lacking else {}
+        for i in asking:
+            values = held[i] if i in held else computed[streams[i].hookpoint]
+            if i in held:
+                streams[i]._held[block] = values  # as the one used last
+            mine = wanted[i] & (blocks == block)
+            _assign(outs[i], mine, values[torch.from_numpy(places[mine]).to(values.device)])
+            streams[i]._let_go(MIXED_BLOCKS)
+    return outs
+
+
+def lacking(streams: Sequence[ActivationStream], index: np.ndarray) -> list[int]:
+    """The blocks that :func:`rows_together` of ``index`` would compute, in the order in which it would.
+
+    What then turns out to be damaged on disk comes on top, without changing the order of these.
+    """
+    blocks, places = streams[0].corpus.place(np.asarray(index, dtype=np.int64))
+    wanted = [~stream._stored(blocks, places) for stream in streams]
+    return [
+        block
+        for block in _in_turn(blocks, wanted, streams)
+        if any(block in blocks[w] and block not in s._held for s, w in zip(streams, wanted, strict=True))
+    ]
+
+
+def _in_turn(blocks: np.ndarray, wanted: Sequence[np.ndarray], streams: Sequence[ActivationStream]) -> list[int]:
+    """Those of ``blocks`` [n] that any stream wants, each once. Held ones first, since computing others may push them
+    out; then by their last use, so that what stays held is what the next call is likely to go on with."""
+    last_use = {int(b): i for i, b in enumerate(blocks)}
+    asked = {int(b) for b in blocks[np.any(wanted, axis=0)]}
+    return sorted(asked, key=lambda b: (not any(b in s._held for s in streams), last_use[b]))
+
+
+def _compute_and_keep(
+    streams: Sequence[ActivationStream], number: int, source: BlockSource
+) -> Mapping[str, torch.Tensor]:
+    """One forward pass over a block for ``streams``, and for the caches beside them that lack it."""
+    known = list(streams)
+    known += [other for other in streams[0].beside if other not in streams and other._would_keep(number)]
+    values = source(known, number)
+    for stream in known:
+        if stream.hookpoint in values:
+            stream.keep(number, values[stream.hookpoint])
+    return values
+
+
+def compute_block(streams: Sequence[ActivationStream], number: int) -> dict[str, torch.Tensor]:
+    """A block's activations at the hookpoint of each of ``streams``, by name: ``[n, T, D]``, in one forward pass.
+
+    Raises :class:`sae.common.errors.NotFinite` where the model gives NaN or infinity.
+    """
+    subject, corpus = streams[0].subject, streams[0].corpus
+    rows = corpus.block(number)
+    found = subject.activations(corpus.rows(rows), [stream.hookpoint for stream in streams])
+    for hookpoint, values in found.items():
+        if torch.isfinite(values.sum(dtype=torch.float32)) or torch.isfinite(values).all():
+            continue
+        bad = rows[~torch.isfinite(values).flatten(1).all(dim=1).cpu().numpy()]
+        kind = "NaN" if torch.isnan(values).any() else "infinity"
+        cure = (
+            "its weights are damaged: fetch them again"
+            if subject.dtype == torch.float32
+            else "use subject.dtype float32 (or bfloat16 in place of float16)"
+        )
+        raise NotFinite(
+            f"model {subject.source!r} gives {kind} at {hookpoint} in block {number} of the corpus "
+            f"(sequence {bad[0]} and {len(bad) - 1} more); {cure}"
+        )
+    return found
+
+
+def _assign(out: torch.Tensor, mask: np.ndarray, values: torch.Tensor) -> None:
+    out[torch.from_numpy(mask).to(out.device)] = values.to(out.dtype)
+
+
+class TrainingBatches(Sequence[torch.Tensor]):
+    """The training batches: ``len`` steps, each ``[B, D]`` float32, reproducible one by one.
+
+    A step takes whole sequences in the order of their epoch and leaves special tokens out, so B varies a
+    little below ``sequences_per_step · T``. Past the corpus's end the next epoch begins, in an order of its own.
+    What a step takes does not depend on how many there are: a longer training begins like a shorter one.
+
+    Attributes:
+        sequences_per_step: whole sequences in a step.
+        tokens_per_step: their tokens, the special ones included.
+        fingerprint: SHA-256 of which sequences each step takes, and of what is left out.
+    """
+
+    def __init__(self, stream: ActivationStream, tokens: int, batch_tokens: int, order_seed: int = 0) -> None:
+        self.stream = stream
+        self.order_seed = order_seed
+        corpus = stream.corpus
+        self.sequences_per_step = max(1, round(batch_tokens / corpus.context))
+        self.tokens_per_step = self.sequences_per_step * corpus.context
+        self._steps = max(1, -(-tokens // self.tokens_per_step))
+        self._order = functools.lru_cache(maxsize=2)(lambda epoch: corpus.order(epoch, order_seed))
+
+    def __len__(self) -> int:
+        return self._steps
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        corpus = self.stream.corpus
+        last_epoch = (self._steps * self.sequences_per_step - 1) // corpus.n_sequences
+        # The orders themselves, not only their seed: a generator may change between library versions.
+        orders = [digest(self._order(epoch).tolist()) for epoch in sorted({0, last_epoch})]
+        made_from = [corpus.fingerprint, corpus.special_ids, self.order_seed, self.sequences_per_step, self._steps]
+        return digest([*made_from, orders])
+
+    def sequences(self, step: int) -> np.ndarray:
+        """Which sequences a step takes, int64 ``[sequences_per_step]``."""
+        first = step * self.sequences_per_step
+        epochs, places = np.divmod(np.arange(first, first + self.sequences_per_step), self.stream.corpus.n_sequences)
+        taken = [self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(taken)
+
+    @overload
+    def __getitem__(self, step: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, step: slice) -> list[torch.Tensor]: ...
+    def __getitem__(self, step: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(step, slice):
+            return [self[i] for i in range(*step.indices(self._steps))]
+        if not -self._steps <= step < self._steps:
+            raise IndexError(f"step {step} of {self._steps}")
+        return read_together([self], step % self._steps)[0]
+
+    def describe(self, step: int, row: int | None = None) -> str:
+        """Where in the corpus a step's batch comes from, or one row of it: words for an error message."""
+        corpus, index = self.stream.corpus, self.sequences(step)
+        if row is not None:
+            kept = np.flatnonzero(~corpus.is_special(corpus.rows(index)).reshape(-1))
+            index = index[kept[row : row + 1] // corpus.context]
+        blocks = [str(block) for block in np.unique(corpus.place(index)[0])]
+        more = f" and {len(index) - 1} more" if len(index) > 1 else ""
+        listed = ", ".join(blocks[:4]) + (f" and {len(blocks) - 4} more" if len(blocks) > 4 else "")
+        return f"sequence {index[0]}{more} of the corpus, block{'s' * (len(blocks) > 1)} {listed}"
+
+    def shares_steps_with(self, other: TrainingBatches) -> bool:
+        """Whether each step takes the same sequences of the same corpus as ``other``'s, for as long as both go on."""
+        return (self.stream.corpus.fingerprint, self.stream.subject, self.sequences_per_step, self.order_seed) == (
+            other.stream.corpus.fingerprint,
+            other.stream.subject,
+            other.sequences_per_step,
+            other.order_seed,
+        )
+
+
+def streams_of(batches: Sequence[TrainingBatches]) -> list[ActivationStream]:
+    """The streams behind ``batches``, each once."""
+    return list({b.stream.hookpoint: b.stream for b in batches}.values())
+
+
+def read_together(
+    batches: Sequence[TrainingBatches], step: int, source: BlockSource | None = None
+) -> list[torch.Tensor]:
+    """``batches[i][step]`` of each, out of one forward pass; those of one hookpoint are the very same tensor.
+
+    All must share their steps (:meth:`TrainingBatches.shares_steps_with`). Raises :class:`sae.common.errors.NotFinite`,
+    which names the step, and :class:`UserError` where the step has no text.
+    """
+    first = batches[0]
+    if not all(first.shares_steps_with(other) for other in batches[1:]):
+        raise ValueError("these batches do not take the same sequences")
+    streams = streams_of(batches)
+    index = first.sequences(step)
+    corpus = first.stream.corpus
+    try:
+        rows = rows_together(streams, index, source)
+    except NotFinite as error:
+        raise NotFinite(f"step {step + 1} of the training: {error}") from None
+    special = corpus.is_special(corpus.rows(index)).reshape(-1)
+    if special.all():
+        raise UserError(f"step {step + 1} holds special tokens only; the corpus is no text")
+    found = {}
+    for stream, values in zip(streams, rows, strict=True):
+        x = values.reshape(-1, stream.width)
+        found[stream.hookpoint] = (x[torch.from_numpy(~special).to(x.device)] if special.any() else x).float()
+    return [found[b.stream.hookpoint] for b in batches]

@@ -1,0 +1,268 @@
+"""Which latent of one dictionary is which of another: the best one-to-one matching, and the proof that it is best.
+
+The rows of the encoders, and separately those of the decoders, are brought to unit length; among all one-to-one
+pairings the one with the largest sum of cosines is taken (Paulo & Belrose, arXiv 2501.16615). Encoder and decoder are
+matched independently: whether they name the same partner is itself a finding.
+
+Small pairs are matched with all cosines in memory (``sae.alignment.matching.dense``), wide ones without
+(``sae.alignment.matching.best``). Either way the matching is the best over all pairs, not over a choice of them.
+
+A matching is easy to get subtly wrong and impossible to judge by eye, so each comes with prices that bound what *any*
+matching could reach. For whatever prices v on the columns (zero or more, where columns may be left over),
+
+    sum over pairs of c[i, j]  ≤  Σ_j v[j] + Σ_i max_j (c[i, j] - v[j])  =  Σ_j v[j] + Σ_i u[i],
+
+since a row gains at most u after paying its column's price, and each price is paid at most once. A matching that
+attains the bound is optimal; the difference is the *gap*. The prices lie beside the matching on disk, so the claim can
+be checked later from the weights alone, in memory of one block (:func:`verify`), without trusting the solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from sae.alignment.matching.dense import Matching, best_of_all, blocks, unit_rows
+from sae.alignment.pairs import pair_path, read_sides, write_sides
+from sae.common.commands import command
+from sae.common.errors import BadInput
+from sae.common.files import SCHEMA, read_json, write_json
+
+SPACES = ("encoder", "decoder")
+UNMATCHED = -1
+_DENSE = 2048**2  # pairs up to which SciPy is as quick as a search that has to be compiled first
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Two dictionaries matched in both spaces.
+
+    ``a`` has a row per latent of the first [M_a], ``b`` one per latent of the second [M_b], with the columns
+
+    - ``latent``;
+    - ``encoder_partner``, ``decoder_partner``: its partner in the other dictionary, -1 if it has none (where widths
+      differ, as many of the wider are left over); ``encoder_cosine``, ``decoder_cosine``: theirs, NaN without partner;
+    - ``max_encoder_neighbor``, ``max_decoder_neighbor``: the latent of the other that is nearest whether or not it is
+      taken (the lowest number among equals), and ``max_encoder_cosine``, ``max_decoder_cosine``;
+    - ``encoder_price``, ``decoder_price``: the prices that prove the matching (see the module's head).
+
+    A latent whose row is zero has cosine 0 with every other. ``certificate`` is the JSON object written beside the
+    table: per space the matched sum, the upper bound over all matchings, and the gap between them.
+    """
+
+    a: pd.DataFrame
+    b: pd.DataFrame
+    certificate: dict[str, Any]
+
+    def swapped(self) -> Alignment:
+        """The same alignment as seen from ``b``."""
+        swapped = dict(self.certificate)
+        for key in ("runs", "latents"):
+            swapped[key] = swapped[key][::-1]
+        return Alignment(self.b, self.a, swapped)
+
+
+def align(
+    W_enc_a: ArrayLike,
+    W_dec_a: ArrayLike,
+    W_enc_b: ArrayLike,
+    W_dec_b: ArrayLike,
+    *,
+    names: tuple[str, str] = ("a", "b"),
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: str = "cpu",
+) -> Alignment:
+    """Match two dictionaries exactly, in encoder and decoder space.
+
+    Beside the weights, memory holds a rounded copy of one space's rows, in ``precision``, and about a hundred times
+    M_a + M_b candidates of some 30 bytes; never the matrix of all pairs, except of up to 2,048 × 2,048.
+
+    Args:
+        W_enc_a, W_dec_a: [M_a, D] rows of the first, of any length.
+        W_enc_b, W_dec_b: [M_b, D] rows of the second; M_b may differ from M_a.
+        names: of the runs, for messages and for the certificate.
+        precision: of the products by which wide pairs are searched; time depends on it, and among equally good
+            matchings which one it is.
+        device: where these products are formed, a name for torch.
+    Raises:
+        BadInput: the dictionaries live in spaces of different width or hold NaN.
+    """
+    first = [_checked(W, names[0], space) for W, space in zip((W_enc_a, W_dec_a), SPACES, strict=True)]
+    second = [_checked(W, names[1], space) for W, space in zip((W_enc_b, W_dec_b), SPACES, strict=True)]
+    for name, (encoder, decoder) in zip(names, (first, second), strict=True):
+        if len(encoder) != len(decoder):
+            raise BadInput(
+                f"{name}: {len(encoder)} encoder rows but {len(decoder)} decoder rows; is its file complete?"
+            )
+    if first[0].shape[1] != second[0].shape[1] or first[1].shape[1] != second[1].shape[1]:
+        raise BadInput(
+            f"{names[0]} has d_in {first[0].shape[1]} and {names[1]} has {second[0].shape[1]}: "
+            "only dictionaries of the same hookpoint can be aligned"
+        )
+    n_a, n_b = len(first[0]), len(second[0])
+    if n_a > n_b:  # the solver and the prices want the narrower dictionary in the rows
+        exchanged = (names[1], names[0])
+        return align(*second, *first, names=exchanged, precision=precision, device=device).swapped()
+    table_a = pd.DataFrame({"latent": np.arange(n_a)})
+    table_b = pd.DataFrame({"latent": np.arange(n_b)})
+    certificate: dict[str, Any] = {
+        "schema": SCHEMA,
+        "runs": list(names),
+        "latents": [n_a, n_b],
+        "method": "maximum-weight one-to-one assignment over all pairs, cosines in float64",
+        "bound": "sum of column prices v plus sum over rows of max(c - v)",
+    }
+    for space, rows, columns in zip(SPACES, first, second, strict=True):
+        found = _matched(rows, columns, precision, device)
+        inverse = np.full(n_b, UNMATCHED, np.int32)
+        inverse[found.partner] = np.arange(n_a)
+        cosine = np.where(inverse == UNMATCHED, np.nan, found.cosine[inverse])
+        sides = (table_a, found.partner, found.cosine, found.u), (table_b, inverse, cosine, found.v)
+        for (table, partner, own, price), near in zip(sides, found.nearest, strict=True):
+            table[f"{space}_partner"] = partner
+            table[f"{space}_cosine"] = own.astype(np.float32)
+            table[f"max_{space}_neighbor"] = near.who
+            table[f"max_{space}_cosine"] = near.cosine.astype(np.float32)
+            table[f"{space}_price"] = price
+        certificate[space] = _certificate(found.sum, found.upper_bound, n_a)
+        if found.candidates:
+            certificate.setdefault("search", {})[space] = {
+                "candidates": found.candidates,
+                "rounds": found.rounds,
+                "products": round(found.share_of_pairs, 4),
+            }
+    return Alignment(table_a, table_b, certificate)
+
+
+def verify(
+    alignment: Alignment, W_enc_a: ArrayLike, W_dec_a: ArrayLike, W_enc_b: ArrayLike, W_dec_b: ArrayLike
+) -> dict[str, dict[str, Any]]:
+    """Check an alignment against the weights that it was made from, trusting none of its numbers.
+
+    The partners must be one-to-one; sums and bounds are computed again, block by block, from the weights and the stored
+    prices: time of one matrix product, memory of a few hundred rows of it. Returns per space the same figures as the
+    certificate; ``certified`` is False for a matching that is not optimal, however it came about.
+    """
+    if len(alignment.a) > len(alignment.b):
+        return verify(alignment.swapped(), W_enc_b, W_dec_b, W_enc_a, W_dec_a)
+    found = {}
+    for space, W_a, W_b in zip(SPACES, (W_enc_a, W_dec_a), (W_enc_b, W_dec_b), strict=True):
+        rows, columns = (unit_rows(_checked(W, name, space)) for W, name in ((W_a, "a"), (W_b, "b")))
+        partner = alignment.a[f"{space}_partner"].to_numpy()
+        prices = alignment.b[f"{space}_price"].to_numpy(dtype=np.float64)
+        one_to_one = len(rows) == len(partner) and len(columns) == len(prices)
+        one_to_one = one_to_one and partner.min() >= 0 and len(np.unique(partner)) == len(partner)
+        if not one_to_one or partner.max() >= len(columns):
+            raise BadInput(f"the {space} matching is not one-to-one between these dictionaries; align them again")
+        matched = sum(float((rows[block] * columns[partner[block]]).sum()) for block in blocks(len(rows)))
+        if len(rows) < len(columns):
+            prices = np.maximum(prices, 0)
+        earned = sum(float((rows[block] @ columns.T - prices).max(axis=1).sum()) for block in blocks(len(rows)))
+        found[space] = _certificate(matched, earned + float(prices.sum()), len(rows))
+    return found
+
+
+def pairs(runs: Sequence[str]) -> list[tuple[str, str]]:
+    """Every pair of runs, each once, in the order given."""
+    repeated = sorted({name for name in runs if list(runs).count(name) > 1})
+    if repeated:
+        raise BadInput(f"{repeated[0]!r} is named twice: a run is aligned with other runs, name each once")
+    if len(runs) < 2:
+        raise BadInput(f"{runs[0]!r} alone cannot be aligned: name at least two runs" if runs else "no runs to align")
+    return list(combinations(runs, 2))
+
+
+def write_alignment(folder: Path, a: str, b: str, alignment: Alignment, inputs: Any) -> Path:
+    """Store an alignment as ``<a>--<b>.parquet`` and, beside it, its certificate as ``.json``.
+
+    The table holds the rows of both runs, told apart by its first column ``run``. A pair has one file: where it is
+    already stored the other way round, it is replaced under that name. ``inputs`` (any JSON value, as a rule a digest)
+    goes into both. The table is written last and is the one whose ``inputs`` count, so a crash in between is harmless.
+    """
+    path = pair_path(folder, a, b)
+    if path is not None and path.name != f"{a}--{b}.parquet":
+        a, b, alignment = b, a, alignment.swapped()
+    path = folder / f"{a}--{b}.parquet"
+    write_json(path.with_suffix(".json"), {**alignment.certificate, "runs": [a, b], "inputs": inputs})
+    write_sides(path, (a, b), (alignment.a, alignment.b), inputs=inputs)
+    return path
+
+
+def read_alignment(folder: Path, a: str, b: str) -> Alignment:
+    """The stored alignment of two runs as seen from ``a``, whichever was named first when it was made."""
+    sides = read_sides(folder, a, b)
+    path = (pair_path(folder, a, b) or folder).with_suffix(".json")
+    try:
+        certificate = read_json(path)
+        runs = certificate["runs"]
+    except (OSError, ValueError, KeyError):
+        again = command(folder.parent, "align", a, b)
+        raise BadInput(f"{str(path)!r} cannot be read; delete it and its .parquet and run `{again}`") from None
+    return Alignment(*sides, certificate) if runs == [a, b] else Alignment(*sides[::-1], certificate).swapped()
+
+
+def both_ways(folder: Path, runs: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
+    """Return the stored tables of all ordered pairs of runs: (x, y) → a row per latent of x, in terms of y."""
+    found = {}
+    for a, b in pairs(runs):
+        alignment = read_alignment(folder, a, b)
+        found[a, b], found[b, a] = alignment.a, alignment.b
+    return found
+
+
+def _matched(
+    rows: ArrayLike,
+    columns: ArrayLike,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: str = "cpu",
+) -> Matching:
+    """The best matching of rows [n, D] to columns [m, D], n ≤ m, the short way or the wide one."""
+    rows, columns = np.asarray(rows), np.asarray(columns)
+    n, m, d = len(rows), len(columns), rows.shape[1]
+    if n * m <= _DENSE:
+        found = best_of_all(unit_rows(rows) @ unit_rows(columns).T)
+        found = replace(found, upper_bound=found.upper_bound + n * (d + 16) * 2.0**-52)  # float64's error in a cosine
+        # Rows in a plane, or nearly in one line, are linked by chains so long that the prices are not found in time.
+        if _certificate(found.sum, found.upper_bound, n)["certified"]:
+            return found
+    from sae.alignment.matching.best import (
+        best_matching,  # loads torch, which small pairs and readers of alignments do without
+    )
+
+    return best_matching(rows, columns, precision=precision, device=device)
+
+
+def _checked(weights: ArrayLike, name: str, space: str) -> NDArray[Any]:
+    """The rows [M, D] as they are, if they are rows and finite."""
+    rows = np.asarray(weights)
+    if rows.ndim != 2 or not rows.size:
+        raise BadInput(f"{name}: the {space} has shape {rows.shape}, not [M, D]; is its file complete?")
+    if rows.dtype.kind != "f":
+        rows = rows.astype(np.float64)
+    broken = np.concatenate([~np.isfinite(rows[block]).all(axis=1) for block in blocks(len(rows))]).nonzero()[0]
+    if len(broken):
+        raise BadInput(
+            f"{name}: {len(broken)} {space} rows hold NaN or infinity (the first is latent {broken[0]}); train it again"
+        )
+    return rows
+
+
+def _certificate(matched: float, bound: float, n: int) -> dict[str, Any]:
+    gap = bound - matched
+    certified = abs(gap) <= 1e-9 * n  # rounding in float64 sums of n terms of size 1 stays far below this
+    return {
+        "matched": n,
+        "sum": matched,
+        "mean": matched / n,
+        "upper_bound": bound,
+        "gap": max(gap, 0.0) if certified else gap,
+        "gap_per_latent": (max(gap, 0.0) if certified else gap) / n,
+        "certified": certified,
+    }

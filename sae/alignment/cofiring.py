@@ -1,0 +1,354 @@
+"""Where the latents of two dictionaries fire together: counts over the harvested tokens, without an M × M table.
+
+For one latent at a time, the tokens at which it fires are looked up in its own store, and what fires there in the
+other's: as many look-ups as it has firings. Of the M counts that result, what is asked for is kept, and the next latent
+overwrites them. So memory is a few arrays of length M, a piece of firings and a byte for each firing of one latent;
+time is (firings of one) × (latents per token of the other), and no two tokens are ever compared.
+
+Legend: M_a, M_b latents of the two; N nearest that are kept; T tokens that both stores hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from threading import Event, Lock
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from sae.alignment import relation
+from sae.alignment.matching.directions import in_parallel, threads
+from sae.common.errors import BadInput
+from sae.firings.store import FiringStore
+
+NEAREST = 24  # latents of the other dictionary that are kept for each, the nearest by Jaccard
+_TELL = 256  # latents between two reports of progress
+_IN_MEMORY = 256 << 20  # bytes; the latents of a store that has no more are held as one array: one look-up, not many
+_MAPPED = 144  # shards of a store kept open: a file and, at 65,536 tokens a shard, 256 KiB each
+_PIECE = 1 << 17  # firings of one latent looked up at once
+
+Ints = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
+
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+@dataclass(frozen=True)
+class Cofirings:
+    """What one dictionary's latents have to do with the other's."""
+
+    n_tokens: int
+    """T"""
+    firings: Ints
+    """[M_a] of each latent, over these tokens"""
+    firings_there: Ints
+    """[M_b] of each latent of the other"""
+    near: npt.NDArray[np.int32]
+    """[M_a, N] the latents there with the largest Jaccard, falling (ties: the lower number); -1 where fewer co-fire"""
+    near_together: Ints
+    """[M_a, N] on how many tokens it fires with each"""
+    asked_together: Ints
+    """[M_a, Q] and with each that was asked after"""
+    relation: npt.NDArray[np.int8]
+    """[M_a] the number of the relation in ``relation.NAMES``; -1 where it was not asked"""
+    members: npt.NDArray[np.int32]
+    """[M_a, 4] the latents there that it rests on, -1 where fewer"""
+    covered: npt.NDArray[np.float32]
+    """[M_a] the share of its firings that they cover, NaN where there are none"""
+
+
+def jaccard(together: npt.ArrayLike, one: npt.ArrayLike, other: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The share of the tokens at which either fires, at which both do; 0 where neither ever fires."""
+    together, one, other = (np.asarray(x, dtype=np.float64) for x in (together, one, other))
+    either = one + other - together
+    return np.divide(together, either, out=np.zeros_like(either), where=either > 0)
+
+
+def cofirings(
+    store: FiringStore,
+    other: FiringStore,
+    asked: npt.NDArray[np.int32],
+    relate: npt.NDArray[np.bool_],
+    advance: Callable[[int], None] | None = None,
+    shift: int = 0,
+) -> Cofirings:
+    """Count together-firings of every latent of ``store`` with those of ``other``, over the tokens that both hold.
+
+    Args:
+        store, other: harvests of the same tokens in the same order (one may hold more); M_a and M_b latents.
+        asked: [M_a, Q] latents of the other whose count is wanted in any case; -1 for none.
+        relate: [M_a] the latents whose relation (:mod:`sae.alignment.relation`) is wanted.
+        advance: told how many latents are done since it was last told.
+        shift: tokens by which the other's firings are moved back, circularly: what fires there at token t + shift
+            counts as firing at t. For a null (:func:`sae.alignment.nulls.offset_of`).
+    Raises:
+        BadInput: a shift that is not from 0 to T - 1.
+    """
+    n_tokens = min(store.n_tokens, other.n_tokens)
+    if not 0 <= shift < max(n_tokens, 1):
+        raise BadInput(f"firings cannot be shifted by {shift} of {n_tokens} tokens; choose 0 to {n_tokens - 1}")
+    here, there = (_firings(s, n_tokens) for s in (store, other))
+    m = store.num_latents
+    found = Cofirings(
+        n_tokens=n_tokens,
+        firings=here,
+        firings_there=there,
+        near=np.full((m, NEAREST), -1, np.int32),
+        near_together=np.zeros((m, NEAREST), np.int64),
+        asked_together=np.zeros(asked.shape, np.int64),
+        relation=np.full(m, -1, np.int8),
+        members=np.full((m, relation.MEMBERS), -1, np.int32),
+        covered=np.full(m, np.nan, np.float32),
+    )
+
+    lookup, telling, stopped = _ByToken(other), Lock(), Event()
+
+    def count(low: int, high: int) -> None:
+        worker = _Worker(lookup, found)
+        for latent in range(low, high):
+            if stopped.is_set():
+                return
+            position = _moved(np.asarray(store.firings(latent)[0])[: here[latent]], shift, n_tokens)
+            worker.count(latent, position, asked[latent], bool(relate[latent]))
+            done = latent - low + 1
+            if advance is not None and (done % _TELL == 0 or latent == high - 1):
+                with telling:
+                    advance((done - 1) % _TELL + 1)
+
+    # Each thread the same number of firings, not of latents: these differ a hundredfold.
+    share = np.searchsorted(np.cumsum(here), np.linspace(0, here.sum(), threads() + 1)[1:-1]) + 1
+    cuts = np.unique(np.concatenate([[0], np.minimum(share, m), [m]])).tolist()
+    try:
+        in_parallel(count, list(pairwise(cuts)))
+    finally:
+        stopped.set()  # after an error in one thread, or Ctrl-C, the others need not go on
+    return found
+
+
+class _Worker:
+    """Counts one latent after another into the rows of ``found``, in arrays of its own that are used again."""
+
+    def __init__(self, lookup: _ByToken, found: Cofirings) -> None:
+        m = len(found.firings_there)
+        self._found, self._lookup = found, lookup
+        self._counts, self._left, self._touched = np.zeros(m, np.int64), np.zeros(m, np.int64), np.empty(m, np.int32)
+
+    def count(self, latent: int, position: Array, asked: Array, relate: bool) -> None:
+        """Everything about one latent, which fires at the tokens ``position``."""
+        found, counts = self._found, self._counts
+        pieces = _Pieces(self._lookup, position)
+        size = 0
+        for _, ids, _ in pieces.each():
+            size = _tally(ids, counts, self._touched, size)
+        touched = self._touched[:size]
+        _nearest(touched, counts, len(position), found.firings_there, found.near[latent], found.near_together[latent])
+        found.asked_together[latent] = np.where(asked >= 0, counts[asked], 0)
+        if relate:
+            touched.sort()  # among equals, what is judged goes by number
+            tokens = _Tokens(pieces, touched, self._left)
+            told, members, covered = relation.relation_of(
+                counts[touched], found.firings_there[touched], len(position), found.n_tokens, tokens
+            )
+            found.relation[latent], found.covered[latent] = told, covered
+            found.members[latent, : len(members)] = touched[members]
+        counts[touched] = 0
+
+
+class _Pieces:
+    """What fires at the tokens of one latent: looked up in pieces, and remembered where it is a single one."""
+
+    def __init__(self, lookup: _ByToken, position: Array) -> None:
+        self._lookup, self._position = lookup, position
+        self._only: tuple[Array, Array] | None = None
+
+    def __len__(self) -> int:
+        return len(self._position)
+
+    def each(self) -> Iterator[tuple[slice, Array, Array]]:
+        """Which of its tokens, the latents at them one token after another, and where each token's end."""
+        for start in range(0, len(self._position), _PIECE):
+            part = slice(start, start + _PIECE)
+            known = self._only or self._lookup.latents(self._position[part])
+            if len(self._position) <= _PIECE:
+                self._only = known
+            yield part, *known
+
+
+class _Tokens:
+    """A latent's tokens, as :mod:`sae.alignment.relation` asks about them: a byte each."""
+
+    def __init__(self, pieces: _Pieces, touched: Array, left: Ints) -> None:
+        self._pieces, self._touched, self._left = pieces, touched, left
+        self._taken = np.zeros(len(pieces), np.bool_)
+
+    def reset(self) -> None:
+        self._taken[:] = False
+
+    def take(self, i: int) -> None:
+        for part, ids, ends in self._pieces.each():
+            _take(ids, ends, self._touched[i], self._taken[part])
+
+    def left(self) -> Ints:
+        for part, ids, ends in self._pieces.each():
+            _tally_left(ids, ends, self._taken[part], self._left)
+        found = self._left[self._touched]
+        self._left[self._touched] = 0
+        return found
+
+
+def _moved(position: Array, shift: int, n_tokens: int) -> Array:
+    """Tokens [n], ascending, each ``shift`` further on; what passes the end goes on at the beginning. Ascending."""
+    if shift == 0:
+        return position
+    turn = np.uint32(n_tokens - shift)
+    cut = int(np.searchsorted(position, turn))
+    return np.concatenate([position[cut:] - turn, position[:cut] + np.uint32(shift)])
+
+
+def _firings(store: FiringStore, n_tokens: int) -> Ints:
+    """How often each latent fires at the first ``n_tokens`` tokens: [M]."""
+    if n_tokens == store.n_tokens:
+        return np.diff(store.latent_offsets).astype(np.int64)
+    counts = (np.searchsorted(store.firings(m)[0], np.uint32(n_tokens)) for m in range(store.num_latents))
+    return np.fromiter(counts, np.int64, store.num_latents)
+
+
+class _ByToken:
+    """The latents that fire at given tokens of a store. Threads may share one."""
+
+    def __init__(self, store: FiringStore) -> None:
+        n_firings = int(store.latent_offsets[-1])
+        self._store = store
+        self._shards = store.n_shards if 4 * (n_firings + store.n_tokens) <= _IN_MEMORY else 1  # opened as one
+        self._per_part = self._shards * store.tokens_per_shard
+        self._at_a_token = 1.25 * n_firings / max(store.n_tokens, 1)
+        # Of the positions' own type: with wider ones NumPy would first widen all positions.
+        n_parts = -(-store.n_shards // max(self._shards, 1))
+        self._borders = (np.arange(1, n_parts, dtype=np.int64) * self._per_part).astype(np.uint32)
+        # Each mapped array holds an open file, of which a process may have few (256 on some systems).
+        self._part = lru_cache(maxsize=_MAPPED)(self._opened)
+
+    def _opened(self, number: int) -> tuple[Array, Array]:
+        """The latents of a part of the store, and where each of its tokens begins among them (4 bytes for each token).
+
+        A part is one shard, whose latents are mapped, or all shards together.
+        """
+        shards = [self._store.shard(number + i) for i in range(self._shards)]
+        latents, counts = [np.asarray(shard[0]) for shard in shards], np.concatenate([shard[1] for shard in shards])
+        starts = np.zeros(len(counts) + 1, np.uint32)
+        np.cumsum(counts, dtype=np.uint32, out=starts[1:])
+        return latents[0] if len(latents) == 1 else np.concatenate(latents), starts
+
+    def latents(self, position: Array) -> tuple[npt.NDArray[np.int32], Ints]:
+        """Those at tokens ``position`` (ascending): one after another, and where each token's end."""
+        cuts = [0, *np.searchsorted(position, self._borders).tolist(), len(position)]
+        ids, ends, total = (
+            np.empty(int(self._at_a_token * len(position)), np.int32),
+            np.empty(len(position), np.int64),
+            0,
+        )
+        for number, (low, high) in enumerate(pairwise(cuts)):
+            if low == high:
+                continue
+            (latents, starts), first = self._part(number), number * self._per_part
+            needed = _ends(position, low, high, first, starts, total, ends)
+            if needed > len(ids):
+                ids = np.concatenate([ids[:total], np.empty(max(needed, 2 * len(ids)) - total, np.int32)])
+            _gather(position, low, high, first, starts, latents, total, ids)
+            total = needed
+        return ids[:total], ends
+
+
+@_compiled
+def _ends(position: np.ndarray, low: int, high: int, first: int, starts: np.ndarray, end: int, ends: np.ndarray) -> Any:
+    """Where the latents of each of the tokens ``low`` to ``high`` of ``position`` end, those before at ``end``."""
+    at = np.int64(end)
+    for i in range(low, high):
+        token = np.int64(position[i]) - first
+        at += np.int64(starts[token + 1]) - np.int64(starts[token])
+        ends[i] = at
+    return at
+
+
+@_compiled
+def _gather(
+    position: np.ndarray,
+    low: int,
+    high: int,
+    first: int,
+    starts: np.ndarray,
+    latents: np.ndarray,
+    at: int,
+    out: np.ndarray,
+) -> None:
+    for i in range(low, high):
+        token = np.int64(position[i]) - first
+        for k in range(np.int64(starts[token]), np.int64(starts[token + 1])):
+            out[at] = latents[k]
+            at += 1
+
+
+@_compiled
+def _tally(ids: np.ndarray, counts: np.ndarray, touched: np.ndarray, size: int) -> int:
+    for b in ids:
+        if counts[b] == 0:
+            touched[size] = b
+            size += 1
+        counts[b] += 1
+    return size
+
+
+@_compiled
+def _nearest(
+    touched: np.ndarray, counts: np.ndarray, n: int, firings: np.ndarray, near: np.ndarray, together: np.ndarray
+) -> None:
+    """The largest Jaccards, by insertion; compared as fractions, so that equals are equals."""
+    size, most = 0, len(near)
+    for b in touched:
+        c, either = counts[b], n + firings[b] - counts[b]
+        at = size
+        if size == most:
+            if not _before(
+                c, either, b, together[most - 1], n + firings[near[most - 1]] - together[most - 1], near[-1]
+            ):
+                continue
+            at = most - 1
+        else:
+            size += 1
+        while at > 0 and _before(
+            c, either, b, together[at - 1], n + firings[near[at - 1]] - together[at - 1], near[at - 1]
+        ):
+            near[at], together[at] = near[at - 1], together[at - 1]
+            at -= 1
+        near[at], together[at] = b, c
+
+
+@_compiled
+def _before(c: int, either: int, b: int, other_c: int, other_either: int, other: int) -> bool:
+    left, right = c * other_either, other_c * either
+    return left > right or (left == right and b < other)
+
+
+@_compiled
+def _take(ids: np.ndarray, ends: np.ndarray, latent: int, taken: np.ndarray) -> None:
+    start = 0
+    for token in range(len(ends)):
+        for i in range(start, ends[token]):
+            if ids[i] == latent:
+                taken[token] = True
+        start = ends[token]
+
+
+@_compiled
+def _tally_left(ids: np.ndarray, ends: np.ndarray, taken: np.ndarray, left: np.ndarray) -> None:
+    start = 0
+    for token in range(len(ends)):
+        if not taken[token]:
+            for i in range(start, ends[token]):
+                left[ids[i]] += 1
+        start = ends[token]

@@ -1,0 +1,99 @@
+"""One run's latents, one row each, with what every other run has to say of them: the overlap stage's file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from sae.alignment.bootstrap import Bools, Tables
+from sae.alignment.nulls import NULLS, as_alignment
+from sae.alignment.overlap import DEFINITIONS, check, shared
+from sae.alignment.similarity import similarity
+
+_ALIGNED = (
+    *("encoder_partner", "encoder_cosine", "decoder_partner", "decoder_cosine"),
+    *("max_encoder_neighbor", "max_encoder_cosine", "max_decoder_neighbor", "max_decoder_cosine"),
+)
+
+CLASSES = ("one", "some", "all")
+"""How many of a study's SAEs have a latent: its own alone, its own and some others, every one."""
+
+
+def shared_class(n_shared: ArrayLike, n_others: int) -> NDArray[np.str_]:
+    """The class, of :data:`CLASSES`, of latents that ``n_shared`` of ``n_others`` other runs share; in their shape."""
+    n = np.asarray(n_shared)
+    return np.select([n == 0, n == n_others], [CLASSES[0], CLASSES[2]], default=CLASSES[1])
+
+
+def latent_table(
+    run: str,
+    runs: Sequence[str],
+    alignments: Tables,
+    alive: Bools,
+    threshold: float = 0.7,
+    behaviour: Mapping[str, pd.DataFrame] | None = None,
+) -> pd.DataFrame:
+    """One row per latent of ``run``: what each of the other ``runs`` has to say of it.
+
+    Columns, with X for every other run: ``latent``; the alignment's ``encoder_partner__X``, ``encoder_cosine__X``,
+    ``decoder_partner__X``, ``decoder_cosine__X`` and the ``max_…`` ones; for the runs in ``behaviour`` (X → the side of
+    ``run`` of :class:`sae.alignment.behaviour.Behaviour`) its columns, as ``jaccard__X``, ``relation__X``,
+    ``rebuilt__X``, …; ``shared_<definition>__X``;
+
+    - ``n_shared_<definition>``, the number of other runs that share it, and ``stability_<definition>``, their share;
+    - ``similarity``, the mean over the others of (matched encoder cosine + matched decoder cosine) / 2, leaving out
+      runs in which it lacks a partner because widths differ;
+    - for each null with which all were aligned, the last three under it: ``n_shared_strict__rotated``,
+      ``stability_strict__gaussian``, ``similarity__rotated`` and so on;
+    - ``unshared``: alive and strict-shared with none; ``shared_class``: ``all``, ``some`` or ``one`` (its own alone)
+      under strict, missing for a dead latent.
+    """
+    others = [other for other in runs if other != run]
+    alive = np.asarray(alive, dtype=bool)
+    check([run, *others], alignments, {run: alive})
+    columns: dict[str, Any] = {"latent": np.arange(len(alive))}
+    for other in others:
+        table = alignments[run, other]
+        columns |= {f"{name}__{other}": table[name].to_numpy() for name in _ALIGNED if name in table}
+        for definition in DEFINITIONS:
+            columns[f"shared_{definition}__{other}"] = shared(table, definition, threshold)
+        done = (behaviour or {}).get(other)
+        if done is not None:
+            columns |= {
+                f"{name}__{other}": done[name].to_numpy() for name in done if name not in ("latent", "n_firings")
+            }
+    columns |= _over_runs([alignments[run, other] for other in others], threshold)
+    for null in NULLS:
+        tables = [as_alignment(alignments[run, other], null) for other in others]
+        known = [table for table in tables if table is not None]
+        if len(known) == len(tables):
+            columns |= {f"{name}__{null}": values for name, values in _over_runs(known, threshold).items()}
+    n = columns["n_shared_strict"]
+    columns["unshared"] = alive & (n == 0)
+    told = shared_class(n, len(others)).astype(object)
+    told[~alive] = None
+    columns["shared_class"] = told
+    return pd.DataFrame(columns)
+
+
+def _over_runs(tables: Sequence[pd.DataFrame], threshold: float) -> dict[str, NDArray[Any]]:
+    """In how many of the other runs each latent returns, and how alike its partners are: columns [M]."""
+    columns: dict[str, NDArray[Any]] = {}
+    for definition in DEFINITIONS:
+        per_run = [shared(table, definition, threshold) for table in tables]
+        columns[f"n_shared_{definition}"] = np.sum(per_run, axis=0).astype(np.int32)
+        columns[f"stability_{definition}"] = np.asarray(np.mean(per_run, axis=0), dtype=np.float32)
+    columns["similarity"] = _mean_similarity(tables)
+    return columns
+
+
+def _mean_similarity(tables: Sequence[pd.DataFrame]) -> NDArray[np.float32]:
+    alike = np.stack([similarity(table) for table in tables])
+    partnered = ~np.isnan(alike)
+    with np.errstate(invalid="ignore"):
+        mean = np.where(partnered, alike, 0).sum(axis=0) / partnered.sum(axis=0)
+    return np.asarray(mean, dtype=np.float32)

@@ -1,0 +1,52 @@
+"""How a message writes a command, so that the user can copy it and run it.
+
+The program is started as ``python cli.py`` in a checkout, and as ``autointerp`` or ``python -m autointerp`` once
+installed. Only this module knows which. Help texts and docstrings say ``python cli.py``; :func:`as_started` turns that
+into what the user typed. Imports nothing heavy, since ``--help`` needs it.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from sae.common.package_data import IS_CHECKOUT
+
+DEFAULT_ROOT = Path("eval_runs")
+"""The folder of all runs, below the current folder."""
+
+_WRITTEN = re.compile(r"(python )?\bcli\.py\b")
+
+
+def program() -> str:
+    """Return how this program was started, as words for a shell.
+
+    A notebook or another program gets the command of the installation: ``python cli.py`` in a checkout, else
+    ``autointerp``.
+    """
+    started = Path(sys.argv[0])
+    if started.name == "cli.py":
+        return shlex.join(("python", sys.argv[0]))
+    if (started.parent.name, started.name) == ("autointerp", "__main__.py"):
+        return "python -m autointerp"
+    return "python cli.py" if IS_CHECKOUT and started.name != "autointerp" else "autointerp"
+
+
+def as_started(text: str) -> str:
+    """Return ``text`` with the user's own command in place of ``python cli.py``, and of ``cli.py`` after torchrun."""
+    started = program()
+    script = started.removeprefix("python ") if started.startswith("python ") else f"-m {started}"
+    return _WRITTEN.sub(lambda found: started if found[1] else script, text)
+
+
+def written(*words: str) -> str:
+    """Return a command of this program for the user to run."""
+    return f"{program()} {shlex.join(words)}"
+
+
+def command(root: Path, *words: str) -> str:
+    """Return a command for the user to run, with ``--root`` where it is not the default."""
+    elsewhere = [] if root.resolve() == DEFAULT_ROOT.resolve() else ["--root", str(root)]
+    return written(*words, *elsewhere)

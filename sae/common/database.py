@@ -1,0 +1,156 @@
+"""SQLite files that survive ``kill -9`` and grow by numbered steps.
+
+Write-ahead logging with ``synchronous=NORMAL``: a committed transaction outlives the process, however it ends.
+(After a power cut the last transactions may be missing, but the file stays whole.) A schema changes only by a
+further migration at the end of its list, so a file of any age opens, and one from a later program says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from sae.common.errors import BadInput, Unavailable, UserError
+
+BUSY_SECONDS = 30.0
+
+Work = Callable[[sqlite3.Connection], object]
+
+
+class Database:
+    """One SQLite file, usable from any thread of this process; other processes wait up to ``BUSY_SECONDS``.
+
+    :param migrations: SQL scripts of single statements separated by ``;``; number ``i`` is run once, in order.
+    :raises BadInput: the file is no database, or a later version of this program wrote it.
+    :raises Unavailable: the file cannot be opened, or another process keeps it locked.
+    """
+
+    def __init__(self, path: Path, migrations: Sequence[str], busy_seconds: float = BUSY_SECONDS) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self._waiting: list[tuple[Work, asyncio.Future[None]]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        with self._errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(
+                path, timeout=busy_seconds, isolation_level=None, check_same_thread=False
+            )
+        try:
+            with self._errors():
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute("PRAGMA synchronous = NORMAL")
+                self._connection.execute("PRAGMA foreign_keys = ON")
+            self._migrate(migrations)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _migrate(self, migrations: Sequence[str]) -> None:
+        def applied(connection: sqlite3.Connection) -> int:
+            return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+        with self.reading() as connection:
+            done = applied(connection)
+        if done > len(migrations):
+            raise BadInput(
+                f"{str(self.path)!r} was written by a later version of this program (schema {done}, known "
+                f"{len(migrations)}); update the program"
+            )
+        if done == len(migrations):
+            return
+        with self.writing() as connection:
+            # Asked again inside the transaction: another process may have migrated while this one waited.
+            for number, script in enumerate(migrations[applied(connection) :], start=applied(connection) + 1):
+                for statement in script.split(";"):
+                    if statement.strip():
+                        connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {number}")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """SQLite's own words for what a user can mend, as one line; everything else is ours and keeps its traceback."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            reason = str(error)
+            if "locked" in reason or "busy" in reason:
+                what = "another process keeps it locked; wait until that one is done, or stop it"
+            elif any(word in reason for word in ("unable to open", "readonly", "disk", "full")):
+                what = f"{reason}; check the folder, its permissions and the free space"
+            else:
+                raise
+            raise Unavailable(f"database {str(self.path)!r}: {what}") from None
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:  # its subclasses are misuse or broken constraints: defects
+                raise
+            raise BadInput(
+                f"database {str(self.path)!r} cannot be read ({error}); move it away, and what it held is made anew"
+            ) from None
+        except OSError as error:
+            raise UserError(f"database {str(self.path)!r}: {error.strerror or error}") from None
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for queries."""
+        with self._lock, self._errors():
+            yield self._connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """The connection inside one transaction: all of the block is kept, or nothing of it."""
+        with self._lock, self._errors():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                if self._connection.in_transaction:  # SQLite has already rolled back after some errors
+                    self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    async def written(self, work: Work) -> None:
+        """Do ``work`` in a transaction that whoever writes at about the same time shares; committed on return.
+
+        A caller that is cancelled while it waits does not take its work back: it was handed in, and is written.
+
+        :raises Exception: what ``work`` raised; the others' work is kept all the same.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._flush()  # left by an event loop that has ended
+            self._loop = loop
+        done: asyncio.Future[None] = loop.create_future()
+        self._waiting.append((work, done))
+        if len(self._waiting) == 1:
+            # After what the loop has at hand already, and no later: what waits here would be lost with the process.
+            loop.call_soon(self._flush)
+        await done
+
+    def _flush(self) -> None:
+        batch, self._waiting = self._waiting, []
+        if not batch:
+            return
+        try:
+            with self.writing() as connection:
+                for work, _ in batch:
+                    work(connection)
+        except Exception as error:
+            if len(batch) > 1:  # nothing was kept: each alone, so that only the one at fault fails
+                for one in batch:
+                    self._waiting = [one]
+                    self._flush()
+            elif not batch[0][1].done() and not batch[0][1].get_loop().is_closed():
+                batch[0][1].set_exception(error)
+            return
+        for _, done in batch:
+            if not done.done() and not done.get_loop().is_closed():
+                done.set_result(None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._flush()
+            self._connection.close()

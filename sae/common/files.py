@@ -1,0 +1,203 @@
+"""Files that are either whole or not there: written under a temporary name, then renamed.
+
+Tables are Parquet; each carries, as file metadata, a schema number and whatever its writer wants to
+be able to check later (the hash of the inputs it was made from, above all).
+
+pandas and pyarrow are imported by the functions that read and write tables, since `runs` reads none.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae.common.errors import BadInput, UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+SCHEMA = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+_META = b"autointerp"
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; when the block ends well it becomes ``path``, for good.
+
+    Raises UserError where the disk is full; what was there before stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not _runs(left.name.rsplit(".", 2)[1]):  # of a process that was killed in here
+            left.unlink(missing_ok=True)
+    filled = False
+    try:
+        yield temporary
+        filled = True
+        temporary.chmod(0o666 & ~_UMASK)  # some writers leave files that only their owner may read
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except Exception as error:
+        if not filled and isinstance(error, FileNotFoundError | PermissionError) and temporary.name in str(error):
+            raise BadInput(
+                f"{str(path)!r} cannot be written: its folder takes no new file; name another place"
+            ) from None
+        if not _disk_is_full(error):
+            raise
+        raise UserError(
+            f"the disk is full: {str(path)!r} cannot be written; free some space and give the same command again"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming outlive the machine's death, before anything is deleted that it replaces."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+            raise
+    finally:
+        os.close(opened)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    # Of the writers in Rust, errors come as text only.
+    return any(f"(os error {number})" in str(error) for number in _FULL)
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write_table(path: Path, table: pd.DataFrame, **metadata: Any) -> None:
+    """Write ``table`` as Parquet with ``metadata`` (any JSON values) in its footer."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    with atomic(path) as temporary:
+        pq.write_table(arrow.replace_schema_metadata(with_metadata(arrow.schema, metadata)), temporary)
+
+
+def with_metadata(schema: pa.Schema, metadata: Mapping[str, Any]) -> dict[bytes, bytes]:
+    """A schema's metadata with ours beside it, as :func:`table_metadata` reads them."""
+    return {**(schema.metadata or {}), _META: json.dumps({"schema": SCHEMA, **metadata}).encode()}
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """A stored table, or those of ``columns`` that it has. Raises BadInput where the file is no whole table."""
+    import pandas as pd
+
+    wanted = None if columns is None else [c for c in table_columns(path) if c in columns]
+    with _whole(path):
+        return pd.read_parquet(path, columns=wanted)
+
+
+def table_columns(path: Path) -> list[str]:
+    """The names of a stored table's columns, without reading it. Raises BadInput as :func:`read_table` does."""
+    import pyarrow.parquet as pq
+
+    with _whole(path):
+        return list(pq.read_schema(path).names)
+
+
+def table_metadata(path: Path) -> dict[str, Any]:
+    """What :func:`write_table` stored beside the columns; empty for a missing or foreign file."""
+    if not path.exists():
+        return {}
+    import pyarrow.parquet as pq
+
+    with _whole(path):
+        stored = pq.read_schema(path).metadata or {}
+    return json.loads(stored[_META]) if _META in stored else {}
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError):
+        raise BadInput(
+            f"{str(path)!r} is damaged and cannot be read; delete it and give the command again that makes it "
+            "(docs/files.md says which)"
+        ) from None
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, the same whatever the order of its keys. 64 hex characters."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digest_file(path: Path, first_bytes: int | None = None) -> str:
+    """SHA-256 of a file's bytes, or of its first ``first_bytes``."""
+    with path.open("rb") as stream:
+        if first_bytes is not None:
+            return hashlib.sha256(stream.read(first_bytes)).hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_samples(path: Path) -> str:
+    """SHA-256 of a file's bytes at evenly spaced places, the first and the last among them: enough to notice other
+    weights in a time that does not grow with them."""
+    hasher, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as stream:
+        for part in range(_SAMPLES + 1):
+            stream.seek(max(0, (size - _SAMPLE_BYTES) * part // _SAMPLES))
+            hasher.update(stream.read(_SAMPLE_BYTES))
+    return hasher.hexdigest()
+
+
+def _said(value: Any) -> str:
+    """A setting in a sentence."""
+    return "not set" if value is None else repr(value)
+
+
+def mapping_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The leaves in which two nested mappings differ, as ``training.k: 32 there, 64 now``."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += mapping_differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {_said(a)} there, {_said(b)} now")
+    return found

@@ -1,0 +1,200 @@
+"""Progress of long work, on standard error, so that ``--json`` on standard output stays clean.
+
+A bar on a terminal; elsewhere a plain line every half minute. Each stage ends with one line: how much,
+how fast, and the peak memory of the process so far.
+"""
+
+from __future__ import annotations
+
+import functools
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
+
+from sae.common import launch
+from sae.common.errors import printable
+
+console = Console(
+    stderr=True, highlight=False, emoji=False, quiet=launch.rank() != 0
+)  # of several processes, one speaks
+_PLAIN_LINE_SECONDS = 30.0
+_waited = 0.0  # seconds that this process has spent in `waiting`: nobody's work
+watcher: Callable[[Bar], None] | None = None
+"""Is called with a bar whenever that starts, advances or ends well; see :mod:`sae.common.overview`."""
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes() -> int:
+    """The most that this process has had allocated on GPUs, in bytes; 0 where it has used none."""
+    torch = sys.modules.get("torch")  # who has not loaded it has used no GPU by it
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal. ``message`` is plain text: markup in it is not read."""
+    console.print(escape(printable(message)), soft_wrap=True)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """:func:`say`, but the same message only once in a process."""
+    say(message)
+
+
+def human(n: float) -> str:
+    """A count in at most three digits: ``950``, ``12.3k``, ``2M``. From 1e15 on plainly in powers of ten."""
+    for scale, suffix in ((1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T")):
+        shown = f"{n / scale:.3g}"
+        if abs(float(shown)) < 1000:  # as it is shown: 999,936 rounds to a whole million
+            return shown + suffix
+    return f"{n:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time in at most two units: ``7 s``, ``4 min 10 s``, ``1 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{human(speed)} {task.fields['unit']}/s", style="dim")
+
+
+class Bar:
+    """Handed out by :func:`track`; ``advance`` moves it on and may leave a short note beside it."""
+
+    def __init__(self, progress: Progress | None, label: str, total: float, unit: str, done: float) -> None:
+        self.done = done
+        self.first = done
+        self.has_ended = False
+        self._progress, self.label, self.total, self._unit = progress, label, total, unit
+        self._started = self._last_line = time.monotonic()
+        self._waited_before = _waited
+        self._note = ""
+        self._task = (
+            progress.add_task(escape(label), total=total, completed=int(done), unit=unit, note="") if progress else None
+        )
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self.done += amount
+        _show_watcher(self)
+        self._note = note or self._note
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, advance=amount, note=escape(self._note))
+        elif time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            seconds = self._seconds(self._last_line)
+            rate = (self.done - self.first) / seconds if seconds else 0
+            left = (self.total - self.done) / rate if rate else float("inf")
+            done = f"{human(self.done)} of {human(self.total)} {self._unit}"
+            say(f"{self.label}: {done}, {left:.0f} s left {self._note}".rstrip())
+
+    def _seconds(self, now: float) -> float:
+        return max(0.0, now - self._started - (_waited - self._waited_before))
+
+    def summary(self) -> str:
+        seconds = self._seconds(time.monotonic())
+        worked, on_gpu = self.done - self.first, peak_device_bytes()
+        return (
+            f"{self.label}: {human(worked)} {self._unit.removesuffix('s') if worked == 1 else self._unit} "
+            f"in {seconds:.1f} s"
+            f" · {human(worked / seconds if seconds else 0)} {self._unit}/s"
+            f" · peak memory {peak_memory_bytes() / 2**30:.2f} GiB"
+            + (f", on the GPU {on_gpu / 2**30:.2f} GiB" if on_gpu else "")
+        )
+
+
+def _show_watcher(bar: Bar) -> None:
+    if watcher is not None:
+        watcher(bar)
+
+
+@contextmanager
+def track(label: str, total: float, unit: str = "steps", done: float = 0) -> Iterator[Bar]:
+    """Progress over ``total`` units, of which ``done`` were done by an earlier, interrupted call.
+
+    When the block ends well, one closing line gives amount, rate and peak memory.
+    """
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            _Rate(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="crop")),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            bar = Bar(progress, label, total, unit, done)
+            _show_watcher(bar)
+            yield bar
+    else:
+        bar = Bar(None, label, total, unit, done)
+        _show_watcher(bar)
+        yield bar
+    bar.has_ended = True
+    _show_watcher(bar)
+    say(bar.summary())
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[Callable[[str], None]]:
+    """A line that says for how long something outside this program has been waited for.
+
+    Yields what is to be called now and then with a few words on what is going on there. Bars that are up meanwhile
+    do not count this time as theirs.
+    """
+    global _waited
+    started = last_line = time.monotonic()
+    try:
+        if console.is_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            )
+            with Progress(*columns, console=console, transient=True) as progress:
+                task = progress.add_task(escape(printable(label)), total=None, note="")
+                yield lambda note: progress.update(task, note=escape(printable(note)), refresh=True)
+        else:
+
+            def in_lines(note: str) -> None:
+                nonlocal last_line
+                if time.monotonic() - last_line > _PLAIN_LINE_SECONDS:
+                    last_line = time.monotonic()
+                    say(f"{label}: {last_line - started:.0f} s {note}".rstrip())
+
+            yield in_lines
+    finally:
+        _waited += time.monotonic() - started

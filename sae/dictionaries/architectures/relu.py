@@ -1,0 +1,57 @@
+"""ReLU + L1: the sparse autoencoder as it was first used on language models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae.dictionaries.entries import firings_by, parts
+from sae.dictionaries.gradients import Totals, lift
+from sae.dictionaries.objective import Loss, Objective
+from sae.dictionaries.sae import Firings, Sae, check_k, fresh_weights
+
+
+class ReluSae(Sae):
+    """A latent fires where its pre-activation is positive; an L1 penalty makes that rare.
+
+    a = relu((x - b_dec) W_enc^T + b_enc),   x_hat = a W_dec + b_dec,   S = mean ||a||_1 / sqrt(V / B)
+
+    (Bricken et al. 2023, "Towards monosemanticity"; Cunningham et al. 2023). Decoder rows have length 1, so the
+    penalty cannot be escaped by small activations and a large decoder. Those papers draw dead latents anew from
+    tokens that are badly explained; here they are lifted by their biases (see ``sae.dictionaries.gradients``), which
+    disturbs no optimiser state.
+    """
+
+    architecture = "relu"
+    penalised = True
+    slots_per_k = 0
+
+    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int | None) -> None:
+        super().__init__(W_enc, b_enc, W_dec, b_dec)
+        check_k(k, self.num_latents)
+        self.k = k
+
+    @classmethod
+    def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> ReluSae:
+        """Fresh weights, with which half of the latents fire; see :func:`sae.dictionaries.sae.fresh_weights`."""
+        return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k)
+
+    def encode(self, x: Tensor) -> Firings:
+        return firings_by(torch.relu_, self.centred(x), self.W_enc, self.b_enc)
+
+    def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
+        centred = self.centred(x)
+        totals = Totals(self, x, objective)
+        penalty = objective.sparsity / (objective.tokens * objective.unit)
+        length = x.new_zeros((), dtype=torch.float64)
+        for rows, entries in parts(centred, self.W_enc, self.b_enc, 0.0):
+            activations = entries.pre * entries.real
+            length += activations.sum(1).sum(dtype=torch.float64)
+            error = entries.error(activations, self.W_dec, self.b_dec, x[rows])
+            slopes = error.products * totals.scale + penalty
+            totals.add(rows, error, entries.sums(activations, slopes, error.residual, centred[rows]))
+        gradient = totals.gradient()
+        revival = lift(self.W_enc, centred, -self.b_enc, objective)
+        gradient["b_enc"] -= revival.gradient
+        sparsity = length / (objective.tokens * objective.unit)
+        return Loss(totals.squares / objective.variance, revival.value, sparsity, totals.firings), gradient

@@ -1,0 +1,56 @@
+"""TopK: as many latents fire for each token as one asks for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae.common.precision import Precision, has_int8_products
+from sae.dictionaries.encoding import topk_firings
+from sae.dictionaries.gradients import add_auxk, reconstruction
+from sae.dictionaries.objective import Loss, Objective
+from sae.dictionaries.sae import Firings, Sae, check_k, fresh_weights
+
+
+class TopKSae(Sae):
+    """The k largest pre-activations of each token fire (Gao et al. 2024, section 2.3; Makhzani & Frey 2013).
+
+    a = TopK(relu((x - b_dec) W_enc^T + b_enc)),   x_hat = a W_dec + b_dec
+
+    A token whose positive pre-activations number fewer than k leaves slots empty. Dead latents are revived by AuxK.
+    """
+
+    architecture = "topk"
+    gradients_at_once = 1
+    slots_per_k = 1
+    k: int
+
+    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> None:
+        super().__init__(W_enc, b_enc, W_dec, b_dec)
+        check_k(k, self.num_latents)
+        self.k = k
+
+    @classmethod
+    def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> TopKSae:
+        """Fresh weights; see :func:`sae.dictionaries.sae.fresh_weights`."""
+        return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k)
+
+    def encode(self, x: Tensor) -> Firings:
+        return self.encode_centred(self.centred(x))
+
+    def encode_fast(self, x: Tensor) -> Firings:
+        # Integers add up alike in any order: firings do not depend on how many tokens are encoded together.
+        exact_in_8_bits = self.device.type == "cpu" and has_int8_products()
+        return self.encode_centred(self.centred(x), "int8" if exact_in_8_bits else "float32")
+
+    def encode_centred(self, centred: Tensor, precision: Precision = "float32") -> Firings:
+        """:meth:`encode` for ``x - b_dec`` [B, D]. Pre-activations exist for some rows at a time only."""
+        return topk_firings(centred, self.W_enc, self.b_enc, self.k, precision)
+
+    def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
+        centred = self.centred(x)
+        firings = self.encode_centred(centred, objective.precision)
+        error = reconstruction(self, firings, x, centred, 2 / objective.variance)
+        auxk = add_auxk(error.gradient, self, centred, error.residual, objective)
+        none = torch.zeros_like(error.squares)
+        return Loss(error.squares / objective.variance, auxk, none, error.firings), error.gradient

@@ -1,0 +1,300 @@
+"""The entries of the pre-activation matrix that matter, where their number differs from token to token.
+
+An architecture with a threshold fires for half of its latents when training begins and for a few when it ends.
+Where few fire, they are kept as slots and the sparse steps do what there is to do; where many fire, the same sums
+are dense products over some rows of the batch. :func:`parts` cuts a batch into groups of rows of the one kind or the
+other, and both kinds answer to the same few methods, so an architecture writes its gradient once.
+
+Memory: at most about three pieces of ``_PIECE_BYTES`` of pre-activations exist at once, and ``_SLOTS`` slots for each
+of a few classes of tokens that fire for about as many latents, whatever the batch and whatever fires: nothing of size
+B x M.
+
+Legend: R rows of a batch, D model width, M latents, K' slots.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.sae import Firings
+
+_PIECE_BYTES = 32 * 2**20  # dense pre-activations made at once
+_SLOTS = 1 << 21  # slots handed on at once
+_NARROW = 64  # slots that any token is given; tokens that need more go by themselves, those that need 4 times more too
+_DENSE = 1 / 12  # the share of M from which on a token's latents are cheaper as a row of dense products
+_GATHERED = 1 << 22  # elements of decoder rows gathered at once
+
+
+class Error(NamedTuple):
+    """How far a reconstruction is from its target."""
+
+    residual: Tensor
+    """[R, D] reconstruction minus target"""
+    products: Tensor
+    """the residual's product with each entry's decoder row, in the shape of the entries"""
+    squares: Tensor
+    """the sum of squared errors, a float64 scalar"""
+
+
+class Sums(NamedTuple):
+    """What entries add to a gradient."""
+
+    W_enc: Tensor
+    """[M, D]"""
+    b_enc: Tensor
+    """[M]"""
+    W_dec: Tensor
+    """[M, D]"""
+    firings: Tensor
+    """[M] int64: entries with a positive activation"""
+
+
+class Entries(ABC):
+    """Some entries of the pre-activations of R tokens. All tensors by entry have the shape of ``pre``."""
+
+    pre: Tensor
+    """pre-activations"""
+    real: Tensor
+    """bool: what is no entry lies in ``pre`` all the same, and must be given the value 0"""
+
+    @abstractmethod
+    def of(self, per_latent: Tensor) -> Tensor:
+        """Each entry's latent's value out of ``per_latent`` [M]; broadcasts to the shape of ``pre``."""
+
+    @abstractmethod
+    def by_latent(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over the entries of each latent: [M]."""
+
+    @abstractmethod
+    def error(self, activations: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Error:
+        """The error of ``activations @ W_dec + b_dec``; products where an activation is positive, else 0."""
+
+    @abstractmethod
+    def products(self, where: Tensor, residual: Tensor, W_dec: Tensor) -> Tensor:
+        """The product of ``residual`` [R, D] with the decoder row of each entry where ``where`` (bool), else 0."""
+
+    @abstractmethod
+    def sums(self, activations: Tensor, slopes: Tensor, residual: Tensor, centred: Tensor) -> Sums:
+        """Over the entries: ``activations * residual`` for W_dec, ``slopes * centred`` for W_enc, ``slopes`` for b_enc.
+
+        ``slopes`` is taken for 0 where an activation is not positive.
+        """
+
+
+class Dense(Entries):
+    """All M pre-activations of each token: [R, M]."""
+
+    def __init__(self, pre: Tensor, real: Tensor) -> None:
+        self.pre, self.real = pre, real
+
+    def of(self, per_latent: Tensor) -> Tensor:
+        return per_latent
+
+    def by_latent(self, values: Tensor) -> Tensor:
+        return values.sum(0)
+
+    def error(self, activations: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Error:
+        residual = torch.addmm(b_dec, activations, W_dec).sub_(target)
+        return Error(residual, self.products(activations > 0, residual, W_dec), _squares(residual))
+
+    def products(self, where: Tensor, residual: Tensor, W_dec: Tensor) -> Tensor:
+        return (residual @ W_dec.T).masked_fill_(~where, 0)
+
+    def sums(self, activations: Tensor, slopes: Tensor, residual: Tensor, centred: Tensor) -> Sums:
+        fires = activations > 0
+        slopes = slopes * fires
+        return Sums(slopes.T @ centred, slopes.sum(0), activations.T @ residual, fires.sum(0))
+
+
+class Slots(Entries):
+    """The entries alone, in K' slots per token of which some may be empty: [R, K']."""
+
+    def __init__(self, pre: Tensor, indices: Tensor, real: Tensor, num_latents: int) -> None:
+        self.pre, self.indices, self.real, self.num_latents = pre, indices, real, num_latents
+
+    def of(self, per_latent: Tensor) -> Tensor:
+        return per_latent[self.indices]
+
+    def by_latent(self, values: Tensor) -> Tensor:
+        sums = values.new_zeros(self.num_latents)
+        return sums.index_add_(0, self.indices.flatten(), (values * self.real).flatten())
+
+    def error(self, activations: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Error:
+        return Error(*kernels.residuals(activations, self._where(activations), W_dec, b_dec, target))
+
+    def products(self, where: Tensor, residual: Tensor, W_dec: Tensor) -> Tensor:
+        found = torch.zeros_like(self.pre)
+        rows, columns = where.nonzero(as_tuple=True)
+        if len(rows):
+            latents, step = self.indices[rows, columns], max(1, _GATHERED // W_dec.shape[1])
+            pairs = zip(rows.split(step), latents.split(step), strict=True)
+            found[rows, columns] = torch.cat([(residual[r] * W_dec[m]).sum(1) for r, m in pairs])
+        return found
+
+    def sums(self, activations: Tensor, slopes: Tensor, residual: Tensor, centred: Tensor) -> Sums:
+        where = self._where(activations)
+        of = kernels.weight_gradients(activations, slopes, where, residual, centred, 1.0, self.num_latents)
+        return Sums(of.W_enc, of.b_enc, of.W_dec, of.firings)
+
+    def _where(self, activations: Tensor) -> Tensor:
+        return torch.where(activations > 0, self.indices, 0)
+
+
+# --------------------------------------------------------------------------------------------------- a batch in parts
+
+
+def tokens_at_once(num_latents: int, element_size: int = 4) -> int:
+    """For how many tokens M pre-activations are made at once."""
+    return max(1, _PIECE_BYTES // (num_latents * element_size))
+
+
+def pre_activations(centred: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """``centred @ weight.T + bias`` for some rows at a time: the first row's number, and [R, M].
+
+    What is given is the same memory each time, and may be changed. (An allocator that is asked for pieces of some MiB
+    again and again may find that none of those it has been given back fits, and take gigabytes.)
+    """
+    rows = min(len(centred), tokens_at_once(weight.shape[0], weight.element_size()))
+    room = centred.new_empty(rows, len(weight))
+    for start in range(0, len(centred), max(1, rows)):
+        part = centred[start : start + rows]
+        pre = torch.mm(part, weight.T, out=room[: len(part)])
+        yield start, pre if bias is None else pre.add_(bias)
+
+
+def parts(
+    centred: Tensor, weight: Tensor, bias: Tensor | None, floor: Tensor | float
+) -> Iterator[tuple[Tensor, Entries]]:
+    """The pre-activations above ``floor`` (a number, or [M]) of a batch ``centred`` [B, D], in groups of tokens.
+
+    Yields the tokens' numbers, int64 [R], and their entries. Together the groups hold every token once.
+    """
+    dense, sparse = _Held(), dict[int, _Held]()
+    above = torch.empty(0, dtype=torch.bool, device=centred.device)
+    for start, pre in pre_activations(centred, weight, bias):
+        above = above if len(above) >= len(pre) else torch.empty_like(pre, dtype=torch.bool)
+        real = torch.gt(pre, floor, out=above[: len(pre)])
+        counts = real.sum(1)
+        many = counts > len(weight) * _DENSE
+        if bool(many.any()):
+            if dense.length(many) * len(weight) > _PIECE_BYTES // pre.element_size():
+                yield from dense.take()
+            dense.put(start + many.nonzero().squeeze(1), Dense(pre[many], real[many]))
+            real[many] = False
+        row, latents = real.nonzero(as_tuple=True)
+        values = pre[row, latents]
+        for width, of in _by_width(counts, ~many):
+            held = sparse.setdefault(width, _Held())
+            if held.length(of) * width > _SLOTS:
+                yield from held.take()
+            held.put(start + of.nonzero().squeeze(1), _slots(values, row, latents, counts, of, len(weight)))
+    for held in (dense, *sparse.values()):
+        yield from held.take()
+
+
+def _by_width(counts: Tensor, of: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Those tokens ``of`` a piece, bool [R], with about as many entries as each other, and how many slots are enough.
+
+    They are held together as wide as the widest: one token that fires for many latents must not widen them all.
+    """
+    counts = torch.where(of, counts, -1)
+    most = int(counts.max()) if len(counts) else -1
+    least, width = -1, _NARROW
+    while least < most:
+        of = (counts > least) & (counts <= width)
+        if bool(of.any()):
+            yield width, of
+        least, width = width, 4 * width
+
+
+class _Held:
+    """Groups of one kind that wait to be handed on together: each group's sums cost M x D numbers."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+        self.pieces: list[Entries] = []
+
+    def length(self, more: Tensor) -> int:
+        """Tokens held, with those of ``more``, bool [R]."""
+        return sum(map(len, self.rows)) + int(more.sum())
+
+    def put(self, rows: Tensor, piece: Entries) -> None:
+        self.rows.append(rows)
+        self.pieces.append(piece)
+
+    def take(self) -> Iterator[tuple[Tensor, Entries]]:
+        if self.rows:
+            rows, joined = torch.cat(self.rows), _joined(self.pieces)
+            self.rows, self.pieces = [], []
+            yield rows, joined
+
+
+def _joined(pieces: list[Entries]) -> Entries:
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    if not isinstance(first, Slots):
+        return Dense(torch.cat([p.pre for p in pieces]), torch.cat([p.real for p in pieces]))
+    slots = [piece for piece in pieces if isinstance(piece, Slots)]
+    pre, indices, real = (cat_padded([getattr(piece, name) for piece in slots]) for name in ("pre", "indices", "real"))
+    return Slots(pre, indices, real, first.num_latents)
+
+
+def packed(values: Tensor, indices: Tensor | None, real: Tensor, num_latents: int) -> Slots:
+    """The entries of ``values`` [R, K] where ``real``, pushed together to the left of as few slots as hold them all.
+
+    ``indices`` [R, K] says which latents they are of; without it, K = M and the column is the latent.
+    """
+    row, column = real.nonzero(as_tuple=True)
+    latents = column if indices is None else indices[row, column]
+    every = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    return _slots(values[row, column], row, latents, real.sum(1), every, num_latents)
+
+
+def _slots(values: Tensor, row: Tensor, latents: Tensor, counts: Tensor, of: Tensor, num_latents: int) -> Slots:
+    """Entries, given row by row with their ``row`` and latent, as the slots of the rows ``of``, bool [R].
+
+    ``counts`` [R] says how many entries each row has.
+    """
+    if not bool(of.all()):
+        chosen = of[row]
+        values, latents, row = values[chosen], latents[chosen], (of.cumsum(0) - 1)[row[chosen]]
+        counts = counts[of]
+    shape = len(counts), max(1, int(counts.max()) if len(counts) else 1)
+    slot = torch.arange(len(row), device=values.device) - (counts.cumsum(0) - counts)[row]
+    pre, indices = values.new_zeros(shape), torch.zeros(shape, dtype=torch.int64, device=values.device)
+    pre[row, slot], indices[row, slot] = values, latents
+    return Slots(pre, indices, torch.arange(shape[1], device=values.device) < counts[:, None], num_latents)
+
+
+def cat_padded(tensors: list[Tensor]) -> Tensor:
+    """[R1, K1], [R2, K2], … one below the other, as wide as the widest; the rest is 0."""
+    width = max(t.shape[1] for t in tensors)
+    return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors])
+
+
+def firings_by(activate: Callable[[Tensor], Tensor], centred: Tensor, weight: Tensor, bias: Tensor | None) -> Firings:
+    """Firings of a batch ``centred`` [B, D], where ``activate`` turns pre-activations [R, M] into activations
+    >= 0, in place if it likes.
+
+    They have as many slots as the token with the most firings needs: give :func:`tokens_at_once` tokens where a few may
+    fire for nearly all latents.
+    """
+    found = []
+    for _, pre in pre_activations(centred, weight, bias):
+        activations = activate(pre)
+        slots = packed(activations, None, activations > 0, len(weight))
+        found.append(Firings(slots.pre, slots.indices))
+    if not found:
+        return Firings(centred.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64, device=centred.device))
+    return Firings(cat_padded([f.activations for f in found]), cat_padded([f.indices for f in found]))
+
+
+def _squares(residual: Tensor) -> Tensor:
+    return residual.square().sum(1).sum(dtype=torch.float64)

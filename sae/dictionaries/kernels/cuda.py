@@ -1,0 +1,184 @@
+"""The sparse steps by Triton programs, for CUDA: S seeds in one launch, and the same bits every time.
+
+Meaning, function by function, is that of ``kernels``; but every tensor may have a leading seeds axis (weights
+[S, M, D], slots [S, B, K]), because one seed alone leaves a GPU waiting for its launches. Shapes of blocks and
+numbers of warps are fixed, not tuned on the spot: another choice adds in another order.
+
+Apart from the results, memory goes to the short lists of top-k (12 bytes for each of max(128, 2K) places a row,
+rounded up to a power of two) and to the sorting of S x B x K slots (about 40 bytes a slot).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae.dictionaries.kernels import cuda_programs as programs
+
+_LANES = 2048  # a row is folded into this many; up to four times as many where K is large
+_SHORT_LIST = 128  # places in a short list, at least
+_TILE = 8192  # elements of gathered rows that one program holds at once: 64 registers a thread
+_FLAT = 1024  # elements per program of an update that knows no rows
+
+
+def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`kernels.topk` of ``pre`` [(S,) B, M]; activations of half precision come out in float32."""
+    n = pre.shape[-1]
+    total = pre.numel() // n
+    dtype = torch.float64 if pre.dtype == torch.float64 else torch.float32
+    lanes = min(triton.next_power_of_2(n), max(_LANES, min(4 * _LANES, triton.next_power_of_2(4 * k))))
+    capacity = max(_SHORT_LIST, triton.next_power_of_2(2 * k))
+    found = torch.empty(total, capacity, dtype=dtype, device=pre.device)
+    who = torch.empty(total, capacity, dtype=torch.int32, device=pre.device)
+    count = torch.empty(total, dtype=torch.int32, device=pre.device)
+    values = torch.empty(*pre.shape[:-1], k, dtype=dtype, device=pre.device)
+    latents = torch.empty(*pre.shape[:-1], k, dtype=torch.int64, device=pre.device)
+    pre, bits, slots = pre.contiguous(), _bits(pre.dtype), triton.next_power_of_2(k)
+    size = {"CAPACITY": capacity, "FLOAT": tl.float64 if dtype == torch.float64 else tl.float32}
+    with torch.cuda.device_of(pre):
+        programs.shortlist[(total,)](
+            pre, found, who, count, n, k, LANES=lanes, **size, **bits, num_warps=_warps(lanes, 512)
+        )
+        programs.choose[(total,)](
+            found, who, count, values, latents, k, capacity,
+            CAPACITY=capacity, SLOTS=slots, **bits, num_warps=_warps(capacity, 256),
+        )  # fmt: skip
+        lanes = min(lanes, _LANES)
+        programs.choose_from_row[(total,)](
+            pre, count, values, latents, n, k, LANES=lanes, SLOTS=slots, **size, **bits, num_warps=_warps(lanes, 512)
+        )
+    return values, latents
+
+
+def decode(activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """:func:`kernels.decode`; all four may have a leading seeds axis."""
+    out = torch.empty(*activations.shape[:-1], weight.shape[-1], dtype=weight.dtype, device=weight.device)
+    values, who, w, b = _contiguous(activations, latents, weight, bias)
+    _launch_decode(values, who, w, b, out, out, out, out, error=False)
+    return out
+
+
+def residuals(
+    activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`kernels.residuals`; with a seeds axis the squares are [S], and seeds may share a ``target`` [B, D]."""
+    out = torch.empty(*activations.shape[:-1], weight.shape[-1], dtype=weight.dtype, device=weight.device)
+    products = torch.empty_like(activations, memory_format=torch.contiguous_format)
+    squares = activations.new_empty(activations.shape[:-1])
+    values, who, w, b, aim = _contiguous(activations, latents, weight, bias, target)
+    _launch_decode(values, who, w, b, aim, out, products, squares, error=True)
+    return out, products, squares.sum(-1, dtype=torch.float64)
+
+
+def _launch_decode(
+    values: Tensor, latents: Tensor, weight: Tensor, bias: Tensor, target: Tensor, out: Tensor, products: Tensor,
+    squares: Tensor, error: bool,
+) -> None:  # fmt: skip
+    rows, k = values.shape[-2:]
+    m, width = weight.shape[-2:]
+    tensors = values, latents, weight, bias, target, out, products, squares
+    with torch.cuda.device_of(weight):
+        programs.decode_rows[(values.numel() // k,)](
+            *tensors, m, rows, target.numel() // width, k, width, ERROR=error, **_tiles(k, width)
+        )
+
+
+def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`kernels.rounded_topk`; all tensors may have a leading seeds axis."""
+    near, who = topk(pre, min(pre.shape[-1], k + max(8, k // 4)))
+    total, c = near.numel() // near.shape[-1], near.shape[-1]
+    x, w, b = _contiguous(centred, weight, bias)
+    exact = torch.empty(near.shape, dtype=w.dtype, device=w.device)
+    values = torch.empty(*near.shape[:-1], k, dtype=w.dtype, device=w.device)
+    latents = torch.empty(values.shape, dtype=torch.int64, device=w.device)
+    count = torch.full((total,), c, dtype=torch.int32, device=w.device)
+    capacity, slots, (m, width) = triton.next_power_of_2(c), triton.next_power_of_2(k), w.shape[-2:]
+    with torch.cuda.device_of(w):
+        programs.encode_slots[(total,)](near, who, w, b, x, exact, m, near.shape[-2], c, width, **_tiles(c, width))
+        programs.choose[(total,)](
+            exact, who, count, values, latents, k, c,
+            CAPACITY=capacity, SLOTS=slots, **_bits(w.dtype), num_warps=_warps(capacity, 256),
+        )  # fmt: skip
+    return values, latents
+
+
+def weight_gradients(
+    activations: Tensor,
+    products: Tensor,
+    latents: Tensor,
+    residual: Tensor,
+    centred: Tensor,
+    scale: float,
+    num_latents: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`kernels.weight_gradients`; all tensors may have a leading seeds axis, and then the results have it."""
+    values, slot_products, r, c = _contiguous(activations, products, residual, centred)
+    k, width, lead = values.shape[-1], r.shape[-1], values.shape[:-2]
+    n = num_latents * lead.numel()
+    first_row = torch.arange(lead.numel(), device=r.device).mul_(num_latents).view(*lead, 1, 1)
+    # Empty slots are sorted behind the last latent. A stable sort keeps the order of the tokens.
+    owner = torch.where(values > 0, latents + first_row, n).flatten().to(torch.int32 if n < 2**31 else torch.int64)
+    owner, order = torch.sort(owner, stable=True)
+    offsets = torch.searchsorted(owner, torch.arange(n + 1, dtype=owner.dtype, device=r.device))
+    dec, enc = (r.new_empty(*lead, num_latents, width) for _ in range(2))
+    bias = r.new_empty(*lead, num_latents)
+    block = min(256, triton.next_power_of_2(width))
+    with torch.cuda.device_of(r):
+        programs.gradient_rows[(n, triton.cdiv(width, block))](
+            order, offsets, values, slot_products, r, c, dec, enc, bias, scale, k, width,
+            TILE=8, WIDTH=block, num_warps=2,
+        )  # fmt: skip
+    return dec, enc, bias, offsets.diff().view(*lead, num_latents)
+
+
+def adam(
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    corrections: tuple[float, float],
+    unit_rows: bool,
+) -> None:
+    """:func:`kernels.adam`, in place, on tensors of any shape whose last axis is a row."""
+    if not all(t.is_contiguous() for t in (weight, first, second)):
+        raise ValueError("the sparse steps need contiguous tensors")
+    total = weight.numel()
+    width = weight.shape[-1] if unit_rows else _FLAT
+    numbers = rate / corrections[0], corrections[1] ** -0.5, eps, *betas, 1 - betas[0], 1 - betas[1]
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device_of(weight):
+        programs.adam_rows[(triton.cdiv(total, width),)](
+            weight, grad.contiguous(), first, second, *numbers, total, width,
+            WIDTH=block, UNIT_ROWS=unit_rows, num_warps=_warps(block, 256),
+        )  # fmt: skip
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [t.contiguous() for t in tensors]
+
+
+def _bits(dtype: torch.dtype) -> dict[str, Any]:
+    """How a program reads what was of ``dtype`` as integers: their width, and where the bits begin and end."""
+    if dtype == torch.float64:
+        return {"INT": tl.int64, "TOP": 62, "HIGHEST": 2**63 - 1, "LAST": 1}
+    unused = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
+    return {"INT": tl.int32, "TOP": 30, "HIGHEST": 2**31 - 1, "LAST": 2**unused}
+
+
+def _warps(elements: int, each: int) -> int:
+    """Warps for a block, of which each warp takes ``each`` elements; at most 16."""
+    return min(16, max(1, triton.next_power_of_2(elements) // each))
+
+
+def _tiles(k: int, width: int) -> dict[str, int]:
+    """How many rows of ``width`` one program gathers at once, and its warps."""
+    block = triton.next_power_of_2(width)
+    tile = max(1, min(16, triton.next_power_of_2(k), _TILE // block))
+    return {"TILE": tile, "WIDTH": block, "num_warps": min(16, max(1, tile * block // 2048))}

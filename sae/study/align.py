@@ -1,0 +1,346 @@
+"""The stage that compares runs: partners by weights, beside what shares nothing; what latents do; the overlap tables.
+
+A pair's alignment and the comparison of its firings are files of their own, each with the digest of what it was made
+from, so that only what is missing or stale is made (again).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from sae.alignment.pairs import pair_inputs, pair_path, read_sides
+from sae.common.errors import BadInput, NotFound
+from sae.common.files import digest, read_table, table_columns, table_metadata, write_table
+from sae.common.progress import say, track
+from sae.study.harvest import by_study, ensure_harvested, is_harvested, need_trained
+from sae.study.run import Run, study_runs
+from sae.study.stage import Compute, only_one
+
+if TYPE_CHECKING:
+    from sae.alignment.nulls import Weights
+    from sae.alignment.overlap import StudyOverlap
+
+
+def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force: bool = False) -> None:
+    """Match every pair of ``runs`` by weights, compare their firings, bring the overlap tables up to date.
+
+    Args:
+        nulls: also match each with what shares nothing with it (:mod:`sae.alignment.nulls`), and compare it with
+            firings moved along the tokens: twice to four times the work of the matching, twice that of the comparison.
+        force: also runs that did not see the same batches, or are of different hookpoints.
+    """
+    from sae.alignment.alignment import pairs
+
+    by_name = {run.name: run for run in runs}
+    wanted = [(by_name[a], by_name[b]) for a, b in pairs([run.name for run in runs])]
+    root = runs[0].root
+    for run in runs:
+        need_trained(run)
+    _check_widths(runs)
+    apart = what_sets_apart(runs)
+    if apart and not force:
+        raise BadInput(f"{apart}, so what differs is not the seed alone; align runs of one study, or give --force")
+    studies = by_study(runs)
+    ensure_harvested(runs, compute)
+    with ExitStack() as locks:
+        for study in sorted(studies):
+            locks.enter_context(only_one(root, study))
+        matched = [(a, b) for a, b in wanted if not is_aligned(a, b) or (nulls and not _has_nulls(a, b))]
+        if matched:
+            _align_pairs(matched, compute, nulls)
+        for a, b in wanted:
+            if not fired_on_the_same(a, b):
+                say(f"{a.name} and {b.name} were harvested from different texts or windows: only weights are compared")
+        done = {(a, b) for a, b in wanted if is_compared(a, b) and (not nulls or _has_shifted(a, b))}
+        compared = [(a, b) for a, b in wanted if (a, b) not in done and fired_on_the_same(a, b)]
+        if compared:
+            _compare_pairs(compared, compute, nulls)
+        for study in studies:
+            for run in study_runs(study, root):
+                if run.trained:
+                    _write_overlap(run)
+
+
+def _check_widths(runs: Sequence[Run]) -> None:
+    """Raise in one line where runs are of activations of different width: told before any work."""
+    widths = {run.name: run.record["subject"].get("d_in") for run in runs}
+    if len(set(widths.values())) > 1:
+        told = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise BadInput(f"only SAEs of activations of the same width can be aligned; d_in is {told}")
+
+
+def what_sets_apart(runs: Sequence[Run]) -> str | None:
+    """Why a difference between ``runs`` need not be one of seeds; ``None`` where they are of one study."""
+    studies = by_study(runs)
+    if len(studies) < 2:
+        return None
+    names = ", ".join(run.name for run in runs)
+    hookpoints = {f"{run.record['subject']['source']} {run.record['hookpoint']}" for run in runs}
+    if len(hookpoints) > 1:
+        return f"runs {names} are of different hookpoints ({', '.join(sorted(hookpoints))})"
+    return f"runs {names} belong to different studies ({', '.join(studies)}): they did not see the same batches"
+
+
+def _align_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) -> None:
+    from sae.alignment.alignment import Alignment, align, write_alignment
+    from sae.alignment.nulls import NULLS, with_nulls
+
+    device = compute.resolve()
+    weights = _Rows()
+    with track("align", len(pairs), "pairs") as bar:
+        for a, b in pairs:
+            names = (a.name, b.name)
+            one, other = weights.of_pair(a, b)
+            found = align(*one, *other, names=names, device=device)
+            if nulls:
+                sides = with_nulls((found.a, found.b), one, other, names, device=device)
+                found = Alignment(*sides, {**found.certificate, "nulls": NULLS})
+            write_alignment(a.root / "alignments", *names, found, _pair_inputs(a, b))
+            bar.advance(note=f"{a.name} × {b.name}")
+
+
+class _Rows:
+    """Encoder and decoder rows of the two runs at hand. Pairs come in an order in which the first seldom changes."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def of_pair(self, a: Run, b: Run) -> tuple[Weights, Weights]:
+        self._held = {name: rows for name, rows in self._held.items() if name in (a.name, b.name)}
+        for run in (a, b):
+            if run.name not in self._held:
+                sae = run.sae()
+                self._held[run.name] = (sae.W_enc.numpy(), sae.W_dec.numpy())
+        return self._held[a.name], self._held[b.name]
+
+
+def _pair_inputs(a: Run, b: Run) -> str:
+    return digest(sorted([[a.name, a.weights_digest], [b.name, b.weights_digest]]))
+
+
+def is_aligned(a: Run, b: Run) -> bool:
+    """Whether the pair's alignment is there and is that of its weights."""
+    return pair_inputs(a.root / "alignments", a.name, b.name) == _pair_inputs(a, b)
+
+
+def _has_nulls(a: Run, b: Run) -> bool:
+    """As the table itself tells: its .json is written before it, and a kill may have fallen between the two."""
+    from sae.alignment.nulls import COLUMNS, NULLS
+
+    path = pair_path(a.root / "alignments", a.name, b.name)
+    return path is not None and {f"{c}__{n}" for c in COLUMNS for n in NULLS} <= set(table_columns(path))
+
+
+# --- what latents do ---------------------------------------------------------------------------------------
+
+
+def behaviour_folder(root: Path) -> Path:
+    return root / "alignments" / "behaviour"
+
+
+def fired_on_the_same(a: Run, b: Run) -> bool:
+    """Whether the two were harvested from the same tokens of the same model's text, in the same order."""
+    one, other = (run.store().provenance for run in (a, b))
+    return all(one[key] == other[key] for key in ("corpus_fingerprint", "order", "context", "window"))
+
+
+def _has_shifted(a: Run, b: Run) -> bool:
+    from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
+
+    path = pair_path(behaviour_folder(a.root), a.name, b.name)
+    return path is not None and {f"{name}__{SHIFTED}" for name in FIRING_COLUMNS} <= set(table_columns(path))
+
+
+def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) -> None:
+    from sae.alignment.alignment import read_alignment
+    from sae.alignment.behaviour import Member, behaviour
+    from sae.alignment.nulls import null_of, offset_of
+    from sae.alignment.overlap import shared
+    from sae.alignment.pairs import write_sides
+
+    device, weights = compute.resolve(), _Rows()
+    total = sum(run.store().num_latents for pair in pairs for run in pair) * (2 if nulls else 1)
+    with track("compare firings", total, "latents") as bar:
+        for a, b in pairs:
+            alignment, of_a, of_b = read_alignment(a.root / "alignments", a.name, b.name), *weights.of_pair(a, b)
+            members = [
+                Member(
+                    store=run.store(),
+                    W_dec=mine[1],
+                    decoder_partner=table["decoder_partner"].to_numpy(np.int32),
+                    lone=alive(run) & ~shared(table, "strict"),
+                    null_of_other=null_of("rotated", theirs, names)[1] if nulls else None,
+                )
+                for run, table, mine, theirs, names in (
+                    (a, alignment.a, of_a, of_b, (a.name, b.name)),
+                    (b, alignment.b, of_b, of_a, (b.name, a.name)),
+                )
+            ]
+            offset = None
+            if nulls:
+                first, second = (member.store for member in members)
+                per_sequence = first.window * first.windows_per_sequence
+                offset = offset_of((a.name, b.name), min(first.n_tokens, second.n_tokens), per_sequence)
+            found = behaviour(members[0], members[1], device, bar.advance, offset)
+            path = pair_path(behaviour_folder(a.root), a.name, b.name)
+            order = (b.name, a.name) if path is not None and path.name.startswith(f"{b.name}--") else (a.name, b.name)
+            sides = found.sides if order[0] == a.name else found.sides[::-1]
+            write_sides(
+                behaviour_folder(a.root) / f"{'--'.join(order)}.parquet",
+                order,
+                sides,
+                inputs=_behaviour_inputs(a, b),
+                n_tokens=found.n_tokens,
+                jaccard_gap_per_latent=found.gap_per_latent,
+            )
+
+
+def _behaviour_inputs(a: Run, b: Run) -> str:
+    from sae.firings.store import digest_of
+
+    return digest(["behaviour", _pair_inputs(a, b), sorted(digest_of(run.firings_folder) for run in (a, b))])
+
+
+def is_compared(a: Run, b: Run) -> bool:
+    """Whether the pair's firings have been compared, those of their weights and harvests."""
+    stored = pair_inputs(behaviour_folder(a.root), a.name, b.name)
+    try:
+        return stored is not None and stored == _behaviour_inputs(a, b)
+    except NotFound:  # a store has been moved away
+        return False
+
+
+# --- overlap -----------------------------------------------------------------------------------------------
+
+
+def _write_overlap(run: Run) -> None:
+    """The run's overlap table, over the siblings that it is aligned with; kept where it is up to date."""
+    from sae.alignment.alignment import read_alignment
+    from sae.alignment.latent_table import latent_table
+
+    siblings, inputs = _overlap_inputs(run)
+    if not siblings or not is_harvested(run) or run.stage_inputs("overlap") == inputs:
+        return
+    tables = {(run.name, x.name): read_alignment(run.root / "alignments", run.name, x.name).a for x in siblings}
+    folder = behaviour_folder(run.root)
+    done = {x.name: read_sides(folder, run.name, x.name)[0] for x in siblings if is_compared(run, x)}
+    table = latent_table(run.name, [run.name, *(x.name for x in siblings)], tables, alive(run), behaviour=done)
+    write_table(run.stage_path("overlap"), table, inputs=inputs, against=[x.name for x in siblings])
+
+
+def _overlap_inputs(run: Run) -> tuple[list[Run], str]:
+    """The siblings that the run is aligned with, and the digest of what its overlap table is made from."""
+    siblings = [other for other in run.siblings() if is_aligned(run, other)]
+    pairs = [
+        [
+            *(_pair_inputs(run, x), _has_nulls(run, x)),
+            *(pair_inputs(behaviour_folder(run.root), run.name, x.name), _has_shifted(run, x)),
+        ]
+        for x in siblings
+    ]
+    return siblings, digest([pairs, run.stage_inputs("firing")])
+
+
+def alive(run: Run) -> np.ndarray:
+    """Which latents fired in the harvest: bool [M]."""
+    return ~read_table(run.stage_path("firing"))["dead"].to_numpy(dtype=bool)
+
+
+def overlap_of(runs: Sequence[Run], threshold: float = 0.7) -> dict[str, Any]:
+    """What the aligned ``runs`` share, as one JSON value; see :class:`sae.alignment.overlap.StudyOverlap`."""
+    return compared_of(runs, threshold).shared.as_dict()
+
+
+class Compared(NamedTuple):
+    """All that is known of how aligned runs differ."""
+
+    runs: list[Run]
+    shared: StudyOverlap
+    alignments: dict[tuple[str, str], pd.DataFrame]
+    behaviour: dict[tuple[str, str], pd.DataFrame]
+    """of the pairs whose firings have been compared"""
+    behaviour_facts: dict[tuple[str, str], dict[str, Any]]
+    """over how many tokens, and how exactly"""
+    alive: dict[str, np.ndarray]
+    apart: str | None
+    """why their differences need not be the seed's alone"""
+
+
+def compared_of(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
+    """What the stages found out about aligned ``runs``."""
+    from sae.alignment.alignment import both_ways
+    from sae.alignment.overlap import DIPS, overlap
+
+    names, root = [run.name for run in runs], runs[0].root
+    tables, fired = both_ways(root / "alignments", names), {run.name: alive(run) for run in runs}
+    return Compared(
+        list(runs),
+        overlap(names, tables, fired, threshold, kept=root / "alignments" / DIPS),
+        tables,
+        behaviours(root, names),
+        behaviour_facts(root, names),
+        fired,
+        what_sets_apart(runs),
+    )
+
+
+def _aligned_pairs(run: Run) -> tuple[list[Run], list[Run]]:
+    """The run, as often as it has siblings that it is aligned with, and these."""
+    siblings = [other for other in run.siblings() if is_aligned(run, other)]
+    return [run] * len(siblings), siblings
+
+
+_TOTALLED = (
+    *("latent", "jaccard_partner", "jaccard", "max_jaccard", "relation", "relation_covered", "rebuilt"),
+    "rebuilt__rotated",
+    *("decoder_partner_jaccard", "decoder_partner_p_there", "decoder_partner_p_here"),
+)
+
+
+def behaviours(root: Path, names: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
+    """Of every pair whose firings have been compared: (x, y) → the side of x in terms of y, without the lists."""
+    from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
+
+    found: dict[tuple[str, str], pd.DataFrame] = {}
+    folder, columns = behaviour_folder(root), (*_TOTALLED, *(f"{name}__{SHIFTED}" for name in FIRING_COLUMNS))
+    for a, b in combinations(names, 2):
+        if pair_path(folder, a, b) is not None:
+            found[a, b], found[b, a] = read_sides(folder, a, b, columns)
+    return found
+
+
+def behaviour_facts(root: Path, names: Sequence[str]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Of every pair whose firings have been compared, once: ``n_tokens``, over how many; ``jaccard_gap_per_latent``, by
+    how much the mean Jaccard of partners may be below that of the best matching, at the most."""
+    found = {}
+    for a, b in combinations(names, 2):
+        path = pair_path(behaviour_folder(root), a, b)
+        if path is not None:
+            told = table_metadata(path)
+            found[a, b] = {key: told[key] for key in ("n_tokens", "jaccard_gap_per_latent")}
+    return found
+
+
+def ensure_aligned(run: Run, compute: Compute) -> None:
+    """Align ``run`` with all its siblings where it is not, saying so."""
+    siblings = run.siblings()
+    if not siblings:
+        raise BadInput(
+            f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; "
+            f"{run.advice_to_add_another()}, or leave the choice by sharing out"
+        )
+    missing = [other for other in siblings if not is_aligned(run, other)]
+    if missing:
+        say(f"{run.name}: not aligned with {', '.join(r.name for r in missing)} yet, doing that first")
+    if missing or run.stage_inputs("overlap") != _overlap_inputs(run)[1]:  # a kill may fall between the two
+        if not missing:
+            say(f"{run.name}: its table of what is shared is not up to date, doing that first")
+        # Pairs that were aligned without nulls on purpose stay so.
+        align_runs([run, *siblings], compute, nulls=all(map(_has_nulls, *_aligned_pairs(run))))

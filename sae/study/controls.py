@@ -1,0 +1,58 @@
+"""Dictionaries that have learnt nothing, or less, beside those of a study: what scores are worth is seen beside theirs.
+
+SAEs with a random decoder that is never trained, and even untrained ones, have been found to score nearly as well in
+automatic interpretability as trained ones (arXiv 2501.17727, 2602.14111). So a study may have two such controls, each a
+study of its own with one run, under the same settings and on the same batches:
+
+- ``NAME-frozen_a``: the decoder stays as it was drawn, random directions; all else is trained;
+- ``NAME-untrained_a``: nothing is trained. One batch is read, for the bias that the dictionary begins with.
+
+They are harvested, explained and scored like any run, and are no siblings of the study's: nothing is compared with
+their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae.study.run import Run, check_name, study_runs
+
+if TYPE_CHECKING:
+    from sae.study.train import Study
+
+CONTROLS = {"frozen": "a random decoder that is never trained", "untrained": "nothing is trained"}
+"""the suffix of a control's study → what it is, in words"""
+_FROZEN = {"frozen": "decoder", "untrained": "everything"}
+
+
+def with_controls(studies: Sequence[Study], root: Path) -> list[Study]:
+    """``studies`` and then their controls, which train on the same stream. Those that are begun stay the only ones."""
+    return [*studies, *(_control(study, kind, root) for study in studies for kind in CONTROLS)]
+
+
+def controls_of(run: Run) -> dict[str, Run]:
+    """The trained controls of the run's study, by kind; a control has none."""
+    found: dict[str, Run] = {}
+    if run.is_control:
+        return found
+    for kind in CONTROLS:
+        trained = [r for r in study_runs(_name(run.study, kind), run.root) if r.trained and r.is_control]
+        if trained:
+            found[kind] = trained[0]
+    return found
+
+
+def _control(study: Study, kind: str, root: Path) -> Study:
+    name, training = check_name(_name(check_name(study.name), kind)), dict[str, Any](frozen=_FROZEN[kind])
+    if kind == "untrained":
+        training["tokens"] = study.settings.training.batch_tokens
+    settings = study.settings.with_values(training=training)
+    begun = tuple(run.seed for run in study_runs(name, root) if run.seed is not None)
+    return replace(study, name=name, settings=settings, seeds=begun or study.seeds[:1])
+
+
+def _name(study: str, kind: str) -> str:
+    return f"{study}-{kind}"

@@ -1,0 +1,254 @@
+"""Delete runs, and what no run uses any more: corpora, kept activations, alignments and reports of deleted runs.
+
+First a plan is made, to be shown; then its parts are deleted, those that others are found by last. So a deletion that
+was killed half-way is finished by the same command. Nothing outside the root is deleted: a link is removed, and what it
+points to stays. The cache of language models' answers is never part of a plan, because they are paid for.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sae.common.errors import BadInput, NotFound, UserError, nearest
+from sae.study.run import Run, all_runs, check_name, readable
+from sae.study.stage import only_one
+
+_TITLE = b": which latents come back, and what they mean</title>"  # of autointerp/report/html/page.html
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file or folder to delete. ``kind``: ``run``, ``alignment``, ``report``, ``corpus`` or ``activations``."""
+
+    kind: str
+    path: Path
+    n_bytes: int
+
+    @classmethod
+    def of(cls, kind: str, path: Path) -> Part:
+        return cls(kind, path, disk_bytes(path))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be deleted under ``root``, in order, and what stays: sentences for the user."""
+
+    root: Path
+    parts: list[Part] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    """The runs among the parts."""
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(part.n_bytes for part in self.parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        parts = [{"kind": p.kind, "path": str(p.path.relative_to(self.root)), "bytes": p.n_bytes} for p in self.parts]
+        return {"parts": parts, "bytes": self.n_bytes, "kept": self.kept}
+
+
+def plan_deletion(name: str, root: Path) -> Plan:
+    """Plan to delete the run ``name``, or all runs of the study of that name, its controls among them.
+
+    With a run go its alignments and its HTML report.
+
+    :raises NotFound: there is no such run or study.
+    :raises BadInput: ``name`` is no name of a run, or its folder is a link.
+    """
+    check_name(name)
+    runs, kept = _named(name, root)
+    plan = Plan(root, kept=kept, runs=runs)
+    names = {run.name for run in runs}
+    for path in _pair_files(root):
+        if names & set(path.stem.split("--")):
+            _add(plan, "alignment", path)
+    for run in runs:
+        if _is_report(path := root / "reports" / f"{run.name}.html"):
+            _add(plan, "report", path)
+    for run in runs:
+        if run.folder.is_symlink():
+            raise BadInput(f"{str(run.folder)!r} is a link to another place; delete it by hand")
+        _add(plan, "run", run.folder)
+    return _with_cache_kept(plan)
+
+
+def plan_pruning(root: Path) -> Plan:
+    """Plan to delete what no run uses any more."""
+    plan = Plan(root)
+    every = all_runs(root)
+    names = {run.name for run in every}
+    for path in _pair_files(root):
+        if not set(path.stem.split("--")) <= names:
+            _add(plan, "alignment", path)
+    for path in sorted((root / "reports").glob("*.html")):
+        if path.stem not in names and _is_report(path):
+            _add(plan, "report", path)
+    runs, damaged = readable(every)
+    if damaged:
+        plan.kept.append(f"all corpora stay, because it is not known which one this run uses: {damaged[0]}")
+        return _with_cache_kept(plan)
+    users: dict[str, list[Run]] = {}
+    for run in runs:
+        users.setdefault(str(run.record["corpus"].get("key")), []).append(run)
+    for folder in sorted(path for path in (root / "corpora").glob("*") if path.is_dir()):
+        if folder.name not in users:
+            _add(plan, "corpus", folder)
+        elif all(run.trained and run.stage_path("firing").exists() for run in users[folder.name]):
+            for cache in sorted((folder / "activations").glob("*")):
+                _add(plan, "activations", cache)
+    return _with_cache_kept(plan)
+
+
+@contextmanager
+def nobody_at_work(root: Path, name: str | None = None) -> Iterator[None]:
+    """Hold the locks of the run or study ``name`` (of all studies where none is named), so that no command is at work.
+
+    :raises UserError: a command is.
+    """
+    if name is None:
+        runs, studies = all_runs(root), {path.name[1:-5] for path in root.glob(".*.lock")}
+    else:
+        runs = _named(check_name(name), root)[0]
+        studies = {study for run in runs if (study := _study(run))}
+    with ExitStack() as locks:
+        for study in sorted(studies):
+            locks.enter_context(only_one(root, study))
+        for run in runs if name is not None else ():
+            lock = run.folder / f".{run.journal_path.name}.lock"  # held by `explain` and `score`
+            if lock.is_file():
+                try:
+                    locks.enter_context(FileLock(lock, timeout=0))
+                except Timeout:
+                    raise UserError(f"another command explains or scores run {run.name!r}; wait for it") from None
+        yield
+
+
+def delete(plan: Plan) -> None:
+    """Delete the parts of a plan. What is gone already is no error."""
+    for part in plan.parts:
+        if part.kind == "run":
+            _delete_folder(part.path, last="run.json")
+        elif part.kind == "corpus":
+            _delete_corpus(part.path)
+        else:
+            _remove(part.path)
+
+
+def disk_bytes(path: Path) -> int:
+    """What a file or folder takes on the disk, links not followed."""
+    with suppress(OSError):
+        found = path.lstat().st_blocks * 512
+        if path.is_dir() and not path.is_symlink():
+            found += sum(disk_bytes(child) for child in path.iterdir())
+        return found
+    return 0
+
+
+def _named(name: str, root: Path) -> tuple[list[Run], list[str]]:
+    """The run of this name, else the runs of the study, its controls first; and a sentence for what stays of it."""
+    every = all_runs(root)
+    if name in (run.name for run in every) or _is_left_over(root / name):
+        return [Run(name, root)], []
+    found = [run for run in readable(every)[0] if name in (run.study, _of_study(run))]
+    if not found:
+        studies = {_study(run) for run in every} - {""}
+        known = sorted({run.name for run in every} | studies)
+        hint = f"did you mean {nearest(name, known)}?" if known else "there are no runs"
+        raise NotFound(f"no run and no study under {str(root)!r} is called {name!r}; {hint}")
+    damaged = {run.name for run in every} - {run.name for run in readable(every)[0]}
+    kept = [
+        f"run {other} stays, because its run.json is damaged; `--delete {other}` deletes it"
+        for other in sorted(damaged)
+        if other.startswith(f"{name}_")
+    ]
+    return sorted(found, key=lambda run: (run.study == name, len(run.name), run.name)), kept
+
+
+def _is_left_over(folder: Path) -> bool:
+    """Whether a folder is what a kill leaves of a run at the end of its deletion: nothing, or temporary files."""
+    return folder.is_dir() and not folder.is_symlink() and all(f.name.startswith(".") for f in folder.iterdir())
+
+
+def _study(run: Run) -> str:
+    """The run's study; by the run's name where its record cannot be read."""
+    try:
+        return run.study
+    except (BadInput, OSError):
+        return run.name.rpartition("_")[0]
+
+
+def _of_study(run: Run) -> str:
+    """The study that the run belongs to: a control's is the one that it is held against."""
+    try:
+        return run.of_study
+    except BadInput:  # settings of another version
+        return run.study
+
+
+def _pair_files(root: Path) -> list[Path]:
+    folder = root / "alignments"
+    files = [*folder.glob("*--*"), *(folder / "behaviour").glob("*--*")]
+    return sorted(path for path in files if path.suffix in (".parquet", ".json") and not path.name.startswith("."))
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a page is the report that this program wrote of the run that the file is named after."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    page = path.read_bytes()
+    return _TITLE in page and f"Latents of <bdi>{path.stem}</bdi>".encode() in page
+
+
+def _add(plan: Plan, kind: str, path: Path) -> None:
+    """Add a part, unless it lies outside the root because a folder on the way to it is a link."""
+    if path.parent.resolve().is_relative_to(plan.root.resolve()):
+        plan.parts.append(Part.of(kind, path))
+    else:
+        plan.kept.append(f"{path} stays, because it lies outside {plan.root}")
+
+
+def _with_cache_kept(plan: Plan) -> Plan:
+    if (plan.root / "cache.sqlite").is_file():
+        plan.kept.append("cache.sqlite stays: it holds language models' answers, which are paid for")
+    return plan
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _delete_folder(folder: Path, last: str) -> None:
+    """Delete a folder, the file by which it is found after all else."""
+    if not folder.exists():
+        return
+    for child in sorted(folder.iterdir(), key=lambda path: path.name == last):
+        _remove(child)
+    folder.rmdir()
+
+
+def _delete_corpus(folder: Path) -> None:
+    """Delete a corpus that no command is making. First its record, so that half of one is never taken for a whole."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        with lock:
+            (folder / "corpus.json").unlink(missing_ok=True)
+            for child in folder.iterdir():
+                if child.name != ".lock":
+                    _remove(child)
+    except Timeout:
+        raise UserError(f"another command is making corpus {folder.name}; wait for it, then run this again") from None
+    shutil.rmtree(folder)

@@ -1,0 +1,187 @@
+"""The harvest as a stage: the firing stores of runs, and whether they are those of their weights.
+
+A stage is *done* when its file is on disk and carries the digest of the inputs that it would have now;
+otherwise it runs (again). So the same command after a kill goes on where the disk says it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sae.common.errors import BadInput, NotFound
+from sae.common.files import digest, write_table
+from sae.common.progress import human, say
+from sae.common.ranks import Job, together_at_text
+from sae.study.controls import controls_of
+from sae.study.run import Run, all_runs
+from sae.study.stage import Compute, Source, check_same_inputs, only_one, open_source, shares_source
+
+if TYPE_CHECKING:
+    from sae.activations.stream import ActivationStream
+    from sae.dictionaries.sae import Sae
+    from sae.firings.store import FiringStore
+
+
+# --- harvest ----------------------------------------------------------------------------------------------
+
+
+def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = None) -> None:
+    """Fill the firing stores of ``runs`` and of their studies' controls, in one pass over the subject model.
+
+    Studies of other hookpoints of the same model and text are harvested one after the other, out of what the first
+    pass has put into their caches. Without ``tokens`` a store that is there is enough; with it, one that holds fewer is
+    added to.
+    """
+    for run in runs:
+        need_trained(run)
+    controls = {control.name: control for run in runs for control in controls_of(run).values()}
+    runs = [*runs, *(control for name, control in controls.items() if name not in {run.name for run in runs})]
+    with together_at_text(compute.device) as (job, device):
+        # Rank 0 decides, before anything is written: the others may look at the disk a moment later.
+        lacking = job.first(
+            "lacking", lambda: [run.name for run in runs if tokens is not None or not is_harvested(run)]
+        )
+        sources: dict[Any, list[Run]] = {}
+        for run in runs:
+            if run.name in lacking:
+                sources.setdefault(shares_source(run.settings), []).append(run)
+        for number, sharing in enumerate(sources.values()):
+            _harvest_sharing(sharing, replace(compute, device=device), tokens, job, f"source {number}")
+
+
+def _harvest_sharing(sharing: list[Run], compute: Compute, tokens: int | None, job: Job, label: str) -> None:
+    """Harvest runs that share a model and a text."""
+    with ExitStack() as locks:
+        for study in sorted({run.study for run in sharing}) if job.rank == 0 else []:
+            locks.enter_context(only_one(sharing[0].root, study))
+        with job.first_then_others(label):
+            cache: Literal["fill", "read"] = "fill" if job.rank == 0 else "read"
+            source = open_source([run.settings for run in sharing], sharing[0].root, compute, cache)
+        for alike in _alike(sharing):
+            _harvest_alike(source, alike, tokens or alike[0].settings.harvest.tokens, job)
+        job.barrier()
+        if job.rank == 0:
+            _delete_caches_of_no_more_use(source, sharing[0].root)
+
+
+def _alike(runs: list[Run]) -> list[list[Run]]:
+    """Runs that one pass harvests: of one hookpoint, over the same tokens in the same order."""
+    found: dict[Any, list[Run]] = {}
+    for run in runs:
+        settings = run.settings
+        found.setdefault((run.record["hookpoint"], settings.harvest, settings.corpus.order_seed), []).append(run)
+    return list(found.values())
+
+
+def _harvest_alike(source: Source, runs: list[Run], tokens: int, job: Job) -> None:
+    from sae.firings.harvest import harvest
+    from sae.firings.store import FiringStore, latent_statistics
+
+    settings, corpus = runs[0].settings, source.corpus
+    stream = source.stream(settings.subject.hookpoint)
+    for run in runs:
+        check_same_inputs(
+            run,
+            {
+                "subject": {"fingerprint": source.subject.fingerprint},
+                "corpus": {"fingerprint": corpus.fingerprint},
+                "batch_order": run.record["batch_order"],
+            },
+        )
+    saes = {run.name: run.sae().to(stream.device) for run in runs}
+    for name, sae in saes.items():
+        _check_width(name, sae, stream)
+    if tokens > corpus.n_tokens:
+        say(f"harvest: {human(tokens)} tokens asked for, the corpus has {human(corpus.n_tokens)}; taking all of it")
+    harvest(
+        stream,
+        saes,
+        {run.name: run.firings_folder for run in runs},
+        tokens=min(tokens, corpus.n_tokens),
+        window=settings.harvest.window,
+        order_seed=settings.corpus.order_seed,
+        weights={run.name: run.weights_digest for run in runs},
+        ranks=job,
+    )
+    for run in runs if job.rank == 0 else []:
+        store = FiringStore.open(run.firings_folder)
+        inputs = _firing_inputs(run, store)
+        if run.stage_inputs("firing") != inputs:
+            write_table(
+                run.stage_path("firing"),
+                latent_statistics(store),
+                inputs=inputs,
+                n_tokens=store.n_tokens - store.n_special_tokens,
+            )
+
+
+def _check_width(name: str, sae: Sae, stream: ActivationStream) -> None:
+    if sae.d_in != stream.width:
+        raise BadInput(
+            f"run {name!r} is an SAE of activations of width {sae.d_in}, and {stream.hookpoint} of model "
+            f"{stream.subject.source!r} has width {stream.width}; give the model and hookpoint that it was trained on"
+        )
+
+
+def _delete_caches_of_no_more_use(source: Source, root: Path) -> None:
+    """Once every run that reads a hookpoint's activations is harvested, all later stages are look-ups in the stores."""
+    for hookpoint, stream in source.streams.items():
+        readers = [
+            run
+            for run in all_runs(root)
+            if run.record["corpus"]["key"] == source.corpus.key and run.record["hookpoint"] == hookpoint
+        ]
+        if stream.cache is not None and all(is_harvested(run) for run in readers if _is_or_will_be_trained(run)):
+            stream.cache.delete()
+
+
+def _is_or_will_be_trained(run: Run) -> bool:
+    return run.trained or run.state_folder.is_dir()
+
+
+def _firing_inputs(run: Run, store: FiringStore) -> str:
+    return digest({"weights": run.weights_digest, "store": store.digest})
+
+
+def is_harvested(run: Run) -> bool:
+    """Whether the run's firing table is there and is that of its weights and its store."""
+    from sae.firings.store import FiringStore
+
+    if not run.stage_path("firing").exists():
+        return False
+    try:
+        return run.stage_inputs("firing") == _firing_inputs(run, FiringStore.open(run.firings_folder))
+    except NotFound:
+        return False
+
+
+# --- what later stages ask for ----------------------------------------------------------------------------
+
+
+def ensure_harvested(runs: Sequence[Run], compute: Compute) -> None:
+    """Harvest those of ``runs`` that are not, saying so."""
+    missing = [run for run in runs if not is_harvested(run)]
+    if missing:
+        say(f"{', '.join(r.name for r in missing)}: not harvested yet, doing that first")
+        harvest_runs(missing, compute)
+
+
+def need_trained(run: Run) -> None:
+    """Raise in one line where the run was not trained, or imported, to its end."""
+    if not run.trained:
+        verb = "import" if run.imported else "train"
+        raise NotFound(
+            f"run {run.name!r} is not {verb}ed to its end; give the `{verb}` command that began it again and it goes on"
+        )
+
+
+def by_study(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Study → its runs among these, in their order."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.study, []).append(run)
+    return found

@@ -1,0 +1,145 @@
+"""What the stages share: where the arithmetic happens, who may write, how model, text and activations are opened."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from sae.common.errors import BadInput, SettingsDiffer, UserError
+from sae.settings import Settings
+from sae.study.run import Run, study_runs
+
+if TYPE_CHECKING:
+    from sae.activations.stream import ActivationStream
+    from sae.activations.subject import Subject
+    from sae.text.corpus import Corpus
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where the arithmetic happens."""
+
+    device: str = "auto"
+    threads: int | None = None
+
+    def resolve(self) -> str:
+        """Set the number of threads and return the device's name for torch."""
+        import torch
+
+        if self.threads is not None:
+            if self.threads < 1:
+                raise BadInput(f"--threads {self.threads}: give 1 or more")
+            torch.set_num_threads(self.threads)
+        elif (allowed := _cpus_allowed()) < torch.get_num_threads():
+            torch.set_num_threads(allowed)  # threads beyond a container's share only take turns
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"--device {self.device!r} cannot be used here ({reason}); try --device cpu") from None
+        return self.device
+
+
+def _cpus_allowed() -> int:
+    """CPUs that this process may use at once: a container's quota, rounded up; without one, all of the machine's."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no control groups, or "max": no quota
+        return os.cpu_count() or 1
+
+
+@contextmanager
+def only_one(root: Path, study: str) -> Iterator[None]:
+    """Keep two commands from writing the same study at once. The lock dies with its process."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or "").lower()
+        raise BadInput(f"--root {str(root)!r} cannot be made a folder ({reason}); name another place") from None
+    try:
+        with FileLock(root / f".{study}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another command is at work on study {study!r}; wait for it, then run this again") from None
+
+
+def with_dtype(study: str, settings: Settings, root: Path, compute: Compute) -> Settings:
+    """``settings`` with subject.dtype decided: the precision that the study was begun in, else the machine's best.
+
+    So a record always holds the precision that was used, and a study continues in it on any machine.
+    """
+    if settings.subject.dtype != "auto":
+        return settings
+    from sae.common.precision import resolve_float
+
+    begun = study_runs(study, root)
+    dtype = begun[0].settings.subject.dtype if begun else resolve_float("auto", compute.resolve())
+    return settings.with_values(subject={"dtype": dtype})
+
+
+class Source(NamedTuple):
+    """Where activations come from: a model, a text, and a stream for each hookpoint by its resolved name."""
+
+    subject: Subject
+    corpus: Corpus
+    streams: dict[str, ActivationStream]
+
+    def stream(self, hookpoint: str) -> ActivationStream:
+        return self.streams[self.subject.resolve(hookpoint)]
+
+
+def shares_source(settings: Settings) -> tuple[Any, ...]:
+    """What settings must have in common to be served by one forward pass over one text."""
+    return settings.subject.model, settings.subject.dtype, settings.corpus
+
+
+def open_source(
+    of: Sequence[Settings], root: Path, compute: Compute, cache: Literal["fill", "read", "none"] = "fill"
+) -> Source:
+    """The model, the text and the hookpoints of settings that share a source, and what is done with caches on disk.
+
+    Of several processes at one root, the first may fill them; the others open them after it, to read.
+    """
+    from sae.activations.cache import caches_to_read, open_caches
+    from sae.activations.stream import open_streams
+    from sae.activations.subject import Subject, load_tokenizer
+    from sae.text.packing import prepare_corpus
+
+    first = of[0]
+    device = compute.resolve()
+    subject = Subject.load(first.subject.model, device=device, dtype=first.subject.dtype)
+    # A wrong name is told before the text is read.
+    hookpoints = list(dict.fromkeys(subject.resolve(settings.subject.hookpoint) for settings in of))
+    _, tokenizer_fingerprint = load_tokenizer(first.subject.model)
+    corpus = prepare_corpus(first.corpus, subject.tokenizer, tokenizer_fingerprint, root)
+    limit = min(settings.training.activation_cache for settings in of)
+    caches = open_caches(corpus, subject, hookpoints, limit) if cache == "fill" else {}
+    if cache == "read":
+        caches = caches_to_read(corpus, subject, hookpoints)
+    return Source(subject, corpus, open_streams(subject, corpus, hookpoints, caches))
+
+
+def check_same_inputs(run: Run, provenance: dict[str, Any]) -> None:
+    """A run that was begun goes on only from the very text and model that it began with."""
+    if not (run.folder / "run.json").is_file():
+        return
+    differences = [
+        f"{what}.fingerprint: {run.record[what]['fingerprint'][:12]} there, {provenance[what]['fingerprint'][:12]} now"
+        for what in ("subject", "corpus", "batch_order")
+        if run.record[what]["fingerprint"] != provenance[what]["fingerprint"]
+    ]
+    if differences:
+        raise SettingsDiffer(
+            f"run {run.name!r} was begun from something else ({'; '.join(differences)}): a model or text has changed "
+            "under the same name; give the study another --name"
+        )

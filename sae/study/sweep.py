@@ -1,0 +1,231 @@
+"""A sweep: one study for every point of a grid of settings, out of a recipe with a ``[sweep]`` table.
+
+    [sweep]
+    training.num_latents = [256, 512, 1024]
+    training.learning_rate = [8e-3, 5.6e-3, 4e-3]
+    together = ["training.num_latents", "training.learning_rate"]
+    seeds = [0, 1, 2]
+
+Every list is an axis; axes are crossed, but those named in ``together`` advance side by side. Each point is a study of
+its own with the sweep's seeds, called after the sweep and its values (``widths_m256``), so that every command works on
+it. Points differ in nothing else; all read one stream of activations, of which a longer training takes more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae.common.amounts import parse_amount
+from sae.common.commands import written
+from sae.common.errors import BadInput, nearest
+from sae.common.progress import human
+from sae.settings import Settings, read_recipe, validated
+from sae.study.run import check_name
+from sae.study.train import Study
+
+
+class Axis(NamedTuple):
+    """A setting that a sweep may vary."""
+
+    table: str
+    key: str
+    sign: str
+    """before the value in a point's name"""
+    words: str
+
+    def label(self, value: Any) -> str:
+        """The value in a name: ``m256``, ``t1.5M``, ``relu``."""
+        if self.key == "learning_rate":
+            return f"{self.sign}{value:g}"
+        if self.key != "tokens":
+            return f"{self.sign}{value}"
+        short = human(value)
+        return f"{self.sign}{short if parse_amount(short) == value else value}"
+
+
+AXES = {
+    "subject.hookpoint": Axis("subject", "hookpoint", "", "hookpoint"),
+    "training.num_latents": Axis("training", "num_latents", "m", "width"),
+    "training.k": Axis("training", "k", "k", "k"),
+    "training.tokens": Axis("training", "tokens", "t", "training tokens"),
+    "training.architecture": Axis("training", "architecture", "", "architecture"),
+    "training.learning_rate": Axis("training", "learning_rate", "lr", "learning rate"),
+}
+
+_BESIDE = ("sweep", "explain")
+"""tables of a recipe that are no settings of a run"""
+
+
+class Point(NamedTuple):
+    """One setting of a sweep."""
+
+    study: Study
+    at: dict[str, Any]
+    """axis → its value here"""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A recipe's sweep."""
+
+    name: str
+    axes: dict[str, tuple[Any, ...]]
+    together: tuple[str, ...]
+    """axes that advance side by side"""
+    seeds: tuple[int, ...]
+    points: tuple[Point, ...]
+    explain: Mapping[str, Any] | None
+    """the recipe's ``[explain]``, not yet checked; ``None`` where it has none"""
+
+    @property
+    def studies(self) -> list[Study]:
+        return [point.study for point in self.points]
+
+    @property
+    def tokens(self) -> int:
+        """Of the stream: as many as the longest training takes."""
+        return max(study.settings.training.tokens for study in self.studies)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Over all SAEs."""
+        return sum(study.settings.training.tokens * len(study.seeds) for study in self.studies)
+
+    def in_words(self) -> str:
+        n, s = len(self.points), len(self.seeds)
+        return f"{n} points × {s} seed{'s' * (s > 1)} = {n * s} SAEs"
+
+
+def read_sweep(path: Path, name: str | None = None, seeds: Sequence[int] = ()) -> Sweep:
+    """The sweep of the recipe at ``path``, called ``name`` (by default as its file is) over ``seeds`` (its own).
+
+    Raises BadInput in one line for what cannot be swept.
+    """
+    recipe, where = read_recipe(path), f"recipe {str(path)!r}"
+    if not isinstance(recipe.get("sweep"), dict):
+        known = [*Settings.model_fields, *_BESIDE]
+        if unknown := next((key for key in recipe if key not in known), None):
+            raise BadInput(f"{where}: unknown key {unknown!r}; did you mean {nearest(unknown, known)}?")
+        raise BadInput(f"{where} has no [sweep] table, so there is nothing to vary; `{written('train')}` trains it")
+    table = dict(recipe["sweep"])
+    together = _together(table.pop("together", []), where)
+    chosen = tuple(seeds) or _seeds(table.pop("seeds", [0, 1, 2]), where)
+    table.pop("seeds", None)
+    axes = _axes(table, where)
+    name = check_name(name or path.stem)
+    base = {key: value for key, value in recipe.items() if key not in _BESIDE}
+    points = [
+        _point(name, values, base, chosen, frozenset(together[1:]), where) for values in _grid(axes, together, where)
+    ]
+    names = [point.study.name for point in points]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise BadInput(
+            f"{where}: two points would be called {twice!r}; let the first axis of `together` tell them apart"
+        )
+    explain = recipe.get("explain")
+    if explain is not None and not isinstance(explain, dict):
+        raise BadInput(f"{where}: explain = {explain!r} is no table; write [explain] and keys below it")
+    return Sweep(name, axes, tuple(together), chosen, tuple(_same_text(points)), explain)
+
+
+def _axes(table: Mapping[str, Any], where: str) -> dict[str, tuple[Any, ...]]:
+    found = {}
+    for prefix, keys in table.items():
+        for key, values in keys.items() if isinstance(keys, dict) else [("", keys)]:
+            name = f"{prefix}.{key}" if key else prefix
+            if name not in AXES:
+                known = ", ".join(AXES)
+                raise BadInput(
+                    f"{where}: unknown axis {name!r} in [sweep]; the axes are {known}, beside seeds, together"
+                )
+            found[name] = _values(name, values, where)
+    if not found:
+        raise BadInput(f"{where}: [sweep] varies nothing; give an axis such as training.num_latents = [256, 512]")
+    return found
+
+
+def _values(name: str, values: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(values, list) or len(values) < 2:
+        raise BadInput(
+            f"{where}: axis {name} = {values!r} does not vary; give a list of two values or more, "
+            f"or set it in [{AXES[name].table}]"
+        )
+    read = []
+    for value in values:
+        try:
+            amount = AXES[name].key in ("tokens", "num_latents", "k") and isinstance(value, str)
+            read.append(parse_amount(value) if amount else value)
+        except ValueError as error:
+            raise BadInput(f"{where}: axis {name}: {error}") from None
+    return tuple(read)
+
+
+def _seeds(values: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(values, list) or not values or not all(type(v) is int and v >= 0 for v in values):
+        raise BadInput(f"{where}: seeds = {values!r} in [sweep]; give a list of whole numbers, such as [0, 1, 2]")
+    if len(set(values)) < len(values):
+        raise BadInput(f"{where}: seeds = {values!r} in [sweep] names a seed twice")
+    return tuple(values)
+
+
+def _together(values: Any, where: str) -> list[str]:
+    if not isinstance(values, list) or len(values) == 1 or not all(isinstance(v, str) for v in values):
+        raise BadInput(f"{where}: together = {values!r} in [sweep]; give a list of two axes or more")
+    return values
+
+
+def _grid(axes: Mapping[str, tuple[Any, ...]], together: list[str], where: str) -> list[dict[str, Any]]:
+    """axis → value, for every point, in the order of the axes."""
+    unknown = [name for name in together if name not in axes]
+    if unknown:
+        raise BadInput(f"{where}: together names {unknown[0]!r}, which is no axis of [sweep]; it has {', '.join(axes)}")
+    lengths = {name: len(axes[name]) for name in together}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {n}" for name, n in lengths.items())
+        raise BadInput(f"{where}: axes in `together` need the same number of values, not {told}")
+    for name, values in axes.items():
+        twice = next((v for v in values if values.count(v) > 1), None)
+        if twice is not None and name not in together[1:]:
+            raise BadInput(f"{where}: axis {name} has {twice!r} twice; give each value once")
+    free = [name for name in axes if name not in together[1:]]
+    steps = [range(len(axes[name])) for name in free]
+    grid = []
+    for place in itertools.product(*steps):
+        at = dict(zip(free, place, strict=True))
+        grid.append({name: values[at[together[0] if name in together else name]] for name, values in axes.items()})
+    return grid
+
+
+def _point(
+    name: str,
+    values: dict[str, Any],
+    base: Mapping[str, Any],
+    seeds: tuple[int, ...],
+    silent: frozenset[str],
+    where: str,
+) -> Point:
+    label = "_".join([name, *(AXES[axis].label(value) for axis, value in values.items() if axis not in silent)])
+    merged = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in base.items()}
+    for axis, value in values.items():
+        table = merged.setdefault(AXES[axis].table, {})
+        if isinstance(table, dict):  # validation tells the rest
+            table[AXES[axis].key] = value
+    settings = validated(merged, where)
+    return Point(Study(check_name(label), settings, seeds), values)
+
+
+def _same_text(points: Sequence[Point]) -> list[Point]:
+    """Points that read one text: a data set, which may have no end, is read as far as the longest of them needs."""
+    settings = [point.study.settings for point in points]
+    if settings[0].corpus.kind != "dataset" or settings[0].corpus.max_tokens is not None:
+        return list(points)
+    most = max(max(s.training.tokens, s.harvest.tokens) for s in settings)
+    return [
+        Point(Study(p.study.name, s.with_values(corpus={"max_tokens": most}), p.study.seeds), p.at)
+        for p, s in zip(points, settings, strict=True)
+    ]

@@ -1,0 +1,395 @@
+"""The stage that trains: studies that share a model and a text go through one stream of activations, side by side.
+
+A study is one setting and its seeds. The subject's forward pass is the dear part, so studies that differ in hookpoint,
+width, k, architecture, learning rate or length are trained on the same pass (see
+:func:`sae.training.trainer.train_groups`), and each ends as it would have alone. What is done is read off the disk: a
+study is begun when its runs have a ``run.json``, done when they have weights, and in between goes on from its own last
+state.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae.common.errors import BadInput, UserError
+from sae.common.files import mapping_differences, write_table
+from sae.common.launch import launched
+from sae.common.progress import human, say
+from sae.common.ranks import together
+from sae.settings import Settings
+from sae.study.controls import with_controls
+from sae.study.run import Run, check_name, plan_study, study_runs, write_record
+from sae.study.stage import Compute, Source, check_same_inputs, only_one, open_source, shares_source, with_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from sae.activations.outliers import Outliers
+    from sae.activations.stream import TrainingBatches
+    from sae.common.precision import Precision
+    from sae.common.ranks import Job
+    from sae.dictionaries.sae import Sae
+    from sae.study.tracking import Tracker
+    from sae.training.learner import LogRow, TrainLog
+    from sae.training.memory import Part
+    from sae.training.trainer import Group
+
+_SAMPLE = 16_384  # tokens of the first batch that are looked at for outliers
+
+
+@dataclass(frozen=True)
+class Study:
+    """One setting, and the seeds that are to be trained under it."""
+
+    name: str
+    settings: Settings
+    seeds: tuple[int, ...]
+
+
+def train_study(
+    study: str, seeds: Sequence[int], settings: Settings, root: Path, compute: Compute, parallel: str | None = None
+) -> list[Run]:
+    """:func:`train_studies` of one study. Returns the runs in the order of ``seeds``."""
+    return train_studies([Study(study, settings, tuple(seeds))], root, compute, parallel)[0]
+
+
+def train_studies(
+    studies: Sequence[Study],
+    root: Path,
+    compute: Compute,
+    parallel: str | None = None,
+    tracker: Tracker | None = None,
+    controls: bool = False,
+) -> list[list[Run]]:
+    """Train one SAE per seed of every study. Returns each study's runs in the order of its seeds.
+
+    Within a study every seed sees the same batches in the same order; runs that exist are not touched. Studies with the
+    same subject, corpus and size of a step share one pass over the activations; give ``corpus.max_tokens`` where a data
+    set without end is to be shared by studies of different lengths. ``parallel`` says how the ranks that torchrun
+    started share the work (see :mod:`sae.common.ranks`); ``tracker`` is told of every new row of the training logs.
+    With ``controls`` each study gets its controls too (:mod:`sae.study.controls`), whose runs are not returned.
+    """
+    studies, asked_for = (
+        [replace(s, settings=_bounded(with_dtype(s.name, s.settings, root, compute))) for s in studies],
+        len(studies),
+    )
+    if controls:
+        studies = with_controls(studies, root)
+    names = [study.name for study in studies]
+    if len(set(names)) < len(names):
+        raise BadInput(f"studies {', '.join(names)}: give each name once")
+    # Read before anything is written, so that all ranks count the same.
+    missing = sum(_missing(study, root) for study in studies)
+    with together(parallel or _parallel_begun(studies, root), missing, compute.device) as (job, device):
+        # Rank 0 decides, before anything is written: the others may look at the disk a moment later.
+        dtypes = job.first("dtypes", lambda: [study.settings.subject.dtype for study in studies])
+        studies = [
+            replace(study, settings=study.settings.with_values(subject={"dtype": dtype}))
+            for study, dtype in zip(studies, dtypes, strict=True)
+        ]
+        planned = job.first("planned", lambda: [_planned(study, root) for study in studies])
+        runs = [[Run(name, root) for name, _, _ in of_study] for of_study in planned]
+        todo = [
+            _Todo(study, [(Run(name, root), seed) for name, seed, trained in of_study if not trained])
+            for study, of_study in zip(studies, planned, strict=True)
+        ]
+        todo = [each for each in todo if each.missing]
+        if not todo:
+            say(f"train: {', '.join(run.name for of_study in runs for run in of_study)}: already trained")
+            return runs[:asked_for]
+        with ExitStack() as locks:
+            for name in sorted(each.study.name for each in todo) if job.rank == 0 else []:
+                locks.enter_context(only_one(root, name))
+            for number, sharing in enumerate(_sharing(todo)):
+                _train_together(sharing, root, replace(compute, device=device), job, tracker, f"source {number}")
+    return runs[:asked_for]
+
+
+@dataclass(frozen=True)
+class _Todo:
+    """A study, and those of its runs that are not trained."""
+
+    study: Study
+    missing: list[tuple[Run, int]]
+
+    @property
+    def settings(self) -> Settings:
+        return self.study.settings
+
+
+def _missing(study: Study, root: Path) -> int:
+    """How many of the study's seeds are not trained."""
+    return len(set(study.seeds) - {run.seed for run in study_runs(study.name, root) if run.trained})
+
+
+def _parallel_begun(studies: Sequence[Study], root: Path) -> str | None:
+    """How the ranks share an unfinished training, which its bits may depend on; None where none says."""
+    if not launched():
+        return None
+    begun = [run for study in studies for run in study_runs(study.name, root) if not run.trained]
+    return next((run.record["ranks"]["parallel"] for run in begun if "ranks" in run.record), None)
+
+
+def _planned(study: Study, root: Path) -> list[tuple[str, int, bool]]:
+    """The name of each seed's run, and whether it is trained."""
+    planned = plan_study(study.name, list(study.seeds), study.settings, root)
+    _say_what_is_kept(study.name, study.settings, root)
+    for run, _ in planned:
+        if run.trained and run.state_folder.is_dir():  # a death came between the weights and this
+            shutil.rmtree(run.state_folder, ignore_errors=True)
+    return [(run.name, seed, run.trained) for run, seed in planned]
+
+
+def _say_what_is_kept(study: str, settings: Settings, root: Path) -> None:
+    """A run keeps the settings of its later stages too: other ones given now take no effect, which has to be said."""
+    later = {"harvest", "contexts"}
+    for run in study_runs(study, root):
+        differences = mapping_differences(run.settings.model_dump(include=later), settings.model_dump(include=later))
+        if differences:
+            say(f"{run.name} keeps the settings that it was begun with ({'; '.join(differences)})")
+
+
+def _bounded(settings: Settings) -> Settings:
+    """A data set, which may have no end, is read no further than the study needs: recorded as if it had been asked."""
+    if settings.corpus.kind != "dataset" or settings.corpus.max_tokens is not None:
+        return settings
+    return settings.with_values(corpus={"max_tokens": max(settings.training.tokens, settings.harvest.tokens)})
+
+
+def _sharing(todo: Sequence[_Todo]) -> list[list[_Todo]]:
+    """The studies that can go through one stream together: the same source, and the same sequences in a step."""
+    found: dict[Any, list[_Todo]] = {}
+    for each in todo:
+        key = shares_source(each.settings), each.settings.training.batch_tokens
+        found.setdefault(key, []).append(each)
+    return list(found.values())
+
+
+# --- one pass ---------------------------------------------------------------------------------------------
+
+
+def _train_together(
+    todo: list[_Todo], root: Path, compute: Compute, job: Job, tracker: Tracker | None, label: str
+) -> None:
+    from sae.training.memory import check_fits, out_of_memory_is_told
+    from sae.training.trainer import train_groups
+
+    with job.first_then_others(label):
+        source = open_source([each.settings for each in todo], root, compute, cache="fill" if job.rank == 0 else "none")
+    batches = [_batches(source, each.settings) for each in todo]
+    mine = set(job.share([run.name for each in todo for run, _ in each.missing]))
+    parts = [_part(source, each, mine) for each in todo]
+    provenance = [_provenance(source, each, b, root) for each, b in zip(todo, batches, strict=True)]
+    for each, of_study in zip(todo, provenance, strict=True) if job.rank == 0 else []:
+        for run, _ in each.missing:
+            check_same_inputs(run, of_study)
+    check_fits(parts, source.subject.device)
+    for each in todo:
+        _say_what_begins(each, source)
+    with _no_trace_of_nothing(todo, job), out_of_memory_is_told(parts, source.subject.device):
+        samples = job.read(batches, 0)
+        outliers = _outliers(batches, samples)
+        dominated = _where_outliers_dominate(batches, samples, outliers)
+        for each, of_study in zip(todo, provenance, strict=True) if job.rank == 0 else []:
+            for run, seed in each.missing:
+                if not (run.folder / "run.json").is_file():
+                    found = {"outlier_tokens": outliers[of_study["hookpoint"]].record()}
+                    write_record(run, seed, each.study.name, each.settings, {**of_study, **found, **job.record})
+        job.barrier()
+        groups = _groups(todo, batches, samples, mine, root)
+        del samples
+        try:
+            train_groups(groups, job, job.read, _Ending(todo, groups, mine, job, tracker, dominated))
+        except BaseException:
+            if tracker is not None:
+                tracker.abandon()
+            raise
+    job.barrier()
+
+
+def _batches(source: Source, settings: Settings) -> TrainingBatches:
+    from sae.activations.stream import TrainingBatches
+
+    return TrainingBatches(
+        source.stream(settings.subject.hookpoint),
+        tokens=settings.training.tokens,
+        batch_tokens=settings.training.batch_tokens,
+        order_seed=settings.corpus.order_seed,
+    )
+
+
+def _part(source: Source, todo: _Todo, mine: set[str]) -> Part:
+    """What this process will train of a study."""
+    from sae.training.memory import Part
+
+    stream = source.stream(todo.settings.subject.hookpoint)
+    return Part(todo.settings.training, sum(r.name in mine for r, _ in todo.missing), stream.width, stream.hookpoint)
+
+
+def _provenance(source: Source, todo: _Todo, batches: TrainingBatches, root: Path) -> dict[str, Any]:
+    subject, corpus, settings = source.subject, source.corpus, todo.settings
+    return {
+        "subject": {
+            "source": settings.subject.model,
+            "fingerprint": subject.fingerprint,
+            "dtype": settings.subject.dtype,
+            "d_in": batches.stream.width,
+        },
+        "hookpoint": batches.stream.hookpoint,
+        "corpus": {"key": corpus.key, "fingerprint": corpus.fingerprint, **corpus.info},
+        "batch_order": {"seed": settings.corpus.order_seed, "fingerprint": batches.fingerprint, "steps": len(batches)},
+        "precision": _precision(todo, batches.stream.device, root),
+    }
+
+
+def _precision(todo: _Todo, device: torch.device, root: Path) -> Precision:
+    """What the encoder's product is done in: as in the study's first run, be that from a machine of another kind."""
+    from sae.common.precision import resolve, warn_if_emulated
+
+    precision = resolve(todo.settings.training.precision, device)
+    for run in (run for run in study_runs(todo.study.name, root) if not run.imported):
+        precision = run.record.get("precision", "float32")  # there was no other before it was recorded
+        break
+    warn_if_emulated("training.precision", precision, device)
+    return precision
+
+
+def _say_what_begins(todo: _Todo, source: Source) -> None:
+    training = todo.settings.training
+    stream = source.stream(todo.settings.subject.hookpoint)
+    say(
+        f"train: {', '.join(run.name for run, _ in todo.missing)} · M {training.num_latents}, k {training.k}, "
+        f"D {stream.width} · {human(training.tokens)} tokens of {human(source.corpus.n_tokens)} · "
+        f"{source.subject.source}, {stream.hookpoint}"
+    )
+
+
+def _outliers(batches: Sequence[TrainingBatches], samples: Sequence[torch.Tensor]) -> dict[str, Outliers]:
+    """Measure each hookpoint's outlier tokens on its first batch [B, D]; a warning where they decide what FVU says."""
+    from sae.activations.outliers import find_outliers
+
+    by_hookpoint = {of.stream.hookpoint: sample[:_SAMPLE] for of, sample in zip(batches, samples, strict=True)}
+    found = {hookpoint: find_outliers(sample) for hookpoint, sample in by_hookpoint.items()}
+    for hookpoint, outliers in found.items():
+        if outliers.dominate:
+            say(
+                f"train: warning: at {hookpoint} {outliers.in_words()}; FVU and L0 as printed here and in the report "
+                "are then about these few tokens, and the end of the training says what they are without them"
+            )
+    return found
+
+
+def _where_outliers_dominate(
+    batches: Sequence[TrainingBatches], samples: Sequence[torch.Tensor], outliers: Mapping[str, Outliers]
+) -> dict[str, torch.Tensor]:
+    """Hookpoint → tokens of its first batch [n, D], for hookpoints where outlier tokens decide what FVU says."""
+    return {
+        of.stream.hookpoint: sample[:_SAMPLE].clone()
+        for of, sample in zip(batches, samples, strict=True)
+        if outliers[of.stream.hookpoint].dominate
+    }
+
+
+def _groups(
+    todo: Sequence[_Todo],
+    batches: Sequence[TrainingBatches],
+    samples: Sequence[torch.Tensor],
+    mine: set[str],
+    root: Path,
+) -> list[Group]:
+    """The dictionaries of this process as they are initialised on ``samples`` [B, D], study by study."""
+    from sae.dictionaries.architectures import ARCHITECTURES
+    from sae.training.trainer import Group
+
+    groups = []
+    for each, of_study, sample in zip(todo, batches, samples, strict=True):
+        training = each.settings.training
+        kind, shape = ARCHITECTURES[training.architecture], (of_study.stream.width, training.num_latents, training.k)
+        own = [(run, seed) for run, seed in each.missing if run.name in mine]
+        saes = [kind.init(*shape, seed=seed, x_sample=sample).to(of_study.stream.device) for _, seed in own]
+        training = training.model_copy(update={"precision": _precision(each, of_study.stream.device, root)})
+        groups.append(Group(of_study, saes, training, [run.state_folder for run, _ in own]))
+    return groups
+
+
+class _Ending:
+    """Writes each study's weights and logs as soon as it is trained, and passes new rows on to the tracker."""
+
+    def __init__(
+        self,
+        todo: Sequence[_Todo],
+        groups: Sequence[Group],
+        mine: set[str],
+        job: Job,
+        tracker: Tracker | None,
+        dominated: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._todo, self._groups, self._mine, self._job, self._tracker = todo, groups, mine, job, tracker
+        self._dominated = dominated
+        if tracker is not None and job.writes:
+            for each in todo:
+                for run, _ in each.missing:
+                    if run.name in mine:
+                        tracker.begin(run)
+
+    def row(self, run: str, row: LogRow) -> None:
+        if self._tracker is not None:
+            self._tracker.row(run, row)
+
+    def end(self, group: int, logs: list[TrainLog]) -> None:
+        from sae.dictionaries.checkpoint import save_sae
+        from sae.training.state import discard_states
+
+        own = [run for run, _ in self._todo[group].missing if run.name in self._mine]
+        for run, sae, log in zip(own, self._groups[group].saes, logs, strict=True) if self._job.writes else []:
+            write_table(run.training_log_path, log.table(), **self._without_outliers(run, sae))
+            save_sae(run.folder, sae, run.about())
+            discard_states(run.state_folder)
+            if self._tracker is not None:
+                self._tracker.end(run.name)
+
+    def _without_outliers(self, run: Run, sae: Sae) -> dict[str, Any]:
+        """What FVU and L0 are without outlier tokens, as metadata of the log; nothing where there is no need to ask."""
+        from sae.activations.outliers import measure_quality
+
+        sample = self._dominated.get(run.record["hookpoint"])
+        if sample is None:
+            return {}
+        quality = measure_quality(sae, sample)
+        if not run.is_control:
+            say(f"train: {run.name}: {quality.in_words()} (on the first batch)")
+        return {"quality": asdict(quality)}
+
+
+@contextmanager
+def _no_trace_of_nothing(todo: Sequence[_Todo], job: Job) -> Iterator[None]:
+    """A training that fails before its first checkpoint leaves no run behind, so that its name can be used again."""
+    new = [run for each in todo for run, _ in each.missing if not (run.folder / "run.json").is_file()]
+    try:
+        yield
+    except UserError:
+        for run in new if job.rank == 0 else []:
+            if not run.trained and not (run.state_folder.is_dir() and any(run.state_folder.iterdir())):
+                (run.folder / "run.json").unlink(missing_ok=True)
+                if run.folder.is_dir() and not any(run.folder.iterdir()):
+                    run.folder.rmdir()
+        raise
+
+
+def names_of(name: str, hookpoints: Sequence[str]) -> list[str]:
+    """What studies are called: ``name`` itself for one hookpoint, ``name-layers.1.mlp`` and so on for several."""
+    return [name] if len(hookpoints) <= 1 else [f"{name}-{hookpoint}" for hookpoint in hookpoints]
+
+
+def studies_of(name: str, settings: Settings, hookpoints: Sequence[str], seeds: Sequence[int]) -> list[Study]:
+    """One study for each hookpoint, or of the settings' own; see :func:`names_of`."""
+    chosen: Sequence[str | None] = hookpoints or [None]
+    return [
+        Study(check_name(study), settings.with_values(subject={"hookpoint": hookpoint}), tuple(seeds))
+        for study, hookpoint in zip(names_of(name, hookpoints), chosen, strict=True)
+    ]

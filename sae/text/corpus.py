@@ -1,0 +1,171 @@
+"""Text as packed token sequences, stored once, in orders that depend on a seed and nothing else.
+
+Why stored: every later stage (training, harvest, contexts) points into the same sequences, so a
+position is two small numbers and no stage tokenises again. Documents follow one another with the
+tokenizer's end-of-text token between them and are cut into rows of T tokens; no row begins with a BOS,
+which the subject model adds for its forward pass and drops again.
+
+Why the order goes by blocks: a sequence's activations may differ in the last bit with its neighbours in
+the forward pass, so every sequence has fixed ones, its *block*. An order shuffles the blocks, then the
+sequences within groups of :data:`MIXED_BLOCKS` consecutive blocks. Whoever reads in such an order computes each
+block once and holds one group, yet no two epochs repeat a batch. Which sequences share a block is itself
+drawn at random from the whole corpus, so a batch mixes documents.
+
+Importing this module, and reading a stored corpus, needs no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae.common.commands import written
+from sae.common.errors import BadInput, NotFound
+from sae.common.files import read_json
+
+BLOCK_TOKENS = 4096
+MIXED_BLOCKS = 4
+_BLOCK_SEED = 0x5AE
+
+
+class Corpus:
+    """N packed sequences of T tokens, memory-mapped. Open with :meth:`open` or
+    :func:`sae.text.packing.prepare_corpus`, which makes it where it is not there yet.
+
+    Attributes:
+        key: the folder's name: 16 hex characters of what the corpus was made from.
+        fingerprint: SHA-256 of the tokens and T, 64 hex characters.
+        context: T.
+        n_sequences, n_tokens: N and N·T.
+        special_ids: the tokenizer's special tokens, ascending.
+        info: what ``run.json`` records (kind, source, counts of files, documents, bytes and tokens).
+        tokens: ``[N, T]``, uint16 or uint32, read-only.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any], tokens: np.memmap) -> None:
+        self.folder = folder
+        self.key: str = record["key"]
+        self.fingerprint: str = record["fingerprint"]
+        self.context: int = record["context"]
+        self.special_ids: tuple[int, ...] = tuple(record["special_ids"])
+        self.info: dict[str, Any] = record["info"]
+        self.tokens = tokens
+        self.n_sequences: int = tokens.shape[0]
+        self.n_tokens: int = tokens.size
+        self._piece = functools.cache(self._piece_of)
+
+    @classmethod
+    def open(cls, folder: Path) -> Corpus:
+        """A stored corpus. Raises :class:`NotFound` or :class:`BadInput` where there is none, or a damaged one."""
+        again = f"delete the folder and run `{written('train')}` with the same settings to make it again"
+        try:
+            record = read_json(folder / "corpus.json")
+            n, context, dtype = record["n_sequences"], record["context"], np.dtype(record["dtype"])
+            if (folder / "tokens.bin").stat().st_size != n * context * dtype.itemsize:
+                raise ValueError("tokens.bin has the wrong size")
+            return cls(folder, record, np.memmap(folder / "tokens.bin", dtype, "r", shape=(n, context)))
+        except FileNotFoundError as error:
+            missing = Path(error.filename).name
+            raise NotFound(f"corpus {str(folder)!r} has no {missing}; {again}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"corpus {str(folder)!r} is damaged ({error}); {again}") from None
+
+    # --- order --------------------------------------------------------------------------------------------
+
+    @property
+    def block_rows(self) -> int:
+        """Sequences in a block: as many as make :data:`BLOCK_TOKENS` tokens, at least one."""
+        return max(1, BLOCK_TOKENS // self.context)
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.n_sequences // self.block_rows)
+
+    @functools.cached_property
+    def _by_block(self) -> np.ndarray:
+        return np.random.Generator(np.random.PCG64(_BLOCK_SEED)).permutation(self.n_sequences)
+
+    @functools.cached_property
+    def _rank(self) -> np.ndarray:
+        rank = np.empty(self.n_sequences, dtype=np.int64)
+        rank[self._by_block] = np.arange(self.n_sequences)
+        return rank
+
+    def block(self, number: int) -> np.ndarray:
+        """The sequences of one block, int64 ``[block_rows]`` (fewer in the last), the same for every seed."""
+        return self._by_block[number * self.block_rows : (number + 1) * self.block_rows]
+
+    def place(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For sequences ``rows [n]``: their blocks, and their places within them, both int64 ``[n]``."""
+        blocks, places = np.divmod(self._rank[rows], self.block_rows)
+        return blocks, places
+
+    def order(self, epoch: int, seed: int) -> np.ndarray:
+        """The order of an epoch (0, 1, …): a permutation of the N sequences, int64 ``[N]``."""
+        rng = np.random.Generator(np.random.PCG64([seed, epoch]))
+        turn = np.empty(self.n_blocks, dtype=np.int64)
+        turn[rng.permutation(self.n_blocks)] = np.arange(self.n_blocks)
+        group = turn[np.arange(self.n_sequences) // self.block_rows] // MIXED_BLOCKS
+        return self._by_block[np.lexsort((rng.random(self.n_sequences), group))]
+
+    # --- tokens -------------------------------------------------------------------------------------------
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """The sequences ``index [n]`` as int64 ``[n, T]``."""
+        return self.tokens[index].astype(np.int64)
+
+    def is_special(self, tokens: np.ndarray) -> np.ndarray:
+        """Which of ``tokens``, of any shape, are special tokens: bool of that shape."""
+        return np.isin(tokens, self.special_ids)
+
+    @functools.cached_property
+    def _decoder(self) -> Any:
+        from tokenizers import Tokenizer
+
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            raise NotFound(f"corpus {str(self.folder)!r} has no tokenizer.json; its tokenizer exists in Python only")
+        return Tokenizer.from_file(str(path))
+
+    @functools.cached_property
+    def _decodes_apart(self) -> bool:
+        """Whether the bytes of a text are those of its tokens, one after another, whatever stands around them."""
+        decoder: dict[str, Any] | None = json.loads(self._decoder.to_str())["decoder"]
+        return decoder is not None and decoder["type"] == "ByteLevel"
+
+    def _piece_of(self, token: int) -> str | None:
+        """The text of a token that is whole characters wherever it stands; ``None`` where that is not certain."""
+        if not self._decodes_apart:
+            return None
+        text: str = self._decoder.decode([token], skip_special_tokens=False)
+        return None if "\ufffd" in text else text
+
+    def decode(self, tokens: np.ndarray) -> list[str]:
+        """The text of each of ``tokens [n]``; joined, they are the text of all of them.
+
+        A character that several tokens spell belongs to the last of these, the others being empty strings;
+        bytes at either end that are no whole character come out as U+FFFD.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        ids = tokens.tolist()
+        known = [self._piece(i) for i in ids]
+        if None not in known:
+            return [piece or "" for piece in known]
+        stream = DecodeStream(skip_special_tokens=False)
+        steps: list[str | None] = []
+        for i in ids:
+            try:
+                steps.append(stream.step(self._decoder, i))
+            except Exception:  # bytes that can never become a character: the decoder gives up and must begin anew
+                stream = DecodeStream(skip_special_tokens=False)
+                steps.append("\ufffd" + (stream.step(self._decoder, i) or ""))
+        pieces = [step or "" for step in steps]
+        if steps and steps[-1] is None:  # the last tokens wait for more bytes, or have no text at all
+            whole, joined = self._decoder.decode(ids, skip_special_tokens=False), "".join(pieces)
+            pieces[-1] = whole[len(joined) :] if whole.startswith(joined) else "\ufffd"
+        return pieces

@@ -1,0 +1,163 @@
+"""Datasets as a source of text: saved ones, local data files, and the hub's, always streamed.
+
+Apart from the other sources because the ``datasets`` library is slow to import, and most corpora do not
+need it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.files import digest, read_json
+from sae.common.hub import Kind, find_on_hub, first_line, looks_like_path
+from sae.settings import CorpusSettings
+from sae.text.documents import Document, Hashes, TextSource, in_pieces, text_of
+
+_LOADERS = {
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".arrow": "arrow",
+}
+
+
+def open_dataset(settings: CorpusSettings, hashes: Hashes) -> TextSource:
+    """The dataset that ``settings.source`` names: one directory, data file or hub name."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    if len(settings.source) != 1:
+        raise BadInput(f"corpus.source names {len(settings.source)} datasets; give exactly one")
+    name = settings.source[0]
+    path = Path(name).expanduser()
+    identity: dict[str, Any] = {"kind": "dataset", "column": settings.column}
+    info: dict[str, Any] = {"source": name, "split": settings.split, "column": settings.column}
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        rows, folder = _saved(path, name, settings.split)
+        identity["contents"] = _contents(folder, [p for p in folder.iterdir() if _is_data(p)], hashes)
+    elif path.exists():
+        rows, files = _local(path, name, settings)
+        identity |= {"config": settings.config, "split": settings.split, "contents": _contents(path, files, hashes)}
+    elif looks_like_path(name):
+        raise NotFound(f"dataset {name!r} does not exist; give a directory, a data file or a hub name")
+    else:
+        at = find_on_hub(name, Kind.DATASET)
+        rows = _load(name, settings, path=at.name, revision=at.commit)
+        identity |= {"hub": at.name, "commit": at.commit, "config": settings.config, "split": settings.split}
+        info["commit"] = at.commit
+    if settings.config is not None:
+        info["config"] = settings.config
+    first = _first_row(rows, name, settings)
+    text_of(first, settings.column, f"dataset {name!r}")
+    count = getattr(rows, "num_rows", None) or _known_rows(rows, settings.split)
+    return TextSource(identity, info, lambda: _documents(rows, name, settings.column), count, "documents")
+
+
+def _documents(rows: Any, name: str, column: str) -> Iterator[Document]:
+    try:
+        for number, row in enumerate(rows.select_columns([column])):
+            text = text_of(row, column, f"dataset {name!r} row {number}")
+            yield from in_pieces(f"{name}:{number}", text)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"dataset {name!r} cannot be read to its end: {first_line(error)}; run again to go on") from None
+
+
+def _first_row(rows: Any, name: str, settings: CorpusSettings) -> dict[str, Any]:
+    try:
+        found = list(itertools.islice(iter(rows), 1))
+    except Exception as error:  # the library lets a parser's own errors through, whatever their type
+        raise BadInput(f"dataset {name!r} cannot be read: {first_line(error)}; check its files") from None
+    if not found:
+        raise BadInput(f"dataset {name!r}, split {settings.split!r}, has no rows; choose another split")
+    return found[0]
+
+
+def _known_rows(rows: Any, split: str) -> int | None:
+    splits = getattr(rows.info, "splits", None)
+    return (splits[split].num_examples or None) if splits and split in splits else None
+
+
+# --- on disk ----------------------------------------------------------------------------------------------
+
+
+def _saved(path: Path, name: str, split: str) -> tuple[Any, Path]:
+    """A folder written by ``save_to_disk``: its rows, and the folder of the chosen split."""
+    import datasets
+
+    folder = path
+    if (path / "dataset_dict.json").is_file():
+        try:
+            splits = list(read_json(path / "dataset_dict.json")["splits"])
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f"dataset {name!r}: its dataset_dict.json is damaged; save the dataset again") from None
+        if split not in splits:
+            raise NotFound(f"dataset {name!r} has no split {split!r}; did you mean {nearest(split, splits)}?")
+        folder = path / split
+    try:
+        return datasets.load_from_disk(str(folder)), folder
+    except Exception as error:  # Arrow's, JSON's and the library's own errors share no base
+        raise BadInput(f"dataset {name!r} cannot be opened: {first_line(error)}; save the dataset again") from None
+
+
+def _local(path: Path, name: str, settings: CorpusSettings) -> tuple[Any, list[Path]]:
+    """Data files of one kind (Parquet, JSON, CSV, text): a single one, or a folder of them."""
+    if path.is_file():
+        loader = _LOADERS.get(path.suffix.lower())
+        if loader is None:
+            raise BadInput(f"dataset {name!r}: {path.suffix or 'no ending'} is not one of {' '.join(_LOADERS)}")
+        extra = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+        return _load(name, settings, path=loader, data_files={settings.split: str(path)}, **extra), [path]
+    files = [p for p in path.rglob("*") if _is_data(p)]
+    if not files:
+        raise NotFound(f"dataset {name!r} is an empty folder; give one that holds data files")
+    return _load(name, settings, path=str(path)), files
+
+
+def _is_data(path: Path) -> bool:
+    # `cache-*.arrow` are left behind by the library's own transformations of a saved dataset.
+    return path.is_file() and not path.name.startswith((".", "cache-"))
+
+
+def _contents(root: Path, files: list[Path], hashes: Hashes) -> str:
+    named = [[p.relative_to(root).as_posix() if p != root else "", hashes.facts(p).sha256] for p in sorted(files)]
+    hashes.save()
+    return digest(named)
+
+
+def _load(name: str, settings: CorpusSettings, **where: Any) -> Any:
+    """``datasets.load_dataset``, streaming, with its failures told in one line."""
+    import datasets
+
+    place = {key: value for key, value in where.items() if key in ("path", "data_files", "revision")}
+    try:
+        configs = [settings.config]
+        if "data_files" not in where:
+            configs = datasets.get_dataset_config_names(**place)
+            if settings.config is not None and settings.config not in configs:
+                raise NotFound(
+                    f"dataset {name!r} has no configuration {settings.config!r}; "
+                    f"did you mean {nearest(settings.config, configs)}?"
+                )
+            if settings.config is None and len(configs) > 1 and "default" not in configs:
+                raise BadInput(
+                    f"dataset {name!r} has several configurations; choose corpus.config among {', '.join(configs[:12])}"
+                )
+            splits = datasets.get_dataset_split_names(**place, config_name=settings.config)
+            if settings.split not in splits:
+                raise NotFound(
+                    f"dataset {name!r} has no split {settings.split!r}; did you mean {nearest(settings.split, splits)}?"
+                )
+        return datasets.load_dataset(**where, name=settings.config, split=settings.split, streaming=True)
+    except (NotFound, BadInput):
+        raise
+    except Exception as error:  # errors of the hub, of file systems and of every reader share no base
+        raise BadInput(f"dataset {name!r} cannot be opened: {first_line(error)}") from None

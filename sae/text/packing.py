@@ -1,0 +1,274 @@
+"""Making a corpus: text tokenised and packed into rows, whole or resumed.
+
+What it makes, and how that is read, is in :mod:`sae.text.corpus`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from sae.common.errors import BadInput, UserError
+from sae.common.files import digest, read_json, write_json
+from sae.common.progress import human, say, track
+from sae.settings import CorpusSettings
+from sae.text.corpus import Corpus
+from sae.text.documents import Document, TextSource, open_source
+
+_SCHEMA = 1
+_BATCH_CHARACTERS = 1 << 19
+_BATCH_DOCUMENTS = 512
+_CHECKPOINT_SECONDS = 15.0
+
+
+def prepare_corpus(settings: CorpusSettings, tokenizer: Any, tokenizer_fingerprint: str, root: Path) -> Corpus:
+    """The corpus that ``settings`` name, made under ``root/corpora/`` or, where it is there already, opened.
+
+    Killed at any point, the next call goes on from the last quarter of a minute. Memory does not grow
+    with the text.
+
+    Raises:
+        NotFound, BadInput: a source that is missing, unreadable, not text, or shorter than one sequence.
+    """
+    if settings.max_tokens is not None and settings.max_tokens < settings.context:
+        raise BadInput(
+            f"corpus.max_tokens = {settings.max_tokens} is less than one sequence of corpus.context = "
+            f"{settings.context}; raise the first or lower the second"
+        )
+    corpora = root / "corpora"
+    source = open_source(settings, corpora / "hashes.json")
+    if source.total is None and settings.max_tokens is None:
+        raise BadInput(f"the length of {settings.source[0]!r} is not known beforehand; set corpus.max_tokens")
+    made_from = {
+        "schema": _SCHEMA,
+        "source": source.identity,
+        "tokenizer": tokenizer_fingerprint,
+        "context": settings.context,
+        "max_tokens": settings.max_tokens,
+    }
+    key = digest(made_from)[:16]
+    folder = corpora / key
+    if not (folder / "corpus.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone_in(folder):
+            if not (folder / "corpus.json").is_file():
+                _Packer(folder, key, settings, tokenizer, source).run(made_from)
+    return Corpus.open(folder)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"corpus {folder.name}: another command is making it; waiting")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Packer:
+    """Tokenises into ``tokens.part`` and renames it when it is whole.
+
+    ``packing.json`` says how many pieces of text lie behind the first ``rows`` rows and which tokens are
+    left over; whatever the part file holds beyond is cut off on the way back.
+    """
+
+    def __init__(self, folder: Path, key: str, settings: CorpusSettings, tokenizer: Any, source: TextSource) -> None:
+        self.folder, self.key, self.settings, self.source = folder, key, settings, source
+        self.context = settings.context
+        self.special_ids = special_ids(tokenizer)
+        self.separator = separator(tokenizer)
+        self.encode, self.backend = encoder(tokenizer)
+        self.dtype = np.dtype("<u2" if vocabulary(tokenizer) <= 1 << 16 else "<u4")
+        self.max_rows = None if settings.max_tokens is None else settings.max_tokens // self.context
+        self.part = folder / "tokens.part"
+        self.state = folder / "packing.json"
+        self.rows = self.pieces = self.documents = self.bytes = 0
+        self.left = np.empty(0, dtype=self.dtype)
+        self.within_document = False
+
+    def run(self, made_from: dict[str, Any]) -> None:
+        self._go_back_to_checkpoint()
+        hasher = hashlib.sha256(f"{self.context}\n".encode())
+        try:
+            with self.part.open("r+b") as stream:
+                while data := stream.read((1 << 18) * self.dtype.itemsize):
+                    hasher.update(np.frombuffer(data, self.dtype).astype("<u4").tobytes())
+                self._pack(stream, hasher)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f"the disk is full under {str(self.folder)!r}; free some space and run again") from None
+        if self.rows == 0:
+            self.part.unlink()
+            self.state.unlink(missing_ok=True)
+            raise BadInput(
+                f"the text of {self._name()} has {human(len(self.left))} tokens, fewer than one sequence of "
+                f"corpus.context = {self.context}; add text or lower corpus.context"
+            )
+        if self.backend is not None:
+            self.backend.save(str(self.folder / "tokenizer.json"))
+        self.part.replace(self.folder / "tokens.bin")
+        info = {
+            "kind": self.settings.kind,
+            **self.source.info,
+            "n_documents": self.documents,
+            "n_bytes": self.bytes,
+            "n_tokens": self.rows * self.context,
+            "context": self.context,
+            "max_tokens": self.settings.max_tokens,
+        }
+        record = {
+            "schema": _SCHEMA,
+            "key": self.key,
+            "fingerprint": hasher.hexdigest(),
+            "context": self.context,
+            "n_sequences": self.rows,
+            "dtype": self.dtype.str,
+            "special_ids": self.special_ids,
+            "separator": self.separator,
+            "made_from": made_from,
+            "info": info,
+        }
+        write_json(self.folder / "corpus.json", record)
+        self.state.unlink(missing_ok=True)
+
+    def _name(self) -> str:
+        return ", ".join(map(repr, self.settings.source)) or "the standard library"
+
+    def _pack(self, stream: Any, hasher: Any) -> None:
+        by_tokens = self.max_rows is not None
+        total = self.max_rows * self.context if self.max_rows is not None else self.source.total or 0
+        unit = "tokens" if by_tokens else self.source.unit
+        last = time.monotonic()
+        with track("tokenise", total, unit, done=self._amount(unit)) as bar:
+            for batch in _batches(islice(self.source.documents(), self.pieces, None)):
+                if self.max_rows is not None and self.rows >= self.max_rows:
+                    break
+                before = self._amount(unit)
+                rows = self._rows_of(batch)
+                stream.write(rows.tobytes())
+                hasher.update(rows.astype("<u4").tobytes())
+                bar.advance(self._amount(unit) - before)
+                if time.monotonic() - last > _CHECKPOINT_SECONDS:
+                    self._checkpoint(stream)
+                    last = time.monotonic()
+
+    def _amount(self, unit: str) -> int:
+        return {"tokens": self.rows * self.context, "bytes": self.bytes, "documents": self.documents}[unit]
+
+    def _rows_of(self, batch: Sequence[Document]) -> np.ndarray:
+        """Take a batch of pieces in; returns the whole rows that this completes, ``[n, T]``."""
+        parts = [self.left]
+        limit = None if self.max_rows is None else (self.max_rows - self.rows) * self.context
+        total = len(self.left)
+        for piece, ids in zip(batch, self.encode([d.text for d in batch]), strict=True):
+            if limit is not None and total >= limit:
+                break  # so that what is counted does not depend on where batches begin
+            parts.append(np.asarray(ids, dtype=self.dtype))
+            total += len(ids)
+            self.pieces += 1
+            self.bytes += len(piece.text.encode())
+            self.within_document = self.within_document or len(ids) > 0
+            if piece.ends:
+                if self.within_document and self.separator is not None:  # an empty document leaves no trace
+                    parts.append(np.asarray([self.separator], dtype=self.dtype))
+                    total += 1
+                self.documents += self.within_document
+                self.within_document = False
+        flat = np.concatenate(parts)
+        n = len(flat) // self.context
+        if self.max_rows is not None:
+            n = min(n, self.max_rows - self.rows)
+        self.left = flat[n * self.context :]
+        self.rows += n
+        return flat[: n * self.context].reshape(n, self.context)
+
+    def _checkpoint(self, stream: Any) -> None:
+        stream.flush()
+        os.fsync(stream.fileno())
+        state = {name: getattr(self, name) for name in ("rows", "pieces", "documents", "bytes", "within_document")}
+        write_json(self.state, {**state, "left": self.left.tolist()})
+
+    def _go_back_to_checkpoint(self) -> None:
+        row_bytes = self.context * self.dtype.itemsize
+        try:
+            state = read_json(self.state)
+            if self.part.stat().st_size < state["rows"] * row_bytes:
+                raise ValueError("the part file is shorter than its record")
+            self.left = np.asarray(state.pop("left"), dtype=self.dtype)
+            vars(self).update(state)
+        except (OSError, ValueError, KeyError):
+            self.rows = 0
+        self.part.touch()
+        os.truncate(self.part, self.rows * row_bytes)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Pieces in batches large enough to keep a parallel tokenizer busy, bounded in characters."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+# --- what the corpus needs to know of a tokenizer -----------------------------------------------------------
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """Every token that stands for no text (end of text, BOS, padding, chat marks), ascending."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = {int(i) for i, token in added.items() if getattr(token, "special", False)}
+    return sorted(marked | {int(i) for i in tokenizer.all_special_ids})
+
+
+def separator(tokenizer: Any) -> int | None:
+    """The token put after each document: end of text, or what the tokenizer has in its place."""
+    for name in ("eos_token_id", "sep_token_id", "bos_token_id"):
+        if getattr(tokenizer, name, None) is not None:
+            return int(getattr(tokenizer, name))
+    return None
+
+
+def vocabulary(tokenizer: Any) -> int:
+    """One more than the largest token id."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
+def encoder(tokenizer: Any) -> tuple[Any, Any]:
+    """``texts -> token ids of each``, without special tokens added, and the Rust tokenizer behind it (or ``None``).
+
+    The Rust tokenizer is called directly, on a copy: the wrapper's per-token extras take as long as the
+    tokenising, and a copy is free of truncation and padding that someone may have set.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return (lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]), None
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return (lambda texts: [e.ids for e in copy.encode_batch_fast(texts, add_special_tokens=False)]), copy

@@ -1,0 +1,260 @@
+"""One dictionary as it learns: its weights, Adam's moments, and all else that its next step depends on.
+
+Recipe (Gao et al. 2024; Paulo & Belrose 2025): Adam on FVU + AuxK, linear warm-up and decay, decoder rows of
+unit length from whose gradient the part along the row is removed. A latent is dead when it had no strictly
+positive activation for ``dead_tokens`` tokens; a slot that top-k filled with zero does not count as firing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sae.common.errors import NotFinite, SettingsDiffer
+from sae.common.precision import Precision, resolve
+from sae.common.ranks import Job
+from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.objective import AuxK, Loss, Objective
+from sae.dictionaries.sae import Sae
+from sae.settings import TrainingSettings
+from sae.training.sparsity import SparsityControl
+from sae.training.stacked import Found
+from sae.training.state import State, latest_state
+
+_BETAS = (0.9, 0.999)
+_EPS = 6.25e-10  # Gao et al. 2024: gradients of rare latents are of the size of the usual 1e-8
+_LOG_ROWS = 200
+
+LogRow = dict[str, float]
+
+
+@dataclass
+class TrainLog:
+    """How one seed's training went."""
+
+    rows: list[LogRow]
+    """about 200, evenly spaced, each the mean since the row before; the columns of ``training.parquet``"""
+    resumed_from: int
+    """the step at which this call took over; 0 when it began afresh"""
+
+    def table(self) -> pd.DataFrame:
+        """Columns step, tokens, loss, fvu, auxk, sparsity, sparsity_coefficient, l0, dead_fraction, learning_rate.
+
+        ``sparsity`` is that part of the loss, coefficient included, and 0 for architectures without it.
+        """
+        return pd.DataFrame(self.rows)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the settings come to for a run of so many steps."""
+
+    steps: int
+    warmup: int
+    peak_rate: float
+    dead_tokens: int
+    k_aux: int
+    sparsity_warmup: int
+    bandwidth: float
+    log_every: int
+    precision: Precision
+    frozen: str
+
+    @classmethod
+    def of(cls, settings: TrainingSettings, steps: int, d_in: int, device: str | torch.device = "cpu") -> Plan:
+        return cls(
+            steps=steps,
+            warmup=min(settings.warmup_steps, steps // 10),
+            peak_rate=settings.learning_rate or 2e-4 / math.sqrt(settings.num_latents / 2**14),
+            dead_tokens=settings.dead_tokens or min(10_000_000, max(1, settings.tokens // 20)),
+            k_aux=settings.k_aux or max(1, d_in // 2),
+            sparsity_warmup=min(settings.sparsity_warmup_steps or max(1, steps // 5), steps),
+            bandwidth=settings.bandwidth,
+            log_every=max(1, steps // _LOG_ROWS),
+            precision=resolve(settings.precision, device),
+            frozen=settings.frozen,
+        )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, ...: up to the peak in a straight line, then down, never quite to 0."""
+        if step < self.warmup:
+            return self.peak_rate * (step + 1) / self.warmup
+        return self.peak_rate * (self.steps - step) / (self.steps - self.warmup)
+
+
+@dataclass
+class _Sums:
+    """What the next row of the log is the mean of."""
+
+    steps: int = 0
+    fvu: float = 0.0
+    auxk: float = 0.0
+    l0: float = 0.0
+    sparsity: float = 0.0
+    other: float = 0.0
+
+
+@dataclass
+class Learner:
+    """One dictionary in training, with everything that its next step depends on."""
+
+    sae: Sae
+    plan: Plan
+    auxk: float
+    name: str
+    rows: list[LogRow] = field(default_factory=list)
+    tokens: int = 0
+    sums: _Sums = field(default_factory=_Sums)
+    control: SparsityControl = field(default_factory=SparsityControl)
+    resumed_from: int = 0
+
+    def __post_init__(self) -> None:
+        weights = self.sae.parameters()
+        self.first = {name: torch.zeros_like(w) for name, w in weights.items()}
+        self.second = {name: torch.zeros_like(w) for name, w in weights.items()}
+        self.silent = torch.zeros(self.sae.num_latents, dtype=torch.int64, device=self.sae.device)
+
+    def objective(self, x: Tensor, variance: float, job: Job) -> Objective:
+        """What the next step minimises on the batch ``x`` [B, D] with total variance ``variance``."""
+        auxk = AuxK(self.silent >= self.plan.dead_tokens, self.plan.k_aux, self.auxk)
+        return Objective(variance, len(x), auxk, self.coefficient, self.plan.bandwidth, self.plan.precision, job)
+
+    def step(self, x: Tensor, variance: float, step: int, job: Job, found: Found | None = None) -> None:
+        """Learn from one batch [B, D], of whose rows ``job`` may give us a part; ``found`` is what is known of it."""
+        if found is None:
+            found = Found(*self.sae.loss_and_gradient(job.rows(x), self.objective(x, variance, job)))
+        loss, gradient = job.total(*found)
+        self._check(loss, gradient, step)
+        for name, weight in self.sae.parameters().items():
+            if self.plan.frozen == "everything" or (self.plan.frozen == "decoder" and name == "W_dec"):
+                continue
+            kernels.adam(
+                weight,
+                gradient[name],
+                self.first[name],
+                self.second[name],
+                step=step + 1,
+                rate=self.plan.rate(step),
+                betas=_BETAS,
+                eps=_EPS,
+                unit_rows=name == "W_dec",
+            )
+        self.sae.measure(loss, step)
+        self.silent += len(x)
+        self.silent[loss.firings > 0] = 0
+        self._log(loss, len(x), step)
+        if self.sae.penalised and self.sae.k is not None:
+            progress, pace = (step + 1) / self.plan.sparsity_warmup, self.plan.rate(step) / self.plan.peak_rate
+            l0 = float(loss.firings.sum()) / len(x)
+            self.control.observe(l0, float(loss.sparsity), self.sae.k, progress, pace)
+
+    @property
+    def coefficient(self) -> float:
+        """Of the sparsity term in the next step; 0 where there is none."""
+        return self.control.coefficient if self.sae.penalised else 0.0
+
+    def _check(self, loss: Loss, gradient: dict[str, Tensor], step: int) -> None:
+        """Stop before a number that is not finite reaches the weights."""
+        numbers = {name: getattr(loss, name) for name in ("fvu", "auxk", "sparsity")}
+        numbers.update({f"gradient of {name}": g.sum().double() for name, g in gradient.items()})
+        # A pre-activation that is NaN is none of the largest, so weights that are would show in no gradient.
+        numbers.update({f"sum of {name}": w.sum().double() for name, w in self.sae.parameters().items()})
+        fetched = torch.stack(list(numbers.values())).tolist()  # at once: a GPU is waited for each time
+        bad = [name for name, value in zip(numbers, fetched, strict=True) if not math.isfinite(value)]
+        if bad:
+            self.check_finite(step - 1)
+            raise NotFinite(
+                f"{self.name}: the {bad[0]} is not finite at step {step + 1} of {self.plan.steps}, with finite "
+                f"activations and weights, at learning rate {self.plan.rate(step):.3g}: the training has run away; "
+                "train under another name with a lower training.learning_rate"
+            )
+
+    def check_finite(self, step: int) -> None:
+        """Raise NotFinite where the weights, or what else a step changes, hold NaN or infinity after ``step``."""
+        for name, tensor in self.tensors().items():
+            if not tensor.is_floating_point() or math.isfinite(float(tensor.sum())):
+                continue
+            if not bool(torch.isfinite(tensor).all()):
+                kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+                raise NotFinite(
+                    f"{self.name}: {name} holds {kind} after step {step + 1} of {self.plan.steps}, at learning rate "
+                    f"{self.plan.rate(max(0, step)):.3g}: the training has run away (train under another name with a "
+                    "lower training.learning_rate), or this machine's memory is faulty (give the same command again)"
+                )
+
+    def _log(self, loss: Loss, tokens: int, step: int) -> None:
+        self.tokens += tokens
+        sums = self.sums
+        sums.steps += 1
+        sums.fvu += float(loss.fvu)
+        sums.auxk += float(loss.auxk)
+        sums.l0 += float(loss.firings.sum()) / tokens
+        sums.sparsity += self.coefficient * float(loss.sparsity)
+        sums.other += 0.0 if loss.other is None else float(loss.other)
+        if (step + 1) % self.plan.log_every and step + 1 != self.plan.steps:
+            return
+        fvu, auxk, sparsity = (total / sums.steps for total in (sums.fvu, sums.auxk, sums.sparsity))
+        row: LogRow = {
+            "step": step + 1,
+            "tokens": self.tokens,
+            "loss": fvu + self.auxk * auxk + sparsity + sums.other / sums.steps,
+            "fvu": fvu,
+            "auxk": auxk,
+            "sparsity": sparsity,
+            "sparsity_coefficient": self.coefficient,
+            "l0": sums.l0 / sums.steps,
+            "dead_fraction": float((self.silent >= self.plan.dead_tokens).double().mean()),
+            "learning_rate": self.plan.rate(step),
+        }
+        self.sums = _Sums()
+        self.rows.append(row)
+
+    def note(self) -> str:
+        """The latest row in a few words, for the progress bar."""
+        return f"FVU {self.rows[-1]['fvu']:.3f}, dead {self.rows[-1]['dead_fraction']:.1%}" if self.rows else ""
+
+    def state(self, identity: dict[str, Any]) -> State:
+        record = {
+            "identity": identity,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "sums": vars(self.sums),
+            "control": vars(self.control),
+        }
+        return State({name: t.cpu() for name, t in self.tensors().items()}, record)
+
+    def resume(self, folder: Path, identity: dict[str, Any], job: Job) -> None:
+        """Go on from the last state in ``folder``, if there is one; where ranks share the seed, from rank 0's."""
+        step, state = latest_state(folder, identity) if job.writes else (0, None)
+        begun, tensors = self.state(identity), self.tensors()
+        if state is not None:
+            if _form(state) != _form(begun):
+                raise SettingsDiffer(
+                    f"{self.name}: the unfinished training of that name is another version's of this program; "
+                    f"choose another name, or delete {folder}"
+                )
+            for name, tensor in tensors.items():
+                # Into the memory that is there: BLAS may round differently for data at another alignment.
+                tensor.copy_(state.tensors[name])
+        record = job.alike(list(tensors.values()), {"step": step, **(state or begun).record})
+        self.resumed_from, self.rows, self.tokens = record["step"], record["rows"], record["tokens"]
+        self.sums, self.control = _Sums(**record["sums"]), SparsityControl(**record["control"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a step changes, the very tensors."""
+        weights = {**self.sae.weights(), **self.sae.parameters()}
+        groups = {"weight": weights, "first": self.first, "second": self.second}
+        named = {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
+        return {**named, "silent": self.silent}
+
+
+def _form(state: State) -> list[Any]:
+    """What a state is made of: another version of this program may keep other things."""
+    parts = [set(part) for part in (state.record, *(state.record.get(name, {}) for name in ("sums", "control")))]
+    return [{name: t.shape for name, t in state.tensors.items()}, *parts]

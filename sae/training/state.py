@@ -1,0 +1,104 @@
+"""What an unfinished training needs to go on: one file per checkpoint and seed, the last two kept.
+
+A state is one safetensors file, written under a temporary name and renamed, so it is whole or not there. Two are kept,
+and each carries a checksum (XXH3 in 128 bits), because a disk may damage what it had taken: training then goes on from
+the one before. Seeds share nothing but the batches, so each goes on from its own last
+state: one that is ahead, because a death came between two seeds' files or because the study has grown by seeds since,
+waits until the batches have come that far.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae.common.errors import SettingsDiffer
+from sae.common.files import atomic, mapping_differences
+from sae.common.progress import say
+
+_KEPT = 2
+_PREFIX, _SUFFIX = "step-", ".safetensors"
+
+
+class State(NamedTuple):
+    """One seed after some number of steps."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+    """any JSON values; ``record["identity"]`` is what must agree for training to go on from here"""
+
+
+def write_state(folder: Path, step: int, state: State) -> None:
+    """Write one seed's state after ``step`` steps, then delete all but it and the one before."""
+    with atomic(_path(folder, step)) as temporary:
+        record = json.dumps(state.record)
+        checksum = _checksum(record, state.tensors)
+        save_file(state.tensors, temporary, metadata={"record": record, "checksum": checksum})
+    # What is later than this step was unreadable, or this seed would not be here.
+    kept = [old for old in kept_steps(folder) if old <= step][-_KEPT:]
+    for old in set(kept_steps(folder)) - set(kept):
+        _path(folder, old).unlink(missing_ok=True)
+
+
+def latest_state(folder: Path, identity: Mapping[str, Any]) -> tuple[int, State | None]:
+    """The last readable state in ``folder`` and the step it belongs to; (0, None) where there is none.
+
+    Raises SettingsDiffer where the state was made under another identity.
+    """
+    for step in reversed(kept_steps(folder)):
+        try:
+            state = _read(_path(folder, step))
+            found = state.record["identity"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            say(f"{folder.parent.name}: its state of step {step} cannot be read ({reason}); going back further")
+            continue
+        differences = mapping_differences(found, identity)
+        if differences:
+            raise SettingsDiffer(
+                f"{folder.parent.name}: an unfinished training of that name had other settings "
+                f"({'; '.join(differences)}); choose another name, or delete {folder}"
+            )
+        return step, state
+    return 0, None
+
+
+def discard_states(folder: Path) -> None:
+    """Delete a finished training's states, once the checkpoint made from them is written."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """The steps that ``folder`` holds states of, ascending."""
+    found = folder.glob(f"{_PREFIX}*{_SUFFIX}")
+    return sorted(int(p.stem.removeprefix(_PREFIX)) for p in found if p.stem.removeprefix(_PREFIX).isdigit())
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"{_PREFIX}{step:08d}{_SUFFIX}"
+
+
+def _read(path: Path) -> State:
+    with safe_open(path, framework="pt") as stored:
+        metadata = stored.metadata() or {}
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    if metadata.get("checksum") != _checksum(metadata.get("record", ""), tensors):
+        raise ValueError("it does not match its checksum")
+    return State(tensors, json.loads(metadata["record"]))
+
+
+def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
+    hasher = xxhash.xxh3_128(record.encode())
+    for name in sorted(tensors):
+        hasher.update(name.encode())
+        hasher.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
