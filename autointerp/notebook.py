@@ -13,10 +13,10 @@ from __future__ import annotations
 import pandas as pd
 
 import sae.study.run
-from autointerp.contexts import Context
-from autointerp.journal import Journal
-from autointerp.latents import reliability_of
-from autointerp.material import Material
+from autointerp.contexts.material import Material
+from autointerp.contexts.sampler import Context
+from autointerp.findings.latent import reliability_of
+from autointerp.journal.journal import Journal
 from sae.common.files import read_table
 
 
@@ -45,7 +45,7 @@ class Run(sae.study.run.Run):
         over random silent contexts (in fuzzing: wrong marks), ``ba_hard``, ``tnr_hard``, ``auroc_hard`` over those in
         which a neighbour fires, ``…_same_token`` over those that hold the latent's top token; each with its 95 %
         interval in ``…_low`` and ``…_high`` (of the balanced accuracy: ``ba_low``, ``ba_high``). All columns are told
-        at :class:`autointerp.scorers.base.ScoreRow`.
+        at :class:`autointerp.scoring.scorers.base.ScoreRow`.
         """
         if not self.stage_path("scores").exists():
             raise self.lacking("scores", "score")
@@ -55,8 +55,8 @@ class Run(sae.study.run.Run):
         """How well each set-up's scores would agree with those of another draw of contexts: one row per set-up.
 
         Who explained and judged, by which scorer and to what ``precision``, newest first; ``value`` (see
-        :mod:`autointerp.reliability`), NaN where it is not to be had, its 95 % interval ``low`` to ``high``, and over
-        ``n`` latents.
+        :mod:`autointerp.findings.reliability`), NaN where it is not to be had, its 95 % interval ``low`` to ``high``,
+        and over ``n`` latents.
         """
         self.scores()  # says what to do where there are none
         rows = [
@@ -69,7 +69,7 @@ class Run(sae.study.run.Run):
     def sample(self) -> pd.DataFrame:
         """Every draw of latents to explain, its whole population in rows: ``drawn``, ``probability``, ``weight``, …
 
-        See :func:`autointerp.sampling.drawn`; ``draw`` tells draws apart, of other explainers or populations.
+        See :func:`autointerp.contexts.sampling.drawn`; ``draw`` tells draws apart, of other explainers or populations.
         """
         if not self.stage_path("sample").exists():
             raise self.lacking("sample", "explain")

@@ -4,7 +4,7 @@
 
 Nothing is simulated: the chance of every course of judging is added up, for true rates from .5 to .98. Three ways:
 
-* ``adaptive``: looks, rule, estimate and interval of ``autointerp.adaptive``;
+* ``adaptive``: looks, rule, estimate and interval of ``autointerp.scoring.adaptive``;
 * ``naive``: the same looks, but stopping as soon as the usual interval (MOVER of Wilson's) is narrow enough, and
   reporting that interval and the raw rates;
 * ``fixed``: the whole test set, with the usual interval.
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from outcome import about, leave, parser_of
 from scipy import stats
 
-from autointerp.adaptive import Look, _paths, interval, schedule, stops
-from autointerp.statistics import proportion
+from autointerp.findings.statistics.correlation import proportion
+from autointerp.scoring.adaptive import Look, _paths, interval, schedule, stops
 
 RATES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95, 0.97, 0.98)
 SHOWN = (0.6, 0.75, 0.85, 0.9, 0.95, 0.98)

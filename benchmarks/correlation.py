@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from autointerp.rank_bootstrap import Resamples, interval_of
-from autointerp.reliability import Halves, corrected_spearman
+from autointerp.findings.reliability import Halves, corrected_spearman
+from autointerp.findings.statistics.resampling import Resamples, interval_of
 
 Bools = NDArray[np.bool_]
 

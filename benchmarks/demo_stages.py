@@ -1,10 +1,10 @@
-"""What the stages of the demo cost on this machine, in the form in which `autointerp/demo.py` keeps it.
+"""What the stages of the demo cost on this machine, in the form in which `autointerp/command_line/demo.py` keeps it.
 
     python benchmarks/demo_stages.py [--recipe RECIPE] [--threads 2]
 
 Runs the demo's study from nothing in a temporary folder, with kernels that are not compiled yet, as in a fresh clone.
-Prints the constants to paste over those of `autointerp/demo.py`, and how good the estimate of the whole time was on the
-way. Run it on a machine that does nothing else.
+Prints the constants to paste over those of `autointerp/command_line/demo.py`, and how good the estimate of the whole
+time was on the way. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(root: Path, recipe: Path, threads: int | None) -> None:
-    from autointerp import demo
+    from autointerp.command_line import demo
     from sae.common.overview import Overview, Speed, measure_speed
     from sae.settings import settings_from
 
@@ -66,8 +66,8 @@ def measure(root: Path, recipe: Path, threads: int | None) -> None:
 
 
 def show_constants(settings: Settings, overview: Overview, speed: Speed, root: Path, threads: int | None) -> None:
-    """Print the constants of `autointerp/demo.py` as they are on this machine."""
-    from autointerp import demo
+    """Print the constants of `autointerp/command_line/demo.py` as they are on this machine."""
+    from autointerp.command_line import demo
     from sae.study.probe import forward_seconds
     from sae.study.run import study_runs
     from sae.study.stage import Compute

@@ -75,7 +75,7 @@ def _sides(rng: np.random.Generator, m: int) -> tuple[pd.DataFrame, pd.DataFrame
 
 
 def _explained(run: Any, latents: list[int]) -> dict[int, int]:
-    from autointerp.journal import Journal
+    from autointerp.journal.journal import Journal
 
     numbers = {}
     with Journal(run.journal_path) as journal, journal._database.writing() as connection:

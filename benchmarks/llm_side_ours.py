@@ -19,14 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from autointerp.backends import open_judge
-from autointerp.contexts import Context
-from autointerp.journal import Journal
+from autointerp.contexts.sampler import Context
+from autointerp.journal.journal import Journal
+from autointerp.llm.in_flight import in_flight
 from autointerp.llm.options import LlmOptions
-from autointerp.prompts import conversation
-from autointerp.questions import Question
-from autointerp.score import _judge_one
-from autointerp.work import in_flight
+from autointerp.llm.prompts import conversation
+from autointerp.scoring.opening import open_judge
+from autointerp.scoring.questions import Question
+from autointerp.scoring.score import _judge_one
 
 PER_LATENT = 100
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")

@@ -35,16 +35,16 @@ import numpy as np
 import openai
 from outcome import about, leave, parser_of
 
-from autointerp.adaptive import Look, Precision
-from autointerp.contexts import Context, TestSet
-from autointerp.journal import Journal
-from autointerp.judges.llm import LlmJudge
+from autointerp.contexts.material import Material
+from autointerp.contexts.sampler import Context, TestSet
+from autointerp.journal.journal import Journal
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Message
 from autointerp.llm.tokens import BLOCK, block_keys, local_tokenizer
-from autointerp.material import Material
-from autointerp.rounds import AdaptivePlan
-from autointerp.scorers.detection import DetectionScorer
+from autointerp.scoring.adaptive import Look, Precision
+from autointerp.scoring.judges.llm import LlmJudge
+from autointerp.scoring.rounds import AdaptivePlan
+from autointerp.scoring.scorers.detection import DetectionScorer
 from sae.common.errors import BadInput
 from sae.study.run import Run
 

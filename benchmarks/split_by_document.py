@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from autointerp.contexts import EXPLAIN_SHARE, ContextSampler
-from autointerp.explainers.ngram import NgramExplainer
-from autointerp.judges.ngram import NgramJudge
-from autointerp.material import Material
-from autointerp.near_duplicates import groups_of
+from autointerp.contexts.material import Material
+from autointerp.contexts.near_duplicates import groups_of
+from autointerp.contexts.sampler import EXPLAIN_SHARE, ContextSampler
+from autointerp.explaining.explainers.ngram import NgramExplainer
+from autointerp.scoring.judges.ngram import NgramJudge
 from sae.firings.store import FiringStore
 from sae.study.run import Run
 

@@ -21,7 +21,7 @@ from unittest import mock
 import pandas as pd
 
 import cli as program
-from autointerp.journal import Journal
+from autointerp.journal.journal import Journal
 from sae.settings import Settings
 from sae.study.harvest import harvest_runs
 from sae.study.run import Run

@@ -152,8 +152,8 @@ def sweep(
     \b
     python cli.py sweep widths
     """
+    from autointerp.command_line.sweeping import forecast, run_sweep, scoring_of, sweep_findings
     from autointerp.report import render_forecast, render_sweep
-    from autointerp.sweep import forecast, run_sweep, scoring_of, sweep_findings
     from sae.study.sweep import read_sweep
 
     swept = read_sweep(recipe, name, seeds or ())
@@ -230,9 +230,9 @@ def export(
         saved = export_sae(runs[0], format_.value, to)
         finish(output.as_json, "export", lambda: saved, lambda: None)
         return
-    from autointerp.export import check_request, export_neuronpedia, export_table
-    from autointerp.neuronpedia import Ids
     from autointerp.report import render_exported
+    from autointerp.report.export.export import check_request, export_neuronpedia, export_table
+    from autointerp.report.export.neuronpedia import Ids
 
     name = check_request(format_.value, table, runs)
     to = new_file("--to", to)

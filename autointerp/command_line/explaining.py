@@ -41,8 +41,8 @@ def explain(
     python cli.py explain --sae run_a --llm-url http://127.0.0.1:8000/v1 --dry-run
     python cli.py explain --sae run_a --vllm Qwen/Qwen2.5-7B-Instruct
     """
-    from autointerp.backends import of_no_effect, resolve
-    from autointerp.selection import Choice
+    from autointerp.contexts.selection import Choice
+    from autointerp.scoring.opening import of_no_effect, resolve
 
     if unshared_only and shared_only:
         raise BadInput("--unshared-only and --shared-only exclude each other; give one of them")
@@ -61,12 +61,12 @@ def explain(
     of_no_effect(resolve(explainer, options, "explainer"), options.of_server(), "explainer")
     runs = opened(sae, output.root)
     if spending.dry_run:
-        from autointerp.dry_run import forecast_explain
+        from autointerp.scoring.dry_run import forecast_explain
 
         forecast = forecast_explain(runs, choice, explainer, options, spending.prices(), control_sae_latents)
         finish(output.as_json, "explain", forecast.as_dict, forecast.render)
         return
-    from autointerp.explain import explain_runs
+    from autointerp.explaining.explain import explain_runs
 
     outcome = explain_runs(runs, choice, explainer, options, machine.compute(), control_sae_latents)
     finish(output.as_json, "explain", outcome.as_dict, outcome.render)
@@ -99,7 +99,7 @@ def score(
     python cli.py score --sae run_a
     python cli.py score --sae run_a --precision 0.065 --max-contexts 200
     """
-    from autointerp.adaptive import Precision
+    from autointerp.scoring.adaptive import Precision
 
     options = llm_options(server, judge_server, spending, protocol=protocol, contexts_per_request=contexts_per_request)
     if max_contexts is not None and precision is None:
@@ -109,12 +109,12 @@ def score(
     scorers = tuple(scorer or ("detection",))
     asked = (runs, output.root, scorers, judge, options)
     if spending.dry_run:
-        from autointerp.dry_run import forecast_score
+        from autointerp.scoring.dry_run import forecast_score
 
         forecast = forecast_score(*asked, spending.prices(), control_latents, rule, control_sae_latents)
         finish(output.as_json, "score", forecast.as_dict, forecast.render)
         return
-    from autointerp.score import score_runs
+    from autointerp.scoring.score import score_runs
 
     outcome = score_runs(*asked, control_latents, rule, control_sae_latents)
     finish(output.as_json, "score", outcome.as_dict, outcome.render)

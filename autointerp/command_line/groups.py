@@ -14,7 +14,7 @@ from sae.common.commands import DEFAULT_ROOT, as_started
 from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
-    from autointerp.cost import Prices
+    from autointerp.llm.budget import Prices
     from autointerp.llm.options import LlmOptions
     from sae.study.stage import Compute
 
@@ -138,7 +138,7 @@ class Spending:
     price_out: opt.PriceOut = None
 
     def prices(self) -> Prices | None:
-        from autointerp.cost import prices_of
+        from autointerp.llm.budget import prices_of
 
         return prices_of(self.price_in, self.price_cached, self.price_out)
 
@@ -147,7 +147,7 @@ def llm_options(
     server: Server, judge: JudgeServer | None = None, spending: Spending | None = None, **asking: Any
 ) -> LlmOptions:
     """What was said of language models, in one. ``asking`` is how the judge is asked."""
-    from autointerp.cost import parse_budget
+    from autointerp.llm.budget import parse_budget
     from autointerp.llm.options import LlmOptions
 
     judge, spending = judge or JudgeServer(), spending or Spending()

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from autointerp.command_line.values import known
-from autointerp.explainers import EXPLAINERS
-from autointerp.judges import JUDGES
-from autointerp.scorers import SCORERS
+from autointerp.explaining.explainers import EXPLAINERS
+from autointerp.scoring.judges import JUDGES
+from autointerp.scoring.scorers import SCORERS
 from sae.dictionaries.architectures import ARCHITECTURES
 
 
@@ -27,7 +27,7 @@ class OtherFormat(enum.StrEnum):
 
 
 class PairOrder(enum.StrEnum):
-    """By what pairs of latents are ordered (see :mod:`autointerp.pair_choice`)."""
+    """By what pairs of latents are ordered (see :mod:`autointerp.findings.pair_choice`)."""
 
     similarity = "similarity"
     score = "score"

@@ -14,7 +14,7 @@ from autointerp.command_line.values import new_file
 from sae.common.errors import BadInput, UserError
 
 if TYPE_CHECKING:
-    from autointerp.pair_choice import Sharing
+    from autointerp.findings.pair_choice import Sharing
     from sae.study.run import Run
 
 
@@ -25,7 +25,7 @@ def demo(*, threads: opt.Threads = None, output: Output) -> None:
     Trains three TopK SAEs on one stream of activations of a small language model of Python source, aligns their
     latents, explains and scores a few hundred with the n-gram baseline (which needs no model), and reports.
     """
-    from autointerp.demo import run_demo
+    from autointerp.command_line.demo import run_demo
 
     found, failed = run_demo(output.root, threads)
 
@@ -115,8 +115,8 @@ def compare(
     \b
     python cli.py compare run_a run_b --sort gap --latents 20
     """
-    from autointerp.compare import compare_runs, ensure_pair_aligned, the_two
-    from autointerp.pair_choice import PairChoice, chosen
+    from autointerp.findings.pair import compare_runs, ensure_pair_aligned, the_two
+    from autointerp.findings.pair_choice import PairChoice, chosen
     from autointerp.report import render_comparison
 
     if shared_only and unshared_only:

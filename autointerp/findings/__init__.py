@@ -1,5 +1,5 @@
-"""The paper's findings, each measured on the user's own runs: see :class:`autointerp.findings.finding.Finding`."""
+"""What the scores and alignments mean: figures with intervals, controls and counts of failures.
 
-from autointerp.findings.finding import AGREES, DISAGREES, UNDECIDED, Finding, Verdict
-
-__all__ = ["AGREES", "DISAGREES", "UNDECIDED", "Finding", "Verdict"]
+In: tables, alignments and journals. Out: the findings that terminal, HTML page, JSON and service show.
+Must not import: notebook, report, command_line.
+"""

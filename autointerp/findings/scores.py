@@ -1,213 +1,247 @@
-"""What the paper found of explanations: how well latents can be explained, and how that goes with their return."""
+"""What the scores of one run say, of one set-up: how well its latents can be explained.
+
+Two things that a mean score hides are kept in view: how many latents could not be scored and why, and what
+the same judge makes of somebody else's explanation (the swapped control). How scores go with the latents'
+return is in :mod:`autointerp.findings.relation`.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from autointerp.findings.finding import (
-    AGREES,
-    DISAGREES,
-    NUMBER,
-    SIGNED,
-    UNDECIDED,
-    About,
-    Finding,
-    against,
-    estimate_of,
-)
-from autointerp.method import CHANCE
-from autointerp.rank_bootstrap import Resamples, interval_of
-from autointerp.scored_pairs import agreement
-from autointerp.statistics import quantiles
-from sae.common.estimate import Estimate
-from sae.common.numerals import decimal, estimate
+from autointerp.contexts.sample_record import Sample
+from autointerp.findings.json_values import histogram, mean_of, number, quartile_figures
+from autointerp.findings.statistics.correlation import UNKNOWN
+from autointerp.findings.statistics.estimation import Estimator, error_of
+from autointerp.findings.too_few import too_few_findings
+from autointerp.journal.method import CHANCE
+from autointerp.scoring.scorers.base import HARDER, STOPS
+from autointerp.scoring.setups import precision_of, status_kind
+from sae.alignment.latent_table import CLASSES
 
-FEWEST = 20
-"""Aligned pairs, or latents in a tenth, below which a finding about them is not measured."""
+#: Bins of a score histogram: from 0 to 1 in steps of .02.
+SCORE_EDGES = np.linspace(0, 1, 51)
 
-_ABOUT = {
-    about.id: about
-    for about in (
-        About(
-            "interp",
-            "latents can be explained: the mean detection score",
-            "mean .72; quartiles .615 / .710 / .798",
-            "mean detection score (balanced accuracy)",
-            NUMBER,
-        ),
-        About(
-            "relation",
-            "low scores go with low cross-seed similarity",
-            "“strongly correlated”, no coefficient",
-            "Spearman of score and similarity",
-            SIGNED,
-        ),
-        About(
-            "frequent-low",
-            "low scores go with the most frequent latents",
-            "a figure, no number",
-            "mean score of the tenth that fires most, less that of the others",
-            SIGNED,
-        ),
-        About(
-            "both-scored",
-            "a latent and its partner in the other SAE score alike when aligned",
-            "a scatter of 1.3k pairs, no coefficient",
-            "Spearman of the scores of aligned latents and their partners",
-            SIGNED,
-        ),
-    )
-}
+
+def score_findings(
+    rows: pd.DataFrame,
+    latents: pd.DataFrame,
+    explained: set[int],
+    too_few: Set[int] = frozenset(),
+    sample: Sample | None = None,
+) -> dict[str, Any]:
+    """Distribution, control, and counts by shared class.
+
+    ``rows`` are one set-up's; ``latents`` is the run's table by latent number (``alive``, ``shared_class``
+    where there are siblings, ``eligible`` where contexts were counted for all); ``explained`` are the latents with
+    an explanation in the journal, ``too_few`` those that were asked for and had too few contexts for one. With a
+    ``sample``, figures are of its latents and weighted (:mod:`autointerp.findings.statistics.estimation`); counts are
+    of latents as ever.
+    """
+    own = rows[rows["control"] == "none"].set_index("latent")
+    kinds = own["status"].map(status_kind)
+    of = estimator_of(rows, too_few, sample)
+    scored = own[kinds == "ok"]
+    good, swapped = of.of(scored), Swapped.among(rows, sample)
+    values = good["balanced_accuracy"].astype(float)
+    mean, error = of.mean(values, error_of(good)), error_of(good)
+    aurocs = good["auroc"].astype(float).dropna() if "auroc" in good else pd.Series(dtype=float)
+    ineligible = set(own.index[kinds == "ineligible"]) | too_few
+    asked = set(own.index) | explained | ineligible
+    eligible = latents.get("eligible")
+    return {
+        **mean_of(mean),
+        **quartile_figures(of, values, error),
+        "auroc_mean": (auroc := of.mean(aurocs, error_of(good.loc[aurocs.index], "auroc")).as_dict())["value"],
+        "auroc_interval": auroc["interval"],
+        "n_scored": len(good),
+        "precision": _precision(good),
+        "sample": None if sample is None else _sample_findings(sample, of.sample, good, scored),
+        "n_failed": int((kinds == "failed").sum()),
+        "n_ineligible": len(ineligible),
+        "n_asked": len(asked),
+        "n_explained": len(explained),
+        "n_waiting": len(explained - set(own.index)),
+        "n_eligible": int(eligible.sum()) if eligible is not None else len(asked - ineligible),
+        "eligible_of": "all latents" if eligible is not None else "the latents asked for",
+        "n_alive": int(latents["alive"].sum()),
+        "n_latents": len(latents),
+        "n_failed_answers": failed_answers(own),
+        "histogram": histogram(values, SCORE_EDGES, of),
+        "control": _control(swapped, good),
+        "negatives": _negatives(good, of, swapped),
+        "too_few": too_few_findings(latents),
+        "by_class": _by_class(latents, own, kinds, explained, of, swapped) if "shared_class" in latents else None,
+    }
+
+
+def _precision(good: pd.DataFrame) -> dict[str, Any] | None:
+    """Of scores that were judged to a precision: to which, what ended it for how many latents, and after how many
+    contexts (activating and random silent ones that were answered) on average. ``None`` where all contexts were."""
+    to = precision_of(good)
+    if to is None:
+        return None
+    judged = good["n_active"].astype(float) + good["n_inactive"].astype(float)
+    counts = good["stopped"].value_counts()
+    return {
+        "half_width": to,
+        "stopped": {why: int(counts.get(why, 0)) for why in STOPS},
+        "mean_contexts": number(judged.mean()),
+    }
+
+
+def _sample_findings(
+    sample: Sample, weights: pd.DataFrame | None, good: pd.DataFrame, scored: pd.DataFrame
+) -> dict[str, Any]:
+    """What the figures are a sample of, how far it has come, and how many scored latents are outside it."""
+    assert weights is not None
+    return {
+        **sample.as_dict(),
+        "n_done": len(weights),
+        "n_scored": len(good),
+        "n_waiting": len(sample.drawn - set(weights.index)),
+        "n_failed": len(weights) - len(good),
+        "n_outside": len(scored) - len(good),
+        "effective_n": number(weights["weight"].sum() ** 2 / (weights["weight"] ** 2).sum()) if len(weights) else None,
+    }
+
+
+def estimator_of(rows: pd.DataFrame, too_few: Set[int], sample: Sample | None) -> Estimator:
+    """What the own scores among ``rows`` are a sample of: those that came to an end, scored, failed or ``too_few``."""
+    if sample is None:
+        return Estimator()
+    return Estimator(sample.weights(set(rows["latent"][rows["control"] == "none"]) | too_few))
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What was scored of a study.
+class Swapped:
+    """The swapped controls that did not fail.
 
-    ``scores`` and ``relation`` are the report's own trees (``None``: not made yet). ``table`` has the focus run's
-    scored latents (:meth:`autointerp.score_similarity.Part.joined`). ``pairs`` has a latent and its decoder-matched
-    partner in another run, where both are scored: ``score``, ``score_there``, ``aligned`` (both matched cosines above
-    .7) and ``unit``, one number for all that are partners of each other. ``n_aligned``: how many of the focus run's
-    latents have an aligned partner anywhere (``None``: no run is aligned with it). ``most_latents``: how many can be
-    scored. ``more``: the commands that provide what is missing, for ``score``, ``pair`` and ``partners``;
-    ``explain_more``: the one that explains so many latents, or first scores what is explained.
+    Of a sample, the latents that have one are a smaller sample, chosen by their numbers alone.
     """
 
-    scores: Mapping[str, Any] | None
-    relation: Mapping[str, Any] | None
-    table: pd.DataFrame | None
-    pairs: pd.DataFrame | None
-    judge: str
-    n_aligned: int | None
-    most_latents: int
-    more: Mapping[str, str]
-    explain_more: Callable[[int], str]
+    rows: pd.DataFrame
+    """By latent."""
+    of: Estimator
+    n_failed: int
+
+    @classmethod
+    def among(cls, rows: pd.DataFrame, sample: Sample | None) -> Swapped:
+        asked = rows[rows["control"] == "swap"].set_index("latent")
+        of = Estimator(None if sample is None else sample.weights(set(asked.index)))
+        good = asked["status"].map(status_kind) == "ok"
+        return cls(of.of(asked[good]), of, int((~good).sum()))
+
+    def mean(self, column: str) -> float | None:
+        """The mean of one of the columns, without an interval."""
+        if column not in self.rows or self.rows[column].isna().all():
+            return None
+        return number(self.of.plain_mean(self.rows[column].astype(float).dropna()))
+
+    def below(self, own: pd.DataFrame, value: str = "ba") -> dict[str, Any] | None:
+        """The mean of own − swapped over the latents that have both, ``n`` of them, and for what ``fraction`` it is
+        above 0; ``None`` where none has.
+
+        Args:
+            own: rows by latent.
+            value: the beginning of the names of the score's interval.
+        """
+        column = "balanced_accuracy" if value == "ba" else value
+        if column not in own or column not in self.rows:
+            return None
+        paired = (own[column].astype(float) - self.rows[column].astype(float)).dropna()
+        if paired.empty:
+            return None
+        difference = self.of.difference(own, self.rows, column, value)
+        return {**mean_of(difference), "n": len(paired), "fraction": number(self.of.share(paired > 0))}
 
 
-def interp_finding(of: Scores) -> Finding:
-    """Agrees where the interval of the mean score lies above chance, and that of own less swapped explanations above 0.
+def _control(swapped: Swapped, own: pd.DataFrame) -> dict[str, Any] | None:
+    """The swapped control: each latent's contexts judged by another latent's explanation.
 
-    Disagrees where either lies wholly below. Without a swapped control it cannot tell: what scores above chance may do
-    so whatever the explanation says.
+    ``leaks``: its mean is not .5 within its interval, so that something other than the explanation tells the judge
+    where the latent fires.
     """
-    about = _ABOUT["interp"]
-    if of.scores is None or not of.scores["n_scored"]:
-        return about.missing("nothing is scored yet", of.more["score"])
-    mean = estimate_of(of.scores["mean"], of.scores["interval"])
-    control = of.scores["control"]
-    if control is None:
-        return about.row(mean, UNDECIDED, f"there is no swapped control beside it; judge: {of.judge}")
-    above = estimate_of(control["above_control"]["mean"], control["above_control"]["interval"])
-    verdicts = against(mean, CHANCE), against(above)
-    verdict = DISAGREES if DISAGREES in verdicts else AGREES if set(verdicts) == {AGREES} else UNDECIDED
-    quartiles = " / ".join(decimal(q) for q in of.scores["quartiles"])
-    why = f"tested: above .5, and above the swapped control: {_told(above)}; quartiles {quartiles}; judge: {of.judge}"
-    return about.row(mean, verdict, why)
+    if swapped.rows.empty:
+        return None
+    of, values, error = swapped.of, swapped.rows["balanced_accuracy"].astype(float), error_of(swapped.rows)
+    mean = of.mean(values, error)
+    return {
+        "kind": "swap",
+        **mean_of(mean),
+        "leaks": bool(mean.low > CHANCE or mean.high < CHANCE),
+        **quartile_figures(of, values, error),
+        "auroc_mean": swapped.mean("auroc"),
+        "n_scored": len(values),
+        "n_failed": swapped.n_failed,
+        "histogram": histogram(values, SCORE_EDGES, of),
+        "above_control": swapped.below(own) or {**mean_of(UNKNOWN), "n": 0, "fraction": None},
+    }
 
 
-def relation_finding(of: Scores) -> Finding:
-    """Agrees where the correlation of score and similarity lies wholly above 0, disagrees where wholly below.
+def failed_answers(rows: pd.DataFrame) -> int:
+    """Contexts of any kind without a verdict."""
+    columns = [c for c in ("n_failed", *(f"n_failed_{kind}" for kind in HARDER)) if c in rows]
+    return int(sum(rows[c].fillna(0).sum() for c in columns))
 
-    Over all scored runs together where there are several. Said beside it: the same at equal firing frequency, and how
-    many unshared latents score above the median of all.
+
+def _negatives(good: pd.DataFrame, of: Estimator, swapped: Swapped) -> dict[str, Any]:
+    """By kind of negative: the mean over the latents that have it, and how many lack it. ``random`` makes the score.
+
+    ``random_mean`` is the score of the same latents over random negatives: the kinds are compared on equal terms.
+    ``swapped_mean`` is that of the swapped control over this kind, ``above_control`` the difference. Empty where no
+    score has any kind but the random one.
     """
-    about = _ABOUT["relation"]
-    if of.relation is None:
-        missing = "score" if of.scores is None or not of.scores["n_scored"] else "pair"
-        return about.missing("it takes scores and aligned seeds", of.more[missing])
-    tree = of.relation["pooled"] or of.relation
-    found, held = estimate_of(tree["spearman"], tree["interval"]), _estimate(tree["partial"])
-    why = (
-        f"tested: above 0; at equal firing frequency {_told(held)}; {_unshared_high(of.table)}over {tree['n']} latents"
-    )
-    return about.row(found, against(found), why)
-
-
-def _unshared_high(table: pd.DataFrame | None) -> str:
-    if table is None or not table["unshared"].any():
-        return ""
-    weight = pd.Series(_weights(table), table.index)
-    median = float(quantiles(table["score"], [0.5], weight)[0])
-    lone = table[table["unshared"]]
-    high = float(np.average(lone["score"] > median, weights=weight[lone.index]))
-    return f"{decimal(high)} of the unshared latents score above the median; "
-
-
-def frequent_low_finding(of: Scores) -> Finding:
-    """Agrees where the latents that fire most (a tenth) have a lower mean score than the others.
-
-    That is, where the interval of the difference lies wholly below 0; disagrees where it lies wholly above. Of a
-    sample, the tenth and the means are weighted, so that they are those of all latents that can be scored.
-    """
-    about = _ABOUT["frequent-low"]
-    if of.table is None or of.table.empty:
-        return about.missing("it takes scores and aligned seeds", of.more["score"])
-    frequent = _most_frequent_tenth(of.table)
-    if (n := int(frequent.sum())) < FEWEST:
-        why = f"of {len(of.table)} scored latents {n} are of the tenth that fires most, it takes {FEWEST}"
-        latents = min(50 * math.ceil(1.2 * len(of.table) * FEWEST / max(n, 1) / 50), of.most_latents)
-        if latents <= len(of.table):
-            return about.missing(f"{why}; no more latents have contexts enough", None)
-        return about.missing(why, of.explain_more(latents))
-    draw, score = _resamples(of.table), of.table["score"].to_numpy()
-    found = interval_of(draw.means(score, frequent) - draw.means(score, ~frequent), min(n, draw.n_free))
-    over_all = "" if of.relation is None else f"Spearman with frequency {_told(_estimate(of.relation['frequency']))}; "
-    return about.row(found, against(found, 0, -1), f"tested: below 0; {over_all}{n} of {len(of.table)} latents")
-
-
-def _most_frequent_tenth(table: pd.DataFrame) -> NDArray[np.bool_]:
-    """[N] whether a latent is of the tenth of all those that the table stands for which fires most."""
-    order = np.argsort(-table["frequency"].to_numpy(), kind="stable")
-    weight = _weights(table)[order]
-    found = np.zeros(len(table), bool)
-    found[order[np.cumsum(weight) <= 0.1 * weight.sum() * (1 + 1e-9)]] = True
+    found: dict[str, Any] = {}
+    for kind in HARDER:
+        if f"ba_{kind}" not in good:
+            continue
+        has = good[f"ba_{kind}"].notna()
+        if not has.any():
+            continue
+        some = good[has].astype({f"ba_{kind}": float, f"tnr_{kind}": float, "balanced_accuracy": float})
+        aurocs = some[f"auroc_{kind}"].astype(float).dropna()
+        found[kind] = {
+            **mean_of(of.mean(some[f"ba_{kind}"], error := error_of(some, f"ba_{kind}"))),
+            **quartile_figures(of, some[f"ba_{kind}"], error),
+            "tnr": of.mean(some[f"tnr_{kind}"], error_of(some, f"tnr_{kind}")).as_dict(),
+            "auroc_mean": number(of.plain_mean(aurocs)) if len(aurocs) else None,
+            "random_mean": number(of.plain_mean(some["balanced_accuracy"])),
+            "swapped_mean": swapped.mean(f"ba_{kind}"),
+            "above_control": swapped.below(some, f"ba_{kind}"),
+            "n_scored": int(has.sum()),
+            "n_missing": int((~has).sum()),
+            "n_failed_answers": int(good[f"n_failed_{kind}"].fillna(0).sum()),
+        }
     return found
 
 
-def _weights(table: pd.DataFrame) -> NDArray[np.float64]:
-    """[N] how many latents each stands for."""
-    return table["weight"].to_numpy(float) if "weight" in table else np.ones(len(table))
-
-
-def _resamples(table: pd.DataFrame) -> Resamples:
-    if "weight" not in table:
-        return Resamples(np.arange(len(table)))
-    return Resamples(np.arange(len(table)), weights=table["weight"], strata=table["stratum"], known=table["known"])
-
-
-def both_scored_finding(of: Scores) -> Finding:
-    """Agrees where the scores of aligned latents and their partners are correlated above 0 with their whole interval.
-
-    Disagrees where the interval lies wholly below 0. Aligned: both matched cosines above .7.
-    """
-    about = _ABOUT["both-scored"]
-    if of.pairs is None or int(of.pairs["aligned"].sum()) < FEWEST:
-        n = 0 if of.pairs is None else int(of.pairs["aligned"].sum())
-        if of.n_aligned is not None and of.n_aligned < FEWEST:
-            return about.missing(f"only {of.n_aligned} latents have an aligned partner, it takes {FEWEST}", None)
-        return about.missing(f"{n} aligned pairs have both scores, it takes {FEWEST}", of.more["partners"])
-    aligned = of.pairs["aligned"].to_numpy(bool)
-    here, elsewhere = agreement(of.pairs, aligned), agreement(of.pairs, ~aligned)
-    apart = f", {decimal(elsewhere.gap.value)} elsewhere ({elsewhere.n} pairs)" if elsewhere.n else ""
-    why = f"tested: above 0; mean difference {decimal(here.gap.value)} where aligned ({here.n} pairs){apart}"
-    return about.row(here.spearman, against(here.spearman), why)
-
-
-def findings_of_scores(of: Scores) -> list[Finding]:
-    """The four findings about scores, in the paper's order."""
-    return [make(of) for make in (interp_finding, relation_finding, frequent_low_finding, both_scored_finding)]
-
-
-def _estimate(tree: Mapping[str, Any]) -> Estimate:
-    return estimate_of(tree["value"], tree["interval"])
-
-
-def _told(e: Estimate) -> str:
-    return "not known" if math.isnan(e.value) else estimate(e.value, (e.low, e.high), sign=True)
+def _by_class(
+    latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int], of: Estimator, swapped: Swapped
+) -> dict[str, Any]:
+    found = {}
+    for name in CLASSES:
+        members = latents[latents["shared_class"] == name]
+        if members.empty:
+            continue
+        inside = own.index.isin(members.index)
+        good = of.of(own[inside & (kinds == "ok").to_numpy()])
+        values = good["balanced_accuracy"].astype(float)
+        counted = members.get("eligible")
+        found[name] = {
+            "n_latents": len(members),
+            "n_alive": int(members["alive"].sum()),
+            "n_eligible": int(counted.sum()) if counted is not None else int((kinds[inside] != "ineligible").sum()),
+            "n_explained": len(explained & set(members.index)),
+            "n_scored": len(good),
+            "n_failed": int((kinds[inside] == "failed").sum()),
+            **mean_of(of.mean(values, error_of(good))),
+            "above_control": swapped.below(good),
+            **quartile_figures(of, values, error_of(good)),
+        }
+    return found

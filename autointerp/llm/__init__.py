@@ -1,1 +1,5 @@
-"""Talking to a language model over the OpenAI protocol: requests, retries, the answer cache, what was spent."""
+"""Ask a language model over the OpenAI protocol, and pay for each answer once.
+
+In: a request. Out: an answer, from the cache or from a server, and what it cost.
+Must not import: contexts, explaining, scoring, or anything after them.
+"""

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from autointerp.llm.exchange import Answer, AnswerFailed, Request
-from autointerp.prompts import conversation
+from autointerp.llm.prompts import conversation
 
 if TYPE_CHECKING:
     from autointerp.llm.client import LlmClient

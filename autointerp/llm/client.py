@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from autointerp.journal.usage import Usage
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.capability import Capabilities, Measure
 from autointerp.llm.discovery import find
@@ -31,11 +32,10 @@ from autointerp.llm.retrying import Retrying
 from autointerp.llm.sending import Sender
 from autointerp.llm.servers import Server, Servers
 from autointerp.llm.transport import open_api
-from autointerp.llm.usage import Usage
 from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
-    from autointerp.cost import Budget
+    from autointerp.llm.budget import Budget
     from autointerp.llm.options import LlmOptions
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autointerp.llm.usage import Usage, is_plausible_count
+from autointerp.journal.usage import Usage, is_plausible_count
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autointerp.cost import Budget
+from autointerp.llm.budget import Budget
 from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
-    from autointerp.llm.serving import OneServer
+    from autointerp.llm.local.serving import OneServer
 
 VLLM_TIMEOUT = 1800.0
 """Seconds until a server has to be ready: a large model takes minutes to load, and as long again to be compiled."""
@@ -38,7 +38,7 @@ class LlmOptions:
     vllm_args: str = ""
     vllm_timeout: float = VLLM_TIMEOUT
     servers: OneServer | None = field(default=None, repr=False, compare=False)
-    """Keeps the server from one part of a command to the next; see :func:`autointerp.backends.kept_server`."""
+    """Keeps the server from one part of a command to the next; see :func:`autointerp.scoring.opening.kept_server`."""
     contexts_per_request: int | None = None
     """In a request of the batch protocol; ``None`` leaves it to the judge."""
     budget: Budget | None = None

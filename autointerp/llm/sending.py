@@ -7,6 +7,7 @@ import time
 
 import openai
 
+from autointerp.journal.usage import Usage
 from autointerp.llm.capability import Capabilities
 from autointerp.llm.discovery import Listed, models_at
 from autointerp.llm.endpoint import Key
@@ -15,7 +16,6 @@ from autointerp.llm.faults import Transient, objection, translate
 from autointerp.llm.retrying import Retrying
 from autointerp.llm.servers import Server
 from autointerp.llm.transport import Unread, post
-from autointerp.llm.usage import Usage
 from sae.common.errors import BadInput, nearest
 from sae.common.progress import say
 

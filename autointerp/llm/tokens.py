@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
+from autointerp.journal.usage import is_plausible_count
 from autointerp.llm.endpoint import Key, is_loopback, read_key
 from autointerp.llm.exchange import Message, one_line
-from autointerp.llm.usage import is_plausible_count
 
 if TYPE_CHECKING:
     from autointerp.llm.client import LlmClient

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator
 import httpx2
 import openai
 
+from autointerp.journal.usage import Usage
 from autointerp.llm.endpoint import Key, is_loopback
 from autointerp.llm.exchange import AnswerFailed
-from autointerp.llm.usage import Usage
 
 try:
     import aiohttp

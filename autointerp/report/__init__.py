@@ -1,4 +1,4 @@
-"""What was found, for a person to read: everything here only arranges what ``autointerp.analysis`` measured.
+"""What was found, for a person to read: everything here only arranges what ``autointerp.findings.study`` measured.
 
 Each ``render_…`` prints one JSON object of a command on standard output, or on the console it is given. What
 is heavy to import is imported by the function that needs it.
@@ -16,7 +16,7 @@ from autointerp.report.visible import visible
 from sae.common.commands import DEFAULT_ROOT
 
 if TYPE_CHECKING:
-    from autointerp.interesting import ContextSource, ShownContext
+    from autointerp.findings.interesting import ContextSource, ShownContext
     from autointerp.report.html import Written
     from sae.study.align import Compared
     from sae.study.run import Run
@@ -34,10 +34,10 @@ def findings_of(
     """The findings of a study with ``run`` in the middle, contexts included where its firing store is there.
 
     ``explainer``: scores are the newest of its explanations; by default the newest of all
-    (:func:`autointerp.setups.setups_of`).
+    (:func:`autointerp.scoring.setups.setups_of`).
     """
-    from autointerp.analysis import findings
-    from autointerp.evidence import View
+    from autointerp.findings.evidence import View
+    from autointerp.findings.study import findings
 
     view = View(run.name, definition, threshold, tuple(against), explainer=explainer)
     return findings(run.root, [r.name for r in study], view, contexts_at_hand(run))
@@ -45,7 +45,7 @@ def findings_of(
 
 def contexts_at_hand(run: Run) -> ContextSource:
     """Gives a latent its contexts, or none where the run's firing store or tokenizer is not there."""
-    from autointerp.latents import contexts_of
+    from autointerp.findings.latent import contexts_of
     from sae.common.errors import UserError
 
     def contexts(_: str, latent: int) -> Sequence[ShownContext]:
@@ -64,8 +64,8 @@ def render_report(found: Mapping[str, Any], console: Console | None = None) -> N
 
 
 def latent_findings(run: Run, latent: int, *, n_contexts: int = 8) -> dict[str, Any]:
-    """Everything known of one latent, as JSON values; see :func:`autointerp.latents.latent_findings`."""
-    from autointerp.latents import latent_findings as gathered
+    """Everything known of one latent, as JSON values; see :func:`autointerp.findings.latent.latent_findings`."""
+    from autointerp.findings.latent import latent_findings as gathered
 
     return gathered(run, latent, n_contexts)
 
@@ -78,8 +78,8 @@ def render_latent(found: Mapping[str, Any], console: Console | None = None) -> N
 
 def alignment_findings(compared: Compared, definition: str = "strict") -> dict[str, Any]:
     """What aligned runs share under ``definition``, in the shape that it has in the report's own findings."""
-    from autointerp.counterparts import counterpart_findings
-    from autointerp.seeds import overlap_tree, similarity_tree
+    from autointerp.findings.counterparts import counterpart_findings
+    from autointerp.findings.returning import overlap_tree, similarity_tree
 
     shared = compared.shared.as_dict()
     return {

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from autointerp.patterns import brief
+from autointerp.explaining.patterns import brief
 from autointerp.report import blocks, dictionaries, sharing
 from autointerp.report.layout import (
     ACCENT,
@@ -42,8 +42,8 @@ def show_comparison(found: Found, shown_pairs: Found, console: Console) -> None:
     """Print a comparison.
 
     Args:
-        found: the object of :func:`autointerp.compare.compare_runs`.
-        shown_pairs: which of its pairs: the object of :func:`autointerp.pair_choice.chosen`.
+        found: the object of :func:`autointerp.findings.pair.compare_runs`.
+        shown_pairs: which of its pairs: the object of :func:`autointerp.findings.pair_choice.chosen`.
     """
     page = Page.of(console)
     parts = [

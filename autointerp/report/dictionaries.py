@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from autointerp.method import ENOUGH_TO_CALL_DEAD
+from autointerp.journal.method import ENOUGH_TO_CALL_DEAD
 from autointerp.report import blocks
 from autointerp.report.curves import training_curves
 from autointerp.report.layout import (

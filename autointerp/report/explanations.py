@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from autointerp.method import CHANCE
-from autointerp.patterns import brief
+from autointerp.explaining.patterns import brief
+from autointerp.journal.method import CHANCE
 from autointerp.report import blocks, controls
 from autointerp.report.dictionaries import class_label, missing, rate
 from autointerp.report.layout import (

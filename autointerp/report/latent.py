@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from autointerp.patterns import brief
+from autointerp.explaining.patterns import brief
 from autointerp.report import blocks
 from autointerp.report.controls import NEGATIVES
 from autointerp.report.dictionaries import rate
@@ -37,7 +37,7 @@ Latent = Mapping[str, Any]
 
 
 def show_latent(found: Latent, console: Console) -> None:
-    """Print one latent; ``found`` is the object of :func:`autointerp.latents.latent_findings`."""
+    """Print one latent; ``found`` is the object of :func:`autointerp.findings.latent.latent_findings`."""
     page = Page.of(console)
     parts = [_head(found, page), _contexts(found, page), _explanations(found, page), _matches(found, page)]
     emit(Group(*parts, Text()), console, page.width)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from autointerp.findings.finding import AGREES, DISAGREES, SIGNED, UNDECIDED
+from autointerp.findings.paper.finding import AGREES, DISAGREES, SIGNED, UNDECIDED
 from autointerp.report.layout import ACCENT, QUIET, STYLE_OF_CLASS, Page, command_line, grid, indented, plural, section
 from autointerp.report.visible import visible
 from sae.common.numerals import estimate, known

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from autointerp.method import ENOUGH_TO_CALL_DEAD
+from autointerp.journal.method import ENOUGH_TO_CALL_DEAD
 from autointerp.report import blocks, paper
 from autointerp.report.layout import (
     ACCENT,

@@ -1,7 +1,7 @@
 """The report in the terminal: everything in the findings, in the order in which one would ask.
 
 It is drawn for 80 columns and uses up to 120; it loses nothing without colour; piped, it is plain text. It
-only draws: every number comes from :func:`autointerp.analysis.findings`, so that ``--json`` and the page
+only draws: every number comes from :func:`autointerp.findings.study.findings`, so that ``--json`` and the page
 cannot disagree.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from autointerp.method import BASELINE
+from autointerp.journal.method import BASELINE
 from autointerp.report import controls, dictionaries, explanations, paper, sharing
 from autointerp.report.layout import (
     ACCENT,
@@ -43,7 +43,8 @@ _ASCII = str.maketrans(
 
 
 def render(findings: Findings, console: Console) -> None:
-    """Print the whole report on ``console``. ``findings`` is the object of :func:`autointerp.analysis.findings`."""
+    """Print the whole report on ``console``. ``findings`` is the object of
+    :func:`autointerp.findings.study.findings`."""
     page = Page.of(console)
     parts = [head(findings, page), *(part(findings, page) for part in parts_of_report().values())]
     emit(Group(*(part for part in parts if part is not None), Text()), console, page.width)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-from autointerp.prompts import conversation
+from autointerp.llm.prompts import conversation
 
 PROBE = conversation("probe").prefix[0]["content"]
 

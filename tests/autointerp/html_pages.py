@@ -10,8 +10,8 @@ from typing import Any
 
 import small_study
 
-from autointerp.analysis import study_findings
-from autointerp.evidence import Study, View
+from autointerp.findings.evidence import Study, View
+from autointerp.findings.study import study_findings
 from autointerp.report.html.details import BUDGET
 from autointerp.report.html.page import Rendered, render
 
@@ -115,7 +115,7 @@ def swept(root: Path) -> None:
 
 def hostile(root: Path, seeds: int = 3) -> list[Any]:
     """A finished study whose explanations and failures mean harm."""
-    from autointerp.journal import Journal
+    from autointerp.journal.journal import Journal
 
     runs = small_study.runs_of(root, seeds)
     small_study.harvested(runs)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.journal import Journal
+from autointerp.journal.journal import Journal
 from sae.alignment.alignment import Alignment, align, write_alignment
 from sae.alignment.nulls import with_nulls
 from sae.common.files import write_json, write_table

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from tiny_study import harvested_study
 
-from autointerp.adaptive import Look, Precision, Rounds, Tally, _score, interval, schedule, stops, unbiased
-from autointerp.contexts import Context, Kind, TestSet
-from autointerp.explain import explain_runs
-from autointerp.journal import Journal
+from autointerp.contexts.sampler import Context, Kind, TestSet
+from autointerp.contexts.selection import Choice
+from autointerp.explaining.explain import explain_runs
+from autointerp.findings.statistics.correlation import balanced_accuracy
+from autointerp.journal.journal import Journal
+from autointerp.llm.in_flight import Outcome
 from autointerp.llm.options import LlmOptions
-from autointerp.score import score_runs
-from autointerp.scorers.detection import DetectionScorer
-from autointerp.selection import Choice
-from autointerp.statistics import balanced_accuracy
-from autointerp.work import Outcome
+from autointerp.scoring.adaptive import Look, Precision, Rounds, Tally, _score, interval, schedule, stops, unbiased
+from autointerp.scoring.score import score_runs
+from autointerp.scoring.scorers.detection import DetectionScorer
 from sae.common.errors import BadInput, Unavailable
 from sae.common.files import read_table
 from sae.settings import ContextSettings

@@ -15,10 +15,10 @@ import pytest
 import small_study
 from scipy import stats
 
-from autointerp.analysis import findings
-from autointerp.evidence import View
-from autointerp.journal import Journal
-from autointerp.latents import latent_findings
+from autointerp.findings.evidence import View
+from autointerp.findings.latent import latent_findings
+from autointerp.findings.study import findings
+from autointerp.journal.journal import Journal
 from sae.alignment.alignment import read_alignment
 from sae.alignment.nulls import as_alignment
 from sae.alignment.overlap import shared
@@ -429,7 +429,7 @@ def test_one_latent_beside_the_alignment(made: Path) -> None:
 
 def test_a_report_does_not_load_torch() -> None:
     code = (
-        "import sys, autointerp.analysis, autointerp.latents, autointerp.report.terminal, autointerp.report.latent, "
-        "autointerp.report.stages; sys.exit('torch' in sys.modules)"
+        "import sys, autointerp.findings.study, autointerp.findings.latent, autointerp.report.terminal, "
+        "autointerp.report.latent, autointerp.report.stages; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0

@@ -8,14 +8,14 @@ import pytest
 from fake_server import FakeServer, Reply
 from test_score_by_llm import ITEMS, N, explain, harvested, run  # noqa: F401
 
-from autointerp.cost import Budget, BudgetSpent, Prices, parse_budget, prices_of
-from autointerp.explain import explain_runs
-from autointerp.journal import Journal
+from autointerp.contexts.selection import Choice
+from autointerp.explaining.explain import explain_runs
+from autointerp.journal.journal import Journal
+from autointerp.llm.budget import Budget, BudgetSpent, Prices, parse_budget, prices_of
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed, Request
 from autointerp.llm.options import LlmOptions
-from autointerp.score import score_runs
-from autointerp.selection import Choice
+from autointerp.scoring.score import score_runs
 from sae.common.errors import BadInput
 from sae.study.run import Run
 from sae.study.stage import Compute

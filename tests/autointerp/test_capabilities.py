@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from fake_server import FakeServer, Reply, token
 
-from autointerp.judges.llm import LlmJudge
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.capability import Capabilities, probe
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed, Request
 from autointerp.llm.options import LlmOptions
+from autointerp.scoring.judges.llm import LlmJudge
 
 
 def probed(server: FakeServer, cache: Path | None = None) -> Capabilities:

@@ -19,9 +19,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from scipy import stats
 
-from autointerp.compare import compare_runs, ensure_pair_aligned, the_two
-from autointerp.journal import Journal
-from autointerp.pair_choice import PairChoice, chosen
+from autointerp.findings.pair import compare_runs, ensure_pair_aligned, the_two
+from autointerp.findings.pair_choice import PairChoice, chosen
+from autointerp.journal.journal import Journal
 from autointerp.report.compare import show_comparison
 from sae.alignment.alignment import read_alignment
 from sae.alignment.overlap import shared

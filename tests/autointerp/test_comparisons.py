@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
-from autointerp.analysis import findings
-from autointerp.comparisons import difference_of_means
+from autointerp.findings.controls import difference_of_means
+from autointerp.findings.study import findings
 from autointerp.report import render_report
 from sae.common.files import read_table, write_table
 from sae.study.run import Run

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.contexts import Context, ContextSampler
+from autointerp.contexts.sampler import Context, ContextSampler
 from sae.firings.store import content_hash, mix
 from sae.settings import ContextSettings
 
@@ -341,5 +341,5 @@ def test_from_a_real_subject_model_to_contexts(tiny_neox_dir: Path, lines: list[
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, autointerp.contexts; sys.exit('torch' in sys.modules)"
+    code = "import sys, autointerp.contexts.sampler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

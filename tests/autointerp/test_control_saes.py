@@ -12,17 +12,17 @@ import pytest
 from fake_server import FakeServer, error, sensible
 from tiny_study import harvested_study
 
-from autointerp.control_saes import sample_of, sample_size
-from autointerp.cost import Budget, BudgetSpent
-from autointerp.dry_run import forecast_explain, forecast_score
-from autointerp.explain import explain_runs
-from autointerp.journal import Journal
+from autointerp.contexts.control_saes import sample_of, sample_size
+from autointerp.contexts.material import Material
+from autointerp.contexts.selection import Choice, choose
+from autointerp.explaining.explain import explain_runs
+from autointerp.journal.journal import Journal
+from autointerp.llm.budget import Budget, BudgetSpent
+from autointerp.llm.in_flight import Outcome
 from autointerp.llm.options import LlmOptions
-from autointerp.material import Material
 from autointerp.report import findings_of
-from autointerp.score import score_runs
-from autointerp.selection import Choice, choose
-from autointerp.work import Outcome
+from autointerp.scoring.dry_run import forecast_explain, forecast_score
+from autointerp.scoring.score import score_runs
 from sae.common.errors import Unavailable
 from sae.common.files import read_table
 from sae.study.controls import controls_of
@@ -168,7 +168,7 @@ def test_controls_that_were_not_harvested_are(run: Run) -> None:
 
 
 def test_a_control_without_contexts_enough_is_told_and_stops_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autointerp.contexts import ContextSampler
+    from autointerp.contexts.sampler import ContextSampler
 
     real = ContextSampler.eligible
     frozen = controls_of(run)["frozen"].store().digest

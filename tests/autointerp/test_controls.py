@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.swapping import swap_partners
+from autointerp.scoring.swapping import swap_partners
 
 
 class Firings:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.counterparts import counterpart_findings
+from autointerp.findings.counterparts import counterpart_findings
 from sae.alignment.nulls import FIRING_COLUMNS
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console, Group
 
-from autointerp import seeds
-from autointerp.analysis import findings
+from autointerp.findings import returning as seeds
+from autointerp.findings.study import findings
 from autointerp.report import blocks
 from autointerp.report.curves import training_curves
 from autointerp.report.layout import Page

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tiny_study import cli, write_recipe, write_texts
 
-from autointerp import demo
+from autointerp.command_line import demo
 from sae.common import overview, progress
 from sae.common.overview import Speed
 from sae.settings import Settings, settings_from

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.contexts import Context, TestSet
-from autointerp.scorers import SCORERS
-from autointerp.scorers.detection import DetectionScorer
+from autointerp.contexts.sampler import Context, TestSet
+from autointerp.scoring.scorers import SCORERS
+from autointerp.scoring.scorers.detection import DetectionScorer
 from sae.common.files import read_table, write_table
 
 Answer = tuple[bool, float | None, str | None]

@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_score_by_llm import ITEMS, N, explain, harvested, run, score  # noqa: F401
 
-from autointerp.adaptive import Precision
-from autointerp.cost import Prices
-from autointerp.dry_run import forecast_explain, forecast_score
-from autointerp.forecast import Forecast
+from autointerp.contexts.selection import Choice
+from autointerp.llm.budget import Prices
 from autointerp.llm.client import LlmClient
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import BLOCK, Tokenize, block_keys, by_characters, local_tokenizer, tokenizer_of
-from autointerp.score import score_runs
-from autointerp.selection import Choice
+from autointerp.scoring.adaptive import Precision
+from autointerp.scoring.dry_run import forecast_explain, forecast_score
+from autointerp.scoring.forecast import Forecast
+from autointerp.scoring.score import score_runs
 from sae.common.errors import BadInput, Unavailable
 from sae.study.run import Run
 

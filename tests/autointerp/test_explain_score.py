@@ -15,21 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_study import journal, records
 
-from autointerp.analysis import findings
-from autointerp.backends import open_judge, resolve
-from autointerp.contexts import Context
-from autointerp.evidence import View
-from autointerp.explain import explain_runs
-from autointerp.explainers.base import Explanation
-from autointerp.journal import Journal
-from autointerp.judges.base import Judgement
+from autointerp.contexts.material import Material
+from autointerp.contexts.sample_record import Sample, sample_of
+from autointerp.contexts.sampler import Context
+from autointerp.contexts.selection import Choice
+from autointerp.explaining.explain import explain_runs
+from autointerp.explaining.explainers.base import Explanation
+from autointerp.findings.evidence import View
+from autointerp.findings.study import findings
+from autointerp.journal.journal import Journal
+from autointerp.journal.usage import Usage
+from autointerp.llm.in_flight import Outcome, in_flight
 from autointerp.llm.options import LlmOptions
-from autointerp.llm.usage import Usage
-from autointerp.material import Material
-from autointerp.sample_record import Sample, sample_of
-from autointerp.score import score_runs
-from autointerp.selection import Choice
-from autointerp.work import Outcome, in_flight
+from autointerp.scoring.judges.base import Judgement
+from autointerp.scoring.opening import open_judge, resolve
+from autointerp.scoring.score import score_runs
 from sae.common.errors import BadInput, Unavailable
 from sae.common.files import read_json, read_table, table_metadata, write_json
 from sae.common.progress import track
@@ -114,7 +114,7 @@ def explain(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]
         async def opened(*_: object) -> AsyncIterator[FakeExplainer]:
             yield explainer
 
-        monkeypatch.setattr("autointerp.explain.open_explainer", opened)
+        monkeypatch.setattr("autointerp.explaining.explain.open_explainer", opened)
         return explain_runs([run], Choice(n=n, **choice), "ngram", NONE, Compute("cpu"))
 
     return go
@@ -127,7 +127,7 @@ def score(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
         async def opened(*_: object) -> AsyncIterator[FakeJudge]:
             yield judge
 
-        monkeypatch.setattr("autointerp.score.open_judge", opened)
+        monkeypatch.setattr("autointerp.scoring.score.open_judge", opened)
         return score_runs([run], run.root, ("detection",), "ngram", NONE, control)
 
     return go
@@ -385,7 +385,7 @@ def test_eligibility_is_counted_once_and_again_when_the_settings_change(
         raise AssertionError("counted again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("autointerp.contexts.ContextSampler.eligible", refuse)
+        patched.setattr("autointerp.contexts.sampler.ContextSampler.eligible", refuse)
         assert records(Material.of(run).eligibility()) == records(first)
     record = read_json(run.folder / "run.json")
     record["settings"]["contexts"]["min_active"] = 10

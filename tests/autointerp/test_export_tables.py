@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from tiny_study import cli
 
 from autointerp import Run as Opened
-from autointerp import export, tables
-from autointerp.export import check_request, export_neuronpedia, export_table
-from autointerp.journal import Journal, Verdict
-from autointerp.neuronpedia import Ids, lines_of
-from autointerp.tables import TABLES, frames_of
+from autointerp.journal.journal import Journal, Verdict
+from autointerp.report.export import export, tables
+from autointerp.report.export.export import check_request, export_neuronpedia, export_table
+from autointerp.report.export.neuronpedia import Ids, lines_of
+from autointerp.report.export.tables import TABLES, frames_of
 from sae.alignment.alignment import read_alignment
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import read_table, table_metadata

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.findings.dictionaries import Dictionaries, findings_of_dictionaries
-from autointerp.findings.finding import AGREES, DISAGREES, UNDECIDED, Finding, Verdict, against, every
-from autointerp.findings.intervals import jackknife, wider, without_each
-from autointerp.findings.scores import Scores, findings_of_scores
+from autointerp.findings.paper.dictionaries import Dictionaries, findings_of_dictionaries
+from autointerp.findings.paper.finding import AGREES, DISAGREES, UNDECIDED, Finding, Verdict, against, every
+from autointerp.findings.paper.intervals import jackknife, wider, without_each
+from autointerp.findings.paper.scores import Scores, findings_of_scores
 from sae.alignment.alignment import align
 from sae.alignment.dip import Dip
 from sae.common.estimate import UNKNOWN, Estimate

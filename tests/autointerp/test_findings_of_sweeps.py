@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.findings.finding import AGREES, DISAGREES, UNDECIDED, Verdict
-from autointerp.findings.sweeps import axes_of, finding_of_sweep, findings_of_sweeps, slope
+from autointerp.findings.paper.finding import AGREES, DISAGREES, UNDECIDED, Verdict
+from autointerp.findings.paper.sweeps import axes_of, finding_of_sweep, findings_of_sweeps, slope
 from sae.alignment.overlap import DEFINITIONS
 
 AXIS = "training.num_latents"

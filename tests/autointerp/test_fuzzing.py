@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_contexts import DenseStore, sampler
 
-from autointerp.contexts import Context, TestSet
-from autointerp.explain import explain_runs
-from autointerp.judges.ngram import NgramJudge
+from autointerp.contexts.sampler import Context, TestSet
+from autointerp.contexts.selection import Choice
+from autointerp.explaining.explain import explain_runs
+from autointerp.explaining.patterns import Pattern, Patterns
+from autointerp.findings.statistics.correlation import balanced_accuracy
 from autointerp.llm.options import LlmOptions
-from autointerp.patterns import Pattern, Patterns
-from autointerp.score import score_runs
-from autointerp.scorers import SCORERS
-from autointerp.scorers.fuzzing import FuzzingScorer, mark
-from autointerp.selection import Choice
-from autointerp.statistics import balanced_accuracy
+from autointerp.scoring.judges.ngram import NgramJudge
+from autointerp.scoring.score import score_runs
+from autointerp.scoring.scorers import SCORERS
+from autointerp.scoring.scorers.fuzzing import FuzzingScorer, mark
 from sae.common.files import read_table
 from sae.study.run import Run
 from sae.study.stage import Compute

@@ -19,16 +19,16 @@ from asking import client, complete
 from asking import run as run_client
 from fake_server import FakeServer, Reply, error, snippets_of, token
 
-from autointerp.contexts import Context
-from autointerp.journal import Journal, Verdict
-from autointerp.judges.llm import LlmJudge, Protocol
+from autointerp.contexts.sampler import Context
+from autointerp.journal.journal import Journal, Verdict
+from autointerp.journal.usage import Usage
 from autointerp.llm import transport
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed
-from autointerp.llm.usage import Usage
-from autointerp.score_table import Test, score_table
-from autointerp.scorers import SCORERS
-from autointerp.work import in_flight
+from autointerp.llm.in_flight import in_flight
+from autointerp.scoring.judges.llm import LlmJudge, Protocol
+from autointerp.scoring.score_table import Test, score_table
+from autointerp.scoring.scorers import SCORERS
 
 BODY = json.dumps({"choices": [{"index": 0, "message": {"content": "1"}, "finish_reason": "stop"}]})
 LONG = 10 * 2**20

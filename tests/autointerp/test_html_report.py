@@ -25,7 +25,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 from tiny_study import cli
 
-from autointerp.analysis import findings
+from autointerp.findings.study import findings
 from autointerp.report import terminal
 from autointerp.report.blocks import Drawn
 from autointerp.report.html import prose
@@ -171,8 +171,8 @@ def test_a_damaged_sweep_is_named_and_left_out(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_findings_table_is_shown_with_its_verdicts(root: Path) -> None:
-    from autointerp.analysis import study_findings
-    from autointerp.evidence import Study, View
+    from autointerp.findings.evidence import Study, View
+    from autointerp.findings.study import study_findings
     from autointerp.report.html.page import render
 
     row = {"finding": "wide <b>", "measure": "share", "value": 0.416, "low": 0.4, "high": 0.43, "unit": "number"}
@@ -302,7 +302,7 @@ def test_details_keep_to_their_budget_and_the_page_says_how_many_there_are(root:
 
 
 def test_details_are_what_show_prints(root: Path, page: Parsed) -> None:
-    from autointerp.latents import latent_findings
+    from autointerp.findings.latent import latent_findings
 
     chunk = page.data("places")["4"]
     (detail,) = [d for d in page.data(f"details-{chunk}") if d["latent"] == 4]

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from autointerp.journal import Journal, Verdict
-from autointerp.journal_schema import MIGRATIONS
-from autointerp.llm.usage import Usage
+from autointerp.journal.journal import Journal, Verdict
+from autointerp.journal.schema import MIGRATIONS
+from autointerp.journal.usage import Usage
 from sae.common.database import Database
 from sae.common.errors import BadInput, Unavailable
 
@@ -234,7 +234,7 @@ def test_threads_may_share_it(journal: Journal) -> None:
 def test_claim_keeps_a_second_process_out_and_ends_with_the_first(tmp_path: Path) -> None:
     path = tmp_path / "run_a" / "journal.sqlite"
     code = (
-        "import sys, time; from pathlib import Path; from autointerp.journal import Journal\n"
+        "import sys, time; from pathlib import Path; from autointerp.journal.journal import Journal\n"
         "with Journal(Path(sys.argv[1])).claim():\n    print('held', flush=True); time.sleep(60)"
     )
     root = Path(__file__).resolve().parents[2]

@@ -10,13 +10,13 @@ import pytest
 from fake_server import FakeServer, Reply, error, sensible
 from test_score_by_llm import N, explain, harvested, run, score  # noqa: F401
 
-from autointerp.contexts import ContextSampler
-from autointerp.explain import explain_runs
-from autointerp.journal import Journal
+from autointerp.contexts.sampler import ContextSampler
+from autointerp.contexts.selection import Choice
+from autointerp.explaining.explain import explain_runs
+from autointerp.journal.journal import Journal
+from autointerp.llm.in_flight import Outcome
 from autointerp.llm.options import LlmOptions
-from autointerp.score import score_runs
-from autointerp.selection import Choice
-from autointerp.work import Outcome
+from autointerp.scoring.score import score_runs
 from sae.common.errors import Unavailable
 from sae.common.files import read_table, table_metadata
 from sae.study.run import Run

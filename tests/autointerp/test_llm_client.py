@@ -324,7 +324,7 @@ def test_what_servers_say_is_one_bounded_line_without_keys() -> None:
 
 
 def test_a_key_alone_configures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autointerp import backends
+    from autointerp.scoring import opening as backends
 
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     assert backends.resolve("auto", LlmOptions(), "explainer") == "ngram"

@@ -11,14 +11,14 @@ from fake_server import FakeServer, Reply, error, snippets_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autointerp import prompts
-from autointerp.contexts import Context
-from autointerp.explainers.base import Explainer, Explanation
-from autointerp.explainers.llm import LlmExplainer, parse_explanation
+from autointerp.contexts.marking import MARKS, choose_marks, marked_text
+from autointerp.contexts.sampler import Context
+from autointerp.explaining.explainers.base import Explainer, Explanation
+from autointerp.explaining.explainers.llm import LlmExplainer, parse_explanation
+from autointerp.llm import prompts
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed
-from autointerp.marking import MARKS, choose_marks, marked_text
 from sae.common.errors import BadInput, NotFound, Unavailable
 
 

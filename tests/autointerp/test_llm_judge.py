@@ -14,15 +14,15 @@ from fake_server import FakeServer, Reply, error, snippets_of, token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autointerp import prompts
-from autointerp.contexts import Context
-from autointerp.judges.base import Judge, Judgement
-from autointerp.judges.llm import LlmJudge, parse_batch, parse_single
+from autointerp.contexts.sampler import Context
+from autointerp.journal.usage import Usage
+from autointerp.llm import prompts
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed
 from autointerp.llm.options import LlmOptions
-from autointerp.llm.usage import Usage
+from autointerp.scoring.judges.base import Judge, Judgement
+from autointerp.scoring.judges.llm import LlmJudge, parse_batch, parse_single
 from sae.common.errors import BadInput, Unavailable
 
 EXPLANATION = 'Text that contains "cat".'

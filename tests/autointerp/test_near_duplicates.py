@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_contexts import DenseStore, sampler
 
-from autointerp import near_duplicates as near
-from autointerp.material import Material
-from autointerp.near_duplicates import groups_of, near_duplicates
+from autointerp.contexts import near_duplicates as near
+from autointerp.contexts.material import Material
+from autointerp.contexts.near_duplicates import groups_of, near_duplicates
 from sae.common.files import table_metadata
 from sae.firings.store import mix
 from sae.study.run import Run

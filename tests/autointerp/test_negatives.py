@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_contexts import texts
 
-from autointerp.contexts import ContextSampler, TestSet
-from autointerp.material import Material
-from autointerp.neighbours import NEAREST, Neighbours
+from autointerp.contexts.material import Material
+from autointerp.contexts.neighbours import NEAREST, Neighbours
+from autointerp.contexts.sampler import ContextSampler, TestSet
 from sae.firings.store import content_hash
 from sae.settings import ContextSettings
 from sae.study.run import Run
@@ -189,7 +189,7 @@ def test_a_run_draws_them_from_its_own_weights_and_firings(tiny_root: Path) -> N
 def test_a_judge_that_falls_for_them_loses_only_there(kind: str) -> None:
     import pandas as pd
 
-    from autointerp.scorers.detection import DetectionScorer
+    from autointerp.scoring.scorers.detection import DetectionScorer
 
     test = sampler(a_store(5)).testing(0)
     items = DetectionScorer().items(test)

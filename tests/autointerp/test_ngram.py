@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autointerp.contexts import Context
-from autointerp.explainers.ngram import NgramExplainer, NgramSettings
-from autointerp.judges.ngram import NgramJudge
-from autointerp.ngram_counts import Positions, search
-from autointerp.patterns import Pattern, Patterns, bounded, brief, parse, quoted, rounded
+from autointerp.contexts.sampler import Context
+from autointerp.explaining.explainers.ngram import NgramExplainer, NgramSettings
+from autointerp.explaining.ngram_counts import Positions, search
+from autointerp.explaining.patterns import Pattern, Patterns, bounded, brief, parse, quoted, rounded
+from autointerp.scoring.judges.ngram import NgramJudge
 
 NASTY = [
     '"',

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_negatives import Store, a_store, sampler
 
-from autointerp.positions import Queue, in_proportion, in_turn, one_by_one
+from autointerp.contexts.positions import Queue, in_proportion, in_turn, one_by_one
 
 N_SLOTS = 4
 Texts = list[tuple[int, int]]

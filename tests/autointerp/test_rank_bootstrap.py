@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from autointerp.rank_bootstrap import Resamples, interval_of, partial
-from autointerp.statistics import partial_spearman
+from autointerp.findings.statistics.correlation import partial_spearman
+from autointerp.findings.statistics.resampling import Resamples, interval_of, partial
 
 
 @pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
@@ -37,9 +37,9 @@ def test_pieces_change_no_bit(weights: np.ndarray | None, monkeypatch: pytest.Mo
         return Resamples(np.arange(50), weights=weights).correlations([x, y], x > -1)
 
     whole = found()
-    monkeypatch.setattr("autointerp.rank_bootstrap._CELLS", 120)  # weights are not kept
+    monkeypatch.setattr("autointerp.findings.statistics.resampling._CELLS", 120)  # weights are not kept
     assert np.array_equal(whole, found())
-    monkeypatch.setattr("autointerp.rank_bootstrap._NEAR", 1 << 30)  # and worked on in one piece
+    monkeypatch.setattr("autointerp.findings.statistics.resampling._NEAR", 1 << 30)  # and worked on in one piece
     assert np.array_equal(whole, found())
 
 

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from made_scores import SHAPES, Made, rank_correlation, score
 
-from autointerp.rank_bootstrap import Resamples, interval_of
-from autointerp.reliability import LEAST, Halves, corrected_spearman
-from autointerp.statistics import proportion
+from autointerp.findings.reliability import LEAST, Halves, corrected_spearman
+from autointerp.findings.statistics.correlation import proportion
+from autointerp.findings.statistics.resampling import Resamples, interval_of
 
 
 def reliability(verdicts: pd.DataFrame, n: int) -> float:

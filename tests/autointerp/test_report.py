@@ -16,9 +16,9 @@ from printed import ACTS_ON_A_TERMINAL, ANSI, COLOURS, console, text_of
 from rich.cells import cell_len
 
 from autointerp import report
-from autointerp.analysis import findings
-from autointerp.counterparts import counterpart_findings
-from autointerp.evidence import View
+from autointerp.findings.counterparts import counterpart_findings
+from autointerp.findings.evidence import View
+from autointerp.findings.study import findings
 from autointerp.report.layout import percent
 from autointerp.report.terminal import head_in_words, in_short, render, setups_in_words
 from sae.alignment.nulls import FIRING_COLUMNS

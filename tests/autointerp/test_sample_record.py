@@ -13,11 +13,11 @@ import pytest
 import small_study
 from rich.console import Console
 
-from autointerp.analysis import findings
+from autointerp.contexts.sample_record import Draw, partners_of, record, sample_of
+from autointerp.contexts.sampling import drawn, strata
+from autointerp.contexts.selection import Choice, draw
+from autointerp.findings.study import findings
 from autointerp.report.terminal import render
-from autointerp.sample_record import Draw, partners_of, record, sample_of
-from autointerp.sampling import drawn, strata
-from autointerp.selection import Choice, draw
 from sae.alignment.alignment import read_alignment
 from sae.alignment.latent_table import latent_table
 from sae.common.files import read_table, table_metadata

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from autointerp.estimation import Estimator, known_of_quantile
-from autointerp.rank_bootstrap import Resamples
-from autointerp.sampling import allocation, drawn, strata, weights_of
-from autointerp.statistics import quantiles
+from autointerp.contexts.sampling import allocation, drawn, strata, weights_of
+from autointerp.findings.statistics.correlation import quantiles
+from autointerp.findings.statistics.estimation import Estimator, known_of_quantile
+from autointerp.findings.statistics.resampling import Resamples
 
 sizes = st.integers(1, 120)
 
@@ -186,7 +186,7 @@ def test_a_census_is_the_unweighted_figure_and_as_sure_as_its_scores() -> None:
 )
 def test_intervals_hold_what_all_latents_would_give(n: int, noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 400: the mean of true scores, its mean over a class, and the correlation of measured ones, over all."""
-    monkeypatch.setattr("autointerp.rank_bootstrap.RESAMPLES", 250)
+    monkeypatch.setattr("autointerp.findings.statistics.resampling.RESAMPLES", 250)
     rng = np.random.default_rng(n)
     frequency, similarity = population(400, 2)
     similarity = np.nan_to_num(np.asarray(similarity, float))
@@ -228,7 +228,7 @@ def test_intervals_hold_the_quartiles_of_all_measured_scores(
     n: int, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 400: what quartiles of all measured scores are on average. A mean's share would cover .75 in a census."""
-    monkeypatch.setattr("autointerp.rank_bootstrap.RESAMPLES", 250)
+    monkeypatch.setattr("autointerp.findings.statistics.resampling.RESAMPLES", 250)
     rng = np.random.default_rng(n)
     frequency, similarity = population(400, 2)
     true, cells, rounds = 0.7 + rng.normal(0, 0.1, 400), strata(frequency, similarity), 200
@@ -259,8 +259,8 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def correlation(score: pd.Series, similarity: np.ndarray, error: float, weights: pd.DataFrame):  # type: ignore[no-untyped-def]
-    from autointerp.estimation import real_share
-    from autointerp.rank_bootstrap import interval_of
+    from autointerp.findings.statistics.estimation import real_share
+    from autointerp.findings.statistics.resampling import interval_of
 
     kept = np.ones(len(score), bool)
     rho = real_share(score.to_numpy(), kept, np.full(len(score), error), weights)

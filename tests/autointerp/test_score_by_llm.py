@@ -17,15 +17,15 @@ import pytest
 from fake_server import FakeServer, Reply, error, sensible, token
 from tiny_study import harvested_study
 
-from autointerp.contexts import TestSet
-from autointerp.explain import explain_runs
-from autointerp.journal import Journal, Verdict
+from autointerp.contexts.sampler import TestSet
+from autointerp.contexts.selection import Choice
+from autointerp.explaining.explain import explain_runs
+from autointerp.findings.reliability import verdicts_of
+from autointerp.journal.journal import Journal, Verdict
+from autointerp.llm.in_flight import Outcome
 from autointerp.llm.options import LlmOptions
-from autointerp.reliability import verdicts_of
-from autointerp.score import score_runs
-from autointerp.score_table import COLUMNS, UNTESTED, score_table
-from autointerp.selection import Choice
-from autointerp.work import Outcome
+from autointerp.scoring.score import score_runs
+from autointerp.scoring.score_table import COLUMNS, UNTESTED, score_table
 from sae.common.errors import BadInput, Unavailable
 from sae.common.files import read_table, table_metadata
 from sae.study.run import Run
@@ -322,7 +322,7 @@ def test_both_scorers_together_stand_side_by_side(run: Run, protocol: str) -> No
 
 
 def test_a_latent_that_cannot_be_fuzzed_is_told_and_is_no_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autointerp.scorers.fuzzing.mark", lambda _: TestSet([], []))
+    monkeypatch.setattr("autointerp.scoring.scorers.fuzzing.mark", lambda _: TestSet([], []))
     with FakeServer() as server:
         explain(run, server)
         options = LlmOptions(url=server.url, concurrency=2)

@@ -17,14 +17,14 @@ from made_scores import Made, rank_correlation, score
 from rich.console import Console
 from scipy import stats
 
-from autointerp.analysis import findings
-from autointerp.evidence import View
-from autointerp.journal import Journal, Verdict
-from autointerp.rank_bootstrap import Resamples
+from autointerp.contexts.sample_record import Draw, Sample
+from autointerp.contexts.sampling import drawn, strata
+from autointerp.findings.evidence import View
+from autointerp.findings.relation import Part, matched_difference, pooled_findings, relation_findings
+from autointerp.findings.statistics.resampling import Resamples
+from autointerp.findings.study import findings
+from autointerp.journal.journal import Journal, Verdict
 from autointerp.report.terminal import render
-from autointerp.sample_record import Draw, Sample
-from autointerp.sampling import drawn, strata
-from autointerp.score_similarity import Part, matched_difference, pooled_findings, relation_findings
 from sae.alignment.alignment import read_alignment
 from sae.alignment.bootstrap import partner_units
 from sae.common.files import read_table, write_table
@@ -90,8 +90,8 @@ def truth_of(made: Made) -> tuple[float, float]:
 
 def test_a_sample_tells_of_the_population(monkeypatch: pytest.MonkeyPatch) -> None:
     """The corrected correlation and the lowest quarter's mean of 500 latents, from 150 drawn with unequal chances."""
-    monkeypatch.setattr("autointerp.rank_bootstrap.RESAMPLES", 200)
-    monkeypatch.setattr("autointerp.reliability._WORK", 1)
+    monkeypatch.setattr("autointerp.findings.statistics.resampling.RESAMPLES", 200)
+    monkeypatch.setattr("autointerp.findings.reliability._WORK", 1)
     rng, rounds = np.random.default_rng(4), 60
     made = Made.draw(500, 0.5, "even", rng)
     truth, quarter = truth_of(made)
@@ -234,8 +234,8 @@ def _pooled_as_one(parts: list[Part]) -> tuple[pd.DataFrame, pd.DataFrame, pd.Da
 @pytest.mark.slow
 def test_pooled_intervals_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Coverage of the pooled correlation and of the first quarter's mean, with whole groups and latent by latent."""
-    monkeypatch.setattr("autointerp.rank_bootstrap.RESAMPLES", 400)
-    monkeypatch.setattr("autointerp.reliability._WORK", 1)
+    monkeypatch.setattr("autointerp.findings.statistics.resampling.RESAMPLES", 400)
+    monkeypatch.setattr("autointerp.findings.reliability._WORK", 1)
     rng, rounds = np.random.default_rng(2), 100
     large = Made.draw(100_000, 0.5, "even", rng)
     truth, quarter = truth_of(large)

@@ -11,7 +11,7 @@ import small_study
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.selection import Choice, Sharing, check, choose, partners, unshared_latents
+from autointerp.contexts.selection import Choice, Sharing, check, choose, partners, unshared_latents
 from sae.alignment.alignment import read_alignment
 from sae.alignment.latent_table import latent_table
 from sae.alignment.overlap import DEFINITIONS

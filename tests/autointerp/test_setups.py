@@ -12,12 +12,12 @@ import pytest
 import small_study
 from printed import console, text_of
 
-from autointerp.adaptive import Precision
-from autointerp.analysis import findings
-from autointerp.evidence import View
-from autointerp.journal import Journal
+from autointerp.findings.evidence import View
+from autointerp.findings.study import findings
+from autointerp.journal.journal import Journal
 from autointerp.report.terminal import render
-from autointerp.setups import rows_of, setups_of, status_kind
+from autointerp.scoring.adaptive import Precision
+from autointerp.scoring.setups import rows_of, setups_of, status_kind
 from sae.common.errors import NotFound
 from sae.common.files import read_table, write_table
 from sae.study.run import Run

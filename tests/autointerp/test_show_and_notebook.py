@@ -12,12 +12,12 @@ from rich.console import Console
 from tiny_study import cli
 
 from autointerp import Run
-from autointerp.analysis import findings
-from autointerp.reliability import reliability_findings, verdicts_of
+from autointerp.contexts.sample_record import sample_of
+from autointerp.findings.reliability import reliability_findings, verdicts_of
+from autointerp.findings.study import findings
 from autointerp.report import latent_findings, render_latent
-from autointerp.sample_record import sample_of
-from autointerp.scorers.base import HARDER
-from autointerp.setups import rows_of, setups_of
+from autointerp.scoring.scorers.base import HARDER
+from autointerp.scoring.setups import rows_of, setups_of
 from sae.common.errors import NotFound
 from sae.common.files import read_table, write_table
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from autointerp.statistics import (
+from autointerp.findings.statistics.correlation import (
     METHODS,
     Estimate,
     auroc,

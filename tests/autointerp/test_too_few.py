@@ -11,10 +11,10 @@ import pytest
 import small_study
 from rich.console import Console
 
-from autointerp.analysis import findings
-from autointerp.evidence import View
+from autointerp.findings.evidence import View
+from autointerp.findings.study import findings
+from autointerp.findings.too_few import too_few_findings
 from autointerp.report import render_report
-from autointerp.too_few import too_few_findings
 from sae.common.files import read_table, write_table
 from sae.study.run import Run
 

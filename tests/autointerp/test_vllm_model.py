@@ -16,11 +16,11 @@ from fake_vllm_python import FakeVllm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.backends import kept_server
-from autointerp.llm import vllm_model
+from autointerp.llm.local import model as vllm_model
+from autointerp.llm.local.model import VllmModel, find_model, find_python, split_arguments
+from autointerp.llm.local.serving import OneServer, server_for, serving
 from autointerp.llm.options import VLLM_TIMEOUT, LlmOptions
-from autointerp.llm.serving import OneServer, server_for, serving
-from autointerp.llm.vllm_model import VllmModel, find_model, find_python, split_arguments
+from autointerp.scoring.opening import kept_server
 from sae.activations.bundled import BUNDLED
 from sae.common.errors import BadInput, NotFound, Unavailable
 from sae.common.hub import OnHub

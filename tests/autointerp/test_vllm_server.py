@@ -23,10 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from autointerp.llm import vllm_server
 from autointerp.llm.client import LlmClient
-from autointerp.llm.vllm_model import VllmModel
-from autointerp.llm.vllm_server import VllmServer, cache_gib
+from autointerp.llm.local import server as vllm_server
+from autointerp.llm.local.model import VllmModel
+from autointerp.llm.local.server import VllmServer, cache_gib
 from sae.common import progress
 from sae.common.errors import Unavailable
 

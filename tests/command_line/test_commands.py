@@ -15,7 +15,7 @@ import pytest
 from fake_server import FakeServer
 from tiny_study import NUM_LATENTS, K, Ran, cli, journal, tree
 
-from autointerp.explainers.ngram import NgramExplainer
+from autointerp.explaining.explainers.ngram import NgramExplainer
 from sae.alignment.nulls import FIRING_COLUMNS, offset_of
 from sae.common.files import read_table
 from sae.firings.store import FiringStore
@@ -96,7 +96,7 @@ def test_a_second_call_does_nothing(root: Path, recipe: Path, monkeypatch: pytes
         raise AssertionError("asked again")
 
     monkeypatch.setattr(NgramExplainer, "explain", refuse)
-    monkeypatch.setattr("autointerp.judges.ngram.NgramJudge.judge", refuse)
+    monkeypatch.setattr("autointerp.scoring.judges.ngram.NgramJudge.judge", refuse)
     monkeypatch.setattr("sae.activations.subject.Subject.load", refuse)
     monkeypatch.setattr("sae.alignment.alignment.align", refuse)
     assert (

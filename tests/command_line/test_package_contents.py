@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import cli as program
-from autointerp.prompts import conversation
+from autointerp.llm.prompts import conversation
 
 REPOSITORY = Path(program.__file__).parent
 METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}

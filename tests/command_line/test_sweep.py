@@ -12,9 +12,9 @@ import pytest
 from rich.cells import cell_len
 from tiny_study import Ran, cli, tree
 
-import autointerp.sweep
-import autointerp.sweep_table
-from autointerp.findings.finding import AGREES, DISAGREES, UNDECIDED
+import autointerp.command_line.sweeping
+import autointerp.findings.sweep_table
+from autointerp.findings.paper.finding import AGREES, DISAGREES, UNDECIDED
 from sae.common.files import read_json, read_table, table_metadata
 
 SEEDS = ("--seeds", 0, 1, 2)
@@ -101,7 +101,7 @@ def test_the_subject_reads_no_more_than_the_longest_training_takes(small: Path, 
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Subject, "activations", counted)
-        patched.setattr(autointerp.sweep, "harvest_runs", _stop)
+        patched.setattr(autointerp.command_line.sweeping, "harvest_runs", _stop)
         with pytest.raises(RuntimeError, match="stopped"):
             cli("sweep", small, "--root", tmp_path, "--no-score")
         trained = sum(seen)
@@ -115,11 +115,11 @@ def _stop(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "after"),
     [
-        pytest.param(autointerp.sweep, "harvest_runs", 0, marks=pytest.mark.slow),
-        pytest.param(autointerp.sweep, "align_runs", 1, marks=pytest.mark.slow),
-        (autointerp.sweep, "explain_runs", 1),
-        pytest.param(autointerp.sweep, "score_runs", 2, marks=pytest.mark.slow),
-        pytest.param(autointerp.sweep_table, "write_json", 0, marks=pytest.mark.slow),
+        pytest.param(autointerp.command_line.sweeping, "harvest_runs", 0, marks=pytest.mark.slow),
+        pytest.param(autointerp.command_line.sweeping, "align_runs", 1, marks=pytest.mark.slow),
+        (autointerp.command_line.sweeping, "explain_runs", 1),
+        pytest.param(autointerp.command_line.sweeping, "score_runs", 2, marks=pytest.mark.slow),
+        pytest.param(autointerp.findings.sweep_table, "write_json", 0, marks=pytest.mark.slow),
     ],
     ids=["before the harvest", "while aligning", "while explaining", "while scoring", "between the two tables"],
 )

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import cli
 from autointerp.command_line.values import amount, indices, spread_lists
-from autointerp.selection import Choice
-from autointerp.work import Outcome
+from autointerp.contexts.selection import Choice
+from autointerp.llm.in_flight import Outcome
 from sae.common.errors import BadInput
 
 
@@ -72,7 +72,7 @@ def test_a_printed_choice_is_read_as_the_same_choice(choice: Choice) -> None:
     """What a retry command says is what was asked: explaining other latents would be paid for and not wanted."""
     explain = typer.main.get_command(cli.app).commands["explain"]  # type: ignore[attr-defined]
     with (
-        mock.patch("autointerp.explain.explain_runs", return_value=Outcome("explain")) as explain_runs,
+        mock.patch("autointerp.explaining.explain.explain_runs", return_value=Outcome("explain")) as explain_runs,
         mock.patch("autointerp.command_line.explaining.opened", return_value=[]),
         redirect_stdout(StringIO()),
     ):

@@ -25,7 +25,7 @@ from doc_pages import OUTPUT, REPOSITORY, SHELL, Page, codes, pages, tables
 from fake_server import FakeServer
 from tiny_study import write_texts
 
-from autointerp.evidence import Study, View
+from autointerp.findings.evidence import Study, View
 from autointerp.report import findings_of
 from autointerp.report.html import prose
 from autointerp.report.html.columns import columns_of

@@ -10,14 +10,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from tiny_study import Ran, cli
 
-from autointerp.explainers import EXPLAINERS
-from autointerp.journal import Journal
-from autointerp.judges import JUDGES
-from autointerp.scorers import SCORERS
+from autointerp.explaining.explainers import EXPLAINERS
+from autointerp.journal.journal import Journal
+from autointerp.scoring.judges import JUDGES
+from autointerp.scoring.scorers import SCORERS
 from sae.common.errors import BadInput
 from sae.common.registry import Registry
 from sae.dictionaries.architectures import ARCHITECTURES
@@ -28,7 +29,12 @@ HOME = Path(__file__).resolve().parents[2]
 PAGE = (HOME / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 SNIPPETS = re.findall(r"^```python\n(?!# )(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-PACKAGES = {"autointerp.explainers", "autointerp.judges", "autointerp.scorers", "sae.dictionaries.architectures"}
+PACKAGES = {
+    "autointerp.explaining.explainers",
+    "autointerp.scoring.judges",
+    "autointerp.scoring.scorers",
+    "sae.dictionaries.architectures",
+}
 ADDED = {"explain": "top_token", "judge": "quoted", "score": "top_and_random", "train": "matryoshka"}
 
 
@@ -208,8 +214,11 @@ def test_a_broken_file_is_one_line_and_only_where_it_is_asked_for(
 ) -> None:
     root, _ = study
     folders = Folders()
-    registries: dict[str, Registry[object]] = {"autointerp.explainers": EXPLAINERS, "autointerp.judges": JUDGES}  # type: ignore[dict-item]
-    registries |= {"autointerp.scorers": SCORERS}  # type: ignore[dict-item]
+    registries: dict[str, Registry[Any]] = {
+        "autointerp.explaining.explainers": EXPLAINERS,
+        "autointerp.scoring.judges": JUDGES,
+        "autointerp.scoring.scorers": SCORERS,
+    }
     try:
         for package, registry in registries.items():
             place = tmp_path / package
@@ -236,10 +245,10 @@ def test_a_scorer_that_is_gone_leaves_its_verdicts_and_stops_nothing(
     of = ("--sae", "run_a", "--judge", "quoted", "--root", root, "--json")
     folders, place = Folders(), tmp_path / "scorers"
     place.mkdir()
-    text = FILES["autointerp/scorers/top_and_random.py"]
+    text = FILES["autointerp/scoring/scorers/top_and_random.py"]
     (place / "passing.py").write_text(text.replace('= "top_and_random"', '= "passing"'))
     try:
-        folders.lay("autointerp.scorers", place)
+        folders.lay("autointerp.scoring.scorers", place)
         assert not cli("score", *of, "--scorer", "passing").well().json["notes"]
     finally:
         folders.undo()

@@ -28,13 +28,13 @@ import pandas as pd
 import pytest
 from vllm_server import REPOSITORY, VllmServer
 
-from autointerp.journal import Journal
-from autointerp.judges.llm import _AROUND_LABELS, LlmJudge
+from autointerp.contexts.material import Material
+from autointerp.journal.journal import Journal
 from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, Request
-from autointerp.material import Material
-from autointerp.scorers.base import HARDER
+from autointerp.scoring.judges.llm import _AROUND_LABELS, LlmJudge
+from autointerp.scoring.scorers.base import HARDER
 from sae.common.files import read_table
 from sae.study.run import Run
 

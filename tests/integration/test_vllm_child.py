@@ -9,7 +9,7 @@ import pytest
 from test_vllm import command, trained
 from vllm_server import EAGER
 
-from autointerp.journal import Journal
+from autointerp.journal.journal import Journal
 from sae.study.run import Run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]

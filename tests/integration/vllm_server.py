@@ -5,8 +5,8 @@ from __future__ import annotations
 import urllib.request
 from pathlib import Path
 
-from autointerp.llm import vllm_server
-from autointerp.llm.vllm_model import VllmModel, find_python
+from autointerp.llm.local import server as vllm_server
+from autointerp.llm.local.model import VllmModel, find_python
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EAGER = "--enforce-eager"

@@ -33,8 +33,8 @@ from hand_built import (
 )
 from tiny_study import cli
 
-from autointerp.journal import Journal
-from autointerp.statistics import balanced_accuracy, proportion
+from autointerp.findings.statistics.correlation import balanced_accuracy, proportion
+from autointerp.journal.journal import Journal
 from sae.alignment.alignment import read_alignment
 from sae.alignment.overlap import shared
 from sae.common.files import read_table

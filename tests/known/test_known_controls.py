@@ -21,9 +21,9 @@ from hand_built import (
 )
 from tiny_study import cli
 
-from autointerp.contexts import Context
-from autointerp.judges.base import Judgement
-from autointerp.judges.ngram import NgramJudge
+from autointerp.contexts.sampler import Context
+from autointerp.scoring.judges.base import Judgement
+from autointerp.scoring.judges.ngram import NgramJudge
 
 M = len(latents())
 

@@ -16,9 +16,9 @@ from hand_built import Latent, Seed, latents, make_study, write_corpus, write_mo
 from scipy import stats
 from tiny_study import cli
 
-from autointerp.contexts import ContextSampler
-from autointerp.journal import Journal
-from autointerp.judges.ngram import NgramJudge
+from autointerp.contexts.sampler import ContextSampler
+from autointerp.journal.journal import Journal
+from autointerp.scoring.judges.ngram import NgramJudge
 from sae.common.files import read_table
 from sae.study.run import Run
 

@@ -224,7 +224,7 @@ def test_a_study_that_a_command_works_on_is_refused(root: Path, held: str) -> No
 
 
 def test_a_run_that_is_being_scored_is_refused(root: Path) -> None:
-    from autointerp.journal import Journal
+    from autointerp.journal.journal import Journal
 
     run = Run("run_b", root)
     with Journal(run.journal_path) as journal, journal.claim():

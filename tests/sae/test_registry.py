@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from autointerp.explainers import EXPLAINERS
-from autointerp.judges import JUDGES
-from autointerp.scorers import SCORERS
+from autointerp.explaining.explainers import EXPLAINERS
+from autointerp.scoring.judges import JUDGES
+from autointerp.scoring.scorers import SCORERS
 from sae.common.errors import BadInput
 from sae.common.registry import Registry
 from sae.dictionaries.architectures import ARCHITECTURES

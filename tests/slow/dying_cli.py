@@ -60,9 +60,9 @@ def main() -> None:
     sqlite3.connect = clock.connect  # type: ignore[assignment]
     sys.path.insert(0, str(REPOSITORY))
     if recipe := os.environ.get("DEMO_RECIPE"):
-        import autointerp.demo
+        import autointerp.command_line.demo
 
-        autointerp.demo.RECIPE = Path(recipe)
+        autointerp.command_line.demo.RECIPE = Path(recipe)
     import cli
 
     sys.argv = ["cli.py", *arguments]

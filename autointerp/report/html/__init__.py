@@ -39,8 +39,8 @@ def write_report(
 
     The other arguments are those of :func:`autointerp.report.findings_of`.
     """
-    from autointerp.analysis import study_findings
-    from autointerp.evidence import Study, View
+    from autointerp.findings.evidence import Study, View
+    from autointerp.findings.study import study_findings
     from autointerp.report import contexts_at_hand
     from autointerp.report.html.page import render
     from sae.common.files import atomic

@@ -1,7 +1,7 @@
 """What the page knows of every latent of the run in its middle, in columns: for the figures and the latent browser.
 
-The columns are those that the findings were computed from (:class:`autointerp.evidence.Study`); nothing is measured
-here. ``None`` is what could not be measured.
+The columns are those that the findings were computed from (:class:`autointerp.findings.evidence.Study`); nothing is
+measured here. ``None`` is what could not be measured.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.evidence import Study, Told
-from autointerp.pooled import scored_alike
+from autointerp.findings.evidence import Study, Told
+from autointerp.findings.pooled import scored_alike
 from autointerp.report.html.sweeps import sweeps_at
-from autointerp.setups import status_kind
+from autointerp.scoring.setups import status_kind
 from sae.alignment.latent_table import CLASSES
 
 #: What became of a latent on its way to a score; its place here is what the page holds.

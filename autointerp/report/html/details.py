@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.evidence import Study
-from autointerp.journal import Journal
-from autointerp.latents import LatentReader, as_json
+from autointerp.findings.evidence import Study
+from autointerp.findings.latent import LatentReader, as_json
+from autointerp.journal.journal import Journal
 from autointerp.report.html.embedded import json_in_script
-from autointerp.setups import verdict_filters
+from autointerp.scoring.setups import verdict_filters
 from sae.common.errors import UserError
 from sae.common.progress import track
 

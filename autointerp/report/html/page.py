@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from autointerp.evidence import Study
+from autointerp.findings.evidence import Study
 from autointerp.report import dictionaries, terminal
 from autointerp.report.html import prose
 from autointerp.report.html.columns import columns_of

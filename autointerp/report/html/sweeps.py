@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autointerp.sweep_table import sweeps_of
+from autointerp.findings.sweep_table import sweeps_of
 
 
 def sweeps_at(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:

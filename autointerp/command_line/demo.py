@@ -1,0 +1,166 @@
+"""The study of `make demo`: every stage on the bundled subject model, offline, from the recipe beside the runs.
+
+It is the same code that users run on their own model; this module only says with what, and how long it takes.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from sae.common.overview import Cost, Overview, Speed, Stage, measure_speed
+from sae.common.package_data import RECIPES
+from sae.settings import Settings, settings_from
+
+RECIPE = RECIPES / "demo.toml"
+STUDY = "demo"
+SEEDS = (0, 1, 2)
+N_LATENTS = 300
+
+TEXT, TRAIN, HARVEST, ALIGN, EXPLAIN, SCORE, REPORT = STAGES = (
+    "read and tokenise the text",
+    f"train {len(SEEDS)} SAEs",
+    "record which latents fire",
+    "compare the SAEs",
+    f"explain {N_LATENTS} latents",
+    "score the explanations",
+    "prepare the report",
+)
+_BARS = {TRAIN: "train", HARVEST: "harvest", ALIGN: "compare firings", EXPLAIN: "explain", SCORE: f"score {STUDY}"}
+"""How the label of each stage's bar starts."""
+
+# What the stages cost on the reference machine (one core, AVX2). Only the proportions matter once training runs.
+# `python benchmarks/demo_stages.py` measures these constants again and prints them in this form.
+REFERENCE_SPEED = Speed(python=0.0767, matmul=0.047)
+CORPUS_TOKENS = 2_960_000
+FORWARD_SECONDS = 100e-6
+"""per token, of the subject model"""
+TOKEN_LATENTS = 500
+"""A token costs an SAE as much as this many latents, whatever its width: by the times of M = 512 and 2048."""
+REFERENCE = {
+    TEXT: Cost(start=25),
+    TRAIN: Cost(start=8, work=24e-9),
+    HARVEST: Cost(start=0.3, work=8.7e-9, end=6e-10),
+    ALIGN: Cost(start=1.3, work=7.1e-3, end=5e-4),
+    EXPLAIN: Cost(start=1.8, work=0.11),
+    SCORE: Cost(start=2.5, work=0.083, end=0.022),
+    REPORT: Cost(start=8),
+}
+"""Seconds before the bar of each stage moves, and for each unit of :func:`units` while it moves and after that. The
+forward pass comes on top."""
+
+
+def run_demo(root: Path, threads: int | None = None, overview: Overview | None = None) -> tuple[dict[str, Any], int]:
+    """Do what is missing of the demo study. Returns the findings of its report and how many latents failed."""
+    settings = settings_from(RECIPE)
+    done = stages_done(root)
+    speed = measure_speed()
+    overview = overview or Overview(stages(settings, speed), done)
+    only_report = done >= {*STAGES} - {REPORT}
+    with nullcontext() if only_report else overview.shown():
+        return _run(root, threads, settings, overview, speed)
+
+
+def _run(
+    root: Path, threads: int | None, settings: Settings, overview: Overview, speed: Speed
+) -> tuple[dict[str, Any], int]:
+    overview.begin(TEXT)
+    # Imported here because these take seconds, in which the overview is already shown.
+    from autointerp.contexts.selection import Choice
+    from autointerp.explaining.explain import explain_runs
+    from autointerp.journal.method import BASELINE
+    from autointerp.llm.options import LlmOptions
+    from autointerp.report import findings_of
+    from autointerp.scoring.score import score_runs
+    from sae.common.progress import waiting
+    from sae.study.align import align_runs
+    from sae.study.harvest import harvest_runs
+    from sae.study.probe import forward_seconds
+    from sae.study.run import MAIN_SCORER
+    from sae.study.stage import Compute
+    from sae.study.train import train_study
+
+    compute = Compute("cpu", threads)
+    if overview.stages[STAGES.index(TRAIN)].state != "done":
+        overview.expect(costs(settings, speed, forward_seconds(settings, compute)))
+    runs = train_study(STUDY, SEEDS, settings, root, compute)
+    overview.begin(HARVEST)
+    harvest_runs(runs, compute)
+    overview.begin(ALIGN)
+    align_runs(runs, compute)
+    overview.begin(EXPLAIN)
+    baseline = LlmOptions()  # no endpoint: explainer and judge are the n-gram baseline, whatever the environment holds
+    explained = explain_runs(runs[:1], Choice(n=N_LATENTS), BASELINE, baseline, compute)
+    overview.begin(SCORE)
+    scored = score_runs(runs[:1], root, (MAIN_SCORER,), BASELINE, baseline)
+    overview.begin(REPORT)
+    with waiting(f"reading the study {STUDY}"):
+        found = findings_of(runs[0], runs)
+    return found, explained.n_failed + scored.n_failed
+
+
+# --- how long it takes ------------------------------------------------------------------------------------------
+
+
+def stages(settings: Settings, speed: Speed) -> list[Stage]:
+    """The stages of the demo, with what they are expected to cost on a machine of this ``speed``."""
+    return [Stage(name, _BARS.get(name), cost) for name, cost in costs(settings, speed).items()]
+
+
+def stages_done(root: Path) -> set[str]:
+    """The stages that an earlier call has finished, as far as files tell."""
+    if not any(root.glob(f"{STUDY}_*")):
+        return set()  # without the seconds that it takes to import what reads runs
+    from sae.study.run import progress_of, study_runs
+
+    runs = [progress_of(run) for run in study_runs(STUDY, root)]
+    if len(runs) < len(SEEDS):
+        return set()
+    keys = {TEXT: "trained", TRAIN: "trained", HARVEST: "harvested", ALIGN: "aligned"}
+    done = {name for name, key in keys.items() if all(run[key] for run in runs)}
+    return done | ({EXPLAIN, SCORE} if runs[0]["scored"] else set())
+
+
+def units(settings: Settings) -> dict[str, float]:
+    """How much work each stage has: what its cost is proportional to."""
+    n_latents, training = settings.training.num_latents, settings.training
+    n_pairs = len(SEEDS) * (len(SEEDS) - 1) / 2
+    explained = min(N_LATENTS, n_latents)
+    return {
+        TEXT: 1,
+        TRAIN: training.tokens * len(SEEDS) * (n_latents + TOKEN_LATENTS),
+        HARVEST: min(settings.harvest.tokens, settings.corpus.max_tokens or CORPUS_TOKENS)
+        * len(SEEDS)
+        * (n_latents + TOKEN_LATENTS),
+        ALIGN: n_pairs * n_latents,
+        EXPLAIN: explained,
+        SCORE: explained,
+        REPORT: 1,
+    }
+
+
+def _corpus_tokens(settings: Settings) -> int:
+    return settings.corpus.max_tokens or CORPUS_TOKENS
+
+
+def forward_tokens(settings: Settings) -> dict[str, float]:
+    """How many tokens the subject model reads in training, and in the harvest beyond those that training has kept."""
+    corpus = _corpus_tokens(settings)
+    trained, harvested = (min(of.tokens, corpus) for of in (settings.training, settings.harvest))
+    return {TRAIN: trained, HARVEST: max(0, harvested - trained)}
+
+
+def costs(settings: Settings, speed: Speed, forward: float | None = None) -> dict[str, Cost]:
+    """Seconds of each stage on a machine of this ``speed`` that takes ``forward`` seconds per token of the subject."""
+    python = speed.python / REFERENCE_SPEED.python
+    mixed = (python + speed.matmul / REFERENCE_SPEED.matmul) / 2
+    if forward is None:
+        forward = FORWARD_SECONDS * mixed
+    found = {}
+    for name, of in units(settings).items():
+        start, work, end = REFERENCE[name]
+        slower = mixed if name in (TRAIN, HARVEST) else python
+        read = forward * forward_tokens(settings).get(name, 0)
+        found[name] = Cost(start * python, work * of * slower + read, end * of * slower)
+    return found

@@ -1,0 +1,153 @@
+"""`sweep`: the study of every point of a recipe, out of one pass over the subject model for each stage that needs one.
+
+The stages are those of the other commands and go on by themselves where they were stopped: training (all points and
+seeds on one stream), harvest (one pass for all), alignment and, where asked for, explanations and scores, point by
+point. What the points came to is one table, ``reports/NAME.sweep.json`` (``.parquet``: a flat row for each), which
+carries the digest of what it was made from and is made again where that has changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from autointerp.contexts.selection import Choice
+from autointerp.explaining.explain import explain_runs
+from autointerp.findings.paper.sweeps import axes_of, finding_of_sweep
+from autointerp.findings.sweep_points import summarise
+from autointerp.findings.sweep_table import Summary, read_summary, summary_inputs, write_summary
+from autointerp.llm.options import LlmOptions
+from autointerp.scoring.judges import JUDGES
+from autointerp.scoring.opening import resolve
+from autointerp.scoring.score import score_runs
+from sae.common.errors import BadInput, UserError, nearest
+from sae.common.progress import say
+from sae.study.align import align_runs
+from sae.study.harvest import harvest_runs
+from sae.study.probe import Probe, probe
+from sae.study.run import MAIN_SCORER, Run
+from sae.study.stage import Compute
+from sae.study.sweep import Sweep
+from sae.study.train import train_studies
+
+
+class Explaining(BaseModel):
+    """A sweep recipe's ``[explain]``: what is explained and scored of every point."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    latents: int = Field(200, ge=1, description="latents of each point's first run")
+    with_partners: bool = Field(True, description="also their partners in the other seeds")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Whether points are explained and scored, and by whom."""
+
+    explaining: Explaining
+    explainer: str = "auto"
+    options: LlmOptions = field(default_factory=LlmOptions)
+    judge: str = "auto"
+
+
+def explaining_of(sweep: Sweep) -> Explaining | None:
+    """The recipe's ``[explain]``, checked; ``None`` where it has none."""
+    if sweep.explain is None:
+        return None
+    try:
+        return Explaining.model_validate(dict(sweep.explain))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = nearest(key, Explaining.model_fields)
+            raise BadInput(f"sweep {sweep.name!r}: unknown key 'explain.{key}'; did you mean {known}?") from None
+        raise BadInput(f"sweep {sweep.name!r}: explain.{key} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def scoring_of(
+    sweep: Sweep, wanted: bool | None, explainer: str, options: LlmOptions, judge: str | None = None
+) -> Scoring | None:
+    """Whether and how points are scored: as the recipe's ``[explain]`` says, unless the user says otherwise.
+
+    Where no ``judge`` is named it is the one called as the explainer, and ``auto`` where there is no such judge.
+    """
+    explaining = explaining_of(sweep)
+    if wanted is False or (wanted is None and explaining is None):
+        return None
+    judge = judge or (explainer if explainer in JUDGES else "auto")
+    resolve(explainer, options, "explainer")  # both are told before anything is trained
+    resolve(judge, options.for_judge(), "judge")
+    return Scoring(explaining or Explaining(), explainer, options, judge)
+
+
+def run_sweep(
+    sweep: Sweep, root: Path, compute: Compute, scoring: Scoring | None = None, nulls: bool = True
+) -> tuple[Summary, int]:
+    """Do what is missing of ``sweep``. Returns what its points came to, and how many latents failed."""
+    say(f"sweep {sweep.name}: {sweep.in_words()}")
+    of_points = train_studies(sweep.studies, root, compute)
+    harvest_runs([run for runs in of_points for run in runs], compute)
+    failed = 0
+    for number, (point, runs) in enumerate(zip(sweep.points, of_points, strict=True), start=1):
+        say(f"point {number} of {len(sweep.points)}: {point.study.name}")
+        if len(runs) > 1:
+            align_runs(runs, compute, nulls)
+        if scoring is not None:
+            failed += _score(runs, scoring, root, compute)
+    inputs = summary_inputs(sweep, of_points)
+    summary = read_summary(root, sweep.name)
+    if summary is None or summary.inputs != inputs:
+        summary = summarise(sweep, of_points, inputs)
+        write_summary(root, summary)
+    return summary, failed
+
+
+def _score(runs: list[Run], scoring: Scoring, root: Path, compute: Compute) -> int:
+    """Explain and score a point; what is done already is not asked again."""
+    asked = scoring.explaining
+    choice = Choice(n=asked.latents, with_partners=asked.with_partners and len(runs) > 1)
+    explained = explain_runs(runs[:1], choice, scoring.explainer, scoring.options, compute)
+    of_point = [Run.open(name, root) for name in explained.runs]
+    scored = score_runs(of_point, root, (MAIN_SCORER,), scoring.judge, scoring.options)
+    return explained.n_failed + scored.n_failed
+
+
+def sweep_findings(summary: Summary) -> dict[str, Any]:
+    """The sweep's table, and with it the rows of the findings table that its axes allow."""
+    table = summary.table
+    return {**table, "findings": [finding_of_sweep(name, table).as_dict() for name in axes_of(table)]}
+
+
+def forecast(sweep: Sweep, root: Path, compute: Compute) -> dict[str, Any]:
+    """What the sweep would train, as JSON values: nothing is trained. Times are measured by a probe, or ``None``."""
+    found: Probe | None = None
+    reason = None
+    try:
+        found = probe(sweep.studies, root, compute)
+    except UserError as error:
+        reason = str(error)
+    return {
+        "sweep": sweep.name,
+        "axes": {name: list(values) for name, values in sweep.axes.items()},
+        "seeds": list(sweep.seeds),
+        "n_saes": len(sweep.points) * len(sweep.seeds),
+        "stream_tokens": sweep.tokens,
+        "trained_tokens": sweep.trained_tokens,
+        "points": [
+            {
+                "name": point.study.name,
+                "values": point.at,
+                "tokens": point.study.settings.training.tokens,
+                "training_seconds": None if found is None else found.studies[point.study.name],
+            }
+            for point in sweep.points
+        ],
+        "stream_seconds": None if found is None else found.stream,
+        "training_seconds": None if found is None else found.seconds,
+        "probe_steps": None if found is None else found.steps,
+        "no_estimate": reason,
+    }

@@ -1,0 +1,147 @@
+"""Which windows of a harvest nearly repeat each other: a licence header with another year, a table with another number.
+
+Two windows are near-duplicates when the sets of their token 5-grams have a Jaccard index (shared over all) of at least
+a threshold. Groups are the connected components of that relation, so that no two near-duplicates are ever apart; the
+price is that a chain of small changes may join two ends that differ more.
+
+Candidates come from MinHash (Broder 1997) with banding: windows that agree in all three minima of any of 21 bands. A
+pair of similarity .6 is a candidate with probability .994, one of .8 practically always, one of .2 with .15. Every
+candidate is then checked by its exact Jaccard index. In a crowded bucket not all pairs are compared, only neighbours
+in the order of the next band and each with the first; other bands order the same windows anew.
+
+A group is named by the content hash of its earliest window. A harvest grows at its end, so a group keeps its name
+unless a newcomer joins it to an earlier one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from autointerp.contexts.rings import Hashes
+from sae.common.files import digest, read_table, table_metadata, write_table
+from sae.common.progress import say
+from sae.firings.store import FiringStore, Ints, mix
+from sae.study.run import Run
+
+METHOD = 1  # raise it when the same windows would be grouped otherwise
+GRAM = 5  # tokens
+BANDS, ROWS = 21, 3
+_STEPS = (1, 2, 3, 5, 8)  # how far apart in a bucket two windows may stand to be compared
+_BLOCK = 1 << 13  # windows or pairs looked at in one piece: some tens of MiB
+
+Pairs = tuple[Ints, Ints]
+
+
+def groups_of(run: Run, store: FiringStore, threshold: float) -> Hashes:
+    """[W] the group of every window of the run's harvest. Worked out once, then read from beside the firing store."""
+    if threshold >= 1:
+        return np.asarray(store.content())
+    path = run.firings_folder / "groups.parquet"
+    inputs = digest({"store": store.digest, "threshold": threshold, "method": METHOD})
+    if table_metadata(path).get("inputs") != inputs:
+        say(f"{run.name}: looking for windows that nearly repeat each other")
+        import pandas as pd
+
+        write_table(path, pd.DataFrame({"group": near_duplicates(store, threshold)}), inputs=inputs)
+    return read_table(path)["group"].to_numpy(np.uint64)
+
+
+def near_duplicates(store: FiringStore, threshold: float) -> Hashes:
+    """[W] the same number for windows that nearly repeat each other.
+
+    Memory grows with the different windows by about 150 bytes each (50 MiB for 10M tokens in windows of 32), time in
+    proportion.
+
+    Args:
+        store: of W windows.
+        threshold: the Jaccard index of token 5-grams, above 0, from which two windows are one.
+    """
+    content = np.asarray(store.content())
+    _, windows, copies = np.unique(content, return_index=True, return_inverse=True)  # the earliest of each text
+    n = len(windows)
+    if n == 0:
+        return content
+    keys = _band_keys(store, windows)
+    label = np.arange(n)
+    edges: list[Pairs] = [(label, label)]
+    for band in range(BANDS):
+        for a, b in _candidates(keys[band], keys[(band + 1) % BANDS]):
+            apart = label[a] != label[b]
+            a, b = a[apart], b[apart]
+            alike = _jaccard(store, windows, a, b) >= threshold
+            edges.append((a[alike], b[alike]))
+        label = _components(edges, n)
+        edges = [(np.arange(n), _first_of(label))]  # what was found so far, in its shortest form
+    earliest = np.full(n, np.iinfo(np.int64).max)
+    np.minimum.at(earliest, label, windows)
+    return content[earliest[label]][copies]
+
+
+def _grams(tokens: npt.NDArray[np.int64]) -> Hashes:
+    """[n, w - 4] a hash of each run of five tokens; tokens [n, w]."""
+    length = min(GRAM, tokens.shape[1])
+    n_grams = tokens.shape[1] - length + 1
+    state: Hashes = np.zeros((len(tokens), n_grams), np.uint64)
+    for i in range(length):
+        column: Hashes = tokens[:, i : i + n_grams].astype(np.uint64)
+        state = mix(np.bitwise_xor(state, column))
+    return state
+
+
+def _band_keys(store: FiringStore, windows: Ints) -> npt.NDArray[np.uint32]:
+    """[BANDS, n] a hash of the minima in each band; equal where all of them are."""
+    odd = mix(np.arange(BANDS * ROWS, dtype=np.uint64)) | np.uint64(1)
+    keys = np.empty((BANDS, len(windows)), np.uint32)
+    for start in range(0, len(windows), _BLOCK):
+        grams = _grams(store.tokens(windows[start : start + _BLOCK]))
+        for band in range(BANDS):
+            state = np.zeros(len(grams), np.uint64)
+            for row in range(ROWS):
+                # Multiplying by an odd number permutes the 64-bit words; the hashes are already well mixed.
+                state = mix(state ^ (grams * odd[band * ROWS + row]).min(axis=1))
+            keys[band, start : start + _BLOCK] = state >> np.uint64(32)
+    return keys
+
+
+def _candidates(keys: npt.NDArray[np.uint32], then: npt.NDArray[np.uint32]) -> Iterator[Pairs]:
+    """Pairs of equal key, a block at a time: neighbours in a bucket ordered by ``then``, and each with its first."""
+    order = np.lexsort((then, keys))
+    ordered = keys[order]
+    first = np.searchsorted(ordered, ordered)
+    starts = [first, *(np.arange(len(order)) - step for step in _STEPS)]
+    for start in starts:
+        here = np.flatnonzero((start >= first) & (start < np.arange(len(order))))
+        for begin in range(0, len(here), _BLOCK):
+            part = here[begin : begin + _BLOCK]
+            yield order[start[part]], order[part]
+
+
+def _jaccard(store: FiringStore, windows: Ints, a: Ints, b: Ints) -> npt.NDArray[np.float64]:
+    """[n] the share of their 5-grams that two windows have in common."""
+    if not len(a):
+        return np.empty(0)
+    one, other = (_grams(store.tokens(windows[i])) for i in (a, b))
+    here, there, either = (_distinct(x) for x in (one, other, np.concatenate([one, other], axis=1)))
+    return (here + there - either) / either
+
+
+def _distinct(rows: Hashes) -> Ints:
+    return 1 + (np.diff(np.sort(rows, axis=1), axis=1) != 0).sum(axis=1)
+
+
+def _components(edges: list[Pairs], n: int) -> Ints:
+    from scipy.sparse import coo_array  # here, since reading the groups takes none
+    from scipy.sparse.csgraph import connected_components
+
+    a, b = (np.concatenate(ends) for ends in zip(*edges, strict=True))
+    graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(n, n))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _first_of(label: Ints) -> Ints:
+    """[n] the first member of each one's component."""
+    _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
+    return first[inverse]

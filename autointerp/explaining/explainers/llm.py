@@ -1,0 +1,125 @@
+"""Explain a latent by showing a language model where it fires (after Paulo et al. 2024, arXiv 2410.13928).
+
+The model sees text with the firing pieces marked and nothing else: no activations, no number of the latent. Its
+answer ends in one line, ``[EXPLANATION]: …``. An answer without that line is a failure, not an explanation, for
+a sentence made up in its place would be scored like any other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from autointerp.contexts.marking import choose_marks, marked_text
+from autointerp.explaining.explainers.base import Explanation
+from autointerp.llm.capability import Capabilities
+from autointerp.llm.client import LlmClient
+from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
+from autointerp.llm.prompts import conversation
+from sae.common.files import digest
+
+if TYPE_CHECKING:
+    from autointerp.contexts.sampler import Context
+    from autointerp.llm.options import LlmOptions
+
+LONGEST = 1500
+"""An explanation longer than this, in characters, is no sentence."""
+
+_FORMAT = 1  # part of the settings hash: raise it when the same contexts would be written out differently
+_LINE = re.compile(r"^[\s*_#>`]*\[?\s*explanation\s*\]?[\s*_`]*:[\s*_`]*", re.IGNORECASE | re.MULTILINE)
+_LEFT_MARK = re.compile(r"""["'“”]?(?:<<(\S(?:[^<>\n]*\S)?)>>|[⟦⦃](\S(?:[^⟦⟧⦃⦄\n]*\S)?)[⟧⦄])["'“”]?""")
+
+
+class LlmExplainer:
+    """An :class:`autointerp.explaining.explainers.base.Explainer` that asks a language model.
+
+    :param client: the model; checked before the first question.
+    :param draw: which of several independent explanations this object writes. Draws differ only at a
+        ``temperature`` above zero.
+    :param threshold: tokens above this share of a context's peak activation are marked.
+    :param max_tokens: room for the answer, thinking included; doubled for answers that were cut off.
+    """
+
+    name = "llm"
+    asks_model: ClassVar[bool] = True
+    needs_background = 0
+
+    def __init__(
+        self,
+        client: LlmClient,
+        *,
+        draw: int = 0,
+        temperature: float = 0.0,
+        threshold: float = 0.3,
+        max_tokens: int = 1000,
+    ) -> None:
+        self._client, self._draw, self._temperature = client, draw, temperature
+        self._threshold, self._max_tokens = threshold, max_tokens
+        self._conversation = conversation("explain")
+        self.prompt_hash = self._conversation.hash
+        self.settings_hash = digest(
+            {"format": _FORMAT, "temperature": temperature, "threshold": threshold, "max_tokens": max_tokens}
+        )
+
+    @classmethod
+    async def open(cls, client: LlmClient, options: LlmOptions) -> Self:  # noqa: ARG003
+        """See :meth:`autointerp.explaining.explainers.base.ModelExplainer.open`."""
+        return cls(client)
+
+    @classmethod
+    def plan(cls, client: LlmClient, options: LlmOptions) -> tuple[Self, list[str]]:  # noqa: ARG003
+        """See :meth:`autointerp.explaining.explainers.base.ModelExplainer.plan`."""
+        return cls(client), []
+
+    @property
+    def model(self) -> str:
+        return self._client.model
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the model's servers have turned out to be able to do."""
+        return self._client.capabilities
+
+    async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:  # noqa: ARG002
+        """One sentence for ``contexts``; ``latent`` and ``background`` are not shown to the model."""
+        if not contexts:
+            return Explanation(None, "no contexts to explain from")
+        try:
+            text, answer = await self._client.ask(self.request(contexts), parse_explanation)
+        except AnswerFailed as failed:
+            return Explanation(None, failed.reason, failed.usage)
+        return Explanation(text, usage=answer.usage)
+
+    def request(self, contexts: Sequence[Context]) -> Request:
+        """What is sent for ``contexts``."""
+        opening, closing = choose_marks([context.text for context in contexts])
+        snippets = [marked_text(c.tokens, c.marked(self._threshold), opening, closing) for c in contexts]
+        return Request(
+            self._conversation.messages(opening=opening, closing=closing, snippets=snippets),
+            max_tokens=self._max_tokens,
+            temperature=self._temperature,
+            seed=self._draw if self._temperature > 0 else None,
+            replicate=self._draw,
+        )
+
+
+def parse_explanation(answer: Answer) -> str:
+    """The sentence after the last ``[EXPLANATION]:``, on one line, without marks that leaked into it.
+
+    :raises AnswerFailed: there is no such line, or nothing to use in it.
+    """
+    text = without_thinking(answer.text)
+    *_, last = itertools.chain([None], _LINE.finditer(text))
+    if last is None:
+        raise AnswerFailed("the answer has no line that begins with [EXPLANATION]:")
+    # One paragraph at most: what follows a blank line is comment on the answer.
+    paragraph = re.split(r"\n\s*\n", text[last.end() :].strip(), maxsplit=1)[0]
+    sentence = " ".join(paragraph.split()).strip("*_` ")
+    sentence = _LEFT_MARK.sub(lambda found: f'"{found[1] or found[2]}"', sentence)
+    if not any(c.isalnum() for c in sentence):
+        raise AnswerFailed("the line [EXPLANATION]: has nothing after it")
+    if len(sentence) > LONGEST:
+        raise AnswerFailed(f"the explanation is {len(sentence)} characters long; at most {LONGEST} make a sentence")
+    return sentence

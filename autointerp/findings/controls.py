@@ -1,0 +1,182 @@
+"""What a run's scores stand above: the control SAEs of its study, and the n-gram baseline, scored by the same protocol.
+
+Scores of a *control SAE* (:mod:`sae.study.controls`) are compared as two samples: its latents are others, so the
+difference of the means has an interval that resamples both. A control SAE's latents are a plain random sample of those
+with contexts enough; the run's own are weighted where they are a stratified one
+(:mod:`autointerp.findings.statistics.estimation`). What it says is of latents of these very SAEs; another random draw
+of the frozen decoder would move it a little. The *baseline* explained the same latents from the same contexts, so it is
+compared latent by latent.
+
+The same protocol: explainer, judge, prompts, models and scorer are equal, so are the numbers of contexts of each kind
+and the precision to which each explanation was judged. Only the contexts themselves differ, for they are the latents'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from autointerp.contexts.sample_record import Sample
+from autointerp.findings.evidence import Study, Told
+from autointerp.findings.json_values import histogram, mean_of, number, quartile_figures
+from autointerp.findings.pooled import scored_alike
+from autointerp.findings.scores import SCORE_EDGES, estimator_of
+from autointerp.findings.statistics.correlation import UNKNOWN, Estimate
+from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
+from autointerp.findings.statistics.resampling import interval_of
+from autointerp.journal.journal import Journal
+from autointerp.journal.method import BASELINE
+from autointerp.scoring.scorers.base import HARDER
+from autointerp.scoring.setups import precision_of, rows_of, setups_of, status_kind
+from sae.study.controls import CONTROLS, controls_of
+from sae.study.run import Run
+
+METHODS = {
+    "difference": "expanded percentile bootstrap of the difference of two means, both resampled, 1000 resamples, seeded"
+}
+
+
+def comparison_findings(study: Study, rows: pd.DataFrame, told: Told, sample: Sample | None = None) -> dict[str, Any]:
+    """``control_saes`` and ``baseline`` of the scores in ``rows``, as JSON values.
+
+    With a ``sample``, the run's own scores are weighted as everywhere
+    (:func:`autointerp.findings.scores.score_findings`).
+
+    ``control_saes`` has an entry for each control SAE that was scored alike; ``lacking_controls`` says of which there
+    is none, and how it is had (``None`` where there is nothing to say).
+    """
+    controls = controls_of(study.focus)
+    of = estimator_of(rows, told.too_few, sample)
+    own = of.of(good(rows))
+    entries, lacking = [], []
+    for kind in CONTROLS:
+        alike = scored_alike(study, controls[kind]) if kind in controls else None
+        if alike is None or good(alike[0]).empty:
+            lacking.append(kind)
+        else:
+            entries.append({"kind": kind, "run": controls[kind].name, **_beside(own, alike[0], of)})
+    return {
+        "control_saes": entries,
+        "lacking_controls": _lacking(study, lacking, controls, told),
+        "baseline": _baseline(study, own, of),
+    }
+
+
+def good(rows: pd.DataFrame) -> pd.DataFrame:
+    """The latents' scores under their own explanations that did not fail, by latent."""
+    return rows[(rows["control"] == "none") & (rows["status"] == "ok")].set_index("latent")
+
+
+def difference_of_means(
+    a: pd.Series, b: pd.Series, of: Estimator = AS_THEY_ARE, error: pd.Series | None = None
+) -> Estimate:
+    """mean(a) − mean(b) of two independent samples, NaN left out, with its interval (see :data:`METHODS`).
+
+    Args:
+        of: what the latents of ``a`` are a sample of; those of ``b`` are as they are.
+        error: the error variances of ``a``, where they are known.
+    """
+    a, b = a.astype(float).dropna(), b.astype(float).dropna()
+    if a.empty or b.empty:
+        return UNKNOWN
+    draws, n = of.mean_draws(a, error)
+    theirs, m = Estimator(seed=1).mean_draws(b)
+    return interval_of(draws - theirs, min(n, m))
+
+
+def _beside(own: pd.DataFrame, rows: pd.DataFrame, of: Estimator) -> dict[str, Any]:
+    """One control SAE's scores, and how far those of ``own`` stand above them."""
+    theirs = good(rows)
+    failed = rows[(rows["control"] == "none") & (rows["status"] != "ok")]
+
+    def difference(column: str, value: str) -> Estimate:
+        return difference_of_means(own[column], theirs[column], of, error_of(own, value))
+
+    return {
+        **_figures(own, theirs, AS_THEY_ARE, difference),
+        "n_failed": int((failed["status"].map(status_kind) == "failed").sum()),
+        "n_ineligible": int((failed["status"].map(status_kind) == "ineligible").sum()),
+    }
+
+
+def _figures(
+    own: pd.DataFrame, theirs: pd.DataFrame, of: Estimator, difference: Callable[[str, str], Estimate]
+) -> dict[str, Any]:
+    """The figures of ``theirs``, which are a sample as ``of`` says, and how far ``own`` is above them.
+
+    ``difference`` is that of the means of a column, given with the beginning of the names of its interval.
+    """
+    values, error = theirs["balanced_accuracy"].astype(float), error_of(theirs)
+    aurocs = theirs["auroc"].astype(float).dropna() if "auroc" in theirs else pd.Series(dtype=float)
+    found = {
+        **mean_of(of.mean(values, error)),
+        **quartile_figures(of, values, error),
+        "auroc_mean": number(of.plain_mean(aurocs)) if len(aurocs) else None,
+        "n_scored": len(values),
+        "histogram": histogram(values, SCORE_EDGES, of),
+        "above": mean_of(difference("balanced_accuracy", "ba")),
+        "negatives": {},
+    }
+    for kind in HARDER:
+        column = f"ba_{kind}"
+        if column in own and column in theirs and own[column].notna().any() and theirs[column].notna().any():
+            harder = theirs[column].astype(float).dropna()
+            found["negatives"][kind] = {
+                **mean_of(of.mean(harder, error_of(theirs.loc[harder.index], column))),
+                "n_scored": len(harder),
+                "above": mean_of(difference(column, column)),
+            }
+    return found
+
+
+def _baseline(study: Study, own: pd.DataFrame, of: Estimator) -> dict[str, Any] | None:
+    """The n-gram explanations of the same latents, judged by the n-gram judge; ``None`` where the scores are theirs."""
+    setup, scores = study.setup, study.scores
+    if setup is None or scores is None or setup["judge"] == BASELINE:
+        return None
+    found = setups_of(scores, scorer=setup["scorer"], explainer=BASELINE, judge=BASELINE)
+    wanted = precision_of(rows_of(scores, setup))
+    for baseline in found:
+        rows = rows_of(scores, baseline)
+        theirs = good(rows)
+        both = theirs.index.intersection(own.index)
+        if len(both) and precision_of(rows) == wanted:
+            ours, theirs = own.loc[both], theirs.loc[both]
+            return _figures(ours, theirs, of, partial(of.difference, ours, theirs))
+    return None
+
+
+# --- what is not there ------------------------------------------------------------------------------------
+
+
+def _lacking(study: Study, kinds: list[str], controls: Mapping[str, Run], told: Told) -> dict[str, Any] | None:
+    focus = study.focus
+    if not kinds or focus.is_control:
+        return None
+
+    def said(says: str, *words: str) -> dict[str, Any]:
+        return {"kinds": kinds, "says": says, "command": study.command(*words) if words else None}
+
+    if any(kind not in controls for kind in kinds):
+        if focus.imported:
+            return said("An imported study has no control SAEs: they are trained with the SAEs of a study.")
+        says = "This study has no control SAEs. This trains them, and nothing else:"
+        return said(says, "train", "--name", focus.study)
+    if any(not _explained_alike(controls[kind], told) for kind in kinds):
+        says = "Control SAEs are not explained yet. With the same options as before, this explains a sample of each:"
+        return said(says, "explain", "--sae", focus.name)
+    says = "Control SAEs are not scored like this run yet. With the same options as before, this scores them:"
+    return said(says, "score", "--sae", focus.name)
+
+
+def _explained_alike(control: Run, told: Told) -> bool:
+    """Whether a latent of it was explained by the explainer, model and prompts of the run's explanations."""
+    if not control.journal_path.exists() or told.table.empty:
+        return False
+    last = told.table.iloc[-1]
+    same = {key: str(last[key]) for key in ("explainer", "model", "prompt_hash")}
+    with Journal(control.journal_path) as journal:
+        return not journal.explanations(status="ok", **same).empty

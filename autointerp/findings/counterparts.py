@@ -1,0 +1,157 @@
+"""What latents do in the other SAEs, and what those are there that do not return: totals over all pairs of runs.
+
+The rows are :class:`sae.alignment.behaviour.Behaviour`'s. What became of a latent was asked where it is alive and not
+strict-shared at 0.7 with that run, whatever definition a report is looked at with. A row is a latent and another SAE,
+so with S runs a latent is counted up to S - 1 times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from autointerp.findings.json_values import mean_of, number, quartiles_of
+from autointerp.findings.statistics.correlation import bootstrap_mean, mean_fraction
+from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
+from sae.alignment.relation import RELATIONS
+from sae.alignment.similarity import range_of
+from sae.common.estimate import UNKNOWN, Estimate
+
+Tables = Mapping[tuple[str, str], pd.DataFrame]
+_JACCARDS = ("jaccard", "max_jaccard")
+_FREQUENCIES = ("decoder_partner_jaccard", "decoder_partner_p_there", "decoder_partner_p_here")
+
+
+def counterpart_findings(
+    behaviour: Tables,
+    alignments: Tables,
+    alive: Mapping[str, np.ndarray],
+    facts: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+) -> dict[str, Any] | None:
+    """The totals as JSON values; ``None`` where no firings have been compared.
+
+    ``null`` has those about firings again, with the other SAE's firings moved along the tokens
+    (:mod:`sae.alignment.nulls`); ``None`` unless all pairs were compared with that. Every pair of runs has an offset of
+    its own; ``…_range`` are the least and the largest of a null's figure over pairs, ``None`` for a single one.
+    ``jaccard`` is the mean with the partner by firing, ``max_jaccard`` that with the nearest, taken or not.
+
+    Args:
+        behaviour: (x, y) → the side of x, for the pairs whose firings have been compared.
+        alignments: (x, y) → the alignment of x in terms of y.
+        alive: run → [M].
+        facts: (x, y), each pair once → ``n_tokens`` and ``jaccard_gap_per_latent`` of its comparison.
+    """
+    if not behaviour:
+        return None
+    rows = pd.concat(
+        [_rows(pair, table, alignments[pair], alive[pair[0]]) for pair, table in behaviour.items()], ignore_index=True
+    )
+    lone = rows[rows["relation"].notna()]
+    null = _under_null(rows, behaviour)
+    of_null = None if null is None else {**_by_firing(null), **_ranges(null)}
+    found, facts = _by_firing(rows), facts or {}
+    return {
+        "pairs": [list(pair) for pair in behaviour],
+        "n": len(rows),
+        "n_tokens": min((of["n_tokens"] for of in facts.values()), default=None),
+        "jaccard_gap_per_latent": max((of["jaccard_gap_per_latent"] for of in facts.values()), default=None),
+        "comparisons": [{"runs": list(pair), **of} for pair, of in facts.items()],
+        **found,
+        "n_unshared": len(lone),
+        "rebuilt": {
+            **mean_of(_by_latent(lone, "rebuilt", bootstrap_mean)),
+            "quartiles": quartiles_of(lone["rebuilt"].dropna()),
+            "null": number(lone["rebuilt__rotated"].mean()) if "rebuilt__rotated" in lone else None,
+        },
+        "null": None if of_null is None else {SHIFTED: of_null},
+    }
+
+
+def _by_firing(rows: pd.DataFrame) -> dict[str, Any]:
+    """What rests on firings alone."""
+    lone = rows[rows["relation"].notna()]
+    by_class = {"shared": rows[rows["relation"].isna()], "unshared": lone}
+    return {
+        "same_partner": {
+            "decoder": _agreement(rows, "decoder"),
+            "encoder": _agreement(rows, "encoder"),
+            **{name: _agreement(of, "decoder") for name, of in by_class.items()},
+        },
+        "jaccard": number(rows["jaccard"].mean()),
+        "max_jaccard": number(rows["max_jaccard"].mean()),
+        "of_decoder_partner": {
+            name: {
+                **{column.removeprefix("decoder_partner_"): number(of[column].mean()) for column in _FREQUENCIES},
+                "n": int(of["decoder_partner_p_here"].notna().sum()),
+            }
+            for name, of in by_class.items()
+        },
+        "relations": [_relation(name, lone) for name in RELATIONS],
+    }
+
+
+def _ranges(rows: pd.DataFrame) -> dict[str, Any]:
+    """How a null spreads over pairs of runs."""
+    lone = rows[rows["relation"].notna()]
+    same = rows.loc[rows["decoder_partner"] >= 0]
+    agree = (same["jaccard_partner"] == same["decoder_partner"]).astype(float)
+    return {
+        **{f"{name}_range": range_of(rows.groupby("pair")[name].mean().to_dict()) for name in _JACCARDS},
+        "same_partner_range": range_of(agree.groupby(same["pair"]).mean().to_dict()),
+        "relations_range": {
+            name: range_of((lone["relation"] == name).groupby(lone["pair"]).mean().to_dict()) for name in RELATIONS
+        },
+    }
+
+
+def _under_null(rows: pd.DataFrame, behaviour: Tables) -> pd.DataFrame | None:
+    """The rows as they are with the other's firings moved."""
+    if any(f"jaccard__{SHIFTED}" not in table for table in behaviour.values()):
+        return None
+    moved = {name: rows[f"{name}__{SHIFTED}"] for name in FIRING_COLUMNS}
+    return rows.drop(columns="rebuilt").assign(**moved)
+
+
+def _agreement(rows: pd.DataFrame, space: str) -> float | None:
+    """Of the latents that have a partner by cosine, the fraction whose partner by firing is the same."""
+    partnered = rows[rows[f"{space}_partner"] >= 0]
+    return number((partnered["jaccard_partner"] == partnered[f"{space}_partner"]).mean()) if len(partnered) else None
+
+
+def _by_latent(rows: pd.DataFrame, column: str, interval: Callable[[pd.Series], Estimate]) -> Estimate:
+    """The mean over rows of what is a share; its interval takes a latent's rows, one for each other SAE, for a single
+    observation."""
+    rows = rows[rows[column].notna()]
+    if rows.empty:
+        return UNKNOWN
+    whole = float(rows[column].mean())
+    per_latent = interval(rows.groupby(["run", "latent"])[column].mean())
+    low, high = whole - (per_latent.value - per_latent.low), whole + (per_latent.high - per_latent.value)
+    return Estimate(whole, max(low, 0.0), min(high, 1.0))  # moved, it may pass what a share can be
+
+
+def _rows(pair: tuple[str, str], table: pd.DataFrame, alignment: pd.DataFrame, alive: np.ndarray) -> pd.DataFrame:
+    joined = table.assign(
+        run=pair[0],
+        pair="--".join(sorted(pair)),
+        decoder_partner=alignment["decoder_partner"].to_numpy(),
+        encoder_partner=alignment["encoder_partner"].to_numpy(),
+    )
+    return joined[np.asarray(alive, bool)]
+
+
+def _relation(name: str, lone: pd.DataFrame) -> dict[str, Any]:
+    of = lone[lone["relation"] == name]
+    share = _by_latent(lone.assign(held=(lone["relation"] == name).astype(float)), "held", mean_fraction).as_dict()
+    return {
+        "relation": name,
+        "says": RELATIONS[name],
+        "n": len(of),
+        "fraction": share["value"],
+        "interval": share["interval"],
+        "covered": number(of["relation_covered"].mean()) if len(of) else None,
+        **({"rebuilt": number(of["rebuilt"].mean()) if len(of) else None} if "rebuilt" in of else {}),
+    }

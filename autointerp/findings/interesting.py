@@ -1,0 +1,73 @@
+"""The latents that a report shows one by one: found by no other seed, and explained all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import pandas as pd
+
+from autointerp.findings.json_values import number
+from autointerp.scoring.setups import status_kind
+
+N_INTERESTING = 10
+N_CONTEXTS = 3
+
+
+class ShownContext(Protocol):
+    """What is needed of a context to show it (``autointerp.contexts.sampler.Context`` is one)."""
+
+    @property
+    def tokens(self) -> Sequence[str]: ...
+    @property
+    def activations(self) -> Sequence[float]: ...
+
+
+#: Gives a run's name and a latent the contexts to choose from; the firing store is opened only for those shown.
+ContextSource = Callable[[str, int], Sequence[ShownContext]]
+
+
+def interesting(
+    run: str, rows: pd.DataFrame, latents: pd.DataFrame, texts: Mapping[int, str], contexts: ContextSource | None
+) -> list[dict[str, Any]]:
+    """Latents that no other seed has and that can be explained all the same, best first.
+
+    Ordered by the *lower* end of the score's interval: by the score itself, the first places would go to the luckiest.
+    Only those whose interval lies above chance and whose own explanation does better than a swapped one.
+    """
+    good = rows[rows["status"].map(status_kind) == "ok"]
+    own = good[good["control"] == "none"].set_index("latent")
+    control = good[good["control"] == "swap"].set_index("latent")["balanced_accuracy"]
+    joined = own.join(latents[latents.columns.difference(own.columns)], how="inner")
+    joined["swapped"] = control.reindex(joined.index)
+    beats = joined["swapped"].isna() | (joined["balanced_accuracy"] > joined["swapped"])
+    kept = joined[joined["unshared"].astype(bool) & (joined["ba_low"] > 0.5) & beats]
+    kept = kept.sort_values(["ba_low", "balanced_accuracy"], ascending=False, kind="stable").head(N_INTERESTING)
+    return [
+        {
+            "latent": int(row["latent"]),
+            "score": number(row["balanced_accuracy"]),
+            "interval": [number(row["ba_low"]), number(row["ba_high"])],
+            "auroc": number(row.get("auroc")),
+            "control": number(row["swapped"]),
+            "similarity": number(row["similarity"]),
+            "firing_frequency": number(row.get("firing_frequency")),
+            "explanation_id": int(row["explanation_id"]),
+            "explanation": texts.get(int(row["explanation_id"])),
+            "contexts": spread(contexts(run, int(row["latent"]))) if contexts else [],
+        }
+        for row in kept.reset_index().to_dict("records")
+    ]
+
+
+def spread(contexts: Sequence[ShownContext], n: int = N_CONTEXTS) -> list[dict[str, Any]]:
+    """``n`` contexts from the strongest down to the middle of the range, not only the strongest.
+
+    The strongest alone make a latent look purer than it is.
+    """
+    ordered = sorted(contexts, key=lambda c: -max(c.activations, default=0.0))
+    picked = sorted({round(i * (len(ordered) - 1) / (2 * max(1, n - 1))) for i in range(n)}) if ordered else []
+    return [
+        {"tokens": list(ordered[i].tokens), "activations": [round(float(a), 4) for a in ordered[i].activations]}
+        for i in picked
+    ]

@@ -1,0 +1,213 @@
+"""What the paper found of explanations: how well latents can be explained, and how that goes with their return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from autointerp.findings.paper.finding import (
+    AGREES,
+    DISAGREES,
+    NUMBER,
+    SIGNED,
+    UNDECIDED,
+    About,
+    Finding,
+    against,
+    estimate_of,
+)
+from autointerp.findings.scored_pairs import agreement
+from autointerp.findings.statistics.correlation import quantiles
+from autointerp.findings.statistics.resampling import Resamples, interval_of
+from autointerp.journal.method import CHANCE
+from sae.common.estimate import Estimate
+from sae.common.numerals import decimal, estimate
+
+FEWEST = 20
+"""Aligned pairs, or latents in a tenth, below which a finding about them is not measured."""
+
+_ABOUT = {
+    about.id: about
+    for about in (
+        About(
+            "interp",
+            "latents can be explained: the mean detection score",
+            "mean .72; quartiles .615 / .710 / .798",
+            "mean detection score (balanced accuracy)",
+            NUMBER,
+        ),
+        About(
+            "relation",
+            "low scores go with low cross-seed similarity",
+            "“strongly correlated”, no coefficient",
+            "Spearman of score and similarity",
+            SIGNED,
+        ),
+        About(
+            "frequent-low",
+            "low scores go with the most frequent latents",
+            "a figure, no number",
+            "mean score of the tenth that fires most, less that of the others",
+            SIGNED,
+        ),
+        About(
+            "both-scored",
+            "a latent and its partner in the other SAE score alike when aligned",
+            "a scatter of 1.3k pairs, no coefficient",
+            "Spearman of the scores of aligned latents and their partners",
+            SIGNED,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was scored of a study.
+
+    ``scores`` and ``relation`` are the report's own trees (``None``: not made yet). ``table`` has the focus run's
+    scored latents (:meth:`autointerp.findings.relation.Part.joined`). ``pairs`` has a latent and its decoder-matched
+    partner in another run, where both are scored: ``score``, ``score_there``, ``aligned`` (both matched cosines above
+    .7) and ``unit``, one number for all that are partners of each other. ``n_aligned``: how many of the focus run's
+    latents have an aligned partner anywhere (``None``: no run is aligned with it). ``most_latents``: how many can be
+    scored. ``more``: the commands that provide what is missing, for ``score``, ``pair`` and ``partners``;
+    ``explain_more``: the one that explains so many latents, or first scores what is explained.
+    """
+
+    scores: Mapping[str, Any] | None
+    relation: Mapping[str, Any] | None
+    table: pd.DataFrame | None
+    pairs: pd.DataFrame | None
+    judge: str
+    n_aligned: int | None
+    most_latents: int
+    more: Mapping[str, str]
+    explain_more: Callable[[int], str]
+
+
+def interp_finding(of: Scores) -> Finding:
+    """Agrees where the interval of the mean score lies above chance, and that of own less swapped explanations above 0.
+
+    Disagrees where either lies wholly below. Without a swapped control it cannot tell: what scores above chance may do
+    so whatever the explanation says.
+    """
+    about = _ABOUT["interp"]
+    if of.scores is None or not of.scores["n_scored"]:
+        return about.missing("nothing is scored yet", of.more["score"])
+    mean = estimate_of(of.scores["mean"], of.scores["interval"])
+    control = of.scores["control"]
+    if control is None:
+        return about.row(mean, UNDECIDED, f"there is no swapped control beside it; judge: {of.judge}")
+    above = estimate_of(control["above_control"]["mean"], control["above_control"]["interval"])
+    verdicts = against(mean, CHANCE), against(above)
+    verdict = DISAGREES if DISAGREES in verdicts else AGREES if set(verdicts) == {AGREES} else UNDECIDED
+    quartiles = " / ".join(decimal(q) for q in of.scores["quartiles"])
+    why = f"tested: above .5, and above the swapped control: {_told(above)}; quartiles {quartiles}; judge: {of.judge}"
+    return about.row(mean, verdict, why)
+
+
+def relation_finding(of: Scores) -> Finding:
+    """Agrees where the correlation of score and similarity lies wholly above 0, disagrees where wholly below.
+
+    Over all scored runs together where there are several. Said beside it: the same at equal firing frequency, and how
+    many unshared latents score above the median of all.
+    """
+    about = _ABOUT["relation"]
+    if of.relation is None:
+        missing = "score" if of.scores is None or not of.scores["n_scored"] else "pair"
+        return about.missing("it takes scores and aligned seeds", of.more[missing])
+    tree = of.relation["pooled"] or of.relation
+    found, held = estimate_of(tree["spearman"], tree["interval"]), _estimate(tree["partial"])
+    why = (
+        f"tested: above 0; at equal firing frequency {_told(held)}; {_unshared_high(of.table)}over {tree['n']} latents"
+    )
+    return about.row(found, against(found), why)
+
+
+def _unshared_high(table: pd.DataFrame | None) -> str:
+    if table is None or not table["unshared"].any():
+        return ""
+    weight = pd.Series(_weights(table), table.index)
+    median = float(quantiles(table["score"], [0.5], weight)[0])
+    lone = table[table["unshared"]]
+    high = float(np.average(lone["score"] > median, weights=weight[lone.index]))
+    return f"{decimal(high)} of the unshared latents score above the median; "
+
+
+def frequent_low_finding(of: Scores) -> Finding:
+    """Agrees where the latents that fire most (a tenth) have a lower mean score than the others.
+
+    That is, where the interval of the difference lies wholly below 0; disagrees where it lies wholly above. Of a
+    sample, the tenth and the means are weighted, so that they are those of all latents that can be scored.
+    """
+    about = _ABOUT["frequent-low"]
+    if of.table is None or of.table.empty:
+        return about.missing("it takes scores and aligned seeds", of.more["score"])
+    frequent = _most_frequent_tenth(of.table)
+    if (n := int(frequent.sum())) < FEWEST:
+        why = f"of {len(of.table)} scored latents {n} are of the tenth that fires most, it takes {FEWEST}"
+        latents = min(50 * math.ceil(1.2 * len(of.table) * FEWEST / max(n, 1) / 50), of.most_latents)
+        if latents <= len(of.table):
+            return about.missing(f"{why}; no more latents have contexts enough", None)
+        return about.missing(why, of.explain_more(latents))
+    draw, score = _resamples(of.table), of.table["score"].to_numpy()
+    found = interval_of(draw.means(score, frequent) - draw.means(score, ~frequent), min(n, draw.n_free))
+    over_all = "" if of.relation is None else f"Spearman with frequency {_told(_estimate(of.relation['frequency']))}; "
+    return about.row(found, against(found, 0, -1), f"tested: below 0; {over_all}{n} of {len(of.table)} latents")
+
+
+def _most_frequent_tenth(table: pd.DataFrame) -> NDArray[np.bool_]:
+    """[N] whether a latent is of the tenth of all those that the table stands for which fires most."""
+    order = np.argsort(-table["frequency"].to_numpy(), kind="stable")
+    weight = _weights(table)[order]
+    found = np.zeros(len(table), bool)
+    found[order[np.cumsum(weight) <= 0.1 * weight.sum() * (1 + 1e-9)]] = True
+    return found
+
+
+def _weights(table: pd.DataFrame) -> NDArray[np.float64]:
+    """[N] how many latents each stands for."""
+    return table["weight"].to_numpy(float) if "weight" in table else np.ones(len(table))
+
+
+def _resamples(table: pd.DataFrame) -> Resamples:
+    if "weight" not in table:
+        return Resamples(np.arange(len(table)))
+    return Resamples(np.arange(len(table)), weights=table["weight"], strata=table["stratum"], known=table["known"])
+
+
+def both_scored_finding(of: Scores) -> Finding:
+    """Agrees where the scores of aligned latents and their partners are correlated above 0 with their whole interval.
+
+    Disagrees where the interval lies wholly below 0. Aligned: both matched cosines above .7.
+    """
+    about = _ABOUT["both-scored"]
+    if of.pairs is None or int(of.pairs["aligned"].sum()) < FEWEST:
+        n = 0 if of.pairs is None else int(of.pairs["aligned"].sum())
+        if of.n_aligned is not None and of.n_aligned < FEWEST:
+            return about.missing(f"only {of.n_aligned} latents have an aligned partner, it takes {FEWEST}", None)
+        return about.missing(f"{n} aligned pairs have both scores, it takes {FEWEST}", of.more["partners"])
+    aligned = of.pairs["aligned"].to_numpy(bool)
+    here, elsewhere = agreement(of.pairs, aligned), agreement(of.pairs, ~aligned)
+    apart = f", {decimal(elsewhere.gap.value)} elsewhere ({elsewhere.n} pairs)" if elsewhere.n else ""
+    why = f"tested: above 0; mean difference {decimal(here.gap.value)} where aligned ({here.n} pairs){apart}"
+    return about.row(here.spearman, against(here.spearman), why)
+
+
+def findings_of_scores(of: Scores) -> list[Finding]:
+    """The four findings about scores, in the paper's order."""
+    return [make(of) for make in (interp_finding, relation_finding, frequent_low_finding, both_scored_finding)]
+
+
+def _estimate(tree: Mapping[str, Any]) -> Estimate:
+    return estimate_of(tree["value"], tree["interval"])
+
+
+def _told(e: Estimate) -> str:
+    return "not known" if math.isnan(e.value) else estimate(e.value, (e.low, e.high), sign=True)

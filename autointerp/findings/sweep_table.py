@@ -1,0 +1,134 @@
+"""The table of a sweep on disk, beside the reports, with the digest of what it was made from.
+
+``reports/NAME.sweep.json`` is the whole, ``reports/NAME.sweep.parquet`` a flat row for each point. What the table says
+is made in :mod:`autointerp.findings.sweep_points`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sae.alignment.overlap import DEFINITIONS
+from sae.common.errors import BadInput
+from sae.common.files import SCHEMA, digest, digest_file, read_json, write_json, write_table
+from sae.common.progress import say
+from sae.study.run import Run
+from sae.study.sweep import Sweep
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A sweep's table as JSON values: see :func:`autointerp.findings.sweep_points.summarise`."""
+
+    table: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.table["sweep"])
+
+    @property
+    def inputs(self) -> str:
+        return str(self.table["inputs"])
+
+
+def summary_path(root: Path, name: str) -> Path:
+    return root / "reports" / f"{name}.sweep.json"
+
+
+def summary_inputs(sweep: Sweep, of_points: Sequence[Sequence[Run]]) -> str:
+    """The digest of everything that the table is made from."""
+    made_from = [
+        [
+            point.study.name,
+            point.at,
+            [
+                [run.name, run.weights_digest, *map(run.stage_inputs, ("firing", "overlap")), _scores(run)]
+                for run in runs
+            ],
+        ]
+        for point, runs in zip(sweep.points, of_points, strict=True)
+    ]
+    return digest([SCHEMA, list(sweep.seeds), made_from])
+
+
+def _scores(run: Run) -> str | None:
+    path = run.stage_path("scores")
+    return digest_file(path) if path.exists() else None
+
+
+def write_summary(root: Path, summary: Summary) -> None:
+    """Both files, the one that is read last: where it is there, the other is too."""
+    path = summary_path(root, summary.name)
+    write_table(path.with_suffix(".parquet"), flat(summary.table), inputs=summary.inputs)
+    write_json(path, summary.table)
+
+
+def read_summary(root: Path, name: str) -> Summary | None:
+    """The stored table; ``None`` where there is none, or one of another version."""
+    path = summary_path(root, name)
+    if not path.is_file():
+        return None
+    try:
+        table = read_json(path)
+        if table["schema"] != SCHEMA or table["points"] is None:
+            return None
+        table["created"], table["axes"], table["subject"]["fingerprint"]  # what tells whose it is
+        return Summary(table)
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{str(path)!r} is damaged; delete it and run the sweep again") from None
+
+
+def sweeps_of(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tables of sweeps of the same subject model under ``root``, the newest first."""
+    found = []
+    for path in sorted((root / "reports").glob("*.sweep.json")):
+        try:
+            summary = read_summary(root, path.name.removesuffix(".sweep.json"))
+        except BadInput as error:  # a report does without
+            say(str(error))
+            continue
+        if summary is not None and summary.table["subject"]["fingerprint"] == subject.get("fingerprint"):
+            found.append(summary.table)
+    return sorted(found, key=lambda table: str(table["created"]), reverse=True)
+
+
+def flat(table: Mapping[str, Any]) -> pd.DataFrame:
+    """A row for each point: settings, training, what is shared with its interval and by chance, cosines, scores."""
+    rows = []
+    for point in table["points"]:
+        row = {
+            key: point[key]
+            for key in (
+                *("name", "hookpoint", "architecture", "num_latents", "k", "tokens", "learning_rate"),
+                *("alive", "fvu", "l0", "dead_fraction"),
+            )
+        }
+        row["seeds"] = len(point["seeds"])
+        for name, of in {**(point["shared"] or {}), "max_cosine": point["max_cosine"] or {}}.items():
+            row |= _columns(f"shared_{name}" if name in DEFINITIONS else name, of)
+        for name, of in (point["cosines"] or {}).items():
+            row |= _columns(name, of)
+        scores = point["scores"] or {}
+        row |= {"score": scores.get("mean"), "score_control": scores.get("control"), "n_scored": scores.get("n_scored")}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _columns(name: str, of: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = of.get("interval") or (None, None)
+    pairs = [v for v in of.get("pairs", {}).values() if v is not None]
+    chance = [v for v in of.get("null", {}).values() if v is not None]
+    columns = {
+        name: of.get("value"),
+        f"{name}_low": low,
+        f"{name}_high": high,
+        f"{name}_chance": max(chance, default=None),
+    }
+    if "pairs" in of:
+        columns |= {f"{name}_least_pair": min(pairs, default=None), f"{name}_largest_pair": max(pairs, default=None)}
+    return columns

@@ -1,0 +1,131 @@
+"""Explanations as lines of JSON, in the form of Neuronpedia's exports of them.
+
+An export of Neuronpedia (``v1/MODEL/SOURCE/explanations/batch-0.jsonl.gz``, see docs.neuronpedia.org/api-and-data) has
+a line for each explanation, with the columns of its table: ``id``, ``modelId``, ``layer`` (the source's id, such as
+``6-res-jb``), ``index`` (the latent, as text), ``authorId``, ``description``, ``typeName``, ``explanationModelName``.
+Its importer takes the columns from the first line, so that every line has the same keys, and passes over keys that are
+no columns. One such is ``scores``, which has the form in which its API gives an explanation's scores.
+
+Types, models and authors are rows of tables of an installation, which has to know them before it takes the lines in.
+Types and scores bear names of our own: the protocols are not those that Neuronpedia's own names stand for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import pandas as pd
+
+from autointerp.findings.json_values import number
+from autointerp.journal.journal import Journal
+from sae.common.commands import command
+from sae.common.errors import BadInput, NotFound
+from sae.common.files import digest, read_table
+from sae.study.run import Run
+
+DEFAULT_AUTHOR = "clkht01d40000jv08hvalcvly"
+"""What Neuronpedia's own tools write as author where none is set."""
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
+_OF_SCORE = (
+    *("balanced_accuracy", "ba_low", "ba_high", "tpr", "tnr", "auroc", "auroc_low", "auroc_high"),
+    *("n_active", "n_inactive", "n_failed"),
+)
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Under what the lines are filed: Neuronpedia's ids of the model and of the SAE, and the author's."""
+
+    model: str
+    source: str
+    author: str = DEFAULT_AUTHOR
+
+    @classmethod
+    def of(cls, run: Run, model: str | None = None, source: str | None = None, author: str | None = None) -> Ids:
+        """Those given; else the model's name without its owner, and the layer's number before the run's name."""
+        subject = str(run.record["subject"]["source"]).partition("@")[0]
+        if subject == "bundled":
+            from sae.activations.bundled import BUNDLED
+
+            subject = BUNDLED.name
+        layer = _LAYER.search("." + run.record["hookpoint"])
+        usual = f"{layer.group(1)}-{run.name}" if layer else run.name
+        found = cls(model or PurePath(subject).name.lower(), source or usual, author or DEFAULT_AUTHOR)
+        for option, value in (("model", found.model), ("source", found.source), ("author", found.author)):
+            if not _ID.fullmatch(value):
+                raise BadInput(
+                    f"{value!r} is no id of Neuronpedia's; give one of letters, digits, '.', '_' and '-' "
+                    f"with --{option}-id"
+                )
+        return found
+
+
+def lines_of(run: Run, ids: Ids) -> tuple[list[dict[str, Any]], int]:
+    """A line for each explanation that did not fail, by latent; and how many failed ones are left out.
+
+    Raises NotFound where there is none.
+    """
+    if not run.journal_path.exists():
+        raise _none(run)
+    with Journal(run.journal_path) as journal:
+        table = journal.explanations()
+    good = table[table["status"] == "ok"].sort_values(["latent", "id"], kind="stable")
+    if good.empty:
+        raise _none(run)
+    path = run.stage_path("scores")
+    scores = _scores_by_explanation(read_table(path)) if path.exists() else {}
+    rows = ({str(k): v for k, v in row.items()} for row in good.to_dict("records"))
+    return [_line(run, row, scores.get(int(row["id"]), []), ids) for row in rows], len(table) - len(good)
+
+
+def _none(run: Run) -> NotFound:
+    explain = command(run.root, "explain", "--sae", run.name)
+    return NotFound(f"run {run.name!r} has no explanations yet; run `{explain}`")
+
+
+def _line(run: Run, row: Mapping[str, Any], scores: list[dict[str, Any]], ids: Ids) -> dict[str, Any]:
+    same = {key: row[key] for key in ("latent", "explainer", "settings_hash", "prompt_hash", "model", "draw")}
+    notes = f"sae-autointerp, run {run.name}, explanation {row['id']}, settings {row['settings_hash'][:12]}"
+    return {
+        # Made of what identifies it, so that the same explanation taken in twice is there once.
+        "id": f"ai{digest([ids.model, ids.source, same])[:23]}",
+        "modelId": ids.model,
+        "layer": ids.source,
+        "index": str(row["latent"]),
+        "authorId": ids.author,
+        "description": row["text"],
+        "typeName": f"sae-autointerp_{row['explainer']}",
+        "explanationModelName": row["model"] or None,
+        "notes": notes,
+        "createdAt": row["created"],
+        "scores": scores,
+    }
+
+
+def _scores_by_explanation(table: pd.DataFrame) -> dict[int, list[dict[str, Any]]]:
+    """Explanation → its scores under its own latent, without those that failed."""
+    good = table[(table["control"] == "none") & (table["status"] == "ok")]
+    found: dict[int, list[dict[str, Any]]] = {}
+    for identifier, entry in _score_entries(good):
+        found.setdefault(identifier, []).append(entry)
+    return found
+
+
+def _score_entries(good: pd.DataFrame) -> Iterator[tuple[int, dict[str, Any]]]:
+    for row in good.to_dict("records"):
+        details = {name: number(row[name]) for name in _OF_SCORE if name in row}
+        yield (
+            int(row["explanation_id"]),
+            {
+                "value": number(row["balanced_accuracy"]),
+                "explanationScoreTypeName": f"sae-autointerp_{row['scorer']}",
+                "explanationScoreModelName": row["model"] or row["judge"],
+                "jsonDetails": json.dumps(details),
+            },
+        )

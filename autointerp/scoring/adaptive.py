@@ -1,0 +1,311 @@
+"""Judge only as many contexts as a score needs: rounds, a rule for when to stop, and a score that survives stopping.
+
+Stopping as soon as an interval looks narrow favours the moments at which it looks narrow by luck: rates near 1 have
+narrow intervals, so lucky streaks stop early, the mean of what was judged is too high, and the usual interval holds the
+truth too seldom. Three things mend that here:
+
+* There are few looks, fixed beforehand (:func:`schedule`), the first after ``FIRST`` contexts of the larger class.
+* The interval joins the Clopper-Pearson intervals of the two rates (MOVER, as the fixed-size score joins Wilson's). It
+  is wide enough that the *reported* interval, on whose own width judging stops, covers the truth in 94.4 % or more of
+  cases over true rates from .5 to .98, and in 95 % nearly everywhere; Wilson's falls to 88 %.
+  ``benchmarks/adaptive_scoring.py`` computes this exactly.
+* The rates are not the raw ones but their expectation given what stopping shows (Girshick, Mosteller and Savage 1946):
+  of all orders of right and wrong answers that would have gone on to the same look with the same counts, the mean rate
+  among the first look's answers. That is unbiased whatever the rule.
+
+The harder negatives are judged in the same rounds, in the proportion to the random ones that the settings give them: so
+a request shows the same mix in every round and as in a whole test set. They have figures of their own and no say in
+when to stop, hence what they score is not biased by it; only the TPR beside it is the corrected one.
+
+``precision`` is the half-length of the 95 % interval of balanced accuracy, as it is shown beside every score: not its
+standard error. ± .065 takes about 25 contexts of each kind where both rates are .98, 36 at .95, 54 at .9, 105 at .75:
+a test set of 50 and 50 reaches it for good explanations only, and others end at the cap unless that is raised. A
+standard error of .065 is ± .127, which takes 20 of each kind at .95 and 27 at .75.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autointerp.contexts.sampler import TestSet
+from autointerp.scoring.scorers.base import HARDER, STOPS
+from sae.common.errors import BadInput
+from sae.common.estimate import Estimate
+
+if TYPE_CHECKING:
+    from autointerp.contexts.sampler import Context
+    from autointerp.scoring.scorers.base import Scorer
+    from sae.settings import ContextSettings
+
+FIRST = 20
+"""Contexts of the larger class before the first look. With fewer, perfect answers would stop too soon to cover .98."""
+STEP = 5
+GROWTH = 1.25
+LARGEST = 1_000
+"""Contexts of both kinds at most: beyond it the path counts leave the range of floating point."""
+MOST_FAILED = 0.2
+"""A look with a larger share of failures decides nothing, as a score with so many is none."""
+LEVEL = 0.95
+METHOD = 2
+"""Of rounds, rule and estimate; part of what adaptive scores are keyed by."""
+
+SIZES = ("n_active", "n_inactive", "n_hard", "n_same_token")
+"""Of a test set, as the settings call them."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What was asked for. ``half_width`` of the 95 % interval of balanced accuracy, and contexts per latent at most."""
+
+    half_width: float
+    max_contexts: int | None = None
+    """Activating and random silent ones together; ``None``: as many as the run's settings have in a test set."""
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.half_width <= 0.5:
+            raise BadInput(f"--precision {self.half_width:g}: give a half-width from 0.01 to 0.5, such as 0.065")
+        if self.max_contexts is not None and not 4 <= self.max_contexts <= LARGEST:
+            raise BadInput(f"--max-contexts {self.max_contexts}: give a number from 4 to {LARGEST}")
+
+    def cap(self, settings: ContextSettings) -> ContextSettings:
+        """The settings with a test set of ``max_contexts``, its kinds in the settings' own proportion.
+
+        The harder negatives come on top of these.
+        """
+        whole = settings.n_active + settings.n_inactive
+        n = min(self.max_contexts or whole, LARGEST)
+        n_active = min(max(2, round(n * settings.n_active / whole)), n - 2)
+        harder = {name: round(getattr(settings, name) * (n - n_active) / settings.n_inactive) for name in SIZES[2:]}
+        return settings.model_copy(update={"n_active": n_active, "n_inactive": n - n_active, **harder})
+
+    def words(self) -> list[str]:
+        """The flags that say the same again, for a command to print."""
+        cap = [] if self.max_contexts is None else ["--max-contexts", str(self.max_contexts)]
+        return ["--precision", f"{self.half_width:g}", *cap]
+
+    def identity(self, settings: ContextSettings) -> dict[str, Any]:
+        """What the rounds and the stop depend on, apart from the run's material and the judge. JSON values."""
+        capped = self.cap(settings)
+        return {
+            "method": METHOD,
+            "half_width": self.half_width,
+            **{name: getattr(capped, name) for name in SIZES},
+        }
+
+
+class Look(NamedTuple):
+    """How many contexts of each kind have been judged when it is asked whether that is enough."""
+
+    n_active: int
+    n_inactive: int
+
+
+class Tally(NamedTuple):
+    """Answers up to a look, those that failed left out."""
+
+    n_active: int
+    right_active: int
+    n_inactive: int
+    right_inactive: int
+    n_failed: int
+
+    @property
+    def counts(self) -> Look:
+        return Look(self.n_active, self.n_inactive)
+
+    @property
+    def decides(self) -> bool:
+        answered = self.n_active + self.n_inactive
+        return min(self.counts) > 0 and self.n_failed <= MOST_FAILED * (answered + self.n_failed)
+
+
+class Stop(NamedTuple):
+    """Where judging ended, and the score at that point."""
+
+    look: int
+    why: str
+    """One of :data:`autointerp.scoring.scorers.base.STOPS`."""
+    estimate: Estimate
+    """Balanced accuracy, unbiased, with its 95 % interval; NaN where too much failed."""
+    tpr: float
+    tnr: float
+
+
+def schedule(n_active: int, n_inactive: int) -> list[Look]:
+    """The looks for a test set of so many: 20 of the larger kind, then 25, 30, 40, 50, 60, 75, … and at last all."""
+    most = max(n_active, n_inactive)
+    at, looks = FIRST, []
+    while at < most:
+        looks.append(Look(round(at * n_active / most), round(at * n_inactive / most)))
+        at = max(at + STEP, STEP * round(at * GROWTH / STEP))
+    return [*looks, Look(n_active, n_inactive)]
+
+
+class Rounds:
+    """One latent's contexts, round by round. Each round is laid out by the scorer; its kinds are mixed.
+
+    Args:
+        test_set: of which any beginning of either list is as representative as the whole.
+        scorer: lays out what the judge is to see.
+        wanted: the sizes of the whole test set, where there are contexts enough.
+    """
+
+    def __init__(self, test_set: TestSet, scorer: Scorer, wanted: Look) -> None:
+        have = Look(len(test_set.active), len(test_set.inactive))
+        self.all_found = have.n_active >= wanted.n_active and have.n_inactive >= wanted.n_inactive
+        self._parts: list[list[Context]] = []
+        before = TestSet([], [])
+        for look in schedule(*have):
+            now = _beginning(test_set, look)
+            self._parts.append(scorer.items(_without(now, before)))
+            before = now
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, number: int) -> list[Context]:
+        return self._parts[number]
+
+    def up_to(self, number: int) -> list[Context]:
+        """The contexts of all rounds up to and with this one."""
+        return [context for part in self._parts[: number + 1] for context in part]
+
+    def stop(self, labels: Mapping[int, bool | None], half_width: float) -> Stop | None:
+        """Where judging ends, from verdicts alone: ``None`` while a round before the end has not been asked to its end.
+
+        Args:
+            labels: window → the judge's label, ``None`` where it failed; no entry where it was not asked.
+        """
+        tallies: list[Tally] = []
+        for number in range(len(self)):
+            contexts = self.up_to(number)
+            if any(context.window not in labels for context in contexts):
+                return None
+            tallies.append(_tally(contexts, labels))
+            last = number == len(self) - 1
+            found = _score(tallies, half_width)
+            narrow = (found.estimate.high - found.estimate.low) / 2 <= half_width  # False where it is NaN
+            if narrow or last:
+                enough, cap, out = STOPS
+                why = enough if narrow else cap if self.all_found else out
+                return found._replace(look=number, why=why)
+        return None
+
+
+def _beginning(test_set: TestSet, look: Look) -> TestSet:
+    """What has been asked at ``look``: of the harder kinds the same share as of the random silent contexts."""
+    share = look.n_inactive / max(1, len(test_set.inactive))
+    return TestSet(
+        test_set.active[: look.n_active],
+        test_set.inactive[: look.n_inactive],
+        test_set.hard[: round(share * len(test_set.hard))],
+        test_set.same_token[: round(share * len(test_set.same_token))],
+    )
+
+
+def _without(test_set: TestSet, beginning: TestSet) -> TestSet:
+    """The rest of every list behind its ``beginning``."""
+    return TestSet(
+        test_set.active[len(beginning.active) :],
+        test_set.inactive[len(beginning.inactive) :],
+        test_set.hard[len(beginning.hard) :],
+        test_set.same_token[len(beginning.same_token) :],
+    )
+
+
+def _tally(contexts: Sequence[Context], labels: Mapping[int, bool | None]) -> Tally:
+    """The harder negatives are left out: they decide nothing."""
+    contexts = [context for context in contexts if context.kind not in HARDER]
+    answers = [(context.truth, label) for context in contexts if (label := labels[context.window]) is not None]
+    active = [label for is_active, label in answers if is_active]
+    inactive = [not label for is_active, label in answers if not is_active]
+    return Tally(len(active), sum(active), len(inactive), sum(inactive), len(contexts) - len(answers))
+
+
+def _score(tallies: Sequence[Tally], half_width: float) -> Stop:
+    """The score at the last of the looks so far."""
+    now = tallies[-1]
+    if not now.decides:
+        return Stop(0, "", Estimate(math.nan, math.nan, math.nan), math.nan, math.nan)
+    # Which looks decided depends on failures alone, never on what was answered: the estimate stays unbiased.
+    looks = tuple(tally.counts for tally in tallies if tally.decides)
+    tpr, tnr = unbiased(looks, half_width, now.right_active, now.right_inactive)
+    low, high = interval(now.right_active, now.n_active, now.right_inactive, now.n_inactive)
+    value = (tpr + tnr) / 2
+    return Stop(0, "", Estimate(value, min(float(low), value), max(float(high), value)), tpr, tnr)
+
+
+def interval(
+    right_active: float | Array, n_active: int, right_inactive: float | Array, n_inactive: int, level: float = LEVEL
+) -> tuple[Array, Array]:
+    """Ends of the interval of balanced accuracy for counts of right answers, which broadcast against each other."""
+    tpr, tnr = np.divide(right_active, n_active), np.divide(right_inactive, n_inactive)
+    (low_1, high_1), (low_2, high_2) = _exact(right_active, n_active, level), _exact(right_inactive, n_inactive, level)
+    value = (tpr + tnr) / 2
+    return value - np.hypot(tpr - low_1, tnr - low_2) / 2, value + np.hypot(high_1 - tpr, high_2 - tnr) / 2
+
+
+def _exact(right: float | Array, n: int, level: float) -> tuple[Array, Array]:
+    """Clopper and Pearson's interval of a proportion."""
+    from scipy import stats
+
+    x = np.asarray(right, dtype=float)
+    tail = (1 - level) / 2
+    low = stats.beta.ppf(tail, np.maximum(x, 0.5), n - x + 1)  # the value at 0 is not used
+    high = stats.beta.ppf(1 - tail, x + 1, np.maximum(n - x, 0.5))
+    return np.where(x == 0, 0.0, low), np.where(x == n, 1.0, high)
+
+
+def unbiased(looks: tuple[Look, ...], half_width: float, right_active: int, right_inactive: int) -> tuple[float, float]:
+    """True positive and true negative rate for a judging that stopped at the last of ``looks`` with these counts."""
+    paths = _paths(looks, half_width)[:, right_active, right_inactive]
+    return float(paths[1] / paths[0]), float(paths[2] / paths[0])
+
+
+@functools.lru_cache(maxsize=512)
+def _paths(looks: tuple[Look, ...], half_width: float) -> Array:
+    """[3, n_active + 1, n_inactive + 1] weight of all ways to come to the last look with so many right answers of each
+    kind, without having stopped before; then the same times the rate of right active (inactive) answers at the first.
+
+    Weights are chances under rates of one half; the ratio of two of them is the same under any rates.
+    """
+    now = looks[-1]
+    if len(looks) == 1:
+        chance = np.outer(_halves(now.n_active), _halves(now.n_inactive))
+        tpr, tnr = (np.arange(n + 1) / n for n in now)
+        return np.stack([chance, chance * tpr[:, None], chance * tnr])
+    before = looks[-2]
+    going_on = _paths(looks[:-1], half_width) * ~stops(before, half_width)
+    active, inactive = (_added(n, m) for n, m in zip(before, now, strict=True))
+    return np.asarray(active @ going_on @ inactive.T)
+
+
+@functools.lru_cache(maxsize=512)
+def stops(look: Look, half_width: float) -> NDArray[np.bool_]:
+    """[n_active + 1, n_inactive + 1] whether so many right answers of each kind make the interval narrow enough."""
+    right_active, right_inactive = np.arange(look.n_active + 1.0)[:, None], np.arange(look.n_inactive + 1.0)[None]
+    low, high = interval(right_active, look.n_active, right_inactive, look.n_inactive)
+    return np.asarray((high - low) / 2 <= half_width)
+
+
+def _halves(n: int) -> Array:
+    from scipy import stats
+
+    return np.asarray(stats.binom.pmf(np.arange(n + 1), n, 0.5))
+
+
+def _added(before: int, now: int) -> Array:
+    """[now + 1, before + 1] chance to have x right of ``now`` answers after y right of ``before``, at a rate of ½."""
+    from scipy import stats
+
+    more = np.arange(now + 1)[:, None] - np.arange(before + 1)[None]
+    return np.asarray(stats.binom.pmf(more, now - before, 0.5))

@@ -1,0 +1,326 @@
+"""What `explain` or `score` would ask, counted without asking it: requests, tokens, time and price.
+
+The very requests are laid out, those that the journal or the answer cache have an answer to are left out, and the rest
+is counted by the first of these that is there: the model's own tokenizer and chat template (a folder, or the local hub
+cache), the server's ``/tokenize`` (vLLM, llama.cpp) where its counts can be right, ``tiktoken``, and at last characters
+(by the journal's mean, else four to a token), which is said to be an estimate. Nothing is sent but, at most, requests
+for ``/models``, ``/apply-template`` and ``/tokenize``.
+
+Cached are the prompt's leading blocks of 16 tokens that an earlier request had too, as vLLM keeps them, requests one
+after another and nothing evicted (on a CPU its blocks have 128, and less is cached). With adaptive scoring the number
+of rounds is not known: counts are then the most. Where the judge's protocol is only known when the server has been
+asked, counts are of the one that costs more, and what the other would cost stands beside them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+from autointerp.contexts.material import Material
+from autointerp.contexts.sampler import Context
+from autointerp.contexts.selection import Choice
+from autointerp.explaining.explain import identity_of, plan_controls, plan_latents
+from autointerp.explaining.explainers import EXPLAINERS
+from autointerp.explaining.explainers.base import ModelExplainer
+from autointerp.journal.journal import Journal
+from autointerp.journal.method import BASELINE
+from autointerp.journal.usage import is_plausible_count
+from autointerp.llm.budget import Prices
+from autointerp.llm.cache import ResponseCache
+from autointerp.llm.client import DEFAULT_URL, LlmClient
+from autointerp.llm.exchange import Request, one_line
+from autointerp.llm.local.model import find_model
+from autointerp.llm.options import LlmOptions
+from autointerp.llm.tokens import NotCounted, Tokenize, block_keys, characters, estimated, tokenizer_of
+from autointerp.scoring.adaptive import Precision
+from autointerp.scoring.forecast import Forecast
+from autointerp.scoring.judges import JUDGES
+from autointerp.scoring.judges.base import ModelJudge
+from autointerp.scoring.opening import of_no_effect, resolve
+from autointerp.scoring.questions import CONTROL_LATENTS, Part, Question, parts_of, questions_of
+from autointerp.scoring.rounds import AdaptivePlan
+from autointerp.scoring.score_table import Test
+from autointerp.scoring.scorers import SCORERS
+from sae.common.errors import BadInput, NotFound
+from sae.study.run import Run
+
+EXPLANATION_TOKENS = 80
+"""Written for an explanation where the journal has none to go by."""
+
+
+_Cached = Callable[[], Callable[[Request], bool]]
+"""Gives a function that says of a command's requests, in turn, whether the answer is in the cache by then."""
+
+
+@dataclass
+class _Asked:
+    """The requests of a command, in their order."""
+
+    most: list[Request] = field(default_factory=list)
+    least: int = 0
+    before: int = 0
+    from_cache: int = 0
+    notes: list[str] = field(default_factory=list)
+    answer_like: Callable[[Request], str] | None = None
+    """An answer as long as a request's; ``None``: an explanation."""
+
+
+def forecast_explain(
+    runs: Sequence[Run],
+    choice: Choice,
+    backend: str,
+    options: LlmOptions,
+    prices: Prices | None,
+    control_sae_latents: int | None = None,
+) -> Forecast:
+    """What `explain` would cost. Harvest and alignment must be there: contexts are not known before."""
+    name = resolve(backend, options, "explainer")
+    if not EXPLAINERS[name].asks_model:
+        return _free("explain", name)
+
+    def lay_out(client: LlmClient, cached: _Cached) -> dict[str, _Asked]:
+        kept = cached()
+        explainer, notes = cast("type[ModelExplainer]", EXPLAINERS[name]).plan(client, options)
+        asked = _Asked(notes=notes)
+        tasks = [task for run in runs for task in plan_latents(run, choice)]
+        try:
+            controls = plan_controls(tasks, choice, True, control_sae_latents)
+        except NotFound as error:
+            controls = []
+            asked.notes.append(f"control SAEs are not counted: {error}")
+        for task in [*tasks, *controls]:
+            _of_task(task.run, task.latents, explainer, asked, kept)
+        return {"": asked}
+
+    return asyncio.run(_forecast("explain", runs, options, prices, lay_out))
+
+
+def _of_task(
+    run: Run, latents: Sequence[int], explainer: ModelExplainer, asked: _Asked, kept: Callable[[Request], bool]
+) -> None:
+    material = Material.of(run)
+    done: set[int] = set()
+    if run.journal_path.exists():
+        same = identity_of(explainer, material)
+        with Journal(run.journal_path) as journal:
+            done = set(journal.explanations(status="ok", draw=0, **same)["latent"].tolist()) & set(latents)
+    asked.before += len(done)
+    for latent in sorted(set(latents) - done):
+        if material.sampler.eligible(latent)[0]:
+            _add(asked, [explainer.request(material.sampler.explaining(latent))], kept, least=True)
+
+
+def forecast_score(
+    named: Sequence[Run] | None,
+    root: Path,
+    scorers: Sequence[str],
+    backend: str,
+    options: LlmOptions,
+    prices: Prices | None,
+    control_latents: int | None = None,
+    precision: Precision | None = None,
+    control_sae_latents: int | None = None,
+) -> Forecast:
+    """What `score` would cost for the explanations that there are; see :func:`autointerp.scoring.score.score_runs`."""
+    for name in scorers:
+        SCORERS.checked(name, "--scorer")
+    kind = resolve(backend, options.for_judge(), "judge")
+    of_no_effect(kind, options.of_judge(), "judge")
+    if not JUDGES[kind].asks_model:
+        return _free("score", kind)
+    of_kind = cast("type[ModelJudge]", JUDGES[kind])
+    lacking = [run.name for run in named or () if not run.journal_path.exists()]
+    if lacking:
+        raise BadInput(
+            f"--dry-run: run {lacking[0]!r} has no explanations yet; `explain --dry-run` says what they cost"
+        )
+    n_swapped = CONTROL_LATENTS[True] if control_latents is None else control_latents
+    parts = parts_of(named, root, n_swapped, control_sae_latents)
+
+    def lay_out(client: LlmClient, cached: _Cached) -> dict[str, _Asked]:
+        found = {}
+        for protocol, judge in of_kind.plan(client, options.for_judge()).items():
+            kept, asked = cached(), _Asked(answer_like=judge.answer_like)
+            for part in parts:
+                for name in scorers:
+                    _of_part(part, name, judge, precision, asked, kept)
+            found[protocol] = asked
+        return found
+
+    return asyncio.run(_forecast("score", [part.run for part in parts], options.for_judge(), prices, lay_out))
+
+
+def _of_part(
+    part: Part,
+    scorer_name: str,
+    judge: ModelJudge,
+    precision: Precision | None,
+    asked: _Asked,
+    kept: Callable[[Request], bool],
+) -> None:
+    scorer, run = SCORERS[scorer_name](), part.run
+    plan = AdaptivePlan.of(run, scorer, precision) if precision else None
+    test = Test.of(scorer, judge, Material.of(run), plan)
+    asked_by = judge.of_marks() if scorer.marked else judge
+    with Journal(run.journal_path) as journal:
+        for question in questions_of(part, part.readable(journal, judge)):
+            labels = journal.labels(
+                latent=question.latent, explanation_id=question.explanation_id, control=question.control, **test.same
+            )
+            done = {window for window, label in labels.items() if label is not None}
+            asked.before += len(done)
+            if plan is None:
+                parts = [list(test.items(question.latent))]
+            else:
+                rounds = plan.rounds(question.latent)
+                stop = rounds.stop(labels, plan.half_width)
+                parts = [rounds[i] for i in range(len(rounds) if stop is None else stop.look + 1)]
+            sure = True  # the first round that has something to ask is asked for certain
+            for contexts in parts:
+                todo = [c for c in contexts if c.window not in done and c.window not in question.seen]
+                _add(asked, _requests(asked_by, question, todo), kept, least=sure)
+                sure = sure and not todo
+
+
+def _requests(judge: ModelJudge, question: Question, todo: Sequence[Context]) -> Iterable[Request]:
+    size = judge.contexts_per_request
+    for start in range(0, len(todo), size):
+        yield judge.request(question.text, todo[start : start + size])
+
+
+def _add(asked: _Asked, requests: Iterable[Request], kept: Callable[[Request], bool], least: bool) -> None:
+    for request in requests:
+        if kept(request):
+            asked.from_cache += 1
+        else:
+            asked.most.append(request)
+            asked.least += least
+
+
+async def _forecast(
+    stage: str,
+    runs: Sequence[Run],
+    options: LlmOptions,
+    prices: Prices | None,
+    lay_out: Callable[[LlmClient, _Cached], Mapping[str, _Asked]],
+) -> Forecast:
+    path = runs[0].root / "cache.sqlite"
+    cache = ResponseCache(path) if path.exists() else None
+    served = None if options.vllm is None else find_model(options.vllm, options.vllm_args, options.model)
+    model = options.model if served is None else served.name
+    async with LlmClient(
+        options.urls or DEFAULT_URL,
+        model,
+        key_file=options.api_key_file,
+        cache=cache,
+        start=None if served is None else _never,
+    ) as client:
+        if model is None:
+            await client.check()
+
+        def cached() -> Callable[[Request], bool]:
+            seen: set[str] = set()
+
+            def kept(request: Request) -> bool:
+                """Whether the answer is in the cache, or will be by then: the same question earlier in this command."""
+                key = request.key(client.model)
+                if key in seen or (cache is not None and cache.get(key) is not None):
+                    return True
+                seen.add(key)
+                return False
+
+            return kept
+
+        try:
+            laid_out = lay_out(client, cached)
+        finally:
+            if cache is not None:
+                cache.close()
+        usage = _usage(runs, stage, client.model)
+        per_request = usage["prompt_tokens"] / usage["requests"] if usage["requests"] else 0.0
+        place = None if served is None else served.place
+        forecasts = []
+        for protocol, asked in laid_out.items():
+            mean = statistics.fmean(characters(r.messages) for r in asked.most) if asked.most else 0.0
+            is_measured = is_plausible_count(round(per_request), round(mean), round(mean))
+            per_token = mean / per_request if per_request and mean and is_measured else 0.0
+            tokenize = await tokenizer_of(client, options, per_token, place)
+            try:
+                found = await _counted(stage, client.model, asked, tokenize)
+            except NotCounted as error:  # the server stopped counting half-way
+                note = f"{tokenize.name} failed ({one_line(error, 100)}): prompt tokens are an estimate"
+                tokenize = replace(estimated(client.model, per_token), note=note)
+                found = await _counted(stage, client.model, asked, tokenize)
+            found.protocol = protocol or None
+            _estimate(found, usage, options, prices)
+            forecasts.append(found)
+    cheaper, dearest = min(forecasts, key=lambda f: f.cost), max(forecasts, key=lambda f: f.cost)
+    dearest.cheaper = None if cheaper is dearest else cheaper
+    return dearest
+
+
+def _estimate(found: Forecast, usage: Mapping[str, float], options: LlmOptions, prices: Prices | None) -> None:
+    """Time and price, and what is written, by what this model was asked before."""
+    if found.stage == "explain" and usage["completion_tokens"]:
+        found.completion_tokens = round(found.requests * usage["completion_tokens"] / usage["requests"])
+    if usage["requests"] and usage["seconds"]:
+        found.seconds = found.requests * usage["seconds"] / usage["requests"] / options.concurrency
+    if options.requests_per_second:
+        found.seconds = max(found.seconds or 0.0, found.requests / options.requests_per_second)
+    if prices is not None:
+        found.dollars = prices.of(found.prompt_tokens, found.cached_tokens, found.completion_tokens)
+        if prices.cached is None and found.cached_tokens:
+            found.notes.append(
+                "cached prompt tokens are priced like any other; --price-cached gives them a price of their own"
+            )
+
+
+async def _counted(stage: str, model: str, asked: _Asked, tokenize: Tokenize) -> Forecast:
+    """The forecast's counts of requests and tokens."""
+    notes = [*asked.notes, *([tokenize.note] if tokenize.note else [])]
+    found = Forecast(stage, model, tokenize.name, tokenize.exact, notes=notes)
+    found.requests, found.requests_at_least = len(asked.most), asked.least
+    found.answered_before, found.from_cache = asked.before, asked.from_cache
+    blocks: set[bytes] = set()
+    for request in asked.most:
+        tokens = await tokenize(request.messages)
+        found.prompt_tokens += len(tokens)
+        found.cached_tokens += block_keys(tokens, blocks)
+        found.completion_tokens += _written(asked, request, tokenize)
+        found.completion_at_most += request.max_tokens
+    return found
+
+
+def _written(asked: _Asked, request: Request, tokenize: Tokenize) -> int:
+    """Tokens of the answer. A label alone ends the answer; after a longer one the model says that it has ended."""
+    if asked.answer_like is None:
+        return EXPLANATION_TOKENS
+    answer = asked.answer_like(request)
+    return 1 if len(answer) == 1 else tokenize.length(answer) + 1
+
+
+def _usage(runs: Sequence[Run], stage: str, model: str) -> dict[str, float]:
+    """What this model was asked before for this stage, over all runs of the command."""
+    total = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "seconds"), 0.0)
+    for run in runs:
+        if run.journal_path.exists():
+            with Journal(run.journal_path) as journal:
+                rows = journal.usage()
+            rows = rows[(rows["stage"] == stage) & (rows["model"] == model)]
+            for column in total:
+                total[column] += float(rows[column].sum())
+    return total
+
+
+async def _never() -> str:
+    raise AssertionError("a dry run starts no server")
+
+
+def _free(stage: str, name: str) -> Forecast:
+    who = "the n-gram baseline" if name == BASELINE else name
+    return Forecast(stage, "", f"nothing: {who} asks no model", exact=True, seconds=None, dollars=0.0)

@@ -1,0 +1,13 @@
+"""From an explanation and a context to P(active). Each file is one way of doing it; ``base`` is what they share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sae.common.registry import Registry
+
+if TYPE_CHECKING:
+    from autointerp.scoring.judges.base import Judge
+
+JUDGES: Registry[Judge] = Registry(__name__, "judge")
+"""Every judge by its name on the command line and in the journal."""

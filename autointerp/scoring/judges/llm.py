@@ -1,0 +1,335 @@
+"""Judge contexts by asking a language model whether an explanation fits (detection: Paulo et al. 2024, arXiv
+2410.13928).
+
+Two protocols:
+
+``batch``    several contexts in a request, answered by a list of zeros and ones. Cheap. Where the server gives
+             log-probabilities, each label's own token gives P(active) = P(1) / (P(0) + P(1)); else there is no P.
+             A label that is not among the likeliest tokens is given the most that it can have had, not nothing:
+             P then errs towards one half, and is not 1 for a model that gives each label next to nothing.
+``single``   one context in a request, answered by one token, and P(active) from that token. Dearer, but no
+             context's verdict can lean on its neighbours.
+
+Asked about marks (fuzzing, in the same paper) it is shown which tokens are marked, and says whether they are those on
+which the latent is active; the protocols are the same, the prompts are others.
+
+The model sees the explanation and text, nothing else. A list of the wrong length, an answer that is no list, a token
+that is neither label: each is a failure with its reason, and is asked again on the next run. None of them is a "no".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from autointerp.contexts.marking import choose_marks, marked_text
+from autointerp.journal.usage import Usage
+from autointerp.llm.capability import Capabilities, probe
+from autointerp.llm.client import LlmClient
+from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
+from autointerp.llm.prompts import conversation
+from autointerp.scoring.judges.base import Judgement
+from sae.common.errors import BadInput
+from sae.common.files import digest
+
+if TYPE_CHECKING:
+    from autointerp.contexts.sampler import Context
+    from autointerp.llm.options import LlmOptions
+
+Protocol = Literal["batch", "single"]
+
+CONTEXTS = 5
+"""In a request of the batch protocol, where nobody says how many."""
+_FORMAT = 2  # part of the settings hash: raise it when the same question would be asked or read differently
+_LISTS = re.compile(r"\[[^\[\]]*\]")
+_AROUND_LABELS = " \t\r\n[]{},:\"'Ġ▁"  # what tokenizers glue to a digit in a list
+_SINGLE_LABEL = re.compile(r"\W*([01])(?!\w)")
+
+Verdicts = list[tuple[bool, float | None]]
+"""For each context the label and P(active), ``None`` where the server gives no log-probabilities."""
+
+
+class LlmJudge:
+    """An :class:`autointerp.scoring.judges.base.Judge` that asks a language model.
+
+    :param client: the model; checked before the first question.
+    :param protocol: ``batch`` or ``single``; see this module's head.
+    :param contexts_per_request: contexts in a request of the ``batch`` protocol; the last one is as short as it is.
+    :param marked: whether it is asked about marked tokens; every context must then have ``marks``.
+    :param replicate: which of several independent judgements this object gives. Replicates differ only at a
+        ``temperature`` above zero.
+    :raises BadInput: no such protocol, or no contexts in a request.
+    """
+
+    name = "llm"
+    asks_model: ClassVar[bool] = True
+    reads: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        client: LlmClient,
+        protocol: Protocol = "batch",
+        *,
+        contexts_per_request: int = CONTEXTS,
+        temperature: float = 0.0,
+        replicate: int = 0,
+        marked: bool = False,
+    ) -> None:
+        if protocol not in ("batch", "single"):
+            raise BadInput(f"judge protocol {protocol!r}: choose batch or single")
+        if contexts_per_request < 1:
+            raise BadInput(f"contexts per request = {contexts_per_request}: must be at least 1")
+        self.protocol = protocol
+        self.contexts_per_request = contexts_per_request if protocol == "batch" else 1
+        self._client, self._temperature, self._replicate, self._marked = client, temperature, replicate, marked
+        self._conversation = conversation(f"{'fuzz' if marked else 'judge'}_{protocol}")
+        self.prompt_hash = self._conversation.hash
+        self.settings_hash = digest(
+            {
+                "format": _FORMAT,
+                "protocol": protocol,
+                "contexts_per_request": self.contexts_per_request,
+                "temperature": temperature,
+                **({"marked": True} if marked else {}),
+            }
+        )
+
+    @classmethod
+    async def open(cls, client: LlmClient, options: LlmOptions) -> Self:
+        """The judge for the protocol that the options name, its model checked.
+
+        ``auto`` is ``batch`` where somebody has said how many contexts a request is to have, else as
+        :func:`best_protocol` has it.
+        """
+        await client.check()
+        protocol = options.protocol
+        if protocol == "auto" and options.contexts_per_request is None:
+            protocol = best_protocol(await probe(client), client.local)
+        return cls._of(client, protocol, options.contexts_per_request)
+
+    @classmethod
+    def plan(cls, client: LlmClient, options: LlmOptions) -> dict[str, Self]:
+        """As :meth:`open`, by what is remembered of the servers; both protocols where that does not decide."""
+        protocols: tuple[str, ...] = (options.protocol,)
+        if options.protocol == "auto" and options.contexts_per_request is None:
+            client.remember_capabilities()
+            is_known = client.capabilities.label_first is not None
+            protocols = (best_protocol(client.capabilities, client.local),) if is_known else ("single", "batch")
+        judges = [cls._of(client, protocol, options.contexts_per_request) for protocol in protocols]
+        return {judge.protocol: judge for judge in judges}
+
+    @classmethod
+    def _of(cls, client: LlmClient, protocol: str, size: int | None) -> Self:
+        return cls(client, "single" if protocol == "single" else "batch", contexts_per_request=size or CONTEXTS)
+
+    @property
+    def model(self) -> str:
+        return self._client.model
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the model's servers have turned out to be able to do."""
+        return self._client.capabilities
+
+    def of_marks(self) -> Self:
+        """The same model under the same protocol, asked about marked tokens."""
+        return type(self)(
+            self._client,
+            self.protocol,
+            contexts_per_request=self.contexts_per_request,
+            temperature=self._temperature,
+            replicate=self._replicate,
+            marked=True,
+        )
+
+    async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
+        """One judgement for each context; requests run side by side, as far as the client lets them."""
+        size = self.contexts_per_request
+        batches = [contexts[start : start + size] for start in range(0, len(contexts), size)]
+        tasks = [asyncio.ensure_future(self._judge_batch(explanation_text, batch)) for batch in batches]
+        try:
+            answered = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        return [judgement for batch in answered for judgement in batch]
+
+    async def _judge_batch(self, explanation: str, contexts: Sequence[Context]) -> list[Judgement]:
+        n = len(contexts)
+        try:
+            verdicts, answer = await self._client.ask(
+                self.request(explanation, contexts), lambda answer: self._read(answer, n)
+            )
+        except AnswerFailed as failed:
+            return [Judgement(None, None, failed.reason, usage) for usage in _on_first(failed.usage, n)]
+        return [
+            Judgement(p, label, usage=usage)
+            for (label, p), usage in zip(verdicts, _on_first(answer.usage, n), strict=True)
+        ]
+
+    def request(self, explanation: str, contexts: Sequence[Context]) -> Request:
+        """What is sent for one request's contexts."""
+        texts, values = _written(contexts, self._marked)
+        values["explanation"] = explanation
+        seed = self._replicate if self._temperature > 0 else None
+        if self.protocol == "single":
+            return Request(
+                self._conversation.messages(**values, snippet=texts[0]),
+                max_tokens=4,
+                temperature=self._temperature,
+                logprobs=20,
+                seed=seed,
+                replicate=self._replicate,
+                may_be_cut=True,
+                affinity=explanation,
+            )
+        return Request(
+            self._conversation.messages(**values, snippets=texts),
+            max_tokens=200 + 20 * len(texts),
+            temperature=self._temperature,
+            json_schema=labels_schema(len(texts)),
+            logprobs=5,
+            seed=seed,
+            replicate=self._replicate,
+            affinity=explanation,
+        )
+
+    def answer_like(self, request: Request) -> str:
+        """A list of labels; one label where the request asks for no list."""
+        if request.json_schema is None:
+            return "0"
+        return json.dumps({"labels": [0] * request.json_schema["properties"]["labels"]["maxItems"]})
+
+    def _read(self, answer: Answer, n: int) -> Verdicts:
+        return [parse_single(answer)] if self.protocol == "single" else parse_batch(answer, n)
+
+
+def best_protocol(found: Capabilities, local: bool) -> Protocol:
+    """The protocol that servers are best asked by, given what they can do and whether they are on this machine.
+
+    It is ``single`` where the servers give log-probabilities of a label that comes first, and keep the prefix that all
+    requests begin with (they are on this machine, or say how many prompt tokens they had cached); else it is ``batch``.
+    Single verdicts are the better ones, P(active) of each context by itself, and this is when they cost no more than
+    about what a batch costs. In prompt tokens for one context of 32 tokens, with few-shot examples of about 700
+    (single) and 850 (batch), an explanation of 30, and 60 for the context as it is laid out:
+
+    =================================  =====================  ===========================
+                                       single                 batch of 5
+    =================================  =====================  ===========================
+    nothing is kept                    700 + 30 + 60 = 790    (850 + 30) / 5 + 60 = 236
+    the prefix is kept: read anew      30 + 60 = 90           30 / 5 + 60 = 66
+    =================================  =====================  ===========================
+    """
+    kept = local or bool(found.cached_tokens)
+    return "single" if found.label_first and found.logprobs and kept else "batch"
+
+
+def labels_schema(n: int) -> dict[str, Any]:
+    """JSON schema of ``{"labels": [0, 1, …]}`` with exactly ``n`` of them."""
+    labels = {"type": "array", "items": {"type": "integer", "enum": [0, 1]}, "minItems": n, "maxItems": n}
+    return {"type": "object", "properties": {"labels": labels}, "required": ["labels"], "additionalProperties": False}
+
+
+def parse_batch(answer: Answer, n: int) -> Verdicts:
+    """``n`` labels out of an answer, with or without words around them.
+
+    :raises AnswerFailed: there is no list of zeros and ones, or it is not ``n`` long.
+    """
+    labels = _labels(without_thinking(answer.text))
+    if labels is None:
+        raise AnswerFailed("the answer holds no list of zeros and ones")
+    if len(labels) != n:
+        raise AnswerFailed(f"{len(labels)} labels for {n} context{'s' if n > 1 else ''}")
+    return list(zip(labels, _label_probabilities(answer, labels), strict=True))
+
+
+def _labels(text: str) -> list[bool] | None:
+    """The answer as JSON if it is that, else the last list in it."""
+    for candidate in (text, *reversed(_LISTS.findall(text))):
+        try:
+            value = json.loads(candidate)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, Mapping):
+            value = value.get("labels", next(iter(value.values()), None) if len(value) == 1 else None)
+        # In Python 1 == True == 1.0, which is what is wanted of all three here.
+        if isinstance(value, list) and all(
+            x in ("0", "1") or (isinstance(x, int | float) and x in (0, 1)) for x in value
+        ):
+            return [bool(int(x)) for x in value]
+    return None
+
+
+def _label_probabilities(answer: Answer, labels: list[bool]) -> list[float | None]:
+    """P(active) from the token of each label; all ``None`` where the tokens cannot be told for certain."""
+    nothing: list[float | None] = [None] * len(labels)
+    if answer.tokens is None or answer.top_logprobs is None:
+        return nothing
+    places = [i for i, token in enumerate(answer.tokens) if token.strip(_AROUND_LABELS) in ("0", "1")]
+    places = places[len(places) - len(labels) :]  # the list is the last thing in the answer
+    if [answer.tokens[i].strip(_AROUND_LABELS) == "1" for i in places] != labels:
+        return nothing
+    return [_p_active(answer.top_logprobs[i], answer.tokens[i]) for i in places]
+
+
+def parse_single(answer: Answer) -> tuple[bool, float | None]:
+    """Label and P(active) from the first token that is not white space; from the text where there are no tokens.
+
+    :raises AnswerFailed: neither label is among that token's likeliest alternatives.
+    """
+    if answer.tokens is not None and answer.top_logprobs is not None:
+        first = next((i for i, token in enumerate(answer.tokens) if token.strip(_AROUND_LABELS)), 0)
+        p = _p_active(answer.top_logprobs[first], answer.tokens[first])
+        if p is None:
+            without_thinking(answer.text)  # a model that has begun to think is told as such
+            raise AnswerFailed(f"neither 0 nor 1 is among the {len(answer.top_logprobs[first])} likeliest answers")
+        return p >= 0.5, p
+    found = _SINGLE_LABEL.match(without_thinking(answer.text))
+    if found is None:
+        raise AnswerFailed("the answer is neither 0 nor 1")
+    return found[1] == "1", None
+
+
+def _p_active(alternatives: Mapping[str, float], chosen: str) -> float | None:
+    """P(1) / (P(0) + P(1)) over the alternatives for one token; ``None`` where neither is among them.
+
+    One that is missing is taken at the most that it can have had: no more than the least likely of those listed, nor
+    than what all of them leave; and no more than the label that is there. ``chosen`` is no bound by itself: it is
+    listed however unlikely it was, since a schema may have forced it.
+    """
+    mass = {"0": 0.0, "1": 0.0}
+    for token, logprob in alternatives.items():
+        label = token.strip(_AROUND_LABELS)
+        if label in mass:
+            mass[label] += math.exp(min(logprob, 0.0))
+    if not any(mass.values()):
+        return None
+    listed = [math.exp(min(logprob, 0.0)) for logprob in alternatives.values()]
+    others = [math.exp(min(logprob, 0.0)) for token, logprob in alternatives.items() if token != chosen]
+    most = min([max(0.0, 1.0 - sum(listed)), max(mass.values()), *others])
+    zero, one = (x if x > 0 else most for x in (mass["0"], mass["1"]))
+    return one / (zero + one)
+
+
+def _written(contexts: Sequence[Context], marked: bool) -> tuple[list[str], dict[str, str]]:
+    """The texts as the model is shown them, and what its prompt must know of their marks."""
+    if not marked:
+        return [context.text for context in contexts], {}
+    opening, closing = choose_marks([context.text for context in contexts])
+    texts = []
+    for context in contexts:
+        if context.marks is None:
+            raise ValueError(f"window {context.window} has no marks to judge")
+        texts.append(marked_text(context.tokens, context.marks, opening, closing))
+    return texts, {"opening": opening, "closing": closing}
+
+
+def _on_first(usage: Usage, n: int) -> list[Usage]:
+    """A request's usage on its first context, nothing on the others, so that sums are right."""
+    return [usage, *[Usage()] * (n - 1)]

@@ -1,0 +1,134 @@
+"""What `score` asks: whose explanations, of which runs, and which controls beside them.
+
+Controls cost as much as the scores, so with a language model a sample of the latents has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from autointerp.contexts.control_saes import beside, first, was_explained
+from autointerp.journal.journal import Journal
+from autointerp.journal.method import BASELINE
+from autointerp.scoring.judges.base import Judge
+from autointerp.scoring.score_table import records_of
+from autointerp.scoring.swapping import swap_partners
+from sae.common.commands import command
+from sae.common.errors import BadInput
+from sae.common.files import digest
+from sae.study.run import Run, all_runs
+
+CONTROL_LATENTS = {False: None, True: 50}
+"""Latents that have a swapped control, by whether the judge asks a model; ``None``: all."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run's share of a `score`."""
+
+    run: Run
+    n_swapped: int | None
+    """Latents also judged by another's explanation; ``None``: all."""
+    at_most: int | None = None
+    """Latents to score; ``None``: all that are explained."""
+    is_control: bool = False
+    """Whether it is there beside a run of its study."""
+    latents: frozenset[int] | None = None
+    """Those whose scores are wanted; ``None``: all that are explained. Others lend their explanations to controls."""
+
+    def explanations(self, journal: Journal) -> pd.DataFrame:
+        """Those that are to be scored, whoever's they are."""
+        return first(journal.explanations(status="ok"), self.at_most)
+
+    def readable(self, journal: Journal, judge: Judge) -> pd.DataFrame:
+        """Those that are the judge's.
+
+        The n-gram judge parses one form of sentence, its explainer's. Another judge is asked about those only where
+        nobody else was ever asked to explain: beside such explanations they are the baseline, which has its own judge.
+        """
+        explanations = self.explanations(journal)
+        if judge.reads is not None:
+            return explanations[explanations["explainer"] == judge.reads]
+        if not has_more_than_baseline(journal):
+            return explanations
+        return explanations[explanations["explainer"] != BASELINE]
+
+    def wanted(self, readable: pd.DataFrame) -> pd.DataFrame:
+        """Those of the ``readable`` ones that are to be scored."""
+        return readable if self.latents is None else readable[readable["latent"].isin(self.latents)]
+
+
+def parts_of(
+    named: Sequence[Run] | None, root: Path, n_swapped: int | None, control_sae_latents: int | None
+) -> list[Part]:
+    """What is to be scored: the runs that the user named, or all under ``root``, and the control SAEs beside them."""
+    found = [run for run in all_runs(root) if was_explained(run)] if named is None else list(named)
+    if not found:
+        explain = command(root, "explain")
+        raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `{explain}`")
+    controls = [run for run in beside(found) if was_explained(run)]
+    if named is None:
+        controls = [run for run in beside([r for r in found if not r.is_control]) if was_explained(run)]
+    names = {run.name for run in controls}
+    parts = [Part(run, n_swapped) for run in found if run.name not in names]
+    if control_sae_latents != 0:
+        parts += [Part(run, 0, control_sae_latents, is_control=True) for run in controls]
+    return parts
+
+
+@dataclass(frozen=True)
+class Question:
+    """One latent's contexts under one explanation: its own, or as a control somebody else's."""
+
+    latent: int
+    explanation_id: int
+    text: str
+    seen: frozenset[int]
+    control: str = "none"
+
+
+def has_more_than_baseline(journal: Journal) -> bool:
+    """Whether anything but the n-gram baseline was asked to explain any latent, even in vain."""
+    return bool((journal.explanations()["explainer"] != BASELINE).any())
+
+
+def questions_of(part: Part, readable: pd.DataFrame) -> list[Question]:
+    """What is to be judged of the explanations that the judge can read (see :meth:`Part.readable`): each that is
+    wanted, and up to so many controls. Who lends a control its explanation does not depend on what is wanted, so that
+    whoever scores more of the latents later has the same controls."""
+    own = [_question(row) for row in records_of(part.wanted(readable))]
+    return [*own, *_controls(part.run, readable, part.n_swapped, part.latents)]
+
+
+def _controls(run: Run, explanations: pd.DataFrame, n: int | None, wanted: Set[int] | None) -> Iterator[Question]:
+    """For up to ``n`` latents of each set-up, the explanation of a dissimilar latent in place of their own."""
+    from safetensors import safe_open
+
+    if n == 0 or explanations.empty:
+        return
+    with safe_open(run.weights_path, framework="numpy") as weights:
+        decoder = np.asarray(weights.get_tensor("W_dec"))
+    for _, group in explanations.groupby(["explainer", "settings_hash", "prompt_hash", "model", "draw"]):
+        own = {question.latent: question for question in map(_question, records_of(group))}
+        chosen = swap_partners(sorted(own), decoder, run.store(), seed=run.settings.contexts.sample_seed)
+        for latent in _first_by_hash([x for x in chosen if wanted is None or x in wanted], n):
+            other = own[chosen[latent]]
+            yield replace(own[latent], explanation_id=other.explanation_id, text=other.text, control="swap")
+
+
+def _question(explanation: Mapping[str, Any]) -> Question:
+    """A row of the journal's explanations as the question whether it is right."""
+    return Question(
+        int(explanation["latent"]), int(explanation["id"]), explanation["text"], frozenset(explanation["contexts"])
+    )
+
+
+def _first_by_hash(latents: Sequence[int], n: int | None) -> list[int]:
+    ranked = sorted(latents, key=lambda latent: digest(["control", latent]))
+    return sorted(ranked if n is None else ranked[:n])
