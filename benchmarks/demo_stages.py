@@ -68,19 +68,21 @@ def measure(root: Path, recipe: Path, threads: int | None) -> None:
 def show_constants(settings: Settings, overview: Overview, speed: Speed, root: Path, threads: int | None) -> None:
     """Print the constants of `autointerp/command_line/demo.py` as they are on this machine."""
     from autointerp.command_line import demo
-    from sae.study.probe import forward_seconds
+    from sae.study.probe import token_seconds
     from sae.study.run import study_runs
     from sae.study.stage import Compute
 
     corpus_tokens = study_runs(demo.STUDY, root)[0].record["corpus"]["n_tokens"]
-    forward = sorted(forward_seconds(settings, Compute("cpu", threads)) for _ in range(3))[1]
+    forward, step = sorted(token_seconds(settings, Compute("cpu", threads)) for _ in range(3))[1]
     print(f"REFERENCE_SPEED = Speed(python={speed.python:.3g}, matmul={speed.matmul:.3g})")
-    print(f"CORPUS_TOKENS = {corpus_tokens:_}\nFORWARD_SECONDS = {forward:.3g}\nREFERENCE = {{")
+    print(f"CORPUS_TOKENS = {corpus_tokens:_}\nFORWARD_SECONDS = {forward:.3g}")
+    print(f"STEP_SECONDS = {step / (settings.training.num_latents + demo.TOKEN_LATENTS):.3g}\nREFERENCE = {{")
     for stage, (name, of) in zip(overview.stages, demo.units(settings).items(), strict=True):
         start, work, end = stage.actual()
-        work -= forward * demo.forward_tokens(settings).get(name, 0)
+        work = max(0.0, work - forward * demo.forward_tokens(settings).get(name, 0))
+        of *= step if name in (demo.TRAIN, demo.HARVEST) else 1
         word = next(word for word, value in vars(demo).items() if value == name)
-        print(f"    {word}: Cost(start={start:.3g}, work={max(0.0, work) / of:.3g}, end={end / of:.3g}),")
+        print(f"    {word}: Cost(start={start:.3g}, work={work / of:.3g}, end={end / of:.3g}),")
     print("}")
 
 

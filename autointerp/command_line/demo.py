@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae.common.overview import Cost, Overview, Speed, Stage, measure_speed
 from sae.common.package_data import RECIPES
 from sae.settings import Settings, settings_from
+
+if TYPE_CHECKING:
+    from sae.study.probe import TokenSeconds
 
 RECIPE = RECIPES / "demo.toml"
 STUDY = "demo"
@@ -30,25 +33,27 @@ TEXT, TRAIN, HARVEST, ALIGN, EXPLAIN, SCORE, REPORT = STAGES = (
 _BARS = {TRAIN: "train", HARVEST: "harvest", ALIGN: "compare firings", EXPLAIN: "explain", SCORE: f"score {STUDY}"}
 """How the label of each stage's bar starts."""
 
-# What the stages cost on the reference machine (one core, AVX2). Only the proportions matter once training runs.
-# `python benchmarks/demo_stages.py` measures these constants again and prints them in this form.
-REFERENCE_SPEED = Speed(python=0.0767, matmul=0.047)
+# What the stages cost on the reference machine (two threads, AVX2). What is measured on this machine replaces them as
+# the demo runs. `python benchmarks/demo_stages.py` measures these constants again and prints them in this form.
+REFERENCE_SPEED = Speed(python=0.0199, matmul=0.0218)
 CORPUS_TOKENS = 2_960_000
-FORWARD_SECONDS = 100e-6
+FORWARD_SECONDS = 2.97e-05
 """per token, of the subject model"""
+STEP_SECONDS = 8.6e-09
+"""per token, seed and latent (with TOKEN_LATENTS more), of a training step"""
 TOKEN_LATENTS = 500
-"""A token costs an SAE as much as this many latents, whatever its width: by the times of M = 512 and 2048."""
+"""A token costs an SAE as much as this many latents, whatever its width: measured with M = 512 and 2048."""
 REFERENCE = {
-    TEXT: Cost(start=25),
-    TRAIN: Cost(start=8, work=24e-9),
-    HARVEST: Cost(start=0.3, work=8.7e-9, end=6e-10),
-    ALIGN: Cost(start=1.3, work=7.1e-3, end=5e-4),
-    EXPLAIN: Cost(start=1.8, work=0.11),
-    SCORE: Cost(start=2.5, work=0.083, end=0.022),
-    REPORT: Cost(start=8),
+    TEXT: Cost(start=10),
+    TRAIN: Cost(start=1, work=1),
+    HARVEST: Cost(start=0.1, work=0.24, end=0.011),
+    ALIGN: Cost(start=8, work=1.8e-3, end=4e-5),
+    EXPLAIN: Cost(start=1.6, work=0.022),
+    SCORE: Cost(start=1.2, work=0.028, end=4e-3),
+    REPORT: Cost(start=2.3),
 }
-"""Seconds before the bar of each stage moves, and for each unit of :func:`units` while it moves and after that. The
-forward pass comes on top."""
+"""Seconds before the bar of each stage moves, and per unit of :func:`units` while it moves and afterwards. Training and
+harvest count in training steps, and the forward pass is added to them."""
 
 
 def run_demo(root: Path, threads: int | None = None, overview: Overview | None = None) -> tuple[dict[str, Any], int]:
@@ -76,14 +81,14 @@ def _run(
     from sae.common.progress import waiting
     from sae.study.align import align_runs
     from sae.study.harvest import harvest_runs
-    from sae.study.probe import forward_seconds
+    from sae.study.probe import token_seconds
     from sae.study.run import MAIN_SCORER
     from sae.study.stage import Compute
     from sae.study.train import train_study
 
     compute = Compute("cpu", threads)
     if overview.stages[STAGES.index(TRAIN)].state != "done":
-        overview.expect(costs(settings, speed, forward_seconds(settings, compute)))
+        overview.expect(costs(settings, speed, token_seconds(settings, compute)))
     runs = train_study(STUDY, SEEDS, settings, root, compute)
     overview.begin(HARVEST)
     harvest_runs(runs, compute)
@@ -124,16 +129,13 @@ def stages_done(root: Path) -> set[str]:
 
 def units(settings: Settings) -> dict[str, float]:
     """How much work each stage has: what its cost is proportional to."""
-    n_latents, training = settings.training.num_latents, settings.training
-    n_pairs = len(SEEDS) * (len(SEEDS) - 1) / 2
+    n_latents, corpus = settings.training.num_latents, _corpus_tokens(settings)
     explained = min(N_LATENTS, n_latents)
     return {
         TEXT: 1,
-        TRAIN: training.tokens * len(SEEDS) * (n_latents + TOKEN_LATENTS),
-        HARVEST: min(settings.harvest.tokens, settings.corpus.max_tokens or CORPUS_TOKENS)
-        * len(SEEDS)
-        * (n_latents + TOKEN_LATENTS),
-        ALIGN: n_pairs * n_latents,
+        TRAIN: settings.training.tokens * len(SEEDS),
+        HARVEST: min(settings.harvest.tokens, corpus) * len(SEEDS),
+        ALIGN: n_latents * len(SEEDS) * (len(SEEDS) - 1) / 2,
         EXPLAIN: explained,
         SCORE: explained,
         REPORT: 1,
@@ -151,16 +153,19 @@ def forward_tokens(settings: Settings) -> dict[str, float]:
     return {TRAIN: trained, HARVEST: max(0, harvested - trained)}
 
 
-def costs(settings: Settings, speed: Speed, forward: float | None = None) -> dict[str, Cost]:
-    """Seconds of each stage on a machine of this ``speed`` that takes ``forward`` seconds per token of the subject."""
+def costs(settings: Settings, speed: Speed, measured: TokenSeconds | None = None) -> dict[str, Cost]:
+    """Seconds of each stage on a machine of this ``speed``; ``measured`` is how long it takes for a token."""
     python = speed.python / REFERENCE_SPEED.python
-    mixed = (python + speed.matmul / REFERENCE_SPEED.matmul) / 2
-    if forward is None:
+    if measured is None:
+        mixed = (python + speed.matmul / REFERENCE_SPEED.matmul) / 2
+        step = STEP_SECONDS * (settings.training.num_latents + TOKEN_LATENTS) * mixed
         forward = FORWARD_SECONDS * mixed
+    else:
+        forward, step = measured
     found = {}
     for name, of in units(settings).items():
         start, work, end = REFERENCE[name]
-        slower = mixed if name in (TRAIN, HARVEST) else python
+        seconds = step if name in (TRAIN, HARVEST) else python
         read = forward * forward_tokens(settings).get(name, 0)
-        found[name] = Cost(start * python, work * of * slower + read, end * of * slower)
+        found[name] = Cost(start * python, work * of * seconds + read, end * of * seconds)
     return found

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sae.common.ranks import ALONE
-from sae.study.stage import Compute, Source, open_source
+from sae.study.stage import Compute, open_source
 
 if TYPE_CHECKING:
     import torch
 
     from sae.activations.stream import ActivationStream
+    from sae.dictionaries.sae import Sae
     from sae.settings import Settings
     from sae.study.train import Study
+    from sae.training.learner import Plan
 
 STEPS = 8
 """of each setting, the first two of them not counted"""
@@ -67,9 +69,7 @@ def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
     return Probe(
         computed * _seconds_per_token([of.stream for of in hookpoints]),
         {
-            study.name: _step_seconds(
-                study, source, held[batches[study.name].stream.hookpoint], len(batches[study.name])
-            )
+            study.name: _study_step_seconds(study, held[batches[study.name].stream.hookpoint], len(batches[study.name]))
             * len(batches[study.name])
             * len(study.seeds)
             for study in studies
@@ -78,21 +78,37 @@ def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
     )
 
 
-def forward_seconds(settings: Settings, compute: Compute) -> float:
-    """Seconds per token of the subject's forward pass: the best of half a second of passes over arbitrary tokens."""
+class TokenSeconds(NamedTuple):
+    """Seconds that a training takes per token."""
+
+    forward: float
+    """the subject's forward pass"""
+    step: float
+    """one seed's training step"""
+
+
+def token_seconds(settings: Settings, compute: Compute) -> TokenSeconds:
+    """Time the forward pass and the training step on arbitrary tokens: about a second, once everything is compiled."""
     import torch
 
     from sae.activations.subject import Subject
+    from sae.training.learner import Plan
 
-    device = compute.resolve()
+    device, training = compute.resolve(), settings.training
     subject = Subject.load(settings.subject.model, device=device, dtype=settings.subject.dtype)
-    tokens = torch.arange(8 * settings.corpus.context).reshape(8, -1) % 7  # ids that every vocabulary has
+    n_sequences = -(-training.batch_tokens // settings.corpus.context)
+    shape = n_sequences, settings.corpus.context
+    tokens = torch.randint(256, shape, generator=torch.Generator().manual_seed(0))  # ids that every vocabulary has
     times: list[float] = []
     while len(times) < 2 or sum(times) < _FORWARD_SECONDS:  # the first one also allocates
         began = time.perf_counter()
-        subject.activations(tokens, [settings.subject.hookpoint])
+        (activations,) = subject.activations(tokens, [settings.subject.hookpoint]).values()
         times.append(time.perf_counter() - began)
-    return min(times) / tokens.numel()
+    batch = activations.flatten(0, 1)[: training.batch_tokens]
+    sae = _fresh_sae(settings, batch, 0)
+    plan = Plan.of(training, STEPS, sae.d_in, sae.device)
+    step = _step_seconds(sae, plan, training.auxk, [batch] * STEPS)
+    return TokenSeconds(min(times) / tokens.numel(), step / training.batch_tokens)
 
 
 def _seconds_per_token(streams: Sequence[ActivationStream]) -> float:
@@ -108,18 +124,29 @@ def _seconds_per_token(streams: Sequence[ActivationStream]) -> float:
     return statistics.median(times)
 
 
-def _step_seconds(study: Study, source: Source, batches: list[torch.Tensor], steps: int) -> float:
-    """The median step of one seed, the compiler's work in the first ones not counted."""
-    from sae.dictionaries.architectures import ARCHITECTURES
-    from sae.dictionaries.objective import total_variance
-    from sae.training.learner import Learner, Plan
+def _study_step_seconds(study: Study, batches: list[torch.Tensor], steps: int) -> float:
+    from sae.training.learner import Plan
 
     training = study.settings.training
-    stream = source.stream(study.settings.subject.hookpoint)
-    shape = stream.width, training.num_latents, training.k
-    sae = ARCHITECTURES[training.architecture].init(*shape, seed=study.seeds[0], x_sample=batches[0])
-    sae = sae.to(stream.device)
-    learner = Learner(sae, Plan.of(training, steps, sae.d_in, sae.device), training.auxk, study.name)
+    sae = _fresh_sae(study.settings, batches[0], study.seeds[0])
+    return _step_seconds(sae, Plan.of(training, steps, sae.d_in, sae.device), training.auxk, batches)
+
+
+def _fresh_sae(settings: Settings, batch: torch.Tensor, seed: int) -> Sae:
+    from sae.dictionaries.architectures import ARCHITECTURES
+
+    training = settings.training
+    shape = batch.shape[1], training.num_latents, training.k
+    sae = ARCHITECTURES[training.architecture].init(*shape, seed=seed, x_sample=batch.float())
+    return sae.to(batch.device)
+
+
+def _step_seconds(sae: Sae, plan: Plan, auxk: float, batches: list[torch.Tensor]) -> float:
+    """The median step of one seed, the compiler's work in the first ones not counted."""
+    from sae.dictionaries.objective import total_variance
+    from sae.training.learner import Learner
+
+    learner = Learner(sae, plan, auxk, "probe")
     times = []
     for step, batch in enumerate(batches):
         began = time.perf_counter()

@@ -13,10 +13,13 @@ from autointerp.command_line import demo
 from sae.common import overview, progress
 from sae.common.overview import Speed
 from sae.settings import Settings, settings_from
+from sae.study.probe import TokenSeconds
 
 
-def seconds(settings: Settings, speed: Speed = demo.REFERENCE_SPEED, forward: float | None = None) -> dict[str, float]:
-    return {name: sum(cost) for name, cost in demo.costs(settings, speed, forward).items()}
+def seconds(
+    settings: Settings, speed: Speed = demo.REFERENCE_SPEED, measured: TokenSeconds | None = None
+) -> dict[str, float]:
+    return {name: sum(cost) for name, cost in demo.costs(settings, speed, measured).items()}
 
 
 @pytest.mark.parametrize("settings", [Settings(), settings_from(demo.RECIPE)], ids=["defaults", "demo"])
@@ -41,9 +44,11 @@ def test_costs_follow_the_machine() -> None:
     usual = seconds(settings)
     half_as_fast = seconds(settings, Speed(2 * reference.python, 2 * reference.matmul))
     assert half_as_fast == pytest.approx({name: 2 * cost for name, cost in usual.items()})
-    slow_forward = seconds(settings, reference, 10 * demo.FORWARD_SECONDS)
-    assert slow_forward[demo.TRAIN] > usual[demo.TRAIN]
-    assert slow_forward[demo.SCORE] == usual[demo.SCORE]
+    step = demo.STEP_SECONDS * (settings.training.num_latents + demo.TOKEN_LATENTS)
+    assert seconds(settings, reference, TokenSeconds(demo.FORWARD_SECONDS, step)) == pytest.approx(usual)
+    for slow in (TokenSeconds(10 * demo.FORWARD_SECONDS, step), TokenSeconds(demo.FORWARD_SECONDS, 10 * step)):
+        assert seconds(settings, reference, slow)[demo.TRAIN] > usual[demo.TRAIN]
+        assert seconds(settings, reference, slow)[demo.SCORE] == usual[demo.SCORE]
 
 
 def test_demo_says_what_it_does_and_ends_at_once_when_repeated(
