@@ -40,6 +40,7 @@ lint: $(VENV)/.test-ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 format: $(VENV)/.test-ready
 	$(VENV)/bin/ruff check --fix .

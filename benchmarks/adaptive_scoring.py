@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from outcome import about, leave, parser_of
 from scipy import stats
 
-from autointerp.findings.statistics.correlation import proportion
 from autointerp.scoring.adaptive import Look, _paths, interval, schedule, stops
+from sae.common.estimate import proportion
 
 RATES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95, 0.97, 0.98)
 SHOWN = (0.6, 0.75, 0.85, 0.9, 0.95, 0.98)

@@ -72,7 +72,7 @@ def weights(asked: argparse.Namespace) -> tuple[NDArray[np.float32], NDArray[np.
 
 def bundled_runs(size: int, threads: int) -> list[str]:
     """The names of two trained seeds of the bundled study at width ``size``, under ``BUNDLED``."""
-    from sae.settings import settings_from
+    from sae.study.recipes import settings_from
     from sae.study.stage import Compute
     from sae.study.train import train_study
 

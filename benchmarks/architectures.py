@@ -24,12 +24,13 @@ from rich.table import Table
 from sae.common.amounts import parse_amount
 from sae.common.files import read_table
 from sae.dictionaries.architectures import ARCHITECTURES
-from sae.settings import Settings, settings_from
+from sae.settings import Settings
 from sae.study.align import align_runs, overlap_of
 from sae.study.harvest import harvest_runs
-from sae.study.run import Run
+from sae.study.recipes import settings_from
+from sae.study.run import Run, Study
 from sae.study.stage import Compute
-from sae.study.train import Study, train_studies
+from sae.study.train import train_studies
 
 ROOT = Path(__file__).parents[1]
 HARVEST = 1_000_000  # tokens

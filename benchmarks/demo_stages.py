@@ -40,7 +40,7 @@ def main() -> None:
 def measure(root: Path, recipe: Path, threads: int | None) -> None:
     from autointerp.command_line import demo
     from sae.common.overview import Overview, Speed, measure_speed
-    from sae.settings import settings_from
+    from sae.study.recipes import settings_from
 
     demo.RECIPE = recipe
     settings, speeds = settings_from(recipe), [measure_speed()]

@@ -28,8 +28,9 @@ from sae.activations.stream import TrainingBatches
 from sae.common.files import read_table
 from sae.common.precision import Precision
 from sae.dictionaries.encoding import topk_firings
-from sae.settings import Settings, settings_from
+from sae.settings import Settings
 from sae.study.align import align_runs, overlap_of
+from sae.study.recipes import settings_from
 from sae.study.run import Run
 from sae.study.stage import Compute, open_source
 from sae.study.train import train_study

@@ -67,7 +67,7 @@ def prepared(folder: Path, shape: str, tokens: int) -> None:
 
 
 def our_source(folder: Path) -> Any:
-    from sae.settings import settings_from
+    from sae.study.recipes import settings_from
     from sae.study.stage import Compute, open_source
 
     recipe = ROOT / "eval_runs" / "recipes" / "demo.toml"

@@ -135,7 +135,7 @@ def opened(path: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from autointerp.report.html import write_report
+    from autointerp.report.html.writing import write_report
 
     setting = f"{arguments.latents} latents, {arguments.runs} runs, {arguments.scored} scored"
     with tempfile.TemporaryDirectory() as folder:

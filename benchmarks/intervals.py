@@ -22,7 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from autointerp.findings.statistics.correlation import METHODS, Estimate, auroc, balanced_accuracy, proportion
+from autointerp.findings.statistics.correlation import METHODS
+from autointerp.scoring.intervals import auroc, balanced_accuracy
+from sae.common.estimate import Estimate, proportion
 
 SIZES = (5, 20, 50, 100)
 RATES = (0.5, 0.7, 0.9, 0.98)

@@ -24,9 +24,8 @@ from autointerp.journal.journal import Journal
 from autointerp.llm.in_flight import in_flight
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.prompts import conversation
-from autointerp.scoring.opening import open_judge
 from autointerp.scoring.questions import Question
-from autointerp.scoring.score import _judge_one
+from autointerp.scoring.score import _judge_one, open_judge
 
 PER_LATENT = 100
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")

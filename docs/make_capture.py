@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.terminal_theme import DIMMED_MONOKAI
 
-from autointerp.report import findings_of, render_report
+from autointerp.findings.study import findings_of
+from autointerp.report.rendering import render_report
 from sae.study.run import study_runs
 
 HERE = Path(__file__).parent

@@ -6,18 +6,12 @@ What a stage's results depend on is exactly what is hashed: see :meth:`Settings.
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from sae.common.amounts import parse_amount
-from sae.common.commands import written
-from sae.common.errors import BadInput, NotFound, nearest
-from sae.common.package_data import bundled_recipes
-from sae.dictionaries.architectures import ARCHITECTURES
+from sae.common.errors import BadInput, nearest
 
 
 def _amount(value: Any) -> Any:
@@ -26,16 +20,6 @@ def _amount(value: Any) -> Any:
 
 Amount = Annotated[int, BeforeValidator(_amount)]
 """A number of tokens or bytes, in a recipe also as ``"2M"``."""
-
-
-def _architecture(name: str) -> str:
-    if name in ARCHITECTURES:
-        return name
-    raise PydanticCustomError(
-        "architecture",
-        "no file of that name in sae/architectures; choose {choice}",
-        {"choice": nearest(name, ARCHITECTURES)},
-    )
 
 
 class _Table(BaseModel):
@@ -72,8 +56,8 @@ class CorpusSettings(_Table):
 class TrainingSettings(_Table):
     """The sparse autoencoder and how it is trained."""
 
-    architecture: Annotated[str, AfterValidator(_architecture)] = Field(
-        "topk", description="what makes latents fire: the name of a file in sae/architectures"
+    architecture: str = Field(
+        "topk", description="what makes latents fire: the name of a file in sae/dictionaries/architectures"
     )
     num_latents: int = Field(1024, ge=1, description="width of the dictionary (M)")
     k: int = Field(8, ge=1, description="active latents per token (K), on average where their number may vary")
@@ -183,36 +167,3 @@ def validated(values: dict[str, Any], where: str) -> Settings:
             "say kind = 'text' (files and folders) or kind = 'dataset'"
         )
     return settings
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Return a recipe's tables as plain values (not yet validated).
-
-    Args:
-        path: a file, or else the name of a bundled recipe, such as ``demo``.
-    """
-    bundled = bundled_recipes()
-    file = path if path.is_file() else bundled.get(str(path), path)
-    try:
-        return tomllib.loads(file.read_text())
-    except FileNotFoundError:
-        nearby = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        hint = f"; there is {nearest(str(path), nearby)}" if nearby else ""
-        raise NotFound(f"recipe {str(path)!r} does not exist{hint}; bundled recipes: {', '.join(bundled)}") from None
-    except OSError as error:
-        raise BadInput(f"recipe {str(path)!r} cannot be read: {(error.strerror or '').lower()}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"recipe {str(path)!r} is not valid TOML: {error}") from None
-
-
-def settings_from(recipe: Path | None, known: Settings | None = None, **tables: dict[str, Any]) -> Settings:
-    """Settings with the values of the command line over them (``None``: not given).
-
-    They are the recipe's; without one those that are ``known``, of a study that is there; else the defaults.
-    """
-    if recipe is None:
-        return (known or Settings()).with_values(**tables)
-    values = read_recipe(recipe)
-    if "sweep" in values:
-        raise BadInput(f"recipe {str(recipe)!r} describes a sweep; give it to `{written('sweep', str(recipe))}`")
-    return validated(values, f"recipe {str(recipe)!r}").with_values(**tables)

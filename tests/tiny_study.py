@@ -24,9 +24,9 @@ import cli as program
 from autointerp.journal.journal import Journal
 from sae.settings import Settings
 from sae.study.harvest import harvest_runs
-from sae.study.run import Run
+from sae.study.run import Run, Study
 from sae.study.stage import Compute
-from sae.study.train import Study, train_studies
+from sae.study.train import train_studies
 
 HOOKPOINT = "layers.1.input_layernorm"
 NUM_LATENTS, K = 64, 2

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sae.common.overview import Cost, Overview, Speed, Stage, measure_speed
 from sae.common.package_data import RECIPES
-from sae.settings import Settings, settings_from
+from sae.settings import Settings
+from sae.study.recipes import settings_from
 
 if TYPE_CHECKING:
     from sae.study.probe import TokenSeconds
@@ -74,9 +75,9 @@ def _run(
     # Imported here because these take seconds, in which the overview is already shown.
     from autointerp.contexts.selection import Choice
     from autointerp.explaining.explain import explain_runs
+    from autointerp.findings.study import findings_of
     from autointerp.journal.method import BASELINE
     from autointerp.llm.options import LlmOptions
-    from autointerp.report import findings_of
     from autointerp.scoring.score import score_runs
     from sae.common.progress import waiting
     from sae.study.align import align_runs

@@ -53,10 +53,10 @@ def train(
     \b
     torchrun --nproc-per-node 2 cli.py train …
     """
-    from sae.settings import settings_from
     from sae.study.controls import controls_of
-    from sae.study.run import study_runs
-    from sae.study.train import names_of, studies_of, train_studies
+    from sae.study.recipes import settings_from
+    from sae.study.run import names_of, studies_of, study_runs
+    from sae.study.train import train_studies
 
     there = next((runs for of in names_of(name, hookpoint or []) if (runs := study_runs(of, output.root))), [])
     own_seeds = [run.seed for run in there if run.seed is not None]
@@ -120,7 +120,8 @@ def align(
     \b
     python cli.py align run_a run_b run_c
     """
-    from autointerp.report import alignment_findings, render_alignment
+    from autointerp.findings.returning import alignment_findings
+    from autointerp.report.rendering import render_alignment
     from sae.study.align import align_runs, compared_of
 
     runs = opened(names, output.root, whole_study=True)
@@ -153,7 +154,7 @@ def sweep(
     python cli.py sweep widths
     """
     from autointerp.command_line.sweeping import forecast, run_sweep, scoring_of, sweep_findings
-    from autointerp.report import render_forecast, render_sweep
+    from autointerp.report.rendering import render_forecast, render_sweep
     from sae.study.sweep import read_sweep
 
     swept = read_sweep(recipe, name, seeds or ())
@@ -230,9 +231,9 @@ def export(
         saved = export_sae(runs[0], format_.value, to)
         finish(output.as_json, "export", lambda: saved, lambda: None)
         return
-    from autointerp.report import render_exported
     from autointerp.report.export.export import check_request, export_neuronpedia, export_table
     from autointerp.report.export.neuronpedia import Ids
+    from autointerp.report.rendering import render_exported
 
     name = check_request(format_.value, table, runs)
     to = new_file("--to", to)

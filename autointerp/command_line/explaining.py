@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish
 from autointerp.command_line.groups import JudgeServer, Machine, Output, Server, Spending, llm_options, takes_groups
 from autointerp.command_line.options import Definition
 from autointerp.command_line.shared import opened
 from autointerp.command_line.values import indices as latent_numbers
+from sae.common.commands import command
 from sae.common.errors import BadInput
+
+if TYPE_CHECKING:
+    from autointerp.explaining.outcome import Outcome
+    from autointerp.llm.options import LlmOptions
 
 
 @takes_groups
@@ -42,7 +51,9 @@ def explain(
     python cli.py explain --sae run_a --vllm Qwen/Qwen2.5-7B-Instruct
     """
     from autointerp.contexts.selection import Choice
-    from autointerp.scoring.opening import of_no_effect, resolve
+    from autointerp.explaining.explainers import EXPLAINERS
+    from autointerp.llm.opening import check_flags, resolve
+    from autointerp.report.rendering import render_cost, render_outcome
 
     if unshared_only and shared_only:
         raise BadInput("--unshared-only and --shared-only exclude each other; give one of them")
@@ -58,19 +69,36 @@ def explain(
     if choice.indices and latents != Choice().n:
         raise BadInput("--indices names latents outright, --latents draws a sample; give one of the two")
     options = llm_options(server, spending=spending)
-    of_no_effect(resolve(explainer, options, "explainer"), options.of_server(), "explainer")
+    check_flags(EXPLAINERS, resolve(EXPLAINERS, explainer, options), options.of_server())
     runs = opened(sae, output.root)
     if spending.dry_run:
         from autointerp.scoring.dry_run import forecast_explain
 
         forecast = forecast_explain(runs, choice, explainer, options, spending.prices(), control_sae_latents)
-        finish(output.as_json, "explain", forecast.as_dict, forecast.render)
+        finish(output.as_json, "explain", forecast.as_dict, lambda: render_cost(forecast.as_dict()))
         return
     from autointerp.explaining.explain import explain_runs
 
     outcome = explain_runs(runs, choice, explainer, options, machine.compute(), control_sae_latents)
-    finish(output.as_json, "explain", outcome.as_dict, outcome.render)
+    outcome.next = _score_command(outcome, resolve(EXPLAINERS, explainer, options), options, output.root)
+    finish(output.as_json, "explain", outcome.as_dict, lambda: render_outcome(outcome.as_dict(), "explain"))
     exit_if(outcome.n_failed)
+
+
+def _score_command(outcome: Outcome, explainer: str, options: LlmOptions, root: Path) -> str:
+    """Return the command that scores what was explained, with a judge that can read it."""
+    from autointerp.explaining.explainers import EXPLAINERS
+    from autointerp.journal.method import BASELINE
+    from autointerp.scoring.judges import JUDGES
+
+    words = [word for name in outcome.explained for word in ("--sae", name)]
+    if explainer != BASELINE and not EXPLAINERS[explainer].asks_model:
+        for name in JUDGES:
+            with suppress(BadInput):  # a judge's file that cannot be imported is not this command's concern
+                if not JUDGES[name].asks_model and JUDGES[name].reads in (None, explainer):
+                    words += ["--judge", name]
+                    break
+    return command(root, "score", *words, *options.words())
 
 
 @takes_groups
@@ -99,6 +127,7 @@ def score(
     python cli.py score --sae run_a
     python cli.py score --sae run_a --precision 0.065 --max-contexts 200
     """
+    from autointerp.report.rendering import render_cost, render_outcome
     from autointerp.scoring.adaptive import Precision
 
     options = llm_options(server, judge_server, spending, protocol=protocol, contexts_per_request=contexts_per_request)
@@ -112,10 +141,10 @@ def score(
         from autointerp.scoring.dry_run import forecast_score
 
         forecast = forecast_score(*asked, spending.prices(), control_latents, rule, control_sae_latents)
-        finish(output.as_json, "score", forecast.as_dict, forecast.render)
+        finish(output.as_json, "score", forecast.as_dict, lambda: render_cost(forecast.as_dict()))
         return
     from autointerp.scoring.score import score_runs
 
     outcome = score_runs(*asked, control_latents, rule, control_sae_latents)
-    finish(output.as_json, "score", outcome.as_dict, outcome.render)
+    finish(output.as_json, "score", outcome.as_dict, lambda: render_outcome(outcome.as_dict(), "score"))
     exit_if(outcome.n_failed)

@@ -30,7 +30,7 @@ def demo(*, threads: opt.Threads = None, output: Output) -> None:
     found, failed = run_demo(output.root, threads)
 
     def render() -> None:
-        from autointerp.report import render_report
+        from autointerp.report.rendering import render_report
 
         render_report(found)
 
@@ -67,8 +67,8 @@ def report(
         return
     if to is not None:
         to = new_file("--to", to)
-    from autointerp.report import render_written
-    from autointerp.report.html import write_report
+    from autointerp.report.html.writing import write_report
+    from autointerp.report.rendering import render_written
 
     counted = against or ()
     with reading(run):
@@ -85,7 +85,8 @@ def show(*, latent: opt.LatentNumber, sae: opt.OneSae = None, contexts: opt.Show
     \b
     python cli.py show --sae run_a --latent 131
     """
-    from autointerp.report import latent_findings, render_latent
+    from autointerp.findings.latent import latent_findings
+    from autointerp.report.rendering import render_latent
 
     run = opened_one(sae, output.root)
     with reading(run):
@@ -117,7 +118,7 @@ def compare(
     """
     from autointerp.findings.pair import compare_runs, ensure_pair_aligned, the_two
     from autointerp.findings.pair_choice import PairChoice, chosen
-    from autointerp.report import render_comparison
+    from autointerp.report.rendering import render_comparison
 
     if shared_only and unshared_only:
         raise BadInput("--unshared-only and --shared-only exclude each other; give one of them")
@@ -165,9 +166,9 @@ def runs(
 
 def _delete(name: str | None, prune: bool, yes: bool, dry_run: bool, output: Output) -> None:
     """Delete a run or study, or what no run uses any more, after showing it and asking."""
-    from autointerp.report import render_deletion
+    from autointerp.report.rendering import render_deletion
+    from sae.common.amounts import human
     from sae.common.commands import command
-    from sae.common.progress import human
     from sae.study.deletion import delete, nobody_at_work, plan_deletion, plan_pruning
 
     if name is not None and prune:

@@ -48,7 +48,7 @@ def finish_with_runs(
         return [progress_of(run) for run in found]
 
     def render() -> None:
-        from autointerp.report import render_runs
+        from autointerp.report.rendering import render_runs
 
         render_runs(progress(), root=root)
 
@@ -67,7 +67,8 @@ def finish_with_report(
     explainer: str | None = None,
 ) -> None:
     """End with the report of ``run`` in its study."""
-    from autointerp.report import findings_of, render_report
+    from autointerp.findings.study import findings_of
+    from autointerp.report.rendering import render_report
 
     with reading(run):
         found = findings_of(

@@ -16,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
+from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.findings.paper.sweeps import axes_of, finding_of_sweep
 from autointerp.findings.sweep_points import summarise
 from autointerp.findings.sweep_table import Summary, read_summary, summary_inputs, write_summary
+from autointerp.llm.opening import resolve
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
-from autointerp.scoring.opening import resolve
 from autointerp.scoring.score import score_runs
 from sae.common.errors import BadInput, UserError, nearest
 from sae.common.progress import say
@@ -79,8 +80,8 @@ def scoring_of(
     if wanted is False or (wanted is None and explaining is None):
         return None
     judge = judge or (explainer if explainer in JUDGES else "auto")
-    resolve(explainer, options, "explainer")  # both are told before anything is trained
-    resolve(judge, options.for_judge(), "judge")
+    resolve(EXPLAINERS, explainer, options)  # both are checked before anything is trained
+    resolve(JUDGES, judge, options.for_judge())
     return Scoring(explaining or Explaining(), explainer, options, judge)
 
 

@@ -44,20 +44,6 @@ class Choice:
     def needs_alignment(self) -> bool:
         return self.sharing != "any" or self.with_partners
 
-    def words(self) -> list[str]:
-        """The flags of `explain` that make the same choice again, for a command to print; defaults are left out."""
-        plain = Choice()
-        words = [f"--{self.sharing}-only"] if self.sharing != "any" else []
-        for flag, value, default in (
-            ("--definition", self.definition, plain.definition),
-            ("--threshold", self.threshold, plain.threshold),
-            ("--latents", plain.n if self.indices else self.n, plain.n),
-        ):
-            words += [flag, str(value)] if value != default else []
-        words += ["--indices", ",".join(map(str, self.indices))] if self.indices else []
-        words += ["--against", *self.against] if self.against else []
-        return [*words, "--with-partners"] if self.with_partners else words
-
 
 def check(run: Run, choice: Choice) -> None:
     """Raise in one line what is wrong with ``choice`` for ``run``: cheap, so that it is told before any work."""

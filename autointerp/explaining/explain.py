@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -25,15 +25,17 @@ from autointerp.contexts.material import Material
 from autointerp.contexts.sample_record import Draw, partners_of, record
 from autointerp.contexts.sampling import permanent_number
 from autointerp.contexts.selection import Choice, check, choose, draw, partners
+from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import Explainer
+from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.llm.budget import BudgetSpent, going_on
-from autointerp.llm.in_flight import Outcome, in_flight
+from autointerp.llm.capability import lacks_of
+from autointerp.llm.in_flight import in_flight
+from autointerp.llm.opening import open_method, resolve
 from autointerp.llm.options import LlmOptions
-from autointerp.scoring.judges import JUDGES
-from autointerp.scoring.opening import lacks, open_explainer, resolve, words_of
-from sae.common.commands import command
+from sae.common.commands import as_typed
 from sae.common.errors import BadInput
 from sae.common.files import digest, read_table
 from sae.common.progress import say, track
@@ -41,6 +43,9 @@ from sae.study.align import ensure_aligned
 from sae.study.harvest import ensure_harvested
 from sae.study.run import Run
 from sae.study.stage import Compute
+
+if TYPE_CHECKING:
+    from autointerp.llm.local.serving import OneServer
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,17 @@ def explain_runs(
     options: LlmOptions,
     compute: Compute | None = None,
     control_sae_latents: int | None = None,
+    servers: OneServer | None = None,
 ) -> Outcome:
-    """Explain the chosen latents of ``runs``; returns what came of it. See this module's head.
+    """Explain the chosen latents of ``runs``, and return what came of it; see the module's docstring.
 
-    ``control_sae_latents`` is how many of each control SAE are explained too (``None``: the default number).
+    ``control_sae_latents`` is how many of each control SAE are explained too (``None``: the default number);
+    ``servers`` keeps a vLLM server for the judge.
     """
-    kind = resolve(backend, options, "explainer")
+    kind = resolve(EXPLAINERS, backend, options)
     for run in runs:
         check(run, choice)
-    outcome = asyncio.run(_explain(runs, choice, kind, options, compute or Compute(), control_sae_latents))
+    outcome = asyncio.run(_explain(runs, choice, kind, options, compute or Compute(), control_sae_latents, servers))
     for run in runs:
         begun_path(run).unlink(missing_ok=True)
     return outcome
@@ -81,10 +88,6 @@ def _prepare(runs: Sequence[Run], choice: Choice, compute: Compute, with_control
         if choice.needs_alignment:
             ensure_aligned(run, compute)
     return [task for run in runs for task in plan_latents(run, choice)]
-
-
-def _names(runs: Sequence[Run]) -> list[str]:
-    return [run.name for run in runs]
 
 
 def begun_path(run: Run) -> Path:
@@ -139,54 +142,44 @@ async def _explain(
     options: LlmOptions,
     compute: Compute,
     control_sae_latents: int | None,
+    servers: OneServer | None,
 ) -> Outcome:
-    root = runs[0].root
-    outcome = Outcome("explain")
-    # Opened first: an endpoint that is down is told before an hour's harvest, not after it.
-    async with open_explainer(kind, options, root / "cache.sqlite") as explainer:
+    outcome = Outcome("explain", retry=as_typed())
+    # Opened first: an endpoint that is down is reported before an hour's harvest, not after it.
+    async with open_explainer(kind, options, runs[0].root / "cache.sqlite", servers) as explainer:
         outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
         with_controls = sample_size(choice, explainer.asks_model, control_sae_latents, 1) > 0
         tasks = _prepare(runs, choice, compute, with_controls)
         controls = plan_controls(tasks, choice, explainer.asks_model, control_sae_latents)
-        named = [word for name in _names(runs) for word in ("--sae", name)]
-        by = words_of(kind, options, "explainer")
-        size = [] if control_sae_latents is None else ["--control-sae-latents", str(control_sae_latents)]
-        outcome.retry = command(root, "explain", *named, *choice.words(), *size, *by, *options.words())
         for task in [*tasks, *controls]:
             with_baseline = kind != BASELINE and task not in controls
             before = outcome.n_done
             try:
-                await _explain_run(task, explainer, options.concurrency, outcome, outcome.retry)
+                await _explain_run(task, explainer, options.concurrency, outcome)
             except BudgetSpent:  # what was paid for is compared with what costs nothing
                 if with_baseline:
-                    await _explain_by_baseline(task, explainer, outcome, outcome.retry)
+                    await _explain_by_baseline(task, explainer, outcome)
                 raise
             if with_baseline:
-                await _explain_by_baseline(task, explainer, outcome, outcome.retry)
+                await _explain_by_baseline(task, explainer, outcome)
             outcome.n_controls += outcome.n_done - before if task in controls else 0
         for task in controls:
             n = f"{len(task.latents)} latents" if task.latents else "no latent has contexts enough"
             outcome.notes.append(f"{task.run.name} (control): {n}")
-        outcome.notes += lacks(explainer)
-    explained = list(dict.fromkeys(task.run.name for task in tasks))
-    outcome.runs = explained + [task.run.name for task in controls]
-    named = [word for name in explained for word in ("--sae", name)]
-    outcome.next = command(root, "score", *named, *_judge_of(explainer), *options.words())
+        outcome.notes += lacks_of(explainer)
+    outcome.explained = list(dict.fromkeys(task.run.name for task in tasks))
+    outcome.runs = outcome.explained + [task.run.name for task in controls]
     return outcome
 
 
-def _judge_of(explainer: Explainer) -> list[str]:
-    """The flag of a judge that asks no model and can read what was explained, where ``auto`` would take another."""
-    if explainer.name == BASELINE or explainer.asks_model:
-        return []
-    for name in JUDGES:
-        with suppress(BadInput):  # a judge's file that cannot be imported is not this command's concern
-            if not JUDGES[name].asks_model and JUDGES[name].reads in (None, explainer.name):
-                return ["--judge", name]
-    return []
+def open_explainer(
+    backend: str, options: LlmOptions, cache: Path, servers: OneServer | None = None
+) -> AbstractAsyncContextManager[Explainer]:
+    """Open the explainer for a block; see :func:`autointerp.llm.opening.open_method`."""
+    return open_method(EXPLAINERS, backend, options, cache, servers)
 
 
-async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcome, retry: str) -> None:
+async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcome) -> None:
     """The n-gram baseline's explanations of the latents that ``explainer`` explained, which count as nobody's."""
     from autointerp.explaining.explainers.ngram import NgramExplainer
 
@@ -196,7 +189,7 @@ async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcom
     if not latents:
         return
     baseline = Outcome("explain")
-    await _explain_run(Task(task.run, latents), NgramExplainer(), 1, baseline, retry, "explain by n-grams")
+    await _explain_run(Task(task.run, latents), NgramExplainer(), 1, baseline, "explain by n-grams")
     lost = (baseline.failures + baseline.left_out).items()
     outcome.notes += [f"{task.run.name}: {n} latents without an n-gram baseline: {why}" for why, n in lost]
 
@@ -212,7 +205,7 @@ def identity_of(explainer: Explainer, material: Material) -> dict[str, Any]:
 
 
 async def _explain_run(
-    task: Task, explainer: Explainer, concurrency: int, outcome: Outcome, retry: str, doing: str = "explain"
+    task: Task, explainer: Explainer, concurrency: int, outcome: Outcome, doing: str = "explain"
 ) -> None:
     material = Material.of(task.run)
     same = identity_of(explainer, material)
@@ -252,7 +245,7 @@ async def _explain_run(
         if todo:
             with (
                 track(f"{doing} {task.run.name}", len(task.latents), "latents", done=before) as bar,
-                going_on(len(todo), "latents", retry),
+                going_on(len(todo), "latents", as_typed()),
             ):
                 await in_flight(todo, explain_one, concurrency, bar)
         outcome.n_done += len(journal.explanations(status="ok", draw=0, latent=task.latents, **same))

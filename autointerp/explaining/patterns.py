@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
-from sae.common.numerals import decimal
+from sae.common.amounts import decimal
 
 LOWEST, HIGHEST = 1e-4, 0.98
 """A chance outside these is not something that a few dozen contexts can show."""

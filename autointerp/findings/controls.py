@@ -24,13 +24,13 @@ from autointerp.findings.evidence import Study, Told
 from autointerp.findings.json_values import histogram, mean_of, number, quartile_figures
 from autointerp.findings.pooled import scored_alike
 from autointerp.findings.scores import SCORE_EDGES, estimator_of
-from autointerp.findings.statistics.correlation import UNKNOWN, Estimate
 from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
 from autointerp.findings.statistics.resampling import interval_of
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.scorers.base import HARDER
 from autointerp.scoring.setups import precision_of, rows_of, setups_of, status_kind
+from sae.common.estimate import UNKNOWN, Estimate
 from sae.study.controls import CONTROLS, controls_of
 from sae.study.run import Run
 

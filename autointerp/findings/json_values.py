@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.findings.statistics.correlation import Estimate, quartiles
+from autointerp.findings.statistics.correlation import quartiles
 from autointerp.findings.statistics.estimation import Estimator
+from sae.common.estimate import Estimate
 
 
 def number(value: Any) -> float | None:
@@ -46,10 +47,3 @@ def histogram(values: pd.Series | np.ndarray, edges: np.ndarray, of: Estimator |
         estimated, _ = np.histogram(inside[known], bins=edges, weights=of.weights(values)[known])
         found["estimated"] = [round(float(n), 3) for n in estimated]
     return found
-
-
-def plain(value: Any) -> Any:
-    """A numpy or pandas scalar as JSON has it; what is missing is ``None``."""
-    if value is None or pd.isna(value):
-        return None
-    return value.item() if isinstance(value, np.generic) else value

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.sample_record import sample_of
-from autointerp.findings.json_values import number, plain
+from autointerp.findings.json_values import number
 from autointerp.findings.reliability import reliability_findings, verdicts_of
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.scorers.base import HARDER
-from autointerp.scoring.setups import precision_of, rows_of, setups_of
+from autointerp.scoring.setups import plain, precision_of, rows_of, setups_of
 from sae.alignment.alignment import read_alignment
 from sae.alignment.overlap import DEFINITIONS, shared
 from sae.alignment.pairs import pair_path, read_sides

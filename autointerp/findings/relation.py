@@ -22,8 +22,6 @@ from autointerp.findings.json_values import mean_of, number
 from autointerp.findings.reliability import Corrected, Halves, corrected_spearman, splits_of
 from autointerp.findings.scores import Swapped
 from autointerp.findings.statistics.correlation import (
-    UNKNOWN,
-    Estimate,
     bootstrap_mean,
     partial_spearman,
     quantiles,
@@ -35,6 +33,7 @@ from autointerp.findings.statistics.correlation import (
 from autointerp.findings.statistics.estimation import error_of, real_share
 from autointerp.findings.statistics.resampling import Bools, Floats, Resamples, interval_of, partial
 from autointerp.scoring.setups import status_kind
+from sae.common.estimate import UNKNOWN, Estimate
 
 METHODS = {
     "matched": "shared - unshared within tenths of the firing frequency, weighted by n_shared n_unshared / n; "

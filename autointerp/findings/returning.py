@@ -7,11 +7,12 @@ counts: how often the latents fire that return, and those that do not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import Study
 from autointerp.findings.json_values import histogram, number
 from autointerp.findings.statistics.correlation import quartiles
@@ -20,6 +21,9 @@ from sae.alignment.overlap import DEFINITIONS
 from sae.alignment.similarity import range_of
 from sae.common.files import read_table, table_metadata
 from sae.study.run import Run
+
+if TYPE_CHECKING:
+    from sae.study.align import Compared
 
 _CURVES = ("step", "tokens", "loss", "fvu", "l0", "dead_fraction", "learning_rate")
 _CURVE_POINTS = 100
@@ -264,3 +268,19 @@ def _tokens(table: pd.DataFrame) -> int | None:
         return None
     most = int(table["n_firings"].argmax())
     return round(table["n_firings"].iloc[most] / table["firing_frequency"].iloc[most])
+
+
+def alignment_findings(compared: Compared, definition: str = "strict") -> dict[str, Any]:
+    """Return what aligned runs share under ``definition``, in the shape of the report's findings."""
+    shared = compared.shared.as_dict()
+    return {
+        "runs": [{"name": run.name, "study": run.study, "seed": run.seed} for run in compared.runs],
+        "compared": shared["runs"],
+        "apart": compared.apart,
+        "missing": [],
+        "overlap": overlap_tree(shared, definition),
+        "similarity": similarity_tree(shared),
+        "counterparts": counterpart_findings(
+            compared.behaviour, compared.alignments, compared.alive, compared.behaviour_facts
+        ),
+    }

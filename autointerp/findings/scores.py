@@ -16,13 +16,13 @@ import pandas as pd
 
 from autointerp.contexts.sample_record import Sample
 from autointerp.findings.json_values import histogram, mean_of, number, quartile_figures
-from autointerp.findings.statistics.correlation import UNKNOWN
 from autointerp.findings.statistics.estimation import Estimator, error_of
 from autointerp.findings.too_few import too_few_findings
 from autointerp.journal.method import CHANCE
 from autointerp.scoring.scorers.base import HARDER, STOPS
 from autointerp.scoring.setups import precision_of, status_kind
 from sae.alignment.latent_table import CLASSES
+from sae.common.estimate import UNKNOWN
 
 #: Bins of a score histogram: from 0 to 1 in steps of .02.
 SCORE_EDGES = np.linspace(0, 1, 51)

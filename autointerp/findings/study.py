@@ -36,7 +36,8 @@ from autointerp.findings.controls import METHODS as OF_DIFFERENCES
 from autointerp.findings.controls import comparison_findings
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import Study, Told, View
-from autointerp.findings.interesting import ContextSource, interesting
+from autointerp.findings.interesting import ContextSource, ShownContext, interesting
+from autointerp.findings.latent import contexts_of
 from autointerp.findings.other_scorers import other_scorer_findings
 from autointerp.findings.paper.table import findings_table
 from autointerp.findings.pooled import pooled_relation
@@ -48,9 +49,40 @@ from autointerp.scoring.setups import described, reason, status_kind
 from sae.alignment.nulls import FIRING_NULLS, NULLS
 from sae.alignment.overlap import DEFINITIONS, INTERVALS
 from sae.alignment.relation import RELATIONS
+from sae.common.amounts import precision_in_words
+from sae.common.errors import UserError
 from sae.common.files import SCHEMA
-from sae.common.numerals import precision_in_words
 from sae.study.run import Run
+
+
+def findings_of(
+    run: Run,
+    study: Sequence[Run],
+    *,
+    definition: str = "strict",
+    threshold: float = 0.7,
+    against: Sequence[str] = (),
+    explainer: str | None = None,
+) -> dict[str, Any]:
+    """The findings of a study with ``run`` in the middle, contexts included where its firing store is there.
+
+    ``explainer``: scores are the newest of its explanations; by default the newest of all
+    (:func:`autointerp.scoring.setups.setups_of`).
+    """
+    view = View(run.name, definition, threshold, tuple(against), explainer=explainer)
+    return findings(run.root, [r.name for r in study], view, contexts_at_hand(run))
+
+
+def contexts_at_hand(run: Run) -> ContextSource:
+    """Gives a latent its contexts, or none where the run's firing store or tokenizer is not there."""
+
+    def contexts(_: str, latent: int) -> Sequence[ShownContext]:
+        try:
+            return contexts_of(run, latent)
+        except UserError:  # a store moved away, a hub out of reach: the report says so and shows the rest
+            return []
+
+    return contexts
 
 
 def findings(

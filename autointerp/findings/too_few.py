@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from autointerp.findings.json_values import number
-from autointerp.findings.statistics.correlation import proportion
 from sae.alignment.latent_table import CLASSES
+from sae.common.estimate import proportion
 
 
 def too_few_findings(latents: pd.DataFrame) -> dict[str, Any] | None:

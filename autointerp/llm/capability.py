@@ -12,22 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from autointerp.journal.method import Method
 from autointerp.llm.exchange import Answer, AnswerFailed, Request
-from autointerp.llm.prompts import conversation
-
-if TYPE_CHECKING:
-    from autointerp.llm.client import LlmClient
 
 _FEWEST_TOKENS = 1 / 8
 """Of a character, before anything has been counted: no tokenizer makes less of ordinary text."""
-_WORD_SCHEMA = {
-    "type": "object",
-    "properties": {"word": {"type": "string", "enum": ["yes"]}},
-    "required": ["word"],
-    "additionalProperties": False,
-}
 
 
 @dataclass
@@ -130,35 +121,12 @@ def _fits(text: str, schema: Mapping[str, Any]) -> bool:
     return isinstance(value, dict) and set(schema.get("required", ())) <= set(value)
 
 
-async def probe(client: LlmClient) -> Capabilities:
-    """Ask the two tiny questions, unless their answers are known: from this client's requests or from the cache.
-
-    The first is put as the ``single`` protocol puts its own, because a model that thinks before it answers may give
-    log-probabilities, and not of the label. The second forces a word that no one would answer.
-
-    :raises UserError: no server answers, or the key is refused.
-    """
-    await client.check()
-    client.remember_capabilities()
-    known = client.capabilities
-    if known.label_first is None:
-        known.label_first = await _gives_label(client)
-    if known.json_schema is None:
-        asked = Request(conversation("probe").messages(question="word"), max_tokens=200, json_schema=_WORD_SCHEMA)
-        try:
-            await client.ask_anew(asked, lambda answer: answer)
-        except AnswerFailed:
-            known.json_schema = False
-        known.json_schema = bool(known.json_schema)  # an answer that was cut off has shown nothing
-    await client.keep_capabilities()
-    return known
+def capabilities_of(method: Method) -> Capabilities | None:
+    """Return what the servers of an explainer or judge can do; ``None`` for one that asks no model."""
+    return getattr(method, "capabilities", None)
 
 
-async def _gives_label(client: LlmClient) -> bool:
-    asked = Request(conversation("probe").messages(question="label"), max_tokens=4, logprobs=20, may_be_cut=True)
-    try:
-        _, answer = await client.ask_anew(asked, lambda answer: answer)
-    except AnswerFailed:
-        return False
-    first = answer.tokens[0] if answer.tokens else answer.text[:1]
-    return first.strip() in ("0", "1")
+def lacks_of(method: Method) -> list[str]:
+    """Return what the servers of an explainer or judge cannot do, and what was done instead: a sentence each."""
+    found = capabilities_of(method)
+    return [] if found is None else found.lacks()

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from autointerp.llm.budget import Budget
 from sae.common.errors import BadInput
-
-if TYPE_CHECKING:
-    from autointerp.llm.local.serving import OneServer
 
 VLLM_TIMEOUT = 1800.0
 """Seconds until a server has to be ready: a large model takes minutes to load, and as long again to be compiled."""
@@ -37,8 +33,6 @@ class LlmOptions:
     vllm_python: Path | None = None
     vllm_args: str = ""
     vllm_timeout: float = VLLM_TIMEOUT
-    servers: OneServer | None = field(default=None, repr=False, compare=False)
-    """Keeps the server from one part of a command to the next; see :func:`autointerp.scoring.opening.kept_server`."""
     contexts_per_request: int | None = None
     """In a request of the batch protocol; ``None`` leaves it to the judge."""
     budget: Budget | None = None

@@ -30,7 +30,7 @@ from autointerp.report.layout import (
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
-from sae.common.numerals import decimal, estimate, known
+from sae.common.amounts import decimal, estimate, known
 
 Found = Mapping[str, Any]
 _SIDE_BY_SIDE = 80

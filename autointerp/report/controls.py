@@ -14,7 +14,7 @@ from rich.text import Text
 
 from autointerp.report.layout import ACCENT, QUIET, Page, command_line, count, grid, plural
 from autointerp.report.visible import visible
-from sae.common.numerals import decimal, estimate, interval, known
+from sae.common.amounts import decimal, estimate, interval, known
 
 Tree = Mapping[str, Any]
 NAMES = {"frozen": "frozen decoder", "untrained": "untrained SAE"}

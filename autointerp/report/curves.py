@@ -14,7 +14,7 @@ from rich.text import Text
 from autointerp.report import blocks
 from autointerp.report.layout import ACCENT, QUIET, Page, grid, percent
 from autointerp.report.visible import visible
-from sae.common.numerals import decimal
+from sae.common.amounts import decimal
 
 _NARROWEST, _WIDEST = 9, 40  # cells of a curve
 _BESIDE = 36  # what name and range take

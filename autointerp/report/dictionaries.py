@@ -32,7 +32,7 @@ from autointerp.report.layout import (
     section,
 )
 from autointerp.report.visible import visible
-from sae.common.numerals import decimal
+from sae.common.amounts import decimal
 
 Findings = Mapping[str, Any]
 

@@ -30,7 +30,7 @@ from autointerp.report.layout import (
     section,
 )
 from autointerp.report.visible import highlighted, shown, visible
-from sae.common.numerals import decimal, estimate, interval, known
+from sae.common.amounts import decimal, estimate, interval, known
 
 Findings = Mapping[str, Any]
 N_SHOWN = 5

@@ -31,7 +31,7 @@ from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
 from sae.alignment.latent_table import shared_class
 from sae.alignment.relation import RELATIONS
-from sae.common.numerals import decimal, estimate, interval, known, precision_in_words
+from sae.common.amounts import decimal, estimate, interval, known, precision_in_words
 
 Latent = Mapping[str, Any]
 

@@ -21,7 +21,7 @@ from rich.text import Text
 from autointerp.report.blocks import FILLS, Drawn
 from autointerp.report.visible import Marking, marking, visible
 from sae.common import progress
-from sae.common.numerals import digits_of, known
+from sae.common.amounts import digits_of, known
 
 #: Hues that people with any of the common colour-vision deficiencies can tell apart (Okabe and Ito).
 #: Orange is what is found in one SAE alone, blue what every SAE finds; control and context are grey.

@@ -12,7 +12,7 @@ from rich.text import Text
 from autointerp.findings.paper.finding import AGREES, DISAGREES, SIGNED, UNDECIDED
 from autointerp.report.layout import ACCENT, QUIET, STYLE_OF_CLASS, Page, command_line, grid, indented, plural, section
 from autointerp.report.visible import visible
-from sae.common.numerals import estimate, known
+from sae.common.amounts import estimate, known
 
 _STYLES = {AGREES: ACCENT, DISAGREES: STYLE_OF_CLASS["one"], UNDECIDED: QUIET}
 

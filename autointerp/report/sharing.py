@@ -28,7 +28,7 @@ from autointerp.report.layout import (
     section,
 )
 from autointerp.report.visible import visible
-from sae.common.numerals import decimal, interval
+from sae.common.amounts import decimal, interval
 
 Findings = Mapping[str, Any]
 RULES = {

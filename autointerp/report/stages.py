@@ -69,6 +69,39 @@ def _reasons(counts: Mapping[str, int], head: str) -> RenderableType:
     return table
 
 
+def show_cost(found: Mapping[str, Any], console: Console) -> None:
+    """Show what ``explain`` or ``score`` would cost: a :class:`autointerp.scoring.dry_run.Forecast` as a mapping."""
+    cheaper, seconds, dollars = found["cheaper"], found["seconds"], found["dollars"]
+    most, about = "at most " if cheaper else "", "" if found["exact"] else " (an estimate)"
+    lines = [
+        f"{found['stage']} would send {most}{_requests(found)} to {visible(found['model']) or 'no model'}",
+        *([_other_protocol(found["protocol"], cheaper)] if cheaper else []),
+        f"  answered before {found['answered_before']:,}, in the answer cache {found['from_cache']:,}",
+        f"  prompt tokens {found['prompt_tokens']:,}{about}, of them cached by the server {found['cached_tokens']:,}",
+        f"  written tokens about {found['completion_tokens']:,}, at most {found['completion_at_most']:,}",
+        f"  counted by {visible(found['counted_by'])}",
+        "  time unknown: this model has not been asked before" if seconds is None else f"  time about {seconds:,.0f} s",
+        "  price unknown: give --price-in and --price-out" if dollars is None else f"  price about ${dollars:,.4f}",
+        *(f"  {visible(note)}" for note in found["notes"]),
+    ]
+    for line in lines:
+        console.out(line, highlight=False)
+
+
+def _requests(found: Mapping[str, Any]) -> str:
+    least = f" (at least {found['requests_at_least']:,})" if found["requests_at_least"] < found["requests"] else ""
+    return f"{found['requests']:,} requests{least}"
+
+
+def _other_protocol(protocol: str, cheaper: Mapping[str, Any]) -> str:
+    price = "" if cheaper["dollars"] is None else f", about ${cheaper['dollars']:,.4f}"
+    return (
+        f"  all figures are for --protocol {protocol}, the more expensive one; --protocol {cheaper['protocol']} would "
+        f"be {_requests(cheaper)}, {cheaper['prompt_tokens']:,} prompt tokens{price}; "
+        "without --protocol the command chooses after asking the server what it can do"
+    )
+
+
 def show_alignment(found: Mapping[str, Any], console: Console) -> None:
     """What aligned runs share: the parts of the report that are about that, by themselves."""
     page = Page.of(console)

@@ -30,7 +30,7 @@ from autointerp.report.layout import (
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
-from sae.common.numerals import decimal, interval
+from sae.common.amounts import decimal, interval
 from sae.study.sweep import AXES
 
 Table = Mapping[str, Any]

@@ -32,7 +32,7 @@ from autointerp.report.layout import (
     section,
 )
 from autointerp.report.visible import shown, visible
-from sae.common.numerals import decimal, estimate, known, precision_in_words
+from sae.common.amounts import decimal, estimate, known, precision_in_words
 
 Findings = Mapping[str, Any]
 #: What stands for block characters where the output cannot hold them.

@@ -87,11 +87,6 @@ class Precision:
         harder = {name: round(getattr(settings, name) * (n - n_active) / settings.n_inactive) for name in SIZES[2:]}
         return settings.model_copy(update={"n_active": n_active, "n_inactive": n - n_active, **harder})
 
-    def words(self) -> list[str]:
-        """The flags that say the same again, for a command to print."""
-        cap = [] if self.max_contexts is None else ["--max-contexts", str(self.max_contexts)]
-        return ["--precision", f"{self.half_width:g}", *cap]
-
     def identity(self, settings: ContextSettings) -> dict[str, Any]:
         """What the rounds and the stop depend on, apart from the run's material and the judge. JSON values."""
         capped = self.cap(settings)

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from autointerp.contexts.material import Material
 from autointerp.contexts.sampler import Context
@@ -35,13 +35,12 @@ from autointerp.llm.cache import ResponseCache
 from autointerp.llm.client import DEFAULT_URL, LlmClient
 from autointerp.llm.exchange import Request, one_line
 from autointerp.llm.local.model import find_model
+from autointerp.llm.opening import check_flags, resolve
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import NotCounted, Tokenize, block_keys, characters, estimated, tokenizer_of
 from autointerp.scoring.adaptive import Precision
-from autointerp.scoring.forecast import Forecast
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import ModelJudge
-from autointerp.scoring.opening import of_no_effect, resolve
 from autointerp.scoring.questions import CONTROL_LATENTS, Part, Question, parts_of, questions_of
 from autointerp.scoring.rounds import AdaptivePlan
 from autointerp.scoring.score_table import Test
@@ -55,6 +54,50 @@ EXPLANATION_TOKENS = 80
 
 _Cached = Callable[[], Callable[[Request], bool]]
 """Gives a function that says of a command's requests, in turn, whether the answer is in the cache by then."""
+
+
+@dataclass
+class Forecast:
+    """What a command would cost. ``None``: not known."""
+
+    stage: str
+    model: str
+    counted_by: str
+    exact: bool
+    """Whether prompt tokens were counted by the model's own tokenizer and template."""
+    protocol: str | None = None
+    """Of the judge, where it has several: that of all these figures."""
+    requests: int = 0
+    requests_at_least: int = 0
+    """Less than ``requests`` only where adaptive scoring may stop earlier."""
+    answered_before: int = 0
+    """Contexts or latents that the journal has answers for."""
+    from_cache: int = 0
+    """Requests whose answer is kept."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    completion_at_most: int = 0
+    seconds: float | None = None
+    dollars: float | None = None
+    notes: list[str] = field(default_factory=list)
+    cheaper: Forecast | None = None
+    """By the other protocol, where only the server can tell which one it will be."""
+
+    def as_dict(self) -> dict[str, Any]:
+        cheaper = None if self.cheaper is None else {key: getattr(self.cheaper, key) for key in _OF_PROTOCOL}
+        return {"dry_run": True, **self.__dict__, "cheaper": cheaper}
+
+    @property
+    def cost(self) -> tuple[float, int]:
+        """What forecasts are compared by: the price, where there are prices, and the tokens."""
+        return self.dollars or 0.0, self.prompt_tokens + self.completion_tokens
+
+
+_OF_PROTOCOL = (
+    *("protocol", "requests", "requests_at_least", "answered_before", "from_cache", "prompt_tokens", "cached_tokens"),
+    *("completion_tokens", "completion_at_most", "seconds", "dollars"),
+)
 
 
 @dataclass
@@ -79,7 +122,7 @@ def forecast_explain(
     control_sae_latents: int | None = None,
 ) -> Forecast:
     """What `explain` would cost. Harvest and alignment must be there: contexts are not known before."""
-    name = resolve(backend, options, "explainer")
+    name = resolve(EXPLAINERS, backend, options)
     if not EXPLAINERS[name].asks_model:
         return _free("explain", name)
 
@@ -129,8 +172,8 @@ def forecast_score(
     """What `score` would cost for the explanations that there are; see :func:`autointerp.scoring.score.score_runs`."""
     for name in scorers:
         SCORERS.checked(name, "--scorer")
-    kind = resolve(backend, options.for_judge(), "judge")
-    of_no_effect(kind, options.of_judge(), "judge")
+    kind = resolve(JUDGES, backend, options.for_judge())
+    check_flags(JUDGES, kind, options.of_judge())
     if not JUDGES[kind].asks_model:
         return _free("score", kind)
     of_kind = cast("type[ModelJudge]", JUDGES[kind])

@@ -19,8 +19,8 @@ import pandas as pd
 
 from autointerp.contexts.material import Material
 from autointerp.journal.journal import Journal
+from autointerp.llm.capability import capabilities_of
 from autointerp.scoring.judges.base import Judge
-from autointerp.scoring.opening import capabilities
 from autointerp.scoring.score_table import COLUMNS, UNTESTED, SetUp, Test, judged_by, plans_of, records_of, score_table
 from autointerp.scoring.scorers import SCORERS
 from sae.common.files import digest, read_table, table_metadata, write_table
@@ -175,7 +175,8 @@ def brought_up_to_date(
         table = score_table(journal, tests, readable, made, plans, judged, untested, advance)
     told = kept.metadata(states, known, test.set_up, call)
     told |= {"material": material.digest, "explanations": explained}
-    write_table(kept.path, table, **told, capabilities=capabilities(judge) or kept.capabilities)
+    found = capabilities_of(judge)
+    write_table(kept.path, table, **told, capabilities=found.as_dict() if found else kept.capabilities)
     return table
 
 

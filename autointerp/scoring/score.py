@@ -13,35 +13,42 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence, Set
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from autointerp.contexts.control_saes import beside, was_explained
 from autointerp.contexts.material import Material
 from autointerp.contexts.sampler import Context
+from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal, Verdict
 from autointerp.journal.method import BASELINE
 from autointerp.journal.usage import Usage
 from autointerp.llm.budget import going_on
-from autointerp.llm.in_flight import Outcome, in_flight
+from autointerp.llm.capability import lacks_of
+from autointerp.llm.in_flight import in_flight
+from autointerp.llm.opening import check_flags, keep_server, open_method, resolve
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.adaptive import Precision
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import Judge
 from autointerp.scoring.kept_scores import KeptScores, brought_up_to_date, states_of
-from autointerp.scoring.opening import kept_server, lacks, of_no_effect, open_judge, resolve, words_of
 from autointerp.scoring.questions import CONTROL_LATENTS, Part, Question, has_more_than_baseline, parts_of, questions_of
 from autointerp.scoring.rounds import AdaptivePlan
 from autointerp.scoring.score_table import UNEXPLAINED, UNTESTED, Test, lost_scorers, of_this_judge, records_of
 from autointerp.scoring.scorers import SCORERS
 from autointerp.scoring.scorers.base import Scorer
 from autointerp.scoring.setups import status_kind
-from sae.common.commands import command
+from sae.common.commands import as_typed, command
 from sae.common.files import digest
 from sae.common.progress import Bar, say, track
-from sae.study.run import MAIN_SCORER, Run
+from sae.study.run import Run
+
+if TYPE_CHECKING:
+    from autointerp.llm.local.serving import OneServer
 
 _PARTS_AT_ONCE = 32
 """Requests about one explanation that may be under way together."""
@@ -66,17 +73,24 @@ def score_runs(
     explained), unless it is named itself. They get no swapped control: they are one.
     """
     tested = [SCORERS.chosen(name, "--scorer")() for name in scorers]
-    kind = resolve(backend, options.for_judge(), "judge")
-    of_no_effect(kind, options.of_judge(), "judge")
+    kind = resolve(JUDGES, backend, options.for_judge())
+    check_flags(JUDGES, kind, options.of_judge())
     if control_latents is None:
         control_latents = CONTROL_LATENTS[JUDGES[kind].asks_model]
-    with kept_server(options) as options:
-        named = None if runs is None else _with_explanations(runs, options)
+    with keep_server(options) as servers:
+        named = None if runs is None else _with_explanations(runs, options, servers)
         parts = parts_of(named, root, control_latents, control_sae_latents)
-        return asyncio.run(_score(parts, root, tested, kind, options, precision))
+        return asyncio.run(_score(parts, root, tested, kind, options, precision, servers))
 
 
-def _with_explanations(runs: Sequence[Run], options: LlmOptions) -> list[Run]:
+def open_judge(
+    backend: str, options: LlmOptions, cache: Path, servers: OneServer | None = None
+) -> AbstractAsyncContextManager[Judge]:
+    """Open the judge for a block; see :func:`autointerp.llm.opening.open_method`."""
+    return open_method(JUDGES, backend, options.for_judge(), cache, servers)
+
+
+def _with_explanations(runs: Sequence[Run], options: LlmOptions, servers: OneServer | None) -> list[Run]:
     from autointerp.contexts.selection import Choice
     from autointerp.explaining.explain import begun_path, explain_runs
 
@@ -84,7 +98,7 @@ def _with_explanations(runs: Sequence[Run], options: LlmOptions) -> list[Run]:
         if begun_path(run).exists() or not was_explained(run):
             say(f"{run.name}: not explained yet, doing that first (200 latents)")
             begun_path(run).touch()
-            explain_runs([run], Choice(), "auto", options)
+            explain_runs([run], Choice(), "auto", options, servers=servers)
     return list(runs)
 
 
@@ -95,47 +109,24 @@ async def _score(
     kind: str,
     options: LlmOptions,
     precision: Precision | None,
+    servers: OneServer | None,
 ) -> Outcome:
-    outcome = Outcome("score", [part.run.name for part in parts], of="score" if len(scorers) > 1 else "latent")
-    outcome.retry = _command(parts, root, scorers, kind, options, precision)
-    async with open_judge(kind, options, root / "cache.sqlite") as judge:
+    outcome = Outcome("score", [part.run.name for part in parts], retry=as_typed())
+    outcome.of = "score" if len(scorers) > 1 else "latent"
+    async with open_judge(kind, options, root / "cache.sqlite", servers) as judge:
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
         for part in parts:
             before = outcome.n_done
             for scorer in scorers:
                 if judge.name != BASELINE and not part.is_control:
                     await _score_baseline(part, scorer, judge, precision, outcome)
-                await _score_run(part, scorer, judge, options.concurrency, precision, outcome, outcome.retry)
+                await _score_run(part, scorer, judge, options.concurrency, precision, outcome)
             outcome.n_controls += outcome.n_done - before if part.is_control else 0
-        outcome.notes += lacks(judge)
+        outcome.notes += lacks_of(judge)
     own = [part.run for part in parts if not part.is_control]
     outcome.notes += _without_controls(own)
     outcome.next = command(root, "report", "--sae", own[0].name)
     return outcome
-
-
-def _command(
-    parts: Sequence[Part],
-    root: Path,
-    scorers: Sequence[Scorer],
-    kind: str,
-    options: LlmOptions,
-    precision: Precision | None,
-) -> str:
-    """The command that does the same again, and so only what failed."""
-    own, controls = ([part for part in parts if part.is_control == is_control] for is_control in (False, True))
-    words = [word for part in own for word in ("--sae", part.run.name)]
-    words += precision.words() if precision else []
-    names = [scorer.name for scorer in scorers]
-    words += [word for name in names for word in ("--scorer", name)] if names != [MAIN_SCORER] else []
-    words += words_of(kind, options.for_judge(), "judge")
-    words += ["--protocol", options.protocol] if options.protocol != "auto" else []
-    size, usual = options.contexts_per_request, CONTROL_LATENTS[JUDGES[kind].asks_model]
-    words += ["--contexts-per-request", str(size)] if size is not None else []
-    words += ["--control-latents", str(own[0].n_swapped)] if own[0].n_swapped != usual else []
-    most = controls[0].at_most if controls else 0 if any(map(was_explained, beside([p.run for p in own]))) else None
-    words += ["--control-sae-latents", str(most)] if most is not None else []
-    return command(root, "score", *words, *options.words())
 
 
 def _without_controls(runs: Sequence[Run]) -> list[str]:
@@ -161,7 +152,7 @@ async def _score_baseline(
             return
     baseline = Outcome("score")
     beside = replace(part, n_swapped=CONTROL_LATENTS[NgramJudge.asks_model], latents=latents)
-    await _score_run(beside, scorer, NgramJudge(), 1, precision, baseline, "", "score by n-grams", judge)
+    await _score_run(beside, scorer, NgramJudge(), 1, precision, baseline, "score by n-grams", judge)
     outcome.notes += [
         f"{part.run.name}: {n} n-gram baselines have no {scorer.name} score: {why}"
         for why, n in (baseline.failures + baseline.left_out).items()
@@ -175,7 +166,6 @@ async def _score_run(
     concurrency: int,
     precision: Precision | None,
     outcome: Outcome,
-    retry: str,
     doing: str = "score",
     other: Judge | None = None,
 ) -> None:
@@ -215,7 +205,7 @@ async def _score_run(
                 of = f"{scorer.name}, {n_swapped:,} of them swapped controls" if n_swapped else scorer.name
                 with (
                     track(f"{doing} {run.name} ({of})", len(questions), "explanations") as bar,
-                    going_on(len(questions), "explanations", retry),
+                    going_on(len(questions), "explanations", as_typed()),
                 ):
                     await _judge_all(questions, test, journal, asked_now, concurrency, bar)
             outcome.notes += [

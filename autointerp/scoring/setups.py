@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from autointerp.findings.json_values import plain
 from autointerp.journal.method import BASELINE
 from sae.common.errors import NotFound
 
@@ -102,3 +102,10 @@ def status_kind(status: object) -> str:
 def reason(row: Mapping[Any, Any]) -> str:
     """Why a row is not ``ok``, in the words of whoever wrote it."""
     return str(row["status"]).removeprefix("failed:").strip()
+
+
+def plain(value: Any) -> Any:
+    """A numpy or pandas scalar as JSON has it; what is missing is ``None``."""
+    if value is None or pd.isna(value):
+        return None
+    return value.item() if isinstance(value, np.generic) else value

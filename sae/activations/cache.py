@@ -22,8 +22,9 @@ import torch
 import xxhash
 
 from sae.activations.subject import Subject
+from sae.common.amounts import human
 from sae.common.files import digest, read_json, write_json
-from sae.common.progress import human, say
+from sae.common.progress import say
 from sae.text.corpus import BLOCK_TOKENS, Corpus
 
 _SPARE_DISK_BYTES = 2 << 30

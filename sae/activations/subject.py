@@ -29,8 +29,8 @@ from sae.activations.hookpoint_names import likely_hookpoints
 from sae.common.errors import BadInput, NotFound, UserError, listed, nearest
 from sae.common.files import digest, digest_samples, read_json
 from sae.common.hub import Kind, find_on_hub, first_line, looks_like_path
+from sae.common.memory import is_out_of_memory
 from sae.common.precision import resolve_float, warn_if_emulated
-from sae.training.memory import is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = (".safetensors", ".bin")

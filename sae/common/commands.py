@@ -17,6 +17,7 @@ from sae.common.package_data import IS_CHECKOUT
 DEFAULT_ROOT = Path("eval_runs")
 """The folder of all runs, below the current folder."""
 
+_CREDENTIALS = re.compile(r"(https?://)[^/@]*@")
 _WRITTEN = re.compile(r"(python )?\bcli\.py\b")
 
 
@@ -50,3 +51,18 @@ def command(root: Path, *words: str) -> str:
     """Return a command for the user to run, with ``--root`` where it is not the default."""
     elsewhere = [] if root.resolve() == DEFAULT_ROOT.resolve() else ["--root", str(root)]
     return written(*words, *elsewhere)
+
+
+def as_typed() -> str:
+    """Return the command that this program was started with, for a message; empty in a notebook or another program.
+
+    Every command resumes, so this is also the command that finishes what was interrupted or failed. Passwords in
+    addresses are left out.
+    """
+    started = Path(sys.argv[0])
+    if started.name not in ("cli.py", "autointerp") and (started.parent.name, started.name) != (
+        "autointerp",
+        "__main__.py",
+    ):
+        return ""
+    return written(*(_CREDENTIALS.sub(r"\1", word) for word in sys.argv[1:]))

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from statistics import NormalDist
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
 
 
 class Estimate(NamedTuple):
@@ -34,9 +41,7 @@ def proportion(successes: float, n: float, level: float = 0.95) -> Estimate:
     """A fraction with its Wilson score interval (Wilson 1927); NaN when ``n`` is 0."""
     if n <= 0:
         return UNKNOWN
-    from scipy import special  # here, since what only shows an estimate does without
-
-    z = float(special.ndtri((1 + level) / 2))
+    z = normal_quantile(level)
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -64,3 +69,24 @@ def fraction(value: float, variance: float, n: float, level: float = 0.95) -> Es
 def effective_number(value: float, variance: float, n: float) -> float:
     """The number of yes-or-no cases whose mean is ``value`` and has the variance; ``n`` where there is none."""
     return value * (1 - value) / variance if variance > 0 and 0 < value < 1 else n
+
+
+def finite(values: ArrayLike) -> Array:
+    """Return ``values`` as float64; raise ValueError for NaN and infinity."""
+    x = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError("values are NaN or infinite: leave out what failed, and count it")
+    return x
+
+
+def mean_ranks(values: ArrayLike) -> Array:
+    """Return the ranks [N] of [N] values, from 1; equal values share the mean of theirs."""
+    _, of, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((2 * last - counts + 1) / 2)[of]
+
+
+@functools.cache
+def normal_quantile(level: float) -> float:
+    """Return how many standard deviations a two-sided interval of ``level`` reaches: 1.96 for 0.95."""
+    return NormalDist().inv_cdf((1 + level) / 2)

@@ -1,8 +1,12 @@
-"""How much main memory is free for this process: by the system, by its container, by its own limits. No torch."""
+"""Main memory: how much is free for this process (by the system, its container, its own limits), and when it ran out.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import resource
+import sys
 from pathlib import Path
 
 from sae.common import launch
@@ -47,3 +51,11 @@ def _within_limit() -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return None if limit == resource.RLIM_INFINITY else max(0, limit - pages * resource.getpagesize())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed, on a GPU or in main memory, for which PyTorch has no class of its own."""
+    message, torch = str(error), sys.modules.get("torch")
+    return isinstance(error, MemoryError | (torch.OutOfMemoryError if torch else MemoryError)) or (
+        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in message or "not enough memory" in message)
+    )

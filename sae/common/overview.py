@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sae.common import progress
-from sae.common.progress import Bar, console, duration, say
+from sae.common.amounts import duration
+from sae.common.progress import Bar, console, say
 
 _PRIOR_SECONDS = 1.0  # of expected work: the weight of the plan against what was measured
 _FULL_WEIGHT_SECONDS = 10.0  # of expected work, from which on a stage counts fully in the mean over stages

@@ -29,6 +29,7 @@ from rich.table import Column
 from rich.text import Text
 
 from sae.common import launch
+from sae.common.amounts import human
 from sae.common.errors import printable
 
 console = Console(
@@ -63,25 +64,6 @@ def say(message: str) -> None:
 def say_once(message: str) -> None:
     """:func:`say`, but the same message only once in a process."""
     say(message)
-
-
-def human(n: float) -> str:
-    """A count in at most three digits: ``950``, ``12.3k``, ``2M``. From 1e15 on plainly in powers of ten."""
-    for scale, suffix in ((1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T")):
-        shown = f"{n / scale:.3g}"
-        if abs(float(shown)) < 1000:  # as it is shown: 999,936 rounds to a whole million
-            return shown + suffix
-    return f"{n:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """A time in at most two units: ``7 s``, ``4 min 10 s``, ``1 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 class _Rate(ProgressColumn):

@@ -21,16 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from sae.common import launch
-from sae.common.commands import as_started
-from sae.common.errors import BadInput
-from sae.common.progress import say
-
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
-
-    from sae.activations.stream import TrainingBatches
-    from sae.dictionaries.objective import Loss
 
 Mode = Literal["seeds", "data"]
 T = TypeVar("T")
@@ -56,18 +49,28 @@ class Job:
         """Those rows of a batch [B, D] that this rank works on."""
         return x
 
-    def read(self, batches: Sequence[TrainingBatches], step: int) -> list[Tensor]:
-        """The step's batch of each, as :func:`sae.activations.stream.read_together` gives it, on every rank.
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks that work on the batch."""
 
-        All ranks must ask for the same batches of the same steps in the same order.
-        """
-        from sae.activations.stream import read_together
+    def least_of(self, tensor: Tensor) -> None:
+        """Replace a tensor by its elementwise minimum over the ranks that work on the batch."""
 
-        return read_together(batches, step)
+    def numbers(self, values: Sequence[int] | None) -> list[int]:
+        """Return rank 0's whole numbers on every rank; the others give None."""
+        return list(values or ())
 
-    def total(self, loss: Loss, gradient: dict[str, Tensor]) -> tuple[Loss, dict[str, Tensor]]:
-        """Loss and gradient of the whole batch from those of this rank's rows."""
-        return loss, gradient
+    def broadcast(self, x: Tensor | None) -> Tensor:
+        """Return rank 0's tensor on every rank; the others may give None."""
+        assert x is not None
+        return x
+
+    def give(self, x: Tensor) -> None:  # noqa: ARG002
+        """Send a tensor to rank 0, which has to ``take`` it."""
+        raise RuntimeError("one process alone has no other rank to give to")
+
+    def take(self, owner: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # noqa: ARG002
+        """On rank 0: return the tensor of this shape that ``owner`` gives."""
+        raise RuntimeError("one process alone has no other rank to take from")
 
     def alike(self, tensors: Sequence[Tensor], record: T) -> T:  # noqa: ARG002
         """Where all ranks train the same seed, give all of them rank 0's ``tensors`` (in place) and JSON ``record``."""
@@ -106,55 +109,3 @@ class Job:
 
 
 ALONE = Job()
-
-
-@contextmanager
-def together(parallel: str | None, seeds: int, device: str) -> Iterator[tuple[Job, str]]:
-    """Meet the other ranks, if there are any, for as long as the block lasts; the job, and this rank's device.
-
-    ``parallel`` is "seeds", "data", or None where the user leaves the choice to us; ``device`` what the user said.
-    """
-    if parallel is not None and not launch.launched():
-        raise BadInput(
-            f"--parallel {parallel} is for several processes; start them with "
-            f"`{as_started('torchrun --standalone --nproc-per-node 2 cli.py train')} …`"
-        )
-    mode, line = choose_mode(parallel, seeds, launch.size())
-    with _met(mode, line, device) as met:
-        yield met
-
-
-@contextmanager
-def together_at_text(device: str) -> Iterator[tuple[Job, str]]:
-    """:func:`together` for work that is split by pieces of the text."""
-    line = f"{launch.size()} ranks: the text is split over them, the same files as from one process"
-    with _met("seeds", line, device) as met:
-        yield met
-
-
-@contextmanager
-def _met(mode: Mode, line: str, device: str) -> Iterator[tuple[Job, str]]:
-    """Meet the other ranks, if there are any, and say ``line``."""
-    if not launch.launched():
-        yield ALONE, device
-        return
-    from sae.common.torchrun import joined, rank_device
-
-    say(line)
-    device = rank_device(device)
-    with joined(mode, device) as job:
-        yield job, device
-
-
-def choose_mode(asked: str | None, seeds: int, ranks: int) -> tuple[Mode, str]:
-    """How to split a training of so many seeds, and a line that says so. ``asked`` is None where nobody did."""
-    if asked not in (None, "seeds", "data"):
-        raise BadInput(f"--parallel {asked!r}: give seeds or data")
-    mode: Mode = "data" if asked == "data" or (asked is None and seeds < ranks) else "seeds"
-    if mode == "data":
-        what = "each step's tokens are split over the ranks, equal to one process up to rounding"
-    elif seeds < ranks:
-        what = f"{seeds} of {ranks} ranks train a seed, the others only help with the subject model"
-    else:
-        what = "the seeds are split over the ranks, the same weights as one process"
-    return mode, f"{ranks} ranks, --parallel {mode}: {what}"

@@ -29,7 +29,7 @@ class Registry(Mapping[str, type[T]]):
     """
 
     def __init__(self, package: str, what: str, attribute: str = "name") -> None:
-        self._package, self._what, self._attribute = package, what, attribute
+        self._package, self.what, self._attribute = package, what, attribute
 
     def __iter__(self) -> Iterator[str]:
         found = {module.name for module in pkgutil.iter_modules(sys.modules[self._package].__path__)}
@@ -60,7 +60,7 @@ class Registry(Mapping[str, type[T]]):
         if len(classes) != 1:
             raise BadInput(
                 f"{module.__file__}: {len(classes) or 'no'} class{'es' * (len(classes) > 1)} in it with "
-                f"{self._attribute} = {name!r}; a {self._what} is one class that is named as its file"
+                f"{self._attribute} = {name!r}; a {self.what} is one class that is named as its file"
             )
         return classes[0]
 

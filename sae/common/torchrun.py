@@ -3,10 +3,6 @@
 How a training is split is told in :mod:`sae.common.ranks`; here is how that is carried out, with gloo between CPUs and
 NCCL between GPUs.
 
-The subject model's forward pass is done once: the blocks that a step lacks are computed by the ranks in turn, rank 0
-puts them together (and alone keeps the cache on disk), and every rank is handed the finished batch. So all ranks see
-the same bits, and a block's are those that one process would have computed.
-
 Whatever one rank alone must do (tokenise, write records) the others wait for without a time limit; they cannot
 wait for the dead. A rank that fails claims the right to speak in torchrun's store, says its one line and ends; torchrun
 ends the rest. A rank whose torchrun is gone ends itself, so that nothing is left that writes.
@@ -20,10 +16,10 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,17 +27,13 @@ from torch import Tensor
 
 from sae.common import launch
 from sae.common.errors import BadInput, UserError
+from sae.common.memory import is_out_of_memory
 from sae.common.ranks import Job, Mode
-from sae.dictionaries.objective import Loss
-from sae.training.memory import is_out_of_memory
-
-if TYPE_CHECKING:
-    from sae.activations.stream import ActivationStream, TrainingBatches
 
 T = TypeVar("T")
 
 _COLLECTIVE = timedelta(minutes=30)  # longest that one rank may be behind the others within the training itself
-_SMALL = 1 << 20  # elements; smaller gradients travel together
+_SMALL = 1 << 20  # elements; smaller tensors travel together
 _LAST_WORDS = timedelta(seconds=10)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 
@@ -56,7 +48,7 @@ class TorchrunJob(Job):
     def __init__(self, mode: Mode, device: torch.device) -> None:
         self.rank, self.size, self.mode, self.device = launch.rank(), launch.size(), mode, device
         self._store = _store()
-        self._told = self._turns = 0
+        self._told = 0
         if mode == "data":
             self.record = {"ranks": {"parallel": mode, "number": self.size}}
 
@@ -72,64 +64,26 @@ class TorchrunJob(Job):
             return x
         return x[self.rank * len(x) // self.size : (self.rank + 1) * len(x) // self.size]
 
-    def read(self, batches: Sequence[TrainingBatches], step: int) -> list[Tensor]:
-        from sae.activations.stream import compute_block, lacking, read_together, streams_of
-
-        streams = streams_of(batches)
-        numbers = self.numbers(lacking(streams, batches[0].sequences(step)) if self.rank == 0 else None)
-        owners = {number: (self._turns + turn) % self.size for turn, number in enumerate(numbers)}
-        self._turns += len(numbers)
-        found: dict[str, Tensor | None] = dict.fromkeys(stream.hookpoint for stream in streams)
-        if self.rank:
-            for number in (n for n, owner in owners.items() if owner == self.rank):
-                values = compute_block(streams, number)
-                for stream in streams:
-                    self.give(values[stream.hookpoint])
-        else:
-            read = read_together(batches, step, lambda wanted, number: self._block(streams, wanted, number, owners))
-            if any(owners.values()):
-                raise RuntimeError(f"step {step} did not take all of the blocks that the ranks computed for it")
-            found |= {b.stream.hookpoint: x for b, x in zip(batches, read, strict=True)}
-        given = {hookpoint: self.broadcast(x) for hookpoint, x in found.items()}
-        return [given[b.stream.hookpoint] for b in batches]
-
-    def _block(
-        self,
-        streams: Sequence[ActivationStream],
-        wanted: Sequence[ActivationStream],
-        number: int,
-        owners: dict[int, int],
-    ) -> Mapping[str, Tensor]:
-        """A block for rank 0: its own work, or another rank's, which has computed all of ``streams``."""
-        from sae.activations.stream import compute_block
-
-        owner = owners.pop(number, 0)  # what only now turns out to be damaged on disk is nobody else's
-        if owner == 0:
-            return compute_block(wanted, number)
-        rows = len(streams[0].corpus.block(number))
-        return {s.hookpoint: self.take(owner, (rows, s.context, s.width), s.subject.dtype) for s in streams}
-
-    def total(self, loss: Loss, gradient: dict[str, Tensor]) -> tuple[Loss, dict[str, Tensor]]:
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
         if self.mode == "seeds":
-            return loss, gradient
-        # Firings are whole numbers far below 2^53, so they may travel among the float64 ones.
-        sums = [loss.fvu, loss.auxk, loss.sparsity, *([] if loss.other is None else [loss.other])]
-        numbers = torch.cat([torch.stack(sums).double(), loss.firings.double()])
-        small = [name for name, g in gradient.items() if g.numel() < _SMALL]
-        together = torch.cat([gradient[name].reshape(-1) for name in small]) if small else None
-        large = [g for name, g in gradient.items() if name not in small]
+            return
+        small: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.numel() < _SMALL:
+                small.setdefault(tensor.dtype, []).append(tensor)
         with _lost_ranks():
-            for tensor in (*large, numbers, *([] if together is None else [together])):
+            for tensor in (t for t in tensors if t.numel() >= _SMALL):
                 dist.all_reduce(tensor)
-            if loss.least is not None:
-                dist.all_reduce(loss.least, dist.ReduceOp.MIN)
-        if together is not None:
-            parts = together.split([gradient[name].numel() for name in small])
-            for name, part in zip(small, parts, strict=True):
-                gradient[name].copy_(part.view_as(gradient[name]))
-        fvu, auxk, sparsity, *other = numbers[: len(sums)]
-        firings = numbers[len(sums) :].long()
-        return Loss(fvu, auxk, sparsity, firings, other[0] if other else None, loss.least), gradient
+            for parts in small.values():
+                together = torch.cat([part.reshape(-1) for part in parts])
+                dist.all_reduce(together)
+                for part, total in zip(parts, together.split([part.numel() for part in parts]), strict=True):
+                    part.copy_(total.view_as(part))
+
+    def least_of(self, tensor: Tensor) -> None:
+        if self.mode == "data":
+            with _lost_ranks():
+                dist.all_reduce(tensor, dist.ReduceOp.MIN)
 
     def alike(self, tensors: Sequence[Tensor], record: T) -> T:
         if self.mode == "seeds":

@@ -16,12 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sae.study.run import Run, check_name, study_runs
-
-if TYPE_CHECKING:
-    from sae.study.train import Study
+from sae.study.run import Run, Study, check_name, study_runs
 
 CONTROLS = {"frozen": "a random decoder that is never trained", "untrained": "nothing is trained"}
 """the suffix of a control's study → what it is, in words"""

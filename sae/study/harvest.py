@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sae.common.amounts import human
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import digest, write_table
-from sae.common.progress import human, say
-from sae.common.ranks import Job, together_at_text
+from sae.common.parallel import together_at_text
+from sae.common.progress import say
+from sae.common.ranks import Job
 from sae.study.controls import controls_of
 from sae.study.run import Run, all_runs
 from sae.study.stage import Compute, Source, check_same_inputs, only_one, open_source, shares_source

@@ -10,11 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sae.common.amounts import human
 from sae.common.errors import BadInput, NotFound, SettingsDiffer, Unavailable, nearest
 from sae.common.files import digest_file, mapping_differences
 from sae.common.hub import Kind, find_on_hub, first_line
-from sae.common.progress import human, say
-from sae.settings import Settings, settings_from
+from sae.common.progress import say
+from sae.settings import Settings
+from sae.study.recipes import settings_from
 from sae.study.run import Run, check_name, study_runs, write_record
 from sae.study.stage import Compute, only_one, with_dtype
 

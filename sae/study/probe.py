@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sae.activations.stream import ActivationStream
     from sae.dictionaries.sae import Sae
     from sae.settings import Settings
-    from sae.study.train import Study
+    from sae.study.run import Study
     from sae.training.learner import Plan
 
 STEPS = 8

@@ -271,6 +271,29 @@ def _scores_of_latents(table: pd.DataFrame) -> pd.DataFrame:
     return found.reset_index()
 
 
+@dataclass(frozen=True)
+class Study:
+    """One setting, and the seeds to train under it."""
+
+    name: str
+    settings: Settings
+    seeds: tuple[int, ...]
+
+
+def names_of(name: str, hookpoints: Sequence[str]) -> list[str]:
+    """Return the names of studies: ``name`` for one hookpoint, ``name-layers.1.mlp`` and so on for several."""
+    return [name] if len(hookpoints) <= 1 else [f"{name}-{hookpoint}" for hookpoint in hookpoints]
+
+
+def studies_of(name: str, settings: Settings, hookpoints: Sequence[str], seeds: Sequence[int]) -> list[Study]:
+    """Return one study for each hookpoint, or for that of the settings; see :func:`names_of`."""
+    chosen: Sequence[str | None] = hookpoints or [None]
+    return [
+        Study(check_name(study), settings.with_values(subject={"hookpoint": hookpoint}), tuple(seeds))
+        for study, hookpoint in zip(names_of(name, hookpoints), chosen, strict=True)
+    ]
+
+
 def all_runs(root: Path) -> list[Run]:
     """Every run under ``root``, by name."""
     if not root.is_dir():

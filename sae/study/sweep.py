@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae.common.amounts import parse_amount
+from sae.common.amounts import human, parse_amount
 from sae.common.commands import written
 from sae.common.errors import BadInput, nearest
-from sae.common.progress import human
-from sae.settings import Settings, read_recipe, validated
-from sae.study.run import check_name
-from sae.study.train import Study
+from sae.settings import Settings, validated
+from sae.study.recipes import check_architecture, read_recipe
+from sae.study.run import Study, check_name
 
 
 class Axis(NamedTuple):
@@ -215,7 +214,7 @@ def _point(
         table = merged.setdefault(AXES[axis].table, {})
         if isinstance(table, dict):  # validation tells the rest
             table[AXES[axis].key] = value
-    settings = validated(merged, where)
+    settings = check_architecture(validated(merged, where), where)
     return Point(Study(check_name(label), settings, seeds), values)
 
 

@@ -16,14 +16,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae.common.amounts import human
 from sae.common.errors import BadInput, UserError
 from sae.common.files import mapping_differences, write_table
 from sae.common.launch import launched
-from sae.common.progress import human, say
-from sae.common.ranks import together
+from sae.common.parallel import together
+from sae.common.progress import say
 from sae.settings import Settings
 from sae.study.controls import with_controls
-from sae.study.run import Run, check_name, plan_study, study_runs, write_record
+from sae.study.run import Run, Study, plan_study, study_runs, write_record
 from sae.study.stage import Compute, Source, check_same_inputs, only_one, open_source, shares_source, with_dtype
 
 if TYPE_CHECKING:
@@ -40,15 +41,6 @@ if TYPE_CHECKING:
     from sae.training.trainer import Group
 
 _SAMPLE = 16_384  # tokens of the first batch that are looked at for outliers
-
-
-@dataclass(frozen=True)
-class Study:
-    """One setting, and the seeds that are to be trained under it."""
-
-    name: str
-    settings: Settings
-    seeds: tuple[int, ...]
 
 
 def train_study(
@@ -177,6 +169,7 @@ def _train_together(
     todo: list[_Todo], root: Path, compute: Compute, job: Job, tracker: Tracker | None, label: str
 ) -> None:
     from sae.training.memory import check_fits, out_of_memory_is_told
+    from sae.training.reading import Reader
     from sae.training.trainer import train_groups
 
     with job.first_then_others(label):
@@ -192,7 +185,8 @@ def _train_together(
     for each in todo:
         _say_what_begins(each, source)
     with _no_trace_of_nothing(todo, job), out_of_memory_is_told(parts, source.subject.device):
-        samples = job.read(batches, 0)
+        read = Reader(job)
+        samples = read(batches, 0)
         outliers = _outliers(batches, samples)
         dominated = _where_outliers_dominate(batches, samples, outliers)
         for each, of_study in zip(todo, provenance, strict=True) if job.rank == 0 else []:
@@ -204,7 +198,7 @@ def _train_together(
         groups = _groups(todo, batches, samples, mine, root)
         del samples
         try:
-            train_groups(groups, job, job.read, _Ending(todo, groups, mine, job, tracker, dominated))
+            train_groups(groups, job, read, _Ending(todo, groups, mine, job, tracker, dominated))
         except BaseException:
             if tracker is not None:
                 tracker.abandon()
@@ -379,17 +373,3 @@ def _no_trace_of_nothing(todo: Sequence[_Todo], job: Job) -> Iterator[None]:
                 if run.folder.is_dir() and not any(run.folder.iterdir()):
                     run.folder.rmdir()
         raise
-
-
-def names_of(name: str, hookpoints: Sequence[str]) -> list[str]:
-    """What studies are called: ``name`` itself for one hookpoint, ``name-layers.1.mlp`` and so on for several."""
-    return [name] if len(hookpoints) <= 1 else [f"{name}-{hookpoint}" for hookpoint in hookpoints]
-
-
-def studies_of(name: str, settings: Settings, hookpoints: Sequence[str], seeds: Sequence[int]) -> list[Study]:
-    """One study for each hookpoint, or of the settings' own; see :func:`names_of`."""
-    chosen: Sequence[str | None] = hookpoints or [None]
-    return [
-        Study(check_name(study), settings.with_values(subject={"hookpoint": hookpoint}), tuple(seeds))
-        for study, hookpoint in zip(names_of(name, hookpoints), chosen, strict=True)
-    ]

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from sae.common.amounts import human
 from sae.common.errors import BadInput, UserError
 from sae.common.files import digest, read_json, write_json
-from sae.common.progress import human, say, track
+from sae.common.progress import say, track
 from sae.settings import CorpusSettings
 from sae.text.corpus import Corpus
-from sae.text.documents import Document, TextSource, open_source
+from sae.text.documents import Document, TextSource
+from sae.text.sources import open_source
 
 _SCHEMA = 1
 _BATCH_CHARACTERS = 1 << 19

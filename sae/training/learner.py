@@ -100,6 +100,21 @@ class _Sums:
     other: float = 0.0
 
 
+def total(job: Job, loss: Loss, gradient: dict[str, Tensor]) -> tuple[Loss, dict[str, Tensor]]:
+    """Return loss and gradient of the whole batch from those of this rank's rows; the gradient is changed in place."""
+    if job.size == 1:
+        return loss, gradient
+    sums = [loss.fvu, loss.auxk, loss.sparsity, *([] if loss.other is None else [loss.other])]
+    # Firings are whole numbers far below 2^53, so they may travel among the float64 ones.
+    numbers = torch.cat([torch.stack(sums).double(), loss.firings.double()])
+    job.add_up([*gradient.values(), numbers])
+    if loss.least is not None:
+        job.least_of(loss.least)
+    fvu, auxk, sparsity, *other = numbers[: len(sums)]
+    firings = numbers[len(sums) :].long()
+    return Loss(fvu, auxk, sparsity, firings, other[0] if other else None, loss.least), gradient
+
+
 @dataclass
 class Learner:
     """One dictionary in training, with everything that its next step depends on."""
@@ -129,7 +144,7 @@ class Learner:
         """Learn from one batch [B, D], of whose rows ``job`` may give us a part; ``found`` is what is known of it."""
         if found is None:
             found = Found(*self.sae.loss_and_gradient(job.rows(x), self.objective(x, variance, job)))
-        loss, gradient = job.total(*found)
+        loss, gradient = total(job, *found)
         self._check(loss, gradient, step)
         for name, weight in self.sae.parameters().items():
             if self.plan.frozen == "everything" or (self.plan.frozen == "decoder" and name == "W_dec"):

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from sae.common.errors import UserError
-from sae.common.memory import free_host_bytes
+from sae.common.memory import free_host_bytes, is_out_of_memory
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.dictionaries.kernels import steps as kernels
 from sae.dictionaries.sae import Sae
@@ -142,14 +142,6 @@ def out_of_memory_is_told(parts: Sequence[Part], device: str | torch.device) -> 
         if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory on {device}: {too_much(parts, free, device, failed=True)}") from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation has failed, on a GPU or in main memory. PyTorch has no class of its own for the latter."""
-    said = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in said or "not enough memory" in said)
-    )
 
 
 def too_much(parts: Sequence[Part], free: int | None, device: str | torch.device = "cpu", failed: bool = False) -> str:

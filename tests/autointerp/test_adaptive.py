@@ -21,11 +21,11 @@ from tiny_study import harvested_study
 from autointerp.contexts.sampler import Context, Kind, TestSet
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
-from autointerp.findings.statistics.correlation import balanced_accuracy
+from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal
-from autointerp.llm.in_flight import Outcome
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.adaptive import Look, Precision, Rounds, Tally, _score, interval, schedule, stops, unbiased
+from autointerp.scoring.intervals import balanced_accuracy
 from autointerp.scoring.score import score_runs
 from autointerp.scoring.scorers.detection import DetectionScorer
 from sae.common.errors import BadInput, Unavailable

@@ -11,10 +11,11 @@ import pytest
 from fake_server import FakeServer, Reply, token
 
 from autointerp.llm.cache import ResponseCache
-from autointerp.llm.capability import Capabilities, probe
+from autointerp.llm.capability import Capabilities
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed, Request
 from autointerp.llm.options import LlmOptions
+from autointerp.llm.probe import probe
 from autointerp.scoring.judges.llm import LlmJudge
 
 

@@ -17,7 +17,7 @@ from scipy import stats
 
 from autointerp.findings.controls import difference_of_means
 from autointerp.findings.study import findings
-from autointerp.report import render_report
+from autointerp.report.rendering import render_report
 from sae.common.files import read_table, write_table
 from sae.study.run import Run
 

@@ -319,7 +319,7 @@ def test_from_a_real_subject_model_to_contexts(tiny_neox_dir: Path, lines: list[
         (tmp_path / f"{i}.txt").write_text(" ".join(rng.choice(words, 150)))
     settings = CorpusSettings(kind="text", source=(str(tmp_path),), context=32)
     corpus = prepare_corpus(settings, *load_tokenizer(str(tiny_neox_dir)), tmp_path)
-    stream = ActivationStream(Subject.load(str(tiny_neox_dir)), corpus, "layers.1.mlp")
+    stream = ActivationStream(Subject.load(str(tiny_neox_dir), dtype="float32"), corpus, "layers.1.mlp")
     sae = TopKSae.init(16, 24, 4, seed=0)
     harvest(stream, {"a": sae}, {"a": tmp_path / "firings"}, 10**6, 8, 0)
     store = FiringStore.open(tmp_path / "firings")

@@ -16,11 +16,11 @@ from autointerp.contexts.control_saes import sample_of, sample_size
 from autointerp.contexts.material import Material
 from autointerp.contexts.selection import Choice, choose
 from autointerp.explaining.explain import explain_runs
+from autointerp.explaining.outcome import Outcome
+from autointerp.findings.study import findings_of
 from autointerp.journal.journal import Journal
 from autointerp.llm.budget import Budget, BudgetSpent
-from autointerp.llm.in_flight import Outcome
 from autointerp.llm.options import LlmOptions
-from autointerp.report import findings_of
 from autointerp.scoring.dry_run import forecast_explain, forecast_score
 from autointerp.scoring.score import score_runs
 from sae.common.errors import Unavailable
@@ -86,7 +86,7 @@ def test_a_sample_of_each_is_explained_and_scored(run: Run) -> None:
     assert (outcome.n_done, outcome.n_new, outcome.n_failed) == (3 * N, 3 * N, 0)
     assert outcome.n_controls == 2 * N
     assert [len(explained(sae)) for sae in saes(run.root)] == [N, N, N]
-    assert outcome.next.startswith("python cli.py score --sae run_a --root"), "which scores the controls too"
+    assert outcome.explained == ["run_a"], "scoring it scores the controls too"
     scored = score(run, run.root)
     assert scored.runs == NAMES
     assert scored.n_failed == 0
@@ -110,7 +110,7 @@ def test_as_many_as_are_asked_for(run: Run) -> None:
     assert [len(explained(sae)) for sae in saes(run.root)] == [N, 0, 0]
     notes = score(run, run.root).notes
     assert any("not explained, so not scored" in note for note in notes)
-    assert "--control-sae-latents 2" in explain(run, sample=2).retry
+    explain(run, sample=2)
     few = [explained(sae) for sae in saes(run.root)[1:]]
     assert [len(latents) for latents in few] == [2, 2]
     explain(run, sample=4)

@@ -12,8 +12,9 @@ from tiny_study import cli, write_recipe, write_texts
 from autointerp.command_line import demo
 from sae.common import overview, progress
 from sae.common.overview import Speed
-from sae.settings import Settings, settings_from
+from sae.settings import Settings
 from sae.study.probe import TokenSeconds
+from sae.study.recipes import settings_from
 
 
 def seconds(

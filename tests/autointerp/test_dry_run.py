@@ -22,9 +22,9 @@ from autointerp.llm.budget import Prices
 from autointerp.llm.client import LlmClient
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import BLOCK, Tokenize, block_keys, by_characters, local_tokenizer, tokenizer_of
+from autointerp.report.rendering import render_cost
 from autointerp.scoring.adaptive import Precision
-from autointerp.scoring.dry_run import forecast_explain, forecast_score
-from autointerp.scoring.forecast import Forecast
+from autointerp.scoring.dry_run import Forecast, forecast_explain, forecast_score
 from autointerp.scoring.score import score_runs
 from sae.common.errors import BadInput, Unavailable
 from sae.study.run import Run
@@ -96,10 +96,10 @@ def test_where_the_protocol_is_not_known_both_are_counted(
     assert found == {key: value for key, value in single.as_dict().items() if key != "cheaper"}
     assert cheaper.items() <= batch.as_dict().items()
     assert json.loads(json.dumps(cheaper))["protocol"] == "batch"
-    unknown.render()
+    render_cost(unknown.as_dict())
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert f"at most {single.requests:,} requests" in first
-    assert "of --protocol single, the dearer" in second
+    assert "for --protocol single, the more expensive one" in second
     assert f"--protocol batch would be {batch.requests:,} requests" in second
     assert ("$" in second) == (prices is not None)
 
@@ -370,7 +370,7 @@ def test_a_server_that_stops_counting_is_estimated(run: Run) -> None:  # noqa: F
 def test_a_dry_run_says_that_a_count_was_not_believed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     with Tokenizing(lambda _path, _body: {"tokens": []}) as server:
         found = forecast_explain([run], Choice(n=N), "llm", LlmOptions(url=server.url), None)
-    found.render()
+    render_cost(found.as_dict())
     printed = capsys.readouterr().out
     assert f"prompt tokens {found.prompt_tokens:,} (an estimate)" in printed
     assert "not believed (0 tokens for 1 character)" in printed

@@ -17,8 +17,8 @@ from autointerp.contexts.sampler import Context, TestSet
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
 from autointerp.explaining.patterns import Pattern, Patterns
-from autointerp.findings.statistics.correlation import balanced_accuracy
 from autointerp.llm.options import LlmOptions
+from autointerp.scoring.intervals import balanced_accuracy
 from autointerp.scoring.judges.ngram import NgramJudge
 from autointerp.scoring.score import score_runs
 from autointerp.scoring.scorers import SCORERS

@@ -13,8 +13,8 @@ from test_score_by_llm import N, explain, harvested, run, score  # noqa: F401
 from autointerp.contexts.sampler import ContextSampler
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
+from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal
-from autointerp.llm.in_flight import Outcome
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.score import score_runs
 from sae.common.errors import Unavailable

@@ -324,10 +324,11 @@ def test_what_servers_say_is_one_bounded_line_without_keys() -> None:
 
 
 def test_a_key_alone_configures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autointerp.scoring import opening as backends
+    from autointerp.explaining.explainers import EXPLAINERS
+    from autointerp.llm.opening import resolve
 
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    assert backends.resolve("auto", LlmOptions(), "explainer") == "ngram"
+    assert resolve(EXPLAINERS, "auto", LlmOptions()) == "ngram"
     with pytest.raises(BadInput, match="not an http address"):
         LlmClient("")
 

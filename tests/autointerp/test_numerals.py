@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from autointerp.report.layout import percent, percent_interval
+from sae.common.amounts import interval
 from sae.common.estimate import proportion
-from sae.common.numerals import interval
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from made_scores import SHAPES, Made, rank_correlation, score
 
 from autointerp.findings.reliability import LEAST, Halves, corrected_spearman
-from autointerp.findings.statistics.correlation import proportion
 from autointerp.findings.statistics.resampling import Resamples, interval_of
+from sae.common.estimate import proportion
 
 
 def reliability(verdicts: pd.DataFrame, n: int) -> float:

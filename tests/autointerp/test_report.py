@@ -15,16 +15,18 @@ import small_study
 from printed import ACTS_ON_A_TERMINAL, ANSI, COLOURS, console, text_of
 from rich.cells import cell_len
 
-from autointerp import report
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import View
+from autointerp.findings.latent import latent_findings
+from autointerp.findings.returning import alignment_findings
 from autointerp.findings.study import findings
+from autointerp.report import rendering as report
 from autointerp.report.layout import percent
 from autointerp.report.terminal import head_in_words, in_short, render, setups_in_words
 from sae.alignment.nulls import FIRING_COLUMNS
 from sae.alignment.overlap import overlap
+from sae.common.amounts import decimal
 from sae.common.files import write_table
-from sae.common.numerals import decimal
 
 NAMES = ["run_a", "run_b", "run_c"]
 
@@ -364,7 +366,7 @@ def test_other_set_ups_are_told_apart_in_words(found: dict[str, Any]) -> None:
 def test_one_latent(root: Path, width: int, colour: Any) -> None:
     from sae.study.run import Run
 
-    found = report.latent_findings(Run("run_a", root), 5)
+    found = latent_findings(Run("run_a", root), 5)
     pieces = [{"tokens": p.tokens, "activations": p.activations} for p in small_study.contexts("run_a", 5)]
     target = console(width, colour)
     report.render_latent({**found, "contexts": pieces, "activations": {"edges": [0, 1, 2], "counts": [5, 1]}}, target)
@@ -385,7 +387,7 @@ def test_a_latent_that_cannot_be_explained_says_why_and_names_no_command(tmp_pat
             {"latent": range(20), "eligible": [i != 3 for i in range(20)], "ineligible_reason": reason}
         )
         write_table(run.stage_path("contexts"), table)
-    found = report.latent_findings(run, 19 if reason == "dead" else 3)
+    found = latent_findings(run, 19 if reason == "dead" else 3)
     assert found["commands"]["explain"] is None
     target = console(80)
     report.render_latent({**found, "activations": {"edges": [0, 1, 2], "counts": [5, 1]}}, target)
@@ -404,7 +406,7 @@ def test_a_latent_that_cannot_be_explained_says_why_and_names_no_command(tmp_pat
 def test_a_latent_of_a_bare_run(tmp_path: Path) -> None:
     (run,) = small_study.runs_of(tmp_path, 1, m=20, d=8)
     target = console(80)
-    report.render_latent(report.latent_findings(run, 3), target)
+    report.render_latent(latent_findings(run, 3), target)
     page = text_of(target)
     for command in ("harvest --sae run_a", "explain --sae run_a --indices 3", "python cli.py align"):
         assert command in page
@@ -448,13 +450,13 @@ def test_alignment_and_runs(root: Path) -> None:
     runs = [Run(name, root) for name in NAMES]
     compared = Compared(runs, overlap(NAMES, tables, alive), tables, {}, {}, alive, None)
     target = console(80)
-    report.render_alignment(report.alignment_findings(compared), target)
+    report.render_alignment(alignment_findings(compared), target)
     assert "strict" in text_of(target)
     assert "found in every one" in text_of(target)
     assert "--force" not in text_of(target)
     target = console(80)
     apart = "runs [red]x and y are of different hookpoints"
-    report.render_alignment(report.alignment_findings(compared._replace(apart=apart)), target)
+    report.render_alignment(alignment_findings(compared._replace(apart=apart)), target)
     assert "Aligned by --force: runs [red]x and y are of different hookpoints" in text_of(target)
     target = console(80)
     report.render_runs([progress_of(Run(name, root)) for name in NAMES], target)
@@ -509,7 +511,7 @@ def test_trained_runs_can_be_aligned_while_one_is_not(part_way: Path) -> None:
 
 
 def test_a_page_has_the_same_head(part_way: Path) -> None:
-    from autointerp.report.html import write_report
+    from autointerp.report.html.writing import write_report
     from sae.study.run import Run
 
     runs = [Run(name, part_way) for name in FOUR]

@@ -17,7 +17,7 @@ from rich.console import Console
 from autointerp.report import blocks
 from autointerp.report.layout import command_line, listed, over_lines, percent
 from autointerp.report.visible import highlighted, marking, shown, visible
-from sae.common.numerals import decimal, interval
+from sae.common.amounts import decimal, interval
 
 # --- blocks -----------------------------------------------------------------------------------------------
 

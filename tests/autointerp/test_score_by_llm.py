@@ -20,9 +20,9 @@ from tiny_study import harvested_study
 from autointerp.contexts.sampler import TestSet
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
+from autointerp.explaining.outcome import Outcome
 from autointerp.findings.reliability import verdicts_of
 from autointerp.journal.journal import Journal, Verdict
-from autointerp.llm.in_flight import Outcome
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.score import score_runs
 from autointerp.scoring.score_table import COLUMNS, UNTESTED, score_table
@@ -90,7 +90,6 @@ def test_contexts_per_request_are_as_asked_for(run: Run) -> None:
         scored = score_runs([run], run.root, ("detection",), "llm", options, control_latents=0)
         assert scored.n_done == N
         assert len(server.requests) == N + N, "one request for all contexts of a latent"
-        assert "--contexts-per-request 12" in scored.retry
 
 
 @pytest.mark.parametrize(("protocol", "size"), [("batch", 5), ("single", 1)])

@@ -27,8 +27,8 @@ from autointerp.journal.journal import Journal, Verdict
 from autointerp.report.terminal import render
 from sae.alignment.alignment import read_alignment
 from sae.alignment.bootstrap import partner_units
+from sae.common.amounts import decimal, estimate, interval
 from sae.common.files import read_table, write_table
-from sae.common.numerals import decimal, estimate, interval
 from sae.study.run import Run
 
 NAMES = ["run_a", "run_b", "run_c"]

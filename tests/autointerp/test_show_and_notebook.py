@@ -13,9 +13,10 @@ from tiny_study import cli
 
 from autointerp import Run
 from autointerp.contexts.sample_record import sample_of
+from autointerp.findings.latent import latent_findings
 from autointerp.findings.reliability import reliability_findings, verdicts_of
 from autointerp.findings.study import findings
-from autointerp.report import latent_findings, render_latent
+from autointerp.report.rendering import render_latent
 from autointerp.scoring.scorers.base import HARDER
 from autointerp.scoring.setups import rows_of, setups_of
 from sae.common.errors import NotFound

@@ -13,17 +13,15 @@ from scipy import stats
 
 from autointerp.findings.statistics.correlation import (
     METHODS,
-    Estimate,
-    auroc,
-    balanced_accuracy,
     bootstrap_mean,
     mean_fraction,
     partial_spearman,
-    proportion,
     quartiles,
     spearman,
     stratified_spearman,
 )
+from autointerp.scoring.intervals import auroc, balanced_accuracy
+from sae.common.estimate import Estimate, proportion
 
 ANSWERS = st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.5000001, 0.9, 1.0])), min_size=1)
 

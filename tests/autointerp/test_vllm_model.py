@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from autointerp.llm.local import model as vllm_model
 from autointerp.llm.local.model import VllmModel, find_model, find_python, split_arguments
 from autointerp.llm.local.serving import OneServer, server_for, serving
+from autointerp.llm.opening import keep_server
 from autointerp.llm.options import VLLM_TIMEOUT, LlmOptions
-from autointerp.scoring.opening import kept_server
 from sae.activations.bundled import BUNDLED
 from sae.common.errors import BadInput, NotFound, Unavailable
 from sae.common.hub import OnHub
@@ -247,9 +247,10 @@ def test_one_model_one_server(folder: Path, tmp_path: Path) -> None:
         other.start()
         assert vllm.living()
     assert not vllm.living()
-    with kept_server(options) as kept:
-        assert kept.servers is not None
-        assert kept == options
+    with keep_server(options) as kept:
+        assert isinstance(kept, OneServer)
+    with keep_server(LlmOptions()) as kept:
+        assert kept is None
 
 
 def test_the_log_lies_under_the_root_whatever_the_model_is_called(folder: Path, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_characters_that_act_are_shown_as_in_the_terminal(watched: Opened, finis
 
 def test_numbers_are_written_as_in_the_terminal(watched: Opened, finished: Path) -> None:
     from autointerp.report.layout import percent
-    from sae.common.numerals import decimal
+    from sae.common.amounts import decimal
 
     page = watched(finished).open()
     values = [0.0, 0.264, 1.0, -0.39, -0.0001, 0.9996, 12.345, None]

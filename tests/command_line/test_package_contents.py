@@ -26,7 +26,7 @@ from pathlib import Path
 from autointerp import prompts
 from autointerp.demo import RECIPE
 from sae.common.package_data import IS_CHECKOUT, TOP, bundled_recipes
-from sae.settings import read_recipe, settings_from
+from sae.study.recipes import read_recipe, settings_from
 from sae.activations.bundled import BUNDLED
 from sae.text.stdlib import MANIFEST
 

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import redirect_stdout
-from dataclasses import replace
-from io import StringIO
-from unittest import mock
-
 import pytest
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cli
 from autointerp.command_line.values import amount, indices, spread_lists
-from autointerp.contexts.selection import Choice
-from autointerp.llm.in_flight import Outcome
 from sae.common.errors import BadInput
 
 
@@ -51,31 +42,3 @@ def test_lists_may_be_given_at_once(arguments: list[str]) -> None:
     assert [a for a in spread if a not in lists] == [a for a in arguments if a not in lists]
     assert {a for a in spread if a in lists} <= {a for a in arguments if a in lists}
     assert spread_lists(spread) == spread
-
-
-# --- the choice of latents, as a command to print ---------------------------------------------------------------
-
-choices = st.builds(
-    Choice,
-    sharing=st.sampled_from(["any", "unshared", "shared"]),
-    n=st.integers(1, 10_000),
-    indices=st.lists(st.integers(0, 500), max_size=4, unique=True).map(tuple),
-    against=st.lists(st.sampled_from(["run_b", "run_c"]), unique=True).map(tuple),
-    definition=st.sampled_from(["strict", "both", "decoder", "lenient"]),
-    threshold=st.floats(0, 1),
-    with_partners=st.booleans(),
-)
-
-
-@given(choices)
-def test_a_printed_choice_is_read_as_the_same_choice(choice: Choice) -> None:
-    """What a retry command says is what was asked: explaining other latents would be paid for and not wanted."""
-    explain = typer.main.get_command(cli.app).commands["explain"]  # type: ignore[attr-defined]
-    with (
-        mock.patch("autointerp.explaining.explain.explain_runs", return_value=Outcome("explain")) as explain_runs,
-        mock.patch("autointerp.command_line.explaining.opened", return_value=[]),
-        redirect_stdout(StringIO()),
-    ):
-        explain.main(args=spread_lists([*choice.words(), "--json"]), standalone_mode=False)
-    same = replace(choice, n=Choice().n) if choice.indices else choice  # who names latents asks for no number of them
-    assert [call.args[1] for call in explain_runs.call_args_list] == [same]

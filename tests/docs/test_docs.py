@@ -26,7 +26,7 @@ from fake_server import FakeServer
 from tiny_study import write_texts
 
 from autointerp.findings.evidence import Study, View
-from autointerp.report import findings_of
+from autointerp.findings.study import findings_of
 from autointerp.report.html import prose
 from autointerp.report.html.columns import columns_of
 from autointerp.report.html.figures import figures_of

@@ -33,10 +33,11 @@ from hand_built import (
 )
 from tiny_study import cli
 
-from autointerp.findings.statistics.correlation import balanced_accuracy, proportion
 from autointerp.journal.journal import Journal
+from autointerp.scoring.intervals import balanced_accuracy
 from sae.alignment.alignment import read_alignment
 from sae.alignment.overlap import shared
+from sae.common.estimate import proportion
 from sae.common.files import read_table
 from sae.study.run import Run
 
@@ -117,7 +118,7 @@ def test_the_stream_holds_the_token_the_position_and_the_tokens_before(harvested
 
     corpus = Run.open("known_a", harvested).corpus()
     tokens = corpus.rows(np.arange(20)).astype(np.int64)
-    stream = Subject.load(str(model)).activations(tokens, ["h.0"])["h.0"].numpy()
+    stream = Subject.load(str(model), dtype="float32").activations(tokens, ["h.0"])["h.0"].numpy()
     one_hot, places = np.eye(V), np.arange(CONTEXT)
     assert np.allclose(stream[:, :, TOKEN : TOKEN + V], one_hot[tokens], atol=1e-4)
     assert np.allclose(stream[:, :, POSITION : POSITION + CONTEXT], np.eye(CONTEXT)[None], atol=1e-4)

@@ -24,13 +24,15 @@ from sae.activations.cache import open_caches
 from sae.activations.stream import TrainingBatches, open_streams
 from sae.common import launch
 from sae.common.errors import BadInput
+from sae.common.parallel import together, together_at_text
 from sae.common.progress import say, track
-from sae.common.ranks import ALONE, Job, together, together_at_text
+from sae.common.ranks import ALONE, Job
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
 from sae.text.corpus import Corpus
 from sae.training.learner import TrainLog
+from sae.training.reading import Reader
 from sae.training.trainer import train
 
 D, M, K, B = 12, 40, 4, 65
@@ -278,10 +280,10 @@ def one_pass_for_all_ranks(folder: Path) -> None:
 
 def _read_all(folder: Path, job: Job, caches: Caches, events: Mapping[int, Callable[[], object]]) -> None:
     subject, batches = two_hookpoints(folder, caches)
-    read = []
+    reader, read = Reader(job), []
     for step in range(len(batches[0])):
         events.get(step, _nothing)()
-        first, second, again = job.read(batches, step)
+        first, second, again = reader(batches, step)
         assert first is again
         read += [first, second]
     save_file({f"{i:02d}": x.clone() for i, x in enumerate(read)}, folder / f"{job.rank}.safetensors")
@@ -297,9 +299,7 @@ def _harvest_twice(folder: Path, job: Job) -> None:
     """Two runs, of which one has harvested a little before; then both of them, more."""
     with ExitStack() as small:
         small.enter_context(patch("sae.text.corpus.BLOCK_TOKENS", 2 * test_firings.T))
-        small.enter_context(
-            patch("sae.firings.harvest.SHARD_BLOCKS", 2)
-        )  # four sequences a shard, so that there are several
+        small.enter_context(patch("sae.firings.harvest.SHARD_BLOCKS", 2))  # several shards, of four sequences each
         with job.first_then_others("corpus"):
             tokens = np.random.default_rng(0).integers(0, 25, (test_firings.N, test_firings.T))
             place = folder / "corpora" / "c0ffee"

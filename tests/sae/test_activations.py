@@ -35,7 +35,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def subject(tiny_neox_dir: Path) -> Subject:
-    return Subject.load(str(tiny_neox_dir))
+    return Subject.load(str(tiny_neox_dir), dtype="float32")
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_read_in_order_every_block_is_computed_once(subject: Subject, corpus: Co
 
 
 def test_nan_and_infinity_are_told(tiny_neox_dir: Path, corpus: Corpus) -> None:
-    broken = Subject.load(str(tiny_neox_dir))
+    broken = Subject.load(str(tiny_neox_dir), dtype="float32")
     bias = broken.model.get_submodule(HOOKPOINT).dense_4h_to_h.bias
     bias[2] = torch.nan
     cache = cache_of(corpus, broken)
@@ -133,7 +133,7 @@ def test_sequences_longer_than_the_model_are_refused_at_once(
     settings = CorpusSettings(kind="text", source=(str(tmp_path / "a.txt"),), context=64)
     corpus = prepare_corpus(settings, *load_tokenizer(str(tiny_llama_dir)), tmp_path)
     with pytest.raises(BadInput, match="63 or less"):  # its tokenizer's BOS takes a position
-        ActivationStream(Subject.load(str(tiny_llama_dir)), corpus, HOOKPOINT)
+        ActivationStream(Subject.load(str(tiny_llama_dir), dtype="float32"), corpus, HOOKPOINT)
 
 
 # --- several hookpoints -----------------------------------------------------------------------------------

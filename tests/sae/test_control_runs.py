@@ -9,12 +9,13 @@ import torch
 from tiny_study import write_recipe
 
 from sae.dictionaries.architectures import ARCHITECTURES
-from sae.settings import Settings, settings_from
+from sae.settings import Settings
 from sae.study.controls import controls_of
 from sae.study.harvest import harvest_runs
-from sae.study.run import Run, newest_study
+from sae.study.recipes import settings_from
+from sae.study.run import Run, Study, newest_study
 from sae.study.stage import Compute
-from sae.study.train import Study, train_studies
+from sae.study.train import train_studies
 
 CPU = Compute("cpu", 1)
 

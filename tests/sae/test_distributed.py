@@ -17,7 +17,8 @@ from test_firings import files
 
 from sae.common import launch
 from sae.common.errors import BadInput
-from sae.common.ranks import ALONE, choose_mode, together
+from sae.common.parallel import choose_mode, together
+from sae.common.ranks import ALONE
 from sae.common.torchrun import RankLost, _lost_ranks
 
 HERE = Path(__file__).parent

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from sae.common import overview as module
 from sae.common import progress
+from sae.common.amounts import duration
 from sae.common.overview import Cost, Overview, Stage, measure_speed
-from sae.common.progress import Bar, duration, track
+from sae.common.progress import Bar, track
 
 PLAN = {
     "read the text": (None, Cost(start=6)),

@@ -19,11 +19,12 @@ from sae.common.precision import Precision
 from sae.common.progress import say_once
 from sae.dictionaries.architectures.topk import TopKSae
 from sae.dictionaries.objective import Objective, total_variance
-from sae.settings import TrainingSettings, settings_from
+from sae.settings import TrainingSettings
 from sae.study import stage
-from sae.study.run import Run
+from sae.study.recipes import settings_from
+from sae.study.run import Run, Study
 from sae.study.stage import Compute
-from sae.study.train import Study, train_studies
+from sae.study.train import train_studies
 from sae.training.trainer import train
 
 D, M, K, B = 16, 64, 4, 96

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from sae.common import progress
-from sae.common.progress import human, peak_memory_bytes, say, track, waiting
+from sae.common.amounts import human
+from sae.common.progress import peak_memory_bytes, say, track, waiting
 
 SCALES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 

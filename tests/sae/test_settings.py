@@ -11,7 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sae.common.errors import BadInput, NotFound
-from sae.settings import Settings, read_recipe, settings_from, validated
+from sae.settings import Settings, validated
+from sae.study.recipes import read_recipe, settings_from
 from sae.study.sweep import read_sweep
 
 RECIPES = sorted((Path(__file__).parents[2] / "eval_runs" / "recipes").glob("*.toml"))
@@ -73,7 +74,6 @@ def test_a_misspelt_key_is_named_with_its_nearest(where: tuple[str, str], data: 
         ("training", "num_latents", 1.5),
         ("training", "tokens", "many"),
         ("training", "learning_rate", -1),
-        ("training", "architecture", "softmax"),
         ("corpus", "context", 4),
         ("corpus", "kind", "web"),
         ("harvest", "window", 1000),
@@ -146,3 +146,8 @@ def test_tokens_may_be_written_as_amounts(tmp_path: Path) -> None:
     recipe.write_text('[training]\ntokens = "2M"\nbatch_tokens = "8k"\n[harvest]\ntokens = "500k"\n')
     found = settings_from(recipe)
     assert (found.training.tokens, found.training.batch_tokens, found.harvest.tokens) == (2_000_000, 8000, 500_000)
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(BadInput, match=r"training.architecture = 'softmax': .* choose "):
+        settings_from(None, training={"architecture": "softmax"})

@@ -24,12 +24,12 @@ from sae.common.hub import Kind, find_on_hub, looks_like_path
 
 @pytest.fixture(scope="module")
 def neox(tiny_neox_dir: Path) -> Subject:
-    return Subject.load(str(tiny_neox_dir))
+    return Subject.load(str(tiny_neox_dir), dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def llama(tiny_llama_dir: Path) -> Subject:
-    return Subject.load(str(tiny_llama_dir))
+    return Subject.load(str(tiny_llama_dir), dtype="float32")
 
 
 @pytest.fixture
@@ -161,18 +161,19 @@ def test_tokens_that_do_not_fit(neox: Subject, llama: Subject) -> None:
 
 
 def test_a_fingerprint_follows_the_weights_not_the_place(neox: Subject, damaged: Path) -> None:
-    assert Subject.load(str(damaged)).fingerprint == neox.fingerprint
+    assert Subject.load(str(damaged), dtype="float32").fingerprint == neox.fingerprint
     weights = load_file(damaged / "model.safetensors")
     weights["gpt_neox.final_layer_norm.bias"][3] += 1e-3
     save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
-    assert Subject.load(str(damaged)).fingerprint != neox.fingerprint
+    assert Subject.load(str(damaged), dtype="float32").fingerprint != neox.fingerprint
 
 
 def test_the_tokenizers_fingerprint(tiny_neox_dir: Path, tiny_llama_dir: Path, damaged: Path) -> None:
     tokenizer, fingerprint = load_tokenizer(str(tiny_neox_dir))
     assert len(tokenizer) == 320
     assert len(fingerprint) == 64
-    assert load_tokenizer(str(damaged))[1] == fingerprint == Subject.load(str(damaged)).tokenizer_fingerprint
+    read = Subject.load(str(damaged), dtype="float32").tokenizer_fingerprint
+    assert load_tokenizer(str(damaged))[1] == fingerprint == read
     assert load_tokenizer(str(tiny_llama_dir))[1] != fingerprint
 
 
@@ -212,7 +213,7 @@ def test_the_bundled_model_may_be_missing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_damaged_weights(damaged: Path) -> None:
     weights = damaged / "model.safetensors"
     good = weights.read_bytes()
-    load = lambda: Subject.load(str(damaged))  # noqa: E731
+    load = lambda: Subject.load(str(damaged), dtype="float32")  # noqa: E731
     weights.write_bytes(good[: len(good) // 2])
     refused(load, BadInput, str(damaged), "cannot be loaded")
     weights.write_bytes(b"")
@@ -230,7 +231,7 @@ def test_damaged_weights(damaged: Path) -> None:
 
 
 def test_damaged_configuration(damaged: Path) -> None:
-    load = lambda: Subject.load(str(damaged))  # noqa: E731
+    load = lambda: Subject.load(str(damaged), dtype="float32")  # noqa: E731
     edit_config(damaged, model_type="no-such-family")
     refused(load, BadInput, "config.json")
     (damaged / "config.json").write_text('{"model_type": "t5", "d_model": 8, "num_layers": 1}')

@@ -104,10 +104,13 @@ LIMITED = """
 import resource, sys
 sys.path[:0] = [{root!r}]
 import torch, transformers.models.llama.modeling_llama
-import cli, sae.dictionaries.architectures, sae.training.memory, sae.activations.subject, sae.study.train,
-sae.training.trainer torch.set_num_threads(1) sys.argv = ["cli.py", *sys.argv[1:]] taken =
-int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() resource.setrlimit(resource.RLIMIT_AS, (taken +
-{room}, resource.RLIM_INFINITY)) for attempt in range(2):
+import cli, sae.dictionaries.architectures, sae.training.memory, sae.activations.subject
+import sae.study.train, sae.training.trainer
+torch.set_num_threads(1)
+sys.argv = ["cli.py", *sys.argv[1:]]
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + {room}, resource.RLIM_INFINITY))
+for attempt in range(2):
     try:
         cli.main()
     except SystemExit as end:

@@ -15,11 +15,11 @@ from sae.common.errors import BadInput
 from sae.common.files import read_json, read_table
 from sae.dictionaries.architectures.topk import TopKSae
 from sae.dictionaries.checkpoint import save_sae
-from sae.settings import settings_from
 from sae.study.harvest import is_harvested
-from sae.study.run import Run
+from sae.study.recipes import settings_from
+from sae.study.run import Run, Study, studies_of
 from sae.study.stage import Compute
-from sae.study.train import Study, studies_of, train_studies
+from sae.study.train import train_studies
 from sae.training.state import kept_steps
 
 HOOKPOINTS = ("layers.0.mlp", "layers.1.input_layernorm")

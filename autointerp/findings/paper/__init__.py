@@ -1,6 +1,5 @@
-"""The paper's findings, each measured on the user's own runs: see
-:class:`autointerp.findings.paper.finding.Finding`."""
+"""The claims of the paper, each measured on the user's own runs by one written rule.
 
-from autointerp.findings.paper.finding import AGREES, DISAGREES, UNDECIDED, Finding, Verdict
-
-__all__ = ["AGREES", "DISAGREES", "UNDECIDED", "Finding", "Verdict"]
+In: the findings of a study or a sweep. Out: one :class:`~autointerp.findings.paper.finding.Finding` per claim.
+Must not import: report, command_line.
+"""

@@ -31,7 +31,7 @@ from sae.alignment.bootstrap import Bools, Floats, LatentBootstrap, Tables, mean
 from sae.alignment.dip import Dip
 from sae.alignment.overlap import shared
 from sae.alignment.similarity import similarity
-from sae.common.numerals import decimal
+from sae.common.amounts import decimal
 
 THRESHOLD = 0.7
 NEARLY_ALL = 0.9

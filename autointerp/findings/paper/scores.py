@@ -26,8 +26,8 @@ from autointerp.findings.scored_pairs import agreement
 from autointerp.findings.statistics.correlation import quantiles
 from autointerp.findings.statistics.resampling import Resamples, interval_of
 from autointerp.journal.method import CHANCE
+from sae.common.amounts import decimal, estimate
 from sae.common.estimate import Estimate
-from sae.common.numerals import decimal, estimate
 
 FEWEST = 20
 """Aligned pairs, or latents in a tenth, below which a finding about them is not measured."""

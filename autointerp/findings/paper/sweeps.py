@@ -16,8 +16,8 @@ import numpy as np
 
 from autointerp.findings.paper.finding import SIGNED, UNDECIDED, About, Finding, against, estimate_of, every
 from autointerp.findings.paper.intervals import LATENTS, SEEDS, jackknife, normal, standard_error, wider
+from sae.common.amounts import decimal, estimate
 from sae.common.estimate import UNKNOWN, Estimate
-from sae.common.numerals import decimal, estimate
 
 Rows = Sequence[Mapping[str, Any]]
 L0_WITHIN = 0.1

@@ -11,34 +11,13 @@ raises ``ValueError``. Where nothing can be measured (a class is empty, a variab
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
-from sae.common.estimate import UNKNOWN, Estimate, fraction, proportion
-
-__all__ = [
-    "METHODS",
-    "UNKNOWN",
-    "Estimate",
-    "Stratified",
-    "Stratum",
-    "auroc",
-    "balanced_accuracy",
-    "bootstrap_mean",
-    "mean_fraction",
-    "partial_spearman",
-    "proportion",
-    "quartiles",
-    "short_of_one",
-    "spearman",
-    "strata_of",
-    "stratified_spearman",
-]
+from sae.common.estimate import UNKNOWN, Array, Estimate, finite, fraction, mean_ranks, normal_quantile
 
 METHODS = {
     "proportion": "Wilson score interval",
@@ -52,8 +31,6 @@ METHODS = {
 }
 """How each interval is made, for the head of a report."""
 
-Array = NDArray[np.float64]
-
 
 def mean_fraction(values: ArrayLike, level: float = 0.95) -> Estimate:
     """The mean of fractions [N], each of its own latent, with Wilson's interval at their effective number.
@@ -61,64 +38,10 @@ def mean_fraction(values: ArrayLike, level: float = 0.95) -> Estimate:
     See :func:`sae.common.estimate.fraction`; the number is N where all are 0 or 1, or all are the same. So the interval
     of a rare thing is lopsided as it must be, and that of a thing never seen does not shrink to nothing.
     """
-    x = _finite(values)
+    x = finite(values)
     if len(x) == 0:
         return UNKNOWN
     return fraction(float(x.mean()), float(x.var()) / len(x), len(x), level)
-
-
-def balanced_accuracy(truth: ArrayLike, label: ArrayLike, level: float = 0.95) -> Estimate:
-    """(TPR + TNR) / 2 of yes/no answers, with an interval that keeps its width at a perfect score.
-
-    The two rates come from different contexts, hence are independent; their Wilson intervals are joined by the method
-    of variance estimates recovery (MOVER; Zou and Donner 2008; Newcombe 1998 for a difference of proportions).
-
-    Args:
-        truth: [N] whether the latent fires in the context.
-        label: [N] whether the judge said that it does.
-    Returns:
-        NaN throughout when either class is missing.
-    """
-    positive, said = _answers(truth, label, bool)
-    tpr = proportion(float(np.sum(said & positive)), float(np.sum(positive)), level)
-    tnr = proportion(float(np.sum(~said & ~positive)), float(np.sum(~positive)), level)
-    if math.isnan(tpr.value) or math.isnan(tnr.value):
-        return UNKNOWN
-    value = (tpr.value + tnr.value) / 2
-    below = math.hypot(tpr.value - tpr.low, tnr.value - tnr.low) / 2
-    above = math.hypot(tpr.high - tpr.value, tnr.high - tnr.value) / 2
-    return Estimate(value, max(0.0, value - below), min(1.0, value + above))
-
-
-def auroc(truth: ArrayLike, p: ArrayLike, level: float = 0.95) -> Estimate:
-    """The chance that an activating context is given a higher P(active) than a non-activating one; ties count half.
-
-    Variance after DeLong et al. (1988), by midranks (Sun and Xu 2014), carried to the logit scale so that the interval
-    stays within 0 and 1. That variance is zero when the classes are separated completely or every answer is the same;
-    the interval is then Wilson's for a fraction of as many trials as the smaller class has contexts.
-
-    Args:
-        truth: [N] whether the latent fires in the context.
-        p: [N] the judge's P(active), or any score that rises with it.
-    Returns:
-        NaN throughout when either class is missing.
-    """
-    positive, score = _answers(truth, p, float)
-    n1, n0 = int(np.sum(positive)), int(np.sum(~positive))
-    if n1 == 0 or n0 == 0:
-        return UNKNOWN
-    ranks = mean_ranks(score)
-    # Per context: the share of the other class that it beats.
-    beats = (ranks[positive] - mean_ranks(score[positive])) / n0
-    beaten = 1 - (ranks[~positive] - mean_ranks(score[~positive])) / n1
-    value = float(np.mean(beats))
-    variance = sum(float(np.var(part, ddof=1)) / len(part) if len(part) > 1 else 0.25 for part in (beats, beaten))
-    if variance < 1e-12 or not 0 < value < 1:
-        smaller = min(n1, n0)
-        return Estimate(value, *proportion(value * smaller, smaller, level)[1:])
-    logit = math.log(value / (1 - value))
-    half = _quantile(level) * math.sqrt(variance) / (value * (1 - value))
-    return Estimate(value, float(_expit(logit - half)), float(_expit(logit + half)))
 
 
 def spearman(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Estimate:
@@ -135,9 +58,9 @@ def partial_spearman(x: ArrayLike, y: ArrayLike, covariates: ArrayLike, level: f
     The correlation of what is left of the ranks of x and y once each is regressed on the ranks of the covariates; the
     interval loses one degree of freedom per covariate.
     """
-    a, b = _finite(x), _finite(y)
+    a, b = finite(x), finite(y)
     held = np.asarray(covariates, dtype=np.float64)
-    held = _finite(held).reshape(-1, len(a)) if held.size else np.empty((0, len(a)))
+    held = finite(held).reshape(-1, len(a)) if held.size else np.empty((0, len(a)))
     if len(a) != len(b):
         raise ValueError(f"{len(a)} values against {len(b)}")
     if len(a) - len(held) < 3:
@@ -179,7 +102,7 @@ def stratified_spearman(
     the same stratum, so that there may be fewer strata than asked for. Pooled: the mean of Fisher's z weighted by
     n - 3, over the strata in which it is defined.
     """
-    a, b, c = _finite(x), _finite(y), _finite(covariate)
+    a, b, c = finite(x), finite(y), finite(covariate)
     if not len(a) == len(b) == len(c):
         raise ValueError(f"{len(a)}, {len(b)} and {len(c)} values")
     if not len(a):
@@ -199,7 +122,7 @@ def stratified_spearman(
     if not weights:
         return Stratified(UNKNOWN, strata)
     share = np.asarray(weights) / sum(weights)
-    z, half = float(share @ scores), _quantile(level) * math.sqrt(float(share**2 @ variances))
+    z, half = float(share @ scores), normal_quantile(level) * math.sqrt(float(share**2 @ variances))
     return Stratified(Estimate(math.tanh(z), math.tanh(z - half), math.tanh(z + half)), strata)
 
 
@@ -208,7 +131,7 @@ def strata_of(covariate: ArrayLike, n_strata: int, weights: ArrayLike | None = N
 
     With ``weights`` [N], quantiles are those of the population that the values are a sample of.
     """
-    c = _finite(covariate)
+    c = finite(covariate)
     edges = np.unique(quantiles(c, np.linspace(0, 1, n_strata + 1)[1:-1], weights))
     return np.searchsorted(edges, c, side="left")
 
@@ -227,7 +150,7 @@ def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = 2000
 
     For a paired comparison hand in the differences. NaN when there is no value; no interval when there is one.
     """
-    x = _finite(values)
+    x = finite(values)
     if len(x) == 0:
         return UNKNOWN
     mean = float(x.mean())
@@ -252,13 +175,13 @@ def quantiles(values: ArrayLike, at: ArrayLike, weights: ArrayLike | None = None
     before the middle of its own, brought to run from 0 for the first value to 1 for the last. Equal weights give what
     NumPy's ``linear`` gives.
     """
-    x, at = _finite(values), np.asarray(at, dtype=np.float64)
+    x, at = finite(values), np.asarray(at, dtype=np.float64)
     if not len(x):
         return np.full(at.shape, math.nan)
     if weights is None:
         return np.quantile(x, at)
     order = np.argsort(x, kind="stable")
-    return sorted_quantiles(x[order], _finite(weights)[order], at)
+    return sorted_quantiles(x[order], finite(weights)[order], at)
 
 
 def sorted_quantiles(x: Array, weights: Array, at: Array) -> Array:
@@ -276,54 +199,21 @@ def sorted_quantiles(x: Array, weights: Array, at: Array) -> Array:
 
 def quartiles(values: ArrayLike) -> tuple[float, float, float]:
     """The 25th, 50th and 75th percentiles (linear interpolation); NaN when there is no value."""
-    x = _finite(values)
+    x = finite(values)
     if len(x) == 0:
         return math.nan, math.nan, math.nan
     first, median, third = np.quantile(x, [0.25, 0.5, 0.75])
     return float(first), float(median), float(third)
 
 
-def mean_ranks(values: ArrayLike) -> Array:
-    """[N] the ranks of [N] values, from 1; equal values share the mean of theirs."""
-    _, of, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return ((2 * last - counts + 1) / 2)[of]
-
-
-def _answers(truth: ArrayLike, answer: ArrayLike, kind: type) -> tuple[NDArray[np.bool_], NDArray]:
-    positive, given = _finite(truth), _finite(answer)
-    if len(positive) != len(given):
-        raise ValueError(f"{len(positive)} truths and {len(given)} answers")
-    for name, values, checked in (("truth", positive, True), ("label", given, kind is bool)):
-        if checked and not np.isin(values, (0.0, 1.0)).all():
-            raise ValueError(f"{name} must hold only true and false (1 and 0)")
-    return positive.astype(bool), given.astype(kind)
-
-
-def _finite(values: ArrayLike) -> Array:
-    x = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(x).all():
-        raise ValueError("values that are NaN or infinite: leave out what failed, and count it")
-    return x
-
-
 def _fisher(r: float, n: int, covariates: int, level: float) -> Estimate:
     if n - covariates < 5:
         return Estimate(r, math.nan, math.nan)
     inside = float(short_of_one(r, n))
-    z, half = math.atanh(inside), _quantile(level) * math.sqrt(_variance(inside, n, covariates))
+    z, half = math.atanh(inside), normal_quantile(level) * math.sqrt(_variance(inside, n, covariates))
     return Estimate(r, min(r, math.tanh(z - half)), max(r, math.tanh(z + half)))
 
 
 def _variance(r: float, n: int, covariates: int) -> float:
     """Of Fisher's z of a rank correlation (Bonett and Wright 2000)."""
     return (1 + r * r / 2) / (n - 3 - covariates)
-
-
-@functools.cache
-def _quantile(level: float) -> float:
-    return float(special.ndtri((1 + level) / 2))
-
-
-def _expit(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

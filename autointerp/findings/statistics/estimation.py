@@ -36,8 +36,9 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from autointerp.findings.statistics.correlation import UNKNOWN, Estimate, bootstrap_mean
+from autointerp.findings.statistics.correlation import bootstrap_mean
 from autointerp.findings.statistics.resampling import Bools, Floats, Resamples, interval_of
+from sae.common.estimate import UNKNOWN, Estimate
 
 METHODS = {
     "weighted": "weights 1 / inclusion probability; expanded percentile of the rescaling bootstrap (Rao, Wu and Yue "

@@ -66,9 +66,9 @@ def server_for(options: LlmOptions, root: Path) -> VllmServer:
 
 
 @asynccontextmanager
-async def serving(options: LlmOptions, root: Path) -> AsyncIterator[VllmServer]:
-    """The server for the length of a block, or longer where ``options.servers`` keeps it. It is not started here."""
-    servers = OneServer() if options.servers is None else options.servers
+async def serving(options: LlmOptions, root: Path, kept: OneServer | None = None) -> AsyncIterator[VllmServer]:
+    """Yield the server that ``options`` ask for, not started. It ends with the block unless ``kept`` keeps it."""
+    servers = OneServer() if kept is None else kept
     try:
         server = servers.of(options, root)
         try:
@@ -77,5 +77,5 @@ async def serving(options: LlmOptions, root: Path) -> AsyncIterator[VllmServer]:
             server.check()  # the end of a server says more than that it could not be reached
             raise
     finally:
-        if options.servers is None:
+        if kept is None:
             servers.close()

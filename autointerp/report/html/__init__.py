@@ -1,55 +1,5 @@
-"""The report as one HTML file: see :mod:`autointerp.report.html.page`."""
+"""The report as one HTML file that opens without a network.
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sae.study.run import Run
-
-
-@dataclass(frozen=True)
-class Written:
-    """A page on disk."""
-
-    path: str
-    n_bytes: int
-    n_latents: int
-    n_details: int
-    """Latents of which the file has everything."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def write_report(
-    run: Run,
-    study: Sequence[Run],
-    path: Path | None = None,
-    *,
-    definition: str = "strict",
-    threshold: float = 0.7,
-    against: Sequence[str] = (),
-    explainer: str | None = None,
-) -> Written:
-    """Write the report of ``study`` with ``run`` in its middle to ``path``, or to reports/RUN.html under the root.
-
-    The other arguments are those of :func:`autointerp.report.findings_of`.
-    """
-    from autointerp.findings.evidence import Study, View
-    from autointerp.findings.study import study_findings
-    from autointerp.report import contexts_at_hand
-    from autointerp.report.html.page import render
-    from sae.common.files import atomic
-
-    view = View(run.name, definition, threshold, tuple(against), explainer=explainer)
-    opened = Study.open(run.root, [r.name for r in study], view)
-    page = render(study_findings(opened, contexts_at_hand(run)), opened)
-    path = path or run.root / "reports" / f"{run.name}.html"
-    content = page.html.encode()
-    with atomic(path) as temporary:
-        temporary.write_bytes(content)
-    return Written(str(path), len(content), page.n_latents, page.n_details)
+In: findings and the open study. Out: one file with its data, figures and scripts.
+Must not import: report.export, command_line.
+"""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autointerp.report.layout import get, listed, percent, plural
-from sae.common.numerals import decimal, estimate
+from sae.common.amounts import decimal, estimate
 
 Findings = Mapping[str, Any]
 Columns = Mapping[str, Any]

@@ -24,7 +24,7 @@ from autointerp.report.html.details import BUDGET, Details, details_of
 from autointerp.report.html.embedded import json_in_script, policy, script
 from autointerp.report.html.figures import Figure, figures_of
 from autointerp.report.layout import Section
-from sae.common.numerals import decimal, interval
+from sae.common.amounts import decimal, interval
 
 SCRIPTS = ("base.js", "plots.js", "scatter.js", "figures.js", "scored.js", "table.js", "detail.js", "main.js")
 #: The chapters of the page, each with its parts of the terminal's report, in order.

@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from autointerp.contexts.marking import choose_marks, marked_text
 from autointerp.journal.usage import Usage
-from autointerp.llm.capability import Capabilities, probe
+from autointerp.llm.capability import Capabilities
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
+from autointerp.llm.probe import probe
 from autointerp.llm.prompts import conversation
 from autointerp.scoring.judges.base import Judgement
 from sae.common.errors import BadInput

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from autointerp.findings.statistics.correlation import UNKNOWN, Estimate, auroc, balanced_accuracy, proportion
+from autointerp.scoring.intervals import auroc, balanced_accuracy
 from autointerp.scoring.scorers.base import HARDER, ScoreRow
+from sae.common.estimate import UNKNOWN, Estimate, proportion
 from sae.firings.store import mix
 
 if TYPE_CHECKING:

@@ -1,0 +1,101 @@
+"""Open the explainer or the judge of a command: by name, ``auto``, with the server that it asks.
+
+A key in the environment alone configures nothing and spends nothing: ``auto`` is a language model only where an
+endpoint or a model was named by a flag, else the n-gram baseline. An endpoint is an address, or a vLLM server that is
+started for the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from autointerp.journal.method import BASELINE, Method
+from autointerp.llm.options import LlmOptions
+from sae.common.errors import BadInput
+from sae.common.registry import Registry
+
+if TYPE_CHECKING:
+    from autointerp.llm.client import LlmClient
+    from autointerp.llm.local.serving import OneServer
+
+M = TypeVar("M", bound=Method)
+PROTOCOLS = ("auto", "batch", "single")
+
+
+def resolve(kinds: Registry[M], backend: str, options: LlmOptions) -> str:
+    """Return the name of an explainer or judge: ``llm`` or ``ngram`` for ``auto``, any other as it is.
+
+    Raises BadInput if the name is unknown, or needs a language model and none was named.
+    """
+    if backend == "auto":
+        return "llm" if options.named else BASELINE
+    kinds.checked(backend, f"--{kinds.what}", "auto")
+    if kinds[backend].asks_model and not options.named:
+        raise BadInput(
+            f"--{kinds.what} {backend} needs a language model: give --llm-url (such as http://127.0.0.1:8000/v1), "
+            "--vllm or --llm-model; a key in the environment alone configures nothing"
+        )
+    return backend
+
+
+def check_flags(kinds: Registry[M], name: str, flags: list[str]) -> None:
+    """Raise BadInput if flags about a language model were given to an explainer or judge that asks none."""
+    if flags and not kinds[name].asks_model:
+        raise BadInput(
+            f"{flags[0]} has no effect: the {kinds.what} {name} asks no language model; leave it out, or choose "
+            f"another --{kinds.what}"
+        )
+
+
+@contextmanager
+def keep_server(options: LlmOptions) -> Iterator[OneServer | None]:
+    """Keep the vLLM server of explainer and judge for the block, so that one model is loaded once."""
+    if options.vllm is None and options.judge_vllm is None:
+        yield None
+        return
+    from autointerp.llm.local.serving import OneServer
+
+    with OneServer() as servers:
+        yield servers
+
+
+@asynccontextmanager
+async def open_method(
+    kinds: Registry[M], backend: str, options: LlmOptions, cache: Path, servers: OneServer | None = None
+) -> AsyncIterator[M]:
+    """Open an explainer or judge for the block; an endpoint that does not answer is reported before any work.
+
+    ``servers`` keeps a vLLM server beyond the block; without it, the server ends with the block.
+    """
+    if options.protocol not in PROTOCOLS:
+        raise BadInput(f"--protocol {options.protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+    kind: Any = kinds[resolve(kinds, backend, options)]
+    if servers is not None and not (kind.asks_model and options.vllm):
+        servers.close()  # the explainer's server, which nothing asks any more
+    if not kind.asks_model:
+        yield kind()
+        return
+    async with _open_client(options, cache, servers) as client:
+        yield await kind.open(client, options)
+
+
+@asynccontextmanager
+async def _open_client(options: LlmOptions, cache: Path, servers: OneServer | None) -> AsyncIterator[LlmClient]:
+    """Open the client of a running server, or of one that is started for its first question."""
+    from autointerp.llm.client import open_client
+
+    if options.vllm is None:
+        async with open_client(options, cache) as client:
+            yield client
+        return
+    from autointerp.llm.local.serving import serving
+
+    async with (
+        serving(options, cache.parent, servers) as server,
+        open_client(replace(options, model=server.name), cache, server.ready) as client,
+    ):
+        yield client

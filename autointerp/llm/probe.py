@@ -1,0 +1,49 @@
+"""Ask a server two tiny questions to learn what it can do, before a judge's protocol is chosen."""
+
+from __future__ import annotations
+
+from autointerp.llm.capability import Capabilities
+from autointerp.llm.client import LlmClient
+from autointerp.llm.exchange import AnswerFailed, Request
+from autointerp.llm.prompts import conversation
+
+_WORD_SCHEMA = {
+    "type": "object",
+    "properties": {"word": {"type": "string", "enum": ["yes"]}},
+    "required": ["word"],
+    "additionalProperties": False,
+}
+
+
+async def probe(client: LlmClient) -> Capabilities:
+    """Ask the two tiny questions, unless their answers are known: from this client's requests or from the cache.
+
+    The first is put as the ``single`` protocol puts its own, because a model that thinks before it answers may give
+    log-probabilities, and not of the label. The second forces a word that no one would answer.
+
+    :raises UserError: no server answers, or the key is refused.
+    """
+    await client.check()
+    client.remember_capabilities()
+    known = client.capabilities
+    if known.label_first is None:
+        known.label_first = await _gives_label(client)
+    if known.json_schema is None:
+        asked = Request(conversation("probe").messages(question="word"), max_tokens=200, json_schema=_WORD_SCHEMA)
+        try:
+            await client.ask_anew(asked, lambda answer: answer)
+        except AnswerFailed:
+            known.json_schema = False
+        known.json_schema = bool(known.json_schema)  # an answer that was cut off has shown nothing
+    await client.keep_capabilities()
+    return known
+
+
+async def _gives_label(client: LlmClient) -> bool:
+    asked = Request(conversation("probe").messages(question="label"), max_tokens=4, logprobs=20, may_be_cut=True)
+    try:
+        _, answer = await client.ask_anew(asked, lambda answer: answer)
+    except AnswerFailed:
+        return False
+    first = answer.tokens[0] if answer.tokens else answer.text[:1]
+    return first.strip() in ("0", "1")

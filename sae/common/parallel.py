@@ -1,0 +1,64 @@
+"""Meet the other ranks of a command that torchrun started, or work alone; what ``--parallel`` means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sae.common import launch
+from sae.common.commands import as_started
+from sae.common.errors import BadInput
+from sae.common.progress import say
+from sae.common.ranks import ALONE, Job, Mode
+
+
+@contextmanager
+def together(parallel: str | None, seeds: int, device: str) -> Iterator[tuple[Job, str]]:
+    """Meet the other ranks, if there are any, for as long as the block lasts; the job, and this rank's device.
+
+    ``parallel`` is "seeds", "data", or None where the user leaves the choice to us; ``device`` what the user said.
+    """
+    if parallel is not None and not launch.launched():
+        raise BadInput(
+            f"--parallel {parallel} is for several processes; start them with "
+            f"`{as_started('torchrun --standalone --nproc-per-node 2 cli.py train')} …`"
+        )
+    mode, line = choose_mode(parallel, seeds, launch.size())
+    with _met(mode, line, device) as met:
+        yield met
+
+
+@contextmanager
+def together_at_text(device: str) -> Iterator[tuple[Job, str]]:
+    """:func:`together` for work that is split by pieces of the text."""
+    line = f"{launch.size()} ranks: the text is split over them, the same files as from one process"
+    with _met("seeds", line, device) as met:
+        yield met
+
+
+@contextmanager
+def _met(mode: Mode, line: str, device: str) -> Iterator[tuple[Job, str]]:
+    """Meet the other ranks, if there are any, and say ``line``."""
+    if not launch.launched():
+        yield ALONE, device
+        return
+    from sae.common.torchrun import joined, rank_device
+
+    say(line)
+    device = rank_device(device)
+    with joined(mode, device) as job:
+        yield job, device
+
+
+def choose_mode(asked: str | None, seeds: int, ranks: int) -> tuple[Mode, str]:
+    """How to split a training of so many seeds, and a line that says so. ``asked`` is None where nobody did."""
+    if asked not in (None, "seeds", "data"):
+        raise BadInput(f"--parallel {asked!r}: give seeds or data")
+    mode: Mode = "data" if asked == "data" or (asked is None and seeds < ranks) else "seeds"
+    if mode == "data":
+        what = "each step's tokens are split over the ranks, equal to one process up to rounding"
+    elif seeds < ranks:
+        what = f"{seeds} of {ranks} ranks train a seed, the others only help with the subject model"
+    else:
+        what = "the seeds are split over the ranks, the same weights as one process"
+    return mode, f"{ranks} ranks, --parallel {mode}: {what}"

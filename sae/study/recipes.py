@@ -1,0 +1,57 @@
+"""Read settings from a recipe: a TOML file with the tables of :class:`sae.settings.Settings`."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from sae.common.commands import written
+from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.package_data import bundled_recipes
+from sae.dictionaries.architectures import ARCHITECTURES
+from sae.settings import Settings, validated
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return a recipe's tables as plain values (not yet validated).
+
+    Args:
+        path: a file, or else the name of a bundled recipe, such as ``demo``.
+    """
+    bundled = bundled_recipes()
+    file = path if path.is_file() else bundled.get(str(path), path)
+    try:
+        return tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        nearby = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        hint = f"; there is {nearest(str(path), nearby)}" if nearby else ""
+        raise NotFound(f"recipe {str(path)!r} does not exist{hint}; bundled recipes: {', '.join(bundled)}") from None
+    except OSError as error:
+        raise BadInput(f"recipe {str(path)!r} cannot be read: {(error.strerror or '').lower()}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"recipe {str(path)!r} is not valid TOML: {error}") from None
+
+
+def settings_from(recipe: Path | None, known: Settings | None = None, **tables: dict[str, Any]) -> Settings:
+    """Return a recipe's settings, with the values of the command line over them (``None``: not given).
+
+    Without a recipe these are the ``known`` settings of an existing study; else the defaults.
+    """
+    if recipe is None:
+        return check_architecture((known or Settings()).with_values(**tables), "the command line")
+    values = read_recipe(recipe)
+    if "sweep" in values:
+        raise BadInput(f"recipe {str(recipe)!r} describes a sweep; give it to `{written('sweep', str(recipe))}`")
+    return check_architecture(validated(values, f"recipe {str(recipe)!r}").with_values(**tables), str(recipe))
+
+
+def check_architecture(settings: Settings, where: str) -> Settings:
+    """Return ``settings``, or raise :class:`BadInput` if their architecture has no file."""
+    name = settings.training.architecture
+    if name not in ARCHITECTURES:
+        raise BadInput(
+            f"{where}: training.architecture = {name!r}: sae/dictionaries/architectures has no file of that name; "
+            f"choose {nearest(name, ARCHITECTURES)}"
+        )
+    return settings
