@@ -19,8 +19,8 @@ For S dictionaries of M latents on width D, in steps of B tokens, with K slots p
 An architecture says for itself whether it has a penalty, how many gradients and slots
 (:class:`sae.dictionaries.sae.Sae`).
 
-Nothing grows with B x M. ``tests/sae/test_step_memory.py`` holds gradient, step and pieces against the measured peak
-of a step of every architecture on the CPU; what is fixed is an allowance.
+Nothing grows with B x M. ``tests/sae/training/test_step_memory.py`` compares gradient, step and pieces with the peak
+measured in a step of every architecture on the CPU; what is fixed is an allowance.
 """
 
 from __future__ import annotations

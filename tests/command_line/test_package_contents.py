@@ -23,7 +23,7 @@ METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE
 READ_ALL = """
 import sys
 from pathlib import Path
-from autointerp import prompts
+from autointerp.llm import prompts
 from autointerp.demo import RECIPE
 from sae.common.package_data import IS_CHECKOUT, TOP, bundled_recipes
 from sae.study.recipes import read_recipe, settings_from

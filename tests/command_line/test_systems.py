@@ -64,7 +64,7 @@ def test_a_study_needs_nothing_that_macos_lacks(recipe: Path, tmp_path: Path) ->
     code = f"""{ON_MACOS}
 sys.path.insert(0, "tests")
 from tiny_study import cli
-from autointerp.llm.vllm_server import cache_gib
+from autointerp.llm.local.server import cache_gib
 from sae.common.memory import free_host_bytes
 from sae.common.progress import peak_memory_bytes
 recipe, root = sys.argv[1:]
@@ -83,7 +83,7 @@ print("done")
 
 def test_the_keeper_of_a_server_runs_without_prctl() -> None:
     code = f"""{ON_MACOS}
-from autointerp.llm import keeper
+from autointerp.llm.local import keeper
 sys.exit(keeper.main(os.getppid(), 1.0, [sys.executable, "-c", "raise SystemExit(7)"]))
 """
     with subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdin=subprocess.PIPE) as process:

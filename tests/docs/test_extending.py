@@ -176,7 +176,7 @@ def test_the_snippets_of_the_page_hold(folder: Path) -> None:  # noqa: ARG001
 
 
 def test_the_gradient_check_of_the_page_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(folder / "tests" / "sae"))
+    monkeypatch.syspath_prepend(str(folder / "tests" / "sae" / "dictionaries"))
     module = importlib.import_module("test_matryoshka")
     for n_dead in (0, 5, module.M):
         module.test_the_gradient_is_that_of_autograd(n_dead)

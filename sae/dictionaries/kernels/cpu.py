@@ -12,7 +12,7 @@ Four slots are added at a time, because an accumulator that is read and written 
 memory, not arithmetic, the limit.
 
 Compiled code checks no bounds, and weights may come from anywhere: no index depends on floats without being bounded,
-whatever they are (infinity, NaN, ties, subnormal numbers). ``tests/sae/test_kernel_bounds.py`` runs all loops checked.
+whatever they are (infinity, NaN, ties, subnormal numbers). ``tests/sae/dictionaries/test_kernel_bounds.py`` checks it.
 """
 
 from __future__ import annotations

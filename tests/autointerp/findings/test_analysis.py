@@ -432,4 +432,4 @@ def test_a_report_does_not_load_torch() -> None:
         "import sys, autointerp.findings.study, autointerp.findings.latent, autointerp.report.terminal, "
         "autointerp.report.latent, autointerp.report.stages; sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[3]).returncode == 0

@@ -28,7 +28,12 @@ HERE = Path(__file__).parent
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each scenario, with what its ranks left there."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    places = os.pathsep.join(map(str, (HERE.parents[2], HERE.parent / "firings", HERE.parent / "training")))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": places,
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(HERE / "small_ranks.py"), str(folder)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stderr

@@ -20,7 +20,7 @@ from tiny_study import harvested_study, journal, records
 
 from sae.common.files import read_table
 
-CLI = Path(__file__).parents[2] / "cli.py"
+CLI = Path(__file__).parents[3] / "cli.py"
 LATENTS = 16
 AT_ONCE = 4
 COMMANDS: tuple[tuple[str, ...], ...] = (

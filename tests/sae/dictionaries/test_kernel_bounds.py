@@ -23,7 +23,12 @@ def test_compiled_loops_stay_in_bounds(tmp_path: Path) -> None:
     """With a cache of its own, since one that is there holds loops without checks, and compiled as fast as can be."""
     script = Path(__file__).with_name("checked_kernels.py")
     numba = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_OPT": "0", "NUMBA_LOOP_VECTORIZE": "0", "NUMBA_SLP_VECTORIZE": "0"}
-    environment = {**numba, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[2])}
+    places = os.pathsep.join(map(str, (script.parents[3], script.parents[1] / "firings")))
+    environment = {
+        **numba,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": places,
+    }
     ran = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, **environment}, timeout=900
     )

@@ -132,7 +132,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
         "import os, signal, sys; from pathlib import Path; from sae.common.files import atomic\n"
         "with atomic(Path(sys.argv[1])) as t: t.write_text('ha'); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    ran = subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[2], check=False)
+    ran = subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[3], check=False)
     assert ran.returncode == -signal.SIGKILL
     (left,) = names(tmp_path)
     assert left.startswith(".a[b]*.json.")

@@ -22,7 +22,7 @@ from sae.text.corpus import MIXED_BLOCKS, Corpus
 from sae.text.documents import Document, in_pieces, read_pieces
 from sae.text.packing import prepare_corpus
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

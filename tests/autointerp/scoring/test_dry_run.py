@@ -29,7 +29,7 @@ from autointerp.scoring.score import score_runs
 from sae.common.errors import BadInput, Unavailable
 from sae.study.run import Run
 
-BUNDLED = Path(__file__).resolve().parents[2] / "sae" / "activations" / "bundled" / "pystdlib-4m"
+BUNDLED = Path(__file__).resolve().parents[3] / "sae" / "activations" / "bundled" / "pystdlib-4m"
 
 
 def forecast(run: Run, server: FakeServer, protocol: str = "batch", **more: Any) -> Forecast:  # noqa: F811

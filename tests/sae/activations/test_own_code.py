@@ -140,7 +140,7 @@ def test_no_question_reaches_a_terminal(stdin: str, evil: Evil, tmp_path: Path) 
             stdin=theirs,
             capture_output=True,
             text=True,
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             timeout=600,
         )
     finally:

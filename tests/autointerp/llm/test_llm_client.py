@@ -206,7 +206,7 @@ asyncio.run(main())
 
 
 def test_answers_seen_before_kill_minus_9_are_not_paid_for_twice(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     arguments = [sys.executable, "-c", _ASKER]
     with FakeServer(Reply("yes", delay=0.01)) as server:
         rest = [server.url, str(tmp_path / "cache.sqlite"), "40"]

@@ -296,8 +296,8 @@ def test_what_a_dead_server_leaves_behind_is_ended(vllm: FakeVllm, tmp_path: Pat
 PARENT = """
 import sys, time
 from pathlib import Path
-from autointerp.llm.vllm_model import VllmModel
-from autointerp.llm.vllm_server import VllmServer
+from autointerp.llm.local.model import VllmModel
+from autointerp.llm.local.server import VllmServer
 import threading
 
 python, log, where = sys.argv[1:]

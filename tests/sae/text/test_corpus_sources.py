@@ -15,7 +15,7 @@ from test_corpus import dataset_settings, folder, neox, refused, text_settings  
 from sae.common.errors import BadInput, NotFound, Unavailable
 from sae.text.packing import prepare_corpus
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 # --- datasets ---------------------------------------------------------------------------------------------

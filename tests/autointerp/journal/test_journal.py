@@ -199,7 +199,7 @@ for latent in range(100_000):
 
 def test_what_was_written_survives_kill_minus_9(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     with subprocess.Popen(
         [sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True, cwd=root
     ) as writer:
@@ -237,7 +237,7 @@ def test_claim_keeps_a_second_process_out_and_ends_with_the_first(tmp_path: Path
         "import sys, time; from pathlib import Path; from autointerp.journal.journal import Journal\n"
         "with Journal(Path(sys.argv[1])).claim():\n    print('held', flush=True); time.sleep(60)"
     )
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     with subprocess.Popen(
         [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, cwd=root
     ) as other:

@@ -268,7 +268,7 @@ def test_the_key_is_on_no_file_and_in_no_line_of_output(
         score(run, server)
     command = [
         sys.executable,
-        str(Path(__file__).parents[2] / "cli.py"),
+        str(Path(__file__).parents[3] / "cli.py"),
         "report",
         "--sae",
         "run_a",
