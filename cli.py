@@ -15,7 +15,7 @@ from autointerp.command_line import dictionaries, explaining, reading
 from autointerp.command_line.ending import INTERRUPTED, TERMINATED, end, one_line_errors
 from autointerp.command_line.values import spread_lists
 from sae.common import launch
-from sae.common.commands import program, written
+from sae.common.commands import program, shell_command
 from sae.common.errors import BadInput
 from sae.common.interrupt import Terminated
 
@@ -52,7 +52,7 @@ def main() -> None:
     arguments = sys.argv[1:] or ["--help"]
     with one_line_errors("--json" in arguments):
         if launch.launched() and arguments[0] not in ("train", "harvest"):
-            raise BadInput(f"torchrun is for `train` and `harvest`; run `{written(arguments[0])}` without it")
+            raise BadInput(f"torchrun is for `train` and `harvest`; run `{shell_command(arguments[0])}` without it")
         try:
             code = app(args=spread_lists(arguments), prog_name=program(), standalone_mode=False)
         except Terminated:

@@ -34,7 +34,7 @@ class Run(sae.study.run.Run):
     def explanations(self) -> pd.DataFrame:
         """Every explanation asked for, those that failed with their reason: one row each."""
         if not self.journal_path.exists():
-            raise self.lacking("explanations", "explain")
+            raise self.missing_error("explanations", "explain")
         with Journal(self.journal_path) as journal:
             return journal.explanations()
 
@@ -48,7 +48,7 @@ class Run(sae.study.run.Run):
         at :class:`autointerp.scoring.scorers.base.ScoreRow`.
         """
         if not self.stage_path("scores").exists():
-            raise self.lacking("scores", "score")
+            raise self.missing_error("scores", "score")
         return read_table(self.stage_path("scores"))
 
     def reliability(self) -> pd.DataFrame:
@@ -72,5 +72,5 @@ class Run(sae.study.run.Run):
         See :func:`autointerp.contexts.sampling.drawn`; ``draw`` tells draws apart, of other explainers or populations.
         """
         if not self.stage_path("sample").exists():
-            raise self.lacking("sample", "explain")
+            raise self.missing_error("sample", "explain")
         return read_table(self.stage_path("sample"))

@@ -25,7 +25,7 @@ from sae.common.amounts import parse_amount
 from sae.common.files import read_table
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.settings import Settings
-from sae.study.align import align_runs, overlap_of
+from sae.study.align import align_runs, compute_overlap
 from sae.study.harvest import harvest_runs
 from sae.study.recipes import settings_from
 from sae.study.run import Run, Study
@@ -44,7 +44,7 @@ def row_of(kind: str, runs: Sequence[Run], k: int) -> dict[str, Any]:
     firing = [read_table(run.stage_path("firing")) for run in runs]
     l0 = mean(float(table["firing_frequency"].sum()) for table in firing)
     dead = mean(float(table["dead"].mean()) for table in firing)
-    shared = overlap_of(runs)["alive"]
+    shared = compute_overlap(runs)["alive"]
     return {
         "architecture": kind,
         "seeds": [run.seed for run in runs],

@@ -68,12 +68,12 @@ def measure(root: Path, recipe: Path, threads: int | None) -> None:
 def show_constants(settings: Settings, overview: Overview, speed: Speed, root: Path, threads: int | None) -> None:
     """Print the constants of `autointerp/command_line/demo.py` as they are on this machine."""
     from autointerp.command_line import demo
-    from sae.study.probe import token_seconds
+    from sae.study.probe import time_tokens
     from sae.study.run import study_runs
     from sae.study.stage import Compute
 
     corpus_tokens = study_runs(demo.STUDY, root)[0].record["corpus"]["n_tokens"]
-    forward, step = sorted(token_seconds(settings, Compute("cpu", threads)) for _ in range(3))[1]
+    forward, step = sorted(time_tokens(settings, Compute("cpu", threads)) for _ in range(3))[1]
     print(f"REFERENCE_SPEED = Speed(python={speed.python:.3g}, matmul={speed.matmul:.3g})")
     print(f"CORPUS_TOKENS = {corpus_tokens:_}\nFORWARD_SECONDS = {forward:.3g}")
     print(f"STEP_SECONDS = {step / (settings.training.num_latents + demo.TOKEN_LATENTS):.3g}\nREFERENCE = {{")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from sae.common.amounts import parse_amount
-from sae.common.errors import BadInput, nearest
+from sae.common.errors import BadInput, suggest
 
 
 def _amount(value: Any) -> Any:
@@ -153,7 +153,7 @@ def validated(values: dict[str, Any], where: str) -> Settings:
             known: Any = Settings
             for table in tables:
                 known = known.model_fields[table].annotation
-            raise BadInput(f"{where}: unknown key {name!r}; did you mean {nearest(key, known.model_fields)}?") from None
+            raise BadInput(f"{where}: unknown key {name!r}; did you mean {suggest(key, known.model_fields)}?") from None
         raise BadInput(f"{where}: {name} = {first['input']!r}: {first['msg'].lower()}") from None
     training = settings.training
     if training.k > training.num_latents:

@@ -82,14 +82,14 @@ def _run(
     from sae.common.progress import waiting
     from sae.study.align import align_runs
     from sae.study.harvest import harvest_runs
-    from sae.study.probe import token_seconds
+    from sae.study.probe import time_tokens
     from sae.study.run import MAIN_SCORER
     from sae.study.stage import Compute
     from sae.study.train import train_study
 
     compute = Compute("cpu", threads)
     if overview.stages[STAGES.index(TRAIN)].state != "done":
-        overview.expect(costs(settings, speed, token_seconds(settings, compute)))
+        overview.expect(costs(settings, speed, time_tokens(settings, compute)))
     runs = train_study(STUDY, SEEDS, settings, root, compute)
     overview.begin(HARVEST)
     harvest_runs(runs, compute)

@@ -53,12 +53,12 @@ def train(
     \b
     torchrun --nproc-per-node 2 cli.py train …
     """
-    from sae.study.controls import controls_of
+    from sae.study.controls import find_controls
     from sae.study.recipes import settings_from
-    from sae.study.run import names_of, studies_of, study_runs
+    from sae.study.run import make_studies, name_studies, study_runs
     from sae.study.train import train_studies
 
-    there = next((runs for of in names_of(name, hookpoint or []) if (runs := study_runs(of, output.root))), [])
+    there = next((runs for of in name_studies(name, hookpoint or []) if (runs := study_runs(of, output.root))), [])
     own_seeds = [run.seed for run in there if run.seed is not None]
     settings = settings_from(
         recipe,
@@ -76,10 +76,10 @@ def train(
             "activation_cache": amount("--activation-cache", activation_cache, least=0),
         },
     )
-    studies = studies_of(name, settings, hookpoint or [], seeds or own_seeds or [0, 1, 2])
+    studies = make_studies(name, settings, hookpoint or [], seeds or own_seeds or [0, 1, 2])
     trained = train_studies(studies, output.root, machine.compute(), parallel, _tracker(wandb), controls)
     found = [run for of_study in trained for run in of_study]
-    beside = [control for of_study in trained for control in controls_of(of_study[0]).values()]
+    beside = [control for of_study in trained for control in find_controls(of_study[0]).values()]
     finish_with_runs(output.as_json, "train", [*found, *beside], output.root)
 
 
@@ -122,11 +122,11 @@ def align(
     """
     from autointerp.findings.returning import alignment_findings
     from autointerp.report.rendering import render_alignment
-    from sae.study.align import align_runs, compared_of
+    from sae.study.align import align_runs, read_comparison
 
     runs = opened(names, output.root, whole_study=True)
     align_runs(runs, machine.compute(), nulls, force)
-    found = alignment_findings(compared_of(runs, threshold), definition.value)
+    found = alignment_findings(read_comparison(runs, threshold), definition.value)
     finish(output.as_json, "align", lambda: found, lambda: render_alignment(found))
 
 

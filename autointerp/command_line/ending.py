@@ -40,13 +40,13 @@ def exit_if(failed: int) -> None:
 @contextmanager
 def one_line_errors(as_json: bool) -> Iterator[None]:
     """Errors that are the user's to mend as one line and an exit code; others keep their traceback."""
-    from sae.common.errors import UserError, printable
+    from sae.common.errors import UserError, make_printable
 
     try:
         yield
         return
     except UserError as error:
-        line, code = printable(" ".join(str(error).split())), error.exit_code
+        line, code = make_printable(" ".join(str(error).split())), error.exit_code
     except _UsageError as error:
         asked = error.ctx.command_path if error.ctx is not None else program()
         line, code = f"{' '.join(error.format_message().split())} (see `{asked} --help`)", error.exit_code

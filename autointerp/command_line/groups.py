@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from autointerp.command_line import options as opt
 from autointerp.command_line.values import absolute
-from sae.common.commands import DEFAULT_ROOT, as_started
+from sae.common.commands import DEFAULT_ROOT, replace_program_name
 from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
         made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
         command(**given, **made)
 
-    with_groups.__doc__ = as_started(command.__doc__ or "")
+    with_groups.__doc__ = replace_program_name(command.__doc__ or "")
     with_groups.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
     with_groups.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
     return with_groups

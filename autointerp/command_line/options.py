@@ -127,7 +127,9 @@ Configuration = Annotated[
     str | None, typer.Option("--config", help="The dataset's configuration, where it has several.")
 ]
 Context = Annotated[int | None, typer.Option("--context", help="Tokens in a packed sequence. Default: 256.")]
-Architecture = Annotated[str | None, typer.Option("--architecture", help=f"{ARCHITECTURES.words()}. Default: topk.")]
+Architecture = Annotated[
+    str | None, typer.Option("--architecture", help=f"{ARCHITECTURES.join_names()}. Default: topk.")
+]
 TrainPrecision = Annotated[
     str | None,
     typer.Option(
@@ -232,7 +234,7 @@ Explainer = Annotated[
     typer.Option(
         "--explainer",
         callback=known(EXPLAINERS, "auto"),
-        help=f"{EXPLAINERS.words('auto')}. auto: llm where a language model is given, else ngram, the baseline.",
+        help=f"{EXPLAINERS.join_names('auto')}. auto: llm where a language model is given, else ngram, the baseline.",
     ),
 ]
 ScoredSaes = Annotated[
@@ -241,14 +243,16 @@ ScoredSaes = Annotated[
 ]
 Scorers = Annotated[
     list[str] | None,
-    typer.Option("--scorer", callback=known(SCORERS), help=f"{SCORERS.words()}; may be repeated. Default: detection."),
+    typer.Option(
+        "--scorer", callback=known(SCORERS), help=f"{SCORERS.join_names()}; may be repeated. Default: detection."
+    ),
 ]
 Judge = Annotated[
     str,
     typer.Option(
         "--judge",
         callback=known(JUDGES, "auto"),
-        help=f"{JUDGES.words('auto')}. auto: llm where a language model is given, else ngram, the baseline.",
+        help=f"{JUDGES.join_names('auto')}. auto: llm where a language model is given, else ngram, the baseline.",
     ),
 ]
 SweepJudge = Annotated[
@@ -256,7 +260,7 @@ SweepJudge = Annotated[
     typer.Option(
         "--judge",
         callback=known(JUDGES, "auto"),
-        help=f"{JUDGES.words('auto')}. Default: called as the explainer, else auto.",
+        help=f"{JUDGES.join_names('auto')}. Default: called as the explainer, else auto.",
     ),
 ]
 ControlLatents = Annotated[

@@ -149,7 +149,7 @@ def runs(
     python cli.py runs
     python cli.py runs --prune --dry-run
     """
-    from sae.study.run import all_runs, readable
+    from sae.study.run import all_runs, split_readable
 
     if delete is not None or prune:
         _delete(delete, prune, yes, dry_run, output)
@@ -158,9 +158,9 @@ def runs(
         raise BadInput(f"{'--yes' if yes else '--dry-run'} has no effect without --delete NAME or --prune")
 
     def place(run: Run) -> tuple[str, bool, int, str]:
-        return run.of_study, run.is_control, len(run.name), run.name
+        return run.parent_study, run.is_control, len(run.name), run.name
 
-    found, damaged = readable(all_runs(output.root))
+    found, damaged = split_readable(all_runs(output.root))
     finish_with_runs(output.as_json, "runs", sorted(found, key=place), output.root, damaged)
 
 
@@ -169,13 +169,13 @@ def _delete(name: str | None, prune: bool, yes: bool, dry_run: bool, output: Out
     from autointerp.report.rendering import render_deletion
     from sae.common.amounts import human
     from sae.common.commands import command
-    from sae.study.deletion import delete, nobody_at_work, plan_deletion, plan_pruning
+    from sae.study.deletion import delete, lock_runs, plan_deletion, plan_pruning
 
     if name is not None and prune:
         raise BadInput("--delete and --prune exclude each other; give one of them")
     if yes and dry_run:
         raise BadInput("--yes and --dry-run exclude each other; give one of them")
-    with nobody_at_work(output.root, name):
+    with lock_runs(output.root, name):
         plan = plan_pruning(output.root) if name is None else plan_deletion(name, output.root)
         found = {**plan.as_dict(), "dry_run": dry_run}
         if not output.as_json:

@@ -24,7 +24,7 @@ from autointerp.llm.opening import resolve
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.score import score_runs
-from sae.common.errors import BadInput, UserError, nearest
+from sae.common.errors import BadInput, UserError, suggest
 from sae.common.progress import say
 from sae.study.align import align_runs
 from sae.study.harvest import harvest_runs
@@ -64,7 +64,7 @@ def explaining_of(sweep: Sweep) -> Explaining | None:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = nearest(key, Explaining.model_fields)
+            known = suggest(key, Explaining.model_fields)
             raise BadInput(f"sweep {sweep.name!r}: unknown key 'explain.{key}'; did you mean {known}?") from None
         raise BadInput(f"sweep {sweep.name!r}: explain.{key} = {first['input']!r}: {first['msg'].lower()}") from None
 
@@ -89,7 +89,7 @@ def run_sweep(
     sweep: Sweep, root: Path, compute: Compute, scoring: Scoring | None = None, nulls: bool = True
 ) -> tuple[Summary, int]:
     """Do what is missing of ``sweep``. Returns what its points came to, and how many latents failed."""
-    say(f"sweep {sweep.name}: {sweep.in_words()}")
+    say(f"sweep {sweep.name}: {sweep.describe()}")
     of_points = train_studies(sweep.studies, root, compute)
     harvest_runs([run for runs in of_points for run in runs], compute)
     failed = 0

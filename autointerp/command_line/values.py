@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from sae.common.errors import nearest
+from sae.common.errors import suggest
 from sae.common.registry import Registry
 
 LISTS = frozenset({"--seeds", "--text", "--against", "--hookpoint", "--sae"})
@@ -103,7 +103,7 @@ def known(names: Registry[Any], *more: str) -> Callable[[Any], Any]:
     def check(given: Any) -> Any:
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value not in more and value not in names:
-                raise typer.BadParameter(f"{value!r} is not known; choose {nearest(value, [*more, *names])}")
+                raise typer.BadParameter(f"{value!r} is not known; choose {suggest(value, [*more, *names])}")
         return given
 
     return check

@@ -16,7 +16,7 @@ from autointerp.contexts.material import Material
 from autointerp.contexts.sampling import permanent_number
 from autointerp.contexts.selection import Choice
 from autointerp.journal.journal import Journal
-from sae.study.controls import controls_of
+from sae.study.controls import find_controls
 from sae.study.run import Run
 
 LATENTS = {False: 200, True: 50}
@@ -25,7 +25,7 @@ LATENTS = {False: 200, True: 50}
 
 def beside(runs: Sequence[Run]) -> list[Run]:
     """The control SAEs of the studies of ``runs``, each once; those that are among ``runs`` are left out."""
-    found = {control.name: control for run in runs for control in controls_of(run).values()}
+    found = {control.name: control for run in runs for control in find_controls(run).values()}
     return [control for name, control in found.items() if name not in {run.name for run in runs}]
 
 

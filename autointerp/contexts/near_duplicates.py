@@ -23,7 +23,7 @@ import numpy.typing as npt
 from autointerp.contexts.rings import Hashes
 from sae.common.files import digest, read_table, table_metadata, write_table
 from sae.common.progress import say
-from sae.firings.store import FiringStore, Ints, mix
+from sae.firings.store import FiringStore, Ints, mix_bits
 from sae.study.run import Run
 
 METHOD = 1  # raise it when the same windows would be grouped otherwise
@@ -87,13 +87,13 @@ def _grams(tokens: npt.NDArray[np.int64]) -> Hashes:
     state: Hashes = np.zeros((len(tokens), n_grams), np.uint64)
     for i in range(length):
         column: Hashes = tokens[:, i : i + n_grams].astype(np.uint64)
-        state = mix(np.bitwise_xor(state, column))
+        state = mix_bits(np.bitwise_xor(state, column))
     return state
 
 
 def _band_keys(store: FiringStore, windows: Ints) -> npt.NDArray[np.uint32]:
     """[BANDS, n] a hash of the minima in each band; equal where all of them are."""
-    odd = mix(np.arange(BANDS * ROWS, dtype=np.uint64)) | np.uint64(1)
+    odd = mix_bits(np.arange(BANDS * ROWS, dtype=np.uint64)) | np.uint64(1)
     keys = np.empty((BANDS, len(windows)), np.uint32)
     for start in range(0, len(windows), _BLOCK):
         grams = _grams(store.tokens(windows[start : start + _BLOCK]))
@@ -101,7 +101,7 @@ def _band_keys(store: FiringStore, windows: Ints) -> npt.NDArray[np.uint32]:
             state = np.zeros(len(grams), np.uint64)
             for row in range(ROWS):
                 # Multiplying by an odd number permutes the 64-bit words; the hashes are already well mixed.
-                state = mix(state ^ (grams * odd[band * ROWS + row]).min(axis=1))
+                state = mix_bits(state ^ (grams * odd[band * ROWS + row]).min(axis=1))
             keys[band, start : start + _BLOCK] = state >> np.uint64(32)
     return keys
 

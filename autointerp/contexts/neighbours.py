@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from sae.firings.store import FiringStore, Ints, mix
+from sae.firings.store import FiringStore, Ints, mix_bits
 
 NEAREST = 10
 """Neighbours of each of the two ways."""
@@ -55,7 +55,7 @@ class Neighbours:
         neighbour's number of firings stands for its number of windows.
         """
         windows = self._store.windows(latent)[0]
-        chosen = windows[np.argsort(mix(windows.astype(np.uint64)))[:_WINDOWS]]
+        chosen = windows[np.argsort(mix_bits(windows.astype(np.uint64)))[:_WINDOWS]]
         if not len(chosen):
             return np.empty(0, np.int64)
         window, fired = self._store.firing_in(chosen)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sae.firings.store import Ints, mix
+from sae.firings.store import Ints, mix_bits
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -29,7 +29,7 @@ class Ring(NamedTuple):
     def of(cls, windows: Ints, groups: Hashes, seed: np.uint64) -> Ring:
         """``windows`` [n] (ascending) and the group of every window [W] as a ring; the seed turns the places."""
         distinct, first = np.unique(groups[windows], return_index=True)
-        places = mix(distinct ^ seed)
+        places = mix_bits(distinct ^ seed)
         order = np.argsort(places)
         return cls(places[order], windows[first][order], distinct[order])
 

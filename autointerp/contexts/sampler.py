@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from autointerp.contexts.positions import Queue, in_proportion, in_turn, match, one_by_one
 from autointerp.contexts.rings import Hashes, Ring, among
-from sae.firings.store import FiringStore, Ints, mix
+from sae.firings.store import FiringStore, Ints, mix_bits
 from sae.settings import ContextSettings
 
 METHOD = 3  # of drawing; part of what scores are keyed by: raise it when the same settings would draw other contexts
@@ -137,7 +137,7 @@ class ContextSampler:
         self._neighbours = neighbours
         self.settings = settings
         self._decode = decode_tokens
-        self._seed = mix(mix(np.array([settings.sample_seed], np.uint64)))[0]
+        self._seed = mix_bits(mix_bits(np.array([settings.sample_seed], np.uint64)))[0]
         self._rings: dict[bool, list[Ring]] = {}
         self._remembered: OrderedDict[int, _Actives] = OrderedDict()
 
@@ -233,7 +233,7 @@ class ContextSampler:
         """
         actives = self._actives(latent)
         here = np.flatnonzero(self._explain_side(actives.group) == explain)
-        priority = mix(actives.group[here] ^ self._key(latent))
+        priority = mix_bits(actives.group[here] ^ self._key(latent))
         by_stratum = np.lexsort((priority, actives.strata[here]))
         strata = actives.strata[here][by_stratum]
         turn = np.arange(len(here)) - np.searchsorted(strata, strata)
@@ -271,7 +271,7 @@ class ContextSampler:
 
         match(one_by_one(self.store.slot(positives), n, len(rings)), draw)
         windows, group = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-        return windows[np.argsort(mix(group ^ key))]
+        return windows[np.argsort(mix_bits(group ^ key))]
 
     def _draw_hard(self, latent: int, positives: Ints, n: int, taken: Ints) -> Ints:
         """Up to ``n`` windows in which a neighbour fires strongly and the latent does not, none in a taken group.
@@ -314,11 +314,11 @@ class ContextSampler:
         return self._from_queues([self._queue(windows, group, key).shortened(n)], positives, n, key)
 
     def _queue(self, windows: Ints, group: Hashes, key: np.uint64) -> Queue:
-        return Queue(windows, group, self.store.slot(windows), mix(group ^ key))
+        return Queue(windows, group, self.store.slot(windows), mix_bits(group ^ key))
 
     def _from_queues(self, queues: list[Queue], positives: Ints, n: int, key: np.uint64) -> Ints:
         windows, group = in_turn(queues, self._wanted(positives, n))
-        order = np.argsort(mix(mix(group ^ key)))  # not the priority, by which slots and neighbours differ
+        order = np.argsort(mix_bits(mix_bits(group ^ key)))  # not the priority, by which slots and neighbours differ
         return _unless_too_few(windows[order], n)
 
     def _wanted(self, positives: Ints, n: int) -> Ints:
@@ -328,7 +328,7 @@ class ContextSampler:
     def top_token(self, latent: int) -> int:
         """The token on which the latent most often peaks, over up to 200 of its contexts; it must fire somewhere."""
         actives = self._actives(latent)
-        asked = actives.windows[np.argsort(mix(actives.group ^ self._key(latent)))[:_PEAKS]]
+        asked = actives.windows[np.argsort(mix_bits(actives.group ^ self._key(latent)))[:_PEAKS]]
         peaks = self.store.activations(latent, asked).argmax(axis=1)
         tokens, counts = np.unique(self.store.tokens(asked)[np.arange(len(asked)), peaks], return_counts=True)
         return int(tokens[counts.argmax()])
@@ -370,10 +370,10 @@ class ContextSampler:
 
         The same for every latent, run and sample seed: what was explained under one is tested under others.
         """
-        return mix(group) < np.uint64(int(EXPLAIN_SHARE * 2**64))
+        return mix_bits(group) < np.uint64(int(EXPLAIN_SHARE * 2**64))
 
     def _key(self, latent: int) -> np.uint64:
-        return mix(np.array([latent], np.uint64) ^ self._seed)[0]
+        return mix_bits(np.array([latent], np.uint64) ^ self._seed)[0]
 
     def _texts(self, windows: Ints) -> list[tuple[str, ...]]:
         return [tuple(self._decode(tokens)) for tokens in self.store.tokens(windows)]

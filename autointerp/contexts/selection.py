@@ -16,7 +16,7 @@ import pandas as pd
 from autointerp.contexts.sample_record import Draw
 from autointerp.contexts.sampling import drawn, strata
 from sae.alignment.overlap import shared
-from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table
 from sae.study.run import Run
 
@@ -56,12 +56,12 @@ def check(run: Run, choice: Choice) -> None:
     siblings = [r.name for r in run.siblings()]
     unknown = [name for name in choice.against if name not in siblings]
     if unknown:
-        hint = f"did you mean {nearest(unknown[0], siblings)}?" if siblings else "the study has no other run"
+        hint = f"did you mean {suggest(unknown[0], siblings)}?" if siblings else "the study has no other run"
         raise BadInput(f"--against {unknown[0]!r} is not another run of study {run.study!r}; {hint}")
     if choice.needs_alignment and not siblings:
         raise BadInput(
             f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; "
-            f"{run.advice_to_add_another()}, or leave --unshared-only, --shared-only and --with-partners out"
+            f"{run.suggest_another_run()}, or leave --unshared-only, --shared-only and --with-partners out"
         )
 
 

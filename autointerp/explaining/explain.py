@@ -35,7 +35,7 @@ from autointerp.llm.capability import lacks_of
 from autointerp.llm.in_flight import in_flight
 from autointerp.llm.opening import open_method, resolve
 from autointerp.llm.options import LlmOptions
-from sae.common.commands import as_typed
+from sae.common.commands import get_typed_command
 from sae.common.errors import BadInput
 from sae.common.files import digest, read_table
 from sae.common.progress import say, track
@@ -144,7 +144,7 @@ async def _explain(
     control_sae_latents: int | None,
     servers: OneServer | None,
 ) -> Outcome:
-    outcome = Outcome("explain", retry=as_typed())
+    outcome = Outcome("explain", retry=get_typed_command())
     # Opened first: an endpoint that is down is reported before an hour's harvest, not after it.
     async with open_explainer(kind, options, runs[0].root / "cache.sqlite", servers) as explainer:
         outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
@@ -245,7 +245,7 @@ async def _explain_run(
         if todo:
             with (
                 track(f"{doing} {task.run.name}", len(task.latents), "latents", done=before) as bar,
-                going_on(len(todo), "latents", as_typed()),
+                going_on(len(todo), "latents", get_typed_command()),
             ):
                 await in_flight(todo, explain_one, concurrency, bar)
         outcome.n_done += len(journal.explanations(status="ok", draw=0, latent=task.latents, **same))

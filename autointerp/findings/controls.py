@@ -31,7 +31,7 @@ from autointerp.journal.method import BASELINE
 from autointerp.scoring.scorers.base import HARDER
 from autointerp.scoring.setups import precision_of, rows_of, setups_of, status_kind
 from sae.common.estimate import UNKNOWN, Estimate
-from sae.study.controls import CONTROLS, controls_of
+from sae.study.controls import CONTROLS, find_controls
 from sae.study.run import Run
 
 METHODS = {
@@ -48,7 +48,7 @@ def comparison_findings(study: Study, rows: pd.DataFrame, told: Told, sample: Sa
     ``control_saes`` has an entry for each control SAE that was scored alike; ``lacking_controls`` says of which there
     is none, and how it is had (``None`` where there is nothing to say).
     """
-    controls = controls_of(study.focus)
+    controls = find_controls(study.focus)
     of = estimator_of(rows, told.too_few, sample)
     own = of.of(good(rows))
     entries, lacking = [], []

@@ -24,9 +24,9 @@ from sae.alignment.latent_table import latent_table, shared_class
 from sae.alignment.overlap import DEFINITIONS, DIPS, StudyOverlap, overlap
 from sae.alignment.pairs import pair_path
 from sae.common.commands import command
-from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table, table_metadata
-from sae.study.align import behaviour_facts, behaviours, is_aligned, is_compared
+from sae.study.align import is_aligned, is_compared, read_behaviour_facts, read_behaviours
 from sae.study.harvest import is_harvested
 from sae.study.run import MAIN_SCORER, Run, all_runs
 
@@ -102,11 +102,11 @@ class Study:
         for wanted in (*([view.focus] if view.focus else []), *view.against):
             if wanted not in names:
                 raise NotFound(
-                    f"run {wanted!r} is not among the runs reported on; did you mean {nearest(wanted, names)}?"
+                    f"run {wanted!r} is not among the runs reported on; did you mean {suggest(wanted, names)}?"
                 )
         if view.definition not in DEFINITIONS:
             raise BadInput(
-                f"--definition {view.definition!r} is not known; use {nearest(view.definition, DEFINITIONS, 4)}"
+                f"--definition {view.definition!r} is not known; use {suggest(view.definition, DEFINITIONS, 4)}"
             )
         focus = next(run for run in runs if run.name == (view.focus or names[0]))
         firing = {run.name: read_table(path) for run in runs if (path := run.stage_path("firing")).exists()}
@@ -124,8 +124,8 @@ class Study:
             firing=firing,
             alive=alive,
             tables=tables,
-            behaviour=behaviours(root, compared),
-            behaviour_facts=behaviour_facts(root, compared),
+            behaviour=read_behaviours(root, compared),
+            behaviour_facts=read_behaviour_facts(root, compared),
             compared=compared,
             shared=overlap(
                 compared,
@@ -147,7 +147,7 @@ class Study:
 
     def describe(self, run: Run) -> dict[str, Any]:
         stages = {
-            "trained": run.trained,
+            "trained": run.is_trained,
             "harvested": run.name in self.firing,
             "aligned": any(run.name in pair for pair in self.tables),
             "explained": run.journal_path.exists(),
@@ -276,9 +276,9 @@ class Study:
             found.append({"stage": stage, "says": says, "command": self.command(*words)})
 
         focus, seeds = self.focus.name, [run.seed for run in self.runs if run.seed is not None]
-        trained = [run.name for run in self.runs if run.trained]
-        untrained = [run.name for run in self.runs if not run.trained]
-        halves = [run for run in self.runs if not run.trained and run.imported]
+        trained = [run.name for run in self.runs if run.is_trained]
+        untrained = [run.name for run in self.runs if not run.is_trained]
+        halves = [run for run in self.runs if not run.is_trained and run.imported]
         if len(untrained) > len(halves):
             names = ", ".join(name for name in untrained if name not in [run.name for run in halves])
             says = f"Not trained to the end: {names}. With the same options as before, this goes on:"
@@ -314,7 +314,7 @@ class Study:
             found.append({"stage": stage, "says": says, "command": self.command(*words)})
 
         for run in self.runs:
-            stored = run.trained and (run.firings_folder / "store.json").is_file()
+            stored = run.is_trained and (run.firings_folder / "store.json").is_file()
             if run.name in self.firing and stored and not is_harvested(run):
                 says = f"The firing table of {run.name} is not of its present weights and harvest."
                 add("harvest", says, "harvest", "--sae", run.name)
@@ -322,7 +322,11 @@ class Study:
             (a, b)
             for i, a in enumerate(self.runs)
             for b in self.runs[i + 1 :]
-            if a.name in self.compared and b.name in self.compared and a.trained and b.trained and not is_aligned(a, b)
+            if a.name in self.compared
+            and b.name in self.compared
+            and a.is_trained
+            and b.is_trained
+            and not is_aligned(a, b)
         ]
         if changed:
             add("align", "Weights have changed since the SAEs were aligned.", "align", *self.compared)
@@ -359,7 +363,7 @@ def _compared(folder: Path, focus: str, names: Sequence[str]) -> list[str]:
 
 def _can_be_checked(*runs: Run) -> bool:
     """Whether weights and stores are still there: a report does without, on another machine than the study's."""
-    return all(run.trained and (run.firings_folder / "store.json").is_file() for run in runs)
+    return all(run.is_trained and (run.firings_folder / "store.json").is_file() for run in runs)
 
 
 def _alive(run: Run, firing: Mapping[str, pd.DataFrame]) -> np.ndarray:

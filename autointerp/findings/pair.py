@@ -26,11 +26,11 @@ from autointerp.scoring.setups import rows_of, setups_of, status_kind, wanted_of
 from sae.alignment.overlap import DEFINITIONS, shared
 from sae.alignment.pairs import pair_path
 from sae.alignment.similarity import similarity
-from sae.common.commands import command, written
+from sae.common.commands import command, shell_command
 from sae.common.errors import BadInput
 from sae.common.files import SCHEMA, read_table
 from sae.common.progress import say
-from sae.study.align import align_runs, what_sets_apart
+from sae.study.align import align_runs, explain_difference
 from sae.study.run import Run
 from sae.study.stage import Compute
 
@@ -43,7 +43,8 @@ def the_two(names: Sequence[str], root: Path) -> tuple[Run, Run]:
     if len(names) != 2 or names[0] == names[1]:
         told = f"{names[0]!r} twice" if len(names) == 2 else f"{len(names)} run{'' if len(names) == 1 else 's'}"
         raise BadInput(
-            f"a comparison takes two different runs, not {told}; name them: {written('compare', 'run_a', 'run_b')}"
+            f"a comparison takes two different runs, not {told}; "
+            f"name them: {shell_command('compare', 'run_a', 'run_b')}"
         )
     return Run.open(names[0], root), Run.open(names[1], root)
 
@@ -55,7 +56,7 @@ def ensure_pair_aligned(a: Run, b: Run, compute: Compute) -> None:
     """
     if pair_path(a.root / "alignments", a.name, b.name) is not None:
         return
-    apart = what_sets_apart([a, b])
+    apart = explain_difference([a, b])
     if apart:
         forced = command(a.root, "align", a.name, b.name, "--force")
         raise BadInput(
@@ -88,7 +89,7 @@ def compare_runs(
         "study": a.study,
         "runs": [{**study.describe(side.run), "study": side.run.study, **side.counts()} for side in (here, there)],
         "compared": study.compared,
-        "apart": what_sets_apart([a, b]),
+        "apart": explain_difference([a, b]),
         "missing": [],
         "stale": study.stale(),
         "definition": definition,

@@ -14,7 +14,7 @@ from autointerp.llm.exchange import AnswerFailed
 from autointerp.llm.faults import NoServer, Transient, no_server, translate
 from autointerp.llm.servers import Server, Servers
 from autointerp.llm.transport import Unread
-from sae.common.errors import BadInput, nearest
+from sae.common.errors import BadInput, suggest
 
 Listed = list[Mapping[str, Any]]
 """The entries of a server's list of models; each has an ``id``."""
@@ -92,7 +92,7 @@ async def find(
                 raise _no_api(" or ".join(server.candidates))
         for url, names in named.items():
             if len(names) != 1:
-                what = f"{len(names)} models ({nearest('', names, 5)})" if names else "no model"
+                what = f"{len(names)} models ({suggest('', names, 5)})" if names else "no model"
                 raise BadInput(f"{url} serves {what}; name one with --llm-model")
         if len({names[0] for names in named.values()}) > 1:
             raise BadInput(
@@ -118,7 +118,7 @@ async def _find_one(
 
 
 def _told(named: Mapping[str, list[str]]) -> str:
-    return "; ".join(f"{url} serves {nearest('', names, 3) if names else 'none'}" for url, names in named.items())
+    return "; ".join(f"{url} serves {suggest('', names, 3) if names else 'none'}" for url, names in named.items())
 
 
 def _no_api(where: str) -> BadInput:

@@ -16,7 +16,7 @@ from autointerp.llm.faults import Transient, objection, translate
 from autointerp.llm.retrying import Retrying
 from autointerp.llm.servers import Server
 from autointerp.llm.transport import Unread, post
-from sae.common.errors import BadInput, nearest
+from sae.common.errors import BadInput, suggest
 from sae.common.progress import say
 
 _REFUSALS = 3
@@ -88,5 +88,5 @@ class Sender:
         served = [str(entry["id"]) for entry in await self.models_at(server, server.url) or ()]
         where = f"{server.url} knows no model {model!r} (HTTP {error.status_code})"
         if served and model not in served:
-            return BadInput(f"{where}; it serves {nearest(model, served)}: name one with --llm-model")
+            return BadInput(f"{where}; it serves {suggest(model, served)}: name one with --llm-model")
         return BadInput(f"{where}, or has no chat completions; check the URL and --llm-model")

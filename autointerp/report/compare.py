@@ -30,7 +30,7 @@ from autointerp.report.layout import (
 )
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
-from sae.common.amounts import decimal, estimate, known
+from sae.common.amounts import decimal, estimate, is_known
 
 Found = Mapping[str, Any]
 _SIDE_BY_SIDE = 80
@@ -201,7 +201,7 @@ def _pair(pair: Found, names: tuple[str, str], page: Page) -> Iterator[Renderabl
         f"encoder {decimal(pair['encoder_cosine'], 2)}",
         f"decoder {decimal(pair['decoder_cosine'], 2)}",
         same,
-        *([f"fire together {decimal(pair['jaccard'], 2)}"] if known(pair["jaccard"]) else []),
+        *([f"fire together {decimal(pair['jaccard'], 2)}"] if is_known(pair["jaccard"]) else []),
     ]
     yield Text.assemble(
         (f"{pair['latent']} ↔ {pair['partner']}", "bold"),

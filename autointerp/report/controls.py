@@ -14,7 +14,7 @@ from rich.text import Text
 
 from autointerp.report.layout import ACCENT, QUIET, Page, command_line, count, grid, plural
 from autointerp.report.visible import visible
-from sae.common.amounts import decimal, estimate, interval, known
+from sae.common.amounts import decimal, estimate, interval, is_known
 
 Tree = Mapping[str, Any]
 NAMES = {"frozen": "frozen decoder", "untrained": "untrained SAE"}
@@ -72,7 +72,7 @@ def in_words(tree: Tree) -> Iterator[RenderableType]:
             "by chance alone this is said of one study in twenty."
         )
         yield Text.assemble(("\n! ", "bold red"), words)
-    if control is not None and known(control["above_control"]["fraction"]):
+    if control is not None and is_known(control["above_control"]["fraction"]):
         share = f"{100 * control['above_control']['fraction']:.0f} %"
         yield Text(f"\n{share} of the latents score higher with their own explanation than with the swapped one.")
     for row in tree["control_saes"]:
@@ -144,7 +144,7 @@ def _rows(tree: Tree) -> Iterator[tuple[str, Tree, Tree]]:
 
 def above(tree: Tree) -> Iterator[tuple[str, Tree]]:
     """How far the own mean is above each control: its name, and the difference with its interval."""
-    yield from ((name, told) for name, _, told in _rows(tree) if known(told["mean"]))
+    yield from ((name, told) for name, _, told in _rows(tree) if is_known(told["mean"]))
 
 
 def _figures(row: Tree, page: Page) -> list[str]:

@@ -30,7 +30,7 @@ from autointerp.report.layout import (
     section,
 )
 from autointerp.report.visible import highlighted, shown, visible
-from sae.common.amounts import decimal, estimate, interval, known
+from sae.common.amounts import decimal, estimate, interval, is_known
 
 Findings = Mapping[str, Any]
 N_SHOWN = 5
@@ -95,7 +95,7 @@ def _judged_in_rounds(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 def _reliability(tree: Mapping[str, Any]) -> Iterator[RenderableType]:
     told = tree["reliability"]
-    if told is not None and known(told["value"]):
+    if told is not None and is_known(told["value"]):
         yield Text(
             f"\nReliability {estimate(told['value'], told['interval'], 2)}: the rank correlation of these scores with "
             "those of another draw of contexts."
@@ -209,7 +209,7 @@ def _too_few(tree: Mapping[str, Any] | None, n_runs: int) -> Iterator[Renderable
     for name, row in sorted(tree.items(), key=lambda item: item[0] == "together"):
         label = Text("together") if name == "together" else Text(class_label(name, n_runs), STYLE_OF_CLASS[name])
         fire, others = (
-            rate(row[key]) if known(row[key]) else "" for key in ("median_frequency", "median_frequency_of_eligible")
+            rate(row[key]) if is_known(row[key]) else "" for key in ("median_frequency", "median_frequency_of_eligible")
         )
         bounds = percent_interval(row["interval"]) if row["interval"] else ""
         table.add_row(label, count(row["n"]), percent(row["fraction"]), bounds, fire, others)
@@ -255,7 +255,7 @@ def relation(found: Findings, page: Page) -> RenderableType:
 
 
 def _corrected(tree: Mapping[str, Any], key: str, label: str) -> Iterator[tuple[str, Mapping[str, Any], int]]:
-    if known(tree[key]["value"]):
+    if is_known(tree[key]["value"]):
         yield label, tree[key], tree["n"]
 
 
@@ -271,11 +271,11 @@ def _pooled(tree: Mapping[str, Any] | None) -> Iterator[tuple[str, Mapping[str, 
 def _in_words(tree: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[RenderableType]:
     """What no correlation says: the scores' reliability ``told`` where it is too small, and shared against unshared."""
     apart = tree["shared_and_unshared"]
-    if known(tree["reliability"]["value"]) and not known(tree["corrected"]["value"]):
+    if is_known(tree["reliability"]["value"]) and not is_known(tree["corrected"]["value"]):
         yield Text(f"\nReliability {decimal(told['value'], 2)}: too small to correct the correlation for noise.")
-    if known(apart["plain"]["value"]):
+    if is_known(apart["plain"]["value"]):
         words = f"\nShared latents less unshared: {_difference(apart['plain'])}"
-        if known(apart["matched"]["value"]):
+        if is_known(apart["matched"]["value"]):
             words += f"; at equal firing frequency {_difference(apart['matched'])}"
         yield Text(f"{words} ({apart['n_shared']} and {apart['n_unshared']} latents).")
     if (pooled := tree["pooled"]) is not None:
@@ -351,7 +351,7 @@ def interesting(found: Findings, page: Page) -> RenderableType:
 def _one(entry: Mapping[str, Any], page: Page) -> RenderableType:
     facts = [
         f"score {estimate(entry['score'], entry['interval'], 2)}",
-        f"swapped {decimal(entry['control'], 2)}" if known(entry["control"]) else "",
+        f"swapped {decimal(entry['control'], 2)}" if is_known(entry["control"]) else "",
         f"similarity {decimal(entry['similarity'], 2)}",
         f"fires {rate(entry['firing_frequency'])}",
     ]

@@ -31,7 +31,7 @@ from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
 from sae.alignment.latent_table import shared_class
 from sae.alignment.relation import RELATIONS
-from sae.common.amounts import decimal, estimate, interval, known, precision_in_words
+from sae.common.amounts import decimal, estimate, interval, is_known, precision_in_words
 
 Latent = Mapping[str, Any]
 
@@ -155,10 +155,10 @@ def _score_table(rows: Sequence[Mapping[str, Any]], page: Page) -> RenderableTyp
         contexts = f"{count(row['n_active'])} + {count(row['n_inactive'])}"
         score = decimal(row["balanced_accuracy"], 2)
         table.add_row(shown(who), score, bounds, *rates, auroc(row), contexts)
-        if known(row.get("precision")):
+        if is_known(row.get("precision")):
             table.add_row(Text(f"  {precision_in_words(row['precision'])}", QUIET))
         for kind, name in NEGATIVES.items():
-            if not known(row.get(f"ba_{kind}")):
+            if not is_known(row.get(f"ba_{kind}")):
                 continue
             rates = ["", _with_interval(row, f"tnr_{kind}")] if with_rates else []
             bounds = interval([row[f"ba_{kind}_low"], row[f"ba_{kind}_high"]], 2)
@@ -178,7 +178,7 @@ def _with_interval(row: Mapping[str, Any], name: str) -> str:
 
 def _reliability(found: Latent) -> Iterator[RenderableType]:
     """How far the scores above can be trusted to tell latents apart, set-up by set-up."""
-    told = [row for row in found["reliability"] if known(row["value"])]
+    told = [row for row in found["reliability"] if is_known(row["value"])]
     for row in told:
         who = f"{_who(row)}, {precision_in_words(row['precision'])}"
         words = f"Reliability of such scores over the run's {plural(row['n'], 'latent')} ({visible(who)}): "

@@ -21,7 +21,7 @@ from rich.text import Text
 from autointerp.report.blocks import FILLS, Drawn
 from autointerp.report.visible import Marking, marking, visible
 from sae.common import progress
-from sae.common.amounts import digits_of, known
+from sae.common.amounts import choose_digits, is_known
 
 #: Hues that people with any of the common colour-vision deficiencies can tell apart (Okabe and Ito).
 #: Orange is what is found in one SAE alone, blue what every SAE finds; control and context are grey.
@@ -60,14 +60,14 @@ def percent(value: float | None, digits: int = 1) -> str:
     """``26.4 %``; with more digits where it would be written as 0 or 100 and is not."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{100 * value:.{digits_of([value], digits + 2) - 2}f} %"
+    return f"{100 * value:.{choose_digits([value], digits + 2) - 2}f} %"
 
 
 def percent_interval(bounds: Sequence[float | None] | None) -> str:
-    if bounds is None or not all(known(b) for b in bounds):
+    if bounds is None or not all(is_known(b) for b in bounds):
         return ""
     found = [b for b in bounds if b is not None]
-    digits = digits_of(found, 3) - 2
+    digits = choose_digits(found, 3) - 2
     return f"[{', '.join(f'{100 * b:.{digits}f}' for b in found)}]"
 
 

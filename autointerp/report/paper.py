@@ -12,7 +12,7 @@ from rich.text import Text
 from autointerp.findings.paper.finding import AGREES, DISAGREES, SIGNED, UNDECIDED
 from autointerp.report.layout import ACCENT, QUIET, STYLE_OF_CLASS, Page, command_line, grid, indented, plural, section
 from autointerp.report.visible import visible
-from sae.common.amounts import estimate, known
+from sae.common.amounts import estimate, is_known
 
 _STYLES = {AGREES: ACCENT, DISAGREES: STYLE_OF_CLASS["one"], UNDECIDED: QUIET}
 
@@ -39,10 +39,10 @@ _TALLY = (AGREES, "in agreement"), (DISAGREES, "in disagreement"), (UNDECIDED, "
 
 def _one(row: Mapping[str, Any]) -> list[RenderableType]:
     head = Text.assemble((f"\n{row['id']:<13}", "bold"), (row["verdict"], _STYLES[row["verdict"]]))
-    if known(row["value"]):
+    if is_known(row["value"]):
         head.append(f"   {value(row)}")
     lines: list[RenderableType] = [head, indented(Text(f"{row['finding']}; paper: {row['reference']}"))]
-    if known(row["value"]):
+    if is_known(row["value"]):
         lines.append(indented(Text(f"here: {row['measure']}", QUIET)))
     lines.append(indented(Text(visible(row["why"]), QUIET)))
     return [*lines, indented(command_line(row["command"]), 0)] if row["command"] else lines

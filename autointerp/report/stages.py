@@ -26,7 +26,7 @@ from autointerp.report.layout import (
 from autointerp.report.terminal import emit
 from autointerp.report.visible import shown, visible
 from sae.common.commands import command
-from sae.study.run import all_runs, readable
+from sae.study.run import all_runs, split_readable
 
 _DONE = {"explain": "explained", "score": "scored"}
 _MOST_REASONS = 8
@@ -155,7 +155,7 @@ def _mark(run: Mapping[str, Any], stage: str, trained: Sequence[str]) -> Text:
 
 
 def _trained_runs(study: str, root: Path) -> list[str]:
-    return [run.name for run in readable(all_runs(root))[0] if run.study == study and run.trained]
+    return [run.name for run in split_readable(all_runs(root))[0] if run.study == study and run.is_trained]
 
 
 def show_deletion(found: Mapping[str, Any], console: Console) -> None:

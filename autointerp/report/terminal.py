@@ -32,7 +32,7 @@ from autointerp.report.layout import (
     section,
 )
 from autointerp.report.visible import shown, visible
-from sae.common.amounts import decimal, estimate, known, precision_in_words
+from sae.common.amounts import decimal, estimate, is_known, precision_in_words
 
 Findings = Mapping[str, Any]
 #: What stands for block characters where the output cannot hold them.
@@ -218,7 +218,7 @@ def _apart(difference: Mapping[str, Any]) -> str:
 
 def _relation_in_short(found: Findings) -> Iterator[str]:
     tree = found["relation"]
-    if tree is None or not known(tree["spearman"]):
+    if tree is None or not is_known(tree["spearman"]):
         return
     pooled = tree["pooled"]
     told = tree if pooled is None else pooled  # as the finding below: over all runs that were scored alike

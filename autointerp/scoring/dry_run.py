@@ -171,7 +171,7 @@ def forecast_score(
 ) -> Forecast:
     """What `score` would cost for the explanations that there are; see :func:`autointerp.scoring.score.score_runs`."""
     for name in scorers:
-        SCORERS.checked(name, "--scorer")
+        SCORERS.check(name, "--scorer")
     kind = resolve(JUDGES, backend, options.for_judge())
     check_flags(JUDGES, kind, options.of_judge())
     if not JUDGES[kind].asks_model:

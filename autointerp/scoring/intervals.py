@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sae.common.estimate import UNKNOWN, Estimate, finite, mean_ranks, normal_quantile, proportion
+from sae.common.estimate import UNKNOWN, Estimate, check_finite, mean_ranks, normal_quantile, proportion
 
 
 def balanced_accuracy(truth: ArrayLike, label: ArrayLike, level: float = 0.95) -> Estimate:
@@ -71,7 +71,7 @@ def auroc(truth: ArrayLike, p: ArrayLike, level: float = 0.95) -> Estimate:
 
 
 def _answers(truth: ArrayLike, answer: ArrayLike, kind: type) -> tuple[NDArray[np.bool_], NDArray]:
-    positive, given = finite(truth), finite(answer)
+    positive, given = check_finite(truth), check_finite(answer)
     if len(positive) != len(given):
         raise ValueError(f"{len(positive)} truths and {len(given)} answers")
     for name, values, checked in (("truth", positive, True), ("label", given, kind is bool)):

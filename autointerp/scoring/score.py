@@ -42,7 +42,7 @@ from autointerp.scoring.score_table import UNEXPLAINED, UNTESTED, Test, lost_sco
 from autointerp.scoring.scorers import SCORERS
 from autointerp.scoring.scorers.base import Scorer
 from autointerp.scoring.setups import status_kind
-from sae.common.commands import as_typed, command
+from sae.common.commands import command, get_typed_command
 from sae.common.files import digest
 from sae.common.progress import Bar, say, track
 from sae.study.run import Run
@@ -72,7 +72,7 @@ def score_runs(
     ``control_sae_latents`` is the most of each control SAE's latents that are scored (``None``: all that are
     explained), unless it is named itself. They get no swapped control: they are one.
     """
-    tested = [SCORERS.chosen(name, "--scorer")() for name in scorers]
+    tested = [SCORERS.choose(name, "--scorer")() for name in scorers]
     kind = resolve(JUDGES, backend, options.for_judge())
     check_flags(JUDGES, kind, options.of_judge())
     if control_latents is None:
@@ -111,7 +111,7 @@ async def _score(
     precision: Precision | None,
     servers: OneServer | None,
 ) -> Outcome:
-    outcome = Outcome("score", [part.run.name for part in parts], retry=as_typed())
+    outcome = Outcome("score", [part.run.name for part in parts], retry=get_typed_command())
     outcome.of = "score" if len(scorers) > 1 else "latent"
     async with open_judge(kind, options, root / "cache.sqlite", servers) as judge:
         outcome.backend = f"{judge.name} ({judge.model})" if judge.model else judge.name
@@ -205,7 +205,7 @@ async def _score_run(
                 of = f"{scorer.name}, {n_swapped:,} of them swapped controls" if n_swapped else scorer.name
                 with (
                     track(f"{doing} {run.name} ({of})", len(questions), "explanations") as bar,
-                    going_on(len(questions), "explanations", as_typed()),
+                    going_on(len(questions), "explanations", get_typed_command()),
                 ):
                     await _judge_all(questions, test, journal, asked_now, concurrency, bar)
             outcome.notes += [

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
 
-from sae.firings.store import mix
+from sae.firings.store import mix_bits
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -60,7 +60,7 @@ def swap_partners(
         control, and is left out: so is a single latent.
     """
     ring = np.array(sorted(set(latents)), dtype=np.int64)
-    ring = ring[np.argsort(mix(ring.astype(np.uint64) ^ mix(np.array([seed], np.uint64))), kind="stable")]
+    ring = ring[np.argsort(mix_bits(ring.astype(np.uint64) ^ mix_bits(np.array([seed], np.uint64))), kind="stable")]
     n, tried = len(ring), min(CANDIDATES, len(ring) - 1)
     if n < 2:
         return {}

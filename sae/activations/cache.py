@@ -52,7 +52,7 @@ class ActivationCache:
     ) -> None:
         self.folder, self.slots, self.fills = folder, slots, fills
         self._shape, self._dtype = shape, dtype
-        self._slot_bytes = slot_bytes(shape, dtype)
+        self._slot_bytes = count_slot_bytes(shape, dtype)
         if fills:
             self._prepare()
         self._slots_file = os.open(folder / "slots.bin", os.O_RDWR if fills else os.O_RDONLY)
@@ -159,7 +159,7 @@ def open_caches(
     if limit_bytes <= 0 or not names:
         return {}
     folders = {name: corpus.folder / "activations" / _cache_key(corpus, subject, name) for name in names}
-    sizes = {name: slot_bytes((corpus.context, subject.width(name)), subject.dtype) for name in names}
+    sizes = {name: count_slot_bytes((corpus.context, subject.width(name)), subject.dtype) for name in names}
     kept = sum(_on_disk(folder) for folder in folders.values())
     room = min(limit_bytes, max(kept, shutil.disk_usage(corpus.folder).free + kept - _SPARE_DISK_BYTES))
     slots = {name: _slots(corpus, sizes[name], room // len(names)) for name in names}
@@ -178,7 +178,7 @@ def open_caches(
     }
 
 
-def caches_to_read(corpus: Corpus, subject: Subject, hookpoints: Sequence[str]) -> dict[str, ActivationCache]:
+def open_caches_to_read(corpus: Corpus, subject: Subject, hookpoints: Sequence[str]) -> dict[str, ActivationCache]:
     """The caches that another process has opened by :func:`open_caches` and may be filling, to read what they hold."""
     found = {}
     for name in (subject.resolve(hookpoint) for hookpoint in hookpoints):
@@ -190,7 +190,7 @@ def caches_to_read(corpus: Corpus, subject: Subject, hookpoints: Sequence[str]) 
     return found
 
 
-def slot_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+def count_slot_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
     """What a sequence's activations ``[T, D]`` take."""
     return shape[0] * shape[1] * dtype.itemsize
 

@@ -37,7 +37,7 @@ class Outliers:
         """Whether a few tokens hold most of the variance."""
         return self.fraction < _FEW and self.variance_share > _MOST
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         return (
             f"{self.fraction:.2%} of the tokens have over {TIMES_MEDIAN:.0f} times the median norm and hold "
             f"{self.variance_share:.0%} of the variance"
@@ -72,7 +72,7 @@ class Quality:
     l0: float
     l0_without: float
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         return (
             f"FVU {self.fvu:.3f}, without the outlier tokens {self.fvu_without:.3f} · "
             f"L0 {self.l0:.1f}, without {self.l0_without:.1f}"

@@ -57,7 +57,7 @@ class ActivationStream:
         Cheapest when read along :meth:`Corpus.order`: then every block is computed once.
         Raises :class:`sae.common.errors.NotFinite` where the model gives NaN or infinity.
         """
-        return rows_together([self], index)[0]
+        return read_rows([self], index)[0]
 
     def keep(self, number: int, values: torch.Tensor) -> None:
         """Take in a block's activations: on disk or, where that has no room, in memory."""
@@ -107,7 +107,7 @@ def open_streams(
     return streams
 
 
-def rows_together(
+def read_rows(
     streams: Sequence[ActivationStream], index: np.ndarray, source: BlockSource | None = None
 ) -> list[torch.Tensor]:
     """:meth:`ActivationStream.rows` of each of ``streams``, which share subject and corpus, in one pass for all.
@@ -138,8 +138,8 @@ def rows_together(
     return outs
 
 
-def lacking(streams: Sequence[ActivationStream], index: np.ndarray) -> list[int]:
-    """The blocks that :func:`rows_together` of ``index`` would compute, in the order in which it would.
+def find_missing_blocks(streams: Sequence[ActivationStream], index: np.ndarray) -> list[int]:
+    """The blocks that :func:`read_rows` of ``index`` would compute, in the order in which it would.
 
     What then turns out to be damaged on disk comes on top, without changing the order of these.
     """
@@ -252,7 +252,7 @@ class TrainingBatches(Sequence[torch.Tensor]):
             return [self[i] for i in range(*step.indices(self._steps))]
         if not -self._steps <= step < self._steps:
             raise IndexError(f"step {step} of {self._steps}")
-        return read_together([self], step % self._steps)[0]
+        return read_batches([self], step % self._steps)[0]
 
     def describe(self, step: int, row: int | None = None) -> str:
         """Where in the corpus a step's batch comes from, or one row of it: words for an error message."""
@@ -275,12 +275,12 @@ class TrainingBatches(Sequence[torch.Tensor]):
         )
 
 
-def streams_of(batches: Sequence[TrainingBatches]) -> list[ActivationStream]:
+def get_streams(batches: Sequence[TrainingBatches]) -> list[ActivationStream]:
     """The streams behind ``batches``, each once."""
     return list({b.stream.hookpoint: b.stream for b in batches}.values())
 
 
-def read_together(
+def read_batches(
     batches: Sequence[TrainingBatches], step: int, source: BlockSource | None = None
 ) -> list[torch.Tensor]:
     """``batches[i][step]`` of each, out of one forward pass; those of one hookpoint are the very same tensor.
@@ -291,11 +291,11 @@ def read_together(
     first = batches[0]
     if not all(first.shares_steps_with(other) for other in batches[1:]):
         raise ValueError("these batches do not take the same sequences")
-    streams = streams_of(batches)
+    streams = get_streams(batches)
     index = first.sequences(step)
     corpus = first.stream.corpus
     try:
-        rows = rows_together(streams, index, source)
+        rows = read_rows(streams, index, source)
     except NotFinite as error:
         raise NotFinite(f"step {step + 1} of the training: {error}") from None
     special = corpus.is_special(corpus.rows(index)).reshape(-1)

@@ -26,7 +26,7 @@ import torch
 
 from sae.activations.bundled import BUNDLED
 from sae.activations.hookpoint_names import likely_hookpoints
-from sae.common.errors import BadInput, NotFound, UserError, listed, nearest
+from sae.common.errors import BadInput, NotFound, UserError, join_or, suggest
 from sae.common.files import digest, digest_samples, read_json
 from sae.common.hub import Kind, find_on_hub, first_line, looks_like_path
 from sae.common.memory import is_out_of_memory
@@ -105,7 +105,7 @@ class Subject:
         if dtype == "auto":
             dtype = resolve_float("auto", device)
         if dtype not in DTYPES:
-            raise BadInput(f"subject.dtype {dtype!r} is not known; choose {nearest(dtype, DTYPES)}")
+            raise BadInput(f"subject.dtype {dtype!r} is not known; choose {suggest(dtype, DTYPES)}")
         place, arguments = _locate(source)
         with _quiet():
             try:
@@ -177,7 +177,7 @@ class Subject:
     def _likely(self, name: str) -> str:
         """Hookpoints that a wrong name may mean, as words for an error message."""
         known = self.hookpoints()
-        return listed(likely_hookpoints(name, known)) or nearest(name, known)
+        return join_or(likely_hookpoints(name, known)) or suggest(name, known)
 
     @functools.cached_property
     def _widths(self) -> dict[str, int]:

@@ -29,7 +29,7 @@ from sae.alignment.bootstrap import INTERVALS, Bools, Floats, LatentBootstrap, T
 from sae.alignment.dip import Dip
 from sae.alignment.nulls import NULLS, as_alignment
 from sae.alignment.similarity import bimodality, by_pair, histogram, spread
-from sae.common.commands import written
+from sae.common.commands import shell_command
 from sae.common.errors import BadInput, NotFound
 from sae.common.estimate import UNKNOWN, Estimate
 
@@ -315,11 +315,11 @@ def check(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -
     for run, members in alive.items():
         for other in (x for x in runs if x != run):
             if (run, other) not in alignments:
-                raise NotFound(f"{run!r} and {other!r} are not aligned yet; run `{written('align', run, other)}`")
+                raise NotFound(f"{run!r} and {other!r} are not aligned yet; run `{shell_command('align', run, other)}`")
             if len(alignments[run, other]) != len(members):
                 raise BadInput(
                     f"{run!r} has {len(members)} latents, but {len(alignments[run, other])} in its alignment with "
-                    f"{other!r}; run `{written('align', run, other)}`"
+                    f"{other!r}; run `{shell_command('align', run, other)}`"
                 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sae.common.commands import command
-from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table, table_metadata, write_table
 
 Sides = tuple[pd.DataFrame, pd.DataFrame]
@@ -42,7 +42,7 @@ def read_sides(folder: Path, a: str, b: str, columns: Sequence[str] | None = Non
     path = pair_path(folder, a, b)
     if path is None:
         known = [p.stem for p in folder.glob("*--*.parquet")]
-        hint = f"; there is {nearest(f'{a}--{b}', known)}" if known else ""
+        hint = f"; there is {suggest(f'{a}--{b}', known)}" if known else ""
         raise NotFound(f"{a!r} and {b!r} are not aligned yet{hint}; run `{command(folder.parent, 'align', a, b)}`")
     try:
         table = read_table(path, None if columns is None else ["run", *columns])

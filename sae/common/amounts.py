@@ -44,7 +44,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def known(value: float | None) -> bool:
+def is_known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
@@ -60,13 +60,13 @@ def decimal(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
 
 def interval(bounds: Sequence[float | None] | None, digits: int = 3, *, sign: bool = False) -> str:
     """``[.25, .29]``; empty where there is none."""
-    if bounds is None or not all(known(b) for b in bounds):
+    if bounds is None or not all(is_known(b) for b in bounds):
         return ""
-    digits = digits_of([b for b in bounds if b is not None], digits)
+    digits = choose_digits([b for b in bounds if b is not None], digits)
     return f"[{', '.join(decimal(b, digits, sign=sign) for b in bounds)}]"
 
 
-def digits_of(values: Sequence[float], digits: int, most: int = 5) -> int:
+def choose_digits(values: Sequence[float], digits: int, most: int = 5) -> int:
     """Return the digits, ``digits`` or a few more, at which not all values are written as 0, or as ±1, that are not.
 
     So an interval is never [.000, .000] unless both its bounds are 0.

@@ -1,8 +1,8 @@
 """How a message writes a command, so that the user can copy it and run it.
 
 The program is started as ``python cli.py`` in a checkout, and as ``autointerp`` or ``python -m autointerp`` once
-installed. Only this module knows which. Help texts and docstrings say ``python cli.py``; :func:`as_started` turns that
-into what the user typed. Imports nothing heavy, since ``--help`` needs it.
+installed. Help texts and docstrings say ``python cli.py``; :func:`replace_program_name` turns that into what the user
+typed. Imports nothing slow, since ``--help`` needs it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def program() -> str:
     return "python cli.py" if IS_CHECKOUT and started.name != "autointerp" else "autointerp"
 
 
-def as_started(text: str) -> str:
+def replace_program_name(text: str) -> str:
     """Return ``text`` with the user's own command in place of ``python cli.py``, and of ``cli.py`` after torchrun."""
     started = program()
     script = started.removeprefix("python ") if started.startswith("python ") else f"-m {started}"
     return _WRITTEN.sub(lambda found: started if found[1] else script, text)
 
 
-def written(*words: str) -> str:
+def shell_command(*words: str) -> str:
     """Return a command of this program for the user to run."""
     return f"{program()} {shlex.join(words)}"
 
@@ -50,10 +50,10 @@ def written(*words: str) -> str:
 def command(root: Path, *words: str) -> str:
     """Return a command for the user to run, with ``--root`` where it is not the default."""
     elsewhere = [] if root.resolve() == DEFAULT_ROOT.resolve() else ["--root", str(root)]
-    return written(*words, *elsewhere)
+    return shell_command(*words, *elsewhere)
 
 
-def as_typed() -> str:
+def get_typed_command() -> str:
     """Return the command that this program was started with, for a message; empty in a notebook or another program.
 
     Every command resumes, so this is also the command that finishes what was interrupted or failed. Passwords in
@@ -65,4 +65,4 @@ def as_typed() -> str:
         "__main__.py",
     ):
         return ""
-    return written(*(_CREDENTIALS.sub(r"\1", word) for word in sys.argv[1:]))
+    return shell_command(*(_CREDENTIALS.sub(r"\1", word) for word in sys.argv[1:]))

@@ -40,23 +40,23 @@ class Unavailable(UserError):
     pass
 
 
-def printable(text: str) -> str:
+def make_printable(text: str) -> str:
     """``text`` for a terminal: what acts instead of showing (escape sequences of a server's answer) is replaced."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def alike(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
+def find_similar(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     """Those of the candidates that ``name`` may have been meant to be, the likest first."""
     return difflib.get_close_matches(name, list(candidates), n=n, cutoff=0.6)
 
 
-def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
+def suggest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """The candidates most like ``name``, as words for an error message: ``'a', 'b' or 'c'``."""
     pool = list(candidates)
-    return listed(difflib.get_close_matches(name, pool, n=n, cutoff=0.3) or pool[:n])
+    return join_or(difflib.get_close_matches(name, pool, n=n, cutoff=0.3) or pool[:n])
 
 
-def listed(names: Iterable[str]) -> str:
+def join_or(names: Iterable[str]) -> str:
     """Names as words for an error message: ``'a', 'b' or 'c'``."""
     quoted = [repr(name) for name in names]
     return " or ".join([", ".join(quoted[:-1]), quoted[-1]]) if len(quoted) > 1 else "".join(quoted)

@@ -71,7 +71,7 @@ def effective_number(value: float, variance: float, n: float) -> float:
     return value * (1 - value) / variance if variance > 0 and 0 < value < 1 else n
 
 
-def finite(values: ArrayLike) -> Array:
+def check_finite(values: ArrayLike) -> Array:
     """Return ``values`` as float64; raise ValueError for NaN and infinity."""
     x = np.asarray(values, dtype=np.float64)
     if not np.isfinite(x).all():

@@ -111,10 +111,10 @@ def write_table(path: Path, table: pd.DataFrame, **metadata: Any) -> None:
 
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     with atomic(path) as temporary:
-        pq.write_table(arrow.replace_schema_metadata(with_metadata(arrow.schema, metadata)), temporary)
+        pq.write_table(arrow.replace_schema_metadata(add_metadata(arrow.schema, metadata)), temporary)
 
 
-def with_metadata(schema: pa.Schema, metadata: Mapping[str, Any]) -> dict[bytes, bytes]:
+def add_metadata(schema: pa.Schema, metadata: Mapping[str, Any]) -> dict[bytes, bytes]:
     """A schema's metadata with ours beside it, as :func:`table_metadata` reads them."""
     return {**(schema.metadata or {}), _META: json.dumps({"schema": SCHEMA, **metadata}).encode()}
 

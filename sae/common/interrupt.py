@@ -24,7 +24,7 @@ class Terminated(BaseException):
 
 
 class Interrupt:
-    """Handed out by :func:`deferred`; ``signal`` is the one that came, 0 while there is none."""
+    """Handed out by :func:`defer_interrupts`; ``signal`` is the one that came, 0 while there is none."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -47,12 +47,11 @@ class Interrupt:
 
 
 @contextmanager
-def deferred() -> Iterator[Interrupt]:
-    """Remember Ctrl-C and SIGTERM instead of acting on them, for as long as the block lasts.
+def defer_interrupts() -> Iterator[Interrupt]:
+    """Remember Ctrl-C and SIGTERM while the block runs, instead of acting on them.
 
-    The block looks at ``signal`` now and then and calls :func:`end_by`; what comes too late for that takes effect when
-    the block ends. A second signal acts at once. Signals that the process ignores are still ignored, and outside the
-    main thread, where Python allows no handlers, nothing changes.
+    The block checks ``signal`` now and then and calls :func:`raise_signal`; a later signal takes effect when the block
+    ends, and a second one at once. Ignored signals stay ignored. Does nothing outside the main thread.
     """
     interrupt = Interrupt()
     if threading.current_thread() is threading.main_thread():
@@ -66,9 +65,9 @@ def deferred() -> Iterator[Interrupt]:
     finally:
         interrupt.restore()
     if interrupt.signal:
-        end_by(interrupt.signal)
+        raise_signal(interrupt.signal)
 
 
-def end_by(number: int) -> NoReturn:
+def raise_signal(number: int) -> NoReturn:
     """Raise what stands for a signal."""
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated

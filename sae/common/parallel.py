@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sae.common import launch
-from sae.common.commands import as_started
+from sae.common.commands import replace_program_name
 from sae.common.errors import BadInput
 from sae.common.progress import say
 from sae.common.ranks import ALONE, Job, Mode
 
 
 @contextmanager
-def together(parallel: str | None, seeds: int, device: str) -> Iterator[tuple[Job, str]]:
+def join_ranks(parallel: str | None, seeds: int, device: str) -> Iterator[tuple[Job, str]]:
     """Meet the other ranks, if there are any, for as long as the block lasts; the job, and this rank's device.
 
     ``parallel`` is "seeds", "data", or None where the user leaves the choice to us; ``device`` what the user said.
@@ -21,7 +21,7 @@ def together(parallel: str | None, seeds: int, device: str) -> Iterator[tuple[Jo
     if parallel is not None and not launch.launched():
         raise BadInput(
             f"--parallel {parallel} is for several processes; start them with "
-            f"`{as_started('torchrun --standalone --nproc-per-node 2 cli.py train')} …`"
+            f"`{replace_program_name('torchrun --standalone --nproc-per-node 2 cli.py train')} …`"
         )
     mode, line = choose_mode(parallel, seeds, launch.size())
     with _met(mode, line, device) as met:
@@ -29,8 +29,8 @@ def together(parallel: str | None, seeds: int, device: str) -> Iterator[tuple[Jo
 
 
 @contextmanager
-def together_at_text(device: str) -> Iterator[tuple[Job, str]]:
-    """:func:`together` for work that is split by pieces of the text."""
+def join_ranks_at_text(device: str) -> Iterator[tuple[Job, str]]:
+    """:func:`join_ranks` for work that is split by pieces of the text."""
     line = f"{launch.size()} ranks: the text is split over them, the same files as from one process"
     with _met("seeds", line, device) as met:
         yield met
@@ -42,11 +42,11 @@ def _met(mode: Mode, line: str, device: str) -> Iterator[tuple[Job, str]]:
     if not launch.launched():
         yield ALONE, device
         return
-    from sae.common.torchrun import joined, rank_device
+    from sae.common.torchrun import join_process_group, rank_device
 
     say(line)
     device = rank_device(device)
-    with joined(mode, device) as job:
+    with join_process_group(mode, device) as job:
         yield job, device
 
 

@@ -30,7 +30,7 @@ from rich.text import Text
 
 from sae.common import launch
 from sae.common.amounts import human
-from sae.common.errors import printable
+from sae.common.errors import make_printable
 
 console = Console(
     stderr=True, highlight=False, emoji=False, quiet=launch.rank() != 0
@@ -57,7 +57,7 @@ def peak_device_bytes() -> int:
 
 def say(message: str) -> None:
     """One line for the person at the terminal. ``message`` is plain text: markup in it is not read."""
-    console.print(escape(printable(message)), soft_wrap=True)
+    console.print(escape(make_printable(message)), soft_wrap=True)
 
 
 @functools.cache
@@ -167,8 +167,8 @@ def waiting(label: str) -> Iterator[Callable[[str], None]]:
                 TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             )
             with Progress(*columns, console=console, transient=True) as progress:
-                task = progress.add_task(escape(printable(label)), total=None, note="")
-                yield lambda note: progress.update(task, note=escape(printable(note)), refresh=True)
+                task = progress.add_task(escape(make_printable(label)), total=None, note="")
+                yield lambda note: progress.update(task, note=escape(make_printable(note)), refresh=True)
         else:
 
             def in_lines(note: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sae.common.errors import BadInput, nearest
+from sae.common.errors import BadInput, suggest
 
 T = TypeVar("T")
 
@@ -64,17 +64,17 @@ class Registry(Mapping[str, type[T]]):
             )
         return classes[0]
 
-    def chosen(self, name: str, flag: str) -> type[T]:
+    def choose(self, name: str, flag: str) -> type[T]:
         """The class called ``name``, or BadInput that offers the nearest; ``flag`` is what the user wrote."""
-        return self[self.checked(name, flag)]
+        return self[self.check(name, flag)]
 
-    def checked(self, name: str, flag: str, *more: str) -> str:
+    def check(self, name: str, flag: str, *more: str) -> str:
         """``name`` where it is known, or is one of ``more``; else BadInput that offers the nearest."""
         if name in more or name in self:
             return name
-        raise BadInput(f"{flag} {name!r} is not known; choose {nearest(name, [*more, *self])}")
+        raise BadInput(f"{flag} {name!r} is not known; choose {suggest(name, [*more, *self])}")
 
-    def words(self, *more: str) -> str:
+    def join_names(self, *more: str) -> str:
         """All names for a line of help, ``more`` before them."""
         return ", ".join([*more, *self])
 

@@ -43,7 +43,7 @@ class RankLost(UserError):
 
 
 class TorchrunJob(Job):
-    """One of several processes. Made by :func:`joined`."""
+    """One of several processes. Made by :func:`join_process_group`."""
 
     def __init__(self, mode: Mode, device: torch.device) -> None:
         self.rank, self.size, self.mode, self.device = launch.rank(), launch.size(), mode, device
@@ -205,7 +205,7 @@ def rank_device(device: str) -> str:
 
 
 @contextmanager
-def joined(mode: Mode, device: str) -> Iterator[TorchrunJob]:
+def join_process_group(mode: Mode, device: str) -> Iterator[TorchrunJob]:
     """Meet the other ranks, for as long as the block lasts. ``device`` is where this rank computes."""
     here = torch.device(device)
     if here.type == "cuda":

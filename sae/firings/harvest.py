@@ -29,7 +29,7 @@ from sae.common.progress import say, track
 from sae.common.ranks import ALONE
 from sae.common.ranks import Job as RankJob
 from sae.firings.index import SORTED_FILES, Piece, build_index
-from sae.firings.shards import Coded, Shard, ShardWriter, folder_at_once
+from sae.firings.shards import Coded, Shard, ShardWriter, atomic_folder
 from sae.firings.store import SCHEMA, STORE_FILE, Array, Ints, read_record
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def harvest(
     pieces = _pieces(n_sequences, study["sequences_per_shard"])
     jobs = []
     for name, sae in saes.items():
-        digest = (weights or {}).get(name) or weights_digest(sae)
+        digest = (weights or {}).get(name) or digest_weights(sae)
         job = _Job(name, sae, folders[name], {**study, "num_latents": sae.num_latents, "weights": digest}, pieces)
         jobs.append(job)
     label = f"harvest {' '.join(saes)}"
@@ -103,7 +103,7 @@ def harvest(
     ranks.barrier()
 
 
-def weights_digest(sae: Sae) -> str:
+def digest_weights(sae: Sae) -> str:
     """SHA-256 over architecture, k and every weight of ``sae``. 64 hex characters."""
     state = hashlib.sha256(f"{sae.architecture} {getattr(sae, 'k', '')}".encode())
     for tensor in sae.weights().values():
@@ -148,7 +148,7 @@ class _Job:
     def finish(self, corpus: Corpus, order: Ints) -> None:
         """Merge the shards into the by-latent index and declare the store complete."""
         index = f"index-{len(order):08d}"
-        with folder_at_once(self.folder / index) as temporary:
+        with atomic_folder(self.folder / index) as temporary:
             label = f"index {self.name} by latent"
             totals = build_index(temporary, self.folder, self.provenance, self.kept, self.pieces, corpus, order, label)
         facts = [self._facts(piece) for piece in self.pieces]
@@ -258,7 +258,7 @@ def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array
     """:func:`_encode` of so few tokens that M slots for each do no harm: one may fire for nearly all latents."""
     import torch
 
-    latent_type, count_type = index_types(sae.num_latents)
+    latent_type, count_type = choose_index_types(sae.num_latents)
     with torch.inference_mode():
         strengths, indices = sae.encode_fast(activations)
     values, latents = strengths.float().cpu().numpy(), indices.cpu().numpy()
@@ -278,7 +278,7 @@ def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array
     )
 
 
-def index_types(num_latents: int) -> tuple[type[np.unsignedinteger[Any]], type[np.unsignedinteger[Any]]]:
+def choose_index_types(num_latents: int) -> tuple[type[np.unsignedinteger[Any]], type[np.unsignedinteger[Any]]]:
     """The narrowest types for a latent's number and for how many latents fire at one token."""
     return np.uint16 if num_latents <= 2**16 else np.uint32, np.uint16 if num_latents < 2**16 else np.uint32
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from sae.common.progress import track
-from sae.firings.store import Array, Ints, content_hash, latent_blocks, mapped
+from sae.firings.store import Array, Ints, hash_windows, map_array, split_latents
 
 if TYPE_CHECKING:
     from sae.text.corpus import Corpus
@@ -68,7 +68,7 @@ class Source(NamedTuple):
         if self.limit is None:
             return np.diff(self.offsets)
         total = np.zeros(len(self.offsets) - 1, np.int64)
-        for first, last in latent_blocks(self.offsets, _BLOCK_FIRINGS):
+        for first, last in split_latents(self.offsets, _BLOCK_FIRINGS):
             for counts, _, _ in self.slices(first, last):
                 total[first:last] += counts
         return total
@@ -122,7 +122,7 @@ def merge(folder: Path, sources: list[Source], num_latents: int, label: str) -> 
     activations = open_memmap(folder / "activations.npy", mode="w+", dtype=np.float16, shape=(n_firings,))
     free = offsets[:-1].copy()  # where each latent's next firing goes
     with track(label, n_firings, "firings") as bar:
-        for first, last in latent_blocks(offsets, _BLOCK_FIRINGS):
+        for first, last in split_latents(offsets, _BLOCK_FIRINGS):
             for source in sources:
                 for many, found, values in source.slices(first, last):
                     there = np.repeat(free[first:last] - (np.cumsum(many) - many), many) + np.arange(len(found))
@@ -141,13 +141,13 @@ def _sources(store: Path, kept: dict[str, Any] | None, pieces: list[Piece], per_
     inherited = [piece for piece in pieces if piece.name in named]
     if kept and inherited:
         offsets, positions, activations = (
-            mapped(store / kept["index"] / f"{name}.npy") for name in ("offsets", "positions", "activations")
+            map_array(store / kept["index"] / f"{name}.npy") for name in ("offsets", "positions", "activations")
         )
         sources.append(Source(offsets, positions, activations, base=0, limit=inherited[-1].stop * per_sequence))
     for piece in pieces:
         if piece.name not in named:
             offsets, positions, activations = (
-                mapped(store / "shards" / piece.name / f"{name}.npy") for name in SORTED_FILES
+                map_array(store / "shards" / piece.name / f"{name}.npy") for name in SORTED_FILES
             )
             sources.append(Source(offsets, positions, activations, base=piece.start * per_sequence))
     return sources
@@ -166,7 +166,7 @@ def _describe_windows(folder: Path, corpus: Corpus, order: Ints, window: int) ->
         tokens = corpus.rows(order[start : start + step])[:, : slots * window].reshape(-1, window)
         marked = corpus.is_special(tokens)
         n_special += int(marked.sum())
-        content[start * slots : start * slots + len(tokens)] = content_hash(tokens)
+        content[start * slots : start * slots + len(tokens)] = hash_windows(tokens)
         special[start * slots : start * slots + len(tokens)] = marked.any(1)
     content.flush()
     special.flush()

@@ -61,7 +61,7 @@ class ShardWriter:
 
     def _write(self, shards: list[Shard]) -> None:
         for shard in shards:
-            with folder_at_once(shard.folder) as temporary:
+            with atomic_folder(shard.folder) as temporary:
                 _write(temporary, shard, self.window)
 
 
@@ -94,7 +94,7 @@ def _offsets(counts: Array) -> Ints:
 
 
 @contextmanager
-def folder_at_once(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; when the block ends well its files are synced and it is renamed."""
     temporary = path.with_name(f".tmp-{path.name}")
     for leftover in (temporary, path):

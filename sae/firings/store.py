@@ -71,7 +71,7 @@ class FiringStore:
         self.n_firings: int = record["n_firings"]
         index = folder / record["index"]
         self.latent_offsets, self.position, self.activation, self._sequences, self._content, self._special = (
-            mapped(index / f"{name}.npy") for name in INDEX_FILES
+            map_array(index / f"{name}.npy") for name in INDEX_FILES
         )
         self._windows_per_shard = self.provenance["sequences_per_shard"] * self.windows_per_sequence
         self._layouts: dict[int, list[tuple[np.dtype[Any], int, tuple[int, ...]]]] = {}
@@ -212,7 +212,7 @@ class FiringStore:
         name = self.record["shards"][number]["name"]
         paths = [self.folder / "shards" / name / f"{kind}.npy" for kind in SHARD_FILES]
         if number not in self._layouts:
-            arrays = tuple(mapped(path) for path in paths)
+            arrays = tuple(map_array(path) for path in paths)
             self._layouts[number] = [(a.dtype, a.offset, a.shape) for a in arrays]
             return arrays
         layouts = zip(paths, self._layouts[number], strict=True)
@@ -240,7 +240,7 @@ def latent_statistics(store: FiringStore) -> pd.DataFrame:
     n_windows = np.zeros(store.num_latents, np.int64)
     total = np.zeros(store.num_latents, np.float64)
     peak = np.zeros(store.num_latents, np.float64)
-    for first, last in latent_blocks(offsets, _BLOCK_FIRINGS):
+    for first, last in split_latents(offsets, _BLOCK_FIRINGS):
         alive = first + np.flatnonzero(n_firings[first:last])
         if len(alive) == 0:
             continue
@@ -267,15 +267,15 @@ def latent_statistics(store: FiringStore) -> pd.DataFrame:
     )
 
 
-def content_hash(tokens: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+def hash_windows(tokens: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     """A 64-bit hash of each row of ``tokens`` [n, w]; depends on nothing but the ids and their order."""
     state = np.full(len(tokens), 0x243F6A8885A308D3, np.uint64)
     for column in tokens.T:
-        state = mix(state ^ column.astype(np.uint64))
+        state = mix_bits(state ^ column.astype(np.uint64))
     return state
 
 
-def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix_bits(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """A bijection of 64-bit words in which every input bit moves every output bit (SplitMix64's finaliser).
 
     Steele, Lea and Flood 2014. The same words on every machine and in every version of NumPy, which its
@@ -287,7 +287,7 @@ def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def latent_blocks(offsets: Ints, firings: int) -> Iterator[tuple[int, int]]:
+def split_latents(offsets: Ints, firings: int) -> Iterator[tuple[int, int]]:
     """Consecutive ranges of latents holding at most ``firings`` firings each, or one latent if it has more."""
     first, latents = 0, len(offsets) - 1
     while first < latents:
@@ -297,7 +297,7 @@ def latent_blocks(offsets: Ints, firings: int) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def digest_of(folder: Path) -> str:
+def read_digest(folder: Path) -> str:
     """:attr:`FiringStore.digest` of the store in ``folder``, out of its record alone: its arrays are not looked at.
 
     Raises as :meth:`FiringStore.open` does where there is no finished harvest, or no record that can be read.
@@ -358,7 +358,7 @@ def _shape_of(path: Path) -> tuple[int, ...]:
     return shape
 
 
-def mapped(path: Path) -> np.memmap[Any, Any]:
+def map_array(path: Path) -> np.memmap[Any, Any]:
     """A ``.npy`` file as a read-only memory map."""
     array: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array

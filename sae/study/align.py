@@ -19,9 +19,9 @@ from sae.alignment.pairs import pair_inputs, pair_path, read_sides
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import digest, read_table, table_columns, table_metadata, write_table
 from sae.common.progress import say, track
-from sae.study.harvest import by_study, ensure_harvested, is_harvested, need_trained
+from sae.study.harvest import check_trained, ensure_harvested, group_by_study, is_harvested
 from sae.study.run import Run, study_runs
-from sae.study.stage import Compute, only_one
+from sae.study.stage import Compute, lock_study
 
 if TYPE_CHECKING:
     from sae.alignment.nulls import Weights
@@ -42,29 +42,29 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
     wanted = [(by_name[a], by_name[b]) for a, b in pairs([run.name for run in runs])]
     root = runs[0].root
     for run in runs:
-        need_trained(run)
+        check_trained(run)
     _check_widths(runs)
-    apart = what_sets_apart(runs)
+    apart = explain_difference(runs)
     if apart and not force:
         raise BadInput(f"{apart}, so what differs is not the seed alone; align runs of one study, or give --force")
-    studies = by_study(runs)
+    studies = group_by_study(runs)
     ensure_harvested(runs, compute)
     with ExitStack() as locks:
         for study in sorted(studies):
-            locks.enter_context(only_one(root, study))
+            locks.enter_context(lock_study(root, study))
         matched = [(a, b) for a, b in wanted if not is_aligned(a, b) or (nulls and not _has_nulls(a, b))]
         if matched:
             _align_pairs(matched, compute, nulls)
         for a, b in wanted:
-            if not fired_on_the_same(a, b):
+            if not share_tokens(a, b):
                 say(f"{a.name} and {b.name} were harvested from different texts or windows: only weights are compared")
         done = {(a, b) for a, b in wanted if is_compared(a, b) and (not nulls or _has_shifted(a, b))}
-        compared = [(a, b) for a, b in wanted if (a, b) not in done and fired_on_the_same(a, b)]
+        compared = [(a, b) for a, b in wanted if (a, b) not in done and share_tokens(a, b)]
         if compared:
             _compare_pairs(compared, compute, nulls)
         for study in studies:
             for run in study_runs(study, root):
-                if run.trained:
+                if run.is_trained:
                     _write_overlap(run)
 
 
@@ -76,9 +76,9 @@ def _check_widths(runs: Sequence[Run]) -> None:
         raise BadInput(f"only SAEs of activations of the same width can be aligned; d_in is {told}")
 
 
-def what_sets_apart(runs: Sequence[Run]) -> str | None:
+def explain_difference(runs: Sequence[Run]) -> str | None:
     """Why a difference between ``runs`` need not be one of seeds; ``None`` where they are of one study."""
-    studies = by_study(runs)
+    studies = group_by_study(runs)
     if len(studies) < 2:
         return None
     names = ", ".join(run.name for run in runs)
@@ -145,7 +145,7 @@ def behaviour_folder(root: Path) -> Path:
     return root / "alignments" / "behaviour"
 
 
-def fired_on_the_same(a: Run, b: Run) -> bool:
+def share_tokens(a: Run, b: Run) -> bool:
     """Whether the two were harvested from the same tokens of the same model's text, in the same order."""
     one, other = (run.store().provenance for run in (a, b))
     return all(one[key] == other[key] for key in ("corpus_fingerprint", "order", "context", "window"))
@@ -175,7 +175,7 @@ def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) 
                     store=run.store(),
                     W_dec=mine[1],
                     decoder_partner=table["decoder_partner"].to_numpy(np.int32),
-                    lone=alive(run) & ~shared(table, "strict"),
+                    lone=find_alive(run) & ~shared(table, "strict"),
                     null_of_other=null_of("rotated", theirs, names)[1] if nulls else None,
                 )
                 for run, table, mine, theirs, names in (
@@ -203,9 +203,9 @@ def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) 
 
 
 def _behaviour_inputs(a: Run, b: Run) -> str:
-    from sae.firings.store import digest_of
+    from sae.firings.store import read_digest
 
-    return digest(["behaviour", _pair_inputs(a, b), sorted(digest_of(run.firings_folder) for run in (a, b))])
+    return digest(["behaviour", _pair_inputs(a, b), sorted(read_digest(run.firings_folder) for run in (a, b))])
 
 
 def is_compared(a: Run, b: Run) -> bool:
@@ -231,7 +231,7 @@ def _write_overlap(run: Run) -> None:
     tables = {(run.name, x.name): read_alignment(run.root / "alignments", run.name, x.name).a for x in siblings}
     folder = behaviour_folder(run.root)
     done = {x.name: read_sides(folder, run.name, x.name)[0] for x in siblings if is_compared(run, x)}
-    table = latent_table(run.name, [run.name, *(x.name for x in siblings)], tables, alive(run), behaviour=done)
+    table = latent_table(run.name, [run.name, *(x.name for x in siblings)], tables, find_alive(run), behaviour=done)
     write_table(run.stage_path("overlap"), table, inputs=inputs, against=[x.name for x in siblings])
 
 
@@ -248,14 +248,14 @@ def _overlap_inputs(run: Run) -> tuple[list[Run], str]:
     return siblings, digest([pairs, run.stage_inputs("firing")])
 
 
-def alive(run: Run) -> np.ndarray:
+def find_alive(run: Run) -> np.ndarray:
     """Which latents fired in the harvest: bool [M]."""
     return ~read_table(run.stage_path("firing"))["dead"].to_numpy(dtype=bool)
 
 
-def overlap_of(runs: Sequence[Run], threshold: float = 0.7) -> dict[str, Any]:
+def compute_overlap(runs: Sequence[Run], threshold: float = 0.7) -> dict[str, Any]:
     """What the aligned ``runs`` share, as one JSON value; see :class:`sae.alignment.overlap.StudyOverlap`."""
-    return compared_of(runs, threshold).shared.as_dict()
+    return read_comparison(runs, threshold).shared.as_dict()
 
 
 class Compared(NamedTuple):
@@ -273,21 +273,21 @@ class Compared(NamedTuple):
     """why their differences need not be the seed's alone"""
 
 
-def compared_of(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
+def read_comparison(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
     """What the stages found out about aligned ``runs``."""
     from sae.alignment.alignment import both_ways
     from sae.alignment.overlap import DIPS, overlap
 
     names, root = [run.name for run in runs], runs[0].root
-    tables, fired = both_ways(root / "alignments", names), {run.name: alive(run) for run in runs}
+    tables, fired = both_ways(root / "alignments", names), {run.name: find_alive(run) for run in runs}
     return Compared(
         list(runs),
         overlap(names, tables, fired, threshold, kept=root / "alignments" / DIPS),
         tables,
-        behaviours(root, names),
-        behaviour_facts(root, names),
+        read_behaviours(root, names),
+        read_behaviour_facts(root, names),
         fired,
-        what_sets_apart(runs),
+        explain_difference(runs),
     )
 
 
@@ -304,7 +304,7 @@ _TOTALLED = (
 )
 
 
-def behaviours(root: Path, names: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
+def read_behaviours(root: Path, names: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
     """Of every pair whose firings have been compared: (x, y) → the side of x in terms of y, without the lists."""
     from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
 
@@ -316,7 +316,7 @@ def behaviours(root: Path, names: Sequence[str]) -> dict[tuple[str, str], pd.Dat
     return found
 
 
-def behaviour_facts(root: Path, names: Sequence[str]) -> dict[tuple[str, str], dict[str, Any]]:
+def read_behaviour_facts(root: Path, names: Sequence[str]) -> dict[tuple[str, str], dict[str, Any]]:
     """Of every pair whose firings have been compared, once: ``n_tokens``, over how many; ``jaccard_gap_per_latent``, by
     how much the mean Jaccard of partners may be below that of the best matching, at the most."""
     found = {}
@@ -334,7 +334,7 @@ def ensure_aligned(run: Run, compute: Compute) -> None:
     if not siblings:
         raise BadInput(
             f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; "
-            f"{run.advice_to_add_another()}, or leave the choice by sharing out"
+            f"{run.suggest_another_run()}, or leave the choice by sharing out"
         )
     missing = [other for other in siblings if not is_aligned(run, other)]
     if missing:

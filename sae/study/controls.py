@@ -25,18 +25,18 @@ CONTROLS = {"frozen": "a random decoder that is never trained", "untrained": "no
 _FROZEN = {"frozen": "decoder", "untrained": "everything"}
 
 
-def with_controls(studies: Sequence[Study], root: Path) -> list[Study]:
+def add_controls(studies: Sequence[Study], root: Path) -> list[Study]:
     """``studies`` and then their controls, which train on the same stream. Those that are begun stay the only ones."""
     return [*studies, *(_control(study, kind, root) for study in studies for kind in CONTROLS)]
 
 
-def controls_of(run: Run) -> dict[str, Run]:
+def find_controls(run: Run) -> dict[str, Run]:
     """The trained controls of the run's study, by kind; a control has none."""
     found: dict[str, Run] = {}
     if run.is_control:
         return found
     for kind in CONTROLS:
-        trained = [r for r in study_runs(_name(run.study, kind), run.root) if r.trained and r.is_control]
+        trained = [r for r in study_runs(_name(run.study, kind), run.root) if r.is_trained and r.is_control]
         if trained:
             found[kind] = trained[0]
     return found

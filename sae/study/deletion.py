@@ -16,9 +16,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sae.common.errors import BadInput, NotFound, UserError, nearest
-from sae.study.run import Run, all_runs, check_name, readable
-from sae.study.stage import only_one
+from sae.common.errors import BadInput, NotFound, UserError, suggest
+from sae.study.run import Run, all_runs, check_name, split_readable
+from sae.study.stage import lock_study
 
 _TITLE = b": which latents come back, and what they mean</title>"  # of autointerp/report/html/page.html
 
@@ -91,7 +91,7 @@ def plan_pruning(root: Path) -> Plan:
     for path in sorted((root / "reports").glob("*.html")):
         if path.stem not in names and _is_report(path):
             _add(plan, "report", path)
-    runs, damaged = readable(every)
+    runs, damaged = split_readable(every)
     if damaged:
         plan.kept.append(f"all corpora stay, because it is not known which one this run uses: {damaged[0]}")
         return _with_cache_kept(plan)
@@ -101,14 +101,14 @@ def plan_pruning(root: Path) -> Plan:
     for folder in sorted(path for path in (root / "corpora").glob("*") if path.is_dir()):
         if folder.name not in users:
             _add(plan, "corpus", folder)
-        elif all(run.trained and run.stage_path("firing").exists() for run in users[folder.name]):
+        elif all(run.is_trained and run.stage_path("firing").exists() for run in users[folder.name]):
             for cache in sorted((folder / "activations").glob("*")):
                 _add(plan, "activations", cache)
     return _with_cache_kept(plan)
 
 
 @contextmanager
-def nobody_at_work(root: Path, name: str | None = None) -> Iterator[None]:
+def lock_runs(root: Path, name: str | None = None) -> Iterator[None]:
     """Hold the locks of the run or study ``name`` (of all studies where none is named), so that no command is at work.
 
     :raises UserError: a command is.
@@ -120,7 +120,7 @@ def nobody_at_work(root: Path, name: str | None = None) -> Iterator[None]:
         studies = {study for run in runs if (study := _study(run))}
     with ExitStack() as locks:
         for study in sorted(studies):
-            locks.enter_context(only_one(root, study))
+            locks.enter_context(lock_study(root, study))
         for run in runs if name is not None else ():
             lock = run.folder / f".{run.journal_path.name}.lock"  # held by `explain` and `score`
             if lock.is_file():
@@ -157,13 +157,13 @@ def _named(name: str, root: Path) -> tuple[list[Run], list[str]]:
     every = all_runs(root)
     if name in (run.name for run in every) or _is_left_over(root / name):
         return [Run(name, root)], []
-    found = [run for run in readable(every)[0] if name in (run.study, _of_study(run))]
+    found = [run for run in split_readable(every)[0] if name in (run.study, _of_study(run))]
     if not found:
         studies = {_study(run) for run in every} - {""}
         known = sorted({run.name for run in every} | studies)
-        hint = f"did you mean {nearest(name, known)}?" if known else "there are no runs"
+        hint = f"did you mean {suggest(name, known)}?" if known else "there are no runs"
         raise NotFound(f"no run and no study under {str(root)!r} is called {name!r}; {hint}")
-    damaged = {run.name for run in every} - {run.name for run in readable(every)[0]}
+    damaged = {run.name for run in every} - {run.name for run in split_readable(every)[0]}
     kept = [
         f"run {other} stays, because its run.json is damaged; `--delete {other}` deletes it"
         for other in sorted(damaged)
@@ -188,7 +188,7 @@ def _study(run: Run) -> str:
 def _of_study(run: Run) -> str:
     """The study that the run belongs to: a control's is the one that it is held against."""
     try:
-        return run.of_study
+        return run.parent_study
     except BadInput:  # settings of another version
         return run.study
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from sae.common.amounts import human
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import digest, write_table
-from sae.common.parallel import together_at_text
+from sae.common.parallel import join_ranks_at_text
 from sae.common.progress import say
 from sae.common.ranks import Job
-from sae.study.controls import controls_of
+from sae.study.controls import find_controls
 from sae.study.run import Run, all_runs
-from sae.study.stage import Compute, Source, check_same_inputs, only_one, open_source, shares_source
+from sae.study.stage import Compute, Source, check_same_inputs, get_source_key, lock_study, open_source
 
 if TYPE_CHECKING:
     from sae.activations.stream import ActivationStream
@@ -39,10 +39,10 @@ def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = Non
     added to.
     """
     for run in runs:
-        need_trained(run)
-    controls = {control.name: control for run in runs for control in controls_of(run).values()}
+        check_trained(run)
+    controls = {control.name: control for run in runs for control in find_controls(run).values()}
     runs = [*runs, *(control for name, control in controls.items() if name not in {run.name for run in runs})]
-    with together_at_text(compute.device) as (job, device):
+    with join_ranks_at_text(compute.device) as (job, device):
         # Rank 0 decides, before anything is written: the others may look at the disk a moment later.
         lacking = job.first(
             "lacking", lambda: [run.name for run in runs if tokens is not None or not is_harvested(run)]
@@ -50,7 +50,7 @@ def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = Non
         sources: dict[Any, list[Run]] = {}
         for run in runs:
             if run.name in lacking:
-                sources.setdefault(shares_source(run.settings), []).append(run)
+                sources.setdefault(get_source_key(run.settings), []).append(run)
         for number, sharing in enumerate(sources.values()):
             _harvest_sharing(sharing, replace(compute, device=device), tokens, job, f"source {number}")
 
@@ -59,7 +59,7 @@ def _harvest_sharing(sharing: list[Run], compute: Compute, tokens: int | None, j
     """Harvest runs that share a model and a text."""
     with ExitStack() as locks:
         for study in sorted({run.study for run in sharing}) if job.rank == 0 else []:
-            locks.enter_context(only_one(sharing[0].root, study))
+            locks.enter_context(lock_study(sharing[0].root, study))
         with job.first_then_others(label):
             cache: Literal["fill", "read"] = "fill" if job.rank == 0 else "read"
             source = open_source([run.settings for run in sharing], sharing[0].root, compute, cache)
@@ -142,7 +142,7 @@ def _delete_caches_of_no_more_use(source: Source, root: Path) -> None:
 
 
 def _is_or_will_be_trained(run: Run) -> bool:
-    return run.trained or run.state_folder.is_dir()
+    return run.is_trained or run.state_folder.is_dir()
 
 
 def _firing_inputs(run: Run, store: FiringStore) -> str:
@@ -172,16 +172,16 @@ def ensure_harvested(runs: Sequence[Run], compute: Compute) -> None:
         harvest_runs(missing, compute)
 
 
-def need_trained(run: Run) -> None:
+def check_trained(run: Run) -> None:
     """Raise in one line where the run was not trained, or imported, to its end."""
-    if not run.trained:
+    if not run.is_trained:
         verb = "import" if run.imported else "train"
         raise NotFound(
             f"run {run.name!r} is not {verb}ed to its end; give the `{verb}` command that began it again and it goes on"
         )
 
 
-def by_study(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def group_by_study(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Study → its runs among these, in their order."""
     found: dict[str, list[Run]] = {}
     for run in runs:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae.common.amounts import human
-from sae.common.errors import BadInput, NotFound, SettingsDiffer, Unavailable, nearest
+from sae.common.errors import BadInput, NotFound, SettingsDiffer, Unavailable, suggest
 from sae.common.files import digest_file, mapping_differences
 from sae.common.hub import Kind, find_on_hub, first_line
 from sae.common.progress import say
 from sae.settings import Settings
 from sae.study.recipes import settings_from
 from sae.study.run import Run, check_name, study_runs, write_record
-from sae.study.stage import Compute, only_one, with_dtype
+from sae.study.stage import Compute, lock_study, resolve_dtype
 
 if TYPE_CHECKING:
     from sae.activations.subject import Subject
@@ -71,12 +71,12 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
     check_name(study)
     place = locate(source)
     opened, format_ = open_sae(place.folder)
-    settings = with_dtype(study, _with_dictionary(settings, opened.sae), root, compute)
+    settings = resolve_dtype(study, _with_dictionary(settings, opened.sae), root, compute)
     origin = _origin(place, opened, format_)
     run = Run(name, root)
-    with only_one(root, study):
+    with lock_study(root, study):
         begun = _check_name_is_free(run, study, settings, origin)
-        if begun and run.trained:
+        if begun and run.is_trained:
             say(f"import: {name}: already there, from {run.record['imported']['from']}")
             return run
         _check_study(run, study, settings)
@@ -177,7 +177,7 @@ def _check_width(source: str, d_in: int, subject: Subject, hookpoint: str) -> No
         return
     fitting = [name for name in subject.hookpoints() if subject.width(name) == d_in]
     advice = (
-        f"hookpoints of width {d_in} are {nearest(hookpoint, fitting)}"
+        f"hookpoints of width {d_in} are {suggest(hookpoint, fitting)}"
         if fitting
         else f"no hookpoint of that model has width {d_in}, so the SAE is of another model"
     )
@@ -273,7 +273,7 @@ def export_sae(run: Run, format_name: str, folder: Path) -> dict[str, Any]:
     from sae.dictionaries.formats import FORMATS
 
     format_ = format_named(format_name)
-    if not run.trained:
+    if not run.is_trained:
         raise NotFound(f"run {run.name!r} is not finished, so there is nothing to export yet")
     sae = run.sae()
     taken = [name for f in FORMATS.values() for name in (f.weights, f.config) if (folder / name).exists()]

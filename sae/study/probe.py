@@ -48,7 +48,7 @@ class Probe(NamedTuple):
 
 def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
     """Time a few steps of every study. Prepares the text under ``root``, as the training would, and nothing else."""
-    from sae.activations.stream import TrainingBatches, read_together
+    from sae.activations.stream import TrainingBatches, read_batches
 
     source = open_source([study.settings for study in studies], root, compute, cache="none")
     batches = {
@@ -63,7 +63,7 @@ def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
     longest = max(batches.values(), key=len)
     n = min(STEPS, len(longest))
     hookpoints = list({of.stream.hookpoint: of for of in batches.values()}.values())
-    read = [read_together(hookpoints, step) for step in range(n)]
+    read = [read_batches(hookpoints, step) for step in range(n)]
     held = {of.stream.hookpoint: [batch[i] for batch in read] for i, of in enumerate(hookpoints)}
     computed = min(len(longest) * longest.tokens_per_step, source.corpus.n_tokens)
     return Probe(
@@ -87,7 +87,7 @@ class TokenSeconds(NamedTuple):
     """one seed's training step"""
 
 
-def token_seconds(settings: Settings, compute: Compute) -> TokenSeconds:
+def time_tokens(settings: Settings, compute: Compute) -> TokenSeconds:
     """Time the forward pass and the training step on arbitrary tokens: about a second, once everything is compiled."""
     import torch
 

@@ -6,8 +6,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from sae.common.commands import written
-from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.commands import shell_command
+from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.package_data import bundled_recipes
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.settings import Settings, validated
@@ -25,7 +25,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text())
     except FileNotFoundError:
         nearby = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        hint = f"; there is {nearest(str(path), nearby)}" if nearby else ""
+        hint = f"; there is {suggest(str(path), nearby)}" if nearby else ""
         raise NotFound(f"recipe {str(path)!r} does not exist{hint}; bundled recipes: {', '.join(bundled)}") from None
     except OSError as error:
         raise BadInput(f"recipe {str(path)!r} cannot be read: {(error.strerror or '').lower()}") from None
@@ -42,7 +42,7 @@ def settings_from(recipe: Path | None, known: Settings | None = None, **tables: 
         return check_architecture((known or Settings()).with_values(**tables), "the command line")
     values = read_recipe(recipe)
     if "sweep" in values:
-        raise BadInput(f"recipe {str(recipe)!r} describes a sweep; give it to `{written('sweep', str(recipe))}`")
+        raise BadInput(f"recipe {str(recipe)!r} describes a sweep; give it to `{shell_command('sweep', str(recipe))}`")
     return check_architecture(validated(values, f"recipe {str(recipe)!r}").with_values(**tables), str(recipe))
 
 
@@ -52,6 +52,6 @@ def check_architecture(settings: Settings, where: str) -> Settings:
     if name not in ARCHITECTURES:
         raise BadInput(
             f"{where}: training.architecture = {name!r}: sae/dictionaries/architectures has no file of that name; "
-            f"choose {nearest(name, ARCHITECTURES)}"
+            f"choose {suggest(name, ARCHITECTURES)}"
         )
     return settings

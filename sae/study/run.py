@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae.common.commands import DEFAULT_ROOT, command
-from sae.common.errors import BadInput, NotFound, SettingsDiffer, nearest
+from sae.common.errors import BadInput, NotFound, SettingsDiffer, suggest
 from sae.common.files import (
     SCHEMA,
     digest,
@@ -69,7 +69,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def letters(index: int) -> str:
+def make_suffix(index: int) -> str:
     """``0 → a``, ``25 → z``, ``26 → aa``: the suffixes of a study's runs."""
     text = ""
     index += 1
@@ -93,7 +93,7 @@ class Run:
             runs = all_runs(run.root)
             known = [r.name for r in runs if not r.is_control] or [r.name for r in runs]
             train = command(run.root, "train")
-            hint = f"did you mean {nearest(name, known)}?" if known else f"train one with `{train}`"
+            hint = f"did you mean {suggest(name, known)}?" if known else f"train one with `{train}`"
             raise NotFound(f"run {name!r} does not exist under {str(run.root)!r}; {hint}")
         return run
 
@@ -171,7 +171,7 @@ class Run:
         return not self.imported and self.settings.training.frozen != "nothing"
 
     @property
-    def of_study(self) -> str:
+    def parent_study(self) -> str:
         """The study that it belongs to: a control's is the one that it is held against."""
         return (self.study.rpartition("-")[0] if self.is_control else "") or self.study
 
@@ -185,7 +185,7 @@ class Run:
         return validated(self.record["settings"], f"run {self.name!r}")
 
     @property
-    def trained(self) -> bool:
+    def is_trained(self) -> bool:
         return self.weights_path.is_file() and (self.folder / "cfg.json").is_file()  # written in this order
 
     @functools.cached_property
@@ -194,13 +194,13 @@ class Run:
 
     def siblings(self) -> list[Run]:
         """The trained runs of the same study, this one left out."""
-        return [r for r in study_runs(self.study, self.root) if r.name != self.name and r.trained]
+        return [r for r in study_runs(self.study, self.root) if r.name != self.name and r.is_trained]
 
-    def lacking(self, what: str, stage: str) -> NotFound:
+    def missing_error(self, what: str, stage: str) -> NotFound:
         """The error that says what the run has none of, and by which command it gets some."""
         return NotFound(f"run {self.name!r} has no {what}; run `{command(self.root, stage, '--sae', self.name)}`")
 
-    def advice_to_add_another(self) -> str:
+    def suggest_another_run(self) -> str:
         """How the study gets another run, as part of a sentence."""
         if self.imported:
             words = command(self.root, "import", "--study", self.study)
@@ -246,7 +246,7 @@ class Run:
                 table = _scores_of_latents(table)
             tables.append(table.set_index("latent"))
         if not tables:
-            raise self.lacking("firings", "harvest")
+            raise self.missing_error("firings", "harvest")
         joined = tables[0]
         for table in tables[1:]:
             joined = joined.join(table[table.columns.difference(joined.columns, sort=False)], how="left")
@@ -280,17 +280,17 @@ class Study:
     seeds: tuple[int, ...]
 
 
-def names_of(name: str, hookpoints: Sequence[str]) -> list[str]:
+def name_studies(name: str, hookpoints: Sequence[str]) -> list[str]:
     """Return the names of studies: ``name`` for one hookpoint, ``name-layers.1.mlp`` and so on for several."""
     return [name] if len(hookpoints) <= 1 else [f"{name}-{hookpoint}" for hookpoint in hookpoints]
 
 
-def studies_of(name: str, settings: Settings, hookpoints: Sequence[str], seeds: Sequence[int]) -> list[Study]:
-    """Return one study for each hookpoint, or for that of the settings; see :func:`names_of`."""
+def make_studies(name: str, settings: Settings, hookpoints: Sequence[str], seeds: Sequence[int]) -> list[Study]:
+    """Return one study for each hookpoint, or for that of the settings; see :func:`name_studies`."""
     chosen: Sequence[str | None] = hookpoints or [None]
     return [
         Study(check_name(study), settings.with_values(subject={"hookpoint": hookpoint}), tuple(seeds))
-        for study, hookpoint in zip(names_of(name, hookpoints), chosen, strict=True)
+        for study, hookpoint in zip(name_studies(name, hookpoints), chosen, strict=True)
     ]
 
 
@@ -317,7 +317,7 @@ def _is_of(run: Run, study: str) -> bool:
         return False
 
 
-def readable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+def split_readable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """Those of the runs whose records can be read, and of the others what is wrong with them."""
     found, damaged = [], []
     for run in runs:
@@ -331,7 +331,7 @@ def readable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 def newest_study(root: Path) -> list[Run]:
     """The runs of the study that was begun last; controls do not count where there is anything else."""
-    runs, damaged = readable(all_runs(root))
+    runs, damaged = split_readable(all_runs(root))
     runs = [run for run in runs if not run.is_control] or runs
     if damaged and not runs:
         raise BadInput(damaged[0])
@@ -365,7 +365,7 @@ def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> 
         if seed in by_seed:
             planned.append((by_seed[seed], seed))
             continue
-        while (name := f"{study}_{letters(index)}") in taken:
+        while (name := f"{study}_{make_suffix(index)}") in taken:
             index += 1
         # What begins with a point is ours: a kill may have left a temporary file of run.json.
         others = (root / name).exists() and any(not f.name.startswith(".") for f in (root / name).iterdir())
@@ -396,7 +396,7 @@ def progress_of(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "study": run.study,
-        "control_of": run.of_study if run.is_control else None,
+        "control_of": run.parent_study if run.is_control else None,
         "seed": run.seed,
         "created": record["created"],
         "subject": record["subject"]["source"],
@@ -405,8 +405,8 @@ def progress_of(run: Run) -> dict[str, Any]:
         "num_latents": training.num_latents,
         "k": run.k,
         "tokens": None if run.imported else training.tokens,
-        "trained": run.trained,
-        "harvested": table["firing"] and run.trained,
+        "trained": run.is_trained,
+        "harvested": table["firing"] and run.is_trained,
         "aligned": table["overlap"],
         "aligned_with": _aligned_with(run) if table["overlap"] else [],
         "explained": run.journal_path.exists(),

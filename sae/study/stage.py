@@ -59,7 +59,7 @@ def _cpus_allowed() -> int:
 
 
 @contextmanager
-def only_one(root: Path, study: str) -> Iterator[None]:
+def lock_study(root: Path, study: str) -> Iterator[None]:
     """Keep two commands from writing the same study at once. The lock dies with its process."""
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def only_one(root: Path, study: str) -> Iterator[None]:
         raise UserError(f"another command is at work on study {study!r}; wait for it, then run this again") from None
 
 
-def with_dtype(study: str, settings: Settings, root: Path, compute: Compute) -> Settings:
+def resolve_dtype(study: str, settings: Settings, root: Path, compute: Compute) -> Settings:
     """``settings`` with subject.dtype decided: the precision that the study was begun in, else the machine's best.
 
     So a record always holds the precision that was used, and a study continues in it on any machine.
@@ -98,7 +98,7 @@ class Source(NamedTuple):
         return self.streams[self.subject.resolve(hookpoint)]
 
 
-def shares_source(settings: Settings) -> tuple[Any, ...]:
+def get_source_key(settings: Settings) -> tuple[Any, ...]:
     """What settings must have in common to be served by one forward pass over one text."""
     return settings.subject.model, settings.subject.dtype, settings.corpus
 
@@ -110,7 +110,7 @@ def open_source(
 
     Of several processes at one root, the first may fill them; the others open them after it, to read.
     """
-    from sae.activations.cache import caches_to_read, open_caches
+    from sae.activations.cache import open_caches, open_caches_to_read
     from sae.activations.stream import open_streams
     from sae.activations.subject import Subject, load_tokenizer
     from sae.text.packing import prepare_corpus
@@ -125,7 +125,7 @@ def open_source(
     limit = min(settings.training.activation_cache for settings in of)
     caches = open_caches(corpus, subject, hookpoints, limit) if cache == "fill" else {}
     if cache == "read":
-        caches = caches_to_read(corpus, subject, hookpoints)
+        caches = open_caches_to_read(corpus, subject, hookpoints)
     return Source(subject, corpus, open_streams(subject, corpus, hookpoints, caches))
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae.common.amounts import human, parse_amount
-from sae.common.commands import written
-from sae.common.errors import BadInput, nearest
+from sae.common.commands import shell_command
+from sae.common.errors import BadInput, suggest
 from sae.settings import Settings, validated
 from sae.study.recipes import check_architecture, read_recipe
 from sae.study.run import Study, check_name
@@ -94,7 +94,7 @@ class Sweep:
         """Over all SAEs."""
         return sum(study.settings.training.tokens * len(study.seeds) for study in self.studies)
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         n, s = len(self.points), len(self.seeds)
         return f"{n} points × {s} seed{'s' * (s > 1)} = {n * s} SAEs"
 
@@ -108,8 +108,8 @@ def read_sweep(path: Path, name: str | None = None, seeds: Sequence[int] = ()) -
     if not isinstance(recipe.get("sweep"), dict):
         known = [*Settings.model_fields, *_BESIDE]
         if unknown := next((key for key in recipe if key not in known), None):
-            raise BadInput(f"{where}: unknown key {unknown!r}; did you mean {nearest(unknown, known)}?")
-        raise BadInput(f"{where} has no [sweep] table, so there is nothing to vary; `{written('train')}` trains it")
+            raise BadInput(f"{where}: unknown key {unknown!r}; did you mean {suggest(unknown, known)}?")
+        raise BadInput(f"{where} has no [sweep] table; add one, or train it with `{shell_command('train')}`")
     table = dict(recipe["sweep"])
     together = _together(table.pop("together", []), where)
     chosen = tuple(seeds) or _seeds(table.pop("seeds", [0, 1, 2]), where)

@@ -20,12 +20,12 @@ from sae.common.amounts import human
 from sae.common.errors import BadInput, UserError
 from sae.common.files import mapping_differences, write_table
 from sae.common.launch import launched
-from sae.common.parallel import together
+from sae.common.parallel import join_ranks
 from sae.common.progress import say
 from sae.settings import Settings
-from sae.study.controls import with_controls
+from sae.study.controls import add_controls
 from sae.study.run import Run, Study, plan_study, study_runs, write_record
-from sae.study.stage import Compute, Source, check_same_inputs, only_one, open_source, shares_source, with_dtype
+from sae.study.stage import Compute, Source, check_same_inputs, get_source_key, lock_study, open_source, resolve_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -67,17 +67,17 @@ def train_studies(
     With ``controls`` each study gets its controls too (:mod:`sae.study.controls`), whose runs are not returned.
     """
     studies, asked_for = (
-        [replace(s, settings=_bounded(with_dtype(s.name, s.settings, root, compute))) for s in studies],
+        [replace(s, settings=_bounded(resolve_dtype(s.name, s.settings, root, compute))) for s in studies],
         len(studies),
     )
     if controls:
-        studies = with_controls(studies, root)
+        studies = add_controls(studies, root)
     names = [study.name for study in studies]
     if len(set(names)) < len(names):
         raise BadInput(f"studies {', '.join(names)}: give each name once")
     # Read before anything is written, so that all ranks count the same.
     missing = sum(_missing(study, root) for study in studies)
-    with together(parallel or _parallel_begun(studies, root), missing, compute.device) as (job, device):
+    with join_ranks(parallel or _parallel_begun(studies, root), missing, compute.device) as (job, device):
         # Rank 0 decides, before anything is written: the others may look at the disk a moment later.
         dtypes = job.first("dtypes", lambda: [study.settings.subject.dtype for study in studies])
         studies = [
@@ -96,7 +96,7 @@ def train_studies(
             return runs[:asked_for]
         with ExitStack() as locks:
             for name in sorted(each.study.name for each in todo) if job.rank == 0 else []:
-                locks.enter_context(only_one(root, name))
+                locks.enter_context(lock_study(root, name))
             for number, sharing in enumerate(_sharing(todo)):
                 _train_together(sharing, root, replace(compute, device=device), job, tracker, f"source {number}")
     return runs[:asked_for]
@@ -116,14 +116,14 @@ class _Todo:
 
 def _missing(study: Study, root: Path) -> int:
     """How many of the study's seeds are not trained."""
-    return len(set(study.seeds) - {run.seed for run in study_runs(study.name, root) if run.trained})
+    return len(set(study.seeds) - {run.seed for run in study_runs(study.name, root) if run.is_trained})
 
 
 def _parallel_begun(studies: Sequence[Study], root: Path) -> str | None:
     """How the ranks share an unfinished training, which its bits may depend on; None where none says."""
     if not launched():
         return None
-    begun = [run for study in studies for run in study_runs(study.name, root) if not run.trained]
+    begun = [run for study in studies for run in study_runs(study.name, root) if not run.is_trained]
     return next((run.record["ranks"]["parallel"] for run in begun if "ranks" in run.record), None)
 
 
@@ -132,9 +132,9 @@ def _planned(study: Study, root: Path) -> list[tuple[str, int, bool]]:
     planned = plan_study(study.name, list(study.seeds), study.settings, root)
     _say_what_is_kept(study.name, study.settings, root)
     for run, _ in planned:
-        if run.trained and run.state_folder.is_dir():  # a death came between the weights and this
+        if run.is_trained and run.state_folder.is_dir():  # a death came between the weights and this
             shutil.rmtree(run.state_folder, ignore_errors=True)
-    return [(run.name, seed, run.trained) for run, seed in planned]
+    return [(run.name, seed, run.is_trained) for run, seed in planned]
 
 
 def _say_what_is_kept(study: str, settings: Settings, root: Path) -> None:
@@ -157,7 +157,7 @@ def _sharing(todo: Sequence[_Todo]) -> list[list[_Todo]]:
     """The studies that can go through one stream together: the same source, and the same sequences in a step."""
     found: dict[Any, list[_Todo]] = {}
     for each in todo:
-        key = shares_source(each.settings), each.settings.training.batch_tokens
+        key = get_source_key(each.settings), each.settings.training.batch_tokens
         found.setdefault(key, []).append(each)
     return list(found.values())
 
@@ -272,7 +272,7 @@ def _outliers(batches: Sequence[TrainingBatches], samples: Sequence[torch.Tensor
     for hookpoint, outliers in found.items():
         if outliers.dominate:
             say(
-                f"train: warning: at {hookpoint} {outliers.in_words()}; FVU and L0 as printed here and in the report "
+                f"train: warning: at {hookpoint} {outliers.describe()}; FVU and L0 as printed here and in the report "
                 "are then about these few tokens, and the end of the training says what they are without them"
             )
     return found
@@ -356,7 +356,7 @@ class _Ending:
             return {}
         quality = measure_quality(sae, sample)
         if not run.is_control:
-            say(f"train: {run.name}: {quality.in_words()} (on the first batch)")
+            say(f"train: {run.name}: {quality.describe()} (on the first batch)")
         return {"quality": asdict(quality)}
 
 
@@ -368,7 +368,7 @@ def _no_trace_of_nothing(todo: Sequence[_Todo], job: Job) -> Iterator[None]:
         yield
     except UserError:
         for run in new if job.rank == 0 else []:
-            if not run.trained and not (run.state_folder.is_dir() and any(run.state_folder.iterdir())):
+            if not run.is_trained and not (run.state_folder.is_dir() and any(run.state_folder.iterdir())):
                 (run.folder / "run.json").unlink(missing_ok=True)
                 if run.folder.is_dir() and not any(run.folder.iterdir()):
                     run.folder.rmdir()

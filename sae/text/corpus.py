@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from sae.common.commands import written
+from sae.common.commands import shell_command
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import read_json
 
@@ -61,7 +61,7 @@ class Corpus:
     @classmethod
     def open(cls, folder: Path) -> Corpus:
         """A stored corpus. Raises :class:`NotFound` or :class:`BadInput` where there is none, or a damaged one."""
-        again = f"delete the folder and run `{written('train')}` with the same settings to make it again"
+        again = f"delete the folder and run `{shell_command('train')}` with the same settings to make it again"
         try:
             record = read_json(folder / "corpus.json")
             n, context, dtype = record["n_sequences"], record["context"], np.dtype(record["dtype"])

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_json, write_json
 
 PIECE_CHARACTERS = 1 << 18
@@ -129,13 +129,13 @@ def read_pieces(path: Path, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
         held = stream.read(size)
         while following := stream.read(size):
             held += following
-            cut = place_to_cut(held)
+            cut = find_cut(held)
             yield Document(str(path), held[:cut], ends=False)
             held = held[cut:]
         yield Document(str(path), held)
 
 
-def place_to_cut(text: str) -> int:
+def find_cut(text: str) -> int:
     """Where to end a piece: at the last start of a line that begins with a word, else before a space."""
     at = text.rfind("\n", 0, len(text) - 1)
     while at >= 0 and text[at + 1].isspace():
@@ -145,10 +145,10 @@ def place_to_cut(text: str) -> int:
     return at + 1 if at >= 0 else len(text)
 
 
-def in_pieces(name: str, text: str, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
+def split_text(name: str, text: str, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
     """A text that is in memory already, cut as :func:`read_pieces` would."""
     while len(text) > size:
-        cut = place_to_cut(text[: size + 1])
+        cut = find_cut(text[: size + 1])
         yield Document(name, text[:cut], ends=False)
         text = text[cut:]
     yield Document(name, text)
@@ -166,13 +166,13 @@ def read_json_lines(path: Path, column: str) -> Iterator[Document]:
                 raise BadInput(f"{str(path)!r} line {number} is not JSON ({error}); mend or remove the line") from None
             if not isinstance(row, dict):
                 raise BadInput(f"{str(path)!r} line {number} is not a JSON object; each line must be one")
-            yield from in_pieces(f"{path}:{number}", text_of(row, column, f"{str(path)!r} line {number}"))
+            yield from split_text(f"{path}:{number}", get_text(row, column, f"{str(path)!r} line {number}"))
 
 
-def text_of(row: dict[str, Any], column: str, where: str) -> str:
+def get_text(row: dict[str, Any], column: str, where: str) -> str:
     """The text under ``column``, a missing value as an empty text."""
     if column not in row:
-        raise NotFound(f"{where} has no column {column!r}; did you mean {nearest(column, row)}? (corpus.column)")
+        raise NotFound(f"{where} has no column {column!r}; did you mean {suggest(column, row)}? (corpus.column)")
     value = row[column]
     if value is not None and not isinstance(value, str):
         raise BadInput(

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import digest, read_json
 from sae.common.hub import Kind, find_on_hub, first_line, looks_like_path
 from sae.settings import CorpusSettings
-from sae.text.documents import Document, Hashes, TextSource, in_pieces, text_of
+from sae.text.documents import Document, Hashes, TextSource, get_text, split_text
 
 _LOADERS = {
     ".parquet": "parquet",
@@ -57,7 +57,7 @@ def open_dataset(settings: CorpusSettings, hashes: Hashes) -> TextSource:
     if settings.config is not None:
         info["config"] = settings.config
     first = _first_row(rows, name, settings)
-    text_of(first, settings.column, f"dataset {name!r}")
+    get_text(first, settings.column, f"dataset {name!r}")
     count = getattr(rows, "num_rows", None) or _known_rows(rows, settings.split)
     return TextSource(identity, info, lambda: _documents(rows, name, settings.column), count, "documents")
 
@@ -65,8 +65,8 @@ def open_dataset(settings: CorpusSettings, hashes: Hashes) -> TextSource:
 def _documents(rows: Any, name: str, column: str) -> Iterator[Document]:
     try:
         for number, row in enumerate(rows.select_columns([column])):
-            text = text_of(row, column, f"dataset {name!r} row {number}")
-            yield from in_pieces(f"{name}:{number}", text)
+            text = get_text(row, column, f"dataset {name!r} row {number}")
+            yield from split_text(f"{name}:{number}", text)
     except (OSError, ValueError) as error:
         raise BadInput(f"dataset {name!r} cannot be read to its end: {first_line(error)}; run again to go on") from None
 
@@ -100,7 +100,7 @@ def _saved(path: Path, name: str, split: str) -> tuple[Any, Path]:
         except (ValueError, KeyError, TypeError):
             raise BadInput(f"dataset {name!r}: its dataset_dict.json is damaged; save the dataset again") from None
         if split not in splits:
-            raise NotFound(f"dataset {name!r} has no split {split!r}; did you mean {nearest(split, splits)}?")
+            raise NotFound(f"dataset {name!r} has no split {split!r}; did you mean {suggest(split, splits)}?")
         folder = path / split
     try:
         return datasets.load_from_disk(str(folder)), folder
@@ -145,7 +145,7 @@ def _load(name: str, settings: CorpusSettings, **where: Any) -> Any:
             if settings.config is not None and settings.config not in configs:
                 raise NotFound(
                     f"dataset {name!r} has no configuration {settings.config!r}; "
-                    f"did you mean {nearest(settings.config, configs)}?"
+                    f"did you mean {suggest(settings.config, configs)}?"
                 )
             if settings.config is None and len(configs) > 1 and "default" not in configs:
                 raise BadInput(
@@ -154,7 +154,7 @@ def _load(name: str, settings: CorpusSettings, **where: Any) -> Any:
             splits = datasets.get_dataset_split_names(**place, config_name=settings.config)
             if settings.split not in splits:
                 raise NotFound(
-                    f"dataset {name!r} has no split {settings.split!r}; did you mean {nearest(settings.split, splits)}?"
+                    f"dataset {name!r} has no split {settings.split!r}; did you mean {suggest(settings.split, splits)}?"
                 )
         return datasets.load_dataset(**where, name=settings.config, split=settings.split, streaming=True)
     except (NotFound, BadInput):

@@ -92,10 +92,10 @@ class _Packer:
     def __init__(self, folder: Path, key: str, settings: CorpusSettings, tokenizer: Any, source: TextSource) -> None:
         self.folder, self.key, self.settings, self.source = folder, key, settings, source
         self.context = settings.context
-        self.special_ids = special_ids(tokenizer)
-        self.separator = separator(tokenizer)
-        self.encode, self.backend = encoder(tokenizer)
-        self.dtype = np.dtype("<u2" if vocabulary(tokenizer) <= 1 << 16 else "<u4")
+        self.special_ids = find_special_ids(tokenizer)
+        self.separator = find_separator(tokenizer)
+        self.encode, self.backend = make_encoder(tokenizer)
+        self.dtype = np.dtype("<u2" if count_token_ids(tokenizer) <= 1 << 16 else "<u4")
         self.max_rows = None if settings.max_tokens is None else settings.max_tokens // self.context
         self.part = folder / "tokens.part"
         self.state = folder / "packing.json"
@@ -239,14 +239,14 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 # --- what the corpus needs to know of a tokenizer -----------------------------------------------------------
 
 
-def special_ids(tokenizer: Any) -> list[int]:
+def find_special_ids(tokenizer: Any) -> list[int]:
     """Every token that stands for no text (end of text, BOS, padding, chat marks), ascending."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {int(i) for i, token in added.items() if getattr(token, "special", False)}
     return sorted(marked | {int(i) for i in tokenizer.all_special_ids})
 
 
-def separator(tokenizer: Any) -> int | None:
+def find_separator(tokenizer: Any) -> int | None:
     """The token put after each document: end of text, or what the tokenizer has in its place."""
     for name in ("eos_token_id", "sep_token_id", "bos_token_id"):
         if getattr(tokenizer, name, None) is not None:
@@ -254,12 +254,12 @@ def separator(tokenizer: Any) -> int | None:
     return None
 
 
-def vocabulary(tokenizer: Any) -> int:
+def count_token_ids(tokenizer: Any) -> int:
     """One more than the largest token id."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
-def encoder(tokenizer: Any) -> tuple[Any, Any]:
+def make_encoder(tokenizer: Any) -> tuple[Any, Any]:
     """``texts -> token ids of each``, without special tokens added, and the Rust tokenizer behind it (or ``None``).
 
     The Rust tokenizer is called directly, on a copy: the wrapper's per-token extras take as long as the

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sae.common.errors import BadInput, NotFound, alike, nearest
+from sae.common.errors import BadInput, NotFound, find_similar, suggest
 from sae.common.files import digest
 from sae.settings import CorpusSettings
 from sae.text.documents import JSON_LINES, Document, Hashes, TextSource, read_json_lines, read_pieces
@@ -104,8 +104,8 @@ def _text_files(settings: CorpusSettings, hashes: Hashes) -> TextSource:
 
 def _beside(path: Path) -> str:
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    found = alike(path.name, names)
-    return f"; beside it there is {nearest(path.name, found)}" if found else ""
+    found = find_similar(path.name, names)
+    return f"; beside it there is {suggest(path.name, found)}" if found else ""
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -15,9 +15,9 @@ from sae.activations.stream import (
     ActivationStream,
     TrainingBatches,
     compute_block,
-    lacking,
-    read_together,
-    streams_of,
+    find_missing_blocks,
+    get_streams,
+    read_batches,
 )
 from sae.common.ranks import Job
 
@@ -30,17 +30,17 @@ class Reader:
         self._n_given_out = 0
 
     def __call__(self, batches: Sequence[TrainingBatches], step: int) -> list[Tensor]:
-        """Return the step's batch of each, [B, D], as :func:`read_together` does, on every rank."""
+        """Return the step's batch of each, [B, D], as :func:`read_batches` does, on every rank."""
         job = self._job
         if job.size == 1:
-            return read_together(batches, step)
-        streams = streams_of(batches)
-        numbers = job.numbers(lacking(streams, batches[0].sequences(step)) if job.rank == 0 else None)
+            return read_batches(batches, step)
+        streams = get_streams(batches)
+        numbers = job.numbers(find_missing_blocks(streams, batches[0].sequences(step)) if job.rank == 0 else None)
         owners = {number: (self._n_given_out + i) % job.size for i, number in enumerate(numbers)}
         self._n_given_out += len(numbers)
         found: dict[str, Tensor | None] = dict.fromkeys(stream.hookpoint for stream in streams)
         if job.rank == 0:
-            read = read_together(batches, step, lambda wanted, number: self._block(streams, wanted, number, owners))
+            read = read_batches(batches, step, lambda wanted, number: self._block(streams, wanted, number, owners))
             if any(owners.values()):
                 raise RuntimeError(f"step {step} did not take all of the blocks that the ranks computed for it")
             found |= {b.stream.hookpoint: x for b, x in zip(batches, read, strict=True)}

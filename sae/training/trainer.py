@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae.common.errors import BadInput, NotFinite
 from sae.common.files import digest
-from sae.common.interrupt import Interrupt, deferred, end_by
+from sae.common.interrupt import Interrupt, defer_interrupts, raise_signal
 from sae.common.precision import resolve
 from sae.common.progress import track
 from sae.common.ranks import ALONE, Job
@@ -105,7 +105,7 @@ def train_groups(
     first = min(training.first for training in waiting.values())
     longest = max(waiting.values(), key=lambda training: training.steps)
     last, each = longest.steps, longest.tokens / longest.steps
-    with track(_label(groups), longest.tokens, "tokens", first * each) as bar, deferred() as interrupt:
+    with track(_label(groups), longest.tokens, "tokens", first * each) as bar, defer_interrupts() as interrupt:
         clock = _Clock(job, interrupt)
         for step in range(first, last + 1):
             for i in [i for i, training in waiting.items() if step >= training.steps]:
@@ -161,7 +161,7 @@ class _Clock:
         self._last = time.monotonic()
         self._apart = max(CHECKPOINT_SECONDS, (self._last - before) / _MOST_WRITING)
         if wish > 1:
-            end_by(wish)
+            raise_signal(wish)
 
 
 class _Training:

@@ -11,7 +11,7 @@ import small_study
 from tiny_study import Ran, cli
 
 from sae.study.run import Run
-from sae.study.stage import only_one
+from sae.study.stage import lock_study
 
 
 class Terminal(io.StringIO):
@@ -87,10 +87,10 @@ def test_deleting_says_what_else_is_of_no_use(root: Path) -> None:
 
 
 def test_a_study_at_work_is_refused(root: Path) -> None:
-    with only_one(root, "run"):
+    with lock_study(root, "run"):
         for words in (("--delete", "run_a"), ("--prune",)):
             runs(root, *words, "--yes").failed_in_one_line("another command is at work on study 'run'")
-    assert Run("run_a", root).trained
+    assert Run("run_a", root).is_trained
 
 
 @pytest.mark.parametrize(

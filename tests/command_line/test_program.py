@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny_study import cli
 
 from sae.common import commands
-from sae.common.commands import DEFAULT_ROOT, as_started, as_typed, command, program
+from sae.common.commands import DEFAULT_ROOT, command, get_typed_command, program, replace_program_name
 from sae.common.package_data import RECIPES, bundled_recipes
 
 REPOSITORY = Path(commands.__file__).parents[2]
@@ -43,25 +43,25 @@ def test_a_command_starts_as_the_user_started_it(
     monkeypatch.setattr(commands, "IS_CHECKOUT", is_checkout)
     assert program() == expected
     assert command(DEFAULT_ROOT, "align", "run_a", "b c") == f"{expected} align run_a 'b c'"
-    assert as_started("see python cli.py runs") == f"see {expected} runs"
-    assert as_started(TORCHRUN) == f"torchrun --nproc-per-node 2 {with_torchrun} train"
+    assert replace_program_name("see python cli.py runs") == f"see {expected} runs"
+    assert replace_program_name(TORCHRUN) == f"torchrun --nproc-per-node 2 {with_torchrun} train"
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="@", exclude_categories=("Cs", "Cc"))), max_size=4))
 def test_the_typed_command_runs_again(words: list[str]) -> None:
     with mock.patch.object(sys, "argv", ["./cli.py", *words]):
-        assert shlex.split(as_typed()) == ["python", "./cli.py", *words]
+        assert shlex.split(get_typed_command()) == ["python", "./cli.py", *words]
 
 
 @pytest.mark.parametrize("started", ["/lib/ipykernel_launcher.py", "/lib/pytest/__main__.py"])
 def test_a_notebook_has_no_typed_command(started: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [started, "-f", "kernel.json"])
-    assert as_typed() == ""
+    assert get_typed_command() == ""
 
 
 def test_a_typed_command_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["cli.py", "score", "--llm-url", "https://me:secret@host/v1"])
-    assert as_typed() == "python cli.py score --llm-url https://host/v1"
+    assert get_typed_command() == "python cli.py score --llm-url https://host/v1"
 
 
 def names_the_script(path: Path) -> Iterator[str]:

@@ -20,7 +20,7 @@ from autointerp.findings.relation import Part
 from autointerp.findings.scored_pairs import scored_pairs
 from autointerp.findings.sweep_table import sweeps_of
 from sae.alignment.overlap import shared
-from sae.common.commands import written
+from sae.common.commands import shell_command
 from sae.common.package_data import bundled_recipes, shown_path
 
 _RECIPES = {"width": "widths", "k": "ks", "tokens": "tokens", "architecture": "architectures"}
@@ -55,7 +55,7 @@ def _sweep_advice(study: Study) -> Callable[[str], tuple[str, str | None]]:
         if study.focus.settings.subject.model == "bundled":
             return "", study.command("sweep", recipe)
         copied = shown_path(bundled_recipes()[recipe])
-        return f"; copy {copied}, put this model and text in it, and give it to `{written('sweep')}`", None
+        return f"; copy {copied}, put this model and text in it, and give it to `{shell_command('sweep')}`", None
 
     return advice
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sae.common.estimate import UNKNOWN, Array, Estimate, finite, fraction, mean_ranks, normal_quantile
+from sae.common.estimate import UNKNOWN, Array, Estimate, check_finite, fraction, mean_ranks, normal_quantile
 
 METHODS = {
     "proportion": "Wilson score interval",
@@ -38,7 +38,7 @@ def mean_fraction(values: ArrayLike, level: float = 0.95) -> Estimate:
     See :func:`sae.common.estimate.fraction`; the number is N where all are 0 or 1, or all are the same. So the interval
     of a rare thing is lopsided as it must be, and that of a thing never seen does not shrink to nothing.
     """
-    x = finite(values)
+    x = check_finite(values)
     if len(x) == 0:
         return UNKNOWN
     return fraction(float(x.mean()), float(x.var()) / len(x), len(x), level)
@@ -58,9 +58,9 @@ def partial_spearman(x: ArrayLike, y: ArrayLike, covariates: ArrayLike, level: f
     The correlation of what is left of the ranks of x and y once each is regressed on the ranks of the covariates; the
     interval loses one degree of freedom per covariate.
     """
-    a, b = finite(x), finite(y)
+    a, b = check_finite(x), check_finite(y)
     held = np.asarray(covariates, dtype=np.float64)
-    held = finite(held).reshape(-1, len(a)) if held.size else np.empty((0, len(a)))
+    held = check_finite(held).reshape(-1, len(a)) if held.size else np.empty((0, len(a)))
     if len(a) != len(b):
         raise ValueError(f"{len(a)} values against {len(b)}")
     if len(a) - len(held) < 3:
@@ -102,7 +102,7 @@ def stratified_spearman(
     the same stratum, so that there may be fewer strata than asked for. Pooled: the mean of Fisher's z weighted by
     n - 3, over the strata in which it is defined.
     """
-    a, b, c = finite(x), finite(y), finite(covariate)
+    a, b, c = check_finite(x), check_finite(y), check_finite(covariate)
     if not len(a) == len(b) == len(c):
         raise ValueError(f"{len(a)}, {len(b)} and {len(c)} values")
     if not len(a):
@@ -131,7 +131,7 @@ def strata_of(covariate: ArrayLike, n_strata: int, weights: ArrayLike | None = N
 
     With ``weights`` [N], quantiles are those of the population that the values are a sample of.
     """
-    c = finite(covariate)
+    c = check_finite(covariate)
     edges = np.unique(quantiles(c, np.linspace(0, 1, n_strata + 1)[1:-1], weights))
     return np.searchsorted(edges, c, side="left")
 
@@ -150,7 +150,7 @@ def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = 2000
 
     For a paired comparison hand in the differences. NaN when there is no value; no interval when there is one.
     """
-    x = finite(values)
+    x = check_finite(values)
     if len(x) == 0:
         return UNKNOWN
     mean = float(x.mean())
@@ -175,13 +175,13 @@ def quantiles(values: ArrayLike, at: ArrayLike, weights: ArrayLike | None = None
     before the middle of its own, brought to run from 0 for the first value to 1 for the last. Equal weights give what
     NumPy's ``linear`` gives.
     """
-    x, at = finite(values), np.asarray(at, dtype=np.float64)
+    x, at = check_finite(values), np.asarray(at, dtype=np.float64)
     if not len(x):
         return np.full(at.shape, math.nan)
     if weights is None:
         return np.quantile(x, at)
     order = np.argsort(x, kind="stable")
-    return sorted_quantiles(x[order], finite(weights)[order], at)
+    return sorted_quantiles(x[order], check_finite(weights)[order], at)
 
 
 def sorted_quantiles(x: Array, weights: Array, at: Array) -> Array:
@@ -199,7 +199,7 @@ def sorted_quantiles(x: Array, weights: Array, at: Array) -> Array:
 
 def quartiles(values: ArrayLike) -> tuple[float, float, float]:
     """The 25th, 50th and 75th percentiles (linear interpolation); NaN when there is no value."""
-    x = finite(values)
+    x = check_finite(values)
     if len(x) == 0:
         return math.nan, math.nan, math.nan
     first, median, third = np.quantile(x, [0.25, 0.5, 0.75])

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from autointerp.report.export.neuronpedia import Ids, lines_of
 from autointerp.report.export.tables import TABLES, Frames, frames_of, table_named
 from sae.common.errors import BadInput
-from sae.common.files import atomic, digest_file, with_metadata
+from sae.common.files import add_metadata, atomic, digest_file
 from sae.common.progress import say
 from sae.study.run import Run
 
@@ -195,4 +195,4 @@ def _schema_of(frame: pd.DataFrame, metadata: Mapping[str, Any]) -> pa.Schema:
     for i, field in enumerate(found):
         if pa.types.is_null(field.type):
             found = found.set(i, field.with_type(pa.string()))
-    return found.with_metadata(with_metadata(found, metadata))
+    return found.with_metadata(add_metadata(found, metadata))

@@ -15,7 +15,7 @@ import pandas as pd
 from autointerp.journal.journal import Journal
 from sae.alignment.pairs import pair_path, read_sides
 from sae.common.commands import command
-from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table
 from sae.study.align import behaviour_folder
 from sae.study.run import Run, study_runs
@@ -54,7 +54,7 @@ def frames_of(name: str, runs: Sequence[Run]) -> Frames:
 def table_named(name: str) -> Table:
     if name not in TABLES:
         raise NotFound(
-            f"--table {name!r} does not exist; did you mean {nearest(name, TABLES)}? There are {', '.join(TABLES)}"
+            f"--table {name!r} does not exist; did you mean {suggest(name, TABLES)}? There are {', '.join(TABLES)}"
         )
     return TABLES[name]
 
@@ -114,7 +114,7 @@ def _sides(run: Run, others: Sequence[Run], folder: str, what: str) -> pd.DataFr
                 f"`{command(run.root, 'align', run.name, other.name)}`"
             )
     if not wanted:
-        raise NotFound(f"run {run.name!r} has no sibling to be compared with; {run.advice_to_add_another()}")
+        raise NotFound(f"run {run.name!r} has no sibling to be compared with; {run.suggest_another_run()}")
     tables = []
     for other in wanted:
         side = read_sides(place, run.name, other.name)[0]

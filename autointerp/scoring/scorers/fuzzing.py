@@ -25,7 +25,7 @@ from scipy.optimize import linear_sum_assignment
 from autointerp.contexts.sampler import TestSet
 from autointerp.scoring.scorers.base import ScoreRow
 from autointerp.scoring.scorers.measure import in_hash_order, measure
-from sae.firings.store import mix
+from sae.firings.store import mix_bits
 
 if TYPE_CHECKING:
     from autointerp.contexts.sampler import Context, ContextSampler
@@ -89,7 +89,7 @@ def mark(contexts: Sequence[Context]) -> TestSet:
 
 def _halves(contexts: Sequence[Context]) -> tuple[list[Context], list[Context]]:
     """The contexts dealt out in turn, stratum by stratum, in the order of a hash of their windows."""
-    places = mix(mix(np.array([context.window for context in contexts], dtype=np.uint64)))
+    places = mix_bits(mix_bits(np.array([context.window for context in contexts], dtype=np.uint64)))
     order = np.lexsort((places, np.array([context.stratum or 0 for context in contexts])))
     dealt = [contexts[i] for i in order]
     return dealt[::2], dealt[1::2]

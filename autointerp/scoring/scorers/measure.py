@@ -12,7 +12,7 @@ import pandas as pd
 from autointerp.scoring.intervals import auroc, balanced_accuracy
 from autointerp.scoring.scorers.base import HARDER, ScoreRow
 from sae.common.estimate import UNKNOWN, Estimate, proportion
-from sae.firings.store import mix
+from sae.firings.store import mix_bits
 
 if TYPE_CHECKING:
     from autointerp.contexts.sampler import Context
@@ -23,7 +23,7 @@ MOST_FAILED = 0.2
 
 def in_hash_order(contexts: Sequence[Context]) -> list[Context]:
     """The contexts in the order of a hash of their window: neither kind nor strength shows in it."""
-    places = mix(np.array([context.window for context in contexts], dtype=np.uint64))
+    places = mix_bits(np.array([context.window for context in contexts], dtype=np.uint64))
     return [contexts[i] for i in np.argsort(places, kind="stable")]
 
 

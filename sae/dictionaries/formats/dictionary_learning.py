@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.common.errors import BadInput, NotFound, nearest
+from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import atomic, write_json
 from sae.dictionaries.architectures.batchtopk import BatchTopKSae
 from sae.dictionaries.architectures.gated import GatedSae
@@ -84,7 +84,7 @@ def read(folder: Path) -> Opened:
         raise BadInput(f"{path}: trainer.dict_class is missing; this is no {NAME} checkpoint, or a damaged one")
     kind = trainer["dict_class"]
     if kind not in _STORED:
-        raise BadInput(f"{path}: dict_class {kind!r} cannot be opened; did it mean {nearest(kind, _STORED)}?")
+        raise BadInput(f"{path}: dict_class {kind!r} cannot be opened; did it mean {suggest(kind, _STORED)}?")
     stored, factor = _state(place)
     encoder = "W_enc" if "W_enc.T" in _STORED[kind] else "encoder.weight"
     if encoder not in stored or stored[encoder].ndim != 2:

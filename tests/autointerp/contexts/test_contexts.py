@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autointerp.contexts.sampler import Context, ContextSampler
-from sae.firings.store import content_hash, mix
+from sae.firings.store import hash_windows, mix_bits
 from sae.settings import ContextSettings
 
 WINDOW, SLOTS, SPECIAL = 4, 3, 0
@@ -52,7 +52,7 @@ class DenseStore:
         return ids % self.windows_per_sequence
 
     def content(self, ids: Any = slice(None)) -> np.ndarray:
-        return content_hash(self.all_tokens)[ids]
+        return hash_windows(self.all_tokens)[ids]
 
     def has_special(self, ids: Any = slice(None)) -> np.ndarray:
         return (self.all_tokens == SPECIAL).any(1)[ids]
@@ -189,7 +189,7 @@ def test_draws_are_the_same_in_any_order_and_process() -> None:
 
 def test_draws_stay_what_they_are() -> None:
     """Hashes alone decide: these windows must not change, or scores made earlier cannot be compared."""
-    numbers = mix(np.arange(600 * WINDOW, dtype=np.uint64)).reshape(600, WINDOW)
+    numbers = mix_bits(np.arange(600 * WINDOW, dtype=np.uint64)).reshape(600, WINDOW)
     store = DenseStore((numbers % 1000 + 1).astype(np.int64), (numbers % 7 == 0) * (numbers % 97 + 1.0))
     sampled = sampler(store)
     test = sampled.testing(0)
@@ -236,7 +236,7 @@ def test_the_silent_side_is_drawn_evenly() -> None:
     positives = np.arange(10)
     drawn = Counter[int]()
     for key in range(4000):
-        sampled._key = lambda _, key=key: mix(np.array([key], np.uint64))[0]  # type: ignore[method-assign, misc]
+        sampled._key = lambda _, key=key: mix_bits(np.array([key], np.uint64))[0]  # type: ignore[method-assign, misc]
         drawn.update(sampled._draw_inactive(0, positives, 10, explain=False).tolist())
     active_tested = len(sampled._actives(0).windows) - len(sampled.explaining(0))
     silent = usable - active_tested
@@ -290,7 +290,7 @@ def test_hundreds_of_latents_take_seconds() -> None:
     activations = np.zeros((60_000, WINDOW))
     activations[rng.random(60_000) < 0.1, 2] = 1.0
     store = DenseStore(tokens, activations, slots=8)
-    hashes, special = content_hash(tokens), np.zeros(60_000, bool)
+    hashes, special = hash_windows(tokens), np.zeros(60_000, bool)
     store.content = lambda ids=slice(None): hashes[ids]  # type: ignore[method-assign]
     store.has_special = lambda ids=slice(None): special[ids]  # type: ignore[method-assign]
     sampled = sampler(store, decode=lambda t: ["x"] * len(t))

@@ -25,7 +25,7 @@ from autointerp.scoring.dry_run import forecast_explain, forecast_score
 from autointerp.scoring.score import score_runs
 from sae.common.errors import Unavailable
 from sae.common.files import read_table
-from sae.study.controls import controls_of
+from sae.study.controls import find_controls
 from sae.study.run import Run, study_runs
 from sae.study.stage import Compute
 
@@ -142,7 +142,7 @@ def test_the_number_that_nobody_named(
 
 @pytest.mark.parametrize("n", [1, 3, 5, 32])
 def test_the_sample_is_the_one_that_explain_would_take(run: Run, n: int) -> None:
-    for control in controls_of(run).values():
+    for control in find_controls(run).values():
         table = Material.of(control).eligibility()
         eligible = table["latent"][table["eligible"]].tolist()
         assert sample_of(control, n) == choose(control, pd.DataFrame(), eligible, Choice(n=n))
@@ -155,7 +155,7 @@ def test_without_names_they_are_scored_as_controls(run: Run) -> None:
 
 
 def test_a_control_that_is_named_is_a_run_like_any(run: Run) -> None:
-    frozen = controls_of(run)["frozen"]
+    frozen = find_controls(run)["frozen"]
     assert explain(frozen).runs == ["run-frozen_a"]
     assert score(frozen, run.root).runs == ["run-frozen_a"]
     assert Counter(rows_of(frozen)["control"]) == {"none": N, "swap": 2}
@@ -171,7 +171,7 @@ def test_a_control_without_contexts_enough_is_told_and_stops_nothing(run: Run, m
     from autointerp.contexts.sampler import ContextSampler
 
     real = ContextSampler.eligible
-    frozen = controls_of(run)["frozen"].store().digest
+    frozen = find_controls(run)["frozen"].store().digest
 
     def eligible(self: ContextSampler, latent: int) -> tuple[bool, str]:
         return (False, "fires nearly everywhere") if self.store.digest == frozen else real(self, latent)
@@ -247,7 +247,7 @@ def test_a_dry_run_counts_them(run: Run) -> None:
 
 
 def test_a_dry_run_before_their_harvest_says_so(run: Run) -> None:
-    shutil.rmtree(controls_of(run)["frozen"].firings_folder)
+    shutil.rmtree(find_controls(run)["frozen"].firings_folder)
     with FakeServer() as server:
         foretold = forecast_explain([run], Choice(n=N), "llm", LlmOptions(url=server.url), None)
     assert any("control SAEs are not counted" in note for note in foretold.notes)

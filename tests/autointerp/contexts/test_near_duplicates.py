@@ -15,7 +15,7 @@ from autointerp.contexts import near_duplicates as near
 from autointerp.contexts.material import Material
 from autointerp.contexts.near_duplicates import groups_of, near_duplicates
 from sae.common.files import table_metadata
-from sae.firings.store import mix
+from sae.firings.store import mix_bits
 from sae.study.run import Run
 
 W = 32
@@ -116,7 +116,7 @@ def test_no_near_duplicate_is_on_both_sides_nor_twice(seed: int) -> None:
 
 
 def test_sixty_thousand_windows_take_seconds() -> None:
-    numbers = mix(np.arange(60_000 * W, dtype=np.uint64)).reshape(-1, W)
+    numbers = mix_bits(np.arange(60_000 * W, dtype=np.uint64)).reshape(-1, W)
     tokens = (numbers % np.uint64(5000)).astype(np.int64)
     tokens[30_000:35_000] = tokens[0]  # a crowd of near copies, each with one token of its own
     tokens[30_000:35_000, 7] = np.arange(5000)

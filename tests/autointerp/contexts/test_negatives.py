@@ -14,7 +14,7 @@ from test_contexts import texts
 from autointerp.contexts.material import Material
 from autointerp.contexts.neighbours import NEAREST, Neighbours
 from autointerp.contexts.sampler import ContextSampler, TestSet
-from sae.firings.store import content_hash
+from sae.firings.store import hash_windows
 from sae.settings import ContextSettings
 from sae.study.run import Run
 
@@ -49,7 +49,7 @@ class Store:
         return ids % SLOTS
 
     def content(self, ids: Any = slice(None)) -> np.ndarray:
-        return content_hash(self.all_tokens)[ids]
+        return hash_windows(self.all_tokens)[ids]
 
     def has_special(self, ids: Any = slice(None)) -> np.ndarray:
         return (self.all_tokens == 0).any(1)[ids]

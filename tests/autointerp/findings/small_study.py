@@ -17,7 +17,7 @@ from sae.alignment.alignment import Alignment, align, write_alignment
 from sae.alignment.nulls import with_nulls
 from sae.common.files import write_json, write_table
 from sae.settings import Settings
-from sae.study.run import Run, letters, write_record
+from sae.study.run import Run, make_suffix, write_record
 
 HARVESTED = 2_000_000
 EXPLAINED_BY = {
@@ -44,7 +44,7 @@ def runs_of(
     settings = Settings().with_values(training=training)
     found = []
     for seed in range(seeds):
-        run = Run(f"{study}_{letters(seed)}", root)
+        run = Run(f"{study}_{make_suffix(seed)}", root)
         provenance = {
             "subject": {"source": "bundled", "fingerprint": "f" * 64, "dtype": "float32", "d_in": d},
             "hookpoint": "gpt_neox.layers.2.mlp",

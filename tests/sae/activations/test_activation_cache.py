@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_activations import HOOKPOINT, cache_of, corpus, expected, forwards, small_blocks, subject  # noqa: F401
 
-from sae.activations.cache import ActivationCache, caches_to_read, open_caches
+from sae.activations.cache import ActivationCache, open_caches, open_caches_to_read
 from sae.activations.stream import ActivationStream
 from sae.activations.subject import Subject
 from sae.text.corpus import Corpus
@@ -66,7 +66,7 @@ def test_who_only_reads_finds_what_was_there_and_changes_nothing(
     values = ActivationStream(subject, corpus, HOOKPOINT, filled).rows(half)
     before = {path.name: path.read_bytes() for path in filled.folder.iterdir()}
     forwards.clear()
-    reader = caches_to_read(corpus, subject, [HOOKPOINT, "layers.0.mlp"])
+    reader = open_caches_to_read(corpus, subject, [HOOKPOINT, "layers.0.mlp"])
     assert list(reader) == [subject.resolve(HOOKPOINT)]  # of the other hookpoint nothing is there
     stream = ActivationStream(subject, corpus, HOOKPOINT, reader[subject.resolve(HOOKPOINT)])
     assert torch.equal(stream.rows(half), values)

@@ -13,10 +13,10 @@ from sae.activations.cache import ActivationCache, open_caches
 from sae.activations.stream import (
     ActivationStream,
     TrainingBatches,
-    lacking,
+    find_missing_blocks,
     open_streams,
-    read_together,
-    rows_together,
+    read_batches,
+    read_rows,
 )
 from sae.activations.subject import Subject, load_tokenizer
 from sae.common.errors import BadInput, UserError
@@ -153,7 +153,7 @@ def test_several_hookpoints_are_one_forward_pass(
         order = corpus.order(0, seed=1)
         for start in range(0, len(order), portion):
             index = order[start : start + portion]
-            for hookpoint, rows in zip(THREE, rows_together(list(streams.values()), index), strict=True):
+            for hookpoint, rows in zip(THREE, read_rows(list(streams.values()), index), strict=True):
                 assert torch.equal(rows, truth[hookpoint][index])
             assert max(len(s._held) for s in streams.values()) <= (0 if cached else 4)
         assert len(forwards) == (0 if cached and portion == 40 else corpus.n_blocks)
@@ -201,14 +201,14 @@ def test_what_is_lacking_is_what_would_be_computed(subject: Subject, corpus: Cor
     rng = np.random.default_rng(3)
     for _ in range(12):
         index = rng.permutation(corpus.n_sequences)[: rng.integers(1, 40)]
-        foretold = lacking(streams, index)
+        foretold = find_missing_blocks(streams, index)
         computed: list[int] = []
 
         def source(known: Any, number: int, computed: list[int] = computed) -> Any:
             computed.append(number)
             return {s.hookpoint: expected(subject, corpus, s.hookpoint)[corpus.block(number)] for s in known}
 
-        rows_together(streams, index, source)
+        read_rows(streams, index, source)
         assert computed == foretold
 
 
@@ -220,14 +220,14 @@ def test_batches_of_several_lengths_and_hookpoints_are_read_together(
     batches = [make(THREE[0], 500), make(THREE[0], 900), make(THREE[2], 500)]
     alone = [TrainingBatches(ActivationStream(subject, corpus, h), 900, 64, 2)[3] for h in (THREE[0], THREE[2])]
     forwards.clear()
-    short, long, last = read_together(batches, 3)
+    short, long, last = read_batches(batches, 3)
     needed = len(np.unique(corpus.place(batches[0].sequences(3))[0]))
     assert len(forwards) == needed
     assert short is long
     assert torch.equal(short, alone[0])
     assert torch.equal(last, alone[1])
     with pytest.raises(ValueError, match="same sequences"):
-        read_together([batches[0], TrainingBatches(streams[THREE[1]], 500, 32, order_seed=2)], 0)
+        read_batches([batches[0], TrainingBatches(streams[THREE[1]], 500, 32, order_seed=2)], 0)
 
 
 def test_where_a_row_comes_from(subject: Subject, corpus: Corpus) -> None:

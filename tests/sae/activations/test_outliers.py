@@ -28,7 +28,7 @@ def test_few_tokens_that_hold_most_are_found() -> None:
     assert found.fraction == 0.02
     assert found.variance_share > 0.99
     assert found.dominate
-    assert found.in_words().startswith("2.00% of the tokens have over 10 times the median norm and hold")
+    assert found.describe().startswith("2.00% of the tokens have over 10 times the median norm and hold")
 
 
 @pytest.mark.parametrize(("outlying", "times"), [(0, 1.0), (20, 9.9), (1, 11.0), (150, 100.0)])

@@ -24,7 +24,7 @@ from sae.activations.cache import open_caches
 from sae.activations.stream import TrainingBatches, open_streams
 from sae.common import launch
 from sae.common.errors import BadInput
-from sae.common.parallel import together, together_at_text
+from sae.common.parallel import join_ranks, join_ranks_at_text
 from sae.common.progress import say, track
 from sae.common.ranks import ALONE, Job
 from sae.dictionaries.architectures import ARCHITECTURES
@@ -135,18 +135,18 @@ def alone(folder: Path) -> None:
 
 
 def seeds_over_ranks(folder: Path) -> None:
-    with together(None, 3, "cpu") as (job, _):
+    with join_ranks(None, 3, "cpu") as (job, _):
         trained(folder, job.share([0, 1, 2]), job)
 
 
 def three_ranks_two_seeds(folder: Path) -> None:
-    with together("seeds", 2, "cpu") as (job, _):
+    with join_ranks("seeds", 2, "cpu") as (job, _):
         trained(folder, job.share([0, 1]), job)
 
 
 def seeds_with_different_last_steps(folder: Path) -> None:
     """Seed 1 has come to step 30, seed 0 to step 20, and seed 2 is new."""
-    with together("seeds", 3, "cpu") as (job, _):
+    with join_ranks("seeds", 3, "cpu") as (job, _):
         for seed, last in ((0, 20), (1, 30)) if job.rank == 0 else ():
             with suppress(KeyboardInterrupt):
                 trained(folder, [seed], ALONE, Batches(STEPS, last, _interrupt))
@@ -156,7 +156,7 @@ def seeds_with_different_last_steps(folder: Path) -> None:
 
 def _data(architecture: str) -> Callable[[Path], None]:
     def work(folder: Path) -> None:
-        with together("data", 2, "cpu") as (job, _):
+        with join_ranks("data", 2, "cpu") as (job, _):
             trained(folder, [0, 1], job, architecture=architecture, dtype=torch.float64)
 
     return work
@@ -167,13 +167,13 @@ data_relu, data_gated, data_jumprelu = _data("relu"), _data("gated"), _data("jum
 
 
 def data_undisturbed(folder: Path) -> None:
-    with together("data", 1, "cpu") as (job, _):
+    with join_ranks("data", 1, "cpu") as (job, _):
         trained(folder, [0], job)
 
 
 def data_killed(folder: Path) -> None:
     """Rank 1 dies before step 25."""
-    with together(None, 1, "cpu") as (job, _):
+    with join_ranks(None, 1, "cpu") as (job, _):
         trained(folder, [0], job, Batches(STEPS, 25, _die if job.rank else _nothing))
 
 
@@ -191,7 +191,7 @@ def seeds_interrupted(folder: Path) -> None:
 
 
 def _interrupted(folder: Path, mode: str, seeds: Sequence[int]) -> None:
-    with together(mode, len(seeds), "cpu") as (job, _):
+    with join_ranks(mode, len(seeds), "cpu") as (job, _):
         mine = job.share(seeds)
         try:
             trained(folder, mine, job, Batches(STEPS, 24, _ctrl_c if job.rank else _nothing))
@@ -272,7 +272,7 @@ def both_caches(corpus: Any, subject: Any) -> Mapping[str, Any]:
 
 def one_pass_for_all_ranks(folder: Path) -> None:
     """Once without a cache on disk, and once with one that is damaged in the middle of it, as rank 0 has it."""
-    with together("seeds", 2, "cpu") as (job, _):
+    with join_ranks("seeds", 2, "cpu") as (job, _):
         for name, caches in (("held", no_caches), ("cached", both_caches)):
             events = {5: partial(_damage, folder / name)} if job.rank == 0 else {}
             _read_all(folder / name, job, caches if job.rank == 0 else no_caches, events)
@@ -291,7 +291,7 @@ def _read_all(folder: Path, job: Job, caches: Caches, events: Mapping[int, Calla
 
 
 def harvest_over_ranks(folder: Path) -> None:
-    with together_at_text("cpu") as (job, _):
+    with join_ranks_at_text("cpu") as (job, _):
         _harvest_twice(folder, job)
 
 
@@ -324,7 +324,7 @@ def what_they_hand_each_other(folder: Path) -> None:
         time.sleep(0.1)
         return {"a": [1]}
 
-    with together("data", 1, "cpu") as (job, device):
+    with join_ranks("data", 1, "cpu") as (job, device):
         assert (device, job.size, job.writes) == ("cpu", 3, job.rank == 0)
         assert job.least(7 - job.rank) == 5
         assert job.first("slow", slow) == {"a": [1]}
@@ -364,38 +364,38 @@ def what_they_hand_each_other(folder: Path) -> None:
 
 
 def the_same_mistake_everywhere(folder: Path) -> None:
-    with together("data", 1, "cpu"):
+    with join_ranks("data", 1, "cpu"):
         raise BadInput("this is wrong; do that")
 
 
 def a_mistake_before_they_meet(folder: Path) -> None:
-    with together("sideways", 1, "cpu"):
+    with join_ranks("sideways", 1, "cpu"):
         pass
 
 
 def a_mistake_on_one_rank(folder: Path) -> None:
-    with together("data", 1, "cpu") as (job, _):
+    with join_ranks("data", 1, "cpu") as (job, _):
         if job.rank == 1:
             raise BadInput("only rank 1 sees this; mend it")
         job.barrier()
 
 
 def a_defect_on_one_rank(folder: Path) -> None:
-    with together("data", 1, "cpu") as (job, _):
+    with join_ranks("data", 1, "cpu") as (job, _):
         if job.rank == 1:
             raise AssertionError("ours to mend")
         job.barrier()
 
 
 def a_death(folder: Path) -> None:
-    with together("data", 1, "cpu") as (job, _):
+    with join_ranks("data", 1, "cpu") as (job, _):
         if job.rank == 1:
             _die()
         job.barrier()
 
 
 def a_quiet_end(folder: Path) -> None:
-    with together("data", 1, "cpu") as (job, _):
+    with join_ranks("data", 1, "cpu") as (job, _):
         say("something to say")
         with track("work", 3) as bar:
             bar.advance(3)

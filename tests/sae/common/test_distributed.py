@@ -17,7 +17,7 @@ from test_firings import files
 
 from sae.common import launch
 from sae.common.errors import BadInput
-from sae.common.parallel import choose_mode, together
+from sae.common.parallel import choose_mode, join_ranks
 from sae.common.ranks import ALONE
 from sae.common.torchrun import RankLost, _lost_ranks
 
@@ -214,11 +214,11 @@ def test_how_a_training_is_split() -> None:
 
 def test_one_process_alone() -> None:
     assert not launch.launched()
-    with together(None, 3, "auto") as (job, device):
+    with join_ranks(None, 3, "auto") as (job, device):
         assert (job, device) == (ALONE, "auto")
     with (
         pytest.raises(BadInput, match=r"--parallel data is for several processes.*torchrun"),
-        together("data", 3, "cpu"),
+        join_ranks("data", 3, "cpu"),
     ):
         pass
 

@@ -13,7 +13,7 @@ from test_trainer import Batches, folders, fresh, same, settings
 from tiny_study import cli
 
 from sae.activations.stream import TrainingBatches
-from sae.common.interrupt import Terminated, deferred
+from sae.common.interrupt import Terminated, defer_interrupts
 from sae.training import trainer
 from sae.training.state import State, kept_steps
 from sae.training.trainer import Group, train, train_groups
@@ -74,7 +74,7 @@ def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(Signalled(8, 7, signal.SIGINT), fresh(0), settings(), [place])
     assert kept_steps(place)[-1] == 8
-    with pytest.raises(Terminated), deferred():
+    with pytest.raises(Terminated), defer_interrupts():
         signal.raise_signal(signal.SIGTERM)
 
 

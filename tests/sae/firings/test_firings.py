@@ -25,7 +25,7 @@ from sae.dictionaries.sae import Firings
 from sae.firings import index as firing_index
 from sae.firings.harvest import harvest
 from sae.firings.index import Source
-from sae.firings.store import FiringStore, content_hash, digest_of, latent_blocks, latent_statistics, mix
+from sae.firings.store import FiringStore, hash_windows, latent_statistics, mix_bits, read_digest, split_latents
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_equals_brute_force(stream: FakeStream, tmp_path: Path) -> None:
         assert (store.tokens(every) == tokens).all()
         assert (store.has_special() == (tokens == SPECIAL).any(1)).all()
         assert store.n_special_tokens == (tokens == SPECIAL).sum() > 0
-        assert (store.content() == content_hash(tokens)).all()
+        assert (store.content() == hash_windows(tokens)).all()
         assert store.slot(every).tolist() == (every % (T // WINDOW)).tolist()
 
 
@@ -224,9 +224,9 @@ def test_opening_refuses_what_is_not_whole(stream: FakeStream, tmp_path: Path) -
         FiringStore.open(folder)
     latents.write_bytes(whole)
     assert FiringStore.open(folder).n_firings == record["n_firings"]
-    assert digest_of(folder) == FiringStore.open(folder).digest
+    assert read_digest(folder) == FiringStore.open(folder).digest
     with pytest.raises(NotFound, match="does not exist"):
-        digest_of(tmp_path / "nowhere")
+        read_digest(tmp_path / "nowhere")
 
 
 def test_the_corpus_has_to_be_the_one_that_was_harvested(stream: FakeStream, tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_sources_are_cut_anywhere_without_loss(tokens_of: list[list[int]], limit
         patched.setattr(firing_index, "_BLOCK_FIRINGS", 7)
         assert source.counts().tolist() == [len(w) for w in whole]
         got: list[list[int]] = [[] for _ in tokens_of]
-        for first, last in latent_blocks(offsets, 11):
+        for first, last in split_latents(offsets, 11):
             for many, found, _ in source.slices(first, last):
                 for latent, part in enumerate(np.split(found, np.cumsum(many)[:-1]), first):
                     got[latent] += part.tolist()
@@ -342,7 +342,7 @@ def test_sources_are_cut_anywhere_without_loss(tokens_of: list[list[int]], limit
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=50), st.integers(1, 40))
 def test_latent_blocks_cover_all_and_stay_small(counts: list[int], limit: int) -> None:
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    blocks = list(latent_blocks(offsets, limit))
+    blocks = list(split_latents(offsets, limit))
     assert [b for block in blocks for b in range(*block)] == list(range(len(counts)))
     for first, last in blocks:
         assert last - first == 1 or offsets[last] - offsets[first] <= limit
@@ -350,7 +350,7 @@ def test_latent_blocks_cover_all_and_stay_small(counts: list[int], limit: int) -
 
 def test_hash_is_fixed_for_good() -> None:
     """Splits and samples hang on it: another value would move texts across the split."""
-    assert mix(np.array([0, 1], np.uint64)).tolist() == [16294208416658607535, 10451216379200822465]
-    one, other = content_hash(np.array([[1, 2, 3], [3, 2, 1]], np.uint16)).tolist()
+    assert mix_bits(np.array([0, 1], np.uint64)).tolist() == [16294208416658607535, 10451216379200822465]
+    one, other = hash_windows(np.array([[1, 2, 3], [3, 2, 1]], np.uint16)).tolist()
     assert one != other
-    assert content_hash(np.array([[1, 2, 3]], np.int64)).tolist() == [one]
+    assert hash_windows(np.array([[1, 2, 3]], np.int64)).tolist() == [one]

@@ -10,7 +10,7 @@ from tiny_study import write_recipe
 
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.settings import Settings
-from sae.study.controls import controls_of
+from sae.study.controls import find_controls
 from sae.study.harvest import harvest_runs
 from sae.study.recipes import settings_from
 from sae.study.run import Run, Study, newest_study
@@ -45,11 +45,11 @@ def test_the_studys_own_runs_are_untouched_by_them(recipe: Path, root: Path, tmp
     assert [run.name for run in newest_study(root)] == ["run_a", "run_b"]
     assert [run.name for run in Run.open("run_a", root).siblings()] == ["run_b"]
     assert not Run.open("run_a", root).is_control
-    assert controls_of(Run.open("run_a", tmp_path)) == {}
+    assert find_controls(Run.open("run_a", tmp_path)) == {}
 
 
 def test_what_is_frozen_stays_as_it_was_drawn(root: Path) -> None:
-    controls = controls_of(Run.open("run_b", root))
+    controls = find_controls(Run.open("run_b", root))
     assert {kind: run.name for kind, run in controls.items()} == {
         "frozen": "run-frozen_a",
         "untrained": "run-untrained_a",
@@ -68,7 +68,7 @@ def test_what_is_frozen_stays_as_it_was_drawn(root: Path) -> None:
 
 
 def test_they_are_harvested_like_any_run(root: Path) -> None:
-    runs = [Run.open("run_a", root), *controls_of(Run.open("run_a", root)).values()]
+    runs = [Run.open("run_a", root), *find_controls(Run.open("run_a", root)).values()]
     harvest_runs(runs, CPU)
     stores = [run.store() for run in runs]
     assert len({store.record["provenance"]["order"] for store in stores}) == 1

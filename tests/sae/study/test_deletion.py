@@ -12,9 +12,9 @@ import small_study
 
 from sae.common.errors import BadInput, NotFound, UserError
 from sae.study import deletion
-from sae.study.deletion import delete, disk_bytes, nobody_at_work, plan_deletion, plan_pruning
+from sae.study.deletion import delete, disk_bytes, lock_runs, plan_deletion, plan_pruning
 from sae.study.run import Run
-from sae.study.stage import only_one
+from sae.study.stage import lock_study
 
 REPORT = "<title>run: which latents come back, and what they mean</title>Latents of <bdi>{}</bdi>"
 KEYS = {"run": "0" * 16, "other": "1" * 16}
@@ -178,7 +178,7 @@ def test_a_run_whose_folder_was_emptied_by_a_kill_is_deleted(root: Path) -> None
 )
 def test_what_is_no_name_of_a_run_is_refused(root: Path, name: str) -> None:
     before = files(root)
-    with pytest.raises(BadInput), nobody_at_work(root, name):
+    with pytest.raises(BadInput), lock_runs(root, name):
         delete(plan_deletion(name, root))
     assert files(root) == before
 
@@ -214,12 +214,12 @@ def test_nothing_outside_the_root_is_deleted(root: Path) -> None:
 
 @pytest.mark.parametrize("held", ["run", "run-frozen"])
 def test_a_study_that_a_command_works_on_is_refused(root: Path, held: str) -> None:
-    with only_one(root, held):
-        with pytest.raises(UserError, match=f"at work on study '{held}'"), nobody_at_work(root, "run"):
+    with lock_study(root, held):
+        with pytest.raises(UserError, match=f"at work on study '{held}'"), lock_runs(root, "run"):
             pass
-        with pytest.raises(UserError, match=f"at work on study '{held}'"), nobody_at_work(root):
+        with pytest.raises(UserError, match=f"at work on study '{held}'"), lock_runs(root):
             pass
-        with nobody_at_work(root, "other"):
+        with lock_runs(root, "other"):
             pass
 
 
@@ -229,9 +229,9 @@ def test_a_run_that_is_being_scored_is_refused(root: Path) -> None:
     run = Run("run_b", root)
     with Journal(run.journal_path) as journal, journal.claim():
         for name in ("run", "run_b"):
-            with pytest.raises(UserError, match="explains or scores run 'run_b'"), nobody_at_work(root, name):
+            with pytest.raises(UserError, match="explains or scores run 'run_b'"), lock_runs(root, name):
                 pass
-    with nobody_at_work(root, "run"):
+    with lock_runs(root, "run"):
         pass
 
 

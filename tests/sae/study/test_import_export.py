@@ -273,7 +273,7 @@ def test_a_run_that_was_trained_here_is_not_written_over(untouched: Path, elsewh
 def test_an_import_that_was_killed_goes_on(imported: Path, elsewhere: Path) -> None:
     whole = tree(imported)
     (imported / "x" / "cfg.json").unlink()  # the last file that an import writes
-    assert not Run.open("x", imported).trained
+    assert not Run.open("x", imported).is_trained
     cli("harvest", "--root", imported).failed_in_one_line("not imported to its end", "`import` command")
     waiting = " ".join(cli("report", "--root", imported).well().out.split())
     assert "Not imported to the end: x" in waiting

@@ -26,14 +26,14 @@ from sae.study.run import (
     all_runs,
     check_name,
     git_commit,
-    letters,
+    make_suffix,
     newest_study,
     plan_study,
     progress_of,
     study_runs,
     write_record,
 )
-from sae.study.stage import Compute, only_one
+from sae.study.stage import Compute, lock_study
 
 SETTINGS = Settings().with_values(training={"num_latents": 120, "k": 4, "tokens": 1_000_000})
 
@@ -51,12 +51,12 @@ def no_git() -> Iterator[None]:
 
 @given(st.integers(0, 100_000))
 def test_suffixes_count_up_in_letters(n: int) -> None:
-    assert re.fullmatch("[a-z]+", letters(n))
-    assert (len(letters(n)), letters(n)) < (len(letters(n + 1)), letters(n + 1))
+    assert re.fullmatch("[a-z]+", make_suffix(n))
+    assert (len(make_suffix(n)), make_suffix(n)) < (len(make_suffix(n + 1)), make_suffix(n + 1))
 
 
 def test_the_first_suffixes() -> None:
-    assert [letters(i) for i in (0, 1, 25, 26, 27, 51, 52, 701, 702)] == [
+    assert [make_suffix(i) for i in (0, 1, 25, 26, 27, 51, 52, 701, 702)] == [
         *("a", "b", "z", "aa", "ab", "az", "ba", "zz", "aaa"),
     ]
 
@@ -143,7 +143,7 @@ def test_what_counts_as_a_run(tmp_path: Path) -> None:
 def test_a_study_is_in_the_order_of_its_suffixes(tmp_path: Path) -> None:
     small_study.runs_of(tmp_path, 28)
     names = [run.name for run in study_runs("run", tmp_path)]
-    assert names == [f"run_{letters(i)}" for i in range(28)]
+    assert names == [f"run_{make_suffix(i)}" for i in range(28)]
 
 
 def test_the_newest_study_is_the_one_begun_last(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_siblings_are_the_other_trained_runs(tmp_path: Path) -> None:
     a, b, c = small_study.runs_of(tmp_path)
     assert [run.name for run in b.siblings()] == ["run_a", "run_c"]
     (c.folder / "cfg.json").unlink()
-    assert not c.trained
+    assert not c.is_trained
     assert [run.name for run in a.siblings()] == ["run_b"]
 
 
@@ -187,7 +187,7 @@ def test_seeds_keep_their_runs_however_a_study_grows(
         for seed, name in found.items():
             if not (root / name).exists():
                 write_record(Run(name, root), seed, "run", SETTINGS, {})
-    assert sorted(known.values(), key=lambda n: (len(n), n)) == [f"run_{letters(i)}" for i in range(len(known))]
+    assert sorted(known.values(), key=lambda n: (len(n), n)) == [f"run_{make_suffix(i)}" for i in range(len(known))]
     shutil.rmtree(root)
 
 
@@ -244,15 +244,15 @@ def test_a_stage_knows_its_inputs(tmp_path: Path) -> None:
 
 
 def test_two_commands_do_not_write_one_study(tmp_path: Path) -> None:
-    with only_one(tmp_path, "run"):
+    with lock_study(tmp_path, "run"):
         with (
             pytest.raises(UserError, match="another command is at work on study 'run'"),
-            only_one(tmp_path, "run"),
+            lock_study(tmp_path, "run"),
         ):
             pass
-        with only_one(tmp_path, "other"):
+        with lock_study(tmp_path, "other"):
             pass
-    with only_one(tmp_path, "run"):
+    with lock_study(tmp_path, "run"):
         pass
 
 
@@ -279,7 +279,7 @@ def test_an_overlap_table_from_before_the_last_alignment_is_made_again(
     monkeypatch.setattr(align_stage, "is_aligned", lambda *_: True)  # killed between the last pair and the tables
     monkeypatch.setattr(align_stage, "_has_nulls", lambda *_: True)
     monkeypatch.setattr(align_stage, "ensure_harvested", lambda *_: None)
-    monkeypatch.setattr(align_stage, "fired_on_the_same", lambda *_: False)
+    monkeypatch.setattr(align_stage, "share_tokens", lambda *_: False)
     align_stage.ensure_aligned(runs[0], Compute("cpu"))
     assert {"shared_strict__run_b", "shared_strict__run_c"} <= set(read_table(runs[0].stage_path("overlap")))
 
@@ -292,7 +292,7 @@ def test_a_sibling_still_in_training_does_not_keep_others_from_being_aligned(
         (runs[2].folder / name).unlink()
     monkeypatch.setattr(align_stage, "ensure_harvested", lambda *_: None)
     monkeypatch.setattr(align_stage, "_align_pairs", lambda *_: None)
-    monkeypatch.setattr(align_stage, "fired_on_the_same", lambda *_: False)
+    monkeypatch.setattr(align_stage, "share_tokens", lambda *_: False)
     align_stage.align_runs(runs[:2], Compute("cpu"))
 
 
@@ -316,11 +316,11 @@ def test_the_overlap_of_made_up_runs(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path)
     small_study.harvested(runs)
     small_study.aligned(runs)
-    found = align_stage.overlap_of(runs, threshold=0.7)["alive"]
+    found = align_stage.compute_overlap(runs, threshold=0.7)["alive"]
     assert found["strict"]["value"] == pytest.approx(0.4 * 120 / 114, abs=0.05)
-    loose = align_stage.overlap_of(runs, threshold=0.0)["alive"]
+    loose = align_stage.compute_overlap(runs, threshold=0.0)["alive"]
     assert loose["strict"]["value"] >= found["strict"]["value"]
-    assert align_stage.alive(runs[0]).sum() == np.int64(114)
+    assert align_stage.find_alive(runs[0]).sum() == np.int64(114)
 
 
 def test_how_far_a_run_has_come(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from sae.dictionaries.architectures.topk import TopKSae
 from sae.dictionaries.checkpoint import save_sae
 from sae.study.harvest import is_harvested
 from sae.study.recipes import settings_from
-from sae.study.run import Run, Study, studies_of
+from sae.study.run import Run, Study, make_studies
 from sae.study.stage import Compute
 from sae.study.train import train_studies
 from sae.training.state import kept_steps
@@ -168,11 +168,11 @@ def test_without_a_cache_the_weights_are_the_same(short: Path, tmp_path: Path) -
 
 def test_names_of_several_hookpoints(tiny_recipe: Path) -> None:
     settings = settings_from(tiny_recipe)
-    assert [s.name for s in studies_of("x", settings, ["a.b"], [0])] == ["x"]
-    assert [s.name for s in studies_of("x", settings, [], [0])] == ["x"]
-    assert [s.settings.subject.hookpoint for s in studies_of("x", settings, ["a.b", "c"], [0])] == ["a.b", "c"]
+    assert [s.name for s in make_studies("x", settings, ["a.b"], [0])] == ["x"]
+    assert [s.name for s in make_studies("x", settings, [], [0])] == ["x"]
+    assert [s.settings.subject.hookpoint for s in make_studies("x", settings, ["a.b", "c"], [0])] == ["a.b", "c"]
     with pytest.raises(BadInput, match="each name once"):
-        train_studies(studies_of("x", settings, ["a", "a"], [0]), Path("nowhere"), Compute())
+        train_studies(make_studies("x", settings, ["a", "a"], [0]), Path("nowhere"), Compute())
 
 
 # --- NaN and infinity -----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from sae.activations.subject import load_tokenizer
 from sae.common.errors import BadInput, NotFound, UserError
 from sae.settings import CorpusSettings
 from sae.text.corpus import MIXED_BLOCKS, Corpus
-from sae.text.documents import Document, in_pieces, read_pieces
+from sae.text.documents import Document, read_pieces, split_text
 from sae.text.packing import prepare_corpus
 
 REPOSITORY = Path(__file__).parents[3]
@@ -146,7 +146,7 @@ def test_a_large_vocabulary_takes_four_bytes_and_the_fingerprint_is_that_of_the_
     neox: tuple[Any, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = prepare_corpus(text_settings(folder), *neox, tmp_path / "small")
-    monkeypatch.setattr(packing, "vocabulary", lambda _: 1 << 17)
+    monkeypatch.setattr(packing, "count_token_ids", lambda _: 1 << 17)
     large = prepare_corpus(text_settings(folder), *neox, tmp_path / "large")
     assert large.tokens.dtype == np.uint32
     np.testing.assert_array_equal(large.tokens, small.tokens)
@@ -170,7 +170,7 @@ def test_killed_while_packing_it_goes_on_and_ends_the_same(
     monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 2)
     whole = prepare_corpus(text_settings(folder), *neox, tmp_path / "whole")
     tokenised: list[str] = []
-    real_encoder = packing.encoder
+    real_encoder = packing.make_encoder
 
     def failing_encoder(tokenizer: Any) -> tuple[Any, Any]:
         encode, backend = real_encoder(tokenizer)
@@ -183,7 +183,7 @@ def test_killed_while_packing_it_goes_on_and_ends_the_same(
 
         return run, backend
 
-    monkeypatch.setattr(packing, "encoder", failing_encoder)
+    monkeypatch.setattr(packing, "make_encoder", failing_encoder)
     root = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
         prepare_corpus(text_settings(folder), *neox, root)
@@ -221,7 +221,7 @@ def test_a_limit_counts_the_same_wherever_batches_begin(
 )
 @settings(max_examples=200, deadline=None)
 def test_pieces_make_up_the_text(text: str, size: int) -> None:
-    pieces = list(in_pieces("x", text, size))
+    pieces = list(split_text("x", text, size))
     assert "".join(p.text for p in pieces) == text
     assert [p.ends for p in pieces] == [False] * (len(pieces) - 1) + [True]
     assert all(len(p.text) <= size + 1 for p in pieces)
