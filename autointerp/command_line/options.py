@@ -27,7 +27,7 @@ class OtherFormat(enum.StrEnum):
 
 
 class PairOrder(enum.StrEnum):
-    """By what pairs of latents are ordered (see :mod:`autointerp.findings.pair_choice`)."""
+    """By what pairs of latents are ordered (see :mod:`autointerp.findings.pair`)."""
 
     similarity = "similarity"
     score = "score"

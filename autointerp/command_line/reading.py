@@ -14,7 +14,7 @@ from autointerp.command_line.values import new_file
 from sae.common.errors import BadInput, UserError
 
 if TYPE_CHECKING:
-    from autointerp.findings.pair_choice import Sharing
+    from autointerp.findings.pair import Sharing
     from sae.study.run import Run
 
 
@@ -116,8 +116,7 @@ def compare(
     \b
     python cli.py compare run_a run_b --sort gap --latents 20
     """
-    from autointerp.findings.pair import compare_runs, ensure_pair_aligned, the_two
-    from autointerp.findings.pair_choice import PairChoice, chosen
+    from autointerp.findings.pair import PairChoice, chosen, compare_runs, ensure_pair_aligned, the_two
     from autointerp.report.rendering import render_comparison
 
     if shared_only and unshared_only:

@@ -22,7 +22,7 @@ import pandas as pd
 from autointerp.contexts.sample_record import Sample
 from autointerp.findings.evidence import Study, Told
 from autointerp.findings.json_values import histogram, mean_of, number, quartile_figures
-from autointerp.findings.pooled import scored_alike
+from autointerp.findings.pairs import scored_alike
 from autointerp.findings.scores import SCORE_EDGES, estimator_of
 from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
 from autointerp.findings.statistics.resampling import interval_of

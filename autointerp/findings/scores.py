@@ -7,6 +7,7 @@ return is in :mod:`autointerp.findings.relation`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,14 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.sample_record import Sample
+from autointerp.findings.evidence import Study, Told
 from autointerp.findings.json_values import histogram, mean_of, number, quartile_figures
 from autointerp.findings.statistics.estimation import Estimator, error_of
-from autointerp.findings.too_few import too_few_findings
 from autointerp.journal.method import CHANCE
 from autointerp.scoring.scorers.base import HARDER, STOPS
-from autointerp.scoring.setups import precision_of, status_kind
+from autointerp.scoring.setups import precision_of, rows_of, setups_of, status_kind
 from sae.alignment.latent_table import CLASSES
-from sae.common.estimate import UNKNOWN
+from sae.common.estimate import UNKNOWN, proportion
 
 #: Bins of a score histogram: from 0 to 1 in steps of .02.
 SCORE_EDGES = np.linspace(0, 1, 51)
@@ -244,4 +245,70 @@ def _by_class(
             "above_control": swapped.below(good),
             **quartile_figures(of, values, error_of(good)),
         }
+    return found
+
+
+def too_few_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
+    """The alive latents that have too few contexts to be explained and tested, by shared class, with the reasons.
+
+    ``together`` and, where there are siblings, each class: how many are alive, how many of them have too few, the share
+    with its interval, their numbers, how often they fire beside those that have enough, and latents by reason.
+    ``None`` where contexts were not counted.
+    """
+    if "eligible" not in latents:
+        return None
+    alive = latents[latents["alive"].astype(bool)]
+    found = {"together": _too_few(alive)}
+    if "shared_class" in alive:
+        classes = {name: alive[alive["shared_class"] == name] for name in CLASSES}
+        found |= {name: _too_few(members) for name, members in classes.items() if len(members)}
+    return found
+
+
+def _too_few(members: pd.DataFrame) -> dict[str, Any]:
+    enough = members["eligible"].astype("boolean").fillna(False).astype(bool)
+    lacking = members[~enough]
+    said = lacking.get("ineligible_reason", pd.Series("", index=lacking.index))
+    reasons = Counter(said.map(_kind_of_reason))
+    frequency = members.get("firing_frequency", pd.Series(np.nan, index=members.index))
+    return {
+        "n_alive": len(members),
+        "n": len(lacking),
+        "fraction": (share := proportion(len(lacking), len(members)).as_dict())["value"],
+        "interval": share["interval"],
+        "latents": [int(latent) for latent in lacking.index],
+        "reasons": dict(reasons.most_common()),
+        "median_frequency": number(frequency[~enough].median()) if len(lacking) else None,
+        "median_frequency_of_eligible": number(frequency[enough].median()) if enough.any() else None,
+    }
+
+
+def _kind_of_reason(reason: object) -> str:
+    """The reason without its numbers, which differ from latent to latent."""
+    words = str(reason or "not said")
+    for kind in ("fires nearly everywhere", "activating contexts to explain from", "activating contexts to test on"):
+        if kind in words:
+            return kind if kind.startswith("fires") else f"too few {kind}"
+    return words
+
+
+_FIGURES = ("mean", "interval", "auroc_mean", "auroc_interval", "n_scored", "n_failed", "n_ineligible", "control")
+_SAME = ("explainer", "explainer_model", "judge", "model")
+
+
+def other_scorer_findings(study: Study, latents: pd.DataFrame, told: Told) -> list[dict[str, Any]]:
+    """A row for each other scorer in the focus run's score table, by name, as JSON values."""
+    if study.scores is None or "scorer" not in study.scores:
+        return []
+    view, same = study.view, {key: (study.setup or {}).get(key) for key in _SAME}
+    wanted = same if study.setup else {"explainer": view.explainer, "judge": view.judge}
+    found = []
+    for scorer in sorted(set(study.scores["scorer"].dropna()) - {view.scorer, (study.setup or {}).get("scorer")}):
+        setups = setups_of(study.scores, scorer=scorer, **wanted)
+        if setups:
+            rows = rows_of(study.scores, setups[0])
+            sample = study.sample_of(setups[0])
+            figures = score_findings(rows, latents, told.explained, told.too_few, sample)
+            who = {"explainer": setups[0].get("explainer"), "judge": setups[0].get("judge")}
+            found.append({"scorer": scorer, **who, **{key: figures[key] for key in _FIGURES}})
     return found

@@ -31,16 +31,15 @@ from autointerp.findings import relation as score_similarity
 from autointerp.findings import reliability
 from autointerp.findings import returning as seeds
 from autointerp.findings import scores as scored
-from autointerp.findings.advice import asking
 from autointerp.findings.controls import METHODS as OF_DIFFERENCES
 from autointerp.findings.controls import comparison_findings
 from autointerp.findings.counterparts import counterpart_findings
-from autointerp.findings.evidence import Study, Told, View
+from autointerp.findings.evidence import Study, Told, View, asking
 from autointerp.findings.interesting import ContextSource, ShownContext, interesting
 from autointerp.findings.latent import contexts_of
-from autointerp.findings.other_scorers import other_scorer_findings
+from autointerp.findings.pairs import pooled_relation
 from autointerp.findings.paper.table import findings_table
-from autointerp.findings.pooled import pooled_relation
+from autointerp.findings.scores import other_scorer_findings
 from autointerp.findings.statistics import estimation
 from autointerp.findings.statistics.correlation import METHODS
 from autointerp.journal.method import ENOUGH_TO_CALL_DEAD

@@ -43,7 +43,7 @@ def show_comparison(found: Found, shown_pairs: Found, console: Console) -> None:
 
     Args:
         found: the object of :func:`autointerp.findings.pair.compare_runs`.
-        shown_pairs: which of its pairs: the object of :func:`autointerp.findings.pair_choice.chosen`.
+        shown_pairs: which of its pairs: the object of :func:`autointerp.findings.pair.chosen`.
     """
     page = Page.of(console)
     parts = [

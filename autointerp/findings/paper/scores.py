@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from autointerp.findings.pairs import agreement
 from autointerp.findings.paper.finding import (
     AGREES,
     DISAGREES,
@@ -22,7 +23,6 @@ from autointerp.findings.paper.finding import (
     against,
     estimate_of,
 )
-from autointerp.findings.scored_pairs import agreement
 from autointerp.findings.statistics.correlation import quantiles
 from autointerp.findings.statistics.resampling import Resamples, interval_of
 from autointerp.journal.method import CHANCE

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from autointerp.findings.advice import asking
-from autointerp.findings.evidence import Study, Told
+from autointerp.findings.evidence import Study, Told, asking
+from autointerp.findings.pairs import scored_pairs
 from autointerp.findings.paper.dictionaries import THRESHOLD, Dictionaries, findings_of_dictionaries
 from autointerp.findings.paper.finding import Finding
 from autointerp.findings.paper.scores import Scores, findings_of_scores
 from autointerp.findings.paper.sweeps import findings_of_sweeps
 from autointerp.findings.relation import Part
-from autointerp.findings.scored_pairs import scored_pairs
 from autointerp.findings.sweep_table import sweeps_of
 from sae.alignment.overlap import shared
 from sae.common.commands import shell_command

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.findings.evidence import Study, Told
-from autointerp.findings.pooled import scored_alike
+from autointerp.findings.pairs import scored_alike
 from autointerp.report.html.sweeps import sweeps_at
 from autointerp.scoring.setups import status_kind
 from sae.alignment.latent_table import CLASSES

@@ -19,8 +19,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from scipy import stats
 
-from autointerp.findings.pair import compare_runs, ensure_pair_aligned, the_two
-from autointerp.findings.pair_choice import PairChoice, chosen
+from autointerp.findings.pair import PairChoice, chosen, compare_runs, ensure_pair_aligned, the_two
 from autointerp.journal.journal import Journal
 from autointerp.report.compare import show_comparison
 from sae.alignment.alignment import read_alignment

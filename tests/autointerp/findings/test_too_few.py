@@ -12,8 +12,8 @@ import small_study
 from rich.console import Console
 
 from autointerp.findings.evidence import View
+from autointerp.findings.scores import too_few_findings
 from autointerp.findings.study import findings
-from autointerp.findings.too_few import too_few_findings
 from autointerp.report.rendering import render_report
 from sae.common.files import read_table, write_table
 from sae.study.run import Run
