@@ -65,8 +65,8 @@ Nulls = Annotated[
     bool,
     typer.Option(
         "--nulls/--no-nulls",
-        help="Also match each SAE with what shares nothing with it (a rotated sibling, random directions), to show "
-        "what chance alone would share: three more matchings; and compare firings a second time, moved in the text.",
+        help="Also match each SAE with its sibling rotated at random, and compare firings moved along the text, to "
+        "show the chance level. Doubles the work.",
     ),
 ]
 ForceAlign = Annotated[

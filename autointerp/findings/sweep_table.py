@@ -122,12 +122,11 @@ def flat(table: Mapping[str, Any]) -> pd.DataFrame:
 def _columns(name: str, of: Mapping[str, Any]) -> dict[str, Any]:
     low, high = of.get("interval") or (None, None)
     pairs = [v for v in of.get("pairs", {}).values() if v is not None]
-    chance = [v for v in of.get("null", {}).values() if v is not None]
     columns = {
         name: of.get("value"),
         f"{name}_low": low,
         f"{name}_high": high,
-        f"{name}_chance": max(chance, default=None),
+        f"{name}_chance": of.get("null", {}).get("rotated"),
     }
     if "pairs" in of:
         columns |= {f"{name}_least_pair": min(pairs, default=None), f"{name}_largest_pair": max(pairs, default=None)}

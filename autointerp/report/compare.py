@@ -114,9 +114,9 @@ def _short(found: Found) -> list[str]:
 
 
 def _chance(write: Any, nulls: Mapping[str, float | None]) -> str:
-    """The null that is nearest to the finding; nothing where there is none."""
-    values = [value for value in nulls.values() if value is not None]
-    return f" (by chance {write(max(values))})" if values else ""
+    """The figure with rotated siblings; nothing where there is none."""
+    value = nulls.get("rotated")
+    return "" if value is None else f" (by chance {write(value)})"
 
 
 def _estimate(tree: Mapping[str, Any], digits: int = 3, *, sign: bool = False) -> str:

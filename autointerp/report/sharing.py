@@ -71,7 +71,7 @@ def overlap_table(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableTyp
             Text(name, "bold" if leading else ""),
             Text(percent(row["value"]), "bold" if leading else ""),
             Text(percent_interval(row["interval"])),
-            Text(_most_by_chance(row["null"], row["null_range"]), QUIET),
+            Text(_by_chance(row["null"], row["null_range"]), QUIET),
             Text(rule.format(t=threshold), QUIET),
         ]
         if page.wide:
@@ -83,31 +83,29 @@ def overlap_table(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableTyp
         Text("nearest", QUIET),
         Text(percent(tree["max_cosine"])),
         Text(percent_interval(tree["max_cosine_interval"])),
-        Text(_most_by_chance(*({null: of[key] for null, of in nulls.items()} for key in _MAX_COSINE)), QUIET),
+        Text(_by_chance(*({null: of[key] for null, of in nulls.items()} for key in _MAX_COSINE)), QUIET),
         *([Text(), blocks.bar(tree["max_cosine"] or 0.0, 16)] if page.wide else []),
         Text(f"nearest of each, taken or not: both cosines > {threshold}", QUIET),
     ]
     table.add_row(*nearest)
     yield table
     if nulls:
-        words = "By chance: with the sibling turned at random, or random directions in its place, whichever is more"
-        yield Text(words + (_OVER_PAIRS if len(tree["strict"]["pairs"]) > 1 else "."), QUIET)
+        words = "By chance: with the sibling rotated at random."
+        yield Text(words + (_OVER_PAIRS if len(tree["strict"]["pairs"]) > 1 else ""), QUIET)
     yield from _pairs(tree, page)
     yield from _growth(tree)
     yield from _sweep(tree, page)
 
 
 _MAX_COSINE = "max_cosine", "max_cosine_range"
-_OVER_PAIRS = "; in brackets from the least pair to the largest, each with a draw of its own."
+_OVER_PAIRS = " Brackets: range over pairs."
 
 
-def _most_by_chance(by_null: Mapping[str, float | None], over_pairs: Mapping[str, list[float] | None]) -> str:
-    """The larger of the nulls, with its range over pairs where there are several."""
-    values = {null: value for null, value in by_null.items() if value is not None}
-    if not values:
+def _by_chance(of_null: Mapping[str, float | None], over_pairs: Mapping[str, list[float] | None]) -> str:
+    """Return the figure with rotated siblings, and its range over pairs where there are several."""
+    if of_null.get("rotated") is None:
         return "–"
-    null = max(values, key=lambda name: values[name])
-    return f"{percent(values[null])} {percent_interval(over_pairs[null])}".rstrip()
+    return f"{percent(of_null['rotated'])} {percent_interval(over_pairs['rotated'])}".rstrip()
 
 
 def _pairs(tree: Mapping[str, Any], page: Page) -> Iterator[RenderableType]:
@@ -245,7 +243,7 @@ def similarity(found: Findings, page: Page) -> RenderableType:
     same, nulls = (tree["mean_same_partner"], tree["mean_different_partner"]), tree["null"]
     agree, of_overlap = found["overlap"]["same_partner"], found["overlap"]["nulls"]
     chances = [
-        f"{null} {_most_by_chance({null: of['same_partner']}, {null: of['same_partner_range']})}"
+        f"{null} {_by_chance({null: of['same_partner']}, {null: of['same_partner_range']})}"
         for null, of in of_overlap.items()
     ]
     by_chance = f" (by chance: {', '.join(chances)})" if chances else ""

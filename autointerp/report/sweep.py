@@ -130,7 +130,7 @@ def _shared(found: Table, page: Page) -> RenderableType:
             label,
             percent(shared["both"]["value"]),
             percent_interval(shared["both"]["interval"]),
-            Text(percent(max((v for v in shared["both"]["null"].values() if v is not None), default=None)), QUIET),
+            Text(percent(shared["both"]["null"].get("rotated")), QUIET),
             *(percent(shared[name]["value"]) for name in ("strict", "decoder", "lenient")),
             percent(point["max_cosine"]["value"]),
         )

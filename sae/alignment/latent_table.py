@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from sae.alignment.bootstrap import Bools, Tables
-from sae.alignment.nulls import NULLS, as_alignment
+from sae.alignment.nulls import ROTATED, read_null
 from sae.alignment.overlap import DEFINITIONS, check, shared
 from sae.alignment.similarity import similarity
 
@@ -47,8 +47,7 @@ def latent_table(
     - ``n_shared_<definition>``, the number of other runs that share it, and ``stability_<definition>``, their share;
     - ``similarity``, the mean over the others of (matched encoder cosine + matched decoder cosine) / 2, leaving out
       runs in which it lacks a partner because widths differ;
-    - for each null with which all were aligned, the last three under it: ``n_shared_strict__rotated``,
-      ``stability_strict__gaussian``, ``similarity__rotated`` and so on;
+    - the last three with rotated siblings, as ``n_shared_strict__rotated``, where all were aligned with those;
     - ``unshared``: alive and strict-shared with none; ``shared_class``: ``all``, ``some`` or ``one`` (its own alone)
       under strict, missing for a dead latent.
     """
@@ -67,11 +66,9 @@ def latent_table(
                 f"{name}__{other}": done[name].to_numpy() for name in done if name not in ("latent", "n_firings")
             }
     columns |= _over_runs([alignments[run, other] for other in others], threshold)
-    for null in NULLS:
-        tables = [as_alignment(alignments[run, other], null) for other in others]
-        known = [table for table in tables if table is not None]
-        if len(known) == len(tables):
-            columns |= {f"{name}__{null}": values for name, values in _over_runs(known, threshold).items()}
+    of_null = [null for other in others if (null := read_null(alignments[run, other])) is not None]
+    if len(of_null) == len(others):
+        columns |= {f"{name}__{ROTATED}": values for name, values in _over_runs(of_null, threshold).items()}
     n = columns["n_shared_strict"]
     columns["unshared"] = alive & (n == 0)
     told = shared_class(n, len(others)).astype(object)

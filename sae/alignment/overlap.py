@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 
 from sae.alignment.bootstrap import INTERVALS, Bools, Floats, LatentBootstrap, Tables, estimate, mean_over
 from sae.alignment.dip import Dip
-from sae.alignment.nulls import NULLS, as_alignment
+from sae.alignment.nulls import read_nulls
 from sae.alignment.similarity import bimodality, by_pair, histogram, spread
 from sae.common.commands import shell_command
 from sae.common.errors import BadInput, NotFound
@@ -204,8 +204,7 @@ def overlap(
     check(runs, alignments, alive)
     nulls = {
         null: _overlap_of(runs, tables, alive, threshold, LatentBootstrap(runs, tables, 0, seed), True, kept)
-        for null in NULLS
-        if (tables := _under(null, runs, alignments)) is not None
+        for null, tables in read_nulls(runs, alignments).items()
     }
     draw = LatentBootstrap(runs, alignments, resamples, seed)
     return replace(_overlap_of(runs, alignments, alive, threshold, draw, False, kept), nulls=nulls)
@@ -267,13 +266,6 @@ def _overlap_of(
         sweep=threshold_sweep(runs, alignments, alive),
         nulls={},
     )
-
-
-def _under(null: str, runs: Sequence[str], alignments: Tables) -> dict[tuple[str, str], pd.DataFrame] | None:
-    """The alignments as they would be if nothing were shared; ``None`` unless all of them were made with that null."""
-    found = {(a, b): as_alignment(alignments[a, b], null) for a in runs for b in runs if a != b}
-    known = {pair: table for pair, table in found.items() if table is not None}
-    return known if len(known) == len(found) else None
 
 
 def threshold_sweep(

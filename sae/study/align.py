@@ -32,8 +32,8 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
     """Match every pair of ``runs`` by weights, compare their firings, bring the overlap tables up to date.
 
     Args:
-        nulls: also match each with what shares nothing with it (:mod:`sae.alignment.nulls`), and compare it with
-            firings moved along the tokens: twice to four times the work of the matching, twice that of the comparison.
+        nulls: also match each with its rotated sibling, and compare it with firings moved along the tokens
+            (:mod:`sae.alignment.nulls`): twice the work of the matching and of the comparison.
         force: also runs that did not see the same batches, or are of different hookpoints.
     """
     from sae.alignment.alignment import pairs
@@ -90,7 +90,7 @@ def explain_difference(runs: Sequence[Run]) -> str | None:
 
 def _align_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) -> None:
     from sae.alignment.alignment import Alignment, align, write_alignment
-    from sae.alignment.nulls import NULLS, with_nulls
+    from sae.alignment.nulls import NULLS, add_null
 
     device = compute.resolve()
     weights = _Rows()
@@ -100,7 +100,7 @@ def _align_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) ->
             one, other = weights.of_pair(a, b)
             found = align(*one, *other, names=names, device=device)
             if nulls:
-                sides = with_nulls((found.a, found.b), one, other, names, device=device)
+                sides = add_null((found.a, found.b), one, other, names, device=device)
                 found = Alignment(*sides, {**found.certificate, "nulls": NULLS})
             write_alignment(a.root / "alignments", *names, found, _pair_inputs(a, b))
             bar.advance(note=f"{a.name} × {b.name}")
@@ -132,10 +132,10 @@ def is_aligned(a: Run, b: Run) -> bool:
 
 def _has_nulls(a: Run, b: Run) -> bool:
     """As the table itself tells: its .json is written before it, and a kill may have fallen between the two."""
-    from sae.alignment.nulls import COLUMNS, NULLS
+    from sae.alignment.nulls import COLUMNS, ROTATED
 
     path = pair_path(a.root / "alignments", a.name, b.name)
-    return path is not None and {f"{c}__{n}" for c in COLUMNS for n in NULLS} <= set(table_columns(path))
+    return path is not None and {f"{column}__{ROTATED}" for column in COLUMNS} <= set(table_columns(path))
 
 
 # --- what latents do ---------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def _has_shifted(a: Run, b: Run) -> bool:
 def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) -> None:
     from sae.alignment.alignment import read_alignment
     from sae.alignment.behaviour import Member, behaviour
-    from sae.alignment.nulls import null_of, offset_of
+    from sae.alignment.nulls import draw_offset, rotate_sibling
     from sae.alignment.overlap import shared
     from sae.alignment.pairs import write_sides
 
@@ -176,7 +176,7 @@ def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) 
                     W_dec=mine[1],
                     decoder_partner=table["decoder_partner"].to_numpy(np.int32),
                     lone=find_alive(run) & ~shared(table, "strict"),
-                    null_of_other=null_of("rotated", theirs, names)[1] if nulls else None,
+                    null_of_other=rotate_sibling(theirs, names)[1] if nulls else None,
                 )
                 for run, table, mine, theirs, names in (
                     (a, alignment.a, of_a, of_b, (a.name, b.name)),
@@ -187,7 +187,7 @@ def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) 
             if nulls:
                 first, second = (member.store for member in members)
                 per_sequence = first.window * first.windows_per_sequence
-                offset = offset_of((a.name, b.name), min(first.n_tokens, second.n_tokens), per_sequence)
+                offset = draw_offset((a.name, b.name), min(first.n_tokens, second.n_tokens), per_sequence)
             found = behaviour(members[0], members[1], device, bar.advance, offset)
             path = pair_path(behaviour_folder(a.root), a.name, b.name)
             order = (b.name, a.name) if path is not None and path.name.startswith(f"{b.name}--") else (a.name, b.name)

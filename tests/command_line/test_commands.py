@@ -16,8 +16,8 @@ from fake_server import FakeServer
 from tiny_study import NUM_LATENTS, K, Ran, cli, journal, tree
 
 from autointerp.explaining.explainers.ngram import NgramExplainer
-from sae.alignment.nulls import FIRING_COLUMNS, offset_of
-from sae.common.files import read_table
+from sae.alignment.nulls import FIRING_COLUMNS, draw_offset
+from sae.common.files import read_table, table_metadata, write_table
 from sae.firings.store import FiringStore
 from sae.study.run import Run
 
@@ -115,8 +115,8 @@ def test_a_second_call_does_nothing(root: Path, recipe: Path, monkeypatch: pytes
 
 def test_alignment_has_its_nulls_and_what_latents_do(root: Path) -> None:
     found = cli("align", "--root", root, "--json").well().json
-    assert set(found["overlap"]["nulls"]) == {"rotated", "gaussian"}
-    assert found["overlap"]["strict"]["null"].keys() == {"rotated", "gaussian"}
+    assert set(found["overlap"]["nulls"]) == {"rotated"}
+    assert found["overlap"]["strict"]["null"].keys() == {"rotated"}
     assert found["similarity"]["pw_mcc"]["value"] > max(found["similarity"]["pw_mcc"]["null"].values())
     assert len(found["overlap"]["sweep"]["threshold"]) == len(found["overlap"]["sweep"]["strict"]) == 51
     assert {"statistic", "value", "interval", "p_value"} <= set(found["similarity"]["bimodality"])
@@ -141,7 +141,7 @@ def test_alignment_has_its_nulls_and_what_latents_do(root: Path) -> None:
     assert not (lone & table["shared_strict__run_b"]).any()
     assert table.loc[lone, "rebuilt__run_b"].between(0, 1).all()
     assert {"stability_strict", "similarity__rotated"} <= set(table)
-    assert "encoder_cosine__gaussian" in read_table(root / "alignments" / "run_a--run_b.parquet")
+    assert "encoder_cosine__rotated" in read_table(root / "alignments" / "run_a--run_b.parquet")
     latent = int(lone.to_numpy().argmax())
     shown = cli("show", "--sae", "run_a", "--latent", latent, "--root", root, "--json").well().json
     assert shown["matches"][0]["behaviour"]["relation"] == table["relation__run_b"][latent]
@@ -159,6 +159,9 @@ def test_align_answers_under_the_definition_and_threshold_asked_for(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("matched again")
 
+    path = root / "alignments" / "run_a--run_b.parquet"
+    old = read_table(path).assign(encoder_cosine__gaussian=0.5)  # as earlier versions wrote
+    write_table(path, old, inputs=table_metadata(path)["inputs"])
     monkeypatch.setattr("sae.alignment.alignment.align", refuse)
     monkeypatch.setattr("sae.alignment.behaviour.behaviour", refuse)
     before = tree(root)
@@ -190,7 +193,7 @@ def check_what_latents_do(root: Path) -> None:
 
     one, other = table_of(a), table_of(b)
     told = read_table(root / "run_a" / "latents.overlap.parquet")
-    offset = offset_of(("run_a", "run_b"), a.n_tokens, a.window * a.windows_per_sequence)
+    offset = draw_offset(("run_a", "run_b"), a.n_tokens, a.window * a.windows_per_sequence)
     for there, suffix in ((other, ""), (np.roll(other, -offset, axis=0), "__shifted")):
         together = one.T.astype(np.int64) @ there
         either = one.sum(axis=0)[:, None] + there.sum(axis=0) - together
@@ -239,7 +242,7 @@ def test_a_kill_while_nulls_are_added_does_not_lose_them(root: Path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr("sae.alignment.alignment.write_sides", killed)
         cli("align", "--root", root)
-    assert set(cli("align", "--root", root, "--json").well().json["overlap"]["nulls"]) == {"rotated", "gaussian"}
+    assert set(cli("align", "--root", root, "--json").well().json["overlap"]["nulls"]) == {"rotated"}
 
 
 def test_a_report_does_without_stores_and_weights(root: Path) -> None:
@@ -266,7 +269,7 @@ def test_nulls_can_be_left_out_and_come_later(root: Path) -> None:
     assert found["counterparts"]["rebuilt"]["null"] is None
     cli("align", "--no-nulls", "--root", root).well()
     later = cli("align", "--root", root, "--json").well().json
-    assert set(later["overlap"]["nulls"]) == {"rotated", "gaussian"}
+    assert set(later["overlap"]["nulls"]) == {"rotated"}
     assert later["counterparts"]["null"].keys() == {"shifted"}
     assert later["counterparts"]["relations"] == found["counterparts"]["relations"]
     assert "similarity__rotated" in read_table(root / "run_a" / "latents.overlap.parquet")

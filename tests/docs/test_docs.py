@@ -228,7 +228,7 @@ def test_columns_are_those_of_the_tables(name: str, read: Read) -> None:
 def _general(column: str) -> str:
     """The name of a column as the page has it."""
     column = re.sub(r"__run_[bc]$", "__RUN", column)
-    column = re.sub(r"__(?:rotated|gaussian)$", "__NULL", column) if "rebuilt" not in column else column
+    column = re.sub(r"__rotated$", "__NULL", column) if "rebuilt" not in column else column
     column = re.sub(rf"^((?:n_)?shared|stability)_(?:{'|'.join(DEFINITIONS)})(?=__|$)", r"\1_DEFINITION", column)
     return re.sub(r"^(ba|tnr|auroc|n|n_failed)_(?:hard|same_token)(?=_|$)", r"\1_KIND", column)
 

@@ -26,9 +26,10 @@ from autointerp.findings.paper.finding import (
     against,
     every,
 )
-from autointerp.findings.paper.intervals import Measured, over_seeds, under_nulls
+from autointerp.findings.paper.intervals import Measured, over_seeds
 from sae.alignment.bootstrap import Bools, Floats, LatentBootstrap, Tables, mean_over
 from sae.alignment.dip import Dip
+from sae.alignment.nulls import read_nulls
 from sae.alignment.overlap import shared
 from sae.alignment.similarity import similarity
 from sae.common.amounts import decimal
@@ -58,7 +59,7 @@ class Dictionaries:
     @functools.cached_property
     def nulls(self) -> Mapping[str, Tables]:
         """The tables as they are by chance, made once for all figures."""
-        return under_nulls(self.runs, self.tables)
+        return read_nulls(self.runs, self.tables)
 
 
 # --- figures -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import numpy as np
 from scipy import special
 
 from sae.alignment.bootstrap import Bools, Floats, LatentBootstrap, Tables, estimate
-from sae.alignment.nulls import NULLS, as_alignment
 from sae.common.estimate import Estimate
 
 RESAMPLES = 1000
@@ -32,7 +31,7 @@ class Measured(NamedTuple):
     estimate: Estimate
     method: str
     null: float
-    """the figure where nothing is shared, the larger of the nulls; NaN where none was made"""
+    """the figure with rotated siblings; NaN where the runs were aligned without"""
 
 
 def over_seeds(
@@ -46,8 +45,8 @@ def over_seeds(
 ) -> Measured:
     """The figure of ``runs`` with its interval (this module's head) and by chance.
 
-    ``nulls`` are the tables :func:`under_nulls`. ``least`` is the number of runs that the figure takes; ``within`` its
-    range, at which intervals are cut.
+    ``nulls`` are the tables of :func:`sae.alignment.nulls.read_nulls`. ``least`` is the number of runs that the figure
+    takes; ``within`` its range, at which intervals are cut.
     For a fraction, ``members`` are the latents that it is of (run → [M]).
     """
     draw = LatentBootstrap(runs, tables, RESAMPLES, 0)
@@ -60,19 +59,8 @@ def over_seeds(
     return Measured(cut(found, *within), method, by_chance(figure, runs, nulls))
 
 
-def under_nulls(runs: Sequence[str], tables: Tables) -> dict[str, Tables]:
-    """Null → the alignments of ``runs`` with what shares nothing with them; without the nulls that not all have."""
-    found: dict[str, Tables] = {}
-    for null in NULLS:
-        turned = {pair: as_alignment(tables[pair], null) for pair in tables if set(pair) <= set(runs)}
-        known = {pair: table for pair, table in turned.items() if table is not None}
-        if known and len(known) == len(turned):
-            found[null] = known
-    return found
-
-
 def by_chance(figure: Figure, runs: Sequence[str], nulls: Mapping[str, Tables]) -> float:
-    """The figure of ``runs`` aligned with what shares nothing with them, the largest over the nulls."""
+    """The figure of ``runs`` aligned with what shares nothing with them."""
     values = [float(figure(LatentBootstrap(runs, tables, 0, 0), tables)[0]) for tables in nulls.values()]
     return max((v for v in values if not math.isnan(v)), default=math.nan)
 

@@ -28,6 +28,5 @@ def _point(point: dict[str, Any], axis: str) -> dict[str, Any]:
     shared = {}
     for name in ("both", "lenient"):
         of = point["shared"][name]
-        chance = [value for value in of["null"].values() if value is not None]
-        shared[name] = {"value": of["value"], "interval": of["interval"], "chance": max(chance, default=None)}
+        shared[name] = {"value": of["value"], "interval": of["interval"], "chance": of["null"].get("rotated")}
     return {"name": point["name"], "at": point["values"][axis], **shared}

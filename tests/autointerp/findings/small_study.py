@@ -14,7 +14,7 @@ import pandas as pd
 
 from autointerp.journal.journal import Journal
 from sae.alignment.alignment import Alignment, align, write_alignment
-from sae.alignment.nulls import with_nulls
+from sae.alignment.nulls import add_null
 from sae.common.files import write_json, write_table
 from sae.settings import Settings
 from sae.study.run import Run, make_suffix, write_record
@@ -110,7 +110,7 @@ def aligned(runs: list[Run], *, shared: float = 0.4, noise: float = 0.35, nulls:
             one, other = ((weights[run.name][0], weights[run.name][1]) for run in (a, b))
             found = align(*one, *other, names=(a.name, b.name))
             if nulls:
-                sides = with_nulls((found.a, found.b), one, other, (a.name, b.name))
+                sides = add_null((found.a, found.b), one, other, (a.name, b.name))
                 found = Alignment(*sides, found.certificate)
             write_alignment(a.root / "alignments", a.name, b.name, found, "inputs")
 

@@ -20,7 +20,7 @@ from autointerp.findings.latent import latent_findings
 from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal
 from sae.alignment.alignment import read_alignment
-from sae.alignment.nulls import as_alignment
+from sae.alignment.nulls import read_null
 from sae.alignment.overlap import shared
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import read_table, write_table
@@ -105,7 +105,7 @@ def test_nulls_equal_a_recount(tmp_path: Path) -> None:
     for i, a in enumerate(NAMES):
         for b in NAMES[i + 1 :]:
             both = read_alignment(tmp_path / "alignments", a, b)
-            seen[a, b], seen[b, a] = (as_alignment(of, "rotated") for of in (both.a, both.b))
+            seen[a, b], seen[b, a] = (read_null(of) for of in (both.a, both.b))
     for name in ("strict", "both", "decoder", "lenient"):
         held = {pair: shared(table, name, 0.4)[alive[pair[0]]] for pair, table in seen.items() if table is not None}
         pairs = {f"{a}--{b}": (held[a, b].mean() + held[b, a].mean()) / 2 for a, b in held if a < b}
@@ -147,9 +147,9 @@ def test_a_single_pair_has_a_null_without_a_range(tmp_path: Path) -> None:
     small_study.whole(tmp_path, seeds=2, m=40, n_scored=10, nulls=True)
     found = findings(tmp_path, NAMES[:2])
     assert found["overlap"]["strict"]["null"]["rotated"] == 0
-    assert found["overlap"]["strict"]["null_range"] == {"rotated": None, "gaussian": None}
-    assert found["similarity"]["null"]["gaussian"]["mean_encoder_range"] is None
-    assert found["similarity"]["pw_mcc"]["null_sd"] == {"rotated": None, "gaussian": None}
+    assert found["overlap"]["strict"]["null_range"] == {"rotated": None}
+    assert found["similarity"]["null"]["rotated"]["mean_encoder_range"] is None
+    assert found["similarity"]["pw_mcc"]["null_sd"] == {"rotated": None}
     json.dumps(found, allow_nan=False)
 
 

@@ -98,7 +98,7 @@ def swept(root: Path) -> None:
                 name: {
                     "value": value / (1 + m / 500),
                     "interval": [0.1, 0.9],
-                    "null": {"rotated": 0.01, "gaussian": None},
+                    "null": {"rotated": 0.01},
                     "without": {},
                 }
                 for name, value in (("both", 0.9), ("lenient", 1.0))

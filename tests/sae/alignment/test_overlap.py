@@ -17,7 +17,7 @@ from scipy import stats
 from sae.alignment.alignment import align
 from sae.alignment.bootstrap import LatentBootstrap, estimate, mean_over
 from sae.alignment.latent_table import latent_table
-from sae.alignment.nulls import NULLS, as_alignment, with_nulls
+from sae.alignment.nulls import add_null, read_null
 from sae.alignment.overlap import DEFINITIONS, overlap, shared, threshold_sweep
 from sae.alignment.similarity import range_of, spread
 from sae.common.errors import BadInput, NotFound
@@ -394,18 +394,18 @@ def test_nulls_have_every_figure_and_share_nothing() -> None:
     for a, b in combinations("abc", 2):
         made = align(*weights[a], *weights[b])
         sides = (made.a, made.b)
-        tables[a, b], tables[b, a] = with_nulls(sides, tuple(weights[a]), tuple(weights[b]), (a, b))
+        tables[a, b], tables[b, a] = add_null(sides, tuple(weights[a]), tuple(weights[b]), (a, b))
     alive = {run: np.ones(200, bool) for run in "abc"}
     found = overlap(["a", "b", "c"], tables, alive, resamples=10)
     assert found.alive["strict"].value.value > 0.95
-    assert set(found.nulls) == set(NULLS)
+    assert set(found.nulls) == {"rotated"}
     for null in found.nulls.values():
         assert null.alive["strict"].value.value == 0
         assert null.alive["strict"].only_one[2].value == 1
         assert 0.2 < null.mean_decoder.value < 0.5  # the best of many, and far from 0 by that alone
         json.dumps(null.as_dict(), allow_nan=False)
     for name, null in found.nulls.items():
-        alone = {pair: seen for pair, of in tables.items() if (seen := as_alignment(of, name)) is not None}
+        alone = {pair: seen for pair, of in tables.items() if (seen := read_null(of)) is not None}
         as_real = overlap(["a", "b", "c"], alone, alive, resamples=10)
         assert null.by_pair == as_real.by_pair
         assert null.mean_max_decoder.value == as_real.mean_max_decoder.value
@@ -415,10 +415,17 @@ def test_nulls_have_every_figure_and_share_nothing() -> None:
         for column in ("n_shared_strict", "stability_lenient", "n_shared_decoder", "similarity"):
             assert told[f"{column}__{name}"].equals(under[column]), column
             assert not told[column].equals(under[column])
-    del tables["a", "c"]["encoder_cosine__gaussian"]
-    assert set(overlap(["a", "b", "c"], tables, alive, resamples=10).nulls) == {"rotated"}
+    del tables["a", "c"]["encoder_cosine__rotated"]
+    assert overlap(["a", "b", "c"], tables, alive, resamples=10).nulls == {}
     assert "similarity__rotated" in latent_table("a", ["a", "b"], tables, alive["a"])
-    assert "n_shared_strict__gaussian" not in latent_table("a", ["a", "b", "c"], tables, alive["a"])
+    assert "n_shared_strict__rotated" not in latent_table("a", ["a", "b", "c"], tables, alive["a"])
+
+
+def test_gaussian_columns_of_earlier_versions_are_ignored() -> None:
+    runs, tables, alive = study(3, 30, seed=2)
+    old = {pair: of.assign(encoder_cosine__gaussian=0.5, decoder_partner__gaussian=0) for pair, of in tables.items()}
+    assert overlap(runs, old, alive, resamples=5).as_dict() == overlap(runs, tables, alive, resamples=5).as_dict()
+    assert latent_table(runs[0], runs, old, alive[runs[0]]).equals(latent_table(runs[0], runs, tables, alive[runs[0]]))
 
 
 def test_figures_of_pairs_and_their_spread() -> None:
