@@ -7,9 +7,9 @@ Same latents, explanations, contexts and estimator (detection, balanced accuracy
 ``detection_prompt.py`` of its own package (``eai-delphi``, installed without its dependencies into ``build/delphi``),
 with its default of five contexts in a request. Ours are the requests that ``score`` sends.
 
-``adaptive`` stops where `score --precision` would, by the verdicts that the run's n-gram judge has given. A fixed size
-that has the same standard error is what delphi is then given: the size ``n`` at which the mean over latents of the
-variance of the score equals that of the adaptive scores (``same error``), and the size at which no latent's standard
+``adaptive`` stops where `score --ci-half-width` would, by the verdicts of the run's n-gram judge. delphi is then
+given the fixed size ``n`` with the same standard error, at which the mean over latents of the variance of the score
+equals that of the adaptive scores (``same error``), and the size at which no latent's standard
 error, whatever its rates, is above the one asked for (``same guarantee``: rates of one half).
 
 Tokens are counted by the tokenizer and chat template of ``--model``, the cache is simulated in blocks of 16 with
@@ -41,7 +41,7 @@ from autointerp.journal.journal import Journal
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Message
 from autointerp.llm.tokens import BLOCK, block_keys, local_tokenizer
-from autointerp.scoring.adaptive import Look, Precision
+from autointerp.scoring.adaptive import Look, StoppingRule
 from autointerp.scoring.judges.llm import LlmJudge
 from autointerp.scoring.rounds import AdaptivePlan
 from autointerp.scoring.scorers.detection import DetectionScorer
@@ -159,7 +159,7 @@ async def cost(
 
 
 def adaptive_parts(run: Run, latents: Sequence[Latent], half_width: float) -> list[tuple[Latent, list[list[Context]]]]:
-    plan = AdaptivePlan.of(run, DetectionScorer(), Precision(half_width))
+    plan = AdaptivePlan.of(run, DetectionScorer(), StoppingRule(half_width))
     found = []
     for latent in latents:
         rounds = plan.rounds(latent.latent)

@@ -113,7 +113,8 @@ def score(
     judge_server: JudgeServer,
     protocol: opt.Protocol = "auto",
     contexts_per_request: opt.ContextsPerRequest = None,
-    precision: opt.Precision = None,
+    ci_half_width: opt.CiHalfWidth = None,
+    precision: opt.ScorePrecision = None,
     max_contexts: opt.MaxContexts = None,
     spending: Spending,
     output: Output,
@@ -125,15 +126,16 @@ def score(
 
     \b
     python cli.py score --sae run_a
-    python cli.py score --sae run_a --precision 0.065 --max-contexts 200
+    python cli.py score --sae run_a --ci-half-width 0.065 --max-contexts 200
     """
     from autointerp.report.rendering import render_cost, render_outcome
-    from autointerp.scoring.adaptive import Precision
+    from autointerp.scoring.adaptive import StoppingRule
 
     options = llm_options(server, judge_server, spending, protocol=protocol, contexts_per_request=contexts_per_request)
-    if max_contexts is not None and precision is None:
-        raise BadInput("--max-contexts bounds adaptive scoring; give --precision too, such as --precision 0.065")
-    rule = None if precision is None else Precision(precision, max_contexts)
+    half_width = precision if ci_half_width is None else ci_half_width
+    if max_contexts is not None and half_width is None:
+        raise BadInput("--max-contexts needs --ci-half-width too, such as --ci-half-width 0.065")
+    rule = None if half_width is None else StoppingRule(half_width, max_contexts)
     runs = opened(sae, output.root) if sae else None
     scorers = tuple(scorer or ("detection",))
     asked = (runs, output.root, scorers, judge, options)

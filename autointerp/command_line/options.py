@@ -363,17 +363,21 @@ ContextsPerRequest = Annotated[
         "the model in one answer.",
     ),
 ]
-Precision = Annotated[
+CiHalfWidth = Annotated[
     float | None,
     typer.Option(
-        "--precision",
-        help="Judge each explanation in rounds, until the 95 % interval of its balanced accuracy is ± so wide, such as "
-        "0.065. Default: every context of the test set.",
+        "--ci-half-width",
+        help="Judge each explanation in rounds until the 95 % interval of its balanced accuracy is ± this wide, for "
+        "example 0.065. Default: judge every context of the test set.",
     ),
 ]
+ScorePrecision = Annotated[float | None, typer.Option("--precision", hidden=True, help="Old name of --ci-half-width.")]
 MaxContexts = Annotated[
     int | None,
-    typer.Option("--max-contexts", help="With --precision: judge at most so many. Default: the test set's size."),
+    typer.Option(
+        "--max-contexts",
+        help="With --ci-half-width: judge at most this many contexts of each latent. Default: the test set's size.",
+    ),
 ]
 
 DryRun = Annotated[

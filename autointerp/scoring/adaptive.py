@@ -63,7 +63,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Precision:
+class StoppingRule:
     """What was asked for. ``half_width`` of the 95 % interval of balanced accuracy, and contexts per latent at most."""
 
     half_width: float
@@ -72,7 +72,7 @@ class Precision:
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.half_width <= 0.5:
-            raise BadInput(f"--precision {self.half_width:g}: give a half-width from 0.01 to 0.5, such as 0.065")
+            raise BadInput(f"--ci-half-width {self.half_width:g}: give a half-width from 0.01 to 0.5, such as 0.065")
         if self.max_contexts is not None and not 4 <= self.max_contexts <= LARGEST:
             raise BadInput(f"--max-contexts {self.max_contexts}: give a number from 4 to {LARGEST}")
 

@@ -38,7 +38,7 @@ from autointerp.llm.local.model import find_model
 from autointerp.llm.opening import check_flags, resolve
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import NotCounted, Tokenize, block_keys, characters, estimated, tokenizer_of
-from autointerp.scoring.adaptive import Precision
+from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import ModelJudge
 from autointerp.scoring.questions import CONTROL_LATENTS, Part, Question, parts_of, questions_of
@@ -166,7 +166,7 @@ def forecast_score(
     options: LlmOptions,
     prices: Prices | None,
     control_latents: int | None = None,
-    precision: Precision | None = None,
+    precision: StoppingRule | None = None,
     control_sae_latents: int | None = None,
 ) -> Forecast:
     """What `score` would cost for the explanations that there are; see :func:`autointerp.scoring.score.score_runs`."""
@@ -202,7 +202,7 @@ def _of_part(
     part: Part,
     scorer_name: str,
     judge: ModelJudge,
-    precision: Precision | None,
+    precision: StoppingRule | None,
     asked: _Asked,
     kept: Callable[[Request], bool],
 ) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from autointerp.contexts.material import Material
 from autointerp.contexts.sampler import Context
-from autointerp.scoring.adaptive import SIZES, Look, Precision, Rounds, interval
+from autointerp.scoring.adaptive import SIZES, Look, Rounds, StoppingRule, interval
 from autointerp.scoring.scorers.base import HARDER, Scorer, ScoreRow
 from sae.study.run import Run
 
@@ -25,7 +25,7 @@ class AdaptivePlan:
     """The rounds of a run's latents under one precision and one scorer.
 
     Args:
-        identity: as of :meth:`autointerp.scoring.adaptive.Precision.identity`.
+        identity: as of :meth:`autointerp.scoring.adaptive.StoppingRule.identity`.
     """
 
     def __init__(self, run: Run, scorer: Scorer, identity: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ class AdaptivePlan:
         self._rounds: dict[int, Rounds] = {}
 
     @classmethod
-    def of(cls, run: Run, scorer: Scorer, precision: Precision) -> AdaptivePlan:
+    def of(cls, run: Run, scorer: Scorer, precision: StoppingRule) -> AdaptivePlan:
         return cls(run, scorer, precision.identity(run.settings.contexts))
 
     @property

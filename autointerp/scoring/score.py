@@ -32,7 +32,7 @@ from autointerp.llm.capability import lacks_of
 from autointerp.llm.in_flight import in_flight
 from autointerp.llm.opening import check_flags, keep_server, open_method, resolve
 from autointerp.llm.options import LlmOptions
-from autointerp.scoring.adaptive import Precision
+from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import Judge
 from autointerp.scoring.kept_scores import KeptScores, brought_up_to_date, states_of
@@ -61,7 +61,7 @@ def score_runs(
     backend: str,
     options: LlmOptions,
     control_latents: int | None = None,
-    precision: Precision | None = None,
+    precision: StoppingRule | None = None,
     control_sae_latents: int | None = None,
 ) -> Outcome:
     """Score the stored explanations of ``runs``, or of every run under ``root``; see this module's head.
@@ -108,7 +108,7 @@ async def _score(
     scorers: Sequence[Scorer],
     kind: str,
     options: LlmOptions,
-    precision: Precision | None,
+    precision: StoppingRule | None,
     servers: OneServer | None,
 ) -> Outcome:
     outcome = Outcome("score", [part.run.name for part in parts], retry=get_typed_command())
@@ -139,7 +139,7 @@ def _without_controls(runs: Sequence[Run]) -> list[str]:
 
 
 async def _score_baseline(
-    part: Part, scorer: Scorer, judge: Judge, precision: Precision | None, outcome: Outcome
+    part: Part, scorer: Scorer, judge: Judge, precision: StoppingRule | None, outcome: Outcome
 ) -> None:
     """The n-gram explanations of the latents whose explanations ``judge`` scores after this, by the n-gram judge."""
     from autointerp.scoring.judges.ngram import NgramJudge
@@ -164,7 +164,7 @@ async def _score_run(
     scorer: Scorer,
     judge: Judge,
     concurrency: int,
-    precision: Precision | None,
+    precision: StoppingRule | None,
     outcome: Outcome,
     doing: str = "score",
     other: Judge | None = None,

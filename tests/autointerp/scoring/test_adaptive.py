@@ -24,7 +24,7 @@ from autointerp.explaining.explain import explain_runs
 from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal
 from autointerp.llm.options import LlmOptions
-from autointerp.scoring.adaptive import Look, Precision, Rounds, Tally, _score, interval, schedule, stops, unbiased
+from autointerp.scoring.adaptive import Look, Rounds, StoppingRule, Tally, _score, interval, schedule, stops, unbiased
 from autointerp.scoring.intervals import balanced_accuracy
 from autointerp.scoring.score import score_runs
 from autointerp.scoring.scorers.detection import DetectionScorer
@@ -246,7 +246,7 @@ def test_failures_are_left_out_and_too_many_decide_nothing() -> None:
 @given(st.integers(2, 300), st.integers(2, 300), st.integers(4, 1000))
 @settings(max_examples=50)
 def test_a_cap_keeps_the_proportion_of_the_kinds(n_active: int, n_inactive: int, cap: int) -> None:
-    capped = Precision(0.1, cap).cap(ContextSettings(n_active=n_active, n_inactive=n_inactive))
+    capped = StoppingRule(0.1, cap).cap(ContextSettings(n_active=n_active, n_inactive=n_inactive))
     assert capped.n_active + capped.n_inactive == cap
     share = cap * n_active / (n_active + n_inactive)
     assert abs(capped.n_active - min(max(share, 2), cap - 2)) <= 0.5
@@ -254,14 +254,14 @@ def test_a_cap_keeps_the_proportion_of_the_kinds(n_active: int, n_inactive: int,
 
 @pytest.mark.parametrize(("half_width", "cap"), [(0.0, None), (0.7, None), (float("nan"), None), (0.1, 3), (0.1, 5000)])
 def test_what_cannot_be_asked_for_is_refused(half_width: float, cap: int | None) -> None:
-    with pytest.raises(BadInput, match=r"--precision|--max-contexts"):
-        Precision(half_width, cap)
+    with pytest.raises(BadInput, match=r"--ci-half-width|--max-contexts"):
+        StoppingRule(half_width, cap)
 
 
 # From the command's function to the score table
 
 N = 4
-WIDE = Precision(0.13, 100)
+WIDE = StoppingRule(0.13, 100)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def run(explained: Path, tmp_path: Path) -> Run:
     return Run.open("run_a", Path(shutil.copytree(explained, tmp_path / "runs")))
 
 
-def score(run: Run, server: FakeServer, precision: Precision | None = WIDE, protocol: str = "batch") -> Outcome:
+def score(run: Run, server: FakeServer, precision: StoppingRule | None = WIDE, protocol: str = "batch") -> Outcome:
     options = LlmOptions(url=server.url, concurrency=2, protocol=protocol)
     return score_runs([run], run.root, ("detection",), "llm", options, 1, precision)
 
@@ -324,7 +324,7 @@ def test_harder_negatives_are_judged_in_proportion_and_scored_apart(run: Run) ->
         assert (told[f"ba_{kind}_low"] <= told[f"ba_{kind}"]).all()
         assert (told[f"ba_{kind}"] <= told[f"ba_{kind}_high"]).all()
         assert told[f"auroc_{kind}_low"].isna().all()
-    material = Precision(0.1, 100).cap(run.settings.contexts)
+    material = StoppingRule(0.1, 100).cap(run.settings.contexts)
     assert (material.n_active, material.n_inactive, material.n_hard, material.n_same_token) == (50, 50, 33, 33)
 
 
@@ -382,7 +382,7 @@ def test_a_stopped_round_is_no_score(run: Run) -> None:
         with pytest.raises(Unavailable):
             score(run, server)
     with FakeServer() as server:
-        score(run, server, Precision(0.2))
+        score(run, server, StoppingRule(0.2))
     table = table_of(run)
     unfinished = table[table["precision"] == WIDE.half_width]
     assert len(unfinished) > 0

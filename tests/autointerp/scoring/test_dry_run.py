@@ -23,7 +23,7 @@ from autointerp.llm.client import LlmClient
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import BLOCK, Tokenize, block_keys, by_characters, local_tokenizer, tokenizer_of
 from autointerp.report.rendering import render_cost
-from autointerp.scoring.adaptive import Precision
+from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.dry_run import Forecast, forecast_explain, forecast_score
 from autointerp.scoring.score import score_runs
 from sae.common.errors import BadInput, Unavailable
@@ -141,7 +141,7 @@ def test_a_resumed_command_costs_only_what_is_left(run: Run) -> None:  # noqa: F
 
 
 def test_adaptive_scoring_is_foretold_between_bounds(run: Run) -> None:  # noqa: F811
-    rule = Precision(0.13, 100)
+    rule = StoppingRule(0.13, 100)
     with FakeServer() as server:
         explain(run, server)
         found = forecast(run, server, precision=rule)

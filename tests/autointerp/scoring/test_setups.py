@@ -16,7 +16,7 @@ from autointerp.findings.evidence import View
 from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal
 from autointerp.report.terminal import render
-from autointerp.scoring.adaptive import Precision
+from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.setups import rows_of, setups_of, status_kind
 from sae.common.errors import NotFound
 from sae.common.files import read_table, write_table
@@ -98,7 +98,7 @@ def test_scores_to_a_precision_say_so(root: Path) -> None:
     for known in (False, True):
         if known:
             with Journal(run.journal_path) as journal:
-                rounds = Precision(0.065, 160).identity(run.settings.contexts)
+                rounds = StoppingRule(0.065, 160).identity(run.settings.contexts)
                 journal.add_setup(table["settings_hash"].iloc[0], {"adaptive": rounds, "material": "m"})
         found = findings(root, NAMES)
         told = found["scores"]["precision"]
