@@ -120,7 +120,7 @@ def harvested_study(
     ``contexts`` are values of that table of settings. Returns the run, and the controls after it.
     """
     settings = Settings().with_values(
-        subject={"model": str(model), "hookpoint": "layers.1.mlp"},
+        subject={"model": str(model), "hookpoint": "layers.1.mlp", "dtype": "float32"},
         corpus={"kind": "text", "source": (argparse.__file__,), "context": 64},
         training={"num_latents": num_latents, "k": 4, "tokens": 20_000, "batch_tokens": 1024},
         harvest={"tokens": 30_000},

@@ -13,7 +13,9 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sae.common.estimate import UNKNOWN, Estimate, check_finite, mean_ranks, normal_quantile, proportion
+from sae.common.estimate import UNKNOWN, Estimate, normal_quantile, proportion
+
+Array = NDArray[np.float64]
 
 
 def balanced_accuracy(truth: ArrayLike, label: ArrayLike, level: float = 0.95) -> Estimate:
@@ -68,6 +70,21 @@ def auroc(truth: ArrayLike, p: ArrayLike, level: float = 0.95) -> Estimate:
     logit = math.log(value / (1 - value))
     half = normal_quantile(level) * math.sqrt(variance) / (value * (1 - value))
     return Estimate(value, float(_expit(logit - half)), float(_expit(logit + half)))
+
+
+def check_finite(values: ArrayLike) -> Array:
+    """Return ``values`` as float64; raise ValueError for NaN and infinity."""
+    x = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError("values are NaN or infinite: leave out what failed, and count it")
+    return x
+
+
+def mean_ranks(values: ArrayLike) -> Array:
+    """Return the ranks [N] of [N] values, from 1; equal values share the mean of theirs."""
+    _, of, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((2 * last - counts + 1) / 2)[of]
 
 
 def _answers(truth: ArrayLike, answer: ArrayLike, kind: type) -> tuple[NDArray[np.bool_], NDArray]:

@@ -7,11 +7,6 @@ import math
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-Array = NDArray[np.float64]
-
 
 class Estimate(NamedTuple):
     """A measured value with its 95 % interval (unless the maker was asked for another level).
@@ -69,21 +64,6 @@ def fraction(value: float, variance: float, n: float, level: float = 0.95) -> Es
 def effective_number(value: float, variance: float, n: float) -> float:
     """The number of yes-or-no cases whose mean is ``value`` and has the variance; ``n`` where there is none."""
     return value * (1 - value) / variance if variance > 0 and 0 < value < 1 else n
-
-
-def check_finite(values: ArrayLike) -> Array:
-    """Return ``values`` as float64; raise ValueError for NaN and infinity."""
-    x = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(x).all():
-        raise ValueError("values are NaN or infinite: leave out what failed, and count it")
-    return x
-
-
-def mean_ranks(values: ArrayLike) -> Array:
-    """Return the ranks [N] of [N] values, from 1; equal values share the mean of theirs."""
-    _, of, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return ((2 * last - counts + 1) / 2)[of]
 
 
 @functools.cache

@@ -24,7 +24,7 @@ READ_ALL = """
 import sys
 from pathlib import Path
 from autointerp.llm import prompts
-from autointerp.demo import RECIPE
+from autointerp.command_line.demo import RECIPE
 from sae.common.package_data import IS_CHECKOUT, TOP, bundled_recipes
 from sae.study.recipes import read_recipe, settings_from
 from sae.activations.bundled import BUNDLED

@@ -203,7 +203,7 @@ def write_sae(folder: Path, known: Sequence[Latent], seed: Seed, noise: int) -> 
 def write_recipe(path: Path, model: Path, corpus: Path, n_contexts: int = 50) -> Path:
     """A recipe that reads ``corpus`` through ``model``; ``n_contexts`` of each kind to test on."""
     lines = [
-        *("[subject]", f'model = "{model}"', 'hookpoint = "h.0"'),
+        *("[subject]", f'model = "{model}"', 'hookpoint = "h.0"', 'dtype = "float32"'),
         *("[corpus]", 'kind = "text"', f'source = ["{corpus}"]', f"context = {CONTEXT}"),
         *("[harvest]", f"window = {WINDOW}"),
         *("[contexts]", f"n_active = {n_contexts}", f"n_inactive = {n_contexts}", "n_strata = 2"),

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sae.common.estimate import UNKNOWN, Array, Estimate, check_finite, fraction, mean_ranks, normal_quantile
+from autointerp.scoring.intervals import Array, check_finite, mean_ranks
+from sae.common.estimate import UNKNOWN, Estimate, fraction, normal_quantile
 
 METHODS = {
     "proportion": "Wilson score interval",

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pandas as pd
 
-from autointerp.scoring.scorers.base import ScoreRow
-from autointerp.scoring.scorers.measure import in_hash_order, measure
+from autointerp.scoring.scorers.base import ScoreRow, in_hash_order, measure
 
 if TYPE_CHECKING:
     from autointerp.contexts.sampler import Context, ContextSampler, TestSet

@@ -23,8 +23,7 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
 from autointerp.contexts.sampler import TestSet
-from autointerp.scoring.scorers.base import ScoreRow
-from autointerp.scoring.scorers.measure import in_hash_order, measure
+from autointerp.scoring.scorers.base import ScoreRow, in_hash_order, measure
 from sae.firings.store import mix_bits
 
 if TYPE_CHECKING:

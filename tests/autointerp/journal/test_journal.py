@@ -185,7 +185,7 @@ def test_usage_sums(journal: Journal) -> None:
 _WRITER = """
 import sys
 from pathlib import Path
-from autointerp.journal import Journal, Verdict
+from autointerp.journal.journal import Journal, Verdict
 journal = Journal(Path(sys.argv[1]))
 same = dict(explainer="llm", settings_hash="s", prompt_hash="p", model="m")
 for latent in range(100_000):

@@ -30,7 +30,7 @@ from autointerp.llm.local.server import VllmServer, cache_gib
 from sae.common import progress
 from sae.common.errors import Unavailable
 
-REPOSITORY = Path(vllm_server.__file__).parents[2]
+REPOSITORY = Path(vllm_server.__file__).parents[3]
 MESSAGES = [{"role": "user", "content": "Statement: x"}]
 
 

@@ -204,7 +204,7 @@ def test_the_command_gives_one_object(run: Run) -> None:  # noqa: F811
         explain(run, server)
         command = [sys.executable, "cli.py", "score", "--sae", "run_a", "--llm-url", server.url, "--dry-run", "--json"]
         done = subprocess.run(
-            [*command, "--root", str(run.root)], capture_output=True, text=True, cwd=BUNDLED.parents[2], timeout=1200
+            [*command, "--root", str(run.root)], capture_output=True, text=True, cwd=BUNDLED.parents[3], timeout=1200
         )
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
