@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from autointerp.contexts.sampler import Context
 from autointerp.journal.journal import Journal
-from autointerp.llm.in_flight import in_flight
+from autointerp.llm.limits import run_in_flight
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.prompts import conversation
 from autointerp.scoring.questions import Question
@@ -94,7 +94,7 @@ async def ours(url: str, requests: int, concurrency: int, folder: Path) -> dict[
             warm = Question(0, rows[0], "A word.", frozenset(), control="swap")
             await _judge_one(warm, items[0][: 2 * concurrency], judge, journal, same)
             clock = Clock()
-            await in_flight(questions, ask, concurrency)
+            await run_in_flight(questions, ask, concurrency)
             taken = clock.read()
             answered = int(journal.verdicts(control="none")["p"].notna().sum())
     return {**taken, "answered": answered}
@@ -112,9 +112,9 @@ async def raw(url: str, requests: int, concurrency: int) -> dict[str, float]:
             async with session.post(f"{url}/v1/chat/completions", data=body, headers=head) as reply:
                 json.loads(await reply.read())
 
-        await in_flight(bodies[: 2 * concurrency], send, concurrency)
+        await run_in_flight(bodies[: 2 * concurrency], send, concurrency)
         clock = Clock()
-        await in_flight(bodies, send, concurrency)
+        await run_in_flight(bodies, send, concurrency)
         return {**clock.read(), "answered": len(bodies)}
 
 

@@ -14,7 +14,7 @@ from sae.common.commands import DEFAULT_ROOT, replace_program_name
 from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
-    from autointerp.llm.budget import Prices
+    from autointerp.llm.limits import Prices
     from autointerp.llm.options import LlmOptions
     from sae.study.stage import Compute
 
@@ -138,16 +138,16 @@ class Spending:
     price_out: opt.PriceOut = None
 
     def prices(self) -> Prices | None:
-        from autointerp.llm.budget import prices_of
+        from autointerp.llm.limits import read_prices
 
-        return prices_of(self.price_in, self.price_cached, self.price_out)
+        return read_prices(self.price_in, self.price_cached, self.price_out)
 
 
 def llm_options(
     server: Server, judge: JudgeServer | None = None, spending: Spending | None = None, **asking: Any
 ) -> LlmOptions:
     """What was said of language models, in one. ``asking`` is how the judge is asked."""
-    from autointerp.llm.budget import parse_budget
+    from autointerp.llm.limits import parse_budget
     from autointerp.llm.options import LlmOptions
 
     judge, spending = judge or JudgeServer(), spending or Spending()

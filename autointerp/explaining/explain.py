@@ -30,10 +30,8 @@ from autointerp.explaining.explainers.base import Explainer
 from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
-from autointerp.llm.budget import BudgetSpent, going_on
-from autointerp.llm.capability import lacks_of
-from autointerp.llm.in_flight import in_flight
-from autointerp.llm.opening import open_method, resolve
+from autointerp.llm.limits import BudgetSpent, reporting_progress, run_in_flight
+from autointerp.llm.opening import list_missing, open_method, resolve
 from autointerp.llm.options import LlmOptions
 from sae.common.commands import get_typed_command
 from sae.common.errors import BadInput
@@ -45,7 +43,7 @@ from sae.study.run import Run
 from sae.study.stage import Compute
 
 if TYPE_CHECKING:
-    from autointerp.llm.local.serving import OneServer
+    from autointerp.llm.local.server import OneServer
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ async def _explain(
         for task in controls:
             n = f"{len(task.latents)} latents" if task.latents else "no latent has contexts enough"
             outcome.notes.append(f"{task.run.name} (control): {n}")
-        outcome.notes += lacks_of(explainer)
+        outcome.notes += list_missing(explainer)
     outcome.explained = list(dict.fromkeys(task.run.name for task in tasks))
     outcome.runs = outcome.explained + [task.run.name for task in controls]
     return outcome
@@ -245,7 +243,7 @@ async def _explain_run(
         if todo:
             with (
                 track(f"{doing} {task.run.name}", len(task.latents), "latents", done=before) as bar,
-                going_on(len(todo), "latents", get_typed_command()),
+                reporting_progress(len(todo), "latents", get_typed_command()),
             ):
-                await in_flight(todo, explain_one, concurrency, bar)
+                await run_in_flight(todo, explain_one, concurrency, bar)
         outcome.n_done += len(journal.explanations(status="ok", draw=0, latent=task.latents, **same))

@@ -1,71 +1,65 @@
-"""A language model behind an OpenAI-compatible server: asked politely, believed carefully, paid once.
-
-What is where: ``openai`` speaks the protocol, ``tenacity`` decides when to try again, ``asyncio-throttle`` keeps
-to a rate. What is ours is the meaning: which failures stop everything and which are one row (``faults``), what
-counts as an answer (``exchange``), which server is asked (``servers``) and when (``pacing``), how often (``retrying``)
-and with what (``sending``), and that an answer is in the cache before anybody sees it (``cache``).
+"""Ask a language model behind an OpenAI-compatible server, and pay for each answer once.
 
     ask ── cached? ──► parse ──► out
-     └──► slot ──► pace ──► send ──► (busy? wait, again) ──► parse ──► (unusable? again) ──► cache ──► out
+     └──► slot ──► limits ──► servers ──► transport ──► (busy? wait, again) ──► parse ──► (unusable? again) ──► cache
+
+A question crosses four other files: its bytes and the reading of the reply (``exchange``), the rate and the budget
+(``limits``), the choice of a server and the retries (``servers``), the connection and its failures (``transport``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from autointerp.journal.usage import Usage
-from autointerp.llm.cache import ResponseCache
-from autointerp.llm.capability import Capabilities, Measure
-from autointerp.llm.discovery import find
-from autointerp.llm.endpoint import read_key
-from autointerp.llm.exchange import Answer, AnswerFailed, Message, Request, cut_off
-from autointerp.llm.faults import Transient
-from autointerp.llm.pacing import Pace, check_limits
-from autointerp.llm.retrying import Retrying
-from autointerp.llm.sending import Sender
-from autointerp.llm.servers import Server, Servers
-from autointerp.llm.transport import open_api
+from autointerp.llm.exchange import Answer, AnswerFailed, Message, Request, explain_cut
+from autointerp.llm.limits import Pace
+from autointerp.llm.servers import Capabilities, Server, Servers
+from autointerp.llm.transport import read_key
+from sae.common.database import Database
 from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
-    from autointerp.llm.budget import Budget
+    from autointerp.llm.limits import Budget
     from autointerp.llm.options import LlmOptions
 
 T = TypeVar("T")
 
 DEFAULT_URL = "https://api.openai.com/v1"
-"""Where a model is looked for when only its name was given."""
+"""The server if only a model was named."""
 
-_OWN = "http://127.0.0.1"
-"""Stands for a server of ours until it is started, and for its capabilities whatever its port."""
+_LOCAL = "http://127.0.0.1"
+"""Stands for a server of ours until it is started, and for its capabilities on any port."""
+_BELIEVED = timedelta(days=1)
+"""Age up to which the capabilities of a server are believed: it may be restarted with other flags."""
+_LEAST_TOKENS = 1 / 8
+"""Tokens of a character before anything was counted: no tokenizer makes fewer of ordinary text."""
 
 
 class LlmClient:
-    """A model on one server or several. Cheap to make: nothing is sent before :meth:`check` or the first question.
+    """A model on one server or several. Nothing is sent before :meth:`check` or the first question.
 
     :param base_url: the server's address, with or without ``/v1``; or several, which share the load.
     :param model: the model's name; ``None`` takes the one that the servers serve.
-    :param key_file: a file that holds the key; ``None`` looks in the environment (see ``endpoint.KEY_VARIABLES``).
-    :param cache: where answers are kept; ``None`` keeps none.
-    :param concurrency: requests under way at once, over all servers.
-    :param requests_per_second: at most this many are begun in a second, spaced out; ``None`` for no limit.
-    :param tokens_per_minute: at most this many, of prompts and answers, are begun in a minute; ``None`` for no limit.
-    :param timeout: seconds for one answer, waiting in the server's queue included.
-    :param tries: how often a request is sent when the server is busy or breaks off.
-    :param answer_tries: how often a question is put when the answers cannot be used.
-    :param backoff: scale of the first pause between tries, in seconds; pauses double and are randomised.
-    :param patience: requests in a row that may fail after all their tries before the servers are given up.
-    :param start: starts a server of ours, which takes no key, and gives its address: called before the first question
-        that has no kept answer. ``model`` must be given; ``base_url`` is not used.
-    :param budget: what may be spent; ``None`` for no limit.
-    :raises BadInput: a URL or the key cannot be one, or a limit lets nothing through.
+    :param key_file: a file that holds the key; ``None`` reads the environment (see ``transport.KEY_VARIABLES``).
+    :param cache: keeps the answers; ``None`` keeps none.
+    :param concurrency: requests in flight at once, over all servers.
+    :param requests_per_second, tokens_per_minute: see :class:`autointerp.llm.limits.Pace`.
+    :param timeout, tries, backoff, patience: see :class:`autointerp.llm.servers.Servers`.
+    :param answer_tries: how often a question is asked when the answers are unusable.
+    :param start: starts a server of ours, which takes no key, and returns its address: called before the first question
+        without a cached answer. ``model`` must be given; ``base_url`` is not used.
+    :param budget: ``None`` for no limit.
+    :raises BadInput: a URL or the key is invalid, or a limit lets nothing through.
     """
 
     def __init__(
@@ -86,24 +80,26 @@ class LlmClient:
         start: Callable[[], Awaitable[str]] | None = None,
         budget: Budget | None = None,
     ) -> None:
-        self._servers = Servers([_OWN] if start is not None else [base_url] if isinstance(base_url, str) else base_url)
         if concurrency < 1 or tries < 1 or answer_tries < 1:
             raise BadInput("concurrency and the numbers of tries must be at least 1")
-        check_limits(requests_per_second, tokens_per_minute)
+        self._servers = Servers(
+            [_LOCAL] if start is not None else [base_url] if isinstance(base_url, str) else base_url,
+            key=read_key(key_file) if start is None else None,
+            timeout=timeout,
+            tries=tries,
+            backoff=backoff,
+            patience=patience,
+        )
+        self._limits = (requests_per_second, tokens_per_minute)
+        Pace(*self._limits)  # checks them
         self._start = start
-        self._key = read_key(key_file) if start is None else None
         self._model = model or None
         self._cache = cache
-        self._concurrency, self._limits = concurrency, (requests_per_second, tokens_per_minute)
-        self._timeout, self._answer_tries = timeout, answer_tries
+        self._concurrency, self._answer_tries = concurrency, answer_tries
         self._budget = budget
         self._session: _Session | None = None
-        self._found = False
-        self._measure = Measure()
-        self.capabilities = Capabilities()
-        """What the servers have turned out to be able to do, so far."""
-        self._retrying = Retrying(self._servers, tries, backoff, patience)
-        self._sender = Sender(self._key, timeout, self.capabilities, self._retrying)
+        self._is_connected = False
+        self._length = _LengthCheck()
         self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def __repr__(self) -> str:
@@ -116,12 +112,10 @@ class LlmClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections; the client opens new ones when it is asked again."""
+        """Close the connections; the next question opens new ones."""
         session, self._session = self._session, None
         if session is not None and session.loop is asyncio.get_running_loop():
-            for server in self._servers.all:
-                if server.api is not None:
-                    await server.api.close()
+            await self._servers.close()
 
     @property
     def url(self) -> str:
@@ -133,13 +127,18 @@ class LlmClient:
         return [server.url for server in self._servers.all]
 
     @property
-    def local(self) -> bool:
+    def is_local(self) -> bool:
         """Whether all servers run on this machine."""
-        return self._servers.local
+        return self._servers.are_local
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the servers can do, as far as it is known."""
+        return self._servers.capabilities
 
     @property
     def model(self) -> str:
-        """The model's name; known from the start where one was given, else after :meth:`check`."""
+        """The model's name; without one given, it is known after :meth:`check`."""
         if self._model is None:
             raise RuntimeError("the model is not known before check()")
         return self._model
@@ -147,47 +146,41 @@ class LlmClient:
     async def check(self) -> str:
         """Find the API and the model before any work is done; a second call returns at once.
 
-        A server of ours is not started by this: it may well not be needed.
+        Does not start a server of ours, because it may not be needed.
 
         :returns: the model's name.
         :raises Unavailable: nothing answers at the address, or the key is refused.
-        :raises BadInput: no such API at the address, several models and none was named, or servers of different ones.
+        :raises BadInput: no API at the address, several models and none was named, or servers of different ones.
         """
         return self.model if self._start is not None else await self._connect()
 
     async def _connect(self) -> str:
-        if self._found:
+        if self._is_connected:
             return self.model
         session = self._open()
-        async with session.finding:
-            if not self._found:
+        async with session.connecting:
+            if not self._is_connected:
                 if self._start is not None:
-                    self._servers.all[0].moves_to(await self._start())
-                self._model, listed = await find(self._servers, self._model, self._sender.models_at)
-                for entry in listed:
-                    self.capabilities.learn_length(entry)
-                for server in self._servers.all:
-                    assert server.api is not None
-                    server.api.base_url = server.url
-                self._found = True
+                    self._servers.all[0].move_to(await self._start())
+                self._model = await self._servers.find(self._model)
+                self._is_connected = True
         return self.model
 
-    def remember_capabilities(self) -> None:
-        """Fill in what was found out about these servers today and is in the cache."""
+    def load_capabilities(self) -> None:
+        """Fill in the capabilities that the cache has of these servers."""
         if self._cache is not None:
-            # Of a server of ours for good: to ask again it would have to be started, perhaps for nothing else.
-            found = self._cache.capabilities(self._known_as, self.model, lasting=self._start is not None)
-            self.capabilities.take_over(found)
+            # A server of ours would have to be started to ask again, perhaps for nothing else, so any age will do.
+            known = self._cache.capabilities(self._cache_url, self.model, any_age=self._start is not None)
+            self.capabilities.take_over(known)
 
-    async def keep_capabilities(self) -> None:
-        """Put into the cache what has been found out."""
+    async def store_capabilities(self) -> None:
+        """Put the capabilities into the cache."""
         if self._cache is not None:
-            await self._cache.put_capabilities(self._known_as, self.model, self.capabilities.as_dict())
+            await self._cache.put_capabilities(self._cache_url, self.model, self.capabilities.as_dict())
 
     @property
-    def _known_as(self) -> str:
-        """Under what the servers' capabilities are kept: of a server of ours the model's name says all."""
-        return self.url if self._start is None else _OWN
+    def _cache_url(self) -> str:
+        return self.url if self._start is None else _LOCAL
 
     async def complete(
         self,
@@ -199,17 +192,17 @@ class LlmClient:
         seed: int | None = None,
         replicate: int = 0,
     ) -> Answer:
-        """One answer, whatever it says. See :meth:`ask` for the errors, and for answers that must parse."""
+        """Return one answer, whatever its text. See :meth:`ask` for the errors, and for answers that must parse."""
         request = Request(tuple(messages), max_tokens, temperature, json_schema, logprobs, seed, replicate)
         return (await self.ask(request, lambda answer: answer))[1]
 
     async def ask(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T, Answer]:
-        """Put a question until an answer parses, keep that answer, and return both.
+        """Ask until an answer parses, keep that answer, and return both.
 
-        An answer that ``parse`` rejects (with :class:`AnswerFailed`) is asked for again, ``answer_tries`` times in
-        all, and with twice the room where it was cut off. Rejected answers are not kept: the next run asks anew.
+        If ``parse`` rejects an answer (with :class:`AnswerFailed`), the question is asked again, ``answer_tries`` times
+        in all, and with twice the tokens if the answer was cut off. Rejected answers are not kept.
 
-        :returns: what ``parse`` made of the answer, and the answer, whose usage includes all that was spent on it.
+        :returns: the result of ``parse``, and the answer, whose usage includes the rejected ones.
         :raises AnswerFailed: this question got no usable answer.
         :raises Unavailable: no question would: nothing answers, or the key is refused.
         :raises BadInput: the server has no such model or no such API.
@@ -219,7 +212,7 @@ class LlmClient:
         if self._cache is None:
             return await self.ask_anew(request, parse)
         key = request.key(self.model)
-        # Whoever asks the same thing at the same moment waits, and then finds it in the cache.
+        # Whoever asks the same question at the same moment waits, and then finds the answer in the cache.
         lock = self._asking.setdefault(key, asyncio.Lock())
         async with lock:
             kept = self._cache.get(key)
@@ -227,15 +220,15 @@ class LlmClient:
                 try:
                     return parse(kept), kept
                 except AnswerFailed:
-                    pass  # kept under an earlier reading of answers: ask again
+                    pass  # an earlier version of ``parse`` accepted it: ask again
             parsed, answer = await self.ask_anew(request, parse)
             await self._cache.put(key, self.model, answer)
             return parsed, answer
 
     async def ask_anew(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T, Answer]:
-        """:meth:`ask`, past the cache."""
+        """:meth:`ask` without the cache."""
         await self._connect()
-        self._measure.check(request, self.capabilities.context_length)
+        self._length.check(request, self.capabilities.context_length)
         spent = Usage()
         sent = request
         cut_before = ""
@@ -244,13 +237,13 @@ class LlmClient:
                 answer, cost = await self._answer(sent)
                 spent = cost if spent == Usage() else spent + cost
                 if answer.finish_reason == "length" and not request.may_be_cut:
-                    raise cut_off(answer, sent)
+                    raise explain_cut(answer, sent)
                 return parse(answer), replace(answer, usage=spent)
             except AnswerFailed as failed:
                 spent += failed.usage
                 if not tries_left or failed.final:
-                    # Where the model's context has no room for twice as much, the refusal alone would mislead.
-                    again = f"{cut_before}; asked again with more room: " if failed.final and cut_before else ""
+                    # If the model's context is too small for twice the tokens, the refusal alone would mislead.
+                    again = f"{cut_before}; asked again with more tokens: " if failed.final and cut_before else ""
                     raise AnswerFailed(again + failed.reason, spent) from None
                 cut_before = failed.reason if failed.cut else ""
                 if failed.cut:
@@ -258,80 +251,159 @@ class LlmClient:
         raise AssertionError("unreachable")
 
     async def _answer(self, request: Request) -> tuple[Answer, Usage]:
-        """One usable reply, sent for as often as the server needs to be, and what all that cost."""
+        """Return one usable reply, sent for as often as needed, and the cost of all sendings."""
         session = self._open()
-        sendings = 0
+        n_sent = 0
         failed_at: set[Server] = set()
 
-        async def once() -> Answer:
-            if self._budget is not None:
-                return await self._budget.spend(request, send)
-            return await send()
-
         async def send() -> Answer:
-            nonlocal sendings
-            reserved = await session.pace.leave(request.characters, self._servers.held_back)
-            sendings += 1
-            server = self._servers.choose(request.affinity, failed_at)
-            server.in_flight += 1
+            nonlocal n_sent
+            reserved = await session.pace.wait(request.characters, self._servers.pause_left)
+            n_sent += 1
             try:
-                self._open()
-                answer = await self._sender.send(server, request, self.model)
-            except Transient as error:
-                failed_at.add(server)
-                self._servers.failed(server, error.reason, at_once=error.unreachable)
-                if error.wait:
-                    self._servers.hold_back(server, error.wait)
-                raise
+                answer = await self._servers.send(request, self.model, failed_at)
             except AnswerFailed as failed:
-                self._servers.answered(server)  # nothing to use, but it does answer
                 session.pace.settle(reserved, request.characters, failed.usage.tokens)
                 raise
-            finally:
-                server.in_flight -= 1
-            self._servers.answered(server, answer.usage.seconds)
-            self._measure.learn(request.characters, answer.usage.prompt_tokens)
+            self._length.learn(request.characters, answer.usage.prompt_tokens)
             session.pace.settle(reserved, request.characters, answer.usage.tokens)
             return answer
 
+        async def send_within_budget() -> Answer:
+            return await send() if self._budget is None else await self._budget.spend(request, send)
+
         async with session.slots:
             try:
-                answer = await self._retrying(once)
+                answer = await self._servers.retry(send_within_budget)
             except AnswerFailed as failed:
-                raise AnswerFailed(
-                    failed.reason, replace(failed.usage, requests=sendings), cut=failed.cut, final=failed.final
-                ) from None
-        return answer, answer.usage if sendings == 1 else replace(answer.usage, requests=sendings)
+                usage = replace(failed.usage, requests=n_sent)
+                raise AnswerFailed(failed.reason, usage, cut=failed.cut, final=failed.final) from None
+        return answer, answer.usage if n_sent == 1 else replace(answer.usage, requests=n_sent)
 
     def _open(self) -> _Session:
-        """What belongs to the running event loop; a new loop (a second ``asyncio.run``) gets its own."""
+        """Return the session of the running event loop; a new loop (a second ``asyncio.run``) gets its own."""
         loop = asyncio.get_running_loop()
         if self._session is None or self._session.loop is not loop:
             self._session = _Session(loop, self._concurrency, Pace(*self._limits))
-            for server in self._servers.all:
-                server.api = open_api(server.url, self._key, self._timeout, self._concurrency + 1)
+            self._servers.open(self._concurrency + 1)
         return self._session
 
 
 class _Session:
-    """Limits of one event loop."""
+    """The locks and limits of one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, concurrency: int, pace: Pace) -> None:
         self.loop = loop
         self.slots = asyncio.Semaphore(concurrency)
-        self.finding = asyncio.Lock()
+        self.connecting = asyncio.Lock()
         self.pace = pace
+
+
+class _LengthCheck:
+    """Finds prompts that cannot fit the context before they are sent, by a lower bound on their tokens."""
+
+    def __init__(self) -> None:
+        self._tokens_per_character = _LEAST_TOKENS
+        self._has_counted = False
+
+    def learn(self, characters: int, prompt_tokens: int) -> None:
+        if characters >= 1000 and prompt_tokens > 0:  # 0: not reported, or implausible
+            # Somewhat less than the minimum so far: the next text may be of another kind.
+            ratio = 0.8 * prompt_tokens / characters
+            self._tokens_per_character = min(self._tokens_per_character, ratio) if self._has_counted else ratio
+            self._has_counted = True
+
+    def check(self, request: Request, context_length: int | None) -> None:
+        """:raises AnswerFailed: the prompt is too long for the model."""
+        least = int(request.characters * self._tokens_per_character)
+        if context_length is not None and least >= context_length:
+            raise AnswerFailed(
+                f"the prompt is too long for the model: about {least} tokens at least, and its context holds "
+                f"{context_length}; not sent",
+                final=True,
+            )
+
+
+_MIGRATIONS = (
+    # 1: answers. Append further migrations; never edit one that has been released.
+    """
+    CREATE TABLE answer (
+        key TEXT PRIMARY KEY,
+        model TEXT NOT NULL,
+        answer TEXT NOT NULL,
+        created TEXT NOT NULL
+    ) WITHOUT ROWID
+    """,
+    # 2: what servers turned out to be able to do.
+    """
+    CREATE TABLE capability (
+        url TEXT NOT NULL,
+        model TEXT NOT NULL,
+        found TEXT NOT NULL,
+        created TEXT NOT NULL,
+        PRIMARY KEY (url, model)
+    ) WITHOUT ROWID
+    """,
+)
+
+
+class ResponseCache:
+    """Paid answers by content, in one SQLite file for all runs under a root. Threads and processes may share it.
+
+    The key is a digest of the model, the messages, the parameters and the number of the replicate, not of the server.
+    An answer is committed before anyone sees it, so a killed process finds it again. Failures are not kept.
+
+    :raises BadInput: the file is not such a cache.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._database = Database(path, _MIGRATIONS)
+
+    def get(self, key: str) -> Answer | None:
+        with self._database.reading() as connection:
+            row = connection.execute("SELECT answer FROM answer WHERE key = ?", (key,)).fetchone()
+        return None if row is None else Answer.from_json(row[0])
+
+    async def put(self, key: str, model: str, answer: Answer) -> None:
+        """Store ``answer``; committed when this returns, in one transaction with others of the same moment."""
+        await self._insert("answer (key, model, answer, created)", (key, model, answer.to_json()))
+
+    def capabilities(self, url: str, model: str, any_age: bool = False) -> dict[str, Any]:
+        """Return the capabilities of ``url`` found in the last day, or ever; empty if there are none."""
+        oldest = "" if any_age else (datetime.now(UTC) - _BELIEVED).isoformat(timespec="seconds")
+        with self._database.reading() as connection:
+            query = "SELECT found FROM capability WHERE url = ? AND model = ? AND created >= ?"
+            row = connection.execute(query, (url, model, oldest)).fetchone()
+        return {} if row is None else dict(json.loads(row[0]))
+
+    async def put_capabilities(self, url: str, model: str, found: Mapping[str, Any]) -> None:
+        """Store capabilities, unless the same ones are stored: their age counts from the first time."""
+        if self.capabilities(url, model) != found:
+            await self._insert("capability (url, model, found, created)", (url, model, json.dumps(found)))
+
+    async def _insert(self, into: str, row: tuple[str, str, str]) -> None:
+        values = (*row, datetime.now(UTC).isoformat(timespec="seconds"))
+        await self._database.written(
+            lambda connection: connection.execute(f"INSERT OR REPLACE INTO {into} VALUES (?, ?, ?, ?)", values)
+        )
+
+    def __len__(self) -> int:
+        with self._database.reading() as connection:
+            return int(connection.execute("SELECT count(*) FROM answer").fetchone()[0])
+
+    def close(self) -> None:
+        self._database.close()
 
 
 @asynccontextmanager
 async def open_client(
     options: LlmOptions, cache: Path, start: Callable[[], Awaitable[str]] | None = None
 ) -> AsyncIterator[LlmClient]:
-    """The client that ``options`` describe, checked, for the length of a block.
+    """Open the client that ``options`` describe for the block, and check it.
 
-    :param cache: the file of kept answers; made if it is not there.
+    :param cache: the file of kept answers; created if missing.
     :param start: see :class:`LlmClient`.
-    :raises Unavailable: no server answers there; said before any work is done.
+    :raises Unavailable: no server answers; reported before any work is done.
     """
     answers = ResponseCache(cache)
     collected = gc.get_threshold()

@@ -1,7 +1,7 @@
-"""A request and its answer, as values: what identifies a request, and what of a server's reply is an answer.
+"""A request and its answer as values: the bytes and the cache key of a request, and the reading of a reply.
 
-A reply that is no usable answer (cut off, empty, refused, an error inside a 200) raises :class:`AnswerFailed`
-with its reason here, at the door, so that nothing downstream can mistake it for a "no" or a zero.
+A reply without a usable answer (cut off, empty, refused, an error inside a 200) raises :class:`AnswerFailed` with its
+reason here, so that nothing downstream can mistake it for a "no" or a zero.
 """
 
 from __future__ import annotations
@@ -19,26 +19,25 @@ from autointerp.journal.usage import Usage, is_plausible_count
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``."""
 
-
 _MOST_HIDDEN = 100_000
-"""Prompt tokens that a server may add to what it was sent (its own system prompt), at most."""
+"""Prompt tokens that a server may add (its own system prompt), at most."""
 _MOST_THOUGHT = 1_000_000
 """Tokens that a model may write besides its answer, at most."""
 _BLANK = 100
-"""An answer that ends in more white space than this, in characters, was not going anywhere."""
+"""An answer that ends in more white space than this, in characters, would only have continued it."""
 
 
 class AnswerFailed(Exception):
-    """This one request brought no usable answer. ``reason`` is one line; ``usage`` is what it cost all the same."""
+    """This one request brought no usable answer. ``reason`` is one line; ``usage`` is its cost."""
 
     def __init__(self, reason: str, usage: Usage | None = None, *, cut: bool = False, final: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.usage = usage or Usage()
         self.cut = cut
-        """The answer ran into ``max_tokens``: more room might mend it, the same again will not."""
+        """The answer ran into ``max_tokens``: a larger limit may help, the same again will not."""
         self.final = final
-        """Asking again now is of no use: the server has been tried often enough, or refuses this very request."""
+        """Asking again now is of no use: the server was tried often enough, or refuses this very request."""
 
 
 @dataclass(frozen=True)
@@ -51,42 +50,35 @@ class Request:
     json_schema: Mapping[str, Any] | None = None
     """Schema of the answer, for servers that can hold a model to one; others are asked without it."""
     logprobs: int = 0
-    """How many alternatives to return for each generated token; 0 for no log-probabilities."""
+    """Alternatives to return for each generated token; 0 for no log-probabilities."""
     seed: int | None = None
     replicate: int = 0
     """Which of several independent answers to the same question this is; only the cache sees it."""
     may_be_cut: bool = False
-    """Whether an answer that ran into ``max_tokens`` is one (where the first token is all that is wanted)."""
-
+    """Whether an answer that ran into ``max_tokens`` is usable (if only its first token is wanted)."""
     affinity: str = ""
-    """Requests of equal affinity begin alike: of several servers, one that has read one of them had better get the
-    others. Neither the server nor the cache sees it."""
+    """Requests of equal affinity begin alike and go to the same server. Neither the server nor the cache sees it."""
 
     @property
     def characters(self) -> int:
-        """Of all messages together."""
+        """The length of all messages together."""
         return self._written[1]
 
     def key(self, model: str) -> str:
-        """Digest under which the answer is cached. 64 hex characters."""
-        # What sae.common.files.digest makes of {"model": model, **the fields but affinity}, at a tenth of the time.
-        rest = {
-            "model": model,
-            "replicate": self.replicate,
-            "seed": self.seed,
-            "temperature": self.temperature,
-        }
+        """Return the digest under which the answer is cached. 64 hex characters."""
+        # Equals sae.common.files.digest of {"model": model, **the fields but affinity}, at a tenth of the time.
         before = {
             "json_schema": self.json_schema,
             "logprobs": self.logprobs,
             "max_tokens": self.max_tokens,
             "may_be_cut": self.may_be_cut,
         }
-        head, tail = (json.dumps(part, sort_keys=True, separators=(",", ":")) for part in (before, rest))
+        after = {"model": model, "replicate": self.replicate, "seed": self.seed, "temperature": self.temperature}
+        head, tail = (json.dumps(part, sort_keys=True, separators=(",", ":")) for part in (before, after))
         return hashlib.sha256(f'{head[:-1]},"messages":{self._written[0]},{tail[1:]}'.encode()).hexdigest()
 
     def parameters(self, model: str, without: Collection[str] = ()) -> dict[str, Any]:
-        """The request as the protocol has it but for its messages, less the parameters that this server does not take.
+        """Return the body of the request but for its messages, less the parameters that the server does not take.
 
         ``max_tokens`` among them means that the server wants it by its newer name.
         """
@@ -104,15 +96,14 @@ class Request:
         return body
 
     def content(self, parameters: Mapping[str, Any]) -> bytes:
-        """The bytes to send: :meth:`parameters` and the messages, as JSON."""
+        """Return the bytes to send: :meth:`parameters` and the messages, as JSON."""
         return f'{json.dumps(parameters)[:-1]}, "messages": {self._written[0]}}}'.encode()
 
     @functools.cached_property
     def _written(self) -> tuple[str, int]:
-        """The messages as JSON, and their length in characters. What stands before the question is the same in every
-        request and is written out once for all."""
-        prefix, characters = _prefix(_pairs(self.messages[:-1]))
-        last, more = _prefix.__wrapped__(_pairs(self.messages[-1:]))
+        """The messages as JSON, and their length in characters. All but the last are written once for all requests."""
+        prefix, characters = _write_prefix(_pairs(self.messages[:-1]))
+        last, more = _write_prefix.__wrapped__(_pairs(self.messages[-1:]))
         return f"[{prefix},{last}]" if prefix and last else f"[{prefix}{last}]", characters + more
 
 
@@ -123,14 +114,11 @@ def _pairs(messages: Sequence[Message]) -> _Pairs:
     return tuple((message["role"], message["content"]) for message in messages)
 
 
-def _message_json(role: str, content: str) -> str:
-    return f'{{"content":{json.dumps(content)},"role":{json.dumps(role)}}}'
-
-
 @functools.lru_cache(maxsize=32)
-def _prefix(messages: _Pairs) -> tuple[str, int]:
-    """Messages as JSON without the brackets around them, and their length in characters."""
-    return ",".join(_message_json(*message) for message in messages), sum(len(content) for _, content in messages)
+def _write_prefix(messages: _Pairs) -> tuple[str, int]:
+    """Return messages as JSON without the brackets around them, and their length in characters."""
+    written = [f'{{"content":{json.dumps(content)},"role":{json.dumps(role)}}}' for role, content in messages]
+    return ",".join(written), sum(len(content) for _, content in messages)
 
 
 @dataclass(frozen=True)
@@ -143,7 +131,7 @@ class Answer:
     tokens: tuple[str, ...] | None = None
     """The generated tokens, where log-probabilities came back."""
     top_logprobs: tuple[dict[str, float], ...] | None = None
-    """For each generated token its most likely alternatives (natural logarithms), itself among them."""
+    """The likeliest alternatives of each generated token (natural logarithms), the token included."""
 
     @property
     def from_cache(self) -> bool:
@@ -161,42 +149,39 @@ class Answer:
 
     @classmethod
     def from_json(cls, stored: str) -> Answer:
-        """An answer out of the cache: what it once cost is not spent again, so its usage is one cached answer."""
+        """Read an answer of the cache. Its cost is not spent again, so its usage is one cached answer."""
         values = json.loads(stored)
-        tokens, top = values["tokens"], values["top_logprobs"]
-        return cls(
-            text=values["text"],
-            finish_reason=values["finish_reason"],
-            usage=Usage(from_cache=1),
-            tokens=None if tokens is None else tuple(tokens),
-            top_logprobs=None if top is None else tuple(top),
-        )
+        tokens, top = (None if values[name] is None else tuple(values[name]) for name in ("tokens", "top_logprobs"))
+        return cls(values["text"], values["finish_reason"], Usage(from_cache=1), tokens, top)
 
 
-def cut_off(answer: Answer, sent: Request) -> AnswerFailed:
-    """Why an answer broke off, and whether twice the room might mend it."""
-    written = answer.usage.completion_tokens or sent.max_tokens
-    reason = f"the answer was cut off at {written} tokens"
-    blank = len(answer.text) - len(answer.text.rstrip())
-    if blank > _BLANK:
-        # A JSON schema allows white space without end, and weak models write it: more room is more of the same.
-        return AnswerFailed(f"{reason}, the last {blank} characters white space", final=True)
-    if written < sent.max_tokens:
+def explain_cut(answer: Answer, sent: Request) -> AnswerFailed:
+    """Return why an answer broke off, and whether a larger limit may help."""
+    n_written = answer.usage.completion_tokens or sent.max_tokens
+    reason = f"the answer was cut off at {n_written} tokens"
+    n_blank = len(answer.text) - len(answer.text.rstrip())
+    if n_blank > _BLANK:
+        # A JSON schema allows endless white space, and weak models write it: a larger limit would get more of it.
+        return AnswerFailed(f"{reason}, the last {n_blank} characters white space", final=True)
+    if n_written < sent.max_tokens:
         return AnswerFailed(f"{reason}, where the model's context is full", final=True)
     return AnswerFailed(reason, cut=True)
 
 
-def read_answer(body: Any, seconds: float, characters: int = 0) -> Answer:
-    """The first choice of a chat completion, given as parsed JSON.
+# --- reading a reply --------------------------------------------------------------------------------------------------
 
-    :param seconds: how long the request took.
+
+def read_answer(body: Any, seconds: float, characters: int = 0) -> Answer:
+    """Read the first choice of a chat completion, given as parsed JSON.
+
+    :param seconds: duration of the request.
     :param characters: length of the prompt, to check the server's count of its tokens.
-    :raises AnswerFailed: there is no choice, no text in it, it was refused or filtered, or is not laid out as it is.
+    :raises AnswerFailed: there is no choice or no text, it was refused or filtered, or its layout is wrong.
     """
     try:
         return _read_answer(body, seconds, characters)
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
-        # A field of another kind than the protocol has it. Servers do that, and one reply is no reason to stop.
+        # A field of a wrong type. Some servers send such, and one reply is no reason to stop.
         reason = f"the server's reply cannot be read: {type(error).__name__}: {one_line(error, 100)}"
         raise AnswerFailed(reason, Usage(requests=1, seconds=seconds)) from None
 
@@ -205,16 +190,16 @@ def _read_answer(body: Any, seconds: float, characters: int) -> Answer:
     if not isinstance(body, Mapping):
         raise AnswerFailed("the server's reply is not a chat completion", Usage(requests=1, seconds=seconds))
     choices = body.get("choices")
-    usage = _read_usage(body.get("usage"), seconds, characters, _written_characters(choices))
-    if not isinstance(choices, Sequence) or not choices or not isinstance(choices[0], Mapping):
+    first = choices[0] if isinstance(choices, Sequence) and choices else None
+    message = first.get("message") if isinstance(first, Mapping) else None
+    text = message.get("content") if isinstance(message, Mapping) else None
+    usage = _read_usage(body.get("usage"), seconds, characters, len(text) if isinstance(text, str) else 0)
+    if not isinstance(first, Mapping):
         error = body.get("error")
-        said = error.get("message") if isinstance(error, Mapping) else error
-        raise AnswerFailed(
-            f"the server's reply has no choices: {one_line(said)}" if said else "the server's reply has no choices",
-            usage,
-        )
-    message = choices[0].get("message") or {}
-    finish_reason = str(choices[0].get("finish_reason") or "stop")
+        words = error.get("message") if isinstance(error, Mapping) else error
+        raise AnswerFailed(f"the server's reply has no choices{f': {one_line(words)}' if words else ''}", usage)
+    message = message or {}
+    finish_reason = str(first.get("finish_reason") or "stop")
     text = message.get("content")
     if finish_reason == "content_filter":
         raise AnswerFailed("the server's content filter withheld the answer", usage)
@@ -222,50 +207,40 @@ def _read_answer(body: Any, seconds: float, characters: int) -> Answer:
         raise AnswerFailed(f"the model refused: {one_line(message['refusal'])}", usage)
     if not isinstance(text, str) or not text.strip():
         if finish_reason == "length":
-            raise AnswerFailed(
-                f"all {usage.completion_tokens} tokens went before any text of the answer", usage, cut=True
-            )
+            n = usage.completion_tokens
+            raise AnswerFailed(f"all {n} tokens were used before any text of the answer", usage, cut=True)
         raise AnswerFailed("the answer is empty", usage)
-    text = text.encode(errors="replace").decode()  # half a surrogate pair is no text, and no database takes it
-    tokens, top = _read_logprobs(choices[0].get("logprobs"))
+    text = text.encode(errors="replace").decode()  # no database takes half a surrogate pair
+    tokens, top = _read_logprobs(first.get("logprobs"))
     return Answer(text, finish_reason, usage, tokens, top)
 
 
-def _written_characters(choices: Any) -> int:
-    """Length of the first choice's text, 0 where there is none."""
-    first = choices[0] if isinstance(choices, Sequence) and choices else None
-    message = first.get("message") if isinstance(first, Mapping) else None
-    text = message.get("content") if isinstance(message, Mapping) else None
-    return len(text) if isinstance(text, str) else 0
+def _read_usage(reported: Any, seconds: float, n_prompt: int, n_written: int) -> Usage:
+    """Return the server's token counts. A missing or impossible one is 0; a budget then counts the maximum.
 
-
-def _read_usage(reported: Any, seconds: float, prompt: int, written: int) -> Usage:
-    """The server's token counts. One that is missing or cannot be right is 0, and a budget then counts the most.
-
-    :param prompt: characters of the prompt.
-    :param written: characters of the answer.
+    :param n_prompt: characters of the prompt.
+    :param n_written: characters of the answer.
     """
     if not isinstance(reported, Mapping):
         return Usage(requests=1, seconds=seconds)
     details = reported.get("prompt_tokens_details")
-    prompt_tokens = _count(reported.get("prompt_tokens"), prompt, _MOST_HIDDEN)
-    cached = _count(details.get("cached_tokens") if isinstance(details, Mapping) else 0, 0, prompt_tokens)
-    completion_tokens = _count(reported.get("completion_tokens"), written, _MOST_THOUGHT)
+    prompt_tokens = _read_count(reported.get("prompt_tokens"), n_prompt, _MOST_HIDDEN)
+    cached = _read_count(details.get("cached_tokens") if isinstance(details, Mapping) else 0, 0, prompt_tokens)
+    completion_tokens = _read_count(reported.get("completion_tokens"), n_written, _MOST_THOUGHT)
     return Usage(1, prompt_tokens, cached, completion_tokens, seconds=seconds)
 
 
-def _count(reported: Any, characters: int, more: int) -> int:
-    """A count of tokens; 0 where it is not a whole number or cannot be right."""
+def _read_count(reported: Any, characters: int, more: int) -> int:
     if isinstance(reported, float) and reported.is_integer():
         reported = int(reported)
     is_count = isinstance(reported, int) and not isinstance(reported, bool)
     return reported if is_count and is_plausible_count(reported, characters, more) else 0
 
 
-def _logprob(reported: Any) -> float:
+def _read_logprob(reported: Any) -> float:
     logprob = float(reported)
     if logprob != logprob:
-        raise ValueError("a log-probability that is no number")
+        raise ValueError("a log-probability is NaN")
     return logprob
 
 
@@ -275,9 +250,9 @@ def _read_logprobs(reported: Any) -> tuple[tuple[str, ...] | None, tuple[dict[st
         return None, None
     tokens, top = [], []
     for position in content:
-        alternatives = {str(x["token"]): _logprob(x["logprob"]) for x in position.get("top_logprobs") or ()}
-        # Some servers leave the chosen token out of its own alternatives when it was not among the likeliest.
-        alternatives.setdefault(str(position["token"]), _logprob(position["logprob"]))
+        alternatives = {str(x["token"]): _read_logprob(x["logprob"]) for x in position.get("top_logprobs") or ()}
+        # Some servers omit a chosen token that is not among the likeliest.
+        alternatives.setdefault(str(position["token"]), _read_logprob(position["logprob"]))
         tokens.append(str(position["token"]))
         top.append(alternatives)
     return tuple(tokens), tuple(top)
@@ -289,7 +264,7 @@ _THINKING_START = re.compile(r"<(?:think|thinking|reasoning)>", re.IGNORECASE)
 
 
 def without_thinking(text: str) -> str:
-    """The answer proper. Templates that open the thinking in the prompt leave a lone closing tag: all before it goes.
+    """Return the answer proper. A template may open the thinking in the prompt: all before a lone closing tag goes.
 
     :raises AnswerFailed: the thinking never ends, so there is no answer.
     """
@@ -304,7 +279,7 @@ _KEY_LIKE = re.compile(r"\b(?:(?:sk|pk|hf|gsk|xai)[-_]|AIza)[\w*.\-]{6,}", re.IG
 
 
 def one_line(text: object, limit: int = 200) -> str:
-    """What a server said, fit for an error message: one line, bounded, without anything that looks like a key."""
+    """Return a server's text for an error message: one bounded line without anything that looks like a key."""
     line = _KEY_LIKE.sub("[key]", " ".join(str(text).split()))
     line = "".join(c for c in line if c.isprintable())
     return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -20,7 +20,8 @@ from sae.common.registry import Registry
 
 if TYPE_CHECKING:
     from autointerp.llm.client import LlmClient
-    from autointerp.llm.local.serving import OneServer
+    from autointerp.llm.local.server import OneServer
+    from autointerp.llm.servers import Capabilities
 
 M = TypeVar("M", bound=Method)
 PROTOCOLS = ("auto", "batch", "single")
@@ -51,13 +52,24 @@ def check_flags(kinds: Registry[M], name: str, flags: list[str]) -> None:
         )
 
 
+def get_capabilities(method: Method) -> Capabilities | None:
+    """Return what the servers of an explainer or judge can do; ``None`` for one that asks no model."""
+    return getattr(method, "capabilities", None)
+
+
+def list_missing(method: Method) -> list[str]:
+    """Return what the servers of an explainer or judge cannot do, and what was done instead: a sentence each."""
+    capabilities = get_capabilities(method)
+    return [] if capabilities is None else capabilities.list_missing()
+
+
 @contextmanager
 def keep_server(options: LlmOptions) -> Iterator[OneServer | None]:
     """Keep the vLLM server of explainer and judge for the block, so that one model is loaded once."""
     if options.vllm is None and options.judge_vllm is None:
         yield None
         return
-    from autointerp.llm.local.serving import OneServer
+    from autointerp.llm.local.server import OneServer
 
     with OneServer() as servers:
         yield servers
@@ -92,10 +104,10 @@ async def _open_client(options: LlmOptions, cache: Path, servers: OneServer | No
         async with open_client(options, cache) as client:
             yield client
         return
-    from autointerp.llm.local.serving import serving
+    from autointerp.llm.local.server import open_server
 
     async with (
-        serving(options, cache.parent, servers) as server,
+        open_server(options, cache.parent, servers) as server,
         open_client(replace(options, model=server.name), cache, server.ready) as client,
     ):
         yield client

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from autointerp.llm.budget import Budget
 from sae.common.errors import BadInput
+
+if TYPE_CHECKING:
+    from autointerp.llm.limits import Budget
 
 VLLM_TIMEOUT = 1800.0
 """Seconds until a server has to be ready: a large model takes minutes to load, and as long again to be compiled."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from autointerp.llm.capability import Capabilities
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed, Request
 from autointerp.llm.prompts import conversation
+from autointerp.llm.servers import Capabilities
 
 _WORD_SCHEMA = {
     "type": "object",
@@ -24,7 +24,7 @@ async def probe(client: LlmClient) -> Capabilities:
     :raises UserError: no server answers, or the key is refused.
     """
     await client.check()
-    client.remember_capabilities()
+    client.load_capabilities()
     known = client.capabilities
     if known.label_first is None:
         known.label_first = await _gives_label(client)
@@ -35,7 +35,7 @@ async def probe(client: LlmClient) -> Capabilities:
         except AnswerFailed:
             known.json_schema = False
         known.json_schema = bool(known.json_schema)  # an answer that was cut off has shown nothing
-    await client.keep_capabilities()
+    await client.store_capabilities()
     return known
 
 

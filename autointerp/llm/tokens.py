@@ -19,8 +19,8 @@ from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
 from autointerp.journal.usage import is_plausible_count
-from autointerp.llm.endpoint import Key, is_loopback, read_key
 from autointerp.llm.exchange import Message, one_line
+from autointerp.llm.transport import Key, is_loopback, read_key
 
 if TYPE_CHECKING:
     from autointerp.llm.client import LlmClient

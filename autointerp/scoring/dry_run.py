@@ -30,10 +30,9 @@ from autointerp.explaining.explainers.base import ModelExplainer
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.journal.usage import is_plausible_count
-from autointerp.llm.budget import Prices
-from autointerp.llm.cache import ResponseCache
-from autointerp.llm.client import DEFAULT_URL, LlmClient
+from autointerp.llm.client import DEFAULT_URL, LlmClient, ResponseCache
 from autointerp.llm.exchange import Request, one_line
+from autointerp.llm.limits import Prices
 from autointerp.llm.local.model import find_model
 from autointerp.llm.opening import check_flags, resolve
 from autointerp.llm.options import LlmOptions

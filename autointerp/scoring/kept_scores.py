@@ -19,7 +19,7 @@ import pandas as pd
 
 from autointerp.contexts.material import Material
 from autointerp.journal.journal import Journal
-from autointerp.llm.capability import capabilities_of
+from autointerp.llm.opening import get_capabilities
 from autointerp.scoring.judges.base import Judge
 from autointerp.scoring.score_table import COLUMNS, UNTESTED, SetUp, Test, judged_by, plans_of, records_of, score_table
 from autointerp.scoring.scorers import SCORERS
@@ -175,7 +175,7 @@ def brought_up_to_date(
         table = score_table(journal, tests, readable, made, plans, judged, untested, advance)
     told = kept.metadata(states, known, test.set_up, call)
     told |= {"material": material.digest, "explanations": explained}
-    found = capabilities_of(judge)
+    found = get_capabilities(judge)
     write_table(kept.path, table, **told, capabilities=found.as_dict() if found else kept.capabilities)
     return table
 

@@ -27,10 +27,8 @@ from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal, Verdict
 from autointerp.journal.method import BASELINE
 from autointerp.journal.usage import Usage
-from autointerp.llm.budget import going_on
-from autointerp.llm.capability import lacks_of
-from autointerp.llm.in_flight import in_flight
-from autointerp.llm.opening import check_flags, keep_server, open_method, resolve
+from autointerp.llm.limits import reporting_progress, run_in_flight
+from autointerp.llm.opening import check_flags, keep_server, list_missing, open_method, resolve
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.judges import JUDGES
@@ -48,7 +46,7 @@ from sae.common.progress import Bar, say, track
 from sae.study.run import Run
 
 if TYPE_CHECKING:
-    from autointerp.llm.local.serving import OneServer
+    from autointerp.llm.local.server import OneServer
 
 _PARTS_AT_ONCE = 32
 """Requests about one explanation that may be under way together."""
@@ -122,7 +120,7 @@ async def _score(
                     await _score_baseline(part, scorer, judge, precision, outcome)
                 await _score_run(part, scorer, judge, options.concurrency, precision, outcome)
             outcome.n_controls += outcome.n_done - before if part.is_control else 0
-        outcome.notes += lacks_of(judge)
+        outcome.notes += list_missing(judge)
     own = [part.run for part in parts if not part.is_control]
     outcome.notes += _without_controls(own)
     outcome.next = command(root, "report", "--sae", own[0].name)
@@ -205,7 +203,7 @@ async def _score_run(
                 of = f"{scorer.name}, {n_swapped:,} of them swapped controls" if n_swapped else scorer.name
                 with (
                     track(f"{doing} {run.name} ({of})", len(questions), "explanations") as bar,
-                    going_on(len(questions), "explanations", get_typed_command()),
+                    reporting_progress(len(questions), "explanations", get_typed_command()),
                 ):
                     await _judge_all(questions, test, journal, asked_now, concurrency, bar)
             outcome.notes += [
@@ -266,7 +264,7 @@ async def _judge_all(
         if judged and question.control == "none":
             asked_now.add(question.explanation_id)
 
-    await in_flight(questions, ask, concurrency, bar)
+    await run_in_flight(questions, ask, concurrency, bar)
 
 
 async def _judge_one(
@@ -307,7 +305,7 @@ async def _judge_one(
         await journal.record(verdicts, stage, judge.model, spent, question.latent)
 
     # Side by side, so that the last latents, too, keep the server busy; the judge's client bounds what is in flight.
-    await in_flight([todo[start : start + size] for start in range(0, len(todo), size)], ask, _PARTS_AT_ONCE)
+    await run_in_flight([todo[start : start + size] for start in range(0, len(todo), size)], ask, _PARTS_AT_ONCE)
     return len(todo)
 
 

@@ -64,12 +64,12 @@ def test_a_study_needs_nothing_that_macos_lacks(recipe: Path, tmp_path: Path) ->
     code = f"""{ON_MACOS}
 sys.path.insert(0, "tests")
 from tiny_study import cli
-from autointerp.llm.local.server import cache_gib
+from autointerp.llm.local.server import choose_cache_gib
 from sae.common.memory import free_host_bytes
 from sae.common.progress import peak_memory_bytes
 recipe, root = sys.argv[1:]
 assert free_host_bytes() is None
-assert cache_gib(None, 1 << 30) >= 1
+assert choose_cache_gib(None, 1 << 30) >= 1
 assert peak_memory_bytes() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "bytes on macOS"
 cli("train", "--recipe", recipe, "--seeds", 0, 1, "--no-controls", "--activation-cache", "1M", "--root", root).well()
 cli("align", "--no-nulls", "--root", root).well()

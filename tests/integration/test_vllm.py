@@ -30,8 +30,7 @@ from vllm_server import REPOSITORY, VllmServer
 
 from autointerp.contexts.material import Material
 from autointerp.journal.journal import Journal
-from autointerp.llm.cache import ResponseCache
-from autointerp.llm.client import LlmClient
+from autointerp.llm.client import LlmClient, ResponseCache
 from autointerp.llm.exchange import Answer, Request
 from autointerp.scoring.judges.llm import _AROUND_LABELS, LlmJudge
 from autointerp.scoring.scorers.base import HARDER

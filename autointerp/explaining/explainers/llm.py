@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from autointerp.contexts.marking import choose_marks, marked_text
 from autointerp.explaining.explainers.base import Explanation
-from autointerp.llm.capability import Capabilities
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
 from autointerp.llm.prompts import conversation
+from autointerp.llm.servers import Capabilities
 from sae.common.files import digest
 
 if TYPE_CHECKING:

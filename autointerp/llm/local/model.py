@@ -67,14 +67,14 @@ class VllmModel:
         place: what vLLM is given: a folder (absolute) or a name on the hub.
         name: what it is served as; see this module's head.
         revision: the branch, tag or commit on the hub, where one was named.
-        local: nothing has to be fetched.
+        is_local: nothing has to be downloaded.
         arguments: further words of the command line.
     """
 
     place: str
     name: str
     revision: str | None = None
-    local: bool = True
+    is_local: bool = True
     arguments: tuple[str, ...] = ()
 
     def words(self) -> list[str]:

@@ -1,12 +1,11 @@
-"""A vLLM server of our own, on this machine alone, for as long as a command needs it.
+"""Start a vLLM server on this machine and keep it for as long as a command needs it.
 
-It is started when the first question goes out that nobody has answered yet, not before: loading a model takes minutes,
-and a command that finds everything in the journal or among the kept answers needs none. A keeper process stands between
-(see ``keeper``), so that the server ends with us, however we end.
+Loading a model takes minutes, so the server starts at the first question without a cached answer, not before. A keeper
+process in between (see ``keeper``) ends the server with this program, however this program ends.
 
-The port is free when it is chosen and may be taken a moment later. So the server is told of a web page that nobody else
-can know of, the only one whose scripts it lets read its answers: what says so at the port is our server, and anything
-else means another port. It also keeps the pages of a browser on this machine from asking it.
+The port is free when it is chosen and may be taken a moment later. So the server gets the address of a secret web page,
+the only one whose scripts may read its answers: a reply that names the page comes from our server, and anything else
+means another port. It also keeps the pages of a browser on this machine from asking the server.
 """
 
 from __future__ import annotations
@@ -27,56 +26,61 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Generator, Mapping
+from collections.abc import AsyncIterator, Generator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from autointerp.llm.endpoint import KEY_VARIABLES
 from autointerp.llm.local import keeper
-from autointerp.llm.local.model import INSTALL, VllmModel
+from autointerp.llm.local.model import INSTALL, VllmModel, find_model, find_python
 from autointerp.llm.options import VLLM_TIMEOUT
-from sae.common.errors import Unavailable
+from autointerp.llm.transport import KEY_VARIABLES
+from sae.common.errors import BadInput, Unavailable
 from sae.common.memory import free_host_bytes
 from sae.common.progress import say, waiting
 
+if TYPE_CHECKING:
+    from autointerp.llm.options import LlmOptions
+
 STOP_SECONDS = 20.0
-_LOOK_SECONDS, _ANSWER_SECONDS = 0.5, 2.0
+_POLL_SECONDS, _ANSWER_SECONDS = 0.5, 2.0
 _PORTS = 3
 _LINES_SHOWN, _LONGEST_LINE = 20, 300
 _TAIL_BYTES = 64 << 10
 _PAGE_HEADER = "access-control-allow-origin"
 _MOST_CACHE_GIB = 16
 
-_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # no proxy lies between us and ourselves
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # no proxy for this machine
 _ERROR = re.compile(r"\b(\w+(Error|Exception|Exit): |error: |No module named ).+")
 _LESS = "let it take less (--vllm-args '--max-model-len 4096', '--gpu-memory-utilization 0.7'), or take a smaller model"
 _ADVICE = (
     (re.compile(r"No module named|cannot import name"), f"{INSTALL}, or name another with --vllm-python"),
-    (re.compile(r"unrecognized arguments|invalid choice|error: argument"), "mend --vllm-args"),
+    (re.compile(r"unrecognized arguments|invalid choice|error: argument"), "correct --vllm-args"),
     (re.compile(r"trust.remote.code"), "name a model that vLLM has a class for: a model's own code is not run"),
     (re.compile(r"out of memory|[Mm]emory on (node|device)|[Nn]o available memory|KV cache|by SIGKILL"), _LESS),
 )
 _PREFIX = re.compile(r"^(\(\S+( pid=\d+)?\) )?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] )?)?")
+LOGS = "logs"
+"""The folder under the root that servers write to."""
 
 
 class _State(enum.Enum):
     LOADING = enum.auto()
     READY = enum.auto()
     PORT_LOST = enum.auto()
-    """Somebody else answers at the port, or our server could not have it."""
+    """Another process answers at the port, or our server could not have it."""
 
 
 class VllmServer:
     """``with VllmServer(model, python, log) as server: url = server.start()``; in a coroutine ``await server.ready()``.
 
-    Nothing runs before that. However the block ends, nothing runs after it.
+    Nothing runs before that, nor after the block, however it ends.
 
-    :param model: what is served, and under which name.
     :param python: an interpreter that has vLLM.
-    :param log: where the server writes. Overwritten, unless another server is writing there: then the next free name.
-    :param start_seconds: how long it may take until it answers.
-    :param stop_seconds: how long it may take to end when it is asked to, before it is killed.
-    :param environment: added to what this process has.
+    :param log: the server's output. Overwritten, unless another server writes there: then the next free name is used.
+    :param start_seconds: time until it must answer.
+    :param stop_seconds: time to end after it is asked to, before it is killed.
+    :param environment: added to the one of this process.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class VllmServer:
 
     @property
     def name(self) -> str:
-        """What the model is called in requests."""
+        """The model's name in requests."""
         return self.model.name
 
     def __enter__(self) -> VllmServer:
@@ -118,21 +122,21 @@ class VllmServer:
         """
         with contextlib.closing(self._starting()) as steps:
             for _ in steps:
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_POLL_SECONDS)
         return self.url
 
     async def ready(self) -> str:
-        """As :meth:`start`, leaving others their turn meanwhile."""
+        """:meth:`start` for a coroutine."""
         with contextlib.closing(self._starting()) as steps:
             for _ in steps:
-                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.sleep(_POLL_SECONDS)
         return self.url
 
     def _starting(self) -> Generator[None]:
-        """Yields whenever there is nothing to do but wait; ends when the server answers."""
+        """Yield while there is nothing to do but wait; end when the server answers."""
         if self.running:
             return
-        if self._failure is not None:  # of many who wait for it, one learns first; the others must not try again
+        if self._failure is not None:  # one of many waiting tasks sees it first; the others must not try again
             raise self._failure
         started = time.monotonic()
         try:
@@ -157,19 +161,19 @@ class VllmServer:
 
     def _state(self) -> _State:
         if not self.running:
-            if self._somebody_listens():
+            if self._port_is_taken():
                 return _State.PORT_LOST
-            raise self._failed(f"{self._how_it_ended()} before it was ready")
+            raise self._failed(f"{self._describe_end()} before it was ready")
         asked = urllib.request.Request(f"{self.url}/health", headers={"Origin": self._page})
         try:
             with _open(asked, timeout=_ANSWER_SECONDS) as reply:
                 return _State.READY if reply.headers[_PAGE_HEADER] == self._page else _State.PORT_LOST
-        except OSError:  # not yet; or an answer of somebody else's, which ends ours soon
+        except OSError:  # not yet; or an answer of another process, which ends ours soon
             return _State.LOADING
         except http.client.HTTPException:
             return _State.PORT_LOST
 
-    def _somebody_listens(self) -> bool:
+    def _port_is_taken(self) -> bool:
         with socket.socket() as probe:
             probe.settimeout(1)
             return probe.connect_ex(("127.0.0.1", int(self.url.rsplit(":", 1)[1]))) == 0
@@ -188,15 +192,15 @@ class VllmServer:
         with self._open_log() as log:
             self._process = subprocess.Popen(
                 kept,
-                stdin=subprocess.PIPE,  # never written to: its closing is the sign to stop
+                stdin=subprocess.PIPE,  # never written to: closing it is the signal to stop
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._its_environment(),
+                env=self._make_environment(),
                 start_new_session=True,
             )
 
     def _open_log(self) -> IO[bytes]:
-        """The log, empty. The lock on it is the server's as long as any part of it lives."""
+        """Open the empty log. The server holds a lock on it as long as any of its processes lives."""
         first = self._first_log
         first.parent.mkdir(parents=True, exist_ok=True)
         for n in range(1, 1000):
@@ -210,17 +214,19 @@ class VllmServer:
             stream.truncate(0)
             self.log = path
             return stream
-        raise Unavailable(f"{str(first)!r} and its like are all in use; stop some of the servers that write there")
+        raise Unavailable(
+            f"{str(first)!r} and its alternatives are all in use; stop some of the servers that write there"
+        )
 
-    def _its_environment(self) -> dict[str, str]:
-        """Ours without keys (it is asked without one), and what makes vLLM fit a machine that is not its own."""
+    def _make_environment(self) -> dict[str, str]:
+        """Return our environment without keys, and with settings that let vLLM share the machine."""
         secret = {*KEY_VARIABLES, "VLLM_API_KEY"}
-        found = {key: value for key, value in os.environ.items() if key not in secret}
-        found.setdefault("VLLM_NO_USAGE_STATS", "1")
-        found.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gib(free_host_bytes(), self.model.weight_bytes())))
-        if self.model.local:
-            found.setdefault("HF_HUB_OFFLINE", "1")
-        return found | self._environment
+        values = {key: value for key, value in os.environ.items() if key not in secret}
+        values.setdefault("VLLM_NO_USAGE_STATS", "1")
+        values.setdefault("VLLM_CPU_KVCACHE_SPACE", str(choose_cache_gib(free_host_bytes(), self.model.weight_bytes())))
+        if self.model.is_local:
+            values.setdefault("HF_HUB_OFFLINE", "1")
+        return values | self._environment
 
     # --- while it runs ------------------------------------------------------------------------------------------------
 
@@ -229,15 +235,12 @@ class VllmServer:
         return self._process is not None and self._process.poll() is None
 
     def check(self) -> None:
-        """Tell a server that has ended from one that merely did not answer.
-
-        :raises Unavailable: it was started and has ended by itself; the end of its log has been shown.
-        """
+        """Raise Unavailable if the server was started and has ended by itself, after showing the end of its log."""
         if self._process is not None and not self.running:
-            raise self._failed(f"{self._how_it_ended()} while it was being asked")
+            raise self._failed(f"{self._describe_end()} while it was being asked")
 
     def tail(self, lines: int = _LINES_SHOWN) -> list[str]:
-        """The last lines that the server wrote, as they are."""
+        """Return the last lines of the log."""
         try:
             with self.log.open("rb") as stream:
                 stream.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
@@ -246,38 +249,38 @@ class VllmServer:
             return []
         return [line.rstrip()[:_LONGEST_LINE] for line in text.splitlines() if line.strip()][-lines:]
 
-    def _how_it_ended(self) -> str:
+    def _describe_end(self) -> str:
         code = self._process.poll() if self._process is not None else None
         if code is None or 0 <= code <= 128:
             return f"ended with code {code}"
         number = -code if code < 0 else code - 128
         return f"was ended by {signal.Signals(number).name if number in set(signal.Signals) else f'signal {number}'}"
 
-    def _failed(self, what: str, advice: str = "") -> Unavailable:
-        """The error, after the end of the log has been shown."""
+    def _failed(self, event: str, advice: str = "") -> Unavailable:
+        """Show the end of the log and return the error."""
         lines = self.tail(10**6)
         say(f"the last lines of {self.log}:")
         for line in lines[-_LINES_SHOWN:]:
             say(f"  {line}")
-        said = "\n".join([what, *(line for line in lines if _ERROR.search(line))])
-        advice = advice or next((found for sign, found in _ADVICE if sign.search(said)), "see its log")
-        return Unavailable(f"vLLM {what}{_cause(lines)}; {advice} (log: {self.log})")
+        text = "\n".join([event, *(line for line in lines if _ERROR.search(line))])
+        advice = advice or next((words for sign, words in _ADVICE if sign.search(text)), "see its log")
+        return Unavailable(f"vLLM {event}{_find_cause(lines)}; {advice} (log: {self.log})")
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """End the server and everything it started; nothing happens where none runs."""
+        """End the server and everything it started, if it runs."""
         process, self._process = self._process, None
         if process is None:
             return
         assert process.stdin is not None
         with contextlib.suppress(OSError):
             process.stdin.close()
-        # An interruption here is no harm: the keeper goes on without us.
+        # An interruption here does no harm: the keeper continues without us.
         try:
             process.wait(2 * self._stop_seconds + 10)
         except subprocess.TimeoutExpired:
-            process.kill()  # of which the kernel tells the server
+            process.kill()  # the kernel then signals the server
             process.wait()
 
 
@@ -288,34 +291,99 @@ def _free_port() -> int:
 
 
 def _give_back_gpu() -> None:
-    """Hand back what PyTorch keeps of a GPU's memory after its work is done: vLLM takes nearly all that there is."""
-    torch = sys.modules.get("torch")  # who has not loaded it holds nothing by it
+    """Return the GPU memory that PyTorch still holds after its work: vLLM takes nearly all of it."""
+    torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def cache_gib(free: int | None, weights: int) -> int:
-    """GiB for vLLM's cache of keys and values where it computes on the CPU: a quarter of what the weights leave.
+def choose_cache_gib(free: int | None, weights: int) -> int:
+    """Return the GiB for vLLM's KV cache on a CPU, a quarter of the memory that the weights leave.
 
-    Left alone, it takes nearly all of the machine.
+    By default vLLM takes nearly all of the machine.
 
     :param free: bytes of main memory; ``None`` where it is not known.
     :param weights: bytes of the model.
     """
-    left = (free or 0) - 2 * weights  # while they are read, they may be there twice
+    left = (free or 0) - 2 * weights  # while they are read, they may be in memory twice
     return max(1, min(_MOST_CACHE_GIB, left // 4 >> 30))
 
 
 def _message(lines: list[str]) -> str:
-    """What a line of the log says, without who says it and when."""
+    """Return the last line of the log without its process and time."""
     return _PREFIX.sub("", lines[-1])[:80] if lines else ""
 
 
-def _cause(lines: list[str]) -> str:
-    """The last error that is more than the news that there was one."""
+def _find_cause(lines: list[str]) -> str:
+    """Return the last error in the log that says more than that there was one."""
     for line in reversed(lines):
         found = _ERROR.search(line)
         if found and "See root cause above" not in line:
             return f": {found[0][:200]}"
     return ""
+
+
+# --- the server of a command ------------------------------------------------------------------------------------------
+
+
+class OneServer:
+    """At most one server at a time, kept while the next part of a command asks the same model.
+
+    If explainer and judge are one model, it is loaded once. If they differ, the first is stopped before the second
+    starts, because one of them may fill the machine.
+    """
+
+    def __init__(self) -> None:
+        self._server: VllmServer | None = None
+
+    def __enter__(self) -> OneServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def get(self, options: LlmOptions, root: Path) -> VllmServer:
+        """Return the server that ``options`` ask for, running or not, and stop any other.
+
+        :raises UserError: there is no such model, or no vLLM; see :mod:`autointerp.llm.local.model`.
+        """
+        wanted = make_server(options, root)
+        kept = self._server
+        if kept is None or (kept.model, kept.python) != (wanted.model, wanted.python):
+            self.close()
+            self._server = kept = wanted
+        return kept
+
+    def close(self) -> None:
+        """Stop the server."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.stop()
+
+
+def make_server(options: LlmOptions, root: Path) -> VllmServer:
+    """Return the server that ``options`` ask for, not started, after checking them."""
+    assert options.vllm is not None
+    if not options.vllm_timeout > 0:
+        raise BadInput(f"--vllm-timeout {options.vllm_timeout:g}: give a number of seconds above 0")
+    model = find_model(options.vllm, options.vllm_args, options.model)
+    python = find_python(options.vllm_python)
+    log = root / LOGS / f"vllm-{re.sub(r'[^A-Za-z0-9._+-]+', '-', model.name)[:100]}.log"
+    return VllmServer(model, python, log, start_seconds=options.vllm_timeout)
+
+
+@asynccontextmanager
+async def open_server(options: LlmOptions, root: Path, kept: OneServer | None = None) -> AsyncIterator[VllmServer]:
+    """Yield the server that ``options`` ask for, not started. It ends with the block unless ``kept`` keeps it."""
+    servers = OneServer() if kept is None else kept
+    try:
+        server = servers.get(options, root)
+        try:
+            yield server
+        except Unavailable:
+            server.check()  # if the server has ended, this error says more
+            raise
+    finally:
+        if kept is None:
+            servers.close()

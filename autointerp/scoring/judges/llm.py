@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from autointerp.contexts.marking import choose_marks, marked_text
 from autointerp.journal.usage import Usage
-from autointerp.llm.capability import Capabilities
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
 from autointerp.llm.probe import probe
 from autointerp.llm.prompts import conversation
+from autointerp.llm.servers import Capabilities
 from autointerp.scoring.judges.base import Judgement
 from sae.common.errors import BadInput
 from sae.common.files import digest
@@ -109,7 +109,7 @@ class LlmJudge:
         await client.check()
         protocol = options.protocol
         if protocol == "auto" and options.contexts_per_request is None:
-            protocol = best_protocol(await probe(client), client.local)
+            protocol = best_protocol(await probe(client), client.is_local)
         return cls._of(client, protocol, options.contexts_per_request)
 
     @classmethod
@@ -117,9 +117,9 @@ class LlmJudge:
         """As :meth:`open`, by what is remembered of the servers; both protocols where that does not decide."""
         protocols: tuple[str, ...] = (options.protocol,)
         if options.protocol == "auto" and options.contexts_per_request is None:
-            client.remember_capabilities()
+            client.load_capabilities()
             is_known = client.capabilities.label_first is not None
-            protocols = (best_protocol(client.capabilities, client.local),) if is_known else ("single", "batch")
+            protocols = (best_protocol(client.capabilities, client.is_local),) if is_known else ("single", "batch")
         judges = [cls._of(client, protocol, options.contexts_per_request) for protocol in protocols]
         return {judge.protocol: judge for judge in judges}
 

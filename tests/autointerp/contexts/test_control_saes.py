@@ -19,7 +19,7 @@ from autointerp.explaining.explain import explain_runs
 from autointerp.explaining.outcome import Outcome
 from autointerp.findings.study import findings_of
 from autointerp.journal.journal import Journal
-from autointerp.llm.budget import Budget, BudgetSpent
+from autointerp.llm.limits import Budget, BudgetSpent
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.dry_run import forecast_explain, forecast_score
 from autointerp.scoring.score import score_runs

@@ -16,8 +16,7 @@ from autointerp.contexts.sampler import Context
 from autointerp.explaining.explainers.base import Explainer, Explanation
 from autointerp.explaining.explainers.llm import LlmExplainer, parse_explanation
 from autointerp.llm import prompts
-from autointerp.llm.cache import ResponseCache
-from autointerp.llm.client import LlmClient
+from autointerp.llm.client import LlmClient, ResponseCache
 from autointerp.llm.exchange import Answer, AnswerFailed
 from sae.common.errors import BadInput, NotFound, Unavailable
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from fake_server import FakeServer, Reply, token
 
-from autointerp.llm.cache import ResponseCache
-from autointerp.llm.capability import Capabilities
-from autointerp.llm.client import LlmClient
+from autointerp.llm.client import LlmClient, ResponseCache
 from autointerp.llm.exchange import AnswerFailed, Request
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.probe import probe
+from autointerp.llm.servers import Capabilities
 from autointerp.scoring.judges.llm import LlmJudge
 
 
@@ -89,7 +88,7 @@ def test_it_is_asked_once_a_day(tmp_path: Path) -> None:
 def test_every_answer_tells() -> None:
     schema = {"type": "object", "properties": {"labels": {}}, "required": ["labels"]}
     with FakeServer(Reply('{"labels": []}', logprobs=[token("1", t1=-0.1, t0=-3.0)])) as server:
-        assert asked(server, question()).lacks() == []
+        assert asked(server, question()).list_missing() == []
         found = asked(server, question(json_schema=schema, logprobs=5))
         assert (found.json_schema, found.logprobs, found.cached_tokens) == (True, 2, True)
         server.answer = lambda _: Reply("[]")
@@ -105,10 +104,10 @@ def test_one_answer_without_is_enough() -> None:
     with FakeServer("[]", counts_cached=False, gives_logprobs=False) as server:
         worse = asked(server, question(logprobs=5))
     assert worse.logprobs == 0
-    found.went_without("logprobs")
-    found.went_without("response_format")
-    assert len(found.lacks()) == 2
-    assert all("\n" not in line for line in found.lacks())
+    found.note_refusal("logprobs")
+    found.note_refusal("response_format")
+    assert len(found.list_missing()) == 2
+    assert all("\n" not in line for line in found.list_missing())
 
 
 @pytest.mark.parametrize(
@@ -134,7 +133,7 @@ def test_auto_is_single_where_that_is_cheap_and_gives_probabilities(fault: dict[
 def test_auto_elsewhere_is_single_only_where_prefixes_are_known_to_be_kept(
     counts: bool, protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LlmClient, "local", property(lambda _: False))
+    monkeypatch.setattr(LlmClient, "is_local", property(lambda _: False))
 
     async def main() -> str:
         async with LlmClient(server.url, backoff=0.001) as client:

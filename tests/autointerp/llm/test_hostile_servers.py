@@ -25,7 +25,7 @@ from autointerp.journal.usage import Usage
 from autointerp.llm import transport
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed
-from autointerp.llm.in_flight import in_flight
+from autointerp.llm.limits import run_in_flight
 from autointerp.scoring.judges.llm import LlmJudge, Protocol
 from autointerp.scoring.score_table import Test, score_table
 from autointerp.scoring.scorers import SCORERS
@@ -288,7 +288,7 @@ def scored(
 
             size = judge.contexts_per_request
             parts = [(x, of[i : i + size]) for x, of in items.items() for i in range(0, CONTEXTS, size)]
-            await in_flight(parts, one, 16)
+            await run_in_flight(parts, one, 16)
 
     with FakeServer(answer) as server, Journal(folder / "journal.sqlite") as journal:
         rows = {

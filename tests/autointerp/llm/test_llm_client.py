@@ -18,11 +18,10 @@ import pytest
 from asking import MESSAGES, client, complete, free_port, line_of, run
 from fake_server import FakeServer, Reply, error, token
 
-from autointerp.llm.cache import ResponseCache
-from autointerp.llm.client import LlmClient, open_client
-from autointerp.llm.endpoint import candidates, is_loopback, read_key
+from autointerp.llm.client import LlmClient, ResponseCache, open_client
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, one_line
 from autointerp.llm.options import LlmOptions
+from autointerp.llm.transport import is_loopback, list_candidates, read_key
 from sae.common.errors import BadInput, NotFound, Unavailable, UserError
 
 SECRET = "sk-secret-0123456789abcdef"
@@ -73,10 +72,10 @@ def test_other_places_for_the_api_are_found(prefix: str) -> None:
 def test_addresses_that_cannot_be_one() -> None:
     for url in ("", "ftp://host", "http://", "http://host:port", "http://ho st/v1", "http://h:0/v1"):
         with pytest.raises(BadInput, match="not an http address"):
-            candidates(url)
+            list_candidates(url)
     for url in (f"http://me:{SECRET}@host/v1", f"http://host/v1?key={SECRET}"):
         with pytest.raises(BadInput) as caught:
-            candidates(url)
+            list_candidates(url)
         assert SECRET not in line_of(caught)
 
 
@@ -191,7 +190,7 @@ def test_a_kept_answer_that_no_longer_parses_is_asked_again(tmp_path: Path) -> N
 _ASKER = """
 import asyncio, sys
 from pathlib import Path
-from autointerp.llm.cache import ResponseCache
+from autointerp.llm.client import ResponseCache
 from autointerp.llm.client import LlmClient
 
 async def main():

@@ -11,8 +11,7 @@ import pytest
 from asking import MESSAGES, client, complete, run
 from fake_server import FakeServer, Reply, error
 
-from autointerp.llm.cache import ResponseCache
-from autointerp.llm.client import LlmClient
+from autointerp.llm.client import LlmClient, ResponseCache
 from autointerp.llm.exchange import AnswerFailed, without_thinking
 from sae.common.errors import BadInput, Unavailable
 
@@ -76,7 +75,7 @@ def test_a_server_that_goes_away_stops_the_work() -> None:
             await asyncio.to_thread(server.stop)
             await c.complete(MESSAGES, 21)
 
-        with pytest.raises(Unavailable, match="what is finished is kept"):
+        with pytest.raises(Unavailable, match="finished work is kept"):
             run(work, client(server, tries=2))
 
 
@@ -220,18 +219,18 @@ def test_unusable_answers_are_asked_again_and_then_a_failure(fault: Reply, reaso
         assert len(cache) == 0, "what failed is asked anew by the next run"
 
 
-def test_more_room_after_an_answer_that_was_cut_off() -> None:
+def test_a_cut_answer_is_asked_with_more_tokens() -> None:
     with FakeServer() as server:
         server.script.extend([Reply(content="a", finish_reason="length")] * 2)
         complete(client(server))
     assert [seen.body["max_tokens"] for seen in server.requests] == [20, 40, 80]
 
 
-def test_where_there_is_no_more_room_the_answer_was_cut_off() -> None:
+def test_a_refusal_of_more_tokens_names_the_cut() -> None:
     with FakeServer() as server:
         refusal = error(400, "'max_tokens' is too large: this model's maximum context length is 60")
         server.script.extend([Reply(content="a", finish_reason="length"), refusal])
-        with pytest.raises(AnswerFailed, match=r"cut off at 20 tokens; .* more room: .* is too large") as caught:
+        with pytest.raises(AnswerFailed, match=r"cut off at 20 tokens; .* more tokens: .* is too large") as caught:
             complete(client(server))
     assert caught.value.usage.requests == 2
 
@@ -243,7 +242,7 @@ def test_where_there_is_no_more_room_the_answer_was_cut_off() -> None:
         (Reply('{"labels": [' + "\n" * 150, "length"), "cut off at 20 tokens, the last 150 characters white space"),
     ],
 )
-def test_a_cut_that_more_room_cannot_mend_is_not_asked_again(reply: Reply, reason: str) -> None:
+def test_a_cut_that_more_tokens_cannot_fix_is_final(reply: Reply, reason: str) -> None:
     with FakeServer(reply) as server:
         with pytest.raises(AnswerFailed, match=reason):
             complete(client(server))

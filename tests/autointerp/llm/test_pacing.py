@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Request
-from autointerp.llm.pacing import FIRST_GUESS, Pace
+from autointerp.llm.limits import FIRST_GUESS, Pace
 from sae.common.errors import BadInput
 
 
@@ -46,7 +46,7 @@ def test_no_minute_has_more_tokens_than_allowed(sizes: list[int], limit: int, to
 
     async def main() -> None:
         for size in sizes:
-            reserved = await paced.leave(size)
+            reserved = await paced.wait(size)
             real = size * tokens_of_a_character
             left.append((clock.now, real))
             paced.settle(reserved, size, max(1, round(real)))
@@ -64,7 +64,7 @@ def test_the_allowance_is_used() -> None:
 
     async def main() -> None:
         for _ in range(100):
-            reserved = await paced.leave(1000)
+            reserved = await paced.wait(1000)
             paced.settle(reserved, 1000, 500)
 
     began = clock.now
@@ -80,7 +80,7 @@ def test_estimates_follow_what_the_server_counts() -> None:
     async def main() -> list[float]:
         estimates = []
         for _ in range(60):
-            reserved = await paced.leave(1000)
+            reserved = await paced.wait(1000)
             estimates.append(reserved)
             paced.settle(reserved, 1000, 700)
         return estimates
@@ -96,7 +96,7 @@ def test_a_server_that_counts_nothing_leaves_the_estimate() -> None:
 
     async def main() -> None:
         for _ in range(11):
-            paced.settle(await paced.leave(100), 100, 0)
+            paced.settle(await paced.wait(100), 100, 0)
 
     began = clock.now
     asyncio.run(main())
@@ -110,7 +110,7 @@ def test_nobody_is_overtaken_and_nobody_starves() -> None:
     sizes = [10_000 if i % 7 == 3 else random.Random(i).randrange(1, 50) for i in range(40)]
 
     async def one(i: int) -> None:
-        await paced.leave(sizes[i])
+        await paced.wait(sizes[i])
         order.append(i)
 
     async def main() -> None:
@@ -126,7 +126,7 @@ def test_a_pause_that_servers_ask_for_holds_the_line() -> None:
     until = clock.now + 7
 
     async def main() -> None:
-        await paced.leave(1, lambda: until - clock.now)
+        await paced.wait(1, lambda: until - clock.now)
 
     asyncio.run(main())
     assert clock.now == pytest.approx(until)
@@ -139,7 +139,7 @@ def test_requests_a_second(rate: float) -> None:
     times: list[float] = []
 
     async def one() -> None:
-        await paced.leave(1)
+        await paced.wait(1)
         times.append(time.monotonic())
 
     async def main() -> None:

@@ -60,8 +60,8 @@ def test_the_next_request_goes_where_least_is_under_way_for_the_time_that_answer
     servers = Servers(URLS)
     slow, fast, _ = servers.all
     servers.all[2].rests_until = float("inf")
-    servers.answered(slow, 1.0)
-    servers.answered(fast, 0.25)
+    servers.note_answer(slow, 1.0)
+    servers.note_answer(fast, 0.25)
     chosen = Counter[str]()
     for _ in range(50):
         server = servers.choose("")
@@ -113,8 +113,8 @@ def test_a_server_that_fails_again_and_again_rests_and_is_tried_again(capsys: py
     bad, good = servers.all
     for _ in range(TOLERATED):
         assert bad.rests_until == 0
-        servers.failed(bad, "HTTP 503")
-    assert f"{bad.url} fails (HTTP 503): tried again in 10 s; 1 of 2 servers go on" in capsys.readouterr().err
+        servers.note_failure(bad, "HTTP 503")
+    assert f"{bad.url} fails (HTTP 503): tried again in 10 s; 1 of 2 servers continue" in capsys.readouterr().err
     good.in_flight = 50
     assert servers.choose("") is good
     clock.now += REST
@@ -122,33 +122,33 @@ def test_a_server_that_fails_again_and_again_rests_and_is_tried_again(capsys: py
     bad.in_flight = 1
     assert servers.choose("") is good, "one request tries it, not all of them"
     bad.in_flight = 0
-    servers.failed(bad, "HTTP 503")
+    servers.note_failure(bad, "HTTP 503")
     assert bad.rests_until == clock.now + 2 * REST
     clock.now += 2 * REST
-    servers.answered(bad, 0.1)
+    servers.note_answer(bad, 0.1)
     assert "answers again" in capsys.readouterr().err
     assert bad.rests == 0
     for _ in range(20):
         clock.now = max(clock.now, bad.rests_until)
-        servers.failed(bad, "HTTP 503")
+        servers.note_failure(bad, "HTTP 503")
     assert bad.rests_until <= clock.now + LONGEST_REST
 
 
 def test_where_all_rest_the_first_to_return_goes_on() -> None:
     clock = Clock()
     servers = Servers(URLS[:2], clock)
-    servers.failed(servers.all[1], "gone", at_once=True)
+    servers.note_failure(servers.all[1], "gone", at_once=True)
     clock.now += 1
-    servers.failed(servers.all[0], "gone", at_once=True)
+    servers.note_failure(servers.all[0], "gone", at_once=True)
     assert servers.choose("x") is servers.all[1]
 
 
 def test_a_single_server_never_rests() -> None:
     servers = Servers(URLS[:1])
     for _ in range(10):
-        servers.failed(servers.all[0], "HTTP 503")
+        servers.note_failure(servers.all[0], "HTTP 503")
     assert servers.all[0].rests_until == 0
-    assert not servers.any_left()
+    assert not servers.any_is_left()
 
 
 # with real servers

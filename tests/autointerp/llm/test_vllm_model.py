@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from autointerp.llm.local import model as vllm_model
 from autointerp.llm.local.model import VllmModel, find_model, find_python, split_arguments
-from autointerp.llm.local.serving import OneServer, server_for, serving
+from autointerp.llm.local.server import OneServer, make_server, open_server
 from autointerp.llm.opening import keep_server
 from autointerp.llm.options import VLLM_TIMEOUT, LlmOptions
 from sae.activations.bundled import BUNDLED
@@ -86,9 +86,9 @@ def test_a_name_on_the_hub_is_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
         return OnHub(name.partition("@")[0], "c0ffee", offline="cached" in name)
 
     monkeypatch.setattr(vllm_model, "find_on_hub", on_hub)
-    assert find_model("some/model") == VllmModel("some/model", "some/model", None, local=False)
+    assert find_model("some/model") == VllmModel("some/model", "some/model", None, is_local=False)
     found = find_model("some/cached@v2")
-    assert found == VllmModel("some/cached", "some/cached@v2", "v2", local=True)
+    assert found == VllmModel("some/cached", "some/cached@v2", "v2", is_local=True)
     assert found.words() == ["--model", "some/cached", "--revision", "v2"]
     assert asked == ["some/model", "some/cached@v2"]
 
@@ -238,10 +238,10 @@ def test_one_model_one_server(folder: Path, tmp_path: Path) -> None:
     options = LlmOptions(vllm=str(folder), judge_vllm="bundled", vllm_python=vllm.python)
     same = LlmOptions(vllm=str(folder), judge_vllm=str(folder), vllm_python=vllm.python)
     with OneServer() as servers:
-        first = servers.of(options, tmp_path)
-        assert servers.of(same.for_judge(), tmp_path) is first
+        first = servers.get(options, tmp_path)
+        assert servers.get(same.for_judge(), tmp_path) is first
         first.start()
-        other = servers.of(options.for_judge(), tmp_path)
+        other = servers.get(options.for_judge(), tmp_path)
         assert not vllm.living()
         assert other is not first
         other.start()
@@ -256,11 +256,11 @@ def test_one_model_one_server(folder: Path, tmp_path: Path) -> None:
 def test_the_log_lies_under_the_root_whatever_the_model_is_called(folder: Path, tmp_path: Path) -> None:
     python = FakeVllm(tmp_path / "fake").python
     options = LlmOptions(vllm=str(folder), model="../../some/model x", vllm_python=python)
-    log = server_for(options, tmp_path).log
+    log = make_server(options, tmp_path).log
     assert log.parent == tmp_path / "logs"
     assert log.name == "vllm-..-..-some-model-x.log"
     with pytest.raises(BadInput, match="--vllm-timeout 0"):
-        server_for(dataclasses.replace(options, vllm_timeout=0), tmp_path)
+        make_server(dataclasses.replace(options, vllm_timeout=0), tmp_path)
 
 
 def test_a_server_that_ended_is_told_from_one_that_cannot_be_reached(folder: Path, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_server_that_ended_is_told_from_one_that_cannot_be_reached(folder: Pat
     options = LlmOptions(vllm=str(folder), vllm_python=vllm.python)
 
     async def work(end: bool) -> None:
-        async with serving(options, tmp_path) as server:
+        async with open_server(options, tmp_path) as server:
             await server.ready()
             if end:
                 os.kill(vllm.starts()[-1]["pids"][0], signal.SIGKILL)

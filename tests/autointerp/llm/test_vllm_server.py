@@ -26,7 +26,7 @@ from rich.console import Console
 from autointerp.llm.client import LlmClient
 from autointerp.llm.local import server as vllm_server
 from autointerp.llm.local.model import VllmModel
-from autointerp.llm.local.server import VllmServer, cache_gib
+from autointerp.llm.local.server import VllmServer, choose_cache_gib
 from sae.common import progress
 from sae.common.errors import Unavailable
 
@@ -117,7 +117,7 @@ def test_it_gets_no_keys_and_a_share_of_the_memory(
 
 @given(st.none() | st.integers(0, 1 << 50), st.integers(0, 1 << 45))
 def test_the_cache_leaves_most_of_the_memory(free: int | None, weights: int) -> None:
-    found = cache_gib(free, weights)
+    found = choose_cache_gib(free, weights)
     assert 1 <= found <= 16
     if found > 1:
         assert free is not None
@@ -178,7 +178,7 @@ def test_one_that_dies_is_not_started_by_each_who_waits(vllm: FakeVllm, tmp_path
     [
         ("/usr/bin/python: No module named vllm", "make vllm"),
         ("torch.OutOfMemoryError: CUDA out of memory.", "--max-model-len"),
-        ("api_server.py: error: unrecognized arguments: --max-len", "mend --vllm-args"),
+        ("api_server.py: error: unrecognized arguments: --max-len", "correct --vllm-args"),
         ("ValueError: bad luck\nINFO GPU KV cache size: 10 tokens", "see its log"),
     ],
 )

@@ -12,9 +12,9 @@ from test_score_by_llm import ITEMS, N, explain, harvested, run  # noqa: F401
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
 from autointerp.journal.journal import Journal
-from autointerp.llm.budget import Budget, BudgetSpent, Prices, parse_budget, prices_of
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed, Request
+from autointerp.llm.limits import Budget, BudgetSpent, Prices, parse_budget, read_prices
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.score import score_runs
 from sae.common.errors import BadInput
@@ -114,8 +114,8 @@ def test_score_stops_and_the_same_command_resumes(run: Run, monkeypatch: pytest.
         assert usage["prompt_tokens"] + usage["completion_tokens"] == asked * COST
         line = str(stopped.value)
         assert "3,000 tokens" in line
-        assert f"of {N} explanations were done to the end" in line
-        assert "python cli.py score --sae run_a" in line, "the command as it was typed"
+        assert f"of {N} explanations are finished" in line
+        assert line.endswith("to continue with a new budget: python cli.py score --sae run_a")
         assert stopped.value.exit_code != 0
         again = score_runs(
             [run], run.root, ("detection",), "llm", LlmOptions(url=server.url, protocol="single"), control_latents=0
@@ -124,7 +124,8 @@ def test_score_stops_and_the_same_command_resumes(run: Run, monkeypatch: pytest.
         assert len(server.requests) - before == N * ITEMS, "nothing was asked twice"
 
 
-def test_explain_stops_too(run: Run) -> None:  # noqa: F811
+def test_explain_stops_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr("sys.argv", ["cli.py", "explain", "--sae", "run_a"])
     with FakeServer(Reply("[EXPLANATION]: Words.", completion_tokens=1_500)) as server:
         options = LlmOptions(url=server.url, concurrency=1, budget=Budget(tokens=4_200))
         with pytest.raises(BudgetSpent, match=rf"of {N} latents "):
@@ -154,7 +155,7 @@ def test_dollars_need_prices() -> None:
     with pytest.raises(BadInput, match="--price-in"):
         parse_budget("$5", None)
     with pytest.raises(BadInput, match="--price-out"):
-        prices_of(1.0, None, None)
+        read_prices(1.0, None, None)
     with pytest.raises(BadInput, match="--price-cached"):
-        prices_of(1.0, -1.0, 1.0)
-    assert prices_of(None, None, None) is None
+        read_prices(1.0, -1.0, 1.0)
+    assert read_prices(None, None, None) is None

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from test_score_by_llm import ITEMS, N, explain, harvested, run, score  # noqa: F401
 
 from autointerp.contexts.selection import Choice
-from autointerp.llm.budget import Prices
 from autointerp.llm.client import LlmClient
+from autointerp.llm.limits import Prices
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import BLOCK, Tokenize, block_keys, by_characters, local_tokenizer, tokenizer_of
 from autointerp.report.rendering import render_cost

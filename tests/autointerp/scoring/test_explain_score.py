@@ -27,7 +27,7 @@ from autointerp.findings.evidence import View
 from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal
 from autointerp.journal.usage import Usage
-from autointerp.llm.in_flight import in_flight
+from autointerp.llm.limits import run_in_flight
 from autointerp.llm.opening import resolve
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
@@ -448,7 +448,7 @@ def test_work_in_flight(n: int, limit: int, breaks: int | None) -> None:
 
     async def go() -> float:
         with track("work", n) as bar:
-            await in_flight(range(n), work, limit, bar)
+            await run_in_flight(range(n), work, limit, bar)
         return bar.done
 
     if breaks is not None and breaks < n:

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from autointerp.contexts.sampler import Context
 from autointerp.journal.usage import Usage
 from autointerp.llm import prompts
-from autointerp.llm.cache import ResponseCache
-from autointerp.llm.client import LlmClient
+from autointerp.llm.client import LlmClient, ResponseCache
 from autointerp.llm.exchange import Answer, AnswerFailed
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges.base import Judge, Judgement

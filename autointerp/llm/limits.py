@@ -1,0 +1,310 @@
+"""Limit requests: how many are in flight, how many leave in a second or minute, and how much they may cost.
+
+There is no list of prices here, because prices change. Pass ``--price-in``, ``--price-cached`` and ``--price-out`` to
+get dollars.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, TypeVar
+
+from asyncio_throttle import Throttler
+
+from autointerp.llm.exchange import Answer, AnswerFailed, Request
+from sae.common.amounts import parse_amount
+from sae.common.errors import BadInput, UserError
+
+if TYPE_CHECKING:
+    from autointerp.journal.usage import Usage
+    from sae.common.progress import Bar
+
+T = TypeVar("T")
+
+FIRST_GUESS = 0.3
+"""Tokens of a character before anything was counted: English text has about 0.25, code somewhat more."""
+_MEMORY = 0.1
+"""Weight of the latest count in the mean."""
+_FIRST_BOUND = 0.5
+"""Prompt tokens of a character before the first answer, at most."""
+_MESSAGE = 8
+"""Tokens that a chat template puts around one message, at most."""
+
+
+# --- in flight --------------------------------------------------------------------------------------------------------
+
+
+async def run_in_flight(
+    items: Iterable[T], work: Callable[[T], Awaitable[None]], limit: int, bar: Bar | None = None
+) -> None:
+    """Run ``work`` on every item, at most ``limit`` at once. The first error stops the rest and is raised.
+
+    A spent budget stops nothing that is in flight: it is raised afterwards.
+    """
+    waiting = iter(items)
+    n_done = 0
+    spent: list[BudgetSpent] = []
+
+    async def worker() -> None:
+        nonlocal n_done
+        for item in waiting:
+            try:
+                await work(item)
+            except BudgetSpent as error:
+                spent.append(error)
+                return
+            n_done += 1
+            if bar is not None:
+                bar.advance()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(limit):
+                group.create_task(worker())
+    except BaseExceptionGroup as errors:
+        # A task group wraps the error; callers expect the error itself.
+        error: BaseException = errors
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+    if spent:
+        raise BudgetSpent(spent[0].budget, n_done)
+
+
+# --- rate -------------------------------------------------------------------------------------------------------------
+
+
+class Pace:
+    """One queue for both rate limits of an event loop. A long prompt is not overtaken by short ones.
+
+    The tokens of a request are known only afterwards, so it leaves on an estimate (its characters at the mean tokens of
+    a character so far); later requests make up the difference.
+
+    :param requests_per_second: begun in any second at most, spaced out; ``None`` for no limit.
+    :param tokens_per_minute: of prompts and answers together, evenly spaced: no more are begun in any minute than this
+        and one request; ``None`` for no limit.
+    :param clock, sleep: of the token limit, for tests.
+    :raises BadInput: a limit lets nothing through.
+    """
+
+    def __init__(
+        self,
+        requests_per_second: float | None = None,
+        tokens_per_minute: float | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        for words, given in (("requests per second", requests_per_second), ("tokens per minute", tokens_per_minute)):
+            if given is not None and not given > 0:
+                raise BadInput(f"{words} = {given}: must be above 0; leave it out for no limit")
+        self._throttle = None
+        if requests_per_second is not None:
+            # At high rates a few leave together every twentieth of a second: the throttler reads the clock seldom.
+            at_once = max(1, int(requests_per_second / 20))
+            period = at_once / requests_per_second
+            self._throttle = Throttler(at_once, period, retry_interval=min(0.005, period / 25))
+        self._tokens_per_second = None if tokens_per_minute is None else tokens_per_minute / 60
+        self._clock, self._sleep = clock, sleep
+        self._queue = asyncio.Lock()
+        self._free_at = clock()
+        self._tokens_per_character = FIRST_GUESS
+
+    async def wait(self, characters: int, pause_left: Callable[[], float] = lambda: 0.0) -> float:
+        """Wait until a request may leave.
+
+        :param characters: of the prompt.
+        :param pause_left: gives the seconds left of a pause that the servers asked for.
+        :returns: the tokens that were reserved, for :meth:`settle`.
+        """
+        if self._throttle is None and self._tokens_per_second is None:
+            while (seconds := pause_left()) > 0:
+                await self._sleep(seconds)
+            return 0.0
+        async with self._queue:
+            if self._throttle is not None:
+                await self._throttle.acquire()
+            while (seconds := max(self._free_at - self._clock(), pause_left())) > 0:
+                await self._sleep(seconds)
+            if self._tokens_per_second is None:
+                return 0.0
+            reserved = self._tokens_per_character * characters
+            self._free_at = self._clock() + reserved / self._tokens_per_second
+            return reserved
+
+    def settle(self, reserved: float, characters: int, tokens: int) -> None:
+        """Replace the estimate by the ``tokens`` of prompt and answer; 0 (not counted) keeps it."""
+        if self._tokens_per_second is None or tokens <= 0:
+            return
+        self._free_at += (tokens - reserved) / self._tokens_per_second
+        if characters:
+            self._tokens_per_character += _MEMORY * (tokens / characters - self._tokens_per_character)
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+
+class BudgetSpent(UserError):
+    """The next request could exceed the budget. Raised when none is in flight any more; paid answers are kept."""
+
+    def __init__(self, budget: Budget, done: int = 0, total: int = 0, things: str = "", command: str = "") -> None:
+        self.budget, self.done, self.total = budget, done, total
+        progress = f"; {done} of {total} {things} are finished" if total else ""
+        then = f"; to continue with a new budget: {command}" if command else ""
+        super().__init__(
+            f"the budget of {budget.limit} is spent ({budget.spent}){progress}; paid answers are kept{then}"
+        )
+
+
+@contextmanager
+def reporting_progress(total: int, things: str, command: str) -> Iterator[None]:
+    """Add to a spent budget how many of ``total`` are finished, and the command to continue with."""
+    try:
+        yield
+    except BudgetSpent as error:
+        raise BudgetSpent(error.budget, error.done, total, things, command) from None
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Dollars for a million tokens."""
+
+    prompt: float
+    completion: float
+    cached: float | None = None
+    """Of prompt tokens that the server had cached; ``None``: the price of any other."""
+
+    def of(self, prompt: float, cached: float, completion: float) -> float:
+        """Return the dollars for these numbers of tokens; ``cached`` of the ``prompt`` tokens were cached."""
+        price_cached = self.prompt if self.cached is None else self.cached
+        return ((prompt - cached) * self.prompt + cached * price_cached + completion * self.completion) / 1e6
+
+
+def read_prices(prompt: float | None, cached: float | None, completion: float | None) -> Prices | None:
+    """Return the prices given by flags; ``None`` where none was.
+
+    :raises BadInput: one of the two required ones is missing, or one is negative.
+    """
+    if prompt is None and cached is None and completion is None:
+        return None
+    if prompt is None or completion is None:
+        raise BadInput("prices need both --price-in and --price-out (dollars for a million tokens)")
+    for flag, price in (("--price-in", prompt), ("--price-cached", cached), ("--price-out", completion)):
+        if price is not None and not 0 <= price < 1e6:
+            raise BadInput(f"{flag} {price:g}: give dollars for a million tokens, such as 0.15")
+    return Prices(prompt, completion, cached)
+
+
+@dataclass
+class Budget:
+    """The limit on what one command may spend, and what it has spent. Shared by all its requests."""
+
+    tokens: int | None = None
+    dollars: float | None = None
+    prices: Prices | None = None
+    _prompt: int = 0
+    _cached: int = 0
+    _completion: int = 0
+    _in_flight: float = 0.0
+    _tokens_per_character: float = 0.0
+    _waiting: list[asyncio.Future[None]] = field(default_factory=list)
+
+    @property
+    def limit(self) -> str:
+        return f"${self.dollars:,.2f}" if self.dollars is not None else f"{self.tokens or 0:,} tokens"
+
+    @property
+    def spent(self) -> str:
+        dollars = "" if self.prices is None else f", ${self._price_spent():,.4f}"
+        return f"{self._prompt:,} prompt tokens, {self._cached:,} of them cached, {self._completion:,} written{dollars}"
+
+    async def spend(self, request: Request, send: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Call ``send`` once the amounts spent and in flight allow for ``request``.
+
+        :raises BudgetSpent: they never will, because nothing is in flight.
+        """
+        while self._exceeds(self._amount(*self._bound(request))):
+            if not self._in_flight:
+                raise BudgetSpent(self)
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
+            await waiting
+        bound = self._bound(request)
+        self._in_flight += self._amount(*bound)
+        try:
+            answer = await send()
+        except AnswerFailed as failed:
+            self._count(request, failed.usage, bound)
+            raise
+        else:
+            self._count(request, answer.usage, bound)
+            return answer
+        finally:
+            self._in_flight = max(0.0, self._in_flight - self._amount(*bound))
+            if self._in_flight < 1e-12:  # left by rounding
+                self._in_flight = 0.0
+            for future in self._waiting:
+                if not future.done():
+                    future.set_result(None)
+            self._waiting.clear()
+
+    def _price_spent(self) -> float:
+        return self.prices.of(self._prompt, self._cached, self._completion) if self.prices is not None else 0.0
+
+    def _bound(self, request: Request) -> tuple[float, float]:
+        """Return the most prompt and answer tokens of ``request``, by the most tokens of a character so far."""
+        tokens_per_character = self._tokens_per_character or _FIRST_BOUND
+        prompt = request.characters * tokens_per_character + _MESSAGE * len(request.messages)
+        return prompt, float(request.max_tokens)
+
+    def _amount(self, prompt: float, completion: float) -> float:
+        """Return tokens in the unit of the limit."""
+        if self.dollars is None:
+            return prompt + completion
+        assert self.prices is not None
+        return self.prices.of(prompt, 0, completion)
+
+    def _exceeds(self, amount: float) -> bool:
+        if self.dollars is not None:
+            return self._price_spent() + self._in_flight + amount > self.dollars
+        return self._prompt + self._completion + self._in_flight + amount > float(self.tokens or 0)
+
+    def _count(self, request: Request, usage: Usage, bound: tuple[float, float]) -> None:
+        # A count that the server does not report, or that is impossible, is taken to be the bound.
+        self._prompt += usage.prompt_tokens or int(bound[0])
+        self._cached += usage.cached_tokens
+        self._completion += usage.completion_tokens or int(bound[1])
+        tokens_per_character = usage.prompt_tokens / max(1, request.characters)
+        self._tokens_per_character = max(self._tokens_per_character, tokens_per_character)
+
+
+def parse_budget(text: str | None, prices: Prices | None) -> Budget | None:
+    """Parse ``2M`` (tokens, read and written) or ``$5``.
+
+    :raises BadInput: it is neither, or it is in dollars and there are no prices.
+    """
+    if text is None:
+        return None
+    invalid = BadInput(f"--budget {text!r} is not an amount; write it like 2M (tokens) or '$5'")
+    if text.strip().startswith("$"):
+        if prices is None:
+            raise BadInput(f"--budget {text}: dollars need --price-in and --price-out; prices are not built in")
+        try:
+            dollars = float(Decimal(text.strip()[1:].replace(",", "")))
+        except InvalidOperation:
+            raise invalid from None
+        if not 0 < dollars < 1e9:
+            raise invalid
+        return Budget(dollars=dollars, prices=prices)
+    try:
+        tokens = parse_amount(text.strip())
+    except ValueError:
+        raise invalid from None
+    if tokens < 1:
+        raise invalid
+    return Budget(tokens=tokens, prices=prices)
