@@ -40,7 +40,7 @@ from rich.table import Table
 from side import now
 
 from sae.common.precision import resolve_float
-from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels import cpu
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {8192: 3.0, 16384: 6.0, 32768: 8.0}
@@ -136,7 +136,7 @@ def _product(asked: argparse.Namespace) -> dict[str, Any]:
 
     ways = [lambda x, y, out: torch.mm(x, y.T, out=out)]
     if kind == torch.float32:
-        ways.append(kernels.products)
+        ways.append(cpu.products)
     for multiply in ways:
         run(a[: TILE[0]], multiply)
     return {"seconds": min(run(a, multiply) for multiply in ways)}

@@ -29,7 +29,8 @@ from rich.table import Table
 from torch import Tensor
 
 from sae.dictionaries.architectures.topk import TopKSae
-from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels import cpu
+from sae.dictionaries.kernels.steps import Kernels, triton_kernels
 from sae.dictionaries.objective import AuxK, Objective
 from sae.training.stacked import Stack
 
@@ -63,10 +64,10 @@ class Row:
 
 
 class Check:
-    """The comparisons, one after the other. ``steps`` are the stacked sparse steps of ``device``."""
+    """The comparisons, one after the other. ``kernels`` are those of ``device``."""
 
-    def __init__(self, steps: Any, device: torch.device, sizes: Sizes) -> None:
-        self.steps, self.device, self.sizes = steps, device, sizes
+    def __init__(self, kernels: Kernels, device: torch.device, sizes: Sizes) -> None:
+        self.kernels, self.device, self.sizes = kernels, device, sizes
         self.rows: list[Row] = []
         self.times: dict[str, float] = {}
         self._generator = torch.Generator(device).manual_seed(0)
@@ -126,9 +127,9 @@ class Check:
         self._topk(f"top-{s.k} of {s.latents}, ties", pre, s.k)
 
     def _topk(self, name: str, pre: Tensor, k: int) -> None:
-        expected = torch.stack([kernels.topk(of_seed, k)[0] for of_seed in pre.cpu().float()])
-        self.choices(name, lambda: self.steps.topk(pre, k), expected)
-        values, latents = self.steps.topk(pre, k)
+        expected = torch.stack([cpu.topk(of_seed, k)[0] for of_seed in pre.cpu().float()])
+        self.choices(name, lambda: self.kernels.topk(pre, k), expected)
+        values, latents = self.kernels.topk(pre, k)
         if not torch.equal(torch.where(values > 0, pre.float().gather(-1, latents), 0), values):
             self.rows[-1].deviation = float("inf")  # the values are right, but not of these latents
 
@@ -138,10 +139,10 @@ class Check:
         bias = self.random(s.seeds, s.latents)
         near = torch.bmm(centred.bfloat16(), weight.bfloat16().mT) + bias[:, None].bfloat16()
         host = zip(centred.cpu(), weight.cpu(), bias.cpu(), strict=True)
-        expected = torch.stack([kernels.topk(torch.addmm(b, c, w.T), s.k)[0] for c, w, b in host])
+        expected = torch.stack([cpu.topk(torch.addmm(b, c, w.T), s.k)[0] for c, w, b in host])
 
         def work() -> list[Tensor]:
-            return [self.steps.rounded_topk(near, centred, weight, bias, s.k)[0].sort(-1).values]
+            return [self.kernels.rounded_topk(near, centred, weight, bias, s.k)[0].sort(-1).values]
 
         # A latent that bfloat16 took for another is nearly as active as that one.
         self.compare("rounded top-k (and sorting)", work, [expected.sort(-1).values], 0.02)
@@ -155,17 +156,17 @@ class Check:
         activations[:, ::2, 0], latents[:, ::2, 0] = 1.0, 7  # one latent fires for every other token
         latents *= activations > 0
         slots = activations, latents, weight, bias
-        decoded = [kernels.decode(a, i, w, b) for a, i, w, b in self._host(*slots)]
-        self.compare("decode", lambda: [self.steps.decode(*slots)], [torch.stack(decoded)])
-        errors = [kernels.residuals(a, i, w, b, x.cpu()) for a, i, w, b in self._host(*slots)]
+        decoded = [cpu.decode(a, i, w, b) for a, i, w, b in self._host(*slots)]
+        self.compare("decode", lambda: [self.kernels.decode(*slots)], [torch.stack(decoded)])
+        errors = [cpu.residuals(a, i, w, b, x.cpu()) for a, i, w, b in self._host(*slots)]
         expected = [torch.stack(same) for same in zip(*errors, strict=True)]
-        self.compare("residuals", lambda: self.steps.residuals(*slots, x), expected)
-        residual, products, _ = self.steps.residuals(*slots, x)
+        self.compare("residuals", lambda: self.kernels.residuals(*slots, x), expected)
+        residual, products, _ = self.kernels.residuals(*slots, x)
         inputs = activations, products, latents, residual, x - bias[:, None]
-        sums = [kernels.weight_gradients(a, p, i, r, c, 0.3, s.latents) for a, p, i, r, c in self._host(*inputs)]
+        sums = [cpu.weight_gradients(a, p, i, r, c, 0.3, s.latents) for a, p, i, r, c in self._host(*inputs)]
         expected = [torch.stack(same) for same in zip(*sums, strict=True)]
         # The latent that always fires sums thousands of terms.
-        self.compare("weight gradients", lambda: self.steps.weight_gradients(*inputs, 0.3, s.latents), expected, 2e-4)
+        self.compare("weight gradients", lambda: self.kernels.weight_gradients(*inputs, 0.3, s.latents), expected, 2e-4)
 
     def _host(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The tensors of each seed in main memory."""
@@ -178,11 +179,11 @@ class Check:
             if unit_rows:
                 start[0] = torch.nn.functional.normalize(start[0], dim=-1)
             host = [(t.flatten(0, -2) if unit_rows else t.flatten()).cpu().clone() for t in start]
-            kernels.adam(*host, step=3, rate=1e-3, betas=(0.9, 0.999), eps=6.25e-10, unit_rows=unit_rows)
+            cpu.adam(*host, step=3, rate=1e-3, betas=(0.9, 0.999), eps=6.25e-10, unit_rows=unit_rows)
 
             def work(start: list[Tensor] = start, unit_rows: bool = unit_rows) -> list[Tensor]:
                 w, g, m, v = (t.clone() for t in start)
-                self.steps.adam(w, g, m, v, 1e-3, (0.9, 0.999), 6.25e-10, (1 - 0.9**3, 1 - 0.999**3), unit_rows)
+                self.kernels.adam(w, g, m, v, step=3, rate=1e-3, betas=(0.9, 0.999), eps=6.25e-10, unit_rows=unit_rows)
                 return [w, m, v]
 
             expected = [host[i].view(shape) for i in (0, 2, 3)]
@@ -204,14 +205,16 @@ class Check:
         latents = m - 1 - torch.arange(4, device=self.device).expand(s.seeds, 2, 4).contiguous()
         activations = self.random(s.seeds, 2, 4).abs()
         expected = bias.cpu()[:, None] + torch.bmm(activations.cpu(), weight[:, -4:].flip(1).cpu())
-        self.compare("decode beyond 2^31", lambda: [self.steps.decode(activations, latents, weight, bias)], [expected])
+        self.compare(
+            "decode beyond 2^31", lambda: [self.kernels.decode(activations, latents, weight, bias)], [expected]
+        )
 
     def _topk_far(self, rows: int) -> None:
         s = self.sizes
         pre = torch.full((1, rows, s.latents), -1.0, device=self.device, dtype=torch.bfloat16)
         pre[:, -1] = self.random(s.latents).bfloat16()
-        expected = kernels.topk(pre[0, -1:].cpu().float(), s.k)[0][None]
-        self.choices("top-k beyond 2^31", lambda: [t[:, -1:] for t in self.steps.topk(pre, s.k)], expected)
+        expected = cpu.topk(pre[0, -1:].cpu().float(), s.k)[0][None]
+        self.choices("top-k beyond 2^31", lambda: [t[:, -1:] for t in self.kernels.topk(pre, s.k)], expected)
 
     def whole_step(self) -> None:
         """Loss and gradient of all seeds; and how fast a whole step is, beside its dense product alone."""
@@ -227,7 +230,7 @@ class Check:
             sae.b_enc[dead] -= 0.1
             objective = Objective(variance, s.batch, AuxK(dead, s.width // 2, 1 / 32))
             alone.append(sae.loss_and_gradient(x.cpu(), objective))
-        stack = Stack([copy(sae, self.device) for sae in host], self.steps)
+        stack = Stack([copy(sae, self.device) for sae in host], self.kernels)
         auxk = AuxK(dead.to(self.device), s.width // 2, 1 / 32)
         for precision, allowed in (("float32", 2e-2), ("bfloat16", 1e-1)):
             # Choices between latents that are nearly equal fall either way. The loss hardly knows of it; a gradient
@@ -259,8 +262,8 @@ class Check:
             for seed, (_, gradient) in enumerate(found):
                 for name, g in gradient.items():
                     w, first, second = stack.weights[name][seed], moments[name][0][seed], moments[name][1][seed]
-                    numbers = 1e-6, (0.9, 0.999), 6.25e-10, (0.1, 0.001), name == "W_dec"
-                    self.steps.adam(w, g, first, second, *numbers)
+                    numbers: dict[str, Any] = {"step": 1, "rate": 1e-6, "betas": (0.9, 0.999), "eps": 6.25e-10}
+                    self.kernels.adam(w, g, first, second, **numbers, unit_rows=name == "W_dec")
 
         rows = min(s.batch, 2048)
         a, b = x[:rows].to(kind), stack.weights["W_enc"][0].to(kind)
@@ -324,13 +327,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: there is no CUDA device here; run this on a machine that has one", file=sys.stderr)
         return 1
-    steps = kernels.triton_steps()
-    if steps is None:
+    kernels = triton_kernels()
+    if kernels is None:
         print("error: Triton is not installed; give: pip install triton", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     sizes = Sizes(arguments.width, arguments.latents, arguments.k, arguments.batch, arguments.seeds)
-    check = Check(steps, device, sizes)
+    check = Check(kernels, device, sizes)
     check.all()
     import triton
 

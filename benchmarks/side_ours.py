@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae.common import progress
 from sae.dictionaries.architectures.topk import TopKSae
-from sae.dictionaries.kernels.steps import triton_steps
+from sae.dictionaries.kernels.steps import triton_kernels
 from sae.settings import TrainingSettings
 from sae.training.trainer import Group, train_groups
 
@@ -58,7 +58,7 @@ def main() -> None:
     saes = [
         TopKSae.init(task.d_in, task.num_latents, task.k, seed, pool[0]).to(task.device) for seed in range(task.seeds)
     ]
-    kernels = "compiled loops" if task.device == "cpu" else "Triton" if triton_steps() else "PyTorch operations"
+    kernels = "compiled loops" if task.device == "cpu" else "Triton" if triton_kernels() else "PyTorch operations"
     asked.ready({"optimiser": "Adam, fused", "sparse steps": kernels})
     remaining: Iterator[int] = asked.rounds()
     progress.console.quiet = True  # there is no end that it could count down to

@@ -31,7 +31,7 @@ from rich.table import Table
 from side import Task, now
 
 from sae.common.precision import is_emulated
-from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels import cpu
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parent / ".venv-peers", HERE.parent / ".venv-bench"
@@ -138,7 +138,7 @@ def product_rate(task: Task) -> float:
             if kind == torch.float32:
                 begun = now(task.device)
                 for part in x.split(rows):
-                    kernels.products(part, weight, out[: len(part)])
+                    cpu.products(part, weight, out[: len(part)])
                 best = min(best, now(task.device) - begun)
     return task.tokens / best
 

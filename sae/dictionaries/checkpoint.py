@@ -1,9 +1,9 @@
-"""Read and write a trained dictionary, whichever program made it: the front door to ``sae.dictionaries.formats``.
+"""Read and write a trained dictionary from any program: the front door to ``sae.dictionaries.formats``.
 
-A run's own dictionary is kept in a format that another program opens as it is: sparsify's for TopK, SAELens's for
-the other architectures that it has, which sparsify has not: it finds no weights of its own there, so no dictionary can
-be taken for one of another architecture. An architecture that neither has is kept in
-``sae.dictionaries.formats.native``. What is read is known by the names of its files.
+A run's own dictionary is kept in a format that another program opens unchanged: sparsify's for TopK, SAELens's for the
+other architectures that it supports. sparsify finds no weights of its own in those files, so no dictionary can be taken
+for one of another architecture. Other architectures are kept in ``sae.dictionaries.formats.native``. The names of the
+files identify the format of a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,51 +18,53 @@ from sae.dictionaries.formats import FORMATS, About, Format, Opened
 from sae.dictionaries.sae import Sae
 
 _DEPTH = 3
-"""folders below a named one that are looked into for checkpoints"""
+"""levels of folders below a given one that are searched for checkpoints"""
 _LARGEST = 1e17
 """of a weight: the squares of a row of larger ones overflow float32, and so do products with any activations"""
 
 
 def native_format(architecture: str) -> Format:
-    """The format in which a run keeps a dictionary of ``architecture``."""
+    """Return the format in which a run keeps a dictionary of ``architecture``."""
     return next(FORMATS[name] for name in ("sparsify", "SAELens", "native") if FORMATS[name].has(architecture))
 
 
 def format_named(name: str) -> Format:
-    """The format called ``name``, in upper or lower case."""
-    for known, found in FORMATS.items():
+    """Return the format called ``name``, in upper or lower case."""
+    for known, format_ in FORMATS.items():
         if known.lower() == name.lower():
-            return found
+            return format_
     raise BadInput(f"format {name!r} is not known; choose {', '.join(known.lower() for known in FORMATS)}")
 
 
 def save_sae(folder: Path, sae: Sae, about: About | None = None, format_: Format | None = None) -> None:
-    """Write ``sae`` to ``folder``, in its native format if no other is given: the weights in float32, then what
-    makes them a checkpoint. Raises BadInput for an architecture that the format does not have."""
+    """Write ``sae`` to ``folder`` in float32, in its native format by default.
+
+    Raises BadInput for an architecture that the format does not support.
+    """
     format_ = format_ or native_format(sae.architecture)
     written = sae if format_.has(sae.architecture) else sae.as_known()
     if written is None or not format_.has(written.architecture):
         kinds = [sae.architecture] if written is None else [sae.architecture, written.architecture]
         able = [name.lower() for name, other in FORMATS.items() if any(map(other.has, kinds))]
         raise BadInput(
-            f"a {sae.architecture!r} dictionary cannot be written in {format_.name}'s format, which is "
-            f"{', '.join(sorted(format_.architectures or ()))} only; choose {' or '.join(able)}"
+            f"a {sae.architecture!r} dictionary cannot be written in {format_.name}'s format, which supports only "
+            f"{', '.join(sorted(format_.architectures or ()))}; choose {' or '.join(able)}"
         )
     format_.write(folder, written, about or About())
 
 
 def load_sae(folder: Path) -> Sae:
-    """The dictionary in ``folder``, in float32 in main memory; see :func:`open_sae`."""
+    """Read the dictionary in ``folder``, in float32 in main memory; see :func:`open_sae`."""
     return open_sae(folder)[0].sae
 
 
 def open_sae(folder: Path) -> tuple[Opened, Format]:
-    """The dictionary in ``folder``, what was folded into its weights, and the format it was in.
+    """Read the dictionary in ``folder``, with a list of everything folded into its weights, and its format.
 
-    Raises NotFound where a file is missing, BadInput where one is damaged, describes something that cannot be
-    opened, or disagrees with the other; each in one line.
+    Raises NotFound where a file is missing; BadInput where a file is damaged, is not supported, or disagrees with
+    another.
     """
-    format_ = detect(folder)
+    format_ = detect_format(folder)
     opened = format_.read(folder)
     for name, weight in opened.sae.weights().items():
         largest = float(torch.linalg.vector_norm(weight, ord=math.inf))
@@ -74,39 +76,35 @@ def open_sae(folder: Path) -> tuple[Opened, Format]:
     return opened, format_
 
 
-def detect(folder: Path) -> Format:
-    """The format of the checkpoint in ``folder``, by the names of its files."""
+def detect_format(folder: Path) -> Format:
+    """Return the format of the checkpoint in ``folder``, identified by the names of its files."""
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise NotFound(f"{str(folder)!r} is no SAE checkpoint: it {what}; name the folder that holds the weights")
+        state = "is a file" if folder.exists() else "does not exist"
+        raise NotFound(f"{str(folder)!r} is not an SAE checkpoint: it {state}; name the folder that holds the weights")
     found = [format_ for format_ in FORMATS.values() if (folder / format_.weights).is_file()]
     if len(found) > 1:
         names = " and ".join(format_.weights for format_ in found)
-        raise BadInput(f"{str(folder)!r} holds {names}, weights in two formats; leave the one that is meant")
+        raise BadInput(f"{str(folder)!r} holds {names}, weights in two formats; remove one of them")
     if found:
         return found[0]
-    below = checkpoints_below(folder)
+    below = sorted(
+        {
+            str(path.parent.relative_to(folder))
+            for depth in range(1, _DEPTH + 1)
+            for format_ in FORMATS.values()
+            for path in folder.glob("/".join(["*"] * depth + [format_.weights]))
+        }
+    )
     if below:
         listed = ", ".join(below[:8]) + (f" and {len(below) - 8} more" if len(below) > 8 else "")
-        raise NotFound(
-            f"{str(folder)!r} is no SAE checkpoint, but there are checkpoints in {listed} below it; name one"
-        )
+        raise NotFound(f"{str(folder)!r} is not an SAE checkpoint, but holds checkpoints in {listed}; name one of them")
     described = [format_ for format_ in FORMATS.values() if (folder / format_.config).is_file()]
     if described:
         missing = " or ".join(format_.weights for format_ in described)
-        raise NotFound(f"{str(folder)!r} is no whole SAE checkpoint: {missing} is missing; fetch or train it again")
+        raise NotFound(
+            f"{str(folder)!r} is an incomplete SAE checkpoint: {missing} is missing; fetch or train it again"
+        )
     held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    what = f"holds {', '.join(held[:4])}{', …' if len(held) > 4 else ''}" if held else "is empty"
-    wanted = "; ".join(f"{name}: {format_.config}, {format_.weights}" for name, format_ in FORMATS.items())
-    raise NotFound(f"{str(folder)!r} is no SAE checkpoint in a known format: it {what} (known are {wanted})")
-
-
-def checkpoints_below(folder: Path) -> list[str]:
-    """Folders under ``folder`` that hold a checkpoint's weights, by their path from it."""
-    found = {
-        str(path.parent.relative_to(folder))
-        for depth in range(1, _DEPTH + 1)
-        for format_ in FORMATS.values()
-        for path in folder.glob("/".join(["*"] * depth + [format_.weights]))
-    }
-    return sorted(found)
+    state = f"holds {', '.join(held[:4])}{', …' if len(held) > 4 else ''}" if held else "is empty"
+    known = "; ".join(f"{name}: {format_.config}, {format_.weights}" for name, format_ in FORMATS.items())
+    raise NotFound(f"{str(folder)!r} is not an SAE checkpoint in a known format: it {state} (known are {known})")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels.steps import kernels_for
 from sae.dictionaries.sae import Firings
 
 _PIECE_BYTES = 32 * 2**20  # dense pre-activations made at once
@@ -126,7 +126,7 @@ class Slots(Entries):
         return sums.index_add_(0, self.indices.flatten(), (values * self.real).flatten())
 
     def error(self, activations: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Error:
-        return Error(*kernels.residuals(activations, self._where(activations), W_dec, b_dec, target))
+        return Error(*kernels_for(target.device).residuals(activations, self._where(activations), W_dec, b_dec, target))
 
     def products(self, where: Tensor, residual: Tensor, W_dec: Tensor) -> Tensor:
         found = torch.zeros_like(self.pre)
@@ -139,8 +139,10 @@ class Slots(Entries):
 
     def sums(self, activations: Tensor, slopes: Tensor, residual: Tensor, centred: Tensor) -> Sums:
         where = self._where(activations)
-        of = kernels.weight_gradients(activations, slopes, where, residual, centred, 1.0, self.num_latents)
-        return Sums(of.W_enc, of.b_enc, of.W_dec, of.firings)
+        W_dec, W_enc, b_enc, firings = kernels_for(residual.device).weight_gradients(
+            activations, slopes, where, residual, centred, 1.0, self.num_latents
+        )
+        return Sums(W_enc, b_enc, W_dec, firings)
 
     def _where(self, activations: Tensor) -> Tensor:
         return torch.where(activations > 0, self.indices, 0)

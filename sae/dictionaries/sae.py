@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae.common.errors import BadInput
-from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels.steps import kernels_for
 from sae.dictionaries.objective import Loss, Objective
 
 
@@ -130,7 +130,7 @@ class Sae(ABC):
 
     def decode(self, firings: Firings) -> Tensor:
         """The reconstruction [B, D]: ``sum_j a_j W_dec[i_j] + b_dec``."""
-        return kernels.decode(*firings, self.W_dec, self.b_dec)
+        return kernels_for(self.device).decode(*firings, self.W_dec, self.b_dec)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """``decode(encode(x))`` [B, D]."""

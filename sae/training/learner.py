@@ -19,12 +19,12 @@ from torch import Tensor
 from sae.common.errors import NotFinite, SettingsDiffer
 from sae.common.precision import Precision, resolve
 from sae.common.ranks import Job
-from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels.steps import kernels_for
 from sae.dictionaries.objective import AuxK, Loss, Objective
 from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
 from sae.training.sparsity import SparsityControl
-from sae.training.stacked import Found
+from sae.training.stacked import LossAndGradient
 from sae.training.state import State, latest_state
 
 _BETAS = (0.9, 0.999)
@@ -140,12 +140,13 @@ class Learner:
         auxk = AuxK(self.silent >= self.plan.dead_tokens, self.plan.k_aux, self.auxk)
         return Objective(variance, len(x), auxk, self.coefficient, self.plan.bandwidth, self.plan.precision, job)
 
-    def step(self, x: Tensor, variance: float, step: int, job: Job, found: Found | None = None) -> None:
+    def step(self, x: Tensor, variance: float, step: int, job: Job, found: LossAndGradient | None = None) -> None:
         """Learn from one batch [B, D], of whose rows ``job`` may give us a part; ``found`` is what is known of it."""
         if found is None:
-            found = Found(*self.sae.loss_and_gradient(job.rows(x), self.objective(x, variance, job)))
+            found = LossAndGradient(*self.sae.loss_and_gradient(job.rows(x), self.objective(x, variance, job)))
         loss, gradient = total(job, *found)
         self._check(loss, gradient, step)
+        kernels = kernels_for(self.sae.device)
         for name, weight in self.sae.parameters().items():
             if self.plan.frozen == "everything" or (self.plan.frozen == "decoder" and name == "W_dec"):
                 continue

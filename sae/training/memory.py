@@ -34,7 +34,7 @@ import torch
 from sae.common.errors import UserError
 from sae.common.memory import free_host_bytes, is_out_of_memory
 from sae.dictionaries.architectures import ARCHITECTURES
-from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels.cpu import TILE_BYTES
 from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
 from sae.text.corpus import BLOCK_TOKENS, MIXED_BLOCKS
@@ -85,7 +85,7 @@ def training_need(parts: Sequence[Part], device: str | torch.device = "cpu") -> 
     batch = max(p.settings.batch_tokens for p in parts)
     together = [p.seeds if kind == "cuda" and can_be_stacked(_kind(p)) else 1 for p in parts]
     dense = batch * max(p.settings.num_latents for p in parts)
-    pieces = _CUDA_PIECES if kind == "cuda" else max(3, torch.get_num_threads()) * kernels.TILE_BYTES
+    pieces = _CUDA_PIECES if kind == "cuda" else max(3, torch.get_num_threads()) * TILE_BYTES
     held = _HELD_SLOTS if any(_kind(p).penalised for p in parts) else 0
     return Need(
         states=sum(size * p.seeds for size, p in zip(each, parts, strict=True)),

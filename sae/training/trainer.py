@@ -29,7 +29,7 @@ from sae.dictionaries.objective import total_variance
 from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
 from sae.training.learner import Learner, LogRow, Plan, TrainLog
-from sae.training.stacked import Found, stacked
+from sae.training.stacked import LossAndGradient, stack_on_gpu
 from sae.training.state import kept_steps, write_state
 
 CHECKPOINT_SECONDS = 60.0
@@ -175,7 +175,7 @@ class _Training:
         self.tokens = min(group.settings.tokens, self.steps * group.settings.batch_tokens)
         self.written = 0
         self.identities = [_identity(sae, group.settings, group.batches) for sae in group.saes]
-        self.stack = stacked(group.saes)
+        self.stack = stack_on_gpu(group.saes)
         self.seeds = [
             Learner(
                 sae,
@@ -231,7 +231,7 @@ class _Training:
         except NotFinite as error:
             raise NotFinite(f"{error}{_told(self.group.batches, step)}; {_stands(folder)}") from None
 
-    def _together(self, x: Tensor, variance: float, step: int) -> Sequence[Found | None]:
+    def _together(self, x: Tensor, variance: float, step: int) -> Sequence[LossAndGradient | None]:
         """Each seed's loss and gradient, where one launch does them all; None where each has to do its own."""
         if self.stack is None or any(step < seed.resumed_from for seed in self.seeds):
             return [None] * len(self.seeds)

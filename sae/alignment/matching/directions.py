@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sae.common.precision import FloatPrecision
-from sae.dictionaries.kernels.cpu import FAST
+from sae.dictionaries.kernels.cpu_loops import FAST
 
 Floats = NDArray[np.float64]
 

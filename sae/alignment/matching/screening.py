@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae.alignment.matching.directions import Screen, even, in_parallel
-from sae.dictionaries.kernels import steps as kernels
-from sae.dictionaries.kernels.cpu import FAST
+from sae.dictionaries.kernels import cpu
+from sae.dictionaries.kernels.cpu_loops import FAST
 
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 _TILE = (1024, 4096)  # 8 MiB in bfloat16, 16 in float32: within a third-level cache
@@ -41,7 +41,7 @@ class Tiles:
 
     def product(self, rows: Tensor, columns: Tensor) -> Tensor:
         out = self._out[: len(rows) * len(columns)].view(len(rows), len(columns))
-        return kernels.products(rows, columns, out)
+        return cpu.products(rows, columns, out)
 
     def above(
         self, tile: Tensor, row: NDArray[np.float32], column: NDArray[np.float32], relative: float, summed: bool

@@ -97,9 +97,9 @@ class GatedSae(Sae):
         # The sum over tokens of exp(r_mag) p times the gradient by a. That of a times it is W_dec's along its rows.
         gradient["r_mag"] = (gradient["W_dec"] * self.W_dec).sum(1) - self.b_mag * gradient["b_mag"]
         by_gate = self.b_gate <= self.b_mag / stretch  # which of the two thresholds on p is the higher one
-        revival = lift(self.W_enc, centred, -torch.minimum(self.b_gate, self.b_mag / stretch), objective)
-        gradient["b_gate"] -= revival.gradient * by_gate
-        gradient["b_mag"] -= revival.gradient * ~by_gate / stretch
+        revival, by_threshold = lift(self.W_enc, centred, -torch.minimum(self.b_gate, self.b_mag / stretch), objective)
+        gradient["b_gate"] -= by_threshold * by_gate
+        gradient["b_mag"] -= by_threshold * ~by_gate / stretch
         sparsity = length / (objective.tokens * objective.unit)
         other = unexplained / objective.variance
-        return Loss(totals.squares / objective.variance, revival.value, sparsity, totals.firings, other), gradient
+        return Loss(totals.squares / objective.variance, revival, sparsity, totals.firings, other), gradient

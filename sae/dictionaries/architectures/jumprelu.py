@@ -108,7 +108,7 @@ class JumpReluSae(Sae):
             steps = (products * (totals.scale * entries.of(theta)) + penalty) * near
             totals.add_to("log_threshold", entries.by_latent(steps) * theta * (self._unit / -bandwidth))
         gradient = {"log_threshold": torch.zeros_like(theta), **totals.gradient()}
-        revival = lift(self.W_enc, centred, theta - self.b_enc, objective)
-        gradient["b_enc"] -= revival.gradient
+        revival, by_threshold = lift(self.W_enc, centred, theta - self.b_enc, objective)
+        gradient["b_enc"] -= by_threshold
         sparsity = totals.firings.sum(dtype=torch.float64) / objective.tokens
-        return Loss(totals.squares / objective.variance, revival.value, sparsity, totals.firings), gradient
+        return Loss(totals.squares / objective.variance, revival, sparsity, totals.firings), gradient

@@ -51,7 +51,7 @@ class ReluSae(Sae):
             slopes = error.products * totals.scale + penalty
             totals.add(rows, error, entries.sums(activations, slopes, error.residual, centred[rows]))
         gradient = totals.gradient()
-        revival = lift(self.W_enc, centred, -self.b_enc, objective)
-        gradient["b_enc"] -= revival.gradient
+        revival, by_threshold = lift(self.W_enc, centred, -self.b_enc, objective)
+        gradient["b_enc"] -= by_threshold
         sparsity = length / (objective.tokens * objective.unit)
-        return Loss(totals.squares / objective.variance, revival.value, sparsity, totals.firings), gradient
+        return Loss(totals.squares / objective.variance, revival, sparsity, totals.firings), gradient

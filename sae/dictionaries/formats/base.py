@@ -1,7 +1,7 @@
-"""What every format needs: its description, and files opened with care.
+"""Parts that every format needs: its description, and files that are checked when they are opened.
 
-A checkpoint comes from a download or a copy as often as from here, so what a folder claims is checked against what
-it holds before anything is built from it, and every complaint is one line that names the file.
+A checkpoint may be a download or a copy, so the claims of a folder are compared with its contents before anything is
+built from it, and every complaint is one line that names the file.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from sae.dictionaries.sae import Sae
 
 
 class Opened(NamedTuple):
-    """A dictionary that was read, and what was done to its weights on the way."""
+    """A dictionary that was read, and the changes to its weights."""
 
     sae: Sae
     folded: tuple[str, ...] = ()
-    """what the files leave to their loader and the weights now hold, in the format's own words"""
+    """what the files leave to their loader and is now in the weights, in the format's own words"""
 
 
 @dataclass(frozen=True)
 class About:
-    """What some formats want to say of a dictionary beyond its weights; ``None`` is not known."""
+    """Facts about a dictionary that some formats record besides its weights; ``None`` is unknown."""
 
     model: str | None = None
     hookpoint: str | None = None
@@ -42,19 +42,19 @@ class About:
 
 @dataclass(frozen=True)
 class Format:
-    """One program's way to keep a dictionary: a file of weights beside a description."""
+    """One program's way to keep a dictionary: a file of weights and a description."""
 
     name: str
     weights: str
     config: str
     architectures: frozenset[str] | None
-    """those that it has; ``None``: all"""
+    """those that it supports; ``None``: all"""
     read: Callable[[Path], Opened]
-    """from a folder; raises NotFound for a missing file and BadInput for what cannot be used, in one line each"""
+    """from a folder; raises NotFound for a missing file and BadInput for an unusable one, in one line each"""
     write: Callable[[Path, Sae, About], None]
     """to a folder, the weights before the description; the architecture is one of ``architectures``"""
     beside: tuple[str, ...] = ()
-    """further files that are read where they are there"""
+    """further files, read where they exist"""
 
     def has(self, architecture: str) -> bool:
         return self.architectures is None or architecture in self.architectures
@@ -64,10 +64,10 @@ class Format:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``."""
+    """Return the JSON object in ``path``."""
     if not path.is_file():
         raise NotFound(
-            f"{str(path.parent)!r} is no SAE checkpoint: it has no {path.name}; name a folder with {path.name}"
+            f"{str(path.parent)!r} is not an SAE checkpoint: it has no {path.name}; name a folder with {path.name}"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -78,29 +78,29 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def number(config: Mapping[str, Any], key: str, path: Path, format_name: str) -> int:
-    """The positive whole number under ``key``."""
+def positive_int(config: Mapping[str, Any], key: str, path: Path, format_name: str) -> int:
+    """Return the positive whole number under ``key``."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        said = f"{key} = {value!r} is no positive whole number" if key in config else f"{key!r} is missing"
-        raise BadInput(f"{path}: {said}; this is no {format_name} checkpoint, or a damaged one")
+        said = f"{key} = {value!r} is not a positive whole number" if key in config else f"{key!r} is missing"
+        raise BadInput(f"{path}: {said}; this is not a {format_name} checkpoint, or a damaged one")
     return value
 
 
-def aim(value: Any) -> int | None:
-    """A number of latents that training aimed at, possibly a fraction; ``None`` where ``value`` is no such thing."""
+def target_l0(value: Any) -> int | None:
+    """Round the number of latents that training aimed at; ``None`` where ``value`` is no such number."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**31:
         return max(1, round(value))
     return None
 
 
-def table(value: Any) -> dict[str, Any]:
-    """``value`` if it is a JSON object, else an empty one."""
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return ``value`` if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def check_k(k: int | None, num_latents: int, path: Path) -> None:
-    """Raise BadInput where more latents are to fire than there are."""
+    """Raise BadInput if ``k`` exceeds the number of latents."""
     if k is not None and k > num_latents:
         raise BadInput(f"{path}: k = {k} is more than the {num_latents} latents; it must be at most that")
 
@@ -109,12 +109,14 @@ def check_k(k: int | None, num_latents: int, path: Path) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors in ``path``, in float32 in main memory."""
+    """Return all tensors in ``path``, in float32 in main memory."""
     if not path.is_file():
-        raise NotFound(f"{path.parent} is no whole SAE checkpoint: {path.name} is missing; fetch or train it again")
+        raise NotFound(
+            f"{path.parent} is an incomplete SAE checkpoint: {path.name} is missing; fetch or train it again"
+        )
     try:
         with safe_open(path, framework="pt") as stored:
-            # Copied out of the mapped file: its tensors may lie at any address, and BLAS rounds differently then.
+            # Copied out of the mapped file: its tensors may lie at any address, and then BLAS may round differently.
             return {name: stored.get_tensor(name).to(torch.float32, copy=True) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -124,7 +126,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def check_tensors(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path, config: str, format_name: str
 ) -> None:
-    """Raise BadInput unless every tensor of ``shapes`` is there, has that shape and holds finite numbers."""
+    """Raise BadInput unless every tensor of ``shapes`` exists, has that shape and holds finite numbers."""
     missing = sorted(set(shapes) - set(tensors))
     if missing:
         raise BadInput(
@@ -136,7 +138,7 @@ def check_tensors(
         if found != shape:
             raise BadInput(
                 f"{path}: {name} has shape {list(found)}, but {config} says {list(shape)}; "
-                "the two files are not of one checkpoint"
+                "the two files are not from one checkpoint"
             )
     for name in shapes:
         if not bool(torch.isfinite(tensors[name]).all()):
@@ -156,8 +158,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 _ROWS = 4096
 
 
-def scaled(tensor: Tensor, factor: Tensor | float) -> Tensor:
-    """``tensor`` times ``factor``: one number, or one per row [rows] in float64."""
+def scale(tensor: Tensor, factor: Tensor | float) -> Tensor:
+    """Return ``tensor`` times ``factor``: one number, or one per row [rows] in float64."""
     if tensor.ndim < 2:
         return (tensor.double() * factor).to(tensor.dtype)
     each = factor if isinstance(factor, Tensor) else torch.full(tensor.shape[:1], factor, dtype=torch.float64)
@@ -165,19 +167,19 @@ def scaled(tensor: Tensor, factor: Tensor | float) -> Tensor:
     return torch.cat([(rows.double() * f[:, None]).to(tensor.dtype) for rows, f in parts])
 
 
-def uncentred_bias(W_enc: Tensor, b_dec: Tensor) -> Tensor:
-    """b_dec W_enc^T [M], in float64: what ``b`` gains so that ``x W_enc^T + b`` is ``(x - b_dec) W_enc^T + b'``."""
+def centring_bias(W_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """Return b_dec W_enc^T [M] in float64: ``x W_enc^T + b`` is ``(x - b_dec) W_enc^T + b`` with this added to b."""
     return torch.cat([part.double() @ b_dec.double() for part in W_enc.split(_ROWS)])
 
 
-def added(bias: Tensor, gained: Tensor) -> Tensor:
-    return (bias.double() + gained).to(bias.dtype)
+def add(bias: Tensor, amount: Tensor) -> Tensor:
+    return (bias.double() + amount).to(bias.dtype)
 
 
-def lengths(W_dec: Tensor) -> Tensor:
-    """The length of each decoder row [M], in float64."""
+def row_lengths(W_dec: Tensor) -> Tensor:
+    """Return the length of each decoder row [M], in float64."""
     return torch.cat([part.double().norm(dim=1) for part in W_dec.split(_ROWS)])
 
 
 def has_unit_rows(W_dec: Tensor, tolerance: float = 1e-3) -> bool:
-    return bool(((lengths(W_dec) - 1).abs() <= tolerance).all())
+    return bool(((row_lengths(W_dec) - 1).abs() <= tolerance).all())

@@ -1,22 +1,21 @@
-"""dictionary_learning's format: ``ae.pt`` beside ``config.json``, which names the class of the dictionary.
+"""dictionary_learning's format: ``ae.pt`` and ``config.json``, which names the class of the dictionary.
 
-``ae.pt`` is what ``torch.save`` makes of the tensors, by name: a pickle. A pickle can hold code that runs when it is
-opened, so it is read with ``weights_only=True``, which lets tensors and plain values through and nothing else.
-What is folded into the weights, so that they encode as the program's own class does after its own loader:
+``ae.pt`` is a pickle of the tensors by name (``torch.save``). A pickle can hold code that runs when it is opened, so it
+is read with ``weights_only=True``, which accepts tensors and plain values only. Folded into the weights, so that they
+encode as the program's own class does after its own loader:
 
   JumpReluAutoEncoder, AutoEncoderNew   subtract no b_dec: their encoder's bias gains b_dec W
   AutoEncoder                           its loader divides the decoder by its rows' lengths and multiplies the encoder
   an interrupted run                    the weights lie under ``ae``, and were trained on activations divided by
                                         ``norm_factor``: biases and thresholds are multiplied by it
 
-BatchTopK's threshold is -1 until training has measured it, and fires at everything positive then: refused.
+BatchTopK's threshold is -1 until training has measured it, and every positive pre-activation fires then: refused.
 """
 
 from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +24,9 @@ from torch import Tensor
 
 from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import atomic, write_json
-from sae.dictionaries.architectures.batchtopk import BatchTopKSae
-from sae.dictionaries.architectures.gated import GatedSae
-from sae.dictionaries.architectures.jumprelu import JumpReluSae
-from sae.dictionaries.architectures.relu import ReluSae
-from sae.dictionaries.architectures.topk import TopKSae
-from sae.dictionaries.formats.base import (
-    About,
-    Format,
-    Opened,
-    added,
-    aim,
-    check_k,
-    check_tensors,
-    has_unit_rows,
-    lengths,
-    number,
-    read_config,
-    scaled,
-    uncentred_bias,
-)
+from sae.dictionaries.architectures import ARCHITECTURES
+from sae.dictionaries.formats import base
+from sae.dictionaries.formats.base import About, Format, Opened
 from sae.dictionaries.sae import Sae
 
 NAME, CONFIG, WEIGHTS = "dictionary_learning", "config.json", "ae.pt"
@@ -69,6 +51,15 @@ _STORED: dict[str, dict[str, str]] = {
     },
     "JumpReluAutoEncoder": {**_PLAIN, "threshold": "threshold"},
 }
+_ARCHITECTURES = {
+    "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "batchtopk",
+    "MatryoshkaBatchTopKSAE": "batchtopk",
+    "AutoEncoder": "relu",
+    "AutoEncoderNew": "relu",
+    "GatedAutoEncoder": "gated",
+    "JumpReluAutoEncoder": "jumprelu",
+}
 _FIXED_SCALE = {"W_enc", "W_dec", "r_mag"}  # all others are multiplied where the activations are
 _NO_CENTRE = {"JumpReluAutoEncoder", "AutoEncoderNew"}
 
@@ -77,11 +68,11 @@ _NO_CENTRE = {"JumpReluAutoEncoder", "AutoEncoderNew"}
 
 
 def read(folder: Path) -> Opened:
-    """The dictionary in ``folder``."""
+    """Read the dictionary in ``folder``."""
     path, place = folder / CONFIG, folder / WEIGHTS
-    trainer = read_config(path).get("trainer")
+    trainer = base.read_config(path).get("trainer")
     if not isinstance(trainer, dict) or not isinstance(trainer.get("dict_class"), str):
-        raise BadInput(f"{path}: trainer.dict_class is missing; this is no {NAME} checkpoint, or a damaged one")
+        raise BadInput(f"{path}: trainer.dict_class is missing; this is not a {NAME} checkpoint, or a damaged one")
     kind = trainer["dict_class"]
     if kind not in _STORED:
         raise BadInput(f"{path}: dict_class {kind!r} cannot be opened; did it mean {suggest(kind, _STORED)}?")
@@ -89,36 +80,45 @@ def read(folder: Path) -> Opened:
     encoder = "W_enc" if "W_enc.T" in _STORED[kind] else "encoder.weight"
     if encoder not in stored or stored[encoder].ndim != 2:
         raise BadInput(
-            f"{place}: {encoder} is missing or no matrix (it holds {', '.join(sorted(stored)[:6]) or 'nothing'}); "
-            f"it is no {kind}, or damaged"
+            f"{place}: {encoder} is missing or not a matrix (it holds {', '.join(sorted(stored)[:6]) or 'nothing'}); "
+            f"this is not a {kind}, or a damaged one"
         )
     d_in, num_latents = _sizes(trainer, stored[encoder], "W_enc.T" in _STORED[kind], path)
-    check_tensors(stored, _shapes(kind, d_in, num_latents), place, CONFIG, NAME)
+    base.check_tensors(stored, _shapes(kind, d_in, num_latents), place, CONFIG, NAME)
     k = _k(kind, trainer, stored, path, place)
-    check_k(k, num_latents, path)
+    base.check_k(k, num_latents, path)
     weights = {
         ours.removesuffix(".T"): stored[theirs].T.contiguous() if ours.endswith(".T") else stored[theirs]
         for ours, theirs in _STORED[kind].items()
     }
     folded = _fold(weights, kind, factor)
-    return Opened(_BUILD[kind](weights, k, place), folded)
+    if "threshold" in weights and kind != "JumpReluAutoEncoder" and float(weights["threshold"]) < 0:
+        raise BadInput(
+            f"{place}: its threshold was never measured (it is {float(weights['threshold']):g}), so the firings of one "
+            "token are undefined; train it beyond threshold_start_step"
+        )
+    if kind == "JumpReluAutoEncoder":
+        weights["threshold"] = weights["threshold"].clamp_min(_TINY)
+    return Opened(ARCHITECTURES[_ARCHITECTURES[kind]].of_weights(weights, k), folded)
 
 
 def _state(path: Path) -> tuple[dict[str, Tensor], float]:
-    """The tensors of ``ae.pt`` by name, in float32, and the factor that its biases still lack (mostly 1)."""
+    """Return the tensors of ``ae.pt`` by name, in float32, and the factor that its biases still lack (mostly 1)."""
     if not path.is_file():
-        raise NotFound(f"{path.parent} is no whole SAE checkpoint: {path.name} is missing; fetch or train it again")
+        raise NotFound(
+            f"{path.parent} is an incomplete SAE checkpoint: {path.name} is missing; fetch or train it again"
+        )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols, in a paragraph
+            warnings.simplefilter("ignore")  # about pickle protocols
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BadInput(
-            f"{path} is refused by PyTorch's weights-only reader: it holds more than weights, or is damaged; it is not "
-            "opened in any other way, since a pickle can run code: have its state_dict saved alone"
+            f"{path} is refused by PyTorch's weights-only reader: it holds more than weights, or is damaged, and "
+            "opening it fully can run code; save its state_dict alone"
         ) from None
     except Exception as error:  # a damaged archive surfaces as whatever its reader raises
-        raise BadInput(f"{path} is damaged or no PyTorch file ({_first(error)}); fetch or train it again") from None
+        raise BadInput(f"{path} is damaged or not a PyTorch file ({_first(error)}); fetch or train it again") from None
     factor = 1.0
     if isinstance(found, dict) and isinstance(found.get("ae"), dict):
         norm = found.get("norm_factor")
@@ -126,7 +126,7 @@ def _state(path: Path) -> tuple[dict[str, Tensor], float]:
         factor = norm if 0 < norm < float("inf") else 1.0
         found = found["ae"]
     if not isinstance(found, dict) or not found or not all(isinstance(t, Tensor) for t in found.values()):
-        raise BadInput(f"{path} holds no tensors by name; it is no {NAME} checkpoint")
+        raise BadInput(f"{path} holds no tensors by name; it is not a {NAME} checkpoint")
     return {str(name): t.detach().to(torch.float32) for name, t in found.items()}, factor
 
 
@@ -139,7 +139,7 @@ def _sizes(trainer: dict[str, Any], encoder: Tensor, transposed: bool, path: Pat
     rows, columns = encoder.shape
     d_in, num_latents = (rows, columns) if transposed else (columns, rows)
     said = {"activation_dim": d_in, "dict_size": num_latents, **trainer}
-    return number(said, "activation_dim", path, NAME), number(said, "dict_size", path, NAME)
+    return base.positive_int(said, "activation_dim", path, NAME), base.positive_int(said, "dict_size", path, NAME)
 
 
 def _shapes(kind: str, d_in: int, num_latents: int) -> dict[str, tuple[int, ...]]:
@@ -155,68 +155,31 @@ def _shapes(kind: str, d_in: int, num_latents: int) -> dict[str, tuple[int, ...]
 
 def _k(kind: str, trainer: dict[str, Any], stored: dict[str, Tensor], path: Path, place: Path) -> int | None:
     if "TopK" not in kind:
-        return aim(trainer.get("target_l0"))
-    inside = aim(float(stored["k"])) if "k" in stored and stored["k"].numel() == 1 else None
-    k = number({"k": inside, **trainer} if inside is not None else trainer, "k", path, NAME)
+        return base.target_l0(trainer.get("target_l0"))
+    inside = base.target_l0(float(stored["k"])) if "k" in stored and stored["k"].numel() == 1 else None
+    k = base.positive_int({"k": inside, **trainer} if inside is not None else trainer, "k", path, NAME)
     if inside is not None and inside != k:
-        raise BadInput(f"{path} says k = {k}, {place.name} says {inside}; the two files are not of one checkpoint")
+        raise BadInput(f"{path} says k = {k}, {place.name} says {inside}; the two files are not from one checkpoint")
     return k
 
 
 def _fold(weights: dict[str, Tensor], kind: str, factor: float) -> tuple[str, ...]:
-    """Make the weights encode as the class does; see the module's head."""
+    """Make the weights encode as the class does; see the head of this module."""
     folded = []
     if factor != 1.0:
         for name in weights.keys() - _FIXED_SCALE:
-            weights[name] = scaled(weights[name], factor)
+            weights[name] = base.scale(weights[name], factor)
         folded.append(f"norm_factor ({factor:g})")
     if kind in _NO_CENTRE:
-        weights["b_enc"] = added(weights["b_enc"], uncentred_bias(weights["W_enc"], weights["b_dec"]))
+        weights["b_enc"] = base.add(weights["b_enc"], base.centring_bias(weights["W_enc"], weights["b_dec"]))
         folded.append("no b_dec in the encoder")
-    if kind == "AutoEncoder" and not has_unit_rows(weights["W_dec"], 1e-5):
-        norm = lengths(weights["W_dec"])
-        weights["W_dec"] = scaled(weights["W_dec"], 1 / norm.clamp_min(1e-300))
+    if kind == "AutoEncoder" and not base.has_unit_rows(weights["W_dec"], 1e-5):
+        norm = base.row_lengths(weights["W_dec"])
+        weights["W_dec"] = base.scale(weights["W_dec"], 1 / norm.clamp_min(1e-300))
         for name in ("W_enc", "b_enc"):
-            weights[name] = scaled(weights[name], norm)
+            weights[name] = base.scale(weights[name], norm)
         folded.append("the decoder's lengths")
     return tuple(folded)
-
-
-def _topk(weights: dict[str, Tensor], k: int | None, _place: Path) -> Sae:
-    assert k is not None
-    return TopKSae(**weights, k=k)
-
-
-def _batchtopk(weights: dict[str, Tensor], k: int | None, place: Path) -> Sae:
-    if float(weights["threshold"]) < 0:
-        raise BadInput(
-            f"{place}: its threshold was never measured (it is {float(weights['threshold']):g}), so a token alone has "
-            "no latents that fire; train it beyond threshold_start_step"
-        )
-    return BatchTopKSae(**weights, k=k)
-
-
-def _relu(weights: dict[str, Tensor], k: int | None, _place: Path) -> Sae:
-    return ReluSae(**weights, k=k)
-
-
-def _gated(weights: dict[str, Tensor], k: int | None, _place: Path) -> Sae:
-    return GatedSae(**weights, k=k)
-
-
-def _jumprelu(weights: dict[str, Tensor], k: int | None, _place: Path) -> Sae:
-    return JumpReluSae(**{**weights, "threshold": weights["threshold"].clamp_min(_TINY)}, k=k)
-
-
-_BUILD: dict[str, Callable[[dict[str, Tensor], int | None, Path], Sae]] = {
-    "AutoEncoderTopK": _topk,
-    "BatchTopKSAE": _batchtopk,
-    "MatryoshkaBatchTopKSAE": _batchtopk,
-    "AutoEncoder": _relu,
-    "AutoEncoderNew": _relu,
-    "GatedAutoEncoder": _gated,
-    "JumpReluAutoEncoder": _jumprelu,
-}
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -233,17 +196,17 @@ _CLASSES = {
 def write(folder: Path, sae: Sae, about: About) -> None:
     """Write a dictionary of any architecture; ``load_dictionary`` opens it.
 
-    A ReLU dictionary whose decoder is not of unit length is written as an ``AutoEncoderNew``, since the loader of
-    the other class would give its activations another scale.
+    A ReLU dictionary whose decoder is not of unit length is written as an ``AutoEncoderNew``, because the loader
+    of the other class would change the scale of its activations.
     """
     kind, trainer = _CLASSES[sae.architecture]
-    if kind == "AutoEncoder" and not has_unit_rows(sae.W_dec, 1e-5):
+    if kind == "AutoEncoder" and not base.has_unit_rows(sae.W_dec, 1e-5):
         kind = "AutoEncoderNew"
     if kind == "BatchTopKSAE" and sae.k is None:
-        raise BadInput("this BatchTopK dictionary does not say its k, which dictionary_learning wants; use saelens")
+        raise BadInput("this BatchTopK dictionary has no k, which dictionary_learning requires; use saelens")
     weights = {name: t.detach().to("cpu", torch.float32) for name, t in sae.weights().items()}
     if kind in _NO_CENTRE:
-        weights["b_enc"] = added(weights["b_enc"], -uncentred_bias(weights["W_enc"], weights["b_dec"]))
+        weights["b_enc"] = base.add(weights["b_enc"], -base.centring_bias(weights["W_enc"], weights["b_dec"]))
     state = {
         theirs: (weights[ours.removesuffix(".T")].T if ours.endswith(".T") else weights[ours]).contiguous().clone()
         for ours, theirs in _STORED[kind].items()

@@ -1,7 +1,7 @@
 """Our own format, for architectures that no other program has: every tensor under the name that its class gives it.
 
-``dictionary.safetensors`` holds what :meth:`sae.dictionaries.sae.Sae.weights` gives, ``cfg.json`` the architecture, k,
-and the shape of each tensor. Whoever opens it needs the architecture's file, and is told so where it is not there.
+``dictionary.safetensors`` holds :meth:`sae.dictionaries.sae.Sae.weights`, ``cfg.json`` the architecture, k, and the
+shape of each tensor. Opening one needs the architecture's file; the error names it where it is missing.
 """
 
 from __future__ import annotations
@@ -11,18 +11,8 @@ from pathlib import Path
 from sae.common.errors import BadInput
 from sae.common.files import write_json
 from sae.dictionaries.architectures import ARCHITECTURES
-from sae.dictionaries.formats.base import (
-    About,
-    Format,
-    Opened,
-    check_k,
-    check_tensors,
-    number,
-    read_config,
-    read_safetensors,
-    table,
-    write_safetensors,
-)
+from sae.dictionaries.formats import base
+from sae.dictionaries.formats.base import About, Format, Opened
 from sae.dictionaries.sae import Sae
 
 NAME, CONFIG, WEIGHTS = "native", "cfg.json", "dictionary.safetensors"
@@ -30,21 +20,23 @@ _SCHEMA = 1
 
 
 def read(folder: Path) -> Opened:
-    """The dictionary in ``folder``, of any architecture that there is a file of."""
+    """Read the dictionary in ``folder``, of any architecture with a file in ``architectures/``."""
     path = folder / CONFIG
-    config = read_config(path)
+    config = base.read_config(path)
     if config.get("sae_autointerp") != _SCHEMA:
-        raise BadInput(f"{path}: 'sae_autointerp' is not {_SCHEMA}; it does not describe the {WEIGHTS} beside it")
+        raise BadInput(f"{path}: 'sae_autointerp' is not {_SCHEMA}; it does not describe {WEIGHTS}")
     name = str(config.get("architecture"))
     if name not in ARCHITECTURES:
-        raise BadInput(f"{path}: architecture {name!r} has no file here; put it back as sae/architectures/{name}.py")
-    k = None if config.get("k") is None else number(config, "k", path, NAME)
-    shapes = table(config.get("shapes"))
+        raise BadInput(
+            f"{path}: architecture {name!r} has no file here; put it back as sae/dictionaries/architectures/{name}.py"
+        )
+    k = None if config.get("k") is None else base.positive_int(config, "k", path, NAME)
+    shapes = base.as_dict(config.get("shapes"))
     if not {"W_enc", "W_dec"} <= set(shapes) or not all(isinstance(shape, list) for shape in shapes.values()):
         raise BadInput(f"{path}: 'shapes' does not say what the weights are; this is a damaged {NAME} checkpoint")
-    tensors = read_safetensors(folder / WEIGHTS)
-    check_tensors(tensors, {key: tuple(of) for key, of in shapes.items()}, folder / WEIGHTS, CONFIG, NAME)
-    check_k(k, len(tensors["W_enc"]), path)
+    tensors = base.read_safetensors(folder / WEIGHTS)
+    base.check_tensors(tensors, {key: tuple(of) for key, of in shapes.items()}, folder / WEIGHTS, CONFIG, NAME)
+    base.check_k(k, len(tensors["W_enc"]), path)
     try:
         return Opened(ARCHITECTURES[name].of_weights({key: tensors[key] for key in shapes}, k))
     except (TypeError, ValueError) as error:
@@ -54,7 +46,7 @@ def read(folder: Path) -> Opened:
 def write(folder: Path, sae: Sae, about: About) -> None:
     """Write a dictionary of any architecture."""
     weights = sae.weights()
-    write_safetensors(folder / WEIGHTS, weights)
+    base.write_safetensors(folder / WEIGHTS, weights)
     config = {
         "sae_autointerp": _SCHEMA,
         "architecture": sae.architecture,

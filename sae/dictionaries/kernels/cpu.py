@@ -1,287 +1,250 @@
-"""Compiled loops of the sparse steps; ``kernels`` calls them, one range of rows per thread.
+"""The sparse steps on a CPU: compiled loops over rows, shared out among threads. See ``steps.Kernels``.
 
-* A row of pre-activations is folded into lanes, each represented by its maximum. A value that K of these
-  maxima reach is a lower bound of the K-th largest of all, so only the few lanes above it are looked into;
-  folding and bounding vectorise, and a bisection over what is left finds the K.
-* The decoded residual of a token stays in the first-level cache while the gradients of its K activations,
-  which are its products with the same K decoder rows, are formed.
-* Weight gradients go latent by latent, so a row of each gradient is written by one thread only, in the order
-  of the tokens: no atomics, and the same bits whatever the number of threads.
-
-Four slots are added at a time, because an accumulator that is read and written once per slot would make
-memory, not arithmetic, the limit.
-
-Compiled code checks no bounds, and weights may come from anywhere: no index depends on floats without being bounded,
-whatever they are (infinity, NaN, ties, subnormal numbers). ``tests/sae/dictionaries/test_kernel_bounds.py`` checks it.
+Threads are plain Python threads, because the loops hold no interpreter lock; OpenMP threads of Numba's would spin
+against PyTorch's. Each row of a result is one thread's work, so no result depends on the number of threads.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
 
-# Sums may be reordered and multiplications fused (that is what lets them vectorise); NaN and infinity keep
-# their meaning, because the trainer's check for them relies on it.
-FAST = {"reassoc", "contract", "nsz", "arcp"}
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-_SMALLEST_MOMENT = 1e-30  # below it a moment counts as zero; subnormal arithmetic is up to 100 times slower
+from sae.dictionaries.kernels import buffers, cpu_shortlist
+from sae.dictionaries.kernels import cpu_loops as loops
+
+TILE_BYTES = 32 * 2**20
+"""pre-activations that a thread of :func:`product_topk` holds at once"""
+_FEWEST_ROWS = 64  # with fewer, rearranging the weights for each product costs as much as the product
+_PIECES = 16  # of a batch, or more
 
 
-@_compiled
-def bracket(values: np.ndarray, n: int, k: int, slack: int) -> tuple[Any, Any]:
-    """``low < high`` such that at least ``k`` of ``values[:n]`` reach ``low`` and fewer reach ``high``.
+def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    slots = _empty_slots(pre, k)
+    depth = _depth(pre.shape[1], k)
+    pre_array, *out = _arrays(pre, *slots)
+    _in_parallel(lambda low, high: loops.topk_rows(pre_array, depth, *out, low, high), _even(len(pre)))
+    return slots
 
-    Bisects until at most ``k + slack`` reach ``low``, or until no value lies between the two: what is left
-    in the bracket is then one value, several times. ``low`` is 0 where fewer than ``k`` are positive. Where ``k`` or
-    more are infinite, ``high`` is infinity, which they do reach: a caller that fills ``k`` slots has to count them.
+
+def multiplies_in_tiles(matrix: Tensor) -> bool:
+    """Return whether :func:`product_topk` is faster than a whole product and :func:`topk` of it.
+
+    It is on CPUs without AVX-512, by up to 2 times (benchmarks/README.md), where NumPy has OpenBLAS.
     """
-    kind = values.dtype.type
-    low, high, half, one, zero = kind(0), kind(0), kind(0.5), kind(1), kind(0)
-    for i in range(n):
-        high = values[i] if values[i] > high else high
-    high += high
-    top = min(high, kind(np.finfo(values.dtype).max))  # there is no middle between a number and infinity
-    while True:
-        middle = low + (top - low) * half
-        if middle <= low or middle >= top:
-            return low, high
-        reach = zero
-        for i in range(n):
-            reach += one if values[i] >= middle else zero
-        if reach < k:
-            high = top = middle
-        else:
-            low = middle
-            if reach <= k + slack:
-                return low, high
+    is_plain = matrix.is_cpu and matrix.dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return is_plain and bool(_openblas().lib_controllers)
 
 
-@_compiled
-def add_to_rows(rows: np.ndarray, amount: np.ndarray) -> None:
-    """``rows += amount``: NumPy's own is slower by half, because it looks at each row anew."""
-    for b in range(len(rows)):
-        row = rows[b]
-        for j in range(len(row)):
-            row[j] += amount[j]
+def product_topk(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return :func:`topk` of ``centred @ weight.T + bias``, for float32 [B, D], [M, D] and [M].
+
+    Each thread multiplies some rows at a time by NumPy's BLAS and chooses among the results while they are in its
+    cache. The sizes of the pieces, and so the bits of the results, do not depend on the number of threads.
+    """
+    n, num_latents = len(centred), len(weight)
+    slots = _empty_slots(centred, k)
+    rows = min(max(_FEWEST_ROWS, -(-n // _PIECES)), max(_FEWEST_ROWS, TILE_BYTES // (4 * num_latents)))
+    x, w, b, *out = _arrays(centred, weight, bias, *slots)
+    depth = _depth(num_latents, k)
+
+    def work(first: int, last: int) -> None:
+        memory = buffers.empty((min(rows, n), num_latents), torch.float32).numpy()
+        for low in range(first * rows, min(last * rows, n), rows):
+            high = min(low + rows, n)
+            pre = _matmul(x[low:high], w, memory[: high - low])
+            loops.add_to_rows(pre, b)
+            loops.topk_rows(pre, depth, out[0][low:high], out[1][low:high], 0, high - low)
+
+    with _openblas().limit(limits=1):  # the threads are ours
+        _in_parallel(work, _even(-(-n // rows)))
+    return slots
 
 
-@_compiled
-def topk_rows(pre: np.ndarray, depth: int, values: np.ndarray, latents: np.ndarray, low: int, high: int) -> None:
-    m, k = pre.shape[1], values.shape[1]
-    width = m // depth
-    lowest = pre.dtype.type(-np.inf)
-    lanes, chosen = np.empty(width, pre.dtype), np.empty(width, np.int64)
-    found, who = np.empty(m + 1, pre.dtype), np.empty(m + 1, np.int64)
-    for b in range(low, high):
-        row = pre[b]
-        for lane in range(width):  # NaN, which nothing exceeds, must not hide the rest of its lane
-            lanes[lane] = row[lane] if row[lane] > lowest else lowest
-        for start in range(width, depth * width, width):
-            part = row[start : start + width]
-            for lane in range(width):
-                lanes[lane] = part[lane] if part[lane] > lanes[lane] else lanes[lane]
-        floor, _ = bracket(lanes, width, k, 1 + k // 4)
-        # Written first and counted after: no branch to predict wrongly.
-        n_chosen, n = 0, 0
-        for lane in range(width):
-            chosen[n_chosen] = lane
-            n_chosen += lanes[lane] >= floor
-        for c in range(n_chosen):
-            for j in range(chosen[c], depth * width, width):
-                found[n], who[n] = row[j], j
-                n += (row[j] >= floor) & (row[j] > 0)
-        for j in range(depth * width, m):
-            found[n], who[n] = row[j], j
-            n += (row[j] >= floor) & (row[j] > 0)
-        best, names = values[b], latents[b]
-        if n <= k:
-            best[:n], names[:n] = found[:n], who[:n]
-            best[n:], names[n:] = 0, 0
-            continue
-        least, above = bracket(found, n, k, 0)
-        ties = k
-        for i in range(n):
-            ties -= found[i] >= above
-        filled = 0
-        for i in range(n):
-            value = found[i]
-            if filled < k and (value >= above or (value >= least and ties > 0)):
-                ties -= value < above
-                best[filled], names[filled] = value, who[i]
-                filled += 1
-        best[filled:], names[filled:] = 0, 0
+def products(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Write ``x @ weight.T`` of [B, D] and [M, D] into ``out`` [B, M], with the faster library on this machine."""
+    if not multiplies_in_tiles(x):
+        return torch.mm(x, weight.T, out=out)
+    a, w, into = _arrays(x, weight, out)
+    with _openblas().limit(limits=1):  # the threads are ours
+        _in_parallel(lambda low, high: _matmul(a[low:high], w, into[low:high]), _even(len(a)))
+    return out
 
 
-@_compiled
-def _decode_token(values: np.ndarray, latents: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
-    """``out += values @ weight[latents]``; the zeros among ``values`` are empty slots."""
-    k = len(values)
-    for j in range(0, k - k % 4, 4):
-        a0, a1, a2, a3 = values[j], values[j + 1], values[j + 2], values[j + 3]
-        if a0 == 0 and a1 == 0 and a2 == 0 and a3 == 0:
-            continue
-        w0, w1, w2, w3 = weight[latents[j]], weight[latents[j + 1]], weight[latents[j + 2]], weight[latents[j + 3]]
-        for d in range(len(out)):
-            out[d] += a0 * w0[d] + a1 * w1[d] + a2 * w2[d] + a3 * w3[d]
-    for j in range(k - k % 4, k):
-        a0 = values[j]
-        if a0 != 0:
-            w0 = weight[latents[j]]
-            for d in range(len(out)):
-                out[d] += a0 * w0[d]
+def _matmul(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Write ``x @ weight.T`` into ``out`` without NumPy's warnings: callers report numbers that are not finite."""
+    with np.errstate(all="ignore"):
+        return np.matmul(x, weight.T, out=out)
 
 
-@_compiled
-def decode_rows(
-    values: np.ndarray, latents: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: np.ndarray, low: int, high: int
-) -> None:
-    for b in range(low, high):
-        out[b] = bias
-        _decode_token(values[b], latents[b], weight, out[b])
+@cache
+def _openblas() -> ThreadpoolController:
+    """Return the OpenBLAS libraries in this process, including NumPy's."""
+    return ThreadpoolController().select(internal_api="openblas")
 
 
-@_compiled
-def residual_rows(
-    values: np.ndarray,
-    latents: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    target: np.ndarray,
-    residual: np.ndarray,
-    products: np.ndarray,
-    squares: np.ndarray,
-    low: int,
-    high: int,
-) -> None:
-    k = values.shape[1]
-    for b in range(low, high):
-        r, aim, a, who = residual[b], target[b], values[b], latents[b]
-        for d in range(len(r)):
-            r[d] = bias[d] - aim[d]
-        _decode_token(a, who, weight, r)
-        total = r.dtype.type(0)
-        for d in range(len(r)):
-            total += r[d] * r[d]
-        squares[b] = total
-        for j in range(k):
-            dot = r.dtype.type(0)
-            if a[j] > 0:
-                w = weight[who[j]]
-                for d in range(len(r)):
-                    dot += r[d] * w[d]
-            products[b, j] = dot
+def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    slots = _empty_slots(centred, k)
+    width = _lanes(pre.shape[1], k)
+    bits, *rest = _arrays(pre.view(torch.int16), centred, weight, bias, *slots)
+    _in_parallel(lambda low, high: cpu_shortlist.topk_of_bfloat16(bits, width, *rest, low, high), _even(len(pre)))
+    return slots
 
 
-@_compiled
-def sort_slots(
-    values: np.ndarray, latents: np.ndarray, offsets: np.ndarray, token: np.ndarray, slot: np.ndarray
-) -> None:
-    """A counting sort. ``offsets`` comes in as zeros [M+2]; its first M+1 entries are the result."""
-    n, k = values.shape
-    for b in range(n):
-        for j in range(k):
-            if values[b, j] > 0:
-                offsets[latents[b, j] + 2] += 1
-    for m in range(2, len(offsets)):
-        offsets[m] += offsets[m - 1]
-    for b in range(n):
-        for j in range(k):
-            if values[b, j] > 0:
-                at = offsets[latents[b, j] + 1]
-                offsets[latents[b, j] + 1] = at + 1
-                token[at] = b
-                slot[at] = b * k + j
+class Quantised(NamedTuple):
+    """A matrix whose rows are rounded to 8 bits, each with a step of its own."""
+
+    rows: Tensor
+    """[N, D] int8, at most 127"""
+    steps: Tensor
+    """[N] float32: row i is about ``steps[i] * rows[i]``"""
+    lengths: Tensor
+    """[N] float32: the norms of the original rows; not finite where an entry is not"""
 
 
-@_compiled
-def _add_rows(weights: np.ndarray, slot: np.ndarray, token: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
-    """``out += sum_i weights[slot[i]] * rows[token[i]]``."""
-    n = len(slot)
-    for i in range(0, n - n % 4, 4):
-        a0, a1, a2, a3 = weights[slot[i]], weights[slot[i + 1]], weights[slot[i + 2]], weights[slot[i + 3]]
-        r0, r1, r2, r3 = rows[token[i]], rows[token[i + 1]], rows[token[i + 2]], rows[token[i + 3]]
-        for d in range(len(out)):
-            out[d] += a0 * r0[d] + a1 * r1[d] + a2 * r2[d] + a3 * r3[d]
-    for i in range(n - n % 4, n):
-        a0 = weights[slot[i]]
-        r0 = rows[token[i]]
-        for d in range(len(out)):
-            out[d] += a0 * r0[d]
+def quantise(matrix: Tensor) -> Quantised:
+    """Round ``matrix`` [N, D] float32 to 8 bits."""
+    n = len(matrix)
+    out = Quantised(buffers.empty(matrix.shape, torch.int8), matrix.new_empty(n), matrix.new_empty(n))
+    arrays = _arrays(matrix, *out)
+    _in_parallel(lambda low, high: cpu_shortlist.quantise_rows(*arrays, low, high), _even(n))
+    return out
 
 
-@_compiled
-def weight_gradient_rows(
-    values: np.ndarray,
-    products: np.ndarray,
-    offsets: np.ndarray,
-    token: np.ndarray,
-    slot: np.ndarray,
-    residual: np.ndarray,
-    centred: np.ndarray,
+def quantised_topk(
+    products: Tensor, x: Quantised, w: Quantised, centred: Tensor, weight: Tensor, bias: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`topk` of ``centred @ weight.T + bias``, given ``products``, ``x.rows @ w.rows.T`` [B, M] int32.
+
+    ``x`` and ``w`` are the quantised ``centred`` [B, D] and ``weight`` [M, D]. Activations are those of float32. A
+    latent is missed only where the rounding errors of two rows, taken as random, reach six standard deviations.
+    """
+    slots = _empty_slots(centred, k)
+    largest = (float(t.max()) for t in (w.lengths, w.steps, bias.abs()))
+    numbers = (*largest, _lanes(products.shape[1], k))
+    rough = _arrays(products, x.steps, x.lengths, w.steps)
+    exact = _arrays(centred, weight, bias, *slots)
+    _in_parallel(lambda low, high: cpu_shortlist.topk_of_int8(*rough, *numbers, *exact, low, high), _even(len(centred)))
+    return slots
+
+
+def _empty_slots(like: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return like.new_empty(len(like), k), torch.empty(len(like), k, dtype=torch.int64)
+
+
+def _depth(num_latents: int, k: int) -> int:
+    """Return how many pre-activations a lane of ``topk_rows`` represents.
+
+    Looking at M / depth maxima and then at about K lanes of that depth is cheapest at a depth of sqrt(M / K).
+    """
+    return 2 ** round(0.5 * math.log2(max(1.0, num_latents / k)))
+
+
+def _lanes(num_latents: int, k: int) -> int:
+    """Return the number of lanes that a row of rounded pre-activations is folded into."""
+    return max(1, min(num_latents, 2 ** round(math.log2(8 * k)), num_latents // 4))
+
+
+def decode(activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    out = buffers.empty((len(activations), weight.shape[1]), weight.dtype)
+    arrays = _arrays(activations, latents, weight, bias, out)
+    _in_parallel(lambda low, high: loops.decode_rows(*arrays, low, high), _even(len(out)))
+    return out
+
+
+def residuals(
+    activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    residual, products = buffers.empty(target.shape, target.dtype), torch.empty_like(activations)
+    squares = target.new_empty(len(target))
+    arrays = _arrays(activations, latents, weight, bias, target, residual, products, squares)
+    _in_parallel(lambda low, high: loops.residual_rows(*arrays, low, high), _even(len(target)))
+    return residual, products, squares.sum(dtype=torch.float64)
+
+
+def weight_gradients(
+    activations: Tensor,
+    products: Tensor,
+    latents: Tensor,
+    residual: Tensor,
+    centred: Tensor,
     scale: float,
-    grad_dec: np.ndarray,
-    grad_enc: np.ndarray,
-    grad_bias: np.ndarray,
-    low: int,
-    high: int,
-) -> None:
-    for m in range(low, high):
-        start, stop = offsets[m], offsets[m + 1]
-        dec, enc = grad_dec[m], grad_enc[m]
-        dec[:] = 0
-        enc[:] = 0
-        bias = dec.dtype.type(0)
-        _add_rows(values, slot[start:stop], token[start:stop], residual, dec)
-        _add_rows(products, slot[start:stop], token[start:stop], centred, enc)
-        for i in range(start, stop):
-            bias += products[slot[i]]
-        factor = dec.dtype.type(scale)
-        for d in range(len(dec)):
-            dec[d] *= factor
-            enc[d] *= factor
-        grad_bias[m] = bias * factor
+    num_latents: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    W_dec, W_enc = (buffers.empty((num_latents, residual.shape[1]), residual.dtype) for _ in range(2))
+    b_enc = residual.new_empty(num_latents)
+    values, slot_products, who, *rest = _arrays(activations, products, latents, residual, centred, W_dec, W_enc, b_enc)
+    offsets = np.zeros(num_latents + 2, np.int64)
+    active = int(np.count_nonzero(values > 0))
+    token, slot = np.empty(active, np.int64), np.empty(active, np.int64)
+    loops.sort_slots(values, who, offsets, token, slot)
+    offsets = offsets[:-1]
+    rows, out = rest[:2], rest[2:]
+    arrays = (values.reshape(-1), slot_products.reshape(-1), offsets, token, slot, *rows, scale, *out)
+    _in_parallel(lambda low, high: loops.weight_gradient_rows(*arrays, low, high), _by_load(offsets))
+    return W_dec, W_enc, b_enc, torch.from_numpy(np.diff(offsets))
 
 
-@_compiled
-def adam_rows(
-    weight: np.ndarray,
-    grad: np.ndarray,
-    first: np.ndarray,
-    second: np.ndarray,
+def adam(
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    *,
+    step: int,
     rate: float,
-    beta1: float,
-    beta2: float,
+    betas: tuple[float, float],
     eps: float,
-    correction1: float,
-    correction2: float,
     unit_rows: bool,
-    low: int,
-    high: int,
 ) -> None:
-    kind = weight.dtype.type
-    b1, b2, c1, c2 = kind(beta1), kind(beta2), kind(1 - beta1), kind(1 - beta2)
-    step, root, small = kind(rate / correction1), kind(1 / np.sqrt(correction2)), kind(eps)
-    least, zero = kind(_SMALLEST_MOMENT), kind(0)
-    for i in range(low, high):
-        w, g, m, v = weight[i], grad[i], first[i], second[i]
-        along = zero
-        if unit_rows:
-            for d in range(len(w)):
-                along += g[d] * w[d]
-        for d in range(len(w)):
-            gradient = g[d] - along * w[d]
-            mean = b1 * m[d] + c1 * gradient
-            square = b2 * v[d] + c2 * gradient * gradient
-            mean = mean if abs(mean) > least else zero
-            square = square if square > least else zero
-            m[d], v[d] = mean, square
-            w[d] -= step * mean / (np.sqrt(square) * root + small)
-        if unit_rows:
-            norm = zero
-            for d in range(len(w)):
-                norm += w[d] * w[d]
-            factor = kind(1) / np.sqrt(norm)
-            for d in range(len(w)):
-                w[d] *= factor
+    arrays = _arrays(*(torch.atleast_2d(t) for t in (weight, grad, first, second)))
+    numbers = rate, *betas, eps, 1 - betas[0] ** step, 1 - betas[1] ** step, unit_rows
+    _in_parallel(lambda low, high: loops.adam_rows(*arrays, *numbers, low, high), _even(len(arrays[0])))
+
+
+# ------------------------------------------------------------------------------------- arrays and threads
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Return the tensors' own memory. The loops are compiled for contiguous rows, and results must not be copies."""
+    if not all(t.is_contiguous() for t in tensors):
+        raise ValueError("the sparse steps need contiguous tensors")
+    return [t.detach().numpy() for t in tensors]
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="sae-kernel")
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has the pool, but not its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _in_parallel(work: Callable[[int, int], Any], bounds: np.ndarray) -> None:
+    """Call ``work(low, high)`` for the consecutive ranges that ``bounds`` delimits."""
+    ranges = [(int(low), int(high)) for low, high in pairwise(bounds) if high > low]
+    waiting = [_pool(len(bounds) - 1).submit(work, low, high) for low, high in ranges[1:]]
+    if ranges:
+        work(*ranges[0])
+    for future in waiting:
+        future.result()
+
+
+def _even(n: int) -> np.ndarray:
+    return np.linspace(0, n, torch.get_num_threads() + 1).astype(np.int64)
+
+
+def _by_load(offsets: np.ndarray) -> np.ndarray:
+    """Return ranges of latents with about the same number of firings: a few latents may fire for most tokens."""
+    cuts = np.linspace(0, int(offsets[-1]), torch.get_num_threads() + 1)[1:-1]
+    return np.concatenate(([0], np.searchsorted(offsets[:-1], cuts), [len(offsets) - 1])).astype(np.int64)

@@ -1,11 +1,10 @@
-"""The sparse steps by Triton programs, for CUDA: S seeds in one launch, and the same bits every time.
+"""The sparse steps as Triton programs for CUDA: S seeds in one launch, and the same bits every time.
 
-Meaning, function by function, is that of ``kernels``; but every tensor may have a leading seeds axis (weights
-[S, M, D], slots [S, B, K]), because one seed alone leaves a GPU waiting for its launches. Shapes of blocks and
-numbers of warps are fixed, not tuned on the spot: another choice adds in another order.
+See ``steps.Kernels``. One seed alone leaves a GPU waiting for its launches, so every tensor may have a leading seeds
+axis. Shapes of blocks and numbers of warps are fixed, not tuned: another choice adds in another order.
 
-Apart from the results, memory goes to the short lists of top-k (12 bytes for each of max(128, 2K) places a row,
-rounded up to a power of two) and to the sorting of S x B x K slots (about 40 bytes a slot).
+Besides the results, memory goes to the short lists of top-k (12 bytes for each of max(128, 2K) places a row, rounded
+up to a power of two) and to the sorting of S x B x K slots (about 40 bytes a slot).
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ from sae.dictionaries.kernels import cuda_programs as programs
 _LANES = 2048  # a row is folded into this many; up to four times as many where K is large
 _SHORT_LIST = 128  # places in a short list, at least
 _TILE = 8192  # elements of gathered rows that one program holds at once: 64 registers a thread
-_FLAT = 1024  # elements per program of an update that knows no rows
+_FLAT = 1024  # elements per program of an update without rows
 
 
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """:func:`kernels.topk` of ``pre`` [(S,) B, M]; activations of half precision come out in float32."""
     n = pre.shape[-1]
     total = pre.numel() // n
-    dtype = torch.float64 if pre.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if pre.dtype == torch.float64 else torch.float32  # half precision comes out in float32
     lanes = min(triton.next_power_of_2(n), max(_LANES, min(4 * _LANES, triton.next_power_of_2(4 * k))))
     capacity = max(_SHORT_LIST, triton.next_power_of_2(2 * k))
     found = torch.empty(total, capacity, dtype=dtype, device=pre.device)
@@ -55,7 +53,6 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def decode(activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """:func:`kernels.decode`; all four may have a leading seeds axis."""
     out = torch.empty(*activations.shape[:-1], weight.shape[-1], dtype=weight.dtype, device=weight.device)
     values, who, w, b = _contiguous(activations, latents, weight, bias)
     _launch_decode(values, who, w, b, out, out, out, out, error=False)
@@ -65,7 +62,6 @@ def decode(activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -
 def residuals(
     activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`kernels.residuals`; with a seeds axis the squares are [S], and seeds may share a ``target`` [B, D]."""
     out = torch.empty(*activations.shape[:-1], weight.shape[-1], dtype=weight.dtype, device=weight.device)
     products = torch.empty_like(activations, memory_format=torch.contiguous_format)
     squares = activations.new_empty(activations.shape[:-1])
@@ -88,7 +84,6 @@ def _launch_decode(
 
 
 def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """:func:`kernels.rounded_topk`; all tensors may have a leading seeds axis."""
     near, who = topk(pre, min(pre.shape[-1], k + max(8, k // 4)))
     total, c = near.numel() // near.shape[-1], near.shape[-1]
     x, w, b = _contiguous(centred, weight, bias)
@@ -115,7 +110,6 @@ def weight_gradients(
     scale: float,
     num_latents: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`kernels.weight_gradients`; all tensors may have a leading seeds axis, and then the results have it."""
     values, slot_products, r, c = _contiguous(activations, products, residual, centred)
     k, width, lead = values.shape[-1], r.shape[-1], values.shape[:-2]
     n = num_latents * lead.numel()
@@ -140,17 +134,18 @@ def adam(
     grad: Tensor,
     first: Tensor,
     second: Tensor,
+    *,
+    step: int,
     rate: float,
     betas: tuple[float, float],
     eps: float,
-    corrections: tuple[float, float],
     unit_rows: bool,
 ) -> None:
-    """:func:`kernels.adam`, in place, on tensors of any shape whose last axis is a row."""
     if not all(t.is_contiguous() for t in (weight, first, second)):
         raise ValueError("the sparse steps need contiguous tensors")
     total = weight.numel()
     width = weight.shape[-1] if unit_rows else _FLAT
+    corrections = 1 - betas[0] ** step, 1 - betas[1] ** step
     numbers = rate / corrections[0], corrections[1] ** -0.5, eps, *betas, 1 - betas[0], 1 - betas[1]
     block = triton.next_power_of_2(width)
     with torch.cuda.device_of(weight):
@@ -165,7 +160,7 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
 
 
 def _bits(dtype: torch.dtype) -> dict[str, Any]:
-    """How a program reads what was of ``dtype`` as integers: their width, and where the bits begin and end."""
+    """Return how a program reads numbers of ``dtype`` as integers: their width, and where the bits begin and end."""
     if dtype == torch.float64:
         return {"INT": tl.int64, "TOP": 62, "HIGHEST": 2**63 - 1, "LAST": 1}
     unused = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
@@ -173,12 +168,12 @@ def _bits(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _warps(elements: int, each: int) -> int:
-    """Warps for a block, of which each warp takes ``each`` elements; at most 16."""
+    """Return the warps for a block of ``elements``, ``each`` of them to a warp; at most 16."""
     return min(16, max(1, triton.next_power_of_2(elements) // each))
 
 
 def _tiles(k: int, width: int) -> dict[str, int]:
-    """How many rows of ``width`` one program gathers at once, and its warps."""
+    """Return how many rows of ``width`` one program gathers at once, and its warps."""
     block = triton.next_power_of_2(width)
     tile = max(1, min(16, triton.next_power_of_2(k), _TILE // block))
     return {"TILE": tile, "WIDTH": block, "num_warps": min(16, max(1, tile * block // 2048))}

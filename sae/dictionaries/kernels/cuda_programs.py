@@ -1,15 +1,15 @@
-"""The Triton programs of the sparse steps; ``kernels_triton`` launches them, one program per row.
+"""The Triton programs of the sparse steps, launched by ``cuda``: one program per row.
 
 * Top-k bisects over the bits of floats, whose order as integers is that of the positive numbers. A row is first
-  folded into lanes; what K lanes' maxima reach is a lower bound of the K-th largest value, so one more pass over
-  the row leaves a short list, and only that is bisected to the last bit. A row with a long list (many equal
-  values) is bisected as a whole. Slots come in the order of their latents; of equal values the first are taken.
-* A program that decodes a token goes on to the gradient of its activations, because the K decoder rows that this
-  takes once more are then in the nearest cache.
-* Weight gradients go latent by latent, so that one program only writes a row and nothing is added atomically.
+  folded into lanes; a value that K lanes' maxima reach is a lower bound of the K-th largest, so one more pass over the
+  row leaves a short list, and only that is bisected to the last bit. A row with a long list (many equal values) is
+  bisected as a whole. Slots come in the order of their latents; of equal values the first are taken.
+* A program that decodes a token continues with the gradient of its activations, because the K decoder rows that it
+  reads again are then in the nearest cache.
+* Weight gradients go latent by latent, so that only one program writes a row and no addition is atomic.
 
-Row numbers are 64-bit throughout: S x M x D and S x B x M pass 2^31. They are counted by the first grid axis alone,
-the only one with that room.
+Row numbers are 64-bit throughout: S x M x D and S x B x M exceed 2^31. Only the first grid axis is wide enough to
+count them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton.language as tl
 
 @triton.jit
 def _order(value: tl.tensor, INT: tl.constexpr, HIGHEST: tl.constexpr) -> tl.tensor:
-    """Integers ordered as the values, 0 for all that are not positive; NaN is above infinity."""
+    """Return integers ordered as the values, 0 for those not positive; NaN is above infinity."""
     bits = value.to(INT, bitcast=True) & HIGHEST
     return tl.where((value > 0) | (value != value), bits, 0)
 
@@ -31,7 +31,7 @@ def _order(value: tl.tensor, INT: tl.constexpr, HIGHEST: tl.constexpr) -> tl.ten
 def _threshold(
     bits: tl.tensor, k: tl.tensor, INT: tl.constexpr, TOP: tl.constexpr, LAST: tl.constexpr, EXACT: tl.constexpr
 ) -> tl.tensor:
-    """The largest integer that ``k`` of ``bits`` reach, or a smaller one that exactly as many reach.
+    """Return the largest integer that ``k`` of ``bits`` reach, or a smaller one that exactly as many reach.
 
     Without EXACT, the first integer found that at least ``k`` and at most ``k + k / 4`` reach. 0 where fewer than
     ``k`` are positive.
@@ -53,7 +53,7 @@ def _threshold(
 
 @triton.jit
 def _part(pre: tl.tensor, column: tl.tensor, n: tl.tensor, FLOAT: tl.constexpr) -> tl.tensor:
-    """Pre-activations of the given columns; 0 beyond the row's end."""
+    """Load the pre-activations of the given columns; 0 beyond the row's end."""
     return tl.load(pre + column, mask=column < n, other=0.0).to(FLOAT)
 
 
@@ -63,7 +63,7 @@ def shortlist(
     LANES: tl.constexpr, CAPACITY: tl.constexpr, FLOAT: tl.constexpr, INT: tl.constexpr, TOP: tl.constexpr,
     HIGHEST: tl.constexpr, LAST: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Per row: all positive values that are not below the bound, and how many; CAPACITY of them are kept."""
+    """Find the positive values of each row that are not below the bound, and count them; keep CAPACITY of them."""
     row = tl.program_id(0).to(tl.int64)
     pre += row * n
     found += row * CAPACITY
@@ -94,7 +94,7 @@ def choose(
     stride: tl.tensor, CAPACITY: tl.constexpr, SLOTS: tl.constexpr, INT: tl.constexpr, TOP: tl.constexpr,
     HIGHEST: tl.constexpr, LAST: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The ``k`` largest of each short list; lists longer than CAPACITY are left to :func:`choose_from_row`."""
+    """Choose the ``k`` largest of each short list; lists longer than CAPACITY are left to :func:`choose_from_row`."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(count + row)
     if n <= CAPACITY:
@@ -121,7 +121,7 @@ def choose_from_row(
     LANES: tl.constexpr, CAPACITY: tl.constexpr, SLOTS: tl.constexpr, FLOAT: tl.constexpr, INT: tl.constexpr,
     TOP: tl.constexpr, HIGHEST: tl.constexpr, LAST: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The ``k`` largest of each row whose short list did not fit; the row is read again for every bit."""
+    """Choose the ``k`` largest of each row whose short list did not fit; the row is read again for every bit."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(count + row) > CAPACITY:
         pre += row * n
@@ -166,7 +166,7 @@ def _gathered(
     weight: tl.tensor, first_row: tl.tensor, latents: tl.tensor, values: tl.tensor, start: tl.tensor, k: tl.tensor,
     width: tl.tensor, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Activations [TILE] of the slots from ``start`` on, their latents, and these latents' rows; 0 for empty slots."""
+    """Load activations [TILE] of the slots from ``start`` on, their latents and rows; 0 for empty slots."""
     slot = start + tl.arange(0, TILE)
     d = tl.arange(0, WIDTH)
     value = tl.load(values + slot, mask=slot < k, other=0.0)
@@ -183,7 +183,7 @@ def decode_rows(
     products: tl.tensor, squares: tl.tensor, n_latents: tl.tensor, rows: tl.tensor, target_rows: tl.tensor,
     k: tl.tensor, width: tl.tensor, TILE: tl.constexpr, WIDTH: tl.constexpr, ERROR: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A token's decoded slots; with ERROR, minus its target, and what else :func:`kernels.residuals` gives."""
+    """Decode a token's slots; with ERROR, compute the results of ``Kernels.residuals``."""
     row = tl.program_id(0).to(tl.int64)
     seed = row // rows
     d = tl.arange(0, WIDTH)
@@ -210,7 +210,7 @@ def encode_slots(
     values: tl.tensor, latents: tl.tensor, weight: tl.tensor, bias: tl.tensor, centred: tl.tensor, out: tl.tensor,
     n_latents: tl.tensor, rows: tl.tensor, k: tl.tensor, width: tl.tensor, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The pre-activations of a token's slots, in full precision; 0 for empty slots."""
+    """Compute the pre-activations of a token's slots in full precision; 0 for empty slots."""
     row = tl.program_id(0).to(tl.int64)
     first_row = row // rows * n_latents
     d = tl.arange(0, WIDTH)
@@ -233,7 +233,7 @@ def gradient_rows(
     centred: tl.tensor, grad_dec: tl.tensor, grad_enc: tl.tensor, grad_bias: tl.tensor, scale: tl.float64, k: tl.tensor,
     width: tl.tensor, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One latent's row of each gradient, WIDTH of its columns; the slots from one offset to the next are its own."""
+    """Compute one latent's row of each gradient, WIDTH columns of it, from the slots between its two offsets."""
     latent = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     start = tl.load(offsets + latent)
@@ -263,7 +263,7 @@ def adam_rows(
     eps: tl.float64, beta1: tl.float64, beta2: tl.float64, rest1: tl.float64, rest2: tl.float64, total: tl.tensor,
     width: tl.tensor, WIDTH: tl.constexpr, UNIT_ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One row of an update: a row of length 1 with UNIT_ROWS, else as many numbers as fit."""
+    """Update one row: a row of length 1 with UNIT_ROWS, else as many numbers as fit."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, WIDTH)
     element = row * width + d

@@ -1,8 +1,7 @@
-"""The sparse steps in PyTorch operations, for devices on which the compiled loops of ``kernels_cpu`` cannot run.
+"""The sparse steps in PyTorch operations, for devices without compiled loops or programs. See ``steps.Kernels``.
 
-Same meaning, function by function (see ``kernels`` for what each returns); the tests hold the two against each
-other. Rows are gathered a bounded piece at a time, so that memory does not grow to B x K x D.
-On a GPU the additions of :func:`weight_gradients` come in no fixed order: two runs agree to rounding only.
+Rows are gathered a bounded piece at a time, so that memory does not grow to B x K x D. On a GPU the additions of
+:func:`weight_gradients` have no fixed order: two runs agree to rounding only.
 """
 
 from __future__ import annotations
@@ -19,31 +18,28 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    near = pre.topk(min(pre.shape[1], k + max(8, k // 4)), sorted=False).indices
-    exact = centred.new_empty(near.shape)
-    tokens = max(1, _GATHER_ELEMENTS // (near.shape[1] * centred.shape[1]))
-    for start in range(0, len(near), tokens):
-        part = slice(start, start + tokens)
-        exact[part] = torch.einsum("bnd,bd->bn", weight[near[part]], centred[part]) + bias[near[part]]
+    near = pre.topk(min(pre.shape[-1], k + max(8, k // 4)), sorted=False).indices
+    rows = _rows(near, weight.shape[-2])
+    exact = _dot_products(rows, weight, centred) + bias.flatten()[rows]
     activations, slots = exact.relu().topk(k, sorted=False)
-    return activations, torch.where(activations > 0, near.gather(1, slots), 0)
+    return activations, torch.where(activations > 0, near.gather(-1, slots), 0)
 
 
 def decode(activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.nn.functional.embedding_bag(latents, weight, per_sample_weights=activations, mode="sum") + bias
+    rows, width = _rows(latents, weight.shape[-2]).flatten(0, -2), weight.shape[-1]
+    sums = torch.nn.functional.embedding_bag(
+        rows, weight.reshape(-1, width), per_sample_weights=activations.flatten(0, -2), mode="sum"
+    )
+    return sums.view(*latents.shape[:-1], width) + bias.unsqueeze(-2)
 
 
 def residuals(
     activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     residual = decode(activations, latents, weight, bias) - target
-    products = torch.empty_like(activations)
-    tokens = max(1, _GATHER_ELEMENTS // (latents.shape[1] * weight.shape[1]))
-    for start in range(0, len(latents), tokens):
-        part = slice(start, start + tokens)
-        products[part] = torch.einsum("bkd,bd->bk", weight[latents[part]], residual[part])
+    products = _dot_products(_rows(latents, weight.shape[-2]), weight, residual)
     products *= activations > 0
-    return residual, products, residual.double().square().sum()
+    return residual, products, residual.double().square().sum((-2, -1))
 
 
 def weight_gradients(
@@ -55,17 +51,23 @@ def weight_gradients(
     scale: float,
     num_latents: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    token, column = torch.nonzero(activations > 0, as_tuple=True)
-    who = latents[token, column]
-    dec = residual.new_zeros(num_latents, residual.shape[1])
-    enc, bias = torch.zeros_like(dec), residual.new_zeros(num_latents)
-    slots = max(1, _GATHER_ELEMENTS // residual.shape[1])
+    lead, width = latents.shape[:-2], residual.shape[-1]
+    n = num_latents * lead.numel()
+    values, slopes, owners = (t.flatten(0, -2) for t in (activations, products, _rows(latents, num_latents)))
+    errors, inputs = residual.reshape(-1, width), centred.reshape(-1, width)
+    token, column = torch.nonzero(values > 0, as_tuple=True)
+    owner = owners[token, column]
+    dec = residual.new_zeros(n, width)
+    enc, bias = torch.zeros_like(dec), residual.new_zeros(n)
+    slots = max(1, _GATHER_ELEMENTS // width)
     for start in range(0, len(token), slots):
-        t, c, m = (x[start : start + slots] for x in (token, column, who))
-        dec.index_add_(0, m, residual[t] * activations[t, c, None])
-        enc.index_add_(0, m, centred[t] * products[t, c, None])
-        bias.index_add_(0, m, products[t, c])
-    return dec.mul_(scale), enc.mul_(scale), bias.mul_(scale), torch.bincount(who, minlength=num_latents)
+        t, c, m = (x[start : start + slots] for x in (token, column, owner))
+        dec.index_add_(0, m, errors[t] * values[t, c, None])
+        enc.index_add_(0, m, inputs[t] * slopes[t, c, None])
+        bias.index_add_(0, m, slopes[t, c])
+    sums = dec.mul_(scale), enc.mul_(scale), bias.mul_(scale), torch.bincount(owner, minlength=n)
+    W_dec, W_enc, b_enc, firings = (t.view(*lead, num_latents, *t.shape[1:]) for t in sums)
+    return W_dec, W_enc, b_enc, firings
 
 
 def adam(
@@ -73,16 +75,36 @@ def adam(
     grad: Tensor,
     first: Tensor,
     second: Tensor,
+    *,
+    step: int,
     rate: float,
     betas: tuple[float, float],
     eps: float,
-    corrections: tuple[float, float],
     unit_rows: bool,
 ) -> None:
     if unit_rows:
         grad = grad - (grad * weight).sum(-1, keepdim=True) * weight
     first.mul_(betas[0]).add_(grad, alpha=1 - betas[0])
     second.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    corrections = 1 - betas[0] ** step, 1 - betas[1] ** step
     weight.addcdiv_(first, (second / corrections[1]).sqrt_().add_(eps), value=-rate / corrections[0])
     if unit_rows:
         weight.div_(weight.norm(dim=-1, keepdim=True))
+
+
+def _rows(latents: Tensor, num_latents: int) -> Tensor:
+    """Return the latents' row numbers in the weights of all seeds, one seed's after the other."""
+    if latents.ndim == 2:
+        return latents
+    return latents + num_latents * torch.arange(len(latents), device=latents.device)[:, None, None]
+
+
+def _dot_products(rows: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Return the product of each token of ``x`` [..., D] with its ``rows`` [..., K] of ``weight``."""
+    out, width = x.new_empty(rows.shape), weight.shape[-1]
+    tokens, weight = x.reshape(-1, width), weight.reshape(-1, width)
+    step = max(1, _GATHER_ELEMENTS // (rows.shape[-1] * width))
+    pieces = (t.split(step) for t in (rows.flatten(0, -2), tokens, out.flatten(0, -2)))
+    for who, token, into in zip(*pieces, strict=True):
+        into.copy_(torch.einsum("bkd,bd->bk", weight[who], token))
+    return out

@@ -20,7 +20,7 @@ import sae
 from sae.alignment import cofiring, dip
 from sae.alignment.matching import directions, screening
 from sae.alignment.matching import sparse as sparse_assignment
-from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels import cpu
 
 SAE = Path(sae.__file__).parent
 ROWS, LATENTS, WIDTH = 4, 45, 6
@@ -58,7 +58,7 @@ def steps_of_training(kind: str) -> None:
     for dtype in (torch.float32, torch.float64):
         pre = numbers(kind, ROWS, LATENTS, dtype=dtype)
         for k in (1, 3, 8, LATENTS):
-            activations, latents = kernels.topk(pre, k)
+            activations, latents = cpu.topk(pre, k)
             check_slots(activations, latents, LATENTS)
             expected = torch.where(pre.isnan(), 0, pre).relu().topk(k).values
             assert torch.equal(activations.sort(1, descending=True).values, expected), (kind, dtype, k)
@@ -66,21 +66,21 @@ def steps_of_training(kind: str) -> None:
     ordinary = torch.randn(LATENTS, WIDTH, generator=torch.Generator().manual_seed(0))
     for w, b in ((weight, bias), (ordinary, torch.zeros(LATENTS))):
         rough = numbers(kind, ROWS, LATENTS, seed=2).bfloat16()
-        x8, w8 = kernels.quantised(x), kernels.quantised(w)
+        x8, w8 = cpu.quantise(x), cpu.quantise(w)
         products = (x8.rows.float() @ w8.rows.float().T).int()
         for k in (1, 8, LATENTS):
-            check_slots(*kernels.rounded_topk(rough, x, w, b, k), LATENTS)
-            check_slots(*kernels.quantised_topk(products, x8, w8, x, w, b, k), LATENTS)
-            check_slots(*kernels.product_topk(x, w, b, k), LATENTS)
-    activations, latents = kernels.topk(numbers(kind, ROWS, LATENTS, seed=3), 5)
-    kernels.decode(activations, latents, weight, bias[:WIDTH].clone())
-    residual, products, _ = kernels.residuals(activations, latents, weight, bias[:WIDTH].clone(), x)
-    gradient = kernels.weight_gradients(activations, products, latents, residual, x, 0.5, LATENTS)
-    assert int(gradient.firings.sum()) == int((activations > 0).sum())
+            check_slots(*cpu.rounded_topk(rough, x, w, b, k), LATENTS)
+            check_slots(*cpu.quantised_topk(products, x8, w8, x, w, b, k), LATENTS)
+            check_slots(*cpu.product_topk(x, w, b, k), LATENTS)
+    activations, latents = cpu.topk(numbers(kind, ROWS, LATENTS, seed=3), 5)
+    cpu.decode(activations, latents, weight, bias[:WIDTH].clone())
+    residual, products, _ = cpu.residuals(activations, latents, weight, bias[:WIDTH].clone(), x)
+    W_dec, _, _, firings = cpu.weight_gradients(activations, products, latents, residual, x, 0.5, LATENTS)
+    assert int(firings.sum()) == int((activations > 0).sum())
     moments = [numbers(kind, LATENTS, WIDTH, seed=seed) for seed in (4, 5)]
     for unit_rows in (False, True):
         numbers_of_adam: dict[str, Any] = {"step": 1, "rate": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
-        kernels.adam(weight.clone(), gradient.W_dec, *moments, unit_rows=unit_rows, **numbers_of_adam)
+        cpu.adam(weight.clone(), W_dec, *moments, unit_rows=unit_rows, **numbers_of_adam)
 
 
 def steps_of_alignment(kind: str) -> None:

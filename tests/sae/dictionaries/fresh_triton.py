@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-import sae
+from sae.dictionaries import kernels
 
-_OURS = ("kernels_triton", "triton_programs")
+_OURS = ("cuda", "cuda_programs")
 
 
 @contextmanager
@@ -86,14 +86,14 @@ def _fresh(interpret: str) -> Iterator[tuple[Any, pytest.MonkeyPatch]]:
         _taken_out()
         sys.modules.update(before)
         for name in _OURS:
-            if f"sae.{name}" in before:
-                setattr(sae, name, before[f"sae.{name}"])
+            if f"{kernels.__name__}.{name}" in before:
+                setattr(kernels, name, before[f"{kernels.__name__}.{name}"])
 
 
 def _taken_out() -> dict[str, ModuleType]:
     """Every module that is Triton's or built on it, but for the compiled one, which cannot be loaded twice."""
     names = [name for name in sys.modules if name.split(".")[0] == "triton" and not name.startswith("triton._C")]
     for name in _OURS:
-        names += [f"sae.{name}"] if f"sae.{name}" in sys.modules else []
-        vars(sae).pop(name, None)
+        names += [full] if (full := f"{kernels.__name__}.{name}") in sys.modules else []
+        vars(kernels).pop(name, None)
     return {name: sys.modules.pop(name) for name in names}

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written can be read, and what cannot be read says why in one line."""
+"""Checkpoints: written ones can be read, and each error says why in one line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_files_are_those_of_sparsify(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [0, "DROP"])
-def test_a_width_of_nought_is_the_expansion_factor_times_d(folder: Path, width: Any) -> None:
+def test_a_width_of_zero_is_the_expansion_factor_times_d(folder: Path, width: Any) -> None:
     configure(folder, num_latents=width, expansion_factor=3, from_the_future=[1, 2])
     assert load_sae(folder).num_latents == M
 
@@ -83,8 +83,12 @@ def cut(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], type[UserError], str]] = {
-    "no config": (lambda f: (f / "cfg.json").unlink(), NotFound, "no SAE checkpoint: it has no cfg.json"),
-    "no weights": (lambda f: (f / "sae.safetensors").unlink(), NotFound, "no whole SAE checkpoint: sae.safetensors or"),
+    "no config": (lambda f: (f / "cfg.json").unlink(), NotFound, "not an SAE checkpoint: it has no cfg.json"),
+    "no weights": (
+        lambda f: (f / "sae.safetensors").unlink(),
+        NotFound,
+        "incomplete SAE checkpoint: sae.safetensors or",
+    ),
     "cut short": (cut, BadInput, "damaged or cut short"),
     "empty": (lambda f: (f / "sae.safetensors").write_bytes(b""), BadInput, "damaged or cut short"),
     "other keys": (stored(lambda t: t.update(W_enc=t.pop("encoder.weight"))), BadInput, "encoder.weight missing"),
@@ -103,7 +107,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[UserError], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_told_in_one_line(folder: Path, name: str) -> None:
+def test_damage_is_reported_in_one_line(folder: Path, name: str) -> None:
     damage, error, match = DAMAGE[name]
     damage(folder)
     with pytest.raises(error, match=match) as caught:
@@ -113,7 +117,7 @@ def test_damage_is_told_in_one_line(folder: Path, name: str) -> None:
 
 
 def test_a_folder_above_the_checkpoint_names_those_below(folder: Path) -> None:
-    with pytest.raises(NotFound, match="there are checkpoints in run_a below it; name one"):
+    with pytest.raises(NotFound, match="but holds checkpoints in run_a; name one of them"):
         load_sae(folder.parent)
     with pytest.raises(NotFound, match="does not exist"):
         load_sae(folder / "nowhere")

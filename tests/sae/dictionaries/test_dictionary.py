@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sae.common.errors import BadInput
 from sae.dictionaries import encoding
 from sae.dictionaries.architectures.topk import TopKSae
-from sae.dictionaries.kernels import plain as kernels_torch
-from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels import cpu, plain
+from sae.dictionaries.kernels.steps import Kernels
 from sae.dictionaries.sae import Firings, geometric_median
 
 
@@ -37,7 +37,7 @@ def test_topk_is_the_k_largest_positive_values(data: st.DataObject, rows: int, w
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     # Few levels make ties; a negative offset makes rows with fewer than k positive values.
     pre = torch.from_numpy(rng.integers(0, levels, (rows, width)) - data.draw(st.integers(0, levels))).float() / 7
-    activations, latents = kernels.topk(pre, k)
+    activations, latents = cpu.topk(pre, k)
     expected = pre.relu().topk(k).values
     assert torch.equal(activations.sort(descending=True).values, expected)
     filled = activations > 0
@@ -50,7 +50,7 @@ def test_topk_is_the_k_largest_positive_values(data: st.DataObject, rows: int, w
 
 def test_topk_of_extreme_values() -> None:
     pre = torch.tensor([[1e-45, 3e38, -torch.inf, 1e-30, 0.0, 2.0], [-1.0, -2.0, 0.0, -0.0, -1e-45, -3.0]])
-    activations, latents = kernels.topk(pre, 3)
+    activations, latents = cpu.topk(pre, 3)
     assert sorted(latents[0].tolist()) == [1, 3, 5]
     assert (activations[1] == 0).all()
 
@@ -63,9 +63,9 @@ def test_results_do_not_depend_on_threads() -> None:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             pre = torch.linspace(-1, 1, 333 * 500).reshape(500, 333).T.contiguous()
-            activations, latents = kernels.topk(pre, 9)
-            residual, products, squares = kernels.residuals(activations, latents, sae.W_dec, sae.b_dec, x)
-            gradients = kernels.weight_gradients(activations, products, latents, residual, x, 0.5, 500)
+            activations, latents = cpu.topk(pre, 9)
+            residual, products, squares = cpu.residuals(activations, latents, sae.W_dec, sae.b_dec, x)
+            gradients = cpu.weight_gradients(activations, products, latents, residual, x, 0.5, 500)
             results.append([activations, latents, residual, products, squares, *gradients])
     finally:
         torch.set_num_threads(before)
@@ -78,37 +78,56 @@ def test_the_two_kernels_mean_the_same(k: int) -> None:
     sae = random_sae(10, 33, k)
     x = torch.randn(50, 10, dtype=torch.float64)
     pre = x @ sae.W_enc.T - 0.3  # leaves some slots empty
-    ours, theirs = Firings(*kernels.topk(pre, k)), Firings(*kernels_torch.topk(pre, k))
+    ours, theirs = Firings(*cpu.topk(pre, k)), Firings(*plain.topk(pre, k))
     assert torch.equal(dense(ours, 33), dense(theirs, 33))
     assert (ours.activations == 0).any() == (theirs.activations == 0).any()
-    torch.testing.assert_close(
-        kernels.decode(*ours, sae.W_dec, sae.b_dec), kernels_torch.decode(*ours, sae.W_dec, sae.b_dec)
-    )
-    a, b = (m.residuals(*ours, sae.W_dec, sae.b_dec, x) for m in (kernels, kernels_torch))
+    torch.testing.assert_close(cpu.decode(*ours, sae.W_dec, sae.b_dec), plain.decode(*ours, sae.W_dec, sae.b_dec))
+    a, b = (m.residuals(*ours, sae.W_dec, sae.b_dec, x) for m in (cpu, plain))
     torch.testing.assert_close(a, b)
     arguments = ours.activations, a[1], ours.indices, a[0], x, 0.7, 33
-    torch.testing.assert_close(tuple(kernels.weight_gradients(*arguments)), kernels_torch.weight_gradients(*arguments))
+    torch.testing.assert_close(cpu.weight_gradients(*arguments), plain.weight_gradients(*arguments))
 
 
-@pytest.mark.parametrize("module", [kernels, kernels_torch])
+@pytest.mark.parametrize("kernels", [cpu, plain])
 @pytest.mark.parametrize("shape", [(6, 5), (7,)])
-def test_adam_is_torch_adam(module: object, shape: tuple[int, ...]) -> None:
+def test_adam_is_torch_adam(kernels: Kernels, shape: tuple[int, ...]) -> None:
     torch.manual_seed(1)
     weight = torch.randn(shape, dtype=torch.float64)
     reference = torch.nn.Parameter(weight.clone())
     optimiser = torch.optim.Adam([reference], lr=0.01, betas=(0.9, 0.999), eps=1e-8)
-    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    moments = torch.zeros_like(weight), torch.zeros_like(weight)
     for step in range(1, 6):
         gradient = torch.randn(shape, dtype=torch.float64)
         reference.grad = gradient.clone()
         optimiser.step()
-        if module is kernels:
-            numbers = {"step": step, "rate": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
-            kernels.adam(weight, gradient, first, second, **numbers, unit_rows=False)  # type: ignore[arg-type]
-        else:
-            corrections = 1 - 0.9**step, 1 - 0.999**step
-            kernels_torch.adam(weight, gradient, first, second, 0.01, (0.9, 0.999), 1e-8, corrections, False)
+        kernels.adam(weight, gradient, *moments, step=step, rate=0.01, betas=(0.9, 0.999), eps=1e-8, unit_rows=False)
     torch.testing.assert_close(weight, reference.data)
+
+
+def test_plain_kernels_take_a_seeds_axis() -> None:
+    """Each seed's results are those that it has alone, empty slots and all."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    pre, weight, bias, centre, x = random(3, 20, 11), random(3, 11, 4), random(3, 11), random(3, 4), random(20, 4)
+    centred = x - centre[:, None]
+    slots = plain.topk(pre - 1, 5)
+    decoded, rounded = plain.decode(*slots, weight, centre), plain.rounded_topk(pre, centred, weight, bias, 2)
+    residual, products, squares = plain.residuals(*slots, weight, centre, x)
+    gradients = plain.weight_gradients(slots[0], products, slots[1], residual, centred, 0.3, 11)
+    together = [*slots, decoded, *rounded, residual, products, squares, *gradients]
+    for s in range(3):
+        activations, latents = plain.topk(pre[s] - 1, 5)
+        of_one = plain.residuals(activations, latents, weight[s], centre[s], x)
+        alone = [
+            *(activations, latents, plain.decode(activations, latents, weight[s], centre[s])),
+            *(*plain.rounded_topk(pre[s], centred[s], weight[s], bias[s], 2), *of_one),
+            *plain.weight_gradients(activations, of_one[1], latents, of_one[0], centred[s], 0.3, 11),
+        ]
+        for ours, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours[s], theirs)
 
 
 def test_unit_rows_lose_the_gradient_along_them_and_stay_unit() -> None:
@@ -120,7 +139,7 @@ def test_unit_rows_lose_the_gradient_along_them_and_stay_unit() -> None:
     weights = []
     for gradient in (along + across, across):
         weight, first, second = start.clone(), torch.zeros(8, 6).double(), torch.zeros(8, 6).double()
-        kernels.adam(weight, gradient, first, second, step=1, rate=0.05, betas=(0.9, 0.999), eps=1e-8, unit_rows=True)
+        cpu.adam(weight, gradient, first, second, step=1, rate=0.05, betas=(0.9, 0.999), eps=1e-8, unit_rows=True)
         weights.append(weight)
     torch.testing.assert_close(weights[0], weights[1])
     torch.testing.assert_close(weights[0].norm(dim=1), torch.ones(8).double())
@@ -131,7 +150,7 @@ def test_moments_do_not_become_subnormal() -> None:
     weight, gradient = torch.ones(1, 4), torch.zeros(1, 4)
     first, second = torch.full((1, 4), 1e-5), torch.full((1, 4), 1e-20)
     for step in range(1, 2000):
-        kernels.adam(weight, gradient, first, second, step=step, rate=0.0, betas=(0.9, 0.9), eps=1e-9, unit_rows=False)
+        cpu.adam(weight, gradient, first, second, step=step, rate=0.0, betas=(0.9, 0.9), eps=1e-9, unit_rows=False)
     assert (first == 0).all()
     assert (second == 0).all()
 
@@ -161,7 +180,7 @@ def test_product_in_tiles_is_the_product(seed: int, n: int, m: int, d: int, shar
     rng = torch.Generator().manual_seed(seed)
     x, weight, bias = torch.randn(n, d, generator=rng), torch.randn(m, d, generator=rng), torch.randn(m, generator=rng)
     k = max(1, round(share * m))
-    activations, latents = kernels.product_topk(x, weight, bias, k)
+    activations, latents = cpu.product_topk(x, weight, bias, k)
     pre = x.double() @ weight.double().T + bias.double()
     expected = pre.clamp(min=0).topk(k, dim=1).values
     torch.testing.assert_close(activations.double().sort(dim=1, descending=True).values, expected, rtol=1e-5, atol=1e-5)
@@ -171,16 +190,16 @@ def test_product_in_tiles_is_the_product(seed: int, n: int, m: int, d: int, shar
     assert not latents[activations == 0].any()
 
 
-@pytest.mark.parametrize("memory", [1, 64 * 500 * 4, kernels.TILE_BYTES])
+@pytest.mark.parametrize("memory", [1, 64 * 500 * 4, cpu.TILE_BYTES])
 def test_product_in_tiles_has_the_same_bits_on_any_threads(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "TILE_BYTES", memory)
+    monkeypatch.setattr(cpu, "TILE_BYTES", memory)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(1500, 24), torch.randn(500, 24), torch.randn(500)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(kernels.product_topk(x, weight, bias, 7))
+            found.append(cpu.product_topk(x, weight, bias, 7))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for of in found[1:] for one, other in zip(found[0], of, strict=True))
@@ -189,8 +208,8 @@ def test_product_in_tiles_has_the_same_bits_on_any_threads(memory: int, monkeypa
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 def test_a_dictionary_multiplies_in_tiles_without_avx512(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    in_tiles = mock.Mock(side_effect=kernels.product_topk)
-    monkeypatch.setattr(kernels, "product_topk", in_tiles)
+    in_tiles = mock.Mock(side_effect=cpu.product_topk)
+    monkeypatch.setattr(cpu, "product_topk", in_tiles)
     sae, x = TopKSae.init(8, 16, 2, seed=0), torch.randn(3, 8)
     torch.testing.assert_close(dense(sae.encode(x), 16), dense(sae.to(dtype=torch.float64).encode(x), 16).float())
     assert in_tiles.call_count == (capability == "AVX2")
@@ -229,4 +248,4 @@ def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match="k = 5"):
         TopKSae(torch.zeros(4, 3), torch.zeros(4), torch.zeros(4, 3), torch.zeros(3), k=5)
     with pytest.raises(ValueError, match="contiguous"):
-        kernels.topk(torch.randn(6, 4).T, 2)
+        cpu.topk(torch.randn(6, 4).T, 2)

@@ -18,7 +18,7 @@ from torch import Tensor
 from sae.common.errors import BadInput
 from sae.dictionaries.architectures.batchtopk import BatchTopKSae
 from sae.dictionaries.architectures.jumprelu import JumpReluSae
-from sae.dictionaries.checkpoint import detect, format_named, load_sae, native_format, open_sae, save_sae
+from sae.dictionaries.checkpoint import detect_format, format_named, load_sae, native_format, open_sae, save_sae
 from sae.dictionaries.formats import FORMATS, About
 from sae.dictionaries.sae import Sae
 
@@ -39,7 +39,7 @@ def x64() -> Tensor:
 
 @pytest.mark.parametrize(("architecture", "name"), PAIRS)
 @pytest.mark.parametrize("unit", [True, False])
-def test_what_is_written_is_read_as_the_same_function(tmp_path: Path, architecture: str, name: str, unit: bool) -> None:
+def test_every_format_round_trip_keeps_the_function(tmp_path: Path, architecture: str, name: str, unit: bool) -> None:
     sae = random_sae(architecture, unit=unit)
     save_sae(tmp_path / "out", sae, About("a/model", "layers.1.mlp", 128, 3), FORMATS[name])
     found, kind = open_sae(tmp_path / "out")
@@ -53,7 +53,7 @@ def test_what_is_written_is_read_as_the_same_function(tmp_path: Path, architectu
 def test_the_native_format_keeps_every_bit(tmp_path: Path, architecture: str) -> None:
     sae = random_sae(architecture, unit=False)
     save_sae(tmp_path, sae)
-    assert detect(tmp_path).name == ("sparsify" if architecture == "topk" else "SAELens")
+    assert detect_format(tmp_path).name == ("sparsify" if architecture == "topk" else "SAELens")
     read = load_sae(tmp_path)
     assert read.weights().keys() == sae.weights().keys()
     for name, weight in sae.weights().items():
@@ -70,7 +70,7 @@ def test_topk_keeps_every_bit_in_every_format(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
 @pytest.mark.parametrize("name", ["SAELens", "dictionary_learning"])
-def test_a_k_that_nobody_says_stays_unknown(tmp_path: Path, architecture: str, name: str) -> None:
+def test_an_unknown_k_stays_unknown(tmp_path: Path, architecture: str, name: str) -> None:
     save_sae(tmp_path, random_sae(architecture, k=None), format_=FORMATS[name])
     assert load_sae(tmp_path).k is None
 
@@ -78,7 +78,9 @@ def test_a_k_that_nobody_says_stays_unknown(tmp_path: Path, architecture: str, n
 def test_sparsify_has_topk_alone(tmp_path: Path) -> None:
     for architecture in sorted(set(ARCHITECTURES) - {"topk"}):
         assert native_format(architecture).name == "SAELens"
-        with pytest.raises(BadInput, match=r"cannot be written in sparsify's format.*choose saelens or"):
+        with pytest.raises(
+            BadInput, match=r"cannot be written in sparsify's format, which supports only topk; choose saelens or"
+        ):
             save_sae(tmp_path, random_sae(architecture), format_=FORMATS["sparsify"])
     assert not list(tmp_path.iterdir())
     assert format_named("saelens").name == format_named("SAELens").name == "SAELens"
@@ -87,7 +89,7 @@ def test_sparsify_has_topk_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"topk"}))
-def test_another_architecture_is_not_read_as_topk_under_sparsifys_name(tmp_path: Path, architecture: str) -> None:
+def test_another_architecture_is_never_read_as_topk(tmp_path: Path, architecture: str) -> None:
     save_sae(tmp_path, random_sae(architecture))
     (tmp_path / "sae_weights.safetensors").rename(tmp_path / "sae.safetensors")
     with pytest.raises(BadInput, match=r"architecture = .*only TopK") as caught:
@@ -166,20 +168,20 @@ def test_saelens_before_6(tmp_path: Path, architecture: str, older: dict[str, An
     check_alike(opened(folder), x64(), *expected)
 
 
-def test_a_bias_that_was_always_subtracted_needs_no_word(tmp_path: Path) -> None:
+def test_saelens_subtracts_b_dec_by_default(tmp_path: Path) -> None:
     tensors = saelens_tensors("standard", 1)
     expected = saelens_formula(tensors, x64(), "standard", centre=True, rescale=False, factor=1.0, k=K)
     check_alike(opened(saelens_files(tmp_path, tensors, architecture="standard")), x64(), *expected)
 
 
-def test_half_precision_is_read_as_it_is(tmp_path: Path) -> None:
+def test_half_precision_is_read_exactly(tmp_path: Path) -> None:
     tensors = {name: t.bfloat16() for name, t in saelens_tensors("standard", 1).items()}
     read = load_sae(saelens_files(tmp_path, tensors, architecture="standard", dtype="bfloat16"))
     assert read.dtype == torch.float32
     assert torch.equal(read.W_enc, tensors["W_enc"].T.float())
 
 
-def test_a_decoder_row_of_zeros_never_fires_and_is_no_nan(tmp_path: Path) -> None:
+def test_a_decoder_row_of_zeros_never_fires(tmp_path: Path) -> None:
     tensors = saelens_tensors("topk", 2)
     tensors["W_dec"][5] = 0
     config: dict[str, Any] = {"architecture": "topk", "k": M, "rescale_acts_by_decoder_norm": True}
@@ -188,7 +190,7 @@ def test_a_decoder_row_of_zeros_never_fires_and_is_no_nan(tmp_path: Path) -> Non
     assert torch.isfinite(sae.reconstruct(tokens())).all()
 
 
-def test_batchtopk_lies_there_as_jumprelu_with_one_threshold(tmp_path: Path) -> None:
+def test_batchtopk_is_stored_as_jumprelu_with_one_threshold(tmp_path: Path) -> None:
     tensors = {**saelens_tensors("jumprelu", 3), "threshold": torch.full((M,), 0.8)}
     trained = {"training_architecture": "batchtopk", "training_architecture_details": {"k": 2.6}}
     read = load_sae(saelens_files(tmp_path / "a", tensors, architecture="jumprelu", metadata=trained))
@@ -209,7 +211,7 @@ def test_a_batchtopk_training_checkpoint(tmp_path: Path) -> None:
     check_alike(opened(folder), x64(), *expected)
 
 
-def test_a_threshold_of_nought_or_less_is_plain_relu(tmp_path: Path) -> None:
+def test_a_threshold_of_zero_or_less_is_plain_relu(tmp_path: Path) -> None:
     tensors = {**saelens_tensors("jumprelu", 3), "threshold": torch.linspace(-1, 0, M)}
     expected = saelens_formula(tensors, x64(), "standard", centre=True, rescale=False, factor=1.0, k=K)
     check_alike(opened(saelens_files(tmp_path, tensors, architecture="jumprelu")), x64(), *expected)
@@ -247,7 +249,7 @@ def test_dictionary_learning(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(set(CLASSES) - {"AutoEncoderTopK"}))
-def test_an_interrupted_run_lacks_the_factor_of_its_activations(tmp_path: Path, kind: str) -> None:
+def test_an_interrupted_run_is_multiplied_by_its_factor(tmp_path: Path, kind: str) -> None:
     state, factor = learned_tensors(kind), 2.5
     interrupted = {"step": 7, "ae": state, "norm_factor": factor, "config": {"k": K}, "optimizer": {}}
     activations, reconstruction = learned_formula(kind, state, x64() / factor)

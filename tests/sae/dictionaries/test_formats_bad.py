@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be read: each is told in one line that names it, and nothing in it is run."""
+"""Checkpoints that cannot be read: each error is one line that names it, and no code in it runs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[UserError], str]] = {
     "several": (
         several,
         NotFound,
-        "there are checkpoints in layer_1, x/trainer_0 below it; name one",
+        "but holds checkpoints in layer_1, x/trainer_0; name one of them",
     ),
     "two formats": (both, BadInput, "sae_weights.safetensors and ae.pt, weights in two formats"),
     "another architecture": (lambda f: saelens_bad(f, {"architecture": "temporal"}), BadInput, "'temporal' cannot be"),
@@ -103,7 +103,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[UserError], str]] = {
     "tanh": (lambda f: saelens_bad(f, {"activation_fn_str": "tanh-relu"}), BadInput, "standard with tanh-relu"),
     "no k": (lambda f: saelens_bad(f, TOPK), BadInput, "'k' is missing"),
     "k > M": (lambda f: saelens_bad(f, {**TOPK, "k": M + 1}), BadInput, "k = 21 is more than the 20 latents"),
-    "no d_sae": (lambda f: saelens_bad(f, {"d_sae": None}), BadInput, "d_sae = None is no positive"),
+    "no d_sae": (lambda f: saelens_bad(f, {"d_sae": None}), BadInput, "d_sae = None is not a positive"),
     "layer norm": (lambda f: saelens_bad(f, {"normalize_activations": "layer_norm"}), BadInput, "'layer_norm' is not"),
     "whitening": (
         lambda f: saelens_bad(f, {"normalize_activations": "covariance_whitening"}),
@@ -113,7 +113,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[UserError], str]] = {
     "an unknown factor": (
         lambda f: saelens_bad(f, {"normalize_activations": "expected_average_only_in"}),
         BadInput,
-        "no activation_scaler.json beside it says by how much",
+        "no activation_scaler.json gives the factor",
     ),
     "fine-tuned": (lambda f: saelens_bad(f, scaling_factor=torch.rand(M)), BadInput, "scaling_factor is not 1"),
     "missing keys": (lambda f: saelens_bad(f, b_enc=None), BadInput, r"b_enc missing \(it holds W_dec, W_enc, b_dec\)"),
@@ -125,12 +125,12 @@ BAD: dict[str, tuple[Callable[[Path], object], type[UserError], str]] = {
     "malicious": (evil, BadInput, "refused by PyTorch's weights-only reader.*can run code"),
     "malicious, older": (old_evil, BadInput, "refused by PyTorch's weights-only reader.*can run code"),
     "no pickle": (lambda f: replaced(f, "ae.pt", b"<!DOCTYPE html>"), BadInput, "weights-only reader"),
-    "an empty pickle": (lambda f: replaced(f, "ae.pt", b""), BadInput, "is damaged or no PyTorch file"),
-    "half a pickle": (lambda f: cut(f, "ae.pt"), BadInput, "is damaged or no PyTorch file"),
+    "an empty pickle": (lambda f: replaced(f, "ae.pt", b""), BadInput, "is damaged or not a PyTorch file"),
+    "half a pickle": (lambda f: cut(f, "ae.pt"), BadInput, "is damaged or not a PyTorch file"),
     "a list of tensors": (lambda f: learned_files(f, CLASSES[0], [NAN]), BadInput, "no tensors by name"),
     "an unknown class": (lambda f: learned_bad(f, "CrossCoder"), BadInput, "dict_class 'CrossCoder' cannot be opened"),
     "no class": (lambda f: learned_bad(f, trainer={"dict_class": None}), BadInput, "trainer.dict_class is missing"),
-    "another class": (lambda f: learned_bad(f, "JumpReluAutoEncoder"), BadInput, "W_enc is missing or no matrix"),
+    "another class": (lambda f: learned_bad(f, "JumpReluAutoEncoder"), BadInput, "W_enc is missing or not a matrix"),
     "too few tensors": (lambda f: learned_bad(f, b_dec=None), BadInput, "b_dec missing"),
     "two widths": (
         lambda f: learned_bad(f, trainer={"dict_size": 7}),
@@ -155,7 +155,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[UserError], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_read_is_told_in_one_line(tmp_path: Path, name: str) -> None:
+def test_a_bad_checkpoint_is_reported_in_one_line(tmp_path: Path, name: str) -> None:
     make, error, match = BAD[name]
     make(tmp_path / "theirs")
     with pytest.raises(error, match=match) as caught:
@@ -191,9 +191,7 @@ ANYTHING = st.recursive(
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), architecture=st.sampled_from(ARCHITECTURES))
-def test_whatever_a_description_says_it_is_read_or_refused_in_one_line(
-    tmp_path: Path, data: st.DataObject, architecture: str
-) -> None:
+def test_any_description_is_read_or_refused_in_one_line(tmp_path: Path, data: st.DataObject, architecture: str) -> None:
     kinds = [name for name, kind in FORMATS.items() if kind.has(architecture)]
     name = data.draw(st.sampled_from(kinds))
     folder = tmp_path / name / architecture
@@ -207,8 +205,8 @@ def test_whatever_a_description_says_it_is_read_or_refused_in_one_line(
     try:
         read = load_sae(folder)
     except UserError as error:
-        told = str(error)
+        message = str(error)
     else:
-        told = ""
+        message = ""
         assert (read.num_latents, read.d_in) == (M, D)
-    assert "\n" not in told
+    assert "\n" not in message

@@ -15,9 +15,8 @@ from torch import Tensor
 from sae.common.precision import Precision
 from sae.dictionaries.architectures.topk import TopKSae
 from sae.dictionaries.encoding import product_of_int8, topk_firings
-from sae.dictionaries.kernels import plain as kernels_torch
-from sae.dictionaries.kernels import steps as kernels
-from sae.dictionaries.kernels.cpu_bf16 import MARGIN
+from sae.dictionaries.kernels import cpu, plain
+from sae.dictionaries.kernels.cpu_shortlist import BFLOAT16_MARGIN
 
 ROUNDED = pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 
@@ -54,7 +53,7 @@ def test_the_largest_of_given_numbers(data: st.DataObject, m: int, k: int) -> No
     k = min(k, m)
     finite = NUMBERS.filter(np.isfinite)
     pre, x, weight, bias = one_hot_setting([data.draw(st.lists(finite, min_size=m, max_size=m)) for _ in range(2)])
-    activations, latents = kernels.rounded_topk(pre, x, weight, bias, k)
+    activations, latents = cpu.rounded_topk(pre, x, weight, bias, k)
     expected = pre.float().relu().topk(k).values
     assert torch.equal(activations.sort(1, descending=True).values, expected)
     filled = activations > 0
@@ -100,7 +99,7 @@ def test_the_choice_is_that_of_float32_where_no_two_latents_tie(precision: Preci
     """
     x, weight, bias = random_sizes(3, 400, 1024, 64)
     x[:, 7] *= outlying
-    expected = dense(kernels.topk(torch.addmm(bias, x, weight.T), 16), 1024)
+    expected = dense(cpu.topk(torch.addmm(bias, x, weight.T), 16), 1024)
     found = dense(topk_firings(x, weight, bias, 16, precision), 1024)
     differing = ((found > 0) != (expected > 0)).any(1).float().mean()
     assert float(differing) < 0.01
@@ -110,18 +109,18 @@ def test_the_choice_is_that_of_float32_where_no_two_latents_tie(precision: Preci
 
 def test_the_margin_is_looked_at() -> None:
     """A latent that rounding put some units behind the K-th is found when its exact pre-activation is the larger."""
-    for behind in range(1, MARGIN + 1):
+    for behind in range(1, BFLOAT16_MARGIN + 1):
         bits = torch.tensor([[16256, 16256 - behind, 16000, 15000]], dtype=torch.int16)  # 1.0 and below
         weight = torch.eye(4)
         x = torch.tensor([[0.99, 1.01, 0.5, 0.1]])
-        activations, latents = kernels.rounded_topk(bits.view(torch.bfloat16), x, weight, torch.zeros(4), 1)
+        activations, latents = cpu.rounded_topk(bits.view(torch.bfloat16), x, weight, torch.zeros(4), 1)
         assert latents.item() == 1
         assert activations.item() == pytest.approx(1.01)
 
 
 def test_fewer_positive_than_slots() -> None:
     pre, x, weight, bias = one_hot_setting([[-1.0, 0.5, -2.0, 0.25], [-1.0, -1.0, -0.5, 0.0]])
-    activations, latents = kernels.rounded_topk(pre, x, weight, bias, 3)
+    activations, latents = cpu.rounded_topk(pre, x, weight, bias, 3)
     assert activations.tolist() == [[0.5, 0.25, 0.0], [0.0, 0.0, 0.0]]
     assert latents.tolist() == [[1, 3, 0], [0, 0, 0]]
 
@@ -162,7 +161,7 @@ def test_more_nans_than_slots(precision: Precision) -> None:
 def test_all_alike(value: float) -> None:
     pre = torch.full((2, 40_000), value).bfloat16()
     weight, bias = torch.zeros(40_000, 1), torch.full((40_000,), value)
-    activations, latents = kernels.rounded_topk(pre, torch.zeros(2, 1), weight, bias, 10)
+    activations, latents = cpu.rounded_topk(pre, torch.zeros(2, 1), weight, bias, 10)
     assert (activations == max(value, 0)).all()
     assert all(len(row.unique()) == (10 if value > 0 else 1) for row in latents)
 
@@ -193,8 +192,8 @@ def test_the_same_whatever_the_number_of_threads(precision: Precision, monkeypat
 def test_pytorch_operations_mean_the_same() -> None:
     x, weight, bias = random_sizes(10, 50, 300, 16)
     pre = torch.addmm(bias, x, weight.T).bfloat16()
-    loops = dense(kernels.rounded_topk(pre, x, weight, bias, 8), 300)
-    operations = dense(kernels_torch.rounded_topk(pre, x, weight, bias, 8), 300)
+    loops = dense(cpu.rounded_topk(pre, x, weight, bias, 8), 300)
+    operations = dense(plain.rounded_topk(pre, x, weight, bias, 8), 300)
     torch.testing.assert_close(loops, operations, rtol=1e-5, atol=1e-5)
 
 
@@ -223,7 +222,7 @@ def test_in_8_bits_a_token_is_encoded_alike_in_any_company(seed: int, cuts: list
 def test_rows_in_8_bits_are_off_by_half_a_step(seed: int, n: int, d: int, scale: float) -> None:
     matrix = random_sizes(seed, n, 1, d)[0] * scale
     matrix[0] = 0
-    of = kernels.quantised(matrix)
+    of = cpu.quantise(matrix)
     assert of.rows.dtype == torch.int8
     assert int(of.rows.abs().max()) <= 127
     back = of.rows.double() * of.steps[:, None].double()
@@ -233,9 +232,9 @@ def test_rows_in_8_bits_are_off_by_half_a_step(seed: int, n: int, d: int, scale:
 
 
 def test_what_8_bits_take_has_the_spread_that_the_margin_is_made_of() -> None:
-    """sigma of ``kernels_int8`` is not exceeded, and not much too wide."""
+    """sigma of ``cpu_shortlist`` is not exceeded, and not much too wide."""
     x, weight, _ = random_sizes(12, 200, 500, 256)
-    of, by = kernels.quantised(x), kernels.quantised(weight)
+    of, by = cpu.quantise(x), cpu.quantise(weight)
     known = (of.rows.double() @ by.rows.double().T) * of.steps[:, None].double() * by.steps.double()
     error = known - x.double() @ weight.double().T
     sigma = ((of.steps**2 * by.lengths.max() ** 2 + by.steps.max() ** 2 * of.lengths**2) / 12).sqrt().double()

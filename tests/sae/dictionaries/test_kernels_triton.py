@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels import cpu
 
 few = settings(
     max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -80,7 +80,7 @@ def test_rounded_topk_chooses_among_exact_values(steps: Any) -> None:
     exact = centred @ weight.mT + bias[:, None]
     found = steps.rounded_topk(exact.bfloat16(), centred, weight, bias, 3)
     for seed in range(2):
-        expected = kernels.topk(exact[seed], 3)
+        expected = cpu.topk(exact[seed], 3)
         activations, latents = (t[seed] for t in found)
         torch.testing.assert_close(activations.sort(1).values, expected[0].sort(1).values)
         torch.testing.assert_close(activations, exact[seed].gather(1, latents))
@@ -109,11 +109,11 @@ def test_decoding_and_gradients_are_those_of_the_cpu(steps: Any, data: st.DataOb
     found = steps.weight_gradients(activations, products, latents, residual, centred, 0.3, m)
     for s in range(seeds):
         slots = activations[s], latents[s]
-        torch.testing.assert_close(decoded[s], kernels.decode(*slots, weight[s], bias[s]))
-        error = kernels.residuals(*slots, weight[s], bias[s], x)
+        torch.testing.assert_close(decoded[s], cpu.decode(*slots, weight[s], bias[s]))
+        error = cpu.residuals(*slots, weight[s], bias[s], x)
         for ours, theirs in zip((residual[s], products[s], squares[s]), error, strict=True):
             torch.testing.assert_close(ours.to(dtype), theirs.to(dtype))  # the squares are float64 sums of dtype
-        expected = kernels.weight_gradients(slots[0], products[s], slots[1], residual[s], centred[s], 0.3, m)
+        expected = cpu.weight_gradients(slots[0], products[s], slots[1], residual[s], centred[s], 0.3, m)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours[s], theirs)
 
@@ -140,12 +140,9 @@ def test_adam_is_that_of_the_cpu(steps: Any, dtype: torch.dtype, shape: tuple[in
     theirs = [t.clone().flatten(0, -2) if unit_rows else t.clone().flatten() for t in ours]
     for step in (1, 2):
         grad = torch.randn(*shape, generator=generator).to(dtype)
-        corrections = 1 - 0.9**step, 1 - 0.999**step
-        steps.adam(ours[0], grad, *ours[1:], 0.01, (0.9, 0.999), 6.25e-10, corrections, unit_rows)
-        kernels.adam(
-            theirs[0], grad.view(theirs[0].shape), *theirs[1:],
-            step=step, rate=0.01, betas=(0.9, 0.999), eps=6.25e-10, unit_rows=unit_rows,
-        )  # fmt: skip
+        numbers: dict[str, Any] = {"step": step, "rate": 0.01, "betas": (0.9, 0.999), "eps": 6.25e-10}
+        steps.adam(ours[0], grad, *ours[1:], **numbers, unit_rows=unit_rows)
+        cpu.adam(theirs[0], grad.view(theirs[0].shape), *theirs[1:], **numbers, unit_rows=unit_rows)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.view(b.shape), b)
     if unit_rows:
@@ -167,7 +164,7 @@ def test_every_program_compiles_for_a_gpu_and_fits(tmp_path: Path, monkeypatch: 
         steps.residuals(slots, latents, weight, rows[:, 0], rows[0])
         steps.weight_gradients(slots, slots, latents, rows, rows, 0.5, 4)
         for unit_rows in (True, False):
-            steps.adam(weight, weight, weight, weight, 0.1, (0.9, 0.99), 1e-9, (0.1, 0.2), unit_rows)
+            steps.adam(*[weight] * 4, step=1, rate=0.1, betas=(0.9, 0.99), eps=1e-9, unit_rows=unit_rows)
     assert len(programs) == 9
     assert all(program.metadata.shared <= 48 * 1024 for program in programs)
     assert all(program.asm["cubin"] for program in programs)

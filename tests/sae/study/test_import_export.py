@@ -301,7 +301,7 @@ def test_sources_that_cannot_be_used(tiny_recipe: Path, elsewhere: Path, tmp_pat
         take_in(source, "x", tmp_path / "runs", *options, study="s").failed_in_one_line(*words)
 
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no SAE checkpoint in a known format: it is empty")
+    refused(tmp_path / "empty", "not an SAE checkpoint in a known format: it is empty")
     refused(tmp_path / "nowhere", "does not exist; give the folder of an SAE, or its name on the hub")
     refused(elsewhere, "there are checkpoints in dictionary_learning/run_a, dictionary_learning/run_b, saelens/run_a")
     broken = Path(shutil.copytree(elsewhere / "saelens" / "run_a", tmp_path / "broken"))

@@ -11,10 +11,12 @@ from test_trainer import Batches, folders, settings
 
 from sae.dictionaries.architectures.relu import ReluSae
 from sae.dictionaries.architectures.topk import TopKSae
+from sae.dictionaries.kernels import plain
+from sae.dictionaries.kernels.steps import Kernels
 from sae.dictionaries.objective import AuxK, Objective, total_variance
 from sae.dictionaries.sae import Sae
 from sae.training import stacked
-from sae.training.stacked import Stack, Steps
+from sae.training.stacked import Stack, stack_on_gpu
 from sae.training.trainer import train
 
 D, M, K = 12, 40, 4
@@ -34,10 +36,10 @@ def dead(n: int, num_latents: int = M) -> torch.Tensor:
     return torch.zeros(num_latents, dtype=torch.bool).scatter_(0, order[:n], True)
 
 
-def check(saes: list[TopKSae], x: torch.Tensor, objectives: list[Objective], steps: Steps | None = None) -> None:
+def check(saes: list[TopKSae], x: torch.Tensor, objectives: list[Objective], kernels: Kernels = plain) -> None:
     """That the stack's losses and gradients are those of each dictionary alone, to the rounding of its type."""
     alone = [sae.loss_and_gradient(x, objective) for sae, objective in zip(saes, objectives, strict=True)]
-    together = Stack(saes, steps).loss_and_gradient(x, objectives)
+    together = Stack(saes, kernels).loss_and_gradient(x, objectives)
     tolerance = 1e-12 if x.dtype == torch.float64 else 2e-5
     for (loss, gradient), (loss_alone, gradient_alone) in zip(together, alone, strict=True):
         for name in ("fvu", "auxk", "sparsity", "firings"):
@@ -94,7 +96,7 @@ def test_by_triton(precision: str) -> None:
 def test_a_stack_is_what_its_dictionaries_are_made_of() -> None:
     saes = fresh(2)
     before = [{name: t.clone() for name, t in sae.parameters().items()} for sae in saes]
-    stack = Stack(saes)
+    stack = Stack(saes, plain)
     for seed, (sae, old) in enumerate(zip(saes, before, strict=True)):
         for name, tensor in sae.parameters().items():
             assert torch.equal(tensor, old[name])
@@ -108,9 +110,9 @@ def test_training_in_a_stack_is_training(tmp_path: Path, monkeypatch: pytest.Mon
     logs = train(Batches(20), alone, values, folders(tmp_path / "alone", 2))
 
     def always(saes: list[TopKSae]) -> Stack:
-        return Stack(saes)
+        return Stack(saes, plain)
 
-    monkeypatch.setattr("sae.training.trainer.stacked", always)
+    monkeypatch.setattr("sae.training.trainer.stack_on_gpu", always)
     together = [TopKSae.init(D, M, K, seed, Batches(1)[0]) for seed in (0, 1)]
     places = folders(tmp_path / "together", 2)
     with pytest.raises(KeyboardInterrupt):
@@ -125,7 +127,7 @@ def test_training_in_a_stack_is_training(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_there_is_a_stack_only_where_it_is_of_use() -> None:
-    assert stacked.stacked([]) is None
-    assert stacked.stacked(fresh(2)) is None  # in main memory
+    assert stack_on_gpu([]) is None
+    assert stack_on_gpu(fresh(2)) is None  # in main memory
     others: list[Sae] = [ReluSae.init(D, M, K, 0)]
-    assert stacked.stacked(others) is None
+    assert stack_on_gpu(others) is None

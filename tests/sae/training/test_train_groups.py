@@ -12,7 +12,7 @@ from test_trainer import B, Batches, D, folders, settings
 
 from sae.common.errors import NotFinite
 from sae.dictionaries.architectures import ARCHITECTURES
-from sae.dictionaries.kernels import steps as kernels
+from sae.dictionaries.kernels import cpu
 from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
 from sae.training.learner import LogRow, TrainLog
@@ -196,7 +196,7 @@ def test_weights_that_are_not_finite_never_replace_a_good_state(
     values, places = settings(tokens=20 * B), folders(tmp_path / "bad", 2)
     straight = [one(0, values), one(1, values)]
     train(Batches(20), straight, values, folders(tmp_path / "good", 2))
-    real = kernels.adam
+    real = cpu.adam
     saes = [one(0, values), one(1, values)]
 
     def breaks(weight: torch.Tensor, *rest: Any, step: int, **named: Any) -> None:
@@ -205,7 +205,7 @@ def test_weights_that_are_not_finite_never_replace_a_good_state(
             weight.view(-1)[3] = torch.nan
 
     with monkeypatch.context() as patched:
-        patched.setattr(kernels, "adam", breaks)
+        patched.setattr(cpu, "adam", breaks)
         with pytest.raises(NotFinite, match=f"run_b: .*{name} holds NaN after step {at + 1} of 20") as caught:
             train(Spoilt(20, -1, 0.0), saes, values, places)
     assert "\n" not in str(caught.value)
