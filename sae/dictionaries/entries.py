@@ -1,13 +1,12 @@
-"""The entries of the pre-activation matrix that matter, where their number differs from token to token.
+"""The pre-activations that may fire, where their number differs from token to token.
 
-An architecture with a threshold fires for half of its latents when training begins and for a few when it ends.
-Where few fire, they are kept as slots and the sparse steps do what there is to do; where many fire, the same sums
-are dense products over some rows of the batch. :func:`parts` cuts a batch into groups of rows of the one kind or the
-other, and both kinds answer to the same few methods, so an architecture writes its gradient once.
+An architecture with a threshold fires for half of its latents when training begins and for a few when it ends. Where
+few fire, they are kept as slots for the sparse steps; where many fire, the same sums are dense products over some rows
+of the batch. :func:`parts` cuts a batch into groups of rows of one kind or the other. Both kinds have the same few
+methods, so an architecture writes its gradient once.
 
 Memory: at most about three pieces of ``_PIECE_BYTES`` of pre-activations exist at once, and ``_SLOTS`` slots for each
-of a few classes of tokens that fire for about as many latents, whatever the batch and whatever fires: nothing of size
-B x M.
+of a few classes of tokens with about as many firings: nothing of size B x M.
 
 Legend: R rows of a batch, D model width, M latents, K' slots.
 """
@@ -25,14 +24,14 @@ from sae.dictionaries.kernels.steps import kernels_for
 from sae.dictionaries.sae import Firings
 
 _PIECE_BYTES = 32 * 2**20  # dense pre-activations made at once
-_SLOTS = 1 << 21  # slots handed on at once
-_NARROW = 64  # slots that any token is given; tokens that need more go by themselves, those that need 4 times more too
+_SLOTS = 1 << 21  # slots passed on at once
+_NARROW = 64  # slots in the narrowest class of tokens; each further class has 4 times as many
 _DENSE = 1 / 12  # the share of M from which on a token's latents are cheaper as a row of dense products
 _GATHERED = 1 << 22  # elements of decoder rows gathered at once
 
 
 class Error(NamedTuple):
-    """How far a reconstruction is from its target."""
+    """The error of a reconstruction."""
 
     residual: Tensor
     """[R, D] reconstruction minus target"""
@@ -43,7 +42,7 @@ class Error(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What entries add to a gradient."""
+    """The sums that entries add to a gradient."""
 
     W_enc: Tensor
     """[M, D]"""
@@ -61,29 +60,29 @@ class Entries(ABC):
     pre: Tensor
     """pre-activations"""
     real: Tensor
-    """bool: what is no entry lies in ``pre`` all the same, and must be given the value 0"""
+    """bool: False marks a place of ``pre`` that is not an entry and must get the value 0"""
 
     @abstractmethod
     def of(self, per_latent: Tensor) -> Tensor:
-        """Each entry's latent's value out of ``per_latent`` [M]; broadcasts to the shape of ``pre``."""
+        """Return the value of each entry's latent, out of ``per_latent`` [M]; broadcasts to the shape of ``pre``."""
 
     @abstractmethod
     def by_latent(self, values: Tensor) -> Tensor:
-        """The sum of ``values`` over the entries of each latent: [M]."""
+        """Return the sum of ``values`` over the entries of each latent, [M]."""
 
     @abstractmethod
     def error(self, activations: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Error:
-        """The error of ``activations @ W_dec + b_dec``; products where an activation is positive, else 0."""
+        """Return the error of ``activations @ W_dec + b_dec``; products are 0 where an activation is not positive."""
 
     @abstractmethod
     def products(self, where: Tensor, residual: Tensor, W_dec: Tensor) -> Tensor:
-        """The product of ``residual`` [R, D] with the decoder row of each entry where ``where`` (bool), else 0."""
+        """Return the product of ``residual`` [R, D] with each entry's decoder row where ``where`` (bool), else 0."""
 
     @abstractmethod
     def sums(self, activations: Tensor, slopes: Tensor, residual: Tensor, centred: Tensor) -> Sums:
-        """Over the entries: ``activations * residual`` for W_dec, ``slopes * centred`` for W_enc, ``slopes`` for b_enc.
+        """Sum ``activations * residual`` for W_dec, ``slopes * centred`` for W_enc and ``slopes`` for b_enc.
 
-        ``slopes`` is taken for 0 where an activation is not positive.
+        ``slopes`` counts as 0 where an activation is not positive.
         """
 
 
@@ -101,7 +100,8 @@ class Dense(Entries):
 
     def error(self, activations: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Error:
         residual = torch.addmm(b_dec, activations, W_dec).sub_(target)
-        return Error(residual, self.products(activations > 0, residual, W_dec), _squares(residual))
+        squares = residual.square().sum(1).sum(dtype=torch.float64)
+        return Error(residual, self.products(activations > 0, residual, W_dec), squares)
 
     def products(self, where: Tensor, residual: Tensor, W_dec: Tensor) -> Tensor:
         return (residual @ W_dec.T).masked_fill_(~where, 0)
@@ -113,7 +113,7 @@ class Dense(Entries):
 
 
 class Slots(Entries):
-    """The entries alone, in K' slots per token of which some may be empty: [R, K']."""
+    """The entries alone, in K' slots per token, some of them empty: [R, K']."""
 
     def __init__(self, pre: Tensor, indices: Tensor, real: Tensor, num_latents: int) -> None:
         self.pre, self.indices, self.real, self.num_latents = pre, indices, real, num_latents
@@ -152,30 +152,30 @@ class Slots(Entries):
 
 
 def tokens_at_once(num_latents: int, element_size: int = 4) -> int:
-    """For how many tokens M pre-activations are made at once."""
+    """Return the number of tokens for which M pre-activations are computed at once."""
     return max(1, _PIECE_BYTES // (num_latents * element_size))
 
 
 def pre_activations(centred: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """``centred @ weight.T + bias`` for some rows at a time: the first row's number, and [R, M].
+    """Yield ``centred @ weight.T + bias`` for some rows at a time: the first row's number, and [R, M].
 
-    What is given is the same memory each time, and may be changed. (An allocator that is asked for pieces of some MiB
-    again and again may find that none of those it has been given back fits, and take gigabytes.)
+    The same memory is yielded each time, and may be changed. (An allocator asked for pieces of some MiB again and again
+    may find that no freed piece fits, and take gigabytes.)
     """
     rows = min(len(centred), tokens_at_once(weight.shape[0], weight.element_size()))
-    room = centred.new_empty(rows, len(weight))
+    memory = centred.new_empty(rows, len(weight))
     for start in range(0, len(centred), max(1, rows)):
         part = centred[start : start + rows]
-        pre = torch.mm(part, weight.T, out=room[: len(part)])
+        pre = torch.mm(part, weight.T, out=memory[: len(part)])
         yield start, pre if bias is None else pre.add_(bias)
 
 
 def parts(
     centred: Tensor, weight: Tensor, bias: Tensor | None, floor: Tensor | float
 ) -> Iterator[tuple[Tensor, Entries]]:
-    """The pre-activations above ``floor`` (a number, or [M]) of a batch ``centred`` [B, D], in groups of tokens.
+    """Yield the pre-activations above ``floor`` (a number, or [M]) of a batch ``centred`` [B, D], in groups of tokens.
 
-    Yields the tokens' numbers, int64 [R], and their entries. Together the groups hold every token once.
+    A group is its tokens' numbers, int64 [R], and their entries. Together the groups hold every token once.
     """
     dense, sparse = _Held(), dict[int, _Held]()
     above = torch.empty(0, dtype=torch.bool, device=centred.device)
@@ -201,9 +201,9 @@ def parts(
 
 
 def _by_width(counts: Tensor, of: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Those tokens ``of`` a piece, bool [R], with about as many entries as each other, and how many slots are enough.
+    """Yield classes of the tokens ``of`` [R] bool with similar counts of entries, and a number of slots for each.
 
-    They are held together as wide as the widest: one token that fires for many latents must not widen them all.
+    A class is as wide as its widest token: one token that fires for many latents must not widen all others.
     """
     counts = torch.where(of, counts, -1)
     most = int(counts.max()) if len(counts) else -1
@@ -216,14 +216,14 @@ def _by_width(counts: Tensor, of: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 class _Held:
-    """Groups of one kind that wait to be handed on together: each group's sums cost M x D numbers."""
+    """Groups of one kind that wait to be passed on together: each group's sums cost M x D numbers."""
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
         self.pieces: list[Entries] = []
 
     def length(self, more: Tensor) -> int:
-        """Tokens held, with those of ``more``, bool [R]."""
+        """Count the tokens held and those of ``more``, bool [R]."""
         return sum(map(len, self.rows)) + int(more.sum())
 
     def put(self, rows: Tensor, piece: Entries) -> None:
@@ -232,26 +232,25 @@ class _Held:
 
     def take(self) -> Iterator[tuple[Tensor, Entries]]:
         if self.rows:
-            rows, joined = torch.cat(self.rows), _joined(self.pieces)
+            rows, joined = torch.cat(self.rows), _join(self.pieces)
             self.rows, self.pieces = [], []
             yield rows, joined
 
 
-def _joined(pieces: list[Entries]) -> Entries:
-    first = pieces[0]
+def _join(pieces: list[Entries]) -> Entries:
     if len(pieces) == 1:
-        return first
-    if not isinstance(first, Slots):
-        return Dense(torch.cat([p.pre for p in pieces]), torch.cat([p.real for p in pieces]))
+        return pieces[0]
     slots = [piece for piece in pieces if isinstance(piece, Slots)]
+    if not slots:
+        return Dense(torch.cat([p.pre for p in pieces]), torch.cat([p.real for p in pieces]))
     pre, indices, real = (cat_padded([getattr(piece, name) for piece in slots]) for name in ("pre", "indices", "real"))
-    return Slots(pre, indices, real, first.num_latents)
+    return Slots(pre, indices, real, slots[0].num_latents)
 
 
-def packed(values: Tensor, indices: Tensor | None, real: Tensor, num_latents: int) -> Slots:
-    """The entries of ``values`` [R, K] where ``real``, pushed together to the left of as few slots as hold them all.
+def pack(values: Tensor, indices: Tensor | None, real: Tensor, num_latents: int) -> Slots:
+    """Pack the entries of ``values`` [R, K] where ``real`` into as few slots as hold them all, from the left.
 
-    ``indices`` [R, K] says which latents they are of; without it, K = M and the column is the latent.
+    ``indices`` [R, K] are their latents; without it, K = M and the column is the latent.
     """
     row, column = real.nonzero(as_tuple=True)
     latents = column if indices is None else indices[row, column]
@@ -260,9 +259,9 @@ def packed(values: Tensor, indices: Tensor | None, real: Tensor, num_latents: in
 
 
 def _slots(values: Tensor, row: Tensor, latents: Tensor, counts: Tensor, of: Tensor, num_latents: int) -> Slots:
-    """Entries, given row by row with their ``row`` and latent, as the slots of the rows ``of``, bool [R].
+    """Return entries, given row by row with their ``row`` and latent, as the slots of the rows ``of``, bool [R].
 
-    ``counts`` [R] says how many entries each row has.
+    ``counts`` [R] is the number of entries in each row.
     """
     if not bool(of.all()):
         chosen = of[row]
@@ -276,27 +275,22 @@ def _slots(values: Tensor, row: Tensor, latents: Tensor, counts: Tensor, of: Ten
 
 
 def cat_padded(tensors: list[Tensor]) -> Tensor:
-    """[R1, K1], [R2, K2], … one below the other, as wide as the widest; the rest is 0."""
+    """Concatenate [R1, K1], [R2, K2], … as rows, padded with 0 to the widest."""
     width = max(t.shape[1] for t in tensors)
     return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors])
 
 
 def firings_by(activate: Callable[[Tensor], Tensor], centred: Tensor, weight: Tensor, bias: Tensor | None) -> Firings:
-    """Firings of a batch ``centred`` [B, D], where ``activate`` turns pre-activations [R, M] into activations
-    >= 0, in place if it likes.
+    """Return the firings of ``centred`` [B, D]; ``activate`` turns [R, M] into activations, maybe in place.
 
-    They have as many slots as the token with the most firings needs: give :func:`tokens_at_once` tokens where a few may
+    There are as many slots as the token with the most firings needs: pass :func:`tokens_at_once` tokens where a few may
     fire for nearly all latents.
     """
     found = []
     for _, pre in pre_activations(centred, weight, bias):
         activations = activate(pre)
-        slots = packed(activations, None, activations > 0, len(weight))
+        slots = pack(activations, None, activations > 0, len(weight))
         found.append(Firings(slots.pre, slots.indices))
     if not found:
         return Firings(centred.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64, device=centred.device))
     return Firings(cat_padded([f.activations for f in found]), cat_padded([f.indices for f in found]))
-
-
-def _squares(residual: Tensor) -> Tensor:
-    return residual.square().sum(1).sum(dtype=torch.float64)

@@ -1,9 +1,9 @@
 """A sparse autoencoder (SAE) of the activations at a hookpoint. ``architectures/`` holds the variants.
 
-A latent's direction in the encoder and in the decoder are what two seeds are compared by, so every
-architecture shows them under the same four names and shapes, whatever it stores on disk. Activations are
-handed on as K slots per token, never as a B x M matrix: nothing downstream grows with the width. Gradients are
-worked out by hand, because automatic differentiation would keep that matrix for the backward pass.
+Seeds are compared by each latent's direction in the encoder and in the decoder, so every architecture exposes these
+under the same four names and shapes, whatever it stores on disk. Activations are passed on as K slots per token, never
+as a B x M matrix: nothing downstream grows with the width. Gradients are worked out by hand, because automatic
+differentiation would keep that matrix for the backward pass.
 
 Legend: B batch, D model width (d_in), M latents, K active latents.
 """
@@ -23,7 +23,7 @@ from sae.dictionaries.objective import Loss, Objective
 
 
 class Firings(NamedTuple):
-    """Which latents fire for each token, and how strongly."""
+    """The latents that fire for each token, and how strongly."""
 
     activations: Tensor
     """[B, K] strictly positive; 0 marks an empty slot"""
@@ -32,21 +32,21 @@ class Firings(NamedTuple):
 
 
 class Sae(ABC):
-    """What every architecture has: four weights, an encoder and a decoder.
+    """An SAE of any architecture: four weights, an encoder and a decoder.
 
-    ``W_enc`` [M, D], ``b_enc`` [M], ``W_dec`` [M, D], ``b_dec`` [D], all of one dtype on one device. They are
-    plain tensors without autograd: the trainer works out its gradients itself.
+    ``W_enc`` [M, D], ``b_enc`` [M], ``W_dec`` [M, D] and ``b_dec`` [D] have one dtype and one device. They are plain
+    tensors without autograd: the trainer computes its gradients itself.
     """
 
     architecture: ClassVar[str]
     penalised: ClassVar[bool] = False
-    """whether a sparsity term decides how many latents fire, so that its coefficient has to be found"""
+    """whether a sparsity term decides how many latents fire, so that training has to find its coefficient"""
     gradients_at_once: ClassVar[int] = 2
     """gradients as large as the weights held by a step: 1 if it is computed in one piece (``sae.training.memory``)"""
     slots_per_k: ClassVar[int] = 8
-    """most slots of a token that a step holds for the whole batch, in units of k; 0 where it goes piece by piece"""
+    """most slots of a token that a step holds for the whole batch, in units of k; 0 if it works piece by piece"""
     k: int | None
-    """latents that fire per token, or that training aims at on average; None where nobody says"""
+    """latents that fire per token, or the average that training aims at; None if unknown"""
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         num_latents, d_in = W_enc.shape
@@ -78,25 +78,25 @@ class Sae(ABC):
         return self.W_enc.dtype
 
     def parameters(self) -> dict[str, Tensor]:
-        """The tensors that training changes by gradient, by name; the very tensors, not copies."""
+        """Return the tensors that training changes by gradient, by name; the very tensors, not copies."""
         return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors that define what the dictionary computes: the parameters, and what training only measures."""
+        """Return all tensors that define the dictionary: the parameters, and those that training only measures."""
         return self.parameters()
 
     @classmethod
     def of_weights(cls, weights: Mapping[str, Tensor], k: int | None) -> Self:
-        """The dictionary that has these :meth:`weights`; they are the names of the constructor's arguments."""
+        """Build a dictionary from its :meth:`weights`, under the names of the constructor's arguments."""
         build: Callable[..., Self] = cls
         return build(**weights, k=k)
 
     def as_known(self) -> Sae | None:
-        """A dictionary that computes the same and that other programs have, for export; ``None``: there is none."""
+        """Return a dictionary that computes the same and that other programs support, for export; None without one."""
         return None
 
     def measure(self, loss: Loss, step: int) -> None:  # noqa: B027 - most architectures measure nothing
-        """What training measures rather than learns: called after each update, with the step's number from 0."""
+        """Update the tensors that training measures. Called after each update, with the step's number from 0."""
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the weights, in place, and return ``self``. ``dtype`` is float32 or float64."""
@@ -107,39 +107,38 @@ class Sae(ABC):
     @classmethod
     @abstractmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> Self:
-        """A dictionary to train, in float32 in main memory, whose encoder is drawn from ``seed``.
+        """Make a dictionary to train, in float32 in main memory, with an encoder drawn from ``seed``.
 
-        ``k`` is the number of latents that are to fire per token; ``b_dec`` is made from ``x_sample`` [N, D].
+        ``k`` is the number of latents that should fire per token; ``b_dec`` is computed from ``x_sample`` [N, D].
         """
 
     @abstractmethod
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
-        """The training loss on a batch ``x`` [B, D], and its gradient under the names of :meth:`parameters`.
+        """Return the training loss on a batch ``x`` [B, D], and its gradient under the names of :meth:`parameters`.
 
-        The gradient is the plain one: what the unit length of the decoder's rows takes away from it is left to
-        the update.
+        The gradient is the plain one: the update takes the unit length of decoder rows into account.
         """
 
     @abstractmethod
     def encode(self, x: Tensor) -> Firings:
-        """Firings of activations ``x`` [B, D], of any float dtype."""
+        """Return the firings of activations ``x`` [B, D], of any float dtype."""
 
     def encode_fast(self, x: Tensor) -> Firings:
-        """:meth:`encode` by whatever arithmetic finds the same firings soonest; last bits of activations may differ."""
+        """Return :meth:`encode` with the fastest arithmetic; the last bits of activations may differ."""
         return self.encode(x)
 
     def decode(self, firings: Firings) -> Tensor:
-        """The reconstruction [B, D]: ``sum_j a_j W_dec[i_j] + b_dec``."""
+        """Return the reconstruction [B, D]: ``sum_j a_j W_dec[i_j] + b_dec``."""
         return kernels_for(self.device).decode(*firings, self.W_dec, self.b_dec)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """``decode(encode(x))`` [B, D]."""
+        """Return ``decode(encode(x))`` [B, D]."""
         return self.decode(self.encode(x))
 
     def centred(self, x: Tensor) -> Tensor:
-        """``x - b_dec`` [B, D] in the weights' dtype: what the encoder's weights are multiplied with.
+        """Return ``x - b_dec`` [B, D], the input of the encoder's product, in the weights' dtype.
 
-        Raises BadInput where ``x`` has another width than the dictionary.
+        Raises BadInput if the width of ``x`` is not that of the dictionary.
         """
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise BadInput(
@@ -150,17 +149,17 @@ class Sae(ABC):
 
 
 def check_k(k: int | None, num_latents: int) -> None:
-    """Raise ValueError where ``k`` of ``num_latents`` latents cannot fire; None is no claim."""
+    """Raise ValueError if ``k`` is impossible; None is always possible."""
     if k is not None and not 1 <= k <= num_latents:
         raise ValueError(f"k = {k} is not between 1 and the number of latents, {num_latents}")
 
 
 def fresh_weights(d_in: int, num_latents: int, seed: int, x_sample: Tensor | None) -> dict[str, Tensor]:
-    """W_enc, b_enc, W_dec and b_dec to begin with, in float32 in main memory; only the encoder's come from ``seed``.
+    """Return initial W_enc, b_enc, W_dec and b_dec, in float32 in main memory.
 
-    The encoder is drawn as a linear layer's default, uniform in +-1/sqrt(D), with zero bias; the decoder is the
-    encoder with rows of length 1; ``b_dec`` is the geometric median of ``x_sample`` [N, D] (Gao et al. 2024,
-    appendix A.1), or zero without one. A few thousand tokens are sample enough.
+    The encoder is drawn from ``seed`` like a linear layer's default, uniform in +-1/sqrt(D), with zero bias; the
+    decoder is the encoder with rows of length 1; ``b_dec`` is the geometric median of ``x_sample`` [N, D], of which a
+    few thousand tokens are enough (Gao et al. 2024, appendix A.1), or zero without one.
     """
     generator = torch.Generator().manual_seed(seed)
     encoder = (torch.rand(num_latents, d_in, generator=generator) * 2 - 1) * d_in**-0.5
@@ -170,10 +169,10 @@ def fresh_weights(d_in: int, num_latents: int, seed: int, x_sample: Tensor | Non
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The point [D] with the smallest sum of distances to the rows of ``x`` [N, D], in float64.
+    """Return the point [D] with the smallest sum of distances to the rows of ``x`` [N, D], in float64.
 
-    Weiszfeld's iteration from the mean, until it moves by less than ``tolerance`` of the spread. Unlike the
-    mean, it is not drawn away by the few tokens whose activations are enormous.
+    Weiszfeld's iteration from the mean, until it moves by less than ``tolerance`` of the spread. Unlike the mean, the
+    few tokens with enormous activations do not dominate it.
     """
     points = x.detach().double()
     centre = points.mean(0)

@@ -1,4 +1,4 @@
-"""The architectures of a sparse autoencoder, one file each, under the names that settings and checkpoints give them."""
+"""The SAE architectures, one file each, under the names used by settings and checkpoints."""
 
 from __future__ import annotations
 

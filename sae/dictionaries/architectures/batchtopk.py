@@ -1,4 +1,4 @@
-"""BatchTopK: as many latents fire in a batch as one asks for; how many of them for a token is left open."""
+"""BatchTopK: k latents fire per token on average over a batch; their number varies from token to token."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class BatchTopKSae(Sae):
     z = relu((x - b_dec) W_enc^T + b_enc),   a = BatchTopK(z) in training,   a = z 1[z > theta] afterwards,
     x_hat = a W_dec + b_dec
 
-    theta is the expected smallest activation of a batch: the running mean over the last hundred or so, because the
-    weights it belongs to change. Dead latents are revived by AuxK.
+    theta is the expected smallest activation of a batch: a running mean over about the last hundred batches, because
+    the weights change. AuxK revives dead latents.
     """
 
     architecture = "batchtopk"
@@ -36,7 +36,7 @@ class BatchTopKSae(Sae):
 
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> BatchTopKSae:
-        """Fresh weights (see :func:`sae.dictionaries.sae.fresh_weights`); the threshold is unknown yet, and 0."""
+        """See :func:`sae.dictionaries.sae.fresh_weights`; the threshold is 0 until it is measured."""
         return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k, threshold=torch.zeros(()))
 
     def weights(self) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ class BatchTopKSae(Sae):
 
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
         if self.k is None:
-            raise ValueError("a BatchTopK dictionary that does not say its k cannot be trained")
+            raise ValueError("a BatchTopK dictionary without a k cannot be trained")
         centred = self.centred(x)
         totals = Totals(self, x, objective)
         chosen = batch_topk(centred, self.W_enc, self.b_enc, self.k, objective.job, objective.precision)

@@ -1,4 +1,4 @@
-"""Gated: one path decides whether a latent fires, another how strongly, so that the penalty shrinks nothing."""
+"""Gated: one path decides whether a latent fires, another how strongly, so that the penalty shrinks no activation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ class GatedSae(Sae):
     p = (x - b_dec) W_enc^T,   a = 1[p + b_gate > 0] relu(exp(r_mag) p + b_mag),   x_hat = a W_dec + b_dec
     S = mean ||g||_1 / sqrt(V / B),   G = sum ||g W_dec + b_dec - x||^2 / V,   g = relu(p + b_gate)
 
-    The step of the gate passes no gradient; the gate learns from S and from G, in which the decoder counts as
-    constant (the paper's frozen copy). Decoder rows have length 1. The paper draws dead latents anew; here they
-    are lifted by the bias that keeps them silent, that of the gate or that of the magnitude (see
-    ``sae.dictionaries.gradients``).
+    The step of the gate passes no gradient; the gate learns from S and from G, where the decoder is constant (the
+    paper's frozen copy). Decoder rows have length 1. The paper resamples dead latents; here the bias that keeps them
+    silent, the gate's or the magnitude's, is raised (see ``sae.dictionaries.gradients``).
     """
 
     architecture = "gated"
@@ -47,7 +46,7 @@ class GatedSae(Sae):
 
     @property
     def b_enc(self) -> Tensor:  # type: ignore[override]
-        """[M] the gate's bias, which is what decides whether a latent fires"""
+        """[M] the gate's bias, which decides whether a latent fires"""
         return self.b_gate
 
     @b_enc.setter
@@ -56,7 +55,7 @@ class GatedSae(Sae):
 
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> GatedSae:
-        """Fresh weights whose two paths are the same at first; see :func:`sae.dictionaries.sae.fresh_weights`."""
+        """See :func:`sae.dictionaries.sae.fresh_weights`; the two paths begin equal."""
         weights = fresh_weights(d_in, num_latents, seed, x_sample)
         zero = torch.zeros(num_latents)
         return cls(b_gate=weights.pop("b_enc"), r_mag=zero, b_mag=zero.clone(), **weights, k=k)
@@ -94,9 +93,9 @@ class GatedSae(Sae):
         stretched = gradient.pop("b_enc")
         gradient["b_dec"] -= gradient["b_gate"] @ self.W_enc
         gradient["b_mag"] = stretched / stretch
-        # The sum over tokens of exp(r_mag) p times the gradient by a. That of a times it is W_dec's along its rows.
+        # Sums over tokens of exp(r_mag) p times the gradient by a; those of a times it are W_dec's along its rows.
         gradient["r_mag"] = (gradient["W_dec"] * self.W_dec).sum(1) - self.b_mag * gradient["b_mag"]
-        by_gate = self.b_gate <= self.b_mag / stretch  # which of the two thresholds on p is the higher one
+        by_gate = self.b_gate <= self.b_mag / stretch  # the higher of the two thresholds on p
         revival, by_threshold = lift(self.W_enc, centred, -torch.minimum(self.b_gate, self.b_mag / stretch), objective)
         gradient["b_gate"] -= by_threshold * by_gate
         gradient["b_mag"] -= by_threshold * ~by_gate / stretch

@@ -1,4 +1,4 @@
-"""JumpReLU: every latent has a threshold of its own, learnt by estimating the derivative of a step."""
+"""JumpReLU: every latent has its own threshold, learnt by estimating the derivative of a step."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class JumpReluSae(Sae):
 
     z = (x - b_dec) W_enc^T + b_enc,   a = z 1[z > theta],   x_hat = a W_dec + b_dec,   S = mean ||a||_0
 
-    Neither S nor the step in a has a derivative by theta that would teach anything. Both are given the paper's
-    straight-through estimators, an average over a rectangular window of width epsilon (the bandwidth):
+    Neither S nor the step in a has a useful derivative by theta. Both get the paper's straight-through estimators, an
+    average over a rectangular window of width epsilon (the bandwidth):
 
     d a / d theta = -(theta / epsilon) 1[|z - theta| < epsilon / 2],   d 1[z > theta] / d theta = the same / theta
 
-    The encoder is taught by the reconstruction alone. What is learnt is log theta in units of sqrt(D) / 2: the
-    logarithm keeps theta above 0, and the unit lets it keep pace with the encoder. A step of Adam changes a weight of
-    about 1 / sqrt(D) by the learning rate, which is sqrt(D) times as much in proportion; half of that was found to
-    follow as well, with less noise. The paper leaves dead latents alone; here their
-    biases are lifted until they pass the threshold (see ``sae.dictionaries.gradients``).
+    The encoder learns from the reconstruction alone. The parameter is log theta in units of sqrt(D) / 2: the logarithm
+    keeps theta above 0, and the unit lets it keep pace with the encoder. (A step of Adam changes a weight of about
+    1 / sqrt(D) by the learning rate, sqrt(D) times as much in proportion; half of that follows as well, with less
+    noise.) The paper ignores dead latents; here their biases are raised until they pass the threshold (see
+    ``sae.dictionaries.gradients``).
     """
 
     architecture = "jumprelu"
@@ -43,17 +43,17 @@ class JumpReluSae(Sae):
         super().__init__(W_enc, b_enc, W_dec, b_dec)
         check_k(k, self.num_latents)
         if tuple(threshold.shape) != (self.num_latents,) or not bool((threshold > 0).all()):
-            raise ValueError(f"threshold has to hold {self.num_latents} positive numbers, one for each latent")
+            raise ValueError(f"threshold must hold {self.num_latents} positive numbers, one for each latent")
         self.k = k
         self.threshold = threshold.contiguous()
-        self._learn_from_here()
+        self._reset_log_threshold()
 
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> JumpReluSae:
-        """Fresh weights (see :func:`sae.dictionaries.sae.fresh_weights`) and one threshold for all latents.
+        """See :func:`sae.dictionaries.sae.fresh_weights`; all latents begin with one threshold.
 
-        With it ``_BEGIN`` times k latents fire for a token of ``x_sample``: from there thresholds and directions
-        come to fit each other in a short run too. Without a sample it is a thousandth.
+        With it, ``_BEGIN`` times k latents fire for a token of ``x_sample``: from there thresholds and directions adapt
+        to each other even in a short run. Without a sample it is a thousandth.
         """
         weights = fresh_weights(d_in, num_latents, seed, x_sample)
         least = torch.tensor(1e-3)
@@ -71,7 +71,7 @@ class JumpReluSae(Sae):
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         super().to(device, dtype)
-        self._learn_from_here()
+        self._reset_log_threshold()
         return self
 
     @property
@@ -79,7 +79,7 @@ class JumpReluSae(Sae):
         """of ``log_threshold``"""
         return self.d_in**0.5 / 2
 
-    def _learn_from_here(self) -> None:
+    def _reset_log_threshold(self) -> None:
         self.log_threshold = self.threshold.log() / self._unit
 
     def measure(self, loss: Loss, step: int) -> None:  # noqa: ARG002
@@ -103,7 +103,7 @@ class JumpReluSae(Sae):
             error = entries.error(activations, self.W_dec, self.b_dec, x[rows])
             slopes = error.products * totals.scale
             totals.add(rows, error, entries.sums(activations, slopes, error.residual, centred[rows]))
-            # Near a threshold, but below it: no firing, yet the reconstruction may want one.
+            # Near a threshold, but below it: no firing, but the reconstruction may call for one.
             products = error.products + entries.products(near & ~above, error.residual, self.W_dec)
             steps = (products * (totals.scale * entries.of(theta)) + penalty) * near
             totals.add_to("log_threshold", entries.by_latent(steps) * theta * (self._unit / -bandwidth))

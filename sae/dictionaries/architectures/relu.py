@@ -1,4 +1,4 @@
-"""ReLU + L1: the sparse autoencoder as it was first used on language models."""
+"""ReLU + L1: the sparse autoencoder first used on language models."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ class ReluSae(Sae):
 
     a = relu((x - b_dec) W_enc^T + b_enc),   x_hat = a W_dec + b_dec,   S = mean ||a||_1 / sqrt(V / B)
 
-    (Bricken et al. 2023, "Towards monosemanticity"; Cunningham et al. 2023). Decoder rows have length 1, so the
-    penalty cannot be escaped by small activations and a large decoder. Those papers draw dead latents anew from
-    tokens that are badly explained; here they are lifted by their biases (see ``sae.dictionaries.gradients``), which
-    disturbs no optimiser state.
+    (Bricken et al. 2023, "Towards monosemanticity"; Cunningham et al. 2023). Decoder rows have length 1, so small
+    activations and a large decoder cannot escape the penalty. Those papers resample dead latents from badly explained
+    tokens; here their biases are raised (see ``sae.dictionaries.gradients``), which disturbs no optimiser state.
     """
 
     architecture = "relu"
@@ -33,7 +32,7 @@ class ReluSae(Sae):
 
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> ReluSae:
-        """Fresh weights, with which half of the latents fire; see :func:`sae.dictionaries.sae.fresh_weights`."""
+        """See :func:`sae.dictionaries.sae.fresh_weights`; half of the latents fire at first."""
         return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k)
 
     def encode(self, x: Tensor) -> Firings:

@@ -1,4 +1,4 @@
-"""TopK: as many latents fire for each token as one asks for."""
+"""TopK: k latents fire for each token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TopKSae(Sae):
 
     a = TopK(relu((x - b_dec) W_enc^T + b_enc)),   x_hat = a W_dec + b_dec
 
-    A token whose positive pre-activations number fewer than k leaves slots empty. Dead latents are revived by AuxK.
+    A token with fewer than k positive pre-activations leaves slots empty. AuxK revives dead latents.
     """
 
     architecture = "topk"
@@ -32,19 +32,19 @@ class TopKSae(Sae):
 
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> TopKSae:
-        """Fresh weights; see :func:`sae.dictionaries.sae.fresh_weights`."""
+        """See :func:`sae.dictionaries.sae.fresh_weights`."""
         return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k)
 
     def encode(self, x: Tensor) -> Firings:
         return self.encode_centred(self.centred(x))
 
     def encode_fast(self, x: Tensor) -> Firings:
-        # Integers add up alike in any order: firings do not depend on how many tokens are encoded together.
+        # Sums of integers are exact in any order: firings do not depend on how many tokens are encoded together.
         exact_in_8_bits = self.device.type == "cpu" and has_int8_products()
         return self.encode_centred(self.centred(x), "int8" if exact_in_8_bits else "float32")
 
     def encode_centred(self, centred: Tensor, precision: Precision = "float32") -> Firings:
-        """:meth:`encode` for ``x - b_dec`` [B, D]. Pre-activations exist for some rows at a time only."""
+        """Return :meth:`encode` for ``x - b_dec`` [B, D]."""
         return topk_firings(centred, self.W_enc, self.b_enc, self.k, precision)
 
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:

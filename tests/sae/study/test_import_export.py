@@ -182,7 +182,7 @@ def test_gated_saes_are_aligned_explained_and_scored(tiny_recipe: Path, tmp_path
     assert "gated, 24 latents" in " ".join(cli("report", "--root", root).well().out.split())
     cli("show", "--sae", "x", "--latent", 3, "--root", root).well()
     refused = cli("export", "--sae", "x", "--format", "sparsify", "--to", tmp_path / "out", "--root", root)
-    refused.failed_in_one_line("'gated'", "sparsify's format", "topk only", "saelens")
+    refused.failed_in_one_line("'gated'", "sparsify's format", "supports only topk", "saelens")
     assert not (tmp_path / "out").exists()
 
 
@@ -303,7 +303,7 @@ def test_sources_that_cannot_be_used(tiny_recipe: Path, elsewhere: Path, tmp_pat
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "not an SAE checkpoint in a known format: it is empty")
     refused(tmp_path / "nowhere", "does not exist; give the folder of an SAE, or its name on the hub")
-    refused(elsewhere, "there are checkpoints in dictionary_learning/run_a, dictionary_learning/run_b, saelens/run_a")
+    refused(elsewhere, "holds checkpoints in dictionary_learning/run_a, dictionary_learning/run_b, saelens/run_a")
     broken = Path(shutil.copytree(elsewhere / "saelens" / "run_a", tmp_path / "broken"))
     (broken / "sae_weights.safetensors").write_bytes((broken / "sae_weights.safetensors").read_bytes()[:-9])
     refused(broken, "broken", "damaged or cut short")
