@@ -1,4 +1,4 @@
-"""The program: its commands, which lie in :mod:`autointerp.command_line`, and how each of them ends."""
+"""The command line program: registers the commands of :mod:`autointerp.command_line` and runs one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 
 from autointerp.command_line import dictionaries, explaining, reading
 from autointerp.command_line.ending import INTERRUPTED, TERMINATED, end, one_line_errors
+from autointerp.command_line.groups import Command
 from autointerp.command_line.values import spread_lists
 from sae.common import launch
 from sae.common.commands import program, shell_command
@@ -22,30 +23,25 @@ from sae.common.interrupt import Terminated
 app = typer.Typer(
     name="autointerp",
     help=(
-        "Which latents of a sparse autoencoder come back when it is trained again, and can anyone say what they mean?"
-        "\n\n"
-        "Begin with `demo`. On your own model: `train`, then `explain`, `score`, `report`; a command that needs an "
-        "earlier stage runs it and says so. Every command can be killed and run again: it goes on where it stopped.\n\n"
-        "Exit codes: 0 done; 1 error, said in one line; 2 no such command, flag or choice; 3 finished, but some "
-        "latents failed (the report says which)."
+        "Find out which latents of a sparse autoencoder come back when it is trained again, and whether anyone can "
+        "say what they mean.\n\n"
+        "Start with `demo`. On your own model: `train`, then `explain`, `score`, `report`; a command that needs an "
+        "earlier stage runs it and says so. Every command can be interrupted; run it again to resume.\n\n"
+        "Exit codes: 0 done; 1 error; 2 unknown command, flag or choice; 3 finished, but some latents failed (the "
+        "report lists them)."
     ),
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     add_completion=False,
 )
-app.command()(reading.demo)
-app.command()(dictionaries.train)
-app.command()(dictionaries.harvest)
-app.command()(dictionaries.align)
-app.command()(dictionaries.sweep)
-app.command("import")(dictionaries.import_)
-app.command()(dictionaries.export)
-app.command()(explaining.explain)
-app.command()(explaining.score)
-app.command()(reading.report)
-app.command()(reading.show)
-app.command()(reading.compare)
-app.command()(reading.runs)
+for command in (
+    reading.demo,
+    *(dictionaries.train, dictionaries.harvest, dictionaries.align, dictionaries.sweep),
+    *(dictionaries.import_, dictionaries.export),
+    *(explaining.explain, explaining.score),
+    *(reading.report, reading.show, reading.compare, reading.runs),
+):
+    app.command(command.__name__.rstrip("_"), cls=Command)(command)
 
 
 def main() -> None:
@@ -58,8 +54,8 @@ def main() -> None:
         except Terminated:
             code = TERMINATED
     if code in (INTERRUPTED, TERMINATED):
-        what = "interrupted" if code == INTERRUPTED else "terminated"
-        end(code, f"\n{what}; what is finished is kept, and the same command resumes from there")
+        signal = "interrupted" if code == INTERRUPTED else "terminated"
+        end(code, f"\n{signal}; finished work is kept, run the same command to resume")
     sys.exit(code or 0)
 
 

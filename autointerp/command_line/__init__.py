@@ -1,4 +1,4 @@
-"""What the commands in ``cli.py`` share: their options, how values are read, how a command ends.
+"""From flags to one call and its output: the commands that ``cli.py`` registers.
 
-It is imported before every command, `--help` among them, so nothing here imports what takes time.
+Must import nothing slow at module level: every command, even `--help`, imports this package.
 """

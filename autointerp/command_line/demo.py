@@ -1,7 +1,4 @@
-"""The study of `make demo`: every stage on the bundled subject model, offline, from the recipe beside the runs.
-
-It is the same code that users run on their own model; this module only says with what, and how long it takes.
-"""
+"""Run the demo: every stage on the bundled subject model, offline, with an estimate of the time it takes."""
 
 from __future__ import annotations
 
@@ -32,18 +29,18 @@ TEXT, TRAIN, HARVEST, ALIGN, EXPLAIN, SCORE, REPORT = STAGES = (
     "prepare the report",
 )
 _BARS = {TRAIN: "train", HARVEST: "harvest", ALIGN: "compare firings", EXPLAIN: "explain", SCORE: f"score {STUDY}"}
-"""How the label of each stage's bar starts."""
+"""Start of the label of each stage's progress bar."""
 
-# What the stages cost on the reference machine (two threads, AVX2). What is measured on this machine replaces them as
-# the demo runs. `python benchmarks/demo_stages.py` measures these constants again and prints them in this form.
+# Costs on the reference machine (two threads, AVX2), replaced by measurements as the demo runs.
+# `python benchmarks/demo_stages.py` measures these constants and prints them in this form.
 REFERENCE_SPEED = Speed(python=0.0199, matmul=0.0218)
 CORPUS_TOKENS = 2_960_000
 FORWARD_SECONDS = 2.97e-05
-"""per token, of the subject model"""
+"""Seconds per token for the subject model."""
 STEP_SECONDS = 8.6e-09
-"""per token, seed and latent (with TOKEN_LATENTS more), of a training step"""
+"""Seconds of training per token, seed and latent (M + TOKEN_LATENTS)."""
 TOKEN_LATENTS = 500
-"""A token costs an SAE as much as this many latents, whatever its width: measured with M = 512 and 2048."""
+"""Cost of a token that does not depend on M, in latents. Measured with M = 512 and 2048."""
 REFERENCE = {
     TEXT: Cost(start=10),
     TRAIN: Cost(start=1, work=1),
@@ -53,12 +50,13 @@ REFERENCE = {
     SCORE: Cost(start=1.2, work=0.028, end=4e-3),
     REPORT: Cost(start=2.3),
 }
-"""Seconds before the bar of each stage moves, and per unit of :func:`units` while it moves and afterwards. Training and
-harvest count in training steps, and the forward pass is added to them."""
+"""Seconds before the bar of each stage moves, and per unit of :func:`units` while it moves and afterwards.
+
+Training and harvest count in training steps; their forward pass is added."""
 
 
 def run_demo(root: Path, threads: int | None = None, overview: Overview | None = None) -> tuple[dict[str, Any], int]:
-    """Do what is missing of the demo study. Returns the findings of its report and how many latents failed."""
+    """Run the unfinished stages of the demo. Return the findings and the number of failed latents."""
     settings = settings_from(RECIPE)
     done = stages_done(root)
     speed = measure_speed()
@@ -72,7 +70,7 @@ def _run(
     root: Path, threads: int | None, settings: Settings, overview: Overview, speed: Speed
 ) -> tuple[dict[str, Any], int]:
     overview.begin(TEXT)
-    # Imported here because these take seconds, in which the overview is already shown.
+    # These imports take seconds; the overview is already shown.
     from autointerp.contexts.selection import Choice
     from autointerp.explaining.explain import explain_runs
     from autointerp.findings.study import findings_of
@@ -96,7 +94,7 @@ def _run(
     overview.begin(ALIGN)
     align_runs(runs, compute)
     overview.begin(EXPLAIN)
-    baseline = LlmOptions()  # no endpoint: explainer and judge are the n-gram baseline, whatever the environment holds
+    baseline = LlmOptions()  # no endpoint, even if the environment names a key
     explained = explain_runs(runs[:1], Choice(n=N_LATENTS), BASELINE, baseline, compute)
     overview.begin(SCORE)
     scored = score_runs(runs[:1], root, (MAIN_SCORER,), BASELINE, baseline)
@@ -110,14 +108,14 @@ def _run(
 
 
 def stages(settings: Settings, speed: Speed) -> list[Stage]:
-    """The stages of the demo, with what they are expected to cost on a machine of this ``speed``."""
+    """Return the stages with their expected costs on a machine of this ``speed``."""
     return [Stage(name, _BARS.get(name), cost) for name, cost in costs(settings, speed).items()]
 
 
 def stages_done(root: Path) -> set[str]:
-    """The stages that an earlier call has finished, as far as files tell."""
+    """Return the stages whose files show that they are finished."""
     if not any(root.glob(f"{STUDY}_*")):
-        return set()  # without the seconds that it takes to import what reads runs
+        return set()  # avoids slow imports
     from sae.study.run import progress_of, study_runs
 
     runs = [progress_of(run) for run in study_runs(STUDY, root)]
@@ -129,7 +127,7 @@ def stages_done(root: Path) -> set[str]:
 
 
 def units(settings: Settings) -> dict[str, float]:
-    """How much work each stage has: what its cost is proportional to."""
+    """Return the amount of work in each stage, to which its cost is proportional."""
     n_latents, corpus = settings.training.num_latents, _corpus_tokens(settings)
     explained = min(N_LATENTS, n_latents)
     return {
@@ -148,14 +146,14 @@ def _corpus_tokens(settings: Settings) -> int:
 
 
 def forward_tokens(settings: Settings) -> dict[str, float]:
-    """How many tokens the subject model reads in training, and in the harvest beyond those that training has kept."""
+    """Return the tokens of the forward passes; the harvest only reads those that training did not cache."""
     corpus = _corpus_tokens(settings)
     trained, harvested = (min(of.tokens, corpus) for of in (settings.training, settings.harvest))
     return {TRAIN: trained, HARVEST: max(0, harvested - trained)}
 
 
 def costs(settings: Settings, speed: Speed, measured: TokenSeconds | None = None) -> dict[str, Cost]:
-    """Seconds of each stage on a machine of this ``speed``; ``measured`` is how long it takes for a token."""
+    """Return the seconds of each stage on a machine of this ``speed``; ``measured`` is the time per token."""
     python = speed.python / REFERENCE_SPEED.python
     if measured is None:
         mixed = (python + speed.matmul / REFERENCE_SPEED.matmul) / 2

@@ -1,19 +1,15 @@
-"""The commands that make and match dictionaries: train, harvest, align, sweep, import, export."""
+"""The commands train, harvest, align, sweep, import and export."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from autointerp.command_line import options as opt
-from autointerp.command_line.ending import exit_if, finish
+from autointerp.command_line.ending import exit_if, finish, finish_with_runs, open_runs
 from autointerp.command_line.groups import JudgeServer, Machine, Output, Server, Text, llm_options, takes_groups
 from autointerp.command_line.options import Definition, OtherFormat
-from autointerp.command_line.shared import finish_with_runs, opened
 from autointerp.command_line.values import absolute, amount, new_file
 from sae.common.errors import BadInput
 
-if TYPE_CHECKING:
-    from sae.study.tracking import Tracker
+SAE_FORMATS = (OtherFormat.sparsify, OtherFormat.saelens, OtherFormat.dictionary_learning)
 
 
 @takes_groups
@@ -40,15 +36,14 @@ def train(
     machine: Machine,
     output: Output,
 ) -> None:
-    """Train SAEs that differ in their seed alone, on one stream of a language model's activations.
+    """Train SAEs that differ only in their seed, on the same activations of a language model.
 
     \b
     python cli.py train --name run --seeds 0 1 2 --text corpus.txt \\
         --model EleutherAI/pythia-160m --hookpoint layers.6.mlp \\
         --num-latents 4096 --k 32 --tokens 50M
 
-    --seeds may grow later: the seeds that exist are not touched, and what is not said is as the study has it. On
-    several GPUs or machines:
+    Run it again with more --seeds to add SAEs to an existing study, which keeps its settings. On several GPUs:
 
     \b
     torchrun --nproc-per-node 2 cli.py train …
@@ -56,13 +51,14 @@ def train(
     from sae.study.controls import find_controls
     from sae.study.recipes import settings_from
     from sae.study.run import make_studies, name_studies, study_runs
+    from sae.study.tracking import Tracker
     from sae.study.train import train_studies
 
-    there = next((runs for of in name_studies(name, hookpoint or []) if (runs := study_runs(of, output.root))), [])
-    own_seeds = [run.seed for run in there if run.seed is not None]
+    existing = next((runs for of in name_studies(name, hookpoint or []) if (runs := study_runs(of, output.root))), [])
+    own_seeds = [run.seed for run in existing if run.seed is not None]
     settings = settings_from(
         recipe,
-        there[0].settings if there else None,
+        existing[0].settings if existing else None,
         subject={"model": absolute(model) if model else None, "dtype": dtype},
         corpus=text.settings(),
         training={
@@ -77,24 +73,25 @@ def train(
         },
     )
     studies = make_studies(name, settings, hookpoint or [], seeds or own_seeds or [0, 1, 2])
-    trained = train_studies(studies, output.root, machine.compute(), parallel, _tracker(wandb), controls)
+    tracker = None if wandb is None else Tracker(wandb)
+    trained = train_studies(studies, output.root, machine.compute(), parallel, tracker, controls)
     found = [run for of_study in trained for run in of_study]
-    beside = [control for of_study in trained for control in find_controls(of_study[0]).values()]
-    finish_with_runs(output.as_json, "train", [*found, *beside], output.root)
+    control_runs = [control for of_study in trained for control in find_controls(of_study[0]).values()]
+    finish_with_runs(output.as_json, "train", [*found, *control_runs], output.root)
 
 
 @takes_groups
 def harvest(*, sae: opt.Saes = None, tokens: opt.HarvestTokens = None, machine: Machine, output: Output) -> None:
-    """Record which latent fires where, for all seeds in one pass over the subject model.
+    """Record which latents fire on which tokens, for all seeds in one pass over the subject model.
 
-    Runs of one study are harvested together. --tokens may grow later: what is recorded is kept.
+    A later harvest with more --tokens adds to the recorded ones.
 
     \b
     python cli.py harvest --sae run_a --sae run_b --tokens 10M
     """
     from sae.study.harvest import harvest_runs
 
-    runs = opened(sae, output.root, whole_study=True)
+    runs = open_runs(sae, output.root, whole_study=True)
     harvest_runs(runs, machine.compute(), tokens=amount("--tokens", tokens))
     finish_with_runs(output.as_json, "harvest", runs, output.root)
 
@@ -110,12 +107,10 @@ def align(
     machine: Machine,
     output: Output,
 ) -> None:
-    """Match the latents of every pair of runs one to one, exactly, by encoder and by decoder; say what is shared.
+    """Match the latents of every pair of runs one to one, by encoder and by decoder, and report which are shared.
 
-    Beside it: what chance alone would share, where the latents of both fire together, and what became of those that
-    do not return (split, absorbed, part of a wider one, or rebuilt from several).
-
-    The files hold cosines: --definition and --threshold change what is printed, and nothing is matched again.
+    Also reports the chance level, which latents fire together, and what became of latents that do not return (split,
+    absorbed, part of a wider one, or rebuilt from several). --definition and --threshold only change the report.
 
     \b
     python cli.py align run_a run_b run_c
@@ -124,7 +119,7 @@ def align(
     from autointerp.report.rendering import render_alignment
     from sae.study.align import align_runs, read_comparison
 
-    runs = opened(names, output.root, whole_study=True)
+    runs = open_runs(names, output.root, whole_study=True)
     align_runs(runs, machine.compute(), nulls, force)
     found = alignment_findings(read_comparison(runs, threshold), definition.value)
     finish(output.as_json, "align", lambda: found, lambda: render_alignment(found))
@@ -146,9 +141,9 @@ def sweep(
     machine: Machine,
     output: Output,
 ) -> None:
-    """A study for every point of a grid: width, k, training tokens, architecture, hookpoint; all on one stream.
+    """Train a study for every point of a grid (width, k, tokens, architecture, hookpoint) on the same activations.
 
-    Stopped, it goes on where it was; finished, it shows its table at once.
+    Run it again to resume, or to show the table of a finished sweep.
 
     \b
     python cli.py sweep widths
@@ -183,14 +178,14 @@ def import_(
     machine: Machine,
     output: Output,
 ) -> None:
-    """Take in an SAE that somebody else trained (sparsify, SAELens, dictionary_learning), as a run of a study.
+    """Import an SAE of sparsify, SAELens or dictionary_learning as a run of a study.
 
     \b
     python cli.py import --from EleutherAI/sae-pythia-70m-32k/layers.3.mlp \\
         --name theirs --study pythia --model EleutherAI/pythia-70m \\
         --hookpoint layers.3.mlp --text corpus.txt
 
-    A second import into the study takes model, hookpoint and text from the first. Then align, explain and score.
+    Later imports into the study reuse its model, hookpoint and text. Continue with align, explain and score.
     """
     from sae.study.importing import import_sae, import_settings
 
@@ -212,22 +207,21 @@ def export(
     author_id: opt.AuthorId = None,
     output: Output,
 ) -> None:
-    """Write what other programs open: a run's SAE, any of its tables, or its explanations for Neuronpedia.
+    """Export a run's SAE, one of its tables, or its explanations for Neuronpedia.
 
-    The SAE: --format sparsify (TopK only), saelens or dictionary_learning, --to a folder.
-
-    A table: --format csv or parquet, --to a file; --format neuronpedia writes explanations as its exports have them.
+    SAE: --format sparsify (TopK only), saelens or dictionary_learning, and --to a folder. Table: --format csv, parquet
+    or neuronpedia (explanations in the form of its exports), and --to a file.
 
     \b
     python cli.py export --sae run_a --table scores --format csv --to scores.csv
     python cli.py export --sae run_a --format saelens --to exported
     """
-    runs = opened(sae, output.root)
-    if table is None and format_ in _OF_SAES:
+    runs = open_runs(sae, output.root)
+    if table is None and format_ in SAE_FORMATS:
         from sae.study.importing import export_sae
 
         if len(runs) > 1:
-            raise BadInput(f"--format {format_.value} writes one run's SAE; give --sae once")
+            raise BadInput(f"--format {format_.value} exports the SAE of one run; give --sae once")
         saved = export_sae(runs[0], format_.value, to)
         finish(output.as_json, "export", lambda: saved, lambda: None)
         return
@@ -242,12 +236,3 @@ def export(
     else:
         written = export_table(runs, name, format_.value, to)
     finish(output.as_json, "export", lambda: written, lambda: render_exported(written))
-
-
-_OF_SAES = (OtherFormat.sparsify, OtherFormat.saelens, OtherFormat.dictionary_learning)
-
-
-def _tracker(project: str | None) -> Tracker | None:
-    from sae.study.tracking import Tracker
-
-    return None if project is None else Tracker(project)

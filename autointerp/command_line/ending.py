@@ -1,18 +1,22 @@
-"""How a command ends: one JSON object or tables, one line for an error, and an exit code that a script can go by."""
+"""How commands open runs and how they end: a JSON object or tables, one line per error, an exit code."""
 
 from __future__ import annotations
 
 import errno
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from sae.common import launch
 from sae.common.commands import program
+
+if TYPE_CHECKING:
+    from sae.study.run import Run
 
 SOME_FAILED = 3
 INTERRUPTED = 130
@@ -22,7 +26,7 @@ _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR
 
 
 def finish(as_json: bool, command: str, to_object: Callable[[], dict[str, Any]], render: Callable[[], None]) -> None:
-    """Give the result: as one JSON object on standard output, or as ``render`` shows it to people."""
+    """Print the result: one JSON object on standard output, or the tables of ``render``."""
     if launch.rank() != 0:
         return
     if as_json:
@@ -31,15 +35,54 @@ def finish(as_json: bool, command: str, to_object: Callable[[], dict[str, Any]],
         render()
 
 
+def open_runs(names: Sequence[str] | None, root: Path, whole_study: bool = False) -> list[Run]:
+    """Open the runs ``names``; if there are none, the newest study's first run, or all of that study's."""
+    from sae.study.run import Run, newest_study
+
+    if names:
+        return [Run.open(name, root) for name in dict.fromkeys(names)]
+    study = newest_study(root)
+    return study if whole_study else study[:1]
+
+
+@contextmanager
+def reading(run: Run) -> Iterator[None]:
+    """Show a line at a terminal while the study's files are read, which may take many seconds."""
+    from sae.common.progress import waiting
+
+    with waiting(f"reading the study {run.study}"):
+        yield
+
+
+def finish_with_runs(
+    as_json: bool, command: str, found: Sequence[Run], root: Path, damaged: Sequence[str] = ()
+) -> None:
+    """Show the progress of each run in ``found``, then end with an error if any are ``damaged``."""
+
+    def progress() -> list[dict[str, Any]]:
+        from sae.study.run import progress_of
+
+        return [progress_of(run) for run in found]
+
+    def render() -> None:
+        from autointerp.report.rendering import render_runs
+
+        render_runs(progress(), root=root)
+
+    finish(as_json, command, lambda: {"runs": progress(), **({"damaged": list(damaged)} if damaged else {})}, render)
+    if damaged:
+        end(1, "\n".join(f"error: {line}" for line in damaged))
+
+
 def exit_if(failed: int) -> None:
-    """End with exit code 3 where some latents failed."""
+    """End with exit code 3 if some latents failed."""
     if failed:
         raise typer.Exit(SOME_FAILED)
 
 
 @contextmanager
 def one_line_errors(as_json: bool) -> Iterator[None]:
-    """Errors that are the user's to mend as one line and an exit code; others keep their traceback."""
+    """Turn errors that the user can fix into one line and an exit code; others keep their traceback."""
     from sae.common.errors import UserError, make_printable
 
     try:
@@ -63,9 +106,9 @@ def one_line_errors(as_json: bool) -> Iterator[None]:
 
 
 def end(code: int, line: str, result: str | None = None) -> NoReturn:
-    """End with ``line`` on standard error and ``result``, if any, on standard output; of several ranks, one says it."""
+    """End with ``line`` on standard error and any ``result`` on standard output. Only one rank prints."""
 
-    def speak() -> None:
+    def print_end() -> None:
         print(line, file=sys.stderr)
         if result is not None:
             print(result)
@@ -73,6 +116,6 @@ def end(code: int, line: str, result: str | None = None) -> NoReturn:
     if launch.launched():
         from sae.common.torchrun import end_rank
 
-        end_rank(code, speak)
-    speak()
+        end_rank(code, print_end)
+    print_end()
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The commands that ask: explain and score."""
+"""The commands explain and score."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autointerp.command_line import options as opt
-from autointerp.command_line.ending import exit_if, finish
+from autointerp.command_line.ending import exit_if, finish, open_runs
 from autointerp.command_line.groups import JudgeServer, Machine, Output, Server, Spending, llm_options, takes_groups
 from autointerp.command_line.options import Definition
-from autointerp.command_line.shared import opened
 from autointerp.command_line.values import indices as latent_numbers
 from sae.common.commands import command
 from sae.common.errors import BadInput
@@ -39,12 +38,12 @@ def explain(
     machine: Machine,
     output: Output,
 ) -> None:
-    """Say in one sentence what makes a latent fire, from contexts in which it does.
+    """Explain in one sentence what makes each latent fire, from contexts in which it fires.
 
     \b
     python cli.py explain --sae run_a --unshared-only --latents 300
 
-    By a language model: --llm-url names a server that runs, --vllm starts one.
+    With a language model: --llm-url names a running server, --vllm starts one.
 
     \b
     python cli.py explain --sae run_a --llm-url http://127.0.0.1:8000/v1 --dry-run
@@ -70,7 +69,7 @@ def explain(
         raise BadInput("--indices names latents outright, --latents draws a sample; give one of the two")
     options = llm_options(server, spending=spending)
     check_flags(EXPLAINERS, resolve(EXPLAINERS, explainer, options), options.of_server())
-    runs = opened(sae, output.root)
+    runs = open_runs(sae, output.root)
     if spending.dry_run:
         from autointerp.scoring.dry_run import forecast_explain
 
@@ -94,7 +93,7 @@ def _score_command(outcome: Outcome, explainer: str, options: LlmOptions, root: 
     words = [word for name in outcome.explained for word in ("--sae", name)]
     if explainer != BASELINE and not EXPLAINERS[explainer].asks_model:
         for name in JUDGES:
-            with suppress(BadInput):  # a judge's file that cannot be imported is not this command's concern
+            with suppress(BadInput):  # skip a judge whose file cannot be imported
                 if not JUDGES[name].asks_model and JUDGES[name].reads in (None, explainer):
                     words += ["--judge", name]
                     break
@@ -119,10 +118,10 @@ def score(
     spending: Spending,
     output: Output,
 ) -> None:
-    """Test explanations: a judge reads only the explanation and says in which contexts the latent fires.
+    """Score explanations: a judge reads only the explanation and predicts in which contexts the latent fires.
 
-    Balanced accuracy and AUROC with 95 % intervals, and the same with explanations swapped between dissimilar latents,
-    which says what a meaningless explanation would have scored.
+    Computes balanced accuracy and AUROC with 95 % intervals, also for another latent's explanation: the score of a
+    meaningless one.
 
     \b
     python cli.py score --sae run_a
@@ -136,7 +135,7 @@ def score(
     if max_contexts is not None and half_width is None:
         raise BadInput("--max-contexts needs --ci-half-width too, such as --ci-half-width 0.065")
     rule = None if half_width is None else StoppingRule(half_width, max_contexts)
-    runs = opened(sae, output.root) if sae else None
+    runs = open_runs(sae, output.root) if sae else None
     scorers = tuple(scorer or ("detection",))
     asked = (runs, output.root, scorers, judge, options)
     if spending.dry_run:

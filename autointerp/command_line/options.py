@@ -1,4 +1,4 @@
-"""The options of the commands, each a type with its flag and its help: a flag means the same wherever it stands."""
+"""The flags of the commands, each a type with its help. ``{training.k}`` stands for that setting's default."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from autointerp.command_line.values import known
 from autointerp.explaining.explainers import EXPLAINERS
@@ -16,7 +16,7 @@ from sae.dictionaries.architectures import ARCHITECTURES
 
 
 class OtherFormat(enum.StrEnum):
-    """A format that another program opens: three of SAEs, three of tables."""
+    """A file format that another program opens: three for SAEs, three for tables."""
 
     sparsify = "sparsify"
     saelens = "saelens"
@@ -27,7 +27,7 @@ class OtherFormat(enum.StrEnum):
 
 
 class PairOrder(enum.StrEnum):
-    """By what pairs of latents are ordered (see :mod:`autointerp.findings.pair`)."""
+    """The order of pairs of latents (see :mod:`autointerp.findings.pair`)."""
 
     similarity = "similarity"
     score = "score"
@@ -44,434 +44,297 @@ class Definition(enum.StrEnum):
     lenient = "lenient"
 
 
-# --- every command -----------------------------------------------------------------------------------------------
+# --- several commands --------------------------------------------------------------------------------------------
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output instead of tables.")]
-Root = Annotated[Path, typer.Option("--root", help="The folder that holds all runs.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")]
-Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads for torch. Default: all cores.")]
-Saes = Annotated[
-    list[str] | None, typer.Option("--sae", help="A run, such as run_a. Default: the newest study's first.")
-]
-OneSae = Annotated[str | None, typer.Option("--sae", help="The run. Default: the newest study's first.")]
-
-# --- train, harvest, align ---------------------------------------------------------------------------------------
-
-Name = Annotated[str, typer.Option("--name", help="The study's name; its runs become NAME_a, NAME_b, …")]
-Seeds = Annotated[
-    list[int] | None, typer.Option("--seeds", help="One SAE per seed, all on the same batches. Default: 0 1 2.")
-]
+Threads = Annotated[int | None, Option("--threads", help="CPU threads for torch. Default: all cores.")]
+Saes = Annotated[list[str] | None, Option("--sae", help="A run, such as run_a. Default: the newest study's first.")]
+OneSae = Annotated[str | None, Option("--sae", help="The run. Default: the newest study's first.")]
 Nulls = Annotated[
-    bool,
-    typer.Option(
-        "--nulls/--no-nulls",
-        help="Also match each SAE with its sibling rotated at random, and compare firings moved along the text, to "
-        "show the chance level. Doubles the work.",
-    ),
-]
-ForceAlign = Annotated[
-    bool,
-    typer.Option(
-        "--force",
-        help="Also align runs of different studies or hookpoints, whose differences are not the seed's alone.",
-    ),
-]
-Parallel = Annotated[
-    str | None,
-    typer.Option(
-        "--parallel",
-        help="Under torchrun, what the ranks split: seeds, or the data of every step. "
-        "Default: seeds where there are as many as ranks.",
-    ),
+    bool, Option("--nulls/--no-nulls", help="Also measure the chance level (sibling rotated, firings shifted).")
 ]
 Recipe = Annotated[
-    Path | None,
-    typer.Option("--recipe", help="A TOML file of settings, or a bundled one: demo. Flags override it."),
+    Path | None, Option("--recipe", help="TOML file of settings, or a bundled one: demo. Flags override it.")
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="Hugging Face name or directory. Default: bundled, the model in this package."),
-]
-Hookpoint = Annotated[
-    str | None, typer.Option("--hookpoint", help="The module whose output is studied. Default: layers.2.mlp.")
-]
-Hookpoints = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--hookpoint",
-        help="The module whose output is studied. Several, in one pass over the model, become a study each: "
-        "NAME-layers.2.mlp and so on. Default: layers.2.mlp.",
-    ),
+    Option("--model", help="Hugging Face name or folder. Default: {subject.model}, the model in this package."),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--dtype",
-        help="Precision of the subject's forward pass: float32, bfloat16, float16, or auto (bfloat16 where the machine "
-        "has instructions for it, else float32; a study keeps what it began with). Default: auto.",
+        help="Precision of the subject model: float32, bfloat16, float16, or auto (bfloat16 if the machine has "
+        "instructions for it, else float32). Default: {subject.dtype}.",
     ),
 ]
-Texts = Annotated[
-    list[str] | None,
-    typer.Option("--text", help="Text files, or folders of them. Default: the sources of Python's library."),
+Shared = Annotated[Definition, Option("--definition", help="Definition of a shared latent.")]
+Threshold = Annotated[float, Option("--threshold", min=0, max=1, help="Cosine above which latents are shared.")]
+Against = Annotated[list[str] | None, Option("--against", help="Runs to compare with. Default: all of the study.")]
+Explainer = Annotated[
+    str,
+    Option(
+        "--explainer",
+        callback=known(EXPLAINERS, "auto"),
+        help=f"{EXPLAINERS.join_names('auto')}. auto: llm if a language model is given, else ngram, the baseline.",
+    ),
 ]
-Dataset = Annotated[
+ShownExplainer = Annotated[
     str | None,
-    typer.Option("--dataset", help="A `datasets` directory or hub name (with --split, --column, --config)."),
+    Option(
+        "--explainer",
+        metavar="NAME",
+        help="Show the newest scores of this explainer: llm, ngram, … Default: any other before ngram.",
+    ),
 ]
-Split = Annotated[str | None, typer.Option("--split", help="The dataset's split. Default: train.")]
-Column = Annotated[
-    str | None, typer.Option("--column", help="The dataset's column that holds the text. Default: text.")
+
+# --- train, harvest, align ---------------------------------------------------------------------------------------
+
+Name = Annotated[str, Option("--name", help="Name of the study; its runs become NAME_a, NAME_b, …")]
+Seeds = Annotated[list[int] | None, Option("--seeds", help="Seeds: one SAE each, on the same batches. Default: 0 1 2.")]
+ForceAlign = Annotated[
+    bool, Option("--force", help="Also align runs of different studies or hookpoints, which differ in more than seed.")
 ]
-Configuration = Annotated[
-    str | None, typer.Option("--config", help="The dataset's configuration, where it has several.")
+Parallel = Annotated[
+    str | None,
+    Option(
+        "--parallel",
+        help="Split seeds or data (each step's tokens) over the ranks of torchrun. "
+        "Default: seeds if there are at least as many as ranks.",
+    ),
 ]
-Context = Annotated[int | None, typer.Option("--context", help="Tokens in a packed sequence. Default: 256.")]
+Hookpoint = Annotated[
+    str | None, Option("--hookpoint", help="Module whose output is studied. Default: {subject.hookpoint}.")
+]
+Hookpoints = Annotated[
+    list[str] | None,
+    Option(
+        "--hookpoint",
+        help="Module whose output is studied; several become one study each, in one pass over the model. "
+        "Default: {subject.hookpoint}.",
+    ),
+]
 Architecture = Annotated[
-    str | None, typer.Option("--architecture", help=f"{ARCHITECTURES.join_names()}. Default: topk.")
+    str | None, Option("--architecture", help=f"{ARCHITECTURES.join_names()}. Default: {{training.architecture}}.")
 ]
 TrainPrecision = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--precision",
-        help="Of the product that chooses latents: float32, bfloat16, int8 (CPUs), or auto (the fewest bits that "
-        "the machine has instructions for). Activations, gradients and weights are float32 in any case. Default: auto.",
+        help="Precision of the product that chooses latents: float32, bfloat16, int8 (CPU only), or auto "
+        "(the fewest bits that the machine has instructions for). Default: {training.precision}.",
     ),
 ]
-NumLatents = Annotated[int | None, typer.Option("--num-latents", "-M", help="Width of the dictionary. Default: 1024.")]
-K = Annotated[int | None, typer.Option("--k", "-k", help="Active latents per token. Default: 8.")]
-TrainTokens = Annotated[str | None, typer.Option("--tokens", help="Tokens to train on. Default: 10M.")]
-BatchTokens = Annotated[str | None, typer.Option("--batch-tokens", help="Tokens in a step. Default: 4096.")]
+NumLatents = Annotated[
+    int | None, Option("--num-latents", "-M", help="Latents of each SAE. Default: {training.num_latents}.")
+]
+K = Annotated[int | None, Option("--k", "-k", help="Active latents per token. Default: {training.k}.")]
+TrainTokens = Annotated[str | None, Option("--tokens", help="Tokens to train on. Default: {training.tokens}.")]
+BatchTokens = Annotated[str | None, Option("--batch-tokens", help="Tokens per step. Default: {training.batch_tokens}.")]
 LearningRate = Annotated[
     float | None,
-    typer.Option("--learning-rate", "--lr", help="Adam's peak rate. Default: 2e-4 / sqrt(width / 16384)."),
+    Option("--learning-rate", "--lr", help="Peak rate. Default: 2e-4 / sqrt(num-latents / 16384)."),
 ]
 ActivationCache = Annotated[
     str | None,
-    typer.Option(
-        "--activation-cache", help="Bytes of activations kept on disk until the harvest. Default: 8G; 0: none."
+    Option(
+        "--activation-cache",
+        help="Bytes of activations to keep on disk until the harvest; 0 keeps none. "
+        "Default: {training.activation_cache}.",
     ),
 ]
 Controls = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--controls/--no-controls",
-        help="Also train what scores are held against: an SAE whose random decoder is never trained (NAME-frozen_a), "
-        "about as long as one more seed, and one that is not trained at all (NAME-untrained_a).",
+        help="Also train two controls for the scores: an SAE with a frozen random decoder (about as long as one "
+        "more seed) and an untrained one.",
     ),
 ]
-Wandb = Annotated[
-    str | None, typer.Option("--wandb", metavar="PROJECT", help="Also log to this project of Weights & Biases.")
-]
-HarvestTokens = Annotated[str | None, typer.Option("--tokens", help="How many tokens to record. Default: 2M.")]
-RunNames = Annotated[list[str] | None, typer.Argument(metavar="RUN RUN…", help="Default: the newest study's runs.")]
+Wandb = Annotated[str | None, Option("--wandb", metavar="PROJECT", help="Weights & Biases project to also log to.")]
+HarvestTokens = Annotated[str | None, Option("--tokens", help="Tokens to record. Default: {harvest.tokens}.")]
+RunNames = Annotated[list[str] | None, Argument(metavar="RUN RUN…", help="Default: the newest study's runs.")]
 
 # --- import, export ----------------------------------------------------------------------------------------------
 
 ImportedFrom = Annotated[
-    str,
-    typer.Option("--from", help="The folder of an SAE, or its name on the hub: OWNER/REPOSITORY[@REVISION][/FOLDER]."),
+    str, Option("--from", help="Folder of an SAE, or its name on the hub: OWNER/REPOSITORY[@REVISION][/FOLDER].")
 ]
-ImportedName = Annotated[str, typer.Option("--name", help="The run that it becomes.")]
-ImportedStudy = Annotated[str, typer.Option("--study", help="The study that the run joins, new or not.")]
+ImportedName = Annotated[str, Option("--name", help="Name of the new run.")]
+ImportedStudy = Annotated[str, Option("--study", help="Study that the run joins, existing or new.")]
 ExportTo = Annotated[
-    Path, typer.Option("--to", help="The folder to write, new or empty; of a table the file (.gz: compressed).")
+    Path, Option("--to", help="Folder (new or empty) for an SAE, file for a table; .gz compresses the file.")
 ]
 ExportFormat = Annotated[
     OtherFormat,
-    typer.Option(
-        "--format", help="Of an SAE: sparsify, saelens, dictionary_learning. Of a table: csv, parquet, neuronpedia."
-    ),
+    Option("--format", help="SAE: sparsify, saelens, dictionary_learning. Table: csv, parquet, neuronpedia."),
 ]
 ExportedSaes = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--sae",
-        help="The run. Default: the newest study's first. Several, for tables of pairs: the first against the others.",
+        help="The run; for tables of pairs several, the first against the others. Default: the newest study's first.",
     ),
 ]
 ExportedTable = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--table",
         metavar="NAME",
         help="latents, explanations, scores, verdicts, pairs, findings, …; a wrong name lists all.",
     ),
 ]
-ModelId = Annotated[
-    str | None, typer.Option("--model-id", help="neuronpedia: its id of the model. Default: the model's name.")
-]
+ModelId = Annotated[str | None, Option("--model-id", help="Neuronpedia's id of the model. Default: the model's name.")]
 SourceId = Annotated[
-    str | None, typer.Option("--source-id", help="neuronpedia: its id of the SAE. Default: LAYER-RUN, such as 6-run_a.")
+    str | None, Option("--source-id", help="Neuronpedia's id of the SAE. Default: LAYER-RUN, such as 6-run_a.")
 ]
 AuthorId = Annotated[
-    str | None, typer.Option("--author-id", help="neuronpedia: the author's id there. Default: that of its own tools.")
+    str | None, Option("--author-id", help="Neuronpedia's id of the author. Default: that of its own tools.")
 ]
-
-# --- what counts as shared ---------------------------------------------------------------------------------------
-
-Shared = Annotated[Definition, typer.Option("--definition", help="What counts as shared.")]
-Threshold = Annotated[float, typer.Option("--threshold", min=0, max=1, help="Cosine above which a latent is shared.")]
-Against = Annotated[list[str] | None, typer.Option("--against", help="The other runs that count. Default: all.")]
 
 # --- explain, score ----------------------------------------------------------------------------------------------
 
-UnsharedOnly = Annotated[bool, typer.Option("--unshared-only", help="Only latents found in no other run of the study.")]
-SharedOnly = Annotated[bool, typer.Option("--shared-only", help="Only latents found in some other run.")]
+UnsharedOnly = Annotated[bool, Option("--unshared-only", help="Explain only latents found in no other run.")]
+SharedOnly = Annotated[bool, Option("--shared-only", help="Explain only latents found in at least one other run.")]
 Latents = Annotated[
     int,
-    typer.Option(
+    Option(
         "--latents",
         min=1,
-        help="Explain a sample of so many, stratified by similarity and firing frequency; its figures are weighted to "
-        "stand for all eligible latents. More later keep those that there are.",
+        help="Latents to explain, sampled by similarity and firing frequency and weighted to represent all eligible "
+        "ones. Asking for more later keeps the latents already drawn.",
     ),
 ]
-Indices = Annotated[str | None, typer.Option("--indices", help="These latents: 3,17,40-60.")]
-WithPartners = Annotated[bool, typer.Option("--with-partners", help="Also each latent's partner in the sibling run.")]
-Explainer = Annotated[
-    str,
-    typer.Option(
-        "--explainer",
-        callback=known(EXPLAINERS, "auto"),
-        help=f"{EXPLAINERS.join_names('auto')}. auto: llm where a language model is given, else ngram, the baseline.",
+Indices = Annotated[str | None, Option("--indices", help="Explain exactly these latents: 3,17,40-60.")]
+WithPartners = Annotated[bool, Option("--with-partners", help="Also explain each latent's partner in the other run.")]
+ControlSaeLatents = Annotated[
+    int | None,
+    Option(
+        "--control-sae-latents",
+        min=0,
+        help="Latents to explain in each control SAE, for `score` to compare with; 0 explains none. "
+        "Default: the number explained in the run, up to 200 (50 with a language model); none with --indices.",
     ),
 ]
 ScoredSaes = Annotated[
-    list[str] | None,
-    typer.Option("--sae", help="A run. Default: every stored explanation that has no score yet, in all runs."),
+    list[str] | None, Option("--sae", help="A run. Default: all runs with explanations that have no score yet.")
 ]
 Scorers = Annotated[
     list[str] | None,
-    typer.Option(
-        "--scorer", callback=known(SCORERS), help=f"{SCORERS.join_names()}; may be repeated. Default: detection."
-    ),
+    Option("--scorer", callback=known(SCORERS), help=f"{SCORERS.join_names()}; may be repeated. Default: detection."),
 ]
 Judge = Annotated[
     str,
-    typer.Option(
+    Option(
         "--judge",
         callback=known(JUDGES, "auto"),
-        help=f"{JUDGES.join_names('auto')}. auto: llm where a language model is given, else ngram, the baseline.",
-    ),
-]
-SweepJudge = Annotated[
-    str | None,
-    typer.Option(
-        "--judge",
-        callback=known(JUDGES, "auto"),
-        help=f"{JUDGES.join_names('auto')}. Default: called as the explainer, else auto.",
+        help=f"{JUDGES.join_names('auto')}. auto: llm if a language model is given, else ngram, the baseline.",
     ),
 ]
 ControlLatents = Annotated[
     int | None,
-    typer.Option(
+    Option(
         "--control-latents",
         min=0,
-        help="Latents also judged by a dissimilar latent's explanation. Default: all, or 50 where a model is asked.",
-    ),
-]
-ControlSaeLatents = Annotated[
-    int | None,
-    typer.Option(
-        "--control-sae-latents",
-        min=0,
-        help="Also explain so many latents of each control SAE of the study (one with a frozen random decoder, one "
-        "that is not trained; `train` makes them), for `score` to compare with; 0: none. Default: as many as of the "
-        "run, at most 200, or 50 where a model is asked (half as many requests again for 200 latents); none with "
-        "--indices.",
+        help="Latents also judged with another latent's explanation. Default: all, or 50 with a language model.",
     ),
 ]
 ScoredControlSaeLatents = Annotated[
     int | None,
-    typer.Option(
+    Option(
         "--control-sae-latents",
         min=0,
-        help="Score at most so many latents of each control SAE; 0: none. Default: all that `explain` explained there "
-        "(llm: two fifths as many requests again for 200 latents and two times 50).",
+        help="Latents to score in each control SAE, at most; 0 scores none. Default: all that `explain` explained.",
     ),
-]
-LlmUrl = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--llm-url",
-        help="An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1. Several of one model share the load.",
-    ),
-]
-LlmModel = Annotated[
-    str | None,
-    typer.Option("--llm-model", help="The model there. Default: the only one it serves. With --vllm: what to call it."),
-]
-JudgeUrl = Annotated[list[str] | None, typer.Option("--judge-url", help="Other endpoints for the judge.")]
-JudgeModel = Annotated[str | None, typer.Option("--judge-model", help="Another model for the judge.")]
-Vllm = Annotated[
-    str | None,
-    typer.Option(
-        "--vllm",
-        metavar="MODEL",
-        help="Start a vLLM server for this command, on this machine alone, and stop it at the end: a model's folder, a "
-        "Hugging Face name, or 'bundled'. It starts with the first question that is not answered yet. Its log is in "
-        "ROOT/logs. In a checkout `make vllm` installs vLLM.",
-    ),
-]
-JudgeVllm = Annotated[
-    str | None,
-    typer.Option(
-        "--judge-vllm",
-        metavar="MODEL",
-        help="The same for the judge. With the model of --vllm one server serves both.",
-    ),
-]
-VllmPython = Annotated[
-    Path | None,
-    typer.Option(
-        "--vllm-python",
-        help="The Python that has vLLM. Default: $AUTOINTERP_VLLM_PYTHON, else that of `make vllm`, else this one.",
-    ),
-]
-VllmArgs = Annotated[
-    str,
-    typer.Option(
-        "--vllm-args", help="Further arguments of the vLLM server, in quotes: --vllm-args '--max-model-len 4096'."
-    ),
-]
-VllmTimeout = Annotated[float, typer.Option("--vllm-timeout", help="Seconds until the vLLM server has to be ready.")]
-KeyFile = Annotated[
-    Path | None,
-    typer.Option("--api-key-file", help="A file that holds the key. Default: $AUTOINTERP_API_KEY or $OPENAI_API_KEY."),
-]
-Concurrency = Annotated[int, typer.Option("--concurrency", min=1, help="Requests in flight at once.")]
-Rate = Annotated[float | None, typer.Option("--requests-per-second", help="At most so many requests a second.")]
-TokenRate = Annotated[
-    float | None,
-    typer.Option("--tokens-per-minute", help="At most so many tokens a minute, of prompts and answers together."),
 ]
 Protocol = Annotated[
     str,
-    typer.Option(
+    Option(
         "--protocol",
-        help="How the judge is asked: batch (several contexts a request), single (one, with log-probabilities), auto.",
+        help="Form of the judge's requests: batch (several contexts), single (one context, read by "
+        "log-probabilities) or auto.",
     ),
 ]
 ContextsPerRequest = Annotated[
     int | None,
-    typer.Option(
+    Option(
         "--contexts-per-request",
         min=1,
         max=50,
-        help="Of the batch protocol, which this asks for. Default: 5. More cost fewer prompt tokens, and ask more of "
-        "the model in one answer.",
+        help="Contexts per request of the batch protocol. More save prompt tokens but make each answer harder. "
+        "Default: 5.",
     ),
 ]
 CiHalfWidth = Annotated[
     float | None,
-    typer.Option(
+    Option(
         "--ci-half-width",
-        help="Judge each explanation in rounds until the 95 % interval of its balanced accuracy is ± this wide, for "
-        "example 0.065. Default: judge every context of the test set.",
+        help="Judge in rounds until the 95 % interval of balanced accuracy is ± this wide, such as 0.065. "
+        "Default: judge the whole test set.",
     ),
 ]
-ScorePrecision = Annotated[float | None, typer.Option("--precision", hidden=True, help="Old name of --ci-half-width.")]
+ScorePrecision = Annotated[float | None, Option("--precision", hidden=True, help="Old name of --ci-half-width.")]
 MaxContexts = Annotated[
     int | None,
-    typer.Option(
-        "--max-contexts",
-        help="With --ci-half-width: judge at most this many contexts of each latent. Default: the test set's size.",
-    ),
+    Option("--max-contexts", help="Contexts per latent, at most, with --ci-half-width. Default: the test set's size."),
 ]
 
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Only say what it would cost: requests, tokens, time and price. Asks nothing.")
-]
-Budget = Annotated[
-    str | None,
-    typer.Option("--budget", help="Stop cleanly before this is overdrawn: tokens (2M) or dollars ('$5', with prices)."),
-]
-PriceIn = Annotated[float | None, typer.Option("--price-in", help="Dollars for a million prompt tokens.")]
-PriceCached = Annotated[
-    float | None,
-    typer.Option("--price-cached", help="The same, for those that the server has cached. Default: --price-in."),
-]
-PriceOut = Annotated[float | None, typer.Option("--price-out", help="Dollars for a million written tokens.")]
-
-# --- sweep -----------------------------------------------------------------------------------------------------------
+# --- sweep -------------------------------------------------------------------------------------------------------
 
 SweepRecipe = Annotated[
     Path,
-    typer.Argument(
+    Argument(
         metavar="RECIPE",
-        help="A TOML file with a [sweep] table, or a bundled one: architectures, ks, pythia-160m, tokens or widths.",
+        help="TOML file with a [sweep] table, or a bundled one: architectures, ks, pythia-160m, tokens or widths.",
     ),
 ]
-SweepName = Annotated[
-    str | None, typer.Option("--name", help="What its studies are called after. Default: the recipe's file name.")
-]
-SweepSeeds = Annotated[list[int] | None, typer.Option("--seeds", help="Seeds of every point. Default: the recipe's.")]
+SweepName = Annotated[str | None, Option("--name", help="Prefix of its studies' names. Default: the recipe's name.")]
+SweepSeeds = Annotated[list[int] | None, Option("--seeds", help="Seeds of every point. Default: the recipe's.")]
 SweepScore = Annotated[
     bool | None,
-    typer.Option(
-        "--score/--no-score",
-        help="Also explain and score latents of every point. Default: where the recipe has an [explain] table.",
+    Option("--score/--no-score", help="Explain and score every point. Default: if the recipe has an [explain] table."),
+]
+SweepJudge = Annotated[
+    str | None,
+    Option(
+        "--judge",
+        callback=known(JUDGES, "auto"),
+        help=f"{JUDGES.join_names('auto')}. Default: the judge with the explainer's name, else auto.",
     ),
 ]
 SweepDryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="Only list the points, their tokens, and how long training would take by a few timed steps."
-    ),
+    bool, Option("--dry-run", help="List the points and estimate training times from a few steps. Trains nothing.")
 ]
 
-# --- report, show ------------------------------------------------------------------------------------------------
+# --- report, show, compare, runs ---------------------------------------------------------------------------------
 
-ReportedSae = Annotated[
-    str | None,
-    typer.Option("--sae", help="The run in the middle of the report. Default: the newest study's first."),
+ReportedSae = Annotated[str | None, Option("--sae", help="Focus run of the report. Default: the newest study's first.")]
+Html = Annotated[bool, Option("--html", help="Write one HTML file, ROOT/reports/RUN.html; print its path and size.")]
+HtmlTo = Annotated[Path | None, Option("--to", help="Path of the HTML file. Default: ROOT/reports/RUN.html.")]
+LatentNumber = Annotated[int, Option("--latent", help="Index of the latent.")]
+ShownContexts = Annotated[int, Option("--contexts", min=1, help="Contexts to show.")]
+ComparedNames = Annotated[list[str] | None, Argument(metavar="RUN RUN", help="The two runs.")]
+ComparedSaes = Annotated[list[str] | None, Option("--sae", help="One of the two runs; give it twice.")]
+ShownPairs = Annotated[int, Option("--latents", min=1, help="Pairs to show; --json has all.")]
+SortPairs = Annotated[
+    PairOrder | None, Option("--sort", help="Order of the pairs. Default: spread from the most to the least similar.")
 ]
-ShownExplainer = Annotated[
-    str | None,
-    typer.Option(
-        "--explainer",
-        metavar="NAME",
-        help="Show the newest scores of explanations by this explainer: llm, ngram, … Default: the newest of all, any "
-        "other before the n-gram baseline.",
-    ),
-]
-Html = Annotated[
-    bool, typer.Option("--html", help="Write it as one HTML file, ROOT/reports/RUN.html, and print its path and size.")
-]
-HtmlTo = Annotated[Path | None, typer.Option("--to", help="Where the HTML file goes instead.")]
-LatentNumber = Annotated[int, typer.Option("--latent", help="The latent's number.")]
-ShownContexts = Annotated[int, typer.Option("--contexts", min=1, help="Contexts to show.")]
-
-# --- runs --------------------------------------------------------------------------------------------------------
-
+SharedPairs = Annotated[bool, Option("--shared-only", help="Show only shared pairs.")]
+UnsharedPairs = Annotated[bool, Option("--unshared-only", help="Show only unshared pairs.")]
 DeletedName = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--delete",
         metavar="NAME",
-        help="Delete a run, or a whole study with its controls; their alignments and HTML reports go too.",
+        help="Delete a run, or a study with its controls, and their alignments and HTML reports.",
     ),
 ]
 Prune = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--prune",
-        help="Delete what no run uses any more: corpora, kept activations, alignments and HTML reports. "
-        "Never language models' answers.",
+        help="Delete corpora, cached activations, alignments and HTML reports that no run uses. "
+        "Keeps all answers of language models.",
     ),
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Delete without asking.")]
-ListOnly = Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted, with sizes.")]
-
-# --- compare -----------------------------------------------------------------------------------------------------
-
-ComparedNames = Annotated[list[str] | None, typer.Argument(metavar="RUN RUN", help="The two runs.")]
-ComparedSaes = Annotated[list[str] | None, typer.Option("--sae", help="The same: a run; given twice, for two.")]
-ShownPairs = Annotated[int, typer.Option("--latents", min=1, help="Pairs to show; --json has all.")]
-SortPairs = Annotated[
-    PairOrder | None,
-    typer.Option("--sort", help="Show the first by this. Default: spread from the most alike to the least alike."),
-]
-SharedPairs = Annotated[bool, typer.Option("--shared-only", help="Show only pairs that are shared.")]
-UnsharedPairs = Annotated[bool, typer.Option("--unshared-only", help="Show only pairs that are not shared.")]
+Yes = Annotated[bool, Option("--yes", help="Delete without asking.")]
+ListOnly = Annotated[bool, Option("--dry-run", help="List the files that would be deleted, with sizes. Deletes none.")]

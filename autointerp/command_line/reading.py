@@ -1,15 +1,14 @@
-"""The commands that show: demo (which runs what is missing first), report, show, compare, runs."""
+"""The commands demo, report, show, compare and runs."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autointerp.command_line import options as opt
-from autointerp.command_line.ending import exit_if, finish
+from autointerp.command_line.ending import exit_if, finish, finish_with_runs, open_runs, reading
 from autointerp.command_line.groups import Machine, Output, takes_groups
 from autointerp.command_line.options import Definition
-from autointerp.command_line.shared import finish_with_report, finish_with_runs, opened_one, reading
 from autointerp.command_line.values import new_file
 from sae.common.errors import BadInput, UserError
 
@@ -20,21 +19,17 @@ if TYPE_CHECKING:
 
 @takes_groups
 def demo(*, threads: opt.Threads = None, output: Output) -> None:
-    """The whole study, offline, on the bundled subject model. Run again, it shows its report at once.
+    """Run a whole study offline on the bundled subject model, or show its report if it is finished.
 
-    Trains three TopK SAEs on one stream of activations of a small language model of Python source, aligns their
-    latents, explains and scores a few hundred with the n-gram baseline (which needs no model), and reports.
+    Trains three TopK SAEs on a small language model of Python source, aligns their latents, explains and scores a few
+    hundred of them with the n-gram baseline, and shows the report.
     """
     from autointerp.command_line.demo import run_demo
 
     found, failed = run_demo(output.root, threads)
+    from autointerp.report.rendering import render_report
 
-    def render() -> None:
-        from autointerp.report.rendering import render_report
-
-        render_report(found)
-
-    finish(output.as_json, "report", lambda: found, render)
+    finish(output.as_json, "report", lambda: found, lambda: render_report(found))
     exit_if(failed)
 
 
@@ -50,9 +45,9 @@ def report(
     to: opt.HtmlTo = None,
     output: Output,
 ) -> None:
-    """What is shared between the seeds, what the latents mean, how well that can be told, and how the two relate.
+    """Show which latents the seeds share, how well they can be explained, and how the two are related.
 
-    With --html as one file that any browser opens without a network: figures, and every latent to look at.
+    --html writes one file for a browser, which needs no network: figures, and every latent to search and open.
 
     \b
     python cli.py report --sae run_a
@@ -60,27 +55,35 @@ def report(
     """
     from sae.study.run import study_runs
 
-    run = opened_one(sae, output.root)
+    run = open_runs([sae] if sae else None, output.root)[0]
     study = study_runs(run.study, output.root)
+    asked: dict[str, Any] = {
+        "definition": definition.value,
+        "threshold": threshold,
+        "against": against or (),
+        "explainer": explainer,
+    }
     if not (html or to):
-        finish_with_report(output.as_json, run, study, definition.value, threshold, against or (), explainer)
+        from autointerp.findings.study import findings_of
+        from autointerp.report.rendering import render_report
+
+        with reading(run):
+            found = findings_of(run, study, **asked)
+        finish(output.as_json, "report", lambda: found, lambda: render_report(found))
         return
     if to is not None:
         to = new_file("--to", to)
     from autointerp.report.html.writing import write_report
     from autointerp.report.rendering import render_written
 
-    counted = against or ()
     with reading(run):
-        written = write_report(
-            run, study, to, definition=definition.value, threshold=threshold, against=counted, explainer=explainer
-        )
+        written = write_report(run, study, to, **asked)
     finish(output.as_json, "report", written.as_dict, lambda: render_written(written))
 
 
 @takes_groups
 def show(*, latent: opt.LatentNumber, sae: opt.OneSae = None, contexts: opt.ShownContexts = 8, output: Output) -> None:
-    """One latent: contexts highlighted, explanation, scores, its match in each sibling run.
+    """Show one latent: contexts, explanation, scores and its match in each other run.
 
     \b
     python cli.py show --sae run_a --latent 131
@@ -88,7 +91,7 @@ def show(*, latent: opt.LatentNumber, sae: opt.OneSae = None, contexts: opt.Show
     from autointerp.findings.latent import latent_findings
     from autointerp.report.rendering import render_latent
 
-    run = opened_one(sae, output.root)
+    run = open_runs([sae] if sae else None, output.root)[0]
     with reading(run):
         found = latent_findings(run, latent, n_contexts=contexts)
     finish(output.as_json, "show", lambda: found, lambda: render_latent(found))
@@ -109,7 +112,7 @@ def compare(
     machine: Machine,
     output: Output,
 ) -> None:
-    """Two runs: how far they agree, and pairs of their latents with both explanations and scores side by side.
+    """Compare two runs: how far they agree, and pairs of latents with both explanations and scores side by side.
 
     `explain --with-partners` explains both sides of a pair.
 
@@ -127,8 +130,8 @@ def compare(
         found = compare_runs(a, b, definition.value, threshold, explainer)
     sharing: Sharing = "shared" if shared_only else "unshared" if unshared_only else "any"
     shown = chosen(found["pairs"], PairChoice(latents, None if sort is None else sort.value, sharing))
-    told = {"shown": {key: shown[key] for key in ("says", "n_of", "latents")}}
-    finish(output.as_json, "compare", lambda: {**found, **told}, lambda: render_comparison(found, shown))
+    listed = {"shown": {key: shown[key] for key in ("says", "n_of", "latents")}}
+    finish(output.as_json, "compare", lambda: {**found, **listed}, lambda: render_comparison(found, shown))
 
 
 @takes_groups
@@ -140,9 +143,7 @@ def runs(
     dry_run: opt.ListOnly = False,
     output: Output,
 ) -> None:
-    """List the runs and how far each has come, or delete some; controls stand behind the seeds of their study.
-
-    --delete and --prune list what goes, with sizes, and ask before they delete.
+    """List the runs and their progress, or delete some. --delete and --prune list files with sizes and ask first.
 
     \b
     python cli.py runs
@@ -164,7 +165,7 @@ def runs(
 
 
 def _delete(name: str | None, prune: bool, yes: bool, dry_run: bool, output: Output) -> None:
-    """Delete a run or study, or what no run uses any more, after showing it and asking."""
+    """Show and delete a run or study, or (without ``name``) the files that no run uses."""
     from autointerp.report.rendering import render_deletion
     from sae.common.amounts import human
     from sae.common.commands import command
@@ -189,17 +190,13 @@ def _delete(name: str | None, prune: bool, yes: bool, dry_run: bool, output: Out
         print("deleted")
         rest = plan_pruning(output.root)
         if name is not None and rest.parts:
-            print(f"{human(rest.n_bytes)}B more are of no use to any run: {command(output.root, 'runs', '--prune')}")
+            print(f"{human(rest.n_bytes)}B are no longer used by any run: {command(output.root, 'runs', '--prune')}")
 
 
 def _confirm(as_json: bool) -> None:
-    """Ask at a terminal whether to delete what was listed.
-
-    :raises BadInput: there is no terminal to ask at.
-    :raises UserError: the answer is no.
-    """
+    """Ask at a terminal whether to delete the listed files. Raises UserError if the answer is no."""
     if as_json or not sys.stdin.isatty():
-        raise BadInput("nothing was deleted: there is no terminal to ask at; give --yes to delete, --dry-run to list")
+        raise BadInput("nothing was deleted: no terminal to ask at; add --yes to delete or --dry-run to list")
     try:
         answer = input("Delete these? [y/N] ")
     except EOFError:

@@ -1,9 +1,8 @@
-"""`sweep`: the study of every point of a recipe, out of one pass over the subject model for each stage that needs one.
+"""Run a sweep: one study for every point of a recipe's grid.
 
-The stages are those of the other commands and go on by themselves where they were stopped: training (all points and
-seeds on one stream), harvest (one pass for all), alignment and, where asked for, explanations and scores, point by
-point. What the points came to is one table, ``reports/NAME.sweep.json`` (``.parquet``: a flat row for each), which
-carries the digest of what it was made from and is made again where that has changed.
+Training and harvest each take one pass over the subject model for all points; alignment, explanations and scores
+follow point by point. The table ``reports/NAME.sweep.json`` (flat rows in ``.parquet``) is rewritten if its inputs
+have changed.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from sae.study.train import train_studies
 
 
 class Explaining(BaseModel):
-    """A sweep recipe's ``[explain]``: what is explained and scored of every point."""
+    """The recipe's table ``[explain]``: the latents to explain and score at every point."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,7 +45,7 @@ class Explaining(BaseModel):
 
 @dataclass(frozen=True)
 class Scoring:
-    """Whether points are explained and scored, and by whom."""
+    """The explainer and the judge of every point."""
 
     explaining: Explaining
     explainer: str = "auto"
@@ -55,7 +54,7 @@ class Scoring:
 
 
 def explaining_of(sweep: Sweep) -> Explaining | None:
-    """The recipe's ``[explain]``, checked; ``None`` where it has none."""
+    """Return the recipe's checked ``[explain]``, or ``None``."""
     if sweep.explain is None:
         return None
     try:
@@ -72,15 +71,15 @@ def explaining_of(sweep: Sweep) -> Explaining | None:
 def scoring_of(
     sweep: Sweep, wanted: bool | None, explainer: str, options: LlmOptions, judge: str | None = None
 ) -> Scoring | None:
-    """Whether and how points are scored: as the recipe's ``[explain]`` says, unless the user says otherwise.
+    """Return how points are scored, or ``None``; ``wanted`` overrides the recipe.
 
-    Where no ``judge`` is named it is the one called as the explainer, and ``auto`` where there is no such judge.
+    The default judge is the one with the explainer's name, else ``auto``.
     """
     explaining = explaining_of(sweep)
     if wanted is False or (wanted is None and explaining is None):
         return None
     judge = judge or (explainer if explainer in JUDGES else "auto")
-    resolve(EXPLAINERS, explainer, options)  # both are checked before anything is trained
+    resolve(EXPLAINERS, explainer, options)  # check both before training
     resolve(JUDGES, judge, options.for_judge())
     return Scoring(explaining or Explaining(), explainer, options, judge)
 
@@ -88,7 +87,7 @@ def scoring_of(
 def run_sweep(
     sweep: Sweep, root: Path, compute: Compute, scoring: Scoring | None = None, nulls: bool = True
 ) -> tuple[Summary, int]:
-    """Do what is missing of ``sweep``. Returns what its points came to, and how many latents failed."""
+    """Run the unfinished parts of ``sweep``. Return the summary and the number of failed latents."""
     say(f"sweep {sweep.name}: {sweep.describe()}")
     of_points = train_studies(sweep.studies, root, compute)
     harvest_runs([run for runs in of_points for run in runs], compute)
@@ -108,7 +107,7 @@ def run_sweep(
 
 
 def _score(runs: list[Run], scoring: Scoring, root: Path, compute: Compute) -> int:
-    """Explain and score a point; what is done already is not asked again."""
+    """Explain and score a point; return the number of failed latents."""
     asked = scoring.explaining
     choice = Choice(n=asked.latents, with_partners=asked.with_partners and len(runs) > 1)
     explained = explain_runs(runs[:1], choice, scoring.explainer, scoring.options, compute)
@@ -118,13 +117,13 @@ def _score(runs: list[Run], scoring: Scoring, root: Path, compute: Compute) -> i
 
 
 def sweep_findings(summary: Summary) -> dict[str, Any]:
-    """The sweep's table, and with it the rows of the findings table that its axes allow."""
+    """Return the sweep's table and the findings that its axes allow."""
     table = summary.table
     return {**table, "findings": [finding_of_sweep(name, table).as_dict() for name in axes_of(table)]}
 
 
 def forecast(sweep: Sweep, root: Path, compute: Compute) -> dict[str, Any]:
-    """What the sweep would train, as JSON values: nothing is trained. Times are measured by a probe, or ``None``."""
+    """Return the planned training as JSON values. Times come from a probe of a few steps, or are ``None``."""
     found: Probe | None = None
     reason = None
     try:

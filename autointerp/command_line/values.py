@@ -1,4 +1,4 @@
-"""Reading what stands behind a flag: amounts, lists of latents, paths. Each value is exact or refused in one line."""
+"""Read the values of flags: amounts, lists of latents, paths. A bad value is refused in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LISTS = frozenset({"--seeds", "--text", "--against", "--hookpoint", "--sae"})
 
 
 def spread_lists(arguments: list[str]) -> list[str]:
-    """``--seeds 0 1 2`` as ``--seeds 0 --seeds 1 --seeds 2``, which is how click takes lists."""
+    """Turn ``--seeds 0 1 2`` into ``--seeds 0 --seeds 1 --seeds 2``, as click expects."""
     spread: list[str] = []
     inside = None
     for argument in arguments:
@@ -30,16 +30,13 @@ def spread_lists(arguments: list[str]) -> list[str]:
 
 
 def absolute(name: str) -> str:
-    """A path that exists, from the root on, so that later stages find it from any folder; other names as they are."""
+    """Return the absolute form of an existing path, which later stages find from any folder; other names unchanged."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 
 
 def new_file(option: str, path: Path) -> Path:
-    """A file to be written, in a folder that there is, and that takes files: a mistyped one is not made.
-
-    It is tried at once, before the work whose result would have no place to go.
-    """
+    """Check, before any work, that a file can be written to ``path`` in an existing folder; return the path."""
     import tempfile
 
     from sae.common.errors import BadInput
@@ -47,7 +44,7 @@ def new_file(option: str, path: Path) -> Path:
     path = path.expanduser()
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise BadInput(f"{option} {str(path)!r}: there is no folder {str(folder)!r}; make it first, or name another")
+        raise BadInput(f"{option} {str(path)!r}: folder {str(folder)!r} does not exist; make it first, or name another")
     if path.is_dir():
         raise BadInput(f"{option} {str(path)!r} is a folder; name a file in it")
     try:
@@ -61,7 +58,7 @@ def new_file(option: str, path: Path) -> Path:
 
 
 def amount(option: str, text: str | None, least: int = 1) -> int | None:
-    """``2M``, ``500k``, ``1e6`` or ``123``, as a whole number of at least ``least``."""
+    """Return ``2M``, ``500k``, ``1e6`` or ``123`` as an integer of at least ``least``."""
     from sae.common.amounts import parse_amount
     from sae.common.errors import BadInput
 
@@ -77,7 +74,7 @@ def amount(option: str, text: str | None, least: int = 1) -> int | None:
 
 
 def indices(text: str | None) -> tuple[int, ...]:
-    """``3,17,40-60`` as numbers."""
+    """Return ``3,17,40-60`` as a tuple of integers."""
     from sae.common.errors import BadInput
 
     found: list[int] = []
@@ -98,7 +95,7 @@ def indices(text: str | None) -> tuple[int, ...]:
 
 
 def known(names: Registry[Any], *more: str) -> Callable[[Any], Any]:
-    """A check of an option's value, or values: each one of ``names`` or of ``more``; the nearest are offered."""
+    """Return a callback that accepts values in ``names`` or ``more`` and suggests the nearest for others."""
 
     def check(given: Any) -> Any:
         for value in given if isinstance(given, list) else [given]:

@@ -128,6 +128,6 @@ def test_ctrl_c_stops_it(vllm: FakeVllm, root: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=1200)
     assert process.returncode == 130
-    assert said.splitlines()[-1].startswith("interrupted; what is finished is kept")
+    assert said.splitlines()[-1].startswith("interrupted; finished work is kept")
     assert "Traceback" not in said
     assert not vllm.living()

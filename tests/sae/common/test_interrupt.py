@@ -184,7 +184,7 @@ def test_the_command_says_what_is_true(
         patch.setattr(TrainingBatches, "sequences", signalled)
         ran = cli(*train)
     assert ran.code == code
-    assert ran.err.splitlines()[-1] == f"{word}; what is finished is kept, and the same command resumes from there"
+    assert ran.err.splitlines()[-1] == f"{word}; finished work is kept, run the same command to resume"
     assert kept_steps(tmp_path / "runs/run_a/training-state") == [10]
     again = cli(*train).well()
     assert "train 1 seed: 1.54k tokens" in again.err  # 6 of the 16 steps of 256 tokens
