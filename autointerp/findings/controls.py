@@ -1,14 +1,11 @@
-"""What a run's scores stand above: the control SAEs of its study, and the n-gram baseline, scored by the same protocol.
+"""Compare a run's scores with its controls, scored by the same protocol: control SAEs and the n-gram baseline.
 
-Scores of a *control SAE* (:mod:`sae.study.controls`) are compared as two samples: its latents are others, so the
-difference of the means has an interval that resamples both. A control SAE's latents are a plain random sample of those
-with contexts enough; the run's own are weighted where they are a stratified one
-(:mod:`autointerp.findings.statistics.estimation`). What it says is of latents of these very SAEs; another random draw
-of the frozen decoder would move it a little. The *baseline* explained the same latents from the same contexts, so it is
-compared latent by latent.
+A *control SAE* (:mod:`sae.study.controls`) has other latents, so the interval of the difference of means resamples
+both samples. Its latents are a plain random sample of those with enough contexts; the run's own are weighted if they
+are a stratified sample (:mod:`autointerp.findings.statistics.estimation`). The *baseline* explained the same latents
+from the same contexts, so it is compared latent by latent.
 
-The same protocol: explainer, judge, prompts, models and scorer are equal, so are the numbers of contexts of each kind
-and the precision to which each explanation was judged. Only the contexts themselves differ, for they are the latents'.
+The same protocol means the same explainer, judge, prompts, models, scorer, numbers of contexts and precision.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import pandas as pd
 
 from autointerp.contexts.sample_record import Sample
 from autointerp.findings.evidence import Study, Told
-from autointerp.findings.json_values import histogram, mean_of, number, quartile_figures
+from autointerp.findings.json_values import histogram, mean_of, quartile_figures
 from autointerp.findings.pairs import scored_alike
 from autointerp.findings.scores import SCORE_EDGES, estimator_of
 from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
@@ -40,13 +37,10 @@ METHODS = {
 
 
 def comparison_findings(study: Study, rows: pd.DataFrame, told: Told, sample: Sample | None = None) -> dict[str, Any]:
-    """``control_saes`` and ``baseline`` of the scores in ``rows``, as JSON values.
+    """Return ``control_saes`` and ``baseline`` for the scores in ``rows``, weighted if there is a ``sample``.
 
-    With a ``sample``, the run's own scores are weighted as everywhere
-    (:func:`autointerp.findings.scores.score_findings`).
-
-    ``control_saes`` has an entry for each control SAE that was scored alike; ``lacking_controls`` says of which there
-    is none, and how it is had (``None`` where there is nothing to say).
+    ``control_saes`` has an entry for each control SAE scored alike; ``lacking_controls`` names the missing ones and the
+    command that provides them.
     """
     controls = find_controls(study.focus)
     of = estimator_of(rows, told.too_few, sample)
@@ -57,7 +51,7 @@ def comparison_findings(study: Study, rows: pd.DataFrame, told: Told, sample: Sa
         if alike is None or good(alike[0]).empty:
             lacking.append(kind)
         else:
-            entries.append({"kind": kind, "run": controls[kind].name, **_beside(own, alike[0], of)})
+            entries.append({"kind": kind, "run": controls[kind].name, **_control_figures(own, alike[0], of)})
     return {
         "control_saes": entries,
         "lacking_controls": _lacking(study, lacking, controls, told),
@@ -66,18 +60,16 @@ def comparison_findings(study: Study, rows: pd.DataFrame, told: Told, sample: Sa
 
 
 def good(rows: pd.DataFrame) -> pd.DataFrame:
-    """The latents' scores under their own explanations that did not fail, by latent."""
+    """Return the scores under the latents' own explanations that did not fail, by latent."""
     return rows[(rows["control"] == "none") & (rows["status"] == "ok")].set_index("latent")
 
 
 def difference_of_means(
     a: pd.Series, b: pd.Series, of: Estimator = AS_THEY_ARE, error: pd.Series | None = None
 ) -> Estimate:
-    """mean(a) − mean(b) of two independent samples, NaN left out, with its interval (see :data:`METHODS`).
+    """Return mean(a) − mean(b) of two independent samples, NaN skipped, with its interval (see :data:`METHODS`).
 
-    Args:
-        of: what the latents of ``a`` are a sample of; those of ``b`` are as they are.
-        error: the error variances of ``a``, where they are known.
+    ``of`` describes the sample of ``a``, ``error`` its error variances if known; ``b`` is unweighted.
     """
     a, b = a.astype(float).dropna(), b.astype(float).dropna()
     if a.empty or b.empty:
@@ -87,8 +79,8 @@ def difference_of_means(
     return interval_of(draws - theirs, min(n, m))
 
 
-def _beside(own: pd.DataFrame, rows: pd.DataFrame, of: Estimator) -> dict[str, Any]:
-    """One control SAE's scores, and how far those of ``own`` stand above them."""
+def _control_figures(own: pd.DataFrame, rows: pd.DataFrame, of: Estimator) -> dict[str, Any]:
+    """Return one control SAE's scores, and how far those of ``own`` are above them."""
     theirs = good(rows)
     failed = rows[(rows["control"] == "none") & (rows["status"] != "ok")]
 
@@ -105,16 +97,16 @@ def _beside(own: pd.DataFrame, rows: pd.DataFrame, of: Estimator) -> dict[str, A
 def _figures(
     own: pd.DataFrame, theirs: pd.DataFrame, of: Estimator, difference: Callable[[str, str], Estimate]
 ) -> dict[str, Any]:
-    """The figures of ``theirs``, which are a sample as ``of`` says, and how far ``own`` is above them.
+    """Return the figures of ``theirs``, a sample described by ``of``, and how far ``own`` is above them.
 
-    ``difference`` is that of the means of a column, given with the beginning of the names of its interval.
+    ``difference`` takes a column and the prefix of its interval's columns, and returns the difference of means.
     """
     values, error = theirs["balanced_accuracy"].astype(float), error_of(theirs)
     aurocs = theirs["auroc"].astype(float).dropna() if "auroc" in theirs else pd.Series(dtype=float)
     found = {
         **mean_of(of.mean(values, error)),
         **quartile_figures(of, values, error),
-        "auroc_mean": number(of.plain_mean(aurocs)) if len(aurocs) else None,
+        "auroc_mean": of.plain_mean(aurocs) if len(aurocs) else None,
         "n_scored": len(values),
         "histogram": histogram(values, SCORE_EDGES, of),
         "above": mean_of(difference("balanced_accuracy", "ba")),
@@ -133,7 +125,7 @@ def _figures(
 
 
 def _baseline(study: Study, own: pd.DataFrame, of: Estimator) -> dict[str, Any] | None:
-    """The n-gram explanations of the same latents, judged by the n-gram judge; ``None`` where the scores are theirs."""
+    """Return the figures of the n-gram baseline over the same latents; ``None`` if the scores are the baseline's."""
     setup, scores = study.setup, study.scores
     if setup is None or scores is None or setup["judge"] == BASELINE:
         return None
@@ -149,7 +141,7 @@ def _baseline(study: Study, own: pd.DataFrame, of: Estimator) -> dict[str, Any] 
     return None
 
 
-# --- what is not there ------------------------------------------------------------------------------------
+# --- missing controls -------------------------------------------------------------------------------------
 
 
 def _lacking(study: Study, kinds: list[str], controls: Mapping[str, Run], told: Told) -> dict[str, Any] | None:
@@ -165,15 +157,15 @@ def _lacking(study: Study, kinds: list[str], controls: Mapping[str, Run], told: 
             return said("An imported study has no control SAEs: they are trained with the SAEs of a study.")
         says = "This study has no control SAEs. This trains them, and nothing else:"
         return said(says, "train", "--name", focus.study)
-    if any(not _explained_alike(controls[kind], told) for kind in kinds):
+    if any(not _is_explained_alike(controls[kind], told) for kind in kinds):
         says = "Control SAEs are not explained yet. With the same options as before, this explains a sample of each:"
         return said(says, "explain", "--sae", focus.name)
     says = "Control SAEs are not scored like this run yet. With the same options as before, this scores them:"
     return said(says, "score", "--sae", focus.name)
 
 
-def _explained_alike(control: Run, told: Told) -> bool:
-    """Whether a latent of it was explained by the explainer, model and prompts of the run's explanations."""
+def _is_explained_alike(control: Run, told: Told) -> bool:
+    """Whether the control has an explanation by the explainer, model and prompts of the run's explanations."""
     if not control.journal_path.exists() or told.table.empty:
         return False
     last = told.table.iloc[-1]

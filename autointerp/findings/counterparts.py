@@ -1,8 +1,7 @@
-"""What latents do in the other SAEs, and what those are there that do not return: totals over all pairs of runs.
+"""Total over all pairs of runs how latents behave in the other SAEs, and what became of the unshared ones.
 
-The rows are :class:`sae.alignment.behaviour.Behaviour`'s. What became of a latent was asked where it is alive and not
-strict-shared at 0.7 with that run, whatever definition a report is looked at with. A row is a latent and another SAE,
-so with S runs a latent is counted up to S - 1 times.
+The rows are :class:`sae.alignment.behaviour.Behaviour`'s: one per latent and other SAE, so with S runs a latent counts
+up to S - 1 times. An unshared latent here is alive and not strict-shared at 0.7, whatever definition a report uses.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.findings.json_values import mean_of, number, quartiles_of
-from autointerp.findings.statistics.correlation import bootstrap_mean, mean_fraction
+from autointerp.findings.json_values import mean_of
+from autointerp.findings.statistics.correlation import bootstrap_mean, mean_fraction, quartiles
 from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
 from sae.alignment.relation import RELATIONS
 from sae.alignment.similarity import range_of
@@ -31,15 +30,14 @@ def counterpart_findings(
     alive: Mapping[str, np.ndarray],
     facts: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any] | None:
-    """The totals as JSON values; ``None`` where no firings have been compared.
+    """Return the totals; ``None`` if no firings have been compared.
 
-    ``null`` has those about firings again, with the other SAE's firings moved along the tokens
-    (:mod:`sae.alignment.nulls`); ``None`` unless all pairs were compared with that. Every pair of runs has an offset of
-    its own; ``…_range`` are the least and the largest of a null's figure over pairs, ``None`` for a single one.
-    ``jaccard`` is the mean with the partner by firing, ``max_jaccard`` that with the nearest, taken or not.
+    ``null`` holds the firing figures with the other SAE's firings moved along the tokens
+    (:mod:`sae.alignment.nulls`), ``None`` unless all pairs have that null; ``…_range`` is its range over pairs.
+    ``jaccard`` is the mean with the partner by firing, ``max_jaccard`` that with the nearest latent.
 
     Args:
-        behaviour: (x, y) → the side of x, for the pairs whose firings have been compared.
+        behaviour: (x, y) → the side of x.
         alignments: (x, y) → the alignment of x in terms of y.
         alive: run → [M].
         facts: (x, y), each pair once → ``n_tokens`` and ``jaccard_gap_per_latent`` of its comparison.
@@ -63,15 +61,15 @@ def counterpart_findings(
         "n_unshared": len(lone),
         "rebuilt": {
             **mean_of(_by_latent(lone, "rebuilt", bootstrap_mean)),
-            "quartiles": quartiles_of(lone["rebuilt"].dropna()),
-            "null": number(lone["rebuilt__rotated"].mean()) if "rebuilt__rotated" in lone else None,
+            "quartiles": quartiles(lone["rebuilt"].dropna()),
+            "null": lone["rebuilt__rotated"].mean() if "rebuilt__rotated" in lone else None,
         },
         "null": None if of_null is None else {SHIFTED: of_null},
     }
 
 
 def _by_firing(rows: pd.DataFrame) -> dict[str, Any]:
-    """What rests on firings alone."""
+    """Return the figures that rest on firings alone."""
     lone = rows[rows["relation"].notna()]
     by_class = {"shared": rows[rows["relation"].isna()], "unshared": lone}
     return {
@@ -80,11 +78,11 @@ def _by_firing(rows: pd.DataFrame) -> dict[str, Any]:
             "encoder": _agreement(rows, "encoder"),
             **{name: _agreement(of, "decoder") for name, of in by_class.items()},
         },
-        "jaccard": number(rows["jaccard"].mean()),
-        "max_jaccard": number(rows["max_jaccard"].mean()),
+        "jaccard": rows["jaccard"].mean(),
+        "max_jaccard": rows["max_jaccard"].mean(),
         "of_decoder_partner": {
             name: {
-                **{column.removeprefix("decoder_partner_"): number(of[column].mean()) for column in _FREQUENCIES},
+                **{column.removeprefix("decoder_partner_"): of[column].mean() for column in _FREQUENCIES},
                 "n": int(of["decoder_partner_p_here"].notna().sum()),
             }
             for name, of in by_class.items()
@@ -94,7 +92,7 @@ def _by_firing(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def _ranges(rows: pd.DataFrame) -> dict[str, Any]:
-    """How a null spreads over pairs of runs."""
+    """Return the range of a null's figures over pairs of runs."""
     lone = rows[rows["relation"].notna()]
     same = rows.loc[rows["decoder_partner"] >= 0]
     agree = (same["jaccard_partner"] == same["decoder_partner"]).astype(float)
@@ -108,7 +106,7 @@ def _ranges(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def _under_null(rows: pd.DataFrame, behaviour: Tables) -> pd.DataFrame | None:
-    """The rows as they are with the other's firings moved."""
+    """Return the rows with the other SAE's firings moved."""
     if any(f"jaccard__{SHIFTED}" not in table for table in behaviour.values()):
         return None
     moved = {name: rows[f"{name}__{SHIFTED}"] for name in FIRING_COLUMNS}
@@ -116,21 +114,20 @@ def _under_null(rows: pd.DataFrame, behaviour: Tables) -> pd.DataFrame | None:
 
 
 def _agreement(rows: pd.DataFrame, space: str) -> float | None:
-    """Of the latents that have a partner by cosine, the fraction whose partner by firing is the same."""
+    """Return the fraction of latents with a partner by cosine whose partner by firing is the same."""
     partnered = rows[rows[f"{space}_partner"] >= 0]
-    return number((partnered["jaccard_partner"] == partnered[f"{space}_partner"]).mean()) if len(partnered) else None
+    return (partnered["jaccard_partner"] == partnered[f"{space}_partner"]).mean() if len(partnered) else None
 
 
 def _by_latent(rows: pd.DataFrame, column: str, interval: Callable[[pd.Series], Estimate]) -> Estimate:
-    """The mean over rows of what is a share; its interval takes a latent's rows, one for each other SAE, for a single
-    observation."""
+    """Return the mean of a share over rows; its interval counts all rows of a latent as one observation."""
     rows = rows[rows[column].notna()]
     if rows.empty:
         return UNKNOWN
     whole = float(rows[column].mean())
     per_latent = interval(rows.groupby(["run", "latent"])[column].mean())
     low, high = whole - (per_latent.value - per_latent.low), whole + (per_latent.high - per_latent.value)
-    return Estimate(whole, max(low, 0.0), min(high, 1.0))  # moved, it may pass what a share can be
+    return Estimate(whole, max(low, 0.0), min(high, 1.0))
 
 
 def _rows(pair: tuple[str, str], table: pd.DataFrame, alignment: pd.DataFrame, alive: np.ndarray) -> pd.DataFrame:
@@ -145,13 +142,13 @@ def _rows(pair: tuple[str, str], table: pd.DataFrame, alignment: pd.DataFrame, a
 
 def _relation(name: str, lone: pd.DataFrame) -> dict[str, Any]:
     of = lone[lone["relation"] == name]
-    share = _by_latent(lone.assign(held=(lone["relation"] == name).astype(float)), "held", mean_fraction).as_dict()
+    share = _by_latent(lone.assign(held=(lone["relation"] == name).astype(float)), "held", mean_fraction)
     return {
         "relation": name,
         "says": RELATIONS[name],
         "n": len(of),
-        "fraction": share["value"],
-        "interval": share["interval"],
-        "covered": number(of["relation_covered"].mean()) if len(of) else None,
-        **({"rebuilt": number(of["rebuilt"].mean()) if len(of) else None} if "rebuilt" in of else {}),
+        "fraction": share.value,
+        "interval": share.interval,
+        "covered": of["relation_covered"].mean() if len(of) else None,
+        **({"rebuilt": of["rebuilt"].mean() if len(of) else None} if "rebuilt" in of else {}),
     }

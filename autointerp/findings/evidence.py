@@ -1,13 +1,12 @@
-"""What the stages left on disk for a report, read once: tables, alignments, one run's journal.
+"""Read once the files that a report needs: tables, alignments, one run's journal.
 
-Every later room of the analysis asks this one, so that what is missing, which runs are compared and which set-up
-of scores is meant are decided in a single place.
+The missing stages, the compared runs and the chosen set-up of scores are decided here, in one place.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,15 +29,18 @@ from sae.study.align import is_aligned, is_compared, read_behaviour_facts, read_
 from sae.study.harvest import is_harvested
 from sae.study.run import MAIN_SCORER, Run, all_runs
 
-_UNALIGNED = "These SAEs have not been aligned yet."
+MODEL = ("--llm-url", "URL")
+"""Placeholder for the language model's address; without it a command would use the n-gram baseline."""
+Step = tuple[str, str, Sequence[str]]
+"""A stage, a sentence about it, and the words of the command that runs it."""
 
 
 @dataclass(frozen=True)
 class View:
-    """How the findings are looked at.
+    """The choices of a report.
 
-    ``focus`` is the run whose latents are counted and explained (the first where ``None``); ``against`` names the
-    runs that decide what is unshared (all others where empty); the last three choose among set-ups of scores.
+    ``focus`` is the run whose latents are counted and explained (default: the first); ``against`` names the runs that
+    decide which latents are unshared (default: all others); the last three choose among set-ups of scores.
     """
 
     focus: str | None = None
@@ -52,7 +54,7 @@ class View:
 
 @dataclass(frozen=True)
 class Told:
-    """What the focus run's journal holds of the chosen set-up."""
+    """The explanations of the chosen set-up in the focus run's journal."""
 
     table: pd.DataFrame
     texts: dict[int, str]  # by the explanation's number
@@ -60,13 +62,12 @@ class Told:
     too_few: set[int]
     failed: dict[int, str]
     cost: list[dict[str, Any]]
-    rounds: dict[str, Any] | None = None  # of scores to a precision: as of `Precision.identity`
+    rounds: dict[str, Any] | None = None  # of adaptive judging: `Precision.identity`
 
     def explanations(self, own: pd.DataFrame) -> dict[int, str]:
-        """Latent → the explanation that was scored, or else the newest of the explainer meant.
+        """Map each latent to the explanation that was scored, or else to the newest.
 
-        Args:
-            own: scores by latent, with ``explanation_id`` where there are any.
+        ``own`` are scores by latent, with ``explanation_id`` if there are any.
         """
         newest: dict[int, str] = {}
         if len(self.table):
@@ -88,7 +89,7 @@ class Study:
     tables: dict[tuple[str, str], pd.DataFrame]
     behaviour: dict[tuple[str, str], pd.DataFrame]
     behaviour_facts: dict[tuple[str, str], dict[str, Any]]
-    compared: list[str]  # the runs that are aligned with each other, the focus among them
+    compared: list[str]  # the runs that are aligned with each other, the focus run among them
     shared: StudyOverlap | None
     scores: pd.DataFrame | None
     setup: dict[str, Any] | None
@@ -113,6 +114,7 @@ class Study:
         compared = _compared(root / "alignments", focus.name, names)
         tables = both_ways(root / "alignments", compared) if len(compared) > 1 else {}
         alive = {run.name: _alive(run, firing) for run in runs}
+        dips = root / "alignments" / DIPS
         scores = read_table(path) if (path := focus.stage_path("scores")).exists() else None
         known = [] if scores is None else setups_of(scores, scorer=view.scorer)
         chosen = wanted_of(known, focus.name, explainer=view.explainer, judge=view.judge)
@@ -127,13 +129,7 @@ class Study:
             behaviour=read_behaviours(root, compared),
             behaviour_facts=read_behaviour_facts(root, compared),
             compared=compared,
-            shared=overlap(
-                compared,
-                tables,
-                {name: alive[name] for name in compared},
-                view.threshold,
-                kept=root / "alignments" / DIPS,
-            )
+            shared=overlap(compared, tables, {x: alive[x] for x in compared}, view.threshold, kept=dips)
             if tables
             else None,
             scores=scores,
@@ -163,32 +159,29 @@ class Study:
         }
 
     def focus_latents(self) -> pd.DataFrame:
-        """:meth:`latents_of` the focus run."""
         return self.latents_of(self.focus)
 
     def latents_of(self, run: Run) -> pd.DataFrame:
-        """A run's latents by number: firing, sharing under the view's definition, eligibility. A copy."""
+        """Return a copy of a run's latents by number: firing, sharing under the view's definition, eligibility."""
         if run.name not in self._latents:
-            self._latents[run.name] = self._gathered(run)
+            self._latents[run.name] = self._gather_latents(run)
         return self._latents[run.name].copy()
 
     @functools.cached_property
     def _latents(self) -> dict[str, pd.DataFrame]:
         return {}
 
-    def _gathered(self, run: Run) -> pd.DataFrame:
+    def _gather_latents(self, run: Run) -> pd.DataFrame:
         name, view = run.name, self.view
         latents = pd.DataFrame({"alive": self.alive[name]}, index=pd.RangeIndex(len(self.alive[name]), name="latent"))
         if name in self.firing:
             latents = latents.join(self.firing[name].set_index("latent"))
-        path = run.stage_path("contexts")
-        if path.exists():
+        if (path := run.stage_path("contexts")).exists():
             latents = latents.join(read_table(path).set_index("latent")[["eligible", "ineligible_reason"]])
         if self.tables and name in self.compared:
             others = [n for n in view.against if n != name] or [n for n in self.compared if n != name]
-            table = latent_table(name, [name, *others], self.tables, self.alive[name], view.threshold).set_index(
-                "latent"
-            )
+            table = latent_table(name, [name, *others], self.tables, self.alive[name], view.threshold)
+            table = table.set_index("latent")
             n = table[f"n_shared_{view.definition}"]
             latents["n_shared"] = n
             latents["similarity"] = table["similarity"]
@@ -200,7 +193,7 @@ class Study:
         return None if self.scores is None or self.setup is None else rows_of(self.scores, self.setup)
 
     def sample(self) -> Sample | None:
-        """What was drawn of the focus run's latents for the chosen set-up; ``None`` where nothing is on record."""
+        """Return the recorded sample of the focus run's latents for the chosen set-up, if there is one."""
         return self._sample
 
     @functools.cached_property
@@ -208,18 +201,22 @@ class Study:
         return None if self.setup is None else self.sample_of(self.setup)
 
     def sample_of(self, setup: Mapping[str, Any]) -> Sample | None:
-        """The same for any set-up of the focus run's scores."""
+        """Return the same for any set-up of the focus run's scores."""
         return sample_of(self.focus, setup)
 
     def journal(self) -> Told:
-        """The explanations of the chosen set-up; where nothing is scored yet, the newest (a language model's before the
-        baseline's, which is made beside them)."""
+        """Read the explanations of the chosen set-up; if nothing is scored yet, the newest.
+
+        Of these, a language model's come before the baseline's.
+        """
         if not self.focus.journal_path.exists():
             return Told(pd.DataFrame(), {}, set(), set(), {}, [])
         with Journal(self.focus.journal_path) as journal:
             table, cost, setups = journal.explanations(), journal.usage(), journal.setups()
         texts = {int(i): text for i, text in zip(table["id"], table["text"], strict=True) if isinstance(text, str)}
-        table = table[self._by_explainer(table)]
+        for column, value in self._identity(table).items():
+            if value is not None:
+                table = table[table[column] == value]
         good = set(table.loc[table["status"] == "ok", "latent"].astype(int))
         lost = table[(table["status"] == "failed") & ~table["latent"].isin(good)]
         failed = {int(latent): str(why) for latent, why in zip(lost["latent"], lost["failure"], strict=True)}
@@ -234,27 +231,18 @@ class Study:
             rounds=setups.get((self.setup or {}).get("settings_hash", ""), {}).get("adaptive"),
         )
 
-    def _by_explainer(self, table: pd.DataFrame) -> pd.Series:
-        """Which rows of the explanation table are by the explainer, model, prompt and settings that are meant."""
-        identity = dict.fromkeys(("explainer", "model", "settings_hash", "prompt_hash"))
+    def _identity(self, table: pd.DataFrame) -> dict[str, Any]:
+        """Return the explainer, model, settings and prompt of the explanations meant; ``None`` stands for any."""
+        columns = ("explainer", "model", "settings_hash", "prompt_hash")
         if self.setup:
-            setup = self.setup
             keys = ("explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
-            identity = {mine: setup.get(theirs) for mine, theirs in zip(identity, keys, strict=True)}
-        else:
-            of = table if self.view.explainer is None else table[table["explainer"] == self.view.explainer]
-            identity["explainer"] = self.view.explainer
-            of = of if (of["explainer"] == BASELINE).all() else of[of["explainer"] != BASELINE]
-            if len(of):
-                identity = {column: of[column].iloc[-1] for column in identity}
-        mask = pd.Series(True, index=table.index)
-        for column, value in identity.items():
-            if value is not None:
-                mask &= table[column] == value
-        return mask
+            return {column: self.setup.get(key) for column, key in zip(columns, keys, strict=True)}
+        of = table if self.view.explainer is None else table[table["explainer"] == self.view.explainer]
+        of = of if (of["explainer"] == BASELINE).all() else of[of["explainer"] != BASELINE]
+        return {column: of[column].iloc[-1] for column in columns} if len(of) else {"explainer": self.view.explainer}
 
     def forced(self) -> list[list[str]]:
-        """Pairs of a run looked at and one of another study, which were aligned by ``align --force``."""
+        """Return the pairs of a reported run and a run of another study, aligned by ``align --force``."""
         ours = {run.name for run in all_runs(self.root) if run.study == self.focus.study}
         pairs = [path.stem.split("--") for path in sorted((self.root / "alignments").glob("*--*.parquet"))]
         return [
@@ -263,97 +251,78 @@ class Study:
             if len(pair) == 2 and len(ours & set(pair)) == 1 and set(pair) & set(self.names)
         ]
 
-    # --- what to run next ---------------------------------------------------------------------------------
+    # --- the next commands ------------------------------------------------------------------------------------
 
     def command(self, *words: str) -> str:
         return command(self.root, *words)
 
     def missing(self, explained: set[int], has_scores: bool) -> list[dict[str, str]]:
-        """The stages that have not been run, in order, each with the command that runs it."""
-        found = []
+        """Return the stages that have not been run, in order, each with the command that runs it."""
+        return self._with_commands(self._missing(explained, has_scores))
 
-        def add(stage: str, says: str, *words: str) -> None:
-            found.append({"stage": stage, "says": says, "command": self.command(*words)})
+    def stale(self) -> list[dict[str, str]]:
+        """Return the stages whose inputs have changed since they ran, each with the command that updates it."""
+        return self._with_commands(self._stale())
 
+    def _with_commands(self, steps: Iterator[Step]) -> list[dict[str, str]]:
+        return [{"stage": stage, "says": says, "command": self.command(*words)} for stage, says, words in steps]
+
+    def _missing(self, explained: set[int], has_scores: bool) -> Iterator[Step]:
         focus, seeds = self.focus.name, [run.seed for run in self.runs if run.seed is not None]
+        train = ["train", "--name", self.focus.study, "--seeds"]
         trained = [run.name for run in self.runs if run.is_trained]
-        untrained = [run.name for run in self.runs if not run.is_trained]
-        halves = [run for run in self.runs if not run.is_trained and run.imported]
-        if len(untrained) > len(halves):
-            names = ", ".join(name for name in untrained if name not in [run.name for run in halves])
-            says = f"Not trained to the end: {names}. With the same options as before, this goes on:"
-            add("train", says, *self._train(seeds))
-        for run in halves:
-            add("train", f"Not imported to the end: {run.name}. This goes on:", *self._import(run))
+        untrained = [run.name for run in self.runs if not run.is_trained and not run.imported]
+        if untrained:
+            says = f"Not trained to the end: {', '.join(untrained)}. With the same options as before, this goes on:"
+            yield "train", says, [*train, *map(str, seeds)]
+        for run in self.runs:
+            if run.imported and not run.is_trained:
+                words = ["import", "--from", str(run.imported["from"]), "--name", run.name, "--study", run.study]
+                yield "train", f"Not imported to the end: {run.name}. This goes on:", words
         unharvested = [name for name in self.names if name not in self.firing]
         if unharvested:
             chosen = [word for name in unharvested for word in ("--sae", name)]
-            add("harvest", f"Not harvested yet: {', '.join(unharvested)}.", "harvest", *chosen)
-        if len(self.runs) == 1:
-            alone = "One SAE alone has nothing to be compared with."
-            if seeds:
-                says = f"{alone} With the same options, this trains another seed:"
-                add("overlap", says, *self._train([*seeds, max(seeds) + 1]))
-            else:
-                says = f"{alone} This imports another into the study:"
-                add("overlap", says, "import", "--from", "DIR", "--name", "NAME", "--study", self.focus.study)
+            yield "harvest", f"Not harvested yet: {', '.join(unharvested)}.", ["harvest", *chosen]
+        alone = "One SAE alone has nothing to be compared with."
+        if len(self.runs) == 1 and seeds:
+            says = f"{alone} With the same options, this trains another seed:"
+            yield "overlap", says, [*train, *map(str, [*seeds, max(seeds) + 1])]
+        elif len(self.runs) == 1:
+            words = ["import", "--from", "DIR", "--name", "NAME", "--study", self.focus.study]
+            yield "overlap", f"{alone} This imports another into the study:", words
         elif len(trained) > 1 and (apart := [name for name in trained if name not in self.compared]):
-            says = f"Not aligned with the others yet: {', '.join(apart)}." if self.tables else _UNALIGNED
-            add("overlap", says, "align", *trained)
+            says = f"Not aligned with the others yet: {', '.join(apart)}."
+            yield "overlap", says if self.tables else "These SAEs have not been aligned yet.", ["align", *trained]
         if not explained and not has_scores:
-            add("explain", f"No latent of {focus} has been explained yet.", "explain", "--sae", focus)
+            yield "explain", f"No latent of {focus} has been explained yet.", ["explain", "--sae", focus]
         if not has_scores:
-            add("score", f"No explanation of {focus} has been scored yet.", "score", "--sae", focus)
-        return found
+            yield "score", f"No explanation of {focus} has been scored yet.", ["score", "--sae", focus]
 
-    def stale(self) -> list[dict[str, str]]:
-        """Stages whose tables were made from something that has changed since, each with the command that mends it."""
-        found = []
-
-        def add(stage: str, says: str, *words: str) -> None:
-            found.append({"stage": stage, "says": says, "command": self.command(*words)})
-
+    def _stale(self) -> Iterator[Step]:
         for run in self.runs:
-            stored = run.is_trained and (run.firings_folder / "store.json").is_file()
-            if run.name in self.firing and stored and not is_harvested(run):
+            if run.name in self.firing and _can_be_checked(run) and not is_harvested(run):
                 says = f"The firing table of {run.name} is not of its present weights and harvest."
-                add("harvest", says, "harvest", "--sae", run.name)
-        changed = [
-            (a, b)
-            for i, a in enumerate(self.runs)
-            for b in self.runs[i + 1 :]
-            if a.name in self.compared
-            and b.name in self.compared
-            and a.is_trained
-            and b.is_trained
-            and not is_aligned(a, b)
-        ]
+                yield "harvest", says, ["harvest", "--sae", run.name]
+        trained = [run for run in self.runs if run.name in self.compared and run.is_trained]
+        changed = any(not is_aligned(a, b) for i, a in enumerate(trained) for b in trained[i + 1 :])
         if changed:
-            add("align", "Weights have changed since the SAEs were aligned.", "align", *self.compared)
+            yield "align", "Weights have changed since the SAEs were aligned.", ["align", *self.compared]
         by_name = {run.name: run for run in self.runs}
         fired = [(by_name[a], by_name[b]) for a, b in self.behaviour if _can_be_checked(by_name[a], by_name[b])]
         if not changed and not all(is_compared(a, b) for a, b in fired):
             says = "Weights or harvests have changed since the SAEs' firings were compared."
-            add("align", says, "align", *self.compared)
+            yield "align", says, ["align", *self.compared]
         if self.scores is not None and (self.focus.firings_folder / "store.json").is_file():
             from autointerp.contexts.material import Material
 
             made_from = table_metadata(self.focus.stage_path("scores")).get("material")
             if made_from is not None and made_from != Material.of(self.focus).digest:
                 says = f"These scores are from before {self.focus.name} was harvested again."
-                add("score", says, "score", "--sae", self.focus.name)
-        return found
-
-    def _train(self, seeds: Sequence[int]) -> list[str]:
-        return ["train", "--name", self.focus.study, "--seeds", *map(str, seeds)]
-
-    def _import(self, run: Run) -> list[str]:
-        source = str((run.imported or {})["from"])
-        return ["import", "--from", source, "--name", run.name, "--study", run.study]
+                yield "score", says, ["score", "--sae", self.focus.name]
 
 
 def _compared(folder: Path, focus: str, names: Sequence[str]) -> list[str]:
-    """The focus and, in order, every run that is aligned with all before it."""
+    """Return the focus run and, in order, every run that is aligned with all before it."""
     found = [focus]
     for name in names:
         if name != focus and all(pair_path(folder, name, other) is not None for other in found):
@@ -362,26 +331,22 @@ def _compared(folder: Path, focus: str, names: Sequence[str]) -> list[str]:
 
 
 def _can_be_checked(*runs: Run) -> bool:
-    """Whether weights and stores are still there: a report does without, on another machine than the study's."""
+    """Whether weights and stores are available; a report on another machine works without them."""
     return all(run.is_trained and (run.firings_folder / "store.json").is_file() for run in runs)
 
 
 def _alive(run: Run, firing: Mapping[str, pd.DataFrame]) -> np.ndarray:
-    """Whether each latent fired; where nothing was harvested, every latent is taken to be alive."""
+    """Return whether each latent fired, [M]; all True if the run is not harvested."""
     if run.name in firing:
         return ~firing[run.name].sort_values("latent")["dead"].to_numpy(bool)
     return np.ones(run.settings.training.num_latents, bool)
 
 
-MODEL = ("--llm-url", "URL")
-"""Stands in a command for where the language model is: without it the n-gram baseline would be asked."""
-
-
 def asking(study: Study, told: Told, stage: Literal["explain", "score"], *words: str) -> str:
-    """The command of a stage for the focus run; with a place for the model's address where one was asked before.
+    """Return the command of a stage for the focus run, with :data:`MODEL` if a language model was asked before.
 
-    To explain, that is the explainer of ``told``; to score, the judge of the study's set-up or, where nothing is scored
-    yet, the explainer again.
+    To explain, that is the explainer of ``told``; to score, the judge of the study's set-up or, if nothing is scored
+    yet, the explainer.
     """
     explained_by = str(told.table["model"].iloc[-1] or "") if len(told.table) else ""
     judged_by = explained_by if study.setup is None else str(study.setup.get("model") or "")

@@ -1,43 +1,56 @@
-"""Values as the findings hold them, which are JSON: no NaN, no numpy, and an interval beside its figure."""
+"""Convert findings to JSON values: no NaN, no NumPy, dataclasses as objects, estimates as value and interval."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from autointerp.findings.statistics.correlation import quartiles
 from autointerp.findings.statistics.estimation import Estimator
 from sae.common.estimate import Estimate
 
 
+def to_json(value: Any) -> Any:
+    """Return ``value`` as JSON has it; missing, infinite and undefined numbers become ``None``."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or value is pd.NA or isinstance(value, str | int):
+        return None if value is pd.NA else value
+    if isinstance(value, Estimate):
+        return to_json({"value": value.value, "interval": value.interval})
+    if is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(held) for key, held in value.items()}
+    return [to_json(held) for held in value]
+
+
 def number(value: Any) -> float | None:
-    """A float for JSON; ``None`` for what is missing, infinite or not a number."""
+    """Return ``value`` as a float; ``None`` if it is missing, infinite or not a number."""
     if value is None or pd.isna(value):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def mean_of(estimate: Estimate) -> dict[str, Any]:
-    as_dict = estimate.as_dict()
-    return {"mean": as_dict["value"], "interval": as_dict["interval"]}
-
-
-def quartiles_of(values: pd.Series) -> list[float | None]:
-    return [number(q) for q in quartiles(values)]
+    return {"mean": estimate.value, "interval": estimate.interval}
 
 
 def quartile_figures(of: Estimator, values: pd.Series, error: pd.Series | None = None) -> dict[str, Any]:
-    found = [quartile.as_dict() for quartile in of.quartiles(values, error)]
-    return {"quartiles": [q["value"] for q in found], "quartile_intervals": [q["interval"] for q in found]}
+    found = of.quartiles(values, error)
+    return {"quartiles": [q.value for q in found], "quartile_intervals": [q.interval for q in found]}
 
 
 def histogram(values: pd.Series | np.ndarray, edges: np.ndarray, of: Estimator | None = None) -> dict[str, Any]:
-    """Counts between ``edges``; what lies outside is counted in the first or last bin.
+    """Count values between ``edges``; values outside are counted in the first or last bin.
 
-    Of a sample also ``estimated``: how many of all eligible latents are in each bin.
+    With a sample, ``estimated`` is the number of eligible latents in each bin.
     """
     inside = np.clip(np.asarray(values, dtype=float), edges[0], edges[-1])
     known = np.isfinite(inside)

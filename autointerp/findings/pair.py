@@ -1,15 +1,14 @@
-"""Two runs side by side: how far they agree, and the pairs that their latents make with both explanations of each.
+"""Compare two runs: how far they agree, and the pairs that their latents make with both explanations of each.
 
-A pair is a latent of the first run and its decoder-matched partner in the second. Everything is read off what the
-stages left; only an alignment that is not there is made first. Whatever can be said of all pairs is here
-(:func:`compare_runs`); which of them a terminal shows is chosen in :mod:`autointerp.findings.pair`.
+A pair is a latent of the first run and its decoder-matched partner in the second. Everything is read from the files of
+the stages; only a missing alignment is made first. :func:`compare_runs` describes all pairs, and :func:`chosen` selects
+those that a terminal shows: all would be too many to read, and the most alike alone would flatter.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ import pandas as pd
 
 from autointerp.contexts.selection import Choice
 from autointerp.findings.evidence import Study, Told, View
-from autointerp.findings.json_values import number
+from autointerp.findings.json_values import to_json
 from autointerp.findings.pairs import METHODS, agreement, good_scores, scored_alike, scored_pairs
 from autointerp.findings.returning import overlap_findings, similarity_findings
 from autointerp.scoring.setups import rows_of, setups_of, status_kind, wanted_of
@@ -28,6 +27,7 @@ from sae.alignment.pairs import pair_path
 from sae.alignment.similarity import similarity
 from sae.common.commands import command, shell_command
 from sae.common.errors import BadInput
+from sae.common.estimate import Estimate
 from sae.common.files import SCHEMA, read_table
 from sae.common.progress import say
 from sae.study.align import align_runs, explain_difference
@@ -35,24 +35,28 @@ from sae.study.run import Run
 from sae.study.stage import Compute
 
 USUAL = Choice().n or 0
-"""How many latents ``explain`` takes where it is not told."""
+"""The number of latents that ``explain`` takes by default."""
+SHOWN = 8
+Sort = Literal["similarity", "score", "gap", "firing"]
+Sharing = Literal["any", "shared", "unshared"]
+Pair = Mapping[str, Any]
 
 
 def the_two(names: Sequence[str], root: Path) -> tuple[Run, Run]:
-    """The two runs of a comparison; raises BadInput in one line unless ``names`` are two different ones."""
+    """Open the two runs of a comparison; raise BadInput unless ``names`` are two different ones."""
     if len(names) != 2 or names[0] == names[1]:
-        told = f"{names[0]!r} twice" if len(names) == 2 else f"{len(names)} run{'' if len(names) == 1 else 's'}"
+        given = f"{names[0]!r} twice" if len(names) == 2 else f"{len(names)} run{'' if len(names) == 1 else 's'}"
         raise BadInput(
-            f"a comparison takes two different runs, not {told}; "
+            f"a comparison takes two different runs, not {given}; "
             f"name them: {shell_command('compare', 'run_a', 'run_b')}"
         )
     return Run.open(names[0], root), Run.open(names[1], root)
 
 
 def ensure_pair_aligned(a: Run, b: Run, compute: Compute) -> None:
-    """Align the two where they never were, saying so. What is out of date is told, as in a report, and not made again.
+    """Align the two runs if they never were; an alignment that is out of date is reported, not recomputed.
 
-    Raises BadInput where they are of different studies, which are aligned by ``align --force`` alone.
+    Raises BadInput if they are of different studies: only ``align --force`` aligns those.
     """
     if pair_path(a.root / "alignments", a.name, b.name) is not None:
         return
@@ -69,40 +73,43 @@ def ensure_pair_aligned(a: Run, b: Run, compute: Compute) -> None:
 def compare_runs(
     a: Run, b: Run, definition: str = "strict", threshold: float = 0.7, explainer: str | None = None
 ) -> dict[str, Any]:
-    """The comparison of two aligned runs, as JSON values.
+    """Return the comparison of two aligned runs as JSON values.
 
-    The scores are those of the newest set-up that both have (of ``explainer``, where it is given: NotFound where it
-    made none of the first run's scores), else of the first run's newest.
+    Scores are those of the newest set-up that both runs have, else of the first run's newest. Raises NotFound if
+    ``explainer`` made none of the first run's scores.
 
-    ``overlap`` and ``similarity`` are as in a report; ``agreement`` has, of the pairs that are scored alike on both
-    sides, those that are ``shared``, those that are ``unshared`` and all ``together``; ``pairs`` has one entry for each
-    latent of ``a`` with a partner, ``sides`` what is known of the two; ``lacking`` says which explained latents have a
-    partner that has no explanation, and by which commands it gets one.
+    ``overlap`` and ``similarity`` are as in a report. ``agreement`` covers the pairs scored alike on both sides:
+    ``shared``, ``unshared`` and all ``together``. ``pairs`` has one entry for each latent of ``a`` with a partner, and
+    ``sides`` describes the two latents. ``lacking`` lists explained latents whose partner has no explanation, with the
+    commands that provide one.
     """
     view = View(a.name, definition, threshold, explainer=explainer)
-    study = _seen_by_both(Study.open(a.root, [a.name, b.name], view), b)
+    study = _with_common_setup(Study.open(a.root, [a.name, b.name], view), b)
     here, there = Side.of(study, a), Side.of(study, b)
     table = study.tables[a.name, b.name].sort_values("latent", ignore_index=True)
     pairs = _pairs(study, table, here, there)
-    return {
-        "schema": SCHEMA,
-        "study": a.study,
-        "runs": [{**study.describe(side.run), "study": side.run.study, **side.counts()} for side in (here, there)],
-        "compared": study.compared,
-        "apart": explain_difference([a, b]),
-        "missing": [],
-        "stale": study.stale(),
-        "definition": definition,
-        "threshold": threshold,
-        "overlap": overlap_findings(study),
-        "similarity": similarity_findings(study),
-        "agreement": _agreement(study, table),
-        "scored_by": _scored_by(study, there),
-        "n_without_partner": len(table) - len(pairs),
-        "pairs": pairs,
-        "lacking": _lacking(here, there, pairs),
-        "methods": {"definitions": DEFINITIONS, **METHODS},
-    }
+    found: dict[str, Any] = to_json(
+        {
+            "schema": SCHEMA,
+            "study": a.study,
+            "runs": [{**study.describe(side.run), "study": side.run.study, **side.counts()} for side in (here, there)],
+            "compared": study.compared,
+            "apart": explain_difference([a, b]),
+            "missing": [],
+            "stale": study.stale(),
+            "definition": definition,
+            "threshold": threshold,
+            "overlap": overlap_findings(study),
+            "similarity": similarity_findings(study.shared),
+            "agreement": _agreement(study, table),
+            "scored_by": _scored_by(study, there),
+            "n_without_partner": len(table) - len(pairs),
+            "pairs": pairs,
+            "lacking": _lacking(here, there, pairs),
+            "methods": {"definitions": DEFINITIONS, **METHODS},
+        }
+    )
+    return found
 
 
 # --- one run's side -----------------------------------------------------------------------------------------
@@ -110,84 +117,76 @@ def compare_runs(
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two runs: its latents, what they were said to mean and how well that did."""
+    """One of the two runs: its latents, their explanations and their scores."""
 
     run: Run
-    latents: pd.DataFrame
     told: Told
     texts: dict[int, str]
-    scores: pd.DataFrame
+    latents: dict[int, dict[str, Any]]
+    scores: dict[int, dict[str, Any]]
     """by latent; of the set-up that is compared"""
     untestable: frozenset[int]
     """latents with too few contexts for a score of that set-up"""
     made_otherwise: bool
-    """whether it has scores that are not made like the first run's, and are left out"""
+    """whether all its scores are made differently from the first run's, and are skipped"""
 
     @classmethod
     def of(cls, study: Study, run: Run) -> Side:
         found = _newest_scores(study, run) if study.setup is None else scored_alike(study, run)
-        scores = good_scores(found[0]) if found is not None else pd.DataFrame()
-        path = run.stage_path("scores")
-        told = _seen_from(study, run, None if found is None else dict(found[1])).journal()
-        texts, otherwise = told.explanations(scores), found is None and path.exists()
-        untestable = frozenset[int]() if found is None else _untestable(found[0])
-        return cls(run, study.latents_of(run), told, texts, scores, untestable, otherwise)
+        if run.name != study.focus.name:
+            # Without scores like the first run's, use the explanations by the same explainer.
+            view = replace(study.view, focus=run.name, explainer=(study.setup or {}).get("explainer"))
+            study = replace(study, focus=run, view=view, scores=None, setup=None if found is None else dict(found[1]))
+        told, latents = study.journal(), _by_latent(study.latents_of(run))
+        if found is None:
+            otherwise = run.stage_path("scores").exists()
+            return cls(run, told, told.explanations(pd.DataFrame()), latents, {}, frozenset(), otherwise)
+        rows, scores = found[0], good_scores(found[0])
+        is_untestable = (rows["control"] == "none") & (rows["status"].map(status_kind) == "ineligible")
+        untestable = frozenset(rows["latent"][is_untestable].astype(int))
+        return cls(run, told, told.explanations(scores), latents, _by_latent(scores), untestable, False)
 
     def counts(self) -> dict[str, int]:
-        return {
-            "n_alive": int(self.latents["alive"].sum()),
-            "n_explained": len(self.texts),
-            "n_scored": len(self.scores),
-        }
+        n_alive = sum(bool(row["alive"]) for row in self.latents.values())
+        return {"n_alive": n_alive, "n_explained": len(self.texts), "n_scored": len(self.scores)}
 
     def figures(self, latent: int) -> dict[str, Any]:
-        """What is known of one latent, as JSON values."""
-        row, text = self._rows[latent], self.texts.get(latent)
+        """Describe one latent."""
+        row, text, score = self.latents[latent], self.texts.get(latent), self.scores.get(latent)
+        n = row.get("n_firings")
+        found = None
+        if score is not None:
+            estimate = Estimate(score["balanced_accuracy"], score["ba_low"], score["ba_high"])
+            found = {**estimate.as_dict(), "auroc": score.get("auroc")}
         return {
             "latent": latent,
             "alive": bool(row["alive"]),
-            "n_firings": _whole(row.get("n_firings")),
-            "firing_frequency": number(row.get("firing_frequency")),
+            "n_firings": None if n is None or pd.isna(n) else int(n),
+            "firing_frequency": row.get("firing_frequency"),
             "explanation": text,
             "without_explanation": None if text is not None else self._why_none(latent),
-            "score": self._score(latent),
+            "score": found,
         }
 
-    def _score(self, latent: int) -> dict[str, Any] | None:
-        row = self._good.get(latent)
-        if row is None:
-            return None
-        low, high = number(row["ba_low"]), number(row["ba_high"])
-        interval = None if low is None or high is None else [low, high]
-        return {"value": number(row["balanced_accuracy"]), "interval": interval, "auroc": number(row.get("auroc"))}
-
     def _why_none(self, latent: int) -> str:
-        """Why a latent has no explanation, in words."""
+        """Say why a latent has no explanation."""
         if latent in self.told.failed:
             return f"failed: {self.told.failed[latent]}"
         if self.can_be_explained(latent):
             return "not explained"
-        row = self._rows[latent]
+        row = self.latents[latent]
         return str(row.get("ineligible_reason") or "too few contexts") if row["alive"] else "it never fires"
 
     def can_be_explained(self, latent: int) -> bool:
-        """Whether it fires in contexts enough; taken to be so where contexts have not been counted."""
-        row = self._rows[latent]
+        """Whether it fires in enough contexts; assumed if contexts have not been counted."""
+        row = self.latents[latent]
         eligible = row.get("eligible", True)
         return bool(row["alive"]) and latent not in self.told.too_few and (pd.isna(eligible) or bool(eligible))
 
-    @functools.cached_property
-    def _rows(self) -> dict[int, dict[str, Any]]:
-        return _by_latent(self.latents)
-
-    @functools.cached_property
-    def _good(self) -> dict[int, dict[str, Any]]:
-        return _by_latent(self.scores)
-
-
-def _untestable(rows: pd.DataFrame) -> frozenset[int]:
-    tried = rows[rows["control"] == "none"]
-    return frozenset(tried.loc[tried["status"].map(status_kind) == "ineligible", "latent"].astype(int))
+    def explain_command(self) -> str:
+        """Return the command that explains the partners of the explained latents."""
+        more = ["--latents", str(len(self.texts))] if len(self.texts) > USUAL else []
+        return command(self.run.root, "explain", "--sae", self.run.name, *more, "--with-partners")
 
 
 def _by_latent(table: pd.DataFrame) -> dict[int, dict[str, Any]]:
@@ -196,35 +195,22 @@ def _by_latent(table: pd.DataFrame) -> dict[int, dict[str, Any]]:
 
 
 def _newest_scores(study: Study, run: Run) -> tuple[pd.DataFrame, Mapping[str, Any]] | None:
-    """Those of a run where the first has none that could be like them."""
     path = run.stage_path("scores")
     table = read_table(path) if path.exists() else None
-    chosen = [] if table is None else setups_of(table, scorer=study.view.scorer)
-    return None if table is None or not chosen else (rows_of(table, chosen[0]), chosen[0])
+    setups = [] if table is None else setups_of(table, scorer=study.view.scorer)
+    return None if table is None or not setups else (rows_of(table, setups[0]), setups[0])
 
 
-def _seen_by_both(study: Study, there: Run) -> Study:
-    """The study with the newest of the first run's set-ups that the other run has too, where there is one."""
+def _with_common_setup(study: Study, there: Run) -> Study:
+    """Return the study with the newest of the first run's set-ups that the other run has too, if there is one."""
     if study.setup is None or study.scores is None:
         return study
-    for setup in wanted_of([study.setup, *study.other_setups], study.focus.name, explainer=study.view.explainer):
-        others = [other for other in [study.setup, *study.other_setups] if other != setup]
-        seen = replace(study, setup=setup, other_setups=others)
-        if scored_alike(seen, there) is not None:
-            return seen
+    setups = [study.setup, *study.other_setups]
+    for setup in wanted_of(setups, study.focus.name, explainer=study.view.explainer):
+        found = replace(study, setup=setup, other_setups=[other for other in setups if other != setup])
+        if scored_alike(found, there) is not None:
+            return found
     return study
-
-
-def _seen_from(study: Study, run: Run, setup: dict[str, Any] | None) -> Study:
-    """The study with another run in its middle, and the set-up of that run's scores that is like the first one's.
-
-    Where it has none, explanations are still those by the same explainer.
-    """
-    if run.name == study.focus.name:
-        return study
-    explainer = (study.setup or {}).get("explainer")
-    view = replace(study.view, focus=run.name, explainer=explainer)
-    return replace(study, focus=run, view=view, scores=None, setup=setup)
 
 
 # --- the pairs ----------------------------------------------------------------------------------------------
@@ -232,65 +218,61 @@ def _seen_from(study: Study, run: Run, setup: dict[str, Any] | None) -> Study:
 
 def _pairs(study: Study, table: pd.DataFrame, here: Side, there: Side) -> list[dict[str, Any]]:
     alike = similarity(table)
-    holds = {name: shared(table, name, study.view.threshold) for name in DEFINITIONS}
+    is_shared = {name: shared(table, name, study.view.threshold) for name in DEFINITIONS}
     fired = study.behaviour.get((here.run.name, there.run.name))
-    together = None if fired is None else fired["decoder_partner_jaccard"].to_numpy(float)
+    jaccard = None if fired is None else fired["decoder_partner_jaccard"].to_numpy(float)
     partner, encoder = table["decoder_partner"].to_numpy(), table["encoder_partner"].to_numpy()
-    cosines = {name: table[f"{name}_cosine"].to_numpy(float) for name in ("encoder", "decoder")}
+    cosines = {name: table[name].to_numpy(float) for name in ("encoder_cosine", "decoder_cosine")}
     found = []
     for latent in np.flatnonzero(partner >= 0).tolist():
-        one, other = here.figures(latent), there.figures(int(partner[latent]))
-        scores = [side["score"]["value"] for side in (one, other) if side["score"] is not None]
+        sides = [here.figures(latent), there.figures(int(partner[latent]))]
+        scores = [side["score"]["value"] for side in sides if side["score"] is not None]
         found.append(
             {
                 "latent": latent,
-                "partner": int(partner[latent]),
-                "encoder_partner": int(encoder[latent]) if encoder[latent] >= 0 else None,
-                "same_partner": bool(partner[latent] == encoder[latent]),
-                "encoder_cosine": number(cosines["encoder"][latent]),
-                "decoder_cosine": number(cosines["decoder"][latent]),
-                "similarity": number(alike[latent]),
-                "shared": {name: bool(of[latent]) for name, of in holds.items()},
-                "is_shared": bool(holds[study.view.definition][latent]),
-                "jaccard": None if together is None else number(together[latent]),
+                "partner": partner[latent],
+                "encoder_partner": encoder[latent] if encoder[latent] >= 0 else None,
+                "same_partner": partner[latent] == encoder[latent],
+                **{name: of[latent] for name, of in cosines.items()},
+                "similarity": alike[latent],
+                "shared": {name: of[latent] for name, of in is_shared.items()},
+                "is_shared": is_shared[study.view.definition][latent],
+                "jaccard": None if jaccard is None else jaccard[latent],
                 "score_gap": scores[0] - scores[1] if len(scores) == 2 else None,
-                "sides": [one, other],
+                "sides": sides,
             }
         )
     return found
 
 
 def _agreement(study: Study, table: pd.DataFrame) -> dict[str, Any] | None:
-    """``None`` where no pair is scored on both sides."""
+    """Return the agreement of the pairs; ``None`` if no pair is scored on both sides."""
     pairs = scored_pairs(study, study.view.threshold)
     if pairs is None or pairs.empty:
         return None
     returns = shared(table, study.view.definition, study.view.threshold)[pairs["latent"].to_numpy()]
-    everyone = np.ones(len(pairs), bool)
-    kept = {"shared": returns, "unshared": ~returns, "together": everyone}
-    return {name: agreement(pairs, mask).as_dict() for name, mask in kept.items()}
+    kept = {"shared": returns, "unshared": ~returns, "together": np.ones(len(pairs), bool)}
+    return {name: agreement(pairs, mask) for name, mask in kept.items()}
 
 
 def _scored_by(study: Study, there: Side) -> dict[str, Any] | None:
-    """Whose scores these are, and whether the second run has scores that were made otherwise and are left out."""
+    """Say who explained and judged, and whether the second run's scores are skipped as made differently."""
     if study.setup is None:
         return None
     names = ("explainer", "explainer_model", "judge", "model", "scorer")
-    told = {name: study.setup.get(name) or None for name in names}
-    return {**told, "other_made_otherwise": there.made_otherwise}
+    return {**{name: study.setup.get(name) or None for name in names}, "other_made_otherwise": there.made_otherwise}
 
 
-def _lacking(here: Side, there: Side, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is missing for a comparison of explanations and scores, with the commands that provide it.
+def _lacking(here: Side, there: Side, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Return the missing explanations and scores, with the commands that provide them.
 
-    ``without_explanation`` has the latents whose partner is explained and that are not: ``can_be_explained`` where they
-    have contexts enough. ``not_scored``: latents of pairs explained on both sides that lack a score on either.
-    ``score`` is ``None`` where no such pair could have one and nothing more is to be explained.
+    ``without_explanation``: latents without an explanation whose partner has one. ``not_scored``: latents of pairs
+    explained on both sides that lack a score on either. ``score`` is ``None`` if it would add nothing.
     """
-    both = [pair for pair in pairs if _explained(pair) == 2]
-    lone = [pair for pair in pairs if _explained(pair) == 1]
+    both = [pair for pair in pairs if _n_explained(pair) == 2]
+    one_sided = [pair for pair in pairs if _n_explained(pair) == 1]
     entries = []
-    for pair in lone:
+    for pair in one_sided:
         place = 0 if pair["sides"][0]["explanation"] is None else 1
         side, mine, other = (here, there)[place], pair["sides"][place], pair["sides"][1 - place]
         entries.append(
@@ -303,61 +285,44 @@ def _lacking(here: Side, there: Side, pairs: Sequence[dict[str, Any]]) -> dict[s
             }
         )
     wanting = {entry["run"] for entry in entries if entry["can_be_explained"]}
-    # What lacks a side is explained as the partner of the other.
+    # A latent without an explanation is explained as a partner, by the other run's command.
     explaining = [one for one, other in ((here, there), (there, here)) if other.run.name in wanting]
-    if not both and not lone:
+    if not both and not one_sided:
         explaining = [here]
     not_scored = [pair for pair in both if any(side["score"] is None for side in pair["sides"])]
-    names = (here.run.name, there.run.name)
-    score = command(here.run.root, "score", *(word for name in names for word in ("--sae", name)))
+    score = command(here.run.root, "score", "--sae", here.run.name, "--sae", there.run.name)
     helps = bool(explaining) or any(_can_be_scored(pair, here, there) for pair in not_scored)
     return {
         "n_explained_both": len(both),
-        "n_explained_one": len(lone),
+        "n_explained_one": len(one_sided),
         "without_explanation": entries,
         "not_scored": [pair["latent"] for pair in not_scored],
-        "by_language_model": any(_by_language_model(side) for side in (here, there)),
-        "explain": [_explain_command(side) for side in explaining],
+        "by_language_model": any(
+            len(side.told.table) > 0 and bool((side.told.table["explainer"] != "ngram").any()) for side in (here, there)
+        ),
+        "explain": [side.explain_command() for side in explaining],
         "score": score if helps else None,
     }
 
 
-def _can_be_scored(pair: dict[str, Any], here: Side, there: Side) -> bool:
-    """Whether every score that the pair lacks can be had."""
+def _can_be_scored(pair: Pair, here: Side, there: Side) -> bool:
+    """Whether both latents have a score or can get one."""
     sides = zip(pair["sides"], (here, there), strict=True)
-    return all(told["score"] is not None or told["latent"] not in side.untestable for told, side in sides)
+    return all(latent["score"] is not None or latent["latent"] not in side.untestable for latent, side in sides)
 
 
-def _explain_command(side: Side) -> str:
-    """Explains the partners of what is explained; ``--latents`` where that is more than the usual number."""
-    n = len(side.texts)
-    more = ["--latents", str(n)] if n > USUAL else []
-    return command(side.run.root, "explain", "--sae", side.run.name, *more, "--with-partners")
-
-
-def _by_language_model(side: Side) -> bool:
-    return len(side.told.table) > 0 and bool((side.told.table["explainer"] != "ngram").any())
-
-
-def _explained(pair: dict[str, Any]) -> int:
+def _n_explained(pair: Pair) -> int:
     return sum(side["explanation"] is not None for side in pair["sides"])
 
 
-def _whole(value: Any) -> int | None:
-    return None if value is None or pd.isna(value) else int(value)
-
-
-Sort = Literal["similarity", "score", "gap", "firing"]
-Sharing = Literal["any", "shared", "unshared"]
-Pair = Mapping[str, Any]
-SHOWN = 8
+# --- the pairs that a terminal shows ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PairChoice:
     """``n`` pairs in the order of ``sort``; without one, spread evenly over similarity.
 
-    ``sharing`` keeps the pairs that are shared, or those that are not, under the comparison's definition.
+    ``sharing`` keeps only the pairs that are shared, or unshared, under the comparison's definition.
     """
 
     n: int = SHOWN
@@ -365,67 +330,54 @@ class PairChoice:
     sharing: Sharing = "any"
 
 
-def _similarity(pair: Pair) -> float | None:
-    return pair["similarity"]
-
-
-def _score(pair: Pair) -> float | None:
-    """The mean of the two scores."""
-    values = [side["score"]["value"] for side in pair["sides"] if side["score"] is not None]
-    return sum(values) / 2 if len(values) == 2 else None
-
-
-def _gap(pair: Pair) -> float | None:
-    return None if pair["score_gap"] is None else abs(pair["score_gap"])
-
-
-def _firing(pair: Pair) -> float | None:
-    """The frequency of the one that fires less."""
-    known = [side["firing_frequency"] for side in pair["sides"] if side["firing_frequency"] is not None]
-    return min(known) if len(known) == 2 else None
-
-
-_ORDERS: dict[str, tuple[Callable[[Pair], float | None], str]] = {
-    "similarity": (_similarity, "the most alike first"),
-    "score": (_score, "the best scored first (mean of both)"),
-    "gap": (_gap, "those first whose scores differ most"),
-    "firing": (_firing, "the most frequent first (the rarer of the two counts)"),
+_ORDERS = {
+    None: "evenly spread from the most alike to the least alike",
+    "similarity": "the most alike first",
+    "score": "the best scored first (mean of both)",
+    "gap": "those first whose scores differ most",
+    "firing": "the most frequent first (the rarer of the two counts)",
 }
-_BY_SCORES = ("score", "gap")
+
+
+def _sort_key(pair: Pair, sort: Sort | None) -> float:
+    """Return the value to sort by, -inf if it is unknown: for ``firing``, that of the latent that fires less."""
+    if sort is None or sort == "similarity":
+        values = [pair["similarity"]]
+    elif sort == "gap":
+        values = [None if pair["score_gap"] is None else abs(pair["score_gap"])]
+    elif sort == "score":
+        values = [side["score"] and side["score"]["value"] for side in pair["sides"]]
+    else:
+        values = [side["firing_frequency"] for side in pair["sides"]]
+    if None in values:
+        return -math.inf
+    return float(min(values) if sort == "firing" else sum(values) / len(values))
 
 
 def chosen(pairs: Sequence[Pair], choice: PairChoice) -> dict[str, Any]:
-    """The pairs to show, in order; ``n_of`` how many they are out of, and ``says``, in words which they are.
+    """Return the pairs to show, in order; ``n_of`` is how many they are chosen from, and ``says`` describes them.
 
-    They are among those that are explained on both sides, where there are any; else among those that are on one; else
-    among all whose two latents fire. In an order by scores, among those that are scored on both sides.
+    They are chosen from the pairs explained on both sides, else from those explained on one, else from all whose
+    latents both fire; in an order by scores, from those scored on both sides.
     """
     kept = [pair for pair in pairs if choice.sharing == "any" or pair["is_shared"] == (choice.sharing == "shared")]
     kept, among = _among(kept, choice)
-    order, how = _ORDERS[choice.sort or "similarity"]
-    ranked = sorted(kept, key=lambda pair: (-_or_least(order(pair)), pair["latent"]))
-    if choice.sort is None:
-        n = min(choice.n, len(ranked))
-        shown = [ranked[i] for i in sorted({round(x) for x in np.linspace(0, len(ranked) - 1, n)})] if n else []
-        how = "evenly spread from the most alike to the least alike"
-    else:
-        shown = ranked[: choice.n]
+    ranked = sorted(kept, key=lambda pair: (-_sort_key(pair, choice.sort), pair["latent"]))
+    n = min(choice.n, len(ranked))
+    shown = ranked[:n]
+    if choice.sort is None and n:
+        shown = [ranked[i] for i in sorted({round(x) for x in np.linspace(0, len(ranked) - 1, n)})]
     kind = "" if choice.sharing == "any" else f"{choice.sharing} "
-    which = f"{len(shown):,} of the {len(kept):,} {kind}pairs {among}"
-    says = f"{which}, {how}" if shown else f"There are no {kind}pairs {among}"
+    which = f"{len(shown):,} of the {len(kept):,} {kind}pairs {among}, {_ORDERS[choice.sort]}"
+    says = which if shown else f"There are no {kind}pairs {among}"
     return {"n_of": len(kept), "says": f"{says}.", "latents": [pair["latent"] for pair in shown], "pairs": shown}
 
 
 def _among(pairs: list[Pair], choice: PairChoice) -> tuple[list[Pair], str]:
-    """The pairs that can be shown, and what they have in common."""
-    if choice.sort in _BY_SCORES:
+    """Return the pairs that can be shown, and what they have in common."""
+    if choice.sort in ("score", "gap"):
         return [pair for pair in pairs if pair["score_gap"] is not None], "that are scored on both sides"
     for n, words in ((2, "that are explained on both sides"), (1, "that are explained on one side")):
-        found = [pair for pair in pairs if sum(side["explanation"] is not None for side in pair["sides"]) == n]
-        if found:
+        if found := [pair for pair in pairs if _n_explained(pair) == n]:
             return found, words
     return [pair for pair in pairs if all(side["alive"] for side in pair["sides"])], "of latents that both fire"
-
-
-def _or_least(value: float | None) -> float:
-    return -math.inf if value is None else value

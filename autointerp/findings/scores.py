@@ -1,8 +1,8 @@
-"""What the scores of one run say, of one set-up: how well its latents can be explained.
+"""Summarise the scores of one run and one set-up: how well its latents can be explained.
 
-Two things that a mean score hides are kept in view: how many latents could not be scored and why, and what
-the same judge makes of somebody else's explanation (the swapped control). How scores go with the latents'
-return is in :mod:`autointerp.findings.relation`.
+Alongside the mean are two things that it hides: how many latents could not be scored and why, and how the same judge
+scores another latent's explanation (the swapped control). :mod:`autointerp.findings.relation` relates the scores to
+cross-seed similarity.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from autointerp.journal.method import CHANCE
 from autointerp.scoring.scorers.base import HARDER, STOPS
 from autointerp.scoring.setups import precision_of, rows_of, setups_of, status_kind
 from sae.alignment.latent_table import CLASSES
-from sae.common.estimate import UNKNOWN, proportion
+from sae.common.estimate import UNKNOWN, Estimate, proportion
 
-#: Bins of a score histogram: from 0 to 1 in steps of .02.
 SCORE_EDGES = np.linspace(0, 1, 51)
+_OF_OTHERS = ("mean", "interval", "auroc_mean", "auroc_interval", "n_scored", "n_failed", "n_ineligible", "control")
 
 
 def score_findings(
@@ -36,13 +36,16 @@ def score_findings(
     too_few: Set[int] = frozenset(),
     sample: Sample | None = None,
 ) -> dict[str, Any]:
-    """Distribution, control, and counts by shared class.
+    """Return the distribution of the scores, the control, and counts by shared class.
 
-    ``rows`` are one set-up's; ``latents`` is the run's table by latent number (``alive``, ``shared_class``
-    where there are siblings, ``eligible`` where contexts were counted for all); ``explained`` are the latents with
-    an explanation in the journal, ``too_few`` those that were asked for and had too few contexts for one. With a
-    ``sample``, figures are of its latents and weighted (:mod:`autointerp.findings.statistics.estimation`); counts are
-    of latents as ever.
+    Args:
+        rows: one set-up's.
+        latents: the run's table by latent number: ``alive``, ``shared_class`` if there are siblings, ``eligible`` if
+            contexts were counted.
+        explained: latents with an explanation in the journal.
+        too_few: latents that were asked for and had too few contexts.
+        sample: the figures use only its latents, weighted (:mod:`autointerp.findings.statistics.estimation`); counts
+            are always of latents.
     """
     own = rows[rows["control"] == "none"].set_index("latent")
     kinds = own["status"].map(status_kind)
@@ -50,16 +53,17 @@ def score_findings(
     scored = own[kinds == "ok"]
     good, swapped = of.of(scored), Swapped.among(rows, sample)
     values = good["balanced_accuracy"].astype(float)
-    mean, error = of.mean(values, error_of(good)), error_of(good)
+    error = error_of(good)
     aurocs = good["auroc"].astype(float).dropna() if "auroc" in good else pd.Series(dtype=float)
+    auroc = of.mean(aurocs, error_of(good.loc[aurocs.index], "auroc"))
     ineligible = set(own.index[kinds == "ineligible"]) | too_few
     asked = set(own.index) | explained | ineligible
     eligible = latents.get("eligible")
     return {
-        **mean_of(mean),
+        **mean_of(of.mean(values, error)),
         **quartile_figures(of, values, error),
-        "auroc_mean": (auroc := of.mean(aurocs, error_of(good.loc[aurocs.index], "auroc")).as_dict())["value"],
-        "auroc_interval": auroc["interval"],
+        "auroc_mean": auroc.value,
+        "auroc_interval": auroc.interval,
         "n_scored": len(good),
         "precision": _precision(good),
         "sample": None if sample is None else _sample_findings(sample, of.sample, good, scored),
@@ -82,24 +86,25 @@ def score_findings(
 
 
 def _precision(good: pd.DataFrame) -> dict[str, Any] | None:
-    """Of scores that were judged to a precision: to which, what ended it for how many latents, and after how many
-    contexts (activating and random silent ones that were answered) on average. ``None`` where all contexts were."""
-    to = precision_of(good)
-    if to is None:
+    """Describe adaptive judging: target half-width, reasons for stopping, and the mean number of contexts.
+
+    ``None`` if all contexts were judged.
+    """
+    half_width = precision_of(good)
+    if half_width is None:
         return None
-    judged = good["n_active"].astype(float) + good["n_inactive"].astype(float)
     counts = good["stopped"].value_counts()
     return {
-        "half_width": to,
+        "half_width": half_width,
         "stopped": {why: int(counts.get(why, 0)) for why in STOPS},
-        "mean_contexts": number(judged.mean()),
+        "mean_contexts": (good["n_active"].astype(float) + good["n_inactive"].astype(float)).mean(),
     }
 
 
 def _sample_findings(
     sample: Sample, weights: pd.DataFrame | None, good: pd.DataFrame, scored: pd.DataFrame
 ) -> dict[str, Any]:
-    """What the figures are a sample of, how far it has come, and how many scored latents are outside it."""
+    """Describe the sample, how much of it is done, and how many scored latents are outside it."""
     assert weights is not None
     return {
         **sample.as_dict(),
@@ -108,12 +113,12 @@ def _sample_findings(
         "n_waiting": len(sample.drawn - set(weights.index)),
         "n_failed": len(weights) - len(good),
         "n_outside": len(scored) - len(good),
-        "effective_n": number(weights["weight"].sum() ** 2 / (weights["weight"] ** 2).sum()) if len(weights) else None,
+        "effective_n": weights["weight"].sum() ** 2 / (weights["weight"] ** 2).sum() if len(weights) else None,
     }
 
 
 def estimator_of(rows: pd.DataFrame, too_few: Set[int], sample: Sample | None) -> Estimator:
-    """What the own scores among ``rows`` are a sample of: those that came to an end, scored, failed or ``too_few``."""
+    """Return the estimator of figures over the own scores; failed latents and ``too_few`` keep their weights."""
     if sample is None:
         return Estimator()
     return Estimator(sample.weights(set(rows["latent"][rows["control"] == "none"]) | too_few))
@@ -121,13 +126,12 @@ def estimator_of(rows: pd.DataFrame, too_few: Set[int], sample: Sample | None) -
 
 @dataclass(frozen=True)
 class Swapped:
-    """The swapped controls that did not fail.
+    """The swapped controls that did not fail, by latent.
 
-    Of a sample, the latents that have one are a smaller sample, chosen by their numbers alone.
+    With a sample, the latents that have one are a smaller sample, chosen by their numbers alone.
     """
 
     rows: pd.DataFrame
-    """By latent."""
     of: Estimator
     n_failed: int
 
@@ -139,18 +143,19 @@ class Swapped:
         return cls(of.of(asked[good]), of, int((~good).sum()))
 
     def mean(self, column: str) -> float | None:
-        """The mean of one of the columns, without an interval."""
+        """Return the mean of a column, without an interval."""
         if column not in self.rows or self.rows[column].isna().all():
             return None
-        return number(self.of.plain_mean(self.rows[column].astype(float).dropna()))
+        return self.of.plain_mean(self.rows[column].astype(float).dropna())
 
     def below(self, own: pd.DataFrame, value: str = "ba") -> dict[str, Any] | None:
-        """The mean of own − swapped over the latents that have both, ``n`` of them, and for what ``fraction`` it is
-        above 0; ``None`` where none has.
+        """Return the mean of own − swapped over the ``n`` latents with both, and the ``fraction`` above 0.
+
+        ``None`` if no latent has both.
 
         Args:
             own: rows by latent.
-            value: the beginning of the names of the score's interval.
+            value: the prefix of the columns of the score's interval.
         """
         column = "balanced_accuracy" if value == "ba" else value
         if column not in own or column not in self.rows:
@@ -159,14 +164,13 @@ class Swapped:
         if paired.empty:
             return None
         difference = self.of.difference(own, self.rows, column, value)
-        return {**mean_of(difference), "n": len(paired), "fraction": number(self.of.share(paired > 0))}
+        return {**mean_of(difference), "n": len(paired), "fraction": self.of.share(paired > 0)}
 
 
 def _control(swapped: Swapped, own: pd.DataFrame) -> dict[str, Any] | None:
-    """The swapped control: each latent's contexts judged by another latent's explanation.
+    """Summarise the swapped control: each latent's contexts judged by another latent's explanation.
 
-    ``leaks``: its mean is not .5 within its interval, so that something other than the explanation tells the judge
-    where the latent fires.
+    ``leaks``: its interval excludes .5, so something other than the explanation reveals where the latent fires.
     """
     if swapped.rows.empty:
         return None
@@ -186,35 +190,33 @@ def _control(swapped: Swapped, own: pd.DataFrame) -> dict[str, Any] | None:
 
 
 def failed_answers(rows: pd.DataFrame) -> int:
-    """Contexts of any kind without a verdict."""
+    """Count the contexts of any kind without a verdict."""
     columns = [c for c in ("n_failed", *(f"n_failed_{kind}" for kind in HARDER)) if c in rows]
     return int(sum(rows[c].fillna(0).sum() for c in columns))
 
 
 def _negatives(good: pd.DataFrame, of: Estimator, swapped: Swapped) -> dict[str, Any]:
-    """By kind of negative: the mean over the latents that have it, and how many lack it. ``random`` makes the score.
+    """Return for each harder kind of negative the mean over the latents that have it, and how many lack it.
 
-    ``random_mean`` is the score of the same latents over random negatives: the kinds are compared on equal terms.
-    ``swapped_mean`` is that of the swapped control over this kind, ``above_control`` the difference. Empty where no
-    score has any kind but the random one.
+    ``random_mean`` is the score of the same latents over random negatives, ``swapped_mean`` the swapped control's over
+    this kind, ``above_control`` the difference. Empty if no score has a harder kind.
     """
     found: dict[str, Any] = {}
     for kind in HARDER:
-        if f"ba_{kind}" not in good:
+        column = f"ba_{kind}"
+        if column not in good or not (has := good[column].notna()).any():
             continue
-        has = good[f"ba_{kind}"].notna()
-        if not has.any():
-            continue
-        some = good[has].astype({f"ba_{kind}": float, f"tnr_{kind}": float, "balanced_accuracy": float})
+        some = good[has].astype({column: float, f"tnr_{kind}": float, "balanced_accuracy": float})
         aurocs = some[f"auroc_{kind}"].astype(float).dropna()
+        error = error_of(some, column)
         found[kind] = {
-            **mean_of(of.mean(some[f"ba_{kind}"], error := error_of(some, f"ba_{kind}"))),
-            **quartile_figures(of, some[f"ba_{kind}"], error),
-            "tnr": of.mean(some[f"tnr_{kind}"], error_of(some, f"tnr_{kind}")).as_dict(),
-            "auroc_mean": number(of.plain_mean(aurocs)) if len(aurocs) else None,
-            "random_mean": number(of.plain_mean(some["balanced_accuracy"])),
-            "swapped_mean": swapped.mean(f"ba_{kind}"),
-            "above_control": swapped.below(some, f"ba_{kind}"),
+            **mean_of(of.mean(some[column], error)),
+            **quartile_figures(of, some[column], error),
+            "tnr": of.mean(some[f"tnr_{kind}"], error_of(some, f"tnr_{kind}")),
+            "auroc_mean": of.plain_mean(aurocs) if len(aurocs) else None,
+            "random_mean": of.plain_mean(some["balanced_accuracy"]),
+            "swapped_mean": swapped.mean(column),
+            "above_control": swapped.below(some, column),
             "n_scored": int(has.sum()),
             "n_missing": int((~has).sum()),
             "n_failed_answers": int(good[f"n_failed_{kind}"].fillna(0).sum()),
@@ -226,14 +228,10 @@ def _by_class(
     latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int], of: Estimator, swapped: Swapped
 ) -> dict[str, Any]:
     found = {}
-    for name in CLASSES:
-        members = latents[latents["shared_class"] == name]
-        if members.empty:
-            continue
+    for name, members in _classes(latents).items():
         inside = own.index.isin(members.index)
         good = of.of(own[inside & (kinds == "ok").to_numpy()])
-        values = good["balanced_accuracy"].astype(float)
-        counted = members.get("eligible")
+        values, error, counted = good["balanced_accuracy"].astype(float), error_of(good), members.get("eligible")
         found[name] = {
             "n_latents": len(members),
             "n_alive": int(members["alive"].sum()),
@@ -241,50 +239,55 @@ def _by_class(
             "n_explained": len(explained & set(members.index)),
             "n_scored": len(good),
             "n_failed": int((kinds[inside] == "failed").sum()),
-            **mean_of(of.mean(values, error_of(good))),
+            **mean_of(of.mean(values, error)),
             "above_control": swapped.below(good),
-            **quartile_figures(of, values, error_of(good)),
+            **quartile_figures(of, values, error),
         }
     return found
 
 
-def too_few_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
-    """The alive latents that have too few contexts to be explained and tested, by shared class, with the reasons.
+def _classes(latents: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Split latents by shared class, without the empty classes."""
+    found = {name: latents[latents["shared_class"] == name] for name in CLASSES}
+    return {name: members for name, members in found.items() if len(members)}
 
-    ``together`` and, where there are siblings, each class: how many are alive, how many of them have too few, the share
-    with its interval, their numbers, how often they fire beside those that have enough, and latents by reason.
-    ``None`` where contexts were not counted.
+
+# --- latents with too few contexts ------------------------------------------------------------------------
+
+
+def too_few_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
+    """Describe the alive latents with too few contexts to be explained and tested: how many, which, and why.
+
+    Over all classes ``together`` and, if there are siblings, for each shared class. ``None`` if contexts were not
+    counted.
     """
     if "eligible" not in latents:
         return None
     alive = latents[latents["alive"].astype(bool)]
-    found = {"together": _too_few(alive)}
-    if "shared_class" in alive:
-        classes = {name: alive[alive["shared_class"] == name] for name in CLASSES}
-        found |= {name: _too_few(members) for name, members in classes.items() if len(members)}
-    return found
+    classes = _classes(alive) if "shared_class" in alive else {}
+    return {name: _too_few(members) for name, members in {"together": alive, **classes}.items()}
 
 
 def _too_few(members: pd.DataFrame) -> dict[str, Any]:
     enough = members["eligible"].astype("boolean").fillna(False).astype(bool)
     lacking = members[~enough]
-    said = lacking.get("ineligible_reason", pd.Series("", index=lacking.index))
-    reasons = Counter(said.map(_kind_of_reason))
+    reasons = lacking.get("ineligible_reason", pd.Series("", index=lacking.index)).map(_without_numbers)
     frequency = members.get("firing_frequency", pd.Series(np.nan, index=members.index))
+    share: Estimate = proportion(len(lacking), len(members))
     return {
         "n_alive": len(members),
         "n": len(lacking),
-        "fraction": (share := proportion(len(lacking), len(members)).as_dict())["value"],
-        "interval": share["interval"],
-        "latents": [int(latent) for latent in lacking.index],
-        "reasons": dict(reasons.most_common()),
+        "fraction": share.value,
+        "interval": share.interval,
+        "latents": lacking.index,
+        "reasons": dict(Counter(reasons).most_common()),
         "median_frequency": number(frequency[~enough].median()) if len(lacking) else None,
         "median_frequency_of_eligible": number(frequency[enough].median()) if enough.any() else None,
     }
 
 
-def _kind_of_reason(reason: object) -> str:
-    """The reason without its numbers, which differ from latent to latent."""
+def _without_numbers(reason: object) -> str:
+    """Return the reason without its numbers, which differ between latents."""
     words = str(reason or "not said")
     for kind in ("fires nearly everywhere", "activating contexts to explain from", "activating contexts to test on"):
         if kind in words:
@@ -292,23 +295,25 @@ def _kind_of_reason(reason: object) -> str:
     return words
 
 
-_FIGURES = ("mean", "interval", "auroc_mean", "auroc_interval", "n_scored", "n_failed", "n_ineligible", "control")
-_SAME = ("explainer", "explainer_model", "judge", "model")
+# --- other scorers ----------------------------------------------------------------------------------------
 
 
 def other_scorer_findings(study: Study, latents: pd.DataFrame, told: Told) -> list[dict[str, Any]]:
-    """A row for each other scorer in the focus run's score table, by name, as JSON values."""
+    """Return a row for each other scorer in the focus run's score table, of the same explainer and judge.
+
+    Scorers measure different things, so their scores are never averaged together.
+    """
     if study.scores is None or "scorer" not in study.scores:
         return []
-    view, same = study.view, {key: (study.setup or {}).get(key) for key in _SAME}
-    wanted = same if study.setup else {"explainer": view.explainer, "judge": view.judge}
+    view, setup = study.view, study.setup or {}
+    wanted = {"explainer": view.explainer, "judge": view.judge}
+    if setup:
+        wanted = {key: setup.get(key) for key in ("explainer", "explainer_model", "judge", "model")}
     found = []
-    for scorer in sorted(set(study.scores["scorer"].dropna()) - {view.scorer, (study.setup or {}).get("scorer")}):
-        setups = setups_of(study.scores, scorer=scorer, **wanted)
-        if setups:
-            rows = rows_of(study.scores, setups[0])
-            sample = study.sample_of(setups[0])
+    for scorer in sorted(set(study.scores["scorer"].dropna()) - {view.scorer, setup.get("scorer")}):
+        for other in setups_of(study.scores, scorer=scorer, **wanted)[:1]:
+            rows, sample = rows_of(study.scores, other), study.sample_of(other)
             figures = score_findings(rows, latents, told.explained, told.too_few, sample)
-            who = {"explainer": setups[0].get("explainer"), "judge": setups[0].get("judge")}
-            found.append({"scorer": scorer, **who, **{key: figures[key] for key in _FIGURES}})
+            who = {"explainer": other.get("explainer"), "judge": other.get("judge")}
+            found.append({"scorer": scorer, **who, **{key: figures[key] for key in _OF_OTHERS}})
     return found

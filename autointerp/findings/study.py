@@ -1,19 +1,18 @@
-"""The findings of a study: one JSON object, which the terminal, the HTML report and ``report --json`` all show.
+"""Compute the findings of a study: one JSON object, shown by the terminal, the HTML report and ``report --json``.
 
-It is built from what the stages left on disk (tables, alignments, journals) and from nothing else: no model,
-no weights, no torch. So a report is quick, can be made on another machine than the study, and cannot
-disagree with the files. What has not been made yet is ``None``, and ``missing`` says by which command it would be.
+Only the files that the stages wrote are read (tables, alignments, journals): no model, no weights, no torch.
+A part whose stage has not run is ``None``, and ``missing`` names the command that runs it.
 
     schema, study, focus, runs, subject, corpus, missing
-    overlap        how much comes back, under every definition           needs: align (alive latents: harvest)
+    overlap        the fraction shared, under every definition           needs: align (alive latents: harvest)
     similarity     matched cosines and their histogram                          align
-    counterparts   what latents do in the other seeds, and what became of those that do not return     align
-    membership     which seeds have the focus run's latents                     align
+    counterparts   what latents do in the other seeds, and what became of unshared ones    align
+    membership     which seeds share the focus run's latents                    align
     training, firing, frequency_by_class                                        train, harvest
-    scores         with their controls, baseline, reliability                           explain, score
+    scores         with their controls, baseline, reliability                   explain, score
     relation       score and similarity, raw and corrected; of several runs     explain, score, align
     interesting, failures                                                       explain, score
-    findings       the paper's, each with a verdict (autointerp.findings.paper)       what each of them takes
+    findings       the paper's, each with a verdict (autointerp.findings.paper)
     methods        definitions, interval methods, who explained and judged, prompt hashes
 
 Fractions are between 0 and 1; a number that could not be measured is ``None``.
@@ -27,19 +26,16 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp.findings import relation as score_similarity
-from autointerp.findings import reliability
-from autointerp.findings import returning as seeds
-from autointerp.findings import scores as scored
-from autointerp.findings.controls import METHODS as OF_DIFFERENCES
-from autointerp.findings.controls import comparison_findings
+from autointerp.contexts.sample_record import Sample
+from autointerp.findings import controls, relation, reliability, returning
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import Study, Told, View, asking
 from autointerp.findings.interesting import ContextSource, ShownContext, interesting
+from autointerp.findings.json_values import to_json
 from autointerp.findings.latent import contexts_of
 from autointerp.findings.pairs import pooled_relation
 from autointerp.findings.paper.table import findings_table
-from autointerp.findings.scores import other_scorer_findings
+from autointerp.findings.scores import failed_answers, other_scorer_findings, score_findings
 from autointerp.findings.statistics import estimation
 from autointerp.findings.statistics.correlation import METHODS
 from autointerp.journal.method import ENOUGH_TO_CALL_DEAD
@@ -63,9 +59,9 @@ def findings_of(
     against: Sequence[str] = (),
     explainer: str | None = None,
 ) -> dict[str, Any]:
-    """The findings of a study with ``run`` in the middle, contexts included where its firing store is there.
+    """Return the findings of a study with ``run`` as focus run, with contexts if its firing store is available.
 
-    ``explainer``: scores are the newest of its explanations; by default the newest of all
+    ``explainer``: use the newest scores of its explanations; by default the newest of all
     (:func:`autointerp.scoring.setups.setups_of`).
     """
     view = View(run.name, definition, threshold, tuple(against), explainer=explainer)
@@ -73,12 +69,12 @@ def findings_of(
 
 
 def contexts_at_hand(run: Run) -> ContextSource:
-    """Gives a latent its contexts, or none where the run's firing store or tokenizer is not there."""
+    """Return a function that reads a latent's contexts, none if the run's firing store or tokenizer is missing."""
 
     def contexts(_: str, latent: int) -> Sequence[ShownContext]:
         try:
             return contexts_of(run, latent)
-        except UserError:  # a store moved away, a hub out of reach: the report says so and shows the rest
+        except UserError:  # a store moved away, a hub out of reach: the report shows the rest
             return []
 
     return contexts
@@ -91,72 +87,73 @@ def findings(
     contexts: ContextSource | None = None,
     with_sweeps: bool = True,
 ) -> dict[str, Any]:
-    """The findings of ``runs`` (one study's, under ``root``) as JSON values.
+    """Return the findings of ``runs`` (one study's, under ``root``) as JSON values.
 
-    ``contexts`` gives (run, latent) its contexts, to be shown with the latents of ``interesting``; without it they
-    carry none. ``with_sweeps``: the findings table has the rows about sweeps too. Raises :class:`UserError` for unknown
-    names and files that cannot be read.
+    ``contexts`` maps (run, latent) to the contexts shown with the latents of ``interesting``. ``with_sweeps``: include
+    the rows about sweeps. Raises :class:`UserError` for unknown names and files that cannot be read.
     """
     return study_findings(Study.open(root, runs, view or View()), contexts, with_sweeps)
 
 
 def study_findings(study: Study, contexts: ContextSource | None = None, with_sweeps: bool = True) -> dict[str, Any]:
-    """:func:`findings` of a study that is open already."""
-    rows, told = study.score_rows(), study.journal()
-    latents = study.focus_latents()
-    similar = "similarity" in latents
+    """Return :func:`findings` of a study that is already open."""
+    rows, told, latents = study.score_rows(), study.journal(), study.focus_latents()
+    focus, setup, sample = study.focus, study.setup, study.sample()
+    has_similarity = "similarity" in latents
     has_scores = rows is not None and bool((rows["status"].map(status_kind) == "ok").any())
-    part, sample = None, study.sample()
-    if rows is not None and study.setup is not None:
-        verdicts = reliability.verdicts_of(study.focus, rows, study.setup)
-        part = score_similarity.Part(study.focus.name, rows, latents, verdicts, sample=sample)
-    scores = None
+    part, scores, related, shown = None, None, None, None
+    if rows is not None and setup is not None:
+        verdicts = reliability.verdicts_of(focus, rows, setup)
+        part = relation.Part(focus.name, rows, latents, verdicts, sample=sample)
+        if has_similarity and (related := relation.relation_findings(part)) is not None:
+            related["pooled"] = pooled_relation(study, verdicts)
+        if has_similarity and has_scores:
+            shown = interesting(focus.name, rows, latents, told.texts, contexts)
     if rows is not None or told.explained:
-        scores = scored.score_findings(_rows_or_none(rows), latents, told.explained, told.too_few, sample)
-        scores["reliability"] = (
-            None
-            if part is None or study.setup is None
-            else reliability.reliability_findings(part.rows, part.verdicts, sample)
-        )
-        if scores["precision"] is not None:
-            scores["precision"]["rounds"] = told.rounds
-        scores |= comparison_findings(study, _rows_or_none(rows), told, sample)
-        scores["other_scorers"] = other_scorer_findings(study, latents, told)
-        n, command = scores.pop("n_waiting"), asking(study, told, "score")
-        scores["waiting"] = {"n": n, "command": command} if n else None
+        scores = _scores(study, told, rows, part, sample)
     tree = {
         "schema": SCHEMA,
-        "study": study.focus.study,
-        "focus": study.focus.name,
+        "study": focus.study,
+        "focus": focus.name,
         "runs": [study.describe(run) for run in study.runs],
         "compared": study.compared,
-        **_provenance(study.focus),
+        **_provenance(focus),
         "missing": study.missing(told.explained, has_scores),
         "stale": study.stale(),
         "forced": [{"runs": pair, "command": study.command("align", *pair, "--force")} for pair in study.forced()],
-        "overlap": seeds.overlap_findings(study),
-        "similarity": seeds.similarity_findings(study),
+        "overlap": returning.overlap_findings(study),
+        "similarity": returning.similarity_findings(study.shared),
         "counterparts": counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts),
-        "membership": seeds.membership_findings(study, latents),
-        "training": seeds.training_findings(study.runs),
-        "firing": seeds.firing_findings(study),
-        "frequency_by_class": seeds.frequency_by_class_findings(latents),
+        "membership": returning.membership_findings(study, latents),
+        "training": returning.training_findings(study.runs),
+        "firing": returning.firing_findings(study),
+        "frequency_by_class": returning.frequency_by_class_findings(latents),
         "scores": scores,
-        "relation": _relation(study, part) if part is not None and similar else None,
-        "interesting": interesting(study.focus.name, rows, latents, told.texts, contexts)
-        if rows is not None and has_scores and similar
-        else None,
+        "relation": related,
+        "interesting": shown,
         "failures": _failures(study, rows, told),
         "methods": _methods(study, told),
+        "show": study.command("show", "--sae", focus.name, "--latent", str(shown[0]["latent"])) if shown else None,
     }
-    worth = tree["interesting"]
-    show = study.command("show", "--sae", study.focus.name, "--latent", str(worth[0]["latent"])) if worth else None
-    return {**tree, "show": show, "findings": findings_table(study, told, tree, part, with_sweeps)}
+    found: dict[str, Any] = to_json({**tree, "findings": findings_table(study, told, tree, part, with_sweeps)})
+    return found
 
 
-def _rows_or_none(rows: pd.DataFrame | None) -> pd.DataFrame:
-    columns = ["latent", "control", "status", "balanced_accuracy"]
-    return pd.DataFrame({c: pd.Series(dtype=object) for c in columns}) if rows is None else rows
+def _scores(
+    study: Study, told: Told, rows: pd.DataFrame | None, part: relation.Part | None, sample: Sample | None
+) -> dict[str, Any]:
+    if rows is None:
+        rows = pd.DataFrame(columns=["latent", "control", "status", "balanced_accuracy"], dtype=object)
+    latents = study.focus_latents()
+    found = score_findings(rows, latents, told.explained, told.too_few, sample)
+    found["reliability"] = part and reliability.reliability_findings(part.rows, part.verdicts, sample)
+    if found["precision"] is not None:
+        found["precision"]["rounds"] = told.rounds
+    found |= controls.comparison_findings(study, rows, told, sample)
+    found["other_scorers"] = other_scorer_findings(study, latents, told)
+    n = found.pop("n_waiting")
+    found["waiting"] = {"n": n, "command": asking(study, told, "score")} if n else None
+    return found
 
 
 def _provenance(run: Run) -> dict[str, Any]:
@@ -178,56 +175,44 @@ def _provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def _relation(study: Study, part: score_similarity.Part) -> dict[str, Any] | None:
-    """Of the focus run, and ``pooled`` over all runs that were scored alike (``None`` where it alone was)."""
-    found = score_similarity.relation_findings(part)
-    return None if found is None else {**found, "pooled": pooled_relation(study, part.verdicts)}
-
-
-# --- failures and methods ---------------------------------------------------------------------------------
-
-
 def _failures(study: Study, rows: pd.DataFrame | None, told: Told) -> dict[str, Any]:
-    """Latents that failed, by stage and reason, with the command that retries only them."""
+    """Return the latents that failed, by stage and reason, with the command that retries only them."""
     by_reason: dict[tuple[str, str], set[int]] = {}
     for latent, why in told.failed.items():
         by_reason.setdefault(("explain", why), set()).add(latent)
-    answers = 0
+    n_answers = 0
     if rows is not None:
         kinds = rows["status"].map(status_kind)
         for row in rows[kinds == "failed"].to_dict("records"):
             if int(row["latent"]) not in told.failed:
                 stage = "score" if row["control"] == "none" else f"score ({row['control']} control)"
                 by_reason.setdefault((stage, reason(row)), set()).add(int(row["latent"]))
-        answers = scored.failed_answers(rows[kinds == "ok"])
+        n_answers = failed_answers(rows[kinds == "ok"])
+    ordered = sorted(by_reason.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1]))
+    n, retry = len(set().union(*by_reason.values())), None
+    if told.failed:
+        latents = ["--indices", ",".join(map(str, sorted(told.failed)))] if len(told.failed) <= 20 else []
+        retry = asking(study, told, "explain", *latents)
+    elif n or n_answers:
+        retry = asking(study, told, "score")
     reasons = [
         {"stage": stage, "reason": why, "n": len(latents), "latents": sorted(latents)}
-        for (stage, why), latents in sorted(by_reason.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1]))
+        for (stage, why), latents in ordered
     ]
-    n = len(set().union(*by_reason.values())) if by_reason else 0
-    return {"n": n, "n_answers": answers, "reasons": reasons, "retry": _retry(study, told) if n or answers else None}
-
-
-def _retry(study: Study, told: Told) -> str:
-    """The command that tries again what failed, and only that: what is done is not asked again."""
-    if not told.failed:
-        return asking(study, told, "score")
-    latents = ["--indices", ",".join(map(str, sorted(told.failed)))] if len(told.failed) <= 20 else []
-    return asking(study, told, "explain", *latents)
+    return {"n": n, "n_answers": n_answers, "reasons": reasons, "retry": retry}
 
 
 def _other_setups(study: Study) -> dict[str, Any]:
-    """The set-ups that the figures are not of; of each other explainer, the command that shows its newest scores."""
+    """Describe the set-ups not reported; for each other explainer, the command that shows its newest scores."""
     others = [] if study.scores is None else [described(study.scores, setup) for setup in study.other_setups]
     newest: dict[str, int] = {}
     for other in others:
         if (name := other.get("explainer")) and name != (study.setup or {}).get("explainer"):
             newest.setdefault(str(name), other["n_scored"])
-
-    def shows(name: str) -> str:
-        return study.command("report", "--sae", study.focus.name, "--explainer", name)
-
-    explainers = [{"explainer": name, "n_scored": n, "command": shows(name)} for name, n in newest.items()]
+    show = ("report", "--sae", study.focus.name, "--explainer")
+    explainers = [
+        {"explainer": name, "n_scored": n, "command": study.command(*show, name)} for name, n in newest.items()
+    ]
     return {"other_setups": others, "other_explainers": explainers}
 
 
@@ -282,12 +267,12 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
             "scores": METHODS["balanced_accuracy"],
             "AUROC": METHODS["auroc"],
             "means": METHODS["bootstrap_mean"],
-            "differences": OF_DIFFERENCES["difference"],
+            "differences": controls.METHODS["difference"],
             "correlations": METHODS["spearman"],
             "held fixed": METHODS["partial_spearman"],
             "strata": METHODS["stratified_spearman"],
             **reliability.METHODS,
-            **score_similarity.METHODS,
+            **relation.METHODS,
             **estimation.METHODS,
         },
         "training": "FVU, L0: mean over the last twentieth of the training log",

@@ -19,10 +19,14 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    @property
+    def interval(self) -> list[float] | None:
+        """``[low, high]``; ``None`` if either is NaN."""
+        return None if math.isnan(self.low) or math.isnan(self.high) else [self.low, self.high]
+
     def as_dict(self) -> dict[str, Any]:
-        """``{"value": …, "interval": [low, high]}`` for JSON; NaN, which JSON does not have, becomes ``None``."""
-        value, low, high = (None if math.isnan(x) else x for x in self)
-        return {"value": value, "interval": None if low is None or high is None else [low, high]}
+        """Return ``{"value": …, "interval": [low, high]}`` for JSON, with ``None`` in place of NaN."""
+        return {"value": None if math.isnan(self.value) else self.value, "interval": self.interval}
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)

@@ -123,7 +123,7 @@ def relation_finding(of: Scores) -> Finding:
         missing = "score" if of.scores is None or not of.scores["n_scored"] else "pair"
         return about.missing("it takes scores and aligned seeds", of.more[missing])
     tree = of.relation["pooled"] or of.relation
-    found, held = estimate_of(tree["spearman"], tree["interval"]), _estimate(tree["partial"])
+    found, held = estimate_of(tree["spearman"], tree["interval"]), tree["partial"]
     why = (
         f"tested: above 0; at equal firing frequency {_told(held)}; {_unshared_high(of.table)}over {tree['n']} latents"
     )
@@ -158,7 +158,7 @@ def frequent_low_finding(of: Scores) -> Finding:
         return about.missing(why, of.explain_more(latents))
     draw, score = _resamples(of.table), of.table["score"].to_numpy()
     found = interval_of(draw.means(score, frequent) - draw.means(score, ~frequent), min(n, draw.n_free))
-    over_all = "" if of.relation is None else f"Spearman with frequency {_told(_estimate(of.relation['frequency']))}; "
+    over_all = "" if of.relation is None else f"Spearman with frequency {_told(of.relation['frequency'])}; "
     return about.row(found, against(found, 0, -1), f"tested: below 0; {over_all}{n} of {len(of.table)} latents")
 
 
@@ -203,10 +203,6 @@ def both_scored_finding(of: Scores) -> Finding:
 def findings_of_scores(of: Scores) -> list[Finding]:
     """The four findings about scores, in the paper's order."""
     return [make(of) for make in (interp_finding, relation_finding, frequent_low_finding, both_scored_finding)]
-
-
-def _estimate(tree: Mapping[str, Any]) -> Estimate:
-    return estimate_of(tree["value"], tree["interval"])
 
 
 def _told(e: Estimate) -> str:

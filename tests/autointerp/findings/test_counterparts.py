@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autointerp.findings.counterparts import counterpart_findings
+from autointerp.findings import counterparts
+from autointerp.findings.json_values import to_json
 from sae.alignment.nulls import FIRING_COLUMNS
+
+
+def counterpart_findings(*args: Any, **options: Any) -> Any:
+    return to_json(counterparts.counterpart_findings(*args, **options))
 
 
 def side(n: int, **columns: list) -> pd.DataFrame:

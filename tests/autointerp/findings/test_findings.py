@@ -231,8 +231,8 @@ def test_interp(of: dict[str, Any], verdict: Verdict) -> None:
     ("bounds", "verdict"), [([0.1, 0.3], AGREES), ([-0.3, -0.1], DISAGREES), ([-0.1, 0.1], UNDECIDED)]
 )
 def test_relation(bounds: list[float], verdict: Verdict) -> None:
-    tree = {"spearman": sum(bounds) / 2, "interval": bounds, "n": 9, "partial": {"value": None, "interval": None}}
-    relation = {**tree, "pooled": None, "frequency": {"value": None, "interval": None}}
+    tree = {"spearman": sum(bounds) / 2, "interval": bounds, "n": 9, "partial": UNKNOWN}
+    relation = {**tree, "pooled": None, "frequency": UNKNOWN}
     assert told(relation=relation)["relation"].verdict == verdict
     pooled = {**tree, "spearman": 0.9, "interval": [0.8, 0.95]}
     assert told(relation={**relation, "pooled": pooled})["relation"].verdict == AGREES  # of all runs, where there are

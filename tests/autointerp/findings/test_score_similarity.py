@@ -19,8 +19,10 @@ from scipy import stats
 
 from autointerp.contexts.sample_record import Draw, Sample
 from autointerp.contexts.sampling import drawn, strata
+from autointerp.findings import relation
 from autointerp.findings.evidence import View
-from autointerp.findings.relation import Part, matched_difference, pooled_findings, relation_findings
+from autointerp.findings.json_values import to_json
+from autointerp.findings.relation import Part
 from autointerp.findings.statistics.resampling import Resamples
 from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal, Verdict
@@ -30,6 +32,19 @@ from sae.alignment.bootstrap import partner_units
 from sae.common.amounts import decimal, estimate, interval
 from sae.common.files import read_table, write_table
 from sae.study.run import Run
+
+
+def matched_difference(*args: Any, **options: Any) -> Any:
+    return to_json(relation.matched_difference(*args, **options))
+
+
+def pooled_findings(*args: Any, **options: Any) -> Any:
+    return to_json(relation.pooled_findings(*args, **options))
+
+
+def relation_findings(*args: Any, **options: Any) -> Any:
+    return to_json(relation.relation_findings(*args, **options))
+
 
 NAMES = ["run_a", "run_b", "run_c"]
 

@@ -15,8 +15,9 @@ import small_study
 from printed import ACTS_ON_A_TERMINAL, ANSI, COLOURS, console, text_of
 from rich.cells import cell_len
 
-from autointerp.findings.counterparts import counterpart_findings
+from autointerp.findings import counterparts
 from autointerp.findings.evidence import View
+from autointerp.findings.json_values import to_json
 from autointerp.findings.latent import latent_findings
 from autointerp.findings.returning import alignment_findings
 from autointerp.findings.study import findings
@@ -27,6 +28,11 @@ from sae.alignment.nulls import FIRING_COLUMNS
 from sae.alignment.overlap import DEFINITIONS, overlap
 from sae.common.amounts import decimal
 from sae.common.files import write_table
+
+
+def counterpart_findings(*args: Any, **options: Any) -> Any:
+    return to_json(counterparts.counterpart_findings(*args, **options))
+
 
 NAMES = ["run_a", "run_b", "run_c"]
 
