@@ -1,7 +1,7 @@
-"""Every setting of a study, its default and what it means: one model, read from recipes and flags alike.
+"""All settings of a study, with defaults and descriptions; recipes and flags use the same model.
 
-A recipe is a TOML file with these tables; an unknown key is an error that names the nearest real one.
-What a stage's results depend on is exactly what is hashed: see :meth:`Settings.identity`.
+A recipe is a TOML file with these tables. A stage's hash covers exactly the settings that its results depend on: see
+:meth:`Settings.identity`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _amount(value: Any) -> Any:
 
 
 Amount = Annotated[int, BeforeValidator(_amount)]
-"""A number of tokens or bytes, in a recipe also as ``"2M"``."""
+"""A number of tokens or bytes; a recipe may write ``"2M"``."""
 
 
 class _Table(BaseModel):
@@ -32,94 +32,94 @@ class SubjectSettings(_Table):
     model: str = Field(
         "bundled", description="a Hugging Face name or directory; 'bundled' is the model in this package"
     )
-    hookpoint: str = Field("layers.2.mlp", description="the module whose output is studied, by its name")
+    hookpoint: str = Field("layers.2.mlp", description="name of the module whose output is studied")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="precision of the forward pass; auto: bfloat16 where the machine has instructions for it, "
-        "else float32",
+        description="precision of the forward pass; auto: bfloat16 if the machine supports it, else float32",
     )
 
 
 class CorpusSettings(_Table):
-    """The text."""
+    """The text that the subject model reads."""
 
-    kind: Literal["stdlib", "text", "dataset"] = Field("stdlib", description="where the text comes from")
-    source: tuple[str, ...] = Field((), description="files or folders (text), or one directory or hub name (dataset)")
-    config: str | None = Field(None, description="dataset: its configuration name")
-    split: str = Field("train", description="dataset: the split")
-    column: str = Field("text", description="dataset: the column that holds the text")
+    kind: Literal["stdlib", "text", "dataset"] = Field("stdlib", description="source of the text")
+    source: tuple[str, ...] = Field((), description="files or folders (text), or one folder or hub name (dataset)")
+    config: str | None = Field(None, description="dataset: configuration name")
+    split: str = Field("train", description="dataset: split")
+    column: str = Field("text", description="dataset: column of the text")
     context: int = Field(256, ge=8, description="tokens in a packed sequence (T)")
     max_tokens: Amount | None = Field(None, ge=1, description="stop reading after this many tokens")
-    order_seed: int = Field(0, ge=0, description="seed of the order in which sequences are seen")
+    order_seed: int = Field(0, ge=0, description="seed of the order of sequences")
 
 
 class TrainingSettings(_Table):
-    """The sparse autoencoder and how it is trained."""
+    """The sparse autoencoder and its training."""
 
-    architecture: str = Field(
-        "topk", description="what makes latents fire: the name of a file in sae/dictionaries/architectures"
-    )
+    architecture: str = Field("topk", description="name of a file in sae/dictionaries/architectures")
     num_latents: int = Field(1024, ge=1, description="width of the dictionary (M)")
-    k: int = Field(8, ge=1, description="active latents per token (K), on average where their number may vary")
-    tokens: Amount = Field(10_000_000, ge=1, description="to train on; more than the corpus means several epochs")
-    batch_tokens: Amount = Field(4096, ge=1, description="tokens in a step (B), rounded to whole sequences")
-    learning_rate: float | None = Field(None, gt=0, description="peak of Adam's; default 2e-4/sqrt(M/2^14)")
-    warmup_steps: int = Field(1000, ge=0, description="linear warm-up; at most a tenth of the run")
-    auxk: float = Field(1 / 32, ge=0, description="coefficient of AuxK, or what revives dead latents in its place")
+    k: int = Field(8, ge=1, description="active latents per token (K), on average if the number varies")
+    tokens: Amount = Field(10_000_000, ge=1, description="training tokens; more than the corpus means several epochs")
+    batch_tokens: Amount = Field(4096, ge=1, description="tokens per step (B), rounded to whole sequences")
+    learning_rate: float | None = Field(None, gt=0, description="peak learning rate of Adam; default 2e-4/sqrt(M/2^14)")
+    warmup_steps: int = Field(1000, ge=0, description="steps of linear warm-up, at most a tenth of the run")
+    auxk: float = Field(1 / 32, ge=0, description="coefficient of AuxK, or of the loss that replaces it")
     k_aux: int | None = Field(None, ge=1, description="dead latents in the AuxK reconstruction; default D/2")
     dead_tokens: Amount | None = Field(
-        None, ge=1, description="tokens without a firing that make a latent dead; default min(10M, 5%% of the run)"
+        None, ge=1, description="tokens without a firing after which a latent is dead; default min(10M, 5%% of the run)"
     )
     sparsity_warmup_steps: int | None = Field(
-        None, ge=1, description="steps in which L0 is led to k, where a penalty decides it; default a fifth of the run"
+        None, ge=1, description="steps until L0 reaches k, for architectures with a penalty; default a fifth of the run"
     )
     bandwidth: float = Field(
         0.01,
         gt=0,
-        description="jumprelu: width of the window that teaches the thresholds, see sae/dictionaries/objective.py",
+        description="jumprelu: width of the kernel in the gradient of the thresholds (sae/dictionaries/objective.py)",
     )
     precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
-        description="of the product by which training chooses latents (by rank, and in AuxK); "
+        description="precision of the product that selects latents in training (by rank, and in AuxK); "
         "auto: the fewest bits that the machine has instructions for (int8 on CPUs only)",
     )
     frozen: Literal["nothing", "decoder", "everything"] = Field(
-        "nothing", description="weights that stay as they were drawn, for controls (sae/study/controls.py)"
+        "nothing", description="weights that keep their initial values, for controls (sae/study/controls.py)"
     )
     checkpoint_steps: int = Field(
-        500, ge=1, description="steps between checkpoints of an unfinished run; one is written about every minute too"
+        500, ge=1, description="steps between checkpoints; one is also written about every minute"
     )
     activation_cache: Amount = Field(
         8 * 10**9, ge=0, description="bytes of activations kept on disk until the harvest, such as '8G'; 0: none"
     )
 
     def identity(self) -> dict[str, Any]:
-        """What the trained weights depend on."""
+        """Return the settings that the trained weights depend on."""
         return self.model_dump(mode="json", exclude={"checkpoint_steps", "activation_cache"})
 
 
 class HarvestSettings(_Table):
-    """Recording which latent fires where."""
+    """The record of which latent fires where."""
 
     tokens: Amount = Field(2_000_000, ge=1, description="tokens to harvest (at most the corpus)")
     window: int = Field(32, ge=4, le=256, description="tokens in a context shown to explainers and judges")
 
 
 class ContextSettings(_Table):
-    """Which contexts explainers and judges see."""
+    """The contexts that explainers and judges see."""
 
     n_explain: int = Field(40, ge=1, description="activating contexts shown to the explainer")
     n_active: int = Field(50, ge=2, description="activating contexts in the test set")
     n_inactive: int = Field(50, ge=2, description="non-activating contexts in the test set")
-    n_hard: int = Field(20, ge=0, description="further ones in which a neighbour of the latent fires; scored apart")
-    n_same_token: int = Field(20, ge=0, description="further ones that hold the latent's top token; scored apart")
+    n_hard: int = Field(20, ge=0, description="more of them, in which a similar latent fires; scored separately")
+    n_same_token: int = Field(20, ge=0, description="more of them, with the latent's top token; scored separately")
     near_duplicate: float = Field(
-        0.6, gt=0, le=1, description="windows that share this much of their token 5-grams count as one (1: only equal)"
+        0.6,
+        gt=0,
+        le=1,
+        description="windows that share this fraction of their token 5-grams count as one (1: equal)",
     )
-    n_strata: int = Field(10, ge=1, description="quantiles of activation that the activating contexts cover")
-    min_explain: int = Field(10, ge=1, description="fewer activating contexts to explain from: not eligible")
-    min_active: int = Field(20, ge=2, description="fewer activating contexts to test on: not eligible")
-    sample_seed: int = Field(0, ge=0)
+    n_strata: int = Field(10, ge=1, description="quantiles of activation that the activating contexts are drawn from")
+    min_explain: int = Field(10, ge=1, description="activating contexts that a latent needs for the explainer")
+    min_active: int = Field(20, ge=2, description="activating contexts that a latent needs for the test set")
+    sample_seed: int = Field(0, ge=0, description="seed of the draw of contexts")
 
 
 class Settings(_Table):
@@ -130,11 +130,11 @@ class Settings(_Table):
     contexts: ContextSettings = ContextSettings()
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs 'the same settings': everything that the trained weights depend on."""
+        """Return all settings that the trained weights depend on."""
         return {**self.model_dump(mode="json", include={"subject", "corpus"}), "training": self.training.identity()}
 
     def with_values(self, **tables: dict[str, Any]) -> Settings:
-        """A copy with the given values replaced, those that are ``None`` left as they are; validated."""
+        """Return a validated copy with the given values; ``None`` keeps a value."""
         merged = self.model_dump()
         for table, values in tables.items():
             merged[table].update({key: value for key, value in values.items() if value is not None})
@@ -142,7 +142,7 @@ class Settings(_Table):
 
 
 def validated(values: dict[str, Any], where: str) -> Settings:
-    """``values`` as :class:`Settings`, or one line that names the key, what is wrong and what to do."""
+    """Validate ``values``, or raise BadInput with the key, the problem and the fix."""
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
@@ -159,11 +159,11 @@ def validated(values: dict[str, Any], where: str) -> Settings:
     if training.k > training.num_latents:
         raise BadInput(
             f"{where}: training.k = {training.k} is more than training.num_latents = {training.num_latents}; "
-            "lower k or widen the dictionary"
+            "lower k or raise num_latents"
         )
     if settings.corpus.source and settings.corpus.kind == "stdlib":
         raise BadInput(
-            f"{where}: corpus.source = {list(settings.corpus.source)!r} is not read where corpus.kind is 'stdlib'; "
-            "say kind = 'text' (files and folders) or kind = 'dataset'"
+            f"{where}: corpus.source = {list(settings.corpus.source)!r} is not used with corpus.kind 'stdlib'; "
+            "set kind = 'text' (files and folders) or kind = 'dataset'"
         )
     return settings

@@ -1,11 +1,10 @@
-"""Activations on disk: computed once, read again in later epochs and by the harvest.
+"""Keep activations on disk, for later epochs and for the harvest.
 
-It only ever saves time: full, absent, damaged or deleted, the stream above it gives the same numbers. So it is
-bounded (what does not fit is computed again), and every slot carries a checksum of its own, which also tells a slot
-that was never finished from one that was: nothing else needs to be written in any order.
+The cache only saves time: without it, or with a full or damaged one, the stream computes the same numbers. Its size is
+bounded, and each slot has a checksum, which also marks the slots that were never finished.
 
-Slots are read and written with plain file calls, not through a mapping: mapped pages count as this process's memory,
-and a full disk would end it by a signal instead of an error.
+Slots are read and written with plain file calls: mapped pages would count as this process's memory, and a full disk
+would kill the process instead of raising an error.
 """
 
 from __future__ import annotations
@@ -30,21 +29,16 @@ from sae.text.corpus import BLOCK_TOKENS, Corpus
 _SPARE_DISK_BYTES = 2 << 30
 _SUM_BYTES = 8
 _META = "meta.json"
-# NumPy has no bfloat16: its bits travel as 16-bit integers.
+# NumPy has no bfloat16: its bits are stored as 16-bit integers.
 _ON_DISK = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}
 
 
 class ActivationCache:
-    """One fixed-size slot ``[T, D]`` per sequence, in the subject's precision, and its checksum.
-
-    The checksum is XXH3 in 64 bits, chosen because it costs less than the copy from the page cache; 0, which stands
-    for an empty slot, is written as 1. It protects against what happens to files (a bad disk, a process or machine
-    that died between two writes), not against an adversary.
+    """One slot [T, D] per sequence, in the subject's precision, with an XXH3 checksum (0: an empty slot).
 
     Attributes:
-        folder: where it lies.
-        slots: how many of the corpus's sequences it has room for, the first ones in block order.
-        fills: whether this process may fill slots; of several at one cache, one does.
+        slots: the number of sequences that fit, the first ones in block order.
+        fills: whether this process may fill slots; one process per cache does.
     """
 
     def __init__(
@@ -63,7 +57,7 @@ class ActivationCache:
         self._damaged = 0
 
     def _prepare(self) -> None:
-        """Make the files, or bring those of another limit to size; what is of another form goes."""
+        """Create or resize the files; delete those of another shape or precision."""
         folder, shape, dtype = self.folder, self._shape, self._dtype
         folder.mkdir(parents=True, exist_ok=True)
         meta = {"shape": list(shape), "dtype": str(dtype), "checksum": "xxh3-64"}
@@ -75,27 +69,27 @@ class ActivationCache:
             for name in ("sums.bin", "slots.bin"):
                 (folder / name).unlink(missing_ok=True)
             write_json(folder / _META, meta)
-        os.utime(folder / _META)  # its age says which cache has not been used for longest
+        os.utime(folder / _META)  # its age shows which cache is least recently used
         slots_path, sums_path = folder / "slots.bin", folder / "sums.bin"
-        for path in (slots_path, sums_path):
-            path.touch(0o644)
+        slots_path.touch(0o644)
+        sums_path.touch(0o644)
         os.truncate(sums_path, self.slots * _SUM_BYTES)
-        if slots_path.stat().st_size > self.slots * self._slot_bytes:  # of a larger limit
+        if slots_path.stat().st_size > self.slots * self._slot_bytes:  # of an earlier, larger limit
             os.truncate(slots_path, self.slots * self._slot_bytes)
 
     def has(self, slots: np.ndarray) -> np.ndarray:
-        """Which of ``slots [n]`` are filled: bool ``[n]``."""
+        """Return which of ``slots`` [n] are filled: bool [n]."""
         inside = slots < self.slots
         return inside & (self._sums[np.where(inside, slots, 0)] != 0) if self.slots else inside
 
     def takes(self, slots: np.ndarray) -> bool:
-        """Whether ``slots`` could be filled: they lie within the limit, and the disk has not become full."""
+        """Return whether ``slots`` can be filled: they are within the limit, and the disk is not full."""
         return self.fills and not self._full and bool((slots < self.slots).all())
 
     def get(self, slots: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """The contents of filled ``slots [n]``: ``[n, T, D]`` on the CPU, and which of them are whole, bool ``[n]``.
+        """Return the contents of filled ``slots`` [n]: [n, T, D] on the CPU, and which are undamaged, bool [n].
 
-        A slot that does not match its checksum counts as empty from here on.
+        Damaged slots become empty.
         """
         values = np.empty((len(slots), *self._shape), dtype=_ON_DISK[self._dtype])
         raw = values.reshape(-1).view(np.uint8).data
@@ -105,15 +99,12 @@ class ActivationCache:
             read = os.preadv(self._slots_file, [target], int(slot) * self._slot_bytes)
             whole[i] = read == self._slot_bytes and _checksum(target) == self._sums[slot]
         if not whole.all():
-            self._tell_damage(int((~whole).sum()))
+            self._report_damage(int((~whole).sum()))
             self._sums[slots[~whole]] = 0
         return torch.from_numpy(values).view(self._dtype), whole
 
     def put(self, first: int, values: torch.Tensor) -> bool:
-        """Fill the slots from ``first`` on with ``values [n, T, D]``. False where there is no room for them (any more).
-
-        Data and checksums may reach the disk in any order: a slot is what its checksum says, or empty.
-        """
+        """Fill the slots from ``first`` with ``values`` [n, T, D]. Returns False if they do not fit."""
         slots = np.arange(first, first + len(values))
         if not self.takes(slots):
             return False
@@ -127,21 +118,21 @@ class ActivationCache:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._full = True
-            say("activations: the disk is full; the rest are not kept on disk but computed again as needed")
+            say("activations: the disk is full; the rest will be recomputed when needed")
             return False
         self._sums[slots] = sums
         return True
 
     def delete(self) -> None:
-        """Give the disk space back. The cache cannot be used afterwards."""
+        """Delete the files."""
         self._close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _tell_damage(self, n: int) -> None:
+    def _report_damage(self, n: int) -> None:
         if not self._damaged:
             say(
-                f"activations: {n} of the sequences kept in {str(self.folder)!r} do not match their checksums; they, "
-                "and any others like them, are computed again"
+                f"activations: {n} sequences in {str(self.folder)!r} do not match their checksums; recomputing them "
+                "and any others like them"
             )
         self._damaged += n
 
@@ -149,11 +140,10 @@ class ActivationCache:
 def open_caches(
     corpus: Corpus, subject: Subject, hookpoints: Sequence[str], limit_bytes: int
 ) -> dict[str, ActivationCache]:
-    """The caches of some hookpoints' activations over a corpus, beside the corpus; what is in them is kept.
+    """Open the caches of some hookpoints' activations, in the corpus's folder; existing contents stay.
 
-    ``limit_bytes`` is for all caches under the same root together. The hookpoints share it evenly; caches that are
-    not asked for, of studies that were never harvested, make room where it is needed, those unused for longest first.
-    A hookpoint is left out, and one line says so, where not even one block fits.
+    ``limit_bytes`` is the limit of all caches under the root. The hookpoints share it evenly; other caches are deleted
+    if their space is needed, least recently used first. A hookpoint gets no cache if not even one block fits.
     """
     names = [subject.resolve(hookpoint) for hookpoint in hookpoints]
     if limit_bytes <= 0 or not names:
@@ -165,10 +155,10 @@ def open_caches(
     slots = {name: _slots(corpus, sizes[name], room // len(names)) for name in names}
     wanted = corpus.n_tokens * sum(sizes.values()) // corpus.context
     if wanted > room:
-        why = "the limit (--activation-cache)" if room == limit_bytes else "what the disk has to spare"
+        why = "the limit (--activation-cache)" if room == limit_bytes else "the free disk space"
         say(
             f"activations: {human(sum(slots[n] * sizes[n] for n in names))}B of {human(wanted)}B are kept on disk, "
-            f"within {why}; later epochs and the harvest compute the rest again"
+            f"within {why}; later epochs and the harvest recompute the rest"
         )
     _make_room(corpus.folder.parent, set(folders.values()), limit_bytes - sum(slots[n] * sizes[n] for n in names))
     return {
@@ -179,7 +169,7 @@ def open_caches(
 
 
 def open_caches_to_read(corpus: Corpus, subject: Subject, hookpoints: Sequence[str]) -> dict[str, ActivationCache]:
-    """The caches that another process has opened by :func:`open_caches` and may be filling, to read what they hold."""
+    """Open the caches that another process has opened by :func:`open_caches` and may be filling, to read."""
     found = {}
     for name in (subject.resolve(hookpoint) for hookpoint in hookpoints):
         folder = corpus.folder / "activations" / _cache_key(corpus, subject, name)
@@ -191,25 +181,25 @@ def open_caches_to_read(corpus: Corpus, subject: Subject, hookpoints: Sequence[s
 
 
 def count_slot_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """What a sequence's activations ``[T, D]`` take."""
+    """Return the bytes of a sequence's activations [T, D]."""
     return shape[0] * shape[1] * dtype.itemsize
 
 
 def _slots(corpus: Corpus, size: int, room: int) -> int:
-    """How many sequences fit, in whole blocks: a block is computed at once, so half of one saves nothing."""
+    """Return how many sequences fit, in whole blocks, which are computed at once."""
     fitting = room // (size + _SUM_BYTES)
     return corpus.n_sequences if fitting >= corpus.n_sequences else fitting // corpus.block_rows * corpus.block_rows
 
 
 def _make_room(corpora: Path, ours: set[Path], room: int) -> None:
-    """Delete other caches under the root, those unused for longest first, until they take at most ``room``."""
+    """Delete other caches under the root, least recently used first, until they take at most ``room`` bytes."""
     others = [meta for meta in corpora.glob(f"*/activations/*/{_META}") if meta.parent not in ours]
     found = sorted((meta.stat().st_mtime, _on_disk(meta.parent), meta.parent) for meta in others)
     taken = sum(size for _, size, _ in found)
     for _, size, folder in found:
         if taken <= max(0, room):
             return
-        say(f"activations: {human(size)}B kept for another study make room; its harvest computes them again")
+        say(f"activations: deleting {human(size)}B of another study to make room; its harvest recomputes them")
         shutil.rmtree(folder, ignore_errors=True)
         taken -= size
 
@@ -234,7 +224,7 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
 
 
 def _cache_key(corpus: Corpus, subject: Subject, hookpoint: str) -> str:
-    """Everything that the bits depend on, the kind of device and the arithmetic library among it."""
+    """Return a key of everything that the bits depend on, with the kind of device and the version of PyTorch."""
     made_from = [
         corpus.fingerprint,
         subject.fingerprint,

@@ -1,8 +1,7 @@
-"""What another program's name for a place in a model may mean here: for the advice in an error message only.
+"""Suggest hookpoints for a name from another program, in an error message.
 
 TransformerLens and SAELens (``blocks.2.hook_resid_post``), dictionary_learning (``resid_post_layer_2``), sparsify and
-other families of models (``transformer.h.2.mlp``, ``gpt_neox.layers.2``) all name a block by its number, and most name
-the same few places in it.
+other model families (``transformer.h.2.mlp``, ``gpt_neox.layers.2``) all name a block by its number.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ _LAYER = re.compile(r"(?:layers?|blocks?|h|l)[._ -]?(\d+)(?!\d)", re.IGNORECASE)
 _ATTENTION, _MLP = re.compile(r"attn|attention"), re.compile(r"mlp|feed_?forward|ffn?(?![a-z])")
 _NO_MODULE = re.compile(r"norm|dropout|(^|_)ln")
 _EMBEDDING = re.compile(r"emb|wte")
-_TYPING_ERROR = 0.85  # names of a module that are as much alike as this are meant to be the same
+_TYPING_ERROR = 0.85  # similarity from which on a name is a misspelling
 
 
 def likely_hookpoints(name: str, known: Sequence[str]) -> list[str]:
-    """Those of the hookpoints ``known``, in the order in which they compute, that ``name`` may mean; the best first.
+    """Return the hookpoints that ``name`` may mean, best first; ``known`` are all, in the order of the forward pass.
 
-    Empty where the name says neither a block's number nor the embedding.
+    Empty if the name has neither a block's number nor the embedding.
     """
     if close := difflib.get_close_matches(name, known, n=1, cutoff=_TYPING_ERROR):
         return close
@@ -36,21 +35,20 @@ def likely_hookpoints(name: str, known: Sequence[str]) -> list[str]:
     below = [each.removeprefix(f"{own}.") for each in known if each.startswith(f"{own}.")]
     if close := difflib.get_close_matches(rest, below, n=1, cutoff=_TYPING_ERROR):
         return [f"{own}.{close[0]}"]
-    said = name[: number.start()] + rest  # some say the place before the number
+    said = name[: number.start()] + rest  # some names have the place before the number
     if "resid_pre" in said:
         before = known[: known.index(own)]
         return [f"{prefix}{layer - 1}"] if layer else [each for each in before if _EMBEDDING.search(each)][:1] or [own]
     attention, mlp = (_child(own, below, kind) for kind in (_ATTENTION, _MLP))
-    if "resid_mid" in said:  # a sum that is no module's output: what is added last, and the whole block
+    if "resid_mid" in said:  # a sum, which no module outputs: suggest the attention and the block
         return [*attention, own]
-    # `hook_z`, `hook_q` and their like are parts of an attention
     if _ATTENTION.search(said):
         return attention or [own]
     return mlp or [own] if _MLP.search(said) else [own]
 
 
 def _blocks(known: Sequence[str]) -> tuple[str, int] | None:
-    """What stands before a block's number, and the largest number; of several stacks, the one with the most blocks."""
+    """Return the prefix of a block's number and the largest number, for the stack with the most blocks."""
     found: dict[str, int] = {}
     for name in known:
         numbered = re.fullmatch(r"(.*?\.)(\d+)", name)
@@ -60,6 +58,6 @@ def _blocks(known: Sequence[str]) -> tuple[str, int] | None:
 
 
 def _child(block: str, below: Sequence[str], kind: re.Pattern[str]) -> list[str]:
-    """The block's own module of a kind; none of the norms and dropouts that are called after it."""
+    """Return the block's module of a kind, without norms and dropouts."""
     fitting = [name for name in below if "." not in name and kind.search(name) and not _NO_MODULE.search(name)]
     return [f"{block}.{fitting[0]}"] if fitting else []

@@ -1,10 +1,7 @@
-"""Tokens with enormous activations, which decide what FVU and L0 say.
+"""Find tokens with huge activations, which dominate FVU and L0.
 
-In many language models a few tokens (the first of a sequence, delimiters) have activations tens of times as long as all
-others' ("massive activations", Sun et al. 2024). FVU is a ratio of sums of squares, so it is then about those tokens: a
-dictionary that gets them right, and little else, has a small FVU.
-
-Legend: B tokens, D model width.
+In many language models a few tokens (the first of a sequence, delimiters) have norms tens of times the median ("massive
+activations", Sun et al. 2024). FVU, a ratio of sums of squares, then measures little else.
 """
 
 from __future__ import annotations
@@ -23,18 +20,15 @@ _FEW, _MOST = 0.1, 0.5
 
 @dataclass(frozen=True)
 class Outliers:
-    """How many tokens of a sample have over :data:`TIMES_MEDIAN` times the median norm, and what they hold."""
+    """The tokens of a sample with more than :data:`TIMES_MEDIAN` times the median norm."""
 
-    tokens: int
-    """B of the sample"""
-    fraction: float
-    """of the tokens"""
-    variance_share: float
-    """of the sum of squared distances from the mean"""
+    tokens: int  # B of the sample
+    fraction: float  # of the tokens
+    variance_share: float  # of the sum of squared distances from the mean
 
     @property
     def dominate(self) -> bool:
-        """Whether a few tokens hold most of the variance."""
+        """Return whether a few tokens hold most of the variance."""
         return self.fraction < _FEW and self.variance_share > _MOST
 
     def describe(self) -> str:
@@ -44,12 +38,12 @@ class Outliers:
         )
 
     def record(self) -> dict[str, Any]:
-        """The measure as JSON."""
+        """Return the measure as JSON."""
         return {"times_median_norm": TIMES_MEDIAN, **asdict(self)}
 
 
 def outlier_rows(x: Tensor) -> Tensor:
-    """Which rows of ``x`` [B, D] are longer than :data:`TIMES_MEDIAN` times the median: bool [B]."""
+    """Return which rows of ``x`` [B, D] have more than :data:`TIMES_MEDIAN` times the median norm: bool [B]."""
     norms = x.double().norm(dim=1)
     return norms > TIMES_MEDIAN * norms.median()
 
@@ -65,7 +59,7 @@ def find_outliers(x: Tensor) -> Outliers:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a dictionary does with a sample of tokens: all of them, and those that are no outliers."""
+    """FVU and L0 of a dictionary on a sample, with and without outlier tokens."""
 
     fvu: float
     fvu_without: float
@@ -80,9 +74,9 @@ class Quality:
 
 
 def measure_quality(sae: Sae, x: Tensor) -> Quality:
-    """FVU and L0 of ``sae`` on ``x`` [B, D], over all rows and over those that are no outliers.
+    """Measure FVU and L0 of ``sae`` on ``x`` [B, D], over all rows and over those that are not outliers.
 
-    FVU is the sum of squared errors over the sum of squared distances from the mean of the rows in question.
+    FVU is the sum of squared errors over the sum of squared distances from the mean of these rows.
     """
     x = x.to(device=sae.device, dtype=sae.dtype)
     firings = sae.encode(x)

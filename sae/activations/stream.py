@@ -1,12 +1,9 @@
-"""Activations as a stream: computed once, in fixed company, for every hookpoint that is asked for.
+"""Read activations as a stream: computed once, for all hookpoints together.
 
-The forward pass is the dear part, and floating-point sums may differ in the last bit with the shape of a
-batch. So a sequence is always computed together with the others of its block (see :mod:`sae.text.corpus`):
-training, harvest and a resumed run all see the same bits, whoever asks first and in whatever portions.
-
-Several hookpoints are read side by side: a block that any of them lacks is run through the model once, as far as
-the last of them, and each takes its part. What was computed is kept on disk (:mod:`sae.activations.cache`) as far as
-that has room; beyond it, a few blocks are held in memory, which is all that reading in order needs.
+The forward pass is expensive, and its sums may differ in the last bit with the shape of a batch. So a sequence is
+always computed with the others of its block (see :mod:`sae.text.corpus`): training, harvest and a resumed run see the
+same bits. A block that any hookpoint lacks is run through the model once, for all of them. Activations are kept on disk
+(:mod:`sae.activations.cache`); without space, a few blocks are held in memory, which is enough for reading in order.
 """
 
 from __future__ import annotations
@@ -29,13 +26,12 @@ BlockSource = Callable[[Sequence["ActivationStream"], int], Mapping[str, torch.T
 
 
 class ActivationStream:
-    """The activations of one hookpoint over a corpus, by sequence, the same bits whoever asks.
+    """The activations of one hookpoint over a corpus, by sequence.
 
     Attributes:
-        subject, corpus, cache: what it was made of.
-        hookpoint: the hookpoint's one name (see :meth:`Subject.resolve`).
-        width: D. context: T. device: where the activations lie.
-        beside: streams of other hookpoints of the same subject and corpus, whose caches are filled on the way.
+        hookpoint: the resolved name (see :meth:`Subject.resolve`).
+        width: D. context: T. device: the device of the activations.
+        others: streams of other hookpoints of the same subject and corpus, whose caches are filled on the way.
     """
 
     def __init__(self, subject: Subject, corpus: Corpus, hookpoint: str, cache: ActivationCache | None = None) -> None:
@@ -46,37 +42,34 @@ class ActivationStream:
         self.width = subject.width(self.hookpoint)
         self.context = corpus.context
         self.device = subject.device
-        self.beside: list[ActivationStream] = []
+        self.others: list[ActivationStream] = []
         subject.check_context(corpus.context)
-        # Without a cache on disk, one group of an order (see Corpus.order) is held in memory.
+        # Without a cache on disk, holds one group of an order (see Corpus.order).
         self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
 
     def rows(self, index: np.ndarray) -> torch.Tensor:
-        """The activations of sequences ``index [n]``: ``[n, T, D]`` in the subject's precision on its device.
+        """Return the activations of sequences ``index`` [n]: [n, T, D] in the subject's precision on its device.
 
-        Cheapest when read along :meth:`Corpus.order`: then every block is computed once.
-        Raises :class:`sae.common.errors.NotFinite` where the model gives NaN or infinity.
+        Reading along :meth:`Corpus.order` computes each block once. Raises NotFinite for NaN or infinity.
         """
         return read_rows([self], index)[0]
 
     def keep(self, number: int, values: torch.Tensor) -> None:
-        """Take in a block's activations: on disk or, where that has no room, in memory."""
+        """Keep a block's activations on disk or, if they do not fit, in memory."""
         if self.cache is None or not self.cache.put(number * self.corpus.block_rows, values):
             self._held[number] = values
-
-    # --- what is kept ----------------------------------------------------------------------------------------
 
     def _slots(self, blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
         return blocks * self.corpus.block_rows + places
 
     def _stored(self, blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Which sequences lie on disk."""
+        """Return which sequences are on disk: bool [n]."""
         if self.cache is None:
             return np.zeros(len(blocks), dtype=bool)
         return self.cache.has(self._slots(blocks, places))
 
     def _read(self, out: torch.Tensor, blocks: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Put what lies on disk into ``out [n, T, D]``; returns which sequences are still wanted, bool ``[n]``."""
+        """Copy the sequences on disk into ``out`` [n, T, D]; return which are still missing, bool [n]."""
         stored = self._stored(blocks, places)
         if self.cache is not None and stored.any():
             values, whole = self.cache.get(self._slots(blocks[stored], places[stored]))
@@ -85,35 +78,30 @@ class ActivationStream:
         return ~stored
 
     def _would_keep(self, number: int) -> bool:
-        """Whether the cache lacks a block that it has room for."""
+        """Return whether the cache lacks a block that fits."""
         if self.cache is None:
             return False
         slots = number * self.corpus.block_rows + np.arange(len(self.corpus.block(number)))
         return self.cache.takes(slots) and not self.cache.has(slots).all()
 
-    def _let_go(self, most: int) -> None:
-        while len(self._held) > most:
-            self._held.popitem(last=False)
-
 
 def open_streams(
     subject: Subject, corpus: Corpus, hookpoints: Sequence[str], caches: Mapping[str, ActivationCache]
 ) -> dict[str, ActivationStream]:
-    """One stream for each hookpoint, by its resolved name; what one computes fills the others' caches too."""
+    """Open one stream per hookpoint, by its resolved name; each fills the others' caches too."""
     names = dict.fromkeys(subject.resolve(hookpoint) for hookpoint in hookpoints)
     streams = {name: ActivationStream(subject, corpus, name, caches.get(name)) for name in names}
     for stream in streams.values():
-        stream.beside = [other for other in streams.values() if other is not stream]
+        stream.others = [other for other in streams.values() if other is not stream]
     return streams
 
 
 def read_rows(
     streams: Sequence[ActivationStream], index: np.ndarray, source: BlockSource | None = None
 ) -> list[torch.Tensor]:
-    """:meth:`ActivationStream.rows` of each of ``streams``, which share subject and corpus, in one pass for all.
+    """Return the activations of sequences ``index`` [n] for each of ``streams``, in one pass: [n, T, D] each.
 
-    ``source`` computes the blocks that are lacking (:func:`compute_block` by default): several processes may share
-    that work.
+    ``source`` computes the missing blocks (:func:`compute_block` by default), so that processes can share the work.
     """
     corpus = streams[0].corpus
     index = np.asarray(index, dtype=np.int64)
@@ -131,18 +119,16 @@ def read_rows(
         for i in asking:
             values = held[i] if i in held else computed[streams[i].hookpoint]
             if i in held:
-                streams[i]._held[block] = values  # as the one used last
+                streams[i]._held[block] = values  # now the most recently used
             mine = wanted[i] & (blocks == block)
             _assign(outs[i], mine, values[torch.from_numpy(places[mine]).to(values.device)])
-            streams[i]._let_go(MIXED_BLOCKS)
+            while len(streams[i]._held) > MIXED_BLOCKS:
+                streams[i]._held.popitem(last=False)
     return outs
 
 
 def find_missing_blocks(streams: Sequence[ActivationStream], index: np.ndarray) -> list[int]:
-    """The blocks that :func:`read_rows` of ``index`` would compute, in the order in which it would.
-
-    What then turns out to be damaged on disk comes on top, without changing the order of these.
-    """
+    """Return the blocks that :func:`read_rows` would compute, in its order, apart from damaged ones on disk."""
     blocks, places = streams[0].corpus.place(np.asarray(index, dtype=np.int64))
     wanted = [~stream._stored(blocks, places) for stream in streams]
     return [
@@ -153,8 +139,8 @@ def find_missing_blocks(streams: Sequence[ActivationStream], index: np.ndarray) 
 
 
 def _in_turn(blocks: np.ndarray, wanted: Sequence[np.ndarray], streams: Sequence[ActivationStream]) -> list[int]:
-    """Those of ``blocks`` [n] that any stream wants, each once. Held ones first, since computing others may push them
-    out; then by their last use, so that what stays held is what the next call is likely to go on with."""
+    """Return the ``blocks`` [n] that any stream wants, each once: those in memory first, since others may displace
+    them; then by their last use, so that the last ones stay in memory for the next call."""
     last_use = {int(b): i for i, b in enumerate(blocks)}
     asked = {int(b) for b in blocks[np.any(wanted, axis=0)]}
     return sorted(asked, key=lambda b: (not any(b in s._held for s in streams), last_use[b]))
@@ -163,9 +149,9 @@ def _in_turn(blocks: np.ndarray, wanted: Sequence[np.ndarray], streams: Sequence
 def _compute_and_keep(
     streams: Sequence[ActivationStream], number: int, source: BlockSource
 ) -> Mapping[str, torch.Tensor]:
-    """One forward pass over a block for ``streams``, and for the caches beside them that lack it."""
+    """Compute a block in one forward pass for ``streams`` and for other streams whose caches lack it."""
     known = list(streams)
-    known += [other for other in streams[0].beside if other not in streams and other._would_keep(number)]
+    known += [other for other in streams[0].others if other not in streams and other._would_keep(number)]
     values = source(known, number)
     for stream in known:
         if stream.hookpoint in values:
@@ -174,9 +160,9 @@ def _compute_and_keep(
 
 
 def compute_block(streams: Sequence[ActivationStream], number: int) -> dict[str, torch.Tensor]:
-    """A block's activations at the hookpoint of each of ``streams``, by name: ``[n, T, D]``, in one forward pass.
+    """Compute a block's activations for ``streams`` in one forward pass: {hookpoint: [n, T, D]}.
 
-    Raises :class:`sae.common.errors.NotFinite` where the model gives NaN or infinity.
+    Raises NotFinite for NaN or infinity.
     """
     subject, corpus = streams[0].subject, streams[0].corpus
     rows = corpus.block(number)
@@ -187,7 +173,7 @@ def compute_block(streams: Sequence[ActivationStream], number: int) -> dict[str,
         bad = rows[~torch.isfinite(values).flatten(1).all(dim=1).cpu().numpy()]
         kind = "NaN" if torch.isnan(values).any() else "infinity"
         cure = (
-            "its weights are damaged: fetch them again"
+            "its weights are damaged: download them again"
             if subject.dtype == torch.float32
             else "use subject.dtype float32 (or bfloat16 in place of float16)"
         )
@@ -203,16 +189,14 @@ def _assign(out: torch.Tensor, mask: np.ndarray, values: torch.Tensor) -> None:
 
 
 class TrainingBatches(Sequence[torch.Tensor]):
-    """The training batches: ``len`` steps, each ``[B, D]`` float32, reproducible one by one.
+    """The training batches: ``len`` steps of [B, D] float32, each reproducible on its own.
 
-    A step takes whole sequences in the order of their epoch and leaves special tokens out, so B varies a
-    little below ``sequences_per_step · T``. Past the corpus's end the next epoch begins, in an order of its own.
-    What a step takes does not depend on how many there are: a longer training begins like a shorter one.
+    A step takes whole sequences in the order of their epoch, without special tokens, so B is slightly less than
+    ``sequences_per_step`` · T. A longer training starts with the same steps as a shorter one.
 
     Attributes:
-        sequences_per_step: whole sequences in a step.
-        tokens_per_step: their tokens, the special ones included.
-        fingerprint: SHA-256 of which sequences each step takes, and of what is left out.
+        tokens_per_step: with special tokens.
+        fingerprint: SHA-256 of the sequences of all steps and of the special tokens.
     """
 
     def __init__(self, stream: ActivationStream, tokens: int, batch_tokens: int, order_seed: int = 0) -> None:
@@ -231,13 +215,13 @@ class TrainingBatches(Sequence[torch.Tensor]):
     def fingerprint(self) -> str:
         corpus = self.stream.corpus
         last_epoch = (self._steps * self.sequences_per_step - 1) // corpus.n_sequences
-        # The orders themselves, not only their seed: a generator may change between library versions.
+        # The orders too: a seed's generator may change between versions of NumPy.
         orders = [digest(self._order(epoch).tolist()) for epoch in sorted({0, last_epoch})]
         made_from = [corpus.fingerprint, corpus.special_ids, self.order_seed, self.sequences_per_step, self._steps]
         return digest([*made_from, orders])
 
     def sequences(self, step: int) -> np.ndarray:
-        """Which sequences a step takes, int64 ``[sequences_per_step]``."""
+        """Return the sequences of a step, int64 [sequences_per_step]."""
         first = step * self.sequences_per_step
         epochs, places = np.divmod(np.arange(first, first + self.sequences_per_step), self.stream.corpus.n_sequences)
         taken = [self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
@@ -255,7 +239,7 @@ class TrainingBatches(Sequence[torch.Tensor]):
         return read_batches([self], step % self._steps)[0]
 
     def describe(self, step: int, row: int | None = None) -> str:
-        """Where in the corpus a step's batch comes from, or one row of it: words for an error message."""
+        """Describe where a step's batch, or one row of it, comes from, for an error message."""
         corpus, index = self.stream.corpus, self.sequences(step)
         if row is not None:
             kept = np.flatnonzero(~corpus.is_special(corpus.rows(index)).reshape(-1))
@@ -266,7 +250,7 @@ class TrainingBatches(Sequence[torch.Tensor]):
         return f"sequence {index[0]}{more} of the corpus, block{'s' * (len(blocks) > 1)} {listed}"
 
     def shares_steps_with(self, other: TrainingBatches) -> bool:
-        """Whether each step takes the same sequences of the same corpus as ``other``'s, for as long as both go on."""
+        """Return whether each step takes the same sequences as that of ``other``."""
         return (self.stream.corpus.fingerprint, self.stream.subject, self.sequences_per_step, self.order_seed) == (
             other.stream.corpus.fingerprint,
             other.stream.subject,
@@ -276,17 +260,16 @@ class TrainingBatches(Sequence[torch.Tensor]):
 
 
 def get_streams(batches: Sequence[TrainingBatches]) -> list[ActivationStream]:
-    """The streams behind ``batches``, each once."""
+    """Return the streams of ``batches``, each once."""
     return list({b.stream.hookpoint: b.stream for b in batches}.values())
 
 
 def read_batches(
     batches: Sequence[TrainingBatches], step: int, source: BlockSource | None = None
 ) -> list[torch.Tensor]:
-    """``batches[i][step]`` of each, out of one forward pass; those of one hookpoint are the very same tensor.
+    """Return ``batches[i][step]`` for each i, from one forward pass; batches of one hookpoint share a tensor.
 
-    All must share their steps (:meth:`TrainingBatches.shares_steps_with`). Raises :class:`sae.common.errors.NotFinite`,
-    which names the step, and :class:`UserError` where the step has no text.
+    All must share their steps. Raises NotFinite for NaN or infinity, UserError if the step has only special tokens.
     """
     first = batches[0]
     if not all(first.shares_steps_with(other) for other in batches[1:]):
@@ -300,7 +283,7 @@ def read_batches(
         raise NotFinite(f"step {step + 1} of the training: {error}") from None
     special = corpus.is_special(corpus.rows(index)).reshape(-1)
     if special.all():
-        raise UserError(f"step {step + 1} holds special tokens only; the corpus is no text")
+        raise UserError(f"step {step + 1} has special tokens only; use a corpus of text")
     found = {}
     for stream, values in zip(streams, rows, strict=True):
         x = values.reshape(-1, stream.width)

@@ -1,15 +1,10 @@
-"""A language model cut at a hookpoint: tokens in, activations out.
+"""Run a language model up to a hookpoint: tokens in, activations out.
 
-The trunk alone is loaded (no output head), and the forward pass is ended by the hook itself once the last
-hookpoint asked for has answered: at layer 6 of 12 that halves the work, and it needs no knowledge of any
-architecture. Which modules can be hookpoints is likewise not looked up but tried out: those that give one
-vector for each token when a few tokens are run.
+Only the trunk is loaded, and the forward pass ends at the last hookpoint. A hookpoint is any module that outputs one
+vector per token, found by running a few tokens, so no architecture is special.
 
-A checkpoint may bring Python code of its own (``auto_map`` in its JSON files). It is never run, and nobody is asked
-whether it should be: a model or tokenizer that transformers has no class for is refused.
-
-Many tokenizers put a beginning-of-text token before a text. The model then expects it, and its activations
-are unlike any other's; so it is put in front for the forward pass, and its position is dropped.
+Python code that a checkpoint brings (``auto_map``) is never run; such models are refused. If the tokenizer puts a BOS
+before a text, it is added for the forward pass and its position is dropped.
 """
 
 from __future__ import annotations
@@ -37,12 +32,7 @@ _WEIGHTS = (".safetensors", ".bin")
 
 
 def load_tokenizer(source: str) -> tuple[Any, str]:
-    """The tokenizer of a model folder, hub name or ``'bundled'``, and its fingerprint; no weights are read.
-
-    Raises:
-        NotFound, BadInput: there is no such model, or it has no usable tokenizer.
-        Unavailable: the hub cannot be reached and the name is not cached.
-    """
+    """Load the tokenizer of a model and return it with its fingerprint; errors as in :meth:`Subject.load`."""
     place, arguments = _locate(source)
     return _tokenizer_at(source, place, arguments)
 
@@ -53,12 +43,12 @@ def _tokenizer_at(source: str, place: str, arguments: dict[str, Any]) -> tuple[A
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **arguments)
-        except Exception as error:  # a damaged file surfaces as whatever its parser raises
+        except Exception as error:  # of any parser
             if _auto_map(place, "tokenizer_config.json", arguments):
                 raise _own_code(source, "tokenizer", "tokenizer_config.json") from None
             raise BadInput(f"model {source!r} has no usable tokenizer: {first_line(error)}") from None
     if len(tokenizer) == 0:
-        raise BadInput(f"model {source!r} has no tokenizer files; add tokenizer.json beside its weights")
+        raise BadInput(f"model {source!r} has no tokenizer files; add tokenizer.json to its folder")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return tokenizer, digest([rules, sorted(tokenizer.all_special_ids), tokenizer.eos_token_id])
@@ -68,11 +58,8 @@ class Subject:
     """A language model's trunk, frozen, in evaluation mode.
 
     Attributes:
-        source: the name it was asked for by.
-        fingerprint: SHA-256 over its configuration and samples of its weights, 64 hex characters.
-        tokenizer, tokenizer_fingerprint: what :func:`load_tokenizer` gives.
-        model: the trunk, without the output head.
-        device, dtype: where and in which precision it computes.
+        source: the name given to :meth:`load`.
+        fingerprint: SHA-256 of its configuration and samples of its weights, 64 hex characters.
         prefix: the token ids that the tokenizer puts before a text (usually none or a BOS).
     """
 
@@ -88,12 +75,12 @@ class Subject:
 
     @classmethod
     def load(cls, source: str, device: str = "cpu", dtype: str = "auto") -> Subject:
-        """Load a model folder, a hub name (``name@revision`` for other than its default) or ``'bundled'``.
+        """Load a model folder, a hub name (``name`` or ``name@revision``) or ``'bundled'``.
 
-        ``dtype`` is one of ``DTYPES``, or "auto": bfloat16 where ``device`` multiplies it, else float32.
+        ``dtype`` is one of ``DTYPES``, or "auto": bfloat16 if ``device`` has instructions for it, else float32.
 
         Raises:
-            NotFound, BadInput: no such model, no checkpoint, damaged or incomplete weights, no usable tokenizer.
+            NotFound, BadInput: no such model, damaged or incomplete weights, no usable tokenizer.
             Unavailable: the hub cannot be reached and the name is not cached.
         """
         from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
@@ -110,7 +97,7 @@ class Subject:
         with _quiet():
             try:
                 config = AutoConfig.from_pretrained(place, trust_remote_code=False, **arguments)
-            except Exception as error:  # a damaged file surfaces as whatever its parser raises
+            except Exception as error:  # of any parser
                 if _auto_map(place, "config.json", arguments, unless_known=CONFIG_MAPPING):
                     raise _own_code(source, "model", "config.json") from None
                 raise BadInput(f"model {source!r} has no usable config.json: {first_line(error)}") from None
@@ -127,14 +114,13 @@ class Subject:
                     trust_remote_code=False,
                     **arguments,
                 )
-            except Exception as error:  # as above: safetensors, torch, the hub and the model each have their own
-                raise BadInput(
-                    f"model {source!r} cannot be loaded: {first_line(error)}; fetch its files again"
-                ) from None
+            except Exception as error:  # of safetensors, torch, the hub or the model
+                why = first_line(error)
+                raise BadInput(f"model {source!r} cannot be loaded: {why}; download its files again") from None
         absent = sorted(name for name in report["missing_keys"] if "pooler" not in name)
         if absent:
             raise BadInput(
-                f"model {source!r} lacks {len(absent)} of its weights ({absent[0]} among them); fetch its files again"
+                f"model {source!r} lacks {len(absent)} of its weights, such as {absent[0]}; download its files again"
             )
         warn_if_emulated("subject.dtype", dtype, device)
         tokenizer, tokenizer_fingerprint = _tokenizer_at(source, place, arguments)
@@ -145,43 +131,37 @@ class Subject:
             raise BadInput(f"model {source!r} cannot be put on {device!r}: {first_line(error)}") from None
         return cls(source, model, tokenizer, fingerprint, tokenizer_fingerprint)
 
-    # --- hookpoints ---------------------------------------------------------------------------------------
-
     def hookpoints(self) -> list[str]:
-        """The modules whose output can be studied, in the order in which they compute."""
+        """Return the names of all hookpoints, in the order of the forward pass."""
         return list(self._widths)
 
     def width(self, hookpoint: str) -> int:
-        """D, the length of the vector that the hookpoint gives for a token."""
+        """Return D, the width of a hookpoint's activations."""
         return self._widths[self.resolve(hookpoint)]
 
     def resolve(self, name: str) -> str:
-        """A hookpoint's one name: the module's path in the trunk, such as ``layers.2.mlp``.
+        """Return the module's path in the trunk (``layers.2.mlp``) for a path there or in the whole model.
 
-        Also understood is the path in the whole model (``gpt_neox.layers.2.mlp``, ``model.layers.2.mlp``).
-        Raises :class:`NotFound`, with the nearest names, for any other.
+        Raises NotFound or BadInput with suggestions.
         """
         trunk = self.model.base_model_prefix
-        candidates = [name, name.removeprefix(f"{trunk}."), name.removeprefix("model.")]
-        for candidate in candidates:
+        for candidate in (name, name.removeprefix(f"{trunk}."), name.removeprefix("model.")):
             if candidate in self._widths:
                 return candidate
-        known = dict(self.model.named_modules())
-        if name in known:
+        if name in dict(self.model.named_modules()):
             raise BadInput(
                 f"hookpoint {name!r} of model {self.source!r} does not give one vector per token; "
-                f"choose for example {self._likely(name)}"
+                f"choose for example {self._suggest(name)}"
             )
-        raise NotFound(f"model {self.source!r} has no hookpoint {name!r}; did you mean {self._likely(name)}?")
+        raise NotFound(f"model {self.source!r} has no hookpoint {name!r}; did you mean {self._suggest(name)}?")
 
-    def _likely(self, name: str) -> str:
-        """Hookpoints that a wrong name may mean, as words for an error message."""
+    def _suggest(self, name: str) -> str:
         known = self.hookpoints()
         return join_or(likely_hookpoints(name, known)) or suggest(name, known)
 
     @functools.cached_property
     def _widths(self) -> dict[str, int]:
-        n, t = 3, 5  # two sizes that no module has by chance as its own
+        n, t = 3, 5  # sizes that no other dimension has by chance
         found: dict[str, int] = {}
         handles = []
 
@@ -203,13 +183,11 @@ class Subject:
                 handle.remove()
         return found
 
-    # --- activations --------------------------------------------------------------------------------------
-
     def activations(self, tokens: np.ndarray | torch.Tensor, hookpoints: Sequence[str]) -> dict[str, torch.Tensor]:
-        """One forward pass over ``tokens [n, T]`` (int64), as far as the last of ``hookpoints``.
+        """Run ``tokens`` [n, T] (int64) up to the last of ``hookpoints``.
 
-        Returns for each hookpoint, under the name given, ``[n, T, D]`` in the model's precision on its device.
-        Raises :class:`BadInput` for a token the model does not know, or more of them than it has positions.
+        Returns {hookpoint: [n, T, D]} in the model's precision on its device. Raises BadInput for unknown tokens and
+        for sequences that are too long.
         """
         ids = torch.as_tensor(tokens, dtype=torch.long)
         self.check_context(ids.shape[1])
@@ -225,7 +203,7 @@ class Subject:
                     found[module_name] = _first(output)
                     if len(found) == len(awaited):
                         raise _Enough
-                    # The pass goes on, and some models add to this very tensor in place.
+                    # Some models later add to this tensor in place.
                     found[module_name] = found[module_name].clone()
 
             return hook
@@ -244,7 +222,7 @@ class Subject:
                 handle.remove()
         return {name: found[module_name][:, len(self.prefix) :] for name, module_name in wanted.items()}
 
-    @torch.no_grad()  # not inference_mode: its tensors cannot be an SAE's training input
+    @torch.no_grad()  # tensors of inference_mode cannot be training input
     def _forward(self, ids: torch.Tensor) -> None:
         try:
             self.model(input_ids=ids, use_cache=False)
@@ -259,7 +237,7 @@ class Subject:
             raise UserError(f"model {self.source!r} fails on plain token ids: {first_line(error)}") from error
 
     def check_context(self, context: int) -> None:
-        """Raise :class:`BadInput` where sequences of T = ``context`` tokens do not fit the model's positions."""
+        """Raise BadInput if sequences of T = ``context`` tokens are longer than the model allows."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if positions and context + len(self.prefix) > positions:
             raise BadInput(
@@ -271,13 +249,13 @@ class Subject:
         rows = self.model.get_input_embeddings().weight.shape[0]
         if ids.numel() and int(ids.max()) >= rows:
             raise BadInput(
-                f"token {int(ids.max())} is beyond the {rows} that model {self.source!r} knows; "
-                "the corpus was made with another model's tokenizer"
+                f"token {int(ids.max())} is not in the vocabulary of model {self.source!r} ({rows} tokens); "
+                "use the model whose tokenizer made the corpus"
             )
 
 
 class _Enough(Exception):
-    """Raised by a hook to end the forward pass once every hookpoint has answered."""
+    """Raised by a hook to end the forward pass after the last hookpoint."""
 
 
 def _first(output: Any) -> Any:
@@ -285,7 +263,7 @@ def _first(output: Any) -> Any:
 
 
 def _prefix(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text, found by comparing with and without its special tokens."""
+    """Return the tokens that the tokenizer puts before a text."""
     plain = tokenizer("a b", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a b")["input_ids"]
     for start in range(len(dressed) - len(plain) + 1):
@@ -294,11 +272,8 @@ def _prefix(tokenizer: Any) -> list[int]:
     return []
 
 
-# --- finding a model --------------------------------------------------------------------------------------
-
-
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` is to be given for ``source``: a folder or hub name, and further arguments."""
+    """Return the arguments of ``from_pretrained`` for ``source``: a folder or hub name, and keyword arguments."""
     if source == "bundled":
         if not (BUNDLED / "config.json").is_file():
             raise NotFound(
@@ -322,44 +297,40 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def _auto_map(place: str, file: str, arguments: dict[str, Any], unless_known: Container[str] = ()) -> bool:
-    """Return whether a JSON file of the model names Python code of the model's own.
-
-    False where the file says a ``model_type`` that is among ``unless_known``, and where it cannot be read.
-    """
+    """Return whether a JSON file of the model names Python code, unless its ``model_type`` is in ``unless_known``."""
     from transformers.utils import cached_file
 
     try:
         found = read_json(Path(str(cached_file(place, file, **arguments))))
         return bool(found.get("auto_map")) and found.get("model_type") not in unless_known
-    except Exception:  # the caller has an error to report already
+    except Exception:  # the caller already has an error to report
         return False
 
 
 def _own_code(source: str, part: str, file: str) -> BadInput:
     return BadInput(
-        f"model {source!r} brings its own Python code for its {part} (auto_map in its {file}), and such code is never "
-        f"run; give a model whose {part} class is part of transformers"
+        f"model {source!r} needs its own Python code for its {part} (auto_map in {file}), which is never run; "
+        f"give a model whose {part} class is part of transformers"
     )
 
 
 def _fingerprint(place: str, arguments: dict[str, Any]) -> str:
-    """SHA-256 over the configuration and, of each weight file, name, size and bytes at evenly spaced places:
-    enough to notice other weights in a time that does not grow with them."""
+    """Return the SHA-256 of the configuration and of the name, size and samples of each weight file."""
     from transformers.utils import cached_file
 
     folder = Path(place)
     if not folder.is_dir():
         folder = Path(str(cached_file(place, "config.json", **arguments))).parent
-    config = {
-        k: v for k, v in read_json(folder / "config.json").items() if k not in ("transformers_version", "_name_or_path")
-    }
+    config = read_json(folder / "config.json")
+    for varying in ("transformers_version", "_name_or_path"):
+        config.pop(varying, None)
     weights = [p for p in sorted(folder.iterdir()) if p.suffix in _WEIGHTS]
     return digest([config, [[p.name, p.stat().st_size, digest_samples(p)] for p in weights]])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the libraries' progress bars and advice while they load; restored afterwards."""
+    """Silence the progress bars and warnings of transformers and the hub while the block runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging

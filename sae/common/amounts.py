@@ -1,6 +1,6 @@
-"""How numbers are read and written for people: ``2M`` tokens, ``.264``, ``[.25, .29]``, ``4 min 10 s``.
+"""Read and format numbers for people: ``2M`` tokens, ``.264``, ``[.25, .29]``, ``4 min 10 s``.
 
-A score or a cosine is ``.264``, a negative one has a true minus; what was not measured is a dash, never a zero.
+A missing value is a dash, never a zero.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ LARGEST = 10**15
 
 
 def parse_amount(text: str) -> int:
-    """``2M``, ``500k``, ``1e6`` or ``123`` as a whole number from 0 to 1e15. Raises ValueError for anything else."""
+    """Read ``2M``, ``500k``, ``1e6`` or ``123`` as a whole number from 0 to 1e15; raise ValueError for other text."""
     scale = _SCALES.get(text[-1:].lower(), 1)
     try:
-        value = Decimal(text[:-1] if scale > 1 else text) * scale  # not as a float: 1.001M would be no whole number
+        value = Decimal(text[:-1] if scale > 1 else text) * scale  # as a float, 1.001M is no whole number
         if 0 <= value <= LARGEST and value == int(value):
             return int(value)
     except ArithmeticError:
@@ -26,16 +26,16 @@ def parse_amount(text: str) -> int:
 
 
 def human(n: float) -> str:
-    """A count in at most three digits: ``950``, ``12.3k``, ``2M``. From 1e15 on plainly in powers of ten."""
+    """Format a count with three digits: ``950``, ``12.3k``, ``2M``; as a power of ten from 1e15."""
     for scale, suffix in ((1.0, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T")):
         shown = f"{n / scale:.3g}"
-        if abs(float(shown)) < 1000:  # as it is shown: 999,936 rounds to a whole million
+        if abs(float(shown)) < 1000:  # after rounding: 999,936 is 1M
             return shown + suffix
     return f"{n:.3g}"
 
 
 def duration(seconds: float) -> str:
-    """A time in at most two units: ``7 s``, ``4 min 10 s``, ``1 h 05 min``."""
+    """Format seconds with at most two units: ``7 s``, ``4 min 10 s``, ``1 h 05 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -49,7 +49,7 @@ def is_known(value: float | None) -> bool:
 
 
 def decimal(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
-    """``.264``, ``1.000``, ``−.390``: no zero before the point, a true minus, a plus where asked for."""
+    """Format ``.264``, ``1.000`` or ``−.390``: no zero before the point, a true minus, a plus if asked for."""
     if value is None or not math.isfinite(value):
         return "–"
     body = f"{abs(value):.{digits}f}"
@@ -59,7 +59,7 @@ def decimal(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
 
 
 def interval(bounds: Sequence[float | None] | None, digits: int = 3, *, sign: bool = False) -> str:
-    """``[.25, .29]``; empty where there is none."""
+    """Format ``[.25, .29]``; empty if there is no interval."""
     if bounds is None or not all(is_known(b) for b in bounds):
         return ""
     digits = choose_digits([b for b in bounds if b is not None], digits)
@@ -67,10 +67,7 @@ def interval(bounds: Sequence[float | None] | None, digits: int = 3, *, sign: bo
 
 
 def choose_digits(values: Sequence[float], digits: int, most: int = 5) -> int:
-    """Return the digits, ``digits`` or a few more, at which not all values are written as 0, or as ±1, that are not.
-
-    So an interval is never [.000, .000] unless both its bounds are 0.
-    """
+    """Return at least ``digits``, enough that an interval is never [.000, .000] unless both bounds are 0."""
     for n in range(digits, digits + most):
         written = {float(f"{value:.{n}f}") for value in values}
         if len(written) > 1 or not written <= {0.0, 1.0, -1.0}:
@@ -83,5 +80,5 @@ def estimate(value: float | None, bounds: Sequence[float | None] | None, digits:
 
 
 def precision_in_words(half_width: float | None) -> str:
-    """To what precision contexts were judged: ``to ±.065``, or ``all contexts``."""
+    """Describe how many contexts were judged: ``to ±.065``, or ``all contexts``."""
     return "all contexts" if half_width is None else f"to ±{decimal(half_width).rstrip('0')}"

@@ -1,8 +1,7 @@
-"""SQLite files that survive ``kill -9`` and grow by numbered steps.
+"""SQLite files that survive ``kill -9`` and are upgraded by numbered migrations.
 
-Write-ahead logging with ``synchronous=NORMAL``: a committed transaction outlives the process, however it ends.
-(After a power cut the last transactions may be missing, but the file stays whole.) A schema changes only by a
-further migration at the end of its list, so a file of any age opens, and one from a later program says so.
+Write-ahead logging with ``synchronous=NORMAL``: a committed transaction outlives the process; after a power cut the
+last ones may be missing, but the file stays intact. A schema changes only by a migration at the end of its list.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ Work = Callable[[sqlite3.Connection], object]
 class Database:
     """One SQLite file, usable from any thread of this process; other processes wait up to ``BUSY_SECONDS``.
 
-    :param migrations: SQL scripts of single statements separated by ``;``; number ``i`` is run once, in order.
-    :raises BadInput: the file is no database, or a later version of this program wrote it.
-    :raises Unavailable: the file cannot be opened, or another process keeps it locked.
+    :param migrations: SQL scripts, run once each, in order; statements are separated by ``;``.
+    :raises BadInput: the file is not a database, or a later version of this program wrote it.
+    :raises Unavailable: the file cannot be opened, or another process has locked it.
     """
 
     def __init__(self, path: Path, migrations: Sequence[str], busy_seconds: float = BUSY_SECONDS) -> None:
@@ -63,7 +62,7 @@ class Database:
         if done == len(migrations):
             return
         with self.writing() as connection:
-            # Asked again inside the transaction: another process may have migrated while this one waited.
+            # Check again inside the transaction: another process may have migrated meanwhile.
             for number, script in enumerate(migrations[applied(connection) :], start=applied(connection) + 1):
                 for statement in script.split(";"):
                     if statement.strip():
@@ -72,36 +71,36 @@ class Database:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """SQLite's own words for what a user can mend, as one line; everything else is ours and keeps its traceback."""
+        """Turn the SQLite errors that a user can fix into one line."""
         try:
             yield
         except sqlite3.OperationalError as error:
             reason = str(error)
             if "locked" in reason or "busy" in reason:
-                what = "another process keeps it locked; wait until that one is done, or stop it"
+                what = "another process has locked it; wait until that process is done, or stop it"
             elif any(word in reason for word in ("unable to open", "readonly", "disk", "full")):
                 what = f"{reason}; check the folder, its permissions and the free space"
             else:
                 raise
             raise Unavailable(f"database {str(self.path)!r}: {what}") from None
         except sqlite3.DatabaseError as error:
-            if type(error) is not sqlite3.DatabaseError:  # its subclasses are misuse or broken constraints: defects
+            if type(error) is not sqlite3.DatabaseError:  # its subclasses are bugs
                 raise
             raise BadInput(
-                f"database {str(self.path)!r} cannot be read ({error}); move it away, and what it held is made anew"
+                f"database {str(self.path)!r} cannot be read ({error}); move it away to start a new one"
             ) from None
         except OSError as error:
             raise UserError(f"database {str(self.path)!r}: {error.strerror or error}") from None
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """The connection, for queries."""
+        """Yield the connection for queries."""
         with self._lock, self._errors():
             yield self._connection
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """The connection inside one transaction: all of the block is kept, or nothing of it."""
+        """Yield the connection in a transaction, which is rolled back if the block fails."""
         with self._lock, self._errors():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -113,11 +112,9 @@ class Database:
             self._connection.execute("COMMIT")
 
     async def written(self, work: Work) -> None:
-        """Do ``work`` in a transaction that whoever writes at about the same time shares; committed on return.
+        """Do ``work`` in a transaction shared with concurrent callers; committed on return.
 
-        A caller that is cancelled while it waits does not take its work back: it was handed in, and is written.
-
-        :raises Exception: what ``work`` raised; the others' work is kept all the same.
+        The work is done even if the caller is cancelled. Raises what ``work`` raised; other work is kept.
         """
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
@@ -126,7 +123,7 @@ class Database:
         done: asyncio.Future[None] = loop.create_future()
         self._waiting.append((work, done))
         if len(self._waiting) == 1:
-            # After what the loop has at hand already, and no later: what waits here would be lost with the process.
+            # Commit in the next turn of the loop and no later: waiting work would be lost with the process.
             loop.call_soon(self._flush)
         await done
 
@@ -139,7 +136,7 @@ class Database:
                 for work, _ in batch:
                     work(connection)
         except Exception as error:
-            if len(batch) > 1:  # nothing was kept: each alone, so that only the one at fault fails
+            if len(batch) > 1:  # rolled back: repeat one by one, so that only the bad one fails
                 for one in batch:
                     self._waiting = [one]
                     self._flush()

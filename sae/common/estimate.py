@@ -1,4 +1,4 @@
-"""A number and how sure of it one may be: the form in which every measured fraction, mean and score is handed on."""
+"""A measured value with its confidence interval: the form of every fraction, mean and score."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 
 class Estimate(NamedTuple):
-    """A measured value with its 95 % interval (unless the maker was asked for another level).
+    """A measured value with its interval (95 % by default).
 
-    All three are NaN where nothing could be measured; ``low`` and ``high`` alone are NaN where there is a value but
-    too little data to say how sure it is.
+    All three are NaN if nothing was measured; ``low`` and ``high`` are NaN if there is too little data for an interval.
     """
 
     value: float
@@ -31,33 +30,26 @@ class Estimate(NamedTuple):
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 FEW = 30
-"""A fraction of fewer cases, or with fewer against it, has Wilson's interval and not that of resampling.
-
-The percentiles of resamples are too narrow there: of one case in 6,144 a third of the resamples hold none at all."""
+"""Fractions with fewer cases for or against get Wilson's interval, because bootstrap percentiles are too narrow there:
+a third of the resamples of one case in 6,144 hold no case."""
 
 
 def proportion(successes: float, n: float, level: float = 0.95) -> Estimate:
-    """A fraction with its Wilson score interval (Wilson 1927); NaN when ``n`` is 0."""
+    """Return a fraction with its Wilson score interval (Wilson 1927); NaN if ``n`` is 0."""
     if n <= 0:
         return UNKNOWN
     z = normal_quantile(level)
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # Rounding may leave the bound a hair inside an observed 0 or 1.
+    # min and max: rounding may put a bound slightly inside an observed 0 or 1.
     return Estimate(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
 
 
 def fraction(value: float, variance: float, n: float, level: float = 0.95) -> Estimate:
-    """A mean of fractions with Wilson's interval at its effective number of cases.
+    """Return a mean of ``n`` fractions, with Wilson's interval at its effective number of cases.
 
-    That is the number of yes-or-no cases whose mean would vary as much (Korn and Graubard 1998, for surveys), or ``n``
-    where the value does not vary at all.
-
-    Args:
-        value: the mean, from 0 to 1.
-        variance: of the mean.
-        n: how many observations the mean is of.
+    That is the number of yes-or-no cases whose mean has the same ``variance`` (Korn and Graubard 1998).
     """
     if math.isnan(value):
         return UNKNOWN
@@ -66,11 +58,11 @@ def fraction(value: float, variance: float, n: float, level: float = 0.95) -> Es
 
 
 def effective_number(value: float, variance: float, n: float) -> float:
-    """The number of yes-or-no cases whose mean is ``value`` and has the variance; ``n`` where there is none."""
+    """Return the number of yes-or-no cases with this mean and variance of the mean; ``n`` if there is no variance."""
     return value * (1 - value) / variance if variance > 0 and 0 < value < 1 else n
 
 
 @functools.cache
 def normal_quantile(level: float) -> float:
-    """Return how many standard deviations a two-sided interval of ``level`` reaches: 1.96 for 0.95."""
+    """Return the half-width of a two-sided normal interval in standard deviations: 1.96 for level 0.95."""
     return NormalDist().inv_cdf((1 + level) / 2)

@@ -1,9 +1,7 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed.
+"""Read and write JSON files and Parquet tables; each file is written under a temporary name, then renamed.
 
-Tables are Parquet; each carries, as file metadata, a schema number and whatever its writer wants to
-be able to check later (the hash of the inputs it was made from, above all).
-
-pandas and pyarrow are imported by the functions that read and write tables, since `runs` reads none.
+A table's metadata holds a schema number and, from most writers, the hash of its inputs. pandas and pyarrow are imported
+only when a table is read or written.
 """
 
 from __future__ import annotations
@@ -34,20 +32,20 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the block ends well it becomes ``path``, for good.
+    """Yield a temporary path that is synced and renamed to ``path`` if the block ends without an error.
 
-    Raises UserError where the disk is full; what was there before stays.
+    Raises UserError if the disk is full; an existing file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not _runs(left.name.rsplit(".", 2)[1]):  # of a process that was killed in here
+        if not _runs(left.name.rsplit(".", 2)[1]):  # of a process that was killed
             left.unlink(missing_ok=True)
     filled = False
     try:
         yield temporary
         filled = True
-        temporary.chmod(0o666 & ~_UMASK)  # some writers leave files that only their owner may read
+        temporary.chmod(0o666 & ~_UMASK)  # some writers make files private
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -55,24 +53,24 @@ def atomic(path: Path) -> Iterator[Path]:
     except Exception as error:
         if not filled and isinstance(error, FileNotFoundError | PermissionError) and temporary.name in str(error):
             raise BadInput(
-                f"{str(path)!r} cannot be written: its folder takes no new file; name another place"
+                f"{str(path)!r} cannot be written: its folder is read-only or gone; choose another folder"
             ) from None
         if not _disk_is_full(error):
             raise
         raise UserError(
-            f"the disk is full: {str(path)!r} cannot be written; free some space and give the same command again"
+            f"the disk is full: {str(path)!r} cannot be written; free some space and run the same command again"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a renaming outlive the machine's death, before anything is deleted that it replaces."""
+    """Make a rename survive a power cut."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by this file system
             raise
     finally:
         os.close(opened)
@@ -81,7 +79,7 @@ def _sync_folder(folder: Path) -> None:
 def _disk_is_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _FULL
-    # Of the writers in Rust, errors come as text only.
+    # Writers in Rust report errors as text only.
     return any(f"(os error {number})" in str(error) for number in _FULL)
 
 
@@ -90,7 +88,7 @@ def _runs(process: str) -> bool:
         os.kill(int(process), 0)
     except (ProcessLookupError, ValueError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # of another user
         return True
     return True
 
@@ -115,12 +113,12 @@ def write_table(path: Path, table: pd.DataFrame, **metadata: Any) -> None:
 
 
 def add_metadata(schema: pa.Schema, metadata: Mapping[str, Any]) -> dict[bytes, bytes]:
-    """A schema's metadata with ours beside it, as :func:`table_metadata` reads them."""
+    """Add ``metadata`` to a schema's own, for :func:`table_metadata` to read."""
     return {**(schema.metadata or {}), _META: json.dumps({"schema": SCHEMA, **metadata}).encode()}
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """A stored table, or those of ``columns`` that it has. Raises BadInput where the file is no whole table."""
+    """Read a table, or those of ``columns`` that it has. Raises BadInput if the file is damaged."""
     import pandas as pd
 
     wanted = None if columns is None else [c for c in table_columns(path) if c in columns]
@@ -129,7 +127,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
 
 
 def table_columns(path: Path) -> list[str]:
-    """The names of a stored table's columns, without reading it. Raises BadInput as :func:`read_table` does."""
+    """Return the names of a table's columns. Raises BadInput if the file is damaged."""
     import pyarrow.parquet as pq
 
     with _whole(path):
@@ -137,7 +135,7 @@ def table_columns(path: Path) -> list[str]:
 
 
 def table_metadata(path: Path) -> dict[str, Any]:
-    """What :func:`write_table` stored beside the columns; empty for a missing or foreign file."""
+    """Return the metadata that :func:`write_table` stored; empty for a missing file or another program's."""
     if not path.exists():
         return {}
     import pyarrow.parquet as pq
@@ -157,18 +155,17 @@ def _whole(path: Path) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, ValueError):
         raise BadInput(
-            f"{str(path)!r} is damaged and cannot be read; delete it and give the command again that makes it "
-            "(docs/files.md says which)"
+            f"{str(path)!r} is damaged; delete it and run the command that writes it again (see docs/files.md)"
         ) from None
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, the same whatever the order of its keys. 64 hex characters."""
+    """Return the SHA-256 of a JSON value, independent of the order of keys: 64 hex characters."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def digest_file(path: Path, first_bytes: int | None = None) -> str:
-    """SHA-256 of a file's bytes, or of its first ``first_bytes``."""
+    """Return the SHA-256 of a file, or of its first ``first_bytes`` bytes."""
     with path.open("rb") as stream:
         if first_bytes is not None:
             return hashlib.sha256(stream.read(first_bytes)).hexdigest()
@@ -176,8 +173,7 @@ def digest_file(path: Path, first_bytes: int | None = None) -> str:
 
 
 def digest_samples(path: Path) -> str:
-    """SHA-256 of a file's bytes at evenly spaced places, the first and the last among them: enough to notice other
-    weights in a time that does not grow with them."""
+    """Return the SHA-256 of samples of a file: detects other weights in a time independent of their size."""
     hasher, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as stream:
         for part in range(_SAMPLES + 1):
@@ -186,18 +182,14 @@ def digest_samples(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def _said(value: Any) -> str:
-    """A setting in a sentence."""
-    return "not set" if value is None else repr(value)
-
-
 def mapping_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The leaves in which two nested mappings differ, as ``training.k: 32 there, 64 now``."""
+    """List the values that differ between two nested mappings, as ``training.k: 32 there, 64 now``."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += mapping_differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {_said(a)} there, {_said(b)} now")
+            there, now = ("not set" if value is None else repr(value) for value in (a, b))
+            found.append(f"{prefix}{key}: {there} there, {now} now")
     return found

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a step runs: remembered, so that the step can end and what it did be written first."""
+"""Finish the current training step on Ctrl-C or SIGTERM, so that a checkpoint can be written before stopping."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _SAID = {
 
 
 class Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+    """Raised for SIGTERM, as KeyboardInterrupt is for SIGINT."""
 
 
 class Interrupt:
-    """Handed out by :func:`defer_interrupts`; ``signal`` is the one that came, 0 while there is none."""
+    """``signal`` is the first signal that arrived, or 0. Made by :func:`defer_interrupts`."""
 
     def __init__(self) -> None:
         self.signal = 0
         self.before: dict[signal.Signals, Any] = {}
 
     def arrived(self, number: int, _frame: FrameType | None) -> None:
-        """Remember the first signal; act on a second one as if nothing had been remembered."""
+        """Remember the first signal; act on a second one at once."""
         if not self.signal:
             self.signal = number
             if launch.rank() == 0:
-                os.write(2, _SAID[signal.Signals(number)])  # nothing else may be called within a signal's handler
-        elif not launch.launched():  # torchrun passes on to its ranks what the terminal has sent them already
+                os.write(2, _SAID[signal.Signals(number)])  # print is not safe in a signal handler
+        elif not launch.launched():  # torchrun repeats to its ranks a signal that the terminal has already sent them
             self.restore()
             signal.raise_signal(number)
 
@@ -69,5 +69,5 @@ def defer_interrupts() -> Iterator[Interrupt]:
 
 
 def raise_signal(number: int) -> NoReturn:
-    """Raise what stands for a signal."""
+    """Raise the exception for a signal."""
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated

@@ -1,7 +1,4 @@
-"""Main memory: how much is free for this process (by the system, its container, its own limits), and when it ran out.
-
-Imports no torch.
-"""
+"""Measure the free main memory, and recognise errors that mean it ran out. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ from sae.common import launch
 
 
 def free_host_bytes() -> int | None:
-    """What is free for this process, swap included; ``None`` where the system does not tell.
+    """Return the bytes that this process can still allocate, swap included; ``None`` if unknown.
 
-    Processes that torchrun started on one machine share what it has.
+    Ranks on one machine share its memory.
     """
     shared = [bound // launch.local_size() for bound in (_available(), _within_group()) if bound is not None]
     own = _within_limit()
@@ -32,7 +29,7 @@ def _available() -> int | None:
 
 
 def _within_group() -> int | None:
-    """What a container's limit leaves (control groups, version 2)."""
+    """Return the bytes left by a container's limit (cgroups v2)."""
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
@@ -44,7 +41,7 @@ def _within_group() -> int | None:
 
 
 def _within_limit() -> int | None:
-    """What ``ulimit -v`` leaves."""
+    """Return the bytes left by ``ulimit -v``."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -54,7 +51,7 @@ def _within_limit() -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed, on a GPU or in main memory, for which PyTorch has no class of its own."""
+    """Return whether an allocation failed, on a GPU or in main memory."""
     message, torch = str(error), sys.modules.get("torch")
     return isinstance(error, MemoryError | (torch.OutOfMemoryError if torch else MemoryError)) or (
         isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in message or "not enough memory" in message)

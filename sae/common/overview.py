@@ -1,9 +1,8 @@
-"""Progress of a command of several stages: which stage runs, and how long the whole command takes.
+"""Show the stages of a command and estimate how long the rest takes.
 
-The estimate starts from a plan: the seconds that each stage is expected to take on this machine. Once the bar of a
-stage moves (:func:`sae.common.progress.track`), its measured rate replaces the plan of that stage. The plan of the
-stages to come is scaled by the ratio of measured to expected seconds: its geometric mean over the stages so far, since
-a machine may be fast at one kind of work and slow at another.
+The estimate starts from a plan: the expected seconds of each stage on this machine. Once the bar of a stage moves
+(:func:`sae.common.progress.track`), its measured rate replaces its plan. The plan of later stages is scaled by the
+geometric mean of measured over expected seconds, since a machine may be fast at one kind of work and slow at another.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -24,25 +23,22 @@ from sae.common import progress
 from sae.common.amounts import duration
 from sae.common.progress import Bar, console, say
 
-_PRIOR_SECONDS = 1.0  # of expected work: the weight of the plan against what was measured
-_FULL_WEIGHT_SECONDS = 10.0  # of expected work, from which on a stage counts fully in the mean over stages
-_MARKS = {"done": ("✓", "+"), "running": ("▸", ">"), "to come": ("·", ".")}  # the second ones where there is no Unicode
+_PRIOR_SECONDS = 1.0  # of expected work: the weight of the plan against the measured rate
+_FULL_WEIGHT_SECONDS = 10.0  # of expected work, above which a stage has full weight in the mean
+_MARKS = {"done": ("✓", "+"), "running": ("▸", ">"), "to come": ("·", ".")}  # with Unicode, without
 
 
 class Cost(NamedTuple):
-    """The seconds that a stage takes on this machine."""
+    """The seconds that a stage takes on this machine: before its bar moves, while it moves, and afterwards."""
 
     start: float
-    """before its bar moves"""
     work: float = 0.0
-    """while its bar moves"""
     end: float = 0.0
-    """after its bar"""
 
 
 @dataclass
 class Stage:
-    """One stage of the command. ``bar`` is how the label of its bar starts; ``None`` where it has none."""
+    """One stage of a command. ``bar`` is the start of its bar's label, ``None`` without a bar."""
 
     name: str
     bar: str | None
@@ -50,44 +46,38 @@ class Stage:
     state: Literal["to come", "running", "done"] = "to come"
     began: float = 0.0
     ended: float = 0.0
-    moved: float | None = None  # when its bar first advanced; what came before is start-up
-    last: float = 0.0  # when its bar last advanced
-    first: float = 0.0  # the fraction of the bar that was done when it first advanced
-    fraction: float = 0.0  # that is done by now
+    moved: float | None = None  # time of the bar's first advance; start-up ends here
+    last: float = 0.0  # time of its last advance
+    first: float = 0.0  # the fraction done at the first advance
+    fraction: float = 0.0  # the fraction done now
     bar_ended: float | None = None
 
     @property
     def measured(self) -> float:
-        """Seconds in which the bar moved; of a stage without one, that it took."""
+        """Seconds in which the bar moved; without a bar, the seconds of the whole stage."""
         if self.bar is None:
             return (self.ended - self.began) if self.ended else 0.0
         return 0.0 if self.moved is None else self.last - self.moved
 
     @property
     def expected(self) -> float:
-        """Seconds that the plan has for the same work."""
+        """Seconds in the plan for the same work."""
         if self.bar is None:
             return self.cost.start if self.ended else 0.0
         return self.cost.work * (self.fraction - self.first)
 
     def actual(self) -> Cost:
-        """What a stage that is done took. Only of use where it did all its work, none of it in an earlier call."""
+        """Return the measured cost of a finished stage that did all its work in this call."""
         if self.moved is None:
             return Cost(self.ended - self.began)
         whole = self.measured / max(self.fraction - self.first, 1e-9)
         bar_ended = self.last if self.bar_ended is None else self.bar_ended
-        start = max(0.0, self.moved - self.began - whole * self.first)  # the first advance is work too
+        start = max(0.0, self.moved - self.began - whole * self.first)  # the first advance is work
         return Cost(start, whole, self.ended - bar_ended)
 
 
 class Overview:
-    """What the stages of a command have done, and an estimate of the rest.
-
-    Args:
-        stages: in the order in which they run.
-        done: names of those that an earlier call has finished: they cost nothing.
-        clock: seconds.
-    """
+    """The progress of a command's stages, in their order; an earlier call has finished those in ``done``."""
 
     def __init__(
         self, stages: Sequence[Stage], done: Collection[str] = (), clock: Callable[[], float] = time.monotonic
@@ -97,10 +87,8 @@ class Overview:
             if stage.name in done:
                 stage.state = "done"
 
-    # --- what happens -----------------------------------------------------------------------------------------
-
     def begin(self, name: str) -> None:
-        """The stage ``name`` starts; the stages before it are done."""
+        """Start the stage ``name`` and end those before it."""
         at = next(i for i, stage in enumerate(self.stages) if stage.name == name)
         for stage in self.stages[:at]:
             self._end(stage)
@@ -108,25 +96,24 @@ class Overview:
             self._start(self.stages[at])
 
     def expect(self, costs: Mapping[str, Cost]) -> None:
-        """Replace the plan of the stages named."""
+        """Replace the plan of some stages."""
         for stage in self.stages:
             stage.cost = costs.get(stage.name, stage.cost)
 
     def finish(self) -> None:
-        """The command is done."""
+        """End all stages."""
         for stage in self.stages:
             self._end(stage)
 
     def watch(self, bar: Bar) -> None:
-        """A bar has started, advanced or ended."""
+        """Update the stage whose bar has started, advanced or ended."""
         running = next((i for i, stage in enumerate(self.stages) if stage.state == "running"), 0)
-        named = (stage for stage in self.stages[running:] if stage.bar and bar.label.startswith(stage.bar))
-        stage = next(named, None)
+        stage = next((s for s in self.stages[running:] if s.bar and bar.label.startswith(s.bar)), None)
         if stage is None or not bar.total > 0:
             return
         if stage.state != "running":
             self.begin(stage.name)
-            self._start(stage)  # also one that an earlier call had finished: its inputs have changed
+            self._start(stage)  # even if an earlier call had finished it: its inputs have changed
         now = self._clock()
         if bar.has_ended:
             stage.bar_ended = now
@@ -148,18 +135,16 @@ class Overview:
                 say(f"{stage.name}: done in {duration(stage.ended - stage.began)}{left}")
         stage.state = "done"
 
-    # --- the estimate -----------------------------------------------------------------------------------------
-
     def elapsed(self) -> float:
-        """Seconds since the command started."""
+        """Return the seconds since the command started."""
         return self._clock() - self._began
 
     def left(self) -> float:
-        """Seconds that the rest is estimated to take."""
+        """Estimate the seconds that the rest takes."""
         return sum(self.left_of(stage) for stage in self.stages)
 
     def left_of(self, stage: Stage) -> float:
-        """Seconds that the rest of one stage is estimated to take."""
+        """Estimate the seconds that the rest of one stage takes."""
         if stage.state == "done":
             return 0.0
         others = [other for other in self.stages if other is not stage and min(other.expected, other.measured) > 0]
@@ -174,38 +159,32 @@ class Overview:
             return max(0.0, end - (now - stage.bar_ended))
         if stage.moved is None:
             return max(0.0, start - (now - stage.began)) + work + end
-        # The work of a stage need not be even: where other stages have confirmed the plan, it counts for half the work.
+        # Work may be uneven, so a plan that other stages have confirmed has the weight of up to half the work.
         confirmed = sum(other.expected for other in others if other.bar)
         prior = min(_PRIOR_SECONDS + confirmed, stage.cost.work / 2)
         own = (prior * ratio + stage.measured) / max(prior + stage.expected, 1e-9)
         work = own * stage.cost.work * (1 - stage.fraction)
         return max(0.0, work - (now - stage.last)) + end
 
-    # --- what is shown ----------------------------------------------------------------------------------------
-
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the stages while the block runs: at a terminal as a live block, elsewhere in a line per stage."""
+        """Show the stages while the block runs: live on a terminal, elsewhere as one line per stage."""
         progress.watcher = self.watch
         try:
-            if console.is_terminal:
-                with Live(get_renderable=self.render, console=console):
-                    yield
-                    self.finish()
-            else:
+            if not console.is_terminal:
                 waiting = [f"{s.name} {duration(self.left_of(s))}" for s in self.stages if s.state != "done"]
                 say(f"about {duration(self.left())} in all: {', '.join(waiting)}")
+            with Live(get_renderable=self.render, console=console) if console.is_terminal else nullcontext():
                 yield
                 self.finish()
         finally:
             progress.watcher = None
 
     def render(self) -> Group:
-        """A line for each stage, and one for the whole."""
+        """Draw one line per stage and one for the whole command."""
         table = Table.grid(padding=(0, 1))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="crop")
-        table.add_column(no_wrap=True)
+        for overflow in ("ellipsis", "crop", "ellipsis"):
+            table.add_column(no_wrap=True, overflow=overflow)
         plain = console.options.ascii_only
         for stage in self.stages:
             style = {"done": "dim", "running": "bold", "to come": ""}[stage.state]
@@ -224,18 +203,15 @@ class Overview:
         return duration(stage.ended - stage.began) if stage.ended else "done before"
 
 
-# --- how fast this machine is -----------------------------------------------------------------------------------
-
-
 class Speed(NamedTuple):
-    """Seconds that two small fixed pieces of work take: the lower, the faster the machine."""
+    """Seconds that this machine needs for a fixed Python loop and fixed matrix products."""
 
     python: float
     matmul: float
 
 
 def measure_speed() -> Speed:
-    """Time a loop of Python and a few products of matrices; together about a fifth of a second."""
+    """Time a Python loop and a few matrix products, about 0.2 s together."""
     import numpy as np
 
     began = time.perf_counter()

@@ -1,7 +1,4 @@
-"""Where the files that come with the program lie: in a wheel inside its packages, in a checkout at the top.
-
-``pyproject.toml`` says which folder of the checkout goes where in the wheel.
-"""
+"""Find the data files of the program: inside the packages of a wheel, or at the top of a checkout (pyproject.toml)."""
 
 from __future__ import annotations
 
@@ -10,11 +7,11 @@ from pathlib import Path
 TOP = Path(__file__).resolve().parents[2]
 """The checkout, or the ``site-packages`` that the wheel was installed into."""
 IS_CHECKOUT = not (TOP / "sae" / "_recipes").is_dir()
-"""Whether the program runs from its repository (also as an editable install)."""
+"""Whether the program runs from its repository, or from an editable install."""
 
 
 def data_folder(packaged: str, in_checkout: str) -> Path:
-    """Return a folder of data files, of which the wheel and the checkout each have their own path below the top."""
+    """Return a folder of data files, from its path in the wheel and its path in the checkout."""
     return TOP / (in_checkout if IS_CHECKOUT else packaged)
 
 
@@ -22,10 +19,10 @@ RECIPES = data_folder(packaged="sae/_recipes", in_checkout="eval_runs/recipes")
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """Return the recipes that come with the program, by name."""
+    """Return the bundled recipes by name."""
     return {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
 
 
 def shown_path(path: Path) -> str:
-    """Return a bundled file's path for a message: relative to the checkout, or the whole path of an installed file."""
+    """Return a bundled file's path for a message: relative in a checkout, else absolute."""
     return path.relative_to(TOP).as_posix() if IS_CHECKOUT else str(path)

@@ -1,4 +1,4 @@
-"""Meet the other ranks of a command that torchrun started, or work alone; what ``--parallel`` means."""
+"""Join the other ranks of a command that torchrun started, or work alone; choose the meaning of ``--parallel``."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from sae.common.ranks import ALONE, Job, Mode
 
 @contextmanager
 def join_ranks(parallel: str | None, seeds: int, device: str) -> Iterator[tuple[Job, str]]:
-    """Meet the other ranks, if there are any, for as long as the block lasts; the job, and this rank's device.
+    """Join the other ranks, if any, while the block runs. Yields the job and this rank's device.
 
-    ``parallel`` is "seeds", "data", or None where the user leaves the choice to us; ``device`` what the user said.
+    ``parallel`` and ``device`` are the values of the flags; ``parallel=None`` means choose.
     """
     if parallel is not None and not launch.launched():
         raise BadInput(
-            f"--parallel {parallel} is for several processes; start them with "
+            f"--parallel {parallel} needs several processes; start them with "
             f"`{replace_program_name('torchrun --standalone --nproc-per-node 2 cli.py train')} …`"
         )
     mode, line = choose_mode(parallel, seeds, launch.size())
-    with _met(mode, line, device) as met:
-        yield met
+    with _join(mode, line, device) as joined:
+        yield joined
 
 
 @contextmanager
 def join_ranks_at_text(device: str) -> Iterator[tuple[Job, str]]:
-    """:func:`join_ranks` for work that is split by pieces of the text."""
+    """Join the other ranks for work that is split by pieces of the text."""
     line = f"{launch.size()} ranks: the text is split over them, the same files as from one process"
-    with _met("seeds", line, device) as met:
-        yield met
+    with _join("seeds", line, device) as joined:
+        yield joined
 
 
 @contextmanager
-def _met(mode: Mode, line: str, device: str) -> Iterator[tuple[Job, str]]:
-    """Meet the other ranks, if there are any, and say ``line``."""
+def _join(mode: Mode, line: str, device: str) -> Iterator[tuple[Job, str]]:
     if not launch.launched():
         yield ALONE, device
         return
@@ -51,7 +50,7 @@ def _met(mode: Mode, line: str, device: str) -> Iterator[tuple[Job, str]]:
 
 
 def choose_mode(asked: str | None, seeds: int, ranks: int) -> tuple[Mode, str]:
-    """How to split a training of so many seeds, and a line that says so. ``asked`` is None where nobody did."""
+    """Choose how to split a training, and the progress line that says so. ``asked`` is the flag, or None."""
     if asked not in (None, "seeds", "data"):
         raise BadInput(f"--parallel {asked!r}: give seeds or data")
     mode: Mode = "data" if asked == "data" or (asked is None and seeds < ranks) else "seeds"

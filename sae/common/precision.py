@@ -1,7 +1,7 @@
-"""Which arithmetic dense products are done in, decided by what the machine can do.
+"""Choose the precision of dense products from the instructions that the machine has.
 
-By what it says of itself, not by timing it: two runs of one study must not differ because a machine was busy.
-What was decided is recorded with a run, so that seeds added on another machine are trained alike.
+Not by timing: two runs of one study must not differ because a machine was busy. Each run records its precision, so
+seeds added on another machine use the same.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Asked = Literal["auto", "float32", "bfloat16", "int8"]
 
 
 def resolve(asked: Asked, device: torch.device | str) -> Precision:
-    """``asked``, or for "auto" the fewest bits that ``device`` has instructions for: int8 (CPUs), bfloat16, float32.
+    """Return ``asked``; for "auto", the fewest bits that ``device`` has instructions for.
 
-    Raises :class:`UserError` for int8 elsewhere than on a CPU.
+    Raises UserError for int8 on a GPU.
     """
     device = torch.device(device)
     if asked == "int8" and device.type != "cpu":
@@ -35,20 +35,14 @@ def resolve(asked: Asked, device: torch.device | str) -> Precision:
 
 
 def resolve_float(asked: Literal["auto", "float32", "bfloat16"], device: torch.device | str) -> FloatPrecision:
-    """``asked``, or for "auto" bfloat16 where ``device`` has instructions that multiply it, else float32.
-
-    For products whose error has to be bounded whatever the numbers are: eight bits would leave too wide a bound.
-    """
+    """Return ``asked``; for "auto", bfloat16 if ``device`` has instructions for it, else float32."""
     if asked != "auto":
         return asked
     return "bfloat16" if _multiplies_bfloat16(torch.device(device)) else "float32"
 
 
 def warn_if_emulated(setting: str, precision: str, device: torch.device | str) -> None:
-    """Print one line, once in a process, where ``device`` has no instructions for products in ``precision``.
-
-    ``setting`` is the name that the user knows the precision by, such as ``subject.dtype``.
-    """
+    """Warn once if ``device`` has no instructions for products in ``precision``, the value of ``setting``."""
     if is_emulated(precision, device):
         say_once(
             f"warning: {setting} is {precision}, and this machine's {torch.device(device).type} has no instructions "
@@ -58,7 +52,7 @@ def warn_if_emulated(setting: str, precision: str, device: torch.device | str) -
 
 
 def is_emulated(precision: str, device: torch.device | str) -> bool:
-    """Whether ``device`` lacks instructions for products in ``precision`` (float32, bfloat16, float16 or int8)."""
+    """Return whether ``device`` lacks instructions for products in ``precision``."""
     device = torch.device(device)
     if precision == "bfloat16":
         return not _multiplies_bfloat16(device)
@@ -71,7 +65,7 @@ _INSTRUCTIONS = {"bfloat16": "AVX-512-BF16 or AMX; on GPUs, Ampere", "float16": 
 
 
 def has_int8_products() -> bool:
-    """Whether this processor multiplies 8-bit integers without loss, and PyTorch uses its instructions."""
+    """Return whether PyTorch multiplies 8-bit integers exactly, with instructions of this processor."""
     return hasattr(torch, "_int_mm") and _cpu_has("_is_vnni_supported", needs="VNNI")
 
 
@@ -82,16 +76,15 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def _cpu_has(*questions: str, needs: str) -> bool:
-    """Whether this CPU has instructions of AVX-512 or AMX, and PyTorch's libraries are allowed to use them.
+    """Return whether this CPU has some AVX-512 or AMX instructions and oneDNN may use them.
 
-    ``questions`` are functions of ``torch.cpu`` that are not public yet: where one is gone, its answer is no.
-    ``needs`` is what the name of an oneDNN instruction set contains if it includes the instructions.
+    ``questions`` are private functions of ``torch.cpu``; a missing one means no. ``needs`` is part of the name of the
+    oneDNN instruction set that first had the instructions.
     """
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         return False
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
-    # Each set includes those before it; VNNI came before BF16, and BF16 before FP16.
-    order = ("VNNI", "BF16", "FP16")
+    order = ("VNNI", "BF16", "FP16")  # each set includes those before it
     included = order[order.index(needs) :]
     if not (limit in ("ALL", "DEFAULT") or "AMX" in limit or "AVX10" in limit or any(i in limit for i in included)):
         return False

@@ -1,7 +1,6 @@
-"""Progress of long work, on standard error, so that ``--json`` on standard output stays clean.
+"""Show the progress of long work on standard error: a bar on a terminal, elsewhere a line every half minute.
 
-A bar on a terminal; elsewhere a plain line every half minute. Each stage ends with one line: how much,
-how fast, and the peak memory of the process so far.
+Each bar ends with one line: amount, rate, and the peak memory of the process so far.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,37 +31,35 @@ from sae.common import launch
 from sae.common.amounts import human
 from sae.common.errors import make_printable
 
-console = Console(
-    stderr=True, highlight=False, emoji=False, quiet=launch.rank() != 0
-)  # of several processes, one speaks
+console = Console(stderr=True, highlight=False, emoji=False, quiet=launch.rank() != 0)  # only rank 0 prints
 _PLAIN_LINE_SECONDS = 30.0
-_waited = 0.0  # seconds that this process has spent in `waiting`: nobody's work
+_waited = 0.0  # seconds that this process has spent in `waiting`
 watcher: Callable[[Bar], None] | None = None
-"""Is called with a bar whenever that starts, advances or ends well; see :mod:`sae.common.overview`."""
+"""Called with a bar whenever it starts, advances or ends without an error; see :mod:`sae.common.overview`."""
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size this process has had, in bytes."""
+    """Return the largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_device_bytes() -> int:
-    """The most that this process has had allocated on GPUs, in bytes; 0 where it has used none."""
-    torch = sys.modules.get("torch")  # who has not loaded it has used no GPU by it
+    """Return the most memory that this process has allocated on GPUs, in bytes."""
+    torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0
     return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
 
 
 def say(message: str) -> None:
-    """One line for the person at the terminal. ``message`` is plain text: markup in it is not read."""
+    """Print one line on standard error. ``message`` is plain text, not markup."""
     console.print(escape(make_printable(message)), soft_wrap=True)
 
 
 @functools.cache
 def say_once(message: str) -> None:
-    """:func:`say`, but the same message only once in a process."""
+    """Print a line the first time that this process is asked to."""
     say(message)
 
 
@@ -73,7 +70,7 @@ class _Rate(ProgressColumn):
 
 
 class Bar:
-    """Handed out by :func:`track`; ``advance`` moves it on and may leave a short note beside it."""
+    """A progress bar, made by :func:`track`. ``advance`` moves it and may show a short note next to it."""
 
     def __init__(self, progress: Progress | None, label: str, total: float, unit: str, done: float) -> None:
         self.done = done
@@ -83,15 +80,14 @@ class Bar:
         self._started = self._last_line = time.monotonic()
         self._waited_before = _waited
         self._note = ""
-        self._task = (
-            progress.add_task(escape(label), total=total, completed=int(done), unit=unit, note="") if progress else None
-        )
+        if progress:
+            self._task = progress.add_task(escape(label), total=total, completed=int(done), unit=unit, note="")
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
         _show_watcher(self)
         self._note = note or self._note
-        if self._progress is not None and self._task is not None:
+        if self._progress is not None:
             self._progress.update(self._task, advance=amount, note=escape(self._note))
         elif time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
@@ -107,12 +103,11 @@ class Bar:
     def summary(self) -> str:
         seconds = self._seconds(time.monotonic())
         worked, on_gpu = self.done - self.first, peak_device_bytes()
+        unit = self._unit.removesuffix("s") if worked == 1 else self._unit
+        gpu = f", on the GPU {on_gpu / 2**30:.2f} GiB" if on_gpu else ""
         return (
-            f"{self.label}: {human(worked)} {self._unit.removesuffix('s') if worked == 1 else self._unit} "
-            f"in {seconds:.1f} s"
-            f" · {human(worked / seconds if seconds else 0)} {self._unit}/s"
-            f" · peak memory {peak_memory_bytes() / 2**30:.2f} GiB"
-            + (f", on the GPU {on_gpu / 2**30:.2f} GiB" if on_gpu else "")
+            f"{self.label}: {human(worked)} {unit} in {seconds:.1f} s · {human(worked / seconds if seconds else 0)} "
+            f"{self._unit}/s · peak memory {peak_memory_bytes() / 2**30:.2f} GiB{gpu}"
         )
 
 
@@ -123,25 +118,22 @@ def _show_watcher(bar: Bar) -> None:
 
 @contextmanager
 def track(label: str, total: float, unit: str = "steps", done: float = 0) -> Iterator[Bar]:
-    """Progress over ``total`` units, of which ``done`` were done by an earlier, interrupted call.
+    """Show progress over ``total`` units; an interrupted call has already done ``done`` of them.
 
-    When the block ends well, one closing line gives amount, rate and peak memory.
+    Prints amount, rate and peak memory when the block ends without an error.
     """
-    if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            _Rate(table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="crop")),
-        )
-        with Progress(*columns, console=console, transient=True) as progress:
-            bar = Bar(progress, label, total, unit, done)
-            _show_watcher(bar)
-            yield bar
-    else:
-        bar = Bar(None, label, total, unit, done)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="crop")),
+    )
+    live: AbstractContextManager[Progress | None]
+    live = Progress(*columns, console=console, transient=True) if console.is_terminal else nullcontext()
+    with live as progress:
+        bar = Bar(progress, label, total, unit, done)
         _show_watcher(bar)
         yield bar
     bar.has_ended = True
@@ -151,10 +143,9 @@ def track(label: str, total: float, unit: str = "steps", done: float = 0) -> Ite
 
 @contextmanager
 def waiting(label: str) -> Iterator[Callable[[str], None]]:
-    """A line that says for how long something outside this program has been waited for.
+    """Show how long this program has been waiting for something else, such as a server.
 
-    Yields what is to be called now and then with a few words on what is going on there. Bars that are up meanwhile
-    do not count this time as theirs.
+    Yields a function that updates the note. Running bars do not count this time in their rates.
     """
     global _waited
     started = last_line = time.monotonic()

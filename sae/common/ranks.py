@@ -1,18 +1,17 @@
-"""Several processes at one training or harvest: what each of them does, and which one writes.
+"""Split one training or harvest over several processes (ranks), and choose the one that writes.
 
-``torchrun … cli.py train`` starts the same command several times over; each process is a *rank*. A harvest is split by
-pieces of the text, and its files are those of one process. A training can be split in two ways:
+``torchrun … cli.py train`` starts the same command several times; each process is a *rank*. A harvest is split by
+pieces of the text and gives the files of one process. A training is split in one of two ways:
 
-- ``seeds``: every rank trains some of the seeds, on the same batches as all others. Seeds share nothing but the
-  batches, so on CPUs with the same number of threads a rank the weights are bit for bit those of one process.
-- ``data``: every rank works on some rows of every batch, for all seeds; losses, gradients and firings are added up
-  over the ranks before the step. They are the same sums in another order, so a training agrees with that of one
-  process to rounding: in float64, to 1e-6 over 50 steps. In float32 it begins so and then parts ways, as two
-  machines would: which latents are among the k largest changes abruptly, and the smallest difference grows from there.
+- ``seeds``: each rank trains some of the seeds on all batches. On CPUs with the same number of threads per rank, the
+  weights are bit for bit those of one process.
+- ``data``: each rank takes some rows of each batch, for all seeds; losses, gradients and firings are summed over the
+  ranks. The sums differ from those of one process by rounding only (in float64, weights agree to 1e-6 after 50 steps);
+  in float32 the runs diverge later, as on two different machines, because the choice of the k largest is abrupt.
 
-Either way the subject model's forward pass, the dear part, is done once. Rank 0 alone plans, writes records and says
-anything; weights and states are written by the rank that trains the seed, or by rank 0 where all do. This module
-knows one process alone; :mod:`sae.common.torchrun` has the rest, and with it torch.
+Either way the subject model's forward pass, the expensive part, is done once. Only rank 0 plans, writes records and
+prints; weights and states are written by the rank that trains the seed, or by rank 0. :class:`Job` is one process
+alone; :mod:`sae.common.torchrun` has several, and imports torch.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ T = TypeVar("T")
 
 
 class Job:
-    """The processes that train together; this class is the plain case of one process alone."""
+    """The ranks that work together; this class is one process alone."""
 
     rank = 0
     size = 1
@@ -38,22 +37,22 @@ class Job:
 
     @property
     def writes(self) -> bool:
-        """Whether this rank writes the states and weights of the seeds that it trains."""
+        """Return whether this rank writes the states and weights of the seeds that it trains."""
         return True
 
     def share(self, seeds: Sequence[T]) -> list[T]:
-        """Those of ``seeds`` that this rank trains."""
+        """Return the seeds that this rank trains."""
         return list(seeds)
 
     def rows(self, x: Tensor) -> Tensor:
-        """Those rows of a batch [B, D] that this rank works on."""
+        """Return this rank's rows of a batch [B, D]."""
         return x
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the ranks that work on the batch."""
+        """Replace each tensor by its sum over the ranks that share the batch."""
 
     def least_of(self, tensor: Tensor) -> None:
-        """Replace a tensor by its elementwise minimum over the ranks that work on the batch."""
+        """Replace a tensor by its elementwise minimum over the ranks that share the batch."""
 
     def numbers(self, values: Sequence[int] | None) -> list[int]:
         """Return rank 0's whole numbers on every rank; the others give None."""
@@ -65,7 +64,7 @@ class Job:
         return x
 
     def give(self, x: Tensor) -> None:  # noqa: ARG002
-        """Send a tensor to rank 0, which has to ``take`` it."""
+        """Send a tensor to rank 0, which must ``take`` it."""
         raise RuntimeError("one process alone has no other rank to give to")
 
     def take(self, owner: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # noqa: ARG002
@@ -73,39 +72,39 @@ class Job:
         raise RuntimeError("one process alone has no other rank to take from")
 
     def alike(self, tensors: Sequence[Tensor], record: T) -> T:  # noqa: ARG002
-        """Where all ranks train the same seed, give all of them rank 0's ``tensors`` (in place) and JSON ``record``."""
+        """Copy rank 0's ``tensors`` (in place) and JSON ``record`` to the ranks that train the same seed."""
         return record
 
     def check_alike(self, tensors: Sequence[Tensor]) -> None:
-        """Stop where ranks that train the same seed no longer hold the same bits."""
+        """Raise UserError if tensors differ between ranks that train the same seed."""
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """``values`` [n] of all ranks that work on the batch, n being each one's own, in the order of the ranks."""
+        """Return ``values`` [n] of each rank that shares the batch; n may differ."""
         return [values]
 
     @property
     def place(self) -> int:
-        """This rank's place in what :meth:`gather` gives."""
+        """Return this rank's index in the result of :meth:`gather`."""
         return 0
 
     def least(self, number: int) -> int:
-        """The smallest of the ranks' numbers."""
+        """Return the smallest of the ranks' numbers."""
         return number
 
     record: dict[str, Any] = {}  # noqa: RUF012
-    """what ``run.json`` says of the job, where the weights' last bits depend on it"""
+    """the entry in ``run.json``, if the weights' last bits depend on the ranks"""
 
     @contextmanager
     def first_then_others(self, name: str) -> Iterator[None]:  # noqa: ARG002
-        """The block on rank 0, and then, when it is done, on the others."""
+        """Run the block on rank 0, then on the others."""
         yield
 
     def first(self, name: str, work: Callable[[], T]) -> T:  # noqa: ARG002
-        """What ``work`` gives on rank 0 (a JSON value), on every rank; the others wait as long as it takes."""
+        """Run ``work`` on rank 0 and return its result (a JSON value) on every rank."""
         return work()
 
     def barrier(self) -> None:
-        """Go on when all ranks have come this far."""
+        """Wait until all ranks have reached this line."""
 
 
 ALONE = Job()

@@ -1,8 +1,7 @@
-"""Ways of doing one thing, each a file of one package: a new file there is all that it takes to add one.
+"""List the plug-ins of a package: each file holds one class, and a new file adds one.
 
-A way is called as its file is: ``sae/dictionaries/architectures/topk.py`` is ``topk``, and holds one class that says so
-itself. The names are read off the folder, so that they can be listed without importing anything; the class is imported
-when it is asked for. ``base`` and names that begin with an underscore are no ways.
+``sae/dictionaries/architectures/topk.py`` holds the class whose ``name`` is ``topk``. Names come from the folder, so
+listing them imports nothing. ``base`` and names that start with an underscore are not plug-ins.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ class Registry(Mapping[str, type[T]]):
     """The classes of a package by name, in alphabetical order.
 
     Args:
-        package: the importable name of the package, such as ``sae.dictionaries.architectures``.
-        what: one of them in words, for error messages.
-        attribute: where the class says its name.
+        package: such as ``sae.dictionaries.architectures``.
+        what: a noun for one of them, for error messages.
+        attribute: the class attribute that holds the name.
     """
 
     def __init__(self, package: str, what: str, attribute: str = "name") -> None:
@@ -42,54 +41,43 @@ class Registry(Mapping[str, type[T]]):
         return any(name == known for known in self)
 
     def __getitem__(self, name: str) -> type[T]:
-        """The class called ``name``.
+        """Import and return the class called ``name``.
 
-        Raises KeyError where there is no such file, BadInput, in one line that names the file, where it cannot be
-        imported or holds no such class.
+        Raises KeyError if there is no such file, BadInput if it cannot be imported or holds no such class.
         """
         if name not in self:
             raise KeyError(name)
-        module = self._imported(name)
-        classes = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type)
-            and value.__module__ == module.__name__
-            and getattr(value, self._attribute, None) == name
-        ]
+        module = self._import(name)
+        own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+        classes = [value for value in own if getattr(value, self._attribute, None) == name]
         if len(classes) != 1:
             raise BadInput(
-                f"{module.__file__}: {len(classes) or 'no'} class{'es' * (len(classes) > 1)} in it with "
-                f"{self._attribute} = {name!r}; a {self.what} is one class that is named as its file"
+                f"{module.__file__} has {len(classes) or 'no'} class{'es' * (len(classes) > 1)} with "
+                f"{self._attribute} = {name!r}; define one {self.what} in it, with the file's name"
             )
         return classes[0]
 
     def choose(self, name: str, flag: str) -> type[T]:
-        """The class called ``name``, or BadInput that offers the nearest; ``flag`` is what the user wrote."""
+        """Return the class called ``name``, or raise BadInput that suggests a name; ``flag`` is the user's flag."""
         return self[self.check(name, flag)]
 
     def check(self, name: str, flag: str, *more: str) -> str:
-        """``name`` where it is known, or is one of ``more``; else BadInput that offers the nearest."""
+        """Return ``name`` if it is known or in ``more``, or raise BadInput that suggests a name."""
         if name in more or name in self:
             return name
         raise BadInput(f"{flag} {name!r} is not known; choose {suggest(name, [*more, *self])}")
 
     def join_names(self, *more: str) -> str:
-        """All names for a line of help, ``more`` before them."""
+        """Join ``more`` and all names for help text."""
         return ", ".join([*more, *self])
 
-    def _imported(self, name: str) -> Any:
+    def _import(self, name: str) -> Any:
         try:
             return importlib.import_module(f"{self._package}.{name}")
-        except (Exception, SystemExit) as error:  # whatever a file does when it is imported
-            place = _place(self._package, name)
+        except (Exception, SystemExit) as error:  # a plug-in may raise anything
+            files = [Path(folder) / f"{name}.py" for folder in sys.modules[self._package].__path__]
+            file = next((path for path in files if path.is_file()), files[0])
             why = str(error).splitlines()[0] if str(error) else "no reason given"
             raise BadInput(
-                f"{place} cannot be imported ({type(error).__name__}: {why}); mend the file or take it out"
+                f"{file} cannot be imported ({type(error).__name__}: {why}); fix the file or remove it"
             ) from error
-
-
-def _place(package: str, name: str) -> Path:
-    """The file of a module that may not be imported."""
-    folders = [Path(folder) for folder in sys.modules[package].__path__]
-    return next((path for folder in folders if (path := folder / f"{name}.py").is_file()), folders[0] / name)

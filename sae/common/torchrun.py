@@ -1,11 +1,8 @@
-"""The ranks of one training: how they meet, what they hand each other, and how they end together.
+"""Communicate between the ranks that torchrun started: gloo between CPUs, NCCL between GPUs.
 
-How a training is split is told in :mod:`sae.common.ranks`; here is how that is carried out, with gloo between CPUs and
-NCCL between GPUs.
-
-Whatever one rank alone must do (tokenise, write records) the others wait for without a time limit; they cannot
-wait for the dead. A rank that fails claims the right to speak in torchrun's store, says its one line and ends; torchrun
-ends the rest. A rank whose torchrun is gone ends itself, so that nothing is left that writes.
+:mod:`sae.common.ranks` describes how the work is split. Ranks wait for the work of rank 0 (tokenising, writing records)
+without a time limit. Only the first rank that fails prints its error; torchrun then ends the others. A rank ends itself
+if its torchrun is gone.
 """
 
 from __future__ import annotations
@@ -32,23 +29,23 @@ from sae.common.ranks import Job, Mode
 
 T = TypeVar("T")
 
-_COLLECTIVE = timedelta(minutes=30)  # longest that one rank may be behind the others within the training itself
-_SMALL = 1 << 20  # elements; smaller tensors travel together
+_COLLECTIVE = timedelta(minutes=30)  # longest that one rank may lag behind the others during training
+_SMALL = 1 << 20  # elements; smaller tensors are sent together
 _LAST_WORDS = timedelta(seconds=10)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 
 
 class RankLost(UserError):
-    """Another rank of the job is gone."""
+    """Another rank has died."""
 
 
 class TorchrunJob(Job):
-    """One of several processes. Made by :func:`join_process_group`."""
+    """One of several ranks. Made by :func:`join_process_group`."""
 
     def __init__(self, mode: Mode, device: torch.device) -> None:
         self.rank, self.size, self.mode, self.device = launch.rank(), launch.size(), mode, device
         self._store = _store()
-        self._told = 0
+        self._n_records = 0
         if mode == "data":
             self.record = {"ranks": {"parallel": mode, "number": self.size}}
 
@@ -90,8 +87,8 @@ class TorchrunJob(Job):
             return record
         for tensor in tensors:
             tensor.copy_(self.broadcast(tensor))
-        self._told += 1
-        return self.first(f"record {self._told}", lambda: record)
+        self._n_records += 1
+        return self.first(f"record {self._n_records}", lambda: record)
 
     def check_alike(self, tensors: Sequence[Tensor]) -> None:
         if self.mode == "seeds":
@@ -102,8 +99,8 @@ class TorchrunJob(Job):
             dist.all_reduce(both, dist.ReduceOp.MAX)
         if not torch.equal(both[: len(sums)], -both[len(sums) :]):
             raise UserError(
-                "the ranks no longer hold the same weights, so their processors do not compute alike; "
-                "use ranks of one kind, or --parallel seeds"
+                "the weights differ between the ranks, because their processors round differently; "
+                "use machines of one kind, or --parallel seeds"
             )
 
     def gather(self, values: Tensor) -> list[Tensor]:
@@ -150,10 +147,7 @@ class TorchrunJob(Job):
     def barrier(self) -> None:
         self.least(0)
 
-    # --- what the batches travel by -----------------------------------------------------------------------
-
     def numbers(self, values: Sequence[int] | None) -> list[int]:
-        """Rank 0's whole numbers, on every rank; the others give None."""
         length = torch.tensor([len(values or ())])
         with _lost_ranks():
             dist.broadcast(length, 0)
@@ -163,7 +157,6 @@ class TorchrunJob(Job):
         return message.tolist()
 
     def broadcast(self, x: Tensor | None) -> Tensor:
-        """Rank 0's tensor, on every rank, as memory of its own; the others' argument is not read."""
         head = self.numbers([_DTYPES.index(x.dtype), *x.shape] if self.rank == 0 and x is not None else None)
         if self.rank or x is None:
             x = torch.empty(head[1:], dtype=_DTYPES[head[0]], device=self.device)
@@ -173,29 +166,24 @@ class TorchrunJob(Job):
         return x
 
     def give(self, x: Tensor) -> None:
-        """Send a tensor to rank 0, which has to ``take`` it."""
         with _lost_ranks():
             dist.send(_bytes(x.to(self.device).contiguous()), 0)
 
     def take(self, owner: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """On rank 0: the tensor that ``owner`` gives, which has to be of that shape."""
         x = torch.empty(tuple(shape), dtype=dtype, device=self.device)
         with _lost_ranks():
             dist.recv(_bytes(x), owner)
         return x
 
 
-# --- beginning and ending ---------------------------------------------------------------------------------
-
-
 def rank_device(device: str) -> str:
-    """This rank's device, where the user said ``device``: each rank of a machine has a GPU of its own."""
+    """Return this rank's device for the user's ``--device``: each rank of a machine has its own GPU."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
     if device not in ("auto", "cuda"):
-        raise BadInput(f"--device {device}: under torchrun every rank takes a GPU of its own; give cuda or cpu")
+        raise BadInput(f"--device {device}: under torchrun each rank uses its own GPU; give cuda or cpu")
     if not torch.cuda.is_available():
-        raise BadInput("--device cuda: there is no GPU that torch can use here; try --device cpu")
+        raise BadInput("--device cuda: torch finds no GPU on this machine; try --device cpu")
     if launch.local_rank() >= torch.cuda.device_count():
         raise BadInput(
             f"torchrun starts more processes than this machine has GPUs ({torch.cuda.device_count()}); "
@@ -206,15 +194,15 @@ def rank_device(device: str) -> str:
 
 @contextmanager
 def join_process_group(mode: Mode, device: str) -> Iterator[TorchrunJob]:
-    """Meet the other ranks, for as long as the block lasts. ``device`` is where this rank computes."""
+    """Join the other ranks while the block runs. ``device`` is where this rank computes."""
     here = torch.device(device)
     if here.type == "cuda":
         torch.cuda.set_device(here)
     _end_with_torchrun()
     with _lost_ranks():
-        # What steers the job lies in main memory on any machine, so there is always gloo beside NCCL.
+        # Control messages are in main memory, so gloo is always needed too.
         dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "cpu:gloo", timeout=_COLLECTIVE)
-    # In place of the hook that torch has just set, which calls others with standard error led into a buffer.
+    # Replace the hook that torch has just set, which buffers standard error.
     sys.excepthook = lambda *error: end_rank(1, lambda: sys.__excepthook__(*error))
     job = TorchrunJob(mode, here)
     yield job
@@ -223,11 +211,7 @@ def join_process_group(mode: Mode, device: str) -> Iterator[TorchrunJob]:
 
 
 def end_rank(code: int, speak: Callable[[], None]) -> NoReturn:
-    """End this rank after a failure. Of all ranks that fail, only the first one's ``speak`` is called.
-
-    A failure that all ranks meet (a bad recipe) is told once; and one that ends the others by way of a broken
-    connection is told by the rank that it happened to.
-    """
+    """End this rank after a failure; ``speak`` prints the error and is called only on the first rank that fails."""
     try:
         store = _store()
         mine = store.add("failed", 1) == 1
@@ -244,11 +228,11 @@ def end_rank(code: int, speak: Callable[[], None]) -> NoReturn:
             store.wait(["said"], _LAST_WORDS)  # torchrun ends all ranks once one has ended
     except RuntimeError:
         pass
-    os._exit(code)  # not by way of the process group's destructors, which may wait for the other ranks
+    os._exit(code)  # destructors of the process group could wait for the other ranks
 
 
 def _store() -> dist.Store:
-    """The store that lives in torchrun itself, and so outlives every rank."""
+    """Connect to torchrun's own store, which outlives every rank."""
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(minutes=5)
     )
@@ -270,16 +254,16 @@ def _end_with_torchrun() -> None:
 def _lost_ranks() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # gloo, NCCL and the store raise nothing finer
+    except RuntimeError as error:  # of gloo, NCCL and the store, which have no error class
         if is_out_of_memory(error):
             raise
         reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
         raise RankLost(
-            f"rank {launch.rank()} lost the others ({reason}); one may have been killed, for want of memory perhaps: "
-            "give the same command again, and it goes on from the last checkpoint"
+            f"rank {launch.rank()} lost the other ranks ({reason}); one may have been killed, perhaps out of memory: "
+            "run the same command to resume from the last checkpoint"
         ) from error
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """The memory of a contiguous tensor: bytes are what every backend can carry."""
+    """View a contiguous tensor as bytes, which every backend can send."""
     return x.reshape(-1).view(torch.uint8)

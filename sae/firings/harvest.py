@@ -1,13 +1,9 @@
-"""Recording which latent fires where, for every seed of a study in one pass over the subject model.
+"""Record which latent fires where, for all seeds of a study in one pass over the subject model.
 
-The forward pass is what a harvest costs, so each piece of activations goes through every SAE that still
-lacks it. Work is cut into shards of fixed size along the corpus order. A shard is encoded, written beside
-its final place and renamed, so after a kill at any instant the shards on disk are whole, and because what
-a shard holds depends on nothing but its place in the order, they are exactly those of an undisturbed
-harvest. Harvesting more tokens later adds shards to the same order.
-
-Shards are sorted by latent as they are written; :mod:`sae.firings.index` merges them into the by-latent
-index. ``store.json`` comes last and makes the store complete (see :mod:`sae.firings.store` for the files).
+The work is cut into shards of fixed size along the corpus order. A shard is written to a temporary folder and renamed,
+and it depends only on its place in the order; so a resumed harvest gives the same files, and a longer one adds shards.
+:mod:`sae.firings.index` merges the shards into the by-latent index, and ``store.json``, written last, marks the store
+as complete (:mod:`sae.firings.store` describes the files).
 """
 
 from __future__ import annotations
@@ -40,7 +36,7 @@ if TYPE_CHECKING:
     from sae.text.corpus import Corpus
 
 PLAN_FILE = "plan.json"
-SHARD_BLOCKS = 16  # blocks (see Corpus.order) in a shard: two of them a kill costs, and are held in memory
+SHARD_BLOCKS = 16  # blocks (see Corpus.order) per shard; memory holds two shards, and a kill loses them
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # the positive range of float16
 
 
@@ -56,27 +52,31 @@ def harvest(
 ) -> None:
     """Record the firings of ``saes`` over the first ``tokens`` tokens of the corpus order, in one pass.
 
+    Skips runs whose store already holds that many tokens. Finished shards stay after an error.
+
     Args:
         stream: activations of the subject model on the corpus.
         saes: the dictionaries by run name; all of the stream's width.
         folders: each run's firing store.
-        tokens: how many tokens, rounded up to whole sequences; at most the corpus.
-        window: tokens in a window; what is left over at the end of a sequence is not harvested.
+        tokens: rounded up to whole sequences; at most the corpus.
+        window: tokens in a window; a remainder at the end of a sequence is not harvested.
         order_seed: the seed of the corpus order (epoch 0).
-        weights: each run's weights digest, recorded as provenance; computed here where it is not given.
-        ranks: the processes that harvest together, each some of the shards; all call this with the same arguments.
+        weights: each run's weights digest, for the record; computed if missing.
+        ranks: the processes that share the shards; all call this function with the same arguments.
 
-    Runs whose store already holds as many tokens take no part. Raises :class:`SettingsDiffer` where a
-    finished store was harvested from something else, and a one-line :class:`UserError` for activations
-    that are not finite and for a full disk: what was finished by then stays.
+    Raises:
+        SettingsDiffer: a finished store was harvested from something else.
+        UserError: activations are not finite, or the disk is full.
     """
     corpus = stream.corpus
     if window < 1 or window > corpus.context:
-        raise BadInput(f"window {window} does not fit in sequences of {corpus.context} tokens; choose 1 to that")
+        raise BadInput(
+            f"window {window} does not fit in sequences of {corpus.context} tokens; give 1 to {corpus.context}"
+        )
     per_sequence = corpus.context // window * window
     n_sequences = min(-(-tokens // per_sequence), corpus.n_sequences)
     if n_sequences * per_sequence > 2**32:
-        raise BadInput(f"{tokens} tokens are more than one firing store can hold; harvest at most {2**32}")
+        raise BadInput(f"{tokens} tokens do not fit in a firing store; harvest at most {2**32}")
     order = corpus.order(0, order_seed)
     study = _provenance(stream, order, order_seed, window)
     pieces = _pieces(n_sequences, study["sequences_per_shard"])
@@ -91,11 +91,11 @@ def harvest(
     if not pending:
         return
     order = order[:n_sequences]
-    # Rank 0 looks at what is there before any rank adds to it.
+    # Rank 0 lists the missing shards before any rank adds one.
     lacking = ranks.first(f"{label} lacking", lambda: [[job.name for job in pending if job.lacks(p)] for p in pieces])
     missing = [(p, [job for job in pending if job.name in names]) for p, names in zip(pieces, lacking, strict=True)]
     missing = [(piece, jobs) for piece, jobs in missing if jobs]
-    with _disk_full_is_told(pending[0].folder):
+    with _report_full_disk(pending[0].folder):
         _encode_missing(stream, missing, order, window, ranks)
         ranks.barrier()
         for job in pending if ranks.rank == 0 else []:
@@ -104,7 +104,7 @@ def harvest(
 
 
 def digest_weights(sae: Sae) -> str:
-    """SHA-256 over architecture, k and every weight of ``sae``. 64 hex characters."""
+    """Return the SHA-256 of architecture, k and weights: 64 hex characters."""
     state = hashlib.sha256(f"{sae.architecture} {getattr(sae, 'k', '')}".encode())
     for tensor in sae.weights().values():
         state.update(tensor.detach().float().cpu().contiguous().numpy().data)
@@ -112,22 +112,22 @@ def digest_weights(sae: Sae) -> str:
 
 
 class _Job:
-    """One run's harvest: what is on disk, what is missing, and how it becomes a store."""
+    """The harvest of one run."""
 
     def __init__(self, name: str, sae: Sae, folder: Path, provenance: dict[str, Any], pieces: list[Piece]) -> None:
         self.name, self.sae, self.folder, self.provenance, self.pieces = name, sae, folder, provenance, pieces
         self.shards = folder / "shards"
-        self.kept: dict[str, Any] | None = None  # the finished, smaller store that this harvest grows
+        self.kept: dict[str, Any] | None = None  # the record of a finished, smaller store that this harvest extends
 
     def begin(self) -> bool:
-        """Take up what is there. Returns whether there is anything left to do."""
+        """Check the files on disk. Returns whether there is work left."""
         if (self.folder / STORE_FILE).is_file():
             store = read_record(self.folder / STORE_FILE)
             differences = mapping_differences(store["provenance"], self.provenance)
             if differences:
                 raise SettingsDiffer(
-                    f"firings of run {self.name!r} were harvested otherwise ({'; '.join(differences)}); "
-                    f"harvest with the same settings, or remove {str(self.folder)!r} first"
+                    f"the firings of run {self.name!r} have other settings ({'; '.join(differences)}); "
+                    f"harvest with the same settings, or delete {str(self.folder)!r} first"
                 )
             if store["n_sequences"] >= self.pieces[-1].stop:
                 self._tidy(store)
@@ -136,7 +136,7 @@ class _Job:
         plan = {"schema": SCHEMA, "provenance": self.provenance}
         path = self.folder / PLAN_FILE
         if self.kept is None and self.shards.is_dir() and not _same_plan(path, plan):
-            say(f"harvest {self.name}: an unfinished harvest with other settings is discarded")
+            say(f"harvest {self.name}: discarding an unfinished harvest with other settings")
             shutil.rmtree(self.folder)
         write_json(path, plan)
         self.shards.mkdir(exist_ok=True)
@@ -146,12 +146,12 @@ class _Job:
         return not (self.shards / piece.name).is_dir()
 
     def finish(self, corpus: Corpus, order: Ints) -> None:
-        """Merge the shards into the by-latent index and declare the store complete."""
+        """Merge the shards into the by-latent index and mark the store as complete."""
         index = f"index-{len(order):08d}"
         with atomic_folder(self.folder / index) as temporary:
             label = f"index {self.name} by latent"
             totals = build_index(temporary, self.folder, self.provenance, self.kept, self.pieces, corpus, order, label)
-        facts = [self._facts(piece) for piece in self.pieces]
+        facts = [read_json(self.shards / piece.name / "facts.json") for piece in self.pieces]
         shards = [
             {"name": piece.name, "n_sequences": piece.stop - piece.start, "n_firings": fact["n_firings"]}
             for piece, fact in zip(self.pieces, facts, strict=True)
@@ -171,11 +171,8 @@ class _Job:
         write_json(self.folder / STORE_FILE, store)
         self._tidy(store)
 
-    def _facts(self, piece: Piece) -> dict[str, int]:
-        return read_json(self.shards / piece.name / "facts.json")
-
     def _tidy(self, store: dict[str, Any]) -> None:
-        """Remove what a finished store does not need; also what a kill left behind after the last line."""
+        """Delete the files that a finished store does not need, also those left by a kill."""
         (self.folder / PLAN_FILE).unlink(missing_ok=True)
         current = {shard["name"] for shard in store["shards"]}
         for folder in self.shards.iterdir():
@@ -194,18 +191,17 @@ class _Job:
 def _encode_missing(
     stream: ActivationStream, missing: list[tuple[Piece, list[_Job]]], order: Ints, window: int, ranks: RankJob
 ) -> None:
-    """Encode and write this rank's part of the shards that some runs lack."""
+    """Encode and write this rank's part of the missing shards."""
     corpus = stream.corpus
     used = corpus.context // window * window
     left = sum(piece.stop - piece.start for piece, _ in missing) * used
     done = len(order) * used - left
-    names = dict.fromkeys(job.name for _, lacking in missing for job in lacking)
-    bar_of = track(f"harvest {' '.join(names)}", len(order) * used, "tokens", done=done)
-    with bar_of as bar, ShardWriter(window) as writer:
+    names = " ".join(dict.fromkeys(job.name for _, lacking in missing for job in lacking))
+    progress = track(f"harvest {names}", len(order) * used, "tokens", done=done)
+    with progress as bar, ShardWriter(window) as writer:
         for turn, (piece, lacking) in enumerate(missing):
             if turn % ranks.size != ranks.rank:
-                # About now another rank is done with it.
-                bar.advance((piece.stop - piece.start) * used)
+                bar.advance((piece.stop - piece.start) * used)  # another rank does it at about the same time
                 continue
             parts: list[list[Coded]] = [[] for _ in lacking]
             for start in range(piece.start, piece.stop, corpus.block_rows):
@@ -223,21 +219,22 @@ def _encode_missing(
 
 
 def _encode(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> Coded:
-    """Firings of ``activations`` [B, D] at the tokens where ``ordinary`` [B] holds."""
+    """Encode ``activations`` [B, D]; keep the firings at tokens where ``ordinary`` [B] is true."""
     from sae.dictionaries.entries import tokens_at_once
 
     _check_products(name, sae, activations)
     n = tokens_at_once(sae.num_latents)
-    parts = [_encode_part(name, sae, *of) for of in zip(activations.split(n), _split(ordinary, n), strict=True)]
+    starts = range(0, len(activations), n)
+    parts = [_encode_part(name, sae, activations[i : i + n], ordinary[i : i + n]) for i in starts]
     latents, strengths, counts = (np.concatenate([part[i] for part in parts]) for i in range(3))
     clipped, raised = (sum(getattr(part, field) for part in parts) for field in ("n_clipped", "n_raised"))
     return Coded(latents, strengths, counts, clipped, raised)
 
 
 def _check_products(name: str, sae: Sae, activations: torch.Tensor) -> None:
-    """Raise BadInput where a pre-activation of ``activations`` [B, D], or a part of its sum, could overflow float32.
+    """Raise BadInput if a pre-activation of ``activations`` [B, D] could overflow float32.
 
-    A sum that overflows in both directions is NaN, and a latent whose pre-activation is NaN would seem not to fire.
+    Its sum could become NaN, and the latent would seem not to fire.
     """
     import torch
 
@@ -245,17 +242,13 @@ def _check_products(name: str, sae: Sae, activations: torch.Tensor) -> None:
     row = float(sae.W_enc.norm(dim=1, dtype=torch.float64).max())
     if not token * row + float(sae.b_enc.abs().max()) < torch.finfo(torch.float32).max:
         raise BadInput(
-            f"harvest: the SAE of run {name!r} overflows float32 on these activations (encoder rows as long as "
-            f"{row:.3g}, tokens as long as {token:.3g}); give the model and hookpoint that it was trained on"
+            f"harvest: the SAE of run {name!r} overflows float32 on these activations (norms: encoder rows up to "
+            f"{row:.3g}, tokens up to {token:.3g}); give the model and hookpoint that it was trained on"
         )
 
 
-def _split(values: Array, n: int) -> list[Array]:
-    return [values[start : start + n] for start in range(0, len(values), n)]
-
-
 def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> Coded:
-    """:func:`_encode` of so few tokens that M slots for each do no harm: one may fire for nearly all latents."""
+    """Encode so few tokens that M slots for each fit in memory, since one may fire nearly all latents."""
     import torch
 
     latent_type, count_type = choose_index_types(sae.num_latents)
@@ -264,11 +257,11 @@ def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array
     values, latents = strengths.float().cpu().numpy(), indices.cpu().numpy()
     if not np.isfinite(values).all():
         raise UserError(
-            f"harvest: the SAE of run {name!r} gives activations that are not finite; train or import another"
+            f"harvest: the SAE of run {name!r} gives NaN or infinite activations; train or import another SAE"
         )
     fires = (values > 0) & ordinary[:, None]
     kept = values[fires]
-    # A firing too weak for float16 stays a firing, and one too strong stays finite; both are counted.
+    # Clip to the range of float16, so that weak firings stay firings and strong ones finite.
     return Coded(
         latents=latents[fires].astype(latent_type),
         activations=np.clip(kept, _SMALLEST, _LARGEST).astype(np.float16),
@@ -279,7 +272,7 @@ def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array
 
 
 def choose_index_types(num_latents: int) -> tuple[type[np.unsignedinteger[Any]], type[np.unsignedinteger[Any]]]:
-    """The narrowest types for a latent's number and for how many latents fire at one token."""
+    """Return the narrowest types for a latent's index and for the number of latents that fire at a token."""
     return np.uint16 if num_latents <= 2**16 else np.uint32, np.uint16 if num_latents < 2**16 else np.uint32
 
 
@@ -288,7 +281,7 @@ def _pieces(n_sequences: int, per_shard: int) -> list[Piece]:
 
 
 def _provenance(stream: ActivationStream, order: Ints, order_seed: int, window: int) -> dict[str, Any]:
-    """What the firings of every run of the study depend on."""
+    """Return the inputs of the firings that all runs of the study share."""
     corpus = stream.corpus
     return {
         "corpus": corpus.key,
@@ -297,7 +290,7 @@ def _provenance(stream: ActivationStream, order: Ints, order_seed: int, window: 
         "dtype": str(stream.subject.dtype).removeprefix("torch."),
         "hookpoint": stream.hookpoint,
         "order_seed": order_seed,
-        # The order itself too: a seed's generator may change between versions of NumPy.
+        # The order too: a seed's generator may change between versions of NumPy.
         "order": hashlib.sha256(np.ascontiguousarray(order, dtype="<i8").data).hexdigest(),
         "context": corpus.context,
         "window": window,
@@ -313,12 +306,12 @@ def _same_plan(path: Path, plan: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _disk_full_is_told(folder: Path) -> Iterator[None]:
+def _report_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"harvest: no space left for {str(folder)!r}; free some and run the same command, finished shards are kept"
+            f"harvest: the disk is full at {str(folder)!r}; free some space and run the same command to resume"
         ) from None

@@ -1,15 +1,13 @@
-"""From shards sorted by latent to one by-latent index: a counting sort that never holds the firings.
+"""Merge shards that are sorted by latent into one by-latent index, with a counting sort in bounded memory.
 
-The first pass adds up how many firings each latent has in each source, which fixes where every latent
-begins in the result. The second writes: for a block of latents at a time, each source's share of the
-block is one contiguous slice, and goes behind what earlier sources left there. Sources are read once and
-the result is written once, front to back, whatever the number of tokens; since sources come in the order
-of their tokens, positions end up ascending within every latent.
+The first pass counts the firings of each latent in each source, which gives the latent's place in the result. The
+second takes a block of latents at a time and appends each source's slice of it. Sources come in the order of their
+tokens, so positions ascend within a latent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +15,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from sae.common.progress import track
-from sae.firings.store import Array, Ints, hash_windows, map_array, split_latents
+from sae.firings.store import INDEX_FILES, Array, Ints, hash_windows, map_array, split_latents
 
 if TYPE_CHECKING:
     from sae.text.corpus import Corpus
@@ -28,7 +26,7 @@ _SEQUENCES_AT_ONCE_TOKENS = 1 << 18
 
 
 class Piece(NamedTuple):
-    """A shard's place: the ranks ``start`` to ``stop`` of the corpus order."""
+    """A shard's place: ``start`` to ``stop`` in the corpus order."""
 
     start: int
     stop: int
@@ -39,7 +37,7 @@ class Piece(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Firings sorted by latent: token positions count from ``base``; those from ``limit`` on do not count."""
+    """Firings sorted by latent. Positions count from ``base``; those from ``limit`` on are ignored."""
 
     offsets: Array
     positions: Array
@@ -48,9 +46,9 @@ class Source(NamedTuple):
     limit: int | None = None
 
     def slices(self, first: int, last: int) -> Iterator[tuple[Ints, Array, Array]]:
-        """Firings of latents ``first`` to ``last``: how many of each latent, positions, activations.
+        """Yield the firings of latents ``first`` to ``last`` in pieces: counts per latent, positions, activations.
 
-        In pieces of bounded size, one after another: a latent may be cut between two of them.
+        A latent may continue in the next piece.
         """
         bounds = np.asarray(self.offsets[first : last + 1], dtype=np.int64)
         for start in range(int(bounds[0]), int(bounds[-1]), _BLOCK_FIRINGS):
@@ -64,7 +62,7 @@ class Source(NamedTuple):
             yield np.diff(edges), positions + np.uint32(self.base), activations
 
     def counts(self) -> Ints:
-        """How many firings each latent has here: int64 [M]."""
+        """Return the number of firings of each latent, int64 [M]."""
         if self.limit is None:
             return np.diff(self.offsets)
         total = np.zeros(len(self.offsets) - 1, np.int64)
@@ -84,17 +82,15 @@ def build_index(
     order: Ints,
     label: str,
 ) -> dict[str, int]:
-    """Write the index files into ``folder``; returns the store's totals.
+    """Write the index files into ``folder``; return the store's totals.
 
     Args:
-        folder: where the six arrays go (see :mod:`sae.firings.store`).
+        folder: the folder of the six arrays (see :mod:`sae.firings.store`).
         store: the firing store that holds the shards.
-        provenance: the harvest's.
-        kept: the record of a smaller, finished store whose index stands for the shards that it names.
+        kept: the record of a smaller, finished store; its index replaces the shards that it names.
         pieces: the shards, in the order of their tokens.
-        corpus: where the tokens are.
         order: corpus rows of the harvested sequences.
-        label: what the progress bar is called.
+        label: the label of the progress bar.
     """
     window = provenance["window"]
     per_sequence = provenance["context"] // window * window
@@ -111,7 +107,7 @@ def build_index(
 
 
 def merge(folder: Path, sources: list[Source], num_latents: int, label: str) -> int:
-    """Write offsets, positions and activations of all ``sources`` into ``folder``; returns the firings."""
+    """Write offsets, positions and activations of all ``sources`` into ``folder``; return the number of firings."""
     counts = np.zeros(num_latents, np.int64)
     for source in sources:
         counts += source.counts()
@@ -120,7 +116,7 @@ def merge(folder: Path, sources: list[Source], num_latents: int, label: str) -> 
     np.save(folder / "offsets.npy", offsets)
     positions = open_memmap(folder / "positions.npy", mode="w+", dtype=np.uint32, shape=(n_firings,))
     activations = open_memmap(folder / "activations.npy", mode="w+", dtype=np.float16, shape=(n_firings,))
-    free = offsets[:-1].copy()  # where each latent's next firing goes
+    free = offsets[:-1].copy()  # the place of each latent's next firing
     with track(label, n_firings, "firings") as bar:
         for first, last in split_latents(offsets, _BLOCK_FIRINGS):
             for source in sources:
@@ -136,25 +132,24 @@ def merge(folder: Path, sources: list[Source], num_latents: int, label: str) -> 
 
 
 def _sources(store: Path, kept: dict[str, Any] | None, pieces: list[Piece], per_sequence: int) -> list[Source]:
+    def open_source(folder: Path, names: Sequence[str], base: int, limit: int | None = None) -> Source:
+        offsets, positions, activations = (map_array(folder / f"{name}.npy") for name in names)
+        return Source(offsets, positions, activations, base, limit)
+
     sources = []
     named = {shard["name"] for shard in kept["shards"]} if kept else set()
     inherited = [piece for piece in pieces if piece.name in named]
     if kept and inherited:
-        offsets, positions, activations = (
-            map_array(store / kept["index"] / f"{name}.npy") for name in ("offsets", "positions", "activations")
-        )
-        sources.append(Source(offsets, positions, activations, base=0, limit=inherited[-1].stop * per_sequence))
+        limit = inherited[-1].stop * per_sequence
+        sources.append(open_source(store / kept["index"], INDEX_FILES[:3], 0, limit))
     for piece in pieces:
         if piece.name not in named:
-            offsets, positions, activations = (
-                map_array(store / "shards" / piece.name / f"{name}.npy") for name in SORTED_FILES
-            )
-            sources.append(Source(offsets, positions, activations, base=piece.start * per_sequence))
+            sources.append(open_source(store / "shards" / piece.name, SORTED_FILES, piece.start * per_sequence))
     return sources
 
 
 def _describe_windows(folder: Path, corpus: Corpus, order: Ints, window: int) -> int:
-    """Write what is known of each window beside its firings; returns how many tokens are special."""
+    """Write each window's sequence, content hash and special flag; return the number of special tokens."""
     slots = corpus.context // window
     n_windows = len(order) * slots
     np.save(folder / "sequences.npy", np.asarray(order, dtype=np.int64))

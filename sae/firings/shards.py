@@ -1,4 +1,4 @@
-"""Writing the shards of a harvest: sorted and synced beside the next one's forward pass."""
+"""Sort and write the shards of a harvest in a thread, during the next shard's forward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sae.firings.store import Array, Ints
 
 
 class Coded(NamedTuple):
-    """Firings of some consecutive tokens: F latents and activations in token order, and B counts."""
+    """Firings of consecutive tokens: F latents and activations in token order, and B counts."""
 
     latents: Array
     activations: Array
@@ -27,7 +27,7 @@ class Coded(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What one shard of one run is to hold, and where it goes."""
+    """The content of one shard of one run, and its folder."""
 
     folder: Path
     coded: list[Coded]
@@ -35,10 +35,9 @@ class Shard(NamedTuple):
 
 
 class ShardWriter:
-    """Sorts and writes a shard beside the next one's forward pass: the disk is waited for and nothing else is.
+    """Writes one shard at a time in a thread, so memory holds at most two.
 
-    At most one shard waits to be written, so that the firings of no more than two are held in memory. What goes wrong
-    is raised where the next shard is handed over, or at the end.
+    Raises a shard's error when the next shard is handed over, or at the end.
     """
 
     def __init__(self, window: int) -> None:
@@ -66,7 +65,7 @@ class ShardWriter:
 
 
 def _write(folder: Path, shard: Shard, window: int) -> None:
-    """One shard's arrays: by token, which stay; and sorted by latent, until the index is merged."""
+    """Write a shard's arrays: by token, which stay, and by latent, until the index is merged."""
     latents, activations, counts = (np.concatenate([part[i] for part in shard.coded]) for i in range(3))
     window_counts = counts.reshape(-1, window).sum(1, dtype=np.int64)
     token = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
@@ -95,7 +94,7 @@ def _offsets(counts: Array) -> Ints:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; when the block ends well its files are synced and it is renamed."""
+    """Yield a temporary folder; sync its files and rename it to ``path`` if the block ends without an error."""
     temporary = path.with_name(f".tmp-{path.name}")
     for leftover in (temporary, path):
         if leftover.exists():

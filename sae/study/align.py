@@ -1,7 +1,7 @@
-"""The stage that compares runs: partners by weights, beside what shares nothing; what latents do; the overlap tables.
+"""Align runs: find partners by weights, compare firings, and write the overlap tables.
 
-A pair's alignment and the comparison of its firings are files of their own, each with the digest of what it was made
-from, so that only what is missing or stale is made (again).
+Each pair's alignment and comparison is a file with the digest of its inputs, so only missing or outdated ones are
+computed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force: bool = False) -> None:
-    """Match every pair of ``runs`` by weights, compare their firings, bring the overlap tables up to date.
+    """Match each pair of ``runs`` by weights, compare their firings, and update the overlap tables.
 
     Args:
         nulls: also match each with its rotated sibling, and compare it with firings moved along the tokens
             (:mod:`sae.alignment.nulls`): twice the work of the matching and of the comparison.
-        force: also runs that did not see the same batches, or are of different hookpoints.
+        force: align runs of different studies or hookpoints too.
     """
     from sae.alignment.alignment import pairs
 
@@ -43,10 +43,13 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
     root = runs[0].root
     for run in runs:
         check_trained(run)
-    _check_widths(runs)
+    widths = {run.name: run.record["subject"].get("d_in") for run in runs}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise BadInput(f"only SAEs of activations of the same width can be aligned; d_in is {listed}")
     apart = explain_difference(runs)
     if apart and not force:
-        raise BadInput(f"{apart}, so what differs is not the seed alone; align runs of one study, or give --force")
+        raise BadInput(f"{apart}, so they differ in more than the seed; align runs of one study, or give --force")
     studies = group_by_study(runs)
     ensure_harvested(runs, compute)
     with ExitStack() as locks:
@@ -57,7 +60,7 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
             _align_pairs(matched, compute, nulls)
         for a, b in wanted:
             if not share_tokens(a, b):
-                say(f"{a.name} and {b.name} were harvested from different texts or windows: only weights are compared")
+                say(f"{a.name} and {b.name} were harvested from different texts or windows: comparing weights only")
         done = {(a, b) for a, b in wanted if is_compared(a, b) and (not nulls or _has_shifted(a, b))}
         compared = [(a, b) for a, b in wanted if (a, b) not in done and share_tokens(a, b)]
         if compared:
@@ -68,23 +71,15 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
                     _write_overlap(run)
 
 
-def _check_widths(runs: Sequence[Run]) -> None:
-    """Raise in one line where runs are of activations of different width: told before any work."""
-    widths = {run.name: run.record["subject"].get("d_in") for run in runs}
-    if len(set(widths.values())) > 1:
-        told = ", ".join(f"{name} {width}" for name, width in widths.items())
-        raise BadInput(f"only SAEs of activations of the same width can be aligned; d_in is {told}")
-
-
 def explain_difference(runs: Sequence[Run]) -> str | None:
-    """Why a difference between ``runs`` need not be one of seeds; ``None`` where they are of one study."""
+    """Return why ``runs`` differ in more than the seed; ``None`` for runs of one study."""
     studies = group_by_study(runs)
     if len(studies) < 2:
         return None
     names = ", ".join(run.name for run in runs)
     hookpoints = {f"{run.record['subject']['source']} {run.record['hookpoint']}" for run in runs}
     if len(hookpoints) > 1:
-        return f"runs {names} are of different hookpoints ({', '.join(sorted(hookpoints))})"
+        return f"runs {names} have different hookpoints ({', '.join(sorted(hookpoints))})"
     return f"runs {names} belong to different studies ({', '.join(studies)}): they did not see the same batches"
 
 
@@ -107,7 +102,7 @@ def _align_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) ->
 
 
 class _Rows:
-    """Encoder and decoder rows of the two runs at hand. Pairs come in an order in which the first seldom changes."""
+    """Encoder and decoder rows of the current pair; consecutive pairs often share the first run."""
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -126,19 +121,16 @@ def _pair_inputs(a: Run, b: Run) -> str:
 
 
 def is_aligned(a: Run, b: Run) -> bool:
-    """Whether the pair's alignment is there and is that of its weights."""
+    """Return whether the pair's alignment exists and matches its weights."""
     return pair_inputs(a.root / "alignments", a.name, b.name) == _pair_inputs(a, b)
 
 
 def _has_nulls(a: Run, b: Run) -> bool:
-    """As the table itself tells: its .json is written before it, and a kill may have fallen between the two."""
+    """Return whether the alignment has nulls, from its table, which is written after its .json."""
     from sae.alignment.nulls import COLUMNS, ROTATED
 
     path = pair_path(a.root / "alignments", a.name, b.name)
     return path is not None and {f"{column}__{ROTATED}" for column in COLUMNS} <= set(table_columns(path))
-
-
-# --- what latents do ---------------------------------------------------------------------------------------
 
 
 def behaviour_folder(root: Path) -> Path:
@@ -146,7 +138,7 @@ def behaviour_folder(root: Path) -> Path:
 
 
 def share_tokens(a: Run, b: Run) -> bool:
-    """Whether the two were harvested from the same tokens of the same model's text, in the same order."""
+    """Return whether two runs were harvested from the same tokens in the same order."""
     one, other = (run.store().provenance for run in (a, b))
     return all(one[key] == other[key] for key in ("corpus_fingerprint", "order", "context", "window"))
 
@@ -209,7 +201,7 @@ def _behaviour_inputs(a: Run, b: Run) -> str:
 
 
 def is_compared(a: Run, b: Run) -> bool:
-    """Whether the pair's firings have been compared, those of their weights and harvests."""
+    """Return whether the pair's comparison of firings exists and matches its weights and harvests."""
     stored = pair_inputs(behaviour_folder(a.root), a.name, b.name)
     try:
         return stored is not None and stored == _behaviour_inputs(a, b)
@@ -217,11 +209,8 @@ def is_compared(a: Run, b: Run) -> bool:
         return False
 
 
-# --- overlap -----------------------------------------------------------------------------------------------
-
-
 def _write_overlap(run: Run) -> None:
-    """The run's overlap table, over the siblings that it is aligned with; kept where it is up to date."""
+    """Write the run's overlap table over its aligned siblings, unless it is up to date."""
     from sae.alignment.alignment import read_alignment
     from sae.alignment.latent_table import latent_table
 
@@ -236,7 +225,7 @@ def _write_overlap(run: Run) -> None:
 
 
 def _overlap_inputs(run: Run) -> tuple[list[Run], str]:
-    """The siblings that the run is aligned with, and the digest of what its overlap table is made from."""
+    """Return the aligned siblings, and the digest of the inputs of the overlap table."""
     siblings = [other for other in run.siblings() if is_aligned(run, other)]
     pairs = [
         [
@@ -249,32 +238,29 @@ def _overlap_inputs(run: Run) -> tuple[list[Run], str]:
 
 
 def find_alive(run: Run) -> np.ndarray:
-    """Which latents fired in the harvest: bool [M]."""
+    """Return which latents fired in the harvest: bool [M]."""
     return ~read_table(run.stage_path("firing"))["dead"].to_numpy(dtype=bool)
 
 
 def compute_overlap(runs: Sequence[Run], threshold: float = 0.7) -> dict[str, Any]:
-    """What the aligned ``runs`` share, as one JSON value; see :class:`sae.alignment.overlap.StudyOverlap`."""
+    """Compute what aligned ``runs`` share, as JSON; see :class:`sae.alignment.overlap.StudyOverlap`."""
     return read_comparison(runs, threshold).shared.as_dict()
 
 
 class Compared(NamedTuple):
-    """All that is known of how aligned runs differ."""
+    """The comparison of aligned runs."""
 
     runs: list[Run]
     shared: StudyOverlap
     alignments: dict[tuple[str, str], pd.DataFrame]
-    behaviour: dict[tuple[str, str], pd.DataFrame]
-    """of the pairs whose firings have been compared"""
-    behaviour_facts: dict[tuple[str, str], dict[str, Any]]
-    """over how many tokens, and how exactly"""
+    behaviour: dict[tuple[str, str], pd.DataFrame]  # of pairs whose firings have been compared
+    behaviour_facts: dict[tuple[str, str], dict[str, Any]]  # see read_behaviour_facts
     alive: dict[str, np.ndarray]
-    apart: str | None
-    """why their differences need not be the seed's alone"""
+    apart: str | None  # why they differ in more than the seed
 
 
 def read_comparison(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
-    """What the stages found out about aligned ``runs``."""
+    """Read the comparison of aligned ``runs``."""
     from sae.alignment.alignment import both_ways
     from sae.alignment.overlap import DIPS, overlap
 
@@ -291,13 +277,7 @@ def read_comparison(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
     )
 
 
-def _aligned_pairs(run: Run) -> tuple[list[Run], list[Run]]:
-    """The run, as often as it has siblings that it is aligned with, and these."""
-    siblings = [other for other in run.siblings() if is_aligned(run, other)]
-    return [run] * len(siblings), siblings
-
-
-_TOTALLED = (
+_READ_COLUMNS = (
     *("latent", "jaccard_partner", "jaccard", "max_jaccard", "relation", "relation_covered", "rebuilt"),
     "rebuilt__rotated",
     *("decoder_partner_jaccard", "decoder_partner_p_there", "decoder_partner_p_here"),
@@ -305,11 +285,11 @@ _TOTALLED = (
 
 
 def read_behaviours(root: Path, names: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
-    """Of every pair whose firings have been compared: (x, y) → the side of x in terms of y, without the lists."""
+    """Read the comparisons of firings: {(x, y): the table of x's latents in terms of y's}, without the lists."""
     from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
 
     found: dict[tuple[str, str], pd.DataFrame] = {}
-    folder, columns = behaviour_folder(root), (*_TOTALLED, *(f"{name}__{SHIFTED}" for name in FIRING_COLUMNS))
+    folder, columns = behaviour_folder(root), (*_READ_COLUMNS, *(f"{name}__{SHIFTED}" for name in FIRING_COLUMNS))
     for a, b in combinations(names, 2):
         if pair_path(folder, a, b) is not None:
             found[a, b], found[b, a] = read_sides(folder, a, b, columns)
@@ -317,30 +297,31 @@ def read_behaviours(root: Path, names: Sequence[str]) -> dict[tuple[str, str], p
 
 
 def read_behaviour_facts(root: Path, names: Sequence[str]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Of every pair whose firings have been compared, once: ``n_tokens``, over how many; ``jaccard_gap_per_latent``, by
-    how much the mean Jaccard of partners may be below that of the best matching, at the most."""
+    """Read {pair: facts} of the comparisons of firings: ``n_tokens``, and ``jaccard_gap_per_latent``, the most by which
+    the mean Jaccard of partners can be below that of the best matching."""
     found = {}
     for a, b in combinations(names, 2):
         path = pair_path(behaviour_folder(root), a, b)
         if path is not None:
-            told = table_metadata(path)
-            found[a, b] = {key: told[key] for key in ("n_tokens", "jaccard_gap_per_latent")}
+            facts = table_metadata(path)
+            found[a, b] = {key: facts[key] for key in ("n_tokens", "jaccard_gap_per_latent")}
     return found
 
 
 def ensure_aligned(run: Run, compute: Compute) -> None:
-    """Align ``run`` with all its siblings where it is not, saying so."""
+    """Align ``run`` with its siblings if it is not, and print a line."""
     siblings = run.siblings()
     if not siblings:
         raise BadInput(
             f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; "
-            f"{run.suggest_another_run()}, or leave the choice by sharing out"
+            f"{run.suggest_another_run()}, or do not choose latents by sharing"
         )
     missing = [other for other in siblings if not is_aligned(run, other)]
     if missing:
-        say(f"{run.name}: not aligned with {', '.join(r.name for r in missing)} yet, doing that first")
-    if missing or run.stage_inputs("overlap") != _overlap_inputs(run)[1]:  # a kill may fall between the two
+        say(f"{run.name}: not aligned with {', '.join(r.name for r in missing)} yet, aligning first")
+    if missing or run.stage_inputs("overlap") != _overlap_inputs(run)[1]:  # a kill can come between the two
         if not missing:
-            say(f"{run.name}: its table of what is shared is not up to date, doing that first")
-        # Pairs that were aligned without nulls on purpose stay so.
-        align_runs([run, *siblings], compute, nulls=all(map(_has_nulls, *_aligned_pairs(run))))
+            say(f"{run.name}: the overlap table is out of date, updating it first")
+        # Pairs that were aligned without nulls stay without.
+        nulls = all(_has_nulls(run, other) for other in siblings if other not in missing)
+        align_runs([run, *siblings], compute, nulls)

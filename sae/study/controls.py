@@ -1,14 +1,12 @@
-"""Dictionaries that have learnt nothing, or less, beside those of a study: what scores are worth is seen beside theirs.
+"""Add control SAEs, whose weights are partly or never trained, to a study: scores mean little unless they beat these.
 
-SAEs with a random decoder that is never trained, and even untrained ones, have been found to score nearly as well in
-automatic interpretability as trained ones (arXiv 2501.17727, 2602.14111). So a study may have two such controls, each a
-study of its own with one run, under the same settings and on the same batches:
+SAEs with a random decoder, and even untrained ones, can score nearly as well in automatic interpretability as trained
+ones (arXiv 2501.17727, 2602.14111). Each control is a study with one run, with the same settings and batches:
 
-- ``NAME-frozen_a``: the decoder stays as it was drawn, random directions; all else is trained;
-- ``NAME-untrained_a``: nothing is trained. One batch is read, for the bias that the dictionary begins with.
+- ``NAME-frozen_a``: the random decoder is never trained, everything else is;
+- ``NAME-untrained_a``: nothing is trained. One batch is read, to initialise the bias.
 
-They are harvested, explained and scored like any run, and are no siblings of the study's: nothing is compared with
-their weights.
+They are harvested, explained and scored like any run, but are not siblings: their weights are not aligned.
 """
 
 from __future__ import annotations
@@ -21,17 +19,17 @@ from typing import Any
 from sae.study.run import Run, Study, check_name, study_runs
 
 CONTROLS = {"frozen": "a random decoder that is never trained", "untrained": "nothing is trained"}
-"""the suffix of a control's study → what it is, in words"""
+"""suffix of a control's study → description"""
 _FROZEN = {"frozen": "decoder", "untrained": "everything"}
 
 
 def add_controls(studies: Sequence[Study], root: Path) -> list[Study]:
-    """``studies`` and then their controls, which train on the same stream. Those that are begun stay the only ones."""
+    """Return ``studies`` and their controls, with the seeds of controls that have already begun."""
     return [*studies, *(_control(study, kind, root) for study in studies for kind in CONTROLS)]
 
 
 def find_controls(run: Run) -> dict[str, Run]:
-    """The trained controls of the run's study, by kind; a control has none."""
+    """Return the trained controls of the run's study by kind; a control has none."""
     found: dict[str, Run] = {}
     if run.is_control:
         return found

@@ -1,8 +1,8 @@
-"""Delete runs, and what no run uses any more: corpora, kept activations, alignments and reports of deleted runs.
+"""Delete runs, and files that no run uses any more: corpora, cached activations, alignments and reports.
 
-First a plan is made, to be shown; then its parts are deleted, those that others are found by last. So a deletion that
-was killed half-way is finished by the same command. Nothing outside the root is deleted: a link is removed, and what it
-points to stays. The cache of language models' answers is never part of a plan, because they are paid for.
+A plan is made first, to be shown, and then carried out in an order that lets the same command finish a killed deletion.
+Nothing outside the root is deleted: a link is removed, not its target. The cache of language models' answers, which
+cost money, always stays.
 """
 
 from __future__ import annotations
@@ -38,13 +38,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be deleted under ``root``, in order, and what stays: sentences for the user."""
+    """The parts to delete under ``root``, in order, and sentences about things that stay."""
 
     root: Path
     parts: list[Part] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
-    """The runs among the parts."""
 
     @property
     def n_bytes(self) -> int:
@@ -56,12 +55,9 @@ class Plan:
 
 
 def plan_deletion(name: str, root: Path) -> Plan:
-    """Plan to delete the run ``name``, or all runs of the study of that name, its controls among them.
+    """Plan to delete a run, or a study and its controls, with their alignments and HTML reports.
 
-    With a run go its alignments and its HTML report.
-
-    :raises NotFound: there is no such run or study.
-    :raises BadInput: ``name`` is no name of a run, or its folder is a link.
+    Raises NotFound if there is no such run or study, BadInput if the name is invalid or the folder is a link.
     """
     check_name(name)
     runs, kept = _named(name, root)
@@ -75,13 +71,13 @@ def plan_deletion(name: str, root: Path) -> Plan:
             _add(plan, "report", path)
     for run in runs:
         if run.folder.is_symlink():
-            raise BadInput(f"{str(run.folder)!r} is a link to another place; delete it by hand")
+            raise BadInput(f"{str(run.folder)!r} is a link; delete it by hand")
         _add(plan, "run", run.folder)
     return _with_cache_kept(plan)
 
 
 def plan_pruning(root: Path) -> Plan:
-    """Plan to delete what no run uses any more."""
+    """Plan to delete the files that no run uses any more."""
     plan = Plan(root)
     every = all_runs(root)
     names = {run.name for run in every}
@@ -93,7 +89,7 @@ def plan_pruning(root: Path) -> Plan:
             _add(plan, "report", path)
     runs, damaged = split_readable(every)
     if damaged:
-        plan.kept.append(f"all corpora stay, because it is not known which one this run uses: {damaged[0]}")
+        plan.kept.append(f"all corpora stay, because the corpus of this run is unknown: {damaged[0]}")
         return _with_cache_kept(plan)
     users: dict[str, list[Run]] = {}
     for run in runs:
@@ -109,10 +105,7 @@ def plan_pruning(root: Path) -> Plan:
 
 @contextmanager
 def lock_runs(root: Path, name: str | None = None) -> Iterator[None]:
-    """Hold the locks of the run or study ``name`` (of all studies where none is named), so that no command is at work.
-
-    :raises UserError: a command is.
-    """
+    """Hold the locks of a run or study (of all studies by default); raise UserError if a command is running."""
     if name is None:
         runs, studies = all_runs(root), {path.name[1:-5] for path in root.glob(".*.lock")}
     else:
@@ -132,10 +125,12 @@ def lock_runs(root: Path, name: str | None = None) -> Iterator[None]:
 
 
 def delete(plan: Plan) -> None:
-    """Delete the parts of a plan. What is gone already is no error."""
+    """Delete the parts of a plan; missing ones are skipped."""
     for part in plan.parts:
-        if part.kind == "run":
-            _delete_folder(part.path, last="run.json")
+        if part.kind == "run" and part.path.exists():
+            for child in sorted(part.path.iterdir(), key=lambda path: path.name == "run.json"):  # run.json last
+                _remove(child)
+            part.path.rmdir()
         elif part.kind == "corpus":
             _delete_corpus(part.path)
         else:
@@ -143,7 +138,7 @@ def delete(plan: Plan) -> None:
 
 
 def disk_bytes(path: Path) -> int:
-    """What a file or folder takes on the disk, links not followed."""
+    """Return the disk space of a file or folder, without following links."""
     with suppress(OSError):
         found = path.lstat().st_blocks * 512
         if path.is_dir() and not path.is_symlink():
@@ -153,7 +148,7 @@ def disk_bytes(path: Path) -> int:
 
 
 def _named(name: str, root: Path) -> tuple[list[Run], list[str]]:
-    """The run of this name, else the runs of the study, its controls first; and a sentence for what stays of it."""
+    """Return the run of this name, else the runs of the study, controls first, and sentences on damaged ones."""
     every = all_runs(root)
     if name in (run.name for run in every) or _is_left_over(root / name):
         return [Run(name, root)], []
@@ -173,12 +168,12 @@ def _named(name: str, root: Path) -> tuple[list[Run], list[str]]:
 
 
 def _is_left_over(folder: Path) -> bool:
-    """Whether a folder is what a kill leaves of a run at the end of its deletion: nothing, or temporary files."""
+    """Return whether a folder is the rest of a killed deletion: empty, or only temporary files."""
     return folder.is_dir() and not folder.is_symlink() and all(f.name.startswith(".") for f in folder.iterdir())
 
 
 def _study(run: Run) -> str:
-    """The run's study; by the run's name where its record cannot be read."""
+    """Return the run's study, from its name if the record is damaged."""
     try:
         return run.study
     except (BadInput, OSError):
@@ -186,7 +181,7 @@ def _study(run: Run) -> str:
 
 
 def _of_study(run: Run) -> str:
-    """The study that the run belongs to: a control's is the one that it is held against."""
+    """Return the study that the run, or the study that the control, belongs to."""
     try:
         return run.parent_study
     except BadInput:  # settings of another version
@@ -200,7 +195,7 @@ def _pair_files(root: Path) -> list[Path]:
 
 
 def _is_report(path: Path) -> bool:
-    """Whether a page is the report that this program wrote of the run that the file is named after."""
+    """Return whether a page is this program's report of the run that the file is named after."""
     if not path.is_file() or path.is_symlink():
         return False
     page = path.read_bytes()
@@ -208,16 +203,16 @@ def _is_report(path: Path) -> bool:
 
 
 def _add(plan: Plan, kind: str, path: Path) -> None:
-    """Add a part, unless it lies outside the root because a folder on the way to it is a link."""
+    """Add a part, unless a link leads outside the root."""
     if path.parent.resolve().is_relative_to(plan.root.resolve()):
         plan.parts.append(Part.of(kind, path))
     else:
-        plan.kept.append(f"{path} stays, because it lies outside {plan.root}")
+        plan.kept.append(f"{path} stays, because it is outside {plan.root}")
 
 
 def _with_cache_kept(plan: Plan) -> Plan:
     if (plan.root / "cache.sqlite").is_file():
-        plan.kept.append("cache.sqlite stays: it holds language models' answers, which are paid for")
+        plan.kept.append("cache.sqlite stays: it holds paid answers of language models")
     return plan
 
 
@@ -228,23 +223,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _delete_folder(folder: Path, last: str) -> None:
-    """Delete a folder, the file by which it is found after all else."""
-    if not folder.exists():
-        return
-    for child in sorted(folder.iterdir(), key=lambda path: path.name == last):
-        _remove(child)
-    folder.rmdir()
-
-
 def _delete_corpus(folder: Path) -> None:
-    """Delete a corpus that no command is making. First its record, so that half of one is never taken for a whole."""
+    """Delete a corpus that no command is making: its record first, so that the rest is never taken for a corpus."""
     if folder.is_symlink():
         folder.unlink()
         return
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        with lock:
+        with FileLock(folder / ".lock", timeout=0):
             (folder / "corpus.json").unlink(missing_ok=True)
             for child in folder.iterdir():
                 if child.name != ".lock":

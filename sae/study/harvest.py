@@ -1,7 +1,6 @@
-"""The harvest as a stage: the firing stores of runs, and whether they are those of their weights.
+"""Harvest runs: write their firing stores, and tell whether these are up to date.
 
-A stage is *done* when its file is on disk and carries the digest of the inputs that it would have now;
-otherwise it runs (again). So the same command after a kill goes on where the disk says it stopped.
+A stage is *done* when its file carries the digest of its present inputs; otherwise it runs (again), and resumes.
 """
 
 from __future__ import annotations
@@ -23,27 +22,21 @@ from sae.study.run import Run, all_runs
 from sae.study.stage import Compute, Source, check_same_inputs, get_source_key, lock_study, open_source
 
 if TYPE_CHECKING:
-    from sae.activations.stream import ActivationStream
-    from sae.dictionaries.sae import Sae
     from sae.firings.store import FiringStore
-
-
-# --- harvest ----------------------------------------------------------------------------------------------
 
 
 def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = None) -> None:
     """Fill the firing stores of ``runs`` and of their studies' controls, in one pass over the subject model.
 
-    Studies of other hookpoints of the same model and text are harvested one after the other, out of what the first
-    pass has put into their caches. Without ``tokens`` a store that is there is enough; with it, one that holds fewer is
-    added to.
+    Several hookpoints of one model and text are harvested one after the other, from the caches that the first pass has
+    filled. ``tokens`` extends stores that hold fewer.
     """
     for run in runs:
         check_trained(run)
     controls = {control.name: control for run in runs for control in find_controls(run).values()}
     runs = [*runs, *(control for name, control in controls.items() if name not in {run.name for run in runs})]
     with join_ranks_at_text(compute.device) as (job, device):
-        # Rank 0 decides, before anything is written: the others may look at the disk a moment later.
+        # Rank 0 decides, since other ranks may read the disk later.
         lacking = job.first(
             "lacking", lambda: [run.name for run in runs if tokens is not None or not is_harvested(run)]
         )
@@ -63,23 +56,18 @@ def _harvest_sharing(sharing: list[Run], compute: Compute, tokens: int | None, j
         with job.first_then_others(label):
             cache: Literal["fill", "read"] = "fill" if job.rank == 0 else "read"
             source = open_source([run.settings for run in sharing], sharing[0].root, compute, cache)
-        for alike in _alike(sharing):
-            _harvest_alike(source, alike, tokens or alike[0].settings.harvest.tokens, job)
+        groups: dict[Any, list[Run]] = {}  # one pass each: the same hookpoint, tokens and order
+        for run in sharing:
+            settings = run.settings
+            groups.setdefault((run.record["hookpoint"], settings.harvest, settings.corpus.order_seed), []).append(run)
+        for group in groups.values():
+            _harvest_group(source, group, tokens or group[0].settings.harvest.tokens, job)
         job.barrier()
         if job.rank == 0:
-            _delete_caches_of_no_more_use(source, sharing[0].root)
+            _delete_unused_caches(source, sharing[0].root)
 
 
-def _alike(runs: list[Run]) -> list[list[Run]]:
-    """Runs that one pass harvests: of one hookpoint, over the same tokens in the same order."""
-    found: dict[Any, list[Run]] = {}
-    for run in runs:
-        settings = run.settings
-        found.setdefault((run.record["hookpoint"], settings.harvest, settings.corpus.order_seed), []).append(run)
-    return list(found.values())
-
-
-def _harvest_alike(source: Source, runs: list[Run], tokens: int, job: Job) -> None:
+def _harvest_group(source: Source, runs: list[Run], tokens: int, job: Job) -> None:
     from sae.firings.harvest import harvest
     from sae.firings.store import FiringStore, latent_statistics
 
@@ -96,9 +84,13 @@ def _harvest_alike(source: Source, runs: list[Run], tokens: int, job: Job) -> No
         )
     saes = {run.name: run.sae().to(stream.device) for run in runs}
     for name, sae in saes.items():
-        _check_width(name, sae, stream)
+        if sae.d_in != stream.width:
+            raise BadInput(
+                f"run {name!r} reads activations of width {sae.d_in}, but {stream.hookpoint} of model "
+                f"{stream.subject.source!r} has width {stream.width}; give the model and hookpoint of its training"
+            )
     if tokens > corpus.n_tokens:
-        say(f"harvest: {human(tokens)} tokens asked for, the corpus has {human(corpus.n_tokens)}; taking all of it")
+        say(f"harvest: the corpus has {human(corpus.n_tokens)} tokens, fewer than {human(tokens)}; using all of it")
     harvest(
         stream,
         saes,
@@ -121,28 +113,17 @@ def _harvest_alike(source: Source, runs: list[Run], tokens: int, job: Job) -> No
             )
 
 
-def _check_width(name: str, sae: Sae, stream: ActivationStream) -> None:
-    if sae.d_in != stream.width:
-        raise BadInput(
-            f"run {name!r} is an SAE of activations of width {sae.d_in}, and {stream.hookpoint} of model "
-            f"{stream.subject.source!r} has width {stream.width}; give the model and hookpoint that it was trained on"
-        )
-
-
-def _delete_caches_of_no_more_use(source: Source, root: Path) -> None:
-    """Once every run that reads a hookpoint's activations is harvested, all later stages are look-ups in the stores."""
+def _delete_unused_caches(source: Source, root: Path) -> None:
+    """Delete the activation caches of hookpoints whose runs are all harvested: later stages read the stores."""
     for hookpoint, stream in source.streams.items():
         readers = [
             run
             for run in all_runs(root)
             if run.record["corpus"]["key"] == source.corpus.key and run.record["hookpoint"] == hookpoint
         ]
-        if stream.cache is not None and all(is_harvested(run) for run in readers if _is_or_will_be_trained(run)):
+        begun = [run for run in readers if run.is_trained or run.state_folder.is_dir()]
+        if stream.cache is not None and all(map(is_harvested, begun)):
             stream.cache.delete()
-
-
-def _is_or_will_be_trained(run: Run) -> bool:
-    return run.is_trained or run.state_folder.is_dir()
 
 
 def _firing_inputs(run: Run, store: FiringStore) -> str:
@@ -150,7 +131,7 @@ def _firing_inputs(run: Run, store: FiringStore) -> str:
 
 
 def is_harvested(run: Run) -> bool:
-    """Whether the run's firing table is there and is that of its weights and its store."""
+    """Return whether the run's firing table exists and matches its weights and its store."""
     from sae.firings.store import FiringStore
 
     if not run.stage_path("firing").exists():
@@ -161,28 +142,23 @@ def is_harvested(run: Run) -> bool:
         return False
 
 
-# --- what later stages ask for ----------------------------------------------------------------------------
-
-
 def ensure_harvested(runs: Sequence[Run], compute: Compute) -> None:
-    """Harvest those of ``runs`` that are not, saying so."""
+    """Harvest the runs that are not harvested, and print a line."""
     missing = [run for run in runs if not is_harvested(run)]
     if missing:
-        say(f"{', '.join(r.name for r in missing)}: not harvested yet, doing that first")
+        say(f"{', '.join(r.name for r in missing)}: not harvested yet, harvesting first")
         harvest_runs(missing, compute)
 
 
 def check_trained(run: Run) -> None:
-    """Raise in one line where the run was not trained, or imported, to its end."""
+    """Raise NotFound if training, or the import, has not finished."""
     if not run.is_trained:
-        verb = "import" if run.imported else "train"
-        raise NotFound(
-            f"run {run.name!r} is not {verb}ed to its end; give the `{verb}` command that began it again and it goes on"
-        )
+        noun, verb = ("import", "import") if run.imported else ("training", "train")
+        raise NotFound(f"run {run.name!r} has not finished {noun}; run the same `{verb}` command to resume")
 
 
 def group_by_study(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Study → its runs among these, in their order."""
+    """Group runs by study, in their order."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(run.study, []).append(run)

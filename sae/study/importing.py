@@ -1,12 +1,12 @@
-"""Dictionaries that somebody else trained, as runs of a study; and runs handed to other programs.
+"""Import SAEs that another program trained as runs of a study, and export runs in other programs' formats.
 
-An imported run has everything that later stages ask of a trained one: weights in the native format, the subject
-model and hookpoint whose activations it reads, and the text on which it is harvested. What it has not is a seed and
-a batch order of ours: two imports of one study are compared on the same text, whatever each was trained on.
+An imported run has weights in the native format, the subject model and hookpoint that it reads, and the text on which
+it is harvested, but no seed. Imports of one study are compared on the same text.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from sae.common.hub import Kind, find_on_hub, first_line
 from sae.common.progress import say
 from sae.settings import Settings
 from sae.study.recipes import settings_from
-from sae.study.run import Run, check_name, study_runs, write_record
+from sae.study.run import Run, check_folder_is_free, check_name, study_runs, write_record
 from sae.study.stage import Compute, lock_study, resolve_dtype
 
 if TYPE_CHECKING:
@@ -26,44 +26,32 @@ if TYPE_CHECKING:
     from sae.dictionaries.sae import Sae
 
 
-# --- settings -----------------------------------------------------------------------------------------------
-
-
 def import_settings(study: str, root: Path, recipe: Path | None, **tables: dict[str, Any]) -> Settings:
-    """The settings of a run that joins ``study``: what is not given is as in the runs that the study has.
-
-    A recipe, where one is given, stands in the study's place.
-    """
+    """Return the settings of a run that joins ``study``: the given values over those of the recipe or the study."""
     members = study_runs(study, root)
     if recipe is None and members:
         return members[0].settings.with_values(**tables)
     settings = settings_from(recipe, None, **tables)
-    if settings.corpus.kind == "dataset" and settings.corpus.max_tokens is None:  # it may have no end
+    if settings.corpus.kind == "dataset" and settings.corpus.max_tokens is None:  # it may be endless
         like = members[0].settings.corpus.max_tokens if members else None
         return settings.with_values(corpus={"max_tokens": like or settings.harvest.tokens})
     return settings
 
 
 def _with_dictionary(settings: Settings, sae: Sae) -> Settings:
-    """``settings`` with the dictionary's own; a k that is not known stays a number here, and unknown to ``Run.k``."""
+    """Replace the dictionary's settings; an unknown k stays a number here, while ``Run.k`` is ``None``."""
     k = sae.k if sae.k is not None else min(settings.training.k, sae.num_latents)
-    return settings.with_values(
-        training={"architecture": sae.architecture, "num_latents": sae.num_latents, "k": k},
-    )
-
-
-# --- import -------------------------------------------------------------------------------------------------
+    return settings.with_values(training={"architecture": sae.architecture, "num_latents": sae.num_latents, "k": k})
 
 
 def import_sae(source: str, name: str, study: str, settings: Settings, root: Path, compute: Compute) -> Run:
-    """Make the dictionary at ``source``, a folder or a hub name, the run ``name`` of ``study``.
+    """Import the SAE at ``source`` as the run ``name`` of ``study``; a killed import resumes.
 
-    A hub name is ``owner/repository``, with ``@revision`` for other than its default and ``/folder`` below. The same
-    import again finds that all is there; one that was killed goes on.
+    ``source`` is a folder or a hub name: ``owner/repository``, optionally with ``@revision`` and ``/folder``.
 
     Raises:
-        NotFound, BadInput, Unavailable: the source cannot be had or read, or does not fit the hookpoint.
-        SettingsDiffer: the name is taken by something else, or the study is of another model, hookpoint or text.
+        NotFound, BadInput, Unavailable: the source cannot be read, or does not fit the hookpoint.
+        SettingsDiffer: the name is taken, or the study has another model, hookpoint or text.
     """
     from sae.dictionaries.checkpoint import open_sae, save_sae
 
@@ -77,7 +65,7 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
     with lock_study(root, study):
         begun = _check_name_is_free(run, study, settings, origin)
         if begun and run.is_trained:
-            say(f"import: {name}: already there, from {run.record['imported']['from']}")
+            say(f"import: {name}: already imported, from {run.record['imported']['from']}")
             return run
         _check_study(run, study, settings)
         provenance = _provenance(source, opened.sae, settings, root, compute)
@@ -104,10 +92,9 @@ def _origin(place: _Place, opened: Opened, format_: Format) -> dict[str, Any]:
 
 
 def _check_name_is_free(run: Run, study: str, settings: Settings, origin: dict[str, Any]) -> bool:
-    """Whether this very import was begun before; raises where the name stands for something else."""
+    """Return whether the same import has already begun; raise if the name is taken."""
     if not (run.folder / "run.json").is_file():
-        if run.folder.exists() and any(not f.name.startswith(".") for f in run.folder.iterdir()):
-            raise BadInput(f"{str(run.folder)!r} exists and is no run; move it away or choose another --name")
+        check_folder_is_free(run)
         return False
     if run.imported is None:
         raise SettingsDiffer(f"run {run.name!r} exists and was trained here; choose another --name for the import")
@@ -120,23 +107,18 @@ def _check_name_is_free(run: Run, study: str, settings: Settings, origin: dict[s
         identity(run.study, run.settings, run.imported), identity(study, settings, origin)
     )
     if differences:
+        shortened = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", "; ".join(differences))
         raise SettingsDiffer(
-            f"run {run.name!r} exists and was imported from {run.imported['from']} otherwise "
-            f"({_shortened(differences)}); choose another --name"
+            f"run {run.name!r} exists, imported from {run.imported['from']} with differences ({shortened}); "
+            "choose another --name"
         )
     return True
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
-    """What the runs of a study have in common, however they were trained."""
+    """Return the settings that all runs of a study share, imported or not."""
     kept = settings.identity()
     return {table: kept[table] for table in ("subject", "corpus")}
-
-
-def _shortened(differences: list[str]) -> str:
-    import re
-
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", "; ".join(differences))
 
 
 def _check_study(run: Run, study: str, settings: Settings) -> None:
@@ -144,13 +126,13 @@ def _check_study(run: Run, study: str, settings: Settings) -> None:
         differences = mapping_differences(_identity(other.settings), _identity(settings))
         if other.name != run.name and differences:
             raise SettingsDiffer(
-                f"study {study!r} is of another model, hookpoint or text ({'; '.join(differences)}); "
-                "choose another --study, or leave these options out to take the study's"
+                f"study {study!r} has another model, hookpoint or text ({'; '.join(differences)}); "
+                "choose another --study, or drop these flags to use the study's"
             )
 
 
 def _provenance(source: str, sae: Sae, settings: Settings, root: Path, compute: Compute) -> dict[str, Any]:
-    """The records of subject, hookpoint and corpus, once the dictionary is known to fit."""
+    """Check that the dictionary fits; return the records of subject, hookpoint and corpus."""
     from sae.activations.subject import Subject
     from sae.text.packing import prepare_corpus
 
@@ -179,7 +161,7 @@ def _check_width(source: str, d_in: int, subject: Subject, hookpoint: str) -> No
     advice = (
         f"hookpoints of width {d_in} are {suggest(hookpoint, fitting)}"
         if fitting
-        else f"no hookpoint of that model has width {d_in}, so the SAE is of another model"
+        else f"no hookpoint of that model has width {d_in}, so give the SAE's own model"
     )
     raise BadInput(
         f"the SAE in {source!r} reads activations of width {d_in}, and hookpoint {hookpoint!r} of model "
@@ -197,18 +179,15 @@ def _say_imported(run: Run, opened: Opened, format_: Format) -> None:
     )
 
 
-# --- where it lies ------------------------------------------------------------------------------------------
-
-
 class _Place(NamedTuple):
-    """A checkpoint's folder on this machine, and where it came from."""
+    """A checkpoint's local folder, and its source for the record."""
 
     folder: Path
     said: str
 
 
 def locate(source: str) -> _Place:
-    """The folder of the checkpoint called ``source``, fetched from the hub where it is no folder here."""
+    """Return the folder of a checkpoint, downloaded from the hub if it is not a local folder."""
     path = Path(source).expanduser()
     if path.exists():
         return _Place(path.resolve(), str(path.resolve()))
@@ -222,30 +201,27 @@ def locate(source: str) -> _Place:
 
 
 def _fetched(name: str, arguments: dict[str, Any], repository: str, folder: str) -> Path:
-    """``folder`` of a repository, of which only the files of a checkpoint are downloaded."""
+    """Download the files of a checkpoint from ``folder`` of a repository."""
     from huggingface_hub import HfApi, snapshot_download
+
+    from sae.dictionaries.formats import FORMATS
 
     try:
         if arguments["local_files_only"]:
             return Path(snapshot_download(name, **arguments)) / folder
         files = HfApi().list_repo_files(name, revision=arguments["revision"])
         _check_listed(files, repository, folder)
-        wanted = [f"{folder}/{file}" if folder else file for file in _checkpoint_files()]
+        parts = {file for f in FORMATS.values() for file in (f.config, f.weights, *f.beside)}
+        wanted = [f"{folder}/{file}" if folder else file for file in sorted(parts)]
         return Path(snapshot_download(name, **arguments, allow_patterns=wanted)) / folder
     except (NotFound, BadInput):
         raise
-    except Exception as error:  # the HTTP library's errors, whose module differs between hub versions
+    except Exception as error:  # the HTTP errors, whose module differs between hub versions
         raise Unavailable(f"the files of {repository!r} cannot be fetched ({first_line(error)}); try again") from None
 
 
-def _checkpoint_files() -> list[str]:
-    from sae.dictionaries.formats import FORMATS
-
-    return sorted({file for f in FORMATS.values() for file in (f.config, f.weights, *f.beside)})
-
-
 def _check_listed(files: list[str], repository: str, folder: str) -> None:
-    """Raise where ``folder`` is none of the repository's folders that hold weights in a known format."""
+    """Raise if ``folder`` of the repository holds no weights in a known format."""
     from sae.dictionaries.formats import FORMATS
 
     names = {format_.weights for format_ in FORMATS.values()}
@@ -253,28 +229,26 @@ def _check_listed(files: list[str], repository: str, folder: str) -> None:
     if folder in holding:
         return
     if not holding:
-        raise BadInput(f"{repository!r} holds no SAE in a known format: none of its files is {' or '.join(names)}")
+        raise BadInput(f"{repository!r} has no SAE in a known format: none of its files is {' or '.join(names)}")
     shown = ", ".join(f"{repository}/{below}" for below in holding[:8] if below)
     more = f" and {len(holding) - 8} more" if len(holding) > 8 else ""
     asked = f"has no SAE in {folder!r}" if folder else "holds several SAEs"
     raise NotFound(f"{repository!r} {asked}; name one of {shown or repository}{more}")
 
 
-# --- export -------------------------------------------------------------------------------------------------
-
-
 def export_sae(run: Run, format_name: str, folder: Path) -> dict[str, Any]:
-    """Write the run's dictionary to ``folder`` in the format of another program; what was written, as JSON.
+    """Write the run's dictionary to ``folder`` in another program's format; return the files as JSON.
 
-    What is there already and the same is kept. Raises BadInput where the format has no such architecture, or the
-    folder holds something else.
+    An equal export stays. Raises BadInput if the format has no such architecture, or the folder holds something else.
     """
     from sae.dictionaries.checkpoint import format_named, open_sae, save_sae
     from sae.dictionaries.formats import FORMATS
 
     format_ = format_named(format_name)
     if not run.is_trained:
-        raise NotFound(f"run {run.name!r} is not finished, so there is nothing to export yet")
+        raise NotFound(
+            f"run {run.name!r} has not finished training; run the same `train` command to resume, then export it"
+        )
     sae = run.sae()
     taken = [name for f in FORMATS.values() for name in (f.weights, f.config) if (folder / name).exists()]
     if taken == [format_.weights] and _begun(folder / format_.weights, run, sae, format_):
@@ -292,7 +266,7 @@ def export_sae(run: Run, format_name: str, folder: Path) -> dict[str, Any]:
 
 
 def _begun(weights: Path, run: Run, sae: Sae, format_: Format) -> bool:
-    """Whether ``weights`` are what an export of ours writes first: killed there, it goes on."""
+    """Return whether ``weights`` are those of an export that was killed before it wrote the config."""
     from tempfile import TemporaryDirectory
 
     from sae.dictionaries.checkpoint import save_sae
@@ -308,5 +282,5 @@ def _same(a: Sae, b: Sae) -> bool:
     ours, theirs = a.weights(), b.weights()
     if a.architecture != b.architecture or a.k != b.k or ours.keys() != theirs.keys():
         return False
-    # Folding and unfolding a bias may round twice.
+    # Tolerance: folding and unfolding a bias may round twice.
     return all(ours[n].shape == theirs[n].shape and torch.allclose(ours[n], theirs[n], 1e-5, 1e-6) for n in ours)

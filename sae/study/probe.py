@@ -1,7 +1,6 @@
-"""How long a training would take, from a few steps of it: the subject once, then every setting for itself.
+"""Estimate how long a training takes from a few steps of each setting.
 
-Nothing is extrapolated but the length. What a few steps cannot show is left out and said to be: revival of dead latents
-(AuxK), which begins later, and all stages after the training.
+Revival of dead latents (AuxK), which starts later, and the stages after training are not included.
 """
 
 from __future__ import annotations
@@ -25,21 +24,18 @@ if TYPE_CHECKING:
     from sae.training.learner import Plan
 
 STEPS = 8
-"""of each setting, the first two of them not counted"""
+"""steps per setting; the first two are not counted"""
 _WARM = 2
 _BLOCKS = 3
 _FORWARD_SECONDS = 0.5
 
 
 class Probe(NamedTuple):
-    """Seconds that a training of several studies on one stream would take."""
+    """Seconds that a training of several studies on one stream takes."""
 
-    stream: float
-    """to compute the activations of the longest, once; later epochs are taken to be read from the cache on disk"""
-    studies: dict[str, float]
-    """to train all seeds of each"""
-    steps: int
-    """how many steps of each were made"""
+    stream: float  # to compute the activations of the longest once; later epochs read the cache
+    studies: dict[str, float]  # to train all seeds of each
+    steps: int  # timed steps of each
 
     @property
     def seconds(self) -> float:
@@ -47,7 +43,7 @@ class Probe(NamedTuple):
 
 
 def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
-    """Time a few steps of every study. Prepares the text under ``root``, as the training would, and nothing else."""
+    """Time a few steps of each study. Writes only the corpus under ``root``."""
     from sae.activations.stream import TrainingBatches, read_batches
 
     source = open_source([study.settings for study in studies], root, compute, cache="none")
@@ -79,16 +75,14 @@ def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
 
 
 class TokenSeconds(NamedTuple):
-    """Seconds that a training takes per token."""
+    """Seconds per token: of the subject's forward pass, and of one seed's training step."""
 
     forward: float
-    """the subject's forward pass"""
     step: float
-    """one seed's training step"""
 
 
 def time_tokens(settings: Settings, compute: Compute) -> TokenSeconds:
-    """Time the forward pass and the training step on arbitrary tokens: about a second, once everything is compiled."""
+    """Time the forward pass and the training step on random tokens: about a second once compiled."""
     import torch
 
     from sae.activations.subject import Subject
@@ -98,7 +92,7 @@ def time_tokens(settings: Settings, compute: Compute) -> TokenSeconds:
     subject = Subject.load(settings.subject.model, device=device, dtype=settings.subject.dtype)
     n_sequences = -(-training.batch_tokens // settings.corpus.context)
     shape = n_sequences, settings.corpus.context
-    tokens = torch.randint(256, shape, generator=torch.Generator().manual_seed(0))  # ids that every vocabulary has
+    tokens = torch.randint(256, shape, generator=torch.Generator().manual_seed(0))  # ids in every vocabulary
     times: list[float] = []
     while len(times) < 2 or sum(times) < _FORWARD_SECONDS:  # the first one also allocates
         began = time.perf_counter()
@@ -112,7 +106,7 @@ def time_tokens(settings: Settings, compute: Compute) -> TokenSeconds:
 
 
 def _seconds_per_token(streams: Sequence[ActivationStream]) -> float:
-    """The median of a few blocks of the subject's forward pass, which has been run before."""
+    """Return the median seconds per token of a few forward passes."""
     from sae.activations.stream import compute_block
 
     corpus = streams[0].corpus
@@ -142,7 +136,7 @@ def _fresh_sae(settings: Settings, batch: torch.Tensor, seed: int) -> Sae:
 
 
 def _step_seconds(sae: Sae, plan: Plan, auxk: float, batches: list[torch.Tensor]) -> float:
-    """The median step of one seed, the compiler's work in the first ones not counted."""
+    """Return the median seconds of a step of one seed, without the first ones, which compile."""
     from sae.dictionaries.objective import total_variance
     from sae.training.learner import Learner
 

@@ -14,11 +14,7 @@ from sae.settings import Settings, validated
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return a recipe's tables as plain values (not yet validated).
-
-    Args:
-        path: a file, or else the name of a bundled recipe, such as ``demo``.
-    """
+    """Return the tables of a recipe file, or of a bundled recipe such as ``demo``, not yet validated."""
     bundled = bundled_recipes()
     file = path if path.is_file() else bundled.get(str(path), path)
     try:
@@ -34,10 +30,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def settings_from(recipe: Path | None, known: Settings | None = None, **tables: dict[str, Any]) -> Settings:
-    """Return a recipe's settings, with the values of the command line over them (``None``: not given).
-
-    Without a recipe these are the ``known`` settings of an existing study; else the defaults.
-    """
+    """Return the settings of a recipe, else of an existing study (``known``), else the defaults, with the values of the
+    command line over them (``None``: not given)."""
     if recipe is None:
         return check_architecture((known or Settings()).with_values(**tables), "the command line")
     values = read_recipe(recipe)
@@ -51,7 +45,7 @@ def check_architecture(settings: Settings, where: str) -> Settings:
     name = settings.training.architecture
     if name not in ARCHITECTURES:
         raise BadInput(
-            f"{where}: training.architecture = {name!r}: sae/dictionaries/architectures has no file of that name; "
-            f"choose {suggest(name, ARCHITECTURES)}"
+            f"{where}: training.architecture = {name!r} is not known; choose {suggest(name, ARCHITECTURES)} "
+            "(the files in sae/dictionaries/architectures)"
         )
     return settings

@@ -1,8 +1,13 @@
-"""A run's folder: where everything measured on one trained SAE lies, and how it came to be.
+"""A run's folder: one trained SAE and everything measured on it.
 
-``run.json`` is provenance, written before training starts and never changed by later stages. Every later
-stage leaves one file that carries the digest of its inputs, so whether a stage is done, missing or
-stale is read off the disk and never remembered anywhere else.
+    run = Run.open("demo_a")      # the folder eval_runs/demo_a
+    run.settings, run.record      # how it was trained
+    run.sae()                     # the weights
+    run.latents()                 # a table with one row per latent
+
+``run.json`` records where the run comes from; it is written before training starts and does not change afterwards.
+Each later stage writes one file with the digest of its inputs, so the disk alone shows whether a stage is done, missing
+or out of date.
 """
 
 from __future__ import annotations
@@ -42,52 +47,51 @@ if TYPE_CHECKING:
 
 RESERVED = frozenset({"alignments", "reports", "recipes", "reference", "corpora", "logs"})
 MAIN_SCORER = "detection"
-"""Whose scores are *the* scores of latents; those of other scorers stand beside them, under their names."""
-_BASELINE = "ngram"  # whose explanations stand back behind others' of the same latent
-_BESIDE = (
+"""The scorer of the columns without a prefix; other scorers' columns start with their name."""
+_BASELINE = "ngram"  # its explanations count only for latents without others
+_SCORE_COLUMNS = (
     *("balanced_accuracy", "ba_low", "ba_high", "tpr", "tnr", "auroc", "auroc_low", "auroc_high"),
     *("n_active", "n_inactive", "n_failed"),
 )
 LATENT_STAGES = ("firing", "overlap", "contexts", "scores")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(?:-[A-Za-z0-9._]+)*")
-_LONGEST_NAME = 80  # two of them, and a few letters more, are the name of an alignment's file
+_LONGEST_NAME = 80  # an alignment's file name holds two of them
 _WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "dictionary.safetensors")  # see sae.dictionaries.checkpoint
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "openai")
 
 
 def check_name(name: str) -> str:
-    """``name`` if a run or study may bear it, else one line that says why not."""
+    """Return ``name`` if it is valid for a run or study; raise BadInput otherwise."""
     if name in RESERVED:
         raise BadInput(f"name {name!r} is reserved for a folder of the program; choose another")
     if len(name) > _LONGEST_NAME:
         raise BadInput(f"name {name[:20]!r}… has {len(name)} characters; choose one of at most {_LONGEST_NAME}")
     if not _NAME.fullmatch(name):
         raise BadInput(
-            f"name {name!r} cannot be a folder of runs: use letters, digits, '.', '_' and single '-', "
-            "beginning with a letter or digit"
+            f"name {name!r} is not valid: use letters, digits, '.', '_' and single '-', starting with a letter or digit"
         )
     return name
 
 
 def make_suffix(index: int) -> str:
-    """``0 → a``, ``25 → z``, ``26 → aa``: the suffixes of a study's runs."""
+    """Return the suffix of a study's run: 0 → a, 25 → z, 26 → aa."""
     text = ""
-    index += 1
-    while index:
-        index, rest = divmod(index - 1, 26)
-        text = chr(ord("a") + rest) + text
+    while index >= 0:
+        text = chr(ord("a") + index % 26) + text
+        index = index // 26 - 1
     return text
 
 
 @dataclass(frozen=True)
 class Run:
-    """One trained SAE and all that was measured on it. ``Run.open("run_a")`` in a notebook."""
+    """One trained SAE and everything measured on it, in the folder ``root/name``."""
 
     name: str
     root: Path
 
     @classmethod
     def open(cls, name: str, root: Path | str = DEFAULT_ROOT) -> Run:
+        """Open an existing run. Raises NotFound with suggestions."""
         run = cls(name, Path(root))
         if not (run.folder / "run.json").is_file():
             runs = all_runs(run.root)
@@ -97,7 +101,7 @@ class Run:
             raise NotFound(f"run {name!r} does not exist under {str(run.root)!r}; {hint}")
         return run
 
-    # --- where things lie -----------------------------------------------------------------------------
+    # --- paths ----------------------------------------------------------------------------------------
 
     @property
     def folder(self) -> Path:
@@ -105,7 +109,7 @@ class Run:
 
     @property
     def weights_path(self) -> Path:
-        """The weights, under the name that the architecture's native format gives them."""
+        """The weights; their file name depends on the architecture's native format."""
         paths = [self.folder / name for name in _WEIGHTS]
         return next((path for path in paths if path.is_file()), paths[0])
 
@@ -126,9 +130,10 @@ class Run:
         return self.folder / "training.parquet"
 
     def stage_path(self, stage: str) -> Path:
+        """Return the path of a stage's table (see ``LATENT_STAGES``)."""
         return self.folder / f"latents.{stage}.parquet"
 
-    # --- provenance -----------------------------------------------------------------------------------
+    # --- what run.json says ---------------------------------------------------------------------------
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
@@ -137,13 +142,12 @@ class Run:
             record = read_json(self.folder / "run.json")
             if record["schema"] != SCHEMA:
                 raise BadInput(
-                    f"run {self.name!r} was written in schema {record['schema']}, this program reads {SCHEMA}; "
+                    f"run {self.name!r} has schema {record['schema']}, this program reads {SCHEMA}; "
                     "use the version that wrote it"
                 )
         except (ValueError, KeyError, TypeError):
-            raise BadInput(
-                f"{str(self.folder / 'run.json')!r} is damaged; train the run again under a new name"
-            ) from None
+            path = str(self.folder / "run.json")
+            raise BadInput(f"{path!r} is damaged; train the run again under a new name") from None
         return record
 
     @property
@@ -152,27 +156,27 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        """What it was trained from; ``None`` where it was trained elsewhere and imported."""
+        """The seed; ``None`` for an imported SAE."""
         return self.record["seed"]
 
     @property
     def imported(self) -> dict[str, Any] | None:
-        """Where an imported dictionary came from, file by file; ``None`` for one that was trained here."""
+        """The source files of an imported SAE; ``None`` for one that was trained here."""
         return self.record.get("imported")
 
     @property
     def k(self) -> int | None:
-        """Latents that fire per token, or that training aimed at; ``None`` where an imported one does not say."""
+        """K, the (average) number of latents that fire per token; ``None`` if an imported SAE does not say."""
         return self.imported["k"] if self.imported else self.settings.training.k
 
     @property
     def is_control(self) -> bool:
-        """Whether some of its weights were kept from learning (see :mod:`sae.study.controls`)."""
+        """Whether some weights were not trained (see :mod:`sae.study.controls`)."""
         return not self.imported and self.settings.training.frozen != "nothing"
 
     @property
     def parent_study(self) -> str:
-        """The study that it belongs to: a control's is the one that it is held against."""
+        """The study; for a control, the study that it is a control of."""
         return (self.study.rpartition("-")[0] if self.is_control else "") or self.study
 
     @property
@@ -186,22 +190,23 @@ class Run:
 
     @property
     def is_trained(self) -> bool:
-        return self.weights_path.is_file() and (self.folder / "cfg.json").is_file()  # written in this order
+        """Whether training has finished: cfg.json is written last."""
+        return self.weights_path.is_file() and (self.folder / "cfg.json").is_file()
 
     @functools.cached_property
     def weights_digest(self) -> str:
         return digest_file(self.weights_path)
 
     def siblings(self) -> list[Run]:
-        """The trained runs of the same study, this one left out."""
+        """Return the other trained runs of the study."""
         return [r for r in study_runs(self.study, self.root) if r.name != self.name and r.is_trained]
 
     def missing_error(self, what: str, stage: str) -> NotFound:
-        """The error that says what the run has none of, and by which command it gets some."""
+        """Return the error for a missing stage, with the command that runs it."""
         return NotFound(f"run {self.name!r} has no {what}; run `{command(self.root, stage, '--sae', self.name)}`")
 
     def suggest_another_run(self) -> str:
-        """How the study gets another run, as part of a sentence."""
+        """Return advice, for an error message, on how to add a run to the study."""
         if self.imported:
             words = command(self.root, "import", "--study", self.study)
             return f"import another SAE (`{words} --from … --name …`)"
@@ -215,7 +220,7 @@ class Run:
         return load_sae(self.folder)
 
     def about(self) -> About:
-        """What other programs' formats want to know of the dictionary."""
+        """Return the facts that other programs' formats store with the weights."""
         from sae.dictionaries.formats import About
 
         subject = self.settings.subject
@@ -232,19 +237,16 @@ class Run:
         return FiringStore.open(self.firings_folder)
 
     def latents(self) -> pd.DataFrame:
-        """One row per latent: every stage's columns, joined.
+        """Return a table with one row per latent: the columns of all stages.
 
-        Of its scores the last that did not fail, by a language model's explanation before the n-gram baseline's; never
-        a control's. They are of detection, those of fuzzing stand beside them (``fuzzing_balanced_accuracy`` …).
+        The scores are the latest successful ones, from an explanation of a language model if there is one, else of the
+        n-gram baseline. Detection has plain column names; fuzzing has a prefix (``fuzzing_balanced_accuracy`` …).
         """
-        tables = []
-        for stage in LATENT_STAGES:
-            if not self.stage_path(stage).exists():
-                continue
-            table = read_table(self.stage_path(stage))
-            if stage == "scores":
-                table = _scores_of_latents(table)
-            tables.append(table.set_index("latent"))
+        stages = [stage for stage in LATENT_STAGES if self.stage_path(stage).exists()]
+        read = {stage: read_table(self.stage_path(stage)) for stage in stages}
+        if "scores" in read:
+            read["scores"] = _choose_scores(read["scores"])
+        tables = [table.set_index("latent") for table in read.values()]
         if not tables:
             raise self.missing_error("firings", "harvest")
         joined = tables[0]
@@ -253,27 +255,27 @@ class Run:
         return joined.reset_index()
 
     def stage_inputs(self, stage: str) -> str | None:
-        """The digest of the inputs from which a stage's table was made; ``None`` where there is no table."""
+        """Return the digest of the inputs of a stage's table; ``None`` if there is no table."""
         return table_metadata(self.stage_path(stage)).get("inputs")
 
 
-def _scores_of_latents(table: pd.DataFrame) -> pd.DataFrame:
-    """A score table as one row per latent; see :meth:`Run.latents`."""
+def _choose_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Reduce a score table to one row per latent; see :meth:`Run.latents`."""
     own = table[table["control"] == "none"]
     rank = 2 * (own["status"] == "ok") + (own["explainer"] != _BASELINE)
     own = own.loc[rank.sort_values(kind="stable").index]
     others = sorted(set(own["scorer"].dropna()) - {MAIN_SCORER})
     found = own[~own["scorer"].isin(others)].drop_duplicates("latent", keep="last").set_index("latent")
     for scorer in others:
-        beside = own[own["scorer"] == scorer].drop_duplicates("latent", keep="last").set_index("latent")
-        kept = ["status", *(column for column in _BESIDE if column in beside)]
-        found = found.join(beside[kept].add_prefix(f"{scorer}_"), how="outer")
+        other = own[own["scorer"] == scorer].drop_duplicates("latent", keep="last").set_index("latent")
+        kept = ["status", *(column for column in _SCORE_COLUMNS if column in other)]
+        found = found.join(other[kept].add_prefix(f"{scorer}_"), how="outer")
     return found.reset_index()
 
 
 @dataclass(frozen=True)
 class Study:
-    """One setting, and the seeds to train under it."""
+    """Settings, and the seeds to train with them: runs that differ in their seed alone."""
 
     name: str
     settings: Settings
@@ -281,12 +283,12 @@ class Study:
 
 
 def name_studies(name: str, hookpoints: Sequence[str]) -> list[str]:
-    """Return the names of studies: ``name`` for one hookpoint, ``name-layers.1.mlp`` and so on for several."""
+    """Return the study of each hookpoint: ``name`` for one, ``name-layers.1.mlp`` and so on for several."""
     return [name] if len(hookpoints) <= 1 else [f"{name}-{hookpoint}" for hookpoint in hookpoints]
 
 
 def make_studies(name: str, settings: Settings, hookpoints: Sequence[str], seeds: Sequence[int]) -> list[Study]:
-    """Return one study for each hookpoint, or for that of the settings; see :func:`name_studies`."""
+    """Return one study per hookpoint; without any, one study with the hookpoint of the settings."""
     chosen: Sequence[str | None] = hookpoints or [None]
     return [
         Study(check_name(study), settings.with_values(subject={"hookpoint": hookpoint}), tuple(seeds))
@@ -295,30 +297,28 @@ def make_studies(name: str, settings: Settings, hookpoints: Sequence[str], seeds
 
 
 def all_runs(root: Path) -> list[Run]:
-    """Every run under ``root``, by name."""
+    """Return all runs under ``root``, sorted by name."""
     if not root.is_dir():
         return []
     return [Run(f.name, root) for f in sorted(root.iterdir()) if f.name not in RESERVED and (f / "run.json").is_file()]
 
 
 def study_runs(study: str, root: Path) -> list[Run]:
-    """The runs of one study in the order of their suffixes (a … z, aa …)."""
-    runs = [r for r in all_runs(root) if _is_of(r, study)]
-    return sorted(runs, key=lambda r: (len(r.name), r.name))
+    """Return the runs of a study in the order of their suffixes (a … z, aa …)."""
 
+    def belongs(run: Run) -> bool:
+        try:
+            return run.study == study
+        except BadInput:
+            if run.name.startswith(f"{study}_"):  # a damaged record of another study does not matter here
+                raise
+            return False
 
-def _is_of(run: Run, study: str) -> bool:
-    """Whether the run is of the study. A damaged record stops only those that it may concern, by the run's name."""
-    try:
-        return run.study == study
-    except BadInput:
-        if run.name.startswith(f"{study}_"):
-            raise
-        return False
+    return sorted(filter(belongs, all_runs(root)), key=lambda r: (len(r.name), r.name))
 
 
 def split_readable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """Those of the runs whose records can be read, and of the others what is wrong with them."""
+    """Return the runs whose records can be read, and the error messages of the others."""
     found, damaged = [], []
     for run in runs:
         try:
@@ -330,7 +330,7 @@ def split_readable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 
 def newest_study(root: Path) -> list[Run]:
-    """The runs of the study that was begun last; controls do not count where there is anything else."""
+    """Return the runs of the latest study; controls count only if there is nothing else."""
     runs, damaged = split_readable(all_runs(root))
     runs = [run for run in runs if not run.is_control] or runs
     if damaged and not runs:
@@ -341,13 +341,13 @@ def newest_study(root: Path) -> list[Run]:
 
 
 def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> list[tuple[Run, int]]:
-    """The runs that stand for ``seeds``: those that exist, and new names for the others.
+    """Return the run of each seed: an existing one, or one with a new name.
 
-    Raises :class:`SettingsDiffer` where the study was trained under other settings.
+    Raises SettingsDiffer if the study was trained with other settings.
     """
     check_name(study)
     if len(set(seeds)) != len(seeds) or not seeds or min(seeds) < 0:
-        raise BadInput(f"seeds {' '.join(map(str, seeds))}: give each seed once, as whole numbers from 0 up")
+        raise BadInput(f"seeds {' '.join(map(str, seeds))}: give whole numbers from 0, each once")
     existing = study_runs(study, root)
     for run in existing:
         common = {"subject", "corpus"} if run.imported else {"subject", "corpus", "training"}
@@ -356,7 +356,7 @@ def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> 
         if differences:
             raise SettingsDiffer(
                 f"run {run.name!r} exists with other settings ({'; '.join(differences)}); "
-                "give the study another --name, or the same settings"
+                "choose another --name, or give the same settings"
             )
     by_seed = {run.seed: run for run in existing if not run.imported}
     taken = {run.name for run in existing}
@@ -367,21 +367,23 @@ def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> 
             continue
         while (name := f"{study}_{make_suffix(index)}") in taken:
             index += 1
-        # What begins with a point is ours: a kill may have left a temporary file of run.json.
-        others = (root / name).exists() and any(not f.name.startswith(".") for f in (root / name).iterdir())
-        if others and not (root / name / "run.json").is_file():
-            raise BadInput(f"{str(root / name)!r} exists and is no run; move it away or choose another --name")
-        if (root / name / "run.json").is_file():
-            raise SettingsDiffer(
-                f"run {name!r} exists and belongs to study {Run(name, root).study!r}; choose another --name"
-            )
+        run = Run(name, root)
+        if (run.folder / "run.json").is_file():
+            raise SettingsDiffer(f"run {name!r} exists and belongs to study {run.study!r}; choose another --name")
+        check_folder_is_free(run)
         taken.add(name)
-        planned.append((Run(name, root), seed))
+        planned.append((run, seed))
     return planned
 
 
+def check_folder_is_free(run: Run) -> None:
+    """Raise BadInput if the folder of a new run has files; hidden ones may be left from a killed command."""
+    if run.folder.exists() and any(not file.name.startswith(".") for file in run.folder.iterdir()):
+        raise BadInput(f"{str(run.folder)!r} exists and is not a run; move it away or choose another --name")
+
+
 def _aligned_with(run: Run) -> list[str]:
-    """The runs that it is aligned with, by the names of files: `runs` opens no table."""
+    """Return the names of the runs that it is aligned with, from file names."""
     folder = run.root / "alignments"
     after = (path.stem.removeprefix(f"{run.name}--") for path in folder.glob(f"{run.name}--*.parquet"))
     before = (path.stem.removesuffix(f"--{run.name}") for path in folder.glob(f"*--{run.name}.parquet"))
@@ -389,7 +391,7 @@ def _aligned_with(run: Run) -> list[str]:
 
 
 def progress_of(run: Run) -> dict[str, Any]:
-    """How far a run has come: one JSON value, stage by stage."""
+    """Return the facts of a run and its finished stages, as JSON."""
     record = run.record
     training = run.settings.training
     table = {stage: run.stage_path(stage).exists() for stage in ("firing", "overlap", "scores")}
@@ -415,8 +417,8 @@ def progress_of(run: Run) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this program's checkout, with ``+`` where it has changes; ``None`` outside one."""
-    if not (TOP / ".git").exists():  # an installed program may lie inside another project's checkout
+    """Return the commit of this program's checkout, with ``+`` if files have changed; ``None`` outside a checkout."""
+    if not (TOP / ".git").exists():  # else git would find another project's checkout around it
         return None
     try:
         ask = functools.partial(subprocess.run, cwd=TOP, capture_output=True, text=True, timeout=10, check=True)
@@ -427,10 +429,7 @@ def git_commit() -> str | None:
 
 
 def write_record(run: Run, seed: int | None, study: str, settings: Settings, provenance: dict[str, Any]) -> None:
-    """Write ``run.json``. ``provenance`` holds the subject's, corpus's and batch order's records.
-
-    ``seed`` is ``None`` for a dictionary that was not trained here.
-    """
+    """Write ``run.json``; ``provenance`` describes subject, corpus and batches. ``seed`` is ``None`` if imported."""
     record = {
         "schema": SCHEMA,
         "name": run.name,

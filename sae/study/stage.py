@@ -1,4 +1,4 @@
-"""What the stages share: where the arithmetic happens, who may write, how model, text and activations are opened."""
+"""Helpers of all stages: choose the device, lock a study, open model, text and activations."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compute:
-    """Where the arithmetic happens."""
+    """The device and the number of CPU threads."""
 
     device: str = "auto"
     threads: int | None = None
 
     def resolve(self) -> str:
-        """Set the number of threads and return the device's name for torch."""
+        """Set the number of threads and return torch's name of the device."""
         import torch
 
         if self.threads is not None:
@@ -38,7 +38,7 @@ class Compute:
                 raise BadInput(f"--threads {self.threads}: give 1 or more")
             torch.set_num_threads(self.threads)
         elif (allowed := _cpus_allowed()) < torch.get_num_threads():
-            torch.set_num_threads(allowed)  # threads beyond a container's share only take turns
+            torch.set_num_threads(allowed)  # more threads than a container's quota are slower
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -50,33 +50,33 @@ class Compute:
 
 
 def _cpus_allowed() -> int:
-    """CPUs that this process may use at once: a container's quota, rounded up; without one, all of the machine's."""
+    """Return a container's CPU quota, rounded up; without a quota, the number of CPUs."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # no control groups, or "max": no quota
+    except (OSError, ValueError):  # no cgroups, or "max": no quota
         return os.cpu_count() or 1
 
 
 @contextmanager
 def lock_study(root: Path, study: str) -> Iterator[None]:
-    """Keep two commands from writing the same study at once. The lock dies with its process."""
+    """Keep two commands from writing the same study at the same time."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = (error.strerror or "").lower()
-        raise BadInput(f"--root {str(root)!r} cannot be made a folder ({reason}); name another place") from None
+        raise BadInput(f"--root {str(root)!r} cannot be created ({reason}); choose another folder") from None
     try:
         with FileLock(root / f".{study}.lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"another command is at work on study {study!r}; wait for it, then run this again") from None
+        raise UserError(f"another command is using study {study!r}; wait for it, then run this command again") from None
 
 
 def resolve_dtype(study: str, settings: Settings, root: Path, compute: Compute) -> Settings:
-    """``settings`` with subject.dtype decided: the precision that the study was begun in, else the machine's best.
+    """Replace subject.dtype "auto" by that of the study's runs, or else by the machine's best.
 
-    So a record always holds the precision that was used, and a study continues in it on any machine.
+    So a study keeps its precision on any machine.
     """
     if settings.subject.dtype != "auto":
         return settings
@@ -88,7 +88,7 @@ def resolve_dtype(study: str, settings: Settings, root: Path, compute: Compute) 
 
 
 class Source(NamedTuple):
-    """Where activations come from: a model, a text, and a stream for each hookpoint by its resolved name."""
+    """A model, a corpus, and a stream for each hookpoint by its resolved name."""
 
     subject: Subject
     corpus: Corpus
@@ -99,16 +99,16 @@ class Source(NamedTuple):
 
 
 def get_source_key(settings: Settings) -> tuple[Any, ...]:
-    """What settings must have in common to be served by one forward pass over one text."""
+    """Return the settings that studies must share to use one forward pass over one text."""
     return settings.subject.model, settings.subject.dtype, settings.corpus
 
 
 def open_source(
     of: Sequence[Settings], root: Path, compute: Compute, cache: Literal["fill", "read", "none"] = "fill"
 ) -> Source:
-    """The model, the text and the hookpoints of settings that share a source, and what is done with caches on disk.
+    """Open the model, text and hookpoints of settings that share a source.
 
-    Of several processes at one root, the first may fill them; the others open them after it, to read.
+    ``cache``: fill the activation caches (one process per root), read those of that process, or use none.
     """
     from sae.activations.cache import open_caches, open_caches_to_read
     from sae.activations.stream import open_streams
@@ -118,7 +118,7 @@ def open_source(
     first = of[0]
     device = compute.resolve()
     subject = Subject.load(first.subject.model, device=device, dtype=first.subject.dtype)
-    # A wrong name is told before the text is read.
+    # Resolve now, so that a wrong name fails before the text is read.
     hookpoints = list(dict.fromkeys(subject.resolve(settings.subject.hookpoint) for settings in of))
     _, tokenizer_fingerprint = load_tokenizer(first.subject.model)
     corpus = prepare_corpus(first.corpus, subject.tokenizer, tokenizer_fingerprint, root)
@@ -130,7 +130,7 @@ def open_source(
 
 
 def check_same_inputs(run: Run, provenance: dict[str, Any]) -> None:
-    """A run that was begun goes on only from the very text and model that it began with."""
+    """Raise SettingsDiffer if a run began with another text or model."""
     if not (run.folder / "run.json").is_file():
         return
     differences = [
@@ -140,6 +140,6 @@ def check_same_inputs(run: Run, provenance: dict[str, Any]) -> None:
     ]
     if differences:
         raise SettingsDiffer(
-            f"run {run.name!r} was begun from something else ({'; '.join(differences)}): a model or text has changed "
+            f"run {run.name!r} began with other inputs ({'; '.join(differences)}): a model or text has changed "
             "under the same name; give the study another --name"
         )

@@ -1,4 +1,4 @@
-"""A sweep: one study for every point of a grid of settings, out of a recipe with a ``[sweep]`` table.
+"""Read a sweep: a recipe with a ``[sweep]`` table, which makes one study per point of a grid of settings.
 
     [sweep]
     training.num_latents = [256, 512, 1024]
@@ -6,9 +6,8 @@
     together = ["training.num_latents", "training.learning_rate"]
     seeds = [0, 1, 2]
 
-Every list is an axis; axes are crossed, but those named in ``together`` advance side by side. Each point is a study of
-its own with the sweep's seeds, called after the sweep and its values (``widths_m256``), so that every command works on
-it. Points differ in nothing else; all read one stream of activations, of which a longer training takes more.
+Every list is an axis. Axes are crossed, except that those in ``together`` advance together. Each point is a study with
+the sweep's seeds, named after the sweep and its values (``widths_m256``), and all read one stream of activations.
 """
 
 from __future__ import annotations
@@ -32,12 +31,11 @@ class Axis(NamedTuple):
 
     table: str
     key: str
-    sign: str
-    """before the value in a point's name"""
+    sign: str  # before the value in a point's name
     words: str
 
     def label(self, value: Any) -> str:
-        """The value in a name: ``m256``, ``t1.5M``, ``relu``."""
+        """Format a value for a name: ``m256``, ``t1.5M``, ``relu``."""
         if self.key == "learning_rate":
             return f"{self.sign}{value:g}"
         if self.key != "tokens":
@@ -55,16 +53,14 @@ AXES = {
     "training.learning_rate": Axis("training", "learning_rate", "lr", "learning rate"),
 }
 
-_BESIDE = ("sweep", "explain")
-"""tables of a recipe that are no settings of a run"""
+_OTHER_TABLES = ("sweep", "explain")  # of a recipe, which are not settings of a run
 
 
 class Point(NamedTuple):
     """One setting of a sweep."""
 
     study: Study
-    at: dict[str, Any]
-    """axis → its value here"""
+    at: dict[str, Any]  # axis → value
 
 
 @dataclass(frozen=True)
@@ -73,12 +69,10 @@ class Sweep:
 
     name: str
     axes: dict[str, tuple[Any, ...]]
-    together: tuple[str, ...]
-    """axes that advance side by side"""
+    together: tuple[str, ...]  # axes that advance together
     seeds: tuple[int, ...]
     points: tuple[Point, ...]
-    explain: Mapping[str, Any] | None
-    """the recipe's ``[explain]``, not yet checked; ``None`` where it has none"""
+    explain: Mapping[str, Any] | None  # the recipe's ``[explain]``, not yet validated
 
     @property
     def studies(self) -> list[Study]:
@@ -86,12 +80,12 @@ class Sweep:
 
     @property
     def tokens(self) -> int:
-        """Of the stream: as many as the longest training takes."""
+        """Tokens of the stream: those of the longest training."""
         return max(study.settings.training.tokens for study in self.studies)
 
     @property
     def trained_tokens(self) -> int:
-        """Over all SAEs."""
+        """Training tokens of all SAEs together."""
         return sum(study.settings.training.tokens * len(study.seeds) for study in self.studies)
 
     def describe(self) -> str:
@@ -100,13 +94,10 @@ class Sweep:
 
 
 def read_sweep(path: Path, name: str | None = None, seeds: Sequence[int] = ()) -> Sweep:
-    """The sweep of the recipe at ``path``, called ``name`` (by default as its file is) over ``seeds`` (its own).
-
-    Raises BadInput in one line for what cannot be swept.
-    """
+    """Read the sweep of a recipe. ``name`` and ``seeds`` default to the file's name and the recipe's seeds."""
     recipe, where = read_recipe(path), f"recipe {str(path)!r}"
     if not isinstance(recipe.get("sweep"), dict):
-        known = [*Settings.model_fields, *_BESIDE]
+        known = [*Settings.model_fields, *_OTHER_TABLES]
         if unknown := next((key for key in recipe if key not in known), None):
             raise BadInput(f"{where}: unknown key {unknown!r}; did you mean {suggest(unknown, known)}?")
         raise BadInput(f"{where} has no [sweep] table; add one, or train it with `{shell_command('train')}`")
@@ -116,7 +107,7 @@ def read_sweep(path: Path, name: str | None = None, seeds: Sequence[int] = ()) -
     table.pop("seeds", None)
     axes = _axes(table, where)
     name = check_name(name or path.stem)
-    base = {key: value for key, value in recipe.items() if key not in _BESIDE}
+    base = {key: value for key, value in recipe.items() if key not in _OTHER_TABLES}
     points = [
         _point(name, values, base, chosen, frozenset(together[1:]), where) for values in _grid(axes, together, where)
     ]
@@ -124,11 +115,11 @@ def read_sweep(path: Path, name: str | None = None, seeds: Sequence[int] = ()) -
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
         raise BadInput(
-            f"{where}: two points would be called {twice!r}; let the first axis of `together` tell them apart"
+            f"{where}: two points have the name {twice!r}; give the first axis of `together` distinct values"
         )
     explain = recipe.get("explain")
     if explain is not None and not isinstance(explain, dict):
-        raise BadInput(f"{where}: explain = {explain!r} is no table; write [explain] and keys below it")
+        raise BadInput(f"{where}: explain = {explain!r} is not a table; write [explain] and keys below it")
     return Sweep(name, axes, tuple(together), chosen, tuple(_same_text(points)), explain)
 
 
@@ -139,19 +130,17 @@ def _axes(table: Mapping[str, Any], where: str) -> dict[str, tuple[Any, ...]]:
             name = f"{prefix}.{key}" if key else prefix
             if name not in AXES:
                 known = ", ".join(AXES)
-                raise BadInput(
-                    f"{where}: unknown axis {name!r} in [sweep]; the axes are {known}, beside seeds, together"
-                )
+                raise BadInput(f"{where}: unknown axis {name!r} in [sweep]; give seeds, together, or an axis: {known}")
             found[name] = _values(name, values, where)
     if not found:
-        raise BadInput(f"{where}: [sweep] varies nothing; give an axis such as training.num_latents = [256, 512]")
+        raise BadInput(f"{where}: [sweep] has no axis; give one such as training.num_latents = [256, 512]")
     return found
 
 
 def _values(name: str, values: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(values, list) or len(values) < 2:
         raise BadInput(
-            f"{where}: axis {name} = {values!r} does not vary; give a list of two values or more, "
+            f"{where}: axis {name} = {values!r} does not vary; give a list of at least two values, "
             f"or set it in [{AXES[name].table}]"
         )
     read = []
@@ -168,25 +157,25 @@ def _seeds(values: Any, where: str) -> tuple[int, ...]:
     if not isinstance(values, list) or not values or not all(type(v) is int and v >= 0 for v in values):
         raise BadInput(f"{where}: seeds = {values!r} in [sweep]; give a list of whole numbers, such as [0, 1, 2]")
     if len(set(values)) < len(values):
-        raise BadInput(f"{where}: seeds = {values!r} in [sweep] names a seed twice")
+        raise BadInput(f"{where}: seeds = {values!r} in [sweep] has a seed twice; give each once")
     return tuple(values)
 
 
 def _together(values: Any, where: str) -> list[str]:
     if not isinstance(values, list) or len(values) == 1 or not all(isinstance(v, str) for v in values):
-        raise BadInput(f"{where}: together = {values!r} in [sweep]; give a list of two axes or more")
+        raise BadInput(f"{where}: together = {values!r} in [sweep]; give a list of at least two axes")
     return values
 
 
 def _grid(axes: Mapping[str, tuple[Any, ...]], together: list[str], where: str) -> list[dict[str, Any]]:
-    """axis → value, for every point, in the order of the axes."""
+    """Return {axis: value} of each point."""
     unknown = [name for name in together if name not in axes]
     if unknown:
-        raise BadInput(f"{where}: together names {unknown[0]!r}, which is no axis of [sweep]; it has {', '.join(axes)}")
+        raise BadInput(f"{where}: together names {unknown[0]!r}, not an axis of [sweep]; give {', '.join(axes)}")
     lengths = {name: len(axes[name]) for name in together}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {n}" for name, n in lengths.items())
-        raise BadInput(f"{where}: axes in `together` need the same number of values, not {told}")
+        listed = ", ".join(f"{name} {n}" for name, n in lengths.items())
+        raise BadInput(f"{where}: axes in `together` need the same number of values, but have {listed}")
     for name, values in axes.items():
         twice = next((v for v in values if values.count(v) > 1), None)
         if twice is not None and name not in together[1:]:
@@ -212,14 +201,14 @@ def _point(
     merged = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in base.items()}
     for axis, value in values.items():
         table = merged.setdefault(AXES[axis].table, {})
-        if isinstance(table, dict):  # validation tells the rest
+        if isinstance(table, dict):  # otherwise validation reports it
             table[AXES[axis].key] = value
     settings = check_architecture(validated(merged, where), where)
     return Point(Study(check_name(label), settings, seeds), values)
 
 
 def _same_text(points: Sequence[Point]) -> list[Point]:
-    """Points that read one text: a data set, which may have no end, is read as far as the longest of them needs."""
+    """Limit a dataset, which may be endless, to the tokens that the longest point needs."""
     settings = [point.study.settings for point in points]
     if settings[0].corpus.kind != "dataset" or settings[0].corpus.max_tokens is not None:
         return list(points)

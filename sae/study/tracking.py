@@ -1,7 +1,7 @@
-"""Training logs sent to Weights & Biases, for those who ask for it and have it.
+"""Send training logs to Weights & Biases, if the user asks for it and has the package.
 
-Never on by default, and nothing of it is part of what a run is: the same rows are in ``training.parquet`` with or
-without it. The key is W&B's own affair (``wandb login``, or its environment); it is never read, said or stored here.
+The same rows are always in ``training.parquet``. W&B finds its key itself (``wandb login``); it is never read or stored
+here.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class Tracker:
-    """One W&B run for each of our runs, in one project; a training that goes on goes on in the same W&B runs.
+    """One W&B run for each run, in one project; a resumed training continues the same W&B runs.
 
-    Raises UserError at once where the package is not installed.
+    Raises UserError if the package is not installed.
     """
 
     def __init__(self, project: str) -> None:
@@ -31,12 +31,12 @@ class Tracker:
         except ImportError:
             raise UserError(
                 "--wandb needs the package wandb, which is not installed; "
-                "install it with `pip install wandb`, or leave --wandb out"
+                "install it with `pip install wandb`, or drop --wandb"
             ) from None
         self._runs: dict[str, Any] = {}
 
     def begin(self, run: Run) -> None:
-        """Open the W&B run of ``run``. Raises Unavailable where W&B refuses."""
+        """Open the W&B run of ``run``. Raises Unavailable if W&B fails."""
         settings = run.settings
         try:
             self._runs[run.name] = self._wandb.init(
@@ -54,21 +54,21 @@ class Tracker:
                 },
                 settings=self._wandb.Settings(silent=True),
             )
-        except Exception as error:  # its own errors, those of the network and of its service process
+        except Exception as error:  # of W&B, the network or its service process
             raise Unavailable(
                 f"--wandb: W&B cannot be used ({_without_key(error)}); see `wandb login`, set WANDB_MODE=offline, "
-                "or leave --wandb out"
+                "or drop --wandb"
             ) from None
 
     def row(self, run: str, row: LogRow) -> None:
-        """Log a row of the training log; W&B leaves out those that it has from before an interruption."""
+        """Log a row of the training log; W&B skips the rows that it already has."""
         self._runs[run].log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
 
     def end(self, run: str) -> None:
         self._runs.pop(run).finish()
 
     def abandon(self) -> None:
-        """Close what is open as failed: the training has stopped, and may be taken up again."""
+        """Mark open runs as failed, because the training has stopped."""
         while self._runs:
             self._runs.popitem()[1].finish(exit_code=1)
 

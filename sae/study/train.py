@@ -1,10 +1,9 @@
-"""The stage that trains: studies that share a model and a text go through one stream of activations, side by side.
+"""Train studies: all that share a model and a text read one stream of activations together.
 
-A study is one setting and its seeds. The subject's forward pass is the dear part, so studies that differ in hookpoint,
-width, k, architecture, learning rate or length are trained on the same pass (see
-:func:`sae.training.trainer.train_groups`), and each ends as it would have alone. What is done is read off the disk: a
-study is begun when its runs have a ``run.json``, done when they have weights, and in between goes on from its own last
-state.
+A study is one setting and its seeds. The subject's forward pass is the expensive part, so studies that differ in
+hookpoint, width, k, architecture, learning rate or length share it (see :func:`sae.training.trainer.train_groups`),
+with the same results as alone. A run has a ``run.json`` once it has begun and weights once it is done; in between it
+resumes from its last state.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ if TYPE_CHECKING:
     from sae.training.memory import Part
     from sae.training.trainer import Group
 
-_SAMPLE = 16_384  # tokens of the first batch that are looked at for outliers
+_SAMPLE = 16_384  # tokens of the first batch that are searched for outliers
 
 
 def train_study(
     study: str, seeds: Sequence[int], settings: Settings, root: Path, compute: Compute, parallel: str | None = None
 ) -> list[Run]:
-    """:func:`train_studies` of one study. Returns the runs in the order of ``seeds``."""
+    """Train one study and return its runs in the order of ``seeds``."""
     return train_studies([Study(study, settings, tuple(seeds))], root, compute, parallel)[0]
 
 
@@ -58,13 +57,16 @@ def train_studies(
     tracker: Tracker | None = None,
     controls: bool = False,
 ) -> list[list[Run]]:
-    """Train one SAE per seed of every study. Returns each study's runs in the order of its seeds.
+    """Train one SAE per seed of each study. Returns each study's runs in the order of its seeds.
 
-    Within a study every seed sees the same batches in the same order; runs that exist are not touched. Studies with the
-    same subject, corpus and size of a step share one pass over the activations; give ``corpus.max_tokens`` where a data
-    set without end is to be shared by studies of different lengths. ``parallel`` says how the ranks that torchrun
-    started share the work (see :mod:`sae.common.ranks`); ``tracker`` is told of every new row of the training logs.
-    With ``controls`` each study gets its controls too (:mod:`sae.study.controls`), whose runs are not returned.
+    Within a study all seeds see the same batches in the same order; trained runs are not touched. Studies with the same
+    subject, corpus and batch size share one pass over the activations; set ``corpus.max_tokens`` to share a dataset
+    between studies of different lengths.
+
+    Args:
+        parallel: how the ranks of torchrun share the work (see :mod:`sae.common.ranks`).
+        tracker: gets each new row of the training logs.
+        controls: train the studies' controls too (:mod:`sae.study.controls`); their runs are not returned.
     """
     studies, asked_for = (
         [replace(s, settings=_bounded(resolve_dtype(s.name, s.settings, root, compute))) for s in studies],
@@ -75,10 +77,10 @@ def train_studies(
     names = [study.name for study in studies]
     if len(set(names)) < len(names):
         raise BadInput(f"studies {', '.join(names)}: give each name once")
-    # Read before anything is written, so that all ranks count the same.
+    # Count before anything is written, so that all ranks get the same number.
     missing = sum(_missing(study, root) for study in studies)
     with join_ranks(parallel or _parallel_begun(studies, root), missing, compute.device) as (job, device):
-        # Rank 0 decides, before anything is written: the others may look at the disk a moment later.
+        # Rank 0 decides, since other ranks may read the disk later.
         dtypes = job.first("dtypes", lambda: [study.settings.subject.dtype for study in studies])
         studies = [
             replace(study, settings=study.settings.with_values(subject={"dtype": dtype}))
@@ -104,7 +106,7 @@ def train_studies(
 
 @dataclass(frozen=True)
 class _Todo:
-    """A study, and those of its runs that are not trained."""
+    """A study and its untrained runs with their seeds."""
 
     study: Study
     missing: list[tuple[Run, int]]
@@ -115,12 +117,12 @@ class _Todo:
 
 
 def _missing(study: Study, root: Path) -> int:
-    """How many of the study's seeds are not trained."""
+    """Count the seeds that are not trained."""
     return len(set(study.seeds) - {run.seed for run in study_runs(study.name, root) if run.is_trained})
 
 
 def _parallel_begun(studies: Sequence[Study], root: Path) -> str | None:
-    """How the ranks share an unfinished training, which its bits may depend on; None where none says."""
+    """Return how the ranks share an unfinished training, since its last bits may depend on it; else None."""
     if not launched():
         return None
     begun = [run for study in studies for run in study_runs(study.name, root) if not run.is_trained]
@@ -128,41 +130,33 @@ def _parallel_begun(studies: Sequence[Study], root: Path) -> str | None:
 
 
 def _planned(study: Study, root: Path) -> list[tuple[str, int, bool]]:
-    """The name of each seed's run, and whether it is trained."""
+    """Return the name of each seed's run, the seed, and whether it is trained."""
     planned = plan_study(study.name, list(study.seeds), study.settings, root)
-    _say_what_is_kept(study.name, study.settings, root)
+    later = {"harvest", "contexts"}
+    for run in study_runs(study.name, root):
+        both = (s.model_dump(include=later) for s in (run.settings, study.settings))
+        if differences := mapping_differences(*both):
+            say(f"{run.name} keeps its own settings ({'; '.join(differences)})")
     for run, _ in planned:
-        if run.is_trained and run.state_folder.is_dir():  # a death came between the weights and this
+        if run.is_trained and run.state_folder.is_dir():  # a kill came after the weights were written
             shutil.rmtree(run.state_folder, ignore_errors=True)
     return [(run.name, seed, run.is_trained) for run, seed in planned]
 
 
-def _say_what_is_kept(study: str, settings: Settings, root: Path) -> None:
-    """A run keeps the settings of its later stages too: other ones given now take no effect, which has to be said."""
-    later = {"harvest", "contexts"}
-    for run in study_runs(study, root):
-        differences = mapping_differences(run.settings.model_dump(include=later), settings.model_dump(include=later))
-        if differences:
-            say(f"{run.name} keeps the settings that it was begun with ({'; '.join(differences)})")
-
-
 def _bounded(settings: Settings) -> Settings:
-    """A data set, which may have no end, is read no further than the study needs: recorded as if it had been asked."""
+    """Limit a dataset, which may be endless, to the tokens that the study needs."""
     if settings.corpus.kind != "dataset" or settings.corpus.max_tokens is not None:
         return settings
     return settings.with_values(corpus={"max_tokens": max(settings.training.tokens, settings.harvest.tokens)})
 
 
 def _sharing(todo: Sequence[_Todo]) -> list[list[_Todo]]:
-    """The studies that can go through one stream together: the same source, and the same sequences in a step."""
+    """Group the studies that share a source and the sequences of each step."""
     found: dict[Any, list[_Todo]] = {}
     for each in todo:
         key = get_source_key(each.settings), each.settings.training.batch_tokens
         found.setdefault(key, []).append(each)
     return list(found.values())
-
-
-# --- one pass ---------------------------------------------------------------------------------------------
 
 
 def _train_together(
@@ -183,12 +177,21 @@ def _train_together(
             check_same_inputs(run, of_study)
     check_fits(parts, source.subject.device)
     for each in todo:
-        _say_what_begins(each, source)
-    with _no_trace_of_nothing(todo, job), out_of_memory_is_told(parts, source.subject.device):
+        training, stream = each.settings.training, source.stream(each.settings.subject.hookpoint)
+        say(
+            f"train: {', '.join(run.name for run, _ in each.missing)} · M {training.num_latents}, k {training.k}, "
+            f"D {stream.width} · {human(training.tokens)} tokens of {human(source.corpus.n_tokens)} · "
+            f"{source.subject.source}, {stream.hookpoint}"
+        )
+    with _remove_empty_runs(todo, job), out_of_memory_is_told(parts, source.subject.device):
         read = Reader(job)
         samples = read(batches, 0)
         outliers = _outliers(batches, samples)
-        dominated = _where_outliers_dominate(batches, samples, outliers)
+        dominated = {
+            of.stream.hookpoint: sample[:_SAMPLE].clone()
+            for of, sample in zip(batches, samples, strict=True)
+            if outliers[of.stream.hookpoint].dominate
+        }
         for each, of_study in zip(todo, provenance, strict=True) if job.rank == 0 else []:
             for run, seed in each.missing:
                 if not (run.folder / "run.json").is_file():
@@ -218,7 +221,7 @@ def _batches(source: Source, settings: Settings) -> TrainingBatches:
 
 
 def _part(source: Source, todo: _Todo, mine: set[str]) -> Part:
-    """What this process will train of a study."""
+    """Describe this process's part of a study, to estimate its memory."""
     from sae.training.memory import Part
 
     stream = source.stream(todo.settings.subject.hookpoint)
@@ -242,29 +245,19 @@ def _provenance(source: Source, todo: _Todo, batches: TrainingBatches, root: Pat
 
 
 def _precision(todo: _Todo, device: torch.device, root: Path) -> Precision:
-    """What the encoder's product is done in: as in the study's first run, be that from a machine of another kind."""
+    """Return the precision of the encoder's product: that of the study's first run, if there is one."""
     from sae.common.precision import resolve, warn_if_emulated
 
     precision = resolve(todo.settings.training.precision, device)
-    for run in (run for run in study_runs(todo.study.name, root) if not run.imported):
-        precision = run.record.get("precision", "float32")  # there was no other before it was recorded
-        break
+    trained_here = [run for run in study_runs(todo.study.name, root) if not run.imported]
+    if trained_here:
+        precision = trained_here[0].record.get("precision", "float32")  # old records have none
     warn_if_emulated("training.precision", precision, device)
     return precision
 
 
-def _say_what_begins(todo: _Todo, source: Source) -> None:
-    training = todo.settings.training
-    stream = source.stream(todo.settings.subject.hookpoint)
-    say(
-        f"train: {', '.join(run.name for run, _ in todo.missing)} · M {training.num_latents}, k {training.k}, "
-        f"D {stream.width} · {human(training.tokens)} tokens of {human(source.corpus.n_tokens)} · "
-        f"{source.subject.source}, {stream.hookpoint}"
-    )
-
-
 def _outliers(batches: Sequence[TrainingBatches], samples: Sequence[torch.Tensor]) -> dict[str, Outliers]:
-    """Measure each hookpoint's outlier tokens on its first batch [B, D]; a warning where they decide what FVU says."""
+    """Measure each hookpoint's outlier tokens on its first batch [B, D]; warn if they dominate FVU."""
     from sae.activations.outliers import find_outliers
 
     by_hookpoint = {of.stream.hookpoint: sample[:_SAMPLE] for of, sample in zip(batches, samples, strict=True)}
@@ -272,21 +265,10 @@ def _outliers(batches: Sequence[TrainingBatches], samples: Sequence[torch.Tensor
     for hookpoint, outliers in found.items():
         if outliers.dominate:
             say(
-                f"train: warning: at {hookpoint} {outliers.describe()}; FVU and L0 as printed here and in the report "
-                "are then about these few tokens, and the end of the training says what they are without them"
+                f"train: warning: at {hookpoint} {outliers.describe()}; FVU and L0, here and in the report, are mostly "
+                "about these few tokens; both are printed without them at the end of the training"
             )
     return found
-
-
-def _where_outliers_dominate(
-    batches: Sequence[TrainingBatches], samples: Sequence[torch.Tensor], outliers: Mapping[str, Outliers]
-) -> dict[str, torch.Tensor]:
-    """Hookpoint → tokens of its first batch [n, D], for hookpoints where outlier tokens decide what FVU says."""
-    return {
-        of.stream.hookpoint: sample[:_SAMPLE].clone()
-        for of, sample in zip(batches, samples, strict=True)
-        if outliers[of.stream.hookpoint].dominate
-    }
 
 
 def _groups(
@@ -296,7 +278,7 @@ def _groups(
     mine: set[str],
     root: Path,
 ) -> list[Group]:
-    """The dictionaries of this process as they are initialised on ``samples`` [B, D], study by study."""
+    """Initialise this process's dictionaries on ``samples`` [B, D], study by study."""
     from sae.dictionaries.architectures import ARCHITECTURES
     from sae.training.trainer import Group
 
@@ -312,7 +294,7 @@ def _groups(
 
 
 class _Ending:
-    """Writes each study's weights and logs as soon as it is trained, and passes new rows on to the tracker."""
+    """Writes each study's weights and logs when it is trained, and sends new rows to the tracker."""
 
     def __init__(
         self,
@@ -348,7 +330,7 @@ class _Ending:
                 self._tracker.end(run.name)
 
     def _without_outliers(self, run: Run, sae: Sae) -> dict[str, Any]:
-        """What FVU and L0 are without outlier tokens, as metadata of the log; nothing where there is no need to ask."""
+        """Return FVU and L0 without outlier tokens, as metadata of the log; empty if there are none."""
         from sae.activations.outliers import measure_quality
 
         sample = self._dominated.get(run.record["hookpoint"])
@@ -361,8 +343,8 @@ class _Ending:
 
 
 @contextmanager
-def _no_trace_of_nothing(todo: Sequence[_Todo], job: Job) -> Iterator[None]:
-    """A training that fails before its first checkpoint leaves no run behind, so that its name can be used again."""
+def _remove_empty_runs(todo: Sequence[_Todo], job: Job) -> Iterator[None]:
+    """Delete new runs if training fails before the first checkpoint, so that the name is free again."""
     new = [run for each in todo for run, _ in each.missing if not (run.folder / "run.json").is_file()]
     try:
         yield

@@ -1,17 +1,15 @@
-"""Text as packed token sequences, stored once, in orders that depend on a seed and nothing else.
+"""Packed token sequences on disk, and the order in which they are read.
 
-Why stored: every later stage (training, harvest, contexts) points into the same sequences, so a
-position is two small numbers and no stage tokenises again. Documents follow one another with the
-tokenizer's end-of-text token between them and are cut into rows of T tokens; no row begins with a BOS,
-which the subject model adds for its forward pass and drops again.
+Every later stage refers to the same stored sequences, so no stage tokenises again. Documents follow one another,
+separated by the end-of-text token, and are cut into rows of T tokens. No row starts with a BOS: the subject model adds
+one for its forward pass and drops it again.
 
-Why the order goes by blocks: a sequence's activations may differ in the last bit with its neighbours in
-the forward pass, so every sequence has fixed ones, its *block*. An order shuffles the blocks, then the
-sequences within groups of :data:`MIXED_BLOCKS` consecutive blocks. Whoever reads in such an order computes each
-block once and holds one group, yet no two epochs repeat a batch. Which sequences share a block is itself
-drawn at random from the whole corpus, so a batch mixes documents.
+A sequence's activations may differ in the last bit with the shape of a batch, so each sequence is always computed with
+the same others, its *block*, drawn at random from the corpus. An order shuffles the blocks, then the sequences within
+groups of :data:`MIXED_BLOCKS` blocks. A reader in this order computes each block once and holds one group in memory,
+yet no two epochs repeat a batch.
 
-Importing this module, and reading a stored corpus, needs no torch.
+Reading a stored corpus needs no torch.
 """
 
 from __future__ import annotations
@@ -33,17 +31,16 @@ _BLOCK_SEED = 0x5AE
 
 
 class Corpus:
-    """N packed sequences of T tokens, memory-mapped. Open with :meth:`open` or
-    :func:`sae.text.packing.prepare_corpus`, which makes it where it is not there yet.
+    """N packed sequences of T tokens, memory-mapped. :func:`sae.text.packing.prepare_corpus` makes one.
 
     Attributes:
-        key: the folder's name: 16 hex characters of what the corpus was made from.
+        key: the folder's name, 16 hex characters of the digest of its inputs.
         fingerprint: SHA-256 of the tokens and T, 64 hex characters.
         context: T.
         n_sequences, n_tokens: N and N·T.
         special_ids: the tokenizer's special tokens, ascending.
-        info: what ``run.json`` records (kind, source, counts of files, documents, bytes and tokens).
-        tokens: ``[N, T]``, uint16 or uint32, read-only.
+        info: the entry in ``run.json`` (kind, source, counts of files, documents, bytes and tokens).
+        tokens: [N, T], uint16 or uint32, read-only.
     """
 
     def __init__(self, folder: Path, record: dict[str, Any], tokens: np.memmap) -> None:
@@ -60,8 +57,8 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:
-        """A stored corpus. Raises :class:`NotFound` or :class:`BadInput` where there is none, or a damaged one."""
-        again = f"delete the folder and run `{shell_command('train')}` with the same settings to make it again"
+        """Open a stored corpus. Raises NotFound if there is none, BadInput if it is damaged."""
+        again = f"delete the folder and run `{shell_command('train')}` with the same settings to write it again"
         try:
             record = read_json(folder / "corpus.json")
             n, context, dtype = record["n_sequences"], record["context"], np.dtype(record["dtype"])
@@ -74,11 +71,9 @@ class Corpus:
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"corpus {str(folder)!r} is damaged ({error}); {again}") from None
 
-    # --- order --------------------------------------------------------------------------------------------
-
     @property
     def block_rows(self) -> int:
-        """Sequences in a block: as many as make :data:`BLOCK_TOKENS` tokens, at least one."""
+        """Sequences in a block: :data:`BLOCK_TOKENS` tokens, at least one sequence."""
         return max(1, BLOCK_TOKENS // self.context)
 
     @property
@@ -96,30 +91,28 @@ class Corpus:
         return rank
 
     def block(self, number: int) -> np.ndarray:
-        """The sequences of one block, int64 ``[block_rows]`` (fewer in the last), the same for every seed."""
+        """Return the sequences of a block, int64 [block_rows] (fewer in the last), the same for every seed."""
         return self._by_block[number * self.block_rows : (number + 1) * self.block_rows]
 
     def place(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For sequences ``rows [n]``: their blocks, and their places within them, both int64 ``[n]``."""
+        """Return the block of each of sequences ``rows`` [n] and its place within the block, both int64 [n]."""
         blocks, places = np.divmod(self._rank[rows], self.block_rows)
         return blocks, places
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """The order of an epoch (0, 1, …): a permutation of the N sequences, int64 ``[N]``."""
+        """Return the order of an epoch (0, 1, …): a permutation of the N sequences, int64 [N]."""
         rng = np.random.Generator(np.random.PCG64([seed, epoch]))
         turn = np.empty(self.n_blocks, dtype=np.int64)
         turn[rng.permutation(self.n_blocks)] = np.arange(self.n_blocks)
         group = turn[np.arange(self.n_sequences) // self.block_rows] // MIXED_BLOCKS
         return self._by_block[np.lexsort((rng.random(self.n_sequences), group))]
 
-    # --- tokens -------------------------------------------------------------------------------------------
-
     def rows(self, index: np.ndarray) -> np.ndarray:
-        """The sequences ``index [n]`` as int64 ``[n, T]``."""
+        """Return the sequences ``index`` [n], int64 [n, T]."""
         return self.tokens[index].astype(np.int64)
 
     def is_special(self, tokens: np.ndarray) -> np.ndarray:
-        """Which of ``tokens``, of any shape, are special tokens: bool of that shape."""
+        """Return which of ``tokens`` are special tokens: bool of the same shape."""
         return np.isin(tokens, self.special_ids)
 
     @functools.cached_property
@@ -128,27 +121,26 @@ class Corpus:
 
         path = self.folder / "tokenizer.json"
         if not path.is_file():
-            raise NotFound(f"corpus {str(self.folder)!r} has no tokenizer.json; its tokenizer exists in Python only")
+            raise NotFound(f"corpus {str(self.folder)!r} has no tokenizer.json, so its tokens cannot be decoded")
         return Tokenizer.from_file(str(path))
 
     @functools.cached_property
     def _decodes_apart(self) -> bool:
-        """Whether the bytes of a text are those of its tokens, one after another, whatever stands around them."""
+        """Whether each token decodes to the same bytes in any context."""
         decoder: dict[str, Any] | None = json.loads(self._decoder.to_str())["decoder"]
         return decoder is not None and decoder["type"] == "ByteLevel"
 
     def _piece_of(self, token: int) -> str | None:
-        """The text of a token that is whole characters wherever it stands; ``None`` where that is not certain."""
+        """Return the text of a token; ``None`` if it depends on the context."""
         if not self._decodes_apart:
             return None
         text: str = self._decoder.decode([token], skip_special_tokens=False)
         return None if "\ufffd" in text else text
 
     def decode(self, tokens: np.ndarray) -> list[str]:
-        """The text of each of ``tokens [n]``; joined, they are the text of all of them.
+        """Return the text of each of ``tokens`` [n]; joined, they are the text of the whole.
 
-        A character that several tokens spell belongs to the last of these, the others being empty strings;
-        bytes at either end that are no whole character come out as U+FFFD.
+        A character of several tokens belongs to the last of them; incomplete characters at either end are U+FFFD.
         """
         from tokenizers.decoders import DecodeStream
 
@@ -161,11 +153,11 @@ class Corpus:
         for i in ids:
             try:
                 steps.append(stream.step(self._decoder, i))
-            except Exception:  # bytes that can never become a character: the decoder gives up and must begin anew
+            except Exception:  # invalid bytes: the decoder must restart
                 stream = DecodeStream(skip_special_tokens=False)
                 steps.append("\ufffd" + (stream.step(self._decoder, i) or ""))
         pieces = [step or "" for step in steps]
-        if steps and steps[-1] is None:  # the last tokens wait for more bytes, or have no text at all
+        if steps and steps[-1] is None:  # the last tokens need more bytes, or have no text
             whole, joined = self._decoder.decode(ids, skip_special_tokens=False), "".join(pieces)
             pieces[-1] = whole[len(joined) :] if whole.startswith(joined) else "\ufffd"
         return pieces

@@ -1,12 +1,8 @@
-"""Documents of a corpus: what a source of text is, content hashes, and texts cut into pieces.
+"""Read documents from text files, in pieces, and hash the content of files.
 
-Two questions are kept apart. *What is it?* is answered before anything is tokenised, by the contents
-(the SHA-256 of every file that will be read, or a hub dataset's commit), so that a corpus is named by
-what is in it and never by where it lay or when it was read. *Give me the text* is an iterator that holds
-one piece at a time, whatever the size of the source.
-
-Hashing a large dataset takes minutes, so the hashes are kept in a small file beside the corpora and
-trusted as long as path, size and modification time are unchanged, as a version control system does.
+The identity of a corpus is the hash of its contents (the SHA-256 of each file, or a hub dataset's commit), never the
+place or time of reading. Hashing a large dataset takes minutes, so hashes are kept in a small file and trusted as long
+as path, size and modification time are unchanged.
 """
 
 from __future__ import annotations
@@ -26,11 +22,11 @@ from sae.common.files import read_json, write_json
 PIECE_CHARACTERS = 1 << 18
 JSON_LINES = (".jsonl", ".ndjson")
 _READ = 1 << 20
-_SETTLED_SECONDS = 2.0  # a file changed more recently may change again without a new modification time
+_SETTLED_SECONDS = 2.0  # a newer file may change again within the same modification time
 
 
 class Document(NamedTuple):
-    """A document, or one piece of a long one: ``ends`` is false where the next piece goes on with it."""
+    """A document, or one piece of it; ``ends`` is false if the next piece continues it."""
 
     name: str
     text: str
@@ -39,8 +35,13 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class TextSource:
-    """``identity``: JSON that changes exactly when the text does. ``info``: what a run's record says of
-    it. ``total`` counts ``unit`` (bytes or documents); ``None`` where nobody knows."""
+    """A source of text.
+
+    Attributes:
+        identity: JSON that changes exactly when the text does.
+        info: the entry in a run's record.
+        total: the number of ``unit`` (bytes or documents), ``None`` if unknown.
+    """
 
     identity: dict[str, Any]
     info: dict[str, Any]
@@ -49,17 +50,14 @@ class TextSource:
     unit: str
 
 
-# --- content hashes ---------------------------------------------------------------------------------------
-
-
 class FileFacts(NamedTuple):
     sha256: str
     size: int
-    not_text_at: int | None  # offset of the first byte that is no UTF-8 text; None: all of it is
+    not_text_at: int | None  # offset of the first byte that is not UTF-8 text
 
 
 class Hashes:
-    """Content hashes of files, remembered in ``memo`` by path, size and modification time."""
+    """Content hashes of files, cached in ``memo`` by path, size and modification time."""
 
     def __init__(self, memo: Path) -> None:
         self._memo = memo
@@ -70,7 +68,7 @@ class Hashes:
         self._changed = False
 
     def facts(self, path: Path) -> FileFacts:
-        """Hash of a file's bytes, and whether they are UTF-8 text. Reads it once, then remembers."""
+        """Return the hash of a file, and whether it is UTF-8 text."""
         try:
             status = path.stat()
             key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns]
@@ -106,7 +104,7 @@ def _read_facts(path: Path) -> FileFacts:
 
 
 def _first_bad(data: bytes, decoder: codecs.IncrementalDecoder, offset: int, final: bool) -> int | None:
-    """Offset in the file of the first NUL or byte that is not UTF-8, if there is one in ``data``."""
+    """Return the offset in the file of the first NUL or non-UTF-8 byte in ``data``."""
     found = [offset + nul] if (nul := data.find(b"\0")) >= 0 else []
     pending = len(decoder.getstate()[0])
     try:
@@ -116,14 +114,11 @@ def _first_bad(data: bytes, decoder: codecs.IncrementalDecoder, offset: int, fin
     return min(found, default=None)
 
 
-# --- pieces -----------------------------------------------------------------------------------------------
-
-
 def read_pieces(path: Path, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
-    """A text file in pieces of about ``size`` characters.
+    """Yield a text file in pieces of about ``size`` characters.
 
-    A piece ends at the start of a line where there is one, since no tokenizer with a pre-tokenizer joins
-    the end of one line to the first word of the next: the pieces' tokens are then the whole file's.
+    A piece ends at the start of a line if possible, since tokens do not span a line end and the next word. So the
+    tokens of the pieces are those of the whole file.
     """
     with path.open(encoding="utf-8-sig", newline="") as stream:
         held = stream.read(size)
@@ -136,17 +131,17 @@ def read_pieces(path: Path, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
 
 
 def find_cut(text: str) -> int:
-    """Where to end a piece: at the last start of a line that begins with a word, else before a space."""
+    """Return where to end a piece: at the last line that starts with a word, else before a space."""
     at = text.rfind("\n", 0, len(text) - 1)
     while at >= 0 and text[at + 1].isspace():
         at = text.rfind("\n", 0, at)
     if at < 0:
-        at = text.rfind(" ", 1) - 1  # the space stays with the word that it precedes
+        at = text.rfind(" ", 1) - 1  # the space stays with the next word
     return at + 1 if at >= 0 else len(text)
 
 
 def split_text(name: str, text: str, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
-    """A text that is in memory already, cut as :func:`read_pieces` would."""
+    """Yield a text in pieces, like :func:`read_pieces`."""
     while len(text) > size:
         cut = find_cut(text[: size + 1])
         yield Document(name, text[:cut], ends=False)
@@ -155,7 +150,7 @@ def split_text(name: str, text: str, size: int = PIECE_CHARACTERS) -> Iterator[D
 
 
 def read_json_lines(path: Path, column: str) -> Iterator[Document]:
-    """One document per line: the string under ``column`` of its JSON object."""
+    """Yield one document per line: the string under ``column`` of its JSON object."""
     with path.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
@@ -163,14 +158,14 @@ def read_json_lines(path: Path, column: str) -> Iterator[Document]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise BadInput(f"{str(path)!r} line {number} is not JSON ({error}); mend or remove the line") from None
+                raise BadInput(f"{str(path)!r} line {number} is not JSON ({error}); fix or remove the line") from None
             if not isinstance(row, dict):
                 raise BadInput(f"{str(path)!r} line {number} is not a JSON object; each line must be one")
             yield from split_text(f"{path}:{number}", get_text(row, column, f"{str(path)!r} line {number}"))
 
 
 def get_text(row: dict[str, Any], column: str, where: str) -> str:
-    """The text under ``column``, a missing value as an empty text."""
+    """Return the text under ``column``, empty for a missing value."""
     if column not in row:
         raise NotFound(f"{where} has no column {column!r}; did you mean {suggest(column, row)}? (corpus.column)")
     value = row[column]
@@ -181,6 +176,6 @@ def get_text(row: dict[str, Any], column: str, where: str) -> str:
         )
     try:
         (value or "").encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON allows
         value = str(value).encode(errors="replace").decode()
     return value or ""

@@ -1,13 +1,12 @@
-"""Datasets as a source of text: saved ones, local data files, and the hub's, always streamed.
+"""Read a corpus from a dataset: saved on disk, local data files, or on the hub, always streamed.
 
-Apart from the other sources because the ``datasets`` library is slow to import, and most corpora do not
-need it.
+In its own module because ``datasets`` is slow to import.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ _LOADERS = {
 
 
 def open_dataset(settings: CorpusSettings, hashes: Hashes) -> TextSource:
-    """The dataset that ``settings.source`` names: one directory, data file or hub name."""
+    """Open the dataset ``settings.source``: one folder, data file or hub name."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -68,13 +67,13 @@ def _documents(rows: Any, name: str, column: str) -> Iterator[Document]:
             text = get_text(row, column, f"dataset {name!r} row {number}")
             yield from split_text(f"{name}:{number}", text)
     except (OSError, ValueError) as error:
-        raise BadInput(f"dataset {name!r} cannot be read to its end: {first_line(error)}; run again to go on") from None
+        raise BadInput(f"dataset {name!r} is cut short: {first_line(error)}; run the same command to resume") from None
 
 
 def _first_row(rows: Any, name: str, settings: CorpusSettings) -> dict[str, Any]:
     try:
         found = list(itertools.islice(iter(rows), 1))
-    except Exception as error:  # the library lets a parser's own errors through, whatever their type
+    except Exception as error:  # datasets passes on any error of a parser
         raise BadInput(f"dataset {name!r} cannot be read: {first_line(error)}; check its files") from None
     if not found:
         raise BadInput(f"dataset {name!r}, split {settings.split!r}, has no rows; choose another split")
@@ -86,11 +85,8 @@ def _known_rows(rows: Any, split: str) -> int | None:
     return (splits[split].num_examples or None) if splits and split in splits else None
 
 
-# --- on disk ----------------------------------------------------------------------------------------------
-
-
 def _saved(path: Path, name: str, split: str) -> tuple[Any, Path]:
-    """A folder written by ``save_to_disk``: its rows, and the folder of the chosen split."""
+    """Open a folder written by ``save_to_disk``: its rows, and the folder of the split."""
     import datasets
 
     folder = path
@@ -99,17 +95,16 @@ def _saved(path: Path, name: str, split: str) -> tuple[Any, Path]:
             splits = list(read_json(path / "dataset_dict.json")["splits"])
         except (ValueError, KeyError, TypeError):
             raise BadInput(f"dataset {name!r}: its dataset_dict.json is damaged; save the dataset again") from None
-        if split not in splits:
-            raise NotFound(f"dataset {name!r} has no split {split!r}; did you mean {suggest(split, splits)}?")
+        _check_known(name, "split", split, splits)
         folder = path / split
     try:
         return datasets.load_from_disk(str(folder)), folder
-    except Exception as error:  # Arrow's, JSON's and the library's own errors share no base
+    except Exception as error:  # errors of Arrow, JSON and datasets
         raise BadInput(f"dataset {name!r} cannot be opened: {first_line(error)}; save the dataset again") from None
 
 
 def _local(path: Path, name: str, settings: CorpusSettings) -> tuple[Any, list[Path]]:
-    """Data files of one kind (Parquet, JSON, CSV, text): a single one, or a folder of them."""
+    """Open one data file (Parquet, JSON, CSV, text) or a folder of them."""
     if path.is_file():
         loader = _LOADERS.get(path.suffix.lower())
         if loader is None:
@@ -122,8 +117,13 @@ def _local(path: Path, name: str, settings: CorpusSettings) -> tuple[Any, list[P
     return _load(name, settings, path=str(path)), files
 
 
+def _check_known(name: str, what: str, chosen: str | None, known: Sequence[str]) -> None:
+    if chosen is not None and chosen not in known:
+        raise NotFound(f"dataset {name!r} has no {what} {chosen!r}; did you mean {suggest(chosen, known)}?")
+
+
 def _is_data(path: Path) -> bool:
-    # `cache-*.arrow` are left behind by the library's own transformations of a saved dataset.
+    # datasets leaves `cache-*.arrow` behind when it transforms a saved dataset.
     return path.is_file() and not path.name.startswith((".", "cache-"))
 
 
@@ -134,30 +134,22 @@ def _contents(root: Path, files: list[Path], hashes: Hashes) -> str:
 
 
 def _load(name: str, settings: CorpusSettings, **where: Any) -> Any:
-    """``datasets.load_dataset``, streaming, with its failures told in one line."""
+    """Call ``datasets.load_dataset`` with streaming; report failures in one line."""
     import datasets
 
     place = {key: value for key, value in where.items() if key in ("path", "data_files", "revision")}
     try:
-        configs = [settings.config]
         if "data_files" not in where:
             configs = datasets.get_dataset_config_names(**place)
-            if settings.config is not None and settings.config not in configs:
-                raise NotFound(
-                    f"dataset {name!r} has no configuration {settings.config!r}; "
-                    f"did you mean {suggest(settings.config, configs)}?"
-                )
+            _check_known(name, "configuration", settings.config, configs)
             if settings.config is None and len(configs) > 1 and "default" not in configs:
                 raise BadInput(
                     f"dataset {name!r} has several configurations; choose corpus.config among {', '.join(configs[:12])}"
                 )
             splits = datasets.get_dataset_split_names(**place, config_name=settings.config)
-            if settings.split not in splits:
-                raise NotFound(
-                    f"dataset {name!r} has no split {settings.split!r}; did you mean {suggest(settings.split, splits)}?"
-                )
+            _check_known(name, "split", settings.split, splits)
         return datasets.load_dataset(**where, name=settings.config, split=settings.split, streaming=True)
     except (NotFound, BadInput):
         raise
-    except Exception as error:  # errors of the hub, of file systems and of every reader share no base
+    except Exception as error:  # errors of the hub, of file systems and of readers
         raise BadInput(f"dataset {name!r} cannot be opened: {first_line(error)}") from None

@@ -1,7 +1,4 @@
-"""Making a corpus: text tokenised and packed into rows, whole or resumed.
-
-What it makes, and how that is read, is in :mod:`sae.text.corpus`.
-"""
+"""Tokenise text and pack it into the rows of a corpus (:mod:`sae.text.corpus`); resumes after a kill."""
 
 from __future__ import annotations
 
@@ -34,13 +31,9 @@ _CHECKPOINT_SECONDS = 15.0
 
 
 def prepare_corpus(settings: CorpusSettings, tokenizer: Any, tokenizer_fingerprint: str, root: Path) -> Corpus:
-    """The corpus that ``settings`` name, made under ``root/corpora/`` or, where it is there already, opened.
+    """Open the corpus of ``settings`` under ``root/corpora/``; make it first if it does not exist.
 
-    Killed at any point, the next call goes on from the last quarter of a minute. Memory does not grow
-    with the text.
-
-    Raises:
-        NotFound, BadInput: a source that is missing, unreadable, not text, or shorter than one sequence.
+    Raises NotFound or BadInput if the source is missing, unreadable, not text, or shorter than one sequence.
     """
     if settings.max_tokens is not None and settings.max_tokens < settings.context:
         raise BadInput(
@@ -50,7 +43,7 @@ def prepare_corpus(settings: CorpusSettings, tokenizer: Any, tokenizer_fingerpri
     corpora = root / "corpora"
     source = open_source(settings, corpora / "hashes.json")
     if source.total is None and settings.max_tokens is None:
-        raise BadInput(f"the length of {settings.source[0]!r} is not known beforehand; set corpus.max_tokens")
+        raise BadInput(f"the length of {settings.source[0]!r} is unknown; set corpus.max_tokens")
     made_from = {
         "schema": _SCHEMA,
         "source": source.identity,
@@ -74,7 +67,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"corpus {folder.name}: another command is making it; waiting")
+        say(f"corpus {folder.name}: waiting for another command that is making it")
         lock.acquire()
     try:
         yield
@@ -83,10 +76,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 class _Packer:
-    """Tokenises into ``tokens.part`` and renames it when it is whole.
+    """Tokenise into ``tokens.part`` and rename it when it is complete.
 
-    ``packing.json`` says how many pieces of text lie behind the first ``rows`` rows and which tokens are
-    left over; whatever the part file holds beyond is cut off on the way back.
+    ``packing.json`` records how many pieces of text the first ``rows`` rows hold and which tokens are left over; a
+    resumed run truncates the part file to these rows.
     """
 
     def __init__(self, folder: Path, key: str, settings: CorpusSettings, tokenizer: Any, source: TextSource) -> None:
@@ -104,7 +97,7 @@ class _Packer:
         self.within_document = False
 
     def run(self, made_from: dict[str, Any]) -> None:
-        self._go_back_to_checkpoint()
+        self._resume()
         hasher = hashlib.sha256(f"{self.context}\n".encode())
         try:
             with self.part.open("r+b") as stream:
@@ -176,20 +169,20 @@ class _Packer:
         return {"tokens": self.rows * self.context, "bytes": self.bytes, "documents": self.documents}[unit]
 
     def _rows_of(self, batch: Sequence[Document]) -> np.ndarray:
-        """Take a batch of pieces in; returns the whole rows that this completes, ``[n, T]``."""
+        """Add a batch of pieces; return the rows [n, T] that it completes."""
         parts = [self.left]
         limit = None if self.max_rows is None else (self.max_rows - self.rows) * self.context
         total = len(self.left)
         for piece, ids in zip(batch, self.encode([d.text for d in batch]), strict=True):
             if limit is not None and total >= limit:
-                break  # so that what is counted does not depend on where batches begin
+                break  # so that the counts do not depend on the batches
             parts.append(np.asarray(ids, dtype=self.dtype))
             total += len(ids)
             self.pieces += 1
             self.bytes += len(piece.text.encode())
             self.within_document = self.within_document or len(ids) > 0
             if piece.ends:
-                if self.within_document and self.separator is not None:  # an empty document leaves no trace
+                if self.within_document and self.separator is not None:
                     parts.append(np.asarray([self.separator], dtype=self.dtype))
                     total += 1
                 self.documents += self.within_document
@@ -208,7 +201,7 @@ class _Packer:
         state = {name: getattr(self, name) for name in ("rows", "pieces", "documents", "bytes", "within_document")}
         write_json(self.state, {**state, "left": self.left.tolist()})
 
-    def _go_back_to_checkpoint(self) -> None:
+    def _resume(self) -> None:
         row_bytes = self.context * self.dtype.itemsize
         try:
             state = read_json(self.state)
@@ -223,7 +216,7 @@ class _Packer:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Pieces in batches large enough to keep a parallel tokenizer busy, bounded in characters."""
+    """Group pieces into batches that are large enough for a parallel tokenizer."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
@@ -236,18 +229,15 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-# --- what the corpus needs to know of a tokenizer -----------------------------------------------------------
-
-
 def find_special_ids(tokenizer: Any) -> list[int]:
-    """Every token that stands for no text (end of text, BOS, padding, chat marks), ascending."""
+    """Return all special tokens (end of text, BOS, padding, chat markers), ascending."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {int(i) for i, token in added.items() if getattr(token, "special", False)}
     return sorted(marked | {int(i) for i in tokenizer.all_special_ids})
 
 
 def find_separator(tokenizer: Any) -> int | None:
-    """The token put after each document: end of text, or what the tokenizer has in its place."""
+    """Return the token to put after each document: EOS, else SEP, else BOS."""
     for name in ("eos_token_id", "sep_token_id", "bos_token_id"):
         if getattr(tokenizer, name, None) is not None:
             return int(getattr(tokenizer, name))
@@ -255,15 +245,14 @@ def find_separator(tokenizer: Any) -> int | None:
 
 
 def count_token_ids(tokenizer: Any) -> int:
-    """One more than the largest token id."""
+    """Return the largest token id plus one."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
 def make_encoder(tokenizer: Any) -> tuple[Any, Any]:
-    """``texts -> token ids of each``, without special tokens added, and the Rust tokenizer behind it (or ``None``).
+    """Return a function ``texts -> token ids of each``, and the Rust tokenizer that it uses (or ``None``).
 
-    The Rust tokenizer is called directly, on a copy: the wrapper's per-token extras take as long as the
-    tokenising, and a copy is free of truncation and padding that someone may have set.
+    Calls a copy of the Rust tokenizer, without truncation and padding: the Python wrapper takes twice as long.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

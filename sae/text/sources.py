@@ -18,9 +18,9 @@ _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 
 def open_source(settings: CorpusSettings, memo: Path) -> TextSource:
-    """Open the text that ``settings`` name. ``memo`` is the file in which content hashes are kept.
+    """Open the source of ``settings``; content hashes are cached in the file ``memo``.
 
-    Raises :class:`NotFound` or :class:`BadInput` for a source that is not there or is no text.
+    Raises NotFound or BadInput for a source that does not exist or is not text.
     """
     if settings.kind == "stdlib":
         return _stdlib()
@@ -32,9 +32,6 @@ def open_source(settings: CorpusSettings, memo: Path) -> TextSource:
     from sae.text.hf_datasets import open_dataset  # takes a second to import
 
     return open_dataset(settings, Hashes(memo))
-
-
-# --- the standard library ---------------------------------------------------------------------------------
 
 
 def _stdlib() -> TextSource:
@@ -57,9 +54,6 @@ def _stdlib() -> TextSource:
     )
 
 
-# --- text files -------------------------------------------------------------------------------------------
-
-
 def _text_files(settings: CorpusSettings, hashes: Hashes) -> TextSource:
     chosen: list[Path] = []
     contents: list[list[str]] = []
@@ -68,7 +62,7 @@ def _text_files(settings: CorpusSettings, hashes: Hashes) -> TextSource:
     for name in settings.source:
         given = Path(name).expanduser()
         if not given.exists():
-            raise NotFound(f"text {name!r} does not exist{_beside(given)}")
+            raise NotFound(f"text {name!r} does not exist{_hint(given)}")
         for path in _files_below(given) if given.is_dir() else [given]:
             facts = hashes.facts(path)
             if facts.not_text_at is not None:
@@ -86,9 +80,7 @@ def _text_files(settings: CorpusSettings, hashes: Hashes) -> TextSource:
     if not chosen:
         why = f"none ends in {' '.join(TEXT_SUFFIXES)}"
         if skipped:
-            why = (
-                "the one file there is not UTF-8 text" if len(skipped) == 1 else f"{len(skipped)} files, no UTF-8 text"
-            )
+            why = f"none of the {len(skipped)} files is UTF-8 text"
         raise NotFound(f"no text files in {', '.join(map(repr, settings.source))}: {why}; name other files or folders")
     identity: dict[str, Any] = {"kind": "text", "contents": digest(contents)}
     if any(how != "text" for _, how in contents):
@@ -102,14 +94,14 @@ def _text_files(settings: CorpusSettings, hashes: Hashes) -> TextSource:
     )
 
 
-def _beside(path: Path) -> str:
+def _hint(path: Path) -> str:
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     found = find_similar(path.name, names)
-    return f"; beside it there is {suggest(path.name, found)}" if found else ""
+    return f"; did you mean {suggest(path.name, found)}?" if found else ""
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Text files under ``folder`` in the order of their paths; hidden and generated folders left out."""
+    """Return the text files under ``folder``, sorted by path, without hidden and generated folders."""
 
     def wanted(path: Path) -> bool:
         inner = path.relative_to(folder).parts

@@ -1,11 +1,8 @@
-"""The text of the Python standard library: a corpus that is on every machine that can run this program.
+"""Read the source files of the Python standard library: a corpus that every machine has.
 
-The library differs a little between Python versions, so a committed manifest names the files that are
-read, each with the SHA-256 of its bytes where the manifest was made. On another Python the same paths
-are read, those that are gone are left out, and :class:`StdlibText` says how many files match.
-
-Left out: tests (they repeat themselves and dwarf the library) and the character maps of
-``encodings/``, which a generator wrote: tables of hexadecimal numbers, not text.
+The library differs between Python versions, so a committed manifest lists the files, each with its SHA-256. Another
+Python reads the same paths; :class:`StdlibText` counts the files that differ and lists those that are missing. Tests
+and the generated character maps of ``encodings/`` are excluded.
 """
 
 from __future__ import annotations
@@ -27,8 +24,7 @@ _HELD_OUT_ONE_IN = 20
 
 @dataclass(frozen=True)
 class StdlibFile:
-    """One library file that was read: its path below the library's root, its text, and whether its
-    bytes are those of the manifest."""
+    """A library file: its path below the library's root, and whether its bytes match the manifest."""
 
     path: str
     text: str
@@ -38,7 +34,7 @@ class StdlibFile:
 
 @dataclass(frozen=True)
 class StdlibText:
-    """The files read, in the manifest's order, and the paths that this Python lacks."""
+    """The files read, in the manifest's order, and the paths that this Python does not have."""
 
     files: tuple[StdlibFile, ...]
     missing: tuple[str, ...]
@@ -49,13 +45,12 @@ class StdlibText:
 
 
 def stdlib_root() -> Path:
-    """The folder of the running interpreter's standard library."""
+    """Return the folder of this Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def is_held_out(path: str) -> bool:
-    """Whether the file is kept from the subject model's training: one in twenty, by a hash of the path,
-    so that neither its content nor the file order has a say."""
+    """Return whether the bundled model's training skips the file: one in twenty, by a hash of the path."""
     return hashlib.sha256(path.encode()).digest()[0] % _HELD_OUT_ONE_IN == 0
 
 
@@ -73,7 +68,7 @@ def _listable(root: Path) -> list[str]:
 
 
 def write_manifest(path: Path = MANIFEST) -> int:
-    """Write the manifest from the running interpreter's library. Returns the number of files listed."""
+    """Write the manifest of this Python's library. Returns the number of files."""
     root = stdlib_root()
     files: dict[str, str] = {}
     for relative in _listable(root):
@@ -91,7 +86,7 @@ def write_manifest(path: Path = MANIFEST) -> int:
 
 
 def read_stdlib(root: Path | None = None) -> StdlibText:
-    """Read every file of the manifest that the running interpreter's library has."""
+    """Read the files of the manifest that this Python's library has."""
     root = root or stdlib_root()
     listed: dict[str, str] = json.loads(MANIFEST.read_text())["files"]
     files, missing = [], []

@@ -1,8 +1,8 @@
-"""Models that come with the package, and how they were made."""
+"""The bundled model and the script that trained it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 BUNDLED = Path(__file__).parent / "pystdlib-4m"
-"""What the name ``bundled`` stands for wherever a model is asked for."""
+"""The folder of the model named ``bundled``."""

@@ -1,23 +1,15 @@
-"""Train the bundled subject model again: ``python -m sae.activations.bundled.build``.
+"""Train the bundled subject model: ``python -m sae.activations.bundled.build``. Resumes from its last checkpoint.
 
-A GPT-NeoX causal LM (the family of Pythia) with 4.2M parameters, a byte-level BPE tokenizer of 4,096
-tokens of its own, on the text of the Python standard library. Killed at any point, the same command
-goes on from its last checkpoint.
+A GPT-NeoX causal LM (the family of Pythia) with 4.2M parameters and its own byte-level BPE tokenizer of 4,096 tokens,
+trained on the Python standard library. One file in twenty is held out, by a hash of its path.
 
-Why it is done so:
-
-* Weights in bfloat16 with a float32 master copy, and the cross-entropy in chunks whose gradient is
-  computed on the way forward: on a CPU the logits of a whole batch do not fit the cache.
-* Muon for the matrices, AdamW for embeddings, norms and biases: at this size about a third fewer
-  tokens to the same loss than AdamW alone.
-* A flat learning rate with a linear decay at the end, so that the run can be lengthened from a
-  checkpoint of its flat part.
-* Dropout from the second epoch on: the library is 2.8M tokens, and text that has been seen before is learnt
-  by heart without it. Half as much while the rate falls, when there is no time left to learn by heart.
-* Weight decay of the matrices four times the usual, for the same reason.
-* Sequences of 1,024 tokens: code repeats its own names, so a token is told better from far behind; the loss on
-  held-out files falls by about 0.1 nats from the 200th token of a sequence to the 500th.
-* Held out are whole *files*, one in twenty by a hash of the path.
+* Weights in bfloat16 with a float32 master copy, and cross-entropy in chunks whose logits fit the cache.
+* Muon for matrices, AdamW for the rest: a third fewer tokens to the same loss than AdamW alone.
+* A flat learning rate, then linear decay, so that a run can be extended from its flat part.
+* Dropout from the second epoch (the library has 2.8M tokens only), half as much during the decay, and four times the
+  usual weight decay, against memorisation.
+* Sequences of 1,024 tokens, because code repeats its names: the held-out loss falls by about 0.1 nats from the 200th
+  token of a sequence to the 500th.
 """
 
 from __future__ import annotations
@@ -39,8 +31,7 @@ END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096
 CONTEXT = 1024
 POSITIONS = 4096
-"""What its configuration allows. Positions are rotary, so a longer prompt is read, if badly; it is there so that a
-server takes prompts of any usual length in tests."""
+"""The limit in its configuration, so that a server accepts prompts of usual length in tests (positions are rotary)."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -89,9 +80,9 @@ def make_config() -> GPTNeoXConfig:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of ``hidden @ weight.T``, ``[N, D]`` and ``[V, D]``, against ``target [N]``.
+    """Mean cross-entropy of ``hidden @ weight.T``, [N, D] and [V, D], against ``target`` [N].
 
-    Both gradients are computed chunk by chunk in the forward pass, so no ``[N, V]`` matrix is kept.
+    Computes both gradients in chunks in the forward pass, so that no [N, V] matrix is kept.
     """
 
     @staticmethod
@@ -124,8 +115,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def pack(encoded: list[list[int]], rng: np.random.Generator | None) -> np.ndarray:
-    """Files one after another, an end-of-text token before each, cut to ``[n, CONTEXT + 1]``. With
-    ``rng`` the files are shuffled and the cut starts at a random place."""
+    """Concatenate files, each after an end-of-text token, and cut them to [n, CONTEXT + 1]; ``rng`` shuffles."""
     order = rng.permutation(len(encoded)) if rng is not None else np.arange(len(encoded))
     flat = np.concatenate([np.asarray([0, *encoded[i]], dtype=np.int64) for i in order])
     offset = int(rng.integers(CONTEXT)) if rng is not None else 0
@@ -136,7 +126,7 @@ def pack(encoded: list[list[int]], rng: np.random.Generator | None) -> np.ndarra
 
 
 def set_dropout(model: GPTNeoXForCausalLM, p: float) -> None:
-    """Dropout of the embeddings and of what each layer adds to the residual stream."""
+    """Set the dropout of the embeddings and of each layer's output."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = p
@@ -144,7 +134,7 @@ def set_dropout(model: GPTNeoXForCausalLM, p: float) -> None:
 
 @torch.no_grad()
 def held_out_loss(model: GPTNeoXForCausalLM, rows: np.ndarray) -> float:
-    """Nats per token over ``rows [n, CONTEXT + 1]``, dropout off."""
+    """Return the nats per token over ``rows`` [n, CONTEXT + 1], without dropout."""
     total = 0.0
     set_dropout(model, 0.0)
     for start in range(0, len(rows), 16):
@@ -157,8 +147,8 @@ def held_out_loss(model: GPTNeoXForCausalLM, rows: np.ndarray) -> float:
 
 @torch.no_grad()
 def held_out_loss_sliding(model: GPTNeoXForCausalLM, encoded: list[list[int]], batch: int = 16) -> float:
-    """Nats per token of the same text, each token told from at least ``CONTEXT / 2`` tokens before it (except the very
-    first ones): windows overlap by half, and only a window's second half counts. What cutting costs is left out."""
+    """Return the nats per token with at least ``CONTEXT / 2`` tokens of context: windows overlap by half, and only the
+    second half of each counts."""
     set_dropout(model, 0.0)
     flat = torch.from_numpy(np.concatenate([np.asarray([0, *ids], dtype=np.int64) for ids in encoded]))
     half = CONTEXT // 2
@@ -174,7 +164,7 @@ def held_out_loss_sliding(model: GPTNeoXForCausalLM, encoded: list[list[int]], b
 
 
 def learning_rate_scale(step: int, steps: int, warmup: int, decay: float) -> float:
-    """Linear warm-up, flat, then linear to zero over the last ``decay`` of the run."""
+    """Return the factor of the learning rate: linear warm-up, flat, linear decay over the last ``decay`` of the run."""
     first_decay = int(steps * (1 - decay))
     if step < warmup:
         return (step + 1) / warmup
@@ -309,19 +299,19 @@ def main() -> None:
         state = torch.load(checkpoint, weights_only=True)
         trainer.load(state["trainer"])
         first, seconds, log = state["step"], state["seconds"], state["log"]
-        print(f"going on from step {first}")
+        print(f"resuming from step {first}")
 
     epoch, rows, begins, ends = -1, np.empty((0, CONTEXT + 1), dtype=np.int64), 0, 0
     started = time.monotonic()
     for step in range(first, args.steps):
-        while step >= ends:  # the epoch's order depends on its number alone, so a resumed run sees the same
+        while step >= ends:  # an epoch's order depends only on its number
             epoch += 1
             rows = pack(train_ids, np.random.default_rng(epoch))
             begins, ends = ends, ends + len(rows) // args.batch
         scale = learning_rate_scale(step, args.steps, 100, args.decay)
         falling = step >= int(args.steps * (1 - args.decay))
         set_dropout(model, (args.dropout_decay if falling else args.dropout) if epoch >= args.dropout_from else 0.0)
-        torch.manual_seed(step)  # dropout's masks, the same in a resumed run
+        torch.manual_seed(step)  # the same dropout masks in a resumed run
         batch = torch.from_numpy(rows[(step - begins) * args.batch : (step - begins + 1) * args.batch])
         loss = trainer.step(batch, scale)
         done = step + 1

@@ -196,7 +196,7 @@ def test_what_is_not_a_number_is_refused_not_dropped() -> None:
         lambda: bootstrap_mean([1, math.inf]),
         lambda: quartiles([math.nan]),
     ):
-        with pytest.raises(ValueError, match="count it"):
+        with pytest.raises(ValueError, match="count the failures"):
             call()
     with pytest.raises(ValueError, match="only true and false"):
         balanced_accuracy([1, 0], [0.7, 0.2])

@@ -260,7 +260,7 @@ def test_a_locked_file_is_one_line(tmp_path: Path) -> None:
     second = Database(path, ["CREATE TABLE t (x)"], busy_seconds=0.1)
     with (
         first.writing(),
-        pytest.raises(Unavailable, match="another process keeps it locked; wait"),
+        pytest.raises(Unavailable, match="another process has locked it; wait"),
         second.writing(),
     ):
         pass

@@ -215,7 +215,7 @@ def test_a_disk_without_room_leaves_it_out(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     assert open_caches(corpus, subject, [HOOKPOINT], 10**9) == {}
-    assert "the disk has to spare" in capsys.readouterr().err
+    assert "the free disk space" in capsys.readouterr().err
     assert not (corpus.folder / "activations").exists()
 
 

@@ -233,10 +233,10 @@ def test_the_corpus_has_to_be_the_one_that_was_harvested(stream: FakeStream, tmp
     run(stream, tmp_path)
     folder = stream.corpus.folder
     write_json(folder / "corpus.json", {**read_json(folder / "corpus.json"), "fingerprint": "other"})
-    with pytest.raises(BadInput, match="not the one"):
+    with pytest.raises(BadInput, match="is not the harvested one"):
         FiringStore.open(tmp_path / "a" / "firings").tokens([0])
     folder.rename(folder.with_name("moved"))
-    with pytest.raises(NotFound, match="is gone; put it back"):
+    with pytest.raises(NotFound, match="is gone; restore it"):
         FiringStore.open(tmp_path / "a" / "firings").tokens([0])
 
 
@@ -297,7 +297,7 @@ def test_a_full_disk_is_one_line(stream: FakeStream, tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(np, "save", full)
-        with pytest.raises(UserError, match="no space left"):
+        with pytest.raises(UserError, match="the disk is full"):
             run(stream, tmp_path)
     (store,) = run(stream, tmp_path)
     assert store.n_tokens == N * USED

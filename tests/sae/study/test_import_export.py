@@ -224,9 +224,9 @@ def imported(tiny_recipe: Path, elsewhere: Path, tmp_path: Path) -> Path:
 def test_the_same_import_again_changes_nothing(imported: Path, elsewhere: Path, tmp_path: Path) -> None:
     before = tree(imported)
     ran = take_in(elsewhere / "saelens" / "run_a", "x", imported, study="s").well()
-    assert "already there" in ran.err
+    assert "already imported" in ran.err
     moved = Path(shutil.copytree(elsewhere / "saelens" / "run_a", tmp_path / "moved"))
-    assert "already there" in take_in(moved, "x", imported, study="s").well().err
+    assert "already imported" in take_in(moved, "x", imported, study="s").well().err
     assert tree(imported) == before
 
 
@@ -244,7 +244,7 @@ def test_what_differs_is_named(imported: Path, elsewhere: Path, tmp_path: Path, 
     beside.failed_in_one_line("study 's' is of another model, hookpoint or text", "corpus.source")
     (imported / "notes").mkdir()
     (imported / "notes" / "a.txt").touch()
-    take_in(theirs, "notes", imported, study="s").failed_in_one_line("'", "exists and is no run")
+    take_in(theirs, "notes", imported, study="s").failed_in_one_line("'", "exists and is not a run")
     take_in(theirs, "alignments", imported, study="s").failed_in_one_line("reserved")
     trained = cli(
         "train",

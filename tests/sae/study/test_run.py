@@ -212,7 +212,7 @@ def test_what_is_in_the_way_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "run_a" / ".run.json.4711.tmp").touch()
     assert planned([0], tmp_path) == {0: "run_a"}  # nor is what a kill left behind
     (tmp_path / "run_a" / "thesis.tex").touch()
-    with pytest.raises(BadInput, match="is no run"):
+    with pytest.raises(BadInput, match="is not a run"):
         planned([0], tmp_path)
     small_study.runs_of(tmp_path, 1, study="other_a")
     shutil.copytree(tmp_path / "other_a_a", tmp_path / "new_a")

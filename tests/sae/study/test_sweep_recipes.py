@@ -67,7 +67,7 @@ BAD = {
     "one value": ("training.k = [2]", ("training.k", "two values")),
     "no list": ("training.k = 2", ("training.k = 2", "a list")),
     "twice": ("training.k = [1, 2, 1]", ("training.k", "1 twice")),
-    "nothing": ("seeds = [0, 1]", ("varies nothing",)),
+    "nothing": ("seeds = [0, 1]", ("has no axis",)),
     "k above M": ("training.k = [1, 65]", ("training.k = 65", "training.num_latents = 64")),
     "no such architecture": ('training.architecture = ["topk", "top"]', ("training.architecture", "'top'")),
     "no amount": ('training.tokens = ["1k", "many"]', ("training.tokens", "'many'")),

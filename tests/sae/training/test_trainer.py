@@ -352,7 +352,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
         save(tensors, path, **named)
 
     monkeypatch.setattr(training_state, "save_file", fills_the_disk)
-    with pytest.raises(UserError, match=r"the disk is full.*free some space and give the same command again"):
+    with pytest.raises(UserError, match=r"the disk is full.*free some space and run the same command again"):
         train(Batches(12), fresh(0), settings(), places)
     monkeypatch.undo()
     assert sorted(path.name for path in places[0].iterdir()) == [
