@@ -232,7 +232,7 @@ def _check_listed(files: list[str], repository: str, folder: str) -> None:
         raise BadInput(f"{repository!r} has no SAE in a known format: none of its files is {' or '.join(names)}")
     shown = ", ".join(f"{repository}/{below}" for below in holding[:8] if below)
     more = f" and {len(holding) - 8} more" if len(holding) > 8 else ""
-    asked = f"has no SAE in {folder!r}" if folder else "holds several SAEs"
+    asked = f"has no SAE in {folder!r}" if folder else "has several SAEs"
     raise NotFound(f"{repository!r} {asked}; name one of {shown or repository}{more}")
 
 

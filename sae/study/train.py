@@ -134,8 +134,8 @@ def _planned(study: Study, root: Path) -> list[tuple[str, int, bool]]:
     planned = plan_study(study.name, list(study.seeds), study.settings, root)
     later = {"harvest", "contexts"}
     for run in study_runs(study.name, root):
-        both = (s.model_dump(include=later) for s in (run.settings, study.settings))
-        if differences := mapping_differences(*both):
+        own, given = (settings.model_dump(include=later) for settings in (run.settings, study.settings))
+        if differences := mapping_differences(own, given):
             say(f"{run.name} keeps its own settings ({'; '.join(differences)})")
     for run, _ in planned:
         if run.is_trained and run.state_folder.is_dir():  # a kill came after the weights were written

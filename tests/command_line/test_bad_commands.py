@@ -229,7 +229,9 @@ def test_a_record_that_is_damaged(root: Path) -> None:
 
 def test_a_training_under_way_is_not_harvested(root: Path) -> None:
     (root / "run_b" / "cfg.json").unlink()
-    cli("harvest", "--sae", "run_b", "--root", root, "--json").failed_in_one_line("'run_b'", "not trained to its end")
+    cli("harvest", "--sae", "run_b", "--root", root, "--json").failed_in_one_line(
+        "'run_b'", "has not finished training"
+    )
 
 
 def test_an_endpoint_that_is_down_is_told_before_any_other_work(root: Path) -> None:

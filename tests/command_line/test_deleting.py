@@ -89,7 +89,7 @@ def test_deleting_says_what_else_is_of_no_use(root: Path) -> None:
 def test_a_study_at_work_is_refused(root: Path) -> None:
     with lock_study(root, "run"):
         for words in (("--delete", "run_a"), ("--prune",)):
-            runs(root, *words, "--yes").failed_in_one_line("another command is at work on study 'run'")
+            runs(root, *words, "--yes").failed_in_one_line("another command is using study 'run'")
     assert Run("run_a", root).is_trained
 
 

@@ -191,4 +191,4 @@ def test_one_job_at_a_time(recipe: Path, tmp_path: Path) -> None:
         process.wait(60)
     assert ended.returncode != 0
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert lines == ["error: another command is at work on study 'run'; wait for it, then run this again"]
+    assert lines == ["error: another command is using study 'run'; wait for it, then run this command again"]

@@ -153,7 +153,7 @@ def test_tokens_that_do_not_fit(neox: Subject, llama: Subject) -> None:
         neox.activations(tokens(1, 65), ["layers.0.mlp"])
     with pytest.raises(BadInput, match=r"takes 65; lower corpus\.context to 63"):
         llama.check_context(64)
-    with pytest.raises(BadInput, match="token 320 is beyond the 320"):
+    with pytest.raises(BadInput, match="token 320 is not in the vocabulary"):
         neox.activations(np.full((1, 4), 320), ["layers.0.mlp"])
 
 

@@ -196,7 +196,7 @@ def test_another_harvest_is_refused_once_finished_and_discarded_before(
     assert "\n" not in str(error.value)
     (tmp_path / "a" / "firings" / "store.json").unlink()
     run(stream, tmp_path, **changed)
-    assert "discarded" in capsys.readouterr().err
+    assert "discarding" in capsys.readouterr().err
 
 
 def test_opening_refuses_what_is_not_whole(stream: FakeStream, tmp_path: Path) -> None:

@@ -215,9 +215,9 @@ def test_nothing_outside_the_root_is_deleted(root: Path) -> None:
 @pytest.mark.parametrize("held", ["run", "run-frozen"])
 def test_a_study_that_a_command_works_on_is_refused(root: Path, held: str) -> None:
     with lock_study(root, held):
-        with pytest.raises(UserError, match=f"at work on study '{held}'"), lock_runs(root, "run"):
+        with pytest.raises(UserError, match=f"using study '{held}'"), lock_runs(root, "run"):
             pass
-        with pytest.raises(UserError, match=f"at work on study '{held}'"), lock_runs(root):
+        with pytest.raises(UserError, match=f"using study '{held}'"), lock_runs(root):
             pass
         with lock_runs(root, "other"):
             pass

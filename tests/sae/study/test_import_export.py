@@ -241,7 +241,7 @@ def test_what_differs_is_named(imported: Path, elsewhere: Path, tmp_path: Path, 
     given = take_in(theirs, "x", imported, "--text", texts, study="s")
     given.failed_in_one_line("'x' exists", "corpus.source")
     beside = take_in(theirs, "y", imported, "--text", texts, study="s")
-    beside.failed_in_one_line("study 's' is of another model, hookpoint or text", "corpus.source")
+    beside.failed_in_one_line("study 's' has another model, hookpoint or text", "corpus.source")
     (imported / "notes").mkdir()
     (imported / "notes" / "a.txt").touch()
     take_in(theirs, "notes", imported, study="s").failed_in_one_line("'", "exists and is not a run")
@@ -274,7 +274,7 @@ def test_an_import_that_was_killed_goes_on(imported: Path, elsewhere: Path) -> N
     whole = tree(imported)
     (imported / "x" / "cfg.json").unlink()  # the last file that an import writes
     assert not Run.open("x", imported).is_trained
-    cli("harvest", "--root", imported).failed_in_one_line("not imported to its end", "`import` command")
+    cli("harvest", "--root", imported).failed_in_one_line("has not finished import", "`import` command")
     waiting = " ".join(cli("report", "--root", imported).well().out.split())
     assert "Not imported to the end: x" in waiting
     assert "python cli.py import --from" in waiting
@@ -288,7 +288,7 @@ def test_an_import_that_was_killed_goes_on(imported: Path, elsewhere: Path) -> N
 def test_widths_that_do_not_fit_are_named(tiny_recipe: Path, tmp_path: Path) -> None:
     for d, words in (
         (32, ("width 32", f"'{HOOKPOINT}'", "gives 16", "hookpoints of width 32 are", "layers.0.mlp")),
-        (7, ("width 7", "gives 16", "no hookpoint of that model has width 7", "another model")),
+        (7, ("width 7", "gives 16", "no hookpoint of that model has width 7", "own model")),
     ):
         save_sae(tmp_path / f"of{d}", a_gated(d=d))
         ran = take_in(tmp_path / f"of{d}", "x", tmp_path / "runs", "--recipe", tiny_recipe, study="s")

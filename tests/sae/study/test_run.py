@@ -246,7 +246,7 @@ def test_a_stage_knows_its_inputs(tmp_path: Path) -> None:
 def test_two_commands_do_not_write_one_study(tmp_path: Path) -> None:
     with lock_study(tmp_path, "run"):
         with (
-            pytest.raises(UserError, match="another command is at work on study 'run'"),
+            pytest.raises(UserError, match="another command is using study 'run'"),
             lock_study(tmp_path, "run"),
         ):
             pass
@@ -300,7 +300,7 @@ def test_a_run_that_is_not_trained_to_its_end(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path, 2)
     (runs[1].folder / "cfg.json").unlink()
     for stage in (harvest_runs, align_stage.align_runs):
-        with pytest.raises(NotFound, match="'run_b' is not trained to its end"):
+        with pytest.raises(NotFound, match="'run_b' has not finished training"):
             stage(runs, Compute("cpu"))
 
 

@@ -227,7 +227,7 @@ def test_an_sae_of_another_width_is_refused_by_both_names(tiny_root: Path) -> No
     save_sae(run.folder, TopKSae.init(24, NUM_LATENTS, 2, seed=0))
     before = tree(tiny_root, under="run_*")
     cli("harvest", "--sae", "run_a", "--tokens", "2k", "--root", tiny_root, "--json").failed_in_one_line(
-        "run 'run_a' is an SAE of activations of width 24", "layers.1.input_layernorm", "has width 16"
+        "run 'run_a' reads activations of width 24", "layers.1.input_layernorm", "has width 16"
     )
     assert tree(tiny_root, under="run_*") == before
 
