@@ -375,10 +375,10 @@ def test_folders_of_the_hub_are_listed(
     def refused(source: str, *words: object) -> None:
         take_in(source, "x", tmp_path, "--recipe", tiny_recipe, study="s").failed_in_one_line(*words)
 
-    refused("some/saes", "holds several SAEs; name one of some/saes/dictionary_learning/run_a, some/saes/")
+    refused("some/saes", "has several SAEs; name one of some/saes/dictionary_learning/run_a, some/saes/")
     refused("some/saes/layers.9", "has no SAE in 'layers.9'", "some/saes/sparsify/run_b")
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["model.bin"])
-    refused("some/saes", "'some/saes' holds no SAE in a known format")
+    refused("some/saes", "'some/saes' has no SAE in a known format")
 
     def broken(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route\nto host")
