@@ -20,9 +20,10 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from sae.alignment import relation
-from sae.alignment.matching.directions import in_parallel, threads
+from sae.alignment.matching.directions import in_parallel
 from sae.common.errors import BadInput
 from sae.firings.store import FiringStore
 
@@ -121,7 +122,7 @@ def cofirings(
                     advance((done - 1) % _TELL + 1)
 
     # Each thread the same number of firings, not of latents: these differ a hundredfold.
-    share = np.searchsorted(np.cumsum(here), np.linspace(0, here.sum(), threads() + 1)[1:-1]) + 1
+    share = np.searchsorted(np.cumsum(here), np.linspace(0, here.sum(), torch.get_num_threads() + 1)[1:-1]) + 1
     cuts = np.unique(np.concatenate([[0], np.minimum(share, m), [m]])).tolist()
     try:
         in_parallel(count, list(pairwise(cuts)))

@@ -1,5 +1,5 @@
 """The best one-to-one matching of the rows of two matrices, with its certificate.
 
-In: two matrices [M, D]. Out: the partner of each row, and a bound on how far the matching is from the best.
+In: two matrices [M, D]. Out: the partner of each row, and an upper bound on the sum of every matching.
 Must not import: the rest of sae.alignment.
 """

@@ -1,28 +1,29 @@
 """The best one-to-one matching of two dictionaries over *all* pairs, without the matrix of pairs.
 
-    candidates ──► exact matching among them, with prices ──► which other pairs do the prices not allow? ──► none: done
-        ▲                                                                        │
-        └────────────────────────────── they become candidates ◄────────────────┘
+    candidates ──► exact matching among them, with prices ──► other pairs that exceed their prices? ──► none: done
+        ▲                                                                      │
+        └────────────────────────────── they become candidates ◄───────────────┘
 
 With prices u on rows and v on columns, v zero or more and zero for what is left over, no matching can sum to more than
 
     Σ_i u[i] + Σ_j v[j] + Σ_i max_j (c[i, j] - u[i] - v[j])⁺ + rounding,
 
-whatever the prices. Those of the matching among the candidates make the first two terms its own sum; the third is
-zero once no pair exceeds its prices. So the question finds what was missed and, in the end, proves that nothing is.
+whatever the prices. With the prices of the matching among the candidates, the first two terms are its own sum; the
+third is zero once no pair exceeds its prices. So the check finds missed pairs and, in the end, proves that none is.
 
-Asking it of all pairs costs a product of the dictionaries, which is nearly all of the time there is. Mostly it need not
-be asked: the first pass bounds every pair that it passed over by the k-th nearest of its row and of its column
-(``sae.alignment.matching.candidates.Known``). This leaves a doubt only where prices are low on both sides, in few rows
-and columns of random dictionaries as of trained ones, and later products are of those alone.
+Checking all pairs costs a product of the dictionaries, which is nearly all of the time. Mostly it is not needed: the
+first pass bounds every pair that is not a candidate by the k-th nearest of its row and of its column
+(``sae.alignment.matching.candidates.Known``). Only few rows and columns with low prices on both sides remain, in random
+dictionaries as in trained ones, and later products are of those alone.
 
-Rows of zeros have cosine 0 with every column. They take what is left over, and stand aside until the end.
+Rows of zeros have cosine 0 with every column. They get the columns left over at the end.
 
 Shapes: n rows, m columns, D model width.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import fsum
 from typing import Literal
 
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from sae.alignment.matching.candidates import TOLERANCE, Pairs, joined, shortlist, violations
+from sae.alignment.matching.candidates import TOLERANCE, Pairs, join, shortlist, violations
 from sae.alignment.matching.dense import EQUAL, Matching, Nearest
 from sae.alignment.matching.directions import Directions, Floats, Screen, cosines, plain_products
 from sae.alignment.matching.sparse import Graph, Solution, greedy, solve
@@ -40,9 +41,9 @@ Ints = NDArray[np.int32]
 
 NEAREST = 24  # of each row and of each column: in random dictionaries prices reach down to about the 2 ln M-th nearest
 _MOST = 64  # new candidates of a row at a time, four times as many whenever that was not enough
-_MOST_AT_ALL = 256  # but no more than this, so that thousands of latents nearly alike are not all candidates of all
-# Pairs that come this near to their prices are taken too, half as near each time. Where prices fell since by less than
-# half of it, what is known of a pair suffices without a product.
+_MOST_AT_ALL = 256  # the limit, so that thousands of nearly equal latents are not all candidates of all
+# Pairs this near to their prices become candidates too; half as near each round. Where prices fell by less than half
+# of it, the known bounds suffice without a product.
 _NEAR = 2e-3
 _ROUNDS = 200
 _ROWS = 1024
@@ -58,20 +59,20 @@ def best_matching(
 ) -> Matching:
     """Match every row of ``rows`` [n, D] to one of ``columns`` [m, D], n ≤ m, by the largest sum of cosines.
 
-    Memory is that of the rounded copies, a tile of products and some hundred bytes a candidate.
+    Memory holds the rounded copies, a tile of products and some hundred bytes for each candidate.
 
     Args:
         rows, columns: of any length, finite, as float32 or float64 (others are converted to float32).
-        precision: of the products that screen all pairs; the result is the same, up to which of equally good matchings
-            it is. "auto" is bfloat16 where the machine has instructions for it.
-        device: where the products are formed.
-        nearest: how many of each row's and column's nearest are candidates at first: a question of time only.
+        precision: of the products that screen all pairs; it can change which of equally good matchings results.
+            "auto" is bfloat16 where the machine has instructions for it.
+        device: the torch device that forms the products.
+        nearest: the number of each row's and column's nearest that are candidates at first; affects time only.
     """
     a, b = Directions.of(rows), Directions.of(columns)
     if len(a) > len(b):
         raise ValueError(f"{len(a)} rows do not fit {len(b)} columns: exchange them")
     empty_a, empty_b = (int((side.inverse == 0).sum()) for side in (a, b))
-    if len(a) == len(b) and empty_b > empty_a:  # zeros stand aside among the rows only
+    if len(a) == len(b) and empty_b > empty_a:  # rows of zeros are set aside in `a` only
         return _exchanged(_search(b, a, precision, device, nearest))
     return _search(a, b, precision, device, nearest)
 
@@ -86,7 +87,7 @@ def _search(
     n, m = len(all_rows), len(b)
     alive = np.flatnonzero(all_rows.inverse > 0)
     a = all_rows.take(alive)
-    pairs, bounds = joined([]), (np.full(n, -np.inf), np.full(m, -np.inf))
+    pairs, bounds = join([]), (np.full(n, -np.inf), np.full(m, -np.inf))
     solution = Solution(np.empty(0, np.int32), np.empty(0), np.zeros(m))
     excess, rounds, formed, total = np.zeros(0), 0, 0, 0
     if len(a):
@@ -106,7 +107,7 @@ def _search(
                 rounds, formed = rounds + 1, formed + asked
                 if not excess.any() or rounds == _ROUNDS:
                     break
-                short = (excess > 0) & (known.u > solution.u + TOLERANCE)  # what was let go exceeds its price too
+                short = (excess > 0) & (known.u > solution.u + TOLERANCE)  # dropped pairs may exceed too
                 most[short] = np.minimum(4 * most[short], _MOST_AT_ALL)
                 near /= 2
                 edges.add(new)
@@ -130,7 +131,7 @@ def _finished(
     share: float,
     candidates: int,
 ) -> Matching:
-    """With the rows of zeros, which take the columns that are left over, in order."""
+    """Add the rows of zeros, which get the columns left over in order, and compute the bound."""
     n, m = len(a), len(b)
     partner, u = np.full(n, -1, np.int32), np.zeros(n)
     partner[alive], u[alive] = solution.partner, solution.u
@@ -140,34 +141,29 @@ def _finished(
     partner[empty] = np.flatnonzero(free)[: len(empty)]
     u[empty] = -solution.v.min() if m else 0.0
     own = cosines(a, b, np.arange(n, dtype=np.int32), partner)
-    # Per pair: what may exceed its prices unnoticed, once more with every round that built on what an earlier one had
-    # found sufficient; and float64's error in a cosine of D terms, in u and in v.
+    # Per pair: the tolerance of each round, since a round builds on the bounds of earlier ones; and float64's error in
+    # a cosine of D terms, in u and in v.
     rounding = n * (rounds * TOLERANCE + (a.rows.shape[1] + 16) * 2.0**-52)
     bound = fsum(u) + fsum(solution.v) + fsum(excess) + rounding
     return Matching(partner, own, u, solution.v, fsum(own), bound, nearest, rounds, share, candidates)
 
 
 def _exchanged(found: Matching) -> Matching:
-    """A square matching seen from its columns. Prices v have to be zero or more; gains u may be anything."""
-    partner = np.empty_like(found.partner)
-    partner[found.partner] = np.arange(len(partner), dtype=np.int32)
+    """Return a square matching as seen from its columns. Prices v must be zero or more; gains u may be anything."""
+    partner = np.argsort(found.partner).astype(np.int32)
     least = found.u.min()
-    return Matching(
-        partner,
-        found.cosine[partner],
-        found.v + least,
-        found.u - least,
-        found.sum,
-        found.upper_bound,
-        found.nearest[::-1],
-        found.rounds,
-        found.share_of_pairs,
-        found.candidates,
+    return replace(
+        found,
+        partner=partner,
+        cosine=found.cosine[partner],
+        u=found.v + least,
+        v=found.u - least,
+        nearest=found.nearest[::-1],
     )
 
 
 class _Edges:
-    """The candidates, in the order of rows and columns, each once."""
+    """The candidates, each once, in the order of rows and columns."""
 
     def __init__(self, n: int, m: int, pairs: Pairs) -> None:
         self._n, self._m = n, m
@@ -179,7 +175,6 @@ class _Edges:
 
     def add(self, pairs: Pairs) -> None:
         keys = pairs.rows.astype(np.int64) * self._m + pairs.columns
-        # A pair's cosine is the same number each time, so it does not matter which of two is kept.
         self._keys, first = np.unique(np.concatenate([self._keys, keys]), return_index=True)
         self._weights = np.concatenate([self._weights, pairs.cosines])[first]
 
@@ -189,7 +184,7 @@ class _Edges:
 
 
 def _fallback(a: Directions, b: Directions, pairs: Pairs) -> Pairs:
-    """Pairs that complete a matching of all rows, so that the candidates admit one: the nearest first, then any."""
+    """Return pairs that complete a greedy matching of all rows, so that the candidates admit one."""
     partner, free = greedy(pairs.rows, pairs.columns, np.argsort(-pairs.cosines, kind="stable"), len(a), len(b))
     left = np.flatnonzero(partner < 0).astype(np.int32)
     spare = np.flatnonzero(free).astype(np.int32)[: len(left)]
@@ -199,17 +194,17 @@ def _fallback(a: Directions, b: Directions, pairs: Pairs) -> Pairs:
 def _nearest(
     a: Directions, b: Directions, i: NDArray[np.int64], j: Ints, cosine: Floats, bound: Floats, zeros: bool
 ) -> Nearest:
-    """The nearest of ``b`` [m, D] to each of ``a`` [n, D], out of candidates (i, j); others are within ``bound`` [n].
+    """Return the nearest of ``b`` [m, D] to each of ``a`` [n, D], from candidates (i, j) and the others' ``bound`` [n].
 
-    Where candidates do not settle it (equals, or too near to the bound) the whole row is formed. ``zeros``: there are
-    rows of zeros in ``b`` that are not among the candidates.
+    Where the candidates do not settle it (equals, or too near to the bound) all products of the row are formed.
+    ``zeros``: ``b`` has rows of zeros, which are not candidates.
     """
     n = len(a)
     who, best = np.zeros(n, np.int32), np.full(n, -np.inf)
     np.maximum.at(best, i, cosine)
     winners = np.flatnonzero(cosine >= best[i] - EQUAL)[::-1]
     order = winners[np.argsort(-j[winners], kind="stable")]
-    who[i[order]] = j[order]  # the last to be written is the lowest
+    who[i[order]] = j[order]  # the last one written is the lowest
     doubt = ~(best > bound + 2 * EQUAL) | (zeros & (best <= 0))
     empty = a.inverse == 0
     who[empty], best[empty] = 0, 0.0

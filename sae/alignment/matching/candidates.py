@@ -1,12 +1,13 @@
-"""Which pairs of two dictionaries can matter to a matching, found by products of blocks, none of them kept.
+"""The pairs of two dictionaries that can matter to a matching, found by products of blocks that are not kept.
 
-Both searches look at every pair, or prove that they need not:
+- :func:`shortlist`: the k nearest of every row and of every column, in one pass over all pairs. The k-th nearest so far
+  is the threshold that a pair must exceed in its row or its column; after a few blocks one in a thousand does. In the
+  end the thresholds bound all other pairs: c[i, j] ≤ min(row[i], column[j]).
+- :func:`violations`: the pairs whose cosine exceeds their prices, c[i, j] > u[i] + v[j]. Products are formed only where
+  the known bounds (:class:`Known`) allow such a pair.
 
-- :func:`shortlist`: the k nearest of every row and of every column, in one pass. The k-th nearest so far is a threshold
-  that a pair has to exceed, in its row or in its column, to be looked at again; after the first few blocks one in a
-  thousand does. What was passed over is bounded by the thresholds in the end: c[i, j] ≤ min(row[i], column[j]).
-- :func:`violations`: the pairs whose cosine exceeds what prices allow, c[i, j] > u[i] + v[j]. Only where the bounds
-  known so far leave room for one is the product formed at all (:class:`Known`).
+A block of products is never sorted, only compared with thresholds while it is in the processor's cache; a strip in
+which nothing exceeds them costs one branch. The search takes a fiftieth of the time of the product.
 
 Shapes: n rows, m columns, D model width, E pairs.
 """
@@ -17,21 +18,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from sae.alignment.matching.directions import Directions, Floats, Margin, Screen, cosines, in_parallel
-from sae.alignment.matching.screening import Tiles, few, insert_nearest
+from sae.alignment.matching.directions import Directions, Floats, Screen, cosines, even, in_parallel
+from sae.dictionaries.kernels import cpu
+from sae.dictionaries.kernels.cpu_loops import FAST
 
-_SAMPLE = 1024  # at most: more would cost more time than they save
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+_TILE = (1024, 4096)  # 8 MiB in bfloat16, 16 in float32: fits a third-level cache
+_CUDA_TILE = (8192, 16384)
+_STRIP = 64  # neighbours compared together, at the cost of one branch
+_SAMPLE = 1024  # at most: more cost more time than they save
 _SAMPLED = 4096  # rows at a time
-_KEPT = 4_000_000  # pairs of a block of rows, before the least are let go
-_LOOKED_AT = 1_000_000  # pairs at a time whose cosine is formed, and a row more
+_KEPT = 4_000_000  # pairs of a block of rows, before the least are dropped
+_LOOKED_AT = 1_000_000  # pairs whose exact cosine is formed at a time, and a row more
 TOLERANCE = 1e-12  # a price may be exceeded by this: float64 rounding of cosines and prices stays below it
 
 
 class Pairs(NamedTuple):
+    """Pairs and their cosines, [E] each."""
+
     rows: NDArray[np.int32]
     columns: NDArray[np.int32]
     cosines: Floats
@@ -39,10 +49,7 @@ class Pairs(NamedTuple):
 
 @dataclass
 class Known:
-    """Bounds on all pairs that are not among the candidates: the least of the three holds.
-
-    c[i, j] ≤ ``row[i]``,    c[i, j] ≤ ``column[j]``,    c[i, j] ≤ ``u[i] + v[j]``.
-    """
+    """Bounds on all pairs that are not candidates: c[i, j] ≤ ``row[i]``, ``column[j]`` and ``u[i] + v[j]``."""
 
     row: Floats
     column: Floats
@@ -51,9 +58,9 @@ class Known:
 
 
 def shortlist(a: Screen, b: Screen, k: int) -> tuple[NDArray[np.int32], NDArray[np.int32], Known]:
-    """The ``k`` nearest of each row [n, D] and of each column [m, D], as the screens tell, and bounds on all others.
+    """Return the ``k`` nearest of each row and column by the screens, and bounds on all other pairs.
 
-    Returns the pairs' rows and columns [E], in order, each once.
+    The pairs are rows and columns [E], in order, each once.
     """
     n, m = len(a), len(b)
     margin = a.margin(b)
@@ -63,15 +70,12 @@ def shortlist(a: Screen, b: Screen, k: int) -> tuple[NDArray[np.int32], NDArray[
         rows = slice(top, top + tiles.high)
         for left in range(0, m, tiles.wide):
             columns = slice(left, left + tiles.wide)
-            tile = tiles.product(a.rows[rows], b.rows[columns])
-            found = tiles.above(tile, lists[0].threshold[rows], lists[1].threshold[columns], 0.0, False)
+            tile = tiles.multiply(a.rows[rows], b.rows[columns])
+            found = tiles.find_above(tile, lists[0].threshold[rows], lists[1].threshold[columns], 0.0, False)
 
             def insert(side: int, _: int, found: Any = found, top: int = top, left: int = left) -> None:
                 for i, j, x in found:
-                    if side == 0:
-                        lists[0].insert(i, top, j, left, x)
-                    else:
-                        lists[1].insert(j, left, i, top, x)
+                    lists[side].insert(*((i, top, j, left) if side == 0 else (j, left, i, top)), x)
 
             in_parallel(insert, [(0, 1), (1, 2)])
     i, j = lists[0].pairs()
@@ -83,10 +87,7 @@ def shortlist(a: Screen, b: Screen, k: int) -> tuple[NDArray[np.int32], NDArray[
 
 
 def _kth_of_sample(a: Screen, b: Screen, k: int) -> NDArray[np.float32]:
-    """For each row of ``a`` [n], what at least ``k`` of ``b`` reach; minus infinity where ``b`` is small.
-
-    The k-th nearest of some is no nearer than the k-th nearest of all.
-    """
+    """Return the k-th nearest of a sample of ``b`` to each row of ``a`` [n]; -inf where ``b`` is small."""
     size = min(_SAMPLE, max(len(b) // 32, 8 * k))
     if len(b) < 4 * size:
         return np.full(len(a), -np.inf, np.float32)
@@ -95,12 +96,12 @@ def _kth_of_sample(a: Screen, b: Screen, k: int) -> NDArray[np.float32]:
     for top in range(0, len(a), _SAMPLED):
         rows = slice(top, top + _SAMPLED)
         out[rows] = (a.rows[rows] @ few.T).float().topk(k).values[:, -1].cpu().numpy()
-    # A product of other blocks may be summed in another order, and rounded otherwise: this much lower it still holds.
+    # Products of other blocks may be summed in another order and rounded differently; one percent lower always holds.
     return np.asarray(out - np.float32(0.01) * np.abs(out), dtype=np.float32)
 
 
 class _Lists:
-    """The ``k`` nearest so far of each of n latents, and the threshold above which there may be a nearer one."""
+    """The ``k`` nearest so far of each of n latents, and the threshold [n] that a nearer one must exceed."""
 
     def __init__(self, n: int, k: int, threshold: NDArray[np.float32]) -> None:
         self.threshold = threshold
@@ -127,11 +128,11 @@ def violations(
     most: NDArray[np.int64],
     near: float,
 ) -> tuple[Pairs, Floats, int]:
-    """The pairs whose cosine comes within ``near`` of exceeding ``u[i] + v[j]``, and by how much each row exceeds it.
+    """Find the pairs whose cosine exceeds ``u[i] + v[j] - near``.
 
-    Of a row's pairs the ``most[i]`` that exceed (or come near) the most are returned; ``known`` is updated to bound all
-    that are not. The second result [n] is max_j (c[i, j] - u[i] - v[j])⁺ over *all* columns, up to ``TOLERANCE``; the
-    third is how many products were formed.
+    Returns each row's ``most[i]`` pairs with the largest excess; the largest excess max_j (c[i, j] - u[i] - v[j])⁺ of
+    each row over *all* columns [n], up to ``TOLERANCE``; and the number of products formed. ``known`` is updated to
+    bound all other pairs.
     """
     n = len(a)
     margin = screens[0].margin(screens[1])
@@ -139,26 +140,26 @@ def violations(
     excess, dropped = np.zeros(n), np.full(n, -near)
     kept: list[Pairs] = []
     formed = 0
-    if next(_suspects(u, v, known, n), None) is None:
-        return joined([]), excess, 0
-    # Where there is a doubt, all is brought up to the margin ``near``: what is known has to hold for every pair alike.
-    for rows, columns in _suspects(u - near, v, known, tiles.high):
+    if next(_find_suspects(u, v, known, n), None) is None:
+        return join([]), excess, 0
+    # Every suspect is examined up to the margin ``near``, since the new bounds must hold for every pair.
+    for rows, columns in _find_suspects(u - near, v, known, tiles.high):
         found: list[Pairs] = []
         formed += len(rows) * len(columns)
         some = screens[0].rows[torch.from_numpy(rows).to(tiles.a.device)]
-        row = _below(u[rows] - near, margin)
+        row = (u[rows] - near - margin.absolute - 1e-6).astype(np.float32)  # errs on the low side
         for left in range(0, len(columns), tiles.wide):
             part = columns[left : left + tiles.wide]
             whole = part[-1] - part[0] + 1 == len(part)
             where = slice(int(part[0]), int(part[-1]) + 1) if whole else torch.from_numpy(part).to(tiles.a.device)
-            tile = tiles.product(some, screens[1].rows[where])
-            for i, j, x in tiles.above(tile, row, v[part].astype(np.float32), margin.relative, True):
+            tile = tiles.multiply(some, screens[1].rows[where])
+            for i, j, x in tiles.find_above(tile, row, v[part].astype(np.float32), margin.relative, True):
                 if not len(i):
                     continue
-                # The most suspicious as the screens tell, and all of a row where these do not settle it: an exact look
-                # costs far more, but only it tells equals of a price from what exceeds it.
-                looked_at = few(i, j, x, rows, part, u, v, most, margin.absolute, margin.relative, dropped, True)
-                for some_of in _portions(i, looked_at):
+                # The most suspicious pairs by the screens, or all of a row where the screens cannot decide: exact
+                # cosines cost far more, but only they separate pairs that equal their prices from those that exceed.
+                looked_at = choose_most(i, j, x, rows, part, u, v, most, *margin, dropped, True)
+                for some_of in _cut_in_portions(i, looked_at):
                     i_of, j_of = i[some_of], j[some_of]
                     who, which = rows[i_of], part[j_of]
                     exact = cosines(a, b, who, which)
@@ -166,27 +167,28 @@ def violations(
                     np.maximum.at(excess, who, over)
                     keep = over > -near
                     i_of, j_of, exact = i_of[keep], j_of[keep], exact[keep]
-                    keep = few(i_of, j_of, exact, rows, part, u, v, most, 0.0, 0.0, dropped, False)
+                    keep = choose_most(i_of, j_of, exact, rows, part, u, v, most, 0.0, 0.0, dropped, False)
                     who, which = rows[i_of[keep]], part[j_of[keep]]
                     found.append(Pairs(who.astype(np.int32), which.astype(np.int32), exact[keep]))
             if sum(len(pairs.rows) for pairs in found) > _KEPT:
-                found = [_most(joined(found), u, v, most, dropped)]
+                found = [_keep_most(join(found), u, v, most, dropped)]
         if found:
-            kept.append(_most(joined(found), u, v, most, dropped))
-    np.maximum(excess, dropped, out=excess)  # of what was let go unseen, the bound has to do
+            kept.append(_keep_most(join(found), u, v, most, dropped))
+    np.maximum(excess, dropped, out=excess)  # dropped pairs count with their bound
     excess[excess <= TOLERANCE] = 0
     known.u, known.v = u + dropped, v.copy()
-    return joined(kept), excess, formed
+    return join(kept), excess, formed
 
 
-def joined(parts: list[Pairs]) -> Pairs:
+def join(parts: list[Pairs]) -> Pairs:
+    """Return the pairs of all parts, one part after another."""
     if not parts:
         return Pairs(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0))
     return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _portions(i: NDArray[np.int32], chosen: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
-    """Where ``chosen``, in portions of about ``_LOOKED_AT`` pairs, whole rows each; ``i`` [E] is in order."""
+def _cut_in_portions(i: NDArray[np.int32], chosen: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
+    """Yield the ``chosen`` places in portions of about ``_LOOKED_AT``, whole rows each; ``i`` [E] is in order."""
     left = np.flatnonzero(chosen)
     rows, start = i[left], 0
     while start < len(left):
@@ -196,31 +198,28 @@ def _portions(i: NDArray[np.int32], chosen: NDArray[np.bool_]) -> Iterator[NDArr
         start = end
 
 
-def _below(u: Floats, margin: Margin) -> NDArray[np.float32]:
-    """Thresholds in float32 that err on the side of looking."""
-    return (u - margin.absolute - 1e-6).astype(np.float32)
-
-
-def _most(pairs: Pairs, u: Floats, v: Floats, most: NDArray[np.int64], dropped: Floats) -> Pairs:
-    """Of each row's pairs the ``most[i]`` that exceed its prices the most; ``dropped[i]`` comes to bound the rest."""
+def _keep_most(pairs: Pairs, u: Floats, v: Floats, most: NDArray[np.int64], dropped: Floats) -> Pairs:
+    """Keep each row's ``most[i]`` pairs with the largest excess; ``dropped[i]`` is raised to bound the others."""
     order = np.lexsort((pairs.columns, pairs.rows))
     i, j, x = (column[order] for column in pairs)
     every_row, every_column = np.arange(len(u)), np.arange(len(v))
-    keep = few(i, j, x, every_row, every_column, u, v, most, 0.0, 0.0, dropped, False)
+    keep = choose_most(i, j, x, every_row, every_column, u, v, most, 0.0, 0.0, dropped, False)
     return Pairs(i[keep], j[keep], x[keep])
 
 
-def _suspects(u: Floats, v: Floats, known: Known, high: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Blocks of rows, at most ``high`` each, with the columns in which they may exceed ``u[i] + v[j]``.
+def _find_suspects(
+    u: Floats, v: Floats, known: Known, high: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield blocks of at most ``high`` rows with the columns in which they may exceed ``u[i] + v[j]``.
 
-    Such a pair needs row[i] - u[i] > v[j], column[j] - v[j] > u[i], and prices that fell since they were last found
-    sufficient. Each is asked of a column and the block's most suspicious row. So rows are ordered by how suspicious
-    they are, those whose own price fell first: of the others only columns whose price fell are asked.
+    Such a pair needs row[i] - u[i] > v[j], column[j] - v[j] > u[i], and prices that fell since the last bounds. Columns
+    are tested against the block's most suspicious row, so rows are sorted by suspicion, those whose own price fell
+    first: the others only need columns whose price fell.
     """
     room_row, room_column = known.row - u, known.column - v
     fell_row, fell_column = known.u - u, known.v - v
     rows, columns = np.arange(len(u)), np.arange(len(v))
-    for _ in range(3):  # what is not suspicious on one side makes the other less so
+    for _ in range(3):  # fewer suspects on one side make fewer on the other
         if not len(rows) or not len(columns):
             return
         least_v, most_column, most_fall = v[columns].min(), room_column[columns].max(), fell_column[columns].max()
@@ -247,3 +246,201 @@ def _suspects(u: Floats, v: Floats, known: Known, high: int) -> Iterator[tuple[N
         ]
         if len(chosen):
             yield block, chosen
+
+
+class Tiles:
+    """Products of blocks of two screens, and the pairs in them that exceed a threshold."""
+
+    def __init__(self, a: Screen, b: Screen) -> None:
+        self.a, self.b = a.rows, b.rows
+        self.on_cpu = self.a.device.type == "cpu"
+        high, wide = _TILE if self.on_cpu else _CUDA_TILE
+        self.high, self.wide = min(high, len(a)), min(wide, len(b))
+        self._out = torch.empty(self.high * self.wide, dtype=self.a.dtype, device=self.a.device)
+        if self.on_cpu:
+            room = self.high * self.wide
+            self._found = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
+
+    def multiply(self, rows: Tensor, columns: Tensor) -> Tensor:
+        out = self._out[: len(rows) * len(columns)].view(len(rows), len(columns))
+        return cpu.products(rows, columns, out)
+
+    def find_above(
+        self, tile: Tensor, row: NDArray[np.float32], column: NDArray[np.float32], relative: float, summed: bool
+    ) -> list[tuple[NDArray[Any], ...]]:
+        """Find (i, j, c̃) where c̃ exceeds the lesser threshold or, if ``summed``, c̃ + relative · |c̃| exceeds their sum.
+
+        Returns parts in the order of the rows.
+        """
+        if not self.on_cpu:
+            r, c = (torch.from_numpy(limits).to(tile.device) for limits in (row, column))
+            values = tile.float()
+            if summed:
+                over = values + relative * values.abs() > r[:, None] + c
+            else:
+                over = values > torch.minimum(r[:, None], c)
+            where = over.nonzero(as_tuple=True)
+            return [tuple(found.cpu().numpy() for found in (where[0].int(), where[1].int(), values[where]))]
+        bits = tile.view(torch.int16).numpy() if tile.dtype == torch.bfloat16 else tile.numpy()
+        width = tile.shape[1]
+        i, j, x = self._found
+        ranges = even(len(tile))
+
+        def search(low: int, high: int) -> int:
+            part = slice(low * width, high * width)
+            return int(_above(bits, row, column, np.float32(relative), summed, low, high, i[part], j[part], x[part]))
+
+        counts = in_parallel(search, ranges)
+        parts = [slice(low * width, low * width + n) for (low, _), n in zip(ranges, counts, strict=True)]
+        return [(i[part], j[part], x[part]) for part in parts]
+
+
+def _wide(x: Any) -> Any:
+    """Return a float32 as it is, and an int16, the bits of a bfloat16, as float32."""
+    raise NotImplementedError  # for compiled code only
+
+
+@numba.extending.overload(_wide)
+def _wide_compiled(x: Any) -> Any:
+    def bits(x: Any) -> Any:
+        return np.int32(np.int32(x) << 16).view(np.float32)
+
+    def same(x: Any) -> Any:
+        return x
+
+    return bits if isinstance(x, numba.types.Integer) else same
+
+
+@_compiled
+def _above(
+    tile: np.ndarray,
+    row: np.ndarray,
+    column: np.ndarray,
+    relative: float,
+    summed: bool,
+    low: int,
+    high: int,
+    found_i: np.ndarray,
+    found_j: np.ndarray,
+    found_x: np.ndarray,
+) -> int:
+    """Return how many were found in rows ``low`` to ``high``; see :meth:`Tiles.find_above`."""
+    n = 0
+    width = tile.shape[1]
+    for i in range(low, high):
+        line, limit = tile[i], row[i]
+        for left in range(0, width, _STRIP):
+            right = min(left + _STRIP, width)
+            part, limits_of = line[left:right], column[left:right]
+            any_over = False
+            if right - left == _STRIP:
+                # Two passes over a strip, since only a loop of known length becomes vector instructions.
+                if summed:
+                    for s in range(_STRIP):
+                        x = _wide(part[s])
+                        any_over |= x + relative * abs(x) > limit + limits_of[s]
+                else:
+                    for s in range(_STRIP):
+                        any_over |= _wide(part[s]) > min(limit, limits_of[s])
+                if not any_over:
+                    continue
+            for s in range(right - left):
+                x = _wide(part[s])
+                if (summed and x + relative * abs(x) > limit + limits_of[s]) or (
+                    not summed and x > min(limit, limits_of[s])
+                ):
+                    found_i[n], found_j[n], found_x[n] = i, left + s, x
+                    n += 1
+    return n
+
+
+@_compiled
+def choose_most(
+    i: np.ndarray,
+    j: np.ndarray,
+    x: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    u: np.ndarray,
+    v: np.ndarray,
+    most: np.ndarray,
+    absolute: float,
+    relative: float,
+    dropped: np.ndarray,
+    doubted: bool,
+) -> np.ndarray:
+    """Return which of the found (i, j, c̃) to keep [E]: each row's ``most`` with the largest excess over its prices.
+
+    Pairs are in the order of rows, and number within ``rows`` and ``columns``. ``dropped`` is raised to bound the true
+    excess of the others. If ``doubted``, a row keeps all where c̃ cannot decide whether the others exceed.
+    """
+    keep = np.ones(len(i), np.bool_)
+    start = 0
+    while start < len(i):
+        stop = start
+        while stop < len(i) and i[stop] == i[start]:
+            stop += 1
+        row = rows[i[start]]
+        n = most[row]
+        if stop - start > n:
+            over = np.empty(stop - start)
+            for e in range(start, stop):
+                over[e - start] = x[e] + relative * abs(x[e]) - v[columns[j[e]]]
+            limit = np.partition(over, len(over) - n)[len(over) - n]
+            # Pairs that equal their prices, or a cluster: their bound would stay above zero however many are kept.
+            if doubted and limit - absolute - 2.02 * relative <= u[row] < limit + absolute:
+                start = stop
+                continue
+            equals = 0
+            for e in range(start, stop):
+                keep[e] = over[e - start] > limit
+                n -= keep[e]
+                equals += over[e - start] == limit
+            # Each row takes other ones of the equals, or all rows would compete for the same few. The choice does not
+            # depend on how the list was partitioned.
+            begin, at = (row * n) % equals, 0
+            for e in range(start, stop):
+                if over[e - start] == limit:
+                    keep[e] = (at - begin) % equals < n
+                    at += 1
+            dropped[row] = max(dropped[row], limit + absolute - u[row])
+        start = stop
+    return keep
+
+
+@_compiled
+def insert_nearest(
+    own: np.ndarray,
+    first: int,
+    other: np.ndarray,
+    first_other: int,
+    x: np.ndarray,
+    who: np.ndarray,
+    near: np.ndarray,
+    filled: np.ndarray,
+    threshold: np.ndarray,
+) -> None:
+    """Put found pairs, numbered from ``first`` and ``first_other``, into unordered lists of the k nearest.
+
+    ``who`` and ``near`` are [n, k], of which ``filled`` [n] are in use. ``threshold`` [n] rises to the least of a full
+    list.
+    """
+    k = who.shape[1]
+    for e in range(len(own)):
+        i = own[e] + first
+        if not x[e] > threshold[i]:
+            continue
+        at = filled[i]
+        if at < k:
+            filled[i] += 1
+        else:
+            at = 0
+            for s in range(1, k):
+                if near[i, s] < near[i, at]:
+                    at = s
+        near[i, at], who[i, at] = x[e], other[e] + first_other
+        if filled[i] == k:
+            least = near[i, 0]
+            for s in range(1, k):
+                least = min(least, near[i, s])
+            threshold[i] = max(threshold[i], least)

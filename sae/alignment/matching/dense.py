@@ -1,7 +1,4 @@
-"""What a matching is, and the short way to one: with all cosines in memory, by SciPy.
-
-For dictionaries of up to a few thousand latents this is quick enough; ``sae.alignment.matching.best`` does without the
-matrix.
+"""The matching of small dictionaries, with all cosines in memory, by SciPy; and the types that every matching has.
 
 Shapes: n rows, m ≥ n columns, D model width.
 """
@@ -18,13 +15,13 @@ Array = NDArray[np.float64]
 
 BLOCK = 256  # rows at a time: a block of a 32k-wide matrix is 64 MB
 _MAX_PASSES = 50  # over the matrix while prices are sought; real pairs need about ten
-EQUAL = 1e-12  # cosines that differ by less are the same: what is nearest must not depend on rounding
+EQUAL = 1e-12  # cosines that differ by less count as equal: the nearest must not depend on rounding
 _TOLERANCE = 1e-12  # prices rise by more than this or not at all: below it lies rounding
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """The nearest of the other dictionary, taken or not; the lowest number among equals."""
+    """The nearest latent of the other dictionary, matched or not; the lowest number among equals."""
 
     who: NDArray[np.int32]
     cosine: Array
@@ -32,36 +29,36 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Matching:
-    """The matching, its proof, and what else the pass over all pairs found."""
+    """The matching, the prices that prove it, and the nearest of all rows and columns."""
 
     partner: NDArray[np.int32]
     """[n]: the column of each row"""
     cosine: Array
     """[n]"""
     u: Array
-    """[n]: what each row gains after paying for its column"""
+    """[n]: the gain of each row after paying for its column"""
     v: Array
-    """[m]: prices, zero or more, zero for columns that are left over"""
+    """[m]: prices, zero or more, zero for columns left over"""
     sum: float
     upper_bound: float
     """no matching sums to more"""
     nearest: tuple[Nearest, Nearest]
     """of each row [n], of each column [m]"""
     rounds: int = 1
-    """how often prices were asked for violations"""
+    """how often prices were checked for violations"""
     share_of_pairs: float = 1.0
-    """how many products were formed in all, in multiples of n × m"""
+    """number of products formed, in multiples of n × m"""
     candidates: int = 0
-    """pairs that the exact matching chose from; 0 if from all"""
+    """pairs that the exact matching chose from; 0 for all pairs"""
 
     @property
     def gap(self) -> float:
-        """How far the sum can be from the best there is."""
+        """How far the sum can be below the best."""
         return self.upper_bound - self.sum
 
 
 def best_of_all(cosines: Array) -> Matching:
-    """The matching of every row of [n, m] cosines, n ≤ m, by the largest sum."""
+    """Match every row of [n, m] cosines, n ≤ m, by the largest sum."""
     n = len(cosines)
     partner = match(cosines)
     v = dual_prices(cosines, partner)
@@ -73,15 +70,15 @@ def best_of_all(cosines: Array) -> Matching:
 
 def _nearest(cosines: Array, axis: int) -> Nearest:
     best = cosines.max(axis=axis, keepdims=True)
-    # A product rounds the same row otherwise at the edge of a block: such equals are equal all the same.
+    # Equal rows are rounded differently at the edge of a product's block.
     return Nearest((cosines >= best - EQUAL).argmax(axis=axis).astype(np.int32), best.squeeze(axis))
 
 
 def match(cosines: Array) -> NDArray[np.int64]:
-    """The column of each row in the assignment with the largest sum, exact. [n, m], n ≤ m; unchanged on return."""
-    from scipy.optimize import linear_sum_assignment  # here, since reading an alignment takes none
+    """Return the column of each row in the assignment with the largest sum; [n, m], n ≤ m, is unchanged on return."""
+    from scipy.optimize import linear_sum_assignment  # readers of alignments do without SciPy
 
-    # Negated in place and back: asking SciPy to maximise would copy the matrix.
+    # Negated in place and back, since SciPy copies the matrix to maximise.
     np.negative(cosines, out=cosines)
     try:
         return np.asarray(linear_sum_assignment(cosines)[1], dtype=np.int64)
@@ -90,14 +87,13 @@ def match(cosines: Array) -> NDArray[np.int64]:
 
 
 def dual_prices(cosines: Array, partner: NDArray[np.int64], max_passes: float = _MAX_PASSES) -> Array:
-    """Column prices [m], zero or more, under which every row of [n, m] prefers the partner that it has.
+    """Return column prices [m], zero or more, under which every row of [n, m] prefers its own partner.
 
     Row i prefers its partner p when v[j] ≥ v[p] + c[i, j] - c[i, p] for all j: the prices are the longest paths in the
-    graph with these weights, found by relaxation from zero. Only rows whose partner's price rose since they were last
-    looked at are looked at again, so that some ten passes' worth of work does for many more rounds (measured on
-    4,096 × 4,096: 136 rounds, 9 passes). If the matching is not optimal the graph has a cycle of positive length and
-    prices rise for ever: the work is bounded by ``max_passes``, and whatever was reached still gives a valid, if wide,
-    bound; all prices zero are returned if that bounds better.
+    graph with these weights, found by relaxation from zero. Only rows whose partner's price rose are visited again
+    (4,096 × 4,096: 136 rounds, the work of 9 passes). If the matching is not optimal, the graph has a cycle of positive
+    length and prices rise without end. So the work is bounded by ``max_passes``; the prices reached still give a valid
+    bound, and all zeros are returned if those bound better.
     """
     n, m = cosines.shape
     prices = np.zeros(m)
@@ -118,9 +114,9 @@ def dual_prices(cosines: Array, partner: NDArray[np.int64], max_passes: float = 
 
 
 def upper_bound(cosines: Array, prices: Array) -> float:
-    """What no one-to-one matching of [n, m] cosines, n ≤ m, can exceed, from any column prices [m].
+    """Return a bound on every one-to-one matching of [n, m] cosines, n ≤ m, from any column prices [m].
 
-    Where m > n columns are left over, and negative prices would not bound: they are taken as 0.
+    Where m > n, columns are left over and negative prices would not bound; they are taken as 0.
     """
     n, m = cosines.shape
     v = prices if n == m else np.maximum(prices, 0)
@@ -128,9 +124,9 @@ def upper_bound(cosines: Array, prices: Array) -> float:
 
 
 def unit_rows(weights: ArrayLike) -> Array:
-    """[M, D] at unit length, in float64; rows of zeros stay zero."""
+    """Return [M, D] rows at unit length, in float64; rows of zeros stay zero."""
     rows = np.array(weights, dtype=np.float64)
-    # Scaled first, so that rows as small or large as float32 allows have a norm.
+    # Scaled first, so that very small and very large rows have a norm.
     largest = np.abs(rows).max(axis=1, keepdims=True)
     np.divide(rows, largest, out=rows, where=largest > 0)
     length = np.linalg.norm(rows, axis=1, keepdims=True)

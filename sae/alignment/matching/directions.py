@@ -1,19 +1,17 @@
-"""The rows of a dictionary as directions: their exact cosines one by one, and rounded copies for products of blocks.
+"""The rows of a dictionary as directions: exact cosines pair by pair, and rounded copies for products of blocks.
 
-Let x and y be unit rows and x̃, ỹ what a *screen* holds of them: rounded to bfloat16, or to float32. With
-e = max |x - x̃| and f = max |y - ỹ|, both measured when the screens are made,
+Let x and y be unit rows and x̃, ỹ their roundings to bfloat16 or float32, which a *screen* holds. With e = max |x - x̃|
+and f = max |y - ỹ|, both measured when the screens are made,
 
     |x·y - x̃·ỹ| ≤ |x - x̃| |y| + |x̃| |y - ỹ| ≤ e + (1 + e) f.
 
-A number rounded to bfloat16 (8 significant bits) errs by 2⁻⁸ of itself at most, so e, f ≤ 2⁻⁸ whatever the rows. Most
-numbers err by less: e + f measures about 2⁻⁸ for rows of hundreds of components, half of what holds without measuring.
-Products are accumulated in float32, in whatever order: each of at most 2D roundings (vdpbf16ps rounds product and sum)
-costs 2⁻²⁴ of Σ|x̃ᵈỹᵈ| ≤ (1 + e)(1 + f), together less than 4D · 2⁻²⁴. In bfloat16 the result is rounded once more, to c̃,
-by 2⁻⁸ of itself. So
+Products are accumulated in float32, in any order: each of at most 2D roundings (vdpbf16ps rounds product and sum) costs
+2⁻²⁴ of Σ|x̃ᵈỹᵈ| ≤ (1 + e)(1 + f), together less than 4D · 2⁻²⁴. In bfloat16 the result is rounded once more, to c̃, by
+2⁻⁸ of itself. So
 
     |x·y - c̃| ≤ margin + relative · |c̃|,    margin = e + (1 + e) f + 4D · 2⁻²⁴,    relative = 0 or 2⁻⁸ (1 + 2⁻⁷).
 
-What the screens say is used only within this error (:class:`Margin`), and nothing that they say enters a result.
+Screened cosines are used only within this error (:class:`Margin`); results are made of exact ones.
 
 Shapes: D model width, M latents.
 """
@@ -49,7 +47,7 @@ _SLACK = 1e-6  # for the measurement of rounding errors, itself done in float32
 
 @dataclass(frozen=True)
 class Directions:
-    """The rows of a dictionary, as they are, and what brings each to unit length."""
+    """The rows of a dictionary, unscaled, and the factor that brings each to unit length."""
 
     rows: NDArray[Any]
     """[M, D] float32 or float64, C-contiguous"""
@@ -58,15 +56,15 @@ class Directions:
 
     @classmethod
     def of(cls, weights: ArrayLike) -> Directions:
-        """Those of finite ``weights`` [M, D]; without a copy where they are float32 or float64 of ordinary size."""
+        """Take finite ``weights`` [M, D], without a copy where they are float32 or float64 of ordinary size."""
         rows = np.asarray(weights)
         rows = np.ascontiguousarray(rows, dtype=np.float64 if rows.dtype == np.float64 else np.float32)
         length = np.sqrt(_squares(rows))
-        # The squares of very small and very large rows have no place even in float64's range, or products in float32's.
+        # The squares of very small and very large rows leave float64's range, and products float32's.
         odd = np.flatnonzero(((length > _SAFE) | (length < 1 / _SAFE)) & rows.any(axis=1))
         if len(odd):
             rows = rows.copy()
-            # By powers of two, which round nothing: a row has to point where it pointed.
+            # Powers of two round nothing, so the direction stays exact.
             exponent = np.frexp(np.abs(rows[odd]).max(axis=1, keepdims=True))[1]
             rows[odd] = np.ldexp(rows[odd], -exponent)
             length[odd] = np.sqrt(_squares(rows[odd]))
@@ -77,13 +75,11 @@ class Directions:
         return len(self.rows)
 
     def take(self, which: NDArray[Any]) -> Directions:
-        """Some of the rows; these themselves where all are asked for."""
-        if len(which) == len(self):
-            return self
-        return Directions(self.rows[which], self.inverse[which])
+        """Return some of the rows, without a copy where all are asked for."""
+        return self if len(which) == len(self) else Directions(self.rows[which], self.inverse[which])
 
     def unit(self, which: Any) -> Floats:
-        """Rows at unit length, in float64."""
+        """Return rows at unit length, in float64."""
         return self.rows[which].astype(np.float64) * self.inverse[which][:, None]
 
 
@@ -94,7 +90,7 @@ class Margin(NamedTuple):
     relative: float
 
     def above(self, screened: Floats) -> Floats:
-        """What the true cosine cannot exceed. It rises with ``screened``."""
+        """Return the most that the true cosine can be; it rises with ``screened``."""
         finite = np.where(np.isfinite(screened), screened, 0)
         return screened + self.absolute + self.relative * np.abs(finite)
 
@@ -126,14 +122,14 @@ class Screen:
         return len(self.rows)
 
     def margin(self, other: Screen) -> Margin:
-        """The module's bound for products of rows of the two."""
+        """Return this module's error bound for products of rows of the two."""
         error = self.error + (1 + self.error) * other.error + self.rows.shape[1] * _ROUNDINGS
         return Margin(error, _BFLOAT16 if self.rows.dtype == torch.bfloat16 else 0.0)
 
 
 @contextmanager
 def plain_products() -> Iterator[None]:
-    """Products as they are asked for: float32 not by way of TF32 or bfloat16, sums of bfloat16 kept in float32."""
+    """Form float32 products without TF32 or bfloat16, and keep the sums of bfloat16 products in float32."""
     cuda = torch.backends.cuda.matmul
     before = torch.get_float32_matmul_precision(), cuda.allow_bf16_reduced_precision_reduction
     torch.set_float32_matmul_precision("highest")
@@ -146,7 +142,7 @@ def plain_products() -> Iterator[None]:
 
 
 def cosines(a: Directions, b: Directions, i: NDArray[Any], j: NDArray[Any]) -> Floats:
-    """The cosines of the pairs (i, j) [E] in float64: a pair's never depends on what else is asked, or on threads."""
+    """Return the cosines of the pairs (i, j) [E] in float64; a pair's never depends on other pairs or on threads."""
     out = np.empty(len(i))
     in_parallel(
         lambda low, high: _dots(a.rows, b.rows, a.inverse, b.inverse, i, j, out, low, high), even(len(i), least=4096)
@@ -167,17 +163,7 @@ def _squares(rows: np.ndarray) -> np.ndarray:
 
 
 @_compiled
-def _dots(
-    a: np.ndarray,
-    b: np.ndarray,
-    scale_a: np.ndarray,
-    scale_b: np.ndarray,
-    i: np.ndarray,
-    j: np.ndarray,
-    out: np.ndarray,
-    low: int,
-    high: int,
-) -> None:
+def _dots(a: Any, b: Any, scale_a: Any, scale_b: Any, i: Any, j: Any, out: Any, low: int, high: int) -> None:
     for e in range(low, high):
         x, y = a[i[e]], b[j[e]]
         total = 0.0
@@ -186,20 +172,16 @@ def _dots(
         out[e] = total * scale_a[i[e]] * scale_b[j[e]]
 
 
-def threads() -> int:
-    return int(torch.get_num_threads())
-
-
 def even(n: int, least: int = 1) -> list[tuple[int, int]]:
-    """``n`` things in consecutive ranges (low, high), one a thread, none of fewer than ``least`` unless it is alone."""
-    parts = max(1, min(threads(), n // least))
+    """Split ``n`` things into consecutive ranges (low, high), one per thread, of at least ``least`` (or one)."""
+    parts = max(1, min(torch.get_num_threads(), n // least))
     cuts = np.linspace(0, n, parts + 1).astype(int).tolist()
     return list(pairwise(cuts))
 
 
 def in_parallel(work: Callable[[int, int], Any], ranges: list[tuple[int, int]]) -> list[Any]:
-    """What ``work(low, high)`` returns, range by range; for compiled loops, which hold no interpreter lock."""
-    waiting = [_pool(threads()).submit(work, low, high) for low, high in ranges[1:]]
+    """Return ``work(low, high)`` of each range; for compiled loops, which hold no interpreter lock."""
+    waiting = [_pool(torch.get_num_threads()).submit(work, low, high) for low, high in ranges[1:]]
     first = work(*ranges[0])
     return [first, *(future.result() for future in waiting)]
 

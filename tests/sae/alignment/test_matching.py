@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from sae.alignment import alignment
 from sae.alignment.alignment import Alignment, align, verify
 from sae.alignment.matching import best as matching
-from sae.alignment.matching import candidates, screening
+from sae.alignment.matching import candidates
 from sae.alignment.matching.best import best_matching
 from sae.alignment.matching.candidates import Known, shortlist, violations
 from sae.alignment.matching.dense import Matching, best_of_all, unit_rows, upper_bound
@@ -141,7 +141,7 @@ def shared_half(n: int, m: int, d: int, seed: int = 0) -> tuple[Array, Array]:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small pair has many blocks, samples and full lists."""
-    monkeypatch.setattr(screening, "_TILE", (96, 130))
+    monkeypatch.setattr(candidates, "_TILE", (96, 130))
     monkeypatch.setattr(candidates, "_SAMPLE", 100)
 
 
@@ -315,7 +315,7 @@ def test_what_is_let_go_is_bounded_by_the_worst_that_the_screens_may_err() -> No
     u, v, most = rng.uniform(-3, -2, 30), rng.uniform(0, 0.5, 40), rng.integers(1, 50, 30)
     i, j = (at.ravel().astype(np.int32) for at in np.indices(x.shape))
     dropped = np.full(30, -1e-3)
-    keep = screening.few(
+    keep = candidates.choose_most(
         i, j, x.ravel(), np.arange(30), np.arange(40), u, v, most, absolute, relative, dropped, False
     ).reshape(x.shape)
     np.testing.assert_array_equal(keep.sum(axis=1), np.minimum(most, 40))
@@ -344,14 +344,16 @@ def test_the_excess_allows_for_pairs_that_were_let_go_unseen() -> None:
 @pytest.mark.parametrize("summed", [False, True])
 def test_a_gpu_would_find_what_the_compiled_loop_finds(precision: Precision, summed: bool) -> None:
     a, b = (Screen.of(Directions.of(side), precision, "cpu") for side in shared_half(150, 210, 8))
-    tiles = screening.Tiles(a, b)
-    tile = tiles.product(a.rows, b.rows)
+    tiles = candidates.Tiles(a, b)
+    tile = tiles.multiply(a.rows, b.rows)
     rng = np.random.default_rng(0)
     row, column = rng.uniform(0, 0.4, 150).astype(np.float32), rng.uniform(-0.1, 0.9, 210).astype(np.float32)
     found = []
     for on_cpu in (True, False):
         tiles.on_cpu = on_cpu
-        i, j, x = (np.concatenate(parts) for parts in zip(*tiles.above(tile, row, column, 0.004, summed), strict=True))
+        i, j, x = (
+            np.concatenate(parts) for parts in zip(*tiles.find_above(tile, row, column, 0.004, summed), strict=True)
+        )
         found.append((i * 210 + j, x))
     np.testing.assert_array_equal(found[0][0], found[1][0])
     np.testing.assert_array_equal(found[0][1], found[1][1])

@@ -18,7 +18,7 @@ from numba.core.registry import CPUDispatcher
 
 import sae
 from sae.alignment import cofiring, dip
-from sae.alignment.matching import directions, screening
+from sae.alignment.matching import candidates, directions
 from sae.alignment.matching import sparse as sparse_assignment
 from sae.dictionaries.kernels import cpu
 
@@ -93,7 +93,7 @@ def steps_of_alignment(kind: str) -> None:
     for precision in ("float32", "bfloat16"):
         of = torch.float32 if precision == "float32" else torch.bfloat16
         a, b = (directions.Screen(torch.zeros(size, WIDTH, dtype=of), 0.0) for size in (n, m))
-        tiles = screening.Tiles(a, b)
+        tiles = candidates.Tiles(a, b)
         tile = numbers(kind, n, m, seed=7).to(of)
         for summed in (False, True):
             for found in tiles.above(tile, u, v, 0.01, summed):
@@ -107,10 +107,10 @@ def search_what_was_found(found: tuple[np.ndarray, ...], u: np.ndarray, v: np.nd
     prices = u.astype(np.float64), v.astype(np.float64)
     for doubted in (False, True):
         most, dropped = np.full(len(u), 2), np.full(len(u), -np.inf)
-        screening.few(i, j, x, *every, *prices, most, 0.1, 0.01, dropped, doubted)
+        candidates.choose_most(i, j, x, *every, *prices, most, 0.1, 0.01, dropped, doubted)
     who, near = np.full((len(u), 3), -1, np.int32), np.full((len(u), 3), -np.inf, np.float32)
     filled, threshold = np.zeros(len(u), np.int64), np.full(len(u), -np.inf, np.float32)
-    screening.insert_nearest(i, 0, j, 0, x, who, near, filled, threshold)
+    candidates.insert_nearest(i, 0, j, 0, x, who, near, filled, threshold)
     assert filled.max(initial=0) <= 3
     assert who.max(initial=-1) < len(v)
 
