@@ -15,8 +15,8 @@ import pandas as pd
 from autointerp.findings.json_values import mean_of
 from autointerp.findings.statistics.correlation import bootstrap_mean, mean_fraction, quartiles
 from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
+from sae.alignment.overlap import range_of
 from sae.alignment.relation import RELATIONS
-from sae.alignment.similarity import range_of
 from sae.common.estimate import UNKNOWN, Estimate
 
 Tables = Mapping[tuple[str, str], pd.DataFrame]

@@ -17,8 +17,7 @@ from autointerp.findings.evidence import Study
 from autointerp.findings.json_values import histogram, to_json
 from autointerp.findings.statistics.correlation import quartiles
 from sae.alignment.latent_table import CLASSES, shared_class
-from sae.alignment.overlap import DEFINITIONS, StudyOverlap
-from sae.alignment.similarity import range_of
+from sae.alignment.overlap import DEFINITIONS, StudyOverlap, range_of
 from sae.common.estimate import Estimate
 from sae.common.files import read_table, table_metadata
 from sae.study.run import Run

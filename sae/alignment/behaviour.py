@@ -28,7 +28,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sae.alignment import relation
-from sae.alignment.cofiring import Cofirings, cofirings, jaccard
+from sae.alignment.cofiring import Cofirings, count_cofirings, jaccard
 from sae.alignment.matching.sparse import Graph, solve
 from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
 from sae.alignment.pairs import Sides
@@ -124,7 +124,7 @@ def _counted(a: Member, b: Member, advance: Callable[[int], None] | None, offset
     """Both directions counted and matched, b's firings moved back by ``offset`` tokens against a's."""
     n_tokens = min(a.store.n_tokens, b.store.n_tokens)
     of_a, of_b = (
-        cofirings(one.store, other.store, one.decoder_partner[:, None], one.lone, advance, shift)
+        count_cofirings(one.store, other.store, one.decoder_partner[:, None], one.lone, advance, shift)
         for one, other, shift in ((a, b, offset), (b, a, (n_tokens - offset) % max(n_tokens, 1)))
     )
     partner, together, gap = best_by_jaccard(of_a, of_b)

@@ -1,9 +1,9 @@
 """Where the latents of two dictionaries fire together: counts over the harvested tokens, without an M × M table.
 
-For one latent at a time, the tokens at which it fires are looked up in its own store, and what fires there in the
-other's: as many look-ups as it has firings. Of the M counts that result, what is asked for is kept, and the next latent
-overwrites them. So memory is a few arrays of length M, a piece of firings and a byte for each firing of one latent;
-time is (firings of one) × (latents per token of the other), and no two tokens are ever compared.
+One latent at a time: the tokens at which it fires are read from its own store, and the latents that fire there from the
+other's. Of the M counts the wanted ones are kept, and the next latent overwrites the rest. Memory is a few arrays of
+length M, a piece of firings and a byte for each firing of one latent; time is (firings of one) × (latents per token of
+the other).
 
 Legend: M_a, M_b latents of the two; N nearest that are kept; T tokens that both stores hold.
 """
@@ -27,11 +27,11 @@ from sae.alignment.matching.directions import in_parallel
 from sae.common.errors import BadInput
 from sae.firings.store import FiringStore
 
-NEAREST = 24  # latents of the other dictionary that are kept for each, the nearest by Jaccard
+NEAREST = 24  # latents of the other dictionary that are kept for each, by Jaccard
 _TELL = 256  # latents between two reports of progress
-_IN_MEMORY = 256 << 20  # bytes; the latents of a store that has no more are held as one array: one look-up, not many
+_IN_MEMORY = 256 << 20  # bytes; the latents of a store up to this size are held as one array, which is faster
 _MAPPED = 144  # shards of a store kept open: a file and, at 65,536 tokens a shard, 256 KiB each
-_PIECE = 1 << 17  # firings of one latent looked up at once
+_PIECE = 1 << 17  # firings of one latent read at once
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -41,7 +41,7 @@ _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 @dataclass(frozen=True)
 class Cofirings:
-    """What one dictionary's latents have to do with the other's."""
+    """Counts of one dictionary's latents with the other's."""
 
     n_tokens: int
     """T"""
@@ -52,25 +52,25 @@ class Cofirings:
     near: npt.NDArray[np.int32]
     """[M_a, N] the latents there with the largest Jaccard, falling (ties: the lower number); -1 where fewer co-fire"""
     near_together: Ints
-    """[M_a, N] on how many tokens it fires with each"""
+    """[M_a, N] the number of tokens at which both fire"""
     asked_together: Ints
-    """[M_a, Q] and with each that was asked after"""
+    """[M_a, Q] the same with each latent asked for"""
     relation: npt.NDArray[np.int8]
-    """[M_a] the number of the relation in ``relation.NAMES``; -1 where it was not asked"""
+    """[M_a] the number of the relation in ``relation.NAMES``; -1 where not asked for"""
     members: npt.NDArray[np.int32]
-    """[M_a, 4] the latents there that it rests on, -1 where fewer"""
+    """[M_a, 4] the latents there that the relation rests on, -1 where fewer"""
     covered: npt.NDArray[np.float32]
     """[M_a] the share of its firings that they cover, NaN where there are none"""
 
 
 def jaccard(together: npt.ArrayLike, one: npt.ArrayLike, other: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """The share of the tokens at which either fires, at which both do; 0 where neither ever fires."""
+    """Return the tokens at which both fire as a share of those at which either does; 0 where neither ever fires."""
     together, one, other = (np.asarray(x, dtype=np.float64) for x in (together, one, other))
     either = one + other - together
     return np.divide(together, either, out=np.zeros_like(either), where=either > 0)
 
 
-def cofirings(
+def count_cofirings(
     store: FiringStore,
     other: FiringStore,
     asked: npt.NDArray[np.int32],
@@ -78,22 +78,22 @@ def cofirings(
     advance: Callable[[int], None] | None = None,
     shift: int = 0,
 ) -> Cofirings:
-    """Count together-firings of every latent of ``store`` with those of ``other``, over the tokens that both hold.
+    """Count the joint firings of every latent of ``store`` with those of ``other``, over the tokens that both hold.
 
     Args:
         store, other: harvests of the same tokens in the same order (one may hold more); M_a and M_b latents.
-        asked: [M_a, Q] latents of the other whose count is wanted in any case; -1 for none.
+        asked: [M_a, Q] latents of the other whose count is always wanted; -1 for none.
         relate: [M_a] the latents whose relation (:mod:`sae.alignment.relation`) is wanted.
-        advance: told how many latents are done since it was last told.
-        shift: tokens by which the other's firings are moved back, circularly: what fires there at token t + shift
-            counts as firing at t. For a null (:func:`sae.alignment.nulls.offset_of`).
+        advance: called with the number of latents done since the last call.
+        shift: tokens by which the other's firings are moved back, circularly: a firing there at token t + shift counts
+            at t. For a null (:func:`sae.alignment.nulls.draw_offset`).
     Raises:
         BadInput: a shift that is not from 0 to T - 1.
     """
     n_tokens = min(store.n_tokens, other.n_tokens)
     if not 0 <= shift < max(n_tokens, 1):
         raise BadInput(f"firings cannot be shifted by {shift} of {n_tokens} tokens; choose 0 to {n_tokens - 1}")
-    here, there = (_firings(s, n_tokens) for s in (store, other))
+    here, there = (_count_firings(s, n_tokens) for s in (store, other))
     m = store.num_latents
     found = Cofirings(
         n_tokens=n_tokens,
@@ -106,72 +106,55 @@ def cofirings(
         members=np.full((m, relation.MEMBERS), -1, np.int32),
         covered=np.full(m, np.nan, np.float32),
     )
-
     lookup, telling, stopped = _ByToken(other), Lock(), Event()
 
     def count(low: int, high: int) -> None:
-        worker = _Worker(lookup, found)
+        m_b = len(there)
+        counts, left, buffer = np.zeros(m_b, np.int64), np.zeros(m_b, np.int64), np.empty(m_b, np.int32)
         for latent in range(low, high):
             if stopped.is_set():
                 return
-            position = _moved(np.asarray(store.firings(latent)[0])[: here[latent]], shift, n_tokens)
-            worker.count(latent, position, asked[latent], bool(relate[latent]))
+            position = _shift(np.asarray(store.firings(latent)[0])[: here[latent]], shift, n_tokens)
+            tokens, size = _Tokens(lookup, position, left), 0
+            for _, ids, _ in tokens.read():
+                size = _tally(ids, counts, buffer, size)
+            tokens.touched = touched = buffer[:size]
+            _nearest(touched, counts, len(position), there, found.near[latent], found.near_together[latent])
+            found.asked_together[latent] = np.where(asked[latent] >= 0, counts[asked[latent]], 0)
+            if relate[latent]:
+                touched.sort()  # ties go to the lower number
+                found.relation[latent], members, found.covered[latent] = relation.find_relation(
+                    counts[touched], there[touched], len(position), n_tokens, tokens
+                )
+                found.members[latent, : len(members)] = touched[members]
+            counts[touched] = 0
             done = latent - low + 1
             if advance is not None and (done % _TELL == 0 or latent == high - 1):
                 with telling:
                     advance((done - 1) % _TELL + 1)
 
-    # Each thread the same number of firings, not of latents: these differ a hundredfold.
+    # Each thread gets the same number of firings, not of latents: these differ a hundredfold.
     share = np.searchsorted(np.cumsum(here), np.linspace(0, here.sum(), torch.get_num_threads() + 1)[1:-1]) + 1
     cuts = np.unique(np.concatenate([[0], np.minimum(share, m), [m]])).tolist()
     try:
         in_parallel(count, list(pairwise(cuts)))
     finally:
-        stopped.set()  # after an error in one thread, or Ctrl-C, the others need not go on
+        stopped.set()  # after an error in one thread, or Ctrl-C, the others stop too
     return found
 
 
-class _Worker:
-    """Counts one latent after another into the rows of ``found``, in arrays of its own that are used again."""
+class _Tokens:
+    """The tokens at which a latent fires: the latents there, read in pieces, and which of the tokens are taken."""
 
-    def __init__(self, lookup: _ByToken, found: Cofirings) -> None:
-        m = len(found.firings_there)
-        self._found, self._lookup = found, lookup
-        self._counts, self._left, self._touched = np.zeros(m, np.int64), np.zeros(m, np.int64), np.empty(m, np.int32)
-
-    def count(self, latent: int, position: Array, asked: Array, relate: bool) -> None:
-        """Everything about one latent, which fires at the tokens ``position``."""
-        found, counts = self._found, self._counts
-        pieces = _Pieces(self._lookup, position)
-        size = 0
-        for _, ids, _ in pieces.each():
-            size = _tally(ids, counts, self._touched, size)
-        touched = self._touched[:size]
-        _nearest(touched, counts, len(position), found.firings_there, found.near[latent], found.near_together[latent])
-        found.asked_together[latent] = np.where(asked >= 0, counts[asked], 0)
-        if relate:
-            touched.sort()  # among equals, what is judged goes by number
-            tokens = _Tokens(pieces, touched, self._left)
-            told, members, covered = relation.relation_of(
-                counts[touched], found.firings_there[touched], len(position), found.n_tokens, tokens
-            )
-            found.relation[latent], found.covered[latent] = told, covered
-            found.members[latent, : len(members)] = touched[members]
-        counts[touched] = 0
-
-
-class _Pieces:
-    """What fires at the tokens of one latent: looked up in pieces, and remembered where it is a single one."""
-
-    def __init__(self, lookup: _ByToken, position: Array) -> None:
-        self._lookup, self._position = lookup, position
+    def __init__(self, lookup: _ByToken, position: Array, left: Ints) -> None:
+        self._lookup, self._position, self._left = lookup, position, left
+        self._taken = np.zeros(len(position), np.bool_)
         self._only: tuple[Array, Array] | None = None
+        self.touched = np.empty(0, np.int32)
+        """the t latents of the other dictionary that fire at any of them"""
 
-    def __len__(self) -> int:
-        return len(self._position)
-
-    def each(self) -> Iterator[tuple[slice, Array, Array]]:
-        """Which of its tokens, the latents at them one token after another, and where each token's end."""
+    def read(self) -> Iterator[tuple[slice, Array, Array]]:
+        """Yield a slice of the tokens, the latents at them one token after another, and where each token's end."""
         for start in range(0, len(self._position), _PIECE):
             part = slice(start, start + _PIECE)
             known = self._only or self._lookup.latents(self._position[part])
@@ -179,31 +162,23 @@ class _Pieces:
                 self._only = known
             yield part, *known
 
-
-class _Tokens:
-    """A latent's tokens, as :mod:`sae.alignment.relation` asks about them: a byte each."""
-
-    def __init__(self, pieces: _Pieces, touched: Array, left: Ints) -> None:
-        self._pieces, self._touched, self._left = pieces, touched, left
-        self._taken = np.zeros(len(pieces), np.bool_)
-
     def reset(self) -> None:
         self._taken[:] = False
 
     def take(self, i: int) -> None:
-        for part, ids, ends in self._pieces.each():
-            _take(ids, ends, self._touched[i], self._taken[part])
+        for part, ids, ends in self.read():
+            _take(ids, ends, self.touched[i], self._taken[part])
 
-    def left(self) -> Ints:
-        for part, ids, ends in self._pieces.each():
+    def count_left(self) -> Ints:
+        for part, ids, ends in self.read():
             _tally_left(ids, ends, self._taken[part], self._left)
-        found = self._left[self._touched]
-        self._left[self._touched] = 0
+        found = self._left[self.touched]
+        self._left[self.touched] = 0
         return found
 
 
-def _moved(position: Array, shift: int, n_tokens: int) -> Array:
-    """Tokens [n], ascending, each ``shift`` further on; what passes the end goes on at the beginning. Ascending."""
+def _shift(position: Array, shift: int, n_tokens: int) -> Array:
+    """Move ascending tokens [n] by ``shift``, circularly; ascending again."""
     if shift == 0:
         return position
     turn = np.uint32(n_tokens - shift)
@@ -211,8 +186,8 @@ def _moved(position: Array, shift: int, n_tokens: int) -> Array:
     return np.concatenate([position[cut:] - turn, position[:cut] + np.uint32(shift)])
 
 
-def _firings(store: FiringStore, n_tokens: int) -> Ints:
-    """How often each latent fires at the first ``n_tokens`` tokens: [M]."""
+def _count_firings(store: FiringStore, n_tokens: int) -> Ints:
+    """Return how often each latent fires at the first ``n_tokens`` tokens: [M]."""
     if n_tokens == store.n_tokens:
         return np.diff(store.latent_offsets).astype(np.int64)
     counts = (np.searchsorted(store.firings(m)[0], np.uint32(n_tokens)) for m in range(store.num_latents))
@@ -228,17 +203,14 @@ class _ByToken:
         self._shards = store.n_shards if 4 * (n_firings + store.n_tokens) <= _IN_MEMORY else 1  # opened as one
         self._per_part = self._shards * store.tokens_per_shard
         self._at_a_token = 1.25 * n_firings / max(store.n_tokens, 1)
-        # Of the positions' own type: with wider ones NumPy would first widen all positions.
+        # Of the positions' own type, or NumPy would widen all positions first.
         n_parts = -(-store.n_shards // max(self._shards, 1))
         self._borders = (np.arange(1, n_parts, dtype=np.int64) * self._per_part).astype(np.uint32)
-        # Each mapped array holds an open file, of which a process may have few (256 on some systems).
-        self._part = lru_cache(maxsize=_MAPPED)(self._opened)
+        # Each mapped array holds an open file, and some systems allow a process only 256.
+        self._part = lru_cache(maxsize=_MAPPED)(self._open)
 
-    def _opened(self, number: int) -> tuple[Array, Array]:
-        """The latents of a part of the store, and where each of its tokens begins among them (4 bytes for each token).
-
-        A part is one shard, whose latents are mapped, or all shards together.
-        """
+    def _open(self, number: int) -> tuple[Array, Array]:
+        """Return the latents of a part (one shard, or all) and where each of its tokens begins among them."""
         shards = [self._store.shard(number + i) for i in range(self._shards)]
         latents, counts = [np.asarray(shard[0]) for shard in shards], np.concatenate([shard[1] for shard in shards])
         starts = np.zeros(len(counts) + 1, np.uint32)
@@ -246,13 +218,10 @@ class _ByToken:
         return latents[0] if len(latents) == 1 else np.concatenate(latents), starts
 
     def latents(self, position: Array) -> tuple[npt.NDArray[np.int32], Ints]:
-        """Those at tokens ``position`` (ascending): one after another, and where each token's end."""
+        """Return the latents at ascending tokens ``position``, one token after another, and where each token's end."""
         cuts = [0, *np.searchsorted(position, self._borders).tolist(), len(position)]
-        ids, ends, total = (
-            np.empty(int(self._at_a_token * len(position)), np.int32),
-            np.empty(len(position), np.int64),
-            0,
-        )
+        ids, total = np.empty(int(self._at_a_token * len(position)), np.int32), 0
+        ends = np.empty(len(position), np.int64)
         for number, (low, high) in enumerate(pairwise(cuts)):
             if low == high:
                 continue
@@ -267,7 +236,7 @@ class _ByToken:
 
 @_compiled
 def _ends(position: np.ndarray, low: int, high: int, first: int, starts: np.ndarray, end: int, ends: np.ndarray) -> Any:
-    """Where the latents of each of the tokens ``low`` to ``high`` of ``position`` end, those before at ``end``."""
+    """Write where the latents of the tokens ``low`` to ``high`` end, if those before end at ``end``."""
     at = np.int64(end)
     for i in range(low, high):
         token = np.int64(position[i]) - first
@@ -277,16 +246,7 @@ def _ends(position: np.ndarray, low: int, high: int, first: int, starts: np.ndar
 
 
 @_compiled
-def _gather(
-    position: np.ndarray,
-    low: int,
-    high: int,
-    first: int,
-    starts: np.ndarray,
-    latents: np.ndarray,
-    at: int,
-    out: np.ndarray,
-) -> None:
+def _gather(position: Any, low: int, high: int, first: int, starts: Any, latents: Any, at: int, out: Any) -> None:
     for i in range(low, high):
         token = np.int64(position[i]) - first
         for k in range(np.int64(starts[token]), np.int64(starts[token + 1])):
@@ -308,25 +268,21 @@ def _tally(ids: np.ndarray, counts: np.ndarray, touched: np.ndarray, size: int) 
 def _nearest(
     touched: np.ndarray, counts: np.ndarray, n: int, firings: np.ndarray, near: np.ndarray, together: np.ndarray
 ) -> None:
-    """The largest Jaccards, by insertion; compared as fractions, so that equals are equals."""
+    """Find the largest Jaccards by insertion; compared as fractions, so that ties are exact."""
     size, most = 0, len(near)
     for b in touched:
         c, either = counts[b], n + firings[b] - counts[b]
         at = size
-        if size == most:
-            if not _before(
-                c, either, b, together[most - 1], n + firings[near[most - 1]] - together[most - 1], near[-1]
-            ):
-                continue
-            at = most - 1
-        else:
-            size += 1
-        while at > 0 and _before(
-            c, either, b, together[at - 1], n + firings[near[at - 1]] - together[at - 1], near[at - 1]
-        ):
-            near[at], together[at] = near[at - 1], together[at - 1]
+        while at > 0:
+            other = near[at - 1]
+            if not _before(c, either, b, together[at - 1], n + firings[other] - together[at - 1], other):
+                break
+            if at < most:
+                near[at], together[at] = other, together[at - 1]
             at -= 1
-        near[at], together[at] = b, c
+        if at < most:
+            near[at], together[at] = b, c
+            size = min(size + 1, most)
 
 
 @_compiled

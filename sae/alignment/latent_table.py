@@ -11,8 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sae.alignment.bootstrap import Bools, Tables
 from sae.alignment.nulls import ROTATED, read_null
-from sae.alignment.overlap import DEFINITIONS, check, shared
-from sae.alignment.similarity import similarity
+from sae.alignment.overlap import DEFINITIONS, check, shared, similarity
 
 _ALIGNED = (
     *("encoder_partner", "encoder_cosine", "decoder_partner", "decoder_cosine"),

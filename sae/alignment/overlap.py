@@ -1,34 +1,34 @@
 """How much of a dictionary comes back when it is trained again, over any number of runs.
 
-Several definitions of a *shared* latent circulate and differ by tens of points, so all are computed and every number
-says which it uses. With partners from the two one-to-one matchings (encoder and decoder) and a threshold t = 0.7:
+Several definitions of a *shared* latent are in use and differ by tens of points, so all are computed. With partners
+from the two one-to-one matchings (encoder and decoder) and a threshold t = 0.7:
 
     strict    both matchings pick the same partner, and both cosines exceed t   (the paper's formal rule)
     both      the matched encoder cosine and the matched decoder cosine exceed t, each under its own matching
     decoder   the matched decoder cosine exceeds t
     lenient   both matchings pick the same partner, whatever the cosine
 
-(Paulo & Belrose, arXiv 2501.16615.) A latent is an *anchor* when the question is asked of it: does it come back in the
-other runs? Whether its partner there is alive is not asked, as in the definitions above; fractions are taken over alive
-anchors, and over all. A fraction is averaged over the anchors of a run, then over runs: each run weighs the same.
+(Paulo & Belrose, arXiv 2501.16615.) An *anchor* is a latent that is looked for in the other runs. Its partner may be
+dead, as in the definitions above; fractions are of alive anchors, and of all. A fraction is averaged over the anchors
+of a run, then over runs: each run weighs the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import combinations, permutations
 from math import comb, isnan, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from sae.alignment.bootstrap import INTERVALS, Bools, Floats, LatentBootstrap, Tables, estimate, mean_over
-from sae.alignment.dip import Dip
+from sae.alignment.dip import Dip, dip_test, kept_dip_test
 from sae.alignment.nulls import read_nulls
-from sae.alignment.similarity import bimodality, by_pair, histogram, spread
 from sae.common.commands import shell_command
 from sae.common.errors import BadInput, NotFound
 from sae.common.estimate import UNKNOWN, Estimate
@@ -42,60 +42,44 @@ DEFINITIONS: dict[str, str] = {
     "decoder": "matched decoder cosine exceeds the threshold",
     "lenient": "encoder and decoder matchings pick the same partner, whatever the cosine",
 }
+EDGES = np.round(np.linspace(-1, 1, 41), 2)
+_DIGITS = 12  # to which fractions are rounded, so that a whole is 1 and not the float below it
+
+
+class Region(NamedTuple):
+    """The anchors of a run that exactly these other runs share."""
+
+    shared_with: tuple[str, ...]
+    fraction: float
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """One definition over one population (alive anchors, or all). Lists over n hold n = 1 … S, S the number of runs.
-
-    Attributes:
-        value: fraction of latents shared by two runs, the mean over ordered pairs.
-        pairs: "a--b" → the mean of the two directions.
-        only_one: over all sets of n runs, the fraction of anchors shared with none of the other n - 1.
-        all_of_n: over all sets of n runs, the fraction of anchors shared with every one of the other n - 1.
-        exactly_n: the fraction of anchors found in exactly n of the S runs, their own included.
-        retained: of latents shared with one run, the fraction shared with a further run (NaN for two runs).
-        regions: run → the run's anchors split by the set of other runs that share them, as (others, fraction), the
-            largest first: the segments of a donut or an upset plot.
-    """
+    """One definition over one population (alive anchors, or all). Lists over n hold n = 1 … S."""
 
     value: Estimate
+    """fraction of latents shared by two runs, the mean over ordered pairs"""
     pairs: dict[str, Estimate]
+    """of each pair, as "a--b": the mean of the two directions"""
     only_one: list[Estimate]
+    """over all sets of n runs, the fraction of anchors shared with none of the other n - 1"""
     all_of_n: list[Estimate]
+    """over all sets of n runs, the fraction of anchors shared with each of the other n - 1"""
     exactly_n: list[Estimate]
+    """the fraction of anchors found in exactly n of the S runs, their own included"""
     retained: Estimate
-    regions: dict[str, list[tuple[tuple[str, ...], float]]]
+    """of latents shared with one run, the fraction shared with a further run; NaN for two runs"""
+    regions: dict[str, list[Region]]
+    """run → its anchors by the set of other runs that share them, the largest first"""
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            **self.value.as_dict(),
-            "pairs": {pair: found.as_dict() for pair, found in self.pairs.items()},
-            "only_one": [found.as_dict() for found in self.only_one],
-            "all_of_n": [found.as_dict() for found in self.all_of_n],
-            "exactly_n": [found.as_dict() for found in self.exactly_n],
-            "retained": self.retained.as_dict(),
-            "regions": {
-                run: [{"shared_with": list(others), "fraction": fraction} for others, fraction in split]
-                for run, split in self.regions.items()
-            },
-        }
+        whole = {of.name: _as_json(getattr(self, of.name)) for of in fields(self)}
+        return {**whole.pop("value"), **whole}
 
 
 @dataclass(frozen=True)
 class StudyOverlap:
-    """What the runs of a study share: every definition, over alive anchors and over all, and how alike partners are.
-
-    ``mean_encoder`` and ``mean_decoder`` are means of matched cosines (the decoder's is PW-MCC, arXiv 2505.20254, of
-    which ``pw_mcc_sd`` is the standard deviation over pairs of runs, NaN for one pair), ``max_cosine`` the fraction of
-    alive anchors whose nearest encoder row and nearest decoder row, taken or not, are both above the threshold;
-    ``mean_max_encoder`` and ``mean_max_decoder`` are means of the cosines with these. ``by_pair`` has the same figures
-    of each pair of runs: figure → "a--b" → the mean of the two directions.
-    ``histogram`` and ``bimodality``, the dip test of each pair's mean matched cosines, show whether these have two
-    modes. ``nulls`` has all of it again, without intervals, for what shares nothing (:mod:`sae.alignment.nulls`), where
-    the pairs were aligned with that: one draw for each pair of runs, so that the figures of the pairs show how a null
-    spreads. ``sweep`` has what is shared at thresholds from 0 to 1: see :func:`threshold_sweep`.
-    """
+    """The overlap of the runs of a study by every definition, and the similarity of partners."""
 
     runs: list[str]
     threshold: float
@@ -104,16 +88,28 @@ class StudyOverlap:
     alive: dict[str, Overlap]
     all: dict[str, Overlap]
     mean_encoder: Estimate
+    """mean matched cosine"""
     mean_decoder: Estimate
+    """the same of decoders: PW-MCC (arXiv 2505.20254)"""
     mean_max_encoder: Estimate
+    """mean cosine with the nearest, matched or not"""
     mean_max_decoder: Estimate
     pw_mcc_sd: float
+    """the standard deviation of PW-MCC over pairs of runs; NaN for one pair"""
     max_cosine: Estimate
+    """fraction of alive anchors whose nearest encoder row and nearest decoder row are both above the threshold"""
     by_pair: dict[str, dict[str, float]]
+    """these figures of each pair of runs: figure → "a--b" → the mean of the two directions"""
     histogram: dict[str, Any]
+    """counts of alive anchors in 40 bins from -1 to 1: by matched ``encoder`` cosine, by ``decoder`` cosine, and by the
+    mean of the two where the matchings ``agree`` and where they ``differ``, with the means of these"""
     bimodality: Dip
+    """the dip test of each pair's mean matched cosines"""
     sweep: pd.DataFrame = field(compare=False)
+    """see :func:`threshold_sweep`"""
     nulls: dict[str, StudyOverlap]
+    """the same with rotated siblings (:mod:`sae.alignment.nulls`), without intervals, where all pairs have them; each
+    pair has its own rotation, so the figures of the pairs show the null's spread"""
 
     @property
     def same_partner(self) -> Estimate:
@@ -121,43 +117,41 @@ class StudyOverlap:
         return self.alive["lenient"].value
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON values.
-
-        ``histogram``: 40 bins of 0.05 from -1 to 1 with the counts of alive anchors by matched ``encoder`` cosine,
-        ``decoder`` cosine, and the mean of the two where the matchings ``agree`` and where they ``differ``, with the
-        means of these.
-        """
+        """Return everything as JSON values."""
         return {
-            "runs": self.runs,
-            "threshold": self.threshold,
+            **{of.name: _as_json(getattr(self, of.name)) for of in fields(self)},
             "definitions": DEFINITIONS,
             "intervals": INTERVALS,
-            "n_latents": self.n_latents,
-            "n_alive": self.n_alive,
-            "alive": {name: found.as_dict() for name, found in self.alive.items()},
-            "all": {name: found.as_dict() for name, found in self.all.items()},
             "same_partner": self.same_partner.as_dict(),
-            "max_cosine": self.max_cosine.as_dict(),
-            "mean_encoder": self.mean_encoder.as_dict(),
-            "mean_decoder": self.mean_decoder.as_dict(),
-            "mean_max_encoder": self.mean_max_encoder.as_dict(),
-            "mean_max_decoder": self.mean_max_decoder.as_dict(),
-            "by_pair": self.by_pair,
-            "pw_mcc_sd": None if isnan(self.pw_mcc_sd) else self.pw_mcc_sd,
-            "histogram": self.histogram,
             "bimodality": {
                 "statistic": "Hartigan's dip of the mean of matched encoder and decoder cosine; mean over pairs",
                 **self.bimodality.value.as_dict(),
-                "of_sample": None if isnan(self.bimodality.of_sample) else self.bimodality.of_sample,
-                "p_value": None if isnan(self.bimodality.p_value) else self.bimodality.p_value,
+                "of_sample": _as_json(self.bimodality.of_sample),
+                "p_value": _as_json(self.bimodality.p_value),
             },
-            "sweep": {column: _or_none(values) for column, values in self.sweep.items()},
-            "nulls": {name: found.as_dict() for name, found in self.nulls.items()},
+            "sweep": {column: _as_json(values.tolist()) for column, values in self.sweep.items()},
         }
 
 
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Overlap | StudyOverlap | Estimate):
+        return value.as_dict()
+    if isinstance(value, Region):
+        return {"shared_with": list(value.shared_with), "fraction": value.fraction}
+    if isinstance(value, dict):
+        return {key: _as_json(of) for key, of in value.items()}
+    if isinstance(value, list):
+        return [_as_json(of) for of in value]
+    return None if isinstance(value, float) and isnan(value) else value
+
+
+def similarity(table: pd.DataFrame) -> Floats:
+    """Return the mean of matched encoder and decoder cosine of each latent [M], NaN without partner."""
+    return (table["encoder_cosine"].to_numpy(float) + table["decoder_cosine"].to_numpy(float)) / 2
+
+
 def shared(table: pd.DataFrame, definition: str, threshold: float = 0.7) -> Bools:
-    """Which latents [M] of one run are shared with another, from their alignment as seen from the first.
+    """Return which latents [M] of one run are shared with another, from their alignment as seen from the first.
 
     A latent without a partner is not shared; a cosine exactly at the threshold does not exceed it.
     """
@@ -165,7 +159,7 @@ def shared(table: pd.DataFrame, definition: str, threshold: float = 0.7) -> Bool
 
 
 def reach(table: pd.DataFrame, definition: str) -> Floats:
-    """The threshold [M] below which a latent is shared: -inf if at none, inf if at any, NaN if it has no partner."""
+    """Return the threshold [M] below which a latent is shared: -inf for none, inf for any, NaN without partner."""
     encoder, decoder = (table[f"{space}_cosine"].to_numpy(float) for space in ("encoder", "decoder"))
     partner = table["encoder_partner"].to_numpy()
     same = (partner == table["decoder_partner"].to_numpy()) & (partner >= 0)
@@ -189,13 +183,13 @@ def overlap(
     seed: int = 0,
     kept: Path | None = None,
 ) -> StudyOverlap:
-    """Everything that a study says about how far its S dictionaries overlap.
+    """Compute every figure of how far the S dictionaries of a study overlap.
 
     Args:
         runs: at least two names.
         alignments: (x, y) → the table of x in terms of y, for every ordered pair (``alignment.both_ways``).
         alive: run → [M] whether the latent ever fired.
-        threshold: what both or either cosine must exceed.
+        threshold: that cosines must exceed.
         resamples, seed: of the bootstrap.
         kept: the file that keeps dip tests, which take as long as all the rest
             (:func:`sae.alignment.dip.kept_dip_test`).
@@ -228,14 +222,14 @@ def _overlap_of(
                 _shared_with(runs, alignments, definition, threshold),
                 members,
                 draw,
-                {pair: told[population, definition] for pair, told in pairs.items()},
+                {pair: of[population, definition] for pair, of in pairs.items()},
             )
             for definition in DEFINITIONS
         }
         for population, members in populations.items()
     }
 
-    def nearest_above(table: pd.DataFrame) -> Floats:
+    def exceeds(table: pd.DataFrame) -> Floats:
         cosines = table[["max_encoder_cosine", "max_decoder_cosine"]].to_numpy(float)
         return (cosines.min(axis=1) > threshold).astype(float)
 
@@ -244,13 +238,10 @@ def _overlap_of(
         "mean_decoder": lambda table: table["decoder_cosine"].to_numpy(float),
         "mean_max_encoder": lambda table: table["max_encoder_cosine"].to_numpy(float),
         "mean_max_decoder": lambda table: table["max_decoder_cosine"].to_numpy(float),
-        "max_cosine": nearest_above,
-    }
-    means = {
-        name: _pairwise_mean(runs, alignments, alive, draw, values, is_fraction=name == "max_cosine")
-        for name, values in figures.items()
+        "max_cosine": exceeds,
     }
     of_pairs = {name: by_pair(runs, alignments, alive, values) for name, values in figures.items()}
+    pw_mcc = list(of_pairs["mean_decoder"].values())
     return StudyOverlap(
         runs=list(runs),
         threshold=threshold,
@@ -258,10 +249,13 @@ def _overlap_of(
         n_alive={run: int(alive[run].sum()) for run in runs},
         alive=found["alive"],
         all=found["all"],
-        **means,
-        pw_mcc_sd=spread(of_pairs["mean_decoder"]),
+        **{
+            name: _pairwise_mean(runs, alignments, alive, draw, values, is_fraction=name == "max_cosine")
+            for name, values in figures.items()
+        },
+        pw_mcc_sd=float(np.std(pw_mcc, ddof=1)) if len(pw_mcc) > 1 else nan,
         by_pair=of_pairs,
-        histogram=histogram(runs, alignments, alive),
+        histogram=_histogram(runs, alignments, alive),
         bimodality=bimodality(runs, alignments, alive, draw.unit, draw=not is_null, kept=kept),
         sweep=threshold_sweep(runs, alignments, alive),
         nulls={},
@@ -271,18 +265,15 @@ def _overlap_of(
 def threshold_sweep(
     runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], thresholds: ArrayLike | None = None
 ) -> pd.DataFrame:
-    """The overlap of alive anchors as the threshold moves: ``threshold`` and a column per definition (no intervals).
+    """Return the overlap of alive anchors at each threshold: ``threshold`` and a column per definition, no intervals.
 
-    The default thresholds are 0, 0.02, … 1. ``lenient`` does not depend on the threshold and is a flat line.
+    The default thresholds are 0, 0.02, … 1. ``lenient`` does not depend on the threshold.
     """
     at = np.round(np.linspace(0, 1, 51), 2) if thresholds is None else np.asarray(thresholds, dtype=float)
     columns: dict[str, Any] = {"threshold": at}
     for definition in DEFINITIONS:
         of_run = [
-            np.mean(
-                [_share_above(reach(alignments[a, b], definition)[alive[a]], at) for b in runs if b != a],
-                axis=0,
-            )
+            np.mean([_share_above(reach(alignments[a, b], definition)[alive[a]], at) for b in runs if b != a], axis=0)
             for a in runs
             if np.any(alive[a])
         ]
@@ -291,17 +282,13 @@ def threshold_sweep(
 
 
 def _share_above(values: Floats, at: Floats) -> Floats:
-    """What share of ``values`` [n] exceeds each of ``at``; NaN exceeds nothing."""
+    """Return the share of ``values`` [n] that exceeds each of ``at``; NaN exceeds nothing."""
     known = np.sort(values[~np.isnan(values)])
     return 1 - (np.searchsorted(known, at, side="right") + len(values) - len(known)) / len(values)
 
 
-def _or_none(values: pd.Series) -> list[float | None]:
-    return [None if isnan(x) else float(x) for x in values]
-
-
 def check(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> None:
-    """Raise in one line where there are not two runs, or no alignment of theirs, or one of other widths."""
+    """Raise where there are not two runs, where a pair is not aligned, or where widths differ from the alignment's."""
     if len(set(runs)) < 2 or len(set(runs)) < len(runs):
         raise BadInput(f"overlap needs two or more different runs, not {', '.join(map(repr, runs)) or 'none'}")
     for run, members in alive.items():
@@ -316,15 +303,11 @@ def check(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -
 
 
 def _shared_with(runs: Sequence[str], alignments: Tables, definition: str, threshold: float) -> dict[str, Bools]:
-    """run → [M, S - 1] whether each other run, in order, shares the latent."""
+    """Return run → [M, S - 1] whether each other run, in order, shares the latent."""
     return {
         run: np.stack([shared(alignments[run, other], definition, threshold) for other in runs if other != run], axis=1)
         for run in runs
     }
-
-
-_DIGITS = 12
-"""To which fractions are rounded, so that a whole is 1 and not the float below it."""
 
 
 def _pairs(
@@ -334,22 +317,20 @@ def _pairs(
     threshold: float,
     draw: LatentBootstrap,
 ) -> dict[str, dict[tuple[str, str], Estimate]]:
-    """``a--b`` → (population, definition) → the fraction that the two share, the mean of both directions.
+    """Return ``a--b`` → (population, definition) → the fraction that the two share, the mean of both directions.
 
     Each pair is resampled by its own partners. In the units of the study a latent that two runs share and the widest
-    does not would be two, and the interval too narrow.
+    does not would be two units, and the interval too narrow.
     """
     found: dict[str, dict[tuple[str, str], Estimate]] = {}
-    for i, a in enumerate(runs):
-        for b in runs[i + 1 :]:
-            own = LatentBootstrap([a, b], alignments, len(draw.weights), draw.seed)
-            told: dict[tuple[str, str], Estimate] = {}
-            for definition in DEFINITIONS:
-                shares = _shared_with([a, b], alignments, definition, threshold)
-                for population, members in populations.items():
-                    fraction = mean_over(own.fractions(shares, members)[:, :, 0], axis=1)
-                    told[population, definition] = estimate(np.round(fraction, _DIGITS), own.count(members))
-            found[f"{a}--{b}"] = told
+    for a, b in combinations(runs, 2):
+        own = LatentBootstrap([a, b], alignments, len(draw.weights), draw.seed)
+        of_pair = found[f"{a}--{b}"] = {}
+        for definition in DEFINITIONS:
+            shares = _shared_with([a, b], alignments, definition, threshold)
+            for population, members in populations.items():
+                fraction = mean_over(own.fractions(shares, members)[:, :, 0], axis=1)
+                of_pair[population, definition] = estimate(np.round(fraction, _DIGITS), own.count(members))
     return found
 
 
@@ -360,11 +341,11 @@ def _overlap(
     draw: LatentBootstrap,
     pairs: Mapping[str, Estimate],
 ) -> Overlap:
-    """Every figure of one definition from which runs share which anchors.
+    """Compute every figure of one definition from which runs share which anchors.
 
-    How many of its S - 1 siblings share an anchor, s, decides its part in all the figures over n: of the sets of n runs
-    that hold the anchor's own, C(S - 1 - s, n - 1) of C(S - 1, n - 1) hold no other that shares it, and C(s, n - 1)
-    hold only others that do. So the figures are weighted sums of the distribution of s; nothing is enumerated.
+    Everything follows from s, the number of the S - 1 siblings that share an anchor: of the C(S - 1, n - 1) sets of n
+    runs with the anchor's own, C(S - 1 - s, n - 1) hold no other run that shares it, and C(s, n - 1) only such runs. So
+    the figures are weighted sums of the distribution of s, and no sets are enumerated.
     """
     n_others = len(runs) - 1
     counts = np.arange(n_others + 1)
@@ -373,9 +354,8 @@ def _overlap(
     units = draw.count(members)
 
     def weighted(weights: ArrayLike) -> Estimate:
-        # What is 1 whatever is shared, is so for certain.
         of = np.asarray(weights, dtype=float)
-        return estimate(np.round(spread @ of, _DIGITS), units if np.ptp(of) else None)
+        return estimate(np.round(spread @ of, _DIGITS), units if np.ptp(of) else None)  # equal weights: 1 for certain
 
     def share_of_sets(kind: Callable[[int, int], int], n: int) -> Estimate:
         return weighted([kind(int(s), n - 1) / comb(n_others, n - 1) for s in counts])
@@ -391,20 +371,19 @@ def _overlap(
         all_of_n=[share_of_sets(comb, n) for n in sets],
         exactly_n=[weighted(counts == n - 1) for n in sets],
         retained=UNKNOWN if retained is None else estimate(np.round(retained, _DIGITS), draw.count(held)),
-        regions={run: _regions(run, runs, shares[run][members[run]]) for run in runs},
+        regions={run: _regions([x for x in runs if x != run], shares[run][members[run]]) for run in runs},
     )
 
 
-def _regions(run: str, runs: Sequence[str], shares: Bools) -> list[tuple[tuple[str, ...], float]]:
+def _regions(others: Sequence[str], shares: Bools) -> list[Region]:
     if not len(shares):
         return []
-    others = [other for other in runs if other != run]
     patterns, counts = np.unique(shares, axis=0, return_counts=True)
     split = [
-        (tuple(other for other, held in zip(others, pattern, strict=True) if held), float(count / len(shares)))
+        Region(tuple(other for other, held in zip(others, pattern, strict=True) if held), float(count / len(shares)))
         for pattern, count in zip(patterns, counts, strict=True)
     ]
-    return sorted(split, key=lambda part: (-part[1], part[0]))
+    return sorted(split, key=lambda part: (-part.fraction, part.shared_with))
 
 
 def _pairwise_mean(
@@ -415,7 +394,7 @@ def _pairwise_mean(
     values: Callable[[pd.DataFrame], Floats],
     is_fraction: bool,
 ) -> Estimate:
-    """The mean over ordered pairs of the mean over the anchors that have a value (NaN: no partner)."""
+    """Return the mean over ordered pairs of the mean over the anchors that have a value (NaN: no partner)."""
     of_run = []
     for k in range(len(runs) - 1):
         table = {run: values(alignments[run, [x for x in runs if x != run][k]]) for run in runs}
@@ -423,3 +402,67 @@ def _pairwise_mean(
         of_run.append(draw.fractions({run: np.nan_to_num(table[run])[:, None] for run in runs}, known)[:, :, 0])
     units = draw.count(members) if is_fraction else None
     return estimate(mean_over(np.concatenate(of_run, axis=1), axis=1), units)
+
+
+def _histogram(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> dict[str, Any]:
+    """Return ``StudyOverlap.histogram``, over all ordered pairs."""
+    table = pd.concat([alignments[a, b][alive[a]] for a, b in permutations(runs, 2)], ignore_index=True)
+    table = table[(table["encoder_partner"] >= 0) & (table["decoder_partner"] >= 0)]
+    agree = (table["encoder_partner"] == table["decoder_partner"]).to_numpy()
+    alike = similarity(table)
+    values = {
+        "encoder": table["encoder_cosine"].to_numpy(float),
+        "decoder": table["decoder_cosine"].to_numpy(float),
+        "agree": alike[agree],
+        "differ": alike[~agree],
+    }
+    return {
+        "edges": EDGES.tolist(),
+        **{name: np.histogram(np.clip(of, -1, 1), EDGES)[0].tolist() for name, of in values.items()},
+        **{f"mean_{name}": float(of.mean()) if len(of) else None for name, of in list(values.items())[2:]},
+    }
+
+
+def bimodality(
+    runs: Sequence[str],
+    alignments: Tables,
+    alive: Mapping[str, Bools],
+    unit: Mapping[str, NDArray[Any]],
+    draw: bool,
+    kept: Path | None = None,
+) -> Dip:
+    """Return the dip test of the similarities of each ordered pair's alive anchors.
+
+    ``unit`` has the unit of each latent of each run (:class:`sae.alignment.bootstrap.LatentBootstrap`): the same
+    feature in several runs is one observation. ``draw``: also the interval, which takes most of the time. ``kept``: the
+    file that keeps earlier results.
+    """
+    samples, units = [], []
+    for a, b in permutations(runs, 2):
+        alike = similarity(alignments[a, b])
+        known = alive[a] & ~np.isnan(alike)
+        samples.append(alike[known])
+        units.append(np.asarray(unit[a])[known])
+    return dip_test(samples, units, draw=draw) if kept is None else kept_dip_test(kept, samples, units, draw)
+
+
+def by_pair(
+    runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], values: Callable[[pd.DataFrame], Floats]
+) -> dict[str, float]:
+    """Return "a--b" → the mean of both directions of the mean of ``values`` [M] over alive anchors, without NaN.
+
+    Pairs of which a run has no such anchor are left out.
+    """
+    found = {}
+    for a, b in combinations(runs, 2):
+        both = [values(alignments[x, y])[alive[x]] for x, y in ((a, b), (b, a))]
+        known = [of[~np.isnan(of)] for of in both]
+        if all(map(len, known)):
+            found[f"{a}--{b}"] = float(np.mean([of.mean() for of in known]))
+    return found
+
+
+def range_of(of: Mapping[Any, float | None]) -> list[float] | None:
+    """Return the least and the largest over pairs; ``None`` for fewer than two."""
+    known = [value for value in of.values() if value is not None and not isnan(value)]
+    return [min(known), max(known)] if len(known) > 1 else None

@@ -1,21 +1,20 @@
-"""What a latent is in another dictionary of the same activations, judged by where they fire.
+"""The counterpart of a latent in another dictionary of the same activations, by where latents fire.
 
-A latent whose direction has no counterpart may be there all the same, in another shape. Let F be the tokens at which
-it fires. Of the other dictionary's latents only those are looked at that fire at least five times as often within F as
-overall (what fires nearly everywhere contains everything, and says nothing). Such a latent is *inside* it when it fires
-no more often than it, and at least half of the time within F; *wider* when it fires more often. In this order:
+A latent without a counterpart in direction may have one of another shape. Let F be the tokens at which it fires. Only
+latents of the other dictionary that fire at least five times as often within F as overall count: a latent that fires
+nearly everywhere contains everything. Such a latent is *inside* F when it fires no more often than the latent, and at
+least half of the time within F; *wider* when it fires more often. The first that applies:
 
-    same       b and it fire together on at least half of the tokens at which either does (Jaccard ≥ .5), and as much
-               above what chance would give them: (J - J₀) / (1 - J₀) ≥ .5
-    split      two to four latents inside it cover at least .8 of F between them, each .05 or more beyond those before
-               (taken greedily: the one that adds most comes next)
-    absorbed   a wider b covers at least half of F, and falls silent where one c inside it fires: c covers at least .7
-               of what b leaves out (.05 of F or more), b fires on at most .3 of F ∩ c, and the two cover .8 of F
-               (feature absorption, Chanin et al., arXiv 2409.14507). Of the wider ones the eight that cover the most
-               are tried.
+    same       b and it fire together on at least half of the tokens at which either does (Jaccard J ≥ .5), and as far
+               above chance: (J - J₀) / (1 - J₀) ≥ .5
+    split      two to four latents inside F cover at least .8 of it together, each adding .05 or more (greedily, the
+               one that adds most first)
+    absorbed   a wider b covers at least half of F, and is silent where one c inside F fires: c covers at least .7 of
+               the rest of F (.05 of F or more), b fires on at most .3 of F ∩ c, and the two cover .8 of F (feature
+               absorption, Chanin et al., arXiv 2409.14507). The eight wider latents that cover the most are tried.
     broader    one wider latent covers at least .8 of F
     new        none of these
-    rare       it fires on fewer than 20 of the tokens: too few to say
+    rare       it fires on fewer than 20 of the tokens: too few to decide
 
 Legend: n the size of F, t latents of the other dictionary that fire on F at all.
 """
@@ -52,8 +51,8 @@ _FEWEST = 20
 Ints = npt.NDArray[np.int64]
 
 
-class Within(Protocol):
-    """The tokens of F, some of which have been taken."""
+class Tokens(Protocol):
+    """The tokens of F, some of which are taken."""
 
     def reset(self) -> None:
         """Take none."""
@@ -61,16 +60,16 @@ class Within(Protocol):
     def take(self, i: int) -> None:
         """Take those at which the i-th of the t latents fires."""
 
-    def left(self) -> Ints:
-        """On how many that are not taken each of the t latents fires: [t]."""
+    def count_left(self) -> Ints:
+        """Return at how many of the others each of the t latents fires: [t]."""
 
 
-def relation_of(together: Ints, firings: Ints, n: int, n_tokens: int, tokens: Within) -> tuple[int, list[int], float]:
-    """What a latent that fires on n tokens is in the other dictionary.
+def find_relation(together: Ints, firings: Ints, n: int, n_tokens: int, tokens: Tokens) -> tuple[int, list[int], float]:
+    """Return the relation of a latent that fires on n tokens to the t latents of the other dictionary that fire there.
 
     Args:
-        together: [t] on how many tokens of F each fires.
-        firings: [t] on how many of all ``n_tokens`` tokens.
+        together: [t] the number of tokens of F at which each fires.
+        firings: [t] the number of all ``n_tokens`` tokens at which each fires.
         tokens: F.
     Returns:
         the number of the relation in ``NAMES``, the latents that it rests on (of the t), and the share of F that they
@@ -98,7 +97,7 @@ def relation_of(together: Ints, firings: Ints, n: int, n_tokens: int, tokens: Wi
 
 
 def _split(
-    together: Ints, inside: npt.NDArray[np.bool_], n: int, tokens: Within
+    together: Ints, inside: npt.NDArray[np.bool_], n: int, tokens: Tokens
 ) -> tuple[int, list[int], float] | None:
     if np.sort(together[inside])[-MEMBERS:].sum() < _COVERED * n:
         return None
@@ -106,7 +105,7 @@ def _split(
     members: list[int] = []
     covered = 0
     while len(members) < MEMBERS:
-        adds = np.where(inside, tokens.left(), -1)
+        adds = np.where(inside, tokens.count_left(), -1)
         best = int(adds.argmax())
         if adds[best] < _ADDS * n:
             return None
@@ -119,7 +118,7 @@ def _split(
 
 
 def _absorbed(
-    together: Ints, inside: npt.NDArray[np.bool_], wider: npt.NDArray[np.int64], n: int, tokens: Within
+    together: Ints, inside: npt.NDArray[np.bool_], wider: npt.NDArray[np.int64], n: int, tokens: Tokens
 ) -> tuple[int, list[int], float] | None:
     if not inside.any():
         return None
@@ -130,7 +129,7 @@ def _absorbed(
             continue
         tokens.reset()
         tokens.take(int(wide))
-        left = tokens.left()
+        left = tokens.count_left()
         fits = inside & (left >= _LEFT_OUT * (n - together[wide])) & (together - left <= _SILENT * together)
         covered = np.where(fits, left + together[wide], 0)
         narrow = int(covered.argmax())

@@ -30,8 +30,7 @@ from autointerp.findings.paper.intervals import Measured, over_seeds
 from sae.alignment.bootstrap import Bools, Floats, LatentBootstrap, Tables, mean_over
 from sae.alignment.dip import Dip
 from sae.alignment.nulls import read_nulls
-from sae.alignment.overlap import shared
-from sae.alignment.similarity import similarity
+from sae.alignment.overlap import shared, similarity
 from sae.common.amounts import decimal
 
 THRESHOLD = 0.7

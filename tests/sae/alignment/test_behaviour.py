@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from sae.alignment import cofiring
 from sae.alignment.behaviour import Behaviour, Member, behaviour, best_by_jaccard
-from sae.alignment.cofiring import cofirings
+from sae.alignment.cofiring import count_cofirings
 from sae.alignment.nulls import FIRING_COLUMNS
 from sae.alignment.pairs import read_sides, write_sides
 
@@ -35,7 +35,7 @@ def test_the_matching_is_the_best_there_is(m: int, other: int, windows: int, see
     a, b = table(rng, windows, m), table(rng, windows, other)
     none = [np.full((size, 1), -1, np.int32) for size in (m, other)]
     one, back = (
-        cofirings(store_of(x), store_of(y), asked, np.zeros(x.shape[1], bool))
+        count_cofirings(store_of(x), store_of(y), asked, np.zeros(x.shape[1], bool))
         for x, y, asked in ((a, b, none[0]), (b, a, none[1]))
     )
     partner, together, gap = best_by_jaccard(one, back)
@@ -60,8 +60,8 @@ def test_beyond_the_nearest_the_gap_tells(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(20):
         a, b = table(rng, 6, 25), table(rng, 6, 20)
         asked = [np.full((size, 1), -1, np.int32) for size in (25, 20)]
-        one = cofirings(store_of(a), store_of(b), asked[0], np.zeros(25, bool))
-        back = cofirings(store_of(b), store_of(a), asked[1], np.zeros(20, bool))
+        one = count_cofirings(store_of(a), store_of(b), asked[0], np.zeros(25, bool))
+        back = count_cofirings(store_of(b), store_of(a), asked[1], np.zeros(20, bool))
         partner, _, gap = best_by_jaccard(one, back)
         exact = jaccards(a, b)
         best = exact[linear_sum_assignment(exact, maximize=True)].sum()

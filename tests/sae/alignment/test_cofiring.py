@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from made_store import store_of
 
 from sae.alignment import cofiring, relation
-from sae.alignment.cofiring import Cofirings, cofirings, jaccard
+from sae.alignment.cofiring import Cofirings, count_cofirings, jaccard
 from sae.common.errors import BadInput
 
 
 def counted(a: np.ndarray, b: np.ndarray, relate: bool = True, shift: int = 0) -> Cofirings:
     """Of two tables [T, M] of what fires where; each latent is asked about latent 0 of the other."""
     asked = np.zeros((a.shape[1], 1), np.int32)
-    return cofirings(store_of(a), store_of(b), asked, np.full(a.shape[1], relate), shift=shift)
+    return count_cofirings(store_of(a), store_of(b), asked, np.full(a.shape[1], relate), shift=shift)
 
 
 def assert_same(one: Cofirings, other: Cofirings) -> None:
@@ -88,7 +88,8 @@ def test_a_latent_with_many_firings_is_counted_in_pieces(monkeypatch: pytest.Mon
 def test_progress_adds_up() -> None:
     told: list[int] = []
     fires = np.ones((4, 600), bool)
-    cofirings(store_of(fires), store_of(fires[:, :3]), np.zeros((600, 1), np.int32), np.zeros(600, bool), told.append)
+    asked, relate = np.zeros((600, 1), np.int32), np.zeros(600, bool)
+    count_cofirings(store_of(fires), store_of(fires[:, :3]), asked, relate, told.append)
     assert sum(told) == 600
 
 

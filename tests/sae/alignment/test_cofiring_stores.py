@@ -11,7 +11,7 @@ from made_store import store_of
 from small_harvest import USED, FakeStream, M, N, an_sae, dense, run, small_stream
 
 from sae.alignment import cofiring
-from sae.alignment.cofiring import Cofirings, cofirings, jaccard
+from sae.alignment.cofiring import Cofirings, count_cofirings, jaccard
 from sae.firings.store import FiringStore
 
 ASKED = np.arange(M, dtype=np.int32)[::-1, None].copy()
@@ -26,7 +26,7 @@ def stream(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def counted(store: FiringStore, other: FiringStore, shift: int = 0) -> Cofirings:
-    return cofirings(store, other, ASKED, np.ones(M, bool), shift=shift)
+    return count_cofirings(store, other, ASKED, np.ones(M, bool), shift=shift)
 
 
 def assert_equal(found: Cofirings, a: np.ndarray, b: np.ndarray) -> None:

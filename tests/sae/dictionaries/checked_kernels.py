@@ -96,7 +96,7 @@ def steps_of_alignment(kind: str) -> None:
         tiles = candidates.Tiles(a, b)
         tile = numbers(kind, n, m, seed=7).to(of)
         for summed in (False, True):
-            for found in tiles.above(tile, u, v, 0.01, summed):
+            for found in tiles.find_above(tile, u, v, 0.01, summed):
                 search_what_was_found(found, u, v)
     matchings(kind)
 
@@ -145,7 +145,7 @@ def counts_of_firings() -> None:
     fires[:, 0] = fires[:, 1:4].any(1)  # split in the other, which lacks it
     store, other, asked = store_of(fires), store_of(fires[:, 1:]), np.zeros((30, 1), np.int32)
     for shift in (0, 3):
-        cofiring.cofirings(store, other, asked, np.ones(30, np.bool_), shift=shift)
+        cofiring.count_cofirings(store, other, asked, np.ones(30, np.bool_), shift=shift)
 
 
 def loops() -> Iterator[tuple[str, CPUDispatcher]]:
