@@ -1,20 +1,17 @@
-"""Which latent of one dictionary is which of another: the best one-to-one matching, and the proof that it is best.
+"""Match the latents of two dictionaries one to one, with the largest sum of cosines and the proof that it is largest.
 
-The rows of the encoders, and separately those of the decoders, are brought to unit length; among all one-to-one
-pairings the one with the largest sum of cosines is taken (Paulo & Belrose, arXiv 2501.16615). Encoder and decoder are
-matched independently: whether they name the same partner is itself a finding.
+Encoder rows and decoder rows are matched separately, at unit length (Paulo & Belrose, arXiv 2501.16615); whether both
+pick the same partner is itself a finding. Small pairs are matched with all cosines in memory
+(``sae.alignment.matching.dense``), wide ones without (``sae.alignment.matching.best``), always over all pairs.
 
-Small pairs are matched with all cosines in memory (``sae.alignment.matching.dense``), wide ones without
-(``sae.alignment.matching.best``). Either way the matching is the best over all pairs, not over a choice of them.
-
-A matching is easy to get subtly wrong and impossible to judge by eye, so each comes with prices that bound what *any*
-matching could reach. For whatever prices v on the columns (zero or more, where columns may be left over),
+Each matching comes with prices that bound *every* matching. For any prices v on the columns (zero or more, where
+columns are left over),
 
     sum over pairs of c[i, j]  ≤  Σ_j v[j] + Σ_i max_j (c[i, j] - v[j])  =  Σ_j v[j] + Σ_i u[i],
 
 since a row gains at most u after paying its column's price, and each price is paid at most once. A matching that
-attains the bound is optimal; the difference is the *gap*. The prices lie beside the matching on disk, so the claim can
-be checked later from the weights alone, in memory of one block (:func:`verify`), without trusting the solver.
+attains the bound is optimal; the difference is the *gap*. The prices are stored with the matching, so :func:`verify`
+can check it from the weights alone, without trusting the solver.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from sae.common.files import SCHEMA, read_json, write_json
 
 SPACES = ("encoder", "decoder")
 UNMATCHED = -1
-_DENSE = 2048**2  # pairs up to which SciPy is as quick as a search that has to be compiled first
+_DENSE = 2048**2  # pairs up to which SciPy is as fast as the search, which is compiled first
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,14 @@ class Alignment:
     ``a`` has a row per latent of the first [M_a], ``b`` one per latent of the second [M_b], with the columns
 
     - ``latent``;
-    - ``encoder_partner``, ``decoder_partner``: its partner in the other dictionary, -1 if it has none (where widths
-      differ, as many of the wider are left over); ``encoder_cosine``, ``decoder_cosine``: theirs, NaN without partner;
-    - ``max_encoder_neighbor``, ``max_decoder_neighbor``: the latent of the other that is nearest whether or not it is
-      taken (the lowest number among equals), and ``max_encoder_cosine``, ``max_decoder_cosine``;
-    - ``encoder_price``, ``decoder_price``: the prices that prove the matching (see the module's head).
+    - ``encoder_partner``, ``decoder_partner``: its partner in the other dictionary, -1 if it has none (some of the
+      wider dictionary have none); ``encoder_cosine``, ``decoder_cosine``: with the partner, NaN without;
+    - ``max_encoder_neighbor``, ``max_decoder_neighbor``: the nearest latent of the other, matched or not (the lowest
+      number among equals); ``max_encoder_cosine``, ``max_decoder_cosine``: with that;
+    - ``encoder_price``, ``decoder_price``: the prices that prove the matching.
 
-    A latent whose row is zero has cosine 0 with every other. ``certificate`` is the JSON object written beside the
-    table: per space the matched sum, the upper bound over all matchings, and the gap between them.
+    A row of zeros has cosine 0 with every other. ``certificate`` is the JSON object stored with the table: per space
+    the matched sum, the upper bound over all matchings, and the gap between them.
     """
 
     a: pd.DataFrame
@@ -62,11 +59,9 @@ class Alignment:
     certificate: dict[str, Any]
 
     def swapped(self) -> Alignment:
-        """The same alignment as seen from ``b``."""
-        swapped = dict(self.certificate)
-        for key in ("runs", "latents"):
-            swapped[key] = swapped[key][::-1]
-        return Alignment(self.b, self.a, swapped)
+        """Return the same alignment as seen from ``b``."""
+        reversed_ = {key: self.certificate[key][::-1] for key in ("runs", "latents")}
+        return Alignment(self.b, self.a, self.certificate | reversed_)
 
 
 def align(
@@ -81,18 +76,18 @@ def align(
 ) -> Alignment:
     """Match two dictionaries exactly, in encoder and decoder space.
 
-    Beside the weights, memory holds a rounded copy of one space's rows, in ``precision``, and about a hundred times
-    M_a + M_b candidates of some 30 bytes; never the matrix of all pairs, except of up to 2,048 × 2,048.
+    In addition to the weights, memory holds a rounded copy of one space's rows, in ``precision``, and about a hundred
+    times M_a + M_b candidates of some 30 bytes; the matrix of all pairs only up to 2,048 × 2,048.
 
     Args:
         W_enc_a, W_dec_a: [M_a, D] rows of the first, of any length.
         W_enc_b, W_dec_b: [M_b, D] rows of the second; M_b may differ from M_a.
         names: of the runs, for messages and for the certificate.
-        precision: of the products by which wide pairs are searched; time depends on it, and among equally good
-            matchings which one it is.
-        device: where these products are formed, a name for torch.
+        precision: of the products that search wide pairs; it affects the time, and which of equally good matchings
+            results.
+        device: the torch device that forms these products.
     Raises:
-        BadInput: the dictionaries live in spaces of different width or hold NaN.
+        BadInput: the dictionaries differ in D or hold NaN.
     """
     first = [_checked(W, names[0], space) for W, space in zip((W_enc_a, W_dec_a), SPACES, strict=True)]
     second = [_checked(W, names[1], space) for W, space in zip((W_enc_b, W_dec_b), SPACES, strict=True)]
@@ -107,7 +102,7 @@ def align(
             "only dictionaries of the same hookpoint can be aligned"
         )
     n_a, n_b = len(first[0]), len(second[0])
-    if n_a > n_b:  # the solver and the prices want the narrower dictionary in the rows
+    if n_a > n_b:  # the solver and the prices need the narrower dictionary in the rows
         exchanged = (names[1], names[0])
         return align(*second, *first, names=exchanged, precision=precision, device=device).swapped()
     table_a = pd.DataFrame({"latent": np.arange(n_a)})
@@ -120,7 +115,7 @@ def align(
         "bound": "sum of column prices v plus sum over rows of max(c - v)",
     }
     for space, rows, columns in zip(SPACES, first, second, strict=True):
-        found = _matched(rows, columns, precision, device)
+        found = _match(rows, columns, precision, device)
         inverse = np.full(n_b, UNMATCHED, np.int32)
         inverse[found.partner] = np.arange(n_a)
         cosine = np.where(inverse == UNMATCHED, np.nan, found.cosine[inverse])
@@ -144,11 +139,11 @@ def align(
 def verify(
     alignment: Alignment, W_enc_a: ArrayLike, W_dec_a: ArrayLike, W_enc_b: ArrayLike, W_dec_b: ArrayLike
 ) -> dict[str, dict[str, Any]]:
-    """Check an alignment against the weights that it was made from, trusting none of its numbers.
+    """Check an alignment against the weights that it was made from, without trusting its numbers.
 
-    The partners must be one-to-one; sums and bounds are computed again, block by block, from the weights and the stored
-    prices: time of one matrix product, memory of a few hundred rows of it. Returns per space the same figures as the
-    certificate; ``certified`` is False for a matching that is not optimal, however it came about.
+    The partners must be one-to-one; sums and bounds are recomputed in blocks from the weights and the stored prices, in
+    the time of one matrix product. Returns per space the same figures as the certificate; ``certified`` is False for
+    any matching that is not optimal.
     """
     if len(alignment.a) > len(alignment.b):
         return verify(alignment.swapped(), W_enc_b, W_dec_b, W_enc_a, W_dec_a)
@@ -170,7 +165,7 @@ def verify(
 
 
 def pairs(runs: Sequence[str]) -> list[tuple[str, str]]:
-    """Every pair of runs, each once, in the order given."""
+    """Return every pair of runs, each once, in the order given."""
     repeated = sorted({name for name in runs if list(runs).count(name) > 1})
     if repeated:
         raise BadInput(f"{repeated[0]!r} is named twice: a run is aligned with other runs, name each once")
@@ -180,11 +175,11 @@ def pairs(runs: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def write_alignment(folder: Path, a: str, b: str, alignment: Alignment, inputs: Any) -> Path:
-    """Store an alignment as ``<a>--<b>.parquet`` and, beside it, its certificate as ``.json``.
+    """Store an alignment as ``<a>--<b>.parquet``, and its certificate as ``<a>--<b>.json``.
 
-    The table holds the rows of both runs, told apart by its first column ``run``. A pair has one file: where it is
-    already stored the other way round, it is replaced under that name. ``inputs`` (any JSON value, as a rule a digest)
-    goes into both. The table is written last and is the one whose ``inputs`` count, so a crash in between is harmless.
+    The table holds the rows of both runs; its first column is ``run``. A pair has one file: one stored as
+    ``<b>--<a>`` is replaced under that name. ``inputs`` (any JSON value, usually a digest) goes into both files. The
+    table is written last and its ``inputs`` count, so a crash in between is harmless.
     """
     path = pair_path(folder, a, b)
     if path is not None and path.name != f"{a}--{b}.parquet":
@@ -196,7 +191,7 @@ def write_alignment(folder: Path, a: str, b: str, alignment: Alignment, inputs: 
 
 
 def read_alignment(folder: Path, a: str, b: str) -> Alignment:
-    """The stored alignment of two runs as seen from ``a``, whichever was named first when it was made."""
+    """Read the stored alignment of two runs as seen from ``a``, whichever was named first when it was made."""
     sides = read_sides(folder, a, b)
     path = (pair_path(folder, a, b) or folder).with_suffix(".json")
     try:
@@ -217,30 +212,24 @@ def both_ways(folder: Path, runs: Sequence[str]) -> dict[tuple[str, str], pd.Dat
     return found
 
 
-def _matched(
-    rows: ArrayLike,
-    columns: ArrayLike,
-    precision: Literal["auto", "float32", "bfloat16"] = "auto",
-    device: str = "cpu",
+def _match(
+    rows: NDArray[Any], columns: NDArray[Any], precision: Literal["auto", "float32", "bfloat16"], device: str
 ) -> Matching:
-    """The best matching of rows [n, D] to columns [m, D], n ≤ m, the short way or the wide one."""
-    rows, columns = np.asarray(rows), np.asarray(columns)
+    """Match rows [n, D] to columns [m, D], n ≤ m, by the solver for their size."""
     n, m, d = len(rows), len(columns), rows.shape[1]
     if n * m <= _DENSE:
         found = best_of_all(unit_rows(rows) @ unit_rows(columns).T)
         found = replace(found, upper_bound=found.upper_bound + n * (d + 16) * 2.0**-52)  # float64's error in a cosine
-        # Rows in a plane, or nearly in one line, are linked by chains so long that the prices are not found in time.
+        # Rows in a plane or near a line form chains so long that the prices are not found in time.
         if _certificate(found.sum, found.upper_bound, n)["certified"]:
             return found
-    from sae.alignment.matching.best import (
-        best_matching,  # loads torch, which small pairs and readers of alignments do without
-    )
+    from sae.alignment.matching.best import best_matching  # loads torch, which small pairs and readers do without
 
     return best_matching(rows, columns, precision=precision, device=device)
 
 
 def _checked(weights: ArrayLike, name: str, space: str) -> NDArray[Any]:
-    """The rows [M, D] as they are, if they are rows and finite."""
+    """Return the rows [M, D] if they are finite."""
     rows = np.asarray(weights)
     if rows.ndim != 2 or not rows.size:
         raise BadInput(f"{name}: the {space} has shape {rows.shape}, not [M, D]; is its file complete?")
@@ -257,12 +246,6 @@ def _checked(weights: ArrayLike, name: str, space: str) -> NDArray[Any]:
 def _certificate(matched: float, bound: float, n: int) -> dict[str, Any]:
     gap = bound - matched
     certified = abs(gap) <= 1e-9 * n  # rounding in float64 sums of n terms of size 1 stays far below this
-    return {
-        "matched": n,
-        "sum": matched,
-        "mean": matched / n,
-        "upper_bound": bound,
-        "gap": max(gap, 0.0) if certified else gap,
-        "gap_per_latent": (max(gap, 0.0) if certified else gap) / n,
-        "certified": certified,
-    }
+    gap = max(gap, 0.0) if certified else gap
+    figures = {"matched": n, "sum": matched, "mean": matched / n, "upper_bound": bound}
+    return {**figures, "gap": gap, "gap_per_latent": gap / n, "certified": certified}

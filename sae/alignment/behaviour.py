@@ -1,20 +1,18 @@
-"""Two dictionaries compared by what they do: where latents fire together, and what became of those without partner.
+"""Compare two dictionaries by where their latents fire, and find the counterparts of latents without a partner.
 
-Matched directions say whether a latent came back as it was. This says what it does in the other dictionary, from the
-firing stores of both and the decoder rows, for both runs of a pair:
+From the firing stores and the decoder rows, for both runs of a pair:
 
-- the best one-to-one matching by Jaccard (the share of tokens at which either fires, at which both do), beside those by
-  cosine, with the two conditional frequencies P(partner fires | latent fires) and P(latent fires | partner fires);
-- for latents that the weights do not find again: their nearest there, how they relate to what fires there
-  (:mod:`sae.alignment.relation`), and the combination of at most four decoder rows that rebuilds theirs
+- the best one-to-one matching by Jaccard (the tokens at which both fire, as a share of those at which either does),
+  with the conditional frequencies P(partner fires | latent fires) and P(latent fires | partner fires);
+- for latents that are not shared by weights: the nearest there, the relation to the latents that fire there
+  (:mod:`sae.alignment.relation`), and the best combination of at most four decoder rows
   (:mod:`sae.alignment.rebuilding`).
 
-The matching by Jaccard is the best over the pairs in which one is among the 24 nearest of the other. Pairs beyond have
-a lower Jaccard than those 24; the metadata's ``gap_per_latent`` bounds what they could add.
+The matching by Jaccard is the best over the pairs in which one is among the 24 nearest of the other. Other pairs have a
+lower Jaccard; ``gap_per_latent`` bounds how much they could add.
 
-Latents that fire often meet by chance, and the best of many looks good. So all that is about firings can be had again
-with the other's firings moved along the tokens (``shifted``, :mod:`sae.alignment.nulls`): a second pass, as long as the
-first.
+Frequent latents meet by chance, and the best of many looks good. So a second pass can compare with the other's firings
+moved along the tokens (``shifted``, :mod:`sae.alignment.nulls`).
 """
 
 from __future__ import annotations
@@ -36,14 +34,14 @@ from sae.alignment.rebuilding import rebuild
 from sae.firings.store import FiringStore
 
 UNMATCHED = -1
-SHOWN = 4  # of the nearest of each kind, in the table
+SHOWN = 4  # nearest of each kind in the table
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
 
 class Member(NamedTuple):
-    """What is asked about one of the two runs."""
+    """One of the two runs."""
 
     store: FiringStore
     W_dec: NDArray[Any]
@@ -51,9 +49,9 @@ class Member(NamedTuple):
     decoder_partner: NDArray[np.int32]
     """[M] in the other run, by decoder cosine; -1 without"""
     lone: Bools
-    """[M] the latents of which it is asked what they are in the other run"""
+    """[M] the latents whose counterparts in the other run are wanted"""
     null_of_other: NDArray[Any] | None
-    """[M_other, D] decoder rows that share nothing with it, to rebuild from as a control"""
+    """[M_other, D] the other's rotated decoder rows, to rebuild from as a control"""
 
 
 @dataclass(frozen=True)
@@ -61,14 +59,14 @@ class Behaviour:
     """A side for each run, with a row per latent [M] and the columns
 
     - ``latent``; ``n_firings`` over the tokens that both stores hold;
-    - ``jaccard_partner`` (-1: none) and ``jaccard``, ``p_there``, ``p_here`` of the two: the conditional frequencies;
-      ``max_jaccard_neighbor`` and ``max_jaccard``, taken or not;
-    - ``decoder_partner_jaccard``, ``decoder_partner_p_there``, ``decoder_partner_p_here``: of its partner by cosine;
-    - for those asked about, else missing: ``relation``, ``relation_latents`` (lists), ``relation_covered``;
-      ``rebuilt`` (variance explained), ``rebuilt_from`` and ``rebuilt_weights`` (lists, largest first), and
-      ``rebuilt__rotated``, the same out of the other's rows turned by a random rotation;
-      ``nearest_decoder`` and ``nearest_decoder_cosines``, ``nearest_firing`` and ``nearest_firing_jaccards`` (lists);
-    - those of ``nulls.FIRING_COLUMNS`` again, as ``jaccard__shifted`` and so on, where that null was asked for.
+    - ``jaccard_partner`` (-1: none), ``jaccard`` and the conditional frequencies ``p_there`` and ``p_here``;
+      ``max_jaccard_neighbor`` and ``max_jaccard``, matched or not;
+    - ``decoder_partner_jaccard``, ``decoder_partner_p_there``, ``decoder_partner_p_here``: with the partner by cosine;
+    - for the ``lone``, else missing: ``relation``, ``relation_latents`` (lists), ``relation_covered``; ``rebuilt``
+      (variance explained), ``rebuilt_from`` and ``rebuilt_weights`` (lists, largest first), ``rebuilt__rotated`` (from
+      the other's rotated rows); ``nearest_decoder``, ``nearest_decoder_cosines``, ``nearest_firing`` and
+      ``nearest_firing_jaccards`` (lists);
+    - ``nulls.FIRING_COLUMNS`` again, as ``jaccard__shifted``, where that null was asked for.
     """
 
     sides: Sides
@@ -83,15 +81,13 @@ def behaviour(
     advance: Callable[[int], None] | None = None,
     offset: int | None = None,
 ) -> Behaviour:
-    """Compare two harvested dictionaries by their firings.
-
-    Memory: a few arrays of the length of the dictionaries, one latent's firings at a time.
+    """Compare two harvested dictionaries by their firings, in memory of a few arrays of their length.
 
     Args:
-        device: where decoder rows are rebuilt, a name for torch.
-        advance: told of latents done, M_a + M_b in all, twice that with a null.
-        offset: tokens by which b's firings are moved for the null (:func:`sae.alignment.nulls.offset_of`); None for no
-            null.
+        device: the torch device that rebuilds decoder rows.
+        advance: called with the number of latents done: M_a + M_b in all, twice that with a null.
+        offset: tokens by which b's firings are moved for the null (:func:`sae.alignment.nulls.draw_offset`); None for
+            no null.
     """
     real = _counted(a, b, advance)
     sides = [_side(one, other, of, device) for one, other, of in ((a, b, real.a), (b, a, real.b))]
@@ -121,7 +117,7 @@ class _Pair(NamedTuple):
 
 
 def _counted(a: Member, b: Member, advance: Callable[[int], None] | None, offset: int = 0) -> _Pair:
-    """Both directions counted and matched, b's firings moved back by ``offset`` tokens against a's."""
+    """Count and match both directions, with b's firings moved back by ``offset`` tokens against a's."""
     n_tokens = min(a.store.n_tokens, b.store.n_tokens)
     of_a, of_b = (
         count_cofirings(one.store, other.store, one.decoder_partner[:, None], one.lone, advance, shift)
@@ -135,10 +131,10 @@ def _counted(a: Member, b: Member, advance: Callable[[int], None] | None, offset
 
 
 def best_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDArray[np.int64], float]:
-    """The one-to-one matching with the largest sum of Jaccards, among pairs near each other on either side.
+    """Find the one-to-one matching with the largest sum of Jaccards, among pairs near each other on either side.
 
-    Returns the partner of each latent of the first, [M_a], -1 for none; on how many tokens the two fire together,
-    [M_a]; and by how much per latent of the narrower a matching over all pairs could exceed it at the most.
+    Returns the partner of each latent of the first [M_a], -1 for none; the number of tokens at which the two fire
+    [M_a]; and a bound on how much a matching over all pairs could exceed it, per latent of the narrower.
     """
     n, m = len(a.near), len(b.near)
     if n > m:
@@ -153,7 +149,7 @@ def best_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDAr
     count = np.concatenate([a.near_together[i, slot], b.near_together[j, slot_b]])[first]
     rows, columns = keys // m, keys % m
     weights = jaccard(count, a.firings[rows], b.firings[columns])
-    # Each row may also take a column of its own at no gain, so that there always is a matching of all rows.
+    # Each row also has a column of its own at no gain, so that a matching of all rows always exists.
     starts = np.searchsorted(rows, np.arange(n + 1)) + np.arange(n + 1)
     at = np.arange(len(keys)) + rows
     ends = starts[1:] - 1
@@ -166,12 +162,12 @@ def best_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDAr
     some = np.flatnonzero(partner >= 0)
     together[some] = count[np.searchsorted(keys, some * np.int64(m) + partner[some])]
     passed_over = np.minimum(_least(a, b.firings), _least(b, a.firings).max(initial=0.0))
-    gains = found.u + found.v[m:]  # only its own row ever wants such a column, so it need not have a price
+    gains = found.u + found.v[m:]  # only its own row wants such a column, so its price belongs to the row
     return partner, together, float(np.maximum(passed_over - gains, 0).sum() / max(n, 1))
 
 
 def _least(of: Cofirings, firings_there: NDArray[np.int64]) -> Floats:
-    """A bound on the Jaccard of each latent with those that are not among its nearest: [M]."""
+    """Return a bound on the Jaccard of each latent with those that are not among its nearest: [M]."""
     last = of.near[:, -1]
     least = jaccard(of.near_together[:, -1], of.firings, firings_there[last])
     return np.where(last >= 0, least, 0.0)
@@ -180,7 +176,7 @@ def _least(of: Cofirings, firings_there: NDArray[np.int64]) -> Floats:
 def _side(one: Member, other: Member, matched: _Matched, device: str) -> pd.DataFrame:
     of = matched.counts
     alone = np.flatnonzero(one.lone)
-    living = (of.firings_there > 0)[:, None]  # what never fires is nothing to be made of
+    living = (of.firings_there > 0)[:, None]  # dead latents are not used
     rebuilt = rebuild(one.W_dec[alone], np.where(living, other.W_dec, 0), device)
     null = None
     if one.null_of_other is not None:
@@ -223,29 +219,29 @@ def _side(one: Member, other: Member, matched: _Matched, device: str) -> pd.Data
 
 
 def _firing_columns(one: Member, matched: _Matched) -> dict[str, NDArray[Any]]:
-    """The columns that rest on firings alone, ``FIRING_COLUMNS``: [M] each."""
+    """Return the columns of firings alone, ``FIRING_COLUMNS``: [M] each."""
     of = matched.counts
-    told = np.full(len(one.lone), None, object)
-    told[one.lone] = np.array(relation.NAMES, object)[of.relation[one.lone]]
+    relations = np.full(len(one.lone), None, object)
+    relations[one.lone] = np.array(relation.NAMES, object)[of.relation[one.lone]]
     return {
         "jaccard_partner": matched.partner,
         **_frequencies("", of, matched.partner, matched.together),
         "max_jaccard": _near(of)[:, 0].astype(np.float32),
         **_frequencies("decoder_partner_", of, one.decoder_partner, of.asked_together[:, 0]),
-        "relation": told,
+        "relation": relations,
         "relation_covered": of.covered,
     }
 
 
 def _near(of: Cofirings) -> Floats:
-    """The Jaccards of each latent with its nearest, 0 where there is none: [M, N]."""
+    """Return the Jaccards of each latent with its nearest, 0 where there is none: [M, N]."""
     return np.where(of.near >= 0, jaccard(of.near_together, of.firings[:, None], of.firings_there[of.near]), 0.0)
 
 
 def _frequencies(
     prefix: str, of: Cofirings, partner: NDArray[np.int32], together: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float32]]:
-    """Jaccard and both conditional frequencies with a partner each; NaN without one, or where one of them is silent."""
+    """Return the Jaccard and both conditional frequencies with a partner; NaN without, or where one never fires."""
     there = np.where(partner >= 0, of.firings_there[partner], 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         found = {

@@ -1,7 +1,7 @@
 """Intervals for figures about several runs, by resampling latents together with their partners.
 
-The same feature found by several runs is one observation, not several: resampling each run by itself would take the two
-sides of a pair for independent evidence and make intervals narrower by √2 or more.
+The same feature found by several runs is one observation. Resampling each run by itself would treat the two sides of a
+pair as independent and make intervals narrower by √2 or more.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ Tables = Mapping[tuple[str, str], pd.DataFrame]
 
 
 def partner_units(runs: Sequence[str], alignments: Tables) -> dict[str, NDArray[np.integer]]:
-    """Run → [M] the unit of each of its latents: the same number for a latent and its partners in the other runs.
+    """Return run → [M] the unit of each latent: a latent of the widest run with its decoder-matched partners.
 
-    The unit is a latent of the widest run with its decoder-matched partners; since every latent of a narrower run has a
-    partner in the widest, each latent of each run is in exactly one unit.
+    Every latent of a narrower run has a partner in the widest, so each latent is in exactly one unit.
     """
     sizes = {run: len(alignments[run, next(x for x in runs if x != run)]) for run in runs}
     widest = max(runs, key=lambda run: sizes[run])
@@ -42,7 +41,7 @@ def partner_units(runs: Sequence[str], alignments: Tables) -> dict[str, NDArray[
 
 
 class LatentBootstrap:
-    """Resamples the latents of all runs of a study at once, by their units: see :func:`partner_units`."""
+    """Resample the latents of all runs of a study at once, by their units (:func:`partner_units`)."""
 
     def __init__(self, runs: Sequence[str], alignments: Tables, resamples: int, seed: int) -> None:
         self.runs, self.seed = list(runs), seed
@@ -51,16 +50,16 @@ class LatentBootstrap:
         self.weights = _weights(self.n_units, resamples, seed)
 
     def count(self, members: Mapping[str, Bools]) -> int:
-        """How many units hold a member of any run."""
+        """Return the number of units that hold a member of any run."""
         held = np.zeros(self.n_units, dtype=bool)
         for run in self.runs:
             held[self.unit[run][members[run]]] = True
         return int(held.sum())
 
     def fractions(self, values: Mapping[str, NDArray], members: Mapping[str, Bools]) -> Floats:
-        """Mean of values [M, C] over each run's members, as [resamples + 1, S, C]; row 0 is the sample itself.
+        """Return the mean of values [M, C] over each run's members, as [resamples + 1, S, C]; NaN without members.
 
-        NaN where a run has no members.
+        Row 0 is the sample itself.
         """
         n_columns = next(iter(values.values())).shape[1]
         sums = np.zeros((self.n_units, len(self.runs), n_columns + 1))
@@ -80,7 +79,7 @@ class LatentBootstrap:
 
 @functools.lru_cache(maxsize=4)
 def _weights(n_units: int, resamples: int, seed: int) -> NDArray[np.uint8]:
-    """[resamples, n_units] how often each resample holds each unit; a report draws the same ones for many figures."""
+    """Draw how often each resample holds each unit: [resamples, n_units]; kept, since a report uses them many times."""
     rng = np.random.default_rng(seed)
     weights = np.empty((resamples, n_units), dtype=np.uint8)  # plenty for a Poisson count of mean 1
     for row in weights:
@@ -90,18 +89,18 @@ def _weights(n_units: int, resamples: int, seed: int) -> NDArray[np.uint8]:
 
 
 def mean_over(values: Floats, axis: int) -> Floats:
-    """The mean without NaN (a run none of whose latents are alive has no fraction); NaN where nothing is left."""
+    """Return the mean without NaN (a run without alive latents has no fraction); NaN where nothing is left."""
     known = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(known, values, 0).sum(axis=axis) / known.sum(axis=axis)
 
 
 def estimate(draws: Floats, units: int | None = None) -> Estimate:
-    """The sample's value, first, with the 95 % percentile interval of the resamples that follow.
+    """Return the sample's value (the first draw) with the 95 % percentile interval of the other draws.
 
-    ``units`` is for fractions: of how many units they are. Where under :data:`sae.common.estimate.FEW` of these show
-    something, or all but as few, or every resample says the same, the interval is Wilson's at the effective number of
-    units (:func:`sae.common.estimate.fraction`), which is never taken to be more than there are.
+    ``units`` is the number of units of a fraction. Where under :data:`sae.common.estimate.FEW` of them are cases, or
+    all but as few, or all resamples agree, the interval is Wilson's at the effective number of units
+    (:func:`sae.common.estimate.fraction`), at most ``units``.
     """
     value, resampled = float(draws[0]), draws[1:][~np.isnan(draws[1:])]
     if np.isnan(value) or not len(resampled):

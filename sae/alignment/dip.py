@@ -1,9 +1,9 @@
-"""Whether values have one mode or more: Hartigan's dip.
+"""Test whether values have more than one mode: Hartigan's dip.
 
 The *dip* of a sample is the least distance, as the largest difference of distribution functions, from its empirical
-distribution to any with a single mode (Hartigan & Hartigan, Annals of Statistics 13, 1985). It makes no assumption on
-the modes' shapes or number. Two equal spikes have a dip of 1/4; a uniform's, the largest that a single mode gives rise
-to, shrinks as 1/√n. Against that uniform the p-value is counted, so it errs on the side of one mode.
+distribution to any with a single mode (Hartigan & Hartigan, Annals of Statistics 13, 1985). It assumes nothing about
+the shape or number of modes. Two equal spikes have a dip of 1/4; a uniform's, the largest of a single mode, shrinks as
+1/√n. The p-value compares with that uniform, so it is conservative.
 """
 
 from __future__ import annotations
@@ -26,31 +26,28 @@ from sae.common.files import read_json, write_json
 METHOD = 1  # raise it when the same samples would give another result
 _KEPT = 300  # results in a file, the newest
 _FEWEST = 16  # values in a sample worth testing
-_UNIFORMS = 2000  # made-up samples that the p-value counts among
-_UNIFORM_SIZE = 1000  # of each: from here on √n · dip of a uniform hardly changes its distribution
-_QUARTERS = 40, 200  # quarter samples, for the interval: at least and at most
-_LOOKED_AT = 20_000_000  # values of all quarter samples: with more, a standard error to an eighth of itself must do
-_WIDER = 1.25  # the corrected dip varies by so much more than the uncorrected, as simulations have it
+_UNIFORMS = 2000  # random samples that the p-value compares with
+_UNIFORM_SIZE = 1000  # of each: beyond it the distribution of √n · dip of a uniform hardly changes
+_QUARTERS = 40, 200  # quarter samples for the interval, at least and at most
+_LOOKED_AT = 20_000_000  # values in all quarter samples at most, unless these are the fewest
+_WIDER = 1.25  # by simulation the corrected dip varies by this factor more than the uncorrected
 
 
 class Dip(NamedTuple):
     value: Estimate
-    """the dip of what the samples are drawn from, the mean over samples, with a 95 % interval"""
+    """the dip of the distributions behind the samples, the mean over samples, with a 95 % interval"""
     of_sample: float
-    """the samples' own, which chance makes larger"""
+    """the samples' own mean dip, which chance makes larger"""
     p_value: float
-    """that a sample with one mode has a √n · dip as large as the samples' mean"""
+    """the probability that samples with one mode have a mean √n · dip as large"""
 
 
 def dip(values: ArrayLike) -> float:
-    """The dip of a sample [n] of any order, in units of probability: from 1/(2n) to 1/4. NaN for no values.
+    """Return the dip of a sample [n] in any order, from 1/(2n) to 1/4; NaN for no values.
 
-    Values that are the same number are tied, as the definition has it: a sample of one number has its dip 0, which is
-    given as 1/(2n), the dip of n different ones.
+    Equal values are ties. A sample of one repeated number has dip 0, which is returned as 1/(2n).
     """
-    from sae.alignment.dip_kernel import (
-        dip_of_jumps,  # here, since a report finds its dips in a file and needs no compiler
-    )
+    from sae.alignment.dip_kernel import dip_of_jumps  # a report reads its dips from a file and needs no compiler
 
     x = np.sort(np.asarray(values, dtype=np.float64))
     if not len(x):
@@ -65,21 +62,20 @@ def dip(values: ArrayLike) -> float:
 def dip_test(
     samples: Sequence[ArrayLike], units: Sequence[ArrayLike] | None = None, seed: int = 0, draw: bool = True
 ) -> Dip:
-    """How far from one mode several samples are, and whether chance would do it: the mean of their dips.
+    """Return the mean dip of several samples, corrected and with an interval, and its p-value.
 
-    A sample's dip exceeds what it estimates by an amount that grows as the sample shrinks, and spreads about it. Random
-    quarters, drawn without replacement, tell how much of each (subsampling, Politis & Romano 1994; a bootstrap would
-    repeat values, and repeated values are modes): with d of the whole and d' of quarters, (d' - d) √(1/4) / √(3/4) is
-    distributed about as d minus the truth. ``value`` is d less the mean of that, ± 1.96 standard deviations of it and
-    a quarter more. In simulations of mixtures with dips of .03 to .08 the interval covers the truth 92 to 98 % of the
-    time, near .007 some 90 %.
+    A sample's dip is biased upwards, the more so the smaller the sample. Random quarters drawn without replacement
+    measure the bias and the variance (subsampling, Politis & Romano 1994; a bootstrap repeats values, and repeated
+    values are modes): with d of the whole and d' of quarters, (d' - d) √(1/4) / √(3/4) is distributed about as d minus
+    the truth. ``value`` is d less the mean of that, ± 1.96 standard deviations and a quarter more. In simulations of
+    mixtures with dips of .03 to .08 the interval covers the truth 92 to 98 % of the time, near .007 some 90 %.
 
     Args:
         samples: [n] each.
-        units: for each sample, what its values belong to, whole numbers from 0 on: the same feature seen in several
-            samples is one observation, and is drawn in all of them or in none. Without, all values are on their own.
+        units: for each sample, the unit of each value, whole numbers from 0: the same feature in several samples is one
+            observation, drawn in all of them or in none. Default: every value is a unit.
         seed: of the draws.
-        draw: without, ``value`` stays unknown, and the rest takes a moment.
+        draw: whether to compute ``value``, which takes most of the time.
     """
     given = [np.asarray(sample, dtype=np.float64) for sample in samples]
     if units is None:
@@ -111,9 +107,9 @@ def dip_test(
 
 
 def kept_dip_test(path: Path, samples: Sequence[ArrayLike], units: Sequence[ArrayLike], draw: bool) -> Dip:
-    """:func:`dip_test` of these samples, worked out once and then read from ``path``.
+    """Return :func:`dip_test` of these samples, from the file ``path`` if it is there, else computed and stored.
 
-    A file that cannot be read is written anew; where none can be written, it is worked out each time.
+    A file that cannot be read is replaced; one that cannot be written is ignored.
     """
     hasher = hashlib.sha256(f"{METHOD} {draw}".encode())
     for sample, unit in zip(samples, units, strict=True):
@@ -127,7 +123,7 @@ def kept_dip_test(path: Path, samples: Sequence[ArrayLike], units: Sequence[Arra
             name: [None if math.isnan(x) else x for x in (*of.value, of.of_sample, of.p_value)]
             for name, of in list(kept.items())[-_KEPT:]
         }
-        with contextlib.suppress(OSError, UserError):  # a study that may only be read, a full disk
+        with contextlib.suppress(OSError, UserError):  # a read-only study, a full disk
             write_json(path, stored)
     return kept[key]
 

@@ -1,4 +1,4 @@
-"""The loops of Hartigan's dip (:mod:`sae.alignment.dip`), compiled when they are first used."""
+"""The compiled loops of Hartigan's dip, apart from :mod:`sae.alignment.dip` so that its readers need no compiler."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _compiled = numba.njit(cache=True, error_model="numpy")
 
 @_compiled
 def dip_of_jumps(at: np.ndarray, below: np.ndarray, reached: np.ndarray) -> Any:
-    """The dip of a distribution with a jump at each of ``at`` [n], from ``below`` to ``reached``.
+    """Return the dip of a distribution with a jump at each of ``at`` [n], from ``below`` to ``reached``.
 
     The best function with one mode is convex, then a straight line over an interval of modes, then concave. The
-    interval is narrowed from both ends: within it, the greatest convex function below the distribution and the least
-    concave one above it are apart by some distance at some place, and the next interval begins or ends there. What is
-    then left outside fixes how far the convex and the concave part must be from the distribution.
+    interval is narrowed from both ends: it next begins or ends where the greatest convex function below the
+    distribution and the least concave one above it are farthest apart. The parts outside determine how far the convex
+    and the concave part must be from the distribution.
     """
     n = len(at)
     low, high = 0, n - 1
     convex, concave = np.empty(n, np.int64), np.empty(n, np.int64)
     least = 0.0
-    while low < high:  # a single place left is a mode whatever its jump
+    while low < high:  # a single remaining place is a mode
         size_g = _hull(at, below, low, high, convex, 1.0)
         size_l = _hull(at, reached, low, high, concave, -1.0)
         apart, new_low, new_high = 0.0, low, high
@@ -71,7 +71,7 @@ def _line(at: np.ndarray, height: np.ndarray, left: int, right: int, x: int) -> 
 
 @_compiled
 def _hull(at: np.ndarray, height: np.ndarray, low: int, high: int, out: np.ndarray, sign: float) -> int:
-    """Corners of the greatest convex function below the points (``sign`` 1), or the least concave above (-1)."""
+    """Find the corners of the greatest convex function below the points (``sign`` 1), or the least concave above."""
     size = 0
     for x in range(low, high + 1):
         while size >= 2:

@@ -1,4 +1,4 @@
-"""One run's latents, one row each, with what every other run has to say of them: the overlap stage's file."""
+"""The overlap stage's table: one run's latents, one row each, with their partners in every other run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _ALIGNED = (
 )
 
 CLASSES = ("one", "some", "all")
-"""How many of a study's SAEs have a latent: its own alone, its own and some others, every one."""
+"""The SAEs of a study that have a latent: its own alone, its own and some others, or all."""
 
 
 def shared_class(n_shared: ArrayLike, n_others: int) -> NDArray[np.str_]:
-    """The class, of :data:`CLASSES`, of latents that ``n_shared`` of ``n_others`` other runs share; in their shape."""
+    """Return the class (:data:`CLASSES`) of latents that ``n_shared`` of ``n_others`` other runs share."""
     n = np.asarray(n_shared)
     return np.select([n == 0, n == n_others], [CLASSES[0], CLASSES[2]], default=CLASSES[1])
 
@@ -36,16 +36,16 @@ def latent_table(
     threshold: float = 0.7,
     behaviour: Mapping[str, pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
-    """One row per latent of ``run``: what each of the other ``runs`` has to say of it.
+    """Return one row per latent of ``run``.
 
-    Columns, with X for every other run: ``latent``; the alignment's ``encoder_partner__X``, ``encoder_cosine__X``,
-    ``decoder_partner__X``, ``decoder_cosine__X`` and the ``max_…`` ones; for the runs in ``behaviour`` (X → the side of
-    ``run`` of :class:`sae.alignment.behaviour.Behaviour`) its columns, as ``jaccard__X``, ``relation__X``,
-    ``rebuilt__X``, …; ``shared_<definition>__X``;
+    The columns, with X for every other run, are ``latent``; the alignment's ``encoder_partner__X``,
+    ``encoder_cosine__X``, ``decoder_partner__X``, ``decoder_cosine__X`` and the ``max_…`` ones; for the runs in
+    ``behaviour`` (X → the side of ``run`` of :class:`sae.alignment.behaviour.Behaviour`) its columns, as
+    ``jaccard__X``, ``relation__X``, ``rebuilt__X``; ``shared_<definition>__X``;
 
     - ``n_shared_<definition>``, the number of other runs that share it, and ``stability_<definition>``, their share;
-    - ``similarity``, the mean over the others of (matched encoder cosine + matched decoder cosine) / 2, leaving out
-      runs in which it lacks a partner because widths differ;
+    - ``similarity``, the mean of (matched encoder cosine + matched decoder cosine) / 2 over the other runs in which it
+      has a partner;
     - the last three with rotated siblings, as ``n_shared_strict__rotated``, where all were aligned with those;
     - ``unshared``: alive and strict-shared with none; ``shared_class``: ``all``, ``some`` or ``one`` (its own alone)
       under strict, missing for a dead latent.
@@ -70,26 +70,21 @@ def latent_table(
         columns |= {f"{name}__{ROTATED}": values for name, values in _over_runs(of_null, threshold).items()}
     n = columns["n_shared_strict"]
     columns["unshared"] = alive & (n == 0)
-    told = shared_class(n, len(others)).astype(object)
-    told[~alive] = None
-    columns["shared_class"] = told
+    columns["shared_class"] = shared_class(n, len(others)).astype(object)
+    columns["shared_class"][~alive] = None
     return pd.DataFrame(columns)
 
 
 def _over_runs(tables: Sequence[pd.DataFrame], threshold: float) -> dict[str, NDArray[Any]]:
-    """In how many of the other runs each latent returns, and how alike its partners are: columns [M]."""
+    """Return the columns [M] of how many other runs share each latent, and how similar its partners are."""
     columns: dict[str, NDArray[Any]] = {}
     for definition in DEFINITIONS:
         per_run = [shared(table, definition, threshold) for table in tables]
         columns[f"n_shared_{definition}"] = np.sum(per_run, axis=0).astype(np.int32)
         columns[f"stability_{definition}"] = np.asarray(np.mean(per_run, axis=0), dtype=np.float32)
-    columns["similarity"] = _mean_similarity(tables)
-    return columns
-
-
-def _mean_similarity(tables: Sequence[pd.DataFrame]) -> NDArray[np.float32]:
     alike = np.stack([similarity(table) for table in tables])
     partnered = ~np.isnan(alike)
     with np.errstate(invalid="ignore"):
         mean = np.where(partnered, alike, 0).sum(axis=0) / partnered.sum(axis=0)
-    return np.asarray(mean, dtype=np.float32)
+    columns["similarity"] = np.asarray(mean, dtype=np.float32)
+    return columns

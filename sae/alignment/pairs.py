@@ -1,4 +1,4 @@
-"""Tables about two runs, with a row per latent of each: one file per pair, whichever of the two was named first."""
+"""Read and write the tables about two runs, with a row per latent of each: one file per pair."""
 
 from __future__ import annotations
 
@@ -16,29 +16,26 @@ Sides = tuple[pd.DataFrame, pd.DataFrame]
 
 
 def pair_path(folder: Path, a: str, b: str) -> Path | None:
-    """The stored table of a pair, whichever of the two was named first; ``None`` if there is none."""
+    """Return the path of a pair's table, whichever of the two was named first; ``None`` if there is none."""
     both = (folder / f"{a}--{b}.parquet", folder / f"{b}--{a}.parquet")
     return next((path for path in both if path.exists()), None)
 
 
 def pair_inputs(folder: Path, a: str, b: str) -> Any:
-    """The ``inputs`` that the pair's stored table was made from, to tell whether it is stale; ``None`` if not there."""
+    """Return the ``inputs`` that the pair's table was made from, ``None`` if there is none; others make it stale."""
     path = pair_path(folder, a, b)
     return table_metadata(path).get("inputs") if path else None
 
 
 def write_sides(path: Path, names: tuple[str, str], sides: Sides, **metadata: Any) -> None:
-    """Both sides in one table, told apart by its first column ``run``."""
+    """Write both sides as one table with a first column ``run``."""
     named = [side.assign(run=name) for name, side in zip(names, sides, strict=True)]
     table = pd.concat(named, ignore_index=True)
     write_table(path, table[["run", *(c for c in table if c != "run")]], runs=list(names), **metadata)
 
 
 def read_sides(folder: Path, a: str, b: str, columns: Sequence[str] | None = None) -> Sides:
-    """The stored table of two runs as seen from ``a`` and from ``b``, whichever was named first when it was made.
-
-    With ``columns``, only those of them that it has.
-    """
+    """Read the table of two runs as seen from ``a`` and from ``b``; of ``columns``, those that it has."""
     path = pair_path(folder, a, b)
     if path is None:
         known = [p.stem for p in folder.glob("*--*.parquet")]

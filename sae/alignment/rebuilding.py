@@ -1,16 +1,15 @@
-"""A direction rebuilt from at most four rows of another dictionary: what a latent is made of there.
+"""Rebuild a direction from at most four rows of another dictionary.
 
-For a unit row x and unit rows b, the coefficients that best rebuild x from a set S of rows are those of least squares,
-and the variance explained is |P_S x|², the squared length of x's projection on their span. The best set of four among M
-cannot be found by trying all (M⁴/24 of them); it is sought by
+For a unit row x and unit rows b, the best coefficients of a set S of rows are those of least squares, and the variance
+explained is |P_S x|², the squared length of x's projection on their span. Trying all M⁴/24 sets of four is impossible,
+so the set is found by
 
-1. orthogonal least squares (Chen, Billings & Luo, 1989): the row that explains most beside those already taken, four
-   times over all M rows;
-2. exchanges: each of the four is given up for the row that explains most beside the other three, among the 64 most
-   alike, until none is better.
+1. orthogonal least squares (Chen, Billings & Luo, 1989): four times, the row of all M that explains most in addition to
+   those already taken;
+2. exchanges: each of the four is replaced by the row that explains most in addition to the other three, among the 64
+   with the largest cosines, until none is better.
 
-So the variance explained is what a set does reach; the best set may reach more. Signs are free: a negative coefficient
-is a direction that the other dictionary has the opposite of.
+The best set may explain more than the one found. Coefficients may be negative.
 
 Legend: R rows rebuilt, M rows to choose from, D model width.
 """
@@ -36,7 +35,7 @@ _DEPENDENT = 1e-4  # a row of which less than this share is not in the span of t
 
 class Rebuilt(NamedTuple):
     rows: NDArray[np.int32]
-    """[R, 4] of the other dictionary, in the order of the size of their coefficients; -1 where fewer are of use"""
+    """[R, 4] of the other dictionary, the largest coefficient first; -1 where fewer are of use"""
     weights: NDArray[np.float32]
     """[R, 4] coefficients of the unit rows, 0 where there is none"""
     explained: NDArray[np.float32]
@@ -48,10 +47,7 @@ class Rebuilt(NamedTuple):
 
 
 def rebuild(x: ArrayLike, b: ArrayLike, device: str = "cpu") -> Rebuilt:
-    """Rebuild each row of ``x`` [R, D] from at most four of ``b`` [M, D]; rows are brought to unit length first.
-
-    Rows of zeros are of no use, and not taken.
-    """
+    """Rebuild each row of ``x`` [R, D], at unit length, from at most four of ``b`` [M, D] that are not zero."""
     whole = torch.from_numpy(unit_rows(b).astype(np.float32)).to(device)
     rows = torch.from_numpy(unit_rows(x).astype(np.float32)).to(device)
     step = max(1, _BYTES // (4 * max(len(whole), (_POOL + TERMS) * whole.shape[1])))
@@ -70,7 +66,7 @@ def _rebuilt(x: Tensor, b: Tensor) -> Rebuilt:
     taken = torch.cat([_forward(x, b, likeness, terms), pool], dim=1)
     rows = torch.gather(taken, 1, _exchanged(x, b[taken], terms))
     atoms = b[rows].double()
-    for slot in range(1, terms):  # where nothing more is of use, something may have been taken twice
+    for slot in range(1, terms):  # where no further row is of use, one may be taken twice
         atoms[:, slot][(rows[:, :slot] == rows[:, slot : slot + 1]).any(1)] = 0
     target = atoms @ x.double()[:, :, None]
     weights = torch.linalg.pinv(atoms @ atoms.transpose(1, 2), hermitian=True, rtol=1e-9) @ target
@@ -89,14 +85,14 @@ def _rebuilt(x: Tensor, b: Tensor) -> Rebuilt:
 
 
 def _padded(values: Tensor, fill: float) -> NDArray[Any]:
-    """[R, ≤ 4] as [R, 4]: a dictionary may have fewer rows than that."""
+    """Return [R, ≤ 4] as [R, 4], for dictionaries of fewer rows."""
     return torch.nn.functional.pad(values, (0, TERMS - values.shape[1]), value=fill).cpu().numpy()
 
 
 def _forward(x: Tensor, b: Tensor, likeness: Tensor, terms: int) -> Tensor:
-    """One row after another, each the one that explains most of what is left: [R, terms]."""
-    left = likeness.clone()  # products with what of x is not yet explained
-    inside = torch.zeros_like(likeness)  # the share of each row that is in the span of those taken
+    """Take one row after another, each time the one that explains most of the rest: [R, terms]."""
+    left = likeness.clone()  # products with the rest of x
+    inside = torch.zeros_like(likeness)  # the share of each row in the span of those taken
     basis: list[Tensor] = []
     taken: list[Tensor] = []
     for _ in range(terms):
@@ -106,7 +102,7 @@ def _forward(x: Tensor, b: Tensor, likeness: Tensor, terms: int) -> Tensor:
         best = gain.argmax(dim=1)
         taken.append(best)
         q = b[best]
-        for _ in range(2):  # twice: once leaves rounding where rows are nearly alike
+        for _ in range(2):  # twice, since rounding errors remain where rows are nearly equal
             for other in basis:
                 q = q - (q * other).sum(1, keepdim=True) * other
         q = q / q.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -118,10 +114,10 @@ def _forward(x: Tensor, b: Tensor, likeness: Tensor, terms: int) -> Tensor:
 
 
 def _exchanged(x: Tensor, pool: Tensor, terms: int) -> Tensor:
-    """Which of each row's ``pool`` [R, P, D] to take, beginning with the first ``terms``: [R, terms].
+    """Choose from each row's ``pool`` [R, P, D], beginning with the first ``terms``: [R, terms].
 
-    Works on the products among the pool alone. Beside a set O, row j explains t² / s more of x, with s the square of
-    what of j is not in the span of O, and t its product with x.
+    Only the products among the pool are needed. In addition to a set O, row j explains t² / s of x, with s the squared
+    length of j's part outside the span of O, and t the product of that part with x.
     """
     gram, with_x = pool @ pool.transpose(1, 2), (pool @ x[:, :, None])[:, :, 0]
     n, every = len(x), torch.arange(len(x), device=x.device)
