@@ -65,12 +65,12 @@ def test_a_typed_command_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def names_the_script(path: Path) -> Iterator[str]:
-    """Each place whose text says ``cli.py`` to the user: not a docstring, and not given to ``as_started``."""
+    """Each place whose text says ``cli.py`` to the user: not a docstring, and not given to ``replace_program_name``."""
     tree = ast.parse(path.read_text())
     excepted = {
         id(part)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "as_started"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "replace_program_name"
         for part in ast.walk(node)
     }
     excepted |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
@@ -82,7 +82,7 @@ def names_the_script(path: Path) -> Iterator[str]:
 def test_only_one_module_says_how_the_program_starts() -> None:
     sources = [REPOSITORY / "cli.py", *(REPOSITORY / "sae").rglob("*.py"), *(REPOSITORY / "autointerp").rglob("*.py")]
     found = {place.split(":")[0] for path in sources for place in names_the_script(path)}
-    assert found == {"sae/common/commands.py"}, "write commands with sae.common.commands.written"
+    assert found == {"sae/common/commands.py"}, "write commands with sae.common.commands.shell_command"
 
 
 def test_a_root_elsewhere_is_part_of_the_command(tmp_path: Path) -> None:

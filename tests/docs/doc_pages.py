@@ -112,8 +112,8 @@ class Page:
 
 
 def pages() -> list[Page]:
-    """README, then docs/ in the order in which one reads it, then what else is there."""
-    first = ["README.md", "docs/README.md", "docs/tutorial.md", "docs/reading-the-report.md", "docs/files.md"]
+    """Return README, CONTRIBUTING, then docs/ in reading order, then any other page."""
+    first = ["README.md", "CONTRIBUTING.md", "docs/README.md", "docs/tutorial.md", "docs/reading-the-report.md", "docs/files.md"]
     rest = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))
     return [Page(name, (REPOSITORY / name).read_text()) for name in dict.fromkeys([*first, *rest])]
 
