@@ -34,7 +34,7 @@ STAND_INS = {
 }
 """What stands in a page → what is run in its place: the bundled model, a few files, a few latents, a made-up server."""
 
-_OTHERS = {"pip": None, "git": None, "cd": None, "uv": None, "torchrun": "cli.py"}
+_OTHERS = {".venv/bin/pre-commit": None, "pip": None, "git": None, "cd": None, "uv": None, "torchrun": "cli.py"}
 """Programs of others, and behind which of their words a command of ours begins."""
 
 

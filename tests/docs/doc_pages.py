@@ -113,7 +113,14 @@ class Page:
 
 def pages() -> list[Page]:
     """Return README, CONTRIBUTING, then docs/ in reading order, then any other page."""
-    first = ["README.md", "CONTRIBUTING.md", "docs/README.md", "docs/tutorial.md", "docs/reading-the-report.md", "docs/files.md"]
+    first = [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/README.md",
+        "docs/tutorial.md",
+        "docs/reading-the-report.md",
+        "docs/files.md",
+    ]
     rest = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))
     return [Page(name, (REPOSITORY / name).read_text()) for name in dict.fromkeys([*first, *rest])]
 
