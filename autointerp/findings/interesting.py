@@ -1,4 +1,4 @@
-"""The latents that a report shows one by one: found by no other seed, and explained all the same."""
+"""Choose the latents that a report shows one by one: found by no other seed, but explained well."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ N_CONTEXTS = 3
 
 
 class ShownContext(Protocol):
-    """What is needed of a context to show it (``autointerp.contexts.sampler.Context`` is one)."""
+    """The parts of ``autointerp.contexts.sampler.Context`` that are shown."""
 
     @property
     def tokens(self) -> Sequence[str]: ...
@@ -23,17 +23,17 @@ class ShownContext(Protocol):
     def activations(self) -> Sequence[float]: ...
 
 
-#: Gives a run's name and a latent the contexts to choose from; the firing store is opened only for those shown.
+#: (run name, latent) → contexts; called only for the latents shown.
 ContextSource = Callable[[str, int], Sequence[ShownContext]]
 
 
 def interesting(
     run: str, rows: pd.DataFrame, latents: pd.DataFrame, texts: Mapping[int, str], contexts: ContextSource | None
 ) -> list[dict[str, Any]]:
-    """Latents that no other seed has and that can be explained all the same, best first.
+    """Return latents that no other seed has and that can be explained, best first.
 
-    Ordered by the *lower* end of the score's interval: by the score itself, the first places would go to the luckiest.
-    Only those whose interval lies above chance and whose own explanation does better than a swapped one.
+    Their interval is above chance and their own explanation beats a swapped one. Ordered by the *lower* end of the
+    interval: ordered by score, the luckiest would come first.
     """
     good = rows[rows["status"].map(status_kind) == "ok"]
     own = good[good["control"] == "none"].set_index("latent")
@@ -61,10 +61,7 @@ def interesting(
 
 
 def spread(contexts: Sequence[ShownContext], n: int = N_CONTEXTS) -> list[dict[str, Any]]:
-    """``n`` contexts from the strongest down to the middle of the range, not only the strongest.
-
-    The strongest alone make a latent look purer than it is.
-    """
+    """Return ``n`` contexts from the strongest to the median: the strongest alone make a latent look too pure."""
     ordered = sorted(contexts, key=lambda c: -max(c.activations, default=0.0))
     picked = sorted({round(i * (len(ordered) - 1) / (2 * max(1, n - 1))) for i in range(n)}) if ordered else []
     return [

@@ -1,13 +1,12 @@
-"""One latent: everything that the stages have found out about it, side by side.
+"""Gather everything known about one latent, from the same files as the findings.
 
-A mean over hundreds of latents convinces nobody who has not looked at some of them. This gathers what there is on
-one, from the same files as the findings; whatever has not been made yet is ``None`` or empty.
+Whatever has not been made yet is ``None`` or empty.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.sample_record import sample_of
-from autointerp.findings.json_values import number
+from autointerp.findings.json_values import number, to_json
 from autointerp.findings.reliability import reliability_findings, verdicts_of
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
@@ -43,31 +42,33 @@ _SCORE_COLUMNS = (
     *(f"{name}_{kind}" for kind in HARDER for name in ("n", "n_failed")),
     *("precision", "stopped"),
 )
+_EXPLANATION_COLUMNS = ("id", "explainer", "model", "draw", "status", "text", "failure", "created")
 
 
 def latent_findings(run: Run, latent: int, n_contexts: int = 8, threshold: float = 0.7) -> dict[str, Any]:
-    """What is known of one latent of ``run``, as JSON values: :meth:`LatentReader.findings`, and how far the run's
-    scores can be relied upon, of the set-ups that have a score of this latent."""
+    """Return :meth:`LatentReader.findings` and the reliability of the set-ups that scored the latent."""
     return {**LatentReader(run, threshold).findings(latent, n_contexts), "reliability": reliability_of(run, latent)}
 
 
 class LatentReader:
-    """What is known of any latent of one run. Every table is read once, when it is first needed.
+    """Reads the findings of any latent of one run. Every table is read once, when it is first needed.
 
     ``threshold`` is that of the definitions of shared.
     """
 
     def __init__(self, run: Run, threshold: float = 0.7) -> None:
         self.run, self.threshold = run, threshold
-        self._tables: dict[Path, pd.DataFrame | None] = {}
+        self._all_siblings = run.siblings()
+        self.siblings = [x for x in self._all_siblings if pair_path(run.root / "alignments", run.name, x.name)]
+        """The trained runs of the study that this one is aligned with."""
+        self._tables: dict[Path, tuple[pd.DataFrame, dict[Any, Any]] | None] = {}
 
     def findings(self, latent: int, n_contexts: int = 8) -> dict[str, Any]:
-        """What is known of one latent, as JSON values.
+        """Return everything known about one latent, as JSON values.
 
-        ``matches`` has an entry per sibling run that it is aligned with: partners by encoder and decoder, cosines,
-        which definitions of shared hold, and what the partner was explained as there. ``contexts`` run from the
-        strongest activation to the weakest. ``cannot_be_explained`` says why, where that is so. Raises
-        :class:`NotFound` for a number that the run does not have.
+        ``matches`` has an entry per aligned sibling: partners by encoder and decoder, cosines, which definitions of
+        shared hold, and the partner's explanation. ``contexts`` are ordered from the strongest activation.
+        ``cannot_be_explained`` gives the reason, if any. Raises :class:`NotFound` for a number the run does not have.
         """
         run, m = self.run, self.run.settings.training.num_latents
         if not 0 <= latent < m:
@@ -76,168 +77,142 @@ class LatentReader:
         unable, words = _why_unable(firing), ("explain", "--sae", run.name, "--indices", str(latent))
         matches = [self._match(sibling, latent) for sibling in self.siblings]
         similar = [match["similarity"] for match in matches if match["similarity"] is not None]
-        return {
-            "schema": SCHEMA,
-            "run": run.name,
-            "commands": {
-                "harvest": command(run.root, "harvest", "--sae", run.name),
-                "explain": None if unable else command(run.root, *words),
-                "score": command(run.root, "score", "--sae", run.name),
-                "align": command(run.root, "align", run.name, *(x.name for x in self._all_siblings)),
-            },
-            "latent": latent,
-            "study": run.study,
-            "threshold": self.threshold,
-            "firing": firing,
-            "cannot_be_explained": unable,
-            "activations": self._activations(latent),
-            "similarity": float(np.mean(similar)) if similar else None,
-            "n_shared": sum(match["shared"]["strict"] for match in matches),
-            "matches": matches,
-            "explanations": self.explanations(run, latent),
-            "scores": self.scores(run, latent),
-            "contexts": [as_json(context) for context in self.contexts(run, latent, n_contexts)],
-        }
-
-    @functools.cached_property
-    def siblings(self) -> list[Run]:
-        """The trained runs of the study that this one is aligned with."""
-        return [run for run in self._all_siblings if _aligned(self.run, run)]
-
-    @functools.cached_property
-    def _all_siblings(self) -> list[Run]:
-        return self.run.siblings()
+        found: dict[str, Any] = to_json(
+            {
+                "schema": SCHEMA,
+                "run": run.name,
+                "commands": {
+                    "harvest": command(run.root, "harvest", "--sae", run.name),
+                    "explain": None if unable else command(run.root, *words),
+                    "score": command(run.root, "score", "--sae", run.name),
+                    "align": command(run.root, "align", run.name, *(x.name for x in self._all_siblings)),
+                },
+                "latent": latent,
+                "study": run.study,
+                "threshold": self.threshold,
+                "firing": firing,
+                "cannot_be_explained": unable,
+                "activations": self._activations(latent),
+                "similarity": np.mean(similar) if similar else None,
+                "n_shared": sum(match["shared"]["strict"] for match in matches),
+                "matches": matches,
+                "explanations": self.explanations(run, latent),
+                "scores": self.scores(run, latent),
+                "contexts": [as_json(context) for context in self.contexts(run, latent, n_contexts)],
+            }
+        )
+        return found
 
     def contexts(self, run: Run, latent: int, n: int) -> list[Context]:
-        """``n`` of the contexts that an explainer is shown, from strong to weak; none where nothing was harvested."""
+        """Return ``n`` of the contexts that an explainer is shown, strongest first; none if nothing was harvested."""
         material = self.material(run) if n else None
         return [] if material is None else from_strong_to_weak(material.sampler.explaining(latent), n)
 
     def material(self, run: Run) -> Material | None:
-        """The contexts of ``run``; ``None`` where it is not harvested."""
-        if not (run.firings_folder / "store.json").is_file():
-            return None
-        return self._materials(run.name, run.root.resolve())
+        """Return the contexts of ``run``; ``None`` if it is not harvested."""
+        return self._material(run.name, run.root.resolve()) if _is_stored(run) else None
 
     @functools.cached_property
-    def _materials(self) -> Callable[[str, Path], Material]:
+    def _material(self) -> Any:
         from autointerp.contexts.material import Material
 
         return functools.cache(lambda name, root: Material.of(Run.open(name, root)))
 
     def explanations(self, run: Run, latent: int) -> list[dict[str, Any]]:
-        """Every explanation in the run's journal, newest first; failed ones with their reason."""
-        rows = self._of(self._journal(run), latent)
-        columns = ["id", "explainer", "model", "draw", "status", "text", "failure", "created"]
-        return [{k: plain(row[k]) for k in columns} for row in rows[::-1]]
+        """Return every explanation in the run's journal, newest first; failed ones with their reason."""
+        rows = self._rows(run.journal_path, latent)
+        return [{k: plain(row[k]) for k in _EXPLANATION_COLUMNS} for row in rows[::-1]]
 
     def scores(self, run: Run, latent: int) -> list[dict[str, Any]]:
-        """Every row of the run's score table, controls among them."""
-        rows = self._of(self._table(run.stage_path("scores")), latent)
+        """Return every row of the run's score table, including controls."""
+        rows = self._rows(run.stage_path("scores"), latent)
         return [{k: plain(row[k]) for k in _SCORE_COLUMNS if k in row} for row in rows]
 
     def _match(self, sibling: Run, latent: int) -> dict[str, Any]:
-        """The latent's match in one sibling, both ways of matching, and what the decoder's partner was said to be."""
-        entry = self._alignments[sibling.name].iloc[latent]
-        cosines = [number(entry["encoder_cosine"]), number(entry["decoder_cosine"])]
-        partner = int(entry["decoder_partner"])
-        told = [e for e in self.explanations(sibling, partner) if e["status"] == "ok"]
-        scores = [s for s in self.scores(sibling, partner) if s["status"] == "ok" and s["control"] == "none"]
-        # The scorers are never mixed; of explainers any other comes before the baseline beside it.
-        scores = [s for s in scores if s["scorer"] == MAIN_SCORER]
-        scores.sort(key=lambda s: (s["explainer"] != BASELINE, s["explanation_id"]))
+        """Return the latent's partners in one sibling, and the decoder partner's explanation and score."""
         row = self._alignments[sibling.name].iloc[[latent]]
+        entry = row.iloc[0]
+        partner = int(entry["decoder_partner"])
+        explanations = [e for e in self.explanations(sibling, partner) if e["status"] == "ok"]
+        # Scorers are never mixed; any other explainer comes before the baseline.
+        scores = [
+            s
+            for s in self.scores(sibling, partner)
+            if s["status"] == "ok" and s["control"] == "none" and s["scorer"] == MAIN_SCORER
+        ]
+        scores.sort(key=lambda s: (s["explainer"] != BASELINE, s["explanation_id"]))
+        partners = ("encoder_partner", "decoder_partner", "max_encoder_neighbor", "max_decoder_neighbor")
+        cosines = ("encoder_cosine", "decoder_cosine", "max_encoder_cosine", "max_decoder_cosine")
         return {
             "latent": latent,
             "run": sibling.name,
-            "encoder_partner": _index(entry["encoder_partner"]),
-            "encoder_cosine": cosines[0],
-            "decoder_partner": _index(entry["decoder_partner"]),
-            "decoder_cosine": cosines[1],
-            "max_encoder_neighbor": _index(entry["max_encoder_neighbor"]),
-            "max_encoder_cosine": number(entry["max_encoder_cosine"]),
-            "max_decoder_neighbor": _index(entry["max_decoder_neighbor"]),
-            "max_decoder_cosine": number(entry["max_decoder_cosine"]),
-            "similarity": None if None in cosines else float(np.mean([c for c in cosines if c is not None])),
+            **{key: _index(entry[key]) for key in partners},
+            **{key: entry[key] for key in cosines},
+            "similarity": number((entry["encoder_cosine"] + entry["decoder_cosine"]) / 2),
             "shared": {name: bool(shared(row, name, self.threshold)[0]) for name in DEFINITIONS},
             "behaviour": _behaviour(self._behaviours[sibling.name], latent),
-            "explanation": told[0]["text"] if told else None,
+            "explanation": explanations[0]["text"] if explanations else None,
             "score": scores[-1]["balanced_accuracy"] if scores else None,
         }
 
     @functools.cached_property
     def _alignments(self) -> dict[str, pd.DataFrame]:
-        run = self.run
-        tables = {x.name: read_alignment(run.root / "alignments", run.name, x.name).a for x in self.siblings}
+        folder = self.run.root / "alignments"
+        tables = {x.name: read_alignment(folder, self.run.name, x.name).a for x in self.siblings}
         return {name: table.sort_values("latent", ignore_index=True) for name, table in tables.items()}
 
     @functools.cached_property
     def _behaviours(self) -> dict[str, pd.DataFrame | None]:
-        folder = behaviour_folder(self.run.root)
-        return {
-            x.name: None
-            if pair_path(folder, self.run.name, x.name) is None
-            else read_sides(folder, self.run.name, x.name)[0]
-            for x in self.siblings
-        }
+        folder, name = behaviour_folder(self.run.root), self.run.name
+        has_behaviour = {x.name: pair_path(folder, name, x.name) is not None for x in self.siblings}
+        return {x: read_sides(folder, name, x)[0] if has else None for x, has in has_behaviour.items()}
 
     def _firing(self, latent: int) -> dict[str, Any] | None:
-        table = self._table(self.run.stage_path("firing"))
-        if table is None:
+        path = self.run.stage_path("firing")
+        if not (rows := self._rows(path, latent)):
             return None
-        row = self._of(table, latent)[0]
-        found = {column: plain(row[column]) for column in table.columns if column != "latent"}
-        found["rank"] = int((table["n_firings"] > row["n_firings"]).sum()) + 1
-        for eligible in self._of(self._table(self.run.stage_path("contexts")), latent):
+        found = {column: plain(value) for column, value in rows[0].items() if column != "latent"}
+        (table, _) = self._table(path) or (pd.DataFrame(), {})
+        found["rank"] = int((table["n_firings"] > rows[0]["n_firings"]).sum()) + 1
+        for eligible in self._rows(self.run.stage_path("contexts"), latent):
             found["eligible"] = bool(eligible["eligible"])
             found["ineligible_reason"] = str(eligible["ineligible_reason"] or "") or None
         return found
 
     def _activations(self, latent: int) -> dict[str, Any] | None:
-        """A histogram of the latent's activations over all its firings, from 0 to the largest."""
+        """Return a histogram of the latent's activations over all its firings, from 0 to the largest."""
         material = self.material(self.run)
-        if material is None:
+        values = np.asarray([] if material is None else material.store.firings(latent)[1], np.float32)
+        if not len(values):
             return None
-        _, activations = material.store.firings(latent)
-        if not len(activations):
-            return None
-        values = np.asarray(activations, np.float32)
         counts, edges = np.histogram(values, bins=_BINS, range=(0.0, float(values.max())))
-        return {"edges": edges.tolist(), "counts": counts.tolist()}
+        return {"edges": edges, "counts": counts}
 
-    def _table(self, path: Path) -> pd.DataFrame | None:
+    def _table(self, path: Path) -> tuple[pd.DataFrame, dict[Any, Any]] | None:
+        """Return a table, or a journal's explanations, with the places of each latent's rows; ``None`` if missing."""
         if path not in self._tables:
-            self._tables[path] = read_table(path) if path.exists() else None
+            self._tables[path] = None
+            if path.exists():
+                if path.suffix == ".sqlite":
+                    with Journal(path) as journal:
+                        table = journal.explanations()
+                else:
+                    table = read_table(path)
+                self._tables[path] = table, table.groupby("latent").indices
         return self._tables[path]
 
-    def _journal(self, run: Run) -> pd.DataFrame | None:
-        path = run.journal_path
-        if path not in self._tables and path.exists():
-            with Journal(path) as journal:
-                self._tables[path] = journal.explanations()
-        return self._tables.get(path)
-
-    @functools.cached_property
-    def _of(self) -> Callable[[pd.DataFrame | None, int], list[dict[str, Any]]]:
-        """The rows of a table that are about a latent, in order."""
-        places: dict[int, dict[Any, Any]] = {}
-
-        def rows(table: pd.DataFrame | None, latent: int) -> list[dict[str, Any]]:
-            if table is None:
-                return []
-            if id(table) not in places:
-                places[id(table)] = table.groupby("latent").indices
-            found = table.iloc[places[id(table)].get(latent, [])]
-            return [{str(k): v for k, v in row.items()} for row in found.to_dict("records")]
-
-        return rows
+    def _rows(self, path: Path, latent: int) -> list[dict[str, Any]]:
+        """Return the rows of a table about a latent, in order."""
+        if (found := self._table(path)) is None:
+            return []
+        table, places = found
+        rows = table.iloc[places.get(latent, [])].to_dict("records")
+        return [{str(k): v for k, v in row.items()} for row in rows]
 
 
 def contexts_of(run: Run, latent: int) -> Sequence[Context]:
-    """The contexts that an explainer is shown; none where the run is not harvested."""
-    if not (run.firings_folder / "store.json").is_file():
-        return []
-    return _material(run.root.resolve(), run.name).sampler.explaining(latent)
+    """Return the contexts that an explainer is shown; none if the run is not harvested."""
+    return _material(run.root.resolve(), run.name).sampler.explaining(latent) if _is_stored(run) else []
 
 
 @functools.lru_cache(maxsize=2)
@@ -247,20 +222,22 @@ def _material(root: Path, name: str) -> Material:
     return Material.of(Run.open(name, root))
 
 
+def _is_stored(run: Run) -> bool:
+    return (run.firings_folder / "store.json").is_file()
+
+
 def from_strong_to_weak(contexts: Sequence[Context], n: int) -> list[Context]:
-    """``n`` of the contexts, evenly over the ranks of their peaks, strongest first."""
+    """Return ``n`` of the contexts, evenly spaced by rank of their peaks, strongest first."""
     ordered = sorted(contexts, key=lambda c: -max(c.activations, default=0.0))
-    if not ordered:
-        return []
-    return [ordered[i] for i in sorted({round(x) for x in np.linspace(0, len(ordered) - 1, n)})]
+    places = {round(x) for x in np.linspace(0, len(ordered) - 1, n)} if ordered else ()
+    return [ordered[i] for i in sorted(places)]
 
 
 def reliability_of(run: Run, latent: int | None = None) -> list[dict[str, Any]]:
-    """The reliability of each set-up of the run's scores, newest first: of all its latents, not of one.
+    """Return the reliability of each set-up of the run's scores, newest first; always over all its latents.
 
-    With a ``latent`` only of those that have a score of it. With it who explained and judged, by which scorer and to
-    what ``precision`` (``None``: on all contexts); ``value`` and ``interval``, ``None`` where they are not to be
-    had, and ``n`` latents.
+    With a ``latent``, only for set-ups that scored it. Each row has the set-up, its ``precision`` (``None``: all
+    contexts), ``value`` and ``interval`` (``None`` if undefined), and ``n`` latents.
     """
     path = run.stage_path("scores")
     if not path.exists():
@@ -269,15 +246,15 @@ def reliability_of(run: Run, latent: int | None = None) -> list[dict[str, Any]]:
     for setup in setups_of(table):
         rows = rows_of(table, setup)
         own = rows[(rows["control"] == "none") & (rows["status"] == "ok")]
-        if latent is not None and latent not in set(own["latent"]):
-            continue
-        told = reliability_findings(rows, verdicts_of(run, rows, setup), sample_of(run, setup))
-        found.append({**setup, "precision": precision_of(rows), **(told or {"value": None, "interval": None, "n": 0})})
+        if latent is None or latent in set(own["latent"]):
+            figures = reliability_findings(rows, verdicts_of(run, rows, setup), sample_of(run, setup))
+            unknown = {"value": None, "interval": None, "n": 0}
+            found.append(to_json({**setup, "precision": precision_of(rows), **(figures or unknown)}))
     return found
 
 
 def _why_unable(firing: dict[str, Any] | None) -> str | None:
-    """Why a latent that fires so cannot be explained; ``None`` where it can, or contexts have not been counted."""
+    """Return why a latent cannot be explained; ``None`` if it can, or contexts have not been counted."""
     if firing is None:
         return None
     if firing["dead"]:
@@ -285,33 +262,29 @@ def _why_unable(firing: dict[str, Any] | None) -> str | None:
     return None if firing.get("eligible", True) else firing["ineligible_reason"] or "too few contexts"
 
 
-def _aligned(run: Run, sibling: Run) -> bool:
-    return pair_path(run.root / "alignments", run.name, sibling.name) is not None
-
-
 def _behaviour(table: pd.DataFrame | None, latent: int) -> dict[str, Any] | None:
-    """Where it fires, beside what fires in the sibling; for a latent that the weights do not find again, more."""
+    """Return how the latent fires compared with its partners; for an unshared latent, also its relation."""
     if table is None:
         return None
     row = table.iloc[latent]
-    told = row["relation"] if isinstance(row["relation"], str) else None  # a column without any is read as numbers
+    relation = row["relation"] if isinstance(row["relation"], str) else None  # pandas reads an empty column as numbers
 
     def paired(latents: str, values: str) -> list[dict[str, Any]] | None:
-        if told is None:
+        if relation is None:
             return None
         return [{"latent": int(i), "value": float(x)} for i, x in zip(row[latents], row[values], strict=True)]
 
     return {
         "jaccard_partner": _index(row["jaccard_partner"]),
-        **{key: number(row[key]) for key in ("jaccard", "p_there", "p_here")},
+        **{key: row[key] for key in ("jaccard", "p_there", "p_here")},
         "max_jaccard_neighbor": _index(row["max_jaccard_neighbor"]),
-        "max_jaccard": number(row["max_jaccard"]),
-        "decoder_partner": {key: number(row[f"decoder_partner_{key}"]) for key in ("jaccard", "p_there", "p_here")},
-        "relation": told,
-        "relation_latents": None if told is None else [int(i) for i in row["relation_latents"]],
-        "relation_covered": number(row["relation_covered"]),
-        "rebuilt": number(row["rebuilt"]),
-        "rebuilt_null": number(row.get("rebuilt__rotated")),
+        "max_jaccard": row["max_jaccard"],
+        "decoder_partner": {key: row[f"decoder_partner_{key}"] for key in ("jaccard", "p_there", "p_here")},
+        "relation": relation,
+        "relation_latents": None if relation is None else [int(i) for i in row["relation_latents"]],
+        "relation_covered": row["relation_covered"],
+        "rebuilt": row["rebuilt"],
+        "rebuilt_null": row.get("rebuilt__rotated"),
         "rebuilt_from": paired("rebuilt_from", "rebuilt_weights"),
         "nearest_decoder": paired("nearest_decoder", "nearest_decoder_cosines"),
         "nearest_firing": paired("nearest_firing", "nearest_firing_jaccards"),

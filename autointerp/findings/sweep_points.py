@@ -1,8 +1,4 @@
-"""What a sweep's points came to, one row each.
-
-Every figure of a point is that of its own study's report (:func:`autointerp.findings.study.findings`), so the two
-cannot disagree.
-"""
+"""Summarise the points of a sweep, one row each, from their studies' reports."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ _COSINES = ("mean_decoder", "mean_encoder", "mean_max_decoder", "mean_max_encode
 
 
 def summarise(sweep: Sweep, of_points: Sequence[Sequence[Run]], inputs: str) -> Summary:
-    """The table: what is the same of all points, then ``points``, a row for each (see :func:`row_of`)."""
+    """Return the table: the settings common to all points, then ``points`` with a :func:`row_of` each."""
     first = of_points[0][0]
     rows, subject = [], {}
     for point, runs in zip(sweep.points, of_points, strict=True):
@@ -48,12 +44,11 @@ def summarise(sweep: Sweep, of_points: Sequence[Sequence[Run]], inputs: str) -> 
 
 
 def row_of(point: Point, found: Mapping[str, Any]) -> dict[str, Any]:
-    """One point, out of its study's findings.
+    """Return one point's row, from its study's findings.
 
-    ``values`` are its places on the axes; ``fvu``, ``l0``, ``dead_fraction`` means over seeds; ``shared`` has for each
-    definition the fraction of alive latents that two seeds share, with its interval (bootstrap over latents), each
-    pair's, the mean without each seed (for a jackknife), and the same of each null; ``None`` where there is one seed.
-    ``scores`` is ``None`` where nothing was scored. ``findings`` are the study's own rows of the findings table.
+    ``values`` are its places on the axes; ``fvu``, ``l0``, ``dead_fraction`` are means over seeds. ``shared`` has for
+    each definition the fraction of alive latents that two seeds share, with its interval, each pair's, the mean without
+    each seed (for a jackknife), and the nulls; ``None`` for one seed. ``scores`` is ``None`` if nothing was scored.
     """
     settings, seeds = point.study.settings, {run["name"]: run["seed"] for run in found["runs"]}
     training, firing, scores = found["training"], found["firing"], found["scores"]

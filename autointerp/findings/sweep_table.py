@@ -1,7 +1,7 @@
-"""The table of a sweep on disk, beside the reports, with the digest of what it was made from.
+"""Read and write the table of a sweep, with the digest of its inputs.
 
-``reports/NAME.sweep.json`` is the whole, ``reports/NAME.sweep.parquet`` a flat row for each point. What the table says
-is made in :mod:`autointerp.findings.sweep_points`.
+``reports/NAME.sweep.json`` is the whole table, ``reports/NAME.sweep.parquet`` a flat row for each point.
+:mod:`autointerp.findings.sweep_points` computes it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def summary_path(root: Path, name: str) -> Path:
 
 
 def summary_inputs(sweep: Sweep, of_points: Sequence[Sequence[Run]]) -> str:
-    """The digest of everything that the table is made from."""
+    """Return the digest of the table's inputs."""
     made_from = [
         [
             point.study.name,
@@ -62,14 +62,14 @@ def _scores(run: Run) -> str | None:
 
 
 def write_summary(root: Path, summary: Summary) -> None:
-    """Both files, the one that is read last: where it is there, the other is too."""
+    """Write both files; the one that is read comes last, so its presence means that both are there."""
     path = summary_path(root, summary.name)
     write_table(path.with_suffix(".parquet"), flat(summary.table), inputs=summary.inputs)
     write_json(path, summary.table)
 
 
 def read_summary(root: Path, name: str) -> Summary | None:
-    """The stored table; ``None`` where there is none, or one of another version."""
+    """Return the stored table; ``None`` if there is none of this version."""
     path = summary_path(root, name)
     if not path.is_file():
         return None
@@ -77,19 +77,19 @@ def read_summary(root: Path, name: str) -> Summary | None:
         table = read_json(path)
         if table["schema"] != SCHEMA or table["points"] is None:
             return None
-        table["created"], table["axes"], table["subject"]["fingerprint"]  # what tells whose it is
+        table["created"], table["axes"], table["subject"]["fingerprint"]  # must be there
         return Summary(table)
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{str(path)!r} is damaged; delete it and run the sweep again") from None
 
 
 def sweeps_of(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tables of sweeps of the same subject model under ``root``, the newest first."""
+    """Return the tables of sweeps of the same subject model under ``root``, the newest first."""
     found = []
     for path in sorted((root / "reports").glob("*.sweep.json")):
         try:
             summary = read_summary(root, path.name.removesuffix(".sweep.json"))
-        except BadInput as error:  # a report does without
+        except BadInput as error:  # the report works without it
             say(str(error))
             continue
         if summary is not None and summary.table["subject"]["fingerprint"] == subject.get("fingerprint"):
@@ -98,7 +98,7 @@ def sweeps_of(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def flat(table: Mapping[str, Any]) -> pd.DataFrame:
-    """A row for each point: settings, training, what is shared with its interval and by chance, cosines, scores."""
+    """Return a row for each point: settings, training, fractions shared with interval and chance, cosines, scores."""
     rows = []
     for point in table["points"]:
         row = {

@@ -1,12 +1,13 @@
-"""One row of the findings table: what the paper found, measured here, and what the interval allows one to say of it."""
+"""One row of the findings table: a finding of the paper, measured here, and the verdict that its interval allows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from autointerp.findings.json_values import to_json
 from sae.common.estimate import UNKNOWN, Estimate
 
 Verdict = Literal["agrees in direction", "disagrees", "cannot tell"]
@@ -21,35 +22,32 @@ SIGNED: Unit = "signed"
 
 @dataclass(frozen=True)
 class Finding:
-    """A row. As JSON (:meth:`as_dict`) what is not known is ``None``."""
+    """A row. ``value`` decides the verdict, ``measure`` says what it is; NaN if it could not be measured.
+
+    ``reference`` has the paper's own figures; ``why`` the reason of the verdict, or what is missing, and ``command``
+    what would provide it.
+    """
 
     id: str
     finding: str
-    """what the paper found, in one line"""
     value: float
     low: float
     high: float
-    """the value that decides, and its 95 % interval; NaN where it could not be measured"""
     reference: str
-    """the paper's own figures, in words"""
     verdict: Verdict
     why: str
-    """by what the verdict was reached, or what is missing"""
     measure: str
-    """what ``value`` is, in words"""
     unit: Unit = NUMBER
     command: str | None = None
-    """where data are missing, what would provide them"""
 
     def as_dict(self) -> dict[str, Any]:
-        """``{id, finding, value, low, high, reference, verdict, why, measure, unit, command}``."""
-        row = asdict(self)
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        row: dict[str, Any] = to_json(self)
+        return row
 
 
 @dataclass(frozen=True)
 class About:
-    """What is the same of a finding however it comes out; makes its rows."""
+    """The parts of a finding that do not depend on the data; makes its rows."""
 
     id: str
     finding: str
@@ -61,33 +59,28 @@ class About:
         return Finding(self.id, self.finding, *found, self.reference, verdict, why, self.measure, self.unit)
 
     def missing(self, why: str, command: str | None) -> Finding:
-        """Nothing was measured; ``command`` would provide it."""
+        """Return the row of a finding that was not measured; ``command`` would provide its data."""
         return replace(self.row(UNKNOWN, UNDECIDED, why), command=command)
 
 
 def against(estimate: Estimate, level: float = 0.0, direction: int = 1) -> Verdict:
-    """What an interval says of a claim that the value lies above ``level`` (``direction`` 1) or below it (-1).
+    """Return the verdict on the claim that the value is above ``level`` (``direction`` 1) or below it (-1).
 
-    It agrees where the whole interval lies on the claimed side, disagrees where it lies wholly on the other, and
-    cannot tell where it holds the level, or where there is no interval.
+    Agrees if the whole interval is on the claimed side, disagrees if it is wholly on the other, and cannot tell if it
+    contains the level or there is no interval.
     """
-    value, low, high = estimate
-    if any(math.isnan(x) for x in (value, low, high, level)):
+    if any(math.isnan(x) for x in (*estimate, level)) or estimate.low <= level <= estimate.high:
         return UNDECIDED
-    if low > level:
-        return AGREES if direction > 0 else DISAGREES
-    if high < level:
-        return DISAGREES if direction > 0 else AGREES
-    return UNDECIDED
+    return AGREES if (estimate.low > level) == (direction > 0) else DISAGREES
 
 
 def every(verdicts: Sequence[Verdict]) -> Verdict:
-    """A claim of several parts: it agrees where all do, disagrees where all do, and otherwise cannot tell."""
+    """Return the verdict on a claim of several parts: theirs if they are all equal, else cannot tell."""
     return verdicts[0] if verdicts and len(set(verdicts)) == 1 else UNDECIDED
 
 
 def estimate_of(value: float | None, interval: Any) -> Estimate:
-    """An :class:`Estimate` out of its JSON form."""
+    """Return the :class:`Estimate` with this JSON form."""
     if value is None:
         return UNKNOWN
     low, high = interval or (math.nan, math.nan)

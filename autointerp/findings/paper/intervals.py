@@ -1,10 +1,9 @@
-"""How sure one may be of a figure over several seeds.
+"""Intervals of figures over several seeds.
 
-The pairs of S seeds are no independent observations: a seed is in S - 1 of them. So where a figure can do without one
-seed, its interval is a jackknife over seeds (each left out in turn; Student's t with S - 1 degrees of freedom, since
-there are few), widened to the bootstrap over latents (:mod:`sae.alignment.bootstrap`) where that reaches further: with
-three seeds a jackknife may come out narrow by luck. With fewer, it is the bootstrap over latents alone, which says
-nothing of other seeds.
+The pairs of S seeds are not independent: a seed is in S - 1 of them. So with more seeds than a figure needs, its
+interval is a jackknife over seeds (Student's t with S - 1 degrees of freedom), widened to the bootstrap over latents
+(:mod:`sae.alignment.bootstrap`) if that is wider: with three seeds a jackknife may be narrow by luck. With fewer seeds
+it is the bootstrap over latents alone, which says nothing of other seeds.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ Figure = Callable[[LatentBootstrap, Tables], Floats]
 class Measured(NamedTuple):
     estimate: Estimate
     method: str
-    null: float
-    """the figure with rotated siblings; NaN where the runs were aligned without"""
+    chance: float
+    """the figure with rotated siblings; 0 if the runs were aligned without"""
 
 
 def over_seeds(
@@ -43,30 +42,33 @@ def over_seeds(
     within: tuple[float, float] = (0.0, 1.0),
     members: Mapping[str, Bools] | None = None,
 ) -> Measured:
-    """The figure of ``runs`` with its interval (this module's head) and by chance.
+    """Return the figure of ``runs`` with its interval, and by chance.
 
-    ``nulls`` are the tables of :func:`sae.alignment.nulls.read_nulls`. ``least`` is the number of runs that the figure
-    takes; ``within`` its range, at which intervals are cut.
-    For a fraction, ``members`` are the latents that it is of (run → [M]).
+    Args:
+        nulls: :func:`sae.alignment.nulls.read_nulls`.
+        least: the number of runs that the figure needs.
+        within: the figure's range, at which intervals are cut.
+        members: for a fraction, the latents that it is of (run → [M]).
     """
     draw = LatentBootstrap(runs, tables, RESAMPLES, 0)
     of_latents = estimate(figure(draw, tables), None if members is None else draw.count(members))
-    found, method = of_latents, LATENTS
+    (value, low, high), method = of_latents, LATENTS
     if len(runs) > least:
-        parts = [[run for run in runs if run != left] for left in runs]
-        left_out = [float(figure(LatentBootstrap(part, tables, 0, 0), tables)[0]) for part in parts]
-        found, method = wider(jackknife(of_latents.value, left_out), of_latents), SEEDS
-    return Measured(cut(found, *within), method, by_chance(figure, runs, nulls))
+        left_out = [value_of(figure, [run for run in runs if run != left], tables) for left in runs]
+        (value, low, high), method = wider(jackknife(of_latents.value, left_out), of_latents), SEEDS
+    low, high = low if math.isnan(low) else max(within[0], low), high if math.isnan(high) else min(within[1], high)
+    by_chance = [value_of(figure, runs, of_null) for of_null in nulls.values()]
+    chance = max((x for x in by_chance if not math.isnan(x)), default=0.0)
+    return Measured(Estimate(value, low, high), method, chance)
 
 
-def by_chance(figure: Figure, runs: Sequence[str], nulls: Mapping[str, Tables]) -> float:
-    """The figure of ``runs`` aligned with what shares nothing with them."""
-    values = [float(figure(LatentBootstrap(runs, tables, 0, 0), tables)[0]) for tables in nulls.values()]
-    return max((v for v in values if not math.isnan(v)), default=math.nan)
+def value_of(figure: Figure, runs: Sequence[str], tables: Tables) -> float:
+    """Return the figure without an interval."""
+    return float(figure(LatentBootstrap(runs, tables, 0, 0), tables)[0])
 
 
 def jackknife(value: float, left_out: Sequence[float]) -> Estimate:
-    """``value`` with the interval of the delete-one jackknife: ``left_out`` has the figure without each seed."""
+    """Return ``value`` with its delete-one jackknife interval; ``left_out`` has the figure without each seed."""
     n = len(left_out)
     if n < 2 or any(math.isnan(x) for x in (value, *left_out)):
         return Estimate(value, math.nan, math.nan)
@@ -76,7 +78,7 @@ def jackknife(value: float, left_out: Sequence[float]) -> Estimate:
 
 
 def without_each(pairs: Mapping[str, float | None]) -> dict[str, float]:
-    """Run → the mean over the pairs ("a--b" → value) that it is not in; empty for fewer than three runs."""
+    """Map each run to the mean over the pairs ("a--b" → value) without it; empty for fewer than three runs."""
     runs = list(dict.fromkeys(run for pair in pairs for run in pair.split("--")))
     found = {}
     for left in runs if len(runs) > 2 else []:
@@ -86,24 +88,18 @@ def without_each(pairs: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def wider(one: Estimate, other: Estimate) -> Estimate:
-    """The value of ``one`` with the outer bounds of both; of either alone where the other has none."""
+    """Return the value of ``one`` with the outer bounds of both, ignoring NaN."""
     lows = [e.low for e in (one, other) if not math.isnan(e.low)]
     highs = [e.high for e in (one, other) if not math.isnan(e.high)]
     return Estimate(one.value, min(lows, default=math.nan), max(highs, default=math.nan))
 
 
-def cut(found: Estimate, least: float, most: float) -> Estimate:
-    """The interval cut at the ends of the figure's range."""
-    value, low, high = found
-    return Estimate(value, low if math.isnan(low) else max(least, low), high if math.isnan(high) else min(most, high))
-
-
 def standard_error(found: Estimate) -> float:
-    """Of a 95 % interval, as of a normal one."""
+    """Return the standard error of a normal 95 % interval."""
     return (found.high - found.low) / (2 * float(special.ndtri(0.975)))
 
 
 def normal(value: float, error: float) -> Estimate:
-    """``value`` with the 95 % interval of its standard error."""
+    """Return ``value`` with the 95 % interval of its standard error."""
     half = float(special.ndtri(0.975)) * error
     return Estimate(value, value - half, value + half)

@@ -1,4 +1,4 @@
-"""What the paper found of explanations: how well latents can be explained, and how that goes with their return."""
+"""The paper's findings about explanations: how well latents can be explained, and how that relates to their return."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from autointerp.findings.pairs import agreement
 from autointerp.findings.paper.finding import (
     AGREES,
     DISAGREES,
-    NUMBER,
     SIGNED,
     UNDECIDED,
     About,
@@ -30,54 +29,49 @@ from sae.common.amounts import decimal, estimate
 from sae.common.estimate import Estimate
 
 FEWEST = 20
-"""Aligned pairs, or latents in a tenth, below which a finding about them is not measured."""
+"""The least number of aligned pairs, or of latents in a tenth, that a finding needs."""
 
-_ABOUT = {
-    about.id: about
-    for about in (
-        About(
-            "interp",
-            "latents can be explained: the mean detection score",
-            "mean .72; quartiles .615 / .710 / .798",
-            "mean detection score (balanced accuracy)",
-            NUMBER,
-        ),
-        About(
-            "relation",
-            "low scores go with low cross-seed similarity",
-            "“strongly correlated”, no coefficient",
-            "Spearman of score and similarity",
-            SIGNED,
-        ),
-        About(
-            "frequent-low",
-            "low scores go with the most frequent latents",
-            "a figure, no number",
-            "mean score of the tenth that fires most, less that of the others",
-            SIGNED,
-        ),
-        About(
-            "both-scored",
-            "a latent and its partner in the other SAE score alike when aligned",
-            "a scatter of 1.3k pairs, no coefficient",
-            "Spearman of the scores of aligned latents and their partners",
-            SIGNED,
-        ),
-    )
-}
+INTERP = About(
+    "interp",
+    "latents can be explained: the mean detection score",
+    "mean .72; quartiles .615 / .710 / .798",
+    "mean detection score (balanced accuracy)",
+)
+RELATION = About(
+    "relation",
+    "low scores go with low cross-seed similarity",
+    "“strongly correlated”, no coefficient",
+    "Spearman of score and similarity",
+    SIGNED,
+)
+FREQUENT_LOW = About(
+    "frequent-low",
+    "low scores go with the most frequent latents",
+    "a figure, no number",
+    "mean score of the tenth that fires most, less that of the others",
+    SIGNED,
+)
+BOTH_SCORED = About(
+    "both-scored",
+    "a latent and its partner in the other SAE score alike when aligned",
+    "a scatter of 1.3k pairs, no coefficient",
+    "Spearman of the scores of aligned latents and their partners",
+    SIGNED,
+)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What was scored of a study.
+    """The scores of a study.
 
-    ``scores`` and ``relation`` are the report's own trees (``None``: not made yet). ``table`` has the focus run's
-    scored latents (:meth:`autointerp.findings.relation.Part.joined`). ``pairs`` has a latent and its decoder-matched
-    partner in another run, where both are scored: ``score``, ``score_there``, ``aligned`` (both matched cosines above
-    .7) and ``unit``, one number for all that are partners of each other. ``n_aligned``: how many of the focus run's
-    latents have an aligned partner anywhere (``None``: no run is aligned with it). ``most_latents``: how many can be
-    scored. ``more``: the commands that provide what is missing, for ``score``, ``pair`` and ``partners``;
-    ``explain_more``: the one that explains so many latents, or first scores what is explained.
+    Args:
+        scores, relation: the report's findings of these names (``None``: not made yet).
+        table: the focus run's scored latents (:meth:`autointerp.findings.relation.Part.joined`).
+        pairs: :func:`autointerp.findings.pairs.scored_pairs`.
+        n_aligned: the focus run's latents with an aligned partner (``None``: no run is aligned with it).
+        most_latents: the number of latents that can be scored.
+        more: the commands that provide missing data, for ``score``, ``pair`` and ``partners``.
+        explain_more: the command that explains N latents, or first scores the existing explanations.
     """
 
     scores: Mapping[str, Any] | None
@@ -92,12 +86,12 @@ class Scores:
 
 
 def interp_finding(of: Scores) -> Finding:
-    """Agrees where the interval of the mean score lies above chance, and that of own less swapped explanations above 0.
+    """Agrees if the interval of the mean score is above chance, and that of own less swapped explanations above 0.
 
-    Disagrees where either lies wholly below. Without a swapped control it cannot tell: what scores above chance may do
-    so whatever the explanation says.
+    Disagrees if either is wholly below. Cannot tell without a swapped control: the score may be above chance whatever
+    the explanation says.
     """
-    about = _ABOUT["interp"]
+    about = INTERP
     if of.scores is None or not of.scores["n_scored"]:
         return about.missing("nothing is scored yet", of.more["score"])
     mean = estimate_of(of.scores["mean"], of.scores["interval"])
@@ -108,24 +102,24 @@ def interp_finding(of: Scores) -> Finding:
     verdicts = against(mean, CHANCE), against(above)
     verdict = DISAGREES if DISAGREES in verdicts else AGREES if set(verdicts) == {AGREES} else UNDECIDED
     quartiles = " / ".join(decimal(q) for q in of.scores["quartiles"])
-    why = f"tested: above .5, and above the swapped control: {_told(above)}; quartiles {quartiles}; judge: {of.judge}"
+    why = f"tested: above .5, and above the swapped control: {_text(above)}; quartiles {quartiles}; judge: {of.judge}"
     return about.row(mean, verdict, why)
 
 
 def relation_finding(of: Scores) -> Finding:
-    """Agrees where the correlation of score and similarity lies wholly above 0, disagrees where wholly below.
+    """Agrees if the correlation of score and similarity is wholly above 0, disagrees if wholly below.
 
-    Over all scored runs together where there are several. Said beside it: the same at equal firing frequency, and how
-    many unshared latents score above the median of all.
+    Over all scored runs together if there are several. ``why`` adds the same at equal firing frequency, and the
+    fraction of unshared latents that score above the median of all.
     """
-    about = _ABOUT["relation"]
+    about = RELATION
     if of.relation is None:
         missing = "score" if of.scores is None or not of.scores["n_scored"] else "pair"
         return about.missing("it takes scores and aligned seeds", of.more[missing])
     tree = of.relation["pooled"] or of.relation
     found, held = estimate_of(tree["spearman"], tree["interval"]), tree["partial"]
     why = (
-        f"tested: above 0; at equal firing frequency {_told(held)}; {_unshared_high(of.table)}over {tree['n']} latents"
+        f"tested: above 0; at equal firing frequency {_text(held)}; {_unshared_high(of.table)}over {tree['n']} latents"
     )
     return about.row(found, against(found), why)
 
@@ -141,12 +135,12 @@ def _unshared_high(table: pd.DataFrame | None) -> str:
 
 
 def frequent_low_finding(of: Scores) -> Finding:
-    """Agrees where the latents that fire most (a tenth) have a lower mean score than the others.
+    """Agrees if the tenth of latents that fires most has a lower mean score than the others.
 
-    That is, where the interval of the difference lies wholly below 0; disagrees where it lies wholly above. Of a
-    sample, the tenth and the means are weighted, so that they are those of all latents that can be scored.
+    The interval of the difference must be wholly below 0; disagrees if it is wholly above. With a sample, the tenth and
+    the means are weighted to be those of all latents that can be scored.
     """
-    about = _ABOUT["frequent-low"]
+    about = FREQUENT_LOW
     if of.table is None or of.table.empty:
         return about.missing("it takes scores and aligned seeds", of.more["score"])
     frequent = _most_frequent_tenth(of.table)
@@ -158,12 +152,12 @@ def frequent_low_finding(of: Scores) -> Finding:
         return about.missing(why, of.explain_more(latents))
     draw, score = _resamples(of.table), of.table["score"].to_numpy()
     found = interval_of(draw.means(score, frequent) - draw.means(score, ~frequent), min(n, draw.n_free))
-    over_all = "" if of.relation is None else f"Spearman with frequency {_told(of.relation['frequency'])}; "
+    over_all = "" if of.relation is None else f"Spearman with frequency {_text(of.relation['frequency'])}; "
     return about.row(found, against(found, 0, -1), f"tested: below 0; {over_all}{n} of {len(of.table)} latents")
 
 
 def _most_frequent_tenth(table: pd.DataFrame) -> NDArray[np.bool_]:
-    """[N] whether a latent is of the tenth of all those that the table stands for which fires most."""
+    """Mark the latents [N] of the most frequent tenth of all latents that the table represents."""
     order = np.argsort(-table["frequency"].to_numpy(), kind="stable")
     weight = _weights(table)[order]
     found = np.zeros(len(table), bool)
@@ -172,7 +166,7 @@ def _most_frequent_tenth(table: pd.DataFrame) -> NDArray[np.bool_]:
 
 
 def _weights(table: pd.DataFrame) -> NDArray[np.float64]:
-    """[N] how many latents each stands for."""
+    """[N] the number of latents that each represents."""
     return table["weight"].to_numpy(float) if "weight" in table else np.ones(len(table))
 
 
@@ -183,11 +177,11 @@ def _resamples(table: pd.DataFrame) -> Resamples:
 
 
 def both_scored_finding(of: Scores) -> Finding:
-    """Agrees where the scores of aligned latents and their partners are correlated above 0 with their whole interval.
+    """Agrees if the correlation of the scores of aligned latents and their partners is wholly above 0.
 
-    Disagrees where the interval lies wholly below 0. Aligned: both matched cosines above .7.
+    Disagrees if it is wholly below. Aligned: both matched cosines above .7.
     """
-    about = _ABOUT["both-scored"]
+    about = BOTH_SCORED
     if of.pairs is None or int(of.pairs["aligned"].sum()) < FEWEST:
         n = 0 if of.pairs is None else int(of.pairs["aligned"].sum())
         if of.n_aligned is not None and of.n_aligned < FEWEST:
@@ -201,9 +195,9 @@ def both_scored_finding(of: Scores) -> Finding:
 
 
 def findings_of_scores(of: Scores) -> list[Finding]:
-    """The four findings about scores, in the paper's order."""
+    """Return the four findings about scores, in the paper's order."""
     return [make(of) for make in (interp_finding, relation_finding, frequent_low_finding, both_scored_finding)]
 
 
-def _told(e: Estimate) -> str:
+def _text(e: Estimate) -> str:
     return "not known" if math.isnan(e.value) else estimate(e.value, (e.low, e.high), sign=True)

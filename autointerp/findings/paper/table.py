@@ -1,6 +1,6 @@
-"""The findings table of a study: every row of the paper's, from what its stages left on disk.
+"""The findings table of a study: every finding of the paper, from the files of its stages.
 
-The rows about sweeps are measured on those of the same subject model under the same root.
+The rows about sweeps use the sweeps of the same subject model under the same root.
 """
 
 from __future__ import annotations
@@ -27,26 +27,25 @@ _RECIPES = {"width": "widths", "k": "ks", "tokens": "tokens", "architecture": "a
 
 def findings_table(
     study: Study, told: Told, tree: Mapping[str, Any], part: Part | None, with_sweeps: bool = True
-) -> list[dict[str, Any]]:
-    """The rows as JSON values, in the paper's order.
+) -> list[Finding]:
+    """Return the rows in the paper's order.
 
     Args:
-        told: the focus run's explanations.
-        tree: the report's own findings, as far as they are made: ``scores`` and ``relation``.
-        part: the focus run's scores; ``None`` where it has none.
+        tree: the report's ``subject``, ``scores`` and ``relation``.
+        part: the focus run's scores, if any.
         with_sweeps: also the rows about width, k, tokens and architecture.
     """
     rows: list[Finding] = findings_of_dictionaries(_dictionaries(study))
     if with_sweeps:
         rows += findings_of_sweeps(sweeps_of(study.root, tree["subject"]), _sweep_advice(study))
     rows += findings_of_scores(_scores(study, told, tree, part))
-    return [row.as_dict() for row in rows]
+    return rows
 
 
 def _sweep_advice(study: Study) -> Callable[[str], tuple[str, str | None]]:
-    """finding → what to do for the sweep that it takes, in words and as a command.
+    """Return a function from a finding to the words and the command that provide its sweep.
 
-    The recipes are of the bundled model; another one's has to be written first.
+    The bundled recipes are for the bundled model; another model needs a copy.
     """
 
     def advice(name: str) -> tuple[str, str | None]:
@@ -92,7 +91,7 @@ def _scores(study: Study, told: Told, tree: Mapping[str, Any], part: Part | None
     waiting = scores is not None and scores["waiting"] is not None
 
     def ask(*words: str) -> str:
-        """The command that explains more, or first the one that scores what is explained."""
+        """Return the command that explains more, or first the one that scores existing explanations."""
         return asking(study, told, "score") if waiting else asking(study, told, "explain", *words)
 
     return Scores(
@@ -113,7 +112,7 @@ def _scores(study: Study, told: Told, tree: Mapping[str, Any], part: Part | None
 
 
 def _n_aligned(study: Study) -> int | None:
-    """How many latents of the focus run have an aligned partner in a run that is compared with it."""
+    """Count the focus run's latents with an aligned partner in a compared run."""
     focus = study.focus.name
     held = [shared(table, "both", THRESHOLD) for (a, _), table in study.tables.items() if a == focus]
     return int(np.any(held, axis=0).sum()) if held else None
