@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from autointerp.contexts.material import Material
-from autointerp.contexts.near_duplicates import groups_of
+from autointerp.contexts.near_duplicates import load_groups
 from autointerp.contexts.sampler import EXPLAIN_SHARE, ContextSampler
 from autointerp.explaining.explainers.ngram import NgramExplainer
 from autointerp.scoring.judges.ngram import NgramJudge
@@ -72,7 +72,7 @@ def scores(sampler: ContextSampler, latents: list[int]) -> npt.NDArray[np.float6
 
 
 def row_of(material: Material, latents: list[int], seed: int) -> dict[str, Any]:
-    of_window = groups_of(material.run, material.store, material.settings.near_duplicate)
+    of_window = load_groups(material.run, material.store, material.settings.near_duplicate)
     groups, first = np.unique(of_window, return_index=True)
     document, rng = documents_of(material.store), np.random.default_rng(seed)
     # A text that several documents hold goes where its first one goes.

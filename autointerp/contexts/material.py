@@ -1,17 +1,16 @@
-"""What explaining and scoring read of a run: its firing store, through one sampler. No torch, no model."""
+"""Read what explaining and scoring need of a run: its firing store, through one sampler. Needs no model."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from autointerp.contexts.near_duplicates import METHOD as GROUPING
-from autointerp.contexts.near_duplicates import groups_of
+from autointerp.contexts.near_duplicates import load_groups
 from autointerp.contexts.neighbours import Neighbours
 from autointerp.contexts.sampler import METHOD, ContextSampler
 from sae.common.files import digest, read_table, write_table
@@ -23,32 +22,31 @@ from sae.study.run import Run
 
 @dataclass(frozen=True)
 class Material:
-    """A run's contexts, and the digest of everything that decides which they are."""
+    """A run's contexts, and the digest of everything they depend on."""
 
     run: Run
     store: FiringStore
     settings: ContextSettings
-    """How many contexts of what, and the sample seed."""
+    """The number of contexts of each kind, and the sample seed."""
 
     @classmethod
     def of(cls, run: Run, settings: ContextSettings | None = None) -> Material:
-        """``settings`` in place of the run's own, for a test set of another size."""
+        """Open the contexts of ``run``, with other ``settings`` for a test set of another size."""
         return cls(run, run.store(), settings or run.settings.contexts)
 
     @functools.cached_property
     def sampler(self) -> ContextSampler:
-        """Made when first drawn from: windows that nearly repeat each other are looked for then, once for a harvest."""
-        settings = self.settings
+        """The sampler; the first use finds near-duplicate windows, once for each harvest."""
         return ContextSampler(
             self.store,
             self.store.corpus.decode,
-            settings,
-            groups_of(self.run, self.store, settings.near_duplicate),
-            Neighbours(self.store, self.decoder),
+            self.settings,
+            load_groups(self.run, self.store, self.settings.near_duplicate),
+            Neighbours(self.store, self.read_decoder),
         )
 
-    def decoder(self) -> npt.NDArray[np.floating]:
-        """[M, D] the decoder, read from the run's weights."""
+    def read_decoder(self) -> npt.NDArray[np.floating]:
+        """Read the decoder [M, D] from the run's weights."""
         from safetensors import safe_open
 
         with safe_open(self.run.weights_path, framework="numpy") as weights:
@@ -56,23 +54,19 @@ class Material:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Two runs of a command with the same digest draw the same contexts for every latent. 64 hex characters."""
-        contexts: dict[str, Any] = self.settings.model_dump(mode="json")
+        """Equal digests mean equal contexts for every latent. 64 hex characters."""
+        contexts = self.settings.model_dump(mode="json")
         return digest({"store": self.store.digest, "contexts": contexts, "method": [METHOD, GROUPING]})
 
     def eligibility(self) -> pd.DataFrame:
-        """One row per latent: ``latent``, ``eligible`` and, where it is not, ``reason``. Counted once, then read.
-
-        A dead latent is not eligible, and says so.
-        """
+        """Return one row per latent: ``latent``, ``eligible`` and ``ineligible_reason``. Counted once, then read."""
         path = self.run.stage_path("contexts")
         if self.run.stage_inputs("contexts") == self.digest:
             return read_table(path)
         rows = []
         with track(f"counting contexts of {self.run.name}", self.store.num_latents, "latents") as bar:
             for latent in range(self.store.num_latents):
-                eligible, reason = self.sampler.eligible(latent)
-                rows.append((latent, eligible, reason))
+                rows.append((latent, *self.sampler.eligible(latent)))
                 bar.advance()
         table = pd.DataFrame(rows, columns=["latent", "eligible", "ineligible_reason"])
         write_table(path, table, inputs=self.digest)

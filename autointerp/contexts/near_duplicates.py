@@ -1,16 +1,16 @@
-"""Which windows of a harvest nearly repeat each other: a licence header with another year, a table with another number.
+"""Group windows of a harvest that nearly repeat each other: a licence header with another year, say.
 
-Two windows are near-duplicates when the sets of their token 5-grams have a Jaccard index (shared over all) of at least
-a threshold. Groups are the connected components of that relation, so that no two near-duplicates are ever apart; the
-price is that a chain of small changes may join two ends that differ more.
+Two windows are near-duplicates if the Jaccard index (shared over all) of their token 5-grams reaches a threshold.
+Groups are the connected components of that relation, so near-duplicates are never separated; a chain of small changes
+may join two ends that differ more.
 
 Candidates come from MinHash (Broder 1997) with banding: windows that agree in all three minima of any of 21 bands. A
 pair of similarity .6 is a candidate with probability .994, one of .8 practically always, one of .2 with .15. Every
-candidate is then checked by its exact Jaccard index. In a crowded bucket not all pairs are compared, only neighbours
-in the order of the next band and each with the first; other bands order the same windows anew.
+candidate is checked by its exact Jaccard index. In a crowded bucket only some pairs are compared: neighbours in the
+order of the next band, and each with the first.
 
-A group is named by the content hash of its earliest window. A harvest grows at its end, so a group keeps its name
-unless a newcomer joins it to an earlier one.
+A group is named by the content hash of its earliest window, so it keeps its name when the harvest grows, unless a new
+window joins it to an earlier group.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from autointerp.contexts.rings import Hashes
+from autointerp.contexts.positions import Hashes
 from sae.common.files import digest, read_table, table_metadata, write_table
 from sae.common.progress import say
 from sae.firings.store import FiringStore, Ints, mix_bits
 from sae.study.run import Run
 
-METHOD = 1  # raise it when the same windows would be grouped otherwise
+METHOD = 1  # raise it when the same windows would be grouped differently
 GRAM = 5  # tokens
 BANDS, ROWS = 21, 3
-_STEPS = (1, 2, 3, 5, 8)  # how far apart in a bucket two windows may stand to be compared
-_BLOCK = 1 << 13  # windows or pairs looked at in one piece: some tens of MiB
+_STEPS = (1, 2, 3, 5, 8)  # distances in a bucket at which two windows are compared
+_BLOCK = 1 << 13  # windows or pairs read at once: some tens of MiB
 
 Pairs = tuple[Ints, Ints]
 
 
-def groups_of(run: Run, store: FiringStore, threshold: float) -> Hashes:
-    """[W] the group of every window of the run's harvest. Worked out once, then read from beside the firing store."""
+def load_groups(run: Run, store: FiringStore, threshold: float) -> Hashes:
+    """Return the group of every window of the run's harvest [W]. Computed once, then read from the firing store."""
     if threshold >= 1:
         return np.asarray(store.content())
     path = run.firings_folder / "groups.parquet"
@@ -45,43 +45,42 @@ def groups_of(run: Run, store: FiringStore, threshold: float) -> Hashes:
         say(f"{run.name}: looking for windows that nearly repeat each other")
         import pandas as pd
 
-        write_table(path, pd.DataFrame({"group": near_duplicates(store, threshold)}), inputs=inputs)
+        write_table(path, pd.DataFrame({"group": group_windows(store, threshold)}), inputs=inputs)
     return read_table(path)["group"].to_numpy(np.uint64)
 
 
-def near_duplicates(store: FiringStore, threshold: float) -> Hashes:
-    """[W] the same number for windows that nearly repeat each other.
+def group_windows(store: FiringStore, threshold: float) -> Hashes:
+    """Return the same number for windows that nearly repeat each other [W].
 
-    Memory grows with the different windows by about 150 bytes each (50 MiB for 10M tokens in windows of 32), time in
-    proportion.
+    Takes about 150 bytes for each different window (50 MiB for 10M tokens in windows of 32).
 
     Args:
         store: of W windows.
-        threshold: the Jaccard index of token 5-grams, above 0, from which two windows are one.
+        threshold: the least Jaccard index of token 5-grams of near-duplicates, above 0.
     """
     content = np.asarray(store.content())
-    _, windows, copies = np.unique(content, return_index=True, return_inverse=True)  # the earliest of each text
+    _, windows, copies = np.unique(content, return_index=True, return_inverse=True)  # the earliest window of each text
     n = len(windows)
     if n == 0:
         return content
-    keys = _band_keys(store, windows)
+    keys = _hash_bands(store, windows)
     label = np.arange(n)
     edges: list[Pairs] = [(label, label)]
     for band in range(BANDS):
-        for a, b in _candidates(keys[band], keys[(band + 1) % BANDS]):
+        for a, b in _find_candidates(keys[band], keys[(band + 1) % BANDS]):
             apart = label[a] != label[b]
             a, b = a[apart], b[apart]
-            alike = _jaccard(store, windows, a, b) >= threshold
+            alike = _compute_jaccard(store, windows, a, b) >= threshold
             edges.append((a[alike], b[alike]))
-        label = _components(edges, n)
-        edges = [(np.arange(n), _first_of(label))]  # what was found so far, in its shortest form
+        label = _find_components(edges, n)
+        edges = [(np.arange(n), _find_first(label))]  # the shortest form of the groups so far
     earliest = np.full(n, np.iinfo(np.int64).max)
     np.minimum.at(earliest, label, windows)
     return content[earliest[label]][copies]
 
 
-def _grams(tokens: npt.NDArray[np.int64]) -> Hashes:
-    """[n, w - 4] a hash of each run of five tokens; tokens [n, w]."""
+def _hash_grams(tokens: npt.NDArray[np.int64]) -> Hashes:
+    """Return a hash of each run of five tokens [n, w - 4]; tokens [n, w]."""
     length = min(GRAM, tokens.shape[1])
     n_grams = tokens.shape[1] - length + 1
     state: Hashes = np.zeros((len(tokens), n_grams), np.uint64)
@@ -91,12 +90,12 @@ def _grams(tokens: npt.NDArray[np.int64]) -> Hashes:
     return state
 
 
-def _band_keys(store: FiringStore, windows: Ints) -> npt.NDArray[np.uint32]:
-    """[BANDS, n] a hash of the minima in each band; equal where all of them are."""
+def _hash_bands(store: FiringStore, windows: Ints) -> npt.NDArray[np.uint32]:
+    """Return a hash of the minima in each band [BANDS, n]."""
     odd = mix_bits(np.arange(BANDS * ROWS, dtype=np.uint64)) | np.uint64(1)
     keys = np.empty((BANDS, len(windows)), np.uint32)
     for start in range(0, len(windows), _BLOCK):
-        grams = _grams(store.tokens(windows[start : start + _BLOCK]))
+        grams = _hash_grams(store.tokens(windows[start : start + _BLOCK]))
         for band in range(BANDS):
             state = np.zeros(len(grams), np.uint64)
             for row in range(ROWS):
@@ -106,8 +105,8 @@ def _band_keys(store: FiringStore, windows: Ints) -> npt.NDArray[np.uint32]:
     return keys
 
 
-def _candidates(keys: npt.NDArray[np.uint32], then: npt.NDArray[np.uint32]) -> Iterator[Pairs]:
-    """Pairs of equal key, a block at a time: neighbours in a bucket ordered by ``then``, and each with its first."""
+def _find_candidates(keys: npt.NDArray[np.uint32], then: npt.NDArray[np.uint32]) -> Iterator[Pairs]:
+    """Yield pairs of equal key by blocks: neighbours in a bucket ordered by ``then``, and each with its first."""
     order = np.lexsort((then, keys))
     ordered = keys[order]
     first = np.searchsorted(ordered, ordered)
@@ -119,21 +118,21 @@ def _candidates(keys: npt.NDArray[np.uint32], then: npt.NDArray[np.uint32]) -> I
             yield order[start[part]], order[part]
 
 
-def _jaccard(store: FiringStore, windows: Ints, a: Ints, b: Ints) -> npt.NDArray[np.float64]:
-    """[n] the share of their 5-grams that two windows have in common."""
+def _compute_jaccard(store: FiringStore, windows: Ints, a: Ints, b: Ints) -> npt.NDArray[np.float64]:
+    """Return the share of 5-grams that two windows have in common [n]."""
     if not len(a):
         return np.empty(0)
-    one, other = (_grams(store.tokens(windows[i])) for i in (a, b))
-    here, there, either = (_distinct(x) for x in (one, other, np.concatenate([one, other], axis=1)))
+    one, other = (_hash_grams(store.tokens(windows[i])) for i in (a, b))
+    here, there, either = (_count_distinct(x) for x in (one, other, np.concatenate([one, other], axis=1)))
     return (here + there - either) / either
 
 
-def _distinct(rows: Hashes) -> Ints:
+def _count_distinct(rows: Hashes) -> Ints:
     return 1 + (np.diff(np.sort(rows, axis=1), axis=1) != 0).sum(axis=1)
 
 
-def _components(edges: list[Pairs], n: int) -> Ints:
-    from scipy.sparse import coo_array  # here, since reading the groups takes none
+def _find_components(edges: list[Pairs], n: int) -> Ints:
+    from scipy.sparse import coo_array  # here, since reading the groups needs none
     from scipy.sparse.csgraph import connected_components
 
     a, b = (np.concatenate(ends) for ends in zip(*edges, strict=True))
@@ -141,7 +140,7 @@ def _components(edges: list[Pairs], n: int) -> Ints:
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def _first_of(label: Ints) -> Ints:
-    """[n] the first member of each one's component."""
+def _find_first(label: Ints) -> Ints:
+    """Return the first member of each window's component [n]."""
     _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
     return first[inverse]

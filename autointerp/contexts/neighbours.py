@@ -1,7 +1,7 @@
-"""A latent's nearest neighbours, whose firing makes the hardest contexts in which it is silent.
+"""Find a latent's nearest neighbours, whose firing makes the hardest negatives.
 
-Two ways of being near: the decoder points the same way, or both fire in the same windows. An explanation that holds for
-the neighbours too ("code", "names") calls their contexts active, and loses by it.
+A neighbour's decoder points in a similar direction, or it fires in the same windows. An explanation that also fits the
+neighbours ("code", "names") calls their contexts active, and scores lower.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy.typing as npt
 from sae.firings.store import FiringStore, Ints, mix_bits
 
 NEAREST = 10
-"""Neighbours of each of the two ways."""
-_WINDOWS = 128  # of the latent, in which it is looked what else fires
-_LEAST = 2  # windows in which both fire: in one, anything may
+"""Neighbours of each of the two kinds."""
+_WINDOWS = 128  # of the latent, searched for other latents
+_LEAST = 2  # windows in which both fire: one may be chance
 
 
 class Neighbours:
@@ -25,33 +25,30 @@ class Neighbours:
 
     Args:
         store: its firings.
-        decoder: gives its decoder [M, D]; called once, when first needed.
+        decoder: reads its decoder [M, D]; called once, when first needed.
     """
 
     def __init__(self, store: FiringStore, decoder: Callable[[], npt.NDArray[np.floating]]) -> None:
-        self._store, self._read = store, decoder
+        self._store, self._read_decoder = store, decoder
 
     def __call__(self, latent: int) -> Ints:
-        """Up to 20 latents: the nearest by decoder cosine first, then those by firing together that are not among them.
-
-        Dead latents are none's neighbours.
-        """
-        both = np.concatenate([self.by_direction(latent), self.by_firing(latent)])
+        """Return up to 20 live latents: the nearest by decoder cosine, then others that fire together."""
+        both = np.concatenate([self.find_by_direction(latent), self.find_by_firing(latent)])
         _, first = np.unique(both, return_index=True)
         return both[np.sort(first)]
 
-    def by_direction(self, latent: int) -> Ints:
-        """The latents with the largest decoder cosine, falling."""
+    def find_by_direction(self, latent: int) -> Ints:
+        """Return the latents with the largest decoder cosine, in descending order."""
         cosine = self._unit @ self._unit[latent]
         cosine[latent] = -np.inf
         cosine[self._firings == 0] = -np.inf
         nearest = np.argsort(-cosine, kind="stable")[:NEAREST]
         return nearest[np.isfinite(cosine[nearest])]
 
-    def by_firing(self, latent: int) -> Ints:
-        """The latents that fire most in the windows of this one, falling.
+    def find_by_firing(self, latent: int) -> Ints:
+        """Return the latents that fire most in the windows of this one, in descending order.
 
-        By the cosine of firing in a window, counted over up to 128 of the latent's windows (chosen by hash), where a
+        By the cosine of firing in a window, counted over up to 128 of the latent's windows (chosen by hash). A
         neighbour's number of firings stands for its number of windows.
         """
         windows = self._store.windows(latent)[0]
@@ -72,5 +69,5 @@ class Neighbours:
 
     @functools.cached_property
     def _unit(self) -> npt.NDArray[np.float32]:
-        rows = np.asarray(self._read(), dtype=np.float32)
+        rows = np.asarray(self._read_decoder(), dtype=np.float32)
         return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

@@ -1,46 +1,97 @@
-"""Silent contexts from where the activating ones stand: a judge must not win by telling a document's end from its head.
+"""Draw texts matched by position: a judge must not win by distinguishing the start of a document from its end.
 
-A *slot* is a window's place in its sequence. Which slots are wanted is told by the activating contexts; the texts are
-taken slot by slot, and what a slot cannot give is taken from the nearest slots that can.
+A *slot* is a window's place in its sequence. The activating contexts decide how many texts each slot gives; if a slot
+has too few, the nearest slots that have some make up for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from autointerp.contexts.rings import Hashes
-from sae.firings.store import Ints
+from sae.firings.store import Ints, mix_bits
+
+Hashes = npt.NDArray[np.uint64]
+
+
+class Ring(NamedTuple):
+    """Groups of texts on a circle, at the places of their hashes; each with its first window.
+
+    Drawing for a latent starts at the latent's own place: a uniform sample of the groups whose time depends on the
+    number drawn and not on the size of the harvest, and which new groups change only where they are placed.
+    """
+
+    places: Hashes  # ascending
+    windows: Ints
+    group: Hashes
+
+    @classmethod
+    def of(cls, windows: Ints, groups: Hashes, seed: np.uint64) -> Ring:
+        """Arrange ``windows`` [n] (ascending), given the group of every window [W]; the seed changes the places."""
+        distinct, first = np.unique(groups[windows], return_index=True)
+        places = mix_bits(distinct ^ seed)
+        order = np.argsort(places)
+        return cls(places[order], windows[first][order], distinct[order])
+
+    def draw(self, key: np.uint64, n: int, *excluded: Hashes) -> tuple[Ints, Hashes]:
+        """Return up to ``n`` windows from ``key`` on, and their groups, which are in none of ``excluded`` (sorted)."""
+        size = len(self.places)
+        begin = int(np.searchsorted(self.places, key))
+        n_read = min(2 * n, size)
+        while True:
+            around = (begin + np.arange(n_read)) % max(size, 1)
+            for hashes in excluded:
+                around = around[~is_among(self.group[around], hashes)]
+            found = around[:n]
+            if len(found) == n or n_read == size:
+                return self.windows[found], self.group[found]
+            n_read = min(4 * n_read, size)
+
+    def walk(self, key: np.uint64, block: int, most: int) -> Iterator[tuple[Ints, Hashes]]:
+        """Yield windows and groups from ``key`` on, ``block`` at a time and ``most`` in all, each once."""
+        size = len(self.places)
+        begin = int(np.searchsorted(self.places, key))
+        for start in range(0, min(size, most), block):
+            around = (begin + np.arange(start, min(start + block, size, most))) % size
+            yield self.windows[around], self.group[around]
+
+
+def is_among(values: Hashes, in_sorted: Hashes) -> npt.NDArray[np.bool_]:
+    """[n] whether each of ``values`` is in ``in_sorted``."""
+    if len(in_sorted) == 0:
+        return np.zeros(len(values), bool)
+    at = np.minimum(np.searchsorted(in_sorted, values), len(in_sorted) - 1)
+    return in_sorted[at] == values
 
 
 class Queue(NamedTuple):
-    """Texts that one source can give, [n] each. They are taken by priority, the lowest first."""
+    """Texts of one source, [n] each, taken in ascending order of priority."""
 
     windows: Ints
     group: Hashes
     slot: Ints
     priority: Hashes
 
-    def shortened(self, n: int) -> Queue:
-        """The first ``n`` of each slot: no more are ever taken where ``n`` are wanted in all."""
+    def shorten(self, n: int) -> Queue:
+        """Return the first ``n`` of each slot, enough where ``n`` are drawn in all."""
         order = np.lexsort((self.priority, self.slot))
         slot = self.slot[order]
         kept = order[np.arange(len(slot)) - np.searchsorted(slot, slot) < n]
         return Queue(self.windows[kept], self.group[kept], self.slot[kept], self.priority[kept])
 
 
-def one_by_one(slots: Ints, n: int, n_slots: int) -> Ints:
-    """[S] how many of ``n`` texts each slot is to give: as the first ``n`` activating ones (round and round)."""
+def count_round_robin(slots: Ints, n: int, n_slots: int) -> Ints:
+    """Return the number of ``n`` texts that each slot gives: those of the first ``n`` activating ones, repeated."""
     return np.bincount(np.resize(slots, n if len(slots) else 0), minlength=n_slots)
 
 
-def in_proportion(slots: Ints, n: int, n_slots: int) -> Ints:
-    """[S] how many of ``n`` texts each slot is to give: in proportion to all activating ones, by largest remainders.
+def count_in_proportion(slots: Ints, n: int, n_slots: int) -> Ints:
+    """Return the number of ``n`` texts that each slot gives, in proportion to the activating ones' ``slots``.
 
-    Of equal remainders that slot comes first which comes first among ``slots``: they are in no order, so on the whole
-    no slot is favoured.
+    Rounded by largest remainders; of equal ones the slot that comes first in ``slots``, whose order is random.
     """
     found, first, count = np.unique(slots, return_index=True, return_counts=True)
     exact = count * n / max(1, len(slots))
@@ -52,11 +103,11 @@ def in_proportion(slots: Ints, n: int, n_slots: int) -> Ints:
     return need
 
 
-def match(need: Ints, draw: Callable[[int, int], int]) -> None:
-    """Draw ``need`` [S] texts of every slot, and of the nearest others what a slot lacks.
+def draw_by_slot(need: Ints, draw: Callable[[int, int], int]) -> None:
+    """Draw ``need[slot]`` texts of every slot, and from the nearest slots what it lacks.
 
     Args:
-        draw: takes so many of a slot, as far as it has them; returns how many are lacking.
+        draw: called with a slot and a number; draws up to that many and returns how many are lacking.
     """
     lacking = {slot: draw(slot, int(need[slot])) for slot in np.flatnonzero(need).tolist()}
     for slot, many in lacking.items():
@@ -66,12 +117,12 @@ def match(need: Ints, draw: Callable[[int, int], int]) -> None:
             many = draw(other, many)
 
 
-def in_turn(queues: Sequence[Queue], need: Ints) -> tuple[Ints, Hashes]:
-    """Windows and groups out of ``queues`` for ``need`` [S], matched by slot; no group twice.
+def draw_in_turn(queues: Sequence[Queue], need: Ints) -> tuple[Ints, Hashes]:
+    """Return windows and groups out of ``queues``, ``need[slot]`` of each slot where possible, no group twice.
 
-    Within a slot the queue that has given least comes next, so that none speaks for all.
+    Within a slot the queue that has given least comes next, so that none dominates.
     """
-    waiting = [[_by_priority(queue, slot) for queue in queues] for slot in range(len(need))]
+    waiting = [[_sort_slot(queue, slot) for queue in queues] for slot in range(len(need))]
     given = [0] * len(queues)
     found: dict[int, int] = {}  # group → window
 
@@ -92,12 +143,12 @@ def in_turn(queues: Sequence[Queue], need: Ints) -> tuple[Ints, Hashes]:
             many -= 1
         return many
 
-    match(need, draw)
+    draw_by_slot(need, draw)
     return np.array(list(found.values()), np.int64), np.array(list(found), np.uint64)
 
 
-def _by_priority(queue: Queue, slot: int) -> list[tuple[int, int, int]]:
-    """(priority, group, window) of one slot, the first to be taken at the end."""
+def _sort_slot(queue: Queue, slot: int) -> list[tuple[int, int, int]]:
+    """Return (priority, group, window) of one slot, the next one last."""
     here = np.flatnonzero(queue.slot == slot)
     here = here[np.argsort(queue.priority[here])][::-1]
     columns = (queue.priority[here], queue.group[here], queue.windows[here])

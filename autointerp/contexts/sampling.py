@@ -1,19 +1,18 @@
-"""Stratified samples of latents: who is drawn, with what probability, and how a larger sample extends a smaller one.
+"""Draw stratified samples of latents that grow without redrawing: who is drawn, and with what probability.
 
-Score and similarity both go with how often a latent fires, and most latents fire seldom: of a plain sample hardly any
-would be, say, rare and shared. So the population (the eligible latents that pass the filters) is cut into *strata*,
-cells of similarity × log firing frequency between the population's quartiles (of frequency alone where nothing is
-aligned), and small cells are drawn from at a higher rate than large ones. What that distorts, weights set right: each
-drawn latent stands for 1 / (its inclusion probability) latents of the population (Horvitz and Thompson 1952).
+Score and similarity depend on how often a latent fires, and most latents fire seldom: a plain sample would hold hardly
+any that are, say, rare and shared. So the population (the eligible latents that pass the filters) is cut into *strata*,
+cells of similarity × log firing frequency between the population's quartiles (of frequency alone without an alignment),
+and small cells are sampled at a higher rate. Weights correct for that: each drawn latent stands for 1 / (its inclusion
+probability) latents of the population (Horvitz and Thompson 1952).
 
-*Permanent random numbers* (Ohlsson 1995): every latent has a fixed number, a hash of the draw's seed and of its own,
-and of a stratum those with the smallest are drawn. How many of each stratum follows from the population and the size of
-the sample alone, one latent after another, and never falls as the sample grows. So a sample of 200 holds the sample of
-100, and nothing that was paid for is asked again.
+*Permanent random numbers* (Ohlsson 1995): every latent has a fixed number, a hash of the draw's seed and its index, and
+the smallest of each stratum are drawn. The number drawn of each stratum depends on the population and the size of the
+sample alone, and never falls as the sample grows. So a sample of 200 holds the sample of 100.
 
-A sample with fewer than two latents for each stratum is drawn from the whole population alike; as it grows, the strata
-that have fewest are filled up first. Given the counts by stratum, every choice of so many of its members is equally
-probable (the counts depend on which numbers a stratum has, not on which member has which), hence the probability n / N.
+A sample with fewer than two latents for each stratum is drawn from the whole population; as it grows, the smallest
+strata of the sample are filled first. Given the counts by stratum, every choice of that many of its members is equally
+probable, hence the probability n / N.
 """
 
 from __future__ import annotations
@@ -29,20 +28,21 @@ from numpy.typing import ArrayLike, NDArray
 
 METHOD = "stratified by quartiles of similarity and of log firing frequency, n ~ sqrt(N), permanent random numbers"
 POWER = 0.5
-"""Of a stratum's size, in how many of it are drawn: 1 would be in proportion, 0 the same number of each."""
-_SIDE = 4  # quantiles of each variable: those that the report shows scores by
-_IN_CELL = 4  # latents in a cell on average below which there are fewer cells
+"""Exponent of a stratum's size in its number drawn: 1 would be in proportion, 0 equal numbers."""
+_SIDE = 4  # quantiles of each variable, as in the report
+_IN_CELL = 4  # mean number of latents in a cell, below which cells are merged
 
 
 @dataclass(frozen=True)
 class Strata:
-    """Which cell each latent of a population is in, and what the cells are made of. N latents."""
+    """The cell of each latent of a population. N latents."""
 
     similarity: NDArray[np.intp]
-    """[N] the quantile of similarity, from 0; -1 where it is not known."""
+    """[N] the quantile of similarity, from 0; -1 where it is unknown."""
     frequency: NDArray[np.intp]
     """[N] the quantile of the firing frequency, from 0."""
     by: str
+    """The variables, in words."""
 
     @property
     def label(self) -> NDArray[np.intp]:
@@ -50,12 +50,12 @@ class Strata:
         return np.unique(np.stack([self.similarity, self.frequency]), axis=1, return_inverse=True)[1].reshape(-1)
 
 
-def strata(frequency: ArrayLike, similarity: ArrayLike | None = None) -> Strata:
-    """The cells of a population, by quartiles; by halves, or one cell, where it is small.
+def make_strata(frequency: ArrayLike, similarity: ArrayLike | None = None) -> Strata:
+    """Return the cells of a population, by quartiles; by halves, or one cell, if it is small.
 
     Args:
-        frequency: [N] firings per token; only its order matters, so that its logarithm need not be taken.
-        similarity: [N] to the partners in the other runs, NaN where unknown; ``None`` where nothing is aligned.
+        frequency: [N] firings per token (only the order matters).
+        similarity: [N] to the partners in the other runs, NaN where unknown; ``None`` without an alignment.
     """
     f = np.asarray(frequency, dtype=np.float64)
     s = np.full(len(f), np.nan) if similarity is None else np.asarray(similarity, dtype=np.float64)
@@ -63,10 +63,10 @@ def strata(frequency: ArrayLike, similarity: ArrayLike | None = None) -> Strata:
     sides = (side for side in (_SIDE, 2, 1) if len(f) >= _IN_CELL * (side * side if known else side))
     side = next(sides, 1)
     by = "similarity × log firing frequency" if known else "log firing frequency"
-    return Strata(_quantile(s, side), _quantile(np.nan_to_num(f), side), by)
+    return Strata(_find_quantile(s, side), _find_quantile(np.nan_to_num(f), side), by)
 
 
-def _quantile(values: NDArray[np.float64], n: int) -> NDArray[np.intp]:
+def _find_quantile(values: NDArray[np.float64], n: int) -> NDArray[np.intp]:
     known = ~np.isnan(values)
     found = np.full(len(values), -1, dtype=np.intp)
     if known.any():
@@ -75,25 +75,24 @@ def _quantile(values: NDArray[np.float64], n: int) -> NDArray[np.intp]:
     return found
 
 
-def drawn(latents: Sequence[int], of: Strata, n: int | None, seed: int = 0) -> pd.DataFrame:
-    """A sample of ``n`` of the population (of all where ``None``, or where there are not so many).
+def draw_sample(latents: Sequence[int], strata: Strata, n: int | None, seed: int = 0) -> pd.DataFrame:
+    """Draw ``n`` latents of the population; all for ``None`` or if there are fewer.
 
     Returns:
         One row for every latent of the population, ascending: ``latent``, ``similarity_cell``, ``frequency_cell``,
-        ``stratum``, ``drawn``, ``probability`` (of being drawn, given how many are drawn of its stratum) and
-        ``weight`` (its inverse for those drawn, 0 for the others). A stratum of which none is drawn has probability 0:
-        samples hardly larger than there are strata have such.
+        ``stratum``, ``drawn``, ``probability`` (of being drawn, given the number drawn of its stratum; 0 if none is)
+        and ``weight`` (its inverse for those drawn, 0 for the others).
     """
-    size, label = len(latents), of.label
+    size, label = len(latents), strata.label
     number = np.array([permanent_number(seed, latent) for latent in latents], dtype=np.uint64)
     order = np.argsort(number, kind="stable")
     n = size if n is None else min(n, size)
     held = np.bincount(label, minlength=1)
-    alike = n < 2 * len(held)
-    if alike:
+    is_plain = n < 2 * len(held)
+    if is_plain:
         label, held = np.zeros(size, np.intp), np.array([size])
     first = label[order[: min(n, 2 * len(held) - 1)]]
-    taken = allocation(held, n, np.bincount(first, minlength=len(held)))
+    taken = allocate(held, n, np.bincount(first, minlength=len(held)))
     place = np.empty(size, np.intp)
     for stratum in range(len(held)):
         inside = order[label[order] == stratum]
@@ -103,8 +102,8 @@ def drawn(latents: Sequence[int], of: Strata, n: int | None, seed: int = 0) -> p
     table = pd.DataFrame(
         {
             "latent": np.asarray(latents, dtype=np.int64),
-            "similarity_cell": np.zeros(size, np.int64) if alike else of.similarity.astype(np.int64),
-            "frequency_cell": np.zeros(size, np.int64) if alike else of.frequency.astype(np.int64),
+            "similarity_cell": np.zeros(size, np.int64) if is_plain else strata.similarity.astype(np.int64),
+            "frequency_cell": np.zeros(size, np.int64) if is_plain else strata.frequency.astype(np.int64),
             "stratum": label.astype(np.int64),
             "drawn": chosen,
             "probability": probability,
@@ -114,11 +113,11 @@ def drawn(latents: Sequence[int], of: Strata, n: int | None, seed: int = 0) -> p
     return table.sort_values("latent", ignore_index=True)
 
 
-def allocation(held: NDArray[np.intp], n: int, start: NDArray[np.intp]) -> NDArray[np.intp]:
-    """How many of each stratum are drawn when ``n`` are in all; never fewer of any when ``n`` grows.
+def allocate(held: NDArray[np.intp], n: int, start: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return the number drawn of each stratum when ``n`` are drawn in all; none falls when ``n`` grows.
 
-    Beginning with ``start``, the strata that have fewer than two are filled up; then each next latent is of the stratum
-    whose ``held ** POWER`` is largest against what it has (Webster's divisors), until a stratum is used up.
+    Starting from ``start``, strata get up to two latents each; then each next latent is of the stratum with the largest
+    ``held ** POWER`` over its number drawn (Webster's divisors), until a stratum is used up.
     """
     taken = np.minimum(start, held)
 
@@ -137,16 +136,15 @@ def allocation(held: NDArray[np.intp], n: int, start: NDArray[np.intp]) -> NDArr
 
 
 def permanent_number(seed: int, latent: int) -> int:
-    """What orders the latents of a stratum in every draw of this seed: 64 random-looking bits."""
+    """Return the number by which the latents of a stratum are ordered in every draw of this seed: 64 bits of a hash."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{latent}".encode(), digest_size=8).digest(), "big")
 
 
-def weights_of(table: pd.DataFrame, done: set[int]) -> pd.DataFrame:
-    """The drawn latents that came to an end, each with the number of latents of the population that it stands for.
+def compute_weights(table: pd.DataFrame, done: set[int]) -> pd.DataFrame:
+    """Return the number of latents of the population that each finished latent of the sample stands for.
 
-    Of a sample that is not wholly done, what is done counts as a smaller sample: n of a stratum is those of it in
-    ``done``. A stratum without any is taken together with the nearest one that has some, so that the weights sum to
-    the size of the population.
+    An unfinished sample counts as a smaller one: n of a stratum is its number in ``done``. A stratum without any is
+    merged with the nearest one that has some, so that the weights sum to the size of the population.
 
     Returns:
         By ``latent``: ``weight``, ``stratum`` and ``fraction``, the share of the stratum that is in the sample.
@@ -160,9 +158,9 @@ def weights_of(table: pd.DataFrame, done: set[int]) -> pd.DataFrame:
     if len(full):
         for stratum, cell in empty.iterrows():
             joins[stratum] = (full - cell).abs().sum(axis=1).idxmin()
-    stands_with = table["stratum"].map(joins)
+    merged = table["stratum"].map(joins)
     held, n = held.groupby(joins).sum(), n.groupby(joins).sum()
-    of = stands_with[inside]
+    of = merged[inside]
     fraction = (n / held).reindex(of).to_numpy(float)
     return pd.DataFrame(
         {"weight": 1 / fraction, "stratum": of.to_numpy(np.int64), "fraction": fraction},

@@ -1,12 +1,11 @@
-"""`explain`: choose latents, show their activating contexts to an explainer, keep each answer in the journal.
+"""`explain`: choose latents, show their activating contexts to an explainer, and keep each answer in the journal.
 
-Earlier stages that are missing run first. A latent that already has an explanation by the same explainer, from
-the same contexts and prompts, is not asked again; one that failed is. A latent with too few contexts is never asked
-about: named outright it is counted, with the reason, and is no failure.
+Missing earlier stages run first. A latent that has an explanation by the same explainer, contexts and prompts is not
+asked about again; a failed one is. A latent with too few contexts is never asked about: if the user named it, it is
+counted with the reason, and is not a failure.
 
-With the latents of a run a sample of each control SAE of its study is explained
-(:mod:`autointerp.contexts.control_saes`), and beside any other explainer the n-gram baseline explains the same latents,
-which costs no request.
+A sample of each control SAE of the study is explained too (:mod:`autointerp.contexts.control_saes`), and the n-gram
+baseline, which costs no request, explains the same latents as any other explainer.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from autointerp.contexts.control_saes import beside, sample_of, sample_size
+from autointerp.contexts.control_saes import choose_sample_size, draw_control_latents, list_control_saes
 from autointerp.contexts.material import Material
-from autointerp.contexts.sample_record import Draw, partners_of, record
+from autointerp.contexts.sample_record import Draw, map_to_partners, store_draw
 from autointerp.contexts.sampling import permanent_number
-from autointerp.contexts.selection import Choice, check, choose, draw, partners
+from autointerp.contexts.selection import Choice, check_choice, choose_latents, draw_latents, find_partners
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import Explainer
 from autointerp.explaining.outcome import Outcome
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """The latents of one run that are to be explained, and the sample that they are (``None``: named outright)."""
+    """The latents of one run to explain, and their sample (``None`` if the user named them)."""
 
     run: Run
     latents: list[int]
@@ -64,46 +63,46 @@ def explain_runs(
     control_sae_latents: int | None = None,
     servers: OneServer | None = None,
 ) -> Outcome:
-    """Explain the chosen latents of ``runs``, and return what came of it; see the module's docstring.
+    """Explain the chosen latents of ``runs``; see the module's docstring.
 
-    ``control_sae_latents`` is how many of each control SAE are explained too (``None``: the default number);
-    ``servers`` keeps a vLLM server for the judge.
+    ``control_sae_latents`` of each control SAE are explained too (``None``: the default number); ``servers`` keeps a
+    vLLM server for the judge.
     """
     kind = resolve(EXPLAINERS, backend, options)
     for run in runs:
-        check(run, choice)
+        check_choice(run, choice)
     outcome = asyncio.run(_explain(runs, choice, kind, options, compute or Compute(), control_sae_latents, servers))
     for run in runs:
-        begun_path(run).unlink(missing_ok=True)
+        get_marker_path(run).unlink(missing_ok=True)
     return outcome
 
 
 def _prepare(runs: Sequence[Run], choice: Choice, compute: Compute, with_controls: bool) -> list[Task]:
-    """What is to be explained of ``runs``, after the stages that it takes to know, and harvests their controls."""
+    """Run missing stages of ``runs`` and their controls, and return the latents to explain of ``runs``."""
     for run in runs:
         others = run.siblings() if choice.needs_alignment else []
-        ensure_harvested([run, *others, *(beside([run]) if with_controls else [])], compute)
+        ensure_harvested([run, *others, *(list_control_saes([run]) if with_controls else [])], compute)
         if choice.needs_alignment:
             ensure_aligned(run, compute)
     return [task for run in runs for task in plan_latents(run, choice)]
 
 
-def begun_path(run: Run) -> Path:
-    """Marks a run that `score` began to explain: stopped on the way, it is to go on with that and not score a part."""
+def get_marker_path(run: Run) -> Path:
+    """Return the file that marks a run while `score` explains it: if stopped, it resumes before it scores."""
     return run.folder / ".explaining"
 
 
 def plan_latents(run: Run, choice: Choice) -> list[Task]:
-    """What is to be explained of a run that is harvested (and aligned, where the choice needs that)."""
+    """Choose the latents to explain of a harvested run (aligned too, if the choice needs that)."""
     eligibility = Material.of(run).eligibility()
     eligible = eligibility["latent"][eligibility["eligible"]].tolist()
     path = run.stage_path("overlap")
     table = read_table(path) if choice.needs_alignment or path.exists() else pd.DataFrame()
-    sample = None if choice.indices else draw(run, table, eligible, choice)
-    latents = choose(run, table, eligible, choice) if sample is None else sample.latents
+    sample = None if choice.indices else draw_latents(run, table, eligible, choice)
+    latents = choose_latents(run, table, eligible, choice) if sample is None else sample.latents
     lacking = sorted(set(latents) - set(eligible))
-    if lacking:  # named outright by the user: said here, recorded with the reason below
-        say(f"{run.name}: {len(lacking)} of the latents named have too few contexts, the first is {lacking[0]}")
+    if lacking:  # named by the user
+        say(f"{run.name}: {len(lacking)} of the named latents have too few contexts, the first is {lacking[0]}")
     if not latents:
         raise BadInput(
             f"run {run.name!r}: no latent fits (asked for: {choice.sharing}, {len(eligible)} eligible in all); "
@@ -112,25 +111,23 @@ def plan_latents(run: Run, choice: Choice) -> list[Task]:
     tasks = [Task(run, latents, sample)]
     if choice.with_partners:
         for sibling in run.siblings():
-            theirs = Material.of(sibling).eligibility()
-            able = set(theirs["latent"][theirs["eligible"]])
+            eligibility = Material.of(sibling).eligibility()
+            able = set(eligibility["latent"][eligibility["eligible"]])
             column = table.sort_values("latent")[f"decoder_partner__{sibling.name}"].to_numpy()
-            of_sample = None if sample is None else partners_of(sample, run.name, column, able)
-            chosen = [x for x in partners(table, sibling.name, latents) if x in able]
-            tasks.append(Task(sibling, chosen, of_sample))
+            partners = None if sample is None else map_to_partners(sample, run.name, column, able)
+            chosen = [x for x in find_partners(table, sibling.name, latents) if x in able]
+            tasks.append(Task(sibling, chosen, partners))
     return tasks
 
 
 def plan_controls(tasks: Sequence[Task], choice: Choice, asks_model: bool, asked: int | None) -> list[Task]:
-    """What is to be explained of the control SAEs beside ``tasks``; they are harvested. See :func:`sample_size`.
+    """Choose the latents to explain of the harvested control SAEs of ``tasks``. See :func:`choose_sample_size`.
 
-    A control SAE none of whose latents has contexts enough is there with no latent.
+    A control SAE without eligible latents gets an empty task.
     """
-    n = sample_size(choice, asks_model, asked, max(len(task.latents) for task in tasks))
-    planned = []
-    for control in beside([task.run for task in tasks]) if n else []:
-        planned.append(Task(control, sample_of(control, n)))
-    return planned
+    n = choose_sample_size(choice, asks_model, asked, max(len(task.latents) for task in tasks))
+    controls = list_control_saes([task.run for task in tasks]) if n else []
+    return [Task(control, draw_control_latents(control, n)) for control in controls]
 
 
 async def _explain(
@@ -143,10 +140,10 @@ async def _explain(
     servers: OneServer | None,
 ) -> Outcome:
     outcome = Outcome("explain", retry=get_typed_command())
-    # Opened first: an endpoint that is down is reported before an hour's harvest, not after it.
+    # Opened first: an endpoint that is down is reported before an hour's harvest.
     async with open_explainer(kind, options, runs[0].root / "cache.sqlite", servers) as explainer:
         outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
-        with_controls = sample_size(choice, explainer.asks_model, control_sae_latents, 1) > 0
+        with_controls = choose_sample_size(choice, explainer.asks_model, control_sae_latents, 1) > 0
         tasks = _prepare(runs, choice, compute, with_controls)
         controls = plan_controls(tasks, choice, explainer.asks_model, control_sae_latents)
         for task in [*tasks, *controls]:
@@ -154,7 +151,7 @@ async def _explain(
             before = outcome.n_done
             try:
                 await _explain_run(task, explainer, options.concurrency, outcome)
-            except BudgetSpent:  # what was paid for is compared with what costs nothing
+            except BudgetSpent:  # the paid explanations still get their baseline
                 if with_baseline:
                     await _explain_by_baseline(task, explainer, outcome)
                 raise
@@ -162,7 +159,7 @@ async def _explain(
                 await _explain_by_baseline(task, explainer, outcome)
             outcome.n_controls += outcome.n_done - before if task in controls else 0
         for task in controls:
-            n = f"{len(task.latents)} latents" if task.latents else "no latent has contexts enough"
+            n = f"{len(task.latents)} latents" if task.latents else "no latent has enough contexts"
             outcome.notes.append(f"{task.run.name} (control): {n}")
         outcome.notes += list_missing(explainer)
     outcome.explained = list(dict.fromkeys(task.run.name for task in tasks))
@@ -178,22 +175,22 @@ def open_explainer(
 
 
 async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcome) -> None:
-    """The n-gram baseline's explanations of the latents that ``explainer`` explained, which count as nobody's."""
+    """Explain the latents that ``explainer`` explained by the n-gram baseline too, without counting them."""
     from autointerp.explaining.explainers.ngram import NgramExplainer
 
     with Journal(task.run.journal_path) as journal:
-        told = journal.explanations(status="ok", draw=0, **identity_of(explainer, Material.of(task.run)))
-    latents = sorted(set(task.latents) & set(told["latent"].tolist()))
+        explained = journal.explanations(status="ok", draw=0, **get_identity(explainer, Material.of(task.run)))
+    latents = sorted(set(task.latents) & set(explained["latent"].tolist()))
     if not latents:
         return
     baseline = Outcome("explain")
     await _explain_run(Task(task.run, latents), NgramExplainer(), 1, baseline, "explain by n-grams")
-    lost = (baseline.failures + baseline.left_out).items()
-    outcome.notes += [f"{task.run.name}: {n} latents without an n-gram baseline: {why}" for why, n in lost]
+    failed = (baseline.failures + baseline.left_out).items()
+    outcome.notes += [f"{task.run.name}: {n} latents without an n-gram baseline: {why}" for why, n in failed]
 
 
-def identity_of(explainer: Explainer, material: Material) -> dict[str, Any]:
-    """What all of an explainer's explanations from one run's contexts have in common in the journal."""
+def get_identity(explainer: Explainer, material: Material) -> dict[str, Any]:
+    """Return the journal columns shared by all of an explainer's explanations from one run's contexts."""
     return {
         "explainer": explainer.name,
         "settings_hash": digest({"explainer": explainer.settings_hash, "material": material.digest}),
@@ -206,16 +203,16 @@ async def _explain_run(
     task: Task, explainer: Explainer, concurrency: int, outcome: Outcome, doing: str = "explain"
 ) -> None:
     material = Material.of(task.run)
-    same = identity_of(explainer, material)
+    same = get_identity(explainer, material)
     with Journal(task.run.journal_path) as journal, journal.claim():
         if task.draw is not None:
-            record(task.run, task.draw, same)
+            store_draw(task.run, task.draw, same)
         stored = journal.explanations(status="ok", draw=0, **same)
-        # In an order that says nothing of a latent, so that what is done when a budget ends is a fair sample as well.
+        # In a random order, so that the latents done when a budget ends are a fair sample.
         todo = sorted(set(task.latents) - set(stored["latent"].tolist()), key=lambda x: permanent_number(0, x))
         before = len(task.latents) - len(todo)
         if before:
-            say(f"{task.run.name}: {before} of {len(task.latents)} latents were explained before")
+            say(f"{task.run.name}: {before} of {len(task.latents)} latents already have an explanation")
 
         async def explain_one(latent: int) -> None:
             contexts = material.sampler.explaining(latent)

@@ -1,4 +1,4 @@
-"""What one `explain` or `score` did: counts, failures with their reasons, and what comes next."""
+"""Summarise one `explain` or `score`: counts, failures with their reasons, and the next command."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any
 
 @dataclass
 class Outcome:
-    """What one command did, summed over its runs."""
+    """The result of one command, summed over its runs."""
 
     stage: str
     runs: list[str] = field(default_factory=list)
     backend: str = ""
     n_done: int = 0
-    """Latents that now have what was asked for, those of earlier calls included."""
+    """Latents that now have a result, including those of earlier calls."""
     n_new: int = 0
-    """Of these, done by this call."""
+    """Of these, the ones of this call."""
     failures: Counter[str] = field(default_factory=Counter)
-    """Reason → latents that failed for it, so that asking again may mend it."""
+    """Reason → latents that failed; asking again may succeed."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Reason → latents that there was nothing to ask about, whoever asks again: no failures of this command."""
+    """Reason → latents with nothing to ask about; not failures."""
     retry: str = ""
-    """The command that asks again only what failed: the one that was typed. Empty in a notebook."""
+    """The typed command, which asks again only for what failed. Empty in a notebook."""
     next: str = ""
-    """The command that comes after this one."""
+    """The command for the next stage."""
     notes: list[str] = field(default_factory=list)
     of: str = "latent"
-    """What is counted: latents, or the scores of several scorers."""
+    """The unit of the counts: ``latent``, or the score of several scorers."""
     explained: list[str] = field(default_factory=list)
-    """Of ``runs``, those that are no control SAEs."""
+    """``runs`` without control SAEs."""
     n_controls: int = 0
-    """Of ``n_done``, latents of control SAEs, for which nobody asked by name."""
+    """Of ``n_done``, latents of control SAEs."""
 
     @property
     def n_failed(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from autointerp.contexts.sample_record import Sample, sample_of
+from autointerp.contexts.sample_record import Sample, load_sample
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.setups import TOO_FEW, rows_of, setups_of, wanted_of
@@ -202,7 +202,7 @@ class Study:
 
     def sample_of(self, setup: Mapping[str, Any]) -> Sample | None:
         """Return the same for any set-up of the focus run's scores."""
-        return sample_of(self.focus, setup)
+        return load_sample(self.focus, setup)
 
     def journal(self) -> Told:
         """Read the explanations of the chosen set-up; if nothing is scored yet, the newest.

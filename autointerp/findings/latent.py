@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from autointerp.contexts.sample_record import sample_of
+from autointerp.contexts.sample_record import load_sample
 from autointerp.findings.json_values import number, to_json
 from autointerp.findings.reliability import reliability_findings, verdicts_of
 from autointerp.journal.journal import Journal
@@ -247,7 +247,7 @@ def reliability_of(run: Run, latent: int | None = None) -> list[dict[str, Any]]:
         rows = rows_of(table, setup)
         own = rows[(rows["control"] == "none") & (rows["status"] == "ok")]
         if latent is None or latent in set(own["latent"]):
-            figures = reliability_findings(rows, verdicts_of(run, rows, setup), sample_of(run, setup))
+            figures = reliability_findings(rows, verdicts_of(run, rows, setup), load_sample(run, setup))
             unknown = {"value": None, "interval": None, "n": 0}
             found.append(to_json({**setup, "precision": precision_of(rows), **(figures or unknown)}))
     return found

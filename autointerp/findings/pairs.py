@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from autointerp.contexts.sample_record import sample_of
+from autointerp.contexts.sample_record import load_sample
 from autointerp.findings.evidence import Study
 from autointerp.findings.relation import Part, pooled_findings
 from autointerp.findings.reliability import verdicts_of
@@ -121,7 +121,7 @@ def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | No
             latents, is_focus = study.latents_of(run), run.name == study.focus.name
             if "firing_frequency" in latents:
                 verdicts = of_focus if is_focus else verdicts_of(run, rows, setup)
-                sample = study.sample() if is_focus else sample_of(run, setup)
+                sample = study.sample() if is_focus else load_sample(run, setup)
                 parts.append(Part(run.name, rows, latents, verdicts, units[run.name], sample))
     return pooled_findings(parts)
 

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from autointerp.explaining.patterns import brief
+from autointerp.explaining.patterns import shorten
 from autointerp.report import blocks, dictionaries, sharing
 from autointerp.report.layout import (
     ACCENT,
@@ -238,7 +238,7 @@ def _side(side: Found, name: str) -> list[Text]:
     score = side["score"]
     told = "not scored" if score is None else f"score {_estimate(score, 2)}"
     text = side["explanation"]
-    words = shown(brief(text)) if text is not None else shown(f"({side['without_explanation']})", QUIET)
+    words = shown(shorten(text)) if text is not None else shown(f"({side['without_explanation']})", QUIET)
     return [Text(f"{name} {side['latent']}", "bold"), Text(fires, QUIET), Text(told, QUIET), words]
 
 

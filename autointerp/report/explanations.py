@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from autointerp.explaining.patterns import brief
+from autointerp.explaining.patterns import shorten
 from autointerp.journal.method import CHANCE
 from autointerp.report import blocks, controls
 from autointerp.report.dictionaries import class_label, missing, rate
@@ -357,7 +357,7 @@ def _one(entry: Mapping[str, Any], page: Page) -> RenderableType:
     ]
     head = Text.assemble((f"latent {entry['latent']}", "bold"), "  ", (" · ".join(f for f in facts if f), QUIET))
     words = entry["explanation"]
-    said = shown(brief(words)) if words else Text("(its explanation is not in the journal)", QUIET)
+    said = shown(shorten(words)) if words else Text("(its explanation is not in the journal)", QUIET)
     lines: list[RenderableType] = [head, Padding(said, (0, 0, 0, 2))]
     lines += [context_line(context, page, indent=4) for context in entry["contexts"]]
     if not entry["contexts"]:

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from autointerp.explaining.patterns import brief
+from autointerp.explaining.patterns import shorten
 from autointerp.report import blocks
 from autointerp.report.controls import NEGATIVES
 from autointerp.report.dictionaries import rate
@@ -212,7 +212,7 @@ def _matches(found: Latent, page: Page) -> RenderableType:
             score = f"   score {decimal(match['score'], 2)}" if match["score"] is not None else ""
             body += [
                 Text.assemble((head, "bold"), (score, QUIET)),
-                Padding(shown(brief(match["explanation"])), (0, 0, 0, 2)),
+                Padding(shown(shorten(match["explanation"])), (0, 0, 0, 2)),
             ]
     return section(page, title, says, *body)
 

@@ -24,7 +24,7 @@ from typing import Any, cast
 from autointerp.contexts.material import Material
 from autointerp.contexts.sampler import Context
 from autointerp.contexts.selection import Choice
-from autointerp.explaining.explain import identity_of, plan_controls, plan_latents
+from autointerp.explaining.explain import get_identity, plan_controls, plan_latents
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import ModelExplainer
 from autointerp.journal.journal import Journal
@@ -148,7 +148,7 @@ def _of_task(
     material = Material.of(run)
     done: set[int] = set()
     if run.journal_path.exists():
-        same = identity_of(explainer, material)
+        same = get_identity(explainer, material)
         with Journal(run.journal_path) as journal:
             done = set(journal.explanations(status="ok", draw=0, **same)["latent"].tolist()) & set(latents)
     asked.before += len(done)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.contexts.control_saes import beside, first, was_explained
+from autointerp.contexts.control_saes import keep_first, list_control_saes, was_explained
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.judges.base import Judge
@@ -44,7 +44,7 @@ class Part:
 
     def explanations(self, journal: Journal) -> pd.DataFrame:
         """Those that are to be scored, whoever's they are."""
-        return first(journal.explanations(status="ok"), self.at_most)
+        return keep_first(journal.explanations(status="ok"), self.at_most)
 
     def readable(self, journal: Journal, judge: Judge) -> pd.DataFrame:
         """Those that are the judge's.
@@ -72,9 +72,9 @@ def parts_of(
     if not found:
         explain = command(root, "explain")
         raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `{explain}`")
-    controls = [run for run in beside(found) if was_explained(run)]
+    controls = [run for run in list_control_saes(found) if was_explained(run)]
     if named is None:
-        controls = [run for run in beside([r for r in found if not r.is_control]) if was_explained(run)]
+        controls = [run for run in list_control_saes([r for r in found if not r.is_control]) if was_explained(run)]
     names = {run.name for run in controls}
     parts = [Part(run, n_swapped) for run in found if run.name not in names]
     if control_sae_latents != 0:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from autointerp.contexts.control_saes import beside, was_explained
+from autointerp.contexts.control_saes import list_control_saes, was_explained
 from autointerp.contexts.material import Material
 from autointerp.contexts.sampler import Context
 from autointerp.explaining.outcome import Outcome
@@ -90,12 +90,12 @@ def open_judge(
 
 def _with_explanations(runs: Sequence[Run], options: LlmOptions, servers: OneServer | None) -> list[Run]:
     from autointerp.contexts.selection import Choice
-    from autointerp.explaining.explain import begun_path, explain_runs
+    from autointerp.explaining.explain import explain_runs, get_marker_path
 
     for run in runs:
-        if begun_path(run).exists() or not was_explained(run):
+        if get_marker_path(run).exists() or not was_explained(run):
             say(f"{run.name}: not explained yet, doing that first (200 latents)")
-            begun_path(run).touch()
+            get_marker_path(run).touch()
             explain_runs([run], Choice(), "auto", options, servers=servers)
     return list(runs)
 
@@ -129,7 +129,7 @@ async def _score(
 
 def _without_controls(runs: Sequence[Run]) -> list[str]:
     """A sentence for control SAEs that are there and not explained, so that there was nothing to score of them."""
-    lacking = [run for run in beside(runs) if not was_explained(run)]
+    lacking = [run for run in list_control_saes(runs) if not was_explained(run)]
     if not lacking:
         return []
     names = ", ".join(run.name for run in lacking)

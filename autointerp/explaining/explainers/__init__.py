@@ -1,4 +1,4 @@
-"""From activating contexts to one plain sentence. Each file is one way of doing it; ``base`` is what they share."""
+"""Explainers, one file each: activating contexts in, one plain sentence out. ``base`` holds the interface."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ if TYPE_CHECKING:
     from autointerp.explaining.explainers.base import Explainer
 
 EXPLAINERS: Registry[Explainer] = Registry(__name__, "explainer")
-"""Every explainer by its name on the command line and in the journal."""
+"""All explainers by their name on the command line and in the journal."""

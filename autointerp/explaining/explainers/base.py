@@ -1,8 +1,8 @@
-"""What every explainer is: activating contexts in, one plain sentence out, or the reason why there is none.
+"""The interface of an explainer: activating contexts in, one plain sentence out, or the reason why there is none.
 
-An explanation is plain text because text is all a judge may have. Whatever an explainer knows and does not
-write down (activations, the latent's number, the contexts themselves) is lost, and that loss is the point: the
-score says how much of the latent's behaviour the words alone carry.
+An explanation is plain text because the judge gets nothing else. Everything an explainer knows and does not write down
+(activations, the latent's index, the contexts) is lost on purpose: the score measures how much of the behaviour the
+words alone carry.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One sentence about a latent, or why there is none; never both and never neither."""
+    """One sentence about a latent, or the reason why there is none."""
 
     text: str | None
-    """The explanation, one line. ``None`` when it failed."""
+    """One line; ``None`` for a failure."""
     failure: str | None = None
-    """The reason in one line, when there is no text."""
+    """The reason in one line, if there is no text."""
     usage: Usage = field(default_factory=Usage)
-    """What this explanation cost; nothing for an explainer that asks no model."""
+    """The cost; nothing for an explainer that asks no model."""
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.failure is None):
@@ -38,36 +38,36 @@ class Explanation:
 
 
 class Explainer(Method, Protocol):
-    """A way of explaining. One that asks no model is made without arguments; else see :class:`ModelExplainer`."""
+    """A way of explaining. If it asks no model, it is created without arguments; else see :class:`ModelExplainer`."""
 
     @property
     def needs_background(self) -> int:
-        """How many contexts in which the latent is silent :meth:`explain` wants."""
+        """Number of silent contexts that :meth:`explain` needs."""
         ...
 
     async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:
-        """Say in one line what ``contexts`` have in common, in which the latent fires.
+        """Explain in one line what ``contexts``, in which the latent fires, have in common.
 
-        ``latent`` only names the work (logs, errors); it never reaches a model. What goes wrong with this one
-        latent comes back as a failure; what would go wrong with every latent (no server, a refused key) is raised
-        as :class:`sae.common.errors.UserError`.
+        ``latent`` is for logs and errors and never reaches a model. A problem with this latent is returned as a
+        failure; one that every latent would have (no server, a refused key) is raised as
+        :class:`sae.common.errors.UserError`.
         """
         ...
 
 
 class ModelExplainer(Explainer, Protocol):
-    """An explainer that asks a language model: how it is made, and what it would send."""
+    """An explainer that asks a language model."""
 
     @classmethod
     async def open(cls, client: LlmClient, options: LlmOptions) -> Self:
-        """One that asks ``client``, whose model is checked before anything is asked."""
+        """Create an explainer that asks ``client``."""
         ...
 
     @classmethod
     def plan(cls, client: LlmClient, options: LlmOptions) -> tuple[Self, list[str]]:
-        """As :meth:`open`, but sends nothing, for ``--dry-run``; and what is not known therefore, in sentences."""
+        """Create one for ``--dry-run`` without sending anything, and list what is therefore unknown, in sentences."""
         ...
 
     def request(self, contexts: Sequence[Context]) -> Request:
-        """What is sent for ``contexts``."""
+        """Return the request for ``contexts``."""
         ...

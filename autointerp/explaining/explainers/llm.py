@@ -1,8 +1,8 @@
 """Explain a latent by showing a language model where it fires (after Paulo et al. 2024, arXiv 2410.13928).
 
-The model sees text with the firing pieces marked and nothing else: no activations, no number of the latent. Its
-answer ends in one line, ``[EXPLANATION]: …``. An answer without that line is a failure, not an explanation, for
-a sentence made up in its place would be scored like any other.
+The model sees text with the firing pieces marked and nothing else: no activations, no index of the latent. Its answer
+ends in one line, ``[EXPLANATION]: …``. An answer without that line is a failure, because a made-up sentence would be
+scored like any other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from autointerp.contexts.marking import choose_marks, marked_text
+from autointerp.contexts.marking import choose_marks, mark_text
 from autointerp.explaining.explainers.base import Explanation
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from autointerp.llm.options import LlmOptions
 
 LONGEST = 1500
-"""An explanation longer than this, in characters, is no sentence."""
+"""Most characters of an explanation."""
 
 _FORMAT = 1  # part of the settings hash: raise it when the same contexts would be written out differently
 _LINE = re.compile(r"^[\s*_#>`]*\[?\s*explanation\s*\]?[\s*_`]*:[\s*_`]*", re.IGNORECASE | re.MULTILINE)
@@ -35,11 +35,9 @@ _LEFT_MARK = re.compile(r"""["'“”]?(?:<<(\S(?:[^<>\n]*\S)?)>>|[⟦⦃](\S(?:
 class LlmExplainer:
     """An :class:`autointerp.explaining.explainers.base.Explainer` that asks a language model.
 
-    :param client: the model; checked before the first question.
-    :param draw: which of several independent explanations this object writes. Draws differ only at a
-        ``temperature`` above zero.
+    :param draw: number of this one of several independent explanations, which differ if ``temperature`` is above 0.
     :param threshold: tokens above this share of a context's peak activation are marked.
-    :param max_tokens: room for the answer, thinking included; doubled for answers that were cut off.
+    :param max_tokens: of the answer, thinking included; doubled for answers that were cut off.
     """
 
     name = "llm"
@@ -65,12 +63,10 @@ class LlmExplainer:
 
     @classmethod
     async def open(cls, client: LlmClient, options: LlmOptions) -> Self:  # noqa: ARG003
-        """See :meth:`autointerp.explaining.explainers.base.ModelExplainer.open`."""
         return cls(client)
 
     @classmethod
     def plan(cls, client: LlmClient, options: LlmOptions) -> tuple[Self, list[str]]:  # noqa: ARG003
-        """See :meth:`autointerp.explaining.explainers.base.ModelExplainer.plan`."""
         return cls(client), []
 
     @property
@@ -79,11 +75,11 @@ class LlmExplainer:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the model's servers have turned out to be able to do."""
+        """What the model's servers can do, as far as it is known."""
         return self._client.capabilities
 
     async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:  # noqa: ARG002
-        """One sentence for ``contexts``; ``latent`` and ``background`` are not shown to the model."""
+        """Ask for one sentence about ``contexts``; ``latent`` and ``background`` are not shown to the model."""
         if not contexts:
             return Explanation(None, "no contexts to explain from")
         try:
@@ -93,9 +89,9 @@ class LlmExplainer:
         return Explanation(text, usage=answer.usage)
 
     def request(self, contexts: Sequence[Context]) -> Request:
-        """What is sent for ``contexts``."""
+        """Return the request for ``contexts``."""
         opening, closing = choose_marks([context.text for context in contexts])
-        snippets = [marked_text(c.tokens, c.marked(self._threshold), opening, closing) for c in contexts]
+        snippets = [mark_text(c.tokens, c.marked(self._threshold), opening, closing) for c in contexts]
         return Request(
             self._conversation.messages(opening=opening, closing=closing, snippets=snippets),
             max_tokens=self._max_tokens,
@@ -106,15 +102,15 @@ class LlmExplainer:
 
 
 def parse_explanation(answer: Answer) -> str:
-    """The sentence after the last ``[EXPLANATION]:``, on one line, without marks that leaked into it.
+    """Return the sentence after the last ``[EXPLANATION]:``, on one line and without leftover marks.
 
-    :raises AnswerFailed: there is no such line, or nothing to use in it.
+    :raises AnswerFailed: there is no such line, or it is empty or too long.
     """
     text = without_thinking(answer.text)
     *_, last = itertools.chain([None], _LINE.finditer(text))
     if last is None:
         raise AnswerFailed("the answer has no line that begins with [EXPLANATION]:")
-    # One paragraph at most: what follows a blank line is comment on the answer.
+    # One paragraph: text after a blank line is a comment on the answer.
     paragraph = re.split(r"\n\s*\n", text[last.end() :].strip(), maxsplit=1)[0]
     sentence = " ".join(paragraph.split()).strip("*_` ")
     sentence = _LEFT_MARK.sub(lambda found: f'"{found[1] or found[2]}"', sentence)

@@ -26,7 +26,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from autointerp.contexts.marking import choose_marks, marked_text
+from autointerp.contexts.marking import choose_marks, mark_text
 from autointerp.journal.usage import Usage
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
@@ -327,7 +327,7 @@ def _written(contexts: Sequence[Context], marked: bool) -> tuple[list[str], dict
     for context in contexts:
         if context.marks is None:
             raise ValueError(f"window {context.window} has no marks to judge")
-        texts.append(marked_text(context.tokens, context.marks, opening, closing))
+        texts.append(mark_text(context.tokens, context.marks, opening, closing))
     return texts, {"opening": opening, "closing": closing}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from autointerp.explaining.patterns import LONGEST_RUN, parse
+from autointerp.explaining.patterns import LONGEST_RUN, parse_sentence
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.judges.base import Judgement
 from sae.common.files import digest
@@ -41,10 +41,10 @@ class NgramJudge:
 
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
         """P(active) for each context (on a marked token, where asked about these); active from one half on."""
-        patterns = parse(explanation_text)
+        patterns = parse_sentence(explanation_text)
         if patterns is None:
             reason = "the explanation is not an n-gram sentence; judge it with an LLM"
             return [Judgement(None, None, reason) for _ in contexts]
-        costs = patterns.costs()
-        chances = [patterns.probability(c.tokens, costs, c.marks if self._marked else None) for c in contexts]
+        costs = patterns.compute_costs()
+        chances = [patterns.compute_probability(c.tokens, costs, c.marks if self._marked else None) for c in contexts]
         return [Judgement(p, p >= 0.5) for p in chances]

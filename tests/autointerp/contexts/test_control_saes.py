@@ -12,9 +12,9 @@ import pytest
 from fake_server import FakeServer, error, sensible
 from tiny_study import harvested_study
 
-from autointerp.contexts.control_saes import sample_of, sample_size
+from autointerp.contexts.control_saes import choose_sample_size, draw_control_latents
 from autointerp.contexts.material import Material
-from autointerp.contexts.selection import Choice, choose
+from autointerp.contexts.selection import Choice, choose_latents
 from autointerp.explaining.explain import explain_runs
 from autointerp.explaining.outcome import Outcome
 from autointerp.findings.study import findings_of
@@ -137,7 +137,7 @@ def test_as_many_as_are_asked_for(run: Run) -> None:
 def test_the_number_that_nobody_named(
     choice: Choice, asks_model: bool, asked: int | None, n_of_run: int, size: int
 ) -> None:
-    assert sample_size(choice, asks_model, asked, n_of_run) == size
+    assert choose_sample_size(choice, asks_model, asked, n_of_run) == size
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 32])
@@ -145,7 +145,7 @@ def test_the_sample_is_the_one_that_explain_would_take(run: Run, n: int) -> None
     for control in find_controls(run).values():
         table = Material.of(control).eligibility()
         eligible = table["latent"][table["eligible"]].tolist()
-        assert sample_of(control, n) == choose(control, pd.DataFrame(), eligible, Choice(n=n))
+        assert draw_control_latents(control, n) == choose_latents(control, pd.DataFrame(), eligible, Choice(n=n))
 
 
 def test_without_names_they_are_scored_as_controls(run: Run) -> None:
@@ -167,7 +167,7 @@ def test_controls_that_were_not_harvested_are(run: Run) -> None:
     assert explain(run).runs == NAMES
 
 
-def test_a_control_without_contexts_enough_is_told_and_stops_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_control_without_enough_contexts_stops_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from autointerp.contexts.sampler import ContextSampler
 
     real = ContextSampler.eligible
@@ -179,7 +179,7 @@ def test_a_control_without_contexts_enough_is_told_and_stops_nothing(run: Run, m
     monkeypatch.setattr(ContextSampler, "eligible", eligible)
     outcome = explain(run)
     assert outcome.n_done == 2 * N
-    assert any("run-frozen_a" in note and "no latent has contexts enough" in note for note in outcome.notes)
+    assert any("run-frozen_a" in note and "no latent has enough contexts" in note for note in outcome.notes)
 
 
 # --- a language model --------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_the_budget_holds_for_them_too(run: Run) -> None:
     with FakeServer() as server:
         with pytest.raises(BudgetSpent) as caught:
             explain(run, server=server, budget=Budget(tokens=3500))
-        assert f"0 of {N} latents were done" in str(caught.value)
+        assert f"0 of {N} latents are finished" in str(caught.value)
         asked = questions(server)
         assert asked < 3 * N
         explain(run, server=server)

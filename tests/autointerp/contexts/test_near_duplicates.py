@@ -13,7 +13,7 @@ from test_contexts import DenseStore, sampler
 
 from autointerp.contexts import near_duplicates as near
 from autointerp.contexts.material import Material
-from autointerp.contexts.near_duplicates import groups_of, near_duplicates
+from autointerp.contexts.near_duplicates import group_windows, load_groups
 from sae.common.files import table_metadata
 from sae.firings.store import mix_bits
 from sae.study.run import Run
@@ -50,7 +50,7 @@ def test_groups_are_the_components_of_all_pairs(seed: int, changed: int, thresho
     rng = np.random.default_rng(seed)
     tokens = np.concatenate([headers(6, seed + i, changed) for i in range(4)] + [rng.integers(1, 40, (16, W))])
     tokens = tokens[rng.permutation(len(tokens))]
-    found = near_duplicates(store_of(tokens), threshold)  # type: ignore[arg-type]
+    found = group_windows(store_of(tokens), threshold)  # type: ignore[arg-type]
     n = len(tokens)
     near_to = np.array([[jaccard(a, b) for b in tokens] for a in tokens])
     reach = np.linalg.matrix_power((near_to >= threshold).astype(float), n) > 0
@@ -67,7 +67,7 @@ def test_pairs_just_above_the_threshold_are_found_and_those_just_below_are_not_j
     rows[1::2, 10] += 10**6  # seven of the 28 5-grams differ
     assert jaccard(rows[0], rows[1]) == pytest.approx(21 / 35)
     for threshold, least, most in ((0.6, 0.98, 1.0), (0.61, 0.0, 0.0)):
-        found = near_duplicates(store_of(rows), threshold).reshape(-1, 2)  # type: ignore[arg-type]
+        found = group_windows(store_of(rows), threshold).reshape(-1, 2)  # type: ignore[arg-type]
         assert least <= (found[:, 0] == found[:, 1]).mean() <= most
 
 
@@ -75,7 +75,7 @@ def test_equal_texts_are_one_group_whatever_the_threshold() -> None:
     tokens = np.random.default_rng(0).integers(1, 3, (200, 6))
     store = store_of(tokens)
     for threshold in (0.3, 0.9):
-        found = near_duplicates(store, threshold)  # type: ignore[arg-type]
+        found = group_windows(store, threshold)  # type: ignore[arg-type]
         for a, b in ((0, 1), *np.random.default_rng(1).integers(0, 200, (300, 2)).tolist()):
             if (tokens[a] == tokens[b]).all():
                 assert found[a] == found[b]
@@ -84,8 +84,8 @@ def test_equal_texts_are_one_group_whatever_the_threshold() -> None:
 def test_a_group_keeps_its_name_when_the_harvest_grows() -> None:
     rng = np.random.default_rng(3)
     tokens = np.concatenate([headers(9, i, 1) for i in range(20)])[rng.permutation(180)]
-    before = near_duplicates(store_of(tokens[:120]), 0.4)  # type: ignore[arg-type]
-    after = near_duplicates(store_of(tokens), 0.4)  # type: ignore[arg-type]
+    before = group_windows(store_of(tokens[:120]), 0.4)  # type: ignore[arg-type]
+    after = group_windows(store_of(tokens), 0.4)  # type: ignore[arg-type]
     assert (before == after[:120]).all()
     assert len(np.unique(after)) == 20
 
@@ -99,7 +99,7 @@ def test_no_near_duplicate_is_on_both_sides_nor_twice(seed: int) -> None:
     tokens = tokens[rng.permutation(len(tokens))]
     activations = rng.random((len(tokens), W)) * (rng.random((len(tokens), 1)) < 0.4)
     store = DenseStore(tokens, activations)
-    groups = near_duplicates(store, 0.6)  # type: ignore[arg-type]
+    groups = group_windows(store, 0.6)  # type: ignore[arg-type]
     drawn = sampler(store, groups=groups, n_explain=20, n_active=20, n_inactive=20)
     shown = drawn.explaining(0) + drawn.background(0, 20)
     test = drawn.testing(0)
@@ -124,7 +124,7 @@ def test_sixty_thousand_windows_take_seconds() -> None:
     hashes = store.content()
     store.content = lambda ids=slice(None): hashes[ids]  # type: ignore[method-assign]
     started = time.process_time()
-    found = near_duplicates(store, 0.6)  # type: ignore[arg-type]
+    found = group_windows(store, 0.6)  # type: ignore[arg-type]
     assert time.process_time() - started < 20
     assert len(np.unique(found[30_000:35_000])) == 1
     assert len(np.unique(found)) == 55_000
@@ -133,7 +133,7 @@ def test_sixty_thousand_windows_take_seconds() -> None:
 def test_groups_are_worked_out_once_for_a_harvest(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run.open("run_a", tiny_root)
     store = run.store()
-    first = groups_of(run, store, 0.6)
+    first = load_groups(run, store, 0.6)
     assert first.shape == (store.n_windows,)
     assert len(np.unique(first)) <= len(np.unique(store.content()))
     path = run.firings_folder / "groups.parquet"
@@ -143,9 +143,9 @@ def test_groups_are_worked_out_once_for_a_harvest(tiny_root: Path, monkeypatch: 
         raise AssertionError("worked out again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(near, "near_duplicates", refuse)
-        assert (groups_of(run, store, 0.6) == first).all()
+        patched.setattr(near, "group_windows", refuse)
+        assert (load_groups(run, store, 0.6) == first).all()
         assert (Material.of(run).sampler._groups == first).all()
-        assert (groups_of(run, store, 1.0) == store.content()).all()
+        assert (load_groups(run, store, 1.0) == store.content()).all()
         with pytest.raises(AssertionError):
-            groups_of(run, store, 0.7)
+            load_groups(run, store, 0.7)

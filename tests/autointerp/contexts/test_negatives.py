@@ -145,10 +145,10 @@ def test_what_cannot_be_drawn_is_missing_and_spoils_nothing_else() -> None:
 
 def test_the_top_token_is_where_it_peaks() -> None:
     store = a_store(3)
-    assert sampler(store).top_token(0) == TOP
+    assert sampler(store).find_top_token(0) == TOP
     store.dense[0, :, 0] = 5.0 * (store.dense[0] > 0).any(1)  # now the first token of the window, whatever it is
     store.all_tokens[:, 0] = 3
-    assert sampler(store).top_token(0) == 3
+    assert sampler(store).find_top_token(0) == 3
 
 
 def test_neighbours_are_the_nearest_by_brute_force() -> None:
@@ -161,14 +161,14 @@ def test_neighbours_are_the_nearest_by_brute_force() -> None:
     found = Neighbours(store, lambda: decoder)  # type: ignore[arg-type]
     unit = decoder / np.linalg.norm(decoder, axis=1, keepdims=True)
     ranked = [i for i in np.argsort(-(unit @ unit[0])).tolist() if i not in (0, 11)]
-    assert found.by_direction(0).tolist() == ranked[:NEAREST]
-    assert set(found.by_firing(0)[:3].tolist()) == {1, 2, 3}
+    assert found.find_by_direction(0).tolist() == ranked[:NEAREST]
+    assert set(found.find_by_firing(0)[:3].tolist()) == {1, 2, 3}
     both = found(0).tolist()
     assert len(set(both)) == len(both)
     assert not {0, 11} & set(both)
     assert both[:NEAREST] == ranked[:NEAREST]
     assert {1, 2, 3} <= set(both)
-    assert len(found.by_firing(11)) == 0
+    assert len(found.find_by_firing(11)) == 0
 
 
 def test_a_run_draws_them_from_its_own_weights_and_firings(tiny_root: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_run_draws_them_from_its_own_weights_and_firings(tiny_root: Path) -> N
         silent = {c.window for c in test.hard + test.same_token}
         assert silent
         assert not silent & set(material.store.windows(latent)[0].tolist())
-        near = Neighbours(material.store, material.decoder)(latent).tolist()
+        near = Neighbours(material.store, material.read_decoder)(latent).tolist()
         for context in test.hard:
             there = set(material.store.firing_in([context.window])[1].tolist())
             assert there & set(near)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_negatives import Store, a_store, sampler
 
-from autointerp.contexts.positions import Queue, in_proportion, in_turn, one_by_one
+from autointerp.contexts.positions import Queue, count_in_proportion, count_round_robin, draw_in_turn
 
 N_SLOTS = 4
 Texts = list[tuple[int, int]]
@@ -31,7 +31,7 @@ needs = st.lists(st.integers(0, 6), min_size=N_SLOTS, max_size=N_SLOTS)
 @given(st.lists(texts, max_size=4), needs)
 def test_every_slot_gives_what_it_can_and_the_nearest_make_up_for_it(sources: list[Texts], need: list[int]) -> None:
     queues = [queue(source, 100 * i) for i, source in enumerate(sources)]
-    windows, group = in_turn(queues, np.array(need))
+    windows, group = draw_in_turn(queues, np.array(need))
     where = {100 * i + j: text for i, source in enumerate(sources) for j, text in enumerate(source)}
     assert [where[w][1] for w in windows.tolist()] == group.tolist()
     assert len(set(group.tolist())) == len(group), "no group twice"
@@ -46,32 +46,34 @@ def test_every_slot_gives_what_it_can_and_the_nearest_make_up_for_it(sources: li
 
 
 def test_the_nearest_slot_comes_first() -> None:
-    found, _ = in_turn([queue([(0, 0), (2, 1), (3, 2), (3, 3)])], np.array([0, 2, 0, 0]))
+    found, _ = draw_in_turn([queue([(0, 0), (2, 1), (3, 2), (3, 3)])], np.array([0, 2, 0, 0]))
     assert sorted(found.tolist()) == [0, 1], "slots 0 and 2, both next to slot 1"
 
 
 def test_no_source_speaks_for_all() -> None:
     rich, poor = [(0, i) for i in range(30)], [(0, 100 + i) for i in range(3)]
-    windows, _ = in_turn([queue(rich), queue(poor, 100), queue([(0, 200 + i) for i in range(30)], 200)], np.array([9]))
+    windows, _ = draw_in_turn(
+        [queue(rich), queue(poor, 100), queue([(0, 200 + i) for i in range(30)], 200)], np.array([9])
+    )
     assert Counter((windows // 100).tolist()) == {0: 3, 1: 3, 2: 3}
 
 
 def test_slots_are_those_of_the_activating_contexts() -> None:
-    assert one_by_one(np.array([2, 2, 0]), 7, N_SLOTS).tolist() == [2, 0, 5, 0]
-    for counted in (one_by_one, in_proportion):
+    assert count_round_robin(np.array([2, 2, 0]), 7, N_SLOTS).tolist() == [2, 0, 5, 0]
+    for counted in (count_round_robin, count_in_proportion):
         assert counted(np.array([], np.int64), 7, N_SLOTS).tolist() == [0, 0, 0, 0]
-    assert in_proportion(np.array([2, 0, 2, 0]), 3, N_SLOTS).tolist() == [1, 0, 2, 0], "the first of equals"
-    assert in_proportion(np.array([0, 2, 0, 2]), 3, N_SLOTS).tolist() == [2, 0, 1, 0]
+    assert count_in_proportion(np.array([2, 0, 2, 0]), 3, N_SLOTS).tolist() == [1, 0, 2, 0], "the first of equals"
+    assert count_in_proportion(np.array([0, 2, 0, 2]), 3, N_SLOTS).tolist() == [2, 0, 1, 0]
 
 
 @given(st.lists(st.integers(0, N_SLOTS - 1), min_size=1, max_size=50), st.integers(0, 60))
 def test_shares_of_slots_are_right_to_the_nearest_number(slots: list[int], n: int) -> None:
-    found = in_proportion(np.array(slots), n, N_SLOTS)
+    found = count_in_proportion(np.array(slots), n, N_SLOTS)
     assert found.sum() == n
     exact = np.bincount(slots, minlength=N_SLOTS) * n / len(slots)
     assert (np.abs(found - exact) < 1).all()
     if n == len(slots):
-        assert found.tolist() == one_by_one(np.array(slots), n, N_SLOTS).tolist()
+        assert found.tolist() == count_round_robin(np.array(slots), n, N_SLOTS).tolist()
 
 
 @given(st.integers(0, 10**6), st.integers(0, 2))

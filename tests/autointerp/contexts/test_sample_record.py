@@ -13,9 +13,9 @@ import pytest
 import small_study
 from rich.console import Console
 
-from autointerp.contexts.sample_record import Draw, partners_of, record, sample_of
-from autointerp.contexts.sampling import drawn, strata
-from autointerp.contexts.selection import Choice, draw
+from autointerp.contexts.sample_record import Draw, load_sample, map_to_partners, store_draw
+from autointerp.contexts.sampling import draw_sample, make_strata
+from autointerp.contexts.selection import Choice, draw_latents
 from autointerp.findings.study import findings
 from autointerp.report.terminal import render
 from sae.alignment.alignment import read_alignment
@@ -64,8 +64,8 @@ def runs(tmp_path: Path) -> list[Run]:
 def sampled(runs: list[Run], n: int | None, *, more: list[int] | None = None, **choice: Any) -> Draw:
     """The first run explained and scored as `explain --latents n` and `score` would, with ``more`` named outright."""
     run = runs[0]
-    of = draw(run, overlap_of(runs, run), eligible_of(run), Choice(n=n, **choice))
-    record(run, of, BY)
+    of = draw_latents(run, overlap_of(runs, run), eligible_of(run), Choice(n=n, **choice))
+    store_draw(run, of, BY)
     small_study.scored(run, small_study.explained(run, sorted({*of.latents, *(more or [])})))
     return of
 
@@ -119,7 +119,7 @@ def test_relation_is_of_the_rows_written_out(runs: list[Run]) -> None:
         table.loc[inside[: len(inside) // n * n : n], "drawn"] = True
         table = table.drop(index=inside[len(inside) // n * n :])
     run.stage_path("sample").unlink()
-    record(run, Draw(table, of.about), BY)
+    store_draw(run, Draw(table, of.about), BY)
     small_study.scored(run, small_study.explained(run, [int(x) for x in table["latent"][table["drawn"]]]))
     found = findings(run.root, NAMES)["relation"]
     chosen = table[table["drawn"]].set_index("latent")
@@ -159,7 +159,7 @@ def test_a_census_is_what_it_is_without_a_sample(runs: list[Run]) -> None:
 def test_latents_named_outright_are_in_no_figure(runs: list[Run]) -> None:
     sampled(runs, 60)
     before, scores = findings(runs[0].root, NAMES), dict(own(runs[0]))
-    of = sample_of(runs[0], SETUP)
+    of = load_sample(runs[0], SETUP)
     assert of is not None
     outside = sorted(set(eligible_of(runs[0])) - of.drawn)[:20]
     numbers = small_study.explained(runs[0], sorted({*of.drawn, *outside}))
@@ -180,12 +180,12 @@ def test_what_is_kept_over_the_life_of_a_run(runs: list[Run]) -> None:
     able = eligible_of(run)
 
     def asked(n: int | None, by: dict[str, str] = BY, **choice: Any) -> Draw:
-        of = draw(run, table, able, Choice(n=n, **choice))
-        record(run, of, by)
+        of = draw_latents(run, table, able, Choice(n=n, **choice))
+        store_draw(run, of, by)
         return of
 
     small, large = asked(40), asked(90)
-    kept = sample_of(run, SETUP)
+    kept = load_sample(run, SETUP)
     assert kept is not None
     assert kept.drawn == set(large.latents) > set(small.latents)
     before = run.stage_path("sample").stat().st_mtime_ns
@@ -194,25 +194,25 @@ def test_what_is_kept_over_the_life_of_a_run(runs: list[Run]) -> None:
     assert run.stage_path("sample").stat().st_mtime_ns == before
     # Another explainer has drawn for itself.
     asked(30, BY | {"model": "m"})
-    theirs = sample_of(run, SETUP | {"explainer_model": "m"})
+    theirs = load_sample(run, SETUP | {"explainer_model": "m"})
     assert theirs is not None
     assert len(theirs.drawn) == 30
-    assert sample_of(run, SETUP | {"explainer_model": "other"}) is None
+    assert load_sample(run, SETUP | {"explainer_model": "other"}) is None
     # A part of the population adds nothing to the whole of it.
     unshared = asked(50, sharing="unshared")
-    kept = sample_of(run, SETUP)
+    kept = load_sample(run, SETUP)
     assert kept is not None
     assert kept.drawn == set(large.latents)
     assert len(table_metadata(run.stage_path("sample"))["draws"]) == 3
     # The unshared of today, not of when another seed had not been trained: the newest of a filter counts alone.
-    less = draw(run, table, sorted(set(able) - set(unshared.latents[:1])), Choice(n=20, sharing="unshared"))
-    record(run, less, BY)
+    less = draw_latents(run, table, sorted(set(able) - set(unshared.latents[:1])), Choice(n=20, sharing="unshared"))
+    store_draw(run, less, BY)
     assert len(table_metadata(run.stage_path("sample"))["draws"]) == 3
     # Where both parts were drawn from and the whole was not, they are the whole.
     by = BY | {"settings_hash": "x"}
     asked(50, by, sharing="unshared")
     shared = asked(70, by, sharing="shared")
-    both = sample_of(run, SETUP | {"explain_settings_hash": "x"})
+    both = load_sample(run, SETUP | {"explain_settings_hash": "x"})
     assert both is not None
     assert both.population == len(able)
     assert both.drawn == set(unshared.latents) | set(shared.latents)
@@ -224,23 +224,23 @@ def test_what_is_kept_over_the_life_of_a_run(runs: list[Run]) -> None:
 def test_partners_are_drawn_where_their_latents_are(runs: list[Run]) -> None:
     run, sibling = runs[:2]
     table = overlap_of(runs, run)
-    of = draw(run, table, eligible_of(run), Choice(n=60))
+    of = draw_latents(run, table, eligible_of(run), Choice(n=60))
     able = set(eligible_of(sibling))
     column = table.sort_values("latent")["decoder_partner__run_b"].to_numpy()
-    theirs = partners_of(of, run.name, column, able)
+    theirs = map_to_partners(of, run.name, column, able)
     assert set(theirs.table["latent"]) == {int(column[x]) for x in of.table["latent"]} & able
     assert set(theirs.latents) == {int(column[x]) for x in of.latents} & able
     back = {int(column[x]): x for x in of.table["latent"]}
     mine = of.table.set_index("latent")
     for row in theirs.table.itertuples():
         assert row.probability == mine.loc[back[int(str(row.latent))], "probability"]
-    record(sibling, theirs, BY)
-    kept = sample_of(sibling, SETUP)
+    store_draw(sibling, theirs, BY)
+    kept = load_sample(sibling, SETUP)
     assert kept is not None
     assert kept.draws[0].about["partners_of"] == "run_a"
     # Both sides scored: latents and partners are one observation, in the stratum of the first run's.
     for one, chosen in ((run, of), (sibling, theirs)):
-        record(one, chosen, BY)
+        store_draw(one, chosen, BY)
         small_study.scored(one, small_study.explained(one, chosen.latents))
     pooled = findings(run.root, NAMES)["relation"]["pooled"]
     assert pooled["weighted"]
@@ -273,6 +273,6 @@ def test_the_report_says_what_the_figures_stand_for(runs: list[Run]) -> None:
 
 
 def test_a_population_of_one() -> None:
-    table = drawn([7], strata([0.1]), 3)
+    table = draw_sample([7], make_strata([0.1]), 3)
     assert table["weight"].tolist() == [1.0]
-    assert drawn([], strata([]), 3).empty
+    assert draw_sample([], make_strata([]), 3).empty

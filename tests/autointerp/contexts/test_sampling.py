@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from autointerp.contexts.sampling import allocation, drawn, strata, weights_of
+from autointerp.contexts.sampling import allocate, compute_weights, draw_sample, make_strata
 from autointerp.findings.statistics.correlation import quantiles
 from autointerp.findings.statistics.estimation import Estimator, known_of_quantile
 from autointerp.findings.statistics.resampling import Resamples
@@ -27,7 +27,7 @@ def population(size: int, seed: int = 0, *, aligned: bool = True) -> tuple[np.nd
 
 
 def sample(size: int, n: int | None, seed: int = 0, *, aligned: bool = True) -> pd.DataFrame:
-    return drawn(range(size), strata(*population(size, seed, aligned=aligned)), n, seed)
+    return draw_sample(range(size), make_strata(*population(size, seed, aligned=aligned)), n, seed)
 
 
 @given(sizes, st.integers(1, 140), st.integers(1, 140), st.integers(0, 99), st.booleans())
@@ -49,12 +49,12 @@ def test_weights_sum_to_the_population_whatever_is_done(size: int, n: int, seed:
     rng = np.random.default_rng(seed)
     chosen = set(table["latent"][table["drawn"]])
     done = {latent for latent in chosen if rng.random() < share} | {size + 5}
-    weights = weights_of(table, done)
+    weights = compute_weights(table, done)
     assert set(weights.index) == done & chosen
     if len(weights):
         assert weights["weight"].sum() == pytest.approx(size)
         assert np.allclose(weights["fraction"] * weights["weight"], 1)
-    assert (weights_of(sample(size, None, seed), set(range(size)))["weight"] == 1).all()
+    assert (compute_weights(sample(size, None, seed), set(range(size)))["weight"] == 1).all()
 
 
 def test_small_cells_are_drawn_from_at_a_higher_rate() -> None:
@@ -73,10 +73,10 @@ def test_small_cells_are_drawn_from_at_a_higher_rate() -> None:
 def test_no_stratum_ever_loses_one(held: list[int], data: st.DataObject) -> None:
     of = np.array(held)
     start = np.array([data.draw(st.integers(0, min(n, 3))) for n in held])
-    before = allocation(of, int(start.sum()), start)
+    before = allocate(of, int(start.sum()), start)
     assert (before == start).all()
     for n in range(int(start.sum()) + 1, int(of.sum()) + 1):
-        taken = allocation(of, n, start)
+        taken = allocate(of, n, start)
         assert taken.sum() == n
         assert (before <= taken).all()
         assert (taken <= of).all()
@@ -102,11 +102,11 @@ def test_figures_are_unbiased_over_draws(n: int) -> None:
     rng = np.random.default_rng(1)
     score = 0.6 + 0.2 * similarity**2 + 0.03 * np.log(frequency) + rng.normal(0, 0.05, 600)
     truth = figures(score, similarity)
-    cells, rounds = strata(frequency, similarity), 300
+    cells, rounds = make_strata(frequency, similarity), 300
     weighted, plain = np.empty((rounds, FIGURES)), np.empty((rounds, FIGURES))
     for seed in range(rounds):
-        table = drawn(range(600), cells, n, seed)
-        weights = weights_of(table, set(range(600)))
+        table = draw_sample(range(600), cells, n, seed)
+        weights = compute_weights(table, set(range(600)))
         chosen = weights.index.to_numpy()
         weighted[seed] = figures(score[chosen], similarity[chosen], weights["weight"].to_numpy())
         plain[seed] = figures(score[chosen], similarity[chosen])
@@ -121,11 +121,11 @@ def test_figures_are_unbiased_over_draws(n: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_latent_is_drawn_as_often_as_its_probability_says(seed: int) -> None:
-    cells = strata(*population(80, seed))
+    cells = make_strata(*population(80, seed))
     rounds, n = 600, 30
     counted, promised = np.zeros(80), np.zeros(80)
     for draw in range(rounds):
-        table = drawn(range(80), cells, n, 1000 * seed + draw)
+        table = draw_sample(range(80), cells, n, 1000 * seed + draw)
         counted += table["drawn"]
         promised += table["probability"]
     assert np.allclose(counted / rounds, promised / rounds, atol=4.5 * np.sqrt(0.25 / rounds))
@@ -157,7 +157,7 @@ def test_integer_weights_are_rows_written_out_and_scale_is_nothing(data: st.Data
 
 
 def of_table(table: pd.DataFrame, done: set[int]) -> Estimator:
-    return Estimator(weights_of(table, done))
+    return Estimator(compute_weights(table, done))
 
 
 def test_a_census_is_the_unweighted_figure_and_as_sure_as_its_scores() -> None:
@@ -192,13 +192,13 @@ def test_intervals_hold_what_all_latents_would_give(n: int, noise: float, monkey
     similarity = np.nan_to_num(np.asarray(similarity, float))
     true = 0.65 + 0.1 * similarity + 0.02 * np.log(frequency) + rng.normal(0, 0.07, 400)
     shared = similarity > 0.3
-    cells, rounds = strata(frequency, similarity), 200
+    cells, rounds = make_strata(frequency, similarity), 200
     again = [rank_correlation(true + rng.normal(0, noise, 400), similarity) for _ in range(200)]
     truths = true.mean(), true[shared].mean(), float(np.mean(again))
     covered, width = np.zeros(3), np.zeros(3)
     for seed in range(rounds):
         measured = pd.Series(true + rng.normal(0, noise, 400))
-        weights = weights_of(drawn(range(400), cells, n, seed), set(range(400)))
+        weights = compute_weights(draw_sample(range(400), cells, n, seed), set(range(400)))
         of, chosen = Estimator(weights), weights.index
         error = pd.Series(np.full(400, noise**2))
         inside = chosen[shared[chosen]]
@@ -231,12 +231,12 @@ def test_intervals_hold_the_quartiles_of_all_measured_scores(
     monkeypatch.setattr("autointerp.findings.statistics.resampling.RESAMPLES", 250)
     rng = np.random.default_rng(n)
     frequency, similarity = population(400, 2)
-    true, cells, rounds = 0.7 + rng.normal(0, 0.1, 400), strata(frequency, similarity), 200
+    true, cells, rounds = 0.7 + rng.normal(0, 0.1, 400), make_strata(frequency, similarity), 200
     at = [0.25, 0.5, 0.75]
     truths = np.mean([np.quantile(true + rng.normal(0, noise, 400), at) for _ in range(1000)], axis=0)
     covered = np.zeros(3)
     for seed in range(rounds):
-        weights = weights_of(drawn(range(400), cells, n, seed), set(range(400)))
+        weights = compute_weights(draw_sample(range(400), cells, n, seed), set(range(400)))
         measured = pd.Series(true + rng.normal(0, noise, 400))[weights.index]
         found = Estimator(weights).quartiles(measured, pd.Series(noise**2, weights.index))
         covered += [e.low <= truth <= e.high for e, truth in zip(found, truths, strict=True)]
@@ -284,7 +284,7 @@ def test_failures_take_their_place_with_them() -> None:
     can = pd.Series(np.arange(500) % 3 > 0)
     means = []
     for seed in range(200):
-        table = drawn(range(500), strata(np.arange(500) ** 2.0 + 1), 60, seed)
+        table = draw_sample(range(500), make_strata(np.arange(500) ** 2.0 + 1), 60, seed)
         of = of_table(table, set(range(500)))
         good = score[of.sample.index][can[of.sample.index]]  # type: ignore[union-attr]
         means.append(of.mean(good).value if seed < 3 else of.plain_mean(good))

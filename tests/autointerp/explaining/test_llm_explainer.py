@@ -11,7 +11,7 @@ from fake_server import FakeServer, Reply, error, snippets_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autointerp.contexts.marking import MARKS, choose_marks, marked_text
+from autointerp.contexts.marking import MARKS, choose_marks, mark_text
 from autointerp.contexts.sampler import Context
 from autointerp.explaining.explainers.base import Explainer, Explanation
 from autointerp.explaining.explainers.llm import LlmExplainer, parse_explanation
@@ -99,7 +99,7 @@ def test_text_with_marks_of_its_own_gets_others() -> None:
     ],
 )
 def test_how_marks_are_set(tokens: list[str], marked: str, written: str) -> None:
-    assert marked_text(tokens, [flag == "1" for flag in marked], "<<", ">>") == written
+    assert mark_text(tokens, [flag == "1" for flag in marked], "<<", ">>") == written
 
 
 @given(
@@ -109,7 +109,7 @@ def test_how_marks_are_set(tokens: list[str], marked: str, written: str) -> None
 @settings(max_examples=150, deadline=None)
 def test_without_marks_it_is_the_text_again(pairs: list[tuple[str, bool]], marks: tuple[str, str]) -> None:
     tokens, flags = [t for t, _ in pairs], [f for _, f in pairs]
-    written = marked_text(tokens, flags, *marks)
+    written = mark_text(tokens, flags, *marks)
     plain = written.replace(marks[0], "").replace(marks[1], "")
     assert plain.translate(str.maketrans("⏎⇥␣", "\n\t ")) == "".join(tokens)
     assert written.count(marks[0]) == written.count(marks[1]) <= sum(flags)

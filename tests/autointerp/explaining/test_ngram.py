@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autointerp.contexts.sampler import Context
-from autointerp.explaining.explainers.ngram import NgramExplainer, NgramSettings
-from autointerp.explaining.ngram_counts import Positions, search
-from autointerp.explaining.patterns import Pattern, Patterns, bounded, brief, parse, quoted, rounded
+from autointerp.explaining.explainers.ngram import NgramExplainer, NgramSettings, Positions, search_patterns
+from autointerp.explaining.patterns import Pattern, Patterns, bound, parse_sentence, quote, round_to_written, shorten
 from autointerp.scoring.judges.ngram import NgramJudge
 
 NASTY = [
@@ -36,7 +35,7 @@ NASTY += ["\u200b", "\ufeff", "\u0301", "\u00a0", "👩‍👩‍👧", "é", "�
 TOKENS = st.one_of(
     st.text(min_size=1, max_size=6), st.sampled_from(NASTY), st.lists(st.sampled_from(NASTY)).map("".join)
 )
-CHANCES = st.floats(1e-4, 0.98).map(bounded)
+CHANCES = st.floats(1e-4, 0.98).map(bound)
 
 
 def context(tokens: list[str], activations: list[float] | None = None, window: int = 0) -> Context:
@@ -62,15 +61,15 @@ def accuracy(sentence: str, contexts: list[Context]) -> float:
 @st.composite
 def any_patterns(draw: st.DrawFn) -> Patterns:
     texts = draw(st.lists(TOKENS.filter(bool), max_size=8, unique=True))
-    lifts = st.floats(0.001, 1000).map(rounded)
+    lifts = st.floats(0.001, 1000).map(round_to_written)
     return Patterns(tuple(Pattern(text, draw(CHANCES), draw(lifts)) for text in texts), draw(CHANCES))
 
 
 @settings(max_examples=60)
 @given(any_patterns())
 def test_a_sentence_says_all_there_is_and_is_one_visible_line(patterns: Patterns) -> None:
-    sentence = patterns.sentence()
-    found = parse(sentence)
+    sentence = patterns.write_sentence()
+    found = parse_sentence(sentence)
     assert found is not None
     assert found.other == patterns.other
     assert sorted(found.patterns, key=str) == sorted(patterns.patterns, key=str)
@@ -81,16 +80,16 @@ def test_a_sentence_says_all_there_is_and_is_one_visible_line(patterns: Patterns
 
 @pytest.mark.parametrize("text", [t for t in NASTY if t])
 def test_quoting_shows_what_cannot_be_seen(text: str) -> None:
-    shown = quoted(text)
+    shown = quote(text)
     assert shown.isprintable()
-    assert parse(f"Fires on {shown} (chance 0.5, lift 2), and on any other token with chance 0.01.") == Patterns(
-        (Pattern(text, 0.5, 2.0),), 0.01
-    )
+    assert parse_sentence(
+        f"Fires on {shown} (chance 0.5, lift 2), and on any other token with chance 0.01."
+    ) == Patterns((Pattern(text, 0.5, 2.0),), 0.01)
 
 
 @given(st.text())
 def test_other_texts_are_refused(text: str) -> None:
-    assert parse(text) is None
+    assert parse_sentence(text) is None
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_other_texts_are_refused(text: str) -> None:
     ],
 )
 def test_what_is_nearly_a_sentence_is_refused(sentence: str) -> None:
-    assert parse(sentence) is None
+    assert parse_sentence(sentence) is None
     judged = asyncio.run(NgramJudge().judge(sentence, [context(["a"])] * 3))
     assert [(j.p, j.label) for j in judged] == [(None, None)] * 3
     assert all(j.failure and "\n" not in j.failure for j in judged)
@@ -116,11 +115,11 @@ def test_what_is_nearly_a_sentence_is_refused(sentence: str) -> None:
 
 def test_the_sentence_reads_as_english() -> None:
     patterns = Patterns((Pattern(" self.", 0.62, 31.0), Pattern("def", 0.4, 20.0), Pattern(",", 0.001, 0.05)), 0.0043)
-    assert patterns.sentence() == (
+    assert patterns.write_sentence() == (
         'Fires on " self." (chance 0.62, lift 31) or "def" (chance 0.4, lift 20), less on "," (chance 0.001, '
         "lift 0.05), and on any other token with chance 0.0043."
     )
-    assert Patterns((), 0.1).sentence() == "Fires on any token with chance 0.1."
+    assert Patterns((), 0.1).write_sentence() == "Fires on any token with chance 0.1."
 
 
 # --- the judge's rule -----------------------------------------------------------------------------------------
@@ -129,20 +128,20 @@ def test_the_sentence_reads_as_english() -> None:
 def test_in_brief_a_sentence_names_what_tells_most_and_counts_the_rest() -> None:
     found = [Pattern(f"w{i}", 0.9 - i / 10, 9 - i) for i in range(4)]
     less = Pattern("\n  ", 0.001, 0.01)
-    assert brief(Patterns((*found, less), 0.02).sentence(), most=2) == (
+    assert shorten(Patterns((*found, less), 0.02).write_sentence(), most=2) == (
         'Fires on "w0" (.90), "w1" (.80) or 2 more, less on "\\n␣␣" (< .01), and on any other token (.02).'
     )
-    assert brief(Patterns((found[0],), 0.001).sentence()) == 'Fires on "w0" (.90).'
-    assert brief(Patterns((), 0.001).sentence()) == "Fires on any token (< .01)."
-    assert brief("Fires on the word “the”, in prose.") == "Fires on the word “the”, in prose."
+    assert shorten(Patterns((found[0],), 0.001).write_sentence()) == 'Fires on "w0" (.90).'
+    assert shorten(Patterns((), 0.001).write_sentence()) == "Fires on any token (< .01)."
+    assert shorten("Fires on the word “the”, in prose.") == "Fires on the word “the”, in prose."
 
 
 @given(any_patterns(), st.integers(1, 4))
 def test_in_brief_is_one_visible_line_too(patterns: Patterns, most: int) -> None:
-    said = brief(patterns.sentence(), most)
+    said = shorten(patterns.write_sentence(), most)
     assert said.isprintable()
     assert said.endswith(".")
-    assert len(said) <= len(patterns.sentence()) + len(" or 99 more, and on any other token (.99).")
+    assert len(said) <= len(patterns.write_sentence()) + len(" or 99 more, and on any other token (.99).")
 
 
 def test_the_longest_run_of_whole_tokens_decides() -> None:
@@ -158,11 +157,11 @@ def test_the_longest_run_of_whole_tokens_decides() -> None:
         ([], []),
     ):
         expected = 1 - math.prod(1 - chance for chance in chances)
-        assert patterns.probability(tokens) == pytest.approx(expected)
+        assert patterns.compute_probability(tokens) == pytest.approx(expected)
 
 
 def test_the_judge_sees_tokens_and_nothing_else() -> None:
-    sentence = Patterns((Pattern("a", 0.9, 9.0),), 0.01).sentence()
+    sentence = Patterns((Pattern("a", 0.9, 9.0),), 0.01).write_sentence()
     blind: Any = [SimpleNamespace(tokens=("a", "b")), SimpleNamespace(tokens=("b", "b"))]
     judged = asyncio.run(NgramJudge().judge(sentence, blind))
     assert [j.label for j in judged] == [True, False]
@@ -191,7 +190,7 @@ def test_the_search_keeps_its_counts_right(corpus: tuple[list[Context], list[Con
     contexts, background = corpus
     positions = Positions.of(contexts, background)
     prior = 2.0
-    (fit,) = search(positions, positions.context_weight, [size], prior, 0.01)
+    (fit,) = search_patterns(positions, positions.context_weight, [size], prior, 0.01)
     assert len(set(fit.order)) == len(fit.order) <= size
     chosen = {positions.texts[c] for c in fit.order}
     times: dict[str | None, float] = dict.fromkeys([*chosen, None], 0.0)
@@ -215,16 +214,16 @@ def test_the_search_keeps_its_counts_right(corpus: tuple[list[Context], list[Con
     written = Patterns(
         tuple(Pattern(positions.texts[c], min(0.98, fit.chance[c]), 1.0) for c in fit.order), min(0.98, fit.other)
     )
-    intensity = fit.intensity(positions)
+    intensity = fit.compute_intensity(positions)
     for at, piece in enumerate([*contexts, *background]):
-        assert -math.expm1(-intensity[at]) == pytest.approx(written.probability(piece.tokens))
+        assert -math.expm1(-intensity[at]) == pytest.approx(written.compute_probability(piece.tokens))
 
 
 @settings(max_examples=60)
 @given(small_corpus())
 def test_the_first_pattern_gains_most(corpus: tuple[list[Context], list[Context]]) -> None:
     positions = Positions.of(*corpus)
-    (fit,) = search(positions, positions.context_weight, [1], 1.0, 1e-9)
+    (fit,) = search_patterns(positions, positions.context_weight, [1], 1.0, 1e-9)
     weight = positions.context_weight[positions.context]
     mean = min(0.98, max(1e-4, float((weight * positions.fires).sum() / weight.sum())))
     gains = []
@@ -278,7 +277,7 @@ def test_a_latent_of_two_tokens_is_not_taken_for_one_of_either() -> None:
         values = [float(tokens[i] == " the" and fires(tokens, i)) for i in range(8)]
         pools[not any(values)].append(context(tokens, values))
     sentence = explained(pools[0][:40], pools[1][:100])
-    found = parse(sentence)
+    found = parse_sentence(sentence)
     assert found is not None
     assert found.patterns[0].text == " def the"
     assert accuracy(sentence, pools[0][40:] + pools[1][100:]) > 0.95
@@ -322,7 +321,7 @@ def test_any_tokens_are_explained_and_judged(data: st.DataObject) -> None:
     if found.text is None:
         assert all(not t for c in contexts for t, a in zip(c.tokens, c.activations, strict=True) if a)
         return
-    said = parse(found.text)
+    said = parse_sentence(found.text)
     assert said is not None
     assert all(any(p.text in c.text for c in contexts) for p in said.patterns)
     judged = asyncio.run(NgramJudge().judge(found.text, contexts + background))

@@ -18,7 +18,7 @@ from rich.console import Console
 from scipy import stats
 
 from autointerp.contexts.sample_record import Draw, Sample
-from autointerp.contexts.sampling import drawn, strata
+from autointerp.contexts.sampling import draw_sample, make_strata
 from autointerp.findings import relation
 from autointerp.findings.evidence import View
 from autointerp.findings.json_values import to_json
@@ -110,10 +110,10 @@ def test_a_sample_tells_of_the_population(monkeypatch: pytest.MonkeyPatch) -> No
     rng, rounds = np.random.default_rng(4), 60
     made = Made.draw(500, 0.5, "even", rng)
     truth, quarter = truth_of(made)
-    cells = strata(made.frequency, np.where(made.similarity > 0, made.similarity, np.round(made.similarity)))
+    cells = make_strata(made.frequency, np.where(made.similarity > 0, made.similarity, np.round(made.similarity)))
     covered, values = np.zeros(2), []
     for seed in range(rounds):
-        table = drawn(range(500), cells, 150, seed)
+        table = draw_sample(range(500), cells, 150, seed)
         sample = Sample((Draw(table, {"sharing": "any"}),))
         part = part_of(made, made.verdicts(40, rng))
         rows = part.rows[part.rows["latent"].isin(sample.drawn)].assign(
@@ -221,7 +221,7 @@ def test_a_few_latents_of_one_run_do_not_outweigh_hundreds_of_another() -> None:
     for name, n, sign in (("run_a", 300, 1), ("run_b", 15, -1)):
         made = Made.draw(600, 0.9, "even", rng)
         turned = replace(made, similarity=sign * made.similarity)
-        table = drawn(range(600), strata(made.frequency, turned.similarity), n, 0)
+        table = draw_sample(range(600), make_strata(made.frequency, turned.similarity), n, 0)
         sample = Sample((Draw(table, {"sharing": "any"}),))
         part = part_of(turned, turned.verdicts(50, rng), unit=np.arange(600) + 1000 * len(parts), run=name)
         rows = part.rows[part.rows["latent"].isin(sample.drawn)]

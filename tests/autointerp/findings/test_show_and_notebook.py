@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_study import cli
 
 from autointerp import Run
-from autointerp.contexts.sample_record import sample_of
+from autointerp.contexts.sample_record import load_sample
 from autointerp.findings.latent import latent_findings
 from autointerp.findings.reliability import reliability_findings, verdicts_of
 from autointerp.findings.study import findings
@@ -103,7 +103,7 @@ def test_a_notebook_has_the_reliability_of_each_set_up(run: Run) -> None:
     scores = run.scores()
     for (_, told), setup in zip(table.iterrows(), setups_of(scores), strict=True):
         rows = rows_of(scores, setup)
-        expected = reliability_findings(rows, verdicts_of(run, rows, setup), sample_of(run, setup))
+        expected = reliability_findings(rows, verdicts_of(run, rows, setup), load_sample(run, setup))
         assert told["scorer"] == setup["scorer"]
         if expected is None or expected["value"] is None:
             assert np.isnan(told["value"])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny_study import journal, records
 
 from autointerp.contexts.material import Material
-from autointerp.contexts.sample_record import Sample, sample_of
+from autointerp.contexts.sample_record import Sample, load_sample
 from autointerp.contexts.sampler import Context
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
@@ -217,7 +217,7 @@ def test_the_sample_is_on_record_before_anything_is_asked(run: Run, explain: Exp
     }
 
     def kept() -> Sample:
-        found = sample_of(run, setup)
+        found = load_sample(run, setup)
         assert found is not None
         return found
 

@@ -182,9 +182,9 @@ def test_the_baseline_judges_marks_by_the_marked_tokens_alone() -> None:
         ((False, False, True, False), 0.5),
         ((False, False, True, True), 1 - 0.5 * 0.9),
         ((False,) * 4, 0.0),
-        ((True,) * 4, patterns.probability(tokens)),
+        ((True,) * 4, patterns.compute_probability(tokens)),
     ):
-        assert patterns.probability(tokens, marks=marks) == pytest.approx(expected)
+        assert patterns.compute_probability(tokens, marks=marks) == pytest.approx(expected)
     assert NgramJudge().of_marks().settings_hash != NgramJudge().settings_hash
 
 
