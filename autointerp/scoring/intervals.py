@@ -76,7 +76,7 @@ def check_finite(values: ArrayLike) -> Array:
     """Return ``values`` as float64; raise ValueError for NaN and infinity."""
     x = np.asarray(values, dtype=np.float64)
     if not np.isfinite(x).all():
-        raise ValueError("values are NaN or infinite: leave out what failed, and count it")
+        raise ValueError("values are NaN or infinite: drop and count the failures first")
     return x
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -163,25 +163,30 @@ class Subject:
     def _widths(self) -> dict[str, int]:
         n, t = 3, 5  # sizes that no other dimension has by chance
         found: dict[str, int] = {}
-        handles = []
 
-        def hook_for(name: str) -> Any:
-            def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                value = _first(output)
-                if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[:2] == (n, t):
-                    found.setdefault(name, value.shape[2])
+        def record(name: str, output: Any) -> None:
+            value = _first(output)
+            if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[:2] == (n, t):
+                found.setdefault(name, value.shape[2])
 
-            return hook
-
-        for name, module in self.model.named_modules():
-            if name:
-                handles.append(module.register_forward_hook(hook_for(name)))
-        try:
+        with self._hooked([name for name, _ in self.model.named_modules() if name], record):
             self._forward(torch.arange(n * t).reshape(n, t).to(self.device) % 7)
+        return found
+
+    @contextmanager
+    def _hooked(self, names: Iterable[str], record: Callable[[str, Any], None]) -> Iterator[None]:
+        """Call ``record(name, output)`` for each of these modules while the block runs; ends early on ``_Enough``."""
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: record(name, output))
+            for name in names
+        ]
+        try:
+            yield
+        except _Enough:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
-        return found
 
     def activations(self, tokens: np.ndarray | torch.Tensor, hookpoints: Sequence[str]) -> dict[str, torch.Tensor]:
         """Run ``tokens`` [n, T] (int64) up to the last of ``hookpoints``.
@@ -195,31 +200,19 @@ class Subject:
         wanted = {name: self.resolve(name) for name in hookpoints}
         found: dict[str, torch.Tensor] = {}
         awaited = set(wanted.values())
-        handles = []
 
-        def hook_for(module_name: str) -> Any:
-            def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                if module_name not in found:
-                    found[module_name] = _first(output)
-                    if len(found) == len(awaited):
-                        raise _Enough
-                    # Some models later add to this tensor in place.
-                    found[module_name] = found[module_name].clone()
+        def record(name: str, output: Any) -> None:
+            if name not in found:
+                found[name] = _first(output)
+                if len(found) == len(awaited):
+                    raise _Enough
+                found[name] = found[name].clone()  # some models later add to this tensor in place
 
-            return hook
-
-        for module_name in awaited:
-            handles.append(self.model.get_submodule(module_name).register_forward_hook(hook_for(module_name)))
         if self.prefix:
             front = torch.tensor(self.prefix).expand(len(ids), -1)
             ids = torch.cat([front, ids], dim=1)
-        try:
+        with self._hooked(awaited, record):
             self._forward(ids.to(self.device))
-        except _Enough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return {name: found[module_name][:, len(self.prefix) :] for name, module_name in wanted.items()}
 
     @torch.no_grad()  # tensors of inference_mode cannot be training input

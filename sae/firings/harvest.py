@@ -13,9 +13,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +26,6 @@ from sae.common.progress import say, track
 from sae.common.ranks import ALONE
 from sae.common.ranks import Job as RankJob
 from sae.firings.index import SORTED_FILES, Piece, build_index
-from sae.firings.shards import Coded, Shard, ShardWriter, atomic_folder
 from sae.firings.store import SCHEMA, STORE_FILE, Array, Ints, read_record
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def harvest(
         raise BadInput(f"{tokens} tokens do not fit in a firing store; harvest at most {2**32}")
     order = corpus.order(0, order_seed)
     study = _provenance(stream, order, order_seed, window)
-    pieces = _pieces(n_sequences, study["sequences_per_shard"])
+    per_shard = study["sequences_per_shard"]
+    pieces = [Piece(start, min(start + per_shard, n_sequences)) for start in range(0, n_sequences, per_shard)]
     jobs = []
     for name, sae in saes.items():
         digest = (weights or {}).get(name) or digest_weights(sae)
@@ -111,6 +112,54 @@ def digest_weights(sae: Sae) -> str:
     return state.hexdigest()
 
 
+class Coded(NamedTuple):
+    """Firings of consecutive tokens: F latents and activations in token order, and B counts."""
+
+    latents: Array
+    activations: Array
+    counts: Array
+    n_clipped: int
+    n_raised: int
+
+
+class _Shard(NamedTuple):
+    """The content of one shard of one run, and its folder."""
+
+    folder: Path
+    coded: list[Coded]
+    num_latents: int
+
+
+class _ShardWriter:
+    """Writes one shard at a time in a thread, so memory holds at most two.
+
+    Raises a shard's error when the next shard is handed over, or at the end.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None and self._last is not None:
+            self._last.result()
+
+    def hand_over(self, shards: list[_Shard]) -> None:
+        if self._last is not None:
+            self._last.result()
+        self._last = self._thread.submit(self._write, shards)
+
+    def _write(self, shards: list[_Shard]) -> None:
+        for shard in shards:
+            with _atomic_folder(shard.folder) as temporary:
+                _write(temporary, shard, self.window)
+
+
 class _Job:
     """The harvest of one run."""
 
@@ -135,7 +184,10 @@ class _Job:
             self.kept = store
         plan = {"schema": SCHEMA, "provenance": self.provenance}
         path = self.folder / PLAN_FILE
-        if self.kept is None and self.shards.is_dir() and not _same_plan(path, plan):
+        begun = None
+        with suppress(OSError, UserError):
+            begun = read_record(path)
+        if self.kept is None and self.shards.is_dir() and begun != plan:
             say(f"harvest {self.name}: discarding an unfinished harvest with other settings")
             shutil.rmtree(self.folder)
         write_json(path, plan)
@@ -148,7 +200,7 @@ class _Job:
     def finish(self, corpus: Corpus, order: Ints) -> None:
         """Merge the shards into the by-latent index and mark the store as complete."""
         index = f"index-{len(order):08d}"
-        with atomic_folder(self.folder / index) as temporary:
+        with _atomic_folder(self.folder / index) as temporary:
             label = f"index {self.name} by latent"
             totals = build_index(temporary, self.folder, self.provenance, self.kept, self.pieces, corpus, order, label)
         facts = [read_json(self.shards / piece.name / "facts.json") for piece in self.pieces]
@@ -198,7 +250,7 @@ def _encode_missing(
     done = len(order) * used - left
     names = " ".join(dict.fromkeys(job.name for _, lacking in missing for job in lacking))
     progress = track(f"harvest {names}", len(order) * used, "tokens", done=done)
-    with progress as bar, ShardWriter(window) as writer:
+    with progress as bar, _ShardWriter(window) as writer:
         for turn, (piece, lacking) in enumerate(missing):
             if turn % ranks.size != ranks.rank:
                 bar.advance((piece.stop - piece.start) * used)  # another rank does it at about the same time
@@ -212,7 +264,7 @@ def _encode_missing(
                     coded.append(_encode(job.name, job.sae, activations, ordinary))
                 bar.advance(len(rows) * used)
             shards = [
-                Shard(job.shards / piece.name, coded, job.sae.num_latents)
+                _Shard(job.shards / piece.name, coded, job.sae.num_latents)
                 for job, coded in zip(lacking, parts, strict=True)
             ]
             writer.hand_over(shards)
@@ -276,10 +328,6 @@ def choose_index_types(num_latents: int) -> tuple[type[np.unsignedinteger[Any]],
     return np.uint16 if num_latents <= 2**16 else np.uint32, np.uint16 if num_latents < 2**16 else np.uint32
 
 
-def _pieces(n_sequences: int, per_shard: int) -> list[Piece]:
-    return [Piece(start, min(start + per_shard, n_sequences)) for start in range(0, n_sequences, per_shard)]
-
-
 def _provenance(stream: ActivationStream, order: Ints, order_seed: int, window: int) -> dict[str, Any]:
     """Return the inputs of the firings that all runs of the study share."""
     corpus = stream.corpus
@@ -298,13 +346,6 @@ def _provenance(stream: ActivationStream, order: Ints, order_seed: int, window: 
     }
 
 
-def _same_plan(path: Path, plan: dict[str, Any]) -> bool:
-    try:
-        return read_record(path) == plan
-    except (OSError, UserError):
-        return False
-
-
 @contextmanager
 def _report_full_disk(folder: Path) -> Iterator[None]:
     try:
@@ -315,3 +356,49 @@ def _report_full_disk(folder: Path) -> Iterator[None]:
         raise UserError(
             f"harvest: the disk is full at {str(folder)!r}; free some space and run the same command to resume"
         ) from None
+
+
+def _write(folder: Path, shard: _Shard, window: int) -> None:
+    """Write a shard's arrays: by token, which stay, and by latent, until the index is merged."""
+    latents, activations, counts = (np.concatenate([part[i] for part in shard.coded]) for i in range(3))
+    window_counts = counts.reshape(-1, window).sum(1, dtype=np.int64)
+    token = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
+    by_latent = np.argsort(latents, kind="stable")  # stable: tokens stay ascending within a latent
+    arrays = {
+        "latents": latents,
+        "counts": counts,
+        "window_offsets": _offsets(window_counts).astype(np.uint32),
+        "sorted_offsets": _offsets(np.bincount(latents, minlength=shard.num_latents)),
+        "sorted_positions": token[by_latent],
+        "sorted_activations": activations[by_latent],
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    facts = {
+        "n_firings": len(latents),
+        "n_clipped": sum(part.n_clipped for part in shard.coded),
+        "n_raised": sum(part.n_raised for part in shard.coded),
+    }
+    write_json(folder / "facts.json", facts)
+
+
+def _offsets(counts: Array) -> Ints:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+@contextmanager
+def _atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder; sync its files and rename it to ``path`` if the block ends without an error."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    for leftover in (temporary, path):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

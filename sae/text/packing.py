@@ -113,8 +113,9 @@ class _Packer:
         if self.rows == 0:
             self.part.unlink()
             self.state.unlink(missing_ok=True)
+            name = ", ".join(map(repr, self.settings.source)) or "the standard library"
             raise BadInput(
-                f"the text of {self._name()} has {human(len(self.left))} tokens, fewer than one sequence of "
+                f"the text of {name} has {human(len(self.left))} tokens, fewer than one sequence of "
                 f"corpus.context = {self.context}; add text or lower corpus.context"
             )
         if self.backend is not None:
@@ -143,9 +144,6 @@ class _Packer:
         }
         write_json(self.folder / "corpus.json", record)
         self.state.unlink(missing_ok=True)
-
-    def _name(self) -> str:
-        return ", ".join(map(repr, self.settings.source)) or "the standard library"
 
     def _pack(self, stream: Any, hasher: Any) -> None:
         by_tokens = self.max_rows is not None

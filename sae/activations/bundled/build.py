@@ -225,38 +225,22 @@ def encode(tokenizer: PreTrainedTokenizerFast, files: list[StdlibFile]) -> list[
 def write_card(folder: Path) -> None:
     """Write the model card from the training's own record."""
     report = json.loads((folder / "training.json").read_text())
-    settings = report["settings"]
-    card = (
-        Path(__file__)
-        .with_name("card_template.md")
-        .read_text()
-        .format(
-            parameters=report["parameters"],
-            context=CONTEXT,
-            vocabulary=VOCABULARY,
-            python=json.loads(MANIFEST.read_text())["python"],
-            train_files=report["train_files"],
-            train_tokens=report["train_tokens_per_epoch"],
-            held_files=len(report["held_out_files"]),
-            held_tokens=report["held_out_tokens"],
-            bytes_per_token=report["held_out_bytes"] / report["held_out_tokens"],
-            steps=report["steps"],
-            tokens_seen=report["tokens_seen"] / 1e6,
-            epochs=report["tokens_seen"] / report["train_tokens_per_epoch"],
-            decay=settings["decay"],
-            dropout=settings["dropout"],
-            dropout_decay=settings["dropout_decay"],
-            weight_decay=settings["weight_decay"],
-            sliding=report["held_out_nats_per_token_sliding"],
-            half=CONTEXT // 2,
-            positions=POSITIONS,
-            dropout_from=settings["dropout_from"],
-            nats=report["held_out_nats_per_token"],
-            bits=report["held_out_bits_per_byte"],
-            log=", ".join(f"{row['step']}: {row['held_out_loss']:.3f}" for row in report["log"]),
-        )
-    )
-    (folder / "README.md").write_text(card)
+    values = {
+        **report["settings"],
+        **report,
+        "context": CONTEXT,
+        "half": CONTEXT // 2,
+        "positions": POSITIONS,
+        "vocabulary": VOCABULARY,
+        "python": json.loads(MANIFEST.read_text())["python"],
+        "held_files": len(report["held_out_files"]),
+        "bytes_per_token": report["held_out_bytes"] / report["held_out_tokens"],
+        "tokens_seen": report["tokens_seen"] / 1e6,
+        "epochs": report["tokens_seen"] / report["train_tokens_per_epoch"],
+        "log": ", ".join(f"{row['step']}: {row['held_out_loss']:.3f}" for row in report["log"]),
+    }
+    template = Path(__file__).with_name("card_template.md").read_text()
+    (folder / "README.md").write_text(template.format(**values))
 
 
 def main() -> None:
