@@ -31,10 +31,6 @@ class Part:
     path: Path
     n_bytes: int
 
-    @classmethod
-    def of(cls, kind: str, path: Path) -> Part:
-        return cls(kind, path, disk_bytes(path))
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -205,7 +201,7 @@ def _is_report(path: Path) -> bool:
 def _add(plan: Plan, kind: str, path: Path) -> None:
     """Add a part, unless a link leads outside the root."""
     if path.parent.resolve().is_relative_to(plan.root.resolve()):
-        plan.parts.append(Part.of(kind, path))
+        plan.parts.append(Part(kind, path, disk_bytes(path)))
     else:
         plan.kept.append(f"{path} stays, because it is outside {plan.root}")
 

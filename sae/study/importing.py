@@ -18,7 +18,7 @@ from sae.common.progress import say
 from sae.settings import Settings
 from sae.study.recipes import settings_from
 from sae.study.run import Run, check_folder_is_free, check_name, study_runs, write_record
-from sae.study.stage import Compute, lock_study, resolve_dtype
+from sae.study.stage import Compute, describe_inputs, lock_study, resolve_dtype
 
 if TYPE_CHECKING:
     from sae.activations.subject import Subject
@@ -67,12 +67,23 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
         if begun and run.is_trained:
             say(f"import: {name}: already imported, from {run.record['imported']['from']}")
             return run
-        _check_study(run, study, settings)
+        for other in study_runs(study, root):
+            differences = mapping_differences(_identity(other.settings), _identity(settings))
+            if other.name != name and differences:
+                raise SettingsDiffer(
+                    f"study {study!r} has another model, hookpoint or text ({'; '.join(differences)}); "
+                    "choose another --study, or drop these flags to use the study's"
+                )
         provenance = _provenance(source, opened.sae, settings, root, compute)
         if not begun:
             write_record(run, None, study, settings, {**provenance, "imported": origin})
         save_sae(run.folder, opened.sae, run.about())
-    _say_imported(run, opened, format_)
+    folded = f" · folded into the weights: {', '.join(opened.folded)}" if opened.folded else ""
+    k = "" if opened.sae.k is None else f", k {opened.sae.k}"
+    say(
+        f"import: {name} · {opened.sae.architecture}, M {human(opened.sae.num_latents)}{k}, D {opened.sae.d_in} · "
+        f"{format_.name} · {run.record['subject']['source']}, {run.record['hookpoint']}{folded}"
+    )
     return run
 
 
@@ -121,16 +132,6 @@ def _identity(settings: Settings) -> dict[str, Any]:
     return {table: kept[table] for table in ("subject", "corpus")}
 
 
-def _check_study(run: Run, study: str, settings: Settings) -> None:
-    for other in study_runs(study, run.root):
-        differences = mapping_differences(_identity(other.settings), _identity(settings))
-        if other.name != run.name and differences:
-            raise SettingsDiffer(
-                f"study {study!r} has another model, hookpoint or text ({'; '.join(differences)}); "
-                "choose another --study, or drop these flags to use the study's"
-            )
-
-
 def _provenance(source: str, sae: Sae, settings: Settings, root: Path, compute: Compute) -> dict[str, Any]:
     """Check that the dictionary fits; return the records of subject, hookpoint and corpus."""
     from sae.activations.subject import Subject
@@ -141,14 +142,7 @@ def _provenance(source: str, sae: Sae, settings: Settings, root: Path, compute: 
     _check_width(source, sae.d_in, subject, hookpoint)
     corpus = prepare_corpus(settings.corpus, subject.tokenizer, subject.tokenizer_fingerprint, root)
     return {
-        "subject": {
-            "source": settings.subject.model,
-            "fingerprint": subject.fingerprint,
-            "dtype": settings.subject.dtype,
-            "d_in": sae.d_in,
-        },
-        "hookpoint": hookpoint,
-        "corpus": {"key": corpus.key, "fingerprint": corpus.fingerprint, **corpus.info},
+        **describe_inputs(settings, subject, corpus, hookpoint),
         "batch_order": {"seed": settings.corpus.order_seed, "fingerprint": None, "steps": 0},
     }
 
@@ -166,16 +160,6 @@ def _check_width(source: str, d_in: int, subject: Subject, hookpoint: str) -> No
     raise BadInput(
         f"the SAE in {source!r} reads activations of width {d_in}, and hookpoint {hookpoint!r} of model "
         f"{subject.source!r} gives {width}; {advice}"
-    )
-
-
-def _say_imported(run: Run, opened: Opened, format_: Format) -> None:
-    sae = opened.sae
-    folded = f" · folded into the weights: {', '.join(opened.folded)}" if opened.folded else ""
-    k = "" if sae.k is None else f", k {sae.k}"
-    say(
-        f"import: {run.name} · {sae.architecture}, M {human(sae.num_latents)}{k}, D {sae.d_in} · {format_.name} "
-        f"· {run.record['subject']['source']}, {run.record['hookpoint']}{folded}"
     )
 
 

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from sae.activations.stream import ActivationStream
-    from sae.dictionaries.sae import Sae
     from sae.settings import Settings
     from sae.study.run import Study
-    from sae.training.learner import Plan
 
 STEPS = 8
 """steps per setting; the first two are not counted"""
@@ -44,34 +42,22 @@ class Probe(NamedTuple):
 
 def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
     """Time a few steps of each study. Writes only the corpus under ``root``."""
-    from sae.activations.stream import TrainingBatches, read_batches
+    from sae.activations.stream import read_batches
 
     source = open_source([study.settings for study in studies], root, compute, cache="none")
-    batches = {
-        study.name: TrainingBatches(
-            source.stream(study.settings.subject.hookpoint),
-            study.settings.training.tokens,
-            study.settings.training.batch_tokens,
-            study.settings.corpus.order_seed,
-        )
-        for study in studies
-    }
+    batches = {study.name: source.batches(study.settings) for study in studies}
     longest = max(batches.values(), key=len)
     n = min(STEPS, len(longest))
     hookpoints = list({of.stream.hookpoint: of for of in batches.values()}.values())
     read = [read_batches(hookpoints, step) for step in range(n)]
     held = {of.stream.hookpoint: [batch[i] for batch in read] for i, of in enumerate(hookpoints)}
     computed = min(len(longest) * longest.tokens_per_step, source.corpus.n_tokens)
-    return Probe(
-        computed * _seconds_per_token([of.stream for of in hookpoints]),
-        {
-            study.name: _study_step_seconds(study, held[batches[study.name].stream.hookpoint], len(batches[study.name]))
-            * len(batches[study.name])
-            * len(study.seeds)
-            for study in studies
-        },
-        n,
-    )
+    seconds = {}
+    for study in studies:
+        steps = len(batches[study.name])
+        sample = held[batches[study.name].stream.hookpoint]
+        seconds[study.name] = _step_seconds(study.settings, sample, steps, study.seeds[0]) * steps * len(study.seeds)
+    return Probe(computed * _seconds_per_token([of.stream for of in hookpoints]), seconds, n)
 
 
 class TokenSeconds(NamedTuple):
@@ -86,7 +72,6 @@ def time_tokens(settings: Settings, compute: Compute) -> TokenSeconds:
     import torch
 
     from sae.activations.subject import Subject
-    from sae.training.learner import Plan
 
     device, training = compute.resolve(), settings.training
     subject = Subject.load(settings.subject.model, device=device, dtype=settings.subject.dtype)
@@ -99,9 +84,7 @@ def time_tokens(settings: Settings, compute: Compute) -> TokenSeconds:
         (activations,) = subject.activations(tokens, [settings.subject.hookpoint]).values()
         times.append(time.perf_counter() - began)
     batch = activations.flatten(0, 1)[: training.batch_tokens]
-    sae = _fresh_sae(settings, batch, 0)
-    plan = Plan.of(training, STEPS, sae.d_in, sae.device)
-    step = _step_seconds(sae, plan, training.auxk, [batch] * STEPS)
+    step = _step_seconds(settings, [batch] * STEPS, STEPS, seed=0)
     return TokenSeconds(min(times) / tokens.numel(), step / training.batch_tokens)
 
 
@@ -118,29 +101,17 @@ def _seconds_per_token(streams: Sequence[ActivationStream]) -> float:
     return statistics.median(times)
 
 
-def _study_step_seconds(study: Study, batches: list[torch.Tensor], steps: int) -> float:
-    from sae.training.learner import Plan
-
-    training = study.settings.training
-    sae = _fresh_sae(study.settings, batches[0], study.seeds[0])
-    return _step_seconds(sae, Plan.of(training, steps, sae.d_in, sae.device), training.auxk, batches)
-
-
-def _fresh_sae(settings: Settings, batch: torch.Tensor, seed: int) -> Sae:
-    from sae.dictionaries.architectures import ARCHITECTURES
-
-    training = settings.training
-    shape = batch.shape[1], training.num_latents, training.k
-    sae = ARCHITECTURES[training.architecture].init(*shape, seed=seed, x_sample=batch.float())
-    return sae.to(batch.device)
-
-
-def _step_seconds(sae: Sae, plan: Plan, auxk: float, batches: list[torch.Tensor]) -> float:
+def _step_seconds(settings: Settings, batches: list[torch.Tensor], steps: int, seed: int) -> float:
     """Return the median seconds of a step of one seed, without the first ones, which compile."""
+    from sae.dictionaries.architectures import ARCHITECTURES
     from sae.dictionaries.objective import total_variance
-    from sae.training.learner import Learner
+    from sae.training.learner import Learner, Plan
 
-    learner = Learner(sae, plan, auxk, "probe")
+    training, sample = settings.training, batches[0]
+    shape = sample.shape[1], training.num_latents, training.k
+    kind = ARCHITECTURES[training.architecture]
+    sae = kind.init(*shape, seed=seed, x_sample=sample.float()).to(sample.device)
+    learner = Learner(sae, Plan.of(training, steps, sae.d_in, sae.device), training.auxk, "probe")
     times = []
     for step, batch in enumerate(batches):
         began = time.perf_counter()

@@ -17,7 +17,7 @@ from sae.settings import Settings
 from sae.study.run import Run, study_runs
 
 if TYPE_CHECKING:
-    from sae.activations.stream import ActivationStream
+    from sae.activations.stream import ActivationStream, TrainingBatches
     from sae.activations.subject import Subject
     from sae.text.corpus import Corpus
 
@@ -96,6 +96,26 @@ class Source(NamedTuple):
 
     def stream(self, hookpoint: str) -> ActivationStream:
         return self.streams[self.subject.resolve(hookpoint)]
+
+    def batches(self, settings: Settings) -> TrainingBatches:
+        from sae.activations.stream import TrainingBatches
+
+        training, stream = settings.training, self.stream(settings.subject.hookpoint)
+        return TrainingBatches(stream, training.tokens, training.batch_tokens, settings.corpus.order_seed)
+
+
+def describe_inputs(settings: Settings, subject: Subject, corpus: Corpus, hookpoint: str) -> dict[str, Any]:
+    """Return the entries of ``run.json`` for subject, hookpoint and corpus."""
+    return {
+        "subject": {
+            "source": settings.subject.model,
+            "fingerprint": subject.fingerprint,
+            "dtype": settings.subject.dtype,
+            "d_in": subject.width(hookpoint),
+        },
+        "hookpoint": hookpoint,
+        "corpus": {"key": corpus.key, "fingerprint": corpus.fingerprint, **corpus.info},
+    }
 
 
 def get_source_key(settings: Settings) -> tuple[Any, ...]:

@@ -24,7 +24,16 @@ from sae.common.progress import say
 from sae.settings import Settings
 from sae.study.controls import add_controls
 from sae.study.run import Run, Study, plan_study, study_runs, write_record
-from sae.study.stage import Compute, Source, check_same_inputs, get_source_key, lock_study, open_source, resolve_dtype
+from sae.study.stage import (
+    Compute,
+    Source,
+    check_same_inputs,
+    describe_inputs,
+    get_source_key,
+    lock_study,
+    open_source,
+    resolve_dtype,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +45,6 @@ if TYPE_CHECKING:
     from sae.dictionaries.sae import Sae
     from sae.study.tracking import Tracker
     from sae.training.learner import LogRow, TrainLog
-    from sae.training.memory import Part
     from sae.training.trainer import Group
 
 _SAMPLE = 16_384  # tokens of the first batch that are searched for outliers
@@ -68,10 +76,8 @@ def train_studies(
         tracker: gets each new row of the training logs.
         controls: train the studies' controls too (:mod:`sae.study.controls`); their runs are not returned.
     """
-    studies, asked_for = (
-        [replace(s, settings=_bounded(resolve_dtype(s.name, s.settings, root, compute))) for s in studies],
-        len(studies),
-    )
+    n_studies = len(studies)
+    studies = [replace(s, settings=_bounded(resolve_dtype(s.name, s.settings, root, compute))) for s in studies]
     if controls:
         studies = add_controls(studies, root)
     names = [study.name for study in studies]
@@ -95,13 +101,13 @@ def train_studies(
         todo = [each for each in todo if each.missing]
         if not todo:
             say(f"train: {', '.join(run.name for of_study in runs for run in of_study)}: already trained")
-            return runs[:asked_for]
+            return runs[:n_studies]
         with ExitStack() as locks:
             for name in sorted(each.study.name for each in todo) if job.rank == 0 else []:
                 locks.enter_context(lock_study(root, name))
             for number, sharing in enumerate(_sharing(todo)):
                 _train_together(sharing, root, replace(compute, device=device), job, tracker, f"source {number}")
-    return runs[:asked_for]
+    return runs[:n_studies]
 
 
 @dataclass(frozen=True)
@@ -162,15 +168,20 @@ def _sharing(todo: Sequence[_Todo]) -> list[list[_Todo]]:
 def _train_together(
     todo: list[_Todo], root: Path, compute: Compute, job: Job, tracker: Tracker | None, label: str
 ) -> None:
-    from sae.training.memory import check_fits, out_of_memory_is_told
+    from sae.training.memory import Part, check_fits, out_of_memory_is_told
     from sae.training.reading import Reader
     from sae.training.trainer import train_groups
 
     with job.first_then_others(label):
         source = open_source([each.settings for each in todo], root, compute, cache="fill" if job.rank == 0 else "none")
-    batches = [_batches(source, each.settings) for each in todo]
+    batches = [source.batches(each.settings) for each in todo]
     mine = set(job.share([run.name for each in todo for run, _ in each.missing]))
-    parts = [_part(source, each, mine) for each in todo]
+    parts = [
+        Part(
+            each.settings.training, sum(run.name in mine for run, _ in each.missing), b.stream.width, b.stream.hookpoint
+        )
+        for each, b in zip(todo, batches, strict=True)
+    ]
     provenance = [_provenance(source, each, b, root) for each, b in zip(todo, batches, strict=True)]
     for each, of_study in zip(todo, provenance, strict=True) if job.rank == 0 else []:
         for run, _ in each.missing:
@@ -209,38 +220,12 @@ def _train_together(
     job.barrier()
 
 
-def _batches(source: Source, settings: Settings) -> TrainingBatches:
-    from sae.activations.stream import TrainingBatches
-
-    return TrainingBatches(
-        source.stream(settings.subject.hookpoint),
-        tokens=settings.training.tokens,
-        batch_tokens=settings.training.batch_tokens,
-        order_seed=settings.corpus.order_seed,
-    )
-
-
-def _part(source: Source, todo: _Todo, mine: set[str]) -> Part:
-    """Describe this process's part of a study, to estimate its memory."""
-    from sae.training.memory import Part
-
-    stream = source.stream(todo.settings.subject.hookpoint)
-    return Part(todo.settings.training, sum(r.name in mine for r, _ in todo.missing), stream.width, stream.hookpoint)
-
-
 def _provenance(source: Source, todo: _Todo, batches: TrainingBatches, root: Path) -> dict[str, Any]:
-    subject, corpus, settings = source.subject, source.corpus, todo.settings
+    settings, stream = todo.settings, batches.stream
     return {
-        "subject": {
-            "source": settings.subject.model,
-            "fingerprint": subject.fingerprint,
-            "dtype": settings.subject.dtype,
-            "d_in": batches.stream.width,
-        },
-        "hookpoint": batches.stream.hookpoint,
-        "corpus": {"key": corpus.key, "fingerprint": corpus.fingerprint, **corpus.info},
+        **describe_inputs(settings, source.subject, source.corpus, stream.hookpoint),
         "batch_order": {"seed": settings.corpus.order_seed, "fingerprint": batches.fingerprint, "steps": len(batches)},
-        "precision": _precision(todo, batches.stream.device, root),
+        "precision": _precision(todo, stream.device, root),
     }
 
 
