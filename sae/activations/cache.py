@@ -9,7 +9,6 @@ would kill the process instead of raising an error.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import weakref
@@ -22,7 +21,7 @@ import xxhash
 
 from sae.activations.subject import Subject
 from sae.common.amounts import human
-from sae.common.files import digest, read_json, write_json
+from sae.common.files import digest, is_disk_full, read_json, write_json
 from sae.common.progress import say
 from sae.text.corpus import BLOCK_TOKENS, Corpus
 
@@ -115,7 +114,7 @@ class ActivationCache:
             _write_all(self._slots_file, raw, first * size)
             _write_all(self._sums_file, memoryview(sums.tobytes()), first * _SUM_BYTES)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_disk_full(error):
                 raise
             self._full = True
             say("activations: the disk is full; the rest will be recomputed when needed")

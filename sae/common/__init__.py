@@ -1,4 +1,4 @@
-"""What every package needs: errors, files, progress, processes, the database. It knows nothing of SAEs.
+"""Errors, files, progress, processes and the database: used by all packages, with no knowledge of SAEs.
 
 In: nothing. Out: small tools with one meaning everywhere.
 Must not import: any other package of this project.

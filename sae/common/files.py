@@ -55,7 +55,7 @@ def atomic(path: Path) -> Iterator[Path]:
             raise BadInput(
                 f"{str(path)!r} cannot be written: its folder is read-only or gone; choose another folder"
             ) from None
-        if not _disk_is_full(error):
+        if not is_disk_full(error):
             raise
         raise UserError(
             f"the disk is full: {str(path)!r} cannot be written; free some space and run the same command again"
@@ -76,7 +76,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def _disk_is_full(error: Exception) -> bool:
+def is_disk_full(error: Exception) -> bool:
+    """Return whether a write failed because the disk, or a quota, is full."""
     if isinstance(error, OSError):
         return error.errno in _FULL
     # Writers in Rust report errors as text only.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from sae.common import launch
 from sae.common.commands import replace_program_name
@@ -23,17 +23,14 @@ def join_ranks(parallel: str | None, seeds: int, device: str) -> Iterator[tuple[
             f"--parallel {parallel} needs several processes; start them with "
             f"`{replace_program_name('torchrun --standalone --nproc-per-node 2 cli.py train')} …`"
         )
-    mode, line = choose_mode(parallel, seeds, launch.size())
-    with _join(mode, line, device) as joined:
+    with _join(*choose_mode(parallel, seeds, launch.size()), device) as joined:
         yield joined
 
 
-@contextmanager
-def join_ranks_at_text(device: str) -> Iterator[tuple[Job, str]]:
+def join_ranks_at_text(device: str) -> AbstractContextManager[tuple[Job, str]]:
     """Join the other ranks for work that is split by pieces of the text."""
     line = f"{launch.size()} ranks: the text is split over them, the same files as from one process"
-    with _join("seeds", line, device) as joined:
-        yield joined
+    return _join("seeds", line, device)
 
 
 @contextmanager

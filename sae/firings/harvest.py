@@ -8,7 +8,6 @@ as complete (:mod:`sae.firings.store` describes the files).
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sae.common.errors import BadInput, SettingsDiffer, UserError
-from sae.common.files import mapping_differences, read_json, write_json
+from sae.common.files import is_disk_full, mapping_differences, read_json, write_json
 from sae.common.progress import say, track
 from sae.common.ranks import ALONE
 from sae.common.ranks import Job as RankJob
@@ -351,7 +350,7 @@ def _report_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         raise UserError(
             f"harvest: the disk is full at {str(folder)!r}; free some space and run the same command to resume"

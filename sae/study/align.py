@@ -126,11 +126,21 @@ def is_aligned(a: Run, b: Run) -> bool:
 
 
 def _has_nulls(a: Run, b: Run) -> bool:
-    """Return whether the alignment has nulls, from its table, which is written after its .json."""
     from sae.alignment.nulls import COLUMNS, ROTATED
 
-    path = pair_path(a.root / "alignments", a.name, b.name)
-    return path is not None and {f"{column}__{ROTATED}" for column in COLUMNS} <= set(table_columns(path))
+    return _has_columns(a.root / "alignments", a, b, {f"{column}__{ROTATED}" for column in COLUMNS})
+
+
+def _has_shifted(a: Run, b: Run) -> bool:
+    from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
+
+    return _has_columns(behaviour_folder(a.root), a, b, {f"{name}__{SHIFTED}" for name in FIRING_COLUMNS})
+
+
+def _has_columns(folder: Path, a: Run, b: Run, columns: set[str]) -> bool:
+    """Return whether the pair's table has these columns (a kill can come between its .json and the table)."""
+    path = pair_path(folder, a.name, b.name)
+    return path is not None and columns <= set(table_columns(path))
 
 
 def behaviour_folder(root: Path) -> Path:
@@ -141,13 +151,6 @@ def share_tokens(a: Run, b: Run) -> bool:
     """Return whether two runs were harvested from the same tokens in the same order."""
     one, other = (run.store().provenance for run in (a, b))
     return all(one[key] == other[key] for key in ("corpus_fingerprint", "order", "context", "window"))
-
-
-def _has_shifted(a: Run, b: Run) -> bool:
-    from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
-
-    path = pair_path(behaviour_folder(a.root), a.name, b.name)
-    return path is not None and {f"{name}__{SHIFTED}" for name in FIRING_COLUMNS} <= set(table_columns(path))
 
 
 def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sae.common.amounts import human
 from sae.common.errors import BadInput, NotFound, SettingsDiffer, Unavailable, suggest
@@ -22,7 +22,7 @@ from sae.study.stage import Compute, describe_inputs, lock_study, resolve_dtype
 
 if TYPE_CHECKING:
     from sae.activations.subject import Subject
-    from sae.dictionaries.formats import Format, Opened
+    from sae.dictionaries.formats import Format
     from sae.dictionaries.sae import Sae
 
 
@@ -57,10 +57,20 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
 
     check_name(name)
     check_name(study)
-    place = locate(source)
-    opened, format_ = open_sae(place.folder)
+    folder, exact_source = locate(source)
+    opened, format_ = open_sae(folder)
     settings = resolve_dtype(study, _with_dictionary(settings, opened.sae), root, compute)
-    origin = _origin(place, opened, format_)
+    files = [format_.config, format_.weights, *format_.beside]
+    origin = {
+        "from": exact_source,
+        "format": format_.name,
+        "files": {file: digest_file(folder / file) for file in files if (folder / file).is_file()},
+        "architecture": opened.sae.architecture,
+        "d_in": opened.sae.d_in,
+        "num_latents": opened.sae.num_latents,
+        "k": opened.sae.k,
+        "folded": list(opened.folded),
+    }
     run = Run(name, root)
     with lock_study(root, study):
         begun = _check_name_is_free(run, study, settings, origin)
@@ -85,21 +95,6 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
         f"{format_.name} · {run.record['subject']['source']}, {run.record['hookpoint']}{folded}"
     )
     return run
-
-
-def _origin(place: _Place, opened: Opened, format_: Format) -> dict[str, Any]:
-    sae = opened.sae
-    files = [format_.config, format_.weights, *format_.beside]
-    return {
-        "from": place.said,
-        "format": format_.name,
-        "files": {f: digest_file(place.folder / f) for f in files if (place.folder / f).is_file()},
-        "architecture": sae.architecture,
-        "d_in": sae.d_in,
-        "num_latents": sae.num_latents,
-        "k": sae.k,
-        "folded": list(opened.folded),
-    }
 
 
 def _check_name_is_free(run: Run, study: str, settings: Settings, origin: dict[str, Any]) -> bool:
@@ -163,28 +158,21 @@ def _check_width(source: str, d_in: int, subject: Subject, hookpoint: str) -> No
     )
 
 
-class _Place(NamedTuple):
-    """A checkpoint's local folder, and its source for the record."""
-
-    folder: Path
-    said: str
-
-
-def locate(source: str) -> _Place:
-    """Return the folder of a checkpoint, downloaded from the hub if it is not a local folder."""
+def locate(source: str) -> tuple[Path, str]:
+    """Return the folder of a checkpoint, downloaded from the hub if it is not local, and its source for the record."""
     path = Path(source).expanduser()
     if path.exists():
-        return _Place(path.resolve(), str(path.resolve()))
+        return path.resolve(), str(path.resolve())
     if not source or source.startswith((".", "/", "~")) or "\\" in source:
         raise NotFound(f"{source!r} does not exist; give the folder of an SAE, or its name on the hub")
     parts = source.strip("/").split("/")
     repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
     found = find_on_hub(repository, Kind.MODEL)
-    said = f"{found.name}@{found.commit}" + (f"/{folder}" if folder else "")
-    return _Place(_fetched(found.name, found.arguments(), repository, folder), said)
+    exact = f"{found.name}@{found.commit}" + (f"/{folder}" if folder else "")
+    return _fetch(found.name, found.arguments(), repository, folder), exact
 
 
-def _fetched(name: str, arguments: dict[str, Any], repository: str, folder: str) -> Path:
+def _fetch(name: str, arguments: dict[str, Any], repository: str, folder: str) -> Path:
     """Download the files of a checkpoint from ``folder`` of a repository."""
     from huggingface_hub import HfApi, snapshot_download
 

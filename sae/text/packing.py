@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import time
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from sae.common.amounts import human
 from sae.common.errors import BadInput, UserError
-from sae.common.files import digest, read_json, write_json
+from sae.common.files import digest, is_disk_full, read_json, write_json
 from sae.common.progress import say, track
 from sae.settings import CorpusSettings
 from sae.text.corpus import Corpus
@@ -107,7 +106,7 @@ class _Packer:
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_disk_full(error):
                 raise
             raise UserError(f"the disk is full under {str(self.folder)!r}; free some space and run again") from None
         if self.rows == 0:

@@ -54,24 +54,16 @@ def is_held_out(path: str) -> bool:
     return hashlib.sha256(path.encode()).digest()[0] % _HELD_OUT_ONE_IN == 0
 
 
-def _listable(root: Path) -> list[str]:
-    paths = []
-    for file in root.rglob("*.py"):
-        relative = file.relative_to(root)
-        folders = relative.parts[:-1]
-        if any(part in _SKIPPED_FOLDERS or part.startswith("config-") for part in folders):
-            continue
-        if relative.name.startswith("_sysconfigdata"):  # holds the build machine's paths
-            continue
-        paths.append(relative.as_posix())
-    return sorted(paths)
-
-
 def write_manifest(path: Path = MANIFEST) -> int:
     """Write the manifest of this Python's library. Returns the number of files."""
     root = stdlib_root()
     files: dict[str, str] = {}
-    for relative in _listable(root):
+    for relative in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        *folders, name = relative.split("/")
+        if any(part in _SKIPPED_FOLDERS or part.startswith("config-") for part in folders):
+            continue
+        if name.startswith("_sysconfigdata"):  # contains paths of the build machine
+            continue
         data = (root / relative).read_bytes()
         try:
             text = data.decode()
