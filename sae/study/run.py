@@ -60,28 +60,6 @@ _WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "dictionary.safetensor
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "openai")
 
 
-def check_name(name: str) -> str:
-    """Return ``name`` if it is valid for a run or study; raise BadInput otherwise."""
-    if name in RESERVED:
-        raise BadInput(f"name {name!r} is reserved for a folder of the program; choose another")
-    if len(name) > _LONGEST_NAME:
-        raise BadInput(f"name {name[:20]!r}… has {len(name)} characters; choose one of at most {_LONGEST_NAME}")
-    if not _NAME.fullmatch(name):
-        raise BadInput(
-            f"name {name!r} is not valid: use letters, digits, '.', '_' and single '-', starting with a letter or digit"
-        )
-    return name
-
-
-def make_suffix(index: int) -> str:
-    """Return the suffix of a study's run: 0 → a, 25 → z, 26 → aa."""
-    text = ""
-    while index >= 0:
-        text = chr(ord("a") + index % 26) + text
-        index = index // 26 - 1
-    return text
-
-
 @dataclass(frozen=True)
 class Run:
     """One trained SAE and everything measured on it, in the folder ``root/name``."""
@@ -310,7 +288,7 @@ def study_runs(study: str, root: Path) -> list[Run]:
         try:
             return run.study == study
         except BadInput:
-            if run.name.startswith(f"{study}_"):  # a damaged record of another study does not matter here
+            if run.name.startswith(f"{study}_"):  # probably of this study; others do not matter here
                 raise
             return False
 
@@ -338,6 +316,28 @@ def newest_study(root: Path) -> list[Run]:
     if not runs:
         raise NotFound(f"there are no runs under {str(root)!r}; train some with `{command(root, 'train')}`")
     return study_runs(max(runs, key=lambda r: r.record["created"]).study, root)
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it is valid for a run or study; raise BadInput otherwise."""
+    if name in RESERVED:
+        raise BadInput(f"name {name!r} is reserved for a folder of the program; choose another")
+    if len(name) > _LONGEST_NAME:
+        raise BadInput(f"name {name[:20]!r}… has {len(name)} characters; choose one of at most {_LONGEST_NAME}")
+    if not _NAME.fullmatch(name):
+        raise BadInput(
+            f"name {name!r} is not valid: use letters, digits, '.', '_' and single '-', starting with a letter or digit"
+        )
+    return name
+
+
+def make_suffix(index: int) -> str:
+    """Return the suffix of a study's run: 0 → a, 25 → z, 26 → aa."""
+    text = ""
+    while index >= 0:
+        text = chr(ord("a") + index % 26) + text
+        index = index // 26 - 1
+    return text
 
 
 def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> list[tuple[Run, int]]:

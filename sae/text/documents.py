@@ -96,22 +96,17 @@ def _read_facts(path: Path) -> FileFacts:
         while True:
             data = stream.read(_READ)
             if bad is None:
-                bad = _first_bad(data, decoder, size, final=not data)
+                found = [size + nul] if (nul := data.find(b"\0")) >= 0 else []
+                pending = len(decoder.getstate()[0])
+                try:
+                    decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    found.append(size - pending + error.start)
+                bad = min(found, default=None)
             if not data:
                 return FileFacts(hasher.hexdigest(), size, bad)
             hasher.update(data)
             size += len(data)
-
-
-def _first_bad(data: bytes, decoder: codecs.IncrementalDecoder, offset: int, final: bool) -> int | None:
-    """Return the offset in the file of the first NUL or non-UTF-8 byte in ``data``."""
-    found = [offset + nul] if (nul := data.find(b"\0")) >= 0 else []
-    pending = len(decoder.getstate()[0])
-    try:
-        decoder.decode(data, final)
-    except UnicodeDecodeError as error:
-        found.append(offset - pending + error.start)
-    return min(found, default=None)
 
 
 def read_pieces(path: Path, size: int = PIECE_CHARACTERS) -> Iterator[Document]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ class _Packer:
         self.separator = find_separator(tokenizer)
         self.encode, self.backend = make_encoder(tokenizer)
         self.dtype = np.dtype("<u2" if count_token_ids(tokenizer) <= 1 << 16 else "<u4")
-        self.max_rows = None if settings.max_tokens is None else settings.max_tokens // self.context
+        self.max_rows = sys.maxsize if settings.max_tokens is None else settings.max_tokens // self.context
         self.part = folder / "tokens.part"
         self.state = folder / "packing.json"
         self.rows = self.pieces = self.documents = self.bytes = 0
@@ -145,13 +146,13 @@ class _Packer:
         self.state.unlink(missing_ok=True)
 
     def _pack(self, stream: Any, hasher: Any) -> None:
-        by_tokens = self.max_rows is not None
-        total = self.max_rows * self.context if self.max_rows is not None else self.source.total or 0
-        unit = "tokens" if by_tokens else self.source.unit
+        total, unit = self.max_rows * self.context, "tokens"
+        if self.settings.max_tokens is None:
+            total, unit = self.source.total or 0, self.source.unit
         last = time.monotonic()
         with track("tokenise", total, unit, done=self._amount(unit)) as bar:
             for batch in _batches(islice(self.source.documents(), self.pieces, None)):
-                if self.max_rows is not None and self.rows >= self.max_rows:
+                if self.rows >= self.max_rows:
                     break
                 before = self._amount(unit)
                 rows = self._rows_of(batch)
@@ -168,10 +169,10 @@ class _Packer:
     def _rows_of(self, batch: Sequence[Document]) -> np.ndarray:
         """Add a batch of pieces; return the rows [n, T] that it completes."""
         parts = [self.left]
-        limit = None if self.max_rows is None else (self.max_rows - self.rows) * self.context
+        limit = (self.max_rows - self.rows) * self.context
         total = len(self.left)
         for piece, ids in zip(batch, self.encode([d.text for d in batch]), strict=True):
-            if limit is not None and total >= limit:
+            if total >= limit:
                 break  # so that the counts do not depend on the batches
             parts.append(np.asarray(ids, dtype=self.dtype))
             total += len(ids)
@@ -185,9 +186,7 @@ class _Packer:
                 self.documents += self.within_document
                 self.within_document = False
         flat = np.concatenate(parts)
-        n = len(flat) // self.context
-        if self.max_rows is not None:
-            n = min(n, self.max_rows - self.rows)
+        n = min(len(flat) // self.context, self.max_rows - self.rows)
         self.left = flat[n * self.context :]
         self.rows += n
         return flat[: n * self.context].reshape(n, self.context)
