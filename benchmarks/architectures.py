@@ -25,7 +25,7 @@ from sae.common.amounts import parse_amount
 from sae.common.files import read_table
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.settings import Settings
-from sae.study.align import align_runs, compute_overlap
+from sae.study.align import align_runs, read_comparison
 from sae.study.harvest import harvest_runs
 from sae.study.recipes import settings_from
 from sae.study.run import Run, Study
@@ -44,7 +44,7 @@ def row_of(kind: str, runs: Sequence[Run], k: int) -> dict[str, Any]:
     firing = [read_table(run.stage_path("firing")) for run in runs]
     l0 = mean(float(table["firing_frequency"].sum()) for table in firing)
     dead = mean(float(table["dead"].mean()) for table in firing)
-    shared = compute_overlap(runs)["alive"]
+    shared = read_comparison(runs).shared.alive
     return {
         "architecture": kind,
         "seeds": [run.seed for run in runs],
@@ -53,7 +53,7 @@ def row_of(kind: str, runs: Sequence[Run], k: int) -> dict[str, Any]:
         "l0_in_training": round(mean(float(log["l0"].tail(max(1, len(log) // 20)).mean()) for log in logs), 3),
         "dead": round(dead, 4),
         "fvu": round(mean(float(log["fvu"].tail(max(1, len(log) // 20)).mean()) for log in logs), 4),
-        **{f"shared_{name}": round(float(shared[name]["value"]), 4) for name in SHARED},
+        **{f"shared_{name}": round(shared[name].value.value, 4) for name in SHARED},
         "ok": abs(l0 / k - 1) <= L0_WITHIN and dead < DEAD_BELOW,
     }
 

@@ -29,7 +29,7 @@ from sae.common.files import read_table
 from sae.common.precision import Precision
 from sae.dictionaries.encoding import topk_firings
 from sae.settings import Settings
-from sae.study.align import align_runs, compute_overlap
+from sae.study.align import align_runs, read_comparison
 from sae.study.recipes import settings_from
 from sae.study.run import Run
 from sae.study.stage import Compute, open_source
@@ -52,7 +52,7 @@ def overlaps(runs: Sequence[Run]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in DEFINITIONS:
         pairs = {
-            f"{a.name}--{b.name}": float(compute_overlap([a, b])["alive"][name]["value"])
+            f"{a.name}--{b.name}": read_comparison([a, b]).shared.alive[name].value.value
             for a, b in combinations(runs, 2)
         }
         found |= {f"{name} {pair}": value for pair, value in pairs.items()}

@@ -41,8 +41,9 @@ from autointerp.findings.statistics.correlation import METHODS
 from autointerp.journal.method import ENOUGH_TO_CALL_DEAD
 from autointerp.scoring.adaptive import SIZES
 from autointerp.scoring.setups import described, reason, status_kind
+from sae.alignment.bootstrap import INTERVALS
 from sae.alignment.nulls import FIRING_NULLS, NULLS
-from sae.alignment.overlap import DEFINITIONS, INTERVALS
+from sae.alignment.overlap import DEFINITIONS
 from sae.alignment.relation import RELATIONS
 from sae.common.amounts import precision_in_words
 from sae.common.errors import UserError

@@ -16,7 +16,7 @@ of a run, then over runs: each run weighs the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations
 from math import comb, isnan, nan
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from sae.alignment.bootstrap import INTERVALS, Bools, Floats, LatentBootstrap, Tables, estimate, mean_over
+from sae.alignment.bootstrap import Bools, Floats, LatentBootstrap, Tables, estimate, mean_over
 from sae.alignment.dip import Dip, dip_test, kept_dip_test
 from sae.alignment.nulls import read_nulls
 from sae.common.commands import shell_command
@@ -72,10 +72,6 @@ class Overlap:
     regions: dict[str, list[Region]]
     """run → its anchors by the set of other runs that share them, the largest first"""
 
-    def as_dict(self) -> dict[str, Any]:
-        whole = {of.name: _as_json(getattr(self, of.name)) for of in fields(self)}
-        return {**whole.pop("value"), **whole}
-
 
 @dataclass(frozen=True)
 class StudyOverlap:
@@ -101,8 +97,8 @@ class StudyOverlap:
     by_pair: dict[str, dict[str, float]]
     """these figures of each pair of runs: figure → "a--b" → the mean of the two directions"""
     histogram: dict[str, Any]
-    """counts of alive anchors in 40 bins from -1 to 1: by matched ``encoder`` cosine, by ``decoder`` cosine, and by the
-    mean of the two where the matchings ``agree`` and where they ``differ``, with the means of these"""
+    """alive anchors in 40 bins from -1 to 1 by matched ``encoder`` and ``decoder`` cosine, and by the mean of the two
+    where the matchings ``agree`` and where they ``differ``"""
     bimodality: Dip
     """the dip test of each pair's mean matched cosines"""
     sweep: pd.DataFrame = field(compare=False)
@@ -115,34 +111,6 @@ class StudyOverlap:
     def same_partner(self) -> Estimate:
         """Fraction of alive anchors whose two matchings agree: another name for the lenient overlap."""
         return self.alive["lenient"].value
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
-        return {
-            **{of.name: _as_json(getattr(self, of.name)) for of in fields(self)},
-            "definitions": DEFINITIONS,
-            "intervals": INTERVALS,
-            "same_partner": self.same_partner.as_dict(),
-            "bimodality": {
-                "statistic": "Hartigan's dip of the mean of matched encoder and decoder cosine; mean over pairs",
-                **self.bimodality.value.as_dict(),
-                "of_sample": _as_json(self.bimodality.of_sample),
-                "p_value": _as_json(self.bimodality.p_value),
-            },
-            "sweep": {column: _as_json(values.tolist()) for column, values in self.sweep.items()},
-        }
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Overlap | StudyOverlap | Estimate):
-        return value.as_dict()
-    if isinstance(value, Region):
-        return {"shared_with": list(value.shared_with), "fraction": value.fraction}
-    if isinstance(value, dict):
-        return {key: _as_json(of) for key, of in value.items()}
-    if isinstance(value, list):
-        return [_as_json(of) for of in value]
-    return None if isinstance(value, float) and isnan(value) else value
 
 
 def similarity(table: pd.DataFrame) -> Floats:

@@ -245,11 +245,6 @@ def find_alive(run: Run) -> np.ndarray:
     return ~read_table(run.stage_path("firing"))["dead"].to_numpy(dtype=bool)
 
 
-def compute_overlap(runs: Sequence[Run], threshold: float = 0.7) -> dict[str, Any]:
-    """Compute what aligned ``runs`` share, as JSON; see :class:`sae.alignment.overlap.StudyOverlap`."""
-    return read_comparison(runs, threshold).shared.as_dict()
-
-
 class Compared(NamedTuple):
     """The comparison of aligned runs."""
 

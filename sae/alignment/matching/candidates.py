@@ -156,21 +156,19 @@ def violations(
             for i, j, x in tiles.find_above(tile, row, v[part].astype(np.float32), margin.relative, True):
                 if not len(i):
                     continue
+                who, which = rows[i], part[j]
                 # The most suspicious pairs by the screens, or all of a row where the screens cannot decide: exact
                 # cosines cost far more, but only they separate pairs that equal their prices from those that exceed.
-                looked_at = choose_most(i, j, x, rows, part, u, v, most, *margin, dropped, True)
-                for some_of in _cut_in_portions(i, looked_at):
-                    i_of, j_of = i[some_of], j[some_of]
-                    who, which = rows[i_of], part[j_of]
-                    exact = cosines(a, b, who, which)
-                    over = exact - u[who] - v[which]
-                    np.maximum.at(excess, who, over)
+                looked_at = choose_most(who, x, v[which], u, most, dropped, *margin, True)
+                for portion in _cut_in_portions(who, looked_at):
+                    i_of, j_of = who[portion], which[portion]
+                    exact = cosines(a, b, i_of, j_of)
+                    over = exact - u[i_of] - v[j_of]
+                    np.maximum.at(excess, i_of, over)
                     keep = over > -near
-                    i_of, j_of, exact = i_of[keep], j_of[keep], exact[keep]
-                    keep = choose_most(i_of, j_of, exact, rows, part, u, v, most, 0.0, 0.0, dropped, False)
-                    who, which = rows[i_of[keep]], part[j_of[keep]]
-                    found.append(Pairs(who.astype(np.int32), which.astype(np.int32), exact[keep]))
-            if sum(len(pairs.rows) for pairs in found) > _KEPT:
+                    pairs = Pairs(i_of[keep].astype(np.int32), j_of[keep].astype(np.int32), exact[keep])
+                    found.append(_keep_most(pairs, u, v, most, dropped))
+            if sum(len(part_of.rows) for part_of in found) > _KEPT:
                 found = [_keep_most(join(found), u, v, most, dropped)]
         if found:
             kept.append(_keep_most(join(found), u, v, most, dropped))
@@ -202,8 +200,7 @@ def _keep_most(pairs: Pairs, u: Floats, v: Floats, most: NDArray[np.int64], drop
     """Keep each row's ``most[i]`` pairs with the largest excess; ``dropped[i]`` is raised to bound the others."""
     order = np.lexsort((pairs.columns, pairs.rows))
     i, j, x = (column[order] for column in pairs)
-    every_row, every_column = np.arange(len(u)), np.arange(len(v))
-    keep = choose_most(i, j, x, every_row, every_column, u, v, most, 0.0, 0.0, dropped, False)
+    keep = choose_most(i, x, v[j], u, most, dropped, 0.0, 0.0, False)
     return Pairs(i[keep], j[keep], x[keep])
 
 
@@ -288,7 +285,7 @@ class Tiles:
 
         def search(low: int, high: int) -> int:
             part = slice(low * width, high * width)
-            return int(_above(bits, row, column, np.float32(relative), summed, low, high, i[part], j[part], x[part]))
+            return int(_above(bits, row, column, np.float32(relative), summed, low, high, (i[part], j[part], x[part])))
 
         counts = in_parallel(search, ranges)
         parts = [slice(low * width, low * width + n) for (low, _), n in zip(ranges, counts, strict=True)]
@@ -313,20 +310,12 @@ def _wide_compiled(x: Any) -> Any:
 
 @_compiled
 def _above(
-    tile: np.ndarray,
-    row: np.ndarray,
-    column: np.ndarray,
-    relative: float,
-    summed: bool,
-    low: int,
-    high: int,
-    found_i: np.ndarray,
-    found_j: np.ndarray,
-    found_x: np.ndarray,
+    tile: Any, row: Any, column: Any, relative: float, summed: bool, low: int, high: int, found: tuple[Any, Any, Any]
 ) -> int:
     """Return how many were found in rows ``low`` to ``high``; see :meth:`Tiles.find_above`."""
     n = 0
     width = tile.shape[1]
+    found_i, found_j, found_x = found
     for i in range(low, high):
         line, limit = tile[i], row[i]
         for left in range(0, width, _STRIP):
@@ -356,23 +345,12 @@ def _above(
 
 @_compiled
 def choose_most(
-    i: np.ndarray,
-    j: np.ndarray,
-    x: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    u: np.ndarray,
-    v: np.ndarray,
-    most: np.ndarray,
-    absolute: float,
-    relative: float,
-    dropped: np.ndarray,
-    doubted: bool,
+    i: Any, x: Any, price: Any, u: Any, most: Any, dropped: Any, absolute: float, relative: float, doubted: bool
 ) -> np.ndarray:
-    """Return which of the found (i, j, c̃) to keep [E]: each row's ``most`` with the largest excess over its prices.
+    """Return which found pairs to keep [E]: each row's ``most`` with the largest excess c̃ - u[i] - v[j].
 
-    Pairs are in the order of rows, and number within ``rows`` and ``columns``. ``dropped`` is raised to bound the true
-    excess of the others. If ``doubted``, a row keeps all where c̃ cannot decide whether the others exceed.
+    ``i`` [E] is in order; ``x`` [E] is c̃, and ``price`` [E] is v[j]. ``dropped`` [n] is raised to bound the true excess
+    of the others. If ``doubted``, a row keeps all where c̃ cannot decide whether the others exceed.
     """
     keep = np.ones(len(i), np.bool_)
     start = 0
@@ -380,12 +358,12 @@ def choose_most(
         stop = start
         while stop < len(i) and i[stop] == i[start]:
             stop += 1
-        row = rows[i[start]]
+        row = i[start]
         n = most[row]
         if stop - start > n:
             over = np.empty(stop - start)
             for e in range(start, stop):
-                over[e - start] = x[e] + relative * abs(x[e]) - v[columns[j[e]]]
+                over[e - start] = x[e] + relative * abs(x[e]) - price[e]
             limit = np.partition(over, len(over) - n)[len(over) - n]
             # Pairs that equal their prices, or a cluster: their bound would stay above zero however many are kept.
             if doubted and limit - absolute - 2.02 * relative <= u[row] < limit + absolute:
@@ -410,15 +388,7 @@ def choose_most(
 
 @_compiled
 def insert_nearest(
-    own: np.ndarray,
-    first: int,
-    other: np.ndarray,
-    first_other: int,
-    x: np.ndarray,
-    who: np.ndarray,
-    near: np.ndarray,
-    filled: np.ndarray,
-    threshold: np.ndarray,
+    own: Any, first: int, other: Any, first_other: int, x: Any, who: Any, near: Any, filled: Any, threshold: Any
 ) -> None:
     """Put found pairs, numbered from ``first`` and ``first_other``, into unordered lists of the k nearest.
 

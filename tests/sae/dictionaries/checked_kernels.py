@@ -103,11 +103,10 @@ def steps_of_alignment(kind: str) -> None:
 
 def search_what_was_found(found: tuple[np.ndarray, ...], u: np.ndarray, v: np.ndarray) -> None:
     i, j, x = (part.copy() for part in found)
-    every = np.arange(len(u)), np.arange(len(v))
     prices = u.astype(np.float64), v.astype(np.float64)
     for doubted in (False, True):
         most, dropped = np.full(len(u), 2), np.full(len(u), -np.inf)
-        candidates.choose_most(i, j, x, *every, *prices, most, 0.1, 0.01, dropped, doubted)
+        candidates.choose_most(i, x, prices[1][j], prices[0], most, dropped, 0.1, 0.01, doubted)
     who, near = np.full((len(u), 3), -1, np.int32), np.full((len(u), 3), -np.inf, np.float32)
     filled, threshold = np.zeros(len(u), np.int64), np.full(len(u), -np.inf, np.float32)
     candidates.insert_nearest(i, 0, j, 0, x, who, near, filled, threshold)

@@ -316,10 +316,10 @@ def test_the_overlap_of_made_up_runs(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path)
     small_study.harvested(runs)
     small_study.aligned(runs)
-    found = align_stage.compute_overlap(runs, threshold=0.7)["alive"]
-    assert found["strict"]["value"] == pytest.approx(0.4 * 120 / 114, abs=0.05)
-    loose = align_stage.compute_overlap(runs, threshold=0.0)["alive"]
-    assert loose["strict"]["value"] >= found["strict"]["value"]
+    found = align_stage.read_comparison(runs, threshold=0.7).shared.alive
+    assert found["strict"].value.value == pytest.approx(0.4 * 120 / 114, abs=0.05)
+    loose = align_stage.read_comparison(runs, threshold=0.0).shared.alive
+    assert loose["strict"].value.value >= found["strict"].value.value
     assert align_stage.find_alive(runs[0]).sum() == np.int64(114)
 
 
