@@ -18,7 +18,7 @@ from autointerp.explaining.explain import explain_runs
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.findings.paper.sweeps import axes_of, finding_of_sweep
 from autointerp.findings.sweep_points import summarise
-from autointerp.findings.sweep_table import Summary, read_summary, summary_inputs, write_summary
+from autointerp.findings.sweep_table import read_summary, summary_inputs, write_summary
 from autointerp.llm.opening import resolve
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
@@ -86,7 +86,7 @@ def scoring_of(
 
 def run_sweep(
     sweep: Sweep, root: Path, compute: Compute, scoring: Scoring | None = None, nulls: bool = True
-) -> tuple[Summary, int]:
+) -> tuple[dict[str, Any], int]:
     """Run the unfinished parts of ``sweep``. Return the summary and the number of failed latents."""
     say(f"sweep {sweep.name}: {sweep.describe()}")
     of_points = train_studies(sweep.studies, root, compute)
@@ -100,7 +100,7 @@ def run_sweep(
             failed += _score(runs, scoring, root, compute)
     inputs = summary_inputs(sweep, of_points)
     summary = read_summary(root, sweep.name)
-    if summary is None or summary.inputs != inputs:
+    if summary is None or summary["inputs"] != inputs:
         summary = summarise(sweep, of_points, inputs)
         write_summary(root, summary)
     return summary, failed
@@ -116,9 +116,8 @@ def _score(runs: list[Run], scoring: Scoring, root: Path, compute: Compute) -> i
     return explained.n_failed + scored.n_failed
 
 
-def sweep_findings(summary: Summary) -> dict[str, Any]:
+def sweep_findings(table: dict[str, Any]) -> dict[str, Any]:
     """Return the sweep's table and the findings that its axes allow."""
-    table = summary.table
     return {**table, "findings": [finding_of_sweep(name, table).as_dict() for name in axes_of(table)]}
 
 

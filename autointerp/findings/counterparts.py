@@ -47,6 +47,7 @@ def counterpart_findings(
     rows = pd.concat(
         [_rows(pair, table, alignments[pair], alive[pair[0]]) for pair, table in behaviour.items()], ignore_index=True
     )
+    rows["unit"] = rows.groupby(["run", "latent"]).ngroup()
     lone = rows[rows["relation"].notna()]
     null = _under_null(rows, behaviour)
     of_null = None if null is None else {**_by_firing(null), **_ranges(null)}
@@ -60,7 +61,7 @@ def counterpart_findings(
         **found,
         "n_unshared": len(lone),
         "rebuilt": {
-            **mean_of(_by_latent(lone, "rebuilt", bootstrap_mean)),
+            **mean_of(_by_latent(lone["rebuilt"].dropna(), lone, bootstrap_mean)),
             "quartiles": quartiles(lone["rebuilt"].dropna()),
             "null": lone["rebuilt__rotated"].mean() if "rebuilt__rotated" in lone else None,
         },
@@ -119,13 +120,12 @@ def _agreement(rows: pd.DataFrame, space: str) -> float | None:
     return (partnered["jaccard_partner"] == partnered[f"{space}_partner"]).mean() if len(partnered) else None
 
 
-def _by_latent(rows: pd.DataFrame, column: str, interval: Callable[[pd.Series], Estimate]) -> Estimate:
+def _by_latent(values: pd.Series, rows: pd.DataFrame, interval: Callable[[pd.Series], Estimate]) -> Estimate:
     """Return the mean of a share over rows; its interval counts all rows of a latent as one observation."""
-    rows = rows[rows[column].notna()]
-    if rows.empty:
+    if values.empty:
         return UNKNOWN
-    whole = float(rows[column].mean())
-    per_latent = interval(rows.groupby(["run", "latent"])[column].mean())
+    whole = float(values.mean())
+    per_latent = interval(values.groupby(rows.loc[values.index, "unit"].to_numpy()).mean())
     low, high = whole - (per_latent.value - per_latent.low), whole + (per_latent.high - per_latent.value)
     return Estimate(whole, max(low, 0.0), min(high, 1.0))
 
@@ -142,7 +142,7 @@ def _rows(pair: tuple[str, str], table: pd.DataFrame, alignment: pd.DataFrame, a
 
 def _relation(name: str, lone: pd.DataFrame) -> dict[str, Any]:
     of = lone[lone["relation"] == name]
-    share = _by_latent(lone.assign(held=(lone["relation"] == name).astype(float)), "held", mean_fraction)
+    share = _by_latent((lone["relation"] == name).astype(float), lone, mean_fraction)
     return {
         "relation": name,
         "says": RELATIONS[name],

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,6 @@ from sae.common.files import SCHEMA, digest, digest_file, read_json, write_json,
 from sae.common.progress import say
 from sae.study.run import Run
 from sae.study.sweep import Sweep
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A sweep's table as JSON values: see :func:`autointerp.findings.sweep_points.summarise`."""
-
-    table: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return str(self.table["sweep"])
-
-    @property
-    def inputs(self) -> str:
-        return str(self.table["inputs"])
 
 
 def summary_path(root: Path, name: str) -> Path:
@@ -61,24 +45,24 @@ def _scores(run: Run) -> str | None:
     return digest_file(path) if path.exists() else None
 
 
-def write_summary(root: Path, summary: Summary) -> None:
+def write_summary(root: Path, table: Mapping[str, Any]) -> None:
     """Write both files; the one that is read comes last, so its presence means that both are there."""
-    path = summary_path(root, summary.name)
-    write_table(path.with_suffix(".parquet"), flat(summary.table), inputs=summary.inputs)
-    write_json(path, summary.table)
+    path = summary_path(root, table["sweep"])
+    write_table(path.with_suffix(".parquet"), flat(table), inputs=table["inputs"])
+    write_json(path, table)
 
 
-def read_summary(root: Path, name: str) -> Summary | None:
+def read_summary(root: Path, name: str) -> dict[str, Any] | None:
     """Return the stored table; ``None`` if there is none of this version."""
     path = summary_path(root, name)
     if not path.is_file():
         return None
     try:
-        table = read_json(path)
+        table: dict[str, Any] = read_json(path)
         if table["schema"] != SCHEMA or table["points"] is None:
             return None
         table["created"], table["axes"], table["subject"]["fingerprint"]  # must be there
-        return Summary(table)
+        return table
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{str(path)!r} is damaged; delete it and run the sweep again") from None
 
@@ -88,12 +72,12 @@ def sweeps_of(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for path in sorted((root / "reports").glob("*.sweep.json")):
         try:
-            summary = read_summary(root, path.name.removesuffix(".sweep.json"))
+            table = read_summary(root, path.name.removesuffix(".sweep.json"))
         except BadInput as error:  # the report works without it
             say(str(error))
             continue
-        if summary is not None and summary.table["subject"]["fingerprint"] == subject.get("fingerprint"):
-            found.append(summary.table)
+        if table is not None and table["subject"]["fingerprint"] == subject.get("fingerprint"):
+            found.append(table)
     return sorted(found, key=lambda table: str(table["created"]), reverse=True)
 
 

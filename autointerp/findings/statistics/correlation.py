@@ -1,12 +1,11 @@
-"""Scores, correlations and their intervals, in NumPy and SciPy alone.
+"""Compute correlations, quantiles and means with their intervals, in NumPy and SciPy alone.
 
-A detection score rests on some fifty contexts of each kind, so its interval is about ten points wide: read without it,
-a ranking of latents is mostly noise. Each interval here was chosen for how it behaves at such sizes and near perfect
-scores, where the textbook (Wald) ones collapse to a point; how often each holds the truth is measured by simulation in
-the tests.
+A detection score rests on some fifty contexts of each kind, so its interval is about ten points wide. Each method here
+was chosen for its coverage at such sizes and near perfect scores, where the textbook (Wald) intervals collapse; the
+tests measure the coverage by simulation.
 
-None of these functions drops a value that is not a number: what failed must be counted by whoever calls, so NaN
-raises ``ValueError``. Where nothing can be measured (a class is empty, a variable is constant) the answer is NaN.
+NaN raises ``ValueError``: callers must count what failed. The result is NaN if nothing can be measured (no value, a
+constant variable).
 """
 
 from __future__ import annotations
@@ -30,14 +29,13 @@ METHODS = {
     "stratified_spearman": "Fisher z of the strata, weighted by n - 3",
     "bootstrap_mean": "percentile bootstrap of the mean, 2000 resamples, seeded",
 }
-"""How each interval is made, for the head of a report."""
+"""How each interval is computed, for the report."""
 
 
 def mean_fraction(values: ArrayLike, level: float = 0.95) -> Estimate:
-    """The mean of fractions [N], each of its own latent, with Wilson's interval at their effective number.
+    """Return the mean of fractions [N] with Wilson's interval at their effective number.
 
-    See :func:`sae.common.estimate.fraction`; the number is N where all are 0 or 1, or all are the same. So the interval
-    of a rare thing is lopsided as it must be, and that of a thing never seen does not shrink to nothing.
+    See :func:`sae.common.estimate.fraction`; the number is N if all are 0 or 1, or all are equal.
     """
     x = check_finite(values)
     if len(x) == 0:
@@ -46,18 +44,18 @@ def mean_fraction(values: ArrayLike, level: float = 0.95) -> Estimate:
 
 
 def spearman(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Estimate:
-    """Spearman's rank correlation of [N] and [N]; Fisher's z with the variance of Bonett and Wright (2000).
+    """Return Spearman's correlation of [N] and [N]; Fisher's z with the variance of Bonett and Wright (2000).
 
-    NaN when a variable is constant or N < 3; no interval when N < 5.
+    NaN if a variable is constant or N < 3; no interval if N < 5.
     """
     return partial_spearman(x, y, (), level)
 
 
 def partial_spearman(x: ArrayLike, y: ArrayLike, covariates: ArrayLike, level: float = 0.95) -> Estimate:
-    """Spearman's correlation of x [N] and y [N] with the ranks of the covariates ([N] or [C, N]) held fixed.
+    """Return Spearman's correlation of x [N] and y [N] with the ranks of the covariates ([N] or [C, N]) held fixed.
 
-    The correlation of what is left of the ranks of x and y once each is regressed on the ranks of the covariates; the
-    interval loses one degree of freedom per covariate.
+    It correlates the residuals of the ranks of x and y after regression on the ranks of the covariates; the interval
+    loses one degree of freedom per covariate.
     """
     a, b = check_finite(x), check_finite(y)
     held = np.asarray(covariates, dtype=np.float64)
@@ -71,7 +69,7 @@ def partial_spearman(x: ArrayLike, y: ArrayLike, covariates: ArrayLike, level: f
     design = np.vstack([np.ones(len(a)), *(mean_ranks(row)[None] for row in held)])
     left = left - (np.linalg.lstsq(design.T, left.T, rcond=None)[0].T @ design)
     kept = left.std(axis=1)
-    # A variable that the covariates explain wholly leaves only rounding behind.
+    # Residuals of a variable that the covariates explain fully are only rounding errors.
     if np.any(spread == 0) or np.any(kept <= 1e-9 * spread):
         return UNKNOWN
     r = float(np.clip(np.mean(left[0] * left[1]) / (kept[0] * kept[1]), -1, 1))
@@ -79,7 +77,7 @@ def partial_spearman(x: ArrayLike, y: ArrayLike, covariates: ArrayLike, level: f
 
 
 class Stratum(NamedTuple):
-    """One quantile of the covariate: its range, how many points, and the correlation within it."""
+    """One quantile of the covariate: its range, its number of points, and the correlation within it."""
 
     low: float
     high: float
@@ -97,11 +95,10 @@ class Stratified(NamedTuple):
 def stratified_spearman(
     x: ArrayLike, y: ArrayLike, covariate: ArrayLike, n_strata: int = 5, level: float = 0.95
 ) -> Stratified:
-    """Spearman's correlation of x [N] and y [N] within quantiles of a covariate [N], such as firing frequency.
+    """Return Spearman's correlation of x [N] and y [N] within quantiles of a covariate [N].
 
-    Unlike a partial correlation it does not suppose that the covariate acts monotonically. Equal covariates fall in
-    the same stratum, so that there may be fewer strata than asked for. Pooled: the mean of Fisher's z weighted by
-    n - 3, over the strata in which it is defined.
+    Unlike a partial correlation, it does not assume that the covariate acts monotonically. Equal covariates are in the
+    same stratum, so there may be fewer strata than requested. Pooled: the mean of Fisher's z weighted by n - 3.
     """
     a, b, c = check_finite(x), check_finite(y), check_finite(covariate)
     if not len(a) == len(b) == len(c):
@@ -128,9 +125,9 @@ def stratified_spearman(
 
 
 def strata_of(covariate: ArrayLike, n_strata: int, weights: ArrayLike | None = None) -> NDArray[np.intp]:
-    """[N] the quantile of a covariate [N] that each value falls in, from 0; equal values fall in the same.
+    """Return the quantile, from 0, that each value of a covariate [N] is in; equal values are in the same.
 
-    With ``weights`` [N], quantiles are those of the population that the values are a sample of.
+    With ``weights`` [N], the quantiles are those of the sampled population.
     """
     c = check_finite(covariate)
     edges = np.unique(quantiles(c, np.linspace(0, 1, n_strata + 1)[1:-1], weights))
@@ -138,19 +135,16 @@ def strata_of(covariate: ArrayLike, n_strata: int, weights: ArrayLike | None = N
 
 
 def short_of_one(r: ArrayLike, n: int) -> Array:
-    """Rank correlations of n points, brought in by half a step where they are ±1: Fisher's z has no value there.
+    """Move rank correlations of ±1 inwards by half a step, because Fisher's z is infinite there.
 
-    A step is what one exchange of neighbouring ranks takes from a perfect correlation, 12 / (n³ - n).
+    A step is the effect of exchanging two neighbouring ranks of n points, 12 / (n³ - n).
     """
     limit = 1 - 6 / (n**3 - n)
     return np.clip(np.asarray(r, dtype=np.float64), -limit, limit)
 
 
 def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """The mean of [N] values with its percentile-bootstrap interval; the same seed gives the same interval.
-
-    For a paired comparison hand in the differences. NaN when there is no value; no interval when there is one.
-    """
+    """Return the mean of [N] values with its percentile-bootstrap interval; NaN for none, no interval for one."""
     x = check_finite(values)
     if len(x) == 0:
         return UNKNOWN
@@ -158,7 +152,7 @@ def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = 2000
     if len(x) == 1:
         return Estimate(mean, math.nan, math.nan)
     rng = np.random.default_rng(seed)
-    chunk = max(1, 2_000_000 // len(x))  # resamples at a time: bounds the memory at some tens of MB
+    chunk = max(1, 2_000_000 // len(x))  # bounds the memory at some tens of MB
     means = np.concatenate(
         [
             x[rng.integers(len(x), size=(min(chunk, resamples - done), len(x)))].mean(axis=1)
@@ -170,11 +164,10 @@ def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = 2000
 
 
 def quantiles(values: ArrayLike, at: ArrayLike, weights: ArrayLike | None = None) -> Array:
-    """[Q] the quantiles ``at`` [Q] of [N] values, interpolated linearly; NaN when there is no value.
+    """Return the quantiles ``at`` [Q] of [N] values, interpolated linearly; NaN if there is no value.
 
-    With ``weights`` [N] (only their ratios matter), the k-th value in order is the quantile C_k, the weight that lies
-    before the middle of its own, brought to run from 0 for the first value to 1 for the last. Equal weights give what
-    NumPy's ``linear`` gives.
+    With ``weights`` [N], the k-th value in order is the quantile C_k: the weight before the middle of its own, scaled
+    to run from 0 for the first value to 1 for the last. Equal weights give NumPy's ``linear`` quantiles.
     """
     x, at = check_finite(values), np.asarray(at, dtype=np.float64)
     if not len(x):
@@ -186,9 +179,9 @@ def quantiles(values: ArrayLike, at: ArrayLike, weights: ArrayLike | None = None
 
 
 def sorted_quantiles(x: Array, weights: Array, at: Array) -> Array:
-    """[Q] the :func:`quantiles` of values [N] that are in order; [R, Q] for weights [R, N], a row each."""
+    """Return the :func:`quantiles` [Q] of sorted values [N]; [R, Q] for weights [R, N]."""
     rows = np.atleast_2d(weights)
-    found = np.tile(np.quantile(x, at), (len(rows), 1))  # right where weights are equal
+    found = np.tile(np.quantile(x, at), (len(rows), 1))  # correct for equal weights
     if len(x) > 1:
         middle = np.cumsum(rows, axis=1) - rows / 2
         with np.errstate(invalid="ignore"):  # of a row of zeros
@@ -199,12 +192,12 @@ def sorted_quantiles(x: Array, weights: Array, at: Array) -> Array:
 
 
 def quartiles(values: ArrayLike) -> tuple[float, float, float]:
-    """The 25th, 50th and 75th percentiles (linear interpolation); NaN when there is no value."""
+    """Return the 25th, 50th and 75th percentiles (linear interpolation); NaN if there is no value."""
     x = check_finite(values)
     if len(x) == 0:
         return math.nan, math.nan, math.nan
-    first, median, third = np.quantile(x, [0.25, 0.5, 0.75])
-    return float(first), float(median), float(third)
+    first, median, third = np.quantile(x, [0.25, 0.5, 0.75]).tolist()
+    return first, median, third
 
 
 def _fisher(r: float, n: int, covariates: int, level: float) -> Estimate:
@@ -216,5 +209,5 @@ def _fisher(r: float, n: int, covariates: int, level: float) -> Estimate:
 
 
 def _variance(r: float, n: int, covariates: int) -> float:
-    """Of Fisher's z of a rank correlation (Bonett and Wright 2000)."""
+    """Return the variance of Fisher's z of a rank correlation (Bonett and Wright 2000)."""
     return (1 + r * r / 2) / (n - 3 - covariates)

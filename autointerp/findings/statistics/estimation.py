@@ -1,28 +1,22 @@
-"""Figures over scored latents: of these latents as they are, or of all eligible ones that they are a sample of.
+"""Estimate figures over scored latents, unweighted or for all eligible latents that they are a sample of.
 
-*As they are*: where no sample is on record (latents named outright, journals of older versions). Plain means and
-quartiles; intervals by the bootstrap over latents, as if these were drawn from endlessly many like them.
+*Unweighted*, if no sample is recorded (latents named outright, journals of older versions): plain means and quartiles;
+bootstrap intervals over latents, as if drawn from infinitely many.
 
-*Of a sample* (:mod:`autointerp.contexts.sampling`): every figure is weighted by the inverse inclusion probability
-(Hájek's ratio estimators for means) and estimates what it would be over *all eligible latents that can be scored*. A
-latent of the sample that failed takes part with its place in the design and with no score: were it scored in a census,
-it would fail there as well. Latents explained outside the sample are not in it.
+*With a sample* (:mod:`autointerp.contexts.sampling`), every figure is weighted by the inverse inclusion probability
+(Hájek's ratio estimators for means) and estimates its value over *all eligible latents that can be scored*. A sampled
+latent that failed keeps its place in the design, without a score. Latents explained outside the sample do not count.
 
-What the intervals of a sample cover is how far the figure may lie from that of all eligible latents *with each score
-measured without error*. Two things go into it:
-
-* which latents were drawn. That part shrinks with the finite population correction and is nil in a census;
-* on which contexts each score was measured, known from the scores' own intervals. That part stays in a census.
-
-For a mean over strata of N_h latents, n_h of them drawn, it is the two-stage variance (Cochran 1977, ch. 10)
+The interval of a sample covers how far the figure may be from that of all eligible latents *with each score measured
+without error*. It has two parts: which latents were drawn, which shrinks to 0 in a census; and on which contexts each
+score was measured, known from the scores' own intervals, which stays in a census. For a mean over strata of N_h
+latents, n_h of them drawn, it is the two-stage variance (Cochran 1977, ch. 10)
 
     sum_h W_h^2 [ (1 - f_h) s_h^2 / n_h + v_h / N_h ] = sum_h W_h^2 (1 - f_h rho) s_h^2 / n_h,   f_h = n_h / N_h
 
-with s_h^2 the variance of the measured scores, v_h the mean of their error variances and rho = 1 - v / s^2, both over
-strata: only what differs between latents themselves becomes known by drawing more of them. The bootstrap takes
-``known`` = f_h rho. For a mean this is exact. A quantile varies by whether scores lie below it, and of that less is the
-latents' own (:func:`known_of_quantile`). Rank correlations take the rho of the scores they are of. Both are those of
-*measured* scores (noise draws a correlation towards 0 and quartiles apart; the corrected correlation takes that back).
+with s_h^2 the variance of the measured scores, v_h the mean of their error variances and rho = 1 - v / s^2 over all
+strata. The bootstrap takes ``known`` = f_h rho, which is exact for a mean. For a quantile see
+:func:`known_of_quantile`; rank correlations use the rho of their scores. Both are those of *measured* scores.
 Not covered: another training, another explanation of the same latent, another judge.
 """
 
@@ -46,31 +40,29 @@ METHODS = {
     "on which contexts they were scored",
 }
 _QUARTILES = (0.25, 0.5, 0.75)
-_Z = 1.959964  # of the 95 % intervals that error variances are read off
+_Z = 1.959964  # of the 95 % intervals that give the error variances
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """Means and quartiles over latents.
+    """Computes means and quartiles over latents.
 
-    ``sample``: by latent, the ``weight``, ``stratum`` and ``fraction`` of all that came to an end
-    (:meth:`autointerp.contexts.sample_record.Sample.weights`); ``None``: of the latents as they are.
+    ``sample``: by latent, the ``weight``, ``stratum`` and ``fraction`` of all finished latents
+    (:meth:`autointerp.contexts.sample_record.Sample.weights`); ``None``: unweighted.
     """
 
     sample: pd.DataFrame | None = None
     seed: int = 0
-    """Of the resamples: two independent samples that are compared take different ones."""
+    """Of the resamples; two independent samples that are compared need different seeds."""
 
     def of(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Those of the rows (by latent) that figures are made of."""
+        """Return the rows (by latent) that count."""
         return rows if self.sample is None else rows[rows.index.isin(self.sample.index)]
 
     def mean(self, values: pd.Series, error: pd.Series | None = None) -> Estimate:
-        """The mean of values by latent (none missing), with its interval.
+        """Return the mean of values by latent (none missing), with its interval.
 
-        Args:
-            error: the values' own error variances; ``None`` where they are not known: the interval then has no finite
-                population correction, and is too wide rather than too narrow.
+        Without the values' ``error`` variances there is no finite population correction, and the interval is too wide.
         """
         if self.sample is None:
             return bootstrap_mean(values)
@@ -79,21 +71,16 @@ class Estimator:
         return interval_of(*self.mean_draws(values, error))
 
     def mean_draws(self, values: pd.Series, error: pd.Series | None = None) -> tuple[Floats, int]:
-        """[R + 1] the mean of values by latent and over the resamples of them, and how many observations it rests on.
-
-        What :func:`autointerp.findings.statistics.resampling.interval_of` makes an interval of, also of what is
-        computed from it.
-        """
+        """Return the mean of values by latent and of their resamples, [R + 1], and the number of observations."""
         if self.sample is None:
             return Resamples(np.arange(len(values)), seed=self.seed).means(values), len(values)
         x, kept, resamples = self._resampled(values, error)
         return resamples.means(x, kept), _free(resamples, kept)
 
     def difference(self, own: pd.DataFrame, theirs: pd.DataFrame, column: str, value: str = "ba") -> Estimate:
-        """The mean of own − theirs in a column over the latents that have both; unknown where none has.
+        """Return the mean of own − theirs in a column over the latents that have both.
 
-        Args:
-            value: the beginning of the names of the score's interval, for :func:`error_of`.
+        ``value`` is the prefix of the columns of the score's interval, for :func:`error_of`.
         """
         paired = (own[column].astype(float) - theirs[column].astype(float)).dropna()
         ours, others = error_of(own, value), error_of(theirs, value)
@@ -101,7 +88,7 @@ class Estimator:
         return self.mean(paired, error)
 
     def quartiles(self, values: pd.Series, error: pd.Series | None = None) -> list[Estimate]:
-        """The quartiles of values by latent, with their intervals."""
+        """Return the quartiles of values by latent, with their intervals."""
         if values.empty:
             return [UNKNOWN] * 3
         if self.sample is None:
@@ -114,17 +101,17 @@ class Estimator:
         return found
 
     def share(self, holds: pd.Series) -> float:
-        """Of the latents, the share for which something holds."""
+        """Return the fraction of the latents for which ``holds`` is true."""
         if self.sample is None or holds.empty:
             return float(holds.mean())
         return float(np.average(holds.to_numpy(float), weights=self.weights(holds)))
 
     def plain_mean(self, values: pd.Series) -> float:
-        """The mean without an interval."""
+        """Return the mean without an interval."""
         return self.share(values.astype(float))
 
     def weights(self, values: pd.Series) -> Floats:
-        """[N] how many eligible latents each of the values stands for; 1 where there is no sample."""
+        """Return the number of eligible latents that each value represents, [N]; 1 without a sample."""
         if self.sample is None:
             return np.ones(len(values))
         return self.sample["weight"].reindex(values.index).to_numpy(float)
@@ -132,9 +119,9 @@ class Estimator:
     def _resampled(
         self, values: pd.Series, error: pd.Series | None, known_of: Callable[[float], float] = float
     ) -> tuple[Floats, Bools, Resamples]:
-        """Values and their places among all of the sample, and its resamples.
+        """Return values and their places in the whole sample, and its resamples.
 
-        ``known_of`` has for rho the share of the figure's own variance that the latents make.
+        ``known_of`` maps rho to the fraction of the figure's variance that comes from the latents.
         """
         sample = self.sample
         assert sample is not None
@@ -152,23 +139,19 @@ class Estimator:
 
 
 AS_THEY_ARE = Estimator()
-"""Of latents that are no sample of anything."""
+"""Without a sample."""
 
 
 def real_share(values: Floats, kept: Bools, error: Floats, sample: pd.DataFrame) -> float:
-    """rho: of the variance of values within strata, the share that is not error of measurement, from 0 to 1.
+    """Return rho, the fraction of the variance within strata that is not measurement error; 0 if an error is missing.
 
-    0, on the safe side, where an error variance is missing.
-
-    Args:
-        values: [N] of every latent of the ``sample``; counted where ``kept`` [N].
-        error: [N] variances.
+    ``values`` [N], of which ``kept`` [N] count, and ``error`` variances [N] are of every latent of the ``sample``.
     """
     weight = sample["weight"].to_numpy(float)
     if not kept.any() or np.isnan(error[kept]).any():
         return 0.0
     mean = np.average(values[kept], weights=weight[kept])
-    # A latent without a value counts with its place alone: how many have one differs from sample to sample too.
+    # A latent without a value keeps its place: the number of values differs between samples too.
     residual = np.where(kept, values - mean, 0.0)
     of = pd.Series(residual).groupby(sample["stratum"].to_numpy())
     held = pd.Series(weight).groupby(sample["stratum"].to_numpy()).sum()
@@ -178,10 +161,10 @@ def real_share(values: Floats, kept: Bools, error: Floats, sample: pd.DataFrame)
 
 
 def known_of_quantile(rho: float, p: float) -> float:
-    """Of the sampling variance of a quantile, the share that is not error of measurement, from 0 to 1.
+    """Return the fraction of a quantile's sampling variance that is not measurement error.
 
-    A sample's quantile at ``p`` varies as the share of scores below it does. Of two measurements of one latent, normal
-    and correlated by ``rho``, both lie below with probability Phi2(z_p, z_p; rho); so whether one does is correlated by
+    A quantile at ``p`` varies like the fraction of scores below it. Two measurements of one latent, normal with
+    correlation ``rho``, are both below with probability Phi2(z_p, z_p; rho), so the indicators have the correlation
 
         (Phi2(z_p, z_p; rho) - p^2) / (p (1 - p)),
 
@@ -193,16 +176,13 @@ def known_of_quantile(rho: float, p: float) -> float:
 
 
 def _free(resamples: Resamples, kept: Bools) -> int:
-    """What stands for the number of observations in an interval: latents less the strata that they are of.
-
-    1, which has no interval, for a single value: the bootstrap would be sure of it.
-    """
+    """Return the effective number of observations: latents less strata; 1, which has no interval, for one value."""
     n = int(kept.sum())
     return 1 if n == 1 else max(2, min(resamples.n_free, n))
 
 
 def error_of(rows: pd.DataFrame, value: str = "ba") -> pd.Series | None:
-    """The error variances of scores, off their 95 % intervals (``ba_low``, ``ba_high``); ``None`` without such."""
+    """Return the error variances of scores from their 95 % intervals (``ba_low``, ``ba_high``), if there are any."""
     if f"{value}_low" not in rows:
         return None
     return ((rows[f"{value}_high"].astype(float) - rows[f"{value}_low"].astype(float)) / (2 * _Z)) ** 2

@@ -1,23 +1,20 @@
-"""Rank correlations, and what is made of them, over resamples: the intervals that no formula gives.
+"""Compute rank correlations, means and quantiles over bootstrap resamples.
 
-A resample is a weight for each value, how often it is held, and a rank correlation under weights is that of the sample
-in which each value stands so often. So nothing is copied or sorted again for a resample. Whole groups of values are
-drawn together: a latent and its partners in the other seeds are one observation, and were each drawn by itself, the
-intervals would be too narrow.
+A resample is a weight for each value: how often it is drawn. A rank correlation under weights is that of the sample
+with each value repeated that often, so nothing is copied or sorted again. Whole groups of values are drawn together: a
+latent and its partners in other seeds are one observation, and intervals would otherwise be too narrow.
 
-Values of a stratified sample have weights of their own (:mod:`autointerp.contexts.sampling`), which a resample
-multiplies. Units are then drawn within their strata, n - 1 of n, and the factors are brought towards 1 as the finite
-population asks (the rescaling bootstrap of Rao and Wu 1988, in the weights as in Rao, Wu and Yue 1992):
+In a stratified sample, values have weights of their own (:mod:`autointerp.contexts.sampling`), which a resample
+multiplies. Units are then drawn within strata, n - 1 of n, and the factors are shrunk towards 1 for the finite
+population (the rescaling bootstrap of Rao and Wu 1988, in the weights as in Rao, Wu and Yue 1992):
 
     factor = 1 - c + c n / (n - 1) times held,    c = sqrt(1 - known)
 
-``known`` is the share of the sampling variance that is none: the stratum's sampling fraction, where values are known
-without error; see :mod:`autointerp.findings.statistics.estimation` for values that are not.
+``known`` is the fraction of the sampling variance that vanishes: the stratum's sampling fraction if values are known
+without error; else see :mod:`autointerp.findings.statistics.estimation`.
 
-R resamples, N values. Row 0 of every result is the sample itself.
-
-Within, weights are held as [n, r]: sums over the n values then run along whole rows, several at a time, and in
-pieces small enough for a processor's cache.
+R resamples, N values. Row 0 of every result is the sample itself. Internally, weights are [n, r]: sums over the n
+values run along whole rows, in pieces small enough for the processor's cache.
 """
 
 from __future__ import annotations
@@ -37,19 +34,18 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 RESAMPLES = 1000
-_CELLS = 1_000_000  # of a resample × value matrix held at a time
-_NEAR = 1 << 16  # of them worked on at a time where a piece is read many times over
+_CELLS = 1_000_000  # of a resample × value matrix in memory at a time
+_NEAR = 1 << 16  # of them processed at a time if a piece is read many times
 
 
 class Resamples:
-    """Which values each resample holds, and how often; the same units and seed give the same ones.
+    """How often each resample holds each value; the same units and seed give the same resamples.
 
     Args:
-        units: [N] the group that each value belongs to, of any type that can be compared.
-        weights: [N] how many values of the population each stands for; scaled alike, they give the same results.
-        strata: [N] a number each; a unit is in that of its first value. Where a stratum has but one unit, it is
-            taken together with the next.
-        known: [N] the share of each stratum's sampling variance that is none, from 0 to 1.
+        units: [N] the group of each value, of any comparable type.
+        weights: [N] the number of values of the population that each represents; only ratios matter.
+        strata: [N] numbers; a unit is in the stratum of its first value. A stratum with one unit joins the next.
+        known: [N] the fraction of each stratum's sampling variance that vanishes.
     """
 
     def __init__(
@@ -86,17 +82,17 @@ class Resamples:
 
     @property
     def n_free(self) -> int:
-        """As many units as would leave as many degrees of freedom without strata."""
+        """The number of units with the same degrees of freedom without strata."""
         return self.n_units - self.n_strata + 1
 
     def weights(self, kept: Bools | None = None) -> Iterator[Floats]:
-        """The weights of the values (``kept`` [N] of them) in pieces [r, n], which together have R + 1 rows."""
+        """Yield the weights of the values (``kept`` [N] of them) in pieces [r, n] of R + 1 rows together."""
         step = max(1, _CELLS // max(1, len(self.unit) if kept is None else int(kept.sum())))
         for start in range(0, len(self), step):
             yield self._piece(start, start + step, kept).T
 
     def _piece(self, start: int, stop: int, kept: Bools | None) -> Floats:
-        """[n, r] the weights of the values ``kept`` in the resamples from ``start`` to ``stop``."""
+        """Return the weights [n, r] of the values ``kept`` in the resamples from ``start`` to ``stop``."""
         if self._whole is not None:
             chosen = self._whole[:, start:stop]
             return np.ascontiguousarray(chosen if kept is None else chosen[kept])
@@ -104,7 +100,7 @@ class Resamples:
 
     @functools.cached_property
     def _whole(self) -> Floats | None:
-        """[N, R + 1] all weights; ``None`` where they are too many to be held."""
+        """All weights [N, R + 1]; ``None`` if they are too many for memory."""
         return self._weights_of(0, len(self), slice(None)) if len(self) * len(self.unit) <= _CELLS else None
 
     def _weights_of(self, start: int, stop: int, chosen: slice | Bools) -> Floats:
@@ -115,8 +111,7 @@ class Resamples:
         return found if self.own is None else found * self.own[chosen][:, None]
 
     def quantiles(self, values: ArrayLike, at: ArrayLike, kept: Bools | None = None) -> Floats:
-        """[R + 1, Q] the quantiles ``at`` [Q] of the values [N]; see
-        :func:`autointerp.findings.statistics.correlation.quantiles`."""
+        """Return the quantiles ``at`` [Q] of the values [N], [R + 1, Q]; see ``correlation.quantiles``."""
         x = np.asarray(values, dtype=np.float64)
         x = x if kept is None else x[kept]
         order, at = np.argsort(x, kind="stable"), np.asarray(at, dtype=np.float64)
@@ -125,18 +120,18 @@ class Resamples:
         return np.concatenate([sorted_quantiles(x[order], w[:, order], at) for w in self.weights(kept)])
 
     def count(self, kept: Bools) -> int:
-        """How many units the values ``kept`` [N] are of."""
+        """Return the number of units of the values ``kept`` [N]."""
         return len(np.unique(self.unit[kept]))
 
     def means(self, values: ArrayLike, kept: Bools | None = None) -> Floats:
-        """[R + 1] the mean of the values [N] (of those ``kept``); NaN where a resample holds none of them."""
+        """Return the mean [R + 1] of the values [N] that are ``kept``; NaN if a resample holds none of them."""
         x = np.asarray(values, dtype=np.float64)
         x = x if kept is None else x[kept]
         with np.errstate(invalid="ignore"):
             return np.concatenate([(w @ x) / w.sum(1) for w in self.weights(kept)])
 
     def correlations(self, columns: Sequence[ArrayLike], kept: Bools | None = None) -> Floats:
-        """[R + 1, C, C] Spearman's correlations of C columns [N]; NaN where one is constant in a resample."""
+        """Return Spearman's correlations [R + 1, C, C] of C columns [N]; NaN if one is constant in a resample."""
         table = [np.asarray(c, dtype=np.float64) if kept is None else np.asarray(c, float)[kept] for c in columns]
         orders = [_Order.of(column) for column in table]
         # At least two resamples at a time: NumPy sums a single row in another order.
@@ -147,7 +142,7 @@ class Resamples:
 
 @functools.lru_cache(maxsize=8)
 def _drawn(n_units: int, resamples: int, seed: int) -> NDArray[np.uint8]:
-    """[R + 1, n_units] how often each resample holds each unit; a report asks for the same ones many times."""
+    """Return how often each resample holds each unit, [R + 1, n_units]; cached, because a report asks many times."""
     rng = np.random.default_rng(seed)
     held = np.ones((resamples + 1, n_units), dtype=np.uint8)
     for row in held[1:]:
@@ -158,7 +153,7 @@ def _drawn(n_units: int, resamples: int, seed: int) -> NDArray[np.uint8]:
 
 @functools.lru_cache(maxsize=8)
 def _drawn_within(strata: bytes, resamples: int, seed: int) -> NDArray[np.uint8]:
-    """The same drawn within strata, n - 1 of n: the bytes of the stratum (``intp``) of each unit."""
+    """Return the same drawn within strata, n - 1 of n; ``strata`` are the bytes of the ``intp`` array of strata."""
     of = np.frombuffer(strata, np.intp)
     rng = np.random.default_rng(seed)
     held = np.ones((resamples + 1, len(of)), dtype=np.uint8)
@@ -184,7 +179,7 @@ class _Order:
         return cls(order, np.cumsum(counts) - 1, group)
 
     def ranks(self, weights: Floats) -> Floats:
-        """[n, r] the mean rank of each value in the sample in which it stands ``weights`` [n, r] times."""
+        """Return the mean rank [n, r] of each value in the sample that repeats it ``weights`` [n, r] times."""
         upto = np.cumsum(weights[self.order], axis=0)[self.ends]
         mean = np.zeros_like(upto)
         mean[1:] = upto[:-1]
@@ -195,7 +190,7 @@ class _Order:
 
 
 def _correlate(orders: Sequence[_Order], weights: Floats) -> Floats:
-    """[r, C, C] the correlations of C columns under ``weights`` [n, r]."""
+    """Return the correlations [r, C, C] of C columns under ``weights`` [n, r]."""
     total = weights.sum(0)
     centred, weighted, spread = [], [], []
     found = np.ones((weights.shape[1], len(orders), len(orders)))
@@ -211,7 +206,7 @@ def _correlate(orders: Sequence[_Order], weights: Floats) -> Floats:
             left = (product * ranks).sum(0)
             centred.append(ranks)
             weighted.append(product)
-            # Of a constant, weights that are no whole numbers leave rounding behind.
+            # Fractional weights leave a rounding error in the spread of a constant.
             spread.append(np.sqrt(np.where(left > 1e-18 * of_all, left, np.nan)))
             found[:, i, i] = np.clip(left / (spread[i] * spread[i]), -1, 1)
         for i in range(len(orders)):
@@ -222,7 +217,7 @@ def _correlate(orders: Sequence[_Order], weights: Floats) -> Floats:
 
 
 def _none_alone(strata: NDArray) -> NDArray[np.intp]:
-    """Strata numbered from 0, each with two members at least where there are two."""
+    """Number the strata from 0, joining those with one member to the next."""
     names, of, sizes = np.unique(strata, return_inverse=True, return_counts=True)
     joined, number, waiting = np.zeros(len(names), np.intp), 0, 0
     for i, size in enumerate(sizes):
@@ -236,18 +231,18 @@ def _none_alone(strata: NDArray) -> NDArray[np.intp]:
 
 
 def partial(xy: Floats, xz: Floats, yz: Floats) -> Floats:
-    """The correlation of x and y with z held fixed, out of the three plain ones; NaN where z leaves nothing over."""
+    """Return the correlation of x and y with z held fixed, from the plain ones; NaN if z explains x or y fully."""
     with np.errstate(invalid="ignore", divide="ignore"):
         left = (1 - xz**2) * (1 - yz**2)
         return np.where(left > 1e-12, np.clip((xy - xz * yz) / np.sqrt(np.maximum(left, 1e-12)), -1, 1), np.nan)
 
 
 def interval_of(draws: Floats, n: int | None = None, level: float = 0.95) -> Estimate:
-    """The sample's value, first of the draws, with the percentile interval of the resamples that follow.
+    """Return the sample's value, first of the draws, with the percentile interval of the resamples that follow.
 
-    Percentiles alone are too narrow for few observations, as the normal distribution is in place of Student's. With
-    ``n`` independent observations they are moved outwards by as much (the expanded percentiles of Hesterberg 2015).
-    No interval where more than a tenth of the resamples give no value: those that do would not be a fair sample.
+    Percentiles are too narrow for few observations, like a normal interval in place of Student's. With ``n``
+    independent observations they are expanded accordingly (Hesterberg 2015). No interval if more than a tenth of the
+    resamples give no value.
     """
     value, known = float(draws[0]), draws[1:][~np.isnan(draws[1:])]
     if np.isnan(value) or len(known) < 0.9 * (len(draws) - 1) or not len(known) or n == 1:
