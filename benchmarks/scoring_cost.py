@@ -40,7 +40,7 @@ from autointerp.contexts.sampler import Context, TestSet
 from autointerp.journal.journal import Journal
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Message
-from autointerp.llm.tokens import BLOCK, block_keys, local_tokenizer
+from autointerp.llm.tokens import BLOCK, count_cached, load_local_tokenizer
 from autointerp.scoring.adaptive import Look, StoppingRule
 from autointerp.scoring.judges.llm import LlmJudge
 from autointerp.scoring.rounds import AdaptivePlan
@@ -144,7 +144,7 @@ async def cost(
     ask: Ask, chosen: Sequence[tuple[Latent, list[list[Context]]]], model: str, block: int = BLOCK
 ) -> dict[str, float]:
     """Per latent: requests, prompt tokens, and those that no earlier request had as whole leading blocks."""
-    tokenize = local_tokenizer(model)
+    tokenize = load_local_tokenizer(model)
     assert tokenize is not None, f"{model} has no tokenizer with a chat template here"
     known: set[bytes] = set()
     total = np.zeros(4)
@@ -153,7 +153,7 @@ async def cost(
             total[3] += len(contexts)
             for messages in ask(latent.text, contexts):
                 tokens = await tokenize(messages)
-                total[:3] += 1, len(tokens), len(tokens) - block_keys(tokens, known, block)
+                total[:3] += 1, len(tokens), len(tokens) - count_cached(tokens, known, block)
     requests, prompt, uncached, judged = (total / len(chosen)).tolist()
     return {"contexts": judged, "requests": requests, "prompt_tokens": prompt, "uncached_tokens": uncached}
 

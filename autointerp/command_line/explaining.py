@@ -51,7 +51,7 @@ def explain(
     """
     from autointerp.contexts.selection import Choice
     from autointerp.explaining.explainers import EXPLAINERS
-    from autointerp.llm.opening import check_flags, resolve
+    from autointerp.llm.opening import check_flags, resolve_name
     from autointerp.report.rendering import render_cost, render_outcome
 
     if unshared_only and shared_only:
@@ -68,7 +68,7 @@ def explain(
     if choice.indices and latents != Choice().n:
         raise BadInput("--indices names latents outright, --latents draws a sample; give one of the two")
     options = llm_options(server, spending=spending)
-    check_flags(EXPLAINERS, resolve(EXPLAINERS, explainer, options), options.of_server())
+    check_flags(EXPLAINERS, resolve_name(EXPLAINERS, explainer, options), options.list_server_flags())
     runs = open_runs(sae, output.root)
     if spending.dry_run:
         from autointerp.scoring.dry_run import forecast_explain
@@ -79,7 +79,7 @@ def explain(
     from autointerp.explaining.explain import explain_runs
 
     outcome = explain_runs(runs, choice, explainer, options, machine.compute(), control_sae_latents)
-    outcome.next = _score_command(outcome, resolve(EXPLAINERS, explainer, options), options, output.root)
+    outcome.next = _score_command(outcome, resolve_name(EXPLAINERS, explainer, options), options, output.root)
     finish(output.as_json, "explain", outcome.as_dict, lambda: render_outcome(outcome.as_dict(), "explain"))
     exit_if(outcome.n_failed)
 
@@ -97,7 +97,7 @@ def _score_command(outcome: Outcome, explainer: str, options: LlmOptions, root: 
                 if not JUDGES[name].asks_model and JUDGES[name].reads in (None, explainer):
                     words += ["--judge", name]
                     break
-    return command(root, "score", *words, *options.words())
+    return command(root, "score", *words, *options.list_words())
 
 
 @takes_groups

@@ -19,7 +19,7 @@ from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.findings.paper.sweeps import axes_of, finding_of_sweep
 from autointerp.findings.sweep_points import summarise
 from autointerp.findings.sweep_table import read_summary, summary_inputs, write_summary
-from autointerp.llm.opening import resolve
+from autointerp.llm.opening import resolve_name
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.score import score_runs
@@ -79,8 +79,8 @@ def scoring_of(
     if wanted is False or (wanted is None and explaining is None):
         return None
     judge = judge or (explainer if explainer in JUDGES else "auto")
-    resolve(EXPLAINERS, explainer, options)  # check both before training
-    resolve(JUDGES, judge, options.for_judge())
+    resolve_name(EXPLAINERS, explainer, options)  # check both before training
+    resolve_name(JUDGES, judge, options.for_judge())
     return Scoring(explaining or Explaining(), explainer, options, judge)
 
 

@@ -30,7 +30,7 @@ from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.llm.limits import BudgetSpent, reporting_progress, run_in_flight
-from autointerp.llm.opening import list_missing, open_method, resolve
+from autointerp.llm.opening import list_missing, open_method, resolve_name
 from autointerp.llm.options import LlmOptions
 from sae.common.commands import get_typed_command
 from sae.common.errors import BadInput
@@ -68,7 +68,7 @@ def explain_runs(
     ``control_sae_latents`` of each control SAE are explained too (``None``: the default number); ``servers`` keeps a
     vLLM server for the judge.
     """
-    kind = resolve(EXPLAINERS, backend, options)
+    kind = resolve_name(EXPLAINERS, backend, options)
     for run in runs:
         check_choice(run, choice)
     outcome = asyncio.run(_explain(runs, choice, kind, options, compute or Compute(), control_sae_latents, servers))

@@ -1,8 +1,7 @@
-"""Open the explainer or the judge of a command: by name, ``auto``, with the server that it asks.
+"""Open the explainer or the judge of a command: by name or ``auto``, with its language model.
 
-A key in the environment alone configures nothing and spends nothing: ``auto`` is a language model only where an
-endpoint or a model was named by a flag, else the n-gram baseline. An endpoint is an address, or a vLLM server that is
-started for the command.
+A key in the environment alone configures nothing and spends nothing: ``auto`` is a language model only if a flag named
+an endpoint (an address, or a vLLM server started for the command) or a model, else the n-gram baseline.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ M = TypeVar("M", bound=Method)
 PROTOCOLS = ("auto", "batch", "single")
 
 
-def resolve(kinds: Registry[M], backend: str, options: LlmOptions) -> str:
+def resolve_name(kinds: Registry[M], backend: str, options: LlmOptions) -> str:
     """Return the name of an explainer or judge: ``llm`` or ``ngram`` for ``auto``, any other as it is.
 
     Raises BadInput if the name is unknown, or needs a language model and none was named.
     """
     if backend == "auto":
-        return "llm" if options.named else BASELINE
+        return "llm" if options.is_named else BASELINE
     kinds.check(backend, f"--{kinds.what}", "auto")
-    if kinds[backend].asks_model and not options.named:
+    if kinds[backend].asks_model and not options.is_named:
         raise BadInput(
             f"--{kinds.what} {backend} needs a language model: give --llm-url (such as http://127.0.0.1:8000/v1), "
             "--vllm or --llm-model; a key in the environment alone configures nothing"
@@ -44,7 +43,7 @@ def resolve(kinds: Registry[M], backend: str, options: LlmOptions) -> str:
 
 
 def check_flags(kinds: Registry[M], name: str, flags: list[str]) -> None:
-    """Raise BadInput if flags about a language model were given to an explainer or judge that asks none."""
+    """Raise BadInput if an explainer or judge that asks no language model got flags about one."""
     if flags and not kinds[name].asks_model:
         raise BadInput(
             f"{flags[0]} has no effect: the {kinds.what} {name} asks no language model; leave it out, or choose "
@@ -65,7 +64,7 @@ def list_missing(method: Method) -> list[str]:
 
 @contextmanager
 def keep_server(options: LlmOptions) -> Iterator[OneServer | None]:
-    """Keep the vLLM server of explainer and judge for the block, so that one model is loaded once."""
+    """Keep the vLLM server of explainer and judge for the block, so that a shared model is loaded once."""
     if options.vllm is None and options.judge_vllm is None:
         yield None
         return
@@ -79,15 +78,15 @@ def keep_server(options: LlmOptions) -> Iterator[OneServer | None]:
 async def open_method(
     kinds: Registry[M], backend: str, options: LlmOptions, cache: Path, servers: OneServer | None = None
 ) -> AsyncIterator[M]:
-    """Open an explainer or judge for the block; an endpoint that does not answer is reported before any work.
+    """Open an explainer or judge for the block, and report an endpoint that does not answer.
 
-    ``servers`` keeps a vLLM server beyond the block; without it, the server ends with the block.
+    ``servers`` keeps a vLLM server beyond the block.
     """
     if options.protocol not in PROTOCOLS:
         raise BadInput(f"--protocol {options.protocol!r}: choose one of {', '.join(PROTOCOLS)}")
-    kind: Any = kinds[resolve(kinds, backend, options)]
+    kind: Any = kinds[resolve_name(kinds, backend, options)]
     if servers is not None and not (kind.asks_model and options.vllm):
-        servers.close()  # the explainer's server, which nothing asks any more
+        servers.close()  # the explainer's server, which is not needed any more
     if not kind.asks_model:
         yield kind()
         return
@@ -97,7 +96,7 @@ async def open_method(
 
 @asynccontextmanager
 async def _open_client(options: LlmOptions, cache: Path, servers: OneServer | None) -> AsyncIterator[LlmClient]:
-    """Open the client of a running server, or of one that is started for its first question."""
+    """Open the client of a running server, or of one that starts at its first question."""
     from autointerp.llm.client import open_client
 
     if options.vllm is None:

@@ -1,4 +1,4 @@
-"""What the user said about language models, in the words of the flags."""
+"""The flags about language models, as values."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from autointerp.llm.limits import Budget
 
 VLLM_TIMEOUT = 1800.0
-"""Seconds until a server has to be ready: a large model takes minutes to load, and as long again to be compiled."""
+"""Seconds until a server must be ready: a large model takes minutes to load, and as long to compile."""
 
 
 @dataclass(frozen=True)
 class LlmOptions:
-    """What the user said about language models. All unset: there is none."""
+    """The flags about language models. By default there is none."""
 
     url: str | Sequence[str] | None = None
     """An address, or several that share the load."""
@@ -31,15 +31,15 @@ class LlmOptions:
     tokens_per_minute: float | None = None
     protocol: str = "auto"
     vllm: str | None = None
-    """Serve this model for the command: a folder, a hub name or ``bundled``. ``model`` is then what it is called."""
+    """The model to serve for the command: a folder, a hub name or ``bundled``. ``model`` is then its name."""
     judge_vllm: str | None = None
     vllm_python: Path | None = None
     vllm_args: str = ""
     vllm_timeout: float = VLLM_TIMEOUT
     contexts_per_request: int | None = None
-    """In a request of the batch protocol; ``None`` leaves it to the judge."""
+    """Of the batch protocol; ``None`` leaves it to the judge."""
     budget: Budget | None = None
-    """What the command may spend, the same object for explainer and judge."""
+    """Shared by explainer and judge."""
 
     def __post_init__(self) -> None:
         for flag, vllm, url in (("", self.vllm, self.url), ("judge-", self.judge_vllm, self.judge_url)):
@@ -50,7 +50,6 @@ class LlmOptions:
                 f"--judge-model {self.judge_model!r}: the server of --vllm {self.vllm!r} has one model alone; "
                 "give --judge-vllm or --judge-url"
             )
-
         if self.protocol == "single" and (self.contexts_per_request or 1) > 1:
             raise BadInput(
                 "--protocol single asks about one context at a time, --contexts-per-request "
@@ -58,7 +57,8 @@ class LlmOptions:
             )
 
     @property
-    def named(self) -> bool:
+    def is_named(self) -> bool:
+        """Whether a flag named a language model."""
         return bool(self.url) or self.model is not None or self.vllm is not None
 
     @property
@@ -68,12 +68,11 @@ class LlmOptions:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """The addresses; none where only a model was named."""
+        """The addresses; none if only a model was named."""
         return _several(self.url)
 
-    def words(self) -> list[str]:
-        """The flags that name the models again, for a command to print. A key is in none of them: an address that
-        carries one is left for the user to give."""
+    def list_words(self) -> list[str]:
+        """Return the flags that name the models again, for a command to print; without addresses that hold a key."""
         given = [
             *(("--llm-url", url) for url in self.urls),
             ("--llm-model", self.model),
@@ -93,13 +92,13 @@ class LlmOptions:
             words += [word for flag, value in served if value for word in (flag, str(value))]
         return words
 
-    def of_server(self) -> list[str]:
-        """The flags by which a language model was named for any part of a command."""
+    def list_server_flags(self) -> list[str]:
+        """Return the flags that named a language model for any part of a command."""
         given = {"--llm-url": self.url, "--llm-model": self.model, "--vllm": self.vllm}
         return [flag for flag, value in given.items() if value]
 
-    def of_judge(self) -> list[str]:
-        """The flags that are about a judge that is a language model, and about nothing else."""
+    def list_judge_flags(self) -> list[str]:
+        """Return the flags that concern only a judge that is a language model."""
         given = {
             "--judge-url": self.judge_url,
             "--judge-model": self.judge_model,
@@ -110,7 +109,7 @@ class LlmOptions:
         return [flag for flag, value in given.items() if value]
 
     def for_judge(self) -> LlmOptions:
-        """The same, with the judge's own endpoint and model where it has them."""
+        """Return the options of the judge, with its own endpoint and model if it has them."""
         if not self.judge_is_elsewhere:
             return replace(self, model=self.judge_model or self.model)
         return replace(

@@ -15,11 +15,11 @@ _WORD_SCHEMA = {
 }
 
 
-async def probe(client: LlmClient) -> Capabilities:
-    """Ask the two tiny questions, unless their answers are known: from this client's requests or from the cache.
+async def probe_capabilities(client: LlmClient) -> Capabilities:
+    """Ask the two questions, unless their answers are known from this client's requests or the cache.
 
-    The first is put as the ``single`` protocol puts its own, because a model that thinks before it answers may give
-    log-probabilities, and not of the label. The second forces a word that no one would answer.
+    The first has the form of the ``single`` protocol, because a model that thinks first gives log-probabilities, but
+    not of the label. The second forces a word that no model would answer.
 
     :raises UserError: no server answers, or the key is refused.
     """
@@ -27,19 +27,19 @@ async def probe(client: LlmClient) -> Capabilities:
     client.load_capabilities()
     known = client.capabilities
     if known.label_first is None:
-        known.label_first = await _gives_label(client)
+        known.label_first = await _gives_label_first(client)
     if known.json_schema is None:
         asked = Request(conversation("probe").messages(question="word"), max_tokens=200, json_schema=_WORD_SCHEMA)
         try:
             await client.ask_anew(asked, lambda answer: answer)
         except AnswerFailed:
             known.json_schema = False
-        known.json_schema = bool(known.json_schema)  # an answer that was cut off has shown nothing
+        known.json_schema = bool(known.json_schema)  # still unknown after an answer that was cut off
     await client.store_capabilities()
     return known
 
 
-async def _gives_label(client: LlmClient) -> bool:
+async def _gives_label_first(client: LlmClient) -> bool:
     asked = Request(conversation("probe").messages(question="label"), max_tokens=4, logprobs=20, may_be_cut=True)
     try:
         _, answer = await client.ask_anew(asked, lambda answer: answer)

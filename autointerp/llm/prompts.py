@@ -1,16 +1,16 @@
-"""Every word that is sent to a model lies in a file under ``prompts/``; here they become messages.
+"""Turn the files under ``prompts/``, which hold every word that is sent to a model, into messages.
 
 A conversation ``x`` is three files:
 
-* ``x.md``            what the model is told first (the system message);
-* ``x_request.md``    how a question is laid out (a Jinja template);
+* ``x.md``            the system message;
+* ``x_request.md``    the layout of a question (a Jinja template);
 * ``x_examples.toml`` solved questions (``[[example]]`` tables): an ``answer`` and the template's values.
 
-Examples are laid out by the same template as real questions, so they cannot drift apart, and everything before
-the last question is the same bytes in every request: servers keep such a prefix and read it once.
+Examples use the same template as real questions, so they cannot differ in layout. All messages before the last question
+have the same bytes in every request, so servers can cache them.
 
-The digest of the files is stored with every explanation and verdict. Editing a prompt thus never changes old
-results; it starts new ones beside them.
+The digest of the files is stored with every explanation and verdict: editing a prompt starts new results and keeps the
+old ones.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _jinja = jinja2.Environment(
 
 @dataclass(frozen=True)
 class Prompt:
-    """One file's text."""
+    """The text of one file."""
 
     text: str
     hash: str
-    """SHA-256 of the file's bytes. 64 hex characters."""
+    """SHA-256 of the file. 64 hex characters."""
 
     def render(self, **values: Any) -> str:
-        """The text as a Jinja template, filled in. Values are put in as they are and never read as templates."""
+        """Fill in the text as a Jinja template. Values are not read as templates."""
         return _template(self.text).render(**values).strip()
 
 
@@ -66,23 +66,19 @@ class Conversation:
     """A system message, solved examples, and a template for the question that follows."""
 
     prefix: tuple[Message, ...]
-    """The messages before the question, the same in every request."""
+    """The messages before the question, equal in every request."""
     request: Prompt
     examples: tuple[Example, ...]
     hash: str
-    """Digest of all files it was made from. 64 hex characters."""
+    """Digest of its files. 64 hex characters."""
 
     def messages(self, **values: Any) -> tuple[Message, ...]:
-        """The whole request, its question laid out from ``values``."""
+        """Return all messages, with the question rendered from ``values``."""
         return (*self.prefix, {"role": "user", "content": self.request.render(**values)})
 
 
 def load(name: str, folder: Path = FOLDER) -> Prompt:
-    """The prompt file ``name``; ``.md`` is added to a bare name.
-
-    :raises NotFound: the file is missing.
-    :raises BadInput: the file is not UTF-8 text.
-    """
+    """Read the prompt file ``name``; ``.md`` is added to a bare name."""
     path = folder / (name if "." in name else f"{name}.md")
     try:
         content = path.read_bytes()
@@ -96,10 +92,10 @@ def load(name: str, folder: Path = FOLDER) -> Prompt:
 
 
 def conversation(name: str, folder: Path = FOLDER) -> Conversation:
-    """The conversation ``name`` out of its three files (see this module's head).
+    """Read the conversation ``name`` from its three files.
 
     :raises NotFound: a file is missing.
-    :raises BadInput: a file cannot be used; the line says which and why.
+    :raises BadInput: a file is invalid.
     """
     system, request = load(name, folder), load(f"{name}_request", folder)
     solved = load(f"{name}_examples.toml", folder)

@@ -34,9 +34,9 @@ from autointerp.llm.client import DEFAULT_URL, LlmClient, ResponseCache
 from autointerp.llm.exchange import Request, one_line
 from autointerp.llm.limits import Prices
 from autointerp.llm.local.model import find_model
-from autointerp.llm.opening import check_flags, resolve
+from autointerp.llm.opening import check_flags, resolve_name
 from autointerp.llm.options import LlmOptions
-from autointerp.llm.tokens import NotCounted, Tokenize, block_keys, characters, estimated, tokenizer_of
+from autointerp.llm.tokens import NotCounted, Tokenize, count_cached, count_characters, estimate_tokens, find_tokenizer
 from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import ModelJudge
@@ -121,7 +121,7 @@ def forecast_explain(
     control_sae_latents: int | None = None,
 ) -> Forecast:
     """What `explain` would cost. Harvest and alignment must be there: contexts are not known before."""
-    name = resolve(EXPLAINERS, backend, options)
+    name = resolve_name(EXPLAINERS, backend, options)
     if not EXPLAINERS[name].asks_model:
         return _free("explain", name)
 
@@ -171,8 +171,8 @@ def forecast_score(
     """What `score` would cost for the explanations that there are; see :func:`autointerp.scoring.score.score_runs`."""
     for name in scorers:
         SCORERS.check(name, "--scorer")
-    kind = resolve(JUDGES, backend, options.for_judge())
-    check_flags(JUDGES, kind, options.of_judge())
+    kind = resolve_name(JUDGES, backend, options.for_judge())
+    check_flags(JUDGES, kind, options.list_judge_flags())
     if not JUDGES[kind].asks_model:
         return _free("score", kind)
     of_kind = cast("type[ModelJudge]", JUDGES[kind])
@@ -288,15 +288,15 @@ async def _forecast(
         place = None if served is None else served.place
         forecasts = []
         for protocol, asked in laid_out.items():
-            mean = statistics.fmean(characters(r.messages) for r in asked.most) if asked.most else 0.0
+            mean = statistics.fmean(count_characters(r.messages) for r in asked.most) if asked.most else 0.0
             is_measured = is_plausible_count(round(per_request), round(mean), round(mean))
             per_token = mean / per_request if per_request and mean and is_measured else 0.0
-            tokenize = await tokenizer_of(client, options, per_token, place)
+            tokenize = await find_tokenizer(client, options, per_token, place)
             try:
                 found = await _counted(stage, client.model, asked, tokenize)
             except NotCounted as error:  # the server stopped counting half-way
                 note = f"{tokenize.name} failed ({one_line(error, 100)}): prompt tokens are an estimate"
-                tokenize = replace(estimated(client.model, per_token), note=note)
+                tokenize = replace(estimate_tokens(client.model, per_token), note=note)
                 found = await _counted(stage, client.model, asked, tokenize)
             found.protocol = protocol or None
             _estimate(found, usage, options, prices)
@@ -332,7 +332,7 @@ async def _counted(stage: str, model: str, asked: _Asked, tokenize: Tokenize) ->
     for request in asked.most:
         tokens = await tokenize(request.messages)
         found.prompt_tokens += len(tokens)
-        found.cached_tokens += block_keys(tokens, blocks)
+        found.cached_tokens += count_cached(tokens, blocks)
         found.completion_tokens += _written(asked, request, tokenize)
         found.completion_at_most += request.max_tokens
     return found

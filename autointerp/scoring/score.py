@@ -28,7 +28,7 @@ from autointerp.journal.journal import Journal, Verdict
 from autointerp.journal.method import BASELINE
 from autointerp.journal.usage import Usage
 from autointerp.llm.limits import reporting_progress, run_in_flight
-from autointerp.llm.opening import check_flags, keep_server, list_missing, open_method, resolve
+from autointerp.llm.opening import check_flags, keep_server, list_missing, open_method, resolve_name
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.judges import JUDGES
@@ -71,8 +71,8 @@ def score_runs(
     explained), unless it is named itself. They get no swapped control: they are one.
     """
     tested = [SCORERS.choose(name, "--scorer")() for name in scorers]
-    kind = resolve(JUDGES, backend, options.for_judge())
-    check_flags(JUDGES, kind, options.of_judge())
+    kind = resolve_name(JUDGES, backend, options.for_judge())
+    check_flags(JUDGES, kind, options.list_judge_flags())
     if control_latents is None:
         control_latents = CONTROL_LATENTS[JUDGES[kind].asks_model]
     with keep_server(options) as servers:

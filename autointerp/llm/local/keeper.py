@@ -1,18 +1,16 @@
-"""The process between this program and a server that it started: it sees to it that the server does not outlive us.
+"""End a server that this program started, however this program ends.
 
-A program that is killed outright (``kill -9``, out of memory) cannot stop anything any more. So somebody else has to:
-this process holds one end of a pipe whose other end is held by the program alone. When that end is closed, on purpose
-or because the program is gone, the server and all that it started are ended: asked first, then killed.
+A killed program (``kill -9``, out of memory) cannot stop its server. So this process stands between them and holds one
+end of a pipe, whose other end only the program has. When that end closes, this process ends the server and everything
+it started: first by asking, then by killing.
 
-Linux alone has a simpler way (``PR_SET_PDEATHSIG``), but that reaches only the first process, can be ignored, and
-strikes already when the *thread* ends that started the server. It is used here as a second line: should this process
-be killed, the kernel tells the server. So is ``PR_SET_CHILD_SUBREAPER``, which hands what the server leaves behind to
-this process and not to the system's first one, which in a container may clear nothing away.
+Linux's ``PR_SET_PDEATHSIG`` is simpler, but reaches only the first process, can be ignored, and acts already when the
+*thread* ends that started the server. It is a second line here, in case this process is killed.
+``PR_SET_CHILD_SUBREAPER`` gives the server's orphans to this process and not to the system's first one, which in a
+container may not reap them. The server's temporary files (mostly sockets) are in a folder that is deleted at its end.
 
-The server's temporary files (sockets, mostly) are in a folder of their own, which goes when it has ended.
-
-Run as ``python keeper.py PARENT GRACE COMMAND…``, standard input the pipe: the process id of the program, and how many
-seconds the server has between being asked and being killed. It exits as the server did. It imports nothing of ours.
+Run as ``python keeper.py PARENT GRACE COMMAND…`` with the pipe as standard input: the program's process id, and the
+seconds between asking and killing. It exits as the server did. It imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -33,13 +31,13 @@ _LOOK_SECONDS = 0.2
 
 
 def _control(option: int, value: int) -> None:
-    """Linux's ``prctl``; nothing elsewhere."""
+    """Call Linux's ``prctl``; do nothing elsewhere."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 class _Family:
-    """A process that leads a group of its own, and whatever it leaves behind."""
+    """A process that leads a process group, and its orphans."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str]) -> None:
         self.leader = subprocess.Popen(
@@ -51,8 +49,8 @@ class _Family:
         ).pid
         self.status: int | None = None
 
-    def ended(self) -> bool:
-        """Whether the first process has ended; those that have are cleared away."""
+    def has_ended(self) -> bool:
+        """Return whether the first process has ended, and reap all ended ones."""
         with contextlib.suppress(ChildProcessError):
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
                 if found[0] == self.leader:
@@ -60,17 +58,17 @@ class _Family:
         return self.status is not None
 
     def end(self, grace: float) -> None:
-        """Ask all of them to end, and kill those that have not after ``grace`` seconds."""
+        """Ask all of them to end, and kill the rest after ``grace`` seconds."""
         for how in (signal.SIGTERM, signal.SIGKILL):
-            self._tell(how)
+            self._send(how)
             until = time.monotonic() + grace
             while time.monotonic() < until:
-                self.ended()
-                if not self._tell(0):
+                self.has_ended()
+                if not self._send(0):
                     return
                 time.sleep(0.02)
 
-    def _tell(self, how: int) -> bool:
+    def _send(self, how: int) -> bool:
         try:
             os.killpg(self.leader, how)
         except (ProcessLookupError, PermissionError):  # the latter of dead ones, on macOS
@@ -79,24 +77,24 @@ class _Family:
 
 
 def _with_scratch(folder: str) -> dict[str, str]:
-    """Our environment, with temporary files in ``folder``. What PyTorch compiles stays where later servers find it."""
+    """Return our environment with temporary files in ``folder``, but PyTorch's compiled code where it always is."""
     compiled = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
     return {"TORCHINDUCTOR_CACHE_DIR": compiled, **os.environ, "TMPDIR": folder}
 
 
 def main(parent: int, grace: float, command: list[str]) -> int:
-    """Keep ``command`` until it ends, the pipe is closed or the parent is gone. Returns its exit code."""
+    """Run ``command`` until it ends, the pipe is closed or the parent is gone; return its exit code."""
     asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: asked.append(1))
     _control(_CHILD_SUBREAPER, 1)
     with tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True) as scratch:
         family = _Family(command, _with_scratch(scratch))
-        while not family.ended() and not asked and os.getppid() == parent:
+        while not family.has_ended() and not asked and os.getppid() == parent:
             if select.select([sys.stdin], [], [], _LOOK_SECONDS)[0]:
                 break
         family.end(grace)
-    # By a signal: as shells say it.
+    # Ended by a signal: the code that shells use.
     status = family.status if family.status is not None else -signal.SIGKILL
     return status if status >= 0 else 128 - status
 

@@ -1,11 +1,9 @@
-"""What a vLLM server of ours is to serve, under which name, and by which interpreter: all that can be told beforehand.
+"""Find the model that a vLLM server of ours serves, its name, and an interpreter with vLLM, before the server runs.
 
-The name goes into the journal and into the keys of kept answers, so it has to be known before the server runs, and
-has to mean one model. A name on the hub does. A folder's name does not (two trainings may both be called ``final``),
-and neither does its configuration, which they share; so to the folder's name a few digits are added of a digest of
-everything that decides the answers: configuration, tokenizer, chat template, and samples of the weights. Arguments
-that change what is computed (a quantization, say) add a few digits of their own; those that only change how fast it
-is, or how much fits, do not.
+The name is part of the journal and of the keys of cached answers, so it must mean one model. A name on the hub does. A
+folder's name does not (two trainings may both be called ``final``), so it gets a few digits of a digest of everything
+that decides the answers: configuration, tokenizer, chat template, and samples of the weights. Arguments that change the
+answers (a quantization, say) add digits of their own; those that change only speed or memory do not.
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ PYTHON_VARIABLE = "AUTOINTERP_VLLM_PYTHON"
 OWN_PYTHON = TOP / ".venv-vllm" / "bin" / "python"
 """Where ``make vllm`` puts it in a checkout."""
 INSTALL = "run `make vllm`" if IS_CHECKOUT else "install it (`pip install vllm`) in an environment of its own"
-"""How to get vLLM, for a message."""
+"""How to get vLLM, for messages."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_WORDS = (".json", ".jinja", ".model", ".txt")
-"""Endings of the small files that decide how text becomes tokens and tokens are chosen."""
+_SMALL_FILES = (".json", ".jinja", ".model", ".txt")
+"""Endings of the small files that configure tokenizer, model and generation."""
 _SMALL = 64 << 20
 _ABOUT_TRAINING = {"training.json", "trainer_state.json"}
 
@@ -56,17 +54,17 @@ _SAME_ANSWERS = frozenset(
         *("async-scheduling", "no-async-scheduling", "api-server-count"),
     )
 ) | {"-tp", "-pp", "-dp"}
-"""Arguments that decide how fast answers come and how much fits, and not which they are."""
+"""Arguments that change speed and memory, but not the answers."""
 
 
 @dataclass(frozen=True)
 class VllmModel:
-    """A model and the arguments that it is served with.
+    """A model and its arguments for vLLM.
 
     Attributes:
-        place: what vLLM is given: a folder (absolute) or a name on the hub.
-        name: what it is served as; see this module's head.
-        revision: the branch, tag or commit on the hub, where one was named.
+        place: an absolute folder or a name on the hub.
+        name: in requests; see the module's docstring.
+        revision: the branch, tag or commit on the hub, if one was named.
         is_local: nothing has to be downloaded.
         arguments: further words of the command line.
     """
@@ -77,34 +75,34 @@ class VllmModel:
     is_local: bool = True
     arguments: tuple[str, ...] = ()
 
-    def words(self) -> list[str]:
-        """The arguments that say which model; ``arguments`` first, so that they override nothing."""
+    def list_words(self) -> list[str]:
+        """Return the words of the command line; ``arguments`` first, so that they override nothing."""
         return [*self.arguments, "--model", self.place, *(["--revision", self.revision] if self.revision else [])]
 
     def weight_bytes(self) -> int:
-        """The size of a folder's weights; 0 for a model on the hub."""
+        """Return the size of a folder's weights; 0 for a model on the hub."""
         folder = Path(self.place)
         return sum(path.stat().st_size for path in _files(folder, _WEIGHTS)) if folder.is_dir() else 0
 
 
 def find_model(given: str, arguments: str = "", name: str | None = None) -> VllmModel:
-    """The model called ``given``: a folder, a hub name (``name@revision``) or ``bundled``.
+    """Find the model ``given``: a folder, a hub name (``name@revision``) or ``bundled``.
 
     :param arguments: further arguments for vLLM, as in a shell.
-    :param name: serve it under this name, whatever it is.
+    :param name: replaces the derived name.
     :raises NotFound: there is no such model.
-    :raises BadInput: it is no checkpoint, or an argument is not for the user to give.
+    :raises BadInput: it is not a checkpoint, or an argument is not allowed.
     :raises Unavailable: the hub cannot be reached and the name is not cached.
     """
     words = split_arguments(arguments)
-    changing = _changing_answers(words)
+    changing = _select_changing(words)
     suffix = f"+{digest(changing)[:6]}" if changing else ""
     folder = BUNDLED if given == "bundled" else Path(given).expanduser()
     if given and folder.exists():
         _check_folder(folder, given)
         folder = folder.absolute()
         called = re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "model"
-        return VllmModel(str(folder), name or f"{called}-{_fingerprint(folder)[:8]}{suffix}", arguments=words)
+        return VllmModel(str(folder), name or f"{called}-{_compute_fingerprint(folder)[:8]}{suffix}", arguments=words)
     if not given or looks_like_path(given) or given == "bundled":
         raise NotFound(f"--vllm {given!r} does not exist; give a model's folder, a hub name or 'bundled'")
     found = find_on_hub(given, Kind.MODEL)
@@ -113,19 +111,19 @@ def find_model(given: str, arguments: str = "", name: str | None = None) -> Vllm
 
 
 def split_arguments(given: str) -> tuple[str, ...]:
-    """``--vllm-args`` as words.
+    """Split ``--vllm-args`` into words.
 
-    :raises BadInput: it cannot be read, or names something that this program sets itself, or holds a secret.
+    :raises BadInput: it cannot be read, or holds a secret or an option that this program sets.
     """
     try:
         words = shlex.split(given)
     except ValueError as error:
         raise BadInput(f"--vllm-args cannot be read ({str(error).lower()}); quote it as for a shell") from None
     if words and not words[0].startswith("-"):
-        raise BadInput(f"--vllm-args {words[0]!r} is no option of vLLM; write it like '--max-model-len 4096'")
+        raise BadInput(f"--vllm-args {words[0]!r} is not an option of vLLM; write it like '--max-model-len 4096'")
     for word in words:
-        flag = _flag(word)
-        # vLLM's parser takes the beginning of an option for the whole.
+        flag = _get_flag(word)
+        # vLLM's parser accepts the beginning of an option.
         for known in (*_OURS, *_SECRETS) if len(flag) > 2 and flag.startswith("--") else ():
             if known.startswith(flag):
                 why = _SECRETS.get(known, "it is set by this program")
@@ -133,16 +131,16 @@ def split_arguments(given: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _flag(word: str) -> str:
+def _get_flag(word: str) -> str:
     return word.split("=", 1)[0].replace("_", "-") if word.startswith("-") else word
 
 
-def _changing_answers(words: Sequence[str]) -> list[str]:
-    """Those of ``words`` that are not known to leave the answers as they are, values and all."""
+def _select_changing(words: Sequence[str]) -> list[str]:
+    """Return the options, with values, that are not known to keep the answers unchanged."""
     kept, keep = [], False
     for word in words:
         if word.startswith("-") and not re.fullmatch(r"-[\d.]+", word):
-            keep = _flag(word) not in _SAME_ANSWERS
+            keep = _get_flag(word) not in _SAME_ANSWERS
         if keep:
             kept.append(word)
     return kept
@@ -161,8 +159,8 @@ def _files(folder: Path, endings: Sequence[str]) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if path.suffix in endings and path.is_file()]
 
 
-def _fingerprint(folder: Path) -> str:
-    words = [path for path in _files(folder, _WORDS) if path.name not in _ABOUT_TRAINING]
+def _compute_fingerprint(folder: Path) -> str:
+    words = [path for path in _files(folder, _SMALL_FILES) if path.name not in _ABOUT_TRAINING]
     small = [[path.name, digest_file(path, _SMALL)] for path in words]
     return digest(
         [small, [[path.name, path.stat().st_size, digest_samples(path)] for path in _files(folder, _WEIGHTS)]]
@@ -173,9 +171,9 @@ def _fingerprint(folder: Path) -> str:
 
 
 def find_python(given: Path | None = None, environment: Mapping[str, str] | None = None) -> Path:
-    """The interpreter that has vLLM: ``given``, else ``$AUTOINTERP_VLLM_PYTHON``, else ``make vllm``'s, else ours.
+    """Find an interpreter with vLLM: ``given``, ``$AUTOINTERP_VLLM_PYTHON``, that of ``make vllm``, or ours.
 
-    :raises NotFound: it was named and is not there.
+    :raises NotFound: it was named and does not exist.
     :raises Unavailable: it has no vLLM.
     """
     values = os.environ if environment is None else environment
@@ -183,21 +181,21 @@ def find_python(given: Path | None = None, environment: Mapping[str, str] | None
         if named:
             found = shutil.which(Path(named).expanduser())
             if found is None:
-                raise NotFound(f"{origin} {str(named)!r} is no program; give the path of a Python that has vLLM")
-            # Not resolved: the link in a virtual environment is what tells the interpreter where it belongs.
-            return _with_vllm(Path(found).absolute(), origin)
+                raise NotFound(f"{origin} {str(named)!r} is not a program; give the path of a Python that has vLLM")
+            # Not resolved: an interpreter finds its virtual environment by the link.
+            return _check_vllm(Path(found).absolute(), origin)
     if OWN_PYTHON.exists():
-        return _with_vllm(OWN_PYTHON, "that of `make vllm`")
-    return _with_vllm(Path(sys.executable), "the one that runs this")
+        return _check_vllm(OWN_PYTHON, "that of `make vllm`")
+    return _check_vllm(Path(sys.executable), "the one that runs this program")
 
 
-def _with_vllm(python: Path, origin: str) -> Path:
+def _check_vllm(python: Path, origin: str) -> Path:
     if python == Path(sys.executable):
         has_it = importlib.util.find_spec("vllm") is not None
     else:
-        look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+        code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
         try:
-            has_it = subprocess.run([python, "-c", look], capture_output=True, timeout=120).returncode == 0
+            has_it = subprocess.run([python, "-c", code], capture_output=True, timeout=120).returncode == 0
         except (OSError, subprocess.TimeoutExpired):
             has_it = False
     if not has_it:

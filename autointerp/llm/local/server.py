@@ -183,7 +183,7 @@ class VllmServer:
         port = _free_port()
         self.url, self._page = f"http://127.0.0.1:{port}", f"http://{secrets.token_hex(8)}.invalid"
         command = [
-            *(str(self.python), "-m", "vllm.entrypoints.openai.api_server", *self.model.words()),
+            *(str(self.python), "-m", "vllm.entrypoints.openai.api_server", *self.model.list_words()),
             *("--served-model-name", self.name, "--host", "127.0.0.1", "--port", str(port)),
             *("--allowed-origins", json.dumps([self._page])),
             *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),

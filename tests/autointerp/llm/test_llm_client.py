@@ -324,10 +324,10 @@ def test_what_servers_say_is_one_bounded_line_without_keys() -> None:
 
 def test_a_key_alone_configures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from autointerp.explaining.explainers import EXPLAINERS
-    from autointerp.llm.opening import resolve
+    from autointerp.llm.opening import resolve_name
 
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    assert resolve(EXPLAINERS, "auto", LlmOptions()) == "ngram"
+    assert resolve_name(EXPLAINERS, "auto", LlmOptions()) == "ngram"
     with pytest.raises(BadInput, match="not an http address"):
         LlmClient("")
 

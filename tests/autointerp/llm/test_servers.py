@@ -232,8 +232,8 @@ def test_one_server_given_twice_is_refused() -> None:
 def test_options_take_one_address_or_several() -> None:
     assert LlmOptions(url="a").urls == ("a",)
     assert LlmOptions(url=("a", "b")).urls == ("a", "b")
-    assert not LlmOptions(url=()).named
-    assert LlmOptions(url=("a", "b"), judge_url=("c",)).words() == [
+    assert not LlmOptions(url=()).is_named
+    assert LlmOptions(url=("a", "b"), judge_url=("c",)).list_words() == [
         *("--llm-url", "a", "--llm-url", "b", "--judge-url", "c")
     ]
     assert LlmOptions(url="a", model="m", judge_url="c").for_judge() == LlmOptions(url="c")

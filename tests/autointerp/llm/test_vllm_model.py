@@ -89,7 +89,7 @@ def test_a_name_on_the_hub_is_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_model("some/model") == VllmModel("some/model", "some/model", None, is_local=False)
     found = find_model("some/cached@v2")
     assert found == VllmModel("some/cached", "some/cached@v2", "v2", is_local=True)
-    assert found.words() == ["--model", "some/cached", "--revision", "v2"]
+    assert found.list_words() == ["--model", "some/cached", "--revision", "v2"]
     assert asked == ["some/model", "some/cached@v2"]
 
 
@@ -131,7 +131,7 @@ def test_a_folder_that_is_no_model(folder: Path) -> None:
     ("given", "said"),
     [
         ("--max-model-len '4", "cannot be read"),
-        ("4096", "'4096' is no option"),
+        ("4096", "'4096' is not an option"),
         ("--host 0.0.0.0", "must not hold --host"),
         ("--ho 0.0.0.0", "must not hold --ho"),
         ("--enforce-eager --port=80", "must not hold --port"),
@@ -183,7 +183,7 @@ def test_an_interpreter_without_vllm_is_told_at_once(tmp_path: Path, monkeypatch
         ("--vllm-python", tmp_path / "no", {}),
         ("AUTOINTERP_VLLM_PYTHON", None, {"AUTOINTERP_VLLM_PYTHON": "/no/python"}),
     ):
-        with pytest.raises(NotFound, match=f"{origin} .* is no program"):
+        with pytest.raises(NotFound, match=f"{origin} .* is not a program"):
             find_python(named, values)
 
 
@@ -201,7 +201,7 @@ def test_a_program_that_is_no_interpreter_has_no_vllm(tmp_path: Path) -> None:
 def test_explainer_and_judge_each_have_their_place() -> None:
     both = LlmOptions(vllm="a", model="called", judge_vllm="b", judge_model="other")
     assert (both.for_judge().vllm, both.for_judge().model) == ("b", "other")
-    assert both.named
+    assert both.is_named
     same = LlmOptions(vllm="a", model="called")
     assert (same.for_judge().vllm, same.for_judge().model) == ("a", "called")
     mixed = LlmOptions(vllm="a", judge_url="http://b", judge_model="m").for_judge()
@@ -209,8 +209,8 @@ def test_explainer_and_judge_each_have_their_place() -> None:
     mixed = LlmOptions(url="http://a", model="m", judge_vllm="b").for_judge()
     assert (mixed.vllm, mixed.url, mixed.model) == ("b", None, None)
     alone = LlmOptions(judge_vllm="b")
-    assert not alone.named
-    assert alone.for_judge().named
+    assert not alone.is_named
+    assert alone.for_judge().is_named
 
 
 def test_two_places_for_one_are_refused() -> None:
@@ -226,11 +226,11 @@ def test_the_words_name_the_servers_again() -> None:
     options = LlmOptions(
         vllm="some/model@v2", judge_vllm="b", vllm_python=Path("p"), vllm_args="-tp 2", vllm_timeout=60, model="m"
     )
-    assert options.words() == [
+    assert options.list_words() == [
         *("--llm-model", "m", "--vllm", "some/model@v2", "--judge-vllm", "b"),
         *("--vllm-python", "p", "--vllm-args", "-tp 2", "--vllm-timeout", "60"),
     ]
-    assert LlmOptions(url="u", vllm_python=Path("p"), vllm_timeout=VLLM_TIMEOUT).words() == ["--llm-url", "u"]
+    assert LlmOptions(url="u", vllm_python=Path("p"), vllm_timeout=VLLM_TIMEOUT).list_words() == ["--llm-url", "u"]
 
 
 def test_one_model_one_server(folder: Path, tmp_path: Path) -> None:

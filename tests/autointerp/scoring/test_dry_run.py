@@ -21,7 +21,14 @@ from autointerp.contexts.selection import Choice
 from autointerp.llm.client import LlmClient
 from autointerp.llm.limits import Prices
 from autointerp.llm.options import LlmOptions
-from autointerp.llm.tokens import BLOCK, Tokenize, block_keys, by_characters, local_tokenizer, tokenizer_of
+from autointerp.llm.tokens import (
+    BLOCK,
+    Tokenize,
+    count_by_characters,
+    count_cached,
+    find_tokenizer,
+    load_local_tokenizer,
+)
 from autointerp.report.rendering import render_cost
 from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.dry_run import Forecast, forecast_explain, forecast_score
@@ -225,18 +232,18 @@ def test_cached_are_the_leading_blocks_of_any_earlier_prompt(prompts: list[list[
             n = next((j for j, (a, b) in enumerate(zip(earlier, prompt, strict=False)) if a != b), None)
             common = min(len(earlier), len(prompt)) if n is None else n
             shared = max(shared, common // BLOCK * BLOCK)
-        assert block_keys(prompt, known) == min(shared, max(0, len(prompt) - 1) // BLOCK * BLOCK)
+        assert count_cached(prompt, known) == min(shared, max(0, len(prompt) - 1) // BLOCK * BLOCK)
 
 
 def test_characters_are_cut_by_the_measured_size() -> None:
-    count = by_characters(5.0)
+    count = count_by_characters(5.0)
     tokens = asyncio.run(count([{"role": "user", "content": "x" * 100}]))
     assert len(tokens) == 20
     assert not count.exact
 
 
 def test_a_model_that_is_not_here_has_no_local_tokenizer() -> None:
-    assert local_tokenizer("nobody/no-such-model") is None
+    assert load_local_tokenizer("nobody/no-such-model") is None
 
 
 Messages = list[dict[str, str]]
@@ -284,7 +291,7 @@ def old_llama_cpp(path: str, body: dict[str, Any]) -> Any:
 def counted(server: FakeServer, messages: Messages) -> tuple[Tokenize, int]:
     async def go() -> tuple[Tokenize, int]:
         async with LlmClient(server.url, "fake-model") as client:
-            tokenize = await tokenizer_of(client, LlmOptions(url=server.url))
+            tokenize = await find_tokenizer(client, LlmOptions(url=server.url))
             return tokenize, len(await tokenize(messages))
 
     return asyncio.run(go())

@@ -28,7 +28,7 @@ from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal
 from autointerp.journal.usage import Usage
 from autointerp.llm.limits import run_in_flight
-from autointerp.llm.opening import resolve
+from autointerp.llm.opening import resolve_name
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import Judgement
@@ -410,13 +410,13 @@ def test_a_judge_of_its_own_is_just_that(
     assert judge.url == (judge_url or url)
     # Another server knows nothing of this one's model.
     assert judge.model == (judge_model or (None if judge_url else model))
-    assert resolve(EXPLAINERS, "auto", options) == ("llm" if url or model else "ngram")
-    assert resolve(JUDGES, "ngram", options) == "ngram"
-    if options.named:
-        assert resolve(EXPLAINERS, "llm", options) == "llm"
+    assert resolve_name(EXPLAINERS, "auto", options) == ("llm" if url or model else "ngram")
+    assert resolve_name(JUDGES, "ngram", options) == "ngram"
+    if options.is_named:
+        assert resolve_name(EXPLAINERS, "llm", options) == "llm"
     else:
         with pytest.raises(BadInput, match="--explainer llm needs a language model"):
-            resolve(EXPLAINERS, "llm", options)
+            resolve_name(EXPLAINERS, "llm", options)
 
 
 def test_an_unknown_protocol_is_told_before_anything_is_opened(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
-from autointerp.llm.tokens import local_tokenizer
+from autointerp.llm.tokens import load_local_tokenizer
 from sae.activations.subject import Subject, load_tokenizer
 from sae.common.errors import BadInput
 
@@ -109,10 +109,10 @@ def test_code_of_a_tokenizer_is_not_run(evil: Evil, asked: list[str], tiny_neox_
     )
     assert load_tokenizer(str(evil.folder))[1] == load_tokenizer(str(tiny_neox_dir))[1]
     assert Subject.load(str(evil.folder)).source == str(evil.folder)
-    local_tokenizer(str(evil.folder))
+    load_local_tokenizer(str(evil.folder))
     evil.edit("config.json", model_type="evil", auto_map=MAPS["both"])
     refused(lambda: load_tokenizer(str(evil.folder)), str(evil.folder), "its tokenizer", "tokenizer_config.json")
-    assert local_tokenizer(str(evil.folder)) is None
+    assert load_local_tokenizer(str(evil.folder)) is None
     assert (asked, evil.marker.exists()) == ([], False)
 
 
