@@ -264,7 +264,7 @@ def test_a_place_that_takes_no_file_is_named(untouched: Path) -> None:
 
 
 def test_a_root_that_cannot_be_is_named(recipe: Path) -> None:
-    cli("train", "--recipe", recipe, "--root", "/proc/foo").failed_in_one_line("--root '/proc/foo'", "another place")
+    cli("train", "--recipe", recipe, "--root", "/proc/foo").failed_in_one_line("--root '/proc/foo'", "another folder")
 
 
 def test_a_recipes_text_is_not_passed_over(tmp_path: Path) -> None:
