@@ -13,6 +13,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,24 +53,22 @@ class ActivationCache:
         self._sums_file = os.open(folder / "sums.bin", os.O_RDWR if fills else os.O_RDONLY)
         self._close = weakref.finalize(self, _close_files, self._slots_file, self._sums_file)
         self._sums = np.frombuffer(os.pread(self._sums_file, slots * _SUM_BYTES, 0), dtype="<u8").copy()
-        self._full = False
-        self._damaged = 0
+        self._full = self._has_damage = False
 
     def _prepare(self) -> None:
         """Create or resize the files; delete those of another shape or precision."""
-        folder, shape, dtype = self.folder, self._shape, self._dtype
+        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
-        meta = {"shape": list(shape), "dtype": str(dtype), "checksum": "xxh3-64"}
-        try:
-            kept = read_json(folder / _META) == meta
-        except (OSError, ValueError):
-            kept = False
-        if not kept:
-            for name in ("sums.bin", "slots.bin"):
-                (folder / name).unlink(missing_ok=True)
+        meta = {"shape": list(self._shape), "dtype": str(self._dtype), "checksum": "xxh3-64"}
+        slots_path, sums_path = folder / "slots.bin", folder / "sums.bin"
+        stored = None
+        with suppress(OSError, ValueError):
+            stored = read_json(folder / _META)
+        if stored != meta:
+            slots_path.unlink(missing_ok=True)
+            sums_path.unlink(missing_ok=True)
             write_json(folder / _META, meta)
         os.utime(folder / _META)  # its age shows which cache is least recently used
-        slots_path, sums_path = folder / "slots.bin", folder / "sums.bin"
         slots_path.touch(0o644)
         sums_path.touch(0o644)
         os.truncate(sums_path, self.slots * _SUM_BYTES)
@@ -98,7 +97,12 @@ class ActivationCache:
             read = os.preadv(self._slots_file, [target], int(slot) * self._slot_bytes)
             whole[i] = read == self._slot_bytes and _checksum(target) == self._sums[slot]
         if not whole.all():
-            self._report_damage(int((~whole).sum()))
+            if not self._has_damage:
+                say(
+                    f"activations: {(~whole).sum()} sequences in {str(self.folder)!r} do not match their checksums; "
+                    "recomputing them and any others like them"
+                )
+            self._has_damage = True
             self._sums[slots[~whole]] = 0
         return torch.from_numpy(values).view(self._dtype), whole
 
@@ -126,14 +130,6 @@ class ActivationCache:
         """Delete the files."""
         self._close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _report_damage(self, n: int) -> None:
-        if not self._damaged:
-            say(
-                f"activations: {n} sequences in {str(self.folder)!r} do not match their checksums; recomputing them "
-                "and any others like them"
-            )
-        self._damaged += n
 
 
 def open_caches(

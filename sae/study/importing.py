@@ -223,16 +223,15 @@ def export_sae(run: Run, format_name: str, folder: Path) -> dict[str, Any]:
         )
     sae = run.sae()
     taken = [name for f in FORMATS.values() for name in (f.weights, f.config) if (folder / name).exists()]
-    if taken == [format_.weights] and _begun(folder / format_.weights, run, sae, format_):
-        save_sae(folder, sae, run.about(), format_)
-        say(f"export: {run.name} is in {folder}, in the format of {format_.name}, which was begun before")
-    elif format_.config in taken and format_.weights in taken and _same(open_sae(folder)[0].sae, sae):
+    is_resumed = taken == [format_.weights] and _begun(folder / format_.weights, run, sae, format_)
+    if {format_.config, format_.weights} <= set(taken) and _same(open_sae(folder)[0].sae, sae):
         say(f"export: {run.name}: already in {folder}")
-    elif taken:
+    elif taken and not is_resumed:
         raise BadInput(f"{str(folder)!r} holds {taken[0]}, another SAE; name an empty folder with --to")
     else:
         save_sae(folder, sae, run.about(), format_)
-        say(f"export: {run.name} is in {folder}, in the format of {format_.name}")
+        resumed = ", after an unfinished export" if is_resumed else ""
+        say(f"export: {run.name} is in {folder}, in the format of {format_.name}{resumed}")
     files = {name: digest_file(folder / name) for name in (format_.config, format_.weights)}
     return {"run": run.name, "format": format_.name.lower(), "folder": str(folder), "files": files}
 

@@ -132,7 +132,7 @@ def open_source(
     """
     from sae.activations.cache import open_caches, open_caches_to_read
     from sae.activations.stream import open_streams
-    from sae.activations.subject import Subject, load_tokenizer
+    from sae.activations.subject import Subject
     from sae.text.packing import prepare_corpus
 
     first = of[0]
@@ -140,8 +140,7 @@ def open_source(
     subject = Subject.load(first.subject.model, device=device, dtype=first.subject.dtype)
     # Resolve now, so that a wrong name fails before the text is read.
     hookpoints = list(dict.fromkeys(subject.resolve(settings.subject.hookpoint) for settings in of))
-    _, tokenizer_fingerprint = load_tokenizer(first.subject.model)
-    corpus = prepare_corpus(first.corpus, subject.tokenizer, tokenizer_fingerprint, root)
+    corpus = prepare_corpus(first.corpus, subject.tokenizer, subject.tokenizer_fingerprint, root)
     limit = min(settings.training.activation_cache for settings in of)
     caches = open_caches(corpus, subject, hookpoints, limit) if cache == "fill" else {}
     if cache == "read":

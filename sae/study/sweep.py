@@ -102,7 +102,9 @@ def read_sweep(path: Path, name: str | None = None, seeds: Sequence[int] = ()) -
             raise BadInput(f"{where}: unknown key {unknown!r}; did you mean {suggest(unknown, known)}?")
         raise BadInput(f"{where} has no [sweep] table; add one, or train it with `{shell_command('train')}`")
     table = dict(recipe["sweep"])
-    together = _together(table.pop("together", []), where)
+    together = table.pop("together", [])
+    if not isinstance(together, list) or len(together) == 1 or not all(isinstance(axis, str) for axis in together):
+        raise BadInput(f"{where}: together = {together!r} in [sweep]; give a list of at least two axes")
     chosen = tuple(seeds) or _seeds(table.pop("seeds", [0, 1, 2]), where)
     table.pop("seeds", None)
     axes = _axes(table, where)
@@ -159,12 +161,6 @@ def _seeds(values: Any, where: str) -> tuple[int, ...]:
     if len(set(values)) < len(values):
         raise BadInput(f"{where}: seeds = {values!r} in [sweep] has a seed twice; give each once")
     return tuple(values)
-
-
-def _together(values: Any, where: str) -> list[str]:
-    if not isinstance(values, list) or len(values) == 1 or not all(isinstance(v, str) for v in values):
-        raise BadInput(f"{where}: together = {values!r} in [sweep]; give a list of at least two axes")
-    return values
 
 
 def _grid(axes: Mapping[str, tuple[Any, ...]], together: list[str], where: str) -> list[dict[str, Any]]:
