@@ -329,7 +329,7 @@ def test_export_keeps_what_is_there(untouched: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["ae.pt", "config.json"]
     (tmp_path / "a" / "config.json").unlink()  # killed between the two files
     to(tmp_path / "a", "run_b").failed_in_one_line("another SAE", "empty folder")
-    assert "begun before" in to(tmp_path / "a").well().err
+    assert "after an unfinished export" in to(tmp_path / "a").well().err
     assert to(tmp_path / "a").well().err.count("already in")
     to(tmp_path / "b", "run_x").failed_in_one_line("'run_x' does not exist")
     assert to(tmp_path / "b", name="onnx").code == 2
