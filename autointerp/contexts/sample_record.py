@@ -8,6 +8,7 @@ no probability of being drawn and are in none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,19 @@ class Sample:
         return {latent for draw in self.draws for latent in draw.latents}
 
     def weights(self, done: set[int]) -> pd.DataFrame:
-        """Return :func:`autointerp.contexts.sampling.compute_weights` of all draws, with strata numbered apart."""
+        """Return :func:`autointerp.contexts.sampling.compute_weights` of all draws, with strata numbered apart.
+
+        The table is kept, because a report asks for the same one many times.
+        """
+        if (key := frozenset(done)) not in self._weights:
+            self._weights[key] = self._compute_weights(done)
+        return self._weights[key]
+
+    @functools.cached_property
+    def _weights(self) -> dict[frozenset[int], pd.DataFrame]:
+        return {}
+
+    def _compute_weights(self, done: set[int]) -> pd.DataFrame:
         tables: list[pd.DataFrame] = []
         for draw in self.draws:
             start = 1 + max((int(table["stratum"].max()) for table in tables if len(table)), default=-1)

@@ -18,7 +18,7 @@ import pandas as pd
 
 from autointerp.contexts.sample_record import Sample
 from autointerp.findings.evidence import Study, Told
-from autointerp.findings.json_values import histogram, mean_of, quartile_figures
+from autointerp.findings.json_values import histogram, mean_of, score_figures
 from autointerp.findings.pairs import scored_alike
 from autointerp.findings.scores import SCORE_EDGES, estimator_of
 from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
@@ -101,14 +101,12 @@ def _figures(
 
     ``difference`` takes a column and the prefix of its interval's columns, and returns the difference of means.
     """
-    values, error = theirs["balanced_accuracy"].astype(float), error_of(theirs)
     aurocs = theirs["auroc"].astype(float).dropna() if "auroc" in theirs else pd.Series(dtype=float)
     found = {
-        **mean_of(of.mean(values, error)),
-        **quartile_figures(of, values, error),
+        **score_figures(of, theirs),
         "auroc_mean": of.plain_mean(aurocs) if len(aurocs) else None,
-        "n_scored": len(values),
-        "histogram": histogram(values, SCORE_EDGES, of),
+        "n_scored": len(theirs),
+        "histogram": histogram(theirs["balanced_accuracy"].astype(float), SCORE_EDGES, of),
         "above": mean_of(difference("balanced_accuracy", "ba")),
         "negatives": {},
     }

@@ -48,7 +48,7 @@ def counterpart_findings(
         [_rows(pair, table, alignments[pair], alive[pair[0]]) for pair, table in behaviour.items()], ignore_index=True
     )
     rows["unit"] = rows.groupby(["run", "latent"]).ngroup()
-    lone = rows[rows["relation"].notna()]
+    unshared = rows[rows["relation"].notna()]
     null = _under_null(rows, behaviour)
     of_null = None if null is None else {**_by_firing(null), **_ranges(null)}
     found, facts = _by_firing(rows), facts or {}
@@ -59,11 +59,11 @@ def counterpart_findings(
         "jaccard_gap_per_latent": max((of["jaccard_gap_per_latent"] for of in facts.values()), default=None),
         "comparisons": [{"runs": list(pair), **of} for pair, of in facts.items()],
         **found,
-        "n_unshared": len(lone),
+        "n_unshared": len(unshared),
         "rebuilt": {
-            **mean_of(_by_latent(lone["rebuilt"].dropna(), lone, bootstrap_mean)),
-            "quartiles": quartiles(lone["rebuilt"].dropna()),
-            "null": lone["rebuilt__rotated"].mean() if "rebuilt__rotated" in lone else None,
+            **mean_of(_by_latent(unshared["rebuilt"].dropna(), unshared, bootstrap_mean)),
+            "quartiles": quartiles(unshared["rebuilt"].dropna()),
+            "null": unshared["rebuilt__rotated"].mean() if "rebuilt__rotated" in unshared else None,
         },
         "null": None if of_null is None else {SHIFTED: of_null},
     }
@@ -71,8 +71,8 @@ def counterpart_findings(
 
 def _by_firing(rows: pd.DataFrame) -> dict[str, Any]:
     """Return the figures that rest on firings alone."""
-    lone = rows[rows["relation"].notna()]
-    by_class = {"shared": rows[rows["relation"].isna()], "unshared": lone}
+    unshared = rows[rows["relation"].notna()]
+    by_class = {"shared": rows[rows["relation"].isna()], "unshared": unshared}
     return {
         "same_partner": {
             "decoder": _agreement(rows, "decoder"),
@@ -88,20 +88,21 @@ def _by_firing(rows: pd.DataFrame) -> dict[str, Any]:
             }
             for name, of in by_class.items()
         },
-        "relations": [_relation(name, lone) for name in RELATIONS],
+        "relations": [_relation(name, unshared) for name in RELATIONS],
     }
 
 
 def _ranges(rows: pd.DataFrame) -> dict[str, Any]:
     """Return the range of a null's figures over pairs of runs."""
-    lone = rows[rows["relation"].notna()]
+    unshared = rows[rows["relation"].notna()]
     same = rows.loc[rows["decoder_partner"] >= 0]
     agree = (same["jaccard_partner"] == same["decoder_partner"]).astype(float)
     return {
         **{f"{name}_range": range_of(rows.groupby("pair")[name].mean().to_dict()) for name in _JACCARDS},
         "same_partner_range": range_of(agree.groupby(same["pair"]).mean().to_dict()),
         "relations_range": {
-            name: range_of((lone["relation"] == name).groupby(lone["pair"]).mean().to_dict()) for name in RELATIONS
+            name: range_of((unshared["relation"] == name).groupby(unshared["pair"]).mean().to_dict())
+            for name in RELATIONS
         },
     }
 
@@ -140,9 +141,9 @@ def _rows(pair: tuple[str, str], table: pd.DataFrame, alignment: pd.DataFrame, a
     return joined[np.asarray(alive, bool)]
 
 
-def _relation(name: str, lone: pd.DataFrame) -> dict[str, Any]:
-    of = lone[lone["relation"] == name]
-    share = _by_latent((lone["relation"] == name).astype(float), lone, mean_fraction)
+def _relation(name: str, unshared: pd.DataFrame) -> dict[str, Any]:
+    of = unshared[unshared["relation"] == name]
+    share = _by_latent((unshared["relation"] == name).astype(float), unshared, mean_fraction)
     return {
         "relation": name,
         "says": RELATIONS[name],

@@ -143,15 +143,15 @@ def corrected_spearman(
     For the partial correlation, both correlations with the score are corrected before the covariate [N] is held fixed.
     """
     reliability, n = halves.draws(resamples), resamples.n_free
-    told = interval_of(reliability, n)
-    if not told.value >= LEAST:
-        return Corrected(told, UNKNOWN, UNKNOWN)
+    found = interval_of(reliability, n)
+    if not found.value >= LEAST:
+        return Corrected(found, UNKNOWN, UNKNOWN)
     r = resamples.correlations([score, similarity, covariate])
     # Avoid division by almost zero in resamples with unreliable scores.
     root = np.sqrt(np.maximum(reliability, LEAST / 4))
     with_similarity, with_covariate = (np.clip(r[:, 0, i] / root, -1, 1) for i in (1, 2))
     held = partial(with_similarity, with_covariate, r[:, 1, 2])
-    return Corrected(told, interval_of(with_similarity, n), interval_of(held, n))
+    return Corrected(found, interval_of(with_similarity, n), interval_of(held, n))
 
 
 def reliability_findings(rows: pd.DataFrame, verdicts: pd.DataFrame, sample: Sample | None) -> dict[str, Any] | None:
@@ -171,8 +171,8 @@ def reliability_findings(rows: pd.DataFrame, verdicts: pd.DataFrame, sample: Sam
     if weights is not None:
         of = weights.loc[own.index]
         resamples = Resamples(np.arange(len(own)), weights=of["weight"], strata=of["stratum"])
-    told = interval_of(halves.draws(resamples), max(2, resamples.n_free))
-    return {"value": told.value, "interval": told.interval, "n": halves.n}
+    found = interval_of(halves.draws(resamples), max(2, resamples.n_free))
+    return {"value": found.value, "interval": found.interval, "n": halves.n}
 
 
 def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:

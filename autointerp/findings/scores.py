@@ -17,7 +17,7 @@ import pandas as pd
 
 from autointerp.contexts.sample_record import Sample
 from autointerp.findings.evidence import Study, Told
-from autointerp.findings.json_values import histogram, mean_of, number, quartile_figures
+from autointerp.findings.json_values import histogram, mean_of, number, score_figures
 from autointerp.findings.statistics.estimation import Estimator, error_of
 from autointerp.journal.method import CHANCE
 from autointerp.scoring.scorers.base import HARDER, STOPS
@@ -53,15 +53,13 @@ def score_findings(
     scored = own[kinds == "ok"]
     good, swapped = of.of(scored), Swapped.among(rows, sample)
     values = good["balanced_accuracy"].astype(float)
-    error = error_of(good)
     aurocs = good["auroc"].astype(float).dropna() if "auroc" in good else pd.Series(dtype=float)
     auroc = of.mean(aurocs, error_of(good.loc[aurocs.index], "auroc"))
     ineligible = set(own.index[kinds == "ineligible"]) | too_few
     asked = set(own.index) | explained | ineligible
     eligible = latents.get("eligible")
     return {
-        **mean_of(of.mean(values, error)),
-        **quartile_figures(of, values, error),
+        **score_figures(of, good),
         "auroc_mean": auroc.value,
         "auroc_interval": auroc.interval,
         "n_scored": len(good),
@@ -174,17 +172,16 @@ def _control(swapped: Swapped, own: pd.DataFrame) -> dict[str, Any] | None:
     """
     if swapped.rows.empty:
         return None
-    of, values, error = swapped.of, swapped.rows["balanced_accuracy"].astype(float), error_of(swapped.rows)
-    mean = of.mean(values, error)
+    figures = score_figures(swapped.of, swapped.rows)
+    low, high = figures["interval"] or (CHANCE, CHANCE)
     return {
         "kind": "swap",
-        **mean_of(mean),
-        "leaks": bool(mean.low > CHANCE or mean.high < CHANCE),
-        **quartile_figures(of, values, error),
+        **figures,
+        "leaks": bool(low > CHANCE or high < CHANCE),
         "auroc_mean": swapped.mean("auroc"),
-        "n_scored": len(values),
+        "n_scored": len(swapped.rows),
         "n_failed": swapped.n_failed,
-        "histogram": histogram(values, SCORE_EDGES, of),
+        "histogram": histogram(swapped.rows["balanced_accuracy"].astype(float), SCORE_EDGES, swapped.of),
         "above_control": swapped.below(own) or {**mean_of(UNKNOWN), "n": 0, "fraction": None},
     }
 
@@ -208,10 +205,8 @@ def _negatives(good: pd.DataFrame, of: Estimator, swapped: Swapped) -> dict[str,
             continue
         some = good[has].astype({column: float, f"tnr_{kind}": float, "balanced_accuracy": float})
         aurocs = some[f"auroc_{kind}"].astype(float).dropna()
-        error = error_of(some, column)
         found[kind] = {
-            **mean_of(of.mean(some[column], error)),
-            **quartile_figures(of, some[column], error),
+            **score_figures(of, some, column),
             "tnr": of.mean(some[f"tnr_{kind}"], error_of(some, f"tnr_{kind}")),
             "auroc_mean": of.plain_mean(aurocs) if len(aurocs) else None,
             "random_mean": of.plain_mean(some["balanced_accuracy"]),
@@ -231,7 +226,7 @@ def _by_class(
     for name, members in _classes(latents).items():
         inside = own.index.isin(members.index)
         good = of.of(own[inside & (kinds == "ok").to_numpy()])
-        values, error, counted = good["balanced_accuracy"].astype(float), error_of(good), members.get("eligible")
+        counted = members.get("eligible")
         found[name] = {
             "n_latents": len(members),
             "n_alive": int(members["alive"].sum()),
@@ -239,9 +234,8 @@ def _by_class(
             "n_explained": len(explained & set(members.index)),
             "n_scored": len(good),
             "n_failed": int((kinds[inside] == "failed").sum()),
-            **mean_of(of.mean(values, error)),
+            **score_figures(of, good),
             "above_control": swapped.below(good),
-            **quartile_figures(of, values, error),
         }
     return found
 

@@ -49,6 +49,11 @@ class LatentBootstrap:
         self.n_units = max(len(unit) for unit in self.unit.values())
         self.weights = _weights(self.n_units, resamples, seed)
 
+    @functools.cached_property
+    def _floats(self) -> Floats:
+        """The weights as BLAS takes them; used only if they are few."""
+        return self.weights.astype(np.float64)
+
     def count(self, members: Mapping[str, Bools]) -> int:
         """Return the number of units that hold a member of any run."""
         held = np.zeros(self.n_units, dtype=bool)
@@ -71,7 +76,8 @@ class LatentBootstrap:
         parts = [flat.sum(axis=0)[None]]
         chunk = max(1, 4_000_000 // self.n_units)
         for done in range(0, len(self.weights), chunk):
-            parts.append(self.weights[done : done + chunk].astype(np.float64) @ flat)
+            whole = chunk >= len(self.weights)
+            parts.append((self._floats if whole else self.weights[done : done + chunk].astype(np.float64)) @ flat)
         total = np.concatenate(parts).reshape(-1, len(self.runs), n_columns + 1)
         with np.errstate(invalid="ignore"):
             return total[:, :, :n_columns] / total[:, :, n_columns:]

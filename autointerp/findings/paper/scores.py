@@ -97,7 +97,7 @@ def interp_finding(of: Scores) -> Finding:
     mean = estimate_of(of.scores["mean"], of.scores["interval"])
     control = of.scores["control"]
     if control is None:
-        return about.row(mean, UNDECIDED, f"there is no swapped control beside it; judge: {of.judge}")
+        return about.row(mean, UNDECIDED, f"there is no swapped control; judge: {of.judge}")
     above = estimate_of(control["above_control"]["mean"], control["above_control"]["interval"])
     verdicts = against(mean, CHANCE), against(above)
     verdict = DISAGREES if DISAGREES in verdicts else AGREES if set(verdicts) == {AGREES} else UNDECIDED
@@ -129,8 +129,8 @@ def _unshared_high(table: pd.DataFrame | None) -> str:
         return ""
     weight = pd.Series(_weights(table), table.index)
     median = float(quantiles(table["score"], [0.5], weight)[0])
-    lone = table[table["unshared"]]
-    high = float(np.average(lone["score"] > median, weights=weight[lone.index]))
+    unshared = table[table["unshared"]]
+    high = float(np.average(unshared["score"] > median, weights=weight[unshared.index]))
     return f"{decimal(high)} of the unshared latents score above the median; "
 
 

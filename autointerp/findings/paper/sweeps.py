@@ -73,7 +73,7 @@ def findings_of_sweeps(
         sweep = next((s for s in sweeps if axis in s["axes"]), None)
         if sweep is None:
             words, command = advice(name)
-            found.append(ABOUT[name].missing(f"no sweep over {axis} of this subject is at hand{words}", command))
+            found.append(ABOUT[name].missing(f"there is no sweep over {axis} of this subject{words}", command))
         else:
             found.append(finding_of_sweep(name, sweep))
     return found

@@ -67,7 +67,7 @@ class Resamples:
         if strata is None:
             self._held = _drawn(self.n_units, resamples, seed)
             return
-        of = _none_alone(np.asarray(strata)[first])
+        of = _without_single_units(np.asarray(strata)[first])
         c = np.sqrt(1 - (np.zeros(self.n_units) if known is None else np.clip(np.asarray(known, float)[first], 0, 1)))
         self.n_strata = int(of.max(initial=0)) + 1
         self._held = _drawn_within(of.tobytes(), resamples, seed)
@@ -216,7 +216,7 @@ def _correlate(orders: Sequence[_Order], weights: Floats) -> Floats:
     return found
 
 
-def _none_alone(strata: NDArray) -> NDArray[np.intp]:
+def _without_single_units(strata: NDArray) -> NDArray[np.intp]:
     """Number the strata from 0, joining those with one member to the next."""
     names, of, sizes = np.unique(strata, return_inverse=True, return_counts=True)
     joined, number, waiting = np.zeros(len(names), np.intp), 0, 0
