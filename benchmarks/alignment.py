@@ -1,22 +1,21 @@
-"""How long the best one-to-one matching of two dictionaries takes, beside SciPy's dense solver.
+"""Time the best one-to-one matching of two dictionaries, compared with SciPy's dense solver.
 
     python benchmarks/alignment.py [--sizes 8192 16384 32768] [--bundled | --runs run_a run_b] [--out x.json]
 
-The pair is synthetic, half of its latents shared: in that half a row of the second dictionary is one of the first plus
-half as much noise (cosine about 0.9), all else is random, D 768, and the second's order is shuffled. ``--bundled``
-takes two seeds of the bundled study in its place, trained here at each of the sizes (minutes; kept under
-``build/alignment``), and ``--runs`` two runs of yours under ``--root``; both are matched by decoder, or by what
-``--space`` says.
+Half of the latents of the synthetic pair are shared: a row of the second dictionary is a row of the first plus half as
+much noise (cosine about 0.9). The rest is random, D is 768, and the second is shuffled. ``--bundled`` takes two seeds
+of the bundled study instead, trained here at each size (minutes; kept under ``build/alignment``), and ``--runs`` two
+runs under ``--root``; both are matched by decoder, or by ``--space``.
 
-Every side is a process of its own, run alone, that compiles its loops on a small pair first and then reports the time
-of one matching and the most memory that it held:
+Every side runs alone in its own process, which compiles its loops on a small pair first and then reports the time of
+one matching and its peak memory:
 
-- *ours*: ``sae.alignment.matching.best.best_matching`` from float32 weights, with its certificate; once as the machine
-  likes it (bfloat16 products where it has instructions for them) and once with float32 products only;
-- *scipy*: ``linear_sum_assignment`` on the dense float64 matrix, the time of the solver alone (that of the matrix is
-  given beside it); only up to ``--dense``, since its memory grows with the square;
-- *product*: one pass over all products in blocks, by the faster of PyTorch and NumPy, neither searched nor kept: no
-  method that looks at every pair goes below.
+- *ours*: ``find_best_matching`` from float32 weights, with its certificate; with the machine's fastest products
+  (bfloat16 where it has instructions for them), and with float32 products only;
+- *scipy*: ``linear_sum_assignment`` on the dense float64 matrix, the solver's time alone (that of the matrix is given
+  separately); only up to ``--dense``, since its memory grows with the square;
+- *product*: one pass over all products in blocks, by the faster of PyTorch and NumPy, neither searched nor kept: a
+  lower limit for every method that visits all pairs.
 """
 
 from __future__ import annotations
@@ -44,15 +43,15 @@ from sae.dictionaries.kernels import cpu
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {8192: 3.0, 16384: 6.0, 32768: 8.0}
-"""how many times as fast as SciPy we want to be"""
+"""the speed to reach, as a multiple of SciPy's"""
 D_IN = 768
 TILE = (1024, 4096)
 BUNDLED = ROOT / "build" / "alignment"
 BUNDLED_TOKENS = 1_000_000
 
 
-def synthetic(m: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """[M, D] twice; see the module's head."""
+def draw_pair(m: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Draw the synthetic pair, [M, D] each."""
     rng = np.random.default_rng(seed)
     a, b = (rng.standard_normal((m, D_IN), dtype=np.float32) for _ in range(2))
     b[: m // 2] *= 0.5
@@ -60,9 +59,9 @@ def synthetic(m: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.fl
     return a, b[rng.permutation(m)]
 
 
-def weights(asked: argparse.Namespace) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def load_weights(asked: argparse.Namespace) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     if not asked.runs:
-        return synthetic(asked.size)
+        return draw_pair(asked.size)
     from sae.study.run import Run
 
     saes = [Run.open(name, asked.root).sae() for name in asked.runs]
@@ -70,8 +69,8 @@ def weights(asked: argparse.Namespace) -> tuple[NDArray[np.float32], NDArray[np.
     return (a, b) if len(a) <= len(b) else (b, a)
 
 
-def bundled_runs(size: int, threads: int) -> list[str]:
-    """The names of two trained seeds of the bundled study at width ``size``, under ``BUNDLED``."""
+def train_bundled_runs(size: int, threads: int) -> list[str]:
+    """Train two seeds of the bundled study at width ``size`` under ``BUNDLED``; return their names."""
     from sae.study.recipes import settings_from
     from sae.study.stage import Compute
     from sae.study.train import train_study
@@ -81,21 +80,21 @@ def bundled_runs(size: int, threads: int) -> list[str]:
     return [run.name for run in train_study(f"m{size}", [0, 1], settings, BUNDLED, Compute("cpu", threads))]
 
 
-def side(asked: argparse.Namespace) -> dict[str, Any]:
-    """What one side says of itself, in the process that was started for it."""
+def measure_side(asked: argparse.Namespace) -> dict[str, Any]:
+    """Measure one side, in its own process."""
     torch.set_num_threads(asked.threads)
     if asked.side == "scipy":
         return _scipy(asked)
     if asked.side == "product":
         return _product(asked)
-    from sae.alignment.matching.best import best_matching
+    from sae.alignment.matching.best import find_best_matching
 
     options = {"precision": asked.precision, "device": asked.device}
     rng = np.random.default_rng(1)
-    best_matching(*rng.standard_normal((2, 3000, 16), dtype=np.float32), **options)  # compiles
-    a, b = weights(asked)
+    find_best_matching(*rng.standard_normal((2, 3000, 16), dtype=np.float32), **options)  # compiles
+    a, b = load_weights(asked)
     begun = time.perf_counter()
-    found = best_matching(a, b, **options)
+    found = find_best_matching(a, b, **options)
     return {
         "seconds": time.perf_counter() - begun,
         "sum": found.sum,
@@ -109,7 +108,7 @@ def side(asked: argparse.Namespace) -> dict[str, Any]:
 def _scipy(asked: argparse.Namespace) -> dict[str, Any]:
     from scipy.optimize import linear_sum_assignment
 
-    pair = weights(asked)
+    pair = load_weights(asked)
     begun = time.perf_counter()
     rows, columns = (w.astype(np.float64) for w in pair)
     for unit in (rows, columns):
@@ -124,7 +123,7 @@ def _scipy(asked: argparse.Namespace) -> dict[str, Any]:
 
 def _product(asked: argparse.Namespace) -> dict[str, Any]:
     kind = getattr(torch, resolve_float(asked.precision, asked.device))
-    a, b = (torch.from_numpy(w).to(asked.device, kind) for w in weights(asked))
+    a, b = (torch.from_numpy(w).to(asked.device, kind) for w in load_weights(asked))
     out = torch.empty(TILE[0] * TILE[1], dtype=kind, device=asked.device)
 
     def run(rows: torch.Tensor, multiply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]) -> float:
@@ -142,26 +141,26 @@ def _product(asked: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": min(run(a, multiply) for multiply in ways)}
 
 
-def started(asked: argparse.Namespace, name: str, size: int, precision: str) -> dict[str, Any]:
-    """Run one side alone; its answer, with the most memory that its process held in MiB."""
+def run_side(asked: argparse.Namespace, name: str, size: int, precision: str) -> dict[str, Any]:
+    """Run one side alone; return its figures with its peak memory in MiB."""
     command = [sys.executable, __file__, "--side", name, "--size", str(size), "--precision", precision]
     command += ["--threads", str(asked.threads), "--device", asked.device, "--root", str(asked.root)]
     command += ["--space", asked.space]
     command += ["--runs", *asked.runs] if asked.runs else []
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if answer.returncode:
-        raise SystemExit(f"error: {name} ({precision}) at {size} ended; what it said is above")
+        raise SystemExit(f"error: {name} ({precision}) at {size} failed; its output is above")
     return dict(json.loads(answer.stdout.splitlines()[-1]))
 
 
 def compare(asked: argparse.Namespace, size: int) -> list[dict[str, Any]]:
-    """The rows of one size; a ratio above 1 is in our favour."""
-    peer = started(asked, "scipy", size, "float64") if size <= asked.dense else None
+    """Return the rows of one size; a ratio above 1 is in our favour."""
+    peer = run_side(asked, "scipy", size, "float64") if size <= asked.dense else None
     rows = []
     best = resolve_float("auto", asked.device)
     for precision in ("auto", "float32") if best != "float32" else ("auto",):
-        ours = started(asked, "ours", size, precision)
-        floor = started(asked, "product", size, precision)
+        ours = run_side(asked, "ours", size, precision)
+        floor = run_side(asked, "product", size, precision)
         rows.append(
             {
                 "name": "matching" if precision == "auto" else "matching, float32 products only",
@@ -191,9 +190,9 @@ def _setting(asked: argparse.Namespace, size: int) -> str:
     return f"{' × '.join(asked.runs)} by {asked.space}" if asked.runs else f"M {size:,}, D {D_IN}, half shared"
 
 
-def shown(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
+def show(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
     table = Table(title=title, title_justify="left")
-    heads = "ours s", "product s", "scipy s", "ratio", "wanted", "MiB", "scipy MiB", "gap / latent", "sum - scipy's"
+    heads = "ours s", "product s", "scipy s", "ratio", "target", "MiB", "scipy MiB", "gap / latent", "sum - scipy's"
     for name in ("", *heads):
         table.add_column(name, justify="left" if not name else "right", no_wrap=bool(name))
     for row in rows:
@@ -229,7 +228,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.side:
         asked.size = int(asked.size)
-        found = side(asked)
+        found = measure_side(asked)
         print(json.dumps({**found, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
         return
     begun, rows = time.time(), []
@@ -241,10 +240,10 @@ def main() -> None:
     if asked.bundled:
         asked.root = BUNDLED
     for size in asked.sizes:
-        asked.runs = bundled_runs(size, asked.threads) if asked.bundled else asked.runs
+        asked.runs = train_bundled_runs(size, asked.threads) if asked.bundled else asked.runs
         rows += compare(asked, size)
     head = about(begun, asked.device, threads=asked.threads)
-    leave(asked, rows, head, lambda: shown(rows, Console(width=150), f"{head['processor']}, {asked.threads} threads"))
+    leave(asked, rows, head, lambda: show(rows, Console(width=150), f"{head['processor']}, {asked.threads} threads"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from autointerp.contexts.sample_record import Sample, load_sample
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.setups import TOO_FEW, rows_of, setups_of, wanted_of
-from sae.alignment.alignment import both_ways
+from sae.alignment.alignment import read_both_ways
 from sae.alignment.latent_table import latent_table, shared_class
 from sae.alignment.overlap import DEFINITIONS, DIPS, StudyOverlap, overlap
 from sae.alignment.pairs import pair_path
@@ -112,7 +112,7 @@ class Study:
         focus = next(run for run in runs if run.name == (view.focus or names[0]))
         firing = {run.name: read_table(path) for run in runs if (path := run.stage_path("firing")).exists()}
         compared = _compared(root / "alignments", focus.name, names)
-        tables = both_ways(root / "alignments", compared) if len(compared) > 1 else {}
+        tables = read_both_ways(root / "alignments", compared) if len(compared) > 1 else {}
         alive = {run.name: _alive(run, firing) for run in runs}
         dips = root / "alignments" / DIPS
         scores = read_table(path) if (path := focus.stage_path("scores")).exists() else None

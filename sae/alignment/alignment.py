@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from sae.alignment.matching.dense import Matching, best_of_all, blocks, unit_rows
+from sae.alignment.matching.dense import Matching, blocks, match_all_pairs, normalize_rows
 from sae.alignment.pairs import pair_path, read_sides, write_sides
 from sae.common.commands import command
 from sae.common.errors import BadInput
@@ -149,7 +149,7 @@ def verify(
         return verify(alignment.swapped(), W_enc_b, W_dec_b, W_enc_a, W_dec_a)
     found = {}
     for space, W_a, W_b in zip(SPACES, (W_enc_a, W_dec_a), (W_enc_b, W_dec_b), strict=True):
-        rows, columns = (unit_rows(_checked(W, name, space)) for W, name in ((W_a, "a"), (W_b, "b")))
+        rows, columns = (normalize_rows(_checked(W, name, space)) for W, name in ((W_a, "a"), (W_b, "b")))
         partner = alignment.a[f"{space}_partner"].to_numpy()
         prices = alignment.b[f"{space}_price"].to_numpy(dtype=np.float64)
         one_to_one = len(rows) == len(partner) and len(columns) == len(prices)
@@ -203,7 +203,7 @@ def read_alignment(folder: Path, a: str, b: str) -> Alignment:
     return Alignment(*sides, certificate) if runs == [a, b] else Alignment(*sides[::-1], certificate).swapped()
 
 
-def both_ways(folder: Path, runs: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
+def read_both_ways(folder: Path, runs: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
     """Return the stored tables of all ordered pairs of runs: (x, y) → a row per latent of x, in terms of y."""
     found = {}
     for a, b in pairs(runs):
@@ -218,14 +218,14 @@ def _match(
     """Match rows [n, D] to columns [m, D], n ≤ m, by the solver for their size."""
     n, m, d = len(rows), len(columns), rows.shape[1]
     if n * m <= _DENSE:
-        found = best_of_all(unit_rows(rows) @ unit_rows(columns).T)
+        found = match_all_pairs(normalize_rows(rows) @ normalize_rows(columns).T)
         found = replace(found, upper_bound=found.upper_bound + n * (d + 16) * 2.0**-52)  # float64's error in a cosine
         # Rows in a plane or near a line form chains so long that the prices are not found in time.
         if _certificate(found.sum, found.upper_bound, n)["certified"]:
             return found
-    from sae.alignment.matching.best import best_matching  # loads torch, which small pairs and readers do without
+    from sae.alignment.matching.best import find_best_matching  # loads torch, which small pairs and readers do without
 
-    return best_matching(rows, columns, precision=precision, device=device)
+    return find_best_matching(rows, columns, precision=precision, device=device)
 
 
 def _checked(weights: ArrayLike, name: str, space: str) -> NDArray[Any]:

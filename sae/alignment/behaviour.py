@@ -123,14 +123,14 @@ def _counted(a: Member, b: Member, advance: Callable[[int], None] | None, offset
         count_cofirings(one.store, other.store, one.decoder_partner[:, None], one.lone, advance, shift)
         for one, other, shift in ((a, b, offset), (b, a, (n_tokens - offset) % max(n_tokens, 1)))
     )
-    partner, together, gap = best_by_jaccard(of_a, of_b)
+    partner, together, gap = match_by_jaccard(of_a, of_b)
     inverse, together_b = np.full(len(b.lone), UNMATCHED, np.int32), np.zeros(len(b.lone), np.int64)
     matched = partner >= 0
     inverse[partner[matched]], together_b[partner[matched]] = np.flatnonzero(matched), together[matched]
     return _Pair(_Matched(of_a, partner, together), _Matched(of_b, inverse, together_b), gap)
 
 
-def best_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDArray[np.int64], float]:
+def match_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDArray[np.int64], float]:
     """Find the one-to-one matching with the largest sum of Jaccards, among pairs near each other on either side.
 
     Returns the partner of each latent of the first [M_a], -1 for none; the number of tokens at which the two fire
@@ -138,7 +138,7 @@ def best_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDAr
     """
     n, m = len(a.near), len(b.near)
     if n > m:
-        inverse, count, gap = best_by_jaccard(b, a)
+        inverse, count, gap = match_by_jaccard(b, a)
         partner, together, matched = np.full(n, UNMATCHED, np.int32), np.zeros(n, np.int64), inverse >= 0
         partner[inverse[matched]], together[inverse[matched]] = np.flatnonzero(matched), count[matched]
         return partner, together, gap

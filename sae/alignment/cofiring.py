@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from sae.alignment import relation
-from sae.alignment.matching.directions import in_parallel
+from sae.alignment.matching.directions import run_in_parallel
 from sae.common.errors import BadInput
 from sae.firings.store import FiringStore
 
@@ -137,7 +137,7 @@ def count_cofirings(
     share = np.searchsorted(np.cumsum(here), np.linspace(0, here.sum(), torch.get_num_threads() + 1)[1:-1]) + 1
     cuts = np.unique(np.concatenate([[0], np.minimum(share, m), [m]])).tolist()
     try:
-        in_parallel(count, list(pairwise(cuts)))
+        run_in_parallel(count, list(pairwise(cuts)))
     finally:
         stopped.set()  # after an error in one thread, or Ctrl-C, the others stop too
     return found

@@ -59,7 +59,7 @@ def dip(values: ArrayLike) -> float:
     return max(float(dip_of_jumps(at, np.concatenate([[0.0], reached[:-1]]), reached)), 0.5 / len(x))
 
 
-def dip_test(
+def run_dip_test(
     samples: Sequence[ArrayLike], units: Sequence[ArrayLike] | None = None, seed: int = 0, draw: bool = True
 ) -> Dip:
     """Return the mean dip of several samples, corrected and with an interval, and its p-value.
@@ -106,8 +106,8 @@ def dip_test(
     return Dip(interval, whole, p_value)
 
 
-def kept_dip_test(path: Path, samples: Sequence[ArrayLike], units: Sequence[ArrayLike], draw: bool) -> Dip:
-    """Return :func:`dip_test` of these samples, from the file ``path`` if it is there, else computed and stored.
+def read_dip_test(path: Path, samples: Sequence[ArrayLike], units: Sequence[ArrayLike], draw: bool) -> Dip:
+    """Return :func:`run_dip_test` of these samples, from the file ``path`` if it is there, else computed and stored.
 
     A file that cannot be read is replaced; one that cannot be written is ignored.
     """
@@ -118,7 +118,7 @@ def kept_dip_test(path: Path, samples: Sequence[ArrayLike], units: Sequence[Arra
         hasher.update(np.asarray(unit, dtype=np.int64).tobytes())
     key, kept = hasher.hexdigest(), _read_kept(path)
     if key not in kept:
-        kept[key] = dip_test(samples, units, draw=draw)
+        kept[key] = run_dip_test(samples, units, draw=draw)
         stored = {
             name: [None if math.isnan(x) else x for x in (*of.value, of.of_sample, of.p_value)]
             for name, of in list(kept.items())[-_KEPT:]

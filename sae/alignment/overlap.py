@@ -27,7 +27,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from sae.alignment.bootstrap import Bools, Floats, LatentBootstrap, Tables, estimate, mean_over
-from sae.alignment.dip import Dip, dip_test, kept_dip_test
+from sae.alignment.dip import Dip, read_dip_test, run_dip_test
 from sae.alignment.nulls import read_nulls
 from sae.common.commands import shell_command
 from sae.common.errors import BadInput, NotFound
@@ -102,7 +102,7 @@ class StudyOverlap:
     bimodality: Dip
     """the dip test of each pair's mean matched cosines"""
     sweep: pd.DataFrame = field(compare=False)
-    """see :func:`threshold_sweep`"""
+    """see :func:`sweep_thresholds`"""
     nulls: dict[str, StudyOverlap]
     """the same with rotated siblings (:mod:`sae.alignment.nulls`), without intervals, where all pairs have them; each
     pair has its own rotation, so the figures of the pairs show the null's spread"""
@@ -155,12 +155,12 @@ def overlap(
 
     Args:
         runs: at least two names.
-        alignments: (x, y) → the table of x in terms of y, for every ordered pair (``alignment.both_ways``).
+        alignments: (x, y) → the table of x in terms of y, for every ordered pair (``alignment.read_both_ways``).
         alive: run → [M] whether the latent ever fired.
         threshold: that cosines must exceed.
         resamples, seed: of the bootstrap.
         kept: the file that keeps dip tests, which take as long as all the rest
-            (:func:`sae.alignment.dip.kept_dip_test`).
+            (:func:`sae.alignment.dip.read_dip_test`).
     """
     alive = {run: np.asarray(alive[run], dtype=bool) for run in runs}
     check(runs, alignments, alive)
@@ -225,12 +225,12 @@ def _overlap_of(
         by_pair=of_pairs,
         histogram=_histogram(runs, alignments, alive),
         bimodality=bimodality(runs, alignments, alive, draw.unit, draw=not is_null, kept=kept),
-        sweep=threshold_sweep(runs, alignments, alive),
+        sweep=sweep_thresholds(runs, alignments, alive),
         nulls={},
     )
 
 
-def threshold_sweep(
+def sweep_thresholds(
     runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], thresholds: ArrayLike | None = None
 ) -> pd.DataFrame:
     """Return the overlap of alive anchors at each threshold: ``threshold`` and a column per definition, no intervals.
@@ -411,7 +411,7 @@ def bimodality(
         known = alive[a] & ~np.isnan(alike)
         samples.append(alike[known])
         units.append(np.asarray(unit[a])[known])
-    return dip_test(samples, units, draw=draw) if kept is None else kept_dip_test(kept, samples, units, draw)
+    return run_dip_test(samples, units, draw=draw) if kept is None else read_dip_test(kept, samples, units, draw)
 
 
 def by_pair(

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from sae.alignment.matching.dense import unit_rows
+from sae.alignment.matching.dense import normalize_rows
 
 TERMS = 4
 _POOL = 64
@@ -48,8 +48,8 @@ class Rebuilt(NamedTuple):
 
 def rebuild(x: ArrayLike, b: ArrayLike, device: str = "cpu") -> Rebuilt:
     """Rebuild each row of ``x`` [R, D], at unit length, from at most four of ``b`` [M, D] that are not zero."""
-    whole = torch.from_numpy(unit_rows(b).astype(np.float32)).to(device)
-    rows = torch.from_numpy(unit_rows(x).astype(np.float32)).to(device)
+    whole = torch.from_numpy(normalize_rows(b).astype(np.float32)).to(device)
+    rows = torch.from_numpy(normalize_rows(x).astype(np.float32)).to(device)
     step = max(1, _BYTES // (4 * max(len(whole), (_POOL + TERMS) * whole.shape[1])))
     parts = [_rebuilt(rows[i : i + step], whole) for i in range(0, len(rows), step)]
     if not parts:

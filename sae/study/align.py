@@ -259,11 +259,11 @@ class Compared(NamedTuple):
 
 def read_comparison(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
     """Read the comparison of aligned ``runs``."""
-    from sae.alignment.alignment import both_ways
+    from sae.alignment.alignment import read_both_ways
     from sae.alignment.overlap import DIPS, overlap
 
     names, root = [run.name for run in runs], runs[0].root
-    tables, fired = both_ways(root / "alignments", names), {run.name: find_alive(run) for run in runs}
+    tables, fired = read_both_ways(root / "alignments", names), {run.name: find_alive(run) for run in runs}
     return Compared(
         list(runs),
         overlap(names, tables, fired, threshold, kept=root / "alignments" / DIPS),

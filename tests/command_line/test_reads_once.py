@@ -48,5 +48,5 @@ def test_a_second_report_tests_no_dip(root: Path, monkeypatch: pytest.MonkeyPatc
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("tested again")
 
-    monkeypatch.setattr("sae.alignment.dip.dip_test", refused)
+    monkeypatch.setattr("sae.alignment.dip.run_dip_test", refused)
     assert cli("report", "--root", root, "--json").well().out == first

@@ -31,10 +31,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from sae.alignment.matching.candidates import TOLERANCE, Pairs, join, shortlist, violations
+from sae.alignment.matching.candidates import TOLERANCE, Pairs, find_violations, join, shortlist
 from sae.alignment.matching.dense import EQUAL, Matching, Nearest
 from sae.alignment.matching.directions import Directions, Floats, Screen, cosines, plain_products
-from sae.alignment.matching.sparse import Graph, Solution, greedy, solve
+from sae.alignment.matching.sparse import Graph, Solution, match_greedily, solve
 from sae.common.precision import resolve_float
 
 Ints = NDArray[np.int32]
@@ -49,7 +49,7 @@ _ROUNDS = 200
 _ROWS = 1024
 
 
-def best_matching(
+def find_best_matching(
     rows: ArrayLike,
     columns: ArrayLike,
     *,
@@ -103,7 +103,7 @@ def _search(
             formed = len(a) * m
             while True:
                 solution = warm = solve(edges.graph(), m, warm)
-                new, excess, asked = violations(a, b, screens, solution.u, solution.v, known, most, near)
+                new, excess, asked = find_violations(a, b, screens, solution.u, solution.v, known, most, near)
                 rounds, formed = rounds + 1, formed + asked
                 if not excess.any() or rounds == _ROUNDS:
                     break
@@ -185,7 +185,7 @@ class _Edges:
 
 def _fallback(a: Directions, b: Directions, pairs: Pairs) -> Pairs:
     """Return pairs that complete a greedy matching of all rows, so that the candidates admit one."""
-    partner, free = greedy(pairs.rows, pairs.columns, np.argsort(-pairs.cosines, kind="stable"), len(a), len(b))
+    partner, free = match_greedily(pairs.rows, pairs.columns, np.argsort(-pairs.cosines, kind="stable"), len(a), len(b))
     left = np.flatnonzero(partner < 0).astype(np.int32)
     spare = np.flatnonzero(free).astype(np.int32)[: len(left)]
     return Pairs(left, spare, cosines(a, b, left, spare))

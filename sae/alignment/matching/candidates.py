@@ -3,8 +3,8 @@
 - :func:`shortlist`: the k nearest of every row and of every column, in one pass over all pairs. The k-th nearest so far
   is the threshold that a pair must exceed in its row or its column; after a few blocks one in a thousand does. In the
   end the thresholds bound all other pairs: c[i, j] ≤ min(row[i], column[j]).
-- :func:`violations`: the pairs whose cosine exceeds their prices, c[i, j] > u[i] + v[j]. Products are formed only where
-  the known bounds (:class:`Known`) allow such a pair.
+- :func:`find_violations`: the pairs whose cosine exceeds their prices, c[i, j] > u[i] + v[j]. Products are formed only
+  where the known bounds (:class:`Known`) allow such a pair.
 
 A block of products is never sorted, only compared with thresholds while it is in the processor's cache; a strip in
 which nothing exceeds them costs one branch. The search takes a fiftieth of the time of the product.
@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae.alignment.matching.directions import Directions, Floats, Screen, cosines, even, in_parallel
+from sae.alignment.matching.directions import Directions, Floats, Screen, cosines, run_in_parallel, split_evenly
 from sae.dictionaries.kernels import cpu
 from sae.dictionaries.kernels.cpu_loops import FAST
 
@@ -77,7 +77,7 @@ def shortlist(a: Screen, b: Screen, k: int) -> tuple[NDArray[np.int32], NDArray[
                 for i, j, x in found:
                     lists[side].insert(*((i, top, j, left) if side == 0 else (j, left, i, top)), x)
 
-            in_parallel(insert, [(0, 1), (1, 2)])
+            run_in_parallel(insert, [(0, 1), (1, 2)])
     i, j = lists[0].pairs()
     jj, ii = lists[1].pairs()
     keys = np.unique(np.concatenate([i.astype(np.int64) * m + j, ii.astype(np.int64) * m + jj]))
@@ -118,7 +118,7 @@ class _Lists:
         return own.astype(np.int32), self._who[own, slot]
 
 
-def violations(
+def find_violations(
     a: Directions,
     b: Directions,
     screens: tuple[Screen, Screen],
@@ -281,13 +281,13 @@ class Tiles:
         bits = tile.view(torch.int16).numpy() if tile.dtype == torch.bfloat16 else tile.numpy()
         width = tile.shape[1]
         i, j, x = self._found
-        ranges = even(len(tile))
+        ranges = split_evenly(len(tile))
 
         def search(low: int, high: int) -> int:
             part = slice(low * width, high * width)
             return int(_above(bits, row, column, np.float32(relative), summed, low, high, (i[part], j[part], x[part])))
 
-        counts = in_parallel(search, ranges)
+        counts = run_in_parallel(search, ranges)
         parts = [slice(low * width, low * width + n) for (low, _), n in zip(ranges, counts, strict=True)]
         return [(i[part], j[part], x[part]) for part in parts]
 

@@ -57,11 +57,11 @@ class Matching:
         return self.upper_bound - self.sum
 
 
-def best_of_all(cosines: Array) -> Matching:
+def match_all_pairs(cosines: Array) -> Matching:
     """Match every row of [n, m] cosines, n ≤ m, by the largest sum."""
     n = len(cosines)
     partner = match(cosines)
-    v = dual_prices(cosines, partner)
+    v = compute_prices(cosines, partner)
     u = np.concatenate([(cosines[block] - v).max(axis=1) for block in blocks(n)])
     own = cosines[np.arange(n), partner]
     nearest = _nearest(cosines, 1), _nearest(cosines, 0)
@@ -86,7 +86,7 @@ def match(cosines: Array) -> NDArray[np.int64]:
         np.negative(cosines, out=cosines)
 
 
-def dual_prices(cosines: Array, partner: NDArray[np.int64], max_passes: float = _MAX_PASSES) -> Array:
+def compute_prices(cosines: Array, partner: NDArray[np.int64], max_passes: float = _MAX_PASSES) -> Array:
     """Return column prices [m], zero or more, under which every row of [n, m] prefers its own partner.
 
     Row i prefers its partner p when v[j] ≥ v[p] + c[i, j] - c[i, p] for all j: the prices are the longest paths in the
@@ -123,7 +123,7 @@ def upper_bound(cosines: Array, prices: Array) -> float:
     return float(v.sum() + sum((cosines[block] - v).max(axis=1).sum() for block in blocks(n)))
 
 
-def unit_rows(weights: ArrayLike) -> Array:
+def normalize_rows(weights: ArrayLike) -> Array:
     """Return [M, D] rows at unit length, in float64; rows of zeros stay zero."""
     rows = np.array(weights, dtype=np.float64)
     # Scaled first, so that very small and very large rows have a norm.

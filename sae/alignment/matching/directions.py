@@ -144,8 +144,9 @@ def plain_products() -> Iterator[None]:
 def cosines(a: Directions, b: Directions, i: NDArray[Any], j: NDArray[Any]) -> Floats:
     """Return the cosines of the pairs (i, j) [E] in float64; a pair's never depends on other pairs or on threads."""
     out = np.empty(len(i))
-    in_parallel(
-        lambda low, high: _dots(a.rows, b.rows, a.inverse, b.inverse, i, j, out, low, high), even(len(i), least=4096)
+    run_in_parallel(
+        lambda low, high: _dots(a.rows, b.rows, a.inverse, b.inverse, i, j, out, low, high),
+        split_evenly(len(i), least=4096),
     )
     return out
 
@@ -172,14 +173,14 @@ def _dots(a: Any, b: Any, scale_a: Any, scale_b: Any, i: Any, j: Any, out: Any, 
         out[e] = total * scale_a[i[e]] * scale_b[j[e]]
 
 
-def even(n: int, least: int = 1) -> list[tuple[int, int]]:
+def split_evenly(n: int, least: int = 1) -> list[tuple[int, int]]:
     """Split ``n`` things into consecutive ranges (low, high), one per thread, of at least ``least`` (or one)."""
     parts = max(1, min(torch.get_num_threads(), n // least))
     cuts = np.linspace(0, n, parts + 1).astype(int).tolist()
     return list(pairwise(cuts))
 
 
-def in_parallel(work: Callable[[int, int], Any], ranges: list[tuple[int, int]]) -> list[Any]:
+def run_in_parallel(work: Callable[[int, int], Any], ranges: list[tuple[int, int]]) -> list[Any]:
     """Return ``work(low, high)`` of each range; for compiled loops, which hold no interpreter lock."""
     waiting = [_pool(torch.get_num_threads()).submit(work, low, high) for low, high in ranges[1:]]
     first = work(*ranges[0])

@@ -93,7 +93,9 @@ def solve(graph: Graph, m: int, warm: Solution | None = None) -> Solution:
 
 
 @_compiled
-def greedy(rows: np.ndarray, columns: np.ndarray, order: np.ndarray, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+def match_greedily(
+    rows: np.ndarray, columns: np.ndarray, order: np.ndarray, n: int, m: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Pair rows and columns along edges in this order: partners [n], -1 for none, and which columns are free [m]."""
     partner, free = np.full(n, FREE, np.int32), np.ones(m, np.bool_)
     for e in order:

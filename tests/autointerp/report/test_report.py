@@ -441,11 +441,11 @@ def test_outcome_with_failures_and_without() -> None:
 
 
 def test_alignment_and_runs(root: Path) -> None:
-    from sae.alignment.alignment import both_ways
+    from sae.alignment.alignment import read_both_ways
     from sae.study.align import Compared
     from sae.study.run import Run, progress_of
 
-    tables = both_ways(root / "alignments", NAMES)
+    tables = read_both_ways(root / "alignments", NAMES)
     alive = {name: tables[name, other]["latent"].to_numpy() >= 0 for name, other in tables}
     runs = [Run(name, root) for name in NAMES]
     compared = Compared(runs, overlap(NAMES, tables, alive), tables, {}, {}, alive, None)

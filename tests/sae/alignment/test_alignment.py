@@ -19,14 +19,14 @@ from sae.alignment.alignment import (
     UNMATCHED,
     Alignment,
     align,
-    both_ways,
     pairs,
     read_alignment,
+    read_both_ways,
     verify,
     write_alignment,
 )
 from sae.alignment.matching import dense as dense_matching
-from sae.alignment.matching.dense import best_of_all, dual_prices, match, unit_rows, upper_bound
+from sae.alignment.matching.dense import compute_prices, match, match_all_pairs, normalize_rows, upper_bound
 from sae.alignment.pairs import pair_inputs, pair_path
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import digest_file, read_table, table_metadata
@@ -147,12 +147,12 @@ def test_a_spoiled_matching_fails_the_certificate() -> None:
     cosines = unit(weights[1].astype(np.float64)) @ unit(weights[3].astype(np.float64)).T
     best = cosines[np.arange(200), match(cosines)].sum()
     reached = cosines[np.arange(200), partner].sum()
-    bound = upper_bound(cosines, dual_prices(cosines, partner))
+    bound = upper_bound(cosines, compute_prices(cosines, partner))
     assert reached < best <= bound + 1e-9
     assert bound <= cosines.max(axis=1).sum() + 1e-9  # never worse than no prices at all
 
     # Stopped before it is done, the search for prices leaves a wide bound, not a wrong one.
-    hasty = upper_bound(cosines, dual_prices(cosines, match(cosines), max_passes=0.5))
+    hasty = upper_bound(cosines, compute_prices(cosines, match(cosines), max_passes=0.5))
     assert best < hasty <= cosines.max(axis=1).sum() + 1e-9
 
 
@@ -169,7 +169,7 @@ def test_a_solver_that_errs_is_found_out_and_another_one_is_asked(monkeypatch: p
         return partner
 
     monkeypatch.setattr(dense_matching, "match", greedy)
-    wrong = best_of_all(unit_rows(weights[1]) @ unit_rows(weights[3]).T)
+    wrong = match_all_pairs(normalize_rows(weights[1]) @ normalize_rows(weights[3]).T)
     assert wrong.sum < right["sum"] - 1e-6
     assert wrong.upper_bound >= right["sum"] - 1e-9
     found = align(*weights).certificate["decoder"]
@@ -271,7 +271,7 @@ def test_a_pair_has_one_file_read_from_either_side(tmp_path: Path) -> None:
     assert digest_file(path) == first
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run_a--run_b.json", "run_a--run_b.parquet"]
 
-    tables = both_ways(tmp_path, ["run_b", "run_a"])
+    tables = read_both_ways(tmp_path, ["run_b", "run_a"])
     pd.testing.assert_frame_equal(tables["run_a", "run_b"], found.a)
     pd.testing.assert_frame_equal(tables["run_b", "run_a"], found.b)
 

@@ -13,7 +13,7 @@ from made_store import store_of
 from scipy.optimize import linear_sum_assignment
 
 from sae.alignment import cofiring
-from sae.alignment.behaviour import Behaviour, Member, behaviour, best_by_jaccard
+from sae.alignment.behaviour import Behaviour, Member, behaviour, match_by_jaccard
 from sae.alignment.cofiring import count_cofirings
 from sae.alignment.nulls import FIRING_COLUMNS
 from sae.alignment.pairs import read_sides, write_sides
@@ -38,7 +38,7 @@ def test_the_matching_is_the_best_there_is(m: int, other: int, windows: int, see
         count_cofirings(store_of(x), store_of(y), asked, np.zeros(x.shape[1], bool))
         for x, y, asked in ((a, b, none[0]), (b, a, none[1]))
     )
-    partner, together, gap = best_by_jaccard(one, back)
+    partner, together, gap = match_by_jaccard(one, back)
     exact = jaccards(a, b)
     rows, columns = linear_sum_assignment(exact, maximize=True)
     some = np.flatnonzero(partner >= 0)
@@ -62,7 +62,7 @@ def test_beyond_the_nearest_the_gap_tells(monkeypatch: pytest.MonkeyPatch) -> No
         asked = [np.full((size, 1), -1, np.int32) for size in (25, 20)]
         one = count_cofirings(store_of(a), store_of(b), asked[0], np.zeros(25, bool))
         back = count_cofirings(store_of(b), store_of(a), asked[1], np.zeros(20, bool))
-        partner, _, gap = best_by_jaccard(one, back)
+        partner, _, gap = match_by_jaccard(one, back)
         exact = jaccards(a, b)
         best = exact[linear_sum_assignment(exact, maximize=True)].sum()
         some = np.flatnonzero(partner >= 0)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from sae.alignment.dip import dip, dip_test, kept_dip_test
+from sae.alignment.dip import dip, read_dip_test, run_dip_test
 
 
 def by_linear_programmes(values: list[float]) -> float:
@@ -80,20 +80,20 @@ def mixture(n: int, rng: np.random.Generator, apart: float = 4.0) -> np.ndarray:
 
 def test_chance_is_told_from_two_modes() -> None:
     rng = np.random.default_rng(0)
-    one = dip_test([rng.normal(size=800), rng.random(800)])
+    one = run_dip_test([rng.normal(size=800), rng.random(800)])
     assert one.p_value > 0.05
-    assert dip_test([mixture(800, rng)]).p_value < 0.002
-    assert dip_test([mixture(800, rng), mixture(800, rng)]).value.low > one.value.high
-    assert np.isnan(dip_test([[1.0], []]).p_value)  # too little to say anything
+    assert run_dip_test([mixture(800, rng)]).p_value < 0.002
+    assert run_dip_test([mixture(800, rng), mixture(800, rng)]).value.low > one.value.high
+    assert np.isnan(run_dip_test([[1.0], []]).p_value)  # too little to say anything
     samples = [mixture(800, rng), rng.random(500)]
-    drawn, not_drawn = dip_test(samples), dip_test(samples, draw=False)
+    drawn, not_drawn = run_dip_test(samples), run_dip_test(samples, draw=False)
     assert (not_drawn.of_sample, not_drawn.p_value) == (drawn.of_sample, drawn.p_value)
     assert np.isnan(not_drawn.value.value)
 
 
 def test_p_values_of_uniforms_are_spread_evenly() -> None:
     rng = np.random.default_rng(1)
-    p = np.array([dip_test([rng.random(60)]).p_value for _ in range(60)])
+    p = np.array([run_dip_test([rng.random(60)]).p_value for _ in range(60)])
     assert 0.3 < p.mean() < 0.7
     assert (p < 0.05).mean() < 0.15
 
@@ -110,7 +110,7 @@ def test_the_interval_covers_the_truth(shape: Callable[[int, np.random.Generator
     truth = dip(shape(400_000, rng))
     inside = 0
     for _ in range(60):
-        low, high = dip_test([shape(500, rng)]).value[1:]
+        low, high = run_dip_test([shape(500, rng)]).value[1:]
         inside += low <= truth <= high
     assert inside >= 51  # of 60; where it covers 93 %, fewer has a chance of about one in a hundred
 
@@ -123,9 +123,9 @@ def test_what_is_seen_in_several_samples_is_one_observation() -> None:
     for _ in range(40):
         once = piled_up(400, rng)
         copies = [once + rng.normal(0, 0.01, 400) for _ in range(4)]
-        told = dip_test(copies, [np.arange(400)] * 4).value
+        told = run_dip_test(copies, [np.arange(400)] * 4).value
         inside += told.low <= truth <= told.high
-        widths.append((told.high - told.low, np.diff(dip_test(copies).value[1:])[0]))
+        widths.append((told.high - told.low, np.diff(run_dip_test(copies).value[1:])[0]))
     assert inside >= 33
     joint, apart = np.mean(widths, axis=0)
     assert joint > 1.5 * apart
@@ -134,32 +134,32 @@ def test_what_is_seen_in_several_samples_is_one_observation() -> None:
 def test_a_kept_dip_is_the_same_and_needs_no_second_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     samples, units, path = [rng.normal(size=200), rng.normal(size=8)], [np.arange(200), np.arange(8)], tmp_path / "dips"
-    expected = {draw: dip_test(samples, units, draw=draw) for draw in (True, False)}
-    found = {draw: kept_dip_test(path, samples, units, draw) for draw in (True, False)}
+    expected = {draw: run_dip_test(samples, units, draw=draw) for draw in (True, False)}
+    found = {draw: read_dip_test(path, samples, units, draw) for draw in (True, False)}
 
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("worked out again")
 
-    monkeypatch.setattr("sae.alignment.dip.dip_test", refused)
+    monkeypatch.setattr("sae.alignment.dip.run_dip_test", refused)
     for draw in (True, False):
-        again = kept_dip_test(path, samples, units, draw)
+        again = read_dip_test(path, samples, units, draw)
         assert np.array_equal(np.hstack(again), np.hstack(expected[draw]), equal_nan=True)
         assert np.array_equal(np.hstack(found[draw]), np.hstack(expected[draw]), equal_nan=True)
     for other in ([samples[0] + 1e-9, samples[1]], [samples[0][::-1], samples[1]]):
         with pytest.raises(AssertionError, match="again"):
-            kept_dip_test(path, other, units, True)
+            read_dip_test(path, other, units, True)
 
 
 def test_a_damaged_file_of_dips_is_written_anew(tmp_path: Path) -> None:
     samples, units, path = [np.linspace(0, 1, 50)], [np.arange(50)], tmp_path / "dips"
-    expected = kept_dip_test(path, samples, units, True)
+    expected = read_dip_test(path, samples, units, True)
     for content in ("{", "[]", '{"a": 3}', '{"a": [1]}', '{"a": ["x", 1, 1, 1, 1]}'):
         path.write_text(content)
-        assert kept_dip_test(path, samples, units, True) == expected
-        assert kept_dip_test(path, samples, units, True) == expected
+        assert read_dip_test(path, samples, units, True) == expected
+        assert read_dip_test(path, samples, units, True) == expected
 
 
 def test_where_nothing_can_be_written_the_dip_is_worked_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     samples, units = [np.linspace(0, 1, 50)], [np.arange(50)]
-    assert kept_dip_test(tmp_path / "file" / "dips", samples, units, True) == dip_test(samples, units)
+    assert read_dip_test(tmp_path / "file" / "dips", samples, units, True) == run_dip_test(samples, units)

@@ -16,9 +16,9 @@ from sae.alignment import alignment
 from sae.alignment.alignment import Alignment, align, verify
 from sae.alignment.matching import best as matching
 from sae.alignment.matching import candidates
-from sae.alignment.matching.best import best_matching
-from sae.alignment.matching.candidates import Known, shortlist, violations
-from sae.alignment.matching.dense import Matching, best_of_all, unit_rows, upper_bound
+from sae.alignment.matching.best import find_best_matching
+from sae.alignment.matching.candidates import Known, find_violations, shortlist
+from sae.alignment.matching.dense import Matching, match_all_pairs, normalize_rows, upper_bound
 from sae.alignment.matching.directions import Directions, Screen, cosines
 from sae.alignment.matching.sparse import Graph, solve
 
@@ -29,7 +29,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 def check(found: Matching, a: Array, b: Array) -> None:
     """All that a matching claims, from the matrix of all cosines."""
-    c = unit_rows(a) @ unit_rows(b).T
+    c = normalize_rows(a) @ normalize_rows(b).T
     n, m = c.shape
     best = c[linear_sum_assignment(c, maximize=True)].sum()
     assert len(np.unique(found.partner)) == n
@@ -66,7 +66,7 @@ def tied_rows(draw: st.DrawFn) -> tuple[Array, Array]:
 @settings(max_examples=150, deadline=None)
 @given(tied_rows(), st.sampled_from(PRECISIONS), st.integers(1, 5))
 def test_ties_duplicates_zeros_and_negatives(rows: tuple[Array, Array], precision: Precision, nearest: int) -> None:
-    check(best_matching(*rows, precision=precision, nearest=nearest), *rows)
+    check(find_best_matching(*rows, precision=precision, nearest=nearest), *rows)
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,7 +76,7 @@ def test_ties_duplicates_zeros_and_negatives(rows: tuple[Array, Array], precisio
 def test_random_directions_of_unequal_widths(seed: int, n: int, wider: int, d: int, precision: Precision) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(n, d)), rng.normal(size=(n + wider, d))
-    check(best_matching(a, b, precision=precision, nearest=2), a, b)
+    check(find_best_matching(a, b, precision=precision, nearest=2), a, b)
 
 
 @settings(max_examples=20, deadline=None)
@@ -84,7 +84,7 @@ def test_random_directions_of_unequal_widths(seed: int, n: int, wider: int, d: i
 def test_a_permuted_and_rescaled_copy_is_recovered(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, order = rng.normal(size=(n, 24)).astype(np.float32), rng.permutation(n)
-    found = best_matching(a, (rng.uniform(0.01, 100, size=(n, 1)) * a)[order].astype(np.float32), nearest=3)
+    found = find_best_matching(a, (rng.uniform(0.01, 100, size=(n, 1)) * a)[order].astype(np.float32), nearest=3)
     np.testing.assert_array_equal(order[found.partner], np.arange(n))
     np.testing.assert_array_equal(found.nearest[0].who, found.partner)
     assert found.sum == pytest.approx(n)
@@ -102,7 +102,7 @@ def true_cosines(a: Array, b: Array) -> Array:
 def test_the_bound_holds_for_the_true_cosines_not_only_for_computed_ones(seed: int, n: int, wider: int, d: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(n, d)), rng.normal(size=(n + wider, d))
-    found = best_matching(a, b, nearest=3)
+    found = find_best_matching(a, b, nearest=3)
     c = true_cosines(a, b)
     best = c[linear_sum_assignment(c.astype(np.float64), maximize=True)].sum()
     assert best <= found.upper_bound  # by no more than the difference is float64 wrong
@@ -123,9 +123,9 @@ def test_rows_of_any_length_keep_their_direction(kind: type[np.floating[Any]], l
 @pytest.mark.parametrize("at_a_time", [1, 50, 10_000])
 def test_an_exact_look_in_portions_is_the_same_look(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
     a, b = shared_half(200, 230, 6)
-    whole = best_matching(a, b, nearest=2)
+    whole = find_best_matching(a, b, nearest=2)
     monkeypatch.setattr(candidates, "_LOOKED_AT", at_a_time)
-    some = best_matching(a, b, nearest=2)
+    some = find_best_matching(a, b, nearest=2)
     np.testing.assert_array_equal(some.partner, whole.partner)
     np.testing.assert_array_equal(some.v, whole.v)
     assert (some.candidates, some.rounds) == (whole.candidates, whole.rounds)
@@ -183,7 +183,7 @@ def special(name: str) -> tuple[Array, Array]:
 )
 def test_every_precision_finds_the_same_best(name: str) -> None:
     a, b = special(name)
-    found = {precision: best_matching(a, b, precision=precision, nearest=6) for precision in PRECISIONS}
+    found = {precision: find_best_matching(a, b, precision=precision, nearest=6) for precision in PRECISIONS}
     for one in found.values():
         check(one, a, b)
     assert found["float32"].sum == pytest.approx(found["bfloat16"].sum, abs=1e-9)
@@ -213,7 +213,7 @@ def test_latents_alike_do_not_all_become_candidates_of_all(
         b[100:] = 0
     else:
         a, b = a * 1e-3 + 1, b * 1e-3 + 1
-    found = best_matching(a, b, precision=precision, nearest=6)
+    found = find_best_matching(a, b, precision=precision, nearest=6)
     check(found, a, b)
     assert found.candidates < n * m / 6
 
@@ -226,7 +226,7 @@ def test_it_is_deterministic_whatever_the_threads() -> None:
         results = []
         for threads in (1, 3, 1):
             torch.set_num_threads(threads)
-            results.append(best_matching(a, b, nearest=4))
+            results.append(find_best_matching(a, b, nearest=4))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -244,7 +244,7 @@ def test_the_margin_holds_and_is_not_far_above_the_error(precision: Precision, d
     b[100:200] = -a[100:200]
     screens = [Screen.of(Directions.of(side), precision, "cpu") for side in (a, b)]
     screened = (screens[0].rows @ screens[1].rows.T).double().numpy()
-    true = unit_rows(a) @ unit_rows(b).T
+    true = normalize_rows(a) @ normalize_rows(b).T
     margin = screens[0].margin(screens[1])
     allowed = margin.absolute + margin.relative * np.abs(screened)
     assert (np.abs(true - screened) <= allowed).all()
@@ -272,7 +272,7 @@ def test_what_the_shortlist_passes_over_is_bounded(precision: Precision) -> None
     sides = [Directions.of(side) for side in (a, b)]
     screens = [Screen.of(side, precision, "cpu") for side in sides]
     i, j, known = shortlist(screens[0], screens[1], 5)
-    c = unit_rows(a) @ unit_rows(b).T
+    c = normalize_rows(a) @ normalize_rows(b).T
     left = np.ones(c.shape, dtype=bool)
     left[i, j] = False
     assert (c <= np.minimum(known.row[:, None], known.column))[left].all()
@@ -290,12 +290,12 @@ def test_no_pair_that_exceeds_its_prices_is_overlooked(precision: Precision, mos
     a, b = shared_half(300, 410, 8)
     rng = np.random.default_rng(0)
     u, v = rng.uniform(-0.05, 0.05, 300), rng.uniform(0, 0.05, 410)
-    c = unit_rows(a) @ unit_rows(b).T
+    c = normalize_rows(a) @ normalize_rows(b).T
     over = c - u[:, None] - v
     sides = [Directions.of(side) for side in (a, b)]
     screens = Screen.of(sides[0], precision, "cpu"), Screen.of(sides[1], precision, "cpu")
     known = Known(np.full(300, np.inf), np.full(410, np.inf), np.full(300, np.inf), np.zeros(410))
-    found, excess, _ = violations(sides[0], sides[1], screens, u, v, known, np.full(300, most), 1e-9)
+    found, excess, _ = find_violations(sides[0], sides[1], screens, u, v, known, np.full(300, most), 1e-9)
     if most == 10_000:
         there = np.zeros(c.shape, dtype=bool)
         there[found.rows, found.columns] = True
@@ -325,13 +325,13 @@ def test_what_is_let_go_is_bounded_by_the_worst_that_the_screens_may_err() -> No
 
 
 def test_the_excess_allows_for_pairs_that_were_let_go_unseen() -> None:
-    a, b = (unit_rows(side) for side in shared_half(200, 210, 8))
+    a, b = (normalize_rows(side) for side in shared_half(200, 210, 8))
     noise = np.random.default_rng(0).normal(size=a.shape)
-    coarse = a + 0.3 * unit_rows(noise)  # so coarse that a row's best is often not its best as the screens tell
+    coarse = a + 0.3 * normalize_rows(noise)  # so coarse that a row's best is often not its best as the screens tell
     screens = Screen(torch.from_numpy(coarse).float(), 0.3 + 1e-5), Screen(torch.from_numpy(b).float(), 1e-5)
     known = Known(np.full(200, np.inf), np.full(210, np.inf), np.full(200, np.inf), np.zeros(210))
     u, v = np.full(200, -1.5), np.zeros(210)
-    found, excess, _ = violations(Directions.of(a), Directions.of(b), screens, u, v, known, np.full(200, 1), 1e-3)
+    found, excess, _ = find_violations(Directions.of(a), Directions.of(b), screens, u, v, known, np.full(200, 1), 1e-3)
     over = a @ b.T - u[:, None]
     assert (np.bincount(found.rows, minlength=200) == 1).all()
     assert (over[found.rows, found.columns] < over.max(axis=1)[found.rows] - 1e-3).any()
@@ -362,8 +362,8 @@ def test_a_search_that_is_cut_short_says_how_far_it_is_from_the_best(monkeypatch
     a, b = special("duplicates")
     monkeypatch.setattr(matching, "_ROUNDS", 1)
     monkeypatch.setattr(matching, "_MOST", 2)
-    found = best_matching(a, b, nearest=2)
-    c = unit_rows(a) @ unit_rows(b).T
+    found = find_best_matching(a, b, nearest=2)
+    c = normalize_rows(a) @ normalize_rows(b).T
     best = c[linear_sum_assignment(c, maximize=True)].sum()
     assert found.sum < best - 1e-3
     assert best <= found.upper_bound
@@ -406,9 +406,9 @@ def test_of_equal_neighbours_the_lowest_is_named_whatever_the_product_rounds() -
     a, b = shared_half(1403, 1507, 40)
     of = np.random.default_rng(0).integers(0, 300, len(b))
     b = b[of]  # the last few columns of a product are multiplied by other instructions than the same ones before
-    cosines = unit_rows(a) @ unit_rows(b).T
+    cosines = normalize_rows(a) @ normalize_rows(b).T
     _, first, which = np.unique(of, return_index=True, return_inverse=True)
-    for found in (best_of_all(cosines), best_matching(a, b)):
+    for found in (match_all_pairs(cosines), find_best_matching(a, b)):
         who = found.nearest[0].who
         np.testing.assert_array_equal(first[which][who], who)
 
@@ -419,7 +419,7 @@ def test_small_pairs_in_a_plane_are_certified_too(turn: float) -> None:
     angle = np.arange(300) / 300 * 1.5
     a, b = (np.stack([np.cos(at), np.sin(at)], axis=1) for at in (angle, angle + turn / 300))
     found = align(a, a, b, b)
-    c = unit_rows(a) @ unit_rows(b).T
+    c = normalize_rows(a) @ normalize_rows(b).T
     for space in ("encoder", "decoder"):
         assert found.certificate[space]["certified"]
         assert found.certificate[space]["sum"] == pytest.approx(c[linear_sum_assignment(c, maximize=True)].sum())
@@ -455,4 +455,4 @@ def test_edges_that_do_not_suffice_are_an_error() -> None:
 
 def test_more_rows_than_columns_are_an_error() -> None:
     with pytest.raises(ValueError, match="exchange them"):
-        best_matching(np.ones((3, 2)), np.ones((2, 2)))
+        find_best_matching(np.ones((3, 2)), np.ones((2, 2)))

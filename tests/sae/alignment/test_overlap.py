@@ -18,7 +18,7 @@ from sae.alignment.bootstrap import LatentBootstrap, estimate, mean_over
 from sae.alignment.dip import Dip
 from sae.alignment.latent_table import latent_table
 from sae.alignment.nulls import add_null, read_null
-from sae.alignment.overlap import DEFINITIONS, overlap, range_of, shared, threshold_sweep
+from sae.alignment.overlap import DEFINITIONS, overlap, range_of, shared, sweep_thresholds
 from sae.common.errors import BadInput, NotFound
 from sae.common.estimate import proportion
 from sae.common.files import read_table, write_table
@@ -346,7 +346,7 @@ def test_what_was_never_seen_is_not_surely_nowhere() -> None:
 
 def test_threshold_sweep_passes_through_the_values() -> None:
     runs, tables, alive = study(3, 30, seed=5)
-    swept = threshold_sweep(runs, tables, alive)
+    swept = sweep_thresholds(runs, tables, alive)
     at = swept[swept["threshold"] == 0.7].iloc[0]
     found = overlap(runs, tables, alive, resamples=5)
     for definition in DEFINITIONS:

@@ -130,7 +130,7 @@ def matchings(kind: str) -> None:
                 assert "no matching" in str(error)  # noqa: PT017
     rows = np.repeat(np.arange(12), 12)
     order = np.argsort(-numbers(kind, 144).numpy(), kind="stable")
-    sparse_assignment.greedy(rows, np.tile(np.arange(12), 12), order, 12, 12)
+    sparse_assignment.match_greedily(rows, np.tile(np.arange(12), 12), order, 12, 12)
 
 
 def statistics(kind: str) -> None:
