@@ -1,7 +1,7 @@
 """Draw the report of the demo study as the picture and the text of the README: ``python docs/make_capture.py``.
 
 Run ``make demo`` first. Writes docs/report.svg (the opening sections, as a terminal shows them in colour) and
-docs/report.txt (the whole report at 100 columns, as it is when piped).
+docs/report.txt (the full report at 100 columns, as it is when piped).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     runs = study_runs("demo", Path("eval_runs"))
     found = findings_of(runs[0], runs)
     text = io.StringIO()
-    render_report(found, Console(file=text, width=WIDTH, color_system=None))
+    render_report(found, Console(file=text, width=WIDTH, color_system=None), is_full=True)
     (HERE / "report.txt").write_text(text.getvalue())
     whole = Console(file=io.StringIO(), width=WIDTH, record=True, force_terminal=True, color_system="truecolor")
     render_report(found, whole)

@@ -309,6 +309,7 @@ SweepDryRun = Annotated[
 
 ReportedSae = Annotated[str | None, Option("--sae", help="Focus run of the report. Default: the newest study's first.")]
 Html = Annotated[bool, Option("--html", help="Write one HTML file, ROOT/reports/RUN.html; print its path and size.")]
+Full = Annotated[bool, Option("--full", help="Show every section and table, not only the main ones.")]
 HtmlTo = Annotated[Path | None, Option("--to", help="Path of the HTML file. Default: ROOT/reports/RUN.html.")]
 LatentNumber = Annotated[int, Option("--latent", help="Index of the latent.")]
 ShownContexts = Annotated[int, Option("--contexts", min=1, help="Contexts to show.")]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @takes_groups
-def demo(*, threads: opt.Threads = None, output: Output) -> None:
+def demo(*, threads: opt.Threads = None, full: opt.Full = False, output: Output) -> None:
     """Run a whole study offline on the bundled subject model, or show its report if it is finished.
 
     Trains three TopK SAEs on a small language model of Python source, aligns their latents, explains and scores a few
@@ -29,7 +29,7 @@ def demo(*, threads: opt.Threads = None, output: Output) -> None:
     found, failed = run_demo(output.root, threads)
     from autointerp.report.rendering import render_report
 
-    finish(output.as_json, "report", lambda: found, lambda: render_report(found))
+    finish(output.as_json, "report", lambda: found, lambda: render_report(found, is_full=full))
     exit_if(failed)
 
 
@@ -41,6 +41,7 @@ def report(
     threshold: opt.Threshold = 0.7,
     against: opt.Against = None,
     explainer: opt.ShownExplainer = None,
+    full: opt.Full = False,
     html: opt.Html = False,
     to: opt.HtmlTo = None,
     output: Output,
@@ -69,7 +70,7 @@ def report(
 
         with reading(run):
             found = findings_of(run, study, **asked)
-        finish(output.as_json, "report", lambda: found, lambda: render_report(found))
+        finish(output.as_json, "report", lambda: found, lambda: render_report(found, is_full=full))
         return
     if to is not None:
         to = new_file("--to", to)

@@ -1,266 +1,145 @@
-"""Charts out of block characters, because the report must be read where the work was done: in a terminal.
+"""The neutral parts of a report. Builders make them; ``terminal`` and ``html.page`` show them.
 
-Everything here is a pure function from numbers to ``rich.text.Text``; nothing knows what the numbers mean.
-Every chart must also be legible without colour (a pipe, a log file, a colour-blind reader), so parts of a
-bar that lie side by side differ in their fill as well as in their hue, and lengths are never shown by
-hue alone.
+Texts are plain. Both renderers replace characters that act instead of showing (see ``visible``), so a builder passes
+on texts from models and corpora as they are.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from rich.text import Text
-
-# Eighths of a cell, as heights (columns that grow upwards) and as widths (bars that grow to the right).
-HEIGHTS = " ▁▂▃▄▅▆▇█"
-WIDTHS = " ▏▎▍▌▋▊▉█"
-#: Fills that can be told apart in one colour, darkest first.
-FILLS = "█▒░▓"
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
-class Drawn(Text):
-    """A part of a chart made of characters. A page that draws figures leaves it out."""
+@dataclass(frozen=True)
+class Span:
+    """Text in one style: words of ``strong quiet accent warn one some all``; the last three are shared classes."""
+
+    text: str
+    style: str = ""
+    latent: int | None = None
+    """a latent that the HTML page opens on a click"""
 
 
-class Part(NamedTuple):
-    """One piece of a stacked bar: its size (any unit, at least 0), its style and its fill character."""
-
-    size: float
-    style: str
-    fill: str = "█"
+Words = str | Span | Sequence[str | Span]
 
 
-def shares(sizes: Sequence[float], width: int) -> list[int]:
-    """Whole cells for each size, summing to ``width``; every size above zero gets at least one where they fit.
+@dataclass(frozen=True)
+class Chart:
+    """Block characters for a terminal, drawn for (width in cells, has colour). The HTML page has figures instead."""
 
-    Largest remainders, so that no part is more than one cell from its true length, save for the parts
-    that were lifted to one cell.
-    """
-    total = math.fsum(sizes)
-    if total <= 0 or width <= 0:
-        return [0] * len(sizes)
-    exact = [size / total * width for size in sizes]
-    cells = [math.floor(x) for x in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (cells[i] - exact[i], i))
-    for i in by_remainder[: width - sum(cells)]:
-        cells[i] += 1
-    for i, size in enumerate(sizes):
-        largest = max(range(len(cells)), key=lambda j: cells[j])
-        if size > 0 and cells[i] == 0 and cells[largest] > 1:
-            cells[i], cells[largest] = 1, cells[largest] - 1
-    return cells
+    draw: Callable[[int, bool], Iterable[Text]]
 
 
-def stacked_bar(parts: Sequence[Part], width: int) -> Drawn:
-    """One bar of ``width`` cells, divided in proportion to the parts."""
-    bar = Drawn(no_wrap=True)
-    for part, cells in zip(parts, shares([part.size for part in parts], width), strict=True):
-        bar.append(part.fill * cells, part.style)
-    return bar
+@dataclass(frozen=True)
+class Sentence:
+    """A paragraph. ``is_apart``: a terminal puts an empty line before it."""
+
+    words: Words
+    indent: int = 0
+    is_apart: bool = False
 
 
-def bar(fraction: float, width: int, style: str = "", rest: str = "dim") -> Text:
-    """A bar of ``fraction`` (0 to 1, cut there) of ``width`` cells, to an eighth of a cell; the rest is dotted."""
-    fraction = 0.0 if math.isnan(fraction) else min(1.0, max(0.0, fraction))
-    eighths = round(fraction * width * 8)
-    full, part = divmod(eighths, 8)
-    drawn = "█" * full + (WIDTHS[part] if part else "")
-    return Drawn.assemble((drawn, style), ("·" * (width - len(drawn)), rest), no_wrap=True)
+@dataclass(frozen=True)
+class Command:
+    """A command to copy."""
+
+    command: str
 
 
-def _levels(counts: Sequence[float], height: int, top: float | None = None) -> list[int]:
-    """Each count in eighths of a cell, the largest filling ``height`` cells; what is not zero is visible."""
-    peak = max(counts, default=0) if top is None else top
-    if peak <= 0:
-        return [0] * len(counts)
-    return [min(height * 8, max(1, round(count / peak * height * 8))) if count > 0 else 0 for count in counts]
+@dataclass(frozen=True)
+class Points:
+    """Sentences, each after a bullet."""
+
+    points: Sequence[Words]
 
 
-def columns(
-    counts: Sequence[float], height: int, *, cell: int = 1, styles: Sequence[str] | str = "", top: float | None = None
-) -> list[Drawn]:
-    """A histogram as ``height`` lines, uppermost first; every bin is ``cell`` cells wide.
+@dataclass(frozen=True)
+class Facts:
+    """Labels with what is said of each."""
 
-    ``styles`` is one style for all or one for each bin; ``top`` is the count that fills the height
-    (default the largest), so that charts can share a scale.
-    """
-    levels = _levels(counts, height, top)
-    named = [styles] * len(levels) if isinstance(styles, str) else list(styles)
-    lines: list[Drawn] = []
-    for row in reversed(range(height)):
-        line = Drawn(no_wrap=True)
-        for level, style in zip(levels, named, strict=True):
-            line.append(HEIGHTS[min(8, max(0, level - 8 * row))] * cell, style)
-        lines.append(line)
-    return lines
+    facts: Sequence[tuple[str, Words]]
+    indent: int = 0
 
 
-class Layer(NamedTuple):
-    """One of two histograms that stand on each other: counts per bin, style, and fill where there is no colour."""
+@dataclass(frozen=True)
+class Context:
+    """One context with an activation for each token. ``has_peak``: the largest activation stands before it."""
 
-    counts: Sequence[float]
-    style: str
-    fill: str
-
-
-def stacked_columns(
-    lower: Layer, upper: Layer, height: int, *, cell: int = 1, colour: bool = True, top: float | None = None
-) -> list[Drawn]:
-    """Two histograms over the same bins, ``upper`` standing on ``lower``; as :func:`columns` otherwise.
-
-    With colour to an eighth of a cell, the border inside a cell drawn as foreground on background; without, in
-    whole cells of either fill.
-    """
-    whole = [a + b for a, b in zip(lower.counts, upper.counts, strict=True)]
-    tops = _levels(whole, height, top)
-    borders = [round(top * a / total) if total else 0 for top, a, total in zip(tops, lower.counts, whole, strict=True)]
-    draw = _stacked_cell if colour else _stacked_cell_plain
-    lines: list[Drawn] = []
-    for row in reversed(range(height)):
-        line = Drawn(no_wrap=True)
-        for border, top in zip(borders, tops, strict=True):
-            inside = min(8, max(0, border - 8 * row)), min(8, max(0, top - 8 * row))
-            glyph, style = draw(*inside, lower, upper, row == 0)
-            line.append(glyph * cell, style)
-        lines.append(line)
-    return lines
+    tokens: Sequence[str]
+    activations: Sequence[float]
+    indent: int = 4
+    has_peak: bool = True
 
 
-def _stacked_cell(border: int, top: int, lower: Layer, upper: Layer, _: bool) -> tuple[str, str]:
-    """A cell filled by ``lower`` up to ``border`` eighths and from there by ``upper`` up to ``top``."""
-    if border in (0, top):
-        return HEIGHTS[top], upper.style if border == 0 else lower.style
-    if top == 8:
-        return HEIGHTS[border], f"{lower.style} on {upper.style}"
-    # Three shades do not fit in one cell: the thicker layer has it.
-    return HEIGHTS[top], lower.style if 2 * border >= top else upper.style
+@dataclass(frozen=True)
+class Column:
+    """A table's column. ``is_extra``: a terminal that is too narrow for all columns drops it."""
+
+    name: str | Chart = ""
+    kind: Literal["text", "number", "fold", "chart", "key"] = "text"
+    is_extra: bool = False
 
 
-def _stacked_cell_plain(border: int, top: int, lower: Layer, upper: Layer, bottom: bool) -> tuple[str, str]:
-    if top < 4 and not (bottom and top):
-        return " ", ""
-    return lower.fill if 2 * border >= top else upper.fill, ""
+Cell = Words | Chart
 
 
-def resampled(values: Sequence[float], width: int) -> list[float]:
-    """At most ``width`` values: the means of equal runs of ``values`` (missing ones left out)."""
-    if len(values) <= width:
-        return list(values)
-    edges = [round(i * len(values) / width) for i in range(width + 1)]
-    means = []
-    for low, high in itertools.pairwise(edges):
-        known = [v for v in values[low:high] if math.isfinite(v)]
-        means.append(math.fsum(v / len(known) for v in known) if known else math.nan)
-    return means
+Heads = Sequence[Column | str]
+Rows = list[Sequence[Cell]]
 
 
-def sparkline(
-    values: Sequence[float],
-    width: int,
-    style: str = "",
-    *,
-    log: bool = False,
-    span: tuple[float, float] | None = None,
-) -> Text:
-    """A series in one line, from its smallest value (lowest block) to its largest; gaps where it is missing.
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings, and sentences under the rows."""
 
-    ``log`` takes logarithms first, which keeps the end of a loss curve visible beside its beginning. ``span`` is the
-    lowest and highest value of the scale, where several series share one.
-    """
-
-    def scaled(value: float) -> float:
-        if not log:
-            return value
-        return math.log(value) if math.isfinite(value) and value > 0 else math.nan
-
-    series = [scaled(v) for v in resampled(values, width)]
-    known = [v for v in series if math.isfinite(v)]
-    if not known:
-        return Drawn("")
-    low, high = min(known), max(known)
-    if span is not None:
-        bounds = [v for v in map(scaled, span) if math.isfinite(v)]
-        low, high = min([low, *bounds]), max([high, *bounds])
-    step = high / 7 - low / 7
-    flat = step <= 1e-9 * max(abs(low), abs(high))  # a difference in the last bits is none to look at
-    line = "".join(
-        " " if not math.isfinite(v) else HEIGHTS[4 if flat else 1 + round(v / step - low / step)] for v in series
-    )
-    return Drawn(line, style, no_wrap=True)
+    columns: Heads
+    rows: Sequence[Sequence[Cell]]
+    notes: Sequence[str] = ()
 
 
-def strip(counts: Sequence[float], style: str = "", *, cell: int = 1) -> Text:
-    """A histogram in one line, scaled to its own largest bin; empty bins are dots."""
-    line = Drawn(no_wrap=True)
-    for level in _levels(counts, 1):
-        line.append((HEIGHTS[level] if level else "·") * cell, style if level else "dim")
-    return line
+@dataclass(frozen=True)
+class Title:
+    """The head of a report: a name and what it is."""
+
+    name: str
+    says: str
 
 
-def whisker(
-    value: float,
-    low: float,
-    high: float,
-    start: float,
-    stop: float,
-    width: int,
-    style: str = "",
-    mark: float = math.nan,
-) -> Text:
-    """An estimate with its interval on a scale from ``start`` to ``stop``: ``··┊··├──●──┤·····``.
-
-    ``mark`` is where the scale itself is marked (no correlation).
-    """
-
-    def cell_of(x: float) -> int:
-        return min(width - 1, max(0, int((x - start) / (stop - start) * width)))
-
-    if stop <= start:
-        return Drawn("·" * width, "dim", no_wrap=True)
-    drawn = ["·"] * width
-    if math.isfinite(mark):
-        drawn[cell_of(mark)] = "┊"
-    if not all(map(math.isfinite, (value, low, high))):
-        return Drawn("".join(drawn), "dim", no_wrap=True)
-    left, middle, right = cell_of(low), cell_of(value), cell_of(high)
-    drawn[left : right + 1] = "─" * (right + 1 - left)
-    drawn[left], drawn[right] = "├", "┤"
-    drawn[middle] = "●"
-    inside = "".join(drawn[left : right + 1])
-    return Drawn.assemble(
-        ("".join(drawn[:left]), "dim"), (inside, style), ("".join(drawn[right + 1 :]), "dim"), no_wrap=True
-    )
+Block = Sentence | Command | Points | Facts | Context | Table | Chart | Title
 
 
-class Tick(NamedTuple):
-    """A label under an axis, at a cell boundary counted from the left."""
+@dataclass(frozen=True)
+class Section:
+    """A title, a sentence for readers who do not know the paper, the body, and ``details`` that ``--full`` adds."""
 
-    cell: float
-    label: str
-    style: str = "dim"
+    title: str
+    says: str
+    body: Sequence[Block] = ()
+    details: Sequence[Block] = ()
 
 
-def axis(width: int, ticks: Sequence[Tick]) -> tuple[Text, Text]:
-    """An axis of ``width`` cells and the line of labels under it; a label that would touch another is left out.
+def spans(words: Words) -> list[Span]:
+    """Return ``words`` as a list of spans."""
+    parts = [words] if isinstance(words, str | Span) else words
+    return [part if isinstance(part, Span) else Span(part) for part in parts]
 
-    A later tick gives way to an earlier one, so the one that matters most comes first.
-    """
-    rule, labels = ["─"] * width, [" "] * (width + 6)
-    styled: list[tuple[int, int, str]] = []
-    for tick in ticks:
-        at = min(width - 1, max(0, round(tick.cell)))
-        begin = max(0, min(at - (len(tick.label) - 1) // 2, len(labels) - len(tick.label)))
-        end = begin + len(tick.label)
-        if any(letter != " " for letter in labels[max(0, begin - 1) : end + 1]):
-            continue
-        rule[at] = "┴"
-        labels[begin:end] = tick.label
-        styled.append((begin, end, tick.style))
-    under = Drawn("".join(labels).rstrip(), no_wrap=True)
-    for begin, end, style in styled:
-        under.stylize(style, begin, end)
-    return Drawn("".join(rule), "dim", no_wrap=True), under
+
+def quiet(text: str) -> Span:
+    return Span(text, "quiet")
+
+
+def strong(text: str) -> Span:
+    return Span(text, "strong")
+
+
+def numbers(*names: str) -> list[Column | str]:
+    """Return columns of numbers, set to the right."""
+    return [Column(name, "number") for name in names]
+
+
+def wait_for(entry: Mapping[str, str]) -> list[Block]:
+    """Return what stands in place of a stage that has not been run: why, and the command that runs it."""
+    return [Sentence(entry["says"]), Command(entry["command"])]

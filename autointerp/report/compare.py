@@ -1,282 +1,209 @@
-"""Two runs in the terminal: how far they agree, and pairs of their latents with both explanations side by side."""
+"""Two runs: how far they agree, and pairs of their latents with both explanations side by side."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
 from autointerp.explaining.patterns import shorten
-from autointerp.report import blocks, dictionaries, sharing
-from autointerp.report.layout import (
-    ACCENT,
-    QUIET,
-    STYLE_OF_CLASS,
-    Page,
-    bullets,
-    command_line,
-    count,
-    grid,
-    listed,
-    percent,
-    percent_interval,
-    plural,
-    section,
+from autointerp.report import dictionaries, sharing
+from autointerp.report.blocks import (
+    Block,
+    Column,
+    Command,
+    Facts,
+    Heads,
+    Points,
+    Rows,
+    Section,
+    Sentence,
+    Span,
+    Table,
+    Title,
+    Words,
+    numbers,
+    quiet,
+    strong,
 )
-from autointerp.report.terminal import emit
-from autointerp.report.visible import shown, visible
+from autointerp.report.explanations import whisker
+from autointerp.report.numbers import chance_level, count, listed, percent, percent_interval, plural, rate
 from sae.common.amounts import decimal, estimate, is_known
 
 Found = Mapping[str, Any]
-_SIDE_BY_SIDE = 80
 _NAMED = 12
-_CLASSES = {"shared": "shared", "unshared": "not shared", "together": "together"}
 
 
-def show_comparison(found: Found, shown_pairs: Found, console: Console) -> None:
-    """Print a comparison.
+def comparison_page(found: Found, shown_pairs: Found) -> list[Block | Section | None]:
+    """A comparison of two runs.
 
     Args:
         found: the object of :func:`autointerp.findings.pair.compare_runs`.
         shown_pairs: which of its pairs: the object of :func:`autointerp.findings.pair.chosen`.
     """
-    page = Page.of(console)
-    parts = [
-        _head(found, page),
-        sharing.overlap(found, page),
-        sharing.similarity(found, page),
-        _scores(found, page),
-        _pairs(found, shown_pairs, page),
-        _lacking(found, page),
-    ]
-    emit(Group(*(part for part in parts if part is not None), Text()), console, page.width)
+    about = [sharing.overlap(found), sharing.similarity(found), _scores(found)]
+    return [*_head(found), *about, _pairs(found, shown_pairs), _missing(found)]
 
 
-# --- head and scores ----------------------------------------------------------------------------------------
-
-
-def _head(found: Found, page: Page) -> RenderableType:
-    names = [visible(run["name"]) for run in found["runs"]]
-    title = Text.assemble((listed(names), f"bold {ACCENT}"), (f"   {dictionaries.runs_in_words(found)}", "bold"))
-    table = grid(("", "fold"), ("", "fold"), head=False)
-    for run, name in zip(found["runs"], names, strict=True):
-        words = (
-            f"{dictionaries.seed_in_words(run)}; of {plural(run['num_latents'], 'latent')} {run['n_alive']:,} alive, "
-            f"{run['n_explained']:,} explained, {run['n_scored']:,} scored"
+def _head(found: Found) -> Iterator[Block]:
+    yield Title(listed([run["name"] for run in found["runs"]]), dictionaries.describe_runs(found))
+    facts: list[tuple[str, Words]] = [
+        (
+            run["name"],
+            f"{dictionaries.name_seed(run)}; of {plural(run['num_latents'], 'latent')} {run['n_alive']:,} alive, "
+            f"{run['n_explained']:,} explained, {run['n_scored']:,} scored",
         )
-        table.add_row(Text(name, QUIET), words)
+        for run in found["runs"]
+    ]
     if found["scored_by"]:
-        table.add_row(Text("scored by", QUIET), shown(_who(found["scored_by"])))
-    warnings: list[RenderableType] = []
-    if found["apart"]:
-        words = f"Aligned by --force: {found['apart']}. What differs between them is not the seed alone."
-        warnings += [Text(), Text.assemble(("! ", "bold red"), shown(words))]
+        facts.append(("scored by", _who(found["scored_by"])))
+    yield Facts(facts)
+    yield from sharing.warn_apart(found["apart"])
     for entry in found["stale"]:
-        warnings += [Text(), Text(f"Out of date: {visible(entry['says'])}", "bold"), command_line(entry["command"])]
-    return Group(title, Text("━" * page.width, ACCENT, no_wrap=True), table, *warnings, Text(), bullets(_short(found)))
+        yield Sentence(strong(f"Out of date: {entry['says']}"))
+        yield Command(entry["command"])
+    yield Points(_answers(found))
 
 
-def _who(told: Mapping[str, Any]) -> str:
+def _who(scored_by: Mapping[str, Any]) -> str:
     def agent(name: str, model: str | None) -> str:
         return f"{name} ({model})" if model else name
 
-    explained = agent(told["explainer"] or "?", told["explainer_model"])
-    return f"{told['scorer']}: {agent(told['judge'], told['model'])}, of explanations by {explained}"
+    explained = agent(scored_by["explainer"] or "?", scored_by["explainer_model"])
+    return f"{scored_by['scorer']}: {agent(scored_by['judge'], scored_by['model'])}, of explanations by {explained}"
 
 
-def _short(found: Found) -> list[str]:
-    """The answers in plain sentences."""
-    tree, alike = found["overlap"], found["similarity"]
-    row = tree[tree["definition"]]
-    told = [
+def _answers(found: Found) -> list[str]:
+    tree, similar = found["overlap"], found["similarity"]
+    row, null = tree[tree["definition"]], chance_level(similar["null"]) or {}
+    answers = [
         f"{percent(row['value'])} of the alive latents are shared ({tree['definition']}), 95 % "
-        f"{percent_interval(row['interval'])}{_chance(percent, row['null'])}."
+        f"{percent_interval(row['interval'])}{_chance(percent, chance_level(row['null']))}."
     ]
     cosines = []
     for space in ("encoder", "decoder"):
         name = f"mean_{space}"
-        value = estimate(alike[name], alike[f"{name}_interval"])
-        nulls = {null: of[name] for null, of in alike["null"].items()}
-        cosines.append(f"{space} {value}{_chance(decimal, nulls)}")
-    told.append(f"Mean cosine of partners: {', '.join(cosines)}.")
+        value = estimate(similar[name], similar[f"{name}_interval"])
+        cosines.append(f"{space} {value}{_chance(decimal, null.get(name))}")
+    answers.append(f"Mean cosine of partners: {', '.join(cosines)}.")
     if found["agreement"] is not None:
         tree = found["agreement"]["together"]
-        told.append(
+        answers.append(
             f"{plural(tree['n'], 'pair')} scored on both sides: the scores correlate by "
             f"{_estimate(tree['spearman'], 2, sign=True)} (Spearman)."
         )
-    return told
+    return answers
 
 
-def _chance(write: Any, nulls: Mapping[str, float | None]) -> str:
-    """The figure with rotated siblings; nothing where there is none."""
-    value = nulls.get("rotated")
-    return "" if value is None else f" (by chance {write(value)})"
+def _chance(write: Callable[[float], str], value: float | None) -> str:
+    return "" if value is None else f" (chance level {write(value)})"
 
 
 def _estimate(tree: Mapping[str, Any], digits: int = 3, *, sign: bool = False) -> str:
     return estimate(tree["value"], tree["interval"], digits, sign=sign)
 
 
-def _scores(found: Found, page: Page) -> RenderableType:
-    a, b = (visible(run["name"]) for run in found["runs"])
+def _scores(found: Found) -> Section:
+    a, b = (run["name"] for run in found["runs"])
     title = "Do partners score alike?"
     says = (
-        f"Pairs whose two explanations were scored in the same way. Difference: the score in {a} less that in {b}; "
-        "gap: its size; with 95 % intervals over pairs, which are no sample of all pairs."
+        f"Pairs whose two explanations were scored in the same way. Difference: the score in {a} minus that in {b}; "
+        "gap: its size. Intervals are over these pairs, which are not a sample of all pairs."
     )
+    note: list[Block] = []
+    if found["scored_by"] and found["scored_by"]["other_made_otherwise"]:
+        note = [Sentence(f"The scores of {b} were made in another way (judge, explainer or contexts) and are skipped.")]
     tree = found["agreement"]
     if tree is None:
-        none = [Text("No pair is scored on both sides."), *_otherwise(found)]
-        return section(page, title, says, *none)
-    rows = [(label, tree[name]) for name, label in _CLASSES.items() if tree[name]["n"]]
+        return Section(title, says, [Sentence("No pair is scored on both sides."), *note])
+    labels = {"shared": "shared", "unshared": "not shared", "together": "all"}
+    rows = [(label, tree[name]) for name, label in labels.items() if tree[name]["n"]]
+    cells: Rows = []
+    for label, row in rows:
+        figures = [_estimate(row["difference"], sign=True), _estimate(row["gap"])]
+        spearman = row["spearman"]
+        chart = whisker(spearman["value"], spearman["interval"], -1, 1, 0)
+        cells.append([label, count(row["n"]), *figures, _estimate(spearman, 2, sign=True), chart])
+    heads: Heads = ["", *numbers("pairs"), "difference", "gap", "Spearman", Column("", "chart", is_extra=True)]
     means = [f"{label} {decimal(row['mean'])} in {a} and {decimal(row['mean_there'])} in {b}" for label, row in rows]
-    below = [Text(f"Mean scores: {'; '.join(means)}.", QUIET), *_otherwise(found)]
-    if page.width < _SIDE_BY_SIDE:
-        return section(page, title, says, *_scores_in_lines(rows), *below)
-    table = grid("", ("pairs", "right"), "difference", "gap", "Spearman", *([""] if page.wide else []))
-    for label, row in rows:
-        cells: list[RenderableType] = [Text(label), count(row["n"]), *_figures(row)]
-        if page.wide:
-            low, high = row["spearman"]["interval"] or (None, None)
-            value, low, high = (math.nan if x is None else x for x in (row["spearman"]["value"], low, high))
-            cells.append(blocks.whisker(value, low, high, -1, 1, 16, ACCENT, mark=0))
-        table.add_row(*cells)
-    return section(page, title, says, table, *below)
+    return Section(title, says, [Table(heads, cells, [f"Mean scores: {'; '.join(means)}."]), *note])
 
 
-def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return (
-        _estimate(row["difference"], sign=True),
-        _estimate(row["gap"]),
-        _estimate(row["spearman"], 2, sign=True),
-    )
-
-
-def _scores_in_lines(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[RenderableType]:
-    for label, row in rows:
-        table = grid("", ("", "fold"), head=False)
-        for name, said in zip(("difference", "gap", "Spearman"), _figures(row), strict=True):
-            table.add_row(Text(name, QUIET), said)
-        yield Text(f"{label}, {plural(row['n'], 'pair')}", "bold")
-        yield Padding(table, (0, 0, 0, 2))
-
-
-def _otherwise(found: Found) -> Iterator[RenderableType]:
-    if found["scored_by"] and found["scored_by"]["other_made_otherwise"]:
-        other = visible(found["runs"][1]["name"])
-        yield Text(f"{other} has scores, but made in another way (judge, explainer or contexts): they are left out.")
-
-
-# --- the pairs ----------------------------------------------------------------------------------------------
-
-
-def _pairs(found: Found, chosen: Found, page: Page) -> RenderableType:
-    a, b = (visible(run["name"]) for run in found["runs"])
+def _pairs(found: Found, chosen: Found) -> Section:
+    a, b = (run["name"] for run in found["runs"])
     says = (
         f"A latent of {a} and its partner in {b} by decoder direction; whether the encoders pick the same one, and "
         f"whether that counts as shared ({found['definition']} at {decimal(found['threshold'], 2)}). "
         "“Fire together”: the Jaccard index of the tokens at which they fire."
     )
-    body: list[RenderableType] = [Text(chosen["says"])]
+    body: list[Block] = [Sentence(chosen["says"])]
     for pair in chosen["pairs"]:
-        body += [Text(), *_pair(pair, (a, b), page)]
+        body += _pair(pair, (a, b))
     if found["n_without_partner"]:
         words = f"{plural(found['n_without_partner'], 'latent')} of {a} have no partner: {b} has fewer latents."
-        body += [Text(), Text(words, QUIET)]
+        body.append(Sentence(quiet(words), is_apart=True))
     if chosen["n_of"] > len(chosen["pairs"]):
-        body += [Text(), Text("--latents shows more, --json has all pairs.", QUIET)]
-    return section(page, "Pairs", says, *body)
+        body.append(Sentence(quiet("--latents shows more, --json has all pairs."), is_apart=True))
+    return Section("Pairs", says, body)
 
 
-def _pair(pair: Found, names: tuple[str, str], page: Page) -> Iterator[RenderableType]:
-    style = STYLE_OF_CLASS["all" if pair["is_shared"] else "one"]
-    same = "same partner by both" if pair["same_partner"] else _other_partner(pair)
+def _pair(pair: Found, names: tuple[str, str]) -> Iterator[Block]:
+    partner = pair["encoder_partner"]
+    other = "no partner by encoder" if partner is None else f"encoder's partner is {partner}"
     facts = [
         f"encoder {decimal(pair['encoder_cosine'], 2)}",
         f"decoder {decimal(pair['decoder_cosine'], 2)}",
-        same,
+        "same partner by both" if pair["same_partner"] else other,
         *([f"fire together {decimal(pair['jaccard'], 2)}"] if is_known(pair["jaccard"]) else []),
     ]
-    yield Text.assemble(
-        (f"{pair['latent']} ↔ {pair['partner']}", "bold"),
-        ("   shared" if pair["is_shared"] else "   not shared", style),
-        (f"   similarity {decimal(pair['similarity'], 2)}", ""),
-    )
-    yield Padding(Text(" · ".join(facts), QUIET), (0, 0, 0, 2))
-    columns = [_side(side, name) for side, name in zip(pair["sides"], names, strict=True)]
-    if page.width < _SIDE_BY_SIDE:
-        for lines in columns:
-            yield Padding(Group(*lines), (0, 0, 0, 2))
-        return
-    each = (page.width - 2 - 3) // 2
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 3, 0, 0))
-    for _ in columns:
-        table.add_column(width=each, overflow="fold")
-    for row in zip(*columns, strict=True):
-        table.add_row(*row)
-    yield Padding(table, (0, 0, 0, 2))
+    shared = Span("   shared", "all") if pair["is_shared"] else Span("   not shared", "one")
+    similarity = f"   similarity {decimal(pair['similarity'], 2)}"
+    yield Sentence([strong(f"{pair['latent']} ↔ {pair['partner']}"), shared, similarity], is_apart=True)
+    yield Sentence(quiet(" · ".join(facts)), indent=2)
+    sides = [_side(side) for side in pair["sides"]]
+    heads: Heads = [Column(f"{name} {side['latent']}", "fold") for side, name in zip(pair["sides"], names, strict=True)]
+    yield Table(heads, list(zip(*sides, strict=True)))
 
 
-def _other_partner(pair: Found) -> str:
-    partner = pair["encoder_partner"]
-    return "no partner by encoder" if partner is None else f"encoder's partner is {partner}"
-
-
-def _side(side: Found, name: str) -> list[Text]:
-    """One latent in lines: which, how often it fires, its score, what it was said to be."""
+def _side(side: Found) -> list[Words]:
+    """How often a latent fires, its score, its explanation."""
     if side["n_firings"] is None:
         fires = "not harvested"
     else:
-        often = f"fires {count(side['n_firings'])} times, {dictionaries.rate(side['firing_frequency'])}"
+        often = f"fires {count(side['n_firings'])} times, {rate(side['firing_frequency'])}"
         fires = often if side["alive"] else "never fires"
-    score = side["score"]
-    told = "not scored" if score is None else f"score {_estimate(score, 2)}"
+    score = "not scored" if side["score"] is None else f"score {_estimate(side['score'], 2)}"
     text = side["explanation"]
-    words = shown(shorten(text)) if text is not None else shown(f"({side['without_explanation']})", QUIET)
-    return [Text(f"{name} {side['latent']}", "bold"), Text(fires, QUIET), Text(told, QUIET), words]
+    words = shorten(text) if text is not None else quiet(f"({side['without_explanation']})")
+    return [quiet(fires), quiet(score), words]
 
 
-# --- what is missing ----------------------------------------------------------------------------------------
-
-
-def _lacking(found: Found, page: Page) -> RenderableType | None:
-    """Pairs of which one side has no explanation, or either no score: how many, which, and what makes them."""
+def _missing(found: Found) -> Section | None:
+    """Pairs that lack an explanation or a score on one side: how many, which, and what makes them."""
     tree = found["lacking"]
     entries = tree["without_explanation"]
-    body: list[RenderableType] = []
+    body: list[Block] = []
     if not tree["n_explained_both"] and not entries:
-        body.append(Text("Nothing is explained in either run yet."))
-    for run in found["runs"]:
-        able = [e for e in entries if e["run"] == run["name"] and e["can_be_explained"]]
-        unable = [e for e in entries if e["run"] == run["name"] and not e["can_be_explained"]]
-        name = visible(run["name"])
+        body.append(Sentence("Nothing is explained in either run yet."))
+    for name in (run["name"] for run in found["runs"]):
+        able = [e for e in entries if e["run"] == name and e["can_be_explained"]]
+        unable = [e for e in entries if e["run"] == name and not e["can_be_explained"]]
         if able:
-            body.append(Text(f"{name}: {plural(len(able), 'latent')} with an explained partner: {_numbers(able)}."))
+            latents = _first([entry["latent"] for entry in able])
+            body.append(Sentence(f"{name}: {plural(len(able), 'latent')} with an explained partner: {latents}."))
         if unable:
-            words = f"{name}: {len(unable):,} more that cannot be explained (too few contexts): {_numbers(unable)}."
-            body.append(Text(words, QUIET))
+            latents = _first([entry["latent"] for entry in unable])
+            words = f"{name}: {len(unable):,} more that cannot be explained (too few contexts): {latents}."
+            body.append(Sentence(quiet(words)))
     how = ", with the same --llm-url or --vllm as before" if tree["by_language_model"] else ""
     if tree["explain"]:
-        body += [Text(f"This explains partners{how}:"), *map(command_line, tree["explain"])]
+        body += [Sentence(f"This explains partners{how}:"), *map(Command, tree["explain"])]
     if tree["not_scored"]:
         words = f"{plural(len(tree['not_scored']), 'pair')} explained on both sides without a score on either or both"
-        body.append(Text(f"{words}: {_first(tree['not_scored'])}."))
+        body.append(Sentence(f"{words}: {_first(tree['not_scored'])}."))
     if tree["score"]:
-        body += [Text(f"This scores what is explained{how}:"), command_line(tree["score"])]
-    if not body:
-        return None
+        body += [Sentence(f"This scores what is explained{how}:"), Command(tree["score"])]
     says = "Explanations and scores that a pair has on one side alone cannot be compared."
-    return section(page, "Not on both sides", says, *body)
-
-
-def _numbers(entries: Sequence[Mapping[str, Any]]) -> str:
-    return _first([entry["latent"] for entry in entries])
+    return Section("Not on both sides", says, body) if body else None
 
 
 def _first(latents: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
-"""What the scores stand above: the swapped control, the control SAEs and the n-gram baseline, row by row.
+"""What the scores are compared with: the swapped control, the control SAEs and the n-gram baseline.
 
-A mean score alone says little, for dictionaries that learnt nothing score high too. So beside every mean stands what a
-control scores by the same protocol, and the difference with its interval.
+A mean score alone says little, for dictionaries that learnt nothing score high too. So the table has the score of each
+control by the same protocol, and the difference with its interval.
 """
 
 from __future__ import annotations
@@ -9,168 +9,153 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import RenderableType
-from rich.text import Text
-
-from autointerp.report.layout import ACCENT, QUIET, Page, command_line, count, grid, plural
-from autointerp.report.visible import visible
+from autointerp.report.blocks import Block, Column, Command, Heads, Rows, Sentence, Span, Table, numbers, quiet
+from autointerp.report.numbers import count, plural
 from sae.common.amounts import decimal, estimate, interval, is_known
 
 Tree = Mapping[str, Any]
-NAMES = {"frozen": "frozen decoder", "untrained": "untrained SAE"}
+_NAMES = {"frozen": "frozen decoder", "untrained": "untrained SAE"}
 _WHAT = {
-    "frozen": "an SAE whose random decoder was never trained",
-    "untrained": "an SAE that was not trained at all",
+    "frozen": ("an SAE whose random decoder was never trained", "training the decoder"),
+    "untrained": ("an SAE that was not trained at all", "training"),
 }
-_OWED = {"frozen": "training the decoder", "untrained": "training"}
 NEGATIVES = {"hard": "a neighbour fires", "same_token": "same token"}
 
 
-def score_table(tree: Tree, page: Page) -> RenderableType:
-    """The mean under the latents' own explanations, then each control's and how far the own mean is above it."""
-    heads = [("latents", "right"), ("mean", "right"), ("95 % interval", "left")]
-    heads += [("quartiles", "left")] if page.wide else []
-    table = grid("", *heads, ("AUROC", "right"), "own − this", gap=2 if page.wide else 1)
-    table.add_row(Text("own explanation", ACCENT), *_figures(tree, page), "")
-    for name, row, above in _rows(tree):
-        table.add_row(name, *_figures(row, page), estimate(above["mean"], above["interval"], sign=True))
-    return table
+def score_table(tree: Tree) -> Table:
+    """The mean under the latents' own explanations, each control's, and how far the own mean is above it."""
+    rows: Rows = [[Span("own explanation", "accent"), *_figures(tree), ""]]
+    for name, row, above in rows_of(tree):
+        rows.append([name, *_figures(row), estimate(above["mean"], above["interval"], sign=True)])
+    heads: Heads = ["", *numbers("latents", "mean"), "95 % interval", Column("quartiles", is_extra=True)]
+    return Table([*heads, *numbers("AUROC"), "own minus this"], rows)
 
 
-def other_scorers(tree: Tree, page: Page) -> Iterator[RenderableType]:
-    """What other scorers make of the latents, each beside its own swapped control; nothing where there is none."""
+def _figures(row: Tree) -> list[str]:
+    quartiles = " / ".join(decimal(q, 2) for q in row["quartiles"])
+    return [
+        count(row["n_scored"]),
+        decimal(row["mean"]),
+        interval(row["interval"]),
+        quartiles,
+        decimal(row["auroc_mean"]),
+    ]
+
+
+def other_scorers(tree: Tree) -> Iterator[Block]:
+    """The scores of other scorers, each with its own swapped control."""
     if not tree["other_scorers"]:
         return
-    digits = 3 if page.wide else 2
-    heads = [("latents", "right"), ("own explanation", "left"), ("swapped control", "left"), ("own − swapped", "left")]
-    heads += [("AUROC", "right")] if page.wide else []
-    table = grid("also scored by", *heads, gap=2 if page.wide else 1)
+    rows: Rows = []
     for row in tree["other_scorers"]:
         control = row["control"]
-        cells = [estimate(row["mean"], row["interval"], digits)]
-        cells += [estimate(control["mean"], control["interval"], digits)] if control else ["–"]
         above = control["above_control"] if control else None
-        cells += [estimate(above["mean"], above["interval"], digits, sign=True)] if above else ["–"]
-        cells += [decimal(row["auroc_mean"])] if page.wide else []
-        table.add_row(visible(row["scorer"]), count(row["n_scored"]), *cells)
+        cells = [estimate(row["mean"], row["interval"], 2)]
+        cells += [estimate(control["mean"], control["interval"], 2) if control else "–"]
+        cells += [estimate(above["mean"], above["interval"], 2, sign=True) if above else "–"]
+        rows.append([row["scorer"], count(row["n_scored"]), *cells, decimal(row["auroc_mean"])])
     who = {(str(row["explainer"]), str(row["judge"])) for row in tree["other_scorers"]}
-    by = "; ".join(f"{visible(explainer)}, judged by {visible(judge)}" for explainer, judge in sorted(who))
-    yield Text()
-    yield table
-    yield Text(f"Explained by {by}. A score means what its scorer tests, and only that.", QUIET)
+    by = "; ".join(f"{explainer}, judged by {judge}" for explainer, judge in sorted(who))
+    heads: Heads = ["also scored by", *numbers("latents"), "own explanation", "swapped control", "own minus swapped"]
+    note = f"Explained by {by}. Scores of different scorers test different things and cannot be compared."
+    yield Table([*heads, Column("AUROC", "number", is_extra=True)], rows, [note])
 
 
-def in_words(tree: Tree) -> Iterator[RenderableType]:
-    """The same as sentences, a warning where the swapped control is not at one half, and how to get what lacks."""
+def describe_controls(tree: Tree) -> Iterator[Block]:
+    """The comparison in sentences, a warning where the swapped control is not .5, and how to get what is missing."""
     control = tree["control"]
     if control is None:
-        yield Text("\nNo swapped control was scored: a score alone says little, random dictionaries score high too.")
+        yield Sentence("No swapped control was scored: a score alone is not evidence of interpretability.")
     elif control["leaks"]:
-        words = (
-            f"the swapped control scores {estimate(control['mean'], control['interval'])} and not .5: the judge or the "
-            "sampling leaks, so that latents score without their explanation. What is above the control still counts; "
-            "by chance alone this is said of one study in twenty."
+        yield Sentence(
+            [
+                Span("! ", "warn"),
+                f"The swapped control scores {estimate(control['mean'], control['interval'])} and not .5: judge or "
+                "sampling lean to one answer, so latents score without their explanation. The difference from the "
+                "control is still valid. Without any such lean, one study in twenty shows this warning.",
+            ]
         )
-        yield Text.assemble(("\n! ", "bold red"), words)
     if control is not None and is_known(control["above_control"]["fraction"]):
         share = f"{100 * control['above_control']['fraction']:.0f} %"
-        yield Text(f"\n{share} of the latents score higher with their own explanation than with the swapped one.")
+        yield Sentence(f"{share} of the latents score higher with their own explanation than with the swapped one.")
     for row in tree["control_saes"]:
-        yield Text(_than_control_sae(row))
+        yield Sentence(_compare_with_control_sae(row))
         if row["n_failed"] or row["n_ineligible"]:
-            lost = f"{row['n_failed']} failed, {row['n_ineligible']} with too few contexts"
-            yield Text(f"  (of {visible(row['run'])}: {lost})", QUIET)
+            words = f"{row['run']}: {row['n_failed']} failed, {row['n_ineligible']} with too few contexts."
+            yield Sentence(quiet(words), indent=2)
     if (baseline := tree["baseline"]) is not None:
-        yield Text(_than_baseline(baseline))
+        yield Sentence(_compare_with_baseline(baseline))
     if (lacking := tree["lacking_controls"]) is not None:
-        yield Text(f"\n{visible(lacking['says'])}", QUIET)
+        yield Sentence(quiet(lacking["says"]))
         if lacking["command"]:
-            yield command_line(lacking["command"])
+            yield Command(lacking["command"])
 
 
-def by_negatives(tree: Tree, page: Page) -> Iterator[RenderableType]:
-    """The harder negatives, each beside the random ones of the same latents; nothing where there are none."""
+def by_negatives(tree: Tree) -> Iterator[Block]:
+    """The scores over harder negatives, and how far the own mean is above each control by kind of negative."""
     if not tree["negatives"]:
         return
-    names = "latents", "mean", "95 % interval", "TNR", "AUROC", "random", "lacking"
-    table = grid("negatives", *((name, "right") for name in names))
-    for kind, row in tree["negatives"].items():
-        figures = count(row["n_scored"]), decimal(row["mean"]), interval(row["interval"]), decimal(row["tnr"]["value"])
-        random = decimal(row["random_mean"])
-        table.add_row(NEGATIVES[kind], *figures, decimal(row["auroc_mean"]), random, count(row["n_missing"]))
-    yield Text()
-    yield table
-    yield Text("random: the same latents' score over random negatives; lacking: latents without enough of the kind.")
-    yield from _above_by_negatives(tree, page)
-
-
-def _above_by_negatives(tree: Tree, page: Page) -> Iterator[RenderableType]:
-    """How far the own mean is above each control, kind by kind of negative."""
-    rows = list(_rows(tree))
-    if not rows:
+    rows: Rows = [
+        [
+            *(NEGATIVES[kind], count(row["n_scored"]), decimal(row["mean"]), interval(row["interval"])),
+            *(decimal(row["tnr"]["value"]), decimal(row["auroc_mean"]), decimal(row["random_mean"])),
+            count(row["n_missing"]),
+        ]
+        for kind, row in tree["negatives"].items()
+    ]
+    heads: Heads = ["negatives", *numbers("latents", "mean"), "95 % interval"]
+    note = "random: the same latents' score over random negatives; too few: latents without enough of the kind."
+    yield Table([*heads, *numbers("TNR", "AUROC", "random", "too few")], rows, [note])
+    controls = list(rows_of(tree))
+    if not controls:
         return
-    digits = 2 if len(rows) > 2 or not page.wide else 3
-    table = grid("own − …", *(name for name, _, _ in rows), gap=2 if page.wide else 1)
-    own = tree["negatives"]
-    for kind, name in {"random": "random", **NEGATIVES}.items():
-        if kind != "random" and kind not in own:
-            continue
-        cells = []
-        for which, row, above in rows:
-            told = above if kind == "random" else _of_kind(own, row, which, kind)
-            cells.append("–" if told is None else estimate(told["mean"], told["interval"], digits, sign=True))
-        table.add_row(name, *cells)
-    yield Text()
-    yield table
+    rows = []
+    for kind, label in {"random": "random", **NEGATIVES}.items():
+        if kind == "random" or kind in tree["negatives"]:
+            above = [
+                above if kind == "random" else _of_kind(tree["negatives"], row, name, kind)
+                for name, row, above in controls
+            ]
+            rows.append(
+                [label, *("–" if x is None else estimate(x["mean"], x["interval"], 2, sign=True) for x in above)]
+            )
+    yield Table(["own score minus", *(name for name, _, _ in controls)], rows)
 
 
 def _of_kind(own: Tree, row: Tree, name: str, kind: str) -> Tree | None:
-    if name == "swapped control":
-        told: Tree | None = own[kind]["above_control"]
-        return told
-    harder = row["negatives"].get(kind)
-    return None if harder is None else harder["above"]
+    above: Tree | None = (
+        own[kind]["above_control"] if name == "swapped control" else (row["negatives"].get(kind) or {}).get("above")
+    )
+    return above
 
 
-def _rows(tree: Tree) -> Iterator[tuple[str, Tree, Tree]]:
-    """Name, figures, and how far the own mean is above them."""
+def rows_of(tree: Tree) -> Iterator[tuple[str, Tree, Tree]]:
+    """Each control's name, its figures, and how far the own mean is above them."""
     if (control := tree["control"]) is not None:
         yield "swapped control", control, control["above_control"]
     for row in tree["control_saes"]:
-        yield NAMES[row["kind"]], row, row["above"]
+        yield _NAMES[row["kind"]], row, row["above"]
     if (baseline := tree["baseline"]) is not None:
         yield "n-gram baseline", baseline, baseline["above"]
 
 
-def above(tree: Tree) -> Iterator[tuple[str, Tree]]:
-    """How far the own mean is above each control: its name, and the difference with its interval."""
-    yield from ((name, told) for name, _, told in _rows(tree) if is_known(told["mean"]))
-
-
-def _figures(row: Tree, page: Page) -> list[str]:
-    figures = [count(row["n_scored"]), decimal(row["mean"]), interval(row["interval"])]
-    figures += [" / ".join(decimal(q, 2) for q in row["quartiles"])] if page.wide else []
-    return [*figures, decimal(row["auroc_mean"])]
-
-
-def _than_control_sae(row: Tree) -> str:
-    above, what = row["above"], _WHAT[row["kind"]]
-    told = f"({estimate(above['mean'], above['interval'], sign=True)})"
+def _compare_with_control_sae(row: Tree) -> str:
+    above, (what, cause) = row["above"], _WHAT[row["kind"]]
+    difference = f"({estimate(above['mean'], above['interval'], sign=True)})"
     if not above["interval"]:
         return f"{plural(row['n_scored'], 'latent')} of {what} scored: too few to compare with."
     low, high = above["interval"]
     if low > 0:
-        owed = _OWED[row["kind"]]
-        return f"On the whole they score higher than the latents of {what} {told}: so much is owed to {owed}."
+        return f"The latents score higher than those of {what} {difference}: this difference comes from {cause}."
     if high < 0:
-        return f"On the whole they score lower than the latents of {what} {told}: training did not make them clearer."
-    return f"On the whole they score no higher than the latents of {what} {told}: such scores do not show training."
+        return f"The latents score lower than those of {what} {difference}: training did not make them clearer."
+    return f"The latents score no higher than those of {what} {difference}: such scores do not show training."
 
 
-def _than_baseline(row: Tree) -> str:
+def _compare_with_baseline(row: Tree) -> str:
     above = row["above"]
-    told = f"({estimate(above['mean'], above['interval'], sign=True)}, {plural(row['n_scored'], 'latent')})"
+    difference = f"({estimate(above['mean'], above['interval'], sign=True)}, {plural(row['n_scored'], 'latent')})"
     if not above["interval"] or above["interval"][0] <= 0 <= above["interval"][1]:
-        return f"On the same contexts n-grams alone, which cost nothing, score as well {told}."
+        return f"On the same contexts n-grams alone, which cost nothing, score as well {difference}."
     side = "lower" if above["interval"][0] > 0 else "higher"
-    return f"On the same contexts n-grams alone, which cost nothing, score {side} {told}."
+    return f"On the same contexts n-grams alone, which cost nothing, score {side} {difference}."

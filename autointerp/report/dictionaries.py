@@ -1,130 +1,122 @@
-"""The half of the report that needs no language model: what the trained dictionaries are, and what comes back.
-
-Each function turns one part of the findings into something rich can print, or says which command would make
-that part.
-"""
+"""The trained SAEs: which latents each shares with which, how often they fire, how training went."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
-from rich.console import RenderableType
 from rich.text import Text
 
 from autointerp.journal.method import ENOUGH_TO_CALL_DEAD
-from autointerp.report import blocks
-from autointerp.report.curves import training_curves
-from autointerp.report.layout import (
-    QUIET,
-    STYLE_OF_CLASS,
-    Page,
-    absent,
+from autointerp.report import charts
+from autointerp.report.blocks import (
+    Block,
+    Chart,
+    Column,
+    Heads,
+    Rows,
+    Section,
+    Sentence,
+    Span,
+    Table,
+    numbers,
+    quiet,
+    wait_for,
+)
+from autointerp.report.charts import ACCENT, STYLE_OF_CLASS
+from autointerp.report.numbers import (
+    chance_level,
+    class_label,
     count,
     get,
-    grid,
     human,
-    indented,
     listed,
     origin,
     percent,
-    section,
+    rate,
 )
-from autointerp.report.visible import visible
 from sae.common.amounts import decimal
 
 Findings = Mapping[str, Any]
 
 
-def membership(found: Findings, page: Page) -> RenderableType:
-    focus = visible(found["focus"])
-    title = f"Where the latents of {focus} are found"
-    tree = found["membership"]
+def membership(found: Findings) -> Section:
+    focus, tree = found["focus"], found["membership"]
+    title = f"Which SAEs share the latents of {focus}"
     if tree is None:
-        return section(page, title, "Which other seeds have each latent.", missing(found, "overlap"))
+        return Section(title, "Which other seeds have each latent.", explain_missing(found, "overlap"))
     says = f"Each alive latent of {focus} is in one part, by the SAEs that share it ({tree['definition']})."
-    styles, parts = _part_styles(tree["parts"]), tree["parts"]
-    pieces = [blocks.Part(part["n"], styles[i], page.fill(i)) for i, part in enumerate(parts)]
-    nulls = list(parts[0]["null"]) if parts else []
-    by_chance = [(f"by chance, {null}" if i == 0 else null, "right") for i, null in enumerate(nulls)]
-    table = grid("", "", ("latents", "right"), ("of alive", "right"), *by_chance, head=True)
-    for part, piece in zip(parts, pieces, strict=True):
-        table.add_row(
-            blocks.Drawn(piece.fill * 2, piece.style),
-            Text(visible(part["label"])),
-            count(part["n"]),
-            percent(part["fraction"]),
-            *(Text(percent(part["null"][null]), QUIET) for null in nulls),
-        )
-    return section(page, title, says, indented(blocks.stacked_bar(pieces, page.width - 4)), Text(), indented(table))
+    parts = tree["parts"]
+    has_null = bool(parts) and chance_level(parts[0]["null"]) is not None
+
+    def pieces(has_colour: bool) -> list[charts.Part]:
+        fills = ["█" if has_colour else charts.FILLS[i % len(charts.FILLS)] for i in range(len(parts))]
+        return [charts.Part(part["n"], _part_style(part, i), fills[i]) for i, part in enumerate(parts)]
+
+    def key(i: int) -> Chart:
+        return Chart(lambda _, colour: [Text(pieces(colour)[i].fill * 2, pieces(colour)[i].style)])
+
+    rows: Rows = []
+    for i, part in enumerate(parts):
+        level = [quiet(percent(chance_level(part["null"])))] if has_null else []
+        rows.append([key(i), part["label"], count(part["n"]), percent(part["fraction"]), *level])
+    heads: Heads = [Column("", "key"), "shared with", *numbers("latents", "share of alive")]
+    table = Table([*heads, *(numbers("chance level") if has_null else [])], rows)
+    return Section(title, says, [Chart(lambda width, colour: [charts.stacked_bar(pieces(colour), width)]), table])
 
 
-def _part_styles(parts: list[Mapping[str, Any]]) -> list[str]:
+def _part_style(part: Mapping[str, Any], i: int) -> str:
     """Orange for one SAE alone, strong blue for every one, and paler blues between."""
     between = ["#9fd3f2", "#56b4e9", "#7cc4ee", "#b7def5"]
-    return [
-        STYLE_OF_CLASS[part["shared_class"]] if part["shared_class"] in ("one", "all") else between[i % len(between)]
-        for i, part in enumerate(parts)
-    ]
+    return STYLE_OF_CLASS[part["shared_class"]] if part["shared_class"] in ("one", "all") else between[i % 4]
 
 
-def class_label(name: str, n_runs: int) -> str:
-    if name == "one":
-        return "in no other seed"
-    return "in the other seed" if n_runs == 2 else "in every seed" if name == "all" else "in some seeds"
-
-
-def frequency(found: Findings, page: Page) -> RenderableType:
-    title = "Do the frequent ones come back?"
+def frequency(found: Findings) -> Section:
+    title = "How often shared and unshared latents fire"
     says = (
-        "How often latents fire (‰: firings per thousand tokens), by whether other seeds have them. Each row is a "
-        "histogram on a logarithmic scale, its height relative to its own row."
+        "Firing frequency (‰: firings per thousand tokens) by whether other seeds have the latents. Histograms are on "
+        "a logarithmic scale, each scaled to itself."
     )
     tree = found["frequency_by_class"]
     if tree is None:
-        return section(page, title, says, missing(found, "overlap" if found["firing"] else "harvest"))
+        return Section(title, says, explain_missing(found, "overlap" if found["firing"] else "harvest"))
     edges = next(iter(tree.values()))["histogram"]["edges"]
-    bins = len(edges) - 1
-    with_quartiles = page.width >= 58 + bins  # what the other columns take
-    cell = max(1, min(2, (page.width - (58 if with_quartiles else 40)) // bins))
-    heads: list[str | tuple[str, str]] = ["", ("latents", "right"), ("median", "right")]
-    table = grid(*heads, *(["quartiles"] if with_quartiles else []), "firings per token")
+    rows: Rows = []
     for name, row in tree.items():
+        label = Span(class_label(name, len(found["compared"])), name)
         quartiles = f"{rate(row['quartiles'][0])} – {rate(row['quartiles'][2])}"
-        table.add_row(
-            Text(class_label(name, len(found["compared"])), STYLE_OF_CLASS[name]),
-            count(row["n"]),
-            rate(row["median"]),
-            *([Text(quartiles, QUIET)] if with_quartiles else []),
-            blocks.strip(row["histogram"]["counts"], STYLE_OF_CLASS[name], cell=cell),
-        )
-    decades = [e for e in edges if math.isclose(math.log10(e), round(math.log10(e)), abs_tol=1e-6)]
-    decades = decades if cell > 1 else decades[::2]  # a label and a gap need six cells
-    width = cell * bins
+        rows.append([label, count(row["n"]), rate(row["median"]), quiet(quartiles), _histogram(row, name)])
+    for line in range(2):
+        rows.append(["", "", "", "", Chart(lambda width, _, line=line: [_frequency_axis(edges, width)[line]])])  # type: ignore[misc]
+    heads: Heads = ["", *numbers("latents", "median"), "quartiles", Column("firings per token", "chart")]
+    return Section(title, says, [Table(heads, rows)])
+
+
+def _histogram(row: Mapping[str, Any], name: str) -> Chart:
+    counts = row["histogram"]["counts"]
+
+    def draw(width: int, _: bool) -> list[Text]:
+        return [charts.strip(charts.pooled(counts, width), STYLE_OF_CLASS[name])]
+
+    return Chart(draw)
+
+
+def _frequency_axis(edges: Sequence[float], width: int) -> tuple[Text, Text]:
+    width = min(width, len(edges) - 1)
+    decades = [edge for edge in edges if math.isclose(math.log10(edge), round(math.log10(edge)), abs_tol=1e-6)]
     span = math.log(edges[-1] / edges[0])
-    ticks = [blocks.Tick(math.log(d / edges[0]) / span * width, _power(d)) for d in decades]
-    for line in blocks.axis(width, ticks):
-        table.add_row("", "", "", *([""] if with_quartiles else []), line)
-    return section(page, title, says, table)
-
-
-def rate(value: float | None) -> str:
-    """A firing frequency as firings per thousand tokens: ``7.8‰``, ``.12‰``."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    per_thousand = 1000 * value
-    if per_thousand >= 1:
-        return f"{per_thousand:.3g} ‰"
-    return f"{per_thousand:.2g} ‰"
+    # A label and a gap need six cells, so every second decade has one.
+    return charts.axis(width, [charts.Tick(math.log(d / edges[0]) / span * width, _power(d)) for d in decades[::2]])
 
 
 def _power(value: float) -> str:
     exponent = round(math.log10(value))
-    return "10" + "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(c)] if c != "-" else "⁻" for c in str(exponent)) if exponent else "1"
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) if exponent else "1"
 
 
-def training(found: Findings, page: Page) -> RenderableType:
+def training(found: Findings) -> Section:
     title = "How well the SAEs are trained"
     says = (
         "FVU is the share of the activations' variance that the SAE fails to reproduce (0 is perfect); L0 the latents "
@@ -132,46 +124,81 @@ def training(found: Findings, page: Page) -> RenderableType:
     )
     tree, firing = found["training"], found["firing"]
     if tree is None and not (_imported(found) and firing):
-        begun = any(entry["stage"] == "train" for entry in found["missing"])
-        return section(page, title, says, missing(found, "train" if begun or not _imported(found) else "harvest"))
+        is_begun = any(entry["stage"] == "train" for entry in found["missing"])
+        stage = "train" if is_begun or not _imported(found) else "harvest"
+        return Section(title, says, explain_missing(found, stage))
     tokens = get(firing, "tokens")
     word = "dead" if tokens is None or tokens >= ENOUGH_TO_CALL_DEAD else "silent"
-    table = grid("", ("seed", "right"), ("tokens", "right"), ("FVU", "right"), ("L0", "right"), (word, "right"))
+    rows: Rows = []
     for run in found["runs"]:
-        name = run["name"]
-        silent = get(firing, "dead_fraction", name)
-        table.add_row(
-            Text(visible(name), "bold" if name == found["focus"] else ""),
-            origin(run["seed"]),
-            human(get(tree, "tokens", name)),
-            decimal(get(tree, "fvu", name)),
-            decimal(_l0(found, name), 1),
-            percent(silent if silent is not None else get(tree, "dead_fraction", name)),
-        )
+        name, silent = run["name"], get(firing, "dead_fraction", run["name"])
+        cells = [human(get(tree, "tokens", name)), decimal(get(tree, "fvu", name)), decimal(_l0(found, name), 1)]
+        dead = percent(silent if silent is not None else get(tree, "dead_fraction", name))
+        rows.append([Span(name, "strong" if name == found["focus"] else ""), origin(run["seed"]), *cells, dead])
     notes = []
     if tokens is not None:
         notes.append(f"Firings were counted over {human(tokens)} tokens.")
     if word == "silent":
-        notes.append("That is under 1M, too few to call a latent without a firing dead.")
+        notes.append("These are under 1M tokens, too few to call a latent without a firing dead.")
     if quality := get(tree, "quality"):
-        shown = listed(
-            [
-                f"{visible(name)} {decimal(of['fvu_without'])} (L0 {of['l0_without']:.1f})"
-                for name, of in quality.items()
-            ]
-        )
+        names = [f"{name} {decimal(of['fvu_without'])} (L0 {of['l0_without']:.1f})" for name, of in quality.items()]
         notes.append(
-            "A few outlier tokens (over 10 times the median norm) hold most of the variance, so FVU is about them. "
-            f"Without them, on the first batch: {shown}."
+            "A few outlier tokens (over 10 times the median norm) hold most of the variance, so FVU mostly measures "
+            f"them. Without them, on the first batch: {listed(names)}."
         )
-    unfinished = [visible(run["name"]) for run in found["runs"] if "trained" not in run["stages"]]
-    if unfinished:
+    if unfinished := [run["name"] for run in found["runs"] if "trained" not in run["stages"]]:
         notes.append(f"Not finished: {listed(unfinished)}.")
-    curves = training_curves(get(tree, "curves") or {}, page)
-    return section(page, title, says, table, *curves, *([Text("\n" + " ".join(notes))] if notes else []))
+    body: list[Block] = [Table(["run", *numbers("seed", "tokens", "FVU", "L0", word)], rows)]
+    body += [Sentence(" ".join(notes))] if notes else []
+    return Section(title, says, body, list(training_curves(get(tree, "curves") or {})))
 
 
-#: Which missing stages explain that a part is empty, the first that applies. Commands run what they need by themselves.
+#: Column of the training log, its name, whether its logarithm is drawn, how its values are written.
+_CURVES: tuple[tuple[str, str, bool, Callable[[float], str]], ...] = (
+    ("loss", "loss", True, decimal),
+    ("fvu", "FVU", True, decimal),
+    ("l0", "L0", False, lambda value: decimal(value, 1)),
+    ("dead_fraction", "dead", False, percent),
+    ("learning_rate", "learning rate", False, lambda value: f"{value:.2g}"),
+)
+_SIDE_BY_SIDE = 3
+
+
+def training_curves(curves: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
+    """Small curves of each run's training log, by column. Runs share a scale, so one that differs is seen at once."""
+    names = list(curves)
+    scales = {column: _scale(curve[column] for curve in curves.values()) for column, *_ in _CURVES}
+    for first in range(0, len(names), _SIDE_BY_SIDE):
+        shown = names[first : first + _SIDE_BY_SIDE]
+        rows: Rows = []
+        for column, label, is_log, write in _CURVES:
+            if (scale := scales[column]) is None:
+                continue
+            low, high = map(write, scale)
+            lines = [_curve(curves[name][column], is_log, scale) for name in shown]
+            rows.append([label, quiet(low if low == high else f"{low} – {high}"), *lines])
+        heads: Heads = [Column(_chart_name(name), "chart") for name in shown]
+        if rows:
+            yield Table(["", *numbers("scale"), *heads], rows)
+
+
+def _curve(values: Sequence[float | None], is_log: bool, scale: tuple[float, float]) -> Chart:
+    numbers_ = [math.nan if value is None else value for value in values]
+    return Chart(lambda width, _: [charts.sparkline(numbers_, width, ACCENT, log=is_log, span=scale)])
+
+
+def _scale(values: Any) -> tuple[float, float] | None:
+    """The smallest and largest of several curves; ``None`` where nothing is known."""
+    known = [value for value in chain.from_iterable(values) if value is not None and math.isfinite(value)]
+    return (min(known), max(known)) if known else None
+
+
+def _chart_name(name: str) -> Chart:
+    """A name in the width of its curve; its end, where runs of a study differ, is kept."""
+    return Chart(lambda width, _: [Text(name if len(name) <= width else "…" + name[1 - width :])])
+
+
+#: Which missing stages explain that a part is empty; the first that is missing does.
 _BECAUSE = {
     "train": ("train",),
     "harvest": ("harvest", "train"),
@@ -181,13 +208,11 @@ _BECAUSE = {
 }
 
 
-def missing(found: Findings, stage: str) -> RenderableType:
+def explain_missing(found: Findings, stage: str) -> list[Block]:
     """Why a part is empty, and the command that fills it."""
     waiting = {entry["stage"]: entry for entry in found["missing"]}
-    for name in _BECAUSE[stage]:
-        if name in waiting:
-            return absent(waiting[name]["says"], waiting[name]["command"])
-    return Text("There is no record of it.", QUIET)
+    entry = next((waiting[name] for name in _BECAUSE[stage] if name in waiting), None)
+    return wait_for(entry) if entry else [Sentence(quiet("Nothing is recorded."))]
 
 
 def _l0(found: Findings, name: str) -> float | None:
@@ -200,29 +225,28 @@ def _imported(found: Findings) -> list[str]:
     return [run["name"] for run in found["runs"] if run.get("seed", 0) is None]
 
 
-def what_changes(found: Findings) -> str:
-    """What the SAEs of a study differ in, as the end of a sentence about what comes back."""
-    return "from one SAE to another" if _imported(found) or found.get("apart") else "when only the seed changes"
+def name_change(found: Findings) -> str:
+    """What the SAEs of a study differ in, as the end of a sentence about what is shared."""
+    return "between the SAEs" if _imported(found) or found.get("apart") else "when only the seed changes"
 
 
-def seed_in_words(run: Mapping[str, Any]) -> str:
+def name_seed(run: Mapping[str, Any]) -> str:
     return "imported" if run["seed"] is None else f"seed {run['seed']}"
 
 
-def size_in_words(run: Mapping[str, Any]) -> str:
-    """``1,024 latents, k 8``, with the architecture where it is not TopK."""
+def describe_size(run: Mapping[str, Any]) -> str:
+    """Return ``1,024 latents, k 8``, with the architecture where it is not TopK."""
     kind = "" if run.get("architecture", "topk") == "topk" else f"{run['architecture']}, "
-    k = "" if run["k"] is None else f", k {run['k']}"
-    return f"{kind}{run['num_latents']:,} latents{k}"
+    return f"{kind}{run['num_latents']:,} latents" + ("" if run["k"] is None else f", k {run['k']}")
 
 
-def runs_in_words(found: Findings) -> str:
-    """``3 SAEs on the same data, seeds 0 1 2 · 1,024 latents, k 8``."""
+def describe_runs(found: Findings) -> str:
+    """Return ``3 SAEs on the same data, seeds 0 1 2 · 1,024 latents, k 8``."""
     runs, n_imported = found["runs"], len(_imported(found))
     seeds = " ".join(str(run["seed"]) for run in runs if run["seed"] is not None)
-    each = listed(sorted({size_in_words(run) for run in runs}))
+    each = listed(sorted({describe_size(run) for run in runs}))
     if len(runs) == 1:
-        return f"1 SAE, {seed_in_words(runs[0])} · {each}"
+        return f"1 SAE, {name_seed(runs[0])} · {each}"
     if n_imported:
         trained = f", seeds {seeds} trained here" if seeds else ""
         return f"{len(runs)} SAEs, {n_imported} imported{trained} · {each}"

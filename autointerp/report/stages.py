@@ -1,30 +1,26 @@
-"""What the commands before the report print when they end: what was done, what failed, and what comes next."""
+"""What the commands before the report print at their end: what was done, what failed, what comes next."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.text import Text
-
-from autointerp.report import dictionaries, sharing
-from autointerp.report.layout import (
-    ACCENT,
-    QUIET,
-    Page,
-    command_line,
-    count,
-    grid,
-    human,
-    listed,
-    origin,
-    plural,
-    section,
+from autointerp.report import dictionaries
+from autointerp.report.blocks import (
+    Block,
+    Column,
+    Command,
+    Rows,
+    Section,
+    Sentence,
+    Span,
+    Table,
+    numbers,
+    quiet,
+    strong,
 )
-from autointerp.report.terminal import emit
-from autointerp.report.visible import shown, visible
+from autointerp.report.numbers import count, human, listed, origin, plural
 from sae.common.commands import command
 from sae.study.run import all_runs, split_readable
 
@@ -32,60 +28,56 @@ _DONE = {"explain": "explained", "score": "scored"}
 _MOST_REASONS = 8
 
 
-def show_outcome(found: Mapping[str, Any], stage: str, console: Console) -> None:
-    """What ``explain`` or ``score`` did: counts, what was left out, and failures with their reasons and
-    the command that retries them."""
-    page = Page.of(console)
-    runs = [visible(name) for name in found["runs"]]
+def outcome_page(found: Mapping[str, Any], stage: str) -> Iterator[Block]:
+    """What ``explain`` or ``score`` did: counts, what was skipped, and failures with their reasons and a retry."""
     done = _DONE.get(stage, "done")
     n_controls = found.get("n_controls", 0)
     words = f"{plural(found['n_done'] - n_controls, found['of'])} {done if found['of'] == 'latent' else 'made'}"
     words += f" and {n_controls:,} of control SAEs" if n_controls else ""
     if 0 < found["n_new"] < found["n_done"]:
         words += f", {found['n_new']:,} of them now"
-    head = Text.assemble((listed(runs), f"bold {ACCENT}"), f"  {words} by {visible(found['backend'])}")
-    body: list[RenderableType] = [Text(), head]
-    body += [Text(visible(note), QUIET) for note in found["notes"]]
+    yield Sentence("")
+    yield Sentence([Span(listed(found["runs"]), "strong accent"), f"  {words} by {found['backend']}"])
+    for note in found["notes"]:
+        yield Sentence(quiet(note))
     if found.get("left_out"):
-        body += [Text(), _reasons(found["left_out"], "left out because")]
+        yield _reasons(found["left_out"], "skipped because")
     if found["n_failed"]:
-        body += [Text(), _reasons(found["failures"], "failed because")]
+        yield _reasons(found["failures"], "failed because")
         if found["retry"]:
-            body += [Text("\nThis asks again only what failed:"), command_line(found["retry"])]
+            yield Sentence("This retries only what failed:")
+            yield Command(found["retry"])
     elif found.get("next"):
-        body += [Text("Next:", QUIET), command_line(found["next"])]
-    emit(Group(*body), console, page.width)
+        yield Sentence(quiet("Next:"))
+        yield Command(found["next"])
 
 
-def _reasons(counts: Mapping[str, int], head: str) -> RenderableType:
-    """The commonest reasons, each with its number of latents."""
-    table = grid(("latents", "right"), (head, "fold"))
+def _reasons(counts: Mapping[str, int], head: str) -> Table:
+    """The most common reasons, each with its number of latents."""
     reasons = sorted(counts.items(), key=lambda item: -item[1])
-    for reason, n in reasons[:_MOST_REASONS]:
-        table.add_row(count(n), shown(reason))
+    rows: list[tuple[str, str | Span]] = [(count(n), reason) for reason, n in reasons[:_MOST_REASONS]]
     if len(reasons) > _MOST_REASONS:
         rest = sum(n for _, n in reasons[_MOST_REASONS:])
-        table.add_row(count(rest), Text("other reasons; --json has them all", QUIET))
-    return table
+        rows.append((count(rest), quiet("other reasons; --json has them all")))
+    return Table([*numbers("latents"), Column(head, "fold")], rows)
 
 
-def show_cost(found: Mapping[str, Any], console: Console) -> None:
-    """Show what ``explain`` or ``score`` would cost: a :class:`autointerp.scoring.dry_run.Forecast` as a mapping."""
+def cost_page(found: Mapping[str, Any]) -> list[Block]:
+    """What ``explain`` or ``score`` would cost: a :class:`autointerp.scoring.dry_run.Forecast` as a mapping."""
     cheaper, seconds, dollars = found["cheaper"], found["seconds"], found["dollars"]
     most, about = "at most " if cheaper else "", "" if found["exact"] else " (an estimate)"
     lines = [
-        f"{found['stage']} would send {most}{_requests(found)} to {visible(found['model']) or 'no model'}",
         *([_other_protocol(found["protocol"], cheaper)] if cheaper else []),
-        f"  answered before {found['answered_before']:,}, in the answer cache {found['from_cache']:,}",
-        f"  prompt tokens {found['prompt_tokens']:,}{about}, of them cached by the server {found['cached_tokens']:,}",
-        f"  written tokens about {found['completion_tokens']:,}, at most {found['completion_at_most']:,}",
-        f"  counted by {visible(found['counted_by'])}",
-        "  time unknown: this model has not been asked before" if seconds is None else f"  time about {seconds:,.0f} s",
-        "  price unknown: give --price-in and --price-out" if dollars is None else f"  price about ${dollars:,.4f}",
-        *(f"  {visible(note)}" for note in found["notes"]),
+        f"answered before {found['answered_before']:,}, in the answer cache {found['from_cache']:,}",
+        f"prompt tokens {found['prompt_tokens']:,}{about}, of them cached by the server {found['cached_tokens']:,}",
+        f"completion tokens about {found['completion_tokens']:,}, at most {found['completion_at_most']:,}",
+        f"counted by {found['counted_by']}",
+        "time unknown: this model has not been asked before" if seconds is None else f"time about {seconds:,.0f} s",
+        "price unknown: give --price-in and --price-out" if dollars is None else f"price about ${dollars:,.4f}",
+        *found["notes"],
     ]
-    for line in lines:
-        console.out(line, highlight=False)
+    head = f"{found['stage']} would send {most}{_requests(found)} to {found['model'] or 'no model'}"
+    return [Sentence(head), *(Sentence(line, indent=2) for line in lines)]
 
 
 def _requests(found: Mapping[str, Any]) -> str:
@@ -96,79 +88,72 @@ def _requests(found: Mapping[str, Any]) -> str:
 def _other_protocol(protocol: str, cheaper: Mapping[str, Any]) -> str:
     price = "" if cheaper["dollars"] is None else f", about ${cheaper['dollars']:,.4f}"
     return (
-        f"  all figures are for --protocol {protocol}, the more expensive one; --protocol {cheaper['protocol']} would "
+        f"all figures are for --protocol {protocol}, the more expensive one; --protocol {cheaper['protocol']} would "
         f"be {_requests(cheaper)}, {cheaper['prompt_tokens']:,} prompt tokens{price}; "
         "without --protocol the command chooses after asking the server what it can do"
     )
 
 
-def show_alignment(found: Mapping[str, Any], console: Console) -> None:
-    """What aligned runs share: the parts of the report that are about that, by themselves."""
-    page = Page.of(console)
-    parts: list[RenderableType | None] = [
-        sharing.overlap(found, page),
-        sharing.similarity(found, page),
-        sharing.counterparts(found, page),
-    ]
-    if found["apart"]:
-        words = f"Aligned by --force: {found['apart']}. What differs between them is not the seed alone."
-        parts.insert(0, Text.assemble(("\n! ", "bold red"), shown(words)))
-    emit(Group(*(part for part in parts if part is not None)), console, page.width)
-
-
-def show_runs(found: Sequence[Mapping[str, Any]], console: Console, root: Path) -> None:
+def runs_page(found: Sequence[Mapping[str, Any]], root: Path) -> list[Block | Section]:
     """One line per run, study by study, its controls last, with how far each has come."""
-    page = Page.of(console)
     if not found:
-        none = Text(f"There are no runs under {visible(str(root))}.")
-        emit(Group(none, command_line(command(root, "demo"))), console, page.width)
-        return
+        return [Sentence(f"There are no runs under {root}."), Command(command(root, "demo"))]
     stages = ("trained", "harvested", "aligned", "explained", "scored")
-    body: list[RenderableType] = []
+    sections: list[Block | Section] = []
+    readable = split_readable(all_runs(root))[0]
     for study in dict.fromkeys(run["control_of"] or run["study"] for run in found):
         members = [run for run in found if (run["control_of"] or run["study"]) == study]
         members.sort(key=lambda run: run["control_of"] is not None)
-        first = members[0]
-        trained = _trained_runs(study, root)
-        table = grid("", ("seed", "right"), *stages)
-        for run in members:
-            marks = [_mark(run, stage, trained) for stage in stages]
-            name = Text(visible(run["name"]), "bold")
-            name.append("  control" if run["control_of"] else "", f"not bold {QUIET}")
-            table.add_row(name, origin(run["seed"]), *marks)
-        sizes = sorted({dictionaries.size_in_words(run) for run in members})
+        trained = [run.name for run in readable if run.study == study and run.is_trained]
+        rows: Rows = [
+            [
+                [strong(run["name"]), quiet("  control" if run["control_of"] else "")],
+                origin(run["seed"]),
+                *(_mark(run, stage, trained) for stage in stages),
+            ]
+            for run in members
+        ]
+        first, sizes = members[0], listed(sorted({dictionaries.describe_size(run) for run in members}))
         tokens = "" if first["tokens"] is None else f", {human(first['tokens'])} tokens"
-        says = f"{visible(first['subject'])} · {visible(first['hookpoint'])} · {listed(sizes)}{tokens}"
-        body.append(section(page, visible(study), says, table))
-    emit(Group(*body), console, page.width)
+        says = f"{first['subject']} · {first['hookpoint']} · {sizes}{tokens}"
+        sections.append(Section(study, says, [Table(["run", *numbers("seed"), *stages], rows)]))
+    return sections
 
 
-def _mark(run: Mapping[str, Any], stage: str, trained: Sequence[str]) -> Text:
+def _mark(run: Mapping[str, Any], stage: str, trained: Sequence[str]) -> Span:
     """``yes``, a dash, or with how many of the study's other trained runs it is aligned where not with all."""
     if not run[stage]:
-        return Text("–", QUIET)
+        return quiet("–")
     others = [name for name in trained if name != run["name"]]
     n = sum(name in run["aligned_with"] for name in others)
-    if stage == "aligned" and n < len(others):
-        return Text(f"with {n} of {len(others)}", ACCENT)
-    return Text("yes", ACCENT)
+    return Span(f"with {n} of {len(others)}" if stage == "aligned" and n < len(others) else "yes", "accent")
 
 
-def _trained_runs(study: str, root: Path) -> list[str]:
-    return [run.name for run in split_readable(all_runs(root))[0] if run.study == study and run.is_trained]
-
-
-def show_deletion(found: Mapping[str, Any], console: Console) -> None:
-    """What would be deleted, with sizes, the largest first, and what stays."""
-    page = Page.of(console)
-    body: list[RenderableType] = []
+def deletion_page(found: Mapping[str, Any]) -> Iterator[Block]:
+    """What would be deleted, with sizes, the largest first, and what stays. ``found`` is a plan as a mapping."""
     if found["parts"]:
-        table = grid(("size", "right"), "what", ("", "fold"))
-        for part in sorted(found["parts"], key=lambda part: -part["bytes"]):
-            table.add_row(f"{human(part['bytes'])}B", part["kind"], visible(part["path"]))
-        table.add_row(Text(f"{human(found['bytes'])}B", "bold"), Text("together", "bold"), "")
-        body.append(table)
+        parts = sorted(found["parts"], key=lambda part: -part["bytes"])
+        rows: Rows = [[f"{human(part['bytes'])}B", part["kind"], part["path"]] for part in parts]
+        rows.append([strong(f"{human(found['bytes'])}B"), strong("total"), ""])
+        yield Table([*numbers("size"), "what", Column("path", "fold")], rows)
     else:
-        body.append(Text("Nothing to delete."))
-    body += [Text(visible(words), QUIET) for words in found["kept"]]
-    emit(Group(*body), console, page.width)
+        yield Sentence("Nothing to delete.")
+    for words in found["kept"]:
+        yield Sentence(quiet(words))
+
+
+def written_line(found: Mapping[str, Any]) -> str:
+    """Where a page is, how large, and of how many latents it has the details."""
+    return (
+        f"{found['path']}  {found['n_bytes'] / 1e6:.1f} MB, details of {found['n_details']:,} of "
+        f"{found['n_latents']:,} latents"
+    )
+
+
+def exported_line(found: Mapping[str, Any]) -> str:
+    """Where a table is, and how large."""
+    kept = "  (already there)" if found["kept"] else ""
+    return (
+        f"{found['path']}  {found['table']} of {', '.join(found.get('runs', [found['run']]))}: "
+        f"{found['rows']:,} rows, {len(found['columns'])} columns, {found['bytes'] / 1e6:.1f} MB{kept}"
+    )

@@ -1,4 +1,4 @@
-"""A sweep in the terminal: its points as tables, what is shared as a chart over the swept setting, its findings."""
+"""A sweep: its points as tables, overlap as a chart over the swept setting, its findings."""
 
 from __future__ import annotations
 
@@ -7,183 +7,164 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from autointerp.journal.method import ENOUGH_TO_CALL_DEAD
-from autointerp.report import blocks, paper
-from autointerp.report.layout import (
-    ACCENT,
-    QUIET,
-    STYLE_OF_CLASS,
-    Page,
-    count,
-    grid,
-    human,
-    indented,
-    legend,
-    listed,
-    percent,
-    percent_interval,
-    plural,
-    section,
+from autointerp.report import charts, paper
+from autointerp.report.blocks import (
+    Block,
+    Cell,
+    Chart,
+    Facts,
+    Heads,
+    Rows,
+    Section,
+    Sentence,
+    Table,
+    Title,
+    numbers,
+    quiet,
+    strong,
 )
-from autointerp.report.terminal import emit
-from autointerp.report.visible import shown, visible
+from autointerp.report.charts import STYLE_OF_CLASS
+from autointerp.report.numbers import chance_level, count, human, listed, percent, percent_interval, plural
 from sae.common.amounts import decimal, interval
 from sae.study.sweep import AXES
 
-Table = Mapping[str, Any]
+Found = Mapping[str, Any]
 _HEIGHT = 10
 _WIDEST_BAR = 7
 
 
-def show_sweep(found: Table, console: Console) -> None:
-    page = Page.of(console)
-    parts = [_head(found, page), paper.findings(found, page), _trained(found, page), _shared(found, page)]
-    parts += [_chart(found, page), _scored(found, page), _by_point(found, page)]
-    emit(Group(*(part for part in parts if part is not None), Text()), console, page.width)
+def sweep_page(found: Found) -> list[Block | Section | None]:
+    head = [*_head(found), paper.findings(found), _trained(found), _shared(found)]
+    return [*head, _overlap_chart(found), _scored(found), _by_point(found)]
 
 
-def _head(found: Table, page: Page) -> RenderableType:
+def _head(found: Found) -> Iterator[Block]:
     n, seeds = len(found["points"]), found["seeds"]
-    title = Text.assemble(
-        (visible(found["sweep"]), f"bold {ACCENT}"),
-        (f"   {plural(n, 'point')} × {plural(len(seeds), 'seed')} = {n * len(seeds)} SAEs on one stream", "bold"),
+    yield Title(
+        found["sweep"],
+        f"{plural(n, 'point')} × {plural(len(seeds), 'seed')} = {n * len(seeds)} SAEs on one stream",
     )
-    table = grid(("", "left"), ("", "fold"), head=False)
-    table.add_row(Text("subject", QUIET), shown(f"{found['subject']['model']} · {_hookpoints(found)}"))
-    for axis, values in found["axes"].items():
-        table.add_row(Text(AXES[axis].words, QUIET), shown(", ".join(_written(axis, v) for v in values)))
-    table.add_row(Text("seeds", QUIET), " ".join(map(str, seeds)))
-    return Group(title, Text("━" * page.width, ACCENT, no_wrap=True), table)
+    hookpoints = listed(list(dict.fromkeys(str(point["hookpoint"]) for point in found["points"])))
+    axes = [(AXES[axis].words, ", ".join(_write(axis, v) for v in values)) for axis, values in found["axes"].items()]
+    subject = f"{found['subject']['model']} · {hookpoints}"
+    yield Facts([("subject model", subject), *axes, ("seeds", " ".join(map(str, seeds)))])
 
 
-def _hookpoints(found: Table) -> str:
-    return listed(list(dict.fromkeys(str(point["hookpoint"]) for point in found["points"])))
-
-
-def _written(axis: str, value: Any) -> str:
+def _write(axis: str, value: Any) -> str:
     """A value of an axis in a table or under a chart."""
     if axis == "training.tokens":
         return human(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _leading(found: Table) -> list[str]:
+def _leading(found: Found) -> list[str]:
     """The axes that tell points apart: of those that advance together, the first."""
     return [axis for axis in found["axes"] if axis not in found["together"][1:]]
 
 
-def _label(found: Table, point: Table, axes: Sequence[str] | None = None) -> str:
-    wanted = _leading(found) if axes is None else axes
-    return " ".join(_written(axis, point["values"][axis]) for axis in wanted)
+def _label(found: Found, point: Found, axes: Sequence[str] | None = None) -> str:
+    return " ".join(_write(axis, point["values"][axis]) for axis in (_leading(found) if axes is None else axes))
 
 
-def _axis_words(found: Table) -> str:
+def _axis_names(found: Found) -> str:
     return ", ".join(AXES[axis].words for axis in _leading(found))
 
 
-def _by_point(found: Table, page: Page) -> RenderableType | None:
-    table = paper.by_point([(_label(found, point), point["findings"]) for point in found["points"]], page)
+def _by_point(found: Found) -> Section | None:
+    table = paper.by_point([(_label(found, point), point["findings"]) for point in found["points"]])
     if table is None:
         return None
-    says = f"Agrees in direction (+), disagrees (−), cannot tell (?), by {_axis_words(found)}; --json has the reasons."
-    return section(page, "The other findings at each point", says, table)
+    says = f"Agrees in direction (+), disagrees (−), cannot tell (?), by {_axis_names(found)}; --json has the reasons."
+    return Section("The other findings at each point", says, [table])
 
 
-def _trained(found: Table, page: Page) -> RenderableType:
+def _trained(found: Found) -> Section:
     says = "Means over seeds; FVU is the share of variance that the SAE fails to reproduce, L0 the latents per token."
-    enough = all((point["harvested"] or 0) >= ENOUGH_TO_CALL_DEAD for point in found["points"])
-    heads = ("alive", "FVU", "L0", "dead" if enough else "silent", "tokens")
-    table = grid(_axis_words(found), *((name, "right") for name in heads), "runs")
+    is_enough = all((point["harvested"] or 0) >= ENOUGH_TO_CALL_DEAD for point in found["points"])
+    rows: Rows = []
     for point in found["points"]:
         runs = point["runs"]
-        named = runs[0] if len(runs) == 1 else f"{runs[0]} … {runs[-1].rpartition('_')[2]}"
-        table.add_row(
-            Text(visible(_label(found, point)), "bold"),
-            count(point["alive"]),
-            decimal(point["fvu"]),
-            decimal(point["l0"], 2),
-            percent(point["dead_fraction"]),
-            human(point["tokens"]),
-            Text(visible(named), QUIET),
-        )
-    return section(page, "How well the SAEs are trained", says, table)
+        names = runs[0] if len(runs) == 1 else f"{runs[0]} … {runs[-1].rpartition('_')[2]}"
+        cells = [count(point["alive"]), decimal(point["fvu"]), decimal(point["l0"], 2)]
+        cells += [percent(point["dead_fraction"]), human(point["tokens"])]
+        rows.append([strong(_label(found, point)), *cells, quiet(names)])
+    heads: Heads = [
+        _axis_names(found),
+        *numbers("alive", "FVU", "L0", "dead" if is_enough else "silent", "tokens"),
+        "runs",
+    ]
+    return Section("How well the SAEs are trained", says, [Table(heads, rows)])
 
 
-def _shared(found: Table, page: Page) -> RenderableType:
+def _shared(found: Found) -> Section:
+    title = "How much is shared"
     says = (
         "Fraction of alive latents that two seeds share, mean over pairs of seeds, by definition; cosine threshold .7."
     )
     compared = [point for point in found["points"] if point["shared"] is not None]
     if not compared:
-        return section(page, "How much comes back", says, Text("It takes two seeds of a point: give --seeds 0 1 2."))
-    names = ("both", "95 %", "chance", "strict", "decoder", "same p.", "nearest")
-    table = grid(_axis_words(found), *((name, "right") for name in names))
-    cosines = grid(
-        _axis_words(found), *((name, "right") for name in ("decoder cosine", "95 %", "encoder cosine", "95 %"))
-    )
+        return Section(title, says, [Sentence("Each point needs two seeds: give --seeds 0 1 2.")])
+    rows: Rows = []
+    cosines: Rows = []
     for point in compared:
-        shared, label = point["shared"], Text(visible(_label(found, point)), "bold")
-        table.add_row(
-            label,
-            percent(shared["both"]["value"]),
-            percent_interval(shared["both"]["interval"]),
-            Text(percent(shared["both"]["null"].get("rotated")), QUIET),
-            *(percent(shared[name]["value"]) for name in ("strict", "decoder", "lenient")),
-            percent(point["max_cosine"]["value"]),
-        )
-        told = (point["cosines"][name] for name in ("mean_decoder", "mean_encoder"))
-        cosines.add_row(label, *(cell for of in told for cell in (decimal(of["value"]), interval(of["interval"]))))
-    notes = "same p.: both matchings pick one partner, any cosine; nearest: taken or not. Intervals: over latents.\n"
-    return section(page, "How much comes back", says, table, Text(notes, QUIET), cosines)
+        shared, label = point["shared"], strong(_label(found, point))
+        both = shared["both"]
+        cells: list[Cell] = [percent(both["value"]), percent_interval(both["interval"])]
+        cells.append(quiet(percent(chance_level(both["null"]))))
+        cells += [percent(shared[name]["value"]) for name in ("strict", "decoder", "lenient")]
+        rows.append([label, *cells, percent(point["max_cosine"]["value"])])
+        means = [point["cosines"][name] for name in ("mean_decoder", "mean_encoder")]
+        cosines.append([label, *(cell for of in means for cell in (decimal(of["value"]), interval(of["interval"])))])
+    axis = _axis_names(found)
+    notes = ["lenient: both matchings pick one partner, any cosine; nearest: matched or not. Intervals: over latents."]
+    names = ("both", "95 %", "chance level", "strict", "decoder", "lenient", "nearest")
+    shares = Table([axis, *numbers(*names)], rows, notes)
+    return Section(
+        title, says, [shares, Table([axis, *numbers("decoder cosine", "95 %", "encoder cosine", "95 %")], cosines)]
+    )
 
 
-# --- chart ---------------------------------------------------------------------------------------------------------
-
-
-def _chart(found: Table, page: Page) -> RenderableType | None:
-    """The paper's figure 4 for each numeric axis: the fraction shared over the setting, on a logarithmic scale."""
+def _overlap_chart(found: Found) -> Section | None:
+    """The paper's figure 4 for the first numeric axis: the fraction shared over the setting, on a logarithmic scale."""
     numeric = [axis for axis in _leading(found) if all(isinstance(v, int | float) for v in found["axes"][axis])]
     axis = numeric[0] if numeric else None
     points = [point for point in found["points"] if point["shared"] is not None]
     if axis is None or not points:
         return None
-    body: list[RenderableType] = []
+    body: list[Block] = []
     rest = [other for other in _leading(found) if other != axis]
     for group in dict.fromkeys(_label(found, point, rest) for point in points):
-        inside = [point for point in points if _label(found, point, rest) == group]
-        body += [Text(f"\n{visible(group)}", "bold")] if group else []
-        body += list(_bars(axis, sorted(inside, key=lambda p: p["values"][axis]), page))
-    fills = ("█", "█") if page.colour else ("█", "░")
-    names = "both cosines > .7", "same partner"
-    styles = STYLE_OF_CLASS["all"], STYLE_OF_CLASS["one"]
-    body += [Text(), legend([(fill, style, name) for fill, style, name in zip(fills, styles, names, strict=True)])]
+        inside = sorted((p for p in points if _label(found, p, rest) == group), key=lambda p: p["values"][axis])
+        body += [Sentence(strong(group))] if group else []
+        body.append(Chart(lambda width, colour, of=inside: _bars(axis, of, width, colour)))  # type: ignore[misc]
+    body.append(Chart(lambda _, colour: [charts.legend(("both cosines > .7", "same partner"), colour)]))
     says = f"Fraction of alive latents shared by two seeds, by {AXES[axis].words} (logarithmic)."
-    return section(page, f"Overlap by {AXES[axis].words}", says, *body)
+    return Section(f"Overlap by {AXES[axis].words}", says, body)
 
 
-def _bars(axis: str, points: Sequence[Table], page: Page) -> Iterator[RenderableType]:
-    """A bar for each point: what both cosines share in front of what has the same partner; 0 to 1."""
-    width = page.width - 8
+def _bars(axis: str, points: Sequence[Found], width: int, has_colour: bool) -> Iterator[Text]:
+    """A bar for each point: the share with both cosines above .7, before the share with the same partner; 0 to 1."""
+    width -= 6
     bar, places = _places([math.log(point["values"][axis]) for point in points], width)
     both, same = [0.0] * width, [0.0] * width
     for place, point in zip(places, points, strict=True):
         front, back = (point["shared"][name]["value"] or 0.0 for name in ("both", "lenient"))
         for cell in range(place, place + bar):
             both[cell], same[cell] = front, max(0.0, back - front)
-    layers = blocks.Layer(both, STYLE_OF_CLASS["all"], "█"), blocks.Layer(same, STYLE_OF_CLASS["one"], "░")
-    for i, line in enumerate(blocks.stacked_columns(*layers, _HEIGHT, colour=page.colour, top=1.0)):
-        level = 1 - i / _HEIGHT
-        yield Text.assemble((f"{decimal(level, 1):>4} ┤" if i % 2 == 0 else "     │", QUIET), line)
+    layers = charts.Layer(both, STYLE_OF_CLASS["all"], "█"), charts.Layer(same, STYLE_OF_CLASS["one"], "░")
+    for i, line in enumerate(charts.stacked_columns(*layers, _HEIGHT, colour=has_colour, top=1.0)):
+        level = f"{decimal(1 - i / _HEIGHT, 1):>4} ┤" if i % 2 == 0 else "     │"
+        yield Text.assemble((level, "dim"), line)
     ticks = [
-        blocks.Tick(p + bar // 2, _written(axis, point["values"][axis]))
-        for p, point in zip(places, points, strict=True)
+        charts.Tick(place + bar // 2, _write(axis, point["values"][axis]))
+        for place, point in zip(places, points, strict=True)
     ]
-    rule, labels = blocks.axis(width, ticks)
-    yield Text.assemble(("   0 ┼", QUIET), rule)
-    yield indented(labels, 6)
+    rule, labels = charts.axis(width, ticks)
+    yield Text.assemble(("   0 ┼", "dim"), rule)
+    yield Text.assemble(" " * 6, labels)
 
 
 def _places(at: Sequence[float], width: int) -> tuple[int, list[int]]:
@@ -191,8 +172,8 @@ def _places(at: Sequence[float], width: int) -> tuple[int, list[int]]:
     if len(at) == 1:
         return _WIDEST_BAR, [(width - _WIDEST_BAR) // 2]
     low, span = min(at), max(at) - min(at)
-    for even in (False, True):
-        shares = [i / (len(at) - 1) for i in range(len(at))] if even else [(x - low) / span for x in at]
+    for is_even in (False, True):
+        shares = [i / (len(at) - 1) for i in range(len(at))] if is_even else [(x - low) / span for x in at]
         for bar in range(_WIDEST_BAR, 0, -2):
             places = [round(share * (width - bar)) for share in shares]
             if all(b - a > bar for a, b in itertools.pairwise(places)):
@@ -200,56 +181,43 @@ def _places(at: Sequence[float], width: int) -> tuple[int, list[int]]:
     return 1, [min(i, width - 1) for i in range(len(at))]
 
 
-# --- scores --------------------------------------------------------------------------------------------------------
-
-
-def _scored(found: Table, page: Page) -> RenderableType | None:
+def _scored(found: Found) -> Section | None:
     scored = [point for point in found["points"] if point["scores"] is not None]
     if not scored:
         return None
-    judges = listed(sorted({visible(str(point["scores"]["judge"])) for point in scored}))
+    judges = listed(sorted({str(point["scores"]["judge"]) for point in scored}))
     says = (
         f"Balanced accuracy of detection, and its rank correlation with the similarity to other seeds. Judge: {judges}."
     )
-    table = grid(
-        _axis_words(found), *((name, "right") for name in ("latents", "mean", "95 %", "swapped", "Spearman", "95 %"))
-    )
+    rows: Rows = []
     for point in scored:
         of, relation = point["scores"], point["scores"]["spearman"] or {}
-        table.add_row(
-            Text(visible(_label(found, point)), "bold"),
-            count(of["n_scored"]),
-            decimal(of["mean"]),
-            interval(of["interval"]),
-            Text(decimal(of["control"]), QUIET),
-            decimal(relation.get("spearman"), 2, sign=True),
-            interval(relation.get("interval"), 2, sign=True),
-        )
-    return section(page, "How well the latents can be explained", says, table)
+        spearman = [decimal(relation.get("spearman"), 2, sign=True), interval(relation.get("interval"), 2, sign=True)]
+        mean = [count(of["n_scored"]), decimal(of["mean"]), interval(of["interval"])]
+        rows.append([strong(_label(found, point)), *mean, quiet(decimal(of["control"])), *spearman])
+    heads: Heads = numbers("latents", "mean", "95 %", "swapped", "Spearman", "95 %")
+    return Section("How well the latents can be explained", says, [Table([_axis_names(found), *heads], rows)])
 
 
-# --- dry run -------------------------------------------------------------------------------------------------------
-
-
-def show_forecast(found: Table, console: Console) -> None:
-    page = Page.of(console)
+def forecast_page(found: Found) -> list[Block]:
+    """What a sweep's dry run prints: each point's tokens and training time."""
     n = len(found["points"])
-    title = Text.assemble(
-        (visible(found["sweep"]), f"bold {ACCENT}"),
-        (f"   {plural(n, 'point')} × {plural(len(found['seeds']), 'seed')} = {found['n_saes']} SAEs", "bold"),
+    title = Title(
+        found["sweep"],
+        f"{plural(n, 'point')} × {plural(len(found['seeds']), 'seed')} = {found['n_saes']} SAEs",
     )
-    table = grid("study", ("tokens", "right"), ("training", "right"))
-    for point in found["points"]:
-        table.add_row(visible(point["name"]), human(point["tokens"]), _duration(point["training_seconds"]))
-    table.add_row(Text("subject model", QUIET), human(found["stream_tokens"]), _duration(found["stream_seconds"]))
-    told = f"No estimate of time: {visible(found['no_estimate'] or '')}"
+    rows: Rows = [
+        [point["name"], human(point["tokens"]), _duration(point["training_seconds"])] for point in found["points"]
+    ]
+    rows.append([quiet("subject model"), human(found["stream_tokens"]), _duration(found["stream_seconds"])])
+    words = f"No estimate of time: {found['no_estimate'] or ''}"
     if found["no_estimate"] is None:
         steps, seconds = plural(found["probe_steps"], "timed step"), _duration(found["training_seconds"])
-        told = (
-            f"By {steps} of each: {seconds} of training in all, without the revival of dead latents, harvest, "
+        words = (
+            f"From {steps} of each: {seconds} of training in all, without the revival of dead latents, harvest, "
             "alignment and scores."
         )
-    emit(Group(title, Text(), table, Text(f"\n{told}")), console, page.width)
+    return [title, Table(["study", *numbers("tokens", "training")], rows), Sentence(words)]
 
 
 def _duration(seconds: float | None) -> str:

@@ -231,7 +231,7 @@ def test_characters_that_act_are_shown_as_in_the_terminal(watched: Opened, finis
 
 
 def test_numbers_are_written_as_in_the_terminal(watched: Opened, finished: Path) -> None:
-    from autointerp.report.layout import percent
+    from autointerp.report.numbers import percent
     from sae.common.amounts import decimal
 
     page = watched(finished).open()

@@ -177,7 +177,7 @@ def test_it_fits_80_columns_and_loses_nothing_without_colour(done: tuple[Path, R
     assert "\x1b" not in shown
     for words in (
         "The paper's findings",
-        "How much comes back",
+        "How much is shared",
         "Overlap by width",
         "same partner",
         "ngram",

@@ -27,12 +27,10 @@ from tiny_study import write_texts
 
 from autointerp.findings.evidence import Study, View
 from autointerp.findings.study import findings_of
-from autointerp.report.html import prose
 from autointerp.report.html.columns import columns_of
 from autointerp.report.html.figures import figures_of
 from autointerp.report.html.page import CHAPTERS
-from autointerp.report.layout import Section
-from autointerp.report.terminal import parts_of_report
+from autointerp.report.report import sections
 from sae.alignment.overlap import DEFINITIONS
 from sae.alignment.relation import RELATIONS
 from sae.common.files import read_json
@@ -276,8 +274,8 @@ def found(read: Read) -> dict[str, Any]:
 
 def test_reading_the_report_has_the_sections_of_the_report_in_their_order(found: dict[str, Any]) -> None:
     """What failed is there only where something did."""
-    sections = [part(found, prose.WIDE) for part in parts_of_report().values()]
-    titles = [section.title.replace(found["focus"], "RUN") for section in sections if isinstance(section, Section)]
+    parts = [build(found) for build in sections().values()]
+    titles = [part.title.replace(found["focus"], "RUN") for part in parts if part is not None]
     page = [h for h in PAGES["docs/reading-the-report.md"].sections() if h not in ("The head", "What failed")]
     assert page[: len(titles)] == titles
     assert page[len(titles) :] == ["One latent", "The HTML page"]

@@ -6,7 +6,8 @@ measured here. ``None`` is what could not be measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pandas as pd
 
 from autointerp.findings.evidence import Study, Told
 from autointerp.findings.pairs import scored_alike
-from autointerp.report.html.sweeps import sweeps_at
+from autointerp.findings.sweep_table import sweeps_of
 from autointerp.scoring.setups import status_kind
 from sae.alignment.latent_table import CLASSES
 
@@ -30,7 +31,7 @@ def columns_of(study: Study, told: Told) -> dict[str, Any]:
     ``latents``: columns [M]; ``shared_class`` and ``status`` index ``classes`` (-1: none, the latent is dead or nothing
     is aligned) and ``statuses``. ``against``: per aligned sibling, columns [M]. ``scored``: columns [N].
     ``partners``: per sibling that was scored alike, one row for each pair of scores. ``explanations``: latent → text.
-    ``sweeps``: see :func:`autointerp.report.html.sweeps.sweeps_at`.
+    ``sweeps``: see :func:`_sweeps`.
     """
     table = study.focus_latents()
     rows = study.score_rows()
@@ -58,7 +59,7 @@ def columns_of(study: Study, told: Told) -> dict[str, Any]:
         "scored": _scored(own, swapped),
         "partners": _partner_scores(study, own),
         "explanations": {str(latent): text for latent, text in sorted(told.explanations(own).items())},
-        "sweeps": sweeps_at(study.root, study.focus.record.get("subject", {})),
+        "sweeps": _sweeps(study.root, study.focus.record.get("subject", {})),
     }
 
 
@@ -156,3 +157,26 @@ def _rounded(
     if significant is not None:
         return [None if not np.isfinite(x) else float(f"{x:.{significant}g}") for x in numbers]
     return [None if not np.isfinite(x) else round(x, 4) for x in numbers]
+
+
+def _sweeps(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sweeps of the subject model under ``root``, by name, for figure 4 of the paper.
+
+    Per sweep: ``name``, ``axis`` (the first that was swept) and ``points``: ``at`` on the axis, ``name``, and for the
+    definitions ``both`` and ``lenient`` the fraction shared, its ``interval`` and the chance level.
+    """
+    found = []
+    for table in sorted(sweeps_of(root, subject), key=lambda table: str(table["sweep"])):
+        axis = next(iter(table["axes"]))
+        points = [_point(point, axis) for point in table["points"] if point["shared"] is not None]
+        if points:
+            found.append({"name": str(table["sweep"]), "axis": axis, "points": points})
+    return found
+
+
+def _point(point: dict[str, Any], axis: str) -> dict[str, Any]:
+    shared = {}
+    for name in ("both", "lenient"):
+        of = point["shared"][name]
+        shared[name] = {"value": of["value"], "interval": of["interval"], "chance": of["null"].get("rotated")}
+    return {"name": point["name"], "at": point["values"][axis], **shared}

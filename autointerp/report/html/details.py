@@ -7,17 +7,18 @@ how many it has, and how to see the rest.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
 from autointerp.findings.evidence import Study
 from autointerp.findings.latent import LatentReader, as_json
 from autointerp.journal.journal import Journal
-from autointerp.report.html.embedded import json_in_script
 from autointerp.scoring.setups import verdict_filters
 from sae.common.errors import UserError
 from sae.common.progress import track
@@ -191,3 +192,12 @@ def _shortened(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _shortened(inner) for key, inner in value.items()}
     return [_shortened(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def json_in_script(value: Any) -> Markup:
+    """Return ``value`` as JSON that nothing between ``<script type="application/json">`` and its end can break.
+
+    The text is ASCII, without the characters that could begin markup. Raises ValueError for NaN and infinities.
+    """
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup(text.translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&"}))

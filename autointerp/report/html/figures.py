@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autointerp.report.layout import get, listed, percent, plural
+from autointerp.report.numbers import get, listed, percent, plural
 from sae.common.amounts import decimal, estimate
 
 Findings = Mapping[str, Any]

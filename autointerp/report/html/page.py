@@ -1,11 +1,14 @@
-"""The report as one HTML file that opens without a network: words and tables as in the terminal, figures, every latent.
+"""The report as one HTML file that opens without a network: summary, tables, figures, every latent.
 
-The words come from :mod:`autointerp.report` (taken apart by ``prose``), the numbers of the figures from the findings
-and from ``columns``. The template escapes whatever it is given; scripts and style sheets are files beside this one.
+The words and tables are the blocks that the terminal shows too, the numbers of the figures are those of the findings
+and of the columns, and ``page.html`` arranges both. Scripts and Plotly are in the file itself, and its content security
+policy lets nothing else run and nothing be fetched.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -17,37 +20,33 @@ import jinja2
 from markupsafe import Markup
 
 from autointerp.findings.evidence import Study
-from autointerp.report import dictionaries, terminal
-from autointerp.report.html import prose
+from autointerp.report import report
+from autointerp.report.blocks import Block, Chart, Column, Context, Section, Span, Table, Words, spans
 from autointerp.report.html.columns import columns_of
-from autointerp.report.html.details import BUDGET, Details, details_of
-from autointerp.report.html.embedded import json_in_script, policy, script
+from autointerp.report.html.details import BUDGET, Details, details_of, json_in_script
 from autointerp.report.html.figures import Figure, figures_of
-from autointerp.report.layout import Section
+from autointerp.report.visible import visible
 from sae.common.amounts import decimal, interval
 
 SCRIPTS = ("base.js", "plots.js", "scatter.js", "figures.js", "scored.js", "table.js", "detail.js", "main.js")
-#: The chapters of the page, each with its parts of the terminal's report, in order.
+#: The chapters of the page, each with its sections of the report, in order.
 CHAPTERS = {
-    "overlap": ("What comes back", ("overlap", "similarity", "membership", "counterparts")),
+    "overlap": ("What is shared", ("overlap", "similarity", "membership", "counterparts")),
     "frequency": ("How often latents fire", ("frequency", "training")),
-    "scores": ("What can be explained", ("scores", "controls", "counted", "failures")),
-    "relation": ("How the two go together", ("relation", "interesting")),
+    "scores": ("What can be explained", ("scores", "counted", "failures")),
+    "relation": ("How scores relate to sharing", ("relation", "interesting")),
 }
-_METHODS = "methods"
-_ELSEWHERE = (_METHODS, "findings")  # parts that have a place of their own on the page
-#: In place of what the terminal says of a chart that a page does not have.
-_SAYS = {"frequency": "How often latents fire (‰: firings per thousand tokens), by whether other seeds have them."}
+_CLASSES = {name: f"in-{name}" for name in ("one", "some", "all")}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the terminal's report with its figures."""
+    """A section of the report with its figures."""
 
     name: str
     title: str
     says: str
-    blocks: list[prose.Block]
+    blocks: list[Block]
     figures: list[Figure]
 
 
@@ -61,7 +60,7 @@ class Rendered:
 
 
 def render(found: Mapping[str, Any], study: Study, budget: int = BUDGET) -> Rendered:
-    """The page of ``found``, the findings of ``study``. The same input gives the same bytes.
+    """Return the page of ``found``, the findings of ``study``. The same input gives the same bytes.
 
     Args:
         budget: bytes of details of latents; see :mod:`autointerp.report.html.details`.
@@ -76,23 +75,25 @@ def render(found: Mapping[str, Any], study: Study, budget: int = BUDGET) -> Rend
 def _html(found: Mapping[str, Any], study: Study, columns: Mapping[str, Any], details: Details) -> str:
     from plotly.offline import get_plotlyjs
 
-    figures = figures_of(found, columns)
-    parts = _parts(found, figures)
-    scripts = [_between_tags(_file(name)) for name in SCRIPTS]
-    plotly = _between_tags(get_plotlyjs())
+    parts = _parts(found, figures_of(found, columns))
+    scripts = [_script(read_file(name)) for name in SCRIPTS]
+    plotly = _script(get_plotlyjs())
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(_FILTERS)
-    return environment.from_string(_file("page.html")).render(
+    return environment.from_string(read_file("page.html")).render(
         found=found,
-        policy=policy([*scripts, plotly]),
-        style=Markup(_file("page.css")),
-        scripts=[script(source) for source in scripts],
-        plotly=script(plotly),
-        head=_head(found, study),
-        short=terminal.in_short(found),
+        policy=_policy([*scripts, plotly]),
+        style=Markup(read_file("page.css")),
+        scripts=[*scripts, plotly],
+        answers=report.answer(found),
+        about={**report.describe_study(found), "as of": _as_of(study)},
+        problems=report.problems(found),
+        commands=report.next_commands(found),
         findings=found.get("findings") or [],
-        chapters=_chapters(parts),
-        methods=parts.get(_METHODS),
+        chapters=[
+            (key, title, [parts[name] for name in names if name in parts]) for key, (title, names) in CHAPTERS.items()
+        ],
+        methods=parts["methods"],
         json_of={
             "findings": json_in_script(found),
             "columns": json_in_script(columns),
@@ -108,70 +109,119 @@ def _html(found: Mapping[str, Any], study: Study, columns: Mapping[str, Any], de
 
 
 def _parts(found: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, Part]:
-    """What the terminal's report says, part by part; a part without anything to say is left out."""
+    """The sections of the report that have something to say, each without the charts of a terminal."""
     parts = {}
-    for name, build in terminal.parts_of_report().items():
-        section = build(found, prose.WIDE)
+    for name, build in report.sections().items():
+        section = build(found)
         if isinstance(section, Section):
+            blocks = [block for block in (*section.body, *section.details) if not isinstance(block, Chart)]
             of_part = [figure for figure in figures if figure.part == name]
-            words = [] if name == "interesting" and found["interesting"] else list(prose.blocks(section))
-            parts[name] = Part(name, section.title, _SAYS.get(name, section.says), words, of_part)
+            parts[name] = Part(name, section.title, section.says, [b for b in blocks if not _is_charts(b)], of_part)
     return parts
 
 
-def _chapters(parts: Mapping[str, Part]) -> list[tuple[str, str, list[Part]]]:
-    """(id, title, parts) for each chapter that has any; parts that no chapter names stand in the last."""
-    named = {name for _, (_, names) in CHAPTERS.items() for name in names}
-    rest = [name for name in parts if name not in (*named, *_ELSEWHERE)]
-    chapters = []
-    for i, (key, (title, names)) in enumerate(CHAPTERS.items()):
-        wanted = [*names, *(rest if i == len(CHAPTERS) - 1 else [])]
-        if held := [parts[name] for name in wanted if name in parts]:
-            chapters.append((key, title, held))
-    return chapters
-
-
-def _head(found: Mapping[str, Any], study: Study) -> dict[str, Any]:
-    told = study.journal()
+def _as_of(study: Study) -> str:
+    explained = study.journal().table
     created = [str(run.record["created"]) for run in study.runs if run.record.get("created")]
-    if len(told.table):
-        created.append(str(told.table["created"].max()))
-    return {**terminal.head_in_words(found), "as of": max(created)[:10] if created else "–"}
+    if len(explained):
+        created.append(str(explained["created"].max()))
+    return max(created)[:10] if created else "–"
 
 
-def _finding_value(row: Mapping[str, Any]) -> str:
-    return decimal(row["value"], sign=row.get("unit") == "signed")
+# --- blocks as HTML -----------------------------------------------------------------------------------------------
 
 
-def _finding_interval(row: Mapping[str, Any]) -> str:
-    return interval([row["low"], row["high"]], sign=row.get("unit") == "signed")
+def _is_charts(block: Block) -> bool:
+    """Whether most columns of a table are charts: without them the rest says nothing."""
+    if not isinstance(block, Table):
+        return False
+    columns = kept_columns(block)
+    return 2 * len(columns) <= len(block.columns) and len(columns) < len(block.columns)
+
+
+def kept_columns(table: Table) -> list[tuple[int, Column]]:
+    """The columns of a table that are not charts, each with its place."""
+    columns = [Column(column) if isinstance(column, str) else column for column in table.columns]
+    return [(i, column) for i, column in enumerate(columns) if column.kind not in ("chart", "key")]
+
+
+def _rows(table: Table) -> list[list[Words]]:
+    """The cells of the columns that are kept, without rows that hold charts only."""
+    rows = [[row[i] for i, _ in kept_columns(table)] for row in table.rows]
+    return [
+        [cell for cell in row if not isinstance(cell, Chart)]
+        for row in rows
+        if any(not isinstance(cell, Chart) and any(span.text.strip() for span in spans(cell)) for cell in row)
+    ]
+
+
+def _marks(context: Context) -> list[Span]:
+    """The tokens of a context; the style is the shade of the page's style sheet, by activation."""
+    peak = max(context.activations, default=0.0)
+    shades = ((0.75, "s3"), (0.5, "s2"), (0.3, "s1"), (1e-12, "s0"))
+    strengths = [activation / peak if peak > 0 else 0.0 for activation in context.activations]
+    return [
+        Span(token, next((shade for least, shade in shades if strength >= least), ""))
+        for token, strength in zip(context.tokens, strengths, strict=True)
+    ]
+
+
+def _css(style: str) -> str:
+    return " ".join(_CLASSES.get(word, word) for word in style.split())
+
+
+def show_text(text: object) -> str:
+    """Return text for the page: nothing hidden in it, and a number never parted from its per cent."""
+    return re.sub(r"(?<=\d) (?=[%‰])", "\u00a0", visible(str(text)))
+
+
+def _groupwise(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
+    """Blocks of one kind that follow each other, together: small tables stand side by side."""
+    return [(kind, list(run)) for kind, run in itertools.groupby(blocks, lambda block: type(block).__name__)]
 
 
 def _verdict_class(row: Mapping[str, Any]) -> str:
     return str(row["verdict"]).split()[0] if str(row["verdict"]).startswith(("agrees", "disagrees")) else "undecided"
 
 
-def _groupwise(them: Sequence[prose.Block]) -> list[tuple[str, list[prose.Block]]]:
-    """Blocks of one kind that follow each other, together: small tables stand side by side."""
-    return [(kind, list(run)) for kind, run in itertools.groupby(them, lambda block: block.kind)]
-
-
 _FILTERS = {
-    "shown": prose.shown,
+    "shown": show_text,
+    "spans": spans,
+    "css": _css,
+    "kept_columns": kept_columns,
+    "rows": _rows,
+    "marks": _marks,
     "groupwise": _groupwise,
-    "decimal": decimal,
-    "interval": interval,
-    "rate": dictionaries.rate,
-    "finding_value": _finding_value,
-    "finding_interval": _finding_interval,
+    "finding_value": lambda row: decimal(row["value"], sign=row.get("unit") == "signed"),
+    "finding_interval": lambda row: interval([row["low"], row["high"]], sign=row.get("unit") == "signed"),
     "verdict_class": _verdict_class,
 }
 
 
-def _file(name: str) -> str:
+# --- scripts ------------------------------------------------------------------------------------------------------
+
+
+def read_file(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _between_tags(source: str) -> str:
-    """As it stands in the page, line ends included: the policy's hash is of exactly this."""
-    return re.sub(r"\r\n?", "\n", source)
+def _script(source: str) -> Markup:
+    """A script as it is between its tags, line ends included: the policy's hash is of exactly this.
+
+    Raises ValueError for a script that would end itself.
+    """
+    if "</script" in source.lower() or "<!--" in source:
+        raise ValueError("a script that is put into a page must hold neither </script nor <!--")
+    return Markup(re.sub(r"\r\n?", "\n", source))
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """A content security policy: only these scripts run, and nothing is fetched from anywhere.
+
+    Plotly writes style sheets and styles of its own, and makes its pictures as data and blob URLs.
+    """
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )

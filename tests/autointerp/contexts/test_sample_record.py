@@ -17,7 +17,7 @@ from autointerp.contexts.sample_record import Draw, load_sample, map_to_partners
 from autointerp.contexts.sampling import draw_sample, make_strata
 from autointerp.contexts.selection import Choice, draw_latents
 from autointerp.findings.study import findings
-from autointerp.report.terminal import render
+from autointerp.report.rendering import render_report
 from sae.alignment.alignment import read_alignment
 from sae.alignment.latent_table import latent_table
 from sae.common.files import read_table, table_metadata
@@ -253,7 +253,7 @@ def test_partners_are_drawn_where_their_latents_are(runs: list[Run]) -> None:
 def test_the_report_says_what_the_figures_stand_for(runs: list[Run]) -> None:
     def text() -> str:
         out = io.StringIO()
-        render(findings(runs[0].root, NAMES), Console(file=out, width=100))
+        render_report(findings(runs[0].root, NAMES), Console(file=out, width=100), is_full=True)
         return " ".join(out.getvalue().split())
 
     sampled(runs, 60, more=eligible_of(runs[0])[:9])
@@ -264,7 +264,7 @@ def test_the_report_says_what_the_figures_stand_for(runs: list[Run]) -> None:
     )
     assert "outside the sample" in said
     runs[0].stage_path("sample").unlink()
-    assert "of which no draw is on record" in text()
+    assert "not drawn as a recorded sample" in text()
     sampled(runs, None)
     assert f"{eligible} latents: all {eligible} eligible" in text()
     runs[0].stage_path("sample").unlink()

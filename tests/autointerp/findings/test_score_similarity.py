@@ -26,7 +26,7 @@ from autointerp.findings.relation import Part
 from autointerp.findings.statistics.resampling import Resamples
 from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal, Verdict
-from autointerp.report.terminal import render
+from autointerp.report.rendering import render_report
 from sae.alignment.alignment import read_alignment
 from sae.alignment.bootstrap import partner_units
 from sae.common.amounts import decimal, estimate, interval
@@ -362,7 +362,7 @@ def test_the_report_shows_what_was_found(three: Path) -> None:
     for of in (tree, tree["pooled"]):
         value = of["corrected"]
         shown = f"{decimal(value['value'], 2, sign=True)} {interval(value['interval'], 2, sign=True)} {of['n']}"
-        assert f"without the score's noise {shown}" in page
+        assert f"corrected for noise {shown}" in page
     assert "3 runs together" in page
     assert f"{tree['pooled']['n']} latents are {tree['pooled']['n_units']} with their partners" in page
     matched = tree["shared_and_unshared"]["matched"]
@@ -383,5 +383,5 @@ def test_the_report_shows_what_was_found(three: Path) -> None:
 def plain(found: dict[str, Any]) -> str:
     console = Console(file=io.StringIO(), width=110, color_system=None)
     with console.capture() as captured:
-        render(found, console)
+        render_report(found, console, is_full=True)
     return captured.get()

@@ -28,7 +28,7 @@ def runs(tmp_path: Path) -> list[Run]:
 
 def shown(found: dict) -> str:
     out = io.StringIO()
-    render_report(found, Console(file=out, width=110, color_system=None, highlight=False))
+    render_report(found, Console(file=out, width=110, color_system=None, highlight=False), is_full=True)
     return out.getvalue()
 
 

@@ -13,14 +13,14 @@ import small_study
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from rich.console import Console, Group
+from rich.console import Console
 
 from autointerp.findings import returning as seeds
 from autointerp.findings.study import findings
-from autointerp.report import blocks
-from autointerp.report.curves import training_curves
-from autointerp.report.layout import Page
-from autointerp.report.terminal import emit, render
+from autointerp.report import charts
+from autointerp.report.dictionaries import training_curves
+from autointerp.report.rendering import render_report
+from autointerp.report.terminal import show
 from sae.common.files import read_table, write_table
 
 NAMES = ("loss", "FVU", "L0", "dead", "learning rate")
@@ -29,8 +29,7 @@ NAMES = ("loss", "FVU", "L0", "dead", "learning rate")
 def printed(curves: dict[str, Any], width: int, encoding: str = "utf-8") -> list[str]:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=stream, width=width, color_system=None, force_terminal=False)
-    page = Page.of(console)
-    emit(Group(*training_curves(curves, page)), console, page.width)
+    show(list(training_curves(curves)), console)
     stream.flush()
     return stream.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
 
@@ -59,7 +58,7 @@ def test_the_findings_hold_the_log_of_every_seed(tmp_path: Path) -> None:
     assert in_json["run_b"]["dead_fraction"][:2] == [None, 0.25]
 
 
-@pytest.mark.parametrize("width", [40, 80, 100, 120])
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 27])
 def test_every_seed_has_every_curve_within_the_page(n: int, width: int) -> None:
     curves = {f"a-rather-long-study-name_{i}": curve(loss=[9.0, 1.0 + i]) for i in range(n)}
@@ -70,7 +69,7 @@ def test_every_seed_has_every_curve_within_the_page(n: int, width: int) -> None:
     for name in NAMES:
         rows = [line for line in lines if line.startswith(name)]
         assert len(rows) == tables
-        assert sum(len(set(block) & set(blocks.HEIGHTS[1:])) > 0 for row in rows for block in row.split("  ")) == n
+        assert sum(len(set(block) & set(charts.HEIGHTS[1:])) > 0 for row in rows for block in row.split("  ")) == n
     assert sum("…" in line or "name_" in line for line in lines if "scale" in line) == tables
 
 
@@ -93,7 +92,8 @@ def test_the_whole_report_has_them_also_where_there_is_no_unicode(tmp_path: Path
     found = findings(tmp_path, [run.name for run in runs])
     for encoding in ("utf-8", "ascii"):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-        render(found, Console(file=stream, width=80, color_system=None, force_terminal=False))
+        console = Console(file=stream, width=80, color_system=None, force_terminal=False)
+        render_report(found, console, is_full=True)
         stream.flush()
         text = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
         assert "learning rate" in text
@@ -109,6 +109,6 @@ def test_the_whole_report_has_them_also_where_there_is_no_unicode(tmp_path: Path
 def test_a_sparkline_on_any_scale_never_fails(
     values: list[float], width: int, log: bool, span: tuple[float, float]
 ) -> None:
-    line = blocks.sparkline(values, width, log=log, span=span).plain
+    line = charts.sparkline(values, width, log=log, span=span).plain
     assert len(line) <= width
-    assert set(line) <= set(blocks.HEIGHTS)
+    assert set(line) <= set(charts.HEIGHTS)

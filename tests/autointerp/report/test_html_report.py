@@ -19,21 +19,15 @@ import small_study
 from html_pages import HOSTILE, Parsed
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Group
-from rich.padding import Padding
-from rich.progress_bar import ProgressBar
 from rich.text import Text
 from tiny_study import cli
 
 from autointerp.findings.study import findings
-from autointerp.report import terminal
-from autointerp.report.blocks import Drawn
-from autointerp.report.html import prose
-from autointerp.report.html.details import OTHERS, order
-from autointerp.report.html.embedded import json_in_script, script
+from autointerp.report import report
+from autointerp.report.blocks import Chart, Column, Facts, Section, Table, spans
+from autointerp.report.html.details import OTHERS, json_in_script, order
 from autointerp.report.html.figures import figures_of
-from autointerp.report.html.page import CHAPTERS, SCRIPTS
-from autointerp.report.layout import Section, command_line, grid
+from autointerp.report.html.page import CHAPTERS, SCRIPTS, _is_charts, _script, kept_columns, show_text
 from autointerp.report.visible import visible
 from sae.study.run import Run
 
@@ -79,34 +73,40 @@ def ours(html: str) -> str:
 
 def test_every_chapter_and_every_part_of_the_terminals_report_is_there(page: Parsed) -> None:
     assert {"summary", "latents", "methods", "browser", *CHAPTERS} <= page.ids
-    parts = {
-        name for name in terminal.parts_of_report() if name not in ("findings", "methods", "failures", "counterparts")
-    }
+    parts = {name for name in report.sections() if name not in ("findings", "methods", "failures", "counterparts")}
     assert {f"part-{name}" for name in parts} <= page.ids
 
 
 def test_the_sentences_of_the_head_are_those_of_the_terminal(root: Path, page: Parsed) -> None:
     found = findings(root, NAMES)
-    for sentence in terminal.in_short(found):
-        assert " ".join(prose.shown(sentence).split()) in page.text
-    for words in terminal.head_in_words(found).values():
+    for _, sentence in report.answer(found):
+        assert " ".join(show_text(sentence).split()) in page.text
+    for words in report.describe_study(found).values():
         assert words in page.text
 
 
 @pytest.mark.parametrize("name", ["overlap", "similarity", "membership", "scores", "counted", "relation", "methods"])
 def test_every_number_of_the_terminals_tables_is_on_the_page(root: Path, page: Parsed, name: str) -> None:
-    section = terminal.parts_of_report()[name](findings(root, NAMES), prose.WIDE)
+    section = report.sections()[name](findings(root, NAMES))
     assert isinstance(section, Section)
     assert section.title in page.text
     cells = [
-        cell.plain
-        for block in prose.blocks(section)
-        if isinstance(block, prose.Grid)
-        for row in (block.head, *block.rows)
+        "".join(span.text for span in spans(cell))
+        for block in (*section.body, *section.details)
+        if isinstance(block, Table)
+        for row in block.rows
         for cell in row
+        if not isinstance(cell, Chart)
+    ]
+    cells += [
+        span.text
+        for block in section.body
+        if isinstance(block, Facts)
+        for _, words in block.facts
+        for span in spans(words)
     ]
     assert len(cells) > 8
-    assert all(" ".join(cell.split()) in page.text for cell in cells)
+    assert all(" ".join(show_text(cell).split()) in page.text for cell in cells)
 
 
 def test_figures_are_drawn_by_the_page_and_told_in_words(page: Parsed) -> None:
@@ -277,7 +277,7 @@ def test_json_refuses_what_json_does_not_have() -> None:
 @pytest.mark.parametrize("source", ["a </script> b", "a </SCRIPT", "<!-- x"])
 def test_a_script_that_would_end_itself_is_refused(source: str) -> None:
     with pytest.raises(ValueError, match="must hold neither"):
-        script(source)
+        _script(source)
 
 
 def test_our_scripts_make_no_html_out_of_data() -> None:
@@ -328,39 +328,20 @@ def test_who_was_asked_for_comes_before_a_sample_of_the_others(status: list[int]
     assert all(alive[latent] for latent in others)
 
 
-# --- taking the terminal's report apart ---------------------------------------------------------------------------
+# --- blocks as HTML -----------------------------------------------------------------------------------------------
 
 
-def test_charts_are_left_out_and_words_are_kept() -> None:
-    table = grid("name", ("n", "right"), "chart")
-    table.add_row(Text("a", "bold #e69f00"), "1", Drawn("███"))
-    table.add_row(Text.assemble("b", ("!", "dim")), "2", Drawn("█"))
-    body = Group(table, Drawn("▁▂▃"), Padding(Text("one\ntwo")), command_line("python cli.py align"), Text())
-    blocks = list(prose.blocks(Section("t", "s", (body,), 80)))
-    grid_, one, two, command = blocks
-    assert isinstance(grid_, prose.Grid)
-    assert [cell.plain for cell in grid_.head] == ["name", "n"]
-    assert grid_.right == (False, True)
-    assert grid_.rows[0][0].pieces == (prose.Piece("a", "strong in-one"),)
-    assert grid_.rows[1][0].pieces == (prose.Piece("b"), prose.Piece("!", "quiet"))
-    assert [one, two] == [prose.Words((prose.Piece("one"),)), prose.Words((prose.Piece("two"),))]
-    assert command == prose.CommandWords("python cli.py align")
-
-
-def test_a_table_of_charts_is_left_out_whole() -> None:
-    table = grid("", "a", "b")
-    table.add_row("loss", Drawn("▁"), Drawn("▂"))
-    assert list(prose.blocks(table)) == []
-
-
-def test_what_no_part_is_made_of_is_an_error() -> None:
-    with pytest.raises(TypeError, match="ProgressBar"):
-        list(prose.blocks(ProgressBar()))
+def test_columns_and_tables_of_charts_are_left_out() -> None:
+    chart = Chart(lambda _width, _colour: [Text("▁")])
+    mixed = Table(["name", Column("n", "number"), Column("", "chart")], [["a", "1", chart]])
+    assert [column.name for _, column in kept_columns(mixed)] == ["name", "n"]
+    assert not _is_charts(mixed)
+    assert _is_charts(Table(["", Column("a", "chart"), Column("b", "chart")], [["loss", chart, chart]]))
 
 
 @given(st.text())
 def test_text_for_the_page_hides_nothing(text: str) -> None:
-    shown = prose.shown(text)
+    shown = show_text(text)
     assert {unicodedata.category(c) for c in shown} & HIDDEN == set()
     assert shown.replace("\u00a0", " ") == visible(text).replace("\u00a0", " ")
 
@@ -394,7 +375,7 @@ def test_without_its_corpus_a_study_still_has_a_page(untouched_copy: Path) -> No
     (untouched_copy / "corpora").rename(untouched_copy / "gone")
     cli("report", "--html", "--root", untouched_copy).well()
     page = Parsed.of((untouched_copy / "reports" / "run_a.html").read_text(encoding="utf-8"))
-    assert "Contexts are not at hand" in page.text
+    assert "Contexts are not available" in page.text
 
 
 @pytest.fixture
@@ -413,4 +394,4 @@ def read(name: str) -> str:
 
 def test_every_figure_names_a_part_that_exists(root: Path, page: Parsed) -> None:
     figures = figures_of(findings(root, NAMES), page.data("columns"))
-    assert {figure.part for figure in figures} <= set(terminal.parts_of_report())
+    assert {figure.part for figure in figures} <= set(report.sections())

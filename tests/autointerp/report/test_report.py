@@ -22,8 +22,9 @@ from autointerp.findings.latent import latent_findings
 from autointerp.findings.returning import alignment_findings
 from autointerp.findings.study import findings
 from autointerp.report import rendering as report
-from autointerp.report.layout import percent
-from autointerp.report.terminal import head_in_words, in_short, render, setups_in_words
+from autointerp.report.numbers import percent
+from autointerp.report.report import answer, describe_setups, describe_study, summary
+from autointerp.report.terminal import show
 from sae.alignment.nulls import FIRING_COLUMNS
 from sae.alignment.overlap import DEFINITIONS, overlap
 from sae.common.amounts import decimal
@@ -39,7 +40,7 @@ NAMES = ["run_a", "run_b", "run_c"]
 
 def drawn(found: dict[str, Any], width: int = 80, colour: Any = None) -> str:
     target = console(width, colour)
-    render(found, target)
+    report.render_report(found, target, is_full=True)
     return text_of(target)
 
 
@@ -69,12 +70,8 @@ def test_no_line_is_longer_than_the_page(found: dict[str, Any], width: int, colo
 
 
 @pytest.mark.parametrize("width", [80, 99, 100, 120])
-def test_what_is_above_the_control_has_a_heading_that_says_so(found: dict[str, Any], width: int) -> None:
-    page = drawn(found, width)
-    heads = [line for line in page.splitlines() if "own −" in line and "own − this" not in line and "…" not in line]
-    assert len(heads) == 2  # of the classes, of the quarters of similarity
-    assert all(("own − swapped" in line) == (width >= 100) for line in heads)
-    assert not re.search(r" above\b *($|  )", page, re.MULTILINE)
+def test_difference_from_the_control_has_its_own_heading(found: dict[str, Any], width: int) -> None:
+    assert drawn(found, width).count("own minus swapped") == 2  # of the classes, of the quarters of similarity
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -87,21 +84,44 @@ def findings_without_contexts(found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "interesting": [{**entry, "contexts": []} for entry in found["interesting"]]}
 
 
+@pytest.mark.parametrize("width", [80, 100])
+def test_brief_report_answers_first(found: dict[str, Any], width: int) -> None:
+    target = console(width)
+    report.render_report(found, target)
+    page = text_of(target)
+    assert len(page.splitlines()) <= 120
+    opening = page[: page.index("How much is shared when")]
+    for words in ("Sharing: ", "another latent's explanation", "Interpretability: ", "Relation: ", "Next:"):
+        assert words in " ".join(opening.split())
+    assert "--full" in page
+    whole = drawn(found, width)
+    for section in ("Who was scored", "How similar partners are", "Methods"):
+        assert section not in page
+        assert section in whole
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_summary_has_at_most_25_lines(found: dict[str, Any], width: int) -> None:
+    target = console(width)
+    show(summary(found), target)
+    assert len(text_of(target).splitlines()) <= 25
+
+
 def test_sections_come_in_a_natural_order(found: dict[str, Any]) -> None:
     page = drawn(found)
     titles = [
-        "How much comes back when only the seed changes",
-        "How alike the paired latents are",
-        "Where the latents of run_a are found",
-        "Do the frequent ones come back?",
+        "How much is shared when only the seed changes",
+        "How similar partners are",
+        "Which SAEs share the latents of run_a",
+        "How often shared and unshared latents fire",
         "How well the SAEs are trained",
         "How well the latents can be explained",
         "Who was scored",
-        "Do latents that come back explain better?",
-        "Found in no other seed, yet easy to explain",
+        "How scores relate to similarity",
+        "Unshared latents that are easy to explain",
         "Methods",
     ]
-    places = [page.index(title) for title in titles]
+    places = [page.index(f"{title} ─") for title in titles]
     assert places == sorted(places)
     assert "What failed" not in page
 
@@ -154,7 +174,7 @@ def some_counterparts(several: bool) -> dict[str, Any]:
 def test_nulls_fit_the_page(beside_chance: dict[str, Any], width: int) -> None:
     page = drawn(findings_without_contexts(beside_chance), width)
     assert all(cell_len(line) <= width for line in page.splitlines())
-    assert width < 80 or "…" not in page.replace("there it …", "")
+    assert width < 80 or "…" not in page.replace("firing with the …", "")
 
 
 def test_of_two_equal_means_one_is_shown(beside_chance: dict[str, Any]) -> None:
@@ -162,8 +182,8 @@ def test_of_two_equal_means_one_is_shown(beside_chance: dict[str, Any]) -> None:
     for name, value in (("shared", 0.613), ("unshared", 0.287)):
         found["counterparts"]["of_decoder_partner"][name] |= {"p_there": value, "p_here": value}
     page = drawn(found)
-    assert "P(there | here)" in page
-    assert "P(here | there)" not in page
+    assert "P(other | this)" in page
+    assert "P(this | other)" not in page
     (row,) = (line for line in page.splitlines() if "decoder's partner, shared" in line)
     assert row.count(".61") == 1
 
@@ -211,7 +231,7 @@ def test_chance_stands_beside_every_figure_of_what_is_shared(beside_chance: dict
     page = " ".join(drawn(found, width).split())
     assert [word for word in marked if word not in page] == []
     assert not several or ".0123" in page
-    assert f"by chance {overlap_['strict']['null']['rotated']:.1%}".replace("%", " %") in page  # in the first lines
+    assert f"chance level {overlap_['strict']['null']['rotated']:.1%}".replace("%", " %") in page  # in the first lines
     assert "Compared over 2M tokens" in page
     assert "greater by at most .0123" in page
 
@@ -246,10 +266,10 @@ def test_hostile_text_is_shown_and_not_obeyed(found: dict[str, Any]) -> None:
 
 def test_an_ascii_terminal_gets_ascii(found: dict[str, Any]) -> None:
     target = console(80, encoding="ascii")
-    render(found, target)
+    report.render_report(found, target, is_full=True)
     page = text_of(target)
     assert page.isascii()
-    assert "How much comes back" in page
+    assert "How much is shared" in page
     assert max(map(len, page.splitlines())) <= 80
 
 
@@ -300,9 +320,9 @@ def test_a_short_harvest_calls_no_latent_dead(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("whole", "partial", "words"),
     [
-        ([0.1, 0.3], [0.05, 0.3], "Latents that are alike in other seeds explain better"),
-        ([-0.3, -0.1], [-0.3, -0.1], "Latents that are alike in other seeds explain worse"),
-        ([-0.1, 0.3], [0.05, 0.3], "At equal frequency, latents that are alike in other seeds explain better"),
+        ([0.1, 0.3], [0.05, 0.3], "Latents with similar partners in other seeds score better"),
+        ([-0.3, -0.1], [-0.3, -0.1], "Latents with similar partners in other seeds score worse"),
+        ([-0.1, 0.3], [0.05, 0.3], "At equal frequency, latents with similar partners in other seeds score better"),
         ([0.1, 0.3], [-0.1, 0.3], "not clearly so at equal frequency"),
         ([-0.1, 0.1], [-0.1, 0.1], "No clear relation"),
     ],
@@ -311,17 +331,17 @@ def test_the_summary_says_no_more_than_the_intervals(
     found: dict[str, Any], whole: list[float], partial: list[float], words: str
 ) -> None:
     tree = {**found["relation"], "interval": whole, "partial": {"value": 0.1, "interval": partial}, "pooled": None}
-    assert any(words in line for line in in_short({**found, "relation": tree}))
+    assert any(words in said for _, said in answer({**found, "relation": tree}))
 
 
 @pytest.mark.parametrize(
     ("mean", "interval", "words"),
     [
-        (0.0804, [0.045, 0.12], "That is, .080 [.045, .120] above the swapped control and .100 below the n-gram"),
-        (-0.05, [-0.08, -0.02], "That is, .050 [.020, .080] below the swapped control and"),
-        (0.01, [-0.02, 0.04], "That is, .010 [−.020, .040] above the swapped control and"),
-        (-0.01, [-0.04, 0.02], "That is, .010 [−.020, .040] below the swapped control and"),
-        (0.01, None, "That is, .010 above the swapped control and"),
+        (0.0804, [0.045, 0.12], "This is .080 [.045, .120] above the swapped control and .100 below the n-gram"),
+        (-0.05, [-0.08, -0.02], "This is .050 [.020, .080] below the swapped control and"),
+        (0.01, [-0.02, 0.04], "This is .010 [−.020, .040] above the swapped control and"),
+        (-0.01, [-0.04, 0.02], "This is .010 [−.020, .040] below the swapped control and"),
+        (0.01, None, "This is .010 above the swapped control and"),
     ],
 )
 def test_the_summary_says_on_which_side_of_each_control_the_scores_are(
@@ -329,15 +349,15 @@ def test_the_summary_says_on_which_side_of_each_control_the_scores_are(
 ) -> None:
     control = {**found["scores"]["control"], "above_control": {"mean": mean, "interval": interval}}
     baseline = {"above": {"mean": -0.1, "interval": None}}
-    told = in_short({**found, "scores": {**found["scores"], "control": control, "baseline": baseline}})
-    assert any(line.startswith(words) for line in told), told
+    answers = answer({**found, "scores": {**found["scores"], "control": control, "baseline": baseline}})
+    assert any(words in said for _, said in answers), answers
 
 
 def test_other_set_ups_are_told_apart_in_words(found: dict[str, Any]) -> None:
     model = {"explainer_model": "m", "model": "m"}
     one = {"explainer": "llm", "judge": "llm", **model, "scorer": "detection", "settings_hash": "a" * 64}
     ngram = {**one, "explainer": "ngram", "judge": "ngram", "explainer_model": "", "model": ""}
-    told = setups_in_words(
+    told = describe_setups(
         [
             {**one, "precision": 0.065, "n_scored": 60},
             {**one, "precision": None, "n_scored": 60},
@@ -399,8 +419,7 @@ def test_a_latent_that_cannot_be_explained_says_why_and_names_no_command(tmp_pat
     if reason:
         lines = page.splitlines()
         strip = next(i for i, line in enumerate(lines) if "█" in line)
-        assert "activation" in (lines[strip] if reason == "dead" else lines[strip - 1])
-        assert "not eligible" not in lines[strip]
+        assert "activations over all firings" in lines[strip - 1]
 
 
 def test_a_latent_of_a_bare_run(tmp_path: Path) -> None:
@@ -434,7 +453,7 @@ def test_outcome_with_failures_and_without() -> None:
     failed = {"n_failed": 3, "failures": {"[red]too few": 2, "b": 1}, "retry": "python cli.py explain"}
     report.render_outcome({**whole, **failed}, "explain", target)
     assert "[red]too few" in text_of(target)
-    assert "asks again only what failed" in text_of(target)
+    assert "This retries only what failed" in text_of(target)
     target = console(80)
     report.render_outcome({**whole, "of": "score", "n_done": 400, "retry": None, "next": None}, "score", target)
     assert "400 scores made, 200 of them now by ngram" in text_of(target)
@@ -481,7 +500,7 @@ def part_way(tmp_path: Path) -> Path:
 
 
 def head(root: Path, names: list[str] = FOUR, focus: str | None = None) -> dict[str, str]:
-    return head_in_words(findings(root, names, View(focus)))
+    return describe_study(findings(root, names, View(focus)))
 
 
 def test_the_head_says_which_runs_are_aligned(part_way: Path) -> None:
@@ -499,7 +518,7 @@ def test_the_head_says_which_runs_are_aligned(part_way: Path) -> None:
 def test_the_head_says_which_runs_are_not_trained(part_way: Path) -> None:
     (part_way / "run_d" / "cfg.json").unlink()
     words = head(part_way)
-    assert "run_d (seed 3, not trained to the end)" in words["runs"]
+    assert "run_d (seed 3, training not finished)" in words["runs"]
     assert "not run_d (next: python cli.py train --name run --seeds 0 1 2 3" in words["aligned"]
 
 

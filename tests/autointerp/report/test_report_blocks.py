@@ -14,8 +14,10 @@ from printed import ACTS_ON_A_TERMINAL, COLOURS, console
 from rich.cells import cell_len
 from rich.console import Console
 
-from autointerp.report import blocks
-from autointerp.report.layout import command_line, listed, over_lines, percent
+from autointerp.report import charts
+from autointerp.report.blocks import Command
+from autointerp.report.numbers import listed, percent
+from autointerp.report.terminal import over_lines, show
 from autointerp.report.visible import highlighted, marking, shown, visible
 from sae.common.amounts import decimal, interval
 
@@ -26,7 +28,7 @@ sizes = st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=
 
 @given(sizes, st.integers(1, 120))
 def test_shares_fill_the_width_and_hide_nothing(values: list[float], width: int) -> None:
-    cells = blocks.shares(values, width)
+    cells = charts.shares(values, width)
     if sum(values) <= 0:
         assert sum(cells) == 0
         return
@@ -40,13 +42,13 @@ def test_shares_fill_the_width_and_hide_nothing(values: list[float], width: int)
 
 @given(sizes, st.integers(1, 120))
 def test_a_stacked_bar_is_as_long_as_asked(values: list[float], width: int) -> None:
-    bar = blocks.stacked_bar([blocks.Part(value, "", "█") for value in values], width)
+    bar = charts.stacked_bar([charts.Part(value, "", "█") for value in values], width)
     assert bar.cell_len == (width if sum(values) > 0 else 0)
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 3))
 def test_columns_show_every_bin_that_is_not_empty(counts: list[int], height: int, cell: int) -> None:
-    lines = [line.plain for line in blocks.columns(counts, height, cell=cell)]
+    lines = [line.plain for line in charts.columns(counts, height, cell=cell)]
     assert len(lines) == height
     assert {len(line) for line in lines} == {cell * len(counts)}
     bottom = lines[-1][::cell]
@@ -61,19 +63,19 @@ def test_columns_show_every_bin_that_is_not_empty(counts: list[int], height: int
     st.booleans(),
 )
 def test_stacked_columns_keep_both_layers(pairs: list[tuple[int, int]], height: int, colour: bool) -> None:
-    lower, upper = blocks.Layer([a for a, _ in pairs], "red", "░"), blocks.Layer([b for _, b in pairs], "blue", "█")
-    lines = blocks.stacked_columns(lower, upper, height, colour=colour)
+    lower, upper = charts.Layer([a for a, _ in pairs], "red", "░"), charts.Layer([b for _, b in pairs], "blue", "█")
+    lines = charts.stacked_columns(lower, upper, height, colour=colour)
     assert {line.cell_len for line in lines} == {len(pairs)}
     assert [c != " " for c in lines[-1].plain] == [a + b > 0 for a, b in pairs]
 
 
 @given(st.lists(st.floats() | st.just(math.nan), max_size=100), st.integers(1, 40), st.booleans())
 def test_a_sparkline_never_fails_and_never_overflows(values: list[float], width: int, log: bool) -> None:
-    assert blocks.sparkline(values, width, log=log).cell_len <= width
+    assert charts.sparkline(values, width, log=log).cell_len <= width
 
 
 def test_a_sparkline_falls_with_its_values() -> None:
-    line = blocks.sparkline([8, 4, 2, 1], 4, log=True).plain
+    line = charts.sparkline([8, 4, 2, 1], 4, log=True).plain
     assert line[0] == "█"
     assert line[-1] == "▁"
     assert list(line) == sorted(line, reverse=True)
@@ -82,14 +84,14 @@ def test_a_sparkline_falls_with_its_values() -> None:
 @given(st.floats(-2, 2), st.floats(-2, 2), st.floats(-2, 2), st.integers(3, 60))
 def test_a_whisker_keeps_its_length(value: float, low: float, high: float, width: int) -> None:
     low, value, high = sorted((low, value, high))
-    drawn_ = blocks.whisker(value, low, high, -1, 1, width, mark=0).plain
+    drawn_ = charts.whisker(value, low, high, -1, 1, width, mark=0).plain
     assert len(drawn_) == width
     assert drawn_.count("●") == 1
-    assert "●" not in blocks.whisker(math.nan, low, high, -1, 1, width).plain
+    assert "●" not in charts.whisker(math.nan, low, high, -1, 1, width).plain
 
 
 def test_axis_labels_never_touch() -> None:
-    rule, labels = blocks.axis(30, [blocks.Tick(15, "chance"), *(blocks.Tick(i, f".{i}") for i in range(0, 31, 3))])
+    rule, labels = charts.axis(30, [charts.Tick(15, "chance"), *(charts.Tick(i, f".{i}") for i in range(0, 31, 3))])
     assert rule.cell_len == 30
     assert labels.plain.split() == sorted(set(labels.plain.split()), key=labels.plain.index)
     assert "chance" in labels.plain.split()
@@ -183,5 +185,5 @@ def test_an_option_stays_beside_its_value() -> None:
         "    --root 'my runs'",
     ]
     page = io.StringIO()
-    Console(width=44, file=page).print(command_line(command))
+    show([Command(command)], Console(width=44, file=page))
     assert page.getvalue().splitlines()[0].rstrip() == "  $ python cli.py score --sae run_a \\"

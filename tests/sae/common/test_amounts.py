@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autointerp.report.layout import percent, percent_interval
+from autointerp.report.numbers import percent, percent_interval
 from sae.common.amounts import interval
 from sae.common.estimate import proportion
 

@@ -1,0 +1,84 @@
+"""How the report writes a number or a list: fractions as ``26.4 %``, scores and cosines as ``.264``.
+
+A value that was not measured is a dash, never a zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sae.common import amounts
+from sae.common.amounts import choose_digits, decimal, is_known
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return ``26.4 %``, with more digits where a value that is not 0 or 100 would be written so."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{100 * value:.{choose_digits([value], digits + 2) - 2}f} %"
+
+
+def percent_interval(bounds: Sequence[float | None] | None) -> str:
+    known = [b for b in bounds or () if b is not None and is_known(b)]
+    if len(known) < 2:
+        return ""
+    digits = choose_digits(known, 3) - 2
+    return f"[{', '.join(f'{100 * b:.{digits}f}' for b in known)}]"
+
+
+def chance_level(of: Mapping[str, Any] | None) -> Any:
+    """Return the chance level, measured with the sibling rotated at random; ``None`` where there is none."""
+    return (of or {}).get("rotated")
+
+
+def count(n: float | None) -> str:
+    return f"{round(n):,}" if n is not None and math.isfinite(n) else "–"
+
+
+def human(n: float | None) -> str:
+    """Return a count in at most three digits: ``950``, ``12.3k``, ``2M``."""
+    return "–" if n is None or not math.isfinite(n) else amounts.human(n)
+
+
+def rate(value: float | None) -> str:
+    """Return a firing frequency in firings per thousand tokens: ``7.8 ‰``, ``0.12 ‰``."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{1000 * value:.{3 if value >= 0.001 else 2}g} ‰"
+
+
+def origin(seed: int | None) -> str:
+    """Return a run's seed, or ``imported`` for a run that was not trained here."""
+    return "imported" if seed is None else str(seed)
+
+
+def plural(n: int, one: str, many: str | None = None) -> str:
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def threshold_of(value: float) -> str:
+    return decimal(value, 2).rstrip("0")
+
+
+def class_label(name: str, n_runs: int) -> str:
+    """Return the label of a shared class in a study of ``n_runs`` runs."""
+    if name == "one":
+        return "in no other seed"
+    return "in the other seed" if n_runs == 2 else "in every seed" if name == "all" else "in some seeds"
+
+
+def get(tree: Mapping[str, Any] | None, *path: str) -> Any:
+    """Return the value at ``path`` in nested mappings, or ``None`` where any part of it is missing."""
+    node: Any = tree
+    for key in path:
+        if not isinstance(node, Mapping) or key not in node:
+            return None
+        node = node[key]
+    return node

@@ -1,0 +1,276 @@
+"""The report of a study: a summary that answers first, then a section for each question, then the methods.
+
+It only arranges: every number comes from :func:`autointerp.findings.study.findings`, so that terminal, page and
+``--json`` agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from autointerp.journal.method import BASELINE
+from autointerp.report import controls, dictionaries, explanations, paper, sharing
+from autointerp.report.blocks import Block, Command, Facts, Points, Section, Sentence, Title, Words, quiet, strong
+from autointerp.report.numbers import chance_level, get, human, listed, percent, percent_interval, plural
+from sae.common.amounts import decimal, estimate, is_known, precision_in_words
+
+Findings = Mapping[str, Any]
+_BRIEF = ("findings", "overlap", "scores", "relation", "interesting", "failures")
+_N_COMMANDS = 4
+
+
+def report_page(found: Findings, *, is_full: bool = False) -> list[Block | Section | None]:
+    """The whole report, or the summary and the sections that most readers want."""
+    if is_full:
+        return [*summary(found), *(build(found) for build in sections().values())]
+    rest = "report --full shows every table and the methods; report --html writes a page with figures."
+    brief = (replace(part, details=()) for name in _BRIEF if (part := sections()[name](found)))
+    return [*summary(found), *brief, Sentence(quiet(rest), is_apart=True)]
+
+
+def sections() -> dict[str, Callable[[Findings], Section | None]]:
+    """The sections after the summary, in their order; ``None`` from one that has nothing to say."""
+    return {
+        "findings": paper.findings,
+        "overlap": sharing.overlap,
+        "similarity": sharing.similarity,
+        "counterparts": sharing.counterparts,
+        "membership": dictionaries.membership,
+        "frequency": dictionaries.frequency,
+        "training": dictionaries.training,
+        "scores": explanations.scores,
+        "counted": explanations.counted,
+        "relation": explanations.relation,
+        "interesting": explanations.interesting,
+        "failures": explanations.failures,
+        "methods": methods,
+    }
+
+
+# --- summary ------------------------------------------------------------------------------------------------------
+
+
+def summary(found: Findings) -> list[Block]:
+    """What is shared, how interpretable it is, how the two relate, what is missing or failed, and what to do next."""
+    blocks: list[Block] = [Title(found["study"], dictionaries.describe_runs(found))]
+    for entry in found["stale"]:
+        blocks += [Sentence(strong(f"Out of date: {entry['says']}")), Command(entry["command"])]
+    answers: list[Words] = [[strong(f"{label}: "), words] for label, words in answer(found)]
+    if problems(found):
+        answers.append([strong("Missing or failed: "), problems(found)])
+    if answers:
+        blocks.append(Points(answers))
+    facts: list[tuple[str, Words]] = [(name, words) for name, words in describe_study(found).items()]
+    blocks.append(Facts(facts))
+    commands = next_commands(found)
+    return [*blocks, Sentence("Next:"), *map(Command, commands)] if commands else blocks
+
+
+def answer(found: Findings) -> list[tuple[str, str]]:
+    """The answers in plain sentences, each with its topic."""
+    topics = {"Sharing": _sharing, "Interpretability": _interpretability, "Relation": _relation}
+    return [(topic, " ".join(words)) for topic, build in topics.items() if (words := list(build(found)))]
+
+
+def _sharing(found: Findings) -> Iterator[str]:
+    tree = found["overlap"]
+    if tree is None:
+        return
+    row, definition = tree[tree["definition"]], tree["definition"]
+    pairs = plural(len(row["pairs"]), "pair")
+    yield (
+        f"{percent(row['value'])} of the alive latents are shared {dictionaries.name_change(found)} ({definition}, "
+        f"mean of {pairs}, 95 % {percent_interval(row['interval'])}{_chance(row['null'])})."
+    )
+    if found["membership"] is not None and len(found["compared"]) > 2:
+        alone = next((p for p in found["membership"]["parts"] if p["shared_class"] == "one"), None)
+        if alone is not None:
+            chance = f" ({_chance(alone['null'])[2:]})" if _chance(alone["null"]) else ""
+            yield f"{percent(alone['fraction'])} of the latents of {found['focus']} are in no other SAE{chance}."
+
+
+def _chance(null: Mapping[str, float | None]) -> str:
+    level = chance_level(null)
+    return "" if level is None else f"; chance level {percent(level)}"
+
+
+def _interpretability(found: Findings) -> Iterator[str]:
+    tree = found["scores"]
+    if tree is None or not tree["n_scored"]:
+        return
+    words = (
+        f"Explanations score {estimate(tree['mean'], tree['interval'])} in balanced accuracy, the mean of "
+        f"{plural(tree['n_scored'], 'latent')} (.5 is guessing"
+    )
+    if tree["control"] is not None:
+        words += f"; another latent's explanation scores {decimal(tree['control']['mean'])}"
+    yield words + ")."
+    above = [(name, x) for name, _, x in controls.rows_of(tree) if is_known(x["mean"])]
+    if above:
+        yield f"This is {listed([f'{_apart(x)} the {name}' for name, x in above])}."
+    if tree["control"] is not None and tree["control"]["leaks"]:
+        yield "The swapped control is not at .5: judge or sampling lean to one answer (see below)."
+
+
+def _apart(difference: Mapping[str, Any]) -> str:
+    """A difference in words, its interval read in the same direction: ``.080 [.045, .120] above``."""
+    value, bounds = difference["mean"], difference["interval"]
+    if value >= 0:
+        return f"{estimate(value, bounds)} above"
+    return f"{estimate(-value, [-b for b in reversed(bounds)] if bounds else None)} below"
+
+
+def _relation(found: Findings) -> Iterator[str]:
+    tree = found["relation"]
+    if tree is None or not is_known(tree["spearman"]):
+        return
+    pooled = tree["pooled"]
+    # As the paper's finding: over all runs that were scored alike.
+    tree, over = (tree, "") if pooled is None else (pooled, f" (over {len(pooled['runs'])} runs)")
+    held = tree["partial"]
+    yield (
+        f"{_verdict(tree)} (Spearman {estimate(tree['spearman'], tree['interval'], 2, sign=True)}; at equal firing "
+        f"frequency {estimate(held['value'], held['interval'], 2, sign=True)}){over}."
+    )
+
+
+def _verdict(tree: Mapping[str, Any]) -> str:
+    """What the two intervals allow to say, and no more."""
+    whole, held = (
+        0 if not bounds or bounds[0] <= 0 <= bounds[1] else 1 if bounds[0] > 0 else -1
+        for bounds in (tree["interval"], tree["partial"]["interval"])
+    )
+    how = "better" if (held or whole) > 0 else "worse"
+    if held and whole == held:
+        return f"Latents with similar partners in other seeds score {how}"
+    if held:
+        return f"At equal frequency, latents with similar partners in other seeds score {how}"
+    if whole:
+        return f"Latents with similar partners in other seeds score {how}, but not clearly so at equal frequency"
+    return "No clear relation between similarity to other seeds and score"
+
+
+def problems(found: Findings) -> str:
+    """What is missing and how much failed, in a line."""
+    words = [entry["says"].rstrip(".") for entry in found["missing"]]
+    failed = found["failures"] or {"n": 0, "n_answers": 0}
+    if failed["n"]:
+        words.append(f"{plural(failed['n'], 'latent')} failed")
+    if failed["n_answers"]:
+        words.append(f"{plural(failed['n_answers'], 'answer')} of the judge failed")
+    return "; ".join(words) + "." if words else ""
+
+
+def next_commands(found: Findings) -> list[str]:
+    """The commands that make what is missing or retry what failed; with nothing missing, one to look further."""
+    retry = (found["failures"] or {}).get("retry")
+    commands = [*(entry["command"] for entry in found["missing"]), *([retry] if retry else [])]
+    if not commands and found["interesting"]:
+        commands.append(found["show"])
+    return list(dict.fromkeys(commands))[:_N_COMMANDS]
+
+
+def describe_study(found: Findings) -> dict[str, str]:
+    """What is reported on: subject model, text, runs, explainer and judge."""
+    subject, runs, corpus = found["subject"], found["runs"], found["corpus"]
+    words = {"subject model": f"{subject['model']} · {subject['hookpoint']} (width {subject['width']})"}
+    text = " ".join([corpus["kind"], *corpus["source"]])
+    text += f" · {human(corpus['tokens'])} tokens" if corpus["tokens"] else ""
+    trained = next(iter((get(found, "training", "tokens") or {}).values()), None)
+    harvested = get(found, "firing", "tokens")
+    text += f", {human(trained)} trained on" if trained else ""
+    words["text"] = text + (f", {human(harvested)} harvested" if harvested else "")
+    words["runs"] = ", ".join(f"{run['name']} ({dictionaries.name_seed(run)}{_unfinished(run)})" for run in runs)
+    if aligned := _aligned(found):
+        words["aligned"] = aligned
+    if len(runs) > 1:
+        words["focus run"] = f"{found['focus']} (counts and explanations below refer to it)"
+    words["explainer"] = _agent(found["methods"]["explainer"], "nothing has been explained yet")
+    words["judge"] = _agent(found["methods"]["judge"], "nothing has been scored yet")
+    return words
+
+
+def _unfinished(run: Mapping[str, Any]) -> str:
+    if "trained" not in run["stages"]:
+        return ", import not finished" if run["seed"] is None else ", training not finished"
+    return "" if "harvested" in run["stages"] else ", not harvested"
+
+
+def _aligned(found: Findings) -> str:
+    """Which runs the figures about sharing are of, where these are not all, and what aligns the others."""
+    names, compared = [run["name"] for run in found["runs"]], found["compared"]
+    apart = [name for name in names if name not in compared or len(compared) < 2]
+    if len(names) < 2 or not apart:
+        return ""
+    waiting = {entry["stage"]: entry["command"] for entry in found["missing"]}
+    command = waiting.get("overlap") or waiting.get("train", "")
+    words = f"{listed(compared)}; not {listed(apart)}" if len(compared) > 1 else "none"
+    return f"{words} (next: {command})" if command else words
+
+
+def _agent(agent: Mapping[str, Any] | None, otherwise: str) -> str:
+    if agent is None:
+        return otherwise
+    if agent["name"] == BASELINE:
+        return "n-gram baseline: token patterns, no language model"
+    return f"{agent['name']}: {agent['model'] or 'no language model'}"
+
+
+# --- methods ------------------------------------------------------------------------------------------------------
+
+
+def methods(found: Findings) -> Section:
+    tree, scores = found["methods"], found["scores"]
+    shared = (
+        f"{tree['definition']} at cosine {decimal(tree['threshold'], 2)}; unshared: alive, shared with no other run"
+    )
+    lines: list[tuple[str, str | None]] = [
+        ("shared", shared),
+        ("similarity", tree["similarity"]),
+        ("dead", tree["dead"]),
+        ("contexts", tree["contexts"]),
+        ("near-duplicates", tree["near_duplicates"]),
+        ("score", tree["score"]),
+        ("negatives", tree["negatives"]),
+        ("control", tree["control"]),
+        ("control SAEs", tree["control_saes"] if scores and scores["control_saes"] else None),
+        ("baseline", tree["baseline"] if scores and scores["baseline"] else None),
+        *((f"95 %, {what}", how) for what, how in tree["intervals"].items()),
+        *(
+            (f"{what} prompt", ", ".join(value[:12] for value in hashes))
+            for what, hashes in tree["prompt_hashes"].items()
+        ),
+        *(("requests", words) for words in explanations.cost(found)),
+        *(("also scored", words) for words in describe_setups(tree["other_setups"])),
+        ("made with", tree["made_with"]),
+    ]
+    says = (
+        "How the numbers above are defined, after Paulo & Belrose (arXiv 2501.16615) and, for the scores, Paulo et al. "
+        "(arXiv 2410.13928)."
+    )
+    return Section("Methods", says, [Facts([(name, words) for name, words in lines if words])])
+
+
+def describe_setups(setups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each set-up of scores. Lines that would read alike have the beginning of a hash that differs."""
+    lines = [_describe_setup(setup) for setup in setups]
+    found = []
+    for words, setup in zip(lines, setups, strict=True):
+        alike = [other for other, theirs in zip(setups, lines, strict=True) if theirs == words]
+        differing = [key for key in setup if any(other.get(key) != setup[key] for other in alike)]
+        apart = [f"{key.removesuffix('_hash').replace('_', ' ')} {str(setup[key])[:8]}" for key in differing]
+        found.append(", ".join([words, *apart]))
+    return found
+
+
+def _describe_setup(setup: Mapping[str, Any]) -> str:
+    def agent(role: str, model: str) -> str:
+        name = str(setup.get(role) or "unknown")
+        return f"{name} ({setup[model]})" if setup.get(model) else name
+
+    return (
+        f"{plural(setup['n_scored'], 'latent')}: explained by {agent('explainer', 'explainer_model')}, judged by "
+        f"{agent('judge', 'model')}, {setup['scorer']}, {precision_in_words(setup['precision'])}"
+    )
