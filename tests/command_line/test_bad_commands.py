@@ -293,4 +293,4 @@ def test_one_damaged_run_does_not_hide_the_others(root: Path) -> None:
     assert [run["name"] for run in cli("runs", "--root", root, "--json").json["runs"]] == ["run_a", "run_b"]
     cli("show", "--latent", 3, "--root", root).well()  # the newest study is still found
     (root / "run_b" / "run.json").write_text("{")
-    cli("report", "--sae", "run_a", "--root", root).failed_in_one_line("run_b", "damaged")
+    cli("report", "--full", "--sae", "run_a", "--root", root).failed_in_one_line("run_b", "damaged")

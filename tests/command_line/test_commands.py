@@ -148,9 +148,9 @@ def test_alignment_has_its_nulls_and_what_latents_do(root: Path) -> None:
     assert shown["matches"][0]["behaviour"]["rebuilt"] == pytest.approx(table["rebuilt__run_b"][latent])
     told = cli("show", "--sae", "run_a", "--latent", latent, "--root", root).well().out
     assert "rebuilt as" in told
-    report = cli("report", "--root", root).well().out
-    assert "What became of those that do not return" in report
-    assert "By chance: with the other SAE's firings moved" in " ".join(report.split())
+    report = cli("report", "--full", "--root", root).well().out
+    assert "What other SAEs have in place of unshared latents" in report
+    assert "By chance: the other SAE's firings moved" in " ".join(report.split())
 
 
 def test_align_answers_under_the_definition_and_threshold_asked_for(
@@ -248,7 +248,7 @@ def test_a_kill_while_nulls_are_added_does_not_lose_them(root: Path, monkeypatch
 def test_a_report_does_without_stores_and_weights(root: Path) -> None:
     shutil.rmtree(root / "run_b" / "firings")
     (root / "run_b" / "sae.safetensors").unlink()
-    assert "What became of those" in cli("report", "--sae", "run_a", "--root", root).well().out
+    assert "What other SAEs have in place" in cli("report", "--full", "--sae", "run_a", "--root", root).well().out
 
 
 def test_widths_that_differ_are_told_before_any_work(root: Path) -> None:
@@ -288,7 +288,7 @@ def test_runs_of_different_studies_are_aligned_by_force_and_it_is_said(root: Pat
     assert "only the seed changes" not in cli("align", "run_a", "other_a", "--force", "--root", root).well().out
     assert tree(root, under="run_*") == before  # its own study is as it was
     assert "of another study: run_a and other_a" in " ".join(
-        cli("report", "--root", root, "--sae", "run_a").well().out.split()
+        cli("report", "--full", "--root", root, "--sae", "run_a").well().out.split()
     )
 
 
@@ -404,7 +404,7 @@ def test_a_dead_latent_named_outright_is_left_out_with_a_reason(root: Path) -> N
     assert found["retry"] is None, "no retry could mend it"
     assert found["next"] is None, "there is nothing to score"
     shown = cli(*named).well().out
-    assert "left out because" in shown
+    assert "skipped because" in shown
     assert "asks again" not in shown
     scored = cli("score", "--sae", "run_a", "--root", root, "--json").well().json
     assert scored["left_out"] == {f"no explanation: {reason}": 1}

@@ -23,7 +23,7 @@ def test_a_report_reads_each_table_once(root: Path, monkeypatch: pytest.MonkeyPa
         return read(path, *arguments, **options)
 
     monkeypatch.setattr(pd, "read_parquet", counted)
-    cli("report", "--root", root).well()
+    cli("report", "--full", "--root", root).well()
     assert reads
     assert {path: n for path, n in reads.items() if n > 1} == {}
 
@@ -37,7 +37,7 @@ def test_a_report_opens_no_firing_store_for_a_pair(root: Path, monkeypatch: pyte
         return whole(folder)
 
     monkeypatch.setattr(FiringStore, "open", counted)
-    cli("report", "--root", root).well()
+    cli("report", "--full", "--root", root).well()
     runs = len({str(folder) for folder in opened})
     assert len(opened) <= runs + 2  # each once to see whether it is up to date, the first for contexts and scores
 

@@ -123,7 +123,7 @@ def test_every_report_calls_them_by_their_names(study: tuple[Path, dict[str, Ran
     root, ran = study
     agents = ran["report"].json["methods"]
     assert (agents["explainer"]["name"], agents["judge"]["name"]) == ("top_token", "quoted")
-    terminal = cli("report", "--sae", "run_a", "--root", root).well().out
+    terminal = cli("report", "--full", "--sae", "run_a", "--root", root).well().out
     html = Path(cli("report", "--sae", "run_a", "--html", "--root", root, "--json").well().json["path"]).read_text()
     for name in ADDED.values():
         assert name in terminal
@@ -259,5 +259,5 @@ def test_a_scorer_that_is_gone_leaves_its_verdicts_and_stops_nothing(
     assert note.startswith("run_a: verdicts of the scorer passing stay in the journal")
     with Journal(root / "run_a" / "journal.sqlite") as journal:
         assert len(journal.verdicts(scorer="passing")) == len(before)
-    reported = cli("report", *of[:2], *of[4:]).well().json["scores"]["other_scorers"]
+    reported = cli("report", "--full", *of[:2], *of[4:]).well().json["scores"]["other_scorers"]
     assert [row["scorer"] for row in reported] == ["top_and_random"]

@@ -53,10 +53,10 @@ def test_latents_that_mean_something_score_above_both_control_saes(explained: Pa
         assert row["above"]["interval"][0] > 0.05
     assert frozen["above"]["interval"][0] > 0.2
     assert report["control"]["leaks"] is False
-    told = " ".join(cli("report", "--sae", "known_a", "--root", root).well().out.split())
-    assert "score higher than the latents of an SAE whose random decoder was never trained" in told
-    assert "score higher than the latents of an SAE that was not trained at all" in told
-    assert "leaks" not in told
+    told = " ".join(cli("report", "--full", "--sae", "known_a", "--root", root).well().out.split())
+    assert "score higher than those of an SAE whose random decoder was never trained" in told
+    assert "score higher than those of an SAE that was not trained at all" in told
+    assert "lean to one answer" not in told
 
 
 def test_a_judge_that_knows_the_answers_is_found_out(
@@ -71,6 +71,6 @@ def test_a_judge_that_knows_the_answers_is_found_out(
     report = cli("report", "--sae", "known_a", "--root", root, "--json").well().json["scores"]
     assert (report["mean"], report["control"]["mean"]) == (1, 1)
     assert report["control"]["leaks"] is True
-    told = " ".join(cli("report", "--sae", "known_a", "--root", root).well().out.split())
+    told = " ".join(cli("report", "--full", "--sae", "known_a", "--root", root).well().out.split())
     assert "the judge or the sampling leaks" in told
     assert "score no higher than the latents of an SAE that was not trained at all" in told

@@ -75,7 +75,7 @@ def test_a_sink_at_position_0_is_warned_of_with_both_numbers(sink: Path, tiny_re
     quality = table_metadata(root / "run_a/training.parquet")["quality"]
     assert f"FVU {quality['fvu']:.3f}, without the outlier tokens {quality['fvu_without']:.3f}" in closing
     assert abs(quality["fvu_without"] - quality["fvu"]) > 0.05
-    report = cli("report", "--sae", "run_a", "--root", root).well()
+    report = cli("report", "--full", "--sae", "run_a", "--root", root).well()
     assert f"{quality['fvu_without']:.3f}"[1:] in report.out
     assert "outlier tokens" in " ".join(report.out.split())
     shown = json.loads(cli("report", "--sae", "run_a", "--root", root, "--json").well().out)

@@ -133,14 +133,14 @@ def test_weights_whose_products_overflow_are_one_line(
 
 def test_the_report_says_imported(tiny_recipe: Path, elsewhere: Path, tmp_path: Path) -> None:
     take_in(elsewhere / "sparsify" / "run_a", "x", tmp_path, "--recipe", tiny_recipe, study="s").well()
-    alone = cli("report", "--root", tmp_path).well().out
+    alone = cli("report", "--full", "--root", tmp_path).well().out
     assert "1 SAE, imported" in " ".join(alone.split())
     assert "python cli.py import --from DIR --name NAME --study s" in " ".join(alone.split())
     cli("explain", "--unshared-only", "--root", tmp_path).failed_in_one_line("only run", "import")
     take_in(elsewhere / "sparsify" / "run_b", "y", tmp_path, study="s").well()
     told = cli("align", "--root", tmp_path).well().out
-    assert "from one SAE to another" in told
-    shown = " ".join(cli("report", "--root", tmp_path).well().out.split())
+    assert "between the SAEs" in told
+    shown = " ".join(cli("report", "--full", "--root", tmp_path).well().out.split())
     assert "2 SAEs, 2 imported · 64 latents, k 2" in shown
     assert "x (imported)" in shown
     assert "seed" not in shown.partition("The paper's findings")[0]
@@ -159,7 +159,7 @@ def test_a_seed_can_be_trained_beside_an_import(tiny_recipe: Path, elsewhere: Pa
     ).read_bytes()
     found = cli("align", "--root", tmp_path, "--json").well().json
     assert [run["seed"] for run in found["runs"]] == [None, 1]
-    assert cli("report", "--root", tmp_path).well().out.count("imported")
+    assert cli("report", "--full", "--root", tmp_path).well().out.count("imported")
 
 
 # --- other architectures --------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_gated_saes_are_aligned_explained_and_scored(tiny_recipe: Path, tmp_path
     cli("align", "--root", root).well()
     cli("explain", "--sae", "x", "--latents", 8, "--root", root).well()
     assert cli("score", "--root", root, "--json").well().json["n_done"] > 0
-    assert "gated, 24 latents" in " ".join(cli("report", "--root", root).well().out.split())
+    assert "gated, 24 latents" in " ".join(cli("report", "--full", "--root", root).well().out.split())
     cli("show", "--sae", "x", "--latent", 3, "--root", root).well()
     refused = cli("export", "--sae", "x", "--format", "sparsify", "--to", tmp_path / "out", "--root", root)
     refused.failed_in_one_line("'gated'", "sparsify's format", "supports only topk", "saelens")
@@ -275,7 +275,7 @@ def test_an_import_that_was_killed_goes_on(imported: Path, elsewhere: Path) -> N
     (imported / "x" / "cfg.json").unlink()  # the last file that an import writes
     assert not Run.open("x", imported).is_trained
     cli("harvest", "--root", imported).failed_in_one_line("has not finished import", "`import` command")
-    waiting = " ".join(cli("report", "--root", imported).well().out.split())
+    waiting = " ".join(cli("report", "--full", "--root", imported).well().out.split())
     assert "Not imported to the end: x" in waiting
     assert "python cli.py import --from" in waiting
     take_in(elsewhere / "saelens" / "run_a", "x", imported, study="s").well()
