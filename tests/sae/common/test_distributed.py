@@ -217,7 +217,7 @@ def test_one_process_alone() -> None:
     with join_ranks(None, 3, "auto") as (job, device):
         assert (job, device) == (ALONE, "auto")
     with (
-        pytest.raises(BadInput, match=r"--parallel data is for several processes.*torchrun"),
+        pytest.raises(BadInput, match=r"--parallel data needs several processes.*torchrun"),
         join_ranks("data", 3, "cpu"),
     ):
         pass
