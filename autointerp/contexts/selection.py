@@ -60,7 +60,7 @@ def check_choice(run: Run, choice: Choice) -> None:
     if choice.needs_alignment and not siblings:
         raise BadInput(
             f"run {run.name!r} is its study's only run, so nothing can be called shared or unshared; "
-            f"{run.suggest_another_run()}, or leave --unshared-only, --shared-only and --with-partners out"
+            f"{run.suggest_another_run()}, or omit --unshared-only, --shared-only and --with-partners"
         )
 
 

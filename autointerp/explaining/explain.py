@@ -71,20 +71,17 @@ def explain_runs(
     kind = resolve_name(EXPLAINERS, backend, options)
     for run in runs:
         check_choice(run, choice)
-    outcome = asyncio.run(_explain(runs, choice, kind, options, compute or Compute(), control_sae_latents, servers))
+    outcome = Outcome("explain", retry=get_typed_command())
+
+    async def explain() -> None:
+        # Opened first: an endpoint that is down is reported before an hour's harvest.
+        async with open_explainer(kind, options, runs[0].root / "cache.sqlite", servers) as explainer:
+            await _explain(runs, choice, kind, explainer, options, compute or Compute(), control_sae_latents, outcome)
+
+    asyncio.run(explain())
     for run in runs:
         get_marker_path(run).unlink(missing_ok=True)
     return outcome
-
-
-def _prepare(runs: Sequence[Run], choice: Choice, compute: Compute, with_controls: bool) -> list[Task]:
-    """Run missing stages of ``runs`` and their controls, and return the latents to explain of ``runs``."""
-    for run in runs:
-        others = run.siblings() if choice.needs_alignment else []
-        ensure_harvested([run, *others, *(list_control_saes([run]) if with_controls else [])], compute)
-        if choice.needs_alignment:
-            ensure_aligned(run, compute)
-    return [task for run in runs for task in plan_latents(run, choice)]
 
 
 def get_marker_path(run: Run) -> Path:
@@ -134,37 +131,39 @@ async def _explain(
     runs: Sequence[Run],
     choice: Choice,
     kind: str,
+    explainer: Explainer,
     options: LlmOptions,
     compute: Compute,
     control_sae_latents: int | None,
-    servers: OneServer | None,
-) -> Outcome:
-    outcome = Outcome("explain", retry=get_typed_command())
-    # Opened first: an endpoint that is down is reported before an hour's harvest.
-    async with open_explainer(kind, options, runs[0].root / "cache.sqlite", servers) as explainer:
-        outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
-        with_controls = choose_sample_size(choice, explainer.asks_model, control_sae_latents, 1) > 0
-        tasks = _prepare(runs, choice, compute, with_controls)
-        controls = plan_controls(tasks, choice, explainer.asks_model, control_sae_latents)
-        for task in [*tasks, *controls]:
-            with_baseline = kind != BASELINE and task not in controls
-            before = outcome.n_done
-            try:
-                await _explain_run(task, explainer, options.concurrency, outcome)
-            except BudgetSpent:  # the paid explanations still get their baseline
-                if with_baseline:
-                    await _explain_by_baseline(task, explainer, outcome)
-                raise
-            if with_baseline:
-                await _explain_by_baseline(task, explainer, outcome)
-            outcome.n_controls += outcome.n_done - before if task in controls else 0
-        for task in controls:
-            n = f"{len(task.latents)} latents" if task.latents else "no latent has enough contexts"
-            outcome.notes.append(f"{task.run.name} (control): {n}")
-        outcome.notes += list_missing(explainer)
+    outcome: Outcome,
+) -> None:
+    outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
+    with_controls = choose_sample_size(choice, explainer.asks_model, control_sae_latents, 1) > 0
+    for run in runs:
+        others = run.siblings() if choice.needs_alignment else []
+        ensure_harvested([run, *others, *(list_control_saes([run]) if with_controls else [])], compute)
+        if choice.needs_alignment:
+            ensure_aligned(run, compute)
+    tasks = [task for run in runs for task in plan_latents(run, choice)]
+    controls = plan_controls(tasks, choice, explainer.asks_model, control_sae_latents)
+    for task in [*tasks, *controls]:
+        before = outcome.n_done
+        spent: BudgetSpent | None = None
+        try:
+            await _explain_run(task, explainer, options.concurrency, outcome)
+        except BudgetSpent as error:  # the paid explanations still get their baseline
+            spent = error
+        if kind != BASELINE and task not in controls:
+            await _explain_by_baseline(task, explainer, outcome)
+        if spent is not None:
+            raise spent
+        outcome.n_controls += outcome.n_done - before if task in controls else 0
+    for task in controls:
+        n = f"{len(task.latents)} latents" if task.latents else "no latent has enough contexts"
+        outcome.notes.append(f"{task.run.name} (control): {n}")
+    outcome.notes += list_missing(explainer)
     outcome.explained = list(dict.fromkeys(task.run.name for task in tasks))
     outcome.runs = outcome.explained + [task.run.name for task in controls]
-    return outcome
 
 
 def open_explainer(

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from autointerp.journal.usage import Usage
 from autointerp.llm.exchange import Answer, AnswerFailed, Message, Request, explain_cut
@@ -182,19 +182,9 @@ class LlmClient:
     def _cache_url(self) -> str:
         return self.url if self._start is None else _LOCAL
 
-    async def complete(
-        self,
-        messages: Sequence[Message],
-        max_tokens: int,
-        temperature: float = 0.0,
-        json_schema: dict[str, Any] | None = None,
-        logprobs: int = 0,
-        seed: int | None = None,
-        replicate: int = 0,
-    ) -> Answer:
-        """Return one answer, whatever its text. See :meth:`ask` for the errors, and for answers that must parse."""
-        request = Request(tuple(messages), max_tokens, temperature, json_schema, logprobs, seed, replicate)
-        return (await self.ask(request, lambda answer: answer))[1]
+    async def complete(self, messages: Sequence[Message], max_tokens: int, **fields: Any) -> Answer:
+        """Return one answer, whatever its text; ``fields`` are those of :class:`Request`. See :meth:`ask`."""
+        return (await self.ask(Request(tuple(messages), max_tokens, **fields), lambda answer: answer))[1]
 
     async def ask(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T, Answer]:
         """Ask until an answer parses, keep that answer, and return both.
@@ -284,19 +274,18 @@ class LlmClient:
         """Return the session of the running event loop; a new loop (a second ``asyncio.run``) gets its own."""
         loop = asyncio.get_running_loop()
         if self._session is None or self._session.loop is not loop:
-            self._session = _Session(loop, self._concurrency, Pace(*self._limits))
+            self._session = _Session(loop, asyncio.Semaphore(self._concurrency), asyncio.Lock(), Pace(*self._limits))
             self._servers.open(self._concurrency + 1)
         return self._session
 
 
-class _Session:
+class _Session(NamedTuple):
     """The locks and limits of one event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, concurrency: int, pace: Pace) -> None:
-        self.loop = loop
-        self.slots = asyncio.Semaphore(concurrency)
-        self.connecting = asyncio.Lock()
-        self.pace = pace
+    loop: asyncio.AbstractEventLoop
+    slots: asyncio.Semaphore
+    connecting: asyncio.Lock
+    pace: Pace
 
 
 class _LengthCheck:

@@ -202,7 +202,7 @@ def read_prices(prompt: float | None, cached: float | None, completion: float | 
 
 @dataclass
 class Budget:
-    """The limit on what one command may spend, and what it has spent. Shared by all its requests."""
+    """The spending limit of one command and the amount spent so far, shared by all its requests."""
 
     tokens: int | None = None
     dollars: float | None = None

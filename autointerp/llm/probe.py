@@ -1,4 +1,4 @@
-"""Ask a server two tiny questions to learn what it can do, before a judge's protocol is chosen."""
+"""Ask a server two tiny questions to learn its capabilities, before a judge's protocol is chosen."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Capabilities:
         return asdict(self)
 
     def list_missing(self) -> list[str]:
-        """Return what was asked for and is missing, and what is done instead: a sentence each."""
+        """Return the missing capabilities, each with its substitute: a sentence each."""
         missing = []
         if self.json_schema is False:
             missing.append("the server does not hold answers to a JSON schema: they are read as plain text")
