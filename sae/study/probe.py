@@ -111,7 +111,8 @@ def _step_seconds(settings: Settings, batches: list[torch.Tensor], steps: int, s
     shape = sample.shape[1], training.num_latents, training.k
     kind = ARCHITECTURES[training.architecture]
     sae = kind.init(*shape, seed=seed, x_sample=sample.float()).to(sample.device)
-    learner = Learner(sae, Plan.of(training, steps, sae.d_in, sae.device), training.auxk, "probe")
+    plan = Plan.of(training, steps, sae.d_in, sae.device)
+    learner = Learner(sae, plan, training.auxk, Path("probe", "training-state"), {})
     times = []
     for step, batch in enumerate(batches):
         began = time.perf_counter()

@@ -168,7 +168,7 @@ def _sharing(todo: Sequence[_Todo]) -> list[list[_Todo]]:
 def _train_together(
     todo: list[_Todo], root: Path, compute: Compute, job: Job, tracker: Tracker | None, label: str
 ) -> None:
-    from sae.training.memory import Part, check_fits, out_of_memory_is_told
+    from sae.training.memory import Part, check_fits, report_out_of_memory
     from sae.training.reading import Reader
     from sae.training.trainer import train_groups
 
@@ -194,7 +194,7 @@ def _train_together(
             f"D {stream.width} · {human(training.tokens)} tokens of {human(source.corpus.n_tokens)} · "
             f"{source.subject.source}, {stream.hookpoint}"
         )
-    with _remove_empty_runs(todo, job), out_of_memory_is_told(parts, source.subject.device):
+    with _remove_empty_runs(todo, job), report_out_of_memory(parts, source.subject.device):
         read = Reader(job)
         samples = read(batches, 0)
         outliers = _outliers(batches, samples)

@@ -1,8 +1,8 @@
-"""One dictionary as it learns: its weights, Adam's moments, and all else that its next step depends on.
+"""One dictionary in training: its weights, Adam's moments, and everything else that its next step depends on.
 
-Recipe (Gao et al. 2024; Paulo & Belrose 2025): Adam on FVU + AuxK, linear warm-up and decay, decoder rows of
-unit length from whose gradient the part along the row is removed. A latent is dead when it had no strictly
-positive activation for ``dead_tokens`` tokens; a slot that top-k filled with zero does not count as firing.
+Recipe (Gao et al. 2024; Paulo & Belrose 2025): Adam on FVU + AuxK, linear warm-up and decay, decoder rows of unit
+length, with the part of the gradient along each row removed. A latent is dead when it had no strictly positive
+activation for ``dead_tokens`` tokens; a slot that top-k filled with zero does not count as firing.
 """
 
 from __future__ import annotations
@@ -25,35 +25,33 @@ from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
 from sae.training.sparsity import SparsityControl
 from sae.training.stacked import LossAndGradient
-from sae.training.state import State, latest_state
+from sae.training.state import State, latest_state, write_state
 
 _BETAS = (0.9, 0.999)
 _EPS = 6.25e-10  # Gao et al. 2024: gradients of rare latents are of the size of the usual 1e-8
 _LOG_ROWS = 200
+_MEANS = ("fvu", "auxk", "l0", "sparsity", "other")
 
 LogRow = dict[str, float]
 
 
 @dataclass
 class TrainLog:
-    """How one seed's training went."""
+    """The log of one seed's training."""
 
     rows: list[LogRow]
     """about 200, evenly spaced, each the mean since the row before; the columns of ``training.parquet``"""
     resumed_from: int
-    """the step at which this call took over; 0 when it began afresh"""
+    """the step at which this call took over; 0 for a new training"""
 
     def table(self) -> pd.DataFrame:
-        """Columns step, tokens, loss, fvu, auxk, sparsity, sparsity_coefficient, l0, dead_fraction, learning_rate.
-
-        ``sparsity`` is that part of the loss, coefficient included, and 0 for architectures without it.
-        """
+        """Return the rows; ``sparsity`` is that part of the loss, coefficient included, and 0 without one."""
         return pd.DataFrame(self.rows)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the settings come to for a run of so many steps."""
+    """The settings resolved for a run of ``steps`` steps."""
 
     steps: int
     warmup: int
@@ -82,30 +80,18 @@ class Plan:
         )
 
     def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ...: up to the peak in a straight line, then down, never quite to 0."""
+        """Return the learning rate of step 0, 1, ...: linearly up to the peak, then down, never quite to 0."""
         if step < self.warmup:
             return self.peak_rate * (step + 1) / self.warmup
         return self.peak_rate * (self.steps - step) / (self.steps - self.warmup)
 
 
-@dataclass
-class _Sums:
-    """What the next row of the log is the mean of."""
-
-    steps: int = 0
-    fvu: float = 0.0
-    auxk: float = 0.0
-    l0: float = 0.0
-    sparsity: float = 0.0
-    other: float = 0.0
-
-
-def total(job: Job, loss: Loss, gradient: dict[str, Tensor]) -> tuple[Loss, dict[str, Tensor]]:
+def _sum_over_ranks(job: Job, loss: Loss, gradient: dict[str, Tensor]) -> tuple[Loss, dict[str, Tensor]]:
     """Return loss and gradient of the whole batch from those of this rank's rows; the gradient is changed in place."""
     if job.size == 1:
         return loss, gradient
     sums = [loss.fvu, loss.auxk, loss.sparsity, *([] if loss.other is None else [loss.other])]
-    # Firings are whole numbers far below 2^53, so they may travel among the float64 ones.
+    # Firings are whole numbers far below 2^53, so they fit among the float64 ones.
     numbers = torch.cat([torch.stack(sums).double(), loss.firings.double()])
     job.add_up([*gradient.values(), numbers])
     if loss.least is not None:
@@ -117,15 +103,17 @@ def total(job: Job, loss: Loss, gradient: dict[str, Tensor]) -> tuple[Loss, dict
 
 @dataclass
 class Learner:
-    """One dictionary in training, with everything that its next step depends on."""
+    """One dictionary in training; states with its ``identity`` are kept in ``folder``, ``<run>/training-state``."""
 
     sae: Sae
     plan: Plan
     auxk: float
-    name: str
+    folder: Path
+    identity: dict[str, Any]
     rows: list[LogRow] = field(default_factory=list)
     tokens: int = 0
-    sums: _Sums = field(default_factory=_Sums)
+    sums: LogRow = field(default_factory=lambda: {"steps": 0, **dict.fromkeys(_MEANS, 0.0)})
+    """of the steps since the latest row of the log"""
     control: SparsityControl = field(default_factory=SparsityControl)
     resumed_from: int = 0
 
@@ -135,31 +123,30 @@ class Learner:
         self.second = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.silent = torch.zeros(self.sae.num_latents, dtype=torch.int64, device=self.sae.device)
 
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.parent.name
+
     def objective(self, x: Tensor, variance: float, job: Job) -> Objective:
-        """What the next step minimises on the batch ``x`` [B, D] with total variance ``variance``."""
+        """Return the objective of the next step on the batch ``x`` [B, D] with total variance ``variance``."""
         auxk = AuxK(self.silent >= self.plan.dead_tokens, self.plan.k_aux, self.auxk)
         return Objective(variance, len(x), auxk, self.coefficient, self.plan.bandwidth, self.plan.precision, job)
 
     def step(self, x: Tensor, variance: float, step: int, job: Job, found: LossAndGradient | None = None) -> None:
-        """Learn from one batch [B, D], of whose rows ``job`` may give us a part; ``found`` is what is known of it."""
+        """Learn from one batch [B, D], of which ``job`` may give us some rows; ``found`` is a loss computed already."""
         if found is None:
             found = LossAndGradient(*self.sae.loss_and_gradient(job.rows(x), self.objective(x, variance, job)))
-        loss, gradient = total(job, *found)
+        loss, gradient = _sum_over_ranks(job, *found)
         self._check(loss, gradient, step)
         kernels = kernels_for(self.sae.device)
         for name, weight in self.sae.parameters().items():
             if self.plan.frozen == "everything" or (self.plan.frozen == "decoder" and name == "W_dec"):
                 continue
+            moments, rate = (self.first[name], self.second[name]), self.plan.rate(step)
+            unit_rows = name == "W_dec"
             kernels.adam(
-                weight,
-                gradient[name],
-                self.first[name],
-                self.second[name],
-                step=step + 1,
-                rate=self.plan.rate(step),
-                betas=_BETAS,
-                eps=_EPS,
-                unit_rows=name == "W_dec",
+                weight, gradient[name], *moments, step=step + 1, rate=rate, betas=_BETAS, eps=_EPS, unit_rows=unit_rows
             )
         self.sae.measure(loss, step)
         self.silent += len(x)
@@ -172,27 +159,27 @@ class Learner:
 
     @property
     def coefficient(self) -> float:
-        """Of the sparsity term in the next step; 0 where there is none."""
+        """Of the sparsity term in the next step; 0 without one."""
         return self.control.coefficient if self.sae.penalised else 0.0
 
     def _check(self, loss: Loss, gradient: dict[str, Tensor], step: int) -> None:
         """Stop before a number that is not finite reaches the weights."""
         numbers = {name: getattr(loss, name) for name in ("fvu", "auxk", "sparsity")}
-        numbers.update({f"gradient of {name}": g.sum().double() for name, g in gradient.items()})
-        # A pre-activation that is NaN is none of the largest, so weights that are would show in no gradient.
-        numbers.update({f"sum of {name}": w.sum().double() for name, w in self.sae.parameters().items()})
-        fetched = torch.stack(list(numbers.values())).tolist()  # at once: a GPU is waited for each time
+        numbers |= {f"gradient of {name}": g.sum().double() for name, g in gradient.items()}
+        # A pre-activation that is NaN is never among the largest, so NaN weights would not appear in the gradient.
+        numbers |= {f"sum of {name}": w.sum().double() for name, w in self.sae.parameters().items()}
+        fetched = torch.stack(list(numbers.values())).tolist()  # all at once: each fetch waits for a GPU
         bad = [name for name, value in zip(numbers, fetched, strict=True) if not math.isfinite(value)]
         if bad:
             self.check_finite(step - 1)
             raise NotFinite(
                 f"{self.name}: the {bad[0]} is not finite at step {step + 1} of {self.plan.steps}, with finite "
-                f"activations and weights, at learning rate {self.plan.rate(step):.3g}: the training has run away; "
+                f"activations and weights, at learning rate {self.plan.rate(step):.3g}: the training has diverged; "
                 "train under another name with a lower training.learning_rate"
             )
 
     def check_finite(self, step: int) -> None:
-        """Raise NotFinite where the weights, or what else a step changes, hold NaN or infinity after ``step``."""
+        """Raise NotFinite if the weights, or anything else that a step changes, hold NaN or infinity after ``step``."""
         for name, tensor in self.tensors().items():
             if not tensor.is_floating_point() or math.isfinite(float(tensor.sum())):
                 continue
@@ -200,70 +187,71 @@ class Learner:
                 kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
                 raise NotFinite(
                     f"{self.name}: {name} holds {kind} after step {step + 1} of {self.plan.steps}, at learning rate "
-                    f"{self.plan.rate(max(0, step)):.3g}: the training has run away (train under another name with a "
+                    f"{self.plan.rate(max(0, step)):.3g}: the training has diverged (train under another name with a "
                     "lower training.learning_rate), or this machine's memory is faulty (give the same command again)"
                 )
 
     def _log(self, loss: Loss, tokens: int, step: int) -> None:
         self.tokens += tokens
-        sums = self.sums
-        sums.steps += 1
-        sums.fvu += float(loss.fvu)
-        sums.auxk += float(loss.auxk)
-        sums.l0 += float(loss.firings.sum()) / tokens
-        sums.sparsity += self.coefficient * float(loss.sparsity)
-        sums.other += 0.0 if loss.other is None else float(loss.other)
+        self.sums["steps"] += 1
+        l0, sparsity = float(loss.firings.sum()) / tokens, self.coefficient * float(loss.sparsity)
+        other = 0.0 if loss.other is None else float(loss.other)
+        for name, value in zip(_MEANS, (float(loss.fvu), float(loss.auxk), l0, sparsity, other), strict=True):
+            self.sums[name] += value
         if (step + 1) % self.plan.log_every and step + 1 != self.plan.steps:
             return
-        fvu, auxk, sparsity = (total / sums.steps for total in (sums.fvu, sums.auxk, sums.sparsity))
-        row: LogRow = {
-            "step": step + 1,
-            "tokens": self.tokens,
-            "loss": fvu + self.auxk * auxk + sparsity + sums.other / sums.steps,
-            "fvu": fvu,
-            "auxk": auxk,
-            "sparsity": sparsity,
-            "sparsity_coefficient": self.coefficient,
-            "l0": sums.l0 / sums.steps,
-            "dead_fraction": float((self.silent >= self.plan.dead_tokens).double().mean()),
-            "learning_rate": self.plan.rate(step),
-        }
-        self.sums = _Sums()
-        self.rows.append(row)
+        mean = {name: self.sums[name] / self.sums["steps"] for name in _MEANS}
+        self.sums = {"steps": 0, **dict.fromkeys(_MEANS, 0.0)}
+        self.rows.append(
+            {
+                "step": step + 1,
+                "tokens": self.tokens,
+                "loss": mean["fvu"] + self.auxk * mean["auxk"] + mean["sparsity"] + mean["other"],
+                "fvu": mean["fvu"],
+                "auxk": mean["auxk"],
+                "sparsity": mean["sparsity"],
+                "sparsity_coefficient": self.coefficient,
+                "l0": mean["l0"],
+                "dead_fraction": float((self.silent >= self.plan.dead_tokens).double().mean()),
+                "learning_rate": self.plan.rate(step),
+            }
+        )
 
     def note(self) -> str:
-        """The latest row in a few words, for the progress bar."""
+        """Summarise the latest row for the progress bar."""
         return f"FVU {self.rows[-1]['fvu']:.3f}, dead {self.rows[-1]['dead_fraction']:.1%}" if self.rows else ""
 
-    def state(self, identity: dict[str, Any]) -> State:
-        record = {
-            "identity": identity,
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "sums": vars(self.sums),
-            "control": vars(self.control),
-        }
+    def write(self, step: int, job: Job) -> None:
+        """Write the state after ``step`` to the folder, if every number in it is finite."""
+        self.check_finite(step)
+        job.check_alike(list(self.tensors().values()))
+        if job.writes:
+            write_state(self.folder, step + 1, self._state())
+
+    def _state(self) -> State:
+        sums, control = dict(self.sums), vars(self.control)
+        record = {"identity": self.identity, "rows": self.rows, "tokens": self.tokens, "sums": sums, "control": control}
         return State({name: t.cpu() for name, t in self.tensors().items()}, record)
 
-    def resume(self, folder: Path, identity: dict[str, Any], job: Job) -> None:
-        """Go on from the last state in ``folder``, if there is one; where ranks share the seed, from rank 0's."""
-        step, state = latest_state(folder, identity) if job.writes else (0, None)
-        begun, tensors = self.state(identity), self.tensors()
+    def resume(self, job: Job) -> None:
+        """Load the last state in the folder, if there is one; where ranks share the seed, rank 0's."""
+        step, state = latest_state(self.folder, self.identity) if job.writes else (0, None)
+        begun, tensors = self._state(), self.tensors()
         if state is not None:
             if _form(state) != _form(begun):
                 raise SettingsDiffer(
-                    f"{self.name}: the unfinished training of that name is another version's of this program; "
-                    f"choose another name, or delete {folder}"
+                    f"{self.name}: the unfinished training of that name is from another version of this program; "
+                    f"choose another name, or delete {self.folder}"
                 )
             for name, tensor in tensors.items():
-                # Into the memory that is there: BLAS may round differently for data at another alignment.
+                # In place: BLAS may round differently for data at another alignment.
                 tensor.copy_(state.tensors[name])
         record = job.alike(list(tensors.values()), {"step": step, **(state or begun).record})
         self.resumed_from, self.rows, self.tokens = record["step"], record["rows"], record["tokens"]
-        self.sums, self.control = _Sums(**record["sums"]), SparsityControl(**record["control"])
+        self.sums, self.control = record["sums"], SparsityControl(**record["control"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a step changes, the very tensors."""
+        """Return all tensors that a step changes, by name; the very tensors, not copies."""
         weights = {**self.sae.weights(), **self.sae.parameters()}
         groups = {"weight": weights, "first": self.first, "second": self.second}
         named = {f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
@@ -271,6 +259,6 @@ class Learner:
 
 
 def _form(state: State) -> list[Any]:
-    """What a state is made of: another version of this program may keep other things."""
+    """Return the names and shapes in a state, which differ between versions of this program."""
     parts = [set(part) for part in (state.record, *(state.record.get(name, {}) for name in ("sums", "control")))]
     return [{name: t.shape for name, t in state.tensors.items()}, *parts]

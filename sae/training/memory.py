@@ -1,26 +1,21 @@
-"""How much memory a training takes, so that one that cannot fit is told before it begins, and in numbers.
+"""Estimate the memory of a training, to refuse one that cannot fit before it begins, and say what to lower.
 
 For S dictionaries of M latents on width D, in steps of B tokens, with K slots per token (the most that fire):
 
 - **states**: 4 bytes x 3 x (2 M D + M + D) each, for the weights and Adam's two moments, for all S;
 - **gradient**: 4 bytes x (2 M D + M + D), for one dictionary at a time on a CPU, for all S on a GPU; as much again for
-  architectures that add it up group by group (all but TopK), and 2 bytes x M D for a rounded encoder (half of it where
-  that is done in 8 bits);
+  architectures that add it up group by group (all but TopK), and 2 bytes x M D for a rounded encoder (half in 8 bits);
 - **step**: 4 bytes x 6 B D for each hookpoint's activations as they are read, centred and compared, and
-  32 bytes x B (K + k_aux) for the slots, their products and their sorting, S times on a GPU (BatchTopK: of at most 8 k
+  32 bytes x B (K + k_aux) for the slots, their products and their sorting, S times on a GPU (BatchTopK: at most 8 k
   slots for each token; architectures with a penalty, which may fire for M / 2 latents: none);
 - **pieces**: pre-activations that exist at once, three pieces of 32 MiB or one for each thread (one of 512 MiB on a
-  GPU), and for
-  architectures with a penalty the slots held at once, 2 Mi x 40 bytes in each of two classes of tokens; never more than
-  B x M of them;
+  GPU), and for architectures with a penalty 2 Mi slots x 40 bytes in each of two classes of tokens; at most B x M;
 - **fixed**: a block's forward pass through the subject model and, for each hookpoint, the blocks held where there is no
   cache on disk; where most latents are dead, AuxK's copies of their weights and gradients, twice the gradient.
 
-An architecture says for itself whether it has a penalty, how many gradients and slots
-(:class:`sae.dictionaries.sae.Sae`).
-
-Nothing grows with B x M. ``tests/sae/training/test_step_memory.py`` compares gradient, step and pieces with the peak
-measured in a step of every architecture on the CPU; what is fixed is an allowance.
+Each architecture states its penalty, gradients and slots (:class:`sae.dictionaries.sae.Sae`). Nothing grows with B x M.
+``tests/sae/training/test_step_memory.py`` compares gradient, step and pieces with the peak measured in a step of every
+architecture on the CPU; the fixed part is an allowance.
 """
 
 from __future__ import annotations
@@ -43,13 +38,13 @@ from sae.training.stacked import can_be_stacked
 _CUDA_PIECES = 512 << 20
 _HELD_SLOTS = 2 * 40 * (2 << 20)
 _BLOCK_WIDTHS = 24  # numbers of width D that a forward pass holds for each token of a block, about
-_SURE = 0.8  # the sums may be too high by this much
-_SMALLEST_STEP = 512  # below this, smaller steps are no help any more
+_CERTAIN = 0.8  # the estimate may be too high by this factor
+_SMALLEST_STEP = 512  # smaller steps save no more memory
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a training takes, in bytes; see the module's docstring for the parts."""
+    """The memory of a training in bytes; see the module's docstring for the parts."""
 
     states: int
     gradient: int
@@ -64,124 +59,121 @@ class Need:
 
 @dataclass(frozen=True)
 class Part:
-    """Some dictionaries under one setting: ``seeds`` of them on activations of width ``d_in``."""
+    """Dictionaries under one setting: ``seeds`` of them on activations of width ``d_in``."""
 
     settings: TrainingSettings
     seeds: int
     d_in: int
     hookpoint: str
 
+    @property
+    def kind(self) -> type[Sae]:
+        return ARCHITECTURES[self.settings.architecture]
 
-def dictionary_bytes(num_latents: int, d_in: int) -> int:
-    """The weights of one dictionary and Adam's two moments, in float32."""
-    return 4 * 3 * (2 * num_latents * d_in + num_latents + d_in)
+    @property
+    def dictionary_bytes(self) -> int:
+        """The weights of one dictionary and Adam's two moments, in float32."""
+        m = self.settings.num_latents
+        return 4 * 3 * (2 * m * self.d_in + m + self.d_in)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """One dictionary's gradient, without AuxK's share."""
+        rounded = 0 if self.kind.penalised else 2 * self.settings.num_latents * self.d_in
+        return self.dictionary_bytes // 3 * self.kind.gradients_at_once + rounded
+
+    @property
+    def slots(self) -> int:
+        """Slots of a token in a step that exist for the whole batch."""
+        auxiliary = (self.settings.k_aux or self.d_in // 2) * (self.settings.auxk > 0)
+        return self.settings.k * self.kind.slots_per_k + (0 if self.kind.penalised else auxiliary)
 
 
 def training_need(parts: Sequence[Part], device: str | torch.device = "cpu") -> Need:
-    """What it takes to train all ``parts`` side by side."""
-    kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
-    each = [dictionary_bytes(p.settings.num_latents, p.d_in) for p in parts]
+    """Return the memory needed to train all ``parts`` side by side."""
+    on_cuda = torch.device(device).type == "cuda"
     widths = {p.hookpoint: p.d_in for p in parts}
     batch = max(p.settings.batch_tokens for p in parts)
-    together = [p.seeds if kind == "cuda" and can_be_stacked(_kind(p)) else 1 for p in parts]
+    together = [(p, p.seeds if on_cuda and can_be_stacked(p.kind) else 1) for p in parts]
     dense = batch * max(p.settings.num_latents for p in parts)
-    pieces = _CUDA_PIECES if kind == "cuda" else max(3, torch.get_num_threads()) * TILE_BYTES
-    held = _HELD_SLOTS if any(_kind(p).penalised for p in parts) else 0
+    pieces = _CUDA_PIECES if on_cuda else max(3, torch.get_num_threads()) * TILE_BYTES
+    held = _HELD_SLOTS if any(p.kind.penalised for p in parts) else 0
     return Need(
-        states=sum(size * p.seeds for size, p in zip(each, parts, strict=True)),
-        gradient=max(_gradient_bytes(p) * n for p, n in zip(parts, together, strict=True)),
-        step=4 * 6 * batch * sum(widths.values())
-        + 32 * batch * max(_slots(p) * n for p, n in zip(parts, together, strict=True)),
+        states=sum(p.dictionary_bytes * p.seeds for p in parts),
+        gradient=max(p.gradient_bytes * n for p, n in together),
+        step=4 * 6 * batch * sum(widths.values()) + 32 * batch * max(p.slots * n for p, n in together),
         pieces=min(pieces + held, 3 * 4 * dense + 40 * dense * bool(held)),
         fixed=4 * BLOCK_TOKENS * (_BLOCK_WIDTHS * max(widths.values()) + MIXED_BLOCKS * sum(widths.values())),
     )
 
 
-def _kind(part: Part) -> type[Sae]:
-    return ARCHITECTURES[part.settings.architecture]
-
-
-def _gradient_bytes(part: Part) -> int:
-    """Of one dictionary's gradient as it is made, without what AuxK may add."""
-    plain = dictionary_bytes(part.settings.num_latents, part.d_in) // 3
-    rounded = 0 if _kind(part).penalised else 2 * part.settings.num_latents * part.d_in
-    return plain * _kind(part).gradients_at_once + rounded
-
-
-def _slots(part: Part) -> int:
-    """Slots of a token in a step that are made for the whole batch."""
-    settings, kind = part.settings, _kind(part)
-    auxiliary = 0 if kind.penalised else (settings.k_aux or part.d_in // 2) * (settings.auxk > 0)
-    return settings.k * kind.slots_per_k + auxiliary
-
-
 def free_bytes(device: str | torch.device) -> int | None:
-    """What is free on ``device`` for this process, swap included; ``None`` where the system does not tell."""
+    """Return the free memory on ``device`` for this process, swap included; ``None`` if unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    if device.type != "cpu":
-        return None
-    return free_host_bytes()
+    return free_host_bytes() if device.type == "cpu" else None
 
 
 def check_fits(parts: Sequence[Part], device: str | torch.device) -> None:
-    """Raise UserError, before anything is begun, where a training plainly cannot fit in what is free."""
+    """Raise UserError if a training certainly cannot fit in the free memory."""
     free, need = free_bytes(device), training_need(parts, device)
-    if free is not None and _SURE * (need.total - need.fixed - need.pieces) > free:
-        raise UserError(too_much(parts, free, device))
+    if free is not None and _CERTAIN * (need.total - need.fixed - need.pieces) > free:
+        raise UserError(describe_shortage(parts, free, device))
 
 
 @contextmanager
-def out_of_memory_is_told(parts: Sequence[Part], device: str | torch.device) -> Iterator[None]:
-    """Make one line that says what to lower, and by how much, of an allocation that fails in the block."""
+def report_out_of_memory(parts: Sequence[Part], device: str | torch.device) -> Iterator[None]:
+    """Turn a failed allocation in the block into a UserError that says what to lower, and by how much."""
     free = free_bytes(device)
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory on {device}: {too_much(parts, free, device, failed=True)}") from None
+        raise UserError(f"out of memory on {device}: {describe_shortage(parts, free, device, failed=True)}") from None
 
 
-def too_much(parts: Sequence[Part], free: int | None, device: str | torch.device = "cpu", failed: bool = False) -> str:
-    """What a training needs beside what is ``free``, and what to lower: words for an error message.
+def describe_shortage(
+    parts: Sequence[Part], free: int | None, device: str | torch.device = "cpu", failed: bool = False
+) -> str:
+    """Return the memory that a training needs and what to lower, for an error message.
 
-    ``failed``: an allocation has failed, so less has to be asked for even where the sums say that it fits.
+    ``failed``: an allocation has failed, so the advice asks for less even if the estimate fits.
     """
     need = training_need(parts, device)
     batch = max(part.settings.batch_tokens for part in parts)
     n = sum(part.seeds for part in parts)
-    room = need.total // 2 if free is None else free * 9 // 10  # what fits to the last byte does not fit
+    available = need.total // 2 if free is None else free * 9 // 10  # a training never uses the last byte
     if failed:
-        room = min(room, need.total * 9 // 10)
-    words = (
+        available = min(available, need.total * 9 // 10)
+    message = (
         f"training {n} SAE{'s' * (n > 1)} with training.batch_tokens {batch} needs about {_gib(need.total)} "
         f"({_gib(need.states + need.gradient)} for weights and moments, {_gib(need.step)} for a step)"
     )
-    words += "" if free is None else f" and {_gib(free)} are free"
-    return f"{words}: {_advice(parts, need, batch, n, room)}"
+    message += "" if free is None else f" and {_gib(free)} are free"
+    return f"{message}: {_advice(parts, need, batch, n, available)}"
 
 
-def _advice(parts: Sequence[Part], need: Need, batch: int, n: int, room: int) -> str:
+def _advice(parts: Sequence[Part], need: Need, batch: int, n: int, available: int) -> str:
     rest = need.total - need.step
     smaller = batch
-    while smaller > _SMALLEST_STEP and rest + need.step * smaller // batch > room:
+    while smaller > _SMALLEST_STEP and rest + need.step * smaller // batch > available:
         smaller //= 2
-    if smaller < batch and rest + need.step * smaller // batch <= room:
+    step = need.step * smaller // batch
+    if smaller < batch and rest + step <= available:
         return f"lower training.batch_tokens to {smaller}"
     # Smaller steps alone are not enough.
-    small = need.fixed + need.pieces + need.gradient + need.step * smaller // batch
     lower = f"lower training.batch_tokens to {smaller} and " if smaller < batch else ""
-    fitting = max(0, room - small) * n // max(1, need.states)
+    others = need.fixed + need.pieces + step
+    fitting = max(0, available - others - need.gradient) * n // max(1, need.states)
     if 1 <= fitting < n:
         return f"{lower}train {fitting} at a time (more --seeds can be added later)"
-    widest = max(parts, key=lambda part: dictionary_bytes(part.settings.num_latents, part.d_in))
-    others = need.fixed + need.pieces + need.step * smaller // batch
-    per_latent = dictionary_bytes(widest.settings.num_latents, widest.d_in) * 4 / 3 / widest.settings.num_latents
-    latents = int(max(0, room - others) / per_latent) // 64 * 64
-    if 64 <= latents < widest.settings.num_latents:
-        return f"{lower}lower training.num_latents from {widest.settings.num_latents} to {latents}, one seed at a time"
+    widest = max(parts, key=lambda part: part.dictionary_bytes)
+    num_latents = widest.settings.num_latents
+    latents = int(max(0, available - others) / (widest.dictionary_bytes * 4 / 3 / num_latents)) // 64 * 64
+    if 64 <= latents < num_latents:
+        return f"{lower}lower training.num_latents from {num_latents} to {latents}, one seed at a time"
     half = f"lower training.batch_tokens to {batch // 2}, or " if batch > 1 else ""
     return f"{half}free some memory, or use a machine with more"
 

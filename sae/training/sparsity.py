@@ -1,17 +1,17 @@
-"""How many latents fire, kept where it is wanted: the coefficient of the sparsity term as something controlled.
+"""Steer how many latents fire: the coefficient of the sparsity term is controlled during training.
 
-TopK and BatchTopK fire as often as they are told. ReLU, Gated and JumpReLU fire as their penalty lets them, and what
-coefficient gives which L0 depends on the activations, the width, the architecture and the length of the run. To
-compare architectures at the same L0 without a search, the coefficient is adjusted as training goes.
+TopK and BatchTopK fire as often as k says. ReLU, Gated and JumpReLU fire as their penalty allows, and the L0 of a
+coefficient depends on the activations, the width, the architecture and the length of the run. To compare architectures
+at the same L0 without a search, the coefficient is adjusted during training.
 
-* What is steered is log L0 by log lambda: over the range that matters the one falls about as the other rises.
-* Half of the latents fire when training begins. Held against k at once, that error would drive the coefficient far
-  beyond what k needs, and latents that a passing excess kills do not come back by themselves. So L0 is led to k, from
-  wherever it begins, along a path that is straight in log L0, and only the distance from the path is an error.
-* A proportional-integral rule in its velocity form: each step changes log lambda by P times the change of the error
-  plus I times the error. The weights answer in proportion to the learning rate, so I follows it: otherwise, when
-  the rate has nearly decayed, the coefficient would run away from weights that no longer move. Nor may the term
-  outgrow the error that it is weighed against: optimisers that normalise their steps would not feel it.
+* The control acts on log lambda to steer log L0: over the relevant range one falls about as the other rises.
+* Half of the latents fire when training begins. Compared with k at once, that error would drive the coefficient far too
+  high, and latents killed by a passing excess do not come back by themselves. So L0 is led to k along a path that is
+  straight in log L0, and only the distance from the path is an error.
+* The rule is proportional-integral in velocity form: each step changes log lambda by P times the change of the error
+  plus I times the error. The weights respond in proportion to the learning rate, so I follows it: otherwise the
+  coefficient would run away from weights that no longer move once the rate has decayed. The term may not outgrow the
+  error that it is weighed against: optimisers that normalise their steps would not feel it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _INTEGRAL = 0.03
 _FASTEST = 0.05  # of log lambda in a step
 _MOST = 2.0  # lambda S, in units of all the variance there is to explain; useful ones are well below 1
 _MEMORY = 0.1  # weight of the newest batch in the smoothed L0
-_NEVER = 1e-3  # what no firing at all counts as, in latents per token
+_LEAST = 1e-3  # of L0, in latents per token: no firing at all counts as this
 
 
 @dataclass
 class SparsityControl:
-    """The coefficient of one dictionary in training, and all that its next value depends on but the settings."""
+    """The coefficient of one dictionary in training, and the state that its next value depends on."""
 
     log_coefficient: float = _FIRST
     begun: float | None = None
     """log L0 of the first batch"""
     smoothed: float = 0.0
-    """log L0, averaged over the latest ten batches or so"""
+    """log L0, averaged over about the latest ten batches"""
     error: float = 0.0
     """distance from the path at the latest step"""
 
@@ -46,12 +46,12 @@ class SparsityControl:
         return math.exp(self.log_coefficient)
 
     def observe(self, l0: float, sparsity: float, k: int, progress: float, pace: float) -> None:
-        """Take note of a step in which ``l0`` latents fired per token, of which there are to be ``k``.
+        """Adjust the coefficient after a step with ``l0`` firings per token; the target is ``k``.
 
-        ``sparsity`` is S, the term without its coefficient. ``progress`` says how much of the path is behind (1 and
-        more: all of it), ``pace`` is the learning rate as a share of its peak.
+        ``sparsity`` is S, the term without its coefficient. ``progress`` is the completed share of the path (complete
+        from 1 on), ``pace`` the learning rate as a share of its peak.
         """
-        log_l0 = math.log(max(l0, _NEVER))
+        log_l0 = math.log(max(l0, _LEAST))
         if self.begun is None:
             self.begun = self.smoothed = log_l0
         self.smoothed += _MEMORY * (log_l0 - self.smoothed)

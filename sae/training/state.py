@@ -1,10 +1,9 @@
-"""What an unfinished training needs to go on: one file per checkpoint and seed, the last two kept.
+"""The states that an unfinished training resumes from: one file per checkpoint and seed, the last two kept.
 
-A state is one safetensors file, written under a temporary name and renamed, so it is whole or not there. Two are kept,
-and each carries a checksum (XXH3 in 128 bits), because a disk may damage what it had taken: training then goes on from
-the one before. Seeds share nothing but the batches, so each goes on from its own last
-state: one that is ahead, because a death came between two seeds' files or because the study has grown by seeds since,
-waits until the batches have come that far.
+A state is one safetensors file, written under a temporary name and renamed, so it is complete or absent. Each carries a
+checksum (XXH3 in 128 bits), because a disk may damage a file later: training then resumes from the one before. Seeds
+share nothing but the batches, so each resumes from its own last state. A seed that is ahead, because the command was
+killed between two seeds' files or because the study has grown by seeds, waits until the batches have come that far.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class State(NamedTuple):
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
-    """any JSON values; ``record["identity"]`` is what must agree for training to go on from here"""
+    """any JSON values; training resumes only if ``record["identity"]`` agrees"""
 
 
 def write_state(folder: Path, step: int, state: State) -> None:
@@ -43,16 +42,16 @@ def write_state(folder: Path, step: int, state: State) -> None:
         record = json.dumps(state.record)
         checksum = _checksum(record, state.tensors)
         save_file(state.tensors, temporary, metadata={"record": record, "checksum": checksum})
-    # What is later than this step was unreadable, or this seed would not be here.
+    # Later states were unreadable, or training would have resumed from them.
     kept = [old for old in kept_steps(folder) if old <= step][-_KEPT:]
     for old in set(kept_steps(folder)) - set(kept):
         _path(folder, old).unlink(missing_ok=True)
 
 
 def latest_state(folder: Path, identity: Mapping[str, Any]) -> tuple[int, State | None]:
-    """The last readable state in ``folder`` and the step it belongs to; (0, None) where there is none.
+    """Return the step of the last readable state in ``folder``, and the state; (0, None) without one.
 
-    Raises SettingsDiffer where the state was made under another identity.
+    Raises SettingsDiffer if the state has another identity.
     """
     for step in reversed(kept_steps(folder)):
         try:
@@ -60,7 +59,7 @@ def latest_state(folder: Path, identity: Mapping[str, Any]) -> tuple[int, State 
             found = state.record["identity"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            say(f"{folder.parent.name}: its state of step {step} cannot be read ({reason}); going back further")
+            say(f"{folder.parent.name}: its state of step {step} cannot be read ({reason}); trying the one before")
             continue
         differences = mapping_differences(found, identity)
         if differences:
@@ -73,12 +72,12 @@ def latest_state(folder: Path, identity: Mapping[str, Any]) -> tuple[int, State 
 
 
 def discard_states(folder: Path) -> None:
-    """Delete a finished training's states, once the checkpoint made from them is written."""
+    """Delete a finished training's states, once its checkpoint is written."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def kept_steps(folder: Path) -> list[int]:
-    """The steps that ``folder`` holds states of, ascending."""
+    """Return the steps of the states in ``folder``, ascending."""
     found = folder.glob(f"{_PREFIX}*{_SUFFIX}")
     return sorted(int(p.stem.removeprefix(_PREFIX)) for p in found if p.stem.removeprefix(_PREFIX).isdigit())
 

@@ -63,7 +63,7 @@ def test_resuming_is_bit_for_bit(kind: str, stops: tuple[int, ...], tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_alone_or_beside_others_and_twice_the_same(kind: str, tmp_path: Path) -> None:
+def test_alone_with_others_or_twice_the_same(kind: str, tmp_path: Path) -> None:
     together, alone, again = fresh(kind, 0, 1), fresh(kind, 1), fresh(kind, 1)
     for i, saes in enumerate((together, alone, again)):
         train(Batches(12), saes, of(kind), folders(tmp_path / str(i), len(saes)))

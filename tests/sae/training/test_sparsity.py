@@ -81,7 +81,7 @@ def test_silence_is_no_breakdown() -> None:
     assert 0 < control.coefficient < 1e-3
 
 
-def test_it_goes_on_from_its_record() -> None:
+def test_it_resumes_from_its_record() -> None:
     one, steps = SparsityControl(), [300.0, 250.1, 200.2, 100.3, 20.4, 7.5]
     for i, l0 in enumerate(steps):
         other = SparsityControl(**json.loads(json.dumps(vars(one))))

@@ -1,4 +1,4 @@
-"""Nothing of size batch x M is kept: the peak of a step, measured, against the bound that a user is told."""
+"""Nothing of size batch x M is kept: the measured peak of a step against the bound that users see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings side by side: each ends as it would alone, whenever it was stopped, and nothing bad reaches the disk."""
+"""Settings side by side: each ends as it would alone, whenever it was stopped; no bad number reaches the disk."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Sequence[Sa
     return alone(tmp_path_factory.mktemp("straight"))
 
 
-class Told:
-    """Remembers what a training tells."""
+class Recorder:
+    """Records the rows and ends of a training."""
 
     def __init__(self) -> None:
         self.ended: list[int] = []
@@ -92,11 +92,11 @@ def check(groups: Sequence[Group], logs: Sequence[list[TrainLog]], straight: Any
 
 
 def test_each_group_ends_as_it_would_alone(tmp_path: Path, straight: Any) -> None:
-    groups, told = [group(tmp_path, i) for i in range(len(SWEEP))], Told()
-    logs = train_groups(groups, watch=told)
+    groups, recorder = [group(tmp_path, i) for i in range(len(SWEEP))], Recorder()
+    logs = train_groups(groups, watch=recorder)
     check(groups, logs, straight)
-    assert told.ended == [4, 0, 1, 3, 2]  # the shorter first
-    assert told.rows["group2_1"] == logs[2][0].rows
+    assert recorder.ended == [4, 0, 1, 3, 2]  # the shorter first
+    assert recorder.rows["group2_1"] == logs[2][0].rows
 
 
 def test_batches_are_read_once_for_all_groups_that_take_the_step(tmp_path: Path) -> None:
@@ -182,10 +182,10 @@ def test_a_bad_number_in_the_activations_leaves_the_last_good_state(tmp_path: Pa
         train(Spoilt(20, 14, value), [one(0, values)], values, places)
     assert "\n" not in str(caught.value)
     assert kept_steps(places[0]) == [8, 12]
-    mended = one(0, values)
-    (log,) = train(Batches(20), [mended], values, places)
+    fixed = one(0, values)
+    (log,) = train(Batches(20), [fixed], values, places)
     assert log.resumed_from == 12
-    assert same(mended, straight)
+    assert same(fixed, straight)
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
@@ -209,9 +209,9 @@ def test_weights_that_are_not_finite_never_replace_a_good_state(
         with pytest.raises(NotFinite, match=f"run_b: .*{name} holds NaN after step {at + 1} of 20") as caught:
             train(Spoilt(20, -1, 0.0), saes, values, places)
     assert "\n" not in str(caught.value)
-    assert "its checkpoint of step 8 stands" in str(caught.value)
+    assert "the same command resumes from its checkpoint of step 8" in str(caught.value)
     assert kept_steps(places[1]) == [4, 8]
     assert kept_steps(places[0])[-1] == (12 if at == 11 else 8)  # the other seed had done its step
-    mended = [one(0, values), one(1, values)]
-    train(Batches(20), mended, values, places)
-    assert all(map(same, mended, straight))
+    fixed = [one(0, values), one(1, values)]
+    train(Batches(20), fixed, values, places)
+    assert all(map(same, fixed, straight))

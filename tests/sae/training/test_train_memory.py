@@ -1,4 +1,4 @@
-"""A training that does not fit: told before it begins, or in one line that says what to lower."""
+"""A training that does not fit: refused before it begins, or one line that says what to lower."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def part(**values: Any) -> memory.Part:
     return memory.Part(TrainingSettings.model_validate(given), seeds, 768, "layers.6.mlp")
 
 
-def test_what_to_lower_is_said_in_numbers() -> None:
+def test_advice_gives_numbers() -> None:
     need = memory.training_need([part()])
     at_half = memory.training_need([part(batch_tokens=32768)])
-    said = memory.too_much([part()], int(at_half.total / 0.9) + 2**20)
+    said = memory.describe_shortage([part()], int(at_half.total / 0.9) + 2**20)
     assert "training.batch_tokens 65536 needs about" in said
     assert said.endswith("lower training.batch_tokens to 32768")
     assert f"{need.total / 2**30:.3g} GiB" in said
     # The dictionaries themselves do not fit side by side.
     wide = part(num_latents=2**17, batch_tokens=2048, seeds=8)
     states = memory.training_need([wide])
-    assert "train 4 at a time" in memory.too_much([wide], int((states.total - states.states * 0.45) / 0.9))
+    assert "train 4 at a time" in memory.describe_shortage([wide], int((states.total - states.states * 0.45) / 0.9))
     # Not even one.
-    said = memory.too_much([wide], 3 * 2**30)
+    said = memory.describe_shortage([wide], 3 * 2**30)
     latents = int(said.split("num_latents from 131072 to ")[1].split(",")[0])
     assert memory.training_need([part(num_latents=latents, batch_tokens=2048, seeds=1)]).total <= 3 * 2**30
-    assert "free some memory" in memory.too_much([wide], 1000)
+    assert "free some memory" in memory.describe_shortage([wide], 1000)
     # It failed although the sums say that it fits: ask for less all the same.
-    assert "lower training.batch_tokens to" in memory.too_much([part()], 2**45, failed=True)
-    assert "lower training.batch_tokens to" in memory.too_much([part()], None, failed=True)
+    assert "lower training.batch_tokens to" in memory.describe_shortage([part()], 2**45, failed=True)
+    assert "lower training.batch_tokens to" in memory.describe_shortage([part()], None, failed=True)
 
 
-def test_what_plainly_cannot_fit_is_told_before_it_begins(
+def test_a_training_that_cannot_fit_is_refused_at_once(
     short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "runs"
@@ -164,7 +164,7 @@ def test_free_memory_is_at_most_what_the_limits_leave(monkeypatch: pytest.Monkey
 
 
 def test_memory_errors_have_one_form() -> None:
-    with pytest.raises(UserError, match="out of memory on cpu"), memory.out_of_memory_is_told([part()], "cpu"):
+    with pytest.raises(UserError, match="out of memory on cpu"), memory.report_out_of_memory([part()], "cpu"):
         torch.empty(2**62, dtype=torch.uint8)
-    with pytest.raises(UserError, match="out of memory on cpu"), memory.out_of_memory_is_told([part()], "cpu"):
+    with pytest.raises(UserError, match="out of memory on cpu"), memory.report_out_of_memory([part()], "cpu"):
         np.empty(2**62, dtype=np.uint8)

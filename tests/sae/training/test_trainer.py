@@ -26,7 +26,7 @@ D, M, K, B = 12, 40, 4, 64
 
 
 class Batches(Sequence[torch.Tensor]):
-    """Sparse combinations of fixed directions, made anew from the step's number; stops at ``fail_at``."""
+    """Sparse combinations of fixed directions, computed from the step's number; stops at ``fail_at``."""
 
     fingerprint = "synthetic"
 
@@ -221,7 +221,7 @@ def test_training_is_that_of_autograd_and_torch_adam(tmp_path: Path) -> None:
         torch.testing.assert_close(weight, weights[name].data, rtol=1e-6, atol=1e-8)
 
 
-def test_a_seed_trains_the_same_alone_as_beside_others(tmp_path: Path) -> None:
+def test_a_seed_trains_the_same_alone_or_with_others(tmp_path: Path) -> None:
     together, alone = fresh(0, 1), fresh(1)
     train(Batches(20), together, settings(), folders(tmp_path / "together", 2))
     train(Batches(20), alone, settings(), folders(tmp_path / "alone", 1))
@@ -254,9 +254,7 @@ def test_resuming_is_bit_for_bit(tmp_path: Path, stops: tuple[int, ...]) -> None
     assert not broken[0].exists()
 
 
-def test_after_a_death_between_two_seeds_states_each_goes_on_from_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_seed_resumes_from_its_own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = fresh(0, 1)
     train(Batches(12), straight, settings(), folders(tmp_path / "straight", 2))
     broken, written = folders(tmp_path / "broken", 2), []
@@ -279,7 +277,7 @@ def test_after_a_death_between_two_seeds_states_each_goes_on_from_its_own(
     assert all(map(same, straight, resumed))
 
 
-def test_a_study_that_grows_spares_the_states_of_the_seeds_it_has(tmp_path: Path) -> None:
+def test_a_growing_study_keeps_existing_states(tmp_path: Path) -> None:
     """Seeds 0 and 1 wait at their last step while seed 2 catches up, and are not trained or written again till then."""
     straight, places = fresh(0, 1, 2), folders(tmp_path / "grown", 3)
     train(Batches(20), straight, settings(), folders(tmp_path / "straight", 3))
@@ -294,9 +292,7 @@ def test_a_study_that_grows_spares_the_states_of_the_seeds_it_has(tmp_path: Path
     assert all(map(same, straight, grown))
 
 
-def test_a_state_that_the_disk_has_damaged_falls_back_to_the_one_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One bit, among the weights: the file opens, and only its checksum tells."""
     straight, places = fresh(0), folders(tmp_path, 1)
     train(Batches(12), straight, settings(), places)
