@@ -179,11 +179,11 @@ class Check:
             if unit_rows:
                 start[0] = torch.nn.functional.normalize(start[0], dim=-1)
             host = [(t.flatten(0, -2) if unit_rows else t.flatten()).cpu().clone() for t in start]
-            cpu.adam(*host, step=3, rate=1e-3, betas=(0.9, 0.999), eps=6.25e-10, unit_rows=unit_rows)
+            cpu.adam(*host, step=3, rate=1e-3, unit_rows=unit_rows)
 
             def work(start: list[Tensor] = start, unit_rows: bool = unit_rows) -> list[Tensor]:
                 w, g, m, v = (t.clone() for t in start)
-                self.kernels.adam(w, g, m, v, step=3, rate=1e-3, betas=(0.9, 0.999), eps=6.25e-10, unit_rows=unit_rows)
+                self.kernels.adam(w, g, m, v, step=3, rate=1e-3, unit_rows=unit_rows)
                 return [w, m, v]
 
             expected = [host[i].view(shape) for i in (0, 2, 3)]
@@ -262,8 +262,7 @@ class Check:
             for seed, (_, gradient) in enumerate(found):
                 for name, g in gradient.items():
                     w, first, second = stack.weights[name][seed], moments[name][0][seed], moments[name][1][seed]
-                    numbers: dict[str, Any] = {"step": 1, "rate": 1e-6, "betas": (0.9, 0.999), "eps": 6.25e-10}
-                    self.kernels.adam(w, g, first, second, **numbers, unit_rows=name == "W_dec")
+                    self.kernels.adam(w, g, first, second, step=1, rate=1e-6, unit_rows=name == "W_dec")
 
         rows = min(s.batch, 2048)
         a, b = x[:rows].to(kind), stack.weights["W_enc"][0].to(kind)

@@ -27,8 +27,6 @@ from sae.training.sparsity import SparsityControl
 from sae.training.stacked import LossAndGradient
 from sae.training.state import State, latest_state, write_state
 
-_BETAS = (0.9, 0.999)
-_EPS = 6.25e-10  # Gao et al. 2024: gradients of rare latents are of the size of the usual 1e-8
 _LOG_ROWS = 200
 _MEANS = ("fvu", "auxk", "l0", "sparsity", "other")
 
@@ -144,10 +142,7 @@ class Learner:
             if self.plan.frozen == "everything" or (self.plan.frozen == "decoder" and name == "W_dec"):
                 continue
             moments, rate = (self.first[name], self.second[name]), self.plan.rate(step)
-            unit_rows = name == "W_dec"
-            kernels.adam(
-                weight, gradient[name], *moments, step=step + 1, rate=rate, betas=_BETAS, eps=_EPS, unit_rows=unit_rows
-            )
+            kernels.adam(weight, gradient[name], *moments, step=step + 1, rate=rate, unit_rows=name == "W_dec")
         self.sae.measure(loss, step)
         self.silent += len(x)
         self.silent[loss.firings > 0] = 0

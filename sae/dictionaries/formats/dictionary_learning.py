@@ -32,33 +32,19 @@ from sae.dictionaries.sae import Sae
 NAME, CONFIG, WEIGHTS = "dictionary_learning", "config.json", "ae.pt"
 _TINY = torch.finfo(torch.float32).tiny
 
-#: Per class: our names and its. Both weights of a linear layer are [out, in], so ``decoder.weight`` is [D, M].
+# Our names of the tensors, and theirs. Both weights of a linear layer are [out, in], so ``decoder.weight`` is [D, M].
 _LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec.T": "decoder.weight"}
 _PLAIN = {"W_enc.T": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-_STORED: dict[str, dict[str, str]] = {
-    "AutoEncoderTopK": {**_LINEAR, "b_dec": "b_dec"},
-    "BatchTopKSAE": {**_LINEAR, "b_dec": "b_dec", "threshold": "threshold"},
-    "MatryoshkaBatchTopKSAE": {**_PLAIN, "threshold": "threshold"},
-    "AutoEncoder": {**_LINEAR, "b_dec": "bias"},
-    "AutoEncoderNew": {**_LINEAR, "b_dec": "decoder.bias"},
-    "GatedAutoEncoder": {
-        "W_enc": "encoder.weight",
-        "W_dec.T": "decoder.weight",
-        "b_dec": "decoder_bias",
-        "b_gate": "gate_bias",
-        "b_mag": "mag_bias",
-        "r_mag": "r_mag",
-    },
-    "JumpReluAutoEncoder": {**_PLAIN, "threshold": "threshold"},
-}
-_ARCHITECTURES = {
-    "AutoEncoderTopK": "topk",
-    "BatchTopKSAE": "batchtopk",
-    "MatryoshkaBatchTopKSAE": "batchtopk",
-    "AutoEncoder": "relu",
-    "AutoEncoderNew": "relu",
-    "GatedAutoEncoder": "gated",
-    "JumpReluAutoEncoder": "jumprelu",
+_GATED = {"W_enc": "encoder.weight", "W_dec.T": "decoder.weight", "b_dec": "decoder_bias"}
+_GATED |= {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
+_CLASSES: dict[str, tuple[str, str, dict[str, str]]] = {  # architecture, trainer, tensors
+    "AutoEncoderTopK": ("topk", "TopKTrainer", {**_LINEAR, "b_dec": "b_dec"}),
+    "BatchTopKSAE": ("batchtopk", "BatchTopKTrainer", {**_LINEAR, "b_dec": "b_dec", "threshold": "threshold"}),
+    "MatryoshkaBatchTopKSAE": ("batchtopk", "MatryoshkaBatchTopKTrainer", {**_PLAIN, "threshold": "threshold"}),
+    "AutoEncoder": ("relu", "StandardTrainer", {**_LINEAR, "b_dec": "bias"}),
+    "AutoEncoderNew": ("relu", "StandardTrainer", {**_LINEAR, "b_dec": "decoder.bias"}),
+    "GatedAutoEncoder": ("gated", "GatedSAETrainer", _GATED),
+    "JumpReluAutoEncoder": ("jumprelu", "JumpReluTrainer", {**_PLAIN, "threshold": "threshold"}),
 }
 _FIXED_SCALE = {"W_enc", "W_dec", "r_mag"}  # all others are multiplied where the activations are
 _NO_CENTRE = {"JumpReluAutoEncoder", "AutoEncoderNew"}
@@ -74,35 +60,39 @@ def read(folder: Path) -> Opened:
     if not isinstance(trainer, dict) or not isinstance(trainer.get("dict_class"), str):
         raise BadInput(f"{path}: trainer.dict_class is missing; this is not a {NAME} checkpoint, or a damaged one")
     kind = trainer["dict_class"]
-    if kind not in _STORED:
-        raise BadInput(f"{path}: dict_class {kind!r} cannot be opened; did it mean {suggest(kind, _STORED)}?")
-    stored, factor = _state(place)
-    encoder = "W_enc" if "W_enc.T" in _STORED[kind] else "encoder.weight"
+    if kind not in _CLASSES:
+        raise BadInput(f"{path}: dict_class {kind!r} cannot be opened; did it mean {suggest(kind, _CLASSES)}?")
+    architecture, _, names = _CLASSES[kind]
+    stored, factor = _read_tensors(place)
+    is_transposed = "W_enc.T" in names
+    encoder = "W_enc" if is_transposed else "encoder.weight"
     if encoder not in stored or stored[encoder].ndim != 2:
         raise BadInput(
             f"{place}: {encoder} is missing or not a matrix (it holds {', '.join(sorted(stored)[:6]) or 'nothing'}); "
             f"this is not a {kind}, or a damaged one"
         )
-    d_in, num_latents = _sizes(trainer, stored[encoder], "W_enc.T" in _STORED[kind], path)
+    rows, columns = stored[encoder].shape
+    sizes = {"activation_dim": rows if is_transposed else columns, "dict_size": columns if is_transposed else rows}
+    d_in, num_latents = (base.positive_int({**sizes, **trainer}, key, path, NAME) for key in sizes)
     base.check_tensors(stored, _shapes(kind, d_in, num_latents), place, CONFIG, NAME)
     k = _k(kind, trainer, stored, path, place)
     base.check_k(k, num_latents, path)
     weights = {
         ours.removesuffix(".T"): stored[theirs].T.contiguous() if ours.endswith(".T") else stored[theirs]
-        for ours, theirs in _STORED[kind].items()
+        for ours, theirs in names.items()
     }
     folded = _fold(weights, kind, factor)
-    if "threshold" in weights and kind != "JumpReluAutoEncoder" and float(weights["threshold"]) < 0:
+    if architecture == "batchtopk" and float(weights["threshold"]) < 0:
         raise BadInput(
             f"{place}: its threshold was never measured (it is {float(weights['threshold']):g}), so the firings of one "
             "token are undefined; train it beyond threshold_start_step"
         )
-    if kind == "JumpReluAutoEncoder":
+    if architecture == "jumprelu":
         weights["threshold"] = weights["threshold"].clamp_min(_TINY)
-    return Opened(ARCHITECTURES[_ARCHITECTURES[kind]].of_weights(weights, k), folded)
+    return Opened(ARCHITECTURES[architecture].of_weights(weights, k), folded)
 
 
-def _state(path: Path) -> tuple[dict[str, Tensor], float]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], float]:
     """Return the tensors of ``ae.pt`` by name, in float32, and the factor that its biases still lack (mostly 1)."""
     if not path.is_file():
         raise NotFound(
@@ -118,7 +108,8 @@ def _state(path: Path) -> tuple[dict[str, Tensor], float]:
             "opening it fully can run code; save its state_dict alone"
         ) from None
     except Exception as error:  # a damaged archive surfaces as whatever its reader raises
-        raise BadInput(f"{path} is damaged or not a PyTorch file ({_first(error)}); fetch or train it again") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise BadInput(f"{path} is damaged or not a PyTorch file ({reason}); fetch or train it again") from None
     factor = 1.0
     if isinstance(found, dict) and isinstance(found.get("ae"), dict):
         norm = found.get("norm_factor")
@@ -130,18 +121,6 @@ def _state(path: Path) -> tuple[dict[str, Tensor], float]:
     return {str(name): t.detach().to(torch.float32) for name, t in found.items()}, factor
 
 
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-
-
-def _sizes(trainer: dict[str, Any], encoder: Tensor, transposed: bool, path: Path) -> tuple[int, int]:
-    """D and M: as the description says, else as the encoder is."""
-    rows, columns = encoder.shape
-    d_in, num_latents = (rows, columns) if transposed else (columns, rows)
-    said = {"activation_dim": d_in, "dict_size": num_latents, **trainer}
-    return base.positive_int(said, "activation_dim", path, NAME), base.positive_int(said, "dict_size", path, NAME)
-
-
 def _shapes(kind: str, d_in: int, num_latents: int) -> dict[str, tuple[int, ...]]:
     def shape(ours: str) -> tuple[int, ...]:
         if ours.startswith("W_"):
@@ -150,7 +129,7 @@ def _shapes(kind: str, d_in: int, num_latents: int) -> dict[str, tuple[int, ...]
             return (d_in,)
         return () if ours == "threshold" and kind != "JumpReluAutoEncoder" else (num_latents,)
 
-    return {theirs: shape(ours) for ours, theirs in _STORED[kind].items()}
+    return {theirs: shape(ours) for ours, theirs in _CLASSES[kind][2].items()}
 
 
 def _k(kind: str, trainer: dict[str, Any], stored: dict[str, Tensor], path: Path, place: Path) -> int | None:
@@ -184,14 +163,6 @@ def _fold(weights: dict[str, Tensor], kind: str, factor: float) -> tuple[str, ..
 
 # --- writing ----------------------------------------------------------------------------------------------
 
-_CLASSES = {
-    "topk": ("AutoEncoderTopK", "TopKTrainer"),
-    "batchtopk": ("BatchTopKSAE", "BatchTopKTrainer"),
-    "relu": ("AutoEncoder", "StandardTrainer"),
-    "gated": ("GatedAutoEncoder", "GatedSAETrainer"),
-    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
-}
-
 
 def write(folder: Path, sae: Sae, about: About) -> None:
     """Write a dictionary of any architecture; ``load_dictionary`` opens it.
@@ -199,9 +170,10 @@ def write(folder: Path, sae: Sae, about: About) -> None:
     A ReLU dictionary whose decoder is not of unit length is written as an ``AutoEncoderNew``, because the loader
     of the other class would change the scale of its activations.
     """
-    kind, trainer = _CLASSES[sae.architecture]
+    kind = next(name for name, (architecture, *_) in _CLASSES.items() if architecture == sae.architecture)
     if kind == "AutoEncoder" and not base.has_unit_rows(sae.W_dec, 1e-5):
         kind = "AutoEncoderNew"
+    _, trainer, names = _CLASSES[kind]
     if kind == "BatchTopKSAE" and sae.k is None:
         raise BadInput("this BatchTopK dictionary has no k, which dictionary_learning requires; use saelens")
     weights = {name: t.detach().to("cpu", torch.float32) for name, t in sae.weights().items()}
@@ -209,7 +181,7 @@ def write(folder: Path, sae: Sae, about: About) -> None:
         weights["b_enc"] = base.add(weights["b_enc"], -base.centring_bias(weights["W_enc"], weights["b_dec"]))
     state = {
         theirs: (weights[ours.removesuffix(".T")].T if ours.endswith(".T") else weights[ours]).contiguous().clone()
-        for ours, theirs in _STORED[kind].items()
+        for ours, theirs in names.items()
     }
     if "TopK" in kind:
         state["k"] = torch.tensor(sae.k, dtype=torch.int)
@@ -229,4 +201,4 @@ def write(folder: Path, sae: Sae, about: About) -> None:
     write_json(folder / CONFIG, {"trainer": described})
 
 
-FORMAT = Format(NAME, WEIGHTS, CONFIG, frozenset(_CLASSES), read, write)
+FORMAT = Format(NAME, WEIGHTS, CONFIG, frozenset(architecture for architecture, *_ in _CLASSES.values()), read, write)

@@ -65,7 +65,11 @@ def read(folder: Path) -> Opened:
     if architecture == "batchtopk":
         shapes["topk_threshold"] = ()
     base.check_tensors(tensors, shapes, folder / WEIGHTS, CONFIG, NAME)
-    _check_finetuning(tensors, folder / WEIGHTS)
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in tensors and not bool((tensors[name] == 1).all()):
+            raise BadInput(
+                f"{folder / WEIGHTS}: {name} is not 1; neither SAELens 6 nor this program supports a fine-tuned scale"
+            )
     tensors["W_enc"] = tensors["W_enc"].T.contiguous()
     folded = _fold(tensors, config, _BIASES.get(architecture, ("b_enc",)), factor)
     weights = {key: tensors[key] for key in shapes}
@@ -135,12 +139,6 @@ def _activation_factor(config: dict[str, Any], folder: Path) -> float:
             "factor; fold it with SAELens's fold_activation_norm_scaling_factor and save the SAE again"
         )
     return float(value)
-
-
-def _check_finetuning(tensors: dict[str, Tensor], path: Path) -> None:
-    for name in ("scaling_factor", "finetuning_scaling_factor"):
-        if name in tensors and not bool((tensors[name] == 1).all()):
-            raise BadInput(f"{path}: {name} is not 1; a fine-tuned scale is not supported by SAELens 6 nor here")
 
 
 def _fold(

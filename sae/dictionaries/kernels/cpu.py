@@ -172,42 +172,27 @@ def residuals(
 
 
 def weight_gradients(
-    activations: Tensor,
-    products: Tensor,
-    latents: Tensor,
-    residual: Tensor,
-    centred: Tensor,
-    scale: float,
-    num_latents: int,
+    values: Tensor, products: Tensor, latents: Tensor, residual: Tensor, centred: Tensor, scale: float, num_latents: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     W_dec, W_enc = (buffers.empty((num_latents, residual.shape[1]), residual.dtype) for _ in range(2))
     b_enc = residual.new_empty(num_latents)
-    values, slot_products, who, *rest = _arrays(activations, products, latents, residual, centred, W_dec, W_enc, b_enc)
+    v, p, who, r, c, *out = _arrays(values, products, latents, residual, centred, W_dec, W_enc, b_enc)
     offsets = np.zeros(num_latents + 2, np.int64)
-    active = int(np.count_nonzero(values > 0))
+    active = int(np.count_nonzero(v > 0))
     token, slot = np.empty(active, np.int64), np.empty(active, np.int64)
-    loops.sort_slots(values, who, offsets, token, slot)
+    loops.sort_slots(v, who, offsets, token, slot)
     offsets = offsets[:-1]
-    rows, out = rest[:2], rest[2:]
-    arrays = (values.reshape(-1), slot_products.reshape(-1), offsets, token, slot, *rows, scale, *out)
+    arrays = (v.reshape(-1), p.reshape(-1), offsets, token, slot, r, c, scale, *out)
     _in_parallel(lambda low, high: loops.weight_gradient_rows(*arrays, low, high), _by_load(offsets))
     return W_dec, W_enc, b_enc, torch.from_numpy(np.diff(offsets))
 
 
 def adam(
-    weight: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    *,
-    step: int,
-    rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    unit_rows: bool,
+    weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, step: int, rate: float, unit_rows: bool
 ) -> None:
     arrays = _arrays(*(torch.atleast_2d(t) for t in (weight, grad, first, second)))
-    numbers = rate, *betas, eps, 1 - betas[0] ** step, 1 - betas[1] ** step, unit_rows
+    corrections = (1 - beta**step for beta in loops.BETAS)
+    numbers = (rate, *loops.BETAS, loops.EPS, *corrections, unit_rows)
     _in_parallel(lambda low, high: loops.adam_rows(*arrays, *numbers, low, high), _even(len(arrays[0])))
 
 

@@ -26,6 +26,8 @@ import numpy as np
 # their meaning, because the trainer's check for them relies on it.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+BETAS = 0.9, 0.999  # of Adam
+EPS = 6.25e-10  # of Adam (Gao et al. 2024): gradients of rare latents are of the size of the usual 1e-8
 _SMALLEST_MOMENT = 1e-30  # below it a moment counts as zero; subnormal arithmetic is up to 100 times slower
 
 

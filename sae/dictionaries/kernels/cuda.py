@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.dictionaries.kernels import cuda_programs as programs
+from sae.dictionaries.kernels.cpu_loops import BETAS, EPS
 
 _LANES = 2048  # a row is folded into this many; up to four times as many where K is large
 _SHORT_LIST = 128  # places in a short list, at least
@@ -102,15 +103,9 @@ def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: 
 
 
 def weight_gradients(
-    activations: Tensor,
-    products: Tensor,
-    latents: Tensor,
-    residual: Tensor,
-    centred: Tensor,
-    scale: float,
-    num_latents: int,
+    values: Tensor, products: Tensor, latents: Tensor, residual: Tensor, centred: Tensor, scale: float, num_latents: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    values, slot_products, r, c = _contiguous(activations, products, residual, centred)
+    values, slot_products, r, c = _contiguous(values, products, residual, centred)
     k, width, lead = values.shape[-1], r.shape[-1], values.shape[:-2]
     n = num_latents * lead.numel()
     first_row = torch.arange(lead.numel(), device=r.device).mul_(num_latents).view(*lead, 1, 1)
@@ -130,23 +125,14 @@ def weight_gradients(
 
 
 def adam(
-    weight: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    *,
-    step: int,
-    rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    unit_rows: bool,
+    weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, step: int, rate: float, unit_rows: bool
 ) -> None:
     if not all(t.is_contiguous() for t in (weight, first, second)):
         raise ValueError("the sparse steps need contiguous tensors")
     total = weight.numel()
     width = weight.shape[-1] if unit_rows else _FLAT
-    corrections = 1 - betas[0] ** step, 1 - betas[1] ** step
-    numbers = rate / corrections[0], corrections[1] ** -0.5, eps, *betas, 1 - betas[0], 1 - betas[1]
+    beta1, beta2 = BETAS
+    numbers = rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, EPS, beta1, beta2, 1 - beta1, 1 - beta2
     block = triton.next_power_of_2(width)
     with torch.cuda.device_of(weight):
         programs.adam_rows[(triton.cdiv(total, width),)](

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae.dictionaries.kernels.cpu_loops import BETAS, EPS
+
 _GATHER_ELEMENTS = 1 << 26  # elements gathered at once: 256 MiB of float32
 
 
@@ -43,17 +45,11 @@ def residuals(
 
 
 def weight_gradients(
-    activations: Tensor,
-    products: Tensor,
-    latents: Tensor,
-    residual: Tensor,
-    centred: Tensor,
-    scale: float,
-    num_latents: int,
+    values: Tensor, products: Tensor, latents: Tensor, residual: Tensor, centred: Tensor, scale: float, num_latents: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lead, width = latents.shape[:-2], residual.shape[-1]
     n = num_latents * lead.numel()
-    values, slopes, owners = (t.flatten(0, -2) for t in (activations, products, _rows(latents, num_latents)))
+    values, slopes, owners = (t.flatten(0, -2) for t in (values, products, _rows(latents, num_latents)))
     errors, inputs = residual.reshape(-1, width), centred.reshape(-1, width)
     token, column = torch.nonzero(values > 0, as_tuple=True)
     owner = owners[token, column]
@@ -71,23 +67,14 @@ def weight_gradients(
 
 
 def adam(
-    weight: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    *,
-    step: int,
-    rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    unit_rows: bool,
+    weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, step: int, rate: float, unit_rows: bool
 ) -> None:
     if unit_rows:
         grad = grad - (grad * weight).sum(-1, keepdim=True) * weight
-    first.mul_(betas[0]).add_(grad, alpha=1 - betas[0])
-    second.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    corrections = 1 - betas[0] ** step, 1 - betas[1] ** step
-    weight.addcdiv_(first, (second / corrections[1]).sqrt_().add_(eps), value=-rate / corrections[0])
+    beta1, beta2 = BETAS
+    first.mul_(beta1).add_(grad, alpha=1 - beta1)
+    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    weight.addcdiv_(first, (second / (1 - beta2**step)).sqrt_().add_(EPS), value=-rate / (1 - beta1**step))
     if unit_rows:
         weight.div_(weight.norm(dim=-1, keepdim=True))
 

@@ -52,7 +52,7 @@ class Kernels(Protocol):
 
     def weight_gradients(
         self,
-        activations: Tensor,
+        values: Tensor,
         products: Tensor,
         latents: Tensor,
         residual: Tensor,
@@ -62,27 +62,18 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the gradient of ``scale / 2 * sum(residual**2)`` by W_dec [M, D], W_enc [M, D] and b_enc [M].
 
-        ``products`` [B, K] and ``residual`` [B, D] are those of :meth:`residuals`; ``centred`` [B, D] is the encoder's
-        input. The fourth result, [M] int64, counts how often each latent was active.
+        ``values`` [B, K] are the activations, ``products`` [B, K] and ``residual`` [B, D] those of :meth:`residuals`,
+        ``centred`` [B, D] is the encoder's input. The fourth result, [M] int64, counts each latent's firings.
         """
 
     def adam(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        first: Tensor,
-        second: Tensor,
-        *,
-        step: int,
-        rate: float,
-        betas: tuple[float, float],
-        eps: float,
-        unit_rows: bool,
+        self, weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, step: int, rate: float, unit_rows: bool
     ) -> None:
         """Take one step of Adam (Kingma & Ba 2015), in place on ``weight`` and the moments ``first`` and ``second``.
 
-        All four have shape [M, D] or [M]; ``step`` counts from 1. With ``unit_rows``, the part of the gradient along
-        each row is removed, because it could only change the row's length, and rows are then rescaled to length 1.
+        All four have shape [M, D] or [M]; ``step`` counts from 1; the constants are ``cpu_loops.BETAS`` and ``EPS``.
+        With ``unit_rows``, the part of the gradient along each row is removed, because it could only change the row's
+        length, and rows are then rescaled to length 1.
         """
 
 

@@ -14,7 +14,7 @@ from tiny_study import cli
 
 from sae.activations.stream import TrainingBatches
 from sae.common.interrupt import Terminated, defer_interrupts
-from sae.training import trainer
+from sae.training import learner, trainer
 from sae.training.state import State, kept_steps
 from sae.training.trainer import Group, train, train_groups
 
@@ -115,13 +115,13 @@ def test_it_trains_outside_the_main_thread(tmp_path: Path) -> None:
 def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps after which states were written."""
     steps: list[int] = []
-    write = trainer.write_state
+    write = learner.write_state
 
     def record(folder: Path, step: int, state: State) -> None:
         steps.append(step)
         write(folder, step, state)
 
-    monkeypatch.setattr(trainer, "write_state", record)
+    monkeypatch.setattr(learner, "write_state", record)
     return steps
 
 
@@ -153,8 +153,8 @@ def test_slow_writing_stretches_the_interval(
             now[0] += 1.0
             return super().__getitem__(step)
 
-    slow = trainer.write_state
-    monkeypatch.setattr(trainer, "write_state", lambda *of: (now.__setitem__(0, now[0] + 2.0), slow(*of)))
+    slow = learner.write_state
+    monkeypatch.setattr(learner, "write_state", lambda *of: (now.__setitem__(0, now[0] + 2.0), slow(*of)))
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 10.0)
     train(Ticking(100), fresh(0), settings(checkpoint_steps=1000), folders(tmp_path, 1))
     assert written == [10, 50, 90, 100]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,8 +78,7 @@ def steps_of_training(kind: str) -> None:
     assert int(firings.sum()) == int((activations > 0).sum())
     moments = [numbers(kind, LATENTS, WIDTH, seed=seed) for seed in (4, 5)]
     for unit_rows in (False, True):
-        numbers_of_adam: dict[str, Any] = {"step": 1, "rate": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
-        cpu.adam(weight.clone(), W_dec, *moments, unit_rows=unit_rows, **numbers_of_adam)
+        cpu.adam(weight.clone(), W_dec, *moments, step=1, rate=0.1, unit_rows=unit_rows)
 
 
 def steps_of_alignment(kind: str) -> None:
