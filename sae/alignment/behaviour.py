@@ -89,13 +89,13 @@ def behaviour(
         offset: tokens by which b's firings are moved for the null (:func:`sae.alignment.nulls.draw_offset`); None for
             no null.
     """
-    real = _counted(a, b, advance)
-    sides = [_side(one, other, of, device) for one, other, of in ((a, b, real.a), (b, a, real.b))]
-    found = Behaviour((sides[0], sides[1]), real.a.counts.n_tokens, real.gap)
-    del real
+    of_a, of_b, gap = _count_and_match(a, b, advance)
+    sides = (_side(a, b, of_a, device), _side(b, a, of_b, device))
+    found = Behaviour(sides, of_a.counts.n_tokens, gap)
+    del of_a, of_b
     if offset is not None:
-        null = _counted(a, b, advance, offset)
-        for side, one, of in ((sides[0], a, null.a), (sides[1], b, null.b)):
+        null_a, null_b, _ = _count_and_match(a, b, advance, offset)
+        for side, one, of in ((sides[0], a, null_a), (sides[1], b, null_b)):
             columns = _firing_columns(one, of)
             for name in FIRING_COLUMNS:
                 side[f"{name}__{SHIFTED}"] = columns[name]
@@ -110,14 +110,10 @@ class _Matched(NamedTuple):
     together: NDArray[np.int64]
 
 
-class _Pair(NamedTuple):
-    a: _Matched
-    b: _Matched
-    gap: float
-
-
-def _counted(a: Member, b: Member, advance: Callable[[int], None] | None, offset: int = 0) -> _Pair:
-    """Count and match both directions, with b's firings moved back by ``offset`` tokens against a's."""
+def _count_and_match(
+    a: Member, b: Member, advance: Callable[[int], None] | None, offset: int = 0
+) -> tuple[_Matched, _Matched, float]:
+    """Count and match both directions, b's firings moved back by ``offset`` tokens; also return the matching's gap."""
     n_tokens = min(a.store.n_tokens, b.store.n_tokens)
     of_a, of_b = (
         count_cofirings(one.store, other.store, one.decoder_partner[:, None], one.lone, advance, shift)
@@ -127,7 +123,7 @@ def _counted(a: Member, b: Member, advance: Callable[[int], None] | None, offset
     inverse, together_b = np.full(len(b.lone), UNMATCHED, np.int32), np.zeros(len(b.lone), np.int64)
     matched = partner >= 0
     inverse[partner[matched]], together_b[partner[matched]] = np.flatnonzero(matched), together[matched]
-    return _Pair(_Matched(of_a, partner, together), _Matched(of_b, inverse, together_b), gap)
+    return _Matched(of_a, partner, together), _Matched(of_b, inverse, together_b), gap
 
 
 def match_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDArray[np.int64], float]:

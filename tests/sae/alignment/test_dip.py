@@ -78,7 +78,7 @@ def mixture(n: int, rng: np.random.Generator, apart: float = 4.0) -> np.ndarray:
     return rng.normal(size=n) + apart * (rng.random(n) < 0.4)
 
 
-def test_chance_is_told_from_two_modes() -> None:
+def test_chance_differs_from_two_modes() -> None:
     rng = np.random.default_rng(0)
     one = run_dip_test([rng.normal(size=800), rng.random(800)])
     assert one.p_value > 0.05
@@ -150,7 +150,7 @@ def test_a_kept_dip_is_the_same_and_needs_no_second_test(tmp_path: Path, monkeyp
             read_dip_test(path, other, units, True)
 
 
-def test_a_damaged_file_of_dips_is_written_anew(tmp_path: Path) -> None:
+def test_a_damaged_file_of_dips_is_replaced(tmp_path: Path) -> None:
     samples, units, path = [np.linspace(0, 1, 50)], [np.arange(50)], tmp_path / "dips"
     expected = read_dip_test(path, samples, units, True)
     for content in ("{", "[]", '{"a": 3}', '{"a": [1]}', '{"a": ["x", 1, 1, 1, 1]}'):

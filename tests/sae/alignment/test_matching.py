@@ -307,7 +307,7 @@ def test_no_pair_that_exceeds_its_prices_is_overlooked(precision: Precision, mos
     assert (c <= known.u[:, None] + known.v + 1e-12)[left].all()
 
 
-def test_what_is_let_go_is_bounded_by_the_worst_that_the_screens_may_err() -> None:
+def test_dropped_pairs_are_bounded_by_the_screens_margin() -> None:
     rng = np.random.default_rng(0)
     absolute, relative = 0.01, 0.004
     x = rng.uniform(-0.9, 0.9, size=(30, 40)).astype(np.float32)
@@ -324,7 +324,7 @@ def test_what_is_let_go_is_bounded_by_the_worst_that_the_screens_may_err() -> No
     assert (dropped <= least + 1e-6).all()
 
 
-def test_the_excess_allows_for_pairs_that_were_let_go_unseen() -> None:
+def test_the_excess_includes_dropped_pairs() -> None:
     a, b = (normalize_rows(side) for side in shared_half(200, 210, 8))
     noise = np.random.default_rng(0).normal(size=a.shape)
     coarse = a + 0.3 * normalize_rows(noise)  # so coarse that a row's best is often not its best as the screens tell
@@ -428,7 +428,7 @@ def test_small_pairs_in_a_plane_are_certified_too(turn: float) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.integers(0, 5), st.booleans())
-def test_the_sparse_solver_is_exact_and_mends_its_own_solutions(seed: int, n: int, wider: int, tied: bool) -> None:
+def test_the_sparse_solver_is_exact_from_earlier_solutions(seed: int, n: int, wider: int, tied: bool) -> None:
     rng = np.random.default_rng(seed)
     m = n + wider
     c = rng.choice([-1, 0, 0.5, 1], size=(n, m)) if tied else rng.normal(size=(n, m))
