@@ -1,7 +1,6 @@
-"""Every table of a run by its name, as it can be taken elsewhere: what a notebook or a report shows, in rows.
+"""The tables of a run, by name: those that the stages and the journal hold, and the pairs that ``compare`` shows.
 
-Most are what the stages left on disk or the journal; some are made of these, as the report makes them. A table that
-cannot be there yet says by which command it comes to be.
+A table that does not exist yet raises an error that names the command that makes it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from sae.common.commands import command
 from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table
 from sae.study.align import behaviour_folder
-from sae.study.run import Run, study_runs
+from sae.study.run import Run
 
 Frames = Iterator[pd.DataFrame]
 """One table, in pieces where it may not fit in memory at once; all have the same columns."""
@@ -182,86 +181,6 @@ def _reliability(run: Run, _: Sequence[Run]) -> Frames:
     yield Opened(run.name, run.root).reliability()
 
 
-def _report(run: Run) -> dict[str, Any]:
-    from autointerp.findings.evidence import View
-    from autointerp.findings.study import findings
-
-    names = [other.name for other in study_runs(run.study, run.root)]
-    return findings(run.root, names, View(focus=run.name))
-
-
-def _findings(run: Run, _: Sequence[Run]) -> Frames:
-    yield pd.DataFrame(_report(run)["findings"])
-
-
-def _shared(run: Run, _: Sequence[Run]) -> Frames:
-    """A row for each definition of shared and pair of the study's runs, and for the mean of all pairs."""
-    tree = _part(run, "overlap")
-    rows = []
-    for definition in ("strict", "both", "decoder", "lenient"):
-        of = tree[definition]
-        null = {f"null_{name}": value for name, value in of["null"].items()}
-        rows.append({"definition": definition, "pair": None, "value": of["value"], **_ends(of["interval"]), **null})
-        for pair, value in of["pairs"].items():
-            null = {f"null_{name}": values.get(pair) for name, values in of["pairs_null"].items()}
-            rows.append(
-                {
-                    "definition": definition,
-                    "pair": pair,
-                    "value": value,
-                    **_ends(of["pair_intervals"][pair]),
-                    **null,
-                }
-            )
-    table = pd.DataFrame(rows)
-    table.insert(1, "threshold", tree["threshold"])
-    yield table
-
-
-def _thresholds(run: Run, _: Sequence[Run]) -> Frames:
-    tree = _part(run, "overlap")
-    table = pd.DataFrame(tree["sweep"])
-    for null, of in tree["nulls"].items():
-        names = {name: f"{name}_{null}" for name in of["sweep"] if name != "threshold"}
-        table = table.join(pd.DataFrame(of["sweep"]).rename(columns=names)[list(names.values())])
-    yield table
-
-
-def _interesting(run: Run, _: Sequence[Run]) -> Frames:
-    rows = [{**row, **_ends(row["interval"])} for row in _part(run, "interesting")]
-    columns = ["latent", "score", "low", "high", "auroc", "control", "similarity", "firing_frequency"]
-    numbers = dict.fromkeys(columns[1:], float)
-    yield pd.DataFrame(rows, columns=[*columns, "explanation_id", "explanation"]).astype(numbers)
-
-
-def _failures(run: Run, _: Sequence[Run]) -> Frames:
-    rows = [
-        {"stage": reason["stage"], "reason": reason["reason"], "latent": latent}
-        for reason in _report(run)["failures"]["reasons"]
-        for latent in reason["latents"]
-    ]
-    yield pd.DataFrame(rows, columns=["stage", "reason", "latent"])
-
-
-def _classes(run: Run, _: Sequence[Run]) -> Frames:
-    tree = _part(run, "scores")
-    rows = []
-    for name, of in [*(tree["by_class"] or {}).items(), ("together", tree)]:
-        counts = {key: of[key] for key in ("n_latents", "n_alive", "n_eligible", "n_explained", "n_scored", "n_failed")}
-        quartiles = dict(zip(("quartile_1", "median", "quartile_3"), of["quartiles"], strict=True))
-        rows.append({"shared_class": name, **counts, "mean": of["mean"], **_ends(of["interval"]), **quartiles})
-    yield pd.DataFrame(rows)
-
-
-def _part(run: Run, part: str) -> Any:
-    """A part of the run's report; where it is not there, the command that the report names for it."""
-    found = _report(run)
-    if found[part] is None:
-        waiting = found["missing"][0]["command"] if found["missing"] else command(run.root, "report", "--sae", run.name)
-        raise NotFound(f"run {run.name!r} has no {part} to report yet; run `{waiting}`")
-    return found[part]
-
-
 def _ends(interval: Sequence[float | None] | None) -> dict[str, float | None]:
     low, high = interval or (None, None)
     return {"low": low, "high": high}
@@ -324,11 +243,5 @@ TABLES: dict[str, Table] = {
         Table("sample", "a latent that could be drawn to be explained", _stage("sample", "sample", "explain")),
         Table("reliability", "a set-up of scores: how far they can be relied upon", _reliability),
         Table("usage", "a stage and model: what it cost", _usage),
-        Table("classes", "a shared class: who was scored, and how well", _classes),
-        Table("interesting", "a latent that no other run has and that explains well", _interesting),
-        Table("failures", "a latent that failed, and why", _failures),
-        Table("shared", "a definition of shared and a pair of runs", _shared),
-        Table("thresholds", "a threshold: what is shared above it", _thresholds),
-        Table("findings", "a finding of the paper, measured here", _findings),
     )
 }

@@ -12,13 +12,15 @@
   const CLASSES = ["all", "some", "one"];
   const SYMBOLS = { one: "diamond", some: "circle", all: "square" };
 
-  function classGroups(x, y, latents) {
+  /** The latents by shared class. */
+  const classGroups = (x, y, latents) => {
     const { classOf } = Report.latents();
     const names = Report.classNames();
     return CLASSES.map((name) =>
       group(names[name], colour(name), latents.filter((latent) => classOf(latent) === name), x, y, { symbol: SYMBOLS[name] }),
     ).filter((one) => one.points.length > 0);
-  }
+  };
+  Report.classGroups = classGroups;
 
   // --- overlap ------------------------------------------------------------------------------------------------
 
@@ -233,7 +235,6 @@
       group(`score ${name}`, colour(`q${i}`), scored.filter((latent) => quarter(latent) === i), similarity, firings));
     return Report.scatter(groups, {
       x: "similarity to the partners", y: "firings", yLog: true, edges: true, xRange: [-0.02, 1.02],
-     
     });
   };
 

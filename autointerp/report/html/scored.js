@@ -1,7 +1,7 @@
 /* What each figure about scores shows; see figures.js. */
 "use strict";
 (() => {
-  const { axis, colour, figures, group, known, layout, rule } = Report;
+  const { axis, colour, figures, known, layout, rule } = Report;
   const CHANCE = 0.5;
   const findings = () => Report.data("findings");
   const columns = () => Report.data("columns");
@@ -92,15 +92,7 @@
     };
   };
 
-  /** The scored latents by shared class. */
-  function classGroups(x, y) {
-    const { classOf } = Report.latents();
-    const names = Report.classNames();
-    const symbols = { one: "diamond", some: "circle", all: "square" };
-    return ["all", "some", "one"].map((name) =>
-      group(names[name], colour(name), columns().scored.latent.filter((latent) => classOf(latent) === name), x, y, { symbol: symbols[name] }),
-    ).filter((one) => one.points.length > 0);
-  }
+  const classGroups = (x, y) => Report.classGroups(x, y, columns().scored.latent);
 
   figures.relation = () => {
     const { similarity, score } = Report.latents();

@@ -216,10 +216,6 @@ MISSING = {
     "scores": "score --sae run_a",
     "reliability": "score --sae run_a",
     "sample": "explain --sae run_a",
-    "classes": "harvest --sae run_a --sae run_b",
-    "shared": "harvest --sae run_a --sae run_b",
-    "thresholds": "harvest --sae run_a --sae run_b",
-    "interesting": "harvest --sae run_a --sae run_b",
 }
 
 
@@ -232,7 +228,7 @@ def test_what_is_not_there_yet_names_its_command(name: str, tmp_path: Path) -> N
 
 
 def test_every_table_is_missing_or_made_somewhere() -> None:
-    assert set(MISSING) | {"training", "findings", "failures"} == set(TABLES)
+    assert set(MISSING) | {"training"} == set(TABLES)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +311,7 @@ def test_every_table_is_written_by_the_command(untouched: Path, tmp_path: Path, 
         told = cli("export", *arguments, "--json").well().json
         table = read_csv(to) if format_ == "csv" else pd.read_parquet(to)
         assert (told["command"], told["rows"], told["columns"]) == ("export", len(table), list(table.columns)), name
-        if name not in ("failures", "interesting", "usage"):
+        if name != "usage":
             assert told["rows"] > 0, name
         if name == "scores":
             assert f"{told['rows']:,} rows" in cli("export", *arguments).well().out
