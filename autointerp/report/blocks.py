@@ -141,5 +141,5 @@ def numbers(*names: str) -> list[Column | str]:
 
 
 def wait_for(entry: Mapping[str, str]) -> list[Block]:
-    """Return what stands in place of a stage that has not been run: why, and the command that runs it."""
+    """Return what is shown in place of a stage that has not been run: why, and the command that runs it."""
     return [Sentence(entry["says"]), Command(entry["command"])]

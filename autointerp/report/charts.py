@@ -101,7 +101,7 @@ def columns(
 
 
 class Layer(NamedTuple):
-    """One of two histograms that stand on each other: counts per bin, style, and fill where there is no colour."""
+    """One of two stacked histograms: counts per bin, style, and fill where there is no colour."""
 
     counts: Sequence[float]
     style: str
@@ -148,7 +148,7 @@ def _stacked_cell_plain(border: int, top: int, lower: Layer, upper: Layer, botto
 
 
 def resampled(values: Sequence[float], width: int) -> list[float]:
-    """At most ``width`` values: the means of equal runs of ``values`` (missing ones left out)."""
+    """At most ``width`` values: the means of equal runs of ``values`` (missing ones skipped)."""
     if len(values) <= width:
         return list(values)
     edges = [round(i * len(values) / width) for i in range(width + 1)]
@@ -169,7 +169,7 @@ def sparkline(
 ) -> Text:
     """A series in one line, from its smallest value (lowest block) to its largest; gaps where it is missing.
 
-    ``log`` takes logarithms first, which keeps the end of a loss curve visible beside its beginning. ``span`` is the
+    ``log`` takes logarithms first, which keeps the end of a loss curve visible next to its beginning. ``span`` is the
     lowest and highest value of the scale, where several series share one.
     """
 
@@ -246,7 +246,7 @@ class Tick(NamedTuple):
 
 
 def axis(width: int, ticks: Sequence[Tick]) -> tuple[Text, Text]:
-    """An axis of ``width`` cells and the line of labels under it; a label that would touch another is left out.
+    """An axis of ``width`` cells and the line of labels under it; a label that would touch another is skipped.
 
     A later tick gives way to an earlier one, so the one that matters most comes first.
     """

@@ -116,7 +116,7 @@ def _outcome(tree: Tree | None) -> Iterator[Block]:
 
 
 def _bars(shape: Tree) -> Sequence[float]:
-    """How many latents each bar stands for; for a sample, of all eligible ones."""
+    """How many latents each bar counts; for a sample, of all eligible ones."""
     bars: Sequence[float] = shape.get("estimated", shape["counts"])
     return bars
 
@@ -184,7 +184,7 @@ def counted(found: Findings) -> Section:
 
 
 def _too_few(tree: Tree | None, n_runs: int) -> Iterator[Block]:
-    """The alive latents that the scores leave out for too few contexts, by shared class."""
+    """The alive latents without a score for too few contexts, by shared class."""
     if tree is None or not tree["together"]["n"]:
         return
     rows: Rows = []

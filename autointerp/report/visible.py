@@ -40,7 +40,7 @@ def visible(text: str) -> str:
 
 
 def shown(text: str, style: str = "") -> Text:
-    """:func:`visible` text in one style; a sign that stands for a character is dim."""
+    """:func:`visible` text in one style; a sign in place of a character is dim."""
     if text.isascii() and text.isprintable():
         return Text(text, style)
     out = Text(style=style)

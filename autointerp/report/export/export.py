@@ -1,6 +1,6 @@
 """Tables and explanations written for other programs: CSV, Parquet, and Neuronpedia's lines of JSON.
 
-CSV is UTF-8 with ``\\n`` between rows; every text is in quotes and stands as it is, line breaks, control characters and
+CSV is UTF-8 with ``\\n`` between rows; every text is in quotes, unchanged, line breaks, control characters and
 all; numbers are written so that they read back exactly; a missing value is an empty field; a list or mapping is its
 JSON (``null`` for NaN). ``pandas.read_csv(path, keep_default_na=False, na_values=[""])`` gives all of it back. A text
 that begins with ``=``, ``+``, ``-`` or ``@`` is a formula to a spreadsheet: nothing is put before it, which would
@@ -57,7 +57,7 @@ def export_table(runs: Sequence[Run], name: str, format_: str, to: Path) -> dict
     NotFound where the table is not there yet, BadInput where ``to`` holds something else; nothing is written then.
     """
     frames = frames_of(name, runs)
-    first = next(frames)  # what is missing is told before a file is begun
+    first = next(frames)  # raises what is missing before a file is begun
     counted = _Counted(itertools.chain([first], frames))
     metadata = {"table": name, "runs": [run.name for run in runs], "columns": [str(c) for c in first.columns]}
 

@@ -7,7 +7,7 @@ Its importer takes the columns from the first line, so that every line has the s
 no columns. One such is ``scores``, which has the form in which its API gives an explanation's scores.
 
 Types, models and authors are rows of tables of an installation, which has to know them before it takes the lines in.
-Types and scores bear names of our own: the protocols are not those that Neuronpedia's own names stand for.
+Types and scores bear names of our own: the protocols are not those that Neuronpedia's own names mean.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Ids:
 
 
 def lines_of(run: Run, ids: Ids) -> tuple[list[dict[str, Any]], int]:
-    """A line for each explanation that did not fail, by latent; and how many failed ones are left out.
+    """Return a line for each explanation that did not fail, by latent, and how many failed.
 
     Raises NotFound where there is none.
     """

@@ -27,7 +27,7 @@ VERDICTS_AT_ONCE = 100_000
 
 @dataclass(frozen=True)
 class Table:
-    """A kind of table: what its rows are, and how it is made of a run and others beside it."""
+    """A kind of table: what its rows are, and how it is made of a run and other runs."""
 
     name: str
     says: str

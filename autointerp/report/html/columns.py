@@ -113,7 +113,7 @@ def _scored(own: pd.DataFrame, swapped: pd.DataFrame) -> dict[str, Any]:
 
 
 def _partner_scores(study: Study, own: pd.DataFrame) -> list[dict[str, Any]]:
-    """The scores of latents beside those of their decoder-matched partners (figure 6 of the paper)."""
+    """The scores of latents with those of their decoder-matched partners (figure 6 of the paper)."""
     found = []
     for run in study.runs:
         if run.name == study.focus.name or (study.focus.name, run.name) not in study.tables:
@@ -150,7 +150,7 @@ def _whole(values: pd.Series | None) -> list[int | None] | None:
 def _rounded(
     values: pd.Series | None, *, significant: int | None = None, n: int | None = None
 ) -> list[float | None] | None:
-    """To four decimals, or to so many significant digits: more would be bytes and not information."""
+    """Round to four decimals, or to that many significant digits: more would only be bytes."""
     if values is None:
         return None if n is None else [None] * n
     numbers = values.astype(float).tolist()

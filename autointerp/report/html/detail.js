@@ -1,5 +1,5 @@
 /* One latent, over the page: what it fires on, what it was said to mean, what the judge made of that, and its partner in
-   each sibling beside it. */
+   each sibling next to it. */
 "use strict";
 (() => {
   const { count, decimal, element, foreign, interval, percent, rate } = Report;
@@ -158,7 +158,7 @@
       histogram(detail.activations),
       element("h3", {}, "Where it fires"),
       element("p", { class: "quiet" }, "From the strongest activation to the weakest, over its whole range; the more a token activates it, the stronger its ground."),
-      detail.contexts.length > 0 ? detail.contexts.map(context) : element("p", {}, "None are at hand."),
+      detail.contexts.length > 0 ? detail.contexts.map(context) : element("p", {}, "No contexts are available."),
       scores(detail) === null ? null : element("h3", {}, "Scores and controls"),
       scores(detail),
       ...verdicts(detail),
@@ -203,7 +203,7 @@
 
   Report.makeDetail = () => {
     dialog.addEventListener("close", () => {
-      if (open === null || dialog.open) return; // opened again before this was told
+      if (open === null || dialog.open) return; // opened again before this event
       const { latent } = open;
       open = null;
       dialog.replaceChildren();
@@ -211,7 +211,7 @@
       if (Report.wasInBrowser) Report.focusLatent(latent);
     });
     dialog.addEventListener("click", (event) => {
-      if (event.target === dialog) dialog.close(); // beside it
+      if (event.target === dialog) dialog.close(); // outside it
     });
     dialog.addEventListener("keydown", (event) => {
       if (event.target.closest("input, select, .scroll")) return;

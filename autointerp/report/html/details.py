@@ -1,4 +1,4 @@
-"""Everything about some latents: what ``show`` prints of one, its verdicts, and its partners' contexts beside its own.
+"""The details of some latents: all that ``show`` prints of one, its verdicts, and its partners' contexts.
 
 All of it for 32,768 latents would make a file that no browser opens. So the page has what a reader came for first, the
 latents that were explained, and then a fair sample of the others, until a budget of bytes is spent; it says how many of
@@ -41,7 +41,7 @@ class Details:
     chunks: list[str]
     place: dict[int, int]
     without_contexts: str | None
-    """Why the contexts are not at hand, where they are not."""
+    """Why contexts are not available; ``None`` where they are."""
 
 
 def details_of(study: Study, status: Sequence[int], first: Sequence[int], budget: int = BUDGET) -> Details:
@@ -91,7 +91,7 @@ def order(status: Sequence[int], alive: np.ndarray, first: Sequence[int] = ()) -
 
 
 class _Reader:
-    """Reads details; without contexts once these turn out not to be at hand."""
+    """Reads details; without contexts as soon as these turn out not to be available."""
 
     def __init__(self, study: Study) -> None:
         self._study = study

@@ -156,7 +156,7 @@ def _scores(found: Findings, columns: Columns) -> Iterator[Figure]:
         "below, as a share of its own latents. .5 is guessing."
     )
     alt = f"Own explanation {estimate(tree['mean'], tree['interval'])}, {plural(tree['n_scored'], 'latent')}{swapped}."
-    yield Figure("scores", "scores", "Scores beside their controls", says, alt)
+    yield Figure("scores", "scores", "Scores and their controls", says, alt)
     if columns["against"]:
         rows = (tree["by_class"] or {}).items()
         means = [f"{class_label(name, 3)} {estimate(row['mean'], row['interval'])}" for name, row in rows]

@@ -176,7 +176,7 @@ def show_text(text: object) -> str:
 
 
 def _groupwise(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
-    """Blocks of one kind that follow each other, together: small tables stand side by side."""
+    """Blocks of one kind that follow each other, together: small tables are set side by side."""
     return [(kind, list(run)) for kind, run in itertools.groupby(blocks, lambda block: type(block).__name__)]
 
 
