@@ -5,11 +5,10 @@ from __future__ import annotations
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish, finish_with_runs, open_runs
 from autointerp.command_line.groups import JudgeServer, Machine, Output, Server, Text, llm_options, takes_groups
-from autointerp.command_line.options import Definition, OtherFormat
 from autointerp.command_line.values import absolute, amount, new_file
 from sae.common.errors import BadInput
 
-SAE_FORMATS = (OtherFormat.sparsify, OtherFormat.saelens, OtherFormat.dictionary_learning)
+SAE_FORMATS = ("sparsify", "saelens", "dictionary_learning")
 
 
 @takes_groups
@@ -100,7 +99,7 @@ def harvest(*, sae: opt.Saes = None, tokens: opt.HarvestTokens = None, machine: 
 def align(
     *,
     names: opt.RunNames = None,
-    definition: opt.Shared = Definition.strict,
+    definition: opt.Shared = "strict",
     threshold: opt.Threshold = 0.7,
     nulls: opt.Nulls = True,
     force: opt.ForceAlign = False,
@@ -121,7 +120,7 @@ def align(
 
     runs = open_runs(names, output.root, whole_study=True)
     align_runs(runs, machine.compute(), nulls, force)
-    found = alignment_findings(read_comparison(runs, threshold), definition.value)
+    found = alignment_findings(read_comparison(runs, threshold), definition)
     finish(output.as_json, "align", lambda: found, lambda: render_alignment(found))
 
 
@@ -221,18 +220,18 @@ def export(
         from sae.study.importing import export_sae
 
         if len(runs) > 1:
-            raise BadInput(f"--format {format_.value} exports the SAE of one run; give --sae once")
-        saved = export_sae(runs[0], format_.value, to)
+            raise BadInput(f"--format {format_} exports the SAE of one run; give --sae once")
+        saved = export_sae(runs[0], format_, to)
         finish(output.as_json, "export", lambda: saved, lambda: None)
         return
     from autointerp.report.export.export import check_request, export_neuronpedia, export_table
     from autointerp.report.export.neuronpedia import Ids
     from autointerp.report.rendering import render_exported
 
-    name = check_request(format_.value, table, runs)
+    name = check_request(format_, table, runs)
     to = new_file("--to", to)
-    if format_ == OtherFormat.neuronpedia:
+    if format_ == "neuronpedia":
         written = export_neuronpedia(runs[0], to, Ids.of(runs[0], model_id, source_id, author_id))
     else:
-        written = export_table(runs, name, format_.value, to)
+        written = export_table(runs, name, format_, to)
     finish(output.as_json, "export", lambda: written, lambda: render_exported(written))

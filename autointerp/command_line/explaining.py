@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish, open_runs
 from autointerp.command_line.groups import JudgeServer, Machine, Output, Server, Spending, llm_options, takes_groups
-from autointerp.command_line.options import Definition
 from autointerp.command_line.values import indices as latent_numbers
 from sae.common.commands import command
 from sae.common.errors import BadInput
@@ -26,7 +25,7 @@ def explain(
     unshared_only: opt.UnsharedOnly = False,
     shared_only: opt.SharedOnly = False,
     against: opt.Against = None,
-    definition: opt.Shared = Definition.strict,
+    definition: opt.Shared = "strict",
     threshold: opt.Threshold = 0.7,
     latents: opt.Latents = 200,
     indices: opt.Indices = None,
@@ -61,7 +60,7 @@ def explain(
         n=latents,
         indices=latent_numbers(indices),
         against=tuple(against or ()),
-        definition=definition.value,
+        definition=definition,
         threshold=threshold,
         with_partners=with_partners,
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
@@ -14,35 +13,9 @@ from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.scorers import SCORERS
 from sae.dictionaries.architectures import ARCHITECTURES
 
-
-class OtherFormat(enum.StrEnum):
-    """A file format that another program opens: three for SAEs, three for tables."""
-
-    sparsify = "sparsify"
-    saelens = "saelens"
-    dictionary_learning = "dictionary_learning"
-    csv = "csv"
-    parquet = "parquet"
-    neuronpedia = "neuronpedia"
-
-
-class PairOrder(enum.StrEnum):
-    """The order of pairs of latents (see :mod:`autointerp.findings.pair`)."""
-
-    similarity = "similarity"
-    score = "score"
-    gap = "gap"
-    firing = "firing"
-
-
-class Definition(enum.StrEnum):
-    """What counts as shared (see :data:`sae.alignment.overlap.DEFINITIONS`)."""
-
-    strict = "strict"
-    both = "both"
-    decoder = "decoder"
-    lenient = "lenient"
-
+OtherFormat = Literal["sparsify", "saelens", "dictionary_learning", "csv", "parquet", "neuronpedia"]
+PairOrder = Literal["similarity", "score", "gap", "firing"]
+Definition = Literal["strict", "both", "decoder", "lenient"]
 
 # --- several commands --------------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish, finish_with_runs, open_runs, reading
 from autointerp.command_line.groups import Machine, Output, takes_groups
-from autointerp.command_line.options import Definition
 from autointerp.command_line.values import new_file
 from sae.common.errors import BadInput, UserError
 
@@ -37,7 +36,7 @@ def demo(*, threads: opt.Threads = None, full: opt.Full = False, output: Output)
 def report(
     *,
     sae: opt.ReportedSae = None,
-    definition: opt.Shared = Definition.strict,
+    definition: opt.Shared = "strict",
     threshold: opt.Threshold = 0.7,
     against: opt.Against = None,
     explainer: opt.ShownExplainer = None,
@@ -58,18 +57,14 @@ def report(
 
     run = open_runs([sae] if sae else None, output.root)[0]
     study = study_runs(run.study, output.root)
-    asked: dict[str, Any] = {
-        "definition": definition.value,
-        "threshold": threshold,
-        "against": against or (),
-        "explainer": explainer,
-    }
+    view: dict[str, Any] = {"definition": definition, "threshold": threshold, "against": against or ()}
+    view["explainer"] = explainer
     if not (html or to):
         from autointerp.findings.study import findings_of
         from autointerp.report.rendering import render_report
 
         with reading(run):
-            found = findings_of(run, study, **asked)
+            found = findings_of(run, study, **view)
         finish(output.as_json, "report", lambda: found, lambda: render_report(found, is_full=full))
         return
     if to is not None:
@@ -78,7 +73,7 @@ def report(
     from autointerp.report.rendering import render_written
 
     with reading(run):
-        written = write_report(run, study, to, **asked)
+        written = write_report(run, study, to, **view)
     finish(output.as_json, "report", written.as_dict, lambda: render_written(written))
 
 
@@ -107,7 +102,7 @@ def compare(
     sort: opt.SortPairs = None,
     shared_only: opt.SharedPairs = False,
     unshared_only: opt.UnsharedPairs = False,
-    definition: opt.Shared = Definition.strict,
+    definition: opt.Shared = "strict",
     threshold: opt.Threshold = 0.7,
     explainer: opt.ShownExplainer = None,
     machine: Machine,
@@ -128,9 +123,9 @@ def compare(
     a, b = the_two([*(names or []), *(sae or [])], output.root)
     ensure_pair_aligned(a, b, machine.compute())
     with reading(a):
-        found = compare_runs(a, b, definition.value, threshold, explainer)
+        found = compare_runs(a, b, definition, threshold, explainer)
     sharing: Sharing = "shared" if shared_only else "unshared" if unshared_only else "any"
-    shown = chosen(found["pairs"], PairChoice(latents, None if sort is None else sort.value, sharing))
+    shown = chosen(found["pairs"], PairChoice(latents, sort, sharing))
     listed = {"shown": {key: shown[key] for key in ("says", "n_of", "latents")}}
     finish(output.as_json, "compare", lambda: {**found, **listed}, lambda: render_comparison(found, shown))
 

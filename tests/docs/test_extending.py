@@ -92,7 +92,7 @@ def study(folder: Path, tmp_path_factory: pytest.TempPathFactory, tiny_recipe: P
 
 
 def test_the_page_has_a_file_for_each() -> None:
-    assert {str(Path(name).parent).replace("/", ".") for name in FILES} == {*PACKAGES, "tests.sae"}
+    assert {str(Path(name).parent).replace("/", ".") for name in FILES} == {*PACKAGES, "tests.sae.dictionaries"}
 
 
 def test_the_study_is_theirs(study: tuple[Path, dict[str, Ran]]) -> None:
