@@ -222,7 +222,7 @@ def test_hostile_texts_are_shown_and_not_obeyed(watched: Opened, hostile: Path) 
     assert page.inner_text("#part-failures").count("bad reply") == 1
 
 
-def test_characters_that_act_are_shown_as_in_the_terminal(watched: Opened, finished: Path) -> None:
+def test_control_characters_are_shown_as_in_the_terminal(watched: Opened, finished: Path) -> None:
     page = watched(finished).open()
     # What is not assigned differs with the version of Unicode; half of a pair cannot be handed over.
     some = [chr(c) for c in range(0x30000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")][::3]
@@ -279,7 +279,7 @@ def test_data_of_a_figure_can_be_saved(watched: Opened, finished: Path, tmp_path
     assert saving.value.suggested_filename == "run_a.findings.json"
 
 
-def test_text_that_a_spreadsheet_would_run_is_saved_as_text(watched: Opened, finished: Path, tmp_path: Path) -> None:
+def test_spreadsheet_formulas_are_saved_as_text(watched: Opened, finished: Path, tmp_path: Path) -> None:
     page = watched(finished).open()
     with page.expect_download() as saving:
         page.evaluate("Report.saveCsv('x', ['a'], [['=cmd()'], [-0.5], ['say \"x\", y']])")

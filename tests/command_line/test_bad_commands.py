@@ -102,7 +102,7 @@ USAGE: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize(("command", "words"), USAGE.values(), ids=USAGE)
-def test_wrong_usage_is_one_line_and_exit_code_2(command: str, words: tuple[str, ...], untouched: Path) -> None:
+def test_wrong_usage_exits_with_code_2(command: str, words: tuple[str, ...], untouched: Path) -> None:
     for more in ([], ["--json"]):
         ran = cli(*command.split(), "--root", untouched, *more)
         ran.failed_in_one_line(*words, code=2)
@@ -155,7 +155,7 @@ def test_a_text_shorter_than_one_sequence(tmp_path: Path, recipe: Path) -> None:
     ran.failed_in_one_line("short.txt", "corpus.context = 32")
 
 
-def test_a_text_that_is_not_there_or_is_none(tmp_path: Path, recipe: Path) -> None:
+def test_a_missing_or_binary_text_is_refused(tmp_path: Path, recipe: Path) -> None:
     ran, _ = fresh(tmp_path, recipe, "--text", tmp_path / "absent.txt")
     ran.failed_in_one_line("absent.txt")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 100)
@@ -234,7 +234,7 @@ def test_a_training_under_way_is_not_harvested(root: Path) -> None:
     )
 
 
-def test_an_endpoint_that_is_down_is_told_before_any_other_work(root: Path) -> None:
+def test_a_dead_endpoint_is_reported_before_other_work(root: Path) -> None:
     """A harvest of an hour is not to be waited for only to hear that nobody listens."""
     shutil.rmtree(root / "run_a" / "firings")
     (root / "run_a" / "latents.firing.parquet").unlink()

@@ -153,9 +153,7 @@ def test_alignment_has_its_nulls_and_what_latents_do(root: Path) -> None:
     assert "By chance: the other SAE's firings moved" in " ".join(report.split())
 
 
-def test_align_answers_under_the_definition_and_threshold_asked_for(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_align_answers_under_the_given_definition_and_threshold(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("matched again")
 
@@ -213,7 +211,7 @@ def test_what_latents_do_is_what_the_store_says(root: Path) -> None:
     check_what_latents_do(root)
 
 
-def test_a_harvest_that_grew_is_compared_again_chance_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grown_harvest_is_compared_again_with_chance(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sae.firings.harvest.SHARD_BLOCKS", 1)
     for name in ("run_a", "run_b"):
         shutil.rmtree(root / name / "firings")
@@ -232,7 +230,7 @@ def test_a_harvest_that_grew_is_compared_again_chance_too(root: Path, monkeypatc
     assert found["rebuilt"]["null"] is not None
 
 
-def test_a_kill_while_nulls_are_added_does_not_lose_them(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_nulls_are_added_loses_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(root / "alignments")
     cli("align", "--no-nulls", "--root", root).well()
 
@@ -275,7 +273,7 @@ def test_nulls_can_be_left_out_and_come_later(root: Path) -> None:
     assert "similarity__rotated" in read_table(root / "run_a" / "latents.overlap.parquet")
 
 
-def test_runs_of_different_studies_are_aligned_by_force_and_it_is_said(root: Path, recipe: Path) -> None:
+def test_aligning_across_studies_by_force_is_reported(root: Path, recipe: Path) -> None:
     cli(
         "train", "--no-controls", "--name", "other", "--seeds", 0, "--tokens", "10k", "--recipe", recipe, "--root", root
     ).well()
@@ -308,7 +306,7 @@ def test_seeds_grow_without_touching_what_exists(root: Path, recipe: Path) -> No
     assert "decoder_partner__run_c" in read_table(root / "run_a" / "latents.overlap.parquet")
 
 
-def test_a_study_that_is_there_says_what_is_not_said(root: Path) -> None:
+def test_an_existing_study_supplies_its_settings(root: Path) -> None:
     before = {run: (root / run / "sae.safetensors").read_bytes() for run in ("run_a", "run_b")}
     alone = cli("train", "--name", "run", "--no-controls", "--root", root, "--json").well().json
     assert [run["seed"] for run in alone["runs"]] == [0, 1]  # its own seeds, not the default's three
@@ -319,7 +317,7 @@ def test_a_study_that_is_there_says_what_is_not_said(root: Path) -> None:
     cli("train", "--name", "run", "--k", K + 1, "--root", root).failed_in_one_line("training.k")
 
 
-def test_a_seed_trained_later_equals_one_trained_beside_others(root: Path, recipe: Path, tmp_path: Path) -> None:
+def test_a_seed_trained_later_equals_one_trained_together(root: Path, recipe: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     cli("train", "--no-controls", "--seeds", 1, "--recipe", recipe, "--root", alone).well()
     assert (alone / "run_a" / "sae.safetensors").read_bytes() == (root / "run_b" / "sae.safetensors").read_bytes()
@@ -344,7 +342,7 @@ def test_an_explanation_is_made_once(root: Path, monkeypatch: pytest.MonkeyPatch
     assert not set(asked) & {row["latent"] for row in before}
 
 
-def test_score_without_a_name_scores_what_is_explained_everywhere(root: Path) -> None:
+def test_score_without_a_name_scores_all_explained(root: Path) -> None:
     explained = cli("explain", "--sae", "run_b", "--latents", 4, "--root", root, "--json").well().json
     scored = cli("score", "--root", root, "--json").well().json
     assert scored["runs"] == ["run_a", "run_b"]
@@ -391,7 +389,7 @@ def test_partners_are_explained_too(root: Path) -> None:
     assert journal(root / "run_b" / "journal.sqlite")["explanation"]
 
 
-def test_a_dead_latent_named_outright_is_left_out_with_a_reason(root: Path) -> None:
+def test_a_dead_latent_named_outright_is_skipped_with_reason(root: Path) -> None:
     path = root / "run_a" / "latents.firing.parquet"
     firing = read_table(path)
     rare = int(firing.sort_values("n_windows")["latent"].iloc[0])

@@ -35,7 +35,7 @@ def test_two_runs_are_compared_and_explained_pairs_shown(root: Path) -> None:
         assert {by_latent[latent]["is_shared"] for latent in only["shown"]["latents"]} <= {is_shared}
 
 
-def test_what_is_not_aligned_is_aligned_first_and_said(root: Path) -> None:
+def test_unaligned_runs_are_aligned_first(root: Path) -> None:
     expected = cli("compare", "--sae", "run_a", "--sae", "run_b", "--root", root, "--json").well().json
     shutil.rmtree(root / "alignments")
     ran = cli("compare", "--sae", "run_a", "--sae", "run_b", "--root", root, "--json").well()

@@ -35,7 +35,7 @@ def runs(root: Path, *words: str) -> Ran:
     return cli("runs", *words, "--root", root)
 
 
-def test_what_goes_is_listed_and_nothing_goes_without_a_yes(root: Path) -> None:
+def test_deletion_lists_and_asks_first(root: Path) -> None:
     ran = runs(root, "--delete", "run_b")
     assert ran.code == 1
     assert ran.err.startswith("error: nothing was deleted: there is no terminal")

@@ -52,7 +52,7 @@ def test_costs_follow_the_machine() -> None:
         assert seconds(settings, reference, slow)[demo.SCORE] == usual[demo.SCORE]
 
 
-def test_demo_says_what_it_does_and_ends_at_once_when_repeated(
+def test_demo_reports_its_stages_and_repeats_instantly(
     tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = io.StringIO()

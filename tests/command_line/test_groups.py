@@ -19,7 +19,7 @@ class Size:
     names: Annotated[list[str] | None, typer.Option("--name", help="What of.")] = None
 
 
-def test_a_group_is_spread_where_it_stands_and_arrives_whole() -> None:
+def test_an_option_group_expands_in_place_and_arrives_whole() -> None:
     seen: list[object] = []
     app = typer.Typer()
 
@@ -43,7 +43,7 @@ def test_a_group_is_spread_where_it_stands_and_arrives_whole() -> None:
     assert CliRunner().invoke(app, ["--first", "a", "--width", "wide"]).exit_code == 2
 
 
-def test_every_flag_of_every_command_has_a_help_text_and_means_one_thing() -> None:
+def test_every_flag_has_one_meaning_and_a_help() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     for name, command in commands.items():
         flags = [flag for parameter in command.params for flag in parameter.opts]

@@ -62,7 +62,7 @@ def test_runs_imports_no_library_of_numbers(root: Path) -> None:
     "words",
     ["report", "report --json", "show --latent 3", "compare run_a run_b"],
 )
-def test_reading_a_study_imports_no_solver_and_no_model(root: Path, words: str) -> None:
+def test_reading_a_study_imports_no_solver(root: Path, words: str) -> None:
     modules = modules_of(*words.split(), "--root", root)
     heavy = {"datasets", "httpx", "jinja2", "openai", "plotly", "torch", "transformers"}
     heavy |= {"scipy.optimize", "scipy.sparse", "scipy.stats"}

@@ -50,7 +50,7 @@ def points(found: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def test_every_point_is_a_study_with_all_its_stages(done: tuple[Path, Ran]) -> None:
+def test_every_point_is_a_study_with_all_stages(done: tuple[Path, Ran]) -> None:
     root, ran = done
     assert [point["name"] for point in ran.json["points"]] == POINTS
     for point in ran.json["points"]:
@@ -67,7 +67,7 @@ def test_every_point_is_a_study_with_all_its_stages(done: tuple[Path, Ran]) -> N
     assert {row["id"] for row in ran.json["findings"]} == {"width", "tokens"}
 
 
-def test_the_table_is_that_of_each_study_s_own_report(done: tuple[Path, Ran]) -> None:
+def test_the_table_equals_each_studys_own_report(done: tuple[Path, Ran]) -> None:
     root, ran = done
     for point in ran.json["points"]:
         report = cli("report", "--sae", point["runs"][0], "--root", root, "--json").json
@@ -81,16 +81,14 @@ def test_the_table_is_that_of_each_study_s_own_report(done: tuple[Path, Ran]) ->
         assert "ks.toml" in of_sweep["k"]["why"]
 
 
-def test_the_weights_are_those_of_a_point_trained_alone(
-    done: tuple[Path, Ran], tiny_recipe: Path, tmp_path: Path
-) -> None:
+def test_the_weights_equal_a_point_trained_alone(done: tuple[Path, Ran], tiny_recipe: Path, tmp_path: Path) -> None:
     given = ("--num-latents", 48, "--tokens", "8k", "--seeds", 1, "--no-controls", "--recipe", tiny_recipe)
     cli("train", "--name", "alone", *given, "--root", tmp_path).well()
     alone = (tmp_path / "alone_a" / "sae.safetensors").read_bytes()
     assert (done[0] / "small_m48_t8k_b" / "sae.safetensors").read_bytes() == alone
 
 
-def test_the_subject_reads_no_more_than_the_longest_training_takes(small: Path, tmp_path: Path) -> None:
+def test_the_subject_reads_only_what_training_takes(small: Path, tmp_path: Path) -> None:
     from sae.activations.subject import Subject
 
     seen, real = [], Subject.activations
@@ -123,7 +121,7 @@ def _stop(*_: Any, **__: Any) -> None:
     ],
     ids=["before the harvest", "while aligning", "while explaining", "while scoring", "between the two tables"],
 )
-def test_stopped_between_stages_it_goes_on_and_ends_the_same(
+def test_a_sweep_stopped_between_stages_ends_equal(
     module: Any, name: str, after: int, done: tuple[Path, Ran], small: Path, tmp_path: Path
 ) -> None:
     real, calls = getattr(module, name), 0
@@ -144,9 +142,7 @@ def test_stopped_between_stages_it_goes_on_and_ends_the_same(
         assert "harvest" not in again.err
 
 
-def test_finished_it_shows_its_table_at_once_and_more_seeds_make_it_anew(
-    done: tuple[Path, Ran], small: Path, tmp_path: Path
-) -> None:
+def test_a_finished_sweep_is_instant_until_seeds_are_added(done: tuple[Path, Ran], small: Path, tmp_path: Path) -> None:
     root = shutil.copytree(done[0], tmp_path / "runs")
     before = (root / "reports" / "small.sweep.json").read_bytes()
     again = cli("sweep", small, "--root", root, "--json").well()
@@ -171,7 +167,7 @@ def test_both_files_carry_what_they_were_made_from(done: tuple[Path, Ran]) -> No
         assert row["score"] == point["scores"]["mean"]
 
 
-def test_it_fits_80_columns_and_loses_nothing_without_colour(done: tuple[Path, Ran], small: Path) -> None:
+def test_the_page_fits_80_columns_without_colour(done: tuple[Path, Ran], small: Path) -> None:
     shown = cli("sweep", small, "--root", done[0]).well().out
     assert max(map(cell_len, shown.splitlines())) <= 80
     assert "\x1b" not in shown
@@ -233,7 +229,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     cli("sweep", recipe, *flags, "--root", nothing_written).failed_in_one_line(*words)
 
 
-def test_a_name_that_is_taken_is_told_before_any_training(done: tuple[Path, Ran], small: Path, tmp_path: Path) -> None:
+def test_a_taken_name_is_reported_before_training(done: tuple[Path, Ran], small: Path, tmp_path: Path) -> None:
     root = shutil.copytree(done[0], tmp_path / "runs")
     other = tmp_path / "small.toml"
     other.write_text(small.read_text().replace("batch_tokens = 256", "batch_tokens = 128"))

@@ -54,7 +54,7 @@ def test_explain_starts_one_only_for_what_is_new(vllm: FakeVllm, root: Path) -> 
     assert len(vllm.starts()) == 2
 
 
-def test_score_explains_and_judges_by_one_server_where_it_is_one_model(vllm: FakeVllm, root: Path) -> None:
+def test_score_and_explain_share_one_server_per_model(vllm: FakeVllm, root: Path) -> None:
     scored = run(vllm, root, "score", "--sae", "run_b", "--control-latents", 2)
     assert scored.code in (0, 3), scored.err
     assert scored.json["n_done"] > 0
@@ -82,12 +82,12 @@ def test_two_models_are_served_one_after_the_other(
     assert model.startswith("the-judge-")
 
 
-def test_what_is_printed_to_do_next_names_the_server(vllm: FakeVllm, root: Path) -> None:
+def test_the_next_command_names_the_server(vllm: FakeVllm, root: Path) -> None:
     ran = run(vllm, root, "explain", *EXPLAINED, "--vllm-args", "--max-model-len 64").well()
     assert f"--vllm bundled --vllm-python '{vllm.python}' --vllm-args '--max-model-len 64'" in ran.json["next"]
 
 
-def test_one_that_dies_fails_the_command_and_leaves_the_study(vllm: FakeVllm, root: Path) -> None:
+def test_a_dying_server_fails_only_the_command(vllm: FakeVllm, root: Path) -> None:
     vllm.behave(die="ValueError: no room")
     rows = journal(root / "run_a" / "journal.sqlite")
     ran = run(vllm, root, "explain", *EXPLAINED)
@@ -109,7 +109,7 @@ def test_one_that_dies_fails_the_command_and_leaves_the_study(vllm: FakeVllm, ro
         (("--vllm", "bundled", "--vllm-args", "--port 1"), ("--vllm-args", "--port")),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_is_started(
+def test_impossible_options_are_reported_before_starting(
     arguments: tuple[str, ...], words: tuple[str, ...], untouched: Path
 ) -> None:
     before = tree(untouched)

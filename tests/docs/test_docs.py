@@ -181,7 +181,7 @@ def test_formulas_are_whole(page: Page) -> None:
 FILES = PAGES["docs/files.md"]
 
 
-def test_every_file_is_described_and_every_described_file_is_there(read: Read) -> None:
+def test_every_file_is_described(read: Read) -> None:
     sections = FILES.sections()
     always, at_times = tables(sections["What lies where"])
     store = [[f"`RUN/firings/{codes(row[0])[0]}`"] for row in tables(sections["The firing store"])[0][1:]]
@@ -241,7 +241,7 @@ def test_columns_are_those_of_the_databases(name: str, path: str, read: Read) ->
     assert sorted(described) == sorted(found)
 
 
-def test_arrays_of_the_firing_store_have_the_types_that_are_described(read: Read) -> None:
+def test_firing_store_arrays_have_the_documented_types(read: Read) -> None:
     (table,) = tables(FILES.sections()["The firing store"])
     store = read.root / "run_a" / "firings"
     for row in table[1:]:
@@ -272,7 +272,7 @@ def found(read: Read) -> dict[str, Any]:
     return findings_of(runs[0], runs)
 
 
-def test_reading_the_report_has_the_sections_of_the_report_in_their_order(found: dict[str, Any]) -> None:
+def test_reading_the_report_follows_its_sections(found: dict[str, Any]) -> None:
     """What failed is there only where something did."""
     parts = [build(found) for build in sections().values()]
     titles = [part.title.replace(found["focus"], "RUN") for part in parts if part is not None]

@@ -183,7 +183,7 @@ def test_the_gradient_check_of_the_page_passes(folder: Path, monkeypatch: pytest
     sys.modules.pop("test_matryoshka")
 
 
-def test_help_lists_a_new_file_and_imports_nothing_for_it(tmp_path: Path) -> None:
+def test_help_lists_a_new_file_without_importing_it(tmp_path: Path) -> None:
     left_out = shutil.ignore_patterns("__pycache__", "pystdlib-*", "*.js", "prompts")
     for package in ("autointerp", "sae"):
         shutil.copytree(HOME / package, tmp_path / package, ignore=left_out)
@@ -209,7 +209,7 @@ def test_help_lists_a_new_file_and_imports_nothing_for_it(tmp_path: Path) -> Non
         ("raise SystemExit('bye')\n", ("cannot be imported", "SystemExit")),
     ],
 )
-def test_a_broken_file_is_one_line_and_only_where_it_is_asked_for(
+def test_a_broken_plugin_file_is_one_error_line(
     study: tuple[Path, dict[str, Ran]], tmp_path: Path, text: str, words: tuple[str, ...]
 ) -> None:
     root, _ = study
@@ -238,9 +238,7 @@ def test_a_broken_file_is_one_line_and_only_where_it_is_asked_for(
     assert "matryoshka" in ARCHITECTURES
 
 
-def test_a_scorer_that_is_gone_leaves_its_verdicts_and_stops_nothing(
-    study: tuple[Path, dict[str, Ran]], tmp_path: Path
-) -> None:
+def test_a_removed_scorer_leaves_its_verdicts(study: tuple[Path, dict[str, Ran]], tmp_path: Path) -> None:
     root = Path(shutil.copytree(study[0], tmp_path / "runs"))
     of = ("--sae", "run_a", "--judge", "quoted", "--root", root, "--json")
     folders, place = Folders(), tmp_path / "scorers"

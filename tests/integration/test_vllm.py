@@ -328,7 +328,7 @@ def test_p_active_is_the_models_own(run: Run, served: Served) -> None:
 # too long a prompt
 
 
-def test_a_prompt_beyond_the_models_context_says_so_in_one_line(tmp_path: Path) -> None:
+def test_a_prompt_beyond_the_context_is_one_line(tmp_path: Path) -> None:
     """A model of 512 tokens: not one of our prompts fits."""
     run = trained(tmp_path / "runs")
     chosen = ("--sae", "run_a", "--latents", 4)

@@ -28,7 +28,7 @@ def processes_of(root: Path) -> list[str]:
     return found
 
 
-def test_a_vllm_child_explains_and_judges_and_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_child_explains_judges_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm-cache"))
     run = trained(tmp_path / "runs")

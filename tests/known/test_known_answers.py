@@ -113,7 +113,7 @@ def check_known(root: Path, judge: str, among: Sequence[int]) -> None:
 # --- what was made by hand is what it is said to be ------------------------------------------------------------------
 
 
-def test_the_stream_holds_the_token_the_position_and_the_tokens_before(harvested: Path, model: Path) -> None:
+def test_the_stream_holds_token_and_position(harvested: Path, model: Path) -> None:
     from sae.activations.subject import Subject
 
     corpus = Run.open("known_a", harvested).corpus()
@@ -155,7 +155,7 @@ def test_the_planted_permutation_is_recovered(harvested: Path) -> None:
     assert shared(table, "strict").all()
 
 
-def test_what_was_replaced_is_not_shared_and_the_rest_is(harvested: Path) -> None:
+def test_only_unreplaced_parts_are_shared(harvested: Path) -> None:
     table = read_alignment(harvested / "alignments", "known_a", "known_c").a
     where = {int(latent): there for there, latent in enumerate(REPLACED.origin) if latent >= 0}
     kept = np.array([i in where for i in range(M)])
@@ -191,7 +191,7 @@ FEW = [*of_kind("token")[:3], *of_kind("bigram")[:4], *of_kind("digit"), *of_kin
 @pytest.mark.parametrize(
     ("protocol", "among"), [("batch", of_kind("token", "bigram", "digit", "noise")), ("single", FEW)]
 )
-def test_a_model_that_finds_the_rule_finds_what_is_known(
+def test_a_model_that_finds_the_rule_is_scored_right(
     harvested: Path, tmp_path: Path, protocol: str, among: list[int]
 ) -> None:
     root = Path(shutil.copytree(harvested, tmp_path / "runs"))

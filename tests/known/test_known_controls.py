@@ -40,7 +40,7 @@ def explained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run.root
 
 
-def test_latents_that_mean_something_score_above_both_control_saes(explained: Path, tmp_path: Path) -> None:
+def test_meaningful_latents_score_above_both_control_saes(explained: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(explained, tmp_path / "runs"))
     cli("score", "--sae", "known_a", "--root", root).well()
     report = cli("report", "--sae", "known_a", "--root", root, "--json").well().json["scores"]
@@ -59,9 +59,7 @@ def test_latents_that_mean_something_score_above_both_control_saes(explained: Pa
     assert "lean to one answer" not in told
 
 
-def test_a_judge_that_knows_the_answers_is_found_out(
-    explained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cheating_judge_is_found_out(explained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def peeks(self: NgramJudge, _: str, contexts: Sequence[Context]) -> list[Judgement]:  # noqa: ARG001
         return [Judgement(None, context.active) for context in contexts]
 

@@ -69,7 +69,7 @@ def scores_on(run: Run, n: int, seed: int) -> np.ndarray:
     return np.array(found)
 
 
-def test_a_planted_relation_is_weakened_by_few_verdicts_and_recovered(planted: Path) -> None:
+def test_a_planted_relation_is_recovered_from_few_verdicts(planted: Path) -> None:
     found: dict[str, Any] = cli("report", "--sae", "planted_a", "--json", "--root", planted).well().json
     relation, run = found["relation"], Run.open("planted_a", planted)
     assert relation["n"] == M

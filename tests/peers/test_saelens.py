@@ -118,7 +118,7 @@ def test_what_its_trainers_save_for_inference(sae_lens: Any, tmp_path: Path, kin
 
 
 @pytest.mark.parametrize("rescale", [True, False])
-def test_a_factor_on_the_activations_is_folded_as_it_folds_it(sae_lens: Any, tmp_path: Path, rescale: bool) -> None:
+def test_an_activation_factor_is_folded_into_the_weights(sae_lens: Any, tmp_path: Path, rescale: bool) -> None:
     config = sae_lens.TopKTrainingSAEConfig(
         **SIZES, k=K, normalize_activations="expected_average_only_in", rescale_acts_by_decoder_norm=rescale
     )

@@ -81,7 +81,7 @@ def test_it_opens_no_run_of_another_architecture(tmp_path: Path, architecture: s
         sparsify.Sae.load_from_disk(tmp_path)
 
 
-def test_a_topk_dictionary_goes_through_every_format_to_it(tmp_path: Path) -> None:
+def test_a_topk_dictionary_survives_every_format(tmp_path: Path) -> None:
     import sparsify
 
     sae = random_sae("topk")

@@ -119,7 +119,7 @@ RELEVANT: list[tuple[str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("table", "key", "value"), IRRELEVANT)
-def test_what_the_weights_do_not_depend_on_is_no_part_of_the_identity(table: str, key: str, value: Any) -> None:
+def test_the_identity_excludes_what_weights_ignore(table: str, key: str, value: Any) -> None:
     assert Settings().with_values(**{table: {key: value}}).identity() == Settings().identity()
 
 

@@ -168,7 +168,7 @@ def test_strata_cover_the_whole_range_evenly() -> None:
             assert low * 0.98 <= max(context.activations) <= high * 1.02
 
 
-def test_a_thin_stratum_leaves_its_share_to_the_others() -> None:
+def test_a_thin_stratum_gives_its_share_to_others() -> None:
     store = a_store(100, share_active=0.35)
     sampled = sampler(store, n_explain=40, n_active=50, n_strata=10)
     shown, tested = sampled.explaining(0), sampled.testing(0)
@@ -176,7 +176,7 @@ def test_a_thin_stratum_leaves_its_share_to_the_others() -> None:
     assert len(tested.inactive) == len(tested.active)
 
 
-def test_draws_are_the_same_in_any_order_and_process() -> None:
+def test_draws_do_not_depend_on_order_or_process() -> None:
     store = a_store(900)
     one, other = sampler(store), sampler(store)
     expected = (one.explaining(0), one.testing(0), one.background(0, 9))
@@ -246,7 +246,7 @@ def test_the_silent_side_is_drawn_evenly() -> None:
     assert counts.max() < 6 * counts.mean()
 
 
-def test_a_slot_that_runs_out_is_made_up_for_by_its_neighbours() -> None:
+def test_a_full_slot_is_made_up_by_neighbours() -> None:
     store = a_store(300, share_active=0.0)
     store.dense[::3, 0] = 1.0  # fires in every first slot, and nowhere else
     sampled = sampler(store, n_active=20, n_inactive=20)

@@ -141,7 +141,7 @@ def test_the_number_that_nobody_named(
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 32])
-def test_the_sample_is_the_one_that_explain_would_take(run: Run, n: int) -> None:
+def test_the_sample_is_the_one_explain_takes(run: Run, n: int) -> None:
     for control in find_controls(run).values():
         table = Material.of(control).eligibility()
         eligible = table["latent"][table["eligible"]].tolist()
@@ -154,7 +154,7 @@ def test_without_names_they_are_scored_as_controls(run: Run) -> None:
     assert Counter(rows_of(saes(run.root)[1])["control"]) == {"none": N}
 
 
-def test_a_control_that_is_named_is_a_run_like_any(run: Run) -> None:
+def test_a_named_control_is_an_ordinary_run(run: Run) -> None:
     frozen = find_controls(run)["frozen"]
     assert explain(frozen).runs == ["run-frozen_a"]
     assert score(frozen, run.root).runs == ["run-frozen_a"]
@@ -195,7 +195,7 @@ def chat_windows(run: Run, judge: str) -> dict[int, set[int]]:
     return {latent: set(table.loc[table["latent"] == latent, "context"]) for latent in set(table["latent"].tolist())}
 
 
-def test_a_language_model_has_the_baseline_beside_it_on_the_same_contexts(run: Run) -> None:
+def test_a_language_model_gets_a_baseline_on_its_contexts(run: Run) -> None:
     with FakeServer() as server:
         explain(run, server=server)
         assert questions(server) == 3 * N, "the baseline asks nothing"
@@ -219,7 +219,7 @@ def test_a_language_model_has_the_baseline_beside_it_on_the_same_contexts(run: R
     assert [row["n_scored"] for row in found["scores"]["control_saes"]] == [N, N]
 
 
-def test_where_ngrams_are_all_there_is_a_model_judges_them(run: Run) -> None:
+def test_a_model_judges_when_only_ngrams_exist(run: Run) -> None:
     explain(run, sample=0)
     with FakeServer() as server:
         assert score(run, run.root, server).n_done == N
@@ -253,7 +253,7 @@ def test_a_dry_run_before_their_harvest_says_so(run: Run) -> None:
     assert any("control SAEs are not counted" in note for note in foretold.notes)
 
 
-def test_a_stopped_call_goes_on_with_what_is_left(run: Run) -> None:
+def test_a_stopped_call_resumes_with_what_remains(run: Run) -> None:
     with FakeServer() as server:
         server.answer = lambda body: sensible(body) if questions(server) <= N + 2 else error(401)
         with pytest.raises(Unavailable):

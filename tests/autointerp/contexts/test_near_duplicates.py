@@ -60,7 +60,7 @@ def test_groups_are_the_components_of_all_pairs(seed: int, changed: int, thresho
         assert not ((near_to >= threshold + 0.15) & ~same).any()
 
 
-def test_pairs_just_above_the_threshold_are_found_and_those_just_below_are_not_joined() -> None:
+def test_only_pairs_above_the_threshold_are_joined() -> None:
     rng = np.random.default_rng(0)
     rows = np.repeat(rng.integers(1, 5000, (600, W)), 2, axis=0)
     rows[1::2, 8] += 10**6
@@ -81,7 +81,7 @@ def test_equal_texts_are_one_group_whatever_the_threshold() -> None:
                 assert found[a] == found[b]
 
 
-def test_a_group_keeps_its_name_when_the_harvest_grows() -> None:
+def test_a_duplicate_group_keeps_its_name_as_harvest_grows() -> None:
     rng = np.random.default_rng(3)
     tokens = np.concatenate([headers(9, i, 1) for i in range(20)])[rng.permutation(180)]
     before = group_windows(store_of(tokens[:120]), 0.4)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def test_a_group_keeps_its_name_when_the_harvest_grows() -> None:
 
 @settings(max_examples=20)
 @given(st.integers(0, 10**6))
-def test_no_near_duplicate_is_on_both_sides_nor_twice(seed: int) -> None:
+def test_near_duplicates_are_never_on_both_sides(seed: int) -> None:
     """Licence headers that differ in a year: the explainer and the judge never share one, nor see two of them."""
     rng = np.random.default_rng(seed)
     tokens = np.concatenate([*(headers(12, seed + i, 1) for i in range(12)), rng.integers(1, 10**6, (150, W))])

@@ -118,7 +118,7 @@ def test_all_neighbours_are_asked_in_turn() -> None:
     assert all(n >= 3 for n in by)
 
 
-def test_growth_changes_them_only_as_much_as_is_new() -> None:
+def test_growth_changes_estimates_by_the_new_share() -> None:
     kept: list[float] = []
     for seed in range(8):
         whole = a_store(seed, 3300)
@@ -129,7 +129,7 @@ def test_growth_changes_them_only_as_much_as_is_new() -> None:
     assert np.mean(kept) > 0.7
 
 
-def test_what_cannot_be_drawn_is_missing_and_spoils_nothing_else() -> None:
+def test_a_missing_figure_spoils_nothing_else() -> None:
     store = a_store(2)
     store.dense[0] = (store.all_tokens == TOP) * 1.0  # wherever the token is, the latent fires
     test = sampler(store).testing(0)
@@ -171,7 +171,7 @@ def test_neighbours_are_the_nearest_by_brute_force() -> None:
     assert len(found.find_by_firing(11)) == 0
 
 
-def test_a_run_draws_them_from_its_own_weights_and_firings(tiny_root: Path) -> None:
+def test_a_run_draws_from_its_own_weights_and_firings(tiny_root: Path) -> None:
     material = Material.of(Run.open("run_a", tiny_root))
     frame = material.eligibility()
     for latent in frame["latent"][frame["eligible"]].tolist()[:3]:
@@ -186,7 +186,7 @@ def test_a_run_draws_them_from_its_own_weights_and_firings(tiny_root: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["hard", "same_token"])
-def test_a_judge_that_falls_for_them_loses_only_there(kind: str) -> None:
+def test_a_fooled_judge_loses_only_on_those_negatives(kind: str) -> None:
     import pandas as pd
 
     from autointerp.scoring.scorers.detection import DetectionScorer

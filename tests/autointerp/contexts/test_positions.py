@@ -29,7 +29,7 @@ needs = st.lists(st.integers(0, 6), min_size=N_SLOTS, max_size=N_SLOTS)
 
 
 @given(st.lists(texts, max_size=4), needs)
-def test_every_slot_gives_what_it_can_and_the_nearest_make_up_for_it(sources: list[Texts], need: list[int]) -> None:
+def test_the_nearest_make_up_for_a_full_slot(sources: list[Texts], need: list[int]) -> None:
     queues = [queue(source, 100 * i) for i, source in enumerate(sources)]
     windows, group = draw_in_turn(queues, np.array(need))
     where = {100 * i + j: text for i, source in enumerate(sources) for j, text in enumerate(source)}
@@ -67,7 +67,7 @@ def test_slots_are_those_of_the_activating_contexts() -> None:
 
 
 @given(st.lists(st.integers(0, N_SLOTS - 1), min_size=1, max_size=50), st.integers(0, 60))
-def test_shares_of_slots_are_right_to_the_nearest_number(slots: list[int], n: int) -> None:
+def test_slot_shares_are_rounded_to_the_nearest(slots: list[int], n: int) -> None:
     found = count_in_proportion(np.array(slots), n, N_SLOTS)
     assert found.sum() == n
     exact = np.bincount(slots, minlength=N_SLOTS) * n / len(slots)

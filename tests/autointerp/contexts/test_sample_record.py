@@ -136,7 +136,7 @@ def test_relation_is_of_the_rows_written_out(runs: list[Run]) -> None:
     assert found["partial"]["value"] == pytest.approx(held_fixed)
 
 
-def test_a_census_is_what_it_is_without_a_sample(runs: list[Run]) -> None:
+def test_a_census_equals_no_sample(runs: list[Run]) -> None:
     sampled(runs, None)
     weighted = findings(runs[0].root, NAMES)
     runs[0].stage_path("sample").unlink()
@@ -175,7 +175,7 @@ def test_latents_named_outright_are_in_no_figure(runs: list[Run]) -> None:
     assert after["scores"]["n_explained"] == 80
 
 
-def test_what_is_kept_over_the_life_of_a_run(runs: list[Run]) -> None:
+def test_lifetime_totals_are_kept(runs: list[Run]) -> None:
     run, table = runs[0], overlap_of(runs, runs[0])
     able = eligible_of(run)
 

@@ -57,7 +57,7 @@ def test_weights_sum_to_the_population_whatever_is_done(size: int, n: int, seed:
     assert (compute_weights(sample(size, None, seed), set(range(size)))["weight"] == 1).all()
 
 
-def test_small_cells_are_drawn_from_at_a_higher_rate() -> None:
+def test_small_cells_are_sampled_at_a_higher_rate() -> None:
     table = sample(2000, 200)
     cells = table.groupby("stratum").agg(held=("latent", "size"), n=("drawn", "sum"), p=("probability", "first"))
     assert len(cells) > 16  # quartiles by quartiles, and those without a partner
@@ -120,7 +120,7 @@ def test_figures_are_unbiased_over_draws(n: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_latent_is_drawn_as_often_as_its_probability_says(seed: int) -> None:
+def test_latents_are_drawn_with_their_stated_probability(seed: int) -> None:
     cells = make_strata(*population(80, seed))
     rounds, n = 600, 30
     counted, promised = np.zeros(80), np.zeros(80)
@@ -132,7 +132,7 @@ def test_every_latent_is_drawn_as_often_as_its_probability_says(seed: int) -> No
 
 
 @given(st.data(), st.integers(3, 30), st.floats(0.01, 100))
-def test_integer_weights_are_rows_written_out_and_scale_is_nothing(data: st.DataObject, n: int, scale: float) -> None:
+def test_integer_weights_equal_repeated_rows(data: st.DataObject, n: int, scale: float) -> None:
     few = st.lists(st.integers(0, 6), min_size=n, max_size=n)
     x, y = (np.array(data.draw(few), dtype=float) for _ in range(2))
     w = np.array(data.draw(st.lists(st.integers(1, 4), min_size=n, max_size=n)), dtype=float)
@@ -160,7 +160,7 @@ def of_table(table: pd.DataFrame, done: set[int]) -> Estimator:
     return Estimator(compute_weights(table, done))
 
 
-def test_a_census_is_the_unweighted_figure_and_as_sure_as_its_scores() -> None:
+def test_a_census_equals_the_unweighted_figure() -> None:
     rng = np.random.default_rng(0)
     score = pd.Series(rng.random(300), name="score")
     census = of_table(sample(300, None), set(range(300)))
@@ -246,7 +246,7 @@ def test_intervals_hold_the_quartiles_of_all_measured_scores(
 
 
 @given(st.floats(0, 1), st.floats(0.05, 0.95))
-def test_of_a_quantile_less_is_known_than_of_a_mean(rho: float, p: float) -> None:
+def test_a_quantile_is_less_certain_than_a_mean(rho: float, p: float) -> None:
     known = known_of_quantile(rho, p)
     assert 0 <= known <= rho + 1e-9
     assert known_of_quantile(rho, 0.5) == pytest.approx(2 / np.pi * np.arcsin(rho), abs=1e-9)

@@ -168,7 +168,7 @@ def test_what_is_no_explanation(answer: str, reason: str) -> None:
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_an_answer_that_is_none_is_a_failure_with_its_reason_and_its_cost(fault: Reply, reason: str) -> None:
+def test_an_invalid_answer_is_a_failure_with_cost(fault: Reply, reason: str) -> None:
     with FakeServer(fault) as server:
         explanation = explain(server)
         assert explanation.text is None
@@ -201,7 +201,7 @@ def test_no_server_is_not_this_latents_failure() -> None:
         asyncio.run(main())
 
 
-def test_an_explanation_is_asked_once_and_a_draw_is_another(tmp_path: Path) -> None:
+def test_an_explanation_is_asked_once_per_draw(tmp_path: Path) -> None:
     async def main(server: FakeServer, **arguments: object) -> Explanation:
         cache = ResponseCache(tmp_path / "cache.sqlite")
         async with LlmClient(server.url, cache=cache) as client:
@@ -228,7 +228,7 @@ def test_hashes_follow_what_they_stand_for() -> None:
 # the prompt files
 
 
-def test_the_examples_are_answers_that_this_program_can_read() -> None:
+def test_the_prompts_examples_can_be_parsed() -> None:
     conversation = prompts.conversation("explain")
     assert len(conversation.examples) >= 4
     for example in conversation.examples:
@@ -255,7 +255,7 @@ def test_a_prompt_that_is_edited_has_another_hash(tmp_path: Path) -> None:
     assert prompts.load("explain").hash != prompts.load("explain_request").hash
 
 
-def test_prompt_files_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
+def test_unusable_prompt_files_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"explain\.md' cannot be read .*install the program again"):
         prompts.conversation("explain", tmp_path)
     (tmp_path / "x.md").write_text("system")

@@ -67,7 +67,7 @@ def any_patterns(draw: st.DrawFn) -> Patterns:
 
 @settings(max_examples=60)
 @given(any_patterns())
-def test_a_sentence_says_all_there_is_and_is_one_visible_line(patterns: Patterns) -> None:
+def test_a_sentence_is_one_complete_visible_line(patterns: Patterns) -> None:
     sentence = patterns.write_sentence()
     found = parse_sentence(sentence)
     assert found is not None
@@ -125,7 +125,7 @@ def test_the_sentence_reads_as_english() -> None:
 # --- the judge's rule -----------------------------------------------------------------------------------------
 
 
-def test_in_brief_a_sentence_names_what_tells_most_and_counts_the_rest() -> None:
+def test_a_brief_sentence_counts_the_rest() -> None:
     found = [Pattern(f"w{i}", 0.9 - i / 10, 9 - i) for i in range(4)]
     less = Pattern("\n  ", 0.001, 0.01)
     assert shorten(Patterns((*found, less), 0.02).write_sentence(), most=2) == (
@@ -255,7 +255,7 @@ def corpus_of(fires: Any, n: int, seed: int, miss: float = 0.0) -> tuple[list[Co
     return active[:n], silent[:n]
 
 
-def test_a_token_latent_is_found_and_told_on_unseen_text() -> None:
+def test_a_token_latent_is_explained_and_holds_on_unseen_text() -> None:
     active, silent = corpus_of(lambda tokens, i: tokens[i] == '"', 100, seed=1, miss=0.1)
     sentence = explained(active[:40], silent[:60])
     assert '"\\"" (chance' in sentence
@@ -264,7 +264,7 @@ def test_a_token_latent_is_found_and_told_on_unseen_text() -> None:
     assert accuracy(sentence, others[0] + others[1]) < 0.6
 
 
-def test_a_latent_of_two_tokens_is_not_taken_for_one_of_either() -> None:
+def test_a_latent_of_two_tokens_matches_neither_alone() -> None:
     few = {" def", " the", ",", " w1", " w2"}
 
     def fires(tokens: list[str], i: int) -> bool:
@@ -283,7 +283,7 @@ def test_a_latent_of_two_tokens_is_not_taken_for_one_of_either() -> None:
     assert accuracy(sentence, pools[0][40:] + pools[1][100:]) > 0.95
 
 
-def test_a_latent_that_fires_nearly_everywhere_is_told_by_where_it_does_not() -> None:
+def test_a_nearly_dense_latent_is_described_by_its_silence() -> None:
     rng = np.random.default_rng(6)
 
     def piece(quiet: bool) -> Context:
@@ -296,7 +296,7 @@ def test_a_latent_that_fires_nearly_everywhere_is_told_by_where_it_does_not() ->
     assert accuracy(sentence, active[40:] + silent[100:]) > 0.95
 
 
-def test_noise_yields_a_sentence_and_a_score_near_chance() -> None:
+def test_noise_scores_near_chance() -> None:
     rng = np.random.default_rng(7)
     pieces = [rng.choice(WORDS, 20).tolist() for _ in range(700)]
     active = [context(tokens, [float(i == 4) for i in range(20)]) for tokens in pieces[:240]]
@@ -328,7 +328,7 @@ def test_any_tokens_are_explained_and_judged(data: st.DataObject) -> None:
     assert all(j.p is not None and 0 <= j.p <= 1 and j.label == (j.p >= 0.5) for j in judged)
 
 
-def test_nothing_to_explain_is_a_failure_with_a_reason() -> None:
+def test_nothing_to_explain_is_a_failure() -> None:
     for contexts in ([], [context(["a", "b"])], [context(["", "b"], [1.0, 0.0])]):
         found = asyncio.run(NgramExplainer().explain(17, contexts, [context(["c"])]))
         assert found.text is None
@@ -340,7 +340,7 @@ def test_without_background_there_is_still_a_sentence() -> None:
     assert '" def" (chance' in explained(active, [])
 
 
-def test_equal_contexts_give_an_equal_sentence_and_settings_have_a_digest() -> None:
+def test_equal_contexts_give_equal_sentences() -> None:
     active, silent = corpus_of(lambda tokens, i: tokens[i] == " def", 30, seed=4)
     assert explained(active, silent) == explained(list(active), list(silent))
     assert NgramExplainer().settings_hash == NgramExplainer(NgramSettings()).settings_hash

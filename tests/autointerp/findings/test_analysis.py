@@ -143,7 +143,7 @@ def test_nulls_equal_a_recount(tmp_path: Path) -> None:
     assert found["similarity"]["pw_mcc"]["null_sd"]["rotated"] > 0
 
 
-def test_a_single_pair_has_a_null_without_a_range(tmp_path: Path) -> None:
+def test_a_single_pair_has_a_null_without_range(tmp_path: Path) -> None:
     small_study.whole(tmp_path, seeds=2, m=40, n_scored=10, nulls=True)
     found = findings(tmp_path, NAMES[:2])
     assert found["overlap"]["strict"]["null"]["rotated"] == 0
@@ -257,7 +257,7 @@ def test_interesting_are_unshared_and_well_explained(made: Path, found: dict[str
         assert peaks == sorted(peaks, reverse=True)
 
 
-def test_a_failure_is_counted_and_is_never_a_zero(root: Path) -> None:
+def test_a_failure_is_counted_and_never_zero(root: Path) -> None:
     run = Run("run_a", root)
     run.journal_path.unlink()
     run.stage_path("scores").unlink()
@@ -290,7 +290,7 @@ def test_a_failure_is_counted_and_is_never_a_zero(root: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["", "some-model"])
-def test_what_a_model_was_asked_is_advised_with_a_place_for_the_model(root: Path, model: str) -> None:
+def test_advice_has_a_placeholder_for_the_model(root: Path, model: str) -> None:
     """Else n-grams would answer, whose explanations are no more of the same kind."""
     run = Run("run_a", root)
     if model:
@@ -367,7 +367,7 @@ def test_one_run_alone(tmp_path: Path) -> None:
     assert "train --name run --seeds 0 1" in entry["command"]
 
 
-def test_a_run_that_is_not_aligned_yet_is_left_out_and_named(root: Path) -> None:
+def test_a_run_that_is_not_aligned_is_named(root: Path) -> None:
     for path in (root / "alignments").glob("*run_c*"):
         path.unlink()
     found = findings(root, NAMES)

@@ -73,7 +73,7 @@ def test_pairs_are_those_of_the_alignment(runs: list[Run], found: dict[str, Any]
     json.dumps(found, allow_nan=False)
 
 
-def test_agreement_is_that_of_the_scores_of_both_sides(runs: list[Run], found: dict[str, Any]) -> None:
+def test_agreement_uses_the_scores_of_both_sides(runs: list[Run], found: dict[str, Any]) -> None:
     scores = []
     for run in runs:
         rows = read_table(run.stage_path("scores"))
@@ -145,7 +145,7 @@ def test_nothing_explained_names_the_command(tmp_path: Path) -> None:
     assert "pairs of latents that both fire" in text
 
 
-def test_scores_made_in_another_way_are_left_out_and_told(tmp_path: Path) -> None:
+def test_scores_of_other_setups_are_skipped_and_reported(tmp_path: Path) -> None:
     made = small_study.whole(tmp_path, seeds=2)
     rows = small_study.scored(made[1], small_study.explained(made[1], list(range(50))))
     write_table(made[1].stage_path("scores"), rows.assign(judge_prompt_hash="another"))
@@ -179,7 +179,7 @@ def lone_model(tmp_path: Path) -> list[Run]:
     return made
 
 
-def test_the_newest_scores_that_both_runs_have_are_compared(lone_model: list[Run]) -> None:
+def test_the_newest_scores_of_both_runs_are_compared(lone_model: list[Run]) -> None:
     told = compare_runs(lone_model[0], lone_model[1])
     assert told["scored_by"]["explainer"] == "ngram"
     assert told["agreement"]["together"]["n"] > 10
@@ -189,7 +189,7 @@ def test_the_newest_scores_that_both_runs_have_are_compared(lone_model: list[Run
     assert compare_runs(lone_model[0], lone_model[1], explainer="ngram") == told
 
 
-def test_explanations_of_two_explainers_never_stand_side_by_side(lone_model: list[Run]) -> None:
+def test_explanations_of_two_explainers_are_never_paired(lone_model: list[Run]) -> None:
     told = compare_runs(lone_model[0], lone_model[1], explainer="llm")
     assert told["agreement"] is None
     assert told["scored_by"]["other_made_otherwise"]
@@ -256,7 +256,7 @@ def test_a_wider_run_has_latents_without_partner(tmp_path: Path) -> None:
 # --- which pairs --------------------------------------------------------------------------------------------
 
 
-def test_the_default_is_spread_from_the_most_to_the_least_alike(found: dict[str, Any]) -> None:
+def test_the_default_spreads_over_all_similarities(found: dict[str, Any]) -> None:
     told = chosen(found["pairs"], PairChoice())
     both = [p for p in found["pairs"] if all(side["explanation"] for side in p["sides"])]
     alike = sorted((p["similarity"] for p in both), reverse=True)
@@ -377,7 +377,7 @@ def test_hostile_text_is_shown_and_not_obeyed(found: dict[str, Any], width: int)
     assert max(map(cell_len, text.splitlines())) <= width
 
 
-def test_where_the_encoding_is_not_unicode_it_is_legible(found: dict[str, Any]) -> None:
+def test_without_unicode_the_page_is_legible(found: dict[str, Any]) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
     render_comparison(found, chosen(found["pairs"], PairChoice()), Console(file=stream, width=80, color_system=None))
     stream.flush()
@@ -410,7 +410,7 @@ def test_an_unknown_run_is_named(runs: list[Run]) -> None:
         the_two(["run_a", "run_q"], runs[0].root)
 
 
-def test_runs_of_different_studies_are_refused_with_the_command(tmp_path: Path) -> None:
+def test_runs_of_different_studies_are_refused(tmp_path: Path) -> None:
     a, b = (small_study.runs_of(tmp_path, 1, study=study)[0] for study in ("one", "two"))
     with pytest.raises(BadInput, match=r"different studies.*align one_a two_a --force"):
         ensure_pair_aligned(a, b, Compute())

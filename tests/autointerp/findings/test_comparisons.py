@@ -83,7 +83,7 @@ def test_control_saes_stand_beside_the_scores(tmp_path: Path) -> None:
     assert "this difference comes from training" in " ".join(page_of(tmp_path).split())
 
 
-def test_what_is_no_better_than_a_control_is_said_to_be(tmp_path: Path) -> None:
+def test_a_score_no_better_than_control_says_so(tmp_path: Path) -> None:
     small_study.whole(tmp_path)
     control(tmp_path, "frozen", 0.65), control(tmp_path, "untrained", 0.9)
     words = " ".join(page_of(tmp_path).split())
@@ -91,7 +91,7 @@ def test_what_is_no_better_than_a_control_is_said_to_be(tmp_path: Path) -> None:
     assert "score lower than those of an SAE that was not trained at all" in words
 
 
-def test_what_is_lacking_is_told_with_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_missing_parts_name_the_command(tmp_path: Path) -> None:
     run, *_ = small_study.whole(tmp_path)
     lacking = scores_of(tmp_path)["lacking_controls"]
     assert lacking["command"].startswith("python cli.py train --name run --root")
@@ -126,7 +126,7 @@ def test_what_was_scored_otherwise_is_no_control(tmp_path: Path, differs: str) -
 
 
 @pytest.mark.parametrize(("swapped", "leaks"), [(0.5, False), (0.56, True), (0.45, True)])
-def test_a_swapped_control_that_is_not_one_half_is_told(tmp_path: Path, swapped: float, leaks: bool) -> None:
+def test_a_swapped_control_far_from_half_is_reported(tmp_path: Path, swapped: float, leaks: bool) -> None:
     run, *_ = small_study.whole(tmp_path)
     table = read_table(run.stage_path("scores"))
     of = table["control"] == "swap"
@@ -141,7 +141,7 @@ def test_a_swapped_control_that_is_not_one_half_is_told(tmp_path: Path, swapped:
     assert ("judge or sampling lean to one answer" in " ".join(page_of(tmp_path).split())) is leaks
 
 
-def test_every_mean_has_what_it_is_above_the_control(tmp_path: Path) -> None:
+def test_every_mean_has_its_distance_to_control(tmp_path: Path) -> None:
     run, *_ = small_study.whole(tmp_path)
     table = read_table(run.stage_path("scores")).set_index("latent")
     difference = (

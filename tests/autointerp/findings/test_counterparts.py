@@ -71,7 +71,7 @@ def test_missing_frequencies_are_not_zeros() -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_the_two_directions_of_firing_together_have_the_same_mean(seed: int) -> None:
+def test_both_directions_of_cofiring_have_equal_means(seed: int) -> None:
     """Which is why a report shows one: every pair is seen from both sides."""
     rng, n = np.random.default_rng(seed), 12
     fires = {name: rng.random((n, 40)) < rng.uniform(0.1, 0.9, (n, 1)) for name in "ab"}
@@ -107,7 +107,7 @@ def test_dead_latents_do_not_count() -> None:
     assert counterpart_findings({}, {}, {}) is None
 
 
-def test_the_null_has_the_same_totals_of_moved_firings() -> None:
+def test_the_null_keeps_the_totals_of_moved_firings() -> None:
     real: dict[str, list] = {
         "jaccard_partner": [0, 2, 1],
         "jaccard": [0.9, 0.5, 0.1],
@@ -157,7 +157,7 @@ def test_tokens_and_exactness_are_told_of_all_pairs() -> None:
     assert found["comparisons"][1] == {"runs": ["a", "c"], "n_tokens": 400, "jaccard_gap_per_latent": 0.002}
 
 
-def test_a_latent_counted_for_two_others_is_one_observation() -> None:
+def test_a_latent_counted_for_two_is_one_observation() -> None:
     rng = np.random.default_rng(0)
     values = rng.random(60)
     once = {("a", "b"): side(60, relation=["new"] * 60, rebuilt=values.tolist())}

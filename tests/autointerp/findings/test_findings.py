@@ -77,7 +77,7 @@ def test_without_an_interval_nothing_is_decided() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=6, max_size=6))
-def test_each_run_left_out_is_the_mean_of_the_pairs_without_it(values: list[float]) -> None:
+def test_leave_one_run_out_is_the_mean_of_other_pairs(values: list[float]) -> None:
     runs = "abcd"
     pairs = {f"{a}--{b}": v for (a, b), v in zip(combinations(runs, 2), values, strict=True)}
     found = without_each(pairs)
@@ -94,7 +94,7 @@ def test_two_runs_leave_nothing_to_leave_out() -> None:
 
 
 @pytest.mark.parametrize("seeds", [3, 4, 6])
-def test_the_jackknife_holds_the_truth_as_often_as_it_says(seeds: int) -> None:
+def test_the_jackknife_covers_as_stated(seeds: int) -> None:
     """Pairs that share a seed are alike: a seed that shares much does so with every other."""
     rng, held, n = np.random.default_rng(seeds), 0, 2000
     for _ in range(n):
@@ -105,7 +105,7 @@ def test_the_jackknife_holds_the_truth_as_often_as_it_says(seeds: int) -> None:
     assert held / n >= 0.93
 
 
-def test_the_wider_of_two_intervals_has_the_outer_bounds() -> None:
+def test_the_wider_interval_has_the_outer_bounds() -> None:
     assert wider(Estimate(0.5, 0.4, 0.6), Estimate(0.5, 0.45, 0.9)) == Estimate(0.5, 0.4, 0.9)
     assert wider(Estimate(0.5, math.nan, math.nan), Estimate(0.5, 0.1, 0.9)) == Estimate(0.5, 0.1, 0.9)
 
@@ -169,7 +169,7 @@ def test_bimodal(value: Estimate, p: float, verdict: Verdict) -> None:
     assert rows_of(dictionaries([0.5], seeds=2, dip=Dip(value, value.value, p)))["bimodal"].verdict == verdict
 
 
-def test_with_two_seeds_intervals_are_over_latents_and_say_so() -> None:
+def test_with_two_seeds_intervals_are_over_latents() -> None:
     rows = rows_of(dictionaries([0.5], seeds=2))
     assert "says nothing of other seeds" in rows["shared"].why
     assert rows["third-seed"].verdict == rows["retained"].verdict == UNDECIDED
@@ -177,14 +177,14 @@ def test_with_two_seeds_intervals_are_over_latents_and_say_so() -> None:
     assert "jackknife over seeds" in rows_of(dictionaries([0.5]))["shared"].why
 
 
-def test_one_seed_can_tell_nothing_and_says_what_would() -> None:
+def test_one_seed_has_no_finding_and_says_why() -> None:
     for row in findings_of_dictionaries(dictionaries([0.5], seeds=1)):
         assert row.verdict == UNDECIDED
         assert row.command
         assert row.as_dict()["value"] is None
 
 
-def test_the_interval_over_seeds_is_no_narrower_than_that_over_latents() -> None:
+def test_an_interval_over_seeds_is_never_narrower() -> None:
     """Three seeds that happen to share exactly alike say nothing of the latents' own chance."""
     three, two = (rows_of(dictionaries([0.5], seeds=n))["shared"] for n in (3, 2))
     assert three.high - three.low > 0.5 * (two.high - two.low)
@@ -253,7 +253,7 @@ def test_frequent_low(slope: float, verdict: Verdict) -> None:
     assert told(table=table[:150], most_latents=150)["frequent-low"].command is None
 
 
-def test_frequent_low_is_of_all_latents_where_those_scored_are_a_sample() -> None:
+def test_the_low_frequency_share_covers_all_latents() -> None:
     """Rare latents were drawn twice as often: the tenth of all that fires most is a smaller part of those scored."""
     rng = np.random.default_rng(0)
     frequency = np.sort(rng.normal(size=2000))

@@ -51,7 +51,7 @@ def test_width(f: Callable[[float], float], verdict: Verdict, seeds: int) -> Non
     assert ("jackknife" in row.why) == (seeds > 2)
 
 
-def test_seeds_that_differ_by_more_than_the_slope_cannot_tell() -> None:
+def test_seeds_that_differ_widely_are_inconclusive() -> None:
     assert finding_of_sweep("width", widths(lambda i: 0.6 - i / 200, half=0.001, noise=0.2)).verdict == UNDECIDED
 
 
@@ -67,7 +67,7 @@ def test_k_and_tokens(name: str, axis: str, sign: int) -> None:
 
 
 @given(st.lists(st.floats(0.1, 0.9), min_size=2, max_size=6), st.floats(-0.05, 0.05))
-def test_the_slope_is_least_squares_with_a_level_for_each_group(levels: list[float], step: float) -> None:
+def test_the_slope_is_least_squares_with_group_levels(levels: list[float], step: float) -> None:
     points = [
         point({AXIS: 2**i, "training.k": k}, level + step * i) for k, level in enumerate(levels, 1) for i in (1, 2, 4)
     ]
@@ -84,7 +84,7 @@ def test_the_slope_is_numpys() -> None:
     assert found.value == pytest.approx(np.polyfit(np.arange(5), y, 1)[0])
 
 
-def test_a_rate_that_goes_with_the_width_is_no_group() -> None:
+def test_a_rate_that_follows_the_width_is_no_group() -> None:
     rate = "training.learning_rate"
     points = [point({AXIS: 2**i, rate: 1 / 2**i}, 1 - i / 10) for i in (1, 2, 3)]
     sweep = swept(points, {AXIS: [2, 4, 8], rate: [1 / 2, 1 / 4, 1 / 8]}, (AXIS, rate))
@@ -146,7 +146,7 @@ def test_points_with_one_seed_are_left_out() -> None:
     assert row.as_dict()["value"] is None
 
 
-def test_each_row_takes_the_first_sweep_that_varies_it() -> None:
+def test_each_row_uses_the_first_sweep_that_varies_it() -> None:
     found = findings_of_sweeps([widths(lambda i: 1 - i / 20)], lambda name: (f"; words for {name}", f"sweep {name}"))
     assert [row.id for row in found] == ["width", "k", "tokens", "architecture"]
     assert found[0].command is None

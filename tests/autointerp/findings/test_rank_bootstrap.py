@@ -14,7 +14,7 @@ from autointerp.findings.statistics.resampling import Resamples, interval_of, pa
 
 @pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
 @given(st.data(), st.integers(3, 40))
-def test_a_weighted_correlation_is_that_of_the_sample_written_out(data: st.DataObject, n: int) -> None:
+def test_a_weighted_correlation_equals_the_expanded_sample(data: st.DataObject, n: int) -> None:
     few = st.lists(st.integers(0, 6), min_size=n, max_size=n)  # with ties
     x, y, units = (np.array(data.draw(few), dtype=float) for _ in range(3))
     resamples = Resamples(units, resamples=20, seed=1)
@@ -52,14 +52,14 @@ def test_partial_is_that_of_the_regressed_ranks() -> None:
     assert np.isnan(partial(np.array([0.5]), np.array([1.0]), np.array([0.5])))[0]
 
 
-def test_no_interval_where_too_many_resamples_give_no_value() -> None:
+def test_no_interval_when_most_resamples_have_no_value() -> None:
     draws = np.array([0.3, *[0.2] * 80, *[np.nan] * 20])
     assert np.isnan(interval_of(draws).low)
     assert interval_of(draws).value == 0.3
     assert interval_of(np.array([0.3, *[0.2] * 95, *[np.nan] * 5])).low == pytest.approx(0.2)
 
 
-def test_the_interval_of_few_values_is_as_wide_as_students() -> None:
+def test_the_interval_of_few_values_matches_students() -> None:
     rng = np.random.default_rng(0)
     draws = np.array([0.0, *rng.normal(size=200_000)])
     assert interval_of(draws).high == pytest.approx(1.96, abs=0.02)

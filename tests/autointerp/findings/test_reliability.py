@@ -46,7 +46,7 @@ def test_a_latent_without_two_halves_is_left_out() -> None:
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "a third unexplained"])
 @pytest.mark.parametrize("n", [10, 50])
-def test_it_is_the_correlation_with_another_draw_of_contexts(shape: str, n: int) -> None:
+def test_reliability_is_the_correlation_with_another_draw(shape: str, n: int) -> None:
     """Estimated from one set of verdicts; held against two independent sets."""
     rng = np.random.default_rng(1)
     size = 5000
@@ -55,7 +55,7 @@ def test_it_is_the_correlation_with_another_draw_of_contexts(shape: str, n: int)
     assert reliability(made.verdicts(n, rng), size) == pytest.approx(retest, abs=0.04)
 
 
-def test_equal_true_scores_make_it_too_large_by_a_little() -> None:
+def test_equal_true_scores_make_it_slightly_too_large() -> None:
     rng = np.random.default_rng(1)
     made = Made.draw(4000, 0.5, "a third unexplained", rng)
     retest = rank_correlation(score(made.verdicts(25, rng)), score(made.verdicts(25, rng)))
@@ -77,7 +77,7 @@ def test_scores_of_nothing_but_noise_have_none() -> None:
     assert found.reliability == told
 
 
-def test_errors_that_a_request_has_in_common_are_no_agreement() -> None:
+def test_shared_request_errors_are_no_agreement() -> None:
     """Kept together, what a request shares is noise, as it is in another draw; taken apart, it looks like reliability.
 
     The noise is only seen where it differs between latents, so there are few requests and they are often spoilt.
@@ -96,7 +96,7 @@ def test_errors_that_a_request_has_in_common_are_no_agreement() -> None:
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.7])
-def test_a_planted_correlation_is_weakened_by_noise_and_recovered(correlation: float) -> None:
+def test_a_planted_correlation_is_recovered_from_noise(correlation: float) -> None:
     rng = np.random.default_rng(3)
     size = 1500
     made = Made.draw(size, correlation, "paper", rng)
@@ -155,7 +155,7 @@ def corrected_of(made: Made, kept: np.ndarray, n: int, rng: np.random.Generator)
     return corrected_spearman(score(verdicts), part.similarity, part.frequency, halves, resamples).spearman.value
 
 
-def test_failures_that_hit_hard_latents_bias_it_and_chance_failures_do_not() -> None:
+def test_failures_of_hard_latents_bias_it() -> None:
     rng = np.random.default_rng(5)
     made = Made.draw(6000, 0.6, "even", rng)
     truth = rank_correlation(made.true, made.similarity)

@@ -58,7 +58,7 @@ def test_show_tells_every_score_apart_with_its_interval(run: Run) -> None:
         assert "…" not in score
 
 
-def test_set_ups_are_told_apart_by_precision_and_others_reliabilities_left_out(run: Run) -> None:
+def test_setups_differ_by_precision(run: Run) -> None:
     scores = read_table(run.stage_path("scores"))
     mine = scores[(scores["control"] == "none") & (scores["scorer"] == "detection") & (scores["status"] == "ok")]
     rough = mine.assign(precision=0.1, settings_hash="r" * 64)
@@ -97,7 +97,7 @@ def decimals(value: float) -> str:
     return f"{value:.2f}".removeprefix("0")
 
 
-def test_a_notebook_has_the_reliability_of_each_set_up(run: Run) -> None:
+def test_a_notebook_has_the_reliability_of_each_setup(run: Run) -> None:
     table = run.reliability()
     assert table["scorer"].tolist() != []
     scores = run.scores()
@@ -129,7 +129,7 @@ def test_the_table_of_latents_never_mixes_scorers(run: Run) -> None:
     assert {"ba_low", "tnr_low", "ba_hard", "ba_same_token_high", "fuzzing_ba_high"} <= set(table.columns)
 
 
-def test_a_models_explanation_comes_before_the_baseline_beside_it(run: Run) -> None:
+def test_a_models_explanation_precedes_the_baseline(run: Run) -> None:
     scores = read_table(run.stage_path("scores"))
     mine = scores[(scores["control"] == "none") & (scores["scorer"] == "detection")]
     by_model = mine.assign(explainer="llm", judge="llm", model="m", balanced_accuracy=0.25)

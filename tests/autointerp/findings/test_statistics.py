@@ -109,7 +109,7 @@ def test_spearman_is_scipys(points: list[tuple[int, int]]) -> None:
         assert math.isnan(found.high)
 
 
-def test_partial_spearman_is_the_textbook_formula_and_removes_a_common_cause() -> None:
+def test_partial_spearman_matches_the_textbook() -> None:
     rng = np.random.default_rng(1)
     cause = rng.normal(size=400)
     x, y = np.exp(cause + rng.normal(size=400)), cause + rng.normal(size=400)
@@ -124,7 +124,7 @@ def test_partial_spearman_is_the_textbook_formula_and_removes_a_common_cause() -
     assert partial_spearman(x, y, np.ones(400)) == pytest.approx(plain, abs=1e-3)
 
 
-def test_stratified_spearman_removes_even_a_cause_that_is_not_monotone() -> None:
+def test_stratified_spearman_removes_a_nonmonotone_cause() -> None:
     rng = np.random.default_rng(2)
     cause = rng.uniform(-1, 1, size=2000)
     x, y = cause**2 + 0.1 * rng.normal(size=2000), cause**2 + 0.1 * rng.normal(size=2000)
@@ -188,7 +188,7 @@ def test_quartiles() -> None:
     assert all(math.isnan(x) for x in quartiles([]))
 
 
-def test_what_is_not_a_number_is_refused_not_dropped() -> None:
+def test_nan_is_refused_not_dropped() -> None:
     for call in (
         lambda: auroc([1, 0], [0.5, math.nan]),
         lambda: balanced_accuracy([1, 0], [1, math.nan]),

@@ -32,7 +32,7 @@ def shown(found: dict) -> str:
     return out.getvalue()
 
 
-def test_latents_with_too_few_contexts_are_listed_by_shared_class(runs: list[Run]) -> None:
+def test_latents_with_few_contexts_are_listed_by_class(runs: list[Run]) -> None:
     path = runs[0].stage_path("contexts")
     counted = read_table(path)
     rare = read_table(runs[0].stage_path("firing"))["n_firings"] < 3000
@@ -64,7 +64,7 @@ def test_where_nothing_was_counted_nothing_is_said() -> None:
     assert (tree["together"]["n_alive"], tree["together"]["n"]) == (1, 0), "a dead latent is not among them"
 
 
-def test_each_kind_of_negative_has_a_row_of_its_own_and_leaves_the_score_alone(runs: list[Run]) -> None:
+def test_each_kind_of_negative_is_scored_apart(runs: list[Run]) -> None:
     plain = findings(runs[0].root, NAMES, View())
     assert plain["scores"]["negatives"] == {}
     assert "a neighbour fires" not in shown(plain)

@@ -120,7 +120,7 @@ def test_one_answer_without_is_enough() -> None:
         ({"thinks": True}, "batch"),
     ],
 )
-def test_auto_is_single_where_that_is_cheap_and_gives_probabilities(fault: dict[str, Any], protocol: str) -> None:
+def test_auto_is_single_where_cheap_with_probabilities(fault: dict[str, Any], protocol: str) -> None:
     async def main() -> str:
         async with LlmClient(server.url, backoff=0.001) as client:
             return (await LlmJudge.open(client, LlmOptions())).protocol
@@ -130,7 +130,7 @@ def test_auto_is_single_where_that_is_cheap_and_gives_probabilities(fault: dict[
 
 
 @pytest.mark.parametrize(("counts", "protocol"), [(True, "single"), (False, "batch")])
-def test_auto_elsewhere_is_single_only_where_prefixes_are_known_to_be_kept(
+def test_auto_is_single_only_with_known_prefix_caching(
     counts: bool, protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LlmClient, "is_local", property(lambda _: False))
@@ -143,7 +143,7 @@ def test_auto_elsewhere_is_single_only_where_prefixes_are_known_to_be_kept(
         assert asyncio.run(main()) == protocol
 
 
-def test_a_prompt_that_cannot_fit_is_told_and_not_sent() -> None:
+def test_a_prompt_that_cannot_fit_is_not_sent() -> None:
     async def main() -> str:
         async with LlmClient(server.url) as client:
             await client.complete([{"role": "user", "content": "short"}], 10)

@@ -53,7 +53,7 @@ def test_a_plain_answer() -> None:
 
 
 @pytest.mark.parametrize("given", ["{root}", "{root}/", "{root}/v1", "{root}/v1/", "{root}/v1/chat/completions"])
-def test_the_address_may_be_given_with_and_without_v1(given: str) -> None:
+def test_the_address_works_with_and_without_v1(given: str) -> None:
     with FakeServer() as server:
         made = client(given.format(root=server.root))
         complete(made)
@@ -84,7 +84,7 @@ def test_loopback_addresses_are_known() -> None:
     assert not any(is_loopback(u) for u in ("http://10.0.0.1/v1", "https://api.openai.com/v1"))
 
 
-def test_a_proxy_in_the_environment_is_not_used_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_not_used_for_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
     with FakeServer() as server:
@@ -106,7 +106,7 @@ def test_something_else_at_the_address() -> None:
         assert run(lambda c: c.check(), client(server.root, model="named")) == "named"
 
 
-def test_the_model_is_the_one_served_or_must_be_named() -> None:
+def test_the_model_is_served_or_must_be_named() -> None:
     with FakeServer(models=["small", "large"]) as server:
         with pytest.raises(BadInput, match=r"serves 2 models .*'small' or 'large'.*--llm-model"):
             run(lambda c: c.check(), client(server))
@@ -160,7 +160,7 @@ def test_kept_answers_need_no_server(tmp_path: Path) -> None:
     assert complete(made).from_cache
 
 
-def test_the_same_question_asked_by_many_at_once_is_sent_once(tmp_path: Path) -> None:
+def test_concurrent_equal_questions_are_sent_once(tmp_path: Path) -> None:
     with FakeServer(Reply("yes", delay=0.05)) as server:
         made = client(server, cache=ResponseCache(tmp_path / "cache.sqlite"))
 
@@ -171,7 +171,7 @@ def test_the_same_question_asked_by_many_at_once_is_sent_once(tmp_path: Path) ->
         assert len(server.requests) == 1
 
 
-def test_a_kept_answer_that_no_longer_parses_is_asked_again(tmp_path: Path) -> None:
+def test_a_cached_answer_that_no_longer_parses_is_reasked(tmp_path: Path) -> None:
     cache = ResponseCache(tmp_path / "cache.sqlite")
     with FakeServer("new") as server:
         request = Request(MESSAGES, 20)
@@ -204,7 +204,7 @@ asyncio.run(main())
 """
 
 
-def test_answers_seen_before_kill_minus_9_are_not_paid_for_twice(tmp_path: Path) -> None:
+def test_answers_before_a_kill_are_not_paid_twice(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[3]
     arguments = [sys.executable, "-c", _ASKER]
     with FakeServer(Reply("yes", delay=0.01)) as server:
@@ -315,7 +315,7 @@ def test_the_key_is_sent_and_shown_nowhere(
     assert any("refused the API key (HTTP 401)" in text for text in shown)
 
 
-def test_what_servers_say_is_one_bounded_line_without_keys() -> None:
+def test_server_messages_are_one_bounded_line_without_keys() -> None:
     said = one_line(f"Incorrect key\n provided: sk-abcd****wxyz \x1b[31m{'x' * 500}")
     assert len(said) <= 200
     assert "abcd" not in said

@@ -51,7 +51,7 @@ def test_a_fault_that_stays_is_this_requests_failure() -> None:
         assert complete(client(server)).text
 
 
-def test_a_server_that_goes_on_failing_is_given_up() -> None:
+def test_a_server_that_keeps_failing_is_given_up() -> None:
     with FakeServer(error(500, "exploded")) as server:
 
         async def work(c: LlmClient) -> int:
@@ -145,7 +145,7 @@ def test_no_credit_stops_everything_at_once() -> None:
         assert len(server.requests) == 1
 
 
-def test_a_refused_question_is_its_own_failure_but_a_server_that_refuses_all_is_an_error() -> None:
+def test_one_refusal_fails_one_question_all_refusals_stop() -> None:
     with FakeServer() as server:
         server.script.append(error(400, "maximum context length is 4096 tokens, 'max_tokens' is too large"))
         with pytest.raises(AnswerFailed, match=r"refused the request \(HTTP 400: maximum context"):
@@ -164,7 +164,7 @@ def test_a_refused_question_is_its_own_failure_but_a_server_that_refuses_all_is_
             run(work, client(server))
 
 
-def test_parameters_that_a_server_does_not_take_are_left_out_once_and_for_all() -> None:
+def test_refused_parameters_are_dropped_once_and_for_all() -> None:
     rejects = ["response_format", "logprobs", "temperature", "seed"]
     with FakeServer(rejects=rejects) as server:
 
@@ -207,7 +207,7 @@ def test_the_newer_name_of_max_tokens() -> None:
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_unusable_answers_are_asked_again_and_then_a_failure(fault: Reply, reason: str, tmp_path: Path) -> None:
+def test_unusable_answers_are_retried_then_fail(fault: Reply, reason: str, tmp_path: Path) -> None:
     cache = ResponseCache(tmp_path / "cache.sqlite")
     with FakeServer() as server:
         server.script.append(fault)

@@ -120,7 +120,7 @@ def test_nobody_is_overtaken_and_nobody_starves() -> None:
     assert order == list(range(len(sizes)))
 
 
-def test_a_pause_that_servers_ask_for_holds_the_line() -> None:
+def test_a_pause_that_servers_ask_for_holds_all() -> None:
     clock = Clock()
     paced = pace(clock, 1e9)
     until = clock.now + 7

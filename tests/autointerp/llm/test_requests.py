@@ -32,7 +32,7 @@ REQUESTS = st.builds(
 
 
 @given(REQUESTS, TEXT)
-def test_the_key_is_the_digest_of_all_that_an_answer_depends_on(request: Request, model: str) -> None:
+def test_the_key_digests_everything_an_answer_depends_on(request: Request, model: str) -> None:
     fields = {
         name: getattr(request, name)
         for name in ("max_tokens", "temperature", "json_schema", "logprobs", "seed", "replicate", "may_be_cut")

@@ -56,7 +56,7 @@ def client(*servers: FakeServer | str, **settings: Any) -> LlmClient:
 # choosing
 
 
-def test_the_next_request_goes_where_least_is_under_way_for_the_time_that_answers_take() -> None:
+def test_the_next_request_goes_to_the_least_busy_server() -> None:
     servers = Servers(URLS)
     slow, fast, _ = servers.all
     servers.all[2].rests_until = float("inf")
@@ -71,7 +71,7 @@ def test_the_next_request_goes_where_least_is_under_way_for_the_time_that_answer
 
 
 @given(st.lists(st.text(max_size=10), min_size=1, max_size=5))
-def test_one_affinity_is_one_server_while_there_is_little_to_do(affinities: list[str]) -> None:
+def test_one_affinity_stays_on_one_idle_server(affinities: list[str]) -> None:
     servers = Servers(URLS)
     for affinity in affinities:
         if affinity:
@@ -107,7 +107,7 @@ def test_what_does_not_fit_at_home_overflows() -> None:
 # resting
 
 
-def test_a_server_that_fails_again_and_again_rests_and_is_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_server_rests_and_is_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     servers = Servers(URLS[:2], clock)
     bad, good = servers.all
@@ -134,7 +134,7 @@ def test_a_server_that_fails_again_and_again_rests_and_is_tried_again(capsys: py
     assert bad.rests_until <= clock.now + LONGEST_REST
 
 
-def test_where_all_rest_the_first_to_return_goes_on() -> None:
+def test_the_first_server_to_recover_continues() -> None:
     clock = Clock()
     servers = Servers(URLS[:2], clock)
     servers.note_failure(servers.all[1], "gone", at_once=True)
@@ -191,7 +191,7 @@ def test_a_server_that_goes_away_is_done_without() -> None:
         assert len(good.requests) == 20
 
 
-def test_a_server_that_was_never_there_is_done_without_and_none_at_all_is_an_error() -> None:
+def test_a_missing_server_is_skipped_all_missing_is_error() -> None:
     nowhere = f"http://127.0.0.1:{free_port()}/v1"
     with FakeServer("ok") as server:
         (answer,) = ask(client(nowhere, server), [question()])
@@ -200,7 +200,7 @@ def test_a_server_that_was_never_there_is_done_without_and_none_at_all_is_an_err
         ask(client(nowhere, f"http://127.0.0.1:{free_port()}/v1"), [question()])
 
 
-def test_a_server_that_asks_for_a_pause_gets_one_while_the_other_goes_on() -> None:
+def test_one_server_pauses_while_the_other_continues() -> None:
     with FakeServer("ok") as busy, FakeServer("ok") as other:
         busy.script.append(error(429, "slow down", headers={"retry-after": "2"}))
         began = time.monotonic()

@@ -40,14 +40,16 @@ def folder(tmp_path: Path) -> Path:
 # --- the model's name -------------------------------------------------------------------------------------------
 
 
-def test_the_bundled_model_has_a_name_of_its_own() -> None:
+def test_the_bundled_model_has_its_own_name() -> None:
     found = find_model("bundled")
     assert found.place == str(BUNDLED)
     assert found.name.startswith("pystdlib-4m-")
     assert found == find_model(str(BUNDLED))
 
 
-def test_a_folder_is_known_by_what_is_in_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_format_is_recognised_by_its_files(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = find_model(str(folder))
     assert found.name.startswith("final-")
     copy = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "final"))
@@ -60,7 +62,7 @@ def test_a_folder_is_known_by_what_is_in_it(folder: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("what", ["config.json", "tokenizer_config.json", "model.safetensors", "new.jinja"])
-def test_another_model_in_a_folder_of_the_same_name_has_another(what: str, folder: Path) -> None:
+def test_equal_folder_names_do_not_mix_models(what: str, folder: Path) -> None:
     """Two fine-tunings of one model have the same configuration, and more."""
     before = find_model(str(folder)).name
     changed = folder / what
@@ -253,7 +255,7 @@ def test_one_model_one_server(folder: Path, tmp_path: Path) -> None:
         assert kept is None
 
 
-def test_the_log_lies_under_the_root_whatever_the_model_is_called(folder: Path, tmp_path: Path) -> None:
+def test_the_log_lies_under_the_root(folder: Path, tmp_path: Path) -> None:
     python = FakeVllm(tmp_path / "fake").python
     options = LlmOptions(vllm=str(folder), model="../../some/model x", vllm_python=python)
     log = make_server(options, tmp_path).log
@@ -263,7 +265,7 @@ def test_the_log_lies_under_the_root_whatever_the_model_is_called(folder: Path, 
         make_server(dataclasses.replace(options, vllm_timeout=0), tmp_path)
 
 
-def test_a_server_that_ended_is_told_from_one_that_cannot_be_reached(folder: Path, tmp_path: Path) -> None:
+def test_an_ended_server_differs_from_an_unreachable_one(folder: Path, tmp_path: Path) -> None:
     vllm = FakeVllm(tmp_path / "fake")
     options = LlmOptions(vllm=str(folder), vllm_python=vllm.python)
 

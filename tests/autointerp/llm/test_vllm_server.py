@@ -60,7 +60,7 @@ def server(vllm: FakeVllm, folder: Path, **settings: Any) -> VllmServer:
 # --- as it should be --------------------------------------------------------------------------------------------
 
 
-def test_it_runs_from_the_first_call_to_the_end_of_the_block(vllm: FakeVllm, tmp_path: Path) -> None:
+def test_the_server_runs_until_the_block_ends(vllm: FakeVllm, tmp_path: Path) -> None:
     with server(vllm, tmp_path) as own:
         assert not vllm.starts()
         url = own.start()
@@ -98,7 +98,7 @@ def test_a_client_starts_it_with_its_first_question(vllm: FakeVllm, tmp_path: Pa
     assert len(vllm.starts()) == 1
 
 
-def test_it_gets_no_keys_and_a_share_of_the_memory(
+def test_the_child_gets_no_keys_and_bounded_memory(
     vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("OPENAI_API_KEY", "AUTOINTERP_API_KEY", "VLLM_API_KEY"):
@@ -124,7 +124,7 @@ def test_the_cache_leaves_most_of_the_memory(free: int | None, weights: int) -> 
         assert (found << 30) * 4 + 2 * weights <= free
 
 
-def test_a_log_in_use_is_left_alone_and_an_old_one_is_not(vllm: FakeVllm, tmp_path: Path) -> None:
+def test_only_an_unused_log_is_replaced(vllm: FakeVllm, tmp_path: Path) -> None:
     first, second = server(vllm, tmp_path), server(vllm, tmp_path)
     with first:
         first.start()
@@ -157,7 +157,7 @@ def test_one_that_dies_says_its_last_words(vllm: FakeVllm, tmp_path: Path, said:
     assert len(vllm.starts()) == 1
 
 
-def test_one_that_dies_is_not_started_by_each_who_waits(vllm: FakeVllm, tmp_path: Path) -> None:
+def test_a_dying_server_is_not_restarted_by_waiters(vllm: FakeVllm, tmp_path: Path) -> None:
     vllm.behave(die="RuntimeError: no", delay=1)
 
     async def work(own: VllmServer) -> None:
@@ -220,9 +220,7 @@ def test_one_that_ends_while_it_is_asked(vllm: FakeVllm, tmp_path: Path) -> None
 # --- the port ---------------------------------------------------------------------------------------------------
 
 
-def test_a_port_that_another_vllm_has_is_given_up(
-    vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_port_of_another_vllm_is_given_up(vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers as ours would, and long before ours could."""
     found = vllm_server._free_port
     with Stranger() as stranger:
@@ -233,9 +231,7 @@ def test_a_port_that_another_vllm_has_is_given_up(
             assert vllm.living()
 
 
-def test_a_port_that_our_server_cannot_have_is_given_up(
-    vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_port_in_use_is_given_up(vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has it says nothing."""
     found = vllm_server._free_port
     with socket.socket() as silent:
@@ -274,7 +270,7 @@ class Stranger(FakeServer):
 # --- the end ----------------------------------------------------------------------------------------------------
 
 
-def test_one_that_does_not_listen_is_killed_with_all_it_started(vllm: FakeVllm, tmp_path: Path) -> None:
+def test_a_deaf_server_is_killed_with_its_children(vllm: FakeVllm, tmp_path: Path) -> None:
     vllm.behave(deaf=True)
     with server(vllm, tmp_path, stop_seconds=0.5) as own:
         own.start()

@@ -79,7 +79,7 @@ def test_seeds_share_a_scale() -> None:
     assert row.split() == ["FVU", ".200", "–", ".800", "█▁", "▅▅"]  # about half-way, in logarithms
 
 
-def test_a_constant_is_a_flat_line_and_what_is_unknown_is_left_out() -> None:
+def test_constants_draw_flat_lines_and_unknowns_are_skipped() -> None:
     lines = printed({"run_a": curve(l0=[0.1 + 0.2, 0.3], dead_fraction=[None, None], fvu=[None, 0.5])}, 80)
     assert next(line for line in lines if line.startswith("L0")).endswith("▄▄")
     assert not any(line.startswith("dead") for line in lines)
@@ -87,7 +87,7 @@ def test_a_constant_is_a_flat_line_and_what_is_unknown_is_left_out() -> None:
     assert not any(printed({}, 80))
 
 
-def test_the_whole_report_has_them_also_where_there_is_no_unicode(tmp_path: Path) -> None:
+def test_the_whole_report_works_without_unicode(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path)
     found = findings(tmp_path, [run.name for run in runs])
     for encoding in ("utf-8", "ascii"):

@@ -141,7 +141,7 @@ def test_any_text_and_number_comes_back_from_csv(rows: list[tuple[str, float | N
     assert list(csv.reader(io.StringIO(stream.getvalue(), newline="")))[1][0] == rows[0][0]
 
 
-def test_texts_like_formulas_are_counted_and_left_as_they_are(study: list[Run], tmp_path: Path) -> None:
+def test_formula_like_texts_are_counted_and_kept(study: list[Run], tmp_path: Path) -> None:
     told = export_table(study[:1], "explanations", "csv", tmp_path / "e.csv")
     texts_ = whole(study[0], "explanations")["text"].dropna()
     assert told["formula_cells"] == sum(text[:1] in ("=", "+", "-", "@", "\t", "\r") for text in texts_) == 3
@@ -161,7 +161,7 @@ def test_verdicts_in_pieces_are_the_same_file(study: list[Run], tmp_path: Path, 
     assert one["failure"].notna().sum() == one["p"].isna().sum() == 3
 
 
-def test_a_journal_without_verdicts_is_a_table_without_rows(tmp_path: Path) -> None:
+def test_a_journal_without_verdicts_gives_an_empty_table(tmp_path: Path) -> None:
     (run,) = small_study.runs_of(tmp_path, 1)
     small_study.explained(run, [1])
     for format_ in ("csv", "parquet"):
@@ -281,7 +281,7 @@ def test_neuronpedia_has_a_line_for_every_explanation(study: list[Run], tmp_path
     assert again["kept"]
 
 
-def test_the_ids_are_those_given_or_the_run_s_own(study: list[Run]) -> None:
+def test_the_ids_are_given_or_the_runs_own(study: list[Run]) -> None:
     assert Ids.of(study[0], "pythia-160m", "6-mlp-x", "someone") == Ids("pythia-160m", "6-mlp-x", "someone")
     lines, _ = lines_of(study[0], Ids("pythia-160m", "6-mlp-x", "someone"))
     assert {line["authorId"] for line in lines} == {"someone"}

@@ -71,13 +71,13 @@ def ours(html: str) -> str:
 # --- what is in it --------------------------------------------------------------------------------------------
 
 
-def test_every_chapter_and_every_part_of_the_terminals_report_is_there(page: Parsed) -> None:
+def test_the_page_has_every_part_of_the_terminal(page: Parsed) -> None:
     assert {"summary", "latents", "methods", "browser", *CHAPTERS} <= page.ids
     parts = {name for name in report.sections() if name not in ("findings", "methods", "failures", "counterparts")}
     assert {f"part-{name}" for name in parts} <= page.ids
 
 
-def test_the_sentences_of_the_head_are_those_of_the_terminal(root: Path, page: Parsed) -> None:
+def test_the_head_sentences_are_those_of_the_terminal(root: Path, page: Parsed) -> None:
     found = findings(root, NAMES)
     for _, sentence in report.answer(found):
         assert " ".join(show_text(sentence).split()) in page.text
@@ -86,7 +86,7 @@ def test_the_sentences_of_the_head_are_those_of_the_terminal(root: Path, page: P
 
 
 @pytest.mark.parametrize("name", ["overlap", "similarity", "membership", "scores", "counted", "relation", "methods"])
-def test_every_number_of_the_terminals_tables_is_on_the_page(root: Path, page: Parsed, name: str) -> None:
+def test_every_number_of_the_terminal_is_on_the_page(root: Path, page: Parsed, name: str) -> None:
     section = report.sections()[name](findings(root, NAMES))
     assert isinstance(section, Section)
     assert section.title in page.text
@@ -109,7 +109,7 @@ def test_every_number_of_the_terminals_tables_is_on_the_page(root: Path, page: P
     assert all(" ".join(show_text(cell).split()) in page.text for cell in cells)
 
 
-def test_figures_are_drawn_by_the_page_and_told_in_words(page: Parsed) -> None:
+def test_figures_are_drawn_and_described_in_words(page: Parsed) -> None:
     drawn = set(re.findall(r"^  figures\.(\w+) =", "".join(read(name) for name in SCRIPTS), re.MULTILINE))
     shown = {attributes["data-figure"] for _, attributes in page.tags if "data-figure" in attributes}
     assert shown == drawn
@@ -148,7 +148,7 @@ def test_partners_are_paired_by_the_decoder(root: Path, page: Parsed) -> None:
         assert score == pytest.approx(scores[partner], abs=1e-4)
 
 
-def test_the_findings_of_the_json_are_in_the_file(root: Path, page: Parsed) -> None:
+def test_the_json_findings_are_in_the_file(root: Path, page: Parsed) -> None:
     plain = json.loads(json.dumps(findings(root, NAMES, contexts=small_study.contexts)))
     assert page.data("findings") == plain
 
@@ -194,7 +194,7 @@ def test_the_same_study_makes_the_same_bytes(root: Path, html: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["trained", "harvested", "aligned", "explained"])
-def test_what_has_not_been_made_yet_is_asked_for(tmp_path: Path, stage: str) -> None:
+def test_missing_stages_are_asked_for(tmp_path: Path, stage: str) -> None:
     runs = small_study.runs_of(tmp_path, 2)
     if stage != "trained":
         small_study.harvested(runs)
@@ -231,7 +231,7 @@ def test_nothing_in_a_hostile_study_becomes_markup(hostile: str) -> None:
     assert "</script><script>window.harmed" in page.text
 
 
-def test_a_hostile_study_reaches_the_scripts_as_it_is(hostile: str) -> None:
+def test_hostile_study_data_reaches_the_scripts_unchanged(hostile: str) -> None:
     told = Parsed.of(hostile).data("columns")["explanations"]
     assert told["3"] == f"3 {HOSTILE}".encode("utf-8", "replace").decode()
 
@@ -242,7 +242,7 @@ def test_nothing_hidden_is_in_the_file_as_itself(hostile: str, html: str) -> Non
     assert "‹U+202E›" in Parsed.of(hostile).text
 
 
-def test_only_the_pages_own_scripts_may_run_and_nothing_is_fetched(html: str, page: Parsed) -> None:
+def test_only_the_pages_own_scripts_run(html: str, page: Parsed) -> None:
     (policy,) = [a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv")]
     assert policy is not None
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
@@ -288,7 +288,7 @@ def test_our_scripts_make_no_html_out_of_data() -> None:
 # --- size -------------------------------------------------------------------------------------------------------
 
 
-def test_details_keep_to_their_budget_and_the_page_says_how_many_there_are(root: Path) -> None:
+def test_details_keep_to_their_budget_and_are_counted(root: Path) -> None:
     whole = html_pages.rendered(root, NAMES)
     assert whole.n_details == 120 - 6  # all that are alive
     some = html_pages.rendered(root, NAMES, budget=60_000)
@@ -314,7 +314,7 @@ def test_details_are_what_show_prints(root: Path, page: Parsed) -> None:
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=400), st.lists(st.integers(0, 399), max_size=5, unique=True))
-def test_who_was_asked_for_comes_before_a_sample_of_the_others(status: list[int], first: list[int]) -> None:
+def test_named_latents_come_before_a_sample(status: list[int], first: list[int]) -> None:
     alive = np.arange(len(status)) % 3 > 0
     first = [latent for latent in first if latent < len(status)]
     found = order(status, alive, first)
@@ -349,7 +349,7 @@ def test_text_for_the_page_hides_nothing(text: str) -> None:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_the_file_and_says_where_and_how_large(untouched_copy: Path) -> None:
+def test_the_command_reports_its_file_and_size(untouched_copy: Path) -> None:
     said = cli("report", "--html", "--root", untouched_copy).well()
     path = untouched_copy / "reports" / "run_a.html"
     assert said.out.startswith(f"{path}  {path.stat().st_size / 1e6:.1f} MB, details of ")
@@ -371,7 +371,7 @@ def test_the_command_writes_the_file_and_says_where_and_how_large(untouched_copy
     assert json_said["n_latents"] == 64
 
 
-def test_without_its_corpus_a_study_still_has_a_page(untouched_copy: Path) -> None:
+def test_a_study_without_corpus_has_a_page(untouched_copy: Path) -> None:
     (untouched_copy / "corpora").rename(untouched_copy / "gone")
     cli("report", "--html", "--root", untouched_copy).well()
     page = Parsed.of((untouched_copy / "reports" / "run_a.html").read_text(encoding="utf-8"))
@@ -383,7 +383,7 @@ def untouched_copy(tiny_root: Path) -> Path:
     return tiny_root
 
 
-def test_the_page_is_made_of_the_files_that_lie_there() -> None:
+def test_the_page_is_made_from_the_files() -> None:
     held = [f.name for f in FOLDER.iterdir() if not f.name.endswith((".py", ".pyc")) and f.is_file()]
     assert {"page.html", "page.css", *SCRIPTS} == set(held)
 

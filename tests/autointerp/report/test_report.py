@@ -189,7 +189,7 @@ def test_of_two_equal_means_one_is_shown(beside_chance: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_chance_stands_beside_every_figure_of_what_is_shared(beside_chance: dict[str, Any], width: int) -> None:
+def test_every_shared_figure_has_its_chance_level(beside_chance: dict[str, Any], width: int) -> None:
     """A null of its own for each place, changed to a number that is nowhere else, is found in the page."""
     found = copy.deepcopy(findings_without_contexts(beside_chance))
     overlap_, similar, several = found["overlap"], found["similarity"], len(found["runs"]) > 2
@@ -344,7 +344,7 @@ def test_the_summary_says_no_more_than_the_intervals(
         (0.01, None, "This is .010 above the swapped control and"),
     ],
 )
-def test_the_summary_says_on_which_side_of_each_control_the_scores_are(
+def test_the_summary_compares_scores_with_each_control(
     found: dict[str, Any], mean: float, interval: list[float] | None, words: str
 ) -> None:
     control = {**found["scores"]["control"], "above_control": {"mean": mean, "interval": interval}}
@@ -399,7 +399,7 @@ def test_one_latent(root: Path, width: int, colour: Any) -> None:
 
 
 @pytest.mark.parametrize("reason", ["7 activating contexts to test on, [b]20[/b] needed", "", "dead"])
-def test_a_latent_that_cannot_be_explained_says_why_and_names_no_command(tmp_path: Path, reason: str) -> None:
+def test_an_unexplainable_latent_gives_a_reason_without_command(tmp_path: Path, reason: str) -> None:
     (run,) = small_study.runs_of(tmp_path, 1, m=20, d=8)
     small_study.harvested([run])
     if reason != "dead":
@@ -522,7 +522,7 @@ def test_the_head_says_which_runs_are_not_trained(part_way: Path) -> None:
     assert "not run_d (next: python cli.py train --name run --seeds 0 1 2 3" in words["aligned"]
 
 
-def test_trained_runs_can_be_aligned_while_one_is_not(part_way: Path) -> None:
+def test_trained_runs_align_while_one_is_training(part_way: Path) -> None:
     (part_way / "run_c" / "cfg.json").unlink()
     found = findings(part_way, FOUR, View("run_a"))
     waiting = {entry["stage"]: entry["command"] for entry in found["missing"]}

@@ -142,9 +142,7 @@ tokens = st.lists(st.text(max_size=12), min_size=1, max_size=40)
 
 
 @given(tokens, st.randoms(use_true_random=False), st.integers(6, 100), st.sampled_from(COLOURS))
-def test_a_context_fits_its_width_and_keeps_its_strongest_token(
-    words: list[str], rng: Any, width: int, colour: Any
-) -> None:
+def test_a_context_fits_and_keeps_its_strongest_token(words: list[str], rng: Any, width: int, colour: Any) -> None:
     activations = [rng.choice([0.0, 0.0, rng.random()]) for _ in words]
     line = highlighted(words, activations, marking(console(80, colour)), width=width)
     assert line.cell_len <= width
@@ -168,7 +166,7 @@ def test_marks_without_colour_and_shades_with_it() -> None:
     st.lists(st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "Zs"]), max_size=30), min_size=1),
     st.integers(20, 120),
 )
-def test_a_command_over_several_lines_is_the_same_command(words: list[str], width: int) -> None:
+def test_a_multiline_command_is_one_command(words: list[str], width: int) -> None:
     command = shlex.join(words)
     lines = over_lines(command, width)
     assert shlex.split("\n".join(lines).replace("\\\n", "")) == words  # as a shell does, and shlex does not

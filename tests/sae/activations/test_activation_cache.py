@@ -57,9 +57,7 @@ def test_every_precision_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Pa
     assert (tmp_path / "c" / "slots.bin").stat().st_size <= 10 * 4 * 3 * dtype.itemsize
 
 
-def test_who_only_reads_finds_what_was_there_and_changes_nothing(
-    subject: Subject, corpus: Corpus, forwards: list[int]
-) -> None:
+def test_readers_change_nothing(subject: Subject, corpus: Corpus, forwards: list[int]) -> None:
     filled = cache_of(corpus, subject)
     everything = np.arange(corpus.n_sequences)
     half = everything[: corpus.block_rows]
@@ -79,7 +77,7 @@ def test_who_only_reads_finds_what_was_there_and_changes_nothing(
 # --- damage -----------------------------------------------------------------------------------------------
 
 
-def test_killed_at_any_moment_what_is_marked_is_whole(tmp_path: Path) -> None:
+def test_killed_anytime_marked_files_are_whole(tmp_path: Path) -> None:
     values = torch.randn(8, 4, 3)
     child = os.fork()
     if child == 0:
@@ -123,7 +121,7 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
         file.write(bytes([byte ^ (1 << bit)]))
 
 
-def test_a_damaged_slot_is_computed_again_and_said_once(
+def test_a_damaged_slot_is_recomputed_with_one_warning(
     subject: Subject, corpus: Corpus, forwards: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     everything = np.arange(corpus.n_sequences)
@@ -146,7 +144,7 @@ def test_a_damaged_slot_is_computed_again_and_said_once(
     assert forwards == []  # mended on disk
 
 
-def test_a_cache_cut_short_or_of_another_kind_costs_time_only(subject: Subject, corpus: Corpus) -> None:
+def test_a_truncated_or_foreign_cache_costs_only_time(subject: Subject, corpus: Corpus) -> None:
     everything = np.arange(corpus.n_sequences)
     truth = expected(subject, corpus)
     ActivationStream(subject, corpus, HOOKPOINT, cache_of(corpus, subject)).rows(everything)
@@ -161,7 +159,7 @@ def test_a_cache_cut_short_or_of_another_kind_costs_time_only(subject: Subject, 
 
 
 @pytest.mark.parametrize("room", [0, 1000, 9 * SLOT, 40 * SLOT])
-def test_what_lies_on_disk_is_bounded_and_the_rest_computed_again(
+def test_disk_use_is_bounded_and_the_rest_recomputed(
     subject: Subject, corpus: Corpus, forwards: list[int], room: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     truth = expected(subject, corpus)
@@ -191,9 +189,7 @@ def test_the_limit_may_change(subject: Subject, corpus: Corpus) -> None:
     assert larger.get(np.arange(20))[1].all()
 
 
-def test_hookpoints_share_the_limit_and_old_caches_make_room(
-    subject: Subject, corpus: Corpus, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hookpoints_share_the_cache_limit(subject: Subject, corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
     limit = 40 * (SLOT + 8)
     first = open_caches(corpus, subject, ["layers.0.mlp", "layers.1.mlp"], limit)
     assert [cache.slots for cache in first.values()] == [20, 20]

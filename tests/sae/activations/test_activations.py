@@ -126,9 +126,7 @@ def test_nan_and_infinity_are_told(tiny_neox_dir: Path, corpus: Corpus) -> None:
         ActivationStream(half, corpus, HOOKPOINT).rows(np.arange(3))
 
 
-def test_sequences_longer_than_the_model_are_refused_at_once(
-    tiny_llama_dir: Path, lines: list[str], tmp_path: Path
-) -> None:
+def test_sequences_longer_than_the_model_are_refused(tiny_llama_dir: Path, lines: list[str], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(lines))
     settings = CorpusSettings(kind="text", source=(str(tmp_path / "a.txt"),), context=64)
     corpus = prepare_corpus(settings, *load_tokenizer(str(tiny_llama_dir)), tmp_path)
@@ -173,9 +171,7 @@ def test_what_one_hookpoint_computes_fills_the_others_caches(
     assert len(forwards) == 2 * corpus.n_blocks  # those of the comparison alone
 
 
-def test_the_pass_goes_no_further_than_what_is_lacking(
-    subject: Subject, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_pass_stops_at_what_is_missing(subject: Subject, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     real = Subject.activations
 
@@ -212,9 +208,7 @@ def test_what_is_lacking_is_what_would_be_computed(subject: Subject, corpus: Cor
         assert computed == foretold
 
 
-def test_batches_of_several_lengths_and_hookpoints_are_read_together(
-    subject: Subject, corpus: Corpus, forwards: list[int]
-) -> None:
+def test_batches_of_several_lengths_are_read_together(subject: Subject, corpus: Corpus, forwards: list[int]) -> None:
     streams = open_streams(subject, corpus, THREE, {})
     make = lambda hookpoint, tokens: TrainingBatches(streams[hookpoint], tokens, 64, order_seed=2)  # noqa: E731
     batches = [make(THREE[0], 500), make(THREE[0], 900), make(THREE[2], 500)]
@@ -244,7 +238,7 @@ def test_where_a_row_comes_from(subject: Subject, corpus: Corpus) -> None:
 # --- training batches -------------------------------------------------------------------------------------
 
 
-def test_batches_are_whole_sequences_in_order_without_special_tokens(subject: Subject, corpus: Corpus) -> None:
+def test_batches_are_whole_sequences_without_special_tokens(subject: Subject, corpus: Corpus) -> None:
     truth = expected(subject, corpus)
     batches = TrainingBatches(ActivationStream(subject, corpus, HOOKPOINT), tokens=2000, batch_tokens=100, order_seed=3)
     assert (batches.sequences_per_step, batches.tokens_per_step) == (6, 96)
@@ -264,7 +258,7 @@ def test_batches_are_whole_sequences_in_order_without_special_tokens(subject: Su
     assert corpus.n_sequences < 21 * 6  # a step has crossed into the second epoch
 
 
-def test_batches_come_one_by_one_as_well_as_in_turn(subject: Subject, corpus: Corpus) -> None:
+def test_batches_equal_one_by_one_and_in_turn(subject: Subject, corpus: Corpus) -> None:
     make = lambda: TrainingBatches(ActivationStream(subject, corpus, HOOKPOINT), 1000, 64)  # noqa: E731
     in_turn = list(make())
     batches = make()
@@ -276,7 +270,7 @@ def test_batches_come_one_by_one_as_well_as_in_turn(subject: Subject, corpus: Co
         batches[len(batches)]
 
 
-def test_precision_of_the_model_does_not_change_the_type_of_batches(tiny_neox_dir: Path, corpus: Corpus) -> None:
+def test_model_precision_does_not_change_the_batch_type(tiny_neox_dir: Path, corpus: Corpus) -> None:
     half = Subject.load(str(tiny_neox_dir), dtype="bfloat16")
     stream = ActivationStream(half, corpus, HOOKPOINT, cache_of(corpus, half))
     first = TrainingBatches(stream, 100, 64)[0]

@@ -60,7 +60,7 @@ def sink(tiny_neox_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_sink_at_position_0_is_warned_of_with_both_numbers(sink: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_sink_at_position_0_is_warned_about(sink: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "sink.toml", sink, tiny_recipe.parent / "texts", tokens=4096)
     root = tmp_path / "runs"
     ran = cli("train", "--recipe", recipe, "--hookpoint", "h.0", "--seeds", 0, "--root", root).well()

@@ -77,7 +77,7 @@ def test_code_of_an_unknown_model_is_refused(kind: str, evil: Evil, asked: list[
     assert (asked, evil.marker.exists()) == ([], False)
 
 
-def test_a_known_configuration_without_a_model_class_is_refused(evil: Evil, asked: list[str]) -> None:
+def test_a_known_configuration_without_model_class_is_refused(evil: Evil, asked: list[str]) -> None:
     kind = next(name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] not in MODEL_MAPPING)
     evil.edit("config.json", model_type=kind, auto_map=MAPS["model"])
     refused(lambda: Subject.load(str(evil.folder)), str(evil.folder), "its model")
@@ -85,9 +85,7 @@ def test_a_known_configuration_without_a_model_class_is_refused(evil: Evil, aske
 
 
 @pytest.mark.parametrize("kind", MAPS)
-def test_transformers_own_class_is_used_where_it_has_one(
-    kind: str, evil: Evil, tiny_neox_dir: Path, asked: list[str]
-) -> None:
+def test_transformers_own_class_is_used(kind: str, evil: Evil, tiny_neox_dir: Path, asked: list[str]) -> None:
     evil.edit("config.json", auto_map=MAPS[kind])
     loaded = Subject.load(str(evil.folder))
     assert type(loaded.model).__module__.startswith("transformers.")
@@ -95,7 +93,7 @@ def test_transformers_own_class_is_used_where_it_has_one(
     assert (asked, evil.marker.exists()) == ([], False)
 
 
-def test_a_damaged_configuration_of_a_known_model_is_called_damaged(evil: Evil) -> None:
+def test_a_damaged_configuration_is_called_damaged(evil: Evil) -> None:
     evil.edit("config.json", auto_map=MAPS["both"], hidden_size="wide")
     with pytest.raises(BadInput, match=r"no usable config\.json") as caught:
         Subject.load(str(evil.folder))
@@ -117,7 +115,7 @@ def test_code_of_a_tokenizer_is_not_run(evil: Evil, asked: list[str], tiny_neox_
 
 
 @pytest.mark.parametrize("value", ["evil.EvilConfig", ["evil.EvilConfig"], {"AutoConfig": 3}, {"AutoConfig": None}, 7])
-def test_an_auto_map_of_the_wrong_shape_is_one_line(value: Any, evil: Evil, asked: list[str]) -> None:
+def test_an_auto_map_of_wrong_shape_is_one_line(value: Any, evil: Evil, asked: list[str]) -> None:
     for file, values in (("config.json", {"model_type": "evil"}), ("tokenizer_config.json", {})):
         evil.edit(file, auto_map=value, **values)
         with pytest.raises(BadInput) as caught:

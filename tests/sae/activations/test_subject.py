@@ -74,7 +74,7 @@ def test_activations_are_those_of_the_whole_model(
     torch.testing.assert_close(cut.activations(ids, [full])[full], found, rtol=0, atol=0)
 
 
-def test_what_a_model_adds_in_place_later_is_not_seen(neox: Subject) -> None:
+def test_later_in_place_changes_are_not_seen(neox: Subject) -> None:
     """Some models (Falcon) add to the very tensor that a module has given: beside a later hookpoint it is as alone."""
     alone = neox.activations(tokens(), ["layers.0.mlp"])["layers.0.mlp"].clone()
     given: list[torch.Tensor] = []
@@ -271,7 +271,7 @@ def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert found.arguments() == {"revision": "0123abcd", "local_files_only": True}
 
 
-def test_a_name_and_revision_are_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_and_revision_are_looked_up_on_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     class Found:

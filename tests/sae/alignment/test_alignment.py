@@ -65,7 +65,7 @@ def tied_dictionaries(draw: st.DrawFn) -> tuple[np.ndarray, ...]:
 
 @settings(max_examples=60, deadline=None)
 @given(tied_dictionaries())
-def test_the_sum_is_the_best_of_all_matchings_and_the_bound_meets_it(weights: tuple[np.ndarray, ...]) -> None:
+def test_the_matching_is_best_and_meets_its_bound(weights: tuple[np.ndarray, ...]) -> None:
     found = align(*weights)
     for space, a, b in (("encoder", weights[0], weights[2]), ("decoder", weights[1], weights[3])):
         cosines = unit(a) @ unit(b).T
@@ -156,7 +156,7 @@ def test_a_spoiled_matching_fails_the_certificate() -> None:
     assert best < hasty <= cosines.max(axis=1).sum() + 1e-9
 
 
-def test_a_solver_that_errs_is_found_out_and_another_one_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_solver_is_detected_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = dictionaries(50, 50)
     right = align(*weights).certificate["decoder"]
 
@@ -201,7 +201,7 @@ def test_any_prices_bound_every_matching(n: int, wider: int, seed: int) -> None:
     assert upper_bound(cosines, rng.normal(size=n + wider)) >= best - 1e-9
 
 
-def test_zero_rows_and_equal_rows_are_matched_all_the_same() -> None:
+def test_zero_and_equal_rows_are_matched() -> None:
     rng = np.random.default_rng(1)
     W = rng.normal(size=(80, 10))
     W[:30] = 0
@@ -248,7 +248,7 @@ def test_pairs() -> None:
             pairs(runs)
 
 
-def test_a_pair_has_one_file_read_from_either_side(tmp_path: Path) -> None:
+def test_a_pair_has_one_file_for_both_sides(tmp_path: Path) -> None:
     weights = dictionaries(30, 40)
     found = align(*weights, names=("run_a", "run_b"))
     path = write_alignment(tmp_path, "run_a", "run_b", found, inputs="0123")

@@ -110,7 +110,7 @@ def test_a_side_says_what_the_tables_say(tmp_path: Path) -> None:
     assert list(mine["relation_latents"][5]) == [3]
 
 
-def test_the_null_is_the_same_comparison_with_the_other_moved() -> None:
+def test_the_null_is_the_comparison_with_moved_firings() -> None:
     rng = np.random.default_rng(5)
     a, b = (table(rng, 200, m) | (rng.random((800, m)) < 0.03) for m in (12, 16))
     b[:, :6] = a[:, :6]

@@ -49,7 +49,7 @@ def test_counts_are_those_of_whole_tables(m: int, other: int, windows: int, dens
 
 
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 10), st.integers(0, 9999), st.integers(0, 999))
-def test_a_shift_is_a_roll_of_the_other_table(m: int, other: int, windows: int, shift: int, seed: int) -> None:
+def test_a_shift_rolls_the_other_table(m: int, other: int, windows: int, shift: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = (rng.random((4 * windows + 4, size)) < rng.random(size) for size in (m, other))
     shift %= len(a)
@@ -137,7 +137,7 @@ def test_a_planted_split_is_recognised() -> None:
     assert covered == pytest.approx(0.95)
 
 
-def test_parts_that_leave_a_fifth_uncovered_are_no_split() -> None:
+def test_parts_that_leave_a_fifth_are_no_split() -> None:
     assert relation_of(on(slice(0, 150)), on(slice(150, 300)))[0] == "new"  # .75
     assert relation_of(on(slice(0, 160)), on(slice(160, 325)))[0] == "split"  # .81
 
@@ -165,7 +165,7 @@ def test_what_fires_everywhere_contains_nothing() -> None:
     assert relation_of(on(slice(0, 780)))[0] == "same"
 
 
-def test_many_alike_do_not_hide_the_one_that_matters() -> None:
+def test_many_similar_latents_do_not_hide_one() -> None:
     alike = [on(slice(0, 180 + i), slice(1000, 1040)) for i in range(10)]
     assert relation_of(*alike, on(slice(175, 360)))[0] == "split"
     inside = [on(slice(0, 150 + i), slice(1000, 1040)) for i in range(10)]
@@ -177,7 +177,7 @@ def test_as_many_firings_are_still_inside() -> None:
     assert relation_of(on(slice(0, 240), slice(1000, 1160)), on(slice(240, 400)))[0] == "split"
 
 
-def test_dense_latents_are_not_split_or_found_by_chance() -> None:
+def test_dense_latents_are_not_split_by_chance() -> None:
     rng = np.random.default_rng(0)
     for share, density in ((0.6, 0.5), (0.55, 0.35), (0.7, 0.7)):
         a, b = rng.random((T, 1)) < share, rng.random((T, 4)) < density

@@ -115,7 +115,7 @@ def test_the_interval_covers_the_truth(shape: Callable[[int, np.random.Generator
     assert inside >= 51  # of 60; where it covers 93 %, fewer has a chance of about one in a hundred
 
 
-def test_what_is_seen_in_several_samples_is_one_observation() -> None:
+def test_repeated_latents_are_one_observation() -> None:
     """Four samples that are nearly copies: taken for independent, the interval would be half as wide."""
     rng = np.random.default_rng(3)
     truth = dip(piled_up(400_000, rng))
@@ -131,7 +131,7 @@ def test_what_is_seen_in_several_samples_is_one_observation() -> None:
     assert joint > 1.5 * apart
 
 
-def test_a_kept_dip_is_the_same_and_needs_no_second_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stored_dip_is_reused_without_a_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     samples, units, path = [rng.normal(size=200), rng.normal(size=8)], [np.arange(200), np.arange(8)], tmp_path / "dips"
     expected = {draw: run_dip_test(samples, units, draw=draw) for draw in (True, False)}
@@ -159,7 +159,7 @@ def test_a_damaged_file_of_dips_is_replaced(tmp_path: Path) -> None:
         assert read_dip_test(path, samples, units, True) == expected
 
 
-def test_where_nothing_can_be_written_the_dip_is_worked_out(tmp_path: Path) -> None:
+def test_an_unwritable_dip_is_computed_again(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     samples, units = [np.linspace(0, 1, 50)], [np.arange(50)]
     assert read_dip_test(tmp_path / "file" / "dips", samples, units, True) == run_dip_test(samples, units)

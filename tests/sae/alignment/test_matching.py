@@ -99,7 +99,7 @@ def true_cosines(a: Array, b: Array) -> Array:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(0, 10), st.integers(2, 60))
-def test_the_bound_holds_for_the_true_cosines_not_only_for_computed_ones(seed: int, n: int, wider: int, d: int) -> None:
+def test_the_bound_holds_for_the_true_cosines(seed: int, n: int, wider: int, d: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(n, d)), rng.normal(size=(n + wider, d))
     found = find_best_matching(a, b, nearest=3)
@@ -121,7 +121,7 @@ def test_rows_of_any_length_keep_their_direction(kind: type[np.floating[Any]], l
 
 
 @pytest.mark.parametrize("at_a_time", [1, 50, 10_000])
-def test_an_exact_look_in_portions_is_the_same_look(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
+def test_an_exact_look_in_portions_is_equal(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
     a, b = shared_half(200, 230, 6)
     whole = find_best_matching(a, b, nearest=2)
     monkeypatch.setattr(candidates, "_LOOKED_AT", at_a_time)
@@ -194,7 +194,7 @@ def test_every_precision_finds_the_same_best(name: str) -> None:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["identical", "on a line", "one column over and over", "zero columns", "one cluster"])
-def test_latents_alike_do_not_all_become_candidates_of_all(
+def test_similar_latents_do_not_all_become_candidates(
     monkeypatch: pytest.MonkeyPatch, name: str, precision: Precision
 ) -> None:
     """The screens cannot tell their cosines from the prices; were each a candidate, that would be the whole matrix."""
@@ -237,7 +237,7 @@ def test_it_is_deterministic_whatever_the_threads() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("d", [3, 64, 768])
-def test_the_margin_holds_and_is_not_far_above_the_error(precision: Precision, d: int) -> None:
+def test_the_margin_holds_and_is_tight(precision: Precision, d: int) -> None:
     rng = np.random.default_rng(d)
     a, b = rng.normal(size=(300, d)).astype(np.float32), rng.normal(size=(400, d)).astype(np.float32)
     b[:100] = a[:100] + 0.1 * b[:100]
@@ -254,7 +254,7 @@ def test_the_margin_holds_and_is_not_far_above_the_error(precision: Precision, d
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_margin_holds_in_whatever_order_a_product_is_summed(precision: Precision) -> None:
+def test_the_margin_holds_for_any_summation_order(precision: Precision) -> None:
     """One after the other, as no library does any more, thousands of equal terms are all rounded the same way."""
     rows = np.ones((2, 60_000), np.float32)
     sides = [Screen.of(Directions.of(rows[at : at + 1]), precision, "cpu") for at in range(2)]
@@ -340,7 +340,7 @@ def test_the_excess_includes_dropped_pairs() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("summed", [False, True])
-def test_a_gpu_would_find_what_the_compiled_loop_finds(precision: Precision, summed: bool) -> None:
+def test_a_gpu_finds_what_the_compiled_loop_finds(precision: Precision, summed: bool) -> None:
     a, b = (Screen.of(Directions.of(side), precision, "cpu") for side in shared_half(150, 210, 8))
     tiles = candidates.Tiles(a, b)
     tile = tiles.multiply(a.rows, b.rows)
@@ -358,7 +358,7 @@ def test_a_gpu_would_find_what_the_compiled_loop_finds(precision: Precision, sum
     assert 0 < len(found[0][0]) < tile.numel()
 
 
-def test_a_search_that_is_cut_short_says_how_far_it_is_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_search_reports_its_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = special("duplicates")
     monkeypatch.setattr(matching, "_ROUNDS", 1)
     monkeypatch.setattr(matching, "_MOST", 2)
@@ -402,7 +402,7 @@ def test_align_takes_wide_pairs_this_way(monkeypatch: pytest.MonkeyPatch, widths
     assert checked["decoder"]["gap"] > 0
 
 
-def test_of_equal_neighbours_the_lowest_is_named_whatever_the_product_rounds() -> None:
+def test_the_lowest_of_equal_neighbours_is_named() -> None:
     a, b = shared_half(1403, 1507, 40)
     of = np.random.default_rng(0).integers(0, 300, len(b))
     b = b[of]  # the last few columns of a product are multiplied by other instructions than the same ones before

@@ -39,7 +39,7 @@ def test_the_rotated_sibling_keeps_its_inner_geometry() -> None:
     assert np.abs((turned[0] * encoder).sum(1)).mean() < 0.5 * (encoder**2).sum(1).mean()
 
 
-def test_a_pair_has_the_same_null_each_time_and_another_pair_another() -> None:
+def test_each_pair_has_its_own_reproducible_null() -> None:
     of = weights(0)
     once, again, other = (rotate_sibling(of, pair) for pair in (("a", "b"), ("a", "b"), ("a", "c")))
     assert np.array_equal(once[0], again[0])
@@ -48,9 +48,7 @@ def test_a_pair_has_the_same_null_each_time_and_another_pair_another() -> None:
 
 
 @given(st.integers(1, 200), st.integers(4, 64), st.integers(0, 99))
-def test_firings_are_moved_far_and_never_onto_the_same_place_in_a_sequence(
-    n: int, per_sequence: int, seed: int
-) -> None:
+def test_moved_firings_never_overlap_their_old_place(n: int, per_sequence: int, seed: int) -> None:
     offset = draw_offset(("a", "b"), n * per_sequence, per_sequence, seed)
     assert 0 < offset < n * per_sequence
     assert n * per_sequence / 4 - per_sequence <= offset <= 3 * n * per_sequence / 4 + per_sequence

@@ -162,7 +162,7 @@ def test_a_study_worked_by_hand() -> None:
     assert latent_table("a", ["b"], tables, alive["a"])["shared_class"].tolist()[:3] == ["all", "all", "one"]
 
 
-def test_latent_table_has_the_promised_columns_and_survives_parquet(tmp_path: Path) -> None:
+def test_the_latent_table_keeps_its_columns_in_parquet(tmp_path: Path) -> None:
     runs, tables, alive = study(3, 20, seed=0, widths=[20, 30, 20])
     told = latent_table("run_b", runs, tables, alive["run_b"])
     per_run = ["encoder_partner", "encoder_cosine", "decoder_partner", "decoder_cosine"]
@@ -226,7 +226,7 @@ def test_same_seed_same_interval() -> None:
     assert isnan(nobody.alive["strict"].value.value)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+def test_intervals_cover_as_often_as_stated() -> None:
     """Latents drawn from a population where 40 % are shared; the same latents ask from both sides.
 
     Resampling each run by itself would take the two sides for independent and hold the truth about 83 % of the time.
@@ -279,7 +279,7 @@ def rare(n_runs: int, width: int, counts: list[int]) -> tuple[list[str], Tables]
 
 
 @pytest.mark.parametrize("n_runs", [2, 3])
-def test_few_of_many_have_the_same_rule_as_none(n_runs: int) -> None:
+def test_few_of_many_follow_the_rule_for_none(n_runs: int) -> None:
     width = 6144
     before = -1.0
     for n in (0, 1, 2, 10, 29, 31, 100):
@@ -302,7 +302,7 @@ def test_few_of_many_have_the_same_rule_as_none(n_runs: int) -> None:
 
 @pytest.mark.parametrize("n_units", [50, 400])
 @pytest.mark.parametrize("p", [0.003, 0.02, 0.1, 0.5, 0.97, 0.999])
-def test_a_fractions_interval_covers_it_near_both_ends_too(p: float, n_units: int) -> None:
+def test_a_fractions_interval_covers_near_both_ends(p: float, n_units: int) -> None:
     runs = ["run_a", "run_b"]
     draw = LatentBootstrap(runs, rare(2, n_units, [0])[1], 1000, 0)
     rng = np.random.default_rng(1)

@@ -63,7 +63,7 @@ def said(folder: Path, stream: str = "err") -> list[str]:
     ("scenario", "seeds"),
     [("seeds_over_ranks", 3), ("three_ranks_two_seeds", 2), ("seeds_with_different_last_steps", 3)],
 )
-def test_seeds_over_ranks_are_bit_for_bit_those_of_one_process(ran: Path, scenario: str, seeds: int) -> None:
+def test_seeds_over_ranks_equal_one_process_bitwise(ran: Path, scenario: str, seeds: int) -> None:
     there = well(ran / scenario)
     for seed in range(seeds):
         one, other = load_file(ran / f"alone/seeds/{seed}.safetensors"), load_file(there / f"{seed}.safetensors")
@@ -72,12 +72,12 @@ def test_seeds_over_ranks_are_bit_for_bit_those_of_one_process(ran: Path, scenar
         assert read(ran / f"alone/seeds/{seed}.json")["rows"] == read(there / f"{seed}.json")["rows"]
 
 
-def test_every_seed_goes_on_from_its_own_last_step(ran: Path) -> None:
+def test_every_seed_resumes_from_its_own_step(ran: Path) -> None:
     there = well(ran / "seeds_with_different_last_steps")
     assert [read(there / f"{seed}.json")["resumed_from"] for seed in range(3)] == [20, 30, 0]
 
 
-def test_a_harvest_over_ranks_is_byte_for_byte_that_of_one_process(ran: Path) -> None:
+def test_a_harvest_over_ranks_equals_one_process_bytewise(ran: Path) -> None:
     """Into new stores and into one that is added to; and each rank reads its own part of the text."""
     there, alone = well(ran / "harvest_over_ranks"), ran / "alone/harvest"
     for name in "ab":
@@ -100,7 +100,7 @@ def test_only_rank_0_speaks(ran: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES_IN_DATA)
-def test_data_over_ranks_is_one_process_up_to_rounding(ran: Path, architecture: str) -> None:
+def test_data_over_ranks_equals_one_process_up_to_rounding(ran: Path, architecture: str) -> None:
     there = well(ran / f"data_{architecture}")
     rows: list[dict[str, float]] = []
     for seed in range(2):
@@ -115,7 +115,7 @@ def test_data_over_ranks_is_one_process_up_to_rounding(ran: Path, architecture: 
     assert any(row["auxk"] > 0 for row in rows)
 
 
-def test_data_over_ranks_resumes_bit_for_bit_after_a_rank_was_killed(ran: Path) -> None:
+def test_data_over_ranks_resumes_bitwise_after_a_kill(ran: Path) -> None:
     assert -9 in read(ran / "data_killed/ended.json")["codes"]
     straight, resumed = well(ran / "data_undisturbed"), ran / "data_killed"
     well(ran / "data_resumed")
@@ -128,9 +128,7 @@ def test_data_over_ranks_resumes_bit_for_bit_after_a_rank_was_killed(ran: Path) 
 
 
 @pytest.mark.parametrize(("scenario", "alone", "seeds"), [("data", "data_undisturbed", 1), ("seeds", "alone/seeds", 3)])
-def test_ranks_agree_on_the_step_at_which_an_interrupt_ends_them(
-    ran: Path, scenario: str, alone: str, seeds: int
-) -> None:
+def test_ranks_agree_on_the_step_of_an_interrupt(ran: Path, scenario: str, alone: str, seeds: int) -> None:
     there = well(ran / f"{scenario}_interrupted")
     for seed in range(seeds):
         one, other = (load_file(root / f"{seed}.safetensors") for root in (ran / alone, there))
@@ -142,7 +140,7 @@ def test_ranks_agree_on_the_step_at_which_an_interrupt_ends_them(
 
 
 @pytest.mark.parametrize("kind", ["held", "cached"])
-def test_every_block_is_computed_by_one_rank_and_seen_alike_by_all(ran: Path, kind: str) -> None:
+def test_every_block_is_computed_by_one_rank(ran: Path, kind: str) -> None:
     there = well(ran / "one_pass_for_all_ranks") / kind
     one = load_file(ran / f"alone/{kind}/0.safetensors")
     for rank in range(2):
@@ -254,7 +252,7 @@ def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
         rank_device("auto")
 
 
-def test_want_of_memory_is_not_taken_for_a_lost_rank() -> None:
+def test_out_of_memory_is_no_lost_rank() -> None:
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"), _lost_ranks():
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     with pytest.raises(RankLost, match="lost the other ranks"), _lost_ranks():

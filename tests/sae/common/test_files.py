@@ -82,7 +82,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, error: Exception) -> No
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_a_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     plain, path = tmp_path / "plain", tmp_path / "file"
     plain.touch()
     with atomic(path) as temporary:
@@ -90,9 +90,7 @@ def test_a_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
     assert path.stat().st_mode == plain.stat().st_mode
 
 
-def test_the_folder_is_on_the_disk_before_anything_else_happens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_folder_is_synced_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """File, renaming, folder: in this order, so that what a caller deletes afterwards can be spared."""
     seen = []
 

@@ -69,7 +69,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     assert kept_steps(place) == []
 
 
-def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path: Path) -> None:
+def test_a_signal_in_the_last_step_is_kept(tmp_path: Path) -> None:
     (place,) = folders(tmp_path, 1)
     with pytest.raises(KeyboardInterrupt):
         train(Signalled(8, 7, signal.SIGINT), fresh(0), settings(), [place])

@@ -157,7 +157,7 @@ def test_stage_that_was_done_may_run_again() -> None:
     assert machine.overview.left() == pytest.approx(128)
 
 
-def test_compiling_before_the_first_step_does_not_slow_the_rate() -> None:
+def test_compilation_does_not_slow_the_measured_rate() -> None:
     machine = Machine()
     machine.overview.begin("train")
     bar = Bar(None, "train 3 seeds", 120, "tokens", 0)
@@ -229,7 +229,7 @@ def test_block_fits_the_terminal(width: int) -> None:
     assert all(len(line) <= width for line in lines)
 
 
-def test_pipe_gets_a_line_at_the_start_and_one_per_stage(screen: io.StringIO) -> None:
+def test_a_pipe_gets_one_line_per_stage(screen: io.StringIO) -> None:
     machine = Machine(done=("read the text",))
     with machine.overview.shown():
         machine.run()
@@ -243,7 +243,7 @@ def test_pipe_gets_a_line_at_the_start_and_one_per_stage(screen: io.StringIO) ->
     ]
 
 
-def test_terminal_shows_the_block_and_the_bar_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_terminal_shows_the_stage_and_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     terminal = Console(file=out, force_terminal=True, color_system=None, highlight=False, width=60)
     monkeypatch.setattr(progress, "console", terminal)

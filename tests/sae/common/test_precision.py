@@ -65,7 +65,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     return can
 
 
-def test_it_is_what_was_asked_for_or_what_the_processor_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_precision_is_requested_or_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     none, bits16, tiles, bits8 = ("float32", "bfloat16", "bfloat16", "int8")
     cases = ((0, 0, 0, none), (0, 1, 0, bits16), (0, 0, 1, tiles), (1, 0, 0, bits8), (1, 1, 1, bits8))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
@@ -141,7 +141,7 @@ def test_an_unfinished_training_does_not_change_its_precision(tmp_path: Path, ma
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_study_grows_in_the_precision_it_was_begun_in(
+def test_a_study_grows_in_its_first_precision(
     first: bool, machine: dict[str, bool], tiny_recipe: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     """A seed added on a machine of another kind is the seed that would have been trained with the first."""
@@ -162,7 +162,7 @@ def test_a_study_grows_in_the_precision_it_was_begun_in(
         train_studies([Study("run", asked, (2,))], grown, Compute("cpu"))
 
 
-def test_what_was_trained_before_there_was_a_choice_is_float32(
+def test_trainings_from_before_the_choice_are_float32(
     machine: dict[str, bool], tiny_recipe: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     assert machine["multiply"]

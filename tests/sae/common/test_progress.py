@@ -58,7 +58,7 @@ def test_more_never_reads_as_less(a: float, b: float) -> None:
     assert value(human(min(a, b))) <= value(human(max(a, b)))
 
 
-def test_what_is_no_number_does_not_break_a_line() -> None:
+def test_nan_does_not_break_a_line() -> None:
     assert human(float("inf")) == "inf"
     assert human(float("nan")) == "nan"
     assert human(1e18) == "1e+18"
@@ -92,7 +92,7 @@ def test_a_stage_ends_with_amount_rate_and_memory(lines: io.StringIO) -> None:
     assert re.fullmatch(r"train \[x\]: 6 tokens in \d+\.\d s · \S+ tokens/s · peak memory \d+\.\d\d GiB", line)
 
 
-def test_a_stage_that_fails_does_not_claim_an_end(lines: io.StringIO) -> None:
+def test_a_failed_stage_is_not_shown_as_done(lines: io.StringIO) -> None:
     with pytest.raises(ValueError, match="broken"), track("train", 10):
         raise ValueError("broken")
     assert lines.getvalue() == ""

@@ -135,7 +135,7 @@ def test_k_and_shapes_are_checked(kind: str) -> None:
 
 
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 30), k=st.integers(1, 12), uneven=st.floats(0, 4))
-def test_batch_topk_is_the_largest_of_the_whole_batch(seed: int, rows: int, k: int, uneven: float) -> None:
+def test_batch_topk_takes_the_largest_of_the_batch(seed: int, rows: int, k: int, uneven: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
     x *= (uneven * torch.randn(rows, 1, generator=generator, dtype=torch.float64)).exp()  # a few tokens take it all
@@ -156,13 +156,13 @@ def test_batch_topk_is_the_largest_of_the_whole_batch(seed: int, rows: int, k: i
     assert sorted(torch.cat([row for row, _ in chosen.groups]).tolist()) == list(range(rows))
 
 
-def test_batch_topk_of_equal_values_takes_as_many_as_wanted() -> None:
+def test_batch_topk_breaks_ties_to_the_wanted_number() -> None:
     chosen = batch_topk(torch.ones(6, 2), torch.ones(8, 2), torch.zeros(8), 3)
     assert sum(int((group.pre > 0).sum()) for _, group in chosen.groups) == 18
     assert float(chosen.least) == 2
 
 
-def test_the_threshold_is_the_mean_of_the_smallest_activations() -> None:
+def test_the_threshold_is_the_mean_smallest_activation() -> None:
     sae, x = example("batchtopk")
     assert isinstance(sae, BatchTopKSae)
     least = []
@@ -176,7 +176,7 @@ def test_the_threshold_is_the_mean_of_the_smallest_activations() -> None:
     assert float(sae.threshold) == pytest.approx(0.99 * sum(least) / 5 + 0.01 * least[-1])
 
 
-def test_relu_and_gated_agree_where_the_gate_changes_nothing() -> None:
+def test_relu_and_gated_agree_without_the_gate() -> None:
     relu, x = example("relu")
     assert isinstance(relu, ReluSae)
     zero = torch.zeros(M, dtype=torch.float64)

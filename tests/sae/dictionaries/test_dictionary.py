@@ -130,7 +130,7 @@ def test_plain_kernels_take_a_seeds_axis() -> None:
             torch.testing.assert_close(ours[s], theirs)
 
 
-def test_unit_rows_lose_the_gradient_along_them_and_stay_unit() -> None:
+def test_unit_rows_stay_unit() -> None:
     torch.manual_seed(2)
     start = torch.nn.functional.normalize(torch.randn(8, 6, dtype=torch.float64), dim=1)
     along = start * torch.randn(8, 1, dtype=torch.float64)
@@ -191,7 +191,7 @@ def test_product_in_tiles_is_the_product(seed: int, n: int, m: int, d: int, shar
 
 
 @pytest.mark.parametrize("memory", [1, 64 * 500 * 4, cpu.TILE_BYTES])
-def test_product_in_tiles_has_the_same_bits_on_any_threads(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiled_product_is_bitwise_independent_of_threads(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "TILE_BYTES", memory)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(1500, 24), torch.randn(500, 24), torch.randn(500)

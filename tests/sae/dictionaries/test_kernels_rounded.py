@@ -66,9 +66,7 @@ def test_the_largest_of_given_numbers(data: st.DataObject, m: int, k: int) -> No
 @ROUNDED
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), m=st.integers(1, 600), k=st.integers(1, 40), d=st.integers(1, 70))
-def test_activations_are_those_of_float32_and_only_near_ties_are_mistaken(
-    precision: Precision, seed: int, m: int, k: int, d: int
-) -> None:
+def test_only_near_ties_differ_from_float32(precision: Precision, seed: int, m: int, k: int, d: int) -> None:
     x, weight, bias = random_sizes(seed, 20, m, d)
     k = min(k, m)
     pre = x @ weight.T + bias
@@ -92,7 +90,7 @@ def test_activations_are_those_of_float32_and_only_near_ties_are_mistaken(
 
 @ROUNDED
 @pytest.mark.parametrize("outlying", [1, 50])
-def test_the_choice_is_that_of_float32_where_no_two_latents_tie(precision: Precision, outlying: float) -> None:
+def test_without_ties_the_choice_equals_float32(precision: Precision, outlying: float) -> None:
     """On random numbers too few sit within an error of the K-th for any to be hidden by the margin.
 
     Language models have coordinates far larger than all others, which make the steps of 8 bits coarse.
@@ -206,7 +204,7 @@ def test_float64_is_never_rounded(precision: Precision) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), cuts=st.lists(st.integers(0, 60), max_size=4))
-def test_in_8_bits_a_token_is_encoded_alike_in_any_company(seed: int, cuts: list[int]) -> None:
+def test_int8_encoding_does_not_depend_on_the_batch(seed: int, cuts: list[int]) -> None:
     """Bit for bit: whatever else is encoded with it, and however many threads there are."""
     x, weight, bias = random_sizes(seed, 60, 300, 33)
     sae = TopKSae(weight, bias, weight.clone(), torch.zeros(33), 7)
@@ -219,7 +217,7 @@ def test_in_8_bits_a_token_is_encoded_alike_in_any_company(seed: int, cuts: list
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 20), d=st.integers(1, 90), scale=st.sampled_from([1e-20, 1, 1e12]))
-def test_rows_in_8_bits_are_off_by_half_a_step(seed: int, n: int, d: int, scale: float) -> None:
+def test_int8_rows_are_off_by_half_a_step(seed: int, n: int, d: int, scale: float) -> None:
     matrix = random_sizes(seed, n, 1, d)[0] * scale
     matrix[0] = 0
     of = cpu.quantise(matrix)
@@ -231,7 +229,7 @@ def test_rows_in_8_bits_are_off_by_half_a_step(seed: int, n: int, d: int, scale:
     torch.testing.assert_close(of.lengths.double(), matrix.double().norm(dim=1), rtol=1e-5, atol=0)
 
 
-def test_what_8_bits_take_has_the_spread_that_the_margin_is_made_of() -> None:
+def test_int8_rounding_errors_have_the_assumed_spread() -> None:
     """sigma of ``cpu_shortlist`` is not exceeded, and not much too wide."""
     x, weight, _ = random_sizes(12, 200, 500, 256)
     of, by = cpu.quantise(x), cpu.quantise(weight)
@@ -244,7 +242,7 @@ def test_what_8_bits_take_has_the_spread_that_the_margin_is_made_of() -> None:
     assert float((error / sigma[:, None]).abs().max()) < 6
 
 
-def test_a_pre_activation_that_8_bits_put_below_zero_is_found() -> None:
+def test_a_value_that_8_bits_make_negative_is_found() -> None:
     """Many latents just above zero: rounding puts half of them below, and all are in the result all the same."""
     x, weight, _ = random_sizes(13, 5, 40, 16)
     weight = weight - (weight @ x[0])[:, None] * x[0] / (x[0] @ x[0])  # now at right angles to the first token

@@ -57,7 +57,7 @@ def test_topk_is_that_of_sorting(steps: Any, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_a_row_of_equal_values_is_longer_than_any_short_list(steps: Any, k: int) -> None:
+def test_a_row_of_equal_values_exceeds_any_shortlist(steps: Any, k: int) -> None:
     pre = torch.full((2, 37), 0.25)
     pre[0, 30] = 7.0
     pre[1, :5] = -1.0

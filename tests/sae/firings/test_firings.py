@@ -87,7 +87,7 @@ def test_statistics_equal_brute_force(stream: FakeStream, tmp_path: Path) -> Non
     np.testing.assert_allclose(table["firing_frequency"], counts / (N * USED - n_special))
 
 
-def test_one_pass_serves_all_seeds_and_each_equals_its_own_harvest(stream: FakeStream, tmp_path: Path) -> None:
+def test_one_pass_equals_separate_harvests(stream: FakeStream, tmp_path: Path) -> None:
     run(stream, tmp_path / "together", "abc")
     assert sorted(stream.asked) == list(range(N))
     for name in "abc":
@@ -107,7 +107,7 @@ def test_a_finished_run_takes_no_part(stream: FakeStream, tmp_path: Path) -> Non
     assert files(tmp_path / "a") == before
 
 
-def test_growing_equals_harvesting_at_once_and_redoes_no_whole_shard(stream: FakeStream, tmp_path: Path) -> None:
+def test_growing_equals_harvesting_at_once(stream: FakeStream, tmp_path: Path) -> None:
     for tokens in (3 * USED, 10 * USED, 23 * USED, N * USED):
         (grown,) = run(stream, tmp_path / "grown", tokens=tokens)
         assert grown.n_tokens == tokens
@@ -132,7 +132,7 @@ def in_a_child(work: Callable[[], None]) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("grown", [False, True])
-def test_killed_anywhere_and_run_again_is_as_if_undisturbed(stream: FakeStream, tmp_path: Path, grown: bool) -> None:
+def test_killed_anywhere_it_resumes_to_equal_results(stream: FakeStream, tmp_path: Path, grown: bool) -> None:
     torch.set_num_threads(1)
     run(stream, tmp_path / "undisturbed", "ab")
     expected = [files(tmp_path / "undisturbed" / name) for name in "ab"]
@@ -187,7 +187,7 @@ def test_killed_anywhere_and_run_again_is_as_if_undisturbed(stream: FakeStream, 
         ({"weights": {"a": "x"}}, "weights"),
     ],
 )
-def test_another_harvest_is_refused_once_finished_and_discarded_before(
+def test_another_harvest_is_refused_or_discarded(
     stream: FakeStream, tmp_path: Path, changed: dict[str, Any], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(stream, tmp_path)
@@ -229,7 +229,7 @@ def test_opening_refuses_what_is_not_whole(stream: FakeStream, tmp_path: Path) -
         read_digest(tmp_path / "nowhere")
 
 
-def test_the_corpus_has_to_be_the_one_that_was_harvested(stream: FakeStream, tmp_path: Path) -> None:
+def test_the_corpus_must_be_the_harvested_one(stream: FakeStream, tmp_path: Path) -> None:
     run(stream, tmp_path)
     folder = stream.corpus.folder
     write_json(folder / "corpus.json", {**read_json(folder / "corpus.json"), "fingerprint": "other"})

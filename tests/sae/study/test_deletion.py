@@ -79,7 +79,7 @@ def test_a_run_goes_with_its_alignments_and_report(root: Path) -> None:
     assert (root / "alignments" / "run_b--run_c.parquet").is_file()
 
 
-def test_a_study_goes_with_its_controls_and_nothing_else(root: Path) -> None:
+def test_a_study_is_deleted_with_only_its_controls(root: Path) -> None:
     before = files(root)
     plan = plan_deletion("run", root)
     assert [run.name for run in plan.runs] == ["run-frozen_a", "run_a", "run_b", "run_c"]
@@ -122,7 +122,7 @@ def test_alignments_and_reports_of_deleted_runs_are_pruned(root: Path) -> None:
     assert (root / "corpora" / KEYS["run"] / "corpus.json").is_file(), "run_b uses it"
 
 
-def test_activations_stay_for_a_run_that_is_not_harvested(root: Path) -> None:
+def test_activations_stay_for_an_unharvested_run(root: Path) -> None:
     Run("run_b", root).stage_path("firing").unlink()
     delete(plan_pruning(root))
     assert (root / "corpora" / KEYS["run"] / "activations" / "abc" / "slots.bin").is_file()
@@ -167,7 +167,7 @@ def test_killed_anywhere_the_same_command_finishes(root: Path, what: str, monkey
     assert n > 1
 
 
-def test_a_run_whose_folder_was_emptied_by_a_kill_is_deleted(root: Path) -> None:
+def test_a_run_emptied_by_a_kill_is_deleted(root: Path) -> None:
     (root / "run_z").mkdir()
     delete(plan_deletion("run_z", root))
     assert not (root / "run_z").exists()
@@ -176,7 +176,7 @@ def test_a_run_whose_folder_was_emptied_by_a_kill_is_deleted(root: Path) -> None
 @pytest.mark.parametrize(
     "name", ["../root", "..", ".", "/", "corpora", "alignments", "recipes", "reports", "run_a/firings", "", "run_a/.."]
 )
-def test_what_is_no_name_of_a_run_is_refused(root: Path, name: str) -> None:
+def test_an_invalid_run_name_is_refused(root: Path, name: str) -> None:
     before = files(root)
     with pytest.raises(BadInput), lock_runs(root, name):
         delete(plan_deletion(name, root))
@@ -213,7 +213,7 @@ def test_nothing_outside_the_root_is_deleted(root: Path) -> None:
 
 
 @pytest.mark.parametrize("held", ["run", "run-frozen"])
-def test_a_study_that_a_command_works_on_is_refused(root: Path, held: str) -> None:
+def test_a_study_in_use_is_refused(root: Path, held: str) -> None:
     with lock_study(root, held):
         with pytest.raises(UserError, match=f"using study '{held}'"), lock_runs(root, "run"):
             pass

@@ -265,7 +265,7 @@ def test_what_differs_is_named(imported: Path, elsewhere: Path, tmp_path: Path, 
     assert tree(imported) == before
 
 
-def test_a_run_that_was_trained_here_is_not_written_over(untouched: Path, elsewhere: Path, tiny_recipe: Path) -> None:
+def test_a_run_trained_here_is_not_overwritten(untouched: Path, elsewhere: Path, tiny_recipe: Path) -> None:
     ran = take_in(elsewhere / "saelens" / "run_b", "run_a", untouched, "--recipe", tiny_recipe)
     ran.failed_in_one_line("'run_a' exists and was trained here")
 

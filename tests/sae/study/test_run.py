@@ -140,7 +140,7 @@ def test_what_counts_as_a_run(tmp_path: Path) -> None:
     assert [run.name for run in all_runs(tmp_path)] == ["run_a", "run_b", "run_c"]
 
 
-def test_a_study_is_in_the_order_of_its_suffixes(tmp_path: Path) -> None:
+def test_a_study_is_ordered_by_suffix(tmp_path: Path) -> None:
     small_study.runs_of(tmp_path, 28)
     names = [run.name for run in study_runs("run", tmp_path)]
     assert names == [f"run_{make_suffix(i)}" for i in range(28)]
@@ -266,9 +266,7 @@ def test_only_runs_of_one_study_are_compared(tmp_path: Path) -> None:
         align_stage.ensure_aligned(runs[2], Compute("cpu"))
 
 
-def test_an_overlap_table_from_before_the_last_alignment_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_outdated_overlap_table_is_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = small_study.runs_of(tmp_path)
     small_study.harvested(runs)
     monkeypatch.setattr(align_stage, "is_harvested", lambda _: True)
@@ -284,9 +282,7 @@ def test_an_overlap_table_from_before_the_last_alignment_is_made_again(
     assert {"shared_strict__run_b", "shared_strict__run_c"} <= set(read_table(runs[0].stage_path("overlap")))
 
 
-def test_a_sibling_still_in_training_does_not_keep_others_from_being_aligned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unfinished_sibling_does_not_block_alignment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = small_study.runs_of(tmp_path)
     for name in ("sae.safetensors", "cfg.json"):
         (runs[2].folder / name).unlink()
@@ -296,7 +292,7 @@ def test_a_sibling_still_in_training_does_not_keep_others_from_being_aligned(
     align_stage.align_runs(runs[:2], Compute("cpu"))
 
 
-def test_a_run_that_is_not_trained_to_its_end(tmp_path: Path) -> None:
+def test_an_unfinished_training_is_refused(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path, 2)
     (runs[1].folder / "cfg.json").unlink()
     for stage in (harvest_runs, align_stage.align_runs):

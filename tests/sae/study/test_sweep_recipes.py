@@ -21,7 +21,7 @@ def sweep(folder: Path, table: str, base: str = BASE, name: str = "small") -> Sw
     return read_sweep(path)
 
 
-def test_axes_are_crossed_and_points_differ_in_nothing_else(tmp_path: Path) -> None:
+def test_axes_are_crossed_and_nothing_else_differs(tmp_path: Path) -> None:
     found = sweep(tmp_path, 'training.k = [1, 2]\ntraining.tokens = ["1k", 1500]\nseeds = [3, 5]')
     names = ["small_k1_t1k", "small_k1_t1.5k", "small_k2_t1k", "small_k2_t1.5k"]
     assert [point.study.name for point in found.points] == names
@@ -90,7 +90,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("table", "words"), BAD.values(), ids=BAD)
-def test_what_cannot_be_swept_is_told_in_one_line(table: str, words: tuple[str, ...], tmp_path: Path) -> None:
+def test_an_impossible_sweep_is_one_line(table: str, words: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(BadInput) as caught:
         sweep(tmp_path, table)
     assert "\n" not in str(caught.value)

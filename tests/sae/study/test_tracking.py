@@ -62,7 +62,7 @@ def test_wandb_is_told_of_a_training_that_stops(
     assert wandb.finished == []
 
 
-def test_wandb_is_given_the_rows_of_the_log_and_no_key(
+def test_wandb_gets_the_log_rows_and_no_key(
     short: Path, tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "secret-key")

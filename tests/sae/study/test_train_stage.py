@@ -62,9 +62,7 @@ def test_progress_counts_the_tokens_that_were_asked_for(short: Path, tmp_path: P
 # --- several studies ------------------------------------------------------------------------------------------
 
 
-def test_several_hookpoints_are_a_study_each_in_one_pass(
-    short: Path, tmp_path: Path, passes: list[tuple[str, ...]]
-) -> None:
+def test_several_hookpoints_are_studies_in_one_pass(short: Path, tmp_path: Path, passes: list[tuple[str, ...]]) -> None:
     root = tmp_path / "together"
     ran = cli(
         "train",
@@ -122,7 +120,7 @@ def test_several_hookpoints_are_a_study_each_in_one_pass(
     assert not list(root.glob("corpora/*/activations/*"))
 
 
-def test_a_sweep_shares_the_pass_and_each_ends_as_it_would_alone(
+def test_a_sweep_shares_the_pass_without_changing_weights(
     short: Path, tmp_path: Path, passes: list[tuple[str, ...]]
 ) -> None:
     base = settings_from(short)
@@ -178,9 +176,7 @@ def test_names_of_several_hookpoints(tiny_recipe: Path) -> None:
 # --- NaN and infinity -----------------------------------------------------------------------------------------
 
 
-def test_a_model_that_gives_nan_in_mid_training_stops_it_and_the_same_command_goes_on(
-    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_stops_at_nan_and_resumes_later(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, calls = tmp_path / "runs", 0
     real = Subject.activations
 
@@ -208,7 +204,7 @@ def test_a_model_that_gives_nan_in_mid_training_stops_it_and_the_same_command_go
         assert weights(root, run) == weights(tmp_path / "undisturbed", run)
 
 
-def test_a_training_that_fails_before_its_first_state_leaves_its_name_free(short: Path, tmp_path: Path) -> None:
+def test_an_early_failure_leaves_the_run_name_free(short: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     cli(
         "train", "--no-controls", "--recipe", short, "--seeds", 0, "--lr", "1e30", "--root", root, "--json"
@@ -220,7 +216,7 @@ def test_a_training_that_fails_before_its_first_state_leaves_its_name_free(short
 # --- what does not belong together ----------------------------------------------------------------------------
 
 
-def test_an_sae_of_another_width_is_refused_by_both_names(tiny_root: Path) -> None:
+def test_an_sae_of_another_width_names_both(tiny_root: Path) -> None:
     run = Run.open("run_a", tiny_root)
     for name in ("cfg.json", "sae.safetensors"):
         (run.folder / name).unlink()

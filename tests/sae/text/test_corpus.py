@@ -72,7 +72,7 @@ def reference(folder: Path, tokenizer: Any, context: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("which", ["neox", "llama"])
-def test_rows_are_the_documents_joined_by_end_of_text(
+def test_rows_are_documents_joined_by_end_of_text(
     which: str, request: pytest.FixtureRequest, folder: Path, tmp_path: Path
 ) -> None:
     tokenizer, fingerprint = request.getfixturevalue(which)
@@ -90,7 +90,7 @@ def test_rows_are_the_documents_joined_by_end_of_text(
         assert tokenizer.bos_token_id not in corpus.tokens
 
 
-def test_the_same_text_is_the_same_corpus_wherever_it_lies(neox: tuple[Any, str], folder: Path, tmp_path: Path) -> None:
+def test_equal_text_is_one_corpus_wherever_it_lies(neox: tuple[Any, str], folder: Path, tmp_path: Path) -> None:
     first = prepare_corpus(text_settings(folder), *neox, tmp_path)
     written = (first.folder / "tokens.bin").stat().st_mtime_ns
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))
@@ -103,7 +103,7 @@ def test_the_same_text_is_the_same_corpus_wherever_it_lies(neox: tuple[Any, str]
     assert other.fingerprint != first.fingerprint
 
 
-def test_key_and_fingerprint_depend_on_tokenizer_context_and_limit(
+def test_key_and_fingerprint_depend_on_tokenizer_and_limit(
     neox: tuple[Any, str], llama: tuple[Any, str], folder: Path, tmp_path: Path
 ) -> None:
     made = [
@@ -118,7 +118,7 @@ def test_key_and_fingerprint_depend_on_tokenizer_context_and_limit(
     np.testing.assert_array_equal(made[3].tokens, made[0].tokens[:6])
 
 
-def test_a_hash_kept_from_before_does_not_hide_a_change(neox: tuple[Any, str], folder: Path, tmp_path: Path) -> None:
+def test_a_remembered_hash_does_not_hide_a_change(neox: tuple[Any, str], folder: Path, tmp_path: Path) -> None:
     import os
 
     for path in folder.rglob("*.txt"):
@@ -133,7 +133,7 @@ def test_a_hash_kept_from_before_does_not_hide_a_change(neox: tuple[Any, str], f
     assert prepare_corpus(text_settings(folder), *neox, tmp_path).key == first.key
 
 
-def test_special_tokens_written_in_the_text_are_known_as_special(neox: tuple[Any, str], tmp_path: Path) -> None:
+def test_special_tokens_in_text_are_recognised(neox: tuple[Any, str], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three <|endoftext|> four five six seven " * 4)
     corpus = prepare_corpus(text_settings(tmp_path / "a.txt", context=8), *neox, tmp_path)
     special = corpus.is_special(corpus.tokens)
@@ -142,7 +142,7 @@ def test_special_tokens_written_in_the_text_are_known_as_special(neox: tuple[Any
     assert special.sum() >= 4
 
 
-def test_a_large_vocabulary_takes_four_bytes_and_the_fingerprint_is_that_of_the_tokens(
+def test_a_large_vocabulary_uses_four_bytes_per_token(
     neox: tuple[Any, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = prepare_corpus(text_settings(folder), *neox, tmp_path / "small")
@@ -163,7 +163,7 @@ def test_standard_library(neox: tuple[Any, str], tmp_path: Path) -> None:
 # --- interruption -----------------------------------------------------------------------------------------
 
 
-def test_killed_while_packing_it_goes_on_and_ends_the_same(
+def test_killed_while_packing_it_resumes_to_equal_rows(
     neox: tuple[Any, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "_CHECKPOINT_SECONDS", 0.0)
@@ -227,7 +227,7 @@ def test_pieces_make_up_the_text(text: str, size: int) -> None:
     assert all(len(p.text) <= size + 1 for p in pieces)
 
 
-def test_tokens_of_a_long_file_are_those_of_its_pieces(neox: tuple[Any, str], lines: list[str], tmp_path: Path) -> None:
+def test_tokens_of_a_file_equal_those_of_pieces(neox: tuple[Any, str], lines: list[str], tmp_path: Path) -> None:
     tokenizer, _ = neox
     path = tmp_path / "long.txt"
     path.write_text("".join(lines) * 20)
@@ -270,7 +270,7 @@ def stored(neox: tuple[Any, str], lines: list[str], tmp_path_factory: pytest.Tem
 
 @given(seed=st.integers(0, 2**40), epoch=st.integers(0, 50))
 @settings(max_examples=25, deadline=None)
-def test_an_order_is_a_permutation_read_block_by_block(stored: Corpus, seed: int, epoch: int) -> None:
+def test_an_order_is_a_blockwise_permutation(stored: Corpus, seed: int, epoch: int) -> None:
     order = stored.order(epoch, seed)
     assert order.dtype == np.int64
     np.testing.assert_array_equal(np.sort(order), np.arange(stored.n_sequences))
@@ -282,7 +282,7 @@ def test_an_order_is_a_permutation_read_block_by_block(stored: Corpus, seed: int
         assert sum(f <= at <= e for f, e in zip(first, last, strict=True)) <= MIXED_BLOCKS
 
 
-def test_orders_differ_with_seed_and_epoch_and_mix_the_corpus(stored: Corpus) -> None:
+def test_orders_differ_by_seed_and_epoch(stored: Corpus) -> None:
     orders = [tuple(stored.order(e, s)) for e in range(3) for s in range(3)]
     assert len(set(orders)) == 9
     positions = np.argsort(stored.order(0, 0))

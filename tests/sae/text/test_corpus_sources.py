@@ -88,7 +88,7 @@ def test_bad_text(neox: tuple[Any, str], folder: Path, tmp_path: Path) -> None:
     refused(text_settings(tmp_path / "c.jsonl"), neox, root, BadInput, "holds int, not text")
 
 
-def test_a_folder_leaves_out_what_is_no_text_and_counts_it(neox: tuple[Any, str], folder: Path, tmp_path: Path) -> None:
+def test_a_folder_skips_and_counts_files_without_text(neox: tuple[Any, str], folder: Path, tmp_path: Path) -> None:
     before = prepare_corpus(text_settings(folder), *neox, tmp_path)
     (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     after = prepare_corpus(text_settings(folder), *neox, tmp_path / "other")

@@ -150,7 +150,7 @@ def test_latents_killed_on_purpose_are_brought_back(kind: str, way: str, tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(kind: str, tmp_path: Path) -> None:
+def test_a_nonfinite_loss_stops_before_the_weights_change(kind: str, tmp_path: Path) -> None:
     (sae,) = fresh(kind, 0)
     sae.W_dec *= 1e25
     before = {name: w.clone() for name, w in sae.weights().items()}

@@ -93,7 +93,7 @@ def test_by_triton(precision: str) -> None:
         )  # fmt: skip
 
 
-def test_a_stack_is_what_its_dictionaries_are_made_of() -> None:
+def test_a_stack_equals_its_dictionaries() -> None:
     saes = fresh(2)
     before = [{name: t.clone() for name, t in sae.parameters().items()} for sae in saes]
     stack = Stack(saes, plain)
@@ -126,7 +126,7 @@ def test_training_in_a_stack_is_training(tmp_path: Path, monkeypatch: pytest.Mon
         assert [row["auxk"] for row in stacked_log.rows] == pytest.approx([row["auxk"] for row in log.rows], rel=1e-3)
 
 
-def test_there_is_a_stack_only_where_it_is_of_use() -> None:
+def test_a_stack_exists_only_where_useful() -> None:
     assert stack_on_gpu([]) is None
     assert stack_on_gpu(fresh(2)) is None  # in main memory
     others: list[Sae] = [ReluSae.init(D, M, K, 0)]

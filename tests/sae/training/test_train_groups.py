@@ -99,7 +99,7 @@ def test_each_group_ends_as_it_would_alone(tmp_path: Path, straight: Any) -> Non
     assert recorder.rows["group2_1"] == logs[2][0].rows
 
 
-def test_batches_are_read_once_for_all_groups_that_take_the_step(tmp_path: Path) -> None:
+def test_batches_are_read_once_for_all_groups(tmp_path: Path) -> None:
     groups = [group(tmp_path, i) for i in range(len(SWEEP))]
     asked: list[tuple[int, int]] = []
 
@@ -133,7 +133,7 @@ def test_stopped_at_uneven_steps_they_end_the_same(tmp_path: Path, straight: Any
     assert taken == sorted({step for i, first in begun.items() for step in range(first, SWEEP[i][1])})
 
 
-def test_one_that_is_behind_catches_up_without_the_others(tmp_path: Path, straight: Any) -> None:
+def test_a_seed_behind_catches_up_alone(tmp_path: Path, straight: Any) -> None:
     first = group(tmp_path, 3, fail_at=14)
     with pytest.raises(KeyboardInterrupt):
         train(first.batches, first.saes, first.settings, first.state_folders)
@@ -174,7 +174,7 @@ def one(seed: int, values: TrainingSettings) -> Sae:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_a_bad_number_in_the_activations_leaves_the_last_good_state(tmp_path: Path, value: float) -> None:
+def test_nonfinite_activations_keep_the_last_good_state(tmp_path: Path, value: float) -> None:
     values, places = settings(tokens=20 * B), folders(tmp_path / "bad", 1)
     straight = one(0, values)
     train(Batches(20), [straight], values, folders(tmp_path / "good", 1))
@@ -190,7 +190,7 @@ def test_a_bad_number_in_the_activations_leaves_the_last_good_state(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
 @pytest.mark.parametrize("at", [9, 11])  # in the middle, and in the step after which a state is due
-def test_weights_that_are_not_finite_never_replace_a_good_state(
+def test_nonfinite_weights_never_replace_a_good_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int
 ) -> None:
     values, places = settings(tokens=20 * B), folders(tmp_path / "bad", 2)

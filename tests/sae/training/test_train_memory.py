@@ -154,7 +154,7 @@ def test_a_real_limit_on_memory(short: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "runs").glob("*/run.json"))
 
 
-def test_free_memory_is_at_most_what_the_limits_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_respects_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     free = memory.free_bytes("cpu")
     assert free is None or 0 < free < 2**50
     monkeypatch.setattr(resource, "getrlimit", lambda _: (2**30, resource.RLIM_INFINITY))

@@ -108,7 +108,7 @@ def test_the_whole_gradient_is_that_of_autograd(n_dead: int, k_aux: int) -> None
         torch.testing.assert_close(gradient[name], weight.grad, rtol=1e-10, atol=1e-13)
 
 
-def test_auxk_reaches_the_encoder_of_latents_that_do_not_fire() -> None:
+def test_auxk_reaches_the_encoder_of_silent_latents() -> None:
     sae = fresh(0)[0]
     sae.b_enc[:20] -= 0.02
     x = Batches(1)[0]
@@ -307,7 +307,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path, capsys: py
     assert same(resumed[0], straight[0])
 
 
-def test_states_beyond_the_step_do_not_crowd_out_the_new_ones(tmp_path: Path) -> None:
+def test_later_states_do_not_crowd_out_new_ones(tmp_path: Path) -> None:
     """Both states are damaged; begun afresh, the last two are kept all the same."""
     places = folders(tmp_path, 1)
     train(Batches(12), fresh(0), settings(), places)
@@ -318,7 +318,7 @@ def test_states_beyond_the_step_do_not_crowd_out_the_new_ones(tmp_path: Path) ->
     assert [path.name for path in places[0].iterdir()] == ["step-00000004.safetensors"]
 
 
-def test_a_state_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
     places = folders(tmp_path, 1)
     train(Batches(8), fresh(0), settings(), places)
     identity = training_state._read(places[0] / "step-00000008.safetensors").record["identity"]
@@ -360,7 +360,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert same(resumed[0], straight[0])
 
 
-def test_an_unreadable_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
+def test_an_unreadable_state_falls_back_to_the_previous(tmp_path: Path) -> None:
     straight, places = fresh(0), folders(tmp_path, 1)
     train(Batches(12), straight, settings(), places)
     last = places[0] / "step-00000012.safetensors"
@@ -398,7 +398,7 @@ def test_killed_for_real(tmp_path: Path) -> None:
     assert all(map(same, straight, resumed))
 
 
-def test_a_state_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     places = folders(tmp_path, 1)
     train(Batches(8), fresh(0), settings(), places)
     with pytest.raises(SettingsDiffer, match=r"run_a: .*settings\.learning_rate: 0\.01 there, 0\.02 now.*delete"):
@@ -423,7 +423,7 @@ def test_bad_activations_stop_with_one_line(tmp_path: Path, value: float, match:
     assert "\n" not in str(caught.value)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Path) -> None:
+def test_a_nonfinite_loss_stops_before_the_weights_change(tmp_path: Path) -> None:
     sae = fresh(0)[0]
     sae.W_dec *= 1e25
     before = sae.W_enc.clone()
@@ -434,7 +434,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Pat
 
 @pytest.mark.parametrize("rate", [1e15, 1e20, 1e30, 1e38])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
-def test_a_training_that_diverges_names_the_step_and_the_cause(tmp_path: Path, rate: float, precision: str) -> None:
+def test_a_diverging_training_names_step_and_cause(tmp_path: Path, rate: float, precision: str) -> None:
     values = settings(learning_rate=rate, precision=precision, checkpoint_steps=1)
     with pytest.raises(BadInput, match=r"run_a: .* step \d of 20.*lower training.learning_rate") as caught:
         train(Batches(20), fresh(0), values, folders(tmp_path, 1))
