@@ -20,12 +20,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from autointerp.contexts.sampler import Context
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import Journal, SetUp
 from autointerp.llm.limits import run_in_flight
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.prompts import conversation
-from autointerp.scoring.questions import Question
-from autointerp.scoring.score import _judge_one, open_judge
+from autointerp.scoring.judges.base import Judge
+from autointerp.scoring.questions import Question, TestSets
+from autointerp.scoring.score import Asking, open_judge
+from autointerp.scoring.scorers.detection import DetectionScorer
 
 PER_LATENT = 100
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
@@ -60,18 +62,22 @@ def messages(requests: int) -> list[list[dict[str, str]]]:
     ]
 
 
+class MadeContexts(TestSets):
+    """Made-up test sets."""
+
+    def __init__(self, items: dict[int, list[Context]]) -> None:
+        self.scorer, self.adaptive = DetectionScorer(), None
+        self._drawn = {latent: [contexts] for latent, contexts in items.items()}
+
+    def set_up(self, judge: Judge) -> SetUp:
+        return SetUp(judge.name, "detection", judge.settings_hash, judge.prompt_hash, judge.model)
+
+
 async def ours(url: str, requests: int, concurrency: int, folder: Path) -> dict[str, float]:
     options = LlmOptions(url=url, concurrency=concurrency, protocol="single")
     latents = max(1, requests // PER_LATENT)
     items = {latent: contexts(latent, requests // latents) for latent in range(latents)}
     async with open_judge("llm", options, folder / "cache.sqlite") as judge:
-        same = {
-            "judge": judge.name,
-            "scorer": "detection",
-            "settings_hash": judge.settings_hash,
-            "prompt_hash": judge.prompt_hash,
-            "model": judge.model,
-        }
         with Journal(folder / "journal.sqlite") as journal, journal.claim():
             rows = {
                 latent: journal.add_explanation(
@@ -86,15 +92,12 @@ async def ours(url: str, requests: int, concurrency: int, folder: Path) -> dict[
                 for latent in items
             }
             questions = [Question(x, row, explanation(x), frozenset()) for x, row in rows.items()]
-
-            async def ask(question: Question) -> None:
-                await _judge_one(question, items[question.latent], judge, journal, same)
-
             # Connections are made and code is warm before the clock starts.
             warm = Question(0, rows[0], "A word.", frozenset(), control="swap")
-            await _judge_one(warm, items[0][: 2 * concurrency], judge, journal, same)
+            await Asking(MadeContexts({0: items[0][: 2 * concurrency]}), judge, journal).ask(warm)
+            asking = Asking(MadeContexts(items), judge, journal)
             clock = Clock()
-            await run_in_flight(questions, ask, concurrency)
+            await run_in_flight(questions, asking.ask, concurrency)
             taken = clock.read()
             answered = int(journal.verdicts(control="none")["p"].notna().sum())
     return {**taken, "answered": answered}

@@ -41,9 +41,9 @@ from autointerp.journal.journal import Journal
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Message
 from autointerp.llm.tokens import BLOCK, count_cached, load_local_tokenizer
-from autointerp.scoring.adaptive import Look, StoppingRule
+from autointerp.scoring.adaptive import Look, StoppingRule, find_stop
 from autointerp.scoring.judges.llm import LlmJudge
-from autointerp.scoring.rounds import AdaptivePlan
+from autointerp.scoring.questions import TestSets
 from autointerp.scoring.scorers.detection import DetectionScorer
 from sae.common.errors import BadInput
 from sae.study.run import Run
@@ -123,12 +123,13 @@ def latents_of(run: Run, most: int) -> list[Latent]:
     material = Material.of(run)
     with Journal(run.journal_path) as journal:
         rows = journal.explanations(status="ok", explainer="ngram").to_dict("records")[:most]
+        labels = journal.labels(judge="ngram", scorer="detection")
         found = [
             Latent(
                 material,
                 int(row["latent"]),
                 str(row["text"]),
-                journal.labels(latent=row["latent"], explanation_id=row["id"], judge="ngram", control="none"),
+                labels.get((row["id"], row["latent"], "none"), {}),
             )
             for row in rows
         ]
@@ -159,13 +160,14 @@ async def cost(
 
 
 def adaptive_parts(run: Run, latents: Sequence[Latent], half_width: float) -> list[tuple[Latent, list[list[Context]]]]:
-    plan = AdaptivePlan.of(run, DetectionScorer(), StoppingRule(half_width))
+    tests = TestSets(run, DetectionScorer(), StoppingRule(half_width))
+    assert tests.adaptive is not None
     found = []
     for latent in latents:
-        rounds = plan.rounds(latent.latent)
-        stop = rounds.stop(latent.labels, half_width)
+        rounds = tests.draw(latent.latent)
+        stop = find_stop(rounds, latent.labels, tests.adaptive)
         assert stop is not None
-        found.append((latent, [rounds[i] for i in range(stop.look + 1)]))
+        found.append((latent, rounds[: stop.look + 1]))
     return found
 
 

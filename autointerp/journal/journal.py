@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -77,6 +77,27 @@ class Verdict:
     failure: str | None = None
     request: int | None = None
     """The window of the first context of the request that the verdict came with; ``None`` where no model was asked."""
+
+
+class SetUp(NamedTuple):
+    """One way of judging: the columns that all its verdicts have in common."""
+
+    judge: str
+    scorer: str
+    settings_hash: str
+    prompt_hash: str
+    model: str
+
+
+class PlannedContext(NamedTuple):
+    """One context of a test set: everything that a score needs to know of it."""
+
+    window: int
+    """The window's id in the firing store."""
+    truth: bool
+    kind: str
+    """``active``, or the kind of negative."""
+    stratum: int | None
 
 
 class Journal:
@@ -222,19 +243,39 @@ class Journal:
         if not found:
             yield self.verdicts()
 
-    def judged(self, **filters: Any) -> set[int]:
-        """Window ids whose verdict did not fail, under ``filters`` (see :meth:`verdicts`): not to be asked again."""
-        where, values = _where(_VERDICT_FILTERS, filters)
-        with self._database.reading() as connection:
-            rows = connection.execute(f"SELECT context FROM verdict WHERE {where} AND failure IS NULL", values)
-            return {int(row[0]) for row in rows}
+    def labels(self, **filters: Any) -> dict[tuple[int, int, str], dict[int, bool | None]]:
+        """Return (explanation id, latent, control) → window id → the judge's label, ``None`` where the judge failed.
 
-    def labels(self, **filters: Any) -> dict[int, bool | None]:
-        """Window id → the judge's label, ``None`` where it failed, under ``filters`` (see :meth:`verdicts`)."""
+        ``filters`` are those of :meth:`verdicts`.
+        """
         where, values = _where(_VERDICT_FILTERS, filters)
+        found: dict[tuple[int, int, str], dict[int, bool | None]] = {}
         with self._database.reading() as connection:
-            rows = connection.execute(f"SELECT context, label FROM verdict WHERE {where}", values)
-            return {int(window): None if label is None else bool(label) for window, label in rows}
+            query = f"SELECT explanation_id, latent, control, context, label FROM verdict WHERE {where}"
+            for explanation, latent, control, window, label in connection.execute(query, values):
+                answers = found.setdefault((explanation, latent, control), {})
+                answers[window] = None if label is None else bool(label)
+        return found
+
+    # test sets
+
+    def add_test_set(
+        self, scorer: str, settings_hash: str, latent: int, rounds: Sequence[Sequence[PlannedContext]]
+    ) -> None:
+        """Store the contexts to judge of a latent, round by round. No contexts: the latent has too few."""
+        with self._database.writing() as connection:
+            row = (scorer, settings_hash, int(latent), json.dumps(rounds))
+            connection.execute("INSERT OR REPLACE INTO test_set VALUES (?, ?, ?, ?)", row)
+
+    def test_sets(self, scorer: str, settings_hash: str) -> dict[int, list[list[PlannedContext]]]:
+        """Return latent → the contexts to judge, round by round, of the latents that have a test set."""
+        with self._database.reading() as connection:
+            query = "SELECT latent, contexts FROM test_set WHERE scorer = ? AND settings_hash = ?"
+            rows = connection.execute(query, (scorer, settings_hash)).fetchall()
+        return {
+            int(latent): [[PlannedContext(*fields) for fields in contexts] for contexts in json.loads(rounds)]
+            for latent, rounds in rows
+        }
 
     # set-ups
 
@@ -249,27 +290,20 @@ class Journal:
             rows = connection.execute("SELECT settings_hash, settings FROM setup").fetchall()
         return {str(row[0]): json.loads(row[1]) for row in rows}
 
-    def scorers(self) -> list[str]:
-        """Those that there are verdicts of, by name."""
-        with self._database.reading() as connection:
-            return sorted(str(row[0]) for row in connection.execute("SELECT DISTINCT scorer FROM verdict"))
+    def state(self) -> dict[str, list[list[Any]]]:
+        """Return JSON values that change with every explanation, test set and verdict that is added or replaced.
 
-    def explanation_state(self) -> list[int]:
-        """Numbers that change with whatever is added to the explanations, or mended: count, highest id, failures."""
-        with self._database.reading() as connection:
-            query = "SELECT count(*), ifnull(max(id), 0), ifnull(sum(status = 'failed'), 0) FROM explanation"
-            return [int(n) for n in connection.execute(query).fetchone()]
-
-    def verdict_states(self) -> dict[tuple[str, ...], tuple[int, int, int, str, str]]:
-        """Judge, scorer, settings hash, prompt hash and model → what changes with whatever is added to their verdicts,
-        or mended: count, highest id, failures, and when the first and the last were written."""
+        ``verdicts`` has a row for each set-up: judge, scorer, settings hash, prompt hash and model come first.
+        """
         columns = "judge, scorer, settings_hash, prompt_hash, model"
+        queries = {
+            "explanations": "SELECT count(*), max(id), sum(status = 'failed') FROM explanation",
+            "test_sets": "SELECT count(*) FROM test_set",
+            "verdicts": f"SELECT {columns}, count(*), max(id), sum(failure IS NOT NULL), min(created), max(created) "
+            f"FROM verdict GROUP BY {columns} ORDER BY {columns}",
+        }
         with self._database.reading() as connection:
-            rows = connection.execute(
-                f"SELECT {columns}, count(*), max(id), sum(failure IS NOT NULL), min(created), max(created) "
-                f"FROM verdict GROUP BY {columns}"
-            ).fetchall()
-        return {tuple(row[:5]): (int(row[5]), int(row[6]), int(row[7]), str(row[8]), str(row[9])) for row in rows}
+            return {name: [list(row) for row in connection.execute(query)] for name, query in queries.items()}
 
     # usage
 

@@ -75,4 +75,14 @@ MIGRATIONS = (
     """
     ALTER TABLE verdict ADD COLUMN request INTEGER
     """,
+    # 4: the contexts to judge, written before anything is asked: rounds of [window, truth, kind, stratum], as JSON.
+    """
+    CREATE TABLE test_set (
+        scorer TEXT NOT NULL,
+        settings_hash TEXT NOT NULL,
+        latent INTEGER NOT NULL,
+        contexts TEXT NOT NULL,
+        PRIMARY KEY (scorer, settings_hash, latent)
+    ) WITHOUT ROWID
+    """,
 )

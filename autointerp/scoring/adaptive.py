@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,13 +35,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autointerp.contexts.sampler import TestSet
-from autointerp.scoring.scorers.base import HARDER, STOPS
+from autointerp.scoring.scorers.base import HARDER, STOPS, ScoreRow
 from sae.common.errors import BadInput
 from sae.common.estimate import Estimate
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from autointerp.contexts.sampler import Context
-    from autointerp.scoring.scorers.base import Scorer
+    from autointerp.scoring.scorers.base import Planned, Scorer
     from sae.settings import ContextSettings
 
 FIRST = 20
@@ -55,6 +57,8 @@ MOST_FAILED = 0.2
 LEVEL = 0.95
 METHOD = 2
 """Of rounds, rule and estimate; part of what adaptive scores are keyed by."""
+
+UNFINISHED = "failed: not judged to its end; run the same `score` again"
 
 SIZES = ("n_active", "n_inactive", "n_hard", "n_same_token")
 """Of a test set, as the settings call them."""
@@ -145,55 +149,99 @@ def schedule(n_active: int, n_inactive: int) -> list[Look]:
     return [*looks, Look(n_active, n_inactive)]
 
 
-class Rounds:
-    """One latent's contexts, round by round. Each round is laid out by the scorer; its kinds are mixed.
+def lay_out(test_set: TestSet, items: Callable[[TestSet], list[Context]]) -> list[list[Context]]:
+    """Return a latent's contexts, round by round. ``items`` of the scorer orders each round."""
+    before, rounds = TestSet([], []), []
+    for look in schedule(len(test_set.active), len(test_set.inactive)):
+        now = _beginning(test_set, look)
+        rounds.append(items(_without(now, before)))
+        before = now
+    return rounds
+
+
+def find_stop(
+    rounds: Sequence[Sequence[Planned]], labels: Mapping[int, bool | None], adaptive: Mapping[str, Any]
+) -> Stop | None:
+    """Return where judging ends, ``None`` while a round before the end has contexts that were not asked.
 
     Args:
-        test_set: of which any beginning of either list is as representative as the whole.
-        scorer: lays out what the judge is to see.
-        wanted: the sizes of the whole test set, where there are contexts enough.
+        labels: window → the judge's label, ``None`` where the judge failed; no entry where it was not asked.
+        adaptive: as of :meth:`StoppingRule.identity`.
     """
+    tallies: list[Tally] = []
+    for number, contexts in enumerate(rounds):
+        if any(context.window not in labels for context in contexts):
+            return None
+        tallies.append(_tally([c for part in rounds[: number + 1] for c in part], labels))
+        found = _score(tallies, adaptive["half_width"])
+        narrow = (found.estimate.high - found.estimate.low) / 2 <= adaptive["half_width"]  # False where it is NaN
+        if narrow or number == len(rounds) - 1:
+            enough, cap, out = STOPS
+            why = enough if narrow else cap if _are_all(rounds, adaptive) else out
+            return found._replace(look=number, why=why)
+    return None
 
-    def __init__(self, test_set: TestSet, scorer: Scorer, wanted: Look) -> None:
-        have = Look(len(test_set.active), len(test_set.inactive))
-        self.all_found = have.n_active >= wanted.n_active and have.n_inactive >= wanted.n_inactive
-        self._parts: list[list[Context]] = []
-        before = TestSet([], [])
-        for look in schedule(*have):
-            now = _beginning(test_set, look)
-            self._parts.append(scorer.items(_without(now, before)))
-            before = now
 
-    def __len__(self) -> int:
-        return len(self._parts)
+def _are_all(rounds: Sequence[Sequence[Planned]], adaptive: Mapping[str, Any]) -> bool:
+    """Return whether the latent has as many contexts as were asked for."""
+    counted = [context.truth for contexts in rounds for context in contexts if context.kind not in HARDER]
+    n_active = sum(counted)
+    return n_active >= adaptive["n_active"] and len(counted) - n_active >= adaptive["n_inactive"]
 
-    def __getitem__(self, number: int) -> list[Context]:
-        return self._parts[number]
 
-    def up_to(self, number: int) -> list[Context]:
-        """The contexts of all rounds up to and with this one."""
-        return [context for part in self._parts[: number + 1] for context in part]
+def score_rounds(
+    scorer: Scorer, verdicts: pd.DataFrame, rounds: Sequence[Sequence[Planned]], adaptive: Mapping[str, Any]
+) -> ScoreRow:
+    """Return the score of one explanation from the contexts up to the stop; later verdicts do not count."""
+    half_width = float(adaptive["half_width"])
+    answered = zip(verdicts["context"].tolist(), verdicts["label"].tolist(), strict=True)
+    labels = {int(window): None if label != label else bool(label) for window, label in answered}
+    stop = find_stop(rounds, labels, adaptive)
+    if stop is None:
+        n = verdicts[verdicts["failure"].isna()]["truth"].value_counts()
+        return scorer.score(verdicts.iloc[:0])._replace(
+            n_active=int(n.get(True, 0)),
+            n_inactive=int(n.get(False, 0)),
+            n_failed=int(verdicts["failure"].notna().sum()),
+            status=UNFINISHED,
+            precision=half_width,
+        )
+    row = scorer.score(verdicts, [context for contexts in rounds[: stop.look + 1] for context in contexts])
+    row = row._replace(precision=half_width, stopped=stop.why)
+    if row.status != "ok":
+        return row
+    for kind in HARDER:
+        row = row._replace(**_harder(kind, row, stop.tpr))
+    return row._replace(
+        balanced_accuracy=stop.estimate.value,
+        ba_low=stop.estimate.low,
+        ba_high=stop.estimate.high,
+        tpr=stop.tpr,
+        tnr=stop.tnr,
+        # DeLong's variance is not known to hold where the number of contexts depends on the answers.
+        auroc_low=math.nan,
+        auroc_high=math.nan,
+    )
 
-    def stop(self, labels: Mapping[int, bool | None], half_width: float) -> Stop | None:
-        """Where judging ends, from verdicts alone: ``None`` while a round before the end has not been asked to its end.
 
-        Args:
-            labels: window → the judge's label, ``None`` where it failed; no entry where it was not asked.
-        """
-        tallies: list[Tally] = []
-        for number in range(len(self)):
-            contexts = self.up_to(number)
-            if any(context.window not in labels for context in contexts):
-                return None
-            tallies.append(_tally(contexts, labels))
-            last = number == len(self) - 1
-            found = _score(tallies, half_width)
-            narrow = (found.estimate.high - found.estimate.low) / 2 <= half_width  # False where it is NaN
-            if narrow or last:
-                enough, cap, out = STOPS
-                why = enough if narrow else cap if self.all_found else out
-                return found._replace(look=number, why=why)
-        return None
+def _harder(kind: str, row: ScoreRow, tpr: float) -> dict[str, Any]:
+    """Return the figures of a harder kind, with the TPR that was corrected for stopping.
+
+    The answers to this kind have no say in when to stop, so their own rate needs no correction.
+    """
+    columns = row._asdict()
+    n, tnr = columns[f"n_{kind}"], columns[f"tnr_{kind}"]
+    if math.isnan(tnr):
+        return {}
+    value = (tpr + tnr) / 2
+    low, high = interval(row.tpr * row.n_active, row.n_active, tnr * n, n)
+    return {
+        f"ba_{kind}": value,
+        f"ba_{kind}_low": min(float(low), value),
+        f"ba_{kind}_high": max(float(high), value),
+        f"auroc_{kind}_low": math.nan,
+        f"auroc_{kind}_high": math.nan,
+    }
 
 
 def _beginning(test_set: TestSet, look: Look) -> TestSet:
@@ -217,7 +265,7 @@ def _without(test_set: TestSet, beginning: TestSet) -> TestSet:
     )
 
 
-def _tally(contexts: Sequence[Context], labels: Mapping[int, bool | None]) -> Tally:
+def _tally(contexts: Sequence[Planned], labels: Mapping[int, bool | None]) -> Tally:
     """The harder negatives are left out: they decide nothing."""
     contexts = [context for context in contexts if context.kind not in HARDER]
     answers = [(context.truth, label) for context in contexts if (label := labels[context.window]) is not None]

@@ -37,12 +37,10 @@ from autointerp.llm.local.model import find_model
 from autointerp.llm.opening import check_flags, resolve_name
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import NotCounted, Tokenize, count_cached, count_characters, estimate_tokens, find_tokenizer
-from autointerp.scoring.adaptive import StoppingRule
+from autointerp.scoring.adaptive import StoppingRule, find_stop
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import ModelJudge
-from autointerp.scoring.questions import CONTROL_LATENTS, Part, Question, parts_of, questions_of
-from autointerp.scoring.rounds import AdaptivePlan
-from autointerp.scoring.score_table import Test
+from autointerp.scoring.questions import CONTROL_LATENTS, Part, Question, TestSets, parts_of, questions_of
 from autointerp.scoring.scorers import SCORERS
 from sae.common.errors import BadInput, NotFound
 from sae.study.run import Run
@@ -165,7 +163,7 @@ def forecast_score(
     options: LlmOptions,
     prices: Prices | None,
     control_latents: int | None = None,
-    precision: StoppingRule | None = None,
+    rule: StoppingRule | None = None,
     control_sae_latents: int | None = None,
 ) -> Forecast:
     """What `score` would cost for the explanations that there are; see :func:`autointerp.scoring.score.score_runs`."""
@@ -190,7 +188,7 @@ def forecast_score(
             kept, asked = cached(), _Asked(answer_like=judge.answer_like)
             for part in parts:
                 for name in scorers:
-                    _of_part(part, name, judge, precision, asked, kept)
+                    _of_part(part, name, judge, rule, asked, kept)
             found[protocol] = asked
         return found
 
@@ -201,29 +199,23 @@ def _of_part(
     part: Part,
     scorer_name: str,
     judge: ModelJudge,
-    precision: StoppingRule | None,
+    rule: StoppingRule | None,
     asked: _Asked,
     kept: Callable[[Request], bool],
 ) -> None:
-    scorer, run = SCORERS[scorer_name](), part.run
-    plan = AdaptivePlan.of(run, scorer, precision) if precision else None
-    test = Test.of(scorer, judge, Material.of(run), plan)
-    asked_by = judge.of_marks() if scorer.marked else judge
-    with Journal(run.journal_path) as journal:
+    tests = TestSets(part.run, SCORERS[scorer_name](), rule)
+    asked_by = judge.of_marks() if tests.scorer.marked else judge
+    with Journal(part.run.journal_path) as journal:
+        labels = journal.labels(**tests.set_up(asked_by)._asdict(), replicate=0)
         for question in questions_of(part, part.readable(journal, judge)):
-            labels = journal.labels(
-                latent=question.latent, explanation_id=question.explanation_id, control=question.control, **test.same
-            )
-            done = {window for window, label in labels.items() if label is not None}
+            answers = labels.get(question.key, {})
+            done = {window for window, label in answers.items() if label is not None}
             asked.before += len(done)
-            if plan is None:
-                parts = [list(test.items(question.latent))]
-            else:
-                rounds = plan.rounds(question.latent)
-                stop = rounds.stop(labels, plan.half_width)
-                parts = [rounds[i] for i in range(len(rounds) if stop is None else stop.look + 1)]
+            rounds = tests.draw(question.latent)
+            if tests.adaptive and (stop := find_stop(rounds, answers, tests.adaptive)):
+                rounds = rounds[: stop.look + 1]
             sure = True  # the first round that has something to ask is asked for certain
-            for contexts in parts:
+            for contexts in rounds:
                 todo = [c for c in contexts if c.window not in done and c.window not in question.seen]
                 _add(asked, _requests(asked_by, question, todo), kept, least=sure)
                 sure = sure and not todo

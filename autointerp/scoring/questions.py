@@ -8,21 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from autointerp.contexts.control_saes import keep_first, list_control_saes, was_explained
-from autointerp.journal.journal import Journal
+from autointerp.contexts.material import Material
+from autointerp.contexts.sampler import Context
+from autointerp.journal.journal import Journal, PlannedContext, SetUp
 from autointerp.journal.method import BASELINE
+from autointerp.scoring.adaptive import StoppingRule, find_stop, lay_out
 from autointerp.scoring.judges.base import Judge
 from autointerp.scoring.score_table import records_of
+from autointerp.scoring.scorers.base import Scorer
 from autointerp.scoring.swapping import swap_partners
 from sae.common.commands import command
 from sae.common.errors import BadInput
 from sae.common.files import digest
 from sae.study.run import Run, all_runs
+
+C = TypeVar("C", Context, PlannedContext)
 
 CONTROL_LATENTS = {False: None, True: 50}
 """Latents that have a swapped control, by whether the judge asks a model; ``None``: all."""
@@ -90,7 +96,63 @@ class Question:
     explanation_id: int
     text: str
     seen: frozenset[int]
+    """Windows that the explainer saw: never judged."""
     control: str = "none"
+
+    @property
+    def key(self) -> tuple[int, int, str]:
+        """What tells the question's verdicts from others of the same set-up."""
+        return self.explanation_id, self.latent, self.control
+
+
+class TestSets:
+    """The contexts on which one scorer tests the explanations of a run's latents.
+
+    Without a stopping rule a latent's test set is a single round.
+    """
+
+    __test__ = False  # for pytest: no test
+
+    def __init__(self, run: Run, scorer: Scorer, rule: StoppingRule | None = None) -> None:
+        contexts = run.settings.contexts
+        self.scorer = scorer
+        self.material = Material.of(run, rule.cap(contexts) if rule else None)
+        self.adaptive = rule.identity(contexts) if rule else None
+        self._drawn: dict[int, list[list[Context]]] = {}
+
+    def draw(self, latent: int) -> list[list[Context]]:
+        """Return a latent's contexts, round by round; each latent is drawn once. No contexts: there are too few."""
+        if latent not in self._drawn:
+            test_set = self.scorer.test_set(self.material.sampler, latent)
+            items = self.scorer.items
+            rounds = [items(test_set)] if self.adaptive is None else lay_out(test_set, items)
+            self._drawn[latent] = rounds
+        return self._drawn[latent]
+
+    def set_up(self, judge: Judge) -> SetUp:
+        """Return the columns that all verdicts of ``judge`` on these contexts have in common."""
+        decides = {"judge": judge.settings_hash, "material": self.material.digest}
+        settings_hash = digest({**decides, "adaptive": self.adaptive} if self.adaptive else decides)
+        return SetUp(judge.name, self.scorer.name, settings_hash, judge.prompt_hash, judge.model)
+
+    def next_round(
+        self, rounds: Sequence[Sequence[C]], labels: Mapping[int, bool | None], skipped: Set[int]
+    ) -> list[C]:
+        """Return the contexts to ask next: the first round's without a label. Empty when judging is complete.
+
+        Args:
+            labels: window → the judge's label, ``None`` where the judge failed.
+            skipped: windows that are not asked (again); they count as failed.
+        """
+        for number, contexts in enumerate(rounds):
+            todo = [c for c in contexts if labels.get(c.window) is None and c.window not in skipped]
+            if todo:
+                return todo
+            if self.adaptive is not None:
+                stop = find_stop(rounds, {**dict.fromkeys(skipped), **labels}, self.adaptive)
+                if stop is not None and stop.look <= number:
+                    break
+        return []
 
 
 def has_more_than_baseline(journal: Journal) -> bool:

@@ -12,7 +12,9 @@ Beside other explanations those of the n-gram baseline are judged by the n-gram 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence, Set
+import functools
+from collections import defaultdict
+from collections.abc import Sequence, Set
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +23,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from autointerp.contexts.control_saes import list_control_saes, was_explained
-from autointerp.contexts.material import Material
 from autointerp.contexts.sampler import Context
 from autointerp.explaining.outcome import Outcome
-from autointerp.journal.journal import Journal, Verdict
+from autointerp.journal.journal import Journal, PlannedContext, Verdict
 from autointerp.journal.method import BASELINE
 from autointerp.journal.usage import Usage
 from autointerp.llm.limits import reporting_progress, run_in_flight
@@ -33,22 +34,27 @@ from autointerp.llm.options import LlmOptions
 from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import Judge
-from autointerp.scoring.kept_scores import KeptScores, brought_up_to_date, states_of
-from autointerp.scoring.questions import CONTROL_LATENTS, Part, Question, has_more_than_baseline, parts_of, questions_of
-from autointerp.scoring.rounds import AdaptivePlan
-from autointerp.scoring.score_table import UNEXPLAINED, UNTESTED, Test, lost_scorers, of_this_judge, records_of
+from autointerp.scoring.questions import (
+    CONTROL_LATENTS,
+    Part,
+    Question,
+    TestSets,
+    has_more_than_baseline,
+    parts_of,
+    questions_of,
+)
+from autointerp.scoring.score_table import UNEXPLAINED, UNTESTED, records_of, rows_of_set_up, update_score_table
 from autointerp.scoring.scorers import SCORERS
 from autointerp.scoring.scorers.base import Scorer
 from autointerp.scoring.setups import status_kind
 from sae.common.commands import command, get_typed_command
-from sae.common.files import digest
-from sae.common.progress import Bar, say, track
+from sae.common.progress import say, track
 from sae.study.run import Run
 
 if TYPE_CHECKING:
     from autointerp.llm.local.server import OneServer
 
-_PARTS_AT_ONCE = 32
+_BATCHES_AT_ONCE = 32
 """Requests about one explanation that may be under way together."""
 
 
@@ -59,12 +65,12 @@ def score_runs(
     backend: str,
     options: LlmOptions,
     control_latents: int | None = None,
-    precision: StoppingRule | None = None,
+    rule: StoppingRule | None = None,
     control_sae_latents: int | None = None,
 ) -> Outcome:
     """Score the stored explanations of ``runs``, or of every run under ``root``; see this module's head.
 
-    With a ``precision`` each explanation is judged in rounds, until its score is known so well (``adaptive``).
+    With a ``rule`` each explanation is judged in rounds until its score is known well enough.
     Named runs without explanations are explained first. Without names nothing is ever explained.
 
     ``control_sae_latents`` is the most of each control SAE's latents that are scored (``None``: all that are
@@ -78,7 +84,7 @@ def score_runs(
     with keep_server(options) as servers:
         named = None if runs is None else _with_explanations(runs, options, servers)
         parts = parts_of(named, root, control_latents, control_sae_latents)
-        return asyncio.run(_score(parts, root, tested, kind, options, precision, servers))
+        return asyncio.run(_score(parts, root, tested, kind, options, rule, servers))
 
 
 def open_judge(
@@ -106,7 +112,7 @@ async def _score(
     scorers: Sequence[Scorer],
     kind: str,
     options: LlmOptions,
-    precision: StoppingRule | None,
+    rule: StoppingRule | None,
     servers: OneServer | None,
 ) -> Outcome:
     outcome = Outcome("score", [part.run.name for part in parts], retry=get_typed_command())
@@ -116,9 +122,10 @@ async def _score(
         for part in parts:
             before = outcome.n_done
             for scorer in scorers:
+                tests = TestSets(part.run, scorer, rule)
                 if judge.name != BASELINE and not part.is_control:
-                    await _score_baseline(part, scorer, judge, precision, outcome)
-                await _score_run(part, scorer, judge, options.concurrency, precision, outcome)
+                    await _score_baseline(part, tests, judge, outcome)
+                await _score_run(part, tests, judge, options.concurrency, outcome)
             outcome.n_controls += outcome.n_done - before if part.is_control else 0
         outcome.notes += list_missing(judge)
     own = [part.run for part in parts if not part.is_control]
@@ -136,10 +143,8 @@ def _without_controls(runs: Sequence[Run]) -> list[str]:
     return [f"{names} (control): not explained, so not scored; the command that explained {runs[0].name} explains them"]
 
 
-async def _score_baseline(
-    part: Part, scorer: Scorer, judge: Judge, precision: StoppingRule | None, outcome: Outcome
-) -> None:
-    """The n-gram explanations of the latents whose explanations ``judge`` scores after this, by the n-gram judge."""
+async def _score_baseline(part: Part, tests: TestSets, judge: Judge, outcome: Outcome) -> None:
+    """Score the n-gram explanations of the latents whose explanations ``judge`` scores next, by the n-gram judge."""
     from autointerp.scoring.judges.ngram import NgramJudge
 
     with Journal(part.run.journal_path) as journal:
@@ -149,84 +154,117 @@ async def _score_baseline(
         if journal.explanations(status="ok", explainer=BASELINE, latent=latents).empty:
             return
     baseline = Outcome("score")
-    beside = replace(part, n_swapped=CONTROL_LATENTS[NgramJudge.asks_model], latents=latents)
-    await _score_run(beside, scorer, NgramJudge(), 1, precision, baseline, "score by n-grams", judge)
+    same_latents = replace(part, n_swapped=CONTROL_LATENTS[NgramJudge.asks_model], latents=latents)
+    await _score_run(same_latents, tests, NgramJudge(), 1, baseline, "score by n-grams")
     outcome.notes += [
-        f"{part.run.name}: {n} n-gram baselines have no {scorer.name} score: {why}"
+        f"{part.run.name}: {n} n-gram baselines have no {tests.scorer.name} score: {why}"
         for why, n in (baseline.failures + baseline.left_out).items()
     ]
 
 
 async def _score_run(
-    part: Part,
-    scorer: Scorer,
-    judge: Judge,
-    concurrency: int,
-    precision: StoppingRule | None,
-    outcome: Outcome,
-    doing: str = "score",
-    other: Judge | None = None,
+    part: Part, tests: TestSets, judge: Judge, concurrency: int, outcome: Outcome, doing: str = "score"
 ) -> None:
-    """Judge what is to be judged of one run by one scorer, and make its score table; ``other`` judges it too, apart."""
-    from autointerp.scoring.judges.ngram import NgramJudge
-
-    run = part.run
-    plan = AdaptivePlan.of(run, scorer, precision) if precision else None
-    material = Material.of(run)
-    judges = {each.name: each for each in (NgramJudge(), other, judge) if each is not None}
-    test = Test.of(scorer, judge, material, plan)
-    same = test.same
-    kept = KeptScores.of(run.stage_path("scores"), material.digest)
-    asked_now: set[int] = set()
+    """Judge what has no verdict yet of one run by one scorer, and bring its score table up to date."""
+    run, scorer = part.run, tests.scorer
     with Journal(run.journal_path) as journal, journal.claim():
-        made = kept.keys()
-        used = {scorer.name, *journal.scorers(), *(name for name, _ in made)}  # the others need not even work
-        tests = Test.all_of(list(judges.values()), material, sorted(used & set(SCORERS)))
-        if plan is None:
-            test = next(each for each in tests if each.key == test.key)  # its contexts are drawn once
-        else:
-            journal.add_setup(same["settings_hash"], plan.setup)
-        explanations = part.explanations(journal)
-        readable = {name: part.readable(journal, each) for name, each in judges.items()}
-        read = readable[judge.name]
-        if judge.reads is not None and len(read) < len(explanations) and doing == "score":
+        asking = Asking(tests, judge, journal)
+        explanations, readable = part.explanations(journal), part.readable(journal, judge)
+        if judge.reads is not None and len(readable) < len(explanations) and doing == "score":
             outcome.notes.append(
-                f"{run.name}: {len(explanations) - len(read)} explanations that are not by {judge.reads} were left "
-                f"out: the judge {judge.name} reads no others; give --llm-url, or another --judge, to have them judged"
+                f"{run.name}: skipped {len(explanations) - len(readable)} explanations that are not by {judge.reads}, "
+                f"because the judge {judge.name} reads no others; to judge them give --llm-url or another --judge"
             )
-        call = _call(part, read)
-        is_done = kept.is_done(test.set_up, call, states_of(journal))
-        if not is_done:
-            questions = questions_of(part, read)
-            if questions:
-                n_swapped = sum(question.control != "none" for question in questions)
-                of = f"{scorer.name}, {n_swapped:,} of them swapped controls" if n_swapped else scorer.name
-                with (
-                    track(f"{doing} {run.name} ({of})", len(questions), "explanations") as bar,
-                    reporting_progress(len(questions), "explanations", get_typed_command()),
-                ):
-                    await _judge_all(questions, test, journal, asked_now, concurrency, bar)
-            outcome.notes += [
-                f"{run.name}: verdicts of the scorer {name} stay in the journal and out of the scores: there is no "
-                f"autointerp/scorers/{name}.py any more"
-                for name in lost_scorers(journal)
-            ]
-        wanted = {name: part.wanted(each) for name, each in readable.items()}
-        table = brought_up_to_date(kept, journal, material, [*tests, test], wanted, None if is_done else call, judge)
+        questions = questions_of(part, readable)
+        if not all(map(asking.is_done, questions)):
+            n_swapped = sum(question.control != "none" for question in questions)
+            of = f"{scorer.name}, {n_swapped:,} of them swapped controls" if n_swapped else scorer.name
+            with (
+                track(f"{doing} {run.name} ({of})", len(questions), "explanations") as bar,
+                reporting_progress(len(questions), "explanations", get_typed_command()),
+            ):
+                await run_in_flight(questions, asking.ask, concurrency, bar)
+        for name in sorted({of[1] for of in journal.state()["verdicts"]} - set(SCORERS)):
+            outcome.notes.append(
+                f"{run.name}: verdicts of the scorer {name} stay in the journal but have no scores: "
+                f"there is no autointerp/scoring/scorers/{name}.py any more"
+            )
+        table = update_score_table(run, journal, asking.set_up, part.wanted(readable), judge)
     if part.latents is not None:
         table = table[table["latent"].isin(part.latents)]
-    _count(table, same, asked_now, outcome, run.name, f"{run.name}: {{}} explanations have no {scorer.name} score")
+    _count(rows_of_set_up(table, asking.set_up), asking.asked, outcome, run.name, scorer.name)
 
 
-def _count(
-    table: pd.DataFrame, same: Mapping[str, str], asked_now: Set[int], outcome: Outcome, run: str, lacking: str
-) -> None:
-    """Add to ``outcome`` what became of one judge's explanations; ``lacking`` says how many have too few contexts."""
+class Asking:
+    """Ask one judge about explanations of one run. Each answer is in the journal before it is used."""
+
+    def __init__(self, tests: TestSets, judge: Judge, journal: Journal) -> None:
+        self.judge = judge.of_marks() if tests.scorer.marked else judge
+        self.set_up = tests.set_up(self.judge)
+        self.asked: set[int] = set()
+        """Explanations asked about, controls aside."""
+        self._tests, self._journal = tests, journal
+        if tests.adaptive:
+            about = {"adaptive": tests.adaptive, "material": tests.material.digest}
+            journal.add_setup(self.set_up.settings_hash, about)
+        self._test_sets = journal.test_sets(self.set_up.scorer, self.set_up.settings_hash)
+        self._labels = defaultdict(dict, journal.labels(**self.set_up._asdict(), replicate=0))
+
+    def is_done(self, question: Question) -> bool:
+        """Return whether the journal has every verdict that is needed; nothing is drawn to find out."""
+        rounds = self._test_sets.get(question.latent)
+        return rounds is not None and not self._tests.next_round(rounds, self._labels[question.key], question.seen)
+
+    async def ask(self, question: Question) -> None:
+        """Judge the contexts that have no verdict yet, round by round."""
+        if self.is_done(question):
+            return
+        rounds = self._tests.draw(question.latent)
+        planned = [[PlannedContext(c.window, c.truth, c.kind, c.stratum) for c in contexts] for contexts in rounds]
+        if self._test_sets.get(question.latent) != planned:
+            self._journal.add_test_set(self.set_up.scorer, self.set_up.settings_hash, question.latent, planned)
+            self._test_sets[question.latent] = planned
+        skipped, size = set(question.seen), self.judge.contexts_per_request
+        while todo := self._tests.next_round(rounds, self._labels[question.key], skipped):
+            # In parallel, so that the last latents keep the server busy too; the judge's client bounds the requests.
+            batches = [todo[start : start + size] for start in range(0, len(todo), size)]
+            await run_in_flight(batches, functools.partial(self._judge, question), _BATCHES_AT_ONCE)
+            skipped |= {context.window for context in todo}
+        if question.control == "none" and skipped != question.seen:
+            self.asked.add(question.explanation_id)
+
+    async def _judge(self, question: Question, contexts: Sequence[Context]) -> None:
+        """Send one request, and store its verdicts together with what it cost."""
+        judgements = await self.judge.judge(question.text, contexts)
+        verdicts = [
+            Verdict(
+                **self.set_up._asdict(),
+                latent=question.latent,
+                explanation_id=question.explanation_id,
+                context=context.window,
+                truth=context.truth,
+                negative_kind=None if context.truth else context.kind,
+                control=question.control,
+                p=judgement.p,
+                label=judgement.label,
+                failure=judgement.failure,
+                request=contexts[0].window if self.judge.asks_model else None,
+            )
+            for context, judgement in zip(contexts, judgements, strict=True)
+        ]
+        spent = sum((judgement.usage for judgement in judgements), Usage())
+        stage = "score" if question.control == "none" else "control"
+        await self._journal.record(verdicts, stage, self.judge.model, spent, question.latent)
+        self._labels[question.key].update({verdict.context: verdict.label for verdict in verdicts})
+
+
+def _count(rows: pd.DataFrame, asked: Set[int], outcome: Outcome, run: str, scorer: str) -> None:
+    """Add to ``outcome`` what became of one set-up's explanations."""
     untested = unexplained = 0
-    for row in records_of(of_this_judge(table, same)):
+    for row in records_of(rows):
         if row["status"] == "ok":
             outcome.n_done += 1
-            outcome.n_new += row["explanation_id"] in asked_now
+            outcome.n_new += row["explanation_id"] in asked
         elif row["status"] == UNTESTED:
             untested += 1
         elif row["status"].startswith(UNEXPLAINED):
@@ -235,89 +273,8 @@ def _count(
         else:
             outcome.failures[row["status"].removeprefix("failed: ")] += 1
     if untested:
-        outcome.notes.append(f"{lacking.format(untested)}: too few contexts for it")
+        outcome.notes.append(f"{run}: {untested} explanations have no {scorer} score: too few contexts for it")
     if unexplained:
         outcome.notes.append(
             f"{run}: explaining {unexplained} latents failed; the same `explain` asks again about these"
         )
-
-
-def _call(part: Part, readable: pd.DataFrame) -> str:
-    """The digest of what one call asks of a set-up: whose explanations, and whose controls."""
-    wanted = part.wanted(readable)
-    own = [[int(x) for x in wanted[column]] for column in ("id", "latent")]
-    lenders = [] if part.n_swapped == 0 else [int(number) for number in readable["id"]]
-    return digest({"explanations": own, "controls": part.n_swapped, "lenders": lenders})
-
-
-async def _judge_all(
-    questions: Sequence[Question], test: Test, journal: Journal, asked_now: set[int], concurrency: int, bar: Bar
-) -> None:
-    """Judge what has no verdict yet, and add to ``asked_now`` the explanations, controls aside, that were asked about:
-    one by one, because a spent budget ends this half way."""
-
-    async def ask(question: Question) -> None:
-        if test.plan:
-            judged = await _judge_rounds(question, test.plan, test.judge, journal, test.same)
-        else:
-            judged = await _judge_one(question, test.items(question.latent), test.judge, journal, test.same)
-        if judged and question.control == "none":
-            asked_now.add(question.explanation_id)
-
-    await run_in_flight(questions, ask, concurrency, bar)
-
-
-async def _judge_one(
-    question: Question, items: Sequence[Context], judge: Judge, journal: Journal, same: dict[str, str]
-) -> int:
-    """Judge what has no verdict yet of one question, journalling request by request. Returns how many those were."""
-    done = journal.judged(
-        latent=question.latent, explanation_id=question.explanation_id, control=question.control, replicate=0, **same
-    )
-    todo = [c for c in items if c.window not in done and c.window not in question.seen]
-    stage = "score" if question.control == "none" else "control"
-    size = judge.contexts_per_request
-
-    async def ask(part: Sequence[Context]) -> None:
-        judgements = await judge.judge(question.text, part)
-        verdicts = [
-            Verdict(
-                latent=question.latent,
-                explanation_id=question.explanation_id,
-                judge=same["judge"],
-                scorer=same["scorer"],
-                settings_hash=same["settings_hash"],
-                prompt_hash=same["prompt_hash"],
-                model=same["model"],
-                context=context.window,
-                truth=context.truth,
-                negative_kind=None if context.truth else context.kind,
-                control=question.control,
-                p=judgement.p,
-                label=judgement.label,
-                failure=judgement.failure,
-                request=part[0].window if judge.asks_model else None,
-            )
-            for context, judgement in zip(part, judgements, strict=True)
-        ]
-        # The cost with the verdicts and not at the end: what was paid for is on record however the command ends.
-        spent = sum((judgement.usage for judgement in judgements), Usage())
-        await journal.record(verdicts, stage, judge.model, spent, question.latent)
-
-    # Side by side, so that the last latents, too, keep the server busy; the judge's client bounds what is in flight.
-    await run_in_flight([todo[start : start + size] for start in range(0, len(todo), size)], ask, _PARTS_AT_ONCE)
-    return len(todo)
-
-
-async def _judge_rounds(
-    question: Question, plan: AdaptivePlan, judge: Judge, journal: Journal, same: dict[str, str]
-) -> int:
-    """Judge one question round by round, as far as it takes. Returns how many contexts were asked."""
-    identity = {"latent": question.latent, "explanation_id": question.explanation_id, "control": question.control}
-
-    def labels() -> dict[int, bool | None]:
-        return {**dict.fromkeys(question.seen), **journal.labels(**identity, replicate=0, **same)}
-
-    return await plan.judge(
-        question.latent, labels, lambda contexts: _judge_one(question, contexts, judge, journal, same)
-    )

@@ -1,247 +1,170 @@
-"""A run's score table, made of the journal's verdicts: one row per explanation, judge set-up and control.
+"""Make a run's score table from its journal: one row per explanation, judge set-up and control.
 
-Every row can be made again from verdicts, whatever the call that asked for them: what was judged under other settings,
-prompts or models stands beside what is judged now.
+Scores of other settings, prompts or models stay in the table next to the new ones. Two kinds of rows cannot be made
+from the journal and stay as they are: scores from before journals kept test sets, and latents with too few contexts.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, cast
 
 import pandas as pd
 
 from autointerp.contexts.material import Material
-from autointerp.contexts.sampler import Context
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import Journal, PlannedContext, SetUp
 from autointerp.journal.method import BASELINE
+from autointerp.llm.opening import get_capabilities
+from autointerp.scoring.adaptive import score_rounds
 from autointerp.scoring.judges.base import Judge
-from autointerp.scoring.rounds import AdaptivePlan
 from autointerp.scoring.scorers import SCORERS
-from autointerp.scoring.scorers.base import Scorer, ScoreRow
-from sae.common.files import digest
+from autointerp.scoring.scorers.base import ScoreRow
+from sae.common.files import digest, read_table, table_metadata, write_table
+from sae.common.progress import track
 from sae.study.run import Run
 
 _IDENTITY = ("latent", "explanation_id", "explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
 _JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
 COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow._fields)
 """Of the score table. All are there even when every explanation failed and nothing was judged."""
+_WHOLE = ("latent", "explanation_id", "draw", "replicate", *(name for name in COLUMNS if name.startswith("n_")))
+_PLACE = ("explanation_id", "latent", "judge", "scorer", "settings_hash", "judge_prompt_hash", "model")
 UNTESTED = "failed: too few contexts that can be marked otherwise"
 UNEXPLAINED = "failed: no explanation: "
-_OUTDATED = "failed: judged in rounds of contexts that a later harvest replaced; score again"
+_ROUNDS_UNKNOWN = "failed: which rounds were judged is not known; run the same `score` again"
 
-Plans = dict[str, Mapping[str, AdaptivePlan | None]]
-"""Settings hash → scorer → the plan by which it was judged, of adaptive set-ups; ``None``: no longer known."""
-
-
-class SetUp(NamedTuple):
-    """What all verdicts of one way of judging have in common in the journal."""
-
-    judge: str
-    scorer: str
-    settings_hash: str
-    prompt_hash: str
-    model: str
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What decides which contexts are judged."""
-        return self.scorer, self.settings_hash
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Test:
-    """A scorer with the judge that it asks, of one run's contexts."""
+def update_score_table(
+    run: Run, journal: Journal, set_up: SetUp, explanations: pd.DataFrame, judge: Judge
+) -> pd.DataFrame:
+    """Return the run's score table, made again where the journal has changed.
 
-    __test__ = False  # for pytest: no test
-
-    scorer: Scorer
-    judge: Judge
-    same: dict[str, str]
-    """What all its verdicts have in common in the journal."""
-    items: Callable[[int], Sequence[Context]]
-    """What is to be judged of a latent, at most; worked out once."""
-    plan: AdaptivePlan | None = None
-    """The rounds in which it is judged; ``None`` where all is judged."""
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.set_up.key
-
-    @property
-    def set_up(self) -> SetUp:
-        return SetUp(**self.same)
-
-    @classmethod
-    def of(
-        cls,
-        scorer: Scorer,
-        judge: Judge,
-        material: Material,
-        plan: AdaptivePlan | None = None,
-        items: Callable[[int], Sequence[Context]] | None = None,
-    ) -> Test:
-        """The test of ``scorer`` on contexts out of ``material``, or on those of ``plan``.
-
-        ``items`` gives those out of ``material`` where they have been worked out for another judge.
-        """
-        asked = judge.of_marks() if scorer.marked else judge
-        decides = {"judge": asked.settings_hash, "material": (plan.material if plan else material).digest}
-        same = {
-            "judge": asked.name,
-            "scorer": scorer.name,
-            "settings_hash": digest({**decides, "adaptive": plan.identity} if plan else decides),
-            "prompt_hash": asked.prompt_hash,
-            "model": asked.model,
-        }
-        if plan is not None:
-            return cls(scorer, asked, same, plan.contexts, plan)
-        return cls(scorer, asked, same, items or _items(scorer, material))
-
-    @classmethod
-    def all_of(cls, judges: Sequence[Judge], material: Material, scorers: Iterable[str]) -> list[Test]:
-        """Those of every one of the ``scorers`` with each of ``judges``; contexts are drawn once for all of these."""
-        found = []
-        for scorer in (SCORERS[name]() for name in scorers):
-            items = _items(scorer, material)
-            found += [cls.of(scorer, judge, material, items=items) for judge in judges]
-        return found
-
-
-def _items(scorer: Scorer, material: Material) -> Callable[[int], Sequence[Context]]:
-    return functools.cache(lambda latent: scorer.items(scorer.test_set(material.sampler, latent)))
-
-
-def plans_of(run: Run, journal: Journal) -> Plans:
-    """The adaptive set-ups by which the run was ever judged."""
-    scorers = [name for name in journal.scorers() if name in SCORERS]
-    setups = {key: setup for key, setup in journal.setups().items() if "adaptive" in setup}
-    return {
-        key: {name: AdaptivePlan.again(run, SCORERS[name](), setup) for name in scorers}
-        for key, setup in setups.items()
-    }
+    Args:
+        explanations: those that were to be scored by ``set_up``; of latents with too few contexts they become rows too.
+        judge: its server's capabilities are kept in the file.
+    """
+    path, material = run.stage_path("scores"), Material.of(run).digest
+    stored = table_metadata(path)
+    table = read_table(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS))
+    old = records_of(table) if stored.get("columns") == digest(COLUMNS) else []
+    test_sets = journal.test_sets(set_up.scorer, set_up.settings_hash)
+    untested = {_place(row): row for row in old if row["status"] == UNTESTED}
+    for explained in records_of(explanations):
+        if not any(test_sets[explained["latent"]]):
+            row = {**_explained_by(explained["latent"], explained), **_judged_by(set_up)}
+            row |= {"control": "none", "replicate": 0, "status": UNTESTED}
+            untested.setdefault(_place(row), row)
+    state = journal.state()
+    inputs = digest([state, material, COLUMNS, sorted(place[:-2] for place in untested)])
+    if stored.get("inputs") == inputs:
+        return table
+    n = sum(of[5] for of in state["verdicts"] if of[1] in SCORERS)
+    with track(f"score table of {run.name}", n, "verdicts") if n else nullcontext() as bar:
+        table = score_table(journal, old, untested.values(), bar.advance if bar else None)
+    found = get_capabilities(judge)
+    capabilities = found.as_dict() if found else stored.get("capabilities")
+    about = {"inputs": inputs, "columns": digest(COLUMNS), "material": material, "capabilities": capabilities}
+    write_table(path, table, **about)
+    return table
 
 
 def score_table(
     journal: Journal,
-    tests: Sequence[Test],
-    readable: Mapping[str, pd.DataFrame],
-    made: Set[tuple[str, str]],
-    plans: Plans | None = None,
-    standing: Mapping[SetUp, Sequence[dict[str, Any]]] | None = None,
-    kept: Sequence[dict[str, Any]] = (),
+    old: Iterable[Row] = (),
+    untested: Iterable[Row] = (),
     advance: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
-    """One row per explanation, judge set-up and control, from the verdicts; failed explanations are rows too.
+    """Return one row per explanation, judge set-up and control, from the verdicts; failed explanations are rows too.
 
-    ``tests`` give what should have been judged of a latent under their settings, so that what is missing counts as
-    failed. What other set-ups asked (another harvest, say) is no longer known, and is taken as it stands; of adaptive
-    ones ``plans`` are what is known. Of the explanations that are ``readable`` for a judge (by its name), those whose
-    latent has too few contexts for a test among the ``made`` ones (scorer and settings) are rows without scores.
-    Verdicts of scorers that are gone (:func:`lost_scorers`) make no rows.
+    Contexts of the test set without a verdict count as failed. Verdicts of scorers that are gone make no rows.
 
     Args:
-        standing: set-up → its rows of verdicts, where these need not be made again.
-        kept: rows without scores that stay; see ``made``.
+        old: rows of an earlier table, kept where the test set of the verdicts is not in the journal.
+        untested: rows of latents that have too few contexts.
         advance: called for each row that is made, with the number of its verdicts.
     """
     explanations = {row["id"]: row for row in records_of(journal.explanations())}
-    standing, plans = standing or {}, plans or {}
-    known = {test.key: test for test in tests}
-    rows = [row for of in standing.values() for row in of]
-    for set_up in map(SetUp._make, sorted(journal.verdict_states())):
-        if set_up in standing or set_up.scorer not in SCORERS:
+    adaptive = {key: settings.get("adaptive") for key, settings in journal.setups().items()}
+    before = {_place(row): row for row in old}
+    rows: list[Row] = []
+    for set_up in (SetUp(*of[:5]) for of in journal.state()["verdicts"]):
+        if set_up.scorer not in SCORERS:
             continue
+        test_sets = journal.test_sets(set_up.scorer, set_up.settings_hash)
         # Sums are rounded in the order of their parts, and answers come in any order: a score must not depend on it.
         verdicts = journal.verdicts(**set_up._asdict()).sort_values("context", kind="stable")
         for key, group in verdicts.groupby(["explanation_id", "latent", "control", "replicate"], sort=True):
             number, latent, control, replicate = cast(tuple[int, int, str, int], key)
-            rows.append(
-                {
-                    **_identity(latent, explanations[number]),
-                    **_judged_by(set_up),
-                    "control": control,
-                    "replicate": replicate,
-                    **_score(set_up, latent, group, known, plans)._asdict(),
-                }
-            )
+            row = {**_explained_by(latent, explanations[number]), **_judged_by(set_up)}
+            row |= {"control": control, "replicate": replicate}
+            rounds = test_sets.get(latent)
+            if rounds is None and _place(row) in before:
+                rows.append(before[_place(row)])
+            else:
+                scores = _score(set_up.scorer, group, rounds, adaptive.get(set_up.settings_hash))
+                rows.append({**row, **scores._asdict()})
             if advance:
                 advance(len(group))
     rows.sort(key=_place)
-    untested = {(row["explanation_id"], judged_by(row)): row for row in kept}
-    for test in (known[key] for key in sorted(made & known.keys())):
-        for explained in records_of(readable[test.same["judge"]]):
-            if not test.items(explained["latent"]):
-                row = {**_identity(explained["latent"], explained), **_judged_by(test.set_up)}
-                row |= {"control": "none", "replicate": 0, "status": UNTESTED}
-                untested[explained["id"], judged_by(row)] = row
-    rows += sorted(untested.values(), key=lambda row: (row["scorer"], row["settings_hash"], *_place(row)))
+    known = [row for row in untested if row["explanation_id"] in explanations]
+    rows += sorted(known, key=lambda row: (row["scorer"], row["settings_hash"], *_place(row)))
     for explained in explanations.values():
         if explained["status"] == "failed":
             status = f"{UNEXPLAINED}{explained['failure']}"
-            rows.append({**_identity(explained["latent"], explained), "control": "none", "status": status})
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+            rows.append({**_explained_by(explained["latent"], explained), "control": "none", "status": status})
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    return table.astype({name: int for name in _WHOLE if table[name].notna().all()})
 
 
 def _score(
-    set_up: SetUp, latent: int, verdicts: pd.DataFrame, known: Mapping[tuple[str, str], Test], plans: Plans
+    name: str,
+    verdicts: pd.DataFrame,
+    rounds: Sequence[Sequence[PlannedContext]] | None,
+    adaptive: Mapping[str, Any] | None,
 ) -> ScoreRow:
-    """The score of one explanation, judged once by ``set_up``."""
-    scorer = SCORERS[set_up.scorer]()
-    if set_up.settings_hash not in plans:
-        test = known.get(set_up.key)
-        return scorer.score(verdicts, test.items(latent) if test is not None else ())
-    plan = plans[set_up.settings_hash].get(set_up.scorer)
-    return plan.score(latent, verdicts) if plan else scorer.score(verdicts.iloc[:0])._replace(status=_OUTDATED)
+    """Return the score of one explanation under one set-up. ``rounds``: its test set, ``None`` where not known."""
+    scorer = SCORERS[name]()
+    if adaptive is None:
+        return scorer.score(verdicts, [context for contexts in rounds or () for context in contexts])
+    if rounds is None:
+        return scorer.score(verdicts.iloc[:0])._replace(status=_ROUNDS_UNKNOWN)
+    return score_rounds(scorer, verdicts, rounds, adaptive)
 
 
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Where a row stands in the table: by explanation, then by who judged."""
-    order = ("explanation_id", "latent", *("judge", "scorer", "settings_hash", "judge_prompt_hash", "model"))
-    return tuple(row[column] for column in (*order, "control", "replicate"))
+    """Return where a row belongs in the table: by explanation, then by who judged. No two rows have the same place."""
+    return tuple(row[column] for column in (*_PLACE, "control", "replicate"))
 
 
-def lost_scorers(journal: Journal) -> list[str]:
-    """Scorers that the journal has verdicts of, and that there are no files of any more."""
-    return sorted(set(journal.scorers()) - set(SCORERS))
+def records_of(table: pd.DataFrame) -> list[Row]:
+    return cast(list[Row], table.to_dict("records"))
 
 
-def records_of(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return cast(list[dict[str, Any]], table.to_dict("records"))
-
-
-def of_this_judge(table: pd.DataFrame, same: Mapping[str, str]) -> pd.DataFrame:
-    """The rows that are this judge's doing under these settings, and the failed explanations it would have judged.
-
-    What other judges, protocols and prompts made of the same explanations stands in the table beside them.
-    """
+def rows_of_set_up(table: pd.DataFrame, set_up: SetUp) -> pd.DataFrame:
+    """Return a set-up's rows without controls, and the failed explanations that it would have judged."""
     found = table[table["control"] == "none"]
-    judged = found["judge_prompt_hash"] == same["prompt_hash"]
-    for column in ("judge", "scorer", "settings_hash", "model"):
-        judged &= found[column] == same[column]
+    judged = pd.Series(True, index=found.index)
+    for column, value in _judged_by(set_up).items():
+        judged &= found[column] == value
     unexplained, by_ngram = found["judge"].isna(), found["explainer"] == BASELINE
-    if same["judge"] == BASELINE:
+    if set_up.judge == BASELINE:
         unexplained &= by_ngram
-    elif not by_ngram.all():  # beside others' explanations those are the baseline's
+    elif not by_ngram.all():  # next to others' explanations those are the baseline's
         unexplained &= ~by_ngram
     return found[judged | unexplained]
 
 
-def _judged_by(set_up: SetUp) -> dict[str, Any]:
-    """The columns that say who judged, and how."""
+def _judged_by(set_up: SetUp) -> Row:
+    """Return the columns that say who judged, and how."""
     same = {key: getattr(set_up, key) for key in ("judge", "model", "scorer", "settings_hash")}
     return {**same, "judge_prompt_hash": set_up.prompt_hash}
 
 
-def judged_by(row: Mapping[str, Any]) -> SetUp:
-    """The set-up that a row of the table is of."""
-    return SetUp(row["judge"], row["scorer"], row["settings_hash"], row["judge_prompt_hash"], row["model"])
-
-
-def _identity(latent: int, explanation: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that say which explanation a score is of. ``latent`` is whose contexts were judged."""
+def _explained_by(latent: int, explanation: Mapping[str, Any]) -> Row:
+    """Return the columns that say which explanation a score is of. ``latent``: whose contexts were judged."""
     return {
         "latent": latent,
         "explanation_id": explanation["id"],

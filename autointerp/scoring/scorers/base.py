@@ -20,6 +20,9 @@ from sae.firings.store import mix_bits
 
 if TYPE_CHECKING:
     from autointerp.contexts.sampler import Context, ContextSampler, TestSet
+    from autointerp.journal.journal import PlannedContext
+
+    Planned = Context | PlannedContext
 
 HARDER = ("hard", "same_token")
 """Kinds of negatives that have figures of their own and are in no others."""
@@ -111,7 +114,7 @@ class Scorer(Protocol):
         """The contexts in the order in which the judge is to see them, which gives nothing away."""
         ...
 
-    def score(self, verdicts: pd.DataFrame, items: Sequence[Context] = ()) -> ScoreRow:
+    def score(self, verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
         """The score of one explanation, judged once (one judge, control and replicate).
 
         Args:
@@ -133,7 +136,7 @@ def in_hash_order(contexts: Sequence[Context]) -> list[Context]:
     return [contexts[i] for i in np.argsort(places, kind="stable")]
 
 
-def measure(verdicts: pd.DataFrame, items: Sequence[Context] = ()) -> ScoreRow:
+def measure(verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
     """Turn verdicts into one row; see :meth:`Scorer.score`.
 
     The judge's own yes or no (P(active) of at least one half, where it gives a probability) makes the balanced
@@ -172,7 +175,7 @@ def measure(verdicts: pd.DataFrame, items: Sequence[Context] = ()) -> ScoreRow:
     return row
 
 
-def _harder(kind: str, told: _Told, items: Sequence[Context], active: _Told) -> dict[str, Any]:
+def _harder(kind: str, told: _Told, items: Sequence[Planned], active: _Told) -> dict[str, Any]:
     """The columns of one harder kind of negative; what cannot be measured keeps its NaN."""
     n_failed = int(told.failed.sum()) + told.missing_of([c for c in items if c.kind == kind])
     good = told.where(~told.failed)
@@ -232,7 +235,7 @@ class _Told(NamedTuple):
         """Truth, label and P(active)."""
         return self.truth, self.label, self.p
 
-    def missing_of(self, asked: Sequence[Context]) -> int:
+    def missing_of(self, asked: Sequence[Planned]) -> int:
         """How many contexts were to be judged and have no verdict, not even a failed one."""
         return len({context.window for context in asked} - set(self.context.tolist()))
 
@@ -258,7 +261,7 @@ def _status(n_active: int, n_inactive: int, n_failed: int, reasons: npt.NDArray[
     return "ok"
 
 
-def _by_stratum(items: Sequence[Context], labels: dict[int, bool]) -> list[Estimate]:
+def _by_stratum(items: Sequence[Planned], labels: dict[int, bool]) -> list[Estimate]:
     """TPR of the contexts of each stratum, the weakest first."""
     strata = {c.window: c.stratum for c in items if c.stratum is not None and c.kind != "mismarked"}
     said: list[list[bool]] = [[] for _ in range(max(strata.values(), default=-1) + 1)]

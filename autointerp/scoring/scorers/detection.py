@@ -19,6 +19,7 @@ from autointerp.scoring.scorers.base import ScoreRow, in_hash_order, measure
 
 if TYPE_CHECKING:
     from autointerp.contexts.sampler import Context, ContextSampler, TestSet
+    from autointerp.scoring.scorers.base import Planned
 
 
 class DetectionScorer:
@@ -35,6 +36,6 @@ class DetectionScorer:
         """All kinds together, in the order of a hash of their window: neither kind nor strength shows in it."""
         return in_hash_order([*test_set.active, *test_set.inactive, *test_set.hard, *test_set.same_token])
 
-    def score(self, verdicts: pd.DataFrame, items: Sequence[Context] = ()) -> ScoreRow:
+    def score(self, verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
         """See :meth:`autointerp.scoring.scorers.base.Scorer.score`."""
         return measure(verdicts, items)

@@ -28,6 +28,7 @@ from sae.firings.store import mix_bits
 
 if TYPE_CHECKING:
     from autointerp.contexts.sampler import Context, ContextSampler
+    from autointerp.scoring.scorers.base import Planned
 
 _FORBIDDEN = 10**6
 
@@ -52,7 +53,7 @@ class FuzzingScorer:
         """Both kinds together, in the order of a hash of their window: which is which does not show in it."""
         return in_hash_order([*test_set.active, *test_set.inactive])
 
-    def score(self, verdicts: pd.DataFrame, items: Sequence[Context] = ()) -> ScoreRow:
+    def score(self, verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
         """See :meth:`autointerp.scoring.scorers.base.Scorer.score`; the strata are those of the rightly marked
         contexts."""
         return measure(verdicts, items)

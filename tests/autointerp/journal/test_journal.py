@@ -106,7 +106,7 @@ def test_verdicts_round_trip_with_nan_where_nothing_was_said(journal: Journal) -
     assert table["failure"].isna().tolist() == [True, True, False]
     assert journal.verdicts(negative_kind=None)["context"].tolist() == [1]
     pd.testing.assert_frame_equal(journal.verdicts(["label", "truth"], latent=7), table[["label", "truth"]])
-    assert journal.judged(explanation_id=1, control="none") == {1, 2}
+    assert journal.labels(explanation_id=1) == {(1, 7, "none"): {1: True, 2: False, 3: None}}
     assert journal.verdicts(context={1, np.int64(3)})["context"].tolist() == [1, 3]
 
 

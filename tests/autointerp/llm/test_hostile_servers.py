@@ -20,15 +20,14 @@ from asking import run as run_client
 from fake_server import FakeServer, Reply, error, snippets_of, token
 
 from autointerp.contexts.sampler import Context
-from autointerp.journal.journal import Journal, Verdict
+from autointerp.journal.journal import Journal, PlannedContext, Verdict
 from autointerp.journal.usage import Usage
 from autointerp.llm import transport
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed
 from autointerp.llm.limits import run_in_flight
 from autointerp.scoring.judges.llm import LlmJudge, Protocol
-from autointerp.scoring.score_table import Test, score_table
-from autointerp.scoring.scorers import SCORERS
+from autointerp.scoring.score_table import score_table
 
 BODY = json.dumps({"choices": [{"index": 0, "message": {"content": "1"}, "finish_reason": "stop"}]})
 LONG = 10 * 2**20
@@ -307,9 +306,10 @@ def scored(
         sent = int(journal.usage()["requests"].sum())
         # All that were sent are on record; some were sent on a connection that the server was just closing.
         assert 0 <= sent - len(server.requests) < 0.02 * sent
-        test = Test(SCORERS["detection"](), LlmJudge(LlmClient(server.url), protocol), dict(SAME), items.__getitem__)
-        readable = {test.same["judge"]: journal.explanations(status="ok")}
-        return score_table(journal, [test], readable, {test.key}), journal.verdicts()
+        for latent, of in items.items():
+            planned = [PlannedContext(c.window, c.truth, c.kind, c.stratum) for c in of]
+            journal.add_test_set("detection", "s", latent, [planned])
+        return score_table(journal), journal.verdicts()
 
 
 @pytest.mark.parametrize("protocol", ["single", "batch"])

@@ -24,7 +24,19 @@ from autointerp.explaining.explain import explain_runs
 from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal
 from autointerp.llm.options import LlmOptions
-from autointerp.scoring.adaptive import Look, Rounds, StoppingRule, Tally, _score, interval, schedule, stops, unbiased
+from autointerp.scoring.adaptive import (
+    Look,
+    Stop,
+    StoppingRule,
+    Tally,
+    _score,
+    find_stop,
+    interval,
+    lay_out,
+    schedule,
+    stops,
+    unbiased,
+)
 from autointerp.scoring.intervals import balanced_accuracy
 from autointerp.scoring.score import score_runs
 from autointerp.scoring.scorers.detection import DetectionScorer
@@ -163,32 +175,36 @@ def contexts(n: int, active: bool, start: int, kind: Kind | None = None) -> list
     return [Context(start + i, ("x",), (1.0 * active,), active, 0, kind) for i in range(n)]
 
 
+Rounds = list[list[Context]]
+Labels = dict[int, bool | None]
+
+
 def rounds(n_active: int = 50, n_inactive: int = 50) -> Rounds:
     """Of a latent with so many contexts, where 50 of each kind are wanted."""
     found = TestSet(contexts(n_active, True, 0), contexts(n_inactive, False, 1000))
-    return Rounds(found, DetectionScorer(), Look(50, 50))
+    return lay_out(found, DetectionScorer().items)
 
 
 def test_rounds_hold_every_context_once_and_take_beginnings() -> None:
     found = rounds()
-    assert len({c.window for c in found.up_to(len(found) - 1)}) == 100
+    assert len({c.window for c in up_to(found, len(found) - 1)}) == 100
     assert {c.window for c in found[0]} == {*range(20), *range(1000, 1020)}
-    assert {c.window for c in found.up_to(2)} == {*range(30), *range(1000, 1030)}
+    assert {c.window for c in up_to(found, 2)} == {*range(30), *range(1000, 1030)}
 
 
 def with_harder(n_active: int = 50, n_inactive: int = 50, n_hard: int = 20, n_same_token: int = 20) -> Rounds:
     harder = contexts(n_hard, False, 2000, "hard"), contexts(n_same_token, False, 3000, "same_token")
     found = TestSet(contexts(n_active, True, 0), contexts(n_inactive, False, 1000), *harder)
-    return Rounds(found, DetectionScorer(), Look(50, 50))
+    return lay_out(found, DetectionScorer().items)
 
 
 @given(st.integers(5, 60), st.integers(5, 60), st.integers(0, 40), st.integers(0, 40))
 def test_every_round_has_the_same_mix_of_silent_contexts(n_active: int, n: int, n_hard: int, n_same: int) -> None:
     found = with_harder(n_active, n, n_hard, n_same)
-    every = [c.window for c in found.up_to(len(found) - 1)]
+    every = [c.window for c in up_to(found, len(found) - 1)]
     assert len(every) == len(set(every)) == n_active + n + n_hard + n_same
     for number in range(len(found)):
-        counts = Counter(c.kind for c in found.up_to(number))
+        counts = Counter(c.kind for c in up_to(found, number))
         assert abs(counts["hard"] - counts["random"] * n_hard / n) <= 0.5
         assert abs(counts["same_token"] - counts["random"] * n_same / n) <= 0.5
 
@@ -198,49 +214,57 @@ def test_harder_negatives_have_no_say_in_when_to_stop() -> None:
     right = answered(found, 0)
     wrong = {c.window for c in found[0] if c.kind in ("hard", "same_token")}
     assert len(wrong) == 16
-    assert found.stop(right, 0.1) == found.stop(answered(found, 0, wrong), 0.1)
-    assert found.stop(right, 0.1) == found.stop(right | dict.fromkeys(wrong, None), 0.1)
-    assert found.stop(right, 0.1) == rounds().stop(answered(rounds(), 0), 0.1)
+    assert stop(found, right, 0.1) == stop(found, answered(found, 0, wrong), 0.1)
+    assert stop(found, right, 0.1) == stop(found, right | dict.fromkeys(wrong, None), 0.1)
+    assert stop(found, right, 0.1) == stop(rounds(), answered(rounds(), 0), 0.1)
     del right[min(wrong)]
-    assert found.stop(right, 0.1) is None, "they belong to the round"
+    assert stop(found, right, 0.1) is None, "they belong to the round"
 
 
-def answered(found: Rounds, number: int, wrong: set[int] = frozenset()) -> dict[int, bool | None]:  # type: ignore[assignment]
-    return {c.window: c.active != (c.window in wrong) for c in found.up_to(number)}
+def up_to(found: Rounds, number: int) -> list[Context]:
+    return [context for part in found[: number + 1] for context in part]
+
+
+def stop(found: Rounds, labels: Labels, half_width: float) -> Stop | None:
+    return find_stop(found, labels, {"half_width": half_width, "n_active": 50, "n_inactive": 50})
+
+
+def answered(found: Rounds, number: int, wrong: set[int] = frozenset()) -> Labels:  # type: ignore[assignment]
+    return {c.window: c.active != (c.window in wrong) for c in up_to(found, number)}
 
 
 def test_a_round_that_was_not_asked_to_its_end_decides_nothing() -> None:
     found = rounds()
     labels = answered(found, 0)
-    assert found.stop(labels, 0.1) is not None
+    assert stop(found, labels, 0.1) is not None
     del labels[19]
-    assert found.stop(labels, 0.1) is None
+    assert stop(found, labels, 0.1) is None
 
 
 def test_what_was_judged_beyond_the_stop_changes_nothing() -> None:
     found = rounds()
     everything = answered(found, 4, wrong={40, 41, 42, 1045})
-    assert found.stop(everything, 0.1) == found.stop(answered(found, 0), 0.1)
+    assert stop(found, everything, 0.1) == stop(found, answered(found, 0), 0.1)
 
 
 def test_what_stopped_it_is_told() -> None:
     wrong = {*range(0, 50, 3), *range(1000, 1050, 3)}
     found = rounds()
-    assert found.stop(answered(found, 4), 0.065).why == "narrow enough"  # type: ignore[union-attr]
-    assert found.stop(answered(found, 4, wrong), 0.065).why == "cap"  # type: ignore[union-attr]
+    assert stop(found, answered(found, 4), 0.065).why == "narrow enough"  # type: ignore[union-attr]
+    assert stop(found, answered(found, 4, wrong), 0.065).why == "cap"  # type: ignore[union-attr]
     few = rounds(22, 22)
-    assert few.stop(answered(few, 1, wrong), 0.065).why == "out of contexts"  # type: ignore[union-attr]
+    assert stop(few, answered(few, 1, wrong), 0.065).why == "out of contexts"  # type: ignore[union-attr]
 
 
 def test_failures_are_left_out_and_too_many_decide_nothing() -> None:
     found = rounds()
     labels = answered(found, 0)
     few = labels | {3: None, 1004: None}
-    stop = found.stop(few, 0.15)
-    assert stop is not None
-    assert stop.estimate.low == pytest.approx(float(interval(19, 19, 19, 19)[0]))
-    assert found.stop(labels | dict.fromkeys(range(10), None), 0.15) is None, "the next round is to be judged"
-    assert found.stop(answered(found, 4) | dict.fromkeys(range(50), None), 0.15).why == "cap"  # type: ignore[union-attr]
+    end = stop(found, few, 0.15)
+    assert end is not None
+    assert end.estimate.low == pytest.approx(float(interval(19, 19, 19, 19)[0]))
+    assert stop(found, labels | dict.fromkeys(range(10), None), 0.15) is None, "the next round is to be judged"
+    assert stop(found, answered(found, 4) | dict.fromkeys(range(50), None), 0.15).why == "cap"  # type: ignore[union-attr]
 
 
 @given(st.integers(2, 300), st.integers(2, 300), st.integers(4, 1000))
@@ -347,7 +371,7 @@ def test_a_resumed_run_has_the_rounds_and_scores_of_an_undisturbed_one(
     pd.testing.assert_frame_equal(table_of(run), table_of(other))
 
 
-def test_what_failed_is_asked_again_before_a_stop_is_looked_for(run: Run) -> None:
+def test_failures_are_asked_again_before_looking_for_a_stop(run: Run) -> None:
     with FakeServer() as server:
 
         def answer(body: dict[str, Any]) -> Reply | str:

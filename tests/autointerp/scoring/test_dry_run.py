@@ -151,13 +151,13 @@ def test_adaptive_scoring_is_foretold_between_bounds(run: Run) -> None:  # noqa:
     rule = StoppingRule(0.13, 100)
     with FakeServer() as server:
         explain(run, server)
-        found = forecast(run, server, precision=rule)
+        found = forecast(run, server, rule=rule)
         assert found.requests_at_least < found.requests
         before = len([s for s in server.requests if "chat" in s.path])
         score_runs([run], run.root, ("detection",), "llm", LlmOptions(url=server.url, protocol="batch"), 0, rule)
         asked = len([s for s in server.requests if "chat" in s.path]) - before
         assert found.requests_at_least <= asked <= found.requests
-        assert forecast(run, server, precision=rule).requests == 0
+        assert forecast(run, server, rule=rule).requests == 0
 
 
 def test_the_models_own_tokenizer_counts_exactly(run: Run) -> None:  # noqa: F811

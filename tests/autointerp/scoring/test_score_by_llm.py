@@ -150,7 +150,7 @@ def test_a_score_does_not_depend_on_the_order_of_the_answers(run: Run, monkeypat
                 "verdicts",
                 lambda journal, seed=seed, **of: in_order(journal, **of).sample(frac=1, random_state=seed),
             )
-            tables.append(score_table(journal, [], {}, set()).map(str).to_dict())
+            tables.append(score_table(journal).map(str).to_dict())
     assert all(table == tables[0] for table in tables)
 
 

@@ -1,14 +1,15 @@
-"""A score table keeps the rows of set-ups that have not changed, and a `score` that was done is done at once."""
+"""The score table is made from the journal, and a `score` that has nothing to ask draws nothing."""
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from fake_server import FakeServer, Reply, error, sensible
-from test_score_by_llm import N, explain, harvested, run, score  # noqa: F401
+from test_score_by_llm import ITEMS, N, explain, harvested, run, score  # noqa: F401
 
 from autointerp.contexts.sampler import ContextSampler
 from autointerp.contexts.selection import Choice
@@ -16,13 +17,15 @@ from autointerp.explaining.explain import explain_runs
 from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal
 from autointerp.llm.options import LlmOptions
+from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.score import score_runs
+from autointerp.scoring.score_table import COLUMNS
 from sae.common.errors import Unavailable
-from sae.common.files import read_table, table_metadata
+from sae.common.files import digest, read_table, write_table
 from sae.study.run import Run
 from sae.study.stage import Compute
 
-ALL = 7  # latents that can be explained
+ALL = 6  # latents explained by n-grams
 
 
 @pytest.fixture
@@ -172,18 +175,78 @@ def test_another_journal_makes_no_old_call_done(run: Run) -> None:  # noqa: F811
     assert (again.n_done, again.n_new) == (ALL, ALL)
 
 
-def test_a_table_of_other_contexts_keeps_no_row(run: Run) -> None:  # noqa: F811
+def test_scores_of_other_contexts_stay(run: Run) -> None:  # noqa: F811
     explain_runs([run], Choice(n=ALL), "ngram", LlmOptions(), Compute("cpu", 1))
     by_ngrams(run)
-    (entry,) = table_metadata(run.stage_path("scores"))["set_ups"]
-    assert entry["is_known"]
+    before = table_of(run)
     text = (run.folder / "run.json").read_text()
     assert '"sample_seed": 0' in text
     (run.folder / "run.json").write_text(text.replace('"sample_seed": 0', '"sample_seed": 1'))
-    changed = Run.open(run.name, run.root)
-    assert by_ngrams(changed).n_new == ALL
-    entries = table_metadata(run.stage_path("scores"))["set_ups"]
-    assert sorted(entry["is_known"] for entry in entries) == [False, True]
+    assert by_ngrams(Run.open(run.name, run.root)).n_new == ALL
+    table = table_of(run)
+    assert table["settings_hash"].nunique() == 2
+    old = table[table["settings_hash"] == before["settings_hash"].iloc[0]]
+    pd.testing.assert_frame_equal(old.reset_index(drop=True), before)
+
+
+def without_test_sets(run: Run) -> None:  # noqa: F811
+    """Make the run one of the version before journals kept test sets."""
+    with sqlite3.connect(run.journal_path) as connection:
+        connection.execute("DROP TABLE test_set")
+        connection.execute("PRAGMA user_version = 3")
+    connection.close()
+    write_table(run.stage_path("scores"), table_of(run), columns=digest(COLUMNS), material="m")
+
+
+@pytest.mark.parametrize("rule", [None, StoppingRule(0.3)])
+def test_old_runs_keep_their_scores_and_are_not_asked_again(run: Run, rule: StoppingRule | None) -> None:  # noqa: F811
+    def go() -> Outcome:
+        return score_runs([run], run.root, ("detection",), "llm", LlmOptions(url=server.url), 0, rule)
+
+    with FakeServer() as server:
+        explained_by_both(run, server)
+        go()
+        score(run, server, "single")
+        by_ngrams(run)
+        before = table_of(run)
+        without_test_sets(run)
+        sent = len(server.requests)
+        for again in (by_ngrams, lambda run: score(run, server, "single"), lambda _: go()):
+            assert again(run).n_new == 0
+            pd.testing.assert_frame_equal(table_of(run), before)
+        assert not [seen for seen in server.requests[sent:] if "chat" in seen.path]
+
+
+def test_rounds_of_an_old_run_without_a_table_are_scored_by_the_same_call(run: Run) -> None:  # noqa: F811
+    def go() -> Outcome:
+        return score_runs([run], run.root, ("detection",), "ngram", LlmOptions(), 0, StoppingRule(0.3))
+
+    explain_runs([run], Choice(n=ALL), "ngram", LlmOptions(), Compute("cpu", 1))
+    go()
+    before = table_of(run)
+    without_test_sets(run)
+    run.stage_path("scores").unlink()
+    by_ngrams(run, 0)
+    by_rounds = table_of(run)["precision"].isna() & (table_of(run)["settings_hash"] == before["settings_hash"].iloc[0])
+    assert table_of(run).loc[by_rounds, "status"].str.contains("run the same `score` again").all()
+    assert go().n_new == 0
+    after = table_of(run)
+    pd.testing.assert_frame_equal(after[after["precision"].notna()].reset_index(drop=True), before)
+
+
+def test_contexts_that_a_stopped_call_did_not_ask_count_as_failed(run: Run) -> None:  # noqa: F811
+    with FakeServer() as server:
+        explained_by_both(run, server)
+        sent = len(server.requests)
+        server.answer = lambda body: sensible(body) if len(server.requests) - sent <= 5 else error(401)
+        with pytest.raises(Unavailable):
+            score(run, server, "single")
+    by_ngrams(run)
+    table = table_of(run)
+    stopped = table[table["judge"] == "llm"]
+    assert len(stopped) > 0
+    assert (stopped["n_active"] + stopped["n_inactive"] + stopped["n_failed"] == ITEMS).all()
+    assert stopped["status"].str.contains("contexts without a verdict").all()
 
 
 def test_controls_that_were_left_out_are_made_when_asked_for(run: Run) -> None:  # noqa: F811
