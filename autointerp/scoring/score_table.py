@@ -58,10 +58,11 @@ def update_score_table(
             row |= {"control": "none", "replicate": 0, "status": UNTESTED}
             untested.setdefault(_place(row), row)
     state = journal.state()
+    state["verdicts"] = [of for of in state["verdicts"] if of[1] in SCORERS]  # other scorers have no rows
     inputs = digest([state, material, COLUMNS, sorted(place[:-2] for place in untested)])
     if stored.get("inputs") == inputs:
         return table
-    n = sum(of[5] for of in state["verdicts"] if of[1] in SCORERS)
+    n = sum(of[5] for of in state["verdicts"])
     with track(f"score table of {run.name}", n, "verdicts") if n else nullcontext() as bar:
         table = score_table(journal, old, untested.values(), bar.advance if bar else None)
     found = get_capabilities(judge)
