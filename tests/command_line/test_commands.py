@@ -389,7 +389,7 @@ def test_partners_are_explained_too(root: Path) -> None:
     assert journal(root / "run_b" / "journal.sqlite")["explanation"]
 
 
-def test_a_dead_latent_named_outright_is_skipped_with_reason(root: Path) -> None:
+def test_dead_latent_named_outright_is_skipped_with_reason(root: Path) -> None:
     path = root / "run_a" / "latents.firing.parquet"
     firing = read_table(path)
     rare = int(firing.sort_values("n_windows")["latent"].iloc[0])

@@ -19,7 +19,7 @@ class Size:
     names: Annotated[list[str] | None, typer.Option("--name", help="What of.")] = None
 
 
-def test_an_option_group_expands_in_place_and_arrives_whole() -> None:
+def test_option_group_expands_in_place_and_arrives_whole() -> None:
     seen: list[object] = []
     app = typer.Typer()
 

@@ -28,7 +28,7 @@ def test_a_report_reads_each_table_once(root: Path, monkeypatch: pytest.MonkeyPa
     assert {path: n for path, n in reads.items() if n > 1} == {}
 
 
-def test_a_report_opens_no_firing_store_for_a_pair(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_opens_no_firing_store_for_a_pair(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
     whole = FiringStore.open
 

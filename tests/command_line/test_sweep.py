@@ -142,7 +142,7 @@ def test_a_sweep_stopped_between_stages_ends_equal(
         assert "harvest" not in again.err
 
 
-def test_a_finished_sweep_is_instant_until_seeds_are_added(done: tuple[Path, Ran], small: Path, tmp_path: Path) -> None:
+def test_finished_sweep_is_instant_until_seeds_are_added(done: tuple[Path, Ran], small: Path, tmp_path: Path) -> None:
     root = shutil.copytree(done[0], tmp_path / "runs")
     before = (root / "reports" / "small.sweep.json").read_bytes()
     again = cli("sweep", small, "--root", root, "--json").well()

@@ -71,7 +71,7 @@ def test_harvest_names_the_default_of_its_settings() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_flags_start_with_a_word_and_have_at_most_two_sentences(name: str) -> None:
+def test_flag_helps_have_at_most_two_sentences(name: str) -> None:
     for parameter in COMMANDS[name].params:
         text = getattr(parameter, "help", None) or "None."
         text = text.split(" Default: ")[0]

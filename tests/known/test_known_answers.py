@@ -191,7 +191,7 @@ FEW = [*of_kind("token")[:3], *of_kind("bigram")[:4], *of_kind("digit"), *of_kin
 @pytest.mark.parametrize(
     ("protocol", "among"), [("batch", of_kind("token", "bigram", "digit", "noise")), ("single", FEW)]
 )
-def test_a_model_that_finds_the_rule_is_scored_right(
+def test_model_that_finds_the_rule_is_scored_right(
     harvested: Path, tmp_path: Path, protocol: str, among: list[int]
 ) -> None:
     root = Path(shutil.copytree(harvested, tmp_path / "runs"))
@@ -222,7 +222,7 @@ def test_a_model_that_finds_the_rule_is_scored_right(
         pytest.param(rule_model.coin, id="coin"),
     ],
 )
-def test_a_judge_that_does_not_read_scores_one_half(harvested: Path, tmp_path: Path, says: object) -> None:
+def test_judge_that_does_not_read_scores_one_half(harvested: Path, tmp_path: Path, says: object) -> None:
     root = Path(shutil.copytree(harvested, tmp_path / "runs"))
     among = of_kind("token", "noise", "digit", "bigram") if says is rule_model.coin else FEW
     cli("explain", "--sae", "known_a", "--indices", ",".join(map(str, among)), "--root", root).well()

@@ -82,7 +82,7 @@ def test_what_it_saves_is_read_and_encodes_alike(theirs: Any, tmp_path: Path, ki
 
 # Not AutoEncoderNew, which its trainers cannot normalise for.
 @pytest.mark.parametrize("kind", sorted(set(CLASSES) - {"AutoEncoderNew"}))
-def test_an_interrupted_run_is_scaled_like_a_finished_one(theirs: Any, tmp_path: Path, kind: str) -> None:
+def test_interrupted_run_is_scaled_like_a_finished_one(theirs: Any, tmp_path: Path, kind: str) -> None:
     dictionary = made(theirs, kind)
     saved(tmp_path, kind, {"step": 3, "ae": dictionary.state_dict(), "norm_factor": 1.7})
     read = load_sae(tmp_path)

@@ -195,7 +195,7 @@ def chat_windows(run: Run, judge: str) -> dict[int, set[int]]:
     return {latent: set(table.loc[table["latent"] == latent, "context"]) for latent in set(table["latent"].tolist())}
 
 
-def test_a_language_model_gets_a_baseline_on_its_contexts(run: Run) -> None:
+def test_language_model_gets_a_baseline_on_its_contexts(run: Run) -> None:
     with FakeServer() as server:
         explain(run, server=server)
         assert questions(server) == 3 * N, "the baseline asks nothing"

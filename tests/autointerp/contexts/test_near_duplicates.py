@@ -81,7 +81,7 @@ def test_equal_texts_are_one_group_whatever_the_threshold() -> None:
                 assert found[a] == found[b]
 
 
-def test_a_duplicate_group_keeps_its_name_as_harvest_grows() -> None:
+def test_duplicate_group_keeps_its_name_as_harvest_grows() -> None:
     rng = np.random.default_rng(3)
     tokens = np.concatenate([headers(9, i, 1) for i in range(20)])[rng.permutation(180)]
     before = group_windows(store_of(tokens[:120]), 0.4)  # type: ignore[arg-type]

@@ -171,7 +171,7 @@ def test_neighbours_are_the_nearest_by_brute_force() -> None:
     assert len(found.find_by_firing(11)) == 0
 
 
-def test_a_run_draws_from_its_own_weights_and_firings(tiny_root: Path) -> None:
+def test_run_draws_from_its_own_weights_and_firings(tiny_root: Path) -> None:
     material = Material.of(Run.open("run_a", tiny_root))
     frame = material.eligibility()
     for latent in frame["latent"][frame["eligible"]].tolist()[:3]:

@@ -255,7 +255,7 @@ def corpus_of(fires: Any, n: int, seed: int, miss: float = 0.0) -> tuple[list[Co
     return active[:n], silent[:n]
 
 
-def test_a_token_latent_is_explained_and_holds_on_unseen_text() -> None:
+def test_token_latent_explanation_holds_on_unseen_text() -> None:
     active, silent = corpus_of(lambda tokens, i: tokens[i] == '"', 100, seed=1, miss=0.1)
     sentence = explained(active[:40], silent[:60])
     assert '"\\"" (chance' in sentence
@@ -283,7 +283,7 @@ def test_a_latent_of_two_tokens_matches_neither_alone() -> None:
     assert accuracy(sentence, pools[0][40:] + pools[1][100:]) > 0.95
 
 
-def test_a_nearly_dense_latent_is_described_by_its_silence() -> None:
+def test_nearly_dense_latent_is_described_by_its_silence() -> None:
     rng = np.random.default_rng(6)
 
     def piece(quiet: bool) -> Context:

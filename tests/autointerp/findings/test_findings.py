@@ -77,7 +77,7 @@ def test_without_an_interval_nothing_is_decided() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=6, max_size=6))
-def test_leave_one_run_out_is_the_mean_of_other_pairs(values: list[float]) -> None:
+def test_leave_one_out_is_the_other_pairs_mean(values: list[float]) -> None:
     runs = "abcd"
     pairs = {f"{a}--{b}": v for (a, b), v in zip(combinations(runs, 2), values, strict=True)}
     found = without_each(pairs)

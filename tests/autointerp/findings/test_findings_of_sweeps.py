@@ -84,7 +84,7 @@ def test_the_slope_is_numpys() -> None:
     assert found.value == pytest.approx(np.polyfit(np.arange(5), y, 1)[0])
 
 
-def test_a_rate_that_follows_the_width_is_no_group() -> None:
+def test_rate_that_follows_the_width_is_no_group() -> None:
     rate = "training.learning_rate"
     points = [point({AXIS: 2**i, rate: 1 / 2**i}, 1 - i / 10) for i in (1, 2, 3)]
     sweep = swept(points, {AXIS: [2, 4, 8], rate: [1 / 2, 1 / 4, 1 / 8]}, (AXIS, rate))
@@ -146,7 +146,7 @@ def test_points_with_one_seed_are_left_out() -> None:
     assert row.as_dict()["value"] is None
 
 
-def test_each_row_uses_the_first_sweep_that_varies_it() -> None:
+def test_each_row_uses_its_first_sweep() -> None:
     found = findings_of_sweeps([widths(lambda i: 1 - i / 20)], lambda name: (f"; words for {name}", f"sweep {name}"))
     assert [row.id for row in found] == ["width", "k", "tokens", "architecture"]
     assert found[0].command is None

@@ -214,7 +214,7 @@ def test_several_runs_together_equal_scipy() -> None:
     assert pooled_findings([]) is None
 
 
-def test_a_small_run_does_not_outweigh_a_large_one() -> None:
+def test_small_run_does_not_outweigh_a_large_one() -> None:
     """300 of 600 latents in one run; in the other, whose correlation is the reverse, 15 of 600."""
     rng = np.random.default_rng(0)
     parts: list[Part] = []

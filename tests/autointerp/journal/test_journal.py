@@ -60,7 +60,7 @@ def test_explanations_come_back_as_they_went_in(journal: Journal) -> None:
     assert table["failure"].isna().tolist() == [True, False]
 
 
-def test_a_failed_explanation_is_replaced_and_a_good_one_never(journal: Journal) -> None:
+def test_only_a_failed_explanation_is_replaced(journal: Journal) -> None:
     failed = journal.add_explanation(latent=7, contexts=[1], failure="cut off", **SAME)
     mended = journal.add_explanation(latent=7, contexts=[1], text="Commas.", **SAME)
     kept = journal.add_explanation(latent=7, contexts=[1], text="Full stops.", **SAME)
@@ -89,7 +89,7 @@ def test_an_explanation_is_a_text_or_a_failure(journal: Journal, fields: dict[st
     assert len(journal.explanations()) == 0
 
 
-def test_verdicts_round_trip_with_nan_where_nothing_was_said(journal: Journal) -> None:
+def test_verdicts_round_trip_with_nan(journal: Journal) -> None:
     journal.add_explanation(latent=7, contexts=[], text="t", **SAME)
     journal.add_verdicts(
         [
@@ -110,7 +110,7 @@ def test_verdicts_round_trip_with_nan_where_nothing_was_said(journal: Journal) -
     assert journal.verdicts(context={1, np.int64(3)})["context"].tolist() == [1, 3]
 
 
-def test_a_failed_verdict_is_replaced_and_a_good_one_never(journal: Journal) -> None:
+def test_only_a_failed_verdict_is_replaced(journal: Journal) -> None:
     journal.add_explanation(latent=7, contexts=[], text="t", **SAME)
     journal.add_verdicts([verdict(1, failure="HTTP 500"), verdict(2, p=0.9, label=True)])
     journal.add_verdicts([verdict(1, p=0.2, label=False), verdict(2, p=0.1, label=False)])
@@ -120,7 +120,7 @@ def test_a_failed_verdict_is_replaced_and_a_good_one_never(journal: Journal) -> 
     assert table["failure"].isna().all()
 
 
-def test_one_window_may_be_a_negative_of_two_kinds(journal: Journal) -> None:
+def test_window_may_be_a_negative_of_two_kinds(journal: Journal) -> None:
     journal.add_explanation(latent=7, contexts=[], text="t", **SAME)
     kinds = {"random": False, "hard": True}
     for _ in range(2):
@@ -142,9 +142,7 @@ def test_one_window_may_be_a_negative_of_two_kinds(journal: Journal) -> None:
         {"label": True, "explanation_id": 99},
     ],
 )
-def test_a_failure_can_not_be_stored_as_a_number_nor_a_wrong_number_at_all(
-    journal: Journal, wrong: dict[str, Any]
-) -> None:
+def test_failures_are_never_stored_as_numbers(journal: Journal, wrong: dict[str, Any]) -> None:
     journal.add_explanation(latent=7, contexts=[], text="t", **SAME)
     with pytest.raises(sqlite3.IntegrityError):
         journal.add_verdicts([verdict(1, p=0.5, label=True), verdict(2, **wrong)])
@@ -231,7 +229,7 @@ def test_threads_may_share_it(journal: Journal) -> None:
     assert sorted(journal.explanations()["latent"]) == list(range(100))
 
 
-def test_claim_keeps_a_second_process_out_and_ends_with_the_first(tmp_path: Path) -> None:
+def test_a_claim_excludes_a_second_process(tmp_path: Path) -> None:
     path = tmp_path / "run_a" / "journal.sqlite"
     code = (
         "import sys, time; from pathlib import Path; from autointerp.journal.journal import Journal\n"
@@ -290,7 +288,7 @@ def test_migrations_are_never_edited() -> None:
     assert found[:2] == ["ddc0ebea5ef2cf64", "38ddaadafeacc7c9"]
 
 
-def test_a_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
+def test_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     path.write_bytes(b"not a database at all" * 100)
     with pytest.raises(BadInput, match=r"journal.sqlite' cannot be read .*move it away") as caught:

@@ -25,7 +25,7 @@ async def add(database: Database, n: int) -> None:
     await database.written(lambda connection: connection.execute("INSERT INTO x VALUES (?)", (n,)))
 
 
-def test_writers_of_one_moment_share_a_commit_and_find_it_done(tmp_path: Path) -> None:
+def test_concurrent_writers_share_a_commit(tmp_path: Path) -> None:
     path = tmp_path / "x.sqlite"
     database = Database(path, SCHEMA)
     said: list[str] = []
@@ -58,7 +58,7 @@ def test_who_fails_fails_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("another_loop", [False, True])
-def test_what_was_handed_in_is_written_though_nobody_waits_for_it(tmp_path: Path, another_loop: bool) -> None:
+def test_pending_writes_are_finished_at_the_end(tmp_path: Path, another_loop: bool) -> None:
     path = tmp_path / "x.sqlite"
     database = Database(path, SCHEMA)
 

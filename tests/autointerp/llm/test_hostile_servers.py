@@ -97,7 +97,7 @@ UNUSABLE: dict[str, tuple[Reply, str]] = {
 
 
 @pytest.mark.parametrize(("fault", "reason"), UNUSABLE.values(), ids=UNUSABLE.keys())
-def test_replies_that_are_no_answers_are_failures_with_their_reason(fault: Reply, reason: str) -> None:
+def test_invalid_replies_are_failures_with_reasons(fault: Reply, reason: str) -> None:
     with FakeServer(fault) as server:
         with pytest.raises(AnswerFailed, match=reason) as caught:
             complete(client(server))
@@ -110,7 +110,7 @@ def test_replies_that_are_no_answers_are_failures_with_their_reason(fault: Reply
     "count", [0, -1, -(10**30), True, "many", "7", 2.5, 1e300, float("nan"), 10**400, 10**12, None, [], {"a": 1}, 1]
 )
 @pytest.mark.parametrize("which", ["prompt_tokens", "completion_tokens", "both"])
-def test_an_answer_is_kept_whatever_its_token_counts_say(count: object, which: str) -> None:
+def test_an_answer_is_kept_whatever_its_token_counts(count: object, which: str) -> None:
     counts = {"prompt_tokens": 100, "completion_tokens": 100} | {
         name: count for name in ("prompt_tokens", "completion_tokens") if which in (name, "both")
     }
@@ -124,7 +124,7 @@ def test_an_answer_is_kept_whatever_its_token_counts_say(count: object, which: s
 
 
 @pytest.mark.parametrize("cached", [101, -5, 10**15, "all", True])
-def test_cached_tokens_are_never_more_than_the_prompt_has(cached: object) -> None:
+def test_cached_tokens_never_exceed_the_prompt(cached: object) -> None:
     usage = {"prompt_tokens": 100, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": cached}}
     with FakeServer(Reply(body={"choices": [{"message": {"content": "x"}}], "usage": usage})) as server:
         assert complete(client(server)).usage.cached_tokens == 0
@@ -313,7 +313,7 @@ def scored(
 
 
 @pytest.mark.parametrize("protocol", ["single", "batch"])
-def test_a_third_of_the_answers_faulty_costs_answers_and_not_truth(protocol: Protocol, tmp_path: Path) -> None:
+def test_faulty_answers_cost_answers_not_truth(protocol: Protocol, tmp_path: Path) -> None:
     (tmp_path / "well").mkdir()
     (tmp_path / "ill").mkdir()
     well, told_well = scored(honest, protocol, tmp_path / "well")

@@ -171,7 +171,7 @@ def test_concurrent_equal_questions_are_sent_once(tmp_path: Path) -> None:
         assert len(server.requests) == 1
 
 
-def test_a_cached_answer_that_no_longer_parses_is_reasked(tmp_path: Path) -> None:
+def test_cached_answer_that_no_longer_parses_is_reasked(tmp_path: Path) -> None:
     cache = ResponseCache(tmp_path / "cache.sqlite")
     with FakeServer("new") as server:
         request = Request(MESSAGES, 20)

@@ -242,7 +242,7 @@ def test_a_refusal_of_more_tokens_names_the_cut() -> None:
         (Reply('{"labels": [' + "\n" * 150, "length"), "cut off at 20 tokens, the last 150 characters white space"),
     ],
 )
-def test_a_cut_that_more_tokens_cannot_fix_is_final(reply: Reply, reason: str) -> None:
+def test_cut_that_more_tokens_cannot_fix_is_final(reply: Reply, reason: str) -> None:
     with FakeServer(reply) as server:
         with pytest.raises(AnswerFailed, match=reason):
             complete(client(server))

@@ -56,7 +56,7 @@ def client(*servers: FakeServer | str, **settings: Any) -> LlmClient:
 # choosing
 
 
-def test_the_next_request_goes_to_the_least_busy_server() -> None:
+def test_next_request_goes_to_the_least_busy_server() -> None:
     servers = Servers(URLS)
     slow, fast, _ = servers.all
     servers.all[2].rests_until = float("inf")
@@ -191,7 +191,7 @@ def test_a_server_that_goes_away_is_done_without() -> None:
         assert len(good.requests) == 20
 
 
-def test_a_missing_server_is_skipped_all_missing_is_error() -> None:
+def test_missing_server_is_skipped_all_missing_is_error() -> None:
     nowhere = f"http://127.0.0.1:{free_port()}/v1"
     with FakeServer("ok") as server:
         (answer,) = ask(client(nowhere, server), [question()])

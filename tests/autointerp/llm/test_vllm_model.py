@@ -189,7 +189,7 @@ def test_an_interpreter_without_vllm_is_told_at_once(tmp_path: Path, monkeypatch
             find_python(named, values)
 
 
-def test_a_program_that_is_no_interpreter_has_no_vllm(tmp_path: Path) -> None:
+def test_program_that_is_no_interpreter_has_no_vllm(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.write_text("#!/no/such/interpreter\n")
     broken.chmod(0o755)

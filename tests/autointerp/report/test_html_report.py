@@ -86,7 +86,7 @@ def test_the_head_sentences_are_those_of_the_terminal(root: Path, page: Parsed) 
 
 
 @pytest.mark.parametrize("name", ["overlap", "similarity", "membership", "scores", "counted", "relation", "methods"])
-def test_every_number_of_the_terminal_is_on_the_page(root: Path, page: Parsed, name: str) -> None:
+def test_every_terminal_number_is_on_the_page(root: Path, page: Parsed, name: str) -> None:
     section = report.sections()[name](findings(root, NAMES))
     assert isinstance(section, Section)
     assert section.title in page.text
@@ -153,7 +153,7 @@ def test_the_json_findings_are_in_the_file(root: Path, page: Parsed) -> None:
     assert page.data("findings") == plain
 
 
-def test_a_sweep_of_the_same_subject_is_figure_4(page: Parsed) -> None:
+def test_sweep_of_the_same_subject_is_figure_4(page: Parsed) -> None:
     (sweep,) = page.data("columns")["sweeps"]
     assert sweep["axis"] == "training.num_latents"
     assert [point["at"] for point in sweep["points"]] == [512, 64, 2048]

@@ -91,7 +91,7 @@ def every_course(looks: tuple[Look, ...], width: float) -> dict[tuple[int, int, 
 
 @pytest.mark.parametrize("looks", [(Look(2, 2), Look(4, 4)), (Look(2, 1), Look(3, 3), Look(5, 4))])
 @pytest.mark.parametrize("width", [0.2, 0.33, 0.36, 0.39])
-def test_the_rates_are_the_first_looks_over_all_courses(looks: tuple[Look, ...], width: float) -> None:
+def test_the_rates_are_those_of_first_looks(looks: tuple[Look, ...], width: float) -> None:
     expected = every_course(looks, width)
     for (number, x, y), rates in expected.items():
         assert unbiased(looks[: number + 1], width, x, y) == pytest.approx(rates), (number, x, y)
@@ -148,7 +148,7 @@ RATES = [(0.5, 0.5), (0.75, 0.75), (0.9, 0.9), (0.95, 0.95), (0.98, 0.98), (0.6,
 
 
 @pytest.mark.parametrize(("half_width", "n"), [(0.065, 50), (0.1, 50), (0.065, 95), (0.127, 30)])
-def test_the_reported_interval_holds_the_truth_and_the_score_is_unbiased(half_width: float, n: int) -> None:
+def test_the_reported_interval_covers_and_is_unbiased(half_width: float, n: int) -> None:
     for tpr, tnr in RATES:
         covered, bias, _ = simulated(tpr, tnr, half_width, n)
         assert covered >= 0.94, (tpr, tnr, covered)
@@ -199,7 +199,7 @@ def with_harder(n_active: int = 50, n_inactive: int = 50, n_hard: int = 20, n_sa
 
 
 @given(st.integers(5, 60), st.integers(5, 60), st.integers(0, 40), st.integers(0, 40))
-def test_every_round_has_the_same_mix_of_silent_contexts(n_active: int, n: int, n_hard: int, n_same: int) -> None:
+def test_every_round_has_the_same_mix_of_negatives(n_active: int, n: int, n_hard: int, n_same: int) -> None:
     found = with_harder(n_active, n, n_hard, n_same)
     every = [c.window for c in up_to(found, len(found) - 1)]
     assert len(every) == len(set(every)) == n_active + n + n_hard + n_same
@@ -209,7 +209,7 @@ def test_every_round_has_the_same_mix_of_silent_contexts(n_active: int, n: int, 
         assert abs(counts["same_token"] - counts["random"] * n_same / n) <= 0.5
 
 
-def test_harder_negatives_have_no_say_in_when_to_stop() -> None:
+def test_harder_negatives_do_not_affect_stopping() -> None:
     found = with_harder()
     right = answered(found, 0)
     wrong = {c.window for c in found[0] if c.kind in ("hard", "same_token")}
@@ -233,7 +233,7 @@ def answered(found: Rounds, number: int, wrong: set[int] = frozenset()) -> Label
     return {c.window: c.active != (c.window in wrong) for c in up_to(found, number)}
 
 
-def test_a_round_that_was_not_asked_to_its_end_decides_nothing() -> None:
+def test_an_unfinished_round_decides_nothing() -> None:
     found = rounds()
     labels = answered(found, 0)
     assert stop(found, labels, 0.1) is not None
@@ -256,7 +256,7 @@ def test_what_stopped_it_is_told() -> None:
     assert stop(few, answered(few, 1, wrong), 0.065).why == "out of contexts"  # type: ignore[union-attr]
 
 
-def test_failures_are_left_out_and_too_many_decide_nothing() -> None:
+def test_too_many_failures_decide_nothing() -> None:
     found = rounds()
     labels = answered(found, 0)
     few = labels | {3: None, 1004: None}
@@ -313,7 +313,7 @@ def table_of(run: Run) -> pd.DataFrame:
     return table[table["judge"] == "llm"].set_index(["latent", "control"])  # the n-gram baseline stands beside
 
 
-def test_rounds_end_when_the_interval_is_narrow_or_the_contexts_are_used_up(run: Run) -> None:
+def test_rounds_end_when_narrow_or_used_up(run: Run) -> None:
     with FakeServer() as server:
         scored = score(run, server)
         assert (scored.n_done, scored.n_failed) == (N, 0)
@@ -333,7 +333,7 @@ def test_rounds_end_when_the_interval_is_narrow_or_the_contexts_are_used_up(run:
         assert len(server.requests) == asked
 
 
-def test_harder_negatives_are_judged_in_proportion_and_scored_apart(run: Run) -> None:
+def test_harder_negatives_are_judged_proportionally_and_apart(run: Run) -> None:
     with FakeServer() as server:
         score(run, server)
     table = table_of(run)
@@ -353,9 +353,7 @@ def test_harder_negatives_are_judged_in_proportion_and_scored_apart(run: Run) ->
 
 
 @pytest.mark.parametrize("answered", [3, 11, 25])
-def test_a_resumed_run_has_the_rounds_and_scores_of_an_undisturbed_one(
-    run: Run, explained: Path, tmp_path: Path, answered: int
-) -> None:
+def test_a_resumed_run_equals_an_undisturbed_one(run: Run, explained: Path, tmp_path: Path, answered: int) -> None:
     other = Run.open("run_a", Path(shutil.copytree(explained, tmp_path / "undisturbed")))
     with FakeServer() as server:
         score(other, server)
@@ -371,7 +369,7 @@ def test_a_resumed_run_has_the_rounds_and_scores_of_an_undisturbed_one(
     pd.testing.assert_frame_equal(table_of(run), table_of(other))
 
 
-def test_failures_are_asked_again_before_looking_for_a_stop(run: Run) -> None:
+def test_failures_are_reasked_before_stopping(run: Run) -> None:
     with FakeServer() as server:
 
         def answer(body: dict[str, Any]) -> Reply | str:
@@ -388,7 +386,7 @@ def test_failures_are_asked_again_before_looking_for_a_stop(run: Run) -> None:
     assert (after["n_failed"] == 0).all()
 
 
-def test_a_fixed_call_leaves_adaptive_scores_as_they_are(run: Run) -> None:
+def test_a_fixed_call_keeps_adaptive_scores(run: Run) -> None:
     with FakeServer() as server:
         score(run, server)
         adaptive = table_of(run)

@@ -43,7 +43,7 @@ def ask_many(server: FakeServer, budget: Budget, n: int, at_once: int = 8) -> in
 
 
 @pytest.mark.parametrize("at_once", [1, 8])
-def test_it_is_used_up_as_far_as_may_be_and_never_overdrawn(at_once: int) -> None:
+def test_the_budget_is_used_up_and_never_overdrawn(at_once: int) -> None:
     with FakeServer(Reply("fine", delay=0.01)) as server:
         budget = Budget(tokens=20 * COST + 60)
         n = ask_many(server, budget, 40, at_once)
@@ -62,7 +62,7 @@ def test_dollars_count_cached_tokens_at_their_price() -> None:
     assert 7 <= n <= 10
 
 
-def test_answers_that_cannot_be_used_are_paid_for_too() -> None:
+def test_unusable_answers_are_paid_for_too() -> None:
     async def go(server: FakeServer) -> None:
         async with LlmClient(server.url, budget=Budget(tokens=5 * COST), answer_tries=100) as client:
 
@@ -89,7 +89,7 @@ def test_answers_that_cannot_be_used_are_paid_for_too() -> None:
         {"prompt_tokens": 100, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 10**9}},
     ],
 )
-def test_counts_that_cannot_be_right_do_not_keep_a_budget_from_ending(counts: dict[str, object] | None) -> None:
+def test_implausible_counts_still_end_a_budget(counts: dict[str, object] | None) -> None:
     prices = Prices(prompt=1.0, completion=1.0, cached=0.0)
     body = {"choices": [{"message": {"content": "fine"}}], "usage": counts}
     for budget in (Budget(tokens=1000), Budget(dollars=1000 / 1e6, prices=prices)):

@@ -94,7 +94,7 @@ def test_without_probabilities_there_is_no_auroc() -> None:
     assert math.isnan(row.auroc_low)
 
 
-def test_what_was_asked_and_not_answered_counts_as_failed() -> None:
+def test_unanswered_questions_count_as_failed() -> None:
     tests = halves(50)
     items = DetectionScorer().items(tests)
     table = verdicts([(True, 0.9, None)] * 50 + [(False, 0.1, None)] * 50)
@@ -120,7 +120,7 @@ def test_mixed_judgings_are_refused() -> None:
         DetectionScorer().score(pd.concat([table, table]))
 
 
-def test_the_order_of_items_is_fixed_and_gives_nothing_away() -> None:
+def test_the_item_order_is_fixed_and_reveals_nothing() -> None:
     tests = halves(50)
     items = DetectionScorer().items(tests)
     turned = DetectionScorer().items(TestSet(tests.active[::-1], tests.inactive[::-1]))

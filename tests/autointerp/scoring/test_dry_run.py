@@ -59,7 +59,7 @@ def test_explain_is_foretold_and_nothing_is_asked(run: Run) -> None:  # noqa: F8
     assert (after.requests, after.answered_before, after.prompt_tokens) == (0, N, 0)
 
 
-def test_a_server_of_our_own_is_not_started_for_it(run: Run) -> None:  # noqa: F811
+def test_no_server_is_started_for_it(run: Run) -> None:  # noqa: F811
     options = LlmOptions(vllm="bundled")
     found = forecast_explain([run], Choice(n=N), "llm", options, None)
     assert found.requests == N
@@ -68,7 +68,7 @@ def test_a_server_of_our_own_is_not_started_for_it(run: Run) -> None:  # noqa: F
     assert not (run.root / "logs").exists()
 
 
-def test_the_protocol_is_the_one_that_the_command_would_choose(run: Run) -> None:  # noqa: F811
+def test_the_protocol_is_what_the_command_would_choose(run: Run) -> None:  # noqa: F811
     with FakeServer() as server:
         explain(run, server)
         unknown = forecast(run, server, "auto")
@@ -87,7 +87,7 @@ def test_the_protocol_is_the_one_that_the_command_would_choose(run: Run) -> None
 
 
 @pytest.mark.parametrize("prices", [None, Prices(prompt=2.0, completion=8.0)])
-def test_where_the_protocol_is_not_known_both_are_counted(
+def test_an_unknown_protocol_counts_both(
     run: Run,  # noqa: F811
     prices: Prices | None,
     capsys: pytest.CaptureFixture[str],
@@ -224,7 +224,7 @@ def test_the_command_gives_one_object(run: Run) -> None:  # noqa: F811
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=80), max_size=6))
-def test_cached_are_the_leading_blocks_of_any_earlier_prompt(prompts: list[list[int]]) -> None:
+def test_the_cache_counts_leading_blocks_of_earlier_prompts(prompts: list[list[int]]) -> None:
     known: set[bytes] = set()
     for i, prompt in enumerate(prompts):
         shared = 0
@@ -242,7 +242,7 @@ def test_characters_are_cut_by_the_measured_size() -> None:
     assert not count.exact
 
 
-def test_a_model_that_is_not_here_has_no_local_tokenizer() -> None:
+def test_a_missing_model_has_no_local_tokenizer() -> None:
     assert load_local_tokenizer("nobody/no-such-model") is None
 
 
@@ -301,7 +301,7 @@ TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 
 @pytest.mark.parametrize("dialect", [vllm, llama_cpp])
-def test_the_servers_own_tokens_are_counted_in_its_dialect(dialect: Callable[[str, dict[str, Any]], Any]) -> None:
+def test_the_servers_own_tokens_are_counted(dialect: Callable[[str, dict[str, Any]], Any]) -> None:
     with Tokenizing(dialect) as server:
         tokenize, n = counted(server, TALK)
     assert tokenize.exact
@@ -335,7 +335,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("reply", WRONG.values(), ids=WRONG.keys())
-def test_a_count_that_cannot_be_right_is_not_used(reply: Callable[[dict[str, Any]], Any]) -> None:
+def test_an_implausible_count_is_not_used(reply: Callable[[dict[str, Any]], Any]) -> None:
     with Tokenizing(lambda path, body: reply(body) if path == "/tokenize" else None) as server:
         tokenize, n = counted(server, TALK)
     assert not tokenize.exact
@@ -356,7 +356,7 @@ NO_COUNT: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("reply", NO_COUNT.values(), ids=NO_COUNT.keys())
-def test_a_server_without_a_tokenizer_is_estimated_without_a_word(reply: Any) -> None:
+def test_a_server_without_tokenizer_is_estimated_quietly(reply: Any) -> None:
     with Tokenizing(lambda _path, _body: reply) as server:
         tokenize, _ = counted(server, TALK)
     assert not tokenize.exact
@@ -374,7 +374,7 @@ def test_a_server_that_stops_counting_is_estimated(run: Run) -> None:  # noqa: F
     assert any("failed (HTTP Error 404" in note for note in found.notes)
 
 
-def test_a_dry_run_says_that_a_count_was_not_believed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_a_dry_run_reports_an_implausible_count(run: Run, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     with Tokenizing(lambda _path, _body: {"tokens": []}) as server:
         found = forecast_explain([run], Choice(n=N), "llm", LlmOptions(url=server.url), None)
     render_cost(found.as_dict())

@@ -143,7 +143,7 @@ Score = Callable[..., Outcome]
 # --- explain ------------------------------------------------------------------------------------------------
 
 
-def test_every_answer_is_journalled_with_what_it_was_made_from(run: Run, explain: Explain) -> None:
+def test_every_answer_is_journalled_with_its_inputs(run: Run, explain: Explain) -> None:
     fake = FakeExplainer()
     outcome = explain(fake)
     rows = journal(run.journal_path)["explanation"]
@@ -205,7 +205,7 @@ def test_a_larger_sample_asks_only_for_the_rest(explain: Explain) -> None:
     assert (outcome.n_done, outcome.n_new) == (9, 4)
 
 
-def test_the_sample_is_on_record_before_anything_is_asked(run: Run, explain: Explain, score: Score) -> None:
+def test_the_sample_is_recorded_before_asking(run: Run, explain: Explain, score: Score) -> None:
     broken = FakeExplainer(breaks=frozenset(range(run.settings.training.num_latents)))
     with pytest.raises(Unavailable):
         explain(broken, n=6)
@@ -377,9 +377,7 @@ def test_latents_without_an_explanation_are_rows_too(run: Run, explain: Explain,
 # --- material, backends, work -------------------------------------------------------------------------------
 
 
-def test_eligibility_is_counted_once_and_again_when_the_settings_change(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eligibility_is_recounted_only_when_settings_change(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Material.of(run).eligibility()
     assert 0 < first["eligible"].sum() <= len(first)
     assert (first["ineligible_reason"] == "").equals(first["eligible"])
@@ -419,7 +417,7 @@ def test_a_judge_of_its_own_is_just_that(
             resolve_name(EXPLAINERS, "llm", options)
 
 
-def test_an_unknown_protocol_is_told_before_anything_is_opened(tmp_path: Path) -> None:
+def test_an_unknown_protocol_is_reported_before_opening(tmp_path: Path) -> None:
     async def opened() -> None:
         async with open_judge("auto", LlmOptions(url="http://127.0.0.1:9", protocol="chat"), tmp_path / "cache"):
             raise AssertionError

@@ -92,7 +92,7 @@ def test_a_sparse_latent_loses_no_context() -> None:
         assert len(tests.active) == len(tests.inactive) == 20
 
 
-def test_where_every_token_fires_nothing_can_be_marked_otherwise() -> None:
+def test_dense_tokens_cannot_be_marked_otherwise() -> None:
     assert mark(activating(30, 0, density=5.0)) == TestSet([], [])
     assert mark(activating(1, 0)) == TestSet([], [])
     assert mark([]) == TestSet([], [])
@@ -109,7 +109,7 @@ JUDGES: dict[str, Callable[[Context], bool]] = {
 
 
 @pytest.mark.parametrize("judge", JUDGES)
-def test_whoever_looks_at_marks_or_text_alone_scores_one_half(judge: str) -> None:
+def test_a_judge_of_marks_alone_scores_half(judge: str) -> None:
     """Over many latents that fire early, in runs, on few tokens or many."""
     truth, said = [], []
     for latent in range(200):
@@ -138,7 +138,7 @@ def test_marks_drawn_at_random_would_leak() -> None:
     assert balanced_accuracy(truth, said).low > 0.7
 
 
-def test_a_judge_that_knows_is_perfect_and_strata_are_of_the_rightly_marked() -> None:
+def test_a_perfect_judge_scores_one_with_correct_strata() -> None:
     tests = mark(activating(60, 1, 0.1))
     items = FuzzingScorer().items(tests)
     row = FuzzingScorer().score(verdicts(tests, lambda c: c.truth), items)
@@ -161,7 +161,7 @@ def test_the_order_gives_nothing_away() -> None:
 
 @settings(max_examples=20)
 @given(st.integers(0, 10**6))
-def test_contexts_are_of_the_judges_side_and_too_few_are_none(seed: int) -> None:
+def test_contexts_come_from_the_judges_half(seed: int) -> None:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 10**6, (300, W))
     values = rng.random((300, W)) * (rng.random((300, W)) < 0.1) * (rng.random((300, 1)) < 0.6)
@@ -174,7 +174,7 @@ def test_contexts_are_of_the_judges_side_and_too_few_are_none(seed: int) -> None
     assert FuzzingScorer().test_set(few, 0) == TestSet([], [])
 
 
-def test_the_baseline_judges_marks_by_the_marked_tokens_alone() -> None:
+def test_the_baseline_judges_only_marked_tokens() -> None:
     patterns = Patterns((Pattern(" raise Error", 0.9, 9.0), Pattern(" x", 0.5, 5.0)), 0.1)
     tokens = (" raise", " Error", " x", " y")
     for marks, expected in (

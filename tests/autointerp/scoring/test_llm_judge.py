@@ -64,7 +64,7 @@ def test_every_context_gets_its_own_verdict_in_order(protocol: str, wanted: str)
     assert sum((j.usage for j in judgements), Usage()).requests == len(server.requests)
 
 
-def test_the_last_request_is_as_short_as_it_is_and_says_so() -> None:
+def test_the_last_request_is_short_and_says_so() -> None:
     with FakeServer() as server:
         judge(server, contexts("0110010"), contexts_per_request=5)
     by_size = {len(snippets_of(seen.question)): seen for seen in server.requests}
@@ -130,7 +130,7 @@ def test_nothing_to_judge() -> None:
     ],
     ids=range(12),
 )
-def test_a_request_that_fails_fails_its_own_contexts_with_a_reason(fault: Reply, reason: str) -> None:
+def test_a_failed_request_fails_its_own_contexts(fault: Reply, reason: str) -> None:
     def answer(body: dict[str, Any]) -> Reply | str:
         n = len(snippets_of(body["messages"][-1]["content"]))
         return fault if n == 5 else json.dumps({"labels": [1] * n})
@@ -146,7 +146,7 @@ def test_a_request_that_fails_fails_its_own_contexts_with_a_reason(fault: Reply,
     assert sum((j.usage for j in judgements), Usage()).requests == len(server.requests)
 
 
-def test_a_poor_answer_is_asked_again_and_only_the_good_one_is_kept(tmp_path: Path) -> None:
+def test_a_poor_answer_is_reasked_and_not_kept(tmp_path: Path) -> None:
     cache = tmp_path / "cache.sqlite"
     with FakeServer() as server:
         server.script.extend([Reply('{"labels": [1]}')] * 3)
@@ -171,7 +171,7 @@ def test_no_server_is_not_these_contexts_failure() -> None:
         asyncio.run(main())
 
 
-def test_a_refused_key_half_way_stops_the_other_requests() -> None:
+def test_a_key_refused_half_way_stops_other_requests() -> None:
     with FakeServer(Reply('{"labels": [1]}', delay=0.02)) as server:
         server.script.append(error(401, "no"))
 
@@ -279,9 +279,7 @@ def test_one_token_read_with_care() -> None:
         ({"1": 0.9}, "1", 0.9),
     ],
 )
-def test_a_label_that_is_not_listed_is_not_impossible(
-    alternatives: dict[str, float], chosen: str, expected: float
-) -> None:
+def test_an_unlisted_label_is_not_impossible(alternatives: dict[str, float], chosen: str, expected: float) -> None:
     logprobs = {token: math.log(p) for token, p in alternatives.items()}
     answer = Answer("?", "length", tokens=(chosen,), top_logprobs=(logprobs,))
     label, p = parse_single(answer)
@@ -342,7 +340,7 @@ def test_a_judgement_is_a_label_or_a_failure() -> None:
 # the prompt files
 
 
-def test_the_examples_are_answers_that_this_program_can_read() -> None:
+def test_the_prompts_examples_can_be_parsed() -> None:
     batch, single = prompts.conversation("judge_batch"), prompts.conversation("judge_single")
     sizes, active = set(), []
     for example in batch.examples:

@@ -109,7 +109,7 @@ def test_what_was_answered_together_is_on_record(run: Run, protocol: str, size: 
         assert (requests.first() == requests.first().index).all()
 
 
-def test_requests_hold_the_harder_contexts_too_and_stay_whole(run: Run) -> None:
+def test_requests_include_harder_contexts_and_stay_whole(run: Run) -> None:
     """What a split keeps together are requests as they were sent, not fives of what the score counts of them."""
     rows = pd.DataFrame({"explanation_id": [1], "control": ["none"], "status": ["ok"]})
     setup = dict.fromkeys(("judge", "scorer", "settings_hash", "judge_prompt_hash"), "x") | {"model": "m"}
@@ -133,7 +133,7 @@ def test_requests_hold_the_harder_contexts_too_and_stay_whole(run: Run) -> None:
     assert found["request"].tolist() == [0, 0, 4, 4, 4, 8, 8, 8, -3, -3, -4, -4, -4, -5, -5, -5]
 
 
-def test_a_score_does_not_depend_on_the_order_of_the_answers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_does_not_depend_on_answer_order(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last bit: sums are rounded in the order of their parts."""
     with FakeServer() as server:
         explain(run, server)
@@ -167,7 +167,7 @@ def test_a_protocol_counts_its_own_scores(run: Run) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_explanations_that_all_failed_are_counted_and_no_crash(run: Run, named: bool) -> None:
+def test_all_failed_explanations_are_counted_without_crash(run: Run, named: bool) -> None:
     with FakeServer("I cannot tell.") as server:
         explained = explain(run, server)
         assert (explained.n_done, explained.n_failed) == (0, N)
@@ -187,7 +187,7 @@ def test_a_language_models_failures_are_not_the_baselines(run: Run) -> None:
     assert (scored.n_done, scored.n_failed) == (N, 0)
 
 
-def test_an_explain_that_was_stopped_at_once_is_as_if_it_had_not_been(run: Run) -> None:
+def test_an_explain_stopped_at_once_leaves_nothing(run: Run) -> None:
     Journal(run.journal_path).close()
     with FakeServer() as server:
         with pytest.raises(BadInput, match="has explanations to score"):
@@ -195,7 +195,7 @@ def test_an_explain_that_was_stopped_at_once_is_as_if_it_had_not_been(run: Run) 
         assert score(run, server).n_done >= N
 
 
-def test_a_server_that_goes_away_leaves_what_it_answered_and_what_that_cost(run: Run) -> None:
+def test_a_lost_server_keeps_its_answers_and_cost(run: Run) -> None:
     with FakeServer() as server:
         explain(run, server)
         before = len(server.requests)
@@ -216,7 +216,7 @@ def test_a_server_that_goes_away_leaves_what_it_answered_and_what_that_cost(run:
         assert len(server.requests) == N * ITEMS - 20, "answers that came but were not journalled are in the cache"
 
 
-def test_what_the_server_could_not_do_is_told_and_stored_with_the_scores(run: Run) -> None:
+def test_missing_server_abilities_are_reported_and_stored(run: Run) -> None:
     with FakeServer(gives_logprobs=False, counts_cached=False) as server:
         explained = explain(run, server)
         assert [note for note in explained.notes if "log-probabilities" in note] == []
@@ -230,7 +230,7 @@ def test_what_the_server_could_not_do_is_told_and_stored_with_the_scores(run: Ru
     assert (found["logprobs"], found["cached_tokens"], found["json_schema"]) == (0, False, True)
 
 
-def test_the_key_is_on_no_file_and_in_no_line_of_output(
+def test_the_key_is_in_no_file_or_output(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever a server does with the key that it is given: it says it in answers, in errors, in escapes."""
@@ -320,7 +320,7 @@ def test_both_scorers_together_stand_side_by_side(run: Run, protocol: str) -> No
     assert verdicts.groupby("latent")["context"].apply(lambda windows: windows.is_unique).all()
 
 
-def test_a_latent_that_cannot_be_fuzzed_is_told_and_is_no_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latent_that_cannot_be_fuzzed_is_no_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autointerp.scoring.scorers.fuzzing.mark", lambda _: TestSet([], []))
     with FakeServer() as server:
         explain(run, server)

@@ -95,7 +95,7 @@ def test_kept_rows_are_those_that_would_be_made(run: Run) -> None:  # noqa: F811
     pd.testing.assert_frame_equal(kept, table_of(run))
 
 
-def test_rows_of_failed_explanations_leave_the_others_types_alone(run: Run) -> None:  # noqa: F811
+def test_failed_rows_leave_other_column_types_alone(run: Run) -> None:  # noqa: F811
     with FakeServer() as server:
         explained_by_both(run, server)
         by_ngrams(run)
@@ -112,7 +112,7 @@ def test_rows_of_failed_explanations_leave_the_others_types_alone(run: Run) -> N
     pd.testing.assert_frame_equal(table_of(run), before)
 
 
-def test_the_baseline_is_of_the_latents_that_the_model_explained(run: Run, drawn: list[int]) -> None:  # noqa: F811
+def test_the_baseline_covers_the_models_latents(run: Run, drawn: list[int]) -> None:  # noqa: F811
     with FakeServer() as server:
         explained_by_both(run, server)
         with Journal(run.journal_path) as journal:
@@ -133,7 +133,7 @@ def test_the_baseline_is_of_the_latents_that_the_model_explained(run: Run, drawn
     assert set(by_ngram.loc[by_ngram["control"] == "none", "latent"]) > by_model
 
 
-def test_what_a_stopped_call_left_in_the_journal_is_made_into_rows(run: Run) -> None:  # noqa: F811
+def test_leftovers_of_a_stopped_call_become_rows(run: Run) -> None:  # noqa: F811
     with FakeServer() as server:
         explained_by_both(run, server)
         by_ngrams(run)
@@ -151,7 +151,7 @@ def test_what_a_stopped_call_left_in_the_journal_is_made_into_rows(run: Run) -> 
         assert score(run, server, "single").n_done == N
 
 
-def test_failures_of_one_judge_are_tried_again_by_it_alone(run: Run, drawn: list[int]) -> None:  # noqa: F811
+def test_one_judges_failures_are_retried_by_it_alone(run: Run, drawn: list[int]) -> None:  # noqa: F811
     with FakeServer() as server:
         explained_by_both(run, server)
         by_ngrams(run)
@@ -199,7 +199,7 @@ def without_test_sets(run: Run) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("rule", [None, StoppingRule(0.3)])
-def test_old_runs_keep_their_scores_and_are_not_asked_again(run: Run, rule: StoppingRule | None) -> None:  # noqa: F811
+def test_old_runs_keep_scores_and_are_not_reasked(run: Run, rule: StoppingRule | None) -> None:  # noqa: F811
     def go() -> Outcome:
         return score_runs([run], run.root, ("detection",), "llm", LlmOptions(url=server.url), 0, rule)
 
@@ -217,7 +217,7 @@ def test_old_runs_keep_their_scores_and_are_not_asked_again(run: Run, rule: Stop
         assert not [seen for seen in server.requests[sent:] if "chat" in seen.path]
 
 
-def test_rounds_of_an_old_run_without_a_table_are_scored_by_the_same_call(run: Run) -> None:  # noqa: F811
+def test_old_rounds_without_table_are_scored_by_rerunning(run: Run) -> None:  # noqa: F811
     def go() -> Outcome:
         return score_runs([run], run.root, ("detection",), "ngram", LlmOptions(), 0, StoppingRule(0.3))
 
@@ -234,7 +234,7 @@ def test_rounds_of_an_old_run_without_a_table_are_scored_by_the_same_call(run: R
     pd.testing.assert_frame_equal(after[after["precision"].notna()].reset_index(drop=True), before)
 
 
-def test_contexts_that_a_stopped_call_did_not_ask_count_as_failed(run: Run) -> None:  # noqa: F811
+def test_unasked_contexts_of_a_stopped_call_are_failed(run: Run) -> None:  # noqa: F811
     with FakeServer() as server:
         explained_by_both(run, server)
         sent = len(server.requests)
@@ -249,7 +249,7 @@ def test_contexts_that_a_stopped_call_did_not_ask_count_as_failed(run: Run) -> N
     assert stopped["status"].str.contains("contexts without a verdict").all()
 
 
-def test_controls_that_were_left_out_are_made_when_asked_for(run: Run) -> None:  # noqa: F811
+def test_skipped_controls_are_trained_when_asked_for(run: Run) -> None:  # noqa: F811
     explain_runs([run], Choice(n=ALL), "ngram", LlmOptions(), Compute("cpu", 1))
     by_ngrams(run, 0)
     assert set(table_of(run)["control"]) == {"none"}

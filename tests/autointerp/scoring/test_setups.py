@@ -116,7 +116,7 @@ def test_scores_to_a_precision_say_so(root: Path) -> None:
     assert f"{n_narrow} latents ended narrow enough, {n_cap} at the cap, 0 with no contexts left." in page
 
 
-def test_of_equal_set_ups_the_most_precise_comes_first() -> None:
+def test_the_most_precise_of_equal_setups_comes_first() -> None:
     base = {"latent": 0, "control": "none", "status": "ok", "judge": "ngram", "scorer": "detection", "model": ""}
     rows = [
         {**base, "settings_hash": key, "explanation_id": 4, "precision": to}

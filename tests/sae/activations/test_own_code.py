@@ -115,7 +115,7 @@ def test_code_of_a_tokenizer_is_not_run(evil: Evil, asked: list[str], tiny_neox_
 
 
 @pytest.mark.parametrize("value", ["evil.EvilConfig", ["evil.EvilConfig"], {"AutoConfig": 3}, {"AutoConfig": None}, 7])
-def test_an_auto_map_of_wrong_shape_is_one_line(value: Any, evil: Evil, asked: list[str]) -> None:
+def test_auto_map_of_wrong_shape_is_one_line(value: Any, evil: Evil, asked: list[str]) -> None:
     for file, values in (("config.json", {"model_type": "evil"}), ("tokenizer_config.json", {})):
         evil.edit(file, auto_map=value, **values)
         with pytest.raises(BadInput) as caught:

@@ -271,7 +271,7 @@ def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert found.arguments() == {"revision": "0123abcd", "local_files_only": True}
 
 
-def test_a_name_and_revision_are_looked_up_on_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_and_revision_are_looked_up_on_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     class Found:

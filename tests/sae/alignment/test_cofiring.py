@@ -74,7 +74,7 @@ def test_shifted_a_latent_meets_itself_no_more() -> None:
     assert [relation.NAMES[i] for i in moved.relation] == ["new"] * 3
 
 
-def test_a_latent_with_many_firings_is_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latent_with_many_firings_is_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     b = rng.random((4000, 90)) < 0.03
     a = np.column_stack([b[:, i] | b[:, i + 1] | (rng.random(4000) < 0.004) for i in range(60)])

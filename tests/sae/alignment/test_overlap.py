@@ -250,7 +250,7 @@ def test_intervals_cover_as_often_as_stated() -> None:
 
 
 @pytest.mark.parametrize("widths", [None, [20, 25, 40]])
-def test_a_pairs_interval_does_not_depend_on_other_runs(widths: list[int] | None) -> None:
+def test_pairs_interval_does_not_depend_on_other_runs(widths: list[int] | None) -> None:
     runs, tables, alive = study(3, 25, seed=4, widths=widths)
     together = overlap(runs, tables, alive, resamples=100)
     for a, b in combinations(runs, 2):

@@ -100,7 +100,7 @@ def test_only_rank_0_speaks(ran: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES_IN_DATA)
-def test_data_over_ranks_equals_one_process_up_to_rounding(ran: Path, architecture: str) -> None:
+def test_data_over_ranks_equals_one_process_approximately(ran: Path, architecture: str) -> None:
     there = well(ran / f"data_{architecture}")
     rows: list[dict[str, float]] = []
     for seed in range(2):

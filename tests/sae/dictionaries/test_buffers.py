@@ -76,7 +76,7 @@ def test_what_nobody_wants_goes_back() -> None:
     assert len(buffers._pieces) == 2
 
 
-def test_a_small_request_does_not_hold_a_large_piece() -> None:
+def test_small_request_does_not_hold_a_large_piece() -> None:
     buffers = Buffers()
     place = address(buffers.empty((8, LARGE), torch.float32))
     assert address(buffers.empty((LARGE,), torch.float32)) != place

@@ -55,7 +55,7 @@ def test_the_files_are_those_of_sparsify(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [0, "DROP"])
-def test_a_width_of_zero_is_the_expansion_factor_times_d(folder: Path, width: Any) -> None:
+def test_zero_width_is_the_expansion_factor_times_d(folder: Path, width: Any) -> None:
     configure(folder, num_latents=width, expansion_factor=3, from_the_future=[1, 2])
     assert load_sae(folder).num_latents == M
 

@@ -211,7 +211,7 @@ def test_a_batchtopk_training_checkpoint(tmp_path: Path) -> None:
     check_alike(opened(folder), x64(), *expected)
 
 
-def test_a_threshold_of_zero_or_less_is_plain_relu(tmp_path: Path) -> None:
+def test_threshold_of_zero_or_less_is_plain_relu(tmp_path: Path) -> None:
     tensors = {**saelens_tensors("jumprelu", 3), "threshold": torch.linspace(-1, 0, M)}
     expected = saelens_formula(tensors, x64(), "standard", centre=True, rescale=False, factor=1.0, k=K)
     check_alike(opened(saelens_files(tmp_path, tensors, architecture="jumprelu")), x64(), *expected)

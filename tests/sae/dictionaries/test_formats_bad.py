@@ -191,7 +191,7 @@ ANYTHING = st.recursive(
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), architecture=st.sampled_from(ARCHITECTURES))
-def test_any_description_is_read_or_refused_in_one_line(tmp_path: Path, data: st.DataObject, architecture: str) -> None:
+def test_any_description_is_read_or_refused(tmp_path: Path, data: st.DataObject, architecture: str) -> None:
     kinds = [name for name, kind in FORMATS.items() if kind.has(architecture)]
     name = data.draw(st.sampled_from(kinds))
     folder = tmp_path / name / architecture

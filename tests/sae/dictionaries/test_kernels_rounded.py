@@ -242,7 +242,7 @@ def test_int8_rounding_errors_have_the_assumed_spread() -> None:
     assert float((error / sigma[:, None]).abs().max()) < 6
 
 
-def test_a_value_that_8_bits_make_negative_is_found() -> None:
+def test_value_that_8_bits_make_negative_is_found() -> None:
     """Many latents just above zero: rounding puts half of them below, and all are in the result all the same."""
     x, weight, _ = random_sizes(13, 5, 40, 16)
     weight = weight - (weight @ x[0])[:, None] * x[0] / (x[0] @ x[0])  # now at right angles to the first token

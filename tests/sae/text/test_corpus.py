@@ -237,7 +237,7 @@ def test_tokens_of_a_file_equal_those_of_pieces(neox: tuple[Any, str], lines: li
     assert joined == tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
 
 
-def test_a_document_in_pieces_gets_one_end_of_text(
+def test_document_in_pieces_gets_one_end_of_text(
     neox: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def documents() -> Iterator[Document]:

@@ -49,7 +49,7 @@ def test_advice_gives_numbers() -> None:
     assert "lower training.batch_tokens to" in memory.describe_shortage([part()], None, failed=True)
 
 
-def test_a_training_that_cannot_fit_is_refused_at_once(
+def test_training_that_cannot_fit_is_refused_at_once(
     short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "runs"

@@ -221,7 +221,7 @@ def test_training_is_that_of_autograd_and_torch_adam(tmp_path: Path) -> None:
         torch.testing.assert_close(weight, weights[name].data, rtol=1e-6, atol=1e-8)
 
 
-def test_a_seed_trains_the_same_alone_or_with_others(tmp_path: Path) -> None:
+def test_seed_trains_the_same_alone_or_with_others(tmp_path: Path) -> None:
     together, alone = fresh(0, 1), fresh(1)
     train(Batches(20), together, settings(), folders(tmp_path / "together", 2))
     train(Batches(20), alone, settings(), folders(tmp_path / "alone", 1))
@@ -292,7 +292,7 @@ def test_a_growing_study_keeps_existing_states(tmp_path: Path) -> None:
     assert all(map(same, straight, grown))
 
 
-def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_state_falls_back_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One bit, among the weights: the file opens, and only its checksum tells."""
     straight, places = fresh(0), folders(tmp_path, 1)
     train(Batches(12), straight, settings(), places)
