@@ -1,10 +1,8 @@
 """Keep activations on disk, for later epochs and for the harvest.
 
-The cache only saves time: without it, or with a full or damaged one, the stream computes the same numbers. Its size is
-bounded, and each slot has a checksum, which also marks the slots that were never finished.
-
-Slots are read and written with plain file calls: mapped pages would count as this process's memory, and a full disk
-would kill the process instead of raising an error.
+The cache only saves time: without it, the stream computes the same numbers. Its size is bounded. A checksum per slot
+detects damaged and unfinished slots. Files are read and written, not mapped: mapped pages count as this process's
+memory, and a full disk would kill the process instead of raising an error.
 """
 
 from __future__ import annotations
@@ -85,10 +83,7 @@ class ActivationCache:
         return self.fills and not self._full and bool((slots < self.slots).all())
 
     def get(self, slots: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """Return the contents of filled ``slots`` [n]: [n, T, D] on the CPU, and which are undamaged, bool [n].
-
-        Damaged slots become empty.
-        """
+        """Return filled ``slots`` [n] as [n, T, D] on the CPU, and which are intact, bool [n]; empty the others."""
         values = np.empty((len(slots), *self._shape), dtype=_ON_DISK[self._dtype])
         raw = values.reshape(-1).view(np.uint8).data
         whole = np.zeros(len(slots), dtype=bool)
@@ -127,7 +122,6 @@ class ActivationCache:
         return True
 
     def delete(self) -> None:
-        """Delete the files."""
         self._close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -135,10 +129,10 @@ class ActivationCache:
 def open_caches(
     corpus: Corpus, subject: Subject, hookpoints: Sequence[str], limit_bytes: int
 ) -> dict[str, ActivationCache]:
-    """Open the caches of some hookpoints' activations, in the corpus's folder; existing contents stay.
+    """Open the caches of hookpoints in the corpus's folder; existing contents stay.
 
-    ``limit_bytes`` is the limit of all caches under the root. The hookpoints share it evenly; other caches are deleted
-    if their space is needed, least recently used first. A hookpoint gets no cache if not even one block fits.
+    ``limit_bytes`` limits all caches under the root. The hookpoints share it evenly; other caches are deleted for
+    space, least recently used first. A hookpoint gets no cache if not even one block fits.
     """
     names = [subject.resolve(hookpoint) for hookpoint in hookpoints]
     if limit_bytes <= 0 or not names:
@@ -164,7 +158,7 @@ def open_caches(
 
 
 def open_caches_to_read(corpus: Corpus, subject: Subject, hookpoints: Sequence[str]) -> dict[str, ActivationCache]:
-    """Open the caches that another process has opened by :func:`open_caches` and may be filling, to read."""
+    """Open, for reading, the caches that another process may be filling (:func:`open_caches`)."""
     found = {}
     for name in (subject.resolve(hookpoint) for hookpoint in hookpoints):
         folder = corpus.folder / "activations" / _cache_key(corpus, subject, name)
@@ -181,7 +175,7 @@ def count_slot_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
 
 
 def _slots(corpus: Corpus, size: int, room: int) -> int:
-    """Return how many sequences fit, in whole blocks, which are computed at once."""
+    """Return how many sequences fit, in whole blocks."""
     fitting = room // (size + _SUM_BYTES)
     return corpus.n_sequences if fitting >= corpus.n_sequences else fitting // corpus.block_rows * corpus.block_rows
 
@@ -219,7 +213,6 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
 
 
 def _cache_key(corpus: Corpus, subject: Subject, hookpoint: str) -> str:
-    """Return a key of everything that the bits depend on, with the kind of device and the version of PyTorch."""
     made_from = [
         corpus.fingerprint,
         subject.fingerprint,

@@ -1,7 +1,7 @@
 """Suggest hookpoints for a name from another program, in an error message.
 
 TransformerLens and SAELens (``blocks.2.hook_resid_post``), dictionary_learning (``resid_post_layer_2``), sparsify and
-other model families (``transformer.h.2.mlp``, ``gpt_neox.layers.2``) all name a block by its number.
+other model families (``transformer.h.2.mlp``) all number the blocks.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ _TYPING_ERROR = 0.85  # similarity from which on a name is a misspelling
 
 
 def likely_hookpoints(name: str, known: Sequence[str]) -> list[str]:
-    """Return the hookpoints that ``name`` may mean, best first; ``known`` are all, in the order of the forward pass.
-
-    Empty if the name has neither a block's number nor the embedding.
-    """
+    """Return the hookpoints of ``known`` (forward order) that ``name`` may mean, best first; empty without a block."""
     if close := difflib.get_close_matches(name, known, n=1, cutoff=_TYPING_ERROR):
         return close
     name = name.lower()

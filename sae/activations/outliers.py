@@ -38,7 +38,6 @@ class Outliers:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the measure as JSON."""
         return {"times_median_norm": TIMES_MEDIAN, **asdict(self)}
 
 
@@ -74,10 +73,7 @@ class Quality:
 
 
 def measure_quality(sae: Sae, x: Tensor) -> Quality:
-    """Measure FVU and L0 of ``sae`` on ``x`` [B, D], over all rows and over those that are not outliers.
-
-    FVU is the sum of squared errors over the sum of squared distances from the mean of these rows.
-    """
+    """Measure FVU (about the mean of these rows) and L0 of ``sae`` on ``x`` [B, D], with and without outlier rows."""
     x = x.to(device=sae.device, dtype=sae.dtype)
     firings = sae.encode(x)
     squares = (sae.decode(firings) - x).double().square().sum(1)

@@ -1,9 +1,9 @@
 """Read activations as a stream: computed once, for all hookpoints together.
 
-The forward pass is expensive, and its sums may differ in the last bit with the shape of a batch. So a sequence is
-always computed with the others of its block (see :mod:`sae.text.corpus`): training, harvest and a resumed run see the
-same bits. A block that any hookpoint lacks is run through the model once, for all of them. Activations are kept on disk
-(:mod:`sae.activations.cache`); without space, a few blocks are held in memory, which is enough for reading in order.
+The sums of a forward pass may differ in the last bit with the shape of a batch. So a sequence is always computed with
+the others of its block (see :mod:`sae.text.corpus`): training, harvest and a resumed run see the same bits. A block
+that any hookpoint lacks is computed for all of them, and kept on disk (:mod:`sae.activations.cache`) or, without space,
+a few blocks at a time in memory, which is enough for reading in order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class ActivationStream:
 
     Attributes:
         hookpoint: the resolved name (see :meth:`Subject.resolve`).
-        width: D. context: T. device: the device of the activations.
         others: streams of other hookpoints of the same subject and corpus, whose caches are filled on the way.
     """
 
@@ -101,7 +100,7 @@ def read_rows(
 ) -> list[torch.Tensor]:
     """Return the activations of sequences ``index`` [n] for each of ``streams``, in one pass: [n, T, D] each.
 
-    ``source`` computes the missing blocks (:func:`compute_block` by default), so that processes can share the work.
+    ``source`` computes missing blocks (default :func:`compute_block`), so that processes can share the work.
     """
     corpus = streams[0].corpus
     index = np.asarray(index, dtype=np.int64)
@@ -139,8 +138,7 @@ def find_missing_blocks(streams: Sequence[ActivationStream], index: np.ndarray) 
 
 
 def _in_turn(blocks: np.ndarray, wanted: Sequence[np.ndarray], streams: Sequence[ActivationStream]) -> list[int]:
-    """Return the ``blocks`` [n] that any stream wants, each once: those in memory first, since others may displace
-    them; then by their last use, so that the last ones stay in memory for the next call."""
+    """Return the ``blocks`` [n] that any stream wants, each once: those in memory first, then by last use."""
     last_use = {int(b): i for i, b in enumerate(blocks)}
     asked = {int(b) for b in blocks[np.any(wanted, axis=0)]}
     return sorted(asked, key=lambda b: (not any(b in s._held for s in streams), last_use[b]))
@@ -160,10 +158,7 @@ def _compute_and_keep(
 
 
 def compute_block(streams: Sequence[ActivationStream], number: int) -> dict[str, torch.Tensor]:
-    """Compute a block's activations for ``streams`` in one forward pass: {hookpoint: [n, T, D]}.
-
-    Raises NotFinite for NaN or infinity.
-    """
+    """Compute a block in one forward pass: {hookpoint: [n, T, D]}. Raises NotFinite for NaN or infinity."""
     subject, corpus = streams[0].subject, streams[0].corpus
     rows = corpus.block(number)
     found = subject.activations(corpus.rows(rows), [stream.hookpoint for stream in streams])
@@ -192,11 +187,8 @@ class TrainingBatches(Sequence[torch.Tensor]):
     """The training batches: ``len`` steps of [B, D] float32, each reproducible on its own.
 
     A step takes whole sequences in the order of their epoch, without special tokens, so B is slightly less than
-    ``sequences_per_step`` · T. A longer training starts with the same steps as a shorter one.
-
-    Attributes:
-        tokens_per_step: with special tokens.
-        fingerprint: SHA-256 of the sequences of all steps and of the special tokens.
+    ``tokens_per_step``. A longer training starts with the same steps. ``fingerprint`` is the SHA-256 of the sequences
+    of all steps and of the special tokens.
     """
 
     def __init__(self, stream: ActivationStream, tokens: int, batch_tokens: int, order_seed: int = 0) -> None:
@@ -260,7 +252,6 @@ class TrainingBatches(Sequence[torch.Tensor]):
 
 
 def get_streams(batches: Sequence[TrainingBatches]) -> list[ActivationStream]:
-    """Return the streams of ``batches``, each once."""
     return list({b.stream.hookpoint: b.stream for b in batches}.values())
 
 

@@ -1,10 +1,8 @@
 """Run a language model up to a hookpoint: tokens in, activations out.
 
 Only the trunk is loaded, and the forward pass ends at the last hookpoint. A hookpoint is any module that outputs one
-vector per token, found by running a few tokens, so no architecture is special.
-
-Python code that a checkpoint brings (``auto_map``) is never run; such models are refused. If the tokenizer puts a BOS
-before a text, it is added for the forward pass and its position is dropped.
+vector per token, found by running a few tokens, so no architecture is special. Models that bring Python code
+(``auto_map``) are refused. If the tokenizer adds a BOS, it is used in the forward pass and its position is dropped.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ _WEIGHTS = (".safetensors", ".bin")
 
 
 def load_tokenizer(source: str) -> tuple[Any, str]:
-    """Load the tokenizer of a model and return it with its fingerprint; errors as in :meth:`Subject.load`."""
+    """Load a model's tokenizer; return it and its fingerprint. Errors as in :meth:`Subject.load`."""
     place, arguments = _locate(source)
     return _tokenizer_at(source, place, arguments)
 
@@ -140,10 +138,7 @@ class Subject:
         return self._widths[self.resolve(hookpoint)]
 
     def resolve(self, name: str) -> str:
-        """Return the module's path in the trunk (``layers.2.mlp``) for a path there or in the whole model.
-
-        Raises NotFound or BadInput with suggestions.
-        """
+        """Return the module's path in the trunk (``layers.2.mlp``); raise NotFound or BadInput with suggestions."""
         trunk = self.model.base_model_prefix
         for candidate in (name, name.removeprefix(f"{trunk}."), name.removeprefix("model.")):
             if candidate in self._widths:
@@ -189,10 +184,9 @@ class Subject:
                 handle.remove()
 
     def activations(self, tokens: np.ndarray | torch.Tensor, hookpoints: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Run ``tokens`` [n, T] (int64) up to the last of ``hookpoints``.
+        """Run ``tokens`` [n, T] (int64) and return {hookpoint: [n, T, D]} in the model's precision on its device.
 
-        Returns {hookpoint: [n, T, D]} in the model's precision on its device. Raises BadInput for unknown tokens and
-        for sequences that are too long.
+        Raises BadInput for unknown tokens and for sequences that are too long.
         """
         ids = torch.as_tensor(tokens, dtype=torch.long)
         self.check_context(ids.shape[1])
@@ -256,7 +250,6 @@ def _first(output: Any) -> Any:
 
 
 def _prefix(tokenizer: Any) -> list[int]:
-    """Return the tokens that the tokenizer puts before a text."""
     plain = tokenizer("a b", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a b")["input_ids"]
     for start in range(len(dressed) - len(plain) + 1):
@@ -323,7 +316,6 @@ def _fingerprint(place: str, arguments: dict[str, Any]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the progress bars and warnings of transformers and the hub while the block runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging

@@ -1,17 +1,16 @@
-"""Match the latents of two dictionaries one to one, with the largest sum of cosines and the proof that it is largest.
+"""Match the latents of two dictionaries one to one, with the largest sum of cosines and a proof that it is largest.
 
-Encoder rows and decoder rows are matched separately, at unit length (Paulo & Belrose, arXiv 2501.16615); whether both
-pick the same partner is itself a finding. Small pairs are matched with all cosines in memory
-(``sae.alignment.matching.dense``), wide ones without (``sae.alignment.matching.best``), always over all pairs.
+Encoder rows and decoder rows are matched separately, at unit length (Paulo & Belrose, arXiv 2501.16615). Small pairs
+are matched with all cosines in memory (``sae.alignment.matching.dense``), wide ones without
+(``sae.alignment.matching.best``), always over all pairs.
 
-Each matching comes with prices that bound *every* matching. For any prices v on the columns (zero or more, where
-columns are left over),
+Column prices v (zero or more, where columns are left over) bound *every* matching:
 
     sum over pairs of c[i, j]  ≤  Σ_j v[j] + Σ_i max_j (c[i, j] - v[j])  =  Σ_j v[j] + Σ_i u[i],
 
 since a row gains at most u after paying its column's price, and each price is paid at most once. A matching that
-attains the bound is optimal; the difference is the *gap*. The prices are stored with the matching, so :func:`verify`
-can check it from the weights alone, without trusting the solver.
+attains the bound is optimal; the difference is the *gap*. The prices are stored, so :func:`verify` checks a matching
+from the weights alone, without trusting the solver.
 """
 
 from __future__ import annotations
@@ -41,17 +40,16 @@ _DENSE = 2048**2  # pairs up to which SciPy is as fast as the search, which is c
 class Alignment:
     """Two dictionaries matched in both spaces.
 
-    ``a`` has a row per latent of the first [M_a], ``b`` one per latent of the second [M_b], with the columns
+    ``a`` has a row per latent of the first [M_a], ``b`` one per latent of the second [M_b], with ``latent`` and
 
-    - ``latent``;
-    - ``encoder_partner``, ``decoder_partner``: its partner in the other dictionary, -1 if it has none (some of the
-      wider dictionary have none); ``encoder_cosine``, ``decoder_cosine``: with the partner, NaN without;
+    - ``encoder_partner``, ``decoder_partner``: -1 if the latent has none (in the wider dictionary); ``encoder_cosine``,
+      ``decoder_cosine``: with the partner, NaN without;
     - ``max_encoder_neighbor``, ``max_decoder_neighbor``: the nearest latent of the other, matched or not (the lowest
       number among equals); ``max_encoder_cosine``, ``max_decoder_cosine``: with that;
     - ``encoder_price``, ``decoder_price``: the prices that prove the matching.
 
-    A row of zeros has cosine 0 with every other. ``certificate`` is the JSON object stored with the table: per space
-    the matched sum, the upper bound over all matchings, and the gap between them.
+    A row of zeros has cosine 0 with every other. ``certificate`` has, per space, the matched sum, the upper bound over
+    all matchings, and the gap between them.
     """
 
     a: pd.DataFrame
@@ -76,15 +74,13 @@ def align(
 ) -> Alignment:
     """Match two dictionaries exactly, in encoder and decoder space.
 
-    In addition to the weights, memory holds a rounded copy of one space's rows, in ``precision``, and about a hundred
-    times M_a + M_b candidates of some 30 bytes; the matrix of all pairs only up to 2,048 × 2,048.
+    Memory holds a rounded copy of one space's rows and about 3 kB per latent of candidates; all pairs up to 2,048².
 
     Args:
         W_enc_a, W_dec_a: [M_a, D] rows of the first, of any length.
         W_enc_b, W_dec_b: [M_b, D] rows of the second; M_b may differ from M_a.
         names: of the runs, for messages and for the certificate.
-        precision: of the products that search wide pairs; it affects the time, and which of equally good matchings
-            results.
+        precision: of the products that search wide pairs; it can change which of equally good matchings results.
         device: the torch device that forms these products.
     Raises:
         BadInput: the dictionaries differ in D or hold NaN.
@@ -139,11 +135,10 @@ def align(
 def verify(
     alignment: Alignment, W_enc_a: ArrayLike, W_dec_a: ArrayLike, W_enc_b: ArrayLike, W_dec_b: ArrayLike
 ) -> dict[str, dict[str, Any]]:
-    """Check an alignment against the weights that it was made from, without trusting its numbers.
+    """Check an alignment against the weights, without trusting its numbers.
 
-    The partners must be one-to-one; sums and bounds are recomputed in blocks from the weights and the stored prices, in
-    the time of one matrix product. Returns per space the same figures as the certificate; ``certified`` is False for
-    any matching that is not optimal.
+    Partners must be one-to-one; sums and bounds are recomputed in blocks from weights and stored prices, in one matrix
+    product's time. Returns the certificate's figures per space; ``certified`` is False if the matching is not optimal.
     """
     if len(alignment.a) > len(alignment.b):
         return verify(alignment.swapped(), W_enc_b, W_dec_b, W_enc_a, W_dec_a)
@@ -175,11 +170,10 @@ def pairs(runs: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def write_alignment(folder: Path, a: str, b: str, alignment: Alignment, inputs: Any) -> Path:
-    """Store an alignment as ``<a>--<b>.parquet``, and its certificate as ``<a>--<b>.json``.
+    """Store an alignment as ``<a>--<b>.parquet`` (both runs' rows), and its certificate as ``<a>--<b>.json``.
 
-    The table holds the rows of both runs; its first column is ``run``. A pair has one file: one stored as
-    ``<b>--<a>`` is replaced under that name. ``inputs`` (any JSON value, usually a digest) goes into both files. The
-    table is written last and its ``inputs`` count, so a crash in between is harmless.
+    An existing ``<b>--<a>`` is replaced under that name. ``inputs`` (any JSON value, usually a digest) goes into both
+    files. The table is written last and its ``inputs`` count, so a crash in between is harmless.
     """
     path = pair_path(folder, a, b)
     if path is not None and path.name != f"{a}--{b}.parquet":
@@ -191,7 +185,7 @@ def write_alignment(folder: Path, a: str, b: str, alignment: Alignment, inputs: 
 
 
 def read_alignment(folder: Path, a: str, b: str) -> Alignment:
-    """Read the stored alignment of two runs as seen from ``a``, whichever was named first when it was made."""
+    """Read the stored alignment of two runs, in either order, as seen from ``a``."""
     sides = read_sides(folder, a, b)
     path = (pair_path(folder, a, b) or folder).with_suffix(".json")
     try:
@@ -229,7 +223,6 @@ def _match(
 
 
 def _checked(weights: ArrayLike, name: str, space: str) -> NDArray[Any]:
-    """Return the rows [M, D] if they are finite."""
     rows = np.asarray(weights)
     if rows.ndim != 2 or not rows.size:
         raise BadInput(f"{name}: the {space} has shape {rows.shape}, not [M, D]; is its file complete?")

@@ -1,18 +1,15 @@
-"""Compare two dictionaries by where their latents fire, and find the counterparts of latents without a partner.
+"""Compare two dictionaries by where their latents fire, and find counterparts of latents without a partner.
 
-From the firing stores and the decoder rows, for both runs of a pair:
+For both runs of a pair, from the firing stores and the decoder rows:
 
-- the best one-to-one matching by Jaccard (the tokens at which both fire, as a share of those at which either does),
-  with the conditional frequencies P(partner fires | latent fires) and P(latent fires | partner fires);
-- for latents that are not shared by weights: the nearest there, the relation to the latents that fire there
-  (:mod:`sae.alignment.relation`), and the best combination of at most four decoder rows
-  (:mod:`sae.alignment.rebuilding`).
+- the best one-to-one matching by Jaccard (tokens at which both fire over tokens at which either does), with P(partner
+  fires | latent fires) and P(latent fires | partner fires);
+- for latents not shared by weights: the nearest in the other SAE, the relation to latents that fire at the same tokens
+  (:mod:`sae.alignment.relation`), and the best mix of up to four decoder rows (:mod:`sae.alignment.rebuilding`).
 
-The matching by Jaccard is the best over the pairs in which one is among the 24 nearest of the other. Other pairs have a
-lower Jaccard; ``gap_per_latent`` bounds how much they could add.
-
-Frequent latents meet by chance, and the best of many looks good. So a second pass can compare with the other's firings
-moved along the tokens (``shifted``, :mod:`sae.alignment.nulls`).
+The matching is the best over pairs in which one is among the other's 24 nearest; ``gap_per_latent`` bounds how much the
+other pairs could add. For the chance level, a second pass compares with the other's firings moved along the tokens
+(``shifted``, :mod:`sae.alignment.nulls`).
 """
 
 from __future__ import annotations
@@ -44,14 +41,10 @@ class Member(NamedTuple):
     """One of the two runs."""
 
     store: FiringStore
-    W_dec: NDArray[Any]
-    """[M, D]"""
-    decoder_partner: NDArray[np.int32]
-    """[M] in the other run, by decoder cosine; -1 without"""
-    lone: Bools
-    """[M] the latents whose counterparts in the other run are wanted"""
-    null_of_other: NDArray[Any] | None
-    """[M_other, D] the other's rotated decoder rows, to rebuild from as a control"""
+    W_dec: NDArray[Any]  # [M, D]
+    decoder_partner: NDArray[np.int32]  # [M] in the other run, by decoder cosine; -1 without
+    lone: Bools  # [M] the latents whose counterparts in the other run are wanted
+    null_of_other: NDArray[Any] | None  # [M_other, D] the other's rotated decoder rows, to rebuild from as a control
 
 
 @dataclass(frozen=True)
@@ -86,8 +79,7 @@ def behaviour(
     Args:
         device: the torch device that rebuilds decoder rows.
         advance: called with the number of latents done: M_a + M_b in all, twice that with a null.
-        offset: tokens by which b's firings are moved for the null (:func:`sae.alignment.nulls.draw_offset`); None for
-            no null.
+        offset: tokens by which b's firings move for the null (:func:`sae.alignment.nulls.draw_offset`); None: no null.
     """
     of_a, of_b, gap = _count_and_match(a, b, advance)
     sides = (_side(a, b, of_a, device), _side(b, a, of_b, device))
@@ -113,7 +105,7 @@ class _Matched(NamedTuple):
 def _count_and_match(
     a: Member, b: Member, advance: Callable[[int], None] | None, offset: int = 0
 ) -> tuple[_Matched, _Matched, float]:
-    """Count and match both directions, b's firings moved back by ``offset`` tokens; also return the matching's gap."""
+    """Count and match both directions, b's firings moved back by ``offset``; also return the matching's gap."""
     n_tokens = min(a.store.n_tokens, b.store.n_tokens)
     of_a, of_b = (
         count_cofirings(one.store, other.store, one.decoder_partner[:, None], one.lone, advance, shift)
@@ -127,10 +119,10 @@ def _count_and_match(
 
 
 def match_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDArray[np.int64], float]:
-    """Find the one-to-one matching with the largest sum of Jaccards, among pairs near each other on either side.
+    """Match one to one with the largest sum of Jaccards, among pairs near each other on either side.
 
-    Returns the partner of each latent of the first [M_a], -1 for none; the number of tokens at which the two fire
-    [M_a]; and a bound on how much a matching over all pairs could exceed it, per latent of the narrower.
+    Returns each latent's partner [M_a], -1 for none; at how many tokens both fire [M_a]; and a bound on what a matching
+    over all pairs could add, per latent of the narrower.
     """
     n, m = len(a.near), len(b.near)
     if n > m:

@@ -1,7 +1,6 @@
-"""Intervals for figures about several runs, by resampling latents together with their partners.
+"""Intervals for figures about several runs: resample latents together with their partners.
 
-The same feature found by several runs is one observation. Resampling each run by itself would treat the two sides of a
-pair as independent and make intervals narrower by √2 or more.
+The same feature found by several runs is one observation. Resampling each run by itself makes intervals too narrow.
 """
 
 from __future__ import annotations
@@ -28,10 +27,7 @@ Tables = Mapping[tuple[str, str], pd.DataFrame]
 
 
 def partner_units(runs: Sequence[str], alignments: Tables) -> dict[str, NDArray[np.integer]]:
-    """Return run → [M] the unit of each latent: a latent of the widest run with its decoder-matched partners.
-
-    Every latent of a narrower run has a partner in the widest, so each latent is in exactly one unit.
-    """
+    """Return run → [M] the unit of each latent: a latent of the widest run, with its decoder-matched partners."""
     sizes = {run: len(alignments[run, next(x for x in runs if x != run)]) for run in runs}
     widest = max(runs, key=lambda run: sizes[run])
     return {
@@ -51,7 +47,7 @@ class LatentBootstrap:
 
     @functools.cached_property
     def _floats(self) -> Floats:
-        """The weights as BLAS takes them; used only if they are few."""
+        """Return the weights as floats for BLAS; used only if they are few."""
         return self.weights.astype(np.float64)
 
     def count(self, members: Mapping[str, Bools]) -> int:
@@ -62,10 +58,7 @@ class LatentBootstrap:
         return int(held.sum())
 
     def fractions(self, values: Mapping[str, NDArray], members: Mapping[str, Bools]) -> Floats:
-        """Return the mean of values [M, C] over each run's members, as [resamples + 1, S, C]; NaN without members.
-
-        Row 0 is the sample itself.
-        """
+        """Return the mean of values [M, C] over each run's members or NaN: [resamples + 1, S, C], sample first."""
         n_columns = next(iter(values.values())).shape[1]
         sums = np.zeros((self.n_units, len(self.runs), n_columns + 1))
         for r, run in enumerate(self.runs):
@@ -104,9 +97,9 @@ def mean_over(values: Floats, axis: int) -> Floats:
 def estimate(draws: Floats, units: int | None = None) -> Estimate:
     """Return the sample's value (the first draw) with the 95 % percentile interval of the other draws.
 
-    ``units`` is the number of units of a fraction. Where under :data:`sae.common.estimate.FEW` of them are cases, or
-    all but as few, or all resamples agree, the interval is Wilson's at the effective number of units
-    (:func:`sae.common.estimate.fraction`), at most ``units``.
+    ``units`` is the number of units of a fraction. If under :data:`sae.common.estimate.FEW` units are cases (or are
+    not), or all draws agree, the interval is Wilson's at the effective number of units
+    (:func:`sae.common.estimate.fraction`).
     """
     value, resampled = float(draws[0]), draws[1:][~np.isnan(draws[1:])]
     if np.isnan(value) or not len(resampled):

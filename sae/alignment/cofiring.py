@@ -1,9 +1,8 @@
-"""Where the latents of two dictionaries fire together: counts over the harvested tokens, without an M × M table.
+"""Count where the latents of two dictionaries fire together, without an M × M table.
 
-One latent at a time: the tokens at which it fires are read from its own store, and the latents that fire there from the
-other's. Of the M counts the wanted ones are kept, and the next latent overwrites the rest. Memory is a few arrays of
-length M, a piece of firings and a byte for each firing of one latent; time is (firings of one) × (latents per token of
-the other).
+For one latent at a time, its tokens are read from its own store, and the latents that fire there from the other's. Only
+the wanted counts are kept. Memory: a few arrays of length M, a piece of firings, a byte per firing of one latent. Time:
+(firings of one) × (latents per token of the other).
 
 Legend: M_a, M_b latents of the two; N nearest that are kept; T tokens that both stores hold.
 """
@@ -43,28 +42,19 @@ _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 class Cofirings:
     """Counts of one dictionary's latents with the other's."""
 
-    n_tokens: int
-    """T"""
-    firings: Ints
-    """[M_a] of each latent, over these tokens"""
-    firings_there: Ints
-    """[M_b] of each latent of the other"""
-    near: npt.NDArray[np.int32]
-    """[M_a, N] the latents there with the largest Jaccard, falling (ties: the lower number); -1 where fewer co-fire"""
-    near_together: Ints
-    """[M_a, N] the number of tokens at which both fire"""
-    asked_together: Ints
-    """[M_a, Q] the same with each latent asked for"""
-    relation: npt.NDArray[np.int8]
-    """[M_a] the number of the relation in ``relation.NAMES``; -1 where not asked for"""
-    members: npt.NDArray[np.int32]
-    """[M_a, 4] the latents there that the relation rests on, -1 where fewer"""
-    covered: npt.NDArray[np.float32]
-    """[M_a] the share of its firings that they cover, NaN where there are none"""
+    n_tokens: int  # T
+    firings: Ints  # [M_a] of each latent, over these tokens
+    firings_there: Ints  # [M_b] of each latent of the other
+    near: npt.NDArray[np.int32]  # [M_a, N] the other's latents by falling Jaccard (ties: lower number); -1: fewer
+    near_together: Ints  # [M_a, N] the number of tokens at which both fire
+    asked_together: Ints  # [M_a, Q] the same with each latent asked for
+    relation: npt.NDArray[np.int8]  # [M_a] the number of the relation in ``relation.NAMES``; -1 where not asked for
+    members: npt.NDArray[np.int32]  # [M_a, 4] the latents there that the relation rests on, -1 where fewer
+    covered: npt.NDArray[np.float32]  # [M_a] the share of its firings that they cover, NaN where there are none
 
 
 def jaccard(together: npt.ArrayLike, one: npt.ArrayLike, other: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Return the tokens at which both fire as a share of those at which either does; 0 where neither ever fires."""
+    """Return the tokens at which both fire over those at which either does; 0 if neither ever fires."""
     together, one, other = (np.asarray(x, dtype=np.float64) for x in (together, one, other))
     either = one + other - together
     return np.divide(together, either, out=np.zeros_like(either), where=either > 0)
@@ -81,12 +71,12 @@ def count_cofirings(
     """Count the joint firings of every latent of ``store`` with those of ``other``, over the tokens that both hold.
 
     Args:
-        store, other: harvests of the same tokens in the same order (one may hold more); M_a and M_b latents.
+        store, other: harvests of the same tokens in the same order (one may hold more).
         asked: [M_a, Q] latents of the other whose count is always wanted; -1 for none.
         relate: [M_a] the latents whose relation (:mod:`sae.alignment.relation`) is wanted.
         advance: called with the number of latents done since the last call.
-        shift: tokens by which the other's firings are moved back, circularly: a firing there at token t + shift counts
-            at t. For a null (:func:`sae.alignment.nulls.draw_offset`).
+        shift: a firing of the other at token t + shift counts at t, circularly
+            (:func:`sae.alignment.nulls.draw_offset`).
     Raises:
         BadInput: a shift that is not from 0 to T - 1.
     """
@@ -150,11 +140,10 @@ class _Tokens:
         self._lookup, self._position, self._left = lookup, position, left
         self._taken = np.zeros(len(position), np.bool_)
         self._only: tuple[Array, Array] | None = None
-        self.touched = np.empty(0, np.int32)
-        """the t latents of the other dictionary that fire at any of them"""
+        self.touched = np.empty(0, np.int32)  # the t latents of the other dictionary that fire at any of them
 
     def read(self) -> Iterator[tuple[slice, Array, Array]]:
-        """Yield a slice of the tokens, the latents at them one token after another, and where each token's end."""
+        """Yield a slice of the tokens, the latents at them, and where each token's latents end."""
         for start in range(0, len(self._position), _PIECE):
             part = slice(start, start + _PIECE)
             known = self._only or self._lookup.latents(self._position[part])
@@ -210,7 +199,7 @@ class _ByToken:
         self._part = lru_cache(maxsize=_MAPPED)(self._open)
 
     def _open(self, number: int) -> tuple[Array, Array]:
-        """Return the latents of a part (one shard, or all) and where each of its tokens begins among them."""
+        """Return the latents of a part (one shard, or all), and where each of its tokens begins."""
         shards = [self._store.shard(number + i) for i in range(self._shards)]
         latents, counts = [np.asarray(shard[0]) for shard in shards], np.concatenate([shard[1] for shard in shards])
         starts = np.zeros(len(counts) + 1, np.uint32)
@@ -218,7 +207,7 @@ class _ByToken:
         return latents[0] if len(latents) == 1 else np.concatenate(latents), starts
 
     def latents(self, position: Array) -> tuple[npt.NDArray[np.int32], Ints]:
-        """Return the latents at ascending tokens ``position``, one token after another, and where each token's end."""
+        """Return the latents at ascending tokens ``position``, and where each token's end."""
         cuts = [0, *np.searchsorted(position, self._borders).tolist(), len(position)]
         ids, total = np.empty(int(self._at_a_token * len(position)), np.int32), 0
         ends = np.empty(len(position), np.int64)

@@ -1,9 +1,8 @@
 """Test whether values have more than one mode: Hartigan's dip.
 
-The *dip* of a sample is the least distance, as the largest difference of distribution functions, from its empirical
-distribution to any with a single mode (Hartigan & Hartigan, Annals of Statistics 13, 1985). It assumes nothing about
-the shape or number of modes. Two equal spikes have a dip of 1/4; a uniform's, the largest of a single mode, shrinks as
-1/√n. The p-value compares with that uniform, so it is conservative.
+The *dip* is the least distance (largest difference of distribution functions) of a sample from any distribution with
+one mode (Hartigan & Hartigan, Annals of Statistics 13, 1985). Two equal spikes have a dip of 1/4; a uniform's, the
+largest of a single mode, shrinks as 1/√n. The p-value compares with that uniform, so it is conservative.
 """
 
 from __future__ import annotations
@@ -34,19 +33,13 @@ _WIDER = 1.25  # by simulation the corrected dip varies by this factor more than
 
 
 class Dip(NamedTuple):
-    value: Estimate
-    """the dip of the distributions behind the samples, the mean over samples, with a 95 % interval"""
-    of_sample: float
-    """the samples' own mean dip, which chance makes larger"""
-    p_value: float
-    """the probability that samples with one mode have a mean √n · dip as large"""
+    value: Estimate  # the dip of the distributions behind the samples, the mean over samples, with a 95 % interval
+    of_sample: float  # the samples' own mean dip, which chance makes larger
+    p_value: float  # the probability that samples with one mode have a mean √n · dip as large
 
 
 def dip(values: ArrayLike) -> float:
-    """Return the dip of a sample [n] in any order, from 1/(2n) to 1/4; NaN for no values.
-
-    Equal values are ties. A sample of one repeated number has dip 0, which is returned as 1/(2n).
-    """
+    """Return the dip of a sample [n] in any order, from 1/(2n) (also for one repeated value) to 1/4; NaN if empty."""
     from sae.alignment.dip_kernel import dip_of_jumps  # a report reads its dips from a file and needs no compiler
 
     x = np.sort(np.asarray(values, dtype=np.float64))
@@ -64,17 +57,15 @@ def run_dip_test(
 ) -> Dip:
     """Return the mean dip of several samples, corrected and with an interval, and its p-value.
 
-    A sample's dip is biased upwards, the more so the smaller the sample. Random quarters drawn without replacement
-    measure the bias and the variance (subsampling, Politis & Romano 1994; a bootstrap repeats values, and repeated
-    values are modes): with d of the whole and d' of quarters, (d' - d) √(1/4) / √(3/4) is distributed about as d minus
-    the truth. ``value`` is d less the mean of that, ± 1.96 standard deviations and a quarter more. In simulations of
-    mixtures with dips of .03 to .08 the interval covers the truth 92 to 98 % of the time, near .007 some 90 %.
+    A sample's dip is biased upwards. Random quarters drawn without replacement measure bias and variance (subsampling,
+    Politis & Romano 1994; a bootstrap would repeat values, and repeated values are modes): with d of the whole and d'
+    of quarters, (d' - d) √(1/4) / √(3/4) is distributed about as d minus the truth. ``value`` is d less the mean of
+    that, ± 1.96 standard deviations and a quarter more. For simulated mixtures with dips of .03 to .08 the interval
+    covers the truth 92 to 98 % of the time; near .007, 90 %.
 
     Args:
         samples: [n] each.
-        units: for each sample, the unit of each value, whole numbers from 0: the same feature in several samples is one
-            observation, drawn in all of them or in none. Default: every value is a unit.
-        seed: of the draws.
+        units: each value's unit, from 0 (default: its own); a unit is drawn in all samples or in none.
         draw: whether to compute ``value``, which takes most of the time.
     """
     given = [np.asarray(sample, dtype=np.float64) for sample in samples]
@@ -107,7 +98,7 @@ def run_dip_test(
 
 
 def read_dip_test(path: Path, samples: Sequence[ArrayLike], units: Sequence[ArrayLike], draw: bool) -> Dip:
-    """Return :func:`run_dip_test` of these samples, from the file ``path`` if it is there, else computed and stored.
+    """Return :func:`run_dip_test` of these samples, read from ``path`` if possible, else computed and stored there.
 
     A file that cannot be read is replaced; one that cannot be written is ignored.
     """

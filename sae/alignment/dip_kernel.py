@@ -14,10 +14,9 @@ _compiled = numba.njit(cache=True, error_model="numpy")
 def dip_of_jumps(at: np.ndarray, below: np.ndarray, reached: np.ndarray) -> Any:
     """Return the dip of a distribution with a jump at each of ``at`` [n], from ``below`` to ``reached``.
 
-    The best function with one mode is convex, then a straight line over an interval of modes, then concave. The
-    interval is narrowed from both ends: it next begins or ends where the greatest convex function below the
-    distribution and the least concave one above it are farthest apart. The parts outside determine how far the convex
-    and the concave part must be from the distribution.
+    The best function with one mode is convex, then straight over an interval of modes, then concave. The interval is
+    narrowed from both ends to where the greatest convex function below the distribution and the least concave one above
+    it are farthest apart. The parts outside determine the distance.
     """
     n = len(at)
     low, high = 0, n - 1

@@ -18,8 +18,7 @@ _ALIGNED = (
     *("max_encoder_neighbor", "max_encoder_cosine", "max_decoder_neighbor", "max_decoder_cosine"),
 )
 
-CLASSES = ("one", "some", "all")
-"""The SAEs of a study that have a latent: its own alone, its own and some others, or all."""
+CLASSES = ("one", "some", "all")  # the SAEs of a study that have a latent: its own alone, also some others, or all
 
 
 def shared_class(n_shared: ArrayLike, n_others: int) -> NDArray[np.str_]:
@@ -38,17 +37,15 @@ def latent_table(
 ) -> pd.DataFrame:
     """Return one row per latent of ``run``.
 
-    The columns, with X for every other run, are ``latent``; the alignment's ``encoder_partner__X``,
-    ``encoder_cosine__X``, ``decoder_partner__X``, ``decoder_cosine__X`` and the ``max_…`` ones; for the runs in
-    ``behaviour`` (X → the side of ``run`` of :class:`sae.alignment.behaviour.Behaviour`) its columns, as
-    ``jaccard__X``, ``relation__X``, ``rebuilt__X``; ``shared_<definition>__X``;
+    The columns, with X for every other run, are ``latent``; the alignment's, such as ``encoder_partner__X``; those of
+    :class:`sae.alignment.behaviour.Behaviour` for the runs in ``behaviour``, such as ``jaccard__X``;
+    ``shared_<definition>__X``;
 
     - ``n_shared_<definition>``, the number of other runs that share it, and ``stability_<definition>``, their share;
-    - ``similarity``, the mean of (matched encoder cosine + matched decoder cosine) / 2 over the other runs in which it
-      has a partner;
-    - the last three with rotated siblings, as ``n_shared_strict__rotated``, where all were aligned with those;
-    - ``unshared``: alive and strict-shared with none; ``shared_class``: ``all``, ``some`` or ``one`` (its own alone)
-      under strict, missing for a dead latent.
+    - ``similarity``, the mean of (encoder cosine + decoder cosine) / 2 with its partners in the other runs;
+    - the last three with rotated siblings, as ``n_shared_strict__rotated``, if all were aligned with those;
+    - ``unshared``: alive and strict-shared with none; ``shared_class`` under strict: ``all``, ``some`` or ``one`` (its
+      own alone), missing for a dead latent.
     """
     others = [other for other in runs if other != run]
     alive = np.asarray(alive, dtype=bool)

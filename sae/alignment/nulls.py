@@ -1,15 +1,15 @@
-"""The chance level: what two dictionaries that share nothing would look like.
+"""The chance level: how similar two dictionaries look that share nothing.
 
-The best of many pairings looks good by selection alone, the more so the wider the dictionaries and the narrower the
-space. So each run is also matched with a copy of its sibling that cannot share anything but by chance:
+The best of many pairings looks good by selection alone, most of all for wide dictionaries in a narrow space. So each
+run is also matched with a copy of its sibling that can share something only by chance:
 
-    rotated     the sibling's encoder and decoder, both multiplied by one random rotation (Haar). Lengths, clusters,
-                near-duplicates and the angles between encoder and decoder stay as they are.
+    rotated     the sibling's encoder and decoder, both multiplied by one random rotation (Haar), drawn from the pair's
+                names and a seed. Lengths, clusters, near-duplicates and angles within a dictionary stay the same.
 
-The rotation depends on the names of the pair and a seed. Firings have a chance level of their own:
+and its firings are compared with
 
     shifted     the sibling's firings, moved far along the harvested tokens, circularly. Every latent fires as often as
-                before, in the same bursts and together with the same latents of its dictionary, but at other tokens.
+                before, in the same bursts and with the same latents of its dictionary, but at other tokens.
 """
 
 from __future__ import annotations
@@ -31,25 +31,19 @@ NULLS = {ROTATED: "the sibling rotated at random: the same geometry within it, n
 FIRING_NULLS = {SHIFTED: "the sibling's firings moved far along the tokens: as often, in the same bursts, elsewhere"}
 COLUMNS = tuple(
     name for space in ("encoder", "decoder") for name in (f"{space}_partner", f"{space}_cosine", f"max_{space}_cosine")
-)
-"""of an alignment's table, stored for the rotated sibling as ``<column>__rotated``"""
+)  # of an alignment's table, stored for the rotated sibling as ``<column>__rotated``
 FIRING_COLUMNS = (
     *("jaccard_partner", "jaccard", "p_there", "p_here", "max_jaccard", "relation", "relation_covered"),
     *("decoder_partner_jaccard", "decoder_partner_p_there", "decoder_partner_p_here"),
-)
-"""of a side of :class:`sae.alignment.behaviour.Behaviour`, stored as ``<column>__shifted``"""
+)  # of a side of :class:`sae.alignment.behaviour.Behaviour`, stored as ``<column>__shifted``
 
 _ROWS = 4096  # rotated at a time
 
-Weights = tuple[NDArray[Any], NDArray[Any]]
-"""encoder and decoder rows, [M, D] each"""
+Weights = tuple[NDArray[Any], NDArray[Any]]  # encoder and decoder rows, [M, D] each
 
 
 def add_null(sides: Sides, a: Weights, b: Weights, names: tuple[str, str], **options: Any) -> Sides:
-    """Return both sides of the alignment of ``a`` and ``b`` with the columns of the rotated sibling added.
-
-    ``options`` go to :func:`sae.alignment.alignment.align`.
-    """
+    """Add the columns of the rotated sibling to both sides; ``options`` go to :func:`sae.alignment.alignment.align`."""
     # To rotate one is to rotate the other by the inverse: one matching serves both sides.
     matched = align(*a, *rotate_sibling(b, names), **options)
     one, other = (
@@ -60,7 +54,7 @@ def add_null(sides: Sides, a: Weights, b: Weights, names: tuple[str, str], **opt
 
 
 def read_null(table: pd.DataFrame) -> pd.DataFrame | None:
-    """Return a side of an alignment as it is with the rotated sibling; ``None`` where it was aligned without nulls."""
+    """Return a side of an alignment with the rotated sibling; ``None`` if it was aligned without nulls."""
     if any(f"{column}__{ROTATED}" not in table for column in COLUMNS):
         return None
     return table[[f"{column}__{ROTATED}" for column in COLUMNS]].set_axis(list(COLUMNS), axis="columns")
@@ -78,10 +72,7 @@ def read_nulls(runs: Sequence[str], alignments: Tables) -> dict[str, Tables]:
 
 
 def rotate_sibling(weights: Weights, pair: tuple[str, str], seed: int = 0) -> Weights:
-    """Return the sibling's ``weights``, encoder and decoder rotated alike, in float32.
-
-    ``pair`` has the names of the two runs that are compared, the sibling's last.
-    """
+    """Return the ``weights`` of the sibling (last in ``pair``), encoder and decoder rotated alike, in float32."""
     rng = np.random.default_rng([seed, zlib.crc32(f"{ROTATED} {'--'.join(pair)}".encode())])
     turn = draw_rotation(weights[0].shape[1], rng).astype(np.float32)
     encoder, decoder = (
@@ -101,8 +92,8 @@ def draw_offset(pair: tuple[str, str], n_tokens: int, per_sequence: int, seed: i
     """Draw the number of tokens by which the second run's firings are moved against the first's (``shifted``).
 
     It is a quarter to three quarters of ``n_tokens``, in whole sequences of ``per_sequence``, plus a quarter to three
-    quarters of a sequence: latents that fire at the beginning of sequences must not meet there again. Seen from the
-    second run the first is moved back by as much, so both directions of a pair have the same null.
+    quarters of a sequence, so that starts of sequences do not meet. Seen from the second run the first is moved back by
+    as much, so both directions of a pair have the same null.
     """
     first, second = sorted(pair)
     rng = np.random.default_rng([seed, zlib.crc32(f"{SHIFTED} {first}--{second}".encode())])

@@ -1,16 +1,15 @@
-"""How much of a dictionary comes back when it is trained again, over any number of runs.
+"""Measure how much of a dictionary comes back when it is trained again, over any number of runs.
 
-Several definitions of a *shared* latent are in use and differ by tens of points, so all are computed. With partners
-from the two one-to-one matchings (encoder and decoder) and a threshold t = 0.7:
+Definitions of a *shared* latent differ by tens of points, so all in use are computed. With partners from the two
+one-to-one matchings (encoder and decoder) and a threshold t = 0.7:
 
     strict    both matchings pick the same partner, and both cosines exceed t   (the paper's formal rule)
     both      the matched encoder cosine and the matched decoder cosine exceed t, each under its own matching
     decoder   the matched decoder cosine exceeds t
     lenient   both matchings pick the same partner, whatever the cosine
 
-(Paulo & Belrose, arXiv 2501.16615.) An *anchor* is a latent that is looked for in the other runs. Its partner may be
-dead, as in the definitions above; fractions are of alive anchors, and of all. A fraction is averaged over the anchors
-of a run, then over runs: each run weighs the same.
+(Paulo & Belrose, arXiv 2501.16615.) An *anchor* is a latent that is searched for in the other runs; its partner may be
+dead. Fractions are of alive anchors, and of all, averaged over the anchors of a run, then over runs.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ from sae.common.commands import shell_command
 from sae.common.errors import BadInput, NotFound
 from sae.common.estimate import UNKNOWN, Estimate
 
-DIPS = "dips.json"
-"""The name of the file that keeps dip tests, among a root's alignments."""
+DIPS = "dips.json"  # The name of the file that keeps dip tests, among a root's alignments.
 
 DEFINITIONS: dict[str, str] = {
     "strict": "encoder and decoder matchings pick the same partner, and both cosines exceed the threshold",
@@ -57,20 +55,13 @@ class Region(NamedTuple):
 class Overlap:
     """One definition over one population (alive anchors, or all). Lists over n hold n = 1 … S."""
 
-    value: Estimate
-    """fraction of latents shared by two runs, the mean over ordered pairs"""
-    pairs: dict[str, Estimate]
-    """of each pair, as "a--b": the mean of the two directions"""
-    only_one: list[Estimate]
-    """over all sets of n runs, the fraction of anchors shared with none of the other n - 1"""
-    all_of_n: list[Estimate]
-    """over all sets of n runs, the fraction of anchors shared with each of the other n - 1"""
-    exactly_n: list[Estimate]
-    """the fraction of anchors found in exactly n of the S runs, their own included"""
-    retained: Estimate
-    """of latents shared with one run, the fraction shared with a further run; NaN for two runs"""
-    regions: dict[str, list[Region]]
-    """run → its anchors by the set of other runs that share them, the largest first"""
+    value: Estimate  # fraction of latents shared by two runs, the mean over ordered pairs
+    pairs: dict[str, Estimate]  # of each pair, as "a--b": the mean of the two directions
+    only_one: list[Estimate]  # over all sets of n runs, the fraction of anchors shared with none of the other n - 1
+    all_of_n: list[Estimate]  # over all sets of n runs, the fraction of anchors shared with each of the other n - 1
+    exactly_n: list[Estimate]  # the fraction of anchors found in exactly n of the S runs, their own included
+    retained: Estimate  # of latents shared with one run, the fraction shared with a further run; NaN for two runs
+    regions: dict[str, list[Region]]  # run → its anchors by the set of other runs that share them, the largest first
 
 
 @dataclass(frozen=True)
@@ -83,33 +74,20 @@ class StudyOverlap:
     n_alive: dict[str, int]
     alive: dict[str, Overlap]
     all: dict[str, Overlap]
-    mean_encoder: Estimate
-    """mean matched cosine"""
-    mean_decoder: Estimate
-    """the same of decoders: PW-MCC (arXiv 2505.20254)"""
-    mean_max_encoder: Estimate
-    """mean cosine with the nearest, matched or not"""
+    mean_encoder: Estimate  # mean matched cosine
+    mean_decoder: Estimate  # the same of decoders: PW-MCC (arXiv 2505.20254)
+    mean_max_encoder: Estimate  # mean cosine with the nearest, matched or not
     mean_max_decoder: Estimate
-    pw_mcc_sd: float
-    """the standard deviation of PW-MCC over pairs of runs; NaN for one pair"""
-    max_cosine: Estimate
-    """fraction of alive anchors whose nearest encoder row and nearest decoder row are both above the threshold"""
-    by_pair: dict[str, dict[str, float]]
-    """these figures of each pair of runs: figure → "a--b" → the mean of the two directions"""
-    histogram: dict[str, Any]
-    """alive anchors in 40 bins from -1 to 1 by matched ``encoder`` and ``decoder`` cosine, and by the mean of the two
-    where the matchings ``agree`` and where they ``differ``"""
-    bimodality: Dip
-    """the dip test of each pair's mean matched cosines"""
-    sweep: pd.DataFrame = field(compare=False)
-    """see :func:`sweep_thresholds`"""
-    nulls: dict[str, StudyOverlap]
-    """the same with rotated siblings (:mod:`sae.alignment.nulls`), without intervals, where all pairs have them; each
-    pair has its own rotation, so the figures of the pairs show the null's spread"""
+    pw_mcc_sd: float  # the standard deviation of PW-MCC over pairs of runs; NaN for one pair
+    max_cosine: Estimate  # fraction of alive anchors whose nearest rows both exceed the threshold
+    by_pair: dict[str, dict[str, float]]  # figure → "a--b" → the mean of the two directions
+    histogram: dict[str, Any]  # 40 bins, -1 to 1: ``encoder``, ``decoder``; their mean where they ``agree``, ``differ``
+    bimodality: Dip  # the dip test of each pair's mean matched cosines
+    sweep: pd.DataFrame = field(compare=False)  # see :func:`sweep_thresholds`
+    nulls: dict[str, StudyOverlap]  # with rotated siblings, without intervals, if all pairs have them
 
     @property
     def same_partner(self) -> Estimate:
-        """Fraction of alive anchors whose two matchings agree: another name for the lenient overlap."""
         return self.alive["lenient"].value
 
 
@@ -119,10 +97,7 @@ def similarity(table: pd.DataFrame) -> Floats:
 
 
 def shared(table: pd.DataFrame, definition: str, threshold: float = 0.7) -> Bools:
-    """Return which latents [M] of one run are shared with another, from their alignment as seen from the first.
-
-    A latent without a partner is not shared; a cosine exactly at the threshold does not exceed it.
-    """
+    """Return which latents [M] of one run are shared with another: cosines must exceed the threshold, not equal it."""
     return reach(table, definition) > threshold
 
 
@@ -154,13 +129,11 @@ def overlap(
     """Compute every figure of how far the S dictionaries of a study overlap.
 
     Args:
-        runs: at least two names.
         alignments: (x, y) → the table of x in terms of y, for every ordered pair (``alignment.read_both_ways``).
         alive: run → [M] whether the latent ever fired.
         threshold: that cosines must exceed.
         resamples, seed: of the bootstrap.
-        kept: the file that keeps dip tests, which take as long as all the rest
-            (:func:`sae.alignment.dip.read_dip_test`).
+        kept: the file that caches dip tests, half of the time (:func:`sae.alignment.dip.read_dip_test`).
     """
     alive = {run: np.asarray(alive[run], dtype=bool) for run in runs}
     check(runs, alignments, alive)
@@ -233,10 +206,7 @@ def _overlap_of(
 def sweep_thresholds(
     runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], thresholds: ArrayLike | None = None
 ) -> pd.DataFrame:
-    """Return the overlap of alive anchors at each threshold: ``threshold`` and a column per definition, no intervals.
-
-    The default thresholds are 0, 0.02, … 1. ``lenient`` does not depend on the threshold.
-    """
+    """Return the overlap of alive anchors at each threshold (default 0, 0.02, … 1), a column per definition."""
     at = np.round(np.linspace(0, 1, 51), 2) if thresholds is None else np.asarray(thresholds, dtype=float)
     columns: dict[str, Any] = {"threshold": at}
     for definition in DEFINITIONS:
@@ -256,7 +226,7 @@ def _share_above(values: Floats, at: Floats) -> Floats:
 
 
 def check(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> None:
-    """Raise where there are not two runs, where a pair is not aligned, or where widths differ from the alignment's."""
+    """Raise unless there are two runs, all pairs are aligned, and widths match."""
     if len(set(runs)) < 2 or len(set(runs)) < len(runs):
         raise BadInput(f"overlap needs two or more different runs, not {', '.join(map(repr, runs)) or 'none'}")
     for run, members in alive.items():
@@ -287,8 +257,7 @@ def _pairs(
 ) -> dict[str, dict[tuple[str, str], Estimate]]:
     """Return ``a--b`` → (population, definition) → the fraction that the two share, the mean of both directions.
 
-    Each pair is resampled by its own partners. In the units of the study a latent that two runs share and the widest
-    does not would be two units, and the interval too narrow.
+    Each pair is resampled by its own partners: the study's units would make its interval too narrow.
     """
     found: dict[str, dict[tuple[str, str], Estimate]] = {}
     for a, b in combinations(runs, 2):
@@ -313,7 +282,7 @@ def _overlap(
 
     Everything follows from s, the number of the S - 1 siblings that share an anchor: of the C(S - 1, n - 1) sets of n
     runs with the anchor's own, C(S - 1 - s, n - 1) hold no other run that shares it, and C(s, n - 1) only such runs. So
-    the figures are weighted sums of the distribution of s, and no sets are enumerated.
+    the figures are weighted sums of the distribution of s.
     """
     n_others = len(runs) - 1
     counts = np.arange(n_others + 1)
@@ -373,7 +342,6 @@ def _pairwise_mean(
 
 
 def _histogram(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> dict[str, Any]:
-    """Return ``StudyOverlap.histogram``, over all ordered pairs."""
     table = pd.concat([alignments[a, b][alive[a]] for a, b in permutations(runs, 2)], ignore_index=True)
     table = table[(table["encoder_partner"] >= 0) & (table["decoder_partner"] >= 0)]
     agree = (table["encoder_partner"] == table["decoder_partner"]).to_numpy()
@@ -401,9 +369,8 @@ def bimodality(
 ) -> Dip:
     """Return the dip test of the similarities of each ordered pair's alive anchors.
 
-    ``unit`` has the unit of each latent of each run (:class:`sae.alignment.bootstrap.LatentBootstrap`): the same
-    feature in several runs is one observation. ``draw``: also the interval, which takes most of the time. ``kept``: the
-    file that keeps earlier results.
+    ``unit`` has the unit of each latent of each run (:class:`sae.alignment.bootstrap.LatentBootstrap`). ``draw``: also
+    the interval, which takes most of the time. ``kept``: the file that caches results.
     """
     samples, units = [], []
     for a, b in permutations(runs, 2):
@@ -417,10 +384,7 @@ def bimodality(
 def by_pair(
     runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], values: Callable[[pd.DataFrame], Floats]
 ) -> dict[str, float]:
-    """Return "a--b" → the mean of both directions of the mean of ``values`` [M] over alive anchors, without NaN.
-
-    Pairs of which a run has no such anchor are left out.
-    """
+    """Return "a--b" → the mean of both directions of the mean of ``values`` [M] over alive anchors, if any."""
     found = {}
     for a, b in combinations(runs, 2):
         both = [values(alignments[x, y])[alive[x]] for x, y in ((a, b), (b, a))]

@@ -1,15 +1,14 @@
 """Rebuild a direction from at most four rows of another dictionary.
 
-For a unit row x and unit rows b, the best coefficients of a set S of rows are those of least squares, and the variance
-explained is |P_S x|², the squared length of x's projection on their span. Trying all M⁴/24 sets of four is impossible,
-so the set is found by
+A set S of unit rows explains |P_S x|² of a unit row x, the squared length of x's projection on their span (least
+squares; coefficients may be negative). Trying all M⁴/24 sets is impossible, so the set is found by
 
-1. orthogonal least squares (Chen, Billings & Luo, 1989): four times, the row of all M that explains most in addition to
-   those already taken;
-2. exchanges: each of the four is replaced by the row that explains most in addition to the other three, among the 64
-   with the largest cosines, until none is better.
+1. orthogonal least squares (Chen, Billings & Luo, 1989): four times, add the row of all M that explains most in
+   addition to those already taken;
+2. exchanges: replace each of the four by the row that explains most in addition to the other three, among the 64 with
+   the largest cosines, until none is better.
 
-The best set may explain more than the one found. Coefficients may be negative.
+The best set may explain more than the one found.
 
 Legend: R rows rebuilt, M rows to choose from, D model width.
 """
@@ -34,16 +33,11 @@ _DEPENDENT = 1e-4  # a row of which less than this share is not in the span of t
 
 
 class Rebuilt(NamedTuple):
-    rows: NDArray[np.int32]
-    """[R, 4] of the other dictionary, the largest coefficient first; -1 where fewer are of use"""
-    weights: NDArray[np.float32]
-    """[R, 4] coefficients of the unit rows, 0 where there is none"""
-    explained: NDArray[np.float32]
-    """[R] variance explained, 0 to 1; 0 for a row of zeros"""
-    nearest: NDArray[np.int32]
-    """[R, 4] the rows with the largest cosines, falling; -1 where there are fewer"""
-    cosines: NDArray[np.float32]
-    """[R, 4] theirs"""
+    rows: NDArray[np.int32]  # [R, 4] of the other dictionary, the largest coefficient first; -1 where fewer are of use
+    weights: NDArray[np.float32]  # [R, 4] coefficients of the unit rows, 0 where there is none
+    explained: NDArray[np.float32]  # [R] variance explained, 0 to 1; 0 for a row of zeros
+    nearest: NDArray[np.int32]  # [R, 4] the rows with the largest cosines, falling; -1 where there are fewer
+    cosines: NDArray[np.float32]  # [R, 4] theirs
 
 
 def rebuild(x: ArrayLike, b: ArrayLike, device: str = "cpu") -> Rebuilt:
@@ -85,7 +79,6 @@ def _rebuilt(x: Tensor, b: Tensor) -> Rebuilt:
 
 
 def _padded(values: Tensor, fill: float) -> NDArray[Any]:
-    """Return [R, ≤ 4] as [R, 4], for dictionaries of fewer rows."""
     return torch.nn.functional.pad(values, (0, TERMS - values.shape[1]), value=fill).cpu().numpy()
 
 
@@ -116,8 +109,8 @@ def _forward(x: Tensor, b: Tensor, likeness: Tensor, terms: int) -> Tensor:
 def _exchanged(x: Tensor, pool: Tensor, terms: int) -> Tensor:
     """Choose from each row's ``pool`` [R, P, D], beginning with the first ``terms``: [R, terms].
 
-    Only the products among the pool are needed. In addition to a set O, row j explains t² / s of x, with s the squared
-    length of j's part outside the span of O, and t the product of that part with x.
+    In addition to a set O, row j explains t² / s of x, with s the squared length of j's part outside the span of O, and
+    t the product of that part with x. Only products among the pool are needed.
     """
     gram, with_x = pool @ pool.transpose(1, 2), (pool @ x[:, :, None])[:, :, 0]
     n, every = len(x), torch.arange(len(x), device=x.device)

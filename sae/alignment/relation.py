@@ -1,9 +1,8 @@
-"""The counterpart of a latent in another dictionary of the same activations, by where latents fire.
+"""Find the counterpart of a latent in another dictionary of the same activations, by where latents fire.
 
-A latent without a counterpart in direction may have one of another shape. Let F be the tokens at which it fires. Only
-latents of the other dictionary that fire at least five times as often within F as overall count: a latent that fires
-nearly everywhere contains everything. Such a latent is *inside* F when it fires no more often than the latent, and at
-least half of the time within F; *wider* when it fires more often. The first that applies:
+Let F be the tokens at which a latent fires. Latents of the other dictionary count only if they fire at least five times
+as often within F as overall. Such a latent is *inside* F if it fires no more often than the latent and at least half of
+the time within F; *wider* if it fires more often. The first that applies:
 
     same       b and it fire together on at least half of the tokens at which either does (Jaccard J ≥ .5), and as far
                above chance: (J - J₀) / (1 - J₀) ≥ .5
@@ -67,13 +66,8 @@ class Tokens(Protocol):
 def find_relation(together: Ints, firings: Ints, n: int, n_tokens: int, tokens: Tokens) -> tuple[int, list[int], float]:
     """Return the relation of a latent that fires on n tokens to the t latents of the other dictionary that fire there.
 
-    Args:
-        together: [t] the number of tokens of F at which each fires.
-        firings: [t] the number of all ``n_tokens`` tokens at which each fires.
-        tokens: F.
-    Returns:
-        the number of the relation in ``NAMES``, the latents that it rests on (of the t), and the share of F that they
-        cover, NaN where there are none.
+    ``together`` and ``firings`` [t] count the tokens of F, and of all ``n_tokens``, at which each fires. Returns the
+    relation's number in ``NAMES``, the latents (of the t) that it rests on, and the share of F they cover, or NaN.
     """
     if n < _FEWEST:
         return NAMES.index("rare"), [], float("nan")

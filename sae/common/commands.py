@@ -1,8 +1,7 @@
 """Write commands in messages so that the user can copy and run them.
 
-The program is started as ``python cli.py`` in a checkout, and as ``autointerp`` or ``python -m autointerp`` once
-installed. Help texts and docstrings say ``python cli.py``; :func:`replace_program_name` turns that into what the user
-typed. Imports nothing slow, since ``--help`` needs it.
+The program is ``python cli.py`` in a checkout, and ``autointerp`` or ``python -m autointerp`` once installed. Help
+texts say ``python cli.py``; :func:`replace_program_name` fits it. Imports nothing slow, since ``--help`` needs it.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from pathlib import Path
 
 from sae.common.package_data import IS_CHECKOUT
 
-DEFAULT_ROOT = Path("eval_runs")
-"""The folder of all runs."""
+DEFAULT_ROOT = Path("eval_runs")  # the folder of all runs
 
 _CREDENTIALS = re.compile(r"(https?://)[^/@]*@")
 _WRITTEN = re.compile(r"(python )?\bcli\.py\b")
@@ -50,10 +48,7 @@ def command(root: Path, *words: str) -> str:
 
 
 def get_typed_command() -> str:
-    """Return the command as the user typed it, without passwords in URLs; empty in a notebook.
-
-    Every command resumes, so this is also the command that retries.
-    """
+    """Return the command as typed, without passwords in URLs; empty in a notebook. It resumes if run again."""
     started = Path(sys.argv[0])
     is_module = (started.parent.name, started.name) == ("autointerp", "__main__.py")
     if started.name not in ("cli.py", "autointerp") and not is_module:

@@ -1,7 +1,6 @@
 """SQLite files that survive ``kill -9`` and are upgraded by numbered migrations.
 
-Write-ahead logging with ``synchronous=NORMAL``: a committed transaction outlives the process; after a power cut the
-last ones may be missing, but the file stays intact. A schema changes only by a migration at the end of its list.
+Write-ahead logging with ``synchronous=NORMAL``: a power cut may lose the last transactions, but the file stays intact.
 """
 
 from __future__ import annotations
@@ -112,9 +111,9 @@ class Database:
             self._connection.execute("COMMIT")
 
     async def written(self, work: Work) -> None:
-        """Do ``work`` in a transaction shared with concurrent callers; committed on return.
+        """Do ``work`` in a transaction shared with concurrent callers, even if the caller is cancelled.
 
-        The work is done even if the caller is cancelled. Raises what ``work`` raised; other work is kept.
+        Committed on return. Raises what ``work`` raised; other work is kept.
         """
         loop = asyncio.get_running_loop()
         if self._loop is not loop:

@@ -9,10 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Estimate(NamedTuple):
-    """A measured value with its interval (95 % by default).
-
-    All three are NaN if nothing was measured; ``low`` and ``high`` are NaN if there is too little data for an interval.
-    """
+    """A measured value with its interval (95 % by default); NaN if nothing was measured or there is too little data."""
 
     value: float
     low: float
@@ -29,9 +26,7 @@ class Estimate(NamedTuple):
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
-FEW = 30
-"""Fractions with fewer cases for or against get Wilson's interval, because bootstrap percentiles are too narrow there:
-a third of the resamples of one case in 6,144 hold no case."""
+FEW = 30  # fewer cases for or against get Wilson's interval: bootstrap percentiles would be too narrow
 
 
 def proportion(successes: float, n: float, level: float = 0.95) -> Estimate:
@@ -47,10 +42,7 @@ def proportion(successes: float, n: float, level: float = 0.95) -> Estimate:
 
 
 def fraction(value: float, variance: float, n: float, level: float = 0.95) -> Estimate:
-    """Return a mean of ``n`` fractions, with Wilson's interval at its effective number of cases.
-
-    That is the number of yes-or-no cases whose mean has the same ``variance`` (Korn and Graubard 1998).
-    """
+    """Return a mean of ``n`` fractions, with Wilson's interval at its effective number (Korn and Graubard 1998)."""
     if math.isnan(value):
         return UNKNOWN
     effective = effective_number(value, variance, n)

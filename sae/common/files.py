@@ -1,7 +1,6 @@
 """Read and write JSON files and Parquet tables; each file is written under a temporary name, then renamed.
 
-A table's metadata holds a schema number and, from most writers, the hash of its inputs. pandas and pyarrow are imported
-only when a table is read or written.
+A table's metadata holds a schema number and usually the hash of its inputs. pandas and pyarrow are imported late.
 """
 
 from __future__ import annotations
@@ -32,10 +31,7 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that is synced and renamed to ``path`` if the block ends without an error.
-
-    Raises UserError if the disk is full; an existing file stays.
-    """
+    """Yield a temporary path, renamed to ``path`` unless the block fails. Raises UserError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

@@ -39,10 +39,8 @@ def looks_like_path(name: str) -> bool:
 def find_on_hub(name: str, kind: Kind) -> OnHub:
     """Look up ``name``, or ``name@revision`` for a branch, tag or commit.
 
-    Raises:
-        NotFound: the hub has no such name or revision.
-        BadInput: the repository is gated.
-        Unavailable: the hub cannot be reached and the name is not cached.
+    Raises NotFound for an unknown name or revision, BadInput for a gated repository, and Unavailable if the hub cannot
+    be reached and the name is not cached.
     """
     from huggingface_hub import HfApi, errors
 
@@ -82,6 +80,5 @@ def _cached_commit(repository: str, revision: str, kind: Kind) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, shortened."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]

@@ -50,8 +50,8 @@ class Interrupt:
 def defer_interrupts() -> Iterator[Interrupt]:
     """Remember Ctrl-C and SIGTERM while the block runs, instead of acting on them.
 
-    The block checks ``signal`` now and then and calls :func:`raise_signal`; a later signal takes effect when the block
-    ends, and a second one at once. Ignored signals stay ignored. Does nothing outside the main thread.
+    The block checks ``signal`` and calls :func:`raise_signal`; a later signal takes effect when the block ends, a
+    second one at once. Ignored signals stay ignored. Does nothing outside the main thread.
     """
     interrupt = Interrupt()
     if threading.current_thread() is threading.main_thread():
@@ -69,5 +69,4 @@ def defer_interrupts() -> Iterator[Interrupt]:
 
 
 def raise_signal(number: int) -> NoReturn:
-    """Raise the exception for a signal."""
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated

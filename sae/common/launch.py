@@ -26,7 +26,6 @@ def local_size() -> int:
 
 
 def local_rank() -> int:
-    """Return this process's rank on its machine."""
     return _number("LOCAL_RANK", 0) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 

@@ -10,10 +10,7 @@ from sae.common import launch
 
 
 def free_host_bytes() -> int | None:
-    """Return the bytes that this process can still allocate, swap included; ``None`` if unknown.
-
-    Ranks on one machine share its memory.
-    """
+    """Return the bytes that the processes here can still allocate, swap included; ``None`` if unknown."""
     shared = [bound // launch.local_size() for bound in (_available(), _within_group()) if bound is not None]
     own = _within_limit()
     return min(shared if own is None else [*shared, own], default=None)

@@ -1,8 +1,8 @@
 """Show the stages of a command and estimate how long the rest takes.
 
-The estimate starts from a plan: the expected seconds of each stage on this machine. Once the bar of a stage moves
-(:func:`sae.common.progress.track`), its measured rate replaces its plan. The plan of later stages is scaled by the
-geometric mean of measured over expected seconds, since a machine may be fast at one kind of work and slow at another.
+The plan gives each stage's expected seconds on this machine. Once a stage's bar moves
+(:func:`sae.common.progress.track`), its measured rate replaces its plan, and later stages are scaled by the geometric
+mean of measured over expected seconds.
 """
 
 from __future__ import annotations
@@ -101,7 +101,6 @@ class Overview:
             stage.cost = costs.get(stage.name, stage.cost)
 
     def finish(self) -> None:
-        """End all stages."""
         for stage in self.stages:
             self._end(stage)
 
@@ -136,15 +135,12 @@ class Overview:
         stage.state = "done"
 
     def elapsed(self) -> float:
-        """Return the seconds since the command started."""
         return self._clock() - self._began
 
     def left(self) -> float:
-        """Estimate the seconds that the rest takes."""
         return sum(self.left_of(stage) for stage in self.stages)
 
     def left_of(self, stage: Stage) -> float:
-        """Estimate the seconds that the rest of one stage takes."""
         if stage.state == "done":
             return 0.0
         others = [other for other in self.stages if other is not stage and min(other.expected, other.measured) > 0]

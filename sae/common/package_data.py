@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TOP = Path(__file__).resolve().parents[2]
-"""The checkout, or the ``site-packages`` that the wheel was installed into."""
-IS_CHECKOUT = not (TOP / "sae" / "_recipes").is_dir()
-"""Whether the program runs from its repository, or from an editable install."""
+TOP = Path(__file__).resolve().parents[2]  # the checkout, or the ``site-packages`` that the wheel was installed into
+IS_CHECKOUT = not (TOP / "sae" / "_recipes").is_dir()  # also true of an editable install
 
 
 def data_folder(packaged: str, in_checkout: str) -> Path:
@@ -19,7 +17,6 @@ RECIPES = data_folder(packaged="sae/_recipes", in_checkout="eval_runs/recipes")
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """Return the bundled recipes by name."""
     return {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
 
 

@@ -14,10 +14,7 @@ from sae.common.ranks import ALONE, Job, Mode
 
 @contextmanager
 def join_ranks(parallel: str | None, seeds: int, device: str) -> Iterator[tuple[Job, str]]:
-    """Join the other ranks, if any, while the block runs. Yields the job and this rank's device.
-
-    ``parallel`` and ``device`` are the values of the flags; ``parallel=None`` means choose.
-    """
+    """Join the other ranks, if any, while the block runs; yield the job and this rank's device (None: choose)."""
     if parallel is not None and not launch.launched():
         raise BadInput(
             f"--parallel {parallel} needs several processes; start them with "

@@ -1,7 +1,6 @@
-"""Choose the precision of dense products from the instructions that the machine has.
+"""Choose the precision of dense products from the instructions that the machine has, not by timing.
 
-Not by timing: two runs of one study must not differ because a machine was busy. Each run records its precision, so
-seeds added on another machine use the same.
+Each run records its precision, so seeds added on another machine use the same.
 """
 
 from __future__ import annotations
@@ -20,10 +19,7 @@ Asked = Literal["auto", "float32", "bfloat16", "int8"]
 
 
 def resolve(asked: Asked, device: torch.device | str) -> Precision:
-    """Return ``asked``; for "auto", the fewest bits that ``device`` has instructions for.
-
-    Raises UserError for int8 on a GPU.
-    """
+    """Return ``asked``; for "auto", the fewest bits that ``device`` supports. Raises UserError for int8 on a GPU."""
     device = torch.device(device)
     if asked == "int8" and device.type != "cpu":
         raise UserError(f"precision int8 is for CPUs, not for {device}; use bfloat16 or auto there")
@@ -78,8 +74,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def _cpu_has(*questions: str, needs: str) -> bool:
     """Return whether this CPU has some AVX-512 or AMX instructions and oneDNN may use them.
 
-    ``questions`` are private functions of ``torch.cpu``; a missing one means no. ``needs`` is part of the name of the
-    oneDNN instruction set that first had the instructions.
+    ``questions`` are private functions of ``torch.cpu`` (missing: no); ``needs`` is part of the oneDNN set's name.
     """
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         return False

@@ -34,8 +34,7 @@ from sae.common.errors import make_printable
 console = Console(stderr=True, highlight=False, emoji=False, quiet=launch.rank() != 0)  # only rank 0 prints
 _PLAIN_LINE_SECONDS = 30.0
 _waited = 0.0  # seconds that this process has spent in `waiting`
-watcher: Callable[[Bar], None] | None = None
-"""Called with a bar whenever it starts, advances or ends without an error; see :mod:`sae.common.overview`."""
+watcher: Callable[[Bar], None] | None = None  # gets each bar that starts, advances or ends without an error
 
 
 def peak_memory_bytes() -> int:
@@ -118,10 +117,7 @@ def _show_watcher(bar: Bar) -> None:
 
 @contextmanager
 def track(label: str, total: float, unit: str = "steps", done: float = 0) -> Iterator[Bar]:
-    """Show progress over ``total`` units; an interrupted call has already done ``done`` of them.
-
-    Prints amount, rate and peak memory when the block ends without an error.
-    """
+    """Show progress over ``total`` units, ``done`` of them before; end with amount, rate and peak memory."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -143,9 +139,9 @@ def track(label: str, total: float, unit: str = "steps", done: float = 0) -> Ite
 
 @contextmanager
 def waiting(label: str) -> Iterator[Callable[[str], None]]:
-    """Show how long this program has been waiting for something else, such as a server.
+    """Show how long the program waits for something, such as a server; bars do not count this time in their rates.
 
-    Yields a function that updates the note. Running bars do not count this time in their rates.
+    Yields a function that updates the note.
     """
     global _waited
     started = last_line = time.monotonic()

@@ -1,17 +1,17 @@
 """Split one training or harvest over several processes (ranks), and choose the one that writes.
 
-``torchrun … cli.py train`` starts the same command several times; each process is a *rank*. A harvest is split by
-pieces of the text and gives the files of one process. A training is split in one of two ways:
+``torchrun … cli.py train`` starts the same command in several *ranks*. A harvest is split by pieces of the text and
+gives the files of one process. A training is split in one of two ways:
 
 - ``seeds``: each rank trains some of the seeds on all batches. On CPUs with the same number of threads per rank, the
   weights are bit for bit those of one process.
-- ``data``: each rank takes some rows of each batch, for all seeds; losses, gradients and firings are summed over the
-  ranks. The sums differ from those of one process by rounding only (in float64, weights agree to 1e-6 after 50 steps);
-  in float32 the runs diverge later, as on two different machines, because the choice of the k largest is abrupt.
+- ``data``: each rank takes some rows of each batch, for all seeds; losses, gradients and firings are summed over ranks.
+  The sums differ from one process's by rounding only (in float64, weights agree to 1e-6 after 50 steps); in float32
+  runs diverge later, because the choice of the k largest is abrupt.
 
-Either way the subject model's forward pass, the expensive part, is done once. Only rank 0 plans, writes records and
-prints; weights and states are written by the rank that trains the seed, or by rank 0. :class:`Job` is one process
-alone; :mod:`sae.common.torchrun` has several, and imports torch.
+The subject model's forward pass is done once. Only rank 0 plans, writes records and prints; weights and states are
+written by the rank that trains the seed, or by rank 0. :class:`Job` is one process alone; :mod:`sae.common.torchrun`
+has several, and imports torch.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ class Job:
         """Return the smallest of the ranks' numbers."""
         return number
 
-    record: dict[str, Any] = {}  # noqa: RUF012
-    """the entry in ``run.json``, if the weights' last bits depend on the ranks"""
+    record: dict[str, Any] = {}  # noqa: RUF012  # for ``run.json``, if the weights' last bits depend on the ranks
 
     @contextmanager
     def first_then_others(self, name: str) -> Iterator[None]:  # noqa: ARG002

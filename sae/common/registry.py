@@ -1,7 +1,7 @@
 """List the plug-ins of a package: each file holds one class, and a new file adds one.
 
-``sae/dictionaries/architectures/topk.py`` holds the class whose ``name`` is ``topk``. Names come from the folder, so
-listing them imports nothing. ``base`` and names that start with an underscore are not plug-ins.
+``architectures/topk.py`` holds the class whose ``name`` is ``topk``. Names come from the folder, so listing imports
+nothing. ``base`` and names that start with an underscore are not plug-ins.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ T = TypeVar("T")
 class Registry(Mapping[str, type[T]]):
     """The classes of a package by name, in alphabetical order.
 
-    Args:
-        package: such as ``sae.dictionaries.architectures``.
-        what: a noun for one of them, for error messages.
-        attribute: the class attribute that holds the name.
+    ``what`` is a noun for one of them, for error messages; ``attribute`` is the class attribute that holds the name.
     """
 
     def __init__(self, package: str, what: str, attribute: str = "name") -> None:
@@ -41,10 +38,7 @@ class Registry(Mapping[str, type[T]]):
         return any(name == known for known in self)
 
     def __getitem__(self, name: str) -> type[T]:
-        """Import and return the class called ``name``.
-
-        Raises KeyError if there is no such file, BadInput if it cannot be imported or holds no such class.
-        """
+        """Import and return the class called ``name``; raise KeyError without a file, BadInput for an unusable one."""
         if name not in self:
             raise KeyError(name)
         module = self._import(name)

@@ -1,8 +1,7 @@
 """Communicate between the ranks that torchrun started: gloo between CPUs, NCCL between GPUs.
 
-:mod:`sae.common.ranks` describes how the work is split. Ranks wait for the work of rank 0 (tokenising, writing records)
-without a time limit. Only the first rank that fails prints its error; torchrun then ends the others. A rank ends itself
-if its torchrun is gone.
+:mod:`sae.common.ranks` describes how work is split. Ranks wait for rank 0 without a time limit. Only the first rank
+that fails prints its error; torchrun then ends the others. A rank whose torchrun is gone ends itself.
 """
 
 from __future__ import annotations

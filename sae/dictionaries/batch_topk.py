@@ -1,12 +1,9 @@
-"""BatchTopK's choice: the largest pre-activations of a whole batch, found without holding all of them.
+"""Find the largest pre-activations of a whole batch (BatchTopK) without holding all of them.
 
-Each token's few largest pre-activations are found first, as TopK finds them; the B k-th largest of these is a lower
-bound of the threshold. A token with all of its few above the bound may have more, so it is searched again for four
-times as many, until no token has more to offer. A token searched for K' has K' / 4 among the B k largest, so there are
-at most 4 B k / K' of them: memory stays a small multiple of B k slots, however unevenly the firings are spread.
-
-Where several processes share a batch, each searches its own tokens and gathers the candidates of all: the B k-th
-largest is then the same number everywhere, and the one that a single process would find.
+Each token's few largest are found as by TopK; the B k-th largest of these is a lower bound of the threshold. A token
+whose few are all above the bound is searched again for four times as many, until no token has more. A token searched
+for K' has K' / 4 among the B k largest, so there are at most 4 B k / K' such tokens: memory stays a small multiple of B
+k slots. Processes that share a batch gather the candidates of all and so find the same threshold as one process.
 
 Legend: B batch, D model width, M latents, K' slots.
 """
@@ -29,10 +26,8 @@ _FIRST = 4  # times k: how many of a token's pre-activations are searched at fir
 class Chosen(NamedTuple):
     """The latents that fire in a batch."""
 
-    groups: list[tuple[Tensor, Slots]]
-    """tokens' numbers, int64 [R], and their firings; tokens with many firings in groups of their own"""
-    least: Tensor
-    """the smallest activation among them; 0 if fewer than B k are positive"""
+    groups: list[tuple[Tensor, Slots]]  # int64 [R] and firings; tokens with many firings apart
+    least: Tensor  # the smallest activation among them; 0 if fewer than B k are positive
 
 
 def batch_topk(
@@ -40,9 +35,9 @@ def batch_topk(
 ) -> Chosen:
     """Return the B k largest of the positive pre-activations ``centred @ weight.T + bias`` of ``centred`` [B, D].
 
-    If fewer than B k are positive, all of them fire. The order of equal ones is fixed, but has no meaning. Where the
-    processes of ``job`` share a batch, B counts the tokens of all, and each process gets the firings of its own.
-    ``precision`` is that of the product, see :func:`sae.dictionaries.encoding.topk_firings`.
+    If fewer than B k are positive, all of them fire. The order of ties is fixed, but has no meaning. If the processes
+    of ``job`` share a batch, B counts the tokens of all, and each process gets its own firings. ``precision`` is that
+    of the product (:func:`sae.dictionaries.encoding.topk_firings`).
     """
     wanted, num_latents = int(_gather_number(job, len(centred), centred).sum()) * k, len(weight)
     rows = torch.arange(len(centred), device=centred.device)

@@ -1,9 +1,8 @@
-"""Read and write a trained dictionary from any program: the front door to ``sae.dictionaries.formats``.
+"""Read and write trained dictionaries: the front door to ``sae.dictionaries.formats``.
 
-A run's own dictionary is kept in a format that another program opens unchanged: sparsify's for TopK, SAELens's for the
-other architectures that it supports. sparsify finds no weights of its own in those files, so no dictionary can be taken
-for one of another architecture. Other architectures are kept in ``sae.dictionaries.formats.native``. The names of the
-files identify the format of a checkpoint.
+A run's dictionary is kept in a format that another program opens: sparsify's for TopK, SAELens's for the architectures
+that it supports, else ``sae.dictionaries.formats.native``. File names identify the format; sparsify finds no weights of
+its own in SAELens's files, so no architecture is taken for another.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from sae.common.errors import BadInput, NotFound
 from sae.dictionaries.formats import FORMATS, About, Format, Opened
 from sae.dictionaries.sae import Sae
 
-_DEPTH = 3
-"""levels of folders below a given one that are searched for checkpoints"""
-_LARGEST = 1e17
-"""of a weight: the squares of a row of larger ones overflow float32, and so do products with any activations"""
+_DEPTH = 3  # levels of folders below a given one that are searched for checkpoints
+_LARGEST = 1e17  # of a weight: the squares of a row of larger ones overflow float32, as do products
 
 
 def native_format(architecture: str) -> Format:
@@ -37,10 +34,7 @@ def format_named(name: str) -> Format:
 
 
 def save_sae(folder: Path, sae: Sae, about: About | None = None, format_: Format | None = None) -> None:
-    """Write ``sae`` to ``folder`` in float32, in its native format by default.
-
-    Raises BadInput for an architecture that the format does not support.
-    """
+    """Write ``sae`` to ``folder`` in float32, in its native format by default; BadInput if the format lacks it."""
     format_ = format_ or native_format(sae.architecture)
     written = sae if format_.has(sae.architecture) else sae.as_known()
     if written is None or not format_.has(written.architecture):
@@ -61,8 +55,7 @@ def load_sae(folder: Path) -> Sae:
 def open_sae(folder: Path) -> tuple[Opened, Format]:
     """Read the dictionary in ``folder``, with a list of everything folded into its weights, and its format.
 
-    Raises NotFound where a file is missing; BadInput where a file is damaged, is not supported, or disagrees with
-    another.
+    Raises NotFound for a missing file; BadInput for one that is damaged, not supported, or disagrees with another.
     """
     format_ = detect_format(folder)
     opened = format_.read(folder)

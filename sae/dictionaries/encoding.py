@@ -1,8 +1,7 @@
-"""From centred activations to the latents that fire: the dense encoder product and the choice among its results.
+"""Encode centred activations: the dense encoder product and the choice among its results.
 
-The product is most of a step's arithmetic, and the only dense part. It may be rounded to 8 bits or bfloat16, because
-it only has to find the latents worth computing: their activations are computed again in float32 (see
-``kernels.cpu_shortlist``). Pre-activations exist for some rows at a time only, never as a B x M matrix.
+The product is most of a step's arithmetic. It may be rounded to 8 bits or bfloat16, because it only finds the latents
+worth computing again in float32 (``kernels.cpu_shortlist``). No B x M matrix is formed, only some rows at a time.
 """
 
 from __future__ import annotations
@@ -20,10 +19,7 @@ _CPU_BFLOAT16_BYTES = 8 * 2**20  # the product is so fast that finding its resul
 
 
 def topk_firings(centred: Tensor, weight: Tensor, bias: Tensor, k: int, precision: Precision = "float32") -> Firings:
-    """Return TopK(relu(centred @ weight.T + bias)) for centred [B, D], weight [M, D], bias [M].
-
-    ``precision`` is that of the product only; activations have the type of the tensors.
-    """
+    """Return TopK(relu(centred @ weight.T + bias)) for [B, D], [M, D], [M]; ``precision`` affects the product only."""
     if precision == "int8" and centred.dtype == torch.float32 and centred.is_cpu:
         return _topk_in_int8(centred, weight, bias, k)
     if precision == "bfloat16" and centred.dtype == torch.float32:
@@ -79,7 +75,6 @@ def _topk_in_bfloat16(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> 
 
 
 def _widen(matrix: Tensor) -> Tensor:
-    """Copy a matrix to bfloat16, with two more columns."""
     wide = _empty((len(matrix), matrix.shape[1] + 2), matrix, torch.bfloat16)
     wide[:, : matrix.shape[1]] = matrix
     return wide

@@ -1,12 +1,11 @@
-"""The pre-activations that may fire, where their number differs from token to token.
+"""The pre-activations that may fire, for architectures where their number differs from token to token.
 
-An architecture with a threshold fires for half of its latents when training begins and for a few when it ends. Where
-few fire, they are kept as slots for the sparse steps; where many fire, the same sums are dense products over some rows
-of the batch. :func:`parts` cuts a batch into groups of rows of one kind or the other. Both kinds have the same few
+Where few fire, they are kept as slots for the sparse steps; where many fire (early in training), the same sums are
+dense products over some rows. :func:`parts` cuts a batch into groups of one kind or the other. Both kinds have the same
 methods, so an architecture writes its gradient once.
 
-Memory: at most about three pieces of ``_PIECE_BYTES`` of pre-activations exist at once, and ``_SLOTS`` slots for each
-of a few classes of tokens with about as many firings: nothing of size B x M.
+Memory: about three pieces of ``_PIECE_BYTES`` of pre-activations at once, and ``_SLOTS`` slots for each of a few
+classes of tokens with about as many firings.
 
 Legend: R rows of a batch, D model width, M latents, K' slots.
 """
@@ -33,34 +32,25 @@ _GATHERED = 1 << 22  # elements of decoder rows gathered at once
 class Error(NamedTuple):
     """The error of a reconstruction."""
 
-    residual: Tensor
-    """[R, D] reconstruction minus target"""
-    products: Tensor
-    """the residual's product with each entry's decoder row, in the shape of the entries"""
-    squares: Tensor
-    """the sum of squared errors, a float64 scalar"""
+    residual: Tensor  # [R, D] reconstruction minus target
+    products: Tensor  # the residual's product with each entry's decoder row, in the shape of the entries
+    squares: Tensor  # the sum of squared errors, a float64 scalar
 
 
 class Sums(NamedTuple):
     """The sums that entries add to a gradient."""
 
-    W_enc: Tensor
-    """[M, D]"""
-    b_enc: Tensor
-    """[M]"""
-    W_dec: Tensor
-    """[M, D]"""
-    firings: Tensor
-    """[M] int64: entries with a positive activation"""
+    W_enc: Tensor  # [M, D]
+    b_enc: Tensor  # [M]
+    W_dec: Tensor  # [M, D]
+    firings: Tensor  # [M] int64: entries with a positive activation
 
 
 class Entries(ABC):
     """Some entries of the pre-activations of R tokens. All tensors by entry have the shape of ``pre``."""
 
-    pre: Tensor
-    """pre-activations"""
-    real: Tensor
-    """bool: False marks a place of ``pre`` that is not an entry and must get the value 0"""
+    pre: Tensor  # pre-activations
+    real: Tensor  # bool: False marks a place of ``pre`` that is not an entry and must get the value 0
 
     @abstractmethod
     def of(self, per_latent: Tensor) -> Tensor:
@@ -148,9 +138,6 @@ class Slots(Entries):
         return torch.where(activations > 0, self.indices, 0)
 
 
-# --------------------------------------------------------------------------------------------------- a batch in parts
-
-
 def tokens_at_once(num_latents: int, element_size: int = 4) -> int:
     """Return the number of tokens for which M pre-activations are computed at once."""
     return max(1, _PIECE_BYTES // (num_latents * element_size))
@@ -159,8 +146,7 @@ def tokens_at_once(num_latents: int, element_size: int = 4) -> int:
 def pre_activations(centred: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     """Yield ``centred @ weight.T + bias`` for some rows at a time: the first row's number, and [R, M].
 
-    The same memory is yielded each time, and may be changed. (An allocator asked for pieces of some MiB again and again
-    may find that no freed piece fits, and take gigabytes.)
+    The same memory is yielded each time and may be changed. (Repeated allocations of some MiB may take gigabytes.)
     """
     rows = min(len(centred), tokens_at_once(weight.shape[0], weight.element_size()))
     memory = centred.new_empty(rows, len(weight))
@@ -173,9 +159,9 @@ def pre_activations(centred: Tensor, weight: Tensor, bias: Tensor | None) -> Ite
 def parts(
     centred: Tensor, weight: Tensor, bias: Tensor | None, floor: Tensor | float
 ) -> Iterator[tuple[Tensor, Entries]]:
-    """Yield the pre-activations above ``floor`` (a number, or [M]) of a batch ``centred`` [B, D], in groups of tokens.
+    """Yield groups of a batch ``centred`` [B, D] with their pre-activations above ``floor`` (a number, or [M]).
 
-    A group is its tokens' numbers, int64 [R], and their entries. Together the groups hold every token once.
+    A group is its tokens' numbers, int64 [R], and their entries. Every token is in one group.
     """
     dense, sparse = _Held(), dict[int, _Held]()
     above = torch.empty(0, dtype=torch.bool, device=centred.device)
@@ -201,10 +187,7 @@ def parts(
 
 
 def _by_width(counts: Tensor, of: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield classes of the tokens ``of`` [R] bool with similar counts of entries, and a number of slots for each.
-
-    A class is as wide as its widest token: one token that fires for many latents must not widen all others.
-    """
+    """Yield classes of the tokens ``of`` [R] bool with similar counts of entries, and how many slots each needs."""
     counts = torch.where(of, counts, -1)
     most = int(counts.max()) if len(counts) else -1
     least, width = -1, _NARROW
@@ -223,7 +206,6 @@ class _Held:
         self.pieces: list[Entries] = []
 
     def length(self, more: Tensor) -> int:
-        """Count the tokens held and those of ``more``, bool [R]."""
         return sum(map(len, self.rows)) + int(more.sum())
 
     def put(self, rows: Tensor, piece: Entries) -> None:
@@ -259,10 +241,7 @@ def pack(values: Tensor, indices: Tensor | None, real: Tensor, num_latents: int)
 
 
 def _slots(values: Tensor, row: Tensor, latents: Tensor, counts: Tensor, of: Tensor, num_latents: int) -> Slots:
-    """Return entries, given row by row with their ``row`` and latent, as the slots of the rows ``of``, bool [R].
-
-    ``counts`` [R] is the number of entries in each row.
-    """
+    """Return entries, given by ``row`` and latent, as slots of the rows ``of`` (bool [R]); ``counts`` [R] per row."""
     if not bool(of.all()):
         chosen = of[row]
         values, latents, row = values[chosen], latents[chosen], (of.cumsum(0) - 1)[row[chosen]]
@@ -283,8 +262,7 @@ def cat_padded(tensors: list[Tensor]) -> Tensor:
 def firings_by(activate: Callable[[Tensor], Tensor], centred: Tensor, weight: Tensor, bias: Tensor | None) -> Firings:
     """Return the firings of ``centred`` [B, D]; ``activate`` turns [R, M] into activations, maybe in place.
 
-    There are as many slots as the token with the most firings needs: pass :func:`tokens_at_once` tokens where a few may
-    fire for nearly all latents.
+    The token with the most firings sets the slots of all: pass at most :func:`tokens_at_once` tokens.
     """
     found = []
     for _, pre in pre_activations(centred, weight, bias):

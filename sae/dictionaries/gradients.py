@@ -1,23 +1,21 @@
 """The gradient of the reconstruction error, worked out by hand, for any architecture with few firings per token.
 
-AuxK = sum ||e_hat - e||^2 / V, where e = x - x_hat is a constant (no gradient flows through it), and
-e_hat = a_aux W_dec is its reconstruction by the k_aux dead latents with the largest positive pre-activations of each
-token (Gao et al. 2024, appendix A.2). It has the form of the reconstruction error: a target, some latents, an error.
-So the same kernels differentiate both, AuxK's over the dictionary of the dead latents alone.
+AuxK = sum ||e_hat - e||^2 / V, where e = x - x_hat is a constant (no gradient flows through it), and e_hat = a_aux
+W_dec is its reconstruction by the k_aux dead latents with the largest positive pre-activations of each token (Gao et
+al. 2024, appendix A.2). It has the form of the reconstruction error, so the same kernels differentiate both, AuxK's
+over the dictionary of the dead latents alone.
 
-A latent that TopK leaves dead still has positive pre-activations now and then, by which AuxK revives it. A latent
-killed by a penalty has none, because its bias is far too low. The penalised architectures have another term in place
-of AuxK, after the pre-activation loss of Conerly et al. ("Dictionary Learning Optimization Techniques", Circuits
-Updates of January 2025): how far the dead latents' pre-activations z lie below their thresholds,
+A latent killed by a penalty has no positive pre-activations by which AuxK could revive it: its bias is far too low. The
+penalised architectures use another term, after the pre-activation loss of Conerly et al. ("Dictionary Learning
+Optimization Techniques", Circuits Updates of January 2025): how far the pre-activations z
+of dead latents lie below their thresholds,
 
     P = sum_{dead i} mean_b (theta_i - z_bi) / (M sqrt(V / B)),
 
-a mean over all M latents. It trains the biases alone, so that dead latents rise until they fire without all turning
-towards the mean of the activations. (Gated has two biases: P trains the one that keeps the latent silent.)
+a mean over all M latents. It trains the biases alone, so that dead latents rise until they fire, without all turning
+towards the mean of the activations. (In Gated, P trains the bias that keeps the latent silent.)
 
-Automatic differentiation would keep the B x M pre-activations, and an encoder with a backward pass over the chosen
-slots only leaves AuxK without effect on the encoder, where a dead latent must be revived. Here nothing wider than K
-slots per token is kept, and every parameter receives its part of both terms.
+Unlike with automatic differentiation, nothing wider than K slots per token is kept.
 """
 
 from __future__ import annotations
@@ -37,15 +35,10 @@ from sae.dictionaries.sae import Firings, Sae
 class Reconstruction(NamedTuple):
     """The error of the decoded firings, and its gradient."""
 
-    squares: Tensor
-    """the sum of squared errors, a float64 scalar"""
-    residual: Tensor
-    """[B, D] reconstruction minus target"""
-    gradient: dict[str, Tensor]
-    """of ``scale / 2 * squares`` by W_enc, b_enc, W_dec and b_dec, where the activation of a slot that fires is its
-    pre-activation ``(x - b_dec) W_enc^T + b_enc``"""
-    firings: Tensor
-    """[M] int64: tokens for which each latent fires"""
+    squares: Tensor  # the sum of squared errors, a float64 scalar
+    residual: Tensor  # [B, D] reconstruction minus target
+    gradient: dict[str, Tensor]  # of ``scale / 2 * squares``; firing slots hold their pre-activation
+    firings: Tensor  # [M] int64: tokens for which each latent fires
 
 
 def reconstruction(sae: Sae, firings: Firings, x: Tensor, centred: Tensor, scale: float) -> Reconstruction:
@@ -65,11 +58,9 @@ class Totals:
     """Sums over the groups of a batch; the number of groups changes their rounding only."""
 
     def __init__(self, sae: Sae, x: Tensor, objective: Objective) -> None:
-        self.scale = 2 / objective.variance
-        """times a residual's product with a decoder row: the gradient of FVU by that activation"""
+        self.scale = 2 / objective.variance  # times residual @ decoder row: the gradient by an activation
         self.squares = torch.zeros((), dtype=torch.float64, device=x.device)
-        self.residual = torch.empty_like(x)
-        """[B, D] reconstruction minus target"""
+        self.residual = torch.empty_like(x)  # [B, D] reconstruction minus target
         self.firings = torch.zeros(sae.num_latents, dtype=torch.int64, device=x.device)
         self._sae = sae
         self._sums: dict[str, Tensor] = {}

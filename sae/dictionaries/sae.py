@@ -1,9 +1,8 @@
 """A sparse autoencoder (SAE) of the activations at a hookpoint. ``architectures/`` holds the variants.
 
-Seeds are compared by each latent's direction in the encoder and in the decoder, so every architecture exposes these
-under the same four names and shapes, whatever it stores on disk. Activations are passed on as K slots per token, never
-as a B x M matrix: nothing downstream grows with the width. Gradients are worked out by hand, because automatic
-differentiation would keep that matrix for the backward pass.
+Every architecture exposes encoder and decoder directions under the same four names and shapes, by which seeds are
+compared. Activations are passed on as K slots per token, never as a B x M matrix. Gradients are worked out by hand,
+because automatic differentiation would keep that matrix.
 
 Legend: B batch, D model width (d_in), M latents, K active latents.
 """
@@ -25,28 +24,21 @@ from sae.dictionaries.objective import Loss, Objective
 class Firings(NamedTuple):
     """The latents that fire for each token, and how strongly."""
 
-    activations: Tensor
-    """[B, K] strictly positive; 0 marks an empty slot"""
-    indices: Tensor
-    """[B, K] int64 latent of each slot, in no particular order; 0 in an empty slot"""
+    activations: Tensor  # [B, K] strictly positive; 0 marks an empty slot
+    indices: Tensor  # [B, K] int64 latent of each slot, in no particular order; 0 in an empty slot
 
 
 class Sae(ABC):
     """An SAE of any architecture: four weights, an encoder and a decoder.
 
-    ``W_enc`` [M, D], ``b_enc`` [M], ``W_dec`` [M, D] and ``b_dec`` [D] have one dtype and one device. They are plain
-    tensors without autograd: the trainer computes its gradients itself.
+    ``W_enc`` [M, D], ``b_enc`` [M], ``W_dec`` [M, D] and ``b_dec`` [D] have one dtype and one device, without autograd.
     """
 
     architecture: ClassVar[str]
-    penalised: ClassVar[bool] = False
-    """whether a sparsity term decides how many latents fire, so that training has to find its coefficient"""
-    gradients_at_once: ClassVar[int] = 2
-    """gradients as large as the weights held by a step: 1 if it is computed in one piece (``sae.training.memory``)"""
-    slots_per_k: ClassVar[int] = 8
-    """most slots of a token that a step holds for the whole batch, in units of k; 0 if it works piece by piece"""
-    k: int | None
-    """latents that fire per token, or the average that training aims at; None if unknown"""
+    penalised: ClassVar[bool] = False  # a sparsity term decides how many fire: training finds its coefficient
+    gradients_at_once: ClassVar[int] = 2  # gradients as large as the weights that a step holds; 1: in one piece
+    slots_per_k: ClassVar[int] = 8  # most slots of a token held for the whole batch, in units of k; 0: by pieces
+    k: int | None  # latents that fire per token, or the average that training aims at; None if unknown
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         num_latents, d_in = W_enc.shape
@@ -78,7 +70,7 @@ class Sae(ABC):
         return self.W_enc.dtype
 
     def parameters(self) -> dict[str, Tensor]:
-        """Return the tensors that training changes by gradient, by name; the very tensors, not copies."""
+        """Return the tensors that training changes by gradient, by name, not copied."""
         return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
 
     def weights(self) -> dict[str, Tensor]:
@@ -116,7 +108,7 @@ class Sae(ABC):
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
         """Return the training loss on a batch ``x`` [B, D], and its gradient under the names of :meth:`parameters`.
 
-        The gradient is the plain one: the update takes the unit length of decoder rows into account.
+        The gradient ignores the unit length of decoder rows; the update takes it into account.
         """
 
     @abstractmethod
@@ -132,14 +124,10 @@ class Sae(ABC):
         return kernels_for(self.device).decode(*firings, self.W_dec, self.b_dec)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Return ``decode(encode(x))`` [B, D]."""
         return self.decode(self.encode(x))
 
     def centred(self, x: Tensor) -> Tensor:
-        """Return ``x - b_dec`` [B, D], the input of the encoder's product, in the weights' dtype.
-
-        Raises BadInput if the width of ``x`` is not that of the dictionary.
-        """
+        """Return ``x - b_dec`` [B, D] in the weights' dtype; raise BadInput if ``x`` has another width."""
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise BadInput(
                 f"this SAE reads activations of width {self.d_in}, got shape {list(x.shape)}; "
@@ -157,9 +145,9 @@ def check_k(k: int | None, num_latents: int) -> None:
 def fresh_weights(d_in: int, num_latents: int, seed: int, x_sample: Tensor | None) -> dict[str, Tensor]:
     """Return initial W_enc, b_enc, W_dec and b_dec, in float32 in main memory.
 
-    The encoder is drawn from ``seed`` like a linear layer's default, uniform in +-1/sqrt(D), with zero bias; the
-    decoder is the encoder with rows of length 1; ``b_dec`` is the geometric median of ``x_sample`` [N, D], of which a
-    few thousand tokens are enough (Gao et al. 2024, appendix A.1), or zero without one.
+    The encoder is drawn from ``seed``, uniform in +-1/sqrt(D), with zero bias; the decoder is the encoder with rows of
+    length 1; ``b_dec`` is the geometric median of ``x_sample`` [N, D], of which a few thousand tokens are enough (Gao
+    et al. 2024, appendix A.1), or zero without one.
     """
     generator = torch.Generator().manual_seed(seed)
     encoder = (torch.rand(num_latents, d_in, generator=generator) * 2 - 1) * d_in**-0.5
@@ -171,8 +159,7 @@ def fresh_weights(d_in: int, num_latents: int, seed: int, x_sample: Tensor | Non
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
     """Return the point [D] with the smallest sum of distances to the rows of ``x`` [N, D], in float64.
 
-    Weiszfeld's iteration from the mean, until it moves by less than ``tolerance`` of the spread. Unlike the mean, the
-    few tokens with enormous activations do not dominate it.
+    Weiszfeld's iteration from the mean, until it moves by less than ``tolerance`` of the spread. Robust to outliers.
     """
     points = x.detach().double()
     centre = points.mean(0)

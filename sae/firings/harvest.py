@@ -1,9 +1,8 @@
 """Record which latent fires where, for all seeds of a study in one pass over the subject model.
 
-The work is cut into shards of fixed size along the corpus order. A shard is written to a temporary folder and renamed,
-and it depends only on its place in the order; so a resumed harvest gives the same files, and a longer one adds shards.
-:mod:`sae.firings.index` merges the shards into the by-latent index, and ``store.json``, written last, marks the store
-as complete (:mod:`sae.firings.store` describes the files).
+The work is cut into shards of fixed size along the corpus order. A shard depends only on its place in the order and is
+written to a temporary folder and renamed, so a resumed harvest gives the same files and a longer one adds shards.
+:mod:`sae.firings.index` then merges them; ``store.json``, written last, marks the store as complete.
 """
 
 from __future__ import annotations
@@ -54,7 +53,6 @@ def harvest(
     Skips runs whose store already holds that many tokens. Finished shards stay after an error.
 
     Args:
-        stream: activations of the subject model on the corpus.
         saes: the dictionaries by run name; all of the stream's width.
         folders: each run's firing store.
         tokens: rounded up to whole sequences; at most the corpus.
@@ -62,7 +60,6 @@ def harvest(
         order_seed: the seed of the corpus order (epoch 0).
         weights: each run's weights digest, for the record; computed if missing.
         ranks: the processes that share the shards; all call this function with the same arguments.
-
     Raises:
         SettingsDiffer: a finished store was harvested from something else.
         UserError: activations are not finite, or the disk is full.
@@ -130,10 +127,7 @@ class _Shard(NamedTuple):
 
 
 class _ShardWriter:
-    """Writes one shard at a time in a thread, so memory holds at most two.
-
-    Raises a shard's error when the next shard is handed over, or at the end.
-    """
+    """Writes one shard at a time in a thread; raises its error when the next is handed over, or at the end."""
 
     def __init__(self, window: int) -> None:
         self.window = window
@@ -168,7 +162,7 @@ class _Job:
         self.kept: dict[str, Any] | None = None  # the record of a finished, smaller store that this harvest extends
 
     def begin(self) -> bool:
-        """Check the files on disk. Returns whether there is work left."""
+        """Check the files on disk; return whether work is left."""
         if (self.folder / STORE_FILE).is_file():
             store = read_record(self.folder / STORE_FILE)
             differences = mapping_differences(store["provenance"], self.provenance)
@@ -242,7 +236,6 @@ class _Job:
 def _encode_missing(
     stream: ActivationStream, missing: list[tuple[Piece, list[_Job]]], order: Ints, window: int, ranks: RankJob
 ) -> None:
-    """Encode and write this rank's part of the missing shards."""
     corpus = stream.corpus
     used = corpus.context // window * window
     left = sum(piece.stop - piece.start for piece, _ in missing) * used
@@ -283,10 +276,7 @@ def _encode(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> 
 
 
 def _check_products(name: str, sae: Sae, activations: torch.Tensor) -> None:
-    """Raise BadInput if a pre-activation of ``activations`` [B, D] could overflow float32.
-
-    Its sum could become NaN, and the latent would seem not to fire.
-    """
+    """Raise BadInput if a pre-activation of ``activations`` [B, D] could overflow float32: NaN seems not to fire."""
     import torch
 
     token = float(activations.double().norm(dim=1).max()) + float(sae.b_dec.double().norm())
@@ -358,7 +348,6 @@ def _report_full_disk(folder: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, shard: _Shard, window: int) -> None:
-    """Write a shard's arrays: by token, which stay, and by latent, until the index is merged."""
     latents, activations, counts = (np.concatenate([part[i] for part in shard.coded]) for i in range(3))
     window_counts = counts.reshape(-1, window).sum(1, dtype=np.int64)
     token = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)

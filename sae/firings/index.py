@@ -1,8 +1,7 @@
 """Merge shards that are sorted by latent into one by-latent index, with a counting sort in bounded memory.
 
-The first pass counts the firings of each latent in each source, which gives the latent's place in the result. The
-second takes a block of latents at a time and appends each source's slice of it. Sources come in the order of their
-tokens, so positions ascend within a latent.
+The first pass counts each latent's firings, which gives its place in the result. The second appends each source's slice
+of a block of latents at a time. Sources come in the order of their tokens, so positions ascend within a latent.
 """
 
 from __future__ import annotations
@@ -46,10 +45,7 @@ class Source(NamedTuple):
     limit: int | None = None
 
     def slices(self, first: int, last: int) -> Iterator[tuple[Ints, Array, Array]]:
-        """Yield the firings of latents ``first`` to ``last`` in pieces: counts per latent, positions, activations.
-
-        A latent may continue in the next piece.
-        """
+        """Yield the firings of latents ``first`` to ``last`` in pieces: counts per latent, positions, activations."""
         bounds = np.asarray(self.offsets[first : last + 1], dtype=np.int64)
         for start in range(int(bounds[0]), int(bounds[-1]), _BLOCK_FIRINGS):
             stop = min(start + _BLOCK_FIRINGS, int(bounds[-1]))
@@ -82,10 +78,9 @@ def build_index(
     order: Ints,
     label: str,
 ) -> dict[str, int]:
-    """Write the index files into ``folder``; return the store's totals.
+    """Write the index files into ``folder`` (see :mod:`sae.firings.store`); return the store's totals.
 
     Args:
-        folder: the folder of the six arrays (see :mod:`sae.firings.store`).
         store: the firing store that holds the shards.
         kept: the record of a smaller, finished store; its index replaces the shards that it names.
         pieces: the shards, in the order of their tokens.

@@ -1,7 +1,6 @@
 """The firing store: which latent fired where, and how strongly.
 
-It answers "where does latent 17 fire?" and "which latents fire in this window?" from memory-mapped arrays in compressed
-sparse form, so later stages need neither the model nor torch, and memory does not grow with the tokens.
+It finds where a latent fires, and which latents fire in a window, in memory-mapped arrays, without the model or torch.
 
     firings/
       store.json                inputs and totals; written last, so its presence means complete
@@ -74,10 +73,7 @@ class FiringStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> FiringStore:
-        """Map the store in ``folder``.
-
-        Raises NotFound if there is no finished harvest, SettingsDiffer for another schema, BadInput for damaged files.
-        """
+        """Map the store in ``folder``; raise NotFound without a harvest, SettingsDiffer for another schema."""
         folder = Path(folder)
         record = _read_finished(folder)
         for relative, shape in _expected_shapes(record).items():
@@ -195,10 +191,7 @@ class FiringStore:
         return self._windows_per_shard * self.window
 
     def shard(self, number: int) -> tuple[Array, ...]:
-        """Map ``latents``, ``counts`` and ``window_offsets`` of one shard.
-
-        Not cached, because open files are limited; the files' headers are cached, because reading them is slow.
-        """
+        """Map ``latents``, ``counts`` and ``window_offsets`` of a shard, uncached, because open files are limited."""
         name = self.record["shards"][number]["name"]
         paths = [self.folder / "shards" / name / f"{kind}.npy" for kind in SHARD_FILES]
         if number not in self._layouts:
@@ -218,8 +211,8 @@ class FiringStore:
 def latent_statistics(store: FiringStore) -> pd.DataFrame:
     """Compute how often and how strongly each latent fires: a table of M rows.
 
-    ``n_firings`` and ``n_windows`` count tokens and windows; ``firing_frequency`` is per non-special token;
-    ``mean_activation`` and ``max_activation`` are over firings (0 if none); ``dead`` means no firing in this harvest.
+    ``n_firings`` and ``n_windows`` count tokens and windows; ``firing_frequency`` is per non-special token; mean and
+    maximum activation are over firings (0 if none); ``dead`` means no firing in this harvest.
     """
     offsets = np.asarray(store.latent_offsets)
     n_firings = np.diff(offsets)
@@ -262,10 +255,7 @@ def hash_windows(tokens: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
 
 
 def mix_bits(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Mix the bits of 64-bit words with SplitMix64's finaliser (Steele, Lea and Flood 2014).
-
-    Gives the same words on every machine and in every version of NumPy, unlike its random generators.
-    """
+    """Mix the bits of 64-bit words with SplitMix64's finaliser (Steele, Lea and Flood 2014), the same everywhere."""
     z = values + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -292,7 +282,6 @@ def _digest(record: dict[str, Any]) -> str:
 
 
 def _read_finished(folder: Path) -> dict[str, Any]:
-    """Read the record of a store; raise NotFound if there is no finished harvest."""
     path = folder / STORE_FILE
     if not path.is_file():
         state = "is unfinished" if (folder / "shards").is_dir() else "does not exist"
@@ -341,7 +330,6 @@ def _shape_of(path: Path) -> tuple[int, ...]:
 
 
 def map_array(path: Path) -> np.memmap[Any, Any]:
-    """Map a ``.npy`` file, read-only."""
     array: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 

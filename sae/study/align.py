@@ -1,7 +1,6 @@
 """Align runs: find partners by weights, compare firings, and write the overlap tables.
 
-Each pair's alignment and comparison is a file with the digest of its inputs, so only missing or outdated ones are
-computed.
+Each pair's files carry the digest of their inputs, so only missing or outdated ones are computed.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
     """Match each pair of ``runs`` by weights, compare their firings, and update the overlap tables.
 
     Args:
-        nulls: also match each with its rotated sibling, and compare it with firings moved along the tokens
-            (:mod:`sae.alignment.nulls`): twice the work of the matching and of the comparison.
+        nulls: also match rotated siblings and compare moved firings (:mod:`sae.alignment.nulls`): twice the work.
         force: align runs of different studies or hookpoints too.
     """
     from sae.alignment.alignment import pairs
@@ -258,7 +256,6 @@ class Compared(NamedTuple):
 
 
 def read_comparison(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
-    """Read the comparison of aligned ``runs``."""
     from sae.alignment.alignment import read_both_ways
     from sae.alignment.overlap import DIPS, overlap
 
@@ -295,8 +292,7 @@ def read_behaviours(root: Path, names: Sequence[str]) -> dict[tuple[str, str], p
 
 
 def read_behaviour_facts(root: Path, names: Sequence[str]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Read {pair: facts} of the comparisons of firings: ``n_tokens``, and ``jaccard_gap_per_latent``, the most by which
-    the mean Jaccard of partners can be below that of the best matching."""
+    """Read {pair: facts}: ``n_tokens`` and ``jaccard_gap_per_latent``, a bound on the distance from the best."""
     found = {}
     for a, b in combinations(names, 2):
         path = pair_path(behaviour_folder(root), a, b)

@@ -1,7 +1,7 @@
-"""Add control SAEs, whose weights are partly or never trained, to a study: scores mean little unless they beat these.
+"""Add control SAEs, whose weights are partly or never trained: scores mean little unless they beat these.
 
-SAEs with a random decoder, and even untrained ones, can score nearly as well in automatic interpretability as trained
-ones (arXiv 2501.17727, 2602.14111). Each control is a study with one run, with the same settings and batches:
+Random decoders and even untrained SAEs can score nearly as well as trained ones (arXiv 2501.17727, 2602.14111). Each
+control is a study with one run, with the same settings and batches:
 
 - ``NAME-frozen_a``: the random decoder is never trained, everything else is;
 - ``NAME-untrained_a``: nothing is trained. One batch is read, to initialise the bias.

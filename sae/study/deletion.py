@@ -1,8 +1,7 @@
 """Delete runs, and files that no run uses any more: corpora, cached activations, alignments and reports.
 
-A plan is made first, to be shown, and then carried out in an order that lets the same command finish a killed deletion.
-Nothing outside the root is deleted: a link is removed, not its target. The cache of language models' answers, which
-cost money, always stays.
+A plan is shown first, then carried out in an order that lets the same command finish a killed deletion. Nothing outside
+the root is deleted: a link is removed, not its target. The cache of paid answers always stays.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Plan:
 def plan_deletion(name: str, root: Path) -> Plan:
     """Plan to delete a run, or a study and its controls, with their alignments and HTML reports.
 
-    Raises NotFound if there is no such run or study, BadInput if the name is invalid or the folder is a link.
+    Raises NotFound if there is none, BadInput if the name is invalid or the folder is a link.
     """
     check_name(name)
     runs, kept = _named(name, root)
@@ -177,7 +176,7 @@ def _study(run: Run) -> str:
 
 
 def _of_study(run: Run) -> str:
-    """Return the study that the run, or the study that the control, belongs to."""
+    """Return the study that the run belongs to; for a control, the study of its parent."""
     try:
         return run.parent_study
     except BadInput:  # settings of another version

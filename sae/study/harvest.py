@@ -1,6 +1,6 @@
-"""Harvest runs: write their firing stores, and tell whether these are up to date.
+"""Harvest runs: write their firing stores, and check whether these are up to date.
 
-A stage is *done* when its file carries the digest of its present inputs; otherwise it runs (again), and resumes.
+A stage is *done* when its file carries the digest of its present inputs; otherwise it runs, and resumes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = None) -> None:
     """Fill the firing stores of ``runs`` and of their studies' controls, in one pass over the subject model.
 
-    Several hookpoints of one model and text are harvested one after the other, from the caches that the first pass has
-    filled. ``tokens`` extends stores that hold fewer.
+    Several hookpoints of one model and text follow one another, from the caches that the first pass has filled.
+    ``tokens`` extends stores that hold fewer.
     """
     for run in runs:
         check_trained(run)
@@ -49,7 +49,6 @@ def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = Non
 
 
 def _harvest_sharing(sharing: list[Run], compute: Compute, tokens: int | None, job: Job, label: str) -> None:
-    """Harvest runs that share a model and a text."""
     with ExitStack() as locks:
         for study in sorted({run.study for run in sharing}) if job.rank == 0 else []:
             locks.enter_context(lock_study(sharing[0].root, study))
@@ -158,7 +157,6 @@ def check_trained(run: Run) -> None:
 
 
 def group_by_study(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Group runs by study, in their order."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(run.study, []).append(run)

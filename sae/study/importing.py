@@ -1,7 +1,6 @@
 """Import SAEs that another program trained as runs of a study, and export runs in other programs' formats.
 
-An imported run has weights in the native format, the subject model and hookpoint that it reads, and the text on which
-it is harvested, but no seed. Imports of one study are compared on the same text.
+An imported run has weights, a subject model and hookpoint, and the text on which it is harvested, but no seed.
 """
 
 from __future__ import annotations
@@ -47,11 +46,9 @@ def _with_dictionary(settings: Settings, sae: Sae) -> Settings:
 def import_sae(source: str, name: str, study: str, settings: Settings, root: Path, compute: Compute) -> Run:
     """Import the SAE at ``source`` as the run ``name`` of ``study``; a killed import resumes.
 
-    ``source`` is a folder or a hub name: ``owner/repository``, optionally with ``@revision`` and ``/folder``.
-
-    Raises:
-        NotFound, BadInput, Unavailable: the source cannot be read, or does not fit the hookpoint.
-        SettingsDiffer: the name is taken, or the study has another model, hookpoint or text.
+    ``source`` is a folder or a hub name: ``owner/repository``, optionally with ``@revision`` and ``/folder``. Raises
+    NotFound, BadInput or Unavailable if it cannot be read or does not fit the hookpoint; SettingsDiffer if the name is
+    taken, or the study has another model, hookpoint or text.
     """
     from sae.dictionaries.checkpoint import open_sae, save_sae
 
@@ -159,7 +156,7 @@ def _check_width(source: str, d_in: int, subject: Subject, hookpoint: str) -> No
 
 
 def locate(source: str) -> tuple[Path, str]:
-    """Return the folder of a checkpoint, downloaded from the hub if it is not local, and its source for the record."""
+    """Return the folder of a checkpoint, downloaded from the hub if needed, and its source for the record."""
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve(), str(path.resolve())
@@ -173,7 +170,6 @@ def locate(source: str) -> tuple[Path, str]:
 
 
 def _fetch(name: str, arguments: dict[str, Any], repository: str, folder: str) -> Path:
-    """Download the files of a checkpoint from ``folder`` of a repository."""
     from huggingface_hub import HfApi, snapshot_download
 
     from sae.dictionaries.formats import FORMATS
@@ -211,7 +207,7 @@ def _check_listed(files: list[str], repository: str, folder: str) -> None:
 def export_sae(run: Run, format_name: str, folder: Path) -> dict[str, Any]:
     """Write the run's dictionary to ``folder`` in another program's format; return the files as JSON.
 
-    An equal export stays. Raises BadInput if the format has no such architecture, or the folder holds something else.
+    An equal export stays. Raises BadInput for an unsupported architecture, or if the folder holds something else.
     """
     from sae.dictionaries.checkpoint import format_named, open_sae, save_sae
     from sae.dictionaries.formats import FORMATS

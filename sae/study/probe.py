@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from sae.settings import Settings
     from sae.study.run import Study
 
-STEPS = 8
-"""steps per setting; the first two are not counted"""
+STEPS = 8  # steps per setting; the first two are not counted
 _WARM = 2
 _BLOCKS = 3
 _FORWARD_SECONDS = 0.5
@@ -89,7 +88,6 @@ def time_tokens(settings: Settings, compute: Compute) -> TokenSeconds:
 
 
 def _seconds_per_token(streams: Sequence[ActivationStream]) -> float:
-    """Return the median seconds per token of a few forward passes."""
     from sae.activations.stream import compute_block
 
     corpus = streams[0].corpus

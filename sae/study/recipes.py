@@ -30,8 +30,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def settings_from(recipe: Path | None, known: Settings | None = None, **tables: dict[str, Any]) -> Settings:
-    """Return the settings of a recipe, else of an existing study (``known``), else the defaults, with the values of the
-    command line over them (``None``: not given)."""
+    """Return the given values over those of a recipe, else of an existing study (``known``), else the defaults."""
     if recipe is None:
         return check_architecture((known or Settings()).with_values(**tables), "the command line")
     values = read_recipe(recipe)

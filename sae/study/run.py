@@ -5,9 +5,8 @@
     run.sae()                     # the weights
     run.latents()                 # a table with one row per latent
 
-``run.json`` records where the run comes from; it is written before training starts and does not change afterwards.
-Each later stage writes one file with the digest of its inputs, so the disk alone shows whether a stage is done, missing
-or out of date.
+``run.json`` is written before training starts and does not change. Each later stage writes one file with the digest of
+its inputs, so the disk alone shows whether a stage is done, missing or out of date.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ if TYPE_CHECKING:
     from sae.text.corpus import Corpus
 
 RESERVED = frozenset({"alignments", "reports", "recipes", "reference", "corpora", "logs"})
-MAIN_SCORER = "detection"
-"""The scorer of the columns without a prefix; other scorers' columns start with their name."""
+MAIN_SCORER = "detection"  # the scorer of the columns without a prefix; other scorers' columns start with their name
 _BASELINE = "ngram"  # its explanations count only for latents without others
 _SCORE_COLUMNS = (
     *("balanced_accuracy", "ba_low", "ba_high", "tpr", "tnr", "auroc", "auroc_low", "auroc_high"),
@@ -79,8 +77,6 @@ class Run:
             raise NotFound(f"run {name!r} does not exist under {str(run.root)!r}; {hint}")
         return run
 
-    # --- paths ----------------------------------------------------------------------------------------
-
     @property
     def folder(self) -> Path:
         return self.root / self.name
@@ -110,8 +106,6 @@ class Run:
     def stage_path(self, stage: str) -> Path:
         """Return the path of a stage's table (see ``LATENT_STAGES``)."""
         return self.folder / f"latents.{stage}.parquet"
-
-    # --- what run.json says ---------------------------------------------------------------------------
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
@@ -190,8 +184,6 @@ class Run:
             return f"import another SAE (`{words} --from … --name …`)"
         return f"train another seed (`{command(self.root, 'train', '--name', self.study)} --seeds …`)"
 
-    # --- contents -------------------------------------------------------------------------------------
-
     def sae(self) -> Sae:
         from sae.dictionaries.checkpoint import load_sae
 
@@ -217,8 +209,8 @@ class Run:
     def latents(self) -> pd.DataFrame:
         """Return a table with one row per latent: the columns of all stages.
 
-        The scores are the latest successful ones, from an explanation of a language model if there is one, else of the
-        n-gram baseline. Detection has plain column names; fuzzing has a prefix (``fuzzing_balanced_accuracy`` …).
+        The scores are the latest successful ones, of a language model's explanation if there is one, else of the n-gram
+        baseline. Detection has plain column names, fuzzing a prefix (``fuzzing_balanced_accuracy`` …).
         """
         stages = [stage for stage in LATENT_STAGES if self.stage_path(stage).exists()]
         read = {stage: read_table(self.stage_path(stage)) for stage in stages}
@@ -238,7 +230,6 @@ class Run:
 
 
 def _choose_scores(table: pd.DataFrame) -> pd.DataFrame:
-    """Reduce a score table to one row per latent; see :meth:`Run.latents`."""
     own = table[table["control"] == "none"]
     rank = 2 * (own["status"] == "ok") + (own["explainer"] != _BASELINE)
     own = own.loc[rank.sort_values(kind="stable").index]
@@ -341,10 +332,7 @@ def make_suffix(index: int) -> str:
 
 
 def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> list[tuple[Run, int]]:
-    """Return the run of each seed: an existing one, or one with a new name.
-
-    Raises SettingsDiffer if the study was trained with other settings.
-    """
+    """Return each seed's run, existing or new; raise SettingsDiffer if the study was trained with other settings."""
     check_name(study)
     if len(set(seeds)) != len(seeds) or not seeds or min(seeds) < 0:
         raise BadInput(f"seeds {' '.join(map(str, seeds))}: give whole numbers from 0, each once")
@@ -383,7 +371,6 @@ def check_folder_is_free(run: Run) -> None:
 
 
 def _aligned_with(run: Run) -> list[str]:
-    """Return the names of the runs that it is aligned with, from file names."""
     folder = run.root / "alignments"
     after = (path.stem.removeprefix(f"{run.name}--") for path in folder.glob(f"{run.name}--*.parquet"))
     before = (path.stem.removesuffix(f"--{run.name}") for path in folder.glob(f"*--{run.name}.parquet"))

@@ -74,10 +74,7 @@ def lock_study(root: Path, study: str) -> Iterator[None]:
 
 
 def resolve_dtype(study: str, settings: Settings, root: Path, compute: Compute) -> Settings:
-    """Replace subject.dtype "auto" by that of the study's runs, or else by the machine's best.
-
-    So a study keeps its precision on any machine.
-    """
+    """Replace subject.dtype "auto" by the dtype of the study's runs, else by the machine's best."""
     if settings.subject.dtype != "auto":
         return settings
     from sae.common.precision import resolve_float

@@ -6,8 +6,8 @@
     together = ["training.num_latents", "training.learning_rate"]
     seeds = [0, 1, 2]
 
-Every list is an axis. Axes are crossed, except that those in ``together`` advance together. Each point is a study with
-the sweep's seeds, named after the sweep and its values (``widths_m256``), and all read one stream of activations.
+Every list is an axis. Axes are crossed, but those in ``together`` advance together. Each point is a study named after
+the sweep and its values (``widths_m256``); all read one stream of activations.
 """
 
 from __future__ import annotations
@@ -164,7 +164,6 @@ def _seeds(values: Any, where: str) -> tuple[int, ...]:
 
 
 def _grid(axes: Mapping[str, tuple[Any, ...]], together: list[str], where: str) -> list[dict[str, Any]]:
-    """Return {axis: value} of each point."""
     unknown = [name for name in together if name not in axes]
     if unknown:
         raise BadInput(f"{where}: together names {unknown[0]!r}, not an axis of [sweep]; give {', '.join(axes)}")

@@ -1,7 +1,6 @@
 """Send training logs to Weights & Biases, if the user asks for it and has the package.
 
-The same rows are always in ``training.parquet``. W&B finds its key itself (``wandb login``); it is never read or stored
-here.
+The same rows are always in ``training.parquet``. W&B finds its key itself (``wandb login``).
 """
 
 from __future__ import annotations
@@ -19,10 +18,7 @@ if TYPE_CHECKING:
 
 
 class Tracker:
-    """One W&B run for each run, in one project; a resumed training continues the same W&B runs.
-
-    Raises UserError if the package is not installed.
-    """
+    """One W&B run for each run, in one project, continued on resume. Raises UserError without the package."""
 
     def __init__(self, project: str) -> None:
         self.project = project

@@ -1,9 +1,8 @@
 """Train studies: all that share a model and a text read one stream of activations together.
 
-A study is one setting and its seeds. The subject's forward pass is the expensive part, so studies that differ in
-hookpoint, width, k, architecture, learning rate or length share it (see :func:`sae.training.trainer.train_groups`),
-with the same results as alone. A run has a ``run.json`` once it has begun and weights once it is done; in between it
-resumes from its last state.
+A study is one setting and its seeds. Studies share the expensive forward pass of the subject (see
+:func:`sae.training.trainer.train_groups`), with the same results as alone. A run has a ``run.json`` once it has begun
+and weights once it is done; in between it resumes from its last state.
 """
 
 from __future__ import annotations
@@ -53,7 +52,6 @@ _SAMPLE = 16_384  # tokens of the first batch that are searched for outliers
 def train_study(
     study: str, seeds: Sequence[int], settings: Settings, root: Path, compute: Compute, parallel: str | None = None
 ) -> list[Run]:
-    """Train one study and return its runs in the order of ``seeds``."""
     return train_studies([Study(study, settings, tuple(seeds))], root, compute, parallel)[0]
 
 
@@ -68,8 +66,7 @@ def train_studies(
     """Train one SAE per seed of each study. Returns each study's runs in the order of its seeds.
 
     Within a study all seeds see the same batches in the same order; trained runs are not touched. Studies with the same
-    subject, corpus and batch size share one pass over the activations; set ``corpus.max_tokens`` to share a dataset
-    between studies of different lengths.
+    subject, corpus and batch size share one pass; set ``corpus.max_tokens`` to share a dataset.
 
     Args:
         parallel: how the ranks of torchrun share the work (see :mod:`sae.common.ranks`).
@@ -123,7 +120,6 @@ class _Todo:
 
 
 def _missing(study: Study, root: Path) -> int:
-    """Count the seeds that are not trained."""
     return len(set(study.seeds) - {run.seed for run in study_runs(study.name, root) if run.is_trained})
 
 
@@ -136,7 +132,6 @@ def _parallel_begun(studies: Sequence[Study], root: Path) -> str | None:
 
 
 def _planned(study: Study, root: Path) -> list[tuple[str, int, bool]]:
-    """Return the name of each seed's run, the seed, and whether it is trained."""
     planned = plan_study(study.name, list(study.seeds), study.settings, root)
     later = {"harvest", "contexts"}
     for run in study_runs(study.name, root):
@@ -263,7 +258,6 @@ def _groups(
     mine: set[str],
     root: Path,
 ) -> list[Group]:
-    """Initialise this process's dictionaries on ``samples`` [B, D], study by study."""
     from sae.dictionaries.architectures import ARCHITECTURES
     from sae.training.trainer import Group
 

@@ -1,15 +1,11 @@
 """Packed token sequences on disk, and the order in which they are read.
 
-Every later stage refers to the same stored sequences, so no stage tokenises again. Documents follow one another,
-separated by the end-of-text token, and are cut into rows of T tokens. No row starts with a BOS: the subject model adds
-one for its forward pass and drops it again.
+Documents follow one another, separated by the end-of-text token, and are cut into rows of T tokens, which every later
+stage reads. The subject model adds a BOS for its forward pass and drops it again.
 
-A sequence's activations may differ in the last bit with the shape of a batch, so each sequence is always computed with
-the same others, its *block*, drawn at random from the corpus. An order shuffles the blocks, then the sequences within
-groups of :data:`MIXED_BLOCKS` blocks. A reader in this order computes each block once and holds one group in memory,
-yet no two epochs repeat a batch.
-
-Reading a stored corpus needs no torch.
+Activations may differ in the last bit with the shape of a batch, so a sequence is always computed with the same others,
+its *block*, drawn at random. An order shuffles the blocks, then the sequences within groups of :data:`MIXED_BLOCKS`
+blocks. Reading in order computes each block once with one group in memory, yet no two epochs repeat a batch.
 """
 
 from __future__ import annotations
@@ -95,7 +91,7 @@ class Corpus:
         return self._by_block[number * self.block_rows : (number + 1) * self.block_rows]
 
     def place(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the block of each of sequences ``rows`` [n] and its place within the block, both int64 [n]."""
+        """Return the block of each of sequences ``rows`` [n] and its place in it, both int64 [n]."""
         blocks, places = np.divmod(self._rank[rows], self.block_rows)
         return blocks, places
 

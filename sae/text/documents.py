@@ -1,8 +1,7 @@
 """Read documents from text files, in pieces, and hash the content of files.
 
-The identity of a corpus is the hash of its contents (the SHA-256 of each file, or a hub dataset's commit), never the
-place or time of reading. Hashing a large dataset takes minutes, so hashes are kept in a small file and trusted as long
-as path, size and modification time are unchanged.
+A corpus is identified by the hash of its contents (the SHA-256 of each file, or a hub dataset's commit). Hashes are
+kept in a small file and trusted while path, size and modification time are unchanged.
 """
 
 from __future__ import annotations
@@ -37,10 +36,8 @@ class Document(NamedTuple):
 class TextSource:
     """A source of text.
 
-    Attributes:
-        identity: JSON that changes exactly when the text does.
-        info: the entry in a run's record.
-        total: the number of ``unit`` (bytes or documents), ``None`` if unknown.
+    ``identity`` is JSON that changes exactly when the text does; ``info`` is the entry in a run's record; ``total`` is
+    the number of ``unit`` (bytes or documents), ``None`` if unknown.
     """
 
     identity: dict[str, Any]
@@ -112,8 +109,7 @@ def _read_facts(path: Path) -> FileFacts:
 def read_pieces(path: Path, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
     """Yield a text file in pieces of about ``size`` characters.
 
-    A piece ends at the start of a line if possible, since tokens do not span a line end and the next word. So the
-    tokens of the pieces are those of the whole file.
+    Pieces end before a line if possible: no token spans a line end and the next word, so the tokens stay the same.
     """
     with path.open(encoding="utf-8-sig", newline="") as stream:
         held = stream.read(size)
@@ -136,7 +132,6 @@ def find_cut(text: str) -> int:
 
 
 def split_text(name: str, text: str, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
-    """Yield a text in pieces, like :func:`read_pieces`."""
     while len(text) > size:
         cut = find_cut(text[: size + 1])
         yield Document(name, text[:cut], ends=False)

@@ -104,7 +104,6 @@ def _saved(path: Path, name: str, split: str) -> tuple[Any, Path]:
 
 
 def _local(path: Path, name: str, settings: CorpusSettings) -> tuple[Any, list[Path]]:
-    """Open one data file (Parquet, JSON, CSV, text) or a folder of them."""
     if path.is_file():
         loader = _LOADERS.get(path.suffix.lower())
         if loader is None:

@@ -78,8 +78,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 class _Packer:
     """Tokenise into ``tokens.part`` and rename it when it is complete.
 
-    ``packing.json`` records how many pieces of text the first ``rows`` rows hold and which tokens are left over; a
-    resumed run truncates the part file to these rows.
+    ``packing.json`` records how many pieces of text the first ``rows`` rows hold and which tokens remain, to resume.
     """
 
     def __init__(self, folder: Path, key: str, settings: CorpusSettings, tokenizer: Any, source: TextSource) -> None:
@@ -241,14 +240,13 @@ def find_separator(tokenizer: Any) -> int | None:
 
 
 def count_token_ids(tokenizer: Any) -> int:
-    """Return the largest token id plus one."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
 def make_encoder(tokenizer: Any) -> tuple[Any, Any]:
     """Return a function ``texts -> token ids of each``, and the Rust tokenizer that it uses (or ``None``).
 
-    Calls a copy of the Rust tokenizer, without truncation and padding: the Python wrapper takes twice as long.
+    It calls a copy without truncation and padding, because the Python wrapper takes twice as long.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -18,10 +18,7 @@ _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages"})
 
 
 def open_source(settings: CorpusSettings, memo: Path) -> TextSource:
-    """Open the source of ``settings``; content hashes are cached in the file ``memo``.
-
-    Raises NotFound or BadInput for a source that does not exist or is not text.
-    """
+    """Open the source of ``settings``, with hashes cached in ``memo``; raise NotFound or BadInput if it is no text."""
     if settings.kind == "stdlib":
         return _stdlib()
     if not settings.source:
@@ -101,8 +98,6 @@ def _hint(path: Path) -> str:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Return the text files under ``folder``, sorted by path, without hidden and generated folders."""
-
     def wanted(path: Path) -> bool:
         inner = path.relative_to(folder).parts
         hidden = any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in inner)

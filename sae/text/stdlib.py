@@ -1,8 +1,7 @@
 """Read the source files of the Python standard library: a corpus that every machine has.
 
-The library differs between Python versions, so a committed manifest lists the files, each with its SHA-256. Another
-Python reads the same paths; :class:`StdlibText` counts the files that differ and lists those that are missing. Tests
-and the generated character maps of ``encodings/`` are excluded.
+A committed manifest lists the files of one Python version, each with its SHA-256; :class:`StdlibText` counts those that
+differ or are missing. Tests and the generated character maps of ``encodings/`` are excluded.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ class StdlibText:
 
 
 def stdlib_root() -> Path:
-    """Return the folder of this Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 

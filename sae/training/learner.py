@@ -37,10 +37,8 @@ LogRow = dict[str, float]
 class TrainLog:
     """The log of one seed's training."""
 
-    rows: list[LogRow]
-    """about 200, evenly spaced, each the mean since the row before; the columns of ``training.parquet``"""
-    resumed_from: int
-    """the step at which this call took over; 0 for a new training"""
+    rows: list[LogRow]  # about 200, evenly spaced means, as in ``training.parquet``
+    resumed_from: int  # the step at which this call took over; 0 for a new training
 
     def table(self) -> pd.DataFrame:
         """Return the rows; ``sparsity`` is that part of the loss, coefficient included, and 0 without one."""
@@ -85,7 +83,7 @@ class Plan:
 
 
 def _sum_over_ranks(job: Job, loss: Loss, gradient: dict[str, Tensor]) -> tuple[Loss, dict[str, Tensor]]:
-    """Return loss and gradient of the whole batch from those of this rank's rows; the gradient is changed in place."""
+    """Return loss and gradient of the whole batch from this rank's; the gradient is changed in place."""
     if job.size == 1:
         return loss, gradient
     sums = [loss.fvu, loss.auxk, loss.sparsity, *([] if loss.other is None else [loss.other])]
@@ -123,7 +121,6 @@ class Learner:
 
     @property
     def name(self) -> str:
-        """The run's name."""
         return self.folder.parent.name
 
     def objective(self, x: Tensor, variance: float, job: Job) -> Objective:
@@ -174,7 +171,7 @@ class Learner:
             )
 
     def check_finite(self, step: int) -> None:
-        """Raise NotFinite if the weights, or anything else that a step changes, hold NaN or infinity after ``step``."""
+        """Raise NotFinite if anything that a step changes holds NaN or infinity after ``step``."""
         for name, tensor in self.tensors().items():
             if not tensor.is_floating_point() or math.isfinite(float(tensor.sum())):
                 continue

@@ -1,8 +1,7 @@
 """Read the batch of each training step, on one process or on several.
 
-The subject model's forward pass is done once. On several ranks, each computes some of the blocks that a step lacks,
-rank 0 puts them together (it alone keeps the cache on disk) and sends the batch to all. So every rank sees the same
-bits, which are those that one process would compute.
+On several ranks, each computes some of the blocks that a step lacks; rank 0, which alone keeps the cache on disk, puts
+them together and sends the batch to all. Every rank sees the bits that one process would compute.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Reader:
         number: int,
         owners: dict[int, int],
     ) -> Mapping[str, Tensor]:
-        """Return a block on rank 0: its own work, or another rank's, which has computed all of ``streams``."""
+        """Return a block on rank 0: its own work, or another rank's."""
         owner = owners.pop(number, 0)  # a block found damaged on disk only now has no other owner
         if owner == 0:
             return compute_block(wanted, number)

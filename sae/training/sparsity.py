@@ -1,17 +1,14 @@
-"""Steer how many latents fire: the coefficient of the sparsity term is controlled during training.
+"""Steer how many latents fire by adjusting the coefficient of the sparsity term during training.
 
-TopK and BatchTopK fire as often as k says. ReLU, Gated and JumpReLU fire as their penalty allows, and the L0 of a
-coefficient depends on the activations, the width, the architecture and the length of the run. To compare architectures
-at the same L0 without a search, the coefficient is adjusted during training.
+ReLU, Gated and JumpReLU fire as their penalty allows, and the L0 of a coefficient depends on everything else. With
+the control, architectures are compared at the same L0 without a search.
 
-* The control acts on log lambda to steer log L0: over the relevant range one falls about as the other rises.
-* Half of the latents fire when training begins. Compared with k at once, that error would drive the coefficient far too
-  high, and latents killed by a passing excess do not come back by themselves. So L0 is led to k along a path that is
-  straight in log L0, and only the distance from the path is an error.
-* The rule is proportional-integral in velocity form: each step changes log lambda by P times the change of the error
-  plus I times the error. The weights respond in proportion to the learning rate, so I follows it: otherwise the
-  coefficient would run away from weights that no longer move once the rate has decayed. The term may not outgrow the
-  error that it is weighed against: optimisers that normalise their steps would not feel it.
+* It acts on log lambda to steer log L0: over the relevant range one falls about as the other rises.
+* Half of the latents fire at first, and a coefficient driven high by that error would kill latents for good. So L0
+  follows a path to k, straight in log L0, and only the distance from the path is an error.
+* Proportional-integral rule in velocity form: each step changes log lambda by P times the change of the error plus I
+  times the error. I follows the learning rate, or the coefficient would run away from weights that no longer move. The
+  term may not outgrow the error that it is weighed against: optimisers that normalise their steps would not feel it.
 """
 
 from __future__ import annotations
@@ -33,12 +30,9 @@ class SparsityControl:
     """The coefficient of one dictionary in training, and the state that its next value depends on."""
 
     log_coefficient: float = _FIRST
-    begun: float | None = None
-    """log L0 of the first batch"""
-    smoothed: float = 0.0
-    """log L0, averaged over about the latest ten batches"""
-    error: float = 0.0
-    """distance from the path at the latest step"""
+    begun: float | None = None  # log L0 of the first batch
+    smoothed: float = 0.0  # log L0, averaged over about the latest ten batches
+    error: float = 0.0  # distance from the path at the latest step
 
     @property
     def coefficient(self) -> float:
@@ -48,8 +42,8 @@ class SparsityControl:
     def observe(self, l0: float, sparsity: float, k: int, progress: float, pace: float) -> None:
         """Adjust the coefficient after a step with ``l0`` firings per token; the target is ``k``.
 
-        ``sparsity`` is S, the term without its coefficient. ``progress`` is the completed share of the path (complete
-        from 1 on), ``pace`` the learning rate as a share of its peak.
+        ``sparsity`` is S without its coefficient, ``progress`` the completed share of the path (complete from 1 on),
+        ``pace`` the learning rate as a share of its peak.
         """
         log_l0 = math.log(max(l0, _LEAST))
         if self.begun is None:

@@ -1,16 +1,13 @@
 """Train S TopK dictionaries as one: their weights are stacked, and each step is launched once for all seeds.
 
-A GPU does a small dictionary's step in less time than its launch takes, so seeds that take turns would leave it
-waiting. Nothing else changes: a seed's tensors are views into the stack, under their old names, so that updates,
-checkpoints and logs work as before, and no seed's numbers enter another's.
+A GPU does a small dictionary's step in less time than its launch takes. A seed's tensors are views into the stack,
+under their old names, so updates, checkpoints and logs work as before, and no seed's numbers enter another's. The seeds
+differ in which latents are dead. By AuxK some hundred of a few thousand dead latents fire for a token: dense enough for
+plain matrix products, seed by seed over some rows of the batch at a time.
 
-The seeds differ in which latents are dead. By AuxK some hundred of a few thousand dead latents fire for a token: dense
-enough for plain matrix products, which a GPU computes faster than it gathers rows. They are done seed by seed over some
-rows of the batch at a time.
-
-Memory, in bytes, besides weights and moments (each 4 S (2MD + M + D)): the gradient, as large as the weights; twice
-4 S B D for centred activations and residuals; about 60 S B K for the slots and their sorting; 2 S M D for the rounded
-encoder of a bfloat16 product; and at most ``_PIECE_BYTES`` of pre-activations, or of AuxK's. Nothing grows with B x M.
+Memory, in bytes, besides weights and moments (each 4 S (2MD + M + D)): the gradient, as large as the weights; twice 4 S
+B D for centred activations and residuals; about 60 S B K for the slots and their sorting; 2 S M D for the rounded
+encoder of a bfloat16 product; and at most ``_PIECE_BYTES`` of pre-activations, or of AuxK's.
 """
 
 from __future__ import annotations
@@ -34,8 +31,7 @@ class LossAndGradient(NamedTuple):
     """The result of ``Sae.loss_and_gradient`` for one seed."""
 
     loss: Loss
-    gradient: dict[str, Tensor]
-    """in a stack, views into the stack's gradient"""
+    gradient: dict[str, Tensor]  # in a stack, views into the stack's gradient
 
 
 def can_be_stacked(kind: type[Sae]) -> bool:
@@ -59,8 +55,7 @@ class Stack:
 
     def __init__(self, saes: Sequence[TopKSae], kernels: Kernels) -> None:
         self.k = saes[0].k
-        self.weights: dict[str, Tensor] = {}
-        """[S, ...] by their names"""
+        self.weights: dict[str, Tensor] = {}  # [S, ...] by their names
         self._kernels = kernels
         for name in saes[0].parameters():  # one at a time: the old tensor is freed before the next is stacked
             whole = self.weights[name] = torch.stack([sae.parameters()[name] for sae in saes])
@@ -68,10 +63,7 @@ class Stack:
                 setattr(sae, name, view)
 
     def loss_and_gradient(self, x: Tensor, objectives: Sequence[Objective]) -> list[LossAndGradient]:
-        """Return each seed's ``Sae.loss_and_gradient`` for the batch ``x`` [B, D].
-
-        ``objectives`` may differ in AuxK alone: all seeds see the same batch.
-        """
+        """Return each seed's ``Sae.loss_and_gradient`` for ``x`` [B, D]; ``objectives`` may differ in AuxK alone."""
         variance, precision = objectives[0].variance, objectives[0].precision
         weight, scale = self.weights, 2 / variance
         centred = x - weight["b_dec"][:, None]
@@ -145,6 +137,5 @@ class Stack:
 
 
 def _rows(row_bytes: int) -> int:
-    """Return how many rows of that size may exist at once."""
     rows = max(1, _PIECE_BYTES // row_bytes)
     return rows - rows % _ROWS if rows > _ROWS else rows

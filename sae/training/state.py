@@ -1,9 +1,8 @@
 """The states that an unfinished training resumes from: one file per checkpoint and seed, the last two kept.
 
-A state is one safetensors file, written under a temporary name and renamed, so it is complete or absent. Each carries a
-checksum (XXH3 in 128 bits), because a disk may damage a file later: training then resumes from the one before. Seeds
-share nothing but the batches, so each resumes from its own last state. A seed that is ahead, because the command was
-killed between two seeds' files or because the study has grown by seeds, waits until the batches have come that far.
+A state is one safetensors file with a checksum (XXH3 in 128 bits), written under a temporary name and renamed; if it is
+damaged, training resumes from the one before. Each seed resumes from its own last state. A seed that is ahead, after a
+kill or because the study has grown by seeds, waits until the batches have come that far.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ class State(NamedTuple):
     """One seed after some number of steps."""
 
     tensors: dict[str, Tensor]
-    record: dict[str, Any]
-    """any JSON values; training resumes only if ``record["identity"]`` agrees"""
+    record: dict[str, Any]  # any JSON values; training resumes only if ``record["identity"]`` agrees
 
 
 def write_state(folder: Path, step: int, state: State) -> None:
@@ -49,10 +47,7 @@ def write_state(folder: Path, step: int, state: State) -> None:
 
 
 def latest_state(folder: Path, identity: Mapping[str, Any]) -> tuple[int, State | None]:
-    """Return the step of the last readable state in ``folder``, and the state; (0, None) without one.
-
-    Raises SettingsDiffer if the state has another identity.
-    """
+    """Return the last readable state in ``folder`` and its step, or (0, None); SettingsDiffer for another identity."""
     for step in reversed(kept_steps(folder)):
         try:
             state = _read(_path(folder, step))

@@ -1,7 +1,7 @@
 """Train S seeds of one dictionary together on the same batches, and several such groups at once.
 
-The subject model's forward pass is the expensive part, so each batch is computed once and given to every seed. The
-seeds share nothing else: a seed ends with the same weights alone or with others, so a study can grow by seeds.
+Each batch is computed once, by the expensive forward pass, and given to every seed. A seed ends with the same weights
+alone or with others, so a study can grow by seeds.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from sae.training.learner import Learner, LogRow, Plan, TrainLog
 from sae.training.stacked import LossAndGradient, stack_on_gpu
 from sae.training.state import kept_steps
 
-CHECKPOINT_SECONDS = 60.0
-"""most time between checkpoints, besides those every ``checkpoint_steps``: the cost of ``kill -9``"""
+CHECKPOINT_SECONDS = 60.0  # most time between checkpoints, the cost of ``kill -9``
 _MOST_WRITING = 0.05  # of the time: where a checkpoint takes long to write, they are further apart
 
 
@@ -40,13 +39,10 @@ _MOST_WRITING = 0.05  # of the time: where a checkpoint takes long to write, the
 class Group:
     """Dictionaries that train under the same settings on the same batches: one for each seed."""
 
-    batches: Sequence[Tensor]
-    """one step each, [B, D]"""
-    saes: Sequence[Sae]
-    """as they were initialised; changed in place"""
+    batches: Sequence[Tensor]  # one step each, [B, D]
+    saes: Sequence[Sae]  # as they were initialised; changed in place
     settings: TrainingSettings
-    state_folders: Sequence[Path]
-    """``<run>/training-state`` of each"""
+    state_folders: Sequence[Path]  # ``<run>/training-state`` of each
 
 
 class Watch(Protocol):
@@ -83,21 +79,16 @@ def train_groups(
 ) -> list[list[TrainLog]]:
     """Train several groups side by side, step by step, and return each group's logs.
 
-    At every step ``read`` gets the batches of the groups that take it and the step's number, so that they can share one
-    forward pass. Groups share nothing else: each ends as it would alone, with its own number of steps, and ``watch`` is
-    notified after its last.
+    At every step ``read`` gets the step's number and the batches of the groups that take it, so that they can share one
+    forward pass. Each group ends as it would alone, after its own number of steps; ``watch`` is then notified.
 
-    Every dictionary resumes from its own state, if there is one: training starts at the step of the one furthest
-    behind, and those ahead wait for it. On a CPU with the same number of threads the results are bit for bit those of
-    an uninterrupted training. The last state stays on disk: call ``discard_states`` once the checkpoint is safe.
-    ``job`` describes the other processes of this training.
+    Training starts at the step of the dictionary furthest behind; those ahead wait for it. On a CPU with the same
+    number of threads the results are bit for bit those of an uninterrupted training. States are written every
+    ``checkpoint_steps``, about every minute, after the last step, and on Ctrl-C or SIGTERM at the end of the current
+    step; then KeyboardInterrupt or Terminated is raised. The last one stays until ``discard_states``.
 
-    States are written every ``checkpoint_steps``, about every minute, after the last step, and on Ctrl-C or SIGTERM at
-    the end of the current step; then KeyboardInterrupt or Terminated is raised.
-
-    Raises BadInput where there is nothing to train on, or a number stops being finite: the last state on disk is then
-    from before that, and the same command resumes from it. Raises SettingsDiffer where a state belongs to a training
-    with other settings, batches or initial weights.
+    Raises BadInput without training data or for a number that is not finite (the last state is from before that), and
+    SettingsDiffer if a state belongs to other settings, batches or initial weights.
     """
     logs: list[list[TrainLog]] = [[] for _ in groups]
     waiting = {i: _Training(group, job) for i, group in enumerate(groups)}
@@ -130,7 +121,6 @@ def train_groups(
 
 
 def _label(groups: Sequence[Group]) -> str:
-    """Return a progress label that counts a study's controls apart."""
     own = [group for group in groups if group.settings.frozen == "nothing"] or groups
     n = sum(len(group.saes) for group in own)
     controls = sum(len(group.saes) for group in groups) - n
@@ -146,10 +136,7 @@ class _Clock:
         self._last, self._apart = time.monotonic(), CHECKPOINT_SECONDS
 
     def checkpoint(self, active: Sequence[_Training], step: int) -> None:
-        """Write the states of ``active`` after a step if they are due; raise after a signal.
-
-        Ranks agree: a checkpoint or a signal on one of them is one for all.
-        """
+        """Write the states of ``active`` if they are due on any rank; raise after a signal on any rank."""
         wish = self._interrupt.signal or int(time.monotonic() - self._last >= self._apart)  # no signal is number 1
         wish = -self._job.least(-wish)
         if not wish:
@@ -258,6 +245,6 @@ def _prepare(raw: Tensor, batches: Sequence[Tensor], step: int, sae: Sae) -> tup
 
 
 def _place(batches: Sequence[Tensor], step: int, row: int | None = None) -> str:
-    """Return the place in the corpus of a step's batch, or of a row of it; empty for batches that cannot tell."""
+    """Return the place in the corpus of a step's batch, or of a row of it; empty if unknown."""
     describe = getattr(batches, "describe", None)
     return f" ({describe(step, row)})" if describe is not None else ""

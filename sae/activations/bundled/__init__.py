@@ -4,5 +4,4 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BUNDLED = Path(__file__).parent / "pystdlib-4m"
-"""The folder of the model named ``bundled``."""
+BUNDLED = Path(__file__).parent / "pystdlib-4m"  # the folder of the model named ``bundled``

@@ -1,15 +1,13 @@
 """Train the bundled subject model: ``python -m sae.activations.bundled.build``. Resumes from its last checkpoint.
 
-A GPT-NeoX causal LM (the family of Pythia) with 4.2M parameters and its own byte-level BPE tokenizer of 4,096 tokens,
-trained on the Python standard library. One file in twenty is held out, by a hash of its path.
+A GPT-NeoX causal LM (like Pythia) with 4.2M parameters and a byte-level BPE tokenizer of 4,096 tokens, trained on the
+Python standard library without one file in twenty, chosen by a hash of its path.
 
-* Weights in bfloat16 with a float32 master copy, and cross-entropy in chunks whose logits fit the cache.
+* Weights in bfloat16 with a float32 master copy; cross-entropy in chunks whose logits fit the cache.
 * Muon for matrices, AdamW for the rest: a third fewer tokens to the same loss than AdamW alone.
 * A flat learning rate, then linear decay, so that a run can be extended from its flat part.
-* Dropout from the second epoch (the library has 2.8M tokens only), half as much during the decay, and four times the
-  usual weight decay, against memorisation.
-* Sequences of 1,024 tokens, because code repeats its names: the held-out loss falls by about 0.1 nats from the 200th
-  token of a sequence to the 500th.
+* Against memorising 2.8M tokens: dropout from the second epoch (half during the decay), 4x the usual weight decay.
+* Sequences of 1,024 tokens, because code repeats its names: held-out loss falls by 0.1 nats from token 200 to 500.
 """
 
 from __future__ import annotations
@@ -30,8 +28,7 @@ from sae.text.stdlib import MANIFEST, StdlibFile, read_stdlib, write_manifest
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096
 CONTEXT = 1024
-POSITIONS = 4096
-"""The limit in its configuration, so that a server accepts prompts of usual length in tests (positions are rotary)."""
+POSITIONS = 4096  # the limit in its configuration: room for usual prompts in tests (positions are rotary)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -80,10 +77,7 @@ def make_config() -> GPTNeoXConfig:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of ``hidden @ weight.T``, [N, D] and [V, D], against ``target`` [N].
-
-    Computes both gradients in chunks in the forward pass, so that no [N, V] matrix is kept.
-    """
+    """Mean cross-entropy of ``hidden @ weight.T``, [N, D] and [V, D], against ``target`` [N], in chunks of rows."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, chunk=1024):  # type: ignore[no-untyped-def]
@@ -126,7 +120,6 @@ def pack(encoded: list[list[int]], rng: np.random.Generator | None) -> np.ndarra
 
 
 def set_dropout(model: GPTNeoXForCausalLM, p: float) -> None:
-    """Set the dropout of the embeddings and of each layer's output."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = p
@@ -147,8 +140,7 @@ def held_out_loss(model: GPTNeoXForCausalLM, rows: np.ndarray) -> float:
 
 @torch.no_grad()
 def held_out_loss_sliding(model: GPTNeoXForCausalLM, encoded: list[list[int]], batch: int = 16) -> float:
-    """Return the nats per token with at least ``CONTEXT / 2`` tokens of context: windows overlap by half, and only the
-    second half of each counts."""
+    """Return the nats per token with at least ``CONTEXT / 2`` tokens of context, in windows that overlap by half."""
     set_dropout(model, 0.0)
     flat = torch.from_numpy(np.concatenate([np.asarray([0, *ids], dtype=np.int64) for ids in encoded]))
     half = CONTEXT // 2
@@ -223,7 +215,6 @@ def encode(tokenizer: PreTrainedTokenizerFast, files: list[StdlibFile]) -> list[
 
 
 def write_card(folder: Path) -> None:
-    """Write the model card from the training's own record."""
     report = json.loads((folder / "training.json").read_text())
     values = {
         **report["settings"],

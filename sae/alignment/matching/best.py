@@ -1,20 +1,19 @@
-"""The best one-to-one matching of two dictionaries over *all* pairs, without the matrix of pairs.
+"""Find the best one-to-one matching of two dictionaries over *all* pairs, without the matrix of pairs.
 
     candidates ──► exact matching among them, with prices ──► other pairs that exceed their prices? ──► none: done
         ▲                                                                      │
         └────────────────────────────── they become candidates ◄───────────────┘
 
-With prices u on rows and v on columns, v zero or more and zero for what is left over, no matching can sum to more than
+For any prices u on rows and v on columns, v ≥ 0 and zero for columns left over, no matching can sum to more than
 
-    Σ_i u[i] + Σ_j v[j] + Σ_i max_j (c[i, j] - u[i] - v[j])⁺ + rounding,
+    Σ_i u[i] + Σ_j v[j] + Σ_i max_j (c[i, j] - u[i] - v[j])⁺ + rounding.
 
-whatever the prices. With the prices of the matching among the candidates, the first two terms are its own sum; the
-third is zero once no pair exceeds its prices. So the check finds missed pairs and, in the end, proves that none is.
+With the prices of the matching among the candidates, the first two terms are its own sum; the third is zero once no
+pair exceeds its prices. So the check finds missed pairs and finally proves that none is left.
 
-Checking all pairs costs a product of the dictionaries, which is nearly all of the time. Mostly it is not needed: the
-first pass bounds every pair that is not a candidate by the k-th nearest of its row and of its column
-(``sae.alignment.matching.candidates.Known``). Only few rows and columns with low prices on both sides remain, in random
-dictionaries as in trained ones, and later products are of those alone.
+Checking all pairs costs a product of the dictionaries, nearly all of the time, and is mostly not needed: the first pass
+bounds every other pair by the k-th nearest of its row and of its column (``sae.alignment.matching.candidates.Known``).
+Only few rows and columns with low prices on both sides remain, and later products are of those alone.
 
 Rows of zeros have cosine 0 with every column. They get the columns left over at the end.
 
@@ -62,11 +61,9 @@ def find_best_matching(
     Memory holds the rounded copies, a tile of products and some hundred bytes for each candidate.
 
     Args:
-        rows, columns: of any length, finite, as float32 or float64 (others are converted to float32).
+        rows, columns: of any length, finite; types other than float32 and float64 are converted to float32.
         precision: of the products that screen all pairs; it can change which of equally good matchings results.
-            "auto" is bfloat16 where the machine has instructions for it.
-        device: the torch device that forms the products.
-        nearest: the number of each row's and column's nearest that are candidates at first; affects time only.
+        nearest: each row's and column's first candidates; affects time only.
     """
     a, b = Directions.of(rows), Directions.of(columns)
     if len(a) > len(b):
@@ -131,7 +128,6 @@ def _finished(
     share: float,
     candidates: int,
 ) -> Matching:
-    """Add the rows of zeros, which get the columns left over in order, and compute the bound."""
     n, m = len(a), len(b)
     partner, u = np.full(n, -1, np.int32), np.zeros(n)
     partner[alive], u[alive] = solution.partner, solution.u
@@ -196,8 +192,8 @@ def _nearest(
 ) -> Nearest:
     """Return the nearest of ``b`` [m, D] to each of ``a`` [n, D], from candidates (i, j) and the others' ``bound`` [n].
 
-    Where the candidates do not settle it (equals, or too near to the bound) all products of the row are formed.
-    ``zeros``: ``b`` has rows of zeros, which are not candidates.
+    Rows that the candidates do not settle (ties, or too near to the bound) are computed in full. ``zeros``: ``b`` has
+    rows of zeros, which are not candidates.
     """
     n = len(a)
     who, best = np.zeros(n, np.int32), np.full(n, -np.inf)

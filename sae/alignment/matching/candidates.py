@@ -1,13 +1,12 @@
-"""The pairs of two dictionaries that can matter to a matching, found by products of blocks that are not kept.
+"""Find the pairs of two dictionaries that can matter to a matching, by products of blocks that are not kept.
 
-- :func:`shortlist`: the k nearest of every row and of every column, in one pass over all pairs. The k-th nearest so far
-  is the threshold that a pair must exceed in its row or its column; after a few blocks one in a thousand does. In the
-  end the thresholds bound all other pairs: c[i, j] ≤ min(row[i], column[j]).
+- :func:`shortlist`: the k nearest of every row and column, in one pass over all pairs. The k-th nearest so far is the
+  threshold for a pair in its row or column; after a few blocks one in a thousand passes. In the end the thresholds
+  bound all other pairs: c[i, j] ≤ min(row[i], column[j]).
 - :func:`find_violations`: the pairs whose cosine exceeds their prices, c[i, j] > u[i] + v[j]. Products are formed only
   where the known bounds (:class:`Known`) allow such a pair.
 
-A block of products is never sorted, only compared with thresholds while it is in the processor's cache; a strip in
-which nothing exceeds them costs one branch. The search takes a fiftieth of the time of the product.
+A block of products is compared with thresholds while it is in cache, in a fiftieth of the product's time.
 
 Shapes: n rows, m columns, D model width, E pairs.
 """
@@ -58,10 +57,7 @@ class Known:
 
 
 def shortlist(a: Screen, b: Screen, k: int) -> tuple[NDArray[np.int32], NDArray[np.int32], Known]:
-    """Return the ``k`` nearest of each row and column by the screens, and bounds on all other pairs.
-
-    The pairs are rows and columns [E], in order, each once.
-    """
+    """Return the ``k`` nearest of each row and column by the screens: rows and columns [E], in order, and bounds."""
     n, m = len(a), len(b)
     margin = a.margin(b)
     lists = _Lists(n, k, _kth_of_sample(a, b, k)), _Lists(m, k, _kth_of_sample(b, a, k))
@@ -130,9 +126,8 @@ def find_violations(
 ) -> tuple[Pairs, Floats, int]:
     """Find the pairs whose cosine exceeds ``u[i] + v[j] - near``.
 
-    Returns each row's ``most[i]`` pairs with the largest excess; the largest excess max_j (c[i, j] - u[i] - v[j])⁺ of
-    each row over *all* columns [n], up to ``TOLERANCE``; and the number of products formed. ``known`` is updated to
-    bound all other pairs.
+    Returns each row's ``most[i]`` pairs with the largest excess; each row's max_j (c[i, j] - u[i] - v[j])⁺ over *all*
+    columns [n], up to ``TOLERANCE``; and the number of products formed. ``known`` is updated to bound all other pairs.
     """
     n = len(a)
     margin = screens[0].margin(screens[1])
@@ -179,7 +174,6 @@ def find_violations(
 
 
 def join(parts: list[Pairs]) -> Pairs:
-    """Return the pairs of all parts, one part after another."""
     if not parts:
         return Pairs(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0))
     return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -210,7 +204,7 @@ def _find_suspects(
     """Yield blocks of at most ``high`` rows with the columns in which they may exceed ``u[i] + v[j]``.
 
     Such a pair needs row[i] - u[i] > v[j], column[j] - v[j] > u[i], and prices that fell since the last bounds. Columns
-    are tested against the block's most suspicious row, so rows are sorted by suspicion, those whose own price fell
+    are tested against the block's most suspicious row, so rows are sorted by suspicion, those with a fallen price
     first: the others only need columns whose price fell.
     """
     room_row, room_column = known.row - u, known.column - v
@@ -265,10 +259,7 @@ class Tiles:
     def find_above(
         self, tile: Tensor, row: NDArray[np.float32], column: NDArray[np.float32], relative: float, summed: bool
     ) -> list[tuple[NDArray[Any], ...]]:
-        """Find (i, j, c̃) where c̃ exceeds the lesser threshold or, if ``summed``, c̃ + relative · |c̃| exceeds their sum.
-
-        Returns parts in the order of the rows.
-        """
+        """Find (i, j, c̃), by row, where c̃ exceeds the lesser threshold; if ``summed``, its upper bound the sum."""
         if not self.on_cpu:
             r, c = (torch.from_numpy(limits).to(tile.device) for limits in (row, column))
             values = tile.float()
@@ -293,7 +284,7 @@ class Tiles:
 
 
 def _wide(x: Any) -> Any:
-    """Return a float32 as it is, and an int16, the bits of a bfloat16, as float32."""
+    """Return a float32 as it is; widen an int16, the bits of a bfloat16, to float32."""
     raise NotImplementedError  # for compiled code only
 
 
@@ -312,7 +303,6 @@ def _wide_compiled(x: Any) -> Any:
 def _above(
     tile: Any, row: Any, column: Any, relative: float, summed: bool, low: int, high: int, found: tuple[Any, Any, Any]
 ) -> int:
-    """Return how many were found in rows ``low`` to ``high``; see :meth:`Tiles.find_above`."""
     n = 0
     width = tile.shape[1]
     found_i, found_j, found_x = found
@@ -349,8 +339,8 @@ def choose_most(
 ) -> np.ndarray:
     """Return which found pairs to keep [E]: each row's ``most`` with the largest excess c̃ - u[i] - v[j].
 
-    ``i`` [E] is in order; ``x`` [E] is c̃, and ``price`` [E] is v[j]. ``dropped`` [n] is raised to bound the true excess
-    of the others. If ``doubted``, a row keeps all where c̃ cannot decide whether the others exceed.
+    ``i`` [E] is in order; ``x`` [E] is c̃, ``price`` [E] v[j]. ``dropped`` [n] is raised to bound the true excess of
+    the others. If ``doubted``, a row keeps all pairs while c̃ cannot decide whether the others exceed.
     """
     keep = np.ones(len(i), np.bool_)
     start = 0
@@ -392,8 +382,7 @@ def insert_nearest(
 ) -> None:
     """Put found pairs, numbered from ``first`` and ``first_other``, into unordered lists of the k nearest.
 
-    ``who`` and ``near`` are [n, k], of which ``filled`` [n] are in use. ``threshold`` [n] rises to the least of a full
-    list.
+    ``who`` and ``near`` are [n, k], with ``filled`` [n] in use; ``threshold`` [n] rises to the least of a full list.
     """
     k = who.shape[1]
     for e in range(len(own)):

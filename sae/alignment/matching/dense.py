@@ -1,4 +1,4 @@
-"""The matching of small dictionaries, with all cosines in memory, by SciPy; and the types that every matching has.
+"""Match small dictionaries with all cosines in memory, by SciPy; also the types that every matching has.
 
 Shapes: n rows, m ≥ n columns, D model width.
 """
@@ -31,25 +31,16 @@ class Nearest:
 class Matching:
     """The matching, the prices that prove it, and the nearest of all rows and columns."""
 
-    partner: NDArray[np.int32]
-    """[n]: the column of each row"""
-    cosine: Array
-    """[n]"""
-    u: Array
-    """[n]: the gain of each row after paying for its column"""
-    v: Array
-    """[m]: prices, zero or more, zero for columns left over"""
+    partner: NDArray[np.int32]  # [n]: the column of each row
+    cosine: Array  # [n]
+    u: Array  # [n]: the gain of each row after paying for its column
+    v: Array  # [m]: prices, zero or more, zero for columns left over
     sum: float
-    upper_bound: float
-    """no matching sums to more"""
-    nearest: tuple[Nearest, Nearest]
-    """of each row [n], of each column [m]"""
-    rounds: int = 1
-    """how often prices were checked for violations"""
-    share_of_pairs: float = 1.0
-    """number of products formed, in multiples of n × m"""
-    candidates: int = 0
-    """pairs that the exact matching chose from; 0 for all pairs"""
+    upper_bound: float  # no matching sums to more
+    nearest: tuple[Nearest, Nearest]  # of each row [n], of each column [m]
+    rounds: int = 1  # how often prices were checked for violations
+    share_of_pairs: float = 1.0  # number of products formed, in multiples of n × m
+    candidates: int = 0  # pairs that the exact matching chose from; 0 for all pairs
 
     @property
     def gap(self) -> float:
@@ -91,9 +82,8 @@ def compute_prices(cosines: Array, partner: NDArray[np.int64], max_passes: float
 
     Row i prefers its partner p when v[j] ≥ v[p] + c[i, j] - c[i, p] for all j: the prices are the longest paths in the
     graph with these weights, found by relaxation from zero. Only rows whose partner's price rose are visited again
-    (4,096 × 4,096: 136 rounds, the work of 9 passes). If the matching is not optimal, the graph has a cycle of positive
-    length and prices rise without end. So the work is bounded by ``max_passes``; the prices reached still give a valid
-    bound, and all zeros are returned if those bound better.
+    (4,096 × 4,096: the work of 9 passes). If the matching is not optimal, prices rise without end; so the work is
+    bounded by ``max_passes``. The prices reached are still valid bounds; all zeros are returned if those bound better.
     """
     n, m = cosines.shape
     prices = np.zeros(m)
@@ -114,10 +104,7 @@ def compute_prices(cosines: Array, partner: NDArray[np.int64], max_passes: float
 
 
 def upper_bound(cosines: Array, prices: Array) -> float:
-    """Return a bound on every one-to-one matching of [n, m] cosines, n ≤ m, from any column prices [m].
-
-    Where m > n, columns are left over and negative prices would not bound; they are taken as 0.
-    """
+    """Return a bound on every matching of [n, m] cosines, n ≤ m, from prices [m]; if m > n, negative ones count 0."""
     n, m = cosines.shape
     v = prices if n == m else np.maximum(prices, 0)
     return float(v.sum() + sum((cosines[block] - v).max(axis=1).sum() for block in blocks(n)))

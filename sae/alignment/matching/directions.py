@@ -1,13 +1,13 @@
 """The rows of a dictionary as directions: exact cosines pair by pair, and rounded copies for products of blocks.
 
 Let x and y be unit rows and x̃, ỹ their roundings to bfloat16 or float32, which a *screen* holds. With e = max |x - x̃|
-and f = max |y - ỹ|, both measured when the screens are made,
+and f = max |y - ỹ|, both measured,
 
     |x·y - x̃·ỹ| ≤ |x - x̃| |y| + |x̃| |y - ỹ| ≤ e + (1 + e) f.
 
-Products are accumulated in float32, in any order: each of at most 2D roundings (vdpbf16ps rounds product and sum) costs
-2⁻²⁴ of Σ|x̃ᵈỹᵈ| ≤ (1 + e)(1 + f), together less than 4D · 2⁻²⁴. In bfloat16 the result is rounded once more, to c̃, by
-2⁻⁸ of itself. So
+Products are accumulated in float32: each of at most 2D roundings (vdpbf16ps rounds product and sum) costs 2⁻²⁴ of
+Σ|x̃ᵈỹᵈ| ≤ (1 + e)(1 + f), together less than 4D · 2⁻²⁴. In bfloat16 the result c̃ is rounded once more, by 2⁻⁸ of
+itself:
 
     |x·y - c̃| ≤ margin + relative · |c̃|,    margin = e + (1 + e) f + 4D · 2⁻²⁴,    relative = 0 or 2⁻⁸ (1 + 2⁻⁷).
 
@@ -49,10 +49,8 @@ _SLACK = 1e-6  # for the measurement of rounding errors, itself done in float32
 class Directions:
     """The rows of a dictionary, unscaled, and the factor that brings each to unit length."""
 
-    rows: NDArray[Any]
-    """[M, D] float32 or float64, C-contiguous"""
-    inverse: Floats
-    """[M]: 1 / length, 0 for a row of zeros"""
+    rows: NDArray[Any]  # [M, D] float32 or float64, C-contiguous
+    inverse: Floats  # [M]: 1 / length, 0 for a row of zeros
 
     @classmethod
     def of(cls, weights: ArrayLike) -> Directions:
@@ -79,7 +77,6 @@ class Directions:
         return self if len(which) == len(self) else Directions(self.rows[which], self.inverse[which])
 
     def unit(self, which: Any) -> Floats:
-        """Return rows at unit length, in float64."""
         return self.rows[which].astype(np.float64) * self.inverse[which][:, None]
 
 
@@ -99,10 +96,8 @@ class Margin(NamedTuple):
 class Screen:
     """Unit rows rounded for products in bulk."""
 
-    rows: Tensor
-    """[M, D] float32 or bfloat16, on the device that multiplies"""
-    error: float
-    """the largest distance of a rounded row from the true one"""
+    rows: Tensor  # [M, D] float32 or bfloat16, on the device that multiplies
+    error: float  # the largest distance of a rounded row from the true one
 
     @classmethod
     def of(cls, directions: Directions, precision: FloatPrecision, device: torch.device | str) -> Screen:

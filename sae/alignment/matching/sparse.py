@@ -1,25 +1,23 @@
-"""The best one-to-one matching along the edges of a sparse graph, exact, with the prices that prove it.
+"""Find the best one-to-one matching along the edges of a sparse graph, exact, with the prices that prove it.
 
-Rows choose among their own edges only. For n rows, m ≥ n columns and weights c, the matching with the largest sum and
-its prices solve
+For n rows, m ≥ n columns and weights c, the matching with the largest sum and its prices solve
 
     max Σ c[i, p(i)]   and   min Σ_i u[i] + Σ_j v[j]   with u[i] + v[j] ≥ c[i, j], v ≥ 0, v[j] = 0 where j is left over,
 
-and at the optimum both are the same number. There are two steps:
+and both are the same number at the optimum. There are two steps:
 
 1. *An auction with scaled increments* (Bertsekas 1988). A row without a column bids for its most profitable one and
    raises the price until its second choice is better by ε; the previous owner must bid again. ε falls from a hundredth
-   to a millionth. The prices are then nearly optimal. Of the matching only exact first choices are kept.
+   to a millionth. The prices are then nearly optimal; of the matching only exact first choices are kept.
 2. *Shortest augmenting paths* (Jonker & Volgenant 1987). Every row without a column searches, with Dijkstra's algorithm
-   over the slacks u[i] + v[j] - c[i, j], for the cheapest chain of exchanges that ends in a free column; the prices
-   move with it. This step is exact from any prices. After an auction the chains are short.
+   over the slacks u[i] + v[j] - c[i, j], for the cheapest chain of exchanges to a free column; the prices move with it.
+   This step is exact from any prices; after an auction the chains are short.
 
-m - n *spare* rows, of weight 0 everywhere, hold the columns that are left over. They are alike, so the search treats
-them as one node that has an edge to every column. This keeps v at 0 for columns left over, also after a warm start.
+m - n *spare* rows, of weight 0 everywhere, hold the columns left over. The search treats them as one node with an edge
+to every column, which keeps v at 0 for columns left over, also after a warm start.
 
-SciPy's ``min_weight_full_bipartite_matching``, with a NumPy relaxation for the prices, gives the same sums and zero
-gap, but takes 12 % (unequal widths), 42 % (synthetic pair), 64 % (rows of zeros) and 76 % (ties) of the whole
-matching's time at 8,192 and 48 % at 32,768; this solver takes 24, 4, 3, 11 and 3 %.
+SciPy's ``min_weight_full_bipartite_matching``, with a NumPy relaxation for the prices, gives the same sums but takes 12
+to 76 % of the whole matching's time at 8,192 and 48 % at 32,768; this solver takes 3 to 24 % and 3 %.
 
 Shapes: n rows, m columns, E edges in compressed rows: ``starts`` [n+1], ``columns`` [E], ``weights`` [E].
 """
@@ -47,30 +45,21 @@ _ALONE = 2.0  # a row with a single edge bids as if its second choice were this 
 
 
 class Graph(NamedTuple):
-    starts: NDArray[np.int64]
-    """[n+1]: row i has the edges ``starts[i]:starts[i+1]``, at least one"""
-    columns: Ints
-    """[E]"""
-    weights: Floats
-    """[E]"""
+    starts: NDArray[np.int64]  # [n+1]: row i has the edges ``starts[i]:starts[i+1]``, at least one
+    columns: Ints  # [E]
+    weights: Floats  # [E]
 
 
 class Solution(NamedTuple):
-    partner: Ints
-    """[n]: the column of each row"""
-    u: Floats
-    """[n]: the gain of each row after paying for its column"""
-    v: Floats
-    """[m]: the column's price, zero or more, and 0 where the column is left over"""
+    partner: Ints  # [n]: the column of each row
+    u: Floats  # [n]: the gain of each row after paying for its column
+    v: Floats  # [m]: the column's price, zero or more, and 0 where the column is left over
 
 
 def solve(graph: Graph, m: int, warm: Solution | None = None) -> Solution:
     """Match all rows of ``graph`` to ``m`` columns by the largest sum, exact up to float64 rounding.
 
-    ``warm`` is the solution of a graph with fewer edges, to start from.
-
-    Raises:
-        ValueError: the edges admit no matching of all rows.
+    ``warm`` is the solution of a graph with fewer edges, to start from. Raises ValueError if rows stay unmatched.
     """
     n = len(graph.starts) - 1
     owner = np.full(m, FREE, np.int32)
@@ -162,7 +151,7 @@ def _auction(graph: Graph, v: np.ndarray, owner: np.ndarray, partner: np.ndarray
 def _settle(
     graph: Graph, u: np.ndarray, v: np.ndarray, owner: np.ndarray, partner: np.ndarray, spares: int
 ) -> tuple[float, int]:
-    """Keep the exact first choices of a matching, and add pairs that have no slack.
+    """Keep the exact first choices of a matching and add pairs without slack.
 
     Returns the spare rows' common gain, and how many of them hold no column yet.
     """
@@ -193,12 +182,12 @@ def _settle(
 def _augment(graph: Graph, u: np.ndarray, v: np.ndarray, owner: np.ndarray, partner: np.ndarray, spares: int) -> bool:
     """Match every row, and ``spares`` more that weigh 0 everywhere, by shortest augmenting paths.
 
-    ``v`` [m], ``owner`` [m] and ``partner`` [n] may be any prices and any matching, and become the optimal ones; ``u``
-    [n] is written. Returns False where the edges do not suffice.
+    ``v`` [m], ``owner`` [m] and ``partner`` [n] may start as any prices and matching, and become optimal; ``u`` [n] is
+    written. Returns False if the edges do not suffice.
 
     From a row that has no column, ``dist[j]`` is the least sum of slacks of a chain row → column → that column's row →
-    … → j. When the nearest free column is at distance ``best``, every column nearer than that gains ``best - dist`` in
-    price and its row loses as much: slacks stay at zero or more, and those along the chain become zero.
+    … → j. When the nearest free column is at distance ``best``, every nearer column gains ``best - dist`` in price and
+    its row loses as much: slacks stay at zero or more, and those along the chain become zero.
     """
     n, m = len(u), len(v)
     spare_gain, lacking = _settle(graph, u, v, owner, partner, spares)

@@ -36,7 +36,7 @@ class BatchTopKSae(Sae):
 
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> BatchTopKSae:
-        """See :func:`sae.dictionaries.sae.fresh_weights`; the threshold is 0 until it is measured."""
+        """Draw fresh weights; the threshold is 0 until it is measured."""
         return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k, threshold=torch.zeros(()))
 
     def weights(self) -> dict[str, Tensor]:

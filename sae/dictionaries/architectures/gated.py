@@ -55,7 +55,7 @@ class GatedSae(Sae):
 
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> GatedSae:
-        """See :func:`sae.dictionaries.sae.fresh_weights`; the two paths begin equal."""
+        """Draw fresh weights; the two paths begin equal."""
         weights = fresh_weights(d_in, num_latents, seed, x_sample)
         zero = torch.zeros(num_latents)
         return cls(b_gate=weights.pop("b_enc"), r_mag=zero, b_mag=zero.clone(), **weights, k=k)

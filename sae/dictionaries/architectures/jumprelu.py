@@ -21,16 +21,15 @@ class JumpReluSae(Sae):
 
     z = (x - b_dec) W_enc^T + b_enc,   a = z 1[z > theta],   x_hat = a W_dec + b_dec,   S = mean ||a||_0
 
-    Neither S nor the step in a has a useful derivative by theta. Both get the paper's straight-through estimators, an
-    average over a rectangular window of width epsilon (the bandwidth):
+    S and the step in a have no useful derivative by theta. Both get the paper's straight-through estimators, an average
+    over a rectangular window of width epsilon (the bandwidth):
 
     d a / d theta = -(theta / epsilon) 1[|z - theta| < epsilon / 2],   d 1[z > theta] / d theta = the same / theta
 
     The encoder learns from the reconstruction alone. The parameter is log theta in units of sqrt(D) / 2: the logarithm
-    keeps theta above 0, and the unit lets it keep pace with the encoder. (A step of Adam changes a weight of about
-    1 / sqrt(D) by the learning rate, sqrt(D) times as much in proportion; half of that follows as well, with less
-    noise.) The paper ignores dead latents; here their biases are raised until they pass the threshold (see
-    ``sae.dictionaries.gradients``).
+    keeps theta above 0, and the unit lets it keep pace with the encoder. (Adam changes a weight of about 1 / sqrt(D) by
+    the learning rate, sqrt(D) times as much in proportion; half of that follows as well,
+    with less noise.) The paper ignores dead latents; here their biases are raised (see ``sae.dictionaries.gradients``).
     """
 
     architecture = "jumprelu"
@@ -50,10 +49,9 @@ class JumpReluSae(Sae):
 
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> JumpReluSae:
-        """See :func:`sae.dictionaries.sae.fresh_weights`; all latents begin with one threshold.
+        """Draw fresh weights with one threshold, at which ``_BEGIN`` times k latents fire for a token of ``x_sample``.
 
-        With it, ``_BEGIN`` times k latents fire for a token of ``x_sample``: from there thresholds and directions adapt
-        to each other even in a short run. Without a sample it is a thousandth.
+        From there thresholds and directions adapt to each other even in a short run. Without a sample: 0.001.
         """
         weights = fresh_weights(d_in, num_latents, seed, x_sample)
         least = torch.tensor(1e-3)
@@ -76,7 +74,7 @@ class JumpReluSae(Sae):
 
     @property
     def _unit(self) -> float:
-        """of ``log_threshold``"""
+        """Return the unit of ``log_threshold``."""
         return self.d_in**0.5 / 2
 
     def _reset_log_threshold(self) -> None:

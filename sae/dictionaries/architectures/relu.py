@@ -17,8 +17,8 @@ class ReluSae(Sae):
     a = relu((x - b_dec) W_enc^T + b_enc),   x_hat = a W_dec + b_dec,   S = mean ||a||_1 / sqrt(V / B)
 
     (Bricken et al. 2023, "Towards monosemanticity"; Cunningham et al. 2023). Decoder rows have length 1, so small
-    activations and a large decoder cannot escape the penalty. Those papers resample dead latents from badly explained
-    tokens; here their biases are raised (see ``sae.dictionaries.gradients``), which disturbs no optimiser state.
+    activations and a large decoder cannot escape the penalty. Those papers resample dead latents; here their biases are
+    raised (see ``sae.dictionaries.gradients``), which disturbs no optimiser state.
     """
 
     architecture = "relu"
@@ -32,7 +32,7 @@ class ReluSae(Sae):
 
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> ReluSae:
-        """See :func:`sae.dictionaries.sae.fresh_weights`; half of the latents fire at first."""
+        """Draw fresh weights; half of the latents fire at first."""
         return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k)
 
     def encode(self, x: Tensor) -> Firings:

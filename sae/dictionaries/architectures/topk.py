@@ -32,7 +32,6 @@ class TopKSae(Sae):
 
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> TopKSae:
-        """See :func:`sae.dictionaries.sae.fresh_weights`."""
         return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k)
 
     def encode(self, x: Tensor) -> Firings:

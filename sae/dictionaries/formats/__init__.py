@@ -1,10 +1,8 @@
 """The formats in which programs keep a dictionary, one file each: how their files are read and written.
 
-``native`` is for architectures that no other program has. Every reader returns our own weights, so anything a format
-leaves to its own loader (a factor on the activations, a bias that is not subtracted, pre-activations scaled by the
-decoder's lengths) is folded into the weights: the function stays the same, latent by latent. No weight is changed
-beyond that: decoder rows keep their length, and activations their scale. Alignment compares directions, so it depends
-on neither.
+Every reader returns our own weights. Anything that a format leaves to its own loader (a factor on the activations, a
+bias that is not subtracted, pre-activations scaled by the decoder's lengths) is folded into them, so each latent
+computes the same. Otherwise no weight changes: decoder rows keep their length, and activations their scale.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Parts that every format needs: its description, and files that are checked when they are opened.
 
-A checkpoint may be a download or a copy, so the claims of a folder are compared with its contents before anything is
-built from it, and every complaint is one line that names the file.
+A checkpoint may be a damaged download: its claims are compared with its contents, and errors name the file.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ class Opened(NamedTuple):
     """A dictionary that was read, and the changes to its weights."""
 
     sae: Sae
-    folded: tuple[str, ...] = ()
-    """what the files leave to their loader and is now in the weights, in the format's own words"""
+    folded: tuple[str, ...] = ()  # left to the loader by the files and now in the weights
 
 
 @dataclass(frozen=True)
@@ -47,24 +45,16 @@ class Format:
     name: str
     weights: str
     config: str
-    architectures: frozenset[str] | None
-    """those that it supports; ``None``: all"""
-    read: Callable[[Path], Opened]
-    """from a folder; raises NotFound for a missing file and BadInput for an unusable one, in one line each"""
-    write: Callable[[Path, Sae, About], None]
-    """to a folder, the weights before the description; the architecture is one of ``architectures``"""
-    beside: tuple[str, ...] = ()
-    """further files, read where they exist"""
+    architectures: frozenset[str] | None  # those that it supports; ``None``: all
+    read: Callable[[Path], Opened]  # from a folder; raises NotFound for a missing file, BadInput for an unusable one
+    write: Callable[[Path, Sae, About], None]  # to a folder, the weights before the description
+    beside: tuple[str, ...] = ()  # further files, read where they exist
 
     def has(self, architecture: str) -> bool:
         return self.architectures is None or architecture in self.architectures
 
 
-# --- descriptions -----------------------------------------------------------------------------------------
-
-
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``."""
     if not path.is_file():
         raise NotFound(
             f"{str(path.parent)!r} is not an SAE checkpoint: it has no {path.name}; name a folder with {path.name}"
@@ -95,7 +85,6 @@ def target_l0(value: Any) -> int | None:
 
 
 def as_dict(value: Any) -> dict[str, Any]:
-    """Return ``value`` if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
@@ -103,9 +92,6 @@ def check_k(k: int | None, num_latents: int, path: Path) -> None:
     """Raise BadInput if ``k`` exceeds the number of latents."""
     if k is not None and k > num_latents:
         raise BadInput(f"{path}: k = {k} is more than the {num_latents} latents; it must be at most that")
-
-
-# --- weights ----------------------------------------------------------------------------------------------
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -146,14 +132,12 @@ def check_tensors(
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write ``tensors`` in float32."""
     plain = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
     with atomic(path) as temporary:
         save_file(plain, temporary)
 
 
-# --- folding ----------------------------------------------------------------------------------------------
-# Products are taken in float64 and rounded once; matrices are widened some rows at a time.
+# Folding: products are taken in float64 and rounded once; matrices are widened some rows at a time.
 
 _ROWS = 4096
 
@@ -168,7 +152,7 @@ def scale(tensor: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def centring_bias(W_enc: Tensor, b_dec: Tensor) -> Tensor:
-    """Return b_dec W_enc^T [M] in float64: ``x W_enc^T + b`` is ``(x - b_dec) W_enc^T + b`` with this added to b."""
+    """Return b_dec W_enc^T [M] in float64; ``x W_enc^T + b`` is ``(x - b_dec) W_enc^T`` plus b and this."""
     return torch.cat([part.double() @ b_dec.double() for part in W_enc.split(_ROWS)])
 
 

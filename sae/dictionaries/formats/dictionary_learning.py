@@ -1,15 +1,14 @@
 """dictionary_learning's format: ``ae.pt`` and ``config.json``, which names the class of the dictionary.
 
-``ae.pt`` is a pickle of the tensors by name (``torch.save``). A pickle can hold code that runs when it is opened, so it
-is read with ``weights_only=True``, which accepts tensors and plain values only. Folded into the weights, so that they
-encode as the program's own class does after its own loader:
+``ae.pt`` is a pickle (``torch.save``) and may hold code, so it is read with ``weights_only=True``. Folded into the
+weights, so that they encode as the program's own class does after its own loader:
 
   JumpReluAutoEncoder, AutoEncoderNew   subtract no b_dec: their encoder's bias gains b_dec W
   AutoEncoder                           its loader divides the decoder by its rows' lengths and multiplies the encoder
   an interrupted run                    the weights lie under ``ae``, and were trained on activations divided by
                                         ``norm_factor``: biases and thresholds are multiplied by it
 
-BatchTopK's threshold is -1 until training has measured it, and every positive pre-activation fires then: refused.
+Refused: BatchTopK with threshold -1 (not yet measured), where every positive pre-activation fires.
 """
 
 from __future__ import annotations
@@ -50,11 +49,7 @@ _FIXED_SCALE = {"W_enc", "W_dec", "r_mag"}  # all others are multiplied where th
 _NO_CENTRE = {"JumpReluAutoEncoder", "AutoEncoderNew"}
 
 
-# --- reading ----------------------------------------------------------------------------------------------
-
-
 def read(folder: Path) -> Opened:
-    """Read the dictionary in ``folder``."""
     path, place = folder / CONFIG, folder / WEIGHTS
     trainer = base.read_config(path).get("trainer")
     if not isinstance(trainer, dict) or not isinstance(trainer.get("dict_class"), str):
@@ -143,7 +138,6 @@ def _k(kind: str, trainer: dict[str, Any], stored: dict[str, Tensor], path: Path
 
 
 def _fold(weights: dict[str, Tensor], kind: str, factor: float) -> tuple[str, ...]:
-    """Make the weights encode as the class does; see the head of this module."""
     folded = []
     if factor != 1.0:
         for name in weights.keys() - _FIXED_SCALE:
@@ -161,14 +155,10 @@ def _fold(weights: dict[str, Tensor], kind: str, factor: float) -> tuple[str, ..
     return tuple(folded)
 
 
-# --- writing ----------------------------------------------------------------------------------------------
-
-
 def write(folder: Path, sae: Sae, about: About) -> None:
     """Write a dictionary of any architecture; ``load_dictionary`` opens it.
 
-    A ReLU dictionary whose decoder is not of unit length is written as an ``AutoEncoderNew``, because the loader
-    of the other class would change the scale of its activations.
+    ReLU with a decoder not of unit length becomes ``AutoEncoderNew``: the other class's loader changes the scale.
     """
     kind = next(name for name, (architecture, *_) in _CLASSES.items() if architecture == sae.architecture)
     if kind == "AutoEncoder" and not base.has_unit_rows(sae.W_dec, 1e-5):

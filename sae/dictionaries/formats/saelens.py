@@ -32,8 +32,7 @@ from sae.dictionaries.formats.base import About, Format, Opened
 from sae.dictionaries.sae import Sae
 
 NAME, CONFIG, WEIGHTS = "SAELens", "cfg.json", "sae_weights.safetensors"
-VERSION = "6.54.12"
-"""of the description written here; its loader opens it"""
+VERSION = "6.54.12"  # of the description written here; its loader opens it
 _SCALER = "activation_scaler.json"
 _BIASES = {"gated": ("b_gate", "b_mag")}
 _VECTORS = {  # [M], besides W_enc, W_dec and b_dec
@@ -45,9 +44,6 @@ _VECTORS = {  # [M], besides W_enc, W_dec and b_dec
 }
 _AS_BATCHTOPK = ["batchtopk", "matryoshka_batchtopk"]
 _TINY = torch.finfo(torch.float32).tiny
-
-
-# --- reading ----------------------------------------------------------------------------------------------
 
 
 def read(folder: Path) -> Opened:

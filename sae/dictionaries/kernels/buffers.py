@@ -1,8 +1,7 @@
 """Reuse the memory of large results once nobody holds them any more.
 
-The system hands out large pieces of memory page by page, cleared, and takes them back when they are freed. A training
-step makes the same few large tensors every time: new memory for them costs up to a tenth of the step. :func:`empty`
-returns an ordinary tensor; its memory is reused only when neither the tensor nor any view of it exists.
+A training step makes the same few large tensors every time, and new memory, cleared page by page, costs up to a tenth
+of the step. :func:`empty` reuses memory only when neither its tensor nor any view of it exists.
 """
 
 from __future__ import annotations

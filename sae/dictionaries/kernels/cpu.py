@@ -22,8 +22,7 @@ from torch import Tensor
 from sae.dictionaries.kernels import buffers, cpu_shortlist
 from sae.dictionaries.kernels import cpu_loops as loops
 
-TILE_BYTES = 32 * 2**20
-"""pre-activations that a thread of :func:`product_topk` holds at once"""
+TILE_BYTES = 32 * 2**20  # pre-activations that a thread of :func:`product_topk` holds at once
 _FEWEST_ROWS = 64  # with fewer, rearranging the weights for each product costs as much as the product
 _PIECES = 16  # of a batch, or more
 
@@ -37,10 +36,7 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def multiplies_in_tiles(matrix: Tensor) -> bool:
-    """Return whether :func:`product_topk` is faster than a whole product and :func:`topk` of it.
-
-    It is on CPUs without AVX-512, by up to 2 times (benchmarks/README.md), where NumPy has OpenBLAS.
-    """
+    """Return whether :func:`product_topk` is faster, up to 2 times: without AVX-512, where NumPy has OpenBLAS."""
     is_plain = matrix.is_cpu and matrix.dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
     return is_plain and bool(_openblas().lib_controllers)
 
@@ -48,8 +44,8 @@ def multiplies_in_tiles(matrix: Tensor) -> bool:
 def product_topk(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return :func:`topk` of ``centred @ weight.T + bias``, for float32 [B, D], [M, D] and [M].
 
-    Each thread multiplies some rows at a time by NumPy's BLAS and chooses among the results while they are in its
-    cache. The sizes of the pieces, and so the bits of the results, do not depend on the number of threads.
+    Each thread multiplies some rows by NumPy's BLAS and chooses while the results are in its cache. The sizes of the
+    pieces, and so the bits of the results, do not depend on the number of threads.
     """
     n, num_latents = len(centred), len(weight)
     slots = _empty_slots(centred, k)
@@ -88,7 +84,6 @@ def _matmul(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 @cache
 def _openblas() -> ThreadpoolController:
-    """Return the OpenBLAS libraries in this process, including NumPy's."""
     return ThreadpoolController().select(internal_api="openblas")
 
 
@@ -103,12 +98,9 @@ def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: 
 class Quantised(NamedTuple):
     """A matrix whose rows are rounded to 8 bits, each with a step of its own."""
 
-    rows: Tensor
-    """[N, D] int8, at most 127"""
-    steps: Tensor
-    """[N] float32: row i is about ``steps[i] * rows[i]``"""
-    lengths: Tensor
-    """[N] float32: the norms of the original rows; not finite where an entry is not"""
+    rows: Tensor  # [N, D] int8, at most 127
+    steps: Tensor  # [N] float32: row i is about ``steps[i] * rows[i]``
+    lengths: Tensor  # [N] float32: the norms of the original rows; not finite where an entry is not
 
 
 def quantise(matrix: Tensor) -> Quantised:
@@ -142,15 +134,11 @@ def _empty_slots(like: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _depth(num_latents: int, k: int) -> int:
-    """Return how many pre-activations a lane of ``topk_rows`` represents.
-
-    Looking at M / depth maxima and then at about K lanes of that depth is cheapest at a depth of sqrt(M / K).
-    """
+    """Return how many pre-activations a lane of ``topk_rows`` represents: sqrt(M / K) is the cheapest."""
     return 2 ** round(0.5 * math.log2(max(1.0, num_latents / k)))
 
 
 def _lanes(num_latents: int, k: int) -> int:
-    """Return the number of lanes that a row of rounded pre-activations is folded into."""
     return max(1, min(num_latents, 2 ** round(math.log2(8 * k)), num_latents // 4))
 
 
@@ -196,9 +184,6 @@ def adam(
     _in_parallel(lambda low, high: loops.adam_rows(*arrays, *numbers, low, high), _even(len(arrays[0])))
 
 
-# ------------------------------------------------------------------------------------- arrays and threads
-
-
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
     """Return the tensors' own memory. The loops are compiled for contiguous rows, and results must not be copies."""
     if not all(t.is_contiguous() for t in tensors):
@@ -216,7 +201,6 @@ if hasattr(os, "register_at_fork"):  # a forked child has the pool, but not its 
 
 
 def _in_parallel(work: Callable[[int, int], Any], bounds: np.ndarray) -> None:
-    """Call ``work(low, high)`` for the consecutive ranges that ``bounds`` delimits."""
     ranges = [(int(low), int(high)) for low, high in pairwise(bounds) if high > low]
     waiting = [_pool(len(bounds) - 1).submit(work, low, high) for low, high in ranges[1:]]
     if ranges:

@@ -1,18 +1,14 @@
 """Compiled loops of the sparse steps; ``cpu`` calls them, one range of rows per thread.
 
-* A row of pre-activations is folded into lanes, each represented by its maximum. A value that K of these maxima reach
-  is a lower bound of the K-th largest of all, so only the few lanes above it are searched; folding and bounding
-  vectorise, and a bisection over the rest finds the K.
-* The decoded residual of a token stays in the first-level cache while the gradients of its K activations, which are
-  its products with the same K decoder rows, are computed.
-* Weight gradients go latent by latent, so a row of each gradient is written by one thread only, in the order of the
-  tokens: no atomics, and the same bits whatever the number of threads.
+* A row of pre-activations is folded into lanes with their maxima. A value that K maxima reach is a lower bound of the
+  K-th largest, so only the few lanes above it are searched; both vectorise, and a bisection finds the K.
+* A token's decoded residual stays in the first-level cache while the gradients of its K activations are computed.
+* Weight gradients go latent by latent, so one thread writes a row of each gradient, in the order of the tokens: no
+  atomics, and the same bits whatever the number of threads.
 
-Four slots are added at a time, because an accumulator that is read and written once per slot would make memory, not
-arithmetic, the limit.
-
-Compiled code checks no bounds, and weights may come from anywhere: every index computed from floats is bounded,
-whatever they are (infinity, NaN, ties, subnormal numbers). ``tests/sae/dictionaries/test_kernel_bounds.py`` checks it.
+Four slots are added at a time: otherwise the accumulator's reads and writes would be the limit. Compiled code checks no
+bounds, so every index computed from floats is bounded, for infinity, NaN, ties and subnormal numbers too
+(``tests/sae/dictionaries/test_kernel_bounds.py``).
 """
 
 from __future__ import annotations
@@ -35,9 +31,8 @@ _SMALLEST_MOMENT = 1e-30  # below it a moment counts as zero; subnormal arithmet
 def bracket(values: np.ndarray, n: int, k: int, slack: int) -> tuple[Any, Any]:
     """Return ``low < high`` such that at least ``k`` of ``values[:n]`` reach ``low`` and fewer reach ``high``.
 
-    Bisects until at most ``k + slack`` reach ``low``, or until no number lies between the two: the bracket then holds
-    one value, several times. ``low`` is 0 where fewer than ``k`` are positive. Where ``k`` or more are infinite,
-    ``high`` is infinity, which they do reach: a caller that fills ``k`` slots has to count them.
+    Bisects until at most ``k + slack`` reach ``low``, or no number lies between the two (ties). ``low`` is 0 if fewer
+    than ``k`` are positive. If ``k`` or more are infinite, so is ``high``, which they reach: callers count slots.
     """
     kind = values.dtype.type
     low, high, half, one, zero = kind(0), kind(0), kind(0.5), kind(1), kind(0)

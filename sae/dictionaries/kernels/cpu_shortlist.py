@@ -1,26 +1,24 @@
 """Compiled loops that find the K largest of M numbers known roughly, and compute only those exactly.
 
 A dense product in few bits is several times as fast as one in float32, and separates most latents from the K largest.
-Latents near the K-th are computed again from the float32 rows, K and a few of them instead of M, and the choice is
-made among those numbers. So activations, and with them all gradients, are those of float32. Rough numbers come as
-int16, ordered as the numbers are: 32 of them fit into a register.
+Latents near the K-th are computed again from the float32 rows, and the choice is made among those numbers: activations
+and gradients are those of float32. Rough numbers come as int16 in the same order, 32 of them to a register.
 
-In bfloat16: positive numbers are ordered as their bits are, and negative ones have the sign of an int16, so the choice
-is one of small integers. Only a latent whose pre-activation nearly equals that of the K-th can be confused with it.
+In bfloat16: positive numbers are ordered as their bits are, and negative ones have the sign of an int16. Only a latent
+whose pre-activation nearly equals the K-th can be confused with it.
 
 In 8 bits: each row of activations x and of the encoder w is rounded to 127 steps of its own,
 
     x = s q + e,  |e| <= s / 2,     w = t r + f,  |f| <= t / 2     (q, r integers of 8 bits)
 
 and x . w is known as s t (q . r), which a processor with 8-bit instructions (VNNI, AMX) computes at twice the rate of
-bfloat16 and four to sixteen times that of float32. The error, e . w + x . f, is a sum of D independent roundings: its
-standard deviation is at most
+bfloat16 and four to sixteen times that of float32. The error e . w + x . f is a sum of D independent roundings, with a
+standard deviation of at most
 
     sigma = sqrt((s^2 max |w|^2 + max t^2 |x|^2) / 12),
 
-about 1 % of that of an unrelated latent's pre-activation where no coordinate of x is unusually large. Latents up to
-INT8_MARGIN sigma below the K-th are computed exactly. (A bound that holds whatever the signs of the roundings would be
-sqrt(D) times as wide.)
+about 1 % of an unrelated latent's pre-activation where no coordinate of x is unusually large. Latents up to INT8_MARGIN
+sigma below the K-th are computed exactly. (A bound for any signs would be sqrt(D) times as wide.)
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ _TO_INTEGER = np.float32(1.5 * 2**23)  # added, it leaves the nearest integer in
 
 @_compiled
 def _floor(bits: np.ndarray, n: int, k: int, low: int, slack: int) -> int:
-    """Return the largest integer above ``low`` that ``k`` of ``bits[:n]`` reach, or ``low`` where there is none.
+    """Return the largest integer above ``low`` that ``k`` of ``bits[:n]`` reach, or ``low`` if there is none.
 
     With ``slack``, any such integer that at most ``k + slack`` reach.
     """
@@ -228,8 +226,7 @@ def topk_of_int8(
 ) -> None:
     """Choose by ``products`` [B, M] int32, which are q . r; ``steps`` and ``lengths`` [B] are s and |x|.
 
-    ``weight_steps`` [M] is t; ``longest``, ``coarsest`` and ``highest_bias`` are the largest |w|, t and |bias|, not
-    finite where one of them is not.
+    ``weight_steps`` [M] is t; ``longest``, ``coarsest`` and ``highest_bias`` are the largest |w|, t and |bias|.
     """
     m, k = products.shape[1], values.shape[1]
     lanes, mask, rough = np.empty(width, np.int16), np.zeros(m + -m % 8, np.uint8), np.empty(m, np.int16)

@@ -1,10 +1,10 @@
 """The sparse steps as Triton programs for CUDA: S seeds in one launch, and the same bits every time.
 
-See ``steps.Kernels``. One seed alone leaves a GPU waiting for its launches, so every tensor may have a leading seeds
-axis. Shapes of blocks and numbers of warps are fixed, not tuned: another choice adds in another order.
+See ``steps.Kernels``. Every tensor may have a leading seeds axis, because a GPU would wait for the launches of one
+seed. Shapes of blocks and numbers of warps are fixed, not tuned: another choice adds in another order.
 
-Besides the results, memory goes to the short lists of top-k (12 bytes for each of max(128, 2K) places a row, rounded
-up to a power of two) and to the sorting of S x B x K slots (about 40 bytes a slot).
+Memory besides the results: the short lists of top-k (12 bytes for each of max(128, 2K) places a row, rounded up to a
+power of two) and the sorting of S x B x K slots (about 40 bytes a slot).
 """
 
 from __future__ import annotations
@@ -154,7 +154,6 @@ def _bits(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _warps(elements: int, each: int) -> int:
-    """Return the warps for a block of ``elements``, ``each`` of them to a warp; at most 16."""
     return min(16, max(1, triton.next_power_of_2(elements) // each))
 
 

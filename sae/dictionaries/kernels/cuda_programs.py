@@ -1,23 +1,18 @@
 """The Triton programs of the sparse steps, launched by ``cuda``: one program per row.
 
-* Top-k bisects over the bits of floats, whose order as integers is that of the positive numbers. A row is first
-  folded into lanes; a value that K lanes' maxima reach is a lower bound of the K-th largest, so one more pass over the
-  row leaves a short list, and only that is bisected to the last bit. A row with a long list (many equal values) is
-  bisected as a whole. Slots come in the order of their latents; of equal values the first are taken.
-* A program that decodes a token continues with the gradient of its activations, because the K decoder rows that it
-  reads again are then in the nearest cache.
+* Top-k bisects over the bits of floats. A row is first folded into lanes; a value that K lanes' maxima reach is a lower
+  bound of the K-th largest, so one more pass leaves a short list, which is bisected to the last bit. If the list is
+  long (ties), the row is bisected as a whole. Slots come in the order of their latents; of ties the first are taken.
+* A program that decodes a token also computes the gradient of its activations, while the K decoder rows are in cache.
 * Weight gradients go latent by latent, so that only one program writes a row and no addition is atomic.
 
-Row numbers are 64-bit throughout: S x M x D and S x B x M exceed 2^31. Only the first grid axis is wide enough to
-count them.
+Row numbers are 64-bit: S x M x D and S x B x M exceed 2^31. Only the first grid axis is wide enough to count them.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# ---------------------------------------------------------------------------------------------------------------- top-k
 
 
 @triton.jit
@@ -31,10 +26,9 @@ def _order(value: tl.tensor, INT: tl.constexpr, HIGHEST: tl.constexpr) -> tl.ten
 def _threshold(
     bits: tl.tensor, k: tl.tensor, INT: tl.constexpr, TOP: tl.constexpr, LAST: tl.constexpr, EXACT: tl.constexpr
 ) -> tl.tensor:
-    """Return the largest integer that ``k`` of ``bits`` reach, or a smaller one that exactly as many reach.
+    """Return the largest integer that ``k`` of ``bits`` reach, or one that as many reach; 0 if fewer are positive.
 
-    Without EXACT, the first integer found that at least ``k`` and at most ``k + k / 4`` reach. 0 where fewer than
-    ``k`` are positive.
+    Without EXACT, the first integer found that at least ``k`` and at most ``k + k / 4`` reach.
     """
     most = k
     if not EXACT:
@@ -158,9 +152,6 @@ def choose_from_row(
         tl.store(latents + row * k + slot, tl.zeros([SLOTS], tl.int64), mask=empty)
 
 
-# ----------------------------------------------------------------------------------------------- decoding, exact values
-
-
 @triton.jit
 def _gathered(
     weight: tl.tensor, first_row: tl.tensor, latents: tl.tensor, values: tl.tensor, start: tl.tensor, k: tl.tensor,
@@ -222,9 +213,6 @@ def encode_slots(
         slot = start + tl.arange(0, TILE)
         pre = tl.sum(w * x[None, :], 1) + tl.load(bias + latent)
         tl.store(out + row * k + slot, tl.where(value != 0, pre, 0.0), mask=slot < k)
-
-
-# ----------------------------------------------------------------------------------------------------- gradient, update
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """The sparse steps in PyTorch operations, for devices without compiled loops or programs. See ``steps.Kernels``.
 
-Rows are gathered a bounded piece at a time, so that memory does not grow to B x K x D. On a GPU the additions of
-:func:`weight_gradients` have no fixed order: two runs agree to rounding only.
+Rows are gathered a piece at a time, never B x K x D. On a GPU, :func:`weight_gradients` adds in no fixed order.
 """
 
 from __future__ import annotations

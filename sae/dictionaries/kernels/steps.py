@@ -1,8 +1,8 @@
-"""The sparse steps of a TopK autoencoder: choose, decode, differentiate, update. ``Kernels`` says what each means.
+"""The sparse steps of a TopK autoencoder: choose, decode, differentiate, update.
 
-Only K of M latents are active for a token, so decoding and every weight gradient need K/M of the dense arithmetic.
-The dense encoder product stays with the BLAS library; everything after it is a step here. Three modules implement the
-steps: ``cpu`` (compiled loops), ``cuda`` (Triton programs) and ``plain`` (PyTorch operations, for any device).
+Only K of M latents are active for a token, so decoding and every weight gradient need K/M of the dense arithmetic. The
+dense encoder product stays with the BLAS library. Three modules implement the steps: ``cpu`` (compiled loops), ``cuda``
+(Triton programs) and ``plain`` (PyTorch operations, for any device).
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ class Kernels(Protocol):
     def topk(self, pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the ``k`` largest positive pre-activations of each row: activations [B, K], latents [B, K] int64.
 
-        A row with fewer than ``k`` positive ones has empty slots (activation 0, latent 0). The order of the slots has
-        no meaning, but is always the same on one device.
+        Empty slots have activation 0, latent 0. The order of the slots has no meaning, but is fixed on one device.
         """
 
     def rounded_topk(self, pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return :meth:`topk` of ``centred @ weight.T + bias``, given that product ``pre`` [B, M] in bfloat16.
 
-        ``centred`` [B, D], ``weight`` [M, D], ``bias`` [M] and the returned activations are float32: latents whose
-        rounded pre-activation comes near the K-th are computed again. Two latents closer together than bfloat16 can
-        distinguish may be confused.
+        ``centred`` [B, D], ``weight`` [M, D], ``bias`` [M] and the results are float32: latents near the K-th are
+        computed again. Two latents closer together than bfloat16 can distinguish may be confused.
         """
 
     def decode(self, activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -43,11 +41,10 @@ class Kernels(Protocol):
     def residuals(
         self, activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the error of the decoded slots, and the numbers that the gradient by the activations is made of.
+        """Return the residual [B, D], its products with decoder rows [B, K], and the sum of its squares (float64).
 
-        These are the residual [B, D], decoded minus target; its product with each active slot's decoder row [B, K] (0
-        for an empty slot); and the sum of its squares, a float64 scalar. With a seeds axis, ``target`` [B, D] is that
-        of all seeds and the sums are [S].
+        The residual is decoded minus target; products are those with each active slot's decoder row, 0 if empty.
+        With a seeds axis, ``target`` [B, D] is that of all seeds and the sums are [S].
         """
 
     def weight_gradients(
@@ -71,9 +68,8 @@ class Kernels(Protocol):
     ) -> None:
         """Take one step of Adam (Kingma & Ba 2015), in place on ``weight`` and the moments ``first`` and ``second``.
 
-        All four have shape [M, D] or [M]; ``step`` counts from 1; the constants are ``cpu_loops.BETAS`` and ``EPS``.
-        With ``unit_rows``, the part of the gradient along each row is removed, because it could only change the row's
-        length, and rows are then rescaled to length 1.
+        All four have shape [M, D] or [M]; ``step`` counts from 1. With ``unit_rows``, the part of the gradient along
+        each row is removed and rows are rescaled to length 1. Constants: ``cpu_loops.BETAS`` and ``EPS``.
         """
 
 
