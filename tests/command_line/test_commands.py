@@ -431,7 +431,7 @@ def test_a_language_model_explains_and_judges_once(root: Path) -> None:
         assert len(server.requests) == sent
         # The n-gram baseline's work stands beside it, and the n-gram judge leaves foreign words alone.
         note = cli("score", "--sae", "run_b", "--root", root, "--json").well().json
-        assert "left out" in " ".join(note["notes"])
+        assert "skipped" in " ".join(note["notes"])
 
 
 def test_answers_that_fail_are_told_and_tried_again(root: Path) -> None:

@@ -204,8 +204,8 @@ def test_help_lists_a_new_file_without_importing_it(tmp_path: Path) -> None:
     [
         ("import no_such_module\n", ("cannot be imported", "ModuleNotFoundError", "no_such_module")),
         ("def broken(:\n", ("cannot be imported", "SyntaxError")),
-        ("class Other:\n    name = 'other'\n", ("no class in it with name = 'broken'",)),
-        ("class A:\n    name = 'broken'\n\nclass B:\n    name = 'broken'\n", ("2 classes in it with name = 'broken'",)),
+        ("class Other:\n    name = 'other'\n", ("has no class with name = 'broken'",)),
+        ("class A:\n    name = 'broken'\n\nclass B:\n    name = 'broken'\n", ("2 classes with name = 'broken'",)),
         ("raise SystemExit('bye')\n", ("cannot be imported", "SystemExit")),
     ],
 )

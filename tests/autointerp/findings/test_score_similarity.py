@@ -373,7 +373,7 @@ def test_the_report_shows_what_was_found(three: Path) -> None:
     page = plain({**found, "relation": poor, "scores": {**found["scores"], "reliability": None}})
     assert "Reliability" not in page
     assert "without the score's noise" not in page
-    assert "together" not in page.split("Do latents that come back")[1].split("Found in no other")[0]
+    assert "together" not in page.split("How scores relate to similarity")[1].split("Unshared latents")[0]
     low = {**poor, "reliability": {"value": 0.1, "interval": [0.0, 0.2]}}
     scores = {**found["scores"], "reliability": low["reliability"]}
     page = " ".join(plain({**found, "relation": low, "scores": scores}).split())
