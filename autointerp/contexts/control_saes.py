@@ -1,8 +1,7 @@
 """Select latents of the control SAEs of a study (:mod:`sae.study.controls`) for `explain` and `score`.
 
-A sample of each control's latents is explained and judged in the same way as the run's latents, from as many contexts
-of the same kinds. Only the part of a run's score above its controls comes from training. `explain` explains the sample,
-`score` judges the explanations that exist.
+They are explained and judged in the same way as the run's latents; only the part of a run's score above its controls
+comes from training.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def choose_sample_size(choice: Choice, asks_model: bool, asked: int | None, n_of
     Args:
         choice: of the run's latents. Named latents are not a sample, and get no controls unless asked for.
         asks_model: whether the explainer does.
-        asked: the user's number; ``None`` if there is none.
+        asked: the user's number, if any.
         n_of_run: latents of the run that are explained.
     """
     if asked is not None:
@@ -44,10 +43,7 @@ def choose_sample_size(choice: Choice, asks_model: bool, asked: int | None, n_of
 
 
 def draw_control_latents(control: Run, n: int) -> list[int]:
-    """Draw a plain random sample of ``n`` latents of a control SAE that have enough contexts.
-
-    Counts the contexts only of as many latents as needed.
-    """
+    """Draw a plain random sample of ``n`` latents of a control SAE that have enough contexts."""
     sampler = Material.of(control).sampler
     latents = shuffle(range(control.settings.training.num_latents))
     return sorted(itertools.islice((x for x in latents if sampler.eligible(x)[0]), n))

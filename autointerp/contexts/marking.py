@@ -1,7 +1,6 @@
 """Mark some tokens of a text, for prompts.
 
-In corpora of code ``<<`` and ``>>`` are operators and ``>>>`` is a prompt: if the text has such characters, other marks
-are used and the request says so. A marked piece of nothing but white space is written in signs.
+If the text itself has ``<<`` or ``>>`` (operators in code), other marks are used and the request says so.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""Group windows of a harvest that nearly repeat each other: a licence header with another year, say.
+"""Group windows of a harvest that nearly repeat each other, such as a licence header with another year.
 
-Two windows are near-duplicates if the Jaccard index (shared over all) of their token 5-grams reaches a threshold.
-Groups are the connected components of that relation, so near-duplicates are never separated; a chain of small changes
-may join two ends that differ more.
+Two windows are near-duplicates if the Jaccard index of their token 5-grams reaches a threshold. Groups are the
+connected components of that relation, so near-duplicates are never separated.
 
 Candidates come from MinHash (Broder 1997) with banding: windows that agree in all three minima of any of 21 bands. A
-pair of similarity .6 is a candidate with probability .994, one of .8 practically always, one of .2 with .15. Every
-candidate is checked by its exact Jaccard index. In a crowded bucket only some pairs are compared: neighbours in the
-order of the next band, and each with the first.
+pair of similarity .6 is a candidate with probability .994, one of .2 with .15. Every candidate is checked by its exact
+Jaccard index. In a crowded bucket only some pairs are compared: neighbours in the order of the next band, and each with
+the first.
 
-A group is named by the content hash of its earliest window, so it keeps its name when the harvest grows, unless a new
+A group is named by the content hash of its earliest window, so the name is stable when the harvest grows, unless a new
 window joins it to an earlier group.
 """
 
@@ -50,13 +49,10 @@ def load_groups(run: Run, store: FiringStore, threshold: float) -> Hashes:
 
 
 def group_windows(store: FiringStore, threshold: float) -> Hashes:
-    """Return the same number for windows that nearly repeat each other [W].
+    """Return the group number of each window [W]; near-duplicates share one.
 
-    Takes about 150 bytes for each different window (50 MiB for 10M tokens in windows of 32).
-
-    Args:
-        store: of W windows.
-        threshold: the least Jaccard index of token 5-grams of near-duplicates, above 0.
+    Takes about 150 bytes for each different window (50 MiB for 10M tokens in windows of 32). ``threshold`` is the least
+    Jaccard index of near-duplicates, above 0.
     """
     content = np.asarray(store.content())
     _, windows, copies = np.unique(content, return_index=True, return_inverse=True)  # the earliest window of each text

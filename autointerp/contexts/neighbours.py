@@ -1,7 +1,6 @@
 """Find a latent's nearest neighbours, whose firing makes the hardest negatives.
 
-A neighbour's decoder points in a similar direction, or it fires in the same windows. An explanation that also fits the
-neighbours ("code", "names") calls their contexts active, and scores lower.
+A neighbour's decoder points in a similar direction, or it fires in the same windows.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ _LEAST = 2  # windows in which both fire: one may be chance
 class Neighbours:
     """The neighbours of any latent of one SAE.
 
-    Args:
-        store: its firings.
-        decoder: reads its decoder [M, D]; called once, when first needed.
+    ``decoder`` reads the decoder [M, D] of the store's SAE; called once, when first needed.
     """
 
     def __init__(self, store: FiringStore, decoder: Callable[[], npt.NDArray[np.floating]]) -> None:
@@ -48,8 +45,7 @@ class Neighbours:
     def find_by_firing(self, latent: int) -> Ints:
         """Return the latents that fire most in the windows of this one, in descending order.
 
-        By the cosine of firing in a window, counted over up to 128 of the latent's windows (chosen by hash). A
-        neighbour's number of firings stands for its number of windows.
+        By the cosine of firing in a window, over up to 128 windows of the latent (chosen by hash).
         """
         windows = self._store.windows(latent)[0]
         chosen = windows[np.argsort(mix_bits(windows.astype(np.uint64)))[:_WINDOWS]]

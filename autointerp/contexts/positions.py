@@ -1,7 +1,6 @@
-"""Draw texts matched by position: a judge must not win by distinguishing the start of a document from its end.
+"""Draw texts matched by position, so that a judge cannot win by a text's place in its document.
 
-A *slot* is a window's place in its sequence. The activating contexts decide how many texts each slot gives; if a slot
-has too few, the nearest slots that have some make up for it.
+A *slot* is a window's place in its sequence. If a slot has too few texts, the nearest slots make up for it.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ Hashes = npt.NDArray[np.uint64]
 class Ring(NamedTuple):
     """Groups of texts on a circle, at the places of their hashes; each with its first window.
 
-    Drawing for a latent starts at the latent's own place: a uniform sample of the groups whose time depends on the
-    number drawn and not on the size of the harvest, and which new groups change only where they are placed.
+    A draw starts at the latent's own place: a uniform sample of the groups, in time independent of the harvest's size.
     """
 
     places: Hashes  # ascending
@@ -89,10 +87,7 @@ def count_round_robin(slots: Ints, n: int, n_slots: int) -> Ints:
 
 
 def count_in_proportion(slots: Ints, n: int, n_slots: int) -> Ints:
-    """Return the number of ``n`` texts that each slot gives, in proportion to the activating ones' ``slots``.
-
-    Rounded by largest remainders; of equal ones the slot that comes first in ``slots``, whose order is random.
-    """
+    """Split ``n`` over the slots in proportion to the activating ones' ``slots``, by largest remainders."""
     found, first, count = np.unique(slots, return_index=True, return_counts=True)
     exact = count * n / max(1, len(slots))
     whole = np.floor(exact).astype(np.int64)
@@ -106,8 +101,7 @@ def count_in_proportion(slots: Ints, n: int, n_slots: int) -> Ints:
 def draw_by_slot(need: Ints, draw: Callable[[int, int], int]) -> None:
     """Draw ``need[slot]`` texts of every slot, and from the nearest slots what it lacks.
 
-    Args:
-        draw: called with a slot and a number; draws up to that many and returns how many are lacking.
+    ``draw`` takes a slot and a number, draws up to that many and returns how many are lacking.
     """
     lacking = {slot: draw(slot, int(need[slot])) for slot in np.flatnonzero(need).tolist()}
     for slot, many in lacking.items():

@@ -1,9 +1,8 @@
 """Store the samples that were drawn of a run's latents, in ``latents.sample.parquet``.
 
-A sample is stored before the first latent is asked about, because weighting scores needs to know how their latents were
-chosen. A *draw* belongs to a population (eligible latents, filtered or not) and an explainer: a larger one replaces the
-smaller one that it holds; draws of other populations or explainers are kept alongside. Latents named by the user have
-no probability of being drawn and are in none.
+Stored before the first latent is explained, because weighting scores needs the sampling. A *draw* belongs to a
+population (eligible latents, filtered or not) and an explainer: a larger one replaces the smaller one that it holds;
+others are kept alongside. Latents named by the user are in none.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class Draw:
 def store_draw(run: Run, draw: Draw, explained_by: Mapping[str, Any]) -> None:
     """Store ``draw`` for the explainer (``explainer``, ``model``, ``settings_hash``, ``prompt_hash``).
 
-    Replaces the draw of the same filter: a smaller sample, one in other strata, or one of a population that has
-    changed since. A larger sample of the same population stays. The caller has claimed the run's journal.
+    Replaces the draw of the same filter, unless that is a larger sample of the same population. The caller has claimed
+    the run's journal.
     """
     explainer = {name: explained_by[name] for name in _EXPLAINED_BY}
     about = {name: value for name, value in draw.about.items() if name != "strata"}
@@ -104,10 +103,7 @@ class Sample:
         return {latent for draw in self.draws for latent in draw.latents}
 
     def weights(self, done: set[int]) -> pd.DataFrame:
-        """Return :func:`autointerp.contexts.sampling.compute_weights` of all draws, with strata numbered apart.
-
-        The table is kept, because a report asks for the same one many times.
-        """
+        """Return :func:`autointerp.contexts.sampling.compute_weights` of all draws, with strata numbered apart."""
         if (key := frozenset(done)) not in self._weights:
             self._weights[key] = self._compute_weights(done)
         return self._weights[key]
@@ -172,7 +168,7 @@ def map_to_partners(draw: Draw, name: str, partner: np.ndarray, eligible: set[in
 
     Args:
         name: the run of ``draw``.
-        partner: [M] the partner of each of that run's latents; below 0 where it has none.
+        partner: [M] the partner of each of that run's latents; below 0 for none.
         eligible: the sibling's eligible latents; others are not in the population.
     """
     table = draw.table.assign(latent=np.asarray(partner)[draw.table["latent"]])

@@ -1,18 +1,16 @@
 """Draw the texts that an explainer and a judge see for a latent, from the firing store.
 
-A score is valid only if the judge is tested on text that the explainer never saw. Corpora repeat themselves, word for
-word or nearly so (licence headers, boilerplate, quoted files): if explainer and judge drew from one list, 20 to 40 % of
-the test texts would be known, as measured on a peer. So windows of nearly equal text form a *group*
-(:mod:`autointerp.contexts.near_duplicates`), and a hash of its group decides the side of a window, once for all
-latents. A latent never gets two windows of one group.
+A judge must be tested on text that the explainer never saw. Corpora repeat themselves (licence headers, boilerplate):
+drawn from one list, 20 to 40 % of the test texts would be known. So near-duplicate windows form a *group*
+(:mod:`autointerp.contexts.near_duplicates`), whose hash decides the side of its windows, once for all latents. A latent
+never gets two windows of one group.
 
-Within a side, hashes of the sample seed, the latent and the group decide, not a random generator. So a draw is the same
-in every process, and when the harvest grows it changes only where new texts displace old ones.
+Within a side, hashes of the sample seed, the latent and the group decide. So every process draws the same, and a larger
+harvest changes a draw only where new texts displace old ones.
 
-Silent contexts are matched by position (:mod:`autointerp.contexts.positions`), so that a judge cannot win by the place
-of a text in its document. Two further kinds are harder negatives and are scored separately: those in which a neighbour
-of the latent fires strongly, and those that hold the token on which the latent mostly peaks. They are matched by
-position as far as there are such texts.
+Silent contexts are matched by position (:mod:`autointerp.contexts.positions`). Two kinds of harder negatives are scored
+separately, and matched by position as far as possible: contexts in which a neighbour fires strongly, and contexts with
+the token on which the latent mostly peaks.
 """
 
 from __future__ import annotations
@@ -162,13 +160,11 @@ class ContextSampler:
     def testing(self, latent: int) -> TestSet:
         """Return the test set: contexts that no explainer sees.
 
-        Up to ``n_active`` activating and ``n_inactive`` silent contexts, in the settings' proportion where there are
-        fewer activating ones; and up to ``n_hard`` and ``n_same_token`` harder ones, of groups that no earlier kind
-        has.
+        Up to ``n_active`` activating and ``n_inactive`` silent contexts, in the settings' proportion if there are fewer
+        activating ones; and up to ``n_hard`` and ``n_same_token`` harder ones, of groups that no earlier kind has.
 
-        Each slot gives as many random silent contexts as activating ones (if both are equally many), and the same share
-        of the harder kinds, rounded. If a slot has too few, the nearest ones that have some make up for it: rare for
-        random contexts, common for the harder kinds. Silent contexts are in the order of a hash.
+        Each slot gives silent and harder contexts in proportion to its activating ones; the nearest slots make up for
+        missing ones. Silent contexts are in the order of a hash.
         """
         drawn = self._draw_active(latent, False, self.settings.n_active)
         positives = self._actives(latent).windows[drawn]
@@ -226,10 +222,7 @@ class ContextSampler:
         return found
 
     def _draw_active(self, latent: int, explain: bool, wanted: int) -> Ints:
-        """Return up to ``wanted`` numbers of :meth:`_actives`.
-
-        Every stratum gives its first by priority, then its second, and so on. If one runs out, the others give more.
-        """
+        """Return up to ``wanted`` numbers of :meth:`_actives`, the next by priority from each stratum in turn."""
         actives = self._actives(latent)
         here = np.flatnonzero(self._explain_side(actives.group) == explain)
         priority = mix_bits(actives.group[here] ^ self._key(latent))

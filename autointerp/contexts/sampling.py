@@ -1,18 +1,16 @@
-"""Draw stratified samples of latents that grow without redrawing: who is drawn, and with what probability.
+"""Draw stratified samples of latents that grow without redrawing.
 
-Score and similarity depend on how often a latent fires, and most latents fire seldom: a plain sample would hold hardly
-any that are, say, rare and shared. So the population (the eligible latents that pass the filters) is cut into *strata*,
-cells of similarity × log firing frequency between the population's quartiles (of frequency alone without an alignment),
-and small cells are sampled at a higher rate. Weights correct for that: each drawn latent stands for 1 / (its inclusion
-probability) latents of the population (Horvitz and Thompson 1952).
+Most latents fire seldom, so a plain sample would hold hardly any that are, say, rare and shared. So the population (the
+eligible latents that pass the filters) is cut into *strata*, cells of similarity × log firing frequency between the
+population's quartiles (of frequency alone without an alignment), and small cells are sampled at a higher rate. Weights
+correct for that: each drawn latent represents 1 / (its inclusion probability) latents (Horvitz and Thompson 1952).
 
 *Permanent random numbers* (Ohlsson 1995): every latent has a fixed number, a hash of the draw's seed and its index, and
-the smallest of each stratum are drawn. The number drawn of each stratum depends on the population and the size of the
-sample alone, and never falls as the sample grows. So a sample of 200 holds the sample of 100.
+the smallest of each stratum are drawn. The number drawn of each stratum depends only on the population and the sample
+size, and never falls as the sample grows. So a sample of 200 holds the sample of 100.
 
-A sample with fewer than two latents for each stratum is drawn from the whole population; as it grows, the smallest
-strata of the sample are filled first. Given the counts by stratum, every choice of that many of its members is equally
-probable, hence the probability n / N.
+A sample with fewer than two latents per stratum is drawn from the whole population; as it grows, the smallest strata
+are filled first. Given the counts by stratum, all choices are equally probable, hence the probability n / N.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ def make_strata(frequency: ArrayLike, similarity: ArrayLike | None = None) -> St
 
     Args:
         frequency: [N] firings per token (only the order matters).
-        similarity: [N] to the partners in the other runs, NaN where unknown; ``None`` without an alignment.
+        similarity: [N] to the partners in the other runs, NaN if unknown; ``None`` without an alignment.
     """
     f = np.asarray(frequency, dtype=np.float64)
     s = np.full(len(f), np.nan) if similarity is None else np.asarray(similarity, dtype=np.float64)

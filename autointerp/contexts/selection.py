@@ -1,7 +1,4 @@
-"""Choose the latents to explain: filters by sharing, a seeded sample, and partners in the sibling runs.
-
-See :mod:`autointerp.contexts.sampling` for the sample: asking for 300 after 200 keeps the 200 and adds a hundred.
-"""
+"""Choose the latents to explain: filters by sharing, a seeded sample, and partners in the sibling runs."""
 
 from __future__ import annotations
 
@@ -26,8 +23,7 @@ Sharing = Literal["any", "unshared", "shared"]
 class Choice:
     """The latents that the user asked for.
 
-    ``against`` names the sibling runs that decide what is unshared (all of the study if empty); ``indices`` names
-    latents in place of a sample.
+    ``against``: sibling runs that decide what is unshared (all if empty). ``indices``: latents in place of a sample.
     """
 
     sharing: Sharing = "any"

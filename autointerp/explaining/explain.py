@@ -1,11 +1,11 @@
 """`explain`: choose latents, show their activating contexts to an explainer, and keep each answer in the journal.
 
-Missing earlier stages run first. A latent that has an explanation by the same explainer, contexts and prompts is not
-asked about again; a failed one is. A latent with too few contexts is never asked about: if the user named it, it is
-counted with the reason, and is not a failure.
+Missing earlier stages run first. Existing explanations by the same explainer, contexts and prompts are kept, and failed
+ones are asked again. Latents with too few contexts are never explained; if the user named them, they are counted with
+the reason and are no failure.
 
-A sample of each control SAE of the study is explained too (:mod:`autointerp.contexts.control_saes`), and the n-gram
-baseline, which costs no request, explains the same latents as any other explainer.
+The n-gram baseline explains the same latents, and a sample of each control SAE is explained too
+(:mod:`autointerp.contexts.control_saes`).
 """
 
 from __future__ import annotations
@@ -118,10 +118,7 @@ def plan_latents(run: Run, choice: Choice) -> list[Task]:
 
 
 def plan_controls(tasks: Sequence[Task], choice: Choice, asks_model: bool, asked: int | None) -> list[Task]:
-    """Choose the latents to explain of the harvested control SAEs of ``tasks``. See :func:`choose_sample_size`.
-
-    A control SAE without eligible latents gets an empty task.
-    """
+    """Choose the latents to explain of the harvested control SAEs of ``tasks``; a task may be empty."""
     n = choose_sample_size(choice, asks_model, asked, max(len(task.latents) for task in tasks))
     controls = list_control_saes([task.run for task in tasks]) if n else []
     return [Task(control, draw_control_latents(control, n)) for control in controls]

@@ -1,12 +1,11 @@
 """Text patterns with a chance each, and the sentence that holds them, shared by n-gram explainer and judge.
 
-The sentence is all that the judge gets, so it is readable and exact. Patterns are quoted, with everything escaped that
-a terminal, a line-based file or a reader would lose (quotes, line breaks, control characters, marks of writing
-direction), next to the numbers that the judge computes with. A sentence of another form is refused.
+The sentence is all that the judge gets, so it is readable and exact: patterns are quoted and escaped, next to the
+numbers that the judge computes with. A sentence of another form is refused.
 
 Meaning: at each token the longest listed pattern that ends there (a run of whole tokens) gives the chance of a firing,
-or else the chance of any other token. Chances combine as independent causes (noisy-or):
-P(active) = 1 - product over the tokens of (1 - chance).
+or else the chance of any other token. Chances combine as independent causes (noisy-or): P(active) = 1 - product over
+the tokens of (1 - chance).
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def parse_sentence(sentence: str) -> Patterns | None:
 def shorten(sentence: str, most: int = 5) -> str:
     """Shorten an n-gram sentence for display to its first patterns, each with its chance; keep any other text.
 
-    Blanks within a pattern are shown as ``␣``, so that they are visible and no line breaks there.
+    Blanks within a pattern are shown as ``␣``.
     """
     found = parse_sentence(sentence)
     if found is None:

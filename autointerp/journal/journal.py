@@ -1,11 +1,11 @@
-"""What has been asked, what came back, and what failed: one SQLite file beside each run.
+"""Store everything asked, answered and failed: one SQLite file per run.
 
-Explaining and scoring cost money and hours, so nothing is believed until it is written here: a row is committed
-before the answer in it is used, and a process killed at any instant finds on its next start exactly what it had
-paid for. A failure is a row too, with its reason and with no number in it, so that it can be counted, shown and
-tried again; the constraints of :mod:`autointerp.journal.schema` make it impossible to store one as a zero.
+Explaining and scoring cost money and hours, so every row is committed before its answer is used, and a killed process
+finds everything it paid for. A failure is a row with its reason and no number (:mod:`autointerp.journal.schema`), so
+that it can be counted and retried but never stored as a zero.
 
-The rows of different settings, prompts or models stand side by side: a digest of each is part of a row's identity.
+Rows of different settings, prompts and models are kept alongside each other: a digest of each is part of a row's
+identity.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ _INSERT_VERDICT = f"""
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one judge said of one context, under one explanation; or why it said nothing.
+    """A judge's answer for one context under one explanation, or why there is none.
 
-    ``negative_kind`` is ``None`` exactly where ``truth`` is true. A failed verdict has neither ``p`` nor ``label``.
+    ``negative_kind`` is ``None`` exactly if ``truth`` is true. A failed verdict has neither ``p`` nor ``label``.
     """
 
     latent: int
@@ -90,7 +90,7 @@ class SetUp(NamedTuple):
 
 
 class PlannedContext(NamedTuple):
-    """One context of a test set: everything that a score needs to know of it."""
+    """One context of a test set, with everything that a score needs."""
 
     window: int
     """The window's id in the firing store."""
@@ -101,10 +101,10 @@ class PlannedContext(NamedTuple):
 
 
 class Journal:
-    """A run's journal. Opening creates the file; every method that writes has committed when it returns.
+    """A run's journal. Opening creates the file; every method that writes commits before it returns.
 
-    Safe to share between threads and tasks of one process. Reading beside a process that writes is fine; two
-    processes that both mean to *work* on a run keep out of each other's way with :meth:`claim`.
+    Threads and tasks of one process may share it, and others may read while one writes. Processes that ask models
+    exclude each other with :meth:`claim`.
 
     :raises BadInput: the file is no journal, or a later version of this program wrote it.
     """
@@ -124,9 +124,9 @@ class Journal:
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Be the only process that asks models on behalf of this run, so that no question is paid for twice.
+        """Be the only process that asks models for this run, so that no question is paid for twice.
 
-        The claim ends with the block or with the process, whichever comes first, ``kill -9`` included.
+        The claim ends with the block or the process, even after ``kill -9``.
 
         :raises Unavailable: another process holds it.
         """
@@ -163,8 +163,8 @@ class Journal:
     ) -> int:
         """Store an explanation (``text``) or why there is none (``failure``), and return its row's id.
 
-        A row that failed is replaced, under the same id. A row that did not fail is never replaced: verdicts hang
-        on its words, so the id of the row that stands is returned and the new text is dropped.
+        Replaces a failed row under the same id. Never replaces a good one, because verdicts refer to its text: the
+        existing id is returned and the new text is dropped.
 
         :param contexts: the window ids that the explainer saw.
         """
@@ -199,9 +199,10 @@ class Journal:
         return int(row[0])
 
     def explanations(self, **filters: Any) -> pd.DataFrame:
-        """Rows of the explanation table by id; ``contexts`` as lists of window ids.
+        """Return rows of the explanation table by id; ``contexts`` as lists of window ids.
 
-        Filters are columns: ``latent=17``, ``status="ok"``, ``model="…"``, …; a list, tuple or set means any of it.
+        Filters are columns: ``latent=17``, ``status="ok"``, ``model="…"``, …; a list, tuple or set matches any of its
+        items.
         """
         table = self._select("explanation", _EXPLANATION_FILTERS, filters)
         table["contexts"] = [json.loads(stored) for stored in table["contexts"]]
@@ -215,8 +216,7 @@ class Journal:
             _insert_verdicts(connection, verdicts)
 
     async def record(self, verdicts: Sequence[Verdict], stage: str, model: str, usage: Usage, latent: int) -> None:
-        """Store verdicts and what they cost, all or nothing. Committed on return, in a transaction that requests
-        answered at the same moment share."""
+        """Store verdicts and their cost, all or none, and commit. Simultaneous requests share a transaction."""
 
         def work(connection: sqlite3.Connection) -> None:
             _insert_verdicts(connection, verdicts)
@@ -225,16 +225,16 @@ class Journal:
         await self._database.written(work)
 
     def verdicts(self, columns: Sequence[str] | None = None, **filters: Any) -> pd.DataFrame:
-        """Rows of the verdict table by id. ``truth`` is bool; ``p`` and ``label`` are floats, NaN where there is none.
+        """Return rows of the verdict table by id. ``truth`` is bool; ``p`` and ``label`` are floats, NaN if missing.
 
-        Filters are columns, as in :meth:`explanations`; ``negative_kind=None`` means the activating contexts. With
-        ``columns`` (known ones) only those are read: of the tens of thousands behind a score most are not needed.
+        Filters are columns, as in :meth:`explanations`; ``negative_kind=None`` means the activating contexts.
+        ``columns`` limits the columns that are read, because a score may have tens of thousands of rows.
         """
         table = self._select("verdict", _VERDICT_FILTERS, filters, columns)
         return table.astype({name: kind for name, kind in _VERDICT_TYPES.items() if name in table})
 
     def verdicts_in_pieces(self, n: int) -> Iterator[pd.DataFrame]:
-        """All verdicts by id, at most ``n`` at a time, as they are when the first is read; at least one piece."""
+        """Yield all verdicts by id, at most ``n`` at a time, as of the first read; at least one piece."""
         with self._database.reading() as connection:
             found = False
             for table in pd.read_sql_query("SELECT * FROM verdict ORDER BY id", connection, chunksize=n):
@@ -244,7 +244,7 @@ class Journal:
             yield self.verdicts()
 
     def labels(self, **filters: Any) -> dict[tuple[int, int, str], dict[int, bool | None]]:
-        """Return (explanation id, latent, control) → window id → the judge's label, ``None`` where the judge failed.
+        """Map (explanation id, latent, control) to window → the judge's label, ``None`` if the judge failed.
 
         ``filters`` are those of :meth:`verdicts`.
         """
@@ -285,7 +285,7 @@ class Journal:
             connection.execute("INSERT OR IGNORE INTO setup VALUES (?, ?)", (settings_hash, json.dumps(settings)))
 
     def setups(self) -> dict[str, dict[str, Any]]:
-        """Settings hash → what it stands for, of the set-ups that were kept."""
+        """Map the settings hash of each stored set-up to its settings."""
         with self._database.reading() as connection:
             rows = connection.execute("SELECT settings_hash, settings FROM setup").fetchall()
         return {str(row[0]): json.loads(row[1]) for row in rows}
@@ -308,13 +308,13 @@ class Journal:
     # usage
 
     def add_usage(self, stage: str, model: str, usage: Usage, latent: int | None = None) -> None:
-        """Record what a piece of work cost. Nothing is stored for work that asked no model at all."""
+        """Record the cost of a piece of work; nothing if it asked no model."""
         if usage != Usage():
             with self._database.writing() as connection:
                 _insert_usage(connection, stage, model, usage, latent)
 
     def usage(self) -> pd.DataFrame:
-        """Everything spent on this run so far: one row for each stage and model, sums of the columns of ``Usage``."""
+        """Return the usage of this run so far: one row per stage and model, sums of the columns of ``Usage``."""
         with self._database.reading() as connection:
             return pd.read_sql_query(
                 """
@@ -366,7 +366,7 @@ def _insert_usage(connection: sqlite3.Connection, stage: str, model: str, usage:
 
 
 def _where(known: set[str], filters: Mapping[str, Any]) -> tuple[str, list[str | int]]:
-    """Filters as an SQL condition and its values. Column names are checked; values only ever travel as parameters."""
+    """Return filters as an SQL condition and its parameters. Column names are checked."""
     terms: list[str] = ["1"]
     values: list[str | int] = []
     for column, wanted in filters.items():
@@ -385,7 +385,7 @@ def _where(known: set[str], filters: Mapping[str, Any]) -> tuple[str, list[str |
 
 
 def _plain(value: Any) -> str | int:
-    """Numpy integers and booleans as SQLite knows them (it stores foreign ones as blobs, which equal nothing)."""
+    """Convert NumPy integers and booleans for SQLite, which would store them as blobs."""
     return value if isinstance(value, str) else int(value)
 
 

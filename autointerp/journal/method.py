@@ -1,4 +1,4 @@
-"""What names a way of explaining or of judging, so that its answers can be found again and are never mixed up."""
+"""Identify a way of explaining or judging, so that its answers can be found again and never mixed up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENOUGH_TO_CALL_DEAD = 1_000_000
 
 
 class Method(Protocol):
-    """Two methods with equal name, hashes and model give answers that stand for each other."""
+    """Two methods with equal name, hashes and model give interchangeable answers."""
 
     asks_model: ClassVar[bool]
     """Whether it asks a language model: one has to be named then, and requests are counted and paid for."""

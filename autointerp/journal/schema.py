@@ -1,6 +1,6 @@
-"""The tables of a run's journal (:mod:`autointerp.journal.journal`), as SQL: what a row holds, and what none may hold.
+"""The tables of a run's journal (:mod:`autointerp.journal.journal`), as SQL.
 
-A failure has a reason and no number: the constraints make it impossible to store one as a zero.
+Constraints make it impossible to store a failure, which has a reason and no number, as a zero.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What answers cost, as a sum that can be added up over requests, latents and stages.
+"""Count the cost of answers, as sums over requests, latents and stages.
 
-Only what was really sent is counted as spent. An answer that came out of the cache costs nothing and is
-counted apart, so that a resumed study shows what *this* invocation spent and what earlier ones had paid for.
+Only requests really sent count as spent. Answers from the cache are counted apart, so a resumed study shows the cost of
+*this* command and what earlier ones had paid for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MOST_TOKENS = 8
 def is_plausible_count(tokens: int, characters: int, more: int) -> bool:
     """Return whether a text of ``characters`` can have ``tokens`` tokens.
 
-    :param more: tokens that may come on top of the text's own: a chat template, a hidden system prompt, thinking.
+    :param more: extra tokens: a chat template, a hidden system prompt, thinking.
     """
     least = max(1, -(-characters // LONGEST_TOKEN)) if characters else 0
     return least <= tokens <= MOST_TOKENS * characters + more
@@ -25,7 +25,7 @@ def is_plausible_count(tokens: int, characters: int, more: int) -> bool:
 
 @dataclass(frozen=True)
 class Usage:
-    """Requests and tokens spent on some piece of work. Add two with ``+``; ``Usage()`` is nothing."""
+    """Requests and tokens spent on a piece of work. Add two with ``+``; ``Usage()`` is zero."""
 
     requests: int = 0
     """Requests sent to a server, those that failed and were repeated included."""

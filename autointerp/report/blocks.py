@@ -1,7 +1,7 @@
-"""The neutral parts of a report. Builders make them; ``terminal`` and ``html.page`` show them.
+"""The neutral parts of a report, which ``terminal`` and ``html.page`` render.
 
-Texts are plain. Both renderers replace characters that act instead of showing (see ``visible``), so a builder passes
-on texts from models and corpora as they are.
+Texts are plain. Both renderers replace control characters (see ``visible``), so builders pass texts from models and
+corpora unchanged.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Facts:
-    """Labels with what is said of each."""
+    """Labels, each with its text."""
 
     facts: Sequence[tuple[str, Words]]
     indent: int = 0
@@ -67,7 +67,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Context:
-    """One context with an activation for each token. ``has_peak``: the largest activation stands before it."""
+    """One context with an activation for each token. ``has_peak``: the largest activation is printed before it."""
 
     tokens: Sequence[str]
     activations: Sequence[float]
@@ -102,7 +102,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Title:
-    """The head of a report: a name and what it is."""
+    """The head of a report: its name and kind."""
 
     name: str
     says: str

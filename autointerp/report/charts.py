@@ -1,9 +1,7 @@
-"""Charts out of block characters, because the report must be read where the work was done: in a terminal.
+"""Draw charts with block characters, for the terminal.
 
-Everything here is a pure function from numbers to ``rich.text.Text``; nothing knows what the numbers mean.
-Every chart must also be legible without colour (a pipe, a log file, a colour-blind reader), so parts of a
-bar that lie side by side differ in their fill as well as in their hue, and lengths are never shown by
-hue alone.
+Pure functions from numbers to ``rich.text.Text``. Every chart is legible without colour (a pipe, a log file, a
+colour-blind reader): neighbouring parts of a bar differ in fill as well as in hue, and hue alone never shows a length.
 """
 
 from __future__ import annotations
@@ -36,10 +34,9 @@ class Part(NamedTuple):
 
 
 def shares(sizes: Sequence[float], width: int) -> list[int]:
-    """Whole cells for each size, summing to ``width``; every size above zero gets at least one where they fit.
+    """Return whole cells for each size, summing to ``width``; every positive size gets at least one if they fit.
 
-    Largest remainders, so that no part is more than one cell from its true length, save for the parts
-    that were lifted to one cell.
+    By largest remainders: no part is more than one cell from its true length, except those raised to one cell.
     """
     total = math.fsum(sizes)
     if total <= 0 or width <= 0:
@@ -57,7 +54,7 @@ def shares(sizes: Sequence[float], width: int) -> list[int]:
 
 
 def stacked_bar(parts: Sequence[Part], width: int) -> Text:
-    """One bar of ``width`` cells, divided in proportion to the parts."""
+    """Draw one bar of ``width`` cells, divided in proportion to the parts."""
     bar = Text(no_wrap=True)
     for part, cells in zip(parts, shares([part.size for part in parts], width), strict=True):
         bar.append(part.fill * cells, part.style)
@@ -65,7 +62,7 @@ def stacked_bar(parts: Sequence[Part], width: int) -> Text:
 
 
 def bar(fraction: float, width: int, style: str = "", rest: str = "dim") -> Text:
-    """A bar of ``fraction`` (0 to 1, cut there) of ``width`` cells, to an eighth of a cell; the rest is dotted."""
+    """Draw ``fraction`` (cut to 0–1) of ``width`` cells, to an eighth of a cell; the rest is dotted."""
     fraction = 0.0 if math.isnan(fraction) else min(1.0, max(0.0, fraction))
     eighths = round(fraction * width * 8)
     full, part = divmod(eighths, 8)
@@ -74,7 +71,7 @@ def bar(fraction: float, width: int, style: str = "", rest: str = "dim") -> Text
 
 
 def _levels(counts: Sequence[float], height: int, top: float | None = None) -> list[int]:
-    """Each count in eighths of a cell, the largest filling ``height`` cells; what is not zero is visible."""
+    """Return counts in eighths of a cell, the largest filling ``height`` cells; every positive count is visible."""
     peak = max(counts, default=0) if top is None else top
     if peak <= 0:
         return [0] * len(counts)
@@ -84,10 +81,10 @@ def _levels(counts: Sequence[float], height: int, top: float | None = None) -> l
 def columns(
     counts: Sequence[float], height: int, *, cell: int = 1, styles: Sequence[str] | str = "", top: float | None = None
 ) -> list[Text]:
-    """A histogram as ``height`` lines, uppermost first; every bin is ``cell`` cells wide.
+    """Draw a histogram as ``height`` lines, uppermost first; every bin is ``cell`` cells wide.
 
-    ``styles`` is one style for all or one for each bin; ``top`` is the count that fills the height
-    (default the largest), so that charts can share a scale.
+    ``styles`` is one style for all or one for each bin; ``top`` is the count that fills the height (default: the
+    largest), so that charts can share a scale.
     """
     levels = _levels(counts, height, top)
     named = [styles] * len(levels) if isinstance(styles, str) else list(styles)
@@ -101,7 +98,7 @@ def columns(
 
 
 class Layer(NamedTuple):
-    """One of two stacked histograms: counts per bin, style, and fill where there is no colour."""
+    """One of two stacked histograms: counts per bin, style, and fill without colour."""
 
     counts: Sequence[float]
     style: str
@@ -111,10 +108,9 @@ class Layer(NamedTuple):
 def stacked_columns(
     lower: Layer, upper: Layer, height: int, *, cell: int = 1, colour: bool = True, top: float | None = None
 ) -> list[Text]:
-    """Two histograms over the same bins, ``upper`` standing on ``lower``; as :func:`columns` otherwise.
+    """Draw two histograms over the same bins, ``upper`` on top of ``lower``; otherwise like :func:`columns`.
 
-    With colour to an eighth of a cell, the border inside a cell drawn as foreground on background; without, in
-    whole cells of either fill.
+    Accurate to an eighth of a cell with colour, else to whole cells of either fill.
     """
     whole = [a + b for a, b in zip(lower.counts, upper.counts, strict=True)]
     tops = _levels(whole, height, top)
@@ -132,7 +128,7 @@ def stacked_columns(
 
 
 def _stacked_cell(border: int, top: int, lower: Layer, upper: Layer, _: bool) -> tuple[str, str]:
-    """A cell filled by ``lower`` up to ``border`` eighths and from there by ``upper`` up to ``top``."""
+    """Draw a cell filled by ``lower`` up to ``border`` eighths, and then by ``upper`` up to ``top``."""
     if border in (0, top):
         return HEIGHTS[top], upper.style if border == 0 else lower.style
     if top == 8:
@@ -148,7 +144,7 @@ def _stacked_cell_plain(border: int, top: int, lower: Layer, upper: Layer, botto
 
 
 def resampled(values: Sequence[float], width: int) -> list[float]:
-    """At most ``width`` values: the means of equal runs of ``values`` (missing ones skipped)."""
+    """Return at most ``width`` values: the means of equal runs of ``values``, missing ones skipped."""
     if len(values) <= width:
         return list(values)
     edges = [round(i * len(values) / width) for i in range(width + 1)]
@@ -167,10 +163,10 @@ def sparkline(
     log: bool = False,
     span: tuple[float, float] | None = None,
 ) -> Text:
-    """A series in one line, from its smallest value (lowest block) to its largest; gaps where it is missing.
+    """Draw a series in one line, from its smallest value (lowest block) to its largest, with gaps for missing ones.
 
-    ``log`` takes logarithms first, which keeps the end of a loss curve visible next to its beginning. ``span`` is the
-    lowest and highest value of the scale, where several series share one.
+    ``log`` takes logarithms first, so that the end of a loss curve stays visible. ``span`` is the lowest and highest
+    value of a scale shared by several series.
     """
 
     def scaled(value: float) -> float:
@@ -195,7 +191,7 @@ def sparkline(
 
 
 def strip(counts: Sequence[float], style: str = "", *, cell: int = 1) -> Text:
-    """A histogram in one line, scaled to its own largest bin; empty bins are dots."""
+    """Draw a histogram in one line, scaled to its own largest bin; empty bins are dots."""
     line = Text(no_wrap=True)
     for level in _levels(counts, 1):
         line.append((HEIGHTS[level] if level else "·") * cell, style if level else "dim")
@@ -212,9 +208,9 @@ def whisker(
     style: str = "",
     mark: float = math.nan,
 ) -> Text:
-    """An estimate with its interval on a scale from ``start`` to ``stop``: ``··┊··├──●──┤·····``.
+    """Draw an estimate with its interval on a scale from ``start`` to ``stop``: ``··┊··├──●──┤·····``.
 
-    ``mark`` is where the scale itself is marked (no correlation).
+    ``mark`` is the marked value of the scale (no correlation).
     """
 
     def cell_of(x: float) -> int:
@@ -246,10 +242,7 @@ class Tick(NamedTuple):
 
 
 def axis(width: int, ticks: Sequence[Tick]) -> tuple[Text, Text]:
-    """An axis of ``width`` cells and the line of labels under it; a label that would touch another is skipped.
-
-    A later tick gives way to an earlier one, so the one that matters most comes first.
-    """
+    """Draw an axis of ``width`` cells and its labels; a label that would touch an earlier tick's is skipped."""
     rule, labels = ["─"] * width, [" "] * (width + 6)
     styled: list[tuple[int, int, str]] = []
     for tick in ticks:
@@ -268,7 +261,7 @@ def axis(width: int, ticks: Sequence[Tick]) -> tuple[Text, Text]:
 
 
 def legend(names: Sequence[str], has_colour: bool) -> Text:
-    """``██ name   ██ name`` of two layers: the upper one in blue or solid, the lower one in orange or dotted."""
+    """Draw ``██ name   ██ name`` for two layers: the upper in blue or solid, the lower in orange or dotted."""
     text = Text()
     for i, (name, key) in enumerate(zip(names, ("all", "one"), strict=True)):
         text.append("   " if i else "")
@@ -278,7 +271,7 @@ def legend(names: Sequence[str], has_colour: bool) -> Text:
 
 
 def pooled(counts: Sequence[float], width: int) -> list[float]:
-    """``counts`` added up into at most ``width`` bins."""
+    """Add ``counts`` up into at most ``width`` bins."""
     if len(counts) <= width:
         return list(counts)
     edges = [round(i * len(counts) / width) for i in range(width + 1)]

@@ -1,4 +1,4 @@
-"""Two runs: how far they agree, and pairs of their latents with both explanations side by side."""
+"""Show two runs: how far they agree, and pairs of their latents with both explanations side by side."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _NAMED = 12
 
 
 def comparison_page(found: Found, shown_pairs: Found) -> list[Block | Section | None]:
-    """A comparison of two runs.
+    """Return the page of a comparison.
 
     Args:
-        found: the object of :func:`autointerp.findings.pair.compare_runs`.
-        shown_pairs: which of its pairs: the object of :func:`autointerp.findings.pair.chosen`.
+        found: from :func:`autointerp.findings.pair.compare_runs`.
+        shown_pairs: the pairs to show, from :func:`autointerp.findings.pair.chosen`.
     """
     about = [sharing.overlap(found), sharing.similarity(found), _scores(found)]
     return [*_head(found), *about, _pairs(found, shown_pairs), _missing(found)]
@@ -165,7 +165,7 @@ def _pair(pair: Found, names: tuple[str, str]) -> Iterator[Block]:
 
 
 def _side(side: Found) -> list[Words]:
-    """How often a latent fires, its score, its explanation."""
+    """Show how often a latent fires, its score and its explanation."""
     if side["n_firings"] is None:
         fires = "not harvested"
     else:
@@ -178,7 +178,7 @@ def _side(side: Found) -> list[Words]:
 
 
 def _missing(found: Found) -> Section | None:
-    """Pairs that lack an explanation or a score on one side: how many, which, and what makes them."""
+    """List pairs that lack an explanation or a score on one side, with the commands that provide them."""
     tree = found["lacking"]
     entries = tree["without_explanation"]
     body: list[Block] = []
@@ -207,7 +207,7 @@ def _missing(found: Found) -> Section | None:
 
 
 def _first(latents: Sequence[int]) -> str:
-    """The first few numbers, and how many follow."""
+    """Return the first few numbers, and how many follow."""
     rest = len(latents) - _NAMED
     words = ", ".join(map(str, latents[:_NAMED]))
     return f"{words} and {rest:,} more (--json has all)" if rest > 0 else words

@@ -1,7 +1,7 @@
-"""What the scores are compared with: the swapped control, the control SAEs and the n-gram baseline.
+"""Compare the scores with the swapped control, the control SAEs and the n-gram baseline.
 
-A mean score alone says little, for dictionaries that learnt nothing score high too. So the table has the score of each
-control by the same protocol, and the difference with its interval.
+Dictionaries that learnt nothing score high too, so the table has each control's score by the same protocol, and the
+difference with its interval.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NEGATIVES = {"hard": "a neighbour fires", "same_token": "same token"}
 
 
 def score_table(tree: Tree) -> Table:
-    """The mean under the latents' own explanations, each control's, and how far the own mean is above it."""
+    """Show the mean under the own explanations, each control's mean, and the differences."""
     rows: Rows = [[Span("own explanation", "accent"), *_figures(tree), ""]]
     for name, row, above in rows_of(tree):
         rows.append([name, *_figures(row), estimate(above["mean"], above["interval"], sign=True)])
@@ -43,7 +43,7 @@ def _figures(row: Tree) -> list[str]:
 
 
 def other_scorers(tree: Tree) -> Iterator[Block]:
-    """The scores of other scorers, each with its own swapped control."""
+    """Show the scores of other scorers, each with its own swapped control."""
     if not tree["other_scorers"]:
         return
     rows: Rows = []
@@ -62,7 +62,7 @@ def other_scorers(tree: Tree) -> Iterator[Block]:
 
 
 def describe_controls(tree: Tree) -> Iterator[Block]:
-    """The comparison in sentences, a warning where the swapped control is not .5, and how to get what is missing."""
+    """Describe the comparison, warn if the swapped control is not .5, and name the commands for missing controls."""
     control = tree["control"]
     if control is None:
         yield Sentence("No swapped control was scored: a score alone is not evidence of interpretability.")
@@ -92,7 +92,7 @@ def describe_controls(tree: Tree) -> Iterator[Block]:
 
 
 def by_negatives(tree: Tree) -> Iterator[Block]:
-    """The scores over harder negatives, and how far the own mean is above each control by kind of negative."""
+    """Show the scores over harder negatives, and how far the own mean is above each control."""
     if not tree["negatives"]:
         return
     rows: Rows = [
@@ -130,7 +130,7 @@ def _of_kind(own: Tree, row: Tree, name: str, kind: str) -> Tree | None:
 
 
 def rows_of(tree: Tree) -> Iterator[tuple[str, Tree, Tree]]:
-    """Each control's name, its figures, and how far the own mean is above them."""
+    """Return each control's name, its figures, and how far the own mean is above them."""
     if (control := tree["control"]) is not None:
         yield "swapped control", control, control["above_control"]
     for row in tree["control_saes"]:

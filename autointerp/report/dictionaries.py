@@ -1,4 +1,4 @@
-"""The trained SAEs: which latents each shares with which, how often they fire, how training went."""
+"""Show the trained SAEs: which latents they share, how often they fire, how training went."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def membership(found: Findings) -> Section:
 
 
 def _part_style(part: Mapping[str, Any], i: int) -> str:
-    """Orange for one SAE alone, strong blue for every one, and paler blues between."""
+    """Return orange for one SAE alone, strong blue for all, and paler blues between."""
     between = ["#9fd3f2", "#56b4e9", "#7cc4ee", "#b7def5"]
     return STYLE_OF_CLASS[part["shared_class"]] if part["shared_class"] in ("one", "all") else between[i % 4]
 
@@ -165,7 +165,7 @@ _SIDE_BY_SIDE = 3
 
 
 def training_curves(curves: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
-    """Small curves of each run's training log, by column. Runs share a scale, so one that differs is seen at once."""
+    """Draw each run's training log as small curves, by column, on a scale shared by the runs."""
     names = list(curves)
     scales = {column: _scale(curve[column] for curve in curves.values()) for column, *_ in _CURVES}
     for first in range(0, len(names), _SIDE_BY_SIDE):
@@ -188,13 +188,13 @@ def _curve(values: Sequence[float | None], is_log: bool, scale: tuple[float, flo
 
 
 def _scale(values: Any) -> tuple[float, float] | None:
-    """The smallest and largest of several curves; ``None`` where nothing is known."""
+    """Return the smallest and largest value of several curves; ``None`` if nothing is known."""
     known = [value for value in chain.from_iterable(values) if value is not None and math.isfinite(value)]
     return (min(known), max(known)) if known else None
 
 
 def _chart_name(name: str) -> Chart:
-    """A name in the width of its curve; its end, where runs of a study differ, is kept."""
+    """Cut a name to the width of its curve, keeping the end, which differs between a study's runs."""
     return Chart(lambda width, _: [Text(name if len(name) <= width else "…" + name[1 - width :])])
 
 
@@ -209,14 +209,14 @@ _BECAUSE = {
 
 
 def explain_missing(found: Findings, stage: str) -> list[Block]:
-    """Why a part is empty, and the command that fills it."""
+    """Return why a part is empty, and the command that provides it."""
     waiting = {entry["stage"]: entry for entry in found["missing"]}
     entry = next((waiting[name] for name in _BECAUSE[stage] if name in waiting), None)
     return wait_for(entry) if entry else [Sentence(quiet("Nothing is recorded."))]
 
 
 def _l0(found: Findings, name: str) -> float | None:
-    """Latents per token at the end of training; for a run without a log, over the harvested tokens."""
+    """Return the latents per token at the end of training; over the harvested tokens if there is no log."""
     logged = get(found["training"], "l0", name)
     return get(found["firing"], "mean_l0", name) if logged is None else logged
 
@@ -226,7 +226,7 @@ def _imported(found: Findings) -> list[str]:
 
 
 def name_change(found: Findings) -> str:
-    """What the SAEs of a study differ in, as the end of a sentence about what is shared."""
+    """Return how the study's SAEs differ, as the end of a sentence about sharing."""
     return "between the SAEs" if _imported(found) or found.get("apart") else "when only the seed changes"
 
 

@@ -1,4 +1,4 @@
-"""What latents mean: how well they can be explained, who was scored, and how the scores relate to sharing."""
+"""Show how well latents can be explained, which were scored, and how the scores relate to sharing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def scores(found: Findings) -> Section:
 
 
 def _sample(tree: Tree) -> Iterator[Block]:
-    """The population of the figures: all eligible latents, or the scored ones alone."""
+    """Describe the population of the figures: all eligible latents, or only the scored ones."""
     sample, n = tree["sample"], plural(tree["n_scored"], "latent")
     if sample is None:
         yield Sentence(f"{n}, not drawn as a recorded sample: the figures are of these latents, unweighted.")
@@ -76,7 +76,7 @@ def _sample(tree: Tree) -> Iterator[Block]:
 
 
 def _rounds(tree: Tree) -> Iterator[Block]:
-    """For scores to a precision: how many contexts that took, and why judging ended."""
+    """Describe adaptive judging: how many contexts it took, and why it ended."""
     precision = tree["precision"]
     if precision is None:
         return
@@ -116,13 +116,13 @@ def _outcome(tree: Tree | None) -> Iterator[Block]:
 
 
 def _bars(shape: Tree) -> Sequence[float]:
-    """How many latents each bar counts; for a sample, of all eligible ones."""
+    """Return the latents counted in each bar; with a sample, of all eligible ones."""
     bars: Sequence[float] = shape.get("estimated", shape["counts"])
     return bars
 
 
 def _histograms(tree: Tree, width: int) -> Iterator[Text]:
-    """Own scores, and the control's below, on one axis that starts at the first tenth with anything in it."""
+    """Draw own scores, and the control's below, on one axis that starts at the first non-empty tenth."""
     control, edges, counts = tree["control"], tree["histogram"]["edges"], _bars(tree["histogram"])
     swapped: Sequence[float] = _bars(control["histogram"]) if control else [0] * len(counts)
     first = next((i for i, both in enumerate(zip(counts, swapped, strict=True)) if any(both)), 0) // 5 * 5
@@ -139,7 +139,7 @@ def _histograms(tree: Tree, width: int) -> Iterator[Text]:
 
 
 def _named(lines: Sequence[Text], name: str, style: str) -> Iterator[Text]:
-    """A chart with its name in its upper left corner, or above it where that corner is taken."""
+    """Put a chart's name in its upper left corner, or above it if that corner is taken."""
     if lines[0].plain[: len(name) + 3].strip():
         yield Text(name, style)
         yield from lines
@@ -184,7 +184,7 @@ def counted(found: Findings) -> Section:
 
 
 def _too_few(tree: Tree | None, n_runs: int) -> Iterator[Block]:
-    """The alive latents without a score for too few contexts, by shared class."""
+    """Count the alive latents with too few contexts for a score, by shared class."""
     if tree is None or not tree["together"]["n"]:
         return
     rows: Rows = []
@@ -253,7 +253,7 @@ def _odd(width: int) -> int:
 def whisker(
     value: float | None, bounds: Sequence[float | None] | None, start: float, stop: float, mark: float = math.nan
 ) -> Chart:
-    """An estimate with its interval on a scale; the width is odd, so the middle has a cell of its own."""
+    """Draw an estimate with its interval; the width is odd, so the middle has a cell of its own."""
     low, high = bounds or (value, value)
     middle, low, high = (math.nan if x is None else x for x in (value, low, high))
     return Chart(lambda width, _: [charts.whisker(middle, low, high, start, stop, _odd(width), ACCENT, mark=mark)])
@@ -265,7 +265,7 @@ def _corrected(tree: Tree, key: str, label: str) -> Iterator[_Row]:
 
 
 def _pooled(tree: Tree | None) -> Iterator[_Row]:
-    """The same over the scores of several runs."""
+    """Show the relation over the scores of several runs."""
     if tree is not None:
         yield f"{len(tree['runs'])} runs together", _whole(tree), tree["n"]
         yield from _corrected(tree, "corrected", " corrected for noise")
@@ -304,7 +304,7 @@ def _no_relation(found: Findings) -> list[Block]:
 
 
 def _by_similarity(tree: Tree) -> Iterator[Block]:
-    """The mean score in quarters of similarity."""
+    """Show the mean score in quarters of similarity."""
     bins = tree["bins"]
     if len(bins) < 2:
         return
@@ -367,7 +367,7 @@ def _one(entry: Tree, is_apart: bool) -> Iterator[Block]:
 
 
 def failures(found: Findings) -> Section | None:
-    """What failed, by reason; ``None`` where nothing did."""
+    """List the failures by reason; ``None`` if there are none."""
     tree = found["failures"]
     if tree is None or not (tree["n"] or tree["n_answers"]):
         return None
@@ -386,7 +386,7 @@ def failures(found: Findings) -> Section | None:
 
 
 def cost(found: Findings) -> Iterator[str]:
-    """What was asked of language models, one line a stage."""
+    """Show the usage of language models, one line per stage."""
     for row in found["methods"]["cost"]:
         yield (
             f"{row['stage']}: {row['model']}, {human(row['requests'])} requests, "

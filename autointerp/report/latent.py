@@ -1,4 +1,4 @@
-"""One latent: what it fires on, its explanations and scores, and its partners in the other seeds."""
+"""Show one latent: contexts, explanations, scores, and its partners in the other seeds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Latent = Mapping[str, Any]
 
 
 def latent_page(found: Latent) -> list[Block | Section | None]:
-    """``found`` is the object of :func:`autointerp.findings.latent.latent_findings`."""
+    """Return the page of ``found``, from :func:`autointerp.findings.latent.latent_findings`."""
     title = Title(f"latent {found['latent']}", f"of {found['run']}")
     return [title, *_head(found), _contexts(found), _explanations(found), _matches(found)]
 
@@ -126,7 +126,7 @@ def _explanations(found: Latent) -> Section:
 
 
 def _score_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each score, followed by one for each harder kind of negatives that it has."""
+    """Show a row for each score, followed by one for each of its harder kinds of negatives."""
     cells: Rows = []
     for row in rows:
         who = _who(row) if row["control"] == "none" else f"{row['control']}, {row['scorer']}, {row['judge']}"
@@ -184,7 +184,7 @@ def _matches(found: Latent) -> Section:
 
 
 def _behaviour(match: Mapping[str, Any]) -> Iterator[Block]:
-    """Which latents of one sibling fire where it does, and what that SAE has in its place where it is not shared."""
+    """Show which latents of one sibling fire with it, and what that SAE has instead if it is unshared."""
     tree = match["behaviour"]
     if tree is None:
         return
@@ -213,7 +213,7 @@ def _behaviour(match: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _partner(match: Mapping[str, Any], space: str) -> tuple[str, Words]:
-    """``412``, ``.83 [97 .84]``: the matched latent and its cosine; the nearest where that is another."""
+    """Return ``412``, ``.83 [97 .84]``: the matched latent and its cosine, with the nearest if that is another."""
     partner, neighbor = match[f"{space}_partner"], match[f"max_{space}_neighbor"]
     words: list[str | Span] = [decimal(match[f"{space}_cosine"], 2)]
     if neighbor != partner:

@@ -1,7 +1,4 @@
-"""How the report writes a number or a list: fractions as ``26.4 %``, scores and cosines as ``.264``.
-
-A value that was not measured is a dash, never a zero.
-"""
+"""Format numbers and lists: fractions as ``26.4 %``, scores and cosines as ``.264``, missing values as a dash."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Print one JSON object of a command for a person to read, on standard output or on a given console.
+"""Print a command's JSON object for a person, on standard output or a given console.
 
-Every function imports what it needs when it is called, so that a command loads only its own part of the report.
+Functions import lazily, so that a command loads only its own part of the report.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def render_exported(found: Found) -> None:
 
 
 def render_comparison(found: Found, pairs: Found, console: Console | None = None) -> None:
-    """``pairs`` are those of ``found`` to show; see :func:`autointerp.report.compare.comparison_page`."""
+    """Print ``pairs``, those of ``found`` to show; see :func:`autointerp.report.compare.comparison_page`."""
     _show("compare", "comparison_page", console, found, pairs)
 
 

@@ -1,7 +1,6 @@
-"""The report of a study: a summary that answers first, then a section for each question, then the methods.
+"""The report of a study: a summary, then a section for each question, then the methods.
 
-It only arranges: every number comes from :func:`autointerp.findings.study.findings`, so that terminal, page and
-``--json`` agree.
+Every number comes from :func:`autointerp.findings.study.findings`, so terminal, page and ``--json`` agree.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _N_COMMANDS = 4
 
 
 def report_page(found: Findings, *, is_full: bool = False) -> list[Block | Section | None]:
-    """The whole report, or the summary and the sections that most readers want."""
+    """Return the whole report, or the summary and the main sections."""
     if is_full:
         return [*summary(found), *(build(found) for build in sections().values())]
     rest = "report --full shows every table and the methods; report --html writes a page with figures."
@@ -31,7 +30,7 @@ def report_page(found: Findings, *, is_full: bool = False) -> list[Block | Secti
 
 
 def sections() -> dict[str, Callable[[Findings], Section | None]]:
-    """The sections after the summary, in their order; ``None`` from one that has nothing to say."""
+    """Return the builders of the sections after the summary, in order; they return ``None`` for an empty section."""
     return {
         "findings": paper.findings,
         "overlap": sharing.overlap,
@@ -53,7 +52,7 @@ def sections() -> dict[str, Callable[[Findings], Section | None]]:
 
 
 def summary(found: Findings) -> list[Block]:
-    """What is shared, how interpretable it is, how the two relate, what is missing or failed, and what to do next."""
+    """Summarise sharing, interpretability, their relation, what is missing or failed, and the next commands."""
     blocks: list[Block] = [Title(found["study"], dictionaries.describe_runs(found))]
     for entry in found["stale"]:
         blocks += [Sentence(strong(f"Out of date: {entry['says']}")), Command(entry["command"])]
@@ -69,7 +68,7 @@ def summary(found: Findings) -> list[Block]:
 
 
 def answer(found: Findings) -> list[tuple[str, str]]:
-    """The answers in plain sentences, each with its topic."""
+    """Return the answers in plain sentences, each with its topic."""
     topics = {"Sharing": _sharing, "Interpretability": _interpretability, "Relation": _relation}
     return [(topic, " ".join(words)) for topic, build in topics.items() if (words := list(build(found)))]
 
@@ -115,7 +114,7 @@ def _interpretability(found: Findings) -> Iterator[str]:
 
 
 def _apart(difference: Mapping[str, Any]) -> str:
-    """A difference in words, its interval read in the same direction: ``.080 [.045, .120] above``."""
+    """Describe a difference, its interval read in the same direction: ``.080 [.045, .120] above``."""
     value, bounds = difference["mean"], difference["interval"]
     if value >= 0:
         return f"{estimate(value, bounds)} above"
@@ -137,7 +136,7 @@ def _relation(found: Findings) -> Iterator[str]:
 
 
 def _verdict(tree: Mapping[str, Any]) -> str:
-    """What the two intervals allow to say, and no more."""
+    """Return the conclusion that the two intervals allow."""
     whole, held = (
         0 if not bounds or bounds[0] <= 0 <= bounds[1] else 1 if bounds[0] > 0 else -1
         for bounds in (tree["interval"], tree["partial"]["interval"])
@@ -153,7 +152,7 @@ def _verdict(tree: Mapping[str, Any]) -> str:
 
 
 def problems(found: Findings) -> str:
-    """What is missing and how much failed, in a line."""
+    """Return in one line what is missing and how much failed."""
     words = [entry["says"].rstrip(".") for entry in found["missing"]]
     failed = found["failures"] or {"n": 0, "n_answers": 0}
     if failed["n"]:
@@ -164,7 +163,7 @@ def problems(found: Findings) -> str:
 
 
 def next_commands(found: Findings) -> list[str]:
-    """The commands that make what is missing or retry what failed; with nothing missing, one to look further."""
+    """Return the commands that make missing parts or retry failures; else one to look further."""
     retry = (found["failures"] or {}).get("retry")
     commands = [*(entry["command"] for entry in found["missing"]), *([retry] if retry else [])]
     if not commands and found["interesting"]:
@@ -173,7 +172,7 @@ def next_commands(found: Findings) -> list[str]:
 
 
 def describe_study(found: Findings) -> dict[str, str]:
-    """What is reported on: subject model, text, runs, explainer and judge."""
+    """Describe the subject model, text, runs, explainer and judge."""
     subject, runs, corpus = found["subject"], found["runs"], found["corpus"]
     words = {"subject model": f"{subject['model']} · {subject['hookpoint']} (width {subject['width']})"}
     text = " ".join([corpus["kind"], *corpus["source"]])
@@ -199,7 +198,7 @@ def _unfinished(run: Mapping[str, Any]) -> str:
 
 
 def _aligned(found: Findings) -> str:
-    """Which runs the figures about sharing are of, where these are not all, and what aligns the others."""
+    """Name the runs in the figures about sharing if these are not all, and the command that aligns the others."""
     names, compared = [run["name"] for run in found["runs"]], found["compared"]
     apart = [name for name in names if name not in compared or len(compared) < 2]
     if len(names) < 2 or not apart:
@@ -254,7 +253,7 @@ def methods(found: Findings) -> Section:
 
 
 def describe_setups(setups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each set-up of scores. Lines that would read alike have the beginning of a hash that differs."""
+    """Return a line per set-up of scores, with the beginning of a differing hash if lines would be equal."""
     lines = [_describe_setup(setup) for setup in setups]
     found = []
     for words, setup in zip(lines, setups, strict=True):

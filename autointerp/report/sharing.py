@@ -1,4 +1,4 @@
-"""How much is shared: overlap under every definition with its chance level, similarity of partners, lost latents."""
+"""Show how much is shared: overlap under every definition and by chance, similarity, unshared latents."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _with_range(value: float | None, bounds: Sequence[float | None] | None) -> s
 
 
 def _pairs(tree: Mapping[str, Any]) -> Iterator[Block]:
-    """The share of each pair of runs: a row for up to three runs, a square for more, the range for many."""
+    """Show the share of each pair of runs: rows for up to three runs, a square for more, the range for many."""
     definition = tree["definition"]
     pairs: Mapping[str, float | None] = tree[definition]["pairs"]
     values = [value for value in pairs.values() if value is not None]
@@ -134,7 +134,7 @@ def _one_pair(value: float | None) -> str:
 
 
 def _growth(tree: Mapping[str, Any]) -> Iterator[Block]:
-    """The shares found in one SAE, in every SAE and in exactly n, as more SAEs are compared."""
+    """Show the shares found in one SAE, in every SAE and in exactly n, as more SAEs are compared."""
     n, null = len(tree["only_one"]), chance_level(tree["nulls"])
     if n < 3:
         return
@@ -151,7 +151,7 @@ def _growth(tree: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _other_thresholds(tree: Mapping[str, Any]) -> Table:
-    """The share at other thresholds, with the chance level of the decoder definition, which bounds the others'."""
+    """Show the share at other thresholds, with the decoder definition's chance level, which bounds the others'."""
     sweep, null = tree["sweep"], chance_level(tree["nulls"])
     names = ("strict", "both", "decoder")
     rows: Rows = []
@@ -212,7 +212,7 @@ def _estimate_null(null: Mapping[str, Any], key: str) -> str:
 
 
 def _modes(dip: Mapping[str, Any]) -> str:
-    """Whether there are two modes, as a sentence with the test behind it."""
+    """Say whether there are two modes, with the test."""
     if dip["value"] is None or dip["p_value"] is None:
         return "There are too few cosines to tell one mode from two."
     p = "p < .001" if dip["p_value"] < 0.001 else f"p = {decimal(dip['p_value'])}"
@@ -223,7 +223,7 @@ def _modes(dip: Mapping[str, Any]) -> str:
 
 
 def _similarity_chart(shape: Mapping[str, Any], threshold: float, width: int, has_colour: bool) -> Iterator[Text]:
-    """Cosines from 0 to 1, by same or different partner. The few below 0 are in the first column."""
+    """Draw cosines from 0 to 1, by same or different partner. The few below 0 are in the first column."""
     first = next(i for i, edge in enumerate(shape["edges"]) if edge >= 0)
     same, other = ([sum(c[: first + 1]), *c[first + 1 :]] for c in (shape["same_partner"], shape["different_partner"]))
     cell = max(1, min(5, width // len(same)))
@@ -238,7 +238,7 @@ def _similarity_chart(shape: Mapping[str, Any], threshold: float, width: int, ha
 
 
 def counterparts(found: Findings) -> Section | None:
-    """What other SAEs have in place of unshared latents: totals over all pairs."""
+    """Show what other SAEs have in place of unshared latents: totals over all pairs."""
     tree = found["counterparts"]
     if tree is None:
         return None
@@ -298,7 +298,7 @@ def _firing_together(tree: Mapping[str, Any], null: Mapping[str, Any] | None) ->
 
 
 def _describe_comparison(tree: Mapping[str, Any]) -> str:
-    """Over how many tokens, how exactly, and what chance means here."""
+    """Describe the comparison: the number of tokens, its precision, and its chance level."""
     words = ""
     if tree["n_tokens"] is not None:
         gap = tree["jaccard_gap_per_latent"]
@@ -321,7 +321,7 @@ _RELATIONS = {
 
 
 def alignment_page(found: Findings) -> list[Block | Section | None]:
-    """What ``align`` prints: the sections of the report about sharing."""
+    """Return the page that ``align`` prints: the report's sections about sharing."""
     warning = warn_apart(found["apart"])
     return [*warning, overlap(found), similarity(found), counterparts(found)]
 

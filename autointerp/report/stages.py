@@ -1,4 +1,4 @@
-"""What the commands before the report print at their end: what was done, what failed, what comes next."""
+"""The closing lines of commands: what was done, what failed, and the next command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MOST_REASONS = 8
 
 
 def outcome_page(found: Mapping[str, Any], stage: str) -> Iterator[Block]:
-    """What ``explain`` or ``score`` did: counts, what was skipped, and failures with their reasons and a retry."""
+    """Show the result of ``explain`` or ``score``: counts, skipped latents, failures with reasons, and a retry."""
     done = _DONE.get(stage, "done")
     n_controls = found.get("n_controls", 0)
     words = f"{plural(found['n_done'] - n_controls, found['of'])} {done if found['of'] == 'latent' else 'made'}"
@@ -53,7 +53,7 @@ def outcome_page(found: Mapping[str, Any], stage: str) -> Iterator[Block]:
 
 
 def _reasons(counts: Mapping[str, int], head: str) -> Table:
-    """The most common reasons, each with its number of latents."""
+    """Return the most common reasons, each with its number of latents."""
     reasons = sorted(counts.items(), key=lambda item: -item[1])
     rows: list[tuple[str, str | Span]] = [(count(n), reason) for reason, n in reasons[:_MOST_REASONS]]
     if len(reasons) > _MOST_REASONS:
@@ -63,7 +63,7 @@ def _reasons(counts: Mapping[str, int], head: str) -> Table:
 
 
 def cost_page(found: Mapping[str, Any]) -> list[Block]:
-    """What ``explain`` or ``score`` would cost: a :class:`autointerp.scoring.dry_run.Forecast` as a mapping."""
+    """Show the cost of ``explain`` or ``score``: a :class:`autointerp.scoring.dry_run.Forecast` as a mapping."""
     cheaper, seconds, dollars = found["cheaper"], found["seconds"], found["dollars"]
     most, about = "at most " if cheaper else "", "" if found["exact"] else " (an estimate)"
     lines = [
@@ -95,7 +95,7 @@ def _other_protocol(protocol: str, cheaper: Mapping[str, Any]) -> str:
 
 
 def runs_page(found: Sequence[Mapping[str, Any]], root: Path) -> list[Block | Section]:
-    """One line per run, study by study, its controls last, with how far each has come."""
+    """Show one line per run with its progress, by study, controls last."""
     if not found:
         return [Sentence(f"There are no runs under {root}."), Command(command(root, "demo"))]
     stages = ("trained", "harvested", "aligned", "explained", "scored")
@@ -121,7 +121,7 @@ def runs_page(found: Sequence[Mapping[str, Any]], root: Path) -> list[Block | Se
 
 
 def _mark(run: Mapping[str, Any], stage: str, trained: Sequence[str]) -> Span:
-    """``yes``, a dash, or with how many of the study's other trained runs it is aligned where not with all."""
+    """Return ``yes``, a dash, or the number of aligned runs of the study if these are not all."""
     if not run[stage]:
         return quiet("–")
     others = [name for name in trained if name != run["name"]]
@@ -130,7 +130,7 @@ def _mark(run: Mapping[str, Any], stage: str, trained: Sequence[str]) -> Span:
 
 
 def deletion_page(found: Mapping[str, Any]) -> Iterator[Block]:
-    """What would be deleted, with sizes, the largest first, and what stays. ``found`` is a plan as a mapping."""
+    """Show what would be deleted, with sizes, largest first, and what is kept. ``found`` is a plan as a mapping."""
     if found["parts"]:
         parts = sorted(found["parts"], key=lambda part: -part["bytes"])
         rows: Rows = [[f"{human(part['bytes'])}B", part["kind"], part["path"]] for part in parts]
@@ -143,7 +143,7 @@ def deletion_page(found: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def written_line(found: Mapping[str, Any]) -> str:
-    """Where a page is, how large, and of how many latents it has the details."""
+    """Say where a page is, its size, and how many latents have details."""
     return (
         f"{found['path']}  {found['n_bytes'] / 1e6:.1f} MB, details of {found['n_details']:,} of "
         f"{found['n_latents']:,} latents"
@@ -151,7 +151,7 @@ def written_line(found: Mapping[str, Any]) -> str:
 
 
 def exported_line(found: Mapping[str, Any]) -> str:
-    """Where a table is, and how large."""
+    """Say where a table is, and its size."""
     kept = "  (already there)" if found["kept"] else ""
     return (
         f"{found['path']}  {found['table']} of {', '.join(found.get('runs', [found['run']]))}: "

@@ -1,4 +1,4 @@
-"""A sweep: its points as tables, overlap as a chart over the swept setting, its findings."""
+"""Show a sweep: its points as tables, overlap as a chart over the swept setting, its findings."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def _head(found: Found) -> Iterator[Block]:
 
 
 def _write(axis: str, value: Any) -> str:
-    """A value of an axis in a table or under a chart."""
+    """Format a value of an axis for a table or chart."""
     if axis == "training.tokens":
         return human(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _leading(found: Found) -> list[str]:
-    """The axes that tell points apart: of those that advance together, the first."""
+    """Return the axes that distinguish points: of those that advance together, the first."""
     return [axis for axis in found["axes"] if axis not in found["together"][1:]]
 
 
@@ -128,7 +128,7 @@ def _shared(found: Found) -> Section:
 
 
 def _overlap_chart(found: Found) -> Section | None:
-    """The paper's figure 4 for the first numeric axis: the fraction shared over the setting, on a logarithmic scale."""
+    """Draw the paper's figure 4 for the first numeric axis: the fraction shared on a logarithmic scale."""
     numeric = [axis for axis in _leading(found) if all(isinstance(v, int | float) for v in found["axes"][axis])]
     axis = numeric[0] if numeric else None
     points = [point for point in found["points"] if point["shared"] is not None]
@@ -146,7 +146,7 @@ def _overlap_chart(found: Found) -> Section | None:
 
 
 def _bars(axis: str, points: Sequence[Found], width: int, has_colour: bool) -> Iterator[Text]:
-    """A bar for each point: the share with both cosines above .7, before the share with the same partner; 0 to 1."""
+    """Draw a bar for each point, 0 to 1: the share with both cosines above .7, before that with the same partner."""
     width -= 6
     bar, places = _places([math.log(point["values"][axis]) for point in points], width)
     both, same = [0.0] * width, [0.0] * width
@@ -168,7 +168,7 @@ def _bars(axis: str, points: Sequence[Found], width: int, has_colour: bool) -> I
 
 
 def _places(at: Sequence[float], width: int) -> tuple[int, list[int]]:
-    """How wide the bars are, and the first cell of each; evenly spaced where the scale would put one on another."""
+    """Return the width of the bars and the first cell of each; evenly spaced if they would overlap on the scale."""
     if len(at) == 1:
         return _WIDEST_BAR, [(width - _WIDEST_BAR) // 2]
     low, span = min(at), max(at) - min(at)
@@ -200,7 +200,7 @@ def _scored(found: Found) -> Section | None:
 
 
 def forecast_page(found: Found) -> list[Block]:
-    """What a sweep's dry run prints: each point's tokens and training time."""
+    """Show a sweep's dry run: each point's tokens and training time."""
     n = len(found["points"])
     title = Title(
         found["sweep"],

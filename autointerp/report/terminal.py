@@ -95,7 +95,7 @@ def _section(section: Section, page: Page) -> Iterator[RenderableType]:
 
 
 def _arranged(blocks: Sequence[Block], page: Page) -> Iterator[RenderableType]:
-    """Sentences, commands and contexts follow each other closely; other blocks stand between empty lines."""
+    """Separate blocks by empty lines, except sentences, commands and contexts."""
     previous: Block | None = None
     close = Sentence | Command | Context
     for block in blocks:
@@ -138,7 +138,7 @@ def _drawn(block: Block, page: Page) -> Iterator[RenderableType]:
 
 
 def _text(words: Words) -> Text:
-    """``words`` with hidden characters made visible, and styles as rich names them."""
+    """Return ``words`` as rich text, with hidden characters made visible."""
     parts = [
         shown(span.text, " ".join(_STYLES.get(word, word) for word in span.style.split())) for span in spans(words)
     ]
@@ -155,7 +155,7 @@ def _grid(rows: Sequence[tuple[Text, Text]], gap: int = 2) -> rich.table.Table:
 
 
 def _table(table: Table, page: Page) -> rich.table.Table:
-    """The columns that fit; charts take what is left of the width."""
+    """Render the columns that fit; charts take the remaining width."""
     columns = [Column(column) if isinstance(column, str) else column for column in table.columns]
     texts: list[list[Text | Chart]] = [
         [_cell(cell) for cell in ((column.name, *(row[i] for row in table.rows)))] for i, column in enumerate(columns)
@@ -209,9 +209,9 @@ def _draw(cell: Text | Chart, room: int, page: Page) -> Text:
 
 
 def over_lines(command: str, width: int) -> list[str]:
-    """Return a command in lines of at most ``width`` cells, all but the last ending in a backslash.
+    """Break a command into lines of at most ``width`` cells, all but the last ending in a backslash.
 
-    An option stays on the line of its first value where that is possible. A word longer than a line stays whole.
+    An option stays on the line of its first value if possible. A word longer than a line stays whole.
     """
     if cell_len(command) <= width:
         return [command]

@@ -1,12 +1,8 @@
-"""Text that somebody else wrote, made safe to show.
+"""Make text from models and corpora safe to show.
 
-Contexts come from a corpus, explanations from a language model: either may hold rich markup, terminal
-escape sequences, line breaks in the middle of a table, or marks that reverse the reading direction and
-so make one text look like another. Nothing of the kind reaches the terminal. It is shown instead of
-obeyed: a line break becomes ``↵``, an escape ``␛``, a reversal ``‹U+202E›``.
-
-Markup needs no escaping because these texts only ever travel inside ``rich.text.Text``, which does not
-parse any; a plain string given to rich would.
+Such text may hold rich markup, terminal escapes, line breaks, or marks that reverse the reading direction. Signs
+replace them: ``↵`` for a line break, ``␛`` for an escape, ``‹U+202E›`` for a reversal. Markup needs no escaping inside
+``rich.text.Text``, which does not parse it; a plain string given to rich would.
 """
 
 from __future__ import annotations
@@ -33,14 +29,14 @@ def _sign(character: str) -> str:
 
 
 def visible(text: str) -> str:
-    """``text`` in one line, with every character that acts instead of showing replaced by a sign for it."""
+    """Return ``text`` in one line, with a sign for every control character."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(_sign(c) if unicodedata.category(c) in _HIDDEN else c for c in text)
 
 
 def shown(text: str, style: str = "") -> Text:
-    """:func:`visible` text in one style; a sign in place of a character is dim."""
+    """Return :func:`visible` text in one style; signs for characters are dim."""
     if text.isascii() and text.isprintable():
         return Text(text, style)
     out = Text(style=style)
@@ -53,7 +49,7 @@ def shown(text: str, style: str = "") -> Text:
 
 
 class Marking(NamedTuple):
-    """How strength is shown: a style for a strength in (0, 1], and what is written around a strong token."""
+    """How to show activation: a style for a strength in (0, 1], and the marks around a strong token."""
 
     style: Callable[[float], str]
     before: str
@@ -77,14 +73,14 @@ def _plain(_: float) -> str:
 
 
 def marking(console: Console) -> Marking:
-    """Shading where the console has colour; without it, « » around what is strong."""
+    """Return shading if the console has colour, else « » around strong tokens."""
     if console.no_color or console.color_system is None:
         return Marking(_plain, "«", "»")
     return Marking(_few_colours if console.color_system == "standard" else _shade, "", "")
 
 
 def _runs(strong: Sequence[bool]) -> Iterator[tuple[int, int]]:
-    """Begin and end of each stretch of true values."""
+    """Return begin and end of each stretch of true values."""
     begin = None
     for i, is_strong in enumerate([*strong, False]):
         if is_strong and begin is None:
@@ -97,10 +93,10 @@ def _runs(strong: Sequence[bool]) -> Iterator[tuple[int, int]]:
 def highlighted(
     tokens: Sequence[str], activations: Sequence[float], how: Marking, *, width: int | None = None, strong: float = 0.3
 ) -> Text:
-    """One context in one line, tokens shaded by activation relative to the context's largest.
+    """Show one context in one line, tokens shaded by activation relative to the context's largest.
 
-    Tokens at or above ``strong`` of the largest are the marked ones; neighbours are marked as one. With
-    ``width`` (cells) the line is cut around the strongest token, and ``…`` says where.
+    Tokens at or above ``strong`` of the largest are marked, neighbours as one. With ``width`` (cells) the line is cut
+    around the strongest token, with ``…`` at the cuts.
     """
     peak = max(activations, default=0.0)
     strengths = [a / peak if peak > 0 and a > 0 else 0.0 for a in activations]
@@ -122,7 +118,7 @@ def highlighted(
 
 
 def _window(pieces: Sequence[Text], centre: int, width: int) -> Text:
-    """Whole pieces around ``centre`` that fit ``width`` cells, twice as many cells before it as after."""
+    """Return the pieces around ``centre`` that fit ``width`` cells, twice as many cells before it as after."""
     room = width - 2 - pieces[centre].cell_len
     first = last = centre
     used_before = used_after = 0

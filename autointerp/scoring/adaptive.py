@@ -1,26 +1,22 @@
-"""Judge only as many contexts as a score needs: rounds, a rule for when to stop, and a score that survives stopping.
+"""Judge only as many contexts as a score needs: rounds, a stopping rule, and a score that stopping does not bias.
 
-Stopping as soon as an interval looks narrow favours the moments at which it looks narrow by luck: rates near 1 have
-narrow intervals, so lucky streaks stop early, the mean of what was judged is too high, and the usual interval holds the
-truth too seldom. Three things mend that here:
+Rates near 1 have narrow intervals, so lucky streaks stop early: the plain mean is too high, and its interval covers the
+truth too seldom. Three things correct this:
 
 * There are few looks, fixed beforehand (:func:`schedule`), the first after ``FIRST`` contexts of the larger class.
-* The interval joins the Clopper-Pearson intervals of the two rates (MOVER, as the fixed-size score joins Wilson's). It
-  is wide enough that the *reported* interval, on whose own width judging stops, covers the truth in 94.4 % or more of
-  cases over true rates from .5 to .98, and in 95 % nearly everywhere; Wilson's falls to 88 %.
-  ``benchmarks/adaptive_scoring.py`` computes this exactly.
-* The rates are not the raw ones but their expectation given what stopping shows (Girshick, Mosteller and Savage 1946):
-  of all orders of right and wrong answers that would have gone on to the same look with the same counts, the mean rate
-  among the first look's answers. That is unbiased whatever the rule.
+* The interval joins the Clopper-Pearson intervals of the two rates (MOVER). The *reported* interval, on whose width
+  judging stops, covers the truth in at least 94.4 % of cases over true rates from .5 to .98, and in 95 % nearly
+  everywhere; Wilson's falls to 88 % (computed exactly by ``benchmarks/adaptive_scoring.py``).
+* The rates are the expectations of the raw ones given the stop (Girshick, Mosteller and Savage 1946): the mean rate
+  among the first look's answers, over all orders of answers that reach the same look with the same counts. They are
+  unbiased under any rule.
 
-The harder negatives are judged in the same rounds, in the proportion to the random ones that the settings give them: so
-a request shows the same mix in every round and as in a whole test set. They have figures of their own and no say in
-when to stop, hence what they score is not biased by it; only the TPR beside it is the corrected one.
+The harder negatives are judged in the same rounds, in the settings' proportion to the random ones, so every request
+shows the same mix. They do not affect when judging stops, so their own rates need no correction; only the TPR does.
 
-``precision`` is the half-length of the 95 % interval of balanced accuracy, as it is shown beside every score: not its
-standard error. ± .065 takes about 25 contexts of each kind where both rates are .98, 36 at .95, 54 at .9, 105 at .75:
-a test set of 50 and 50 reaches it for good explanations only, and others end at the cap unless that is raised. A
-standard error of .065 is ± .127, which takes 20 of each kind at .95 and 27 at .75.
+``precision`` is the half-width of the 95 % interval of balanced accuracy, not its standard error. ± .065 takes about 25
+contexts of each kind if both rates are .98, 36 at .95, 54 at .9, 105 at .75. So a test set of 50 and 50 reaches it for
+good explanations only; others end at the cap.
 """
 
 from __future__ import annotations
@@ -68,7 +64,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """What was asked for. ``half_width`` of the 95 % interval of balanced accuracy, and contexts per latent at most."""
+    """The ``half_width`` of the 95 % interval of balanced accuracy, and the most contexts per latent."""
 
     half_width: float
     max_contexts: int | None = None
@@ -81,10 +77,7 @@ class StoppingRule:
             raise BadInput(f"--max-contexts {self.max_contexts}: give a number from 4 to {LARGEST}")
 
     def cap(self, settings: ContextSettings) -> ContextSettings:
-        """The settings with a test set of ``max_contexts``, its kinds in the settings' own proportion.
-
-        The harder negatives come on top of these.
-        """
+        """Return the settings with ``max_contexts`` in their own proportion; harder negatives come on top."""
         whole = settings.n_active + settings.n_inactive
         n = min(self.max_contexts or whole, LARGEST)
         n_active = min(max(2, round(n * settings.n_active / whole)), n - 2)
@@ -92,7 +85,7 @@ class StoppingRule:
         return settings.model_copy(update={"n_active": n_active, "n_inactive": n - n_active, **harder})
 
     def identity(self, settings: ContextSettings) -> dict[str, Any]:
-        """What the rounds and the stop depend on, apart from the run's material and the judge. JSON values."""
+        """Return the JSON values that rounds and stop depend on, apart from the run's material and the judge."""
         capped = self.cap(settings)
         return {
             "method": METHOD,
@@ -102,14 +95,14 @@ class StoppingRule:
 
 
 class Look(NamedTuple):
-    """How many contexts of each kind have been judged when it is asked whether that is enough."""
+    """The number of contexts of each kind that have been judged when the rule is checked."""
 
     n_active: int
     n_inactive: int
 
 
 class Tally(NamedTuple):
-    """Answers up to a look, those that failed left out."""
+    """Answers up to a look, without failed ones."""
 
     n_active: int
     right_active: int
@@ -128,7 +121,7 @@ class Tally(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Where judging ended, and the score at that point."""
+    """The look at which judging ended, and the score there."""
 
     look: int
     why: str
@@ -140,7 +133,7 @@ class Stop(NamedTuple):
 
 
 def schedule(n_active: int, n_inactive: int) -> list[Look]:
-    """The looks for a test set of so many: 20 of the larger kind, then 25, 30, 40, 50, 60, 75, … and at last all."""
+    """Return the looks for a test set: 20 of the larger kind, then 25, 30, 40, 50, 60, 75, … and at last all."""
     most = max(n_active, n_inactive)
     at, looks = FIRST, []
     while at < most:
@@ -162,11 +155,11 @@ def lay_out(test_set: TestSet, items: Callable[[TestSet], list[Context]]) -> lis
 def find_stop(
     rounds: Sequence[Sequence[Planned]], labels: Mapping[int, bool | None], adaptive: Mapping[str, Any]
 ) -> Stop | None:
-    """Return where judging ends, ``None`` while a round before the end has contexts that were not asked.
+    """Return where judging ends; ``None`` while an earlier round has contexts that were not asked.
 
     Args:
-        labels: window → the judge's label, ``None`` where the judge failed; no entry where it was not asked.
-        adaptive: as of :meth:`StoppingRule.identity`.
+        labels: window → the judge's label, ``None`` if the judge failed; no entry if it was not asked.
+        adaptive: from :meth:`StoppingRule.identity`.
     """
     tallies: list[Tally] = []
     for number, contexts in enumerate(rounds):
@@ -225,10 +218,7 @@ def score_rounds(
 
 
 def _harder(kind: str, row: ScoreRow, tpr: float) -> dict[str, Any]:
-    """Return the figures of a harder kind, with the TPR that was corrected for stopping.
-
-    The answers to this kind have no say in when to stop, so their own rate needs no correction.
-    """
+    """Return the figures of a harder kind, with the TPR that was corrected for stopping."""
     columns = row._asdict()
     n, tnr = columns[f"n_{kind}"], columns[f"tnr_{kind}"]
     if math.isnan(tnr):
@@ -245,7 +235,7 @@ def _harder(kind: str, row: ScoreRow, tpr: float) -> dict[str, Any]:
 
 
 def _beginning(test_set: TestSet, look: Look) -> TestSet:
-    """What has been asked at ``look``: of the harder kinds the same share as of the random silent contexts."""
+    """Return the contexts asked at ``look``: of each harder kind the same share as of the random silent contexts."""
     share = look.n_inactive / max(1, len(test_set.inactive))
     return TestSet(
         test_set.active[: look.n_active],
@@ -256,7 +246,7 @@ def _beginning(test_set: TestSet, look: Look) -> TestSet:
 
 
 def _without(test_set: TestSet, beginning: TestSet) -> TestSet:
-    """The rest of every list behind its ``beginning``."""
+    """Return every list without its ``beginning``."""
     return TestSet(
         test_set.active[len(beginning.active) :],
         test_set.inactive[len(beginning.inactive) :],
@@ -266,7 +256,7 @@ def _without(test_set: TestSet, beginning: TestSet) -> TestSet:
 
 
 def _tally(contexts: Sequence[Planned], labels: Mapping[int, bool | None]) -> Tally:
-    """The harder negatives are left out: they decide nothing."""
+    """Count the right answers, without the harder negatives, which decide nothing."""
     contexts = [context for context in contexts if context.kind not in HARDER]
     answers = [(context.truth, label) for context in contexts if (label := labels[context.window]) is not None]
     active = [label for is_active, label in answers if is_active]
@@ -275,7 +265,7 @@ def _tally(contexts: Sequence[Planned], labels: Mapping[int, bool | None]) -> Ta
 
 
 def _score(tallies: Sequence[Tally], half_width: float) -> Stop:
-    """The score at the last of the looks so far."""
+    """Return the score at the last of the looks so far."""
     now = tallies[-1]
     if not now.decides:
         return Stop(0, "", Estimate(math.nan, math.nan, math.nan), math.nan, math.nan)
@@ -290,7 +280,7 @@ def _score(tallies: Sequence[Tally], half_width: float) -> Stop:
 def interval(
     right_active: float | Array, n_active: int, right_inactive: float | Array, n_inactive: int, level: float = LEVEL
 ) -> tuple[Array, Array]:
-    """Ends of the interval of balanced accuracy for counts of right answers, which broadcast against each other."""
+    """Return the interval of balanced accuracy for counts of right answers, which broadcast against each other."""
     tpr, tnr = np.divide(right_active, n_active), np.divide(right_inactive, n_inactive)
     (low_1, high_1), (low_2, high_2) = _exact(right_active, n_active, level), _exact(right_inactive, n_inactive, level)
     value = (tpr + tnr) / 2
@@ -298,7 +288,7 @@ def interval(
 
 
 def _exact(right: float | Array, n: int, level: float) -> tuple[Array, Array]:
-    """Clopper and Pearson's interval of a proportion."""
+    """Return Clopper and Pearson's interval of a proportion."""
     from scipy import stats
 
     x = np.asarray(right, dtype=float)
@@ -309,17 +299,17 @@ def _exact(right: float | Array, n: int, level: float) -> tuple[Array, Array]:
 
 
 def unbiased(looks: tuple[Look, ...], half_width: float, right_active: int, right_inactive: int) -> tuple[float, float]:
-    """True positive and true negative rate for a judging that stopped at the last of ``looks`` with these counts."""
+    """Return the unbiased TPR and TNR if judging stopped at the last of ``looks`` with these counts."""
     paths = _paths(looks, half_width)[:, right_active, right_inactive]
     return float(paths[1] / paths[0]), float(paths[2] / paths[0])
 
 
 @functools.lru_cache(maxsize=512)
 def _paths(looks: tuple[Look, ...], half_width: float) -> Array:
-    """[3, n_active + 1, n_inactive + 1] weight of all ways to come to the last look with so many right answers of each
-    kind, without having stopped before; then the same times the rate of right active (inactive) answers at the first.
+    """Return the weight of all paths to the last look for each pair of right counts, without an earlier stop.
 
-    Weights are chances under rates of one half; the ratio of two of them is the same under any rates.
+    Shape [3, n_active + 1, n_inactive + 1]: the weight, then the weight times the rate of right active (inactive)
+    answers at the first look. Weights are probabilities under rates of ½; the ratio of two is the same under any rates.
     """
     now = looks[-1]
     if len(looks) == 1:
@@ -334,7 +324,7 @@ def _paths(looks: tuple[Look, ...], half_width: float) -> Array:
 
 @functools.lru_cache(maxsize=512)
 def stops(look: Look, half_width: float) -> NDArray[np.bool_]:
-    """[n_active + 1, n_inactive + 1] whether so many right answers of each kind make the interval narrow enough."""
+    """Return whether the interval is narrow enough for each pair of right counts [n_active + 1, n_inactive + 1]."""
     right_active, right_inactive = np.arange(look.n_active + 1.0)[:, None], np.arange(look.n_inactive + 1.0)[None]
     low, high = interval(right_active, look.n_active, right_inactive, look.n_inactive)
     return np.asarray((high - low) / 2 <= half_width)
@@ -347,7 +337,10 @@ def _halves(n: int) -> Array:
 
 
 def _added(before: int, now: int) -> Array:
-    """[now + 1, before + 1] chance to have x right of ``now`` answers after y right of ``before``, at a rate of ½."""
+    """Return the probability of x right of ``now`` after y right of ``before``, at a rate of ½.
+
+    Shape [now + 1, before + 1].
+    """
     from scipy import stats
 
     more = np.arange(now + 1)[:, None] - np.arange(before + 1)[None]

@@ -1,15 +1,13 @@
-"""What `explain` or `score` would ask, counted without asking it: requests, tokens, time and price.
+"""Count what `explain` or `score` would ask, without asking: requests, tokens, time and price.
 
-The very requests are laid out, those that the journal or the answer cache have an answer to are left out, and the rest
-is counted by the first of these that is there: the model's own tokenizer and chat template (a folder, or the local hub
-cache), the server's ``/tokenize`` (vLLM, llama.cpp) where its counts can be right, ``tiktoken``, and at last characters
-(by the journal's mean, else four to a token), which is said to be an estimate. Nothing is sent but, at most, requests
-for ``/models``, ``/apply-template`` and ``/tokenize``.
+Lays out the real requests and skips those that the journal or the answer cache can answer. Counts tokens by the first
+available of: the model's own tokenizer and chat template (a folder or the local hub cache), the server's ``/tokenize``
+(vLLM, llama.cpp) if its counts are plausible, ``tiktoken``, and characters (the journal's mean, else four to a token),
+reported as an estimate. Sends at most requests to ``/models``, ``/apply-template`` and ``/tokenize``.
 
-Cached are the prompt's leading blocks of 16 tokens that an earlier request had too, as vLLM keeps them, requests one
-after another and nothing evicted (on a CPU its blocks have 128, and less is cached). With adaptive scoring the number
-of rounds is not known: counts are then the most. Where the judge's protocol is only known when the server has been
-asked, counts are of the one that costs more, and what the other would cost stands beside them.
+Cached tokens are the leading blocks of 16 that an earlier prompt had too, as in vLLM with one request after another and
+no eviction (blocks have 128 tokens on a CPU, so less is cached). Counts are the maximum with adaptive scoring. If the
+judge's protocol depends on the server, counts are of the more expensive one, with the other's cost alongside.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ _Cached = Callable[[], Callable[[Request], bool]]
 
 @dataclass
 class Forecast:
-    """What a command would cost. ``None``: not known."""
+    """The expected cost of a command. ``None``: not known."""
 
     stage: str
     model: str
@@ -87,7 +85,7 @@ class Forecast:
 
     @property
     def cost(self) -> tuple[float, int]:
-        """What forecasts are compared by: the price, where there are prices, and the tokens."""
+        """Return the key by which forecasts are compared: the price, if there are prices, and the tokens."""
         return self.dollars or 0.0, self.prompt_tokens + self.completion_tokens
 
 
@@ -99,7 +97,7 @@ _OF_PROTOCOL = (
 
 @dataclass
 class _Asked:
-    """The requests of a command, in their order."""
+    """The requests of a command, in order."""
 
     most: list[Request] = field(default_factory=list)
     least: int = 0
@@ -118,7 +116,7 @@ def forecast_explain(
     prices: Prices | None,
     control_sae_latents: int | None = None,
 ) -> Forecast:
-    """What `explain` would cost. Harvest and alignment must be there: contexts are not known before."""
+    """Return the expected cost of `explain`. Needs harvest and alignment: contexts are not known before."""
     name = resolve_name(EXPLAINERS, backend, options)
     if not EXPLAINERS[name].asks_model:
         return _free("explain", name)
@@ -166,7 +164,7 @@ def forecast_score(
     rule: StoppingRule | None = None,
     control_sae_latents: int | None = None,
 ) -> Forecast:
-    """What `score` would cost for the explanations that there are; see :func:`autointerp.scoring.score.score_runs`."""
+    """Return the cost of `score` for the existing explanations; see :func:`autointerp.scoring.score.score_runs`."""
     for name in scorers:
         SCORERS.check(name, "--scorer")
     kind = resolve_name(JUDGES, backend, options.for_judge())
@@ -261,7 +259,7 @@ async def _forecast(
             seen: set[str] = set()
 
             def kept(request: Request) -> bool:
-                """Whether the answer is in the cache, or will be by then: the same question earlier in this command."""
+                """Return whether the cache has the answer, or will have it from an earlier question of this command."""
                 key = request.key(client.model)
                 if key in seen or (cache is not None and cache.get(key) is not None):
                     return True
@@ -299,7 +297,7 @@ async def _forecast(
 
 
 def _estimate(found: Forecast, usage: Mapping[str, float], options: LlmOptions, prices: Prices | None) -> None:
-    """Time and price, and what is written, by what this model was asked before."""
+    """Estimate time, price and output tokens from this model's earlier requests."""
     if found.stage == "explain" and usage["completion_tokens"]:
         found.completion_tokens = round(found.requests * usage["completion_tokens"] / usage["requests"])
     if usage["requests"] and usage["seconds"]:
@@ -315,7 +313,7 @@ def _estimate(found: Forecast, usage: Mapping[str, float], options: LlmOptions, 
 
 
 async def _counted(stage: str, model: str, asked: _Asked, tokenize: Tokenize) -> Forecast:
-    """The forecast's counts of requests and tokens."""
+    """Return the forecast's counts of requests and tokens."""
     notes = [*asked.notes, *([tokenize.note] if tokenize.note else [])]
     found = Forecast(stage, model, tokenize.name, tokenize.exact, notes=notes)
     found.requests, found.requests_at_least = len(asked.most), asked.least
@@ -331,7 +329,7 @@ async def _counted(stage: str, model: str, asked: _Asked, tokenize: Tokenize) ->
 
 
 def _written(asked: _Asked, request: Request, tokenize: Tokenize) -> int:
-    """Tokens of the answer. A label alone ends the answer; after a longer one the model says that it has ended."""
+    """Return the tokens of the answer. A longer answer than one label also has an end token."""
     if asked.answer_like is None:
         return EXPLANATION_TOKENS
     answer = asked.answer_like(request)
@@ -339,7 +337,7 @@ def _written(asked: _Asked, request: Request, tokenize: Tokenize) -> int:
 
 
 def _usage(runs: Sequence[Run], stage: str, model: str) -> dict[str, float]:
-    """What this model was asked before for this stage, over all runs of the command."""
+    """Return this model's earlier usage for this stage, over all runs of the command."""
     total = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "seconds"), 0.0)
     for run in runs:
         if run.journal_path.exists():

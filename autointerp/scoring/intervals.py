@@ -1,9 +1,9 @@
-"""Balanced accuracy and AUROC with intervals, in NumPy and SciPy alone.
+"""Compute balanced accuracy and AUROC with intervals, in NumPy and SciPy alone.
 
-A detection score rests on some fifty contexts of each kind, so its interval is about ten points wide: without it, a
-ranking of latents is mostly noise. These intervals were chosen for how they behave at such sizes and near perfect
-scores, where the textbook (Wald) ones collapse to a point; the tests measure by simulation how often each covers the
-true value. NaN raises ``ValueError``: the caller counts what failed. Where nothing can be measured the answer is NaN.
+A detection score rests on some fifty contexts of each kind, so its interval is about ten points wide. These methods
+were chosen for their coverage at such sizes and near perfect scores, where the textbook (Wald) intervals collapse; the
+tests measure the coverage by simulation. NaN raises ``ValueError``: callers must count what failed. The result is NaN
+if nothing can be measured.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ Array = NDArray[np.float64]
 
 
 def balanced_accuracy(truth: ArrayLike, label: ArrayLike, level: float = 0.95) -> Estimate:
-    """(TPR + TNR) / 2 of yes/no answers, with an interval that keeps its width at a perfect score.
+    """Return (TPR + TNR) / 2 of yes/no answers, with an interval that keeps its width at a perfect score.
 
-    The two rates come from different contexts, hence are independent; their Wilson intervals are joined by the method
-    of variance estimates recovery (MOVER; Zou and Donner 2008; Newcombe 1998 for a difference of proportions).
+    The two rates come from different contexts, so they are independent; their Wilson intervals are joined by MOVER (Zou
+    and Donner 2008; Newcombe 1998 for a difference of proportions). NaN if either class is missing.
 
     Args:
         truth: [N] whether the latent fires in the context.
-        label: [N] whether the judge said that it does.
-    Returns:
-        NaN throughout when either class is missing.
+        label: [N] whether the judge predicted it.
     """
     positive, said = _answers(truth, label, bool)
     tpr = proportion(float(np.sum(said & positive)), float(np.sum(positive)), level)
@@ -42,17 +40,15 @@ def balanced_accuracy(truth: ArrayLike, label: ArrayLike, level: float = 0.95) -
 
 
 def auroc(truth: ArrayLike, p: ArrayLike, level: float = 0.95) -> Estimate:
-    """The chance that an activating context is given a higher P(active) than a non-activating one; ties count half.
+    """Return the probability that an activating context gets a higher P(active) than a silent one; ties count half.
 
-    Variance after DeLong et al. (1988), by midranks (Sun and Xu 2014), carried to the logit scale so that the interval
-    stays within 0 and 1. That variance is zero when the classes are separated completely or every answer is the same;
-    the interval is then Wilson's for a fraction of as many trials as the smaller class has contexts.
+    Variance after DeLong et al. (1988), by midranks (Sun and Xu 2014), on the logit scale so that the interval stays
+    within 0 and 1. If that variance is zero (classes completely separated, or all answers equal), the interval is
+    Wilson's for a fraction of the smaller class's number of contexts. NaN if either class is missing.
 
     Args:
         truth: [N] whether the latent fires in the context.
         p: [N] the judge's P(active), or any score that rises with it.
-    Returns:
-        NaN throughout when either class is missing.
     """
     positive, score = _answers(truth, p, float)
     n1, n0 = int(np.sum(positive)), int(np.sum(~positive))

@@ -1,6 +1,6 @@
-"""What `score` asks: whose explanations, of which runs, and which controls beside them.
+"""Choose the questions of `score`: which explanations of which runs, and which controls.
 
-Controls cost as much as the scores, so with a language model a sample of the latents has them.
+Controls cost as much as the scores, so with a language model only a sample of the latents has them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONTROL_LATENTS = {False: None, True: 50}
 
 @dataclass(frozen=True)
 class Part:
-    """One run's share of a `score`."""
+    """One run's part of a `score`."""
 
     run: Run
     n_swapped: int | None
@@ -49,14 +49,14 @@ class Part:
     """Those whose scores are wanted; ``None``: all that are explained. Others lend their explanations to controls."""
 
     def explanations(self, journal: Journal) -> pd.DataFrame:
-        """Those that are to be scored, whoever's they are."""
+        """The explanations to score, from any explainer."""
         return keep_first(journal.explanations(status="ok"), self.at_most)
 
     def readable(self, journal: Journal, judge: Judge) -> pd.DataFrame:
-        """Those that are the judge's.
+        """The explanations that the judge can read.
 
-        The n-gram judge parses one form of sentence, its explainer's. Another judge is asked about those only where
-        nobody else was ever asked to explain: beside such explanations they are the baseline, which has its own judge.
+        The n-gram judge parses only its own explainer's sentences. Another judge scores those only if no other
+        explainer was ever asked: otherwise they are the baseline, which has its own judge.
         """
         explanations = self.explanations(journal)
         if judge.reads is not None:
@@ -66,14 +66,14 @@ class Part:
         return explanations[explanations["explainer"] != BASELINE]
 
     def wanted(self, readable: pd.DataFrame) -> pd.DataFrame:
-        """Those of the ``readable`` ones that are to be scored."""
+        """The ``readable`` explanations to score."""
         return readable if self.latents is None else readable[readable["latent"].isin(self.latents)]
 
 
 def parts_of(
     named: Sequence[Run] | None, root: Path, n_swapped: int | None, control_sae_latents: int | None
 ) -> list[Part]:
-    """What is to be scored: the runs that the user named, or all under ``root``, and the control SAEs beside them."""
+    """Return the runs that the user named, or all under ``root``, and their control SAEs."""
     found = [run for run in all_runs(root) if was_explained(run)] if named is None else list(named)
     if not found:
         explain = command(root, "explain")
@@ -90,7 +90,7 @@ def parts_of(
 
 @dataclass(frozen=True)
 class Question:
-    """One latent's contexts under one explanation: its own, or as a control somebody else's."""
+    """One latent's contexts under one explanation: its own, or another latent's as a control."""
 
     latent: int
     explanation_id: int
@@ -101,12 +101,12 @@ class Question:
 
     @property
     def key(self) -> tuple[int, int, str]:
-        """What tells the question's verdicts from others of the same set-up."""
+        """Identify the question's verdicts among others of the same set-up."""
         return self.explanation_id, self.latent, self.control
 
 
 class TestSets:
-    """The contexts on which one scorer tests the explanations of a run's latents.
+    """The test contexts of one scorer for a run's latents.
 
     Without a stopping rule a latent's test set is a single round.
     """
@@ -141,7 +141,7 @@ class TestSets:
         """Return the contexts to ask next: the first round's without a label. Empty when judging is complete.
 
         Args:
-            labels: window → the judge's label, ``None`` where the judge failed.
+            labels: window → the judge's label, ``None`` if the judge failed.
             skipped: windows that are not asked (again); they count as failed.
         """
         for number, contexts in enumerate(rounds):
@@ -156,20 +156,21 @@ class TestSets:
 
 
 def has_more_than_baseline(journal: Journal) -> bool:
-    """Whether anything but the n-gram baseline was asked to explain any latent, even in vain."""
+    """Return whether an explainer other than the n-gram baseline was asked about any latent, even if it failed."""
     return bool((journal.explanations()["explainer"] != BASELINE).any())
 
 
 def questions_of(part: Part, readable: pd.DataFrame) -> list[Question]:
-    """What is to be judged of the explanations that the judge can read (see :meth:`Part.readable`): each that is
-    wanted, and up to so many controls. Who lends a control its explanation does not depend on what is wanted, so that
-    whoever scores more of the latents later has the same controls."""
+    """Return the questions for each wanted readable explanation (:meth:`Part.readable`), and its controls.
+
+    The explanation used for a control does not depend on ``wanted``, so scoring more latents later keeps the controls.
+    """
     own = [_question(row) for row in records_of(part.wanted(readable))]
     return [*own, *_controls(part.run, readable, part.n_swapped, part.latents)]
 
 
 def _controls(run: Run, explanations: pd.DataFrame, n: int | None, wanted: Set[int] | None) -> Iterator[Question]:
-    """For up to ``n`` latents of each set-up, the explanation of a dissimilar latent in place of their own."""
+    """Pair up to ``n`` latents of each set-up with the explanation of a dissimilar latent."""
     from safetensors import safe_open
 
     if n == 0 or explanations.empty:
@@ -185,7 +186,7 @@ def _controls(run: Run, explanations: pd.DataFrame, n: int | None, wanted: Set[i
 
 
 def _question(explanation: Mapping[str, Any]) -> Question:
-    """A row of the journal's explanations as the question whether it is right."""
+    """Turn a row of the journal's explanations into a question."""
     return Question(
         int(explanation["latent"]), int(explanation["id"]), explanation["text"], frozenset(explanation["contexts"])
     )

@@ -1,12 +1,11 @@
-"""`score`: put every stored explanation to the test, journal each verdict, and make the run's score table of them.
+"""`score`: test every stored explanation, journal each verdict, and update the run's score table.
 
-An explanation is judged on contexts that its explainer never saw. Beside each mean stands a control: the same
-contexts judged by the explanation of another, dissimilar latent, which is what words that say nothing about this
-latent are worth. What was judged is not judged again; what failed is. A latent that has no explanation is counted and
-no failure: there is nothing to judge.
+An explanation is judged on contexts that its explainer never saw. As a control, the same contexts are judged by the
+explanation of a dissimilar latent. Existing verdicts are kept, failed ones are asked again, and latents without an
+explanation are counted but are no failure.
 
-With a run the explained sample of each control SAE of its study is scored (:mod:`autointerp.contexts.control_saes`).
-Beside other explanations those of the n-gram baseline are judged by the n-gram judge on the same contexts.
+The explained sample of each control SAE of the study is scored too (:mod:`autointerp.contexts.control_saes`), and the
+n-gram judge scores the n-gram baseline's explanations on the same contexts.
 """
 
 from __future__ import annotations
@@ -68,13 +67,13 @@ def score_runs(
     rule: StoppingRule | None = None,
     control_sae_latents: int | None = None,
 ) -> Outcome:
-    """Score the stored explanations of ``runs``, or of every run under ``root``; see this module's head.
+    """Score the stored explanations of ``runs``, or of every run under ``root``; see the module's docstring.
 
-    With a ``rule`` each explanation is judged in rounds until its score is known well enough.
-    Named runs without explanations are explained first. Without names nothing is ever explained.
+    With a ``rule`` each explanation is judged in rounds until its score is precise enough. Named runs without
+    explanations are explained first; without names nothing is ever explained.
 
-    ``control_sae_latents`` is the most of each control SAE's latents that are scored (``None``: all that are
-    explained), unless it is named itself. They get no swapped control: they are one.
+    ``control_sae_latents`` is the most latents to score of each control SAE (``None``: all explained), unless the user
+    named it. They have no swapped control, because they are one.
     """
     tested = [SCORERS.choose(name, "--scorer")() for name in scorers]
     kind = resolve_name(JUDGES, backend, options.for_judge())
@@ -135,7 +134,7 @@ async def _score(
 
 
 def _without_controls(runs: Sequence[Run]) -> list[str]:
-    """A sentence for control SAEs that are there and not explained, so that there was nothing to score of them."""
+    """Return a sentence about existing control SAEs that are not explained and so cannot be scored."""
     lacking = [run for run in list_control_saes(runs) if not was_explained(run)]
     if not lacking:
         return []
@@ -144,7 +143,7 @@ def _without_controls(runs: Sequence[Run]) -> list[str]:
 
 
 async def _score_baseline(part: Part, tests: TestSets, judge: Judge, outcome: Outcome) -> None:
-    """Score the n-gram explanations of the latents whose explanations ``judge`` scores next, by the n-gram judge."""
+    """Score the n-gram explanations of the latents that ``judge`` scores next, by the n-gram judge."""
     from autointerp.scoring.judges.ngram import NgramJudge
 
     with Journal(part.run.journal_path) as journal:
@@ -165,7 +164,7 @@ async def _score_baseline(part: Part, tests: TestSets, judge: Judge, outcome: Ou
 async def _score_run(
     part: Part, tests: TestSets, judge: Judge, concurrency: int, outcome: Outcome, doing: str = "score"
 ) -> None:
-    """Judge what has no verdict yet of one run by one scorer, and bring its score table up to date."""
+    """Judge what lacks a verdict in one run by one scorer, and update its score table."""
     run, scorer = part.run, tests.scorer
     with Journal(run.journal_path) as journal, journal.claim():
         asking = Asking(tests, judge, journal)
@@ -216,7 +215,7 @@ class Asking:
         return rounds is not None and not self._tests.next_round(rounds, self._labels[question.key], question.seen)
 
     async def ask(self, question: Question) -> None:
-        """Judge the contexts that have no verdict yet, round by round."""
+        """Judge the contexts without a verdict, round by round."""
         if self.is_done(question):
             return
         rounds = self._tests.draw(question.latent)

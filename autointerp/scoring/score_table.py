@@ -1,7 +1,7 @@
 """Make a run's score table from its journal: one row per explanation, judge set-up and control.
 
-Scores of other settings, prompts or models stay in the table next to the new ones. Two kinds of rows cannot be made
-from the journal and stay as they are: scores from before journals kept test sets, and latents with too few contexts.
+Two kinds of rows cannot be made from the journal and are kept from the old table: scores from before journals kept test
+sets, and latents with too few contexts.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ Row = dict[str, Any]
 def update_score_table(
     run: Run, journal: Journal, set_up: SetUp, explanations: pd.DataFrame, judge: Judge
 ) -> pd.DataFrame:
-    """Return the run's score table, made again where the journal has changed.
+    """Return the run's score table, recomputed if the journal has changed.
 
     Args:
-        explanations: those that were to be scored by ``set_up``; of latents with too few contexts they become rows too.
+        explanations: those to be scored by ``set_up``; latents with too few contexts become rows too.
         judge: its server's capabilities are kept in the file.
     """
     path, material = run.stage_path("scores"), Material.of(run).digest
@@ -80,12 +80,12 @@ def score_table(
 ) -> pd.DataFrame:
     """Return one row per explanation, judge set-up and control, from the verdicts; failed explanations are rows too.
 
-    Contexts of the test set without a verdict count as failed. Verdicts of scorers that are gone make no rows.
+    Contexts of the test set without a verdict count as failed. Verdicts of removed scorers make no rows.
 
     Args:
-        old: rows of an earlier table, kept where the test set of the verdicts is not in the journal.
-        untested: rows of latents that have too few contexts.
-        advance: called for each row that is made, with the number of its verdicts.
+        old: rows of an earlier table, kept if the test set of their verdicts is not in the journal.
+        untested: rows of latents with too few contexts.
+        advance: called for each row made, with the number of its verdicts.
     """
     explanations = {row["id"]: row for row in records_of(journal.explanations())}
     adaptive = {key: settings.get("adaptive") for key, settings in journal.setups().items()}

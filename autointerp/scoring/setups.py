@@ -1,7 +1,6 @@
-"""The set-ups in a run's score table: who explained and who judged, under which settings, prompts and contexts.
+"""The set-ups in a run's score table: who explained and judged, with which settings, prompts and contexts.
 
-A table may hold several side by side, because making new scores never overwrites old ones. A mean over different
-set-ups would mean nothing, so every figure is of one set-up; the others are named beside it.
+Every figure is of one set-up, because a mean over several would mean nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ TOO_FEW = "too few contexts"  # how an explanation that was not even tried says 
 
 
 def setups_of(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]]:
-    """The set-ups in a score table that have what is ``wanted`` (``scorer="detection"``…), newest first.
+    """Return the set-ups in a score table that match ``wanted`` (``scorer="detection"``…), newest first.
 
-    Newest by the explanations' numbers in the journal. Other explanations, and other judgements where the same ones
-    were judged twice, come before the n-gram baseline's, which is made beside them. Of equal ones, those judged on all
-    contexts come before those judged to a precision, and finer precisions before coarser ones.
+    Newest by explanation id. The n-gram baseline's explanations and judgements come last. Of equal ones, those judged
+    on all contexts come before those judged to a precision, and finer precisions before coarser ones.
     """
     columns = [c for c in (*_EXPLAIN, *_JUDGE) if c in scores]
     if "judge" not in columns:  # nothing but failed explanations
@@ -47,9 +45,9 @@ def setups_of(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]
 def wanted_of(
     setups: Sequence[Mapping[str, Any]], name: str, *, explainer: str | None = None, judge: str | None = None
 ) -> list[dict[str, Any]]:
-    """Those of the run ``name``'s set-ups with this explainer and judge (``None``: any), in their order.
+    """Return the set-ups of run ``name`` with this explainer and judge (``None``: any), in order.
 
-    Raises NotFound, in one line that names those that there are, where no set-up has the explainer.
+    Raises NotFound, with the existing ones, if no set-up has the explainer.
     """
     there = list(dict.fromkeys(str(setup.get("explainer")) for setup in setups))
     if explainer is not None and explainer not in there:
@@ -60,18 +58,14 @@ def wanted_of(
 
 
 def verdict_filters(setup: Mapping[str, Any]) -> dict[str, Any]:
-    """What a set-up's verdicts under the latents' own explanations have in common, as filters of
-    :meth:`autointerp.journal.journal.Journal.verdicts`."""
+    """Return filters of :meth:`autointerp.journal.journal.Journal.verdicts` for a set-up's own explanations."""
     same = {key: setup[key] for key in ("judge", "scorer", "settings_hash")}
     by = {"prompt_hash": setup["judge_prompt_hash"], "model": setup["model"] or ""}
     return {**same, **by, "control": "none", "replicate": 0}
 
 
 def rows_of(scores: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:
-    """The rows of one set-up, and those of its explainer that came to no judge (an explanation that failed).
-
-    One row per latent and control: the last.
-    """
+    """Return the last row per latent and control of one set-up, and of its explainer's failed explanations."""
     mask = pd.Series(True, index=scores.index)
     for column, value in setup.items():
         mask &= (scores[column] == value) | scores[column].isna()
@@ -79,7 +73,7 @@ def rows_of(scores: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def precision_of(rows: pd.DataFrame) -> float | None:
-    """The half-width to which one set-up's explanations were judged; ``None`` where all contexts were."""
+    """Return the half-width to which one set-up's explanations were judged; ``None`` if all contexts were."""
     if "precision" not in rows:
         return None
     told = rows.loc[rows["status"] == "ok", "precision"].dropna()
@@ -87,25 +81,25 @@ def precision_of(rows: pd.DataFrame) -> float | None:
 
 
 def described(scores: pd.DataFrame, setup: Mapping[str, Any]) -> dict[str, Any]:
-    """A set-up with the ``precision`` to which it was judged (``None``: all contexts) and its ``n_scored`` latents."""
+    """Return a set-up with its ``precision`` (``None``: all contexts) and its ``n_scored`` latents."""
     rows = rows_of(scores, setup)
     own = rows[rows["control"] == "none"]
     return {**setup, "precision": precision_of(rows), "n_scored": int((own["status"] == "ok").sum())}
 
 
 def status_kind(status: object) -> str:
-    """``ok``, ``ineligible`` or ``failed``, of a score row's status."""
+    """Return ``ok``, ``ineligible`` or ``failed`` for a score row's status."""
     words = str(status)
     return "ok" if words == "ok" else "ineligible" if TOO_FEW in words else "failed"
 
 
 def reason(row: Mapping[Any, Any]) -> str:
-    """Why a row is not ``ok``, in the words of whoever wrote it."""
+    """Return the stored reason why a row is not ``ok``."""
     return str(row["status"]).removeprefix("failed:").strip()
 
 
 def plain(value: Any) -> Any:
-    """A numpy or pandas scalar as JSON has it; what is missing is ``None``."""
+    """Return a numpy or pandas scalar as a JSON value, ``None`` if missing."""
     if value is None or pd.isna(value):
         return None
     return value.item() if isinstance(value, np.generic) else value

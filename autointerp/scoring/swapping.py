@@ -1,10 +1,8 @@
-"""Controls: what a score is worth when the explanation says nothing about the latent.
+"""The swapped control: score a latent's contexts with another latent's explanation.
 
-The swapped control puts another latent's explanation to a latent's test set. Everything else stays as it is: the
-contexts, the judge, the prompts, the style and length of the explanations. So whatever rises above one half in it (a
-judge that leans to "yes" on rich contexts, latents that fire in most of the text) is not the explanation's merit. That
-is only so when the other latent is really another: one that points the same way, or fires in the same windows, would be
-no control.
+Contexts, judge, prompts, and the style and length of the explanations stay the same. So any score above one half (a
+judge that leans to "yes" on rich contexts, latents that fire in most of the text) does not come from the explanation.
+The other latent must be dissimilar: neither point the same way nor fire in the same windows.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ _WINDOWS = 1 << 15  # windows in which co-firing is counted at most: phi is then
 
 
 class FiringWindows(Protocol):
-    """What is needed of a firing store (:class:`sae.firings.store.FiringStore` is one)."""
+    """The part of a firing store that is needed (:class:`sae.firings.store.FiringStore` has it)."""
 
     n_windows: int
 
@@ -44,20 +42,18 @@ def swap_partners(
     max_cosine: float = 0.2,
     max_cofiring: float = 0.1,
 ) -> dict[int, int]:
-    """For each latent another of ``latents`` whose explanation it is to be judged by.
+    """Return for each latent another of ``latents`` by whose explanation it is judged.
 
-    The latents stand on a ring, at the places that a hash of the seed and their number gives them; a latent takes one
-    of those that come next. No two take the same while that can be had, so the control sees the very explanations that
-    are scored; the assignment with the nearest partners is taken, so that more latents disturb it little.
+    Latents are placed on a ring by a hash of the seed and their number, and take one of the next ones: all different if
+    possible, and near, so that adding latents changes few pairs. Latents without a dissimilar candidate are skipped.
 
     Args:
         latents: n latents, each with an explanation.
         W_dec: [M, D] the decoder; partners have a cosine below ``max_cosine`` in absolute value.
         store: the firings; partners have a correlation of firing in a window (phi) below ``max_cofiring`` in absolute
-            value. Without it only the decoder is asked.
+            value. Without it only the decoder is used.
     Returns:
-        Latent to partner, in the order of ``latents``. A latent without any dissimilar one among its candidates has no
-        control, and is left out: so is a single latent.
+        Latent to partner, in the order of ``latents``.
     """
     ring = np.array(sorted(set(latents)), dtype=np.int64)
     ring = ring[np.argsort(mix_bits(ring.astype(np.uint64) ^ mix_bits(np.array([seed], np.uint64))), kind="stable")]
@@ -76,14 +72,14 @@ def swap_partners(
 
 
 def _dissimilar_directions(rows: NDArray[np.float64], following: Ints, most: float) -> Bools:
-    """[n, tried] whether the candidate's decoder row has a small cosine with the latent's. rows [n, D]."""
+    """Return whether each candidate's decoder row has a small cosine with the latent's, [n, tried]; rows [n, D]."""
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     cosine = [np.einsum("nd,nd->n", rows, rows[column]) for column in following.T]
     return np.abs(np.stack(cosine, axis=1)) < most
 
 
 def _fire_apart(ring: Ints, store: FiringWindows, following: Ints, most: float) -> Bools:
-    """[n, tried] whether the candidate fires in the latent's windows neither more nor less than elsewhere.
+    """Return whether each candidate fires in the latent's windows as often as elsewhere, [n, tried].
 
     Windows are thinned evenly to a bounded number and held as bits.
     """
@@ -107,7 +103,7 @@ def _fire_apart(ring: Ints, store: FiringWindows, following: Ints, most: float) 
 
 
 def _assign(allowed: Bools, following: Ints, n: int) -> Ints:
-    """One allowed candidate for each row: all different if possible, near ones before far ones."""
+    """Choose one allowed candidate per row: all different if possible, near ones first."""
     row, rank = np.nonzero(allowed)
     graph = csr_matrix((rank + 1.0, (row, following[row, rank])), shape=(len(allowed), n))
     different = maximum_bipartite_matching(graph, perm_type="column")

@@ -1,8 +1,7 @@
-"""The interface of an explainer: activating contexts in, one plain sentence out, or the reason why there is none.
+"""The interface of an explainer: activating contexts in, one plain sentence out, or the reason for a failure.
 
-An explanation is plain text because the judge gets nothing else. Everything an explainer knows and does not write down
-(activations, the latent's index, the contexts) is lost on purpose: the score measures how much of the behaviour the
-words alone carry.
+The judge gets only the sentence, not the activations, the latent's index or the contexts: the score measures how much
+of the behaviour the words alone carry.
 """
 
 from __future__ import annotations
@@ -48,9 +47,8 @@ class Explainer(Method, Protocol):
     async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:
         """Explain in one line what ``contexts``, in which the latent fires, have in common.
 
-        ``latent`` is for logs and errors and never reaches a model. A problem with this latent is returned as a
-        failure; one that every latent would have (no server, a refused key) is raised as
-        :class:`sae.common.errors.UserError`.
+        ``latent`` is for logs only and never reaches a model. A problem with this latent is returned as a failure; one
+        that every latent would have (no server, a refused key) raises :class:`sae.common.errors.UserError`.
         """
         ...
 

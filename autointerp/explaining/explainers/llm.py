@@ -1,8 +1,7 @@
 """Explain a latent by showing a language model where it fires (after Paulo et al. 2024, arXiv 2410.13928).
 
-The model sees text with the firing pieces marked and nothing else: no activations, no index of the latent. Its answer
-ends in one line, ``[EXPLANATION]: …``. An answer without that line is a failure, because a made-up sentence would be
-scored like any other.
+The model sees text with the firing pieces marked and nothing else. Its answer ends in one line, ``[EXPLANATION]: …``;
+an answer without that line is a failure.
 """
 
 from __future__ import annotations

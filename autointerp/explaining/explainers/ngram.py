@@ -1,19 +1,17 @@
 """Explain a latent by the tokens and short runs of tokens on which it fires. Asks no model.
 
-A baseline after Neuron2Graph (Foote et al. 2023, arXiv 2305.19911) and its use by Gao et al. (2024, arXiv 2406.04093)
-for sparse autoencoders: short runs of tokens that end where the latent fires, with the expected firing after each. Here
-everything is counted in the contexts (no saliency, no substitutes from another model) and written as one sentence.
+A baseline after Neuron2Graph (Foote et al. 2023, arXiv 2305.19911) and its use by Gao et al. (2024, arXiv 2406.04093):
+short runs of tokens that end where the latent fires, with the expected firing after each, all counted in the contexts.
 
 * Every token of the activating and the background (silent) contexts is counted. Both kinds have the same total weight,
-  so that P(active) = 1/2 is the even decision; the judge's threshold is fixed there and never tuned.
+  so P(active) = 1/2 is the even decision; the judge's threshold is fixed there.
 * A run that fired f of n times has chance (f + s c) / (n + s), where c is the chance of the shorter pattern that it
-  extends: the prior of strength s keeps runs seen once or twice from being believed.
-* Patterns are added one at a time, each time the one that raises the likelihood of the firings most. At each position
-  the longest chosen run decides. A token on which the latent fires *less* than elsewhere is a pattern too, for latents
-  that fire nearly everywhere. The search keeps, for every candidate, the positions and firings it would have if chosen
-  next, so that adding a pattern costs a few operations over the candidates and none over the positions.
-* Cross-validation over the explaining contexts, with the search repeated in every fold, decides how many patterns there
-  are and where P = 1/2 lies. Neither depends on a test context.
+  extends: a prior of strength s against runs seen once or twice.
+* Patterns are added greedily by gain in likelihood. At each position the longest chosen run decides. A token on which
+  the latent fires *less* than elsewhere is a pattern too. The search keeps, for every candidate, the positions and
+  firings it would have if chosen next, so adding a pattern costs a few operations over the candidates only.
+* Cross-validation over the explaining contexts, with the search repeated in every fold, decides the number of patterns
+  and where P = 1/2 lies. Neither depends on a test context.
 """
 
 from __future__ import annotations
@@ -145,8 +143,7 @@ _FACTOR_BOUND = 5.0
 def _calibrate(intensity: Floats, active: Bools, weight: Floats) -> tuple[float, float]:
     """Return the factor on ``intensity`` [N] that calibrates P = 1/2 on held-out contexts, and the mean loss in nats.
 
-    By weighted logistic regression of ``active`` [N] on the log odds of the noisy-or, x = log(exp(intensity) - 1). The
-    slope absorbs overconfidence, which does not affect a decision at 1/2.
+    By weighted logistic regression of ``active`` [N] on the log odds of the noisy-or, x = log(exp(intensity) - 1).
     """
     x = np.log(np.expm1(np.clip(intensity, 1e-6, 30.0)))
     centre = float(weight @ x / weight.sum())

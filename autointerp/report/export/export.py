@@ -1,10 +1,9 @@
-"""Tables and explanations written for other programs: CSV, Parquet, and Neuronpedia's lines of JSON.
+"""Write tables and explanations for other programs: CSV, Parquet, and Neuronpedia's JSON lines.
 
-CSV is UTF-8 with ``\\n`` between rows; every text is in quotes, unchanged, line breaks, control characters and
-all; numbers are written so that they read back exactly; a missing value is an empty field; a list or mapping is its
-JSON (``null`` for NaN). ``pandas.read_csv(path, keep_default_na=False, na_values=[""])`` gives all of it back. A text
-that begins with ``=``, ``+``, ``-`` or ``@`` is a formula to a spreadsheet: nothing is put before it, which would
-change the data, but such cells are counted and told. A name that ends in ``.gz`` is compressed.
+CSV is UTF-8 with ``\\n`` between rows. Every text is quoted and unchanged, numbers round-trip exactly, a missing value
+is an empty field, and a list or mapping is JSON (``null`` for NaN). Read it back with ``pandas.read_csv(path,
+keep_default_na=False, na_values=[""])``. A text that begins with ``=``, ``+``, ``-`` or ``@`` is a formula to a
+spreadsheet; such cells are kept unchanged, counted and reported. A name that ends in ``.gz`` is compressed.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def check_request(format_: str, table: str | None, runs: Sequence[Run]) -> str:
-    """The table that is meant; raises in one line where the format and what else was asked for do not go together."""
+    """Return the requested table; raises if the format and the other options do not fit together."""
     if format_ == "neuronpedia":
         if table not in (None, "explanations"):
             raise BadInput(f"--format neuronpedia is for explanations; write --table {table} as csv or parquet")
@@ -53,8 +52,8 @@ def check_request(format_: str, table: str | None, runs: Sequence[Run]) -> str:
 def export_table(runs: Sequence[Run], name: str, format_: str, to: Path) -> dict[str, Any]:
     """Write the table ``name`` of ``runs`` (see :func:`autointerp.report.export.tables.frames_of`) to the file ``to``.
 
-    Returns what was written, as JSON: ``path``, ``rows``, ``columns``, ``bytes`` and, of CSV, ``formula_cells``. Raises
-    NotFound where the table is not there yet, BadInput where ``to`` holds something else; nothing is written then.
+    Returns ``path``, ``rows``, ``columns``, ``bytes`` and, for CSV, ``formula_cells``. Raises NotFound if the table
+    does not exist yet, and BadInput, before writing, if ``to`` holds something else.
     """
     frames = frames_of(name, runs)
     first = next(frames)  # raises what is missing before a file is begun
@@ -82,9 +81,9 @@ def export_table(runs: Sequence[Run], name: str, format_: str, to: Path) -> dict
 
 
 def export_neuronpedia(run: Run, to: Path, ids: Ids) -> dict[str, Any]:
-    """Write the run's explanations to ``to`` as Neuronpedia has them; what was written, as JSON.
+    """Write the run's explanations to ``to`` in Neuronpedia's form, and return a summary as JSON values.
 
-    ``left_out`` is how many failed explanations have no line. Raises as :func:`export_table` does.
+    ``left_out`` counts failed explanations, which have no line. Raises like :func:`export_table`.
     """
     lines, left_out = lines_of(run, ids)
 
@@ -117,7 +116,7 @@ def _put(to: Path, write: Callable[[Path], None]) -> dict[str, Any]:
 
 @contextmanager
 def _text(temporary: Path, to: Path) -> Iterator[TextIO]:
-    """A stream of text, compressed where the file's name says so. The same text makes the same bytes."""
+    """Open a text stream, compressed if the file name says so. The same text gives the same bytes."""
     with temporary.open("wb") as raw:
         if to.suffix != ".gz":
             with io.TextIOWrapper(raw, "utf-8", newline="") as stream:
@@ -131,7 +130,7 @@ def _text(temporary: Path, to: Path) -> Iterator[TextIO]:
 
 
 class _Counted:
-    """Pieces of a table as they pass, with how many rows, and texts that look like formulas, there were."""
+    """Passes on the pieces of a table, and counts rows and texts that look like formulas."""
 
     def __init__(self, frames: Iterable[pd.DataFrame]) -> None:
         self._frames, self.n_rows, self.n_formulas = frames, 0, 0
@@ -165,7 +164,7 @@ def _as_json(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A nested value as JSON has it."""
+    """Convert a nested value to JSON values."""
     if isinstance(value, Mapping):
         return {str(key): _plain(of) for key, of in value.items()}
     if _nested(value):
@@ -190,7 +189,7 @@ def _write_parquet(frames: _Counted, path: Path, metadata: Mapping[str, Any]) ->
 
 
 def _schema_of(frame: pd.DataFrame, metadata: Mapping[str, Any]) -> pa.Schema:
-    """The columns' types; one that is empty in the first piece is text, which is all that may be missing there."""
+    """Return the columns' types; one that is empty in the first piece is text, the only type that may be missing."""
     found = pa.Schema.from_pandas(frame, preserve_index=False)
     for i, field in enumerate(found):
         if pa.types.is_null(field.type):

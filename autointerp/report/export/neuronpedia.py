@@ -1,13 +1,13 @@
-"""Explanations as lines of JSON, in the form of Neuronpedia's exports of them.
+"""Write explanations as JSON lines, in the form of Neuronpedia's exports.
 
-An export of Neuronpedia (``v1/MODEL/SOURCE/explanations/batch-0.jsonl.gz``, see docs.neuronpedia.org/api-and-data) has
-a line for each explanation, with the columns of its table: ``id``, ``modelId``, ``layer`` (the source's id, such as
-``6-res-jb``), ``index`` (the latent, as text), ``authorId``, ``description``, ``typeName``, ``explanationModelName``.
-Its importer takes the columns from the first line, so that every line has the same keys, and passes over keys that are
-no columns. One such is ``scores``, which has the form in which its API gives an explanation's scores.
+An export (``v1/MODEL/SOURCE/explanations/batch-0.jsonl.gz``, see docs.neuronpedia.org/api-and-data) has a line per
+explanation with the columns of its table: ``id``, ``modelId``, ``layer`` (the source's id, such as ``6-res-jb``),
+``index`` (the latent, as text), ``authorId``, ``description``, ``typeName``, ``explanationModelName``. Its importer
+takes the columns from the first line, so every line has the same keys, and ignores unknown keys such as ``scores``,
+which has the form of its API.
 
-Types, models and authors are rows of tables of an installation, which has to know them before it takes the lines in.
-Types and scores bear names of our own: the protocols are not those that Neuronpedia's own names mean.
+An installation must know types, models and authors before it imports the lines. Types and scores have our own names,
+because the protocols differ from those that Neuronpedia's names mean.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _OF_SCORE = (
 
 @dataclass(frozen=True)
 class Ids:
-    """Under what the lines are filed: Neuronpedia's ids of the model and of the SAE, and the author's."""
+    """Neuronpedia's ids of the model, the SAE and the author."""
 
     model: str
     source: str
@@ -48,7 +48,7 @@ class Ids:
 
     @classmethod
     def of(cls, run: Run, model: str | None = None, source: str | None = None, author: str | None = None) -> Ids:
-        """Those given; else the model's name without its owner, and the layer's number before the run's name."""
+        """Return the given ids; by default the model's name without owner, and the layer before the run's name."""
         subject = str(run.record["subject"]["source"]).partition("@")[0]
         if subject == "bundled":
             from sae.activations.bundled import BUNDLED
@@ -67,9 +67,9 @@ class Ids:
 
 
 def lines_of(run: Run, ids: Ids) -> tuple[list[dict[str, Any]], int]:
-    """Return a line for each explanation that did not fail, by latent, and how many failed.
+    """Return a line for each explanation that did not fail, by latent, and the number of failed ones.
 
-    Raises NotFound where there is none.
+    Raises NotFound if there are no explanations.
     """
     if not run.journal_path.exists():
         raise _none(run)
@@ -109,7 +109,7 @@ def _line(run: Run, row: Mapping[str, Any], scores: list[dict[str, Any]], ids: I
 
 
 def _scores_by_explanation(table: pd.DataFrame) -> dict[int, list[dict[str, Any]]]:
-    """Explanation → its scores under its own latent, without those that failed."""
+    """Map each explanation to its valid scores under its own latent."""
     good = table[(table["control"] == "none") & (table["status"] == "ok")]
     found: dict[int, list[dict[str, Any]]] = {}
     for identifier, entry in _score_entries(good):

@@ -1,6 +1,6 @@
-"""The tables of a run, by name: those that the stages and the journal hold, and the pairs that ``compare`` shows.
+"""The tables of a run, by name: those of the stages and the journal, and the pairs of ``compare``.
 
-A table that does not exist yet raises an error that names the command that makes it.
+A missing table raises an error with the command that makes it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VERDICTS_AT_ONCE = 100_000
 
 @dataclass(frozen=True)
 class Table:
-    """A kind of table: what its rows are, and how it is made of a run and other runs."""
+    """A kind of table: its rows, and how to make it from a run and other runs."""
 
     name: str
     says: str
@@ -37,10 +37,9 @@ class Table:
 
 
 def frames_of(name: str, runs: Sequence[Run]) -> Frames:
-    """The table called ``name`` of the first of ``runs``; of one about pairs, against the others (default: all).
+    """Return the table ``name`` of the first of ``runs``; one about pairs is against the others (default: all).
 
-    Raises NotFound for an unknown name, or for what has not been made yet, and BadInput where a second run is named
-    for a table that is about one.
+    Raises NotFound for an unknown name or a missing table, and BadInput for a second run if the table is about one.
     """
     table = table_named(name)
     run, others = runs[0], [other for other in runs[1:] if other.name != runs[0].name]
@@ -66,7 +65,7 @@ def _not_yet(run: Run, what: str, *words: str) -> NotFound:
 
 
 def _stage(stage: str, what: str, *words: str) -> Callable[[Run, Sequence[Run]], Frames]:
-    """The file that a stage left, and the command that makes it where there is none."""
+    """Return a reader of a stage's file, which names the command to run if there is no file."""
 
     def make(run: Run, _: Sequence[Run]) -> Frames:
         path = run.stage_path(stage)
@@ -103,7 +102,7 @@ def _behaviour(run: Run, others: Sequence[Run]) -> Frames:
 
 
 def _sides(run: Run, others: Sequence[Run], folder: str, what: str) -> pd.DataFrame:
-    """The run's side of every pair that it is in, with ``run`` and ``other`` before the columns of the file."""
+    """Return the run's side of each of its pairs, with ``run`` and ``other`` before the file's columns."""
     place = run.root / "alignments" if folder == "alignments" else behaviour_folder(run.root)
     wanted = others or [other for other in run.siblings() if pair_path(place, run.name, other.name) is not None]
     for other in wanted or run.siblings():
@@ -148,7 +147,7 @@ def _journal(run: Run) -> Journal:
 
 
 def _contexts(run: Run, _: Sequence[Run]) -> Frames:
-    """Those from which the explained latents were explained, a latent at a time in the order of their numbers."""
+    """Yield the contexts that explainers saw, one latent at a time by number."""
     from autointerp.contexts.material import Material
 
     with _journal(run) as journal:
@@ -187,7 +186,7 @@ def _ends(interval: Sequence[float | None] | None) -> dict[str, float | None]:
 
 
 def _pairs(run: Run, others: Sequence[Run]) -> Frames:
-    """A row for each latent and other run: the pair that ``compare`` shows, flat."""
+    """Return a flat row for each latent and other run: the pair that ``compare`` shows."""
     from autointerp.findings.pair import compare_runs
 
     _sides(run, others, "alignments", "alignment")  # says what is missing
@@ -208,7 +207,7 @@ def _pairs(run: Run, others: Sequence[Run]) -> Frames:
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns without a value in one piece have the type that they have in the others."""
+    """Give columns without a value in one piece the type that they have in the others."""
     words = ("explanation", "explanation_there")
     whole = ("latent", "partner", "encoder_partner", "n_firings", "n_firings_there")
     plain = ("run", "other", "same_partner", *(c for c in table if str(c).startswith("shared_")))

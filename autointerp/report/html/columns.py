@@ -1,7 +1,7 @@
-"""What the page knows of every latent of the run in its middle, in columns: for the figures and the latent browser.
+"""Arrange the data of every latent of the focus run in columns, for the page's figures and latent browser.
 
-The columns are those that the findings were computed from (:class:`autointerp.findings.evidence.Study`); nothing is
-measured here. ``None`` is what could not be measured.
+The findings are computed from the same columns (:class:`autointerp.findings.evidence.Study`). ``None`` is a value that
+could not be measured.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ _PARTNERS = ("encoder_partner", "decoder_partner")
 
 
 def columns_of(study: Study, told: Told) -> dict[str, Any]:
-    """M latents of the focus run, N of them scored.
+    """Return the page's columns: M latents of the focus run, N of them scored.
 
-    ``latents``: columns [M]; ``shared_class`` and ``status`` index ``classes`` (-1: none, the latent is dead or nothing
-    is aligned) and ``statuses``. ``against``: per aligned sibling, columns [M]. ``scored``: columns [N].
-    ``partners``: per sibling that was scored alike, one row for each pair of scores. ``explanations``: latent → text.
-    ``sweeps``: see :func:`_sweeps`.
+    ``latents``: columns [M]; ``shared_class`` and ``status`` index ``classes`` (-1: dead, or nothing is aligned) and
+    ``statuses``. ``against``: per aligned sibling, columns [M]. ``scored``: columns [N]. ``partners``: per sibling
+    scored alike, one row for each pair of scores. ``explanations``: latent → text. ``sweeps``: see :func:`_sweeps`.
     """
     table = study.focus_latents()
     rows = study.score_rows()
@@ -64,7 +63,7 @@ def columns_of(study: Study, told: Told) -> dict[str, Any]:
 
 
 def _ok(rows: pd.DataFrame | None, control: str) -> pd.DataFrame:
-    """The scores that there are, by latent."""
+    """Return the valid scores, by latent."""
     if rows is None:
         return pd.DataFrame(columns=["balanced_accuracy", "explanation_id"])
     good = rows[(rows["control"] == control) & (rows["status"].map(status_kind) == "ok")]
@@ -113,7 +112,7 @@ def _scored(own: pd.DataFrame, swapped: pd.DataFrame) -> dict[str, Any]:
 
 
 def _partner_scores(study: Study, own: pd.DataFrame) -> list[dict[str, Any]]:
-    """The scores of latents with those of their decoder-matched partners (figure 6 of the paper)."""
+    """Return latents' scores with those of their decoder-matched partners (figure 6 of the paper)."""
     found = []
     for run in study.runs:
         if run.name == study.focus.name or (study.focus.name, run.name) not in study.tables:
@@ -150,7 +149,7 @@ def _whole(values: pd.Series | None) -> list[int | None] | None:
 def _rounded(
     values: pd.Series | None, *, significant: int | None = None, n: int | None = None
 ) -> list[float | None] | None:
-    """Round to four decimals, or to that many significant digits: more would only be bytes."""
+    """Round to four decimals, or to that many significant digits, to save bytes."""
     if values is None:
         return None if n is None else [None] * n
     numbers = values.astype(float).tolist()
@@ -160,10 +159,10 @@ def _rounded(
 
 
 def _sweeps(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The sweeps of the subject model under ``root``, by name, for figure 4 of the paper.
+    """Return the sweeps of the subject model under ``root``, by name, for figure 4 of the paper.
 
-    Per sweep: ``name``, ``axis`` (the first that was swept) and ``points``: ``at`` on the axis, ``name``, and for the
-    definitions ``both`` and ``lenient`` the fraction shared, its ``interval`` and the chance level.
+    Per sweep: ``name``, ``axis`` (the first swept one) and ``points``: ``at`` on the axis, ``name``, and for ``both``
+    and ``lenient`` the fraction shared, its ``interval`` and the chance level.
     """
     found = []
     for table in sorted(sweeps_of(root, subject), key=lambda table: str(table["sweep"])):

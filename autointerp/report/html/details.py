@@ -1,8 +1,7 @@
-"""The details of some latents: all that ``show`` prints of one, its verdicts, and its partners' contexts.
+"""The details of some latents: everything that ``show`` prints, with verdicts and the partners' contexts.
 
-All of it for 32,768 latents would make a file that no browser opens. So the page has what a reader came for first, the
-latents that were explained, and then a fair sample of the others, until a budget of bytes is spent; it says how many of
-how many it has, and how to see the rest.
+Details of 32,768 latents would be too large for a browser. So the page has the explained latents, then a fair sample of
+the others, until a budget of bytes is spent; it says how many it has, and how to see the rest.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ class Details:
 
 
 def details_of(study: Study, status: Sequence[int], first: Sequence[int], budget: int = BUDGET) -> Details:
-    """Details of as many latents as fit ``budget`` bytes.
+    """Return the details of as many latents as fit ``budget`` bytes.
 
     Args:
-        status: [M] of each latent, above 0 where it was asked for.
+        status: [M] of each latent, above 0 if it was to be explained.
         first: latents that come before all others.
     """
     reader = _Reader(study)
@@ -79,9 +78,9 @@ def details_of(study: Study, status: Sequence[int], first: Sequence[int], budget
 
 
 def order(status: Sequence[int], alive: np.ndarray, first: Sequence[int] = ()) -> list[int]:
-    """The latents of which there shall be details, the most wanted first: a cut anywhere leaves a fair sample.
+    """Return the latents to describe, most wanted first: a cut anywhere gives a fair sample.
 
-    After ``first`` come those that were asked for, then ``OTHERS`` alive ones, either in an order by chance (seeded).
+    After ``first`` come those to be explained, then ``OTHERS`` alive ones, each group in a seeded random order.
     """
     rng = np.random.default_rng(0)
     wanted = np.asarray(status) > 0
@@ -91,7 +90,7 @@ def order(status: Sequence[int], alive: np.ndarray, first: Sequence[int] = ()) -
 
 
 class _Reader:
-    """Reads details; without contexts as soon as these turn out not to be available."""
+    """Reads details; stops reading contexts once they are not available."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -126,7 +125,7 @@ class _Reader:
         return [as_json(context) for context in found]
 
     def _verdicts(self, latent: int) -> dict[str, Any] | None:
-        """What the judge said of contexts that the explainer never saw: counts, and some with their text."""
+        """Return the judge's verdicts on contexts that the explainer never saw: counts, and some with text."""
         setup, run = self._study.setup, self._study.focus
         if setup is None or latent not in self._explanation or not run.journal_path.exists():
             return None
@@ -163,7 +162,7 @@ class _Reader:
                 yield {**verdict, "kind": row["negative_kind"], **texts[int(row["context"])]}
 
     def _windows(self, latent: int, windows: list[int]) -> dict[int, dict[str, Any]]:
-        """Window → its tokens, and the latent's activation at each."""
+        """Map each window to its tokens and the latent's activation at each."""
         material = self._latents.material(self._study.focus) if self.without_contexts is None else None
         if material is None:
             return {}
@@ -176,7 +175,7 @@ class _Reader:
 
 
 def _counts(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """By kind of context: how many the latent fires in or not, and of how many the judge said the same."""
+    """Count verdicts by kind of context, and how many are right."""
     kinds = table["negative_kind"].fillna("active")
     right = table["truth"] == table["label"].astype(bool)
     return [
@@ -186,7 +185,7 @@ def _counts(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _shortened(value: Any) -> Any:
-    """Numbers to four significant digits; a number that is none as ``None``."""
+    """Round numbers to four significant digits; ``None`` for anything not finite."""
     if isinstance(value, float):
         return float(f"{value:.4g}") if np.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -195,9 +194,9 @@ def _shortened(value: Any) -> Any:
 
 
 def json_in_script(value: Any) -> Markup:
-    """Return ``value`` as JSON that nothing between ``<script type="application/json">`` and its end can break.
+    """Return ``value`` as JSON that is safe inside ``<script type="application/json">``.
 
-    The text is ASCII, without the characters that could begin markup. Raises ValueError for NaN and infinities.
+    ASCII, without characters that could begin markup. Raises ValueError for NaN and infinities.
     """
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&"}))

@@ -1,6 +1,6 @@
-"""The figures of a page: how to read each, and what it shows in words.
+"""The figures of a page: how to read each, and its content in words.
 
-``figures.js`` and ``scored.js`` draw them; the numbers are those of the findings and of the columns.
+``figures.js`` and ``scored.js`` draw them from the findings and the columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SHOWS_LATENTS = " Each point is a latent: point at it to see what it is, click 
 
 @dataclass(frozen=True)
 class Figure:
-    """``id`` names its drawing in the scripts, ``part`` the section of the report that it belongs to."""
+    """``id`` names its drawing in the scripts, ``part`` its section of the report."""
 
     id: str
     part: str

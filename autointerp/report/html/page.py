@@ -1,8 +1,7 @@
 """The report as one HTML file that opens without a network: summary, tables, figures, every latent.
 
-The words and tables are the blocks that the terminal shows too, the numbers of the figures are those of the findings
-and of the columns, and ``page.html`` arranges both. Scripts and Plotly are in the file itself, and its content security
-policy lets nothing else run and nothing be fetched.
+Texts and tables are the blocks that the terminal shows too; ``page.html`` arranges them. Scripts and Plotly are in the
+file itself, and its content security policy allows no other script and no network access.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The page, how many latents there are, and of how many it has the details."""
+    """The page, the number of latents, and the number with details."""
 
     html: str
     n_latents: int
@@ -62,8 +61,7 @@ class Rendered:
 def render(found: Mapping[str, Any], study: Study, budget: int = BUDGET) -> Rendered:
     """Return the page of ``found``, the findings of ``study``. The same input gives the same bytes.
 
-    Args:
-        budget: bytes of details of latents; see :mod:`autointerp.report.html.details`.
+    ``budget``: bytes of details of latents; see :mod:`autointerp.report.html.details`.
     """
     columns = columns_of(study, study.journal())
     failed = [latent for row in found["failures"]["reasons"] for latent in row["latents"]]
@@ -109,7 +107,7 @@ def _html(found: Mapping[str, Any], study: Study, columns: Mapping[str, Any], de
 
 
 def _parts(found: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, Part]:
-    """The sections of the report that have something to say, each without the charts of a terminal."""
+    """Return the non-empty sections of the report, without terminal charts."""
     parts = {}
     for name, build in report.sections().items():
         section = build(found)
@@ -132,7 +130,7 @@ def _as_of(study: Study) -> str:
 
 
 def _is_charts(block: Block) -> bool:
-    """Whether most columns of a table are charts: without them the rest says nothing."""
+    """Return whether most columns of a table are charts, so that the rest means nothing alone."""
     if not isinstance(block, Table):
         return False
     columns = kept_columns(block)
@@ -140,13 +138,13 @@ def _is_charts(block: Block) -> bool:
 
 
 def kept_columns(table: Table) -> list[tuple[int, Column]]:
-    """The columns of a table that are not charts, each with its place."""
+    """Return the columns of a table that are not charts, each with its index."""
     columns = [Column(column) if isinstance(column, str) else column for column in table.columns]
     return [(i, column) for i, column in enumerate(columns) if column.kind not in ("chart", "key")]
 
 
 def _rows(table: Table) -> list[list[Words]]:
-    """The cells of the columns that are kept, without rows that hold charts only."""
+    """Return the cells of the kept columns, without rows that hold only charts."""
     rows = [[row[i] for i, _ in kept_columns(table)] for row in table.rows]
     return [
         [cell for cell in row if not isinstance(cell, Chart)]
@@ -156,7 +154,7 @@ def _rows(table: Table) -> list[list[Words]]:
 
 
 def _marks(context: Context) -> list[Span]:
-    """The tokens of a context; the style is the shade of the page's style sheet, by activation."""
+    """Return the tokens of a context, with a shade of the style sheet by activation."""
     peak = max(context.activations, default=0.0)
     shades = ((0.75, "s3"), (0.5, "s2"), (0.3, "s1"), (1e-12, "s0"))
     strengths = [activation / peak if peak > 0 else 0.0 for activation in context.activations]
@@ -176,7 +174,7 @@ def show_text(text: object) -> str:
 
 
 def _groupwise(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
-    """Blocks of one kind that follow each other, together: small tables are set side by side."""
+    """Group neighbouring blocks of one kind: small tables are set side by side."""
     return [(kind, list(run)) for kind, run in itertools.groupby(blocks, lambda block: type(block).__name__)]
 
 
@@ -206,7 +204,7 @@ def read_file(name: str) -> str:
 
 
 def _script(source: str) -> Markup:
-    """A script as it is between its tags, line ends included: the policy's hash is of exactly this.
+    """Return a script exactly as between its tags, because the policy has its hash.
 
     Raises ValueError for a script that would end itself.
     """
@@ -216,9 +214,9 @@ def _script(source: str) -> Markup:
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """A content security policy: only these scripts run, and nothing is fetched from anywhere.
+    """Return a content security policy: only these scripts run, and nothing is fetched.
 
-    Plotly writes style sheets and styles of its own, and makes its pictures as data and blob URLs.
+    Plotly needs its own inline styles, and data and blob URLs for pictures.
     """
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     return (

@@ -35,7 +35,7 @@ def write_report(
     against: Sequence[str] = (),
     explainer: str | None = None,
 ) -> Written:
-    """Write the report of ``study`` with ``run`` in its middle to ``path``, or to reports/RUN.html under the root.
+    """Write the report of ``study`` with focus run ``run`` to ``path`` (default: reports/RUN.html under the root).
 
     The other arguments are those of :func:`autointerp.findings.study.findings_of`.
     """

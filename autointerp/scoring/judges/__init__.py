@@ -1,4 +1,4 @@
-"""From an explanation and a context to P(active). Each file is one way of doing it; ``base`` is what they share."""
+"""Turn an explanation and contexts into P(active). One file per method; ``base`` has the shared interface."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What every judge is: an explanation and contexts in, P(active) for each context out.
+"""The interface of a judge: an explanation and contexts in, P(active) of each context out.
 
-A judge may look at a context's ``text``, ``tokens`` and ``marks`` and at nothing else of it. ``activations``,
-``active``, ``stratum``, ``kind`` and ``window`` are the answers, or would give them away.
+A judge may read a context's ``text``, ``tokens`` and ``marks`` only. The other fields are the answers, or would reveal
+them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge says of one context. A failure has neither ``p`` nor ``label``: it is not a "no"."""
+    """A judge's answer for one context. A failure has neither ``p`` nor ``label``: it is not a "no"."""
 
     p: float | None
     """P(active) in [0, 1], where the judge gives a probability; else ``None``."""
@@ -41,50 +41,51 @@ class Judgement:
 
 
 class Judge(Method, Protocol):
-    """A way of judging. One that asks no model is made without arguments; else see :class:`ModelJudge`."""
+    """A way of judging. One that asks no model is created without arguments; else see :class:`ModelJudge`."""
 
     reads: ClassVar[str | None]
     """The one explainer whose sentences it can read; ``None``: any text."""
 
     @property
     def contexts_per_request(self) -> int:
-        """How many contexts go into one request: the unit in which a caller does well to journal."""
+        """The number of contexts in a request, a good unit for journaling."""
         ...
 
     def of_marks(self) -> Judge:
-        """The judge of this kind that is asked whether the latent fires on the marked tokens: P(active) is then the
-        chance that the marks are right."""
+        """Return this judge, asked about marked tokens: P(active) is the probability that the marks are right."""
         ...
 
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
-        """One judgement for each context, in the same order, whatever their number.
+        """Return one judgement per context, in the same order.
 
-        What goes wrong with one request comes back as failures of its contexts; what would go wrong with every
-        request (no server, a refused key) is raised as :class:`sae.common.errors.UserError`.
+        A problem with one request is returned as failures of its contexts; one that every request would have (no
+        server, a refused key) is raised as :class:`sae.common.errors.UserError`.
         """
         ...
 
 
 class ModelJudge(Judge, Protocol):
-    """A judge that asks a language model: how it is made, and what it would send."""
+    """A judge that asks a language model: how to create it, and its requests."""
 
     @classmethod
     async def open(cls, client: LlmClient, options: LlmOptions) -> Self:
-        """One that asks ``client``, whose model is checked before anything is asked."""
+        """Return a judge that asks ``client``, with its model checked first."""
         ...
 
     @classmethod
     def plan(cls, client: LlmClient, options: LlmOptions) -> Mapping[str, Self]:
-        """As :meth:`open`, but sends nothing, for ``--dry-run``: its protocol → the judge. Several where which one it
-        will be is only known when the servers have been asked; a judge with one protocol alone may call it ``""``."""
+        """Map protocols to judges for ``--dry-run``, sending nothing.
+
+        Several if the choice depends on the servers; a judge with a single protocol may call it ``""``.
+        """
         ...
 
     def of_marks(self) -> Self: ...
 
     def request(self, explanation: str, contexts: Sequence[Context]) -> Request:
-        """What is sent for ``contexts``, of which there are at most ``contexts_per_request``."""
+        """Return the request for at most ``contexts_per_request`` contexts."""
         ...
 
     def answer_like(self, request: Request) -> str:
-        """An answer as long as those that ``request`` is given."""
+        """Return an answer as long as a real answer to ``request``."""
         ...

@@ -1,20 +1,18 @@
-"""Judge contexts by asking a language model whether an explanation fits (detection: Paulo et al. 2024, arXiv
-2410.13928).
+"""Judge contexts by asking a language model whether an explanation fits (Paulo et al. 2024, arXiv 2410.13928).
 
 Two protocols:
 
-``batch``    several contexts in a request, answered by a list of zeros and ones. Cheap. Where the server gives
-             log-probabilities, each label's own token gives P(active) = P(1) / (P(0) + P(1)); else there is no P.
-             A label that is not among the likeliest tokens is given the most that it can have had, not nothing:
-             P then errs towards one half, and is not 1 for a model that gives each label next to nothing.
-``single``   one context in a request, answered by one token, and P(active) from that token. Dearer, but no
-             context's verdict can lean on its neighbours.
+``batch``    several contexts per request, answered by a list of zeros and ones. Cheap. If the server gives
+             log-probabilities, each label's token gives P(active) = P(1) / (P(0) + P(1)); else there is no P.
+             A label that is not among the likeliest tokens gets its upper bound, so P errs towards one half.
+``single``   one context per request, answered by one token, which gives P(active). More expensive, but no
+             verdict can depend on a neighbouring context.
 
-Asked about marks (fuzzing, in the same paper) it is shown which tokens are marked, and says whether they are those on
-which the latent is active; the protocols are the same, the prompts are others.
+In fuzzing (same paper) the model says whether the marked tokens are those on which the latent is active: the same
+protocols with other prompts.
 
-The model sees the explanation and text, nothing else. A list of the wrong length, an answer that is no list, a token
-that is neither label: each is a failure with its reason, and is asked again on the next run. None of them is a "no".
+The model sees the explanation and text, nothing else. A list of the wrong length, an answer without a list or a token
+that is neither label is a failure, never a "no", and is asked again on the next run.
 """
 
 from __future__ import annotations
@@ -58,12 +56,11 @@ class LlmJudge:
     """An :class:`autointerp.scoring.judges.base.Judge` that asks a language model.
 
     :param client: the model; checked before the first question.
-    :param protocol: ``batch`` or ``single``; see this module's head.
-    :param contexts_per_request: contexts in a request of the ``batch`` protocol; the last one is as short as it is.
-    :param marked: whether it is asked about marked tokens; every context must then have ``marks``.
-    :param replicate: which of several independent judgements this object gives. Replicates differ only at a
-        ``temperature`` above zero.
-    :raises BadInput: no such protocol, or no contexts in a request.
+    :param protocol: ``batch`` or ``single``; see the module's docstring.
+    :param contexts_per_request: of the ``batch`` protocol; the last request may have fewer.
+    :param marked: ask about marked tokens; every context must then have ``marks``.
+    :param replicate: number of this one of several independent judgements, which differ if ``temperature`` is above 0.
+    :raises BadInput: unknown protocol, or no contexts in a request.
     """
 
     name = "llm"
@@ -101,10 +98,9 @@ class LlmJudge:
 
     @classmethod
     async def open(cls, client: LlmClient, options: LlmOptions) -> Self:
-        """The judge for the protocol that the options name, its model checked.
+        """Return the judge for the options' protocol, with its model checked.
 
-        ``auto`` is ``batch`` where somebody has said how many contexts a request is to have, else as
-        :func:`best_protocol` has it.
+        ``auto`` is ``batch`` if the number of contexts per request was given, else :func:`best_protocol`.
         """
         await client.check()
         protocol = options.protocol
@@ -114,7 +110,7 @@ class LlmJudge:
 
     @classmethod
     def plan(cls, client: LlmClient, options: LlmOptions) -> dict[str, Self]:
-        """As :meth:`open`, by what is remembered of the servers; both protocols where that does not decide."""
+        """Plan like :meth:`open`, from stored capabilities; both protocols if those do not decide."""
         protocols: tuple[str, ...] = (options.protocol,)
         if options.protocol == "auto" and options.contexts_per_request is None:
             client.load_capabilities()
@@ -133,11 +129,11 @@ class LlmJudge:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the model's servers have turned out to be able to do."""
+        """The known capabilities of the model's servers."""
         return self._client.capabilities
 
     def of_marks(self) -> Self:
-        """The same model under the same protocol, asked about marked tokens."""
+        """Return the same model and protocol, asked about marked tokens."""
         return type(self)(
             self._client,
             self.protocol,
@@ -148,7 +144,7 @@ class LlmJudge:
         )
 
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
-        """One judgement for each context; requests run side by side, as far as the client lets them."""
+        """Return one judgement per context; requests run in parallel as far as the client allows."""
         size = self.contexts_per_request
         batches = [contexts[start : start + size] for start in range(0, len(contexts), size)]
         tasks = [asyncio.ensure_future(self._judge_batch(explanation_text, batch)) for batch in batches]
@@ -175,7 +171,7 @@ class LlmJudge:
         ]
 
     def request(self, explanation: str, contexts: Sequence[Context]) -> Request:
-        """What is sent for one request's contexts."""
+        """Return the request for these contexts."""
         texts, values = _written(contexts, self._marked)
         values["explanation"] = explanation
         seed = self._replicate if self._temperature > 0 else None
@@ -202,7 +198,7 @@ class LlmJudge:
         )
 
     def answer_like(self, request: Request) -> str:
-        """A list of labels; one label where the request asks for no list."""
+        """Return a list of labels, or one label if the request asks for no list."""
         if request.json_schema is None:
             return "0"
         return json.dumps({"labels": [0] * request.json_schema["properties"]["labels"]["maxItems"]})
@@ -212,19 +208,18 @@ class LlmJudge:
 
 
 def best_protocol(found: Capabilities, local: bool) -> Protocol:
-    """The protocol that servers are best asked by, given what they can do and whether they are on this machine.
+    """Return the best protocol for servers with these capabilities, on this machine or not.
 
-    It is ``single`` where the servers give log-probabilities of a label that comes first, and keep the prefix that all
-    requests begin with (they are on this machine, or say how many prompt tokens they had cached); else it is ``batch``.
-    Single verdicts are the better ones, P(active) of each context by itself, and this is when they cost no more than
-    about what a batch costs. In prompt tokens for one context of 32 tokens, with few-shot examples of about 700
-    (single) and 850 (batch), an explanation of 30, and 60 for the context as it is laid out:
+    ``single`` if the servers give log-probabilities of a label that comes first and cache the common prefix of requests
+    (they are on this machine, or report cached prompt tokens); else ``batch``. Single verdicts are better, with a
+    P(active) of each context by itself, and then cost about as much as batches. Prompt tokens per context of 32 tokens
+    (60 with layout), with few-shot examples of about 700 (single) and 850 (batch) and an explanation of 30:
 
     =================================  =====================  ===========================
                                        single                 batch of 5
     =================================  =====================  ===========================
-    nothing is kept                    700 + 30 + 60 = 790    (850 + 30) / 5 + 60 = 236
-    the prefix is kept: read anew      30 + 60 = 90           30 / 5 + 60 = 66
+    no prefix cache                    700 + 30 + 60 = 790    (850 + 30) / 5 + 60 = 236
+    prefix cache: new tokens           30 + 60 = 90           30 / 5 + 60 = 66
     =================================  =====================  ===========================
     """
     kept = local or bool(found.cached_tokens)
@@ -238,9 +233,9 @@ def labels_schema(n: int) -> dict[str, Any]:
 
 
 def parse_batch(answer: Answer, n: int) -> Verdicts:
-    """``n`` labels out of an answer, with or without words around them.
+    """Parse ``n`` labels from an answer, with or without words around them.
 
-    :raises AnswerFailed: there is no list of zeros and ones, or it is not ``n`` long.
+    :raises AnswerFailed: there is no list of zeros and ones, or its length is not ``n``.
     """
     labels = _labels(without_thinking(answer.text))
     if labels is None:
@@ -280,7 +275,7 @@ def _label_probabilities(answer: Answer, labels: list[bool]) -> list[float | Non
 
 
 def parse_single(answer: Answer) -> tuple[bool, float | None]:
-    """Label and P(active) from the first token that is not white space; from the text where there are no tokens.
+    """Parse label and P(active) from the first token that is not white space; from the text if there are no tokens.
 
     :raises AnswerFailed: neither label is among that token's likeliest alternatives.
     """
@@ -298,11 +293,10 @@ def parse_single(answer: Answer) -> tuple[bool, float | None]:
 
 
 def _p_active(alternatives: Mapping[str, float], chosen: str) -> float | None:
-    """P(1) / (P(0) + P(1)) over the alternatives for one token; ``None`` where neither is among them.
+    """Return P(1) / (P(0) + P(1)) over the alternatives for one token; ``None`` if neither is among them.
 
-    One that is missing is taken at the most that it can have had: no more than the least likely of those listed, nor
-    than what all of them leave; and no more than the label that is there. ``chosen`` is no bound by itself: it is
-    listed however unlikely it was, since a schema may have forced it.
+    A missing label gets its upper bound: the least likely listed alternative, the probability that the listed ones
+    leave, or the other label's. ``chosen`` is no bound: a schema may have forced it.
     """
     mass = {"0": 0.0, "1": 0.0}
     for token, logprob in alternatives.items():

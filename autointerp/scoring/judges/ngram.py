@@ -1,8 +1,7 @@
-"""Judge a context by an n-gram explanation: read the sentence, find its patterns, combine their chances. No model.
+"""Judge a context by an n-gram explanation: parse the patterns in the sentence and combine their chances. No model.
 
-Nothing but the sentence and the context's tokens is used (and their marks, where it is asked about these), as with
-every judge; the rule is in :mod:`autointerp.explaining.patterns`. A sentence that an n-gram explainer did not write is
-a failure, not a "no": there is nothing in it that this judge can read.
+Reads only the sentence and the context's tokens (and marks); see :mod:`autointerp.explaining.patterns` for the rule. A
+sentence that no n-gram explainer wrote is a failure, not a "no".
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ class NgramJudge:
         self.settings_hash = digest({"method": 1, "longest_run": LONGEST_RUN} | ({"marked": True} if marked else {}))
 
     def of_marks(self) -> NgramJudge:
-        """Judges the chance that the latent fires on any of the marked tokens."""
+        """Return a judge of the chance that the latent fires on any of the marked tokens."""
         return NgramJudge(marked=True)
 
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
-        """P(active) for each context (on a marked token, where asked about these); active from one half on."""
+        """Return P(active) of each context, or of a marked token in it; active from one half."""
         patterns = parse_sentence(explanation_text)
         if patterns is None:
             reason = "the explanation is not an n-gram sentence; judge it with an LLM"

@@ -1,4 +1,4 @@
-"""From an explanation's verdicts to a score. Each file is one way of testing; ``base`` is what they share."""
+"""Turn the verdicts on an explanation into a score. One file per test; ``base`` has the shared parts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""What every scorer is: a test set laid out for the judge, and the verdicts on it turned into one row.
+"""The interface of a scorer: lay out a test set for the judge, and turn the verdicts on it into one row.
 
-A score of few contexts is worth little without its interval, and a score of the contexts that happened to be answered
-is worth little without the number that were not. A row has both, and has no score at all where too much failed.
+A row has the score's interval and the number of contexts that failed, and no score at all if too many did.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ STOPS = ("narrow enough", "cap", "out of contexts")
 
 
 class ScoreRow(NamedTuple):
-    """One explanation's score. What could not be measured is NaN, never zero."""
+    """One explanation's score. NaN, never zero, for anything that could not be measured."""
 
     balanced_accuracy: float
     """(TPR + TNR) / 2."""
@@ -107,21 +106,21 @@ class Scorer(Protocol):
     """Whether the judge is asked about marked tokens, not about the whole text."""
 
     def test_set(self, sampler: ContextSampler, latent: int) -> TestSet:
-        """The contexts to test on, empty where there are too few."""
+        """Return the test contexts; empty if there are too few."""
         ...
 
     def items(self, test_set: TestSet) -> list[Context]:
-        """The contexts in the order in which the judge is to see them, which gives nothing away."""
+        """Return the contexts in the order for the judge, which reveals nothing."""
         ...
 
     def score(self, verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
-        """The score of one explanation, judged once (one judge, control and replicate).
+        """Score one explanation, judged once (one judge, control and replicate).
 
         Args:
-            verdicts: rows as of :meth:`autointerp.journal.journal.Journal.verdicts`: ``context``, ``truth``, ``p``,
+            verdicts: from :meth:`autointerp.journal.journal.Journal.verdicts`: ``context``, ``truth``, ``p``,
                 ``label``, ``failure`` and ``negative_kind`` are read.
-            items: what should have been judged, where that is known: verdicts on other contexts are then left aside,
-                those that are missing count as failed, and the strata of the activating ones are scored too.
+            items: the planned contexts, if known: verdicts on others are ignored, missing ones count as failed, and the
+                activating strata are scored too.
         """
         ...
 
@@ -131,7 +130,7 @@ MOST_FAILED = 0.2
 
 
 def in_hash_order(contexts: Sequence[Context]) -> list[Context]:
-    """The contexts in the order of a hash of their window: neither kind nor strength shows in it."""
+    """Order contexts by a hash of their window, which reveals neither kind nor strength."""
     places = mix_bits(np.array([context.window for context in contexts], dtype=np.uint64))
     return [contexts[i] for i in np.argsort(places, kind="stable")]
 
@@ -139,9 +138,8 @@ def in_hash_order(contexts: Sequence[Context]) -> list[Context]:
 def measure(verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
     """Turn verdicts into one row; see :meth:`Scorer.score`.
 
-    The judge's own yes or no (P(active) of at least one half, where it gives a probability) makes the balanced
-    accuracy; AUROC is computed when every verdict has a probability. Negatives of the harder kinds are in none of the
-    figures but their own, which take the TPR from the same activating contexts.
+    Balanced accuracy uses the judge's own yes or no (P(active) of at least one half, if it gives a probability); AUROC
+    needs a probability in every verdict. Harder negatives enter only their own figures, which share the TPR.
     """
     told = _Told.of(verdicts)
     if items:
@@ -176,7 +174,7 @@ def measure(verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
 
 
 def _harder(kind: str, told: _Told, items: Sequence[Planned], active: _Told) -> dict[str, Any]:
-    """The columns of one harder kind of negative; what cannot be measured keeps its NaN."""
+    """Return the columns of one harder kind of negative, NaN where they cannot be measured."""
     n_failed = int(told.failed.sum()) + told.missing_of([c for c in items if c.kind == kind])
     good = told.where(~told.failed)
     n = len(good.context)
@@ -195,7 +193,7 @@ def _harder(kind: str, told: _Told, items: Sequence[Planned], active: _Told) -> 
 
 
 class _Told(NamedTuple):
-    """Verdicts, a column an array: rows are taken many times, and of a small table pandas takes them slowly."""
+    """Verdicts as one array per column: pandas is slow at taking rows of small tables many times."""
 
     context: npt.NDArray[np.int64]
     kind: npt.NDArray[np.object_]
@@ -232,11 +230,11 @@ class _Told(NamedTuple):
 
     @property
     def answers(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-        """Truth, label and P(active)."""
+        """Return truth, label and P(active)."""
         return self.truth, self.label, self.p
 
     def missing_of(self, asked: Sequence[Planned]) -> int:
-        """How many contexts were to be judged and have no verdict, not even a failed one."""
+        """Return the number of planned contexts without a verdict; a failed verdict is one."""
         return len({context.window for context in asked} - set(self.context.tolist()))
 
 
@@ -249,7 +247,7 @@ def _ranked(truth: np.ndarray, p: np.ndarray) -> Estimate:
 
 
 def _status(n_active: int, n_inactive: int, n_failed: int, reasons: npt.NDArray[np.object_]) -> str:
-    """``ok``, or why a score of so many verdicts and failures would mean nothing."""
+    """Return ``ok``, or why a score with this many verdicts and failures would mean nothing."""
     n = n_active + n_inactive + n_failed
     if n == 0:
         return "failed: nothing was judged"
@@ -262,7 +260,7 @@ def _status(n_active: int, n_inactive: int, n_failed: int, reasons: npt.NDArray[
 
 
 def _by_stratum(items: Sequence[Planned], labels: dict[int, bool]) -> list[Estimate]:
-    """TPR of the contexts of each stratum, the weakest first."""
+    """Return the TPR of each stratum's contexts, weakest first."""
     strata = {c.window: c.stratum for c in items if c.stratum is not None and c.kind != "mismarked"}
     said: list[list[bool]] = [[] for _ in range(max(strata.values(), default=-1) + 1)]
     for window, stratum in strata.items():

@@ -1,11 +1,9 @@
-"""Detection: can the judge tell, from the explanation alone, in which contexts the latent fires?
+"""Detection: can the judge predict, from the explanation alone, in which contexts the latent fires?
 
-After Paulo et al. (2024, arXiv 2410.13928). Activating contexts from every quantile of activation and as many in which
-the latent is silent are shuffled; the judge answers for each. Balanced accuracy, not accuracy: were there more silent
-contexts than activating ones, a judge that always says no would look good.
-
-The score is the one over silent contexts drawn at random, as in the paper. Contexts in which a neighbour fires, and
-such as hold the latent's top token, are judged among the others, and have figures of their own.
+After Paulo et al. (2024, arXiv 2410.13928). Activating contexts of every quantile of activation are shuffled with as
+many random silent ones, and the judge answers for each. The score is balanced accuracy, because plain accuracy would
+reward a judge that always says no if there were more silent contexts. Contexts in which a neighbour fires, or that hold
+the latent's top token, are judged among the others but have figures of their own.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ class DetectionScorer:
         return sampler.testing(latent)
 
     def items(self, test_set: TestSet) -> list[Context]:
-        """All kinds together, in the order of a hash of their window: neither kind nor strength shows in it."""
+        """Return all kinds together, ordered by a hash of their window, which reveals neither kind nor strength."""
         return in_hash_order([*test_set.active, *test_set.inactive, *test_set.hard, *test_set.same_token])
 
     def score(self, verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:

@@ -1,15 +1,13 @@
-"""Fuzzing: can the judge tell, from the explanation alone, *on which tokens* the latent fires?
+"""Fuzzing: can the judge predict, from the explanation alone, *on which tokens* the latent fires?
 
-After Paulo et al. (2024, arXiv 2410.13928). The text always activates the latent; some of its tokens are marked, and
-the judge says whether they are those on which it fires. An explanation that names the right subject but not the right
-token does well in detection and not here.
+After Paulo et al. (2024, arXiv 2410.13928). The text always activates the latent; some tokens are marked, and the judge
+says whether they are those on which it fires. An explanation with the right subject but the wrong token does well in
+detection and not here.
 
-Marks must not give the answer away by themselves. Were the wrong ones drawn at random, a judge could win by counting
-marks or by looking where they stand: latents fire on one token here and in runs there. So the activating contexts are
-halved by hash within each stratum of activation, and each context of the one half lends its marks, at the very same
-places, to one of the other half that is silent in all of them. Right and wrong marks then agree in number, in the
-lengths of their runs and in their positions, exactly, and whoever looks at marks alone scores one half. Each context
-is used once, so that nothing is seen both ways.
+Marks alone must not reveal the answer, as randomly drawn wrong ones would by their number and position. So the
+activating contexts are halved by hash within each stratum, and each context of one half lends its marks, at the same
+places, to one of the other half that is silent in all of them. Right and wrong marks then agree exactly in number,
+lengths of runs and positions. Each context is used once.
 """
 
 from __future__ import annotations
@@ -40,9 +38,9 @@ class FuzzingScorer:
     marked: ClassVar[bool] = True
 
     def test_set(self, sampler: ContextSampler, latent: int) -> TestSet:
-        """Up to ``n_active`` contexts of each kind; none at all where there are not half of ``min_active`` of each.
+        """Return up to ``n_active`` contexts of each kind; none if there are not half of ``min_active`` of each.
 
-        ``active`` are the rightly marked ones, ``inactive`` the wrongly marked; their i-th ones bear the same marks.
+        ``active`` are rightly marked, ``inactive`` wrongly; the i-th of each have the same marks.
         """
         settings = sampler.settings
         found = mark(sampler.activating(latent, 2 * settings.n_active))
@@ -50,21 +48,20 @@ class FuzzingScorer:
         return found if len(found.active) >= enough else TestSet([], [])
 
     def items(self, test_set: TestSet) -> list[Context]:
-        """Both kinds together, in the order of a hash of their window: which is which does not show in it."""
+        """Return both kinds together, ordered by a hash of their window, which does not reveal the kind."""
         return in_hash_order([*test_set.active, *test_set.inactive])
 
     def score(self, verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
-        """See :meth:`autointerp.scoring.scorers.base.Scorer.score`; the strata are those of the rightly marked
-        contexts."""
+        """See :meth:`autointerp.scoring.scorers.base.Scorer.score`; strata are of the rightly marked contexts."""
         return measure(verdicts, items)
 
 
 def mark(contexts: Sequence[Context]) -> TestSet:
-    """Activating contexts in pairs with the same marks: right ones in ``active``, wrong ones in ``inactive``.
+    """Pair activating contexts with the same marks: right ones in ``active``, wrong ones in ``inactive``.
 
-    As many pairs as can be had, the members of a pair from near strata where that costs no pair; in the order in which
-    their rightly marked contexts stand in ``contexts``. Fewer than half of the contexts where the latent fires so
-    densely, or always at the same places, that marks cannot be lent.
+    Makes as many pairs as possible, from near strata if that costs no pair, in the order of the rightly marked
+    contexts. Fewer than half of the contexts if the latent fires so densely, or so often at the same places, that marks
+    cannot be lent.
     """
     right, wrong = _halves(contexts)
     if not right or not wrong:
@@ -88,7 +85,7 @@ def mark(contexts: Sequence[Context]) -> TestSet:
 
 
 def _halves(contexts: Sequence[Context]) -> tuple[list[Context], list[Context]]:
-    """The contexts dealt out in turn, stratum by stratum, in the order of a hash of their windows."""
+    """Deal the contexts out in turn, stratum by stratum, in the order of a hash of their windows."""
     places = mix_bits(mix_bits(np.array([context.window for context in contexts], dtype=np.uint64)))
     order = np.lexsort((places, np.array([context.stratum or 0 for context in contexts])))
     dealt = [contexts[i] for i in order]
