@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from autointerp.contexts.sample_record import Sample
-from autointerp.findings.evidence import Study, Told
+from autointerp.findings.evidence import JournalFacts, Study
 from autointerp.findings.json_values import histogram, mean_of, score_figures
 from autointerp.findings.pairs import scored_alike
 from autointerp.findings.scores import SCORE_EDGES, estimator_of
@@ -36,14 +36,16 @@ METHODS = {
 }
 
 
-def comparison_findings(study: Study, rows: pd.DataFrame, told: Told, sample: Sample | None = None) -> dict[str, Any]:
+def comparison_findings(
+    study: Study, rows: pd.DataFrame, facts: JournalFacts, sample: Sample | None = None
+) -> dict[str, Any]:
     """Return ``control_saes`` and ``baseline`` for the scores in ``rows``, weighted if there is a ``sample``.
 
     ``control_saes`` has an entry for each control SAE scored alike; ``lacking_controls`` names the missing ones and the
     command that provides them.
     """
     controls = find_controls(study.focus)
-    of = estimator_of(rows, told.too_few, sample)
+    of = estimator_of(rows, facts.too_few, sample)
     own = of.of(good(rows))
     entries, lacking = [], []
     for kind in CONTROLS:
@@ -54,7 +56,7 @@ def comparison_findings(study: Study, rows: pd.DataFrame, told: Told, sample: Sa
             entries.append({"kind": kind, "run": controls[kind].name, **_control_figures(own, alike[0], of)})
     return {
         "control_saes": entries,
-        "lacking_controls": _lacking(study, lacking, controls, told),
+        "lacking_controls": _lacking(study, lacking, controls, facts),
         "baseline": _baseline(study, own, of),
     }
 
@@ -142,7 +144,7 @@ def _baseline(study: Study, own: pd.DataFrame, of: Estimator) -> dict[str, Any] 
 # --- missing controls -------------------------------------------------------------------------------------
 
 
-def _lacking(study: Study, kinds: list[str], controls: Mapping[str, Run], told: Told) -> dict[str, Any] | None:
+def _lacking(study: Study, kinds: list[str], controls: Mapping[str, Run], facts: JournalFacts) -> dict[str, Any] | None:
     focus = study.focus
     if not kinds or focus.is_control:
         return None
@@ -155,18 +157,18 @@ def _lacking(study: Study, kinds: list[str], controls: Mapping[str, Run], told: 
             return said("An imported study has no control SAEs: they are trained with the SAEs of a study.")
         says = "This study has no control SAEs. This trains them, and nothing else:"
         return said(says, "train", "--name", focus.study)
-    if any(not _is_explained_alike(controls[kind], told) for kind in kinds):
+    if any(not _is_explained_alike(controls[kind], facts) for kind in kinds):
         says = "Control SAEs are not explained yet. With the same options as before, this explains a sample of each:"
         return said(says, "explain", "--sae", focus.name)
     says = "Control SAEs are not scored like this run yet. With the same options as before, this scores them:"
     return said(says, "score", "--sae", focus.name)
 
 
-def _is_explained_alike(control: Run, told: Told) -> bool:
+def _is_explained_alike(control: Run, facts: JournalFacts) -> bool:
     """Whether the control has an explanation by the explainer, model and prompts of the run's explanations."""
-    if not control.journal_path.exists() or told.table.empty:
+    if not control.journal_path.exists() or facts.table.empty:
         return False
-    last = told.table.iloc[-1]
+    last = facts.table.iloc[-1]
     same = {key: str(last[key]) for key in ("explainer", "model", "prompt_hash")}
     with Journal(control.journal_path) as journal:
         return not journal.explanations(status="ok", **same).empty

@@ -53,7 +53,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Told:
+class JournalFacts:
     """The explanations of the chosen set-up in the focus run's journal."""
 
     table: pd.DataFrame
@@ -204,13 +204,13 @@ class Study:
         """Return the same for any set-up of the focus run's scores."""
         return load_sample(self.focus, setup)
 
-    def journal(self) -> Told:
+    def journal(self) -> JournalFacts:
         """Read the explanations of the chosen set-up; if nothing is scored yet, the newest.
 
         Of these, a language model's come before the baseline's.
         """
         if not self.focus.journal_path.exists():
-            return Told(pd.DataFrame(), {}, set(), set(), {}, [])
+            return JournalFacts(pd.DataFrame(), {}, set(), set(), {}, [])
         with Journal(self.focus.journal_path) as journal:
             table, cost, setups = journal.explanations(), journal.usage(), journal.setups()
         texts = {int(i): text for i, text in zip(table["id"], table["text"], strict=True) if isinstance(text, str)}
@@ -221,7 +221,7 @@ class Study:
         lost = table[(table["status"] == "failed") & ~table["latent"].isin(good)]
         failed = {int(latent): str(why) for latent, why in zip(lost["latent"], lost["failure"], strict=True)}
         too_few = {latent for latent, why in failed.items() if TOO_FEW in why}
-        return Told(
+        return JournalFacts(
             table=table,
             texts=texts,
             explained=good,
@@ -342,13 +342,13 @@ def _alive(run: Run, firing: Mapping[str, pd.DataFrame]) -> np.ndarray:
     return np.ones(run.settings.training.num_latents, bool)
 
 
-def asking(study: Study, told: Told, stage: Literal["explain", "score"], *words: str) -> str:
+def asking(study: Study, facts: JournalFacts, stage: Literal["explain", "score"], *words: str) -> str:
     """Return the command of a stage for the focus run, with :data:`MODEL` if a language model was asked before.
 
-    To explain, that is the explainer of ``told``; to score, the judge of the study's set-up or, if nothing is scored
+    To explain, that is the explainer of ``facts``; to score, the judge of the study's set-up or, if nothing is scored
     yet, the explainer.
     """
-    explained_by = str(told.table["model"].iloc[-1] or "") if len(told.table) else ""
+    explained_by = str(facts.table["model"].iloc[-1] or "") if len(facts.table) else ""
     judged_by = explained_by if study.setup is None else str(study.setup.get("model") or "")
     asks_model = explained_by if stage == "explain" else judged_by
     return study.command(stage, "--sae", study.focus.name, *words, *(MODEL if asks_model else ()))

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.selection import Choice
-from autointerp.findings.evidence import Study, Told, View
+from autointerp.findings.evidence import JournalFacts, Study, View
 from autointerp.findings.json_values import to_json
 from autointerp.findings.pairs import METHODS, agreement, good_scores, scored_alike, scored_pairs
 from autointerp.findings.returning import overlap_findings, similarity_findings
@@ -119,7 +119,7 @@ class Side:
     """One of the two runs: its latents, their explanations and their scores."""
 
     run: Run
-    told: Told
+    facts: JournalFacts
     texts: dict[int, str]
     latents: dict[int, dict[str, Any]]
     scores: dict[int, dict[str, Any]]
@@ -136,14 +136,14 @@ class Side:
             # Without scores like the first run's, use the explanations by the same explainer.
             view = replace(study.view, focus=run.name, explainer=(study.setup or {}).get("explainer"))
             study = replace(study, focus=run, view=view, scores=None, setup=None if found is None else dict(found[1]))
-        told, latents = study.journal(), _by_latent(study.latents_of(run))
+        facts, latents = study.journal(), _by_latent(study.latents_of(run))
         if found is None:
             otherwise = run.stage_path("scores").exists()
-            return cls(run, told, told.explanations(pd.DataFrame()), latents, {}, frozenset(), otherwise)
+            return cls(run, facts, facts.explanations(pd.DataFrame()), latents, {}, frozenset(), otherwise)
         rows, scores = found[0], good_scores(found[0])
         is_untestable = (rows["control"] == "none") & (rows["status"].map(status_kind) == "ineligible")
         untestable = frozenset(rows["latent"][is_untestable].astype(int))
-        return cls(run, told, told.explanations(scores), latents, _by_latent(scores), untestable, False)
+        return cls(run, facts, facts.explanations(scores), latents, _by_latent(scores), untestable, False)
 
     def counts(self) -> dict[str, int]:
         n_alive = sum(bool(row["alive"]) for row in self.latents.values())
@@ -169,8 +169,8 @@ class Side:
 
     def _why_none(self, latent: int) -> str:
         """Say why a latent has no explanation."""
-        if latent in self.told.failed:
-            return f"failed: {self.told.failed[latent]}"
+        if latent in self.facts.failed:
+            return f"failed: {self.facts.failed[latent]}"
         if self.can_be_explained(latent):
             return "not explained"
         row = self.latents[latent]
@@ -180,7 +180,7 @@ class Side:
         """Whether it fires in enough contexts; assumed if contexts have not been counted."""
         row = self.latents[latent]
         eligible = row.get("eligible", True)
-        return bool(row["alive"]) and latent not in self.told.too_few and (pd.isna(eligible) or bool(eligible))
+        return bool(row["alive"]) and latent not in self.facts.too_few and (pd.isna(eligible) or bool(eligible))
 
     def explain_command(self) -> str:
         """Return the command that explains the partners of the explained latents."""
@@ -297,7 +297,8 @@ def _lacking(here: Side, there: Side, pairs: Sequence[Pair]) -> dict[str, Any]:
         "without_explanation": entries,
         "not_scored": [pair["latent"] for pair in not_scored],
         "by_language_model": any(
-            len(side.told.table) > 0 and bool((side.told.table["explainer"] != "ngram").any()) for side in (here, there)
+            len(side.facts.table) > 0 and bool((side.facts.table["explainer"] != "ngram").any())
+            for side in (here, there)
         ),
         "explain": [side.explain_command() for side in explaining],
         "score": score if helps else None,

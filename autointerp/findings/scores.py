@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.sample_record import Sample
-from autointerp.findings.evidence import Study, Told
+from autointerp.findings.evidence import JournalFacts, Study
 from autointerp.findings.json_values import histogram, mean_of, number, score_figures
 from autointerp.findings.statistics.estimation import Estimator, error_of
 from autointerp.journal.method import CHANCE
@@ -292,7 +292,7 @@ def _without_numbers(reason: object) -> str:
 # --- other scorers ----------------------------------------------------------------------------------------
 
 
-def other_scorer_findings(study: Study, latents: pd.DataFrame, told: Told) -> list[dict[str, Any]]:
+def other_scorer_findings(study: Study, latents: pd.DataFrame, facts: JournalFacts) -> list[dict[str, Any]]:
     """Return a row for each other scorer in the focus run's score table, of the same explainer and judge.
 
     Scorers measure different things, so their scores are never averaged together.
@@ -307,7 +307,7 @@ def other_scorer_findings(study: Study, latents: pd.DataFrame, told: Told) -> li
     for scorer in sorted(set(study.scores["scorer"].dropna()) - {view.scorer, setup.get("scorer")}):
         for other in setups_of(study.scores, scorer=scorer, **wanted)[:1]:
             rows, sample = rows_of(study.scores, other), study.sample_of(other)
-            figures = score_findings(rows, latents, told.explained, told.too_few, sample)
+            figures = score_findings(rows, latents, facts.explained, facts.too_few, sample)
             who = {"explainer": other.get("explainer"), "judge": other.get("judge")}
             found.append({"scorer": scorer, **who, **{key: figures[key] for key in _OF_OTHERS}})
     return found

@@ -29,7 +29,7 @@ import pandas as pd
 from autointerp.contexts.sample_record import Sample
 from autointerp.findings import controls, relation, reliability, returning
 from autointerp.findings.counterparts import counterpart_findings
-from autointerp.findings.evidence import Study, Told, View, asking
+from autointerp.findings.evidence import JournalFacts, Study, View, asking
 from autointerp.findings.interesting import ContextSource, ShownContext, interesting
 from autointerp.findings.json_values import to_json
 from autointerp.findings.latent import contexts_of
@@ -98,7 +98,7 @@ def findings(
 
 def study_findings(study: Study, contexts: ContextSource | None = None, with_sweeps: bool = True) -> dict[str, Any]:
     """Return :func:`findings` of a study that is already open."""
-    rows, told, latents = study.score_rows(), study.journal(), study.focus_latents()
+    rows, facts, latents = study.score_rows(), study.journal(), study.focus_latents()
     focus, setup, sample = study.focus, study.setup, study.sample()
     has_similarity = "similarity" in latents
     has_scores = rows is not None and bool((rows["status"].map(status_kind) == "ok").any())
@@ -109,9 +109,9 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
         if has_similarity and (related := relation.relation_findings(part)) is not None:
             related["pooled"] = pooled_relation(study, verdicts)
         if has_similarity and has_scores:
-            shown = interesting(focus.name, rows, latents, told.texts, contexts)
-    if rows is not None or told.explained:
-        scores = _scores(study, told, rows, part, sample)
+            shown = interesting(focus.name, rows, latents, facts.texts, contexts)
+    if rows is not None or facts.explained:
+        scores = _scores(study, facts, rows, part, sample)
     tree = {
         "schema": SCHEMA,
         "study": focus.study,
@@ -119,7 +119,7 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
         "runs": [study.describe(run) for run in study.runs],
         "compared": study.compared,
         **_provenance(focus),
-        "missing": study.missing(told.explained, has_scores),
+        "missing": study.missing(facts.explained, has_scores),
         "stale": study.stale(),
         "forced": [{"runs": pair, "command": study.command("align", *pair, "--force")} for pair in study.forced()],
         "overlap": returning.overlap_findings(study),
@@ -132,28 +132,28 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
         "scores": scores,
         "relation": related,
         "interesting": shown,
-        "failures": _failures(study, rows, told),
-        "methods": _methods(study, told),
+        "failures": _failures(study, rows, facts),
+        "methods": _methods(study, facts),
         "show": study.command("show", "--sae", focus.name, "--latent", str(shown[0]["latent"])) if shown else None,
     }
-    found: dict[str, Any] = to_json({**tree, "findings": findings_table(study, told, tree, part, with_sweeps)})
+    found: dict[str, Any] = to_json({**tree, "findings": findings_table(study, facts, tree, part, with_sweeps)})
     return found
 
 
 def _scores(
-    study: Study, told: Told, rows: pd.DataFrame | None, part: relation.Part | None, sample: Sample | None
+    study: Study, facts: JournalFacts, rows: pd.DataFrame | None, part: relation.Part | None, sample: Sample | None
 ) -> dict[str, Any]:
     if rows is None:
         rows = pd.DataFrame(columns=["latent", "control", "status", "balanced_accuracy"], dtype=object)
     latents = study.focus_latents()
-    found = score_findings(rows, latents, told.explained, told.too_few, sample)
+    found = score_findings(rows, latents, facts.explained, facts.too_few, sample)
     found["reliability"] = part and reliability.reliability_findings(part.rows, part.verdicts, sample)
     if found["precision"] is not None:
-        found["precision"]["rounds"] = told.rounds
-    found |= controls.comparison_findings(study, rows, told, sample)
-    found["other_scorers"] = other_scorer_findings(study, latents, told)
+        found["precision"]["rounds"] = facts.rounds
+    found |= controls.comparison_findings(study, rows, facts, sample)
+    found["other_scorers"] = other_scorer_findings(study, latents, facts)
     n = found.pop("n_waiting")
-    found["waiting"] = {"n": n, "command": asking(study, told, "score")} if n else None
+    found["waiting"] = {"n": n, "command": asking(study, facts, "score")} if n else None
     return found
 
 
@@ -176,26 +176,26 @@ def _provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def _failures(study: Study, rows: pd.DataFrame | None, told: Told) -> dict[str, Any]:
+def _failures(study: Study, rows: pd.DataFrame | None, facts: JournalFacts) -> dict[str, Any]:
     """Return the latents that failed, by stage and reason, with the command that retries only them."""
     by_reason: dict[tuple[str, str], set[int]] = {}
-    for latent, why in told.failed.items():
+    for latent, why in facts.failed.items():
         by_reason.setdefault(("explain", why), set()).add(latent)
     n_answers = 0
     if rows is not None:
         kinds = rows["status"].map(status_kind)
         for row in rows[kinds == "failed"].to_dict("records"):
-            if int(row["latent"]) not in told.failed:
+            if int(row["latent"]) not in facts.failed:
                 stage = "score" if row["control"] == "none" else f"score ({row['control']} control)"
                 by_reason.setdefault((stage, reason(row)), set()).add(int(row["latent"]))
         n_answers = failed_answers(rows[kinds == "ok"])
     ordered = sorted(by_reason.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1]))
     n, retry = len(set().union(*by_reason.values())), None
-    if told.failed:
-        latents = ["--indices", ",".join(map(str, sorted(told.failed)))] if len(told.failed) <= 20 else []
-        retry = asking(study, told, "explain", *latents)
+    if facts.failed:
+        latents = ["--indices", ",".join(map(str, sorted(facts.failed)))] if len(facts.failed) <= 20 else []
+        retry = asking(study, facts, "explain", *latents)
     elif n or n_answers:
-        retry = asking(study, told, "score")
+        retry = asking(study, facts, "score")
     reasons = [
         {"stage": stage, "reason": why, "n": len(latents), "latents": sorted(latents)}
         for (stage, why), latents in ordered
@@ -217,13 +217,13 @@ def _other_setups(study: Study) -> dict[str, Any]:
     return {"other_setups": others, "other_explainers": explainers}
 
 
-def _methods(study: Study, told: Told) -> dict[str, Any]:
+def _methods(study: Study, facts: JournalFacts) -> dict[str, Any]:
     view, setup, settings = study.view, study.setup or {}, study.focus.settings
-    last = told.table.iloc[-1] if len(told.table) else None
-    rounds = told.rounds or {}
+    last = facts.table.iloc[-1] if len(facts.table) else None
+    rounds = facts.rounds or {}
     contexts = settings.contexts.model_copy(update={name: rounds[name] for name in SIZES if name in rounds})
     to = precision_in_words(rounds["half_width"]) if rounds else None
-    prompts = {"explain": sorted({str(h) for h in told.table["prompt_hash"] if h}) if last is not None else []}
+    prompts = {"explain": sorted({str(h) for h in facts.table["prompt_hash"] if h}) if last is not None else []}
     prompts["judge"] = [str(setup[c]) for c in setup if "prompt_hash" in c and "explain" not in c and setup[c]]
     record = study.focus.record
     commit = str(record.get("git_commit") or "")[:12]
@@ -243,7 +243,7 @@ def _methods(study: Study, told: Told) -> dict[str, Any]:
         "prompt_hashes": {k: v for k, v in prompts.items() if v},
         "settings_hash": setup.get("settings_hash"),
         **_other_setups(study),
-        "cost": told.cost,
+        "cost": facts.cost,
         "similarity": "mean over the other runs of (matched encoder cosine + matched decoder cosine) / 2",
         "dead": f"no firing over the harvested tokens; the word is used from {ENOUGH_TO_CALL_DEAD:,} tokens on",
         "contexts": f"{settings.harvest.window} tokens; up to {contexts.n_explain} to explain from and, never the same "

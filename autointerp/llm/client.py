@@ -202,7 +202,7 @@ class LlmClient:
         if self._cache is None:
             return await self.ask_anew(request, parse)
         key = request.key(self.model)
-        # Whoever asks the same question at the same moment waits, and then finds the answer in the cache.
+        # A simultaneous equal question waits for this lock and then finds the answer in the cache.
         lock = self._asking.setdefault(key, asyncio.Lock())
         async with lock:
             kept = self._cache.get(key)

@@ -21,7 +21,7 @@ ACCENT = "#2f8fd8"
 # Eighths of a cell, as heights (columns that grow upwards) and as widths (bars that grow to the right).
 HEIGHTS = " ▁▂▃▄▅▆▇█"
 WIDTHS = " ▏▎▍▌▋▊▉█"
-#: Fills that can be told apart in one colour, darkest first.
+#: Fills that can be distinguished in one colour, darkest first.
 FILLS = "█▒░▓"
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-# Of what Unicode calls control, format, surrogate, private or unassigned, none may pass as it is.
+# Unicode categories control, format, surrogate, private and unassigned: always replaced.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _OWN_SIGN = {"\n": "↵", "\t": "⇥", "\x7f": "␡"}
 

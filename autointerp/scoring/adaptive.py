@@ -269,7 +269,7 @@ def _score(tallies: Sequence[Tally], half_width: float) -> Stop:
     now = tallies[-1]
     if not now.decides:
         return Stop(0, "", Estimate(math.nan, math.nan, math.nan), math.nan, math.nan)
-    # Which looks decided depends on failures alone, never on what was answered: the estimate stays unbiased.
+    # Which looks decide depends on failures only, never on the answers, so the estimate stays unbiased.
     looks = tuple(tally.counts for tally in tallies if tally.decides)
     tpr, tnr = unbiased(looks, half_width, now.right_active, now.right_inactive)
     low, high = interval(now.right_active, now.n_active, now.right_inactive, now.n_inactive)

@@ -14,7 +14,7 @@ import pandas as pd
 from autointerp.journal.method import BASELINE
 from sae.common.errors import NotFound
 
-#: Who explained and judged, under which settings and prompts: what tells set-ups apart.
+#: The columns that identify a set-up.
 _EXPLAIN = ("explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
 _JUDGE = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
 TOO_FEW = "too few contexts"  # how an explanation that was not even tried says so
@@ -76,8 +76,8 @@ def precision_of(rows: pd.DataFrame) -> float | None:
     """Return the half-width to which one set-up's explanations were judged; ``None`` if all contexts were."""
     if "precision" not in rows:
         return None
-    told = rows.loc[rows["status"] == "ok", "precision"].dropna()
-    return float(told.iloc[0]) if len(told) else None
+    precisions = rows.loc[rows["status"] == "ok", "precision"].dropna()
+    return float(precisions.iloc[0]) if len(precisions) else None
 
 
 def described(scores: pd.DataFrame, setup: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from autointerp.findings.evidence import Study, Told, asking
+from autointerp.findings.evidence import JournalFacts, Study, asking
 from autointerp.findings.pairs import scored_pairs
 from autointerp.findings.paper.dictionaries import THRESHOLD, Dictionaries, findings_of_dictionaries
 from autointerp.findings.paper.finding import Finding
@@ -26,7 +26,7 @@ _RECIPES = {"width": "widths", "k": "ks", "tokens": "tokens", "architecture": "a
 
 
 def findings_table(
-    study: Study, told: Told, tree: Mapping[str, Any], part: Part | None, with_sweeps: bool = True
+    study: Study, facts: JournalFacts, tree: Mapping[str, Any], part: Part | None, with_sweeps: bool = True
 ) -> list[Finding]:
     """Return the rows in the paper's order.
 
@@ -38,7 +38,7 @@ def findings_table(
     rows: list[Finding] = findings_of_dictionaries(_dictionaries(study))
     if with_sweeps:
         rows += findings_of_sweeps(sweeps_of(study.root, tree["subject"]), _sweep_advice(study))
-    rows += findings_of_scores(_scores(study, told, tree, part))
+    rows += findings_of_scores(_scores(study, facts, tree, part))
     return rows
 
 
@@ -84,7 +84,7 @@ def _dictionaries(study: Study) -> Dictionaries:
     )
 
 
-def _scores(study: Study, told: Told, tree: Mapping[str, Any], part: Part | None) -> Scores:
+def _scores(study: Study, facts: JournalFacts, tree: Mapping[str, Any], part: Part | None) -> Scores:
     setup = study.setup or {}
     similar = part is not None and "similarity" in part.latents
     scores = tree["scores"]
@@ -92,7 +92,7 @@ def _scores(study: Study, told: Told, tree: Mapping[str, Any], part: Part | None
 
     def ask(*words: str) -> str:
         """Return the command that explains more, or first the one that scores existing explanations."""
-        return asking(study, told, "score") if waiting else asking(study, told, "explain", *words)
+        return asking(study, facts, "score") if waiting else asking(study, facts, "explain", *words)
 
     return Scores(
         scores=scores,

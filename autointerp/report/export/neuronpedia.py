@@ -93,7 +93,7 @@ def _line(run: Run, row: Mapping[str, Any], scores: list[dict[str, Any]], ids: I
     same = {key: row[key] for key in ("latent", "explainer", "settings_hash", "prompt_hash", "model", "draw")}
     notes = f"sae-autointerp, run {run.name}, explanation {row['id']}, settings {row['settings_hash'][:12]}"
     return {
-        # Made of what identifies it, so that the same explanation taken in twice is there once.
+        # A digest of its identity, so that importing an explanation twice stores it once.
         "id": f"ai{digest([ids.model, ids.source, same])[:23]}",
         "modelId": ids.model,
         "layer": ids.source,

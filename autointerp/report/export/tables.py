@@ -57,7 +57,7 @@ def table_named(name: str) -> Table:
     return TABLES[name]
 
 
-# --- what stages left ---------------------------------------------------------------------------------------
+# --- files of the stages
 
 
 def _not_yet(run: Run, what: str, *words: str) -> NotFound:
@@ -169,7 +169,7 @@ def _contexts(run: Run, _: Sequence[Run]) -> Frames:
     yield pd.DataFrame(rows, columns=["latent", "window", "stratum", "text", "tokens", "activations"])
 
 
-# --- what the report makes of these -------------------------------------------------------------------------
+# --- tables of the report
 
 
 def _reliability(run: Run, _: Sequence[Run]) -> Frames:

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.findings.evidence import Study, Told
+from autointerp.findings.evidence import JournalFacts, Study
 from autointerp.findings.pairs import scored_alike
 from autointerp.findings.sweep_table import sweeps_of
 from autointerp.scoring.setups import status_kind
 from sae.alignment.latent_table import CLASSES
 
-#: What became of a latent on its way to a score; its place here is what the page holds.
+#: The status of a latent; the page stores its index here.
 STATUSES = ("not asked for", "too few contexts", "failed", "explained", "scored")
 _COSINES = ("encoder_cosine", "decoder_cosine", "max_encoder_cosine", "max_decoder_cosine")
 _PARTNERS = ("encoder_partner", "decoder_partner")
 
 
-def columns_of(study: Study, told: Told) -> dict[str, Any]:
+def columns_of(study: Study, facts: JournalFacts) -> dict[str, Any]:
     """Return the page's columns: M latents of the focus run, N of them scored.
 
     ``latents``: columns [M]; ``shared_class`` and ``status`` index ``classes`` (-1: dead, or nothing is aligned) and
@@ -50,14 +50,14 @@ def columns_of(study: Study, told: Told) -> dict[str, Any]:
             "similarity": _rounded(table.get("similarity")),
             "n_shared": _whole(table.get("n_shared")),
             "shared_class": _classes(table),
-            "status": _statuses(table, rows, told),
+            "status": _statuses(table, rows, facts),
         },
         "against": [_against(study, name) for name in study.compared if name != study.focus.name]
         if study.tables
         else [],
         "scored": _scored(own, swapped),
         "partners": _partner_scores(study, own),
-        "explanations": {str(latent): text for latent, text in sorted(told.explanations(own).items())},
+        "explanations": {str(latent): text for latent, text in sorted(facts.explanations(own).items())},
         "sweeps": _sweeps(study.root, study.focus.record.get("subject", {})),
     }
 
@@ -77,12 +77,12 @@ def _classes(table: pd.DataFrame) -> list[int]:
     return np.where(table["alive"], place, -1).astype(int).tolist()
 
 
-def _statuses(table: pd.DataFrame, rows: pd.DataFrame | None, told: Told) -> list[int]:
+def _statuses(table: pd.DataFrame, rows: pd.DataFrame | None, facts: JournalFacts) -> list[int]:
     status = np.zeros(len(table), int)
     kinds: dict[str, Iterable[int]] = {
-        "too few contexts": told.too_few,
-        "explained": told.explained,
-        "failed": told.failed,
+        "too few contexts": facts.too_few,
+        "explained": facts.explained,
+        "failed": facts.failed,
     }
     for name, latents in kinds.items():
         status[list(latents)] = STATUSES.index(name)

@@ -254,7 +254,7 @@ def _labels(text: str) -> list[bool] | None:
             continue
         if isinstance(value, Mapping):
             value = value.get("labels", next(iter(value.values()), None) if len(value) == 1 else None)
-        # In Python 1 == True == 1.0, which is what is wanted of all three here.
+        # In Python 1 == True == 1.0: all three are accepted here.
         if isinstance(value, list) and all(
             x in ("0", "1") or (isinstance(x, int | float) and x in (0, 1)) for x in value
         ):
@@ -263,7 +263,7 @@ def _labels(text: str) -> list[bool] | None:
 
 
 def _label_probabilities(answer: Answer, labels: list[bool]) -> list[float | None]:
-    """P(active) from the token of each label; all ``None`` where the tokens cannot be told for certain."""
+    """P(active) from the token of each label; all ``None`` if the tokens are ambiguous."""
     nothing: list[float | None] = [None] * len(labels)
     if answer.tokens is None or answer.top_logprobs is None:
         return nothing
@@ -283,7 +283,7 @@ def parse_single(answer: Answer) -> tuple[bool, float | None]:
         first = next((i for i, token in enumerate(answer.tokens) if token.strip(_AROUND_LABELS)), 0)
         p = _p_active(answer.top_logprobs[first], answer.tokens[first])
         if p is None:
-            without_thinking(answer.text)  # a model that has begun to think is told as such
+            without_thinking(answer.text)  # reports a model that has begun to think
             raise AnswerFailed(f"neither 0 nor 1 is among the {len(answer.top_logprobs[first])} likeliest answers")
         return p >= 0.5, p
     found = _SINGLE_LABEL.match(without_thinking(answer.text))

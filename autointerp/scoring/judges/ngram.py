@@ -31,7 +31,7 @@ class NgramJudge:
 
     def __init__(self, marked: bool = False) -> None:
         self._marked = marked
-        # What was judged before there were marks keeps its hash.
+        # Verdicts from before marks existed keep their hash.
         self.settings_hash = digest({"method": 1, "longest_run": LONGEST_RUN} | ({"marked": True} if marked else {}))
 
     def of_marks(self) -> NgramJudge:

@@ -141,12 +141,12 @@ def measure(verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
     Balanced accuracy uses the judge's own yes or no (P(active) of at least one half, if it gives a probability); AUROC
     needs a probability in every verdict. Harder negatives enter only their own figures, which share the TPR.
     """
-    told = _Told.of(verdicts)
+    judged = _Columns.of(verdicts)
     if items:
-        told = told.where(np.isin(told.context, [context.window for context in items]))
-    if len(np.unique(told.context)) < len(told.context):
+        judged = judged.where(np.isin(judged.context, [context.window for context in items]))
+    if len(np.unique(judged.context)) < len(judged.context):
         raise ValueError("verdicts of several judgings mixed: a context is there twice")
-    own = told.where(~np.isin(told.kind, HARDER))
+    own = judged.where(~np.isin(judged.kind, HARDER))
     good = own.where(~own.failed)
     truth, label = good.truth, good.label
     n_active, n_inactive = int(truth.sum()), int((~truth).sum())
@@ -169,14 +169,14 @@ def measure(verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
         [estimate.high for estimate in strata],
     )
     for kind in HARDER:
-        row = row._replace(**_harder(kind, told.where(told.kind == kind), items, good.where(truth)))
+        row = row._replace(**_harder(kind, judged.where(judged.kind == kind), items, good.where(truth)))
     return row
 
 
-def _harder(kind: str, told: _Told, items: Sequence[Planned], active: _Told) -> dict[str, Any]:
+def _harder(kind: str, judged: _Columns, items: Sequence[Planned], active: _Columns) -> dict[str, Any]:
     """Return the columns of one harder kind of negative, NaN where they cannot be measured."""
-    n_failed = int(told.failed.sum()) + told.missing_of([c for c in items if c.kind == kind])
-    good = told.where(~told.failed)
+    n_failed = int(judged.failed.sum()) + judged.missing_of([c for c in items if c.kind == kind])
+    good = judged.where(~judged.failed)
     n = len(good.context)
     found: dict[str, Any] = {f"n_{kind}": n, f"n_failed_{kind}": n_failed}
     if n == 0 or n_failed > MOST_FAILED * (n + n_failed):
@@ -192,7 +192,7 @@ def _harder(kind: str, told: _Told, items: Sequence[Planned], active: _Told) -> 
     return found
 
 
-class _Told(NamedTuple):
+class _Columns(NamedTuple):
     """Verdicts as one array per column: pandas is slow at taking rows of small tables many times."""
 
     context: npt.NDArray[np.int64]
@@ -205,7 +205,7 @@ class _Told(NamedTuple):
     failed: npt.NDArray[np.bool_]
 
     @classmethod
-    def of(cls, verdicts: pd.DataFrame) -> _Told:
+    def of(cls, verdicts: pd.DataFrame) -> _Columns:
         failed = verdicts["failure"].notna().to_numpy()
         return cls(
             verdicts["context"].to_numpy(dtype=np.int64),
@@ -217,8 +217,8 @@ class _Told(NamedTuple):
             failed,
         )
 
-    def where(self, chosen: npt.NDArray[np.bool_]) -> _Told:
-        return _Told(
+    def where(self, chosen: npt.NDArray[np.bool_]) -> _Columns:
+        return _Columns(
             self.context[chosen],
             self.kind[chosen],
             self.truth[chosen],
