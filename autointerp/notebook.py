@@ -50,9 +50,8 @@ class Run(sae.study.run.Run):
         return read_table(self.stage_path("scores"))
 
     def reliability(self) -> pd.DataFrame:
-        """Return the reliability of each set-up's scores, newest first: ``value``, ``low``, ``high``, ``n``.
-
-        See :mod:`autointerp.findings.reliability`; NaN if it is undefined.
+        """Return ``value``, ``low``, ``high``, ``n`` of each set-up, newest first; see
+        :mod:`autointerp.findings.reliability`.
         """
         self.scores()  # raises NotFound if there are none
         rows = [
@@ -63,9 +62,8 @@ class Run(sae.study.run.Run):
         return table.astype(dict.fromkeys(("value", "low", "high"), float)) if rows else table
 
     def sample(self) -> pd.DataFrame:
-        """Return the population of every draw of latents to explain: ``drawn``, ``probability``, ``weight``, …
-
-        See :func:`autointerp.contexts.sampling.drawn`; ``draw`` identifies the draw.
+        """Return the population of every draw of latents to explain: ``draw``, ``drawn``, ``probability``, ``weight``,
+        …
         """
         if not self.stage_path("sample").exists():
             raise self.missing_error("sample", "explain")

@@ -1,9 +1,9 @@
 """Compare a run's scores with its controls, scored by the same protocol: control SAEs and the n-gram baseline.
 
-A *control SAE* (:mod:`sae.study.controls`) has other latents, so the interval of the difference of means resamples
-both samples. Its latents are a plain random sample of those with enough contexts; the run's own are weighted if they
-are a stratified sample (:mod:`autointerp.findings.statistics.estimation`). The *baseline* explained the same latents
-from the same contexts, so it is compared latent by latent.
+A *control SAE* (:mod:`sae.study.controls`) has other latents, a plain random sample, so the interval of the difference
+of means resamples both samples; the run's own are weighted if stratified
+(:mod:`autointerp.findings.statistics.estimation`). The *baseline* explained the same latents from the same contexts, so
+it is compared latent by latent.
 
 The same protocol means the same explainer, judge, prompts, models, scorer, numbers of contexts and precision.
 """

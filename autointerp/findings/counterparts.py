@@ -32,9 +32,9 @@ def counterpart_findings(
 ) -> dict[str, Any] | None:
     """Return the totals; ``None`` if no firings have been compared.
 
-    ``null`` holds the firing figures with the other SAE's firings moved along the tokens
-    (:mod:`sae.alignment.nulls`), ``None`` unless all pairs have that null; ``…_range`` is its range over pairs.
-    ``jaccard`` is the mean with the partner by firing, ``max_jaccard`` that with the nearest latent.
+    ``null`` has the firing figures with the other SAE's firings moved along the tokens (:mod:`sae.alignment.nulls`),
+    ``None`` unless all pairs have it; ``…_range`` is its range over pairs. ``jaccard`` is the mean with the partner by
+    firing, ``max_jaccard`` with the nearest latent.
 
     Args:
         behaviour: (x, y) → the side of x.

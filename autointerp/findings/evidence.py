@@ -1,7 +1,4 @@
-"""Read once the files that a report needs: tables, alignments, one run's journal.
-
-The missing stages, the compared runs and the chosen set-up of scores are decided here, in one place.
-"""
+"""Read the files of a report once, and decide what is missing, which runs are compared, and which scores count."""
 
 from __future__ import annotations
 
@@ -65,10 +62,7 @@ class JournalFacts:
     rounds: dict[str, Any] | None = None  # of adaptive judging: `Precision.identity`
 
     def explanations(self, own: pd.DataFrame) -> dict[int, str]:
-        """Map each latent to the explanation that was scored, or else to the newest.
-
-        ``own`` are scores by latent, with ``explanation_id`` if there are any.
-        """
+        """Map each latent to the explanation of its score in ``own`` (by latent), or else to the newest."""
         newest: dict[int, str] = {}
         if len(self.table):
             good = self.table[self.table["status"] == "ok"]
@@ -205,10 +199,7 @@ class Study:
         return load_sample(self.focus, setup)
 
     def journal(self) -> JournalFacts:
-        """Read the explanations of the chosen set-up; if nothing is scored yet, the newest.
-
-        Of these, a language model's come before the baseline's.
-        """
+        """Read the explanations of the chosen set-up; without scores the newest, a language model's first."""
         if not self.focus.journal_path.exists():
             return JournalFacts(pd.DataFrame(), {}, set(), set(), {}, [])
         with Journal(self.focus.journal_path) as journal:
@@ -345,8 +336,7 @@ def _alive(run: Run, firing: Mapping[str, pd.DataFrame]) -> np.ndarray:
 def asking(study: Study, facts: JournalFacts, stage: Literal["explain", "score"], *words: str) -> str:
     """Return the command of a stage for the focus run, with :data:`MODEL` if a language model was asked before.
 
-    To explain, that is the explainer of ``facts``; to score, the judge of the study's set-up or, if nothing is scored
-    yet, the explainer.
+    That is the explainer of ``facts``, or, to score, the judge of the study's set-up if there is one.
     """
     explained_by = str(facts.table["model"].iloc[-1] or "") if len(facts.table) else ""
     judged_by = explained_by if study.setup is None else str(study.setup.get("model") or "")

@@ -33,7 +33,7 @@ def interesting(
     """Return latents that no other seed has and that can be explained, best first.
 
     Their interval is above chance and their own explanation beats a swapped one. Ordered by the *lower* end of the
-    interval: ordered by score, the luckiest would come first.
+    interval, so that luck counts less.
     """
     good = rows[rows["status"].map(status_kind) == "ok"]
     own = good[good["control"] == "none"].set_index("latent")

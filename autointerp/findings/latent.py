@@ -1,7 +1,4 @@
-"""Gather everything known about one latent, from the same files as the findings.
-
-Whatever has not been made yet is ``None`` or empty.
-"""
+"""Gather everything known about one latent; missing parts are ``None`` or empty."""
 
 from __future__ import annotations
 
@@ -51,7 +48,7 @@ def latent_findings(run: Run, latent: int, n_contexts: int = 8, threshold: float
 
 
 class LatentReader:
-    """Reads the findings of any latent of one run. Every table is read once, when it is first needed.
+    """Reads the findings of any latent of one run, and every table only once.
 
     ``threshold`` is that of the definitions of shared.
     """

@@ -1,8 +1,8 @@
-"""Compare two runs: how far they agree, and the pairs that their latents make with both explanations of each.
+"""Compare two runs: how far they agree, and the pairs of their latents with both explanations.
 
-A pair is a latent of the first run and its decoder-matched partner in the second. Everything is read from the files of
-the stages; only a missing alignment is made first. :func:`compare_runs` describes all pairs, and :func:`chosen` selects
-those that a terminal shows: all would be too many to read, and the most alike alone would flatter.
+A pair is a latent of the first run and its decoder-matched partner in the second. Everything is read from files; only a
+missing alignment is made first. :func:`compare_runs` describes all pairs, and :func:`chosen` selects those that a
+terminal shows.
 """
 
 from __future__ import annotations
@@ -77,10 +77,9 @@ def compare_runs(
     Scores are those of the newest set-up that both runs have, else of the first run's newest. Raises NotFound if
     ``explainer`` made none of the first run's scores.
 
-    ``overlap`` and ``similarity`` are as in a report. ``agreement`` covers the pairs scored alike on both sides:
-    ``shared``, ``unshared`` and all ``together``. ``pairs`` has one entry for each latent of ``a`` with a partner, and
-    ``sides`` describes the two latents. ``lacking`` lists explained latents whose partner has no explanation, with the
-    commands that provide one.
+    ``agreement`` covers the pairs scored alike on both sides: ``shared``, ``unshared`` and all ``together``. ``pairs``
+    has one entry for each latent of ``a`` with a partner, and ``sides`` describes the two latents. ``lacking`` lists
+    explained latents whose partner has no explanation, with the commands that provide one.
     """
     view = View(a.name, definition, threshold, explainer=explainer)
     study = _with_common_setup(Study.open(a.root, [a.name, b.name], view), b)
@@ -320,10 +319,7 @@ def _n_explained(pair: Pair) -> int:
 
 @dataclass(frozen=True)
 class PairChoice:
-    """``n`` pairs in the order of ``sort``; without one, spread evenly over similarity.
-
-    ``sharing`` keeps only the pairs that are shared, or unshared, under the comparison's definition.
-    """
+    """``n`` pairs in the order of ``sort`` (default: spread evenly over similarity), all or only (un)shared ones."""
 
     n: int = SHOWN
     sort: Sort | None = None
@@ -357,8 +353,8 @@ def _sort_key(pair: Pair, sort: Sort | None) -> float:
 def chosen(pairs: Sequence[Pair], choice: PairChoice) -> dict[str, Any]:
     """Return the pairs to show, in order; ``n_of`` is how many they are chosen from, and ``says`` describes them.
 
-    They are chosen from the pairs explained on both sides, else from those explained on one, else from all whose
-    latents both fire; in an order by scores, from those scored on both sides.
+    Chosen from the pairs explained on both sides, else on one, else from all alive ones; in an order by scores, from
+    those scored on both sides.
     """
     kept = [pair for pair in pairs if choice.sharing == "any" or pair["is_shared"] == (choice.sharing == "shared")]
     kept, among = _among(kept, choice)

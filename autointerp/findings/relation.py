@@ -1,11 +1,9 @@
 """Relate the scores to the latents' return: do latents that come back explain better?
 
-The correlation is given raw and without the scores' noise; both also with the firing frequency held fixed, because
-frequent latents may return and be explained for that alone; then shared against unshared latents that fire equally
-often, and the mean score by quarters of similarity.
+The correlation is given raw and without the scores' noise, both also with the firing frequency held fixed; then shared
+against unshared latents of equal frequency, and the mean score by quarters of similarity.
 
-The latents of one run count as independent. A latent and its partners in other seeds are one observation, and are
-resampled together.
+The latents of one run count as independent. A latent and its partners in other seeds are resampled together.
 """
 
 from __future__ import annotations
@@ -92,8 +90,7 @@ class Part:
 def relation_findings(part: Part, *, n_bins: int = 4) -> dict[str, Any] | None:
     """Relate one run's scores to cross-seed similarity; ``None`` if fewer than three latents have both.
 
-    With a sample, everything is weighted and resampled within strata: see
-    :mod:`autointerp.findings.statistics.estimation`.
+    With a sample, weighted and resampled within strata (:mod:`autointerp.findings.statistics.estimation`).
     """
     table = part.joined()
     if len(table) < 3:
@@ -122,9 +119,8 @@ def relation_findings(part: Part, *, n_bins: int = 4) -> dict[str, Any] | None:
 def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> dict[str, Any] | None:
     """Return the same over several runs together; all intervals resample latents with their partners.
 
-    With samples, each run counts for the number of latents that its weighted sample is worth, (sum w)^2 / sum w^2.
-    Otherwise a few scored partners would count as much as another run's hundreds. ``None`` if fewer than two runs have
-    scores, or fewer than three latents.
+    With samples, each run counts for the effective size of its weighted sample, (sum w)^2 / sum w^2. ``None`` if fewer
+    than two runs have scores, or fewer than three latents.
     """
     tables = [part.joined() for part in parts]
     parts = [part for part, table in zip(parts, tables, strict=True) if len(table)]
@@ -267,8 +263,7 @@ def _corrected(
 def matched_difference(score: Floats, shared: Bools, frequency: Floats, resamples: Resamples) -> dict[str, Any]:
     """Return the mean score of shared latents less that of unshared ones: plain, and at equal firing frequency.
 
-    The matched difference is taken within quantiles of the frequency that hold both kinds, with the weights of least
-    variance.
+    Matched within quantiles of the frequency that hold both kinds, with the weights of least variance.
 
     Args:
         score: [N]

@@ -1,23 +1,20 @@
 """Estimate how reliable the scores are: how well they would agree with those of another draw of contexts.
 
-A score is a mean of yes and no over some fifty contexts of each kind. Its *reliability* is the rank correlation, over
-latents, of two such independent scores. To estimate it from one draw, the verdicts of each latent are split at random
-into two halves; the correlation r of their scores is stepped up to the full length by Spearman and Brown's formula,
-2 r / (1 + r), and averaged over many splits. A language model answers the contexts of one request together and may err
-on them together, so its halves are made of whole requests.
+The *reliability* is the rank correlation, over latents, of two independent scores. To estimate it from one draw, the
+verdicts of each latent are split at random into two halves; the correlation r of their scores is stepped up to the full
+length by Spearman and Brown's formula, 2 r / (1 + r), and averaged over many splits. A language model may err on the
+contexts of one request together, so its halves are made of whole requests. The reliability does not cover another
+*explanation* of the same latents.
 
-The reliability does not cover another *explanation* of the same latents. It is lower among latents that differ little.
-
-Noise in the scores weakens every correlation with them. Spearman's correlation of score and similarity is corrected
-for that (*disattenuated*, Spearman 1904); the similarity, computed from the weights, has no such noise:
+Noise in the scores weakens every correlation with them. Spearman's correlation of score and similarity is corrected for
+that (*disattenuated*, Spearman 1904); the similarity, computed from the weights, has no such noise:
 
     corrected = raw / sqrt(reliability)
 
 * The formula is derived for normal scores with equal noise. For ranks of balanced accuracies it is right within .02
   (simulated in ``benchmarks/correlation.py``). If many latents have *exactly* the same true score, the reliability is
   too large by about .02, and the correlation is corrected too little, by up to .04.
-* It removes noise only. If latents failed because they were hard, or the range of scores or similarities is cut, both
-  correlations are those of the remaining latents, and nearer to 0.
+* It removes noise only, not bias from failed latents or a cut range of scores.
 * Below a reliability of :data:`LEAST` nothing is corrected.
 """
 
@@ -67,10 +64,9 @@ class Halves:
     def of(cls, verdicts: pd.DataFrame, latents: Sequence[Any], seed: int = 0, splits: int | None = None) -> Halves:
         """Split the ``verdicts`` on ``latents``, in their order.
 
-        Args:
-            verdicts: ``latent``, ``truth`` and ``label``; none that failed. Verdicts of a latent with the same
-                ``request`` always go to the same half. Without requests, each half has the same number of activating
-                contexts and of silent ones, give or take one.
+        ``verdicts`` has ``latent``, ``truth`` and ``label``, none failed. Verdicts of a latent with the same
+        ``request`` go to the same half. Without requests, halves have equal numbers of activating and of silent
+        contexts, give or take one.
         """
         kept = verdicts[verdicts["latent"].isin(latents)]
         latent = pd.Index(latents).get_indexer(kept["latent"])
@@ -157,8 +153,8 @@ def corrected_spearman(
 def reliability_findings(rows: pd.DataFrame, verdicts: pd.DataFrame, sample: Sample | None) -> dict[str, Any] | None:
     """Return the reliability of one set-up's scores; ``None`` without verdicts.
 
-    With a ``sample``, it is that of the scores of all eligible latents (without finite population correction: most of
-    the uncertainty is the halves' own noise). ``verdicts`` are those behind the ``rows`` (:func:`verdicts_of`).
+    With a ``sample``, it is that of all eligible latents, without finite population correction. ``verdicts`` are those
+    behind the ``rows`` (:func:`verdicts_of`).
     """
     own = rows[rows["control"] == "none"].set_index("latent")
     weights = None if sample is None else sample.weights(set(own.index))

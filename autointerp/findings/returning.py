@@ -1,7 +1,6 @@
-"""How many latents come back when the SAE is trained again with another seed, and how training went.
+"""How many latents come back when the SAE is trained with another seed, and how training went.
 
-:mod:`sae.alignment.overlap` computes the figures. This module arranges them, and adds the figures that need firing
-counts: how often shared and unshared latents fire.
+Arranges the figures of :mod:`sae.alignment.overlap`, and adds how often shared and unshared latents fire.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Summarise the scores of one run and one set-up: how well its latents can be explained.
 
-Alongside the mean are two things that it hides: how many latents could not be scored and why, and how the same judge
-scores another latent's explanation (the swapped control). :mod:`autointerp.findings.relation` relates the scores to
-cross-seed similarity.
+Alongside the mean: how many latents could not be scored and why, and the swapped control.
 """
 
 from __future__ import annotations
@@ -84,10 +82,7 @@ def score_findings(
 
 
 def _precision(good: pd.DataFrame) -> dict[str, Any] | None:
-    """Describe adaptive judging: target half-width, reasons for stopping, and the mean number of contexts.
-
-    ``None`` if all contexts were judged.
-    """
+    """Describe adaptive judging: half-width, reasons for stopping, mean number of contexts. ``None`` if not used."""
     half_width = precision_of(good)
     if half_width is None:
         return None
@@ -149,11 +144,8 @@ class Swapped:
     def below(self, own: pd.DataFrame, value: str = "ba") -> dict[str, Any] | None:
         """Return the mean of own − swapped over the ``n`` latents with both, and the ``fraction`` above 0.
 
-        ``None`` if no latent has both.
-
-        Args:
-            own: rows by latent.
-            value: the prefix of the columns of the score's interval.
+        ``None`` if no latent has both. ``own``: rows by latent; ``value``: the prefix of the columns of the score's
+        interval.
         """
         column = "balanced_accuracy" if value == "ba" else value
         if column not in own or column not in self.rows:
@@ -195,8 +187,8 @@ def failed_answers(rows: pd.DataFrame) -> int:
 def _negatives(good: pd.DataFrame, of: Estimator, swapped: Swapped) -> dict[str, Any]:
     """Return for each harder kind of negative the mean over the latents that have it, and how many lack it.
 
-    ``random_mean`` is the score of the same latents over random negatives, ``swapped_mean`` the swapped control's over
-    this kind, ``above_control`` the difference. Empty if no score has a harder kind.
+    ``random_mean`` is the same latents' score over random negatives, ``swapped_mean`` the swapped control's over this
+    kind, ``above_control`` the difference.
     """
     found: dict[str, Any] = {}
     for kind in HARDER:
@@ -293,10 +285,7 @@ def _without_numbers(reason: object) -> str:
 
 
 def other_scorer_findings(study: Study, latents: pd.DataFrame, facts: JournalFacts) -> list[dict[str, Any]]:
-    """Return a row for each other scorer in the focus run's score table, of the same explainer and judge.
-
-    Scorers measure different things, so their scores are never averaged together.
-    """
+    """Return a row for each other scorer of the same explainer and judge; scorers are never averaged together."""
     if study.scores is None or "scorer" not in study.scores:
         return []
     view, setup = study.view, study.setup or {}

@@ -90,8 +90,8 @@ def findings(
 ) -> dict[str, Any]:
     """Return the findings of ``runs`` (one study's, under ``root``) as JSON values.
 
-    ``contexts`` maps (run, latent) to the contexts shown with the latents of ``interesting``. ``with_sweeps``: include
-    the rows about sweeps. Raises :class:`UserError` for unknown names and files that cannot be read.
+    ``contexts`` maps (run, latent) to the contexts shown with ``interesting`` latents. ``with_sweeps``: include the
+    rows about sweeps. Raises :class:`UserError` for unknown names and unreadable files.
     """
     return study_findings(Study.open(root, runs, view or View()), contexts, with_sweeps)
 

@@ -1,10 +1,7 @@
 """Ask a language model behind an OpenAI-compatible server, and pay for each answer once.
 
-    ask ── cached? ──► parse ──► out
-     └──► slot ──► limits ──► servers ──► transport ──► (busy? wait, again) ──► parse ──► (unusable? again) ──► cache
-
-A question crosses four other files: its bytes and the reading of the reply (``exchange``), the rate and the budget
-(``limits``), the choice of a server and the retries (``servers``), the connection and its failures (``transport``).
+ask ── cached? ──► parse ──► out
+ └──► slot ──► limits ──► servers ──► transport ──► (busy? wait, again) ──► parse ──► (unusable? again) ──► cache
 """
 
 from __future__ import annotations
@@ -133,7 +130,7 @@ class LlmClient:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the servers can do, as far as it is known."""
+        """The known capabilities of the servers."""
         return self._servers.capabilities
 
     @property
@@ -340,7 +337,7 @@ class ResponseCache:
     """Paid answers by content, in one SQLite file for all runs under a root. Threads and processes may share it.
 
     The key is a digest of the model, the messages, the parameters and the number of the replicate, not of the server.
-    An answer is committed before anyone sees it, so a killed process finds it again. Failures are not kept.
+    An answer is committed before it is used. Failures are not kept.
 
     :raises BadInput: the file is not such a cache.
     """

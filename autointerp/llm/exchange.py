@@ -1,7 +1,7 @@
-"""A request and its answer as values: the bytes and the cache key of a request, and the reading of a reply.
+"""Build a request's bytes and cache key, and read its reply.
 
-A reply without a usable answer (cut off, empty, refused, an error inside a 200) raises :class:`AnswerFailed` with its
-reason here, so that nothing downstream can mistake it for a "no" or a zero.
+A reply without a usable answer (cut off, empty, refused, an error inside a 200) raises :class:`AnswerFailed`, so that
+it is never taken for a "no" or a zero.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class Request:
         return hashlib.sha256(f'{head[:-1]},"messages":{self._written[0]},{tail[1:]}'.encode()).hexdigest()
 
     def parameters(self, model: str, without: Collection[str] = ()) -> dict[str, Any]:
-        """Return the body of the request but for its messages, less the parameters that the server does not take.
+        """Return the body without its messages and the parameters that the server does not take.
 
-        ``max_tokens`` among them means that the server wants it by its newer name.
+        ``max_tokens`` among them means that the server uses its newer name.
         """
         body: dict[str, Any] = {"model": model}
         body["max_completion_tokens" if "max_tokens" in without else "max_tokens"] = self.max_tokens

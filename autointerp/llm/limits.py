@@ -1,8 +1,4 @@
-"""Limit requests: how many are in flight, how many leave in a second or minute, and how much they may cost.
-
-There is no list of prices here, because prices change. Pass ``--price-in``, ``--price-cached`` and ``--price-out`` to
-get dollars.
-"""
+"""Limit requests: how many are in flight, how many leave in a second or minute, and how much they may cost."""
 
 from __future__ import annotations
 

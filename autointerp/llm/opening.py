@@ -1,7 +1,7 @@
 """Open the explainer or the judge of a command: by name or ``auto``, with its language model.
 
-A key in the environment alone configures nothing and spends nothing: ``auto`` is a language model only if a flag named
-an endpoint (an address, or a vLLM server started for the command) or a model, else the n-gram baseline.
+A key in the environment alone spends nothing: ``auto`` is a language model only if a flag named an endpoint or a model,
+else the n-gram baseline.
 """
 
 from __future__ import annotations

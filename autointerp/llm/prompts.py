@@ -3,14 +3,11 @@
 A conversation ``x`` is three files:
 
 * ``x.md``            the system message;
-* ``x_request.md``    the layout of a question (a Jinja template);
+* ``x_request.md``    the layout of a question (a Jinja template), also used for the examples;
 * ``x_examples.toml`` solved questions (``[[example]]`` tables): an ``answer`` and the template's values.
 
-Examples use the same template as real questions, so they cannot differ in layout. All messages before the last question
-have the same bytes in every request, so servers can cache them.
-
-The digest of the files is stored with every explanation and verdict: editing a prompt starts new results and keeps the
-old ones.
+All messages before the last question have the same bytes in every request, so servers can cache them. The digest of the
+files is stored with every explanation and verdict: editing a prompt starts new results and keeps the old ones.
 """
 
 from __future__ import annotations

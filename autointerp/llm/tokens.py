@@ -1,8 +1,7 @@
 """Count the tokens of a request without sending it, and the tokens that a prefix cache saves.
 
 Only the model's own tokenizer and chat template count exactly: here, or behind the server's ``/tokenize`` (vLLM,
-llama.cpp). Everything else is an estimate and says so. An impossible count of a server is not used: none for some text,
-far more tokens than bytes, the same for a short and a long text.
+llama.cpp). Everything else is an estimate and says so. Implausible counts of a server are not used.
 """
 
 from __future__ import annotations

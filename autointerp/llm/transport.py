@@ -7,13 +7,12 @@ A failed request becomes one of:
     Unavailable,      every request would fail in the same way (no server, refused key, no such model): stop at once,
     BadInput          before anything is spent, with one line for the user
 
-A key comes from the environment or from a file and goes into request headers, nowhere else. It configures nothing
-alone: without an address there is no client, so a key left in a shell's environment can never spend money. No message
-quotes a server's reply to a refused key, because some servers echo parts of it.
+A key comes from the environment or from a file and goes into request headers only. Without an address there is no
+client, so a key alone never spends money. No message quotes a reply to a refused key, because some servers echo parts
+of it.
 
-``openai`` uses aiohttp where that is installed (``openai[aiohttp]``), which halves the processor time of a request.
-Requests and replies are bytes: the SDK's typed methods walk every message of every request, which takes more time than
-everything else together.
+``openai`` uses aiohttp if installed (``openai[aiohttp]``), which halves the processor time of a request. Requests and
+replies are bytes, because the SDK's typed methods take more time than everything else together.
 """
 
 from __future__ import annotations

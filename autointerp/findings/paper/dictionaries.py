@@ -1,7 +1,6 @@
 """The paper's findings about the dictionaries: how much returns, how alike, and which latents.
 
-"Shared" is always the paper's definition, both matched cosines above .7 (``both``), because the reference values use
-it. Fractions are of alive latents.
+"Shared" is always the paper's definition, both matched cosines above .7 (``both``). Fractions are of alive latents.
 """
 
 from __future__ import annotations

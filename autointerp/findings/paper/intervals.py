@@ -2,8 +2,8 @@
 
 The pairs of S seeds are not independent: a seed is in S - 1 of them. So with more seeds than a figure needs, its
 interval is a jackknife over seeds (Student's t with S - 1 degrees of freedom), widened to the bootstrap over latents
-(:mod:`sae.alignment.bootstrap`) if that is wider: with three seeds a jackknife may be narrow by luck. With fewer seeds
-it is the bootstrap over latents alone, which says nothing of other seeds.
+(:mod:`sae.alignment.bootstrap`) if that is wider. With fewer seeds it is the bootstrap alone, which does not cover
+other seeds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Compute correlations, quantiles and means with their intervals, in NumPy and SciPy alone.
 
-A detection score rests on some fifty contexts of each kind, so its interval is about ten points wide. Each method here
-was chosen for its coverage at such sizes and near perfect scores, where the textbook (Wald) intervals collapse; the
-tests measure the coverage by simulation.
+Each method was chosen for its coverage with some fifty contexts of each kind and near perfect scores, where the
+textbook (Wald) intervals collapse; the tests measure the coverage by simulation.
 
 NaN raises ``ValueError``: callers must count what failed. The result is NaN if nothing can be measured (no value, a
 constant variable).
@@ -54,8 +53,7 @@ def spearman(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Estimate:
 def partial_spearman(x: ArrayLike, y: ArrayLike, covariates: ArrayLike, level: float = 0.95) -> Estimate:
     """Return Spearman's correlation of x [N] and y [N] with the ranks of the covariates ([N] or [C, N]) held fixed.
 
-    It correlates the residuals of the ranks of x and y after regression on the ranks of the covariates; the interval
-    loses one degree of freedom per covariate.
+    Correlates the residuals of the ranks after regression; the interval loses one degree of freedom per covariate.
     """
     a, b = check_finite(x), check_finite(y)
     held = np.asarray(covariates, dtype=np.float64)
@@ -97,8 +95,8 @@ def stratified_spearman(
 ) -> Stratified:
     """Return Spearman's correlation of x [N] and y [N] within quantiles of a covariate [N].
 
-    Unlike a partial correlation, it does not assume that the covariate acts monotonically. Equal covariates are in the
-    same stratum, so there may be fewer strata than requested. Pooled: the mean of Fisher's z weighted by n - 3.
+    Unlike a partial correlation, assumes no monotonic effect. Equal covariates share a stratum, so there may be fewer
+    strata than requested. Pooled: the mean of Fisher's z weighted by n - 3.
     """
     a, b, c = check_finite(x), check_finite(y), check_finite(covariate)
     if not len(a) == len(b) == len(c):

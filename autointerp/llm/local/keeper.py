@@ -1,13 +1,13 @@
 """End a server that this program started, however this program ends.
 
 A killed program (``kill -9``, out of memory) cannot stop its server. So this process stands between them and holds one
-end of a pipe, whose other end only the program has. When that end closes, this process ends the server and everything
-it started: first by asking, then by killing.
+end of a pipe. When the program's end closes, this process ends the server and everything it started: first by asking,
+then by killing.
 
-Linux's ``PR_SET_PDEATHSIG`` is simpler, but reaches only the first process, can be ignored, and acts already when the
-*thread* ends that started the server. It is a second line here, in case this process is killed.
-``PR_SET_CHILD_SUBREAPER`` gives the server's orphans to this process and not to the system's first one, which in a
-container may not reap them. The server's temporary files (mostly sockets) are in a folder that is deleted at its end.
+``PR_SET_PDEATHSIG`` reaches only the first process, can be ignored, and acts when the starting *thread* ends, so it is
+only a second line in case this process is killed. ``PR_SET_CHILD_SUBREAPER`` gives the server's orphans to this
+process, because the first process of a container may not reap them. The server's temporary files (mostly sockets) are
+in a folder that is deleted at its end.
 
 Run as ``python keeper.py PARENT GRACE COMMAND…`` with the pipe as standard input: the program's process id, and the
 seconds between asking and killing. It exits as the server did. It imports nothing of ours.
