@@ -71,4 +71,4 @@ def test_a_cheating_judge_is_found_out(explained: Path, tmp_path: Path, monkeypa
     assert report["control"]["leaks"] is True
     told = " ".join(cli("report", "--full", "--sae", "known_a", "--root", root).well().out.split())
     assert "judge or sampling lean to one answer" in told
-    assert "score no higher than the latents of an SAE that was not trained at all" in told
+    assert "score no higher than those of an SAE that was not trained at all" in told
