@@ -264,12 +264,12 @@ class Study:
         trained = [run.name for run in self.runs if run.is_trained]
         untrained = [run.name for run in self.runs if not run.is_trained and not run.imported]
         if untrained:
-            says = f"Not trained to the end: {', '.join(untrained)}. With the same options as before, this goes on:"
+            says = f"Not trained to the end: {', '.join(untrained)}. To resume, give the options as before to:"
             yield "train", says, [*train, *map(str, seeds)]
         for run in self.runs:
             if run.imported and not run.is_trained:
                 words = ["import", "--from", str(run.imported["from"]), "--name", run.name, "--study", run.study]
-                yield "train", f"Not imported to the end: {run.name}. This goes on:", words
+                yield "train", f"Not imported to the end: {run.name}. To resume:", words
         unharvested = [name for name in self.names if name not in self.firing]
         if unharvested:
             chosen = [word for name in unharvested for word in ("--sae", name)]

@@ -70,9 +70,9 @@ def describe_controls(tree: Tree) -> Iterator[Block]:
         yield Sentence(
             [
                 Span("! ", "warn"),
-                f"The swapped control scores {estimate(control['mean'], control['interval'])} and not .5: judge or "
-                "sampling lean to one answer, so latents score without their explanation. The difference from the "
-                "control is still valid. Without any such lean, one study in twenty shows this warning.",
+                f"The swapped control scores {estimate(control['mean'], control['interval'])} and not .5: the judge "
+                "finds some answers without the explanation. The difference from the control is still valid. By "
+                "chance alone, one study in twenty shows this warning.",
             ]
         )
     if control is not None and is_known(control["above_control"]["fraction"]):

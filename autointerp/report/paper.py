@@ -23,7 +23,7 @@ def findings(found: Mapping[str, Any]) -> Section | None:
         return None
     says = (
         "Each finding of Paulo & Belrose (arXiv 2501.16615), decided by a written rule on an interval: it agrees in "
-        "direction, disagrees, or cannot be told from these data."
+        "direction, disagrees, or cannot be decided from these data."
     )
     details = [block for row in rows for block in _describe(row)]
     return Section("The paper's findings, measured here", says, [Sentence(tally(rows))], details)

@@ -110,7 +110,7 @@ def _interpretability(found: Findings) -> Iterator[str]:
     if above:
         yield f"This is {listed([f'{_apart(x)} the {name}' for name, x in above])}."
     if tree["control"] is not None and tree["control"]["leaks"]:
-        yield "The swapped control is not at .5: judge or sampling lean to one answer (see below)."
+        yield "The swapped control is not at .5: some of the score does not come from the explanations (see below)."
 
 
 def _apart(difference: Mapping[str, Any]) -> str:

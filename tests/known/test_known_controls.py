@@ -56,7 +56,7 @@ def test_meaningful_latents_score_above_both_control_saes(explained: Path, tmp_p
     told = " ".join(cli("report", "--full", "--sae", "known_a", "--root", root).well().out.split())
     assert "score higher than those of an SAE whose random decoder was never trained" in told
     assert "score higher than those of an SAE that was not trained at all" in told
-    assert "lean to one answer" not in told
+    assert "finds some answers without the explanation" not in told
 
 
 def test_a_cheating_judge_is_found_out(explained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,5 +70,5 @@ def test_a_cheating_judge_is_found_out(explained: Path, tmp_path: Path, monkeypa
     assert (report["mean"], report["control"]["mean"]) == (1, 1)
     assert report["control"]["leaks"] is True
     told = " ".join(cli("report", "--full", "--sae", "known_a", "--root", root).well().out.split())
-    assert "judge or sampling lean to one answer" in told
+    assert "judge or sampling finds some answers without the explanation" in told
     assert "score no higher than those of an SAE that was not trained at all" in told

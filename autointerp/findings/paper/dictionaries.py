@@ -243,7 +243,7 @@ def _frequent_though_unshared(of: Dictionaries) -> float:
 SHARED = About(
     "shared",
     "two seeds share a part of their latents, not all",
-    "32k latents: .416 both (.53 as told in the blog, by decoder alone)",
+    "32k latents: .416 both (.53 according to the blog, by decoder alone)",
     "fraction shared by two seeds (both)",
 )
 BIMODAL = About(
@@ -262,7 +262,7 @@ DISAGREE = About(
 THIRD_SEED = About(
     "third-seed",
     "a third seed lowers the fraction found in no other SAE",
-    ".099 (.583 of two, .484 of three); as told in the blog .12",
+    ".099 (.583 of two, .484 of three); according to the blog .12",
     "fall of the fraction found in one SAE alone, from two SAEs to three",
 )
 RETAINED = About(

@@ -93,11 +93,11 @@
   }
 
   function verdicts(detail) {
-    const told = detail.verdicts;
-    if (told === null) return [];
-    const counts = told.counts.map((of) => `${KINDS[of.kind] ?? of.kind}: ${of.n_right} of ${of.n} right`).join(" · ");
-    const failed = told.n_failed > 0 ? ` · ${count(told.n_failed)} answers failed and count in none` : "";
-    const lines = told.shown.flatMap((of) => {
+    const verdicts = detail.verdicts;
+    if (verdicts === null) return [];
+    const counts = verdicts.counts.map((of) => `${KINDS[of.kind] ?? of.kind}: ${of.n_right} of ${of.n} right`).join(" · ");
+    const failed = verdicts.n_failed > 0 ? ` · ${count(verdicts.n_failed)} answers failed and count in none` : "";
+    const lines = verdicts.shown.flatMap((of) => {
       const right = of.truth === of.label;
       const p = Report.known(of.p) ? ` (P ${decimal(of.p, 2)})` : "";
       const words = `${KINDS[of.kind ?? "active"] ?? of.kind}; judged ${of.label ? "active" : "silent"}${p}`;
@@ -123,7 +123,7 @@
       element("h4", {}, foreign(match.run), element("span", { class: "quiet" }, `latent ${match.decoder_partner ?? "–"}`), element("span", { class: `badge ${holds.includes("strict") ? "all" : "one"}` }, holds.length ? holds.join(", ") : "not shared")),
       element("p", { class: "quiet" }, `${space("encoder")} · ${space("decoder")}`),
       behaviour === null ? null : element("p", { class: "quiet" }, behaviour.jaccard_partner === null ? "By firing nothing is paired with it." : `By firing: ${behaviour.jaccard_partner}, Jaccard ${decimal(behaviour.jaccard, 2)}`),
-      relation === null ? null : element("p", { class: "quiet" }, `There it ${relation}${behaviour.relation_latents?.length ? ` (${behaviour.relation_latents.join(", ")}; ${percent(behaviour.relation_covered)} of its firings)` : ""}`),
+      relation === null ? null : element("p", { class: "quiet" }, `In the other SAE it ${relation}${behaviour.relation_latents?.length ? ` (${behaviour.relation_latents.join(", ")}; ${percent(behaviour.relation_covered)} of its firings)` : ""}`),
       match.explanation === null ? null : element("p", { class: "said" }, foreign(match.explanation)),
       match.score === null ? null : element("p", {}, `score ${decimal(match.score, 2)}`),
       match.contexts.map(context),
@@ -131,23 +131,23 @@
   }
 
   function own(detail) {
-    const told = detail.explanations.find((entry) => entry.text !== null);
+    const explanation = detail.explanations.find((entry) => entry.text !== null);
     const run = Report.data("columns").run;
     return element(
       "article",
       {},
       element("h4", {}, foreign(run), element("span", { class: "quiet" }, `latent ${detail.latent}`)),
-      told ? element("p", { class: "said" }, foreign(told.text)) : null,
+      explanation ? element("p", { class: "said" }, foreign(explanation.text)) : null,
       detail.contexts.slice(0, 4).map(context),
     );
   }
 
   function body(latent, detail) {
     if (detail === null) {
-      const told = Report.latents().explanation(latent);
+      const explanation = Report.latents().explanation(latent);
       return [
         head(latent, null),
-        told === null ? null : element("p", { class: "said" }, foreign(told)),
+        explanation === null ? null : element("p", { class: "said" }, foreign(explanation)),
         element("p", {}, "Its contexts, verdicts and partners are not in this file, which holds those of a sample. To see them:"),
         element("pre", { class: "command" }, element("code", {}, document.querySelector("#latents .says code")?.textContent.replace(/--latent \d+/, `--latent ${latent}`) ?? "")),
       ];

@@ -85,11 +85,11 @@
         : `score ${decimal(latents.score(latent), 2)} ${interval(latents.low(latent), latents.high(latent))}`,
       latents.frequency(latent) === null ? null : `fires ${rate(latents.frequency(latent))}`,
     ];
-    const told = latents.explanation(latent);
+    const explanation = latents.explanation(latent);
     return [
       element("strong", {}, `latent ${latent}`),
       facts.filter((fact) => fact !== null).join(" · "),
-      told === null ? null : element("p", {}, Report.foreign(told.length > 240 ? `${told.slice(0, 240)}…` : told)),
+      explanation === null ? null : element("p", {}, Report.foreign(explanation.length > 240 ? `${explanation.slice(0, 240)}…` : explanation)),
     ];
   }
 

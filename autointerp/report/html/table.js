@@ -79,7 +79,7 @@
   function cells(latent) {
     const latents = Report.latents();
     const status = latents.status(latent);
-    const told = latents.explanation(latent);
+    const explanation = latents.explanation(latent);
     const cell = (names, ...children) => element("div", { role: "gridcell", class: names }, ...children);
     const held = Report.data("places")[latent] !== undefined;
     const score = decimal(latents.score(latent), 2);
@@ -90,7 +90,7 @@
       cell("number wide-only", rate(latents.frequency(latent))),
       cell("number wide-only", `${score} ${interval(latents.low(latent), latents.high(latent))}`),
       cell("number wide-only", decimal(latents.control(latent), 2)),
-      cell("", told === null ? element("span", { class: "quiet" }, status) : foreign(told.slice(0, 300))),
+      cell("", explanation === null ? element("span", { class: "quiet" }, status) : foreign(explanation.slice(0, 300))),
       cell("number narrow-only", score),
     ];
   }

@@ -138,7 +138,7 @@ def test_a_swapped_control_far_from_half_is_reported(tmp_path: Path, swapped: fl
     assert tree["leaks"] is leaks
     low, high = tree["interval"]
     assert leaks is not (low <= 0.5 <= high)
-    assert ("judge or sampling lean to one answer" in " ".join(page_of(tmp_path).split())) is leaks
+    assert ("finds some answers without the explanation" in " ".join(page_of(tmp_path).split())) is leaks
 
 
 def test_every_mean_has_its_distance_to_control(tmp_path: Path) -> None:
