@@ -130,7 +130,7 @@ def test_an_activation_factor_is_folded_into_the_weights(sae_lens: Any, tmp_path
         acts = training.encode(x * 0.31)  # what it computes while it trains
         check_alike(load_sae(tmp_path / "checkpoint"), x, acts, training.decode(acts) / 0.31)
     training.save_inference_model(tmp_path / "unfolded")
-    with pytest.raises(BadInput, match="no activation_scaler.json gives the factor; fold it"):
+    with pytest.raises(BadInput, match=r"no activation_scaler\.json gives the factor; fold it"):
         load_sae(tmp_path / "unfolded")
     training.fold_activation_norm_scaling_factor(0.31)
     training.save_inference_model(tmp_path / "folded")
