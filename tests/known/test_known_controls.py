@@ -70,5 +70,5 @@ def test_a_cheating_judge_is_found_out(explained: Path, tmp_path: Path, monkeypa
     assert (report["mean"], report["control"]["mean"]) == (1, 1)
     assert report["control"]["leaks"] is True
     told = " ".join(cli("report", "--full", "--sae", "known_a", "--root", root).well().out.split())
-    assert "judge or sampling finds some answers without the explanation" in told
+    assert "judge finds some answers without the explanation" in told
     assert "score no higher than those of an SAE that was not trained at all" in told
