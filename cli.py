@@ -12,7 +12,7 @@ except ImportError as error:
 import typer
 
 from autointerp.command_line import dictionaries, explaining, reading
-from autointerp.command_line.ending import INTERRUPTED, TERMINATED, end, one_line_errors
+from autointerp.command_line.ending import INTERRUPTED, TERMINATED, end, leave, one_line_errors
 from autointerp.command_line.groups import Command
 from autointerp.command_line.values import spread_lists
 from sae.common import launch
@@ -56,7 +56,7 @@ def main() -> None:
     if code in (INTERRUPTED, TERMINATED):
         signal = "interrupted" if code == INTERRUPTED else "terminated"
         end(code, f"\n{signal}; finished work is kept, run the same command to resume")
-    sys.exit(code or 0)
+    leave(code or 0)
 
 
 if __name__ == "__main__":

@@ -119,3 +119,12 @@ def end(code: int, line: str, result: str | None = None) -> NoReturn:
         end_rank(code, print_end)
     print_end()
     sys.exit(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process of a command that has printed its result."""
+    if launch.launched():
+        from sae.common.torchrun import leave_rank
+
+        leave_rank(code)
+    sys.exit(code)

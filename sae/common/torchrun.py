@@ -219,7 +219,7 @@ def end_rank(code: int, speak: Callable[[], None]) -> NoReturn:
     if mine:
         speak()
         sys.stdout.flush()
-        sys.stderr.flush()
+        sys.stderr.flush()  # before torchrun ends all ranks
     try:
         if store is not None and mine:
             store.set("said", "1")
@@ -227,7 +227,18 @@ def end_rank(code: int, speak: Callable[[], None]) -> NoReturn:
             store.wait(["said"], _LAST_WORDS)  # torchrun ends all ranks once one has ended
     except RuntimeError:
         pass
-    os._exit(code)  # destructors of the process group could wait for the other ranks
+    leave_rank(code)
+
+
+def leave_rank(code: int) -> NoReturn:
+    """End this rank's process without Python's finalization.
+
+    Finalization sometimes aborts in a thread of the process group after all work is done, and its destructors may wait
+    for the other ranks.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _store() -> dist.Store:

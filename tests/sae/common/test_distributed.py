@@ -257,3 +257,13 @@ def test_out_of_memory_is_no_lost_rank() -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     with pytest.raises(RankLost, match="lost the other ranks"), _lost_ranks():
         raise RuntimeError("Connection closed by peer")
+
+
+def test_a_finished_rank_skips_finalization() -> None:
+    code = "import atexit, cli; atexit.register(print, 'finalized'); cli.main()"
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "train", "--help"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "Usage" in ended.stdout
+    assert "finalized" not in ended.stdout
