@@ -17,9 +17,8 @@ from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.scorers.base import HARDER
 from autointerp.scoring.setups import plain, precision_of, rows_of, setups_of
-from sae.alignment.alignment import read_alignment
+from sae.alignment.alignment import pair_path, read_alignment, read_sides
 from sae.alignment.overlap import DEFINITIONS, shared
-from sae.alignment.pairs import pair_path, read_sides
 from sae.common.commands import command
 from sae.common.errors import NotFound
 from sae.common.files import SCHEMA, read_table

@@ -22,8 +22,8 @@ from autointerp.findings.json_values import to_json
 from autointerp.findings.pairs import METHODS, agreement, good_scores, scored_alike, scored_pairs
 from autointerp.findings.returning import overlap_findings, similarity_findings
 from autointerp.scoring.setups import rows_of, setups_of, status_kind, wanted_of
+from sae.alignment.alignment import pair_path
 from sae.alignment.overlap import DEFINITIONS, shared, similarity
-from sae.alignment.pairs import pair_path
 from sae.common.commands import command, shell_command
 from sae.common.errors import BadInput
 from sae.common.estimate import Estimate

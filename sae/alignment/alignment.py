@@ -1,8 +1,7 @@
 """Match the latents of two dictionaries one to one, with the largest sum of cosines and a proof that it is largest.
 
-Encoder rows and decoder rows are matched separately, at unit length (Paulo & Belrose, arXiv 2501.16615). Small pairs
-are matched with all cosines in memory (``sae.alignment.matching.dense``), wide ones without
-(``sae.alignment.matching.best``), always over all pairs.
+Encoder rows and decoder rows are matched separately, at unit length, over all pairs (Paulo & Belrose, arXiv 2501.16615;
+``sae.alignment.matching.best``). Tables about two runs, one file per pair, have a row per latent of each.
 
 Column prices v (zero or more, where columns are left over) bound *every* matching:
 
@@ -15,8 +14,8 @@ from the weights alone, without trusting the solver.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -25,15 +24,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from sae.alignment.matching.dense import Matching, blocks, match_all_pairs, normalize_rows
-from sae.alignment.pairs import pair_path, read_sides, write_sides
 from sae.common.commands import command
-from sae.common.errors import BadInput
-from sae.common.files import SCHEMA, read_json, write_json
+from sae.common.errors import BadInput, NotFound, suggest
+from sae.common.files import SCHEMA, read_json, read_table, table_metadata, write_json, write_table
+
+Sides = tuple[pd.DataFrame, pd.DataFrame]
 
 SPACES = ("encoder", "decoder")
 UNMATCHED = -1
-_DENSE = 2048**2  # pairs up to which SciPy is as fast as the search, which is compiled first
+_BLOCK = 256  # rows at a time: a block of a 32k-wide matrix is 64 MB
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,13 @@ def align(
 ) -> Alignment:
     """Match two dictionaries exactly, in encoder and decoder space.
 
-    Memory holds a rounded copy of one space's rows and about 3 kB per latent of candidates; all pairs up to 2,048².
+    Memory holds a rounded copy of one space's rows and about 3 kB per latent of candidates.
 
     Args:
         W_enc_a, W_dec_a: [M_a, D] rows of the first, of any length.
         W_enc_b, W_dec_b: [M_b, D] rows of the second; M_b may differ from M_a.
         names: of the runs, for messages and for the certificate.
-        precision: of the products that search wide pairs; it can change which of equally good matchings results.
+        precision: of the products that screen all pairs; it can change which of equally good matchings results.
         device: the torch device that forms these products.
     Raises:
         BadInput: the dictionaries differ in D or hold NaN.
@@ -101,6 +100,8 @@ def align(
     if n_a > n_b:  # the solver and the prices need the narrower dictionary in the rows
         exchanged = (names[1], names[0])
         return align(*second, *first, names=exchanged, precision=precision, device=device).swapped()
+    from sae.alignment.matching.best import find_best_matching  # loads torch, which readers of alignments do without
+
     table_a = pd.DataFrame({"latent": np.arange(n_a)})
     table_b = pd.DataFrame({"latent": np.arange(n_b)})
     certificate: dict[str, Any] = {
@@ -111,7 +112,7 @@ def align(
         "bound": "sum of column prices v plus sum over rows of max(c - v)",
     }
     for space, rows, columns in zip(SPACES, first, second, strict=True):
-        found = _match(rows, columns, precision, device)
+        found = find_best_matching(rows, columns, precision=precision, device=device)
         inverse = np.full(n_b, UNMATCHED, np.int32)
         inverse[found.partner] = np.arange(n_a)
         cosine = np.where(inverse == UNMATCHED, np.nan, found.cosine[inverse])
@@ -123,12 +124,11 @@ def align(
             table[f"max_{space}_cosine"] = near.cosine.astype(np.float32)
             table[f"{space}_price"] = price
         certificate[space] = _certificate(found.sum, found.upper_bound, n_a)
-        if found.candidates:
-            certificate.setdefault("search", {})[space] = {
-                "candidates": found.candidates,
-                "rounds": found.rounds,
-                "products": round(found.share_of_pairs, 4),
-            }
+        certificate.setdefault("search", {})[space] = {
+            "candidates": found.candidates,
+            "rounds": found.rounds,
+            "products": round(found.share_of_pairs, 4),
+        }
     return Alignment(table_a, table_b, certificate)
 
 
@@ -151,10 +151,10 @@ def verify(
         one_to_one = one_to_one and partner.min() >= 0 and len(np.unique(partner)) == len(partner)
         if not one_to_one or partner.max() >= len(columns):
             raise BadInput(f"the {space} matching is not one-to-one between these dictionaries; align them again")
-        matched = sum(float((rows[block] * columns[partner[block]]).sum()) for block in blocks(len(rows)))
+        matched = sum(float((rows[block] * columns[partner[block]]).sum()) for block in _blocks(len(rows)))
         if len(rows) < len(columns):
             prices = np.maximum(prices, 0)
-        earned = sum(float((rows[block] @ columns.T - prices).max(axis=1).sum()) for block in blocks(len(rows)))
+        earned = sum(float((rows[block] @ columns.T - prices).max(axis=1).sum()) for block in _blocks(len(rows)))
         found[space] = _certificate(matched, earned + float(prices.sum()), len(rows))
     return found
 
@@ -167,6 +167,41 @@ def pairs(runs: Sequence[str]) -> list[tuple[str, str]]:
     if len(runs) < 2:
         raise BadInput(f"{runs[0]!r} alone cannot be aligned: name at least two runs" if runs else "no runs to align")
     return list(combinations(runs, 2))
+
+
+def pair_path(folder: Path, a: str, b: str) -> Path | None:
+    """Return the path of a pair's table, whichever of the two was named first; ``None`` if there is none."""
+    both = (folder / f"{a}--{b}.parquet", folder / f"{b}--{a}.parquet")
+    return next((path for path in both if path.exists()), None)
+
+
+def pair_inputs(folder: Path, a: str, b: str) -> Any:
+    """Return the ``inputs`` that the pair's table was made from, ``None`` if there is none; others make it stale."""
+    path = pair_path(folder, a, b)
+    return table_metadata(path).get("inputs") if path else None
+
+
+def write_sides(path: Path, names: tuple[str, str], sides: Sides, **metadata: Any) -> None:
+    """Write both sides as one table with a first column ``run``."""
+    named = [side.assign(run=name) for name, side in zip(names, sides, strict=True)]
+    table = pd.concat(named, ignore_index=True)
+    write_table(path, table[["run", *(c for c in table if c != "run")]], runs=list(names), **metadata)
+
+
+def read_sides(folder: Path, a: str, b: str, columns: Sequence[str] | None = None) -> Sides:
+    """Read the table of two runs as seen from ``a`` and from ``b``; of ``columns``, those that it has."""
+    path = pair_path(folder, a, b)
+    if path is None:
+        known = [p.stem for p in folder.glob("*--*.parquet")]
+        hint = f"; there is {suggest(f'{a}--{b}', known)}" if known else ""
+        raise NotFound(f"{a!r} and {b!r} are not aligned yet{hint}; run `{command(folder.parent, 'align', a, b)}`")
+    try:
+        table = read_table(path, None if columns is None else ["run", *columns])
+        one, other = (table[table["run"] == name].drop(columns="run").reset_index(drop=True) for name in (a, b))
+    except (BadInput, OSError, ValueError, KeyError):
+        again = command(folder.parent, "align", a, b)
+        raise BadInput(f"{str(path)!r} cannot be read; delete it and run `{again}`") from None
+    return one, other
 
 
 def write_alignment(folder: Path, a: str, b: str, alignment: Alignment, inputs: Any) -> Path:
@@ -206,29 +241,13 @@ def read_both_ways(folder: Path, runs: Sequence[str]) -> dict[tuple[str, str], p
     return found
 
 
-def _match(
-    rows: NDArray[Any], columns: NDArray[Any], precision: Literal["auto", "float32", "bfloat16"], device: str
-) -> Matching:
-    """Match rows [n, D] to columns [m, D], n ≤ m, by the solver for their size."""
-    n, m, d = len(rows), len(columns), rows.shape[1]
-    if n * m <= _DENSE:
-        found = match_all_pairs(normalize_rows(rows) @ normalize_rows(columns).T)
-        found = replace(found, upper_bound=found.upper_bound + n * (d + 16) * 2.0**-52)  # float64's error in a cosine
-        # Rows in a plane or near a line form chains so long that the prices are not found in time.
-        if _certificate(found.sum, found.upper_bound, n)["certified"]:
-            return found
-    from sae.alignment.matching.best import find_best_matching  # loads torch, which small pairs and readers do without
-
-    return find_best_matching(rows, columns, precision=precision, device=device)
-
-
 def _checked(weights: ArrayLike, name: str, space: str) -> NDArray[Any]:
     rows = np.asarray(weights)
     if rows.ndim != 2 or not rows.size:
         raise BadInput(f"{name}: the {space} has shape {rows.shape}, not [M, D]; is its file complete?")
     if rows.dtype.kind != "f":
         rows = rows.astype(np.float64)
-    broken = np.concatenate([~np.isfinite(rows[block]).all(axis=1) for block in blocks(len(rows))]).nonzero()[0]
+    broken = np.concatenate([~np.isfinite(rows[block]).all(axis=1) for block in _blocks(len(rows))]).nonzero()[0]
     if len(broken):
         raise BadInput(
             f"{name}: {len(broken)} {space} rows hold NaN or infinity (the first is latent {broken[0]}); train it again"
@@ -242,3 +261,19 @@ def _certificate(matched: float, bound: float, n: int) -> dict[str, Any]:
     gap = max(gap, 0.0) if certified else gap
     figures = {"matched": n, "sum": matched, "mean": matched / n, "upper_bound": bound}
     return {**figures, "gap": gap, "gap_per_latent": gap / n, "certified": certified}
+
+
+def normalize_rows(weights: ArrayLike) -> NDArray[np.float64]:
+    """Return [M, D] rows at unit length, in float64; rows of zeros stay zero."""
+    rows = np.array(weights, dtype=np.float64)
+    # Scaled first, so that very small and very large rows have a norm.
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    np.divide(rows, largest, out=rows, where=largest > 0)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    np.divide(rows, length, out=rows, where=length > 0)
+    return rows
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    for start in range(0, n, _BLOCK):
+        yield slice(start, start + _BLOCK)

@@ -23,10 +23,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sae.alignment import relation
+from sae.alignment.alignment import Sides
 from sae.alignment.cofiring import Cofirings, count_cofirings, jaccard
 from sae.alignment.matching.sparse import Graph, solve
 from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
-from sae.alignment.pairs import Sides
 from sae.alignment.rebuilding import rebuild
 from sae.firings.store import FiringStore
 

@@ -22,9 +22,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sae.alignment.alignment import align
+from sae.alignment.alignment import Sides, align
 from sae.alignment.bootstrap import Tables
-from sae.alignment.pairs import Sides
 
 ROTATED, SHIFTED = "rotated", "shifted"
 NULLS = {ROTATED: "the sibling rotated at random: the same geometry within it, nothing in common but by chance"}

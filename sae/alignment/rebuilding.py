@@ -22,7 +22,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from sae.alignment.matching.dense import normalize_rows
+from sae.alignment.alignment import normalize_rows
 
 TERMS = 4
 _POOL = 64

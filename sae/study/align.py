@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sae.alignment.pairs import pair_inputs, pair_path, read_sides
+from sae.alignment.alignment import (
+    Alignment,
+    align,
+    pair_inputs,
+    pair_path,
+    pairs,
+    read_alignment,
+    read_both_ways,
+    read_sides,
+    write_alignment,
+    write_sides,
+)
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import digest, read_table, table_columns, table_metadata, write_table
 from sae.common.progress import say, track
@@ -34,8 +45,6 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
         nulls: also match rotated siblings and compare moved firings (:mod:`sae.alignment.nulls`): twice the work.
         force: align runs of different studies or hookpoints too.
     """
-    from sae.alignment.alignment import pairs
-
     by_name = {run.name: run for run in runs}
     wanted = [(by_name[a], by_name[b]) for a, b in pairs([run.name for run in runs])]
     root = runs[0].root
@@ -82,7 +91,6 @@ def explain_difference(runs: Sequence[Run]) -> str | None:
 
 
 def _align_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) -> None:
-    from sae.alignment.alignment import Alignment, align, write_alignment
     from sae.alignment.nulls import NULLS, add_null
 
     device = compute.resolve()
@@ -152,11 +160,9 @@ def share_tokens(a: Run, b: Run) -> bool:
 
 
 def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) -> None:
-    from sae.alignment.alignment import read_alignment
     from sae.alignment.behaviour import Member, behaviour
     from sae.alignment.nulls import draw_offset, rotate_sibling
     from sae.alignment.overlap import shared
-    from sae.alignment.pairs import write_sides
 
     device, weights = compute.resolve(), _Rows()
     total = sum(run.store().num_latents for pair in pairs for run in pair) * (2 if nulls else 1)
@@ -212,7 +218,6 @@ def is_compared(a: Run, b: Run) -> bool:
 
 def _write_overlap(run: Run) -> None:
     """Write the run's overlap table over its aligned siblings, unless it is up to date."""
-    from sae.alignment.alignment import read_alignment
     from sae.alignment.latent_table import latent_table
 
     siblings, inputs = _overlap_inputs(run)
@@ -256,7 +261,6 @@ class Compared(NamedTuple):
 
 
 def read_comparison(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
-    from sae.alignment.alignment import read_both_ways
     from sae.alignment.overlap import DIPS, overlap
 
     names, root = [run.name for run in runs], runs[0].root

@@ -98,7 +98,7 @@ def test_a_second_call_does_nothing(root: Path, recipe: Path, monkeypatch: pytes
     monkeypatch.setattr(NgramExplainer, "explain", refuse)
     monkeypatch.setattr("autointerp.scoring.judges.ngram.NgramJudge.judge", refuse)
     monkeypatch.setattr("sae.activations.subject.Subject.load", refuse)
-    monkeypatch.setattr("sae.alignment.alignment.align", refuse)
+    monkeypatch.setattr("sae.study.align.align", refuse)
     assert (
         "already trained"
         in cli("train", "--no-controls", "--seeds", 0, 1, "--recipe", recipe, "--root", root).well().err
@@ -160,7 +160,7 @@ def test_align_answers_under_the_given_definition_and_threshold(root: Path, monk
     path = root / "alignments" / "run_a--run_b.parquet"
     old = read_table(path).assign(encoder_cosine__gaussian=0.5)  # as earlier versions wrote
     write_table(path, old, inputs=table_metadata(path)["inputs"])
-    monkeypatch.setattr("sae.alignment.alignment.align", refuse)
+    monkeypatch.setattr("sae.study.align.align", refuse)
     monkeypatch.setattr("sae.alignment.behaviour.behaviour", refuse)
     before = tree(root)
     options = ("--definition", "decoder", "--threshold", "0.3", "--root", root)

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from autointerp.journal.journal import Journal
-from sae.alignment.pairs import pair_path, read_sides
+from sae.alignment.alignment import pair_path, read_sides
 from sae.common.commands import command
 from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table

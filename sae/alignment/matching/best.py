@@ -22,7 +22,7 @@ Shapes: n rows, m columns, D model width.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import fsum
 from typing import Literal
 
@@ -31,7 +31,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from sae.alignment.matching.candidates import TOLERANCE, Pairs, find_violations, join, shortlist
-from sae.alignment.matching.dense import EQUAL, Matching, Nearest
 from sae.alignment.matching.directions import Directions, Floats, Screen, cosines, plain_products
 from sae.alignment.matching.sparse import Graph, Solution, match_greedily, solve
 from sae.common.precision import resolve_float
@@ -46,6 +45,36 @@ _MOST_AT_ALL = 256  # the limit, so that thousands of nearly equal latents are n
 _NEAR = 2e-3
 _ROUNDS = 200
 _ROWS = 1024
+_EQUAL = 1e-12  # cosines that differ by less count as equal: the nearest must not depend on rounding
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest latent of the other dictionary, matched or not; the lowest number among equals."""
+
+    who: NDArray[np.int32]
+    cosine: Floats
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The matching, the prices that prove it, and the nearest of all rows and columns."""
+
+    partner: NDArray[np.int32]  # [n]: the column of each row
+    cosine: Floats  # [n]
+    u: Floats  # [n]: the gain of each row after paying for its column
+    v: Floats  # [m]: prices, zero or more, zero for columns left over
+    sum: float
+    upper_bound: float  # no matching sums to more
+    nearest: tuple[Nearest, Nearest]  # of each row [n], of each column [m]
+    rounds: int  # how often prices were checked for violations
+    share_of_pairs: float  # the number of products formed, in multiples of n × m
+    candidates: int  # pairs that the exact matching chose from
+
+    @property
+    def gap(self) -> float:
+        """How far the sum can be below the best."""
+        return self.upper_bound - self.sum
 
 
 def find_best_matching(
@@ -198,10 +227,10 @@ def _nearest(
     n = len(a)
     who, best = np.zeros(n, np.int32), np.full(n, -np.inf)
     np.maximum.at(best, i, cosine)
-    winners = np.flatnonzero(cosine >= best[i] - EQUAL)[::-1]
+    winners = np.flatnonzero(cosine >= best[i] - _EQUAL)[::-1]
     order = winners[np.argsort(-j[winners], kind="stable")]
     who[i[order]] = j[order]  # the last one written is the lowest
-    doubt = ~(best > bound + 2 * EQUAL) | (zeros & (best <= 0))
+    doubt = ~(best > bound + 2 * _EQUAL) | (zeros & (best <= 0))
     empty = a.inverse == 0
     who[empty], best[empty] = 0, 0.0
     rows = np.flatnonzero(doubt & ~empty)
@@ -211,7 +240,7 @@ def _nearest(
         for left in range(0, len(b), 4 * _ROWS):
             block = a.unit(some) @ b.unit(slice(left, left + 4 * _ROWS)).T
             value = block.max(axis=1)
-            at = (block >= value[:, None] - EQUAL).argmax(axis=1)
-            better = value > best[some] + EQUAL
+            at = (block >= value[:, None] - _EQUAL).argmax(axis=1)
+            better = value > best[some] + _EQUAL
             who[some[better]], best[some[better]] = at[better] + left, value[better]
     return Nearest(who, best)

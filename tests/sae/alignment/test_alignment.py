@@ -19,15 +19,14 @@ from sae.alignment.alignment import (
     UNMATCHED,
     Alignment,
     align,
+    pair_inputs,
+    pair_path,
     pairs,
     read_alignment,
     read_both_ways,
     verify,
     write_alignment,
 )
-from sae.alignment.matching import dense as dense_matching
-from sae.alignment.matching.dense import compute_prices, match, match_all_pairs, normalize_rows, upper_bound
-from sae.alignment.pairs import pair_inputs, pair_path
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import digest_file, read_table, table_metadata
 
@@ -82,7 +81,7 @@ def test_the_matching_is_best_and_meets_its_bound(weights: tuple[np.ndarray, ...
         assert (u[:, None] + v[None, :] >= cosines - 1e-9).all()
         assert u.sum() + v.sum() == pytest.approx(best, abs=1e-9)
     assert verify(found, *weights) == {
-        space: pytest.approx(found.certificate[space]) for space in ("encoder", "decoder")
+        space: pytest.approx(found.certificate[space], abs=1e-9) for space in ("encoder", "decoder")
     }
 
 
@@ -144,38 +143,6 @@ def test_a_spoiled_matching_fails_the_certificate() -> None:
     assert not spoiled["decoder"]["certified"]
     assert spoiled["decoder"]["gap"] > 0.1
 
-    cosines = unit(weights[1].astype(np.float64)) @ unit(weights[3].astype(np.float64)).T
-    best = cosines[np.arange(200), match(cosines)].sum()
-    reached = cosines[np.arange(200), partner].sum()
-    bound = upper_bound(cosines, compute_prices(cosines, partner))
-    assert reached < best <= bound + 1e-9
-    assert bound <= cosines.max(axis=1).sum() + 1e-9  # never worse than no prices at all
-
-    # Stopped before it is done, the search for prices leaves a wide bound, not a wrong one.
-    hasty = upper_bound(cosines, compute_prices(cosines, match(cosines), max_passes=0.5))
-    assert best < hasty <= cosines.max(axis=1).sum() + 1e-9
-
-
-def test_a_wrong_solver_is_detected_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = dictionaries(50, 50)
-    right = align(*weights).certificate["decoder"]
-
-    def greedy(cosines: np.ndarray) -> np.ndarray:
-        left, partner = cosines.copy(), np.full(len(cosines), UNMATCHED)
-        for _ in partner:
-            i, j = np.unravel_index(left.argmax(), left.shape)
-            partner[i] = j
-            left[i], left[:, j] = -np.inf, -np.inf
-        return partner
-
-    monkeypatch.setattr(dense_matching, "match", greedy)
-    wrong = match_all_pairs(normalize_rows(weights[1]) @ normalize_rows(weights[3]).T)
-    assert wrong.sum < right["sum"] - 1e-6
-    assert wrong.upper_bound >= right["sum"] - 1e-9
-    found = align(*weights).certificate["decoder"]
-    assert found["certified"]
-    assert found["sum"] == pytest.approx(right["sum"])
-
 
 def test_tampered_prices_and_partners_are_caught() -> None:
     weights = dictionaries(40, 60)
@@ -190,15 +157,6 @@ def test_tampered_prices_and_partners_are_caught() -> None:
     )
     with pytest.raises(BadInput, match="not one-to-one"):
         verify(Alignment(twice, found.b, found.certificate), *weights)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 7), st.integers(0, 3), st.integers(0, 2**32 - 1))
-def test_any_prices_bound_every_matching(n: int, wider: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    cosines = rng.uniform(-1, 1, size=(n, n + wider))
-    best = cosines[np.arange(n), match(cosines.copy())].sum()
-    assert upper_bound(cosines, rng.normal(size=n + wider)) >= best - 1e-9
 
 
 def test_zero_and_equal_rows_are_matched() -> None:
@@ -218,13 +176,6 @@ def test_very_small_and_very_large_rows_have_directions() -> None:
     tiny = np.array([[1e-38, 0], [0, 1e-30]], dtype=np.float32)
     huge = np.array([[3e38, 0], [0, 3e38]], dtype=np.float32)
     np.testing.assert_allclose(align(tiny, tiny, huge, huge).a["encoder_cosine"], 1)
-
-
-def test_match_leaves_the_matrix_as_it_was() -> None:
-    cosines = np.random.default_rng(0).normal(size=(20, 30))
-    before = cosines.copy()
-    match(cosines)
-    np.testing.assert_array_equal(cosines, before)
 
 
 def test_inputs_that_cannot_be_aligned_are_named() -> None:

@@ -13,10 +13,10 @@ from made_store import store_of
 from scipy.optimize import linear_sum_assignment
 
 from sae.alignment import cofiring
+from sae.alignment.alignment import read_sides, write_sides
 from sae.alignment.behaviour import Behaviour, Member, behaviour, match_by_jaccard
 from sae.alignment.cofiring import count_cofirings
 from sae.alignment.nulls import FIRING_COLUMNS
-from sae.alignment.pairs import read_sides, write_sides
 
 
 def table(rng: np.random.Generator, windows: int, m: int) -> np.ndarray:

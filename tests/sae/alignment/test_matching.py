@@ -12,19 +12,21 @@ from hypothesis import given, settings
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from sae.alignment import alignment
-from sae.alignment.alignment import Alignment, align, verify
+from sae.alignment.alignment import Alignment, align, normalize_rows, verify
 from sae.alignment.matching import best as matching
 from sae.alignment.matching import candidates
-from sae.alignment.matching.best import find_best_matching
+from sae.alignment.matching.best import Matching, find_best_matching
 from sae.alignment.matching.candidates import Known, find_violations, shortlist
-from sae.alignment.matching.dense import Matching, match_all_pairs, normalize_rows, upper_bound
 from sae.alignment.matching.directions import Directions, Screen, cosines
 from sae.alignment.matching.sparse import Graph, solve
 
 Array = NDArray[Any]
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+
+
+def upper_bound(cosines: Array, prices: Array) -> float:
+    return float(prices.sum() + (cosines - prices).max(axis=1).sum())
 
 
 def check(found: Matching, a: Array, b: Array) -> None:
@@ -370,19 +372,23 @@ def test_a_truncated_search_reports_its_gap(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("widths", [(260, 260), (200, 330), (330, 200)])
-def test_align_takes_wide_pairs_this_way(monkeypatch: pytest.MonkeyPatch, widths: tuple[int, int]) -> None:
-    """The tables are those of the dense way, the stored prices verify, and a spoiled matching does not."""
+def test_align_tables_match_scipy_and_verify(widths: tuple[int, int]) -> None:
+    """The tables are SciPy's, the stored prices verify, and a spoiled matching does not."""
     encoders, decoders = shared_half(min(widths), max(widths), 16), shared_half(min(widths), max(widths), 16, seed=1)
     sides = (1, 0) if widths[0] > widths[1] else (0, 1)
     weights = [space[side] for side in sides for space in (encoders, decoders)]
-    dense = align(*weights)
-    monkeypatch.setattr(alignment, "_DENSE", 0)
     found = align(*weights)
-    for got, want in ((found.a, dense.a), (found.b, dense.b)):
-        for name in map(str, want):
-            if "price" not in name:  # they are not unique
-                np.testing.assert_allclose(got[name], want[name], atol=1e-6)
-            assert got[name].dtype == want[name].dtype
+    for space, (W_a, W_b) in (("encoder", weights[::2]), ("decoder", weights[1::2])):
+        c = normalize_rows(W_a) @ normalize_rows(W_b).T
+        rows, columns = linear_sum_assignment(c, maximize=True)
+        for side, own, other, of in ((found.a, rows, columns, c), (found.b, columns, rows, c.T)):
+            partner = np.full(len(of), -1)
+            partner[own] = other
+            cosine = np.where(partner >= 0, of[np.arange(len(of)), partner], np.nan)
+            np.testing.assert_array_equal(side[f"{space}_partner"], partner)
+            np.testing.assert_allclose(side[f"{space}_cosine"], cosine, atol=1e-6)
+            np.testing.assert_array_equal(side[f"max_{space}_neighbor"], of.argmax(axis=1))
+            np.testing.assert_allclose(side[f"max_{space}_cosine"], of.max(axis=1), atol=1e-6)
     assert found.certificate["search"]["encoder"]["candidates"] > 0
     for space in ("encoder", "decoder"):
         assert found.certificate[space]["certified"]
@@ -406,15 +412,13 @@ def test_the_lowest_of_equal_neighbours_is_named() -> None:
     a, b = shared_half(1403, 1507, 40)
     of = np.random.default_rng(0).integers(0, 300, len(b))
     b = b[of]  # the last few columns of a product are multiplied by other instructions than the same ones before
-    cosines = normalize_rows(a) @ normalize_rows(b).T
     _, first, which = np.unique(of, return_index=True, return_inverse=True)
-    for found in (match_all_pairs(cosines), find_best_matching(a, b)):
-        who = found.nearest[0].who
-        np.testing.assert_array_equal(first[which][who], who)
+    who = find_best_matching(a, b).nearest[0].who
+    np.testing.assert_array_equal(first[which][who], who)
 
 
 @pytest.mark.parametrize("turn", [0.3, 1.3])
-def test_small_pairs_in_a_plane_are_certified_too(turn: float) -> None:
+def test_pairs_in_a_plane_are_certified(turn: float) -> None:
     """Every row's best partner but one is taken by its neighbour: a chain through all of them."""
     angle = np.arange(300) / 300 * 1.5
     a, b = (np.stack([np.cos(at), np.sin(at)], axis=1) for at in (angle, angle + turn / 300))
