@@ -24,7 +24,7 @@ from sae.dictionaries.kernels import cpu_loops as loops
 
 TILE_BYTES = 32 * 2**20  # pre-activations that a thread of :func:`product_topk` holds at once
 _FEWEST_ROWS = 64  # with fewer, rearranging the weights for each product costs as much as the product
-_PIECES = 16  # of a batch, or more
+_PIECES = min(16, max(2, os.cpu_count() or 1))  # of a batch, at least; each rearranges the weights once more
 
 
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def product_topk(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple
     """Return :func:`topk` of ``centred @ weight.T + bias``, for float32 [B, D], [M, D] and [M].
 
     Each thread multiplies some rows by NumPy's BLAS and chooses while the results are in its cache. The sizes of the
-    pieces, and so the bits of the results, do not depend on the number of threads.
+    pieces, and so the bits of the results, depend on the machine, but not on the number of threads.
     """
     n, num_latents = len(centred), len(weight)
     slots = _empty_slots(centred, k)
