@@ -11,22 +11,21 @@ The same protocol means the same explainer, judge, prompts, models, scorer, numb
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from autointerp.contexts.sample_record import Sample
 from autointerp.findings.evidence import JournalFacts, Study
-from autointerp.findings.json_values import histogram, mean_of, score_figures
+from autointerp.findings.json_values import mean_of
 from autointerp.findings.pairs import scored_alike
-from autointerp.findings.scores import SCORE_EDGES, estimator_of
+from autointerp.findings.scores import Scored, estimator_of
 from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
 from autointerp.findings.statistics.resampling import interval_of
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.scorers.base import HARDER
-from autointerp.scoring.setups import precision_of, rows_of, setups_of, status_kind
+from autointerp.scoring.setups import own_scores, precision_of, rows_of, setups_of, status_kind
 from sae.common.estimate import UNKNOWN, Estimate
 from sae.study.controls import CONTROLS, find_controls
 from sae.study.run import Run
@@ -46,24 +45,19 @@ def comparison_findings(
     """
     controls = find_controls(study.focus)
     of = estimator_of(rows, facts.too_few, sample)
-    own = of.of(good(rows))
+    own = Scored(of.of(own_scores(rows)), of)
     entries, lacking = [], []
     for kind in CONTROLS:
         alike = scored_alike(study, controls[kind]) if kind in controls else None
-        if alike is None or good(alike[0]).empty:
+        if alike is None or own_scores(alike[0]).empty:
             lacking.append(kind)
         else:
-            entries.append({"kind": kind, "run": controls[kind].name, **_control_figures(own, alike[0], of)})
+            entries.append({"kind": kind, "run": controls[kind].name, **_control_figures(own, alike[0])})
     return {
         "control_saes": entries,
         "lacking_controls": _lacking(study, lacking, controls, facts),
-        "baseline": _baseline(study, own, of),
+        "baseline": _baseline(study, own),
     }
-
-
-def good(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the scores under the latents' own explanations that did not fail, by latent."""
-    return rows[(rows["control"] == "none") & (rows["status"] == "ok")].set_index("latent")
 
 
 def difference_of_means(
@@ -81,50 +75,39 @@ def difference_of_means(
     return interval_of(draws - theirs, min(n, m))
 
 
-def _control_figures(own: pd.DataFrame, rows: pd.DataFrame, of: Estimator) -> dict[str, Any]:
+def _control_figures(own: Scored, rows: pd.DataFrame) -> dict[str, Any]:
     """Return one control SAE's scores, and how far those of ``own`` are above them."""
-    theirs = good(rows)
-    failed = rows[(rows["control"] == "none") & (rows["status"] != "ok")]
+    kinds = rows["status"][rows["control"] == "none"].map(status_kind)
 
-    def difference(column: str, value: str) -> Estimate:
-        return difference_of_means(own[column], theirs[column], of, error_of(own, value))
+    def difference(own: Scored, theirs: Scored) -> Estimate:
+        return difference_of_means(own.values(), theirs.values(), own.of, error_of(own.rows))
 
     return {
-        **_figures(own, theirs, AS_THEY_ARE, difference),
-        "n_failed": int((failed["status"].map(status_kind) == "failed").sum()),
-        "n_ineligible": int((failed["status"].map(status_kind) == "ineligible").sum()),
+        **_figures(own, Scored(own_scores(rows)), difference),
+        "n_failed": int((kinds == "failed").sum()),
+        "n_ineligible": int((kinds == "ineligible").sum()),
     }
 
 
-def _figures(
-    own: pd.DataFrame, theirs: pd.DataFrame, of: Estimator, difference: Callable[[str, str], Estimate]
-) -> dict[str, Any]:
-    """Return the figures of ``theirs``, a sample described by ``of``, and how far ``own`` is above them.
-
-    ``difference`` takes a column and the prefix of its interval's columns, and returns the difference of means.
-    """
-    aurocs = theirs["auroc"].astype(float).dropna() if "auroc" in theirs else pd.Series(dtype=float)
+def _figures(own: Scored, theirs: Scored, difference: Callable[[Scored, Scored], Estimate]) -> dict[str, Any]:
+    """Return the figures of ``theirs``, and how far ``own`` is above them by the ``difference`` of means."""
     found = {
-        **score_figures(of, theirs),
-        "auroc_mean": of.plain_mean(aurocs) if len(aurocs) else None,
-        "n_scored": len(theirs),
-        "histogram": histogram(theirs["balanced_accuracy"].astype(float), SCORE_EDGES, of),
-        "above": mean_of(difference("balanced_accuracy", "ba")),
+        **theirs.figures(),
+        "auroc_mean": theirs.plain_mean("auroc"),
+        "n_scored": len(theirs.rows),
+        "histogram": theirs.histogram(),
+        "above": mean_of(difference(own, theirs)),
         "negatives": {},
     }
     for kind in HARDER:
-        column = f"ba_{kind}"
-        if column in own and column in theirs and own[column].notna().any() and theirs[column].notna().any():
-            harder = theirs[column].astype(float).dropna()
-            found["negatives"][kind] = {
-                **mean_of(of.mean(harder, error_of(theirs.loc[harder.index], column))),
-                "n_scored": len(harder),
-                "above": mean_of(difference(column, column)),
-            }
+        mine, others = own.over(kind), theirs.over(kind)
+        if len(mine.rows) and len(others.rows):
+            above = mean_of(difference(mine, others))
+            found["negatives"][kind] = {**mean_of(others.mean()), "n_scored": len(others.rows), "above": above}
     return found
 
 
-def _baseline(study: Study, own: pd.DataFrame, of: Estimator) -> dict[str, Any] | None:
+def _baseline(study: Study, own: Scored) -> dict[str, Any] | None:
     """Return the figures of the n-gram baseline over the same latents; ``None`` if the scores are the baseline's."""
     setup, scores = study.setup, study.scores
     if setup is None or scores is None or setup["judge"] == BASELINE:
@@ -133,11 +116,11 @@ def _baseline(study: Study, own: pd.DataFrame, of: Estimator) -> dict[str, Any] 
     wanted = precision_of(rows_of(scores, setup))
     for baseline in found:
         rows = rows_of(scores, baseline)
-        theirs = good(rows)
-        both = theirs.index.intersection(own.index)
+        theirs = own_scores(rows)
+        both = theirs.index.intersection(own.rows.index)
         if len(both) and precision_of(rows) == wanted:
-            ours, theirs = own.loc[both], theirs.loc[both]
-            return _figures(ours, theirs, of, partial(of.difference, ours, theirs))
+            ours, others = Scored(own.rows.loc[both], own.of), Scored(theirs.loc[both], own.of)
+            return _figures(ours, others, lambda mine, baseline: baseline.difference(mine))
     return None
 
 

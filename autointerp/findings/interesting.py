@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from autointerp.findings.json_values import number
-from autointerp.scoring.setups import status_kind
+from autointerp.scoring.setups import own_scores
 
 N_INTERESTING = 10
 N_CONTEXTS = 3
@@ -35,11 +35,9 @@ def interesting(
     Their interval is above chance and their own explanation beats a swapped one. Ordered by the *lower* end of the
     interval, so that luck counts less.
     """
-    good = rows[rows["status"].map(status_kind) == "ok"]
-    own = good[good["control"] == "none"].set_index("latent")
-    control = good[good["control"] == "swap"].set_index("latent")["balanced_accuracy"]
+    own, swapped = own_scores(rows), rows[(rows["control"] == "swap") & (rows["status"] == "ok")]
     joined = own.join(latents[latents.columns.difference(own.columns)], how="inner")
-    joined["swapped"] = control.reindex(joined.index)
+    joined["swapped"] = swapped.set_index("latent")["balanced_accuracy"].reindex(joined.index)
     beats = joined["swapped"].isna() | (joined["balanced_accuracy"] > joined["swapped"])
     kept = joined[joined["unshared"].astype(bool) & (joined["ba_low"] > 0.5) & beats]
     kept = kept.sort_values(["ba_low", "balanced_accuracy"], ascending=False, kind="stable").head(N_INTERESTING)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.findings.statistics.estimation import Estimator, error_of
+from autointerp.findings.statistics.estimation import Estimator
 from sae.common.estimate import Estimate
 
 
@@ -40,17 +40,6 @@ def number(value: Any) -> float | None:
 
 def mean_of(estimate: Estimate) -> dict[str, Any]:
     return {"mean": estimate.value, "interval": estimate.interval}
-
-
-def score_figures(of: Estimator, scores: pd.DataFrame, column: str = "balanced_accuracy") -> dict[str, Any]:
-    """Return the mean and the quartiles of a column of scores, with their intervals."""
-    values, error = scores[column].astype(float), error_of(scores, "ba" if column == "balanced_accuracy" else column)
-    quartiles = of.quartiles(values, error)
-    return {
-        **mean_of(of.mean(values, error)),
-        "quartiles": [q.value for q in quartiles],
-        "quartile_intervals": [q.interval for q in quartiles],
-    }
 
 
 def histogram(values: pd.Series | np.ndarray, edges: np.ndarray, of: Estimator | None = None) -> dict[str, Any]:

@@ -19,9 +19,9 @@ import pandas as pd
 from autointerp.contexts.selection import Choice
 from autointerp.findings.evidence import JournalFacts, Study, View
 from autointerp.findings.json_values import to_json
-from autointerp.findings.pairs import METHODS, agreement, good_scores, scored_alike, scored_pairs
+from autointerp.findings.pairs import METHODS, agreement, scored_alike, scored_pairs
 from autointerp.findings.returning import overlap_findings, similarity_findings
-from autointerp.scoring.setups import rows_of, setups_of, status_kind, wanted_of
+from autointerp.scoring.setups import own_scores, rows_of, setups_of, status_kind, wanted_of
 from sae.alignment.alignment import pair_path
 from sae.alignment.overlap import DEFINITIONS, shared, similarity
 from sae.common.commands import command, shell_command
@@ -139,7 +139,7 @@ class Side:
         if found is None:
             otherwise = run.stage_path("scores").exists()
             return cls(run, facts, facts.explanations(pd.DataFrame()), latents, {}, frozenset(), otherwise)
-        rows, scores = found[0], good_scores(found[0])
+        rows, scores = found[0], own_scores(found[0])
         is_untestable = (rows["control"] == "none") & (rows["status"].map(status_kind) == "ineligible")
         untestable = frozenset(rows["latent"][is_untestable].astype(int))
         return cls(run, facts, facts.explanations(scores), latents, _by_latent(scores), untestable, False)

@@ -20,7 +20,7 @@ from autointerp.findings.evidence import Study
 from autointerp.findings.relation import Part, pooled_findings
 from autointerp.findings.reliability import verdicts_of
 from autointerp.findings.statistics.resampling import Resamples, interval_of
-from autointerp.scoring.setups import precision_of, rows_of, setups_of, status_kind
+from autointerp.scoring.setups import own_scores, precision_of, rows_of, setups_of
 from sae.alignment.bootstrap import partner_units
 from sae.alignment.overlap import shared
 from sae.common.estimate import UNKNOWN, Estimate
@@ -46,7 +46,7 @@ def scored_pairs(study: Study, threshold: float = 0.7) -> pd.DataFrame | None:
     scores = {}
     for run in study.runs:
         if run.name in study.compared and (found := scored_alike(study, run)) is not None:
-            scores[run.name] = good_scores(found[0])["balanced_accuracy"].astype(float)
+            scores[run.name] = own_scores(found[0])["balanced_accuracy"].astype(float)
     units, parts = partner_units(study.compared, study.tables), []
     for i, a in enumerate(study.compared):
         for b in study.compared[i + 1 :]:
@@ -66,12 +66,6 @@ def scored_pairs(study: Study, threshold: float = 0.7) -> pd.DataFrame | None:
             }
             parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True) if parts else None
-
-
-def good_scores(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return a set-up's scores of the latents' own explanations, by latent."""
-    good = rows[(rows["control"] == "none") & (rows["status"].map(status_kind) == "ok")]
-    return good.set_index("latent")
 
 
 @dataclass(frozen=True)

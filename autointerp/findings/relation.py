@@ -18,7 +18,7 @@ import pandas as pd
 from autointerp.contexts.sample_record import Sample
 from autointerp.findings.json_values import mean_of
 from autointerp.findings.reliability import Corrected, Halves, corrected_spearman, splits_of
-from autointerp.findings.scores import Swapped
+from autointerp.findings.scores import Scored, swapped_scores
 from autointerp.findings.statistics.correlation import (
     bootstrap_mean,
     partial_spearman,
@@ -30,7 +30,7 @@ from autointerp.findings.statistics.correlation import (
 )
 from autointerp.findings.statistics.estimation import error_of, real_share
 from autointerp.findings.statistics.resampling import Bools, Floats, Resamples, interval_of, partial
-from autointerp.scoring.setups import status_kind
+from autointerp.scoring.setups import own_scores
 from sae.common.estimate import UNKNOWN, Estimate
 
 METHODS = {
@@ -65,7 +65,7 @@ class Part:
         """
         own = self.rows[self.rows["control"] == "none"].set_index("latent")
         weights = None if self.sample is None else self.sample.weights(set(own.index))
-        own = own[own["status"].map(status_kind) == "ok"]
+        own = own[own["status"] == "ok"]
         columns = ["similarity", "firing_frequency"]
         table = own[["balanced_accuracy"]].join(self.latents[columns], how="inner").dropna().astype(float)
         table = table[table["firing_frequency"] > 0]
@@ -199,13 +199,11 @@ def _by_quarter(
 ) -> list[dict[str, Any]]:
     """Describe the quarters of similarity; for one run, also how far each is above the swapped control."""
     found = []
-    swapped = own = None
-    if part is not None:
-        swapped = Swapped.among(part.rows, part.sample)
-        own = part.rows[part.rows["control"] == "none"].set_index("latent").loc[table.index]
+    swapped = None if part is None else swapped_scores(part.rows, part.sample)
+    own = None if part is None else own_scores(part.rows).loc[table.index]
     for i, mean in zip(np.unique(place), means, strict=True):
         inside = table["similarity"][place == i]
-        above = None if swapped is None or own is None else swapped.below(own[place == i])
+        above = None if swapped is None or own is None else swapped.below(Scored(own[place == i]))
         counts = {"low": inside.min(), "high": inside.max(), "n": len(inside)}
         found.append({**counts, **mean_of(mean), "above_control": above})
     return found

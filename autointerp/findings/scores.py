@@ -15,11 +15,11 @@ import pandas as pd
 
 from autointerp.contexts.sample_record import Sample
 from autointerp.findings.evidence import JournalFacts, Study
-from autointerp.findings.json_values import histogram, mean_of, number, score_figures
-from autointerp.findings.statistics.estimation import Estimator, error_of
+from autointerp.findings.json_values import histogram, mean_of, number
+from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
 from autointerp.journal.method import CHANCE
 from autointerp.scoring.scorers.base import HARDER, STOPS
-from autointerp.scoring.setups import precision_of, rows_of, setups_of, status_kind
+from autointerp.scoring.setups import precision_of, rows_of, rows_over, setups_of, status_kind
 from sae.alignment.latent_table import CLASSES
 from sae.common.estimate import UNKNOWN, Estimate, proportion
 
@@ -49,20 +49,18 @@ def score_findings(
     kinds = own["status"].map(status_kind)
     of = estimator_of(rows, too_few, sample)
     scored = own[kinds == "ok"]
-    good, swapped = of.of(scored), Swapped.among(rows, sample)
-    values = good["balanced_accuracy"].astype(float)
-    aurocs = good["auroc"].astype(float).dropna() if "auroc" in good else pd.Series(dtype=float)
-    auroc = of.mean(aurocs, error_of(good.loc[aurocs.index], "auroc"))
+    good, swapped = Scored(of.of(scored), of), swapped_scores(rows, sample)
+    auroc = good.mean("auroc")
     ineligible = set(own.index[kinds == "ineligible"]) | too_few
     asked = set(own.index) | explained | ineligible
     eligible = latents.get("eligible")
     return {
-        **score_figures(of, good),
+        **good.figures(),
         "auroc_mean": auroc.value,
         "auroc_interval": auroc.interval,
-        "n_scored": len(good),
-        "precision": _precision(good),
-        "sample": None if sample is None else _sample_findings(sample, of.sample, good, scored),
+        "n_scored": len(good.rows),
+        "precision": _precision(good.rows),
+        "sample": None if sample is None else _sample_findings(sample, of.sample, good.rows, scored),
         "n_failed": int((kinds == "failed").sum()),
         "n_ineligible": len(ineligible),
         "n_asked": len(asked),
@@ -73,9 +71,9 @@ def score_findings(
         "n_alive": int(latents["alive"].sum()),
         "n_latents": len(latents),
         "n_failed_answers": failed_answers(own),
-        "histogram": histogram(values, SCORE_EDGES, of),
-        "control": _control(swapped, good),
-        "negatives": _negatives(good, of, swapped),
+        "histogram": good.histogram(),
+        "control": _control(rows, swapped, good),
+        "negatives": _negatives(good, swapped),
         "too_few": too_few_findings(latents),
         "by_class": _by_class(latents, own, kinds, explained, of, swapped) if "shared_class" in latents else None,
     }
@@ -118,62 +116,82 @@ def estimator_of(rows: pd.DataFrame, too_few: Set[int], sample: Sample | None) -
 
 
 @dataclass(frozen=True)
-class Swapped:
-    """The swapped controls that did not fail, by latent.
-
-    With a sample, the latents that have one are a smaller sample, chosen by their numbers alone.
-    """
+class Scored:
+    """Scores of one set-up that did not fail, by latent, and the estimator of figures over them."""
 
     rows: pd.DataFrame
-    of: Estimator
-    n_failed: int
+    of: Estimator = AS_THEY_ARE
 
-    @classmethod
-    def among(cls, rows: pd.DataFrame, sample: Sample | None) -> Swapped:
-        asked = rows[rows["control"] == "swap"].set_index("latent")
-        of = Estimator(None if sample is None else sample.weights(set(asked.index)))
-        good = asked["status"].map(status_kind) == "ok"
-        return cls(of.of(asked[good]), of, int((~good).sum()))
+    def over(self, kind: str) -> Scored:
+        """Return the scores over a harder kind of negatives."""
+        return Scored(rows_over(self.rows, kind), self.of)
 
-    def mean(self, column: str) -> float | None:
+    def values(self, column: str = "balanced_accuracy") -> pd.Series:
+        """Return the known values of a column, by latent."""
+        return self.rows.get(column, pd.Series(dtype=float)).astype(float).dropna()
+
+    def mean(self, column: str = "balanced_accuracy") -> Estimate:
+        values = self.values(column)
+        return self.of.mean(values, error_of(self.rows, column))
+
+    def plain_mean(self, column: str = "balanced_accuracy") -> float:
         """Return the mean of a column, without an interval."""
-        if column not in self.rows or self.rows[column].isna().all():
-            return None
-        return self.of.plain_mean(self.rows[column].astype(float).dropna())
+        return self.of.plain_mean(self.values(column))
 
-    def below(self, own: pd.DataFrame, value: str = "ba") -> dict[str, Any] | None:
-        """Return the mean of own − swapped over the ``n`` latents with both, and the ``fraction`` above 0.
+    def figures(self) -> dict[str, Any]:
+        """Return the mean and the quartiles of the scores, with their intervals."""
+        quartiles = self.of.quartiles(self.values(), error_of(self.rows))
+        return {
+            **mean_of(self.mean()),
+            "quartiles": [q.value for q in quartiles],
+            "quartile_intervals": [q.interval for q in quartiles],
+        }
 
-        ``None`` if no latent has both. ``own``: rows by latent; ``value``: the prefix of the columns of the score's
-        interval.
+    def histogram(self) -> dict[str, Any]:
+        return histogram(self.values(), SCORE_EDGES, self.of)
+
+    def difference(self, own: Scored) -> Estimate:
+        """Return the mean of own less these scores over the latents that have both."""
+        ours, theirs = error_of(own.rows), error_of(self.rows)
+        return self.of.mean(
+            (own.values() - self.values()).dropna(), None if ours is None or theirs is None else ours + theirs
+        )
+
+    def below(self, own: Scored) -> dict[str, Any] | None:
+        """Return the mean of own less these scores over the ``n`` latents with both, and the ``fraction`` above 0.
+
+        ``None`` if no latent has both.
         """
-        column = "balanced_accuracy" if value == "ba" else value
-        if column not in own or column not in self.rows:
-            return None
-        paired = (own[column].astype(float) - self.rows[column].astype(float)).dropna()
+        paired = (own.values() - self.values()).dropna()
         if paired.empty:
             return None
-        difference = self.of.difference(own, self.rows, column, value)
-        return {**mean_of(difference), "n": len(paired), "fraction": self.of.share(paired > 0)}
+        return {**mean_of(self.difference(own)), "n": len(paired), "fraction": self.of.share(paired > 0)}
 
 
-def _control(swapped: Swapped, own: pd.DataFrame) -> dict[str, Any] | None:
+def swapped_scores(rows: pd.DataFrame, sample: Sample | None) -> Scored:
+    """Return the swapped controls; with a sample, their latents are a smaller one, chosen by their numbers alone."""
+    asked = rows[rows["control"] == "swap"].set_index("latent")
+    of = Estimator(None if sample is None else sample.weights(set(asked.index)))
+    return Scored(of.of(asked[asked["status"] == "ok"]), of)
+
+
+def _control(rows: pd.DataFrame, swapped: Scored, own: Scored) -> dict[str, Any] | None:
     """Summarise the swapped control: each latent's contexts judged by another latent's explanation.
 
     ``leaks``: its interval excludes .5, so something other than the explanation reveals where the latent fires.
     """
     if swapped.rows.empty:
         return None
-    figures = score_figures(swapped.of, swapped.rows)
+    figures = swapped.figures()
     low, high = figures["interval"] or (CHANCE, CHANCE)
     return {
         "kind": "swap",
         **figures,
         "leaks": bool(low > CHANCE or high < CHANCE),
-        "auroc_mean": swapped.mean("auroc"),
+        "auroc_mean": swapped.plain_mean("auroc"),
         "n_scored": len(swapped.rows),
-        "n_failed": swapped.n_failed,
-        "histogram": histogram(swapped.rows["balanced_accuracy"].astype(float), SCORE_EDGES, swapped.of),
+        "n_failed": int(((rows["control"] == "swap") & (rows["status"] != "ok")).sum()),
+        "histogram": swapped.histogram(),
         "above_control": swapped.below(own) or {**mean_of(UNKNOWN), "n": 0, "fraction": None},
     }
 
@@ -184,7 +202,7 @@ def failed_answers(rows: pd.DataFrame) -> int:
     return int(sum(rows[c].fillna(0).sum() for c in columns))
 
 
-def _negatives(good: pd.DataFrame, of: Estimator, swapped: Swapped) -> dict[str, Any]:
+def _negatives(good: Scored, swapped: Scored) -> dict[str, Any]:
     """Return for each harder kind of negative the mean over the latents that have it, and how many lack it.
 
     ``random_mean`` is the same latents' score over random negatives, ``swapped_mean`` the swapped control's over this
@@ -192,41 +210,39 @@ def _negatives(good: pd.DataFrame, of: Estimator, swapped: Swapped) -> dict[str,
     """
     found: dict[str, Any] = {}
     for kind in HARDER:
-        column = f"ba_{kind}"
-        if column not in good or not (has := good[column].notna()).any():
+        some, others = good.over(kind), swapped.over(kind)
+        if some.rows.empty:
             continue
-        some = good[has].astype({column: float, f"tnr_{kind}": float, "balanced_accuracy": float})
-        aurocs = some[f"auroc_{kind}"].astype(float).dropna()
         found[kind] = {
-            **score_figures(of, some, column),
-            "tnr": of.mean(some[f"tnr_{kind}"], error_of(some, f"tnr_{kind}")),
-            "auroc_mean": of.plain_mean(aurocs) if len(aurocs) else None,
-            "random_mean": of.plain_mean(some["balanced_accuracy"]),
-            "swapped_mean": swapped.mean(column),
-            "above_control": swapped.below(some, column),
-            "n_scored": int(has.sum()),
-            "n_missing": int((~has).sum()),
-            "n_failed_answers": int(good[f"n_failed_{kind}"].fillna(0).sum()),
+            **some.figures(),
+            "tnr": some.mean("tnr"),
+            "auroc_mean": some.plain_mean("auroc"),
+            "random_mean": good.of.plain_mean(good.values()[some.rows.index]),
+            "swapped_mean": others.plain_mean(),
+            "above_control": others.below(some),
+            "n_scored": len(some.rows),
+            "n_missing": len(good.rows) - len(some.rows),
+            "n_failed_answers": int(good.rows[f"n_failed_{kind}"].fillna(0).sum()),
         }
     return found
 
 
 def _by_class(
-    latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int], of: Estimator, swapped: Swapped
+    latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int], of: Estimator, swapped: Scored
 ) -> dict[str, Any]:
     found = {}
     for name, members in _classes(latents).items():
         inside = own.index.isin(members.index)
-        good = of.of(own[inside & (kinds == "ok").to_numpy()])
+        good = Scored(of.of(own[inside & (kinds == "ok").to_numpy()]), of)
         counted = members.get("eligible")
         found[name] = {
             "n_latents": len(members),
             "n_alive": int(members["alive"].sum()),
             "n_eligible": int(counted.sum()) if counted is not None else int((kinds[inside] != "ineligible").sum()),
             "n_explained": len(explained & set(members.index)),
-            "n_scored": len(good),
+            "n_scored": len(good.rows),
             "n_failed": int((kinds[inside] == "failed").sum()),
-            **score_figures(of, good),
+            **good.figures(),
             "above_control": swapped.below(good),
         }
     return found

@@ -101,7 +101,7 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
     rows, facts, latents = study.score_rows(), study.journal(), study.focus_latents()
     focus, setup, sample = study.focus, study.setup, study.sample()
     has_similarity = "similarity" in latents
-    has_scores = rows is not None and bool((rows["status"].map(status_kind) == "ok").any())
+    has_scores = rows is not None and bool((rows["status"] == "ok").any())
     part, scores, related, shown = None, None, None, None
     if rows is not None and setup is not None:
         verdicts = reliability.verdicts_of(focus, rows, setup)

@@ -22,6 +22,7 @@ good explanations only; others end at the cap.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autointerp.contexts.sampler import TestSet
-from autointerp.scoring.scorers.base import HARDER, STOPS, ScoreRow
+from autointerp.scoring.scorers.base import HARDER, STOPS, Figures, ScoreRow
 from sae.common.errors import BadInput
-from sae.common.estimate import Estimate
+from sae.common.estimate import UNKNOWN, Estimate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,13 +144,19 @@ def schedule(n_active: int, n_inactive: int) -> list[Look]:
 
 
 def lay_out(test_set: TestSet, items: Callable[[TestSet], list[Context]]) -> list[list[Context]]:
-    """Return a latent's contexts, round by round. ``items`` of the scorer orders each round."""
-    before, rounds = TestSet([], []), []
+    """Return a latent's contexts, round by round. ``items`` of the scorer orders each round.
+
+    Each round has the same share of every harder kind as of the random silent contexts.
+    """
+    kinds = test_set.active, test_set.inactive, test_set.hard, test_set.same_token
+    ends = [(0, 0, 0, 0)]
     for look in schedule(len(test_set.active), len(test_set.inactive)):
-        now = _beginning(test_set, look)
-        rounds.append(items(_without(now, before)))
-        before = now
-    return rounds
+        share = look.n_inactive / max(1, len(test_set.inactive))
+        ends.append((*look, round(share * len(test_set.hard)), round(share * len(test_set.same_token))))
+    return [
+        items(TestSet(*(contexts[i:j] for contexts, i, j in zip(kinds, start, end, strict=True))))
+        for start, end in itertools.pairwise(ends)
+    ]
 
 
 def find_stop(
@@ -166,12 +173,12 @@ def find_stop(
         if any(context.window not in labels for context in contexts):
             return None
         tallies.append(_tally([c for part in rounds[: number + 1] for c in part], labels))
-        found = _score(tallies, adaptive["half_width"])
-        narrow = (found.estimate.high - found.estimate.low) / 2 <= adaptive["half_width"]  # False where it is NaN
+        estimate, tpr, tnr = _score(tallies, adaptive["half_width"])
+        narrow = (estimate.high - estimate.low) / 2 <= adaptive["half_width"]  # False where it is NaN
         if narrow or number == len(rounds) - 1:
             enough, cap, out = STOPS
             why = enough if narrow else cap if _are_all(rounds, adaptive) else out
-            return found._replace(look=number, why=why)
+            return Stop(number, why, estimate, tpr, tnr)
     return None
 
 
@@ -192,67 +199,38 @@ def score_rounds(
     stop = find_stop(rounds, labels, adaptive)
     if stop is None:
         n = verdicts[verdicts["failure"].isna()]["truth"].value_counts()
-        return scorer.score(verdicts.iloc[:0])._replace(
-            n_active=int(n.get(True, 0)),
-            n_inactive=int(n.get(False, 0)),
-            n_failed=int(verdicts["failure"].notna().sum()),
-            status=UNFINISHED,
-            precision=half_width,
-        )
+        counts = Figures(n=int(n.get(False, 0)), n_failed=int(verdicts["failure"].notna().sum()))
+        return ScoreRow(UNFINISHED, int(n.get(True, 0)), counts, precision=half_width)
     row = scorer.score(verdicts, [context for contexts in rounds[: stop.look + 1] for context in contexts])
     row = row._replace(precision=half_width, stopped=stop.why)
     if row.status != "ok":
         return row
-    for kind in HARDER:
-        row = row._replace(**_harder(kind, row, stop.tpr))
+
+    def correct(figures: Figures) -> Figures:
+        """Replace the TPR in the figures of a harder kind by the one that is corrected for stopping."""
+        if math.isnan(tnr := figures.tnr.value):
+            return figures
+        right = row.tpr.value * row.n_active, row.n_active, tnr * figures.n, figures.n
+        return figures._replace(ba=_around((stop.tpr + tnr) / 2, *right), auroc=_bare(figures.auroc))
+
+    random = row.random._replace(ba=stop.estimate, auroc=_bare(row.random.auroc))
     return row._replace(
-        balanced_accuracy=stop.estimate.value,
-        ba_low=stop.estimate.low,
-        ba_high=stop.estimate.high,
-        tpr=stop.tpr,
-        tnr=stop.tnr,
-        # DeLong's variance is not known to hold where the number of contexts depends on the answers.
-        auroc_low=math.nan,
-        auroc_high=math.nan,
+        tpr=row.tpr._replace(value=stop.tpr),
+        random=random._replace(tnr=random.tnr._replace(value=stop.tnr)),
+        hard=correct(row.hard),
+        same_token=correct(row.same_token),
     )
 
 
-def _harder(kind: str, row: ScoreRow, tpr: float) -> dict[str, Any]:
-    """Return the figures of a harder kind, with the TPR that was corrected for stopping."""
-    columns = row._asdict()
-    n, tnr = columns[f"n_{kind}"], columns[f"tnr_{kind}"]
-    if math.isnan(tnr):
-        return {}
-    value = (tpr + tnr) / 2
-    low, high = interval(row.tpr * row.n_active, row.n_active, tnr * n, n)
-    return {
-        f"ba_{kind}": value,
-        f"ba_{kind}_low": min(float(low), value),
-        f"ba_{kind}_high": max(float(high), value),
-        f"auroc_{kind}_low": math.nan,
-        f"auroc_{kind}_high": math.nan,
-    }
+def _bare(auroc: Estimate) -> Estimate:
+    """Drop the interval: DeLong's may not hold where the number of contexts depends on the answers."""
+    return Estimate(auroc.value, math.nan, math.nan)
 
 
-def _beginning(test_set: TestSet, look: Look) -> TestSet:
-    """Return the contexts asked at ``look``: of each harder kind the same share as of the random silent contexts."""
-    share = look.n_inactive / max(1, len(test_set.inactive))
-    return TestSet(
-        test_set.active[: look.n_active],
-        test_set.inactive[: look.n_inactive],
-        test_set.hard[: round(share * len(test_set.hard))],
-        test_set.same_token[: round(share * len(test_set.same_token))],
-    )
-
-
-def _without(test_set: TestSet, beginning: TestSet) -> TestSet:
-    """Return every list without its ``beginning``."""
-    return TestSet(
-        test_set.active[len(beginning.active) :],
-        test_set.inactive[len(beginning.inactive) :],
-        test_set.hard[len(beginning.hard) :],
-        test_set.same_token[len(beginning.same_token) :],
-    )
+def _around(value: float, right_active: float, n_active: int, right_inactive: float, n_inactive: int) -> Estimate:
+    """Return ``value`` with the :func:`interval` of the counts, widened to hold it."""
+    low, high = interval(right_active, n_active, right_inactive, n_inactive)
+    return Estimate(value, min(float(low), value), max(float(high), value))
 
 
 def _tally(contexts: Sequence[Planned], labels: Mapping[int, bool | None]) -> Tally:
@@ -264,17 +242,16 @@ def _tally(contexts: Sequence[Planned], labels: Mapping[int, bool | None]) -> Ta
     return Tally(len(active), sum(active), len(inactive), sum(inactive), len(contexts) - len(answers))
 
 
-def _score(tallies: Sequence[Tally], half_width: float) -> Stop:
-    """Return the score at the last of the looks so far."""
+def _score(tallies: Sequence[Tally], half_width: float) -> tuple[Estimate, float, float]:
+    """Return balanced accuracy, TPR and TNR at the last of the looks so far."""
     now = tallies[-1]
     if not now.decides:
-        return Stop(0, "", Estimate(math.nan, math.nan, math.nan), math.nan, math.nan)
+        return UNKNOWN, math.nan, math.nan
     # Which looks decide depends on failures only, never on the answers, so the estimate stays unbiased.
     looks = tuple(tally.counts for tally in tallies if tally.decides)
     tpr, tnr = unbiased(looks, half_width, now.right_active, now.right_inactive)
-    low, high = interval(now.right_active, now.n_active, now.right_inactive, now.n_inactive)
-    value = (tpr + tnr) / 2
-    return Stop(0, "", Estimate(value, min(float(low), value), max(float(high), value)), tpr, tnr)
+    counts = now.right_active, now.n_active, now.right_inactive, now.n_inactive
+    return _around((tpr + tnr) / 2, *counts), tpr, tnr
 
 
 def interval(

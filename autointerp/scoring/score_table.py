@@ -19,14 +19,14 @@ from autointerp.llm.opening import get_capabilities
 from autointerp.scoring.adaptive import score_rounds
 from autointerp.scoring.judges.base import Judge
 from autointerp.scoring.scorers import SCORERS
-from autointerp.scoring.scorers.base import ScoreRow
+from autointerp.scoring.scorers.base import Figures, ScoreRow
 from sae.common.files import digest, read_table, table_metadata, write_table
 from sae.common.progress import track
 from sae.study.run import Run
 
 _IDENTITY = ("latent", "explanation_id", "explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
 _JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
-COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow._fields)
+COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow("", 0, Figures()).as_columns())
 """Of the score table. All are there even when every explanation failed and nothing was judged."""
 _WHOLE = ("latent", "explanation_id", "draw", "replicate", *(name for name in COLUMNS if name.startswith("n_")))
 _PLACE = ("explanation_id", "latent", "judge", "scorer", "settings_hash", "judge_prompt_hash", "model")
@@ -106,7 +106,7 @@ def score_table(
                 rows.append(before[_place(row)])
             else:
                 scores = _score(set_up.scorer, group, rounds, adaptive.get(set_up.settings_hash))
-                rows.append({**row, **scores._asdict()})
+                rows.append({**row, **scores.as_columns()})
             if advance:
                 advance(len(group))
     rows.sort(key=_place)

@@ -72,6 +72,22 @@ def rows_of(scores: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:
     return scores[mask].drop_duplicates(["latent", "control"], keep="last")
 
 
+def own_scores(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the scores under the latents' own explanations that did not fail, by latent."""
+    return rows[(rows["control"] == "none") & (rows["status"] == "ok")].set_index("latent")
+
+
+def rows_over(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Return the rows scored over a harder ``kind`` of negatives, with these figures under the usual names."""
+    names = {f"ba_{kind}": "balanced_accuracy"}
+    names |= {f"{name}_{kind}{end}": name + end for name in ("ba", "tnr", "auroc") for end in ("_low", "_high")}
+    names |= {f"{name}_{kind}": name for name in ("tnr", "auroc")}
+    if f"ba_{kind}" not in rows:
+        return rows.iloc[:0]
+    rows = rows[rows[f"ba_{kind}"].notna()]
+    return rows.drop(columns=list(names.values()), errors="ignore").rename(columns=names)
+
+
 def precision_of(rows: pd.DataFrame) -> float | None:
     """Return the half-width to which one set-up's explanations were judged; ``None`` if all contexts were."""
     if "precision" not in rows:

@@ -77,16 +77,6 @@ class Estimator:
         x, kept, resamples = self._resampled(values, error)
         return resamples.means(x, kept), _free(resamples, kept)
 
-    def difference(self, own: pd.DataFrame, theirs: pd.DataFrame, column: str, value: str = "ba") -> Estimate:
-        """Return the mean of own − theirs in a column over the latents that have both.
-
-        ``value`` is the prefix of the columns of the score's interval, for :func:`error_of`.
-        """
-        paired = (own[column].astype(float) - theirs[column].astype(float)).dropna()
-        ours, others = error_of(own, value), error_of(theirs, value)
-        error = None if ours is None or others is None else (ours + others).reindex(paired.index)
-        return self.mean(paired, error)
-
     def quartiles(self, values: pd.Series, error: pd.Series | None = None) -> list[Estimate]:
         """Return the quartiles of values by latent, with their intervals."""
         if values.empty:
@@ -181,8 +171,9 @@ def _free(resamples: Resamples, kept: Bools) -> int:
     return 1 if n == 1 else max(2, min(resamples.n_free, n))
 
 
-def error_of(rows: pd.DataFrame, value: str = "ba") -> pd.Series | None:
-    """Return the error variances of scores from their 95 % intervals (``ba_low``, ``ba_high``), if there are any."""
+def error_of(rows: pd.DataFrame, column: str = "balanced_accuracy") -> pd.Series | None:
+    """Return the error variances of a column of scores from its 95 % intervals, if there are any."""
+    value = "ba" if column == "balanced_accuracy" else column
     if f"{value}_low" not in rows:
         return None
     return ((rows[f"{value}_high"].astype(float) - rows[f"{value}_low"].astype(float)) / (2 * _Z)) ** 2

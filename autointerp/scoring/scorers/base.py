@@ -31,70 +31,64 @@ STOPS = ("narrow enough", "cap", "out of contexts")
 """What ends adaptive judging: the interval, the most contexts that were asked for, or the most that there are."""
 
 
-class ScoreRow(NamedTuple):
-    """One explanation's score. NaN, never zero, for anything that could not be measured."""
+class Figures(NamedTuple):
+    """How well the judge tells the contexts to say yes of from one kind of the others. Unknown is NaN, never zero."""
 
-    balanced_accuracy: float
-    """(TPR + TNR) / 2."""
-    ba_low: float
-    """Lower end of its 95 % interval (Wilson's of the two rates, joined by MOVER)."""
-    ba_high: float
-    tpr: float
-    """Of the contexts that the judge should say yes of (the latent fires there; the marks are right), the share that it
-    did say yes of. Interval: Wilson's."""
-    tpr_low: float
-    tpr_high: float
-    tnr: float
-    """Of those that it should say no of (a silent context drawn at random; wrong marks), the share of no. Wilson's."""
-    tnr_low: float
-    tnr_high: float
-    auroc: float
-    """NaN where the judge gives no probabilities. Interval: DeLong's."""
-    auroc_low: float
-    auroc_high: float
-    n_active: int
-    """Contexts to say yes of, with a verdict."""
-    n_inactive: int
-    """Contexts to say no of, with a verdict; the harder kinds are not among them."""
-    n_failed: int
-    """Contexts of either kind without one, because the judge failed or was not asked."""
+    ba: Estimate = UNKNOWN
+    """Balanced accuracy, (TPR + TNR) / 2. Interval: Wilson's of the two rates, joined by MOVER."""
+    tnr: Estimate = UNKNOWN
+    """Of the contexts to say no of, the share of no. Interval: Wilson's."""
+    auroc: Estimate = UNKNOWN
+    """Unknown where the judge gives no probabilities. Interval: DeLong's."""
+    n: int = 0
+    """Contexts to say no of, with a verdict."""
+    n_failed: int = 0
+    """Contexts without one, because the judge failed or was not asked."""
+
+
+class ScoreRow(NamedTuple):
+    """One explanation's score, with its figures over each kind of contexts to say no of."""
+
     status: str
     """``ok``, or ``failed: …`` with the reason."""
-    stratum_tpr: list[float]
-    """TPR by stratum of activation, the weakest first; NaN for a stratum without verdicts. Empty when not asked for."""
-    stratum_low: list[float]
-    """Lower ends of their 95 % intervals (Wilson's)."""
-    stratum_high: list[float]
-    ba_hard: float = math.nan
-    """As ``balanced_accuracy``; the negatives are silent contexts in which a neighbour of the latent fires strongly."""
-    ba_hard_low: float = math.nan
-    ba_hard_high: float = math.nan
-    tnr_hard: float = math.nan
-    tnr_hard_low: float = math.nan
-    tnr_hard_high: float = math.nan
-    auroc_hard: float = math.nan
-    auroc_hard_low: float = math.nan
-    auroc_hard_high: float = math.nan
-    n_hard: int = 0
-    """Such contexts with a verdict; none where they could not be drawn, or the scorer has no such kind."""
-    n_failed_hard: int = 0
-    ba_same_token: float = math.nan
-    """As ``balanced_accuracy``; the negatives are silent contexts that hold the latent's top token."""
-    ba_same_token_low: float = math.nan
-    ba_same_token_high: float = math.nan
-    tnr_same_token: float = math.nan
-    tnr_same_token_low: float = math.nan
-    tnr_same_token_high: float = math.nan
-    auroc_same_token: float = math.nan
-    auroc_same_token_low: float = math.nan
-    auroc_same_token_high: float = math.nan
-    n_same_token: int = 0
-    """Such contexts with a verdict; none where they could not be drawn, or the scorer has no such kind."""
-    n_failed_same_token: int = 0
+    n_active: int
+    """Contexts to say yes of (the latent fires there; the marks are right), with a verdict."""
+    random: Figures
+    """Over random silent contexts, or wrong marks. Its ``n_failed`` counts the contexts to say yes of, too."""
+    tpr: Estimate = UNKNOWN
+    """Of the contexts to say yes of, the share of yes. Interval: Wilson's."""
+    strata: Sequence[Estimate] = ()
+    """TPR by stratum of activation, the weakest first. Empty when not asked for."""
+    hard: Figures = Figures()
+    """Over silent contexts in which a neighbour of the latent fires strongly, if there are any."""
+    same_token: Figures = Figures()
+    """Over silent contexts that hold the latent's top token, if there are any."""
     precision: float = math.nan
     """The half-width at which judging was to stop; NaN where a fixed number of contexts was judged."""
     stopped: str = ""
-    """What ended adaptive judging: ``narrow enough``, ``cap`` or ``out of contexts``; empty without a precision."""
+    """What ended adaptive judging, one of :data:`STOPS`; empty without a precision."""
+
+    def as_columns(self) -> dict[str, Any]:
+        """Return the row's columns in a score table."""
+        random = self.random
+        columns: dict[str, Any] = {
+            "balanced_accuracy": random.ba.value,
+            "ba_low": random.ba.low,
+            "ba_high": random.ba.high,
+        }
+        columns |= {**_columns("tpr", self.tpr), **_columns("tnr", random.tnr), **_columns("auroc", random.auroc)}
+        columns |= {"n_active": self.n_active, "n_inactive": random.n, "n_failed": random.n_failed}
+        columns["status"] = self.status
+        columns |= {f"stratum_{name}": [e[i] for e in self.strata] for i, name in enumerate(("tpr", "low", "high"))}
+        for kind, figures in (("hard", self.hard), ("same_token", self.same_token)):
+            for name, estimate in (("ba", figures.ba), ("tnr", figures.tnr), ("auroc", figures.auroc)):
+                columns |= _columns(f"{name}_{kind}", estimate)
+            columns |= {f"n_{kind}": figures.n, f"n_failed_{kind}": figures.n_failed}
+        return {**columns, "precision": self.precision, "stopped": self.stopped}
+
+
+def _columns(name: str, estimate: Estimate) -> dict[str, Any]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 class Scorer(Protocol):
@@ -153,43 +147,26 @@ def measure(verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
     n_failed = int(own.failed.sum()) + own.missing_of([c for c in items if c.kind not in HARDER])
     status = _status(n_active, n_inactive, n_failed, own.failure[own.failed])
     if status != "ok":
-        return ScoreRow(*UNKNOWN, *UNKNOWN, *UNKNOWN, *UNKNOWN, n_active, n_inactive, n_failed, status, [], [], [])
+        return ScoreRow(status, n_active, Figures(n=n_inactive, n_failed=n_failed))
+    active = good.where(truth)
+
+    def over(judged: _Columns, n_failed: int) -> Figures:
+        """Return the figures of ``judged`` contexts to say no of; only counts if too few have a verdict."""
+        no = judged.where(~judged.failed)
+        n = len(no.context)
+        if n == 0 or n_failed > MOST_FAILED * (n + n_failed):
+            return Figures(n=n, n_failed=n_failed)
+        truth, label, p = (np.concatenate([getattr(part, c) for part in (active, no)]) for c in ("truth", "label", "p"))
+        rank = UNKNOWN if np.isnan(p).any() else auroc(truth, p)
+        return Figures(balanced_accuracy(truth, label), _rate(~no.label), rank, n, n_failed)
+
+    def over_kind(kind: str) -> Figures:
+        of_kind = judged.where(judged.kind == kind)
+        return over(of_kind, int(of_kind.failed.sum()) + of_kind.missing_of([c for c in items if c.kind == kind]))
+
     strata = _by_stratum(items, dict(zip(good.context.tolist(), label.tolist(), strict=True)))
-    row = ScoreRow(
-        *balanced_accuracy(truth, label),
-        *_rate(label[truth]),
-        *_rate(~label[~truth]),
-        *_ranked(truth, good.p),
-        n_active,
-        n_inactive,
-        n_failed,
-        status,
-        [estimate.value for estimate in strata],
-        [estimate.low for estimate in strata],
-        [estimate.high for estimate in strata],
-    )
-    for kind in HARDER:
-        row = row._replace(**_harder(kind, judged.where(judged.kind == kind), items, good.where(truth)))
-    return row
-
-
-def _harder(kind: str, judged: _Columns, items: Sequence[Planned], active: _Columns) -> dict[str, Any]:
-    """Return the columns of one harder kind of negative, NaN where they cannot be measured."""
-    n_failed = int(judged.failed.sum()) + judged.missing_of([c for c in items if c.kind == kind])
-    good = judged.where(~judged.failed)
-    n = len(good.context)
-    found: dict[str, Any] = {f"n_{kind}": n, f"n_failed_{kind}": n_failed}
-    if n == 0 or n_failed > MOST_FAILED * (n + n_failed):
-        return found
-    truth, label, p = (np.concatenate(pair) for pair in zip(active.answers, good.answers, strict=True))
-    for name, estimate in (
-        ("ba", balanced_accuracy(truth, label)),
-        ("tnr", _rate(~label[~truth])),
-        ("auroc", _ranked(truth, p)),
-    ):
-        found |= {f"{name}_{kind}": estimate.value, f"{name}_{kind}_low": estimate.low}
-        found |= {f"{name}_{kind}_high": estimate.high}
-    return found
+    random = over(good.where(~truth), 0)._replace(n_failed=n_failed)
+    return ScoreRow(status, n_active, random, _rate(label[truth]), strata, over_kind("hard"), over_kind("same_token"))
 
 
 class _Columns(NamedTuple):
@@ -218,20 +195,7 @@ class _Columns(NamedTuple):
         )
 
     def where(self, chosen: npt.NDArray[np.bool_]) -> _Columns:
-        return _Columns(
-            self.context[chosen],
-            self.kind[chosen],
-            self.truth[chosen],
-            self.label[chosen],
-            self.p[chosen],
-            self.failure[chosen],
-            self.failed[chosen],
-        )
-
-    @property
-    def answers(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-        """Return truth, label and P(active)."""
-        return self.truth, self.label, self.p
+        return _Columns._make(column[chosen] for column in self)
 
     def missing_of(self, asked: Sequence[Planned]) -> int:
         """Return the number of planned contexts without a verdict; a failed verdict is one."""
@@ -240,10 +204,6 @@ class _Columns(NamedTuple):
 
 def _rate(right: np.ndarray) -> Estimate:
     return proportion(float(right.sum()), len(right))
-
-
-def _ranked(truth: np.ndarray, p: np.ndarray) -> Estimate:
-    return UNKNOWN if np.isnan(p).any() else auroc(truth, p)
 
 
 def _status(n_active: int, n_inactive: int, n_failed: int, reasons: npt.NDArray[np.object_]) -> str:

@@ -199,7 +199,7 @@ def test_a_fooled_judge_loses_only_on_those_negatives(kind: str) -> None:
          "label": float(c.truth or c.kind == kind), "negative_kind": None if c.truth else c.kind}
         for c in items
     ]  # fmt: skip
-    row = DetectionScorer().score(pd.DataFrame(rows), items)._asdict()
+    row = DetectionScorer().score(pd.DataFrame(rows), items).as_columns()
     other = {"hard": "same_token", "same_token": "hard"}[kind]
     assert row["balanced_accuracy"] == row["tnr"] == row[f"tnr_{other}"] == row[f"ba_{other}"] == 1.0
     assert (row[f"tnr_{kind}"], row[f"ba_{kind}"], row[f"auroc_{kind}"]) == (0.0, 0.5, 0.5)
@@ -207,9 +207,9 @@ def test_a_fooled_judge_loses_only_on_those_negatives(kind: str) -> None:
     assert (row["n_inactive"], row[f"n_{kind}"], row["n_failed"]) == (len(test.inactive), 12, 0)
     gone = {"p": np.nan, "label": np.nan, "failure": "gone"}
     lost = pd.DataFrame([{**r, **gone} if r["negative_kind"] == kind else r for r in rows])
-    failed = DetectionScorer().score(lost, items)._asdict()
+    failed = DetectionScorer().score(lost, items).as_columns()
     assert (failed["status"], failed["n_failed"], failed[f"n_failed_{kind}"]) == ("ok", 0, 12)
     assert np.isnan(failed[f"ba_{kind}"])
     assert failed[f"ba_{other}"] == 1.0
-    unasked = DetectionScorer().score(pd.DataFrame([r for r in rows if r["negative_kind"] != kind]), items)._asdict()
+    unasked = DetectionScorer().score(pd.DataFrame([r for r in rows if r["negative_kind"] != kind]), items).as_columns()
     assert (unasked[f"n_{kind}"], unasked[f"n_failed_{kind}"], unasked["n_failed"]) == (0, 12, 0)

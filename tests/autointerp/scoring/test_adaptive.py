@@ -123,7 +123,7 @@ def simulated(
                 known[number, x, y] = balanced_accuracy(truth, label)
             else:  # the tallies of earlier looks are read for their sizes alone
                 earlier = [Tally(a, 0, b, 0, 0) for a, b in looks[:number]]
-                known[number, x, y] = _score([*earlier, Tally(size, x, size, y, 0)], half_width).estimate
+                known[number, x, y] = _score([*earlier, Tally(size, x, size, y, 0)], half_width)[0]
         return known[number, x, y]
 
     covered = bias = judged = 0.0

@@ -55,15 +55,15 @@ def test_scores_equal_brute_force(answers: list[Answer]) -> None:
     no = [p for truth, p, _ in answers if not truth and p is not None]
     if not yes or not no:
         assert row.status.startswith("failed: no verdict on any")
-        assert math.isnan(row.balanced_accuracy)
+        assert math.isnan(row.random.ba.value)
         return
     tpr, tnr = np.mean([p >= 0.5 for p in yes]), np.mean([p < 0.5 for p in no])
-    assert (row.status, row.n_active, row.n_inactive, row.n_failed) == ("ok", len(yes), len(no), 0)
-    assert (row.tpr, row.tnr) == (pytest.approx(tpr), pytest.approx(tnr))
-    assert row.balanced_accuracy == pytest.approx((tpr + tnr) / 2)
-    assert row.auroc == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a in yes for b in no]))
-    assert row.ba_low <= row.balanced_accuracy <= row.ba_high
-    assert row.auroc_low <= row.auroc <= row.auroc_high
+    assert (row.status, row.n_active, row.random.n, row.random.n_failed) == ("ok", len(yes), len(no), 0)
+    assert (row.tpr.value, row.random.tnr.value) == (pytest.approx(tpr), pytest.approx(tnr))
+    assert row.random.ba.value == pytest.approx((tpr + tnr) / 2)
+    assert row.random.auroc.value == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a in yes for b in no]))
+    assert row.random.ba.low <= row.random.ba.value <= row.random.ba.high
+    assert row.random.auroc.low <= row.random.auroc.value <= row.random.auroc.high
 
 
 def test_a_failure_is_neither_right_nor_wrong() -> None:
@@ -72,8 +72,8 @@ def test_a_failure_is_neither_right_nor_wrong() -> None:
     refused = "server said no"
     failed: list[Answer] = [*[(True, None, refused)] * 10, *[(False, None, refused)] * 5]
     some = DetectionScorer().score(verdicts([*answers, *failed]))
-    assert some.n_failed == 15
-    assert some._replace(n_failed=0) == whole
+    assert some.random.n_failed == 15
+    assert some._replace(random=some.random._replace(n_failed=0)) == whole
 
 
 def test_too_many_failures_leave_no_score() -> None:
@@ -81,17 +81,17 @@ def test_too_many_failures_leave_no_score() -> None:
     failed: list[Answer] = [*[(True, None, "cut off")] * 15, *[(True, None, "no list")] * 6]
     row = DetectionScorer().score(verdicts([*answers, *failed]))
     assert row.status == "failed: 21 of 100 contexts without a verdict (most often: cut off)"
-    assert all(math.isnan(value) for value in row[:8])
-    assert (row.n_active, row.n_inactive, row.n_failed) == (39, 40, 21)
+    assert all(math.isnan(e.value) for e in (row.tpr, row.random.ba, row.random.tnr, row.random.auroc))
+    assert (row.n_active, row.random.n, row.random.n_failed) == (39, 40, 21)
     assert DetectionScorer().score(verdicts([])).status == "failed: nothing was judged"
 
 
 def test_without_probabilities_there_is_no_auroc() -> None:
     table = verdicts([(True, 0.9, None), (False, 0.1, None)] * 20)
     row = DetectionScorer().score(table.assign(p=np.nan))
-    assert row.balanced_accuracy == 1.0
-    assert math.isnan(row.auroc)
-    assert math.isnan(row.auroc_low)
+    assert row.random.ba.value == 1.0
+    assert math.isnan(row.random.auroc.value)
+    assert math.isnan(row.random.auroc.low)
 
 
 def test_unanswered_questions_count_as_failed() -> None:
@@ -99,19 +99,19 @@ def test_unanswered_questions_count_as_failed() -> None:
     items = DetectionScorer().items(tests)
     table = verdicts([(True, 0.9, None)] * 50 + [(False, 0.1, None)] * 50)
     unasked = pd.concat([table, verdicts([(False, 0.9, None)]).assign(context=999)], ignore_index=True)
-    assert DetectionScorer().score(unasked, items).tnr == 1.0
+    assert DetectionScorer().score(unasked, items).random.tnr.value == 1.0
     row = DetectionScorer().score(table.iloc[5:], items)
-    assert (row.n_active, row.n_failed, row.status) == (45, 5, "ok")
+    assert (row.n_active, row.random.n_failed, row.status) == (45, 5, "ok")
     assert DetectionScorer().score(table.iloc[30:], items).status.startswith("failed: 30 of 100")
 
 
 def test_strata_are_scored_apart() -> None:
     items = DetectionScorer().items(halves(50))
     table = verdicts([(True, 0.1 if i % 5 == 0 else 0.9, None) for i in range(50)] + [(False, 0.1, None)] * 50)
-    assert DetectionScorer().score(table, items).stratum_tpr == [0.0, 1.0, 1.0, 1.0, 1.0]
+    assert DetectionScorer().score(table, items).as_columns()["stratum_tpr"] == [0.0, 1.0, 1.0, 1.0, 1.0]
     gone = table[~((table["context"] - 100) % 5 == 3) | ~table["truth"]]
-    assert math.isnan(DetectionScorer().score(gone, items).stratum_tpr[3])
-    assert DetectionScorer().score(table).stratum_tpr == []
+    assert math.isnan(DetectionScorer().score(gone, items).strata[3].value)
+    assert DetectionScorer().score(table).as_columns()["stratum_tpr"] == []
 
 
 def test_mixed_judgings_are_refused() -> None:
@@ -135,8 +135,8 @@ def test_rows_go_into_a_table_and_come_back(tmp_path: Path) -> None:
     items = DetectionScorer().items(halves(10))
     table = verdicts([(True, 0.9, None)] * 10 + [(False, 0.1, None)] * 10)
     rows: list[dict[str, Any]] = [
-        DetectionScorer().score(table, items)._asdict(),
-        DetectionScorer().score(table)._asdict(),
+        DetectionScorer().score(table, items).as_columns(),
+        DetectionScorer().score(table).as_columns(),
         {"status": "failed: no explanation"},
     ]
     write_table(tmp_path / "scores.parquet", pd.DataFrame(rows))

@@ -142,12 +142,13 @@ def test_a_perfect_judge_scores_one_with_correct_strata() -> None:
     tests = mark(activating(60, 1, 0.1))
     items = FuzzingScorer().items(tests)
     row = FuzzingScorer().score(verdicts(tests, lambda c: c.truth), items)
-    assert (row.balanced_accuracy, row.tpr, row.tnr, row.auroc, row.status) == (1.0, 1.0, 1.0, 1.0, "ok")
-    assert row.n_active == row.n_inactive == len(tests.active)
-    assert row.stratum_tpr == [1.0] * 5
-    assert row.n_hard == row.n_same_token == 0
+    assert row.status == "ok"
+    assert [e.value for e in (row.random.ba, row.tpr, row.random.tnr, row.random.auroc)] == [1.0] * 4
+    assert row.n_active == row.random.n == len(tests.active)
+    assert [stratum.value for stratum in row.strata] == [1.0] * 5
+    assert row.hard.n == row.same_token.n == 0
     always = FuzzingScorer().score(verdicts(tests, lambda _: True), items)
-    assert (always.balanced_accuracy, always.stratum_tpr) == (0.5, [1.0] * 5)
+    assert (always.random.ba.value, [stratum.value for stratum in always.strata]) == (0.5, [1.0] * 5)
     assert SCORERS["fuzzing"] is FuzzingScorer
 
 
