@@ -84,14 +84,15 @@ def shortlist(a: Screen, b: Screen, k: int) -> tuple[NDArray[np.int32], NDArray[
 
 def _kth_of_sample(a: Screen, b: Screen, k: int) -> NDArray[np.float32]:
     """Return the k-th nearest of a sample of ``b`` to each row of ``a`` [n]; -inf where ``b`` is small."""
-    size = min(_SAMPLE, max(len(b) // 32, 8 * k))
+    size = min(_SAMPLE, max(len(b) // 128, 8 * k))
     if len(b) < 4 * size:
         return np.full(len(a), -np.inf, np.float32)
     few = b.rows[:: len(b) // size][:size]
     out = np.empty(len(a), np.float32)
     for top in range(0, len(a), _SAMPLED):
         rows = slice(top, top + _SAMPLED)
-        out[rows] = (a.rows[rows] @ few.T).float().topk(k).values[:, -1].cpu().numpy()
+        products = (a.rows[rows] @ few.T).float().cpu().numpy()
+        out[rows] = np.partition(products, size - k, axis=1)[:, size - k]
     # Products of other blocks may be summed in another order and rounded differently; one percent lower always holds.
     return np.asarray(out - np.float32(0.01) * np.abs(out), dtype=np.float32)
 
