@@ -4,11 +4,12 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-slow test-browser vllm test-integration peers test-peers lint format subject package clean help
+.PHONY: setup demo test fuzz test-slow test-browser vllm test-integration peers test-peers lint format subject package clean help
 
 help:
 	@echo "make demo              set up, then run a whole study offline on the bundled model, show its report"
 	@echo "make test              set up, then lint, type-check and test"
+	@echo "make fuzz              look long for input that crashes the program (half an hour)"
 	@echo "make test-slow         run the slow tests: every stage killed and resumed"
 	@echo "make test-browser      test the HTML report in Chromium (installs Debian's if none is found)"
 	@echo "make vllm              install vLLM into .venv-vllm, for explain and score with --vllm (for a GPU if there is one)"
@@ -49,6 +50,11 @@ format: $(VENV)/.test-ready
 test: lint
 	@# two files at a time, one core each; the longest first (conftest.py)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# FUZZ is how many times as many examples as in `make test`.
+FUZZ ?= 50
+fuzz: $(VENV)/.test-ready
+	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m fuzz $(SELECT)
 
 # SELECT narrows it: make test-slow SELECT='-k torchrun'
 test-slow: $(VENV)/.test-ready

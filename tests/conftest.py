@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ from tiny_study import Ran, cli, journal, tree, write_recipe, write_texts
 
 # No deadline: on a machine that does other work too, the clock says nothing about the program.
 # The examples are the same each time, so that a change is judged by what it changed, and a new user's `make test` by
-# what the program does; `pytest --hypothesis-profile=search` looks for new ones.
+# what the program does. FUZZ=50 tries fifty times as many, new ones each time (`make fuzz`).
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
-hypothesis.settings.register_profile("search", deadline=None)
-hypothesis.settings.load_profile("same")
+FUZZ = int(os.environ.get("FUZZ", "0"))
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=100 * max(1, FUZZ))
+hypothesis.settings.load_profile("fuzz" if FUZZ else "same")
 
 LINES = [
     "def add(a, b):\n    return a + b\n",
