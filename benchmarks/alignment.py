@@ -72,12 +72,14 @@ def load_weights(asked: argparse.Namespace) -> tuple[NDArray[np.float32], NDArra
 def train_bundled_runs(size: int, threads: int) -> list[str]:
     """Train two seeds of the bundled study at width ``size`` under ``BUNDLED``; return their names."""
     from sae.study.recipes import settings_from
+    from sae.study.run import Study
     from sae.study.stage import Compute
-    from sae.study.train import train_study
+    from sae.study.train import train_studies
 
     training = {"num_latents": size, "tokens": BUNDLED_TOKENS}
     settings = settings_from(ROOT / "eval_runs" / "recipes" / "demo.toml", training=training)
-    return [run.name for run in train_study(f"m{size}", [0, 1], settings, BUNDLED, Compute("cpu", threads))]
+    (runs,) = train_studies([Study(f"m{size}", settings, (0, 1))], BUNDLED, Compute("cpu", threads))
+    return [run.name for run in runs]
 
 
 def measure_side(asked: argparse.Namespace) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from outcome import about, leave, parser_of
 from rich.console import Console
 from rich.table import Table
 
+from autointerp.findings import evidence
 from sae.common.amounts import parse_amount
 from sae.common.files import read_table
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.settings import Settings
-from sae.study.align import align_runs, read_comparison
+from sae.study.align import align_runs
 from sae.study.harvest import harvest_runs
 from sae.study.recipes import settings_from
 from sae.study.run import Run, Study
@@ -44,7 +45,9 @@ def row_of(kind: str, runs: Sequence[Run], k: int) -> dict[str, Any]:
     firing = [read_table(run.stage_path("firing")) for run in runs]
     l0 = mean(float(table["firing_frequency"].sum()) for table in firing)
     dead = mean(float(table["dead"].mean()) for table in firing)
-    shared = read_comparison(runs).shared.alive
+    study = evidence.Study.open(runs[0].root, [run.name for run in runs], evidence.View())
+    assert study.shared is not None
+    shared = study.shared.alive
     return {
         "architecture": kind,
         "seeds": [run.seed for run in runs],

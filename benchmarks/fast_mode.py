@@ -24,16 +24,18 @@ from outcome import about, keep, parser_of
 from rich.console import Console
 from rich.table import Table
 
+from autointerp.findings import evidence
 from sae.activations.stream import TrainingBatches
+from sae.alignment.overlap import Overlap
 from sae.common.files import read_table
 from sae.common.precision import Precision
 from sae.dictionaries.encoding import topk_firings
 from sae.settings import Settings
-from sae.study.align import align_runs, read_comparison
+from sae.study.align import align_runs
 from sae.study.recipes import settings_from
-from sae.study.run import Run
+from sae.study.run import Run, Study
 from sae.study.stage import Compute, open_source
-from sae.study.train import train_study
+from sae.study.train import train_studies
 
 ROOT = Path(__file__).parents[1]
 DEFINITIONS = ("strict", "lenient")
@@ -47,14 +49,17 @@ def fvu(run: Run) -> float:
     return float(rows["fvu"].tail(max(1, len(rows) // 20)).mean())
 
 
+def shared_by(runs: Sequence[Run]) -> dict[str, Overlap]:
+    study = evidence.Study.open(runs[0].root, [run.name for run in runs], evidence.View())
+    assert study.shared is not None
+    return study.shared.alive
+
+
 def overlaps(runs: Sequence[Run]) -> dict[str, float]:
     """What fraction of alive latents each pair shares, "definition a--b", and their mean over the pairs."""
     found: dict[str, float] = {}
     for name in DEFINITIONS:
-        pairs = {
-            f"{a.name}--{b.name}": read_comparison([a, b]).shared.alive[name].value.value
-            for a, b in combinations(runs, 2)
-        }
+        pairs = {f"{a.name}--{b.name}": shared_by([a, b])[name].value.value for a, b in combinations(runs, 2)}
         found |= {f"{name} {pair}": value for pair, value in pairs.items()}
         found[name] = statistics.mean(pairs.values())
     return found
@@ -100,7 +105,7 @@ def _study(
 ) -> tuple[list[Run], dict[str, Any]]:
     """Three seeds, trained where they are not yet, and what is compared of them."""
     asked, seeds = settings.with_values(training={"precision": precision}), list(range(3 * number, 3 * number + 3))
-    runs = train_study(f"{precision}-{number}", seeds, asked, root, compute)
+    (runs,) = train_studies([Study(f"{precision}-{number}", asked, tuple(seeds))], root, compute)
     align_runs(runs, compute, nulls=False)
     return runs, {"seeds": seeds, "fvu": [fvu(run) for run in runs], **overlaps(runs)}
 

@@ -84,7 +84,7 @@ def ours(folder: Path, tokens: int, names: str) -> None:
     stream = next(iter(source.streams.values()))
     shutil.rmtree(folder / "stores", ignore_errors=True)
     saes = {name: load_sae(folder / name) for name in names}
-    harvest(stream, saes, {name: folder / "stores" / name for name in names}, tokens, 32, 0)
+    harvest(stream, saes, {name: folder / "stores" / name for name in names}, dict.fromkeys(names, ""), tokens, 32, 0)
 
 
 def bare(folder: Path, tokens: int, names: str) -> None:

@@ -6,12 +6,14 @@ A recipe is a TOML file with these tables. A stage's hash covers exactly the set
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from sae.common.amounts import parse_amount
 from sae.common.errors import BadInput, suggest
+
+T = TypeVar("T", bound=BaseModel)
 
 
 def _amount(value: Any) -> Any:
@@ -29,13 +31,10 @@ class _Table(BaseModel):
 class SubjectSettings(_Table):
     """The language model whose activations are studied."""
 
-    model: str = Field(
-        "bundled", description="a Hugging Face name or directory; 'bundled' is the model in this package"
-    )
+    model: str = Field("bundled", description="a Hugging Face name or folder; 'bundled' is the model in this package")
     hookpoint: str = Field("layers.2.mlp", description="name of the module whose output is studied")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="precision of the forward pass; auto: bfloat16 if the machine supports it, else float32",
+        "auto", description="precision of the forward pass; auto: bfloat16 if the machine supports it, else float32"
     )
 
 
@@ -70,11 +69,7 @@ class TrainingSettings(_Table):
     sparsity_warmup_steps: int | None = Field(
         None, ge=1, description="steps until L0 reaches k, for architectures with a penalty; default a fifth of the run"
     )
-    bandwidth: float = Field(
-        0.01,
-        gt=0,
-        description="jumprelu: width of the kernel in the gradient of the thresholds (sae/dictionaries/objective.py)",
-    )
+    bandwidth: float = Field(0.01, gt=0, description="jumprelu: width of the kernel in the gradient of the thresholds")
     precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
         description="precision of the product that selects latents in training (by rank, and in AuxK); "
@@ -83,9 +78,7 @@ class TrainingSettings(_Table):
     frozen: Literal["nothing", "decoder", "everything"] = Field(
         "nothing", description="weights that keep their initial values, for controls (sae/study/controls.py)"
     )
-    checkpoint_steps: int = Field(
-        500, ge=1, description="steps between checkpoints; one is also written about every minute"
-    )
+    checkpoint_steps: int = Field(500, ge=1, description="steps between checkpoints, also written about every minute")
     activation_cache: Amount = Field(
         8 * 10**9, ge=0, description="bytes of activations kept on disk until the harvest, such as '8G'; 0: none"
     )
@@ -111,10 +104,7 @@ class ContextSettings(_Table):
     n_hard: int = Field(20, ge=0, description="more of them, in which a similar latent fires; scored separately")
     n_same_token: int = Field(20, ge=0, description="more of them, with the latent's top token; scored separately")
     near_duplicate: float = Field(
-        0.6,
-        gt=0,
-        le=1,
-        description="windows that share this fraction of their token 5-grams count as one (1: equal)",
+        0.6, gt=0, le=1, description="windows that share this fraction of their token 5-grams count as one (1: equal)"
     )
     n_strata: int = Field(10, ge=1, description="quantiles of activation that the activating contexts are drawn from")
     min_explain: int = Field(10, ge=1, description="activating contexts that a latent needs for the explainer")
@@ -133,6 +123,17 @@ class Settings(_Table):
         """Return all settings that the trained weights depend on."""
         return {**self.model_dump(mode="json", include={"subject", "corpus"}), "training": self.training.identity()}
 
+    @property
+    def most_tokens(self) -> int:
+        """The tokens of text that training and harvest need."""
+        return max(self.training.tokens, self.harvest.tokens)
+
+    def limit_dataset(self, tokens: int) -> Settings:
+        """Return settings that read at most ``tokens`` of a dataset, which may be endless, if they set no limit."""
+        if self.corpus.kind != "dataset" or self.corpus.max_tokens is not None:
+            return self
+        return self.with_values(corpus={"max_tokens": tokens})
+
     def with_values(self, **tables: dict[str, Any]) -> Settings:
         """Return a validated copy with the given values; ``None`` keeps a value."""
         merged = self.model_dump()
@@ -141,20 +142,25 @@ class Settings(_Table):
         return validated(merged, "the command line")
 
 
-def validated(values: dict[str, Any], where: str) -> Settings:
-    """Validate ``values``, or raise BadInput with the key, the problem and the fix."""
+def check_table(kind: type[T], values: dict[str, Any], where: str, prefix: str = "") -> T:
+    """Validate ``values``, or raise BadInput with the key (after ``prefix``), the problem and the fix."""
     try:
-        settings = Settings.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         *tables, key = (str(part) for part in first["loc"])
-        name = ".".join([*tables, key])
+        name = prefix + ".".join([*tables, key])
         if first["type"] == "extra_forbidden":
-            known: Any = Settings
+            known: Any = kind
             for table in tables:
                 known = known.model_fields[table].annotation
             raise BadInput(f"{where}: unknown key {name!r}; did you mean {suggest(key, known.model_fields)}?") from None
         raise BadInput(f"{where}: {name} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def validated(values: dict[str, Any], where: str) -> Settings:
+    """Return the settings with these ``values``, or raise BadInput."""
+    settings = check_table(Settings, values, where)
     training = settings.training
     if training.k > training.num_latents:
         raise BadInput(

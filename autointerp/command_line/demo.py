@@ -81,14 +81,14 @@ def _run(
     from sae.study.align import align_runs
     from sae.study.harvest import harvest_runs
     from sae.study.probe import time_tokens
-    from sae.study.run import MAIN_SCORER
+    from sae.study.run import MAIN_SCORER, Study
     from sae.study.stage import Compute
-    from sae.study.train import train_study
+    from sae.study.train import train_studies
 
     compute = Compute("cpu", threads)
     if overview.stages[STAGES.index(TRAIN)].state != "done":
         overview.expect(costs(settings, speed, time_tokens(settings, compute)))
-    runs = train_study(STUDY, SEEDS, settings, root, compute)
+    (runs,) = train_studies([Study(STUDY, settings, SEEDS)], root, compute)
     overview.begin(HARVEST)
     harvest_runs(runs, compute)
     overview.begin(ALIGN)

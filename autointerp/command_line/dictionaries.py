@@ -114,13 +114,15 @@ def align(
     \b
     python cli.py align run_a run_b run_c
     """
+    from autointerp.findings.evidence import Study, View
     from autointerp.findings.returning import alignment_findings
     from autointerp.report.rendering import render_alignment
-    from sae.study.align import align_runs, read_comparison
+    from sae.study.align import align_runs
 
     runs = open_runs(names, output.root, whole_study=True)
     align_runs(runs, machine.compute(), nulls, force)
-    found = alignment_findings(read_comparison(runs, threshold), definition)
+    view = View(definition=definition, threshold=threshold)
+    found = alignment_findings(Study.open(output.root, [run.name for run in runs], view))
     finish(output.as_json, "align", lambda: found, lambda: render_alignment(found))
 
 
@@ -149,7 +151,7 @@ def sweep(
     """
     from autointerp.command_line.sweeping import forecast, run_sweep, scoring_of, sweep_findings
     from autointerp.report.rendering import render_forecast, render_sweep
-    from sae.study.sweep import read_sweep
+    from sae.study.recipes import read_sweep
 
     swept = read_sweep(recipe, name, seeds or ())
     scoring = scoring_of(swept, score, explainer, llm_options(server, judge_server), judge)

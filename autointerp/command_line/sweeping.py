@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
@@ -23,14 +23,14 @@ from autointerp.llm.opening import resolve_name
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.score import score_runs
-from sae.common.errors import BadInput, UserError, suggest
+from sae.common.errors import UserError
 from sae.common.progress import say
+from sae.settings import check_table
 from sae.study.align import align_runs
 from sae.study.harvest import harvest_runs
-from sae.study.probe import Probe, probe
+from sae.study.recipes import Sweep
 from sae.study.run import MAIN_SCORER, Run
 from sae.study.stage import Compute
-from sae.study.sweep import Sweep
 from sae.study.train import train_studies
 
 
@@ -57,15 +57,7 @@ def explaining_of(sweep: Sweep) -> Explaining | None:
     """Return the recipe's checked ``[explain]``, or ``None``."""
     if sweep.explain is None:
         return None
-    try:
-        return Explaining.model_validate(dict(sweep.explain))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = suggest(key, Explaining.model_fields)
-            raise BadInput(f"sweep {sweep.name!r}: unknown key 'explain.{key}'; did you mean {known}?") from None
-        raise BadInput(f"sweep {sweep.name!r}: explain.{key} = {first['input']!r}: {first['msg'].lower()}") from None
+    return check_table(Explaining, dict(sweep.explain), f"sweep {sweep.name!r}", "explain.")
 
 
 def scoring_of(
@@ -123,8 +115,9 @@ def sweep_findings(table: dict[str, Any]) -> dict[str, Any]:
 
 def forecast(sweep: Sweep, root: Path, compute: Compute) -> dict[str, Any]:
     """Return the planned training as JSON values. Times come from a probe of a few steps, or are ``None``."""
-    found: Probe | None = None
-    reason = None
+    from sae.study.probe import probe  # imports torch
+
+    found, reason = None, None
     try:
         found = probe(sweep.studies, root, compute)
     except UserError as error:

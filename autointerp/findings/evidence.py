@@ -21,7 +21,7 @@ from sae.alignment.overlap import DEFINITIONS, DIPS, StudyOverlap, overlap
 from sae.common.commands import command
 from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table, table_metadata
-from sae.study.align import is_aligned, is_compared, read_behaviour_facts, read_behaviours
+from sae.study.align import is_aligned, is_compared, read_behaviours
 from sae.study.harvest import is_harvested
 from sae.study.run import MAIN_SCORER, Run, all_runs
 
@@ -107,6 +107,7 @@ class Study:
         compared = _compared(root / "alignments", focus.name, names)
         tables = read_both_ways(root / "alignments", compared) if len(compared) > 1 else {}
         alive = {run.name: _alive(run, firing) for run in runs}
+        behaviour, facts = read_behaviours(root, compared)
         dips = root / "alignments" / DIPS
         scores = read_table(path) if (path := focus.stage_path("scores")).exists() else None
         known = [] if scores is None else setups_of(scores, scorer=view.scorer)
@@ -119,8 +120,8 @@ class Study:
             firing=firing,
             alive=alive,
             tables=tables,
-            behaviour=read_behaviours(root, compared),
-            behaviour_facts=read_behaviour_facts(root, compared),
+            behaviour=behaviour,
+            behaviour_facts=facts,
             compared=compared,
             shared=overlap(compared, tables, {x: alive[x] for x in compared}, view.threshold, kept=dips)
             if tables

@@ -6,7 +6,7 @@ Arranges the figures of :mod:`sae.alignment.overlap`, and adds how often shared 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,10 +19,8 @@ from sae.alignment.latent_table import CLASSES, shared_class
 from sae.alignment.overlap import DEFINITIONS, StudyOverlap, range_of
 from sae.common.estimate import Estimate
 from sae.common.files import read_table, table_metadata
+from sae.study.align import explain_difference
 from sae.study.run import Run
-
-if TYPE_CHECKING:
-    from sae.study.align import Compared
 
 _CURVES = ("step", "tokens", "loss", "fvu", "l0", "dead_fraction", "learning_rate")
 _CURVE_POINTS = 100
@@ -260,18 +258,17 @@ def _harvested_tokens(table: pd.DataFrame) -> int | None:
     return round(table["n_firings"].iloc[most] / table["firing_frequency"].iloc[most])
 
 
-def alignment_findings(compared: Compared, definition: str = "strict") -> dict[str, Any]:
-    """Return the overlap of aligned runs under ``definition``, in the shape of the report's findings."""
+def alignment_findings(study: Study) -> dict[str, Any]:
+    """Return the overlap of aligned runs, in the shape of the report's findings."""
+    assert study.shared is not None
     found = {
-        "runs": [{"name": run.name, "study": run.study, "seed": run.seed} for run in compared.runs],
-        "compared": compared.shared.runs,
-        "apart": compared.apart,
+        "runs": [{"name": run.name, "study": run.study, "seed": run.seed} for run in study.runs],
+        "compared": study.compared,
+        "apart": explain_difference(study.runs),
         "missing": [],
-        "overlap": describe_overlap(compared.shared, definition),
-        "similarity": similarity_findings(compared.shared),
-        "counterparts": counterpart_findings(
-            compared.behaviour, compared.alignments, compared.alive, compared.behaviour_facts
-        ),
+        "overlap": describe_overlap(study.shared, study.view.definition),
+        "similarity": similarity_findings(study.shared),
+        "counterparts": counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts),
     }
     json: dict[str, Any] = to_json(found)
     return json

@@ -11,8 +11,8 @@ from autointerp.findings.paper.intervals import without_each
 from autointerp.findings.study import findings
 from sae.alignment.overlap import DEFINITIONS
 from sae.common.files import SCHEMA
+from sae.study.recipes import Point, Sweep
 from sae.study.run import Run, git_commit
-from sae.study.sweep import Point, Sweep
 
 _COSINES = ("mean_decoder", "mean_encoder", "mean_max_decoder", "mean_max_encoder")
 

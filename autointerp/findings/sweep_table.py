@@ -16,8 +16,8 @@ from sae.alignment.overlap import DEFINITIONS
 from sae.common.errors import BadInput
 from sae.common.files import SCHEMA, digest, digest_file, read_json, write_json, write_table
 from sae.common.progress import say
+from sae.study.recipes import Sweep
 from sae.study.run import Run
-from sae.study.sweep import Sweep
 
 
 def summary_path(root: Path, name: str) -> Path:

@@ -29,7 +29,7 @@ from autointerp.report.blocks import (
 from autointerp.report.charts import STYLE_OF_CLASS
 from autointerp.report.numbers import chance_level, count, human, listed, percent, percent_interval, plural
 from sae.common.amounts import decimal, interval
-from sae.study.sweep import AXES
+from sae.study.recipes import AXES
 
 Found = Mapping[str, Any]
 _HEIGHT = 10

@@ -75,7 +75,7 @@ def score_runs(
     ``control_sae_latents`` is the most latents to score of each control SAE (``None``: all explained), unless the user
     named it. They have no swapped control, because they are one.
     """
-    tested = [SCORERS.choose(name, "--scorer")() for name in scorers]
+    tested = [SCORERS[SCORERS.check(name, "--scorer")]() for name in scorers]
     kind = resolve_name(JUDGES, backend, options.for_judge())
     check_flags(JUDGES, kind, options.list_judge_flags())
     if control_latents is None:

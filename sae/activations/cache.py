@@ -137,8 +137,9 @@ def open_caches(
     names = [subject.resolve(hookpoint) for hookpoint in hookpoints]
     if limit_bytes <= 0 or not names:
         return {}
+    shapes = {name: (corpus.context, subject.width(name)) for name in names}
     folders = {name: corpus.folder / "activations" / _cache_key(corpus, subject, name) for name in names}
-    sizes = {name: count_slot_bytes((corpus.context, subject.width(name)), subject.dtype) for name in names}
+    sizes = {name: count_slot_bytes(shapes[name], subject.dtype) for name in names}
     kept = sum(_on_disk(folder) for folder in folders.values())
     room = min(limit_bytes, max(kept, shutil.disk_usage(corpus.folder).free + kept - _SPARE_DISK_BYTES))
     slots = {name: _slots(corpus, sizes[name], room // len(names)) for name in names}
@@ -150,11 +151,8 @@ def open_caches(
             f"within {why}; later epochs and the harvest recompute the rest"
         )
     _make_room(corpus.folder.parent, set(folders.values()), limit_bytes - sum(slots[n] * sizes[n] for n in names))
-    return {
-        name: ActivationCache(folders[name], slots[name], (corpus.context, subject.width(name)), subject.dtype)
-        for name in names
-        if slots[name]
-    }
+    kept_names = [name for name in names if slots[name]]
+    return {name: ActivationCache(folders[name], slots[name], shapes[name], subject.dtype) for name in kept_names}
 
 
 def open_caches_to_read(corpus: Corpus, subject: Subject, hookpoints: Sequence[str]) -> dict[str, ActivationCache]:
@@ -213,14 +211,5 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
 
 
 def _cache_key(corpus: Corpus, subject: Subject, hookpoint: str) -> str:
-    made_from = [
-        corpus.fingerprint,
-        subject.fingerprint,
-        subject.prefix,
-        hookpoint,
-        str(subject.dtype),
-        subject.device.type,
-        torch.__version__,
-        BLOCK_TOKENS,
-    ]
-    return digest(made_from)[:16]
+    model = [subject.fingerprint, subject.prefix, hookpoint, str(subject.dtype), subject.device.type]
+    return digest([corpus.fingerprint, *model, torch.__version__, BLOCK_TOKENS])[:16]

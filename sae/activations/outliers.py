@@ -7,12 +7,11 @@ activations", Sun et al. 2024). FVU, a ratio of sums of squares, then measures l
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from sae.dictionaries.sae import Sae
+from sae.dictionaries.sae import Sae
 
 TIMES_MEDIAN = 10.0
 _FEW, _MOST = 0.1, 0.5

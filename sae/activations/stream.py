@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import overload
 
 import numpy as np
 import torch
@@ -20,9 +19,11 @@ from sae.activations.cache import ActivationCache
 from sae.activations.subject import Subject
 from sae.common.errors import NotFinite, UserError
 from sae.common.files import digest
+from sae.common.ranks import Job
 from sae.text.corpus import MIXED_BLOCKS, Corpus
 
-BlockSource = Callable[[Sequence["ActivationStream"], int], Mapping[str, torch.Tensor]]
+Streams = Sequence["ActivationStream"]
+BlockSource = Callable[[Streams, int], Mapping[str, torch.Tensor]]
 
 
 class ActivationStream:
@@ -95,9 +96,7 @@ def open_streams(
     return streams
 
 
-def read_rows(
-    streams: Sequence[ActivationStream], index: np.ndarray, source: BlockSource | None = None
-) -> list[torch.Tensor]:
+def read_rows(streams: Streams, index: np.ndarray, source: BlockSource | None = None) -> list[torch.Tensor]:
     """Return the activations of sequences ``index`` [n] for each of ``streams``, in one pass: [n, T, D] each.
 
     ``source`` computes missing blocks (default :func:`compute_block`), so that processes can share the work.
@@ -126,7 +125,7 @@ def read_rows(
     return outs
 
 
-def find_missing_blocks(streams: Sequence[ActivationStream], index: np.ndarray) -> list[int]:
+def find_missing_blocks(streams: Streams, index: np.ndarray) -> list[int]:
     """Return the blocks that :func:`read_rows` would compute, in its order, apart from damaged ones on disk."""
     blocks, places = streams[0].corpus.place(np.asarray(index, dtype=np.int64))
     wanted = [~stream._stored(blocks, places) for stream in streams]
@@ -137,16 +136,14 @@ def find_missing_blocks(streams: Sequence[ActivationStream], index: np.ndarray) 
     ]
 
 
-def _in_turn(blocks: np.ndarray, wanted: Sequence[np.ndarray], streams: Sequence[ActivationStream]) -> list[int]:
+def _in_turn(blocks: np.ndarray, wanted: Sequence[np.ndarray], streams: Streams) -> list[int]:
     """Return the ``blocks`` [n] that any stream wants, each once: those in memory first, then by last use."""
     last_use = {int(b): i for i, b in enumerate(blocks)}
     asked = {int(b) for b in blocks[np.any(wanted, axis=0)]}
     return sorted(asked, key=lambda b: (not any(b in s._held for s in streams), last_use[b]))
 
 
-def _compute_and_keep(
-    streams: Sequence[ActivationStream], number: int, source: BlockSource
-) -> Mapping[str, torch.Tensor]:
+def _compute_and_keep(streams: Streams, number: int, source: BlockSource) -> Mapping[str, torch.Tensor]:
     """Compute a block in one forward pass for ``streams`` and for other streams whose caches lack it."""
     known = list(streams)
     known += [other for other in streams[0].others if other not in streams and other._would_keep(number)]
@@ -157,7 +154,7 @@ def _compute_and_keep(
     return values
 
 
-def compute_block(streams: Sequence[ActivationStream], number: int) -> dict[str, torch.Tensor]:
+def compute_block(streams: Streams, number: int) -> dict[str, torch.Tensor]:
     """Compute a block in one forward pass: {hookpoint: [n, T, D]}. Raises NotFinite for NaN or infinity."""
     subject, corpus = streams[0].subject, streams[0].corpus
     rows = corpus.block(number)
@@ -183,7 +180,7 @@ def _assign(out: torch.Tensor, mask: np.ndarray, values: torch.Tensor) -> None:
     out[torch.from_numpy(mask).to(out.device)] = values.to(out.dtype)
 
 
-class TrainingBatches(Sequence[torch.Tensor]):
+class TrainingBatches:
     """The training batches: ``len`` steps of [B, D] float32, each reproducible on its own.
 
     A step takes whole sequences in the order of their epoch, without special tokens, so B is slightly less than
@@ -219,16 +216,10 @@ class TrainingBatches(Sequence[torch.Tensor]):
         taken = [self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         return np.concatenate(taken)
 
-    @overload
-    def __getitem__(self, step: int) -> torch.Tensor: ...
-    @overload
-    def __getitem__(self, step: slice) -> list[torch.Tensor]: ...
-    def __getitem__(self, step: int | slice) -> torch.Tensor | list[torch.Tensor]:
-        if isinstance(step, slice):
-            return [self[i] for i in range(*step.indices(self._steps))]
-        if not -self._steps <= step < self._steps:
+    def __getitem__(self, step: int) -> torch.Tensor:
+        if not 0 <= step < self._steps:
             raise IndexError(f"step {step} of {self._steps}")
-        return read_batches([self], step % self._steps)[0]
+        return read_batches([self], step)[0]
 
     def describe(self, step: int, row: int | None = None) -> str:
         """Describe where a step's batch, or one row of it, comes from, for an error message."""
@@ -241,14 +232,10 @@ class TrainingBatches(Sequence[torch.Tensor]):
         listed = ", ".join(blocks[:4]) + (f" and {len(blocks) - 4} more" if len(blocks) > 4 else "")
         return f"sequence {index[0]}{more} of the corpus, block{'s' * (len(blocks) > 1)} {listed}"
 
-    def shares_steps_with(self, other: TrainingBatches) -> bool:
-        """Return whether each step takes the same sequences as that of ``other``."""
-        return (self.stream.corpus.fingerprint, self.stream.subject, self.sequences_per_step, self.order_seed) == (
-            other.stream.corpus.fingerprint,
-            other.stream.subject,
-            other.sequences_per_step,
-            other.order_seed,
-        )
+    @property
+    def sequence_source(self) -> tuple[object, ...]:
+        """What decides which sequences each step takes."""
+        return self.stream.corpus.fingerprint, self.stream.subject, self.sequences_per_step, self.order_seed
 
 
 def get_streams(batches: Sequence[TrainingBatches]) -> list[ActivationStream]:
@@ -263,7 +250,7 @@ def read_batches(
     All must share their steps. Raises NotFinite for NaN or infinity, UserError if the step has only special tokens.
     """
     first = batches[0]
-    if not all(first.shares_steps_with(other) for other in batches[1:]):
+    if any(other.sequence_source != first.sequence_source for other in batches):
         raise ValueError("these batches do not take the same sequences")
     streams = get_streams(batches)
     index = first.sequences(step)
@@ -280,3 +267,48 @@ def read_batches(
         x = values.reshape(-1, stream.width)
         found[stream.hookpoint] = (x[torch.from_numpy(~special).to(x.device)] if special.any() else x).float()
     return [found[b.stream.hookpoint] for b in batches]
+
+
+class Reader:
+    """Reads batches for a job, all of whose ranks must read the same batches of the same steps in the same order.
+
+    Each rank computes some of the blocks that a step lacks; rank 0, which alone keeps the cache on disk, puts them
+    together and sends the batch to all. Every rank sees the bits that one process would compute.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._n_given_out = 0
+
+    def __call__(self, batches: Sequence[TrainingBatches], step: int) -> list[torch.Tensor]:
+        """Return the step's batch of each, [B, D], as :func:`read_batches` does, on every rank."""
+        job = self._job
+        if job.size == 1:
+            return read_batches(batches, step)
+        streams = get_streams(batches)
+        numbers = job.numbers(find_missing_blocks(streams, batches[0].sequences(step)) if job.rank == 0 else None)
+        owners = {number: (self._n_given_out + i) % job.size for i, number in enumerate(numbers)}
+        self._n_given_out += len(numbers)
+        found: dict[str, torch.Tensor | None] = dict.fromkeys(stream.hookpoint for stream in streams)
+        if job.rank == 0:
+            read = read_batches(batches, step, lambda wanted, number: self._block(streams, wanted, number, owners))
+            if any(owners.values()):
+                raise RuntimeError(f"step {step} did not take all of the blocks that the ranks computed for it")
+            found |= {b.stream.hookpoint: x for b, x in zip(batches, read, strict=True)}
+        else:
+            for number in (n for n, owner in owners.items() if owner == job.rank):
+                values = compute_block(streams, number)
+                for stream in streams:
+                    job.give(values[stream.hookpoint])
+        sent = {hookpoint: job.broadcast(x) for hookpoint, x in found.items()}
+        return [sent[b.stream.hookpoint] for b in batches]
+
+    def _block(
+        self, streams: Streams, wanted: Streams, number: int, owners: dict[int, int]
+    ) -> Mapping[str, torch.Tensor]:
+        """Return a block on rank 0: its own work, or another rank's."""
+        owner = owners.pop(number, 0)  # a block found damaged on disk only now has no other owner
+        if owner == 0:
+            return compute_block(wanted, number)
+        rows = len(streams[0].corpus.block(number))
+        return {s.hookpoint: self._job.take(owner, (rows, s.context, s.width), s.subject.dtype) for s in streams}

@@ -21,7 +21,7 @@ from sae.activations.bundled import BUNDLED
 from sae.activations.hookpoint_names import likely_hookpoints
 from sae.common.errors import BadInput, NotFound, UserError, join_or, suggest
 from sae.common.files import digest, digest_samples, read_json
-from sae.common.hub import Kind, find_on_hub, first_line, looks_like_path
+from sae.common.hub import find_on_hub, first_line, looks_like_path
 from sae.common.memory import is_out_of_memory
 from sae.common.precision import resolve_float, warn_if_emulated
 
@@ -272,13 +272,11 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BadInput(
-                f"{source!r} is a folder but no model: it has no config.json; give a Hugging Face checkpoint"
-            )
+            raise BadInput(f"{source!r} is a folder but no model: it has no config.json; give a Hugging Face model")
         return str(path), {"local_files_only": True}
     if path.exists():
         raise BadInput(f"model {source!r} is a file; give the folder that holds config.json and the weights")
-    found = find_on_hub(source, Kind.MODEL)
+    found = find_on_hub(source, "model")
     return found.name, found.arguments()
 
 

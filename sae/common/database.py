@@ -85,9 +85,7 @@ class Database:
         except sqlite3.DatabaseError as error:
             if type(error) is not sqlite3.DatabaseError:  # its subclasses are bugs
                 raise
-            raise BadInput(
-                f"database {str(self.path)!r} cannot be read ({error}); move it away to start a new one"
-            ) from None
+            raise BadInput(f"{str(self.path)!r} cannot be read ({error}); move it away to start again") from None
         except OSError as error:
             raise UserError(f"database {str(self.path)!r}: {error.strerror or error}") from None
 

@@ -45,11 +45,6 @@ def make_printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def find_similar(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
-    """Return the candidates that ``name`` is probably a misspelling of, most similar first."""
-    return difflib.get_close_matches(name, list(candidates), n=n, cutoff=0.6)
-
-
 def suggest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """Return the candidates most similar to ``name`` for an error message: ``'a', 'b' or 'c'``."""
     pool = list(candidates)

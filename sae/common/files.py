@@ -39,23 +39,18 @@ def atomic(path: Path) -> Iterator[Path]:
             left.unlink(missing_ok=True)
     filled = False
     try:
-        yield temporary
-        filled = True
-        temporary.chmod(0o666 & ~_UMASK)  # some writers make files private
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except Exception as error:
-        if not filled and isinstance(error, FileNotFoundError | PermissionError) and temporary.name in str(error):
-            raise BadInput(
-                f"{str(path)!r} cannot be written: its folder is read-only or gone; choose another folder"
-            ) from None
-        if not is_disk_full(error):
+        with report_full_disk(path):
+            yield temporary
+            filled = True
+            temporary.chmod(0o666 & ~_UMASK)  # some writers make files private
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+    except (FileNotFoundError, PermissionError) as error:
+        if filled or temporary.name not in str(error):
             raise
-        raise UserError(
-            f"the disk is full: {str(path)!r} cannot be written; free some space and run the same command again"
-        ) from None
+        raise BadInput(f"{str(path)!r} cannot be written: its folder is read-only or gone; choose another") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,6 +65,19 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(opened)
+
+
+@contextmanager
+def report_full_disk(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk in the block into a UserError about ``path``."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"the disk is full: {str(path)!r} cannot be written; free some space and run the same command again"
+        ) from None
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -5,18 +5,14 @@ Unknown names, missing access and a missing network get different errors. Cached
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sae.common.errors import BadInput, NotFound, Unavailable
 
 _TIMEOUT_SECONDS = 10.0
 
-
-class Kind(enum.Enum):
-    MODEL = "model"
-    DATASET = "dataset"
+Kind = Literal["model", "dataset"]
 
 
 class OnHub(NamedTuple):
@@ -46,23 +42,23 @@ def find_on_hub(name: str, kind: Kind) -> OnHub:
 
     repository, _, revision = name.partition("@")
     try:
-        look_up = HfApi().model_info if kind is Kind.MODEL else HfApi().dataset_info
+        look_up = HfApi().model_info if kind == "model" else HfApi().dataset_info
         found = look_up(repository, revision=revision or None, timeout=_TIMEOUT_SECONDS)
         return OnHub(repository, found.sha, offline=False)
     except errors.HFValidationError:
-        raise NotFound(f"{kind.value} {name!r} is neither a folder here nor a possible hub name") from None
+        raise NotFound(f"{kind} {name!r} is neither a folder here nor a possible hub name") from None
     except errors.GatedRepoError:
-        raise BadInput(f"{kind.value} {name!r} is gated; ask for access on its hub page and set HF_TOKEN") from None
+        raise BadInput(f"{kind} {name!r} is gated; ask for access on its hub page and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
-        raise NotFound(f"{kind.value} {repository!r} has no revision {revision!r} on the hub") from None
+        raise NotFound(f"{kind} {repository!r} has no revision {revision!r} on the hub") from None
     except errors.RepositoryNotFoundError:
-        raise NotFound(f"{kind.value} {name!r} is neither a folder here nor on the hub (or needs HF_TOKEN)") from None
+        raise NotFound(f"{kind} {name!r} is neither a folder here nor on the hub (or needs HF_TOKEN)") from None
     except Exception as error:  # the HTTP errors, whose module differs between hub versions
         unreachable = first_line(error)
     cached = _cached_commit(repository, revision or "main", kind)
-    if cached is None or kind is Kind.DATASET:
+    if cached is None or kind == "dataset":
         raise Unavailable(
-            f"{kind.value} {name!r} is not a folder here, and the Hugging Face hub cannot be reached "
+            f"{kind} {name!r} is not a folder here, and the Hugging Face hub cannot be reached "
             f"({unreachable}); give a local folder, or connect to the network"
         )
     return OnHub(repository, cached, offline=True)
@@ -72,7 +68,7 @@ def _cached_commit(repository: str, revision: str, kind: Kind) -> str | None:
     """Return the commit of the cached snapshot that was used last."""
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE) / f"{kind.value}s--{repository.replace('/', '--')}"
+    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
     reference = folder / "refs" / revision
     if reference.is_file():
         return reference.read_text().strip()

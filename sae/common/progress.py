@@ -84,7 +84,7 @@ class Bar:
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
-        _show_watcher(self)
+        self.notify()
         self._note = note or self._note
         if self._progress is not None:
             self._progress.update(self._task, advance=amount, note=escape(self._note))
@@ -95,6 +95,10 @@ class Bar:
             left = (self.total - self.done) / rate if rate else float("inf")
             done = f"{human(self.done)} of {human(self.total)} {self._unit}"
             say(f"{self.label}: {done}, {left:.0f} s left {self._note}".rstrip())
+
+    def notify(self) -> None:
+        if watcher is not None:
+            watcher(self)
 
     def _seconds(self, now: float) -> float:
         return max(0.0, now - self._started - (_waited - self._waited_before))
@@ -108,11 +112,6 @@ class Bar:
             f"{self.label}: {human(worked)} {unit} in {seconds:.1f} s · {human(worked / seconds if seconds else 0)} "
             f"{self._unit}/s · peak memory {peak_memory_bytes() / 2**30:.2f} GiB{gpu}"
         )
-
-
-def _show_watcher(bar: Bar) -> None:
-    if watcher is not None:
-        watcher(bar)
 
 
 @contextmanager
@@ -130,10 +129,10 @@ def track(label: str, total: float, unit: str = "steps", done: float = 0) -> Ite
     live = Progress(*columns, console=console, transient=True) if console.is_terminal else nullcontext()
     with live as progress:
         bar = Bar(progress, label, total, unit, done)
-        _show_watcher(bar)
+        bar.notify()
         yield bar
     bar.has_ended = True
-    _show_watcher(bar)
+    bar.notify()
     say(bar.summary())
 
 
@@ -145,25 +144,24 @@ def waiting(label: str) -> Iterator[Callable[[str], None]]:
     """
     global _waited
     started = last_line = time.monotonic()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+    )
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = progress.add_task(escape(make_printable(label)), total=None, note="")
+
+    def show(note: str) -> None:
+        nonlocal last_line
+        progress.update(task, note=escape(make_printable(note)), refresh=True)
+        if progress.disable and time.monotonic() - last_line > _PLAIN_LINE_SECONDS:
+            last_line = time.monotonic()
+            say(f"{label}: {last_line - started:.0f} s {note}".rstrip())
+
     try:
-        if console.is_terminal:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-            )
-            with Progress(*columns, console=console, transient=True) as progress:
-                task = progress.add_task(escape(make_printable(label)), total=None, note="")
-                yield lambda note: progress.update(task, note=escape(make_printable(note)), refresh=True)
-        else:
-
-            def in_lines(note: str) -> None:
-                nonlocal last_line
-                if time.monotonic() - last_line > _PLAIN_LINE_SECONDS:
-                    last_line = time.monotonic()
-                    say(f"{label}: {last_line - started:.0f} s {note}".rstrip())
-
-            yield in_lines
+        with progress:
+            yield show
     finally:
         _waited += time.monotonic() - started

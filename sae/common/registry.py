@@ -51,12 +51,8 @@ class Registry(Mapping[str, type[T]]):
             )
         return classes[0]
 
-    def choose(self, name: str, flag: str) -> type[T]:
-        """Return the class called ``name``, or raise BadInput that suggests a name; ``flag`` is the user's flag."""
-        return self[self.check(name, flag)]
-
     def check(self, name: str, flag: str, *more: str) -> str:
-        """Return ``name`` if it is known or in ``more``, or raise BadInput that suggests a name."""
+        """Return ``name`` if it is known or in ``more``, or raise BadInput about ``flag`` that suggests one."""
         if name in more or name in self:
             return name
         raise BadInput(f"{flag} {name!r} is not known; choose {suggest(name, [*more, *self])}")
@@ -72,6 +68,4 @@ class Registry(Mapping[str, type[T]]):
             files = [Path(folder) / f"{name}.py" for folder in sys.modules[self._package].__path__]
             file = next((path for path in files if path.is_file()), files[0])
             why = str(error).splitlines()[0] if str(error) else "no reason given"
-            raise BadInput(
-                f"{file} cannot be imported ({type(error).__name__}: {why}); fix the file or remove it"
-            ) from error
+            raise BadInput(f"{file} cannot be imported ({type(error).__name__}: {why}); fix or remove it") from error

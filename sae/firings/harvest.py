@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sae.common.errors import BadInput, SettingsDiffer, UserError
-from sae.common.files import is_disk_full, mapping_differences, read_json, write_json
+from sae.common.files import mapping_differences, read_json, report_full_disk, write_json
 from sae.common.progress import say, track
 from sae.common.ranks import ALONE
 from sae.common.ranks import Job as RankJob
-from sae.firings.index import SORTED_FILES, Piece, build_index
-from sae.firings.store import SCHEMA, STORE_FILE, Array, Ints, read_record
+from sae.firings.index import Source, describe_windows, merge
+from sae.firings.store import INDEX_FILES, SCHEMA, STORE_FILE, Array, Ints, map_array, read_record
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sae.text.corpus import Corpus
 
 PLAN_FILE = "plan.json"
+SORTED_FILES = ("sorted_offsets", "sorted_positions", "sorted_activations")  # of a shard, until the index is written
 SHARD_BLOCKS = 16  # blocks (see Corpus.order) per shard; memory holds two shards, and a kill loses them
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # the positive range of float16
 
@@ -42,10 +43,10 @@ def harvest(
     stream: ActivationStream,
     saes: Mapping[str, Sae],
     folders: Mapping[str, Path],
+    weights: Mapping[str, str],
     tokens: int,
     window: int,
     order_seed: int,
-    weights: Mapping[str, str] | None = None,
     ranks: RankJob = ALONE,
 ) -> None:
     """Record the firings of ``saes`` over the first ``tokens`` tokens of the corpus order, in one pass.
@@ -55,10 +56,10 @@ def harvest(
     Args:
         saes: the dictionaries by run name; all of the stream's width.
         folders: each run's firing store.
+        weights: the digest of each run's weights, for the record.
         tokens: rounded up to whole sequences; at most the corpus.
         window: tokens in a window; a remainder at the end of a sequence is not harvested.
         order_seed: the seed of the corpus order (epoch 0).
-        weights: each run's weights digest, for the record; computed if missing.
         ranks: the processes that share the shards; all call this function with the same arguments.
     Raises:
         SettingsDiffer: a finished store was harvested from something else.
@@ -66,9 +67,7 @@ def harvest(
     """
     corpus = stream.corpus
     if window < 1 or window > corpus.context:
-        raise BadInput(
-            f"window {window} does not fit in sequences of {corpus.context} tokens; give 1 to {corpus.context}"
-        )
+        raise BadInput(f"window {window} does not fit in sequences of {corpus.context}; give 1 to {corpus.context}")
     per_sequence = corpus.context // window * window
     n_sequences = min(-(-tokens // per_sequence), corpus.n_sequences)
     if n_sequences * per_sequence > 2**32:
@@ -79,9 +78,8 @@ def harvest(
     pieces = [Piece(start, min(start + per_shard, n_sequences)) for start in range(0, n_sequences, per_shard)]
     jobs = []
     for name, sae in saes.items():
-        digest = (weights or {}).get(name) or digest_weights(sae)
-        job = _Job(name, sae, folders[name], {**study, "num_latents": sae.num_latents, "weights": digest}, pieces)
-        jobs.append(job)
+        provenance = {**study, "num_latents": sae.num_latents, "weights": weights[name]}
+        jobs.append(_Job(name, sae, folders[name], provenance, pieces))
     label = f"harvest {' '.join(saes)}"
     begun = ranks.first(f"{label} begun", lambda: [job.name for job in jobs if job.begin()])
     pending = [job for job in jobs if job.name in begun]
@@ -92,7 +90,7 @@ def harvest(
     lacking = ranks.first(f"{label} lacking", lambda: [[job.name for job in pending if job.lacks(p)] for p in pieces])
     missing = [(p, [job for job in pending if job.name in names]) for p, names in zip(pieces, lacking, strict=True)]
     missing = [(piece, jobs) for piece, jobs in missing if jobs]
-    with _report_full_disk(pending[0].folder):
+    with report_full_disk(pending[0].folder):
         _encode_missing(stream, missing, order, window, ranks)
         ranks.barrier()
         for job in pending if ranks.rank == 0 else []:
@@ -100,12 +98,15 @@ def harvest(
     ranks.barrier()
 
 
-def digest_weights(sae: Sae) -> str:
-    """Return the SHA-256 of architecture, k and weights: 64 hex characters."""
-    state = hashlib.sha256(f"{sae.architecture} {getattr(sae, 'k', '')}".encode())
-    for tensor in sae.weights().values():
-        state.update(tensor.detach().float().cpu().contiguous().numpy().data)
-    return state.hexdigest()
+class Piece(NamedTuple):
+    """A shard's place: ``start`` to ``stop`` in the corpus order."""
+
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.start:08d}-{self.stop:08d}"
 
 
 class Coded(NamedTuple):
@@ -116,41 +117,6 @@ class Coded(NamedTuple):
     counts: Array
     n_clipped: int
     n_raised: int
-
-
-class _Shard(NamedTuple):
-    """The content of one shard of one run, and its folder."""
-
-    folder: Path
-    coded: list[Coded]
-    num_latents: int
-
-
-class _ShardWriter:
-    """Writes one shard at a time in a thread; raises its error when the next is handed over, or at the end."""
-
-    def __init__(self, window: int) -> None:
-        self.window = window
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
-        self._last: Future[None] | None = None
-
-    def __enter__(self) -> _ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown()
-        if kind is None and self._last is not None:
-            self._last.result()
-
-    def hand_over(self, shards: list[_Shard]) -> None:
-        if self._last is not None:
-            self._last.result()
-        self._last = self._thread.submit(self._write, shards)
-
-    def _write(self, shards: list[_Shard]) -> None:
-        for shard in shards:
-            with _atomic_folder(shard.folder) as temporary:
-                _write(temporary, shard, self.window)
 
 
 class _Job:
@@ -193,9 +159,11 @@ class _Job:
     def finish(self, corpus: Corpus, order: Ints) -> None:
         """Merge the shards into the by-latent index and mark the store as complete."""
         index = f"index-{len(order):08d}"
+        window = self.provenance["window"]
+        n_windows = len(order) * (self.provenance["context"] // window)
         with _atomic_folder(self.folder / index) as temporary:
-            label = f"index {self.name} by latent"
-            totals = build_index(temporary, self.folder, self.provenance, self.kept, self.pieces, corpus, order, label)
+            n_firings = merge(temporary, self._sources(), self.sae.num_latents, f"index {self.name} by latent")
+            n_special = describe_windows(temporary, corpus, order, window)
         facts = [read_json(self.shards / piece.name / "facts.json") for piece in self.pieces]
         shards = [
             {"name": piece.name, "n_sequences": piece.stop - piece.start, "n_firings": fact["n_firings"]}
@@ -206,7 +174,10 @@ class _Job:
             "schema": SCHEMA,
             "provenance": self.provenance,
             "n_sequences": len(order),
-            **totals,
+            "n_windows": n_windows,
+            "n_tokens": n_windows * window,
+            "n_special_tokens": n_special,
+            "n_firings": n_firings,
             "n_clipped": sum(fact["n_clipped"] for fact in facts),
             "n_raised": sum(fact["n_raised"] for fact in facts),
             "index": index,
@@ -215,6 +186,23 @@ class _Job:
         }
         write_json(self.folder / STORE_FILE, store)
         self._tidy(store)
+
+    def _sources(self) -> list[Source]:
+        """Return the index of the store that this harvest extends, and the shards that it does not hold."""
+
+        def open_source(folder: Path, names: Sequence[str], base: int, limit: int | None = None) -> Source:
+            offsets, positions, activations = (map_array(folder / f"{name}.npy") for name in names)
+            return Source(offsets, positions, activations, base, limit)
+
+        per_sequence = self.provenance["context"] // self.provenance["window"] * self.provenance["window"]
+        named = {shard["name"] for shard in self.kept["shards"]} if self.kept else set()
+        inherited = [piece for piece in self.pieces if piece.name in named]
+        sources = []
+        if self.kept and inherited:
+            limit = inherited[-1].stop * per_sequence
+            sources.append(open_source(self.folder / self.kept["index"], INDEX_FILES[:3], 0, limit))
+        new = [piece for piece in self.pieces if piece.name not in named]
+        return sources + [open_source(self.shards / p.name, SORTED_FILES, p.start * per_sequence) for p in new]
 
     def _tidy(self, store: dict[str, Any]) -> None:
         """Delete the files that a finished store does not need, also those left by a kill."""
@@ -242,37 +230,33 @@ def _encode_missing(
     done = len(order) * used - left
     names = " ".join(dict.fromkeys(job.name for _, lacking in missing for job in lacking))
     progress = track(f"harvest {names}", len(order) * used, "tokens", done=done)
-    with progress as bar, _ShardWriter(window) as writer:
+    with progress as bar, ThreadPoolExecutor(1, thread_name_prefix="shards") as writer:
+        written = writer.submit(lambda: None)
         for turn, (piece, lacking) in enumerate(missing):
             if turn % ranks.size != ranks.rank:
                 bar.advance((piece.stop - piece.start) * used)  # another rank does it at about the same time
                 continue
-            parts: list[list[Coded]] = [[] for _ in lacking]
+            shards: dict[_Job, list[Coded]] = {job: [] for job in lacking}
             for start in range(piece.start, piece.stop, corpus.block_rows):
                 rows = order[start : min(start + corpus.block_rows, piece.stop)]
                 activations = stream.rows(rows)[:, :used].flatten(0, 1)
                 ordinary = ~corpus.is_special(corpus.rows(rows)[:, :used]).ravel()
-                for job, coded in zip(lacking, parts, strict=True):
-                    coded.append(_encode(job.name, job.sae, activations, ordinary))
+                for job, coded in shards.items():
+                    coded += _encode(job.name, job.sae, activations, ordinary)
                 bar.advance(len(rows) * used)
-            shards = [
-                _Shard(job.shards / piece.name, coded, job.sae.num_latents)
-                for job, coded in zip(lacking, parts, strict=True)
-            ]
-            writer.hand_over(shards)
+            written.result()  # one shard at a time is written; an error ends the harvest
+            written = writer.submit(_write_shards, piece.name, shards, window)
+        written.result()
 
 
-def _encode(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> Coded:
+def _encode(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> list[Coded]:
     """Encode ``activations`` [B, D]; keep the firings at tokens where ``ordinary`` [B] is true."""
     from sae.dictionaries.entries import tokens_at_once
 
     _check_products(name, sae, activations)
     n = tokens_at_once(sae.num_latents)
     starts = range(0, len(activations), n)
-    parts = [_encode_part(name, sae, activations[i : i + n], ordinary[i : i + n]) for i in starts]
-    latents, strengths, counts = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    clipped, raised = (sum(getattr(part, field) for part in parts) for field in ("n_clipped", "n_raised"))
-    return Coded(latents, strengths, counts, clipped, raised)
+    return [_encode_part(name, sae, activations[i : i + n], ordinary[i : i + n]) for i in starts]
 
 
 def _check_products(name: str, sae: Sae, activations: torch.Tensor) -> None:
@@ -297,9 +281,7 @@ def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array
         strengths, indices = sae.encode_fast(activations)
     values, latents = strengths.float().cpu().numpy(), indices.cpu().numpy()
     if not np.isfinite(values).all():
-        raise UserError(
-            f"harvest: the SAE of run {name!r} gives NaN or infinite activations; train or import another SAE"
-        )
+        raise UserError(f"harvest: the SAE of run {name!r} gives NaN or infinite activations; use another SAE")
     fires = (values > 0) & ordinary[:, None]
     kept = values[fires]
     # Clip to the range of float16, so that weak firings stay firings and strong ones finite.
@@ -335,20 +317,14 @@ def _provenance(stream: ActivationStream, order: Ints, order_seed: int, window: 
     }
 
 
-@contextmanager
-def _report_full_disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise UserError(
-            f"harvest: the disk is full at {str(folder)!r}; free some space and run the same command to resume"
-        ) from None
+def _write_shards(piece: str, shards: Mapping[_Job, list[Coded]], window: int) -> None:
+    for job, coded in shards.items():
+        with _atomic_folder(job.shards / piece) as temporary:
+            _write_shard(temporary, coded, job.sae.num_latents, window)
 
 
-def _write(folder: Path, shard: _Shard, window: int) -> None:
-    latents, activations, counts = (np.concatenate([part[i] for part in shard.coded]) for i in range(3))
+def _write_shard(folder: Path, coded: Sequence[Coded], num_latents: int, window: int) -> None:
+    latents, activations, counts = (np.concatenate([part[i] for part in coded]) for i in range(3))
     window_counts = counts.reshape(-1, window).sum(1, dtype=np.int64)
     token = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
     by_latent = np.argsort(latents, kind="stable")  # stable: tokens stay ascending within a latent
@@ -356,18 +332,14 @@ def _write(folder: Path, shard: _Shard, window: int) -> None:
         "latents": latents,
         "counts": counts,
         "window_offsets": _offsets(window_counts).astype(np.uint32),
-        "sorted_offsets": _offsets(np.bincount(latents, minlength=shard.num_latents)),
+        "sorted_offsets": _offsets(np.bincount(latents, minlength=num_latents)),
         "sorted_positions": token[by_latent],
         "sorted_activations": activations[by_latent],
     }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    facts = {
-        "n_firings": len(latents),
-        "n_clipped": sum(part.n_clipped for part in shard.coded),
-        "n_raised": sum(part.n_raised for part in shard.coded),
-    }
-    write_json(folder / "facts.json", facts)
+    facts = {name: sum(getattr(part, name) for part in coded) for name in ("n_clipped", "n_raised")}
+    write_json(folder / "facts.json", {"n_firings": len(latents), **facts})
 
 
 def _offsets(counts: Array) -> Ints:

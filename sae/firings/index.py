@@ -6,33 +6,21 @@ of a block of latents at a time. Sources come in the order of their tokens, so p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.lib.format import open_memmap
 
 from sae.common.progress import track
-from sae.firings.store import INDEX_FILES, Array, Ints, hash_windows, map_array, split_latents
+from sae.firings.store import Array, Ints, hash_windows, split_latents
 
 if TYPE_CHECKING:
     from sae.text.corpus import Corpus
 
-SORTED_FILES = ("sorted_offsets", "sorted_positions", "sorted_activations")
 _BLOCK_FIRINGS = 1 << 22
 _SEQUENCES_AT_ONCE_TOKENS = 1 << 18
-
-
-class Piece(NamedTuple):
-    """A shard's place: ``start`` to ``stop`` in the corpus order."""
-
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.start:08d}-{self.stop:08d}"
 
 
 class Source(NamedTuple):
@@ -68,41 +56,11 @@ class Source(NamedTuple):
         return total
 
 
-def build_index(
-    folder: Path,
-    store: Path,
-    provenance: dict[str, Any],
-    kept: dict[str, Any] | None,
-    pieces: list[Piece],
-    corpus: Corpus,
-    order: Ints,
-    label: str,
-) -> dict[str, int]:
-    """Write the index files into ``folder`` (see :mod:`sae.firings.store`); return the store's totals.
-
-    Args:
-        store: the firing store that holds the shards.
-        kept: the record of a smaller, finished store; its index replaces the shards that it names.
-        pieces: the shards, in the order of their tokens.
-        order: corpus rows of the harvested sequences.
-        label: the label of the progress bar.
-    """
-    window = provenance["window"]
-    per_sequence = provenance["context"] // window * window
-    sources = _sources(store, kept, pieces, per_sequence)
-    n_firings = merge(folder, sources, provenance["num_latents"], label)
-    n_special = _describe_windows(folder, corpus, order, window)
-    n_tokens = len(order) * per_sequence
-    return {
-        "n_windows": n_tokens // window,
-        "n_tokens": n_tokens,
-        "n_special_tokens": n_special,
-        "n_firings": n_firings,
-    }
-
-
 def merge(folder: Path, sources: list[Source], num_latents: int, label: str) -> int:
-    """Write offsets, positions and activations of all ``sources`` into ``folder``; return the number of firings."""
+    """Write offsets, positions and activations of all ``sources`` into ``folder``; return the number of firings.
+
+    ``label`` is that of the progress bar; the files are described in :mod:`sae.firings.store`.
+    """
     counts = np.zeros(num_latents, np.int64)
     for source in sources:
         counts += source.counts()
@@ -126,24 +84,7 @@ def merge(folder: Path, sources: list[Source], num_latents: int, label: str) -> 
     return n_firings
 
 
-def _sources(store: Path, kept: dict[str, Any] | None, pieces: list[Piece], per_sequence: int) -> list[Source]:
-    def open_source(folder: Path, names: Sequence[str], base: int, limit: int | None = None) -> Source:
-        offsets, positions, activations = (map_array(folder / f"{name}.npy") for name in names)
-        return Source(offsets, positions, activations, base, limit)
-
-    sources = []
-    named = {shard["name"] for shard in kept["shards"]} if kept else set()
-    inherited = [piece for piece in pieces if piece.name in named]
-    if kept and inherited:
-        limit = inherited[-1].stop * per_sequence
-        sources.append(open_source(store / kept["index"], INDEX_FILES[:3], 0, limit))
-    for piece in pieces:
-        if piece.name not in named:
-            sources.append(open_source(store / "shards" / piece.name, SORTED_FILES, piece.start * per_sequence))
-    return sources
-
-
-def _describe_windows(folder: Path, corpus: Corpus, order: Ints, window: int) -> int:
+def describe_windows(folder: Path, corpus: Corpus, order: Ints, window: int) -> int:
     """Write each window's sequence, content hash and special flag; return the number of special tokens."""
     slots = corpus.context // window
     n_windows = len(order) * slots

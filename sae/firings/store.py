@@ -118,15 +118,6 @@ class FiringStore:
         dense[row, position[taken].astype(np.int64) - ids[row] * self.window] = activation[taken]
         return dense
 
-    def latents_at(self, window_id: int) -> list[Array]:
-        """Return the latents that fire at each of the window's w tokens."""
-        (window_id,) = self._checked([window_id]).tolist()
-        shard, local = divmod(window_id, self._windows_per_shard)
-        latents, counts, window_offsets = self.shard(shard)
-        here = latents[int(window_offsets[local]) : int(window_offsets[local + 1])]
-        ends = np.cumsum(counts[local * self.window : (local + 1) * self.window], dtype=np.int64)
-        return np.split(np.asarray(here), ends[:-1])
-
     def firing_in(self, window_ids: npt.ArrayLike) -> tuple[Ints, Ints]:
         """Return each firing in some windows, unordered: the index into ``window_ids``, and the latent."""
         ids = self._checked(window_ids)
@@ -171,9 +162,7 @@ class FiringStore:
 
         folder = (self.folder / self.record["corpus_path"]).resolve()
         if not folder.is_dir():
-            raise NotFound(
-                f"corpus {str(folder)!r} of firing store {str(self.folder)!r} is gone; restore it, or harvest again"
-            )
+            raise NotFound(f"corpus {str(folder)!r} of store {str(self.folder)!r} is gone; restore it or harvest again")
         corpus = Corpus.open(folder)
         if corpus.fingerprint != self.provenance["corpus_fingerprint"]:
             raise BadInput(
@@ -305,13 +294,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _expected_shapes(record: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(record: dict[str, Any]) -> dict[str, tuple[int]]:
     """Return {path in the store: shape} of all files of a finished store."""
     provenance, firings, windows = record["provenance"], record["n_firings"], record["n_windows"]
     sizes = (provenance["num_latents"] + 1, firings, firings, record["n_sequences"], windows, windows)
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{record['index']}/{name}.npy": (n,) for name, n in zip(INDEX_FILES, sizes, strict=True)
-    }
+    shapes = {f"{record['index']}/{name}.npy": (n,) for name, n in zip(INDEX_FILES, sizes, strict=True)}
     for shard in record["shards"]:
         shard_windows = shard["n_sequences"] * (provenance["context"] // provenance["window"])
         lengths = (shard["n_firings"], shard_windows * provenance["window"], shard_windows + 1)

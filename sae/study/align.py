@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,6 @@ from sae.alignment.alignment import (
     pair_path,
     pairs,
     read_alignment,
-    read_both_ways,
     read_sides,
     write_alignment,
     write_sides,
@@ -35,7 +34,6 @@ from sae.study.stage import Compute, lock_study
 
 if TYPE_CHECKING:
     from sae.alignment.nulls import Weights
-    from sae.alignment.overlap import StudyOverlap
 
 
 def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force: bool = False) -> None:
@@ -233,11 +231,9 @@ def _write_overlap(run: Run) -> None:
 def _overlap_inputs(run: Run) -> tuple[list[Run], str]:
     """Return the aligned siblings, and the digest of the inputs of the overlap table."""
     siblings = [other for other in run.siblings() if is_aligned(run, other)]
+    folder = behaviour_folder(run.root)
     pairs = [
-        [
-            *(_pair_inputs(run, x), _has_nulls(run, x)),
-            *(pair_inputs(behaviour_folder(run.root), run.name, x.name), _has_shifted(run, x)),
-        ]
+        [_pair_inputs(run, x), _has_nulls(run, x), pair_inputs(folder, run.name, x.name), _has_shifted(run, x)]
         for x in siblings
     ]
     return siblings, digest([pairs, run.stage_inputs("firing")])
@@ -248,34 +244,6 @@ def find_alive(run: Run) -> np.ndarray:
     return ~read_table(run.stage_path("firing"))["dead"].to_numpy(dtype=bool)
 
 
-class Compared(NamedTuple):
-    """The comparison of aligned runs."""
-
-    runs: list[Run]
-    shared: StudyOverlap
-    alignments: dict[tuple[str, str], pd.DataFrame]
-    behaviour: dict[tuple[str, str], pd.DataFrame]  # of pairs whose firings have been compared
-    behaviour_facts: dict[tuple[str, str], dict[str, Any]]  # see read_behaviour_facts
-    alive: dict[str, np.ndarray]
-    apart: str | None  # why they differ in more than the seed
-
-
-def read_comparison(runs: Sequence[Run], threshold: float = 0.7) -> Compared:
-    from sae.alignment.overlap import DIPS, overlap
-
-    names, root = [run.name for run in runs], runs[0].root
-    tables, fired = read_both_ways(root / "alignments", names), {run.name: find_alive(run) for run in runs}
-    return Compared(
-        list(runs),
-        overlap(names, tables, fired, threshold, kept=root / "alignments" / DIPS),
-        tables,
-        read_behaviours(root, names),
-        read_behaviour_facts(root, names),
-        fired,
-        explain_difference(runs),
-    )
-
-
 _READ_COLUMNS = (
     *("latent", "jaccard_partner", "jaccard", "max_jaccard", "relation", "relation_covered", "rebuilt"),
     "rebuilt__rotated",
@@ -283,27 +251,25 @@ _READ_COLUMNS = (
 )
 
 
-def read_behaviours(root: Path, names: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
-    """Read the comparisons of firings: {(x, y): the table of x's latents in terms of y's}, without the lists."""
+def read_behaviours(
+    root: Path, names: Sequence[str]
+) -> tuple[dict[tuple[str, str], pd.DataFrame], dict[tuple[str, str], dict[str, Any]]]:
+    """Read the comparisons of firings: {(x, y): x's latents in terms of y's}, without the lists, and {pair: facts}.
+
+    The facts are ``n_tokens`` and ``jaccard_gap_per_latent``, a bound on the distance from the best matching.
+    """
     from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
 
-    found: dict[tuple[str, str], pd.DataFrame] = {}
+    tables: dict[tuple[str, str], pd.DataFrame] = {}
+    facts: dict[tuple[str, str], dict[str, Any]] = {}
     folder, columns = behaviour_folder(root), (*_READ_COLUMNS, *(f"{name}__{SHIFTED}" for name in FIRING_COLUMNS))
     for a, b in combinations(names, 2):
-        if pair_path(folder, a, b) is not None:
-            found[a, b], found[b, a] = read_sides(folder, a, b, columns)
-    return found
-
-
-def read_behaviour_facts(root: Path, names: Sequence[str]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Read {pair: facts}: ``n_tokens`` and ``jaccard_gap_per_latent``, a bound on the distance from the best."""
-    found = {}
-    for a, b in combinations(names, 2):
-        path = pair_path(behaviour_folder(root), a, b)
+        path = pair_path(folder, a, b)
         if path is not None:
-            facts = table_metadata(path)
-            found[a, b] = {key: facts[key] for key in ("n_tokens", "jaccard_gap_per_latent")}
-    return found
+            tables[a, b], tables[b, a] = read_sides(folder, a, b, columns)
+            stored = table_metadata(path)
+            facts[a, b] = {key: stored[key] for key in ("n_tokens", "jaccard_gap_per_latent")}
+    return tables, facts
 
 
 def ensure_aligned(run: Run, compute: Compute) -> None:

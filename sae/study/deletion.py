@@ -7,7 +7,7 @@ the root is deleted: a link is removed, not its target. The cache of paid answer
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,16 +58,12 @@ def plan_deletion(name: str, root: Path) -> Plan:
     runs, kept = _named(name, root)
     plan = Plan(root, kept=kept, runs=runs)
     names = {run.name for run in runs}
-    for path in _pair_files(root):
-        if names & set(path.stem.split("--")):
-            _add(plan, "alignment", path)
-    for run in runs:
-        if _is_report(path := root / "reports" / f"{run.name}.html"):
-            _add(plan, "report", path)
-    for run in runs:
-        if run.folder.is_symlink():
-            raise BadInput(f"{str(run.folder)!r} is a link; delete it by hand")
-        _add(plan, "run", run.folder)
+    _add(plan, "alignment", [path for path in _pair_files(root) if names & set(path.stem.split("--"))])
+    reports = [root / "reports" / f"{run.name}.html" for run in runs]
+    _add(plan, "report", [path for path in reports if _is_report(path)])
+    if link := next((run.folder for run in runs if run.folder.is_symlink()), None):
+        raise BadInput(f"{str(link)!r} is a link; delete it by hand")
+    _add(plan, "run", [run.folder for run in runs])
     return _with_cache_kept(plan)
 
 
@@ -76,12 +72,9 @@ def plan_pruning(root: Path) -> Plan:
     plan = Plan(root)
     every = all_runs(root)
     names = {run.name for run in every}
-    for path in _pair_files(root):
-        if not set(path.stem.split("--")) <= names:
-            _add(plan, "alignment", path)
-    for path in sorted((root / "reports").glob("*.html")):
-        if path.stem not in names and _is_report(path):
-            _add(plan, "report", path)
+    _add(plan, "alignment", [path for path in _pair_files(root) if not set(path.stem.split("--")) <= names])
+    reports = [path for path in sorted((root / "reports").glob("*.html")) if path.stem not in names]
+    _add(plan, "report", [path for path in reports if _is_report(path)])
     runs, damaged = split_readable(every)
     if damaged:
         plan.kept.append(f"all corpora stay, because the corpus of this run is unknown: {damaged[0]}")
@@ -91,10 +84,9 @@ def plan_pruning(root: Path) -> Plan:
         users.setdefault(str(run.record["corpus"].get("key")), []).append(run)
     for folder in sorted(path for path in (root / "corpora").glob("*") if path.is_dir()):
         if folder.name not in users:
-            _add(plan, "corpus", folder)
+            _add(plan, "corpus", [folder])
         elif all(run.is_trained and run.stage_path("firing").exists() for run in users[folder.name]):
-            for cache in sorted((folder / "activations").glob("*")):
-                _add(plan, "activations", cache)
+            _add(plan, "activations", sorted((folder / "activations").glob("*")))
     return _with_cache_kept(plan)
 
 
@@ -147,18 +139,14 @@ def _named(name: str, root: Path) -> tuple[list[Run], list[str]]:
     every = all_runs(root)
     if name in (run.name for run in every) or _is_left_over(root / name):
         return [Run(name, root)], []
-    found = [run for run in split_readable(every)[0] if name in (run.study, _of_study(run))]
+    readable, _ = split_readable(every)
+    found = [run for run in readable if name in (run.study, _of_study(run))]
     if not found:
-        studies = {_study(run) for run in every} - {""}
-        known = sorted({run.name for run in every} | studies)
+        known = sorted({run.name for run in every} | {_study(run) for run in every} - {""})
         hint = f"did you mean {suggest(name, known)}?" if known else "there are no runs"
         raise NotFound(f"no run and no study under {str(root)!r} is called {name!r}; {hint}")
-    damaged = {run.name for run in every} - {run.name for run in split_readable(every)[0]}
-    kept = [
-        f"run {other} stays, because its run.json is damaged; `--delete {other}` deletes it"
-        for other in sorted(damaged)
-        if other.startswith(f"{name}_")
-    ]
+    damaged = sorted(run.name for run in every if run not in readable and run.name.startswith(f"{name}_"))
+    kept = [f"run {other} stays, because its run.json is damaged; `--delete {other}` deletes it" for other in damaged]
     return sorted(found, key=lambda run: (run.study == name, len(run.name), run.name)), kept
 
 
@@ -197,12 +185,13 @@ def _is_report(path: Path) -> bool:
     return _TITLE in page and f"Latents of <bdi>{path.stem}</bdi>".encode() in page
 
 
-def _add(plan: Plan, kind: str, path: Path) -> None:
-    """Add a part, unless a link leads outside the root."""
-    if path.parent.resolve().is_relative_to(plan.root.resolve()):
-        plan.parts.append(Part(kind, path, disk_bytes(path)))
-    else:
-        plan.kept.append(f"{path} stays, because it is outside {plan.root}")
+def _add(plan: Plan, kind: str, paths: Sequence[Path]) -> None:
+    """Add parts, except those that a link leads to outside the root."""
+    for path in paths:
+        if path.parent.resolve().is_relative_to(plan.root.resolve()):
+            plan.parts.append(Part(kind, path, disk_bytes(path)))
+        else:
+            plan.kept.append(f"{path} stays, because it is outside {plan.root}")
 
 
 def _with_cache_kept(plan: Plan) -> Plan:

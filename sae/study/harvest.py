@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sae.common.amounts import human
 from sae.common.errors import BadInput, NotFound
@@ -37,9 +37,7 @@ def harvest_runs(runs: Sequence[Run], compute: Compute, tokens: int | None = Non
     runs = [*runs, *(control for name, control in controls.items() if name not in {run.name for run in runs})]
     with join_ranks_at_text(compute.device) as (job, device):
         # Rank 0 decides, since other ranks may read the disk later.
-        lacking = job.first(
-            "lacking", lambda: [run.name for run in runs if tokens is not None or not is_harvested(run)]
-        )
+        lacking = job.first("lacking", lambda: [r.name for r in runs if tokens is not None or not is_harvested(r)])
         sources: dict[Any, list[Run]] = {}
         for run in runs:
             if run.name in lacking:
@@ -53,12 +51,12 @@ def _harvest_sharing(sharing: list[Run], compute: Compute, tokens: int | None, j
         for study in sorted({run.study for run in sharing}) if job.rank == 0 else []:
             locks.enter_context(lock_study(sharing[0].root, study))
         with job.first_then_others(label):
-            cache: Literal["fill", "read"] = "fill" if job.rank == 0 else "read"
-            source = open_source([run.settings for run in sharing], sharing[0].root, compute, cache)
+            settings = [run.settings for run in sharing]
+            source = open_source(settings, sharing[0].root, compute, cache="fill" if job.rank == 0 else "read")
         groups: dict[Any, list[Run]] = {}  # one pass each: the same hookpoint, tokens and order
         for run in sharing:
-            settings = run.settings
-            groups.setdefault((run.record["hookpoint"], settings.harvest, settings.corpus.order_seed), []).append(run)
+            key = run.record["hookpoint"], run.settings.harvest, run.settings.corpus.order_seed
+            groups.setdefault(key, []).append(run)
         for group in groups.values():
             _harvest_group(source, group, tokens or group[0].settings.harvest.tokens, job)
         job.barrier()
@@ -73,14 +71,7 @@ def _harvest_group(source: Source, runs: list[Run], tokens: int, job: Job) -> No
     settings, corpus = runs[0].settings, source.corpus
     stream = source.stream(settings.subject.hookpoint)
     for run in runs:
-        check_same_inputs(
-            run,
-            {
-                "subject": {"fingerprint": source.subject.fingerprint},
-                "corpus": {"fingerprint": corpus.fingerprint},
-                "batch_order": run.record["batch_order"],
-            },
-        )
+        check_same_inputs(run, subject=source.subject.fingerprint, corpus=corpus.fingerprint)
     saes = {run.name: run.sae().to(stream.device) for run in runs}
     for name, sae in saes.items():
         if sae.d_in != stream.width:
@@ -94,34 +85,27 @@ def _harvest_group(source: Source, runs: list[Run], tokens: int, job: Job) -> No
         stream,
         saes,
         {run.name: run.firings_folder for run in runs},
+        {run.name: run.weights_digest for run in runs},
         tokens=min(tokens, corpus.n_tokens),
         window=settings.harvest.window,
         order_seed=settings.corpus.order_seed,
-        weights={run.name: run.weights_digest for run in runs},
         ranks=job,
     )
     for run in runs if job.rank == 0 else []:
         store = FiringStore.open(run.firings_folder)
         inputs = _firing_inputs(run, store)
         if run.stage_inputs("firing") != inputs:
-            write_table(
-                run.stage_path("firing"),
-                latent_statistics(store),
-                inputs=inputs,
-                n_tokens=store.n_tokens - store.n_special_tokens,
-            )
+            n_tokens = store.n_tokens - store.n_special_tokens
+            write_table(run.stage_path("firing"), latent_statistics(store), inputs=inputs, n_tokens=n_tokens)
 
 
 def _delete_unused_caches(source: Source, root: Path) -> None:
     """Delete the activation caches of hookpoints whose runs are all harvested: later stages read the stores."""
+    readers = [run for run in all_runs(root) if run.record["corpus"]["key"] == source.corpus.key]
+    begun = [run for run in readers if run.is_trained or run.state_folder.is_dir()]
     for hookpoint, stream in source.streams.items():
-        readers = [
-            run
-            for run in all_runs(root)
-            if run.record["corpus"]["key"] == source.corpus.key and run.record["hookpoint"] == hookpoint
-        ]
-        begun = [run for run in readers if run.is_trained or run.state_folder.is_dir()]
-        if stream.cache is not None and all(map(is_harvested, begun)):
+        own = [run for run in begun if run.record["hookpoint"] == hookpoint]
+        if stream.cache is not None and all(map(is_harvested, own)):
             stream.cache.delete()
 
 

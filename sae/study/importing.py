@@ -7,34 +7,34 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
+
+from sae.activations.subject import Subject
 from sae.common.amounts import human
 from sae.common.errors import BadInput, NotFound, SettingsDiffer, Unavailable, suggest
 from sae.common.files import digest_file, mapping_differences
-from sae.common.hub import Kind, find_on_hub, first_line
+from sae.common.hub import find_on_hub, first_line
 from sae.common.progress import say
+from sae.dictionaries.checkpoint import format_named, open_sae, save_sae
+from sae.dictionaries.formats import FORMATS, Format
+from sae.dictionaries.sae import Sae
 from sae.settings import Settings
+from sae.study.harvest import check_trained
 from sae.study.recipes import settings_from
 from sae.study.run import Run, check_folder_is_free, check_name, study_runs, write_record
 from sae.study.stage import Compute, describe_inputs, lock_study, resolve_dtype
-
-if TYPE_CHECKING:
-    from sae.activations.subject import Subject
-    from sae.dictionaries.formats import Format
-    from sae.dictionaries.sae import Sae
+from sae.text.packing import prepare_corpus
 
 
 def import_settings(study: str, root: Path, recipe: Path | None, **tables: dict[str, Any]) -> Settings:
     """Return the settings of a run that joins ``study``: the given values over those of the recipe or the study."""
     members = study_runs(study, root)
-    if recipe is None and members:
-        return members[0].settings.with_values(**tables)
-    settings = settings_from(recipe, None, **tables)
-    if settings.corpus.kind == "dataset" and settings.corpus.max_tokens is None:  # it may be endless
-        like = members[0].settings.corpus.max_tokens if members else None
-        return settings.with_values(corpus={"max_tokens": like or settings.harvest.tokens})
-    return settings
+    known = members[0].settings if members else None
+    settings = settings_from(recipe, known, **tables)
+    return settings.limit_dataset((known and known.corpus.max_tokens) or settings.harvest.tokens)
 
 
 def _with_dictionary(settings: Settings, sae: Sae) -> Settings:
@@ -50,8 +50,6 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
     NotFound, BadInput or Unavailable if it cannot be read or does not fit the hookpoint; SettingsDiffer if the name is
     taken, or the study has another model, hookpoint or text.
     """
-    from sae.dictionaries.checkpoint import open_sae, save_sae
-
     check_name(name)
     check_name(study)
     folder, exact_source = locate(source)
@@ -96,7 +94,7 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
 
 def _check_name_is_free(run: Run, study: str, settings: Settings, origin: dict[str, Any]) -> bool:
     """Return whether the same import has already begun; raise if the name is taken."""
-    if not (run.folder / "run.json").is_file():
+    if not run.has_begun:
         check_folder_is_free(run)
         return False
     if run.imported is None:
@@ -106,11 +104,9 @@ def _check_name_is_free(run: Run, study: str, settings: Settings, origin: dict[s
         imported = {key: origin[key] for key in ("format", "files")}  # the same files may have moved
         return {"study": study, "import": imported, **_identity(settings)}
 
-    differences = mapping_differences(
-        identity(run.study, run.settings, run.imported), identity(study, settings, origin)
-    )
-    if differences:
-        shortened = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", "; ".join(differences))
+    changes = mapping_differences(identity(run.study, run.settings, run.imported), identity(study, settings, origin))
+    if changes:
+        shortened = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", "; ".join(changes))
         raise SettingsDiffer(
             f"run {run.name!r} exists, imported from {run.imported['from']} with differences ({shortened}); "
             "choose another --name"
@@ -126,17 +122,11 @@ def _identity(settings: Settings) -> dict[str, Any]:
 
 def _provenance(source: str, sae: Sae, settings: Settings, root: Path, compute: Compute) -> dict[str, Any]:
     """Check that the dictionary fits; return the records of subject, hookpoint and corpus."""
-    from sae.activations.subject import Subject
-    from sae.text.packing import prepare_corpus
-
     subject = Subject.load(settings.subject.model, device=compute.resolve(), dtype=settings.subject.dtype)
     hookpoint = subject.resolve(settings.subject.hookpoint)
     _check_width(source, sae.d_in, subject, hookpoint)
     corpus = prepare_corpus(settings.corpus, subject.tokenizer, subject.tokenizer_fingerprint, root)
-    return {
-        **describe_inputs(settings, subject, corpus, hookpoint),
-        "batch_order": {"seed": settings.corpus.order_seed, "fingerprint": None, "steps": 0},
-    }
+    return describe_inputs(settings, subject, corpus, hookpoint)
 
 
 def _check_width(source: str, d_in: int, subject: Subject, hookpoint: str) -> None:
@@ -164,15 +154,13 @@ def locate(source: str) -> tuple[Path, str]:
         raise NotFound(f"{source!r} does not exist; give the folder of an SAE, or its name on the hub")
     parts = source.strip("/").split("/")
     repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
-    found = find_on_hub(repository, Kind.MODEL)
+    found = find_on_hub(repository, "model")
     exact = f"{found.name}@{found.commit}" + (f"/{folder}" if folder else "")
     return _fetch(found.name, found.arguments(), repository, folder), exact
 
 
 def _fetch(name: str, arguments: dict[str, Any], repository: str, folder: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-
-    from sae.dictionaries.formats import FORMATS
 
     try:
         if arguments["local_files_only"]:
@@ -190,8 +178,6 @@ def _fetch(name: str, arguments: dict[str, Any], repository: str, folder: str) -
 
 def _check_listed(files: list[str], repository: str, folder: str) -> None:
     """Raise if ``folder`` of the repository holds no weights in a known format."""
-    from sae.dictionaries.formats import FORMATS
-
     names = {format_.weights for format_ in FORMATS.values()}
     holding = sorted({file.rpartition("/")[0] for file in files if file.rpartition("/")[2] in names})
     if folder in holding:
@@ -209,14 +195,8 @@ def export_sae(run: Run, format_name: str, folder: Path) -> dict[str, Any]:
 
     An equal export stays. Raises BadInput for an unsupported architecture, or if the folder holds something else.
     """
-    from sae.dictionaries.checkpoint import format_named, open_sae, save_sae
-    from sae.dictionaries.formats import FORMATS
-
     format_ = format_named(format_name)
-    if not run.is_trained:
-        raise NotFound(
-            f"run {run.name!r} has not finished training; run the same `train` command to resume, then export it"
-        )
+    check_trained(run)
     sae = run.sae()
     taken = [name for f in FORMATS.values() for name in (f.weights, f.config) if (folder / name).exists()]
     is_resumed = taken == [format_.weights] and _begun(folder / format_.weights, run, sae, format_)
@@ -234,18 +214,12 @@ def export_sae(run: Run, format_name: str, folder: Path) -> dict[str, Any]:
 
 def _begun(weights: Path, run: Run, sae: Sae, format_: Format) -> bool:
     """Return whether ``weights`` are those of an export that was killed before it wrote the config."""
-    from tempfile import TemporaryDirectory
-
-    from sae.dictionaries.checkpoint import save_sae
-
     with TemporaryDirectory() as folder:
         save_sae(Path(folder), sae, run.about(), format_)
         return digest_file(Path(folder) / format_.weights) == digest_file(weights)
 
 
 def _same(a: Sae, b: Sae) -> bool:
-    import torch
-
     ours, theirs = a.weights(), b.weights()
     if a.architecture != b.architecture or a.k != b.k or ours.keys() != theirs.keys():
         return False

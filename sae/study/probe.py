@@ -9,17 +9,19 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import torch
+
+from sae.activations.stream import ActivationStream, compute_block, read_batches
+from sae.activations.subject import Subject
 from sae.common.ranks import ALONE
+from sae.dictionaries.architectures import ARCHITECTURES
+from sae.dictionaries.objective import total_variance
+from sae.settings import Settings
+from sae.study.run import Study
 from sae.study.stage import Compute, open_source
-
-if TYPE_CHECKING:
-    import torch
-
-    from sae.activations.stream import ActivationStream
-    from sae.settings import Settings
-    from sae.study.run import Study
+from sae.training.learner import Learner
 
 STEPS = 8  # steps per setting; the first two are not counted
 _WARM = 2
@@ -41,8 +43,6 @@ class Probe(NamedTuple):
 
 def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
     """Time a few steps of each study. Writes only the corpus under ``root``."""
-    from sae.activations.stream import read_batches
-
     source = open_source([study.settings for study in studies], root, compute, cache="none")
     batches = {study.name: source.batches(study.settings) for study in studies}
     longest = max(batches.values(), key=len)
@@ -68,10 +68,6 @@ class TokenSeconds(NamedTuple):
 
 def time_tokens(settings: Settings, compute: Compute) -> TokenSeconds:
     """Time the forward pass and the training step on random tokens: about a second once compiled."""
-    import torch
-
-    from sae.activations.subject import Subject
-
     device, training = compute.resolve(), settings.training
     subject = Subject.load(settings.subject.model, device=device, dtype=settings.subject.dtype)
     n_sequences = -(-training.batch_tokens // settings.corpus.context)
@@ -88,8 +84,6 @@ def time_tokens(settings: Settings, compute: Compute) -> TokenSeconds:
 
 
 def _seconds_per_token(streams: Sequence[ActivationStream]) -> float:
-    from sae.activations.stream import compute_block
-
     corpus = streams[0].corpus
     times = []
     for number in range(min(_BLOCKS, corpus.n_blocks)):
@@ -101,16 +95,11 @@ def _seconds_per_token(streams: Sequence[ActivationStream]) -> float:
 
 def _step_seconds(settings: Settings, batches: list[torch.Tensor], steps: int, seed: int) -> float:
     """Return the median seconds of a step of one seed, without the first ones, which compile."""
-    from sae.dictionaries.architectures import ARCHITECTURES
-    from sae.dictionaries.objective import total_variance
-    from sae.training.learner import Learner, Plan
-
     training, sample = settings.training, batches[0]
     shape = sample.shape[1], training.num_latents, training.k
     kind = ARCHITECTURES[training.architecture]
     sae = kind.init(*shape, seed=seed, x_sample=sample.float()).to(sample.device)
-    plan = Plan.of(training, steps, sae.d_in, sae.device)
-    learner = Learner(sae, plan, training.auxk, Path("probe", "training-state"), {})
+    learner = Learner(sae, training, steps, Path("probe", "training-state"), {})
     times = []
     for step, batch in enumerate(batches):
         began = time.perf_counter()

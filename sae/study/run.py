@@ -58,6 +58,16 @@ _WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "dictionary.safetensor
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "openai")
 
 
+class _File:
+    """The path of a file or folder of a run."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: Run, _: type[Run]) -> Path:
+        return run.folder / self._name
+
+
 @dataclass(frozen=True)
 class Run:
     """One trained SAE and everything measured on it, in the folder ``root/name``."""
@@ -65,11 +75,17 @@ class Run:
     name: str
     root: Path
 
+    record_path = _File("run.json")
+    training_log_path = _File("training.parquet")
+    state_folder = _File("training-state")
+    firings_folder = _File("firings")
+    journal_path = _File("journal.sqlite")
+
     @classmethod
     def open(cls, name: str, root: Path | str = DEFAULT_ROOT) -> Run:
         """Open an existing run. Raises NotFound with suggestions."""
         run = cls(name, Path(root))
-        if not (run.folder / "run.json").is_file():
+        if not run.has_begun:
             runs = all_runs(run.root)
             known = [r.name for r in runs if not r.is_control] or [r.name for r in runs]
             train = command(run.root, "train")
@@ -82,26 +98,14 @@ class Run:
         return self.root / self.name
 
     @property
+    def has_begun(self) -> bool:
+        return self.record_path.is_file()
+
+    @property
     def weights_path(self) -> Path:
         """The weights; their file name depends on the architecture's native format."""
         paths = [self.folder / name for name in _WEIGHTS]
         return next((path for path in paths if path.is_file()), paths[0])
-
-    @property
-    def state_folder(self) -> Path:
-        return self.folder / "training-state"
-
-    @property
-    def firings_folder(self) -> Path:
-        return self.folder / "firings"
-
-    @property
-    def journal_path(self) -> Path:
-        return self.folder / "journal.sqlite"
-
-    @property
-    def training_log_path(self) -> Path:
-        return self.folder / "training.parquet"
 
     def stage_path(self, stage: str) -> Path:
         """Return the path of a stage's table (see ``LATENT_STAGES``)."""
@@ -111,15 +115,14 @@ class Run:
     def record(self) -> dict[str, Any]:
         """The content of ``run.json``."""
         try:
-            record = read_json(self.folder / "run.json")
+            record = read_json(self.record_path)
             if record["schema"] != SCHEMA:
                 raise BadInput(
                     f"run {self.name!r} has schema {record['schema']}, this program reads {SCHEMA}; "
                     "use the version that wrote it"
                 )
         except (ValueError, KeyError, TypeError):
-            path = str(self.folder / "run.json")
-            raise BadInput(f"{path!r} is damaged; train the run again under a new name") from None
+            raise BadInput(f"{str(self.record_path)!r} is damaged; train the run again under a new name") from None
         return record
 
     @property
@@ -150,11 +153,6 @@ class Run:
     def parent_study(self) -> str:
         """The study; for a control, the study that it is a control of."""
         return (self.study.rpartition("-")[0] if self.is_control else "") or self.study
-
-    @property
-    def origin(self) -> str:
-        """``seed 3``, or ``imported``."""
-        return "imported" if self.seed is None else f"seed {self.seed}"
 
     @functools.cached_property
     def settings(self) -> Settings:
@@ -316,9 +314,7 @@ def check_name(name: str) -> str:
     if len(name) > _LONGEST_NAME:
         raise BadInput(f"name {name[:20]!r}… has {len(name)} characters; choose one of at most {_LONGEST_NAME}")
     if not _NAME.fullmatch(name):
-        raise BadInput(
-            f"name {name!r} is not valid: use letters, digits, '.', '_' and single '-', starting with a letter or digit"
-        )
+        raise BadInput(f"name {name!r}: use letters, digits, '.', '_' and single '-', starting with a letter or digit")
     return name
 
 
@@ -356,7 +352,7 @@ def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> 
         while (name := f"{study}_{make_suffix(index)}") in taken:
             index += 1
         run = Run(name, root)
-        if (run.folder / "run.json").is_file():
+        if run.has_begun:
             raise SettingsDiffer(f"run {name!r} exists and belongs to study {run.study!r}; choose another --name")
         check_folder_is_free(run)
         taken.add(name)
@@ -429,4 +425,4 @@ def write_record(run: Run, seed: int | None, study: str, settings: Settings, pro
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "git_commit": git_commit(),
     }
-    write_json(run.folder / "run.json", record)
+    write_json(run.record_path, record)

@@ -84,6 +84,9 @@ def resolve_dtype(study: str, settings: Settings, root: Path, compute: Compute) 
     return settings.with_values(subject={"dtype": dtype})
 
 
+Cache = Literal["fill", "read", "none"]
+
+
 class Source(NamedTuple):
     """A model, a corpus, and a stream for each hookpoint by its resolved name."""
 
@@ -101,8 +104,11 @@ class Source(NamedTuple):
         return TrainingBatches(stream, training.tokens, training.batch_tokens, settings.corpus.order_seed)
 
 
-def describe_inputs(settings: Settings, subject: Subject, corpus: Corpus, hookpoint: str) -> dict[str, Any]:
-    """Return the entries of ``run.json`` for subject, hookpoint and corpus."""
+def describe_inputs(
+    settings: Settings, subject: Subject, corpus: Corpus, hookpoint: str, batches: TrainingBatches | None = None
+) -> dict[str, Any]:
+    """Return the entries of ``run.json`` for subject, hookpoint, corpus and batches (``None``: imported)."""
+    fingerprint, steps = (None, 0) if batches is None else (batches.fingerprint, len(batches))
     return {
         "subject": {
             "source": settings.subject.model,
@@ -112,6 +118,7 @@ def describe_inputs(settings: Settings, subject: Subject, corpus: Corpus, hookpo
         },
         "hookpoint": hookpoint,
         "corpus": {"key": corpus.key, "fingerprint": corpus.fingerprint, **corpus.info},
+        "batch_order": {"seed": settings.corpus.order_seed, "fingerprint": fingerprint, "steps": steps},
     }
 
 
@@ -120,9 +127,7 @@ def get_source_key(settings: Settings) -> tuple[Any, ...]:
     return settings.subject.model, settings.subject.dtype, settings.corpus
 
 
-def open_source(
-    of: Sequence[Settings], root: Path, compute: Compute, cache: Literal["fill", "read", "none"] = "fill"
-) -> Source:
+def open_source(of: Sequence[Settings], root: Path, compute: Compute, cache: Cache = "fill") -> Source:
     """Open the model, text and hookpoints of settings that share a source.
 
     ``cache``: fill the activation caches (one process per root), read those of that process, or use none.
@@ -145,14 +150,15 @@ def open_source(
     return Source(subject, corpus, open_streams(subject, corpus, hookpoints, caches))
 
 
-def check_same_inputs(run: Run, provenance: dict[str, Any]) -> None:
-    """Raise SettingsDiffer if a run began with another text or model."""
-    if not (run.folder / "run.json").is_file():
+def check_same_inputs(run: Run, **fingerprints: str) -> None:
+    """Raise SettingsDiffer if a run began with another ``subject``, ``corpus`` or ``batch_order``."""
+    if not run.has_begun:
         return
+    there = {what: run.record[what]["fingerprint"] for what in fingerprints}
     differences = [
-        f"{what}.fingerprint: {run.record[what]['fingerprint'][:12]} there, {provenance[what]['fingerprint'][:12]} now"
-        for what in ("subject", "corpus", "batch_order")
-        if run.record[what]["fingerprint"] != provenance[what]["fingerprint"]
+        f"{what}.fingerprint: {there[what][:12]} there, {now[:12]} now"
+        for what, now in fingerprints.items()
+        if there[what] != now
     ]
     if differences:
         raise SettingsDiffer(

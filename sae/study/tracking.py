@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sae.common.errors import Unavailable, UserError
@@ -25,15 +27,24 @@ class Tracker:
         try:
             self._wandb: Any = importlib.import_module("wandb")
         except ImportError:
-            raise UserError(
-                "--wandb needs the package wandb, which is not installed; "
-                "install it with `pip install wandb`, or drop --wandb"
-            ) from None
+            raise UserError("--wandb needs the package wandb; run `pip install wandb`, or drop --wandb") from None
         self._runs: dict[str, Any] = {}
 
-    def begin(self, run: Run) -> None:
+    @contextmanager
+    def follow(self, runs: Sequence[Run]) -> Iterator[None]:
+        """Open the W&B runs of ``runs``; mark those still open as failed if the block stops with an error."""
+        try:
+            for run in runs:
+                self._begin(run)
+            yield
+        except BaseException:
+            while self._runs:
+                self._runs.popitem()[1].finish(exit_code=1)
+            raise
+
+    def _begin(self, run: Run) -> None:
         """Open the W&B run of ``run``. Raises Unavailable if W&B fails."""
-        settings = run.settings
+        facts = {"study": run.study, "seed": run.seed, "hookpoint": run.record["hookpoint"]}
         try:
             self._runs[run.name] = self._wandb.init(
                 project=self.project,
@@ -42,12 +53,7 @@ class Tracker:
                 id=digest([run.name, run.record["created"]])[:16],
                 resume="allow",
                 reinit="create_new",  # several at once
-                config={
-                    **settings.identity(),
-                    "study": run.study,
-                    "seed": run.seed,
-                    "hookpoint": run.record["hookpoint"],
-                },
+                config={**run.settings.identity(), **facts},
                 settings=self._wandb.Settings(silent=True),
             )
         except Exception as error:  # of W&B, the network or its service process
@@ -62,11 +68,6 @@ class Tracker:
 
     def end(self, run: str) -> None:
         self._runs.pop(run).finish()
-
-    def abandon(self) -> None:
-        """Mark open runs as failed, because the training has stopped."""
-        while self._runs:
-            self._runs.popitem()[1].finish(exit_code=1)
 
 
 def _without_key(error: Exception) -> str:

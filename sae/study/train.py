@@ -8,11 +8,11 @@ and weights once it is done; in between it resumes from its last state.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae.common.amounts import human
 from sae.common.errors import BadInput, UserError
@@ -20,7 +20,6 @@ from sae.common.files import mapping_differences, write_table
 from sae.common.launch import launched
 from sae.common.parallel import join_ranks
 from sae.common.progress import say
-from sae.settings import Settings
 from sae.study.controls import add_controls
 from sae.study.run import Run, Study, plan_study, study_runs, write_record
 from sae.study.stage import (
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from sae.activations.outliers import Outliers
-    from sae.activations.stream import TrainingBatches
+    from sae.activations.stream import ActivationStream, TrainingBatches
     from sae.common.precision import Precision
     from sae.common.ranks import Job
     from sae.dictionaries.sae import Sae
@@ -47,12 +46,6 @@ if TYPE_CHECKING:
     from sae.training.trainer import Group
 
 _SAMPLE = 16_384  # tokens of the first batch that are searched for outliers
-
-
-def train_study(
-    study: str, seeds: Sequence[int], settings: Settings, root: Path, compute: Compute, parallel: str | None = None
-) -> list[Run]:
-    return train_studies([Study(study, settings, tuple(seeds))], root, compute, parallel)[0]
 
 
 def train_studies(
@@ -74,7 +67,8 @@ def train_studies(
         controls: train the studies' controls too (:mod:`sae.study.controls`); their runs are not returned.
     """
     n_studies = len(studies)
-    studies = [replace(s, settings=_bounded(resolve_dtype(s.name, s.settings, root, compute))) for s in studies]
+    studies = [replace(s, settings=s.settings.limit_dataset(s.settings.most_tokens)) for s in studies]
+    studies = [replace(s, settings=resolve_dtype(s.name, s.settings, root, compute)) for s in studies]
     if controls:
         studies = add_controls(studies, root)
     names = [study.name for study in studies]
@@ -85,10 +79,8 @@ def train_studies(
     with join_ranks(parallel or _parallel_begun(studies, root), missing, compute.device) as (job, device):
         # Rank 0 decides, since other ranks may read the disk later.
         dtypes = job.first("dtypes", lambda: [study.settings.subject.dtype for study in studies])
-        studies = [
-            replace(study, settings=study.settings.with_values(subject={"dtype": dtype}))
-            for study, dtype in zip(studies, dtypes, strict=True)
-        ]
+        settings = [s.settings.with_values(subject={"dtype": x}) for s, x in zip(studies, dtypes, strict=True)]
+        studies = [replace(study, settings=of_study) for study, of_study in zip(studies, settings, strict=True)]
         planned = job.first("planned", lambda: [_planned(study, root) for study in studies])
         runs = [[Run(name, root) for name, _, _ in of_study] for of_study in planned]
         todo = [
@@ -107,16 +99,25 @@ def train_studies(
     return runs[:n_studies]
 
 
-@dataclass(frozen=True)
-class _Todo:
+class _Todo(NamedTuple):
     """A study and its untrained runs with their seeds."""
 
     study: Study
     missing: list[tuple[Run, int]]
 
+
+class _Work(NamedTuple):
+    """A study to train, with its batches."""
+
+    study: Study
+    missing: list[tuple[Run, int]]  # the untrained runs and their seeds
+    own: list[tuple[Run, int]]  # those of them that this rank trains
+    batches: TrainingBatches
+    record: dict[str, Any]  # the inputs, for ``run.json``
+
     @property
-    def settings(self) -> Settings:
-        return self.study.settings
+    def stream(self) -> ActivationStream:
+        return self.batches.stream
 
 
 def _missing(study: Study, root: Path) -> int:
@@ -144,18 +145,11 @@ def _planned(study: Study, root: Path) -> list[tuple[str, int, bool]]:
     return [(run.name, seed, run.is_trained) for run, seed in planned]
 
 
-def _bounded(settings: Settings) -> Settings:
-    """Limit a dataset, which may be endless, to the tokens that the study needs."""
-    if settings.corpus.kind != "dataset" or settings.corpus.max_tokens is not None:
-        return settings
-    return settings.with_values(corpus={"max_tokens": max(settings.training.tokens, settings.harvest.tokens)})
-
-
 def _sharing(todo: Sequence[_Todo]) -> list[list[_Todo]]:
     """Group the studies that share a source and the sequences of each step."""
     found: dict[Any, list[_Todo]] = {}
     for each in todo:
-        key = get_source_key(each.settings), each.settings.training.batch_tokens
+        key = get_source_key(each.study.settings), each.study.settings.training.batch_tokens
         found.setdefault(key, []).append(each)
     return list(found.values())
 
@@ -163,72 +157,60 @@ def _sharing(todo: Sequence[_Todo]) -> list[list[_Todo]]:
 def _train_together(
     todo: list[_Todo], root: Path, compute: Compute, job: Job, tracker: Tracker | None, label: str
 ) -> None:
+    from sae.activations.stream import Reader
     from sae.training.memory import Part, check_fits, report_out_of_memory
-    from sae.training.reading import Reader
     from sae.training.trainer import train_groups
 
     with job.first_then_others(label):
-        source = open_source([each.settings for each in todo], root, compute, cache="fill" if job.rank == 0 else "none")
-    batches = [source.batches(each.settings) for each in todo]
+        settings = [each.study.settings for each in todo]
+        source = open_source(settings, root, compute, cache="fill" if job.rank == 0 else "none")
     mine = set(job.share([run.name for each in todo for run, _ in each.missing]))
-    parts = [
-        Part(
-            each.settings.training, sum(run.name in mine for run, _ in each.missing), b.stream.width, b.stream.hookpoint
-        )
-        for each, b in zip(todo, batches, strict=True)
-    ]
-    provenance = [_provenance(source, each, b, root) for each, b in zip(todo, batches, strict=True)]
-    for each, of_study in zip(todo, provenance, strict=True) if job.rank == 0 else []:
-        for run, _ in each.missing:
-            check_same_inputs(run, of_study)
+    works = [_prepare(each, mine, source, root) for each in todo]
+    new = [(work, *each) for work in works for each in work.missing if job.rank == 0 and not each[0].has_begun]
+    for work in works if job.rank == 0 else []:
+        for run, _ in work.missing:
+            check_same_inputs(run, **{x: work.record[x]["fingerprint"] for x in ("subject", "corpus", "batch_order")})
+    parts = [Part(w.study.settings.training, len(w.own), w.stream.width, w.stream.hookpoint) for w in works]
     check_fits(parts, source.subject.device)
-    for each in todo:
-        training, stream = each.settings.training, source.stream(each.settings.subject.hookpoint)
+    for work in works:
+        training = work.study.settings.training
         say(
-            f"train: {', '.join(run.name for run, _ in each.missing)} · M {training.num_latents}, k {training.k}, "
-            f"D {stream.width} · {human(training.tokens)} tokens of {human(source.corpus.n_tokens)} · "
-            f"{source.subject.source}, {stream.hookpoint}"
+            f"train: {', '.join(run.name for run, _ in work.missing)} · M {training.num_latents}, k {training.k}, "
+            f"D {work.stream.width} · {human(training.tokens)} tokens of {human(source.corpus.n_tokens)} · "
+            f"{source.subject.source}, {work.stream.hookpoint}"
         )
-    with _remove_empty_runs(todo, job), report_out_of_memory(parts, source.subject.device):
+    with _remove_empty_runs([run for _, run, _ in new]), report_out_of_memory(parts, source.subject.device):
         read = Reader(job)
-        samples = read(batches, 0)
-        outliers = _outliers(batches, samples)
-        dominated = {
-            of.stream.hookpoint: sample[:_SAMPLE].clone()
-            for of, sample in zip(batches, samples, strict=True)
-            if outliers[of.stream.hookpoint].dominate
-        }
-        for each, of_study in zip(todo, provenance, strict=True) if job.rank == 0 else []:
-            for run, seed in each.missing:
-                if not (run.folder / "run.json").is_file():
-                    found = {"outlier_tokens": outliers[of_study["hookpoint"]].record()}
-                    write_record(run, seed, each.study.name, each.settings, {**of_study, **found, **job.record})
+        first = read([work.batches for work in works], 0)
+        samples = {work.stream.hookpoint: x for work, x in zip(works, first, strict=True)}
+        outliers = {hookpoint: _find_outliers(hookpoint, x) for hookpoint, x in samples.items()}
+        dominated = {h: samples[h][:_SAMPLE].clone() for h, found in outliers.items() if found.dominate}
+        for work, run, seed in new:
+            found = {"outlier_tokens": outliers[work.stream.hookpoint].record()}
+            write_record(run, seed, work.study.name, work.study.settings, {**work.record, **found, **job.record})
         job.barrier()
-        groups = _groups(todo, batches, samples, mine, root)
-        del samples
-        try:
-            train_groups(groups, job, read, _Ending(todo, groups, mine, job, tracker, dominated))
-        except BaseException:
-            if tracker is not None:
-                tracker.abandon()
-            raise
+        groups = [_make_group(work, samples[work.stream.hookpoint]) for work in works]
+        del first, samples
+        pairs = [list(zip((run for run, _ in w.own), g.saes, strict=True)) for w, g in zip(works, groups, strict=True)]
+        ending = _Ending(pairs if job.writes else [[] for _ in pairs], tracker, dominated)
+        written = [run for of_group in ending.dictionaries for run, _ in of_group]
+        with nullcontext() if tracker is None else tracker.follow(written):
+            train_groups(groups, job, read, ending)
     job.barrier()
 
 
-def _provenance(source: Source, todo: _Todo, batches: TrainingBatches, root: Path) -> dict[str, Any]:
-    settings, stream = todo.settings, batches.stream
-    return {
-        **describe_inputs(settings, source.subject, source.corpus, stream.hookpoint),
-        "batch_order": {"seed": settings.corpus.order_seed, "fingerprint": batches.fingerprint, "steps": len(batches)},
-        "precision": _precision(todo, stream.device, root),
-    }
+def _prepare(todo: _Todo, mine: Collection[str], source: Source, root: Path) -> _Work:
+    settings, batches = todo.study.settings, source.batches(todo.study.settings)
+    record = describe_inputs(settings, source.subject, source.corpus, batches.stream.hookpoint, batches)
+    record["precision"] = _precision(todo, batches.stream.device, root)
+    return _Work(*todo, [(run, seed) for run, seed in todo.missing if run.name in mine], batches, record)
 
 
 def _precision(todo: _Todo, device: torch.device, root: Path) -> Precision:
     """Return the precision of the encoder's product: that of the study's first run, if there is one."""
     from sae.common.precision import resolve, warn_if_emulated
 
-    precision = resolve(todo.settings.training.precision, device)
+    precision = resolve(todo.study.settings.training.precision, device)
     trained_here = [run for run in study_runs(todo.study.name, root) if not run.imported]
     if trained_here:
         precision = trained_here[0].record.get("precision", "float32")  # old records have none
@@ -236,83 +218,60 @@ def _precision(todo: _Todo, device: torch.device, root: Path) -> Precision:
     return precision
 
 
-def _outliers(batches: Sequence[TrainingBatches], samples: Sequence[torch.Tensor]) -> dict[str, Outliers]:
-    """Measure each hookpoint's outlier tokens on its first batch [B, D]; warn if they dominate FVU."""
+def _find_outliers(hookpoint: str, x: torch.Tensor) -> Outliers:
+    """Measure the outlier tokens of a hookpoint's first batch ``x`` [B, D]; warn if they dominate FVU."""
     from sae.activations.outliers import find_outliers
 
-    by_hookpoint = {of.stream.hookpoint: sample[:_SAMPLE] for of, sample in zip(batches, samples, strict=True)}
-    found = {hookpoint: find_outliers(sample) for hookpoint, sample in by_hookpoint.items()}
-    for hookpoint, outliers in found.items():
-        if outliers.dominate:
-            say(
-                f"train: warning: at {hookpoint} {outliers.describe()}; FVU and L0, here and in the report, are mostly "
-                "about these few tokens; both are printed without them at the end of the training"
-            )
-    return found
+    outliers = find_outliers(x[:_SAMPLE])
+    if outliers.dominate:
+        say(
+            f"train: warning: at {hookpoint} {outliers.describe()}; FVU and L0, here and in the report, are mostly "
+            "about these few tokens; both are printed without them at the end of the training"
+        )
+    return outliers
 
 
-def _groups(
-    todo: Sequence[_Todo],
-    batches: Sequence[TrainingBatches],
-    samples: Sequence[torch.Tensor],
-    mine: set[str],
-    root: Path,
-) -> list[Group]:
+def _make_group(work: _Work, sample: torch.Tensor) -> Group:
     from sae.dictionaries.architectures import ARCHITECTURES
     from sae.training.trainer import Group
 
-    groups = []
-    for each, of_study, sample in zip(todo, batches, samples, strict=True):
-        training = each.settings.training
-        kind, shape = ARCHITECTURES[training.architecture], (of_study.stream.width, training.num_latents, training.k)
-        own = [(run, seed) for run, seed in each.missing if run.name in mine]
-        saes = [kind.init(*shape, seed=seed, x_sample=sample).to(of_study.stream.device) for _, seed in own]
-        training = training.model_copy(update={"precision": _precision(each, of_study.stream.device, root)})
-        groups.append(Group(of_study, saes, training, [run.state_folder for run, _ in own]))
-    return groups
+    training = work.study.settings.training
+    kind, shape = ARCHITECTURES[training.architecture], (work.stream.width, training.num_latents, training.k)
+    saes = [kind.init(*shape, seed=seed, x_sample=sample).to(work.stream.device) for _, seed in work.own]
+    # Rank 0 has decided the precision by now, on its own machine.
+    precision = work.missing[0][0].record.get("precision", "float32")  # old records have none
+    training = training.model_copy(update={"precision": precision})
+    return Group(work.batches, saes, training, [run.state_folder for run, _ in work.own])
 
 
+@dataclass(frozen=True)
 class _Ending:
     """Writes each study's weights and logs when it is trained, and sends new rows to the tracker."""
 
-    def __init__(
-        self,
-        todo: Sequence[_Todo],
-        groups: Sequence[Group],
-        mine: set[str],
-        job: Job,
-        tracker: Tracker | None,
-        dominated: Mapping[str, torch.Tensor],
-    ) -> None:
-        self._todo, self._groups, self._mine, self._job, self._tracker = todo, groups, mine, job, tracker
-        self._dominated = dominated
-        if tracker is not None and job.writes:
-            for each in todo:
-                for run, _ in each.missing:
-                    if run.name in mine:
-                        tracker.begin(run)
+    dictionaries: list[list[tuple[Run, Sae]]]  # those that this rank writes, of each group
+    tracker: Tracker | None
+    dominated: Mapping[str, torch.Tensor]  # the first batch of hookpoints that outliers dominate
 
     def row(self, run: str, row: LogRow) -> None:
-        if self._tracker is not None:
-            self._tracker.row(run, row)
+        if self.tracker is not None:
+            self.tracker.row(run, row)
 
     def end(self, group: int, logs: list[TrainLog]) -> None:
         from sae.dictionaries.checkpoint import save_sae
         from sae.training.state import discard_states
 
-        own = [run for run, _ in self._todo[group].missing if run.name in self._mine]
-        for run, sae, log in zip(own, self._groups[group].saes, logs, strict=True) if self._job.writes else []:
+        for (run, sae), log in zip(self.dictionaries[group], logs, strict=False):
             write_table(run.training_log_path, log.table(), **self._without_outliers(run, sae))
             save_sae(run.folder, sae, run.about())
             discard_states(run.state_folder)
-            if self._tracker is not None:
-                self._tracker.end(run.name)
+            if self.tracker is not None:
+                self.tracker.end(run.name)
 
     def _without_outliers(self, run: Run, sae: Sae) -> dict[str, Any]:
         """Return FVU and L0 without outlier tokens, as metadata of the log; empty if there are none."""
         from sae.activations.outliers import measure_quality
 
-        sample = self._dominated.get(run.record["hookpoint"])
+        sample = self.dominated.get(run.record["hookpoint"])
         if sample is None:
             return {}
         quality = measure_quality(sae, sample)
@@ -322,15 +281,14 @@ class _Ending:
 
 
 @contextmanager
-def _remove_empty_runs(todo: Sequence[_Todo], job: Job) -> Iterator[None]:
-    """Delete new runs if training fails before the first checkpoint, so that the name is free again."""
-    new = [run for each in todo for run, _ in each.missing if not (run.folder / "run.json").is_file()]
+def _remove_empty_runs(new: Sequence[Run]) -> Iterator[None]:
+    """Delete ``new`` runs if training fails before their first checkpoint, so that the name is free again."""
     try:
         yield
     except UserError:
-        for run in new if job.rank == 0 else []:
+        for run in new:
             if not run.is_trained and not (run.state_folder.is_dir() and any(run.state_folder.iterdir())):
-                (run.folder / "run.json").unlink(missing_ok=True)
+                run.record_path.unlink(missing_ok=True)
                 if run.folder.is_dir() and not any(run.folder.iterdir()):
                     run.folder.rmdir()
         raise

@@ -6,15 +6,15 @@ In its own module because ``datasets`` is slow to import.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import digest, read_json
-from sae.common.hub import Kind, find_on_hub, first_line, looks_like_path
+from sae.common.hub import find_on_hub, first_line, looks_like_path
 from sae.settings import CorpusSettings
-from sae.text.documents import Document, Hashes, TextSource, get_text, split_text
+from sae.text.sources import Document, Hashes, TextSource, get_text, split_text
 
 _LOADERS = {
     ".parquet": "parquet",
@@ -49,7 +49,7 @@ def open_dataset(settings: CorpusSettings, hashes: Hashes) -> TextSource:
     elif looks_like_path(name):
         raise NotFound(f"dataset {name!r} does not exist; give a directory, a data file or a hub name")
     else:
-        at = find_on_hub(name, Kind.DATASET)
+        at = find_on_hub(name, "dataset")
         rows = _load(name, settings, path=at.name, revision=at.commit)
         identity |= {"hub": at.name, "commit": at.commit, "config": settings.config, "split": settings.split}
         info["commit"] = at.commit
@@ -95,7 +95,8 @@ def _saved(path: Path, name: str, split: str) -> tuple[Any, Path]:
             splits = list(read_json(path / "dataset_dict.json")["splits"])
         except (ValueError, KeyError, TypeError):
             raise BadInput(f"dataset {name!r}: its dataset_dict.json is damaged; save the dataset again") from None
-        _check_known(name, "split", split, splits)
+        if split not in splits:
+            raise NotFound(f"dataset {name!r} has no split {split!r}; did you mean {suggest(split, splits)}?")
         folder = path / split
     try:
         return datasets.load_from_disk(str(folder)), folder
@@ -116,11 +117,6 @@ def _local(path: Path, name: str, settings: CorpusSettings) -> tuple[Any, list[P
     return _load(name, settings, path=str(path)), files
 
 
-def _check_known(name: str, what: str, chosen: str | None, known: Sequence[str]) -> None:
-    if chosen is not None and chosen not in known:
-        raise NotFound(f"dataset {name!r} has no {what} {chosen!r}; did you mean {suggest(chosen, known)}?")
-
-
 def _is_data(path: Path) -> bool:
     # datasets leaves `cache-*.arrow` behind when it transforms a saved dataset.
     return path.is_file() and not path.name.startswith((".", "cache-"))
@@ -136,19 +132,10 @@ def _load(name: str, settings: CorpusSettings, **where: Any) -> Any:
     """Call ``datasets.load_dataset`` with streaming; report failures in one line."""
     import datasets
 
-    place = {key: value for key, value in where.items() if key in ("path", "data_files", "revision")}
     try:
-        if "data_files" not in where:
-            configs = datasets.get_dataset_config_names(**place)
-            _check_known(name, "configuration", settings.config, configs)
-            if settings.config is None and len(configs) > 1 and "default" not in configs:
-                raise BadInput(
-                    f"dataset {name!r} has several configurations; choose corpus.config among {', '.join(configs[:12])}"
-                )
-            splits = datasets.get_dataset_split_names(**place, config_name=settings.config)
-            _check_known(name, "split", settings.split, splits)
         return datasets.load_dataset(**where, name=settings.config, split=settings.split, streaming=True)
-    except (NotFound, BadInput):
-        raise
+    except ValueError as error:  # no such configuration or split; the message lists the known ones
+        said = " ".join(str(error).split())[:300]
+        raise BadInput(f"dataset {name!r} cannot be opened: {said}; see corpus.config and corpus.split") from None
     except Exception as error:  # errors of the hub, of file systems and of readers
         raise BadInput(f"dataset {name!r} cannot be opened: {first_line(error)}") from None

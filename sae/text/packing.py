@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from sae.common.amounts import human
-from sae.common.errors import BadInput, UserError
-from sae.common.files import digest, is_disk_full, read_json, write_json
+from sae.common.errors import BadInput
+from sae.common.files import digest, read_json, report_full_disk, write_json
 from sae.common.progress import say, track
 from sae.settings import CorpusSettings
 from sae.text.corpus import Corpus
-from sae.text.documents import Document, TextSource
-from sae.text.sources import open_source
+from sae.text.sources import Document, Hashes, TextSource, open_stdlib, open_text_files
 
 _SCHEMA = 1
 _BATCH_CHARACTERS = 1 << 19
@@ -55,24 +54,33 @@ def prepare_corpus(settings: CorpusSettings, tokenizer: Any, tokenizer_fingerpri
     folder = corpora / key
     if not (folder / "corpus.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder):
+        with _lock(folder):
             if not (folder / "corpus.json").is_file():
                 _Packer(folder, key, settings, tokenizer, source).run(made_from)
     return Corpus.open(folder)
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def open_source(settings: CorpusSettings, memo: Path) -> TextSource:
+    """Open the source of ``settings``, with hashes cached in ``memo``; raise NotFound or BadInput if it is no text."""
+    if settings.kind == "stdlib":
+        return open_stdlib()
+    if not settings.source:
+        wanted = "files or folders" if settings.kind == "text" else "a directory or a hub name"
+        raise BadInput(f"corpus.source is empty, and corpus.kind {settings.kind!r} needs {wanted}; give one")
+    if settings.kind == "text":
+        return open_text_files(settings, Hashes(memo))
+    from sae.text.hf_datasets import open_dataset  # takes a second to import
+
+    return open_dataset(settings, Hashes(memo))
+
+
+def _lock(folder: Path) -> AbstractContextManager[object]:
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(blocking=False)
     except Timeout:
         say(f"corpus {folder.name}: waiting for another command that is making it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 class _Packer:
@@ -98,17 +106,12 @@ class _Packer:
     def run(self, made_from: dict[str, Any]) -> None:
         self._resume()
         hasher = hashlib.sha256(f"{self.context}\n".encode())
-        try:
-            with self.part.open("r+b") as stream:
-                while data := stream.read((1 << 18) * self.dtype.itemsize):
-                    hasher.update(np.frombuffer(data, self.dtype).astype("<u4").tobytes())
-                self._pack(stream, hasher)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            raise UserError(f"the disk is full under {str(self.folder)!r}; free some space and run again") from None
+        with report_full_disk(self.folder), self.part.open("r+b") as stream:
+            while data := stream.read((1 << 18) * self.dtype.itemsize):
+                hasher.update(np.frombuffer(data, self.dtype).astype("<u4").tobytes())
+            self._pack(stream, hasher)
+            stream.flush()
+            os.fsync(stream.fileno())
         if self.rows == 0:
             self.part.unlink()
             self.state.unlink(missing_ok=True)
@@ -233,10 +236,8 @@ def find_special_ids(tokenizer: Any) -> list[int]:
 
 def find_separator(tokenizer: Any) -> int | None:
     """Return the token to put after each document: EOS, else SEP, else BOS."""
-    for name in ("eos_token_id", "sep_token_id", "bos_token_id"):
-        if getattr(tokenizer, name, None) is not None:
-            return int(getattr(tokenizer, name))
-    return None
+    found = (getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "sep", "bos"))
+    return next((int(token) for token in found if token is not None), None)
 
 
 def count_token_ids(tokenizer: Any) -> int:

@@ -1,57 +1,78 @@
-"""Open the source of a corpus: the standard library, text files, or a dataset."""
+"""Open the text of a corpus (the standard library or text files), and read its documents in pieces.
+
+A corpus is identified by the hash of its contents (the SHA-256 of each file, or a hub dataset's commit). Hashes are
+kept in a small file and trusted while path, size and modification time are unchanged.
+"""
 
 from __future__ import annotations
 
+import codecs
+import difflib
 import hashlib
+import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sae.common.errors import BadInput, NotFound, find_similar, suggest
-from sae.common.files import digest
+from sae.common.errors import BadInput, NotFound, join_or, suggest
+from sae.common.files import digest, read_json, write_json
 from sae.settings import CorpusSettings
-from sae.text.documents import JSON_LINES, Document, Hashes, TextSource, read_json_lines, read_pieces
+from sae.text.stdlib import read_stdlib
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson")
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages"})
+PIECE_CHARACTERS = 1 << 18
+JSON_LINES = (".jsonl", ".ndjson")
+_READ = 1 << 20
+_SETTLED_SECONDS = 2.0  # a newer file may change again within the same modification time
 
 
-def open_source(settings: CorpusSettings, memo: Path) -> TextSource:
-    """Open the source of ``settings``, with hashes cached in ``memo``; raise NotFound or BadInput if it is no text."""
-    if settings.kind == "stdlib":
-        return _stdlib()
-    if not settings.source:
-        wanted = "files or folders" if settings.kind == "text" else "a directory or a hub name"
-        raise BadInput(f"corpus.source is empty, and corpus.kind {settings.kind!r} needs {wanted}; give one")
-    if settings.kind == "text":
-        return _text_files(settings, Hashes(memo))
-    from sae.text.hf_datasets import open_dataset  # takes a second to import
+class Document(NamedTuple):
+    """A document, or one piece of it; ``ends`` is false if the next piece continues it."""
 
-    return open_dataset(settings, Hashes(memo))
+    name: str
+    text: str
+    ends: bool = True
 
 
-def _stdlib() -> TextSource:
-    from sae.text.stdlib import read_stdlib
+@dataclass(frozen=True)
+class TextSource:
+    """A source of text.
 
-    text = read_stdlib()
-    contents = [hashlib.sha256(f.text.encode()).hexdigest() for f in text.files]
+    ``identity`` is JSON that changes exactly when the text does; ``info`` is the entry in a run's record; ``total`` is
+    the number of ``unit`` (bytes or documents), ``None`` if unknown.
+    """
+
+    identity: dict[str, Any]
+    info: dict[str, Any]
+    documents: Callable[[], Iterator[Document]]
+    total: int | None
+    unit: str
+
+
+def open_stdlib() -> TextSource:
+    files, missing = read_stdlib()
+    contents = [hashlib.sha256(f.text.encode()).hexdigest() for f in files]
     info = {
         "source": f"Python {sys.version_info.major}.{sys.version_info.minor} standard library",
-        "files": len(text.files),
-        "files_changed": text.n_changed,
-        "files_missing": len(text.missing),
+        "files": len(files),
+        "files_changed": sum(not f.as_listed for f in files),
+        "files_missing": len(missing),
     }
     return TextSource(
         identity={"kind": "stdlib", "contents": digest(contents)},
         info=info,
-        documents=lambda: (Document(f.path, f.text) for f in text.files),
-        total=sum(len(f.text.encode()) for f in text.files),
+        documents=lambda: (Document(f.path, f.text) for f in files),
+        total=sum(len(f.text.encode()) for f in files),
         unit="bytes",
     )
 
 
-def _text_files(settings: CorpusSettings, hashes: Hashes) -> TextSource:
+def open_text_files(settings: CorpusSettings, hashes: Hashes) -> TextSource:
+    """Open the files and folders ``settings.source``; raise NotFound or BadInput if they are no text."""
     chosen: list[Path] = []
     contents: list[list[str]] = []
     skipped: list[str] = []
@@ -93,8 +114,8 @@ def _text_files(settings: CorpusSettings, hashes: Hashes) -> TextSource:
 
 def _hint(path: Path) -> str:
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    found = find_similar(path.name, names)
-    return f"; did you mean {suggest(path.name, found)}?" if found else ""
+    found = difflib.get_close_matches(path.name, names)
+    return f"; did you mean {join_or(found)}?" if found else ""
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -109,3 +130,127 @@ def _files_below(folder: Path) -> list[Path]:
 def _read_all(paths: list[Path], column: str) -> Iterator[Document]:
     for path in paths:
         yield from read_json_lines(path, column) if path.suffix.lower() in JSON_LINES else read_pieces(path)
+
+
+class FileFacts(NamedTuple):
+    sha256: str
+    size: int
+    not_text_at: int | None  # offset of the first byte that is not UTF-8 text
+
+
+class Hashes:
+    """Content hashes of files, cached in ``memo`` by path, size and modification time."""
+
+    def __init__(self, memo: Path) -> None:
+        self._memo = memo
+        try:
+            self._known: dict[str, list[Any]] = read_json(memo)
+        except (OSError, ValueError):
+            self._known = {}
+        self._changed = False
+
+    def facts(self, path: Path) -> FileFacts:
+        """Return the hash of a file, and whether it is UTF-8 text."""
+        try:
+            status = path.stat()
+            key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns]
+            kept = self._known.get(key)
+            if isinstance(kept, list) and kept[:2] == stamp and len(kept) == 4:
+                return FileFacts(kept[2], status.st_size, kept[3])
+            facts = _read_facts(path)
+        except OSError as error:
+            raise BadInput(f"{str(path)!r} cannot be read: {error.strerror or error}; check its permissions") from None
+        if time.time() - status.st_mtime > _SETTLED_SECONDS and facts.size == status.st_size:
+            self._known[key] = [*stamp, facts.sha256, facts.not_text_at]
+            self._changed = True
+        return facts
+
+    def save(self) -> None:
+        if self._changed:
+            write_json(self._memo, self._known)
+            self._changed = False
+
+
+def _read_facts(path: Path) -> FileFacts:
+    hasher, size, bad = hashlib.sha256(), 0, None
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as stream:
+        while True:
+            data = stream.read(_READ)
+            if bad is None:
+                found = [size + nul] if (nul := data.find(b"\0")) >= 0 else []
+                pending = len(decoder.getstate()[0])
+                try:
+                    decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    found.append(size - pending + error.start)
+                bad = min(found, default=None)
+            if not data:
+                return FileFacts(hasher.hexdigest(), size, bad)
+            hasher.update(data)
+            size += len(data)
+
+
+def read_pieces(path: Path, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
+    """Yield a text file in pieces of about ``size`` characters.
+
+    Pieces end before a line if possible: no token spans a line end and the next word, so the tokens stay the same.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        held = stream.read(size)
+        while following := stream.read(size):
+            held += following
+            cut = find_cut(held)
+            yield Document(str(path), held[:cut], ends=False)
+            held = held[cut:]
+        yield Document(str(path), held)
+
+
+def find_cut(text: str) -> int:
+    """Return where to end a piece: at the last line that starts with a word, else before a space."""
+    at = text.rfind("\n", 0, len(text) - 1)
+    while at >= 0 and text[at + 1].isspace():
+        at = text.rfind("\n", 0, at)
+    if at < 0:
+        at = text.rfind(" ", 1) - 1  # the space stays with the next word
+    return at + 1 if at >= 0 else len(text)
+
+
+def split_text(name: str, text: str, size: int = PIECE_CHARACTERS) -> Iterator[Document]:
+    while len(text) > size:
+        cut = find_cut(text[: size + 1])
+        yield Document(name, text[:cut], ends=False)
+        text = text[cut:]
+    yield Document(name, text)
+
+
+def read_json_lines(path: Path, column: str) -> Iterator[Document]:
+    """Yield one document per line: the string under ``column`` of its JSON object."""
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise BadInput(f"{str(path)!r} line {number} is not JSON ({error}); fix or remove the line") from None
+            if not isinstance(row, dict):
+                raise BadInput(f"{str(path)!r} line {number} is not a JSON object; each line must be one")
+            yield from split_text(f"{path}:{number}", get_text(row, column, f"{str(path)!r} line {number}"))
+
+
+def get_text(row: dict[str, Any], column: str, where: str) -> str:
+    """Return the text under ``column``, empty for a missing value."""
+    if column not in row:
+        raise NotFound(f"{where} has no column {column!r}; did you mean {suggest(column, row)}? (corpus.column)")
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise BadInput(
+            f"{where}: column {column!r} holds {type(value).__name__}, not text; "
+            f"choose another of its columns ({', '.join(row)})"
+        )
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON allows
+        value = str(value).encode(errors="replace").decode()
+    return value or ""

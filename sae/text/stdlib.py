@@ -1,7 +1,7 @@
 """Read the source files of the Python standard library: a corpus that every machine has.
 
-A committed manifest lists the files of one Python version, each with its SHA-256; :class:`StdlibText` counts those that
-differ or are missing. Tests and the generated character maps of ``encodings/`` are excluded.
+A committed manifest lists the files of one Python version, each with its SHA-256. Tests and the generated character
+maps of ``encodings/`` are excluded.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from pathlib import Path
 
 MANIFEST = Path(__file__).with_name("stdlib_manifest.json")
 
-_SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip"}
-)
+_SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip"})
 _GENERATED_MARKS = ("gencodec.py", "Python Character Mapping Codec")
 _HELD_OUT_ONE_IN = 20
 
@@ -27,29 +25,16 @@ class StdlibFile:
 
     path: str
     text: str
-    held_out: bool
     as_listed: bool
 
-
-@dataclass(frozen=True)
-class StdlibText:
-    """The files read, in the manifest's order, and the paths that this Python does not have."""
-
-    files: tuple[StdlibFile, ...]
-    missing: tuple[str, ...]
-
     @property
-    def n_changed(self) -> int:
-        return sum(not f.as_listed for f in self.files)
+    def is_held_out(self) -> bool:
+        """Whether the bundled model's training skips the file: one in twenty, by a hash of the path."""
+        return hashlib.sha256(self.path.encode()).digest()[0] % _HELD_OUT_ONE_IN == 0
 
 
 def stdlib_root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
-
-
-def is_held_out(path: str) -> bool:
-    """Return whether the bundled model's training skips the file: one in twenty, by a hash of the path."""
-    return hashlib.sha256(path.encode()).digest()[0] % _HELD_OUT_ONE_IN == 0
 
 
 def write_manifest(path: Path = MANIFEST) -> int:
@@ -58,7 +43,7 @@ def write_manifest(path: Path = MANIFEST) -> int:
     files: dict[str, str] = {}
     for relative in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         *folders, name = relative.split("/")
-        if any(part in _SKIPPED_FOLDERS or part.startswith("config-") for part in folders):
+        if any(part in _SKIPPED or part.startswith("config-") for part in folders):
             continue
         if name.startswith("_sysconfigdata"):  # contains paths of the build machine
             continue
@@ -75,18 +60,14 @@ def write_manifest(path: Path = MANIFEST) -> int:
     return len(files)
 
 
-def read_stdlib(root: Path | None = None) -> StdlibText:
-    """Read the files of the manifest that this Python's library has."""
-    root = root or stdlib_root()
+def read_stdlib() -> tuple[list[StdlibFile], list[str]]:
+    """Return the files of the manifest, in its order, and the paths that this Python's library does not have."""
     listed: dict[str, str] = json.loads(MANIFEST.read_text())["files"]
     files, missing = [], []
     for relative, digest in listed.items():
         try:
-            data = (root / relative).read_bytes()
-            text = data.decode()
+            data = (stdlib_root() / relative).read_bytes()
+            files.append(StdlibFile(relative, data.decode(), hashlib.sha256(data).hexdigest() == digest))
         except (OSError, UnicodeDecodeError):
             missing.append(relative)
-            continue
-        same = hashlib.sha256(data).hexdigest() == digest
-        files.append(StdlibFile(relative, text, is_held_out(relative), same))
-    return StdlibText(tuple(files), tuple(missing))
+    return files, missing

@@ -55,10 +55,8 @@ class Plan:
     dead_tokens: int
     k_aux: int
     sparsity_warmup: int
-    bandwidth: float
     log_every: int
     precision: Precision
-    frozen: str
 
     @classmethod
     def of(cls, settings: TrainingSettings, steps: int, d_in: int, device: str | torch.device = "cpu") -> Plan:
@@ -69,10 +67,8 @@ class Plan:
             dead_tokens=settings.dead_tokens or min(10_000_000, max(1, settings.tokens // 20)),
             k_aux=settings.k_aux or max(1, d_in // 2),
             sparsity_warmup=min(settings.sparsity_warmup_steps or max(1, steps // 5), steps),
-            bandwidth=settings.bandwidth,
             log_every=max(1, steps // _LOG_ROWS),
             precision=resolve(settings.precision, device),
-            frozen=settings.frozen,
         )
 
     def rate(self, step: int) -> float:
@@ -102,8 +98,8 @@ class Learner:
     """One dictionary in training; states with its ``identity`` are kept in ``folder``, ``<run>/training-state``."""
 
     sae: Sae
-    plan: Plan
-    auxk: float
+    settings: TrainingSettings
+    steps: int
     folder: Path
     identity: dict[str, Any]
     rows: list[LogRow] = field(default_factory=list)
@@ -115,6 +111,7 @@ class Learner:
 
     def __post_init__(self) -> None:
         weights = self.sae.parameters()
+        self.plan = Plan.of(self.settings, self.steps, self.sae.d_in, self.sae.device)
         self.first = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.second = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.silent = torch.zeros(self.sae.num_latents, dtype=torch.int64, device=self.sae.device)
@@ -125,8 +122,8 @@ class Learner:
 
     def objective(self, x: Tensor, variance: float, job: Job) -> Objective:
         """Return the objective of the next step on the batch ``x`` [B, D] with total variance ``variance``."""
-        auxk = AuxK(self.silent >= self.plan.dead_tokens, self.plan.k_aux, self.auxk)
-        return Objective(variance, len(x), auxk, self.coefficient, self.plan.bandwidth, self.plan.precision, job)
+        auxk = AuxK(self.silent >= self.plan.dead_tokens, self.plan.k_aux, self.settings.auxk)
+        return Objective(variance, len(x), auxk, self.coefficient, self.settings.bandwidth, self.plan.precision, job)
 
     def step(self, x: Tensor, variance: float, step: int, job: Job, found: LossAndGradient | None = None) -> None:
         """Learn from one batch [B, D], of which ``job`` may give us some rows; ``found`` is a loss computed already."""
@@ -136,7 +133,7 @@ class Learner:
         self._check(loss, gradient, step)
         kernels = kernels_for(self.sae.device)
         for name, weight in self.sae.parameters().items():
-            if self.plan.frozen == "everything" or (self.plan.frozen == "decoder" and name == "W_dec"):
+            if self.settings.frozen == "everything" or (self.settings.frozen == "decoder" and name == "W_dec"):
                 continue
             moments, rate = (self.first[name], self.second[name]), self.plan.rate(step)
             kernels.adam(weight, gradient[name], *moments, step=step + 1, rate=rate, unit_rows=name == "W_dec")
@@ -165,7 +162,7 @@ class Learner:
         if bad:
             self.check_finite(step - 1)
             raise NotFinite(
-                f"{self.name}: the {bad[0]} is not finite at step {step + 1} of {self.plan.steps}, with finite "
+                f"{self.name}: the {bad[0]} is not finite at step {step + 1} of {self.steps}, with finite "
                 f"activations and weights, at learning rate {self.plan.rate(step):.3g}: the training has diverged; "
                 "train under another name with a lower training.learning_rate"
             )
@@ -178,7 +175,7 @@ class Learner:
             if not bool(torch.isfinite(tensor).all()):
                 kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
                 raise NotFinite(
-                    f"{self.name}: {name} holds {kind} after step {step + 1} of {self.plan.steps}, at learning rate "
+                    f"{self.name}: {name} holds {kind} after step {step + 1} of {self.steps}, at learning rate "
                     f"{self.plan.rate(max(0, step)):.3g}: the training has diverged (train under another name with a "
                     "lower training.learning_rate), or this machine's memory is faulty (give the same command again)"
                 )
@@ -190,7 +187,7 @@ class Learner:
         other = 0.0 if loss.other is None else float(loss.other)
         for name, value in zip(_MEANS, (float(loss.fvu), float(loss.auxk), l0, sparsity, other), strict=True):
             self.sums[name] += value
-        if (step + 1) % self.plan.log_every and step + 1 != self.plan.steps:
+        if (step + 1) % self.plan.log_every and step + 1 != self.steps:
             return
         mean = {name: self.sums[name] / self.sums["steps"] for name in _MEANS}
         self.sums = {"steps": 0, **dict.fromkeys(_MEANS, 0.0)}
@@ -198,7 +195,7 @@ class Learner:
             {
                 "step": step + 1,
                 "tokens": self.tokens,
-                "loss": mean["fvu"] + self.auxk * mean["auxk"] + mean["sparsity"] + mean["other"],
+                "loss": mean["fvu"] + self.settings.auxk * mean["auxk"] + mean["sparsity"] + mean["other"],
                 "fvu": mean["fvu"],
                 "auxk": mean["auxk"],
                 "sparsity": mean["sparsity"],

@@ -1,15 +1,13 @@
 """Estimate the memory of a training, to refuse one that cannot fit before it begins, and say what to lower.
 
-For S dictionaries of M latents on width D, in steps of B tokens, with K slots per token (the most that fire):
+For S dictionaries of M latents on width D, in steps of B tokens with K slots each (the most that fire), in float32:
 
-- **states**: 4 bytes x 3 x (2 M D + M + D) each, for the weights and Adam's two moments, for all S;
-- **gradient**: 4 bytes x (2 M D + M + D), for one dictionary at a time on a CPU, for all S on a GPU; twice that unless
-  TopK; and 2 bytes x M D for a rounded encoder (half in 8 bits);
-- **step**: 4 bytes x 6 B D for each hookpoint's activations, and 32 bytes x B (K + k_aux) for the slots, their products
-  and their sorting, S times on a GPU (BatchTopK: at most 8 k slots per token; with a penalty, which may fire for M / 2
-  latents: none);
-- **pieces**: pre-activations that exist at once, three pieces of 32 MiB or one for each thread (one of 512 MiB on a
-  GPU), and with a penalty 2 Mi slots x 40 bytes in each of two classes of tokens; at most B x M;
+- **states**: weights and Adam's two moments, for all S;
+- **gradient**: for one dictionary at a time on a CPU, for all S on a GPU; twice that unless TopK; and a rounded copy;
+- **step**: 6 B D for each hookpoint's activations, and 32 bytes x B (K + k_aux) for the slots, their products and their
+  sorting, S times on a GPU (BatchTopK: at most 8 k slots per token; with a penalty, which may fire for M / 2 latents:
+  none);
+- **pieces**: pre-activations that exist at once, and with a penalty the slots of two classes of tokens; at most B x M;
 - **fixed**: a block's forward pass and, for each hookpoint, the blocks held without a cache on disk; where most latents
   are dead, AuxK's copies of their weights and gradients, twice the gradient.
 

@@ -5,9 +5,7 @@ under their old names, so updates, checkpoints and logs work as before, and no s
 differ in which latents are dead. By AuxK some hundred of a few thousand dead latents fire for a token: dense enough for
 plain matrix products, seed by seed over some rows of the batch at a time.
 
-Memory, in bytes, besides weights and moments (each 4 S (2MD + M + D)): the gradient, as large as the weights; twice 4 S
-B D for centred activations and residuals; about 60 S B K for the slots and their sorting; 2 S M D for the rounded
-encoder of a bfloat16 product; and at most ``_PIECE_BYTES`` of pre-activations, or of AuxK's.
+Memory: see :mod:`sae.training.memory`; pre-activations, or AuxK's, take at most ``_PIECE_BYTES``.
 """
 
 from __future__ import annotations
@@ -77,11 +75,9 @@ class Stack:
         whole = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
         gradients = [{name: g[seed] for name, g in whole.items()} for seed in range(len(objectives))]
         extra = torch.zeros_like(squares)
-        for seed, objective in enumerate(objectives):
-            if objective.auxk is not None and objective.auxk.coefficient > 0:
-                extra[seed] = self._add_auxk(
-                    seed, gradients[seed], centred[seed], residual[seed], scale, objective.auxk
-                )
+        for seed, auxk in enumerate(objective.auxk for objective in objectives):
+            if auxk is not None and auxk.coefficient > 0:
+                extra[seed] = self._add_auxk(seed, gradients[seed], centred[seed], residual[seed], scale, auxk)
         numbers = zip(squares / variance, extra / variance, torch.zeros_like(extra), firings, strict=True)
         return [LossAndGradient(Loss(*of_seed), g) for of_seed, g in zip(numbers, gradients, strict=True)]
 

@@ -27,7 +27,7 @@ from sae.common.ranks import ALONE, Job
 from sae.dictionaries.objective import total_variance
 from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
-from sae.training.learner import Learner, LogRow, Plan, TrainLog
+from sae.training.learner import Learner, LogRow, TrainLog
 from sae.training.stacked import LossAndGradient, stack_on_gpu
 from sae.training.state import kept_steps
 
@@ -35,11 +35,18 @@ CHECKPOINT_SECONDS = 60.0  # most time between checkpoints, the cost of ``kill -
 _MOST_WRITING = 0.05  # of the time: where a checkpoint takes long to write, they are further apart
 
 
+class Batches(Protocol):
+    """A number of steps with a batch [B, D] each."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, step: int, /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Group:
     """Dictionaries that train under the same settings on the same batches: one for each seed."""
 
-    batches: Sequence[Tensor]  # one step each, [B, D]
+    batches: Batches
     saes: Sequence[Sae]  # as they were initialised; changed in place
     settings: TrainingSettings
     state_folders: Sequence[Path]  # ``<run>/training-state`` of each
@@ -55,18 +62,7 @@ class Watch(Protocol):
         """Note that every dictionary of the ``group``-th group is trained; others may continue."""
 
 
-def train(
-    batches: Sequence[Tensor],
-    saes: Sequence[Sae],
-    settings: TrainingSettings,
-    state_folders: Sequence[Path],
-    job: Job = ALONE,
-) -> list[TrainLog]:
-    """Train one group with :func:`train_groups`: ``saes``, one per seed, on ``batches`` [B, D]."""
-    return train_groups([Group(batches, saes, settings, state_folders)], job)[0]
-
-
-def read_each(batches: Sequence[Sequence[Tensor]], step: int) -> Sequence[Tensor]:
+def read_each(batches: Sequence[Batches], step: int) -> Sequence[Tensor]:
     """Return the step's batch of each group, read one after the other."""
     return [of_one[step] for of_one in batches]
 
@@ -162,10 +158,9 @@ class _Training:
         self.written = 0
         identities = [_identity(sae, group.settings, group.batches) for sae in group.saes]
         self.stack = stack_on_gpu(group.saes)
-        plans = [Plan.of(group.settings, self.steps, sae.d_in, sae.device) for sae in group.saes]
         self.seeds = [
-            Learner(sae, plan, group.settings.auxk, folder, identity)
-            for sae, plan, folder, identity in zip(group.saes, plans, group.state_folders, identities, strict=True)
+            Learner(sae, group.settings, self.steps, folder, identity)
+            for sae, folder, identity in zip(group.saes, group.state_folders, identities, strict=True)
         ]
         for seed in self.seeds:
             seed.resume(job)
@@ -207,13 +202,12 @@ class _Training:
             yield
         except NotFinite as error:
             steps = kept_steps(seed.folder)
-            kept = (
-                f"the same command resumes from its checkpoint of step {steps[-1]}" if steps else "it has no checkpoint"
-            )
+            resumes = "the same command resumes from its checkpoint of step"
+            kept = f"{resumes} {steps[-1]}" if steps else "it has no checkpoint"
             raise NotFinite(f"{error}{_place(self.group.batches, step)}; {kept}") from None
 
 
-def _identity(sae: Sae, settings: TrainingSettings, batches: Sequence[Tensor]) -> dict[str, Any]:
+def _identity(sae: Sae, settings: TrainingSettings, batches: Batches) -> dict[str, Any]:
     """Return everything that the trained weights depend on, as JSON. ``sae`` must be as initialised."""
     initial = {name: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for name, t in sae.parameters().items()}
     return {
@@ -225,7 +219,7 @@ def _identity(sae: Sae, settings: TrainingSettings, batches: Sequence[Tensor]) -
     }
 
 
-def _prepare(raw: Tensor, batches: Sequence[Tensor], step: int, sae: Sae) -> tuple[Tensor, float]:
+def _prepare(raw: Tensor, batches: Batches, step: int, sae: Sae) -> tuple[Tensor, float]:
     """Return a step's activations [B, D] with the device and dtype of ``sae``, and their total variance."""
     x = raw.to(device=sae.device, dtype=sae.dtype).contiguous()
     variance = total_variance(x) if len(x) else 0.0
@@ -244,7 +238,7 @@ def _prepare(raw: Tensor, batches: Sequence[Tensor], step: int, sae: Sae) -> tup
     return x, variance
 
 
-def _place(batches: Sequence[Tensor], step: int, row: int | None = None) -> str:
+def _place(batches: Batches, step: int, row: int | None = None) -> str:
     """Return the place in the corpus of a step's batch, or of a row of it; empty if unknown."""
     describe = getattr(batches, "describe", None)
     return f" ({describe(step, row)})" if describe is not None else ""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_server import FakeServer
+from small_harvest import latents_at
 from tiny_study import NUM_LATENTS, K, Ran, cli, journal, tree
 
 from autointerp.explaining.explainers.ngram import NgramExplainer
@@ -185,7 +186,7 @@ def check_what_latents_do(root: Path) -> None:
     def table_of(store: FiringStore) -> np.ndarray:
         fires = np.zeros((store.n_tokens, store.num_latents), bool)
         for window in range(store.n_windows):
-            for offset, latents in enumerate(store.latents_at(window)):
+            for offset, latents in enumerate(latents_at(store, window)):
                 fires[window * store.window + offset, latents] = True
         return fires
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from sae.common.errors import BadInput, NotFound
 from sae.settings import Settings, validated
-from sae.study.recipes import read_recipe, settings_from
-from sae.study.sweep import read_sweep
+from sae.study.recipes import read_recipe, read_sweep, settings_from
 
 RECIPES = sorted((Path(__file__).parents[2] / "eval_runs" / "recipes").glob("*.toml"))
 KEYS = [(table, key) for table, field in Settings.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]

@@ -22,7 +22,7 @@ from pathlib import Path
 from sae.activations.bundled import BUNDLED
 from sae.common.errors import BadInput, NotFound, Unavailable
 from sae.common.files import digest, digest_file, digest_samples
-from sae.common.hub import Kind, find_on_hub, looks_like_path
+from sae.common.hub import find_on_hub, looks_like_path
 from sae.common.package_data import IS_CHECKOUT, TOP
 
 PYTHON_VARIABLE = "AUTOINTERP_VLLM_PYTHON"
@@ -105,7 +105,7 @@ def find_model(given: str, arguments: str = "", name: str | None = None) -> Vllm
         return VllmModel(str(folder), name or f"{called}-{_compute_fingerprint(folder)[:8]}{suffix}", arguments=words)
     if not given or looks_like_path(given) or given == "bundled":
         raise NotFound(f"--vllm {given!r} does not exist; give a model's folder, a hub name or 'bundled'")
-    found = find_on_hub(given, Kind.MODEL)
+    found = find_on_hub(given, "model")
     _, _, revision = given.partition("@")
     return VllmModel(found.name, name or f"{given}{suffix}", revision or None, found.offline, words)
 

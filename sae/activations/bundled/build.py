@@ -28,6 +28,7 @@ from sae.text.stdlib import MANIFEST, StdlibFile, read_stdlib, write_manifest
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096
 CONTEXT = 1024
+LOSS_ROWS = 1024  # tokens whose logits fit the processor's cache
 POSITIONS = 4096  # the limit in its configuration: room for usual prompts in tests (positions are rotary)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -76,47 +77,15 @@ def make_config() -> GPTNeoXConfig:
     )
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of ``hidden @ weight.T``, [N, D] and [V, D], against ``target`` [N], in chunks of rows."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, target, chunk=1024):  # type: ignore[no-untyped-def]
-        n = hidden.shape[0]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32)
-        total = 0.0
-        for start in range(0, n, chunk):
-            h, y = hidden[start : start + chunk], target[start : start + chunk]
-            logits = (h @ weight.T).float()
-            logits -= logits.amax(1, keepdim=True)
-            chosen = logits.gather(1, y[:, None])
-            logits.exp_()
-            norm = logits.sum(1, keepdim=True)
-            total += float((norm.log() - chosen).sum())
-            logits /= norm * n
-            logits[torch.arange(len(y)), y] -= 1.0 / n
-            grad = logits.to(weight.dtype)
-            grad_hidden[start : start + chunk] = grad @ weight
-            grad_weight += (grad.T @ h).float()
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return torch.tensor(total / n)
-
-    @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_output.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * scale, None, None
+def join(encoded: list[list[int]]) -> torch.Tensor:
+    """Concatenate files, each after an end-of-text token: int64 [n]."""
+    return torch.from_numpy(np.concatenate([np.asarray([0, *ids], dtype=np.int64) for ids in encoded]))
 
 
-def pack(encoded: list[list[int]], rng: np.random.Generator | None) -> np.ndarray:
-    """Concatenate files, each after an end-of-text token, and cut them to [n, CONTEXT + 1]; ``rng`` shuffles."""
-    order = rng.permutation(len(encoded)) if rng is not None else np.arange(len(encoded))
-    flat = np.concatenate([np.asarray([0, *encoded[i]], dtype=np.int64) for i in order])
-    offset = int(rng.integers(CONTEXT)) if rng is not None else 0
-    n = (len(flat) - offset - 1) // CONTEXT
-    starts = offset + np.arange(n) * CONTEXT
-    rows = flat[starts[:, None] + np.arange(CONTEXT + 1)]
-    return rng.permutation(rows) if rng is not None else rows
+def pack(encoded: list[list[int]], rng: np.random.Generator) -> np.ndarray:
+    """Shuffle the files, cut them to rows of CONTEXT + 1 tokens from a random offset, and shuffle the rows."""
+    joined = join([encoded[i] for i in rng.permutation(len(encoded))])
+    return rng.permutation(joined[int(rng.integers(CONTEXT)) :].unfold(0, CONTEXT + 1, CONTEXT).numpy())
 
 
 def set_dropout(model: GPTNeoXForCausalLM, p: float) -> None:
@@ -126,31 +95,17 @@ def set_dropout(model: GPTNeoXForCausalLM, p: float) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(model: GPTNeoXForCausalLM, rows: np.ndarray) -> float:
-    """Return the nats per token over ``rows`` [n, CONTEXT + 1], without dropout."""
-    total = 0.0
+def held_out_loss(model: GPTNeoXForCausalLM, encoded: list[list[int]], overlap: int = 0, batch: int = 16) -> float:
+    """Return the nats per token without dropout, each with at least ``overlap`` tokens of context."""
     set_dropout(model, 0.0)
-    for start in range(0, len(rows), 16):
-        batch = torch.from_numpy(rows[start : start + 16])
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-        total += float(loss)
-    return total / (len(rows) * CONTEXT)
-
-
-@torch.no_grad()
-def held_out_loss_sliding(model: GPTNeoXForCausalLM, encoded: list[list[int]], batch: int = 16) -> float:
-    """Return the nats per token with at least ``CONTEXT / 2`` tokens of context, in windows that overlap by half."""
-    set_dropout(model, 0.0)
-    flat = torch.from_numpy(np.concatenate([np.asarray([0, *ids], dtype=np.int64) for ids in encoded]))
-    half = CONTEXT // 2
-    windows = flat.unfold(0, CONTEXT + 1, half)
+    windows = join(encoded).unfold(0, CONTEXT + 1, CONTEXT - overlap)
     total, n = 0.0, 0
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         logits = model(input_ids=part[:, :-1], use_cache=False).logits.float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none")
-        counted = losses[:, half:] if start else torch.cat([losses[0, :half], losses[:, half:].flatten()])
+        # The first window has the first tokens, which no window has as its later ones.
+        counted = losses[:, overlap:] if start else torch.cat([losses[0, :overlap], losses[:, overlap:].flatten()])
         total, n = total + float(counted.sum()), n + counted.numel()
     return total / n
 
@@ -182,9 +137,14 @@ class Trainer:
 
     def step(self, batch: torch.Tensor, scale: float) -> float:
         hidden = self.model.gpt_neox(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
-        weight = self.model.get_output_embeddings().weight
-        loss = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, batch[:, 1:].flatten())
-        loss.backward()
+        weight, target, total = self.model.get_output_embeddings().weight, batch[:, 1:].flatten(), 0.0
+        leaf = hidden.detach().flatten(0, 1).requires_grad_()
+        for h, y in zip(leaf.split(LOSS_ROWS), target.split(LOSS_ROWS), strict=True):
+            logits = (h @ weight.T).float()
+            loss = torch.nn.functional.cross_entropy(logits, y, reduction="sum") / len(target)
+            loss.backward()
+            total += float(loss.detach())
+        hidden.backward(leaf.grad.view_as(hidden))
         for live, master in zip(self.live, self.master, strict=True):
             assert live.grad is not None
             master.grad = live.grad.float()
@@ -196,7 +156,7 @@ class Trainer:
         with torch.no_grad():
             for live, master in zip(self.live, self.master, strict=True):
                 live.copy_(master)
-        return float(loss.detach())
+        return total
 
     def state(self) -> dict:
         return {"master": [m.detach() for m in self.master], "optimizers": [o.state_dict() for o in self.optimizers]}
@@ -253,12 +213,11 @@ def main() -> None:
     torch.manual_seed(0)
     if args.relist:
         print(f"listed {write_manifest()} files")
-    text = read_stdlib()
-    train = [f for f in text.files if not f.held_out]
-    held = [f for f in text.files if f.held_out]
+    files, _ = read_stdlib()
+    train = [f for f in files if not f.is_held_out]
+    held = [f for f in files if f.is_held_out]
     tokenizer = make_tokenizer([f.text for f in train])
     train_ids, held_ids = encode(tokenizer, train), encode(tokenizer, held)
-    held_rows = pack(held_ids, None)
     n_held_bytes, n_held_tokens = sum(len(f.text.encode()) for f in held), sum(map(len, held_ids))
     print(
         f"{len(train)} files, {sum(map(len, train_ids)):,} tokens to train on; {len(held)} files, "
@@ -294,7 +253,7 @@ def main() -> None:
             rate = (done - first) * args.batch * CONTEXT / (time.monotonic() - started)
             print(f"step {done}/{args.steps} epoch {epoch} loss {loss:.3f} {rate:,.0f} tokens/s", flush=True)
         if done % 200 == 0 or done == args.steps:
-            log.append({"step": done, "held_out_loss": held_out_loss(model, held_rows)})
+            log.append({"step": done, "held_out_loss": held_out_loss(model, held_ids)})
             print(log[-1], flush=True)
             total = seconds + time.monotonic() - started
             temporary = checkpoint.with_suffix(".tmp")
@@ -303,7 +262,7 @@ def main() -> None:
             if done <= args.steps * (1 - args.decay):
                 (args.work / "flat.pt").write_bytes(checkpoint.read_bytes())
 
-    final = held_out_loss(model, held_rows)
+    final = held_out_loss(model, held_ids)
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
@@ -319,7 +278,7 @@ def main() -> None:
         "seconds": seconds + time.monotonic() - started,
         "held_out_nats_per_token": final,
         "held_out_bits_per_byte": final / math.log(2) * n_held_tokens / n_held_bytes,
-        "held_out_nats_per_token_sliding": held_out_loss_sliding(model, held_ids),
+        "held_out_nats_per_token_sliding": held_out_loss(model, held_ids, overlap=CONTEXT // 2),
         "settings": {k: v for k, v in vars(args).items() if k not in ("out", "work", "relist")},
         "log": log,
     }

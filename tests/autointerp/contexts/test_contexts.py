@@ -321,7 +321,7 @@ def test_from_a_real_subject_model_to_contexts(tiny_neox_dir: Path, lines: list[
     corpus = prepare_corpus(settings, *load_tokenizer(str(tiny_neox_dir)), tmp_path)
     stream = ActivationStream(Subject.load(str(tiny_neox_dir), dtype="float32"), corpus, "layers.1.mlp")
     sae = TopKSae.init(16, 24, 4, seed=0)
-    harvest(stream, {"a": sae}, {"a": tmp_path / "firings"}, 10**6, 8, 0)
+    harvest(stream, {"a": sae}, {"a": tmp_path / "firings"}, {"a": ""}, 10**6, 8, 0)
     store = FiringStore.open(tmp_path / "firings")
     assert 0 < store.n_special_tokens <= 20
     sampled = sampler(store, corpus.decode, n_explain=10, n_active=10, n_inactive=10, min_active=10)

@@ -16,7 +16,7 @@ from printed import ACTS_ON_A_TERMINAL, ANSI, COLOURS, console, text_of
 from rich.cells import cell_len
 
 from autointerp.findings import counterparts
-from autointerp.findings.evidence import View
+from autointerp.findings.evidence import Study, View
 from autointerp.findings.json_values import to_json
 from autointerp.findings.latent import latent_findings
 from autointerp.findings.returning import alignment_findings
@@ -26,7 +26,7 @@ from autointerp.report.numbers import percent
 from autointerp.report.report import answer, describe_setups, describe_study, summary
 from autointerp.report.terminal import show
 from sae.alignment.nulls import FIRING_COLUMNS
-from sae.alignment.overlap import DEFINITIONS, overlap
+from sae.alignment.overlap import DEFINITIONS
 from sae.common.amounts import decimal
 from sae.common.files import write_table
 
@@ -460,22 +460,17 @@ def test_outcome_with_failures_and_without() -> None:
 
 
 def test_alignment_and_runs(root: Path) -> None:
-    from sae.alignment.alignment import read_both_ways
-    from sae.study.align import Compared
     from sae.study.run import Run, progress_of
 
-    tables = read_both_ways(root / "alignments", NAMES)
-    alive = {name: tables[name, other]["latent"].to_numpy() >= 0 for name, other in tables}
-    runs = [Run(name, root) for name in NAMES]
-    compared = Compared(runs, overlap(NAMES, tables, alive), tables, {}, {}, alive, None)
+    found = alignment_findings(Study.open(root, NAMES, View()))
     target = console(80)
-    report.render_alignment(alignment_findings(compared), target)
+    report.render_alignment(found, target)
     assert "strict" in text_of(target)
     assert "found in every one" in text_of(target)
     assert "--force" not in text_of(target)
     target = console(80)
     apart = "runs [red]x and y are of different hookpoints"
-    report.render_alignment(alignment_findings(compared._replace(apart=apart)), target)
+    report.render_alignment({**found, "apart": apart}, target)
     assert "Aligned by --force: runs [red]x and y are of different hookpoints" in text_of(target)
     target = console(80)
     report.render_runs([progress_of(Run(name, root)) for name in NAMES], target)

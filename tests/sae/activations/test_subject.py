@@ -19,7 +19,7 @@ from sae.activations import subject
 from sae.activations.subject import Subject, load_tokenizer
 from sae.common import hub
 from sae.common.errors import BadInput, NotFound, Unavailable, UserError
-from sae.common.hub import Kind, find_on_hub, looks_like_path
+from sae.common.hub import find_on_hub, looks_like_path
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     reference = tmp_path / "models--some--model" / "refs" / "main"
     reference.parent.mkdir(parents=True)
     reference.write_text("0123abcd\n")
-    found = find_on_hub("some/model", Kind.MODEL)
+    found = find_on_hub("some/model", "model")
     assert found == hub.OnHub("some/model", "0123abcd", offline=True)
     assert found.arguments() == {"revision": "0123abcd", "local_files_only": True}
 
@@ -282,7 +282,7 @@ def test_name_and_revision_are_looked_up_on_hub(monkeypatch: pytest.MonkeyPatch)
         return Found()
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", look_up)
-    assert find_on_hub("some/model@step1000", Kind.MODEL).arguments() == {"revision": "feed", "local_files_only": False}
+    assert find_on_hub("some/model@step1000", "model").arguments() == {"revision": "feed", "local_files_only": False}
     assert asked == [("some/model", "step1000", True)]
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from autointerp.command_line.ending import finish
 from sae.activations.cache import open_caches
-from sae.activations.stream import TrainingBatches, open_streams
+from sae.activations.stream import Reader, TrainingBatches, open_streams
 from sae.common import launch
 from sae.common.errors import BadInput
 from sae.common.parallel import join_ranks, join_ranks_at_text
@@ -32,8 +32,7 @@ from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
 from sae.text.corpus import Corpus
 from sae.training.learner import TrainLog
-from sae.training.reading import Reader
-from sae.training.trainer import train
+from sae.training.trainer import Group, train_groups
 
 D, M, K, B = 12, 40, 4, 65
 STEPS = 50
@@ -112,7 +111,8 @@ def trained(
     """The dictionaries of ``seeds``, trained under ``root``, where their weights and logs are left."""
     architecture, dtype = named.get("architecture", "topk"), named.get("dtype", torch.float32)
     saes = fresh(seeds, architecture, dtype)
-    logs = train(batches or Batches(steps_of(architecture)), saes, settings(architecture), folders(root, seeds), job)
+    batches = batches or Batches(steps_of(architecture))
+    (logs,) = train_groups([Group(batches, saes, settings(architecture), folders(root, seeds))], job)
     for seed, sae, log in zip(seeds, saes, logs, strict=True):
         if job.writes:
             root.mkdir(parents=True, exist_ok=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import Batches, folders, fresh, same, settings
+from test_trainer import Batches, folders, fresh, same, settings, train
 from tiny_study import cli
 
 from sae.activations.stream import TrainingBatches
 from sae.common.interrupt import Terminated, defer_interrupts
 from sae.training import learner, trainer
 from sae.training.state import State, kept_steps
-from sae.training.trainer import Group, train, train_groups
+from sae.training.trainer import Group, train_groups
 
 KINDS = pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)], ids=["Ctrl-C", "SIGTERM"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_trainer import train
 from tiny_study import write_recipe
 
 from sae.activations.subject import Subject
@@ -25,7 +26,6 @@ from sae.study.recipes import settings_from
 from sae.study.run import Run, Study
 from sae.study.stage import Compute
 from sae.study.train import train_studies
-from sae.training.trainer import train
 
 D, M, K, B = 16, 64, 4, 96
 ROUNDED = pytest.mark.parametrize("mode", ["bfloat16", "int8"])

@@ -26,7 +26,8 @@ def test_each_file_is_one(found: Registry[object], names: list[str], attribute: 
     assert len(found) == len(names)
     for name, kind in found.items():
         assert getattr(kind, attribute) == name
-        assert found.choose(name, "--flag") is kind
+        assert found.check(name, "--flag") == name
+        assert found[name] is kind
 
 
 def test_what_is_no_way_is_not_found() -> None:
@@ -35,6 +36,6 @@ def test_what_is_no_way_is_not_found() -> None:
         with pytest.raises(KeyError):
             SCORERS[name]
     with pytest.raises(BadInput, match="--scorer 'fuzing' is not known; choose 'fuzzing'"):
-        SCORERS.choose("fuzing", "--scorer")
+        SCORERS.check("fuzing", "--scorer")
     assert JUDGES.check("auto", "--judge", "auto") == "auto"
     assert JUDGES.join_names("auto") == "auto, llm, ngram"

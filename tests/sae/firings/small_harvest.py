@@ -76,11 +76,16 @@ def an_sae(seed: int) -> TopKSae:
     return sae
 
 
+def digest_weights(sae: TopKSae) -> str:
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in sae.weights().values())).hexdigest()
+
+
 def run(stream: FakeStream, root: Path, names: str = "a", tokens: int = N * USED, **changed: Any) -> list[FiringStore]:
     saes = {name: an_sae(ord(name)) for name in names}
     folders = {name: root / name / "firings" for name in names}
-    arguments: dict[str, Any] = {"window": WINDOW, "order_seed": 7, **changed}
-    harvest(stream, saes, folders, tokens, **arguments)  # type: ignore[arg-type]
+    weights = {name: digest_weights(sae) for name, sae in saes.items()}
+    arguments: dict[str, Any] = {"weights": weights, "window": WINDOW, "order_seed": 7, **changed}
+    harvest(stream, saes, folders, tokens=tokens, **arguments)  # type: ignore[arg-type]
     return [FiringStore.open(folder) for folder in folders.values()]
 
 
@@ -94,3 +99,13 @@ def dense(stream: FakeStream, sae: TopKSae, n_sequences: int = N) -> np.ndarray:
         table[stream.corpus.is_special(stream.corpus.tokens[row, :USED])] = 0
         out[rank * USED : (rank + 1) * USED] = table
     return out
+
+
+def latents_at(store: FiringStore, window: int) -> list[np.ndarray]:
+    """Return the latents that fire at each of the window's tokens, as the shards have them."""
+    shard, token = divmod(window * store.window, store.tokens_per_shard)
+    latents, counts, window_offsets = store.shard(shard)
+    first = token // store.window
+    here = latents[int(window_offsets[first]) : int(window_offsets[first + 1])]
+    ends = np.cumsum(counts[token : token + store.window], dtype=np.int64)
+    return np.split(np.asarray(here), ends[:-1])

@@ -16,7 +16,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_harvest import SPECIAL, USED, WINDOW, D, FakeStream, M, N, T, a_corpus, an_sae, dense, run, small_stream
+from small_harvest import (
+    SPECIAL,
+    USED,
+    WINDOW,
+    D,
+    FakeStream,
+    M,
+    N,
+    T,
+    a_corpus,
+    an_sae,
+    dense,
+    latents_at,
+    run,
+    small_stream,
+)
 
 from sae.common.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.common.files import read_json, write_json
@@ -56,7 +71,7 @@ def test_equals_brute_force(stream: FakeStream, tmp_path: Path) -> None:
             np.testing.assert_allclose(peaks, windows[ids, :, latent].max(1), rtol=2e-3)
             np.testing.assert_allclose(store.activations(latent, every), windows[:, :, latent], rtol=2e-3)
         for window in every:
-            fired = [sorted(latents.tolist()) for latents in store.latents_at(int(window))]
+            fired = [sorted(latents.tolist()) for latents in latents_at(store, int(window))]
             assert fired == [np.flatnonzero(token).tolist() for token in windows[window]]
         some = every[::-2]  # in any order, across shards
         found = np.stack(store.firing_in(some))
@@ -264,7 +279,7 @@ def test_what_half_precision_cannot_hold_is_counted(stream: FakeStream, tmp_path
             return Firings(values, torch.tensor([1, 2, 3]).repeat(len(x), 1))
 
     folder = tmp_path / "a" / "firings"
-    harvest(stream, {"a": Extreme()}, {"a": folder}, N * USED, WINDOW, 7)  # type: ignore[arg-type, dict-item]
+    harvest(stream, {"a": Extreme()}, {"a": folder}, {"a": ""}, N * USED, WINDOW, 7)  # type: ignore[arg-type, dict-item]
     store = FiringStore.open(folder)
     tokens = store.n_tokens - store.n_special_tokens
     assert (store.record["n_clipped"], store.record["n_raised"], store.n_firings) == (tokens, tokens, 2 * tokens)
@@ -277,17 +292,17 @@ def test_activations_that_are_not_finite_stop_it(stream: FakeStream, tmp_path: P
     sae = an_sae(0)
     sae.W_enc[7] = 1e38
     with pytest.raises(UserError, match="run 'a' overflows float32 on these activations"):
-        harvest(stream, {"a": sae}, {"a": tmp_path / "f"}, 100, WINDOW, 0)  # type: ignore[arg-type]
+        harvest(stream, {"a": sae}, {"a": tmp_path / "f"}, {"a": ""}, 100, WINDOW, 0)  # type: ignore[arg-type]
 
 
 def test_an_sae_that_never_fires_has_a_store(stream: FakeStream, tmp_path: Path) -> None:
     sae = an_sae(0)
     sae.b_enc[:] = -100.0
-    harvest(stream, {"a": sae}, {"a": tmp_path / "f"}, N * USED, WINDOW, 0)  # type: ignore[arg-type]
+    harvest(stream, {"a": sae}, {"a": tmp_path / "f"}, {"a": ""}, N * USED, WINDOW, 0)  # type: ignore[arg-type]
     store = FiringStore.open(tmp_path / "f")
     assert store.n_firings == 0
     assert latent_statistics(store)["dead"].all()
-    assert [len(latents) for latents in store.latents_at(3)] == [0] * WINDOW
+    assert [len(latents) for latents in latents_at(store, 3)] == [0] * WINDOW
     assert store.windows(0)[0].tolist() == []
 
 
@@ -307,7 +322,7 @@ def test_bytes_per_firing(tmp_path: Path) -> None:
     """At k = 8 and windows of 32: what a firing costs on disk, all files of the store counted."""
     stream = FakeStream(a_corpus(tmp_path / "corpus", np.ones((512, 256), np.uint16)))
     folder = tmp_path / "f"
-    harvest(stream, {"a": TopKSae.init(D, 64, 8, 0)}, {"a": folder}, 512 * 256, 32, 0)  # type: ignore[arg-type]
+    harvest(stream, {"a": TopKSae.init(D, 64, 8, 0)}, {"a": folder}, {"a": ""}, 512 * 256, 32, 0)  # type: ignore[arg-type]
     store = FiringStore.open(folder)
     assert store.n_firings > 0.95 * 512 * 256 * 8
     assert sum(map(len, files(folder).values())) / store.n_firings <= 8.5

@@ -15,6 +15,8 @@ import small_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae.alignment.alignment import read_both_ways
+from sae.alignment.overlap import overlap
 from sae.common.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.common.files import read_json, read_table, write_json, write_table
 from sae.settings import Settings
@@ -312,9 +314,12 @@ def test_the_overlap_of_made_up_runs(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path)
     small_study.harvested(runs)
     small_study.aligned(runs)
-    found = align_stage.read_comparison(runs, threshold=0.7).shared.alive
+    names = [run.name for run in runs]
+    tables = read_both_ways(tmp_path / "alignments", names)
+    alive = {run.name: align_stage.find_alive(run) for run in runs}
+    found = overlap(names, tables, alive, threshold=0.7).alive
     assert found["strict"].value.value == pytest.approx(0.4 * 120 / 114, abs=0.05)
-    loose = align_stage.read_comparison(runs, threshold=0.0).shared.alive
+    loose = overlap(names, tables, alive, threshold=0.0).alive
     assert loose["strict"].value.value >= found["strict"].value.value
     assert align_stage.find_alive(runs[0]).sum() == np.int64(114)
 

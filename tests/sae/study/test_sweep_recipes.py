@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae.common.errors import BadInput
-from sae.study.sweep import AXES, Sweep, read_sweep
+from sae.study.recipes import AXES, Sweep, read_sweep
 
 RECIPES = Path(__file__).parents[3] / "eval_runs" / "recipes"
 BASE = "[training]\nnum_latents = 64\nk = 2\ntokens = 1000\n"

@@ -19,8 +19,8 @@ from sae.activations.subject import load_tokenizer
 from sae.common.errors import BadInput, NotFound, UserError
 from sae.settings import CorpusSettings
 from sae.text.corpus import MIXED_BLOCKS, Corpus
-from sae.text.documents import Document, read_pieces, split_text
 from sae.text.packing import prepare_corpus
+from sae.text.sources import Document, read_pieces, split_text
 
 REPOSITORY = Path(__file__).parents[3]
 

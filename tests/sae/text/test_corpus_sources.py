@@ -115,9 +115,9 @@ def test_bad_datasets(
     (tmp_path / "data").mkdir()
     rows.to_parquet(str(tmp_path / "data" / "train.parquet"))
     wrong = dataset_settings(tmp_path / "data", split="test", max_tokens=99)
-    refused(wrong, neox, root, NotFound, "no split 'test'", "'train'")
+    refused(wrong, neox, root, BadInput, "split: test", "'train'", "corpus.split")
     wrong = dataset_settings(tmp_path / "data", config="en", max_tokens=99)
-    refused(wrong, neox, root, NotFound, "no configuration 'en'", "'default'")
+    refused(wrong, neox, root, BadInput, "'en' not found", "'default'", "corpus.config")
 
     def no_network(*_: Any, **__: Any) -> None:
         raise OSError("Name or service not known")

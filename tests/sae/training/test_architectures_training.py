@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_firings import USED, FakeStream, N, stream
 from test_firings import D as STREAM_D
-from test_trainer import B, Batches, D, K, M, folders, settings
+from test_trainer import B, Batches, D, K, M, folders, settings, train
 
 from sae.activations.stream import ActivationStream
 from sae.common.errors import BadInput
@@ -21,7 +21,6 @@ from sae.dictionaries.sae import Sae
 from sae.firings.harvest import harvest
 from sae.firings.store import FiringStore, latent_statistics
 from sae.settings import TrainingSettings
-from sae.training.trainer import train
 
 __all__ = ["stream"]  # a fixture
 
@@ -167,7 +166,9 @@ def test_a_harvest_is_what_the_dictionary_computes(kind: str, stream: FakeStream
         sae.weights()["threshold"].fill_(0.9)
     sae.b_enc[:5] = -100.0
     folder = tmp_path / "a" / "firings"
-    harvest(cast(ActivationStream, stream), {"a": sae}, {"a": folder}, tokens=N * USED, window=4, order_seed=0)
+    harvest(
+        cast(ActivationStream, stream), {"a": sae}, {"a": folder}, {"a": ""}, tokens=N * USED, window=4, order_seed=0
+    )
     store = FiringStore.open(folder)
     order = stream.corpus.order(0, 0)
     firings = sae.encode(stream.values[torch.as_tensor(order)][:, :USED].flatten(0, 1))

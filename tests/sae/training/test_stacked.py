@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fresh_triton import interpreted_steps
-from test_trainer import Batches, folders, settings
+from test_trainer import Batches, folders, settings, train
 
 from sae.dictionaries.architectures.relu import ReluSae
 from sae.dictionaries.architectures.topk import TopKSae
@@ -17,7 +17,6 @@ from sae.dictionaries.objective import AuxK, Objective, total_variance
 from sae.dictionaries.sae import Sae
 from sae.training import stacked
 from sae.training.stacked import Stack, stack_on_gpu
-from sae.training.trainer import train
 
 D, M, K = 12, 40, 4
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import B, Batches, D, folders, settings
+from test_trainer import B, Batches, D, folders, settings, train
 
 from sae.common.errors import NotFinite
 from sae.dictionaries.architectures import ARCHITECTURES
@@ -17,7 +17,7 @@ from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
 from sae.training.learner import LogRow, TrainLog
 from sae.training.state import kept_steps
-from sae.training.trainer import Group, train, train_groups
+from sae.training.trainer import Group, train_groups
 
 
 class Elsewhere(Batches):

@@ -15,12 +15,15 @@ import torch
 from safetensors import SafetensorError
 
 from sae.common.errors import BadInput, SettingsDiffer, UserError
+from sae.common.ranks import ALONE, Job
 from sae.dictionaries.architectures.topk import TopKSae
 from sae.dictionaries.objective import AuxK, Objective, total_variance
+from sae.dictionaries.sae import Sae
 from sae.settings import TrainingSettings
 from sae.training import state as training_state
-from sae.training.learner import Plan
-from sae.training.trainer import train
+from sae.training import trainer
+from sae.training.learner import Plan, TrainLog
+from sae.training.trainer import Group, train_groups
 
 D, M, K, B = 12, 40, 4, 64
 
@@ -59,6 +62,17 @@ def folders(root: Path, n: int) -> list[Path]:
 def settings(**values: object) -> TrainingSettings:
     given = {"num_latents": M, "k": K, "batch_tokens": B, "checkpoint_steps": 4, "learning_rate": 0.01, **values}
     return TrainingSettings.model_validate(given)
+
+
+def train(
+    batches: trainer.Batches,
+    saes: Sequence[Sae],
+    settings: TrainingSettings,
+    state_folders: Sequence[Path],
+    job: Job = ALONE,
+) -> list[TrainLog]:
+    """Train one group: ``saes``, one per seed, on ``batches`` [B, D]."""
+    return train_groups([Group(batches, saes, settings, state_folders)], job)[0]
 
 
 def same(a: TopKSae, b: TopKSae) -> bool:
