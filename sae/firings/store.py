@@ -23,8 +23,6 @@ offset``. Legend: M latents, F firings, W windows, w tokens in a window.
 from __future__ import annotations
 
 import functools
-import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,8 +76,8 @@ class FiringStore:
         record = _read_finished(folder)
         for relative, shape in _expected_shapes(record).items():
             try:
-                found = _shape_of(folder / relative)
-            except (OSError, ValueError):
+                found = map_array(folder / relative).shape
+            except (OSError, ValueError, EOFError):
                 raise _damage_error(folder, f"{relative} is missing or cut short") from None
             if found != shape:
                 raise _damage_error(folder, f"{relative} has shape {list(found)}, not {list(shape)}")
@@ -306,17 +304,8 @@ def _expected_shapes(record: dict[str, Any]) -> dict[str, tuple[int]]:
     return shapes
 
 
-def _shape_of(path: Path) -> tuple[int, ...]:
-    """Return the shape of a ``.npy`` file from its header; raise ValueError if the file is shorter."""
-    with path.open("rb") as stream:
-        np.lib.format.read_magic(stream)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        if os.fstat(stream.fileno()).st_size < stream.tell() + math.prod(shape) * dtype.itemsize:
-            raise ValueError("cut short")
-    return shape
-
-
 def map_array(path: Path) -> np.memmap[Any, Any]:
+    """Map a ``.npy`` file; raise OSError, ValueError or EOFError if it is missing or cut short."""
     array: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
