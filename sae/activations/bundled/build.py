@@ -51,11 +51,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token=END_OF_TEXT,
-        bos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
         model_max_length=POSITIONS,
         clean_up_tokenization_spaces=False,
+        **dict.fromkeys(("eos_token", "bos_token", "pad_token"), END_OF_TEXT),
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -70,10 +68,8 @@ def make_config() -> GPTNeoXConfig:
         intermediate_size=1024,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
         attn_implementation="sdpa",
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
     )
 
 
@@ -104,7 +100,7 @@ def held_out_loss(model: GPTNeoXForCausalLM, encoded: list[list[int]], overlap: 
         part = windows[start : start + batch]
         logits = model(input_ids=part[:, :-1], use_cache=False).logits.float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none")
-        # The first window has the first tokens, which no window has as its later ones.
+        # Of the tokens in an overlap, only the window before counts them; the first window has none before it.
         counted = losses[:, overlap:] if start else torch.cat([losses[0, :overlap], losses[:, overlap:].flatten()])
         total, n = total + float(counted.sum()), n + counted.numel()
     return total / n
@@ -138,6 +134,7 @@ class Trainer:
     def step(self, batch: torch.Tensor, scale: float) -> float:
         hidden = self.model.gpt_neox(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
         weight, target, total = self.model.get_output_embeddings().weight, batch[:, 1:].flatten(), 0.0
+        # One chunk of logits exists at a time; the gradient of the hidden states is collected in ``leaf``.
         leaf = hidden.detach().flatten(0, 1).requires_grad_()
         for h, y in zip(leaf.split(LOSS_ROWS), target.split(LOSS_ROWS), strict=True):
             logits = (h @ weight.T).float()
