@@ -128,7 +128,7 @@ class Learner:
     def step(self, x: Tensor, variance: float, step: int, job: Job, found: LossAndGradient | None = None) -> None:
         """Learn from one batch [B, D], of which ``job`` may give us some rows; ``found`` is a loss computed already."""
         if found is None:
-            found = LossAndGradient(*self.sae.loss_and_gradient(job.rows(x), self.objective(x, variance, job)))
+            found = self.sae.loss_and_gradient(job.rows(x), self.objective(x, variance, job))
         loss, gradient = _sum_over_ranks(job, *found)
         self._check(loss, gradient, step)
         kernels = kernels_for(self.sae.device)

@@ -11,7 +11,6 @@ Memory: see :mod:`sae.training.memory`; pre-activations, or AuxK's, take at most
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +24,8 @@ _PIECE_BYTES = 512 * 2**20  # dense pre-activations of all seeds that may exist 
 _ROWS = 128  # products of this many rows or a multiple fill a GPU's tiles
 
 
-class LossAndGradient(NamedTuple):
-    """The result of ``Sae.loss_and_gradient`` for one seed."""
-
-    loss: Loss
-    gradient: dict[str, Tensor]  # in a stack, views into the stack's gradient
+LossAndGradient = tuple[Loss, dict[str, Tensor]]
+"""The result of ``Sae.loss_and_gradient`` for one seed; in a stack, gradients are views into the stack's."""
 
 
 def can_be_stacked(kind: type[Sae]) -> bool:
@@ -79,7 +75,7 @@ class Stack:
             if auxk is not None and auxk.coefficient > 0:
                 extra[seed] = self._add_auxk(seed, gradients[seed], centred[seed], residual[seed], scale, auxk)
         numbers = zip(squares / variance, extra / variance, torch.zeros_like(extra), firings, strict=True)
-        return [LossAndGradient(Loss(*of_seed), g) for of_seed, g in zip(numbers, gradients, strict=True)]
+        return [(Loss(*of_seed), g) for of_seed, g in zip(numbers, gradients, strict=True)]
 
     def _encode(self, centred: Tensor, rounded: bool) -> tuple[Tensor, Tensor]:
         """Return slots [S, B, K] of ``centred`` [S, B, D]; pre-activations exist for some rows at a time."""
