@@ -165,11 +165,15 @@ def _train_together(
         settings = [each.study.settings for each in todo]
         source = open_source(settings, root, compute, cache="fill" if job.rank == 0 else "none")
     mine = set(job.share([run.name for each in todo for run, _ in each.missing]))
-    works = [_prepare(each, mine, source, root) for each in todo]
-    new = [(work, *each) for work in works for each in work.missing if job.rank == 0 and not each[0].has_begun]
+    # Rank 0 decides, since other machines may have other instructions.
+    precisions = job.first(f"{label} precision", lambda: [_precision(x, source.subject.device, root) for x in todo])
+    works = [_prepare(each, mine, source, precision) for each, precision in zip(todo, precisions, strict=True)]
+    new: list[tuple[_Work, Run, int]] = []
     for work in works if job.rank == 0 else []:
-        for run, _ in work.missing:
+        for run, seed in work.missing:
             check_same_inputs(run, **{x: work.record[x]["fingerprint"] for x in ("subject", "corpus", "batch_order")})
+            if not run.has_begun:
+                new.append((work, run, seed))
     parts = [Part(w.study.settings.training, len(w.own), w.stream.width, w.stream.hookpoint) for w in works]
     check_fits(parts, source.subject.device)
     for work in works:
@@ -199,11 +203,11 @@ def _train_together(
     job.barrier()
 
 
-def _prepare(todo: _Todo, mine: Collection[str], source: Source, root: Path) -> _Work:
+def _prepare(todo: _Todo, mine: Collection[str], source: Source, precision: Precision) -> _Work:
     settings, batches = todo.study.settings, source.batches(todo.study.settings)
     record = describe_inputs(settings, source.subject, source.corpus, batches.stream.hookpoint, batches)
-    record["precision"] = _precision(todo, batches.stream.device, root)
-    return _Work(*todo, [(run, seed) for run, seed in todo.missing if run.name in mine], batches, record)
+    own = [(run, seed) for run, seed in todo.missing if run.name in mine]
+    return _Work(*todo, own, batches, {**record, "precision": precision})
 
 
 def _precision(todo: _Todo, device: torch.device, root: Path) -> Precision:
@@ -238,9 +242,7 @@ def _make_group(work: _Work, sample: torch.Tensor) -> Group:
     training = work.study.settings.training
     kind, shape = ARCHITECTURES[training.architecture], (work.stream.width, training.num_latents, training.k)
     saes = [kind.init(*shape, seed=seed, x_sample=sample).to(work.stream.device) for _, seed in work.own]
-    # Rank 0 has decided the precision by now, on its own machine.
-    precision = work.missing[0][0].record.get("precision", "float32")  # old records have none
-    training = training.model_copy(update={"precision": precision})
+    training = training.model_copy(update={"precision": work.record["precision"]})
     return Group(work.batches, saes, training, [run.state_folder for run, _ in work.own])
 
 
