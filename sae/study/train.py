@@ -75,13 +75,13 @@ def train_studies(
     if len(set(names)) < len(names):
         raise BadInput(f"studies {', '.join(names)}: give each name once")
     # Count before anything is written, so that all ranks get the same number.
-    missing = sum(_missing(study, root) for study in studies)
-    with join_ranks(parallel or _parallel_begun(studies, root), missing, compute.device) as (job, device):
+    missing = sum(_count_missing(study, root) for study in studies)
+    with join_ranks(parallel or _find_begun_mode(studies, root), missing, compute.device) as (job, device):
         # Rank 0 decides, since other ranks may read the disk later.
         dtypes = job.first("dtypes", lambda: [study.settings.subject.dtype for study in studies])
         settings = [s.settings.with_values(subject={"dtype": x}) for s, x in zip(studies, dtypes, strict=True)]
         studies = [replace(study, settings=of_study) for study, of_study in zip(studies, settings, strict=True)]
-        planned = job.first("planned", lambda: [_planned(study, root) for study in studies])
+        planned = job.first("planned", lambda: [_plan(study, root) for study in studies])
         runs = [[Run(name, root) for name, _, _ in of_study] for of_study in planned]
         todo = [
             _Todo(study, [(Run(name, root), seed) for name, seed, trained in of_study if not trained])
@@ -94,7 +94,7 @@ def train_studies(
         with ExitStack() as locks:
             for name in sorted(each.study.name for each in todo) if job.rank == 0 else []:
                 locks.enter_context(lock_study(root, name))
-            for number, sharing in enumerate(_sharing(todo)):
+            for number, sharing in enumerate(_group_by_source(todo)):
                 _train_together(sharing, root, replace(compute, device=device), job, tracker, f"source {number}")
     return runs[:n_studies]
 
@@ -120,19 +120,19 @@ class _Work(NamedTuple):
         return self.batches.stream
 
 
-def _missing(study: Study, root: Path) -> int:
+def _count_missing(study: Study, root: Path) -> int:
     return len(set(study.seeds) - {run.seed for run in study_runs(study.name, root) if run.is_trained})
 
 
-def _parallel_begun(studies: Sequence[Study], root: Path) -> str | None:
-    """Return how the ranks share an unfinished training, since its last bits may depend on it; else None."""
+def _find_begun_mode(studies: Sequence[Study], root: Path) -> str | None:
+    """Return how the ranks share an unfinished training, whose last bits may depend on it; else None."""
     if not launched():
         return None
     begun = [run for study in studies for run in study_runs(study.name, root) if not run.is_trained]
     return next((run.record["ranks"]["parallel"] for run in begun if "ranks" in run.record), None)
 
 
-def _planned(study: Study, root: Path) -> list[tuple[str, int, bool]]:
+def _plan(study: Study, root: Path) -> list[tuple[str, int, bool]]:
     planned = plan_study(study.name, list(study.seeds), study.settings, root)
     later = {"harvest", "contexts"}
     for run in study_runs(study.name, root):
@@ -145,7 +145,7 @@ def _planned(study: Study, root: Path) -> list[tuple[str, int, bool]]:
     return [(run.name, seed, run.is_trained) for run, seed in planned]
 
 
-def _sharing(todo: Sequence[_Todo]) -> list[list[_Todo]]:
+def _group_by_source(todo: Sequence[_Todo]) -> list[list[_Todo]]:
     """Group the studies that share a source and the sequences of each step."""
     found: dict[Any, list[_Todo]] = {}
     for each in todo:
