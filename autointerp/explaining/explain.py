@@ -5,7 +5,7 @@ ones are asked again. Latents with too few contexts are never explained; if the 
 the reason and are no failure.
 
 The n-gram baseline explains the same latents, and a sample of each control SAE is explained too
-(:mod:`autointerp.contexts.control_saes`).
+(:mod:`autointerp.contexts.selection`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from autointerp.contexts.control_saes import choose_sample_size, draw_control_latents, list_control_saes
 from autointerp.contexts.material import Material
-from autointerp.contexts.sample_record import Draw, map_to_partners, store_draw
-from autointerp.contexts.sampling import permanent_number
-from autointerp.contexts.selection import Choice, check_choice, choose_latents, draw_latents, find_partners
+from autointerp.contexts.sampling import Draw, map_to_partners, permanent_number, store_draw
+from autointerp.contexts.selection import (
+    Choice,
+    check_choice,
+    choose_latents,
+    choose_sample_size,
+    draw_control_latents,
+    draw_latents,
+    find_partners,
+    list_control_saes,
+)
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import Explainer
 from autointerp.explaining.outcome import Outcome

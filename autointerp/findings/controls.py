@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp.contexts.sample_record import Sample
+from autointerp.contexts.sampling import Sample
 from autointerp.findings.evidence import JournalFacts, Study
 from autointerp.findings.json_values import mean_of
 from autointerp.findings.pairs import scored_alike

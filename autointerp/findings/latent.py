@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from autointerp.contexts.sample_record import load_sample
+from autointerp.contexts.sampling import load_sample
 from autointerp.findings.json_values import number, to_json
 from autointerp.findings.reliability import reliability_findings, verdicts_of
 from autointerp.journal.journal import Journal

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from autointerp.contexts.sample_record import load_sample
+from autointerp.contexts.sampling import load_sample
 from autointerp.findings.evidence import Study
 from autointerp.findings.relation import Part, pooled_findings
 from autointerp.findings.reliability import verdicts_of

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.contexts.sample_record import Sample
+from autointerp.contexts.sampling import Sample
 from autointerp.findings.json_values import mean_of
 from autointerp.findings.reliability import Corrected, Halves, corrected_spearman, splits_of
 from autointerp.findings.scores import Scored, swapped_scores

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from autointerp.contexts.sample_record import Sample
+from autointerp.contexts.sampling import Sample
 from autointerp.findings.statistics.resampling import Bools, Floats, Resamples, interval_of, partial
 from autointerp.journal.journal import Journal
 from autointerp.scoring.scorers.base import HARDER

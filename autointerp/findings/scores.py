@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.contexts.sample_record import Sample
+from autointerp.contexts.sampling import Sample
 from autointerp.findings.evidence import JournalFacts, Study
 from autointerp.findings.json_values import histogram, mean_of, number
 from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of

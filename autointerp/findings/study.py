@@ -26,7 +26,7 @@ from typing import Any
 
 import pandas as pd
 
-from autointerp.contexts.sample_record import Sample
+from autointerp.contexts.sampling import Sample
 from autointerp.findings import controls, relation, reliability, returning
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import JournalFacts, Study, View, asking

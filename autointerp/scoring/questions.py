@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from autointerp.contexts.control_saes import keep_first, list_control_saes, was_explained
 from autointerp.contexts.material import Material
 from autointerp.contexts.sampler import Context
+from autointerp.contexts.selection import keep_first, list_control_saes, was_explained
 from autointerp.journal.journal import Journal, PlannedContext, SetUp
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.adaptive import StoppingRule, find_stop, lay_out

@@ -4,7 +4,7 @@ An explanation is judged on contexts that its explainer never saw. As a control,
 explanation of a dissimilar latent. Existing verdicts are kept, failed ones are asked again, and latents without an
 explanation are counted but are no failure.
 
-The explained sample of each control SAE of the study is scored too (:mod:`autointerp.contexts.control_saes`), and the
+The explained sample of each control SAE of the study is scored too (:mod:`autointerp.contexts.selection`), and the
 n-gram judge scores the n-gram baseline's explanations on the same contexts.
 """
 
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from autointerp.contexts.control_saes import list_control_saes, was_explained
 from autointerp.contexts.sampler import Context
+from autointerp.contexts.selection import list_control_saes, was_explained
 from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal, PlannedContext, Verdict
 from autointerp.journal.method import BASELINE

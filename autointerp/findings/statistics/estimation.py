@@ -48,7 +48,7 @@ class Estimator:
     """Computes means and quartiles over latents.
 
     ``sample``: by latent, the ``weight``, ``stratum`` and ``fraction`` of all finished latents
-    (:meth:`autointerp.contexts.sample_record.Sample.weights`); ``None``: unweighted.
+    (:meth:`autointerp.contexts.sampling.Sample.weights`); ``None``: unweighted.
     """
 
     sample: pd.DataFrame | None = None

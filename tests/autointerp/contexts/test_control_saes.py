@@ -12,9 +12,8 @@ import pytest
 from fake_server import FakeServer, error, sensible
 from tiny_study import harvested_study
 
-from autointerp.contexts.control_saes import choose_sample_size, draw_control_latents
 from autointerp.contexts.material import Material
-from autointerp.contexts.selection import Choice, choose_latents
+from autointerp.contexts.selection import Choice, choose_latents, choose_sample_size, draw_control_latents
 from autointerp.explaining.explain import explain_runs
 from autointerp.explaining.outcome import Outcome
 from autointerp.findings.study import findings_of

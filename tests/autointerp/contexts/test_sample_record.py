@@ -13,8 +13,7 @@ import pytest
 import small_study
 from rich.console import Console
 
-from autointerp.contexts.sample_record import Draw, load_sample, map_to_partners, store_draw
-from autointerp.contexts.sampling import draw_sample, make_strata
+from autointerp.contexts.sampling import Draw, draw_sample, load_sample, make_strata, map_to_partners, store_draw
 from autointerp.contexts.selection import Choice, draw_latents
 from autointerp.findings.study import findings
 from autointerp.report.rendering import render_report

@@ -17,8 +17,7 @@ from made_scores import Made, rank_correlation, score
 from rich.console import Console
 from scipy import stats
 
-from autointerp.contexts.sample_record import Draw, Sample
-from autointerp.contexts.sampling import draw_sample, make_strata
+from autointerp.contexts.sampling import Draw, Sample, draw_sample, make_strata
 from autointerp.findings import relation
 from autointerp.findings.evidence import View
 from autointerp.findings.json_values import to_json

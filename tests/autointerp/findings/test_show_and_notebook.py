@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_study import cli
 
 from autointerp import Run
-from autointerp.contexts.sample_record import load_sample
+from autointerp.contexts.sampling import load_sample
 from autointerp.findings.latent import latent_findings
 from autointerp.findings.reliability import reliability_findings, verdicts_of
 from autointerp.findings.study import findings

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tiny_study import journal, records
 
 from autointerp.contexts.material import Material
-from autointerp.contexts.sample_record import Sample, load_sample
 from autointerp.contexts.sampler import Context
+from autointerp.contexts.sampling import Sample, load_sample
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
 from autointerp.explaining.explainers import EXPLAINERS
