@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.findings.json_values import mean_of
-from autointerp.findings.statistics.correlation import bootstrap_mean, mean_fraction, quartiles
+from autointerp.findings.statistics.correlation import bootstrap_mean, mean_fraction, quantiles
 from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
 from sae.alignment.overlap import range_of
 from sae.alignment.relation import RELATIONS
@@ -62,7 +62,7 @@ def counterpart_findings(
         "n_unshared": len(unshared),
         "rebuilt": {
             **mean_of(_by_latent(unshared["rebuilt"].dropna(), unshared, bootstrap_mean)),
-            "quartiles": quartiles(unshared["rebuilt"].dropna()),
+            "quartiles": quantiles(unshared["rebuilt"].dropna()),
             "null": unshared["rebuilt__rotated"].mean() if "rebuilt__rotated" in unshared else None,
         },
         "null": None if of_null is None else {SHIFTED: of_null},

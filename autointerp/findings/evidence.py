@@ -27,8 +27,8 @@ from sae.study.run import MAIN_SCORER, Run, all_runs
 
 MODEL = ("--llm-url", "URL")
 """Placeholder for the language model's address; without it a command would use the n-gram baseline."""
-Step = tuple[str, str, Sequence[str]]
-"""A stage, a sentence about it, and the words of the command that runs it."""
+Step = dict[str, str]
+"""A ``stage``, a sentence about it (``says``) and the ``command`` that runs it."""
 
 
 @dataclass(frozen=True)
@@ -186,17 +186,10 @@ class Study:
     def score_rows(self) -> pd.DataFrame | None:
         return None if self.scores is None or self.setup is None else rows_of(self.scores, self.setup)
 
-    def sample(self) -> Sample | None:
-        """Return the recorded sample of the focus run's latents for the chosen set-up, if there is one."""
-        return self._sample
-
     @functools.cached_property
-    def _sample(self) -> Sample | None:
-        return None if self.setup is None else self.sample_of(self.setup)
-
-    def sample_of(self, setup: Mapping[str, Any]) -> Sample | None:
-        """Return the same for any set-up of the focus run's scores."""
-        return load_sample(self.focus, setup)
+    def sample(self) -> Sample | None:
+        """The recorded sample of the focus run's latents for the chosen set-up, if there is one."""
+        return None if self.setup is None else load_sample(self.focus, self.setup)
 
     def journal(self) -> JournalFacts:
         """Read the explanations of the chosen set-up; without scores the newest, a language model's first."""
@@ -247,69 +240,64 @@ class Study:
     def command(self, *words: str) -> str:
         return command(self.root, *words)
 
-    def missing(self, explained: set[int], has_scores: bool) -> list[dict[str, str]]:
-        """Return the stages that have not been run, in order, each with the command that runs it."""
-        return self._with_commands(self._missing(explained, has_scores))
+    def _step(self, stage: str, says: str, *words: str) -> Step:
+        return {"stage": stage, "says": says, "command": self.command(*words)}
 
-    def stale(self) -> list[dict[str, str]]:
-        """Return the stages whose inputs have changed since they ran, each with the command that updates it."""
-        return self._with_commands(self._stale())
-
-    def _with_commands(self, steps: Iterator[Step]) -> list[dict[str, str]]:
-        return [{"stage": stage, "says": says, "command": self.command(*words)} for stage, says, words in steps]
-
-    def _missing(self, explained: set[int], has_scores: bool) -> Iterator[Step]:
+    def missing(self, explained: set[int], has_scores: bool) -> Iterator[Step]:
+        """Yield the stages that have not been run, in order."""
         focus, seeds = self.focus.name, [run.seed for run in self.runs if run.seed is not None]
         train = ["train", "--name", self.focus.study, "--seeds"]
         trained = [run.name for run in self.runs if run.is_trained]
         untrained = [run.name for run in self.runs if not run.is_trained and not run.imported]
         if untrained:
             says = f"Not trained to the end: {', '.join(untrained)}. To resume, give the options as before to:"
-            yield "train", says, [*train, *map(str, seeds)]
+            yield self._step("train", says, *train, *map(str, seeds))
         for run in self.runs:
             if run.imported and not run.is_trained:
                 words = ["import", "--from", str(run.imported["from"]), "--name", run.name, "--study", run.study]
-                yield "train", f"Not imported to the end: {run.name}. To resume:", words
+                yield self._step("train", f"Not imported to the end: {run.name}. To resume:", *words)
         unharvested = [name for name in self.names if name not in self.firing]
         if unharvested:
             chosen = [word for name in unharvested for word in ("--sae", name)]
-            yield "harvest", f"Not harvested yet: {', '.join(unharvested)}.", ["harvest", *chosen]
+            yield self._step("harvest", f"Not harvested yet: {', '.join(unharvested)}.", "harvest", *chosen)
         alone = "One SAE alone has nothing to be compared with."
         if len(self.runs) == 1 and seeds:
             says = f"{alone} With the same options, this trains another seed:"
-            yield "overlap", says, [*train, *map(str, [*seeds, max(seeds) + 1])]
+            yield self._step("overlap", says, *train, *map(str, [*seeds, max(seeds) + 1]))
         elif len(self.runs) == 1:
             words = ["import", "--from", "DIR", "--name", "NAME", "--study", self.focus.study]
-            yield "overlap", f"{alone} This imports another into the study:", words
+            yield self._step("overlap", f"{alone} This imports another into the study:", *words)
         elif len(trained) > 1 and (apart := [name for name in trained if name not in self.compared]):
             says = f"Not aligned with the others yet: {', '.join(apart)}."
-            yield "overlap", says if self.tables else "These SAEs have not been aligned yet.", ["align", *trained]
+            says = says if self.tables else "These SAEs have not been aligned yet."
+            yield self._step("overlap", says, "align", *trained)
         if not explained and not has_scores:
-            yield "explain", f"No latent of {focus} has been explained yet.", ["explain", "--sae", focus]
+            yield self._step("explain", f"No latent of {focus} has been explained yet.", "explain", "--sae", focus)
         if not has_scores:
-            yield "score", f"No explanation of {focus} has been scored yet.", ["score", "--sae", focus]
+            yield self._step("score", f"No explanation of {focus} has been scored yet.", "score", "--sae", focus)
 
-    def _stale(self) -> Iterator[Step]:
+    def stale(self) -> Iterator[Step]:
+        """Yield the stages whose inputs have changed since they ran."""
         for run in self.runs:
             if run.name in self.firing and _can_be_checked(run) and not is_harvested(run):
                 says = f"The firing table of {run.name} is not of its present weights and harvest."
-                yield "harvest", says, ["harvest", "--sae", run.name]
+                yield self._step("harvest", says, "harvest", "--sae", run.name)
         trained = [run for run in self.runs if run.name in self.compared and run.is_trained]
         changed = any(not is_aligned(a, b) for i, a in enumerate(trained) for b in trained[i + 1 :])
         if changed:
-            yield "align", "Weights have changed since the SAEs were aligned.", ["align", *self.compared]
+            yield self._step("align", "Weights have changed since the SAEs were aligned.", "align", *self.compared)
         by_name = {run.name: run for run in self.runs}
         fired = [(by_name[a], by_name[b]) for a, b in self.behaviour if _can_be_checked(by_name[a], by_name[b])]
         if not changed and not all(is_compared(a, b) for a, b in fired):
             says = "Weights or harvests have changed since the SAEs' firings were compared."
-            yield "align", says, ["align", *self.compared]
+            yield self._step("align", says, "align", *self.compared)
         if self.scores is not None and (self.focus.firings_folder / "store.json").is_file():
             from autointerp.contexts.material import Material
 
             made_from = table_metadata(self.focus.stage_path("scores")).get("material")
             if made_from is not None and made_from != Material.of(self.focus).digest:
                 says = f"These scores are from before {self.focus.name} was harvested again."
-                yield "score", says, ["score", "--sae", self.focus.name]
+                yield self._step("score", says, "score", "--sae", self.focus.name)
 
 
 def _compared(folder: Path, focus: str, names: Sequence[str]) -> list[str]:

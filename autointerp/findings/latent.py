@@ -58,6 +58,7 @@ class LatentReader:
         self.siblings = [x for x in self._all_siblings if pair_path(run.root / "alignments", run.name, x.name)]
         """The trained runs of the study that this one is aligned with."""
         self._tables: dict[Path, tuple[pd.DataFrame, dict[Any, Any]] | None] = {}
+        self._materials: dict[str, Material] = {}
 
     def findings(self, latent: int, n_contexts: int = 8) -> dict[str, Any]:
         """Return everything known about one latent, as JSON values.
@@ -106,13 +107,11 @@ class LatentReader:
 
     def material(self, run: Run) -> Material | None:
         """Return the contexts of ``run``; ``None`` if it is not harvested."""
-        return self._material(run.name, run.root.resolve()) if _is_stored(run) else None
-
-    @functools.cached_property
-    def _material(self) -> Any:
         from autointerp.contexts.material import Material
 
-        return functools.cache(lambda name, root: Material.of(Run.open(name, root)))
+        if run.name not in self._materials and (run.firings_folder / "store.json").is_file():
+            self._materials[run.name] = Material.of(run)
+        return self._materials.get(run.name)
 
     def explanations(self, run: Run, latent: int) -> list[dict[str, Any]]:
         """Return every explanation in the run's journal, newest first; failed ones with their reason."""
@@ -204,22 +203,6 @@ class LatentReader:
         table, places = found
         rows = table.iloc[places.get(latent, [])].to_dict("records")
         return [{str(k): v for k, v in row.items()} for row in rows]
-
-
-def contexts_of(run: Run, latent: int) -> Sequence[Context]:
-    """Return the contexts that an explainer is shown; none if the run is not harvested."""
-    return _material(run.root.resolve(), run.name).sampler.explaining(latent) if _is_stored(run) else []
-
-
-@functools.lru_cache(maxsize=2)
-def _material(root: Path, name: str) -> Material:
-    from autointerp.contexts.material import Material
-
-    return Material.of(Run.open(name, root))
-
-
-def _is_stored(run: Run) -> bool:
-    return (run.firings_folder / "store.json").is_file()
 
 
 def from_strong_to_weak(contexts: Sequence[Context], n: int) -> list[Context]:

@@ -115,7 +115,7 @@ def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | No
             latents, is_focus = study.latents_of(run), run.name == study.focus.name
             if "firing_frequency" in latents:
                 verdicts = of_focus if is_focus else verdicts_of(run, rows, setup)
-                sample = study.sample() if is_focus else load_sample(run, setup)
+                sample = study.sample if is_focus else load_sample(run, setup)
                 parts.append(Part(run.name, rows, latents, verdicts, units[run.name], sample))
     return pooled_findings(parts)
 

@@ -14,7 +14,7 @@ import pandas as pd
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import Study
 from autointerp.findings.json_values import histogram, to_json
-from autointerp.findings.statistics.correlation import quartiles
+from autointerp.findings.statistics.correlation import quantiles
 from sae.alignment.latent_table import CLASSES, shared_class
 from sae.alignment.overlap import DEFINITIONS, StudyOverlap, range_of
 from sae.common.estimate import Estimate
@@ -195,7 +195,7 @@ def frequency_by_class_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
         name: {
             "n": len(members),
             "median": members.median(),
-            "quartiles": quartiles(members),
+            "quartiles": quantiles(members),
             "histogram": {
                 "edges": [float(10**e) for e in edges],
                 "counts": histogram(np.log10(members), edges)["counts"],

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.contexts.sampling import Sample
+from autointerp.contexts.sampling import Sample, load_sample
 from autointerp.findings.evidence import JournalFacts, Study
 from autointerp.findings.json_values import histogram, mean_of, number
 from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
@@ -311,7 +311,7 @@ def other_scorer_findings(study: Study, latents: pd.DataFrame, facts: JournalFac
     found = []
     for scorer in sorted(set(study.scores["scorer"].dropna()) - {view.scorer, setup.get("scorer")}):
         for other in setups_of(study.scores, scorer=scorer, **wanted)[:1]:
-            rows, sample = rows_of(study.scores, other), study.sample_of(other)
+            rows, sample = rows_of(study.scores, other), load_sample(study.focus, other)
             figures = score_findings(rows, latents, facts.explained, facts.too_few, sample)
             who = {"explainer": other.get("explainer"), "judge": other.get("judge")}
             found.append({"scorer": scorer, **who, **{key: figures[key] for key in _OF_OTHERS}})

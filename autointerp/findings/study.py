@@ -32,7 +32,7 @@ from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import JournalFacts, Study, View, asking
 from autointerp.findings.interesting import ContextSource, ShownContext, interesting
 from autointerp.findings.json_values import to_json
-from autointerp.findings.latent import contexts_of
+from autointerp.findings.latent import LatentReader
 from autointerp.findings.pairs import pooled_relation
 from autointerp.findings.paper.table import findings_table
 from autointerp.findings.scores import failed_answers, other_scorer_findings, score_findings
@@ -66,19 +66,21 @@ def findings_of(
     (:func:`autointerp.scoring.setups.setups_of`).
     """
     view = View(run.name, definition, threshold, tuple(against), explainer=explainer)
-    return findings(run.root, [r.name for r in study], view, contexts_at_hand(run))
+    return findings(run.root, [r.name for r in study], view, open_contexts(run))
 
 
-def contexts_at_hand(run: Run) -> ContextSource:
+def open_contexts(run: Run) -> ContextSource:
     """Return a function that reads a latent's contexts, none if the run's firing store or tokenizer is missing."""
+    reader = LatentReader(run)
 
-    def contexts(_: str, latent: int) -> Sequence[ShownContext]:
+    def read(_: str, latent: int) -> Sequence[ShownContext]:
         try:
-            return contexts_of(run, latent)
+            material = reader.material(run)
+            return [] if material is None else material.sampler.explaining(latent)
         except UserError:  # a store moved away, a hub out of reach: the report shows the rest
             return []
 
-    return contexts
+    return read
 
 
 def findings(
@@ -99,7 +101,7 @@ def findings(
 def study_findings(study: Study, contexts: ContextSource | None = None, with_sweeps: bool = True) -> dict[str, Any]:
     """Return :func:`findings` of a study that is already open."""
     rows, facts, latents = study.score_rows(), study.journal(), study.focus_latents()
-    focus, setup, sample = study.focus, study.setup, study.sample()
+    focus, setup, sample = study.focus, study.setup, study.sample
     has_similarity = "similarity" in latents
     has_scores = rows is not None and bool((rows["status"] == "ok").any())
     part, scores, related, shown = None, None, None, None

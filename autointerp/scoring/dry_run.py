@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from autointerp.contexts.material import Material
-from autointerp.contexts.sampler import Context
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import get_identity, plan_controls, plan_latents
 from autointerp.explaining.explainers import EXPLAINERS
@@ -38,17 +37,13 @@ from autointerp.llm.tokens import NotCounted, Tokenize, count_cached, count_char
 from autointerp.scoring.adaptive import StoppingRule, find_stop
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import ModelJudge
-from autointerp.scoring.questions import CONTROL_LATENTS, Part, Question, TestSets, parts_of, questions_of
+from autointerp.scoring.questions import CONTROL_LATENTS, Part, TestSets, parts_of, questions_of
 from autointerp.scoring.scorers import SCORERS
 from sae.common.errors import BadInput, NotFound
 from sae.study.run import Run
 
 EXPLANATION_TOKENS = 80
 """Written for an explanation where the journal has none to go by."""
-
-
-_Cached = Callable[[], Callable[[Request], bool]]
-"""Gives a function that says of a command's requests, in turn, whether the answer is in the cache by then."""
 
 
 @dataclass
@@ -80,7 +75,8 @@ class Forecast:
     """By the other protocol, where only the server can tell which one it will be."""
 
     def as_dict(self) -> dict[str, Any]:
-        cheaper = None if self.cheaper is None else {key: getattr(self.cheaper, key) for key in _OF_PROTOCOL}
+        common = ("stage", "model", "counted_by", "exact", "notes", "cheaper")
+        cheaper = self.cheaper and {k: v for k, v in self.cheaper.__dict__.items() if k not in common}
         return {"dry_run": True, **self.__dict__, "cheaper": cheaper}
 
     @property
@@ -89,23 +85,31 @@ class Forecast:
         return self.dollars or 0.0, self.prompt_tokens + self.completion_tokens
 
 
-_OF_PROTOCOL = (
-    *("protocol", "requests", "requests_at_least", "answered_before", "from_cache", "prompt_tokens", "cached_tokens"),
-    *("completion_tokens", "completion_at_most", "seconds", "dollars"),
-)
-
-
 @dataclass
 class _Asked:
     """The requests of a command, in order."""
 
+    model: str
+    cache: ResponseCache | None
+    answer_like: Callable[[Request], str] | None = None
+    """An answer as long as a request's; ``None``: an explanation."""
     most: list[Request] = field(default_factory=list)
     least: int = 0
     before: int = 0
     from_cache: int = 0
     notes: list[str] = field(default_factory=list)
-    answer_like: Callable[[Request], str] | None = None
-    """An answer as long as a request's; ``None``: an explanation."""
+    _keys: set[str] = field(default_factory=set)
+
+    def add(self, requests: Iterable[Request], is_sure: bool) -> None:
+        """Add requests, except those whose answer is in the cache, or will be after an earlier one of this command."""
+        for request in requests:
+            key = request.key(self.model)
+            if key in self._keys or (self.cache is not None and self.cache.get(key) is not None):
+                self.from_cache += 1
+            else:
+                self._keys.add(key)
+                self.most.append(request)
+                self.least += is_sure
 
 
 def forecast_explain(
@@ -121,10 +125,9 @@ def forecast_explain(
     if not EXPLAINERS[name].asks_model:
         return _free("explain", name)
 
-    def lay_out(client: LlmClient, cached: _Cached) -> dict[str, _Asked]:
-        kept = cached()
+    def lay_out(client: LlmClient, cache: ResponseCache | None) -> dict[str, _Asked]:
         explainer, notes = cast("type[ModelExplainer]", EXPLAINERS[name]).plan(client, options)
-        asked = _Asked(notes=notes)
+        asked = _Asked(client.model, cache, notes=notes)
         tasks = [task for run in runs for task in plan_latents(run, choice)]
         try:
             controls = plan_controls(tasks, choice, True, control_sae_latents)
@@ -132,15 +135,13 @@ def forecast_explain(
             controls = []
             asked.notes.append(f"control SAEs are not counted: {error}")
         for task in [*tasks, *controls]:
-            _of_task(task.run, task.latents, explainer, asked, kept)
+            _of_task(task.run, task.latents, explainer, asked)
         return {"": asked}
 
     return asyncio.run(_forecast("explain", runs, options, prices, lay_out))
 
 
-def _of_task(
-    run: Run, latents: Sequence[int], explainer: ModelExplainer, asked: _Asked, kept: Callable[[Request], bool]
-) -> None:
+def _of_task(run: Run, latents: Sequence[int], explainer: ModelExplainer, asked: _Asked) -> None:
     material = Material.of(run)
     done: set[int] = set()
     if run.journal_path.exists():
@@ -150,7 +151,7 @@ def _of_task(
     asked.before += len(done)
     for latent in sorted(set(latents) - done):
         if material.sampler.eligible(latent)[0]:
-            _add(asked, [explainer.request(material.sampler.explaining(latent))], kept, least=True)
+            asked.add([explainer.request(material.sampler.explaining(latent))], is_sure=True)
 
 
 def forecast_score(
@@ -180,27 +181,19 @@ def forecast_score(
     n_swapped = CONTROL_LATENTS[True] if control_latents is None else control_latents
     parts = parts_of(named, root, n_swapped, control_sae_latents)
 
-    def lay_out(client: LlmClient, cached: _Cached) -> dict[str, _Asked]:
+    def lay_out(client: LlmClient, cache: ResponseCache | None) -> dict[str, _Asked]:
         found = {}
         for protocol, judge in of_kind.plan(client, options.for_judge()).items():
-            kept, asked = cached(), _Asked(answer_like=judge.answer_like)
+            found[protocol] = _Asked(client.model, cache, judge.answer_like)
             for part in parts:
                 for name in scorers:
-                    _of_part(part, name, judge, rule, asked, kept)
-            found[protocol] = asked
+                    _of_part(part, name, judge, rule, found[protocol])
         return found
 
     return asyncio.run(_forecast("score", [part.run for part in parts], options.for_judge(), prices, lay_out))
 
 
-def _of_part(
-    part: Part,
-    scorer_name: str,
-    judge: ModelJudge,
-    rule: StoppingRule | None,
-    asked: _Asked,
-    kept: Callable[[Request], bool],
-) -> None:
+def _of_part(part: Part, scorer_name: str, judge: ModelJudge, rule: StoppingRule | None, asked: _Asked) -> None:
     tests = TestSets(part.run, SCORERS[scorer_name](), rule)
     asked_by = judge.of_marks() if tests.scorer.marked else judge
     with Journal(part.run.journal_path) as journal:
@@ -215,23 +208,10 @@ def _of_part(
             sure = True  # the first round that has something to ask is asked for certain
             for contexts in rounds:
                 todo = [c for c in contexts if c.window not in done and c.window not in question.seen]
-                _add(asked, _requests(asked_by, question, todo), kept, least=sure)
+                size = asked_by.contexts_per_request
+                batches = [todo[start : start + size] for start in range(0, len(todo), size)]
+                asked.add((asked_by.request(question.text, batch) for batch in batches), is_sure=sure)
                 sure = sure and not todo
-
-
-def _requests(judge: ModelJudge, question: Question, todo: Sequence[Context]) -> Iterable[Request]:
-    size = judge.contexts_per_request
-    for start in range(0, len(todo), size):
-        yield judge.request(question.text, todo[start : start + size])
-
-
-def _add(asked: _Asked, requests: Iterable[Request], kept: Callable[[Request], bool], least: bool) -> None:
-    for request in requests:
-        if kept(request):
-            asked.from_cache += 1
-        else:
-            asked.most.append(request)
-            asked.least += least
 
 
 async def _forecast(
@@ -239,7 +219,7 @@ async def _forecast(
     runs: Sequence[Run],
     options: LlmOptions,
     prices: Prices | None,
-    lay_out: Callable[[LlmClient, _Cached], Mapping[str, _Asked]],
+    lay_out: Callable[[LlmClient, ResponseCache | None], Mapping[str, _Asked]],
 ) -> Forecast:
     path = runs[0].root / "cache.sqlite"
     cache = ResponseCache(path) if path.exists() else None
@@ -255,21 +235,8 @@ async def _forecast(
         if model is None:
             await client.check()
 
-        def cached() -> Callable[[Request], bool]:
-            seen: set[str] = set()
-
-            def kept(request: Request) -> bool:
-                """Return whether the cache has the answer, or will have it from an earlier question of this command."""
-                key = request.key(client.model)
-                if key in seen or (cache is not None and cache.get(key) is not None):
-                    return True
-                seen.add(key)
-                return False
-
-            return kept
-
         try:
-            laid_out = lay_out(client, cached)
+            laid_out = lay_out(client, cache)
         finally:
             if cache is not None:
                 cache.close()

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 
 from autointerp.contexts.material import Material
@@ -171,15 +170,13 @@ def questions_of(part: Part, readable: pd.DataFrame) -> list[Question]:
 
 def _controls(run: Run, explanations: pd.DataFrame, n: int | None, wanted: Set[int] | None) -> Iterator[Question]:
     """Pair up to ``n`` latents of each set-up with the explanation of a dissimilar latent."""
-    from safetensors import safe_open
-
     if n == 0 or explanations.empty:
         return
-    with safe_open(run.weights_path, framework="numpy") as weights:
-        decoder = np.asarray(weights.get_tensor("W_dec"))
+    material = Material.of(run)
+    decoder = material.read_decoder()
     for _, group in explanations.groupby(["explainer", "settings_hash", "prompt_hash", "model", "draw"]):
         own = {question.latent: question for question in map(_question, records_of(group))}
-        chosen = swap_partners(sorted(own), decoder, run.store(), seed=run.settings.contexts.sample_seed)
+        chosen = swap_partners(sorted(own), decoder, material.store, seed=run.settings.contexts.sample_seed)
         for latent in _first_by_hash([x for x in chosen if wanted is None or x in wanted], n):
             other = own[chosen[latent]]
             yield replace(own[latent], explanation_id=other.explanation_id, text=other.text, control="swap")

@@ -161,7 +161,10 @@ def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = 2000
     return Estimate(mean, min(float(low), mean), max(float(high), mean))
 
 
-def quantiles(values: ArrayLike, at: ArrayLike, weights: ArrayLike | None = None) -> Array:
+QUARTILES = (0.25, 0.5, 0.75)
+
+
+def quantiles(values: ArrayLike, at: ArrayLike = QUARTILES, weights: ArrayLike | None = None) -> Array:
     """Return the quantiles ``at`` [Q] of [N] values, interpolated linearly; NaN if there is no value.
 
     With ``weights`` [N], the k-th value in order is the quantile C_k: the weight before the middle of its own, scaled
@@ -187,15 +190,6 @@ def sorted_quantiles(x: Array, weights: Array, at: Array) -> Array:
         for i in np.flatnonzero(np.ptp(rows, axis=1)):
             found[i] = np.interp(at, place[i], x)
     return found.reshape(*weights.shape[:-1], len(at))
-
-
-def quartiles(values: ArrayLike) -> tuple[float, float, float]:
-    """Return the 25th, 50th and 75th percentiles (linear interpolation); NaN if there is no value."""
-    x = check_finite(values)
-    if len(x) == 0:
-        return math.nan, math.nan, math.nan
-    first, median, third = np.quantile(x, [0.25, 0.5, 0.75]).tolist()
-    return first, median, third
 
 
 def _fisher(r: float, n: int, covariates: int, level: float) -> Estimate:

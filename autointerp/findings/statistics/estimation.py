@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from autointerp.findings.statistics.correlation import bootstrap_mean
+from autointerp.findings.statistics.correlation import QUARTILES, bootstrap_mean
 from autointerp.findings.statistics.resampling import Bools, Floats, Resamples, interval_of
 from sae.common.estimate import UNKNOWN, Estimate
 
@@ -39,7 +39,6 @@ METHODS = {
     "1992) within strata, 1000 resamples, seeded; finite population correction; covers which latents were drawn and "
     "on which contexts they were scored",
 }
-_QUARTILES = (0.25, 0.5, 0.75)
 _Z = 1.959964  # of the 95 % intervals that give the error variances
 
 
@@ -82,10 +81,10 @@ class Estimator:
         if values.empty:
             return [UNKNOWN] * 3
         if self.sample is None:
-            draws = Resamples(np.arange(len(values))).quantiles(values.to_numpy(float), _QUARTILES)
+            draws = Resamples(np.arange(len(values))).quantiles(values.to_numpy(float), QUARTILES)
             return [interval_of(column, len(values)) for column in draws.T]
         found = []
-        for p in _QUARTILES:
+        for p in QUARTILES:
             x, kept, resamples = self._resampled(values, error, partial(known_of_quantile, p=p))
             found.append(interval_of(resamples.quantiles(x, [p], kept)[:, 0], _free(resamples, kept)))
         return found

@@ -40,13 +40,13 @@ def write_report(
     The other arguments are those of :func:`autointerp.findings.study.findings_of`.
     """
     from autointerp.findings.evidence import Study, View
-    from autointerp.findings.study import contexts_at_hand, study_findings
+    from autointerp.findings.study import open_contexts, study_findings
     from autointerp.report.html.page import render
     from sae.common.files import atomic
 
     view = View(run.name, definition, threshold, tuple(against), explainer=explainer)
     opened = Study.open(run.root, [r.name for r in study], view)
-    page = render(study_findings(opened, contexts_at_hand(run)), opened)
+    page = render(study_findings(opened, open_contexts(run)), opened)
     path = path or run.root / "reports" / f"{run.name}.html"
     content = page.html.encode()
     with atomic(path) as temporary:

@@ -22,6 +22,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from autointerp.contexts.marking import choose_marks, mark_text
@@ -52,49 +53,39 @@ Verdicts = list[tuple[bool, float | None]]
 """For each context the label and P(active), ``None`` where the server gives no log-probabilities."""
 
 
+@dataclass
 class LlmJudge:
     """An :class:`autointerp.scoring.judges.base.Judge` that asks a language model.
 
-    :param client: the model; checked before the first question.
-    :param protocol: ``batch`` or ``single``; see the module's docstring.
-    :param contexts_per_request: of the ``batch`` protocol; the last request may have fewer.
-    :param marked: ask about marked tokens; every context must then have ``marks``.
-    :param replicate: number of this one of several independent judgements, which differ if ``temperature`` is above 0.
-    :raises BadInput: unknown protocol, or no contexts in a request.
+    Raises BadInput for an unknown protocol, or no contexts in a request.
     """
 
     name = "llm"
     asks_model: ClassVar[bool] = True
     reads: ClassVar[str | None] = None
 
-    def __init__(
-        self,
-        client: LlmClient,
-        protocol: Protocol = "batch",
-        *,
-        contexts_per_request: int = CONTEXTS,
-        temperature: float = 0.0,
-        replicate: int = 0,
-        marked: bool = False,
-    ) -> None:
-        if protocol not in ("batch", "single"):
-            raise BadInput(f"judge protocol {protocol!r}: choose batch or single")
-        if contexts_per_request < 1:
-            raise BadInput(f"contexts per request = {contexts_per_request}: must be at least 1")
-        self.protocol = protocol
-        self.contexts_per_request = contexts_per_request if protocol == "batch" else 1
-        self._client, self._temperature, self._replicate, self._marked = client, temperature, replicate, marked
-        self._conversation = conversation(f"{'fuzz' if marked else 'judge'}_{protocol}")
+    client: LlmClient
+    """The model; checked before the first question."""
+    protocol: Protocol = "batch"
+    contexts_per_request: int = CONTEXTS
+    """Of the ``batch`` protocol; the last request may have fewer."""
+    temperature: float = 0.0
+    replicate: int = 0
+    """Number of this one of several independent judgements, which differ if ``temperature`` is above 0."""
+    marked: bool = False
+    """Ask about marked tokens; every context must then have ``marks``."""
+
+    def __post_init__(self) -> None:
+        if self.protocol not in ("batch", "single"):
+            raise BadInput(f"judge protocol {self.protocol!r}: choose batch or single")
+        if self.contexts_per_request < 1:
+            raise BadInput(f"contexts per request = {self.contexts_per_request}: must be at least 1")
+        if self.protocol == "single":
+            self.contexts_per_request = 1
+        self._conversation = conversation(f"{'fuzz' if self.marked else 'judge'}_{self.protocol}")
         self.prompt_hash = self._conversation.hash
-        self.settings_hash = digest(
-            {
-                "format": _FORMAT,
-                "protocol": protocol,
-                "contexts_per_request": self.contexts_per_request,
-                "temperature": temperature,
-                **({"marked": True} if marked else {}),
-            }
-        )
+        decides = {key: getattr(self, key) for key in ("protocol", "contexts_per_request", "temperature")}
+        self.settings_hash = digest({"format": _FORMAT, **decides, **({"marked": True} if self.marked else {})})
 
     @classmethod
     async def open(cls, client: LlmClient, options: LlmOptions) -> Self:
@@ -125,23 +116,16 @@ class LlmJudge:
 
     @property
     def model(self) -> str:
-        return self._client.model
+        return self.client.model
 
     @property
     def capabilities(self) -> Capabilities:
         """The known capabilities of the model's servers."""
-        return self._client.capabilities
+        return self.client.capabilities
 
     def of_marks(self) -> Self:
         """Return the same model and protocol, asked about marked tokens."""
-        return type(self)(
-            self._client,
-            self.protocol,
-            contexts_per_request=self.contexts_per_request,
-            temperature=self._temperature,
-            replicate=self._replicate,
-            marked=True,
-        )
+        return replace(self, marked=True)
 
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
         """Return one judgement per context; requests run in parallel as far as the client allows."""
@@ -160,7 +144,7 @@ class LlmJudge:
     async def _judge_batch(self, explanation: str, contexts: Sequence[Context]) -> list[Judgement]:
         n = len(contexts)
         try:
-            verdicts, answer = await self._client.ask(
+            verdicts, answer = await self.client.ask(
                 self.request(explanation, contexts), lambda answer: self._read(answer, n)
             )
         except AnswerFailed as failed:
@@ -172,28 +156,28 @@ class LlmJudge:
 
     def request(self, explanation: str, contexts: Sequence[Context]) -> Request:
         """Return the request for these contexts."""
-        texts, values = _written(contexts, self._marked)
+        texts, values = _written(contexts, self.marked)
         values["explanation"] = explanation
-        seed = self._replicate if self._temperature > 0 else None
+        seed = self.replicate if self.temperature > 0 else None
         if self.protocol == "single":
             return Request(
                 self._conversation.messages(**values, snippet=texts[0]),
                 max_tokens=4,
-                temperature=self._temperature,
+                temperature=self.temperature,
                 logprobs=20,
                 seed=seed,
-                replicate=self._replicate,
+                replicate=self.replicate,
                 may_be_cut=True,
                 affinity=explanation,
             )
         return Request(
             self._conversation.messages(**values, snippets=texts),
             max_tokens=200 + 20 * len(texts),
-            temperature=self._temperature,
+            temperature=self.temperature,
             json_schema=labels_schema(len(texts)),
             logprobs=5,
             seed=seed,
-            replicate=self._replicate,
+            replicate=self.replicate,
             affinity=explanation,
         )
 
