@@ -177,7 +177,7 @@ def compute_weights(table: pd.DataFrame, done: set[int]) -> pd.DataFrame:
 
 # --- stored draws ---------------------------------------------------------------------------------------------
 
-_EXPLAINED_BY = {
+EXPLAINED_BY = {
     "explainer": "explainer",
     "model": "explainer_model",
     "settings_hash": "explain_settings_hash",
@@ -212,7 +212,7 @@ def store_draw(run: Run, draw: Draw, explained_by: Mapping[str, Any]) -> None:
     Replaces the draw of the same filter, unless that is a larger sample of the same population. The caller has claimed
     the run's journal.
     """
-    explainer = {name: explained_by[name] for name in _EXPLAINED_BY}
+    explainer = {name: explained_by[name] for name in EXPLAINED_BY}
     about = {name: value for name, value in draw.about.items() if name != "strata"}
     of = digest({"about": about, "explainer": explainer, "method": METHOD})
     old, kept = _read_draws(run)
@@ -301,7 +301,7 @@ def load_sample(run: Run, setup: Mapping[str, Any]) -> Sample | None:
     table, draws = _read_draws(run)
     if table is None:
         return None
-    wanted = {mine: setup.get(theirs) or "" for mine, theirs in _EXPLAINED_BY.items()}
+    wanted = {mine: setup.get(theirs) or "" for mine, theirs in EXPLAINED_BY.items()}
     ours = [entry for entry in draws if all((entry[name] or "") == value for name, value in wanted.items())]
     ranked = sorted(enumerate(ours), key=lambda item: (item[1]["population"], item[1]["n"], item[0]), reverse=True)
     taken: list[Draw] = []
@@ -311,7 +311,7 @@ def load_sample(run: Run, setup: Mapping[str, Any]) -> Sample | None:
         latents = set(rows["latent"].tolist())
         if not latents & held:
             held |= latents
-            about = {k: v for k, v in entry.items() if k not in (*_OF_RECORD, *_EXPLAINED_BY)}
+            about = {k: v for k, v in entry.items() if k not in (*_OF_RECORD, *EXPLAINED_BY)}
             taken.append(Draw(rows, about))
     return Sample(tuple(taken)) if taken else None
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from autointerp.contexts.sampling import Sample, load_sample
+from autointerp.contexts.sampling import EXPLAINED_BY, Sample, load_sample
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.setups import TOO_FEW, rows_of, setups_of, wanted_of
@@ -217,13 +217,13 @@ class Study:
 
     def _identity(self, table: pd.DataFrame) -> dict[str, Any]:
         """Return the explainer, model, settings and prompt of the explanations meant; ``None`` stands for any."""
-        columns = ("explainer", "model", "settings_hash", "prompt_hash")
         if self.setup:
-            keys = ("explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
-            return {column: self.setup.get(key) for column, key in zip(columns, keys, strict=True)}
+            return {column: self.setup.get(key) for column, key in EXPLAINED_BY.items()}
         of = table if self.view.explainer is None else table[table["explainer"] == self.view.explainer]
         of = of if (of["explainer"] == BASELINE).all() else of[of["explainer"] != BASELINE]
-        return {column: of[column].iloc[-1] for column in columns} if len(of) else {"explainer": self.view.explainer}
+        return (
+            {column: of[column].iloc[-1] for column in EXPLAINED_BY} if len(of) else {"explainer": self.view.explainer}
+        )
 
     def forced(self) -> list[list[str]]:
         """Return the pairs of a reported run and a run of another study, aligned by ``align --force``."""

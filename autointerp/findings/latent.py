@@ -15,8 +15,8 @@ from autointerp.findings.json_values import number, to_json
 from autointerp.findings.reliability import reliability_findings, verdicts_of
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
-from autointerp.scoring.scorers.base import HARDER
-from autointerp.scoring.setups import plain, precision_of, rows_of, setups_of
+from autointerp.scoring.scorers.base import SCORE_COLUMNS
+from autointerp.scoring.setups import own_scores, plain, precision_of, records_of, rows_of, setups_of
 from sae.alignment.alignment import pair_path, read_alignment, read_sides
 from sae.alignment.overlap import DEFINITIONS, shared
 from sae.common.commands import command
@@ -31,12 +31,8 @@ if TYPE_CHECKING:
 
 _BINS = 30
 _SCORE_COLUMNS = (
-    *("explanation_id", "explainer", "judge", "model", "scorer", "control", "status"),
-    *(f"{name}{end}" for name in ("tpr", "tnr", "auroc") for end in ("", "_low", "_high")),
-    *("balanced_accuracy", "ba_low", "ba_high", "n_active", "n_inactive", "n_failed"),
-    *(f"{name}_{kind}{end}" for kind in HARDER for name in ("ba", "tnr", "auroc") for end in ("", "_low", "_high")),
-    *(f"{name}_{kind}" for kind in HARDER for name in ("n", "n_failed")),
-    *("precision", "stopped"),
+    *("explanation_id", "explainer", "judge", "model", "scorer", "control"),
+    *(name for name in SCORE_COLUMNS if not name.startswith("stratum")),
 )
 _EXPLANATION_COLUMNS = ("id", "explainer", "model", "draw", "status", "text", "failure", "created")
 
@@ -130,11 +126,8 @@ class LatentReader:
         partner = int(entry["decoder_partner"])
         explanations = [e for e in self.explanations(sibling, partner) if e["status"] == "ok"]
         # Scorers are never mixed; any other explainer comes before the baseline.
-        scores = [
-            s
-            for s in self.scores(sibling, partner)
-            if s["status"] == "ok" and s["control"] == "none" and s["scorer"] == MAIN_SCORER
-        ]
+        wanted = {"status": "ok", "control": "none", "scorer": MAIN_SCORER}
+        scores = [s for s in self.scores(sibling, partner) if wanted.items() <= s.items()]
         scores.sort(key=lambda s: (s["explainer"] != BASELINE, s["explanation_id"]))
         partners = ("encoder_partner", "decoder_partner", "max_encoder_neighbor", "max_decoder_neighbor")
         cosines = ("encoder_cosine", "decoder_cosine", "max_encoder_cosine", "max_decoder_cosine")
@@ -201,8 +194,7 @@ class LatentReader:
         if (found := self._table(path)) is None:
             return []
         table, places = found
-        rows = table.iloc[places.get(latent, [])].to_dict("records")
-        return [{str(k): v for k, v in row.items()} for row in rows]
+        return records_of(table.iloc[places.get(latent, [])])
 
 
 def from_strong_to_weak(contexts: Sequence[Context], n: int) -> list[Context]:
@@ -224,8 +216,7 @@ def reliability_of(run: Run, latent: int | None = None) -> list[dict[str, Any]]:
     table, found = read_table(path), []
     for setup in setups_of(table):
         rows = rows_of(table, setup)
-        own = rows[(rows["control"] == "none") & (rows["status"] == "ok")]
-        if latent is None or latent in set(own["latent"]):
+        if latent is None or latent in own_scores(rows).index:
             figures = reliability_findings(rows, verdicts_of(run, rows, setup), load_sample(run, setup))
             unknown = {"value": None, "interval": None, "n": 0}
             found.append(to_json({**setup, "precision": precision_of(rows), **(figures or unknown)}))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -135,14 +135,21 @@ class Side:
             # Without scores like the first run's, use the explanations by the same explainer.
             view = replace(study.view, focus=run.name, explainer=(study.setup or {}).get("explainer"))
             study = replace(study, focus=run, view=view, scores=None, setup=None if found is None else dict(found[1]))
-        facts, latents = study.journal(), _by_latent(study.latents_of(run))
-        if found is None:
-            otherwise = run.stage_path("scores").exists()
-            return cls(run, facts, facts.explanations(pd.DataFrame()), latents, {}, frozenset(), otherwise)
-        rows, scores = found[0], own_scores(found[0])
+        facts, rows = (
+            study.journal(),
+            pd.DataFrame(columns=["latent", "control", "status"]) if found is None else found[0],
+        )
+        scores = own_scores(rows)
         is_untestable = (rows["control"] == "none") & (rows["status"].map(status_kind) == "ineligible")
-        untestable = frozenset(rows["latent"][is_untestable].astype(int))
-        return cls(run, facts, facts.explanations(scores), latents, _by_latent(scores), untestable, False)
+        return cls(
+            run=run,
+            facts=facts,
+            texts=facts.explanations(scores),
+            latents=_by_latent(study.latents_of(run)),
+            scores=_by_latent(scores),
+            untestable=frozenset(rows["latent"][is_untestable].astype(int)),
+            made_otherwise=found is None and run.stage_path("scores").exists(),
+        )
 
     def counts(self) -> dict[str, int]:
         n_alive = sum(bool(row["alive"]) for row in self.latents.values())
@@ -188,15 +195,14 @@ class Side:
 
 
 def _by_latent(table: pd.DataFrame) -> dict[int, dict[str, Any]]:
-    rows = table.to_dict("index").items()
-    return {int(str(latent)): {str(k): v for k, v in row.items()} for latent, row in rows}
+    return cast(dict[int, dict[str, Any]], table.to_dict("index"))
 
 
 def _newest_scores(study: Study, run: Run) -> tuple[pd.DataFrame, Mapping[str, Any]] | None:
     path = run.stage_path("scores")
-    table = read_table(path) if path.exists() else None
-    setups = [] if table is None else setups_of(table, scorer=study.view.scorer)
-    return None if table is None or not setups else (rows_of(table, setups[0]), setups[0])
+    if not path.exists() or not (setups := setups_of(table := read_table(path), scorer=study.view.scorer)):
+        return None
+    return rows_of(table, setups[0]), setups[0]
 
 
 def _with_common_setup(study: Study, there: Run) -> Study:
@@ -337,14 +343,11 @@ _ORDERS = {
 
 def _sort_key(pair: Pair, sort: Sort | None) -> float:
     """Return the value to sort by, -inf if it is unknown: for ``firing``, that of the latent that fires less."""
-    if sort is None or sort == "similarity":
-        values = [pair["similarity"]]
-    elif sort == "gap":
-        values = [None if pair["score_gap"] is None else abs(pair["score_gap"])]
-    elif sort == "score":
-        values = [side["score"] and side["score"]["value"] for side in pair["sides"]]
-    else:
-        values = [side["firing_frequency"] for side in pair["sides"]]
+    values = {
+        "gap": [pair["score_gap"] and abs(pair["score_gap"])],
+        "score": [side["score"] and side["score"]["value"] for side in pair["sides"]],
+        "firing": [side["firing_frequency"] for side in pair["sides"]],
+    }.get(sort or "", [pair["similarity"]])
     if None in values:
         return -math.inf
     return float(min(values) if sort == "firing" else sum(values) / len(values))

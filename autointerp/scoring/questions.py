@@ -19,8 +19,8 @@ from autointerp.journal.journal import Journal, PlannedContext, SetUp
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.adaptive import StoppingRule, find_stop, lay_out
 from autointerp.scoring.judges.base import Judge
-from autointerp.scoring.score_table import records_of
 from autointerp.scoring.scorers.base import Scorer
+from autointerp.scoring.setups import records_of
 from autointerp.scoring.swapping import swap_partners
 from sae.common.commands import command
 from sae.common.errors import BadInput
@@ -77,9 +77,8 @@ def parts_of(
     if not found:
         explain = command(root, "explain")
         raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `{explain}`")
-    controls = [run for run in list_control_saes(found) if was_explained(run)]
-    if named is None:
-        controls = [run for run in list_control_saes([r for r in found if not r.is_control]) if was_explained(run)]
+    own = found if named is not None else [run for run in found if not run.is_control]
+    controls = [run for run in list_control_saes(own) if was_explained(run)]
     names = {run.name for run in controls}
     parts = [Part(run, n_swapped) for run in found if run.name not in names]
     if control_sae_latents != 0:

@@ -42,10 +42,10 @@ from autointerp.scoring.questions import (
     parts_of,
     questions_of,
 )
-from autointerp.scoring.score_table import UNEXPLAINED, UNTESTED, records_of, rows_of_set_up, update_score_table
+from autointerp.scoring.score_table import UNEXPLAINED, UNTESTED, rows_of_set_up, update_score_table
 from autointerp.scoring.scorers import SCORERS
 from autointerp.scoring.scorers.base import Scorer
-from autointerp.scoring.setups import status_kind
+from autointerp.scoring.setups import records_of, status_kind
 from sae.common.commands import command, get_typed_command
 from sae.common.progress import say, track
 from sae.study.run import Run

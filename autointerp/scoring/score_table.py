@@ -13,28 +13,27 @@ from typing import Any, cast
 import pandas as pd
 
 from autointerp.contexts.material import Material
+from autointerp.contexts.sampling import EXPLAINED_BY
 from autointerp.journal.journal import Journal, PlannedContext, SetUp
 from autointerp.journal.method import BASELINE
 from autointerp.llm.opening import get_capabilities
 from autointerp.scoring.adaptive import score_rounds
 from autointerp.scoring.judges.base import Judge
 from autointerp.scoring.scorers import SCORERS
-from autointerp.scoring.scorers.base import Figures, ScoreRow
+from autointerp.scoring.scorers.base import SCORE_COLUMNS, ScoreRow
+from autointerp.scoring.setups import JUDGED_BY, Row, records_of
 from sae.common.files import digest, read_table, table_metadata, write_table
 from sae.common.progress import track
 from sae.study.run import Run
 
-_IDENTITY = ("latent", "explanation_id", "explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
-_JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
-COLUMNS = (*_IDENTITY, "draw", *_JUDGED_BY, "control", "replicate", *ScoreRow("", 0, Figures()).as_columns())
+_IDENTITY = ("latent", "explanation_id", *EXPLAINED_BY.values(), "draw", *JUDGED_BY, "control", "replicate")
+COLUMNS = (*_IDENTITY, *SCORE_COLUMNS)
 """Of the score table. All are there even when every explanation failed and nothing was judged."""
 _WHOLE = ("latent", "explanation_id", "draw", "replicate", *(name for name in COLUMNS if name.startswith("n_")))
 _PLACE = ("explanation_id", "latent", "judge", "scorer", "settings_hash", "judge_prompt_hash", "model")
 UNTESTED = "failed: too few contexts that can be marked otherwise"
 UNEXPLAINED = "failed: no explanation: "
 _ROUNDS_UNKNOWN = "failed: which rounds were judged is not known; run the same `score` again"
-
-Row = dict[str, Any]
 
 
 def update_score_table(
@@ -140,10 +139,6 @@ def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[column] for column in (*_PLACE, "control", "replicate"))
 
 
-def records_of(table: pd.DataFrame) -> list[Row]:
-    return cast(list[Row], table.to_dict("records"))
-
-
 def rows_of_set_up(table: pd.DataFrame, set_up: SetUp) -> pd.DataFrame:
     """Return a set-up's rows without controls, and the failed explanations that it would have judged."""
     found = table[table["control"] == "none"]
@@ -166,12 +161,5 @@ def _judged_by(set_up: SetUp) -> Row:
 
 def _explained_by(latent: int, explanation: Mapping[str, Any]) -> Row:
     """Return the columns that say which explanation a score is of. ``latent``: whose contexts were judged."""
-    return {
-        "latent": latent,
-        "explanation_id": explanation["id"],
-        "explainer": explanation["explainer"],
-        "explainer_model": explanation["model"],
-        "explain_settings_hash": explanation["settings_hash"],
-        "explain_prompt_hash": explanation["prompt_hash"],
-        "draw": explanation["draw"],
-    }
+    by = {theirs: explanation[mine] for mine, theirs in EXPLAINED_BY.items()}
+    return {"latent": latent, "explanation_id": explanation["id"], **by, "draw": explanation["draw"]}

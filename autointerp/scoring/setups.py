@@ -6,17 +6,19 @@ Every figure is of one set-up, because a mean over several would mean nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 
+from autointerp.contexts.sampling import EXPLAINED_BY
 from autointerp.journal.method import BASELINE
 from sae.common.errors import NotFound
 
+Row = dict[str, Any]
 #: The columns that identify a set-up.
-_EXPLAIN = ("explainer", "explainer_model", "explain_settings_hash", "explain_prompt_hash")
-_JUDGE = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
+_EXPLAIN = tuple(EXPLAINED_BY.values())
+JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
 TOO_FEW = "too few contexts"  # how an explanation that was not even tried says so
 
 
@@ -26,7 +28,7 @@ def setups_of(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]
     Newest by explanation id. The n-gram baseline's explanations and judgements come last. Of equal ones, those judged
     on all contexts come before those judged to a precision, and finer precisions before coarser ones.
     """
-    columns = [c for c in (*_EXPLAIN, *_JUDGE) if c in scores]
+    columns = [c for c in (*_EXPLAIN, *JUDGED_BY) if c in scores]
     if "judge" not in columns:  # nothing but failed explanations
         return []
     mask = (scores["control"] == "none") & scores["judge"].notna()
@@ -70,6 +72,10 @@ def rows_of(scores: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:
     for column, value in setup.items():
         mask &= (scores[column] == value) | scores[column].isna()
     return scores[mask].drop_duplicates(["latent", "control"], keep="last")
+
+
+def records_of(table: pd.DataFrame) -> list[Row]:
+    return cast(list[Row], table.to_dict("records"))
 
 
 def own_scores(rows: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from autointerp.findings.json_values import to_json
 from sae.common.estimate import UNKNOWN, Estimate
 
 Verdict = Literal["agrees in direction", "disagrees", "cannot tell"]
@@ -39,10 +38,6 @@ class Finding:
     measure: str
     unit: Unit = NUMBER
     command: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        row: dict[str, Any] = to_json(self)
-        return row
 
 
 @dataclass(frozen=True)

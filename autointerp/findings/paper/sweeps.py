@@ -23,35 +23,36 @@ L0_WITHIN = 0.1
 """Architectures are compared if their mean L0 is within this fraction of TopK's."""
 _MORE_STABLE = {"relu": "ReLU + L1", "gated": "Gated"}
 
-WIDTH = About(
-    "width",
-    "overlap falls as width grows, strict and lenient",
-    "−.047 per doubling (same partner −.024): .813 at 32 latents, .416 at 32,768, .276 at 131,072",
-    "change of the fraction shared (both) when the width doubles",
-    SIGNED,
-)
-K = About(
-    "k",
-    "overlap falls as k grows",
-    "−.079 per doubling: .416 at k 32, .177 at k 256",
-    "change of the fraction shared (both) when k doubles",
-    SIGNED,
-)
-TOKENS = About(
-    "tokens",
-    "overlap grows with training tokens",
-    "+.081 per doubling: .073 at 0.8B, .416 at 8B, .612 at 80B",
-    "change of the fraction shared (both) when the training doubles",
-    SIGNED,
-)
-ARCHITECTURE = About(
-    "architecture",
-    "ReLU + L1 and Gated are more stable than TopK",
-    "decoder alone: Gated .856, L1 .824, TopK .742",
-    "fraction shared (decoder), mean of ReLU + L1 and Gated, less TopK's",
-    SIGNED,
-)
-ABOUT = {"width": WIDTH, "k": K, "tokens": TOKENS, "architecture": ARCHITECTURE}
+ABOUT = {
+    "width": About(
+        "width",
+        "overlap falls as width grows, strict and lenient",
+        "−.047 per doubling (same partner −.024): .813 at 32 latents, .416 at 32,768, .276 at 131,072",
+        "change of the fraction shared (both) when the width doubles",
+        SIGNED,
+    ),
+    "k": About(
+        "k",
+        "overlap falls as k grows",
+        "−.079 per doubling: .416 at k 32, .177 at k 256",
+        "change of the fraction shared (both) when k doubles",
+        SIGNED,
+    ),
+    "tokens": About(
+        "tokens",
+        "overlap grows with training tokens",
+        "+.081 per doubling: .073 at 0.8B, .416 at 8B, .612 at 80B",
+        "change of the fraction shared (both) when the training doubles",
+        SIGNED,
+    ),
+    "architecture": About(
+        "architecture",
+        "ReLU + L1 and Gated are more stable than TopK",
+        "decoder alone: Gated .856, L1 .824, TopK .742",
+        "fraction shared (decoder), mean of ReLU + L1 and Gated, less TopK's",
+        SIGNED,
+    ),
+}
 AXES = {
     "width": "training.num_latents",
     "k": "training.k",
@@ -59,6 +60,8 @@ AXES = {
     "architecture": "training.architecture",
 }
 """finding → the axis of a sweep that it needs"""
+SLOPES = {"width": (("both", "lenient"), -1), "k": (("both",), -1), "tokens": (("both",), 1)}
+"""finding → the definitions whose slopes are tested, and the sign that the paper reports"""
 
 
 def findings_of_sweeps(
@@ -82,36 +85,23 @@ def findings_of_sweeps(
 def finding_of_sweep(name: str, sweep: Mapping[str, Any]) -> Finding:
     """Return the finding called ``name`` from a sweep over its axis."""
     rows = [row for row in sweep["points"] if row["shared"] is not None]
-    if name == "architecture":
-        return architecture_finding(sweep, rows)
-    return {"width": width_finding, "k": k_finding, "tokens": tokens_finding}[name](sweep, rows)
+    return architecture_finding(sweep, rows) if name == "architecture" else slope_finding(name, sweep, rows)
 
 
-def width_finding(sweep: Mapping[str, Any], rows: Rows) -> Finding:
-    """Agrees if the slopes of the fractions shared (both) and with the same partner (lenient) are wholly below 0.
+def slope_finding(name: str, sweep: Mapping[str, Any], rows: Rows) -> Finding:
+    """Agrees if the slope of the fraction shared, under each definition of :data:`SLOPES`, has the paper's sign.
 
-    Disagrees if both are wholly above 0.
+    The whole interval counts. Disagrees if all have the other sign.
     """
-    both, method = slope(sweep, rows, AXES["width"], "both")
-    lenient, _ = slope(sweep, rows, AXES["width"], "lenient")
-    verdict = every([against(both, 0, -1), against(lenient, 0, -1)])
-    same = f"same partner {_signed(lenient)}; {_ends(rows, AXES['width'], 'lenient')}"
-    why = f"tested: both slopes below 0; {_ends(rows, AXES['width'], 'both')}; {same}; {_made(sweep, method)}"
-    return WIDTH.row(both, verdict, why)
-
-
-def k_finding(sweep: Mapping[str, Any], rows: Rows) -> Finding:
-    """Agrees if the slope of the fraction shared (both) is wholly below 0, disagrees if wholly above."""
-    found, method = slope(sweep, rows, AXES["k"], "both")
-    why = f"tested: below 0; {_ends(rows, AXES['k'], 'both')}; {_made(sweep, method)}"
-    return K.row(found, against(found, 0, -1), why)
-
-
-def tokens_finding(sweep: Mapping[str, Any], rows: Rows) -> Finding:
-    """Agrees if the slope of the fraction shared (both) is wholly above 0, disagrees if wholly below."""
-    found, method = slope(sweep, rows, AXES["tokens"], "both")
-    why = f"tested: above 0; {_ends(rows, AXES['tokens'], 'both')}; {_made(sweep, method)}"
-    return TOKENS.row(found, against(found, 0), why)
+    axis, (definitions, sign) = AXES[name], SLOPES[name]
+    slopes = {definition: slope(sweep, rows, axis, definition) for definition in definitions}
+    both, method = slopes["both"]
+    tested = f"{'both slopes ' if len(slopes) > 1 else ''}{'above' if sign > 0 else 'below'} 0"
+    same = ""
+    if "lenient" in slopes:
+        same = f"same partner {_signed(slopes['lenient'][0])}; {_ends(rows, axis, 'lenient')}; "
+    why = f"tested: {tested}; {_ends(rows, axis, 'both')}; {same}{_made(sweep, method)}"
+    return ABOUT[name].row(both, every([against(found, 0, sign) for found, _ in slopes.values()]), why)
 
 
 def architecture_finding(sweep: Mapping[str, Any], rows: Rows) -> Finding:
@@ -120,7 +110,7 @@ def architecture_finding(sweep: Mapping[str, Any], rows: Rows) -> Finding:
     The whole interval of each difference counts, over the other settings at which all three were trained; each must
     have an L0 within :data:`L0_WITHIN` of TopK's. The value is the mean of the two differences.
     """
-    axis, about = AXES["architecture"], ARCHITECTURE
+    axis, about = AXES["architecture"], ABOUT["architecture"]
     rows, lacking = _trained_alike(sweep, rows, axis, ("topk", *_MORE_STABLE))
     if lacking:
         return about.missing(f"sweep {sweep['sweep']} has {lacking}", None)

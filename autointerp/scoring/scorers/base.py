@@ -91,6 +91,9 @@ def _columns(name: str, estimate: Estimate) -> dict[str, Any]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
+SCORE_COLUMNS = tuple(ScoreRow("", 0, Figures()).as_columns())
+
+
 class Scorer(Protocol):
     """A way of testing explanations."""
 

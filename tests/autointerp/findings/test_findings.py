@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autointerp.findings.json_values import to_json
 from autointerp.findings.paper.dictionaries import Dictionaries, findings_of_dictionaries
 from autointerp.findings.paper.finding import AGREES, DISAGREES, UNDECIDED, Finding, Verdict, against, every
 from autointerp.findings.paper.intervals import jackknife, wider, without_each
@@ -181,7 +182,7 @@ def test_one_seed_has_no_finding_and_says_why() -> None:
     for row in findings_of_dictionaries(dictionaries([0.5], seeds=1)):
         assert row.verdict == UNDECIDED
         assert row.command
-        assert row.as_dict()["value"] is None
+        assert to_json(row)["value"] is None
 
 
 def test_an_interval_over_seeds_is_never_narrower() -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autointerp.findings.json_values import to_json
 from autointerp.findings.paper.finding import AGREES, DISAGREES, UNDECIDED, Verdict
 from autointerp.findings.paper.sweeps import axes_of, finding_of_sweep, findings_of_sweeps, slope
 from sae.alignment.overlap import DEFINITIONS
@@ -143,7 +144,7 @@ def test_points_with_one_seed_are_left_out() -> None:
         of["shared"] = None
     row = finding_of_sweep("width", sweep)
     assert row.verdict == UNDECIDED
-    assert row.as_dict()["value"] is None
+    assert to_json(row)["value"] is None
 
 
 def test_each_row_uses_its_first_sweep() -> None:
