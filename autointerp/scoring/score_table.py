@@ -142,9 +142,8 @@ def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def rows_of_set_up(table: pd.DataFrame, set_up: SetUp) -> pd.DataFrame:
     """Return a set-up's rows without controls, and the failed explanations that it would have judged."""
     found = table[table["control"] == "none"]
-    judged = pd.Series(True, index=found.index)
-    for column, value in _judged_by(set_up).items():
-        judged &= found[column] == value
+    by = _judged_by(set_up)
+    judged = (found[list(by)] == pd.Series(by)).all(axis=1)
     unexplained, by_ngram = found["judge"].isna(), found["explainer"] == BASELINE
     if set_up.judge == BASELINE:
         unexplained &= by_ngram

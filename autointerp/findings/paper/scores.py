@@ -91,19 +91,18 @@ def interp_finding(of: Scores) -> Finding:
     Disagrees if either is wholly below. Cannot tell without a swapped control: the score may be above chance whatever
     the explanation says.
     """
-    about = INTERP
     if of.scores is None or not of.scores["n_scored"]:
-        return about.missing("nothing is scored yet", of.more["score"])
+        return INTERP.missing("nothing is scored yet", of.more["score"])
     mean = estimate_of(of.scores["mean"], of.scores["interval"])
     control = of.scores["control"]
     if control is None:
-        return about.row(mean, UNDECIDED, f"there is no swapped control; judge: {of.judge}")
+        return INTERP.row(mean, UNDECIDED, f"there is no swapped control; judge: {of.judge}")
     above = estimate_of(control["above_control"]["mean"], control["above_control"]["interval"])
     verdicts = against(mean, CHANCE), against(above)
     verdict = DISAGREES if DISAGREES in verdicts else AGREES if set(verdicts) == {AGREES} else UNDECIDED
     quartiles = " / ".join(decimal(q) for q in of.scores["quartiles"])
     why = f"tested: above .5, and above the swapped control: {_text(above)}; quartiles {quartiles}; judge: {of.judge}"
-    return about.row(mean, verdict, why)
+    return INTERP.row(mean, verdict, why)
 
 
 def relation_finding(of: Scores) -> Finding:
@@ -112,16 +111,15 @@ def relation_finding(of: Scores) -> Finding:
     Over all scored runs together if there are several. ``why`` adds the same at equal firing frequency, and the
     fraction of unshared latents that score above the median of all.
     """
-    about = RELATION
     if of.relation is None:
         missing = "score" if of.scores is None or not of.scores["n_scored"] else "pair"
-        return about.missing("it takes scores and aligned seeds", of.more[missing])
+        return RELATION.missing("it takes scores and aligned seeds", of.more[missing])
     tree = of.relation["pooled"] or of.relation
     found, held = estimate_of(tree["spearman"], tree["interval"]), tree["partial"]
     why = (
         f"tested: above 0; at equal firing frequency {_text(held)}; {_unshared_high(of.table)}over {tree['n']} latents"
     )
-    return about.row(found, against(found), why)
+    return RELATION.row(found, against(found), why)
 
 
 def _unshared_high(table: pd.DataFrame | None) -> str:
@@ -140,20 +138,19 @@ def frequent_low_finding(of: Scores) -> Finding:
     The interval of the difference must be wholly below 0; disagrees if it is wholly above. With a sample, the tenth and
     the means are weighted to be those of all latents that can be scored.
     """
-    about = FREQUENT_LOW
     if of.table is None or of.table.empty:
-        return about.missing("it takes scores and aligned seeds", of.more["score"])
+        return FREQUENT_LOW.missing("it takes scores and aligned seeds", of.more["score"])
     frequent = _most_frequent_tenth(of.table)
     if (n := int(frequent.sum())) < FEWEST:
         why = f"of {len(of.table)} scored latents {n} are of the tenth that fires most, it takes {FEWEST}"
         latents = min(50 * math.ceil(1.2 * len(of.table) * FEWEST / max(n, 1) / 50), of.most_latents)
         if latents <= len(of.table):
-            return about.missing(f"{why}; no more latents have contexts enough", None)
-        return about.missing(why, of.explain_more(latents))
+            return FREQUENT_LOW.missing(f"{why}; no more latents have contexts enough", None)
+        return FREQUENT_LOW.missing(why, of.explain_more(latents))
     draw, score = _resamples(of.table), of.table["score"].to_numpy()
     found = interval_of(draw.means(score, frequent) - draw.means(score, ~frequent), min(n, draw.n_free))
     over_all = "" if of.relation is None else f"Spearman with frequency {_text(of.relation['frequency'])}; "
-    return about.row(found, against(found, 0, -1), f"tested: below 0; {over_all}{n} of {len(of.table)} latents")
+    return FREQUENT_LOW.row(found, against(found, 0, -1), f"tested: below 0; {over_all}{n} of {len(of.table)} latents")
 
 
 def _most_frequent_tenth(table: pd.DataFrame) -> NDArray[np.bool_]:
@@ -181,17 +178,16 @@ def both_scored_finding(of: Scores) -> Finding:
 
     Disagrees if it is wholly below. Aligned: both matched cosines above .7.
     """
-    about = BOTH_SCORED
     if of.pairs is None or int(of.pairs["aligned"].sum()) < FEWEST:
         n = 0 if of.pairs is None else int(of.pairs["aligned"].sum())
         if of.n_aligned is not None and of.n_aligned < FEWEST:
-            return about.missing(f"only {of.n_aligned} latents have an aligned partner, it takes {FEWEST}", None)
-        return about.missing(f"{n} aligned pairs have both scores, it takes {FEWEST}", of.more["partners"])
+            return BOTH_SCORED.missing(f"only {of.n_aligned} latents have an aligned partner, it takes {FEWEST}", None)
+        return BOTH_SCORED.missing(f"{n} aligned pairs have both scores, it takes {FEWEST}", of.more["partners"])
     aligned = of.pairs["aligned"].to_numpy(bool)
     here, elsewhere = agreement(of.pairs, aligned), agreement(of.pairs, ~aligned)
     apart = f", {decimal(elsewhere.gap.value)} elsewhere ({elsewhere.n} pairs)" if elsewhere.n else ""
     why = f"tested: above 0; mean difference {decimal(here.gap.value)} where aligned ({here.n} pairs){apart}"
-    return about.row(here.spearman, against(here.spearman), why)
+    return BOTH_SCORED.row(here.spearman, against(here.spearman), why)
 
 
 def findings_of_scores(of: Scores) -> list[Finding]:

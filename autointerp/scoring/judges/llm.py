@@ -156,29 +156,21 @@ class LlmJudge:
 
     def request(self, explanation: str, contexts: Sequence[Context]) -> Request:
         """Return the request for these contexts."""
-        texts, values = _written(contexts, self.marked)
-        values["explanation"] = explanation
-        seed = self.replicate if self.temperature > 0 else None
+        texts, words = _written(contexts, self.marked)
+        values: dict[str, Any] = {**words, "explanation": explanation}
         if self.protocol == "single":
-            return Request(
-                self._conversation.messages(**values, snippet=texts[0]),
-                max_tokens=4,
-                temperature=self.temperature,
-                logprobs=20,
-                seed=seed,
-                replicate=self.replicate,
-                may_be_cut=True,
-                affinity=explanation,
-            )
+            values["snippet"] = texts[0]
+            asked: dict[str, Any] = {"max_tokens": 4, "logprobs": 20, "may_be_cut": True}
+        else:
+            values["snippets"] = texts
+            asked = {"max_tokens": 200 + 20 * len(texts), "logprobs": 5, "json_schema": labels_schema(len(texts))}
         return Request(
-            self._conversation.messages(**values, snippets=texts),
-            max_tokens=200 + 20 * len(texts),
+            self._conversation.messages(**values),
             temperature=self.temperature,
-            json_schema=labels_schema(len(texts)),
-            logprobs=5,
-            seed=seed,
+            seed=self.replicate if self.temperature > 0 else None,
             replicate=self.replicate,
             affinity=explanation,
+            **asked,
         )
 
     def answer_like(self, request: Request) -> str:

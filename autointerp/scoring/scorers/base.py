@@ -107,8 +107,8 @@ class Scorer(Protocol):
         ...
 
     def items(self, test_set: TestSet) -> list[Context]:
-        """Return the contexts in the order for the judge, which reveals nothing."""
-        ...
+        """Return all contexts in the order for the judge: that of a hash, which reveals neither kind nor strength."""
+        return in_hash_order([*test_set.active, *test_set.inactive, *test_set.hard, *test_set.same_token])
 
     def score(self, verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
         """Score one explanation, judged once (one judge, control and replicate).
@@ -119,7 +119,7 @@ class Scorer(Protocol):
             items: the planned contexts, if known: verdicts on others are ignored, missing ones count as failed, and the
                 activating strata are scored too.
         """
-        ...
+        return measure(verdicts, items)
 
 
 MOST_FAILED = 0.2

@@ -8,19 +8,15 @@ the latent's top token, are judged among the others but have figures of their ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import pandas as pd
-
-from autointerp.scoring.scorers.base import ScoreRow, in_hash_order, measure
+from autointerp.scoring.scorers.base import Scorer
 
 if TYPE_CHECKING:
-    from autointerp.contexts.sampler import Context, ContextSampler, TestSet
-    from autointerp.scoring.scorers.base import Planned
+    from autointerp.contexts.sampler import ContextSampler, TestSet
 
 
-class DetectionScorer:
+class DetectionScorer(Scorer):
     """Balanced accuracy and AUROC of the judge's verdicts on activating and silent contexts."""
 
     name: ClassVar[str] = "detection"
@@ -29,11 +25,3 @@ class DetectionScorer:
     def test_set(self, sampler: ContextSampler, latent: int) -> TestSet:
         """See :meth:`autointerp.contexts.sampler.ContextSampler.testing`."""
         return sampler.testing(latent)
-
-    def items(self, test_set: TestSet) -> list[Context]:
-        """Return all kinds together, ordered by a hash of their window, which reveals neither kind nor strength."""
-        return in_hash_order([*test_set.active, *test_set.inactive, *test_set.hard, *test_set.same_token])
-
-    def score(self, verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
-        """See :meth:`autointerp.scoring.scorers.base.Scorer.score`."""
-        return measure(verdicts, items)

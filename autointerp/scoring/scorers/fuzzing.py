@@ -17,21 +17,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
 from autointerp.contexts.sampler import TestSet
-from autointerp.scoring.scorers.base import ScoreRow, in_hash_order, measure
+from autointerp.scoring.scorers.base import Scorer
 from sae.firings.store import mix_bits
 
 if TYPE_CHECKING:
     from autointerp.contexts.sampler import Context, ContextSampler
-    from autointerp.scoring.scorers.base import Planned
 
 _FORBIDDEN = 10**6
 
 
-class FuzzingScorer:
+class FuzzingScorer(Scorer):
     """Balanced accuracy and AUROC of the judge's verdicts on rightly and wrongly marked activating contexts."""
 
     name: ClassVar[str] = "fuzzing"
@@ -46,14 +44,6 @@ class FuzzingScorer:
         found = mark(sampler.activating(latent, 2 * settings.n_active))
         enough = min(settings.min_active, settings.n_active) / 2
         return found if len(found.active) >= enough else TestSet([], [])
-
-    def items(self, test_set: TestSet) -> list[Context]:
-        """Return both kinds together, ordered by a hash of their window, which does not reveal the kind."""
-        return in_hash_order([*test_set.active, *test_set.inactive])
-
-    def score(self, verdicts: pd.DataFrame, items: Sequence[Planned] = ()) -> ScoreRow:
-        """See :meth:`autointerp.scoring.scorers.base.Scorer.score`; strata are of the rightly marked contexts."""
-        return measure(verdicts, items)
 
 
 def mark(contexts: Sequence[Context]) -> TestSet:
