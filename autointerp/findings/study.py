@@ -20,9 +20,9 @@ Fractions are between 0 and 1; a number that could not be measured is ``None``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -30,8 +30,7 @@ from autointerp.contexts.sampling import Sample
 from autointerp.findings import controls, relation, reliability, returning
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import JournalFacts, Study, View, asking
-from autointerp.findings.interesting import ContextSource, ShownContext, interesting
-from autointerp.findings.json_values import to_json
+from autointerp.findings.json_values import number, to_json
 from autointerp.findings.latent import LatentReader
 from autointerp.findings.pairs import pooled_relation
 from autointerp.findings.paper.table import findings_table
@@ -40,7 +39,7 @@ from autointerp.findings.statistics import estimation
 from autointerp.findings.statistics.correlation import METHODS
 from autointerp.journal.method import ENOUGH_TO_CALL_DEAD
 from autointerp.scoring.adaptive import SIZES
-from autointerp.scoring.setups import described, reason, status_kind
+from autointerp.scoring.setups import described, own_scores, reason, status_kind
 from sae.alignment.bootstrap import INTERVALS
 from sae.alignment.nulls import FIRING_NULLS, NULLS
 from sae.alignment.overlap import DEFINITIONS
@@ -49,6 +48,22 @@ from sae.common.amounts import precision_in_words
 from sae.common.errors import UserError
 from sae.common.files import SCHEMA
 from sae.study.run import Run
+
+N_INTERESTING = 10
+N_CONTEXTS = 3
+
+
+class ShownContext(Protocol):
+    """The parts of ``autointerp.contexts.sampler.Context`` that are shown."""
+
+    @property
+    def tokens(self) -> Sequence[str]: ...
+    @property
+    def activations(self) -> Sequence[float]: ...
+
+
+#: (run name, latent) → contexts; called only for the latents shown.
+ContextSource = Callable[[str, int], Sequence[ShownContext]]
 
 
 def findings_of(
@@ -111,7 +126,7 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
         if has_similarity and (related := relation.relation_findings(part)) is not None:
             related["pooled"] = pooled_relation(study, verdicts)
         if has_similarity and has_scores:
-            shown = interesting(focus.name, rows, latents, facts.texts, contexts)
+            shown = choose_interesting(focus.name, rows, latents, facts.texts, contexts)
     if rows is not None or facts.explained:
         scores = _scores(study, facts, rows, part, sample)
     tree = {
@@ -281,3 +296,47 @@ def _methods(study: Study, facts: JournalFacts) -> dict[str, Any]:
         "training": "FVU, L0: mean over the last twentieth of the training log",
         "made_with": ", ".join(word for word in (versions, commit and f"commit {commit}") if word),
     }
+
+
+# --- latents shown one by one ------------------------------------------------------------------------------------
+
+
+def choose_interesting(
+    run: str, rows: pd.DataFrame, latents: pd.DataFrame, texts: Mapping[int, str], contexts: ContextSource | None
+) -> list[dict[str, Any]]:
+    """Return latents that no other seed has and that can be explained, best first.
+
+    Their interval is above chance and their own explanation beats a swapped one. Ordered by the *lower* end of the
+    interval, so that luck counts less.
+    """
+    own, swapped = own_scores(rows), rows[(rows["control"] == "swap") & (rows["status"] == "ok")]
+    joined = own.join(latents[latents.columns.difference(own.columns)], how="inner")
+    joined["swapped"] = swapped.set_index("latent")["balanced_accuracy"].reindex(joined.index)
+    beats = joined["swapped"].isna() | (joined["balanced_accuracy"] > joined["swapped"])
+    kept = joined[joined["unshared"].astype(bool) & (joined["ba_low"] > 0.5) & beats]
+    kept = kept.sort_values(["ba_low", "balanced_accuracy"], ascending=False, kind="stable").head(N_INTERESTING)
+    return [
+        {
+            "latent": int(row["latent"]),
+            "score": number(row["balanced_accuracy"]),
+            "interval": [number(row["ba_low"]), number(row["ba_high"])],
+            "auroc": number(row.get("auroc")),
+            "control": number(row["swapped"]),
+            "similarity": number(row["similarity"]),
+            "firing_frequency": number(row.get("firing_frequency")),
+            "explanation_id": int(row["explanation_id"]),
+            "explanation": texts.get(int(row["explanation_id"])),
+            "contexts": spread_contexts(contexts(run, int(row["latent"]))) if contexts else [],
+        }
+        for row in kept.reset_index().to_dict("records")
+    ]
+
+
+def spread_contexts(contexts: Sequence[ShownContext], n: int = N_CONTEXTS) -> list[dict[str, Any]]:
+    """Return ``n`` contexts from the strongest to the median: the strongest alone make a latent look too pure."""
+    ordered = sorted(contexts, key=lambda c: -max(c.activations, default=0.0))
+    picked = sorted({round(i * (len(ordered) - 1) / (2 * max(1, n - 1))) for i in range(n)}) if ordered else []
+    return [
+        {"tokens": list(ordered[i].tokens), "activations": [round(float(a), 4) for a in ordered[i].activations]}
+        for i in picked
+    ]
