@@ -18,7 +18,8 @@ from autointerp.explaining.explain import explain_runs
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.findings.json_values import to_json
 from autointerp.findings.paper.sweeps import axes_of, finding_of_sweep
-from autointerp.findings.sweep_table import read_summary, summarise, summary_inputs, write_summary
+from autointerp.findings.sweep_points import summarise
+from autointerp.findings.sweep_table import read_summary, summary_inputs, write_summary
 from autointerp.llm.opening import resolve_name
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
