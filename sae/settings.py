@@ -1,4 +1,4 @@
-"""All settings of a study, with defaults and descriptions; recipes and flags use the same model.
+"""All settings of a study, with defaults, bounds and descriptions; recipes and flags use the same model.
 
 A recipe is a TOML file with these tables. A stage's hash covers exactly the settings that its results depend on: see
 :meth:`Settings.identity`.
@@ -10,29 +10,45 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from sae.common.amounts import parse_amount
+from sae.common.amounts import LARGEST, parse_amount
 from sae.common.errors import BadInput, suggest
 
 T = TypeVar("T", bound=BaseModel)
 
+LARGEST_SEED = 2**63 - 1
+LARGEST_FLAG = 10**9
+LARGEST_FLAGS = {
+    "seeds": LARGEST_SEED,
+    "threads": 1024,
+    "concurrency": 4096,
+    "requests_per_second": 10**5,
+    "tokens_per_minute": 10**12,
+    "vllm_timeout": 10**6,
+}
+"""Upper bounds of flags that are no settings, where they differ from ``LARGEST_FLAG``."""
+
 
 def _amount(value: Any) -> Any:
-    return parse_amount(value) if isinstance(value, str) else value
+    return parse_amount(str(value)) if isinstance(value, str | float) else value
 
 
-Amount = Annotated[int, BeforeValidator(_amount)]
+Amount = Annotated[int, BeforeValidator(_amount), Field(le=LARGEST)]
 """A number of tokens or bytes; a recipe may write ``"2M"``."""
+Count = Annotated[int, Field(le=2**31 - 1)]
+Rate = Annotated[float, Field(le=1e6)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Words = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class SubjectSettings(_Table):
     """The language model whose activations are studied."""
 
-    model: str = Field("bundled", description="a Hugging Face name or folder; 'bundled' is the model in this package")
-    hookpoint: str = Field("layers.2.mlp", description="name of the module whose output is studied")
+    model: Words = Field("bundled", description="a Hugging Face name or folder; 'bundled' is the model in this package")
+    hookpoint: Words = Field("layers.2.mlp", description="name of the module whose output is studied")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the forward pass; auto: bfloat16 if the machine supports it, else float32"
     )
@@ -42,34 +58,36 @@ class CorpusSettings(_Table):
     """The text that the subject model reads."""
 
     kind: Literal["stdlib", "text", "dataset"] = Field("stdlib", description="source of the text")
-    source: tuple[str, ...] = Field((), description="files or folders (text), or one folder or hub name (dataset)")
-    config: str | None = Field(None, description="dataset: configuration name")
-    split: str = Field("train", description="dataset: split")
-    column: str = Field("text", description="dataset: column of the text")
-    context: int = Field(256, ge=8, description="tokens in a packed sequence (T)")
+    source: tuple[Words, ...] = Field(
+        (), strict=False, description="files or folders (text), or one folder or hub name (dataset)"
+    )
+    config: Words | None = Field(None, description="dataset: configuration name")
+    split: Words = Field("train", description="dataset: split")
+    column: Words = Field("text", description="dataset: column of the text")
+    context: int = Field(256, ge=8, le=2**24, description="tokens in a packed sequence (T)")
     max_tokens: Amount | None = Field(None, ge=1, description="stop reading after this many tokens")
-    order_seed: int = Field(0, ge=0, description="seed of the order of sequences")
+    order_seed: Seed = Field(0, description="seed of the order of sequences")
 
 
 class TrainingSettings(_Table):
     """The sparse autoencoder and its training."""
 
-    architecture: str = Field("topk", description="name of a file in sae/dictionaries/architectures")
-    num_latents: int = Field(1024, ge=1, description="width of the dictionary (M)")
-    k: int = Field(8, ge=1, description="active latents per token (K), on average if the number varies")
+    architecture: Words = Field("topk", description="name of a file in sae/dictionaries/architectures")
+    num_latents: Count = Field(1024, ge=1, description="width of the dictionary (M)")
+    k: Count = Field(8, ge=1, description="active latents per token (K), on average if the number varies")
     tokens: Amount = Field(10_000_000, ge=1, description="training tokens; more than the corpus means several epochs")
     batch_tokens: Amount = Field(4096, ge=1, description="tokens per step (B), rounded to whole sequences")
-    learning_rate: float | None = Field(None, gt=0, description="peak learning rate of Adam; default 2e-4/sqrt(M/2^14)")
-    warmup_steps: int = Field(1000, ge=0, description="steps of linear warm-up, at most a tenth of the run")
-    auxk: float = Field(1 / 32, ge=0, description="coefficient of AuxK, or of the loss that replaces it")
-    k_aux: int | None = Field(None, ge=1, description="dead latents in the AuxK reconstruction; default D/2")
+    learning_rate: Rate | None = Field(None, gt=0, description="peak learning rate of Adam; default 2e-4/sqrt(M/2^14)")
+    warmup_steps: Count = Field(1000, ge=0, description="steps of linear warm-up, at most a tenth of the run")
+    auxk: Rate = Field(1 / 32, ge=0, description="coefficient of AuxK, or of the loss that replaces it")
+    k_aux: Count | None = Field(None, ge=1, description="dead latents in the AuxK reconstruction; default D/2")
     dead_tokens: Amount | None = Field(
         None, ge=1, description="tokens without a firing after which a latent is dead; default min(10M, 5%% of the run)"
     )
-    sparsity_warmup_steps: int | None = Field(
+    sparsity_warmup_steps: Count | None = Field(
         None, ge=1, description="steps until L0 reaches k, for architectures with a penalty; default a fifth of the run"
     )
-    bandwidth: float = Field(0.01, gt=0, description="jumprelu: width of the kernel in the gradient of the thresholds")
+    bandwidth: Rate = Field(0.01, gt=0, description="jumprelu: width of the kernel in the gradient of the thresholds")
     precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
         description="precision of the product that selects latents in training (by rank, and in AuxK); "
@@ -78,7 +96,7 @@ class TrainingSettings(_Table):
     frozen: Literal["nothing", "decoder", "everything"] = Field(
         "nothing", description="weights that keep their initial values, for controls (sae/study/controls.py)"
     )
-    checkpoint_steps: int = Field(500, ge=1, description="steps between checkpoints, also written about every minute")
+    checkpoint_steps: Count = Field(500, ge=1, description="steps between checkpoints, also written about every minute")
     activation_cache: Amount = Field(
         8 * 10**9, ge=0, description="bytes of activations kept on disk until the harvest, such as '8G'; 0: none"
     )
@@ -98,18 +116,18 @@ class HarvestSettings(_Table):
 class ContextSettings(_Table):
     """The contexts that explainers and judges see."""
 
-    n_explain: int = Field(40, ge=1, description="activating contexts shown to the explainer")
-    n_active: int = Field(50, ge=2, description="activating contexts in the test set")
-    n_inactive: int = Field(50, ge=2, description="non-activating contexts in the test set")
-    n_hard: int = Field(20, ge=0, description="more of them, in which a similar latent fires; scored separately")
-    n_same_token: int = Field(20, ge=0, description="more of them, with the latent's top token; scored separately")
+    n_explain: Count = Field(40, ge=1, description="activating contexts shown to the explainer")
+    n_active: Count = Field(50, ge=2, description="activating contexts in the test set")
+    n_inactive: Count = Field(50, ge=2, description="non-activating contexts in the test set")
+    n_hard: Count = Field(20, ge=0, description="more of them, in which a similar latent fires; scored separately")
+    n_same_token: Count = Field(20, ge=0, description="more of them, with the latent's top token; scored separately")
     near_duplicate: float = Field(
         0.6, gt=0, le=1, description="windows that share this fraction of their token 5-grams count as one (1: equal)"
     )
-    n_strata: int = Field(10, ge=1, description="quantiles of activation that the activating contexts are drawn from")
-    min_explain: int = Field(10, ge=1, description="activating contexts that a latent needs for the explainer")
-    min_active: int = Field(20, ge=2, description="activating contexts that a latent needs for the test set")
-    sample_seed: int = Field(0, ge=0, description="seed of the draw of contexts")
+    n_strata: Count = Field(10, ge=1, description="quantiles of activation that the activating contexts are drawn from")
+    min_explain: Count = Field(10, ge=1, description="activating contexts that a latent needs for the explainer")
+    min_active: Count = Field(20, ge=2, description="activating contexts that a latent needs for the test set")
+    sample_seed: Seed = Field(0, description="seed of the draw of contexts")
 
 
 class Settings(_Table):
@@ -148,14 +166,15 @@ def check_table(kind: type[T], values: dict[str, Any], where: str, prefix: str =
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        *tables, key = (str(part) for part in first["loc"])
-        name = prefix + ".".join([*tables, key])
+        name = prefix + ".".join(map(str, first["loc"])) or "settings"
         if first["type"] == "extra_forbidden":
+            *tables, key = map(str, first["loc"])
             known: Any = kind
             for table in tables:
                 known = known.model_fields[table].annotation
             raise BadInput(f"{where}: unknown key {name!r}; did you mean {suggest(key, known.model_fields)}?") from None
-        raise BadInput(f"{where}: {name} = {first['input']!r}: {first['msg'].lower()}") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        raise BadInput(f"{where}: {name} = {first['input']!r:.200}: {problem[:1].lower()}{problem[1:]}") from None
 
 
 def validated(values: dict[str, Any], where: str) -> Settings:

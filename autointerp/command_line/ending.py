@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,13 @@ SOME_FAILED = 3
 INTERRUPTED = 130
 TERMINATED = 143
 _UsageError: Any = typer.BadParameter.__base__  # typer's own copy of click's class, which has no public name
-_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC}
+_ADVICE = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n) and run the same command again",
+    errno.ENAMETOOLONG: "give a shorter one",
+    errno.EISDIR: "give a file",
+    errno.ENOENT: "it was removed or renamed meanwhile; run the same command again",
+}
 
 
 def finish(as_json: bool, command: str, to_object: Callable[[], dict[str, Any]], render: Callable[[], None]) -> None:
@@ -83,10 +90,16 @@ def exit_if(failed: int) -> None:
 @contextmanager
 def one_line_errors(as_json: bool) -> Iterator[None]:
     """Turn errors that the user can fix into one line and an exit code; others keep their traceback."""
-    from sae.common.errors import UserError, make_printable
+    from sae.common.errors import BadInput, UserError, make_printable
 
     try:
+        if sys.stderr is None:
+            sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115  # until the process ends
+        if sys.stdout is None:
+            raise BadInput("standard output is closed; send it to a file, or to /dev/null")
+        Path.cwd()  # a deleted folder ends the process inside a library
         yield
+        sys.stdout.flush()
         return
     except UserError as error:
         line, code = make_printable(" ".join(str(error).split())), error.exit_code
@@ -94,12 +107,13 @@ def one_line_errors(as_json: bool) -> Iterator[None]:
         asked = error.ctx.command_path if error.ctx is not None else program()
         line, code = f"{' '.join(error.format_message().split())} (see `{asked} --help`)", error.exit_code
     except BrokenPipeError:
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno not in _NOT_OURS or error.filename is None:
-            raise
-        line, code = f"{str(error.filename)!r} cannot be used: {(error.strerror or '').lower()}", 1
+        unnamed = "the current folder" if error.errno == errno.ENOENT else "a file or standard output"
+        what = unnamed if error.filename is None else f"{str(error.filename)!r:.200}"
+        advice = _ADVICE.get(error.errno or 0, "check the path and its permissions")
+        line, code = make_printable(f"{what} cannot be used: {(error.strerror or str(error)).lower()}; {advice}"), 1
     if as_json:
         end(code, f"error: {line}", json.dumps({"schema": 1, "error": line}))
     end(code, f"error: {line}")
@@ -110,8 +124,10 @@ def end(code: int, line: str, result: str | None = None) -> NoReturn:
 
     def print_end() -> None:
         print(line, file=sys.stderr)
-        if result is not None:
-            print(result)
+        try:
+            print(*([] if result is None else [result]), end="" if result is None else "\n", flush=True)
+        except OSError:  # full or closed: drop what is left, so that Python does not try again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     if launch.launched():
         from sae.common.torchrun import end_rank

@@ -14,7 +14,7 @@ from typer import Option
 from typer.core import TyperCommand
 
 from autointerp.command_line import options as opt
-from autointerp.command_line.values import absolute
+from autointerp.command_line.values import absolute, check_value, check_words
 from sae.common.commands import DEFAULT_ROOT, replace_program_name
 from sae.common.errors import BadInput
 
@@ -56,7 +56,14 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class Command(TyperCommand):
-    """A command whose help reads defaults from the settings, which are imported only if the help is shown."""
+    """A command that checks its values, and whose help reads defaults from the settings only if it is shown."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        check_words(args)
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            check_value(max(parameter.opts, key=len), parameter.name or "", ctx.params.get(parameter.name))
+        return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         for parameter in self.params:
@@ -87,11 +94,14 @@ class Machine:
 
     device: Annotated[str, Option("--device", help="cpu, cuda, cuda:1, …; auto uses a GPU if there is one.")] = "auto"
     threads: opt.Threads = None
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Run Python code that comes with the subject model; read it first.")
+    ] = False
 
     def compute(self) -> Compute:
         from sae.study.stage import Compute
 
-        return Compute(self.device, self.threads)
+        return Compute(self.device, self.threads, self.trust_remote_code)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 import typer
 
-from sae.common.errors import suggest
+from sae.common.errors import BadInput, suggest
+from sae.common.files import check_regular, expand_user
 from sae.common.registry import Registry
 
 LISTS = frozenset({"--seeds", "--text", "--against", "--hookpoint", "--sae"})
@@ -29,9 +30,33 @@ def spread_lists(arguments: list[str]) -> list[str]:
     return spread
 
 
+def check_words(words: list[str]) -> None:
+    """Raise BadInput for a word that is empty or no text: an unset shell variable would name the current folder."""
+    for before, word in zip(["", *words], words, strict=False):
+        flag, _, value = word.partition("=") if word.startswith("--") and "=" in word else (before, "", word)
+        flag = flag if flag.startswith("-") else "an argument"
+        if not value.strip() and flag != "--vllm-args":
+            raise BadInput(f"{flag} is empty; give a value, or leave it out (is a shell variable unset?)")
+        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            raise BadInput(f"{flag} {value!r:.100} is not UTF-8 text; give a value that is")
+
+
+def check_value(flag: str, name: str, value: Any) -> None:
+    """Raise BadInput for a number beyond its bound (see ``sae.settings.LARGEST_FLAGS``), a pipe or a device."""
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, int | float):
+            from sae.settings import LARGEST_FLAG, LARGEST_FLAGS
+
+            largest = LARGEST_FLAGS.get(name, LARGEST_FLAG)
+            if not -largest <= one <= largest:
+                raise BadInput(f"{flag} {one!s:.60}: give a number of at most {largest}")
+        elif isinstance(one, str | Path):
+            check_regular(expand_user(one), flag)
+
+
 def absolute(name: str) -> str:
     """Return the absolute form of an existing path, which later stages find from any folder; other names unchanged."""
-    path = Path(name).expanduser()
+    path = expand_user(name)
     return str(path.resolve()) if path.exists() else name
 
 
@@ -39,9 +64,7 @@ def new_file(option: str, path: Path) -> Path:
     """Check, before any work, that a file can be written to ``path`` in an existing folder; return the path."""
     import tempfile
 
-    from sae.common.errors import BadInput
-
-    path = path.expanduser()
+    path = expand_user(path)
     folder = path.absolute().parent
     if not folder.is_dir():
         raise BadInput(f"{option} {str(path)!r}: folder {str(folder)!r} does not exist; make it first, or name another")
@@ -60,7 +83,6 @@ def new_file(option: str, path: Path) -> Path:
 def amount(option: str, text: str | None, least: int = 1) -> int | None:
     """Return ``2M``, ``500k``, ``1e6`` or ``123`` as an integer of at least ``least``."""
     from sae.common.amounts import parse_amount
-    from sae.common.errors import BadInput
 
     if text is None:
         return None
@@ -75,8 +97,6 @@ def amount(option: str, text: str | None, least: int = 1) -> int | None:
 
 def indices(text: str | None) -> tuple[int, ...]:
     """Return ``3,17,40-60`` as a tuple of integers."""
-    from sae.common.errors import BadInput
-
     found: list[int] = []
     if text is not None and not text.strip(" ,"):
         raise BadInput(f"--indices {text!r} names no latent; write it like 3,17,40-60")

@@ -35,6 +35,7 @@ import openai
 from autointerp.journal.usage import Usage
 from autointerp.llm.exchange import AnswerFailed, one_line
 from sae.common.errors import BadInput, NotFound, Unavailable
+from sae.common.files import check_regular
 
 try:
     import aiohttp
@@ -79,6 +80,7 @@ def read_key(file: Path | None = None, environment: Mapping[str, str] | None = N
     :raises BadInput: the content cannot be a key (empty, or with blanks or non-ASCII characters).
     """
     if file is not None:
+        check_regular(file, "key file")
         try:
             key = Key(file.read_text(errors="replace").strip(), f"file {str(file)!r}")
         except OSError as error:

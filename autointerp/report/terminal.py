@@ -62,6 +62,7 @@ def show(parts: Sequence[Block | Section | None], console: Console | None = None
     # Rich guesses nothing from the text: numbers in an explanation are not to be coloured as numbers.
     console = console or Console(highlight=False, markup=False, emoji=False)
     page = Page.of(console)
+    console.width = max(console.width, page.width)  # Rich prints nothing on a terminal without columns
     lines: list[RenderableType] = []
     blocks: list[Block] = []
     for part in parts:

@@ -1,8 +1,9 @@
 """Run a language model up to a hookpoint: tokens in, activations out.
 
 Only the trunk is loaded, and the forward pass ends at the last hookpoint. A hookpoint is any module that outputs one
-vector per token, found by running a few tokens, so no architecture is special. Models that bring Python code
-(``auto_map``) are refused. If the tokenizer adds a BOS, it is used in the forward pass and its position is dropped.
+vector per token, found by running a few tokens, so no architecture is special. Python code that a model brings
+(``auto_map``) runs only for a user who asks for it. If the tokenizer adds a BOS, it is used in the forward pass and its
+position is dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from sae.activations.bundled import BUNDLED
 from sae.activations.hookpoint_names import likely_hookpoints
 from sae.common.errors import BadInput, NotFound, UserError, join_or, suggest
-from sae.common.files import digest, digest_samples, read_json
+from sae.common.files import digest, digest_file, digest_samples, expand_user, read_json
 from sae.common.hub import find_on_hub, first_line, looks_like_path
 from sae.common.memory import is_out_of_memory
 from sae.common.precision import resolve_float, warn_if_emulated
@@ -35,14 +36,14 @@ def load_tokenizer(source: str) -> tuple[Any, str]:
     return _tokenizer_at(source, place, arguments)
 
 
-def _tokenizer_at(source: str, place: str, arguments: dict[str, Any]) -> tuple[Any, str]:
+def _tokenizer_at(source: str, place: str, arguments: dict[str, Any], trust: bool = False) -> tuple[Any, str]:
     from transformers import AutoTokenizer
 
     with _quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust, **arguments)
         except Exception as error:  # of any parser
-            if _auto_map(place, "tokenizer_config.json", arguments):
+            if not trust and _auto_map(place, "tokenizer_config.json", arguments):
                 raise _own_code(source, "tokenizer", "tokenizer_config.json") from None
             raise BadInput(f"model {source!r} has no usable tokenizer: {first_line(error)}") from None
     if len(tokenizer) == 0:
@@ -72,10 +73,11 @@ class Subject:
         self.prefix = _prefix(tokenizer)
 
     @classmethod
-    def load(cls, source: str, device: str = "cpu", dtype: str = "auto") -> Subject:
+    def load(cls, source: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False) -> Subject:
         """Load a model folder, a hub name (``name`` or ``name@revision``) or ``'bundled'``.
 
         ``dtype`` is one of ``DTYPES``, or "auto": bfloat16 if ``device`` has instructions for it, else float32.
+        ``trust_remote_code`` runs Python code that comes with the model.
 
         Raises:
             NotFound, BadInput: no such model, damaged or incomplete weights, no usable tokenizer.
@@ -94,12 +96,12 @@ class Subject:
         place, arguments = _locate(source)
         with _quiet():
             try:
-                config = AutoConfig.from_pretrained(place, trust_remote_code=False, **arguments)
+                config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **arguments)
             except Exception as error:  # of any parser
-                if _auto_map(place, "config.json", arguments, unless_known=CONFIG_MAPPING):
+                if not trust_remote_code and _auto_map(place, "config.json", arguments, unless_known=CONFIG_MAPPING):
                     raise _own_code(source, "model", "config.json") from None
                 raise BadInput(f"model {source!r} has no usable config.json: {first_line(error)}") from None
-            if getattr(config, "auto_map", None) and type(config) not in MODEL_MAPPING:
+            if not trust_remote_code and getattr(config, "auto_map", None) and type(config) not in MODEL_MAPPING:
                 raise _own_code(source, "model", "config.json")
             if config.is_encoder_decoder:
                 raise BadInput(f"model {source!r} is an encoder-decoder; give a decoder-only language model")
@@ -109,7 +111,7 @@ class Subject:
                     config=config,
                     dtype=DTYPES[dtype],
                     output_loading_info=True,
-                    trust_remote_code=False,
+                    trust_remote_code=trust_remote_code,
                     **arguments,
                 )
             except Exception as error:  # of safetensors, torch, the hub or the model
@@ -121,8 +123,8 @@ class Subject:
                 f"model {source!r} lacks {len(absent)} of its weights, such as {absent[0]}; download its files again"
             )
         warn_if_emulated("subject.dtype", dtype, device)
-        tokenizer, tokenizer_fingerprint = _tokenizer_at(source, place, arguments)
-        fingerprint = _fingerprint(place, arguments)
+        tokenizer, tokenizer_fingerprint = _tokenizer_at(source, place, arguments, trust_remote_code)
+        fingerprint = _fingerprint(place, arguments, trust_remote_code)
         try:
             model = model.to(device).eval().requires_grad_(False)
         except (RuntimeError, AssertionError) as error:
@@ -267,9 +269,9 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
                 "or train it with `python -m sae.activations.bundled.build`"
             )
         return str(BUNDLED), {"local_files_only": True}
-    if not source or (looks_like_path(source) and not Path(source).expanduser().exists()):
+    if not source or (looks_like_path(source) and not expand_user(source).exists()):
         raise NotFound(f"model {source!r} does not exist; give a folder, a hub name or 'bundled'")
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BadInput(f"{source!r} is a folder but no model: it has no config.json; give a Hugging Face model")
@@ -293,13 +295,13 @@ def _auto_map(place: str, file: str, arguments: dict[str, Any], unless_known: Co
 
 def _own_code(source: str, part: str, file: str) -> BadInput:
     return BadInput(
-        f"model {source!r} needs its own Python code for its {part} (auto_map in {file}), which is never run; "
-        f"give a model whose {part} class is part of transformers"
+        f"model {source!r} needs its own Python code for its {part} (auto_map in {file}), which is not run; "
+        f"give a model whose {part} class is part of transformers, or --trust-remote-code if you have read that code"
     )
 
 
-def _fingerprint(place: str, arguments: dict[str, Any]) -> str:
-    """Return the SHA-256 of the configuration and of the name, size and samples of each weight file."""
+def _fingerprint(place: str, arguments: dict[str, Any], with_code: bool) -> str:
+    """Return the SHA-256 of the configuration, of each weight file's name, size and samples, and of any code."""
     from transformers.utils import cached_file
 
     folder = Path(place)
@@ -309,7 +311,8 @@ def _fingerprint(place: str, arguments: dict[str, Any]) -> str:
     for varying in ("transformers_version", "_name_or_path"):
         config.pop(varying, None)
     weights = [p for p in sorted(folder.iterdir()) if p.suffix in _WEIGHTS]
-    return digest([config, [[p.name, p.stat().st_size, digest_samples(p)] for p in weights]])
+    code = [[p.name, digest_file(p)] for p in sorted(folder.glob("*.py"))] if with_code else []
+    return digest([config, [[p.name, p.stat().st_size, digest_samples(p)] for p in weights], *code])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Write-ahead logging with ``synchronous=NORMAL``: a power cut may lose the last t
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -32,14 +33,21 @@ class Database:
         self._lock = threading.RLock()
         self._waiting: list[tuple[Work, asyncio.Future[None]]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        is_read_only = path.is_file() and not os.access(path.parent, os.W_OK)
+        address: Path | str = path
+        if is_read_only:  # SQLite cannot lock there, but nobody else writes either
+            log = path.with_name(f"{path.name}-wal")
+            has_log = log.is_file() and log.stat().st_size > 0
+            address = f"{path.absolute().as_uri()}?{'mode=ro' if has_log else 'immutable=1'}"
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(
-                path, timeout=busy_seconds, isolation_level=None, check_same_thread=False
+                address, timeout=busy_seconds, isolation_level=None, check_same_thread=False, uri=is_read_only
             )
         try:
             with self._errors():
-                self._connection.execute("PRAGMA journal_mode = WAL")
+                if not is_read_only:
+                    self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = NORMAL")
                 self._connection.execute("PRAGMA foreign_keys = ON")
             self._migrate(migrations)

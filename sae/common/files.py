@@ -10,8 +10,9 @@ import glob
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA = 1
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+_REFUSED = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS)
 _META = b"autointerp"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
@@ -47,12 +49,13 @@ def atomic(path: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
             temporary.replace(path)
             _sync_folder(path.parent)
-    except (FileNotFoundError, PermissionError) as error:
-        if filled or temporary.name not in str(error):
+    except OSError as error:
+        if filled or temporary.name not in str(error) or error.errno not in _REFUSED:
             raise
         raise BadInput(f"{str(path)!r} cannot be written: its folder is read-only or gone; choose another") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # as a read-only file system raises, which would hide the error
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -76,12 +79,13 @@ def report_full_disk(path: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         raise UserError(
-            f"the disk is full: {str(path)!r} cannot be written; free some space and run the same command again"
+            f"the disk is full: {str(path)!r} cannot be written (or a limit on file sizes is reached); free some space "
+            "and run the same command again"
         ) from None
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Return whether a write failed because the disk, or a quota, is full."""
+    """Return whether a write failed because the disk, a quota or the limit on file sizes (``ulimit -f``) is full."""
     if isinstance(error, OSError):
         return error.errno in _FULL
     # Writers in Rust report errors as text only.
@@ -98,13 +102,34 @@ def _runs(process: str) -> bool:
     return True
 
 
+def expand_user(path: Path | str) -> Path:
+    """Replace a leading ``~`` by the home folder; a path of an unknown user stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # pathlib raises for an unknown user
+
+
+def check_regular(path: Path, what: str) -> None:
+    """Raise BadInput for a pipe, a socket or a device, which may never end."""
+    with suppress(OSError, ValueError):
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise BadInput(f"{what} {str(path)!r} is a pipe or a device; give a regular file")
+
+
 def write_json(path: Path, value: Any) -> None:
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON. Raises ValueError if it is none, also for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_table(path: Path, table: pd.DataFrame, **metadata: Any) -> None:

@@ -24,7 +24,7 @@ from sae.common.progress import say, track
 from sae.common.ranks import ALONE
 from sae.common.ranks import Job as RankJob
 from sae.firings.index import Source, describe_windows, merge
-from sae.firings.store import INDEX_FILES, SCHEMA, STORE_FILE, Array, Ints, map_array, read_record
+from sae.firings.store import INDEX_FILES, SCHEMA, STORE_FILE, Array, Ints, create_array, map_array, read_record
 
 if TYPE_CHECKING:
     import torch
@@ -337,7 +337,7 @@ def _write_shard(folder: Path, coded: Sequence[Coded], num_latents: int, window:
         "sorted_activations": activations[by_latent],
     }
     for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
+        create_array(folder / f"{name}.npy", array.dtype, array.shape)[:] = array
     facts = {name: sum(getattr(part, name) for part in coded) for name in ("n_clipped", "n_raised")}
     write_json(folder / "facts.json", {"n_firings": len(latents), **facts})
 

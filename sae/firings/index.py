@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.lib.format import open_memmap
 
 from sae.common.progress import track
-from sae.firings.store import Array, Ints, hash_windows, split_latents
+from sae.firings.store import Array, Ints, create_array, hash_windows, split_latents
 
 if TYPE_CHECKING:
     from sae.text.corpus import Corpus
@@ -66,9 +65,9 @@ def merge(folder: Path, sources: list[Source], num_latents: int, label: str) -> 
         counts += source.counts()
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     n_firings = int(offsets[-1])
-    np.save(folder / "offsets.npy", offsets)
-    positions = open_memmap(folder / "positions.npy", mode="w+", dtype=np.uint32, shape=(n_firings,))
-    activations = open_memmap(folder / "activations.npy", mode="w+", dtype=np.float16, shape=(n_firings,))
+    create_array(folder / "offsets.npy", np.int64, offsets.shape)[:] = offsets
+    positions = create_array(folder / "positions.npy", np.uint32, (n_firings,))
+    activations = create_array(folder / "activations.npy", np.float16, (n_firings,))
     free = offsets[:-1].copy()  # the place of each latent's next firing
     with track(label, n_firings, "firings") as bar:
         for first, last in split_latents(offsets, _BLOCK_FIRINGS):
@@ -88,9 +87,9 @@ def describe_windows(folder: Path, corpus: Corpus, order: Ints, window: int) -> 
     """Write each window's sequence, content hash and special flag; return the number of special tokens."""
     slots = corpus.context // window
     n_windows = len(order) * slots
-    np.save(folder / "sequences.npy", np.asarray(order, dtype=np.int64))
-    content = open_memmap(folder / "content.npy", mode="w+", dtype=np.uint64, shape=(n_windows,))
-    special = open_memmap(folder / "special.npy", mode="w+", dtype=np.bool_, shape=(n_windows,))
+    create_array(folder / "sequences.npy", np.int64, order.shape)[:] = order
+    content = create_array(folder / "content.npy", np.uint64, (n_windows,))
+    special = create_array(folder / "special.npy", np.bool_, (n_windows,))
     n_special = 0
     step = max(1, _SEQUENCES_AT_ONCE_TOKENS // corpus.context)
     for start in range(0, len(order), step):

@@ -23,6 +23,7 @@ offset``. Legend: M latents, F firings, W windows, w tokens in a window.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -302,6 +303,23 @@ def _expected_shapes(record: dict[str, Any]) -> dict[str, tuple[int]]:
         lengths = (shard["n_firings"], shard_windows * provenance["window"], shard_windows + 1)
         shapes |= {f"shards/{shard['name']}/{kind}.npy": (n,) for kind, n in zip(SHARD_FILES, lengths, strict=True)}
     return shapes
+
+
+def create_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    """Create a ``.npy`` file of zeros and map it. Raises OSError if the disk has no space for all of it.
+
+    Space is reserved first, since a write to a mapped page that has none kills the process.
+    """
+    array: np.memmap[Any, Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # macOS
+            file.seek(array.offset)
+            for start in range(array.offset, size, 1 << 20):
+                file.write(bytes(min(1 << 20, size - start)))
+    return array
 
 
 def map_array(path: Path) -> np.memmap[Any, Any]:

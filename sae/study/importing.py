@@ -15,7 +15,7 @@ import torch
 from sae.activations.subject import Subject
 from sae.common.amounts import human
 from sae.common.errors import BadInput, NotFound, SettingsDiffer, Unavailable, suggest
-from sae.common.files import digest_file, mapping_differences
+from sae.common.files import digest_file, expand_user, mapping_differences
 from sae.common.hub import find_on_hub, first_line
 from sae.common.progress import say
 from sae.dictionaries.checkpoint import format_named, open_sae, save_sae
@@ -24,7 +24,7 @@ from sae.dictionaries.sae import Sae
 from sae.settings import Settings
 from sae.study.harvest import check_trained
 from sae.study.recipes import settings_from
-from sae.study.run import Run, check_folder_is_free, check_name, study_runs, write_record
+from sae.study.run import Run, check_folder_is_free, check_name, remove_failed_runs, study_runs, write_record
 from sae.study.stage import Compute, describe_inputs, lock_study, resolve_dtype
 from sae.text.packing import prepare_corpus
 
@@ -80,9 +80,10 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
                     "choose another --study, or drop these flags to use the study's"
                 )
         provenance = _provenance(source, opened.sae, settings, root, compute)
-        if not begun:
-            write_record(run, None, study, settings, {**provenance, "imported": origin})
-        save_sae(run.folder, opened.sae, run.about())
+        with remove_failed_runs([run]):
+            if not begun:
+                write_record(run, None, study, settings, {**provenance, "imported": origin})
+            save_sae(run.folder, opened.sae, run.about())
     folded = f" · folded into the weights: {', '.join(opened.folded)}" if opened.folded else ""
     k = "" if opened.sae.k is None else f", k {opened.sae.k}"
     say(
@@ -122,7 +123,7 @@ def _identity(settings: Settings) -> dict[str, Any]:
 
 def _provenance(source: str, sae: Sae, settings: Settings, root: Path, compute: Compute) -> dict[str, Any]:
     """Check that the dictionary fits; return the records of subject, hookpoint and corpus."""
-    subject = Subject.load(settings.subject.model, device=compute.resolve(), dtype=settings.subject.dtype)
+    subject = compute.load_subject(settings)
     hookpoint = subject.resolve(settings.subject.hookpoint)
     _check_width(source, sae.d_in, subject, hookpoint)
     corpus = prepare_corpus(settings.corpus, subject.tokenizer, subject.tokenizer_fingerprint, root)
@@ -147,7 +148,7 @@ def _check_width(source: str, d_in: int, subject: Subject, hookpoint: str) -> No
 
 def locate(source: str) -> tuple[Path, str]:
     """Return the folder of a checkpoint, downloaded from the hub if needed, and its source for the record."""
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if path.exists():
         return path.resolve(), str(path.resolve())
     if not source or source.startswith((".", "/", "~")) or "\\" in source:

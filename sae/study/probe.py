@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from sae.activations.stream import ActivationStream, compute_block, read_batches
-from sae.activations.subject import Subject
 from sae.common.ranks import ALONE
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.dictionaries.objective import total_variance
@@ -68,8 +67,8 @@ class TokenSeconds(NamedTuple):
 
 def time_tokens(settings: Settings, compute: Compute) -> TokenSeconds:
     """Time the forward pass and the training step on random tokens: about a second once compiled."""
-    device, training = compute.resolve(), settings.training
-    subject = Subject.load(settings.subject.model, device=device, dtype=settings.subject.dtype)
+    training = settings.training
+    subject = compute.load_subject(settings)
     n_sequences = -(-training.batch_tokens // settings.corpus.context)
     shape = n_sequences, settings.corpus.context
     tokens = torch.randint(256, shape, generator=torch.Generator().manual_seed(0))  # ids in every vocabulary

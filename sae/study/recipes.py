@@ -15,6 +15,7 @@ the sweep and its values (``widths_m256``); all read one stream of activations.
 from __future__ import annotations
 
 import itertools
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,25 +25,31 @@ from typing import Any, NamedTuple
 from sae.common.amounts import human, parse_amount
 from sae.common.commands import shell_command
 from sae.common.errors import BadInput, NotFound, suggest
+from sae.common.files import check_regular
 from sae.common.package_data import bundled_recipes
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.settings import Settings, validated
 from sae.study.run import Study, check_name
+
+_LARGEST = 1 << 20  # characters
+_DEEP = re.compile(r"(\.[\w\"'-]{0,100}){100}")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return the tables of a recipe file, or of a bundled recipe such as ``demo``, not yet validated."""
     bundled = bundled_recipes()
     file = path if path.is_file() else bundled.get(str(path), path)
+    check_regular(file, "recipe")
     try:
-        return tomllib.loads(file.read_text())
+        text = file.read_text(encoding="utf-8")
+        if len(text) > _LARGEST or _DEEP.search(text):  # tomllib needs the square of a key's parts in time
+            raise ValueError("it is too long or too deep")
+        return tomllib.loads(text)
     except FileNotFoundError:
         nearby = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         hint = f"; there is {suggest(str(path), nearby)}" if nearby else ""
         raise NotFound(f"recipe {str(path)!r} does not exist{hint}; bundled recipes: {', '.join(bundled)}") from None
-    except OSError as error:
-        raise BadInput(f"recipe {str(path)!r} cannot be read: {(error.strerror or '').lower()}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"recipe {str(path)!r} is not valid TOML: {error}") from None
 
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +46,10 @@ if TYPE_CHECKING:
     from sae.firings.store import FiringStore
     from sae.text.corpus import Corpus
 
-RESERVED = frozenset({"alignments", "reports", "recipes", "reference", "corpora", "logs"})
+RESERVED = frozenset(
+    {"alignments", "reports", "recipes", "reference", "corpora", "logs"}
+    | {f"cache.sqlite{ending}" for ending in ("", "-wal", "-shm", "-journal")}
+)
 MAIN_SCORER = "detection"  # the scorer of the columns without a prefix; other scorers' columns start with their name
 _BASELINE = "ngram"  # its explanations count only for latents without others
 _SCORE_COLUMNS = (
@@ -85,7 +90,7 @@ class Run:
     def open(cls, name: str, root: Path | str = DEFAULT_ROOT) -> Run:
         """Open an existing run. Raises NotFound with suggestions."""
         run = cls(name, Path(root))
-        if not run.has_begun:
+        if not _NAME.fullmatch(name) or not run.has_begun:
             runs = all_runs(run.root)
             known = [r.name for r in runs if not r.is_control] or [r.name for r in runs]
             train = command(run.root, "train")
@@ -266,6 +271,8 @@ def make_studies(name: str, settings: Settings, hookpoints: Sequence[str], seeds
 def all_runs(root: Path) -> list[Run]:
     """Return all runs under ``root``, sorted by name."""
     if not root.is_dir():
+        if root.exists():
+            raise BadInput(f"--root {str(root)!r} is not a folder; name the folder that holds the runs")
         return []
     return [Run(f.name, root) for f in sorted(root.iterdir()) if f.name not in RESERVED and (f / "run.json").is_file()]
 
@@ -309,8 +316,8 @@ def newest_study(root: Path) -> list[Run]:
 
 def check_name(name: str) -> str:
     """Return ``name`` if it is valid for a run or study; raise BadInput otherwise."""
-    if name in RESERVED:
-        raise BadInput(f"name {name!r} is reserved for a folder of the program; choose another")
+    if name.lower() in RESERVED:  # some file systems ignore case
+        raise BadInput(f"name {name!r} is reserved for files of the program; choose another")
     if len(name) > _LONGEST_NAME:
         raise BadInput(f"name {name[:20]!r}… has {len(name)} characters; choose one of at most {_LONGEST_NAME}")
     if not _NAME.fullmatch(name):
@@ -364,6 +371,19 @@ def check_folder_is_free(run: Run) -> None:
     """Raise BadInput if the folder of a new run has files; hidden ones may be left from a killed command."""
     if run.folder.exists() and any(not file.name.startswith(".") for file in run.folder.iterdir()):
         raise BadInput(f"{str(run.folder)!r} exists and is not a run; move it away or choose another --name")
+
+
+@contextmanager
+def remove_failed_runs(runs: Sequence[Run]) -> Iterator[None]:
+    """Delete new runs if the block fails before a checkpoint or weights, so that their names are free again."""
+    new = [run for run in runs if not run.has_begun]
+    try:
+        yield
+    except Exception:
+        for run in new:
+            if not run.is_trained and not (run.state_folder.is_dir() and any(run.state_folder.iterdir())):
+                shutil.rmtree(run.folder, ignore_errors=True)
+        raise
 
 
 def _aligned_with(run: Run) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compute:
-    """The device and the number of CPU threads."""
+    """The device, the number of CPU threads, and whether a model's code may run."""
 
     device: str = "auto"
     threads: int | None = None
+    trust_remote_code: bool = False  # run Python code that comes with the subject model
 
     def resolve(self) -> str:
         """Set the number of threads and return torch's name of the device."""
@@ -48,6 +50,12 @@ class Compute:
             raise BadInput(f"--device {self.device!r} cannot be used here ({reason}); try --device cpu") from None
         return self.device
 
+    def load_subject(self, settings: Settings) -> Subject:
+        from sae.activations.subject import Subject
+
+        subject = settings.subject
+        return Subject.load(subject.model, self.resolve(), subject.dtype, self.trust_remote_code)
+
 
 def _cpus_allowed() -> int:
     """Return a container's CPU quota, rounded up; without a quota, the number of CPUs."""
@@ -63,9 +71,11 @@ def lock_study(root: Path, study: str) -> Iterator[None]:
     """Keep two commands from writing the same study at the same time."""
     try:
         root.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=root):
+            pass
     except OSError as error:
         reason = (error.strerror or "").lower()
-        raise BadInput(f"--root {str(root)!r} cannot be created ({reason}); choose another folder") from None
+        raise BadInput(f"--root {str(root)!r} cannot be written ({reason}); choose another folder") from None
     try:
         with FileLock(root / f".{study}.lock", timeout=0):
             yield
@@ -134,12 +144,10 @@ def open_source(of: Sequence[Settings], root: Path, compute: Compute, cache: Cac
     """
     from sae.activations.cache import open_caches, open_caches_to_read
     from sae.activations.stream import open_streams
-    from sae.activations.subject import Subject
     from sae.text.packing import prepare_corpus
 
     first = of[0]
-    device = compute.resolve()
-    subject = Subject.load(first.subject.model, device=device, dtype=first.subject.dtype)
+    subject = compute.load_subject(first)
     # Resolve now, so that a wrong name fails before the text is read.
     hookpoints = list(dict.fromkeys(subject.resolve(settings.subject.hookpoint) for settings in of))
     corpus = prepare_corpus(first.corpus, subject.tokenizer, subject.tokenizer_fingerprint, root)

@@ -8,20 +8,20 @@ and weights once it is done; in between it resumes from its last state.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae.common.amounts import human
-from sae.common.errors import BadInput, UserError
+from sae.common.errors import BadInput
 from sae.common.files import mapping_differences, write_table
 from sae.common.launch import launched
 from sae.common.parallel import join_ranks
 from sae.common.progress import say
 from sae.study.controls import add_controls
-from sae.study.run import Run, Study, plan_study, study_runs, write_record
+from sae.study.run import Run, Study, plan_study, remove_failed_runs, study_runs, write_record
 from sae.study.stage import (
     Compute,
     Source,
@@ -183,7 +183,7 @@ def _train_together(
             f"D {work.stream.width} · {human(training.tokens)} tokens of {human(source.corpus.n_tokens)} · "
             f"{source.subject.source}, {work.stream.hookpoint}"
         )
-    with _remove_empty_runs([run for _, run, _ in new]), report_out_of_memory(parts, source.subject.device):
+    with remove_failed_runs([run for _, run, _ in new]), report_out_of_memory(parts, source.subject.device):
         read = Reader(job)
         first = read([work.batches for work in works], 0)
         samples = {work.stream.hookpoint: x for work, x in zip(works, first, strict=True)}
@@ -280,17 +280,3 @@ class _Ending:
         if not run.is_control:
             say(f"train: {run.name}: {quality.describe()} (on the first batch)")
         return {"quality": asdict(quality)}
-
-
-@contextmanager
-def _remove_empty_runs(new: Sequence[Run]) -> Iterator[None]:
-    """Delete ``new`` runs if training fails before their first checkpoint, so that the name is free again."""
-    try:
-        yield
-    except UserError:
-        for run in new:
-            if not run.is_trained and not (run.state_folder.is_dir() and any(run.state_folder.iterdir())):
-                run.record_path.unlink(missing_ok=True)
-                if run.folder.is_dir() and not any(run.folder.iterdir()):
-                    run.folder.rmdir()
-        raise

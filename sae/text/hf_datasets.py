@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.common.errors import BadInput, NotFound, suggest
-from sae.common.files import digest, read_json
+from sae.common.files import check_regular, digest, expand_user, read_json
 from sae.common.hub import find_on_hub, first_line, looks_like_path
 from sae.settings import CorpusSettings
 from sae.text.sources import Document, Hashes, TextSource, get_text, split_text
@@ -37,7 +37,8 @@ def open_dataset(settings: CorpusSettings, hashes: Hashes) -> TextSource:
     if len(settings.source) != 1:
         raise BadInput(f"corpus.source names {len(settings.source)} datasets; give exactly one")
     name = settings.source[0]
-    path = Path(name).expanduser()
+    path = expand_user(name)
+    check_regular(path, "dataset")
     identity: dict[str, Any] = {"kind": "dataset", "column": settings.column}
     info: dict[str, Any] = {"source": name, "split": settings.split, "column": settings.column}
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import difflib
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae.common.errors import BadInput, NotFound, join_or, suggest
-from sae.common.files import digest, read_json, write_json
+from sae.common.files import check_regular, digest, expand_user, parse_json, read_json, write_json
 from sae.settings import CorpusSettings
 from sae.text.stdlib import read_stdlib
 
@@ -78,9 +77,10 @@ def open_text_files(settings: CorpusSettings, hashes: Hashes) -> TextSource:
     skipped: list[str] = []
     total = 0
     for name in settings.source:
-        given = Path(name).expanduser()
+        given = expand_user(name)
         if not given.exists():
             raise NotFound(f"text {name!r} does not exist{_hint(given)}")
+        check_regular(given, "text")
         for path in _files_below(given) if given.is_dir() else [given]:
             facts = hashes.facts(path)
             if facts.not_text_at is not None:
@@ -231,7 +231,7 @@ def read_json_lines(path: Path, column: str) -> Iterator[Document]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise BadInput(f"{str(path)!r} line {number} is not JSON ({error}); fix or remove the line") from None
             if not isinstance(row, dict):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sae.activations.bundled import BUNDLED
 from sae.common.errors import BadInput, NotFound, Unavailable
-from sae.common.files import digest, digest_file, digest_samples
+from sae.common.files import digest, digest_file, digest_samples, expand_user
 from sae.common.hub import find_on_hub, looks_like_path
 from sae.common.package_data import IS_CHECKOUT, TOP
 
@@ -97,7 +97,7 @@ def find_model(given: str, arguments: str = "", name: str | None = None) -> Vllm
     words = split_arguments(arguments)
     changing = _select_changing(words)
     suffix = f"+{digest(changing)[:6]}" if changing else ""
-    folder = BUNDLED if given == "bundled" else Path(given).expanduser()
+    folder = BUNDLED if given == "bundled" else expand_user(given)
     if given and folder.exists():
         _check_folder(folder, given)
         folder = folder.absolute()
@@ -179,7 +179,7 @@ def find_python(given: Path | None = None, environment: Mapping[str, str] | None
     values = os.environ if environment is None else environment
     for origin, named in (("--vllm-python", given), (f"${PYTHON_VARIABLE}", values.get(PYTHON_VARIABLE))):
         if named:
-            found = shutil.which(Path(named).expanduser())
+            found = shutil.which(expand_user(named))
             if found is None:
                 raise NotFound(f"{origin} {str(named)!r} is not a program; give the path of a Python that has vLLM")
             # Not resolved: an interpreter finds its virtual environment by the link.

@@ -5,7 +5,6 @@ A checkpoint may be a damaged download: its claims are compared with its content
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae.common.errors import BadInput, NotFound
-from sae.common.files import atomic
+from sae.common.files import atomic, read_json
 from sae.dictionaries.sae import Sae
 
 
@@ -60,8 +59,8 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{str(path.parent)!r} is not an SAE checkpoint: it has no {path.name}; name a folder with {path.name}"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        config = read_json(path)
+    except ValueError as error:
         raise BadInput(f"{path} is not valid JSON ({error}); fetch or write the checkpoint again") from None
     if not isinstance(config, dict):
         raise BadInput(f"{path} does not describe an SAE: it holds no JSON object; fetch the checkpoint again")

@@ -1,4 +1,4 @@
-"""A checkpoint that brings Python code of its own: the code never runs, and nobody is asked whether it should."""
+"""A checkpoint that brings Python code of its own: it runs only with ``--trust-remote-code``, and nobody is asked."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def refused(call: Callable[[], object], *parts: str) -> None:
     with pytest.raises(BadInput) as caught:
         call()
     assert "\n" not in str(caught.value)
-    for part in (*parts, "its own Python code", "never run", "part of transformers"):
+    for part in (*parts, "its own Python code", "is not run", "part of transformers"):
         assert part in str(caught.value)
 
 
@@ -145,6 +145,29 @@ def test_no_question_reaches_a_terminal(stdin: str, evil: Evil, tmp_path: Path) 
         os.close(ours)
         os.close(theirs)
     assert ran.returncode == 1, ran.stderr
-    assert "never run" in ran.stderr
+    assert "is not run" in ran.stderr
     assert "y/N" not in ran.stdout + ran.stderr
     assert not evil.marker.exists()
+
+
+REMOTE = """
+from transformers import GPTNeoXConfig, GPTNeoXModel
+
+class EvilConfig(GPTNeoXConfig):
+    model_type = "evil"
+
+class EvilModel(GPTNeoXModel):
+    config_class = EvilConfig
+"""
+
+
+def test_code_runs_for_those_who_trust_it(evil: Evil, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code = evil.folder / "evil.py"
+    code.write_text(code.read_text().splitlines()[0] + REMOTE)
+    evil.edit("config.json", model_type="evil", auto_map={**MAPS["config"], **MAPS["model"]})
+    loaded = Subject.load(str(evil.folder), trust_remote_code=True)
+    assert type(loaded.model).__name__ == "EvilModel"
+    assert evil.marker.exists()
+    code.write_text(code.read_text() + "# changed\n")
+    assert Subject.load(str(evil.folder), trust_remote_code=True).fingerprint != loaded.fingerprint

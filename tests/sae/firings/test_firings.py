@@ -40,7 +40,15 @@ from sae.dictionaries.sae import Firings
 from sae.firings import index as firing_index
 from sae.firings.harvest import harvest
 from sae.firings.index import Source
-from sae.firings.store import FiringStore, hash_windows, latent_statistics, mix_bits, read_digest, split_latents
+from sae.firings.store import (
+    FiringStore,
+    create_array,
+    hash_windows,
+    latent_statistics,
+    mix_bits,
+    read_digest,
+    split_latents,
+)
 
 
 @pytest.fixture
@@ -306,12 +314,19 @@ def test_an_sae_that_never_fires_has_a_store(stream: FakeStream, tmp_path: Path)
     assert store.windows(0)[0].tolist() == []
 
 
+def test_space_is_reserved_before_mapping(tmp_path: Path) -> None:
+    """A sparse file would be mapped too, and the first write that finds the disk full would kill the process."""
+    create_array(tmp_path / "x.npy", np.uint8, (1 << 20,))
+    assert (tmp_path / "x.npy").stat().st_blocks * 512 >= 1 << 20
+    assert not create_array(tmp_path / "none.npy", np.uint32, (0,)).size
+
+
 def test_a_full_disk_is_one_line(stream: FakeStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(np, "save", full)
+        patched.setattr(os, "posix_fallocate", full)
         with pytest.raises(UserError, match="the disk is full"):
             run(stream, tmp_path)
     (store,) = run(stream, tmp_path)
