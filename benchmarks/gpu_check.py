@@ -31,7 +31,7 @@ from torch import Tensor
 from sae.dictionaries.architectures.topk import TopKSae
 from sae.dictionaries.kernels import cpu
 from sae.dictionaries.kernels.steps import Kernels, triton_kernels
-from sae.dictionaries.objective import AuxK, Objective
+from sae.dictionaries.sae import AuxK, Objective
 from sae.training.stacked import Stack
 
 RESULTS = Path(__file__).parent / "results" / "gpu-check.json"

@@ -6,6 +6,8 @@ worth computing again in float32 (``kernels.cpu_shortlist``). No B x M matrix is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,25 +29,35 @@ def topk_firings(centred: Tensor, weight: Tensor, bias: Tensor, k: int, precisio
     if cpu.multiplies_in_tiles(centred):
         return Firings(*cpu.product_topk(centred.contiguous(), weight, bias, k))
     rows = _rows_at_once(centred, len(weight) * weight.element_size())
-    pre, found = _empty((rows, len(weight)), centred), _empty_firings(centred, k)
-    for start in range(0, len(centred), rows):
-        part = slice(start, start + rows)
+    pre = _empty((rows, len(weight)), centred)
+
+    def choose(part: slice) -> tuple[Tensor, Tensor]:
         dense = torch.addmm(bias, centred[part], weight.T, out=pre[: len(centred[part])])
-        found.activations[part], found.indices[part] = kernels_for(centred.device).topk(dense, k)
+        return kernels_for(centred.device).topk(dense, k)
+
+    return _choose_by_pieces(centred, k, rows, choose)
+
+
+def _choose_by_pieces(centred: Tensor, k: int, rows: int, choose: Callable[[slice], tuple[Tensor, Tensor]]) -> Firings:
+    n = len(centred)
+    found = Firings(centred.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=centred.device))
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        found.activations[part], found.indices[part] = choose(part)
     return found
 
 
 def _topk_in_int8(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> Firings:
     x, w = cpu.quantise(centred.contiguous()), cpu.quantise(weight)
     rows = _rows_at_once(centred, 4 * len(weight))
-    memory, found = _empty((rows, len(weight)), centred, torch.int32), _empty_firings(centred, k)
-    for start in range(0, len(centred), rows):
-        part = slice(start, start + rows)
+    memory = _empty((rows, len(weight)), centred, torch.int32)
+
+    def choose(part: slice) -> tuple[Tensor, Tensor]:
         inputs = cpu.Quantised(*(t[part] for t in x))
         products = product_of_int8(inputs.rows, w.rows, memory[: len(inputs.rows)])
-        chosen = cpu.quantised_topk(products, inputs, w, centred[part], weight, bias, k)
-        found.activations[part], found.indices[part] = chosen
-    return found
+        return cpu.quantised_topk(products, inputs, w, centred[part], weight, bias, k)
+
+    return _choose_by_pieces(centred, k, rows, choose)
 
 
 def product_of_int8(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
@@ -65,13 +77,13 @@ def _topk_in_bfloat16(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> 
     columns[:, d_in + 1] = bias - columns[:, d_in]
     size = _CPU_BFLOAT16_BYTES if centred.is_cpu else _PRE_ACTIVATION_BYTES
     rows = _rows_at_once(centred, 2 * len(weight), size)
-    pre, found = _empty((rows, len(weight)), inputs), _empty_firings(centred, k)
-    for start in range(0, len(centred), rows):
-        part = slice(start, start + rows)
+    pre = _empty((rows, len(weight)), inputs)
+
+    def choose(part: slice) -> tuple[Tensor, Tensor]:
         dense = torch.mm(inputs[part], columns.T, out=pre[: len(inputs[part])])
-        chosen = kernels_for(centred.device).rounded_topk(dense, centred[part], weight, bias, k)
-        found.activations[part], found.indices[part] = chosen
-    return found
+        return kernels_for(centred.device).rounded_topk(dense, centred[part], weight, bias, k)
+
+    return _choose_by_pieces(centred, k, rows, choose)
 
 
 def _widen(matrix: Tensor) -> Tensor:
@@ -87,8 +99,3 @@ def _rows_at_once(centred: Tensor, row_bytes: int, size: int | None = None) -> i
 def _empty(shape: tuple[int, int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or like.dtype
     return buffers.empty(shape, dtype) if like.is_cpu else torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def _empty_firings(centred: Tensor, k: int) -> Firings:
-    n = len(centred)
-    return Firings(centred.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=centred.device))

@@ -12,13 +12,15 @@ Legend: R rows of a batch, D model width, M latents, K' slots.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sae.common.precision import Precision
+from sae.common.ranks import ALONE, Job
+from sae.dictionaries.encoding import topk_firings
 from sae.dictionaries.kernels.steps import kernels_for
 from sae.dictionaries.sae import Firings
 
@@ -27,6 +29,7 @@ _SLOTS = 1 << 21  # slots passed on at once
 _NARROW = 64  # slots in the narrowest class of tokens; each further class has 4 times as many
 _DENSE = 1 / 12  # the share of M from which on a token's latents are cheaper as a row of dense products
 _GATHERED = 1 << 22  # elements of decoder rows gathered at once
+_FIRST = 4  # times k: how many of a token's pre-activations BatchTopK searches at first
 
 
 class Error(NamedTuple):
@@ -46,64 +49,42 @@ class Sums(NamedTuple):
     firings: Tensor  # [M] int64: entries with a positive activation
 
 
-class Entries(ABC):
-    """Some entries of the pre-activations of R tokens. All tensors by entry have the shape of ``pre``."""
-
-    pre: Tensor  # pre-activations
-    real: Tensor  # bool: False marks a place of ``pre`` that is not an entry and must get the value 0
-
-    @abstractmethod
-    def of(self, per_latent: Tensor) -> Tensor:
-        """Return the value of each entry's latent, out of ``per_latent`` [M]; broadcasts to the shape of ``pre``."""
-
-    @abstractmethod
-    def by_latent(self, values: Tensor) -> Tensor:
-        """Return the sum of ``values`` over the entries of each latent, [M]."""
-
-    @abstractmethod
-    def error(self, activations: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Error:
-        """Return the error of ``activations @ W_dec + b_dec``; products are 0 where an activation is not positive."""
-
-    @abstractmethod
-    def products(self, where: Tensor, residual: Tensor, W_dec: Tensor) -> Tensor:
-        """Return the product of ``residual`` [R, D] with each entry's decoder row where ``where`` (bool), else 0."""
-
-    @abstractmethod
-    def sums(self, activations: Tensor, slopes: Tensor, residual: Tensor, centred: Tensor) -> Sums:
-        """Sum ``activations * residual`` for W_dec, ``slopes * centred`` for W_enc and ``slopes`` for b_enc.
-
-        ``slopes`` counts as 0 where an activation is not positive.
-        """
-
-
-class Dense(Entries):
-    """All M pre-activations of each token: [R, M]."""
+class Dense:
+    """All M pre-activations of each token: [R, M]. Where ``real`` is False, activations must be 0."""
 
     def __init__(self, pre: Tensor, real: Tensor) -> None:
         self.pre, self.real = pre, real
 
     def of(self, per_latent: Tensor) -> Tensor:
+        """Return the value of each entry's latent, out of ``per_latent`` [M]; broadcasts to the shape of ``pre``."""
         return per_latent
 
     def by_latent(self, values: Tensor) -> Tensor:
+        """Return the sum of ``values`` over the entries of each latent, [M]."""
         return values.sum(0)
 
     def error(self, activations: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Error:
+        """Return the error of ``activations @ W_dec + b_dec``; products are 0 where an activation is not positive."""
         residual = torch.addmm(b_dec, activations, W_dec).sub_(target)
         squares = residual.square().sum(1).sum(dtype=torch.float64)
         return Error(residual, self.products(activations > 0, residual, W_dec), squares)
 
     def products(self, where: Tensor, residual: Tensor, W_dec: Tensor) -> Tensor:
+        """Return the product of ``residual`` [R, D] with each entry's decoder row where ``where`` (bool), else 0."""
         return (residual @ W_dec.T).masked_fill_(~where, 0)
 
     def sums(self, activations: Tensor, slopes: Tensor, residual: Tensor, centred: Tensor) -> Sums:
+        """Sum ``activations * residual`` for W_dec, ``slopes * centred`` for W_enc and ``slopes`` for b_enc.
+
+        ``slopes`` counts as 0 where an activation is not positive.
+        """
         fires = activations > 0
         slopes = slopes * fires
         return Sums(slopes.T @ centred, slopes.sum(0), activations.T @ residual, fires.sum(0))
 
 
-class Slots(Entries):
-    """The entries alone, in K' slots per token, some of them empty: [R, K']."""
+class Slots:
+    """The entries alone, in K' slots per token, empty where not ``real``: [R, K']. Methods are those of ``Dense``."""
 
     def __init__(self, pre: Tensor, indices: Tensor, real: Tensor, num_latents: int) -> None:
         self.pre, self.indices, self.real, self.num_latents = pre, indices, real, num_latents
@@ -136,6 +117,9 @@ class Slots(Entries):
 
     def _where(self, activations: Tensor) -> Tensor:
         return torch.where(activations > 0, self.indices, 0)
+
+
+Entries = Dense | Slots  # of the pre-activations of R tokens
 
 
 def tokens_at_once(num_latents: int, element_size: int = 4) -> int:
@@ -272,3 +256,65 @@ def firings_by(activate: Callable[[Tensor], Tensor], centred: Tensor, weight: Te
     if not found:
         return Firings(centred.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64, device=centred.device))
     return Firings(cat_padded([f.activations for f in found]), cat_padded([f.indices for f in found]))
+
+
+class Chosen(NamedTuple):
+    """The latents that fire in a batch."""
+
+    groups: list[tuple[Tensor, Slots]]  # int64 [R] and firings; tokens with many firings apart
+    least: Tensor  # the smallest activation among them; 0 if fewer than B k are positive
+
+
+def batch_topk(
+    centred: Tensor, weight: Tensor, bias: Tensor, k: int, job: Job = ALONE, precision: Precision = "float32"
+) -> Chosen:
+    """Return the B k largest of the positive pre-activations ``centred @ weight.T + bias`` of ``centred`` [B, D].
+
+    Each token's few largest are found as by TopK; the B k-th largest of these is a lower bound of the threshold. A
+    token whose few are all above the bound is searched again for four times as many, until no token has more. A token
+    searched for K' has K' / 4 among the B k largest, so there are at most 4 B k / K' such tokens: memory stays a small
+    multiple of B k slots. Processes that share a batch gather the candidates of all and so find the same threshold as
+    one process.
+
+    If fewer than B k are positive, all of them fire. The order of ties is fixed, but has no meaning. If the processes
+    of ``job`` share a batch, B counts the tokens of all, and each process gets its own firings. ``precision`` is that
+    of the product (:func:`sae.dictionaries.encoding.topk_firings`).
+    """
+    wanted, num_latents = int(_gather_number(job, len(centred), centred).sum()) * k, len(weight)
+    rows = torch.arange(len(centred), device=centred.device)
+    groups: list[tuple[Tensor, Tensor, Tensor]] = []
+    width = min(_FIRST * k, num_latents)
+    while True:
+        groups.append((rows, *topk_firings(centred[rows], weight, bias, width, precision)))
+        flat = torch.cat(job.gather(torch.cat([values.flatten() for _, values, _ in groups])))
+        least = flat.kthvalue(len(flat) - wanted + 1).values if wanted <= len(flat) else flat.new_zeros(())
+        rows, values, indices = groups[-1]
+        more = (values > least).all(1)
+        if width == num_latents or not bool(_gather_number(job, more.sum(), centred).any()):
+            break
+        groups[-1] = rows[~more], values[~more], indices[~more]
+        rows, width = rows[more], min(_FIRST * width, num_latents)
+    return _choose(groups, wanted, least, num_latents, job)
+
+
+def _gather_number(job: Job, number: Tensor | int, like: Tensor) -> Tensor:
+    """Return a whole number of each process that shares the batch, int64."""
+    return torch.cat(job.gather(torch.as_tensor(number, device=like.device).reshape(1)))
+
+
+def _choose(
+    groups: list[tuple[Tensor, Tensor, Tensor]], wanted: int, least: Tensor, num_latents: int, job: Job
+) -> Chosen:
+    every = torch.cat([values.flatten() for _, values, _ in groups])
+    above = _gather_number(job, (every > least).sum(), every).sum()
+    equal = _gather_number(job, ((every == least) & (every > 0)).sum(), every)
+    left = wanted - above - equal[: job.place].sum()  # for values that equal the least: first come, first served
+    found = []
+    for rows, values, indices in groups:
+        if not len(rows):
+            continue
+        last = (values == least) & (values > 0)
+        last &= last.flatten().cumsum(0).view_as(last) <= left
+        left = left - last.sum()
+        found.append((rows, pack(values, indices, (values > least) | last, num_latents)))
+    return Chosen(found, least)

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from sae.dictionaries.encoding import topk_firings
-from sae.dictionaries.entries import Error, Sums
+from sae.dictionaries.entries import Entries, Error
 from sae.dictionaries.kernels.steps import kernels_for
-from sae.dictionaries.objective import Objective
-from sae.dictionaries.sae import Firings, Sae
+from sae.dictionaries.sae import Firings, Objective, Sae
 
 
 class Reconstruction(NamedTuple):
@@ -57,22 +56,32 @@ def reconstruction(sae: Sae, firings: Firings, x: Tensor, centred: Tensor, scale
 class Totals:
     """Sums over the groups of a batch; the number of groups changes their rounding only."""
 
-    def __init__(self, sae: Sae, x: Tensor, objective: Objective) -> None:
+    def __init__(self, sae: Sae, x: Tensor, centred: Tensor, objective: Objective) -> None:
         self.scale = 2 / objective.variance  # times residual @ decoder row: the gradient by an activation
         self.squares = torch.zeros((), dtype=torch.float64, device=x.device)
         self.residual = torch.empty_like(x)  # [B, D] reconstruction minus target
         self.firings = torch.zeros(sae.num_latents, dtype=torch.int64, device=x.device)
-        self._sae = sae
+        self._sae, self._x, self._centred = sae, x, centred
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, rows: Tensor, error: Error, sums: Sums) -> None:
-        """Add the tokens ``rows`` [R]: their error, and the sums whose slopes are gradients by pre-activations."""
+    def add(
+        self, rows: Tensor, entries: Entries, activations: Tensor, penalty: float = 0.0, stretch: Tensor | float = 1.0
+    ) -> Error:
+        """Add the tokens ``rows`` [R] with these activations, and return the error of their reconstruction.
+
+        ``penalty`` is the gradient of further terms by an activation, ``stretch`` that of an activation by its
+        pre-activation.
+        """
+        error = entries.error(activations, self._sae.W_dec, self._sae.b_dec, self._x[rows])
+        slopes = (error.products * self.scale + penalty) * stretch
+        sums = entries.sums(activations, slopes, error.residual, self._centred[rows])
         self.residual[rows] = error.residual
         self.squares += error.squares
         self.firings += sums.firings
         self.add_to("W_enc", sums.W_enc)
         self.add_to("b_enc", sums.b_enc)
         self.add_to("W_dec", sums.W_dec.mul_(self.scale))
+        return error
 
     def add_to(self, name: str, amount: Tensor) -> None:
         """Add to one tensor of the gradient. ``amount`` may be kept and changed."""

@@ -4,11 +4,23 @@ Every architecture exposes encoder and decoder directions under the same four na
 compared. Activations are passed on as K slots per token, never as a B x M matrix. Gradients are worked out by hand,
 because automatic differentiation would keep that matrix.
 
+With residual r = x_hat - x and total variance V = sum ||x - mean(x)||^2 of the batch, the training loss is
+
+    FVU + alpha * AuxK + lambda * S + G,   FVU = sum ||r||^2 / V
+
+AuxK, or another term in its place, revives dead latents (``sae.dictionaries.gradients``). S is the architecture's
+sparsity term, a mean over tokens (none in TopK and BatchTopK). G is any further term (Gated's auxiliary
+reconstruction). V and the number of tokens are given, so that the gradients of parts of a batch add up.
+
+Activations are not rescaled. Numbers with their unit are measured in sqrt(V / B), the root mean square distance of a
+token from the mean, so that lambda and the bandwidth mean the same for every hookpoint.
+
 Legend: B batch, D model width (d_in), M latents, K active latents.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple, Self
@@ -17,8 +29,9 @@ import torch
 from torch import Tensor
 
 from sae.common.errors import BadInput
+from sae.common.precision import Precision
+from sae.common.ranks import ALONE, Job
 from sae.dictionaries.kernels.steps import kernels_for
-from sae.dictionaries.objective import Loss, Objective
 
 
 class Firings(NamedTuple):
@@ -26,6 +39,42 @@ class Firings(NamedTuple):
 
     activations: Tensor  # [B, K] strictly positive; 0 marks an empty slot
     indices: Tensor  # [B, K] int64 latent of each slot, in no particular order; 0 in an empty slot
+
+
+class AuxK(NamedTuple):
+    """The auxiliary loss of one step (Gao et al. 2024, appendix A.2)."""
+
+    dead: Tensor  # [M] bool: the latents that it revives
+    k: int  # dead latents per token in the reconstruction of the error, at most
+    coefficient: float  # alpha
+
+
+class Objective(NamedTuple):
+    """The loss of one step."""
+
+    variance: float  # V, of the whole batch
+    tokens: int  # B, of the whole batch
+    auxk: AuxK | None = None
+    sparsity: float = 0.0  # lambda; unused by architectures that choose by rank
+    bandwidth: float = 0.01  # epsilon of JumpReLU's estimators, in units of ``unit``
+    precision: Precision = "float32"  # of the dense encoder product; activations and gradients are never rounded
+    job: Job = ALONE  # the processes that share the batch, for architectures that choose among all of its tokens
+
+    @property
+    def unit(self) -> float:
+        """sqrt(V / B), the root mean square distance of a token's activations from their mean."""
+        return math.sqrt(self.variance / self.tokens)
+
+
+class Loss(NamedTuple):
+    """The loss of one batch, before the step; float64 scalars on the weights' device."""
+
+    fvu: Tensor
+    auxk: Tensor  # without its coefficient; P for architectures with a penalty; 0 without a dead latent
+    sparsity: Tensor  # S, without its coefficient; 0 for architectures without it
+    firings: Tensor  # [M] int64: tokens of the batch for which each latent fires
+    other: Tensor | None = None  # G; None for architectures without it
+    least: Tensor | None = None  # the smallest activation among the firings, if the architecture uses it
 
 
 class Sae(ABC):
@@ -38,9 +87,9 @@ class Sae(ABC):
     penalised: ClassVar[bool] = False  # a sparsity term decides how many fire: training finds its coefficient
     gradients_at_once: ClassVar[int] = 2  # gradients as large as the weights that a step holds; 1: in one piece
     slots_per_k: ClassVar[int] = 8  # most slots of a token held for the whole batch, in units of k; 0: by pieces
-    k: int | None  # latents that fire per token, or the average that training aims at; None if unknown
 
-    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
+    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int | None) -> None:
+        """``k`` is the number of latents that fire per token, or the average that training aims at; None if unknown."""
         num_latents, d_in = W_enc.shape
         for name, tensor, shape in (
             ("b_enc", b_enc, (num_latents,)),
@@ -49,7 +98,10 @@ class Sae(ABC):
         ):
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with W_enc {tuple(W_enc.shape)}: {shape}")
+        if k is not None and not 1 <= k <= num_latents:
+            raise ValueError(f"k = {k} is not between 1 and the number of latents, {num_latents}")
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (t.contiguous() for t in (W_enc, b_enc, W_dec, b_dec))
+        self.k = k
 
     @property
     def d_in(self) -> int:
@@ -97,12 +149,12 @@ class Sae(ABC):
         return self
 
     @classmethod
-    @abstractmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> Self:
         """Make a dictionary to train, in float32 in main memory, with an encoder drawn from ``seed``.
 
         ``k`` is the number of latents that should fire per token; ``b_dec`` is computed from ``x_sample`` [N, D].
         """
+        return cls.of_weights(draw_weights(d_in, num_latents, seed, x_sample), k)
 
     @abstractmethod
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
@@ -136,13 +188,7 @@ class Sae(ABC):
         return x.to(device=self.device, dtype=self.dtype) - self.b_dec
 
 
-def check_k(k: int | None, num_latents: int) -> None:
-    """Raise ValueError if ``k`` is impossible; None is always possible."""
-    if k is not None and not 1 <= k <= num_latents:
-        raise ValueError(f"k = {k} is not between 1 and the number of latents, {num_latents}")
-
-
-def fresh_weights(d_in: int, num_latents: int, seed: int, x_sample: Tensor | None) -> dict[str, Tensor]:
+def draw_weights(d_in: int, num_latents: int, seed: int, x_sample: Tensor | None) -> dict[str, Tensor]:
     """Return initial W_enc, b_enc, W_dec and b_dec, in float32 in main memory.
 
     The encoder is drawn from ``seed``, uniform in +-1/sqrt(D), with zero bias; the decoder is the encoder with rows of
@@ -171,3 +217,8 @@ def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) 
             return moved
         centre = moved
     return centre
+
+
+def total_variance(x: Tensor) -> float:
+    """Return V, the sum of squared distances of ``x`` [B, D] from its mean; no dictionary changes it."""
+    return float((x - x.mean(0)).square().sum(dtype=torch.float64))

@@ -16,7 +16,7 @@ import torch
 from sae.activations.stream import ActivationStream, compute_block, read_batches
 from sae.common.ranks import ALONE
 from sae.dictionaries.architectures import ARCHITECTURES
-from sae.dictionaries.objective import total_variance
+from sae.dictionaries.sae import total_variance
 from sae.settings import Settings
 from sae.study.run import Study
 from sae.study.stage import Compute, open_source

@@ -20,8 +20,7 @@ from sae.common.errors import NotFinite, SettingsDiffer
 from sae.common.precision import Precision, resolve
 from sae.common.ranks import Job
 from sae.dictionaries.kernels.steps import kernels_for
-from sae.dictionaries.objective import AuxK, Loss, Objective
-from sae.dictionaries.sae import Sae
+from sae.dictionaries.sae import AuxK, Loss, Objective, Sae
 from sae.settings import TrainingSettings
 from sae.training.sparsity import SparsityControl
 from sae.training.stacked import LossAndGradient

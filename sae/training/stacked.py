@@ -17,8 +17,7 @@ from torch import Tensor
 
 from sae.dictionaries.architectures.topk import TopKSae
 from sae.dictionaries.kernels.steps import Kernels, triton_kernels
-from sae.dictionaries.objective import AuxK, Loss, Objective
-from sae.dictionaries.sae import Sae
+from sae.dictionaries.sae import AuxK, Loss, Objective, Sae
 
 _PIECE_BYTES = 512 * 2**20  # dense pre-activations of all seeds that may exist at once: large products, few launches
 _ROWS = 128  # products of this many rows or a multiple fill a GPU's tiles

@@ -24,8 +24,7 @@ from sae.common.interrupt import Interrupt, defer_interrupts, raise_signal
 from sae.common.precision import resolve
 from sae.common.progress import track
 from sae.common.ranks import ALONE, Job
-from sae.dictionaries.objective import total_variance
-from sae.dictionaries.sae import Sae
+from sae.dictionaries.sae import Sae, total_variance
 from sae.settings import TrainingSettings
 from sae.training.learner import Learner, LogRow, TrainLog
 from sae.training.stacked import LossAndGradient, stack_on_gpu

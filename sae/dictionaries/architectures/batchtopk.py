@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae.dictionaries.batch_topk import batch_topk
-from sae.dictionaries.entries import firings_by
+from sae.dictionaries.entries import batch_topk, firings_by
 from sae.dictionaries.gradients import Totals, add_auxk
-from sae.dictionaries.objective import Loss, Objective
-from sae.dictionaries.sae import Firings, Sae, check_k, fresh_weights
+from sae.dictionaries.sae import Firings, Loss, Objective, Sae, draw_weights
 
 
 class BatchTopKSae(Sae):
@@ -27,17 +25,15 @@ class BatchTopKSae(Sae):
     def __init__(
         self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int | None, threshold: Tensor
     ) -> None:
-        super().__init__(W_enc, b_enc, W_dec, b_dec)
-        check_k(k, self.num_latents)
+        super().__init__(W_enc, b_enc, W_dec, b_dec, k)
         if threshold.ndim:
             raise ValueError(f"threshold has shape {tuple(threshold.shape)}; it is one number")
-        self.k = k
         self.threshold = threshold
 
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> BatchTopKSae:
         """Draw fresh weights; the threshold is 0 until it is measured."""
-        return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k, threshold=torch.zeros(()))
+        return cls(**draw_weights(d_in, num_latents, seed, x_sample), k=k, threshold=torch.zeros(()))
 
     def weights(self) -> dict[str, Tensor]:
         return {**super().parameters(), "threshold": self.threshold}
@@ -56,12 +52,10 @@ class BatchTopKSae(Sae):
         if self.k is None:
             raise ValueError("a BatchTopK dictionary without a k cannot be trained")
         centred = self.centred(x)
-        totals = Totals(self, x, objective)
+        totals = Totals(self, x, centred, objective)
         chosen = batch_topk(centred, self.W_enc, self.b_enc, self.k, objective.job, objective.precision)
         for rows, entries in chosen.groups:
-            error = entries.error(entries.pre, self.W_dec, self.b_dec, x[rows])
-            slopes = error.products * totals.scale
-            totals.add(rows, error, entries.sums(entries.pre, slopes, error.residual, centred[rows]))
+            totals.add(rows, entries, entries.pre)
         gradient = totals.gradient()
         auxk = add_auxk(gradient, self, centred, totals.residual, objective)
         none = torch.zeros_like(totals.squares)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from sae.dictionaries.entries import firings_by, parts
 from sae.dictionaries.gradients import Totals, lift
-from sae.dictionaries.objective import Loss, Objective
-from sae.dictionaries.sae import Firings, Sae, check_k, fresh_weights
+from sae.dictionaries.sae import Firings, Loss, Objective, Sae, draw_weights
 
 
 class GatedSae(Sae):
@@ -36,12 +35,10 @@ class GatedSae(Sae):
         b_dec: Tensor,
         k: int | None,
     ) -> None:
-        super().__init__(W_enc, b_gate, W_dec, b_dec)
-        check_k(k, self.num_latents)
+        super().__init__(W_enc, b_gate, W_dec, b_dec, k)
         for name, tensor in (("r_mag", r_mag), ("b_mag", b_mag)):
             if tuple(tensor.shape) != (self.num_latents,):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with W_enc {tuple(W_enc.shape)}: it has M")
-        self.k = k
         self.r_mag, self.b_mag = r_mag.contiguous(), b_mag.contiguous()
 
     @property
@@ -56,7 +53,7 @@ class GatedSae(Sae):
     @classmethod
     def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> GatedSae:
         """Draw fresh weights; the two paths begin equal."""
-        weights = fresh_weights(d_in, num_latents, seed, x_sample)
+        weights = draw_weights(d_in, num_latents, seed, x_sample)
         zero = torch.zeros(num_latents)
         return cls(b_gate=weights.pop("b_enc"), r_mag=zero, b_mag=zero.clone(), **weights, k=k)
 
@@ -72,21 +69,18 @@ class GatedSae(Sae):
 
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
         centred, stretch = self.centred(x), self.r_mag.exp()
-        totals = Totals(self, x, objective)
+        totals = Totals(self, x, centred, objective)
         penalty = objective.sparsity / (objective.tokens * objective.unit)
         length, unexplained = (x.new_zeros((), dtype=torch.float64) for _ in range(2))
         for rows, entries in parts(centred, self.W_enc, None, -self.b_gate):
-            target, inputs = x[rows], centred[rows]
             magnitude = torch.addcmul(entries.of(self.b_mag), entries.pre, entries.of(stretch)).relu_() * entries.real
-            error = entries.error(magnitude, self.W_dec, self.b_dec, target)
-            slopes = error.products * totals.scale * entries.of(stretch)
-            totals.add(rows, error, entries.sums(magnitude, slopes, error.residual, inputs))
+            totals.add(rows, entries, magnitude, stretch=entries.of(stretch))
 
             gate = (entries.pre + entries.of(self.b_gate)).relu_() * entries.real
             length += gate.sum(1).sum(dtype=torch.float64)
-            error = entries.error(gate, self.W_dec, self.b_dec, target)
+            error = entries.error(gate, self.W_dec, self.b_dec, x[rows])
             unexplained += error.squares
-            of = entries.sums(gate, error.products * totals.scale + penalty, error.residual, inputs)
+            of = entries.sums(gate, error.products * totals.scale + penalty, error.residual, centred[rows])
             totals.add_to("W_enc", of.W_enc)
             totals.add_to("b_gate", of.b_enc)
         gradient = {"b_gate": torch.zeros_like(self.b_gate), **totals.gradient()}

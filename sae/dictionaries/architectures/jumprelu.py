@@ -7,11 +7,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sae.dictionaries.batch_topk import batch_topk
-from sae.dictionaries.entries import firings_by, parts
+from sae.dictionaries.entries import batch_topk, firings_by, parts
 from sae.dictionaries.gradients import Totals, lift
-from sae.dictionaries.objective import Loss, Objective
-from sae.dictionaries.sae import Firings, Sae, check_k, fresh_weights
+from sae.dictionaries.sae import Firings, Loss, Objective, Sae, draw_weights
 
 _BEGIN = 4  # times k: L0 at the first step
 
@@ -39,11 +37,9 @@ class JumpReluSae(Sae):
     def __init__(
         self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor, k: int | None
     ) -> None:
-        super().__init__(W_enc, b_enc, W_dec, b_dec)
-        check_k(k, self.num_latents)
+        super().__init__(W_enc, b_enc, W_dec, b_dec, k)
         if tuple(threshold.shape) != (self.num_latents,) or not bool((threshold > 0).all()):
             raise ValueError(f"threshold must hold {self.num_latents} positive numbers, one for each latent")
-        self.k = k
         self.threshold = threshold.contiguous()
         self._reset_log_threshold()
 
@@ -53,7 +49,7 @@ class JumpReluSae(Sae):
 
         From there thresholds and directions adapt to each other even in a short run. Without a sample: 0.001.
         """
-        weights = fresh_weights(d_in, num_latents, seed, x_sample)
+        weights = draw_weights(d_in, num_latents, seed, x_sample)
         least = torch.tensor(1e-3)
         if x_sample is not None:
             begin = min(_BEGIN * k, num_latents)
@@ -91,16 +87,14 @@ class JumpReluSae(Sae):
 
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
         centred, theta = self.centred(x), self.threshold
-        totals = Totals(self, x, objective)
+        totals = Totals(self, x, centred, objective)
         bandwidth = objective.bandwidth * objective.unit
         penalty = objective.sparsity / objective.tokens
         for rows, entries in parts(centred, self.W_enc, self.b_enc, theta - bandwidth / 2):
             above = entries.real & (entries.pre > entries.of(theta))
             near = entries.real & ((entries.pre - entries.of(theta)).abs() < bandwidth / 2)
             activations = entries.pre * above
-            error = entries.error(activations, self.W_dec, self.b_dec, x[rows])
-            slopes = error.products * totals.scale
-            totals.add(rows, error, entries.sums(activations, slopes, error.residual, centred[rows]))
+            error = totals.add(rows, entries, activations)
             # Near a threshold, but below it: no firing, but the reconstruction may call for one.
             products = error.products + entries.products(near & ~above, error.residual, self.W_dec)
             steps = (products * (totals.scale * entries.of(theta)) + penalty) * near

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from sae.dictionaries.entries import firings_by, parts
 from sae.dictionaries.gradients import Totals, lift
-from sae.dictionaries.objective import Loss, Objective
-from sae.dictionaries.sae import Firings, Sae, check_k, fresh_weights
+from sae.dictionaries.sae import Firings, Loss, Objective, Sae
 
 
 class ReluSae(Sae):
@@ -25,30 +24,18 @@ class ReluSae(Sae):
     penalised = True
     slots_per_k = 0
 
-    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int | None) -> None:
-        super().__init__(W_enc, b_enc, W_dec, b_dec)
-        check_k(k, self.num_latents)
-        self.k = k
-
-    @classmethod
-    def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> ReluSae:
-        """Draw fresh weights; half of the latents fire at first."""
-        return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k)
-
     def encode(self, x: Tensor) -> Firings:
         return firings_by(torch.relu_, self.centred(x), self.W_enc, self.b_enc)
 
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
         centred = self.centred(x)
-        totals = Totals(self, x, objective)
+        totals = Totals(self, x, centred, objective)
         penalty = objective.sparsity / (objective.tokens * objective.unit)
         length = x.new_zeros((), dtype=torch.float64)
         for rows, entries in parts(centred, self.W_enc, self.b_enc, 0.0):
             activations = entries.pre * entries.real
             length += activations.sum(1).sum(dtype=torch.float64)
-            error = entries.error(activations, self.W_dec, self.b_dec, x[rows])
-            slopes = error.products * totals.scale + penalty
-            totals.add(rows, error, entries.sums(activations, slopes, error.residual, centred[rows]))
+            totals.add(rows, entries, activations, penalty)
         gradient = totals.gradient()
         revival, by_threshold = lift(self.W_enc, centred, -self.b_enc, objective)
         gradient["b_enc"] -= by_threshold

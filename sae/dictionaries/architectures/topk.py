@@ -8,8 +8,7 @@ from torch import Tensor
 from sae.common.precision import Precision, has_int8_products
 from sae.dictionaries.encoding import topk_firings
 from sae.dictionaries.gradients import add_auxk, reconstruction
-from sae.dictionaries.objective import Loss, Objective
-from sae.dictionaries.sae import Firings, Sae, check_k, fresh_weights
+from sae.dictionaries.sae import Firings, Loss, Objective, Sae
 
 
 class TopKSae(Sae):
@@ -24,15 +23,6 @@ class TopKSae(Sae):
     gradients_at_once = 1
     slots_per_k = 1
     k: int
-
-    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> None:
-        super().__init__(W_enc, b_enc, W_dec, b_dec)
-        check_k(k, self.num_latents)
-        self.k = k
-
-    @classmethod
-    def init(cls, d_in: int, num_latents: int, k: int, seed: int, x_sample: Tensor | None = None) -> TopKSae:
-        return cls(**fresh_weights(d_in, num_latents, seed, x_sample), k=k)
 
     def encode(self, x: Tensor) -> Firings:
         return self.encode_centred(self.centred(x))

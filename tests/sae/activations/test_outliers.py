@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2Model
 from sae.activations.outliers import find_outliers, measure_quality
 from sae.common.files import read_json, table_metadata
 from sae.dictionaries.architectures.topk import TopKSae
-from sae.dictionaries.objective import total_variance
+from sae.dictionaries.sae import total_variance
 
 
 def sample(n: int, outlying: int, times: float) -> torch.Tensor:

@@ -19,7 +19,7 @@ from sae.common.errors import SettingsDiffer, UserError
 from sae.common.precision import Precision
 from sae.common.progress import say_once
 from sae.dictionaries.architectures.topk import TopKSae
-from sae.dictionaries.objective import Objective, total_variance
+from sae.dictionaries.sae import Objective, total_variance
 from sae.settings import TrainingSettings
 from sae.study import stage
 from sae.study.recipes import settings_from

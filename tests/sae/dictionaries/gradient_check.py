@@ -16,8 +16,7 @@ from torch import Tensor
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.dictionaries.architectures.gated import GatedSae
 from sae.dictionaries.architectures.jumprelu import JumpReluSae
-from sae.dictionaries.objective import Objective
-from sae.dictionaries.sae import Firings, Sae
+from sae.dictionaries.sae import Firings, Objective, Sae
 
 D, M, K, B = 12, 48, 4, 70
 Weights = Mapping[str, Tensor]

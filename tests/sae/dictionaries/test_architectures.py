@@ -16,9 +16,8 @@ from sae.dictionaries.architectures.batchtopk import BatchTopKSae
 from sae.dictionaries.architectures.gated import GatedSae
 from sae.dictionaries.architectures.jumprelu import JumpReluSae
 from sae.dictionaries.architectures.relu import ReluSae
-from sae.dictionaries.batch_topk import batch_topk
-from sae.dictionaries.objective import AuxK, Objective, total_variance
-from sae.dictionaries.sae import Firings
+from sae.dictionaries.entries import batch_topk
+from sae.dictionaries.sae import AuxK, Firings, Objective, total_variance
 
 KINDS = sorted(EXPECTED)
 

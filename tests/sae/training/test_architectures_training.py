@@ -16,8 +16,7 @@ from sae.activations.stream import ActivationStream
 from sae.common.errors import BadInput
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.dictionaries.architectures.gated import GatedSae
-from sae.dictionaries.objective import Objective, total_variance
-from sae.dictionaries.sae import Sae
+from sae.dictionaries.sae import Objective, Sae, total_variance
 from sae.firings.harvest import harvest
 from sae.firings.store import FiringStore, latent_statistics
 from sae.settings import TrainingSettings

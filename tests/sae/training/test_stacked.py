@@ -13,8 +13,7 @@ from sae.dictionaries.architectures.relu import ReluSae
 from sae.dictionaries.architectures.topk import TopKSae
 from sae.dictionaries.kernels import plain
 from sae.dictionaries.kernels.steps import Kernels
-from sae.dictionaries.objective import AuxK, Objective, total_variance
-from sae.dictionaries.sae import Sae
+from sae.dictionaries.sae import AuxK, Objective, Sae, total_variance
 from sae.training import stacked
 from sae.training.stacked import Stack, stack_on_gpu
 

@@ -15,7 +15,7 @@ import resource, sys
 import torch
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.training.memory import Part, training_need
-from sae.dictionaries.objective import AuxK, Objective, total_variance
+from sae.dictionaries.sae import AuxK, Objective, total_variance
 from sae.settings import TrainingSettings
 
 def peak():

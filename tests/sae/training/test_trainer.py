@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from sae.common.errors import BadInput, SettingsDiffer, UserError
 from sae.common.ranks import ALONE, Job
 from sae.dictionaries.architectures.topk import TopKSae
-from sae.dictionaries.objective import AuxK, Objective, total_variance
-from sae.dictionaries.sae import Sae
+from sae.dictionaries.sae import AuxK, Objective, Sae, total_variance
 from sae.settings import TrainingSettings
 from sae.training import state as training_state
 from sae.training import trainer
