@@ -19,11 +19,10 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from sae.alignment import relation
-from sae.alignment.matching.directions import run_in_parallel
 from sae.common.errors import BadInput
+from sae.dictionaries.kernels.cpu import run_in_parallel, split_by_load
 from sae.firings.store import FiringStore
 
 NEAREST = 24  # latents of the other dictionary that are kept for each, by Jaccard
@@ -123,11 +122,8 @@ def count_cofirings(
                 with telling:
                     advance((done - 1) % _TELL + 1)
 
-    # Each thread gets the same number of firings, not of latents: these differ a hundredfold.
-    share = np.searchsorted(np.cumsum(here), np.linspace(0, here.sum(), torch.get_num_threads() + 1)[1:-1]) + 1
-    cuts = np.unique(np.concatenate([[0], np.minimum(share, m), [m]])).tolist()
     try:
-        run_in_parallel(count, list(pairwise(cuts)))
+        run_in_parallel(count, split_by_load(np.concatenate([[0], np.cumsum(here)])))
     finally:
         stopped.set()  # after an error in one thread, or Ctrl-C, the others stop too
     return found

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae.alignment.matching.directions import Directions, Floats, Screen, cosines, run_in_parallel, split_evenly
-from sae.dictionaries.kernels import cpu
+from sae.alignment.matching.directions import Directions, Floats, Screen, cosines
+from sae.dictionaries.kernels.cpu import products, run_in_parallel, split_evenly
 from sae.dictionaries.kernels.cpu_loops import FAST
 
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -255,7 +255,7 @@ class Tiles:
 
     def multiply(self, rows: Tensor, columns: Tensor) -> Tensor:
         out = self._out[: len(rows) * len(columns)].view(len(rows), len(columns))
-        return cpu.products(rows, columns, out)
+        return products(rows, columns, out)
 
     def find_above(
         self, tile: Tensor, row: NDArray[np.float32], column: NDArray[np.float32], relative: float, summed: bool

@@ -18,12 +18,9 @@ Shapes: D model width, M latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numba
@@ -33,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sae.common.precision import FloatPrecision
+from sae.dictionaries.kernels.cpu import run_in_parallel, split_evenly
 from sae.dictionaries.kernels.cpu_loops import FAST
 
 Floats = NDArray[np.float64]
@@ -166,22 +164,3 @@ def _dots(a: Any, b: Any, scale_a: Any, scale_b: Any, i: Any, j: Any, out: Any, 
         for d in range(len(x)):
             total += np.float64(x[d]) * np.float64(y[d])
         out[e] = total * scale_a[i[e]] * scale_b[j[e]]
-
-
-def split_evenly(n: int, least: int = 1) -> list[tuple[int, int]]:
-    """Split ``n`` things into consecutive ranges (low, high), one per thread, of at least ``least`` (or one)."""
-    parts = max(1, min(torch.get_num_threads(), n // least))
-    cuts = np.linspace(0, n, parts + 1).astype(int).tolist()
-    return list(pairwise(cuts))
-
-
-def run_in_parallel(work: Callable[[int, int], Any], ranges: list[tuple[int, int]]) -> list[Any]:
-    """Return ``work(low, high)`` of each range; for compiled loops, which hold no interpreter lock."""
-    waiting = [_pool(torch.get_num_threads()).submit(work, low, high) for low, high in ranges[1:]]
-    first = work(*ranges[0])
-    return [first, *(future.result() for future in waiting)]
-
-
-@cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers)

@@ -29,9 +29,7 @@ _PIECES = min(16, max(2, os.cpu_count() or 1))  # of a batch, at least; each rea
 
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     slots = _empty_slots(pre, k)
-    depth = _depth(pre.shape[1], k)
-    pre_array, *out = _arrays(pre, *slots)
-    _in_parallel(lambda low, high: loops.topk_rows(pre_array, depth, *out, low, high), _even(len(pre)))
+    _run(loops.topk_rows, split_evenly(len(pre)), pre, _depth(pre.shape[1], k), slots)
     return slots
 
 
@@ -50,7 +48,7 @@ def product_topk(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple
     n, num_latents = len(centred), len(weight)
     slots = _empty_slots(centred, k)
     rows = min(max(_FEWEST_ROWS, -(-n // _PIECES)), max(_FEWEST_ROWS, TILE_BYTES // (4 * num_latents)))
-    x, w, b, *out = _arrays(centred, weight, bias, *slots)
+    (x, w, b), (values, latents) = _arrays((centred, weight, bias)), _arrays(slots)
     depth = _depth(num_latents, k)
 
     def work(first: int, last: int) -> None:
@@ -59,10 +57,10 @@ def product_topk(centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple
             high = min(low + rows, n)
             pre = _matmul(x[low:high], w, memory[: high - low])
             loops.add_to_rows(pre, b)
-            loops.topk_rows(pre, depth, out[0][low:high], out[1][low:high], 0, high - low)
+            loops.topk_rows(pre, depth, (values[low:high], latents[low:high]), 0, high - low)
 
     with _openblas().limit(limits=1):  # the threads are ours
-        _in_parallel(work, _even(-(-n // rows)))
+        run_in_parallel(work, split_evenly(-(-n // rows)))
     return slots
 
 
@@ -70,9 +68,9 @@ def products(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Write ``x @ weight.T`` of [B, D] and [M, D] into ``out`` [B, M], with the faster library on this machine."""
     if not multiplies_in_tiles(x):
         return torch.mm(x, weight.T, out=out)
-    a, w, into = _arrays(x, weight, out)
+    a, w, into = _arrays((x, weight, out))
     with _openblas().limit(limits=1):  # the threads are ours
-        _in_parallel(lambda low, high: _matmul(a[low:high], w, into[low:high]), _even(len(a)))
+        run_in_parallel(lambda low, high: _matmul(a[low:high], w, into[low:high]), split_evenly(len(a)))
     return out
 
 
@@ -89,9 +87,8 @@ def _openblas() -> ThreadpoolController:
 
 def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     slots = _empty_slots(centred, k)
-    width = _lanes(pre.shape[1], k)
-    bits, *rest = _arrays(pre.view(torch.int16), centred, weight, bias, *slots)
-    _in_parallel(lambda low, high: cpu_shortlist.topk_of_bfloat16(bits, width, *rest, low, high), _even(len(pre)))
+    bits, width, ranges = pre.view(torch.int16), _lanes(pre.shape[1], k), split_evenly(len(pre))
+    _run(cpu_shortlist.topk_of_bfloat16, ranges, bits, width, (centred, weight, bias), slots)
     return slots
 
 
@@ -107,8 +104,7 @@ def quantise(matrix: Tensor) -> Quantised:
     """Round ``matrix`` [N, D] float32 to 8 bits."""
     n = len(matrix)
     out = Quantised(buffers.empty(matrix.shape, torch.int8), matrix.new_empty(n), matrix.new_empty(n))
-    arrays = _arrays(matrix, *out)
-    _in_parallel(lambda low, high: cpu_shortlist.quantise_rows(*arrays, low, high), _even(n))
+    _run(cpu_shortlist.quantise_rows, split_evenly(n), matrix, *out)
     return out
 
 
@@ -121,11 +117,9 @@ def quantised_topk(
     latent is missed only where the rounding errors of two rows, taken as random, reach six standard deviations.
     """
     slots = _empty_slots(centred, k)
-    largest = (float(t.max()) for t in (w.lengths, w.steps, bias.abs()))
-    numbers = (*largest, _lanes(products.shape[1], k))
-    rough = _arrays(products, x.steps, x.lengths, w.steps)
-    exact = _arrays(centred, weight, bias, *slots)
-    _in_parallel(lambda low, high: cpu_shortlist.topk_of_int8(*rough, *numbers, *exact, low, high), _even(len(centred)))
+    largest = (float(w.lengths.max()), float(w.steps.max()), float(bias.abs().max()))
+    rough = products, (x.steps, x.lengths), w.steps, largest, _lanes(products.shape[1], k)
+    _run(cpu_shortlist.topk_of_int8, split_evenly(len(centred)), *rough, (centred, weight, bias), slots)
     return slots
 
 
@@ -144,8 +138,7 @@ def _lanes(num_latents: int, k: int) -> int:
 
 def decode(activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = buffers.empty((len(activations), weight.shape[1]), weight.dtype)
-    arrays = _arrays(activations, latents, weight, bias, out)
-    _in_parallel(lambda low, high: loops.decode_rows(*arrays, low, high), _even(len(out)))
+    _run(loops.decode_rows, split_evenly(len(out)), (activations, latents), (weight, bias), out)
     return out
 
 
@@ -153,9 +146,8 @@ def residuals(
     activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     residual, products = buffers.empty(target.shape, target.dtype), torch.empty_like(activations)
-    squares = target.new_empty(len(target))
-    arrays = _arrays(activations, latents, weight, bias, target, residual, products, squares)
-    _in_parallel(lambda low, high: loops.residual_rows(*arrays, low, high), _even(len(target)))
+    squares, slots, ranges = target.new_empty(len(target)), (activations, latents), split_evenly(len(target))
+    _run(loops.residual_rows, ranges, slots, (weight, bias), target, (residual, products, squares))
     return residual, products, squares.sum(dtype=torch.float64)
 
 
@@ -164,31 +156,38 @@ def weight_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     W_dec, W_enc = (buffers.empty((num_latents, residual.shape[1]), residual.dtype) for _ in range(2))
     b_enc = residual.new_empty(num_latents)
-    v, p, who, r, c, *out = _arrays(values, products, latents, residual, centred, W_dec, W_enc, b_enc)
+    factors = _arrays((values, products))
     offsets = np.zeros(num_latents + 2, np.int64)
-    active = int(np.count_nonzero(v > 0))
+    active = int(np.count_nonzero(factors[0] > 0))
     token, slot = np.empty(active, np.int64), np.empty(active, np.int64)
-    loops.sort_slots(v, who, offsets, token, slot)
+    loops.sort_slots(factors[0], *_arrays((latents,)), offsets, token, slot)
     offsets = offsets[:-1]
-    arrays = (v.reshape(-1), p.reshape(-1), offsets, token, slot, r, c, scale, *out)
-    _in_parallel(lambda low, high: loops.weight_gradient_rows(*arrays, low, high), _by_load(offsets))
+    sources = tuple(f.reshape(-1) for f in factors), (offsets, token, slot), (residual, centred), scale
+    _run(loops.weight_gradient_rows, split_by_load(offsets), *sources, (W_dec, W_enc, b_enc))
     return W_dec, W_enc, b_enc, torch.from_numpy(np.diff(offsets))
 
 
 def adam(
     weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, step: int, rate: float, unit_rows: bool
 ) -> None:
-    arrays = _arrays(*(torch.atleast_2d(t) for t in (weight, grad, first, second)))
-    corrections = (1 - beta**step for beta in loops.BETAS)
-    numbers = (rate, *loops.BETAS, loops.EPS, *corrections, unit_rows)
-    _in_parallel(lambda low, high: loops.adam_rows(*arrays, *numbers, low, high), _even(len(arrays[0])))
+    tensors = tuple(torch.atleast_2d(t) for t in (weight, grad, first, second))
+    corrections = tuple(1 - beta**step for beta in loops.BETAS)
+    _run(loops.adam_rows, split_evenly(len(tensors[0])), tensors, rate, corrections, unit_rows)
 
 
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+def _run(loop: Callable[..., Any], ranges: list[tuple[int, int]], *arguments: Any) -> None:
+    """Call a compiled loop for each range of rows, with the arrays of tensors and of tuples of tensors."""
+    arrays = _arrays(arguments)
+    run_in_parallel(lambda low, high: loop(*arrays, low, high), ranges)
+
+
+def _arrays(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the tensors' own memory. The loops are compiled for contiguous rows, and results must not be copies."""
-    if not all(t.is_contiguous() for t in tensors):
+    if not all(x.is_contiguous() for x in arguments if isinstance(x, Tensor)):
         raise ValueError("the sparse steps need contiguous tensors")
-    return [t.detach().numpy() for t in tensors]
+    return tuple(
+        x.detach().numpy() if isinstance(x, Tensor) else _arrays(x) if isinstance(x, tuple) else x for x in arguments
+    )
 
 
 @cache
@@ -200,20 +199,23 @@ if hasattr(os, "register_at_fork"):  # a forked child has the pool, but not its 
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _in_parallel(work: Callable[[int, int], Any], bounds: np.ndarray) -> None:
-    ranges = [(int(low), int(high)) for low, high in pairwise(bounds) if high > low]
-    waiting = [_pool(len(bounds) - 1).submit(work, low, high) for low, high in ranges[1:]]
-    if ranges:
-        work(*ranges[0])
-    for future in waiting:
-        future.result()
+def run_in_parallel(work: Callable[[int, int], Any], ranges: list[tuple[int, int]]) -> list[Any]:
+    """Return ``work(low, high)`` of each range; for compiled loops, which hold no interpreter lock."""
+    waiting = [_pool(torch.get_num_threads()).submit(work, low, high) for low, high in ranges[1:]]
+    first = work(*ranges[0])
+    return [first, *(future.result() for future in waiting)]
 
 
-def _even(n: int) -> np.ndarray:
-    return np.linspace(0, n, torch.get_num_threads() + 1).astype(np.int64)
+def split_evenly(n: int, least: int = 1) -> list[tuple[int, int]]:
+    """Split ``n`` rows into consecutive ranges (low, high), one per thread, of at least ``least`` (or one)."""
+    parts = max(1, min(torch.get_num_threads(), n // least))
+    return list(pairwise(np.linspace(0, n, parts + 1).astype(int).tolist()))
 
 
-def _by_load(offsets: np.ndarray) -> np.ndarray:
-    """Return ranges of latents with about the same number of firings: a few latents may fire for most tokens."""
+def split_by_load(offsets: np.ndarray) -> list[tuple[int, int]]:
+    """Return ranges of latents with about the same number of firings, since a few latents may fire for most tokens.
+
+    ``offsets`` [M + 1] are the firings before each latent.
+    """
     cuts = np.linspace(0, int(offsets[-1]), torch.get_num_threads() + 1)[1:-1]
-    return np.concatenate(([0], np.searchsorted(offsets[:-1], cuts), [len(offsets) - 1])).astype(np.int64)
+    return list(pairwise([0, *np.searchsorted(offsets[:-1], cuts).tolist(), len(offsets) - 1]))

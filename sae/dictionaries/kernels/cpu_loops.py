@@ -24,6 +24,7 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 BETAS = 0.9, 0.999  # of Adam
 EPS = 6.25e-10  # of Adam (Gao et al. 2024): gradients of rare latents are of the size of the usual 1e-8
+Arrays = tuple[np.ndarray, ...]
 _SMALLEST_MOMENT = 1e-30  # below it a moment counts as zero; subnormal arithmetic is up to 100 times slower
 
 
@@ -65,7 +66,8 @@ def add_to_rows(rows: np.ndarray, amount: np.ndarray) -> None:
 
 
 @_compiled
-def topk_rows(pre: np.ndarray, depth: int, values: np.ndarray, latents: np.ndarray, low: int, high: int) -> None:
+def topk_rows(pre: np.ndarray, depth: int, slots: Arrays, low: int, high: int) -> None:
+    values, latents = slots
     m, k = pre.shape[1], values.shape[1]
     width = m // depth
     lowest = pre.dtype.type(-np.inf)
@@ -131,27 +133,16 @@ def _decode_token(values: np.ndarray, latents: np.ndarray, weight: np.ndarray, o
 
 
 @_compiled
-def decode_rows(
-    values: np.ndarray, latents: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: np.ndarray, low: int, high: int
-) -> None:
+def decode_rows(slots: Arrays, decoder: Arrays, out: np.ndarray, low: int, high: int) -> None:
+    (values, latents), (weight, bias) = slots, decoder
     for b in range(low, high):
         out[b] = bias
         _decode_token(values[b], latents[b], weight, out[b])
 
 
 @_compiled
-def residual_rows(
-    values: np.ndarray,
-    latents: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    target: np.ndarray,
-    residual: np.ndarray,
-    products: np.ndarray,
-    squares: np.ndarray,
-    low: int,
-    high: int,
-) -> None:
+def residual_rows(slots: Arrays, decoder: Arrays, target: np.ndarray, out: Arrays, low: int, high: int) -> None:
+    (values, latents), (weight, bias), (residual, products, squares) = slots, decoder, out
     k = values.shape[1]
     for b in range(low, high):
         r, aim, a, who = residual[b], target[b], values[b], latents[b]
@@ -210,20 +201,10 @@ def _add_rows(weights: np.ndarray, slot: np.ndarray, token: np.ndarray, rows: np
 
 @_compiled
 def weight_gradient_rows(
-    values: np.ndarray,
-    products: np.ndarray,
-    offsets: np.ndarray,
-    token: np.ndarray,
-    slot: np.ndarray,
-    residual: np.ndarray,
-    centred: np.ndarray,
-    scale: float,
-    grad_dec: np.ndarray,
-    grad_enc: np.ndarray,
-    grad_bias: np.ndarray,
-    low: int,
-    high: int,
+    factors: Arrays, order: Arrays, rows: Arrays, scale: float, out: Arrays, low: int, high: int
 ) -> None:
+    (values, products), (offsets, token, slot), (residual, centred) = factors, order, rows
+    grad_dec, grad_enc, grad_bias = out
     for m in range(low, high):
         start, stop = offsets[m], offsets[m + 1]
         dec, enc = grad_dec[m], grad_enc[m]
@@ -243,23 +224,12 @@ def weight_gradient_rows(
 
 @_compiled
 def adam_rows(
-    weight: np.ndarray,
-    grad: np.ndarray,
-    first: np.ndarray,
-    second: np.ndarray,
-    rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    correction1: float,
-    correction2: float,
-    unit_rows: bool,
-    low: int,
-    high: int,
+    tensors: Arrays, rate: float, corrections: tuple[float, float], unit_rows: bool, low: int, high: int
 ) -> None:
-    kind = weight.dtype.type
+    weight, grad, first, second = tensors
+    kind, (beta1, beta2) = weight.dtype.type, BETAS
     b1, b2, c1, c2 = kind(beta1), kind(beta2), kind(1 - beta1), kind(1 - beta2)
-    step, root, small = kind(rate / correction1), kind(1 / np.sqrt(correction2)), kind(eps)
+    step, root, small = kind(rate / corrections[0]), kind(1 / np.sqrt(corrections[1])), kind(EPS)
     least, zero = kind(_SMALLEST_MOMENT), kind(0)
     for i in range(low, high):
         w, g, m, v = weight[i], grad[i], first[i], second[i]

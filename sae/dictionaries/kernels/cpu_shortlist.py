@@ -23,10 +23,12 @@ sigma below the K-th are computed exactly. (A bound for any signs would be sqrt(
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 
-from sae.dictionaries.kernels.cpu_loops import FAST, bracket
+from sae.dictionaries.kernels.cpu_loops import FAST, Arrays, bracket
 
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 _NOT_FINITE = np.uint16(0xFF80)  # in bfloat16: minus infinity and all NaNs with a sign, which must surface
@@ -69,9 +71,10 @@ def _floor(bits: np.ndarray, n: int, k: int, low: int, slack: int) -> int:
 
 
 @_compiled
-def list_length(m: int) -> int:
-    """Return the length that the lists of :func:`candidates` need for rows of ``m``."""
-    return m + 8 + _VECTOR
+def _memory(m: int, width: int, like: np.ndarray) -> Any:
+    """Return the lanes, the mask and the lists that :func:`candidates` needs for rows of ``m``, and exact values."""
+    lanes, mask, length = np.empty(width, np.int16), np.zeros(m + -m % 8, np.uint8), m + 8 + _VECTOR
+    return lanes, mask, np.empty(length, np.int16), np.empty(length, np.int64), np.empty(length, like.dtype)
 
 
 @_compiled
@@ -159,24 +162,10 @@ def keep_largest(exact: np.ndarray, who: np.ndarray, n: int, best: np.ndarray, n
 
 
 @_compiled
-def topk_of_bfloat16(
-    bits: np.ndarray,
-    width: int,
-    centred: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    values: np.ndarray,
-    latents: np.ndarray,
-    low: int,
-    high: int,
-) -> None:
-    m, k = bits.shape[1], values.shape[1]
-    lanes, mask = np.empty(width, np.int16), np.zeros(m + -m % 8, np.uint8)
-    found, who, exact = (
-        np.empty(list_length(m), np.int16),
-        np.empty(list_length(m), np.int64),
-        np.empty(list_length(m), centred.dtype),
-    )
+def topk_of_bfloat16(bits: np.ndarray, width: int, encoder: Arrays, slots: Arrays, low: int, high: int) -> None:
+    (centred, weight, bias), (values, latents) = encoder, slots
+    k = values.shape[1]
+    lanes, mask, found, who, exact = _memory(bits.shape[1], width, centred)
     for b in range(low, high):
         n = candidates(bits[b], k, BFLOAT16_MARGIN, lanes, mask, found, who)
         exact_rows(centred[b], weight, bias, who, n, exact)
@@ -209,32 +198,24 @@ def quantise_rows(
 @_compiled
 def topk_of_int8(
     products: np.ndarray,
-    steps: np.ndarray,
-    lengths: np.ndarray,
+    of_x: Arrays,
     weight_steps: np.ndarray,
-    longest: float,
-    coarsest: float,
-    highest_bias: float,
+    largest_of: tuple[float, float, float],
     width: int,
-    centred: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    values: np.ndarray,
-    latents: np.ndarray,
+    encoder: Arrays,
+    slots: Arrays,
     low: int,
     high: int,
 ) -> None:
-    """Choose by ``products`` [B, M] int32, which are q . r; ``steps`` and ``lengths`` [B] are s and |x|.
+    """Choose by ``products`` [B, M] int32, which are q . r.
 
-    ``weight_steps`` [M] is t; ``longest``, ``coarsest`` and ``highest_bias`` are the largest |w|, t and |bias|.
+    ``of_x`` is s and |x|, [B] each; ``weight_steps`` [M] is t; ``largest_of`` holds the largest |w|, t and |bias|.
     """
+    (steps, lengths), (longest, coarsest, highest_bias) = of_x, largest_of
+    (centred, weight, bias), (values, latents) = encoder, slots
     m, k = products.shape[1], values.shape[1]
-    lanes, mask, rough = np.empty(width, np.int16), np.zeros(m + -m % 8, np.uint8), np.empty(m, np.int16)
-    found, who, exact = (
-        np.empty(list_length(m), np.int16),
-        np.empty(list_length(m), np.int64),
-        np.empty(list_length(m), centred.dtype),
-    )
+    lanes, mask, found, who, exact = _memory(m, width, centred)
+    rough = np.empty(m, np.int16)
     margin = 1 + INT8_MARGIN * _UNITS
     lowest, highest, raised = np.float32(0), np.float32(np.iinfo(np.int16).max), np.float32(margin)
     for b in range(low, high):
