@@ -16,8 +16,7 @@ from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.setups import TOO_FEW, rows_of, setups_of, wanted_of
 from sae.alignment.alignment import pair_path, read_both_ways
-from sae.alignment.latent_table import latent_table, shared_class
-from sae.alignment.overlap import DEFINITIONS, DIPS, StudyOverlap, overlap
+from sae.alignment.overlap import DEFINITIONS, DIPS, StudyOverlap, latent_table, overlap, shared_class
 from sae.common.commands import command
 from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table, table_metadata

@@ -15,8 +15,7 @@ from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import Study
 from autointerp.findings.json_values import histogram, to_json
 from autointerp.findings.statistics.correlation import quantiles
-from sae.alignment.latent_table import CLASSES, shared_class
-from sae.alignment.overlap import DEFINITIONS, StudyOverlap, range_of
+from sae.alignment.overlap import CLASSES, DEFINITIONS, StudyOverlap, range_of, shared_class
 from sae.common.estimate import Estimate
 from sae.common.files import read_table, table_metadata
 from sae.study.align import explain_difference

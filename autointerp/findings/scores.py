@@ -20,7 +20,7 @@ from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, er
 from autointerp.journal.method import CHANCE
 from autointerp.scoring.scorers.base import HARDER, STOPS
 from autointerp.scoring.setups import precision_of, rows_of, rows_over, setups_of, status_kind
-from sae.alignment.latent_table import CLASSES
+from sae.alignment.overlap import CLASSES
 from sae.common.estimate import UNKNOWN, Estimate, proportion
 
 SCORE_EDGES = np.linspace(0, 1, 51)

@@ -31,7 +31,7 @@ from autointerp.report.blocks import (
 from autointerp.report.charts import ACCENT
 from autointerp.report.controls import NEGATIVES
 from autointerp.report.numbers import count, percent, plural, rate
-from sae.alignment.latent_table import shared_class
+from sae.alignment.overlap import shared_class
 from sae.alignment.relation import RELATIONS
 from sae.common.amounts import decimal, estimate, interval, is_known, precision_in_words
 

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sae.alignment.bootstrap import Bools, Floats, LatentBootstrap, Tables, estimate, mean_over
 from sae.alignment.dip import Dip, read_dip_test, run_dip_test
-from sae.alignment.nulls import read_nulls
+from sae.alignment.nulls import ROTATED, read_null, read_nulls
 from sae.common.commands import shell_command
 from sae.common.errors import BadInput, NotFound
 from sae.common.estimate import UNKNOWN, Estimate
@@ -41,6 +41,16 @@ DEFINITIONS: dict[str, str] = {
     "lenient": "encoder and decoder matchings pick the same partner, whatever the cosine",
 }
 EDGES = np.round(np.linspace(-1, 1, 41), 2)
+_MEANS = {
+    **{f"mean_{space}": f"{space}_cosine" for space in ("encoder", "decoder")},
+    **{f"mean_max_{space}": f"max_{space}_cosine" for space in ("encoder", "decoder")},
+}  # figure → column of an alignment's table
+_ALIGNED = (
+    *("encoder_partner", "encoder_cosine", "decoder_partner", "decoder_cosine"),
+    *("max_encoder_neighbor", "max_encoder_cosine", "max_decoder_neighbor", "max_decoder_cosine"),
+)
+
+CLASSES = ("one", "some", "all")  # the SAEs of a study that have a latent: its own alone, also some others, or all
 _DIGITS = 12  # to which fractions are rounded, so that a whole is 1 and not the float below it
 
 
@@ -137,77 +147,68 @@ def overlap(
     """
     alive = {run: np.asarray(alive[run], dtype=bool) for run in runs}
     check(runs, alignments, alive)
-    nulls = {
-        null: _overlap_of(runs, tables, alive, threshold, LatentBootstrap(runs, tables, 0, seed), True, kept)
-        for null, tables in read_nulls(runs, alignments).items()
-    }
-    draw = LatentBootstrap(runs, alignments, resamples, seed)
-    return replace(_overlap_of(runs, alignments, alive, threshold, draw, False, kept), nulls=nulls)
+
+    def measure(tables: Tables, resamples: int) -> StudyOverlap:
+        draw = LatentBootstrap(runs, tables, resamples, seed)
+        return _measure(_Aligned(list(runs), tables, alive, threshold, draw), kept)
+
+    nulls = {null: measure(tables, 0) for null, tables in read_nulls(runs, alignments).items()}
+    return replace(measure(alignments, resamples), nulls=nulls)
 
 
-def _overlap_of(
-    runs: Sequence[str],
-    alignments: Tables,
-    alive: Mapping[str, Bools],
-    threshold: float,
-    draw: LatentBootstrap,
-    is_null: bool,
-    kept: Path | None,
-) -> StudyOverlap:
-    populations = {"alive": alive, "all": {run: np.ones(len(alive[run]), bool) for run in runs}}
-    pairs = _pairs(runs, alignments, populations, threshold, draw)
+class _Aligned(NamedTuple):
+    """The aligned runs of a study."""
+
+    runs: list[str]
+    tables: Tables
+    alive: dict[str, Bools]
+    threshold: float
+    draw: LatentBootstrap
+
+
+def _measure(study: _Aligned, kept: Path | None) -> StudyOverlap:
+    runs, alive = study.runs, study.alive
+    populations = {"alive": alive, "all": {run: np.ones(len(of), bool) for run, of in alive.items()}}
+    pairs = _estimate_pairs(study, populations)
+    shares = {name: _find_sharing(runs, study.tables, name, study.threshold) for name in DEFINITIONS}
     found: dict[str, dict[str, Overlap]] = {
         population: {
-            definition: _overlap(
-                runs,
-                _shared_with(runs, alignments, definition, threshold),
-                members,
-                draw,
-                {pair: of[population, definition] for pair, of in pairs.items()},
-            )
-            for definition in DEFINITIONS
+            name: _overlap(study, shares[name], members, {pair: of[population, name] for pair, of in pairs.items()})
+            for name in DEFINITIONS
         }
         for population, members in populations.items()
     }
-
-    def exceeds(table: pd.DataFrame) -> Floats:
-        cosines = table[["max_encoder_cosine", "max_decoder_cosine"]].to_numpy(float)
-        return (cosines.min(axis=1) > threshold).astype(float)
-
-    figures: dict[str, Callable[[pd.DataFrame], Floats]] = {
-        "mean_encoder": lambda table: table["encoder_cosine"].to_numpy(float),
-        "mean_decoder": lambda table: table["decoder_cosine"].to_numpy(float),
-        "mean_max_encoder": lambda table: table["max_encoder_cosine"].to_numpy(float),
-        "mean_max_decoder": lambda table: table["max_decoder_cosine"].to_numpy(float),
-        "max_cosine": exceeds,
-    }
-    of_pairs = {name: by_pair(runs, alignments, alive, values) for name, values in figures.items()}
-    pw_mcc = list(of_pairs["mean_decoder"].values())
+    values = {pair: _figures(study.tables[pair], study.threshold) for pair in permutations(runs, 2)}
+    figures = {name: {pair: of[name] for pair, of in values.items()} for name in (*_MEANS, "max_cosine")}
+    by_pair = {name: _average_pairs(study, of) for name, of in figures.items()}
+    pw_mcc = list(by_pair["mean_decoder"].values())
     return StudyOverlap(
-        runs=list(runs),
-        threshold=threshold,
+        runs=runs,
+        threshold=study.threshold,
         n_latents={run: len(alive[run]) for run in runs},
         n_alive={run: int(alive[run].sum()) for run in runs},
         alive=found["alive"],
         all=found["all"],
-        **{
-            name: _pairwise_mean(runs, alignments, alive, draw, values, is_fraction=name == "max_cosine")
-            for name, values in figures.items()
-        },
+        **{name: _average_anchors(study, of, is_fraction=name == "max_cosine") for name, of in figures.items()},
         pw_mcc_sd=float(np.std(pw_mcc, ddof=1)) if len(pw_mcc) > 1 else nan,
-        by_pair=of_pairs,
-        histogram=_histogram(runs, alignments, alive),
-        bimodality=bimodality(runs, alignments, alive, draw.unit, draw=not is_null, kept=kept),
-        sweep=sweep_thresholds(runs, alignments, alive),
+        by_pair=by_pair,
+        histogram=_histogram(study),
+        bimodality=_test_bimodality(study, kept),
+        sweep=sweep_thresholds(runs, study.tables, alive),
         nulls={},
     )
 
 
-def sweep_thresholds(
-    runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], thresholds: ArrayLike | None = None
-) -> pd.DataFrame:
-    """Return the overlap of alive anchors at each threshold (default 0, 0.02, … 1), a column per definition."""
-    at = np.round(np.linspace(0, 1, 51), 2) if thresholds is None else np.asarray(thresholds, dtype=float)
+def _figures(table: pd.DataFrame, threshold: float) -> dict[str, Floats]:
+    """Return the values of each latent [M] whose means are reported; NaN without partner."""
+    found = {name: table[column].to_numpy(float) for name, column in _MEANS.items()}
+    nearest = np.minimum(found["mean_max_encoder"], found["mean_max_decoder"])
+    return {**found, "max_cosine": (nearest > threshold).astype(float)}
+
+
+def sweep_thresholds(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> pd.DataFrame:
+    """Return the overlap of alive anchors at each threshold (0, 0.02, … 1), a column per definition."""
+    at = np.round(np.linspace(0, 1, 51), 2)
     columns: dict[str, Any] = {"threshold": at}
     for definition in DEFINITIONS:
         of_run = [
@@ -240,7 +241,7 @@ def check(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -
                 )
 
 
-def _shared_with(runs: Sequence[str], alignments: Tables, definition: str, threshold: float) -> dict[str, Bools]:
+def _find_sharing(runs: Sequence[str], alignments: Tables, definition: str, threshold: float) -> dict[str, Bools]:
     """Return run → [M, S - 1] whether each other run, in order, shares the latent."""
     return {
         run: np.stack([shared(alignments[run, other], definition, threshold) for other in runs if other != run], axis=1)
@@ -248,23 +249,19 @@ def _shared_with(runs: Sequence[str], alignments: Tables, definition: str, thres
     }
 
 
-def _pairs(
-    runs: Sequence[str],
-    alignments: Tables,
-    populations: Mapping[str, Mapping[str, Bools]],
-    threshold: float,
-    draw: LatentBootstrap,
+def _estimate_pairs(
+    study: _Aligned, populations: Mapping[str, Mapping[str, Bools]]
 ) -> dict[str, dict[tuple[str, str], Estimate]]:
     """Return ``a--b`` → (population, definition) → the fraction that the two share, the mean of both directions.
 
     Each pair is resampled by its own partners: the study's units would make its interval too narrow.
     """
     found: dict[str, dict[tuple[str, str], Estimate]] = {}
-    for a, b in combinations(runs, 2):
-        own = LatentBootstrap([a, b], alignments, len(draw.weights), draw.seed)
+    for a, b in combinations(study.runs, 2):
+        own = LatentBootstrap([a, b], study.tables, len(study.draw.weights), study.draw.seed)
         of_pair = found[f"{a}--{b}"] = {}
         for definition in DEFINITIONS:
-            shares = _shared_with([a, b], alignments, definition, threshold)
+            shares = _find_sharing([a, b], study.tables, definition, study.threshold)
             for population, members in populations.items():
                 fraction = mean_over(own.fractions(shares, members)[:, :, 0], axis=1)
                 of_pair[population, definition] = estimate(np.round(fraction, _DIGITS), own.count(members))
@@ -272,11 +269,7 @@ def _pairs(
 
 
 def _overlap(
-    runs: Sequence[str],
-    shares: Mapping[str, Bools],
-    members: Mapping[str, Bools],
-    draw: LatentBootstrap,
-    pairs: Mapping[str, Estimate],
+    study: _Aligned, shares: Mapping[str, Bools], members: Mapping[str, Bools], pairs: dict[str, Estimate]
 ) -> Overlap:
     """Compute every figure of one definition from which runs share which anchors.
 
@@ -284,7 +277,7 @@ def _overlap(
     runs with the anchor's own, C(S - 1 - s, n - 1) hold no other run that shares it, and C(s, n - 1) only such runs. So
     the figures are weighted sums of the distribution of s.
     """
-    n_others = len(runs) - 1
+    runs, draw, n_others = study.runs, study.draw, len(study.runs) - 1
     counts = np.arange(n_others + 1)
     indicators = {run: shares[run].sum(axis=1)[:, None] == counts for run in runs}
     spread = mean_over(draw.fractions(indicators, members), axis=1)  # [resamples + 1, S]; the first row is the sample
@@ -303,7 +296,7 @@ def _overlap(
     held = {run: members[run] & shares[run].any(axis=1) for run in runs}
     return Overlap(
         value=weighted(counts / n_others),
-        pairs=dict(pairs),
+        pairs=pairs,
         only_one=[share_of_sets(lambda s, others: comb(n_others - s, others), n) for n in sets],
         all_of_n=[share_of_sets(comb, n) for n in sets],
         exactly_n=[weighted(counts == n - 1) for n in sets],
@@ -323,26 +316,21 @@ def _regions(others: Sequence[str], shares: Bools) -> list[Region]:
     return sorted(split, key=lambda part: (-part.fraction, part.shared_with))
 
 
-def _pairwise_mean(
-    runs: Sequence[str],
-    alignments: Tables,
-    members: Mapping[str, Bools],
-    draw: LatentBootstrap,
-    values: Callable[[pd.DataFrame], Floats],
-    is_fraction: bool,
-) -> Estimate:
-    """Return the mean over ordered pairs of the mean over the anchors that have a value (NaN: no partner)."""
-    of_run = []
+def _average_anchors(study: _Aligned, values: Mapping[tuple[str, str], Floats], is_fraction: bool) -> Estimate:
+    """Return the mean over ordered pairs of the mean over the alive anchors that have a value (NaN: no partner)."""
+    of_run, runs = [], study.runs
     for k in range(len(runs) - 1):
-        table = {run: values(alignments[run, [x for x in runs if x != run][k]]) for run in runs}
-        known = {run: members[run] & ~np.isnan(table[run]) for run in runs}
-        of_run.append(draw.fractions({run: np.nan_to_num(table[run])[:, None] for run in runs}, known)[:, :, 0])
-    units = draw.count(members) if is_fraction else None
+        of = {run: values[run, [x for x in runs if x != run][k]] for run in runs}
+        known = {run: study.alive[run] & ~np.isnan(of[run]) for run in runs}
+        columns = {run: np.nan_to_num(of[run])[:, None] for run in runs}
+        of_run.append(study.draw.fractions(columns, known)[:, :, 0])
+    units = study.draw.count(study.alive) if is_fraction else None
     return estimate(mean_over(np.concatenate(of_run, axis=1), axis=1), units)
 
 
-def _histogram(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> dict[str, Any]:
-    table = pd.concat([alignments[a, b][alive[a]] for a, b in permutations(runs, 2)], ignore_index=True)
+def _histogram(study: _Aligned) -> dict[str, Any]:
+    anchors = [study.tables[a, b][study.alive[a]] for a, b in permutations(study.runs, 2)]
+    table = pd.concat(anchors, ignore_index=True)
     table = table[(table["encoder_partner"] >= 0) & (table["decoder_partner"] >= 0)]
     agree = (table["encoder_partner"] == table["decoder_partner"]).to_numpy()
     alike = similarity(table)
@@ -359,35 +347,22 @@ def _histogram(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bool
     }
 
 
-def bimodality(
-    runs: Sequence[str],
-    alignments: Tables,
-    alive: Mapping[str, Bools],
-    unit: Mapping[str, NDArray[Any]],
-    draw: bool,
-    kept: Path | None = None,
-) -> Dip:
-    """Return the dip test of the similarities of each ordered pair's alive anchors.
-
-    ``unit`` has the unit of each latent of each run (:class:`sae.alignment.bootstrap.LatentBootstrap`). ``draw``: also
-    the interval, which takes most of the time. ``kept``: the file that caches results.
-    """
-    samples, units = [], []
-    for a, b in permutations(runs, 2):
-        alike = similarity(alignments[a, b])
-        known = alive[a] & ~np.isnan(alike)
+def _test_bimodality(study: _Aligned, kept: Path | None) -> Dip:
+    """Return the dip test of the similarities of each ordered pair's alive anchors; ``kept`` caches results."""
+    samples, units, draw = [], [], len(study.draw.weights) > 0
+    for a, b in permutations(study.runs, 2):
+        alike = similarity(study.tables[a, b])
+        known = study.alive[a] & ~np.isnan(alike)
         samples.append(alike[known])
-        units.append(np.asarray(unit[a])[known])
+        units.append(study.draw.unit[a][known])
     return run_dip_test(samples, units, draw=draw) if kept is None else read_dip_test(kept, samples, units, draw)
 
 
-def by_pair(
-    runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools], values: Callable[[pd.DataFrame], Floats]
-) -> dict[str, float]:
+def _average_pairs(study: _Aligned, values: Mapping[tuple[str, str], Floats]) -> dict[str, float]:
     """Return "a--b" → the mean of both directions of the mean of ``values`` [M] over alive anchors, if any."""
     found = {}
-    for a, b in combinations(runs, 2):
-        both = [values(alignments[x, y])[alive[x]] for x, y in ((a, b), (b, a))]
+    for a, b in combinations(study.runs, 2):
+        both = [values[pair][study.alive[pair[0]]] for pair in ((a, b), (b, a))]
         known = [of[~np.isnan(of)] for of in both]
         if all(map(len, known)):
             found[f"{a}--{b}"] = float(np.mean([of.mean() for of in known]))
@@ -398,3 +373,69 @@ def range_of(of: Mapping[Any, float | None]) -> list[float] | None:
     """Return the least and the largest over pairs; ``None`` for fewer than two."""
     known = [value for value in of.values() if value is not None and not isnan(value)]
     return [min(known), max(known)] if len(known) > 1 else None
+
+
+def shared_class(n_shared: ArrayLike, n_others: int) -> NDArray[np.str_]:
+    """Return the class (:data:`CLASSES`) of latents that ``n_shared`` of ``n_others`` other runs share."""
+    n = np.asarray(n_shared)
+    return np.select([n == 0, n == n_others], [CLASSES[0], CLASSES[2]], default=CLASSES[1])
+
+
+def latent_table(
+    run: str,
+    runs: Sequence[str],
+    alignments: Tables,
+    alive: Bools,
+    threshold: float = 0.7,
+    behaviour: Mapping[str, pd.DataFrame] | None = None,
+) -> pd.DataFrame:
+    """Return one row per latent of ``run``.
+
+    The columns, with X for every other run, are ``latent``; the alignment's, such as ``encoder_partner__X``; those of
+    :class:`sae.alignment.behaviour.Behaviour` for the runs in ``behaviour``, such as ``jaccard__X``;
+    ``shared_<definition>__X``;
+
+    - ``n_shared_<definition>``, the number of other runs that share it, and ``stability_<definition>``, their share;
+    - ``similarity``, the mean of (encoder cosine + decoder cosine) / 2 with its partners in the other runs;
+    - the last three with rotated siblings, as ``n_shared_strict__rotated``, if all were aligned with those;
+    - ``unshared``: alive and strict-shared with none; ``shared_class`` under strict: ``all``, ``some`` or ``one`` (its
+      own alone), missing for a dead latent.
+    """
+    others = [other for other in runs if other != run]
+    alive = np.asarray(alive, dtype=bool)
+    check([run, *others], alignments, {run: alive})
+    columns: dict[str, Any] = {"latent": np.arange(len(alive))}
+    for other in others:
+        table = alignments[run, other]
+        columns |= {f"{name}__{other}": table[name].to_numpy() for name in _ALIGNED if name in table}
+        for definition in DEFINITIONS:
+            columns[f"shared_{definition}__{other}"] = shared(table, definition, threshold)
+        done = (behaviour or {}).get(other)
+        if done is not None:
+            columns |= {
+                f"{name}__{other}": done[name].to_numpy() for name in done if name not in ("latent", "n_firings")
+            }
+    columns |= _over_runs([alignments[run, other] for other in others], threshold)
+    of_null = [null for other in others if (null := read_null(alignments[run, other])) is not None]
+    if len(of_null) == len(others):
+        columns |= {f"{name}__{ROTATED}": values for name, values in _over_runs(of_null, threshold).items()}
+    n = columns["n_shared_strict"]
+    columns["unshared"] = alive & (n == 0)
+    columns["shared_class"] = shared_class(n, len(others)).astype(object)
+    columns["shared_class"][~alive] = None
+    return pd.DataFrame(columns)
+
+
+def _over_runs(tables: Sequence[pd.DataFrame], threshold: float) -> dict[str, NDArray[Any]]:
+    """Return the columns [M] of how many other runs share each latent, and how similar its partners are."""
+    columns: dict[str, NDArray[Any]] = {}
+    for definition in DEFINITIONS:
+        per_run = [shared(table, definition, threshold) for table in tables]
+        columns[f"n_shared_{definition}"] = np.sum(per_run, axis=0).astype(np.int32)
+        columns[f"stability_{definition}"] = np.asarray(np.mean(per_run, axis=0), dtype=np.float32)
+    alike = np.stack([similarity(table) for table in tables])
+    partnered = ~np.isnan(alike)
+    with np.errstate(invalid="ignore"):
+        mean = np.where(partnered, alike, 0).sum(axis=0) / partnered.sum(axis=0)
+    columns["similarity"] = np.asarray(mean, dtype=np.float32)
+    return columns

@@ -216,7 +216,7 @@ def is_compared(a: Run, b: Run) -> bool:
 
 def _write_overlap(run: Run) -> None:
     """Write the run's overlap table over its aligned siblings, unless it is up to date."""
-    from sae.alignment.latent_table import latent_table
+    from sae.alignment.overlap import latent_table
 
     siblings, inputs = _overlap_inputs(run)
     if not siblings or not is_harvested(run) or run.stage_inputs("overlap") == inputs:

@@ -17,7 +17,7 @@ from autointerp.findings.evidence import JournalFacts, Study
 from autointerp.findings.pairs import scored_alike
 from autointerp.findings.sweep_table import sweeps_of
 from autointerp.scoring.setups import status_kind
-from sae.alignment.latent_table import CLASSES
+from sae.alignment.overlap import CLASSES
 
 #: The status of a latent; the page stores its index here.
 STATUSES = ("not asked for", "too few contexts", "failed", "explained", "scored")

@@ -18,7 +18,7 @@ from autointerp.contexts.selection import Choice, draw_latents
 from autointerp.findings.study import findings
 from autointerp.report.rendering import render_report
 from sae.alignment.alignment import read_alignment
-from sae.alignment.latent_table import latent_table
+from sae.alignment.overlap import latent_table
 from sae.common.files import read_table, table_metadata
 from sae.study.run import Run
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from autointerp.contexts.selection import Choice, Sharing, check_choice, choose_latents, find_partners, find_unshared
 from sae.alignment.alignment import read_alignment
-from sae.alignment.latent_table import latent_table
-from sae.alignment.overlap import DEFINITIONS
+from sae.alignment.overlap import DEFINITIONS, latent_table
 from sae.common.errors import BadInput, NotFound
 from sae.study.run import Run
 

@@ -16,9 +16,8 @@ from scipy import stats
 from sae.alignment.alignment import align
 from sae.alignment.bootstrap import LatentBootstrap, estimate, mean_over
 from sae.alignment.dip import Dip
-from sae.alignment.latent_table import latent_table
 from sae.alignment.nulls import add_null, read_null
-from sae.alignment.overlap import DEFINITIONS, overlap, range_of, shared, sweep_thresholds
+from sae.alignment.overlap import DEFINITIONS, latent_table, overlap, range_of, shared, sweep_thresholds
 from sae.common.errors import BadInput, NotFound
 from sae.common.estimate import proportion
 from sae.common.files import read_table, write_table
