@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from sae.alignment import relation
 from sae.alignment.alignment import Sides
 from sae.alignment.cofiring import Cofirings, count_cofirings, jaccard
-from sae.alignment.matching.sparse import Graph, solve
+from sae.alignment.matching.sparse import build_graph, solve
 from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
 from sae.alignment.rebuilding import rebuild
 from sae.firings.store import FiringStore
@@ -112,10 +112,16 @@ def _count_and_match(
         for one, other, shift in ((a, b, offset), (b, a, (n_tokens - offset) % max(n_tokens, 1)))
     )
     partner, together, gap = match_by_jaccard(of_a, of_b)
-    inverse, together_b = np.full(len(b.lone), UNMATCHED, np.int32), np.zeros(len(b.lone), np.int64)
-    matched = partner >= 0
-    inverse[partner[matched]], together_b[partner[matched]] = np.flatnonzero(matched), together[matched]
-    return _Matched(of_a, partner, together), _Matched(of_b, inverse, together_b), gap
+    return _Matched(of_a, partner, together), _Matched(of_b, *_invert(partner, together, len(b.lone))), gap
+
+
+def _invert(
+    partner: NDArray[np.int32], together: NDArray[np.int64], m: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Return a matching as seen from the ``m`` latents of the other dictionary."""
+    inverse, count, matched = np.full(m, UNMATCHED, np.int32), np.zeros(m, np.int64), np.flatnonzero(partner >= 0)
+    inverse[partner[matched]], count[partner[matched]] = matched, together[matched]
+    return inverse, count
 
 
 def match_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDArray[np.int64], float]:
@@ -127,9 +133,7 @@ def match_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDA
     n, m = len(a.near), len(b.near)
     if n > m:
         inverse, count, gap = match_by_jaccard(b, a)
-        partner, together, matched = np.full(n, UNMATCHED, np.int32), np.zeros(n, np.int64), inverse >= 0
-        partner[inverse[matched]], together[inverse[matched]] = np.flatnonzero(matched), count[matched]
-        return partner, together, gap
+        return *_invert(inverse, count, n), gap
     i, slot = np.nonzero(a.near >= 0)
     j, slot_b = np.nonzero(b.near >= 0)
     keys = np.concatenate([i * np.int64(m) + a.near[i, slot], b.near[j, slot_b] * np.int64(m) + j])
@@ -138,13 +142,10 @@ def match_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDA
     rows, columns = keys // m, keys % m
     weights = jaccard(count, a.firings[rows], b.firings[columns])
     # Each row also has a column of its own at no gain, so that a matching of all rows always exists.
-    starts = np.searchsorted(rows, np.arange(n + 1)) + np.arange(n + 1)
-    at = np.arange(len(keys)) + rows
-    ends = starts[1:] - 1
-    all_columns, all_weights = np.empty(len(keys) + n, np.int32), np.zeros(len(keys) + n)
-    all_columns[at], all_weights[at] = columns, weights
-    all_columns[ends] = m + np.arange(n)
-    found = solve(Graph(starts.astype(np.int64), all_columns, all_weights), m + n)
+    own = np.arange(n)
+    edges = ((rows, own), (columns, m + own), (weights, np.zeros(n)))
+    rows, columns, weights = (np.concatenate(of) for of in edges)
+    found = solve(build_graph(rows, columns, weights, n, m + n), m + n)
     partner = np.where(found.partner < m, found.partner, UNMATCHED).astype(np.int32)
     together = np.zeros(n, np.int64)
     some = np.flatnonzero(partner >= 0)

@@ -104,7 +104,7 @@ def count_cofirings(
             if stopped.is_set():
                 return
             position = _shift(np.asarray(store.firings(latent)[0])[: here[latent]], shift, n_tokens)
-            tokens, size = _Tokens(lookup, position, left), 0
+            tokens, size = Tokens(lookup, position, left), 0
             for _, ids, _ in tokens.read():
                 size = _tally(ids, counts, buffer, size)
             tokens.touched = touched = buffer[:size]
@@ -129,7 +129,7 @@ def count_cofirings(
     return found
 
 
-class _Tokens:
+class Tokens:
     """The tokens at which a latent fires: the latents there, read in pieces, and which of the tokens are taken."""
 
     def __init__(self, lookup: _ByToken, position: Array, left: Ints) -> None:
@@ -148,13 +148,16 @@ class _Tokens:
             yield part, *known
 
     def reset(self) -> None:
+        """Take none of the tokens."""
         self._taken[:] = False
 
     def take(self, i: int) -> None:
+        """Take the tokens at which the i-th of the t latents fires."""
         for part, ids, ends in self.read():
             _take(ids, ends, self.touched[i], self._taken[part])
 
     def count_left(self) -> Ints:
+        """Return at how many of the tokens that are not taken each of the t latents fires: [t]."""
         for part, ids, ends in self.read():
             _tally_left(ids, ends, self._taken[part], self._left)
         found = self._left[self.touched]

@@ -20,10 +20,13 @@ Legend: n the size of F, t latents of the other dictionary that fire on F at all
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from sae.alignment.cofiring import Tokens
 
 RELATIONS = {
     "same": "fires where one latent there fires",
@@ -48,19 +51,6 @@ _WIDEST = 8
 _FEWEST = 20
 
 Ints = npt.NDArray[np.int64]
-
-
-class Tokens(Protocol):
-    """The tokens of F, some of which are taken."""
-
-    def reset(self) -> None:
-        """Take none."""
-
-    def take(self, i: int) -> None:
-        """Take those at which the i-th of the t latents fires."""
-
-    def count_left(self) -> Ints:
-        """Return at how many of the others each of the t latents fires: [t]."""
 
 
 def find_relation(together: Ints, firings: Ints, n: int, n_tokens: int, tokens: Tokens) -> tuple[int, list[int], float]:

@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sae.alignment.matching.candidates import TOLERANCE, Pairs, find_violations, join, shortlist
 from sae.alignment.matching.directions import Directions, Floats, Screen, cosines, plain_products
-from sae.alignment.matching.sparse import Graph, Solution, match_greedily, solve
+from sae.alignment.matching.sparse import Solution, build_graph, match_greedily, solve
 from sae.common.precision import resolve_float
 
 Ints = NDArray[np.int32]
@@ -123,12 +123,12 @@ def _search(
             i, j, known = shortlist(*screens, min(k, m))
             pairs = Pairs(i, j, cosines(a, b, i, j))
             bounds[0][alive], bounds[1][:] = known.row, known.column
-            edges = _Edges(len(a), m, pairs)
-            edges.add(_fallback(a, b, pairs))
+            edges = join([pairs, _fallback(a, b, pairs)])
             warm, most, near = None, np.full(len(a), _MOST), _NEAR
             formed = len(a) * m
             while True:
-                solution = warm = solve(edges.graph(), m, warm)
+                graph = build_graph(*edges, len(a), m)
+                solution = warm = solve(graph, m, warm)
                 new, excess, asked = find_violations(a, b, screens, solution.u, solution.v, known, most, near)
                 rounds, formed = rounds + 1, formed + asked
                 if not excess.any() or rounds == _ROUNDS:
@@ -136,8 +136,8 @@ def _search(
                 short = (excess > 0) & (known.u > solution.u + TOLERANCE)  # dropped pairs may exceed too
                 most[short] = np.minimum(4 * most[short], _MOST_AT_ALL)
                 near /= 2
-                edges.add(new)
-            total = len(edges)
+                edges = join([edges, new])
+            total = len(graph.columns)
     rows, some = alive[pairs.rows], len(a) < n
     nearest = (
         _nearest(all_rows, b, rows, pairs.columns, pairs.cosines, bounds[0], False),
@@ -185,27 +185,6 @@ def _exchanged(found: Matching) -> Matching:
         v=found.u - least,
         nearest=found.nearest[::-1],
     )
-
-
-class _Edges:
-    """The candidates, each once, in the order of rows and columns."""
-
-    def __init__(self, n: int, m: int, pairs: Pairs) -> None:
-        self._n, self._m = n, m
-        self._keys, self._weights = np.empty(0, np.int64), np.empty(0)
-        self.add(pairs)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def add(self, pairs: Pairs) -> None:
-        keys = pairs.rows.astype(np.int64) * self._m + pairs.columns
-        self._keys, first = np.unique(np.concatenate([self._keys, keys]), return_index=True)
-        self._weights = np.concatenate([self._weights, pairs.cosines])[first]
-
-    def graph(self) -> Graph:
-        starts = np.searchsorted(self._keys, np.arange(self._n + 1, dtype=np.int64) * self._m)
-        return Graph(starts, (self._keys % self._m).astype(np.int32), self._weights)
 
 
 def _fallback(a: Directions, b: Directions, pairs: Pairs) -> Pairs:

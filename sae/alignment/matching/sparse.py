@@ -25,7 +25,7 @@ Shapes: n rows, m columns, E edges in compressed rows: ``starts`` [n+1], ``colum
 from __future__ import annotations
 
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -48,6 +48,12 @@ class Graph(NamedTuple):
     starts: NDArray[np.int64]  # [n+1]: row i has the edges ``starts[i]:starts[i+1]``, at least one
     columns: Ints  # [E]
     weights: Floats  # [E]
+
+
+def build_graph(rows: NDArray[Any], columns: NDArray[Any], weights: Floats, n: int, m: int) -> Graph:
+    """Return the graph of these edges [E] in any order; of repeated ones the first counts."""
+    keys, first = np.unique(rows.astype(np.int64) * m + columns, return_index=True)
+    return Graph(np.searchsorted(keys, np.arange(n + 1) * m), (keys % m).astype(np.int32), weights[first])
 
 
 class Solution(NamedTuple):

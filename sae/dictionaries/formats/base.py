@@ -5,7 +5,7 @@ A checkpoint may be a damaged download: its claims are compared with its content
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,6 +162,14 @@ def add(bias: Tensor, amount: Tensor) -> Tensor:
 def row_lengths(W_dec: Tensor) -> Tensor:
     """Return the length of each decoder row [M], in float64."""
     return torch.cat([part.double().norm(dim=1) for part in W_dec.split(_ROWS)])
+
+
+def fold_row_lengths(weights: dict[str, Tensor], biases: Iterable[str]) -> None:
+    """Give decoder rows length 1, and multiply encoder rows and ``biases`` by the lengths; rows of zeros stay zero."""
+    norm = row_lengths(weights["W_dec"])
+    for name in ("W_enc", *biases):
+        weights[name] = scale(weights[name], norm)
+    weights["W_dec"] = scale(weights["W_dec"], 1 / norm.clamp_min(1e-300))
 
 
 def has_unit_rows(W_dec: Tensor, tolerance: float = 1e-3) -> bool:

@@ -147,10 +147,7 @@ def _fold(weights: dict[str, Tensor], kind: str, factor: float) -> tuple[str, ..
         weights["b_enc"] = base.add(weights["b_enc"], base.centring_bias(weights["W_enc"], weights["b_dec"]))
         folded.append("no b_dec in the encoder")
     if kind == "AutoEncoder" and not base.has_unit_rows(weights["W_dec"], 1e-5):
-        norm = base.row_lengths(weights["W_dec"])
-        weights["W_dec"] = base.scale(weights["W_dec"], 1 / norm.clamp_min(1e-300))
-        for name in ("W_enc", "b_enc"):
-            weights[name] = base.scale(weights[name], norm)
+        base.fold_row_lengths(weights, ["b_enc"])
         folded.append("the decoder's lengths")
     return tuple(folded)
 

@@ -143,10 +143,7 @@ def _fold(
     """Fold the description into the weights (see the head of this module). ``W_enc`` is [M, D] here."""
     folded = []
     if config.get("rescale_acts_by_decoder_norm"):
-        norm = base.row_lengths(tensors["W_dec"])
-        for name in ("W_enc", *biases):
-            tensors[name] = base.scale(tensors[name], norm)
-        tensors["W_dec"] = base.scale(tensors["W_dec"], 1 / norm.clamp_min(1e-300))  # a row of zeros stays zero
+        base.fold_row_lengths(tensors, biases)
         folded.append("rescale_acts_by_decoder_norm")
     if factor != 1.0:
         tensors["W_enc"] = base.scale(tensors["W_enc"], factor)
