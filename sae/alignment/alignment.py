@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,7 +68,6 @@ def align(
     W_dec_b: ArrayLike,
     *,
     names: tuple[str, str] = ("a", "b"),
-    precision: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str = "cpu",
 ) -> Alignment:
     """Match two dictionaries exactly, in encoder and decoder space.
@@ -79,7 +78,6 @@ def align(
         W_enc_a, W_dec_a: [M_a, D] rows of the first, of any length.
         W_enc_b, W_dec_b: [M_b, D] rows of the second; M_b may differ from M_a.
         names: of the runs, for messages and for the certificate.
-        precision: of the products that screen all pairs; it can change which of equally good matchings results.
         device: the torch device that forms these products.
     Raises:
         BadInput: the dictionaries differ in D or hold NaN.
@@ -99,7 +97,7 @@ def align(
     n_a, n_b = len(first[0]), len(second[0])
     if n_a > n_b:  # the solver and the prices need the narrower dictionary in the rows
         exchanged = (names[1], names[0])
-        return align(*second, *first, names=exchanged, precision=precision, device=device).swapped()
+        return align(*second, *first, names=exchanged, device=device).swapped()
     from sae.alignment.matching.best import find_best_matching  # loads torch, which readers of alignments do without
 
     table_a = pd.DataFrame({"latent": np.arange(n_a)})
@@ -112,7 +110,7 @@ def align(
         "bound": "sum of column prices v plus sum over rows of max(c - v)",
     }
     for space, rows, columns in zip(SPACES, first, second, strict=True):
-        found = find_best_matching(rows, columns, precision=precision, device=device)
+        found = find_best_matching(rows, columns, device=device)
         inverse = np.full(n_b, UNMATCHED, np.int32)
         inverse[found.partner] = np.arange(n_a)
         cosine = np.where(inverse == UNMATCHED, np.nan, found.cosine[inverse])

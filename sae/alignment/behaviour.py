@@ -23,14 +23,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sae.alignment import relation
-from sae.alignment.alignment import Sides
+from sae.alignment.alignment import UNMATCHED, Sides
 from sae.alignment.cofiring import Cofirings, count_cofirings, jaccard
 from sae.alignment.matching.sparse import build_graph, solve
 from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
 from sae.alignment.rebuilding import rebuild
 from sae.firings.store import FiringStore
 
-UNMATCHED = -1
 SHOWN = 4  # nearest of each kind in the table
 
 Bools = NDArray[np.bool_]

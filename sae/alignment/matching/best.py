@@ -112,7 +112,7 @@ def _search(
 ) -> Matching:
     n, m = len(all_rows), len(b)
     alive = np.flatnonzero(all_rows.inverse > 0)
-    a = all_rows.take(alive)
+    a = all_rows if len(alive) == n else Directions(all_rows.rows[alive], all_rows.inverse[alive])
     pairs, bounds = join([]), (np.full(n, -np.inf), np.full(m, -np.inf))
     solution = Solution(np.empty(0, np.int32), np.empty(0), np.zeros(m))
     excess, rounds, formed, total = np.zeros(0), 0, 0, 0
@@ -143,34 +143,25 @@ def _search(
         _nearest(all_rows, b, rows, pairs.columns, pairs.cosines, bounds[0], False),
         _nearest(b, all_rows, pairs.columns.astype(np.int64), rows.astype(np.int32), pairs.cosines, bounds[1], some),
     )
-    return _finished(all_rows, b, alive, solution, excess, nearest, rounds, formed / (n * m), total)
-
-
-def _finished(
-    a: Directions,
-    b: Directions,
-    alive: NDArray[np.int64],
-    solution: Solution,
-    excess: Floats,
-    nearest: tuple[Nearest, Nearest],
-    rounds: int,
-    share: float,
-    candidates: int,
-) -> Matching:
-    n, m = len(a), len(b)
-    partner, u = np.full(n, -1, np.int32), np.zeros(n)
-    partner[alive], u[alive] = solution.partner, solution.u
-    free = np.ones(m, dtype=bool)
-    free[solution.partner] = False
-    empty = np.flatnonzero(partner < 0)
-    partner[empty] = np.flatnonzero(free)[: len(empty)]
-    u[empty] = -solution.v.min() if m else 0.0
-    own = cosines(a, b, np.arange(n, dtype=np.int32), partner)
+    partner, u = _match_empty_rows(n, alive, solution)
+    own = cosines(all_rows, b, np.arange(n, dtype=np.int32), partner)
     # Per pair: the tolerance of each round, since a round builds on the bounds of earlier ones; and float64's error in
     # a cosine of D terms, in u and in v.
     rounding = n * (rounds * TOLERANCE + (a.rows.shape[1] + 16) * 2.0**-52)
     bound = fsum(u) + fsum(solution.v) + fsum(excess) + rounding
-    return Matching(partner, own, u, solution.v, fsum(own), bound, nearest, rounds, share, candidates)
+    return Matching(partner, own, u, solution.v, fsum(own), bound, nearest, rounds, formed / (n * m), total)
+
+
+def _match_empty_rows(n: int, alive: NDArray[np.int64], solution: Solution) -> tuple[Ints, Floats]:
+    """Return partner and gain of all ``n`` rows, where only those ``alive`` have been matched."""
+    partner, u = np.full(n, -1, np.int32), np.zeros(n)
+    partner[alive], u[alive] = solution.partner, solution.u
+    free = np.ones(len(solution.v), dtype=bool)
+    free[solution.partner] = False
+    empty = np.flatnonzero(partner < 0)
+    partner[empty] = np.flatnonzero(free)[: len(empty)]
+    u[empty] = -solution.v.min()
+    return partner, u
 
 
 def _exchanged(found: Matching) -> Matching:

@@ -70,10 +70,6 @@ class Directions:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, which: NDArray[Any]) -> Directions:
-        """Return some of the rows, without a copy where all are asked for."""
-        return self if len(which) == len(self) else Directions(self.rows[which], self.inverse[which])
-
     def unit(self, which: Any) -> Floats:
         return self.rows[which].astype(np.float64) * self.inverse[which][:, None]
 

@@ -54,34 +54,32 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def decode(activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    out = torch.empty(*activations.shape[:-1], weight.shape[-1], dtype=weight.dtype, device=weight.device)
-    values, who, w, b = _contiguous(activations, latents, weight, bias)
-    _launch_decode(values, who, w, b, out, out, out, out, error=False)
-    return out
+    return _decode(activations, latents, weight, bias, None)[0]
 
 
 def residuals(
     activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = torch.empty(*activations.shape[:-1], weight.shape[-1], dtype=weight.dtype, device=weight.device)
-    products = torch.empty_like(activations, memory_format=torch.contiguous_format)
-    squares = activations.new_empty(activations.shape[:-1])
-    values, who, w, b, aim = _contiguous(activations, latents, weight, bias, target)
-    _launch_decode(values, who, w, b, aim, out, products, squares, error=True)
-    return out, products, squares.sum(-1, dtype=torch.float64)
+    residual, products, squares = _decode(activations, latents, weight, bias, target)
+    return residual, products, squares.sum(-1, dtype=torch.float64)
 
 
-def _launch_decode(
-    values: Tensor, latents: Tensor, weight: Tensor, bias: Tensor, target: Tensor, out: Tensor, products: Tensor,
-    squares: Tensor, error: bool,
-) -> None:  # fmt: skip
-    rows, k = values.shape[-2:]
-    m, width = weight.shape[-2:]
-    tensors = values, latents, weight, bias, target, out, products, squares
+def _decode(
+    activations: Tensor, latents: Tensor, weight: Tensor, bias: Tensor, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return decoded minus ``target``, its products and its squares; without a target only the decoded."""
+    values, *inputs = _contiguous(activations, latents, weight, bias)
+    (rows, k), (m, width) = values.shape[-2:], weight.shape[-2:]
+    out = weight.new_empty(*values.shape[:-1], width)
+    aim, products, squares = out, out, out  # unused
+    if target is not None:
+        aim, products, squares = target.contiguous(), torch.empty_like(values), values.new_empty(values.shape[:-1])
     with torch.cuda.device_of(weight):
         programs.decode_rows[(values.numel() // k,)](
-            *tensors, m, rows, target.numel() // width, k, width, ERROR=error, **_tiles(k, width)
-        )
+            values, *inputs, aim, out, products, squares, m, rows, aim.numel() // width, k, width,
+            ERROR=target is not None, **_tiles(k, width),
+        )  # fmt: skip
+    return out, products, squares
 
 
 def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
