@@ -42,7 +42,7 @@ class Member(NamedTuple):
     store: FiringStore
     W_dec: NDArray[Any]  # [M, D]
     decoder_partner: NDArray[np.int32]  # [M] in the other run, by decoder cosine; -1 without
-    lone: Bools  # [M] the latents whose counterparts in the other run are wanted
+    unshared: Bools  # [M] the latents whose counterparts in the other run are wanted
     null_of_other: NDArray[Any] | None  # [M_other, D] the other's rotated decoder rows, to rebuild from as a control
 
 
@@ -54,7 +54,7 @@ class Behaviour:
     - ``jaccard_partner`` (-1: none), ``jaccard`` and the conditional frequencies ``p_there`` and ``p_here``;
       ``max_jaccard_neighbor`` and ``max_jaccard``, matched or not;
     - ``decoder_partner_jaccard``, ``decoder_partner_p_there``, ``decoder_partner_p_here``: with the partner by cosine;
-    - for the ``lone``, else missing: ``relation``, ``relation_latents`` (lists), ``relation_covered``; ``rebuilt``
+    - for the ``unshared``, else missing: ``relation``, ``relation_latents`` (lists), ``relation_covered``; ``rebuilt``
       (variance explained), ``rebuilt_from`` and ``rebuilt_weights`` (lists, largest first), ``rebuilt__rotated`` (from
       the other's rotated rows); ``nearest_decoder``, ``nearest_decoder_cosines``, ``nearest_firing`` and
       ``nearest_firing_jaccards`` (lists);
@@ -67,11 +67,7 @@ class Behaviour:
 
 
 def behaviour(
-    a: Member,
-    b: Member,
-    device: str = "cpu",
-    advance: Callable[[int], None] | None = None,
-    offset: int | None = None,
+    a: Member, b: Member, device: str = "cpu", advance: Callable[[int], None] | None = None, offset: int | None = None
 ) -> Behaviour:
     """Compare two harvested dictionaries by their firings, in memory of a few arrays of their length.
 
@@ -107,11 +103,11 @@ def _count_and_match(
     """Count and match both directions, b's firings moved back by ``offset``; also return the matching's gap."""
     n_tokens = min(a.store.n_tokens, b.store.n_tokens)
     of_a, of_b = (
-        count_cofirings(one.store, other.store, one.decoder_partner[:, None], one.lone, advance, shift)
+        count_cofirings(one.store, other.store, one.decoder_partner[:, None], one.unshared, advance, shift)
         for one, other, shift in ((a, b, offset), (b, a, (n_tokens - offset) % max(n_tokens, 1)))
     )
     partner, together, gap = match_by_jaccard(of_a, of_b)
-    return _Matched(of_a, partner, together), _Matched(of_b, *_invert(partner, together, len(b.lone))), gap
+    return _Matched(of_a, partner, together), _Matched(of_b, *_invert(partner, together, len(b.unshared))), gap
 
 
 def _invert(
@@ -163,28 +159,25 @@ def _least(of: Cofirings, firings_there: NDArray[np.int64]) -> Floats:
 
 def _side(one: Member, other: Member, matched: _Matched, device: str) -> pd.DataFrame:
     of = matched.counts
-    alone = np.flatnonzero(one.lone)
+    alone = np.flatnonzero(one.unshared)
     living = (of.firings_there > 0)[:, None]  # dead latents are not used
     rebuilt = rebuild(one.W_dec[alone], np.where(living, other.W_dec, 0), device)
-    null = None
-    if one.null_of_other is not None:
-        null = rebuild(one.W_dec[alone], np.where(living, one.null_of_other, 0), device).explained
 
     def lists(values: NDArray[Any], real: Bools) -> list[Any]:
-        found: list[Any] = [None] * len(one.lone)
+        found: list[Any] = [None] * len(one.unshared)
         for row, latent in enumerate(alone):
             found[latent] = values[row][real[row]].tolist()
         return found
 
     def numbers(values: NDArray[Any]) -> NDArray[np.float32]:
-        found = np.full(len(one.lone), np.nan, np.float32)
+        found = np.full(len(one.unshared), np.nan, np.float32)
         found[alone] = values
         return found
 
     by_firing = _firing_columns(one, matched)
     shown, shown_near = of.near[alone, :SHOWN], _near(of)[alone, :SHOWN].astype(np.float32)
     columns: dict[str, Any] = {
-        "latent": np.arange(len(one.lone)),
+        "latent": np.arange(len(one.unshared)),
         "n_firings": of.firings,
         **{name: by_firing[name] for name in ("jaccard_partner", "jaccard", "p_there", "p_here")},
         "max_jaccard_neighbor": of.near[:, 0],
@@ -201,16 +194,17 @@ def _side(one: Member, other: Member, matched: _Matched, device: str) -> pd.Data
         "nearest_firing": lists(shown, shown >= 0),
         "nearest_firing_jaccards": lists(shown_near, shown >= 0),
     }
-    if null is not None:
-        columns["rebuilt__rotated"] = numbers(null)
+    if one.null_of_other is not None:
+        null = rebuild(one.W_dec[alone], np.where(living, one.null_of_other, 0), device)
+        columns["rebuilt__rotated"] = numbers(null.explained)
     return pd.DataFrame(columns)
 
 
 def _firing_columns(one: Member, matched: _Matched) -> dict[str, NDArray[Any]]:
     """Return the columns of firings alone, ``FIRING_COLUMNS``: [M] each."""
     of = matched.counts
-    relations = np.full(len(one.lone), None, object)
-    relations[one.lone] = np.array(relation.NAMES, object)[of.relation[one.lone]]
+    relations = np.full(len(one.unshared), None, object)
+    relations[one.unshared] = np.array(relation.NAMES, object)[of.relation[one.unshared]]
     return {
         "jaccard_partner": matched.partner,
         **_frequencies("", of, matched.partner, matched.together),

@@ -172,7 +172,7 @@ def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) 
                     store=run.store(),
                     W_dec=mine[1],
                     decoder_partner=table["decoder_partner"].to_numpy(np.int32),
-                    lone=find_alive(run) & ~shared(table, "strict"),
+                    unshared=find_alive(run) & ~shared(table, "strict"),
                     null_of_other=rotate_sibling(theirs, names)[1] if nulls else None,
                 )
                 for run, table, mine, theirs, names in (

@@ -55,7 +55,7 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
     folder, exact_source = locate(source)
     opened, format_ = open_sae(folder)
     settings = resolve_dtype(study, _with_dictionary(settings, opened.sae), root, compute)
-    files = [format_.config, format_.weights, *format_.beside]
+    files = [format_.config, format_.weights, *format_.extras]
     origin = {
         "from": exact_source,
         "format": format_.name,
@@ -168,7 +168,7 @@ def _fetch(name: str, arguments: dict[str, Any], repository: str, folder: str) -
             return Path(snapshot_download(name, **arguments)) / folder
         files = HfApi().list_repo_files(name, revision=arguments["revision"])
         _check_listed(files, repository, folder)
-        parts = {file for f in FORMATS.values() for file in (f.config, f.weights, *f.beside)}
+        parts = {file for f in FORMATS.values() for file in (f.config, f.weights, *f.extras)}
         wanted = [f"{folder}/{file}" if folder else file for file in sorted(parts)]
         return Path(snapshot_download(name, **arguments, allow_patterns=wanted)) / folder
     except (NotFound, BadInput):

@@ -67,11 +67,12 @@ def shortlist(a: Screen, b: Screen, k: int) -> tuple[NDArray[np.int32], NDArray[
         for left in range(0, m, tiles.wide):
             columns = slice(left, left + tiles.wide)
             tile = tiles.multiply(a.rows[rows], b.rows[columns])
-            found = tiles.find_above(tile, lists[0].threshold[rows], lists[1].threshold[columns], 0.0, False)
+            above = tiles.find_above(tile, lists[0].threshold[rows], lists[1].threshold[columns], 0.0, False)
+            found = [(i + top, j + left, x) for i, j, x in above]
 
-            def insert(side: int, _: int, found: Any = found, top: int = top, left: int = left) -> None:
+            def insert(side: int, _: int, found: Any = found) -> None:
                 for i, j, x in found:
-                    lists[side].insert(*((i, top, j, left) if side == 0 else (j, left, i, top)), x)
+                    lists[side].insert(*((i, j) if side == 0 else (j, i)), x)
 
             run_in_parallel(insert, [(0, 1), (1, 2)])
     i, j = lists[0].pairs()
@@ -105,10 +106,8 @@ class _Lists:
         self._who, self._near = np.zeros((n, k), np.int32), np.zeros((n, k), np.float32)
         self._filled = np.zeros(n, np.int32)
 
-    def insert(
-        self, own: NDArray[np.int32], first: int, other: NDArray[np.int32], first_other: int, x: NDArray[np.float32]
-    ) -> None:
-        insert_nearest(own, first, other, first_other, x, self._who, self._near, self._filled, self.threshold)
+    def insert(self, own: NDArray[np.int32], other: NDArray[np.int32], x: NDArray[np.float32]) -> None:
+        insert_nearest(own, other, x, self._who, self._near, self._filled, self.threshold)
 
     def pairs(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         own, slot = np.nonzero(np.arange(self._who.shape[1]) < self._filled[:, None])
@@ -378,16 +377,14 @@ def choose_most(
 
 
 @_compiled
-def insert_nearest(
-    own: Any, first: int, other: Any, first_other: int, x: Any, who: Any, near: Any, filled: Any, threshold: Any
-) -> None:
-    """Put found pairs, numbered from ``first`` and ``first_other``, into unordered lists of the k nearest.
+def insert_nearest(own: Any, other: Any, x: Any, who: Any, near: Any, filled: Any, threshold: Any) -> None:
+    """Put found pairs into unordered lists of the k nearest.
 
     ``who`` and ``near`` are [n, k], with ``filled`` [n] in use; ``threshold`` [n] rises to the least of a full list.
     """
     k = who.shape[1]
     for e in range(len(own)):
-        i = own[e] + first
+        i = own[e]
         if not x[e] > threshold[i]:
             continue
         at = filled[i]
@@ -398,7 +395,7 @@ def insert_nearest(
             for s in range(1, k):
                 if near[i, s] < near[i, at]:
                     at = s
-        near[i, at], who[i, at] = x[e], other[e] + first_other
+        near[i, at], who[i, at] = x[e], other[e]
         if filled[i] == k:
             least = near[i, 0]
             for s in range(1, k):

@@ -26,14 +26,7 @@ class GatedSae(Sae):
     slots_per_k = 0
 
     def __init__(
-        self,
-        W_enc: Tensor,
-        b_gate: Tensor,
-        r_mag: Tensor,
-        b_mag: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        k: int | None,
+        self, W_enc: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, W_dec: Tensor, b_dec: Tensor, k: int | None
     ) -> None:
         super().__init__(W_enc, b_gate, W_dec, b_dec, k)
         for name, tensor in (("r_mag", r_mag), ("b_mag", b_mag)):

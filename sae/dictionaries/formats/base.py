@@ -47,7 +47,7 @@ class Format:
     architectures: frozenset[str] | None  # those that it supports; ``None``: all
     read: Callable[[Path], Opened]  # from a folder; raises NotFound for a missing file, BadInput for an unusable one
     write: Callable[[Path, Sae, About], None]  # to a folder, the weights before the description
-    beside: tuple[str, ...] = ()  # further files, read where they exist
+    extras: tuple[str, ...] = ()  # further files, read where they exist
 
     def has(self, architecture: str) -> bool:
         return self.architectures is None or architecture in self.architectures

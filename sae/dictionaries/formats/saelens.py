@@ -196,4 +196,4 @@ def write(folder: Path, sae: Sae, about: About) -> None:
     write_json(folder / CONFIG, config)
 
 
-FORMAT = Format(NAME, WEIGHTS, CONFIG, frozenset(_WRITTEN_AS), read, write, beside=(_SCALER,))
+FORMAT = Format(NAME, WEIGHTS, CONFIG, frozenset(_WRITTEN_AS), read, write, extras=(_SCALER,))

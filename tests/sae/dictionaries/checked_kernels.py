@@ -107,7 +107,7 @@ def search_what_was_found(found: tuple[np.ndarray, ...], u: np.ndarray, v: np.nd
         candidates.choose_most(i, x, prices[1][j], prices[0], most, dropped, 0.1, 0.01, doubted)
     who, near = np.full((len(u), 3), -1, np.int32), np.full((len(u), 3), -np.inf, np.float32)
     filled, threshold = np.zeros(len(u), np.int64), np.full(len(u), -np.inf, np.float32)
-    candidates.insert_nearest(i, 0, j, 0, x, who, near, filled, threshold)
+    candidates.insert_nearest(i, j, x, who, near, filled, threshold)
     assert filled.max(initial=0) <= 3
     assert who.max(initial=-1) < len(v)
 
