@@ -1,15 +1,10 @@
 """Measure how much of a dictionary comes back when it is trained again, over any number of runs.
 
-Definitions of a *shared* latent differ by tens of points, so all in use are computed. With partners from the two
-one-to-one matchings (encoder and decoder) and a threshold t = 0.7:
+Definitions of a *shared* latent (:data:`DEFINITIONS`; Paulo & Belrose, arXiv 2501.16615) differ by tens of points, so
+all in use are computed. They use the partners of the two one-to-one matchings, by encoder and by decoder.
 
-    strict    both matchings pick the same partner, and both cosines exceed t   (the paper's formal rule)
-    both      the matched encoder cosine and the matched decoder cosine exceed t, each under its own matching
-    decoder   the matched decoder cosine exceeds t
-    lenient   both matchings pick the same partner, whatever the cosine
-
-(Paulo & Belrose, arXiv 2501.16615.) An *anchor* is a latent that is searched for in the other runs; its partner may be
-dead. Fractions are of alive anchors, and of all, averaged over the anchors of a run, then over runs.
+An *anchor* is a latent that is searched for in the other runs; its partner may be dead. Fractions are of alive anchors,
+and of all, averaged over the anchors of a run, then over runs.
 """
 
 from __future__ import annotations
@@ -34,7 +29,7 @@ from sae.common.estimate import UNKNOWN, Estimate
 
 DIPS = "dips.json"  # The name of the file that keeps dip tests, among a root's alignments.
 
-DEFINITIONS: dict[str, str] = {
+DEFINITIONS: dict[str, str] = {  # strict is the paper's formal rule
     "strict": "encoder and decoder matchings pick the same partner, and both cosines exceed the threshold",
     "both": "matched encoder cosine and matched decoder cosine exceed the threshold, each under its own matching",
     "decoder": "matched decoder cosine exceeds the threshold",

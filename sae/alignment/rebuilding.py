@@ -45,10 +45,7 @@ def rebuild(x: ArrayLike, b: ArrayLike, device: str = "cpu") -> Rebuilt:
     whole = torch.from_numpy(normalize_rows(b).astype(np.float32)).to(device)
     rows = torch.from_numpy(normalize_rows(x).astype(np.float32)).to(device)
     step = max(1, _BYTES // (4 * max(len(whole), (_POOL + TERMS) * whole.shape[1])))
-    parts = [_rebuilt(rows[i : i + step], whole) for i in range(0, len(rows), step)]
-    if not parts:
-        none = np.zeros((0, TERMS), np.float32)
-        return Rebuilt(none.astype(np.int32), none, np.zeros(0, np.float32), none.astype(np.int32), none)
+    parts = [_rebuilt(rows[i : i + step], whole) for i in range(0, max(1, len(rows)), step)]
     return Rebuilt(*(np.concatenate(of) for of in zip(*parts, strict=True)))
 
 

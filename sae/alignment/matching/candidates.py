@@ -207,36 +207,40 @@ def _find_suspects(
     are tested against the block's most suspicious row, so rows are sorted by suspicion, those with a fallen price
     first: the others only need columns whose price fell.
     """
-    room_row, room_column = known.row - u, known.column - v
-    fell_row, fell_column = known.u - u, known.v - v
+    of_rows = _Suspicion(u, known.row - u, known.u - u)
+    of_columns = _Suspicion(v, known.column - v, known.v - v)
     rows, columns = np.arange(len(u)), np.arange(len(v))
     for _ in range(3):  # fewer suspects on one side make fewer on the other
+        if len(columns):
+            rows = _narrow(rows, of_rows, columns, of_columns)
         if not len(rows) or not len(columns):
             return
-        least_v, most_column, most_fall = v[columns].min(), room_column[columns].max(), fell_column[columns].max()
-        rows = rows[
-            (room_row[rows] > least_v + TOLERANCE)
-            & (u[rows] < most_column - TOLERANCE)
-            & (fell_row[rows] + most_fall > TOLERANCE)
-        ]
-        if not len(rows):
-            return
-        most_row, least_u, most_fall = room_row[rows].max(), u[rows].min(), fell_row[rows].max()
-        columns = columns[
-            (v[columns] < most_row - TOLERANCE)
-            & (room_column[columns] > least_u + TOLERANCE)
-            & (fell_column[columns] + most_fall > TOLERANCE)
-        ]
-    rows = rows[np.lexsort((rows, -room_row[rows], fell_row[rows] <= TOLERANCE))]
+        columns = _narrow(columns, of_columns, rows, of_rows)
+    rows = rows[np.lexsort((rows, -of_rows.room[rows], of_rows.fell[rows] <= TOLERANCE))]
     for top in range(0, len(rows), high):
         block = np.sort(rows[top : top + high])
-        chosen = columns[
-            (v[columns] < room_row[block].max() - TOLERANCE)
-            & (room_column[columns] > u[block].min() + TOLERANCE)
-            & (fell_column[columns] + fell_row[block].max() > TOLERANCE)
-        ]
+        chosen = _narrow(columns, of_columns, block, of_rows)
         if len(chosen):
             yield block, chosen
+
+
+class _Suspicion(NamedTuple):
+    """Of the rows or of the columns."""
+
+    price: Floats
+    room: Floats  # how far their bound exceeds their price
+    fell: Floats  # how far their price fell since the bounds
+
+
+def _narrow(
+    some: NDArray[np.int64], own: _Suspicion, others: NDArray[np.int64], other: _Suspicion
+) -> NDArray[np.int64]:
+    """Return those of ``some`` that may exceed their prices with any of ``others``."""
+    return some[
+        (own.room[some] > other.price[others].min() + TOLERANCE)
+        & (own.price[some] < other.room[others].max() - TOLERANCE)
+        & (own.fell[some] + other.fell[others].max() > TOLERANCE)
+    ]
 
 
 class Tiles:
