@@ -17,7 +17,7 @@ import pandas as pd
 from autointerp.contexts.material import Material
 from autointerp.contexts.sampling import Draw, draw_sample, make_strata, permanent_number
 from autointerp.journal.journal import Journal
-from sae.alignment.overlap import shared
+from sae.alignment.overlap import find_shared
 from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table
 from sae.study.controls import find_controls
@@ -104,7 +104,7 @@ def find_unshared(run: Run, table: pd.DataFrame, choice: Choice) -> set[int]:
     against = choice.against or tuple(r.name for r in run.siblings())
     found = np.zeros(len(table), dtype=bool)
     for name in against:
-        found |= shared(_select_sibling(table, name), choice.definition, choice.threshold)
+        found |= find_shared(_select_sibling(table, name), choice.definition, choice.threshold)
     return set(table["latent"][~found].tolist())
 
 

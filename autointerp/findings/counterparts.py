@@ -15,7 +15,7 @@ import pandas as pd
 from autointerp.findings.json_values import mean_of
 from autointerp.findings.statistics.correlation import bootstrap_mean, mean_fraction, quantiles
 from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
-from sae.alignment.overlap import range_of
+from sae.alignment.overlap import find_range
 from sae.alignment.relation import RELATIONS
 from sae.common.estimate import UNKNOWN, Estimate
 
@@ -98,10 +98,10 @@ def _ranges(rows: pd.DataFrame) -> dict[str, Any]:
     same = rows.loc[rows["decoder_partner"] >= 0]
     agree = (same["jaccard_partner"] == same["decoder_partner"]).astype(float)
     return {
-        **{f"{name}_range": range_of(rows.groupby("pair")[name].mean().to_dict()) for name in _JACCARDS},
-        "same_partner_range": range_of(agree.groupby(same["pair"]).mean().to_dict()),
+        **{f"{name}_range": find_range(rows.groupby("pair")[name].mean().to_dict()) for name in _JACCARDS},
+        "same_partner_range": find_range(agree.groupby(same["pair"]).mean().to_dict()),
         "relations_range": {
-            name: range_of((unshared["relation"] == name).groupby(unshared["pair"]).mean().to_dict())
+            name: find_range((unshared["relation"] == name).groupby(unshared["pair"]).mean().to_dict())
             for name in RELATIONS
         },
     }

@@ -16,7 +16,7 @@ from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.setups import TOO_FEW, rows_of, setups_of, wanted_of
 from sae.alignment.alignment import pair_path, read_both_ways
-from sae.alignment.overlap import DEFINITIONS, DIPS, StudyOverlap, latent_table, overlap, shared_class
+from sae.alignment.overlap import DEFINITIONS, DIPS, StudyOverlap, build_latent_table, classify_sharing, measure_overlap
 from sae.common.commands import command
 from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table, table_metadata
@@ -122,7 +122,7 @@ class Study:
             behaviour=behaviour,
             behaviour_facts=facts,
             compared=compared,
-            shared=overlap(compared, tables, {x: alive[x] for x in compared}, view.threshold, kept=dips)
+            shared=measure_overlap(compared, tables, {x: alive[x] for x in compared}, view.threshold, kept=dips)
             if tables
             else None,
             scores=scores,
@@ -173,13 +173,13 @@ class Study:
             latents = latents.join(read_table(path).set_index("latent")[["eligible", "ineligible_reason"]])
         if self.tables and name in self.compared:
             others = [n for n in view.against if n != name] or [n for n in self.compared if n != name]
-            table = latent_table(name, [name, *others], self.tables, self.alive[name], view.threshold)
+            table = build_latent_table(name, [name, *others], self.tables, self.alive[name], view.threshold)
             table = table.set_index("latent")
             n = table[f"n_shared_{view.definition}"]
             latents["n_shared"] = n
             latents["similarity"] = table["similarity"]
             latents["unshared"] = latents["alive"] & (n == 0)
-            latents["shared_class"] = shared_class(n, len(others))
+            latents["shared_class"] = classify_sharing(n, len(others))
         return latents
 
     def score_rows(self) -> pd.DataFrame | None:

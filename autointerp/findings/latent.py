@@ -18,7 +18,7 @@ from autointerp.journal.method import BASELINE
 from autointerp.scoring.scorers.base import SCORE_COLUMNS
 from autointerp.scoring.setups import own_scores, plain, precision_of, records_of, rows_of, setups_of
 from sae.alignment.alignment import pair_path, read_alignment, read_sides
-from sae.alignment.overlap import DEFINITIONS, shared
+from sae.alignment.overlap import DEFINITIONS, find_shared
 from sae.common.commands import command
 from sae.common.errors import NotFound
 from sae.common.files import SCHEMA, read_table
@@ -137,7 +137,7 @@ class LatentReader:
             **{key: _index(entry[key]) for key in partners},
             **{key: entry[key] for key in cosines},
             "similarity": number((entry["encoder_cosine"] + entry["decoder_cosine"]) / 2),
-            "shared": {name: bool(shared(row, name, self.threshold)[0]) for name in DEFINITIONS},
+            "shared": {name: bool(find_shared(row, name, self.threshold)[0]) for name in DEFINITIONS},
             "behaviour": _behaviour(self._behaviours[sibling.name], latent),
             "explanation": explanations[0]["text"] if explanations else None,
             "score": scores[-1]["balanced_accuracy"] if scores else None,

@@ -23,7 +23,7 @@ from autointerp.findings.pairs import METHODS, agreement, scored_alike, scored_p
 from autointerp.findings.returning import overlap_findings, similarity_findings
 from autointerp.scoring.setups import own_scores, rows_of, setups_of, status_kind, wanted_of
 from sae.alignment.alignment import pair_path
-from sae.alignment.overlap import DEFINITIONS, shared, similarity
+from sae.alignment.overlap import DEFINITIONS, compute_similarity, find_shared
 from sae.common.commands import command, shell_command
 from sae.common.errors import BadInput
 from sae.common.estimate import Estimate
@@ -221,8 +221,8 @@ def _with_common_setup(study: Study, there: Run) -> Study:
 
 
 def _pairs(study: Study, table: pd.DataFrame, here: Side, there: Side) -> list[dict[str, Any]]:
-    alike = similarity(table)
-    is_shared = {name: shared(table, name, study.view.threshold) for name in DEFINITIONS}
+    alike = compute_similarity(table)
+    is_shared = {name: find_shared(table, name, study.view.threshold) for name in DEFINITIONS}
     fired = study.behaviour.get((here.run.name, there.run.name))
     jaccard = None if fired is None else fired["decoder_partner_jaccard"].to_numpy(float)
     partner, encoder = table["decoder_partner"].to_numpy(), table["encoder_partner"].to_numpy()
@@ -254,7 +254,7 @@ def _agreement(study: Study, table: pd.DataFrame) -> dict[str, Any] | None:
     pairs = scored_pairs(study, study.view.threshold)
     if pairs is None or pairs.empty:
         return None
-    returns = shared(table, study.view.definition, study.view.threshold)[pairs["latent"].to_numpy()]
+    returns = find_shared(table, study.view.definition, study.view.threshold)[pairs["latent"].to_numpy()]
     kept = {"shared": returns, "unshared": ~returns, "together": np.ones(len(pairs), bool)}
     return {name: agreement(pairs, mask) for name, mask in kept.items()}
 

@@ -22,7 +22,7 @@ from autointerp.findings.reliability import verdicts_of
 from autointerp.findings.statistics.resampling import Resamples, interval_of
 from autointerp.scoring.setups import own_scores, precision_of, rows_of, setups_of
 from sae.alignment.bootstrap import partner_units
-from sae.alignment.overlap import shared
+from sae.alignment.overlap import find_shared
 from sae.common.estimate import UNKNOWN, Estimate
 from sae.common.files import read_table
 from sae.study.run import Run
@@ -61,7 +61,7 @@ def scored_pairs(study: Study, threshold: float = 0.7) -> pd.DataFrame | None:
                 "partner": partner[latents],
                 "score": scores[a].loc[latents].to_numpy(float),
                 "score_there": scores[b].loc[partner[latents]].to_numpy(float),
-                "aligned": shared(table, "both", threshold)[latents],
+                "aligned": find_shared(table, "both", threshold)[latents],
                 "unit": units[a][latents],
             }
             parts.append(pd.DataFrame(columns))

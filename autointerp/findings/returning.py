@@ -15,7 +15,7 @@ from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import Study
 from autointerp.findings.json_values import histogram, to_json
 from autointerp.findings.statistics.correlation import quantiles
-from sae.alignment.overlap import CLASSES, DEFINITIONS, StudyOverlap, range_of, shared_class
+from sae.alignment.overlap import CLASSES, DEFINITIONS, StudyOverlap, classify_sharing, find_range
 from sae.common.estimate import Estimate
 from sae.common.files import read_table, table_metadata
 from sae.study.align import explain_difference
@@ -56,7 +56,7 @@ def describe_overlap(found: StudyOverlap, chosen: str = "strict") -> dict[str, A
             "retained": real.retained,
             "retained_null": {null: of.retained.value for null, of in nulls.items()},
             "null": {null: of.value.value for null, of in nulls.items()},
-            "null_range": {null: range_of(_values(of.pairs)) for null, of in nulls.items()},
+            "null_range": {null: find_range(_values(of.pairs)) for null, of in nulls.items()},
         }
         for key in _BY_NUMBER:
             estimates: list[Estimate] = getattr(real, key)
@@ -78,7 +78,7 @@ def describe_overlap(found: StudyOverlap, chosen: str = "strict") -> dict[str, A
                 "same_partner": of.same_partner.value,
                 "same_partner_range": tree["lenient"]["null_range"][null],
                 "max_cosine": of.max_cosine.value,
-                "max_cosine_range": range_of(of.by_pair["max_cosine"]),
+                "max_cosine_range": find_range(of.by_pair["max_cosine"]),
                 "sweep": of.sweep.to_dict("list"),
             }
             for null, of in found.nulls.items()
@@ -111,7 +111,7 @@ def similarity_findings(found: StudyOverlap | None) -> dict[str, Any] | None:
         "null": {
             null: {
                 **{name: getattr(of, name).value for name in _MEANS},
-                **{f"{name}_range": range_of(of.by_pair[name]) for name in _MEANS},
+                **{f"{name}_range": find_range(of.by_pair[name]) for name in _MEANS},
                 "mean_same_partner": of.histogram["mean_agree"],
                 "mean_different_partner": of.histogram["mean_differ"],
             }
@@ -165,7 +165,7 @@ def membership_findings(study: Study, latents: pd.DataFrame) -> dict[str, Any] |
                 "label": label,
                 "runs": held,
                 "n_others": n,
-                "shared_class": str(shared_class(n, len(others))),
+                "shared_class": str(classify_sharing(n, len(others))),
                 "n": round((fraction := _fraction(regions, n, held)) * n_alive),
                 "fraction": fraction,
                 "null": {null: _fraction(split, n, held) for null, split in nulls.items()},

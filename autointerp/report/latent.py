@@ -31,7 +31,7 @@ from autointerp.report.blocks import (
 from autointerp.report.charts import ACCENT
 from autointerp.report.controls import NEGATIVES
 from autointerp.report.numbers import count, percent, plural, rate
-from sae.alignment.overlap import shared_class
+from sae.alignment.overlap import classify_sharing
 from sae.alignment.relation import RELATIONS
 from sae.common.amounts import decimal, estimate, interval, is_known, precision_in_words
 
@@ -63,7 +63,7 @@ def _head(found: Latent) -> Iterator[Block]:
     if found["matches"]:
         n, of = found["n_shared"], len(found["matches"])
         words = f"with {n} of {of} other seeds (strict); similarity {decimal(found['similarity'], 2)}"
-        facts.append(("shared", Span(words, str(shared_class(n, of)))))
+        facts.append(("shared", Span(words, str(classify_sharing(n, of)))))
     yield Facts(facts)
     if activations is not None:
         largest = f"{activations['edges'][-1]:.3g}"

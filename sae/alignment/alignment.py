@@ -157,7 +157,7 @@ def verify(
     return found
 
 
-def pairs(runs: Sequence[str]) -> list[tuple[str, str]]:
+def list_pairs(runs: Sequence[str]) -> list[tuple[str, str]]:
     """Return every pair of runs, each once, in the order given."""
     repeated = sorted({name for name in runs if list(runs).count(name) > 1})
     if repeated:
@@ -233,7 +233,7 @@ def read_alignment(folder: Path, a: str, b: str) -> Alignment:
 def read_both_ways(folder: Path, runs: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:
     """Return the stored tables of all ordered pairs of runs: (x, y) → a row per latent of x, in terms of y."""
     found = {}
-    for a, b in pairs(runs):
+    for a, b in list_pairs(runs):
         alignment = read_alignment(folder, a, b)
         found[a, b], found[b, a] = alignment.a, alignment.b
     return found

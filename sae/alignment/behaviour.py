@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sae.alignment import relation
 from sae.alignment.alignment import UNMATCHED, Sides
-from sae.alignment.cofiring import Cofirings, count_cofirings, jaccard
+from sae.alignment.cofiring import Cofirings, compute_jaccard, count_cofirings
 from sae.alignment.matching.sparse import build_graph, solve
 from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
 from sae.alignment.rebuilding import rebuild
@@ -66,7 +66,7 @@ class Behaviour:
     gap_per_latent: float
 
 
-def behaviour(
+def compare_behaviour(
     a: Member, b: Member, device: str = "cpu", advance: Callable[[int], None] | None = None, offset: int | None = None
 ) -> Behaviour:
     """Compare two harvested dictionaries by their firings, in memory of a few arrays of their length.
@@ -135,7 +135,7 @@ def match_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDA
     keys, first = np.unique(keys, return_index=True)
     count = np.concatenate([a.near_together[i, slot], b.near_together[j, slot_b]])[first]
     rows, columns = keys // m, keys % m
-    weights = jaccard(count, a.firings[rows], b.firings[columns])
+    weights = compute_jaccard(count, a.firings[rows], b.firings[columns])
     # Each row also has a column of its own at no gain, so that a matching of all rows always exists.
     own = np.arange(n)
     edges = ((rows, own), (columns, m + own), (weights, np.zeros(n)))
@@ -153,7 +153,7 @@ def match_by_jaccard(a: Cofirings, b: Cofirings) -> tuple[NDArray[np.int32], NDA
 def _least(of: Cofirings, firings_there: NDArray[np.int64]) -> Floats:
     """Return a bound on the Jaccard of each latent with those that are not among its nearest: [M]."""
     last = of.near[:, -1]
-    least = jaccard(of.near_together[:, -1], of.firings, firings_there[last])
+    least = compute_jaccard(of.near_together[:, -1], of.firings, firings_there[last])
     return np.where(last >= 0, least, 0.0)
 
 
@@ -217,7 +217,9 @@ def _firing_columns(one: Member, matched: _Matched) -> dict[str, NDArray[Any]]:
 
 def _near(of: Cofirings) -> Floats:
     """Return the Jaccards of each latent with its nearest, 0 where there is none: [M, N]."""
-    return np.where(of.near >= 0, jaccard(of.near_together, of.firings[:, None], of.firings_there[of.near]), 0.0)
+    return np.where(
+        of.near >= 0, compute_jaccard(of.near_together, of.firings[:, None], of.firings_there[of.near]), 0.0
+    )
 
 
 def _frequencies(

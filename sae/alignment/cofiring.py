@@ -52,7 +52,7 @@ class Cofirings:
     covered: npt.NDArray[np.float32]  # [M_a] the share of its firings that they cover, NaN where there are none
 
 
-def jaccard(together: npt.ArrayLike, one: npt.ArrayLike, other: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def compute_jaccard(together: npt.ArrayLike, one: npt.ArrayLike, other: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Return the tokens at which both fire over those at which either does; 0 if neither ever fires."""
     together, one, other = (np.asarray(x, dtype=np.float64) for x in (together, one, other))
     either = one + other - together

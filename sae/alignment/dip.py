@@ -38,7 +38,7 @@ class Dip(NamedTuple):
     p_value: float  # the probability that samples with one mode have a mean √n · dip as large
 
 
-def dip(values: ArrayLike) -> float:
+def compute_dip(values: ArrayLike) -> float:
     """Return the dip of a sample [n] in any order, from 1/(2n) (also for one repeated value) to 1/4; NaN if empty."""
     from sae.alignment.dip_kernel import dip_of_jumps  # a report reads its dips from a file and needs no compiler
 
@@ -77,7 +77,7 @@ def run_dip_test(
     kept = [(x, unit) for x, unit in zip(given, of, strict=True) if len(x) >= _FEWEST]
     if not kept:
         return Dip(UNKNOWN, float("nan"), float("nan"))
-    dips = np.array([dip(x) for x, _ in kept])
+    dips = np.array([compute_dip(x) for x, _ in kept])
     p_value = _p_value([len(x) for x, _ in kept], dips)
     if not draw:
         return Dip(UNKNOWN, float(dips.mean()), p_value)
@@ -88,7 +88,7 @@ def run_dip_test(
     for i in range(n_draws):
         drawn = np.zeros(n_units, np.bool_)
         drawn[rng.permutation(n_units)[: max(1, n_units // 4)]] = True
-        found = [dip(x[drawn[unit]]) for x, unit in kept]
+        found = [compute_dip(x[drawn[unit]]) for x, unit in kept]
         apart[i] = np.nanmean(found) - dips.mean() if not np.isnan(found).all() else 0.0
     apart /= np.sqrt(3)
     whole, error = float(dips.mean()), _WIDER * float(apart.std(ddof=1))
@@ -137,4 +137,4 @@ def _p_value(sizes: Sequence[int], dips: NDArray[np.float64]) -> float:
 @functools.lru_cache(maxsize=16)
 def _of_uniforms(n: int) -> NDArray[np.float64]:
     rng = np.random.default_rng(0)
-    return np.array([dip(rng.random(n)) for _ in range(_UNIFORMS)])
+    return np.array([compute_dip(rng.random(n)) for _ in range(_UNIFORMS)])

@@ -96,17 +96,17 @@ class StudyOverlap:
         return self.alive["lenient"].value
 
 
-def similarity(table: pd.DataFrame) -> Floats:
+def compute_similarity(table: pd.DataFrame) -> Floats:
     """Return the mean of matched encoder and decoder cosine of each latent [M], NaN without partner."""
     return (table["encoder_cosine"].to_numpy(float) + table["decoder_cosine"].to_numpy(float)) / 2
 
 
-def shared(table: pd.DataFrame, definition: str, threshold: float = 0.7) -> Bools:
+def find_shared(table: pd.DataFrame, definition: str, threshold: float = 0.7) -> Bools:
     """Return which latents [M] of one run are shared with another: cosines must exceed the threshold, not equal it."""
-    return reach(table, definition) > threshold
+    return compute_reach(table, definition) > threshold
 
 
-def reach(table: pd.DataFrame, definition: str) -> Floats:
+def compute_reach(table: pd.DataFrame, definition: str) -> Floats:
     """Return the threshold [M] below which a latent is shared: -inf for none, inf for any, NaN without partner."""
     encoder, decoder = (table[f"{space}_cosine"].to_numpy(float) for space in ("encoder", "decoder"))
     partner = table["encoder_partner"].to_numpy()
@@ -122,7 +122,7 @@ def reach(table: pd.DataFrame, definition: str) -> Floats:
     raise BadInput(f"no definition of shared is called {definition!r}; there are {', '.join(DEFINITIONS)}")
 
 
-def overlap(
+def measure_overlap(
     runs: Sequence[str],
     alignments: Tables,
     alive: Mapping[str, Bools],
@@ -141,7 +141,7 @@ def overlap(
         kept: the file that caches dip tests, half of the time (:func:`sae.alignment.dip.read_dip_test`).
     """
     alive = {run: np.asarray(alive[run], dtype=bool) for run in runs}
-    check(runs, alignments, alive)
+    check_aligned(runs, alignments, alive)
 
     def measure(tables: Tables, resamples: int) -> StudyOverlap:
         draw = LatentBootstrap(runs, tables, resamples, seed)
@@ -207,7 +207,10 @@ def sweep_thresholds(runs: Sequence[str], alignments: Tables, alive: Mapping[str
     columns: dict[str, Any] = {"threshold": at}
     for definition in DEFINITIONS:
         of_run = [
-            np.mean([_share_above(reach(alignments[a, b], definition)[alive[a]], at) for b in runs if b != a], axis=0)
+            np.mean(
+                [_share_above(compute_reach(alignments[a, b], definition)[alive[a]], at) for b in runs if b != a],
+                axis=0,
+            )
             for a in runs
             if np.any(alive[a])
         ]
@@ -221,7 +224,7 @@ def _share_above(values: Floats, at: Floats) -> Floats:
     return 1 - (np.searchsorted(known, at, side="right") + len(values) - len(known)) / len(values)
 
 
-def check(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> None:
+def check_aligned(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -> None:
     """Raise unless there are two runs, all pairs are aligned, and widths match."""
     if len(set(runs)) < 2 or len(set(runs)) < len(runs):
         raise BadInput(f"overlap needs two or more different runs, not {', '.join(map(repr, runs)) or 'none'}")
@@ -239,7 +242,9 @@ def check(runs: Sequence[str], alignments: Tables, alive: Mapping[str, Bools]) -
 def _find_sharing(runs: Sequence[str], alignments: Tables, definition: str, threshold: float) -> dict[str, Bools]:
     """Return run → [M, S - 1] whether each other run, in order, shares the latent."""
     return {
-        run: np.stack([shared(alignments[run, other], definition, threshold) for other in runs if other != run], axis=1)
+        run: np.stack(
+            [find_shared(alignments[run, other], definition, threshold) for other in runs if other != run], axis=1
+        )
         for run in runs
     }
 
@@ -328,7 +333,7 @@ def _histogram(study: _Aligned) -> dict[str, Any]:
     table = pd.concat(anchors, ignore_index=True)
     table = table[(table["encoder_partner"] >= 0) & (table["decoder_partner"] >= 0)]
     agree = (table["encoder_partner"] == table["decoder_partner"]).to_numpy()
-    alike = similarity(table)
+    alike = compute_similarity(table)
     values = {
         "encoder": table["encoder_cosine"].to_numpy(float),
         "decoder": table["decoder_cosine"].to_numpy(float),
@@ -346,7 +351,7 @@ def _test_bimodality(study: _Aligned, kept: Path | None) -> Dip:
     """Return the dip test of the similarities of each ordered pair's alive anchors; ``kept`` caches results."""
     samples, units, draw = [], [], len(study.draw.weights) > 0
     for a, b in permutations(study.runs, 2):
-        alike = similarity(study.tables[a, b])
+        alike = compute_similarity(study.tables[a, b])
         known = study.alive[a] & ~np.isnan(alike)
         samples.append(alike[known])
         units.append(study.draw.unit[a][known])
@@ -364,19 +369,19 @@ def _average_pairs(study: _Aligned, values: Mapping[tuple[str, str], Floats]) ->
     return found
 
 
-def range_of(of: Mapping[Any, float | None]) -> list[float] | None:
+def find_range(of: Mapping[Any, float | None]) -> list[float] | None:
     """Return the least and the largest over pairs; ``None`` for fewer than two."""
     known = [value for value in of.values() if value is not None and not isnan(value)]
     return [min(known), max(known)] if len(known) > 1 else None
 
 
-def shared_class(n_shared: ArrayLike, n_others: int) -> NDArray[np.str_]:
+def classify_sharing(n_shared: ArrayLike, n_others: int) -> NDArray[np.str_]:
     """Return the class (:data:`CLASSES`) of latents that ``n_shared`` of ``n_others`` other runs share."""
     n = np.asarray(n_shared)
     return np.select([n == 0, n == n_others], [CLASSES[0], CLASSES[2]], default=CLASSES[1])
 
 
-def latent_table(
+def build_latent_table(
     run: str,
     runs: Sequence[str],
     alignments: Tables,
@@ -398,13 +403,13 @@ def latent_table(
     """
     others = [other for other in runs if other != run]
     alive = np.asarray(alive, dtype=bool)
-    check([run, *others], alignments, {run: alive})
+    check_aligned([run, *others], alignments, {run: alive})
     columns: dict[str, Any] = {"latent": np.arange(len(alive))}
     for other in others:
         table = alignments[run, other]
         columns |= {f"{name}__{other}": table[name].to_numpy() for name in _ALIGNED if name in table}
         for definition in DEFINITIONS:
-            columns[f"shared_{definition}__{other}"] = shared(table, definition, threshold)
+            columns[f"shared_{definition}__{other}"] = find_shared(table, definition, threshold)
         done = (behaviour or {}).get(other)
         if done is not None:
             columns |= {
@@ -416,7 +421,7 @@ def latent_table(
         columns |= {f"{name}__{ROTATED}": values for name, values in _over_runs(of_null, threshold).items()}
     n = columns["n_shared_strict"]
     columns["unshared"] = alive & (n == 0)
-    columns["shared_class"] = shared_class(n, len(others)).astype(object)
+    columns["shared_class"] = classify_sharing(n, len(others)).astype(object)
     columns["shared_class"][~alive] = None
     return pd.DataFrame(columns)
 
@@ -425,10 +430,10 @@ def _over_runs(tables: Sequence[pd.DataFrame], threshold: float) -> dict[str, ND
     """Return the columns [M] of how many other runs share each latent, and how similar its partners are."""
     columns: dict[str, NDArray[Any]] = {}
     for definition in DEFINITIONS:
-        per_run = [shared(table, definition, threshold) for table in tables]
+        per_run = [find_shared(table, definition, threshold) for table in tables]
         columns[f"n_shared_{definition}"] = np.sum(per_run, axis=0).astype(np.int32)
         columns[f"stability_{definition}"] = np.asarray(np.mean(per_run, axis=0), dtype=np.float32)
-    alike = np.stack([similarity(table) for table in tables])
+    alike = np.stack([compute_similarity(table) for table in tables])
     partnered = ~np.isnan(alike)
     with np.errstate(invalid="ignore"):
         mean = np.where(partnered, alike, 0).sum(axis=0) / partnered.sum(axis=0)

@@ -17,9 +17,9 @@ import pandas as pd
 from sae.alignment.alignment import (
     Alignment,
     align,
+    list_pairs,
     pair_inputs,
     pair_path,
-    pairs,
     read_alignment,
     read_sides,
     write_alignment,
@@ -44,7 +44,7 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
         force: align runs of different studies or hookpoints too.
     """
     by_name = {run.name: run for run in runs}
-    wanted = [(by_name[a], by_name[b]) for a, b in pairs([run.name for run in runs])]
+    wanted = [(by_name[a], by_name[b]) for a, b in list_pairs([run.name for run in runs])]
     root = runs[0].root
     for run in runs:
         check_trained(run)
@@ -158,9 +158,9 @@ def share_tokens(a: Run, b: Run) -> bool:
 
 
 def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) -> None:
-    from sae.alignment.behaviour import Member, behaviour
+    from sae.alignment.behaviour import Member, compare_behaviour
     from sae.alignment.nulls import draw_offset, rotate_sibling
-    from sae.alignment.overlap import shared
+    from sae.alignment.overlap import find_shared
 
     device, weights = compute.resolve(), _Rows()
     total = sum(run.store().num_latents for pair in pairs for run in pair) * (2 if nulls else 1)
@@ -172,7 +172,7 @@ def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) 
                     store=run.store(),
                     W_dec=mine[1],
                     decoder_partner=table["decoder_partner"].to_numpy(np.int32),
-                    unshared=find_alive(run) & ~shared(table, "strict"),
+                    unshared=find_alive(run) & ~find_shared(table, "strict"),
                     null_of_other=rotate_sibling(theirs, names)[1] if nulls else None,
                 )
                 for run, table, mine, theirs, names in (
@@ -185,7 +185,7 @@ def _compare_pairs(pairs: list[tuple[Run, Run]], compute: Compute, nulls: bool) 
                 first, second = (member.store for member in members)
                 per_sequence = first.window * first.windows_per_sequence
                 offset = draw_offset((a.name, b.name), min(first.n_tokens, second.n_tokens), per_sequence)
-            found = behaviour(members[0], members[1], device, bar.advance, offset)
+            found = compare_behaviour(members[0], members[1], device, bar.advance, offset)
             path = pair_path(behaviour_folder(a.root), a.name, b.name)
             order = (b.name, a.name) if path is not None and path.name.startswith(f"{b.name}--") else (a.name, b.name)
             sides = found.sides if order[0] == a.name else found.sides[::-1]
@@ -216,7 +216,7 @@ def is_compared(a: Run, b: Run) -> bool:
 
 def _write_overlap(run: Run) -> None:
     """Write the run's overlap table over its aligned siblings, unless it is up to date."""
-    from sae.alignment.overlap import latent_table
+    from sae.alignment.overlap import build_latent_table
 
     siblings, inputs = _overlap_inputs(run)
     if not siblings or not is_harvested(run) or run.stage_inputs("overlap") == inputs:
@@ -224,7 +224,9 @@ def _write_overlap(run: Run) -> None:
     tables = {(run.name, x.name): read_alignment(run.root / "alignments", run.name, x.name).a for x in siblings}
     folder = behaviour_folder(run.root)
     done = {x.name: read_sides(folder, run.name, x.name)[0] for x in siblings if is_compared(run, x)}
-    table = latent_table(run.name, [run.name, *(x.name for x in siblings)], tables, find_alive(run), behaviour=done)
+    table = build_latent_table(
+        run.name, [run.name, *(x.name for x in siblings)], tables, find_alive(run), behaviour=done
+    )
     write_table(run.stage_path("overlap"), table, inputs=inputs, against=[x.name for x in siblings])
 
 

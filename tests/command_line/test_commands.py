@@ -162,7 +162,7 @@ def test_align_answers_under_the_given_definition_and_threshold(root: Path, monk
     old = read_table(path).assign(encoder_cosine__gaussian=0.5)  # as earlier versions wrote
     write_table(path, old, inputs=table_metadata(path)["inputs"])
     monkeypatch.setattr("sae.study.align.align", refuse)
-    monkeypatch.setattr("sae.alignment.behaviour.behaviour", refuse)
+    monkeypatch.setattr("sae.alignment.behaviour.compare_behaviour", refuse)
     before = tree(root)
     options = ("--definition", "decoder", "--threshold", "0.3", "--root", root)
     found, reported = cli("align", *options, "--json").well().json, cli("report", *options, "--json").well().json

@@ -36,7 +36,7 @@ from tiny_study import cli
 from autointerp.journal.journal import Journal
 from autointerp.scoring.intervals import balanced_accuracy
 from sae.alignment.alignment import read_alignment
-from sae.alignment.overlap import shared
+from sae.alignment.overlap import find_shared
 from sae.common.estimate import proportion
 from sae.common.files import read_table
 from sae.study.run import Run
@@ -152,7 +152,7 @@ def test_the_planted_permutation_is_recovered(harvested: Path) -> None:
     assert np.array_equal(table["decoder_partner"], there)
     assert table["encoder_cosine"].to_numpy() == pytest.approx(0.95, abs=1e-3)
     assert table["decoder_cosine"].to_numpy() == pytest.approx(0.95, abs=1e-3)
-    assert shared(table, "strict").all()
+    assert find_shared(table, "strict").all()
 
 
 def test_only_unreplaced_parts_are_shared(harvested: Path) -> None:
@@ -160,7 +160,7 @@ def test_only_unreplaced_parts_are_shared(harvested: Path) -> None:
     where = {int(latent): there for there, latent in enumerate(REPLACED.origin) if latent >= 0}
     kept = np.array([i in where for i in range(M)])
     assert 0.5 < kept.mean() < 0.8
-    assert np.array_equal(shared(table, "strict"), kept)
+    assert np.array_equal(find_shared(table, "strict"), kept)
     assert [table["decoder_partner"][i] for i in where] == list(where.values())
     found = cli("report", "--sae", "known_a", "--json", "--root", harvested).well().json
     pairs = found["overlap"]["strict"]["pairs"]

@@ -19,7 +19,7 @@ from autointerp.findings.paper.intervals import Figure, Measured, over_seeds, va
 from sae.alignment.bootstrap import Bools, Floats, LatentBootstrap, Tables, mean_over
 from sae.alignment.dip import Dip
 from sae.alignment.nulls import read_nulls
-from sae.alignment.overlap import shared, similarity
+from sae.alignment.overlap import compute_similarity, find_shared
 from sae.common.amounts import decimal
 
 THRESHOLD = 0.7
@@ -77,7 +77,7 @@ def _fraction(definition: str, members: Mapping[str, Bools]) -> Figure:
     """The fraction of ``members`` that two runs share."""
 
     def is_shared(table: pd.DataFrame) -> Floats:
-        return shared(table, definition, THRESHOLD)[:, None].astype(float)
+        return find_shared(table, definition, THRESHOLD)[:, None].astype(float)
 
     return lambda draw, tables: mean_over(_pairwise(draw, tables, members, is_shared)[:, :, 0], axis=1)
 
@@ -90,7 +90,7 @@ def _gap(draw: LatentBootstrap, tables: Tables, alive: Mapping[str, Bools]) -> F
     """The mean matched cosine of latents whose matchings agree, less that of latents whose matchings differ."""
 
     def columns(table: pd.DataFrame) -> Floats:
-        alike = similarity(table)
+        alike = compute_similarity(table)
         known = ~np.isnan(alike)
         agree = known & (table["encoder_partner"].to_numpy() == table["decoder_partner"].to_numpy())
         differ = known & ~agree
@@ -104,7 +104,7 @@ def _gap(draw: LatentBootstrap, tables: Tables, alive: Mapping[str, Bools]) -> F
 
 def _n_shared(tables: Tables, runs: Sequence[str], run: str) -> NDArray[np.int_]:
     """[M] the number of other runs that share each latent of ``run``."""
-    return np.sum([shared(tables[run, other], "both", THRESHOLD) for other in runs if other != run], axis=0)
+    return np.sum([find_shared(tables[run, other], "both", THRESHOLD) for other in runs if other != run], axis=0)
 
 
 def _spread(draw: LatentBootstrap, tables: Tables, alive: Mapping[str, Bools]) -> Floats:

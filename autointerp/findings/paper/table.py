@@ -18,7 +18,7 @@ from autointerp.findings.paper.scores import Scores, findings_of_scores
 from autointerp.findings.paper.sweeps import findings_of_sweeps
 from autointerp.findings.relation import Part
 from autointerp.findings.sweep_table import sweeps_of
-from sae.alignment.overlap import shared
+from sae.alignment.overlap import find_shared
 from sae.common.commands import shell_command
 from sae.common.package_data import bundled_recipes, shown_path
 
@@ -114,5 +114,5 @@ def _scores(study: Study, facts: JournalFacts, tree: Mapping[str, Any], part: Pa
 def _n_aligned(study: Study) -> int | None:
     """Count the focus run's latents with an aligned partner in a compared run."""
     focus = study.focus.name
-    held = [shared(table, "both", THRESHOLD) for (a, _), table in study.tables.items() if a == focus]
+    held = [find_shared(table, "both", THRESHOLD) for (a, _), table in study.tables.items() if a == focus]
     return int(np.any(held, axis=0).sum()) if held else None

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from sae.alignment.matching.candidates import TOLERANCE, Pairs, find_violations, join, shortlist
-from sae.alignment.matching.directions import Directions, Floats, Screen, cosines, plain_products
+from sae.alignment.matching.directions import Directions, Floats, Screen, compute_cosines, plain_products
 from sae.alignment.matching.sparse import Solution, build_graph, match_greedily, solve
 from sae.common.precision import resolve_float
 
@@ -121,7 +121,7 @@ def _search(
             kind = resolve_float(precision, device)
             screens = Screen.of(a, kind, device), Screen.of(b, kind, device)
             i, j, known = shortlist(*screens, min(k, m))
-            pairs = Pairs(i, j, cosines(a, b, i, j))
+            pairs = Pairs(i, j, compute_cosines(a, b, i, j))
             bounds[0][alive], bounds[1][:] = known.row, known.column
             edges = join([pairs, _fallback(a, b, pairs)])
             warm, most, near = None, np.full(len(a), _MOST), _NEAR
@@ -144,7 +144,7 @@ def _search(
         _nearest(b, all_rows, pairs.columns.astype(np.int64), rows.astype(np.int32), pairs.cosines, bounds[1], some),
     )
     partner, u = _match_empty_rows(n, alive, solution)
-    own = cosines(all_rows, b, np.arange(n, dtype=np.int32), partner)
+    own = compute_cosines(all_rows, b, np.arange(n, dtype=np.int32), partner)
     # Per pair: the tolerance of each round, since a round builds on the bounds of earlier ones; and float64's error in
     # a cosine of D terms, in u and in v.
     rounding = n * (rounds * TOLERANCE + (a.rows.shape[1] + 16) * 2.0**-52)
@@ -183,7 +183,7 @@ def _fallback(a: Directions, b: Directions, pairs: Pairs) -> Pairs:
     partner, free = match_greedily(pairs.rows, pairs.columns, np.argsort(-pairs.cosines, kind="stable"), len(a), len(b))
     left = np.flatnonzero(partner < 0).astype(np.int32)
     spare = np.flatnonzero(free).astype(np.int32)[: len(left)]
-    return Pairs(left, spare, cosines(a, b, left, spare))
+    return Pairs(left, spare, compute_cosines(a, b, left, spare))
 
 
 def _nearest(

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae.alignment.matching.directions import Directions, Floats, Screen, cosines
+from sae.alignment.matching.directions import Directions, Floats, Screen, compute_cosines
 from sae.dictionaries.kernels.cpu import products, run_in_parallel, split_evenly
 from sae.dictionaries.kernels.cpu_loops import FAST
 
@@ -157,7 +157,7 @@ def find_violations(
                 looked_at = choose_most(who, x, v[which], u, most, dropped, *margin, True)
                 for portion in _cut_in_portions(who, looked_at):
                     i_of, j_of = who[portion], which[portion]
-                    exact = cosines(a, b, i_of, j_of)
+                    exact = compute_cosines(a, b, i_of, j_of)
                     over = exact - u[i_of] - v[j_of]
                     np.maximum.at(excess, i_of, over)
                     keep = over > -near

@@ -130,7 +130,7 @@ def plain_products() -> Iterator[None]:
         cuda.allow_bf16_reduced_precision_reduction = before[1]
 
 
-def cosines(a: Directions, b: Directions, i: NDArray[Any], j: NDArray[Any]) -> Floats:
+def compute_cosines(a: Directions, b: Directions, i: NDArray[Any], j: NDArray[Any]) -> Floats:
     """Return the cosines of the pairs (i, j) [E] in float64; a pair's never depends on other pairs or on threads."""
     out = np.empty(len(i))
     run_in_parallel(

@@ -18,7 +18,7 @@ from autointerp.contexts.selection import Choice, draw_latents
 from autointerp.findings.study import findings
 from autointerp.report.rendering import render_report
 from sae.alignment.alignment import read_alignment
-from sae.alignment.overlap import latent_table
+from sae.alignment.overlap import build_latent_table
 from sae.common.files import read_table, table_metadata
 from sae.study.run import Run
 
@@ -43,7 +43,7 @@ def overlap_of(runs: list[Run], run: Run) -> pd.DataFrame:
     alive = ~read_table(run.stage_path("firing"))["dead"].to_numpy()
     others = [name for name in names if name != run.name]
     tables = {(run.name, x): _seen_from(run, x) for x in others}
-    return latent_table(run.name, names, tables, alive)
+    return build_latent_table(run.name, names, tables, alive)
 
 
 def _seen_from(run: Run, other: str) -> pd.DataFrame:

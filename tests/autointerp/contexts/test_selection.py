@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from autointerp.contexts.selection import Choice, Sharing, check_choice, choose_latents, find_partners, find_unshared
 from sae.alignment.alignment import read_alignment
-from sae.alignment.overlap import DEFINITIONS, latent_table
+from sae.alignment.overlap import DEFINITIONS, build_latent_table
 from sae.common.errors import BadInput, NotFound
 from sae.study.run import Run
 
@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     small_study.aligned(runs)
     run, *siblings = runs
     tables = {(run.name, x.name): read_alignment(root / "alignments", run.name, x.name).a for x in siblings}
-    table = latent_table(run.name, [r.name for r in runs], tables, np.arange(M) < M - 6)
+    table = build_latent_table(run.name, [r.name for r in runs], tables, np.arange(M) < M - 6)
     return run, table, list(range(0, M - 6, 2))
 
 

@@ -21,7 +21,7 @@ from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal
 from sae.alignment.alignment import read_alignment
 from sae.alignment.nulls import read_null
-from sae.alignment.overlap import shared
+from sae.alignment.overlap import find_shared
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import read_table, write_table
 from sae.study.run import Run
@@ -53,7 +53,7 @@ def own_rows(root: Path, control: str = "none") -> pd.DataFrame:
 
 
 def strict_with(root: Path, other: str) -> np.ndarray:
-    return shared(read_alignment(root / "alignments", "run_a", other).a, "strict")
+    return find_shared(read_alignment(root / "alignments", "run_a", other).a, "strict")
 
 
 def test_findings_are_plain_json(found: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ def test_overlap_equals_a_recount(made: Path, found: dict[str, Any]) -> None:
         for b in NAMES[i + 1 :]:
             both = read_alignment(made / "alignments", a, b)
             pairs[f"{a}--{b}"] = np.mean(
-                [shared(both.a, "strict")[alive[a]].mean(), shared(both.b, "strict")[alive[b]].mean()]
+                [find_shared(both.a, "strict")[alive[a]].mean(), find_shared(both.b, "strict")[alive[b]].mean()]
             )
     assert tree["strict"]["pairs"] == pytest.approx(pairs)
     assert tree["strict"]["value"] == pytest.approx(np.mean(list(pairs.values())))
@@ -107,7 +107,9 @@ def test_nulls_equal_a_recount(tmp_path: Path) -> None:
             both = read_alignment(tmp_path / "alignments", a, b)
             seen[a, b], seen[b, a] = (read_null(of) for of in (both.a, both.b))
     for name in ("strict", "both", "decoder", "lenient"):
-        held = {pair: shared(table, name, 0.4)[alive[pair[0]]] for pair, table in seen.items() if table is not None}
+        held = {
+            pair: find_shared(table, name, 0.4)[alive[pair[0]]] for pair, table in seen.items() if table is not None
+        }
         pairs = {f"{a}--{b}": (held[a, b].mean() + held[b, a].mean()) / 2 for a, b in held if a < b}
         tree = found["overlap"][name]
         assert tree["pairs_null"]["rotated"] == pytest.approx(pairs)

@@ -23,7 +23,7 @@ from autointerp.findings.pair import PairChoice, chosen, compare_runs, ensure_pa
 from autointerp.journal.journal import Journal
 from autointerp.report.rendering import render_comparison
 from sae.alignment.alignment import read_alignment
-from sae.alignment.overlap import shared
+from sae.alignment.overlap import find_shared
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import read_table, write_table
 from sae.study.run import Run
@@ -61,7 +61,7 @@ def test_pairs_are_those_of_the_alignment(runs: list[Run], found: dict[str, Any]
     assert [pair["latent"] for pair in found["pairs"]] == table["latent"].tolist()
     assert [pair["partner"] for pair in found["pairs"]] == table["decoder_partner"].tolist()
     for name in ("strict", "both", "decoder", "lenient"):
-        assert [pair["shared"][name] for pair in found["pairs"]] == shared(table, name).tolist()
+        assert [pair["shared"][name] for pair in found["pairs"]] == find_shared(table, name).tolist()
     firing = [read_table(run.stage_path("firing")).set_index("latent") for run in runs]
     for pair in found["pairs"]:
         row = table.iloc[pair["latent"]]
@@ -83,7 +83,7 @@ def test_agreement_uses_the_scores_of_both_sides(runs: list[Run], found: dict[st
     both = pd.DataFrame(
         {"a": scores[0], "b": scores[1].reindex(table["decoder_partner"]).set_axis(table.index)}
     ).dropna()
-    returns = pd.Series(shared(table, "strict"), index=table.index).reindex(both.index)
+    returns = pd.Series(find_shared(table, "strict"), index=table.index).reindex(both.index)
     for name, of in (("together", both), ("shared", both[returns]), ("unshared", both[~returns])):
         told = found["agreement"][name]
         assert told["n"] == len(of) > 5
@@ -102,7 +102,7 @@ def test_agreement_uses_the_scores_of_both_sides(runs: list[Run], found: dict[st
 def test_the_threshold_and_definition_decide_what_is_shared(runs: list[Run]) -> None:
     loose = compare_runs(runs[0], runs[1], definition="decoder", threshold=0.3)
     table = read_alignment(runs[0].root / "alignments", "run_a", "run_b").a
-    assert [pair["is_shared"] for pair in loose["pairs"]] == shared(table, "decoder", 0.3).tolist()
+    assert [pair["is_shared"] for pair in loose["pairs"]] == find_shared(table, "decoder", 0.3).tolist()
     assert loose["overlap"]["definition"] == "decoder"
     assert loose["overlap"]["threshold"] == 0.3
 

@@ -19,9 +19,9 @@ from sae.alignment.alignment import (
     UNMATCHED,
     Alignment,
     align,
+    list_pairs,
     pair_inputs,
     pair_path,
-    pairs,
     read_alignment,
     read_both_ways,
     verify,
@@ -193,10 +193,10 @@ def test_inputs_that_cannot_be_aligned_are_named() -> None:
 
 
 def test_pairs() -> None:
-    assert pairs(["x", "y", "z"]) == [("x", "y"), ("x", "z"), ("y", "z")]
+    assert list_pairs(["x", "y", "z"]) == [("x", "y"), ("x", "z"), ("y", "z")]
     for runs, words in ((["x"], "'x' alone"), ([], "no runs"), (["x", "y", "x"], "'x' is named twice")):
         with pytest.raises(BadInput, match=words):
-            pairs(runs)
+            list_pairs(runs)
 
 
 def test_a_pair_has_one_file_for_both_sides(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from sae.alignment import cofiring
 from sae.alignment.alignment import read_sides, write_sides
-from sae.alignment.behaviour import Behaviour, Member, behaviour, match_by_jaccard
+from sae.alignment.behaviour import Behaviour, Member, compare_behaviour, match_by_jaccard
 from sae.alignment.cofiring import count_cofirings
 from sae.alignment.nulls import FIRING_COLUMNS
 
@@ -79,7 +79,7 @@ def test_a_side_says_what_the_tables_say(tmp_path: Path) -> None:
     lone = rng.random(12) < 0.5
     lone[5] = True
     told: list[int] = []
-    found = behaviour(
+    found = compare_behaviour(
         Member(store_of(a), W_a, to_b, lone, rng.normal(size=(16, 8))),
         Member(store_of(b), W_b, to_a, np.ones(16, bool), None),
         advance=told.append,
@@ -120,7 +120,7 @@ def test_the_null_is_the_comparison_with_moved_firings() -> None:
     def compared(b: np.ndarray, offset: int | None) -> Behaviour:
         one = Member(store_of(a), W_a, to_b, np.ones(12, bool), None)
         other = Member(store_of(b), W_b, to_a, rng.random(16) < 2, None)
-        return behaviour(one, other, advance=told.append, offset=offset)
+        return compare_behaviour(one, other, advance=told.append, offset=offset)
 
     told: list[int] = []
     found = compared(b, 333)
@@ -143,7 +143,7 @@ def test_silent_latents_have_no_partner_and_no_numbers() -> None:
     a[:25, 0] = True
     W = np.eye(3)
     everyone = Member(store_of(a), W, np.arange(3, dtype=np.int32), np.ones(3, bool), W)
-    one, _ = behaviour(everyone, everyone).sides
+    one, _ = compare_behaviour(everyone, everyone).sides
     assert one["jaccard_partner"].tolist() == [0, -1, -1]
     assert one["relation"].tolist() == ["same", "rare", "rare"]
     assert one["jaccard"].isna().tolist() == [False, True, True]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made_store import store_of
 
 from sae.alignment import cofiring, relation
-from sae.alignment.cofiring import Cofirings, count_cofirings, jaccard
+from sae.alignment.cofiring import Cofirings, compute_jaccard, count_cofirings
 from sae.common.errors import BadInput
 
 
@@ -94,7 +94,7 @@ def test_progress_adds_up() -> None:
 
 
 def test_jaccard_of_silence_is_zero() -> None:
-    assert jaccard([0, 2], [0, 3], [0, 3]).tolist() == [0.0, 0.5]
+    assert compute_jaccard([0, 2], [0, 3], [0, 3]).tolist() == [0.0, 0.5]
 
 
 # --- relations: the latent in question is the first of A; F is where it fires ---------------------------------------

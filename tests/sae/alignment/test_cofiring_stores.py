@@ -11,7 +11,7 @@ from made_store import store_of
 from small_harvest import USED, FakeStream, M, N, an_sae, dense, run, small_stream
 
 from sae.alignment import cofiring
-from sae.alignment.cofiring import Cofirings, count_cofirings, jaccard
+from sae.alignment.cofiring import Cofirings, compute_jaccard, count_cofirings
 from sae.firings.store import FiringStore
 
 ASKED = np.arange(M, dtype=np.int32)[::-1, None].copy()
@@ -37,7 +37,7 @@ def assert_equal(found: Cofirings, a: np.ndarray, b: np.ndarray) -> None:
     assert found.firings.tolist() == a.sum(axis=0).tolist()
     assert found.firings_there.tolist() == b.sum(axis=0).tolist()
     assert found.asked_together.tolist() == np.take_along_axis(together, ASKED, axis=1).tolist()
-    exact = jaccard(together, a.sum(axis=0)[:, None], b.sum(axis=0))
+    exact = compute_jaccard(together, a.sum(axis=0)[:, None], b.sum(axis=0))
     for latent in range(M):
         order = sorted(np.flatnonzero(together[latent]), key=lambda j: (-round(exact[latent, j], 9), j))
         order = order[: cofiring.NEAREST]

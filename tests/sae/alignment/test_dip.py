@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from sae.alignment.dip import dip, read_dip_test, run_dip_test
+from sae.alignment.dip import compute_dip, read_dip_test, run_dip_test
 
 
 def by_linear_programmes(values: list[float]) -> float:
@@ -57,21 +57,21 @@ def by_linear_programmes(values: list[float]) -> float:
 
 @given(st.lists(st.one_of(st.integers(0, 6).map(float), st.floats(0, 6, width=16)), min_size=2, max_size=9))
 def test_it_is_the_least_distance_to_one_mode(values: list[float]) -> None:
-    assert dip(values) == pytest.approx(max(by_linear_programmes(values), 0.5 / len(values)), abs=1e-7)
+    assert compute_dip(values) == pytest.approx(max(by_linear_programmes(values), 0.5 / len(values)), abs=1e-7)
 
 
 def test_two_spikes_and_one() -> None:
-    assert dip([0.0] * 50 + [1.0] * 50) == pytest.approx(0.25)
-    assert dip([3.0] * 50) == pytest.approx(0.01)
-    assert np.isnan(dip([]))
+    assert compute_dip([0.0] * 50 + [1.0] * 50) == pytest.approx(0.25)
+    assert compute_dip([3.0] * 50) == pytest.approx(0.01)
+    assert np.isnan(compute_dip([]))
 
 
 @given(st.integers(2, 200), st.floats(0.1, 5), st.integers(0, 99))
 def test_scale_and_order_do_not_matter(n: int, scale: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = np.round(rng.normal(size=n), 3)
-    assert dip(scale * rng.permutation(x) + 7) == pytest.approx(dip(x), abs=1e-6)
-    assert dip(-x) == pytest.approx(dip(x), abs=1e-12)
+    assert compute_dip(scale * rng.permutation(x) + 7) == pytest.approx(compute_dip(x), abs=1e-6)
+    assert compute_dip(-x) == pytest.approx(compute_dip(x), abs=1e-12)
 
 
 def mixture(n: int, rng: np.random.Generator, apart: float = 4.0) -> np.ndarray:
@@ -107,7 +107,7 @@ def piled_up(n: int, rng: np.random.Generator) -> np.ndarray:
 @pytest.mark.parametrize("shape", [mixture, piled_up])
 def test_the_interval_covers_the_truth(shape: Callable[[int, np.random.Generator], np.ndarray]) -> None:
     rng = np.random.default_rng(2)
-    truth = dip(shape(400_000, rng))
+    truth = compute_dip(shape(400_000, rng))
     inside = 0
     for _ in range(60):
         low, high = run_dip_test([shape(500, rng)]).value[1:]
@@ -118,7 +118,7 @@ def test_the_interval_covers_the_truth(shape: Callable[[int, np.random.Generator
 def test_repeated_latents_are_one_observation() -> None:
     """Four samples that are nearly copies: taken for independent, the interval would be half as wide."""
     rng = np.random.default_rng(3)
-    truth = dip(piled_up(400_000, rng))
+    truth = compute_dip(piled_up(400_000, rng))
     inside, widths = 0, []
     for _ in range(40):
         once = piled_up(400, rng)

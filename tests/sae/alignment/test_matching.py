@@ -17,7 +17,7 @@ from sae.alignment.matching import best as matching
 from sae.alignment.matching import candidates
 from sae.alignment.matching.best import Matching, find_best_matching
 from sae.alignment.matching.candidates import Known, find_violations, shortlist
-from sae.alignment.matching.directions import Directions, Screen, cosines
+from sae.alignment.matching.directions import Directions, Screen, compute_cosines
 from sae.alignment.matching.sparse import Graph, solve
 
 Array = NDArray[Any]
@@ -118,7 +118,7 @@ def test_rows_of_any_length_keep_their_direction(kind: type[np.floating[Any]], l
     a = (a * length).astype(kind)
     a[:, 0] /= 1000  # some numbers are far smaller than others
     i, j = (at.ravel() for at in np.indices((60, 60)))
-    found = cosines(Directions.of(a), Directions.of(b), i, j)
+    found = compute_cosines(Directions.of(a), Directions.of(b), i, j)
     np.testing.assert_allclose(found, true_cosines(a, b).ravel().astype(np.float64), rtol=0, atol=28 * 2.0**-52)
 
 
@@ -281,7 +281,7 @@ def test_what_the_shortlist_passes_over_is_bounded(precision: Precision) -> None
     # Rows and columns have their k nearest, up to what rounding can confuse.
     kth = np.sort(c, axis=1)[:, -5]
     assert (known.row <= kth + 3 * screens[0].margin(screens[1]).absolute + 0.02).all()
-    np.testing.assert_allclose(cosines(sides[0], sides[1], i, j), c[i, j], atol=1e-7)
+    np.testing.assert_allclose(compute_cosines(sides[0], sides[1], i, j), c[i, j], atol=1e-7)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -17,7 +17,14 @@ from sae.alignment.alignment import align
 from sae.alignment.bootstrap import LatentBootstrap, estimate, mean_over
 from sae.alignment.dip import Dip
 from sae.alignment.nulls import add_null, read_null
-from sae.alignment.overlap import DEFINITIONS, latent_table, overlap, range_of, shared, sweep_thresholds
+from sae.alignment.overlap import (
+    DEFINITIONS,
+    build_latent_table,
+    find_range,
+    find_shared,
+    measure_overlap,
+    sweep_thresholds,
+)
 from sae.common.errors import BadInput, NotFound
 from sae.common.estimate import proportion
 from sae.common.files import read_table, write_table
@@ -59,14 +66,14 @@ def enumerated(runs: list[str], tables: Tables, members: dict, definition: str) 
         parts: dict[str, list[float]] = {"only": [], "every": []}
         for subset in combinations(runs, n):
             for anchor in subset:
-                held = [shared(tables[anchor, x], definition)[members[anchor]] for x in subset if x != anchor]
+                held = [find_shared(tables[anchor, x], definition)[members[anchor]] for x in subset if x != anchor]
                 count = np.sum(held, axis=0) if held else np.zeros(members[anchor].sum())
                 parts["only"].append(float(np.mean(count == 0)))
                 parts["every"].append(float(np.mean(count == n - 1)))
         only.append(float(np.mean(parts["only"])))
         every.append(float(np.mean(parts["every"])))
     total = {
-        run: np.sum([shared(tables[run, x], definition)[members[run]] for x in runs if x != run], axis=0)
+        run: np.sum([find_shared(tables[run, x], definition)[members[run]] for x in runs if x != run], axis=0)
         for run in runs
     }
     exact = [float(np.mean([np.mean(total[run] == n) for run in runs])) for n in range(len(runs))]
@@ -76,7 +83,7 @@ def enumerated(runs: list[str], tables: Tables, members: dict, definition: str) 
 @pytest.mark.parametrize(("n_runs", "widths"), [(2, None), (3, None), (5, None), (4, [30, 45, 25, 45])])
 def test_closed_form_equals_enumeration(n_runs: int, widths: list[int] | None) -> None:
     runs, tables, alive = study(n_runs, 40, seed=n_runs, widths=widths)
-    found = overlap(runs, tables, alive, resamples=50)
+    found = measure_overlap(runs, tables, alive, resamples=50)
     everyone = {run: np.ones_like(alive[run]) for run in runs}
     for population, members in ((found.alive, alive), (found.all, everyone)):
         for definition in DEFINITIONS:
@@ -84,7 +91,7 @@ def test_closed_form_equals_enumeration(n_runs: int, widths: list[int] | None) -
             for name, values in enumerated(runs, tables, members, definition).items():
                 np.testing.assert_allclose([x.value for x in getattr(got, name)], values, atol=1e-12)
             fractions = {
-                (a, b): shared(tables[a, b], definition)[members[a]].mean() for a in runs for b in runs if a != b
+                (a, b): find_shared(tables[a, b], definition)[members[a]].mean() for a in runs for b in runs if a != b
             }
             assert got.value.value == pytest.approx(np.mean(list(fractions.values())))
             for a, b in combinations(runs, 2):
@@ -117,10 +124,10 @@ def test_the_four_definitions() -> None:
     }
     for stored in (here, here.astype({"encoder_cosine": np.float32, "decoder_cosine": np.float32})):
         for definition, values in want.items():
-            np.testing.assert_array_equal(shared(stored, definition), np.array(values, bool), err_msg=definition)
-    assert shared(here, "strict", threshold=0.1).sum() == 4
+            np.testing.assert_array_equal(find_shared(stored, definition), np.array(values, bool), err_msg=definition)
+    assert find_shared(here, "strict", threshold=0.1).sum() == 4
     with pytest.raises(BadInput, match="'loose'; there are strict, both, decoder, lenient"):
-        shared(here, "loose")
+        find_shared(here, "loose")
 
 
 def test_a_study_worked_by_hand() -> None:
@@ -134,7 +141,7 @@ def test_a_study_worked_by_hand() -> None:
     tables = {("a", "b"): sharing(0, 1), ("a", "c"): sharing(0, 2), ("b", "c"): sharing(0)}
     tables |= {(b, a): held for (a, b), held in tables.items()}
     alive = {"a": np.array([1, 1, 1, 0], bool), "b": np.ones(4, bool), "c": np.ones(4, bool)}
-    found = overlap(runs, tables, alive, resamples=200)
+    found = measure_overlap(runs, tables, alive, resamples=200)
     strict = found.alive["strict"]
     assert strict.regions["a"] == [(("b",), 1 / 3), (("b", "c"), 1 / 3), (("c",), 1 / 3)]
     assert strict.regions["b"] == [((), 1 / 2), (("a",), 1 / 4), (("a", "c"), 1 / 4)]
@@ -151,19 +158,19 @@ def test_a_study_worked_by_hand() -> None:
     assert sum(found.histogram["agree"]) == 2 * (3 + 4 + 4)
     assert found.mean_encoder.value == pytest.approx(np.mean([1.9 / 3, 1.9 / 3, 0.5, 0.3, 0.5, 0.3]))
 
-    told = latent_table("a", runs, tables, alive["a"])
+    told = build_latent_table("a", runs, tables, alive["a"])
     assert list(told["shared_class"][:3]) == ["all", "some", "some"]
     assert told["shared_class"].isna().tolist() == [False, False, False, True]
     assert told["n_shared_strict"].tolist() == [2, 1, 1, 0]
     assert told["unshared"].tolist() == [False] * 4  # latent 3 is dead, and a dead latent is not called unshared
     assert told["similarity"].tolist() == pytest.approx([0.85, 0.475, 0.475, 0.1])
-    assert latent_table("b", runs, tables, alive["b"])["unshared"].tolist() == [False, False, True, True]
-    assert latent_table("a", ["b"], tables, alive["a"])["shared_class"].tolist()[:3] == ["all", "all", "one"]
+    assert build_latent_table("b", runs, tables, alive["b"])["unshared"].tolist() == [False, False, True, True]
+    assert build_latent_table("a", ["b"], tables, alive["a"])["shared_class"].tolist()[:3] == ["all", "all", "one"]
 
 
 def test_the_latent_table_keeps_its_columns_in_parquet(tmp_path: Path) -> None:
     runs, tables, alive = study(3, 20, seed=0, widths=[20, 30, 20])
-    told = latent_table("run_b", runs, tables, alive["run_b"])
+    told = build_latent_table("run_b", runs, tables, alive["run_b"])
     per_run = ["encoder_partner", "encoder_cosine", "decoder_partner", "decoder_cosine"]
     per_run += ["max_encoder_cosine", "max_decoder_cosine", *(f"shared_{name}" for name in DEFINITIONS)]
     per_run += ["max_encoder_neighbor", "max_decoder_neighbor"]
@@ -191,7 +198,7 @@ def test_the_latent_table_keeps_its_columns_in_parquet(tmp_path: Path) -> None:
 @given(st.integers(2, 5), st.integers(0, 10_000))
 def test_orders_that_must_hold(n_runs: int, seed: int) -> None:
     runs, tables, alive = study(n_runs, 12, seed)
-    found = overlap(runs, tables, alive, resamples=20)
+    found = measure_overlap(runs, tables, alive, resamples=20)
     for population in (found.alive, found.all):
         value = {name: population[name].value.value for name in DEFINITIONS}
         assert value["strict"] <= value["both"] <= value["decoder"]
@@ -208,20 +215,20 @@ def test_orders_that_must_hold(n_runs: int, seed: int) -> None:
 
 def test_same_seed_same_interval() -> None:
     runs, tables, alive = study(3, 25, seed=3)
-    first, again = (overlap(runs, tables, alive, resamples=100, seed=7) for _ in range(2))
+    first, again = (measure_overlap(runs, tables, alive, resamples=100, seed=7) for _ in range(2))
     assert first == again
     assert first.sweep.equals(again.sweep)
-    other = overlap(runs, tables, alive, resamples=100, seed=8)
+    other = measure_overlap(runs, tables, alive, resamples=100, seed=8)
     assert first.mean_decoder.value == other.mean_decoder.value
     assert first.mean_decoder != other.mean_decoder
     assert first.alive["strict"].only_one[0].value == 1
     with_none_alive = {**alive, "run_b": np.zeros(25, bool)}
-    mute = overlap(runs, tables, with_none_alive, resamples=20)
+    mute = measure_overlap(runs, tables, with_none_alive, resamples=20)
     assert mute.alive["strict"].regions["run_b"] == []
     assert mute.alive["strict"].pairs["run_a--run_b"].value == pytest.approx(
-        shared(tables["run_a", "run_b"], "strict")[alive["run_a"]].mean()
+        find_shared(tables["run_a", "run_b"], "strict")[alive["run_a"]].mean()
     )
-    nobody = overlap(runs, tables, {run: np.zeros(25, bool) for run in runs}, resamples=20)
+    nobody = measure_overlap(runs, tables, {run: np.zeros(25, bool) for run in runs}, resamples=20)
     assert isnan(nobody.alive["strict"].value.value)
 
 
@@ -243,7 +250,7 @@ def test_intervals_cover_as_often_as_stated() -> None:
             ("b", "a"): table(list(zip(back, cosine[back], back, cosine[back], strict=True))),
         }
         alive = {"a": np.ones(width, bool), "b": np.ones(width, bool)}
-        found = overlap(["a", "b"], tables, alive, resamples=200).alive["strict"].value
+        found = measure_overlap(["a", "b"], tables, alive, resamples=200).alive["strict"].value
         held += found.low <= 0.4 <= found.high
     assert 0.90 <= held / trials <= 0.99
 
@@ -251,9 +258,9 @@ def test_intervals_cover_as_often_as_stated() -> None:
 @pytest.mark.parametrize("widths", [None, [20, 25, 40]])
 def test_pairs_interval_does_not_depend_on_other_runs(widths: list[int] | None) -> None:
     runs, tables, alive = study(3, 25, seed=4, widths=widths)
-    together = overlap(runs, tables, alive, resamples=100)
+    together = measure_overlap(runs, tables, alive, resamples=100)
     for a, b in combinations(runs, 2):
-        alone = overlap([a, b], tables, {run: alive[run] for run in (a, b)}, resamples=100)
+        alone = measure_overlap([a, b], tables, {run: alive[run] for run in (a, b)}, resamples=100)
         for definition in DEFINITIONS:
             pair = f"{a}--{b}"
             assert together.alive[definition].pairs[pair] == alone.alive[definition].pairs[pair]
@@ -283,7 +290,7 @@ def test_few_of_many_follow_the_rule_for_none(n_runs: int) -> None:
     before = -1.0
     for n in (0, 1, 2, 10, 29, 31, 100):
         runs, tables = rare(n_runs, width, [0] * (n_runs - 2) + [n])
-        found = overlap(runs, tables, {run: np.ones(width, bool) for run in runs}, resamples=200)
+        found = measure_overlap(runs, tables, {run: np.ones(width, bool) for run in runs}, resamples=200)
         value, low, high = found.alive["strict"].value
         want = proportion(n, width)
         assert value == pytest.approx(n / width)
@@ -332,8 +339,8 @@ def test_what_was_never_seen_is_not_surely_nowhere() -> None:
     alike, apart = (table([(i, cosine, i, cosine) for i in range(width)]) for cosine in (0.9, 0.3))
     alive = {run: np.arange(width) >= 8 for run in "ab"}
     bound = 1.96**2 / (32 + 1.96**2)
-    none = overlap(["a", "b"], {("a", "b"): apart, ("b", "a"): apart}, alive, resamples=50)
-    every = overlap(["a", "b"], {("a", "b"): alike, ("b", "a"): alike}, alive, resamples=50)
+    none = measure_overlap(["a", "b"], {("a", "b"): apart, ("b", "a"): apart}, alive, resamples=50)
+    every = measure_overlap(["a", "b"], {("a", "b"): alike, ("b", "a"): alike}, alive, resamples=50)
     for found in (none.alive["strict"].value, none.alive["both"].pairs["a--b"], none.max_cosine):
         assert tuple(found) == pytest.approx((0, 0, bound), abs=1e-4)
     for found in (every.alive["strict"].value, every.alive["both"].pairs["a--b"], every.max_cosine):
@@ -347,7 +354,7 @@ def test_threshold_sweep_passes_through_the_values() -> None:
     runs, tables, alive = study(3, 30, seed=5)
     swept = sweep_thresholds(runs, tables, alive)
     at = swept[swept["threshold"] == 0.7].iloc[0]
-    found = overlap(runs, tables, alive, resamples=5)
+    found = measure_overlap(runs, tables, alive, resamples=5)
     for definition in DEFINITIONS:
         assert at[definition] == pytest.approx(found.alive[definition].value.value)
     assert (swept["strict"].diff().dropna() <= 0).all()
@@ -361,7 +368,7 @@ def test_bimodality_tells_two_modes_from_one() -> None:
         n = len(cosines)
         made = table([(i, c, i, c) for i, c in enumerate(cosines)])
         every = np.ones(n, bool)
-        whole = overlap(["a", "b"], {("a", "b"): made, ("b", "a"): made}, {"a": every, "b": every}, resamples=2)
+        whole = measure_overlap(["a", "b"], {("a", "b"): made, ("b", "a"): made}, {"a": every, "b": every}, resamples=2)
         return whole.bimodality
 
     one, two = rng.normal(0.6, 0.1, 1000), np.concatenate([rng.normal(0.3, 0.05, 500), rng.normal(0.9, 0.05, 500)])
@@ -372,14 +379,14 @@ def test_bimodality_tells_two_modes_from_one() -> None:
 
 def test_pw_mcc_has_its_spread_over_pairs() -> None:
     runs, tables, alive = study(4, 30, seed=2)
-    whole = overlap(runs, tables, alive, resamples=5)
+    whole = measure_overlap(runs, tables, alive, resamples=5)
     means = [
         np.mean([tables[x, y]["decoder_cosine"].to_numpy()[alive[x]].mean() for x, y in ((a, b), (b, a))])
         for a, b in combinations(runs, 2)
     ]
     assert whole.mean_decoder.value == pytest.approx(np.mean(means), abs=1e-6)
     assert whole.pw_mcc_sd == pytest.approx(np.std(means, ddof=1), abs=1e-6)
-    assert isnan(overlap(runs[:2], tables, alive, resamples=5).pw_mcc_sd)
+    assert isnan(measure_overlap(runs[:2], tables, alive, resamples=5).pw_mcc_sd)
 
 
 def test_nulls_have_every_figure_and_share_nothing() -> None:
@@ -392,7 +399,7 @@ def test_nulls_have_every_figure_and_share_nothing() -> None:
         sides = (made.a, made.b)
         tables[a, b], tables[b, a] = add_null(sides, tuple(weights[a]), tuple(weights[b]), (a, b))
     alive = {run: np.ones(200, bool) for run in "abc"}
-    found = overlap(["a", "b", "c"], tables, alive, resamples=10)
+    found = measure_overlap(["a", "b", "c"], tables, alive, resamples=10)
     assert found.alive["strict"].value.value > 0.95
     assert set(found.nulls) == {"rotated"}
     for null in found.nulls.values():
@@ -401,31 +408,33 @@ def test_nulls_have_every_figure_and_share_nothing() -> None:
         assert 0.2 < null.mean_decoder.value < 0.5  # the best of many, and far from 0 by that alone
     for name, null in found.nulls.items():
         alone = {pair: seen for pair, of in tables.items() if (seen := read_null(of)) is not None}
-        as_real = overlap(["a", "b", "c"], alone, alive, resamples=10)
+        as_real = measure_overlap(["a", "b", "c"], alone, alive, resamples=10)
         assert null.by_pair == as_real.by_pair
         assert null.mean_max_decoder.value == as_real.mean_max_decoder.value
         assert null.bimodality.of_sample == as_real.bimodality.of_sample < found.bimodality.of_sample
-        told = latent_table("a", ["a", "b", "c"], tables, alive["a"])
-        under = latent_table("a", ["a", "b", "c"], alone, alive["a"])
+        told = build_latent_table("a", ["a", "b", "c"], tables, alive["a"])
+        under = build_latent_table("a", ["a", "b", "c"], alone, alive["a"])
         for column in ("n_shared_strict", "stability_lenient", "n_shared_decoder", "similarity"):
             assert told[f"{column}__{name}"].equals(under[column]), column
             assert not told[column].equals(under[column])
     del tables["a", "c"]["encoder_cosine__rotated"]
-    assert overlap(["a", "b", "c"], tables, alive, resamples=10).nulls == {}
-    assert "similarity__rotated" in latent_table("a", ["a", "b"], tables, alive["a"])
-    assert "n_shared_strict__rotated" not in latent_table("a", ["a", "b", "c"], tables, alive["a"])
+    assert measure_overlap(["a", "b", "c"], tables, alive, resamples=10).nulls == {}
+    assert "similarity__rotated" in build_latent_table("a", ["a", "b"], tables, alive["a"])
+    assert "n_shared_strict__rotated" not in build_latent_table("a", ["a", "b", "c"], tables, alive["a"])
 
 
 def test_gaussian_columns_of_earlier_versions_are_ignored() -> None:
     runs, tables, alive = study(3, 30, seed=2)
     old = {pair: of.assign(encoder_cosine__gaussian=0.5, decoder_partner__gaussian=0) for pair, of in tables.items()}
-    assert overlap(runs, old, alive, resamples=5) == overlap(runs, tables, alive, resamples=5)
-    assert latent_table(runs[0], runs, old, alive[runs[0]]).equals(latent_table(runs[0], runs, tables, alive[runs[0]]))
+    assert measure_overlap(runs, old, alive, resamples=5) == measure_overlap(runs, tables, alive, resamples=5)
+    assert build_latent_table(runs[0], runs, old, alive[runs[0]]).equals(
+        build_latent_table(runs[0], runs, tables, alive[runs[0]])
+    )
 
 
 def test_figures_of_pairs_and_their_spread() -> None:
     runs, tables, alive = study(4, 30, seed=2, widths=[30, 40, 30, 30])
-    found = overlap(runs, tables, alive, resamples=5)
+    found = measure_overlap(runs, tables, alive, resamples=5)
     for figure, column in (
         ("mean_encoder", "encoder_cosine"),
         ("mean_decoder", "decoder_cosine"),
@@ -441,11 +450,11 @@ def test_figures_of_pairs_and_their_spread() -> None:
     assert found.mean_max_decoder.value >= found.mean_decoder.value
     assert np.std([*found.by_pair["mean_decoder"].values()], ddof=1) == pytest.approx(found.pw_mcc_sd)
     values = [*found.by_pair["max_cosine"].values()]
-    assert range_of(found.by_pair["max_cosine"]) == [min(values), max(values)]
-    assert range_of({"a--b": 0.5}) is None
-    assert range_of({"a--b": 0.5, "a--c": None, "b--c": nan}) is None
+    assert find_range(found.by_pair["max_cosine"]) == [min(values), max(values)]
+    assert find_range({"a--b": 0.5}) is None
+    assert find_range({"a--b": 0.5, "a--c": None, "b--c": nan}) is None
     nobody = {**alive, runs[0]: np.zeros(30, bool)}
-    assert len(overlap(runs, tables, nobody, resamples=5).by_pair["mean_decoder"]) == 3
+    assert len(measure_overlap(runs, tables, nobody, resamples=5).by_pair["mean_decoder"]) == 3
 
 
 def test_what_is_missing_is_named() -> None:
@@ -454,11 +463,11 @@ def test_what_is_missing_is_named() -> None:
     with pytest.raises(
         NotFound, match=r"'run_b' and 'run_c' are not aligned yet; run `python cli\.py align run_b run_c`"
     ):
-        overlap(runs, tables, alive)
+        measure_overlap(runs, tables, alive)
     with pytest.raises(BadInput, match="'run_a' has 9 latents, but 8 in its alignment with 'run_b'"):
-        overlap(runs[:2], tables, {"run_a": np.ones(9, bool), "run_b": np.ones(8, bool)})
+        measure_overlap(runs[:2], tables, {"run_a": np.ones(9, bool), "run_b": np.ones(8, bool)})
     for few in (["run_a"], ["run_a", "run_a"], []):
         with pytest.raises(BadInput, match="two or more different runs"):
-            overlap(few, tables, alive)
+            measure_overlap(few, tables, alive)
     with pytest.raises(BadInput, match="two or more different runs, not 'run_a'"):
-        latent_table("run_a", ["run_a"], tables, alive["run_a"])
+        build_latent_table("run_a", ["run_a"], tables, alive["run_a"])

@@ -85,7 +85,7 @@ def steps_of_alignment(kind: str) -> None:
     """Products and the search through them, prices, lists of neighbours, and the matching."""
     rows = directions.Directions.of(numbers(kind, LATENTS, WIDTH).numpy())
     i, j = (np.random.default_rng(seed).integers(0, LATENTS, 50) for seed in (0, 1))
-    directions.cosines(rows, rows, i, j)
+    directions.compute_cosines(rows, rows, i, j)
     n, m = 70, 130  # more than a strip of neighbours
     u, v = (numbers(kind, size, seed=size).numpy() for size in (n, m))
     for precision in ("float32", "bfloat16"):
@@ -132,8 +132,8 @@ def matchings(kind: str) -> None:
 
 
 def statistics(kind: str) -> None:
-    dip.dip(numbers(kind, 40).numpy().astype(np.float64))
-    dip.dip(np.sort(numbers(kind, 40).numpy().astype(np.float64)))
+    dip.compute_dip(numbers(kind, 40).numpy().astype(np.float64))
+    dip.compute_dip(np.sort(numbers(kind, 40).numpy().astype(np.float64)))
 
 
 def counts_of_firings() -> None:

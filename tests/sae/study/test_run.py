@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.alignment.alignment import read_both_ways
-from sae.alignment.overlap import overlap
+from sae.alignment.overlap import measure_overlap
 from sae.common.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.common.files import read_json, read_table, write_json, write_table
 from sae.settings import Settings
@@ -317,9 +317,9 @@ def test_the_overlap_of_made_up_runs(tmp_path: Path) -> None:
     names = [run.name for run in runs]
     tables = read_both_ways(tmp_path / "alignments", names)
     alive = {run.name: align_stage.find_alive(run) for run in runs}
-    found = overlap(names, tables, alive, threshold=0.7).alive
+    found = measure_overlap(names, tables, alive, threshold=0.7).alive
     assert found["strict"].value.value == pytest.approx(0.4 * 120 / 114, abs=0.05)
-    loose = overlap(names, tables, alive, threshold=0.0).alive
+    loose = measure_overlap(names, tables, alive, threshold=0.0).alive
     assert loose["strict"].value.value >= found["strict"].value.value
     assert align_stage.find_alive(runs[0]).sum() == np.int64(114)
 
