@@ -54,9 +54,8 @@ def add_null(sides: Sides, a: Weights, b: Weights, names: tuple[str, str], **opt
 
 def read_null(table: pd.DataFrame) -> pd.DataFrame | None:
     """Return a side of an alignment with the rotated sibling; ``None`` if it was aligned without nulls."""
-    if any(f"{column}__{ROTATED}" not in table for column in COLUMNS):
-        return None
-    return table[[f"{column}__{ROTATED}" for column in COLUMNS]].set_axis(list(COLUMNS), axis="columns")
+    columns = [f"{column}__{ROTATED}" for column in COLUMNS]
+    return table[columns].set_axis(list(COLUMNS), axis="columns") if set(columns) <= set(table) else None
 
 
 def read_nulls(runs: Sequence[str], alignments: Tables) -> dict[str, Tables]:

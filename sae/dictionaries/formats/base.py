@@ -93,12 +93,17 @@ def check_k(k: int | None, num_latents: int, path: Path) -> None:
         raise BadInput(f"{path}: k = {k} is more than the {num_latents} latents; it must be at most that")
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors in ``path``, in float32 in main memory."""
+def check_exists(path: Path) -> None:
+    """Raise NotFound if there is no file of weights at ``path``."""
     if not path.is_file():
         raise NotFound(
             f"{path.parent} is an incomplete SAE checkpoint: {path.name} is missing; fetch or train it again"
         )
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors in ``path``, in float32 in main memory."""
+    check_exists(path)
     try:
         with safe_open(path, framework="pt") as stored:
             # Copied out of the mapped file: its tensors may lie at any address, and then BLAS may round differently.

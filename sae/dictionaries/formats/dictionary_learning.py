@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.common.errors import BadInput, NotFound, suggest
+from sae.common.errors import BadInput, suggest
 from sae.common.files import atomic, write_json
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.dictionaries.formats import base
@@ -89,10 +89,7 @@ def read(folder: Path) -> Opened:
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], float]:
     """Return the tensors of ``ae.pt`` by name, in float32, and the factor that its biases still lack (mostly 1)."""
-    if not path.is_file():
-        raise NotFound(
-            f"{path.parent} is an incomplete SAE checkpoint: {path.name} is missing; fetch or train it again"
-        )
+    base.check_exists(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols

@@ -25,6 +25,7 @@ _compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAS
 BETAS = 0.9, 0.999  # of Adam
 EPS = 6.25e-10  # of Adam (Gao et al. 2024): gradients of rare latents are of the size of the usual 1e-8
 Arrays = tuple[np.ndarray, ...]
+VECTOR = 32  # short lists are filled up to whole registers; the remainder of a loop costs as much as ten of them
 _SMALLEST_MOMENT = 1e-30  # below it a moment counts as zero; subnormal arithmetic is up to 100 times slower
 
 
@@ -57,6 +58,31 @@ def bracket(values: np.ndarray, n: int, k: int, slack: int) -> tuple[Any, Any]:
 
 
 @_compiled
+def keep_largest(exact: np.ndarray, who: np.ndarray, n: int, best: np.ndarray, names: np.ndarray) -> None:
+    """Write the largest positive ``exact[:n]`` and their latents into ``best`` and ``names``, then zeros.
+
+    ``exact`` must be longer by a whole register.
+    """
+    k, zero = len(best), exact.dtype.type(0)
+    least, above, ties = zero, zero, k
+    if n > k:
+        padded = n + -n % VECTOR
+        exact[n:padded] = 0
+        least, above = bracket(exact, padded, k, 0)
+        for i in range(n):
+            ties -= not exact[i] < above
+    filled = 0
+    for i in range(n):
+        value = exact[i]
+        # Comparisons are negated so that NaN passes them.
+        if filled < k and not value <= 0 and (not value < above or (value >= least and ties > 0)):
+            ties -= value < above
+            best[filled], names[filled] = value, who[i]
+            filled += 1
+    best[filled:], names[filled:] = 0, 0
+
+
+@_compiled
 def add_to_rows(rows: np.ndarray, amount: np.ndarray) -> None:
     """Add ``amount`` to each row; NumPy takes half as long again."""
     for b in range(len(rows)):
@@ -72,7 +98,7 @@ def topk_rows(pre: np.ndarray, depth: int, slots: Arrays, low: int, high: int) -
     width = m // depth
     lowest = pre.dtype.type(-np.inf)
     lanes, chosen = np.empty(width, pre.dtype), np.empty(width, np.int64)
-    found, who = np.empty(m + 1, pre.dtype), np.empty(m + 1, np.int64)
+    found, who = np.empty(m + 1 + VECTOR, pre.dtype), np.empty(m + 1, np.int64)
     for b in range(low, high):
         row = pre[b]
         for lane in range(width):  # NaN, which nothing exceeds, must not hide the rest of its lane
@@ -94,23 +120,7 @@ def topk_rows(pre: np.ndarray, depth: int, slots: Arrays, low: int, high: int) -
         for j in range(depth * width, m):
             found[n], who[n] = row[j], j
             n += (row[j] >= floor) & (row[j] > 0)
-        best, names = values[b], latents[b]
-        if n <= k:
-            best[:n], names[:n] = found[:n], who[:n]
-            best[n:], names[n:] = 0, 0
-            continue
-        least, above = bracket(found, n, k, 0)
-        ties = k
-        for i in range(n):
-            ties -= found[i] >= above
-        filled = 0
-        for i in range(n):
-            value = found[i]
-            if filled < k and (value >= above or (value >= least and ties > 0)):
-                ties -= value < above
-                best[filled], names[filled] = value, who[i]
-                filled += 1
-        best[filled:], names[filled:] = 0, 0
+        keep_largest(found, who, n, values[b], latents[b])
 
 
 @_compiled

@@ -28,11 +28,10 @@ from typing import Any
 import numba
 import numpy as np
 
-from sae.dictionaries.kernels.cpu_loops import FAST, Arrays, bracket
+from sae.dictionaries.kernels.cpu_loops import FAST, VECTOR, Arrays, keep_largest
 
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 _NOT_FINITE = np.uint16(0xFF80)  # in bfloat16: minus infinity and all NaNs with a sign, which must surface
-_VECTOR = 32  # short lists are filled up to whole registers; the remainder of a loop costs as much as ten of them
 _COUNTED = 16384  # at a time, in integers of 16 bits, of which twice as many fit into a register as of 32
 
 BFLOAT16_MARGIN = 3  # units in the last place: one for the rounding of two results, two for the error of the products
@@ -73,7 +72,7 @@ def _floor(bits: np.ndarray, n: int, k: int, low: int, slack: int) -> int:
 @_compiled
 def _memory(m: int, width: int, like: np.ndarray) -> Any:
     """Return the lanes, the mask and the lists that :func:`candidates` needs for rows of ``m``, and exact values."""
-    lanes, mask, length = np.empty(width, np.int16), np.zeros(m + -m % 8, np.uint8), m + 8 + _VECTOR
+    lanes, mask, length = np.empty(width, np.int16), np.zeros(m + -m % 8, np.uint8), m + 8 + VECTOR
     return lanes, mask, np.empty(length, np.int16), np.empty(length, np.int64), np.empty(length, like.dtype)
 
 
@@ -104,7 +103,7 @@ def candidates(
                 found[n], who[n] = row[j], j
                 n += mask[j]
     if n > k:
-        padded = n + -n % _VECTOR
+        padded = n + -n % VECTOR
         found[n:padded] = 0
         floor = np.int16(max(floor, _floor(found, padded, k, floor, 0) - margin))
         kept = 0
@@ -134,31 +133,6 @@ def exact_rows(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, who: np.ndar
         for d in range(d_in):
             s0 += x[d] * w0[d]
         out[i] = s0
-
-
-@_compiled
-def keep_largest(exact: np.ndarray, who: np.ndarray, n: int, best: np.ndarray, names: np.ndarray) -> None:
-    """Write the largest positive ``exact[:n]`` and their latents into ``best`` and ``names``, then zeros.
-
-    ``exact`` must be longer by a whole register.
-    """
-    k, zero = len(best), exact.dtype.type(0)
-    least, above, ties = zero, zero, k
-    if n > k:
-        padded = n + -n % _VECTOR
-        exact[n:padded] = 0
-        least, above = bracket(exact, padded, k, 0)
-        for i in range(n):
-            ties -= not exact[i] < above
-    filled = 0
-    for i in range(n):
-        value = exact[i]
-        # Comparisons are negated so that NaN passes them.
-        if filled < k and not value <= 0 and (not value < above or (value >= least and ties > 0)):
-            ties -= value < above
-            best[filled], names[filled] = value, who[i]
-            filled += 1
-    best[filled:], names[filled:] = 0, 0
 
 
 @_compiled
