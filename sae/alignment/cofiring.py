@@ -104,7 +104,7 @@ def count_cofirings(
             if stopped.is_set():
                 return
             position = _shift(np.asarray(store.firings(latent)[0])[: here[latent]], shift, n_tokens)
-            tokens, size = Tokens(lookup, position, left), 0
+            tokens, size = FiringTokens(lookup, position, left), 0
             for _, ids, _ in tokens.read():
                 size = _tally(ids, counts, buffer, size)
             tokens.touched = touched = buffer[:size]
@@ -129,7 +129,7 @@ def count_cofirings(
     return found
 
 
-class Tokens:
+class FiringTokens:
     """The tokens at which a latent fires: the latents there, read in pieces, and which of the tokens are taken."""
 
     def __init__(self, lookup: _ByToken, position: Array, left: Ints) -> None:

@@ -20,13 +20,10 @@ Legend: n the size of F, t latents of the other dictionary that fire on F at all
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from sae.alignment.cofiring import Tokens
 
 RELATIONS = {
     "same": "fires where one latent there fires",
@@ -51,6 +48,14 @@ _WIDEST = 8
 _FEWEST = 20
 
 Ints = npt.NDArray[np.int64]
+
+
+class Tokens(Protocol):
+    """The tokens of F, some of which are taken (:class:`sae.alignment.cofiring.FiringTokens`)."""
+
+    def reset(self) -> None: ...
+    def take(self, i: int) -> None: ...
+    def count_left(self) -> Ints: ...
 
 
 def find_relation(together: Ints, firings: Ints, n: int, n_tokens: int, tokens: Tokens) -> tuple[int, list[int], float]:
