@@ -153,7 +153,7 @@ async def cost(
         for contexts in parts:
             total[3] += len(contexts)
             for messages in ask(latent.text, contexts):
-                tokens = await tokenize(messages)
+                tokens = await tokenize.of_messages(messages)
                 total[:3] += 1, len(tokens), len(tokens) - count_cached(tokens, known, block)
     requests, prompt, uncached, judged = (total / len(chosen)).tolist()
     return {"contexts": judged, "requests": requests, "prompt_tokens": prompt, "uncached_tokens": uncached}

@@ -14,7 +14,7 @@ from sae.common.commands import command
 from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
-    from autointerp.explaining.outcome import Outcome
+    from autointerp.explaining.explain import Outcome
     from autointerp.llm.options import LlmOptions
 
 

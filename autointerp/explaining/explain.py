@@ -11,9 +11,9 @@ The n-gram baseline explains the same latents, and a sample of each control SAE 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +33,15 @@ from autointerp.contexts.selection import (
 )
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import Explainer
-from autointerp.explaining.outcome import Outcome
 from autointerp.journal.journal import Journal
 from autointerp.journal.method import BASELINE
-from autointerp.llm.limits import BudgetSpent, reporting_progress, run_in_flight
+from autointerp.llm.limits import BudgetSpent, run_with_progress
 from autointerp.llm.opening import list_missing, open_method, resolve_name
 from autointerp.llm.options import LlmOptions
 from sae.common.commands import get_typed_command
 from sae.common.errors import BadInput
 from sae.common.files import digest, read_table
-from sae.common.progress import say, track
+from sae.common.progress import say
 from sae.study.align import ensure_aligned
 from sae.study.harvest import ensure_harvested
 from sae.study.run import Run
@@ -50,6 +49,42 @@ from sae.study.stage import Compute
 
 if TYPE_CHECKING:
     from autointerp.llm.local.server import OneServer
+
+
+@dataclass
+class Outcome:
+    """The result of one command, summed over its runs."""
+
+    stage: str
+    runs: list[str] = field(default_factory=list)
+    backend: str = ""
+    n_done: int = 0  # latents that now have a result, including those of earlier calls
+    n_new: int = 0  # of these, the ones of this call
+    failures: Counter[str] = field(default_factory=Counter)  # reason → latents that failed; asking again may succeed
+    left_out: Counter[str] = field(default_factory=Counter)  # reason → latents with nothing to ask about; not failures
+    retry: str = ""  # The typed command, which asks again only for what failed. Empty in a notebook.
+    next: str = ""  # the command for the next stage
+    notes: list[str] = field(default_factory=list)
+    of: str = "latent"  # the unit of the counts: ``latent``, or the score of several scorers
+    explained: list[str] = field(default_factory=list)  # ``runs`` without control SAEs
+    n_controls: int = 0  # of ``n_done``, latents of control SAEs
+
+    @property
+    def n_failed(self) -> int:
+        return sum(self.failures.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in ("runs", "backend", "of", "n_done", "n_new", "n_controls")}
+        return {
+            **counts,
+            "n_failed": self.n_failed,
+            "failures": dict(self.failures.most_common()),
+            "n_left_out": self.left_out.total(),
+            "left_out": dict(self.left_out.most_common()),
+            "retry": (self.retry or None) if self.failures else None,
+            "next": (self.next or None) if self.n_done and not self.failures else None,
+            "notes": self.notes,
+        }
 
 
 @dataclass(frozen=True)
@@ -70,10 +105,9 @@ def explain_runs(
     control_sae_latents: int | None = None,
     servers: OneServer | None = None,
 ) -> Outcome:
-    """Explain the chosen latents of ``runs``; see the module's docstring.
+    """Explain the chosen latents of ``runs``, and ``control_sae_latents`` (``None``: the default) of each control SAE.
 
-    ``control_sae_latents`` of each control SAE are explained too (``None``: the default number); ``servers`` keeps a
-    vLLM server for the judge.
+    ``servers`` keeps a vLLM server for the judge.
     """
     kind = resolve_name(EXPLAINERS, backend, options)
     for run in runs:
@@ -82,8 +116,14 @@ def explain_runs(
 
     async def explain() -> None:
         # Opened first: an endpoint that is down is reported before an hour's harvest.
-        async with open_explainer(kind, options, runs[0].root / "cache.sqlite", servers) as explainer:
-            await _explain(runs, choice, kind, explainer, options, compute or Compute(), control_sae_latents, outcome)
+        async with open_method(EXPLAINERS, kind, options, runs[0].root / "cache.sqlite", servers) as explainer:
+            outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
+            with_controls = choose_sample_size(choice, explainer.asks_model, control_sae_latents, 1) > 0
+            _prepare(runs, choice, with_controls, compute or Compute())
+            tasks = [task for run in runs for task in plan_latents(run, choice)]
+            controls = plan_controls(tasks, choice, explainer.asks_model, control_sae_latents)
+            await _explain_tasks(tasks, controls, explainer, kind != BASELINE, options.concurrency, outcome)
+            outcome.notes += list_missing(explainer)
 
     asyncio.run(explain())
     for run in runs:
@@ -131,33 +171,31 @@ def plan_controls(tasks: Sequence[Task], choice: Choice, asks_model: bool, asked
     return [Task(control, draw_control_latents(control, n)) for control in controls]
 
 
-async def _explain(
-    runs: Sequence[Run],
-    choice: Choice,
-    kind: str,
-    explainer: Explainer,
-    options: LlmOptions,
-    compute: Compute,
-    control_sae_latents: int | None,
-    outcome: Outcome,
-) -> None:
-    outcome.backend = f"{explainer.name} ({explainer.model})" if explainer.model else explainer.name
-    with_controls = choose_sample_size(choice, explainer.asks_model, control_sae_latents, 1) > 0
+def _prepare(runs: Sequence[Run], choice: Choice, with_controls: bool, compute: Compute) -> None:
+    """Run the missing earlier stages."""
     for run in runs:
         others = run.siblings() if choice.needs_alignment else []
         ensure_harvested([run, *others, *(list_control_saes([run]) if with_controls else [])], compute)
         if choice.needs_alignment:
             ensure_aligned(run, compute)
-    tasks = [task for run in runs for task in plan_latents(run, choice)]
-    controls = plan_controls(tasks, choice, explainer.asks_model, control_sae_latents)
+
+
+async def _explain_tasks(
+    tasks: Sequence[Task],
+    controls: Sequence[Task],
+    explainer: Explainer,
+    with_baseline: bool,
+    concurrency: int,
+    outcome: Outcome,
+) -> None:
     for task in [*tasks, *controls]:
         before = outcome.n_done
         spent: BudgetSpent | None = None
         try:
-            await _explain_run(task, explainer, options.concurrency, outcome)
+            await _explain_run(task, explainer, concurrency, outcome)
         except BudgetSpent as error:  # the paid explanations still get their baseline
             spent = error
-        if kind != BASELINE and task not in controls:
+        if with_baseline and task not in controls:
             await _explain_by_baseline(task, explainer, outcome)
         if spent is not None:
             raise spent
@@ -165,16 +203,8 @@ async def _explain(
     for task in controls:
         n = f"{len(task.latents)} latents" if task.latents else "no latent has enough contexts"
         outcome.notes.append(f"{task.run.name} (control): {n}")
-    outcome.notes += list_missing(explainer)
     outcome.explained = list(dict.fromkeys(task.run.name for task in tasks))
     outcome.runs = outcome.explained + [task.run.name for task in controls]
-
-
-def open_explainer(
-    backend: str, options: LlmOptions, cache: Path, servers: OneServer | None = None
-) -> AbstractAsyncContextManager[Explainer]:
-    """Open the explainer for a block; see :func:`autointerp.llm.opening.open_method`."""
-    return open_method(EXPLAINERS, backend, options, cache, servers)
 
 
 async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcome) -> None:
@@ -241,9 +271,5 @@ async def _explain_run(
                 outcome.n_new += 1
 
         if todo:
-            with (
-                track(f"{doing} {task.run.name}", len(task.latents), "latents", done=before) as bar,
-                reporting_progress(len(todo), "latents", get_typed_command()),
-            ):
-                await run_in_flight(todo, explain_one, concurrency, bar)
+            await run_with_progress(todo, explain_one, concurrency, f"{doing} {task.run.name}", "latents", before)
         outcome.n_done += len(journal.explanations(status="ok", draw=0, latent=task.latents, **same))

@@ -20,11 +20,9 @@ from itertools import repeat
 
 from sae.common.amounts import decimal
 
-LOWEST, HIGHEST = 1e-4, 0.98
-"""A few dozen contexts cannot show a chance outside these."""
+LOWEST, HIGHEST = 1e-4, 0.98  # a few dozen contexts cannot show a chance outside these
 
-LONGEST_RUN = 3
-"""Most tokens in a pattern."""
+LONGEST_RUN = 3  # most tokens in a pattern
 
 _WORTH_SAYING = 0.01
 
@@ -42,20 +40,16 @@ class Pattern:
     """A run of whole tokens, written out as one text."""
 
     text: str
-    chance: float
-    """Probability that the latent fires on the run's last token."""
-    lift: float
-    """``chance`` over the chance at an average token."""
+    chance: float  # probability that the latent fires on the run's last token
+    lift: float  # ``chance`` over the chance at an average token
 
 
 @dataclass(frozen=True)
 class Patterns:
     """The content of an n-gram explanation."""
 
-    patterns: tuple[Pattern, ...]
-    """The most informative first; no text twice, none empty."""
-    other: float
-    """Chance of a firing at a token where no pattern ends."""
+    patterns: tuple[Pattern, ...]  # the most informative first; no text twice, none empty
+    other: float  # chance of a firing at a token where no pattern ends
 
     def write_sentence(self) -> str:
         """Write the explanation: one line, which :func:`parse_sentence` reads back."""

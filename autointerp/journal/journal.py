@@ -1,11 +1,9 @@
 """Store everything asked, answered and failed: one SQLite file per run.
 
 Explaining and scoring cost money and hours, so every row is committed before its answer is used, and a killed process
-finds everything it paid for. A failure is a row with its reason and no number (:mod:`autointerp.journal.schema`), so
-that it can be counted and retried but never stored as a zero.
-
-Rows of different settings, prompts and models are kept alongside each other: a digest of each is part of a row's
-identity.
+finds everything it paid for. A failure is a row with its reason and no number, so that it can be counted and retried
+but never stored as a zero. Rows of different settings, prompts and models are kept alongside each other: a digest of
+each is part of a row's identity.
 """
 
 from __future__ import annotations
@@ -21,33 +19,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from autointerp.journal.schema import MIGRATIONS
 from autointerp.journal.usage import Usage
 from sae.common.database import Database
 from sae.common.errors import Unavailable
 
-_EXPLANATION_FILTERS = {
-    *("id", "latent", "explainer", "settings_hash", "prompt_hash", "model", "draw", "status"),
-}
-_VERDICT_FILTERS = {
-    *("latent", "explanation_id", "judge", "scorer", "settings_hash", "prompt_hash", "model", "context"),
-    *("negative_kind", "control", "replicate", "truth"),
-}
 _VERDICT_TYPES: dict[str, Any] = {"truth": bool, "p": float, "label": float, "request": "Int64"}
-_VERDICT_COLUMNS = "latent, explanation_id, judge, scorer, settings_hash, prompt_hash, model, context"
-# One window may stand for several questions: a negative of two kinds, or marked rightly and wrongly.
-_VERDICT_IDENTITY = f"{_VERDICT_COLUMNS}, ifnull(negative_kind, ''), control, replicate"
-_INSERT_VERDICT = f"""
-    INSERT INTO verdict ({_VERDICT_COLUMNS}, control, replicate, negative_kind, truth, p, label, failure, request,
-        created)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-    ON CONFLICT ({_VERDICT_IDENTITY}) DO UPDATE SET
-        p = excluded.p, label = excluded.label, failure = excluded.failure, request = excluded.request,
-        created = excluded.created
-    WHERE verdict.failure IS NOT NULL
-"""
+_SET_UP = "judge, scorer, settings_hash, prompt_hash, model"
+_IDENTITY = {
+    "explanation": "latent, explainer, settings_hash, prompt_hash, model, draw",
+    # One window may stand for several questions: a negative of two kinds, or marked rightly and wrongly.
+    "verdict": f"latent, explanation_id, {_SET_UP}, context, ifnull(negative_kind, ''), control, replicate",
+}
+"""The columns that name a question. Its row is replaced if it failed, and never otherwise."""
+
+for _code in "?ef" + np.typecodes["AllInteger"]:  # SQLite would store NumPy's scalars as blobs
+    sqlite3.register_adapter(np.dtype(_code).type, np.generic.item)
 
 
 @dataclass(frozen=True)
@@ -57,26 +46,22 @@ class Verdict:
     ``negative_kind`` is ``None`` exactly if ``truth`` is true. A failed verdict has neither ``p`` nor ``label``.
     """
 
-    latent: int
-    """The latent whose contexts these are (under the swap control, not the latent that was explained)."""
+    latent: int  # the latent whose contexts these are (under the swap control, not the latent that was explained)
     explanation_id: int
     judge: str
     scorer: str
     settings_hash: str
     prompt_hash: str
     model: str
-    context: int
-    """The window's id in the firing store."""
-    truth: bool
-    """Whether the latent fires in the context."""
+    context: int  # the window's id in the firing store
+    truth: bool  # whether the latent fires in the context
     negative_kind: str | None = None
     control: str = "none"
     replicate: int = 0
     p: float | None = None
     label: bool | None = None
     failure: str | None = None
-    request: int | None = None
-    """The window of the first context of the request that the verdict came with; ``None`` where no model was asked."""
+    request: int | None = None  # the window of its request's first context; ``None`` where no model was asked
 
 
 class SetUp(NamedTuple):
@@ -92,11 +77,9 @@ class SetUp(NamedTuple):
 class PlannedContext(NamedTuple):
     """One context of a test set, with everything that a score needs."""
 
-    window: int
-    """The window's id in the firing store."""
+    window: int  # the window's id in the firing store
     truth: bool
-    kind: str
-    """``active``, or the kind of negative."""
+    kind: str  # ``active``, or the kind of negative
     stratum: int | None
 
 
@@ -104,9 +87,7 @@ class Journal:
     """A run's journal. Opening creates the file; every method that writes commits before it returns.
 
     Threads and tasks of one process may share it, and others may read while one writes. Processes that ask models
-    exclude each other with :meth:`claim`.
-
-    :raises BadInput: the file is no journal, or a later version of this program wrote it.
+    exclude each other with :meth:`claim`. Raises BadInput if the file is no journal, or of a later version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -126,9 +107,7 @@ class Journal:
     def claim(self) -> Iterator[None]:
         """Be the only process that asks models for this run, so that no question is paid for twice.
 
-        The claim ends with the block or the process, even after ``kill -9``.
-
-        :raises Unavailable: another process holds it.
+        The claim ends with the block or the process, even after ``kill -9``. Raises Unavailable if another has it.
         """
         lock = self.path.with_name(f".{self.path.name}.lock")
         with lock.open("a+") as stream:
@@ -152,14 +131,11 @@ class Journal:
         self,
         *,
         latent: int,
-        explainer: str,
-        settings_hash: str,
-        prompt_hash: str,
-        model: str,
         contexts: Iterable[int],
         text: str | None = None,
         failure: str | None = None,
         draw: int = 0,
+        **method: str,
     ) -> int:
         """Store an explanation (``text``) or why there is none (``failure``), and return its row's id.
 
@@ -167,36 +143,21 @@ class Journal:
         existing id is returned and the new text is dropped.
 
         :param contexts: the window ids that the explainer saw.
+        :param method: ``explainer``, ``settings_hash``, ``prompt_hash`` and ``model``.
         """
-        identity = (latent, explainer, settings_hash, prompt_hash, model, draw)
+        identity = {"latent": latent, **method, "draw": draw}
+        row = {
+            **identity,
+            "text": text,
+            "status": "failed" if text is None else "ok",
+            "failure": failure,
+            "contexts": json.dumps(list(contexts), default=int),
+            "created": _now(),
+        }
         with self._database.writing() as connection:
-            connection.execute(
-                """
-                INSERT INTO explanation (latent, explainer, settings_hash, prompt_hash, model, draw,
-                    text, status, failure, contexts, created)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-                ON CONFLICT (latent, explainer, settings_hash, prompt_hash, model, draw) DO UPDATE SET
-                    text = excluded.text, status = excluded.status, failure = excluded.failure,
-                    contexts = excluded.contexts, created = excluded.created
-                WHERE explanation.status = 'failed'
-                """,
-                (
-                    *identity,
-                    text,
-                    "failed" if text is None else "ok",
-                    failure,
-                    json.dumps([int(window) for window in contexts]),
-                    _now(),
-                ),
-            )
-            row = connection.execute(
-                """
-                SELECT id FROM explanation WHERE latent = ? AND explainer = ? AND settings_hash = ?
-                    AND prompt_hash = ? AND model = ? AND draw = ?
-                """,
-                identity,
-            ).fetchone()
-        return int(row[0])
+            _insert(connection, "explanation", [row])
+            where, values = _where(connection, "explanation", identity)
+            return int(connection.execute(f"SELECT id FROM explanation WHERE {where}", values).fetchone()[0])
 
     def explanations(self, **filters: Any) -> pd.DataFrame:
         """Return rows of the explanation table by id; ``contexts`` as lists of window ids.
@@ -204,7 +165,7 @@ class Journal:
         Filters are columns: ``latent=17``, ``status="ok"``, ``model="…"``, …; a list, tuple or set matches any of its
         items.
         """
-        table = self._select("explanation", _EXPLANATION_FILTERS, filters)
+        table = self._select("explanation", filters)
         table["contexts"] = [json.loads(stored) for stored in table["contexts"]]
         return table
 
@@ -224,33 +185,29 @@ class Journal:
 
         await self._database.written(work)
 
-    def verdicts(self, columns: Sequence[str] | None = None, **filters: Any) -> pd.DataFrame:
+    def verdicts(self, columns: Sequence[str] = ("*",), **filters: Any) -> pd.DataFrame:
         """Return rows of the verdict table by id. ``truth`` is bool; ``p`` and ``label`` are floats, NaN if missing.
 
         Filters are columns, as in :meth:`explanations`; ``negative_kind=None`` means the activating contexts.
         ``columns`` limits the columns that are read, because a score may have tens of thousands of rows.
         """
-        table = self._select("verdict", _VERDICT_FILTERS, filters, columns)
+        table = self._select("verdict", filters, columns)
         return table.astype({name: kind for name, kind in _VERDICT_TYPES.items() if name in table})
 
     def verdicts_in_pieces(self, n: int) -> Iterator[pd.DataFrame]:
         """Yield all verdicts by id, at most ``n`` at a time, as of the first read; at least one piece."""
         with self._database.reading() as connection:
-            found = False
             for table in pd.read_sql_query("SELECT * FROM verdict ORDER BY id", connection, chunksize=n):
-                found = True
                 yield table.astype(_VERDICT_TYPES)
-        if not found:
-            yield self.verdicts()
 
     def labels(self, **filters: Any) -> dict[tuple[int, int, str], dict[int, bool | None]]:
         """Map (explanation id, latent, control) to window → the judge's label, ``None`` if the judge failed.
 
         ``filters`` are those of :meth:`verdicts`.
         """
-        where, values = _where(_VERDICT_FILTERS, filters)
         found: dict[tuple[int, int, str], dict[int, bool | None]] = {}
         with self._database.reading() as connection:
+            where, values = _where(connection, "verdict", filters)
             query = f"SELECT explanation_id, latent, control, context, label FROM verdict WHERE {where}"
             for explanation, latent, control, window, label in connection.execute(query, values):
                 answers = found.setdefault((explanation, latent, control), {})
@@ -263,8 +220,8 @@ class Journal:
         self, scorer: str, settings_hash: str, latent: int, rounds: Sequence[Sequence[PlannedContext]]
     ) -> None:
         """Store the contexts to judge of a latent, round by round. No contexts: the latent has too few."""
+        row = (scorer, settings_hash, latent, json.dumps(rounds))
         with self._database.writing() as connection:
-            row = (scorer, settings_hash, int(latent), json.dumps(rounds))
             connection.execute("INSERT OR REPLACE INTO test_set VALUES (?, ?, ?, ?)", row)
 
     def test_sets(self, scorer: str, settings_hash: str) -> dict[int, list[list[PlannedContext]]]:
@@ -295,12 +252,11 @@ class Journal:
 
         ``verdicts`` has a row for each set-up: judge, scorer, settings hash, prompt hash and model come first.
         """
-        columns = "judge, scorer, settings_hash, prompt_hash, model"
         queries = {
             "explanations": "SELECT count(*), max(id), sum(status = 'failed') FROM explanation",
             "test_sets": "SELECT count(*) FROM test_set",
-            "verdicts": f"SELECT {columns}, count(*), max(id), sum(failure IS NOT NULL), min(created), max(created) "
-            f"FROM verdict GROUP BY {columns} ORDER BY {columns}",
+            "verdicts": f"SELECT {_SET_UP}, count(*), max(id), sum(failure IS NOT NULL), min(created), max(created) "
+            f"FROM verdict GROUP BY {_SET_UP} ORDER BY {_SET_UP}",
         }
         with self._database.reading() as connection:
             return {name: [list(row) for row in connection.execute(query)] for name, query in queries.items()}
@@ -315,60 +271,46 @@ class Journal:
 
     def usage(self) -> pd.DataFrame:
         """Return the usage of this run so far: one row per stage and model, sums of the columns of ``Usage``."""
+        sums = ", ".join(f"sum({name}) AS {name}" for name in vars(Usage()))
+        query = f"SELECT stage, model, {sums} FROM usage GROUP BY stage, model ORDER BY stage, model"
         with self._database.reading() as connection:
-            return pd.read_sql_query(
-                """
-                SELECT stage, model, sum(requests) AS requests, sum(prompt_tokens) AS prompt_tokens,
-                    sum(cached_tokens) AS cached_tokens, sum(completion_tokens) AS completion_tokens,
-                    sum(from_cache) AS from_cache, sum(seconds) AS seconds
-                FROM usage GROUP BY stage, model ORDER BY stage, model
-                """,
-                connection,
-            )
+            return pd.read_sql_query(query, connection)
 
-    def _select(
-        self, table: str, known: set[str], filters: Mapping[str, Any], columns: Sequence[str] | None = None
-    ) -> pd.DataFrame:
-        where, values = _where(known, filters)
+    def _select(self, table: str, filters: Mapping[str, Any], columns: Sequence[str] = ("*",)) -> pd.DataFrame:
         with self._database.reading() as connection:
-            query = f"SELECT {'*' if columns is None else ', '.join(columns)} FROM {table} WHERE {where} ORDER BY id"
+            where, values = _where(connection, table, filters)
+            query = f"SELECT {', '.join(columns)} FROM {table} WHERE {where} ORDER BY id"
             return pd.read_sql_query(query, connection, params=values)
 
 
+def _insert(connection: sqlite3.Connection, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows, each a map of column to value, except in place of one that did not fail; see ``_IDENTITY``."""
+    columns = list(rows[0])
+    query = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+    if table in _IDENTITY:
+        changes = ", ".join(f"{column} = excluded.{column}" for column in columns)
+        query += f" ON CONFLICT ({_IDENTITY[table]}) DO UPDATE SET {changes} WHERE {table}.failure IS NOT NULL"
+    connection.executemany(query, [tuple(row.values()) for row in rows])
+
+
 def _insert_verdicts(connection: sqlite3.Connection, verdicts: Sequence[Verdict]) -> None:
-    now = _now()
-    connection.executemany(
-        _INSERT_VERDICT,
-        [
-            (
-                *(int(v.latent), int(v.explanation_id), v.judge, v.scorer, v.settings_hash, v.prompt_hash),
-                *(v.model, int(v.context), v.control, int(v.replicate), v.negative_kind, int(v.truth)),
-                *(_real(v.p), None if v.label is None else int(v.label), v.failure, v.request, now),
-            )
-            for v in verdicts
-        ],
-    )
+    if any(verdict.p is not None and verdict.p != verdict.p for verdict in verdicts):
+        raise ValueError("P(active) is NaN; a verdict without a probability has p = None")
+    if verdicts:
+        _insert(connection, "verdict", [{**vars(verdict), "created": _now()} for verdict in verdicts])
 
 
 def _insert_usage(connection: sqlite3.Connection, stage: str, model: str, usage: Usage, latent: int | None) -> None:
-    if usage == Usage():
-        return
-    connection.execute(
-        """
-        INSERT INTO usage (stage, latent, model, requests, prompt_tokens, cached_tokens, completion_tokens,
-            from_cache, seconds, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-        """,
-        (
-            *(stage, latent, model, usage.requests, usage.prompt_tokens, usage.cached_tokens),
-            *(usage.completion_tokens, usage.from_cache, usage.seconds, _now()),
-        ),
-    )
+    if usage != Usage():
+        row = {"stage": stage, "latent": latent, "model": model, **vars(usage), "created": _now()}
+        _insert(connection, "usage", [row])
 
 
-def _where(known: set[str], filters: Mapping[str, Any]) -> tuple[str, list[str | int]]:
+def _where(connection: sqlite3.Connection, table: str, filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
     """Return filters as an SQL condition and its parameters. Column names are checked."""
-    terms: list[str] = ["1"]
-    values: list[str | int] = []
+    known = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+    terms = ["1"]
+    values: list[Any] = []
     for column, wanted in filters.items():
         if column not in known:
             raise TypeError(f"no such filter: {column!r}; there are {', '.join(sorted(known))}")
@@ -377,25 +319,82 @@ def _where(known: set[str], filters: Mapping[str, Any]) -> tuple[str, list[str |
         elif isinstance(wanted, (list, tuple, set, frozenset)):
             # One JSON parameter, because the number of "?" in a statement is limited.
             terms.append(f"{column} IN (SELECT value FROM json_each(?))")
-            values.append(json.dumps([_plain(value) for value in wanted]))
+            values.append(json.dumps(list(wanted), default=int))
         else:
             terms.append(f"{column} = ?")
-            values.append(_plain(wanted))
+            values.append(wanted)
     return " AND ".join(terms), values
-
-
-def _plain(value: Any) -> str | int:
-    """Convert NumPy integers and booleans for SQLite, which would store them as blobs."""
-    return value if isinstance(value, str) else int(value)
-
-
-def _real(p: float | None) -> float | None:
-    if p is None:
-        return None
-    if p != p:
-        raise ValueError("P(active) is NaN; a verdict without a probability has p = None")
-    return float(p)
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+MIGRATIONS = (
+    # 1: explanations, verdicts and usage. Append further migrations; never edit one that has been released.
+    """
+    CREATE TABLE explanation (
+        id INTEGER PRIMARY KEY,
+        latent INTEGER NOT NULL,
+        explainer TEXT NOT NULL, settings_hash TEXT NOT NULL, prompt_hash TEXT NOT NULL, model TEXT NOT NULL,
+        draw INTEGER NOT NULL,
+        text TEXT, status TEXT NOT NULL CHECK (status IN ('ok', 'failed')), failure TEXT,
+        contexts TEXT NOT NULL,
+        created TEXT NOT NULL,
+        UNIQUE (latent, explainer, settings_hash, prompt_hash, model, draw),
+        CHECK ((status = 'ok') = (text IS NOT NULL) AND (status = 'failed') = (failure IS NOT NULL))
+    );
+    CREATE TABLE verdict (
+        id INTEGER PRIMARY KEY,
+        latent INTEGER NOT NULL,
+        explanation_id INTEGER NOT NULL REFERENCES explanation (id),
+        judge TEXT NOT NULL, scorer TEXT NOT NULL,
+        settings_hash TEXT NOT NULL, prompt_hash TEXT NOT NULL, model TEXT NOT NULL,
+        context INTEGER NOT NULL,
+        negative_kind TEXT, control TEXT NOT NULL, replicate INTEGER NOT NULL,
+        truth INTEGER NOT NULL CHECK (truth IN (0, 1)),
+        p REAL CHECK (p BETWEEN 0 AND 1), label INTEGER CHECK (label IN (0, 1)), failure TEXT,
+        created TEXT NOT NULL,
+        CHECK ((failure IS NULL) = (label IS NOT NULL)),
+        CHECK (failure IS NULL OR p IS NULL),
+        CHECK ((negative_kind IS NULL) = (truth = 1))
+    );
+    CREATE UNIQUE INDEX verdict_identity ON verdict (latent, explanation_id, judge, scorer, settings_hash, prompt_hash,
+        model, context, ifnull(negative_kind, ''), control, replicate);
+    CREATE INDEX verdict_of_explanation ON verdict (explanation_id, control);
+    CREATE TABLE usage (
+        id INTEGER PRIMARY KEY,
+        stage TEXT NOT NULL, latent INTEGER, model TEXT NOT NULL,
+        requests INTEGER NOT NULL,
+        prompt_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+        from_cache INTEGER NOT NULL,
+        seconds REAL NOT NULL,
+        created TEXT NOT NULL
+    )
+    """,
+    # 2: what a settings hash stands for, where scoring again from verdicts needs to know it.
+    """
+    CREATE TABLE setup (
+        settings_hash TEXT PRIMARY KEY,
+        settings TEXT NOT NULL
+    ) WITHOUT ROWID
+    """,
+    # 3: which verdicts were given together: the window of their request's first context. NULL where each was given by
+    # itself, and in rows that are older.
+    """
+    ALTER TABLE verdict ADD COLUMN request INTEGER
+    """,
+    # 4: the contexts to judge, written before anything is asked: rounds of [window, truth, kind, stratum], as JSON.
+    """
+    CREATE TABLE test_set (
+        scorer TEXT NOT NULL,
+        settings_hash TEXT NOT NULL,
+        latent INTEGER NOT NULL,
+        contexts TEXT NOT NULL,
+        PRIMARY KEY (scorer, settings_hash, latent)
+    ) WITHOUT ROWID
+    """,
+)
+"""Constraints make it impossible to store a failure, which has a reason and no number, as a zero."""

@@ -4,36 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
-BASELINE = "ngram"
-"""The explainer that explains beside every other one, and the judge of its sentences."""
-
-CHANCE = 0.5
-"""The balanced accuracy, and the AUROC, of a judge who knows nothing."""
-
-ENOUGH_TO_CALL_DEAD = 1_000_000
-"""Tokens without a firing before the word is used."""
+BASELINE = "ngram"  # the explainer that explains beside every other one, and the judge of its sentences
+CHANCE = 0.5  # the balanced accuracy, and the AUROC, of a judge who knows nothing
+ENOUGH_TO_CALL_DEAD = 1_000_000  # tokens without a firing before the word is used
 
 
 class Method(Protocol):
     """Two methods with equal name, hashes and model give interchangeable answers."""
 
-    asks_model: ClassVar[bool]
-    """Whether it asks a language model: one has to be named then, and requests are counted and paid for."""
-
-    @property
-    def name(self) -> str:
-        """Short and stable, as stored in the journal: ``llm``, ``ngram``."""
-        ...
-
-    @property
-    def settings_hash(self) -> str:
-        """Digest of every parameter that an answer depends on."""
-        ...
-
-    @property
-    def prompt_hash(self) -> str:
-        """Digest of every word sent to a model; empty for a method that asks none."""
-        ...
+    asks_model: ClassVar[bool]  # if so, a model has to be named, and requests are counted and paid for
+    name: str  # short and stable, as stored in the journal: ``llm``, ``ngram``
+    settings_hash: str  # digest of every parameter that an answer depends on
+    prompt_hash: str  # digest of every word sent to a model; empty for a method that asks none
 
     @property
     def model(self) -> str:

@@ -6,12 +6,11 @@ Only requests really sent count as spent. Answers from the cache are counted apa
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
-LONGEST_TOKEN = 128
-"""Characters of the longest token in the vocabularies of GPT-2, GPT-4 and Llama 3: a run of white space."""
-MOST_TOKENS = 8
-"""Tokens of one character, at most: byte-level tokenizers make up to 4, and normalisation may double the characters."""
+LONGEST_TOKEN = 128  # characters of the longest token of GPT-2, GPT-4 and Llama 3: a run of white space
+MOST_TOKENS = 8  # of one character: byte-level tokenizers make up to 4, and normalisation may double the characters
 
 
 def is_plausible_count(tokens: int, characters: int, more: int) -> bool:
@@ -27,18 +26,12 @@ def is_plausible_count(tokens: int, characters: int, more: int) -> bool:
 class Usage:
     """Requests and tokens spent on a piece of work. Add two with ``+``; ``Usage()`` is zero."""
 
-    requests: int = 0
-    """Requests sent to a server, those that failed and were repeated included."""
-    prompt_tokens: int = 0
-    """Tokens read by the model, as the server counts them; 0 where it reports none, or a count that cannot be right."""
-    cached_tokens: int = 0
-    """Of the prompt tokens, those the *server* had cached (a repeated few-shot prefix)."""
-    completion_tokens: int = 0
-    """Tokens written by the model; 0 likewise."""
-    from_cache: int = 0
-    """Answers taken from our own cache, for which nothing was sent."""
-    seconds: float = 0.0
-    """Wall time spent waiting for answers, summed over requests (which overlap), in seconds."""
+    requests: int = 0  # requests sent to a server, those that failed and were repeated included
+    prompt_tokens: int = 0  # tokens read by the model, as the server counts them; 0 if that is missing or impossible
+    cached_tokens: int = 0  # of the prompt tokens, those the *server* had cached (a repeated few-shot prefix)
+    completion_tokens: int = 0  # tokens written by the model; 0 likewise
+    from_cache: int = 0  # answers taken from our own cache, for which nothing was sent
+    seconds: float = 0.0  # wall time spent waiting for answers, summed over requests (which overlap), in seconds
 
     @property
     def tokens(self) -> int:
@@ -46,11 +39,4 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.requests + other.requests,
-            self.prompt_tokens + other.prompt_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.from_cache + other.from_cache,
-            self.seconds + other.seconds,
-        )
+        return Usage(*map(operator.add, vars(self).values(), vars(other).values()))

@@ -7,20 +7,23 @@ ask ── cached? ──► parse ──► out
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autointerp.journal.usage import Usage
-from autointerp.llm.exchange import Answer, AnswerFailed, Message, Request, explain_cut
+from autointerp.llm.capabilities import Capabilities
+from autointerp.llm.exchange import Answer, AnswerFailed, Message, Request, Transient, explain_cut
 from autointerp.llm.limits import Pace
-from autointerp.llm.servers import Capabilities, Server, Servers
+from autointerp.llm.prompts import conversation
+from autointerp.llm.replies import find_fault
+from autointerp.llm.servers import Server, Servers
 from autointerp.llm.transport import read_key
 from sae.common.database import Database
 from sae.common.errors import BadInput
@@ -31,15 +34,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEFAULT_URL = "https://api.openai.com/v1"
-"""The server if only a model was named."""
+DEFAULT_URL = "https://api.openai.com/v1"  # the server if only a model was named
 
-_LOCAL = "http://127.0.0.1"
-"""Stands for a server of ours until it is started, and for its capabilities on any port."""
-_BELIEVED = timedelta(days=1)
-"""Age up to which the capabilities of a server are believed: it may be restarted with other flags."""
-_LEAST_TOKENS = 1 / 8
-"""Tokens of a character before anything was counted: no tokenizer makes fewer of ordinary text."""
+_LOCAL = "http://127.0.0.1"  # stands for a server of ours until it is started, and for its capabilities on any port
+_BELIEVED = timedelta(days=1)  # age of capabilities, at most: the server may be restarted with other flags
+_WORD_SCHEMA = {
+    "type": "object",
+    "properties": {"word": {"type": "string", "enum": ["yes"]}},
+    "required": ["word"],
+    "additionalProperties": False,
+}
 
 
 class LlmClient:
@@ -47,15 +51,13 @@ class LlmClient:
 
     :param base_url: the server's address, with or without ``/v1``; or several, which share the load.
     :param model: the model's name; ``None`` takes the one that the servers serve.
-    :param key_file: a file that holds the key; ``None`` reads the environment (see ``transport.KEY_VARIABLES``).
-    :param cache: keeps the answers; ``None`` keeps none.
+    :param key_file: a file that holds the key; ``None`` reads the environment (see ``options.KEY_VARIABLES``).
     :param concurrency: requests in flight at once, over all servers.
     :param requests_per_second, tokens_per_minute: see :class:`autointerp.llm.limits.Pace`.
-    :param timeout, tries, backoff, patience: see :class:`autointerp.llm.servers.Servers`.
     :param answer_tries: how often a question is asked when the answers are unusable.
     :param start: starts a server of ours, which takes no key, and returns its address: called before the first question
         without a cached answer. ``model`` must be given; ``base_url`` is not used.
-    :param budget: ``None`` for no limit.
+    :param sending: ``timeout``, ``tries``, ``backoff`` and ``patience`` of :class:`autointerp.llm.servers.Servers`.
     :raises BadInput: a URL or the key is invalid, or a limit lets nothing through.
     """
 
@@ -69,34 +71,24 @@ class LlmClient:
         concurrency: int = 8,
         requests_per_second: float | None = None,
         tokens_per_minute: float | None = None,
-        timeout: float = 300.0,
-        tries: int = 6,
         answer_tries: int = 3,
-        backoff: float = 0.5,
-        patience: int = 10,
         start: Callable[[], Awaitable[str]] | None = None,
         budget: Budget | None = None,
+        **sending: Any,
     ) -> None:
-        if concurrency < 1 or tries < 1 or answer_tries < 1:
-            raise BadInput("concurrency and the numbers of tries must be at least 1")
-        self._servers = Servers(
-            [_LOCAL] if start is not None else [base_url] if isinstance(base_url, str) else base_url,
-            key=read_key(key_file) if start is None else None,
-            timeout=timeout,
-            tries=tries,
-            backoff=backoff,
-            patience=patience,
-        )
-        self._limits = (requests_per_second, tokens_per_minute)
-        Pace(*self._limits)  # checks them
+        if concurrency < 1 or answer_tries < 1:
+            raise BadInput("concurrency and the number of tries must be at least 1")
+        urls = [_LOCAL] if start is not None else [base_url] if isinstance(base_url, str) else base_url
+        key = read_key(key_file) if start is None else None
+        self._servers = Servers(urls, key=key, connections=concurrency + 1, **sending)
+        self.capabilities = self._servers.capabilities
+        self._pace = Pace(requests_per_second, tokens_per_minute)
         self._start = start
         self._model = model or None
         self._cache = cache
-        self._concurrency, self._answer_tries = concurrency, answer_tries
+        self._slots, self._answer_tries = asyncio.Semaphore(concurrency), answer_tries
         self._budget = budget
-        self._session: _Session | None = None
-        self._is_connected = False
-        self._length = _LengthCheck()
+        self._connecting, self._is_connected = asyncio.Lock(), False
         self._asking: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def __repr__(self) -> str:
@@ -106,13 +98,7 @@ class LlmClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Close the connections; the next question opens new ones."""
-        session, self._session = self._session, None
-        if session is not None and session.loop is asyncio.get_running_loop():
-            await self._servers.close()
+        await self._servers.close()
 
     @property
     def url(self) -> str:
@@ -129,11 +115,6 @@ class LlmClient:
         return self._servers.are_local
 
     @property
-    def capabilities(self) -> Capabilities:
-        """The known capabilities of the servers."""
-        return self._servers.capabilities
-
-    @property
     def model(self) -> str:
         """The model's name; without one given, it is known after :meth:`check`."""
         if self._model is None:
@@ -141,11 +122,10 @@ class LlmClient:
         return self._model
 
     async def check(self) -> str:
-        """Find the API and the model before any work is done; a second call returns at once.
+        """Find the API and the model before any work is done, and return the model's name.
 
         Does not start a server of ours, because it may not be needed.
 
-        :returns: the model's name.
         :raises Unavailable: nothing answers at the address, or the key is refused.
         :raises BadInput: no API at the address, several models and none was named, or servers of different ones.
         """
@@ -154,11 +134,10 @@ class LlmClient:
     async def _connect(self) -> str:
         if self._is_connected:
             return self.model
-        session = self._open()
-        async with session.connecting:
+        async with self._connecting:
             if not self._is_connected:
                 if self._start is not None:
-                    self._servers.all[0].move_to(await self._start())
+                    self._servers.all = [Server(await self._start())]
                 self._model = await self._servers.find(self._model)
                 self._is_connected = True
         return self.model
@@ -170,10 +149,34 @@ class LlmClient:
             known = self._cache.capabilities(self._cache_url, self.model, any_age=self._start is not None)
             self.capabilities.take_over(known)
 
-    async def store_capabilities(self) -> None:
-        """Put the capabilities into the cache."""
+    async def probe(self) -> Capabilities:
+        """Find out what the servers can do before a protocol is chosen: from the cache, or by two tiny questions.
+
+        The first has the form of the ``single`` protocol, because a model that thinks first gives log-probabilities,
+        but not of the label. The second forces a word that no model would answer. Raises as :meth:`check`.
+        """
+        await self.check()
+        self.load_capabilities()
+        known = self.capabilities
+        if known.label_first is None:
+            known.label_first = await self._gives_label_first()
+        if known.json_schema is None:
+            asked = Request(conversation("probe").messages(question="word"), max_tokens=200, json_schema=_WORD_SCHEMA)
+            with contextlib.suppress(AnswerFailed):
+                await self.ask_anew(asked, lambda answer: answer)
+            known.json_schema = bool(known.json_schema)  # still unknown after a failure or an answer that was cut off
         if self._cache is not None:
-            await self._cache.put_capabilities(self._cache_url, self.model, self.capabilities.as_dict())
+            await self._cache.put_capabilities(self._cache_url, self.model, known.as_dict())
+        return known
+
+    async def _gives_label_first(self) -> bool:
+        asked = Request(conversation("probe").messages(question="label"), max_tokens=4, logprobs=20, may_be_cut=True)
+        try:
+            _, answer = await self.ask_anew(asked, lambda answer: answer)
+        except AnswerFailed:
+            return False
+        first = answer.tokens[0] if answer.tokens else answer.text[:1]
+        return first.strip() in ("0", "1")
 
     @property
     def _cache_url(self) -> str:
@@ -215,14 +218,14 @@ class LlmClient:
     async def ask_anew(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T, Answer]:
         """:meth:`ask` without the cache."""
         await self._connect()
-        self._length.check(request, self.capabilities.context_length)
+        self.capabilities.check_length(request)
         spent = Usage()
         sent = request
         cut_before = ""
         for tries_left in reversed(range(self._answer_tries)):
             try:
-                answer, cost = await self._answer(sent)
-                spent = cost if spent == Usage() else spent + cost
+                answer = await self._answer(sent)
+                spent += answer.usage
                 if answer.finish_reason == "length" and not request.may_be_cut:
                     raise explain_cut(answer, sent)
                 return parse(answer), replace(answer, usage=spent)
@@ -237,77 +240,50 @@ class LlmClient:
                     sent = replace(sent, max_tokens=2 * sent.max_tokens)
         raise AssertionError("unreachable")
 
-    async def _answer(self, request: Request) -> tuple[Answer, Usage]:
-        """Return one usable reply, sent for as often as needed, and the cost of all sendings."""
-        session = self._open()
+    async def post(self, url: str, body: Mapping[str, Any]) -> Any:
+        """Post ``body`` once to an address outside the API, and return the reply's JSON value or text.
+
+        :raises AnswerFailed: there is no reply, or it is an error.
+        """
+        try:
+            reply = await self._servers.connections.send(url, json.dumps(body).encode(), most_seconds=30.0)
+        except Transient as error:
+            raise AnswerFailed(error.reason) from None
+        fault = find_fault(reply)
+        if fault is not None:
+            raise AnswerFailed(str(fault))
+        return reply.body
+
+    async def _answer(self, request: Request) -> Answer:
+        """Return one usable reply, sent for as often as needed; its usage counts all sendings."""
         n_sent = 0
         failed_at: set[Server] = set()
 
         async def send() -> Answer:
             nonlocal n_sent
-            reserved = await session.pace.wait(request.characters, self._servers.pause_left)
+            reserved = await self._pace.wait(request.characters, self._servers.pause_left)
             n_sent += 1
+            usage = Usage()
             try:
                 answer = await self._servers.send(request, self.model, failed_at)
+                usage = answer.usage
             except AnswerFailed as failed:
-                session.pace.settle(reserved, request.characters, failed.usage.tokens)
+                usage = failed.usage
                 raise
-            self._length.learn(request.characters, answer.usage.prompt_tokens)
-            session.pace.settle(reserved, request.characters, answer.usage.tokens)
+            finally:
+                self._pace.settle(reserved, request.characters, usage.tokens)
             return answer
 
         async def send_within_budget() -> Answer:
             return await send() if self._budget is None else await self._budget.spend(request, send)
 
-        async with session.slots:
+        async with self._slots:
             try:
                 answer = await self._servers.retry(send_within_budget)
             except AnswerFailed as failed:
-                usage = replace(failed.usage, requests=n_sent)
-                raise AnswerFailed(failed.reason, usage, cut=failed.cut, final=failed.final) from None
-        return answer, answer.usage if n_sent == 1 else replace(answer.usage, requests=n_sent)
-
-    def _open(self) -> _Session:
-        """Return the session of the running event loop; a new loop (a second ``asyncio.run``) gets its own."""
-        loop = asyncio.get_running_loop()
-        if self._session is None or self._session.loop is not loop:
-            self._session = _Session(loop, asyncio.Semaphore(self._concurrency), asyncio.Lock(), Pace(*self._limits))
-            self._servers.open(self._concurrency + 1)
-        return self._session
-
-
-class _Session(NamedTuple):
-    """The locks and limits of one event loop."""
-
-    loop: asyncio.AbstractEventLoop
-    slots: asyncio.Semaphore
-    connecting: asyncio.Lock
-    pace: Pace
-
-
-class _LengthCheck:
-    """Finds prompts that cannot fit the context before they are sent, by a lower bound on their tokens."""
-
-    def __init__(self) -> None:
-        self._tokens_per_character = _LEAST_TOKENS
-        self._has_counted = False
-
-    def learn(self, characters: int, prompt_tokens: int) -> None:
-        if characters >= 1000 and prompt_tokens > 0:  # 0: not reported, or implausible
-            # Somewhat less than the minimum so far: the next text may be of another kind.
-            ratio = 0.8 * prompt_tokens / characters
-            self._tokens_per_character = min(self._tokens_per_character, ratio) if self._has_counted else ratio
-            self._has_counted = True
-
-    def check(self, request: Request, context_length: int | None) -> None:
-        """:raises AnswerFailed: the prompt is too long for the model."""
-        least = int(request.characters * self._tokens_per_character)
-        if context_length is not None and least >= context_length:
-            raise AnswerFailed(
-                f"the prompt is too long for the model: about {least} tokens at least, and its context holds "
-                f"{context_length}; not sent",
-                final=True,
-            )
+                failed.usage = replace(failed.usage, requests=n_sent)
+                raise
+        return replace(answer, usage=replace(answer.usage, requests=n_sent))
 
 
 _MIGRATIONS = (
@@ -337,9 +313,7 @@ class ResponseCache:
     """Paid answers by content, in one SQLite file for all runs under a root. Threads and processes may share it.
 
     The key is a digest of the model, the messages, the parameters and the number of the replicate, not of the server.
-    An answer is committed before it is used. Failures are not kept.
-
-    :raises BadInput: the file is not such a cache.
+    An answer is committed before it is used. Failures are not kept. Raises BadInput if the file is no such cache.
     """
 
     def __init__(self, path: Path) -> None:
@@ -373,23 +347,17 @@ class ResponseCache:
             lambda connection: connection.execute(f"INSERT OR REPLACE INTO {into} VALUES (?, ?, ?, ?)", values)
         )
 
-    def __len__(self) -> int:
-        with self._database.reading() as connection:
-            return int(connection.execute("SELECT count(*) FROM answer").fetchone()[0])
-
     def close(self) -> None:
         self._database.close()
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def open_client(
     options: LlmOptions, cache: Path, start: Callable[[], Awaitable[str]] | None = None
 ) -> AsyncIterator[LlmClient]:
-    """Open the client that ``options`` describe for the block, and check it.
+    """Open the client that ``options`` describe for the block, and check it before any work is done.
 
-    :param cache: the file of kept answers; created if missing.
-    :param start: see :class:`LlmClient`.
-    :raises Unavailable: no server answers; reported before any work is done.
+    ``cache`` is the file of kept answers; for ``start`` see :class:`LlmClient`.
     """
     answers = ResponseCache(cache)
     collected = gc.get_threshold()

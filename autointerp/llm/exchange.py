@@ -1,8 +1,4 @@
-"""Build a request's bytes and cache key, and read its reply.
-
-A reply without a usable answer (cut off, empty, refused, an error inside a 200) raises :class:`AnswerFailed`, so that
-it is never taken for a "no" or a zero.
-"""
+"""A request, with its bytes and its cache key; its answer; and the errors that there may be in place of one."""
 
 from __future__ import annotations
 
@@ -14,17 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autointerp.journal.usage import Usage, is_plausible_count
+from autointerp.journal.usage import Usage
 
-Message = dict[str, str]
-"""``{"role": "system" | "user" | "assistant", "content": text}``."""
+Message = dict[str, str]  # ``{"role": "system" | "user" | "assistant", "content": text}``
 
-_MOST_HIDDEN = 100_000
-"""Prompt tokens that a server may add (its own system prompt), at most."""
-_MOST_THOUGHT = 1_000_000
-"""Tokens that a model may write besides its answer, at most."""
-_BLANK = 100
-"""An answer that ends in more white space than this, in characters, would only have continued it."""
+_BLANK = 100  # an answer that ends in more white space than this, in characters, would only have continued it
 
 
 class AnswerFailed(Exception):
@@ -34,10 +24,17 @@ class AnswerFailed(Exception):
         super().__init__(reason)
         self.reason = reason
         self.usage = usage or Usage()
-        self.cut = cut
-        """The answer ran into ``max_tokens``: a larger limit may help, the same again will not."""
-        self.final = final
-        """Asking again now is of no use: the server was tried often enough, or refuses this very request."""
+        self.cut = cut  # the answer ran into ``max_tokens``: a larger limit may help, the same again will not
+        self.final = final  # asking again is of no use: it was tried often enough, or this very request is refused
+
+
+class Transient(Exception):
+    """Worth trying again. ``wait`` is the pause the server asked for, in seconds."""
+
+    def __init__(self, reason: str, wait: float = 0.0, is_unreachable: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.wait = reason, wait
+        self.is_unreachable = is_unreachable  # no connection could be made at all
 
 
 @dataclass(frozen=True)
@@ -47,15 +44,11 @@ class Request:
     messages: tuple[Message, ...]
     max_tokens: int
     temperature: float = 0.0
-    json_schema: Mapping[str, Any] | None = None
-    """Schema of the answer, for servers that can hold a model to one; others are asked without it."""
-    logprobs: int = 0
-    """Alternatives to return for each generated token; 0 for no log-probabilities."""
+    json_schema: Mapping[str, Any] | None = None  # of the answer; servers that cannot hold a model to it do not get it
+    logprobs: int = 0  # alternatives to return for each generated token; 0 for no log-probabilities
     seed: int | None = None
-    replicate: int = 0
-    """Which of several independent answers to the same question this is; only the cache sees it."""
-    may_be_cut: bool = False
-    """Whether an answer that ran into ``max_tokens`` is usable (if only its first token is wanted)."""
+    replicate: int = 0  # which of several independent answers to the same question this is; only the cache sees it
+    may_be_cut: bool = False  # whether an answer that ran into ``max_tokens`` is usable
     affinity: str = ""
     """Requests of equal affinity begin alike and go to the same server. Neither the server nor the cache sees it."""
 
@@ -128,24 +121,13 @@ class Answer:
     text: str
     finish_reason: str
     usage: Usage = field(default_factory=Usage, compare=False)
-    tokens: tuple[str, ...] | None = None
-    """The generated tokens, where log-probabilities came back."""
-    top_logprobs: tuple[dict[str, float], ...] | None = None
-    """The likeliest alternatives of each generated token (natural logarithms), the token included."""
-
-    @property
-    def from_cache(self) -> bool:
-        return self.usage.from_cache > 0
+    tokens: tuple[str, ...] | None = None  # the generated tokens, where log-probabilities came back
+    top_logprobs: tuple[dict[str, float], ...] | None = None  # of each token and its likeliest alternatives, in nats
+    counts_cached: bool = field(default=False, compare=False)  # whether the server reported cached prompt tokens
 
     def to_json(self) -> str:
-        values = {
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-            "usage": vars(self.usage),
-            "tokens": self.tokens,
-            "top_logprobs": self.top_logprobs,
-        }
-        return json.dumps(values, separators=(",", ":"))
+        names = ("text", "finish_reason", "usage", "tokens", "top_logprobs")
+        return json.dumps({name: getattr(self, name) for name in names}, default=vars, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, stored: str) -> Answer:
@@ -166,96 +148,6 @@ def explain_cut(answer: Answer, sent: Request) -> AnswerFailed:
     if n_written < sent.max_tokens:
         return AnswerFailed(f"{reason}, where the model's context is full", final=True)
     return AnswerFailed(reason, cut=True)
-
-
-# --- reading a reply --------------------------------------------------------------------------------------------------
-
-
-def read_answer(body: Any, seconds: float, characters: int = 0) -> Answer:
-    """Read the first choice of a chat completion, given as parsed JSON.
-
-    :param seconds: duration of the request.
-    :param characters: length of the prompt, to check the server's count of its tokens.
-    :raises AnswerFailed: there is no choice or no text, it was refused or filtered, or its layout is wrong.
-    """
-    try:
-        return _read_answer(body, seconds, characters)
-    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
-        # A field of a wrong type. Some servers send such, and one reply is no reason to stop.
-        reason = f"the server's reply cannot be read: {type(error).__name__}: {one_line(error, 100)}"
-        raise AnswerFailed(reason, Usage(requests=1, seconds=seconds)) from None
-
-
-def _read_answer(body: Any, seconds: float, characters: int) -> Answer:
-    if not isinstance(body, Mapping):
-        raise AnswerFailed("the server's reply is not a chat completion", Usage(requests=1, seconds=seconds))
-    choices = body.get("choices")
-    first = choices[0] if isinstance(choices, Sequence) and choices else None
-    message = first.get("message") if isinstance(first, Mapping) else None
-    text = message.get("content") if isinstance(message, Mapping) else None
-    usage = _read_usage(body.get("usage"), seconds, characters, len(text) if isinstance(text, str) else 0)
-    if not isinstance(first, Mapping):
-        error = body.get("error")
-        words = error.get("message") if isinstance(error, Mapping) else error
-        raise AnswerFailed(f"the server's reply has no choices{f': {one_line(words)}' if words else ''}", usage)
-    message = message or {}
-    finish_reason = str(first.get("finish_reason") or "stop")
-    text = message.get("content")
-    if finish_reason == "content_filter":
-        raise AnswerFailed("the server's content filter withheld the answer", usage)
-    if message.get("refusal"):
-        raise AnswerFailed(f"the model refused: {one_line(message['refusal'])}", usage)
-    if not isinstance(text, str) or not text.strip():
-        if finish_reason == "length":
-            n = usage.completion_tokens
-            raise AnswerFailed(f"all {n} tokens were used before any text of the answer", usage, cut=True)
-        raise AnswerFailed("the answer is empty", usage)
-    text = text.encode(errors="replace").decode()  # no database takes half a surrogate pair
-    tokens, top = _read_logprobs(first.get("logprobs"))
-    return Answer(text, finish_reason, usage, tokens, top)
-
-
-def _read_usage(reported: Any, seconds: float, n_prompt: int, n_written: int) -> Usage:
-    """Return the server's token counts. A missing or impossible one is 0; a budget then counts the maximum.
-
-    :param n_prompt: characters of the prompt.
-    :param n_written: characters of the answer.
-    """
-    if not isinstance(reported, Mapping):
-        return Usage(requests=1, seconds=seconds)
-    details = reported.get("prompt_tokens_details")
-    prompt_tokens = _read_count(reported.get("prompt_tokens"), n_prompt, _MOST_HIDDEN)
-    cached = _read_count(details.get("cached_tokens") if isinstance(details, Mapping) else 0, 0, prompt_tokens)
-    completion_tokens = _read_count(reported.get("completion_tokens"), n_written, _MOST_THOUGHT)
-    return Usage(1, prompt_tokens, cached, completion_tokens, seconds=seconds)
-
-
-def _read_count(reported: Any, characters: int, more: int) -> int:
-    if isinstance(reported, float) and reported.is_integer():
-        reported = int(reported)
-    is_count = isinstance(reported, int) and not isinstance(reported, bool)
-    return reported if is_count and is_plausible_count(reported, characters, more) else 0
-
-
-def _read_logprob(reported: Any) -> float:
-    logprob = float(reported)
-    if logprob != logprob:
-        raise ValueError("a log-probability is NaN")
-    return logprob
-
-
-def _read_logprobs(reported: Any) -> tuple[tuple[str, ...] | None, tuple[dict[str, float], ...] | None]:
-    content = reported.get("content") if isinstance(reported, Mapping) else None
-    if not isinstance(content, Sequence) or not content:
-        return None, None
-    tokens, top = [], []
-    for position in content:
-        alternatives = {str(x["token"]): _read_logprob(x["logprob"]) for x in position.get("top_logprobs") or ()}
-        # Some servers omit a chosen token that is not among the likeliest.
-        alternatives.setdefault(str(position["token"]), _read_logprob(position["logprob"]))
-        tokens.append(str(position["token"]))
-        top.append(alternatives)
-    return tuple(tokens), tuple(top)
 
 
 _THINKING = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, TypeVar
@@ -14,22 +13,19 @@ from asyncio_throttle import Throttler
 
 from autointerp.llm.exchange import Answer, AnswerFailed, Request
 from sae.common.amounts import parse_amount
+from sae.common.commands import get_typed_command
 from sae.common.errors import BadInput, UserError
+from sae.common.progress import Bar, track
 
 if TYPE_CHECKING:
     from autointerp.journal.usage import Usage
-    from sae.common.progress import Bar
 
 T = TypeVar("T")
 
-FIRST_GUESS = 0.3
-"""Tokens of a character before anything was counted: English text has about 0.25, code somewhat more."""
-_MEMORY = 0.1
-"""Weight of the latest count in the mean."""
-_FIRST_BOUND = 0.5
-"""Prompt tokens of a character before the first answer, at most."""
-_MESSAGE = 8
-"""Tokens that a chat template puts around one message, at most."""
+FIRST_GUESS = 0.3  # tokens of a character before anything was counted: English text has about 0.25, code somewhat more
+_MEMORY = 0.1  # weight of the latest count in the mean
+_FIRST_BOUND = 0.5  # prompt tokens of a character before the first answer, at most
+_MESSAGE = 8  # tokens that a chat template puts around one message, at most
 
 
 # --- in flight --------------------------------------------------------------------------------------------------------
@@ -72,6 +68,20 @@ async def run_in_flight(
         raise BudgetSpent(spent[0].budget, n_done)
 
 
+async def run_with_progress(
+    items: Sequence[T], work: Callable[[T], Awaitable[None]], limit: int, title: str, things: str, done: int = 0
+) -> None:
+    """:func:`run_in_flight` with a progress bar, ``done`` of which were finished before.
+
+    A spent budget says how many of the items are finished, and names the command to continue with.
+    """
+    with track(title, done + len(items), things, done=done) as bar:
+        try:
+            await run_in_flight(items, work, limit, bar)
+        except BudgetSpent as error:
+            raise BudgetSpent(error.budget, error.done, len(items), things, get_typed_command()) from None
+
+
 # --- rate -------------------------------------------------------------------------------------------------------------
 
 
@@ -105,39 +115,31 @@ class Pace:
             at_once = max(1, int(requests_per_second / 20))
             period = at_once / requests_per_second
             self._throttle = Throttler(at_once, period, retry_interval=min(0.005, period / 25))
-        self._tokens_per_second = None if tokens_per_minute is None else tokens_per_minute / 60
+        self._seconds_per_token = 0.0 if tokens_per_minute is None else 60 / tokens_per_minute
         self._clock, self._sleep = clock, sleep
         self._queue = asyncio.Lock()
-        self._free_at = clock()
+        self._free_at = clock()  # when the limit on tokens lets the next request leave
         self._tokens_per_character = FIRST_GUESS
 
     async def wait(self, characters: int, pause_left: Callable[[], float] = lambda: 0.0) -> float:
-        """Wait until a request may leave.
+        """Wait until a request may leave, and return the tokens that were reserved for it, for :meth:`settle`.
 
-        :param characters: of the prompt.
-        :param pause_left: gives the seconds left of a pause that the servers asked for.
-        :returns: the tokens that were reserved, for :meth:`settle`.
+        ``pause_left`` gives the seconds left of a pause that the servers asked for.
         """
-        if self._throttle is None and self._tokens_per_second is None:
-            while (seconds := pause_left()) > 0:
-                await self._sleep(seconds)
-            return 0.0
         async with self._queue:
             if self._throttle is not None:
                 await self._throttle.acquire()
             while (seconds := max(self._free_at - self._clock(), pause_left())) > 0:
                 await self._sleep(seconds)
-            if self._tokens_per_second is None:
-                return 0.0
             reserved = self._tokens_per_character * characters
-            self._free_at = self._clock() + reserved / self._tokens_per_second
+            self._free_at = self._clock() + reserved * self._seconds_per_token
             return reserved
 
     def settle(self, reserved: float, characters: int, tokens: int) -> None:
         """Replace the estimate by the ``tokens`` of prompt and answer; 0 (not counted) keeps it."""
-        if self._tokens_per_second is None or tokens <= 0:
+        if tokens <= 0:
             return
-        self._free_at += (tokens - reserved) / self._tokens_per_second
+        self._free_at += (tokens - reserved) * self._seconds_per_token
         if characters:
             self._tokens_per_character += _MEMORY * (tokens / characters - self._tokens_per_character)
 
@@ -157,23 +159,13 @@ class BudgetSpent(UserError):
         )
 
 
-@contextmanager
-def reporting_progress(total: int, things: str, command: str) -> Iterator[None]:
-    """Add to a spent budget how many of ``total`` are finished, and the command to continue with."""
-    try:
-        yield
-    except BudgetSpent as error:
-        raise BudgetSpent(error.budget, error.done, total, things, command) from None
-
-
 @dataclass(frozen=True)
 class Prices:
     """Dollars for a million tokens."""
 
     prompt: float
     completion: float
-    cached: float | None = None
-    """Of prompt tokens that the server had cached; ``None``: the price of any other."""
+    cached: float | None = None  # of prompt tokens that the server had cached; ``None``: the price of any other
 
     def of(self, prompt: float, cached: float, completion: float) -> float:
         """Return the dollars for these numbers of tokens; ``cached`` of the ``prompt`` tokens were cached."""
@@ -216,15 +208,16 @@ class Budget:
 
     @property
     def spent(self) -> str:
-        dollars = "" if self.prices is None else f", ${self._price_spent():,.4f}"
-        return f"{self._prompt:,} prompt tokens, {self._cached:,} of them cached, {self._completion:,} written{dollars}"
+        counts = self._prompt, self._cached, self._completion
+        dollars = "" if self.prices is None else f", ${self.prices.of(*counts):,.4f}"
+        return "{:,} prompt tokens, {:,} of them cached, {:,} written".format(*counts) + dollars
 
     async def spend(self, request: Request, send: Callable[[], Awaitable[Answer]]) -> Answer:
         """Call ``send`` once the amounts spent and in flight allow for ``request``.
 
         :raises BudgetSpent: they never will, because nothing is in flight.
         """
-        while self._exceeds(self._amount(*self._bound(request))):
+        while self._exceeds(self._bound(request)):
             if not self._in_flight:
                 raise BudgetSpent(self)
             waiting = asyncio.get_running_loop().create_future()
@@ -249,32 +242,29 @@ class Budget:
                     future.set_result(None)
             self._waiting.clear()
 
-    def _price_spent(self) -> float:
-        return self.prices.of(self._prompt, self._cached, self._completion) if self.prices is not None else 0.0
-
-    def _bound(self, request: Request) -> tuple[float, float]:
-        """Return the most prompt and answer tokens of ``request``, by the most tokens of a character so far."""
+    def _bound(self, request: Request) -> tuple[float, float, float]:
+        """Return the most prompt, cached and answer tokens of ``request``, by the most tokens of a character so far."""
         tokens_per_character = self._tokens_per_character or _FIRST_BOUND
         prompt = request.characters * tokens_per_character + _MESSAGE * len(request.messages)
-        return prompt, float(request.max_tokens)
+        return prompt, 0.0, float(request.max_tokens)
 
-    def _amount(self, prompt: float, completion: float) -> float:
+    def _amount(self, prompt: float, cached: float, completion: float) -> float:
         """Return tokens in the unit of the limit."""
         if self.dollars is None:
             return prompt + completion
         assert self.prices is not None
-        return self.prices.of(prompt, 0, completion)
+        return self.prices.of(prompt, cached, completion)
 
-    def _exceeds(self, amount: float) -> bool:
-        if self.dollars is not None:
-            return self._price_spent() + self._in_flight + amount > self.dollars
-        return self._prompt + self._completion + self._in_flight + amount > float(self.tokens or 0)
+    def _exceeds(self, bound: tuple[float, float, float]) -> bool:
+        spent = self._amount(self._prompt, self._cached, self._completion)
+        limit = float(self.tokens or 0) if self.dollars is None else self.dollars
+        return spent + self._in_flight + self._amount(*bound) > limit
 
-    def _count(self, request: Request, usage: Usage, bound: tuple[float, float]) -> None:
+    def _count(self, request: Request, usage: Usage, bound: tuple[float, float, float]) -> None:
         # A count that the server does not report, or that is impossible, is taken to be the bound.
         self._prompt += usage.prompt_tokens or int(bound[0])
         self._cached += usage.cached_tokens
-        self._completion += usage.completion_tokens or int(bound[1])
+        self._completion += usage.completion_tokens or int(bound[2])
         tokens_per_character = usage.prompt_tokens / max(1, request.characters)
         self._tokens_per_character = max(self._tokens_per_character, tokens_per_character)
 

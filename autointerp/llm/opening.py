@@ -6,8 +6,8 @@ else the n-gram baseline.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,9 +18,9 @@ from sae.common.errors import BadInput
 from sae.common.registry import Registry
 
 if TYPE_CHECKING:
+    from autointerp.llm.capabilities import Capabilities
     from autointerp.llm.client import LlmClient
     from autointerp.llm.local.server import OneServer
-    from autointerp.llm.servers import Capabilities
 
 M = TypeVar("M", bound=Method)
 PROTOCOLS = ("auto", "batch", "single")
@@ -62,18 +62,6 @@ def list_missing(method: Method) -> list[str]:
     return [] if capabilities is None else capabilities.list_missing()
 
 
-@contextmanager
-def keep_server(options: LlmOptions) -> Iterator[OneServer | None]:
-    """Keep the vLLM server of explainer and judge for the block, so that a shared model is loaded once."""
-    if options.vllm is None and options.judge_vllm is None:
-        yield None
-        return
-    from autointerp.llm.local.server import OneServer
-
-    with OneServer() as servers:
-        yield servers
-
-
 @asynccontextmanager
 async def open_method(
     kinds: Registry[M], backend: str, options: LlmOptions, cache: Path, servers: OneServer | None = None
@@ -107,6 +95,6 @@ async def _open_client(options: LlmOptions, cache: Path, servers: OneServer | No
 
     async with (
         open_server(options, cache.parent, servers) as server,
-        open_client(replace(options, model=server.name), cache, server.ready) as client,
+        open_client(replace(options, model=server.model.name), cache, server.ready) as client,
     ):
         yield client

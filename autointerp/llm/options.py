@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
     from autointerp.llm.limits import Budget
 
-VLLM_TIMEOUT = 1800.0
-"""Seconds until a server must be ready: a large model takes minutes to load, and as long to compile."""
+KEY_VARIABLES = ("AUTOINTERP_API_KEY", "OPENAI_API_KEY")  # that may hold a key; the first that is set wins
+VLLM_TIMEOUT = 1800.0  # seconds until a server must be ready: a large model takes minutes to load and to compile
 
 
 @dataclass(frozen=True)
 class LlmOptions:
     """The flags about language models. By default there is none."""
 
-    url: str | Sequence[str] | None = None
-    """An address, or several that share the load."""
+    url: str | Sequence[str] | None = None  # an address, or several that share the load
     model: str | None = None
     judge_url: str | Sequence[str] | None = None
     judge_model: str | None = None
@@ -30,16 +29,13 @@ class LlmOptions:
     requests_per_second: float | None = None
     tokens_per_minute: float | None = None
     protocol: str = "auto"
-    vllm: str | None = None
-    """The model to serve for the command: a folder, a hub name or ``bundled``. ``model`` is then its name."""
+    vllm: str | None = None  # the model to serve: a folder, a hub name or ``bundled``; ``model`` is then its name
     judge_vllm: str | None = None
     vllm_python: Path | None = None
     vllm_args: str = ""
     vllm_timeout: float = VLLM_TIMEOUT
-    contexts_per_request: int | None = None
-    """Of the batch protocol; ``None`` leaves it to the judge."""
-    budget: Budget | None = None
-    """Shared by explainer and judge."""
+    contexts_per_request: int | None = None  # of the batch protocol; ``None`` leaves it to the judge
+    budget: Budget | None = None  # shared by explainer and judge
 
     def __post_init__(self) -> None:
         for flag, vllm, url in (("", self.vllm, self.url), ("judge-", self.judge_vllm, self.judge_url)):
@@ -73,55 +69,36 @@ class LlmOptions:
 
     def list_words(self) -> list[str]:
         """Return the flags that name the models again, for a command to print; without addresses that hold a key."""
-        given = [
-            *(("--llm-url", url) for url in self.urls),
-            ("--llm-model", self.model),
-            *(("--judge-url", url) for url in _several(self.judge_url)),
-            ("--judge-model", self.judge_model),
-            ("--api-key-file", self.api_key_file),
-        ]
-        served = [
-            ("--vllm", self.vllm),
-            ("--judge-vllm", self.judge_vllm),
-            ("--vllm-python", self.vllm_python),
-            ("--vllm-args", self.vllm_args),
-            ("--vllm-timeout", f"{self.vllm_timeout:g}" if self.vllm_timeout != VLLM_TIMEOUT else None),
-        ]
-        words = [word for flag, value in given if value and "@" not in str(value) for word in (flag, str(value))]
-        if self.vllm or self.judge_vllm:
-            words += [word for flag, value in served if value for word in (flag, str(value))]
-        return words
+        names = ["url", "model", "judge_url", "judge_model", "api_key_file"]
+        serves = bool(self.vllm or self.judge_vllm)
+        names += ["vllm", "judge_vllm", "vllm_python", "vllm_args"] if serves else []
+        pairs = [(_write_flag(name), str(value)) for name in names for value in _several(getattr(self, name)) if value]
+        if serves and self.vllm_timeout != VLLM_TIMEOUT:
+            pairs.append(("--vllm-timeout", f"{self.vllm_timeout:g}"))
+        # An address may hold a password before an @; in a hub name an @ is harmless.
+        return [word for flag, value in pairs if "@" not in value or "vllm" in flag for word in (flag, value)]
 
     def list_server_flags(self) -> list[str]:
         """Return the flags that named a language model for any part of a command."""
-        given = {"--llm-url": self.url, "--llm-model": self.model, "--vllm": self.vllm}
-        return [flag for flag, value in given.items() if value]
+        return [_write_flag(name) for name in ("url", "model", "vllm") if getattr(self, name)]
 
     def list_judge_flags(self) -> list[str]:
         """Return the flags that concern only a judge that is a language model."""
-        given = {
-            "--judge-url": self.judge_url,
-            "--judge-model": self.judge_model,
-            "--judge-vllm": self.judge_vllm,
-            "--protocol": self.protocol != "auto",
-            "--contexts-per-request": self.contexts_per_request,
-        }
-        return [flag for flag, value in given.items() if value]
+        names = ["judge_url", "judge_model", "judge_vllm"]
+        names += ["protocol"] if self.protocol != "auto" else []
+        return [_write_flag(name) for name in (*names, "contexts_per_request") if getattr(self, name)]
 
     def for_judge(self) -> LlmOptions:
         """Return the options of the judge, with its own endpoint and model if it has them."""
         if not self.judge_is_elsewhere:
             return replace(self, model=self.judge_model or self.model)
-        return replace(
-            self,
-            url=self.judge_url,
-            vllm=self.judge_vllm,
-            model=self.judge_model,
-            judge_url=None,
-            judge_vllm=None,
-            judge_model=None,
-        )
+        own: dict[str, Any] = {"url": self.judge_url, "vllm": self.judge_vllm, "model": self.judge_model}
+        return replace(self, **own, judge_url=None, judge_vllm=None, judge_model=None)
 
 
-def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given or ())
+def _several(given: Any) -> tuple[Any, ...]:
+    return (given,) if isinstance(given, str | Path) else tuple(given or ())
+
+
+def _write_flag(name: str) -> str:
+    return f"--{'llm-' if name in ('url', 'model') else ''}{name.replace('_', '-')}"

@@ -12,7 +12,6 @@ files is stored with every explanation and verdict: editing a prompt starts new 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import tomllib
 from dataclasses import dataclass
@@ -33,53 +32,23 @@ _jinja = jinja2.Environment(
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """The text of one file."""
-
-    text: str
-    hash: str
-    """SHA-256 of the file. 64 hex characters."""
-
-    def render(self, **values: Any) -> str:
-        """Fill in the text as a Jinja template. Values are not read as templates."""
-        return _template(self.text).render(**values).strip()
-
-
-@functools.lru_cache(maxsize=32)
-def _template(text: str) -> jinja2.Template:
-    return _jinja.from_string(text)
-
-
-@dataclass(frozen=True)
-class Example:
-    """A solved question of a few-shot prefix."""
-
-    values: dict[str, Any]
-    answer: str
-
-
-@dataclass(frozen=True)
 class Conversation:
     """A system message, solved examples, and a template for the question that follows."""
 
-    prefix: tuple[Message, ...]
-    """The messages before the question, equal in every request."""
-    request: Prompt
-    examples: tuple[Example, ...]
-    hash: str
-    """Digest of its files. 64 hex characters."""
+    prefix: tuple[Message, ...]  # the messages before the question, equal in every request
+    request: jinja2.Template
+    hash: str  # Digest of its files. 64 hex characters.
 
     def messages(self, **values: Any) -> tuple[Message, ...]:
-        """Return all messages, with the question rendered from ``values``."""
-        return (*self.prefix, {"role": "user", "content": self.request.render(**values)})
+        """Return all messages, with the question rendered from ``values``, which are not read as templates."""
+        return (*self.prefix, {"role": "user", "content": self.request.render(values).strip()})
 
 
-def load(name: str, folder: Path = FOLDER) -> Prompt:
-    """Read the prompt file ``name``; ``.md`` is added to a bare name."""
-    path = folder / (name if "." in name else f"{name}.md")
+def load(name: str, folder: Path = FOLDER) -> str:
+    """Read the prompt file ``name``."""
+    path = folder / name
     try:
-        content = path.read_bytes()
-        return Prompt(content.decode(), hashlib.sha256(content).hexdigest())
+        return path.read_bytes().decode()
     except OSError as error:
         raise NotFound(
             f"prompt file {str(path)!r} cannot be read ({error.strerror}); restore it, or install the program again"
@@ -89,28 +58,22 @@ def load(name: str, folder: Path = FOLDER) -> Prompt:
 
 
 def conversation(name: str, folder: Path = FOLDER) -> Conversation:
-    """Read the conversation ``name`` from its three files.
-
-    :raises NotFound: a file is missing.
-    :raises BadInput: a file is invalid.
-    """
-    system, request = load(name, folder), load(f"{name}_request", folder)
-    solved = load(f"{name}_examples.toml", folder)
+    """Read the conversation ``name`` from its three files. Raises NotFound or BadInput for a missing or invalid one."""
+    files = [load(f"{name}{ending}", folder) for ending in (".md", "_request.md", "_examples.toml")]
+    system, request, solved = files
     where = f"prompt files {name!r} in {str(folder)!r}"
-    messages: list[Message] = [{"role": "system", "content": system.text.strip()}]
-    examples = []
+    messages: list[Message] = [{"role": "system", "content": system.strip()}]
     try:
-        for table in tomllib.loads(solved.text)["example"]:
-            example = Example({k: v for k, v in table.items() if k != "answer"}, table["answer"].strip())
-            examples.append(example)
-            messages.append({"role": "user", "content": request.render(**example.values)})
-            messages.append({"role": "assistant", "content": example.answer})
+        template = _jinja.from_string(request)
+        for values in tomllib.loads(solved)["example"]:
+            answer = values.pop("answer").strip()
+            messages.append({"role": "user", "content": template.render(values).strip()})
+            messages.append({"role": "assistant", "content": answer})
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{where}: the examples are not valid TOML: {error}") from None
     except (KeyError, AttributeError, TypeError) as error:
         raise BadInput(f"{where}: every [[example]] needs an answer and the template's values ({error})") from None
     except jinja2.TemplateError as error:
         raise BadInput(f"{where}: the template cannot be filled in: {error}") from None
-    joined = "".join(part.hash for part in (system, request, solved))
-    digest = hashlib.sha256(joined.encode()).hexdigest()
-    return Conversation(tuple(messages), request, tuple(examples), digest)
+    digest = hashlib.sha256("".join(hashlib.sha256(text.encode()).hexdigest() for text in files).encode()).hexdigest()
+    return Conversation(tuple(messages), template, digest)

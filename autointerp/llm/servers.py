@@ -1,4 +1,4 @@
-"""Several servers of one model as one: their APIs, what they can do, which gets the next request, and when to give up.
+"""Several servers of one model as one: their APIs, which gets the next request, and when to give up.
 
 The cost of a server is its mean time for an answer, times the requests it would then have in flight ("peak EWMA"
 without its peaks). Requests of one affinity (about one explanation, say) go to the same server, chosen by rendezvous
@@ -13,121 +13,31 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import openai
 import tenacity
 
-from autointerp.journal.usage import Usage
-from autointerp.llm.exchange import Answer, AnswerFailed, Request, read_answer
-from autointerp.llm.transport import (
-    Key,
-    NoServer,
-    Transient,
-    Unread,
-    find_unsupported,
-    is_loopback,
-    list_candidates,
-    open_api,
-    post,
-    translate,
-)
-from sae.common.errors import BadInput, suggest
+from autointerp.llm.capabilities import Capabilities
+from autointerp.llm.exchange import Answer, AnswerFailed, Request, Transient
+from autointerp.llm.replies import NoSuchModel, Refused, explain_fault, find_fault, read_answer
+from autointerp.llm.transport import Connections, Key, is_loopback, list_candidates
+from sae.common.errors import BadInput, Unavailable, suggest
 from sae.common.progress import say
 
 T = TypeVar("T")
-ModelList = list[Mapping[str, Any]]
-"""The entries of a server's list of models; each has an ``id``."""
+ModelList = list[Mapping[str, Any]]  # the entries of a server's list of models; each has an ``id``
 
 OVERFLOW = 2.0
 TOLERATED = 3
 REST = 10.0
 LONGEST_REST = 300.0
-_MEMORY = 0.1
-"""Weight of the latest answer in the mean time of an answer."""
+_MEMORY = 0.1  # weight of the latest answer in the mean time of an answer
 _LIST_SECONDS = 30.0
-_REFUSALS = 3
-"""This many refused requests before the first answer mean that the settings are wrong, not the questions."""
-
-
-@dataclass
-class Capabilities:
-    """What all servers of a model can do, read off every answer; ``None`` is not known yet.
-
-    A missing capability is done without (lists are parsed out of plain text, labels stand in for probabilities),
-    reported in a command's closing lines and stored with the scores.
-    """
-
-    json_schema: bool | None = None
-    """Answers are held to a JSON schema."""
-    logprobs: int | None = None
-    """Alternatives that come back for a token; 0 where there are no log-probabilities."""
-    cached_tokens: bool | None = None
-    """The server reports how many tokens of a prompt it had cached."""
-    label_first: bool | None = None
-    """Asked for a label, the model gives it as its first token, without thinking before it."""
-    context_length: int | None = None
-    """Tokens of prompt and answer together."""
-
-    def take_over(self, known: Mapping[str, Any]) -> None:
-        """Fill in unknown fields from an earlier :meth:`as_dict`."""
-        for name in ("json_schema", "logprobs", "cached_tokens", "label_first"):
-            if getattr(self, name) is None:
-                setattr(self, name, known.get(name))
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def list_missing(self) -> list[str]:
-        """Return the missing capabilities, each with its substitute: a sentence each."""
-        missing = []
-        if self.json_schema is False:
-            missing.append("the server does not hold answers to a JSON schema: they are read as plain text")
-        if self.logprobs == 0:
-            missing.append("the server gives no log-probabilities: labels stand in for P(active)")
-        if self.cached_tokens is False:
-            missing.append("the server does not report how many prompt tokens it had cached: they count as not cached")
-        return missing
-
-    def note_refusal(self, parameter: str) -> None:
-        if parameter == "response_format":
-            self.json_schema = False
-        if parameter == "logprobs":
-            self.logprobs = 0
-
-    def learn(self, request: Request, reply: Mapping[str, Any], answer: Answer) -> None:
-        """Read off an answer which parts of the request the server honoured."""
-        usage = reply.get("usage")
-        details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
-        is_counted = isinstance(details, Mapping) and details.get("cached_tokens") is not None
-        self.cached_tokens = is_counted and self.cached_tokens is not False
-        if request.logprobs:
-            n = 0 if answer.top_logprobs is None else max(map(len, answer.top_logprobs), default=0)
-            self.logprobs = n if self.logprobs is None else min(self.logprobs, n)
-        if request.json_schema is not None and answer.finish_reason == "stop":
-            self.json_schema = _fits(answer.text, request.json_schema) and self.json_schema is not False
-
-    def learn_length(self, entry: Mapping[str, Any]) -> None:
-        """Read the context length off a list of models: ``max_model_len`` of vLLM, or another server's name for it."""
-        for name in ("max_model_len", "context_length", "context_window"):
-            length = entry.get(name)
-            if isinstance(length, int) and length > 0:
-                self.context_length = length if self.context_length is None else min(self.context_length, length)
-                return
-
-
-def _fits(text: str, schema: Mapping[str, Any]) -> bool:
-    """Return whether ``text`` is an object with the schema's fields, which shows a server that honours schemas."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and set(schema.get("required", ())) <= set(value)
+_REFUSALS = 3  # this many refused requests before the first answer mean that the settings are wrong, not the questions
 
 
 @dataclass(eq=False)
@@ -135,35 +45,36 @@ class Server:
     """One address, and its record so far."""
 
     given: str
-    url: str = ""
-    """The base URL of the API; the likeliest one before that is known."""
-    api: openai.AsyncOpenAI | None = None
+    url: str = ""  # the base URL of the API; the likeliest one before that is known
     in_flight: int = 0
     answers: int = 0
-    seconds: float = 0.0
-    """Mean time of an answer, the latest weighing most."""
+    seconds: float = 0.0  # mean time of an answer, the latest weighing most
     failed_in_a_row: int = 0
     rests: int = 0
     rests_until: float = 0.0
-    not_before: float = 0.0
-    """The end of the pause it asked for."""
-    without: set[str] = field(default_factory=set)
-    """Parameters that it does not take."""
+    not_before: float = 0.0  # the end of the pause it asked for
+    without: set[str] = field(default_factory=set)  # parameters that it does not take
 
     def __post_init__(self) -> None:
-        self.move_to(self.given)
-
-    def move_to(self, address: str) -> None:
-        """Change the server's address, before anything is sent there."""
-        self.given = address
-        self.candidates = list_candidates(address)
+        self.candidates = list_candidates(self.given)
         self.url = self.candidates[0]
+
+
+class NoServer(Unavailable):
+    """Nothing answers at an address; another may."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(
+            f"no LLM server answers at {url} ({reason}); start it or correct the URL, then run the same command "
+            "again: finished work is kept"
+        )
 
 
 class Servers:
     """The servers of one client.
 
     :param key: sent to all of them.
+    :param connections: to each of them, at most.
     :param timeout: seconds for one answer, including the time in the server's queue.
     :param tries: how often one request is sent.
     :param backoff: scale of the first pause between tries, in seconds; pauses double and are randomised.
@@ -177,11 +88,14 @@ class Servers:
         clock: Callable[[], float] = time.monotonic,
         *,
         key: Key | None = None,
+        connections: int = 10,
         timeout: float = 300.0,
         tries: int = 6,
         backoff: float = 0.5,
         patience: int = 10,
     ) -> None:
+        if tries < 1:
+            raise BadInput("the number of tries must be at least 1")
         if not urls:
             raise BadInput("no address of an LLM server is given")
         self.all = [Server(url) for url in urls]
@@ -189,7 +103,8 @@ class Servers:
         if twice is not None:
             raise BadInput(f"LLM URL {twice!r} is given twice; give every server once")
         self._clock = clock
-        self._key, self._timeout = key, timeout
+        self._key, self._timeout, self._n_connections = key, timeout, connections
+        self._connections: Connections | None = None
         self._tries, self._backoff, self._patience = tries, backoff, patience
         self.capabilities = Capabilities()
         self._failed_in_a_row = 0
@@ -205,15 +120,18 @@ class Servers:
         """Whether all of them run on this machine."""
         return all(is_loopback(server.url) for server in self.all)
 
-    def open(self, connections: int) -> None:
-        """Open connections to all servers, in the running event loop."""
-        for server in self.all:
-            server.api = open_api(server.url, self._key, self._timeout, connections)
+    @property
+    def connections(self) -> Connections:
+        """Those of the running event loop; a second ``asyncio.run`` opens new ones."""
+        if self._connections is None or self._connections.loop is not asyncio.get_running_loop():
+            self._connections = Connections(self._key, self._timeout, self._n_connections)
+        return self._connections
 
     async def close(self) -> None:
-        for server in self.all:
-            if server.api is not None:
-                await server.api.close()
+        """Close the connections; the next request opens new ones."""
+        if self._connections is not None and self._connections.loop is asyncio.get_running_loop():
+            await self._connections.close()
+        self._connections = None
 
     # --- choosing -----------------------------------------------------------------------------------------------------
 
@@ -282,8 +200,7 @@ class Servers:
     async def retry(self, once: Callable[[], Awaitable[T]], waits: bool = True) -> T:
         """Call ``once`` until it does not raise :class:`Transient`, with growing, random pauses.
 
-        :param waits: whether to wait for a server that cannot be reached at all. Before any work it is better to
-            report that at once.
+        :param waits: for a server that cannot be reached at all. Before any work that is reported at once.
         :raises AnswerFailed: this call failed every time.
         :raises NoServer: too many calls in a row failed, or nothing can be reached any more.
         """
@@ -346,49 +263,35 @@ class Servers:
 
     async def _send_to(self, server: Server, request: Request, model: str) -> Answer:
         """Send once (and again at once where the server refuses a parameter that is optional)."""
-        assert server.api is not None
         while True:
             parameters = request.parameters(model, server.without)
             started = time.monotonic()
-            try:
-                raw = await post(server.api, "/chat/completions", request.content(parameters), self._timeout)
-            except TimeoutError:
-                raise Transient(f"no answer within {self._timeout:g} s") from None
-            except openai.APIStatusError as error:
-                refused = find_unsupported(error, parameters)
-                if refused is None:
-                    raise await self._explain_refusal(server, error, model) from None
-                if refused not in server.without:
-                    server.without.add(refused)
-                    self.capabilities.note_refusal(refused)
-                    if refused != "max_tokens":
-                        say(f"{server.url} does not take {refused!r}: continuing without it")
-                continue
-            except (openai.APIError, Unread) as error:
-                raise translate(error, server.url, self._key) from None
-            try:
-                reply = json.loads(raw if self._key is None else self._key.redact(raw.decode(errors="replace")))
-                if self._key is not None and b"\\" in raw:  # an echo of the key may have been written in escapes
-                    reply = json.loads(self._key.redact(json.dumps(reply)))
-            except (ValueError, RecursionError):
-                raise AnswerFailed("the server's reply is not JSON", Usage(requests=1)) from None
-            self._has_answered = True
-            answer = read_answer(reply, time.monotonic() - started, request.characters)
-            self.capabilities.learn(request, reply, answer)
-            return answer
-
-    async def _explain_refusal(self, server: Server, error: openai.APIStatusError, model: str) -> Exception:
-        """Return the meaning of a refusal. One may be this question's fault; several from a server that never gave an
-        answer come from the settings."""
-        if error.status_code not in (404, 405):
-            meaning = translate(error, server.url, self._key)
+            reply = await self.connections.send(f"{server.url}/chat/completions", request.content(parameters))
+            fault = find_fault(reply)
+            if fault is None:
+                self._has_answered = True
+                answer = read_answer(reply.body, time.monotonic() - started, request.characters)
+                self.capabilities.learn(request, answer)
+                return answer
+            meaning = explain_fault(fault, parameters, server.url, self._key is not None)
+            if isinstance(meaning, NoSuchModel):
+                raise await self._explain_unknown(server, model, fault.status)
             if isinstance(meaning, AnswerFailed) and not self._has_answered:
+                # One refusal may be the question's fault; several before the first answer come from the settings.
                 self._refused_so_far += 1
                 if self._refused_so_far >= _REFUSALS:
-                    return BadInput(f"{server.url}: {meaning.reason}, and nothing else so far; check --llm-model")
-            return meaning
-        served = [str(entry["id"]) for entry in await self._list_models(server, server.url) or ()]
-        where = f"{server.url} knows no model {model!r} (HTTP {error.status_code})"
+                    raise BadInput(f"{server.url}: {meaning.reason}, and nothing else so far; check --llm-model")
+            if not isinstance(meaning, Refused):
+                raise meaning
+            if meaning.parameter not in server.without:
+                server.without.add(meaning.parameter)
+                self.capabilities.note_refusal(meaning.parameter)
+                if meaning.parameter != "max_tokens":
+                    say(f"{server.url} does not take {meaning.parameter!r}: continuing without it")
+
+    async def _explain_unknown(self, server: Server, model: str, status: int) -> BadInput:
+        served = [str(entry["id"]) for entry in await self._list_models(server.url) or ()]
+        where = f"{server.url} knows no model {model!r} (HTTP {status})"
         if served and model not in served:
             return BadInput(f"{where}; it serves {suggest(model, served)}: name one with --llm-model")
         return BadInput(f"{where}, or has no chat completions; check the URL and --llm-model")
@@ -396,12 +299,10 @@ class Servers:
     # --- finding the API and the model --------------------------------------------------------------------------------
 
     async def find(self, model: str | None) -> str:
-        """Find every server's API and the one model that all of them serve; set each server's ``url``.
+        """Find every server's API, set its ``url``, and return the model, given or the one that all of them serve.
 
         Of several servers, those that do not answer rest; they may return.
 
-        :param model: the model's name; ``None`` takes the served one.
-        :returns: the model.
         :raises Unavailable: nothing answers at any address, or a key is refused.
         :raises BadInput: no API at an address, several models and none was named, or servers of different models.
         """
@@ -420,9 +321,6 @@ class Servers:
             for entry in entries or ():
                 if entry["id"] == chosen:
                     self.capabilities.learn_length(entry)
-        for server in self.all:
-            assert server.api is not None
-            server.api.base_url = server.url
         return chosen
 
     def _choose_model(self, model: str | None, lists: Mapping[str, ModelList | None]) -> str:
@@ -452,7 +350,7 @@ class Servers:
 
     async def _find_one(self, server: Server, others: Collection[str]) -> ModelList | None:
         for url in server.candidates:
-            entries = await self._list_models(server, url)
+            entries = await self._list_models(url)
             if entries is not None:
                 if url in others:
                     raise BadInput(f"LLM URL {url!r} is given twice; give every server once")
@@ -460,34 +358,21 @@ class Servers:
                 return entries
         return None
 
-    async def _list_models(self, server: Server, url: str) -> ModelList | None:
-        """Return the models listed at ``url``, or ``None`` where there is no such list.
-
-        :raises NoServer: nothing answers there.
-        :raises Unavailable: the key is refused.
-        """
-        assert server.api is not None
-        api = server.api.with_options(base_url=url)
-        seconds = min(self._timeout, _LIST_SECONDS)
+    async def _list_models(self, url: str) -> ModelList | None:
+        """Return the models listed at ``url``, or ``None`` where there is no such list. Raises as :meth:`find`."""
 
         async def once() -> Any:
-            try:
-                async with asyncio.timeout(seconds):
-                    return (await api.models.with_raw_response.list()).text
-            except TimeoutError:
-                raise Transient(f"no answer in {seconds:g} s", is_unreachable=True) from None
-            except openai.APIStatusError as error:
-                if error.status_code in (404, 405, 501):
-                    return None
-                raise translate(error, url, self._key) from None
-            except (openai.APIError, Unread) as error:
-                raise translate(error, url, self._key) from None
+            reply = await self.connections.send(f"{url}/models", most_seconds=_LIST_SECONDS)
+            fault = None if reply.status in (404, 405, 501) else find_fault(reply)
+            if fault is not None:
+                raise explain_fault(fault, {}, url, self._key is not None)
+            return reply.body
 
         try:
-            text = await self.retry(once, waits=False)
+            listed = await self.retry(once, waits=False)
         except AnswerFailed as error:
             raise NoServer(url, error.reason) from None
         try:
-            return [entry for entry in json.loads(text)["data"] if str(entry["id"])]
-        except (TypeError, ValueError, KeyError):
+            return [entry for entry in listed["data"] if str(entry["id"])]
+        except (TypeError, KeyError):
             return None  # a web page, or some other API

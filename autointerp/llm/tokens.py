@@ -6,42 +6,27 @@ llama.cpp). Everything else is an estimate and says so. Implausible counts of a 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import importlib
-import json
-import urllib.request
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from http.client import HTTPException
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autointerp.journal.usage import is_plausible_count
-from autointerp.llm.exchange import Message, one_line
-from autointerp.llm.transport import Key, is_loopback, read_key
+from autointerp.llm.exchange import AnswerFailed, Message, one_line
 
 if TYPE_CHECKING:
     from autointerp.llm.client import LlmClient
     from autointerp.llm.options import LlmOptions
 
-BLOCK = 16
-"""Tokens in a block of vLLM's prefix cache on GPUs (on CPUs it has 128)."""
-CHARACTERS = 4.0
-"""Characters of a token if nothing better is known."""
-_AROUND = 4
-"""Tokens that a chat template puts around a message, about."""
+BLOCK = 16  # tokens in a block of vLLM's prefix cache on GPUs (on CPUs it has 128)
+CHARACTERS = 4.0  # characters of a token if nothing better is known
+_AROUND = 4  # tokens that a chat template puts around a message, about
 _SHORT = "a"
 _LONG = "The cat sat on the mat and looked at the moon. " * 80  # 3,760 characters, some 900 tokens
-_LEAST_OF_ENGLISH = 1 / 16
-"""Tokens of a character of ``_LONG``, at least: a tokenizer that makes fewer cuts texts off."""
-_TEMPLATE = 4096
-"""Tokens that a chat template with its own system prompt puts around messages, at most."""
-_LARGEST_REPLY = 32 << 20
-_UNREADABLE = (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError)
-"""Errors of a server that gives no count, or one in another form."""
-
-Tokens = Sequence[int | str]
-"""The tokens of a prompt, in any form that can be compared."""
+_LEAST_OF_ENGLISH = 1 / 16  # tokens of a character of ``_LONG``, at least: a tokenizer that makes fewer cuts texts off
+_TEMPLATE = 4096  # tokens that a chat template with its own system prompt puts around messages, at most
+Tokens = Sequence[int | str]  # the tokens of a prompt, in any form that can be compared
 
 
 class NotCounted(Exception):
@@ -56,17 +41,11 @@ class NotBelieved(NotCounted):
 class Tokenize:
     """Turns the messages of a request into tokens."""
 
-    name: str
-    """The tokenizer, in words."""
+    name: str  # the tokenizer, in words
     exact: bool
-    of_messages: Callable[[Sequence[Message]], Awaitable[Tokens]]
-    length: Callable[[str], int]
-    """Counts the tokens of a plain text, for the model's answers."""
-    note: str = ""
-    """The reason why no better way is used, a sentence or empty."""
-
-    async def __call__(self, messages: Sequence[Message]) -> Tokens:
-        return await self.of_messages(messages)
+    of_messages: Callable[[Sequence[Message]], Coroutine[Any, Any, Tokens]]
+    length: Callable[[str], int]  # counts the tokens of a plain text, for the model's answers
+    note: str = ""  # the reason why no better way is used, a sentence or empty
 
 
 async def find_tokenizer(
@@ -82,43 +61,38 @@ async def find_tokenizer(
         return local
     note = ""
     if options.urls:  # a name alone means a public service, which has no such address
-        address = client.urls[0].removesuffix("/").removesuffix("/v1")
-        of_server = await ask_server(address, client.model, read_key(options.api_key_file))
+        of_server = await ask_server(client)
         if isinstance(of_server, Tokenize):
             return of_server
         note = of_server
-    return replace(estimate_tokens(client.model, per_token), note=note)
+    return estimate_tokens(client.model, per_token, note)
 
 
-def estimate_tokens(model: str, per_token: float = 0.0) -> Tokenize:
+def estimate_tokens(model: str, per_token: float, note: str) -> Tokenize:
     """Return an estimate, for a model without a known tokenizer."""
-    return load_tiktoken(model) or count_by_characters(per_token)
+    return load_tiktoken(model, note) or count_by_characters(per_token, note)
 
 
 # --- the tokenizer of a server ----------------------------------------------------------------------------------------
 
-Post = Callable[[str, dict[str, Any]], Any]
-"""Posts a body to a path of the server and returns the parsed reply."""
+Post = Callable[[str, dict[str, Any]], Awaitable[Any]]  # a path of the server and a body → the parsed reply
 
 
-async def ask_server(address: str, model: str, key: Key | None) -> Tokenize | str:
+async def ask_server(client: LlmClient) -> Tokenize | str:
     """Return the server's own tokenizer, in the first dialect with plausible counts for a short and a long text.
 
     :returns: if there is none, a sentence with the reason; empty for a server without a tokenizer.
     """
-    post = _make_poster(address, key)
-    dialects: list[tuple[str, bool, Callable[[Post, str, Sequence[Message]], list[int]]]] = [
-        ("", True, _ask_vllm),
-        ("", True, _ask_llama_cpp),
-        (", the chat template guessed", False, _ask_llama_cpp_text),
-    ]
+    address = client.urls[0].removesuffix("/").removesuffix("/v1")
     doubt = ""
-    for how, exact, dialect in dialects:
+    for how, exact, dialect in _DIALECTS:
 
         async def ask(messages: Sequence[Message], dialect: Any = dialect) -> list[int]:
             try:
-                tokens: list[int] = await asyncio.to_thread(dialect, post, model, messages)
-            except _UNREADABLE as error:
+                tokens: list[int] = await dialect(
+                    lambda path, body: client.post(address + path, body), client.model, messages
+                )
+            except (AnswerFailed, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise NotCounted(one_line(error)) from None
             _check_count(len(tokens), count_characters(messages))
             return tokens
@@ -135,7 +109,7 @@ async def ask_server(address: str, model: str, key: Key | None) -> Tokenize | st
             pass
         else:
             name = f"the server's own tokenizer ({address}/tokenize){how}"
-            return Tokenize(name, exact, ask, lambda text: -(-len(text) // 2))
+            return Tokenize(name, exact, ask, _estimate_length)
     return f"the server's /tokenize is not believed ({doubt}): prompt tokens are an estimate" if doubt else ""
 
 
@@ -146,25 +120,33 @@ def _check_count(n_tokens: int, n_characters: int) -> None:
         raise NotBelieved(f"{n_tokens:,} tokens for {n_characters:,} {unit}")
 
 
-def _ask_vllm(post: Post, model: str, messages: Sequence[Message]) -> list[int]:
+async def _ask_vllm(post: Post, model: str, messages: Sequence[Message]) -> list[int]:
     """vLLM applies the chat template itself."""
-    return _read_ids(post("/tokenize", {"model": model, "messages": list(messages), "add_generation_prompt": True}))
+    body = {"model": model, "messages": list(messages), "add_generation_prompt": True}
+    return _read_ids(await post("/tokenize", body))
 
 
-def _ask_llama_cpp(post: Post, _model: str, messages: Sequence[Message]) -> list[int]:
+async def _ask_llama_cpp(post: Post, _model: str, messages: Sequence[Message]) -> list[int]:
     """llama.cpp's ``/tokenize`` takes only text; its ``/apply-template`` turns messages into text."""
-    prompt = post("/apply-template", {"messages": list(messages)})["prompt"]
+    prompt = (await post("/apply-template", {"messages": list(messages)}))["prompt"]
     if not isinstance(prompt, str) or any(m["content"].strip() not in prompt for m in messages):
         raise ValueError("no prompt that holds the messages")
-    return _read_ids(post("/tokenize", {"content": prompt, "add_special": True, "parse_special": True}))
+    return _read_ids(await post("/tokenize", {"content": prompt, "add_special": True, "parse_special": True}))
 
 
-def _ask_llama_cpp_text(post: Post, _model: str, messages: Sequence[Message]) -> list[int]:
+async def _ask_llama_cpp_text(post: Post, _model: str, messages: Sequence[Message]) -> list[int]:
     """llama.cpp before ``/apply-template``: the tokens of the texts, and a guess for the template."""
     tokens: list[int] = []
     for message in messages:
-        tokens += [-1] * _AROUND + _read_ids(post("/tokenize", {"content": message["content"]}))
+        tokens += [-1] * _AROUND + _read_ids(await post("/tokenize", {"content": message["content"]}))
     return tokens
+
+
+_DIALECTS = (
+    ("", True, _ask_vllm),
+    ("", True, _ask_llama_cpp),
+    (", the chat template guessed", False, _ask_llama_cpp_text),
+)
 
 
 def _read_ids(reply: Any) -> list[int]:
@@ -183,26 +165,6 @@ def _read_ids(reply: Any) -> list[int]:
     return tokens
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error: a key must not go to another host."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-def _make_poster(address: str, key: Key | None) -> Post:
-    headers = {"content-type": "application/json"} | ({} if key is None else {"authorization": f"Bearer {key.value}"})
-    proxies = urllib.request.ProxyHandler({} if is_loopback(address) else None)
-    opened = urllib.request.build_opener(proxies, _NoRedirect).open
-
-    def post(path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(address + path, json.dumps(body).encode(), headers)
-        with opened(request, timeout=30) as reply:
-            return json.loads(reply.read(_LARGEST_REPLY))
-
-    return post
-
-
 # --- other tokenizers -------------------------------------------------------------------------------------------------
 
 
@@ -217,17 +179,16 @@ def load_local_tokenizer(model: str) -> Tokenize | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
 
-    async def tokens(messages: Sequence[Message]) -> list[int]:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def length(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    async def tokens(messages: Sequence[Message]) -> list[int]:
+        return encode(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
-    return Tokenize(f"the tokenizer of {model}", True, tokens, length)
+    return Tokenize(f"the tokenizer of {model}", True, tokens, lambda text: len(encode(text)))
 
 
-def load_tiktoken(model: str) -> Tokenize | None:
+def load_tiktoken(model: str, note: str = "") -> Tokenize | None:
     """Load OpenAI's tokenizer for ``model``, if the package is installed and knows it. The template is a guess."""
     try:
         tiktoken = importlib.import_module("tiktoken")  # not required, hence unknown to type checkers
@@ -245,10 +206,10 @@ def load_tiktoken(model: str) -> Tokenize | None:
         return found
 
     name = f"tiktoken for {model}, the chat template guessed"
-    return Tokenize(name, False, tokens, lambda text: len(encode(text)))
+    return Tokenize(name, False, tokens, lambda text: len(encode(text)), note)
 
 
-def count_by_characters(per_token: float = 0.0) -> Tokenize:
+def count_by_characters(per_token: float = 0.0, note: str = "") -> Tokenize:
     """Estimate by the characters of a token in earlier requests, else by ``CHARACTERS``."""
     size = per_token or CHARACTERS
     how = "as in earlier requests" if per_token else "nothing better is known"
@@ -258,7 +219,12 @@ def count_by_characters(per_token: float = 0.0) -> Tokenize:
         n = round(count_characters(messages) / size)
         return [text[int(i * size) : int((i + 1) * size)] for i in range(n)]
 
-    return Tokenize(f"{size:.2f} characters to a token ({how}); an estimate", False, tokens, lambda t: -(-len(t) // 2))
+    return Tokenize(f"{size:.2f} characters to a token ({how}); an estimate", False, tokens, _estimate_length, note)
+
+
+def _estimate_length(text: str) -> int:
+    """Estimate the tokens of a list of labels: one for two characters."""
+    return -(-len(text) // 2)
 
 
 def count_characters(messages: Sequence[Message]) -> int:
@@ -268,10 +234,8 @@ def count_characters(messages: Sequence[Message]) -> int:
 def count_cached(tokens: Tokens, known: set[bytes], size: int = BLOCK) -> int:
     """Return how many leading tokens of a prompt a prefix cache has, and add the prompt to it.
 
-    Counts whole blocks, and never the last token, from which the answer begins.
-
-    :param known: digests of the blocks so far, each with everything before it; grows.
-    :param size: tokens in a block.
+    Counts whole blocks of ``size`` tokens, and never the last token, from which the answer begins. ``known`` are the
+    digests of the blocks so far, each with everything before it; it grows.
     """
     cached, is_hit = 0, True
     state = hashlib.blake2b(digest_size=16)

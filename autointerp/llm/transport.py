@@ -1,57 +1,34 @@
-"""Send bytes to one server and read the reply: addresses, keys, connections, and the meaning of each failure.
-
-A failed request becomes one of:
-
-    Transient         the server is busy, slow or away for the moment: the same request may succeed later
-    AnswerFailed      this request cannot succeed as it is (too long, filtered): a row with its reason
-    Unavailable,      every request would fail in the same way (no server, refused key, no such model): stop at once,
-    BadInput          before anything is spent, with one line for the user
+"""Send bytes to a server and read its reply: addresses, keys and connections. :mod:`autointerp.llm.replies` reads on.
 
 A key comes from the environment or from a file and goes into request headers only. Without an address there is no
-client, so a key alone never spends money. No message quotes a reply to a refused key, because some servers echo parts
-of it.
-
-``openai`` uses aiohttp if installed (``openai[aiohttp]``), which halves the processor time of a request. Requests and
-replies are bytes, because the SDK's typed methods take more time than everything else together.
+client, so a key alone never spends money. Some servers echo the key: it is removed from every reply.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import os
-import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
+import aiohttp
 import httpx2
 import openai
 
 from autointerp.journal.usage import Usage
-from autointerp.llm.exchange import AnswerFailed, one_line
-from sae.common.errors import BadInput, NotFound, Unavailable
+from autointerp.llm.exchange import AnswerFailed, Transient, one_line
+from autointerp.llm.options import KEY_VARIABLES
+from sae.common.errors import BadInput, NotFound
 from sae.common.files import check_regular
 
-try:
-    import aiohttp
-except ImportError:  # everything works without it, at a lower rate
-    aiohttp = None  # type: ignore[assignment]
-
-KEY_VARIABLES = ("AUTOINTERP_API_KEY", "OPENAI_API_KEY")
-"""Environment variables that may hold a key; the first that is set wins."""
-
-LARGEST_REPLY = 8 * 2**20
-"""Bytes of a reply at most. The longest real ones, with log-probabilities, have 2 MiB."""
+LARGEST_REPLY = 8 * 2**20  # Bytes of a reply at most. The longest real ones, with log-probabilities, have 2 MiB.
 _LARGEST_COMPRESSED = LARGEST_REPLY // 64
-_LARGEST_ERROR = 2**16
-"""Bytes read of an error page: it is shown as one line."""
-LONGEST_WAIT = 120.0
-"""Seconds. If a server asks for a longer pause, the command ends, and can be run again later."""
+_LARGEST_ERROR = 2**16  # bytes read of an error page: it is shown as one line
 
 
 # --- addresses and keys -----------------------------------------------------------------------------------------------
@@ -62,8 +39,7 @@ class Key:
     """A secret that does not print."""
 
     value: str = field(repr=False)
-    origin: str
-    """Its source in words, safe to show."""
+    origin: str  # its source in words, safe to show
 
     def __str__(self) -> str:
         return f"the key from {self.origin}"
@@ -143,8 +119,92 @@ def is_loopback(url: str) -> bool:
 # --- connections ------------------------------------------------------------------------------------------------------
 
 
-class Unread(Exception):
-    """The transport failed in a way that the SDK does not know: a reply that is not HTTP, say."""
+class Reply(NamedTuple):
+    """A reply of any status."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: Any  # its JSON value; its text if it is not JSON
+
+
+class Connections:
+    """The SDK's clients of one client of ours, in the running event loop, without the SDK's retries.
+
+    Requests and replies are bytes, because the SDK's typed methods take more time than everything else together.
+    """
+
+    def __init__(self, key: Key | None, timeout: float, limit: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._key, self._timeout, self._limit = key, timeout, limit
+        self._apis: dict[bool, openai.AsyncOpenAI] = {}
+
+    def _get_api(self, url: str) -> openai.AsyncOpenAI:
+        """Return the client for this machine, without a proxy, or that for any other."""
+        is_here = is_loopback(url)
+        if is_here not in self._apis:
+            limits = httpx2.Limits(max_connections=self._limit, max_keepalive_connections=self._limit)
+            self._apis[is_here] = openai.AsyncOpenAI(
+                api_key="none" if self._key is None else self._key.value,  # the SDK insists on one
+                base_url=url,
+                max_retries=0,
+                timeout=openai.Timeout(self._timeout, connect=10.0),
+                default_headers={"Accept-Encoding": "identity", "Content-Type": "application/json"},
+                http_client=openai.DefaultAioHttpClient(
+                    trust_env=not is_here, event_hooks={"response": [_bound]}, limits=limits
+                ),
+            )
+        return self._apis[is_here]
+
+    async def close(self) -> None:
+        for api in self._apis.values():
+            await api.close()
+
+    async def send(self, url: str, content: bytes | None = None, most_seconds: float = float("inf")) -> Reply:
+        """Post ``content`` to ``url``, or get ``url``, and return the reply, whatever its status.
+
+        :raises Transient: no connection, no complete reply in time, or none that is HTTP.
+        :raises AnswerFailed: the reply is too large.
+        """
+        api, seconds = self._get_api(url), min(self._timeout, most_seconds)
+        try:
+            async with asyncio.timeout(seconds):
+                if content is None:
+                    reply = await api.get(url, cast_to=httpx2.Response)
+                else:
+                    reply = await api.post(url, cast_to=httpx2.Response, content=content)
+        except openai.APIStatusError as error:
+            reply = error.response
+        except TimeoutError:
+            # A server that does not even list its models in time is as good as none.
+            raise Transient(f"no answer within {seconds:g} s", is_unreachable=content is None) from None
+        except (openai.APIError, aiohttp.ClientError) as error:
+            raise _explain_break(error) from None
+        return Reply(reply.status_code, reply.headers, self._parse(reply.content))
+
+    def _parse(self, raw: bytes) -> Any:
+        """Return the JSON value of ``raw``, or its text, without the key."""
+        redact = str if self._key is None else self._key.redact
+        text = redact(raw.decode(errors="replace"))
+        try:
+            value = json.loads(text)
+            if self._key is not None and "\\" in text:  # an echo of the key may have been written in escapes
+                value = json.loads(redact(json.dumps(value)))
+        except (ValueError, RecursionError):
+            return text
+        return value
+
+
+def _explain_break(error: BaseException) -> Transient:
+    """Return the meaning of a failed connection. The SDK's error has the transport's as its cause, that aiohttp's."""
+    while not isinstance(error, aiohttp.ClientError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return Transient(f"the connection failed: {one_line(error, 120)}", is_unreachable=True)
+    if isinstance(error, TimeoutError):
+        return Transient("the server did not answer in time")
+    if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError):
+        return Transient("the connection broke off")
+    return Transient(f"the server's reply cannot be read: {one_line(error, 120)}")
 
 
 class _Bounded(httpx2.AsyncByteStream):
@@ -175,162 +235,3 @@ async def _bound(response: httpx2.Response) -> None:
     failed = response.status_code >= 400
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     response.stream = _Bounded(response.stream, _LARGEST_ERROR if failed else limit, cut=failed and not compressed)
-
-
-def open_api(url: str, key: Key | None, timeout: float, connections: int) -> openai.AsyncOpenAI:
-    """Open the SDK's client for ``url``, without its retries.
-
-    :param timeout: seconds for one reply.
-    :param connections: kept open at most.
-    """
-    make = openai.DefaultAsyncHttpxClient if aiohttp is None else openai.DefaultAioHttpClient
-    return openai.AsyncOpenAI(
-        # The SDK insists on a key, also for a server without one.
-        api_key="none" if key is None else key.value,
-        base_url=url,
-        max_retries=0,
-        timeout=openai.Timeout(timeout, connect=10.0),
-        default_headers={"Accept-Encoding": "identity"},
-        http_client=make(
-            trust_env=not is_loopback(url),
-            event_hooks={"response": [_bound]},
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-        ),
-    )
-
-
-async def post(api: openai.AsyncOpenAI, path: str, content: bytes, timeout: float) -> bytes:
-    """Post ``content`` and return the body of the reply.
-
-    :raises TimeoutError: it was not complete after ``timeout`` seconds.
-    :raises openai.APIError: an error status, or no connection.
-    :raises Unread: the reply is not HTTP.
-    :raises AnswerFailed: the reply is too large.
-    """
-    headers = {"Content-Type": "application/json"}
-    try:
-        async with asyncio.timeout(timeout):
-            reply = await api.post(path, cast_to=httpx2.Response, content=content, options={"headers": headers})
-            return reply.content
-    except Exception as error:
-        if aiohttp is not None and isinstance(error, aiohttp.ClientError):
-            raise Unread(str(error)) from None
-        raise
-
-
-# --- failures ---------------------------------------------------------------------------------------------------------
-
-
-class Transient(Exception):
-    """Worth trying again. ``wait`` is the pause the server asked for, in seconds."""
-
-    def __init__(self, reason: str, wait: float = 0.0, is_unreachable: bool = False) -> None:
-        super().__init__(reason)
-        self.reason, self.wait = reason, wait
-        self.is_unreachable = is_unreachable
-        """No connection could be made at all."""
-
-
-class NoServer(Unavailable):
-    """Nothing answers at an address; another may."""
-
-    def __init__(self, url: str, reason: str) -> None:
-        super().__init__(
-            f"no LLM server answers at {url} ({reason}); start it or correct the URL, then run the same command "
-            "again: finished work is kept"
-        )
-
-
-def translate(error: openai.APIError | Unread, url: str, key: Key | None) -> Exception:
-    """Return an error of the SDK as one of the kinds above. (The caller handles 404.)"""
-    if isinstance(error, Unread):
-        return Transient(f"the server's reply cannot be read: {one_line(error, 120)}")
-    if isinstance(error, openai.APIConnectionError):
-        return _translate_connection(error)
-    if not isinstance(error, openai.APIStatusError):
-        return AnswerFailed(f"the server's reply cannot be read: {one_line(error.message, 120)}")
-    status, message = error.status_code, _read_message(error, key)
-    if status in (401, 403):
-        how = f"set {KEY_VARIABLES[0]} or name a key file"
-        return Unavailable(
-            f"{url} refused the API key (HTTP {status}); check it: {how}"
-            if key is not None
-            else f"{url} wants an API key (HTTP {status}); {how}"
-        )
-    reason = f"HTTP {status}: {message}" if message else f"HTTP {status}"
-    if status == 402 or error.code in ("insufficient_quota", "billing_hard_limit_reached"):
-        return Unavailable(f"{url} says the account has no credit left ({reason}); finished work is kept")
-    if status in (408, 409, 425, 429) or status >= 500:
-        wait = _read_retry_after(error)
-        if wait > LONGEST_WAIT:
-            return Unavailable(
-                f"{url} asks for a pause of {wait:.0f} s ({reason}); run the same command again then: "
-                "finished work is kept"
-            )
-        return Transient(reason, wait)
-    return AnswerFailed(f"the server refused the request ({reason})", final=True)
-
-
-def _translate_connection(error: openai.APIConnectionError) -> Transient:
-    cause = error.__cause__
-    below = None if cause is None else cause.__cause__
-    is_timeout = isinstance(error, openai.APITimeoutError)
-    if aiohttp is not None and isinstance(below, aiohttp.ClientError):
-        # The bridge calls every failure of a connection a failed connect, and a lost connection a timeout.
-        is_unreachable = isinstance(below, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-        was_lost = isinstance(below, aiohttp.ClientConnectionError) and not isinstance(below, TimeoutError)
-        is_timeout = is_timeout and not was_lost
-    else:
-        is_unreachable = isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout)
-    if is_timeout:
-        reason = "the server did not answer in time"
-    elif is_unreachable and str(cause):
-        reason = f"the connection failed: {one_line(cause, 120)}"
-    else:
-        reason = "the connection broke off"
-    return Transient(reason, is_unreachable=is_unreachable)
-
-
-def _read_message(error: openai.APIStatusError, key: Key | None = None) -> str:
-    """Return the server's own message of an error reply: one bounded line, empty where it gave none."""
-    body: Any = error.body
-    if isinstance(body, dict):
-        body = body.get("message") or body.get("detail") or body.get("error")
-    text = str(body or "") if key is None else key.redact(str(body or ""))
-    return "" if "<html" in text.lower() or "<!doctype" in text.lower() else one_line(text)
-
-
-def _read_retry_after(error: openai.APIStatusError) -> float:
-    """Return the pause of ``Retry-After`` (seconds or a date) or ``retry-after-ms``, in seconds; else 0."""
-    headers = error.response.headers
-    try:
-        if milliseconds := headers.get("retry-after-ms"):
-            return max(0.0, float(milliseconds) / 1000)
-        value = headers.get("retry-after", "0")
-        if re.fullmatch(r"\s*[\d.]+\s*", value):
-            return float(value)
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
-        return 0.0
-
-
-_OPTIONAL = {
-    "response_format": re.compile(r"response_format|json_schema|structured.output|guided|grammar", re.IGNORECASE),
-    "logprobs": re.compile(r"logprobs?", re.IGNORECASE),
-    "temperature": re.compile(r"temperature", re.IGNORECASE),
-    "seed": re.compile(r"\bseed\b", re.IGNORECASE),
-}
-_NEW_TOKEN_WORD = re.compile(r"max_completion_tokens.*instead|unsupported.*'max_tokens'", re.IGNORECASE | re.DOTALL)
-
-
-def find_unsupported(error: openai.APIStatusError, parameters: Mapping[str, Any]) -> str | None:
-    """Return the optional one of ``parameters`` that the server refuses, or ``None``.
-
-    ``max_tokens`` means that the server wants it under its newer name.
-    """
-    if error.status_code not in (400, 404, 405, 415, 422, 501):
-        return None
-    words = f"{error.param or ''} {_read_message(error)}"
-    if "max_tokens" in parameters and _NEW_TOKEN_WORD.search(words):
-        return "max_tokens"
-    return next((name for name, pattern in _OPTIONAL.items() if name in parameters and pattern.search(words)), None)

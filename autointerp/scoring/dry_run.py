@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -253,7 +253,7 @@ async def _forecast(
                 found = await _counted(stage, client.model, asked, tokenize)
             except NotCounted as error:  # the server stopped counting half-way
                 note = f"{tokenize.name} failed ({one_line(error, 100)}): prompt tokens are an estimate"
-                tokenize = replace(estimate_tokens(client.model, per_token), note=note)
+                tokenize = estimate_tokens(client.model, per_token, note)
                 found = await _counted(stage, client.model, asked, tokenize)
             found.protocol = protocol or None
             _estimate(found, usage, options, prices)
@@ -287,7 +287,7 @@ async def _counted(stage: str, model: str, asked: _Asked, tokenize: Tokenize) ->
     found.answered_before, found.from_cache = asked.before, asked.from_cache
     blocks: set[bytes] = set()
     for request in asked.most:
-        tokens = await tokenize(request.messages)
+        tokens = await tokenize.of_messages(request.messages)
         found.prompt_tokens += len(tokens)
         found.cached_tokens += count_cached(tokens, blocks)
         found.completion_tokens += _written(asked, request, tokenize)

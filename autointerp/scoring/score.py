@@ -17,18 +17,18 @@ from collections.abc import Sequence, Set
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from autointerp.contexts.sampler import Context
-from autointerp.contexts.selection import list_control_saes, was_explained
-from autointerp.explaining.outcome import Outcome
+from autointerp.contexts.selection import Choice, list_control_saes, was_explained
+from autointerp.explaining.explain import Outcome, explain_runs, get_marker_path
 from autointerp.journal.journal import Journal, PlannedContext, Verdict
 from autointerp.journal.method import BASELINE
 from autointerp.journal.usage import Usage
-from autointerp.llm.limits import reporting_progress, run_in_flight
-from autointerp.llm.opening import check_flags, keep_server, list_missing, open_method, resolve_name
+from autointerp.llm.limits import run_in_flight, run_with_progress
+from autointerp.llm.local.server import OneServer
+from autointerp.llm.opening import check_flags, list_missing, open_method, resolve_name
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.judges import JUDGES
@@ -47,11 +47,8 @@ from autointerp.scoring.scorers import SCORERS
 from autointerp.scoring.scorers.base import Scorer
 from autointerp.scoring.setups import records_of, status_kind
 from sae.common.commands import command, get_typed_command
-from sae.common.progress import say, track
+from sae.common.progress import say
 from sae.study.run import Run
-
-if TYPE_CHECKING:
-    from autointerp.llm.local.server import OneServer
 
 _BATCHES_AT_ONCE = 32
 """Requests about one explanation that may be under way together."""
@@ -80,7 +77,7 @@ def score_runs(
     check_flags(JUDGES, kind, options.list_judge_flags())
     if control_latents is None:
         control_latents = CONTROL_LATENTS[JUDGES[kind].asks_model]
-    with keep_server(options) as servers:
+    with OneServer() as servers:
         named = None if runs is None else _with_explanations(runs, options, servers)
         parts = parts_of(named, root, control_latents, control_sae_latents)
         return asyncio.run(_score(parts, root, tested, kind, options, rule, servers))
@@ -94,9 +91,6 @@ def open_judge(
 
 
 def _with_explanations(runs: Sequence[Run], options: LlmOptions, servers: OneServer | None) -> list[Run]:
-    from autointerp.contexts.selection import Choice
-    from autointerp.explaining.explain import explain_runs, get_marker_path
-
     for run in runs:
         if get_marker_path(run).exists() or not was_explained(run):
             say(f"{run.name}: not explained yet, doing that first (200 latents)")
@@ -178,11 +172,7 @@ async def _score_run(
         if not all(map(asking.is_done, questions)):
             n_swapped = sum(question.control != "none" for question in questions)
             of = f"{scorer.name}, {n_swapped:,} of them swapped controls" if n_swapped else scorer.name
-            with (
-                track(f"{doing} {run.name} ({of})", len(questions), "explanations") as bar,
-                reporting_progress(len(questions), "explanations", get_typed_command()),
-            ):
-                await run_in_flight(questions, asking.ask, concurrency, bar)
+            await run_with_progress(questions, asking.ask, concurrency, f"{doing} {run.name} ({of})", "explanations")
         for name in sorted({of[1] for of in journal.state()["verdicts"]} - set(SCORERS)):
             outcome.notes.append(
                 f"{run.name}: verdicts of the scorer {name} stay in the journal but have no scores: "

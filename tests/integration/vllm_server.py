@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import urllib.request
 from pathlib import Path
 
@@ -22,13 +23,16 @@ class VllmServer(vllm_server.VllmServer):
     """
 
     def __init__(self, model: Path, log: Path) -> None:
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CACHE_ROOT": str(log.parent / "vllm-cache")}
         served = VllmModel(str(model), model.name, arguments=(EAGER,))
-        super().__init__(served, find_python(), log, start_seconds=600, environment=environment)
+        super().__init__(served, find_python(), log, start_seconds=600)
 
     def __enter__(self) -> VllmServer:
-        self.start()
+        asyncio.run(self.ready())
         return self
+
+    def _make_environment(self) -> dict[str, str]:
+        own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CACHE_ROOT": str(self.log.parent / "vllm-cache")}
+        return super()._make_environment() | own
 
     def metric(self, name: str) -> float:
         """One of the server's counters, summed over its labels."""

@@ -9,5 +9,4 @@ from sae.common.registry import Registry
 if TYPE_CHECKING:
     from autointerp.explaining.explainers.base import Explainer
 
-EXPLAINERS: Registry[Explainer] = Registry(__name__, "explainer")
-"""All explainers by their name on the command line and in the journal."""
+EXPLAINERS: Registry[Explainer] = Registry(__name__, "explainer")  # by name on the command line

@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 class Explanation:
     """One sentence about a latent, or the reason why there is none."""
 
-    text: str | None
-    """One line; ``None`` for a failure."""
-    failure: str | None = None
-    """The reason in one line, if there is no text."""
-    usage: Usage = field(default_factory=Usage)
-    """The cost; nothing for an explainer that asks no model."""
+    text: str | None  # one line; ``None`` for a failure
+    failure: str | None = None  # the reason in one line, if there is no text
+    usage: Usage = field(default_factory=Usage)  # the cost; nothing for an explainer that asks no model
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.failure is None):
@@ -39,10 +36,7 @@ class Explanation:
 class Explainer(Method, Protocol):
     """A way of explaining. If it asks no model, it is created without arguments; else see :class:`ModelExplainer`."""
 
-    @property
-    def needs_background(self) -> int:
-        """Number of silent contexts that :meth:`explain` needs."""
-        ...
+    needs_background: int  # number of silent contexts that :meth:`explain` needs
 
     async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:
         """Explain in one line what ``contexts``, in which the latent fires, have in common.

@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from autointerp.contexts.marking import choose_marks, mark_text
 from autointerp.explaining.explainers.base import Explanation
+from autointerp.llm.capabilities import Capabilities
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
 from autointerp.llm.prompts import conversation
-from autointerp.llm.servers import Capabilities
 from sae.common.files import digest
 
 if TYPE_CHECKING:
     from autointerp.contexts.sampler import Context
     from autointerp.llm.options import LlmOptions
 
-LONGEST = 1500
-"""Most characters of an explanation."""
+LONGEST = 1500  # most characters of an explanation
+THRESHOLD = 0.3  # tokens above this share of a context's peak activation are marked
+MAX_TOKENS = 1000  # of the answer, thinking included; doubled for answers that were cut off
 
 _FORMAT = 1  # part of the settings hash: raise it when the same contexts would be written out differently
 _LINE = re.compile(r"^[\s*_#>`]*\[?\s*explanation\s*\]?[\s*_`]*:[\s*_`]*", re.IGNORECASE | re.MULTILINE)
@@ -35,29 +36,18 @@ class LlmExplainer:
     """An :class:`autointerp.explaining.explainers.base.Explainer` that asks a language model.
 
     :param draw: number of this one of several independent explanations, which differ if ``temperature`` is above 0.
-    :param threshold: tokens above this share of a context's peak activation are marked.
-    :param max_tokens: of the answer, thinking included; doubled for answers that were cut off.
     """
 
     name = "llm"
     asks_model: ClassVar[bool] = True
     needs_background = 0
 
-    def __init__(
-        self,
-        client: LlmClient,
-        *,
-        draw: int = 0,
-        temperature: float = 0.0,
-        threshold: float = 0.3,
-        max_tokens: int = 1000,
-    ) -> None:
+    def __init__(self, client: LlmClient, *, draw: int = 0, temperature: float = 0.0) -> None:
         self._client, self._draw, self._temperature = client, draw, temperature
-        self._threshold, self._max_tokens = threshold, max_tokens
         self._conversation = conversation("explain")
         self.prompt_hash = self._conversation.hash
         self.settings_hash = digest(
-            {"format": _FORMAT, "temperature": temperature, "threshold": threshold, "max_tokens": max_tokens}
+            {"format": _FORMAT, "temperature": temperature, "threshold": THRESHOLD, "max_tokens": MAX_TOKENS}
         )
 
     @classmethod
@@ -90,10 +80,10 @@ class LlmExplainer:
     def request(self, contexts: Sequence[Context]) -> Request:
         """Return the request for ``contexts``."""
         opening, closing = choose_marks([context.text for context in contexts])
-        snippets = [mark_text(c.tokens, c.marked(self._threshold), opening, closing) for c in contexts]
+        snippets = [mark_text(c.tokens, c.marked(THRESHOLD), opening, closing) for c in contexts]
         return Request(
             self._conversation.messages(opening=opening, closing=closing, snippets=snippets),
-            max_tokens=self._max_tokens,
+            max_tokens=MAX_TOKENS,
             temperature=self._temperature,
             seed=self._draw if self._temperature > 0 else None,
             replicate=self._draw,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -52,16 +52,11 @@ _METHOD = 1  # raise it when the same settings would give another sentence
 class NgramSettings:
     """Everything the n-gram sentence depends on, besides the contexts."""
 
-    max_patterns: int = 24
-    """Most patterns in a sentence."""
-    prior: float = 4.0
-    """Strength s of the prior, in occurrences within activating contexts."""
-    least_gain: float = 0.5
-    """Nats of likelihood that a pattern must gain."""
-    folds: int = 10
-    """Folds of the cross-validation; fewer where there are fewer contexts."""
-    background: int = 300
-    """Silent contexts to draw."""
+    max_patterns: int = 24  # most patterns in a sentence
+    prior: float = 4.0  # strength s of the prior, in occurrences within activating contexts
+    least_gain: float = 0.5  # nats of likelihood that a pattern must gain
+    folds: int = 10  # folds of the cross-validation; fewer where there are fewer contexts
+    background: int = 300  # silent contexts to draw
 
 
 class NgramExplainer:
@@ -100,7 +95,7 @@ def find_patterns(
     if len(contexts) > 1 and background:
         size, factor = _cross_validate(positions, len(contexts), settings)
     (fit,) = search_patterns(positions, positions.context_weight, [size], settings.prior, settings.least_gain)
-    chances = [bound(_scale(chance, factor)) for chance in [fit.other, *fit.chance[fit.order].tolist()]]
+    chances = [bound(_scale(chance, factor)) for chance in fit.chance[[-1, *fit.order]].tolist()]
     average = bound(_scale(fit.mean, factor))
     patterns = zip(fit.order, chances[1:], strict=True)
     return Patterns(
@@ -173,18 +168,12 @@ class Positions:
     P positions, C candidate runs, N contexts (activating ones first).
     """
 
-    context: Ints
-    """[P] the token's context, ascending."""
-    fires: Floats
-    """[P] 1 where the latent fires, else 0."""
-    runs: Ints
-    """[LONGEST_RUN, P] the candidate of one, two, three tokens that ends at the token; C for none."""
-    texts: list[str]
-    """[C] the candidates written out; no text twice."""
-    shorter: Ints
-    """[LONGEST_RUN, C] the candidates of one, two, three tokens that end a candidate, itself included; C for none."""
-    context_weight: Floats
-    """[N] 1 for an activating context; silent ones have the same total weight."""
+    context: Ints  # [P] the token's context, ascending
+    fires: Floats  # [P] 1 where the latent fires, else 0
+    runs: Ints  # [LONGEST_RUN, P] the candidate of one, two, three tokens that ends at the token; C for none
+    texts: list[str]  # [C] the candidates written out; no text twice
+    shorter: Ints  # [LONGEST_RUN, C] the candidates of 1, 2, 3 tokens that end a candidate, itself included; C for none
+    context_weight: Floats  # [N] 1 for an activating context; silent ones have the same total weight
 
     @classmethod
     def of(cls, contexts: Sequence[Context], background: Sequence[Context]) -> Positions:
@@ -209,9 +198,7 @@ class Positions:
     def select(self, kept: Bools) -> Positions:
         """Return the positions in the contexts ``kept`` [N]; candidates and contexts keep their numbers."""
         at = kept[self.context]
-        return Positions(
-            self.context[at], self.fires[at], self.runs[:, at], self.texts, self.shorter, self.context_weight
-        )
+        return replace(self, context=self.context[at], fires=self.fires[at], runs=self.runs[:, at])
 
 
 def _find_candidates(tokens: Ints, context: Ints, inside: Bools, words: list[str]) -> tuple[Ints, list[str]]:
@@ -249,16 +236,9 @@ def _find_candidates(tokens: Ints, context: Ints, inside: Bools, words: list[str
 class Fit(NamedTuple):
     """A set of patterns with their chances."""
 
-    order: list[int]
-    """The chosen candidates, the most informative first."""
-    chance: Floats
-    """[C + 1] by candidate, valid for the chosen ones. Last: of a position where none of them ends."""
-    mean: float
-    """The chance at an average position."""
-
-    @property
-    def other(self) -> float:
-        return float(self.chance[-1])
+    order: list[int]  # the chosen candidates, the most informative first
+    chance: Floats  # [C + 1] by candidate, valid for the chosen ones. Last: of a position where none of them ends.
+    mean: float  # the chance at an average position
 
     def compute_intensity(self, positions: Positions) -> Floats:
         """Return -log(1 - P(active)) of each context [N] by noisy-or over the given positions."""
@@ -277,11 +257,8 @@ def search_patterns(
 ) -> list[Fit]:
     """Add patterns greedily, and fit the chances at each of ``sizes`` (ascending) patterns.
 
-    Args:
-        context_weight: [N] weight of a position in each context; 0 skips the context.
-        sizes: a fit has fewer patterns if no more gain enough.
-        prior: strength of the prior, in units of weight.
-        least_gain: nats that a pattern must gain.
+    ``context_weight`` [N] is that of a position in each context; 0 skips the context. ``prior`` is in units of weight.
+    A fit has fewer patterns if no more gain ``least_gain`` nats.
     """
     n = len(positions.texts)
     weight = context_weight[positions.context]

@@ -76,12 +76,6 @@ class _Family:
         return True
 
 
-def _with_scratch(folder: str) -> dict[str, str]:
-    """Return our environment with temporary files in ``folder``, but PyTorch's compiled code where it always is."""
-    compiled = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
-    return {"TORCHINDUCTOR_CACHE_DIR": compiled, **os.environ, "TMPDIR": folder}
-
-
 def main(parent: int, grace: float, command: list[str]) -> int:
     """Run ``command`` until it ends, the pipe is closed or the parent is gone; return its exit code."""
     asked: list[int] = []
@@ -89,7 +83,9 @@ def main(parent: int, grace: float, command: list[str]) -> int:
         signal.signal(number, lambda *_: asked.append(1))
     _control(_CHILD_SUBREAPER, 1)
     with tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True) as scratch:
-        family = _Family(command, _with_scratch(scratch))
+        # PyTorch's compiled code stays where it always is.
+        compiled = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+        family = _Family(command, {"TORCHINDUCTOR_CACHE_DIR": compiled, **os.environ, "TMPDIR": scratch})
         while not family.has_ended() and not asked and os.getppid() == parent:
             if select.select([sys.stdin], [], [], _LOOK_SECONDS)[0]:
                 break

@@ -26,14 +26,12 @@ from sae.common.hub import find_on_hub, looks_like_path
 from sae.common.package_data import IS_CHECKOUT, TOP
 
 PYTHON_VARIABLE = "AUTOINTERP_VLLM_PYTHON"
-OWN_PYTHON = TOP / ".venv-vllm" / "bin" / "python"
-"""Where ``make vllm`` puts it in a checkout."""
+OWN_PYTHON = TOP / ".venv-vllm" / "bin" / "python"  # where ``make vllm`` puts it in a checkout
 INSTALL = "run `make vllm`" if IS_CHECKOUT else "install it (`pip install vllm`) in an environment of its own"
 """How to get vLLM, for messages."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_SMALL_FILES = (".json", ".jinja", ".model", ".txt")
-"""Endings of the small files that configure tokenizer, model and generation."""
+_SMALL_FILES = (".json", ".jinja", ".model", ".txt")  # configure tokenizer, model and generation
 _SMALL = 64 << 20
 _ABOUT_TRAINING = {"training.json", "trainer_state.json"}
 
@@ -59,21 +57,13 @@ _SAME_ANSWERS = frozenset(
 
 @dataclass(frozen=True)
 class VllmModel:
-    """A model and its arguments for vLLM.
+    """A model and its arguments for vLLM."""
 
-    Attributes:
-        place: an absolute folder or a name on the hub.
-        name: in requests; see the module's docstring.
-        revision: the branch, tag or commit on the hub, if one was named.
-        is_local: nothing has to be downloaded.
-        arguments: further words of the command line.
-    """
-
-    place: str
-    name: str
-    revision: str | None = None
-    is_local: bool = True
-    arguments: tuple[str, ...] = ()
+    place: str  # an absolute folder or a name on the hub
+    name: str  # in requests; see the module's docstring
+    revision: str | None = None  # the branch, tag or commit on the hub, if one was named
+    is_local: bool = True  # nothing has to be downloaded
+    arguments: tuple[str, ...] = ()  # further words of the command line
 
     def list_words(self) -> list[str]:
         """Return the words of the command line; ``arguments`` first, so that they override nothing."""
@@ -88,8 +78,8 @@ class VllmModel:
 def find_model(given: str, arguments: str = "", name: str | None = None) -> VllmModel:
     """Find the model ``given``: a folder, a hub name (``name@revision``) or ``bundled``.
 
-    :param arguments: further arguments for vLLM, as in a shell.
-    :param name: replaces the derived name.
+    ``arguments`` are further ones for vLLM, as in a shell; ``name`` replaces the derived name.
+
     :raises NotFound: there is no such model.
     :raises BadInput: it is not a checkpoint, or an argument is not allowed.
     :raises Unavailable: the hub cannot be reached and the name is not cached.

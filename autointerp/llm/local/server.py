@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import fcntl
 import gc
 import http.client
@@ -26,21 +25,17 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, Literal
 
 from autointerp.llm.local import keeper
 from autointerp.llm.local.model import INSTALL, VllmModel, find_model, find_python
-from autointerp.llm.options import VLLM_TIMEOUT
-from autointerp.llm.transport import KEY_VARIABLES
+from autointerp.llm.options import KEY_VARIABLES, VLLM_TIMEOUT, LlmOptions
 from sae.common.errors import BadInput, Unavailable
 from sae.common.memory import free_host_bytes
 from sae.common.progress import say, waiting
-
-if TYPE_CHECKING:
-    from autointerp.llm.options import LlmOptions
 
 STOP_SECONDS = 20.0
 _POLL_SECONDS, _ANSWER_SECONDS = 0.5, 2.0
@@ -59,28 +54,23 @@ _ADVICE = (
     (re.compile(r"trust.remote.code"), "name a model that vLLM has a class for: a model's own code is not run"),
     (re.compile(r"out of memory|[Mm]emory on (node|device)|[Nn]o available memory|KV cache|by SIGKILL"), _LESS),
 )
+# Process and time of a line of the log.
 _PREFIX = re.compile(r"^(\(\S+( pid=\d+)?\) )?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] )?)?")
-LOGS = "logs"
-"""The folder under the root that servers write to."""
+LOGS = "logs"  # the folder under the root that servers write to
 
 
-class _State(enum.Enum):
-    LOADING = enum.auto()
-    READY = enum.auto()
-    PORT_LOST = enum.auto()
-    """Another process answers at the port, or our server could not have it."""
+# Of a server that starts; the port is lost if another process answers there, or our server could not have it.
+_State = Literal["loading", "ready", "port lost"]
 
 
 class VllmServer:
-    """``with VllmServer(model, python, log) as server: url = server.start()``; in a coroutine ``await server.ready()``.
+    """``with VllmServer(model, python, log) as server: url = await server.ready()``.
 
     Nothing runs before that, nor after the block, however it ends.
 
-    :param python: an interpreter that has vLLM.
     :param log: the server's output. Overwritten, unless another server writes there: then the next free name is used.
     :param start_seconds: time until it must answer.
     :param stop_seconds: time to end after it is asked to, before it is killed.
-    :param environment: added to the one of this process.
     """
 
     def __init__(
@@ -91,21 +81,14 @@ class VllmServer:
         *,
         start_seconds: float = VLLM_TIMEOUT,
         stop_seconds: float = STOP_SECONDS,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.python = model, python
         self.log = self._first_log = log
         self.url = ""
         self._start_seconds, self._stop_seconds = start_seconds, stop_seconds
-        self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._page = ""
         self._failure: Unavailable | None = None
-
-    @property
-    def name(self) -> str:
-        """The model's name in requests."""
-        return self.model.name
 
     def __enter__(self) -> VllmServer:
         return self
@@ -115,63 +98,50 @@ class VllmServer:
 
     # --- starting -----------------------------------------------------------------------------------------------------
 
-    def start(self) -> str:
+    async def ready(self) -> str:
         """Start the server unless it runs, wait until it answers, and return its address.
 
         :raises Unavailable: it ends before it is ready, or is not ready in time; the end of its log has been shown.
         """
-        with contextlib.closing(self._starting()) as steps:
-            for _ in steps:
-                time.sleep(_POLL_SECONDS)
-        return self.url
-
-    async def ready(self) -> str:
-        """:meth:`start` for a coroutine."""
-        with contextlib.closing(self._starting()) as steps:
-            for _ in steps:
-                await asyncio.sleep(_POLL_SECONDS)
-        return self.url
-
-    def _starting(self) -> Generator[None]:
-        """Yield while there is nothing to do but wait; end when the server answers."""
         if self.running:
-            return
+            return self.url
         if self._failure is not None:  # one of many waiting tasks sees it first; the others must not try again
             raise self._failure
         started = time.monotonic()
         try:
-            with waiting(f"vLLM is loading {self.name}") as note:
+            with waiting(f"vLLM is loading {self.model.name}") as note:
                 for _ in range(_PORTS):
                     self._launch()
-                    while (state := self._state()) is _State.LOADING:
+                    while (state := self._state()) == "loading":
                         if time.monotonic() - started > self._start_seconds:
                             raise self._failed(f"was not ready after {self._start_seconds:g} s", "see --vllm-timeout")
-                        note(_message(self.tail(1)))
-                        yield
-                    if state is _State.READY:
+                        note(_PREFIX.sub("", "".join(self.tail(1)))[:80])
+                        await asyncio.sleep(_POLL_SECONDS)
+                    if state == "ready":
                         break
                     self.stop()
                 else:
                     raise Unavailable(f"{_PORTS} ports in a row were taken from vLLM by others; try again")
-            say(f"vLLM serves {self.name} after {time.monotonic() - started:.0f} s (log: {self.log})")
+            say(f"vLLM serves {self.model.name} after {time.monotonic() - started:.0f} s (log: {self.log})")
         except BaseException as error:
             self._failure = error if isinstance(error, Unavailable) else None
             self.stop()
             raise
+        return self.url
 
     def _state(self) -> _State:
         if not self.running:
             if self._port_is_taken():
-                return _State.PORT_LOST
+                return "port lost"
             raise self._failed(f"{self._describe_end()} before it was ready")
         asked = urllib.request.Request(f"{self.url}/health", headers={"Origin": self._page})
         try:
             with _open(asked, timeout=_ANSWER_SECONDS) as reply:
-                return _State.READY if reply.headers[_PAGE_HEADER] == self._page else _State.PORT_LOST
+                return "ready" if reply.headers[_PAGE_HEADER] == self._page else "port lost"
         except OSError:  # not yet; or an answer of another process, which ends ours soon
-            return _State.LOADING
+            return "loading"
         except http.client.HTTPException:
-            return _State.PORT_LOST
+            return "port lost"
 
     def _port_is_taken(self) -> bool:
         with socket.socket() as probe:
@@ -184,7 +154,7 @@ class VllmServer:
         self.url, self._page = f"http://127.0.0.1:{port}", f"http://{secrets.token_hex(8)}.invalid"
         command = [
             *(str(self.python), "-m", "vllm.entrypoints.openai.api_server", *self.model.list_words()),
-            *("--served-model-name", self.name, "--host", "127.0.0.1", "--port", str(port)),
+            *("--served-model-name", self.model.name, "--host", "127.0.0.1", "--port", str(port)),
             *("--allowed-origins", json.dumps([self._page])),
             *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
         ]
@@ -226,7 +196,7 @@ class VllmServer:
         values.setdefault("VLLM_CPU_KVCACHE_SPACE", str(choose_cache_gib(free_host_bytes(), self.model.weight_bytes())))
         if self.model.is_local:
             values.setdefault("HF_HUB_OFFLINE", "1")
-        return values | self._environment
+        return values
 
     # --- while it runs ------------------------------------------------------------------------------------------------
 
@@ -299,20 +269,12 @@ def _give_back_gpu() -> None:
 
 
 def choose_cache_gib(free: int | None, weights: int) -> int:
-    """Return the GiB for vLLM's KV cache on a CPU, a quarter of the memory that the weights leave.
+    """Return the GiB for vLLM's KV cache on a CPU: by default vLLM takes nearly all of the machine.
 
-    By default vLLM takes nearly all of the machine.
-
-    :param free: bytes of main memory; ``None`` where it is not known.
-    :param weights: bytes of the model.
+    A quarter of the ``free`` bytes (``None``: not known) that a model with so many bytes of ``weights`` leaves.
     """
     left = (free or 0) - 2 * weights  # while they are read, they may be in memory twice
     return max(1, min(_MOST_CACHE_GIB, left // 4 >> 30))
-
-
-def _message(lines: list[str]) -> str:
-    """Return the last line of the log without its process and time."""
-    return _PREFIX.sub("", lines[-1])[:80] if lines else ""
 
 
 def _find_cause(lines: list[str]) -> str:
@@ -348,12 +310,16 @@ class OneServer:
 
         :raises UserError: there is no such model, or no vLLM; see :mod:`autointerp.llm.local.model`.
         """
-        wanted = make_server(options, root)
-        kept = self._server
-        if kept is None or (kept.model, kept.python) != (wanted.model, wanted.python):
+        assert options.vllm is not None
+        if not options.vllm_timeout > 0:
+            raise BadInput(f"--vllm-timeout {options.vllm_timeout:g}: give a number of seconds above 0")
+        model = find_model(options.vllm, options.vllm_args, options.model)
+        python = find_python(options.vllm_python)
+        if self._server is None or (self._server.model, self._server.python) != (model, python):
             self.close()
-            self._server = kept = wanted
-        return kept
+            log = root / LOGS / f"vllm-{re.sub(r'[^A-Za-z0-9._+-]+', '-', model.name)[:100]}.log"
+            self._server = VllmServer(model, python, log, start_seconds=options.vllm_timeout)
+        return self._server
 
     def close(self) -> None:
         """Stop the server."""
@@ -362,28 +328,13 @@ class OneServer:
             server.stop()
 
 
-def make_server(options: LlmOptions, root: Path) -> VllmServer:
-    """Return the server that ``options`` ask for, not started, after checking them."""
-    assert options.vllm is not None
-    if not options.vllm_timeout > 0:
-        raise BadInput(f"--vllm-timeout {options.vllm_timeout:g}: give a number of seconds above 0")
-    model = find_model(options.vllm, options.vllm_args, options.model)
-    python = find_python(options.vllm_python)
-    log = root / LOGS / f"vllm-{re.sub(r'[^A-Za-z0-9._+-]+', '-', model.name)[:100]}.log"
-    return VllmServer(model, python, log, start_seconds=options.vllm_timeout)
-
-
 @asynccontextmanager
 async def open_server(options: LlmOptions, root: Path, kept: OneServer | None = None) -> AsyncIterator[VllmServer]:
     """Yield the server that ``options`` ask for, not started. It ends with the block unless ``kept`` keeps it."""
-    servers = OneServer() if kept is None else kept
-    try:
+    with OneServer() if kept is None else contextlib.nullcontext(kept) as servers:
         server = servers.get(options, root)
         try:
             yield server
         except Unavailable:
             server.check()  # if the server has ended, this error says more
             raise
-    finally:
-        if kept is None:
-            servers.close()

@@ -27,11 +27,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from autointerp.contexts.marking import choose_marks, mark_text
 from autointerp.journal.usage import Usage
+from autointerp.llm.capabilities import Capabilities
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
-from autointerp.llm.probe import probe_capabilities
 from autointerp.llm.prompts import conversation
-from autointerp.llm.servers import Capabilities
 from autointerp.scoring.judges.base import Judgement
 from sae.common.errors import BadInput
 from sae.common.files import digest
@@ -96,7 +95,7 @@ class LlmJudge:
         await client.check()
         protocol = options.protocol
         if protocol == "auto" and options.contexts_per_request is None:
-            protocol = best_protocol(await probe_capabilities(client), client.is_local)
+            protocol = best_protocol(await client.probe(), client.is_local)
         return cls._of(client, protocol, options.contexts_per_request)
 
     @classmethod

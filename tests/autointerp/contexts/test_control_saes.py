@@ -14,8 +14,7 @@ from tiny_study import harvested_study
 
 from autointerp.contexts.material import Material
 from autointerp.contexts.selection import Choice, choose_latents, choose_sample_size, draw_control_latents
-from autointerp.explaining.explain import explain_runs
-from autointerp.explaining.outcome import Outcome
+from autointerp.explaining.explain import Outcome, explain_runs
 from autointerp.findings.study import findings_of
 from autointerp.journal.journal import Journal
 from autointerp.llm.limits import Budget, BudgetSpent

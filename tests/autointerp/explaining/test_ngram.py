@@ -207,12 +207,12 @@ def test_the_search_keeps_its_counts_right(corpus: tuple[list[Context], list[Con
     for text in sorted(chosen, key=len):
         extends = max((t for t in chosen if t != text and text.endswith(t)), key=len, default=None)
         chance[text] = (fired[text] + prior * chance[extends]) / (times[text] + prior)
-    assert fit.other == pytest.approx(chance[None])
+    assert fit.chance[-1] == pytest.approx(chance[None])
     for c in fit.order:
         assert fit.chance[c] == pytest.approx(chance[positions.texts[c]])
     # What the counts predict of a context is what the judge will say of its tokens.
     written = Patterns(
-        tuple(Pattern(positions.texts[c], min(0.98, fit.chance[c]), 1.0) for c in fit.order), min(0.98, fit.other)
+        tuple(Pattern(positions.texts[c], min(0.98, fit.chance[c]), 1.0) for c in fit.order), min(0.98, fit.chance[-1])
     )
     intensity = fit.compute_intensity(positions)
     for at, piece in enumerate([*contexts, *background]):

@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from autointerp.journal.journal import Journal, Verdict
-from autointerp.journal.schema import MIGRATIONS
+from autointerp.journal.journal import MIGRATIONS, Journal, Verdict
 from autointerp.journal.usage import Usage
 from sae.common.database import Database
 from sae.common.errors import BadInput, Unavailable
@@ -94,14 +93,14 @@ def test_verdicts_round_trip_with_nan(journal: Journal) -> None:
     journal.add_verdicts(
         [
             verdict(1, p=0.75, label=True),
-            verdict(2, truth=False, p=None, label=False),
+            verdict(np.uint32(2), truth=False, p=np.float32(0.5), label=np.bool_(False)),  # type: ignore[arg-type]
             verdict(np.int64(3), truth=np.bool_(False), failure="cut off"),  # type: ignore[arg-type]
         ]
     )
     table = journal.verdicts(explanation_id=1)
     assert table["truth"].tolist() == [True, False, False]
     assert table["truth"].dtype == bool
-    np.testing.assert_array_equal(table["p"], [0.75, np.nan, np.nan])
+    np.testing.assert_array_equal(table["p"], [0.75, 0.5, np.nan])
     np.testing.assert_array_equal(table["label"], [1, 0, np.nan])
     assert table["failure"].isna().tolist() == [True, True, False]
     assert journal.verdicts(negative_kind=None)["context"].tolist() == [1]

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from fake_server import FakeServer, Reply, token
 
+from autointerp.llm.capabilities import Capabilities
 from autointerp.llm.client import LlmClient, ResponseCache
 from autointerp.llm.exchange import AnswerFailed, Request
 from autointerp.llm.options import LlmOptions
-from autointerp.llm.probe import probe_capabilities
-from autointerp.llm.servers import Capabilities
 from autointerp.scoring.judges.llm import LlmJudge
 
 
@@ -23,7 +22,7 @@ def probed(server: FakeServer, cache: Path | None = None) -> Capabilities:
         kept = None if cache is None else ResponseCache(cache)
         try:
             async with LlmClient(server.url, backoff=0.001, cache=kept) as client:
-                return await probe_capabilities(client)
+                return await client.probe()
         finally:
             if kept is not None:
                 kept.close()

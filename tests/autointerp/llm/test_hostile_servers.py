@@ -22,7 +22,6 @@ from fake_server import FakeServer, Reply, error, snippets_of, token
 from autointerp.contexts.sampler import Context
 from autointerp.journal.journal import Journal, PlannedContext, Verdict
 from autointerp.journal.usage import Usage
-from autointerp.llm import transport
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed
 from autointerp.llm.limits import run_in_flight
@@ -58,13 +57,8 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("with_aiohttp", [True, False])
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
-def test_faults_of_the_connection_are_waited_out(
-    fault: Reply, with_aiohttp: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not with_aiohttp:
-        monkeypatch.setattr(transport, "aiohttp", None)
+def test_faults_of_the_connection_are_waited_out(fault: Reply) -> None:
     with FakeServer("fine") as server:
         server.script.append(fault)
         # Long enough for a busy machine, also to list its models.

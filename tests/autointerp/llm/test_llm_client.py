@@ -36,7 +36,7 @@ def _no_keys_around(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plain_answer() -> None:
     with FakeServer("yes") as server:
         answer = complete(client(server), seed=3, temperature=0.5)
-    assert (answer.text, answer.finish_reason, answer.from_cache) == ("yes", "stop", False)
+    assert (answer.text, answer.finish_reason, answer.usage.from_cache) == ("yes", "stop", 0)
     usage = answer.usage
     assert (usage.requests, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) == (1, 100, 60, 10)
     assert usage.seconds > 0
@@ -149,7 +149,6 @@ def test_the_same_question_is_sent_once(tmp_path: Path) -> None:
             complete(client(server, cache=ResponseCache(path)), logprobs=2, **change)
         assert len(server.requests) == 5
     assert again == first
-    assert again.from_cache
     assert (again.usage.requests, again.usage.prompt_tokens, again.usage.from_cache) == (0, 0, 1)
 
 
@@ -157,7 +156,7 @@ def test_kept_answers_need_no_server(tmp_path: Path) -> None:
     with FakeServer() as server:
         complete(client(server, cache=ResponseCache(tmp_path / "c.sqlite")))
     made = client(server, cache=ResponseCache(tmp_path / "c.sqlite"), model="fake-model")
-    assert complete(made).from_cache
+    assert complete(made).usage.from_cache
 
 
 def test_concurrent_equal_questions_are_sent_once(tmp_path: Path) -> None:
@@ -313,6 +312,16 @@ def test_the_key_is_sent_and_shown_nowhere(
         assert SECRET not in place
         assert SECRET[:12] not in place
     assert any("refused the API key (HTTP 401)" in text for text in shown)
+
+
+def test_the_key_does_not_follow_a_redirect_to_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOINTERP_API_KEY", SECRET)
+    with FakeServer("first") as server, FakeServer("second") as other:
+        server.script.append(Reply(status=307, headers={"location": f"{other.url}/chat/completions"}, body=""))
+        assert complete(client(server)).text == "second"
+        assert server.requests[0].headers["authorization"] == f"Bearer {SECRET}"
+        assert "authorization" not in other.requests[0].headers
+        assert SECRET not in str(other.requests)
 
 
 def test_server_messages_are_one_bounded_line_without_keys() -> None:

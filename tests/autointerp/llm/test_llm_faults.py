@@ -12,7 +12,7 @@ from asking import MESSAGES, client, complete, run
 from fake_server import FakeServer, Reply, error
 
 from autointerp.llm.client import LlmClient, ResponseCache
-from autointerp.llm.exchange import AnswerFailed, without_thinking
+from autointerp.llm.exchange import AnswerFailed, Request, without_thinking
 from sae.common.errors import BadInput, Unavailable
 
 
@@ -216,7 +216,8 @@ def test_unusable_answers_are_retried_then_fail(fault: Reply, reason: str, tmp_p
         with pytest.raises(AnswerFailed, match=reason) as caught:
             complete(client(server, cache=cache))
         assert caught.value.usage.requests == 3
-        assert len(cache) == 0, "what failed is asked anew by the next run"
+        key = Request(MESSAGES, 20).key("fake-model")
+        assert cache.get(key) is None, "what failed is asked anew by the next run"
 
 
 def test_a_cut_answer_is_asked_with_more_tokens() -> None:

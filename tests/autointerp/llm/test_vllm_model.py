@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from autointerp.llm.local import model as vllm_model
 from autointerp.llm.local.model import VllmModel, find_model, find_python, split_arguments
-from autointerp.llm.local.server import OneServer, make_server, open_server
-from autointerp.llm.opening import keep_server
+from autointerp.llm.local.server import OneServer, open_server
 from autointerp.llm.options import VLLM_TIMEOUT, LlmOptions
 from sae.activations.bundled import BUNDLED
 from sae.common.errors import BadInput, NotFound, Unavailable
@@ -242,27 +241,23 @@ def test_one_model_one_server(folder: Path, tmp_path: Path) -> None:
     with OneServer() as servers:
         first = servers.get(options, tmp_path)
         assert servers.get(same.for_judge(), tmp_path) is first
-        first.start()
+        asyncio.run(first.ready())
         other = servers.get(options.for_judge(), tmp_path)
         assert not vllm.living()
         assert other is not first
-        other.start()
+        asyncio.run(other.ready())
         assert vllm.living()
     assert not vllm.living()
-    with keep_server(options) as kept:
-        assert isinstance(kept, OneServer)
-    with keep_server(LlmOptions()) as kept:
-        assert kept is None
 
 
 def test_the_log_lies_under_the_root(folder: Path, tmp_path: Path) -> None:
     python = FakeVllm(tmp_path / "fake").python
     options = LlmOptions(vllm=str(folder), model="../../some/model x", vllm_python=python)
-    log = make_server(options, tmp_path).log
+    log = OneServer().get(options, tmp_path).log
     assert log.parent == tmp_path / "logs"
     assert log.name == "vllm-..-..-some-model-x.log"
     with pytest.raises(BadInput, match="--vllm-timeout 0"):
-        make_server(dataclasses.replace(options, vllm_timeout=0), tmp_path)
+        OneServer().get(dataclasses.replace(options, vllm_timeout=0), tmp_path)
 
 
 def test_an_ended_server_differs_from_an_unreachable_one(folder: Path, tmp_path: Path) -> None:

@@ -57,29 +57,33 @@ def server(vllm: FakeVllm, folder: Path, **settings: Any) -> VllmServer:
     return VllmServer(model, vllm.python, folder / "logs" / "vllm.log", **settings)
 
 
+def start(own: VllmServer) -> str:
+    return asyncio.run(own.ready())
+
+
 # --- as it should be --------------------------------------------------------------------------------------------
 
 
 def test_the_server_runs_until_the_block_ends(vllm: FakeVllm, tmp_path: Path) -> None:
     with server(vllm, tmp_path) as own:
         assert not vllm.starts()
-        url = own.start()
-        assert own.start() == url
-        (start,) = vllm.starts()
-        assert all(alive(pid) for pid in start["pids"])
+        url = start(own)
+        assert start(own) == url
+        (begun,) = vllm.starts()
+        assert all(alive(pid) for pid in begun["pids"])
         assert url.startswith("http://127.0.0.1:")
-        words = start["arguments"]
+        words = begun["arguments"]
         assert words[:4] == ["--max-model-len", "64", "--model", "/models/some model"]
         assert words[words.index("--served-model-name") + 1] == "its-name"
         assert words[words.index("--host") + 1] == "127.0.0.1"
-        scratch = Path(start["environment"]["TMPDIR"])
+        scratch = Path(begun["environment"]["TMPDIR"])
         (scratch / "socket").touch()
         with urllib.request.urlopen(f"{url}/v1/models") as reply:
             assert [entry["id"] for entry in json.load(reply)["data"]] == ["its-name"]
     assert not vllm.living()
     assert not scratch.exists()
     with own:
-        assert own.start() != ""
+        assert start(own) != ""
         assert len(vllm.starts()) == 2
 
 
@@ -88,7 +92,7 @@ def test_a_client_starts_it_with_its_first_question(vllm: FakeVllm, tmp_path: Pa
 
     async def work() -> list[str]:
         with server(vllm, tmp_path) as own:
-            async with LlmClient("unused", own.name, start=own.ready) as client:
+            async with LlmClient("unused", own.model.name, start=own.ready) as client:
                 assert await client.check() == "its-name"
                 assert not vllm.starts()
                 answers = await asyncio.gather(*(client.complete(MESSAGES, 20, seed=n) for n in range(5)))
@@ -106,13 +110,13 @@ def test_the_child_gets_no_keys_and_bounded_memory(
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     with server(vllm, tmp_path) as own:
-        own.start()
+        start(own)
         assert "secret" not in own.log.read_text()
-    (start,) = vllm.starts()
-    assert "sk-secret" not in str(start)
-    assert int(start["environment"]["VLLM_CPU_KVCACHE_SPACE"]) >= 1
-    assert start["environment"]["VLLM_NO_USAGE_STATS"] == "1"
-    assert start["environment"]["HF_HUB_OFFLINE"] == "0", "what the user has set stays"
+    (begun,) = vllm.starts()
+    assert "sk-secret" not in str(begun)
+    assert int(begun["environment"]["VLLM_CPU_KVCACHE_SPACE"]) >= 1
+    assert begun["environment"]["VLLM_NO_USAGE_STATS"] == "1"
+    assert begun["environment"]["HF_HUB_OFFLINE"] == "0", "what the user has set stays"
 
 
 @given(st.none() | st.integers(0, 1 << 50), st.integers(0, 1 << 45))
@@ -127,13 +131,13 @@ def test_the_cache_leaves_most_of_the_memory(free: int | None, weights: int) -> 
 def test_only_an_unused_log_is_replaced(vllm: FakeVllm, tmp_path: Path) -> None:
     first, second = server(vllm, tmp_path), server(vllm, tmp_path)
     with first:
-        first.start()
+        start(first)
         with second:
-            second.start()
+            start(second)
             assert first.log != second.log
             assert first.tail()[0].count("loading") == second.tail()[0].count("loading") == 1
     with server(vllm, tmp_path) as third:
-        third.start()
+        start(third)
         assert third.log == first.log
         assert len(third.log.read_text().splitlines()) == 1
 
@@ -150,7 +154,7 @@ def test_one_that_dies_says_its_last_words(vllm: FakeVllm, tmp_path: Path, said:
             Unavailable, match=r"ended with code 7 before it was ready: ValueError: the \[red\]cause"
         ) as error,
     ):
-        own.start()
+        start(own)
     assert str(own.log) in str(error.value)
     assert "the [red]cause[/red] \N{REPLACEMENT CHARACTER}[31m" in said.getvalue()
     assert "loading /models/some model" in said.getvalue()
@@ -161,7 +165,7 @@ def test_a_dying_server_is_not_restarted_by_waiters(vllm: FakeVllm, tmp_path: Pa
     vllm.behave(die="RuntimeError: no", delay=1)
 
     async def work(own: VllmServer) -> None:
-        async with LlmClient("unused", own.name, start=own.ready) as client, asyncio.TaskGroup() as group:
+        async with LlmClient("unused", own.model.name, start=own.ready) as client, asyncio.TaskGroup() as group:
             for n in range(5):
                 group.create_task(client.complete(MESSAGES, 20, seed=n))
 
@@ -185,7 +189,7 @@ def test_a_dying_server_is_not_restarted_by_waiters(vllm: FakeVllm, tmp_path: Pa
 def test_what_to_do_about_it(vllm: FakeVllm, tmp_path: Path, last: str, advice: str) -> None:
     vllm.behave(die=last)
     with server(vllm, tmp_path) as own, pytest.raises(Unavailable) as error:
-        own.start()
+        start(own)
     assert advice in str(error.value)
 
 
@@ -193,7 +197,7 @@ def test_one_that_is_never_ready_is_stopped(vllm: FakeVllm, tmp_path: Path) -> N
     vllm.behave(never=True)
     with server(vllm, tmp_path, start_seconds=2) as own:
         with pytest.raises(Unavailable, match="not ready after 2 s; see --vllm-timeout"):
-            own.start()
+            start(own)
         assert vllm.starts()
         assert not vllm.living()
 
@@ -202,7 +206,7 @@ def test_one_that_ends_while_it_is_asked(vllm: FakeVllm, tmp_path: Path) -> None
     vllm.behave(ends_after=2)
 
     async def work(own: VllmServer) -> None:
-        async with LlmClient("unused", own.name, start=own.ready, tries=2, backoff=0.01) as client:
+        async with LlmClient("unused", own.model.name, start=own.ready, tries=2, backoff=0.01) as client:
             for n in range(3):
                 await client.complete(MESSAGES, 20, seed=n)
 
@@ -227,7 +231,7 @@ def test_a_port_of_another_vllm_is_given_up(vllm: FakeVllm, tmp_path: Path, monk
         ports = iter([stranger.port])
         monkeypatch.setattr(vllm_server, "_free_port", lambda: next(ports, None) or found())
         with server(vllm, tmp_path) as own:
-            assert own.start() != stranger.root
+            assert start(own) != stranger.root
             assert vllm.living()
 
 
@@ -240,7 +244,7 @@ def test_a_port_in_use_is_given_up(vllm: FakeVllm, tmp_path: Path, monkeypatch: 
         ports = iter([silent.getsockname()[1]])
         monkeypatch.setattr(vllm_server, "_free_port", lambda: next(ports, None) or found())
         with server(vllm, tmp_path) as own:
-            own.start()
+            start(own)
             first, second = vllm.starts()
             assert not any(alive(pid) for pid in first["pids"])
             assert all(alive(pid) for pid in second["pids"])
@@ -251,7 +255,7 @@ def test_not_one_port_stays_free(vllm: FakeVllm, tmp_path: Path, monkeypatch: py
         tried = [stranger.port] * 4
         monkeypatch.setattr(vllm_server, "_free_port", tried.pop)
         with server(vllm, tmp_path) as own, pytest.raises(Unavailable, match="3 ports in a row were taken"):
-            own.start()
+            start(own)
     assert len(tried) == 1
 
 
@@ -273,7 +277,7 @@ class Stranger(FakeServer):
 def test_a_deaf_server_is_killed_with_its_children(vllm: FakeVllm, tmp_path: Path) -> None:
     vllm.behave(deaf=True)
     with server(vllm, tmp_path, stop_seconds=0.5) as own:
-        own.start()
+        start(own)
         assert len(vllm.living()) == 2
         started = time.monotonic()
     assert time.monotonic() - started >= 0.5
@@ -282,7 +286,7 @@ def test_a_deaf_server_is_killed_with_its_children(vllm: FakeVllm, tmp_path: Pat
 
 def test_what_a_dead_server_leaves_behind_is_ended(vllm: FakeVllm, tmp_path: Path) -> None:
     with server(vllm, tmp_path, stop_seconds=0.5) as own:
-        own.start()
+        start(own)
         leader, child = vllm.starts()[0]["pids"]
         os.kill(leader, signal.SIGKILL)
         vllm.wait_for_end()
@@ -290,7 +294,7 @@ def test_what_a_dead_server_leaves_behind_is_ended(vllm: FakeVllm, tmp_path: Pat
 
 
 PARENT = """
-import sys, time
+import asyncio, sys, time
 from pathlib import Path
 from autointerp.llm.local.model import VllmModel
 from autointerp.llm.local.server import VllmServer
@@ -300,7 +304,7 @@ python, log, where = sys.argv[1:]
 server = VllmServer(VllmModel("m", "n"), Path(python), Path(log), stop_seconds=0.5)
 
 def work():
-    server.start()
+    asyncio.run(server.ready())
 
 with server:
     if where == "thread":  # which is gone when the server has started
@@ -365,7 +369,7 @@ def test_it_outlives_the_thread_that_started_it(vllm: FakeVllm, tmp_path: Path) 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells a server that its keeper was killed")
 def test_a_keeper_that_is_killed_takes_it_along(vllm: FakeVllm, tmp_path: Path) -> None:
     with server(vllm, tmp_path) as own:
-        own.start()
+        start(own)
         assert own._process is not None
         leader = vllm.starts()[0]["pids"][0]
         own._process.kill()
@@ -395,7 +399,7 @@ def test_an_interrupted_wait_stops_it(vllm: FakeVllm, tmp_path: Path) -> None:
 
 def test_the_address_is_this_machine_alone(vllm: FakeVllm, tmp_path: Path) -> None:
     with server(vllm, tmp_path) as own:
-        port = int(own.start().rsplit(":", 1)[1])
+        port = int(start(own).rsplit(":", 1)[1])
         for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
             local, state = line.split()[1], line.split()[3]
             address, number = local.split(":")

@@ -20,8 +20,7 @@ from tiny_study import harvested_study
 
 from autointerp.contexts.sampler import Context, Kind, TestSet
 from autointerp.contexts.selection import Choice
-from autointerp.explaining.explain import explain_runs
-from autointerp.explaining.outcome import Outcome
+from autointerp.explaining.explain import Outcome, explain_runs
 from autointerp.journal.journal import Journal
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.adaptive import (

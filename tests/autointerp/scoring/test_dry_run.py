@@ -237,7 +237,7 @@ def test_the_cache_counts_leading_blocks_of_earlier_prompts(prompts: list[list[i
 
 def test_characters_are_cut_by_the_measured_size() -> None:
     count = count_by_characters(5.0)
-    tokens = asyncio.run(count([{"role": "user", "content": "x" * 100}]))
+    tokens = asyncio.run(count.of_messages([{"role": "user", "content": "x" * 100}]))
     assert len(tokens) == 20
     assert not count.exact
 
@@ -292,7 +292,7 @@ def counted(server: FakeServer, messages: Messages) -> tuple[Tokenize, int]:
     async def go() -> tuple[Tokenize, int]:
         async with LlmClient(server.url, "fake-model") as client:
             tokenize = await find_tokenizer(client, LlmOptions(url=server.url))
-            return tokenize, len(await tokenize(messages))
+            return tokenize, len(await tokenize.of_messages(messages))
 
     return asyncio.run(go())
 
@@ -371,7 +371,7 @@ def test_a_server_that_stops_counting_is_estimated(run: Run) -> None:  # noqa: F
         want = forecast_explain([run], Choice(n=N), "llm", LlmOptions(url=plain.url), None)
     assert not found.exact
     assert found.prompt_tokens == want.prompt_tokens > 0
-    assert any("failed (HTTP Error 404" in note for note in found.notes)
+    assert any("failed (HTTP 404" in note for note in found.notes)
 
 
 def test_a_dry_run_reports_an_implausible_count(run: Run, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

@@ -19,10 +19,9 @@ from autointerp.contexts.material import Material
 from autointerp.contexts.sampler import Context
 from autointerp.contexts.sampling import Sample, load_sample
 from autointerp.contexts.selection import Choice
-from autointerp.explaining.explain import explain_runs
+from autointerp.explaining.explain import Outcome, explain_runs
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import Explanation
-from autointerp.explaining.outcome import Outcome
 from autointerp.findings.evidence import View
 from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal
@@ -117,7 +116,7 @@ def explain(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]
         async def opened(*_: object) -> AsyncIterator[FakeExplainer]:
             yield explainer
 
-        monkeypatch.setattr("autointerp.explaining.explain.open_explainer", opened)
+        monkeypatch.setattr("autointerp.explaining.explain.open_method", opened)
         return explain_runs([run], Choice(n=n, **choice), "ngram", NONE, Compute("cpu"))
 
     return go

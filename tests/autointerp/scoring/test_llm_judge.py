@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -341,17 +342,18 @@ def test_a_judgement_is_a_label_or_a_failure() -> None:
 
 
 def test_the_prompts_examples_can_be_parsed() -> None:
-    batch, single = prompts.conversation("judge_batch"), prompts.conversation("judge_single")
+    files = ("judge_batch_examples.toml", "judge_single_examples.toml")
+    batch, single = (tomllib.loads(prompts.load(file))["example"] for file in files)
     sizes, active = set(), []
-    for example in batch.examples:
-        n = len(example.values["snippets"])
+    for example in batch:
+        n = len(example["snippets"])
         sizes.add(n)
-        parsed = [label for label, _ in parse_batch(Answer(example.answer, "stop"), n)]
-        assert json.loads(example.answer) == {"labels": [int(label) for label in parsed]}
+        parsed = [label for label, _ in parse_batch(Answer(example["answer"], "stop"), n)]
+        assert json.loads(example["answer"]) == {"labels": [int(label) for label in parsed]}
         active += parsed
     assert len(sizes) > 2, "lists of several lengths, so that the length is read off the question"
     assert 0.3 < sum(active) / len(active) < 0.7
-    assert {all(json.loads(e.answer)["labels"]) for e in batch.examples} == {True, False}
-    assert any(not any(json.loads(e.answer)["labels"]) for e in batch.examples)
-    answers = [parse_single(Answer(example.answer, "stop"))[0] for example in single.examples]
+    assert {all(json.loads(e["answer"])["labels"]) for e in batch} == {True, False}
+    assert any(not any(json.loads(e["answer"])["labels"]) for e in batch)
+    answers = [parse_single(Answer(example["answer"], "stop"))[0] for example in single]
     assert sum(answers) * 2 == len(answers)

@@ -19,8 +19,7 @@ from tiny_study import harvested_study
 
 from autointerp.contexts.sampler import TestSet
 from autointerp.contexts.selection import Choice
-from autointerp.explaining.explain import explain_runs
-from autointerp.explaining.outcome import Outcome
+from autointerp.explaining.explain import Outcome, explain_runs
 from autointerp.findings.reliability import verdicts_of
 from autointerp.journal.journal import Journal, Verdict
 from autointerp.llm.options import LlmOptions

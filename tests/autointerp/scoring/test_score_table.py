@@ -13,8 +13,7 @@ from test_score_by_llm import ITEMS, N, explain, harvested, run, score  # noqa: 
 
 from autointerp.contexts.sampler import ContextSampler
 from autointerp.contexts.selection import Choice
-from autointerp.explaining.explain import explain_runs
-from autointerp.explaining.outcome import Outcome
+from autointerp.explaining.explain import Outcome, explain_runs
 from autointerp.journal.journal import Journal
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.adaptive import StoppingRule

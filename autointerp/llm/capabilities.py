@@ -1,0 +1,100 @@
+"""What servers can do, read off every answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autointerp.llm.exchange import Answer, AnswerFailed, Request
+
+_LEAST_TOKENS = 1 / 8  # tokens of a character before anything was counted: no tokenizer makes fewer of ordinary text
+
+
+@dataclass
+class Capabilities:
+    """What all servers of a model can do, read off every answer; ``None`` is not known yet.
+
+    A missing capability is done without (lists are parsed out of plain text, labels stand in for probabilities),
+    reported in a command's closing lines and stored with the scores.
+    """
+
+    json_schema: bool | None = None  # answers are held to a JSON schema
+    logprobs: int | None = None  # alternatives that come back for a token; 0 where there are no log-probabilities
+    cached_tokens: bool | None = None  # the server reports how many tokens of a prompt it had cached
+    label_first: bool | None = None  # a label that is asked for is the first token, without thinking before it
+    context_length: int | None = None  # tokens of prompt and answer together
+    tokens_per_character: float | None = field(default=None, repr=False)  # at least, as far as it was counted
+
+    def take_over(self, known: Mapping[str, Any]) -> None:
+        """Fill in unknown fields from an earlier :meth:`as_dict`."""
+        for name in ("json_schema", "logprobs", "cached_tokens", "label_first"):
+            if getattr(self, name) is None:
+                setattr(self, name, known.get(name))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is stored and reported."""
+        return {name: value for name, value in vars(self).items() if name != "tokens_per_character"}
+
+    def list_missing(self) -> list[str]:
+        """Return the missing capabilities, each with its substitute: a sentence each."""
+        missing = []
+        if self.json_schema is False:
+            missing.append("the server does not hold answers to a JSON schema: they are read as plain text")
+        if self.logprobs == 0:
+            missing.append("the server gives no log-probabilities: labels stand in for P(active)")
+        if self.cached_tokens is False:
+            missing.append("the server does not report how many prompt tokens it had cached: they count as not cached")
+        return missing
+
+    def note_refusal(self, parameter: str) -> None:
+        if parameter == "response_format":
+            self.json_schema = False
+        if parameter == "logprobs":
+            self.logprobs = 0
+
+    def learn(self, request: Request, answer: Answer) -> None:
+        """Read off an answer which parts of the request the server honoured."""
+        self.cached_tokens = answer.counts_cached and self.cached_tokens is not False
+        if request.logprobs:
+            n = 0 if answer.top_logprobs is None else max(map(len, answer.top_logprobs), default=0)
+            self.logprobs = n if self.logprobs is None else min(self.logprobs, n)
+        if request.json_schema is not None and answer.finish_reason == "stop":
+            self.json_schema = _fits(answer.text, request.json_schema) and self.json_schema is not False
+
+        characters, n_tokens = request.characters, answer.usage.prompt_tokens
+        if characters >= 1000 and n_tokens > 0:  # 0: not reported, or implausible
+            # Somewhat less than the minimum so far: the next text may be of another kind.
+            self.tokens_per_character = min(self.tokens_per_character or math.inf, 0.8 * n_tokens / characters)
+
+    def check_length(self, request: Request) -> None:
+        """Find a prompt that cannot fit the context before it is sent, by a lower bound on its tokens.
+
+        :raises AnswerFailed: it is too long.
+        """
+        least = int(request.characters * (self.tokens_per_character or _LEAST_TOKENS))
+        if self.context_length is not None and least >= self.context_length:
+            raise AnswerFailed(
+                f"the prompt is too long for the model: about {least} tokens at least, and its context holds "
+                f"{self.context_length}; not sent",
+                final=True,
+            )
+
+    def learn_length(self, entry: Mapping[str, Any]) -> None:
+        """Read the context length off a list of models: ``max_model_len`` of vLLM, or another server's name for it."""
+        for name in ("max_model_len", "context_length", "context_window"):
+            length = entry.get(name)
+            if isinstance(length, int) and length > 0:
+                self.context_length = length if self.context_length is None else min(self.context_length, length)
+                return
+
+
+def _fits(text: str, schema: Mapping[str, Any]) -> bool:
+    """Return whether ``text`` is an object with the schema's fields, which shows a server that honours schemas."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and set(schema.get("required", ())) <= set(value)
