@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from autointerp.llm.exchange import Answer, AnswerFailed, Request
+from autointerp.llm.exchange import Answer, AnswerFailed, Request, one_line
+from sae.common.progress import say
 
 _LEAST_TOKENS = 1 / 8  # tokens of a character before anything was counted: no tokenizer makes fewer of ordinary text
+_MOST_NAMES = 3  # of models in :attr:`Capabilities.other_models`
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Capabilities:
     label_first: bool | None = None  # a label that is asked for is the first token, without thinking before it
     context_length: int | None = None  # tokens of prompt and answer together
     tokens_per_character: float | None = field(default=None, repr=False)  # at least, as far as it was counted
+    other_models: list[str] = field(default_factory=list, repr=False)  # that answered in place of the one asked
 
     def take_over(self, known: Mapping[str, Any]) -> None:
         """Fill in unknown fields from an earlier :meth:`as_dict`."""
@@ -36,7 +39,7 @@ class Capabilities:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is stored and reported."""
-        return {name: value for name, value in vars(self).items() if name != "tokens_per_character"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
 
     def list_missing(self) -> list[str]:
         """Return the missing capabilities, each with its substitute: a sentence each."""
@@ -47,6 +50,8 @@ class Capabilities:
             missing.append("the server gives no log-probabilities: labels stand in for P(active)")
         if self.cached_tokens is False:
             missing.append("the server does not report how many prompt tokens it had cached: they count as not cached")
+        if self.other_models:
+            missing.append(f"answers came under another model name: {', '.join(map(repr, self.other_models))}")
         return missing
 
     def note_refusal(self, parameter: str) -> None:
@@ -82,11 +87,18 @@ class Capabilities:
                 final=True,
             )
 
+    def learn_model(self, asked: str, answered: Any) -> None:
+        """Note a model that answered in place of the one ``asked``: a dated version, or quite another one."""
+        name = one_line(answered) if isinstance(answered, str) else ""
+        if name not in ("", asked, *self.other_models) and len(self.other_models) < _MOST_NAMES:
+            self.other_models.append(name)
+            say(f"asked for model {asked!r}, the server answers as {name!r}")
+
     def learn_length(self, entry: Mapping[str, Any]) -> None:
         """Read the context length off a list of models: ``max_model_len`` of vLLM, or another server's name for it."""
         for name in ("max_model_len", "context_length", "context_window"):
             length = entry.get(name)
-            if isinstance(length, int) and length > 0:
+            if type(length) is int and length > 0:
                 self.context_length = length if self.context_length is None else min(self.context_length, length)
                 return
 

@@ -80,7 +80,9 @@ class LlmClient:
             raise BadInput("concurrency and the number of tries must be at least 1")
         urls = [_LOCAL] if start is not None else [base_url] if isinstance(base_url, str) else base_url
         key = read_key(key_file) if start is None else None
-        self._servers = Servers(urls, key=key, connections=concurrency + 1, **sending)
+        if key is not None and any(key.redact(word) != word for word in [*urls, model or ""]):
+            raise BadInput(f"the address or name of the model holds {key}; give it without: the key is read from there")
+        self._servers = Servers(urls, key=key, **sending)
         self.capabilities = self._servers.capabilities
         self._pace = Pace(requests_per_second, tokens_per_minute)
         self._start = start

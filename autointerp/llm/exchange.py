@@ -150,9 +150,7 @@ def explain_cut(answer: Answer, sent: Request) -> AnswerFailed:
     return AnswerFailed(reason, cut=True)
 
 
-_THINKING = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
-_THINKING_END = re.compile(r"</(?:think|thinking|reasoning)>", re.IGNORECASE)
-_THINKING_START = re.compile(r"<(?:think|thinking|reasoning)>", re.IGNORECASE)
+_THINKING = re.compile(r"<(/?)(?:think|thinking|reasoning)>", re.IGNORECASE)
 
 
 def without_thinking(text: str) -> str:
@@ -160,11 +158,17 @@ def without_thinking(text: str) -> str:
 
     :raises AnswerFailed: the thinking never ends, so there is no answer.
     """
-    text = _THINKING.sub("", text)
-    text = _THINKING_END.split(text)[-1]
-    if _THINKING_START.search(text):
+    spoken: list[str] = []
+    start, thinks = 0, False
+    for tag in _THINKING.finditer(text):  # once through the text, whatever it is
+        if not tag[1] and not thinks:
+            spoken.append(text[start : tag.start()])
+        elif tag[1] and not thinks:
+            spoken.clear()
+        start, thinks = tag.end(), not tag[1]
+    if thinks:
         raise AnswerFailed("the model was still thinking when its answer ended", cut=True)
-    return text.strip()
+    return "".join([*spoken, text[start:]]).strip()
 
 
 _KEY_LIKE = re.compile(r"\b(?:(?:sk|pk|hf|gsk|xai)[-_]|AIza)[\w*.\-]{6,}", re.IGNORECASE)
@@ -172,6 +176,9 @@ _KEY_LIKE = re.compile(r"\b(?:(?:sk|pk|hf|gsk|xai)[-_]|AIza)[\w*.\-]{6,}", re.IG
 
 def one_line(text: object, limit: int = 200) -> str:
     """Return a server's text for an error message: one bounded line without anything that looks like a key."""
-    line = _KEY_LIKE.sub("[key]", " ".join(str(text).split()))
+    try:
+        line = _KEY_LIKE.sub("[key]", " ".join(str(text).split()))
+    except RecursionError:
+        return "nested too deeply"
     line = "".join(c for c in line if c.isprintable())
     return line if len(line) <= limit else line[: limit - 1] + "…"

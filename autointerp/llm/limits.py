@@ -106,9 +106,10 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        for words, given in (("requests per second", requests_per_second), ("tokens per minute", tokens_per_minute)):
-            if given is not None and not given > 0:
-                raise BadInput(f"{words} = {given}: must be above 0; leave it out for no limit")
+        limits = {"requests per second": (requests_per_second, 0.001), "tokens per minute": (tokens_per_minute, 1)}
+        for words, (given, least) in limits.items():
+            if given is not None and not least <= given <= 1e12:
+                raise BadInput(f"{words} = {given:g}: must be from {least} to 1e12; leave it out for no limit")
         self._throttle = None
         if requests_per_second is not None:
             # At high rates a few leave together every twentieth of a second: the throttler reads the clock seldom.

@@ -24,12 +24,12 @@ import tenacity
 from autointerp.llm.capabilities import Capabilities
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, Transient
 from autointerp.llm.replies import NoSuchModel, Refused, explain_fault, find_fault, read_answer
-from autointerp.llm.transport import Connections, Key, is_loopback, list_candidates
+from autointerp.llm.transport import Connections, Key, is_local, list_candidates
 from sae.common.errors import BadInput, Unavailable, suggest
 from sae.common.progress import say
 
 T = TypeVar("T")
-ModelList = list[Mapping[str, Any]]  # the entries of a server's list of models; each has an ``id``
+ModelList = dict[str, Mapping[str, Any]]  # the entries of a server's list of models by id
 
 OVERFLOW = 2.0
 TOLERATED = 3
@@ -37,6 +37,7 @@ REST = 10.0
 LONGEST_REST = 300.0
 _MEMORY = 0.1  # weight of the latest answer in the mean time of an answer
 _LIST_SECONDS = 30.0
+_LONGEST_NAME = 500  # characters of a model's name
 _REFUSALS = 3  # this many refused requests before the first answer mean that the settings are wrong, not the questions
 
 
@@ -74,7 +75,6 @@ class Servers:
     """The servers of one client.
 
     :param key: sent to all of them.
-    :param connections: to each of them, at most.
     :param timeout: seconds for one answer, including the time in the server's queue.
     :param tries: how often one request is sent.
     :param backoff: scale of the first pause between tries, in seconds; pauses double and are randomised.
@@ -88,7 +88,6 @@ class Servers:
         clock: Callable[[], float] = time.monotonic,
         *,
         key: Key | None = None,
-        connections: int = 10,
         timeout: float = 300.0,
         tries: int = 6,
         backoff: float = 0.5,
@@ -103,7 +102,7 @@ class Servers:
         if twice is not None:
             raise BadInput(f"LLM URL {twice!r} is given twice; give every server once")
         self._clock = clock
-        self._key, self._timeout, self._n_connections = key, timeout, connections
+        self._key, self._timeout = key, timeout
         self._connections: Connections | None = None
         self._tries, self._backoff, self._patience = tries, backoff, patience
         self.capabilities = Capabilities()
@@ -118,13 +117,13 @@ class Servers:
     @property
     def are_local(self) -> bool:
         """Whether all of them run on this machine."""
-        return all(is_loopback(server.url) for server in self.all)
+        return all(is_local(server.url) for server in self.all)
 
     @property
     def connections(self) -> Connections:
         """Those of the running event loop; a second ``asyncio.run`` opens new ones."""
         if self._connections is None or self._connections.loop is not asyncio.get_running_loop():
-            self._connections = Connections(self._key, self._timeout, self._n_connections)
+            self._connections = Connections(self._key, self._timeout)
         return self._connections
 
     async def close(self) -> None:
@@ -272,6 +271,7 @@ class Servers:
                 self._has_answered = True
                 answer = read_answer(reply.body, time.monotonic() - started, request.characters)
                 self.capabilities.learn(request, answer)
+                self.capabilities.learn_model(model, reply.body.get("model"))
                 return answer
             meaning = explain_fault(fault, parameters, server.url, self._key is not None)
             if isinstance(meaning, NoSuchModel):
@@ -290,7 +290,7 @@ class Servers:
                     say(f"{server.url} does not take {meaning.parameter!r}: continuing without it")
 
     async def _explain_unknown(self, server: Server, model: str, status: int) -> BadInput:
-        served = [str(entry["id"]) for entry in await self._list_models(server.url) or ()]
+        served = list(await self._list_models(server.url) or ())
         where = f"{server.url} knows no model {model!r} (HTTP {status})"
         if served and model not in served:
             return BadInput(f"{where}; it serves {suggest(model, served)}: name one with --llm-model")
@@ -318,13 +318,11 @@ class Servers:
             raise absent
         chosen = self._choose_model(model, lists)
         for entries in lists.values():
-            for entry in entries or ():
-                if entry["id"] == chosen:
-                    self.capabilities.learn_length(entry)
+            self.capabilities.learn_length((entries or {}).get(chosen, {}))
         return chosen
 
     def _choose_model(self, model: str | None, lists: Mapping[str, ModelList | None]) -> str:
-        names = {url: [str(entry["id"]) for entry in entries] for url, entries in lists.items() if entries is not None}
+        names = {url: list(entries) for url, entries in lists.items() if entries is not None}
         served = "; ".join(f"{url} serves {suggest('', of, 3) if of else 'none'}" for url, of in names.items())
         if model is not None:
             # A single server may know the model by a name that it does not list.
@@ -372,7 +370,11 @@ class Servers:
             listed = await self.retry(once, waits=False)
         except AnswerFailed as error:
             raise NoServer(url, error.reason) from None
-        try:
-            return [entry for entry in listed["data"] if str(entry["id"])]
-        except (TypeError, KeyError):
+        entries = listed.get("data") if isinstance(listed, Mapping) else None
+        if not isinstance(entries, list):
             return None  # a web page, or some other API
+        return {entry["id"]: entry for entry in entries if isinstance(entry, Mapping) and _is_name(entry.get("id"))}
+
+
+def _is_name(given: Any) -> bool:
+    return isinstance(given, str) and 0 < len(given.strip()) <= _LONGEST_NAME and given.isprintable()

@@ -1,16 +1,21 @@
 """Send bytes to a server and read its reply: addresses, keys and connections. :mod:`autointerp.llm.replies` reads on.
 
 A key comes from the environment or from a file and goes into request headers only. Without an address there is no
-client, so a key alone never spends money. Some servers echo the key: it is removed from every reply.
+client, so a key alone never spends money. Everything that a server sends passes :class:`Connections`, which removes an
+echo of the key, bounds the size after unpacking, follows no redirect, and quotes no bytes that are not HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import functools
 import json
 import os
-from collections.abc import AsyncIterator, Mapping
+import re
+import socket
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +32,9 @@ from sae.common.errors import BadInput, NotFound
 from sae.common.files import check_regular
 
 LARGEST_REPLY = 8 * 2**20  # Bytes of a reply at most. The longest real ones, with log-probabilities, have 2 MiB.
-_LARGEST_COMPRESSED = LARGEST_REPLY // 64
 _LARGEST_ERROR = 2**16  # bytes read of an error page: it is shown as one line
+_LONGEST_KEY = 8000  # characters
+_UNUSABLE = "{} cannot be asked; correct that address, or the proxy in the environment"
 
 
 # --- addresses and keys -----------------------------------------------------------------------------------------------
@@ -44,9 +50,16 @@ class Key:
     def __str__(self) -> str:
         return f"the key from {self.origin}"
 
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        between = r"(?:[^!-~]|\\(?:[bfnrt]|u[0-9a-f]{4})?)*"  # invisible characters and escapes
+        characters = (f"(?:%{ord(c):02x}|{re.escape(c)})" for c in self.value)
+        return re.compile(between.join(characters), re.IGNORECASE)
+
     def redact(self, text: str) -> str:
-        """Replace the key in ``text``. Placeholder keys (``EMPTY``) are ordinary words and stay."""
-        return text.replace(self.value, "[key]") if len(self.value) >= 12 else text
+        """Replace the key in ``text``, in any spelling. Placeholder keys (``EMPTY``) are ordinary words and stay."""
+        is_word = len(self.value) < 12 and not any(c.isdigit() for c in self.value)
+        return text if is_word or len(self.value) < 6 else self._pattern.sub("[key]", text)
 
 
 def read_key(file: Path | None = None, environment: Mapping[str, str] | None = None) -> Key | None:
@@ -58,9 +71,13 @@ def read_key(file: Path | None = None, environment: Mapping[str, str] | None = N
     if file is not None:
         check_regular(file, "key file")
         try:
-            key = Key(file.read_text(errors="replace").strip(), f"file {str(file)!r}")
-        except OSError as error:
-            raise NotFound(f"key file {str(file)!r} cannot be read: {error.strerror}; check its path") from None
+            with file.open("rb") as opened:
+                text = opened.read(_LONGEST_KEY + 1).decode("utf-8-sig", errors="replace")
+        except (OSError, ValueError) as error:
+            # The path is not quoted: it may be the key itself, given by mistake.
+            reason = error.strerror if isinstance(error, OSError) else "it is no path"
+            raise NotFound(f"the file of --api-key-file cannot be read ({reason}); give the path of a file") from None
+        key = Key(text.strip(), f"file {str(file)!r}")
     else:
         values = os.environ if environment is None else environment
         name = next((name for name in KEY_VARIABLES if values.get(name, "").strip()), None)
@@ -68,7 +85,7 @@ def read_key(file: Path | None = None, environment: Mapping[str, str] | None = N
             return None
         key = Key(values[name].strip(), f"the environment variable {name}")
     # Checked here because an HTTP library that cannot encode a header quotes it in its error.
-    if not key.value or not all("!" <= c <= "~" for c in key.value):
+    if not 0 < len(key.value) <= _LONGEST_KEY or not all("!" <= c <= "~" for c in key.value):
         raise BadInput(f"{key}: not a key (one line of printable ASCII without blanks is expected)")
     return key
 
@@ -83,19 +100,19 @@ def list_candidates(url: str) -> list[str]:
 
     :raises BadInput: not an http address, or one with a password or a query.
     """
-    given = url.strip()
-    parts = urlsplit(given if "://" in given else f"http://{given}")
-    try:
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # the port is not a number
-        usable = False
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    given = url.strip() if "://" in url else f"http://{url.strip()}"
+    if set("@?#;") & set(given):
         raise BadInput(
             "the LLM URL has a user name, password or query in it; give the address alone, and a key through "
             f"the environment ({KEY_VARIABLES[0]}) or a file"
         )
-    if not usable or any(c.isspace() for c in given):
-        raise BadInput(f"LLM URL {given!r} is not an http address; give one like http://localhost:8000/v1")
+    try:
+        parts = urlsplit(given)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # the host or the port is none
+        usable = False
+    if not usable or not given.isprintable() or set(" \\") & set(given):
+        raise BadInput(f"LLM URL {one_line(url)!r} is not an http address; give one like http://localhost:8000/v1")
     path = parts.path.rstrip("/")
     for tail in ("/chat/completions", "/models"):
         path = path.removesuffix(tail)
@@ -107,13 +124,18 @@ def list_candidates(url: str) -> list[str]:
     return [base, f"{base}/v1"] if path else [f"{base}/v1", base]
 
 
-def is_loopback(url: str) -> bool:
-    """Return whether ``url`` is this machine: such requests must not use a proxy of the environment."""
-    host = urlsplit(url).hostname or ""
+@functools.lru_cache(maxsize=32)
+def is_local(url: str) -> bool:
+    """Return whether the host of ``url``, however it is written, is this machine."""
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        found = socket.getaddrinfo((urlsplit(url).hostname or "").rstrip("."), 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    for family, kind, protocol, _, address in found:
+        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)  # the system binds its own addresses only
+            return True
+    return False
 
 
 # --- connections ------------------------------------------------------------------------------------------------------
@@ -123,50 +145,36 @@ class Reply(NamedTuple):
     """A reply of any status."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: Mapping[str, str]  # with names in lower case
     body: Any  # its JSON value; its text if it is not JSON
 
 
 class Connections:
-    """The SDK's clients of one client of ours, in the running event loop, without the SDK's retries.
+    """The connections of one client, in the running event loop, with ``timeout`` seconds for a reply.
 
-    Requests and replies are bytes, because the SDK's typed methods take more time than everything else together.
+    The ``openai`` client sends, through aiohttp, which halves the processor time of a request. It sends and returns
+    bytes, because its typed methods take more time than everything else together.
     """
 
-    def __init__(self, key: Key | None, timeout: float, limit: int) -> None:
+    def __init__(self, key: Key | None, timeout: float) -> None:
         self.loop = asyncio.get_running_loop()
-        self._key, self._timeout, self._limit = key, timeout, limit
+        self._key, self._timeout = key, timeout
         self._apis: dict[bool, openai.AsyncOpenAI] = {}
-
-    def _get_api(self, url: str) -> openai.AsyncOpenAI:
-        """Return the client for this machine, without a proxy, or that for any other."""
-        is_here = is_loopback(url)
-        if is_here not in self._apis:
-            limits = httpx2.Limits(max_connections=self._limit, max_keepalive_connections=self._limit)
-            self._apis[is_here] = openai.AsyncOpenAI(
-                api_key="none" if self._key is None else self._key.value,  # the SDK insists on one
-                base_url=url,
-                max_retries=0,
-                timeout=openai.Timeout(self._timeout, connect=10.0),
-                default_headers={"Accept-Encoding": "identity", "Content-Type": "application/json"},
-                http_client=openai.DefaultAioHttpClient(
-                    trust_env=not is_here, event_hooks={"response": [_bound]}, limits=limits
-                ),
-            )
-        return self._apis[is_here]
 
     async def close(self) -> None:
         for api in self._apis.values():
             await api.close()
 
     async def send(self, url: str, content: bytes | None = None, most_seconds: float = float("inf")) -> Reply:
-        """Post ``content`` to ``url``, or get ``url``, and return the reply, whatever its status.
+        """Post ``content`` to ``url``, or get ``url``, and return the reply, whatever its status. Follow no redirect.
 
         :raises Transient: no connection, no complete reply in time, or none that is HTTP.
         :raises AnswerFailed: the reply is too large.
+        :raises BadInput: ``url`` cannot be asked.
         """
-        api, seconds = self._get_api(url), min(self._timeout, most_seconds)
+        seconds = min(self._timeout, most_seconds)
         try:
+            api = self._get_api(url)
             async with asyncio.timeout(seconds):
                 if content is None:
                     reply = await api.get(url, cast_to=httpx2.Response)
@@ -177,61 +185,76 @@ class Connections:
         except TimeoutError:
             # A server that does not even list its models in time is as good as none.
             raise Transient(f"no answer within {seconds:g} s", is_unreachable=content is None) from None
-        except (openai.APIError, aiohttp.ClientError) as error:
-            raise _explain_break(error) from None
-        return Reply(reply.status_code, reply.headers, self._parse(reply.content))
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ and error.__cause__.__cause__  # aiohttp's, under that of its bridge to httpx
+            if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+                raise Transient(f"the connection failed: {one_line(cause, 120)}", is_unreachable=True) from None
+            if not isinstance(error.__cause__, httpx2.UnsupportedProtocol):
+                raise Transient("the connection broke off") from None
+            raise BadInput(_UNUSABLE.format(url)) from None
+        except (httpx2.InvalidURL, ValueError):  # aiohttp's is one, and that of a name without an IDNA form
+            raise BadInput(_UNUSABLE.format(url)) from None
+        except (aiohttp.ClientError, httpx2.HTTPError, zlib.error):
+            raise Transient("the server's reply cannot be read: it is not HTTP, or not compressed as it says") from None
+        headers = {name.lower(): self._redact(value) for name, value in reply.headers.items()}
+        return Reply(reply.status_code, headers, self._parse(reply.content))
+
+    def _get_api(self, url: str) -> openai.AsyncOpenAI:
+        """Return the client for this machine, without a proxy, or that for any other."""
+        is_here = is_local(url)
+        if is_here not in self._apis:
+            self._apis[is_here] = openai.AsyncOpenAI(
+                api_key="none" if self._key is None else self._key.value,  # the SDK insists on one
+                base_url=url,
+                max_retries=0,
+                timeout=openai.Timeout(self._timeout, connect=10.0),
+                default_headers={"Accept-Encoding": "identity", "Content-Type": "application/json"},
+                http_client=openai.DefaultAioHttpClient(
+                    trust_env=not is_here,
+                    follow_redirects=False,
+                    event_hooks={"response": [_read]},
+                    limits=httpx2.Limits(max_connections=0),  # none: the requests in flight are limited
+                ),
+            )
+        return self._apis[is_here]
+
+    def _redact(self, text: str) -> str:
+        return text if self._key is None else self._key.redact(text)
 
     def _parse(self, raw: bytes) -> Any:
-        """Return the JSON value of ``raw``, or its text, without the key."""
-        redact = str if self._key is None else self._key.redact
-        text = redact(raw.decode(errors="replace"))
+        """Return the JSON value of ``raw``, or its text, without the key and without halves of surrogate pairs."""
+        text = self._redact(raw.decode("utf-8-sig", errors="replace"))
         try:
             value = json.loads(text)
-            if self._key is not None and "\\" in text:  # an echo of the key may have been written in escapes
-                value = json.loads(redact(json.dumps(value)))
+            if "\\" in text:  # escapes may spell either
+                plain = json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
+                value = json.loads(self._redact(plain))
         except (ValueError, RecursionError):
             return text
         return value
 
 
-def _explain_break(error: BaseException) -> Transient:
-    """Return the meaning of a failed connection. The SDK's error has the transport's as its cause, that aiohttp's."""
-    while not isinstance(error, aiohttp.ClientError) and error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-        return Transient(f"the connection failed: {one_line(error, 120)}", is_unreachable=True)
-    if isinstance(error, TimeoutError):
-        return Transient("the server did not answer in time")
-    if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError):
-        return Transient("the connection broke off")
-    return Transient(f"the server's reply cannot be read: {one_line(error, 120)}")
+async def _read(reply: httpx2.Response) -> None:
+    """Read the body of a reply, up to a limit after unpacking: all of an answer, or the beginning of an error page.
 
-
-class _Bounded(httpx2.AsyncByteStream):
-    """A reply's bytes, up to a limit."""
-
-    def __init__(self, stream: httpx2.AsyncByteStream, limit: int, cut: bool) -> None:
-        self._stream, self._limit, self._cut = stream, limit, cut
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        taken = 0
-        async for chunk in self._stream:
-            taken += len(chunk)
-            if taken > self._limit:
-                if self._cut:
-                    return
-                size = f"{self._limit / 2**20:.3g} MiB"
-                raise AnswerFailed(f"the server's reply is larger than {size}", Usage(requests=1))
-            yield chunk
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-
-async def _bound(response: httpx2.Response) -> None:
-    """Limit a reply's size: an httpx hook that runs after the headers and before the body."""
-    compressed = response.headers.get("content-encoding", "identity") != "identity"
-    limit = _LARGEST_COMPRESSED if compressed else LARGEST_REPLY
-    failed = response.status_code >= 400
-    assert isinstance(response.stream, httpx2.AsyncByteStream)
-    response.stream = _Bounded(response.stream, _LARGEST_ERROR if failed else limit, cut=failed and not compressed)
+    A hook of httpx, which would unpack without a limit and decode by a charset of the server's choice.
+    """
+    limit, failed = (LARGEST_REPLY, False) if reply.status_code < 400 else (_LARGEST_ERROR, True)
+    too_large = AnswerFailed(f"the server's reply is larger than {limit / 2**20:.3g} MiB", Usage(requests=1))
+    content, stream = bytearray(), reply.stream
+    assert isinstance(stream, httpx2.AsyncByteStream)
+    async for piece in stream:
+        content += piece
+        if len(content) > limit:
+            if failed:
+                break
+            raise too_large
+    await stream.aclose()
+    if reply.headers.get("content-encoding", "").lower() not in ("", "identity"):
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        content[:] = unpacker.decompress(content, limit)
+        if not failed and (unpacker.unconsumed_tail or unpacker.unused_data):
+            raise too_large
+    for name in ("content-encoding", "content-length", "content-type"):
+        reply.headers.pop(name, None)
+    reply.stream = httpx2.ByteStream(bytes(content))

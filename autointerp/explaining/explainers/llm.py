@@ -28,7 +28,10 @@ THRESHOLD = 0.3  # tokens above this share of a context's peak activation are ma
 MAX_TOKENS = 1000  # of the answer, thinking included; doubled for answers that were cut off
 
 _FORMAT = 1  # part of the settings hash: raise it when the same contexts would be written out differently
-_LINE = re.compile(r"^[\s*_#>`]*\[?\s*explanation\s*\]?[\s*_`]*:[\s*_`]*", re.IGNORECASE | re.MULTILINE)
+# Repetitions are bounded, so that no answer takes long to search.
+_LINE = re.compile(
+    r"^[ \t*_#>`]{0,20}\[?\s{0,5}explanation\s{0,5}\]?[\s*_`]{0,20}:[\s*_`]*", re.IGNORECASE | re.MULTILINE
+)
 _LEFT_MARK = re.compile(r"""["'“”]?(?:<<(\S(?:[^<>\n]*\S)?)>>|[⟦⦃](\S(?:[^⟦⟧⦃⦄\n]*\S)?)[⟧⦄])["'“”]?""")
 
 

@@ -116,6 +116,8 @@ class FakeServer:
             self.answer = lambda _: answer
         self.models, self.prefix, self.key, self.rejects = models, prefix, key, tuple(rejects)
         self.script: deque[Reply] = deque()
+        self.raw_models: bytes | None = None
+        """Sent as it is to who asks for the models."""
         self.requests: list[Seen] = []
         self.probes: list[Seen] = []
         """Questions about the server itself, which are no part of any work: kept apart, and served no faults."""
@@ -144,6 +146,8 @@ class FakeServer:
 
     def models_reply(self, headers: dict[str, str], path: str) -> Reply:
         self.gets += 1
+        if self.raw_models is not None:
+            return Reply(raw=self.raw_models)
         if path != f"{self.prefix}/models" or self.models is None:
             return error(404, "no such path")
         if not self._key_fits(headers):

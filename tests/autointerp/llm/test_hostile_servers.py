@@ -77,11 +77,7 @@ UNUSABLE: dict[str, tuple[Reply, str]] = {
     "a message of another kind": (Reply(body={"choices": [{"message": "1"}]}), "cannot be read|empty"),
     "log-probabilities of another kind": (
         Reply(body={"choices": [{"message": {"content": "1"}, "logprobs": {"content": [{"token": "1"}]}}]}),
-        "cannot be read",
-    ),
-    "log-probabilities that are no numbers": (
-        Reply("1", logprobs=[{"token": "1", "logprob": float("nan"), "top_logprobs": []}]),
-        "cannot be read",
+        "cannot be right: 0.logprob: Field required",
     ),
     "refused": (Reply(content=None, message={"refusal": "I cannot"}), "refused: I cannot"),
     "filtered": (Reply(finish_reason="content_filter"), "content filter"),

@@ -7,10 +7,12 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from fake_server import FakeServer, Reply, error, token
 from autointerp.llm.client import LlmClient, ResponseCache, open_client
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, one_line
 from autointerp.llm.options import LlmOptions
-from autointerp.llm.transport import is_loopback, list_candidates, read_key
+from autointerp.llm.transport import is_local, list_candidates, read_key
 from sae.common.errors import BadInput, NotFound, Unavailable, UserError
 
 SECRET = "sk-secret-0123456789abcdef"
@@ -79,16 +81,34 @@ def test_addresses_that_cannot_be_one() -> None:
         assert SECRET not in line_of(caught)
 
 
-def test_loopback_addresses_are_known() -> None:
-    assert all(is_loopback(u) for u in ("http://127.0.0.1:8000/v1", "http://localhost", "http://[::1]:80/v1"))
-    assert not any(is_loopback(u) for u in ("http://10.0.0.1/v1", "https://api.openai.com/v1"))
+LOOPBACK = ("127.0.0.1:8000", "localhost", "LOCALHOST.", "0.0.0.0", "127.1", "2130706433", "0x7f.1", "0", "127.0.0.2.")
 
 
-def test_a_proxy_is_not_used_for_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
-    with FakeServer() as server:
-        assert complete(client(server)).text
+@pytest.mark.parametrize("host", [*LOOPBACK, "[::1]:80", "[::]", "[::ffff:127.0.0.1]", socket.gethostname()])
+def test_this_machine_is_known_however_written(host: str) -> None:
+    assert is_local(f"http://{host}/v1")
+
+
+def test_other_machines_are_known() -> None:
+    hosts = ("10.0.0.1", "api.openai.invalid", "a..b", "b" * 300)
+    assert not any(is_local(f"http://{host}/v1") for host in hosts)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost.", "0.0.0.0", "[::ffff:127.0.0.1]", "llm.invalid"])
+def test_a_proxy_is_used_for_other_machines_only(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeServer() as server, FakeServer() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.root)
+        with suppress(UserError):  # the proxy knows no such path, and some hosts are no address for aiohttp
+            complete(client(f"http://{host}:{server.root.rsplit(':')[-1]}/v1"))
+        assert (proxy.gets > 0) == (host == "llm.invalid")
+
+
+@pytest.mark.parametrize("proxy", ["ftp://x", "http://[::1", "http://x:port", f"ftp://u:{SECRET}@x"])
+def test_an_invalid_proxy_is_one_line(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(BadInput, match="cannot be asked; correct that address, or the proxy") as caught:
+        complete(client("http://llm.invalid/v1"))
+    assert SECRET not in line_of(caught)
 
 
 def test_no_server_is_one_line_at_once() -> None:
@@ -314,14 +334,15 @@ def test_the_key_is_sent_and_shown_nowhere(
     assert any("refused the API key (HTTP 401)" in text for text in shown)
 
 
-def test_the_key_does_not_follow_a_redirect_to_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOINTERP_API_KEY", SECRET)
-    with FakeServer("first") as server, FakeServer("second") as other:
-        server.script.append(Reply(status=307, headers={"location": f"{other.url}/chat/completions"}, body=""))
-        assert complete(client(server)).text == "second"
-        assert server.requests[0].headers["authorization"] == f"Bearer {SECRET}"
-        assert "authorization" not in other.requests[0].headers
-        assert SECRET not in str(other.requests)
+    with FakeServer() as server, FakeServer() as other:
+        server.script.append(Reply(status=status, headers={"location": f"{other.url}/{SECRET}"}, body=""))
+        with pytest.raises(BadInput, match=rf"redirects to {other.url}/\[key\]; if that is the right"):
+            complete(client(server))
+        assert not other.requests
+        assert not other.gets
 
 
 def test_server_messages_are_one_bounded_line_without_keys() -> None:

@@ -168,7 +168,14 @@ def test_both_limits_hold_for_a_client() -> None:
     assert 2.0 <= taken < 6.0
 
 
-@pytest.mark.parametrize("wrong", [{"tokens_per_minute": 0}, {"tokens_per_minute": -1.0}, {"requests_per_second": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {name: value}
+        for name in ("tokens_per_minute", "requests_per_second")
+        for value in (0, -1.0, float("nan"), 5e-324, 1e-300, float("-inf"), float("inf"))
+    ],
+)
 def test_limits_that_let_nothing_through_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match="must be above 0"):
+    with pytest.raises(BadInput, match="must be from"):
         LlmClient("http://127.0.0.1:9", **wrong)
