@@ -79,6 +79,10 @@ UNUSABLE: dict[str, tuple[Reply, str]] = {
         Reply(body={"choices": [{"message": {"content": "1"}, "logprobs": {"content": [{"token": "1"}]}}]}),
         "cannot be right: 0.logprob: Field required",
     ),
+    "log-probabilities that are no numbers": (
+        Reply("1", logprobs=[{"token": "1", "logprob": float("nan"), "top_logprobs": []}]),
+        "cannot be right",
+    ),
     "refused": (Reply(content=None, message={"refusal": "I cannot"}), "refused: I cannot"),
     "filtered": (Reply(finish_reason="content_filter"), "content filter"),
     "too large": (Reply(body=json.dumps({"choices": [{"message": {"content": "1" * LONG}}]})), "larger than 8 MiB"),
