@@ -13,7 +13,7 @@ import typer
 
 from autointerp.command_line import dictionaries, explaining, reading
 from autointerp.command_line.ending import INTERRUPTED, TERMINATED, end, leave, one_line_errors
-from autointerp.command_line.groups import Command
+from autointerp.command_line.options import Command
 from autointerp.command_line.values import spread_lists
 from sae.common import launch
 from sae.common.commands import program, shell_command

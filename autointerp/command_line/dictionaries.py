@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish, finish_with_runs, open_runs
-from autointerp.command_line.groups import JudgeServer, Machine, Output, Server, Text, llm_options, takes_groups
+from autointerp.command_line.options import JudgeServer, Machine, Output, Server, Text, llm_options, takes_groups
 from autointerp.command_line.values import absolute, amount, new_file
 from sae.common.errors import BadInput
 

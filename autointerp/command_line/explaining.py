@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish, open_runs
-from autointerp.command_line.groups import JudgeServer, Machine, Output, Server, Spending, llm_options, takes_groups
+from autointerp.command_line.options import JudgeServer, Machine, Output, Server, Spending, llm_options, takes_groups
 from autointerp.command_line.values import indices as latent_numbers
 from sae.common.commands import command
 from sae.common.errors import BadInput

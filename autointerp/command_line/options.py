@@ -1,130 +1,309 @@
-"""The flags of the commands, each a type with its help. ``{training.k}`` stands for that setting's default."""
+"""The flags of the commands, each a type with its help, and groups of them that a command takes as one parameter.
+
+A flag is named after its parameter, and ``{training.k}`` in a help text stands for that setting's default.
+"""
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from typer import Argument, Option
+from typer.core import TyperCommand
 
-from autointerp.command_line.values import known
+from autointerp.command_line.values import absolute, check_value, check_words, known
 from autointerp.explaining.explainers import EXPLAINERS
+from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.scorers import SCORERS
+from sae.common.commands import DEFAULT_ROOT, replace_program_name
+from sae.common.errors import BadInput
 from sae.dictionaries.architectures import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from autointerp.llm.limits import Prices
+    from sae.study.stage import Compute
 
 OtherFormat = Literal["sparsify", "saelens", "dictionary_learning", "csv", "parquet", "neuronpedia"]
 PairOrder = Literal["similarity", "score", "gap", "firing"]
 Definition = Literal["strict", "both", "decoder", "lenient"]
+_AUTO = "auto: llm if a language model is given, else ngram, the baseline."
 
-# --- several commands --------------------------------------------------------------------------------------------
+# --- flags of several commands ------------------------------------------------------------------------------------
 
-Threads = Annotated[int | None, Option("--threads", help="CPU threads for torch. Default: all cores.")]
-Saes = Annotated[list[str] | None, Option("--sae", help="A run, such as run_a. Default: the newest study's first.")]
-OneSae = Annotated[str | None, Option("--sae", help="The run. Default: the newest study's first.")]
+Threads = Annotated[int | None, Option(help="CPU threads for torch. Default: all cores.")]
+Saes = Annotated[list[str] | None, Option(help="A run, such as run_a. Default: the newest study's first.")]
+OneSae = Annotated[str | None, Option(help="The run. Default: the newest study's first.")]
 Nulls = Annotated[
     bool, Option("--nulls/--no-nulls", help="Also measure the chance level (sibling rotated, firings shifted).")
 ]
-Recipe = Annotated[
-    Path | None, Option("--recipe", help="TOML file of settings, or a bundled one: demo. Flags override it.")
-]
+Recipe = Annotated[Path | None, Option(help="TOML file of settings, or a bundled one: demo. Flags override it.")]
 Model = Annotated[
-    str | None,
-    Option("--model", help="Hugging Face name or folder. Default: {subject.model}, the model in this package."),
+    str | None, Option(help="Hugging Face name or folder. Default: {subject.model}, the model in this package.")
 ]
 Dtype = Annotated[
     str | None,
     Option(
-        "--dtype",
         help="Precision of the subject model: float32, bfloat16, float16, or auto (bfloat16 if the machine has "
-        "instructions for it, else float32). Default: {subject.dtype}.",
+        "instructions for it, else float32). Default: {subject.dtype}."
     ),
 ]
-Shared = Annotated[Definition, Option("--definition", help="Definition of a shared latent.")]
-Threshold = Annotated[float, Option("--threshold", min=0, max=1, help="Cosine above which latents are shared.")]
-Against = Annotated[list[str] | None, Option("--against", help="Runs to compare with. Default: all of the study.")]
+Shared = Annotated[Definition, Option(help="Definition of a shared latent.")]
+Threshold = Annotated[float, Option(min=0, max=1, help="Cosine above which latents are shared.")]
+Against = Annotated[list[str] | None, Option(help="Runs to compare with. Default: all of the study.")]
 Explainer = Annotated[
     str,
-    Option(
-        "--explainer",
-        callback=known(EXPLAINERS, "auto"),
-        help=f"{EXPLAINERS.join_names('auto')}. auto: llm if a language model is given, else ngram, the baseline.",
-    ),
+    Option(callback=known(EXPLAINERS, "auto"), help=f"{EXPLAINERS.join_names('auto')}. {_AUTO}"),
 ]
 ShownExplainer = Annotated[
     str | None,
-    Option(
-        "--explainer",
-        metavar="NAME",
-        help="Show the newest scores of this explainer: llm, ngram, … Default: any other before ngram.",
-    ),
+    Option(metavar="NAME", help="Explainer whose newest scores are shown: llm, ngram, … Default: others before ngram."),
 ]
+
+
+# --- groups
+
+
+def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameters of ``command`` that are groups by the options that are their fields.
+
+    Typer reads flags from the signature, so the new one lists every field. Examples in the help start the program
+    as the user started it.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {}
+    spread: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            types = get_type_hints(hints[name], include_extras=True)
+            spread += [
+                inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name])
+                for f in fields(hints[name])
+            ]
+        else:
+            spread.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    @wraps(command)
+    def with_groups(**given: Any) -> None:
+        made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        command(**given, **made)
+
+    with_groups.__doc__ = replace_program_name(command.__doc__ or "")
+    with_groups.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
+    with_groups.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
+    return with_groups
+
+
+class Command(TyperCommand):
+    """A command that checks its values, and whose help reads defaults from the settings only if it is shown."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        check_words(args)
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            check_value(max(parameter.opts, key=len), parameter.name or "", ctx.params.get(parameter.name))
+        return rest
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.params:
+            if text := getattr(parameter, "help", None):
+                parameter.help = re.sub(r"\{(\w+)\.(\w+)\}", lambda found: _default(*found.groups()), text)  # type: ignore[attr-defined]
+        super().format_options(ctx, formatter)
+
+
+def _default(table: str, name: str) -> str:
+    from sae.common.amounts import human
+    from sae.settings import Settings
+
+    value = getattr(getattr(Settings(), table), name)
+    return human(value) if isinstance(value, int) and value >= 10**5 else str(value)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Options of every command."""
+
+    root: Annotated[Path, Option(help="Folder that holds all runs.")] = DEFAULT_ROOT
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")] = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Options of the commands that run a model."""
+
+    device: Annotated[str, Option(help="cpu, cuda, cuda:1, …; auto uses a GPU if there is one.")] = "auto"
+    threads: Threads = None
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Run Python code that comes with the subject model; read it first.")
+    ] = False
+
+    def compute(self) -> Compute:
+        from sae.study.stage import Compute
+
+        return Compute(self.device, self.threads, self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text that the subject model reads."""
+
+    text: Annotated[
+        list[str] | None, Option(help="Text files or folders. Default: the sources of Python's library.")
+    ] = None
+    dataset: Annotated[str | None, Option(help="Folder or hub name of a Hugging Face dataset.")] = None
+    split: Annotated[str | None, Option(help="Split of the dataset. Default: {corpus.split}.")] = None
+    column: Annotated[str | None, Option(help="Column of the dataset with the text. Default: {corpus.column}.")] = None
+    config: Annotated[str | None, Option(help="Configuration of the dataset, if it has several.")] = None
+    context: Annotated[int | None, Option(help="Tokens in a packed sequence. Default: {corpus.context}.")] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings' table ``corpus``, with ``None`` for each value not given."""
+        if self.text and self.dataset:
+            raise BadInput("--text and --dataset both name the corpus; give one of them")
+        corpus: dict[str, Any] = {name: getattr(self, name) for name in ("context", "split", "column", "config")}
+        if self.text:
+            corpus |= {"kind": "text", "source": tuple(absolute(t) for t in self.text)}
+        if self.dataset:
+            corpus |= {"kind": "dataset", "source": (absolute(self.dataset),)}
+        return corpus
+
+
+@dataclass(frozen=True)
+class Server:
+    """The language model and how it is reached."""
+
+    llm_url: Annotated[
+        list[str] | None,
+        Option(help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; several serve one model together."),
+    ] = None
+    llm_model: Annotated[
+        str | None, Option(help="Model name. Default: the only one served; with --vllm, its own name.")
+    ] = None
+    vllm: Annotated[
+        str | None,
+        Option(
+            metavar="MODEL",
+            help="Start a local vLLM server for this command: a model folder, a Hugging Face name, or 'bundled'. "
+            "`make vllm` installs vLLM in a checkout; logs go to ROOT/logs.",
+        ),
+    ] = None
+    vllm_python: Annotated[
+        Path | None,
+        Option(help="Python that has vLLM. Default: $AUTOINTERP_VLLM_PYTHON, else that of `make vllm`, else this one."),
+    ] = None
+    vllm_args: Annotated[
+        str, Option(help="Arguments of the vLLM server, in quotes: --vllm-args '--max-model-len 4096'.")
+    ] = ""
+    vllm_timeout: Annotated[float, Option(help="Seconds to wait for the vLLM server.")] = LlmOptions.vllm_timeout
+    api_key_file: Annotated[
+        Path | None, Option(help="File with the API key. Default: $AUTOINTERP_API_KEY or $OPENAI_API_KEY.")
+    ] = None
+    concurrency: Annotated[int, Option(min=1, help="Requests in flight at once.")] = LlmOptions.concurrency
+
+
+@dataclass(frozen=True)
+class JudgeServer:
+    """A separate language model for the judge."""
+
+    judge_url: Annotated[list[str] | None, Option(help="Separate endpoint for the judge.")] = None
+    judge_model: Annotated[str | None, Option(help="Separate model for the judge.")] = None
+    judge_vllm: Annotated[
+        str | None, Option(metavar="MODEL", help="Local vLLM model for the judge. Shares the server of --vllm.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Limits on requests and on their cost."""
+
+    requests_per_second: Annotated[float | None, Option(help="Requests per second, at most.")] = None
+    tokens_per_minute: Annotated[float | None, Option(help="Prompt and completion tokens per minute, at most.")] = None
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Estimate requests, tokens, time and price. Sends no request to the model.")
+    ] = False
+    budget: Annotated[
+        str | None, Option(help="Limit in tokens (2M) or dollars ('$5', with prices); stops before it.")
+    ] = None
+    price_in: Annotated[float | None, Option(help="Dollars per million prompt tokens.")] = None
+    price_cached: Annotated[
+        float | None, Option(help="Dollars per million cached prompt tokens. Default: --price-in.")
+    ] = None
+    price_out: Annotated[float | None, Option(help="Dollars per million completion tokens.")] = None
+
+    def prices(self) -> Prices | None:
+        from autointerp.llm.limits import read_prices
+
+        return read_prices(self.price_in, self.price_cached, self.price_out)
+
+
+def llm_options(
+    server: Server, judge: JudgeServer | None = None, spending: Spending | None = None, **asking: Any
+) -> LlmOptions:
+    """Combine the groups; ``asking`` is how the judge is asked."""
+    from autointerp.llm.limits import parse_budget
+
+    judge, spending = judge or JudgeServer(), spending or Spending()
+    same_names = {k: v for k, v in {**vars(server), **vars(judge)}.items() if not k.startswith("llm_")}
+    return LlmOptions(
+        **{**same_names, "judge_url": tuple(judge.judge_url or ())},
+        url=tuple(server.llm_url or ()),
+        model=server.llm_model,
+        requests_per_second=spending.requests_per_second,
+        tokens_per_minute=spending.tokens_per_minute,
+        budget=parse_budget(spending.budget, spending.prices()),
+        **asking,
+    )
+
 
 # --- train, harvest, align ---------------------------------------------------------------------------------------
 
-Name = Annotated[str, Option("--name", help="Name of the study; its runs become NAME_a, NAME_b, …")]
-Seeds = Annotated[list[int] | None, Option("--seeds", help="Seeds: one SAE each, on the same batches. Default: 0 1 2.")]
+Name = Annotated[str, Option(help="Name of the study; its runs become NAME_a, NAME_b, …")]
+Seeds = Annotated[list[int] | None, Option(help="Seeds: one SAE each, on the same batches. Default: 0 1 2.")]
 ForceAlign = Annotated[
     bool, Option("--force", help="Also align runs of different studies or hookpoints, which differ in more than seed.")
 ]
 Parallel = Annotated[
     str | None,
-    Option(
-        "--parallel",
-        help="Split seeds or data (each step's tokens) over the ranks of torchrun. "
-        "Default: seeds if there are at least as many as ranks.",
-    ),
+    Option(help="Split seeds or data (tokens) over torchrun's ranks. Default: seeds, if they are at least as many."),
 ]
-Hookpoint = Annotated[
-    str | None, Option("--hookpoint", help="Module whose output is studied. Default: {subject.hookpoint}.")
-]
+Hookpoint = Annotated[str | None, Option(help="Module whose output is studied. Default: {subject.hookpoint}.")]
 Hookpoints = Annotated[
     list[str] | None,
-    Option(
-        "--hookpoint",
-        help="Module whose output is studied; several become one study each, in one pass over the model. "
-        "Default: {subject.hookpoint}.",
-    ),
+    Option(help="Module whose output is studied; several make one study each. Default: {subject.hookpoint}."),
 ]
-Architecture = Annotated[
-    str | None, Option("--architecture", help=f"{ARCHITECTURES.join_names()}. Default: {{training.architecture}}.")
-]
+Architecture = Annotated[str | None, Option(help=f"{ARCHITECTURES.join_names()}. Default: {{training.architecture}}.")]
 TrainPrecision = Annotated[
     str | None,
     Option(
-        "--precision",
         help="Precision of the product that chooses latents: float32, bfloat16, int8 (CPU only), or auto "
-        "(the fewest bits that the machine has instructions for). Default: {training.precision}.",
+        "(the fewest bits that the machine has instructions for). Default: {training.precision}."
     ),
 ]
 NumLatents = Annotated[
     int | None, Option("--num-latents", "-M", help="Latents of each SAE. Default: {training.num_latents}.")
 ]
 K = Annotated[int | None, Option("--k", "-k", help="Active latents per token. Default: {training.k}.")]
-TrainTokens = Annotated[str | None, Option("--tokens", help="Tokens to train on. Default: {training.tokens}.")]
-BatchTokens = Annotated[str | None, Option("--batch-tokens", help="Tokens per step. Default: {training.batch_tokens}.")]
+TrainTokens = Annotated[str | None, Option(help="Tokens to train on. Default: {training.tokens}.")]
+BatchTokens = Annotated[str | None, Option(help="Tokens per step. Default: {training.batch_tokens}.")]
 LearningRate = Annotated[
-    float | None,
-    Option("--learning-rate", "--lr", help="Peak rate. Default: 2e-4 / sqrt(num-latents / 16384)."),
+    float | None, Option("--learning-rate", "--lr", help="Peak rate. Default: 2e-4 / sqrt(num-latents / 16384).")
 ]
 ActivationCache = Annotated[
     str | None,
-    Option(
-        "--activation-cache",
-        help="Bytes of activations to keep on disk until the harvest; 0 keeps none. "
-        "Default: {training.activation_cache}.",
-    ),
+    Option(help="Bytes of activations kept on disk until the harvest. Default: {training.activation_cache}."),
 ]
 Controls = Annotated[
     bool,
-    Option(
-        "--controls/--no-controls",
-        help="Also train two controls for the scores: an SAE with a frozen random decoder (about as long as one "
-        "more seed) and an untrained one.",
-    ),
+    Option("--controls/--no-controls", help="Also train two control SAEs: random frozen decoder, and untrained."),
 ]
-Wandb = Annotated[str | None, Option("--wandb", metavar="PROJECT", help="Weights & Biases project to also log to.")]
-HarvestTokens = Annotated[str | None, Option("--tokens", help="Tokens to record. Default: {harvest.tokens}.")]
+Wandb = Annotated[str | None, Option(metavar="PROJECT", help="Weights & Biases project to also log to.")]
+HarvestTokens = Annotated[str | None, Option(help="Tokens to record. Default: {harvest.tokens}.")]
 RunNames = Annotated[list[str] | None, Argument(metavar="RUN RUN…", help="Default: the newest study's runs.")]
 
 # --- import, export ----------------------------------------------------------------------------------------------
@@ -132,37 +311,24 @@ RunNames = Annotated[list[str] | None, Argument(metavar="RUN RUN…", help="Defa
 ImportedFrom = Annotated[
     str, Option("--from", help="Folder of an SAE, or its name on the hub: OWNER/REPOSITORY[@REVISION][/FOLDER].")
 ]
-ImportedName = Annotated[str, Option("--name", help="Name of the new run.")]
-ImportedStudy = Annotated[str, Option("--study", help="Study that the run joins, existing or new.")]
-ExportTo = Annotated[
-    Path, Option("--to", help="Folder (new or empty) for an SAE, file for a table; .gz compresses the file.")
-]
+ImportedName = Annotated[str, Option(help="Name of the new run.")]
+ImportedStudy = Annotated[str, Option(help="Study that the run joins, existing or new.")]
+ExportTo = Annotated[Path, Option(help="Folder (new or empty) for an SAE, file for a table; .gz compresses the file.")]
 ExportFormat = Annotated[
     OtherFormat,
     Option("--format", help="SAE: sparsify, saelens, dictionary_learning. Table: csv, parquet, neuronpedia."),
 ]
 ExportedSaes = Annotated[
     list[str] | None,
-    Option(
-        "--sae",
-        help="The run; for tables of pairs several, the first against the others. Default: the newest study's first.",
-    ),
+    Option(help="The run; of several, the first is paired with the others. Default: the newest study's first."),
 ]
 ExportedTable = Annotated[
     str | None,
-    Option(
-        "--table",
-        metavar="NAME",
-        help="latents, explanations, scores, verdicts, pairs, findings, …; a wrong name lists all.",
-    ),
+    Option(metavar="NAME", help="latents, explanations, scores, verdicts, pairs, findings, …; a wrong name lists all."),
 ]
-ModelId = Annotated[str | None, Option("--model-id", help="Neuronpedia's id of the model. Default: the model's name.")]
-SourceId = Annotated[
-    str | None, Option("--source-id", help="Neuronpedia's id of the SAE. Default: LAYER-RUN, such as 6-run_a.")
-]
-AuthorId = Annotated[
-    str | None, Option("--author-id", help="Neuronpedia's id of the author. Default: that of its own tools.")
-]
+ModelId = Annotated[str | None, Option(help="Neuronpedia's id of the model. Default: the model's name.")]
+SourceId = Annotated[str | None, Option(help="Neuronpedia's id of the SAE. Default: LAYER-RUN, such as 6-run_a.")]
+AuthorId = Annotated[str | None, Option(help="Neuronpedia's id of the author. Default: that of its own tools.")]
 
 # --- explain, score ----------------------------------------------------------------------------------------------
 
@@ -171,84 +337,57 @@ SharedOnly = Annotated[bool, Option("--shared-only", help="Explain only latents 
 Latents = Annotated[
     int,
     Option(
-        "--latents",
         min=1,
         help="Latents to explain, sampled by similarity and firing frequency and weighted to represent all eligible "
         "ones. Asking for more later keeps the latents already drawn.",
     ),
 ]
-Indices = Annotated[str | None, Option("--indices", help="Explain exactly these latents: 3,17,40-60.")]
+Indices = Annotated[str | None, Option(help="Explain exactly these latents: 3,17,40-60.")]
 WithPartners = Annotated[bool, Option("--with-partners", help="Also explain each latent's partner in the other run.")]
 ControlSaeLatents = Annotated[
     int | None,
     Option(
-        "--control-sae-latents",
         min=0,
         help="Latents to explain in each control SAE, for `score` to compare with; 0 explains none. "
         "Default: the number explained in the run, up to 200 (50 with a language model); none with --indices.",
     ),
 ]
 ScoredSaes = Annotated[
-    list[str] | None, Option("--sae", help="A run. Default: all runs with explanations that have no score yet.")
+    list[str] | None, Option(help="A run. Default: all runs with explanations that have no score yet.")
 ]
 Scorers = Annotated[
     list[str] | None,
-    Option("--scorer", callback=known(SCORERS), help=f"{SCORERS.join_names()}; may be repeated. Default: detection."),
+    Option(callback=known(SCORERS), help=f"{SCORERS.join_names()}; may be repeated. Default: detection."),
 ]
 Judge = Annotated[
     str,
-    Option(
-        "--judge",
-        callback=known(JUDGES, "auto"),
-        help=f"{JUDGES.join_names('auto')}. auto: llm if a language model is given, else ngram, the baseline.",
-    ),
+    Option(callback=known(JUDGES, "auto"), help=f"{JUDGES.join_names('auto')}. {_AUTO}"),
 ]
 ControlLatents = Annotated[
     int | None,
-    Option(
-        "--control-latents",
-        min=0,
-        help="Latents also judged with another latent's explanation. Default: all, or 50 with a language model.",
-    ),
+    Option(min=0, help="Latents also judged with another's explanation. Default: all, or 50 with a language model."),
 ]
 ScoredControlSaeLatents = Annotated[
     int | None,
-    Option(
-        "--control-sae-latents",
-        min=0,
-        help="Latents to score in each control SAE, at most; 0 scores none. Default: all that `explain` explained.",
-    ),
+    Option(min=0, help="Latents to score in each control SAE, at most; 0 scores none. Default: all explained ones."),
 ]
 Protocol = Annotated[
     str,
-    Option(
-        "--protocol",
-        help="Form of the judge's requests: batch (several contexts), single (one context, read by "
-        "log-probabilities) or auto.",
-    ),
+    Option(help="Form of the judge's requests: batch (several contexts), single (one, by log-probabilities) or auto."),
 ]
 ContextsPerRequest = Annotated[
     int | None,
-    Option(
-        "--contexts-per-request",
-        min=1,
-        max=50,
-        help="Contexts per request of the batch protocol. More save prompt tokens but make each answer harder. "
-        "Default: 5.",
-    ),
+    Option(min=1, max=50, help="Contexts per request of --protocol batch; more are cheaper but harder. Default: 5."),
 ]
 CiHalfWidth = Annotated[
     float | None,
     Option(
-        "--ci-half-width",
-        help="Judge in rounds until the 95 % interval of balanced accuracy is ± this wide, such as 0.065. "
-        "Default: judge the whole test set.",
+        help="Judge in rounds until the score's 95 % interval is ± this, such as 0.065. Default: the whole test set."
     ),
 ]
 ScorePrecision = Annotated[float | None, Option("--precision", hidden=True, help="Old name of --ci-half-width.")]
 MaxContexts = Annotated[
-    int | None,
-    Option("--max-contexts", help="Contexts per latent, at most, with --ci-half-width. Default: the test set's size."),
+    int | None, Option(help="Contexts per latent, at most, with --ci-half-width. Default: the test set's size.")
 ]
 
 # --- sweep -------------------------------------------------------------------------------------------------------
@@ -260,8 +399,8 @@ SweepRecipe = Annotated[
         help="TOML file with a [sweep] table, or a bundled one: architectures, ks, pythia-160m, tokens or widths.",
     ),
 ]
-SweepName = Annotated[str | None, Option("--name", help="Prefix of its studies' names. Default: the recipe's name.")]
-SweepSeeds = Annotated[list[int] | None, Option("--seeds", help="Seeds of every point. Default: the recipe's.")]
+SweepName = Annotated[str | None, Option(help="Prefix of its studies' names. Default: the recipe's name.")]
+SweepSeeds = Annotated[list[int] | None, Option(help="Seeds of every point. Default: the recipe's.")]
 SweepScore = Annotated[
     bool | None,
     Option("--score/--no-score", help="Explain and score every point. Default: if the recipe has an [explain] table."),
@@ -269,7 +408,6 @@ SweepScore = Annotated[
 SweepJudge = Annotated[
     str | None,
     Option(
-        "--judge",
         callback=known(JUDGES, "auto"),
         help=f"{JUDGES.join_names('auto')}. Default: the judge with the explainer's name, else auto.",
     ),
@@ -280,35 +418,27 @@ SweepDryRun = Annotated[
 
 # --- report, show, compare, runs ---------------------------------------------------------------------------------
 
-ReportedSae = Annotated[str | None, Option("--sae", help="Focus run of the report. Default: the newest study's first.")]
+ReportedSae = Annotated[str | None, Option(help="Focus run of the report. Default: the newest study's first.")]
 Html = Annotated[bool, Option("--html", help="Write one HTML file, ROOT/reports/RUN.html; print its path and size.")]
 Full = Annotated[bool, Option("--full", help="Show every section and table, not only the main ones.")]
-HtmlTo = Annotated[Path | None, Option("--to", help="Path of the HTML file. Default: ROOT/reports/RUN.html.")]
-LatentNumber = Annotated[int, Option("--latent", help="Index of the latent.")]
-ShownContexts = Annotated[int, Option("--contexts", min=1, help="Contexts to show.")]
+HtmlTo = Annotated[Path | None, Option(help="Path of the HTML file. Default: ROOT/reports/RUN.html.")]
+LatentNumber = Annotated[int, Option(help="Index of the latent.")]
+ShownContexts = Annotated[int, Option(min=1, help="Contexts to show.")]
 ComparedNames = Annotated[list[str] | None, Argument(metavar="RUN RUN", help="The two runs.")]
-ComparedSaes = Annotated[list[str] | None, Option("--sae", help="One of the two runs; give it twice.")]
-ShownPairs = Annotated[int, Option("--latents", min=1, help="Pairs to show; --json has all.")]
+ComparedSaes = Annotated[list[str] | None, Option(help="One of the two runs; give it twice.")]
+ShownPairs = Annotated[int, Option(min=1, help="Pairs to show; --json has all.")]
 SortPairs = Annotated[
-    PairOrder | None, Option("--sort", help="Order of the pairs. Default: spread from the most to the least similar.")
+    PairOrder | None, Option(help="Order of the pairs. Default: spread from the most to the least similar.")
 ]
 SharedPairs = Annotated[bool, Option("--shared-only", help="Show only shared pairs.")]
 UnsharedPairs = Annotated[bool, Option("--unshared-only", help="Show only unshared pairs.")]
 DeletedName = Annotated[
     str | None,
-    Option(
-        "--delete",
-        metavar="NAME",
-        help="Delete a run, or a study with its controls, and their alignments and HTML reports.",
-    ),
+    Option(metavar="NAME", help="Delete a run, or a study with its controls, and their alignments and HTML reports."),
 ]
 Prune = Annotated[
     bool,
-    Option(
-        "--prune",
-        help="Delete corpora, cached activations, alignments and HTML reports that no run uses. "
-        "Keeps all answers of language models.",
-    ),
+    Option("--prune", help="Delete the caches, alignments and reports that no run uses. Keeps all LLM answers."),
 ]
 Yes = Annotated[bool, Option("--yes", help="Delete without asking.")]
 ListOnly = Annotated[bool, Option("--dry-run", help="List the files that would be deleted, with sizes. Deletes none.")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish, finish_with_runs, open_runs, reading
-from autointerp.command_line.groups import Machine, Output, takes_groups
+from autointerp.command_line.options import Machine, Output, takes_groups
 from autointerp.command_line.values import new_file
 from sae.common.errors import BadInput, UserError
 

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 import cli
-from autointerp.command_line.groups import takes_groups
+from autointerp.command_line.options import takes_groups
 
 
 @dataclass(frozen=True)
