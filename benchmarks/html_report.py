@@ -135,7 +135,7 @@ def opened(path: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from autointerp.report.html.writing import write_report
+    from autointerp.report.html.page import write_report
 
     setting = f"{arguments.latents} latents, {arguments.runs} runs, {arguments.scored} scored"
     with tempfile.TemporaryDirectory() as folder:
@@ -143,10 +143,10 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         begun = time.perf_counter()
         written = write_report(runs[0], runs)
         made = time.perf_counter() - begun
-        took = opened(Path(written.path), arguments.rounds)
+        took = opened(Path(written["path"]), arguments.rounds)
     rows: list[dict[str, Any]] = [
-        {"name": "size", "ours": written.n_bytes / 1e6, "unit": "MB", "goal": MEGABYTES},
-        {"name": "details", "ours": written.n_details, "unit": "latents", "goal": None},
+        {"name": "size", "ours": written["n_bytes"] / 1e6, "unit": "MB", "goal": MEGABYTES},
+        {"name": "details", "ours": written["n_details"], "unit": "latents", "goal": None},
         {"name": "made in", "ours": made, "unit": "s", "goal": None},
         *(
             {

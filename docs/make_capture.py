@@ -14,7 +14,8 @@ from rich.segment import Segment, Segments
 from rich.terminal_theme import DIMMED_MONOKAI
 
 from autointerp.findings.study import findings_of
-from autointerp.report.rendering import render_report
+from autointerp.report.report import report_page
+from autointerp.report.terminal import print_page
 from sae.study.run import study_runs
 
 HERE = Path(__file__).parent
@@ -25,10 +26,10 @@ def main() -> None:
     runs = study_runs("demo", Path("eval_runs"))
     found = findings_of(runs[0], runs)
     text = io.StringIO()
-    render_report(found, Console(file=text, width=WIDTH, color_system=None), is_full=True)
+    print_page(report_page(found, is_full=True), Console(file=text, width=WIDTH, color_system=None))
     (HERE / "report.txt").write_text(text.getvalue())
     whole = Console(file=io.StringIO(), width=WIDTH, record=True, force_terminal=True, color_system="truecolor")
-    render_report(found, whole)
+    print_page(report_page(found), whole)
     lines = list(Segment.split_lines(whole._record_buffer))[:LINES]
     top = Console(file=io.StringIO(), width=WIDTH, record=True, force_terminal=True, color_system="truecolor")
     for line in lines:

@@ -116,14 +116,15 @@ def align(
     """
     from autointerp.findings.evidence import Study, View
     from autointerp.findings.returning import alignment_findings
-    from autointerp.report.rendering import render_alignment
+    from autointerp.report.sharing import alignment_page
+    from autointerp.report.terminal import print_page
     from sae.study.align import align_runs
 
     runs = open_runs(names, output.root, whole_study=True)
     align_runs(runs, machine.compute(), nulls, force)
     view = View(definition=definition, threshold=threshold)
     found = alignment_findings(Study.open(output.root, [run.name for run in runs], view))
-    finish(output.as_json, "align", lambda: found, lambda: render_alignment(found))
+    finish(output.as_json, "align", lambda: found, lambda: print_page(alignment_page(found)))
 
 
 @takes_groups
@@ -150,18 +151,19 @@ def sweep(
     python cli.py sweep widths
     """
     from autointerp.command_line.sweeping import forecast, run_sweep, scoring_of, sweep_findings
-    from autointerp.report.rendering import render_forecast, render_sweep
+    from autointerp.report.sweep import forecast_page, sweep_page
+    from autointerp.report.terminal import print_page
     from sae.study.recipes import read_sweep
 
     swept = read_sweep(recipe, name, seeds or ())
     scoring = scoring_of(swept, score, explainer, llm_options(server, judge_server), judge)
     if dry_run:
         expected = forecast(swept, output.root, machine.compute())
-        finish(output.as_json, "sweep", lambda: expected, lambda: render_forecast(expected))
+        finish(output.as_json, "sweep", lambda: expected, lambda: print_page(forecast_page(expected)))
         return
     summary, failed = run_sweep(swept, output.root, machine.compute(), scoring, nulls)
     found = sweep_findings(summary)
-    finish(output.as_json, "sweep", lambda: found, lambda: render_sweep(found))
+    finish(output.as_json, "sweep", lambda: found, lambda: print_page(sweep_page(found)))
     exit_if(failed)
 
 
@@ -228,7 +230,7 @@ def export(
         return
     from autointerp.report.export.export import check_request, export_neuronpedia, export_table
     from autointerp.report.export.neuronpedia import Ids
-    from autointerp.report.rendering import render_exported
+    from autointerp.report.stages import exported_line
 
     name = check_request(format_, table, runs)
     to = new_file("--to", to)
@@ -236,4 +238,4 @@ def export(
         written = export_neuronpedia(runs[0], to, Ids.of(runs[0], model_id, source_id, author_id))
     else:
         written = export_table(runs, name, format_, to)
-    finish(output.as_json, "export", lambda: written, lambda: render_exported(written))
+    finish(output.as_json, "export", lambda: written, lambda: print(exported_line(written)))

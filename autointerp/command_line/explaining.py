@@ -51,7 +51,8 @@ def explain(
     from autointerp.contexts.selection import Choice
     from autointerp.explaining.explainers import EXPLAINERS
     from autointerp.llm.opening import check_flags, resolve_name
-    from autointerp.report.rendering import render_cost, render_outcome
+    from autointerp.report.stages import cost_page, outcome_page
+    from autointerp.report.terminal import print_page
 
     if unshared_only and shared_only:
         raise BadInput("--unshared-only and --shared-only exclude each other; give one of them")
@@ -73,13 +74,13 @@ def explain(
         from autointerp.scoring.dry_run import forecast_explain
 
         forecast = forecast_explain(runs, choice, explainer, options, spending.prices(), control_sae_latents)
-        finish(output.as_json, "explain", forecast.as_dict, lambda: render_cost(forecast.as_dict()))
+        finish(output.as_json, "explain", forecast.as_dict, lambda: print_page(cost_page(forecast.as_dict())))
         return
     from autointerp.explaining.explain import explain_runs
 
     outcome = explain_runs(runs, choice, explainer, options, machine.compute(), control_sae_latents)
     outcome.next = _score_command(outcome, resolve_name(EXPLAINERS, explainer, options), options, output.root)
-    finish(output.as_json, "explain", outcome.as_dict, lambda: render_outcome(outcome.as_dict(), "explain"))
+    finish(output.as_json, "explain", outcome.as_dict, lambda: print_page(outcome_page(outcome.as_dict(), "explain")))
     exit_if(outcome.n_failed)
 
 
@@ -126,7 +127,8 @@ def score(
     python cli.py score --sae run_a
     python cli.py score --sae run_a --ci-half-width 0.065 --max-contexts 200
     """
-    from autointerp.report.rendering import render_cost, render_outcome
+    from autointerp.report.stages import cost_page, outcome_page
+    from autointerp.report.terminal import print_page
     from autointerp.scoring.adaptive import StoppingRule
 
     options = llm_options(server, judge_server, spending, protocol=protocol, contexts_per_request=contexts_per_request)
@@ -141,10 +143,10 @@ def score(
         from autointerp.scoring.dry_run import forecast_score
 
         forecast = forecast_score(*asked, spending.prices(), control_latents, rule, control_sae_latents)
-        finish(output.as_json, "score", forecast.as_dict, lambda: render_cost(forecast.as_dict()))
+        finish(output.as_json, "score", forecast.as_dict, lambda: print_page(cost_page(forecast.as_dict())))
         return
     from autointerp.scoring.score import score_runs
 
     outcome = score_runs(*asked, control_latents, rule, control_sae_latents)
-    finish(output.as_json, "score", outcome.as_dict, lambda: render_outcome(outcome.as_dict(), "score"))
+    finish(output.as_json, "score", outcome.as_dict, lambda: print_page(outcome_page(outcome.as_dict(), "score")))
     exit_if(outcome.n_failed)

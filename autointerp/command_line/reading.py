@@ -26,9 +26,10 @@ def demo(*, threads: opt.Threads = None, full: opt.Full = False, output: Output)
     from autointerp.command_line.demo import run_demo
 
     found, failed = run_demo(output.root, threads)
-    from autointerp.report.rendering import render_report
+    from autointerp.report.report import report_page
+    from autointerp.report.terminal import print_page
 
-    finish(output.as_json, "report", lambda: found, lambda: render_report(found, is_full=full))
+    finish(output.as_json, "report", lambda: found, lambda: print_page(report_page(found, is_full=full)))
     exit_if(failed)
 
 
@@ -57,24 +58,25 @@ def report(
 
     run = open_runs([sae] if sae else None, output.root)[0]
     study = study_runs(run.study, output.root)
-    view: dict[str, Any] = {"definition": definition, "threshold": threshold, "against": against or ()}
-    view["explainer"] = explainer
+    chosen: dict[str, Any] = {"definition": definition, "threshold": threshold, "explainer": explainer}
+    view = {**chosen, "against": tuple(against or ())}
     if not (html or to):
         from autointerp.findings.study import findings_of
-        from autointerp.report.rendering import render_report
+        from autointerp.report.report import report_page
+        from autointerp.report.terminal import print_page
 
         with reading(run):
             found = findings_of(run, study, **view)
-        finish(output.as_json, "report", lambda: found, lambda: render_report(found, is_full=full))
+        finish(output.as_json, "report", lambda: found, lambda: print_page(report_page(found, is_full=full)))
         return
     if to is not None:
         to = new_file("--to", to)
-    from autointerp.report.html.writing import write_report
-    from autointerp.report.rendering import render_written
+    from autointerp.report.html.page import write_report
+    from autointerp.report.stages import written_line
 
     with reading(run):
         written = write_report(run, study, to, **view)
-    finish(output.as_json, "report", written.as_dict, lambda: render_written(written))
+    finish(output.as_json, "report", lambda: written, lambda: print(written_line(written)))
 
 
 @takes_groups
@@ -85,12 +87,13 @@ def show(*, latent: opt.LatentNumber, sae: opt.OneSae = None, contexts: opt.Show
     python cli.py show --sae run_a --latent 131
     """
     from autointerp.findings.latent import latent_findings
-    from autointerp.report.rendering import render_latent
+    from autointerp.report.latent import latent_page
+    from autointerp.report.terminal import print_page
 
     run = open_runs([sae] if sae else None, output.root)[0]
     with reading(run):
         found = latent_findings(run, latent, n_contexts=contexts)
-    finish(output.as_json, "show", lambda: found, lambda: render_latent(found))
+    finish(output.as_json, "show", lambda: found, lambda: print_page(latent_page(found)))
 
 
 @takes_groups
@@ -116,7 +119,8 @@ def compare(
     python cli.py compare run_a run_b --sort gap --latents 20
     """
     from autointerp.findings.pair import PairChoice, chosen, compare_runs, ensure_pair_aligned, the_two
-    from autointerp.report.rendering import render_comparison
+    from autointerp.report.compare import comparison_page
+    from autointerp.report.terminal import print_page
 
     if shared_only and unshared_only:
         raise BadInput("--unshared-only and --shared-only exclude each other; give one of them")
@@ -127,7 +131,7 @@ def compare(
     sharing: Sharing = "shared" if shared_only else "unshared" if unshared_only else "any"
     shown = chosen(found["pairs"], PairChoice(latents, sort, sharing))
     listed = {"shown": {key: shown[key] for key in ("says", "n_of", "latents")}}
-    finish(output.as_json, "compare", lambda: {**found, **listed}, lambda: render_comparison(found, shown))
+    finish(output.as_json, "compare", lambda: {**found, **listed}, lambda: print_page(comparison_page(found, shown)))
 
 
 @takes_groups
@@ -162,7 +166,8 @@ def runs(
 
 def _delete(name: str | None, prune: bool, yes: bool, dry_run: bool, output: Output) -> None:
     """Show and delete a run or study, or (without ``name``) the files that no run uses."""
-    from autointerp.report.rendering import render_deletion
+    from autointerp.report.stages import deletion_page
+    from autointerp.report.terminal import print_page
     from sae.common.amounts import human
     from sae.common.commands import command
     from sae.study.deletion import delete, lock_runs, plan_deletion, plan_pruning
@@ -175,7 +180,7 @@ def _delete(name: str | None, prune: bool, yes: bool, dry_run: bool, output: Out
         plan = plan_pruning(output.root) if name is None else plan_deletion(name, output.root)
         found = {**plan.as_dict(), "dry_run": dry_run}
         if not output.as_json:
-            render_deletion(found)
+            print_page(deletion_page(found))
         if plan.parts and not dry_run:
             if not yes:
                 _confirm(output.as_json)

@@ -1,12 +1,11 @@
 """The neutral parts of a report, which ``terminal`` and ``html.page`` render.
 
-Texts are plain. Both renderers replace control characters (see ``visible``), so builders pass texts from models and
-corpora unchanged.
+Builders pass on the texts of models and corpora unchanged: both renderers replace control characters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -36,7 +35,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A paragraph. ``is_apart``: a terminal puts an empty line before it."""
+    """A paragraph with an indent in a terminal, or an empty line before it (``is_apart``). Most are plain ``Words``."""
 
     words: Words
     indent: int = 0
@@ -84,20 +83,25 @@ class Column:
     is_extra: bool = False
 
 
-Cell = Words | Chart
-
-
 Heads = Sequence[Column | str]
+Cell = Words | Chart
 Rows = list[Sequence[Cell]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings, and sentences under the rows."""
+    """Rows under headings, and sentences under the rows. The heading ``>name`` is of numbers, set to the right."""
 
-    columns: Heads
+    heads: Heads
     rows: Sequence[Sequence[Cell]]
     notes: Sequence[str] = ()
+
+    @property
+    def columns(self) -> list[Column]:
+        return [
+            head if isinstance(head, Column) else Column(head.lstrip(">"), "number" if head[:1] == ">" else "text")
+            for head in self.heads
+        ]
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Title:
     says: str
 
 
-Block = Sentence | Command | Points | Facts | Context | Table | Chart | Title
+Block = Words | Sentence | Command | Points | Facts | Context | Table | Chart | Title
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,6 @@ def strong(text: str) -> Span:
     return Span(text, "strong")
 
 
-def numbers(*names: str) -> list[Column | str]:
-    """Return columns of numbers, set to the right."""
-    return [Column(name, "number") for name in names]
-
-
-def wait_for(entry: Mapping[str, str]) -> list[Block]:
-    """Return what is shown in place of a stage that has not been run: why, and the command that runs it."""
-    return [Sentence(entry["says"]), Command(entry["command"])]
+def with_sentences(blocks: Iterable[Block]) -> list[Block]:
+    """Return ``blocks`` with each paragraph that is plain ``Words`` as a sentence."""
+    return [Sentence(block) if isinstance(block, str | Span | list | tuple) else block for block in blocks]

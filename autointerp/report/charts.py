@@ -61,13 +61,12 @@ def stacked_bar(parts: Sequence[Part], width: int) -> Text:
     return bar
 
 
-def bar(fraction: float, width: int, style: str = "", rest: str = "dim") -> Text:
+def bar(fraction: float, width: int, style: str = "") -> Text:
     """Draw ``fraction`` (cut to 0–1) of ``width`` cells, to an eighth of a cell; the rest is dotted."""
     fraction = 0.0 if math.isnan(fraction) else min(1.0, max(0.0, fraction))
-    eighths = round(fraction * width * 8)
-    full, part = divmod(eighths, 8)
+    full, part = divmod(round(fraction * width * 8), 8)
     drawn = "█" * full + (WIDTHS[part] if part else "")
-    return Text.assemble((drawn, style), ("·" * (width - len(drawn)), rest), no_wrap=True)
+    return Text.assemble((drawn, style), ("·" * (width - len(drawn)), "dim"), no_wrap=True)
 
 
 def _levels(counts: Sequence[float], height: int, top: float | None = None) -> list[int]:
@@ -78,23 +77,13 @@ def _levels(counts: Sequence[float], height: int, top: float | None = None) -> l
     return [min(height * 8, max(1, round(count / peak * height * 8))) if count > 0 else 0 for count in counts]
 
 
-def columns(
-    counts: Sequence[float], height: int, *, cell: int = 1, styles: Sequence[str] | str = "", top: float | None = None
-) -> list[Text]:
-    """Draw a histogram as ``height`` lines, uppermost first; every bin is ``cell`` cells wide.
-
-    ``styles`` is one style for all or one for each bin; ``top`` is the count that fills the height (default: the
-    largest), so that charts can share a scale.
-    """
-    levels = _levels(counts, height, top)
-    named = [styles] * len(levels) if isinstance(styles, str) else list(styles)
-    lines: list[Text] = []
-    for row in reversed(range(height)):
-        line = Text(no_wrap=True)
-        for level, style in zip(levels, named, strict=True):
-            line.append(HEIGHTS[min(8, max(0, level - 8 * row))] * cell, style)
-        lines.append(line)
-    return lines
+def columns(counts: Sequence[float], height: int, *, cell: int = 1, style: str = "") -> list[Text]:
+    """Draw a histogram as ``height`` lines, uppermost first; every bin is ``cell`` cells wide."""
+    levels = _levels(counts, height)
+    return [
+        Text("".join(HEIGHTS[min(8, max(0, level - 8 * row))] * cell for level in levels), style, no_wrap=True)
+        for row in reversed(range(height))
+    ]
 
 
 class Layer(NamedTuple):
@@ -143,25 +132,26 @@ def _stacked_cell_plain(border: int, top: int, lower: Layer, upper: Layer, botto
     return lower.fill if 2 * border >= top else upper.fill, ""
 
 
+def _divided(values: Sequence[float], width: int) -> list[Sequence[float]]:
+    """Divide ``values`` into at most ``width`` equal runs."""
+    n = min(width, len(values))
+    edges = [round(i * len(values) / n) for i in range(n + 1)] if n else []
+    return [values[low:high] for low, high in itertools.pairwise(edges)]
+
+
 def resampled(values: Sequence[float], width: int) -> list[float]:
     """Return at most ``width`` values: the means of equal runs of ``values``, missing ones skipped."""
-    if len(values) <= width:
-        return list(values)
-    edges = [round(i * len(values) / width) for i in range(width + 1)]
-    means = []
-    for low, high in itertools.pairwise(edges):
-        known = [v for v in values[low:high] if math.isfinite(v)]
-        means.append(math.fsum(v / len(known) for v in known) if known else math.nan)
-    return means
+    runs = [[v for v in run if math.isfinite(v)] for run in _divided(values, width)]
+    return [math.fsum(v / len(run) for v in run) if run else math.nan for run in runs]
+
+
+def pooled(counts: Sequence[float], width: int) -> list[float]:
+    """Add ``counts`` up into at most ``width`` bins."""
+    return [sum(run) for run in _divided(counts, width)]
 
 
 def sparkline(
-    values: Sequence[float],
-    width: int,
-    style: str = "",
-    *,
-    log: bool = False,
-    span: tuple[float, float] | None = None,
+    values: Sequence[float], width: int, style: str = "", *, log: bool = False, span: Sequence[float] = ()
 ) -> Text:
     """Draw a series in one line, from its smallest value (lowest block) to its largest, with gaps for missing ones.
 
@@ -178,10 +168,8 @@ def sparkline(
     known = [v for v in series if math.isfinite(v)]
     if not known:
         return Text("")
+    known += [v for v in map(scaled, span) if math.isfinite(v)]
     low, high = min(known), max(known)
-    if span is not None:
-        bounds = [v for v in map(scaled, span) if math.isfinite(v)]
-        low, high = min([low, *bounds]), max([high, *bounds])
     step = high / 7 - low / 7
     flat = step <= 1e-9 * max(abs(low), abs(high))  # a difference in the last bits is none to look at
     line = "".join(
@@ -190,23 +178,16 @@ def sparkline(
     return Text(line, style, no_wrap=True)
 
 
-def strip(counts: Sequence[float], style: str = "", *, cell: int = 1) -> Text:
+def strip(counts: Sequence[float], style: str = "") -> Text:
     """Draw a histogram in one line, scaled to its own largest bin; empty bins are dots."""
     line = Text(no_wrap=True)
     for level in _levels(counts, 1):
-        line.append((HEIGHTS[level] if level else "·") * cell, style if level else "dim")
+        line.append(HEIGHTS[level] if level else "·", style if level else "dim")
     return line
 
 
 def whisker(
-    value: float,
-    low: float,
-    high: float,
-    start: float,
-    stop: float,
-    width: int,
-    style: str = "",
-    mark: float = math.nan,
+    value: float, low: float, high: float, start: float, stop: float, width: int, mark: float = math.nan
 ) -> Text:
     """Draw an estimate with its interval on a scale from ``start`` to ``stop``: ``··┊··├──●──┤·····``.
 
@@ -228,9 +209,8 @@ def whisker(
     drawn[left], drawn[right] = "├", "┤"
     drawn[middle] = "●"
     inside = "".join(drawn[left : right + 1])
-    return Text.assemble(
-        ("".join(drawn[:left]), "dim"), (inside, style), ("".join(drawn[right + 1 :]), "dim"), no_wrap=True
-    )
+    before, after = "".join(drawn[:left]), "".join(drawn[right + 1 :])
+    return Text.assemble((before, "dim"), (inside, ACCENT), (after, "dim"), no_wrap=True)
 
 
 class Tick(NamedTuple):
@@ -268,11 +248,3 @@ def legend(names: Sequence[str], has_colour: bool) -> Text:
         text.append(("█" if has_colour or not i else "░") * 2, STYLE_OF_CLASS[key])
         text.append(f" {name}")
     return text
-
-
-def pooled(counts: Sequence[float], width: int) -> list[float]:
-    """Add ``counts`` up into at most ``width`` bins."""
-    if len(counts) <= width:
-        return list(counts)
-    edges = [round(i * len(counts) / width) for i in range(width + 1)]
-    return [sum(counts[low:high]) for low, high in itertools.pairwise(edges)]

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from autointerp.report.blocks import Block, Column, Command, Heads, Rows, Sentence, Span, Table, numbers, quiet
-from autointerp.report.numbers import count, plural
-from sae.common.amounts import decimal, estimate, interval, is_known
+from autointerp.report import blocks as doc
+from autointerp.report.numbers import count, estimate_of, plural
+from sae.common.amounts import decimal, interval, is_known
 
 Tree = Mapping[str, Any]
 _NAMES = {"frozen": "frozen decoder", "untrained": "untrained SAE"}
@@ -22,80 +22,71 @@ _WHAT = {
 NEGATIVES = {"hard": "a neighbour fires", "same_token": "same token"}
 
 
-def score_table(tree: Tree) -> Table:
+def score_table(tree: Tree) -> doc.Table:
     """Show the mean under the own explanations, each control's mean, and the differences."""
-    rows: Rows = [[Span("own explanation", "accent"), *_figures(tree), ""]]
+    rows: doc.Rows = [[doc.Span("own explanation", "accent"), *_figures(tree), ""]]
     for name, row, above in rows_of(tree):
-        rows.append([name, *_figures(row), estimate(above["mean"], above["interval"], sign=True)])
-    heads: Heads = ["", *numbers("latents", "mean"), "95 % interval", Column("quartiles", is_extra=True)]
-    return Table([*heads, *numbers("AUROC"), "own minus this"], rows)
+        rows.append([name, *_figures(row), estimate_of(above, sign=True)])
+    quartiles = doc.Column("quartiles", is_extra=True)
+    return doc.Table(["", ">latents", ">mean", "95 % interval", quartiles, ">AUROC", "own minus this"], rows)
 
 
 def _figures(row: Tree) -> list[str]:
     quartiles = " / ".join(decimal(q, 2) for q in row["quartiles"])
-    return [
-        count(row["n_scored"]),
-        decimal(row["mean"]),
-        interval(row["interval"]),
-        quartiles,
-        decimal(row["auroc_mean"]),
-    ]
+    figures = [count(row["n_scored"]), decimal(row["mean"]), interval(row["interval"]), quartiles]
+    return [*figures, decimal(row["auroc_mean"])]
 
 
-def other_scorers(tree: Tree) -> Iterator[Block]:
+def other_scorers(tree: Tree) -> Iterator[doc.Block]:
     """Show the scores of other scorers, each with its own swapped control."""
     if not tree["other_scorers"]:
         return
-    rows: Rows = []
+    rows: doc.Rows = []
     for row in tree["other_scorers"]:
         control = row["control"]
         above = control["above_control"] if control else None
-        cells = [estimate(row["mean"], row["interval"], 2)]
-        cells += [estimate(control["mean"], control["interval"], 2) if control else "–"]
-        cells += [estimate(above["mean"], above["interval"], 2, sign=True) if above else "–"]
+        cells = [estimate_of(row, 2), estimate_of(control, 2), estimate_of(above, 2, sign=True)]
         rows.append([row["scorer"], count(row["n_scored"]), *cells, decimal(row["auroc_mean"])])
     who = {(str(row["explainer"]), str(row["judge"])) for row in tree["other_scorers"]}
     by = "; ".join(f"{explainer}, judged by {judge}" for explainer, judge in sorted(who))
-    heads: Heads = ["also scored by", *numbers("latents"), "own explanation", "swapped control", "own minus swapped"]
+    heads = ["also scored by", ">latents", "own explanation", "swapped control", "own minus swapped"]
     note = f"Explained by {by}. Scores of different scorers test different things and cannot be compared."
-    yield Table([*heads, Column("AUROC", "number", is_extra=True)], rows, [note])
+    yield doc.Table([*heads, doc.Column("AUROC", "number", is_extra=True)], rows, [note])
 
 
-def describe_controls(tree: Tree) -> Iterator[Block]:
+def describe_controls(tree: Tree) -> Iterator[doc.Block]:
     """Describe the comparison, warn if the swapped control is not .5, and name the commands for missing controls."""
     control = tree["control"]
     if control is None:
-        yield Sentence("No swapped control was scored: a score alone is not evidence of interpretability.")
+        yield "No swapped control was scored: a score alone is not evidence of interpretability."
     elif control["leaks"]:
-        yield Sentence(
-            [
-                Span("! ", "warn"),
-                f"The swapped control scores {estimate(control['mean'], control['interval'])} and not .5: the judge "
-                "finds some answers without the explanation. The difference from the control is still valid. By "
-                "chance alone, one study in twenty shows this warning.",
-            ]
-        )
+        yield [
+            doc.Span("! ", "warn"),
+            f"The swapped control scores {estimate_of(control)} and not .5: the judge finds some answers without the "
+            "explanation. The difference from the control is still valid. By chance alone, one study in twenty shows "
+            "this warning.",
+        ]
     if control is not None and is_known(control["above_control"]["fraction"]):
         share = f"{100 * control['above_control']['fraction']:.0f} %"
-        yield Sentence(f"{share} of the latents score higher with their own explanation than with the swapped one.")
+        yield f"{share} of the latents score higher with their own explanation than with the swapped one."
     for row in tree["control_saes"]:
-        yield Sentence(_compare_with_control_sae(row))
+        yield _compare_with_control_sae(row)
         if row["n_failed"] or row["n_ineligible"]:
             words = f"{row['run']}: {row['n_failed']} failed, {row['n_ineligible']} with too few contexts."
-            yield Sentence(quiet(words), indent=2)
+            yield doc.Sentence(doc.quiet(words), indent=2)
     if (baseline := tree["baseline"]) is not None:
-        yield Sentence(_compare_with_baseline(baseline))
+        yield _compare_with_baseline(baseline)
     if (lacking := tree["lacking_controls"]) is not None:
-        yield Sentence(quiet(lacking["says"]))
+        yield doc.quiet(lacking["says"])
         if lacking["command"]:
-            yield Command(lacking["command"])
+            yield doc.Command(lacking["command"])
 
 
-def by_negatives(tree: Tree) -> Iterator[Block]:
+def by_negatives(tree: Tree) -> Iterator[doc.Block]:
     """Show the scores over harder negatives, and how far the own mean is above each control."""
     if not tree["negatives"]:
         return
-    rows: Rows = [
+    rows: doc.Rows = [
         [
             *(NEGATIVES[kind], count(row["n_scored"]), decimal(row["mean"]), interval(row["interval"])),
             *(decimal(row["tnr"]["value"]), decimal(row["auroc_mean"]), decimal(row["random_mean"])),
@@ -103,30 +94,22 @@ def by_negatives(tree: Tree) -> Iterator[Block]:
         ]
         for kind, row in tree["negatives"].items()
     ]
-    heads: Heads = ["negatives", *numbers("latents", "mean"), "95 % interval"]
+    heads = ["negatives", ">latents", ">mean", "95 % interval", ">TNR", ">AUROC", ">random", ">too few"]
     note = "random: the same latents' score over random negatives; too few: latents without enough of the kind."
-    yield Table([*heads, *numbers("TNR", "AUROC", "random", "too few")], rows, [note])
+    yield doc.Table(heads, rows, [note])
     controls = list(rows_of(tree))
-    if not controls:
-        return
-    rows = []
-    for kind, label in {"random": "random", **NEGATIVES}.items():
-        if kind == "random" or kind in tree["negatives"]:
-            above = [
-                above if kind == "random" else _of_kind(tree["negatives"], row, name, kind)
-                for name, row, above in controls
-            ]
-            rows.append(
-                [label, *("–" if x is None else estimate(x["mean"], x["interval"], 2, sign=True) for x in above)]
-            )
-    yield Table(["own score minus", *(name for name, _, _ in controls)], rows)
+    rows = [["random", *(estimate_of(above, 2, sign=True) for _, _, above in controls)]]
+    for kind in tree["negatives"]:
+        above = (_above_of_kind(tree, kind, name, row) for name, row, _ in controls)
+        rows.append([NEGATIVES[kind], *(estimate_of(of, 2, sign=True) for of in above)])
+    if controls:
+        yield doc.Table(["own score minus", *(name for name, _, _ in controls)], rows)
 
 
-def _of_kind(own: Tree, row: Tree, name: str, kind: str) -> Tree | None:
-    above: Tree | None = (
-        own[kind]["above_control"] if name == "swapped control" else (row["negatives"].get(kind) or {}).get("above")
-    )
-    return above
+def _above_of_kind(tree: Tree, kind: str, name: str, row: Tree) -> Any:
+    if name == "swapped control":
+        return tree["negatives"][kind]["above_control"]
+    return (row["negatives"].get(kind) or {}).get("above")
 
 
 def rows_of(tree: Tree) -> Iterator[tuple[str, Tree, Tree]]:
@@ -141,7 +124,7 @@ def rows_of(tree: Tree) -> Iterator[tuple[str, Tree, Tree]]:
 
 def _compare_with_control_sae(row: Tree) -> str:
     above, (what, cause) = row["above"], _WHAT[row["kind"]]
-    difference = f"({estimate(above['mean'], above['interval'], sign=True)})"
+    difference = f"({estimate_of(above, sign=True)})"
     if not above["interval"]:
         return f"{plural(row['n_scored'], 'latent')} of {what} scored: too few to compare with."
     low, high = above["interval"]
@@ -154,7 +137,7 @@ def _compare_with_control_sae(row: Tree) -> str:
 
 def _compare_with_baseline(row: Tree) -> str:
     above = row["above"]
-    difference = f"({estimate(above['mean'], above['interval'], sign=True)}, {plural(row['n_scored'], 'latent')})"
+    difference = f"({estimate_of(above, sign=True)}, {plural(row['n_scored'], 'latent')})"
     if not above["interval"] or above["interval"][0] <= 0 <= above["interval"][1]:
         return f"On the same contexts n-grams alone, which cost nothing, score as well {difference}."
     side = "lower" if above["interval"][0] > 0 else "higher"

@@ -10,21 +10,8 @@ from typing import Any
 from rich.text import Text
 
 from autointerp.journal.method import ENOUGH_TO_CALL_DEAD
+from autointerp.report import blocks as doc
 from autointerp.report import charts
-from autointerp.report.blocks import (
-    Block,
-    Chart,
-    Column,
-    Heads,
-    Rows,
-    Section,
-    Sentence,
-    Span,
-    Table,
-    numbers,
-    quiet,
-    wait_for,
-)
 from autointerp.report.charts import ACCENT, STYLE_OF_CLASS
 from autointerp.report.numbers import (
     chance_level,
@@ -42,11 +29,11 @@ from sae.common.amounts import decimal
 Findings = Mapping[str, Any]
 
 
-def membership(found: Findings) -> Section:
+def membership(found: Findings) -> doc.Section:
     focus, tree = found["focus"], found["membership"]
     title = f"Which SAEs share the latents of {focus}"
     if tree is None:
-        return Section(title, "Which other seeds have each latent.", explain_missing(found, "overlap"))
+        return doc.Section(title, "Which other seeds have each latent.", explain_missing(found, "overlap"))
     says = f"Each alive latent of {focus} is in one part, by the SAEs that share it ({tree['definition']})."
     parts = tree["parts"]
     has_null = bool(parts) and chance_level(parts[0]["null"]) is not None
@@ -55,16 +42,17 @@ def membership(found: Findings) -> Section:
         fills = ["█" if has_colour else charts.FILLS[i % len(charts.FILLS)] for i in range(len(parts))]
         return [charts.Part(part["n"], _part_style(part, i), fills[i]) for i, part in enumerate(parts)]
 
-    def key(i: int) -> Chart:
-        return Chart(lambda _, colour: [Text(pieces(colour)[i].fill * 2, pieces(colour)[i].style)])
+    def key(i: int) -> doc.Chart:
+        return doc.Chart(lambda _, colour: [Text(pieces(colour)[i].fill * 2, pieces(colour)[i].style)])
 
-    rows: Rows = []
+    rows: doc.Rows = []
     for i, part in enumerate(parts):
-        level = [quiet(percent(chance_level(part["null"])))] if has_null else []
+        level = [doc.quiet(percent(chance_level(part["null"])))] if has_null else []
         rows.append([key(i), part["label"], count(part["n"]), percent(part["fraction"]), *level])
-    heads: Heads = [Column("", "key"), "shared with", *numbers("latents", "share of alive")]
-    table = Table([*heads, *(numbers("chance level") if has_null else [])], rows)
-    return Section(title, says, [Chart(lambda width, colour: [charts.stacked_bar(pieces(colour), width)]), table])
+    heads: doc.Heads = [doc.Column("", "key"), "shared with", ">latents", ">share of alive"]
+    table = doc.Table([*heads, *([">chance level"] if has_null else [])], rows)
+    bar = doc.Chart(lambda width, colour: [charts.stacked_bar(pieces(colour), width)])
+    return doc.Section(title, says, [bar, table])
 
 
 def _part_style(part: Mapping[str, Any], i: int) -> str:
@@ -73,7 +61,7 @@ def _part_style(part: Mapping[str, Any], i: int) -> str:
     return STYLE_OF_CLASS[part["shared_class"]] if part["shared_class"] in ("one", "all") else between[i % 4]
 
 
-def frequency(found: Findings) -> Section:
+def frequency(found: Findings) -> doc.Section:
     title = "How often shared and unshared latents fire"
     says = (
         "Firing frequency (‰: firings per thousand tokens) by whether other seeds have the latents. Histograms are on "
@@ -81,26 +69,22 @@ def frequency(found: Findings) -> Section:
     )
     tree = found["frequency_by_class"]
     if tree is None:
-        return Section(title, says, explain_missing(found, "overlap" if found["firing"] else "harvest"))
+        return doc.Section(title, says, explain_missing(found, "overlap" if found["firing"] else "harvest"))
     edges = next(iter(tree.values()))["histogram"]["edges"]
-    rows: Rows = []
+    rows: doc.Rows = []
     for name, row in tree.items():
-        label = Span(class_label(name, len(found["compared"])), name)
-        quartiles = f"{rate(row['quartiles'][0])} – {rate(row['quartiles'][2])}"
-        rows.append([label, count(row["n"]), rate(row["median"]), quiet(quartiles), _histogram(row, name)])
+        label = doc.Span(class_label(name, len(found["compared"])), name)
+        quartiles = doc.quiet(f"{rate(row['quartiles'][0])} – {rate(row['quartiles'][2])}")
+        histogram = _histogram(row["histogram"]["counts"], name)
+        rows.append([label, count(row["n"]), rate(row["median"]), quartiles, histogram])
     for line in range(2):
-        rows.append(["", "", "", "", Chart(lambda width, _, line=line: [_frequency_axis(edges, width)[line]])])  # type: ignore[misc]
-    heads: Heads = ["", *numbers("latents", "median"), "quartiles", Column("firings per token", "chart")]
-    return Section(title, says, [Table(heads, rows)])
+        rows.append(["", "", "", "", doc.Chart(lambda width, _, line=line: [_frequency_axis(edges, width)[line]])])  # type: ignore[misc]
+    heads: doc.Heads = ["", ">latents", ">median", "quartiles", doc.Column("firings per token", "chart")]
+    return doc.Section(title, says, [doc.Table(heads, rows)])
 
 
-def _histogram(row: Mapping[str, Any], name: str) -> Chart:
-    counts = row["histogram"]["counts"]
-
-    def draw(width: int, _: bool) -> list[Text]:
-        return [charts.strip(charts.pooled(counts, width), STYLE_OF_CLASS[name])]
-
-    return Chart(draw)
+def _histogram(counts: Sequence[float], name: str) -> doc.Chart:
+    return doc.Chart(lambda width, _: [charts.strip(charts.pooled(counts, width), STYLE_OF_CLASS[name])])
 
 
 def _frequency_axis(edges: Sequence[float], width: int) -> tuple[Text, Text]:
@@ -116,7 +100,7 @@ def _power(value: float) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) if exponent else "1"
 
 
-def training(found: Findings) -> Section:
+def training(found: Findings) -> doc.Section:
     title = "How well the SAEs are trained"
     says = (
         "FVU is the share of the activations' variance that the SAE fails to reproduce (0 is perfect); L0 the latents "
@@ -126,15 +110,15 @@ def training(found: Findings) -> Section:
     if tree is None and not (_imported(found) and firing):
         is_begun = any(entry["stage"] == "train" for entry in found["missing"])
         stage = "train" if is_begun or not _imported(found) else "harvest"
-        return Section(title, says, explain_missing(found, stage))
+        return doc.Section(title, says, explain_missing(found, stage))
     tokens = get(firing, "tokens")
     word = "dead" if tokens is None or tokens >= ENOUGH_TO_CALL_DEAD else "silent"
-    rows: Rows = []
+    rows: doc.Rows = []
     for run in found["runs"]:
         name, silent = run["name"], get(firing, "dead_fraction", run["name"])
         cells = [human(get(tree, "tokens", name)), decimal(get(tree, "fvu", name)), decimal(_l0(found, name), 1)]
         dead = percent(silent if silent is not None else get(tree, "dead_fraction", name))
-        rows.append([Span(name, "strong" if name == found["focus"] else ""), origin(run["seed"]), *cells, dead])
+        rows.append([doc.Span(name, "strong" if name == found["focus"] else ""), origin(run["seed"]), *cells, dead])
     notes = []
     if tokens is not None:
         notes.append(f"Firings were counted over {human(tokens)} tokens.")
@@ -148,9 +132,9 @@ def training(found: Findings) -> Section:
         )
     if unfinished := [run["name"] for run in found["runs"] if "trained" not in run["stages"]]:
         notes.append(f"Not finished: {listed(unfinished)}.")
-    body: list[Block] = [Table(["run", *numbers("seed", "tokens", "FVU", "L0", word)], rows)]
-    body += [Sentence(" ".join(notes))] if notes else []
-    return Section(title, says, body, list(training_curves(get(tree, "curves") or {})))
+    body: list[doc.Block] = [doc.Table(["run", ">seed", ">tokens", ">FVU", ">L0", f">{word}"], rows)]
+    body += [" ".join(notes)] if notes else []
+    return doc.Section(title, says, body, list(training_curves(get(tree, "curves") or {})))
 
 
 #: Column of the training log, its name, whether its logarithm is drawn, how its values are written.
@@ -164,27 +148,27 @@ _CURVES: tuple[tuple[str, str, bool, Callable[[float], str]], ...] = (
 _SIDE_BY_SIDE = 3
 
 
-def training_curves(curves: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
+def training_curves(curves: Mapping[str, Mapping[str, Any]]) -> Iterator[doc.Block]:
     """Draw each run's training log as small curves, by column, on a scale shared by the runs."""
     names = list(curves)
     scales = {column: _scale(curve[column] for curve in curves.values()) for column, *_ in _CURVES}
     for first in range(0, len(names), _SIDE_BY_SIDE):
         shown = names[first : first + _SIDE_BY_SIDE]
-        rows: Rows = []
+        rows: doc.Rows = []
         for column, label, is_log, write in _CURVES:
             if (scale := scales[column]) is None:
                 continue
             low, high = map(write, scale)
             lines = [_curve(curves[name][column], is_log, scale) for name in shown]
-            rows.append([label, quiet(low if low == high else f"{low} – {high}"), *lines])
-        heads: Heads = [Column(_chart_name(name), "chart") for name in shown]
+            rows.append([label, doc.quiet(low if low == high else f"{low} – {high}"), *lines])
+        heads = [doc.Column(_chart_name(name), "chart") for name in shown]
         if rows:
-            yield Table(["", *numbers("scale"), *heads], rows)
+            yield doc.Table(["", ">scale", *heads], rows)
 
 
-def _curve(values: Sequence[float | None], is_log: bool, scale: tuple[float, float]) -> Chart:
+def _curve(values: Sequence[float | None], is_log: bool, scale: tuple[float, float]) -> doc.Chart:
     numbers_ = [math.nan if value is None else value for value in values]
-    return Chart(lambda width, _: [charts.sparkline(numbers_, width, ACCENT, log=is_log, span=scale)])
+    return doc.Chart(lambda width, _: [charts.sparkline(numbers_, width, ACCENT, log=is_log, span=scale)])
 
 
 def _scale(values: Any) -> tuple[float, float] | None:
@@ -193,26 +177,20 @@ def _scale(values: Any) -> tuple[float, float] | None:
     return (min(known), max(known)) if known else None
 
 
-def _chart_name(name: str) -> Chart:
+def _chart_name(name: str) -> doc.Chart:
     """Cut a name to the width of its curve, keeping the end, which differs between a study's runs."""
-    return Chart(lambda width, _: [Text(name if len(name) <= width else "…" + name[1 - width :])])
+    return doc.Chart(lambda width, _: [Text(name if len(name) <= width else "…" + name[1 - width :])])
 
 
 #: Which missing stages explain that a part is empty; the first that is missing does.
-_BECAUSE = {
-    "train": ("train",),
-    "harvest": ("harvest", "train"),
-    "overlap": ("overlap", "train"),
-    "explain": ("explain",),
-    "score": ("explain", "score"),
-}
+_BECAUSE = {"harvest": ("harvest", "train"), "overlap": ("overlap", "train"), "score": ("explain", "score")}
 
 
-def explain_missing(found: Findings, stage: str) -> list[Block]:
+def explain_missing(found: Findings, stage: str) -> list[doc.Block]:
     """Return why a part is empty, and the command that provides it."""
     waiting = {entry["stage"]: entry for entry in found["missing"]}
-    entry = next((waiting[name] for name in _BECAUSE[stage] if name in waiting), None)
-    return wait_for(entry) if entry else [Sentence(quiet("Nothing is recorded."))]
+    entry = next((waiting[name] for name in _BECAUSE.get(stage, (stage,)) if name in waiting), None)
+    return [entry["says"], doc.Command(entry["command"])] if entry else [doc.quiet("Nothing is recorded.")]
 
 
 def _l0(found: Findings, name: str) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae.common import amounts
-from sae.common.amounts import choose_digits, decimal, is_known
+from sae.common.amounts import choose_digits, decimal, estimate, is_known
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -28,6 +28,13 @@ def percent_interval(bounds: Sequence[float | None] | None) -> str:
 def chance_level(of: Mapping[str, Any] | None) -> Any:
     """Return the chance level, measured with the sibling rotated at random; ``None`` where there is none."""
     return (of or {}).get("rotated")
+
+
+def estimate_of(row: Mapping[str, Any] | None, digits: int = 3, *, sign: bool = False) -> str:
+    """Return the ``mean`` or ``value`` of a row with its interval; a dash without a row."""
+    if row is None:
+        return "–"
+    return estimate(row["mean" if "mean" in row else "value"], row["interval"], digits, sign=sign)
 
 
 def count(n: float | None) -> str:

@@ -5,34 +5,37 @@ Every number comes from :func:`autointerp.findings.study.findings`, so terminal,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
+from autointerp.findings.paper.finding import AGREES, DISAGREES, SIGNED, UNDECIDED
 from autointerp.journal.method import BASELINE
-from autointerp.report import controls, dictionaries, explanations, paper, sharing
-from autointerp.report.blocks import Block, Command, Facts, Points, Section, Sentence, Title, Words, quiet, strong
+from autointerp.report import blocks as doc
+from autointerp.report import controls, dictionaries, explanations, sharing
 from autointerp.report.numbers import chance_level, get, human, listed, percent, percent_interval, plural
 from sae.common.amounts import decimal, estimate, is_known, precision_in_words
 
-Findings = Mapping[str, Any]
+Tree = Mapping[str, Any]
 _BRIEF = ("findings", "overlap", "scores", "relation", "interesting", "failures")
 _N_COMMANDS = 4
 
 
-def report_page(found: Findings, *, is_full: bool = False) -> list[Block | Section | None]:
+def report_page(found: Tree, *, is_full: bool = False) -> list[doc.Block | doc.Section | None]:
     """Return the whole report, or the summary and the main sections."""
     if is_full:
         return [*summary(found), *(build(found) for build in sections().values())]
     rest = "report --full shows every table and the methods; report --html writes a page with figures."
     brief = (replace(part, details=()) for name in _BRIEF if (part := sections()[name](found)))
-    return [*summary(found), *brief, Sentence(quiet(rest), is_apart=True)]
+    return [*summary(found), *brief, doc.Sentence(doc.quiet(rest), is_apart=True)]
 
 
-def sections() -> dict[str, Callable[[Findings], Section | None]]:
+def sections() -> dict[str, Callable[[Tree], doc.Section | None]]:
     """Return the builders of the sections after the summary, in order; they return ``None`` for an empty section."""
     return {
-        "findings": paper.findings,
+        "findings": paper_findings,
         "overlap": sharing.overlap,
         "similarity": sharing.similarity,
         "counterparts": sharing.counterparts,
@@ -51,29 +54,29 @@ def sections() -> dict[str, Callable[[Findings], Section | None]]:
 # --- summary ------------------------------------------------------------------------------------------------------
 
 
-def summary(found: Findings) -> list[Block]:
+def summary(found: Tree) -> list[doc.Block]:
     """Summarise sharing, interpretability, their relation, what is missing or failed, and the next commands."""
-    blocks: list[Block] = [Title(found["study"], dictionaries.describe_runs(found))]
+    blocks: list[doc.Block] = [doc.Title(found["study"], dictionaries.describe_runs(found))]
     for entry in found["stale"]:
-        blocks += [Sentence(strong(f"Out of date: {entry['says']}")), Command(entry["command"])]
-    answers: list[Words] = [[strong(f"{label}: "), words] for label, words in answer(found)]
+        blocks += [doc.strong(f"Out of date: {entry['says']}"), doc.Command(entry["command"])]
+    answers: list[doc.Words] = [[doc.strong(f"{label}: "), words] for label, words in answer(found)]
     if problems(found):
-        answers.append([strong("Missing or failed: "), problems(found)])
+        answers.append([doc.strong("Missing or failed: "), problems(found)])
     if answers:
-        blocks.append(Points(answers))
-    facts: list[tuple[str, Words]] = [(name, words) for name, words in describe_study(found).items()]
-    blocks.append(Facts(facts))
+        blocks.append(doc.Points(answers))
+    facts: list[tuple[str, doc.Words]] = [(name, words) for name, words in describe_study(found).items()]
+    blocks.append(doc.Facts(facts))
     commands = next_commands(found)
-    return [*blocks, Sentence("Next:"), *map(Command, commands)] if commands else blocks
+    return [*blocks, "Next:", *map(doc.Command, commands)] if commands else blocks
 
 
-def answer(found: Findings) -> list[tuple[str, str]]:
+def answer(found: Tree) -> list[tuple[str, str]]:
     """Return the answers in plain sentences, each with its topic."""
     topics = {"Sharing": _sharing, "Interpretability": _interpretability, "Relation": _relation}
     return [(topic, " ".join(words)) for topic, build in topics.items() if (words := list(build(found)))]
 
 
-def _sharing(found: Findings) -> Iterator[str]:
+def _sharing(found: Tree) -> Iterator[str]:
     tree = found["overlap"]
     if tree is None:
         return
@@ -95,7 +98,7 @@ def _chance(null: Mapping[str, float | None]) -> str:
     return "" if level is None else f"; chance level {percent(level)}"
 
 
-def _interpretability(found: Findings) -> Iterator[str]:
+def _interpretability(found: Tree) -> Iterator[str]:
     tree = found["scores"]
     if tree is None or not tree["n_scored"]:
         return
@@ -113,7 +116,7 @@ def _interpretability(found: Findings) -> Iterator[str]:
         yield "The swapped control is not at .5: some of the score does not come from the explanations (see below)."
 
 
-def _apart(difference: Mapping[str, Any]) -> str:
+def _apart(difference: Tree) -> str:
     """Describe a difference, its interval read in the same direction: ``.080 [.045, .120] above``."""
     value, bounds = difference["mean"], difference["interval"]
     if value >= 0:
@@ -121,7 +124,7 @@ def _apart(difference: Mapping[str, Any]) -> str:
     return f"{estimate(-value, [-b for b in reversed(bounds)] if bounds else None)} below"
 
 
-def _relation(found: Findings) -> Iterator[str]:
+def _relation(found: Tree) -> Iterator[str]:
     tree = found["relation"]
     if tree is None or not is_known(tree["spearman"]):
         return
@@ -135,7 +138,7 @@ def _relation(found: Findings) -> Iterator[str]:
     )
 
 
-def _verdict(tree: Mapping[str, Any]) -> str:
+def _verdict(tree: Tree) -> str:
     """Return the conclusion that the two intervals allow."""
     whole, held = (
         0 if not bounds or bounds[0] <= 0 <= bounds[1] else 1 if bounds[0] > 0 else -1
@@ -151,7 +154,7 @@ def _verdict(tree: Mapping[str, Any]) -> str:
     return "No clear relation between similarity to other seeds and score"
 
 
-def problems(found: Findings) -> str:
+def problems(found: Tree) -> str:
     """Return in one line what is missing and how much failed."""
     words = [entry["says"].rstrip(".") for entry in found["missing"]]
     failed = found["failures"] or {"n": 0, "n_answers": 0}
@@ -162,7 +165,7 @@ def problems(found: Findings) -> str:
     return "; ".join(words) + "." if words else ""
 
 
-def next_commands(found: Findings) -> list[str]:
+def next_commands(found: Tree) -> list[str]:
     """Return the commands that make missing parts or retry failures; else one to look further."""
     retry = (found["failures"] or {}).get("retry")
     commands = [*(entry["command"] for entry in found["missing"]), *([retry] if retry else [])]
@@ -171,7 +174,7 @@ def next_commands(found: Findings) -> list[str]:
     return list(dict.fromkeys(commands))[:_N_COMMANDS]
 
 
-def describe_study(found: Findings) -> dict[str, str]:
+def describe_study(found: Tree) -> dict[str, str]:
     """Describe the subject model, text, runs, explainer and judge."""
     subject, runs, corpus = found["subject"], found["runs"], found["corpus"]
     words = {"subject model": f"{subject['model']} · {subject['hookpoint']} (width {subject['width']})"}
@@ -191,13 +194,13 @@ def describe_study(found: Findings) -> dict[str, str]:
     return words
 
 
-def _unfinished(run: Mapping[str, Any]) -> str:
+def _unfinished(run: Tree) -> str:
     if "trained" not in run["stages"]:
         return ", import not finished" if run["seed"] is None else ", training not finished"
     return "" if "harvested" in run["stages"] else ", not harvested"
 
 
-def _aligned(found: Findings) -> str:
+def _aligned(found: Tree) -> str:
     """Name the runs in the figures about sharing if these are not all, and the command that aligns the others."""
     names, compared = [run["name"] for run in found["runs"]], found["compared"]
     apart = [name for name in names if name not in compared or len(compared) < 2]
@@ -209,7 +212,7 @@ def _aligned(found: Findings) -> str:
     return f"{words} (next: {command})" if command else words
 
 
-def _agent(agent: Mapping[str, Any] | None, otherwise: str) -> str:
+def _agent(agent: Tree | None, otherwise: str) -> str:
     if agent is None:
         return otherwise
     if agent["name"] == BASELINE:
@@ -217,10 +220,45 @@ def _agent(agent: Mapping[str, Any] | None, otherwise: str) -> str:
     return f"{agent['name']}: {agent['model'] or 'no language model'}"
 
 
+# --- the paper's findings -----------------------------------------------------------------------------------------
+
+STYLE_OF_VERDICT = {AGREES: "accent", DISAGREES: "one", UNDECIDED: "quiet"}
+_TALLY = {AGREES: "in agreement", DISAGREES: "in disagreement", UNDECIDED: "undecided"}
+
+
+def paper_findings(found: Tree) -> doc.Section | None:
+    """Return the tally of the paper's findings; in detail, each with values here and there, verdict and reason."""
+    rows: Sequence[Tree] = found["findings"]
+    if not rows:
+        return None
+    says = (
+        "Each finding of Paulo & Belrose (arXiv 2501.16615), decided by a written rule on an interval: it agrees in "
+        "direction, disagrees, or cannot be decided from these data."
+    )
+    counts = Counter(row["verdict"] for row in rows)
+    tally = ", ".join(f"{counts[verdict]} {words}" for verdict, words in _TALLY.items() if counts[verdict])
+    body = [f"Of {plural(len(rows), 'finding')}: {tally}."]
+    return doc.Section("The paper's findings, measured here", says, body, [*chain(*map(_describe_finding, rows))])
+
+
+def _describe_finding(row: Tree) -> Iterator[doc.Block]:
+    verdict = doc.Span(row["verdict"], STYLE_OF_VERDICT[row["verdict"]])
+    value = estimate(row["value"], (row["low"], row["high"]), sign=row["unit"] == SIGNED)
+    has_value = is_known(row["value"])
+    head: doc.Words = [doc.strong(f"{row['id']:<13}"), verdict, f"   {value}" if has_value else ""]
+    yield doc.Sentence(head, is_apart=True)
+    yield doc.Sentence(f"{row['finding']}; paper: {row['reference']}", indent=2)
+    if has_value:
+        yield doc.Sentence(doc.quiet(f"here: {row['measure']}"), indent=2)
+    yield doc.Sentence(doc.quiet(row["why"]), indent=2)
+    if row["command"]:
+        yield doc.Command(row["command"])
+
+
 # --- methods ------------------------------------------------------------------------------------------------------
 
 
-def methods(found: Findings) -> Section:
+def methods(found: Tree) -> doc.Section:
     tree, scores = found["methods"], found["scores"]
     shared = (
         f"{tree['definition']} at cosine {decimal(tree['threshold'], 2)}; unshared: alive, shared with no other run"
@@ -249,10 +287,10 @@ def methods(found: Findings) -> Section:
         "How the numbers above are defined, after Paulo & Belrose (arXiv 2501.16615) and, for the scores, Paulo et al. "
         "(arXiv 2410.13928)."
     )
-    return Section("Methods", says, [Facts([(name, words) for name, words in lines if words])])
+    return doc.Section("Methods", says, [doc.Facts([(name, words) for name, words in lines if words])])
 
 
-def describe_setups(setups: Sequence[Mapping[str, Any]]) -> list[str]:
+def describe_setups(setups: Sequence[Tree]) -> list[str]:
     """Return a line per set-up of scores, with the beginning of a differing hash if lines would be equal."""
     lines = [_describe_setup(setup) for setup in setups]
     found = []
@@ -264,7 +302,7 @@ def describe_setups(setups: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def _describe_setup(setup: Mapping[str, Any]) -> str:
+def _describe_setup(setup: Tree) -> str:
     def agent(role: str, model: str) -> str:
         name = str(setup.get(role) or "unknown")
         return f"{name} ({setup[model]})" if setup.get(model) else name

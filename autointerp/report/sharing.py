@@ -7,23 +7,8 @@ from typing import Any
 
 from rich.text import Text
 
+from autointerp.report import blocks as doc
 from autointerp.report import charts
-from autointerp.report.blocks import (
-    Block,
-    Cell,
-    Chart,
-    Column,
-    Command,
-    Facts,
-    Heads,
-    Rows,
-    Section,
-    Sentence,
-    Span,
-    Table,
-    numbers,
-    quiet,
-)
 from autointerp.report.charts import STYLE_OF_CLASS
 from autointerp.report.dictionaries import explain_missing, name_change
 from autointerp.report.numbers import (
@@ -37,7 +22,7 @@ from autointerp.report.numbers import (
 )
 from sae.common.amounts import decimal, estimate, interval
 
-Findings = Mapping[str, Any]
+Tree = Mapping[str, Any]
 RULES = {
     "strict": "encoder and decoder pick the same partner, both cosines > {t}",
     "both": "both matched cosines > {t}, each under its own matching",
@@ -49,7 +34,7 @@ _THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _LARGEST_MAP = 8  # runs in a table of pairs
 
 
-def overlap(found: Findings) -> Section:
+def overlap(found: Tree) -> doc.Section:
     title = f"How much is shared {name_change(found)}"
     says = (
         "Each latent of one SAE is paired with one latent of the other, once by encoder and once by decoder direction; "
@@ -57,50 +42,46 @@ def overlap(found: Findings) -> Section:
     )
     tree = found["overlap"]
     if tree is None:
-        return Section(title, says, explain_missing(found, "overlap"))
-    body: list[Block] = [_definitions(tree)]
+        return doc.Section(title, says, explain_missing(found, "overlap"))
+    body: list[doc.Block] = [_definitions(tree)]
     if len(found["compared"]) < len(found["runs"]):
         body += explain_missing(found, "overlap")
     for entry in found.get("forced") or []:
         runs = " and ".join(entry["runs"])
-        body += [Sentence(f"Also aligned, by --force, with a run of another study: {runs}."), Command(entry["command"])]
+        body += [f"Also aligned, by --force, with a run of another study: {runs}.", doc.Command(entry["command"])]
     threshold = threshold_of(tree["threshold"])
-    rules = Facts([(name, rule.format(t=threshold)) for name, rule in RULES.items()])
-    return Section(title, says, body, [rules, *_pairs(tree), *_growth(tree), _other_thresholds(tree)])
+    rules = doc.Facts([(name, rule.format(t=threshold)) for name, rule in RULES.items()])
+    return doc.Section(title, says, body, [rules, *_pairs(tree), *_growth(tree), _other_thresholds(tree)])
 
 
-def _definitions(tree: Mapping[str, Any]) -> Table:
-    columns: list[Column | str] = ["", *numbers("shared latents"), "95 % interval", "chance level"]
-    columns += [Column("of all latents", "number", is_extra=True), Column("", "chart", is_extra=True)]
-    rows: Rows = []
+def _definitions(tree: Tree) -> doc.Table:
+    rows: doc.Rows = []
     for name in ("strict", "both", "decoder", "lenient"):
         row, style = tree[name], "strong" if name == tree["definition"] else ""
         level = _with_range(chance_level(row["null"]), chance_level(row["null_range"]))
-        cells: list[Cell] = [
-            Span(name, style),
-            Span(percent(row["value"]), style),
-            percent_interval(row["interval"]),
-            quiet(level),
-        ]
-        rows.append([*cells, quiet(percent(row["over_all_latents"])), _bar(row["value"])])
+        own = [doc.Span(name, style), doc.Span(percent(row["value"]), style)]
+        others = [doc.quiet(level), doc.quiet(percent(row["over_all_latents"]))]
+        rows.append([*own, percent_interval(row["interval"]), *others, _bar(row["value"])])
     null = chance_level(tree["nulls"]) or {}
     level = _with_range(null.get("max_cosine"), null.get("max_cosine_range"))
-    cells = ["nearest", percent(tree["max_cosine"]), percent_interval(tree["max_cosine_interval"]), quiet(level)]
-    rows.append([*cells, "", _bar(tree["max_cosine"])])
+    bounds = percent_interval(tree["max_cosine_interval"])
+    rows.append(["nearest", percent(tree["max_cosine"]), bounds, doc.quiet(level), "", _bar(tree["max_cosine"])])
     words = "Shares are of alive latents. Chance level: the sibling rotated at random."
-    is_range = len(tree["strict"]["pairs"]) > 1
-    return Table(columns, rows, [words + (" Brackets: range over pairs." if is_range else "")] if null else [])
+    words += " Brackets: range over pairs." if len(tree["strict"]["pairs"]) > 1 else ""
+    extra = doc.Column("of all latents", "number", is_extra=True), doc.Column("", "chart", is_extra=True)
+    heads: doc.Heads = ["", ">shared latents", "95 % interval", "chance level", *extra]
+    return doc.Table(heads, rows, [words] if null else [])
 
 
-def _bar(value: float | None) -> Chart:
-    return Chart(lambda width, _: [charts.bar(value or 0.0, min(width, 16), STYLE_OF_CLASS["all"])])
+def _bar(value: float | None) -> doc.Chart:
+    return doc.Chart(lambda width, _: [charts.bar(value or 0.0, min(width, 16), STYLE_OF_CLASS["all"])])
 
 
 def _with_range(value: float | None, bounds: Sequence[float | None] | None) -> str:
     return f"{percent(value)} {percent_interval(bounds)}".rstrip()
 
 
-def _pairs(tree: Mapping[str, Any]) -> Iterator[Block]:
+def _pairs(tree: Tree) -> Iterator[doc.Block]:
     """Show the share of each pair of runs: rows for up to three runs, a square for more, the range for many."""
     definition = tree["definition"]
     pairs: Mapping[str, float | None] = tree[definition]["pairs"]
@@ -112,10 +93,8 @@ def _pairs(tree: Mapping[str, Any]) -> Iterator[Block]:
     levels = [value for value in by_chance.values() if value is not None]
     notes = [f"Chance level: {percent(min(levels))} to {percent(max(levels))} over pairs."] if levels else []
     if len(names) == 3:
-        rows: Rows = [[definition, *map(percent, pairs.values())]]
-        if levels:
-            rows.append(["chance level", *(percent(by_chance[pair]) for pair in pairs)])
-        yield Table(["by pair", *numbers(*(pair.replace("--", " & ") for pair in pairs))], rows)
+        rows = _with_chance(definition, list(pairs.values()), [by_chance[pair] for pair in pairs] if levels else [])
+        yield doc.Table(["by pair", *(f">{pair.replace('--', ' & ')}" for pair in pairs)], rows)
     elif len(names) <= _LARGEST_MAP:
         beginnings = {name.rpartition("_")[0] for name in names}
         short = [name.rpartition("_")[2] for name in names] if len(beginnings) == 1 else names
@@ -123,48 +102,51 @@ def _pairs(tree: Mapping[str, Any]) -> Iterator[Block]:
             [name, *(_one_pair(pairs.get(f"{a}--{b}", pairs.get(f"{b}--{a}"))) for b in names)]
             for a, name in zip(names, short, strict=True)
         ]
-        yield Table([f"{definition}, %", *numbers(*short)], rows, notes)
+        yield doc.Table([f"{definition}, %", *(f">{name}" for name in short)], rows, notes)
     else:
         words = f"{definition}: {len(pairs)} pairs, from {percent(min(values))} to {percent(max(values))}. "
-        yield Sentence(words + " ".join(notes))
+        yield words + " ".join(notes)
 
 
 def _one_pair(value: float | None) -> str:
     return "·" if value is None else f"{100 * value:.1f}"
 
 
-def _growth(tree: Mapping[str, Any]) -> Iterator[Block]:
+def _with_chance(name: str, values: Sequence[float | None], chance: Sequence[float], style: str = "") -> doc.Rows:
+    """Return a row of percentages, and one with their chance levels if these are known."""
+    rows: doc.Rows = [[name, *(doc.Span(percent(value), style) for value in values)]]
+    return [*rows, [doc.quiet("chance level"), *(doc.quiet(percent(value)) for value in chance)]] if chance else rows
+
+
+def _growth(tree: Tree) -> Iterator[doc.Block]:
     """Show the shares found in one SAE, in every SAE and in exactly n, as more SAEs are compared."""
-    n, null = len(tree["only_one"]), chance_level(tree["nulls"])
+    n, null = len(tree["only_one"]), chance_level(tree["nulls"]) or {}
     if n < 3:
         return
-    rows: Rows = []
-    for key, name, style in (("only_one", "found in one alone", "one"), ("all_of_n", "found in every one", "all")):
-        rows.append([name, *(Span(percent(value), style) for value in tree[key][1:])])
-        if null:
-            rows.append([quiet("chance level"), *(quiet(percent(value)) for value in null[key][1:])])
-    yield Table(["SAEs compared", *numbers(*map(str, range(2, n + 1)))], rows)
-    rows = [[tree["definition"], *map(percent, tree["exactly_n"])]]
-    if null:
-        rows.append([quiet("chance level"), *(quiet(percent(value)) for value in null["exactly_n"])])
-    yield Table([f"in exactly n of {n}", *numbers(*map(str, range(1, n + 1)))], rows)
+    rows = [
+        *_with_chance("found in one alone", tree["only_one"][1:], null.get("only_one", [])[1:], "one"),
+        *_with_chance("found in every one", tree["all_of_n"][1:], null.get("all_of_n", [])[1:], "all"),
+    ]
+    yield doc.Table(["SAEs compared", *(f">{i}" for i in range(2, n + 1))], rows)
+    rows = _with_chance(tree["definition"], tree["exactly_n"], null.get("exactly_n", []))
+    yield doc.Table([f"in exactly n of {n}", *(f">{i}" for i in range(1, n + 1))], rows)
 
 
-def _other_thresholds(tree: Mapping[str, Any]) -> Table:
+def _other_thresholds(tree: Tree) -> doc.Table:
     """Show the share at other thresholds, with the decoder definition's chance level, which bounds the others'."""
     sweep, null = tree["sweep"], chance_level(tree["nulls"])
     names = ("strict", "both", "decoder")
-    rows: Rows = []
+    rows: doc.Rows = []
     for value in _THRESHOLDS:
         i = sweep["threshold"].index(value)
-        cells = [Span(percent(sweep[name][i]), "strong" if name == tree["definition"] else "") for name in names]
-        rows.append([decimal(value, 1), *cells, *([quiet(percent(null["sweep"]["decoder"][i]))] if null else [])])
-    heads: Heads = ["threshold", *numbers(*names), *(numbers("decoder by chance") if null else [])]
+        cells = [doc.Span(percent(sweep[name][i]), "strong" if name == tree["definition"] else "") for name in names]
+        rows.append([decimal(value, 1), *cells, *([doc.quiet(percent(null["sweep"]["decoder"][i]))] if null else [])])
+    heads = ["threshold", *(f">{name}" for name in names), *([">decoder by chance"] if null else [])]
     note = "Chance levels of strict and both are at most that of decoder: they ask for more."
-    return Table(heads, rows, [note] if null else [])
+    return doc.Table(heads, rows, [note] if null else [])
 
 
-def similarity(found: Findings) -> Section:
+def similarity(found: Tree) -> doc.Section:
     title = "How similar partners are"
     says = (
         "Cosine of each alive latent with its partner, mean of encoder and decoder: 1 is the same direction. "
@@ -172,7 +154,7 @@ def similarity(found: Findings) -> Section:
     )
     tree = found["similarity"]
     if tree is None:
-        return Section(title, says, explain_missing(found, "overlap"))
+        return doc.Section(title, says, explain_missing(found, "overlap"))
     shape, threshold = tree["histogram"], found["overlap"]["threshold"]
     null, of_overlap = chance_level(tree["null"]) or {}, chance_level(found["overlap"]["nulls"])
     chance = ""
@@ -183,18 +165,18 @@ def similarity(found: Findings) -> Section:
         f"{chance}. The mean cosine is {decimal(tree['mean_same_partner'])} there and "
         f"{decimal(tree['mean_different_partner'])} elsewhere. {_modes(tree['bimodality'])}"
     )
-    rows: Rows = [
-        [name, decimal(tree[key]), interval(tree.get(f"{key}_interval")), quiet(_estimate_null(null, key))]
-        for key, name in _MEAN_COSINES.items()
-    ]
+    rows: doc.Rows = []
+    for key, name in _MEAN_COSINES.items():
+        by_chance = doc.quiet(estimate(null.get(key), null.get(f"{key}_range")))
+        rows.append([name, decimal(tree[key]), interval(tree.get(f"{key}_interval")), by_chance])
     notes = []
     if tree["pw_mcc"]["sd"] is not None:
         sd = chance_level(tree["pw_mcc"]["null_sd"])
         level = f"; by chance {decimal(sd, 4)}" if sd is not None else ""
         notes = [f"Standard deviation of PW-MCC over pairs of SAEs: {decimal(tree['pw_mcc']['sd'], 4)}{level}."]
-    table = Table(["mean cosine", *numbers("value"), "95 % interval", "chance level"], rows, notes)
-    chart = Chart(lambda width, colour: _similarity_chart(shape, threshold, width, colour))
-    return Section(title, says, [chart, Sentence(words)], [table])
+    table = doc.Table(["mean cosine", ">value", "95 % interval", "chance level"], rows, notes)
+    chart = doc.Chart(lambda width, colour: _similarity_chart(shape, threshold, width, colour))
+    return doc.Section(title, says, [chart, words], [table])
 
 
 _MEAN_COSINES = {
@@ -207,11 +189,7 @@ _MEAN_COSINES = {
 }
 
 
-def _estimate_null(null: Mapping[str, Any], key: str) -> str:
-    return estimate(null.get(key), null.get(f"{key}_range"))
-
-
-def _modes(dip: Mapping[str, Any]) -> str:
+def _modes(dip: Tree) -> str:
     """Say whether there are two modes, with the test."""
     if dip["value"] is None or dip["p_value"] is None:
         return "There are too few cosines to tell one mode from two."
@@ -222,7 +200,7 @@ def _modes(dip: Mapping[str, Any]) -> str:
     return f"{result}: dip {decimal(dip['value'])} {interval(dip['interval'])}{chance}, {p}."
 
 
-def _similarity_chart(shape: Mapping[str, Any], threshold: float, width: int, has_colour: bool) -> Iterator[Text]:
+def _similarity_chart(shape: Tree, threshold: float, width: int, has_colour: bool) -> Iterator[Text]:
     """Draw cosines from 0 to 1, by same or different partner. The few below 0 are in the first column."""
     first = next(i for i, edge in enumerate(shape["edges"]) if edge >= 0)
     same, other = ([sum(c[: first + 1]), *c[first + 1 :]] for c in (shape["same_partner"], shape["different_partner"]))
@@ -237,7 +215,7 @@ def _similarity_chart(shape: Mapping[str, Any], threshold: float, width: int, ha
     yield charts.legend(("same partner", "different partners"), has_colour)
 
 
-def counterparts(found: Findings) -> Section | None:
+def counterparts(found: Tree) -> doc.Section | None:
     """Show what other SAEs have in place of unshared latents: totals over all pairs."""
     tree = found["counterparts"]
     if tree is None:
@@ -248,44 +226,37 @@ def counterparts(found: Findings) -> Section | None:
     )
     null = get(tree, "null", "shifted")
     chances = {row["relation"]: row["fraction"] for row in null["relations"]} if null else {}
-    rows: Rows = []
+    rows: doc.Rows = []
     for row in tree["relations"]:
         name = row["relation"]
         if row["n"] or name != "rare":
             cells = [_RELATIONS.get(name, name), count(row["n"]), percent(row["fraction"])]
             level = _with_range(chances.get(name), get(null, "relations_range", name))
-            rows.append([*cells, percent_interval(row["interval"]), quiet(level), decimal(row["rebuilt"], 2)])
-    heads: Heads = [
-        "in the other SAE",
-        *numbers("cases", "share"),
-        "95 % interval",
-        "chance level",
-        *numbers("rebuilt"),
-    ]
+            rows.append([*cells, percent_interval(row["interval"]), doc.quiet(level), decimal(row["rebuilt"], 2)])
+    heads = ["in the other SAE", ">cases", ">share", "95 % interval", "chance level", ">rebuilt"]
     rebuilt, same = tree["rebuilt"], tree["same_partner"]
     level = f" (by chance {decimal(rebuilt['null'], 2)})" if rebuilt["null"] is not None else ""
     paired = ""
     if null:
-        level_of_pairs = _with_range(null["same_partner"]["decoder"], null["same_partner_range"])
-        paired = f" (chance level {level_of_pairs})"
-    sentences = [
-        Sentence(
+        paired = f" (chance level {_with_range(null['same_partner']['decoder'], null['same_partner_range'])})"
+    body: list[doc.Block] = [
+        doc.Table(heads, rows),
+        (
             "Rebuilt: the share of the latent's decoder direction that at most four latents of the other SAE explain, "
             f"{decimal(rebuilt['mean'], 2)} on average{level}."
         ),
-        Sentence(
+        (
             f"Pairing by firing together (Jaccard) gives {percent(same['decoder'])} of the latents the same partner as "
             f"the decoders{paired}: {percent(same['shared'])} of the shared, {percent(same['unshared'])} of the "
             "unshared."
         ),
     ]
-    body: list[Block] = [Table(heads, rows), *sentences]
-    details: list[Block] = [_firing_together(tree, null), Sentence(quiet(_describe_comparison(tree)))]
-    return Section("What other SAEs have in place of unshared latents", says, body, details)
+    details: list[doc.Block] = [_firing_together(tree, null), doc.quiet(_describe_comparison(tree))]
+    return doc.Section("What other SAEs have in place of unshared latents", says, body, details)
 
 
-def _firing_together(tree: Mapping[str, Any], null: Mapping[str, Any] | None) -> Table:
-    rows: Rows = []
+def _firing_together(tree: Tree, null: Tree | None) -> doc.Table:
+    rows: doc.Rows = []
     for name in ("shared", "unshared"):
         # Every pair is seen from both sides, so the mean of p_here is that of p_there.
         own, chance = tree["of_decoder_partner"][name], get(null, "of_decoder_partner", name)
@@ -294,10 +265,10 @@ def _firing_together(tree: Mapping[str, Any], null: Mapping[str, Any] | None) ->
     for key, label in (("jaccard", "partner by firing"), ("max_jaccard", "nearest by firing")):
         chance = f"{decimal(null[key], 2)} {interval(null[f'{key}_range'], 2)}".rstrip() if null else ""
         rows.append([label, decimal(tree[key], 2), chance, "", ""])
-    return Table(["firing with the …", *numbers("Jaccard", "by chance", "P(other | this)", "by chance")], rows)
+    return doc.Table(["firing with the …", ">Jaccard", ">by chance", ">P(other | this)", ">by chance"], rows)
 
 
-def _describe_comparison(tree: Mapping[str, Any]) -> str:
+def _describe_comparison(tree: Tree) -> str:
     """Describe the comparison: the number of tokens, its precision, and its chance level."""
     words = ""
     if tree["n_tokens"] is not None:
@@ -320,14 +291,12 @@ _RELATIONS = {
 }
 
 
-def alignment_page(found: Findings) -> list[Block | Section | None]:
+def alignment_page(found: Tree) -> list[doc.Block | doc.Section | None]:
     """Return the page that ``align`` prints: the report's sections about sharing."""
     warning = warn_apart(found["apart"])
     return [*warning, overlap(found), similarity(found), counterparts(found)]
 
 
-def warn_apart(apart: str | None) -> list[Block]:
-    if not apart:
-        return []
+def warn_apart(apart: str | None) -> list[doc.Block]:
     words = f"Aligned by --force: {apart}. The runs differ in more than the seed."
-    return [Sentence([Span("! ", "warn"), words])]
+    return [[doc.Span("! ", "warn"), words]] if apart else []

@@ -6,29 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autointerp.report import blocks as doc
 from autointerp.report import dictionaries
-from autointerp.report.blocks import (
-    Block,
-    Column,
-    Command,
-    Rows,
-    Section,
-    Sentence,
-    Span,
-    Table,
-    numbers,
-    quiet,
-    strong,
-)
 from autointerp.report.numbers import count, human, listed, origin, plural
-from sae.common.commands import command
+from autointerp.report.visible import visible
+from sae.common.commands import DEFAULT_ROOT, command
 from sae.study.run import all_runs, split_readable
 
+Tree = Mapping[str, Any]
 _DONE = {"explain": "explained", "score": "scored"}
 _MOST_REASONS = 8
 
 
-def outcome_page(found: Mapping[str, Any], stage: str) -> Iterator[Block]:
+def outcome_page(found: Tree, stage: str) -> Iterator[doc.Block]:
     """Show the result of ``explain`` or ``score``: counts, skipped latents, failures with reasons, and a retry."""
     done = _DONE.get(stage, "done")
     n_controls = found.get("n_controls", 0)
@@ -36,33 +26,33 @@ def outcome_page(found: Mapping[str, Any], stage: str) -> Iterator[Block]:
     words += f" and {n_controls:,} of control SAEs" if n_controls else ""
     if 0 < found["n_new"] < found["n_done"]:
         words += f", {found['n_new']:,} of them now"
-    yield Sentence("")
-    yield Sentence([Span(listed(found["runs"]), "strong accent"), f"  {words} by {found['backend']}"])
+    yield ""
+    yield [doc.Span(listed(found["runs"]), "strong accent"), f"  {words} by {found['backend']}"]
     for note in found["notes"]:
-        yield Sentence(quiet(note))
+        yield doc.quiet(note)
     if found.get("left_out"):
         yield _reasons(found["left_out"], "skipped because")
     if found["n_failed"]:
         yield _reasons(found["failures"], "failed because")
         if found["retry"]:
-            yield Sentence("This retries only what failed:")
-            yield Command(found["retry"])
+            yield "This retries only what failed:"
+            yield doc.Command(found["retry"])
     elif found.get("next"):
-        yield Sentence(quiet("Next:"))
-        yield Command(found["next"])
+        yield doc.quiet("Next:")
+        yield doc.Command(found["next"])
 
 
-def _reasons(counts: Mapping[str, int], head: str) -> Table:
+def _reasons(counts: Mapping[str, int], head: str) -> doc.Table:
     """Return the most common reasons, each with its number of latents."""
     reasons = sorted(counts.items(), key=lambda item: -item[1])
-    rows: list[tuple[str, str | Span]] = [(count(n), reason) for reason, n in reasons[:_MOST_REASONS]]
+    rows: list[tuple[str, str | doc.Span]] = [(count(n), reason) for reason, n in reasons[:_MOST_REASONS]]
     if len(reasons) > _MOST_REASONS:
         rest = sum(n for _, n in reasons[_MOST_REASONS:])
-        rows.append((count(rest), quiet("other reasons; --json has them all")))
-    return Table([*numbers("latents"), Column(head, "fold")], rows)
+        rows.append((count(rest), doc.quiet("other reasons; --json has them all")))
+    return doc.Table([">latents", doc.Column(head, "fold")], rows)
 
 
-def cost_page(found: Mapping[str, Any]) -> list[Block]:
+def cost_page(found: Tree) -> list[doc.Block]:
     """Show the cost of ``explain`` or ``score``: a :class:`autointerp.scoring.dry_run.Forecast` as a mapping."""
     cheaper, seconds, dollars = found["cheaper"], found["seconds"], found["dollars"]
     most, about = "at most " if cheaper else "", "" if found["exact"] else " (an estimate)"
@@ -77,15 +67,15 @@ def cost_page(found: Mapping[str, Any]) -> list[Block]:
         *found["notes"],
     ]
     head = f"{found['stage']} would send {most}{_requests(found)} to {found['model'] or 'no model'}"
-    return [Sentence(head), *(Sentence(line, indent=2) for line in lines)]
+    return [head, *(doc.Sentence(line, indent=2) for line in lines)]
 
 
-def _requests(found: Mapping[str, Any]) -> str:
+def _requests(found: Tree) -> str:
     least = f" (at least {found['requests_at_least']:,})" if found["requests_at_least"] < found["requests"] else ""
     return f"{found['requests']:,} requests{least}"
 
 
-def _other_protocol(protocol: str, cheaper: Mapping[str, Any]) -> str:
+def _other_protocol(protocol: str, cheaper: Tree) -> str:
     price = "" if cheaper["dollars"] is None else f", about ${cheaper['dollars']:,.4f}"
     return (
         f"all figures are for --protocol {protocol}, the more expensive one; --protocol {cheaper['protocol']} would "
@@ -94,66 +84,60 @@ def _other_protocol(protocol: str, cheaper: Mapping[str, Any]) -> str:
     )
 
 
-def runs_page(found: Sequence[Mapping[str, Any]], root: Path) -> list[Block | Section]:
+def runs_page(found: Sequence[Tree], root: Path = DEFAULT_ROOT) -> list[doc.Block | doc.Section]:
     """Show one line per run with its progress, by study, controls last."""
     if not found:
-        return [Sentence(f"There are no runs under {root}."), Command(command(root, "demo"))]
+        return [f"There are no runs under {root}.", doc.Command(command(root, "demo"))]
     stages = ("trained", "harvested", "aligned", "explained", "scored")
-    sections: list[Block | Section] = []
+    sections: list[doc.Block | doc.Section] = []
     readable = split_readable(all_runs(root))[0]
     for study in dict.fromkeys(run["control_of"] or run["study"] for run in found):
         members = [run for run in found if (run["control_of"] or run["study"]) == study]
         members.sort(key=lambda run: run["control_of"] is not None)
         trained = [run.name for run in readable if run.study == study and run.is_trained]
-        rows: Rows = [
-            [
-                [strong(run["name"]), quiet("  control" if run["control_of"] else "")],
-                origin(run["seed"]),
-                *(_mark(run, stage, trained) for stage in stages),
-            ]
-            for run in members
-        ]
+        rows: doc.Rows = []
+        for run in members:
+            name = [doc.strong(run["name"]), doc.quiet("  control" if run["control_of"] else "")]
+            rows.append([name, origin(run["seed"]), *(_mark(run, stage, trained) for stage in stages)])
         first, sizes = members[0], listed(sorted({dictionaries.describe_size(run) for run in members}))
         tokens = "" if first["tokens"] is None else f", {human(first['tokens'])} tokens"
         says = f"{first['subject']} · {first['hookpoint']} · {sizes}{tokens}"
-        sections.append(Section(study, says, [Table(["run", *numbers("seed"), *stages], rows)]))
+        sections.append(doc.Section(study, says, [doc.Table(["run", ">seed", *stages], rows)]))
     return sections
 
 
-def _mark(run: Mapping[str, Any], stage: str, trained: Sequence[str]) -> Span:
+def _mark(run: Tree, stage: str, trained: Sequence[str]) -> doc.Span:
     """Return ``yes``, a dash, or the number of aligned runs of the study if these are not all."""
     if not run[stage]:
-        return quiet("–")
+        return doc.quiet("–")
     others = [name for name in trained if name != run["name"]]
     n = sum(name in run["aligned_with"] for name in others)
-    return Span(f"with {n} of {len(others)}" if stage == "aligned" and n < len(others) else "yes", "accent")
+    return doc.Span(f"with {n} of {len(others)}" if stage == "aligned" and n < len(others) else "yes", "accent")
 
 
-def deletion_page(found: Mapping[str, Any]) -> Iterator[Block]:
+def deletion_page(found: Tree) -> Iterator[doc.Block]:
     """Show what would be deleted, with sizes, largest first, and what is kept. ``found`` is a plan as a mapping."""
     if found["parts"]:
         parts = sorted(found["parts"], key=lambda part: -part["bytes"])
-        rows: Rows = [[f"{human(part['bytes'])}B", part["kind"], part["path"]] for part in parts]
-        rows.append([strong(f"{human(found['bytes'])}B"), strong("total"), ""])
-        yield Table([*numbers("size"), "what", Column("path", "fold")], rows)
+        rows: doc.Rows = [[f"{human(part['bytes'])}B", part["kind"], part["path"]] for part in parts]
+        rows.append([doc.strong(f"{human(found['bytes'])}B"), doc.strong("total"), ""])
+        yield doc.Table([">size", "what", doc.Column("path", "fold")], rows)
     else:
-        yield Sentence("Nothing to delete.")
+        yield "Nothing to delete."
     for words in found["kept"]:
-        yield Sentence(quiet(words))
+        yield doc.quiet(words)
 
 
-def written_line(found: Mapping[str, Any]) -> str:
+def written_line(found: Tree) -> str:
     """Say where a page is, its size, and how many latents have details."""
-    return (
-        f"{found['path']}  {found['n_bytes'] / 1e6:.1f} MB, details of {found['n_details']:,} of "
-        f"{found['n_latents']:,} latents"
-    )
+    size = f"{found['n_bytes'] / 1e6:.1f} MB"
+    return visible(f"{found['path']}  {size}, details of {found['n_details']:,} of {found['n_latents']:,} latents")
 
 
-def exported_line(found: Mapping[str, Any]) -> str:
+def exported_line(found: Tree) -> str:
     """Say where a table is, and its size."""
-    kept = "  (already there)" if found["kept"] else ""
-    return (
-        f"{found['path']}  {found['table']} of {', '.join(found.get('runs', [found['run']]))}: "
-        f"{found['rows']:,} rows, {len(found['columns'])} columns, {found['bytes'] / 1e6:.1f} MB{kept}"
+    kept, runs = "  (already there)" if found["kept"] else "", ", ".join(found.get("runs", [found["run"]]))
+    return visible(
+        f"{found['path']}  {found['table']} of {runs}: {found['rows']:,} rows, {len(found['columns'])} columns, "
+        f"{found['bytes'] / 1e6:.1f} MB{kept}"
     )

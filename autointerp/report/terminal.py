@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import rich.table
@@ -13,22 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from autointerp.report.blocks import (
-    Block,
-    Cell,
-    Chart,
-    Column,
-    Command,
-    Context,
-    Facts,
-    Points,
-    Section,
-    Sentence,
-    Table,
-    Title,
-    Words,
-    spans,
-)
+from autointerp.report import blocks as doc
 from autointerp.report.charts import ACCENT, STYLE_OF_CLASS
 from autointerp.report.visible import Marking, highlighted, marking, shown
 
@@ -57,20 +42,20 @@ class Page:
         return cls(max(40, min(console.width, WIDTH)), has_colour, marking(console))
 
 
-def show(parts: Sequence[Block | Section | None], console: Console | None = None) -> None:
+def print_page(parts: Iterable[doc.Block | doc.Section | None], console: Console | None = None) -> None:
     """Print report blocks and sections; ``None`` among them is skipped."""
     # Rich guesses nothing from the text: numbers in an explanation are not to be coloured as numbers.
     console = console or Console(highlight=False, markup=False, emoji=False)
     page = Page.of(console)
     console.width = max(console.width, page.width)  # Rich prints nothing on a terminal without columns
     lines: list[RenderableType] = []
-    blocks: list[Block] = []
+    blocks: list[doc.Block] = []
     for part in parts:
-        if isinstance(part, Section):
+        if isinstance(part, doc.Section):
             lines += [*_arranged(blocks, page), *_section(part, page)]
             blocks = []
         elif part is not None:
-            blocks.append(part)
+            blocks += doc.with_sentences([part])
     lines += [Text()] if lines and blocks else []
     body = Group(*lines, *_arranged(blocks, page))
     if console.color_system is not None and not console.options.ascii_only:
@@ -85,63 +70,63 @@ def show(parts: Sequence[Block | Section | None], console: Console | None = None
     console.out(text, highlight=False)
 
 
-def _section(section: Section, page: Page) -> Iterator[RenderableType]:
+def _section(section: doc.Section, page: Page) -> Iterator[RenderableType]:
     rule = "─" * max(0, page.width - cell_len(section.title) - 1)
     yield Text()
     yield Text.assemble(shown(section.title, "bold"), " ", (rule, "dim"), no_wrap=True)
     if section.says:
         yield shown(section.says, "dim")
     yield Text()
-    yield from _arranged([*section.body, *section.details], page)
+    yield from _arranged(doc.with_sentences([*section.body, *section.details]), page)
 
 
-def _arranged(blocks: Sequence[Block], page: Page) -> Iterator[RenderableType]:
+def _arranged(blocks: Sequence[doc.Block], page: Page) -> Iterator[RenderableType]:
     """Separate blocks by empty lines, except sentences, commands and contexts."""
-    previous: Block | None = None
-    close = Sentence | Command | Context
+    previous: doc.Block | None = None
+    close = doc.Sentence | doc.Command | doc.Context
     for block in blocks:
-        is_close = isinstance(previous, close | Title) and isinstance(block, close)
-        if previous is not None and (not is_close or (isinstance(block, Sentence) and block.is_apart)):
+        is_close = isinstance(previous, close | doc.Title) and isinstance(block, close)
+        if previous is not None and (not is_close or (isinstance(block, doc.Sentence) and block.is_apart)):
             yield Text()
         yield from _drawn(block, page)
         previous = block
 
 
-def _drawn(block: Block, page: Page) -> Iterator[RenderableType]:
+def _drawn(block: doc.Block, page: Page) -> Iterator[RenderableType]:
     match block:
-        case Sentence():
+        case doc.Sentence():
             yield Padding(_text(block.words), (0, 0, 0, block.indent))
-        case Command():
+        case doc.Command():
             for i, words in enumerate(over_lines(shown(block.command).plain, page.width - len(_PROMPT))):
                 start = " " * len(_PROMPT) if i else _PROMPT
                 yield Text.assemble((start, "dim"), (words, "bold"), overflow="fold")
-        case Points():
+        case doc.Points():
             yield _grid([(Text("•", ACCENT), _text(words)) for words in block.points], gap=1)
-        case Facts():
+        case doc.Facts():
             facts = [(shown(name, "dim"), _text(said)) for name, said in block.facts]
             yield Padding(_grid(facts), (0, 0, 0, block.indent))
-        case Context():
+        case doc.Context():
             peak = f"{max(block.activations, default=0.0):6.2f}  " if block.has_peak else ""
             width = page.width - block.indent - len(peak)
             line = highlighted(block.tokens, block.activations, page.marking, width=width)
             yield Padding(Text.assemble((peak, "dim"), line, no_wrap=True), (0, 0, 0, block.indent))
-        case Table():
+        case doc.Table():
             yield _table(block, page)
             for note in block.notes:
                 yield shown(note, "dim")
-        case Chart():
+        case doc.Chart():
             for line in block.draw(page.width - 4, page.has_colour):
                 yield Padding(line, (0, 0, 0, 2))
-        case Title():
+        case doc.Title():
             says = shown(f"   {block.says}", "bold")
             yield Text.assemble(shown(block.name, f"bold {ACCENT}"), says)
             yield Text("━" * page.width, ACCENT, no_wrap=True)
 
 
-def _text(words: Words) -> Text:
+def _text(words: doc.Words) -> Text:
     """Return ``words`` as rich text, with hidden characters made visible."""
     parts = [
-        shown(span.text, " ".join(_STYLES.get(word, word) for word in span.style.split())) for span in spans(words)
+        shown(span.text, " ".join(_STYLES.get(word, word) for word in span.style.split())) for span in doc.spans(words)
     ]
     return Text.assemble(*parts)
 
@@ -155,10 +140,10 @@ def _grid(rows: Sequence[tuple[Text, Text]], gap: int = 2) -> rich.table.Table:
     return grid
 
 
-def _table(table: Table, page: Page) -> rich.table.Table:
+def _table(table: doc.Table, page: Page) -> rich.table.Table:
     """Render the columns that fit; charts take the remaining width."""
-    columns = [Column(column) if isinstance(column, str) else column for column in table.columns]
-    texts: list[list[Text | Chart]] = [
+    columns = table.columns
+    texts: list[list[Text | doc.Chart]] = [
         [_cell(cell) for cell in ((column.name, *(row[i] for row in table.rows)))] for i, column in enumerate(columns)
     ]
     widths = [_width(column, cells) for column, cells in zip(columns, texts, strict=True)]
@@ -174,7 +159,7 @@ def _table(table: Table, page: Page) -> rich.table.Table:
     charts = [i for i in kept if columns[i].kind == "chart"]
     room = (page.width - needed(gap)) // max(1, len(charts)) + _LEAST_CHART
     drawn = rich.table.Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
-    drawn.show_header = any(isinstance(texts[i][0], Chart) or columns[i].name for i in kept)
+    drawn.show_header = any(isinstance(texts[i][0], doc.Chart) or columns[i].name for i in kept)
     # Columns of long texts only are equally wide.
     width = (page.width - gap) // len(kept) if all(columns[i].kind == "fold" for i in kept) else None
     for i in kept:
@@ -192,18 +177,18 @@ def _table(table: Table, page: Page) -> rich.table.Table:
     return drawn
 
 
-def _cell(cell: Cell) -> Text | Chart:
-    return cell if isinstance(cell, Chart) else _text(cell)
+def _cell(cell: doc.Cell) -> Text | doc.Chart:
+    return cell if isinstance(cell, doc.Chart) else _text(cell)
 
 
-def _width(column: Column, cells: Sequence[Text | Chart]) -> int:
+def _width(column: doc.Column, cells: Sequence[Text | doc.Chart]) -> int:
     if column.kind in ("chart", "key"):
         return _LEAST_CHART if column.kind == "chart" else 2
     longest = max(cell.cell_len for cell in cells if isinstance(cell, Text))
     return min(longest, _LEAST_FOLD) if column.kind == "fold" else longest
 
 
-def _draw(cell: Text | Chart, room: int, page: Page) -> Text:
+def _draw(cell: Text | doc.Chart, room: int, page: Page) -> Text:
     if isinstance(cell, Text):
         return cell
     return next(iter(cell.draw(max(_LEAST_CHART, min(room, _LARGEST_CHART)), page.has_colour)), Text())

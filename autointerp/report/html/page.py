@@ -13,19 +13,23 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from autointerp.findings.evidence import Study
+from autointerp.findings.evidence import Study, View
+from autointerp.findings.study import open_contexts, study_findings
+from autointerp.report import blocks as doc
 from autointerp.report import report
-from autointerp.report.blocks import Block, Chart, Column, Context, Section, Span, Table, Words, spans
 from autointerp.report.html.columns import columns_of
 from autointerp.report.html.details import BUDGET, Details, details_of, json_in_script
 from autointerp.report.html.figures import Figure, figures_of
 from autointerp.report.visible import visible
 from sae.common.amounts import decimal, interval
+from sae.common.files import atomic
+from sae.study.run import Run
 
 SCRIPTS = ("base.js", "plots.js", "scatter.js", "figures.js", "scored.js", "table.js", "detail.js", "main.js")
 #: The chapters of the page, each with its sections of the report, in order.
@@ -38,6 +42,21 @@ CHAPTERS = {
 _CLASSES = {name: f"in-{name}" for name in ("one", "some", "all")}
 
 
+def write_report(run: Run, study: Sequence[Run], path: Path | None = None, **view: Any) -> dict[str, Any]:
+    """Write the report of ``study`` with focus run ``run`` to ``path`` (default: reports/RUN.html under the root).
+
+    ``view`` is as in :func:`autointerp.findings.study.findings_of`. Return the path, and the numbers of bytes, of
+    latents, and of latents with details.
+    """
+    opened = Study.open(run.root, [r.name for r in study], View(run.name, **view))
+    page = render(study_findings(opened, open_contexts(run)), opened)
+    path = path or run.root / "reports" / f"{run.name}.html"
+    content = page.html.encode()
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+    return {"path": str(path), "n_bytes": len(content), "n_latents": page.n_latents, "n_details": page.n_details}
+
+
 @dataclass(frozen=True)
 class Part:
     """A section of the report with its figures."""
@@ -45,7 +64,7 @@ class Part:
     name: str
     title: str
     says: str
-    blocks: list[Block]
+    blocks: list[doc.Block]
     figures: list[Figure]
 
 
@@ -111,8 +130,8 @@ def _parts(found: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, Par
     parts = {}
     for name, build in report.sections().items():
         section = build(found)
-        if isinstance(section, Section):
-            blocks = [block for block in (*section.body, *section.details) if not isinstance(block, Chart)]
+        if isinstance(section, doc.Section):
+            blocks = [b for b in doc.with_sentences([*section.body, *section.details]) if not isinstance(b, doc.Chart)]
             of_part = [figure for figure in figures if figure.part == name]
             parts[name] = Part(name, section.title, section.says, [b for b in blocks if not _is_charts(b)], of_part)
     return parts
@@ -129,37 +148,36 @@ def _as_of(study: Study) -> str:
 # --- blocks as HTML -----------------------------------------------------------------------------------------------
 
 
-def _is_charts(block: Block) -> bool:
+def _is_charts(block: doc.Block) -> bool:
     """Return whether most columns of a table are charts, so that the rest means nothing alone."""
-    if not isinstance(block, Table):
+    if not isinstance(block, doc.Table):
         return False
     columns = kept_columns(block)
     return 2 * len(columns) <= len(block.columns) and len(columns) < len(block.columns)
 
 
-def kept_columns(table: Table) -> list[tuple[int, Column]]:
+def kept_columns(table: doc.Table) -> list[tuple[int, doc.Column]]:
     """Return the columns of a table that are not charts, each with its index."""
-    columns = [Column(column) if isinstance(column, str) else column for column in table.columns]
-    return [(i, column) for i, column in enumerate(columns) if column.kind not in ("chart", "key")]
+    return [(i, column) for i, column in enumerate(table.columns) if column.kind not in ("chart", "key")]
 
 
-def _rows(table: Table) -> list[list[Words]]:
+def _rows(table: doc.Table) -> list[list[doc.Words]]:
     """Return the cells of the kept columns, without rows that hold only charts."""
     rows = [[row[i] for i, _ in kept_columns(table)] for row in table.rows]
     return [
-        [cell for cell in row if not isinstance(cell, Chart)]
+        [cell for cell in row if not isinstance(cell, doc.Chart)]
         for row in rows
-        if any(not isinstance(cell, Chart) and any(span.text.strip() for span in spans(cell)) for cell in row)
+        if any(not isinstance(cell, doc.Chart) and any(span.text.strip() for span in doc.spans(cell)) for cell in row)
     ]
 
 
-def _marks(context: Context) -> list[Span]:
+def _marks(context: doc.Context) -> list[doc.Span]:
     """Return the tokens of a context, with a shade of the style sheet by activation."""
     peak = max(context.activations, default=0.0)
     shades = ((0.75, "s3"), (0.5, "s2"), (0.3, "s1"), (1e-12, "s0"))
     strengths = [activation / peak if peak > 0 else 0.0 for activation in context.activations]
     return [
-        Span(token, next((shade for least, shade in shades if strength >= least), ""))
+        doc.Span(token, next((shade for least, shade in shades if strength >= least), ""))
         for token, strength in zip(context.tokens, strengths, strict=True)
     ]
 
@@ -173,7 +191,7 @@ def show_text(text: object) -> str:
     return re.sub(r"(?<=\d) (?=[%‰])", "\u00a0", visible(str(text)))
 
 
-def _groupwise(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
+def _groupwise(blocks: Sequence[doc.Block]) -> list[tuple[str, list[doc.Block]]]:
     """Group neighbouring blocks of one kind: small tables are set side by side."""
     return [(kind, list(run)) for kind, run in itertools.groupby(blocks, lambda block: type(block).__name__)]
 
@@ -184,7 +202,7 @@ def _verdict_class(row: Mapping[str, Any]) -> str:
 
 _FILTERS = {
     "shown": show_text,
-    "spans": spans,
+    "spans": doc.spans,
     "css": _css,
     "kept_columns": kept_columns,
     "rows": _rows,

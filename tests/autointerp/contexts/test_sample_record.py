@@ -16,7 +16,8 @@ from rich.console import Console
 from autointerp.contexts.sampling import Draw, draw_sample, load_sample, make_strata, map_to_partners, store_draw
 from autointerp.contexts.selection import Choice, draw_latents
 from autointerp.findings.study import findings
-from autointerp.report.rendering import render_report
+from autointerp.report.report import report_page
+from autointerp.report.terminal import print_page
 from sae.alignment.alignment import read_alignment
 from sae.alignment.overlap import build_latent_table
 from sae.common.files import read_table, table_metadata
@@ -252,7 +253,7 @@ def test_partners_are_drawn_where_their_latents_are(runs: list[Run]) -> None:
 def test_the_report_says_what_the_figures_stand_for(runs: list[Run]) -> None:
     def text() -> str:
         out = io.StringIO()
-        render_report(findings(runs[0].root, NAMES), Console(file=out, width=100), is_full=True)
+        print_page(report_page(findings(runs[0].root, NAMES), is_full=True), Console(file=out, width=100))
         return " ".join(out.getvalue().split())
 
     sampled(runs, 60, more=eligible_of(runs[0])[:9])

@@ -21,7 +21,8 @@ from scipy import stats
 
 from autointerp.findings.pair import PairChoice, chosen, compare_runs, ensure_pair_aligned, the_two
 from autointerp.journal.journal import Journal
-from autointerp.report.rendering import render_comparison
+from autointerp.report.compare import comparison_page
+from autointerp.report.terminal import print_page
 from sae.alignment.alignment import read_alignment
 from sae.alignment.overlap import find_shared
 from sae.common.errors import BadInput, NotFound
@@ -49,7 +50,7 @@ def found(runs: list[Run]) -> dict[str, Any]:
 def drawn(found: dict[str, Any], choice: PairChoice | None = None, width: int = 80, colour: Any = None) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, color_system=colour, force_terminal=colour is not None, highlight=False)
-    render_comparison(found, chosen(found["pairs"], choice or PairChoice()), console)
+    print_page(comparison_page(found, chosen(found["pairs"], choice or PairChoice())), console)
     return out.getvalue()
 
 
@@ -379,7 +380,9 @@ def test_hostile_text_is_shown_and_not_obeyed(found: dict[str, Any], width: int)
 
 def test_without_unicode_the_page_is_legible(found: dict[str, Any]) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
-    render_comparison(found, chosen(found["pairs"], PairChoice()), Console(file=stream, width=80, color_system=None))
+    print_page(
+        comparison_page(found, chosen(found["pairs"], PairChoice())), Console(file=stream, width=80, color_system=None)
+    )
     stream.flush()
     raw = stream.buffer
     assert isinstance(raw, io.BytesIO)

@@ -17,7 +17,8 @@ from scipy import stats
 
 from autointerp.findings.controls import difference_of_means
 from autointerp.findings.study import findings
-from autointerp.report.rendering import render_report
+from autointerp.report.report import report_page
+from autointerp.report.terminal import print_page
 from sae.common.files import read_table, write_table
 from sae.study.run import Run
 
@@ -40,7 +41,7 @@ def scores_of(root: Path) -> dict[str, Any]:
 
 def page_of(root: Path, width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width)
-    render_report(findings(root, ["run_a", "run_b", "run_c"]), console, is_full=True)
+    print_page(report_page(findings(root, ["run_a", "run_b", "run_c"]), is_full=True), console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

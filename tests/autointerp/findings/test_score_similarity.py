@@ -25,7 +25,8 @@ from autointerp.findings.relation import Part
 from autointerp.findings.statistics.resampling import Resamples
 from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal, Verdict
-from autointerp.report.rendering import render_report
+from autointerp.report.report import report_page
+from autointerp.report.terminal import print_page
 from sae.alignment.alignment import read_alignment
 from sae.alignment.bootstrap import partner_units
 from sae.common.amounts import decimal, estimate, interval
@@ -382,5 +383,5 @@ def test_the_report_shows_what_was_found(three: Path) -> None:
 def plain(found: dict[str, Any]) -> str:
     console = Console(file=io.StringIO(), width=110, color_system=None)
     with console.capture() as captured:
-        render_report(found, console, is_full=True)
+        print_page(report_page(found, is_full=True), console)
     return captured.get()

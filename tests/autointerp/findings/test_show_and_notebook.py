@@ -16,7 +16,8 @@ from autointerp.contexts.sampling import load_sample
 from autointerp.findings.latent import latent_findings
 from autointerp.findings.reliability import reliability_findings, verdicts_of
 from autointerp.findings.study import findings
-from autointerp.report.rendering import render_latent
+from autointerp.report.latent import latent_page
+from autointerp.report.terminal import print_page
 from autointerp.scoring.scorers.base import HARDER
 from autointerp.scoring.setups import rows_of, setups_of
 from sae.common.errors import NotFound
@@ -50,7 +51,7 @@ def test_show_tells_every_score_apart_with_its_interval(run: Run) -> None:
         assert words in shown
     for width in (60, 80, 100, 120):
         page = io.StringIO()
-        render_latent(latent_findings(run, latent), Console(file=page, width=width, color_system=None))
+        print_page(latent_page(latent_findings(run, latent)), Console(file=page, width=width, color_system=None))
         lines = page.getvalue().splitlines()
         assert max(map(len, lines)) <= width
         (score,) = (line for line in lines if line.lstrip().startswith("detection, ngram"))
@@ -71,7 +72,7 @@ def test_setups_differ_by_precision(run: Run) -> None:
         assert ("detection", 0.065) in keys or latent == without
         assert {precision for _, precision in keys} == {None, 0.1, *([0.065] if latent == having else [])}
         page = io.StringIO()
-        render_latent(found, Console(file=page, width=80, color_system=None))
+        print_page(latent_page(found), Console(file=page, width=80, color_system=None))
         lines = [line.strip() for line in page.getvalue().splitlines()]
         rows = [i for i, line in enumerate(lines) if line.startswith("detection, ngram")]
         named = [next((w for w in wanted if w and lines[i + 1] == w.strip()), "") for i in rows]

@@ -14,7 +14,8 @@ from rich.console import Console
 from autointerp.findings.evidence import View
 from autointerp.findings.scores import too_few_findings
 from autointerp.findings.study import findings
-from autointerp.report.rendering import render_report
+from autointerp.report.report import report_page
+from autointerp.report.terminal import print_page
 from sae.common.files import read_table, write_table
 from sae.study.run import Run
 
@@ -28,7 +29,7 @@ def runs(tmp_path: Path) -> list[Run]:
 
 def shown(found: dict) -> str:
     out = io.StringIO()
-    render_report(found, Console(file=out, width=110, color_system=None, highlight=False), is_full=True)
+    print_page(report_page(found, is_full=True), Console(file=out, width=110, color_system=None, highlight=False))
     return out.getvalue()
 
 

@@ -19,8 +19,8 @@ from autointerp.findings import returning as seeds
 from autointerp.findings.study import findings
 from autointerp.report import charts
 from autointerp.report.dictionaries import training_curves
-from autointerp.report.rendering import render_report
-from autointerp.report.terminal import show
+from autointerp.report.report import report_page
+from autointerp.report.terminal import print_page
 from sae.common.files import read_table, write_table
 
 NAMES = ("loss", "FVU", "L0", "dead", "learning rate")
@@ -29,7 +29,7 @@ NAMES = ("loss", "FVU", "L0", "dead", "learning rate")
 def printed(curves: dict[str, Any], width: int, encoding: str = "utf-8") -> list[str]:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=stream, width=width, color_system=None, force_terminal=False)
-    show(list(training_curves(curves)), console)
+    print_page(list(training_curves(curves)), console)
     stream.flush()
     return stream.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
 
@@ -93,7 +93,7 @@ def test_the_whole_report_works_without_unicode(tmp_path: Path) -> None:
     for encoding in ("utf-8", "ascii"):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         console = Console(file=stream, width=80, color_system=None, force_terminal=False)
-        render_report(found, console, is_full=True)
+        print_page(report_page(found, is_full=True), console)
         stream.flush()
         text = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
         assert "learning rate" in text

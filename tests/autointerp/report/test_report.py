@@ -21,10 +21,12 @@ from autointerp.findings.json_values import to_json
 from autointerp.findings.latent import latent_findings
 from autointerp.findings.returning import alignment_findings
 from autointerp.findings.study import findings
-from autointerp.report import rendering as report
+from autointerp.report.latent import latent_page
 from autointerp.report.numbers import percent
-from autointerp.report.report import answer, describe_setups, describe_study, summary
-from autointerp.report.terminal import show
+from autointerp.report.report import answer, describe_setups, describe_study, report_page, summary
+from autointerp.report.sharing import alignment_page
+from autointerp.report.stages import outcome_page, runs_page
+from autointerp.report.terminal import print_page
 from sae.alignment.nulls import FIRING_COLUMNS
 from sae.alignment.overlap import DEFINITIONS
 from sae.common.amounts import decimal
@@ -40,7 +42,7 @@ NAMES = ["run_a", "run_b", "run_c"]
 
 def drawn(found: dict[str, Any], width: int = 80, colour: Any = None) -> str:
     target = console(width, colour)
-    report.render_report(found, target, is_full=True)
+    print_page(report_page(found, is_full=True), target)
     return text_of(target)
 
 
@@ -87,7 +89,7 @@ def findings_without_contexts(found: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("width", [80, 100])
 def test_brief_report_answers_first(found: dict[str, Any], width: int) -> None:
     target = console(width)
-    report.render_report(found, target)
+    print_page(report_page(found), target)
     page = text_of(target)
     assert len(page.splitlines()) <= 120
     opening = page[: page.index("How much is shared when")]
@@ -103,7 +105,7 @@ def test_brief_report_answers_first(found: dict[str, Any], width: int) -> None:
 @pytest.mark.parametrize("width", [80, 100])
 def test_summary_has_at_most_25_lines(found: dict[str, Any], width: int) -> None:
     target = console(width)
-    show(summary(found), target)
+    print_page(summary(found), target)
     assert len(text_of(target).splitlines()) <= 25
 
 
@@ -266,7 +268,7 @@ def test_hostile_text_is_shown_and_not_obeyed(found: dict[str, Any]) -> None:
 
 def test_an_ascii_terminal_gets_ascii(found: dict[str, Any]) -> None:
     target = console(80, encoding="ascii")
-    report.render_report(found, target, is_full=True)
+    print_page(report_page(found, is_full=True), target)
     page = text_of(target)
     assert page.isascii()
     assert "How much is shared" in page
@@ -389,7 +391,9 @@ def test_one_latent(root: Path, width: int, colour: Any) -> None:
     found = latent_findings(Run("run_a", root), 5)
     pieces = [{"tokens": p.tokens, "activations": p.activations} for p in small_study.contexts("run_a", 5)]
     target = console(width, colour)
-    report.render_latent({**found, "contexts": pieces, "activations": {"edges": [0, 1, 2], "counts": [5, 1]}}, target)
+    print_page(
+        latent_page({**found, "contexts": pieces, "activations": {"edges": [0, 1, 2], "counts": [5, 1]}}), target
+    )
     page = ANSI.sub("", text_of(target))
     assert all(cell_len(line) <= width for line in page.splitlines())
     assert "latent 5" in page
@@ -410,7 +414,7 @@ def test_an_unexplainable_latent_gives_a_reason_without_command(tmp_path: Path, 
     found = latent_findings(run, 19 if reason == "dead" else 3)
     assert found["commands"]["explain"] is None
     target = console(80)
-    report.render_latent({**found, "activations": {"edges": [0, 1, 2], "counts": [5, 1]}}, target)
+    print_page(latent_page({**found, "activations": {"edges": [0, 1, 2], "counts": [5, 1]}}), target)
     page = text_of(target)
     why = {"dead": "it never fires over the harvested tokens", "": "too few contexts"}.get(reason, reason)
     assert f"It cannot be explained: {why}." in page
@@ -425,7 +429,7 @@ def test_an_unexplainable_latent_gives_a_reason_without_command(tmp_path: Path, 
 def test_a_latent_of_a_bare_run(tmp_path: Path) -> None:
     (run,) = small_study.runs_of(tmp_path, 1, m=20, d=8)
     target = console(80)
-    report.render_latent(latent_findings(run, 3), target)
+    print_page(latent_page(latent_findings(run, 3)), target)
     page = text_of(target)
     for command in ("harvest --sae run_a", "explain --sae run_a --indices 3", "python cli.py align"):
         assert command in page
@@ -443,19 +447,19 @@ def test_outcome_with_failures_and_without() -> None:
         "notes": [],
     }
     target = console(80)
-    report.render_outcome({**whole, "retry": None, "next": "python cli.py score --sae run_a"}, "explain", target)
+    print_page(outcome_page({**whole, "retry": None, "next": "python cli.py score --sae run_a"}, "explain"), target)
     assert "200 latents explained by ngram" in text_of(target)
     assert "score --sae run_a" in text_of(target)
     target = console(80)
-    report.render_outcome({**whole, "n_done": 280, "n_controls": 80, "retry": None, "next": None}, "explain", target)
+    print_page(outcome_page({**whole, "n_done": 280, "n_controls": 80, "retry": None, "next": None}, "explain"), target)
     assert "200 latents explained and 80 of control SAEs" in text_of(target), "what was asked for comes first"
     target = console(80)
     failed = {"n_failed": 3, "failures": {"[red]too few": 2, "b": 1}, "retry": "python cli.py explain"}
-    report.render_outcome({**whole, **failed}, "explain", target)
+    print_page(outcome_page({**whole, **failed}, "explain"), target)
     assert "[red]too few" in text_of(target)
     assert "This retries only what failed" in text_of(target)
     target = console(80)
-    report.render_outcome({**whole, "of": "score", "n_done": 400, "retry": None, "next": None}, "score", target)
+    print_page(outcome_page({**whole, "of": "score", "n_done": 400, "retry": None, "next": None}, "score"), target)
     assert "400 scores made, 200 of them now by ngram" in text_of(target)
 
 
@@ -464,19 +468,19 @@ def test_alignment_and_runs(root: Path) -> None:
 
     found = alignment_findings(Study.open(root, NAMES, View()))
     target = console(80)
-    report.render_alignment(found, target)
+    print_page(alignment_page(found), target)
     assert "strict" in text_of(target)
     assert "found in every one" in text_of(target)
     assert "--force" not in text_of(target)
     target = console(80)
     apart = "runs [red]x and y are of different hookpoints"
-    report.render_alignment({**found, "apart": apart}, target)
+    print_page(alignment_page({**found, "apart": apart}), target)
     assert "Aligned by --force: runs [red]x and y are of different hookpoints" in text_of(target)
     target = console(80)
-    report.render_runs([progress_of(Run(name, root)) for name in NAMES], target)
+    print_page(runs_page([progress_of(Run(name, root)) for name in NAMES]), target)
     assert text_of(target).count("yes") == 8  # three trained and harvested, one of them explained and scored
     target = console(80)
-    report.render_runs([], target)
+    print_page(runs_page([]), target)
     assert "python cli.py demo" in text_of(target)
 
 
@@ -525,11 +529,11 @@ def test_trained_runs_align_while_one_is_training(part_way: Path) -> None:
 
 
 def test_a_page_has_the_same_head(part_way: Path) -> None:
-    from autointerp.report.html.writing import write_report
+    from autointerp.report.html.page import write_report
     from sae.study.run import Run
 
     runs = [Run(name, part_way) for name in FOUR]
-    written = Path(write_report(runs[0], runs).path).read_text()
+    written = Path(write_report(runs[0], runs)["path"]).read_text()
     assert "run_a, run_b and run_c; not run_d" in written
 
 
@@ -543,9 +547,9 @@ def test_runs_says_with_how_many_each_is_aligned(part_way: Path) -> None:
     told = [progress_of(Run(name, part_way)) for name in FOUR]
     assert [run["aligned_with"] for run in told] == [["run_b", "run_c"], ["run_a", "run_c"], ["run_a", "run_b"], []]
     target = console(80)
-    report.render_runs(told, target, part_way)
+    print_page(runs_page(told, part_way), target)
     assert text_of(target).count("with 2 of 3") == 3
     (part_way / "run_d" / "cfg.json").unlink()
     target = console(80)
-    report.render_runs(told, target, part_way)
+    print_page(runs_page(told, part_way), target)
     assert "with 2 of" not in text_of(target)

@@ -17,7 +17,7 @@ from rich.console import Console
 from autointerp.report import charts
 from autointerp.report.blocks import Command
 from autointerp.report.numbers import listed, percent
-from autointerp.report.terminal import over_lines, show
+from autointerp.report.terminal import over_lines, print_page
 from autointerp.report.visible import highlighted, marking, shown, visible
 from sae.common.amounts import decimal, interval
 
@@ -183,5 +183,5 @@ def test_an_option_stays_beside_its_value() -> None:
         "    --root 'my runs'",
     ]
     page = io.StringIO()
-    show([Command(command)], Console(width=44, file=page))
+    print_page([Command(command)], Console(width=44, file=page))
     assert page.getvalue().splitlines()[0].rstrip() == "  $ python cli.py score --sae run_a \\"

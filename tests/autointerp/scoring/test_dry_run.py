@@ -29,7 +29,8 @@ from autointerp.llm.tokens import (
     find_tokenizer,
     load_local_tokenizer,
 )
-from autointerp.report.rendering import render_cost
+from autointerp.report.stages import cost_page
+from autointerp.report.terminal import print_page
 from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.dry_run import Forecast, forecast_explain, forecast_score
 from autointerp.scoring.score import score_runs
@@ -103,7 +104,7 @@ def test_an_unknown_protocol_counts_both(
     assert found == {key: value for key, value in single.as_dict().items() if key != "cheaper"}
     assert cheaper.items() <= batch.as_dict().items()
     assert json.loads(json.dumps(cheaper))["protocol"] == "batch"
-    render_cost(unknown.as_dict())
+    print_page(cost_page(unknown.as_dict()))
     printed = " ".join(capsys.readouterr().out.split())
     assert f"at most {single.requests:,} requests" in printed
     assert "for --protocol single, the more expensive one" in printed
@@ -377,7 +378,7 @@ def test_a_server_that_stops_counting_is_estimated(run: Run) -> None:  # noqa: F
 def test_a_dry_run_reports_an_implausible_count(run: Run, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     with Tokenizing(lambda _path, _body: {"tokens": []}) as server:
         found = forecast_explain([run], Choice(n=N), "llm", LlmOptions(url=server.url), None)
-    render_cost(found.as_dict())
+    print_page(cost_page(found.as_dict()))
     printed = capsys.readouterr().out
     assert f"prompt tokens {found.prompt_tokens:,} (an estimate)" in printed
     assert "not believed (0 tokens for 1 character)" in printed

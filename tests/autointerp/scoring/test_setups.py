@@ -15,7 +15,8 @@ from printed import console, text_of
 from autointerp.findings.evidence import View
 from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal
-from autointerp.report.rendering import render_report
+from autointerp.report.report import report_page
+from autointerp.report.terminal import print_page
 from autointerp.scoring.adaptive import StoppingRule
 from autointerp.scoring.setups import rows_of, setups_of, status_kind
 from sae.common.errors import NotFound
@@ -110,7 +111,7 @@ def test_scores_to_a_precision_say_so(root: Path) -> None:
     assert "80 position-matched" in found["methods"]["contexts"]
     assert "narrow enough (to ±.065)" in found["methods"]["contexts"]
     target = console(120)
-    render_report(found, target, is_full=True)
+    print_page(report_page(found, is_full=True), target)
     page = " ".join(text_of(target).split())
     assert f"interval was ±.065: {told['mean_contexts']:.0f} contexts a latent on average, of at most 80 + 80." in page
     assert f"{n_narrow} latents ended narrow enough, {n_cap} at the cap, 0 with no contexts left." in page

@@ -260,7 +260,7 @@ def test_a_corpus_that_is_being_made_stays(root: Path) -> None:
 
 def test_the_reports_of_this_program_are_recognised(tmp_path: Path) -> None:
     """The page that `report --html` writes has what a report is known by."""
-    from autointerp.report.html.writing import write_report
+    from autointerp.report.html.page import write_report
 
     runs = small_study.whole(tmp_path, seeds=2, m=40, n_scored=12)
     write_report(runs[0], runs)
