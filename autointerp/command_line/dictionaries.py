@@ -228,8 +228,8 @@ def export(
         saved = export_sae(runs[0], format_, to)
         finish(output.as_json, "export", lambda: saved, lambda: None)
         return
-    from autointerp.report.export.export import check_request, export_neuronpedia, export_table
-    from autointerp.report.export.neuronpedia import Ids
+    from autointerp.report.export import check_request, export_neuronpedia, export_table
+    from autointerp.report.neuronpedia import Ids
     from autointerp.report.stages import exported_line
 
     name = check_request(format_, table, runs)

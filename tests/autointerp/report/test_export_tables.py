@@ -19,10 +19,9 @@ from tiny_study import cli
 
 from autointerp import Run as Opened
 from autointerp.journal.journal import Journal, Verdict
-from autointerp.report.export import export, tables
-from autointerp.report.export.export import check_request, export_neuronpedia, export_table
-from autointerp.report.export.neuronpedia import Ids, lines_of
-from autointerp.report.export.tables import TABLES, frames_of
+from autointerp.report import export
+from autointerp.report.export import TABLES, check_request, export_neuronpedia, export_table, frames_of
+from autointerp.report.neuronpedia import Ids, lines_of
 from sae.alignment.alignment import read_alignment
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import read_table, table_metadata
@@ -132,7 +131,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 def test_any_text_and_number_comes_back_from_csv(rows: list[tuple[str, float | None, list[float]]]) -> None:
     table = pd.DataFrame(rows, columns=["text", "number", "list"]).astype({"number": float})
     stream = io.StringIO(newline="")
-    export._write_csv(export._Counted([table]), stream)
+    export._write_csv([table], stream)
     found = read_csv(io.StringIO(stream.getvalue(), newline=""), dtype={"text": str})  # type: ignore[arg-type]
     assert [x if isinstance(x, str) else "" for x in found["text"]] == table["text"].tolist()
     np.testing.assert_array_equal(found["number"].to_numpy(float), table["number"].to_numpy(float))
@@ -152,7 +151,7 @@ def test_verdicts_in_pieces_are_the_same_file(study: list[Run], tmp_path: Path, 
     for format_ in ("csv", "parquet"):
         at_once = export_table(study[:1], "verdicts", format_, tmp_path / f"whole.{format_}")
         with monkeypatch.context() as patched:
-            patched.setattr(tables, "VERDICTS_AT_ONCE", 2)
+            patched.setattr(export, "VERDICTS_AT_ONCE", 2)
             pieces = export_table(study[:1], "verdicts", format_, tmp_path / f"pieces.{format_}")
         assert at_once["rows"] == pieces["rows"] == 7
     assert (tmp_path / "whole.csv").read_bytes() == (tmp_path / "pieces.csv").read_bytes()

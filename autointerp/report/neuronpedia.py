@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -22,9 +22,8 @@ from typing import Any
 import pandas as pd
 
 from autointerp.findings.json_values import number
-from autointerp.journal.journal import Journal
-from sae.common.commands import command
-from sae.common.errors import BadInput, NotFound
+from autointerp.notebook import Run as OpenedRun
+from sae.common.errors import BadInput
 from sae.common.files import digest, read_table
 from sae.study.run import Run
 
@@ -59,10 +58,8 @@ class Ids:
         found = cls(model or PurePath(subject).name.lower(), source or usual, author or DEFAULT_AUTHOR)
         for option, value in (("model", found.model), ("source", found.source), ("author", found.author)):
             if not _ID.fullmatch(value):
-                raise BadInput(
-                    f"{value!r} is no id of Neuronpedia's; give one of letters, digits, '.', '_' and '-' "
-                    f"with --{option}-id"
-                )
+                letters = "letters, digits, '.', '_' and '-'"
+                raise BadInput(f"{value!r} is no id of Neuronpedia's; give one of {letters} with --{option}-id")
         return found
 
 
@@ -71,22 +68,14 @@ def lines_of(run: Run, ids: Ids) -> tuple[list[dict[str, Any]], int]:
 
     Raises NotFound if there are no explanations.
     """
-    if not run.journal_path.exists():
-        raise _none(run)
-    with Journal(run.journal_path) as journal:
-        table = journal.explanations()
+    table = OpenedRun(run.name, run.root).explanations()
     good = table[table["status"] == "ok"].sort_values(["latent", "id"], kind="stable")
     if good.empty:
-        raise _none(run)
+        raise run.missing_error("explanations", "explain")
     path = run.stage_path("scores")
     scores = _scores_by_explanation(read_table(path)) if path.exists() else {}
     rows = ({str(k): v for k, v in row.items()} for row in good.to_dict("records"))
     return [_line(run, row, scores.get(int(row["id"]), []), ids) for row in rows], len(table) - len(good)
-
-
-def _none(run: Run) -> NotFound:
-    explain = command(run.root, "explain", "--sae", run.name)
-    return NotFound(f"run {run.name!r} has no explanations yet; run `{explain}`")
 
 
 def _line(run: Run, row: Mapping[str, Any], scores: list[dict[str, Any]], ids: Ids) -> dict[str, Any]:
@@ -112,20 +101,12 @@ def _scores_by_explanation(table: pd.DataFrame) -> dict[int, list[dict[str, Any]
     """Map each explanation to its valid scores under its own latent."""
     good = table[(table["control"] == "none") & (table["status"] == "ok")]
     found: dict[int, list[dict[str, Any]]] = {}
-    for identifier, entry in _score_entries(good):
-        found.setdefault(identifier, []).append(entry)
-    return found
-
-
-def _score_entries(good: pd.DataFrame) -> Iterator[tuple[int, dict[str, Any]]]:
     for row in good.to_dict("records"):
-        details = {name: number(row[name]) for name in _OF_SCORE if name in row}
-        yield (
-            int(row["explanation_id"]),
-            {
-                "value": number(row["balanced_accuracy"]),
-                "explanationScoreTypeName": f"sae-autointerp_{row['scorer']}",
-                "explanationScoreModelName": row["model"] or row["judge"],
-                "jsonDetails": json.dumps(details),
-            },
-        )
+        entry = {
+            "value": number(row["balanced_accuracy"]),
+            "explanationScoreTypeName": f"sae-autointerp_{row['scorer']}",
+            "explanationScoreModelName": row["model"] or row["judge"],
+            "jsonDetails": json.dumps({name: number(row[name]) for name in _OF_SCORE if name in row}),
+        }
+        found.setdefault(int(row["explanation_id"]), []).append(entry)
+    return found
