@@ -5,7 +5,7 @@
 const Report = {};
 
 (() => {
-  const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}]/u;
+  const HIDDEN = /([\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}])/u; // the group keeps each of them in `split`
   const SIGNS = { "\n": "↵", "\t": "⇥", "\x7f": "␡" };
 
   function sign(character) {
@@ -15,25 +15,11 @@ const Report = {};
     return `‹U+${code.toString(16).toUpperCase().padStart(4, "0")}›`;
   }
 
-  Report.visible = (text) =>
-    HIDDEN.test(text) ? Array.from(text, (c) => (HIDDEN.test(c) ? sign(c) : c)).join("") : text;
+  Report.visible = (text) => text.split(HIDDEN).map((part) => (HIDDEN.test(part) ? sign(part) : part)).join("");
 
   /** Put `text` into `node`, signs for hidden characters in a quieter colour. */
   Report.show = (node, text) => {
-    if (!HIDDEN.test(text)) {
-      node.append(text);
-      return node;
-    }
-    let plain = "";
-    for (const character of text) {
-      if (!HIDDEN.test(character)) {
-        plain += character;
-        continue;
-      }
-      node.append(plain, Report.element("span", { class: "sign" }, sign(character)));
-      plain = "";
-    }
-    node.append(plain);
+    for (const part of text.split(HIDDEN)) node.append(HIDDEN.test(part) ? element("span", { class: "sign" }, sign(part)) : part);
     return node;
   };
 
@@ -41,7 +27,7 @@ const Report = {};
   Report.foreign = (text, tag = "bdi") => Report.show(document.createElement(tag), text);
 
   /** An element; strings among `children` become text. */
-  Report.element = (tag, attributes = {}, ...children) => {
+  const element = (tag, attributes = {}, ...children) => {
     const node = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) {
       if (value === true) node.setAttribute(name, "");
@@ -50,17 +36,23 @@ const Report = {};
     node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
     return node;
   };
+  Report.element = element;
 
-  const read = new Map();
-  Report.data = (name) => {
-    if (!read.has(name)) {
-      const node = document.getElementById(`data-${name}`);
-      read.set(name, node === null ? null : JSON.parse(node.textContent));
-    }
-    return read.get(name);
+  /** A table that scrolls by itself; a row is a list of cells. */
+  Report.table = (label, heads, rows) =>
+    element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label },
+      element("table", {}, element("thead", {}, element("tr", {}, heads)), element("tbody", {}, rows.map((cells) => element("tr", {}, cells)))));
+
+  const read = {};
+  Report.data = (name) => (read[name] ??= JSON.parse(document.getElementById(`data-${name}`).textContent));
+
+  /** A function that computes its value once, when it is first asked. */
+  Report.once = (compute) => {
+    let made;
+    return () => (made ??= compute());
   };
 
-  // Numbers, written as autointerp/report/layout.py writes them.
+  // Numbers, written as autointerp/report/numbers.py writes them.
   Report.known = (value) => typeof value === "number" && Number.isFinite(value);
   Report.decimal = (value, digits = 3) => {
     if (!Report.known(value)) return "–";
@@ -98,31 +90,26 @@ const Report = {};
   Report.colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
   /** Columns [M] and look-ups of every latent, out of what the page holds. */
-  Report.latents = (() => {
-    let made = null;
-    return () => {
-      if (made) return made;
-      const columns = Report.data("columns");
-      const place = new Map(columns.scored.latent.map((latent, i) => [latent, i]));
-      const classOf = (latent) => columns.classes[columns.latents.shared_class[latent]] ?? null;
-      const ofScored = (name) => (latent) => (place.has(latent) ? columns.scored[name][place.get(latent)] : null);
-      made = {
-        n: columns.n_latents,
-        classOf,
-        status: (latent) => columns.statuses[columns.latents.status[latent]],
-        frequency: (latent) => columns.latents.frequency?.[latent] ?? null,
-        firings: (latent) => columns.latents.n_firings?.[latent] ?? null,
-        similarity: (latent) => columns.latents.similarity?.[latent] ?? null,
-        shared: (latent) => columns.latents.n_shared?.[latent] ?? null,
-        score: ofScored("score"),
-        low: ofScored("low"),
-        high: ofScored("high"),
-        control: ofScored("control"),
-        explanation: (latent) => columns.explanations[latent] ?? null,
-      };
-      return made;
+  Report.latents = Report.once(() => {
+    const columns = Report.data("columns");
+    const place = new Map(columns.scored.latent.map((latent, i) => [latent, i]));
+    const ofAll = (name) => (latent) => columns.latents[name]?.[latent] ?? null;
+    const ofScored = (name) => (latent) => (place.has(latent) ? columns.scored[name][place.get(latent)] : null);
+    return {
+      n: columns.n_latents,
+      classOf: (latent) => columns.classes[columns.latents.shared_class[latent]] ?? null,
+      status: (latent) => columns.statuses[columns.latents.status[latent]],
+      frequency: ofAll("frequency"),
+      firings: ofAll("n_firings"),
+      similarity: ofAll("similarity"),
+      shared: ofAll("n_shared"),
+      score: ofScored("score"),
+      low: ofScored("low"),
+      high: ofScored("high"),
+      control: ofScored("control"),
+      explanation: (latent) => columns.explanations[latent] ?? null,
     };
-  })();
+  });
 
   /** `rows` as a file to save. Text that a spreadsheet would take for a formula begins with an apostrophe. */
   Report.saveCsv = (name, head, rows) => {
@@ -138,7 +125,7 @@ const Report = {};
 
   Report.save = (name, type, text) => {
     const url = URL.createObjectURL(new Blob([text], { type: `${type};charset=utf-8` }));
-    Report.element("a", { href: url, download: name }).click();
+    element("a", { href: url, download: name }).click();
     setTimeout(() => URL.revokeObjectURL(url), 10_000);
   };
 })();

@@ -78,18 +78,15 @@
     const names = ["scored by", "control", "balanced accuracy", "95 % interval", "true positive", "true negative", "AUROC", "contexts"];
     const rows = detail.scores.map((score) => {
       const who = foreign([score.scorer, score.judge, score.model].filter(Boolean).join(", ") || "–");
-      const control = score.control === "none" ? "own explanation" : score.control;
-      if (score.status !== "ok") {
-        return element("tr", {}, element("th", { scope: "row" }, who), element("td", {}, control), element("td", { colspan: "6", class: "wrong" }, foreign(score.status)));
-      }
+      const head = [element("th", { scope: "row" }, who), element("td", {}, score.control === "none" ? "own explanation" : score.control)];
+      if (score.status !== "ok") return [...head, element("td", { colspan: "6", class: "wrong" }, foreign(score.status))];
       const cells = [
         decimal(score.balanced_accuracy, 2), interval(score.ba_low, score.ba_high), decimal(score.tpr, 2), decimal(score.tnr, 2),
         decimal(score.auroc, 2), `${count(score.n_active)} + ${count(score.n_inactive)}`,
       ];
-      return element("tr", {}, element("th", { scope: "row" }, who), element("td", {}, control), cells.map((cell) => element("td", { class: "n" }, cell)));
+      return [...head, cells.map((cell) => element("td", { class: "n" }, cell))];
     });
-    const thead = element("thead", {}, element("tr", {}, names.map((name, i) => element("th", { scope: "col", class: i > 1 ? "n" : "" }, name))));
-    return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "scores" }, element("table", {}, thead, element("tbody", {}, rows)));
+    return Report.table("scores", names.map((name, i) => element("th", { scope: "col", class: i > 1 ? "n" : "" }, name)), rows);
   }
 
   function verdicts(detail) {

@@ -1,7 +1,8 @@
 /* What each figure shows. A builder returns Plotly's traces and layout, and the table of its data. */
 "use strict";
 (() => {
-  const { axis, colour, figures, group, label, layout, line, rule } = Report;
+  const { axis, colour, figures, group, known, label, layout, line, rule } = Report;
+  const CHANCE = 0.5;
   const findings = () => Report.data("findings");
   const columns = () => Report.data("columns");
   const percentAxis = (title, more = {}) => axis(title, { tickformat: ".0%", rangemode: "tozero", ...more });
@@ -10,6 +11,8 @@
   const mean = (a, b) => (a === null || b === null ? null : (a + b) / 2);
   const firing = (latent) => Report.latents().firings(latent) > 0;
   const CLASSES = ["all", "some", "one"];
+  const BY_SIMILARITY = { x: "similarity to the partners", xRange: [-0.02, 1.02] };
+  const FIRINGS = { y: "firings", yLog: true };
   const SYMBOLS = { one: "diamond", some: "circle", all: "square" };
 
   /** The latents by shared class. */
@@ -20,7 +23,20 @@
       group(names[name], colour(name), latents.filter((latent) => classOf(latent) === name), x, y, { symbol: SYMBOLS[name] }),
     ).filter((one) => one.points.length > 0);
   };
-  Report.classGroups = classGroups;
+
+  const vertical = (x, more = {}) => rule({ x0: x, x1: x, yref: "paper", y0: 0, y1: 1 }, more);
+  const markers = (size, symbol) => ({ mode: "lines+markers", marker: { size, symbol } });
+
+  /** Bars from the lower to the upper bound of each value; none where it has no interval. */
+  const errorBars = (values, intervals, hue, more = {}) => ({
+    type: "data", symmetric: false, color: hue, thickness: 1.2, width: 3,
+    array: values.map((value, i) => (intervals[i] ? intervals[i][1] - value : 0)),
+    arrayminus: values.map((value, i) => (intervals[i] ? value - intervals[i][0] : 0)),
+    ...more,
+  });
+
+  const chanceLine = (name, x, y, more = {}, dash = "dash") =>
+    line(name, x, y, colour("control"), { line: { color: colour("control"), width: 1.5, dash }, ...more });
 
   // --- overlap ------------------------------------------------------------------------------------------------
 
@@ -33,16 +49,14 @@
     const own = names.map((name) => line(name, sweep.threshold, sweep[name], colour(hues[name]), {
       line: { color: colour(hues[name]), width: name === tree.definition ? 3 : 2, dash: dashes[name] },
     }));
-    const chance = Object.entries(tree.nulls).map(([name, of]) => line(`decoder, ${name}`, sweep.threshold, of.sweep.decoder, colour("control"), {
-      line: { color: colour("control"), width: 1.5, dash: name === "rotated" ? "dash" : "dot" },
-    }));
+    const chance = Object.entries(tree.nulls).map(([name, of]) => chanceLine(`decoder, ${name}`, sweep.threshold, of.sweep.decoder));
     const nulls = Object.keys(tree.nulls);
     return {
       traces: [...own, ...chance],
       layout: layout({
         xaxis: axis("cosine that is asked for", { range: [0, 1] }),
         yaxis: percentAxis("shared, of alive latents", { range: [0, 1.02] }),
-        shapes: [rule({ x0: tree.threshold, x1: tree.threshold, yref: "paper", y0: 0, y1: 1 })],
+        shapes: [vertical(tree.threshold)],
       }),
       table: {
         head: ["threshold", ...names, ...nulls.map((name) => `decoder, ${name}`)],
@@ -55,25 +69,12 @@
     const tree = findings().overlap;
     const of = tree[tree.definition];
     const n = tree.only_one.map((_, i) => i + 1);
-    const bars = (values, bounds, hue) => ({
-      type: "data",
-      symmetric: false,
-      array: values.map((value, i) => (bounds[i] ? bounds[i][1] - value : 0)),
-      arrayminus: values.map((value, i) => (bounds[i] ? value - bounds[i][0] : 0)),
-      color: hue,
-      thickness: 1.2,
-      width: 3,
-    });
     const one = (name, key, hue) => line(name, n.slice(1), tree[key].slice(1), colour(hue), {
-      mode: "lines+markers",
-      marker: { size: 7, symbol: hue === "one" ? "diamond" : "square" },
-      error_y: bars(tree[key].slice(1), of[`${key}_intervals`].slice(1), colour(hue)),
+      ...markers(7, hue === "one" ? "diamond" : "square"),
+      error_y: errorBars(tree[key].slice(1), of[`${key}_intervals`].slice(1), colour(hue)),
     });
-    const chance = Object.entries(tree.nulls).flatMap(([null_, of_]) => ["only_one", "all_of_n"].map((key) =>
-      line(`${key === "only_one" ? "one alone" : "every one"}, ${null_}`, n.slice(1), of_[key].slice(1), colour("control"), {
-        line: { color: colour("control"), width: 1.5, dash: null_ === "rotated" ? "dash" : "dot" },
-        showlegend: false,
-      })));
+    const chance = Object.entries(tree.nulls).flatMap(([name, by]) => ["only_one", "all_of_n"].map((key) =>
+      chanceLine(`${key === "only_one" ? "one alone" : "every one"}, ${name}`, n.slice(1), by[key].slice(1), { showlegend: false })));
     return {
       traces: [one("found in one alone", "only_one", "one"), one("found in every one", "all_of_n", "all"), ...chance],
       layout: layout({
@@ -113,21 +114,15 @@
     const points = [...sweep.points].sort((a, b) => (a.at > b.at) - (a.at < b.at));
     const numeric = points.every((point) => Report.known(point.at) && point.at > 0);
     const at = points.map((point) => (numeric ? point.at : label(String(point.at))));
-    const series = (key, said, hue, symbol) => line(said, at, points.map((point) => point[key].value), colour(hue), {
-      mode: "lines+markers",
-      marker: { size: 8, symbol },
-      error_y: {
-        type: "data", symmetric: false, color: colour(hue), thickness: 1.2, width: 3,
-        array: points.map(({ [key]: of }) => (of.interval ? of.interval[1] - of.value : 0)),
-        arrayminus: points.map(({ [key]: of }) => (of.interval ? of.value - of.interval[0] : 0)),
-      },
+    const values = (key) => points.map((point) => point[key].value);
+    const series = (key, said, hue, symbol) => line(said, at, values(key), colour(hue), {
+      ...markers(8, symbol),
+      error_y: errorBars(values(key), points.map((point) => point[key].interval), colour(hue)),
     });
-    const chance = (key) => line(`${key} by chance`, at, points.map((point) => point[key].chance), colour("control"), {
-      line: { color: colour("control"), width: 1.5, dash: key === "both" ? "dash" : "dot" }, showlegend: false,
-    });
+    const chance = (key, dash) => chanceLine(`${key} by chance`, at, points.map((point) => point[key].chance), { showlegend: false }, dash);
     const words = sweep.axis.split(".").at(-1).replaceAll("_", " ");
     return {
-      traces: [series("both", "both cosines above the threshold", "all", "square"), series("lenient", "same partner", "one", "diamond"), chance("both"), chance("lenient")],
+      traces: [series("both", "both cosines above the threshold", "all", "square"), series("lenient", "same partner", "one", "diamond"), chance("both", "dash"), chance("lenient", "dot")],
       layout: layout({
         xaxis: axis(label(words), numeric ? { type: "log", tickvals: at, ticktext: at.map(Report.count) } : { type: "category" }),
         yaxis: percentAxis("of alive latents", { range: [0, 1.02] }),
@@ -170,7 +165,7 @@
     });
     const nulls = Object.entries(shape.null);
     const chance = nulls.map(([name, of]) => line(`by chance, ${name}`, middle, of.counts, colour("control"), {
-      line: { color: colour("control"), width: 1.5, shape: "hvh", dash: name === "rotated" ? "solid" : "dot" },
+      line: { color: colour("control"), width: 1.5, shape: "hvh" },
     }));
     return {
       traces: [bar("same partner", shape.same_partner, "all"), bar("different partners", shape.different_partner, "one"), ...chance],
@@ -178,7 +173,7 @@
         barmode: "stack",
         xaxis: axis("mean of encoder and decoder cosine", { range: [-0.05, 1] }),
         yaxis: axis("latents", { range: [0, 1.15 * Math.max(...shape.counts)] }),
-        shapes: [rule({ x0: threshold, x1: threshold, yref: "paper", y0: 0, y1: 1 })],
+        shapes: [vertical(threshold)],
       }),
       table: {
         head: ["from", "to", "same partner", "different partners", ...nulls.map(([name]) => `by chance, ${name}`)],
@@ -220,9 +215,7 @@
 
   figures.frequency = () => {
     const { firings, similarity } = Report.latents();
-    return Report.scatter(classGroups(similarity, firings, every().filter(firing)), {
-      x: "similarity to the partners", y: "firings", yLog: true, edges: true, xRange: [-0.02, 1.02],
-    });
+    return Report.scatter(classGroups(similarity, firings, every().filter(firing)), { ...BY_SIMILARITY, ...FIRINGS, edges: true });
   };
 
   figures.quartiles = () => {
@@ -233,9 +226,7 @@
     const names = [`below ${Report.decimal(a)}`, `to ${Report.decimal(b)}`, `to ${Report.decimal(c)}`, "above"];
     const groups = names.map((name, i) =>
       group(`score ${name}`, colour(`q${i}`), scored.filter((latent) => quarter(latent) === i), similarity, firings));
-    return Report.scatter(groups, {
-      x: "similarity to the partners", y: "firings", yLog: true, edges: true, xRange: [-0.02, 1.02],
-    });
+    return Report.scatter(groups, { ...BY_SIMILARITY, ...FIRINGS, edges: true });
   };
 
   figures.training = () => {
@@ -251,6 +242,140 @@
         head: ["run", "step", "tokens", "FVU", "loss", "L0", "dead", "learning rate"],
         rows: Object.entries(curves).flatMap(([name, of]) =>
           of.step.map((step, i) => [name, step, of.tokens[i], of.fvu[i], of.loss[i], of.l0[i], of.dead_fraction[i], of.learning_rate[i]])),
+      },
+    };
+  };
+
+  // --- scores -------------------------------------------------------------------------------------------------
+
+  const guessing = () => rule({ xref: "paper", x0: 0, x1: 1, y0: CHANCE, y1: CHANCE });
+  const scores = () => ({ y: "balanced accuracy", yRange: scoreRange(columns().scored.score), shapes: [guessing()] });
+
+  function scoreRange(values) {
+    const low = values.reduce((least, value) => Math.min(least, value), CHANCE);
+    return [Math.floor(low * 20) / 20 - 0.03, 1.03];
+  }
+
+  /** Whatever the scores are held against, as {name, counts}: the swapped control first. */
+  function heldAgainst(tree) {
+    const names = { frozen: "frozen decoder", untrained: "untrained SAE" };
+    return [
+      ["swapped control", tree.control],
+      ...(tree.control_saes ?? []).map((row) => [names[row.kind] ?? row.kind, row]),
+      ["n-gram baseline", tree.baseline],
+    ]
+      .filter(([, row]) => row?.histogram)
+      .map(([name, row]) => ({ name, counts: row.histogram.counts }));
+  }
+
+  figures.scores = () => {
+    const tree = findings().scores;
+    const { edges, counts } = tree.histogram;
+    const controls = heldAgainst(tree);
+    const middle = counts.map((_, i) => (edges[i] + edges[i + 1]) / 2);
+    const filled = counts.findIndex((count, i) => count + controls.reduce((sum, of) => sum + of.counts[i], 0) > 0);
+    // Of as many latents as each has: they are not equally many.
+    const share = (of) => {
+      const n = of.reduce((sum, count) => sum + count, 0);
+      return of.map((count) => count / n);
+    };
+    const said = (of) => of.map((count, i) => [count, share(of)[i]]);
+    const template = "%{customdata[0]:,} latents (%{customdata[1]:.1%}) at %{x}<extra>%{fullData.name}</extra>";
+    const bar = (name, y, hue, of) => ({
+      type: "bar", name, x: middle, y, customdata: said(of), hovertemplate: template,
+      marker: { color: colour(hue), line: { color: colour("card"), width: 1 } },
+    });
+    const dashes = ["solid", "dash", "dot"];
+    const below = controls.map(({ name, counts: of }, i) => {
+      const y = share(of).map((part) => -part);
+      if (i === 0) return bar(name, y, "control", of);
+      const hue = colour(["one", "some", "q2"][i - 1] ?? "ink");
+      return Report.line(name, middle, y, hue, { customdata: said(of), hovertemplate: template, line: { color: hue, width: 2, shape: "hvh", dash: dashes[i - 1] } });
+    });
+    const most = Math.max(...share(counts));
+    const least = Math.max(0, ...controls.flatMap((of) => share(of.counts)));
+    const step = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5].find((one) => (most + least) / one <= 7) ?? 1;
+    const ticks = Array.from({ length: 41 }, (_, i) => (i - 20) * step).filter((at) => at <= most && at >= -least);
+    return {
+      traces: [bar("own explanation", share(counts), "all", counts), ...below],
+      layout: layout({
+        barmode: "relative",
+        xaxis: axis("balanced accuracy", { range: [Math.min(CHANCE - 0.1, edges[Math.max(0, filled)]) - 0.01, 1.01], dtick: 0.1 }),
+        yaxis: axis("share of the latents", { zeroline: true, tickvals: ticks, ticktext: ticks.map((at) => `${Math.round(100 * Math.abs(at))}%`) }),
+        shapes: [vertical(CHANCE, { layer: "above" })],
+        annotations: [{ x: CHANCE, yref: "paper", y: 0, yanchor: "bottom", xanchor: "left", xshift: 4, text: "guessing", showarrow: false, font: { size: 11 } }],
+      }),
+      table: {
+        head: ["from", "to", "own explanation", ...controls.map((of) => of.name)],
+        rows: counts.map((count, i) => [edges[i], edges[i + 1], count, ...controls.map((of) => of.counts[i])]),
+      },
+    };
+  };
+
+  figures.by_number = () => {
+    const { shared, score } = Report.latents();
+    const n = columns().against.length;
+    const latents = columns().scored.latent.filter((latent) => known(shared(latent)));
+    const counts = Array.from({ length: n + 1 }, (_, i) => i);
+    const hue = (i) => (i === 0 ? "one" : i === n ? "all" : "some");
+    return {
+      traces: counts.map((i) => {
+        const of = latents.filter((latent) => shared(latent) === i);
+        return {
+          type: "box", name: `${i} (${of.length})`, y: of.map(score), customdata: of, boxpoints: "outliers",
+          marker: { color: colour(hue(i)), size: 5 }, line: { width: 1.5 }, hoveron: "boxes+points", hoverinfo: "y",
+        };
+      }),
+      layout: layout({
+        showlegend: false,
+        xaxis: axis("other SAEs that share the latent (latents)", { showgrid: false }),
+        yaxis: axis("balanced accuracy", { range: scoreRange(columns().scored.score) }),
+        shapes: [guessing()],
+      }),
+      table: { head: ["latent", "shared with", "score"], rows: latents.map((latent) => [latent, shared(latent), score(latent)]) },
+    };
+  };
+
+  figures.relation = () => {
+    const { similarity, score } = Report.latents();
+    const { bins } = findings().relation;
+    const at = bins.map((bin) => (bin.low + bin.high) / 2);
+    const means = {
+      type: "scatter", mode: "markers", name: "mean of a quarter", x: at, y: bins.map((bin) => bin.mean),
+      error_y: errorBars(bins.map((bin) => bin.mean), bins.map((bin) => bin.interval), colour("ink"), { thickness: 1.5, width: 4 }),
+      marker: { symbol: "diamond", size: 11, color: colour("ink"), line: { color: colour("card"), width: 1.5 } },
+      hovertemplate: "mean %{y:.3f}<extra></extra>",
+    };
+    return Report.scatter(classGroups(similarity, score, columns().scored.latent), { ...BY_SIMILARITY, ...scores(), more: [means] });
+  };
+
+  figures.score_frequency = () => {
+    const { firings, score } = Report.latents();
+    const alive = (latent) => (firings(latent) > 0 ? firings(latent) : null);
+    return Report.scatter(classGroups(alive, score, columns().scored.latent), { x: "firings", xLog: true, ...scores() });
+  };
+
+  figures.partners = (run) => {
+    const pairs = columns().partners.find((of) => of.run === run) ?? columns().partners[0];
+    const range = scoreRange([...pairs.score, ...pairs.partner_score]);
+    const points = pairs.latent.map((latent, i) => ({ latent, x: pairs.score[i], y: pairs.partner_score[i] }));
+    const shade = {
+      values: pairs.similarity,
+      marker: {
+        cmin: 0, cmax: 1, colorscale: [[0, colour("one")], [0.5, colour("none")], [1, colour("all")]], opacity: 0.8,
+        colorbar: { title: { text: "similarity", side: "right" }, thickness: 10, outlinewidth: 0, len: 0.8 },
+      },
+    };
+    const made = Report.scatter([{ name: "pairs", colour: colour("all"), points, ...shade }], {
+      x: `score in ${Report.label(columns().run)}`, y: `score of the partner in ${Report.label(pairs.run)}`,
+      xRange: range, yRange: range, shapes: [rule({ x0: range[0], y0: range[0], x1: range[1], y1: range[1] })],
+      layout: { showlegend: false },
+    });
+    return {
+      ...made,
+      table: {
+        head: ["latent", "partner", "score", "score of the partner", "similarity"],
+        rows: pairs.latent.map((latent, i) => [latent, pairs.partner[i], pairs.score[i], pairs.partner_score[i], pairs.similarity[i]]),
       },
     };
   };

@@ -1,6 +1,6 @@
 """The figures of a page: how to read each, and its content in words.
 
-``figures.js`` and ``scored.js`` draw them from the findings and the columns.
+``figures.js`` draws them from the findings and the columns.
 """
 
 from __future__ import annotations

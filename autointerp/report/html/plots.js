@@ -61,13 +61,7 @@
     ...more,
   });
 
-  const hasWebGl = (() => {
-    let found = null;
-    return () => {
-      if (found === null) found = Boolean(document.createElement("canvas").getContext("webgl"));
-      return found;
-    };
-  })();
+  const hasWebGl = Report.once(() => Boolean(document.createElement("canvas").getContext("webgl")));
   Report.scatterType = (n) => (n > 3000 && hasWebGl() ? "scattergl" : "scatter");
 
   // --- the tip ------------------------------------------------------------------------------------------------
@@ -153,16 +147,11 @@
       value === null || value === undefined ? "–" : typeof value === "string" ? Report.foreign(value) : `${value}`;
     const save = element("button", { type: "button" }, `Save ${Report.count(rows.length)} rows as CSV`);
     save.addEventListener("click", () => Report.saveCsv(figure.dataset.figure, head, rows));
-    const table = element(
-      "table",
-      {},
-      element("thead", {}, element("tr", {}, head.map((name) => element("th", { scope: "col" }, Report.visible(name))))),
-      element("tbody", {}, shown.map((row) => element("tr", {}, row.map((value) => element("td", {}, written(value)))))),
-    );
-    const region = { class: "scroll", tabindex: "0", role: "region", "aria-label": "data of the figure" };
+    const heads = head.map((name) => element("th", { scope: "col" }, Report.visible(name)));
+    const table = Report.table("data of the figure", heads, shown.map((row) => row.map((value) => element("td", {}, written(value)))));
     const rest = rows.length > shown.length ? element("p", {}, `The first ${SHOWN_ROWS} rows; the file has all.`) : null;
     figure.querySelector("[data-table]").replaceChildren(
-      ...[element("p", {}, save), element("div", region, table), rest].filter((part) => part !== null),
+      ...[element("p", {}, save), table, rest].filter((part) => part !== null),
     );
   }
 

@@ -12,15 +12,19 @@
   let rows = null;
   let tall = null;
 
+  const of = (name) => (latent) => Report.latents()[name](latent);
+  const scoreOf = (latent) => decimal(of("score")(latent), 2);
+  const NUMBER = "number wide-only";
+  /** Each column: its title, classes and key, the value that it is sorted by, and what its cell holds. */
   const COLUMNS = [
-    { key: "latent", title: "latent", number: true, value: (latent) => latent },
-    { key: "class", title: "found", wide: true, value: (latent) => Report.latents().shared(latent) },
-    { key: "similarity", title: "similarity", number: true, wide: true, value: (latent) => Report.latents().similarity(latent) },
-    { key: "rate", title: "fires", number: true, wide: true, value: (latent) => Report.latents().frequency(latent) },
-    { key: "score", title: "score", number: true, wide: true, value: (latent) => Report.latents().score(latent) },
-    { key: "control", title: "swapped", number: true, wide: true, value: (latent) => Report.latents().control(latent) },
-    { key: "explanation", title: "explanation", value: (latent) => Report.latents().explanation(latent) },
-    { key: "short", title: "score", number: true, narrow: true, value: (latent) => Report.latents().score(latent) },
+    { key: "latent", title: "latent", names: "number", value: (latent) => latent, show: (latent) => element("span", { class: isHeld(latent) ? "held" : "" }, `${latent}`) },
+    { key: "class", title: "found", names: "wide-only", value: of("shared"), show: badge },
+    { key: "similarity", title: "similarity", names: NUMBER, value: of("similarity"), show: (latent) => decimal(of("similarity")(latent), 2) },
+    { key: "rate", title: "fires", names: NUMBER, value: of("frequency"), show: (latent) => rate(of("frequency")(latent)) },
+    { key: "score", title: "score", names: NUMBER, value: of("score"), show: (latent) => `${scoreOf(latent)} ${interval(of("low")(latent), of("high")(latent))}` },
+    { key: "control", title: "swapped", names: NUMBER, value: of("control"), show: (latent) => decimal(of("control")(latent), 2) },
+    { key: "explanation", title: "explanation", names: "", value: of("explanation"), show: explanation },
+    { key: "short", title: "score", names: "number narrow-only", value: of("score"), show: scoreOf },
   ];
 
   // --- filters ------------------------------------------------------------------------------------------------
@@ -71,29 +75,19 @@
   // --- rows -----------------------------------------------------------------------------------------------------
 
   function badge(latent) {
-    const kind = Report.latents().classOf(latent);
-    const never = Report.latents().firings(latent) === 0;
+    const kind = of("classOf")(latent);
+    const never = of("firings")(latent) === 0;
     return element("span", { class: `badge ${kind ?? ""}` }, kind === null ? (never ? "never fires" : "–") : Report.classNames()[kind]);
   }
 
-  function cells(latent) {
-    const latents = Report.latents();
-    const status = latents.status(latent);
-    const explanation = latents.explanation(latent);
-    const cell = (names, ...children) => element("div", { role: "gridcell", class: names }, ...children);
-    const held = Report.data("places")[latent] !== undefined;
-    const score = decimal(latents.score(latent), 2);
-    return [
-      cell(`number${held ? " held" : ""}`, `${latent}`),
-      cell("wide-only", badge(latent)),
-      cell("number wide-only", decimal(latents.similarity(latent), 2)),
-      cell("number wide-only", rate(latents.frequency(latent))),
-      cell("number wide-only", `${score} ${interval(latents.low(latent), latents.high(latent))}`),
-      cell("number wide-only", decimal(latents.control(latent), 2)),
-      cell("", explanation === null ? element("span", { class: "quiet" }, status) : foreign(explanation.slice(0, 300))),
-      cell("number narrow-only", score),
-    ];
+  const isHeld = (latent) => Report.data("places")[latent] !== undefined;
+
+  function explanation(latent) {
+    const text = of("explanation")(latent);
+    return text === null ? element("span", { class: "quiet" }, of("status")(latent)) : foreign(text.slice(0, 300));
   }
+
+  const cells = (latent) => COLUMNS.map(({ names, show }) => element("div", { role: "gridcell", class: names }, show(latent)));
 
   function row(i) {
     const latent = kept[i];
@@ -138,7 +132,7 @@
     const head = (column) => {
       const button = element("button", { type: "button" }, column.title);
       button.addEventListener("click", () => {
-        const falling = sort.key === column.key ? !sort.falling : column.number === true && column.key !== "latent";
+        const falling = sort.key === column.key ? !sort.falling : column.names.includes("number") && column.key !== "latent";
         sort = { key: column.key, falling };
         for (const node of browser.querySelectorAll("[role=columnheader]")) {
           const own = node.dataset.key === sort.key;
@@ -146,9 +140,8 @@
         }
         refresh();
       });
-      const names = [column.number ? "number" : "", column.wide ? "wide-only" : "", column.narrow ? "narrow-only" : ""];
       const sorted = column.key === sort.key ? "ascending" : "none";
-      return element("div", { role: "columnheader", class: names.join(" "), "data-key": column.key, "aria-sort": sorted }, button);
+      return element("div", { role: "columnheader", class: column.names, "data-key": column.key, "aria-sort": sorted }, button);
     };
     return element("div", { role: "row", class: "heads", "aria-rowindex": "1" }, COLUMNS.map(head));
   }
