@@ -7,7 +7,7 @@ have changed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,8 @@ class Explaining(BaseModel):
     with_partners: bool = Field(True, description="also their partners in the other seeds")
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """The explainer and the judge of every point."""
-
-    explaining: Explaining
-    explainer: str = "auto"
-    options: LlmOptions = field(default_factory=LlmOptions)
-    judge: str = "auto"
+ScorePoint = Callable[[list[Run], Path, Compute], int]
+"""Explains and scores the runs of a point; returns the number of failed latents."""
 
 
 def explaining_of(sweep: Sweep) -> Explaining | None:
@@ -63,22 +57,30 @@ def explaining_of(sweep: Sweep) -> Explaining | None:
 
 def scoring_of(
     sweep: Sweep, wanted: bool | None, explainer: str, options: LlmOptions, judge: str | None = None
-) -> Scoring | None:
+) -> ScorePoint | None:
     """Return how points are scored, or ``None``; ``wanted`` overrides the recipe.
 
     The default judge is the one with the explainer's name, else ``auto``.
     """
-    explaining = explaining_of(sweep)
-    if wanted is False or (wanted is None and explaining is None):
+    recipe = explaining_of(sweep)
+    if wanted is False or (wanted is None and recipe is None):
         return None
-    judge = judge or (explainer if explainer in JUDGES else "auto")
+    asked, judge = recipe or Explaining(), judge or (explainer if explainer in JUDGES else "auto")
     resolve_name(EXPLAINERS, explainer, options)  # check both before training
     resolve_name(JUDGES, judge, options.for_judge())
-    return Scoring(explaining or Explaining(), explainer, options, judge)
+
+    def score_point(runs: list[Run], root: Path, compute: Compute) -> int:
+        choice = Choice(n=asked.latents, with_partners=asked.with_partners and len(runs) > 1)
+        explained = explain_runs(runs[:1], choice, explainer, options, compute)
+        of_point = [Run.open(name, root) for name in explained.runs]
+        scored = score_runs(of_point, root, (MAIN_SCORER,), judge, options)
+        return explained.n_failed + scored.n_failed
+
+    return score_point
 
 
 def run_sweep(
-    sweep: Sweep, root: Path, compute: Compute, scoring: Scoring | None = None, nulls: bool = True
+    sweep: Sweep, root: Path, compute: Compute, score_point: ScorePoint | None = None, nulls: bool = True
 ) -> tuple[dict[str, Any], int]:
     """Run the unfinished parts of ``sweep``. Return the summary and the number of failed latents."""
     say(f"sweep {sweep.name}: {sweep.describe()}")
@@ -89,24 +91,14 @@ def run_sweep(
         say(f"point {number} of {len(sweep.points)}: {point.study.name}")
         if len(runs) > 1:
             align_runs(runs, compute, nulls)
-        if scoring is not None:
-            failed += _score(runs, scoring, root, compute)
+        if score_point is not None:
+            failed += score_point(runs, root, compute)
     inputs = summary_inputs(sweep, of_points)
     summary = read_summary(root, sweep.name)
     if summary is None or summary["inputs"] != inputs:
         summary = summarise(sweep, of_points, inputs)
         write_summary(root, summary)
     return summary, failed
-
-
-def _score(runs: list[Run], scoring: Scoring, root: Path, compute: Compute) -> int:
-    """Explain and score a point; return the number of failed latents."""
-    asked = scoring.explaining
-    choice = Choice(n=asked.latents, with_partners=asked.with_partners and len(runs) > 1)
-    explained = explain_runs(runs[:1], choice, scoring.explainer, scoring.options, compute)
-    of_point = [Run.open(name, root) for name in explained.runs]
-    scored = score_runs(of_point, root, (MAIN_SCORER,), scoring.judge, scoring.options)
-    return explained.n_failed + scored.n_failed
 
 
 def sweep_findings(table: dict[str, Any]) -> dict[str, Any]:

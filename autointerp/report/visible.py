@@ -8,7 +8,7 @@ replace them: ``↵`` for a line break, ``␛`` for an escape, ``‹U+202E›`` 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -79,17 +79,6 @@ def marking(console: Console) -> Marking:
     return Marking(_few_colours if console.color_system == "standard" else _shade, "", "")
 
 
-def _runs(strong: Sequence[bool]) -> Iterator[tuple[int, int]]:
-    """Return begin and end of each stretch of true values."""
-    begin = None
-    for i, is_strong in enumerate([*strong, False]):
-        if is_strong and begin is None:
-            begin = i
-        elif not is_strong and begin is not None:
-            yield begin, i
-            begin = None
-
-
 def highlighted(
     tokens: Sequence[str], activations: Sequence[float], how: Marking, *, width: int | None = None, strong: float = 0.3
 ) -> Text:
@@ -100,17 +89,15 @@ def highlighted(
     """
     peak = max(activations, default=0.0)
     strengths = [a / peak if peak > 0 and a > 0 else 0.0 for a in activations]
-    begins = {b for b, _ in _runs([s >= strong for s in strengths])}
-    ends = {e - 1 for _, e in _runs([s >= strong for s in strengths])}
-    pieces: list[Text] = []
-    for i, (token, strength) in enumerate(zip(tokens, strengths, strict=True)):
-        piece = Text()
-        if i in begins:
-            piece.append(how.before)
-        piece.append_text(shown(token, how.style(strength) if strength > 0 else ""))
-        if i in ends:
-            piece.append(how.after)
-        pieces.append(piece)
+    is_strong = [False, *(s >= strong for s in strengths), False]
+    pieces = [
+        Text.assemble(
+            how.before if is_strong[i] > is_strong[i - 1] else "",
+            shown(token, how.style(strength) if strength > 0 else ""),
+            how.after if is_strong[i] > is_strong[i + 1] else "",
+        )
+        for i, (token, strength) in enumerate(zip(tokens, strengths, strict=True), start=1)
+    ]
     if width is None or sum(p.cell_len for p in pieces) <= width:
         return Text("", no_wrap=True).join(pieces)
     centre = max(range(len(strengths)), key=lambda i: strengths[i]) if peak > 0 else len(strengths) // 2
@@ -122,23 +109,20 @@ def _window(pieces: Sequence[Text], centre: int, width: int) -> Text:
     room = width - 2 - pieces[centre].cell_len
     first = last = centre
     used_before = used_after = 0
-    grew = True
-    while grew:
-        grew = False
+    while True:
         prefer_before = used_before <= 2 * used_after
         for before in (prefer_before, not prefer_before):
-            if before and first > 0 and used_before + used_after + pieces[first - 1].cell_len <= room:
-                first -= 1
-                used_before += pieces[first].cell_len
-                grew = True
-                break
-            if not before and last < len(pieces) - 1 and used_before + used_after + pieces[last + 1].cell_len <= room:
-                last += 1
-                used_after += pieces[last].cell_len
-                grew = True
-                break
-    line = Text("…" if first > 0 else "", "dim", no_wrap=True)
-    line = Text.assemble(line, *pieces[first : last + 1], no_wrap=True)
-    line.append("…" if last < len(pieces) - 1 else "", "dim")
+            at = first - 1 if before else last + 1
+            if not 0 <= at < len(pieces) or used_before + used_after + pieces[at].cell_len > room:
+                continue
+            if before:
+                first, used_before = at, used_before + pieces[at].cell_len
+            else:
+                last, used_after = at, used_after + pieces[at].cell_len
+            break
+        else:
+            break
+    cuts = ("…" if first > 0 else "", "dim"), ("…" if last < len(pieces) - 1 else "", "dim")
+    line = Text.assemble(cuts[0], *pieces[first : last + 1], cuts[1], no_wrap=True)
     line.truncate(width, overflow="ellipsis")
     return line

@@ -6,7 +6,7 @@ could not be measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,7 @@ def columns_of(study: Study, facts: JournalFacts) -> dict[str, Any]:
     own, swapped = _ok(rows, "none"), _ok(rows, "swap")
     return {
         "run": study.focus.name,
-        "study": study.focus.study,
         "n_latents": len(table),
-        "runs": study.compared,
-        "definition": study.view.definition,
         "threshold": study.view.threshold,
         "classes": list(CLASSES),
         "statuses": list(STATUSES),
@@ -52,9 +49,7 @@ def columns_of(study: Study, facts: JournalFacts) -> dict[str, Any]:
             "shared_class": _classes(table),
             "status": _statuses(table, rows, facts),
         },
-        "against": [_against(study, name) for name in study.compared if name != study.focus.name]
-        if study.tables
-        else [],
+        "against": [_against(study, name) for name in study.compared if name != study.focus.name and study.tables],
         "scored": _scored(own, swapped),
         "partners": _partner_scores(study, own),
         "explanations": {str(latent): text for latent, text in sorted(facts.explanations(own).items())},
@@ -79,11 +74,7 @@ def _classes(table: pd.DataFrame) -> list[int]:
 
 def _statuses(table: pd.DataFrame, rows: pd.DataFrame | None, facts: JournalFacts) -> list[int]:
     status = np.zeros(len(table), int)
-    kinds: dict[str, Iterable[int]] = {
-        "too few contexts": facts.too_few,
-        "explained": facts.explained,
-        "failed": facts.failed,
-    }
+    kinds = {"too few contexts": facts.too_few, "explained": facts.explained, "failed": facts.failed}
     for name, latents in kinds.items():
         status[list(latents)] = STATUSES.index(name)
     if rows is not None:
@@ -103,7 +94,7 @@ def _against(study: Study, sibling: str) -> dict[str, Any]:
 
 
 def _scored(own: pd.DataFrame, swapped: pd.DataFrame) -> dict[str, Any]:
-    columns = {"score": "balanced_accuracy", "low": "ba_low", "high": "ba_high", "auroc": "auroc"}
+    columns = {"score": "balanced_accuracy", "low": "ba_low", "high": "ba_high"}
     return {
         "latent": _whole(own.index.to_series()),
         **{name: _rounded(own.get(column), n=len(own)) for name, column in columns.items()},
@@ -129,14 +120,9 @@ def _partner_scores(study: Study, own: pd.DataFrame) -> list[dict[str, Any]]:
             }
         ).dropna()
         if len(pairs):
-            found.append(
-                {
-                    "run": run.name,
-                    "latent": _whole(pairs.index.to_series()),
-                    "partner": _whole(pairs["partner"]),
-                    **{name: _rounded(pairs[name]) for name in ("score", "partner_score", "similarity")},
-                }
-            )
+            whole = {"latent": _whole(pairs.index.to_series()), "partner": _whole(pairs["partner"])}
+            rounded = {name: _rounded(pairs[name]) for name in ("score", "partner_score", "similarity")}
+            found.append({"run": run.name, **whole, **rounded})
     return found
 
 

@@ -58,17 +58,6 @@ def write_report(run: Run, study: Sequence[Run], path: Path | None = None, **vie
 
 
 @dataclass(frozen=True)
-class Part:
-    """A section of the report with its figures."""
-
-    name: str
-    title: str
-    says: str
-    blocks: list[doc.Block]
-    figures: list[Figure]
-
-
-@dataclass(frozen=True)
 class Rendered:
     """The page, the number of latents, and the number with details."""
 
@@ -125,15 +114,16 @@ def _html(found: Mapping[str, Any], study: Study, columns: Mapping[str, Any], de
     )
 
 
-def _parts(found: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, Part]:
-    """Return the non-empty sections of the report, without terminal charts."""
+def _parts(found: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, dict[str, Any]]:
+    """Return the non-empty sections of the report, with their figures in place of terminal charts."""
     parts = {}
     for name, build in report.sections().items():
-        section = build(found)
-        if isinstance(section, doc.Section):
-            blocks = [b for b in doc.with_sentences([*section.body, *section.details]) if not isinstance(b, doc.Chart)]
+        if (section := build(found)) is not None:
+            blocks = doc.with_sentences([*section.body, *section.details])
+            blocks = [b for b in blocks if not isinstance(b, doc.Chart) and not _is_charts(b)]
             of_part = [figure for figure in figures if figure.part == name]
-            parts[name] = Part(name, section.title, section.says, [b for b in blocks if not _is_charts(b)], of_part)
+            texts = {"name": name, "title": section.title, "says": section.says}
+            parts[name] = {**texts, "blocks": blocks, "figures": of_part}
     return parts
 
 
