@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from sae.common.amounts import parse_amount
 from sae.common.errors import BadInput, suggest
 from sae.common.files import check_regular, expand_user
 from sae.common.registry import Registry
@@ -82,8 +83,6 @@ def new_file(option: str, path: Path) -> Path:
 
 def amount(option: str, text: str | None, least: int = 1) -> int | None:
     """Return ``2M``, ``500k``, ``1e6`` or ``123`` as an integer of at least ``least``."""
-    from sae.common.amounts import parse_amount
-
     if text is None:
         return None
     try:

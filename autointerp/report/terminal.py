@@ -48,16 +48,7 @@ def print_page(parts: Iterable[doc.Block | doc.Section | None], console: Console
     console = console or Console(highlight=False, markup=False, emoji=False)
     page = Page.of(console)
     console.width = max(console.width, page.width)  # Rich prints nothing on a terminal without columns
-    lines: list[RenderableType] = []
-    blocks: list[doc.Block] = []
-    for part in parts:
-        if isinstance(part, doc.Section):
-            lines += [*_arranged(blocks, page), *_section(part, page)]
-            blocks = []
-        elif part is not None:
-            blocks += doc.with_sentences([part])
-    lines += [Text()] if lines and blocks else []
-    body = Group(*lines, *_arranged(blocks, page))
+    body = Group(*_arranged(parts, page))
     if console.color_system is not None and not console.options.ascii_only:
         console.print(body, width=page.width)
         return
@@ -70,26 +61,25 @@ def print_page(parts: Iterable[doc.Block | doc.Section | None], console: Console
     console.out(text, highlight=False)
 
 
-def _section(section: doc.Section, page: Page) -> Iterator[RenderableType]:
-    rule = "─" * max(0, page.width - cell_len(section.title) - 1)
-    yield Text()
-    yield Text.assemble(shown(section.title, "bold"), " ", (rule, "dim"), no_wrap=True)
-    if section.says:
-        yield shown(section.says, "dim")
-    yield Text()
-    yield from _arranged(doc.with_sentences([*section.body, *section.details]), page)
-
-
-def _arranged(blocks: Sequence[doc.Block], page: Page) -> Iterator[RenderableType]:
+def _arranged(parts: Iterable[doc.Block | doc.Section | None], page: Page) -> Iterator[RenderableType]:
     """Separate blocks by empty lines, except sentences, commands and contexts."""
-    previous: doc.Block | None = None
+    previous: doc.Block | doc.Section | None = None
     close = doc.Sentence | doc.Command | doc.Context
-    for block in blocks:
-        is_close = isinstance(previous, close | doc.Title) and isinstance(block, close)
-        if previous is not None and (not is_close or (isinstance(block, doc.Sentence) and block.is_apart)):
+    for part in doc.with_sentences(parts):
+        if isinstance(part, doc.Section):
+            rule = "─" * max(0, page.width - cell_len(part.title) - 1)
             yield Text()
-        yield from _drawn(block, page)
-        previous = block
+            yield Text.assemble(shown(part.title, "bold"), " ", (rule, "dim"), no_wrap=True)
+            if part.says:
+                yield shown(part.says, "dim")
+            yield Text()
+            yield from _arranged([*part.body, *part.details], page)
+        else:
+            is_close = isinstance(previous, close | doc.Title) and isinstance(part, close)
+            if previous is not None and (not is_close or (isinstance(part, doc.Sentence) and part.is_apart)):
+                yield Text()
+            yield from _drawn(part, page)
+        previous = part
 
 
 def _drawn(block: doc.Block, page: Page) -> Iterator[RenderableType]:

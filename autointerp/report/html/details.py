@@ -144,15 +144,10 @@ class _Reader:
 
     def _shown(self, latent: int, table: pd.DataFrame) -> Iterator[dict[str, Any]]:
         right = table["truth"] == table["label"].astype(bool)
+        kinds = [(is_right, truth) for truth in (True, False) for is_right in (True, False)]
         some = pd.concat(
-            [
-                part.head(n)
-                for truth in (True, False)
-                for n, part in (
-                    (_RIGHT, table[right & (table["truth"] == truth)]),
-                    (_WRONG, table[~right & (table["truth"] == truth)]),
-                )
-            ]
+            table[(right == is_right) & (table["truth"] == truth)].head(_RIGHT if is_right else _WRONG)
+            for is_right, truth in kinds
         )
         texts = self._windows(latent, [int(window) for window in some["context"]])
         for row in some.to_dict("records"):

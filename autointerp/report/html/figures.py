@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from autointerp.report.numbers import class_label, get, listed, percent, plural
+from autointerp.report.numbers import class_label, estimate_of, get, listed, percent, plural
 from sae.common.amounts import decimal, estimate
 
-Findings = Mapping[str, Any]
-Columns = Mapping[str, Any]
-_SHOWS_LATENTS = " Each point is a latent: point at it to see what it is, click to open it."
+Tree = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """``id`` names its drawing in the scripts, ``part`` its section of the report."""
+    """``id`` names its drawing in the scripts, ``part`` its section of the report; ``paper`` a figure of the paper."""
 
     id: str
     part: str
@@ -31,17 +29,17 @@ class Figure:
     """Sibling runs (or sweeps) to choose from, where it shows one at a time."""
     choose: str = "against"
     paper: str = ""
-    """Which figure of the paper it is."""
-    tall: bool = False
+    of_latents: bool = False
+    """Whether each point is a latent."""
 
 
-def figures_of(found: Findings, columns: Columns) -> list[Figure]:
+def figures_of(found: Tree, columns: Tree) -> list[Figure]:
     """Return the figures for which there are data, in the order of the page."""
     builders = (_overlap, _similarity, _latents, _scores, _relation)
     return list(chain.from_iterable(build(found, columns) for build in builders))
 
 
-def _overlap(found: Findings, columns: Columns) -> Iterator[Figure]:
+def _overlap(found: Tree, columns: Tree) -> Iterator[Figure]:
     tree = found["overlap"]
     if tree is not None:
         names = ("strict", "both", "decoder", "lenient")
@@ -83,83 +81,76 @@ def _overlap(found: Findings, columns: Columns) -> Iterator[Figure]:
         yield Figure("width", part, title, says, alt, choices=names, choose="sweep", paper="figure 4")
 
 
-def _siblings(columns: Columns) -> tuple[str, ...]:
-    return tuple(against["run"] for against in columns["against"])
-
-
-def _similarity(found: Findings, columns: Columns) -> Iterator[Figure]:
-    tree, siblings = found["similarity"], _siblings(columns)
+def _similarity(found: Tree, columns: Tree) -> Iterator[Figure]:
+    tree, siblings = found["similarity"], tuple(against["run"] for against in columns["against"])
     if siblings:
         says = (
             "Lines: the threshold. Blue: both matchings pick the same partner; orange: they pick different ones. At "
-            f"the edges: counts.{_SHOWS_LATENTS}"
+            "the edges: counts."
         )
         alt = (
             f"Where the partner is the same, the mean cosine is {decimal(tree['mean_same_partner'])}; where it is not, "
             f"{decimal(tree['mean_different_partner'])}."
         )
         title = "Encoder and decoder cosine of each latent and its partner"
-        yield Figure("cosines", "similarity", title, says, alt, choices=siblings, paper="figure 1", tall=True)
+        yield Figure("cosines", "similarity", title, says, alt, choices=siblings, paper="figure 1", of_latents=True)
     if tree is not None:
         says = (
             "Alive latents of all pairs by the mean of encoder and decoder cosine with their partner. Two humps mean "
             "that latents either return or do not. Line: by chance, cut where it leaves the frame."
         )
-        alt = (
-            f"Mean matched cosine: encoders {decimal(tree['mean_encoder'])}, decoders {decimal(tree['mean_decoder'])}."
-        )
+        encoders, decoders = decimal(tree["mean_encoder"]), decimal(tree["mean_decoder"])
+        alt = f"Mean matched cosine: encoders {encoders}, decoders {decoders}."
         yield Figure("similarity", "similarity", "How alike partners are", says, alt)
     if siblings:
         says = (
             "Mean cosine with the matched partner, and with the nearest latents, matched or not. On the diagonal the "
-            f"matched latent is the nearest; far under it, a match was forced.{_SHOWS_LATENTS}"
+            "matched latent is the nearest; far under it, a match was forced."
         )
-        means = decimal(tree["mean_decoder"]), decimal(tree["mean_max_decoder"])
-        alt = f"Mean decoder cosine: matched {means[0]}, nearest {means[1]}."
-        yield Figure("nearest", "similarity", "Matched against nearest", says, alt, choices=siblings, tall=True)
+        matched, nearest = decimal(tree["mean_decoder"]), decimal(tree["mean_max_decoder"])
+        alt = f"Mean decoder cosine: matched {matched}, nearest {nearest}."
+        yield Figure("nearest", "similarity", "Matched against nearest", says, alt, choices=siblings, of_latents=True)
 
 
-def _latents(found: Findings, columns: Columns) -> Iterator[Figure]:
+def _latents(found: Tree, columns: Tree) -> Iterator[Figure]:
     if (tree := found["membership"]) is not None and tree["parts"]:
-        says = (
-            f"The {tree['n_alive']:,} alive latents of the run, by which other SAEs share them ({tree['definition']})."
-        )
+        says = f"The {tree['n_alive']:,} alive latents, by which other SAEs share them ({tree['definition']})."
         alt = "; ".join(f"{part['label']} {percent(part['fraction'])}" for part in tree["parts"]) + "."
         yield Figure("membership", "membership", "Where the latents are found", says, alt, paper="figure 2")
     tree, scores = found["frequency_by_class"], found["scores"]
     if tree is not None and columns["against"]:
         says = (
             "Similarity is the mean over the other SAEs; firings are counted over the harvest, on a logarithmic scale. "
-            f"At the edges: counts by class.{_SHOWS_LATENTS}"
+            "At the edges: counts by class."
         )
         medians = "; ".join(f"{class_label(name, 3)} {1000 * row['median']:.3g}" for name, row in tree.items())
         alt, title = f"Median firings per thousand tokens: {medians}.", "Similarity and how often a latent fires"
-        yield Figure("frequency", "frequency", title, says, alt, paper="figure 3", tall=True)
+        yield Figure("frequency", "frequency", title, says, alt, paper="figure 3", of_latents=True)
         if scores is not None and scores["n_scored"] > 3:
-            says = f"The scored latents alone, in quarters of their score; the palest is the lowest.{_SHOWS_LATENTS}"
+            says = "The scored latents alone, in quarters of their score; the palest is the lowest."
             alt = f"Quartiles of the score: {' / '.join(decimal(q) for q in scores['quartiles'])}."
-            yield Figure("quartiles", "frequency", "The same, by score", says, alt, paper="figure 5", tall=True)
+            yield Figure("quartiles", "frequency", "The same, by score", says, alt, paper="figure 5", of_latents=True)
     if get(found, "training", "curves"):
         fvu = [f"{name} {decimal(value)}" for name, value in found["training"]["fvu"].items() if value is not None]
         says = "Fraction of variance unexplained by tokens seen, one line per SAE. The lines should lie on each other."
         yield Figure("training", "training", "How training went", says, f"At the end: {'; '.join(fvu)}.")
 
 
-def _scores(found: Findings, columns: Columns) -> Iterator[Figure]:
+def _scores(found: Tree, columns: Tree) -> Iterator[Figure]:
     tree = found["scores"]
     if tree is None or not tree["n_scored"]:
         return
     control = tree["control"]
-    swapped = f"; swapped control {estimate(control['mean'], control['interval'])}" if control else ""
+    swapped = f"; swapped control {estimate_of(control)}" if control else ""
     says = (
         "Latents by balanced accuracy of a judge who reads their own explanation (blue, upwards); each control's hang "
         "below, as a share of its own latents. .5 is guessing."
     )
-    alt = f"Own explanation {estimate(tree['mean'], tree['interval'])}, {plural(tree['n_scored'], 'latent')}{swapped}."
+    alt = f"Own explanation {estimate_of(tree)}, {plural(tree['n_scored'], 'latent')}{swapped}."
     yield Figure("scores", "scores", "Scores and their controls", says, alt)
     if columns["against"]:
         rows = (tree["by_class"] or {}).items()
-        means = [f"{class_label(name, 3)} {estimate(row['mean'], row['interval'])}" for name, row in rows]
+        means = [f"{class_label(name, 3)} {estimate_of(row)}" for name, row in rows]
         says = (
             "Each box holds the middle half of the scores, its line the median; a point is a latent outside the "
             "whiskers. The dashed line is guessing."
@@ -168,23 +159,21 @@ def _scores(found: Findings, columns: Columns) -> Iterator[Figure]:
         yield Figure("by_number", "counted", title, says, f"Mean score: {'; '.join(means)}.")
 
 
-def _relation(found: Findings, columns: Columns) -> Iterator[Figure]:
+def _relation(found: Tree, columns: Tree) -> Iterator[Figure]:
     if (tree := found["relation"]) is not None:
-        whole, held, frequency = (
-            estimate(of[key], of["interval"], 2, sign=True)
-            for of, key in ((tree, "spearman"), (tree["partial"], "value"), (tree["frequency"], "value"))
-        )
+        whole = estimate(tree["spearman"], tree["interval"], 2, sign=True)
+        held, frequency = (estimate_of(tree[key], 2, sign=True) for key in ("partial", "frequency"))
         says = (
             "Diamonds: mean score of each quarter of the latents by similarity, with 95 % intervals. The dashed line "
-            f"is guessing.{_SHOWS_LATENTS}"
+            "is guessing."
         )
         alt = f"Spearman {whole}, at equal firing frequency {held}, {plural(tree['n'], 'latent')}."
-        yield Figure("relation", "relation", "Score and similarity", says, alt, tall=True)
-        says = f"Whether the most frequent latents are the ones that cannot be explained.{_SHOWS_LATENTS}"
+        yield Figure("relation", "relation", "Score and similarity", says, alt, of_latents=True)
+        says = "Whether the most frequent latents are the ones that cannot be explained."
         title = "Score and how often a latent fires"
-        yield Figure("score_frequency", "relation", title, says, f"Spearman {frequency}.", tall=True)
+        yield Figure("score_frequency", "relation", title, says, f"Spearman {frequency}.", of_latents=True)
     if partners := columns["partners"]:
         n, names = sum(len(pairs["latent"]) for pairs in partners), tuple(pairs["run"] for pairs in partners)
-        says = f"On the diagonal both can be explained equally well. Darker: more similar.{_SHOWS_LATENTS}"
+        says = "On the diagonal both can be explained equally well. Darker: more similar."
         alt, title = f"{plural(n, 'pair')} of latents that are both scored.", "Score of a latent and of its partner"
-        yield Figure("partners", "relation", title, says, alt, choices=names, paper="figure 6", tall=True)
+        yield Figure("partners", "relation", title, says, alt, choices=names, paper="figure 6", of_latents=True)

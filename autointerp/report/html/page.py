@@ -120,7 +120,7 @@ def _parts(found: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, dic
     for name, build in report.sections().items():
         if (section := build(found)) is not None:
             blocks = doc.with_sentences([*section.body, *section.details])
-            blocks = [b for b in blocks if not isinstance(b, doc.Chart) and not _is_charts(b)]
+            blocks = [block for block in blocks if not _is_chart(block)]
             of_part = [figure for figure in figures if figure.part == name]
             texts = {"name": name, "title": section.title, "says": section.says}
             parts[name] = {**texts, "blocks": blocks, "figures": of_part}
@@ -138,12 +138,12 @@ def _as_of(study: Study) -> str:
 # --- blocks as HTML -----------------------------------------------------------------------------------------------
 
 
-def _is_charts(block: doc.Block) -> bool:
-    """Return whether most columns of a table are charts, so that the rest means nothing alone."""
+def _is_chart(block: object) -> bool:
+    """Return whether a block is a chart, or a table of charts mostly, whose rest means nothing alone."""
     if not isinstance(block, doc.Table):
-        return False
-    columns = kept_columns(block)
-    return 2 * len(columns) <= len(block.columns) and len(columns) < len(block.columns)
+        return isinstance(block, doc.Chart)
+    n_kept, n_columns = len(kept_columns(block)), len(block.columns)
+    return 2 * n_kept <= n_columns and n_kept < n_columns
 
 
 def kept_columns(table: doc.Table) -> list[tuple[int, doc.Column]]:

@@ -27,7 +27,7 @@ from autointerp.report import report
 from autointerp.report.blocks import Chart, Column, Facts, Section, Table, spans
 from autointerp.report.html.details import OTHERS, json_in_script, order
 from autointerp.report.html.figures import figures_of
-from autointerp.report.html.page import CHAPTERS, SCRIPTS, _is_charts, _script, kept_columns, show_text
+from autointerp.report.html.page import CHAPTERS, SCRIPTS, _is_chart, _script, kept_columns, show_text
 from autointerp.report.visible import visible
 from sae.study.run import Run
 
@@ -335,8 +335,8 @@ def test_columns_and_tables_of_charts_are_left_out() -> None:
     chart = Chart(lambda _width, _colour: [Text("▁")])
     mixed = Table(["name", Column("n", "number"), Column("", "chart")], [["a", "1", chart]])
     assert [column.name for _, column in kept_columns(mixed)] == ["name", "n"]
-    assert not _is_charts(mixed)
-    assert _is_charts(Table(["", Column("a", "chart"), Column("b", "chart")], [["loss", chart, chart]]))
+    assert not _is_chart(mixed)
+    assert _is_chart(Table(["", Column("a", "chart"), Column("b", "chart")], [["loss", chart, chart]]))
 
 
 @given(st.text())
