@@ -153,15 +153,15 @@ def _sweeps(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for table in sorted(sweeps_of(root, subject), key=lambda table: str(table["sweep"])):
         axis = next(iter(table["axes"]))
-        points = [_point(point, axis) for point in table["points"] if point["shared"] is not None]
+        points = []
+        for point in table["points"]:
+            if point["shared"] is not None:
+                of = {name: point["shared"][name] for name in ("both", "lenient")}
+                shared = {
+                    name: {"value": row["value"], "interval": row["interval"], "chance": row["null"].get("rotated")}
+                    for name, row in of.items()
+                }
+                points.append({"name": point["name"], "at": point["values"][axis], **shared})
         if points:
             found.append({"name": str(table["sweep"]), "axis": axis, "points": points})
     return found
-
-
-def _point(point: dict[str, Any], axis: str) -> dict[str, Any]:
-    shared = {}
-    for name in ("both", "lenient"):
-        of = point["shared"][name]
-        shared[name] = {"value": of["value"], "interval": of["interval"], "chance": of["null"].get("rotated")}
-    return {"name": point["name"], "at": point["values"][axis], **shared}

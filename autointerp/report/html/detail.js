@@ -32,9 +32,6 @@
     return element("p", { class: "context" }, line);
   }
 
-  const facts = (pairs) =>
-    element("dl", { class: "facts" }, pairs.filter(([, value]) => value !== null).map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
-
   function histogram(shape) {
     if (shape === null) return null;
     const most = Math.max(...shape.counts);
@@ -52,7 +49,7 @@
     const latents = Report.latents();
     const kind = latents.classOf(latent);
     const firing = detail?.firing ?? null;
-    return facts([
+    const facts = [
       ["fires", rate(latents.frequency(latent))],
       ["firings", firing === null ? count(latents.firings(latent)) : `${count(firing.n_firings)} in ${count(firing.n_windows)} contexts`],
       ["largest activation", firing === null ? null : `${firing.max_activation}`],
@@ -60,7 +57,8 @@
       ["similarity", latents.similarity(latent) === null ? null : decimal(latents.similarity(latent), 2)],
       ["score", latents.score(latent) === null ? latents.status(latent) : `${decimal(latents.score(latent), 2)} ${interval(latents.low(latent), latents.high(latent))}`],
       ["swapped control", latents.control(latent) === null ? null : decimal(latents.control(latent), 2)],
-    ]);
+    ].filter(([, value]) => value !== null);
+    return element("dl", { class: "facts" }, facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
   }
 
   function explanations(detail) {
@@ -107,6 +105,10 @@
     ];
   }
 
+  const paragraph = (names, child) => element("p", { class: names }, child);
+  const article = (run, latent, badge, children) =>
+    element("article", {}, element("h4", {}, foreign(run), element("span", { class: "quiet" }, `latent ${latent}`), badge), children);
+
   function partner(match) {
     const holds = Object.entries(match.shared).filter(([, is]) => is).map(([name]) => name);
     const space = (name) =>
@@ -114,29 +116,21 @@
       (match[`max_${name}_neighbor`] === match[`${name}_partner`] ? "" : ` (nearest: ${match[`max_${name}_neighbor`]}, ${decimal(match[`max_${name}_cosine`], 2)})`);
     const behaviour = match.behaviour;
     const relation = behaviour?.relation ? (Report.data("findings").methods.relations?.[behaviour.relation] ?? behaviour.relation) : null;
-    return element(
-      "article",
-      {},
-      element("h4", {}, foreign(match.run), element("span", { class: "quiet" }, `latent ${match.decoder_partner ?? "–"}`), element("span", { class: `badge ${holds.includes("strict") ? "all" : "one"}` }, holds.length ? holds.join(", ") : "not shared")),
-      element("p", { class: "quiet" }, `${space("encoder")} · ${space("decoder")}`),
-      behaviour === null ? null : element("p", { class: "quiet" }, behaviour.jaccard_partner === null ? "By firing nothing is paired with it." : `By firing: ${behaviour.jaccard_partner}, Jaccard ${decimal(behaviour.jaccard, 2)}`),
-      relation === null ? null : element("p", { class: "quiet" }, `In the other SAE it ${relation}${behaviour.relation_latents?.length ? ` (${behaviour.relation_latents.join(", ")}; ${percent(behaviour.relation_covered)} of its firings)` : ""}`),
-      match.explanation === null ? null : element("p", { class: "said" }, foreign(match.explanation)),
-      match.score === null ? null : element("p", {}, `score ${decimal(match.score, 2)}`),
+    const badge = element("span", { class: `badge ${holds.includes("strict") ? "all" : "one"}` }, holds.length ? holds.join(", ") : "not shared");
+    return article(match.run, match.decoder_partner ?? "–", badge, [
+      paragraph("quiet", `${space("encoder")} · ${space("decoder")}`),
+      behaviour === null ? null : paragraph("quiet", behaviour.jaccard_partner === null ? "By firing nothing is paired with it." : `By firing: ${behaviour.jaccard_partner}, Jaccard ${decimal(behaviour.jaccard, 2)}`),
+      relation === null ? null : paragraph("quiet", `In the other SAE it ${relation}${behaviour.relation_latents?.length ? ` (${behaviour.relation_latents.join(", ")}; ${percent(behaviour.relation_covered)} of its firings)` : ""}`),
+      match.explanation === null ? null : paragraph("said", foreign(match.explanation)),
+      match.score === null ? null : paragraph("", `score ${decimal(match.score, 2)}`),
       match.contexts.map(context),
-    );
+    ]);
   }
 
   function own(detail) {
     const explanation = detail.explanations.find((entry) => entry.text !== null);
-    const run = Report.data("columns").run;
-    return element(
-      "article",
-      {},
-      element("h4", {}, foreign(run), element("span", { class: "quiet" }, `latent ${detail.latent}`)),
-      explanation ? element("p", { class: "said" }, foreign(explanation.text)) : null,
-      detail.contexts.slice(0, 4).map(context),
-    );
+    const said = explanation ? paragraph("said", foreign(explanation.text)) : null;
+    return article(Report.data("columns").run, detail.latent, null, [said, detail.contexts.slice(0, 4).map(context)]);
   }
 
   function body(latent, detail) {

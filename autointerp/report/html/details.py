@@ -51,17 +51,8 @@ def details_of(study: Study, status: Sequence[int], first: Sequence[int], budget
         first: latents that come before all others.
     """
     reader = _Reader(study)
-    chunks: list[str] = []
-    place: dict[int, int] = {}
-    waiting: list[tuple[int, str]] = []
+    kept: list[tuple[int, str]] = []
     spent = 0
-
-    def close() -> None:
-        if waiting:
-            place.update((latent, len(chunks)) for latent, _ in waiting)
-            chunks.append("[" + ",".join(text for _, text in waiting) + "]")
-            waiting.clear()
-
     chosen = order(status, study.alive[study.focus.name], first)
     with track("gathering latents for the page", len(chosen), "latents") as bar:
         for latent in chosen:
@@ -69,12 +60,11 @@ def details_of(study: Study, status: Sequence[int], first: Sequence[int], budget
             spent += len(text) + 1
             if spent > budget:
                 break
-            waiting.append((latent, text))
-            if len(waiting) == _PER_CHUNK:
-                close()
+            kept.append((latent, text))
             bar.advance()
-    close()
-    return Details(chunks, dict(sorted(place.items())), reader.without_contexts)
+    texts = [[text for _, text in kept[i : i + _PER_CHUNK]] for i in range(0, len(kept), _PER_CHUNK)]
+    place = {latent: i // _PER_CHUNK for i, (latent, _) in enumerate(kept)}
+    return Details([f"[{','.join(chunk)}]" for chunk in texts], dict(sorted(place.items())), reader.without_contexts)
 
 
 def order(status: Sequence[int], alive: np.ndarray, first: Sequence[int] = ()) -> list[int]:

@@ -31,7 +31,7 @@ from sae.common.amounts import decimal, interval
 from sae.common.files import atomic
 from sae.study.run import Run
 
-SCRIPTS = ("base.js", "plots.js", "scatter.js", "figures.js", "table.js", "detail.js", "main.js")
+SCRIPTS = ("base.js", "plots.js", "figures.js", "table.js", "detail.js", "main.js")
 #: The chapters of the page, each with its sections of the report, in order.
 CHAPTERS = {
     "overlap": ("What is shared", ("overlap", "similarity", "membership", "counterparts")),

@@ -1,5 +1,5 @@
 /* Figures: drawn by Plotly when they come near the window, drawn again in other colours or for another choice, and each
-   with its data as a table and as a file. What they show is in figures.js. */
+   with its data as a table and as a file; scatter plots of latents. What they show is in figures.js. */
 "use strict";
 (() => {
   const { element, colour, decimal, interval, rate } = Report;
@@ -53,16 +53,100 @@
   });
 
   /** A straight line through the whole figure: a threshold, guessing, a diagonal. */
-  Report.rule = (where, more = {}) => ({
-    type: "line",
-    line: { color: colour("quiet"), width: 1, dash: "dot" },
-    layer: "below",
-    ...where,
-    ...more,
-  });
+  Report.rule = (where, more = {}) =>
+    ({ type: "line", line: { color: colour("quiet"), width: 1, dash: "dot" }, layer: "below", ...where, ...more });
 
   const hasWebGl = Report.once(() => Boolean(document.createElement("canvas").getContext("webgl")));
-  Report.scatterType = (n) => (n > 3000 && hasWebGl() ? "scattergl" : "scatter");
+
+  // --- scatter plots of latents, with counts at their edges if wanted ----------------------------------------------
+
+  const BINS = 40;
+
+  /** Counts of `values` in equal bins from `low` to `high`, outliers in the first or the last, as bars along an axis. */
+  function edge(group, values, [low, high], log, vertical, axes) {
+    const step = (high - low) / BINS;
+    const counts = new Array(BINS).fill(0);
+    for (const value of values) {
+      const bin = Math.floor(((log ? Math.log10(value) : value) - low) / step);
+      counts[Math.min(BINS - 1, Math.max(0, bin))] += 1;
+    }
+    const middle = counts.map((_, i) => low + (i + 0.5) * step);
+    // On a logarithmic axis a bar's width is in the axis's own numbers.
+    const at = log ? middle.map((x) => 10 ** x) : middle;
+    const width = log ? middle.map((x) => 10 ** (x + step / 2) - 10 ** (x - step / 2)) : step;
+    return {
+      type: "bar", marker: { color: group.colour, line: { width: 0 } }, hoverinfo: "skip", showlegend: false,
+      ...(vertical ? { orientation: "h", x: counts, y: at } : { orientation: "v", x: at, y: counts }), width, ...axes,
+    };
+  }
+
+  const extent = (values, log) => {
+    let [low, high] = [Infinity, -Infinity];
+    for (const value of values) {
+      const at = log ? Math.log10(value) : value;
+      low = Math.min(low, at);
+      high = Math.max(high, at);
+    }
+    const room = (high - low || 1) * 0.03;
+    return [low - room, high + room];
+  };
+
+  /**
+   * Groups of latents as points.
+   * @param groups {name, colour, points: [{latent, x, y}], symbol}
+   * @param of {x: title, y: title, xLog, yLog, xRange, yRange, edges: whether to count at the edges, shapes, more traces}
+   */
+  Report.scatter = (groups, of) => {
+    const [xs, ys] = ["x", "y"].map((name) => (group) => group.points.map((point) => point[name]));
+    const n = groups.reduce((sum, group) => sum + group.points.length, 0);
+    const type = n > 3000 && hasWebGl() ? "scattergl" : "scatter";
+    const size = n > 10_000 ? 3 : n > 2_000 ? 4 : 6;
+    const xRange = of.xRange ?? extent(groups.flatMap(xs), of.xLog);
+    const yRange = of.yRange ?? extent(groups.flatMap(ys), of.yLog);
+    const points = groups.map((group) => ({
+      type,
+      mode: "markers",
+      name: Report.label(`${group.name} (${Report.count(group.points.length)})`),
+      x: xs(group),
+      y: ys(group),
+      customdata: group.points.map((point) => point.latent),
+      marker: {
+        color: group.values ?? group.colour, size, symbol: group.symbol ?? "circle",
+        opacity: n > 2_000 ? 0.55 : 0.75, line: { width: 0 }, ...group.marker,
+      },
+      hoverinfo: "none",
+    }));
+    const edges = of.edges
+      ? groups.flatMap((group) => [
+          edge(group, xs(group), xRange, of.xLog, false, { xaxis: "x", yaxis: "y2" }),
+          edge(group, ys(group), yRange, of.yLog, true, { xaxis: "x2", yaxis: "y" }),
+        ])
+      : [];
+    const inside = of.edges ? [0, 0.85] : [0, 1];
+    const hidden = { visible: false, domain: [0.87, 1], fixedrange: true };
+    return {
+      traces: [...points, ...edges, ...(of.more ?? [])],
+      layout: Report.layout({
+        xaxis: Report.axis(of.x, { domain: inside, range: xRange, ...(of.xLog ? { type: "log", dtick: 1 } : {}) }),
+        yaxis: Report.axis(of.y, { domain: inside, range: yRange, ...(of.yLog ? { type: "log", dtick: 1 } : {}) }),
+        ...(of.edges ? { xaxis2: hidden, yaxis2: hidden, barmode: "stack" } : {}),
+        shapes: of.shapes ?? [],
+        ...(of.layout ?? {}),
+      }),
+      table: {
+        head: ["latent", of.x, of.y, "group"],
+        rows: groups.flatMap((group) => group.points.map((point) => [point.latent, point.x, point.y, group.name])),
+      },
+    };
+  };
+
+  /** A group of the latents for which both coordinates are known. */
+  Report.group = (name, colour, latents, x, y, more = {}) => ({
+    name,
+    colour,
+    points: latents.map((latent) => ({ latent, x: x(latent), y: y(latent) })).filter((p) => Report.known(p.x) && Report.known(p.y)),
+    ...more,
+  });
 
   // --- the tip ------------------------------------------------------------------------------------------------
 
