@@ -128,7 +128,7 @@ def stages_done(root: Path) -> set[str]:
 
 def units(settings: Settings) -> dict[str, float]:
     """Return the amount of work in each stage, to which its cost is proportional."""
-    n_latents, corpus = settings.training.num_latents, _corpus_tokens(settings)
+    n_latents, corpus = settings.training.num_latents, settings.corpus.max_tokens or CORPUS_TOKENS
     explained = min(N_LATENTS, n_latents)
     return {
         TEXT: 1,
@@ -141,13 +141,9 @@ def units(settings: Settings) -> dict[str, float]:
     }
 
 
-def _corpus_tokens(settings: Settings) -> int:
-    return settings.corpus.max_tokens or CORPUS_TOKENS
-
-
 def forward_tokens(settings: Settings) -> dict[str, float]:
     """Return the tokens of the forward passes; the harvest only reads those that training did not cache."""
-    corpus = _corpus_tokens(settings)
+    corpus = settings.corpus.max_tokens or CORPUS_TOKENS
     trained, harvested = (min(of.tokens, corpus) for of in (settings.training, settings.harvest))
     return {TRAIN: trained, HARVEST: max(0, harvested - trained)}
 

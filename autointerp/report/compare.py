@@ -41,9 +41,7 @@ def _head(found: Tree) -> Iterator[doc.Block]:
         facts.append(("scored by", _who(found["scored_by"])))
     yield doc.Facts(facts)
     yield from sharing.warn_apart(found["apart"])
-    for entry in found["stale"]:
-        yield doc.strong(f"Out of date: {entry['says']}")
-        yield doc.Command(entry["command"])
+    yield from dictionaries.warn_stale(found)
     yield doc.Points(list(_answers(found)))
 
 

@@ -193,6 +193,12 @@ def explain_missing(found: Findings, stage: str) -> list[doc.Block]:
     return [entry["says"], doc.Command(entry["command"])] if entry else [doc.quiet("Nothing is recorded.")]
 
 
+def warn_stale(found: Findings) -> Iterator[doc.Block]:
+    for entry in found["stale"]:
+        yield doc.strong(f"Out of date: {entry['says']}")
+        yield doc.Command(entry["command"])
+
+
 def _l0(found: Findings, name: str) -> float | None:
     """Return the latents per token at the end of training; over the harvested tokens if there is no log."""
     logged = get(found["training"], "l0", name)

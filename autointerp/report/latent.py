@@ -11,7 +11,7 @@ from autointerp.explaining.patterns import shorten
 from autointerp.report import blocks as doc
 from autointerp.report import charts
 from autointerp.report.charts import ACCENT
-from autointerp.report.controls import NEGATIVES
+from autointerp.report.explanations import NEGATIVES
 from autointerp.report.numbers import count, estimate_of, percent, plural, rate
 from sae.alignment.overlap import classify_sharing
 from sae.alignment.relation import RELATIONS

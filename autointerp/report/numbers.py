@@ -31,10 +31,11 @@ def chance_level(of: Mapping[str, Any] | None) -> Any:
 
 
 def estimate_of(row: Mapping[str, Any] | None, digits: int = 3, *, sign: bool = False) -> str:
-    """Return the ``mean`` or ``value`` of a row with its interval; a dash without a row."""
+    """Return the ``mean``, ``value`` or ``spearman`` of a row with its interval; a dash without a row."""
     if row is None:
         return "–"
-    return estimate(row["mean" if "mean" in row else "value"], row["interval"], digits, sign=sign)
+    value = next(row[key] for key in ("mean", "value", "spearman") if key in row)
+    return estimate(value, row["interval"], digits, sign=sign)
 
 
 def count(n: float | None) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 from autointerp.findings.paper.finding import AGREES, DISAGREES, SIGNED, UNDECIDED
 from autointerp.journal.method import BASELINE
 from autointerp.report import blocks as doc
-from autointerp.report import controls, dictionaries, explanations, sharing
-from autointerp.report.numbers import chance_level, get, human, listed, percent, percent_interval, plural
+from autointerp.report import dictionaries, explanations, sharing
+from autointerp.report.numbers import chance_level, estimate_of, get, human, listed, percent, percent_interval, plural
 from sae.common.amounts import decimal, estimate, is_known, precision_in_words
 
 Tree = Mapping[str, Any]
@@ -57,15 +57,13 @@ def sections() -> dict[str, Callable[[Tree], doc.Section | None]]:
 def summary(found: Tree) -> list[doc.Block]:
     """Summarise sharing, interpretability, their relation, what is missing or failed, and the next commands."""
     blocks: list[doc.Block] = [doc.Title(found["study"], dictionaries.describe_runs(found))]
-    for entry in found["stale"]:
-        blocks += [doc.strong(f"Out of date: {entry['says']}"), doc.Command(entry["command"])]
+    blocks += dictionaries.warn_stale(found)
     answers: list[doc.Words] = [[doc.strong(f"{label}: "), words] for label, words in answer(found)]
     if problems(found):
         answers.append([doc.strong("Missing or failed: "), problems(found)])
     if answers:
         blocks.append(doc.Points(answers))
-    facts: list[tuple[str, doc.Words]] = [(name, words) for name, words in describe_study(found).items()]
-    blocks.append(doc.Facts(facts))
+    blocks.append(doc.Facts(list(describe_study(found).items())))
     commands = next_commands(found)
     return [*blocks, "Next:", *map(doc.Command, commands)] if commands else blocks
 
@@ -103,13 +101,13 @@ def _interpretability(found: Tree) -> Iterator[str]:
     if tree is None or not tree["n_scored"]:
         return
     words = (
-        f"Explanations score {estimate(tree['mean'], tree['interval'])} in balanced accuracy, the mean of "
+        f"Explanations score {estimate_of(tree)} in balanced accuracy, the mean of "
         f"{plural(tree['n_scored'], 'latent')} (.5 is guessing"
     )
     if tree["control"] is not None:
         words += f"; another latent's explanation scores {decimal(tree['control']['mean'])}"
     yield words + ")."
-    above = [(name, x) for name, _, x in controls.rows_of(tree) if is_known(x["mean"])]
+    above = [(name, x) for name, _, x in explanations.list_controls(tree) if is_known(x["mean"])]
     if above:
         yield f"This is {listed([f'{_apart(x)} the {name}' for name, x in above])}."
     if tree["control"] is not None and tree["control"]["leaks"]:
@@ -128,14 +126,11 @@ def _relation(found: Tree) -> Iterator[str]:
     tree = found["relation"]
     if tree is None or not is_known(tree["spearman"]):
         return
-    pooled = tree["pooled"]
     # As the paper's finding: over all runs that were scored alike.
-    tree, over = (tree, "") if pooled is None else (pooled, f" (over {len(pooled['runs'])} runs)")
-    held = tree["partial"]
-    yield (
-        f"{_verdict(tree)} (Spearman {estimate(tree['spearman'], tree['interval'], 2, sign=True)}; at equal firing "
-        f"frequency {estimate(held['value'], held['interval'], 2, sign=True)}){over}."
-    )
+    over = f" (over {len(tree['pooled']['runs'])} runs)" if tree["pooled"] else ""
+    tree = tree["pooled"] or tree
+    whole, held = (estimate_of(of, 2, sign=True) for of in (tree, tree["partial"]))
+    yield f"{_verdict(tree)} (Spearman {whole}; at equal firing frequency {held}){over}."
 
 
 def _verdict(tree: Tree) -> str:

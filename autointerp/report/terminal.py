@@ -133,9 +133,10 @@ def _grid(rows: Sequence[tuple[Text, Text]], gap: int = 2) -> rich.table.Table:
 def _table(table: doc.Table, page: Page) -> rich.table.Table:
     """Render the columns that fit; charts take the remaining width."""
     columns = table.columns
-    texts: list[list[Text | doc.Chart]] = [
-        [_cell(cell) for cell in ((column.name, *(row[i] for row in table.rows)))] for i, column in enumerate(columns)
-    ]
+    texts: list[list[Text | doc.Chart]] = []
+    for i, column in enumerate(columns):
+        cells = [column.name, *(row[i] for row in table.rows)]
+        texts.append([cell if isinstance(cell, doc.Chart) else _text(cell) for cell in cells])
     widths = [_width(column, cells) for column, cells in zip(columns, texts, strict=True)]
     kept = list(range(len(columns)))
 
@@ -165,10 +166,6 @@ def _table(table: doc.Table, page: Page) -> rich.table.Table:
     for row in range(1, len(table.rows) + 1):
         drawn.add_row(*(_draw(texts[i][row], room, page) for i in kept))
     return drawn
-
-
-def _cell(cell: doc.Cell) -> Text | doc.Chart:
-    return cell if isinstance(cell, doc.Chart) else _text(cell)
 
 
 def _width(column: doc.Column, cells: Sequence[Text | doc.Chart]) -> int:

@@ -58,25 +58,15 @@ class Marking(NamedTuple):
 
 # Black on amber reads the same on light and on dark terminals.
 _SHADES = ((0.75, "black on #ff9f1c"), (0.5, "black on #ffc15e"), (0.3, "black on #ffe0a3"), (0.0, "underline"))
-
-
-def _shade(strength: float) -> str:
-    return next(style for least, style in _SHADES if strength >= least)
-
-
-def _few_colours(strength: float) -> str:
-    return "black on yellow" if strength >= 0.5 else "bold yellow" if strength >= 0.3 else "underline"
-
-
-def _plain(_: float) -> str:
-    return ""
+_OF_FEW_COLOURS = ((0.5, "black on yellow"), (0.3, "bold yellow"), (0.0, "underline"))
 
 
 def marking(console: Console) -> Marking:
     """Return shading if the console has colour, else « » around strong tokens."""
     if console.no_color or console.color_system is None:
-        return Marking(_plain, "«", "»")
-    return Marking(_few_colours if console.color_system == "standard" else _shade, "", "")
+        return Marking(lambda _: "", "«", "»")
+    shades = _OF_FEW_COLOURS if console.color_system == "standard" else _SHADES
+    return Marking(lambda strength: next(style for least, style in shades if strength >= least), "", "")
 
 
 def highlighted(

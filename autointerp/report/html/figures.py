@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from autointerp.report.numbers import class_label, estimate_of, get, listed, percent, plural
-from sae.common.amounts import decimal, estimate
+from sae.common.amounts import decimal
 
 Tree = Mapping[str, Any]
 
@@ -161,8 +161,8 @@ def _scores(found: Tree, columns: Tree) -> Iterator[Figure]:
 
 def _relation(found: Tree, columns: Tree) -> Iterator[Figure]:
     if (tree := found["relation"]) is not None:
-        whole = estimate(tree["spearman"], tree["interval"], 2, sign=True)
-        held, frequency = (estimate_of(tree[key], 2, sign=True) for key in ("partial", "frequency"))
+        rows = (tree, tree["partial"], tree["frequency"])
+        whole, held, frequency = (estimate_of(row, 2, sign=True) for row in rows)
         says = (
             "Diamonds: mean score of each quarter of the latents by similarity, with 95 % intervals. The dashed line "
             "is guessing."

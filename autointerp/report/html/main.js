@@ -3,13 +3,12 @@
 (() => {
   const THEMES = ["system", "light", "dark"];
   const button = document.getElementById("theme");
-  const remembered = () => {
-    try {
-      return localStorage.getItem("autointerp-colours");
-    } catch {
-      return null; // a page opened from a file may have no storage
-    }
-  };
+  let storage = null;
+  try {
+    storage = localStorage;
+  } catch {
+    // a page opened from a file may have none
+  }
 
   function setTheme(theme) {
     if (theme === "system") document.documentElement.removeAttribute("data-theme");
@@ -20,15 +19,12 @@
     button.firstElementChild.textContent = { system: "◐", light: "☀", dark: "☾" }[theme];
   }
 
-  setTheme(THEMES.includes(remembered()) ? remembered() : "system");
+  const remembered = storage?.getItem("autointerp-colours");
+  setTheme(THEMES.includes(remembered) ? remembered : "system");
   button.addEventListener("click", () => {
     const next = THEMES[(THEMES.indexOf(button.dataset.theme) + 1) % THEMES.length];
     setTheme(next);
-    try {
-      localStorage.setItem("autointerp-colours", next);
-    } catch {
-      // not remembered, then
-    }
+    storage?.setItem("autointerp-colours", next);
     Report.redraw();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => Report.redraw());
