@@ -156,14 +156,10 @@ def _missing(found: Tree) -> doc.Section | None:
     if not tree["n_explained_both"] and not entries:
         body.append("Nothing is explained in either run yet.")
     for name in (run["name"] for run in found["runs"]):
-        able = [e for e in entries if e["run"] == name and e["can_be_explained"]]
-        unable = [e for e in entries if e["run"] == name and not e["can_be_explained"]]
-        if able:
-            latents = _first([entry["latent"] for entry in able])
-            body.append(f"{name}: {plural(len(able), 'latent')} with an explained partner: {latents}.")
-        if unable:
-            latents = _first([entry["latent"] for entry in unable])
-            body.append(doc.quiet(f"{name}: {len(unable):,} more with too few contexts to be explained: {latents}."))
+        for is_able, words in ((True, "with an explained partner"), (False, "with too few contexts to be explained")):
+            latents = [e["latent"] for e in entries if e["run"] == name and e["can_be_explained"] == is_able]
+            sentence = f"{name}: {plural(len(latents), 'latent')} {words}: {_first(latents)}."
+            body += [sentence if is_able else doc.quiet(sentence)] if latents else []
     how = ", with the same --llm-url or --vllm as before" if tree["by_language_model"] else ""
     if tree["explain"]:
         body += [f"This explains partners{how}:", *map(doc.Command, tree["explain"])]

@@ -226,14 +226,6 @@ def _training(run: Run, _: Sequence[Run]) -> pd.DataFrame:
     return read_table(run.training_log_path)
 
 
-def _alignment(run: Run, others: Sequence[Run]) -> pd.DataFrame:
-    return _sides(run, others, run.root / "alignments", "alignment")
-
-
-def _behaviour(run: Run, others: Sequence[Run]) -> pd.DataFrame:
-    return _sides(run, others, behaviour_folder(run.root), "comparison of firings")
-
-
 def _sides(run: Run, others: Sequence[Run], folder: Path, what: str) -> pd.DataFrame:
     """Return the run's side of each of its pairs, with ``run`` and ``other`` before the file's columns."""
     tables = []
@@ -324,8 +316,8 @@ TABLES: dict[str, _Reader] = {
     "overlap": _overlap,
     "eligibility": _stage("contexts", "count of contexts", "explain"),
     "training": _training,
-    "alignment": _alignment,
-    "behaviour": _behaviour,
+    "alignment": lambda run, others: _sides(run, others, run.root / "alignments", "alignment"),
+    "behaviour": lambda run, others: _sides(run, others, behaviour_folder(run.root), "comparison of firings"),
     "pairs": _pairs,
     "contexts": _opened(_contexts),
     "explanations": _opened(OpenedRun.explanations),

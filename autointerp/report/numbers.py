@@ -83,7 +83,5 @@ def get(tree: Mapping[str, Any] | None, *path: str) -> Any:
     """Return the value at ``path`` in nested mappings, or ``None`` where any part of it is missing."""
     node: Any = tree
     for key in path:
-        if not isinstance(node, Mapping) or key not in node:
-            return None
-        node = node[key]
+        node = node.get(key) if isinstance(node, Mapping) else None
     return node

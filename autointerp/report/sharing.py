@@ -81,6 +81,10 @@ def _with_range(value: float | None, bounds: Sequence[float | None] | None) -> s
     return f"{percent(value)} {percent_interval(bounds)}".rstrip()
 
 
+def _name_chance(value: float | None, bounds: Sequence[float | None] | None) -> str:
+    return f" (chance level {_with_range(value, bounds)})"
+
+
 def _pairs(tree: Tree) -> Iterator[doc.Block]:
     """Show the share of each pair of runs: rows for up to three runs, a square for more, the range for many."""
     definition = tree["definition"]
@@ -157,9 +161,7 @@ def similarity(found: Tree) -> doc.Section:
         return doc.Section(title, says, explain_missing(found, "overlap"))
     shape, threshold = tree["histogram"], found["overlap"]["threshold"]
     null, of_overlap = chance_level(tree["null"]) or {}, chance_level(found["overlap"]["nulls"])
-    chance = ""
-    if of_overlap:
-        chance = f" (chance level {_with_range(of_overlap['same_partner'], of_overlap['same_partner_range'])})"
+    chance = _name_chance(of_overlap["same_partner"], of_overlap["same_partner_range"]) if of_overlap else ""
     words = (
         f"Encoder and decoder pick the same partner for {percent(found['overlap']['same_partner'])} of the latents"
         f"{chance}. The mean cosine is {decimal(tree['mean_same_partner'])} there and "
@@ -236,9 +238,7 @@ def counterparts(found: Tree) -> doc.Section | None:
     heads = ["in the other SAE", ">cases", ">share", "95 % interval", "chance level", ">rebuilt"]
     rebuilt, same = tree["rebuilt"], tree["same_partner"]
     level = f" (by chance {decimal(rebuilt['null'], 2)})" if rebuilt["null"] is not None else ""
-    paired = ""
-    if null:
-        paired = f" (chance level {_with_range(null['same_partner']['decoder'], null['same_partner_range'])})"
+    paired = _name_chance(null["same_partner"]["decoder"], null["same_partner_range"]) if null else ""
     body: list[doc.Block] = [
         doc.Table(heads, rows),
         (

@@ -14,13 +14,12 @@ from sae.common.commands import DEFAULT_ROOT, command
 from sae.study.run import all_runs, split_readable
 
 Tree = Mapping[str, Any]
-_DONE = {"explain": "explained", "score": "scored"}
 _MOST_REASONS = 8
 
 
 def outcome_page(found: Tree, stage: str) -> Iterator[doc.Block]:
     """Show the result of ``explain`` or ``score``: counts, skipped latents, failures with reasons, and a retry."""
-    done = _DONE.get(stage, "done")
+    done = {"explain": "explained", "score": "scored"}[stage]
     n_controls = found.get("n_controls", 0)
     words = f"{plural(found['n_done'] - n_controls, found['of'])} {done if found['of'] == 'latent' else 'made'}"
     words += f" and {n_controls:,} of control SAEs" if n_controls else ""

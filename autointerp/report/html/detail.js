@@ -35,11 +35,7 @@
   function histogram(shape) {
     if (shape === null) return null;
     const most = Math.max(...shape.counts);
-    const bars = shape.counts.map((n) => {
-      const bar = element("i");
-      bar.style.height = `${(100 * n) / most}%`;
-      return bar;
-    });
+    const bars = shape.counts.map((n) => element("i", { style: `height: ${(100 * n) / most}%` }));
     const largest = shape.edges[shape.edges.length - 1];
     const says = `Activations over all firings, from 0 to ${largest}.`;
     return element("div", {}, element("div", { class: "histogram", role: "img", "aria-label": says }, bars), element("p", { class: "quiet small" }, says));

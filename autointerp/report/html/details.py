@@ -161,12 +161,9 @@ class _Reader:
 
 def _counts(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Count verdicts by kind of context, and how many are right."""
-    kinds = table["negative_kind"].fillna("active")
     right = table["truth"] == table["label"].astype(bool)
-    return [
-        {"kind": str(kind), "n": int((kinds == kind).sum()), "n_right": int((right & (kinds == kind)).sum())}
-        for kind in kinds.drop_duplicates()
-    ]
+    counts = right.groupby(table["negative_kind"].fillna("active"), sort=False).agg(["size", "sum"])
+    return [{"kind": str(kind), "n": int(n), "n_right": int(n_right)} for kind, n, n_right in counts.itertuples()]
 
 
 def _shortened(value: Any) -> Any:

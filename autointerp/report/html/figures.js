@@ -256,22 +256,18 @@
     return [Math.floor(low * 20) / 20 - 0.03, 1.03];
   }
 
-  /** Whatever the scores are held against, as {name, counts}: the swapped control first. */
-  function heldAgainst(tree) {
+  /** The controls that the scores are compared with, as {name, counts}: the swapped control first. */
+  function controlsOf(tree) {
     const names = { frozen: "frozen decoder", untrained: "untrained SAE" };
-    return [
-      ["swapped control", tree.control],
-      ...(tree.control_saes ?? []).map((row) => [names[row.kind] ?? row.kind, row]),
-      ["n-gram baseline", tree.baseline],
-    ]
-      .filter(([, row]) => row?.histogram)
-      .map(([name, row]) => ({ name, counts: row.histogram.counts }));
+    const saes = (tree.control_saes ?? []).map((row) => [names[row.kind] ?? row.kind, row]);
+    const all = [["swapped control", tree.control], ...saes, ["n-gram baseline", tree.baseline]];
+    return all.filter(([, row]) => row?.histogram).map(([name, row]) => ({ name, counts: row.histogram.counts }));
   }
 
   figures.scores = () => {
     const tree = findings().scores;
     const { edges, counts } = tree.histogram;
-    const controls = heldAgainst(tree);
+    const controls = controlsOf(tree);
     const middle = counts.map((_, i) => (edges[i] + edges[i + 1]) / 2);
     const filled = counts.findIndex((count, i) => count + controls.reduce((sum, of) => sum + of.counts[i], 0) > 0);
     // Of as many latents as each has: they are not equally many.

@@ -24,7 +24,7 @@ from autointerp.findings.study import open_contexts, study_findings
 from autointerp.report import blocks as doc
 from autointerp.report import report
 from autointerp.report.html.columns import columns_of
-from autointerp.report.html.details import BUDGET, Details, details_of, json_in_script
+from autointerp.report.html.details import BUDGET, details_of, json_in_script
 from autointerp.report.html.figures import Figure, figures_of
 from autointerp.report.visible import visible
 from sae.common.amounts import decimal, interval
@@ -71,22 +71,18 @@ def render(found: Mapping[str, Any], study: Study, budget: int = BUDGET) -> Rend
 
     ``budget``: bytes of details of latents; see :mod:`autointerp.report.html.details`.
     """
+    from plotly.offline import get_plotlyjs
+
     columns = columns_of(study, study.journal())
     failed = [latent for row in found["failures"]["reasons"] for latent in row["latents"]]
     first = [entry["latent"] for entry in found["interesting"] or []] + failed
     details = details_of(study, columns["latents"]["status"], first, budget)
-    return Rendered(_html(found, study, columns, details), columns["n_latents"], len(details.place))
-
-
-def _html(found: Mapping[str, Any], study: Study, columns: Mapping[str, Any], details: Details) -> str:
-    from plotly.offline import get_plotlyjs
-
     parts = _parts(found, figures_of(found, columns))
     scripts = [_script(read_file(name)) for name in SCRIPTS]
     plotly = _script(get_plotlyjs())
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(_FILTERS)
-    return environment.from_string(read_file("page.html")).render(
+    html = environment.from_string(read_file("page.html")).render(
         found=found,
         policy=_policy([*scripts, plotly]),
         style=Markup(read_file("page.css")),
@@ -96,9 +92,7 @@ def _html(found: Mapping[str, Any], study: Study, columns: Mapping[str, Any], de
         problems=report.problems(found),
         commands=report.next_commands(found),
         findings=found.get("findings") or [],
-        chapters=[
-            (key, title, [parts[name] for name in names if name in parts]) for key, (title, names) in CHAPTERS.items()
-        ],
+        chapters=[(key, title, [parts[n] for n in names if n in parts]) for key, (title, names) in CHAPTERS.items()],
         methods=parts["methods"],
         json_of={
             "findings": json_in_script(found),
@@ -112,6 +106,7 @@ def _html(found: Mapping[str, Any], study: Study, columns: Mapping[str, Any], de
         without_contexts=details.without_contexts,
         show=study.command("show", "--sae", study.focus.name, "--latent", "17"),
     )
+    return Rendered(html, columns["n_latents"], len(details.place))
 
 
 def _parts(found: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, dict[str, Any]]:

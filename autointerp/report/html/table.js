@@ -60,9 +60,7 @@
   }
 
   function refresh() {
-    const ok = passes();
-    kept = [];
-    for (let latent = 0; latent < Report.latents().n; latent += 1) if (ok(latent)) kept.push(latent);
+    kept = Array.from({ length: Report.latents().n }, (_, latent) => latent).filter(passes());
     order();
     focused = 0;
     at("count").textContent = `${count(kept.length)} of ${count(Report.latents().n)} latents`;
@@ -91,9 +89,8 @@
 
   function row(i) {
     const latent = kept[i];
-    const node = element("div", { role: "row", "aria-rowindex": i + 2, tabindex: i === focused ? "0" : "-1", "data-place": i }, cells(latent));
-    node.style.top = `${i * ROW}px`;
-    return node;
+    const place = { "aria-rowindex": i + 2, tabindex: i === focused ? "0" : "-1", "data-place": i, style: `top: ${i * ROW}px` };
+    return element("div", { role: "row", ...place }, cells(latent));
   }
 
   function paint() {
