@@ -118,7 +118,7 @@
       behaviour === null ? null : paragraph("quiet", behaviour.jaccard_partner === null ? "By firing nothing is paired with it." : `By firing: ${behaviour.jaccard_partner}, Jaccard ${decimal(behaviour.jaccard, 2)}`),
       relation === null ? null : paragraph("quiet", `In the other SAE it ${relation}${behaviour.relation_latents?.length ? ` (${behaviour.relation_latents.join(", ")}; ${percent(behaviour.relation_covered)} of its firings)` : ""}`),
       match.explanation === null ? null : paragraph("said", foreign(match.explanation)),
-      match.score === null ? null : paragraph("", `score ${decimal(match.score, 2)}`),
+      match.score === null ? null : element("p", {}, `score ${decimal(match.score, 2)}`),
       match.contexts.map(context),
     ]);
   }

@@ -67,7 +67,7 @@
     const step = (high - low) / BINS;
     const counts = new Array(BINS).fill(0);
     for (const value of values) {
-      const bin = Math.floor(((log ? Math.log10(value) : value) - low) / step);
+      const bin = Math.floor((((log ? Math.log10(value) : value) - low) / (high - low)) * BINS);
       counts[Math.min(BINS - 1, Math.max(0, bin))] += 1;
     }
     const middle = counts.map((_, i) => low + (i + 0.5) * step);
