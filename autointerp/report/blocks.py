@@ -139,7 +139,7 @@ def strong(text: str) -> Span:
     return Span(text, "strong")
 
 
-def with_sentences(parts: Iterable[Block | Section | None]) -> list[Block | Section]:
+def make_sentences(parts: Iterable[Block | Section | None]) -> list[Block | Section]:
     """Return ``parts`` with each paragraph that is plain ``Words`` as a sentence, and without ``None``."""
     return [
         Sentence(part) if isinstance(part, str | Span | list | tuple) else part for part in parts if part is not None

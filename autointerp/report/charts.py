@@ -132,7 +132,7 @@ def _stacked_cell_plain(border: int, top: int, lower: Layer, upper: Layer, botto
     return lower.fill if 2 * border >= top else upper.fill, ""
 
 
-def _divided(values: Sequence[float], width: int) -> list[Sequence[float]]:
+def _divide(values: Sequence[float], width: int) -> list[Sequence[float]]:
     """Divide ``values`` into at most ``width`` equal runs."""
     n = min(width, len(values))
     edges = [round(i * len(values) / n) for i in range(n + 1)] if n else []
@@ -141,13 +141,13 @@ def _divided(values: Sequence[float], width: int) -> list[Sequence[float]]:
 
 def resampled(values: Sequence[float], width: int) -> list[float]:
     """Return at most ``width`` values: the means of equal runs of ``values``, missing ones skipped."""
-    runs = [[v for v in run if math.isfinite(v)] for run in _divided(values, width)]
+    runs = [[v for v in run if math.isfinite(v)] for run in _divide(values, width)]
     return [math.fsum(v / len(run) for v in run) if run else math.nan for run in runs]
 
 
 def pooled(counts: Sequence[float], width: int) -> list[float]:
     """Add ``counts`` up into at most ``width`` bins."""
-    return [sum(run) for run in _divided(counts, width)]
+    return [sum(run) for run in _divide(counts, width)]
 
 
 def sparkline(

@@ -193,7 +193,7 @@ def frames_of(name: str, runs: Sequence[Run]) -> Frames:
     return iter([found]) if isinstance(found, pd.DataFrame) else found
 
 
-def _opened(read: Callable[[OpenedRun], pd.DataFrame]) -> _Reader:
+def _adapt(read: Callable[[OpenedRun], pd.DataFrame]) -> _Reader:
     return lambda run, _: read(OpenedRun(run.name, run.root))
 
 
@@ -226,10 +226,10 @@ def _training(run: Run, _: Sequence[Run]) -> pd.DataFrame:
     return read_table(run.training_log_path)
 
 
-def _sides(run: Run, others: Sequence[Run], folder: Path, what: str) -> pd.DataFrame:
+def _read_sides(run: Run, others: Sequence[Run], folder: Path, what: str) -> pd.DataFrame:
     """Return the run's side of each of its pairs, with ``run`` and ``other`` before the file's columns."""
     tables = []
-    for other in _others(run, others, folder, what):
+    for other in _list_others(run, others, folder, what):
         side = read_sides(folder, run.name, other.name)[0]
         side.insert(0, "run", run.name)
         side.insert(1, "other", other.name)
@@ -237,7 +237,7 @@ def _sides(run: Run, others: Sequence[Run], folder: Path, what: str) -> pd.DataF
     return pd.concat(tables, ignore_index=True)
 
 
-def _others(run: Run, others: Sequence[Run], folder: Path, what: str) -> Sequence[Run]:
+def _list_others(run: Run, others: Sequence[Run], folder: Path, what: str) -> Sequence[Run]:
     """Return the other runs of the pairs: those given, else all with a file. Raises NotFound if a file is missing."""
     siblings = run.siblings()
     found = others or [of for of in siblings if pair_path(folder, run.name, of.name) is not None]
@@ -253,7 +253,7 @@ def _pairs(run: Run, others: Sequence[Run]) -> Frames:
     """Return a flat row for each latent and other run: the pair that ``compare`` shows."""
     from autointerp.findings.pair import compare_runs
 
-    for other in _others(run, others, run.root / "alignments", "alignment"):
+    for other in _list_others(run, others, run.root / "alignments", "alignment"):
         rows = []
         for pair in compare_runs(run, other)["pairs"]:
             shared = {f"shared_{name}": value for name, value in pair["shared"].items()}
@@ -311,19 +311,19 @@ def _contexts(run: OpenedRun) -> pd.DataFrame:
 
 _OF_PAIRS = ("alignment", "behaviour", "pairs")  # further runs may be named: those that the first one is compared with
 TABLES: dict[str, _Reader] = {
-    "latents": _opened(OpenedRun.latents),
+    "latents": _adapt(OpenedRun.latents),
     "firing": _stage("firing", "firings", "harvest"),
     "overlap": _overlap,
     "eligibility": _stage("contexts", "count of contexts", "explain"),
     "training": _training,
-    "alignment": lambda run, others: _sides(run, others, run.root / "alignments", "alignment"),
-    "behaviour": lambda run, others: _sides(run, others, behaviour_folder(run.root), "comparison of firings"),
+    "alignment": lambda run, others: _read_sides(run, others, run.root / "alignments", "alignment"),
+    "behaviour": lambda run, others: _read_sides(run, others, behaviour_folder(run.root), "comparison of firings"),
     "pairs": _pairs,
-    "contexts": _opened(_contexts),
-    "explanations": _opened(OpenedRun.explanations),
+    "contexts": _adapt(_contexts),
+    "explanations": _adapt(OpenedRun.explanations),
     "verdicts": _verdicts,
-    "scores": _opened(OpenedRun.scores),
-    "sample": _opened(OpenedRun.sample),
-    "reliability": _opened(OpenedRun.reliability),
+    "scores": _adapt(OpenedRun.scores),
+    "sample": _adapt(OpenedRun.sample),
+    "reliability": _adapt(OpenedRun.reliability),
     "usage": _usage,
 }

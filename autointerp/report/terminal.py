@@ -65,7 +65,7 @@ def _arranged(parts: Iterable[doc.Block | doc.Section | None], page: Page) -> It
     """Separate blocks by empty lines, except sentences, commands and contexts."""
     previous: doc.Block | doc.Section | None = None
     close = doc.Sentence | doc.Command | doc.Context
-    for part in doc.with_sentences(parts):
+    for part in doc.make_sentences(parts):
         if isinstance(part, doc.Section):
             rule = "─" * max(0, page.width - cell_len(part.title) - 1)
             yield Text()

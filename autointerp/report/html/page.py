@@ -114,7 +114,7 @@ def _parts(found: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, dic
     parts = {}
     for name, build in report.sections().items():
         if (section := build(found)) is not None:
-            blocks = doc.with_sentences([*section.body, *section.details])
+            blocks = doc.make_sentences([*section.body, *section.details])
             blocks = [block for block in blocks if not _is_chart(block)]
             of_part = [figure for figure in figures if figure.part == name]
             texts = {"name": name, "title": section.title, "says": section.says}
