@@ -112,10 +112,11 @@ class Page:
 
 
 def pages() -> list[Page]:
-    """Return README, CONTRIBUTING, then docs/ in reading order, then any other page."""
+    """Return README, CONTRIBUTING, SECURITY, then docs/ in reading order, then any other page."""
     first = [
         "README.md",
         "CONTRIBUTING.md",
+        "SECURITY.md",
         "docs/README.md",
         "docs/tutorial.md",
         "docs/reading-the-report.md",
