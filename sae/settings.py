@@ -40,11 +40,13 @@ Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Words = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
+    """A table of a recipe: values have the right type and are finite."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class SubjectSettings(_Table):
+class SubjectSettings(Table):
     """The language model whose activations are studied."""
 
     model: Words = Field("bundled", description="a Hugging Face name or folder; 'bundled' is the model in this package")
@@ -54,7 +56,7 @@ class SubjectSettings(_Table):
     )
 
 
-class CorpusSettings(_Table):
+class CorpusSettings(Table):
     """The text that the subject model reads."""
 
     kind: Literal["stdlib", "text", "dataset"] = Field("stdlib", description="source of the text")
@@ -69,7 +71,7 @@ class CorpusSettings(_Table):
     order_seed: Seed = Field(0, description="seed of the order of sequences")
 
 
-class TrainingSettings(_Table):
+class TrainingSettings(Table):
     """The sparse autoencoder and its training."""
 
     architecture: Words = Field("topk", description="name of a file in sae/dictionaries/architectures")
@@ -106,14 +108,14 @@ class TrainingSettings(_Table):
         return self.model_dump(mode="json", exclude={"checkpoint_steps", "activation_cache"})
 
 
-class HarvestSettings(_Table):
+class HarvestSettings(Table):
     """The record of which latent fires where."""
 
     tokens: Amount = Field(2_000_000, ge=1, description="tokens to harvest (at most the corpus)")
     window: int = Field(32, ge=4, le=256, description="tokens in a context shown to explainers and judges")
 
 
-class ContextSettings(_Table):
+class ContextSettings(Table):
     """The contexts that explainers and judges see."""
 
     n_explain: Count = Field(40, ge=1, description="activating contexts shown to the explainer")
@@ -130,7 +132,7 @@ class ContextSettings(_Table):
     sample_seed: Seed = Field(0, description="seed of the draw of contexts")
 
 
-class Settings(_Table):
+class Settings(Table):
     subject: SubjectSettings = SubjectSettings()
     corpus: CorpusSettings = CorpusSettings()
     training: TrainingSettings = TrainingSettings()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
@@ -26,7 +26,7 @@ from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.score import score_runs
 from sae.common.errors import UserError
 from sae.common.progress import say
-from sae.settings import check_table
+from sae.settings import Count, Table, check_table
 from sae.study.align import align_runs
 from sae.study.harvest import harvest_runs
 from sae.study.recipes import Sweep
@@ -35,12 +35,10 @@ from sae.study.stage import Compute
 from sae.study.train import train_studies
 
 
-class Explaining(BaseModel):
+class Explaining(Table):
     """The recipe's table ``[explain]``: the latents to explain and score at every point."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    latents: int = Field(200, ge=1, description="latents of each point's first run")
+    latents: Count = Field(200, ge=1, description="latents of each point's first run")
     with_partners: bool = Field(True, description="also their partners in the other seeds")
 
 

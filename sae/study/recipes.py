@@ -15,6 +15,7 @@ the sweep and its values (``widths_m256``); all read one stream of activations.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from sae.settings import Settings, validated
 from sae.study.run import Study, check_name
 
 _LARGEST = 1 << 20  # characters
+_MOST_POINTS = 1000
 _DEEP = re.compile(r"(\.[\w\"'-]{0,100}){100}")
 
 
@@ -41,7 +43,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     file = path if path.is_file() else bundled.get(str(path), path)
     check_regular(file, "recipe")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         if len(text) > _LARGEST or _DEEP.search(text):  # tomllib needs the square of a key's parts in time
             raise ValueError("it is too long or too deep")
         return tomllib.loads(text)
@@ -219,11 +221,13 @@ def _grid(axes: Mapping[str, tuple[Any, ...]], together: list[str], where: str) 
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name} {n}" for name, n in lengths.items())
         raise BadInput(f"{where}: axes in `together` need the same number of values, but have {listed}")
+    free = [name for name in axes if name not in together[1:]]
+    if (points := math.prod(len(axes[name]) for name in free)) > _MOST_POINTS:
+        raise BadInput(f"{where}: [sweep] has {points} points; give at most {_MOST_POINTS}")
     for name, values in axes.items():
         twice = next((v for v in values if values.count(v) > 1), None)
         if twice is not None and name not in together[1:]:
             raise BadInput(f"{where}: axis {name} has {twice!r} twice; give each value once")
-    free = [name for name in axes if name not in together[1:]]
     steps = [range(len(axes[name])) for name in free]
     grid = []
     for place in itertools.product(*steps):
@@ -240,11 +244,11 @@ def _point(
     silent: frozenset[str],
     where: str,
 ) -> Point:
-    label = "_".join([name, *(AXES[axis].label(value) for axis, value in values.items() if axis not in silent)])
     merged = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in base.items()}
     for axis, value in values.items():
         table = merged.setdefault(AXES[axis].table, {})
         if isinstance(table, dict):  # otherwise validation reports it
             table[AXES[axis].key] = value
     settings = check_architecture(validated(merged, where), where)
+    label = "_".join([name, *(AXES[axis].label(value) for axis, value in values.items() if axis not in silent)])
     return Point(Study(check_name(label), settings, seeds), values)

@@ -36,7 +36,7 @@ from sae.common.files import (
     write_json,
 )
 from sae.common.package_data import TOP
-from sae.settings import Settings, validated
+from sae.settings import LARGEST_SEED, Settings, validated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -337,8 +337,8 @@ def make_suffix(index: int) -> str:
 def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> list[tuple[Run, int]]:
     """Return each seed's run, existing or new; raise SettingsDiffer if the study was trained with other settings."""
     check_name(study)
-    if len(set(seeds)) != len(seeds) or not seeds or min(seeds) < 0:
-        raise BadInput(f"seeds {' '.join(map(str, seeds))}: give whole numbers from 0, each once")
+    if len(set(seeds)) != len(seeds) or not seeds or min(seeds) < 0 or max(seeds) > LARGEST_SEED:
+        raise BadInput(f"seeds {' '.join(map(str, seeds))}: give whole numbers from 0 to {LARGEST_SEED}, each once")
     existing = study_runs(study, root)
     for run in existing:
         common = {"subject", "corpus"} if run.imported else {"subject", "corpus", "training"}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from sae.common.errors import BadInput, NotFound
-from sae.settings import Settings, validated
+from sae.settings import LARGEST_SEED, Settings, validated
 from sae.study.recipes import read_recipe, read_sweep, settings_from
 
 RECIPES = sorted((Path(__file__).parents[2] / "eval_runs" / "recipes").glob("*.toml"))
@@ -78,6 +80,13 @@ def test_a_misspelt_key_is_named_with_its_nearest(where: tuple[str, str], data: 
         ("harvest", "window", 1000),
         ("subject", "dtype", "int8"),
         ("contexts", "n_active", 1),
+        ("training", "k", True),
+        ("training", "num_latents", 2**31),
+        ("training", "learning_rate", float("inf")),
+        ("corpus", "context", 10**20),
+        ("corpus", "order_seed", 2**63),
+        ("subject", "model", ""),
+        ("subject", "hookpoint", "a\0b"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(table: str, key: str, value: object) -> None:
@@ -125,6 +134,40 @@ def test_the_identity_excludes_what_weights_ignore(table: str, key: str, value: 
 @pytest.mark.parametrize(("table", "key", "value"), RELEVANT)
 def test_what_the_weights_depend_on_is(table: str, key: str, value: Any) -> None:
     assert Settings().with_values(**{table: {key: value}}).identity() != Settings().identity()
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+
+
+@pytest.mark.fuzz
+@given(st.sampled_from(KEYS), SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=5), SCALARS))
+def test_any_value_is_refused_or_bounded(field: tuple[str, str], value: Any) -> None:
+    table, key = field
+    try:
+        found = getattr(getattr(validated({table: {key: value}}, "x"), table), key)
+    except BadInput as error:
+        assert "\n" not in str(error) or "\n" in str(value)
+        return
+    if isinstance(found, int | float):
+        assert -1 < found <= LARGEST_SEED
+        assert isinstance(value, bool) == isinstance(found, bool)
+
+
+@pytest.mark.fuzz
+@given(st.binary(max_size=200) | st.text(alphabet="ab.=[]{}\"'\n 1_#\\u", max_size=60).map(str.encode))
+@example(b"x = " + b"[" * 20_000)
+@example(b".".join([b"a"] * 20_000) + b" = 1")
+@example(b"x = " + b"9" * 5000)
+@example(b"[sweep]\ntraining.k = [%s]" % b",".join(b"%d" % k for k in range(2000)))
+@example(b"[sweep]\ntraining.learning_rate = ['a', 2020-01-01]")
+@example(b"[sweep]\ntraining.k = [1, 2]\nseeds = [%d]" % 2**64)
+def test_any_recipe_is_read_or_refused(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "any.toml"
+        path.write_bytes(content)
+        for read in (settings_from, read_sweep):
+            with contextlib.suppress(BadInput):
+                read(path)
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
