@@ -145,8 +145,7 @@ def test_any_value_is_refused_or_bounded(field: tuple[str, str], value: Any) -> 
     table, key = field
     try:
         found = getattr(getattr(validated({table: {key: value}}, "x"), table), key)
-    except BadInput as error:
-        assert "\n" not in str(error) or "\n" in str(value)
+    except BadInput:
         return
     if isinstance(found, int | float):
         assert -1 < found <= LARGEST_SEED
