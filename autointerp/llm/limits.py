@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, TypeVar
 from asyncio_throttle import Throttler
 
 from autointerp.llm.exchange import Answer, AnswerFailed, Request
-from sae.common.amounts import parse_amount
+from sae.common.amounts import duration, parse_amount
 from sae.common.commands import get_typed_command
 from sae.common.errors import BadInput, UserError
-from sae.common.progress import Bar, track
+from sae.common.progress import Bar, say, track
 
 if TYPE_CHECKING:
     from autointerp.journal.usage import Usage
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FIRST_GUESS = 0.3  # tokens of a character before anything was counted: English text has about 0.25, code somewhat more
+_LONG_WAIT = 60.0  # seconds; a longer wait is reported
 _MEMORY = 0.1  # weight of the latest count in the mean
 _FIRST_BOUND = 0.5  # prompt tokens of a character before the first answer, at most
 _MESSAGE = 8  # tokens that a chat template puts around one message, at most
@@ -131,6 +132,10 @@ class Pace:
             if self._throttle is not None:
                 await self._throttle.acquire()
             while (seconds := max(self._free_at - self._clock(), pause_left())) > 0:
+                if seconds >= _LONG_WAIT:
+                    say(
+                        f"the next request waits {duration(seconds)}: a limit on tokens, or a pause that a server asked for"
+                    )
                 await self._sleep(seconds)
             reserved = self._tokens_per_character * characters
             self._free_at = self._clock() + reserved * self._seconds_per_token

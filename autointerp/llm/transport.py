@@ -34,6 +34,7 @@ from sae.common.files import check_regular
 LARGEST_REPLY = 8 * 2**20  # Bytes of a reply at most. The longest real ones, with log-probabilities, have 2 MiB.
 _LARGEST_ERROR = 2**16  # bytes read of an error page: it is shown as one line
 _LONGEST_KEY = 8000  # characters
+_SPELLED = 200  # characters of a key that are looked for in any spelling, with what follows
 _UNUSABLE = "{} cannot be asked; correct that address, or the proxy in the environment"
 
 
@@ -53,8 +54,9 @@ class Key:
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
         between = r"(?:[^!-~]|\\(?:[bfnrt]|u[0-9a-f]{4})?)*"  # invisible characters and escapes
-        characters = (f"(?:%{ord(c):02x}|{re.escape(c)})" for c in self.value)
-        return re.compile(between.join(characters), re.IGNORECASE)
+        characters = (f"(?:%{ord(c):02x}|{re.escape(c)})" for c in self.value[:_SPELLED])
+        rest = r"[\w.=+/~-]*" if len(self.value) > _SPELLED else ""
+        return re.compile(between.join(characters) + rest, re.IGNORECASE)
 
     def redact(self, text: str) -> str:
         """Replace the key in ``text``, in any spelling. Placeholder keys (``EMPTY``) are ordinary words and stay."""
@@ -226,7 +228,7 @@ class Connections:
         text = self._redact(raw.decode("utf-8-sig", errors="replace"))
         try:
             value = json.loads(text)
-            if "\\" in text:  # escapes may spell either
+            if "\\u" in text:  # escapes may spell either
                 plain = json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
                 value = json.loads(self._redact(plain))
         except (ValueError, RecursionError):

@@ -90,6 +90,17 @@ def test_estimates_follow_what_the_server_counts() -> None:
     assert estimates[-1] == pytest.approx(700, rel=0.01)
 
 
+def test_a_long_wait_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
+    paced = pace(Clock(), 1)
+
+    async def main() -> None:
+        for _ in range(2):
+            await paced.wait(1000)
+
+    asyncio.run(main())
+    assert "the next request waits 5 h 00 min: a limit on tokens" in capfd.readouterr().err
+
+
 def test_a_server_that_counts_nothing_leaves_the_estimate() -> None:
     clock = Clock()
     paced = pace(clock, 600)
