@@ -133,9 +133,7 @@ class Pace:
                 await self._throttle.acquire()
             while (seconds := max(self._free_at - self._clock(), pause_left())) > 0:
                 if seconds >= _LONG_WAIT:
-                    say(
-                        f"the next request waits {duration(seconds)}: a limit on tokens, or a pause that a server asked for"
-                    )
+                    say(f"the next request waits {duration(seconds)}: a limit on tokens, or a pause of the server")
                 await self._sleep(seconds)
             reserved = self._tokens_per_character * characters
             self._free_at = self._clock() + reserved * self._seconds_per_token
