@@ -25,6 +25,7 @@ TERMINATED = 143
 _UsageError: Any = typer.BadParameter.__base__  # typer's own copy of click's class, which has no public name
 _ADVICE = {
     errno.ENOSPC: "free some space and run the same command again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run the same command again",
     errno.EMFILE: "raise the limit on open files (ulimit -n) and run the same command again",
     errno.ENAMETOOLONG: "give a shorter one",
     errno.EISDIR: "give a file",
@@ -93,8 +94,9 @@ def one_line_errors(as_json: bool) -> Iterator[None]:
     from sae.common.errors import BadInput, UserError, make_printable
 
     try:
-        if sys.stderr is None:
-            sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115  # until the process ends
+        for stream, mode in (("stdin", "r"), ("stderr", "w")):
+            if getattr(sys, stream) is None:  # closed
+                setattr(sys, stream, Path(os.devnull).open(mode))  # noqa: SIM115  # until the process ends
         if sys.stdout is None:
             raise BadInput("standard output is closed; send it to a file, or to /dev/null")
         Path.cwd()  # a deleted folder ends the process inside a library

@@ -196,7 +196,7 @@ def read_sides(folder: Path, a: str, b: str, columns: Sequence[str] | None = Non
     try:
         table = read_table(path, None if columns is None else ["run", *columns])
         one, other = (table[table["run"] == name].drop(columns="run").reset_index(drop=True) for name in (a, b))
-    except (BadInput, OSError, ValueError, KeyError):
+    except (BadInput, FileNotFoundError, ValueError, KeyError):
         again = command(folder.parent, "align", a, b)
         raise BadInput(f"{str(path)!r} cannot be read; delete it and run `{again}`") from None
     return one, other
@@ -224,7 +224,7 @@ def read_alignment(folder: Path, a: str, b: str) -> Alignment:
     try:
         certificate = read_json(path)
         runs = certificate["runs"]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError):
         again = command(folder.parent, "align", a, b)
         raise BadInput(f"{str(path)!r} cannot be read; delete it and its .parquet and run `{again}`") from None
     return Alignment(*sides, certificate) if runs == [a, b] else Alignment(*sides[::-1], certificate).swapped()

@@ -172,18 +172,16 @@ def table_metadata(path: Path) -> dict[str, Any]:
 
     with _whole(path):
         stored = pq.read_schema(path).metadata or {}
-    return json.loads(stored[_META]) if _META in stored else {}
+        return json.loads(stored[_META]) if _META in stored else {}
 
 
 @contextmanager
 def _whole(path: Path) -> Iterator[None]:
-    import pyarrow as pa
-
     try:
         yield
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError, ValueError):
+    except Exception as error:  # of Arrow or pandas
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # of the system
+            raise
         raise BadInput(
             f"{str(path)!r} is damaged; delete it and run the command that writes it again (see docs/files.md)"
         ) from None

@@ -78,7 +78,7 @@ class FiringStore:
         for relative, shape in _expected_shapes(record).items():
             try:
                 found = map_array(folder / relative).shape
-            except (OSError, ValueError, EOFError):
+            except (FileNotFoundError, ValueError, EOFError):
                 raise _damage_error(folder, f"{relative} is missing or cut short") from None
             if found != shape:
                 raise _damage_error(folder, f"{relative} has shape {list(found)}, not {list(shape)}")

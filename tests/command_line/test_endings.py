@@ -32,6 +32,7 @@ def shell(script: str, root: Path, cwd: Path | None = None) -> subprocess.Comple
         ("$RUN runs --root $ROOT > /dev/full", "no space left"),
         ("$RUN show --latent 3 --json --root $ROOT > /dev/full", "no space left"),
         ("$RUN runs --root $ROOT >&-", "standard output is closed"),
+        ("$RUN runs --delete run --json --root $ROOT <&-", "nothing was deleted"),
         ("mkdir gone; cd gone; rmdir ../gone; $RUN train --root x", "the current folder"),
         (
             "ulimit -f 1; $RUN export --sae run_a --table scores --format csv --to big.csv --root $ROOT",
