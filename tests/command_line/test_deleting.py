@@ -101,7 +101,7 @@ def test_a_study_at_work_is_refused(root: Path) -> None:
         (("--prune", "--delete", "run"), "exclude each other"),
         (("--prune", "--yes", "--dry-run"), "exclude each other"),
         (("--delete", "rum"), "did you mean"),
-        (("--delete", "../x"), "is not valid"),
+        (("--delete", "../x"), "use letters, digits"),
         (("--delete", "corpora"), "reserved"),
     ],
 )
