@@ -29,6 +29,7 @@ _ADVICE = {
     errno.EMFILE: "raise the limit on open files (ulimit -n) and run the same command again",
     errno.ENAMETOOLONG: "give a shorter one",
     errno.EISDIR: "give a file",
+    errno.EROFS: "name another place, as with --to or --root",
     errno.ENOENT: "it was removed or renamed meanwhile; run the same command again",
 }
 

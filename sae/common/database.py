@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,9 +38,14 @@ class Database:
         is_read_only = path.is_file() and not os.access(path.parent, os.W_OK)
         address: Path | str = path
         if is_read_only:  # SQLite cannot lock there, but nobody else writes either
+            address = f"{path.absolute().as_uri()}?immutable=1"
             log = path.with_name(f"{path.name}-wal")
-            has_log = log.is_file() and log.stat().st_size > 0
-            address = f"{path.absolute().as_uri()}?{'mode=ro' if has_log else 'immutable=1'}"
+            if log.is_file() and log.stat().st_size > 0:  # left by a kill: it is applied to a copy
+                self._copy = tempfile.TemporaryDirectory()
+                copy = Path(self._copy.name) / path.name
+                shutil.copyfile(path, copy)
+                shutil.copyfile(log, copy.with_name(log.name))
+                address = f"{copy.as_uri()}?mode=ro"
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(
