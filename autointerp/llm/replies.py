@@ -217,7 +217,7 @@ class _Alternative(TypedDict):
 
 
 class _Position(_Alternative):
-    top_logprobs: NotRequired[list[_Alternative] | None]
+    top_logprobs: NotRequired[Annotated[list[_Alternative], Field(max_length=100)] | None]  # we ask for 20 at most
 
 
 _POSITIONS = TypeAdapter(list[_Position] | None)

@@ -241,7 +241,15 @@ def test_no_charset_of_the_server_is_used(charset: str) -> None:
 
 @pytest.mark.parametrize(
     ("logprob", "others"),
-    [(5.0, []), (float("inf"), []), (float("nan"), []), (True, []), ("-1", []), (-0.1, [0.0, 0.0])],
+    [
+        (5.0, []),
+        (float("inf"), []),
+        (float("nan"), []),
+        (True, []),
+        ("-1", []),
+        (-0.1, [0.0, 0.0]),
+        (-0.1, [-9.0] * 500),
+    ],
 )
 def test_impossible_log_probabilities_are_no_verdict(logprob: Any, others: list[float]) -> None:
     top = [{"token": str(i), "logprob": value} for i, value in enumerate(others)]
