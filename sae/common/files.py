@@ -108,11 +108,15 @@ def expand_user(path: Path | str) -> Path:
 
 
 def check_regular(path: Path, what: str) -> None:
-    """Raise BadInput for a pipe, a socket or a device, which may never end."""
-    with suppress(OSError, ValueError):
+    """Raise BadInput for a pipe, a socket or a device, which may never end, and for a link to itself."""
+    try:
         mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise BadInput(f"{what} {str(path)!r} is a pipe or a device; give a regular file")
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ELOOP:
+            raise BadInput(f"{what} {str(path)!r} is a link that leads to itself; give the file itself") from None
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise BadInput(f"{what} {str(path)!r} is a pipe or a device; give a regular file")
 
 
 def write_json(path: Path, value: Any) -> None:

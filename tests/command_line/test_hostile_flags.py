@@ -130,6 +130,7 @@ def test_every_flag_refuses_an_empty_value() -> None:
 @example(("train", "--recipe"), "pipe")
 @example(("train", "--text"), "~nosuchuser/x")
 @example(("harvest", "--sae"), "/runs/run_a")
+@example(("align", "--root"), "loop")
 @example(("explain", "--concurrency"), str(10**12))
 @example(("explain", "--requests-per-second"), "inf")
 @example(("score", "--ci-half-width"), "nan")
