@@ -16,7 +16,7 @@ import sae.study.run
 from autointerp.contexts.material import Material
 from autointerp.contexts.sampler import Context
 from autointerp.findings.latent import reliability_of
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import open_journal
 from sae.common.files import read_table
 
 
@@ -35,7 +35,7 @@ class Run(sae.study.run.Run):
         """Return every explanation asked for, one row each; failed ones with their reason."""
         if not self.journal_path.exists():
             raise self.missing_error("explanations", "explain")
-        with Journal(self.journal_path) as journal:
+        with open_journal(self) as journal:
             return journal.explanations()
 
     def scores(self) -> pd.DataFrame:

@@ -22,6 +22,7 @@ import pandas as pd
 
 import cli as program
 from autointerp.journal.journal import Journal
+from sae.common.records import write_record
 from sae.settings import Settings
 from sae.study.harvest import harvest_runs
 from sae.study.run import Run, Study
@@ -129,6 +130,12 @@ def harvested_study(
     (runs,) = train_studies([Study("run", settings, (0,))], root, Compute("cpu", 1), controls=controls)
     harvest_runs(runs, Compute("cpu", 1))
     return runs
+
+
+def change_record(path: Path, **values: object) -> None:
+    """Change values of a record as the program would write it, with a digest that fits."""
+    record = json.loads(path.read_text())
+    write_record(path, {key: value for key, value in record.items() if key != "digest"} | values)
 
 
 def tree(root: Path, *, under: str = "*") -> dict[str, str]:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -64,9 +64,10 @@ def reading(run: Run) -> Iterator[None]:
 
 
 def finish_with_runs(
-    as_json: bool, command: str, found: Sequence[Run], root: Path, damaged: Sequence[str] = ()
+    as_json: bool, command: str, found: Sequence[Run], root: Path, damaged: Mapping[str, str] | None = None
 ) -> None:
-    """Show the progress of each run in ``found``, then end with an error if any are ``damaged``."""
+    """Show the progress of each run in ``found``, then end with an error if any are ``damaged`` (name → why)."""
+    damaged = damaged or {}
 
     def progress() -> list[dict[str, Any]]:
         from sae.study.run import progress_of
@@ -76,11 +77,12 @@ def finish_with_runs(
     def render() -> None:
         from autointerp.report.rendering import render_runs
 
-        render_runs(progress(), root=root)
+        render_runs(progress(), root=root, damaged=list(damaged))
 
-    finish(as_json, command, lambda: {"runs": progress(), **({"damaged": list(damaged)} if damaged else {})}, render)
+    said = {"damaged": list(damaged.values())} if damaged else {}
+    finish(as_json, command, lambda: {"runs": progress(), **said}, render)
     if damaged:
-        end(1, "\n".join(f"error: {line}" for line in damaged))
+        end(1, "\n".join(f"error: {line}" for line in damaged.values()))
 
 
 def exit_if(failed: int) -> None:

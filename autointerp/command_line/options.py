@@ -39,6 +39,7 @@ _AUTO = "auto: llm if a language model is given, else ngram, the baseline."
 Threads = Annotated[int | None, Option(help="CPU threads for torch. Default: all cores.")]
 Saes = Annotated[list[str] | None, Option(help="A run, such as run_a. Default: the newest study's first.")]
 OneSae = Annotated[str | None, Option(help="The run. Default: the newest study's first.")]
+CheckedSaes = Annotated[list[str] | None, Option(help="A run, such as run_a. Default: all runs under --root.")]
 Nulls = Annotated[
     bool, Option("--nulls/--no-nulls", help="Also measure the chance level (sibling rotated, firings shifted).")
 ]

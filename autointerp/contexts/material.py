@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from autointerp.contexts.near_duplicates import METHOD as GROUPING
@@ -42,15 +40,8 @@ class Material:
             self.store.corpus.decode,
             self.settings,
             load_groups(self.run, self.store, self.settings.near_duplicate),
-            Neighbours(self.store, self.read_decoder),
+            Neighbours(self.store, self.run.read_decoder),
         )
-
-    def read_decoder(self) -> npt.NDArray[np.floating]:
-        """Read the decoder [M, D] from the run's weights."""
-        from safetensors import safe_open
-
-        with safe_open(self.run.weights_path, framework="numpy") as weights:
-            return np.asarray(weights.get_tensor("W_dec"))
 
     @functools.cached_property
     def digest(self) -> str:

@@ -61,7 +61,7 @@ class Neighbours:
 
     @functools.cached_property
     def _firings(self) -> Ints:
-        return np.diff(np.asarray(self._store.latent_offsets))
+        return np.diff(self._store.latent_offsets).astype(np.int64)
 
     @functools.cached_property
     def _unit(self) -> npt.NDArray[np.float32]:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from autointerp.contexts.material import Material
 from autointerp.contexts.sampling import Draw, draw_sample, make_strata, permanent_number
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import open_journal
 from sae.alignment.overlap import find_shared
 from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table
@@ -170,5 +170,5 @@ def was_explained(run: Run) -> bool:
     """Return whether the run has explanations; an ``explain`` stopped early leaves a journal without any."""
     if not run.journal_path.exists():
         return False
-    with Journal(run.journal_path) as journal:
+    with open_journal(run) as journal:
         return not journal.explanations().empty

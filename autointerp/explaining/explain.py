@@ -33,7 +33,7 @@ from autointerp.contexts.selection import (
 )
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import Explainer
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.llm.limits import BudgetSpent, run_with_progress
 from autointerp.llm.opening import list_missing, open_method, resolve_name
@@ -211,7 +211,7 @@ async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcom
     """Explain the latents that ``explainer`` explained by the n-gram baseline too, without counting them."""
     from autointerp.explaining.explainers.ngram import NgramExplainer
 
-    with Journal(task.run.journal_path) as journal:
+    with open_journal(task.run) as journal:
         explained = journal.explanations(status="ok", draw=0, **get_identity(explainer, Material.of(task.run)))
     latents = sorted(set(task.latents) & set(explained["latent"].tolist()))
     if not latents:
@@ -237,7 +237,7 @@ async def _explain_run(
 ) -> None:
     material = Material.of(task.run)
     same = get_identity(explainer, material)
-    with Journal(task.run.journal_path) as journal, journal.claim():
+    with open_journal(task.run) as journal, journal.claim():
         if task.draw is not None:
             store_draw(task.run, task.draw, same)
         stored = journal.explanations(status="ok", draw=0, **same)

@@ -22,7 +22,7 @@ from autointerp.findings.pairs import scored_alike
 from autointerp.findings.scores import Scored, estimator_of
 from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
 from autointerp.findings.statistics.resampling import interval_of
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.scorers.base import HARDER
 from autointerp.scoring.setups import own_scores, precision_of, rows_of, setups_of, status_kind
@@ -153,5 +153,5 @@ def _is_explained_alike(control: Run, facts: JournalFacts) -> bool:
         return False
     last = facts.table.iloc[-1]
     same = {key: str(last[key]) for key in ("explainer", "model", "prompt_hash")}
-    with Journal(control.journal_path) as journal:
+    with open_journal(control) as journal:
         return not journal.explanations(status="ok", **same).empty

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.sampling import EXPLAINED_BY, Sample, load_sample
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.setups import TOO_FEW, rows_of, setups_of, wanted_of
 from sae.alignment.alignment import pair_path, read_both_ways
@@ -194,7 +194,7 @@ class Study:
         """Read the explanations of the chosen set-up; without scores the newest, a language model's first."""
         if not self.focus.journal_path.exists():
             return JournalFacts(pd.DataFrame(), {}, set(), set(), {}, [])
-        with Journal(self.focus.journal_path) as journal:
+        with open_journal(self.focus) as journal:
             table, cost, setups = journal.explanations(), journal.usage(), journal.setups()
         texts = {int(i): text for i, text in zip(table["id"], table["text"], strict=True) if isinstance(text, str)}
         for column, value in self._identity(table).items():

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from autointerp.contexts.sampling import Sample
 from autointerp.findings.statistics.resampling import Bools, Floats, Resamples, interval_of, partial
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import open_journal
 from autointerp.scoring.scorers.base import HARDER
 from autointerp.scoring.setups import verdict_filters
 from sae.common.estimate import UNKNOWN, Estimate
@@ -179,7 +179,7 @@ def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.Da
     own = rows[(rows["control"] == "none") & (rows["status"] == "ok")]
     if not run.journal_path.exists() or own.empty:
         return pd.DataFrame(columns=["latent", "truth", "label"]).astype({"latent": int, "truth": bool, "label": float})
-    with Journal(run.journal_path) as journal:
+    with open_journal(run) as journal:
         ids = [int(i) for i in own["explanation_id"]]
         read = ["latent", "truth", "label", "failure", "negative_kind", "request"]
         table = journal.verdicts(read, explanation_id=ids, **verdict_filters(setup))

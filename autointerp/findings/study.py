@@ -45,8 +45,9 @@ from sae.alignment.nulls import FIRING_NULLS, NULLS
 from sae.alignment.overlap import DEFINITIONS
 from sae.alignment.relation import RELATIONS
 from sae.common.amounts import precision_in_words
-from sae.common.errors import UserError
+from sae.common.errors import NotFound, UserError
 from sae.common.files import SCHEMA
+from sae.common.progress import say_once
 from sae.study.run import Run
 
 N_INTERESTING = 10
@@ -92,7 +93,9 @@ def open_contexts(run: Run) -> ContextSource:
         try:
             material = reader.material(run)
             return [] if material is None else material.sampler.explaining(latent)
-        except UserError:  # a store moved away, a hub out of reach: the report shows the rest
+        except UserError as error:  # a store moved away, a hub out of reach: the report shows the rest
+            if not isinstance(error, NotFound):
+                say_once(f"the report has no contexts: {error}")
             return []
 
     return read

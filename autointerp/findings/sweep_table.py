@@ -8,16 +8,72 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import pandas as pd
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from sae.alignment.overlap import DEFINITIONS
-from sae.common.errors import BadInput
-from sae.common.files import SCHEMA, digest, digest_file, read_json, write_json, write_table
+from sae.common.errors import BadInput, SettingsDiffer
+from sae.common.files import SCHEMA, digest, digest_file, write_table
 from sae.common.progress import say
+from sae.common.records import OPEN, read_record, write_record
 from sae.study.recipes import Sweep
 from sae.study.run import Run
+
+
+@with_config(OPEN)
+class Measured(TypedDict):
+    value: float | None
+    interval: list[float] | None
+    null: NotRequired[dict[str, Any]]
+    pairs: NotRequired[dict[str, float | None]]
+    without: NotRequired[dict[str, float | None]]
+
+
+@with_config(OPEN)
+class PointRecord(TypedDict):
+    name: str
+    values: dict[str, Any]
+    runs: list[str]
+    seeds: list[int | None]
+    hookpoint: str
+    architecture: str
+    num_latents: int
+    k: int
+    tokens: int
+    learning_rate: float | None
+    harvested: int | None
+    alive: float | None
+    fvu: float | None
+    l0: float | None
+    dead_fraction: float | None
+    shared: dict[str, Measured] | None
+    max_cosine: Measured | None
+    cosines: dict[str, Measured] | None
+    scores: dict[str, Any] | None
+    findings: list[dict[str, Any]]
+
+
+@with_config(OPEN)
+class SubjectRecord(TypedDict):
+    fingerprint: str
+
+
+@with_config(OPEN)
+class SweepRecord(TypedDict):
+    """The content of ``NAME.sweep.json``."""
+
+    schema: Literal[1]
+    sweep: str
+    inputs: str
+    created: str
+    subject: SubjectRecord
+    axes: dict[str, list[Any]]
+    together: list[str]
+    seeds: list[int]
+    points: list[PointRecord] | None
 
 
 def summary_path(root: Path, name: str) -> Path:
@@ -49,7 +105,7 @@ def write_summary(root: Path, table: Mapping[str, Any]) -> None:
     """Write both files; the one that is read comes last, so its presence means that both are there."""
     path = summary_path(root, table["sweep"])
     write_table(path.with_suffix(".parquet"), flat(table), inputs=table["inputs"])
-    write_json(path, table)
+    write_record(path, table)
 
 
 def read_summary(root: Path, name: str) -> dict[str, Any] | None:
@@ -58,13 +114,10 @@ def read_summary(root: Path, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        table: dict[str, Any] = read_json(path)
-        if table["schema"] != SCHEMA or table["points"] is None:
-            return None
-        table["created"], table["axes"], table["subject"]["fingerprint"]  # must be there
-        return table
-    except (ValueError, KeyError, TypeError):
-        raise BadInput(f"{str(path)!r} is damaged; delete it and run the sweep again") from None
+        table = read_record(path, SweepRecord, "delete it and run the sweep again")
+    except SettingsDiffer:
+        return None
+    return None if table["points"] is None else dict(table)
 
 
 def sweeps_of(root: Path, subject: Mapping[str, Any]) -> list[dict[str, Any]]:

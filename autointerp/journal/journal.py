@@ -13,18 +13,22 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pydantic import TypeAdapter
 
 from autointerp.journal.usage import Usage
 from sae.common.database import Database
-from sae.common.errors import Unavailable
+from sae.common.errors import BadInput, Unavailable
+
+if TYPE_CHECKING:
+    from sae.study.run import Run
 
 _VERDICT_TYPES: dict[str, Any] = {"truth": bool, "p": float, "label": float, "request": "Int64"}
 _SET_UP = "judge, scorer, settings_hash, prompt_hash, model"
@@ -83,16 +87,52 @@ class PlannedContext(NamedTuple):
     stratum: int | None
 
 
+_WINDOWS = TypeAdapter(list[int])
+_ROUNDS = TypeAdapter(list[list[PlannedContext]])
+_SETTINGS = TypeAdapter(dict[str, Any])
+
+
+def open_journal(run: Run) -> Journal:
+    """Open a run's journal. Raises BadInput if it has been emptied."""
+    path = run.journal_path
+    if path.is_file() and not path.stat().st_size and run.stage_path("scores").is_file():
+        raise BadInput(f"{str(path)!r} is empty, but the run has scores; restore it, or delete both to start again")
+    return Journal(run.journal_path, run.id)
+
+
 class Journal:
     """A run's journal. Opening creates the file; every method that writes commits before it returns.
 
     Threads and tasks of one process may share it, and others may read while one writes. Processes that ask models
-    exclude each other with :meth:`claim`. Raises BadInput if the file is no journal, or of a later version.
+    exclude each other with :meth:`claim`. ``run`` is the id of the run that it belongs to. Raises BadInput if the file
+    is no journal, another run's, or of a later version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, run: str | None = None) -> None:
         self.path = path
-        self._database = Database(path, MIGRATIONS)
+        self._database = Database(path, MIGRATIONS, "SAEj")
+
+        if run is not None and self._owner(run) != run:
+            self.close()
+            raise BadInput(f"{str(path)!r} is the journal of another run; move it away, and restore this run's")
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Yield the connection; a value that cannot be converted in the block is damage."""
+        with self._database.reading() as connection:
+            try:
+                yield connection
+            except (ValueError, TypeError, RecursionError) as error:
+                raise BadInput(f"{str(self.path)!r} has a damaged row ({error}); restore it from a copy") from None
+
+    def _owner(self, run: str) -> str:
+        """Return the id of the run that this journal belongs to: ``run`` if it belongs to none yet."""
+        with self._reading() as connection:
+            row = connection.execute("SELECT run FROM owner").fetchone()
+        if row is None:
+            with suppress(Unavailable), self._database.writing() as connection:  # it may be read-only
+                connection.execute("INSERT OR IGNORE INTO owner VALUES (?)", (run,))
+        return run if row is None else str(row[0])
 
     def __enter__(self) -> Journal:
         return self
@@ -102,6 +142,9 @@ class Journal:
 
     def close(self) -> None:
         self._database.close()
+
+    def check(self) -> None:
+        self._database.check()
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -166,7 +209,8 @@ class Journal:
         items.
         """
         table = self._select("explanation", filters)
-        table["contexts"] = [json.loads(stored) for stored in table["contexts"]]
+        with self._reading():
+            table["contexts"] = [_WINDOWS.validate_json(stored, strict=True) for stored in table["contexts"]]
         return table
 
     # verdicts
@@ -192,11 +236,12 @@ class Journal:
         ``columns`` limits the columns that are read, because a score may have tens of thousands of rows.
         """
         table = self._select("verdict", filters, columns)
-        return table.astype({name: kind for name, kind in _VERDICT_TYPES.items() if name in table})
+        with self._reading():
+            return table.astype({name: kind for name, kind in _VERDICT_TYPES.items() if name in table})
 
     def verdicts_in_pieces(self, n: int) -> Iterator[pd.DataFrame]:
         """Yield all verdicts by id, at most ``n`` at a time, as of the first read; at least one piece."""
-        with self._database.reading() as connection:
+        with self._reading() as connection:
             for table in pd.read_sql_query("SELECT * FROM verdict ORDER BY id", connection, chunksize=n):
                 yield table.astype(_VERDICT_TYPES)
 
@@ -206,7 +251,7 @@ class Journal:
         ``filters`` are those of :meth:`verdicts`.
         """
         found: dict[tuple[int, int, str], dict[int, bool | None]] = {}
-        with self._database.reading() as connection:
+        with self._reading() as connection:
             where, values = _where(connection, "verdict", filters)
             query = f"SELECT explanation_id, latent, control, context, label FROM verdict WHERE {where}"
             for explanation, latent, control, window, label in connection.execute(query, values):
@@ -226,13 +271,10 @@ class Journal:
 
     def test_sets(self, scorer: str, settings_hash: str) -> dict[int, list[list[PlannedContext]]]:
         """Return latent → the contexts to judge, round by round, of the latents that have a test set."""
-        with self._database.reading() as connection:
+        with self._reading() as connection:
             query = "SELECT latent, contexts FROM test_set WHERE scorer = ? AND settings_hash = ?"
             rows = connection.execute(query, (scorer, settings_hash)).fetchall()
-        return {
-            int(latent): [[PlannedContext(*fields) for fields in contexts] for contexts in json.loads(rounds)]
-            for latent, rounds in rows
-        }
+            return {int(latent): _ROUNDS.validate_json(rounds, strict=True) for latent, rounds in rows}
 
     # set-ups
 
@@ -243,9 +285,9 @@ class Journal:
 
     def setups(self) -> dict[str, dict[str, Any]]:
         """Map the settings hash of each stored set-up to its settings."""
-        with self._database.reading() as connection:
+        with self._reading() as connection:
             rows = connection.execute("SELECT settings_hash, settings FROM setup").fetchall()
-        return {str(row[0]): json.loads(row[1]) for row in rows}
+            return {str(row[0]): _SETTINGS.validate_json(row[1]) for row in rows}
 
     def state(self) -> dict[str, list[list[Any]]]:
         """Return JSON values that change with every explanation, test set and verdict that is added or replaced.
@@ -258,7 +300,7 @@ class Journal:
             "verdicts": f"SELECT {_SET_UP}, count(*), max(id), sum(failure IS NOT NULL), min(created), max(created) "
             f"FROM verdict GROUP BY {_SET_UP} ORDER BY {_SET_UP}",
         }
-        with self._database.reading() as connection:
+        with self._reading() as connection:
             return {name: [list(row) for row in connection.execute(query)] for name, query in queries.items()}
 
     # usage
@@ -273,11 +315,11 @@ class Journal:
         """Return the usage of this run so far: one row per stage and model, sums of the columns of ``Usage``."""
         sums = ", ".join(f"sum({name}) AS {name}" for name in vars(Usage()))
         query = f"SELECT stage, model, {sums} FROM usage GROUP BY stage, model ORDER BY stage, model"
-        with self._database.reading() as connection:
+        with self._reading() as connection:
             return pd.read_sql_query(query, connection)
 
     def _select(self, table: str, filters: Mapping[str, Any], columns: Sequence[str] = ("*",)) -> pd.DataFrame:
-        with self._database.reading() as connection:
+        with self._reading() as connection:
             where, values = _where(connection, table, filters)
             query = f"SELECT {', '.join(columns)} FROM {table} WHERE {where} ORDER BY id"
             return pd.read_sql_query(query, connection, params=values)
@@ -394,6 +436,12 @@ MIGRATIONS = (
         latent INTEGER NOT NULL,
         contexts TEXT NOT NULL,
         PRIMARY KEY (scorer, settings_hash, latent)
+    ) WITHOUT ROWID
+    """,
+    # 5: the id of the run, so that another run's journal is noticed.
+    """
+    CREATE TABLE owner (
+        run TEXT PRIMARY KEY
     ) WITHOUT ROWID
     """,
 )

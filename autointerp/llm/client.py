@@ -15,7 +15,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from autointerp.journal.usage import Usage
 from autointerp.llm.capabilities import Capabilities
@@ -311,6 +313,9 @@ _MIGRATIONS = (
 )
 
 
+_FOUND = TypeAdapter(dict[str, bool | Annotated[int, Field(ge=0)] | None])
+
+
 class ResponseCache:
     """Paid answers by content, in one SQLite file for all runs under a root. Threads and processes may share it.
 
@@ -319,12 +324,12 @@ class ResponseCache:
     """
 
     def __init__(self, path: Path) -> None:
-        self._database = Database(path, _MIGRATIONS)
+        self._database = Database(path, _MIGRATIONS, "SAEc")
 
     def get(self, key: str) -> Answer | None:
         with self._database.reading() as connection:
             row = connection.execute("SELECT answer FROM answer WHERE key = ?", (key,)).fetchone()
-        return None if row is None else Answer.from_json(row[0])
+        return None if row is None else Answer.from_json(row[0])  # a damaged row is asked for again
 
     async def put(self, key: str, model: str, answer: Answer) -> None:
         """Store ``answer``; committed when this returns, in one transaction with others of the same moment."""
@@ -336,7 +341,10 @@ class ResponseCache:
         with self._database.reading() as connection:
             query = "SELECT found FROM capability WHERE url = ? AND model = ? AND created >= ?"
             row = connection.execute(query, (url, model, oldest)).fetchone()
-        return {} if row is None else dict(json.loads(row[0]))
+        try:
+            return {} if row is None else _FOUND.validate_json(row[0], strict=True)
+        except (ValidationError, TypeError):  # a damaged row
+            return {}
 
     async def put_capabilities(self, url: str, model: str, found: Mapping[str, Any]) -> None:
         """Store capabilities, unless the same ones are stored: their age counts from the first time."""
@@ -348,6 +356,12 @@ class ResponseCache:
         await self._database.written(
             lambda connection: connection.execute(f"INSERT OR REPLACE INTO {into} VALUES (?, ?, ?, ?)", values)
         )
+
+    def check(self) -> int:
+        """Return the number of answers; raise BadInput if the file is damaged."""
+        self._database.check()
+        with self._database.reading() as connection:
+            return int(connection.execute("SELECT count(*) FROM answer").fetchone()[0])
 
     def close(self) -> None:
         self._database.close()

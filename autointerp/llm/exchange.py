@@ -8,7 +8,10 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from autointerp.journal.usage import Usage
 
@@ -114,6 +117,19 @@ def _write_prefix(messages: _Pairs) -> tuple[str, int]:
     return ",".join(written), sum(len(content) for _, content in messages)
 
 
+@with_config(ConfigDict(strict=True))
+class _Stored(TypedDict):
+    """A cached answer."""
+
+    text: Annotated[str, Field(min_length=1)]
+    finish_reason: str
+    tokens: tuple[str, ...] | None
+    top_logprobs: tuple[dict[str, float], ...] | None
+
+
+_STORED = TypeAdapter(_Stored)
+
+
 @dataclass(frozen=True)
 class Answer:
     """A usable answer: ``text`` is never empty."""
@@ -130,11 +146,15 @@ class Answer:
         return json.dumps({name: getattr(self, name) for name in names}, default=vars, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, stored: str) -> Answer:
-        """Read an answer of the cache. Its cost is not spent again, so its usage is one cached answer."""
-        values = json.loads(stored)
-        tokens, top = (None if values[name] is None else tuple(values[name]) for name in ("tokens", "top_logprobs"))
-        return cls(values["text"], values["finish_reason"], Usage(from_cache=1), tokens, top)
+    def from_json(cls, stored: str | bytes) -> Answer | None:
+        """Read an answer of the cache; ``None`` if it is damaged. Its usage is one cached answer: no cost again."""
+        try:
+            values = _STORED.validate_json(stored)
+        except (ValidationError, TypeError):
+            return None
+        return cls(
+            values["text"], values["finish_reason"], Usage(from_cache=1), values["tokens"], values["top_logprobs"]
+        )
 
 
 def explain_cut(answer: Answer, sent: Request) -> AnswerFailed:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from autointerp.findings.json_values import to_json
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import Journal, open_journal
 from autointerp.notebook import Run as OpenedRun
 from autointerp.report.neuronpedia import Ids, lines_of
 from sae.alignment.alignment import pair_path, read_sides
@@ -282,7 +282,7 @@ def _typed(table: pd.DataFrame) -> pd.DataFrame:
 def _open_journal(run: Run) -> Journal:
     if not run.journal_path.exists():
         raise run.missing_error("explanations", "explain")
-    return Journal(run.journal_path)
+    return open_journal(run)
 
 
 def _verdicts(run: Run, _: Sequence[Run]) -> Frames:

@@ -11,5 +11,5 @@ from autointerp.report.terminal import print_page
 from sae.common.commands import DEFAULT_ROOT
 
 
-def render_runs(found: Sequence[Mapping[str, Any]], root: Path = DEFAULT_ROOT) -> None:
-    print_page(runs_page(found, root))
+def render_runs(found: Sequence[Mapping[str, Any]], root: Path = DEFAULT_ROOT, damaged: Sequence[str] = ()) -> None:
+    print_page(runs_page(found, root, damaged))

@@ -83,9 +83,11 @@ def _other_protocol(protocol: str, cheaper: Tree) -> str:
     )
 
 
-def runs_page(found: Sequence[Tree], root: Path = DEFAULT_ROOT) -> list[doc.Block | doc.Section]:
-    """Show one line per run with its progress, by study, controls last."""
-    if not found:
+def runs_page(
+    found: Sequence[Tree], root: Path = DEFAULT_ROOT, damaged: Sequence[str] = ()
+) -> list[doc.Block | doc.Section]:
+    """Show one line per run with its progress, by study, controls last, and the names of the damaged ones."""
+    if not found and not damaged:
         return [f"There are no runs under {root}.", doc.Command(command(root, "demo"))]
     stages = ("trained", "harvested", "aligned", "explained", "scored")
     sections: list[doc.Block | doc.Section] = []
@@ -102,6 +104,9 @@ def runs_page(found: Sequence[Tree], root: Path = DEFAULT_ROOT) -> list[doc.Bloc
         tokens = "" if first["tokens"] is None else f", {human(first['tokens'])} tokens"
         says = f"{first['subject']} · {first['hookpoint']} · {sizes}{tokens}"
         sections.append(doc.Section(study, says, [doc.Table(["run", ">seed", *stages], rows)]))
+    if damaged:
+        rows = [[doc.strong(name), doc.Span("damaged", "warn")] for name in damaged]
+        sections.append(doc.Section("Damaged runs", "", [doc.Table(["run", "state"], rows)]))
     return sections
 
 

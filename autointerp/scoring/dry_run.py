@@ -24,7 +24,7 @@ from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import get_identity, plan_controls, plan_latents
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import ModelExplainer
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.journal.usage import is_plausible_count
 from autointerp.llm.client import DEFAULT_URL, LlmClient, ResponseCache
@@ -146,7 +146,7 @@ def _of_task(run: Run, latents: Sequence[int], explainer: ModelExplainer, asked:
     done: set[int] = set()
     if run.journal_path.exists():
         same = get_identity(explainer, material)
-        with Journal(run.journal_path) as journal:
+        with open_journal(run) as journal:
             done = set(journal.explanations(status="ok", draw=0, **same)["latent"].tolist()) & set(latents)
     asked.before += len(done)
     for latent in sorted(set(latents) - done):
@@ -196,7 +196,7 @@ def forecast_score(
 def _of_part(part: Part, scorer_name: str, judge: ModelJudge, rule: StoppingRule | None, asked: _Asked) -> None:
     tests = TestSets(part.run, SCORERS[scorer_name](), rule)
     asked_by = judge.of_marks() if tests.scorer.marked else judge
-    with Journal(part.run.journal_path) as journal:
+    with open_journal(part.run) as journal:
         labels = journal.labels(**tests.set_up(asked_by)._asdict(), replicate=0)
         for question in questions_of(part, part.readable(journal, judge)):
             answers = labels.get(question.key, {})
@@ -308,7 +308,7 @@ def _usage(runs: Sequence[Run], stage: str, model: str) -> dict[str, float]:
     total = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "seconds"), 0.0)
     for run in runs:
         if run.journal_path.exists():
-            with Journal(run.journal_path) as journal:
+            with open_journal(run) as journal:
                 rows = journal.usage()
             rows = rows[(rows["stage"] == stage) & (rows["model"] == model)]
             for column in total:

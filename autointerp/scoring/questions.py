@@ -171,11 +171,10 @@ def _controls(run: Run, explanations: pd.DataFrame, n: int | None, wanted: Set[i
     """Pair up to ``n`` latents of each set-up with the explanation of a dissimilar latent."""
     if n == 0 or explanations.empty:
         return
-    material = Material.of(run)
-    decoder = material.read_decoder()
+    decoder = run.read_decoder()
     for _, group in explanations.groupby(["explainer", "settings_hash", "prompt_hash", "model", "draw"]):
         own = {question.latent: question for question in map(_question, records_of(group))}
-        chosen = swap_partners(sorted(own), decoder, material.store, seed=run.settings.contexts.sample_seed)
+        chosen = swap_partners(sorted(own), decoder, run.store(), seed=run.settings.contexts.sample_seed)
         for latent in _first_by_hash([x for x in chosen if wanted is None or x in wanted], n):
             other = own[chosen[latent]]
             yield replace(own[latent], explanation_id=other.explanation_id, text=other.text, control="swap")

@@ -23,7 +23,7 @@ import pandas as pd
 from autointerp.contexts.sampler import Context
 from autointerp.contexts.selection import Choice, list_control_saes, was_explained
 from autointerp.explaining.explain import Outcome, explain_runs, get_marker_path
-from autointerp.journal.journal import Journal, PlannedContext, Verdict
+from autointerp.journal.journal import Journal, PlannedContext, Verdict, open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.journal.usage import Usage
 from autointerp.llm.limits import run_in_flight, run_with_progress
@@ -140,7 +140,7 @@ async def _score_baseline(part: Part, tests: TestSets, judge: Judge, outcome: Ou
     """Score the n-gram explanations of the latents that ``judge`` scores next, by the n-gram judge."""
     from autointerp.scoring.judges.ngram import NgramJudge
 
-    with Journal(part.run.journal_path) as journal:
+    with open_journal(part.run) as journal:
         if not has_more_than_baseline(journal):
             return
         latents = frozenset(part.readable(journal, judge)["latent"].tolist())
@@ -160,7 +160,7 @@ async def _score_run(
 ) -> None:
     """Judge what lacks a verdict in one run by one scorer, and update its score table."""
     run, scorer = part.run, tests.scorer
-    with Journal(run.journal_path) as journal, journal.claim():
+    with open_journal(run) as journal, journal.claim():
         asking = Asking(tests, judge, journal)
         explanations, readable = part.explanations(journal), part.readable(journal, judge)
         if judge.reads is not None and len(readable) < len(explanations) and doing == "score":

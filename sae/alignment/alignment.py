@@ -18,21 +18,50 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from sae.common.commands import command
 from sae.common.errors import BadInput, NotFound, suggest
-from sae.common.files import SCHEMA, read_json, read_table, table_metadata, write_json, write_table
+from sae.common.files import SCHEMA, read_table, table_metadata, write_table
+from sae.common.records import OPEN, read_record, write_record
 
 Sides = tuple[pd.DataFrame, pd.DataFrame]
 
 SPACES = ("encoder", "decoder")
 UNMATCHED = -1
 _BLOCK = 256  # rows at a time: a block of a 32k-wide matrix is 64 MB
+
+
+@with_config(OPEN)
+class Figures(TypedDict):
+    """A certificate's figures in one space."""
+
+    matched: int
+    sum: float
+    mean: float
+    upper_bound: float
+    gap: float
+    gap_per_latent: float
+    certified: bool
+
+
+@with_config(OPEN)
+class Certificate(TypedDict):
+    """The content of ``A--B.json``."""
+
+    schema: Literal[1]
+    runs: list[str]
+    latents: list[int]
+    encoder: Figures
+    decoder: Figures
+    nulls: NotRequired[dict[str, str]]
+    inputs: Any
 
 
 @dataclass(frozen=True)
@@ -212,7 +241,7 @@ def write_alignment(folder: Path, a: str, b: str, alignment: Alignment, inputs: 
     if path is not None and path.name != f"{a}--{b}.parquet":
         a, b, alignment = b, a, alignment.swapped()
     path = folder / f"{a}--{b}.parquet"
-    write_json(path.with_suffix(".json"), {**alignment.certificate, "runs": [a, b], "inputs": inputs})
+    write_record(path.with_suffix(".json"), {**alignment.certificate, "runs": [a, b], "inputs": inputs})
     write_sides(path, (a, b), (alignment.a, alignment.b), inputs=inputs)
     return path
 
@@ -221,13 +250,18 @@ def read_alignment(folder: Path, a: str, b: str) -> Alignment:
     """Read the stored alignment of two runs, in either order, as seen from ``a``."""
     sides = read_sides(folder, a, b)
     path = (pair_path(folder, a, b) or folder).with_suffix(".json")
+    again = f"delete it and its .parquet and run `{command(folder.parent, 'align', a, b)}`"
     try:
-        certificate = read_json(path)
-        runs = certificate["runs"]
-    except (FileNotFoundError, ValueError, KeyError):
-        again = command(folder.parent, "align", a, b)
-        raise BadInput(f"{str(path)!r} cannot be read; delete it and its .parquet and run `{again}`") from None
-    return Alignment(*sides, certificate) if runs == [a, b] else Alignment(*sides[::-1], certificate).swapped()
+        certificate = read_record(path, Certificate, again)
+    except FileNotFoundError:
+        raise BadInput(f"{str(path)!r} is missing; {again}") from None
+    is_turned = certificate["runs"] != [a, b]
+    rows = [len(side) for side in sides]
+    expected = ([b, a], rows[::-1]) if is_turned else ([a, b], rows)
+    if (certificate["runs"], certificate["latents"]) != expected or certificate["inputs"] != pair_inputs(folder, a, b):
+        raise BadInput(f"{str(path)!r} does not belong to its .parquet; {again}")
+    whole = dict(certificate)
+    return Alignment(*sides[::-1], whole).swapped() if is_turned else Alignment(*sides, whole)
 
 
 def read_both_ways(folder: Path, runs: Sequence[str]) -> dict[tuple[str, str], pd.DataFrame]:

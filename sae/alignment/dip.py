@@ -13,14 +13,14 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sae.common.errors import UserError
 from sae.common.estimate import UNKNOWN, Estimate
-from sae.common.files import read_json, write_json
+from sae.common.records import read_record, write_record
 
 METHOD = 1  # raise it when the same samples would give another result
 _KEPT = 300  # results in a file, the newest
@@ -115,16 +115,17 @@ def read_dip_test(path: Path, samples: Sequence[ArrayLike], units: Sequence[Arra
             for name, of in list(kept.items())[-_KEPT:]
         }
         with contextlib.suppress(OSError, UserError):  # a read-only study, a full disk
-            write_json(path, stored)
+            write_record(path, {"tests": stored})
     return kept[key]
 
 
 def _read_kept(path: Path) -> dict[str, Dip]:
     try:
-        rows = read_json(path) if path.exists() else {}
+        record = read_record(path, dict[str, Any], "")
+        rows = record.get("tests", record)  # older files have no key above the tests
         numbers = {name: [math.nan if x is None else float(x) for x in row] for name, row in rows.items()}
         return {name: Dip(Estimate(*row[:3]), row[3], row[4]) for name, row in numbers.items()}
-    except (OSError, ValueError, TypeError, AttributeError, IndexError):
+    except (OSError, UserError, ValueError, TypeError, AttributeError, IndexError):
         return {}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -26,16 +27,19 @@ class Database:
     """One SQLite file, usable from any thread of this process; other processes wait up to ``BUSY_SECONDS``.
 
     :param migrations: SQL scripts, run once each, in order; statements are separated by ``;``.
-    :raises BadInput: the file is not a database, or a later version of this program wrote it.
+    :param kind: four letters that are kept in the file, so that no file is taken for another kind.
+    :raises BadInput: the file is not a database of this kind, or a later version of this program wrote it.
     :raises Unavailable: the file cannot be opened, or another process has locked it.
     """
 
-    def __init__(self, path: Path, migrations: Sequence[str], busy_seconds: float = BUSY_SECONDS) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, migrations: Sequence[str], kind: str = "", busy_seconds: float = BUSY_SECONDS
+    ) -> None:
+        self.path, self._kind = path, int.from_bytes(kind.encode())
         self._lock = threading.RLock()
         self._waiting: list[tuple[Work, asyncio.Future[None]]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        is_read_only = path.is_file() and not os.access(path.parent, os.W_OK)
+        is_read_only = self._is_read_only = path.is_file() and not os.access(path.parent, os.W_OK)
         address: Path | str = path
         if is_read_only:  # SQLite cannot lock there, but nobody else writes either
             address = f"{path.absolute().as_uri()}?immutable=1"
@@ -67,15 +71,25 @@ class Database:
             return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
         with self.reading() as connection:
-            done = applied(connection)
+            done, kind = applied(connection), connection.execute("PRAGMA application_id").fetchone()[0]
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        needed = set(re.findall(r"CREATE TABLE (\w+)", "".join(migrations[:done])))
+        if kind not in (0, self._kind) or not needed <= tables or (not done and tables):
+            raise BadInput(f"{str(self.path)!r} is a database of another kind; move it away to start a new one")
         if done > len(migrations):
             raise BadInput(
                 f"{str(self.path)!r} was written by a later version of this program (schema {done}, known "
                 f"{len(migrations)}); update the program"
             )
-        if done == len(migrations):
+        if done == len(migrations) and (kind == self._kind or self._is_read_only):
             return
+        if self._is_read_only:  # an older file: a copy in memory is upgraded
+            copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            self._connection.backup(copy)
+            self._connection.close()
+            self._connection = copy
         with self.writing() as connection:
+            connection.execute(f"PRAGMA application_id = {self._kind}")
             # Check again inside the transaction: another process may have migrated meanwhile.
             for number, script in enumerate(migrations[applied(connection) :], start=applied(connection) + 1):
                 for statement in script.split(";"):
@@ -95,7 +109,9 @@ class Database:
             elif any(word in reason for word in ("unable to open", "readonly", "disk", "full")):
                 what = f"{reason}; check the folder, its permissions and the free space"
             else:
-                raise
+                raise BadInput(
+                    f"database {str(self.path)!r} cannot be read ({reason}); move it away to start a new one"
+                ) from None
             raise Unavailable(f"database {str(self.path)!r}: {what}") from None
         except sqlite3.DatabaseError as error:
             if type(error) is not sqlite3.DatabaseError:  # its subclasses are bugs
@@ -158,6 +174,13 @@ class Database:
         for _, done in batch:
             if not done.done() and not done.get_loop().is_closed():
                 done.set_result(None)
+
+    def check(self) -> None:
+        """Raise BadInput if the structure of the file is damaged; reads all of it."""
+        with self.reading() as connection:
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise BadInput(f"{str(self.path)!r} is damaged ({found}); restore it from a copy, or move it away")
 
     def close(self) -> None:
         with self._lock:

@@ -143,7 +143,9 @@ def write_table(path: Path, table: pd.DataFrame, **metadata: Any) -> None:
 
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     with atomic(path) as temporary:
-        pq.write_table(arrow.replace_schema_metadata(add_metadata(arrow.schema, metadata)), temporary)
+        own = {"place": _place(path), "layout": _layout_digest(arrow.schema, len(table)), **metadata}
+        named = arrow.replace_schema_metadata(add_metadata(arrow.schema, own))
+        pq.write_table(named, temporary, write_page_checksum=True)
 
 
 def add_metadata(schema: pa.Schema, metadata: Mapping[str, Any]) -> dict[bytes, bytes]:
@@ -156,8 +158,9 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
     import pandas as pd
 
     wanted = None if columns is None else [c for c in table_columns(path) if c in columns]
+    table_metadata(path)  # checks the place
     with _whole(path):
-        return pd.read_parquet(path, columns=wanted)
+        return pd.read_parquet(path, columns=wanted, page_checksum_verification=True)
 
 
 def table_columns(path: Path) -> list[str]:
@@ -175,8 +178,25 @@ def table_metadata(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     with _whole(path):
-        stored = pq.read_schema(path).metadata or {}
-        return json.loads(stored[_META]) if _META in stored else {}
+        footer = pq.read_metadata(path)
+        schema = footer.schema.to_arrow_schema()
+        found = dict(json.loads((schema.metadata or {}).get(_META, b"{}")))
+        if found.get("layout") not in (None, _layout_digest(schema, footer.num_rows)):
+            raise ValueError("the footer is damaged")
+    if found.get("place", _place(path)) != _place(path):
+        raise BadInput(f"{str(path)!r} is a copy of {found['place']!r}; delete it and run the command that writes it")
+    return found
+
+
+def _layout_digest(schema: pa.Schema, n_rows: int) -> str:
+    """Return the digest of what the footer says of columns and rows; the checksums of pages do not cover it."""
+    columns = [[field.name, str(field.type).replace("<element: ", "<item: ")] for field in schema]
+    return digest([n_rows, columns, (schema.metadata or {}).get(b"pandas", b"").decode()])
+
+
+def _place(path: Path) -> str:
+    """Return the name of a table and its folder, which a copy elsewhere does not have."""
+    return "/".join(path.absolute().parts[-2:])
 
 
 @contextmanager

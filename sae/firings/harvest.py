@@ -19,12 +19,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sae.common.errors import BadInput, SettingsDiffer, UserError
-from sae.common.files import mapping_differences, read_json, report_full_disk, write_json
+from sae.common.files import SCHEMA, mapping_differences, report_full_disk
 from sae.common.progress import say, track
 from sae.common.ranks import ALONE
 from sae.common.ranks import Job as RankJob
+from sae.common.records import digest_pieces, read_record, write_record
 from sae.firings.index import Source, describe_windows, merge
-from sae.firings.store import INDEX_FILES, SCHEMA, STORE_FILE, Array, Ints, create_array, map_array, read_record
+from sae.firings.store import (
+    HARVEST_AGAIN,
+    INDEX_FILES,
+    SHARD_FILES,
+    STORE_FILE,
+    Array,
+    FiringStore,
+    Ints,
+    Plan,
+    ShardFacts,
+    StoreRecord,
+    create_array,
+    map_array,
+    read_store_record,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +62,7 @@ def harvest(
     tokens: int,
     window: int,
     order_seed: int,
+    ids: Mapping[str, str] | None = None,
     ranks: RankJob = ALONE,
 ) -> None:
     """Record the firings of ``saes`` over the first ``tokens`` tokens of the corpus order, in one pass.
@@ -60,6 +76,7 @@ def harvest(
         tokens: rounded up to whole sequences; at most the corpus.
         window: tokens in a window; a remainder at the end of a sequence is not harvested.
         order_seed: the seed of the corpus order (epoch 0).
+        ids: each run's id, for the record.
         ranks: the processes that share the shards; all call this function with the same arguments.
     Raises:
         SettingsDiffer: a finished store was harvested from something else.
@@ -79,7 +96,7 @@ def harvest(
     jobs = []
     for name, sae in saes.items():
         provenance = {**study, "num_latents": sae.num_latents, "weights": weights[name]}
-        jobs.append(_Job(name, sae, folders[name], provenance, pieces))
+        jobs.append(_Job(name, sae, folders[name], (ids or {}).get(name), provenance, pieces))
     label = f"harvest {' '.join(saes)}"
     begun = ranks.first(f"{label} begun", lambda: [job.name for job in jobs if job.begin()])
     pending = [job for job in jobs if job.name in begun]
@@ -122,15 +139,20 @@ class Coded(NamedTuple):
 class _Job:
     """The harvest of one run."""
 
-    def __init__(self, name: str, sae: Sae, folder: Path, provenance: dict[str, Any], pieces: list[Piece]) -> None:
-        self.name, self.sae, self.folder, self.provenance, self.pieces = name, sae, folder, provenance, pieces
+    def __init__(
+        self, name: str, sae: Sae, folder: Path, id_: str | None, provenance: dict[str, Any], pieces: list[Piece]
+    ) -> None:
+        self.name, self.sae, self.folder, self.id, self.provenance, self.pieces = (
+            *(name, sae, folder, id_),
+            *(provenance, pieces),
+        )
         self.shards = folder / "shards"
-        self.kept: dict[str, Any] | None = None  # the record of a finished, smaller store that this harvest extends
+        self.kept: StoreRecord | None = None  # the record of a finished, smaller store that this harvest extends
 
     def begin(self) -> bool:
         """Check the files on disk; return whether work is left."""
         if (self.folder / STORE_FILE).is_file():
-            store = read_record(self.folder / STORE_FILE)
+            store = read_store_record(self.folder)
             differences = mapping_differences(store["provenance"], self.provenance)
             if differences:
                 raise SettingsDiffer(
@@ -143,13 +165,13 @@ class _Job:
             self.kept = store
         plan = {"schema": SCHEMA, "provenance": self.provenance}
         path = self.folder / PLAN_FILE
-        begun = None
+        begun: Plan | None = None
         with suppress(OSError, UserError):
-            begun = read_record(path)
+            begun = read_record(path, Plan, "")
         if self.kept is None and self.shards.is_dir() and begun != plan:
             say(f"harvest {self.name}: discarding an unfinished harvest with other settings")
             shutil.rmtree(self.folder)
-        write_json(path, plan)
+        write_record(path, plan)
         self.shards.mkdir(exist_ok=True)
         return True
 
@@ -158,34 +180,39 @@ class _Job:
 
     def finish(self, corpus: Corpus, order: Ints) -> None:
         """Merge the shards into the by-latent index and mark the store as complete."""
+        if self.kept is not None:
+            FiringStore(self.folder, self.kept).check()
         index = f"index-{len(order):08d}"
         window = self.provenance["window"]
         n_windows = len(order) * (self.provenance["context"] // window)
         with _atomic_folder(self.folder / index) as temporary:
             n_firings = merge(temporary, self._sources(), self.sae.num_latents, f"index {self.name} by latent")
             n_special = describe_windows(temporary, corpus, order, window)
-        facts = [read_json(self.shards / piece.name / "facts.json") for piece in self.pieces]
+        places = [self.shards / piece.name / "facts.json" for piece in self.pieces]
+        facts = [read_record(path, ShardFacts, HARVEST_AGAIN) for path in places]
         shards = [
-            {"name": piece.name, "n_sequences": piece.stop - piece.start, "n_firings": fact["n_firings"]}
+            {"name": piece.name, "n_sequences": piece.stop - piece.start}
+            | {key: fact[key] for key in ("n_firings", "digests") if key in fact}
             for piece, fact in zip(self.pieces, facts, strict=True)
         ]
         corpus_path = os.path.relpath(corpus.folder.resolve(), self.folder.resolve())
         store = {
-            "schema": SCHEMA,
             "provenance": self.provenance,
+            "run": self.id,
             "n_sequences": len(order),
             "n_windows": n_windows,
             "n_tokens": n_windows * window,
             "n_special_tokens": n_special,
             "n_firings": n_firings,
-            "n_clipped": sum(fact["n_clipped"] for fact in facts),
-            "n_raised": sum(fact["n_raised"] for fact in facts),
+            "n_clipped": sum(fact.get("n_clipped", 0) for fact in facts),
+            "n_raised": sum(fact.get("n_raised", 0) for fact in facts),
             "index": index,
             "corpus_path": Path(corpus_path).as_posix(),
             "shards": shards,
+            "digests": {name: digest_pieces(self.folder / index / f"{name}.npy") for name in INDEX_FILES},
         }
-        write_json(self.folder / STORE_FILE, store)
-        self._tidy(store)
+        write_record(self.folder / STORE_FILE, store)
+        self._tidy(read_store_record(self.folder))
 
     def _sources(self) -> list[Source]:
         """Return the index of the store that this harvest extends, and the shards that it does not hold."""
@@ -204,7 +231,7 @@ class _Job:
         new = [piece for piece in self.pieces if piece.name not in named]
         return sources + [open_source(self.shards / p.name, SORTED_FILES, p.start * per_sequence) for p in new]
 
-    def _tidy(self, store: dict[str, Any]) -> None:
+    def _tidy(self, store: StoreRecord) -> None:
         """Delete the files that a finished store does not need, also those left by a kill."""
         (self.folder / PLAN_FILE).unlink(missing_ok=True)
         current = {shard["name"] for shard in store["shards"]}
@@ -339,7 +366,8 @@ def _write_shard(folder: Path, coded: Sequence[Coded], num_latents: int, window:
     for name, array in arrays.items():
         create_array(folder / f"{name}.npy", array.dtype, array.shape)[:] = array
     facts = {name: sum(getattr(part, name) for part in coded) for name in ("n_clipped", "n_raised")}
-    write_json(folder / "facts.json", {"n_firings": len(latents), **facts})
+    digests = {name: digest_pieces(folder / f"{name}.npy") for name in SHARD_FILES}
+    write_record(folder / "facts.json", {"n_firings": len(latents), **facts, "digests": digests})
 
 
 def _offsets(counts: Array) -> Ints:

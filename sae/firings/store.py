@@ -24,37 +24,111 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tokenize import TokenError
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
-from sae.common.errors import BadInput, NotFound, SettingsDiffer
-from sae.common.files import digest, read_json
+from sae.common.errors import BadInput, NotFound
+from sae.common.files import digest
+from sae.common.records import OPEN, check_pieces, read_record
 
 if TYPE_CHECKING:
     from sae.text.corpus import Corpus
 
-SCHEMA = 1
 STORE_FILE = "store.json"
 INDEX_FILES = ("offsets", "positions", "activations", "sequences", "content", "special")
 SHARD_FILES = ("latents", "counts", "window_offsets")
+_TYPES = {
+    "offsets": ("<i8",),
+    "positions": ("<u4",),
+    "activations": ("<f2",),
+    "sequences": ("<i8",),
+    "content": ("<u8",),
+    "special": ("|b1",),
+    "window_offsets": ("<u4",),
+    "latents": ("<u2", "<u4"),
+    "counts": ("<u2", "<u4"),
+}
+HARVEST_AGAIN = "delete the folder and harvest again"
 _BLOCK_FIRINGS = 1 << 22  # firings per piece when the whole store is read: some tens of MiB
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
+_Count = Annotated[int, Field(ge=0)]
+_Positive = Annotated[int, Field(ge=1)]
+
+
+@with_config(OPEN)
+class Provenance(TypedDict):
+    """The inputs of a harvest."""
+
+    corpus: str
+    corpus_fingerprint: str
+    hookpoint: str
+    order: str
+    context: _Positive
+    window: _Positive
+    sequences_per_shard: _Positive
+    num_latents: _Positive
+    weights: str
+
+
+@with_config(OPEN)
+class ShardFacts(TypedDict):
+    """The content of ``facts.json``."""
+
+    n_firings: _Count
+    n_clipped: NotRequired[_Count]
+    n_raised: NotRequired[_Count]
+    digests: NotRequired[dict[str, list[str]]]  # of the pieces of its files; older stores have none
+
+
+@with_config(OPEN)
+class ShardRecord(ShardFacts):
+    name: Annotated[str, Field(pattern=r"^\d+-\d+$")]
+    n_sequences: _Positive
+
+
+@with_config(OPEN)
+class Plan(TypedDict):
+    """The content of ``plan.json``."""
+
+    schema: Literal[1]
+    provenance: Provenance
+
+
+@with_config(OPEN)
+class StoreRecord(Plan):
+    """The content of ``store.json``."""
+
+    run: NotRequired[str | None]  # Run.id
+    n_sequences: _Positive
+    n_windows: _Count
+    n_tokens: _Count
+    n_special_tokens: _Count
+    n_firings: _Count
+    n_clipped: NotRequired[_Count]
+    n_raised: NotRequired[_Count]
+    index: Annotated[str, Field(pattern=r"^index-\d+$")]
+    corpus_path: str
+    shards: list[ShardRecord]
+    digests: NotRequired[dict[str, list[str]]]  # of the pieces of the index's files
 
 
 class FiringStore:
     """A finished harvest of one SAE, memory-mapped. Open it with :meth:`open`."""
 
-    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, record: StoreRecord) -> None:
         self.folder = folder
         self.record = record
-        self.provenance: dict[str, Any] = record["provenance"]
+        self.provenance = record["provenance"]
         self.num_latents: int = self.provenance["num_latents"]
         self.window: int = self.provenance["window"]
         self.windows_per_sequence: int = self.provenance["context"] // self.window
@@ -64,9 +138,7 @@ class FiringStore:
         self.n_special_tokens: int = record["n_special_tokens"]
         self.n_firings: int = record["n_firings"]
         index = folder / record["index"]
-        self.latent_offsets, self.position, self.activation, self._sequences, self._content, self._special = (
-            map_array(index / f"{name}.npy") for name in INDEX_FILES
-        )
+        self._index = {name: map_array(index / f"{name}.npy") for name in INDEX_FILES}
         self._windows_per_shard = self.provenance["sequences_per_shard"] * self.windows_per_sequence
         self._layouts: dict[int, list[tuple[np.dtype[Any], int, tuple[int, ...]]]] = {}
 
@@ -75,14 +147,70 @@ class FiringStore:
         """Map the store in ``folder``; raise NotFound without a harvest, SettingsDiffer for another schema."""
         folder = Path(folder)
         record = _read_finished(folder)
-        for relative, shape in _expected_shapes(record).items():
+        for relative, n in _expected_lengths(record).items():
             try:
-                found = map_array(folder / relative).shape
-            except (FileNotFoundError, ValueError, EOFError):
+                array = map_array(folder / relative)
+            except (
+                FileNotFoundError,
+                ValueError,
+                EOFError,
+                SyntaxError,
+                TokenError,
+            ):  # the last two by NumPy
                 raise _damage_error(folder, f"{relative} is missing or cut short") from None
-            if found != shape:
-                raise _damage_error(folder, f"{relative} has shape {list(found)}, not {list(shape)}")
+            if array.shape != (n,) or array.dtype.str not in _TYPES[Path(relative).stem]:
+                raise _damage_error(folder, f"{relative} holds {list(array.shape)} of type {array.dtype}, not {n}")
         return cls(folder, record)
+
+    def check(self) -> bool:
+        """Check all parts against their digests; return False for an older store without any."""
+        for name in INDEX_FILES:
+            self._checked_array(name)
+        for number in range(self.n_shards):
+            self.shard(number)
+        return bool(self.record.get("digests"))
+
+    def _check_part(
+        self, relative: str, digests: Sequence[str] | None, first: int = 0, last: int | None = None
+    ) -> None:
+        if digests is not None and not check_pieces(self.folder / relative, digests, first, last):
+            raise _damage_error(self.folder, f"{relative} does not match its digest")
+
+    def _checked_array(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Return entries ``start`` to ``stop`` of a part of the index, whose digests are checked when first read."""
+        array = self._index[name]
+        stop = len(array) if stop is None else stop
+        bounds = (array.offset + i * array.itemsize for i in (start, stop))
+        self._check_part(f"{self.record['index']}/{name}.npy", self.record.get("digests", {}).get(name, ()), *bounds)
+        return array[start:stop]
+
+    @functools.cached_property
+    def latent_offsets(self) -> Ints:
+        """The first firing of each latent, and the number of firings: int64 [M+1]."""
+        offsets = self._checked_array("offsets")
+        if offsets[0] != 0 or offsets[-1] != self.n_firings or (np.diff(offsets) < 0).any():
+            raise _damage_error(self.folder, "its offsets do not ascend from 0 to the number of firings")
+        return offsets
+
+    @functools.cached_property
+    def position(self) -> Array:
+        return self._checked_array("positions")
+
+    @functools.cached_property
+    def activation(self) -> Array:
+        return self._checked_array("activations")
+
+    @functools.cached_property
+    def _sequences(self) -> Ints:
+        return self._checked_array("sequences")
+
+    @functools.cached_property
+    def _content(self) -> Array:
+        return self._checked_array("content")
+
+    @functools.cached_property
+    def _special(self) -> Array:
+        return self._checked_array("special")
 
     @property
     def digest(self) -> str:
@@ -94,7 +222,7 @@ class FiringStore:
         if not 0 <= latent < self.num_latents:
             raise NotFound(f"latent {latent} does not exist; this SAE has latents 0 to {self.num_latents - 1}")
         start, stop = int(self.latent_offsets[latent]), int(self.latent_offsets[latent + 1])
-        return self.position[start:stop], self.activation[start:stop]
+        return self._checked_array("positions", start, stop), self._checked_array("activations", start, stop)
 
     def windows(self, latent: int) -> tuple[Ints, npt.NDArray[np.float32]]:
         """Return the windows in which a latent fires (ascending) and its peak activation in each."""
@@ -135,8 +263,7 @@ class FiringStore:
         """Return the token ids of some windows, [n, w]."""
         ids = self._checked(window_ids)
         columns = self.slot(ids)[:, None] * self.window + np.arange(self.window)
-        rows = self.sequences_of(ids)
-        return self.corpus.tokens[rows[:, None], columns].astype(np.int64)
+        return np.take_along_axis(self.corpus.rows(self.sequences_of(ids)), columns, axis=1)
 
     def sequences_of(self, window_ids: npt.ArrayLike) -> Ints:
         """Return the corpus sequence of each window."""
@@ -180,9 +307,11 @@ class FiringStore:
 
     def shard(self, number: int) -> tuple[Array, ...]:
         """Map ``latents``, ``counts`` and ``window_offsets`` of a shard, uncached, because open files are limited."""
-        name = self.record["shards"][number]["name"]
-        paths = [self.folder / "shards" / name / f"{kind}.npy" for kind in SHARD_FILES]
+        shard = self.record["shards"][number]
+        paths = [self.folder / "shards" / shard["name"] / f"{kind}.npy" for kind in SHARD_FILES]
         if number not in self._layouts:
+            for kind in SHARD_FILES:
+                self._check_part(f"shards/{shard['name']}/{kind}.npy", shard.get("digests", {}).get(kind, ()))
             arrays = tuple(map_array(path) for path in paths)
             self._layouts[number] = [(a.dtype, a.offset, a.shape) for a in arrays]
             return arrays
@@ -265,44 +394,39 @@ def read_digest(folder: Path) -> str:
     return _digest(_read_finished(folder))
 
 
-def _digest(record: dict[str, Any]) -> str:
+def _digest(record: StoreRecord) -> str:
     return digest({"provenance": record["provenance"], "n_sequences": record["n_sequences"]})
 
 
-def _read_finished(folder: Path) -> dict[str, Any]:
-    path = folder / STORE_FILE
-    if not path.is_file():
+def _read_finished(folder: Path) -> StoreRecord:
+    if not (folder / STORE_FILE).is_file():
         state = "is unfinished" if (folder / "shards").is_dir() else "does not exist"
         raise NotFound(f"firing store {str(folder)!r} {state}; harvest the run (the same command resumes)")
-    return read_record(path)
+    return read_store_record(folder)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Read a ``store.json`` or ``plan.json``. Raises BadInput if damaged, SettingsDiffer for another schema."""
-    try:
-        record = read_json(path)
-        schema = record["schema"]
-        _ = record["provenance"]
-    except (ValueError, KeyError, TypeError):
-        raise _damage_error(path.parent, f"{path.name} cannot be read") from None
-    if schema != SCHEMA:
-        raise SettingsDiffer(
-            f"firing store {str(path.parent)!r} has schema {schema}, this program reads {SCHEMA}; "
-            "delete the folder and harvest again, or use the version that wrote it"
-        )
+def read_store_record(folder: Path) -> StoreRecord:
+    """Read ``store.json``. Raises BadInput if damaged, SettingsDiffer for another schema."""
+    record = read_record(folder / STORE_FILE, StoreRecord, HARVEST_AGAIN)
+    of, sequences = record["provenance"], record["n_sequences"]
+    totals = (sum(shard[key] for shard in record["shards"]) for key in ("n_sequences", "n_firings"))
+    tokens = sequences * (of["context"] // of["window"]) * of["window"]
+    found = (*totals, record["n_windows"] * of["window"], record["n_tokens"])
+    if found != (sequences, record["n_firings"], tokens, tokens):
+        raise _damage_error(folder, f"the totals in {STORE_FILE} contradict each other")
     return record
 
 
-def _expected_shapes(record: dict[str, Any]) -> dict[str, tuple[int]]:
-    """Return {path in the store: shape} of all files of a finished store."""
+def _expected_lengths(record: StoreRecord) -> dict[str, int]:
+    """Return {path in the store: length} of all files of a finished store."""
     provenance, firings, windows = record["provenance"], record["n_firings"], record["n_windows"]
     sizes = (provenance["num_latents"] + 1, firings, firings, record["n_sequences"], windows, windows)
-    shapes = {f"{record['index']}/{name}.npy": (n,) for name, n in zip(INDEX_FILES, sizes, strict=True)}
+    lengths = {f"{record['index']}/{name}.npy": n for name, n in zip(INDEX_FILES, sizes, strict=True)}
     for shard in record["shards"]:
         shard_windows = shard["n_sequences"] * (provenance["context"] // provenance["window"])
-        lengths = (shard["n_firings"], shard_windows * provenance["window"], shard_windows + 1)
-        shapes |= {f"shards/{shard['name']}/{kind}.npy": (n,) for kind, n in zip(SHARD_FILES, lengths, strict=True)}
-    return shapes
+        of_shard = (shard["n_firings"], shard_windows * provenance["window"], shard_windows + 1)
+        lengths |= {f"shards/{shard['name']}/{kind}.npy": n for kind, n in zip(SHARD_FILES, of_shard, strict=True)}
+    return lengths
 
 
 def create_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
@@ -329,7 +453,7 @@ def map_array(path: Path) -> np.memmap[Any, Any]:
 
 
 def _damage_error(folder: Path, what: str) -> BadInput:
-    return BadInput(f"firing store {str(folder)!r} is damaged ({what}); delete the folder and harvest again")
+    return BadInput(f"firing store {str(folder)!r} is damaged ({what}); {HARVEST_AGAIN}")
 
 
 def _ranges(start: Ints, stop: Ints) -> tuple[Ints, Ints]:

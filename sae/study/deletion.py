@@ -77,7 +77,7 @@ def plan_pruning(root: Path) -> Plan:
     _add(plan, "report", [path for path in reports if _is_report(path)])
     runs, damaged = split_readable(every)
     if damaged:
-        plan.kept.append(f"all corpora stay, because the corpus of this run is unknown: {damaged[0]}")
+        plan.kept.append(f"all corpora stay, because the corpus of this run is unknown: {next(iter(damaged.values()))}")
         return _with_cache_kept(plan)
     users: dict[str, list[Run]] = {}
     for run in runs:

@@ -66,7 +66,7 @@ def _harvest_sharing(sharing: list[Run], compute: Compute, tokens: int | None, j
 
 def _harvest_group(source: Source, runs: list[Run], tokens: int, job: Job) -> None:
     from sae.firings.harvest import harvest
-    from sae.firings.store import FiringStore, latent_statistics
+    from sae.firings.store import latent_statistics
 
     settings, corpus = runs[0].settings, source.corpus
     stream = source.stream(settings.subject.hookpoint)
@@ -89,10 +89,11 @@ def _harvest_group(source: Source, runs: list[Run], tokens: int, job: Job) -> No
         tokens=min(tokens, corpus.n_tokens),
         window=settings.harvest.window,
         order_seed=settings.corpus.order_seed,
+        ids={run.name: run.id for run in runs},
         ranks=job,
     )
     for run in runs if job.rank == 0 else []:
-        store = FiringStore.open(run.firings_folder)
+        store = run.store()
         inputs = _firing_inputs(run, store)
         if run.stage_inputs("firing") != inputs:
             n_tokens = store.n_tokens - store.n_special_tokens
@@ -115,12 +116,10 @@ def _firing_inputs(run: Run, store: FiringStore) -> str:
 
 def is_harvested(run: Run) -> bool:
     """Return whether the run's firing table exists and matches its weights and its store."""
-    from sae.firings.store import FiringStore
-
     if not run.stage_path("firing").exists():
         return False
     try:
-        return run.stage_inputs("firing") == _firing_inputs(run, FiringStore.open(run.firings_folder))
+        return run.stage_inputs("firing") == _firing_inputs(run, run.store())
     except NotFound:
         return False
 

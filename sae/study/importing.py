@@ -6,6 +6,7 @@ An imported run has weights, a subject model and hookpoint, and the text on whic
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -84,6 +85,7 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
             if not begun:
                 write_record(run, None, study, settings, {**provenance, "imported": origin})
             save_sae(run.folder, opened.sae, run.about())
+            run.seal()
     folded = f" · folded into the weights: {', '.join(opened.folded)}" if opened.folded else ""
     k = "" if opened.sae.k is None else f", k {opened.sae.k}"
     say(
@@ -101,7 +103,7 @@ def _check_name_is_free(run: Run, study: str, settings: Settings, origin: dict[s
     if run.imported is None:
         raise SettingsDiffer(f"run {run.name!r} exists and was trained here; choose another --name for the import")
 
-    def identity(study: str, settings: Settings, origin: dict[str, Any]) -> dict[str, Any]:
+    def identity(study: str, settings: Settings, origin: Mapping[str, Any]) -> dict[str, Any]:
         imported = {key: origin[key] for key in ("format", "files")}  # the same files may have moved
         return {"study": study, "import": imported, **_identity(settings)}
 

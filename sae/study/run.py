@@ -21,24 +21,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
+
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from sae.common.commands import DEFAULT_ROOT, command
 from sae.common.errors import BadInput, NotFound, SettingsDiffer, suggest
-from sae.common.files import (
-    SCHEMA,
-    digest,
-    digest_file,
-    mapping_differences,
-    read_json,
-    read_table,
-    table_metadata,
-    write_json,
-)
+from sae.common.files import digest, digest_file, mapping_differences, read_table, table_metadata
 from sae.common.package_data import TOP
+from sae.common.records import OPEN, check_pieces, digest_pieces, read_record
+from sae.common.records import write_record as write
 from sae.settings import LARGEST_SEED, Settings, validated
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import pandas as pd
 
     from sae.dictionaries.formats import About
@@ -60,6 +58,7 @@ LATENT_STAGES = ("firing", "overlap", "contexts", "scores")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(?:-[A-Za-z0-9._]+)*")
 _LONGEST_NAME = 80  # an alignment's file name holds two of them
 _WEIGHTS = ("sae.safetensors", "sae_weights.safetensors", "dictionary.safetensors")  # see sae.dictionaries.checkpoint
+_SEAL = "weights.json"
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "openai")
 
 
@@ -71,6 +70,79 @@ class _File:
 
     def __get__(self, run: Run, _: type[Run]) -> Path:
         return run.folder / self._name
+
+
+_Count = Annotated[int, Field(ge=0)]
+_Positive = Annotated[int, Field(ge=1)]
+
+
+@with_config(OPEN)
+class SubjectFacts(TypedDict):
+    source: str
+    fingerprint: str
+    dtype: NotRequired[str]
+    d_in: NotRequired[_Positive]
+
+
+@with_config(OPEN)
+class CorpusFacts(TypedDict):
+    key: Annotated[str, Field(pattern=r"^\w+$")]  # a folder's name
+    fingerprint: str
+    kind: NotRequired[str]
+    n_tokens: NotRequired[_Count]
+
+
+@with_config(OPEN)
+class BatchOrder(TypedDict):
+    seed: _Count
+    fingerprint: str | None
+    steps: _Count
+
+
+Imported = TypedDict(
+    "Imported",
+    {
+        "from": str,  # a keyword, so there is no class of it
+        "format": str,
+        "files": dict[str, str],
+        "architecture": str,
+        "d_in": _Positive,
+        "num_latents": _Positive,
+        "k": _Positive | None,
+        "folded": list[str],
+    },
+)
+
+
+@with_config(OPEN)
+class RunRecord(TypedDict):
+    """The content of ``run.json``."""
+
+    schema: Literal[1]
+    name: str
+    study: str
+    seed: _Count | None
+    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d")]
+    subject: SubjectFacts
+    hookpoint: str
+    corpus: CorpusFacts
+    batch_order: BatchOrder
+    settings: dict[str, Any]
+    settings_digest: NotRequired[str]
+    imported: NotRequired[Imported]
+    ranks: NotRequired[dict[str, Any]]
+    precision: NotRequired[Literal["float32", "bfloat16", "int8"]]
+    packages: NotRequired[dict[str, str]]
+    git_commit: NotRequired[str | None]
+
+
+@with_config(OPEN)
+class WeightsRecord(TypedDict):
+    """The content of ``weights.json``, which binds the weights to the run; older runs have none."""
+
+    run: str  # Run.id
+    sha256: str
+    digests: dict[str, list[str]]  # of the pieces of the weights and of cfg.json
 
 
 @dataclass(frozen=True)
@@ -117,18 +189,23 @@ class Run:
         return self.folder / f"latents.{stage}.parquet"
 
     @functools.cached_property
-    def record(self) -> dict[str, Any]:
-        """The content of ``run.json``."""
-        try:
-            record = read_json(self.record_path)
-            if record["schema"] != SCHEMA:
-                raise BadInput(
-                    f"run {self.name!r} has schema {record['schema']}, this program reads {SCHEMA}; "
-                    "use the version that wrote it"
-                )
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{str(self.record_path)!r} is damaged; train the run again under a new name") from None
+    def record(self) -> RunRecord:
+        """The content of ``run.json``, checked."""
+        path = self.folder / "run.json"
+        fix = "restore it, or delete the run (`runs --delete`) and train it again"
+        record = read_record(path, RunRecord, fix)
+        if record["name"] != self.name:
+            raise BadInput(
+                f"{str(path)!r} is of run {record['name']!r}; rename the folder to that, or delete it if it is a copy"
+            )
         return record
+
+    @functools.cached_property
+    def id(self) -> str:
+        """The digest of what distinguishes this run; its weights, firing store and journal carry it."""
+        record = self.record
+        inputs = [record["subject"]["fingerprint"], record["corpus"]["fingerprint"], record["hookpoint"]]
+        return digest([self.name, self.study, self.seed, record.get("settings_digest"), inputs])
 
     @property
     def study(self) -> str:
@@ -140,7 +217,7 @@ class Run:
         return self.record["seed"]
 
     @property
-    def imported(self) -> dict[str, Any] | None:
+    def imported(self) -> Imported | None:
         """The source files of an imported SAE; ``None`` for one that was trained here."""
         return self.record.get("imported")
 
@@ -170,7 +247,29 @@ class Run:
 
     @functools.cached_property
     def weights_digest(self) -> str:
-        return digest_file(self.weights_path)
+        """The SHA-256 of the weights; raises BadInput if they are damaged or of another run."""
+        path = self.folder / _SEAL
+        if not self.is_sealed:
+            return digest_file(self.weights_path)
+        fix = "restore the run's folder, or delete the run and train or import it again"
+        seal = read_record(path, WeightsRecord, fix)
+        if seal["run"] != self.id:
+            raise BadInput(f"{str(self.weights_path)!r} holds the weights of another run; {fix}")
+        for name, digests in seal["digests"].items():
+            if not check_pieces(self.folder / Path(name).name, digests):
+                raise BadInput(f"{str(self.folder / name)!r} is damaged: it does not match its digest; {fix}")
+        return seal["sha256"]
+
+    @property
+    def is_sealed(self) -> bool:
+        return (self.folder / _SEAL).is_file()
+
+    def seal(self) -> None:
+        """Bind the weights to the run."""
+        files = (self.weights_path, self.folder / "cfg.json")
+        digests = {path.name: digest_pieces(path) for path in files}
+        content = {"run": self.id, "sha256": digest_file(self.weights_path), "digests": digests}
+        write(self.folder / _SEAL, content)
 
     def siblings(self) -> list[Run]:
         """Return the other trained runs of the study."""
@@ -190,7 +289,17 @@ class Run:
     def sae(self) -> Sae:
         from sae.dictionaries.checkpoint import load_sae
 
+        _ = self.weights_digest
         return load_sae(self.folder)
+
+    def read_decoder(self) -> npt.NDArray[np.floating]:
+        """Read the decoder [M, D]."""
+        from safetensors import safe_open
+
+        _ = self.weights_digest
+        with safe_open(self.weights_path, framework="numpy") as weights:
+            decoder: npt.NDArray[np.floating] = weights.get_tensor("W_dec")
+        return decoder
 
     def about(self) -> About:
         """Return the facts that other programs' formats store with the weights."""
@@ -205,9 +314,12 @@ class Run:
         return Corpus.open(self.root / "corpora" / self.record["corpus"]["key"])
 
     def store(self) -> FiringStore:
-        from sae.firings.store import FiringStore
+        from sae.firings.store import HARVEST_AGAIN, FiringStore
 
-        return FiringStore.open(self.firings_folder)
+        store = FiringStore.open(self.firings_folder)
+        if store.record.get("run", self.id) not in (None, self.id):
+            raise BadInput(f"{str(store.folder)!r} is of another run than {self.name!r}; {HARVEST_AGAIN}")
+        return store
 
     def latents(self) -> pd.DataFrame:
         """Return a table with one row per latent: the columns of all stages.
@@ -291,15 +403,15 @@ def study_runs(study: str, root: Path) -> list[Run]:
     return sorted(filter(belongs, all_runs(root)), key=lambda r: (len(r.name), r.name))
 
 
-def split_readable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """Return the runs whose records can be read, and the error messages of the others."""
-    found, damaged = [], []
+def split_readable(runs: Sequence[Run]) -> tuple[list[Run], dict[str, str]]:
+    """Return the runs whose records can be read, and the error messages of the others by name."""
+    found, damaged = [], {}
     for run in runs:
         try:
-            run.record  # noqa: B018
+            run.settings  # noqa: B018
             found.append(run)
-        except BadInput as error:
-            damaged.append(str(error))
+        except (BadInput, SettingsDiffer, OSError) as error:
+            damaged[run.name] = str(error)
     return found, damaged
 
 
@@ -308,7 +420,7 @@ def newest_study(root: Path) -> list[Run]:
     runs, damaged = split_readable(all_runs(root))
     runs = [run for run in runs if not run.is_control] or runs
     if damaged and not runs:
-        raise BadInput(damaged[0])
+        raise BadInput(next(iter(damaged.values())))
     if not runs:
         raise NotFound(f"there are no runs under {str(root)!r}; train some with `{command(root, 'train')}`")
     return study_runs(max(runs, key=lambda r: r.record["created"]).study, root)
@@ -434,7 +546,6 @@ def git_commit() -> str | None:
 def write_record(run: Run, seed: int | None, study: str, settings: Settings, provenance: dict[str, Any]) -> None:
     """Write ``run.json``; ``provenance`` describes subject, corpus and batches. ``seed`` is ``None`` if imported."""
     record = {
-        "schema": SCHEMA,
         "name": run.name,
         "study": study,
         "seed": seed,
@@ -445,4 +556,4 @@ def write_record(run: Run, seed: int | None, study: str, settings: Settings, pro
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "git_commit": git_commit(),
     }
-    write_json(run.record_path, record)
+    write(run.record_path, record)

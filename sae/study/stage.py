@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,9 +162,10 @@ def check_same_inputs(run: Run, **fingerprints: str) -> None:
     """Raise SettingsDiffer if a run began with another ``subject``, ``corpus`` or ``batch_order``."""
     if not run.has_begun:
         return
-    there = {what: run.record[what]["fingerprint"] for what in fingerprints}
+    record: Mapping[str, Any] = run.record
+    there = {what: record[what]["fingerprint"] for what in fingerprints}
     differences = [
-        f"{what}.fingerprint: {there[what][:12]} there, {now[:12]} now"
+        f"{what}.fingerprint: {str(there[what])[:12]} there, {str(now)[:12]} now"
         for what, now in fingerprints.items()
         if there[what] != now
     ]

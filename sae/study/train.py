@@ -141,6 +141,7 @@ def _plan(study: Study, root: Path) -> list[tuple[str, int, bool]]:
             say(f"{run.name} keeps its own settings ({'; '.join(differences)})")
     for run, _ in planned:
         if run.is_trained and run.state_folder.is_dir():  # a kill came after the weights were written
+            run.seal()
             shutil.rmtree(run.state_folder, ignore_errors=True)
     return [(run.name, seed, run.is_trained) for run, seed in planned]
 
@@ -265,6 +266,7 @@ class _Ending:
         for (run, sae), log in zip(self.dictionaries[group], logs, strict=False):
             write_table(run.training_log_path, log.table(), **self._without_outliers(run, sae))
             save_sae(run.folder, sae, run.about())
+            run.seal()
             discard_states(run.state_folder)
             if self.tracker is not None:
                 self.tracker.end(run.name)

@@ -13,17 +13,34 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from sae.common.commands import shell_command
 from sae.common.errors import BadInput, NotFound
-from sae.common.files import read_json
+from sae.common.records import OPEN, PIECE_BYTES, check_pieces, read_record
 
 BLOCK_TOKENS = 4096
 MIXED_BLOCKS = 4
 _BLOCK_SEED = 0x5AE
+_AGAIN = f"delete the folder and run `{shell_command('train')}` with the same settings to write it again"
+
+
+@with_config(OPEN)
+class CorpusRecord(TypedDict):
+    """The content of ``corpus.json``."""
+
+    key: str
+    fingerprint: str
+    context: Annotated[int, Field(ge=1)]
+    n_sequences: Annotated[int, Field(ge=1)]
+    dtype: Literal["<u2", "<u4"]
+    special_ids: list[int]
+    info: dict[str, Any]
+    digests: NotRequired[dict[str, list[str]]]  # of the pieces of the files; older corpora have none
 
 
 class Corpus:
@@ -39,8 +56,10 @@ class Corpus:
         tokens: [N, T], uint16 or uint32, read-only.
     """
 
-    def __init__(self, folder: Path, record: dict[str, Any], tokens: np.memmap) -> None:
+    def __init__(self, folder: Path, record: CorpusRecord, tokens: np.memmap) -> None:
         self.folder = folder
+        self._digests = record.get("digests", {})
+        self._intact: set[int] = set()  # pieces of the tokens that match their digests
         self.key: str = record["key"]
         self.fingerprint: str = record["fingerprint"]
         self.context: int = record["context"]
@@ -54,18 +73,24 @@ class Corpus:
     @classmethod
     def open(cls, folder: Path) -> Corpus:
         """Open a stored corpus. Raises NotFound if there is none, BadInput if it is damaged."""
-        again = f"delete the folder and run `{shell_command('train')}` with the same settings to write it again"
         try:
-            record = read_json(folder / "corpus.json")
+            record = read_record(folder / "corpus.json", CorpusRecord, _AGAIN)
             n, context, dtype = record["n_sequences"], record["context"], np.dtype(record["dtype"])
             if (folder / "tokens.bin").stat().st_size != n * context * dtype.itemsize:
-                raise ValueError("tokens.bin has the wrong size")
+                raise BadInput(f"corpus {str(folder)!r} is damaged (tokens.bin has the wrong size); {_AGAIN}")
             return cls(folder, record, np.memmap(folder / "tokens.bin", dtype, "r", shape=(n, context)))
         except FileNotFoundError as error:
             missing = Path(error.filename).name
-            raise NotFound(f"corpus {str(folder)!r} has no {missing}; {again}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"corpus {str(folder)!r} is damaged ({error}); {again}") from None
+            raise NotFound(f"corpus {str(folder)!r} has no {missing}; {_AGAIN}") from None
+
+    @property
+    def has_digests(self) -> bool:
+        return bool(self._digests)
+
+    def check(self, first: int = 0, last: int | None = None, name: str = "tokens.bin") -> None:
+        """Raise BadInput if a file differs from its digests between two bytes."""
+        if not check_pieces(self.folder / name, self._digests.get(name, ()), first, last):
+            raise BadInput(f"{str(self.folder / name)!r} is damaged: it does not match its digest; {_AGAIN}")
 
     @property
     def block_rows(self) -> int:
@@ -105,6 +130,11 @@ class Corpus:
 
     def rows(self, index: np.ndarray) -> np.ndarray:
         """Return the sequences ``index`` [n], int64 [n, T]."""
+        row_bytes = self.context * self.tokens.itemsize
+        ends = np.asarray(index)[:, None] * row_bytes + [0, row_bytes - 1]
+        for piece in set(np.unique(ends // PIECE_BYTES).tolist()) - self._intact:
+            self.check(piece * PIECE_BYTES, (piece + 1) * PIECE_BYTES)
+            self._intact.add(piece)
         return self.tokens[index].astype(np.int64)
 
     def is_special(self, tokens: np.ndarray) -> np.ndarray:
@@ -118,7 +148,11 @@ class Corpus:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise NotFound(f"corpus {str(self.folder)!r} has no tokenizer.json, so its tokens cannot be decoded")
-        return Tokenizer.from_file(str(path))
+        self.check(name=path.name)
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers has no class for it
+            raise BadInput(f"{str(path)!r} is damaged ({error}); {_AGAIN}") from None
 
     @functools.cached_property
     def _decodes_apart(self) -> bool:

@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from sae.common.amounts import human
-from sae.common.errors import BadInput
-from sae.common.files import digest, read_json, report_full_disk, write_json
+from sae.common.errors import BadInput, UserError
+from sae.common.files import digest, report_full_disk
 from sae.common.progress import say, track
+from sae.common.records import OPEN, digest_pieces, read_record, write_record
 from sae.settings import CorpusSettings
 from sae.text.corpus import Corpus
 from sae.text.sources import Document, Hashes, TextSource, open_stdlib, open_text_files
@@ -83,6 +86,21 @@ def _lock(folder: Path) -> AbstractContextManager[object]:
         return lock.acquire()
 
 
+_COUNTS = ("rows", "pieces", "documents", "bytes", "within_document")
+
+
+@with_config(OPEN)
+class _State(TypedDict):
+    """The content of ``packing.json``."""
+
+    rows: int
+    pieces: int
+    documents: int
+    bytes: int
+    within_document: bool
+    left: list[int]
+
+
 class _Packer:
     """Tokenise into ``tokens.part`` and rename it when it is complete.
 
@@ -133,7 +151,6 @@ class _Packer:
             "max_tokens": self.settings.max_tokens,
         }
         record = {
-            "schema": _SCHEMA,
             "key": self.key,
             "fingerprint": hasher.hexdigest(),
             "context": self.context,
@@ -143,8 +160,13 @@ class _Packer:
             "separator": self.separator,
             "made_from": made_from,
             "info": info,
+            "digests": {
+                name: digest_pieces(self.folder / name)
+                for name in ("tokens.bin", "tokenizer.json")
+                if (self.folder / name).is_file()
+            },
         }
-        write_json(self.folder / "corpus.json", record)
+        write_record(self.folder / "corpus.json", record)
         self.state.unlink(missing_ok=True)
 
     def _pack(self, stream: Any, hasher: Any) -> None:
@@ -196,18 +218,17 @@ class _Packer:
     def _checkpoint(self, stream: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
-        state = {name: getattr(self, name) for name in ("rows", "pieces", "documents", "bytes", "within_document")}
-        write_json(self.state, {**state, "left": self.left.tolist()})
+        state = {name: getattr(self, name) for name in _COUNTS}
+        write_record(self.state, {**state, "left": self.left.tolist()})
 
     def _resume(self) -> None:
         row_bytes = self.context * self.dtype.itemsize
         try:
-            state = read_json(self.state)
-            if self.part.stat().st_size < state["rows"] * row_bytes:
-                raise ValueError("the part file is shorter than its record")
-            self.left = np.asarray(state.pop("left"), dtype=self.dtype)
-            vars(self).update(state)
-        except (OSError, ValueError, KeyError):
+            state = read_record(self.state, _State, "")
+            if self.part.stat().st_size >= state["rows"] * row_bytes:
+                self.left = np.asarray(state["left"], dtype=self.dtype)
+                vars(self).update({name: value for name, value in state.items() if name in _COUNTS})
+        except (OSError, OverflowError, UserError):
             self.rows = 0
         self.part.touch()
         os.truncate(self.part, self.rows * row_bytes)

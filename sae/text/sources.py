@@ -12,12 +12,14 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae.common.errors import BadInput, NotFound, join_or, suggest
-from sae.common.files import check_regular, digest, expand_user, parse_json, read_json, write_json
+from sae.common.errors import BadInput, NotFound, UserError, join_or, suggest
+from sae.common.files import check_regular, digest, expand_user, parse_json
+from sae.common.records import read_record, write_record
 from sae.settings import CorpusSettings
 from sae.text.stdlib import read_stdlib
 
@@ -143,10 +145,10 @@ class Hashes:
 
     def __init__(self, memo: Path) -> None:
         self._memo = memo
-        try:
-            self._known: dict[str, list[Any]] = read_json(memo)
-        except (OSError, ValueError):
-            self._known = {}
+        self._known: dict[str, Any] = {}
+        with suppress(OSError, UserError):
+            record = read_record(memo, dict[str, Any], "")
+            self._known = record.get("files", record)  # older ones have no key above the files
         self._changed = False
 
     def facts(self, path: Path) -> FileFacts:
@@ -155,7 +157,7 @@ class Hashes:
             status = path.stat()
             key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns]
             kept = self._known.get(key)
-            if isinstance(kept, list) and kept[:2] == stamp and len(kept) == 4:
+            if isinstance(kept, list) and kept[:2] == stamp and len(kept) == 4 and isinstance(kept[2], str):
                 return FileFacts(kept[2], status.st_size, kept[3])
             facts = _read_facts(path)
         except OSError as error:
@@ -167,7 +169,7 @@ class Hashes:
 
     def save(self) -> None:
         if self._changed:
-            write_json(self._memo, self._known)
+            write_record(self._memo, {"files": self._known})
             self._changed = False
 
 

@@ -287,6 +287,7 @@ def test_one_damaged_run_does_not_hide_the_others(root: Path) -> None:
     ran = cli("runs", "--root", root)
     assert ran.code == 1
     assert "run_a" in ran.out
+    assert any(line.split() == ["other_a", "damaged"] for line in ran.out.splitlines())
     (line,) = ran.err.splitlines()
     assert "other_a" in line
     assert "damaged" in line

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from fake_server import FakeServer
 from small_harvest import latents_at
-from tiny_study import NUM_LATENTS, K, Ran, cli, journal, tree
+from tiny_study import NUM_LATENTS, K, Ran, change_record, cli, journal, tree
 
 from autointerp.explaining.explainers.ngram import NgramExplainer
 from sae.alignment.nulls import FIRING_COLUMNS, draw_offset
@@ -253,7 +253,7 @@ def test_a_report_does_without_stores_and_weights(root: Path) -> None:
 def test_widths_that_differ_are_told_before_any_work(root: Path) -> None:
     record = json.loads((root / "run_b" / "run.json").read_text())
     record["subject"]["d_in"] += 1
-    (root / "run_b" / "run.json").write_text(json.dumps(record))
+    change_record(root / "run_b" / "run.json", subject=record["subject"])
     shutil.rmtree(root / "run_a" / "firings")
     ran = cli("align", "run_a", "run_b", "--root", root, "--json")
     ran.failed_in_one_line("same width", "run_a", "run_b")

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from autointerp.findings.evidence import Study
 from autointerp.findings.latent import LatentReader, as_json
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import open_journal
 from autointerp.scoring.setups import verdict_filters
 from sae.common.errors import UserError
 from sae.common.progress import track
@@ -119,7 +119,7 @@ class _Reader:
         setup, run = self._study.setup, self._study.focus
         if setup is None or latent not in self._explanation or not run.journal_path.exists():
             return None
-        with Journal(run.journal_path) as journal:
+        with open_journal(run) as journal:
             of = int(self._explanation[latent])
             table = journal.verdicts(explanation_id=of, **verdict_filters(setup))
         if table.empty:

@@ -179,7 +179,7 @@ def test_run_draws_from_its_own_weights_and_firings(tiny_root: Path) -> None:
         silent = {c.window for c in test.hard + test.same_token}
         assert silent
         assert not silent & set(material.store.windows(latent)[0].tolist())
-        near = Neighbours(material.store, material.read_decoder)(latent).tolist()
+        near = Neighbours(material.store, material.run.read_decoder)(latent).tolist()
         for context in test.hard:
             there = set(material.store.firing_in([context.window])[1].tolist())
             assert there & set(near)

@@ -36,6 +36,14 @@ JUDGED_BY = {
 NASTY = "[red]markup[/red] \x1b[31mescape\x07 line\nbreak \u202eright-to-left\u200b \ud800 tab\t"
 
 
+PROVENANCE: dict[str, Any] = {
+    "subject": {"source": "bundled", "fingerprint": "f" * 64, "dtype": "float32", "d_in": 32},
+    "hookpoint": "gpt_neox.layers.2.mlp",
+    "corpus": {"key": "0" * 16, "fingerprint": "c" * 64, "kind": "stdlib", "n_tokens": 3_200_000},
+    "batch_order": {"seed": 0, "fingerprint": "b" * 64, "steps": 244},
+}
+
+
 def runs_of(
     root: Path, seeds: int = 3, *, study: str = "run", m: int = 120, d: int = 32, frozen: str = "nothing"
 ) -> list[Run]:
@@ -45,13 +53,7 @@ def runs_of(
     found = []
     for seed in range(seeds):
         run = Run(f"{study}_{make_suffix(seed)}", root)
-        provenance = {
-            "subject": {"source": "bundled", "fingerprint": "f" * 64, "dtype": "float32", "d_in": d},
-            "hookpoint": "gpt_neox.layers.2.mlp",
-            "corpus": {"key": "0" * 16, "fingerprint": "c" * 64, "kind": "stdlib", "n_tokens": 3_200_000},
-            "batch_order": {"seed": 0, "fingerprint": "b" * 64, "steps": 244},
-        }
-        write_record(run, seed, study, settings, provenance)
+        write_record(run, seed, study, settings, PROVENANCE | {"subject": {**PROVENANCE["subject"], "d_in": d}})
         run.weights_path.touch()
         write_json(run.folder / "cfg.json", {})
         step = np.arange(1, 201)

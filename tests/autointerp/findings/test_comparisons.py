@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
+from tiny_study import change_record
 
 from autointerp.findings.controls import difference_of_means
 from autointerp.findings.study import findings
@@ -119,6 +120,7 @@ def test_what_was_scored_otherwise_is_no_control(tmp_path: Path, differs: str) -
     if differs == "contexts":
         record = frozen.folder / "run.json"
         record.write_text(record.read_text().replace('"n_active": 50', '"n_active": 40'))
+        change_record(record)
     else:
         table = read_table(frozen.stage_path("scores"))
         table[differs] = "llm" if differs == "judge" else 0.1

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_study import journal, records
+from tiny_study import change_record, journal, records
 
 from autointerp.contexts.material import Material
 from autointerp.contexts.sampler import Context
@@ -33,7 +33,7 @@ from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import Judgement
 from autointerp.scoring.score import open_judge, score_runs
 from sae.common.errors import BadInput, Unavailable
-from sae.common.files import read_json, read_table, table_metadata, write_json
+from sae.common.files import read_table, table_metadata
 from sae.common.progress import track
 from sae.study.run import Run, all_runs
 from sae.study.stage import Compute
@@ -387,9 +387,8 @@ def test_eligibility_is_recounted_only_when_settings_change(run: Run, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr("autointerp.contexts.sampler.ContextSampler.eligible", refuse)
         assert records(Material.of(run).eligibility()) == records(first)
-    record = read_json(run.folder / "run.json")
-    record["settings"]["contexts"]["min_active"] = 10
-    write_json(run.folder / "run.json", record)
+    values = run.settings.with_values(contexts={"min_active": 10}).model_dump(mode="json")
+    change_record(run.folder / "run.json", settings=values)
     again = Material.of(Run.open(run.name, run.root))
     assert again.digest != Material.of(run).digest
     assert again.eligibility()["eligible"].sum() <= first["eligible"].sum()

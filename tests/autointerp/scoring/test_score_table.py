@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from fake_server import FakeServer, Reply, error, sensible
 from test_score_by_llm import ITEMS, N, explain, harvested, run, score  # noqa: F401
+from tiny_study import change_record
 
 from autointerp.contexts.sampler import ContextSampler
 from autointerp.contexts.selection import Choice
@@ -181,6 +182,7 @@ def test_scores_of_other_contexts_stay(run: Run) -> None:  # noqa: F811
     text = (run.folder / "run.json").read_text()
     assert '"sample_seed": 0' in text
     (run.folder / "run.json").write_text(text.replace('"sample_seed": 0', '"sample_seed": 1'))
+    change_record(run.folder / "run.json")
     assert by_ngrams(Run.open(run.name, run.root)).n_new == ALL
     table = table_of(run)
     assert table["settings_hash"].nunique() == 2

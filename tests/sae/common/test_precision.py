@@ -171,7 +171,7 @@ def test_trainings_from_before_the_choice_are_float32(
     train_studies([Study("run", base, (0,))], tmp_path, Compute("cpu"))
     path = tmp_path / "run_a" / "run.json"
     record = json.loads(path.read_text())
-    del record["precision"], record["settings"]["training"]["precision"]
+    del record["precision"], record["settings"]["training"]["precision"], record["digest"]
     path.write_text(json.dumps(record))
     train_studies([Study("run", base, (0, 1))], tmp_path, Compute("cpu"))
     assert Run.open("run_b", tmp_path).record["precision"] == "float32"

@@ -32,6 +32,7 @@ from small_harvest import (
     run,
     small_stream,
 )
+from tiny_study import change_record
 
 from sae.common.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.common.files import read_json, write_json
@@ -228,16 +229,20 @@ def test_opening_refuses_what_is_not_whole(stream: FakeStream, tmp_path: Path) -
     with pytest.raises(NotFound, match="does not exist"):
         FiringStore.open(tmp_path / "nowhere")
     record = read_json(folder / "store.json")
-    write_json(folder / "store.json", {**record, "schema": 99})
+    change_record(folder / "store.json", schema=99)
     with pytest.raises(SettingsDiffer, match="schema 99, this program reads 1"):
         FiringStore.open(folder)
     with pytest.raises(SettingsDiffer, match="schema 99"):
         run(stream, tmp_path)
     (folder / "store.json").write_text("{")
-    with pytest.raises(BadInput, match=r"store.json cannot be read"):
+    with pytest.raises(BadInput, match=r"store.json' is damaged"):
         FiringStore.open(folder)
     write_json(folder / "store.json", {**record, "n_firings": record["n_firings"] + 1})
-    with pytest.raises(BadInput, match="has shape"):
+    with pytest.raises(BadInput, match="does not match its digest"):
+        FiringStore.open(folder)
+    write_json(folder / "store.json", record)
+    change_record(folder / "store.json", n_firings=record["n_firings"] + 1)
+    with pytest.raises(BadInput, match="contradict each other"):
         FiringStore.open(folder)
     write_json(folder / "store.json", record)
     latents = next(iter(sorted((folder / "shards").iterdir()))) / "latents.npy"

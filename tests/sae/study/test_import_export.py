@@ -77,7 +77,8 @@ def test_results_equal_those_of_the_original_runs(
     assert set(theirs) - set(ours) == {"run_a/training.parquet", "run_b/training.parquet"}
     scores = "run_a/latents.scores.parquet"  # its footer says when the verdicts were made
     changed = {path for path in ours if ours[path] != theirs[path]}
-    assert changed - {scores} == {"run_a/run.json", "run_b/run.json"}
+    own = {"run.json", "weights.json", "firings/store.json"}  # these name the run and its origin
+    assert changed - {scores} == {f"{run}/{name}" for run in ("run_a", "run_b") for name in own}
     pd.testing.assert_frame_equal(read_table(root / scores), read_table(original / scores))
     assert journal(root / "run_a" / "journal.sqlite") == journal(original / "run_a" / "journal.sqlite")
     before = said["report"].json
@@ -127,6 +128,8 @@ def test_weights_whose_products_overflow_are_one_line(
             elsewhere / "sparsify" / f"run_{letter}", f"x_{letter}", root, "--recipe", tiny_recipe, study="s"
         ).well()
     shutil.copy(folder / "sae.safetensors", root / "x_a" / "sae.safetensors")
+    cli("harvest", "--root", root).failed_in_one_line("x_a", "does not match its digest")
+    (root / "x_a" / "weights.json").unlink()
     for command in ("harvest", "align"):
         cli(command, "--root", root).failed_in_one_line("x_a", *words)
 

@@ -14,6 +14,7 @@ import pytest
 import small_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_study import change_record
 
 from sae.alignment.alignment import read_both_ways
 from sae.alignment.overlap import measure_overlap
@@ -111,14 +112,14 @@ def test_a_damaged_record_is_told(content: str, tmp_path: Path) -> None:
 
 def test_a_record_of_a_later_program_is_told(tmp_path: Path) -> None:
     (run, *_) = small_study.runs_of(tmp_path, 1)
-    write_json(run.folder / "run.json", {**run.record, "schema": 99})
-    with pytest.raises(BadInput, match="schema 99"):
+    change_record(run.folder / "run.json", schema=99)
+    with pytest.raises(SettingsDiffer, match="schema 99"):
         assert Run.open("run_a", tmp_path).record
 
 
 def test_the_record_says_where_a_run_comes_from(tmp_path: Path) -> None:
     run = Run("run_a", tmp_path)
-    write_record(run, 3, "run", SETTINGS, {"subject": {"fingerprint": "f"}, "hookpoint": "layers.2.mlp"})
+    write_record(run, 3, "run", SETTINGS, small_study.PROVENANCE | {"hookpoint": "layers.2.mlp"})
     record = read_json(run.folder / "run.json")
     assert (record["name"], record["study"], record["seed"]) == ("run_a", "run", 3)
     assert record["hookpoint"] == "layers.2.mlp"
@@ -188,7 +189,7 @@ def test_seeds_keep_their_runs_however_a_study_grows(
         known |= found
         for seed, name in found.items():
             if not (root / name).exists():
-                write_record(Run(name, root), seed, "run", SETTINGS, {})
+                write_record(Run(name, root), seed, "run", SETTINGS, small_study.PROVENANCE)
     assert sorted(known.values(), key=lambda n: (len(n), n)) == [f"run_{make_suffix(i)}" for i in range(len(known))]
     shutil.rmtree(root)
 
@@ -218,7 +219,7 @@ def test_what_is_in_the_way_is_not_overwritten(tmp_path: Path) -> None:
         planned([0], tmp_path)
     small_study.runs_of(tmp_path, 1, study="other_a")
     shutil.copytree(tmp_path / "other_a_a", tmp_path / "new_a")
-    with pytest.raises(SettingsDiffer, match="belongs to study 'other_a'"):
+    with pytest.raises(BadInput, match="is of run 'other_a_a'; rename"):
         planned([0], tmp_path, name="new")
 
 

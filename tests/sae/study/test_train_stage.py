@@ -218,7 +218,7 @@ def test_an_early_failure_leaves_the_run_name_free(short: Path, tmp_path: Path) 
 
 def test_an_sae_of_another_width_names_both(tiny_root: Path) -> None:
     run = Run.open("run_a", tiny_root)
-    for name in ("cfg.json", "sae.safetensors"):
+    for name in ("cfg.json", "sae.safetensors", "weights.json"):
         (run.folder / name).unlink()
     save_sae(run.folder, TopKSae.init(24, NUM_LATENTS, 2, seed=0))
     before = tree(tiny_root, under="run_*")

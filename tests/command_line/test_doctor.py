@@ -1,0 +1,114 @@
+"""The command doctor, and what does not belong together: copies between runs, and files of another kind."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from fake_server import FakeServer
+from tiny_study import cli
+
+
+def checks(root: Path, *arguments: object, code: int = 0) -> dict[str, tuple[str, str]]:
+    """What doctor says: check → state and sentence."""
+    ran = cli("doctor", "--root", root, "--json", *arguments)
+    assert ran.code == code, ran
+    return {check["what"]: (check["state"], check["says"]) for check in ran.json["checks"]}
+
+
+def bad(root: Path) -> dict[str, str]:
+    return {what: says for what, (state, says) in checks(root, code=1).items() if state == "bad"}
+
+
+def test_all_is_well(untouched: Path) -> None:
+    found = checks(untouched)
+    assert not [what for what, (state, _) in found.items() if state == "bad"]
+    for what in ("run_a weights", "run_a firing store", "run_b firing store"):
+        assert found[what][1].startswith("digests match")
+    assert {"disk", "memory", "cpu", "run_a journal", "alignment run_a--run_b"} <= set(found)
+    lines = cli("doctor", "--sae", "run_b", "--root", untouched).well().out.splitlines()
+    assert all(line[:5] in ("ok   ", "note ") for line in lines)
+    assert not any("run_a" in line for line in lines)
+
+
+def test_an_endpoint_is_asked(untouched: Path) -> None:
+    with FakeServer() as server:
+        assert checks(untouched, "--llm-url", server.url)[f"LLM endpoint {server.url}"][0] == "ok"
+    ran = cli("doctor", "--llm-url", "http://127.0.0.1:9/v1", "--root", untouched)
+    assert ran.code == 1
+    assert "bad  LLM endpoint http://127.0.0.1:9/v1: " in ran.out
+    assert ran.err.startswith("error: doctor: 1 of ")
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ("run_a/run.json", "run_a record"),
+        ("run_a/sae.safetensors", "run_a weights"),
+        ("run_a/cfg.json", "run_a weights"),
+        ("run_a/weights.json", "run_a weights"),
+        ("run_a/firings/store.json", "run_a firing store"),
+        ("run_a/firings/index-*/activations.npy", "run_a firing store"),
+        ("run_a/firings/shards/*/counts.npy", "run_a firing store"),
+        ("run_a/latents.overlap.parquet", "run_a tables"),
+        ("run_a/training.parquet", "run_a tables"),
+        ("corpora/*/tokens.bin", "corpus"),
+        ("corpora/*/tokenizer.json", "corpus"),
+        ("alignments/run_a--run_b.json", "alignment run_a--run_b"),
+        ("alignments/run_a--run_b.parquet", "alignment run_a--run_b"),
+    ],
+)
+def test_a_flipped_byte_is_found(root: Path, part: str, what: str) -> None:
+    path = next(root.glob(part))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 4
+    path.write_bytes(content)
+    found = bad(root)
+    assert any(name.startswith(what) for name in found), found
+    assert all("; " in says for says in found.values())  # and what to do
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("run.json", "is of run 'run_b'; rename"),
+        ("sae.safetensors", "does not match its digest"),
+        ("weights.json", "the weights of another run"),
+        ("firings", "is of another run"),
+        ("journal.sqlite", "the journal of another run"),
+        ("latents.overlap.parquet", "is a copy of 'run_b/latents.overlap.parquet'"),
+    ],
+)
+def test_a_copy_from_another_run_is_refused(root: Path, part: str, words: str) -> None:
+    cli("explain", "--sae", "run_b", "--explainer", "ngram", "--latents", 2, "--root", root).well()
+    source, target = root / "run_b" / part, root / "run_a" / part
+    if source.is_dir():
+        shutil.rmtree(target)
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)
+    assert any(words in says for says in bad(root).values())
+    for command in (("show", "--latent", 3), ("explain", "--explainer", "ngram", "--latents", 7)):
+        ran = cli(*command, "--sae", "run_a", "--root", root)
+        assert "Traceback" not in ran.err
+        assert ran.code in (0, 1)
+
+
+def test_a_copied_run_is_not_another_seed(root: Path) -> None:
+    shutil.copytree(root / "run_a", root / "run_c")
+    cli("report", "--root", root, "--sae", "run_a").failed_in_one_line("run_c", "is of run 'run_a'")
+
+
+def test_swapped_databases_are_told(root: Path) -> None:
+    path = root / "run_a" / "journal.sqlite"
+    with sqlite3.connect(root / "cache.sqlite") as other:
+        other.execute("CREATE TABLE answer (key TEXT)")
+        other.execute("PRAGMA user_version = 4")
+    other.close()
+    shutil.copyfile(root / "cache.sqlite", path)
+    for command in (("report",), ("show", "--latent", 3), ("score",)):
+        cli(*command, "--sae", "run_a", "--root", root).failed_in_one_line("journal.sqlite", "another kind")
+    path.write_bytes(b"")
+    cli("report", "--sae", "run_a", "--root", root).failed_in_one_line("journal.sqlite", "is empty")
