@@ -251,7 +251,7 @@ class Journal:
         ``filters`` are those of :meth:`verdicts`.
         """
         found: dict[tuple[int, int, str], dict[int, bool | None]] = {}
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             where, values = _where(connection, "verdict", filters)
             query = f"SELECT explanation_id, latent, control, context, label FROM verdict WHERE {where}"
             for explanation, latent, control, window, label in connection.execute(query, values):
@@ -319,7 +319,7 @@ class Journal:
             return pd.read_sql_query(query, connection)
 
     def _select(self, table: str, filters: Mapping[str, Any], columns: Sequence[str] = ("*",)) -> pd.DataFrame:
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             where, values = _where(connection, table, filters)
             query = f"SELECT {', '.join(columns)} FROM {table} WHERE {where} ORDER BY id"
             return pd.read_sql_query(query, connection, params=values)
