@@ -107,7 +107,12 @@ def swept(root: Path) -> None:
         for m in (512, 64, 2048)
     ]
     points.append({"name": "alone", "values": {"training.num_latents": 4}, "shared": None})
-    table: dict[str, Any] = {"schema": 1, "sweep": "widths", "subject": {"fingerprint": "f" * 64}, "points": points}
+    numbers = dict.fromkeys(("num_latents", "k", "tokens"), 1)
+    unknown = dict.fromkeys(("learning_rate", "harvested", "alive", "fvu", "l0", "dead_fraction", "max_cosine"))
+    rest = {"runs": [], "seeds": [], "hookpoint": "h", "architecture": "topk", "findings": [], **numbers, **unknown}
+    points = [{**rest, "cosines": None, "scores": None, **point} for point in points]
+    table: dict[str, Any] = {"schema": 1, "sweep": "widths", "inputs": "", "subject": {"fingerprint": "f" * 64}}
+    table |= {"points": points}
     table |= {"created": "2026-01-01T00:00:00+00:00", "seeds": [0, 1], "together": []}
     write_json(root / "reports" / "widths.sweep.json", {**table, "axes": {"training.num_latents": [512, 64, 2048, 4]}})
     write_json(root / "reports" / "other.sweep.json", {**table, "subject": {"fingerprint": "g"}, "points": None})

@@ -194,6 +194,7 @@ def without_test_sets(run: Run) -> None:  # noqa: F811
     """Make the run one of the version before journals kept test sets."""
     with sqlite3.connect(run.journal_path) as connection:
         connection.execute("DROP TABLE test_set")
+        connection.execute("DROP TABLE owner")
         connection.execute("PRAGMA user_version = 3")
     connection.close()
     write_table(run.stage_path("scores"), table_of(run), columns=digest(COLUMNS), material="m")
