@@ -109,7 +109,15 @@ def swept(root: Path) -> None:
     points.append({"name": "alone", "values": {"training.num_latents": 4}, "shared": None})
     numbers = dict.fromkeys(("num_latents", "k", "tokens"), 1)
     unknown = dict.fromkeys(("learning_rate", "harvested", "alive", "fvu", "l0", "dead_fraction", "max_cosine"))
-    rest = {"runs": [], "seeds": [], "hookpoint": "h", "architecture": "topk", "findings": [], **numbers, **unknown}
+    rest: dict[str, Any] = {
+        "runs": [],
+        "seeds": [],
+        "hookpoint": "h",
+        "architecture": "topk",
+        "findings": [],
+        **numbers,
+        **unknown,
+    }
     points = [{**rest, "cosines": None, "scores": None, **point} for point in points]
     table: dict[str, Any] = {"schema": 1, "sweep": "widths", "inputs": "", "subject": {"fingerprint": "f" * 64}}
     table |= {"points": points}
