@@ -13,7 +13,7 @@ import pandas as pd
 from autointerp.contexts.sampling import load_sample
 from autointerp.findings.json_values import number, to_json
 from autointerp.findings.reliability import reliability_findings, verdicts_of
-from autointerp.journal.journal import Journal
+from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.scorers.base import SCORE_COLUMNS
 from autointerp.scoring.setups import own_scores, plain, precision_of, records_of, rows_of, setups_of
@@ -182,7 +182,7 @@ class LatentReader:
             self._tables[path] = None
             if path.exists():
                 if path.suffix == ".sqlite":
-                    with Journal(path) as journal:
+                    with open_journal(Run(path.parent.name, path.parent.parent)) as journal:
                         table = journal.explanations()
                 else:
                     table = read_table(path)

@@ -111,4 +111,5 @@ def test_swapped_databases_are_told(root: Path) -> None:
     for command in (("report",), ("show", "--latent", 3), ("score",)):
         cli(*command, "--sae", "run_a", "--root", root).failed_in_one_line("journal.sqlite", "another kind")
     path.write_bytes(b"")
-    cli("report", "--sae", "run_a", "--root", root).failed_in_one_line("journal.sqlite", "is empty")
+    for command in (("report",), ("show", "--latent", 3)):
+        cli(*command, "--sae", "run_a", "--root", root).failed_in_one_line("journal.sqlite", "is empty")
