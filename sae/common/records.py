@@ -44,7 +44,7 @@ def read_record(path: Path, kind: type[_T], fix: str) -> _T:
             )
         stored = record.pop("digest", None)
         if stored is not None and stored != digest(record):
-            raise ValueError("its content does not match its digest")
+            raise ValueError('its content does not match its digest; remove "digest" if you changed it on purpose')
         return cast(_T, _adapter(cast(Any, kind)).validate_python(record, strict=True))
     except ValidationError as error:
         first = error.errors()[0]
