@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sae.common.overview import Cost, Overview, Speed, Stage, measure_speed
 from sae.common.package_data import RECIPES
@@ -12,6 +12,7 @@ from sae.settings import Settings
 from sae.study.recipes import settings_from
 
 if TYPE_CHECKING:
+    from autointerp.findings.shape import StudyFindings
     from sae.study.probe import TokenSeconds
 
 RECIPE = RECIPES / "demo.toml"
@@ -55,7 +56,7 @@ REFERENCE = {
 Training and harvest count in training steps; their forward pass is added."""
 
 
-def run_demo(root: Path, threads: int | None = None, overview: Overview | None = None) -> tuple[dict[str, Any], int]:
+def run_demo(root: Path, threads: int | None = None, overview: Overview | None = None) -> tuple[StudyFindings, int]:
     """Run the unfinished stages of the demo. Return the findings and the number of failed latents."""
     settings = settings_from(RECIPE)
     done = stages_done(root)
@@ -68,7 +69,7 @@ def run_demo(root: Path, threads: int | None = None, overview: Overview | None =
 
 def _run(
     root: Path, threads: int | None, settings: Settings, overview: Overview, speed: Speed
-) -> tuple[dict[str, Any], int]:
+) -> tuple[StudyFindings, int]:
     overview.begin(TEXT)
     # These imports take seconds; the overview is already shown.
     from autointerp.contexts.selection import Choice

@@ -115,6 +115,7 @@ def align(
     python cli.py align run_a run_b run_c
     """
     from autointerp.findings.evidence import Study, View
+    from autointerp.findings.json_values import to_json
     from autointerp.findings.returning import alignment_findings
     from autointerp.report.sharing import alignment_page
     from autointerp.report.terminal import print_page
@@ -124,7 +125,7 @@ def align(
     align_runs(runs, machine.compute(), nulls, force)
     view = View(definition=definition, threshold=threshold)
     found = alignment_findings(Study.open(output.root, [run.name for run in runs], view))
-    finish(output.as_json, "align", lambda: found, lambda: print_page(alignment_page(found)))
+    finish(output.as_json, "align", lambda: to_json(found), lambda: print_page(alignment_page(found)))
 
 
 @takes_groups
@@ -151,6 +152,7 @@ def sweep(
     python cli.py sweep widths
     """
     from autointerp.command_line.sweeping import forecast, run_sweep, scoring_of, sweep_findings
+    from autointerp.findings.json_values import to_json
     from autointerp.report.sweep import forecast_page, sweep_page
     from autointerp.report.terminal import print_page
     from sae.study.recipes import read_sweep
@@ -163,7 +165,7 @@ def sweep(
         return
     summary, failed = run_sweep(swept, output.root, machine.compute(), scoring, nulls)
     found = sweep_findings(summary)
-    finish(output.as_json, "sweep", lambda: found, lambda: print_page(sweep_page(found)))
+    finish(output.as_json, "sweep", lambda: to_json(found), lambda: print_page(sweep_page(found)))
     exit_if(failed)
 
 

@@ -26,10 +26,11 @@ def demo(*, threads: opt.Threads = None, full: opt.Full = False, output: Output)
     from autointerp.command_line.demo import run_demo
 
     found, failed = run_demo(output.root, threads)
+    from autointerp.findings.json_values import to_json
     from autointerp.report.report import report_page
     from autointerp.report.terminal import print_page
 
-    finish(output.as_json, "report", lambda: found, lambda: print_page(report_page(found, is_full=full)))
+    finish(output.as_json, "report", lambda: to_json(found), lambda: print_page(report_page(found, is_full=full)))
     exit_if(failed)
 
 
@@ -61,13 +62,14 @@ def report(
     chosen: dict[str, Any] = {"definition": definition, "threshold": threshold, "explainer": explainer}
     view = {**chosen, "against": tuple(against or ())}
     if not (html or to):
+        from autointerp.findings.json_values import to_json
         from autointerp.findings.study import findings_of
         from autointerp.report.report import report_page
         from autointerp.report.terminal import print_page
 
         with reading(run):
             found = findings_of(run, study, **view)
-        finish(output.as_json, "report", lambda: found, lambda: print_page(report_page(found, is_full=full)))
+        finish(output.as_json, "report", lambda: to_json(found), lambda: print_page(report_page(found, is_full=full)))
         return
     if to is not None:
         to = new_file("--to", to)
@@ -118,6 +120,7 @@ def compare(
     \b
     python cli.py compare run_a run_b --sort gap --latents 20
     """
+    from autointerp.findings.json_values import to_json
     from autointerp.findings.pair import PairChoice, chosen, compare_runs, ensure_pair_aligned, the_two
     from autointerp.report.compare import comparison_page
     from autointerp.report.terminal import print_page
@@ -129,9 +132,14 @@ def compare(
     with reading(a):
         found = compare_runs(a, b, definition, threshold, explainer)
     sharing: Sharing = "shared" if shared_only else "unshared" if unshared_only else "any"
-    shown = chosen(found["pairs"], PairChoice(latents, sort, sharing))
+    shown = chosen(found.pairs, PairChoice(latents, sort, sharing))
     listed = {"shown": {key: shown[key] for key in ("says", "n_of", "latents")}}
-    finish(output.as_json, "compare", lambda: {**found, **listed}, lambda: print_page(comparison_page(found, shown)))
+    finish(
+        output.as_json,
+        "compare",
+        lambda: {**to_json(found), **listed},
+        lambda: print_page(comparison_page(found, shown)),
+    )
 
 
 @takes_groups

@@ -16,7 +16,6 @@ from pydantic import Field
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
 from autointerp.explaining.explainers import EXPLAINERS
-from autointerp.findings.json_values import to_json
 from autointerp.findings.paper.sweeps import axes_of, finding_of_sweep
 from autointerp.findings.sweep_points import summarise
 from autointerp.findings.sweep_table import read_summary, summary_inputs, write_summary
@@ -101,7 +100,7 @@ def run_sweep(
 
 def sweep_findings(table: dict[str, Any]) -> dict[str, Any]:
     """Return the sweep's table and the findings that its axes allow."""
-    return {**table, "findings": [to_json(finding_of_sweep(name, table)) for name in axes_of(table)]}
+    return {**table, "findings": [finding_of_sweep(name, table) for name in axes_of(table)]}
 
 
 def forecast(sweep: Sweep, root: Path, compute: Compute) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import pandas as pd
 
 from autointerp.contexts.sampling import Sample
 from autointerp.findings.evidence import JournalFacts, Study
-from autointerp.findings.json_values import mean_of
 from autointerp.findings.pairs import scored_alike
 from autointerp.findings.scores import Scored, estimator_of
+from autointerp.findings.shape import Control, ControlSae, HarderDifference, LackingControls, Mean
 from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
 from autointerp.findings.statistics.resampling import interval_of
 from autointerp.journal.journal import open_journal
@@ -35,29 +35,25 @@ METHODS = {
 }
 
 
-def comparison_findings(
-    study: Study, rows: pd.DataFrame, facts: JournalFacts, sample: Sample | None = None
-) -> dict[str, Any]:
-    """Return ``control_saes`` and ``baseline`` for the scores in ``rows``, weighted if there is a ``sample``.
-
-    ``control_saes`` has an entry for each control SAE scored alike; ``lacking_controls`` names the missing ones and the
-    command that provides them.
-    """
-    controls = find_controls(study.focus)
-    of = estimator_of(rows, facts.too_few, sample)
-    own = Scored(of.of(own_scores(rows)), of)
+def control_sae_findings(
+    study: Study, rows: pd.DataFrame, facts: JournalFacts, sample: Sample | None
+) -> tuple[list[ControlSae], LackingControls | None]:
+    """Return the control SAEs scored like ``rows``, and the missing ones with the command that provides them."""
+    controls, own = find_controls(study.focus), own_scored(rows, facts, sample)
     entries, lacking = [], []
     for kind in CONTROLS:
         alike = scored_alike(study, controls[kind]) if kind in controls else None
         if alike is None or own_scores(alike[0]).empty:
             lacking.append(kind)
         else:
-            entries.append({"kind": kind, "run": controls[kind].name, **_control_figures(own, alike[0])})
-    return {
-        "control_saes": entries,
-        "lacking_controls": _lacking(study, lacking, controls, facts),
-        "baseline": _baseline(study, own),
-    }
+            entries.append(_compare_control(kind, controls[kind].name, own, alike[0]))
+    return entries, _lacking(study, lacking, controls, facts)
+
+
+def own_scored(rows: pd.DataFrame, facts: JournalFacts, sample: Sample | None) -> Scored:
+    """Return the run's own scores in ``rows``, weighted if there is a ``sample``."""
+    of = estimator_of(rows, facts.too_few, sample)
+    return Scored(of.of(own_scores(rows)), of)
 
 
 def difference_of_means(
@@ -75,40 +71,35 @@ def difference_of_means(
     return interval_of(draws - theirs, min(n, m))
 
 
-def _control_figures(own: Scored, rows: pd.DataFrame) -> dict[str, Any]:
+def _compare_control(kind: str, name: str, own: Scored, rows: pd.DataFrame) -> ControlSae:
     """Return one control SAE's scores, and how far those of ``own`` are above them."""
     kinds = rows["status"][rows["control"] == "none"].map(status_kind)
 
     def difference(own: Scored, theirs: Scored) -> Estimate:
         return difference_of_means(own.values(), theirs.values(), own.of, error_of(own.rows))
 
-    return {
-        **_figures(own, Scored(own_scores(rows)), difference),
-        "n_failed": int((kinds == "failed").sum()),
-        "n_ineligible": int((kinds == "ineligible").sum()),
-    }
+    return ControlSae(
+        **_compare(own, Scored(own_scores(rows)), difference),
+        kind=kind,
+        run=name,
+        n_failed=int((kinds == "failed").sum()),
+        n_ineligible=int((kinds == "ineligible").sum()),
+    )
 
 
-def _figures(own: Scored, theirs: Scored, difference: Callable[[Scored, Scored], Estimate]) -> dict[str, Any]:
-    """Return the figures of ``theirs``, and how far ``own`` is above them by the ``difference`` of means."""
-    found = {
-        **theirs.figures(),
-        "auroc_mean": theirs.plain_mean("auroc"),
-        "n_scored": len(theirs.rows),
-        "histogram": theirs.histogram(),
-        "above": mean_of(difference(own, theirs)),
-        "negatives": {},
-    }
+def _compare(own: Scored, theirs: Scored, difference: Callable[[Scored, Scored], Estimate]) -> dict[str, Any]:
+    """Return the fields of :class:`Control` for ``theirs``; ``difference`` is that of the means."""
+    negatives = {}
     for kind in HARDER:
         mine, others = own.over(kind), theirs.over(kind)
         if len(mine.rows) and len(others.rows):
-            above = mean_of(difference(mine, others))
-            found["negatives"][kind] = {**mean_of(others.mean()), "n_scored": len(others.rows), "above": above}
-    return found
+            negatives[kind] = HarderDifference(others.mean(), len(others.rows), Mean(difference(mine, others)))
+    shape = theirs.histogram()
+    return {**theirs.figures(), "histogram": shape, "above": Mean(difference(own, theirs)), "negatives": negatives}
 
 
-def _baseline(study: Study, own: Scored) -> dict[str, Any] | None:
-    """Return the figures of the n-gram baseline over the same latents; ``None`` if the scores are the baseline's."""
+def baseline_findings(study: Study, own: Scored) -> Control | None:
+    """Return the scores of the n-gram baseline over the same latents; ``None`` if the scores are the baseline's."""
     setup, scores = study.setup, study.scores
     if setup is None or scores is None or setup["judge"] == BASELINE:
         return None
@@ -120,31 +111,32 @@ def _baseline(study: Study, own: Scored) -> dict[str, Any] | None:
         both = theirs.index.intersection(own.rows.index)
         if len(both) and precision_of(rows) == wanted:
             ours, others = Scored(own.rows.loc[both], own.of), Scored(theirs.loc[both], own.of)
-            return _figures(ours, others, lambda mine, baseline: baseline.difference(mine))
+            return Control(**_compare(ours, others, lambda mine, baseline: baseline.difference(mine)))
     return None
 
 
 # --- missing controls -------------------------------------------------------------------------------------
 
 
-def _lacking(study: Study, kinds: list[str], controls: Mapping[str, Run], facts: JournalFacts) -> dict[str, Any] | None:
+def _lacking(
+    study: Study, kinds: list[str], controls: Mapping[str, Run], facts: JournalFacts
+) -> LackingControls | None:
     focus = study.focus
     if not kinds or focus.is_control:
         return None
-
-    def said(says: str, *words: str) -> dict[str, Any]:
-        return {"kinds": kinds, "says": says, "command": study.command(*words) if words else None}
-
     if any(kind not in controls for kind in kinds):
         if focus.imported:
-            return said("An imported study has no control SAEs: they are trained with the SAEs of a study.")
+            says = "An imported study has no control SAEs: they are trained with the SAEs of a study."
+            return LackingControls(kinds, says)
         says = "This study has no control SAEs. This trains them, and nothing else:"
-        return said(says, "train", "--name", focus.study)
-    if any(not _is_explained_alike(controls[kind], facts) for kind in kinds):
+        words = ["train", "--name", focus.study]
+    elif any(not _is_explained_alike(controls[kind], facts) for kind in kinds):
         says = "Control SAEs are not explained yet. With the same options as before, this explains a sample of each:"
-        return said(says, "explain", "--sae", focus.name)
-    says = "Control SAEs are not scored like this run yet. With the same options as before, this scores them:"
-    return said(says, "score", "--sae", focus.name)
+        words = ["explain", "--sae", focus.name]
+    else:
+        says = "Control SAEs are not scored like this run yet. With the same options as before, this scores them:"
+        words = ["score", "--sae", focus.name]
+    return LackingControls(kinds, says, study.command(*words))
 
 
 def _is_explained_alike(control: Run, facts: JournalFacts) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from autointerp.findings.json_values import mean_of
 from autointerp.findings.statistics.correlation import bootstrap_mean, mean_fraction, quantiles
 from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
 from sae.alignment.overlap import find_range
@@ -52,6 +51,7 @@ def counterpart_findings(
     null = _under_null(rows, behaviour)
     of_null = None if null is None else {**_by_firing(null), **_ranges(null)}
     found, facts = _by_firing(rows), facts or {}
+    rebuilt = _by_latent(unshared["rebuilt"].dropna(), unshared, bootstrap_mean)
     return {
         "pairs": [list(pair) for pair in behaviour],
         "n": len(rows),
@@ -61,7 +61,8 @@ def counterpart_findings(
         **found,
         "n_unshared": len(unshared),
         "rebuilt": {
-            **mean_of(_by_latent(unshared["rebuilt"].dropna(), unshared, bootstrap_mean)),
+            "mean": rebuilt.value,
+            "interval": rebuilt.interval,
             "quartiles": quantiles(unshared["rebuilt"].dropna()),
             "null": unshared["rebuilt__rotated"].mean() if "rebuilt__rotated" in unshared else None,
         },

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.sampling import EXPLAINED_BY, Sample, load_sample
+from autointerp.findings.shape import ReportedRun, Step
 from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.setups import TOO_FEW, rows_of, setups_of, wanted_of
@@ -26,8 +27,6 @@ from sae.study.run import MAIN_SCORER, Run, all_runs
 
 MODEL = ("--llm-url", "URL")
 """Placeholder for the language model's address; without it a command would use the n-gram baseline."""
-Step = dict[str, str]
-"""A ``stage``, a sentence about it (``says``) and the ``command`` that runs it."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Study:
     def names(self) -> list[str]:
         return [run.name for run in self.runs]
 
-    def describe(self, run: Run) -> dict[str, Any]:
+    def describe(self, run: Run) -> ReportedRun:
         stages = {
             "trained": run.is_trained,
             "harvested": run.name in self.firing,
@@ -142,14 +141,9 @@ class Study:
             "explained": run.journal_path.exists(),
             "scored": run.stage_path("scores").exists(),
         }
-        return {
-            "name": run.name,
-            "seed": run.seed,
-            "num_latents": len(self.alive[run.name]),
-            "architecture": run.settings.training.architecture,
-            "k": run.k,
-            "stages": [stage for stage, done in stages.items() if done],
-        }
+        done = [stage for stage, is_done in stages.items() if is_done]
+        architecture = run.settings.training.architecture
+        return ReportedRun(run.name, run.seed, len(self.alive[run.name]), architecture, run.k, done)
 
     def focus_latents(self) -> pd.DataFrame:
         return self.latents_of(self.focus)
@@ -240,7 +234,7 @@ class Study:
         return command(self.root, *words)
 
     def _step(self, stage: str, says: str, *words: str) -> Step:
-        return {"stage": stage, "says": says, "command": self.command(*words)}
+        return Step(stage, says, self.command(*words))
 
     def missing(self, explained: set[int], has_scores: bool) -> Iterator[Step]:
         """Yield the stages that have not been run, in order."""

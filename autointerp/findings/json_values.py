@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from autointerp.findings.statistics.estimation import Estimator
 from sae.common.estimate import Estimate
 
 
@@ -25,10 +24,24 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Estimate):
         return to_json({"value": value.value, "interval": value.interval})
     if is_dataclass(value):
-        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+        found = {}
+        for field in fields(value):
+            held, interval = getattr(value, field.name), field.metadata.get("interval")
+            if held is not None or "optional" not in field.metadata:
+                found[field.name] = to_json(_part(held, "value") if interval else held)
+            if interval:
+                found[interval] = to_json(_part(held, "interval"))
+        return found
     if isinstance(value, Mapping):
         return {str(key): to_json(held) for key, held in value.items()}
     return [to_json(held) for held in value]
+
+
+def _part(held: Any, name: Literal["value", "interval"]) -> Any:
+    """Return the values or the intervals of one or several estimates."""
+    if isinstance(held, Estimate):
+        return getattr(held, name)
+    return {k: _part(v, name) for k, v in held.items()} if isinstance(held, Mapping) else [_part(v, name) for v in held]
 
 
 def number(value: Any) -> float | None:
@@ -36,22 +49,3 @@ def number(value: Any) -> float | None:
     if value is None or pd.isna(value):
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def mean_of(estimate: Estimate) -> dict[str, Any]:
-    return {"mean": estimate.value, "interval": estimate.interval}
-
-
-def histogram(values: pd.Series | np.ndarray, edges: np.ndarray, of: Estimator | None = None) -> dict[str, Any]:
-    """Count values between ``edges``; values outside are counted in the first or last bin.
-
-    With a sample, ``estimated`` is the number of eligible latents in each bin.
-    """
-    inside = np.clip(np.asarray(values, dtype=float), edges[0], edges[-1])
-    known = np.isfinite(inside)
-    counts, _ = np.histogram(inside[known], bins=edges)
-    found = {"edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()}
-    if of is not None and of.sample is not None and isinstance(values, pd.Series):
-        estimated, _ = np.histogram(inside[known], bins=edges, weights=of.weights(values)[known])
-        found["estimated"] = [round(float(n), 3) for n in estimated]
-    return found

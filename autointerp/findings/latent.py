@@ -13,6 +13,7 @@ import pandas as pd
 from autointerp.contexts.sampling import load_sample
 from autointerp.findings.json_values import number, to_json
 from autointerp.findings.reliability import reliability_findings, verdicts_of
+from autointerp.findings.shape import Reliability
 from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.scorers.base import SCORE_COLUMNS
@@ -21,6 +22,7 @@ from sae.alignment.alignment import pair_path, read_alignment, read_sides
 from sae.alignment.overlap import DEFINITIONS, find_shared
 from sae.common.commands import command
 from sae.common.errors import NotFound
+from sae.common.estimate import UNKNOWN
 from sae.common.files import SCHEMA, read_table
 from sae.study.align import behaviour_folder
 from sae.study.run import MAIN_SCORER, Run
@@ -218,8 +220,8 @@ def reliability_of(run: Run, latent: int | None = None) -> list[dict[str, Any]]:
         rows = rows_of(table, setup)
         if latent is None or latent in own_scores(rows).index:
             figures = reliability_findings(rows, verdicts_of(run, rows, setup), load_sample(run, setup))
-            unknown = {"value": None, "interval": None, "n": 0}
-            found.append(to_json({**setup, "precision": precision_of(rows), **(figures or unknown)}))
+            figures = figures or Reliability(UNKNOWN, 0)
+            found.append({**to_json(setup), "precision": precision_of(rows), **to_json(figures)})
     return found
 
 

@@ -19,8 +19,9 @@ import pandas as pd
 from autointerp.contexts.selection import Choice
 from autointerp.findings.evidence import JournalFacts, Study, View
 from autointerp.findings.json_values import to_json
-from autointerp.findings.pairs import METHODS, agreement, scored_alike, scored_pairs
+from autointerp.findings.pairs import METHODS, Agreement, agreement, scored_alike, scored_pairs
 from autointerp.findings.returning import overlap_findings, similarity_findings
+from autointerp.findings.shape import ComparedRun, Comparison
 from autointerp.scoring.setups import own_scores, rows_of, setups_of, status_kind, wanted_of
 from sae.alignment.alignment import pair_path
 from sae.alignment.overlap import DEFINITIONS, compute_similarity, find_shared
@@ -71,8 +72,8 @@ def ensure_pair_aligned(a: Run, b: Run, compute: Compute) -> None:
 
 def compare_runs(
     a: Run, b: Run, definition: str = "strict", threshold: float = 0.7, explainer: str | None = None
-) -> dict[str, Any]:
-    """Return the comparison of two aligned runs as JSON values.
+) -> Comparison:
+    """Return the comparison of two aligned runs.
 
     Scores are those of the newest set-up that both runs have, else of the first run's newest. Raises NotFound if
     ``explainer`` made none of the first run's scores.
@@ -86,28 +87,25 @@ def compare_runs(
     here, there = Side.of(study, a), Side.of(study, b)
     table = study.tables[a.name, b.name].sort_values("latent", ignore_index=True)
     pairs = _pairs(study, table, here, there)
-    found: dict[str, Any] = to_json(
-        {
-            "schema": SCHEMA,
-            "study": a.study,
-            "runs": [{**study.describe(side.run), "study": side.run.study, **side.counts()} for side in (here, there)],
-            "compared": study.compared,
-            "apart": explain_difference([a, b]),
-            "missing": [],
-            "stale": study.stale(),
-            "definition": definition,
-            "threshold": threshold,
-            "overlap": overlap_findings(study),
-            "similarity": similarity_findings(study.shared),
-            "agreement": _agreement(study, table),
-            "scored_by": _scored_by(study, there),
-            "n_without_partner": len(table) - len(pairs),
-            "pairs": pairs,
-            "lacking": _lacking(here, there, pairs),
-            "methods": {"definitions": DEFINITIONS, **METHODS},
-        }
+    return Comparison(
+        schema=SCHEMA,
+        study=a.study,
+        runs=[side.describe(study) for side in (here, there)],
+        compared=study.compared,
+        apart=explain_difference([a, b]),
+        missing=[],
+        stale=list(study.stale()),
+        definition=definition,
+        threshold=threshold,
+        overlap=to_json(overlap_findings(study)),
+        similarity=to_json(similarity_findings(study.shared)),
+        agreement=_agreement(study, table),
+        scored_by=_scored_by(study, there),
+        n_without_partner=len(table) - len(pairs),
+        pairs=to_json(pairs),
+        lacking=to_json(_lacking(here, there, pairs)),
+        methods={"definitions": DEFINITIONS, **METHODS},
     )
-    return found
 
 
 # --- one run's side -----------------------------------------------------------------------------------------
@@ -151,9 +149,12 @@ class Side:
             made_otherwise=found is None and run.stage_path("scores").exists(),
         )
 
-    def counts(self) -> dict[str, int]:
+    def describe(self, study: Study) -> ComparedRun:
         n_alive = sum(bool(row["alive"]) for row in self.latents.values())
-        return {"n_alive": n_alive, "n_explained": len(self.texts), "n_scored": len(self.scores)}
+        facts = vars(study.describe(self.run))
+        return ComparedRun(
+            **facts, study=self.run.study, n_alive=n_alive, n_explained=len(self.texts), n_scored=len(self.scores)
+        )
 
     def figures(self, latent: int) -> dict[str, Any]:
         """Describe one latent."""
@@ -249,7 +250,7 @@ def _pairs(study: Study, table: pd.DataFrame, here: Side, there: Side) -> list[d
     return found
 
 
-def _agreement(study: Study, table: pd.DataFrame) -> dict[str, Any] | None:
+def _agreement(study: Study, table: pd.DataFrame) -> dict[str, Agreement] | None:
     """Return the agreement of the pairs; ``None`` if no pair is scored on both sides."""
     pairs = scored_pairs(study, study.view.threshold)
     if pairs is None or pairs.empty:

@@ -19,6 +19,7 @@ from autointerp.contexts.sampling import load_sample
 from autointerp.findings.evidence import Study
 from autointerp.findings.relation import Part, pooled_findings
 from autointerp.findings.reliability import verdicts_of
+from autointerp.findings.shape import PooledRelation
 from autointerp.findings.statistics.resampling import Resamples, interval_of
 from autointerp.scoring.setups import own_scores, precision_of, rows_of, setups_of
 from sae.alignment.bootstrap import partner_units
@@ -100,7 +101,7 @@ def agreement(pairs: pd.DataFrame, kept: npt.NDArray[np.bool_]) -> Agreement:
     )
 
 
-def pooled_relation(study: Study, of_focus: pd.DataFrame) -> dict[str, Any] | None:
+def pooled_relation(study: Study, of_focus: pd.DataFrame) -> PooledRelation | None:
     """Return :func:`autointerp.findings.relation.pooled_findings` of the runs that are scored like the focus run.
 
     ``of_focus`` are the verdicts behind the focus run's scores.

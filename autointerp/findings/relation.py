@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.sampling import Sample
-from autointerp.findings.json_values import mean_of
 from autointerp.findings.reliability import Corrected, Halves, corrected_spearman, splits_of
 from autointerp.findings.scores import Scored, swapped_scores
+from autointerp.findings.shape import Correlations, PooledRelation, Quarter, SharedAndUnshared, Stratum
 from autointerp.findings.statistics.correlation import (
     bootstrap_mean,
     partial_spearman,
@@ -87,7 +87,7 @@ class Part:
         return joined.assign(known=rho * joined["fraction"])
 
 
-def relation_findings(part: Part, *, n_bins: int = 4) -> dict[str, Any] | None:
+def relation_findings(part: Part, *, n_bins: int = 4) -> Correlations | None:
     """Relate one run's scores to cross-seed similarity; ``None`` if fewer than three latents have both.
 
     With a sample, weighted and resampled within strata (:mod:`autointerp.findings.statistics.estimation`).
@@ -101,22 +101,20 @@ def relation_findings(part: Part, *, n_bins: int = 4) -> dict[str, Any] | None:
     score, similarity, frequency = table["score"], table["similarity"], table["frequency"]
     strata, place = strata_of(frequency, n_bins), _quarter(similarity, n_bins)
     within = stratified_spearman(similarity, score, frequency, n_strata=n_bins)
-    return {
-        **_correlations(
-            spearman(similarity, score),
-            partial_spearman(similarity, score, frequency),
-            within.pooled,
-            spearman(frequency, score),
-            spearman(similarity, frequency),
-        ),
-        "n": len(table),
-        "strata": _by_stratum(table, strata, [s.correlation for s in within.strata]),
-        "bins": _by_quarter(table, place, [bootstrap_mean(score[place == i]) for i in np.unique(place)], part),
+    return Correlations(
+        spearman=spearman(similarity, score),
+        partial=partial_spearman(similarity, score, frequency),
+        within_strata=within.pooled,
+        frequency=spearman(frequency, score),
+        similarity_and_frequency=spearman(similarity, frequency),
+        n=len(table),
+        strata=_by_stratum(table, strata, [s.correlation for s in within.strata]),
+        bins=_by_quarter(table, place, [bootstrap_mean(score[place == i]) for i in np.unique(place)], part),
         **_by_resampling([part], [table], Resamples(table["unit"])),
-    }
+    )
 
 
-def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> dict[str, Any] | None:
+def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> PooledRelation | None:
     """Return the same over several runs together; all intervals resample latents with their partners.
 
     With samples, each run counts for the effective size of its weighted sample, (sum w)^2 / sum w^2. ``None`` if fewer
@@ -139,64 +137,44 @@ def pooled_findings(parts: Sequence[Part], *, n_bins: int = 4) -> dict[str, Any]
         run = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         strata = run * (int(whole["stratum"].max()) + 1) + whole["stratum"].to_numpy()
         resamples = Resamples(whole["unit"], weights=whole["weight"], strata=strata)
-    return {
-        "runs": [part.run for part in parts],
-        "n_units": resamples.n_units,
-        "weighted": weighted,
-        **_all_by_resampling(parts, tables, resamples, n_bins),
-    }
+    found = _all_by_resampling(parts, tables, resamples, n_bins)
+    return PooledRelation(
+        **vars(found), runs=[part.run for part in parts], n_units=resamples.n_units, weighted=weighted
+    )
 
 
 def _all_by_resampling(
     parts: Sequence[Part], tables: Sequence[pd.DataFrame], resamples: Resamples, n_bins: int
-) -> dict[str, Any]:
+) -> Correlations:
     table = pd.concat(tables) if len(tables) == 1 else pd.concat(tables, ignore_index=True)
     score, similarity, frequency = table["score"], table["similarity"], table["frequency"]
     n, r = resamples.n_free, resamples.correlations([similarity, score, frequency])
     strata, place = strata_of(frequency, n_bins, resamples.own), _quarter(similarity, n_bins, resamples.own)
     inside = {int(i): _within(resamples, similarity, score, strata == i) for i in np.unique(strata)}
     means = [interval_of(resamples.means(score, place == i), resamples.count(place == i)) for i in np.unique(place)]
-    return {
-        **_correlations(
-            interval_of(r[:, 0, 1], n),
-            interval_of(partial(r[:, 0, 1], r[:, 0, 2], r[:, 1, 2]), n),
-            interval_of(_mean_of_strata(inside, {i: int((strata == i).sum()) for i in inside}), n),
-            interval_of(r[:, 1, 2], n),
-            interval_of(r[:, 0, 2], n),
-        ),
-        "n": len(table),
-        "strata": _by_stratum(
-            table, strata, [interval_of(draws, resamples.count(strata == i)) for i, draws in inside.items()]
-        ),
-        "bins": _by_quarter(table, place, means, parts[0] if len(parts) == 1 else None),
+    correlations = [interval_of(draws, resamples.count(strata == i)) for i, draws in inside.items()]
+    return Correlations(
+        spearman=interval_of(r[:, 0, 1], n),
+        partial=interval_of(partial(r[:, 0, 1], r[:, 0, 2], r[:, 1, 2]), n),
+        within_strata=interval_of(_mean_of_strata(inside, {i: int((strata == i).sum()) for i in inside}), n),
+        frequency=interval_of(r[:, 1, 2], n),
+        similarity_and_frequency=interval_of(r[:, 0, 2], n),
+        n=len(table),
+        strata=_by_stratum(table, strata, correlations),
+        bins=_by_quarter(table, place, means, parts[0] if len(parts) == 1 else None),
         **_by_resampling(parts, tables, resamples),
-    }
+    )
 
 
-def _correlations(
-    whole: Estimate, held: Estimate, within: Estimate, with_frequency: Estimate, of_both: Estimate
-) -> dict[str, Any]:
-    return {
-        "spearman": whole.value,
-        "interval": whole.interval,
-        "partial": held,
-        "within_strata": within,
-        "frequency": with_frequency,
-        "similarity_and_frequency": of_both,
-    }
-
-
-def _by_stratum(table: pd.DataFrame, strata: np.ndarray, correlations: Sequence[Estimate]) -> list[dict[str, Any]]:
+def _by_stratum(table: pd.DataFrame, strata: np.ndarray, correlations: Sequence[Estimate]) -> list[Stratum]:
     found = []
     for i, correlation in zip(np.unique(strata), correlations, strict=True):
         inside = table["frequency"][strata == i]
-        found.append({"low": 10 ** inside.min(), "high": 10 ** inside.max(), "n": len(inside), **correlation.as_dict()})
+        found.append(Stratum(10 ** inside.min(), 10 ** inside.max(), len(inside), correlation))
     return found
 
 
-def _by_quarter(
-    table: pd.DataFrame, place: np.ndarray, means: Sequence[Estimate], part: Part | None
-) -> list[dict[str, Any]]:
+def _by_quarter(table: pd.DataFrame, place: np.ndarray, means: Sequence[Estimate], part: Part | None) -> list[Quarter]:
     """Describe the quarters of similarity; for one run, also how far each is above the swapped control."""
     found = []
     swapped = None if part is None else swapped_scores(part.rows, part.sample)
@@ -204,8 +182,7 @@ def _by_quarter(
     for i, mean in zip(np.unique(place), means, strict=True):
         inside = table["similarity"][place == i]
         above = None if swapped is None or own is None else swapped.below(Scored(own[place == i]))
-        counts = {"low": inside.min(), "high": inside.max(), "n": len(inside)}
-        found.append({**counts, **mean_of(mean), "above_control": above})
+        found.append(Quarter(mean, inside.min(), inside.max(), len(inside), above))
     return found
 
 
@@ -258,7 +235,7 @@ def _corrected(
     return corrected_spearman(score, similarity, frequency, whole, resamples)
 
 
-def matched_difference(score: Floats, shared: Bools, frequency: Floats, resamples: Resamples) -> dict[str, Any]:
+def matched_difference(score: Floats, shared: Bools, frequency: Floats, resamples: Resamples) -> SharedAndUnshared:
     """Return the mean score of shared latents less that of unshared ones: plain, and at equal firing frequency.
 
     Matched within quantiles of the frequency that hold both kinds, with the weights of least variance.
@@ -283,10 +260,10 @@ def matched_difference(score: Floats, shared: Bools, frequency: Floats, resample
     with np.errstate(invalid="ignore"):
         matched = interval_of(sums / weight, resamples.n_free) if usable else UNKNOWN
     plain = interval_of(resamples.means(score, shared) - resamples.means(score, ~shared), resamples.n_free)
-    return {
-        "plain": plain,
-        "matched": matched,
-        "n_shared": int(shared.sum()),
-        "n_unshared": int((~shared).sum()),
-        "n_matched": int(np.isin(strata, usable).sum()),
-    }
+    return SharedAndUnshared(
+        plain=plain,
+        matched=matched,
+        n_shared=int(shared.sum()),
+        n_unshared=int((~shared).sum()),
+        n_matched=int(np.isin(strata, usable).sum()),
+    )

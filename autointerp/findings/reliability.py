@@ -29,6 +29,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from autointerp.contexts.sampling import Sample
+from autointerp.findings.shape import Reliability
 from autointerp.findings.statistics.resampling import Bools, Floats, Resamples, interval_of, partial
 from autointerp.journal.journal import open_journal
 from autointerp.scoring.scorers.base import HARDER
@@ -150,7 +151,7 @@ def corrected_spearman(
     return Corrected(found, interval_of(with_similarity, n), interval_of(held, n))
 
 
-def reliability_findings(rows: pd.DataFrame, verdicts: pd.DataFrame, sample: Sample | None) -> dict[str, Any] | None:
+def reliability_findings(rows: pd.DataFrame, verdicts: pd.DataFrame, sample: Sample | None) -> Reliability | None:
     """Return the reliability of one set-up's scores; ``None`` without verdicts.
 
     With a ``sample``, it is that of all eligible latents, without finite population correction. ``verdicts`` are those
@@ -167,8 +168,7 @@ def reliability_findings(rows: pd.DataFrame, verdicts: pd.DataFrame, sample: Sam
     if weights is not None:
         of = weights.loc[own.index]
         resamples = Resamples(np.arange(len(own)), weights=of["weight"], strata=of["stratum"])
-    found = interval_of(halves.draws(resamples), max(2, resamples.n_free))
-    return {"value": found.value, "interval": found.interval, "n": halves.n}
+    return Reliability(interval_of(halves.draws(resamples), max(2, resamples.n_free)), halves.n)
 
 
 def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:

@@ -13,7 +13,8 @@ import pandas as pd
 
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import Study
-from autointerp.findings.json_values import histogram, to_json
+from autointerp.findings.json_values import to_json
+from autointerp.findings.shape import AlignedRun, Alignment
 from autointerp.findings.statistics.correlation import quantiles
 from sae.alignment.overlap import CLASSES, DEFINITIONS, StudyOverlap, classify_sharing, find_range
 from sae.common.estimate import Estimate
@@ -197,7 +198,7 @@ def frequency_by_class_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
             "quartiles": quantiles(members),
             "histogram": {
                 "edges": [float(10**e) for e in edges],
-                "counts": histogram(np.log10(members), edges)["counts"],
+                "counts": np.histogram(np.log10(members), edges)[0].tolist(),
             },
         }
         for name, members in by_class.items()
@@ -257,17 +258,15 @@ def _harvested_tokens(table: pd.DataFrame) -> int | None:
     return round(table["n_firings"].iloc[most] / table["firing_frequency"].iloc[most])
 
 
-def alignment_findings(study: Study) -> dict[str, Any]:
+def alignment_findings(study: Study) -> Alignment:
     """Return the overlap of aligned runs, in the shape of the report's findings."""
     assert study.shared is not None
-    found = {
-        "runs": [{"name": run.name, "study": run.study, "seed": run.seed} for run in study.runs],
-        "compared": study.compared,
-        "apart": explain_difference(study.runs),
-        "missing": [],
-        "overlap": describe_overlap(study.shared, study.view.definition),
-        "similarity": similarity_findings(study.shared),
-        "counterparts": counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts),
-    }
-    json: dict[str, Any] = to_json(found)
-    return json
+    return Alignment(
+        runs=[AlignedRun(run.name, run.seed, run.study) for run in study.runs],
+        compared=study.compared,
+        apart=explain_difference(study.runs),
+        missing=[],
+        overlap=to_json(describe_overlap(study.shared, study.view.definition)),
+        similarity=to_json(similarity_findings(study.shared)),
+        counterparts=to_json(counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts)),
+    )

@@ -5,8 +5,9 @@ Alongside the mean: how many latents could not be scored and why, and the swappe
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.sampling import Sample, load_sample
+from autointerp.findings import shape
 from autointerp.findings.evidence import JournalFacts, Study
-from autointerp.findings.json_values import histogram, mean_of, number
+from autointerp.findings.json_values import number
 from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
 from autointerp.journal.method import CHANCE
 from autointerp.scoring.scorers.base import HARDER, STOPS
@@ -24,7 +26,6 @@ from sae.alignment.overlap import CLASSES
 from sae.common.estimate import UNKNOWN, Estimate, proportion
 
 SCORE_EDGES = np.linspace(0, 1, 51)
-_OF_OTHERS = ("mean", "interval", "auroc_mean", "auroc_interval", "n_scored", "n_failed", "n_ineligible", "control")
 
 
 def score_findings(
@@ -33,7 +34,8 @@ def score_findings(
     explained: set[int],
     too_few: Set[int] = frozenset(),
     sample: Sample | None = None,
-) -> dict[str, Any]:
+    rounds: Mapping[str, Any] | None = None,
+) -> shape.SetupScores:
     """Return the distribution of the scores, the control, and counts by shared class.
 
     Args:
@@ -44,6 +46,7 @@ def score_findings(
         too_few: latents that were asked for and had too few contexts.
         sample: the figures use only its latents, weighted (:mod:`autointerp.findings.statistics.estimation`); counts
             are always of latents.
+        rounds: of adaptive judging.
     """
     own = rows[rows["control"] == "none"].set_index("latent")
     kinds = own["status"].map(status_kind)
@@ -54,58 +57,51 @@ def score_findings(
     ineligible = set(own.index[kinds == "ineligible"]) | too_few
     asked = set(own.index) | explained | ineligible
     eligible = latents.get("eligible")
-    return {
-        **good.figures(),
-        "auroc_mean": auroc.value,
-        "auroc_interval": auroc.interval,
-        "n_scored": len(good.rows),
-        "precision": _precision(good.rows),
-        "sample": None if sample is None else _sample_findings(sample, of.sample, good.rows, scored),
-        "n_failed": int((kinds == "failed").sum()),
-        "n_ineligible": len(ineligible),
-        "n_asked": len(asked),
-        "n_explained": len(explained),
-        "n_waiting": len(explained - set(own.index)),
-        "n_eligible": int(eligible.sum()) if eligible is not None else len(asked - ineligible),
-        "eligible_of": "all latents" if eligible is not None else "the latents asked for",
-        "n_alive": int(latents["alive"].sum()),
-        "n_latents": len(latents),
-        "n_failed_answers": failed_answers(own),
-        "histogram": good.histogram(),
-        "control": _control(rows, swapped, good),
-        "negatives": _negatives(good, swapped),
-        "too_few": too_few_findings(latents),
-        "by_class": _by_class(latents, own, kinds, explained, of, swapped) if "shared_class" in latents else None,
-    }
+    return shape.SetupScores(
+        **(good.figures() | {"auroc_mean": auroc.value}),
+        auroc_interval=auroc.interval,
+        precision=_describe_precision(good.rows, rounds),
+        sample=None if sample is None else _describe_sample(sample, of.sample, good.rows, scored),
+        n_failed=int((kinds == "failed").sum()),
+        n_ineligible=len(ineligible),
+        n_asked=len(asked),
+        n_explained=len(explained),
+        n_eligible=int(eligible.sum()) if eligible is not None else len(asked - ineligible),
+        eligible_of="all latents" if eligible is not None else "the latents asked for",
+        n_alive=int(latents["alive"].sum()),
+        n_latents=len(latents),
+        n_failed_answers=failed_answers(own),
+        histogram=good.histogram(),
+        control=_control(rows, swapped, good),
+        negatives=_negatives(good, swapped),
+        too_few=too_few_findings(latents),
+        by_class=_by_class(latents, own, kinds, explained, of, swapped) if "shared_class" in latents else None,
+    )
 
 
-def _precision(good: pd.DataFrame) -> dict[str, Any] | None:
+def _describe_precision(good: pd.DataFrame, rounds: Mapping[str, Any] | None) -> shape.Adaptive | None:
     """Describe adaptive judging: half-width, reasons for stopping, mean number of contexts. ``None`` if not used."""
     half_width = precision_of(good)
     if half_width is None:
         return None
     counts = good["stopped"].value_counts()
-    return {
-        "half_width": half_width,
-        "stopped": {why: int(counts.get(why, 0)) for why in STOPS},
-        "mean_contexts": (good["n_active"].astype(float) + good["n_inactive"].astype(float)).mean(),
-    }
+    n_contexts = good["n_active"].astype(float) + good["n_inactive"].astype(float)
+    return shape.Adaptive(half_width, {why: int(counts.get(why, 0)) for why in STOPS}, n_contexts.mean(), rounds)
 
 
-def _sample_findings(
+def _describe_sample(
     sample: Sample, weights: pd.DataFrame | None, good: pd.DataFrame, scored: pd.DataFrame
-) -> dict[str, Any]:
-    """Describe the sample, how much of it is done, and how many scored latents are outside it."""
+) -> shape.SampleOfLatents:
     assert weights is not None
-    return {
+    return shape.SampleOfLatents(
         **sample.as_dict(),
-        "n_done": len(weights),
-        "n_scored": len(good),
-        "n_waiting": len(sample.drawn - set(weights.index)),
-        "n_failed": len(weights) - len(good),
-        "n_outside": len(scored) - len(good),
-        "effective_n": weights["weight"].sum() ** 2 / (weights["weight"] ** 2).sum() if len(weights) else None,
-    }
+        n_done=len(weights),
+        n_scored=len(good),
+        n_waiting=len(sample.drawn - set(weights.index)),
+        n_failed=len(weights) - len(good),
+        n_outside=len(scored) - len(good),
+        effective_n=weights["weight"].sum() ** 2 / (weights["weight"] ** 2).sum() if len(weights) else None,
+    )
 
 
 def estimator_of(rows: pd.DataFrame, too_few: Set[int], sample: Sample | None) -> Estimator:
@@ -138,17 +134,23 @@ class Scored:
         """Return the mean of a column, without an interval."""
         return self.of.plain_mean(self.values(column))
 
-    def figures(self) -> dict[str, Any]:
-        """Return the mean and the quartiles of the scores, with their intervals."""
-        quartiles = self.of.quartiles(self.values(), error_of(self.rows))
-        return {
-            **mean_of(self.mean()),
-            "quartiles": [q.value for q in quartiles],
-            "quartile_intervals": [q.interval for q in quartiles],
-        }
+    def distribution(self) -> shape.Distribution:
+        return shape.Distribution(self.mean(), self.of.quartiles(self.values(), error_of(self.rows)))
 
-    def histogram(self) -> dict[str, Any]:
-        return histogram(self.values(), SCORE_EDGES, self.of)
+    def figures(self) -> dict[str, Any]:
+        """Return the fields of :class:`ScoreFigures`."""
+        return {**vars(self.distribution()), "auroc_mean": self.plain_mean("auroc"), "n_scored": len(self.rows)}
+
+    def histogram(self) -> shape.Histogram:
+        """Count the scores between :data:`SCORE_EDGES`."""
+        values, edges = self.values(), SCORE_EDGES
+        counts, estimated = (np.histogram(values, edges, weights=of)[0] for of in (None, self.of.weights(values)))
+        is_sample = self.of.sample is not None
+        return shape.Histogram(
+            [round(float(e), 6) for e in edges],
+            counts.tolist(),
+            [round(float(n), 3) for n in estimated] if is_sample else None,
+        )
 
     def difference(self, own: Scored) -> Estimate:
         """Return the mean of own less these scores over the latents that have both."""
@@ -157,15 +159,12 @@ class Scored:
             (own.values() - self.values()).dropna(), None if ours is None or theirs is None else ours + theirs
         )
 
-    def below(self, own: Scored) -> dict[str, Any] | None:
-        """Return the mean of own less these scores over the ``n`` latents with both, and the ``fraction`` above 0.
-
-        ``None`` if no latent has both.
-        """
+    def below(self, own: Scored) -> shape.Difference | None:
+        """Return how far own is above these scores; ``None`` if no latent has both."""
         paired = (own.values() - self.values()).dropna()
         if paired.empty:
             return None
-        return {**mean_of(self.difference(own)), "n": len(paired), "fraction": self.of.share(paired > 0)}
+        return shape.Difference(self.difference(own), len(paired), self.of.share(paired > 0))
 
 
 def swapped_scores(rows: pd.DataFrame, sample: Sample | None) -> Scored:
@@ -175,25 +174,19 @@ def swapped_scores(rows: pd.DataFrame, sample: Sample | None) -> Scored:
     return Scored(of.of(asked[asked["status"] == "ok"]), of)
 
 
-def _control(rows: pd.DataFrame, swapped: Scored, own: Scored) -> dict[str, Any] | None:
-    """Summarise the swapped control: each latent's contexts judged by another latent's explanation.
-
-    ``leaks``: its interval excludes .5, so something other than the explanation reveals where the latent fires.
-    """
+def _control(rows: pd.DataFrame, swapped: Scored, own: Scored) -> shape.SwappedControl | None:
     if swapped.rows.empty:
         return None
     figures = swapped.figures()
-    low, high = figures["interval"] or (CHANCE, CHANCE)
-    return {
-        "kind": "swap",
+    low, high = figures["mean"].interval or (CHANCE, CHANCE)
+    return shape.SwappedControl(
         **figures,
-        "leaks": bool(low > CHANCE or high < CHANCE),
-        "auroc_mean": swapped.plain_mean("auroc"),
-        "n_scored": len(swapped.rows),
-        "n_failed": int(((rows["control"] == "swap") & (rows["status"] != "ok")).sum()),
-        "histogram": swapped.histogram(),
-        "above_control": swapped.below(own) or {**mean_of(UNKNOWN), "n": 0, "fraction": None},
-    }
+        kind="swap",
+        leaks=bool(low > CHANCE or high < CHANCE),
+        n_failed=int(((rows["control"] == "swap") & (rows["status"] != "ok")).sum()),
+        histogram=swapped.histogram(),
+        above_control=swapped.below(own) or shape.Difference(UNKNOWN, 0, math.nan),
+    )
 
 
 def failed_answers(rows: pd.DataFrame) -> int:
@@ -202,49 +195,43 @@ def failed_answers(rows: pd.DataFrame) -> int:
     return int(sum(rows[c].fillna(0).sum() for c in columns))
 
 
-def _negatives(good: Scored, swapped: Scored) -> dict[str, Any]:
-    """Return for each harder kind of negative the mean over the latents that have it, and how many lack it.
-
-    ``random_mean`` is the same latents' score over random negatives, ``swapped_mean`` the swapped control's over this
-    kind, ``above_control`` the difference.
-    """
-    found: dict[str, Any] = {}
+def _negatives(good: Scored, swapped: Scored) -> dict[str, shape.HarderScores]:
+    """Return the scores over each harder kind of negatives that some latent has."""
+    found = {}
     for kind in HARDER:
         some, others = good.over(kind), swapped.over(kind)
         if some.rows.empty:
             continue
-        found[kind] = {
+        found[kind] = shape.HarderScores(
             **some.figures(),
-            "tnr": some.mean("tnr"),
-            "auroc_mean": some.plain_mean("auroc"),
-            "random_mean": good.of.plain_mean(good.values()[some.rows.index]),
-            "swapped_mean": others.plain_mean(),
-            "above_control": others.below(some),
-            "n_scored": len(some.rows),
-            "n_missing": len(good.rows) - len(some.rows),
-            "n_failed_answers": int(good.rows[f"n_failed_{kind}"].fillna(0).sum()),
-        }
+            tnr=some.mean("tnr"),
+            random_mean=good.of.plain_mean(good.values()[some.rows.index]),
+            swapped_mean=others.plain_mean(),
+            above_control=others.below(some),
+            n_missing=len(good.rows) - len(some.rows),
+            n_failed_answers=int(good.rows[f"n_failed_{kind}"].fillna(0).sum()),
+        )
     return found
 
 
 def _by_class(
     latents: pd.DataFrame, own: pd.DataFrame, kinds: pd.Series, explained: set[int], of: Estimator, swapped: Scored
-) -> dict[str, Any]:
+) -> dict[str, shape.ScoresOfClass]:
     found = {}
     for name, members in _classes(latents).items():
         inside = own.index.isin(members.index)
         good = Scored(of.of(own[inside & (kinds == "ok").to_numpy()]), of)
         counted = members.get("eligible")
-        found[name] = {
-            "n_latents": len(members),
-            "n_alive": int(members["alive"].sum()),
-            "n_eligible": int(counted.sum()) if counted is not None else int((kinds[inside] != "ineligible").sum()),
-            "n_explained": len(explained & set(members.index)),
-            "n_scored": len(good.rows),
-            "n_failed": int((kinds[inside] == "failed").sum()),
-            **good.figures(),
-            "above_control": swapped.below(good),
-        }
+        found[name] = shape.ScoresOfClass(
+            **vars(good.distribution()),
+            n_latents=len(members),
+            n_alive=int(members["alive"].sum()),
+            n_eligible=int(counted.sum()) if counted is not None else int((kinds[inside] != "ineligible").sum()),
+            n_explained=len(explained & set(members.index)),
+            n_scored=len(good.rows),
+            n_failed=int((kinds[inside] == "failed").sum()),
+            above_control=swapped.below(good),
+        )
     return found
 
 
@@ -257,7 +244,7 @@ def _classes(latents: pd.DataFrame) -> dict[str, pd.DataFrame]:
 # --- latents with too few contexts ------------------------------------------------------------------------
 
 
-def too_few_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
+def too_few_findings(latents: pd.DataFrame) -> dict[str, shape.TooFew] | None:
     """Describe the alive latents with too few contexts to be explained and tested: how many, which, and why.
 
     Over all classes ``together`` and, if there are siblings, for each shared class. ``None`` if contexts were not
@@ -270,22 +257,20 @@ def too_few_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
     return {name: _too_few(members) for name, members in {"together": alive, **classes}.items()}
 
 
-def _too_few(members: pd.DataFrame) -> dict[str, Any]:
+def _too_few(members: pd.DataFrame) -> shape.TooFew:
     enough = members["eligible"].astype("boolean").fillna(False).astype(bool)
     lacking = members[~enough]
     reasons = lacking.get("ineligible_reason", pd.Series("", index=lacking.index)).map(_without_numbers)
     frequency = members.get("firing_frequency", pd.Series(np.nan, index=members.index))
-    share: Estimate = proportion(len(lacking), len(members))
-    return {
-        "n_alive": len(members),
-        "n": len(lacking),
-        "fraction": share.value,
-        "interval": share.interval,
-        "latents": lacking.index,
-        "reasons": dict(Counter(reasons).most_common()),
-        "median_frequency": number(frequency[~enough].median()) if len(lacking) else None,
-        "median_frequency_of_eligible": number(frequency[enough].median()) if enough.any() else None,
-    }
+    return shape.TooFew(
+        n_alive=len(members),
+        n=len(lacking),
+        fraction=proportion(len(lacking), len(members)),
+        latents=lacking.index.tolist(),
+        reasons=dict(Counter(reasons).most_common()),
+        median_frequency=number(frequency[~enough].median()) if len(lacking) else None,
+        median_frequency_of_eligible=number(frequency[enough].median()) if enough.any() else None,
+    )
 
 
 def _without_numbers(reason: object) -> str:
@@ -300,7 +285,7 @@ def _without_numbers(reason: object) -> str:
 # --- other scorers ----------------------------------------------------------------------------------------
 
 
-def other_scorer_findings(study: Study, latents: pd.DataFrame, facts: JournalFacts) -> list[dict[str, Any]]:
+def other_scorer_findings(study: Study, latents: pd.DataFrame, facts: JournalFacts) -> list[shape.OtherScorer]:
     """Return a row for each other scorer of the same explainer and judge; scorers are never averaged together."""
     if study.scores is None or "scorer" not in study.scores:
         return []
@@ -312,7 +297,8 @@ def other_scorer_findings(study: Study, latents: pd.DataFrame, facts: JournalFac
     for scorer in sorted(set(study.scores["scorer"].dropna()) - {view.scorer, setup.get("scorer")}):
         for other in setups_of(study.scores, scorer=scorer, **wanted)[:1]:
             rows, sample = rows_of(study.scores, other), load_sample(study.focus, other)
-            figures = score_findings(rows, latents, facts.explained, facts.too_few, sample)
-            who = {"explainer": other.get("explainer"), "judge": other.get("judge")}
-            found.append({"scorer": scorer, **who, **{key: figures[key] for key in _OF_OTHERS}})
+            of = score_findings(rows, latents, facts.explained, facts.too_few, sample)
+            who = scorer, other.get("explainer"), other.get("judge")
+            counts = of.n_scored, of.n_failed, of.n_ineligible
+            found.append(shape.OtherScorer(of.mean, *who, of.auroc_mean, of.auroc_interval, *counts, of.control))
     return found

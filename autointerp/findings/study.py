@@ -1,21 +1,7 @@
-"""Compute the findings of a study: one JSON object, shown by the terminal, the HTML report and ``report --json``.
+"""Compute the findings of a study, which the terminal, the HTML report and ``report --json`` show.
 
 Only the files that the stages wrote are read (tables, alignments, journals): no model, no weights, no torch.
 A part whose stage has not run is ``None``, and ``missing`` names the command that runs it.
-
-    schema, study, focus, runs, subject, corpus, missing
-    overlap        the fraction shared, under every definition           needs: align (alive latents: harvest)
-    similarity     matched cosines and their histogram                          align
-    counterparts   what latents do in the other seeds, and what became of unshared ones    align
-    membership     which seeds share the focus run's latents                    align
-    training, firing, frequency_by_class                                        train, harvest
-    scores         with their controls, baseline, reliability                   explain, score
-    relation       score and similarity, raw and corrected; of several runs     explain, score, align
-    interesting, failures                                                       explain, score
-    findings       the paper's, each with a verdict (autointerp.findings.paper)
-    methods        definitions, interval methods, who explained and judged, prompt hashes
-
-Fractions are between 0 and 1; a number that could not be measured is ``None``.
 """
 
 from __future__ import annotations
@@ -27,7 +13,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from autointerp.contexts.sampling import Sample
-from autointerp.findings import controls, relation, reliability, returning
+from autointerp.findings import controls, relation, reliability, returning, shape
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import JournalFacts, Study, View, asking
 from autointerp.findings.json_values import number, to_json
@@ -46,6 +32,7 @@ from sae.alignment.overlap import DEFINITIONS
 from sae.alignment.relation import RELATIONS
 from sae.common.amounts import precision_in_words
 from sae.common.errors import NotFound, UserError
+from sae.common.estimate import Estimate
 from sae.common.files import SCHEMA
 from sae.common.progress import say_once
 from sae.study.run import Run
@@ -54,8 +41,8 @@ N_INTERESTING = 10
 N_CONTEXTS = 3
 
 
-class ShownContext(Protocol):
-    """The parts of ``autointerp.contexts.sampler.Context`` that are shown."""
+class Context(Protocol):
+    """The parts of :class:`autointerp.contexts.sampler.Context` that are shown."""
 
     @property
     def tokens(self) -> Sequence[str]: ...
@@ -64,7 +51,7 @@ class ShownContext(Protocol):
 
 
 #: (run name, latent) → contexts; called only for the latents shown.
-ContextSource = Callable[[str, int], Sequence[ShownContext]]
+ContextSource = Callable[[str, int], Sequence[Context]]
 
 
 def findings_of(
@@ -75,7 +62,7 @@ def findings_of(
     threshold: float = 0.7,
     against: Sequence[str] = (),
     explainer: str | None = None,
-) -> dict[str, Any]:
+) -> shape.StudyFindings:
     """Return the findings of a study with ``run`` as focus run, with contexts if its firing store is available.
 
     ``explainer``: use the newest scores of its explanations; by default the newest of all
@@ -89,7 +76,7 @@ def open_contexts(run: Run) -> ContextSource:
     """Return a function that reads a latent's contexts, none if the run's firing store or tokenizer is missing."""
     reader = LatentReader(run)
 
-    def read(_: str, latent: int) -> Sequence[ShownContext]:
+    def read(_: str, latent: int) -> Sequence[Context]:
         try:
             material = reader.material(run)
             return [] if material is None else material.sampler.explaining(latent)
@@ -107,8 +94,8 @@ def findings(
     view: View | None = None,
     contexts: ContextSource | None = None,
     with_sweeps: bool = True,
-) -> dict[str, Any]:
-    """Return the findings of ``runs`` (one study's, under ``root``) as JSON values.
+) -> shape.StudyFindings:
+    """Return the findings of ``runs`` (one study's, under ``root``).
 
     ``contexts`` maps (run, latent) to the contexts shown with ``interesting`` latents. ``with_sweeps``: include the
     rows about sweeps. Raises :class:`UserError` for unknown names and unreadable files.
@@ -116,7 +103,9 @@ def findings(
     return study_findings(Study.open(root, runs, view or View()), contexts, with_sweeps)
 
 
-def study_findings(study: Study, contexts: ContextSource | None = None, with_sweeps: bool = True) -> dict[str, Any]:
+def study_findings(
+    study: Study, contexts: ContextSource | None = None, with_sweeps: bool = True
+) -> shape.StudyFindings:
     """Return :func:`findings` of a study that is already open."""
     rows, facts, latents = study.score_rows(), study.journal(), study.focus_latents()
     focus, setup, sample = study.focus, study.setup, study.sample
@@ -126,77 +115,76 @@ def study_findings(study: Study, contexts: ContextSource | None = None, with_swe
     if rows is not None and setup is not None:
         verdicts = reliability.verdicts_of(focus, rows, setup)
         part = relation.Part(focus.name, rows, latents, verdicts, sample=sample)
-        if has_similarity and (related := relation.relation_findings(part)) is not None:
-            related["pooled"] = pooled_relation(study, verdicts)
+        if has_similarity and (found := relation.relation_findings(part)) is not None:
+            related = shape.Relation(**vars(found), pooled=pooled_relation(study, verdicts))
         if has_similarity and has_scores:
             shown = choose_interesting(focus.name, rows, latents, facts.texts, contexts)
     if rows is not None or facts.explained:
         scores = _scores(study, facts, rows, part, sample)
-    tree = {
-        "schema": SCHEMA,
-        "study": focus.study,
-        "focus": focus.name,
-        "runs": [study.describe(run) for run in study.runs],
-        "compared": study.compared,
-        **_provenance(focus),
-        "missing": study.missing(facts.explained, has_scores),
-        "stale": study.stale(),
-        "forced": [{"runs": pair, "command": study.command("align", *pair, "--force")} for pair in study.forced()],
-        "overlap": returning.overlap_findings(study),
-        "similarity": returning.similarity_findings(study.shared),
-        "counterparts": counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts),
-        "membership": returning.membership_findings(study, latents),
-        "training": returning.training_findings(study.runs),
-        "firing": returning.firing_findings(study),
-        "frequency_by_class": returning.frequency_by_class_findings(latents),
-        "scores": scores,
-        "relation": related,
-        "interesting": shown,
-        "failures": _failures(study, rows, facts),
-        "methods": _methods(study, facts),
-        "show": study.command("show", "--sae", focus.name, "--latent", str(shown[0]["latent"])) if shown else None,
-    }
-    found: dict[str, Any] = to_json({**tree, "findings": findings_table(study, facts, tree, part, with_sweeps)})
-    return found
+    subject, corpus = _provenance(focus)
+    return shape.StudyFindings(
+        schema=SCHEMA,
+        study=focus.study,
+        focus=focus.name,
+        runs=[study.describe(run) for run in study.runs],
+        compared=study.compared,
+        subject=subject,
+        corpus=corpus,
+        missing=list(study.missing(facts.explained, has_scores)),
+        stale=list(study.stale()),
+        forced=[shape.Forced(pair, study.command("align", *pair, "--force")) for pair in study.forced()],
+        overlap=to_json(returning.overlap_findings(study)),
+        similarity=to_json(returning.similarity_findings(study.shared)),
+        counterparts=to_json(counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts)),
+        membership=to_json(returning.membership_findings(study, latents)),
+        training=to_json(returning.training_findings(study.runs)),
+        firing=to_json(returning.firing_findings(study)),
+        frequency_by_class=to_json(returning.frequency_by_class_findings(latents)),
+        scores=scores,
+        relation=related,
+        interesting=shown,
+        failures=_failures(study, rows, facts),
+        methods=_methods(study, facts),
+        show=study.command("show", "--sae", focus.name, "--latent", str(shown[0].latent)) if shown else None,
+        findings=findings_table(study, facts, scores, related, part, with_sweeps),
+    )
 
 
 def _scores(
     study: Study, facts: JournalFacts, rows: pd.DataFrame | None, part: relation.Part | None, sample: Sample | None
-) -> dict[str, Any]:
+) -> shape.Scores:
     if rows is None:
         rows = pd.DataFrame(columns=["latent", "control", "status", "balanced_accuracy"], dtype=object)
     latents = study.focus_latents()
-    found = score_findings(rows, latents, facts.explained, facts.too_few, sample)
-    found["reliability"] = part and reliability.reliability_findings(part.rows, part.verdicts, sample)
-    if found["precision"] is not None:
-        found["precision"]["rounds"] = facts.rounds
-    found |= controls.comparison_findings(study, rows, facts, sample)
-    found["other_scorers"] = other_scorer_findings(study, latents, facts)
-    n = found.pop("n_waiting")
-    found["waiting"] = {"n": n, "command": asking(study, facts, "score")} if n else None
-    return found
+    found = score_findings(rows, latents, facts.explained, facts.too_few, sample, facts.rounds)
+    control_saes, lacking = controls.control_sae_findings(study, rows, facts, sample)
+    n_waiting = len(facts.explained - set(rows["latent"][rows["control"] == "none"]))
+    return shape.Scores(
+        **vars(found),
+        reliability=None if part is None else reliability.reliability_findings(part.rows, part.verdicts, sample),
+        control_saes=control_saes,
+        lacking_controls=lacking,
+        baseline=controls.baseline_findings(study, controls.own_scored(rows, facts, sample)),
+        other_scorers=other_scorer_findings(study, latents, facts),
+        waiting=shape.Waiting(n_waiting, asking(study, facts, "score")) if n_waiting else None,
+    )
 
 
-def _provenance(run: Run) -> dict[str, Any]:
+def _provenance(run: Run) -> tuple[shape.Subject, shape.Corpus]:
     record, settings = run.record, run.settings
     subject, corpus = record.get("subject", {}), record.get("corpus", {})
-    return {
-        "subject": {
-            "model": subject.get("source", settings.subject.model),
-            "hookpoint": record.get("hookpoint", settings.subject.hookpoint),
-            "width": subject.get("d_in"),
-            "fingerprint": subject.get("fingerprint"),
-        },
-        "corpus": {
-            "kind": corpus.get("kind", settings.corpus.kind),
-            "source": [str(s) for s in settings.corpus.source],
-            "tokens": corpus.get("n_tokens"),
-            "fingerprint": corpus.get("fingerprint"),
-        },
-    }
+    model, hookpoint = (
+        subject.get("source", settings.subject.model),
+        record.get("hookpoint", settings.subject.hookpoint),
+    )
+    kind, source = corpus.get("kind", settings.corpus.kind), [str(s) for s in settings.corpus.source]
+    return (
+        shape.Subject(model, hookpoint, subject.get("d_in"), subject.get("fingerprint")),
+        shape.Corpus(kind, source, corpus.get("n_tokens"), corpus.get("fingerprint")),
+    )
 
 
-def _failures(study: Study, rows: pd.DataFrame | None, facts: JournalFacts) -> dict[str, Any]:
+def _failures(study: Study, rows: pd.DataFrame | None, facts: JournalFacts) -> shape.Failures:
     """Return the latents that failed, by stage and reason, with the command that retries only them."""
     by_reason: dict[tuple[str, str], set[int]] = {}
     for latent, why in facts.failed.items():
@@ -216,14 +204,11 @@ def _failures(study: Study, rows: pd.DataFrame | None, facts: JournalFacts) -> d
         retry = asking(study, facts, "explain", *latents)
     elif n or n_answers:
         retry = asking(study, facts, "score")
-    reasons = [
-        {"stage": stage, "reason": why, "n": len(latents), "latents": sorted(latents)}
-        for (stage, why), latents in ordered
-    ]
-    return {"n": n, "n_answers": n_answers, "reasons": reasons, "retry": retry}
+    reasons = [shape.Reason(stage, why, len(latents), sorted(latents)) for (stage, why), latents in ordered]
+    return shape.Failures(n, n_answers, reasons, retry)
 
 
-def _other_setups(study: Study) -> dict[str, Any]:
+def _other_setups(study: Study) -> tuple[list[dict[str, Any]], list[shape.OtherExplainer]]:
     """Describe the set-ups not reported; for each other explainer, the command that shows its newest scores."""
     others = [] if study.scores is None else [described(study.scores, setup) for setup in study.other_setups]
     newest: dict[str, int] = {}
@@ -231,13 +216,10 @@ def _other_setups(study: Study) -> dict[str, Any]:
         if (name := other.get("explainer")) and name != (study.setup or {}).get("explainer"):
             newest.setdefault(str(name), other["n_scored"])
     show = ("report", "--sae", study.focus.name, "--explainer")
-    explainers = [
-        {"explainer": name, "n_scored": n, "command": study.command(*show, name)} for name, n in newest.items()
-    ]
-    return {"other_setups": others, "other_explainers": explainers}
+    return others, [shape.OtherExplainer(name, n, study.command(*show, name)) for name, n in newest.items()]
 
 
-def _methods(study: Study, facts: JournalFacts) -> dict[str, Any]:
+def _methods(study: Study, facts: JournalFacts) -> shape.Methods:
     view, setup, settings = study.view, study.setup or {}, study.focus.settings
     last = facts.table.iloc[-1] if len(facts.table) else None
     rounds = facts.rounds or {}
@@ -245,44 +227,46 @@ def _methods(study: Study, facts: JournalFacts) -> dict[str, Any]:
     to = precision_in_words(rounds["half_width"]) if rounds else None
     prompts = {"explain": sorted({str(h) for h in facts.table["prompt_hash"] if h}) if last is not None else []}
     prompts["judge"] = [str(setup[c]) for c in setup if "prompt_hash" in c and "explain" not in c and setup[c]]
+    other_setups, other_explainers = _other_setups(study)
     record = study.focus.record
     commit = str(record.get("git_commit") or "")[:12]
     versions = ", ".join(f"{k} {v}" for k, v in record.get("packages", {}).items() if k in ("torch", "transformers"))
-    return {
-        "definition": view.definition,
-        "threshold": view.threshold,
-        "definitions": DEFINITIONS,
-        "nulls": {**NULLS, **FIRING_NULLS},
-        "relations": RELATIONS,
-        "against": list(view.against),
-        "seeds": [run.seed for run in study.runs],
-        "explainer": None if last is None else {"name": str(last["explainer"]), "model": str(last["model"])},
-        "judge": {"name": setup["judge"], "model": str(setup.get("model") or "")} if setup else None,
-        "scorer": setup.get("scorer"),
-        "models": sorted({str(v) for v in (setup.get("model"), None if last is None else last["model"]) if v}),
-        "prompt_hashes": {k: v for k, v in prompts.items() if v},
-        "settings_hash": setup.get("settings_hash"),
-        **_other_setups(study),
-        "cost": facts.cost,
-        "similarity": "mean over the other runs of (matched encoder cosine + matched decoder cosine) / 2",
-        "dead": f"no firing over the harvested tokens; the word is used from {ENOUGH_TO_CALL_DEAD:,} tokens on",
-        "contexts": f"{settings.harvest.window} tokens; up to {contexts.n_explain} to explain from and, never the same "
+    return shape.Methods(
+        definition=view.definition,
+        threshold=view.threshold,
+        definitions=DEFINITIONS,
+        nulls={**NULLS, **FIRING_NULLS},
+        relations=RELATIONS,
+        against=list(view.against),
+        seeds=[run.seed for run in study.runs],
+        explainer=None if last is None else shape.Agent(str(last["explainer"]), str(last["model"])),
+        judge=shape.Agent(setup["judge"], str(setup.get("model") or "")) if setup else None,
+        scorer=setup.get("scorer"),
+        models=sorted({str(v) for v in (setup.get("model"), None if last is None else last["model"]) if v}),
+        prompt_hashes={k: v for k, v in prompts.items() if v},
+        settings_hash=setup.get("settings_hash"),
+        other_setups=other_setups,
+        other_explainers=other_explainers,
+        cost=facts.cost,
+        similarity="mean over the other runs of (matched encoder cosine + matched decoder cosine) / 2",
+        dead=f"no firing over the harvested tokens; the word is used from {ENOUGH_TO_CALL_DEAD:,} tokens on",
+        contexts=f"{settings.harvest.window} tokens; up to {contexts.n_explain} to explain from and, never the same "
         f"text, up to {contexts.n_active} activating over {contexts.n_strata} strata of activation and "
         f"{contexts.n_inactive} position-matched silent ones to test on"
         + (f", judged in rounds until the 95 % interval of the score is narrow enough ({to})" if to else ""),
-        "score": "balanced accuracy, (true positive rate + true negative rate) / 2; latents weigh the same in means",
-        "control": "swap: the same contexts judged by the explanation of a dissimilar latent (decoder cosine below "
+        score="balanced accuracy, (true positive rate + true negative rate) / 2; latents weigh the same in means",
+        control="swap: the same contexts judged by the explanation of a dissimilar latent (decoder cosine below "
         ".2, little firing together)",
-        "control_saes": "a sample of the latents of an SAE whose random decoder is never trained, and of one that is "
+        control_saes="a sample of the latents of an SAE whose random decoder is never trained, and of one that is "
         "not trained at all, explained and judged by the same protocol",
-        "baseline": "n-gram explanations of the same latents, from the same contexts, judged by the n-gram judge on "
+        baseline="n-gram explanations of the same latents, from the same contexts, judged by the n-gram judge on "
         "the language model's contexts",
-        "negatives": f"random: silent contexts from the same slots of the sequence, which make the score; hard: up to "
+        negatives=f"random: silent contexts from the same slots of the sequence, which make the score; hard: up to "
         f"{contexts.n_hard} in which one of the nearest latents (decoder cosine, firing together) fires strongly; same "
         f"token: up to {contexts.n_same_token} that hold the token on which the latent mostly peaks; both from "
         "the slots of the activating contexts, or the nearest that have some",
-        "near_duplicates": f"windows that share {contexts.near_duplicate:g} of their token 5-grams count as one text",
-        "intervals": {
+        near_duplicates=f"windows that share {contexts.near_duplicate:g} of their token 5-grams count as one text",
+        intervals={
             "overlap": INTERVALS,
             "rates": METHODS["proportion"],
             "scores": METHODS["balanced_accuracy"],
@@ -296,9 +280,9 @@ def _methods(study: Study, facts: JournalFacts) -> dict[str, Any]:
             **relation.METHODS,
             **estimation.METHODS,
         },
-        "training": "FVU, L0: mean over the last twentieth of the training log",
-        "made_with": ", ".join(word for word in (versions, commit and f"commit {commit}") if word),
-    }
+        training="FVU, L0: mean over the last twentieth of the training log",
+        made_with=", ".join(word for word in (versions, commit and f"commit {commit}") if word),
+    )
 
 
 # --- latents shown one by one ------------------------------------------------------------------------------------
@@ -306,7 +290,7 @@ def _methods(study: Study, facts: JournalFacts) -> dict[str, Any]:
 
 def choose_interesting(
     run: str, rows: pd.DataFrame, latents: pd.DataFrame, texts: Mapping[int, str], contexts: ContextSource | None
-) -> list[dict[str, Any]]:
+) -> list[shape.Interesting]:
     """Return latents that no other seed has and that can be explained, best first.
 
     Their interval is above chance and their own explanation beats a swapped one. Ordered by the *lower* end of the
@@ -319,27 +303,23 @@ def choose_interesting(
     kept = joined[joined["unshared"].astype(bool) & (joined["ba_low"] > 0.5) & beats]
     kept = kept.sort_values(["ba_low", "balanced_accuracy"], ascending=False, kind="stable").head(N_INTERESTING)
     return [
-        {
-            "latent": int(row["latent"]),
-            "score": number(row["balanced_accuracy"]),
-            "interval": [number(row["ba_low"]), number(row["ba_high"])],
-            "auroc": number(row.get("auroc")),
-            "control": number(row["swapped"]),
-            "similarity": number(row["similarity"]),
-            "firing_frequency": number(row.get("firing_frequency")),
-            "explanation_id": int(row["explanation_id"]),
-            "explanation": texts.get(int(row["explanation_id"])),
-            "contexts": spread_contexts(contexts(run, int(row["latent"]))) if contexts else [],
-        }
+        shape.Interesting(
+            latent=int(row["latent"]),
+            score=Estimate(row["balanced_accuracy"], row["ba_low"], row["ba_high"]),
+            auroc=number(row.get("auroc")),
+            control=number(row["swapped"]),
+            similarity=number(row["similarity"]),
+            firing_frequency=number(row.get("firing_frequency")),
+            explanation_id=int(row["explanation_id"]),
+            explanation=texts.get(int(row["explanation_id"])),
+            contexts=spread_contexts(contexts(run, int(row["latent"]))) if contexts else [],
+        )
         for row in kept.reset_index().to_dict("records")
     ]
 
 
-def spread_contexts(contexts: Sequence[ShownContext], n: int = N_CONTEXTS) -> list[dict[str, Any]]:
+def spread_contexts(contexts: Sequence[Context], n: int = N_CONTEXTS) -> list[shape.ShownContext]:
     """Return ``n`` contexts from the strongest to the median: the strongest alone make a latent look too pure."""
     ordered = sorted(contexts, key=lambda c: -max(c.activations, default=0.0))
     picked = sorted({round(i * (len(ordered) - 1) / (2 * max(1, n - 1))) for i in range(n)}) if ordered else []
-    return [
-        {"tokens": list(ordered[i].tokens), "activations": [round(float(a), 4) for a in ordered[i].activations]}
-        for i in picked
-    ]
+    return [shape.ShownContext(ordered[i].tokens, [round(float(a), 4) for a in ordered[i].activations]) for i in picked]

@@ -7,7 +7,9 @@ from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
+from autointerp.findings.json_values import to_json
 from autointerp.findings.paper.intervals import without_each
+from autointerp.findings.shape import StudyFindings
 from autointerp.findings.study import findings
 from sae.alignment.overlap import DEFINITIONS
 from sae.common.files import SCHEMA
@@ -22,7 +24,7 @@ def summarise(sweep: Sweep, of_points: Sequence[Sequence[Run]], inputs: str) -> 
     first, rows, subject = of_points[0][0], [], {}
     for point, runs in zip(sweep.points, of_points, strict=True):
         found = findings(first.root, [run.name for run in runs], with_sweeps=False)
-        subject = {key: found["subject"][key] for key in ("model", "fingerprint")}
+        subject = {"model": found.subject.model, "fingerprint": found.subject.fingerprint}
         rows.append(row_of(point, found))
     return {
         "schema": SCHEMA,
@@ -39,32 +41,32 @@ def summarise(sweep: Sweep, of_points: Sequence[Sequence[Run]], inputs: str) -> 
     }
 
 
-def row_of(point: Point, found: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(point: Point, found: StudyFindings) -> dict[str, Any]:
     """Return one point's row, from its study's findings.
 
     ``values`` are its places on the axes; ``fvu``, ``l0``, ``dead_fraction`` are means over seeds. ``shared`` has for
     each definition the fraction of alive latents that two seeds share, with its interval, each pair's, the mean without
     each seed (for a jackknife), and the nulls; ``None`` for one seed. ``scores`` is ``None`` if nothing was scored.
     """
-    settings, seeds = point.study.settings.training, {run["name"]: run["seed"] for run in found["runs"]}
-    firing, overlap, similarity = found["firing"], found["overlap"], found["similarity"]
+    settings, seeds = point.study.settings.training, {run.name: run.seed for run in found.runs}
+    firing, overlap, similarity = found.firing, found.overlap, found.similarity
     return {
         "name": point.study.name,
         "values": dict(point.at),
         "runs": list(seeds),
         "seeds": list(seeds.values()),
-        "hookpoint": found["subject"]["hookpoint"],
+        "hookpoint": found.subject.hookpoint,
         **{key: getattr(settings, key) for key in ("architecture", "num_latents", "k", "tokens", "learning_rate")},
         "harvested": firing["tokens"],
         "alive": _mean(firing["alive"]),
-        "fvu": _mean(found["training"]["fvu"]),
+        "fvu": _mean(found.training["fvu"]),
         "l0": _mean(firing["mean_l0"]),
         "dead_fraction": _mean(firing["dead_fraction"]),
         "shared": overlap and {name: _shared(overlap[name], seeds) for name in DEFINITIONS},
         "max_cosine": overlap and _with_null(overlap, "max_cosine", overlap["nulls"]),
         "cosines": similarity and {name: _with_null(similarity, name, similarity["null"]) for name in _COSINES},
-        "scores": _score(found) if found["scores"] and found["scores"]["n_scored"] else None,
-        "findings": found["findings"],
+        "scores": _score(found) if found.scores and found.scores.n_scored else None,
+        "findings": to_json(found.findings),
     }
 
 
@@ -83,11 +85,11 @@ def _with_null(tree: Mapping[str, Any], name: str, nulls: Mapping[str, Any]) -> 
     return {"value": tree[name], "interval": tree[f"{name}_interval"], "null": null}
 
 
-def _score(found: Mapping[str, Any]) -> dict[str, Any]:
-    scores, relation, judge = found["scores"], found["relation"], found["methods"]["judge"]
+def _score(found: StudyFindings) -> dict[str, Any]:
+    scores, relation, judge = to_json(found.scores), to_json(found.relation), found.methods.judge
     control = scores["control"]
     return {
-        "judge": judge and " ".join(word for word in judge.values() if word),
+        "judge": judge and " ".join(word for word in (judge.name, judge.model) if word),
         **{key: scores[key] for key in ("mean", "interval", "quartiles", "n_scored", "n_failed")},
         "control": control and control["mean"],
         "above_control": control and control["above_control"],

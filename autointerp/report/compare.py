@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from autointerp.explaining.patterns import shorten
+from autointerp.findings.shape import Comparison
 from autointerp.report import blocks as doc
 from autointerp.report import dictionaries, sharing
 from autointerp.report.explanations import whisker
@@ -16,7 +17,7 @@ Tree = Mapping[str, Any]
 _NAMED = 12
 
 
-def comparison_page(found: Tree, shown_pairs: Tree) -> list[doc.Block | doc.Section | None]:
+def comparison_page(found: Comparison, shown_pairs: Tree) -> list[doc.Block | doc.Section | None]:
     """Return the page of a comparison.
 
     Args:
@@ -27,20 +28,20 @@ def comparison_page(found: Tree, shown_pairs: Tree) -> list[doc.Block | doc.Sect
     return [*_head(found), *about, _pairs(found, shown_pairs), _missing(found)]
 
 
-def _head(found: Tree) -> Iterator[doc.Block]:
-    yield doc.Title(listed([run["name"] for run in found["runs"]]), dictionaries.describe_runs(found))
+def _head(found: Comparison) -> Iterator[doc.Block]:
+    yield doc.Title(listed([run.name for run in found.runs]), dictionaries.describe_runs(found))
     facts: list[tuple[str, doc.Words]] = [
         (
-            run["name"],
-            f"{dictionaries.name_seed(run)}; of {plural(run['num_latents'], 'latent')} {run['n_alive']:,} alive, "
-            f"{run['n_explained']:,} explained, {run['n_scored']:,} scored",
+            run.name,
+            f"{dictionaries.name_seed(run)}; of {plural(run.num_latents, 'latent')} {run.n_alive:,} alive, "
+            f"{run.n_explained:,} explained, {run.n_scored:,} scored",
         )
-        for run in found["runs"]
+        for run in found.runs
     ]
-    if found["scored_by"]:
-        facts.append(("scored by", _who(found["scored_by"])))
+    if found.scored_by:
+        facts.append(("scored by", _who(found.scored_by)))
     yield doc.Facts(facts)
-    yield from sharing.warn_apart(found["apart"])
+    yield from sharing.warn_apart(found.apart)
     yield from dictionaries.warn_stale(found)
     yield doc.Points(list(_answers(found)))
 
@@ -53,8 +54,8 @@ def _who(scored_by: Tree) -> str:
     return f"{scored_by['scorer']}: {agent(scored_by['judge'], scored_by['model'])}, of explanations by {explained}"
 
 
-def _answers(found: Tree) -> Iterator[str]:
-    tree, similar = found["overlap"], found["similarity"]
+def _answers(found: Comparison) -> Iterator[str]:
+    tree, similar = found.overlap, found.similarity
     row, null = tree[tree["definition"]], chance_level(similar["null"]) or {}
     yield (
         f"{percent(row['value'])} of the alive latents are shared ({tree['definition']}), 95 % "
@@ -66,54 +67,56 @@ def _answers(found: Tree) -> Iterator[str]:
         for space in ("encoder", "decoder")
     ]
     yield f"Mean cosine of partners: {', '.join(cosines)}."
-    if found["agreement"] is not None:
-        tree = found["agreement"]["together"]
-        correlation = estimate_of(tree["spearman"], 2, sign=True)
-        yield f"{plural(tree['n'], 'pair')} scored on both sides: the scores correlate by {correlation} (Spearman)."
+    if found.agreement is not None:
+        agreement = found.agreement["together"]
+        correlation = estimate_of(agreement.spearman, 2, sign=True)
+        yield f"{plural(agreement.n, 'pair')} scored on both sides: the scores correlate by {correlation} (Spearman)."
 
 
 def _chance(write: Callable[[float], str], value: float | None) -> str:
     return "" if value is None else f" (chance level {write(value)})"
 
 
-def _scores(found: Tree) -> doc.Section:
-    a, b = (run["name"] for run in found["runs"])
+def _scores(found: Comparison) -> doc.Section:
+    a, b = (run.name for run in found.runs)
     title = "Do partners score alike?"
     says = (
         f"Pairs whose two explanations were scored in the same way. Difference: the score in {a} minus that in {b}; "
         "gap: its size. Intervals are over these pairs, which are not a sample of all pairs."
     )
     note: list[doc.Block] = []
-    if found["scored_by"] and found["scored_by"]["other_made_otherwise"]:
+    if found.scored_by and found.scored_by["other_made_otherwise"]:
         note = [f"The scores of {b} were made in another way (judge, explainer or contexts) and are skipped."]
-    tree = found["agreement"]
+    tree = found.agreement
     if tree is None:
         return doc.Section(title, says, ["No pair is scored on both sides.", *note])
     labels = {"shared": "shared", "unshared": "not shared", "together": "all"}
-    rows = [(label, tree[name]) for name, label in labels.items() if tree[name]["n"]]
+    rows = [(label, tree[name]) for name, label in labels.items() if tree[name].n]
     cells: doc.Rows = []
     for label, row in rows:
-        spearman = row["spearman"]
-        figures = [estimate_of(row["difference"], sign=True), estimate_of(row["gap"])]
-        chart = whisker(spearman["value"], spearman["interval"], -1, 1, 0)
-        cells.append([label, count(row["n"]), *figures, estimate_of(spearman, 2, sign=True), chart])
+        figures = [
+            estimate_of(row.difference, sign=True),
+            estimate_of(row.gap),
+            estimate_of(row.spearman, 2, sign=True),
+        ]
+        cells.append([label, count(row.n), *figures, whisker(row.spearman, -1, 1, 0)])
     heads: doc.Heads = ["", ">pairs", "difference", "gap", "Spearman", doc.Column("", "chart", is_extra=True)]
-    means = [f"{label} {decimal(row['mean'])} in {a} and {decimal(row['mean_there'])} in {b}" for label, row in rows]
+    means = [f"{label} {decimal(row.mean)} in {a} and {decimal(row.mean_there)} in {b}" for label, row in rows]
     return doc.Section(title, says, [doc.Table(heads, cells, [f"Mean scores: {'; '.join(means)}."]), *note])
 
 
-def _pairs(found: Tree, chosen: Tree) -> doc.Section:
-    a, b = (run["name"] for run in found["runs"])
+def _pairs(found: Comparison, chosen: Tree) -> doc.Section:
+    a, b = (run.name for run in found.runs)
     says = (
         f"A latent of {a} and its partner in {b} by decoder direction; whether the encoders pick the same one, and "
-        f"whether that counts as shared ({found['definition']} at {decimal(found['threshold'], 2)}). "
+        f"whether that counts as shared ({found.definition} at {decimal(found.threshold, 2)}). "
         "“Fire together”: the Jaccard index of the tokens at which they fire."
     )
     body: list[doc.Block] = [chosen["says"]]
     for pair in chosen["pairs"]:
         body += _pair(pair, (a, b))
-    if found["n_without_partner"]:
-        words = f"{plural(found['n_without_partner'], 'latent')} of {a} have no partner: {b} has fewer latents."
+    if found.n_without_partner:
+        words = f"{plural(found.n_without_partner, 'latent')} of {a} have no partner: {b} has fewer latents."
         body.append(doc.Sentence(doc.quiet(words), is_apart=True))
     if chosen["n_of"] > len(chosen["pairs"]):
         body.append(doc.Sentence(doc.quiet("--latents shows more, --json has all pairs."), is_apart=True))
@@ -142,20 +145,24 @@ def _side(side: Tree) -> list[doc.Words]:
     fires = "not harvested" if side["n_firings"] is None else "never fires"
     if side["n_firings"] is not None and side["alive"]:
         fires = f"fires {count(side['n_firings'])} times, {rate(side['firing_frequency'])}"
-    score = "not scored" if side["score"] is None else f"score {estimate_of(side['score'], 2)}"
+    score = (
+        "not scored"
+        if side["score"] is None
+        else f"score {estimate(side['score']['value'], side['score']['interval'], 2)}"
+    )
     text = side["explanation"]
     words = shorten(text) if text is not None else doc.quiet(f"({side['without_explanation']})")
     return [doc.quiet(fires), doc.quiet(score), words]
 
 
-def _missing(found: Tree) -> doc.Section | None:
+def _missing(found: Comparison) -> doc.Section | None:
     """List pairs that lack an explanation or a score on one side, with the commands that provide them."""
-    tree = found["lacking"]
+    tree = found.lacking
     entries = tree["without_explanation"]
     body: list[doc.Block] = []
     if not tree["n_explained_both"] and not entries:
         body.append("Nothing is explained in either run yet.")
-    for name in (run["name"] for run in found["runs"]):
+    for name in (run.name for run in found.runs):
         for is_able, words in ((True, "with an explained partner"), (False, "with too few contexts to be explained")):
             latents = [e["latent"] for e in entries if e["run"] == name and e["can_be_explained"] == is_able]
             sentence = f"{name}: {plural(len(latents), 'latent')} {words}: {_first(latents)}."

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
+from autointerp.findings.shape import Alignment, Comparison, NamedRun, Sharing, StudyFindings
 from autointerp.journal.method import ENOUGH_TO_CALL_DEAD
 from autointerp.report import blocks as doc
 from autointerp.report import charts
@@ -26,11 +27,9 @@ from autointerp.report.numbers import (
 )
 from sae.common.amounts import decimal
 
-Findings = Mapping[str, Any]
 
-
-def membership(found: Findings) -> doc.Section:
-    focus, tree = found["focus"], found["membership"]
+def membership(found: StudyFindings) -> doc.Section:
+    focus, tree = found.focus, found.membership
     title = f"Which SAEs share the latents of {focus}"
     if tree is None:
         return doc.Section(title, "Which other seeds have each latent.", explain_missing(found, "overlap"))
@@ -61,19 +60,19 @@ def _part_style(part: Mapping[str, Any], i: int) -> str:
     return STYLE_OF_CLASS[part["shared_class"]] if part["shared_class"] in ("one", "all") else between[i % 4]
 
 
-def frequency(found: Findings) -> doc.Section:
+def frequency(found: StudyFindings) -> doc.Section:
     title = "How often shared and unshared latents fire"
     says = (
         "Firing frequency (‰: firings per thousand tokens) by whether other seeds have the latents. Histograms are on "
         "a logarithmic scale, each scaled to itself."
     )
-    tree = found["frequency_by_class"]
+    tree = found.frequency_by_class
     if tree is None:
-        return doc.Section(title, says, explain_missing(found, "overlap" if found["firing"] else "harvest"))
+        return doc.Section(title, says, explain_missing(found, "overlap" if found.firing else "harvest"))
     edges = next(iter(tree.values()))["histogram"]["edges"]
     rows: doc.Rows = []
     for name, row in tree.items():
-        label = doc.Span(class_label(name, len(found["compared"])), name)
+        label = doc.Span(class_label(name, len(found.compared)), name)
         quartiles = doc.quiet(f"{rate(row['quartiles'][0])} – {rate(row['quartiles'][2])}")
         histogram = _histogram(row["histogram"]["counts"], name)
         rows.append([label, count(row["n"]), rate(row["median"]), quartiles, histogram])
@@ -100,25 +99,25 @@ def _power(value: float) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) if exponent else "1"
 
 
-def training(found: Findings) -> doc.Section:
+def training(found: StudyFindings) -> doc.Section:
     title = "How well the SAEs are trained"
     says = (
         "FVU is the share of the activations' variance that the SAE fails to reproduce (0 is perfect); L0 the latents "
         "active per token; dead latents never fire."
     )
-    tree, firing = found["training"], found["firing"]
+    tree, firing = found.training, found.firing
     if tree is None and not (_imported(found) and firing):
-        is_begun = any(entry["stage"] == "train" for entry in found["missing"])
+        is_begun = any(entry.stage == "train" for entry in found.missing)
         stage = "train" if is_begun or not _imported(found) else "harvest"
         return doc.Section(title, says, explain_missing(found, stage))
     tokens = get(firing, "tokens")
     word = "dead" if tokens is None or tokens >= ENOUGH_TO_CALL_DEAD else "silent"
     rows: doc.Rows = []
-    for run in found["runs"]:
-        name, silent = run["name"], get(firing, "dead_fraction", run["name"])
+    for run in found.runs:
+        name, silent = run.name, get(firing, "dead_fraction", run.name)
         cells = [human(get(tree, "tokens", name)), decimal(get(tree, "fvu", name)), decimal(_l0(found, name), 1)]
         dead = percent(silent if silent is not None else get(tree, "dead_fraction", name))
-        rows.append([doc.Span(name, "strong" if name == found["focus"] else ""), origin(run["seed"]), *cells, dead])
+        rows.append([doc.Span(name, "strong" if name == found.focus else ""), origin(run.seed), *cells, dead])
     notes = []
     if tokens is not None:
         notes.append(f"Firings were counted over {human(tokens)} tokens.")
@@ -130,7 +129,7 @@ def training(found: Findings) -> doc.Section:
             "A few outlier tokens (over 10 times the median norm) hold most of the variance, so FVU mostly measures "
             f"them. Without them, on the first batch: {listed(names)}."
         )
-    if unfinished := [run["name"] for run in found["runs"] if "trained" not in run["stages"]]:
+    if unfinished := [run.name for run in found.runs if "trained" not in run.stages]:
         notes.append(f"Not finished: {listed(unfinished)}.")
     body: list[doc.Block] = [doc.Table(["run", ">seed", ">tokens", ">FVU", ">L0", f">{word}"], rows)]
     body += [" ".join(notes)] if notes else []
@@ -186,49 +185,50 @@ def _chart_name(name: str) -> doc.Chart:
 _BECAUSE = {"harvest": ("harvest", "train"), "overlap": ("overlap", "train"), "score": ("explain", "score")}
 
 
-def explain_missing(found: Findings, stage: str) -> list[doc.Block]:
+def explain_missing(found: Sharing, stage: str) -> list[doc.Block]:
     """Return why a part is empty, and the command that provides it."""
-    waiting = {entry["stage"]: entry for entry in found["missing"]}
+    waiting = {entry.stage: entry for entry in found.missing}
     entry = next((waiting[name] for name in _BECAUSE.get(stage, (stage,)) if name in waiting), None)
-    return [entry["says"], doc.Command(entry["command"])] if entry else [doc.quiet("Nothing is recorded.")]
+    return [entry.says, doc.Command(entry.command)] if entry else [doc.quiet("Nothing is recorded.")]
 
 
-def warn_stale(found: Findings) -> Iterator[doc.Block]:
-    for entry in found["stale"]:
-        yield doc.strong(f"Out of date: {entry['says']}")
-        yield doc.Command(entry["command"])
+def warn_stale(found: StudyFindings | Comparison) -> Iterator[doc.Block]:
+    for entry in found.stale:
+        yield doc.strong(f"Out of date: {entry.says}")
+        yield doc.Command(entry.command)
 
 
-def _l0(found: Findings, name: str) -> float | None:
+def _l0(found: StudyFindings, name: str) -> float | None:
     """Return the latents per token at the end of training; over the harvested tokens if there is no log."""
-    logged = get(found["training"], "l0", name)
-    return get(found["firing"], "mean_l0", name) if logged is None else logged
+    logged = get(found.training, "l0", name)
+    return get(found.firing, "mean_l0", name) if logged is None else logged
 
 
-def _imported(found: Findings) -> list[str]:
-    return [run["name"] for run in found["runs"] if run.get("seed", 0) is None]
+def _imported(found: Sharing) -> list[str]:
+    return [run.name for run in found.runs if run.seed is None]
 
 
-def name_change(found: Findings) -> str:
+def name_change(found: Sharing) -> str:
     """Return how the study's SAEs differ, as the end of a sentence about sharing."""
-    return "between the SAEs" if _imported(found) or found.get("apart") else "when only the seed changes"
+    is_apart = isinstance(found, Alignment | Comparison) and found.apart
+    return "between the SAEs" if _imported(found) or is_apart else "when only the seed changes"
 
 
-def name_seed(run: Mapping[str, Any]) -> str:
-    return "imported" if run["seed"] is None else f"seed {run['seed']}"
+def name_seed(run: NamedRun) -> str:
+    return "imported" if run.seed is None else f"seed {run.seed}"
 
 
-def describe_size(run: Mapping[str, Any]) -> str:
+def describe_size(architecture: str, num_latents: int, k: int | None) -> str:
     """Return ``1,024 latents, k 8``, with the architecture where it is not TopK."""
-    kind = "" if run.get("architecture", "topk") == "topk" else f"{run['architecture']}, "
-    return f"{kind}{run['num_latents']:,} latents" + ("" if run["k"] is None else f", k {run['k']}")
+    kind = "" if architecture == "topk" else f"{architecture}, "
+    return f"{kind}{num_latents:,} latents" + ("" if k is None else f", k {k}")
 
 
-def describe_runs(found: Findings) -> str:
+def describe_runs(found: StudyFindings | Comparison) -> str:
     """Return ``3 SAEs on the same data, seeds 0 1 2 · 1,024 latents, k 8``."""
-    runs, n_imported = found["runs"], len(_imported(found))
-    seeds = " ".join(str(run["seed"]) for run in runs if run["seed"] is not None)
-    each = listed(sorted({describe_size(run) for run in runs}))
+    runs, n_imported = found.runs, len(_imported(found))
+    seeds = " ".join(str(run.seed) for run in runs if run.seed is not None)
+    each = listed(sorted({describe_size(run.architecture, run.num_latents, run.k) for run in runs}))
     if len(runs) == 1:
         return f"1 SAE, {name_seed(runs[0])} · {each}"
     if n_imported:

@@ -255,7 +255,7 @@ def _pairs(run: Run, others: Sequence[Run]) -> Frames:
 
     for other in _list_others(run, others, run.root / "alignments", "alignment"):
         rows = []
-        for pair in compare_runs(run, other)["pairs"]:
+        for pair in compare_runs(run, other).pairs:
             shared = {f"shared_{name}": value for name, value in pair["shared"].items()}
             row = {"run": run.name, "other": other.name, **pair, **shared}
             for end, side in zip(("", "_there"), pair["sides"], strict=True):

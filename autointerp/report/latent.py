@@ -12,7 +12,7 @@ from autointerp.report import blocks as doc
 from autointerp.report import charts
 from autointerp.report.charts import ACCENT
 from autointerp.report.explanations import NEGATIVES
-from autointerp.report.numbers import count, estimate_of, percent, plural, rate
+from autointerp.report.numbers import count, percent, plural, rate
 from sae.alignment.overlap import classify_sharing
 from sae.alignment.relation import RELATIONS
 from sae.common.amounts import decimal, estimate, interval, is_known, precision_in_words
@@ -93,7 +93,7 @@ def _explanations(found: Tree) -> doc.Section:
         if is_known(row["value"]):
             who = f"{_who(row)}, {precision_in_words(row['precision'])}"
             words = f"Reliability of such scores over the run's {plural(row['n'], 'latent')} ({who}): "
-            body.append(doc.quiet(words + estimate_of(row, 2)))
+            body.append(doc.quiet(words + estimate(row["value"], row["interval"], 2)))
     if not found["explanations"]:
         if found["cannot_be_explained"]:
             body.append(f"It cannot be explained: {found['cannot_be_explained']}.")

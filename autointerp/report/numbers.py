@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from autointerp.findings.shape import Mean
 from sae.common import amounts
 from sae.common.amounts import choose_digits, decimal, estimate, is_known
+from sae.common.estimate import Estimate
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -30,12 +32,10 @@ def chance_level(of: Mapping[str, Any] | None) -> Any:
     return (of or {}).get("rotated")
 
 
-def estimate_of(row: Mapping[str, Any] | None, digits: int = 3, *, sign: bool = False) -> str:
-    """Return the ``mean``, ``value`` or ``spearman`` of a row with its interval; a dash without a row."""
-    if row is None:
-        return "–"
-    value = next(row[key] for key in ("mean", "value", "spearman") if key in row)
-    return estimate(value, row["interval"], digits, sign=sign)
+def estimate_of(found: Estimate | Mean | None, digits: int = 3, *, sign: bool = False) -> str:
+    """Return an estimate, or the mean of a row, with its interval; a dash without one."""
+    of = found.mean if isinstance(found, Mean) else found
+    return "–" if of is None else estimate(of.value, of.interval, digits, sign=sign)
 
 
 def count(n: float | None) -> str:

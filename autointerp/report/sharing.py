@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
+from autointerp.findings.shape import Alignment, Sharing, StudyFindings
 from autointerp.report import blocks as doc
 from autointerp.report import charts
 from autointerp.report.charts import STYLE_OF_CLASS
@@ -34,21 +35,21 @@ _THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _LARGEST_MAP = 8  # runs in a table of pairs
 
 
-def overlap(found: Tree) -> doc.Section:
+def overlap(found: Sharing) -> doc.Section:
     title = f"How much is shared {name_change(found)}"
     says = (
         "Each latent of one SAE is paired with one latent of the other, once by encoder and once by decoder direction; "
         "it is shared when the pair is close."
     )
-    tree = found["overlap"]
+    tree = found.overlap
     if tree is None:
         return doc.Section(title, says, explain_missing(found, "overlap"))
     body: list[doc.Block] = [_definitions(tree)]
-    if len(found["compared"]) < len(found["runs"]):
+    if len(found.compared) < len(found.runs):
         body += explain_missing(found, "overlap")
-    for entry in found.get("forced") or []:
-        runs = " and ".join(entry["runs"])
-        body += [f"Also aligned, by --force, with a run of another study: {runs}.", doc.Command(entry["command"])]
+    for entry in found.forced if isinstance(found, StudyFindings) else []:
+        runs = " and ".join(entry.runs)
+        body += [f"Also aligned, by --force, with a run of another study: {runs}.", doc.Command(entry.command)]
     threshold = threshold_of(tree["threshold"])
     rules = doc.Facts([(name, rule.format(t=threshold)) for name, rule in RULES.items()])
     return doc.Section(title, says, body, [rules, *_pairs(tree), *_growth(tree), _other_thresholds(tree)])
@@ -150,20 +151,20 @@ def _other_thresholds(tree: Tree) -> doc.Table:
     return doc.Table(heads, rows, [note] if null else [])
 
 
-def similarity(found: Tree) -> doc.Section:
+def similarity(found: Sharing) -> doc.Section:
     title = "How similar partners are"
     says = (
         "Cosine of each alive latent with its partner, mean of encoder and decoder: 1 is the same direction. "
         "Two humps mean that latents either return or do not."
     )
-    tree = found["similarity"]
+    tree = found.similarity
     if tree is None:
         return doc.Section(title, says, explain_missing(found, "overlap"))
-    shape, threshold = tree["histogram"], found["overlap"]["threshold"]
-    null, of_overlap = chance_level(tree["null"]) or {}, chance_level(found["overlap"]["nulls"])
+    shape, threshold = tree["histogram"], found.overlap["threshold"]
+    null, of_overlap = chance_level(tree["null"]) or {}, chance_level(found.overlap["nulls"])
     chance = _name_chance(of_overlap["same_partner"], of_overlap["same_partner_range"]) if of_overlap else ""
     words = (
-        f"Encoder and decoder pick the same partner for {percent(found['overlap']['same_partner'])} of the latents"
+        f"Encoder and decoder pick the same partner for {percent(found.overlap['same_partner'])} of the latents"
         f"{chance}. The mean cosine is {decimal(tree['mean_same_partner'])} there and "
         f"{decimal(tree['mean_different_partner'])} elsewhere. {_modes(tree['bimodality'])}"
     )
@@ -217,9 +218,9 @@ def _similarity_chart(shape: Tree, threshold: float, width: int, has_colour: boo
     yield charts.legend(("same partner", "different partners"), has_colour)
 
 
-def counterparts(found: Tree) -> doc.Section | None:
+def counterparts(found: StudyFindings | Alignment) -> doc.Section | None:
     """Show what other SAEs have in place of unshared latents: totals over all pairs."""
-    tree = found["counterparts"]
+    tree = found.counterparts
     if tree is None:
         return None
     says = (
@@ -291,9 +292,9 @@ _RELATIONS = {
 }
 
 
-def alignment_page(found: Tree) -> list[doc.Block | doc.Section | None]:
+def alignment_page(found: Alignment) -> list[doc.Block | doc.Section | None]:
     """Return the page that ``align`` prints: the report's sections about sharing."""
-    warning = warn_apart(found["apart"])
+    warning = warn_apart(found.apart)
     return [*warning, overlap(found), similarity(found), counterparts(found)]
 
 

@@ -100,9 +100,10 @@ def runs_page(
         for run in members:
             name = [doc.strong(run["name"]), doc.quiet("  control" if run["control_of"] else "")]
             rows.append([name, origin(run["seed"]), *(_mark(run, stage, trained) for stage in stages)])
-        first, sizes = members[0], listed(sorted({dictionaries.describe_size(run) for run in members}))
+        first = members[0]
+        sizes = {dictionaries.describe_size(run["architecture"], run["num_latents"], run["k"]) for run in members}
         tokens = "" if first["tokens"] is None else f", {human(first['tokens'])} tokens"
-        says = f"{first['subject']} · {first['hookpoint']} · {sizes}{tokens}"
+        says = f"{first['subject']} · {first['hookpoint']} · {listed(sorted(sizes))}{tokens}"
         sections.append(doc.Section(study, says, [doc.Table(["run", ">seed", *stages], rows)]))
     if damaged:
         rows = [[doc.strong(name), doc.Span("damaged", "warn")] for name in damaged]

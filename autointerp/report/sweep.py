@@ -26,7 +26,7 @@ _WIDEST_BAR = 7
 
 
 def sweep_page(found: Tree) -> list[doc.Block | doc.Section | None]:
-    head = [*_head(found), paper_findings(found), _trained(found), _shared(found)]
+    head = [*_head(found), paper_findings(found["findings"]), _trained(found), _shared(found)]
     return [*head, _overlap_chart(found), _scored(found), _by_point(found)]
 
 

@@ -26,6 +26,7 @@ from fake_server import FakeServer
 from tiny_study import write_texts
 
 from autointerp.findings.evidence import Study, View
+from autointerp.findings.shape import StudyFindings
 from autointerp.findings.study import findings_of
 from autointerp.report.html.columns import columns_of
 from autointerp.report.html.figures import figures_of
@@ -267,23 +268,23 @@ def test_weights_are_named(read: Read) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(read: Read) -> dict[str, Any]:
+def found(read: Read) -> StudyFindings:
     runs = study_runs(read.study, read.root)
     return findings_of(runs[0], runs)
 
 
-def test_reading_the_report_follows_its_sections(found: dict[str, Any]) -> None:
+def test_reading_the_report_follows_its_sections(found: StudyFindings) -> None:
     """What failed is there only where something did."""
     parts = [build(found) for build in sections().values()]
-    titles = [part.title.replace(found["focus"], "RUN") for part in parts if part is not None]
+    titles = [part.title.replace(found.focus, "RUN") for part in parts if part is not None]
     page = [h for h in PAGES["docs/reading-the-report.md"].sections() if h not in ("The head", "What failed")]
     assert page[: len(titles)] == titles
     assert page[len(titles) :] == ["One latent", "The HTML page"]
 
 
-def test_reading_the_report_names_every_chapter_and_figure(found: dict[str, Any], read: Read) -> None:
+def test_reading_the_report_names_every_chapter_and_figure(found: StudyFindings, read: Read) -> None:
     text = PAGES["docs/reading-the-report.md"].sections()["The HTML page"]
-    run = Run.open(found["focus"], read.root)
+    run = Run.open(found.focus, read.root)
     study = Study.open(read.root, [r.name for r in study_runs(run.study, read.root)], View(focus=run.name))
     figures = [figure.title for figure in figures_of(found, columns_of(study, study.journal()))]
     assert len(figures) > 10
@@ -291,9 +292,9 @@ def test_reading_the_report_names_every_chapter_and_figure(found: dict[str, Any]
         assert title in text, title
 
 
-def test_every_finding_has_its_rule_on_the_page(found: dict[str, Any]) -> None:
+def test_every_finding_has_its_rule_on_the_page(found: StudyFindings) -> None:
     (table,) = tables(PAGES["docs/methods/studies.md"].sections()["The findings table"])
-    assert [code for row in table[1:] for code in codes(row[0])] == [row["id"] for row in found["findings"]]
+    assert [code for row in table[1:] for code in codes(row[0])] == [row.id for row in found.findings]
 
 
 def test_definitions_and_relations_are_on_the_page() -> None:

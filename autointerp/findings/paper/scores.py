@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,8 +19,8 @@ from autointerp.findings.paper.finding import (
     About,
     Finding,
     against,
-    estimate_of,
 )
+from autointerp.findings.shape import Relation, Scores
 from autointerp.findings.statistics.correlation import quantiles
 from autointerp.findings.statistics.resampling import Resamples, interval_of
 from autointerp.journal.method import CHANCE
@@ -61,7 +60,7 @@ BOTH_SCORED = About(
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreEvidence:
     """The scores of a study.
 
     Args:
@@ -74,8 +73,8 @@ class Scores:
         explain_more: the command that explains N latents, or first scores the existing explanations.
     """
 
-    scores: Mapping[str, Any] | None
-    relation: Mapping[str, Any] | None
+    scores: Scores | None
+    relation: Relation | None
     table: pd.DataFrame | None
     pairs: pd.DataFrame | None
     judge: str
@@ -85,40 +84,37 @@ class Scores:
     explain_more: Callable[[int], str]
 
 
-def interp_finding(of: Scores) -> Finding:
+def interp_finding(of: ScoreEvidence) -> Finding:
     """Agrees if the interval of the mean score is above chance, and that of own less swapped explanations above 0.
 
     Disagrees if either is wholly below. Cannot tell without a swapped control: the score may be above chance whatever
     the explanation says.
     """
-    if of.scores is None or not of.scores["n_scored"]:
+    if of.scores is None or not of.scores.n_scored:
         return INTERP.missing("nothing is scored yet", of.more["score"])
-    mean = estimate_of(of.scores["mean"], of.scores["interval"])
-    control = of.scores["control"]
+    mean, control = of.scores.mean, of.scores.control
     if control is None:
         return INTERP.row(mean, UNDECIDED, f"there is no swapped control; judge: {of.judge}")
-    above = estimate_of(control["above_control"]["mean"], control["above_control"]["interval"])
+    above = control.above_control.mean
     verdicts = against(mean, CHANCE), against(above)
     verdict = DISAGREES if DISAGREES in verdicts else AGREES if set(verdicts) == {AGREES} else UNDECIDED
-    quartiles = " / ".join(decimal(q) for q in of.scores["quartiles"])
+    quartiles = " / ".join(decimal(q.value) for q in of.scores.quartiles)
     why = f"tested: above .5, and above the swapped control: {_text(above)}; quartiles {quartiles}; judge: {of.judge}"
     return INTERP.row(mean, verdict, why)
 
 
-def relation_finding(of: Scores) -> Finding:
+def relation_finding(of: ScoreEvidence) -> Finding:
     """Agrees if the correlation of score and similarity is wholly above 0, disagrees if wholly below.
 
     Over all scored runs together if there are several. ``why`` adds the same at equal firing frequency, and the
     fraction of unshared latents that score above the median of all.
     """
     if of.relation is None:
-        missing = "score" if of.scores is None or not of.scores["n_scored"] else "pair"
+        missing = "score" if of.scores is None or not of.scores.n_scored else "pair"
         return RELATION.missing("it takes scores and aligned seeds", of.more[missing])
-    tree = of.relation["pooled"] or of.relation
-    found, held = estimate_of(tree["spearman"], tree["interval"]), tree["partial"]
-    why = (
-        f"tested: above 0; at equal firing frequency {_text(held)}; {_unshared_high(of.table)}over {tree['n']} latents"
-    )
+    tree = of.relation.pooled or of.relation
+    found, held = tree.spearman, tree.partial
+    why = f"tested: above 0; at equal firing frequency {_text(held)}; {_unshared_high(of.table)}over {tree.n} latents"
     return RELATION.row(found, against(found), why)
 
 
@@ -132,7 +128,7 @@ def _unshared_high(table: pd.DataFrame | None) -> str:
     return f"{decimal(high)} of the unshared latents score above the median; "
 
 
-def frequent_low_finding(of: Scores) -> Finding:
+def frequent_low_finding(of: ScoreEvidence) -> Finding:
     """Agrees if the tenth of latents that fires most has a lower mean score than the others.
 
     The interval of the difference must be wholly below 0; disagrees if it is wholly above. With a sample, the tenth and
@@ -149,7 +145,7 @@ def frequent_low_finding(of: Scores) -> Finding:
         return FREQUENT_LOW.missing(why, of.explain_more(latents))
     draw, score = _resamples(of.table), of.table["score"].to_numpy()
     found = interval_of(draw.means(score, frequent) - draw.means(score, ~frequent), min(n, draw.n_free))
-    over_all = "" if of.relation is None else f"Spearman with frequency {_text(of.relation['frequency'])}; "
+    over_all = "" if of.relation is None else f"Spearman with frequency {_text(of.relation.frequency)}; "
     return FREQUENT_LOW.row(found, against(found, 0, -1), f"tested: below 0; {over_all}{n} of {len(of.table)} latents")
 
 
@@ -173,7 +169,7 @@ def _resamples(table: pd.DataFrame) -> Resamples:
     return Resamples(np.arange(len(table)), weights=table["weight"], strata=table["stratum"], known=table["known"])
 
 
-def both_scored_finding(of: Scores) -> Finding:
+def both_scored_finding(of: ScoreEvidence) -> Finding:
     """Agrees if the correlation of the scores of aligned latents and their partners is wholly above 0.
 
     Disagrees if it is wholly below. Aligned: both matched cosines above .7.
@@ -190,7 +186,7 @@ def both_scored_finding(of: Scores) -> Finding:
     return BOTH_SCORED.row(here.spearman, against(here.spearman), why)
 
 
-def findings_of_scores(of: Scores) -> list[Finding]:
+def findings_of_scores(of: ScoreEvidence) -> list[Finding]:
     """Return the four findings about scores, in the paper's order."""
     return [make(of) for make in (interp_finding, relation_finding, frequent_low_finding, both_scored_finding)]
 

@@ -5,8 +5,7 @@ The rows about sweeps use the sweeps of the same subject model under the same ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,9 +13,10 @@ from autointerp.findings.evidence import JournalFacts, Study, asking
 from autointerp.findings.pairs import scored_pairs
 from autointerp.findings.paper.dictionaries import THRESHOLD, Dictionaries, findings_of_dictionaries
 from autointerp.findings.paper.finding import Finding
-from autointerp.findings.paper.scores import Scores, findings_of_scores
+from autointerp.findings.paper.scores import ScoreEvidence, findings_of_scores
 from autointerp.findings.paper.sweeps import findings_of_sweeps
 from autointerp.findings.relation import Part
+from autointerp.findings.shape import Relation, Scores
 from autointerp.findings.sweep_table import sweeps_of
 from sae.alignment.overlap import find_shared
 from sae.common.commands import shell_command
@@ -26,19 +26,24 @@ _RECIPES = {"width": "widths", "k": "ks", "tokens": "tokens", "architecture": "a
 
 
 def findings_table(
-    study: Study, facts: JournalFacts, tree: Mapping[str, Any], part: Part | None, with_sweeps: bool = True
+    study: Study,
+    facts: JournalFacts,
+    scores: Scores | None,
+    relation: Relation | None,
+    part: Part | None,
+    with_sweeps: bool = True,
 ) -> list[Finding]:
     """Return the rows in the paper's order.
 
     Args:
-        tree: the report's ``subject``, ``scores`` and ``relation``.
+        scores, relation: the report's findings of these names.
         part: the focus run's scores, if any.
         with_sweeps: also the rows about width, k, tokens and architecture.
     """
     rows: list[Finding] = findings_of_dictionaries(_dictionaries(study))
     if with_sweeps:
-        rows += findings_of_sweeps(sweeps_of(study.root, tree["subject"]), _sweep_advice(study))
-    rows += findings_of_scores(_scores(study, facts, tree, part))
+        rows += findings_of_sweeps(sweeps_of(study.root, study.focus.record.get("subject", {})), _sweep_advice(study))
+    rows += findings_of_scores(_evidence(study, facts, scores, relation, part))
     return rows
 
 
@@ -84,24 +89,25 @@ def _dictionaries(study: Study) -> Dictionaries:
     )
 
 
-def _scores(study: Study, facts: JournalFacts, tree: Mapping[str, Any], part: Part | None) -> Scores:
+def _evidence(
+    study: Study, facts: JournalFacts, scores: Scores | None, relation: Relation | None, part: Part | None
+) -> ScoreEvidence:
     setup = study.setup or {}
     similar = part is not None and "similarity" in part.latents
-    scores = tree["scores"]
-    waiting = scores is not None and scores["waiting"] is not None
+    waiting = scores is not None and scores.waiting is not None
 
     def ask(*words: str) -> str:
         """Return the command that explains more, or first the one that scores existing explanations."""
         return asking(study, facts, "score") if waiting else asking(study, facts, "explain", *words)
 
-    return Scores(
+    return ScoreEvidence(
         scores=scores,
-        relation=tree["relation"],
+        relation=relation,
         table=part.joined() if part is not None and similar else None,
         pairs=scored_pairs(study, THRESHOLD),
         judge=" ".join(word for word in (setup.get("judge"), str(setup.get("model") or "")) if word) or "none",
         n_aligned=_n_aligned(study),
-        most_latents=0 if scores is None else scores["n_eligible"],
+        most_latents=0 if scores is None else scores.n_eligible,
         more={
             "score": ask(),
             "pair": study.command("align", *study.names),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from autointerp.findings.shape import StudyFindings
 from autointerp.report.numbers import class_label, estimate_of, get, listed, percent, plural
 from sae.common.amounts import decimal
 
@@ -33,14 +34,14 @@ class Figure:
     """Whether each point is a latent."""
 
 
-def figures_of(found: Tree, columns: Tree) -> list[Figure]:
+def figures_of(found: StudyFindings, columns: Tree) -> list[Figure]:
     """Return the figures for which there are data, in the order of the page."""
     builders = (_overlap, _similarity, _latents, _scores, _relation)
     return list(chain.from_iterable(build(found, columns) for build in builders))
 
 
-def _overlap(found: Tree, columns: Tree) -> Iterator[Figure]:
-    tree = found["overlap"]
+def _overlap(found: StudyFindings, columns: Tree) -> Iterator[Figure]:
+    tree = found.overlap
     if tree is not None:
         names = ("strict", "both", "decoder", "lenient")
         shares = listed([f"{name} {percent(tree[name]['value'])}" for name in names])
@@ -81,8 +82,8 @@ def _overlap(found: Tree, columns: Tree) -> Iterator[Figure]:
         yield Figure("width", part, title, says, alt, choices=names, choose="sweep", paper="figure 4")
 
 
-def _similarity(found: Tree, columns: Tree) -> Iterator[Figure]:
-    tree, siblings = found["similarity"], tuple(against["run"] for against in columns["against"])
+def _similarity(found: StudyFindings, columns: Tree) -> Iterator[Figure]:
+    tree, siblings = found.similarity, tuple(against["run"] for against in columns["against"])
     if siblings:
         says = (
             "Lines: the threshold. Blue: both matchings pick the same partner; orange: they pick different ones. At "
@@ -112,12 +113,12 @@ def _similarity(found: Tree, columns: Tree) -> Iterator[Figure]:
         yield Figure("nearest", "similarity", "Matched against nearest", says, alt, choices=siblings, of_latents=True)
 
 
-def _latents(found: Tree, columns: Tree) -> Iterator[Figure]:
-    if (tree := found["membership"]) is not None and tree["parts"]:
+def _latents(found: StudyFindings, columns: Tree) -> Iterator[Figure]:
+    if (tree := found.membership) is not None and tree["parts"]:
         says = f"The {tree['n_alive']:,} alive latents, by which other SAEs share them ({tree['definition']})."
         alt = "; ".join(f"{part['label']} {percent(part['fraction'])}" for part in tree["parts"]) + "."
         yield Figure("membership", "membership", "Where the latents are found", says, alt, paper="figure 2")
-    tree, scores = found["frequency_by_class"], found["scores"]
+    tree, scores = found.frequency_by_class, found.scores
     if tree is not None and columns["against"]:
         says = (
             "Similarity is the mean over the other SAEs; firings are counted over the harvest, on a logarithmic scale. "
@@ -126,30 +127,29 @@ def _latents(found: Tree, columns: Tree) -> Iterator[Figure]:
         medians = "; ".join(f"{class_label(name, 3)} {1000 * row['median']:.3g}" for name, row in tree.items())
         alt, title = f"Median firings per thousand tokens: {medians}.", "Similarity and how often a latent fires"
         yield Figure("frequency", "frequency", title, says, alt, paper="figure 3", of_latents=True)
-        if scores is not None and scores["n_scored"] > 3:
+        if scores is not None and scores.n_scored > 3:
             says = "The scored latents alone, in quarters of their score; the palest is the lowest."
-            alt = f"Quartiles of the score: {' / '.join(decimal(q) for q in scores['quartiles'])}."
+            alt = f"Quartiles of the score: {' / '.join(decimal(q.value) for q in scores.quartiles)}."
             yield Figure("quartiles", "frequency", "The same, by score", says, alt, paper="figure 5", of_latents=True)
-    if get(found, "training", "curves"):
-        fvu = [f"{name} {decimal(value)}" for name, value in found["training"]["fvu"].items() if value is not None]
+    if get(found.training, "curves"):
+        fvu = [f"{name} {decimal(value)}" for name, value in found.training["fvu"].items() if value is not None]
         says = "Fraction of variance unexplained by tokens seen, one line per SAE. The lines should lie on each other."
         yield Figure("training", "training", "How training went", says, f"At the end: {'; '.join(fvu)}.")
 
 
-def _scores(found: Tree, columns: Tree) -> Iterator[Figure]:
-    tree = found["scores"]
-    if tree is None or not tree["n_scored"]:
+def _scores(found: StudyFindings, columns: Tree) -> Iterator[Figure]:
+    tree = found.scores
+    if tree is None or not tree.n_scored:
         return
-    control = tree["control"]
-    swapped = f"; swapped control {estimate_of(control)}" if control else ""
+    swapped = f"; swapped control {estimate_of(tree.control)}" if tree.control else ""
     says = (
         "Latents by balanced accuracy of a judge who reads their own explanation (blue, upwards); each control's hang "
         "below, as a share of its own latents. .5 is guessing."
     )
-    alt = f"Own explanation {estimate_of(tree)}, {plural(tree['n_scored'], 'latent')}{swapped}."
+    alt = f"Own explanation {estimate_of(tree)}, {plural(tree.n_scored, 'latent')}{swapped}."
     yield Figure("scores", "scores", "Scores and their controls", says, alt)
     if columns["against"]:
-        rows = (tree["by_class"] or {}).items()
+        rows = (tree.by_class or {}).items()
         means = [f"{class_label(name, 3)} {estimate_of(row)}" for name, row in rows]
         says = (
             "Each box holds the middle half of the scores, its line the median; a point is a latent outside the "
@@ -159,15 +159,15 @@ def _scores(found: Tree, columns: Tree) -> Iterator[Figure]:
         yield Figure("by_number", "counted", title, says, f"Mean score: {'; '.join(means)}.")
 
 
-def _relation(found: Tree, columns: Tree) -> Iterator[Figure]:
-    if (tree := found["relation"]) is not None:
-        rows = (tree, tree["partial"], tree["frequency"])
+def _relation(found: StudyFindings, columns: Tree) -> Iterator[Figure]:
+    if (tree := found.relation) is not None:
+        rows = (tree.spearman, tree.partial, tree.frequency)
         whole, held, frequency = (estimate_of(row, 2, sign=True) for row in rows)
         says = (
             "Diamonds: mean score of each quarter of the latents by similarity, with 95 % intervals. The dashed line "
             "is guessing."
         )
-        alt = f"Spearman {whole}, at equal firing frequency {held}, {plural(tree['n'], 'latent')}."
+        alt = f"Spearman {whole}, at equal firing frequency {held}, {plural(tree.n, 'latent')}."
         yield Figure("relation", "relation", "Score and similarity", says, alt, of_latents=True)
         says = "Whether the most frequent latents are the ones that cannot be explained."
         title = "Score and how often a latent fires"

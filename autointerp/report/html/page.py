@@ -10,7 +10,7 @@ import base64
 import hashlib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +20,9 @@ import jinja2
 from markupsafe import Markup
 
 from autointerp.findings.evidence import Study, View
+from autointerp.findings.json_values import to_json
+from autointerp.findings.paper.finding import AGREES, DISAGREES, SIGNED, Finding
+from autointerp.findings.shape import StudyFindings
 from autointerp.findings.study import open_contexts, study_findings
 from autointerp.report import blocks as doc
 from autointerp.report import report
@@ -66,7 +69,7 @@ class Rendered:
     n_details: int
 
 
-def render(found: Mapping[str, Any], study: Study, budget: int = BUDGET) -> Rendered:
+def render(found: StudyFindings, study: Study, budget: int = BUDGET) -> Rendered:
     """Return the page of ``found``, the findings of ``study``. The same input gives the same bytes.
 
     ``budget``: bytes of details of latents; see :mod:`autointerp.report.html.details`.
@@ -74,8 +77,8 @@ def render(found: Mapping[str, Any], study: Study, budget: int = BUDGET) -> Rend
     from plotly.offline import get_plotlyjs
 
     columns = columns_of(study, study.journal())
-    failed = [latent for row in found["failures"]["reasons"] for latent in row["latents"]]
-    first = [entry["latent"] for entry in found["interesting"] or []] + failed
+    failed = [latent for row in found.failures.reasons for latent in row.latents]
+    first = [entry.latent for entry in found.interesting or []] + failed
     details = details_of(study, columns["latents"]["status"], first, budget)
     parts = _parts(found, figures_of(found, columns))
     scripts = [_script(read_file(name)) for name in SCRIPTS]
@@ -91,11 +94,11 @@ def render(found: Mapping[str, Any], study: Study, budget: int = BUDGET) -> Rend
         about={**report.describe_study(found), "as of": _as_of(study)},
         problems=report.problems(found),
         commands=report.next_commands(found),
-        findings=found.get("findings") or [],
+        findings=found.findings,
         chapters=[(key, title, [parts[n] for n in names if n in parts]) for key, (title, names) in CHAPTERS.items()],
         methods=parts["methods"],
         json_of={
-            "findings": json_in_script(found),
+            "findings": json_in_script(to_json(found)),
             "columns": json_in_script(columns),
             "places": json_in_script({str(latent): chunk for latent, chunk in details.place.items()}),
         },
@@ -109,7 +112,7 @@ def render(found: Mapping[str, Any], study: Study, budget: int = BUDGET) -> Rend
     return Rendered(html, columns["n_latents"], len(details.place))
 
 
-def _parts(found: Mapping[str, Any], figures: Sequence[Figure]) -> dict[str, dict[str, Any]]:
+def _parts(found: StudyFindings, figures: Sequence[Figure]) -> dict[str, dict[str, Any]]:
     """Return the non-empty sections of the report, with their figures in place of terminal charts."""
     parts = {}
     for name, build in report.sections().items():
@@ -181,8 +184,8 @@ def _groupwise(blocks: Sequence[doc.Block]) -> list[tuple[str, list[doc.Block]]]
     return [(kind, list(run)) for kind, run in itertools.groupby(blocks, lambda block: type(block).__name__)]
 
 
-def _verdict_class(row: Mapping[str, Any]) -> str:
-    return str(row["verdict"]).split()[0] if str(row["verdict"]).startswith(("agrees", "disagrees")) else "undecided"
+def _verdict_class(row: Finding) -> str:
+    return row.verdict.split()[0] if row.verdict in (AGREES, DISAGREES) else "undecided"
 
 
 _FILTERS = {
@@ -193,8 +196,8 @@ _FILTERS = {
     "rows": _rows,
     "marks": _marks,
     "groupwise": _groupwise,
-    "finding_value": lambda row: decimal(row["value"], sign=row.get("unit") == "signed"),
-    "finding_interval": lambda row: interval([row["low"], row["high"]], sign=row.get("unit") == "signed"),
+    "finding_value": lambda row: decimal(row.value, sign=row.unit == SIGNED),
+    "finding_interval": lambda row: interval([row.low, row.high], sign=row.unit == SIGNED),
     "verdict_class": _verdict_class,
 }
 

@@ -15,6 +15,7 @@ from tiny_study import harvested_study
 from autointerp.contexts.material import Material
 from autointerp.contexts.selection import Choice, choose_latents, choose_sample_size, draw_control_latents
 from autointerp.explaining.explain import Outcome, explain_runs
+from autointerp.findings.json_values import to_json
 from autointerp.findings.study import findings_of
 from autointerp.journal.journal import Journal
 from autointerp.llm.limits import Budget, BudgetSpent
@@ -95,7 +96,7 @@ def test_a_sample_of_each_is_explained_and_scored(run: Run) -> None:
         assert Counter(table["control"]) == {"none": N}, "a control has no control"
         assert (table["n_active"] + table["n_inactive"] == 12).all()
         assert (table["n_hard"] > 0).any(), "the harder negatives too"
-    tree = findings_of(run, study_runs("run", run.root))["scores"]
+    tree = to_json(findings_of(run, study_runs("run", run.root)).scores)
     assert [row["n_scored"] for row in tree["control_saes"]] == [N, N]
     assert tree["lacking_controls"] is None
     assert tree["baseline"] is None, "the scores are the baseline's"
@@ -211,7 +212,7 @@ def test_language_model_gets_a_baseline_on_its_contexts(run: Run) -> None:
     assert both == {"llm": {"llm"}, "ngram": {"ngram"}}
     assert (table["n_failed"] == 0).all()
     assert table["stratum_tpr"].map(len).min() > 0, "of both judges it is known what was asked"
-    found = findings_of(run, study_runs("run", run.root))
+    found = to_json(findings_of(run, study_runs("run", run.root)))
     assert found["methods"]["judge"]["name"] == "llm"
     assert found["scores"]["baseline"]["n_scored"] == N
     assert [row["n_scored"] for row in found["scores"]["control_saes"]] == [N, N]

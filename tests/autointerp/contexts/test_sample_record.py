@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 import small_study
 from rich.console import Console
+from small_study import findings
 
 from autointerp.contexts.sampling import Draw, draw_sample, load_sample, make_strata, map_to_partners, store_draw
 from autointerp.contexts.selection import Choice, draw_latents
-from autointerp.findings.study import findings
+from autointerp.findings import study
 from autointerp.report.report import report_page
 from autointerp.report.terminal import print_page
 from sae.alignment.alignment import read_alignment
@@ -253,7 +254,7 @@ def test_partners_are_drawn_where_their_latents_are(runs: list[Run]) -> None:
 def test_the_report_says_what_the_figures_stand_for(runs: list[Run]) -> None:
     def text() -> str:
         out = io.StringIO()
-        print_page(report_page(findings(runs[0].root, NAMES), is_full=True), Console(file=out, width=100))
+        print_page(report_page(study.findings(runs[0].root, NAMES), is_full=True), Console(file=out, width=100))
         return " ".join(out.getvalue().split())
 
     sampled(runs, 60, more=eligible_of(runs[0])[:9])

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from autointerp.findings import study
+from autointerp.findings.json_values import to_json
 from autointerp.journal.journal import Journal
 from sae.alignment.alignment import Alignment, align, write_alignment
 from sae.alignment.nulls import add_null
@@ -33,6 +35,12 @@ JUDGED_BY = {
     "settings_hash": "s" * 64,
     "judge_prompt_hash": "",
 }
+
+
+def findings(*args: Any, **options: Any) -> Any:
+    return to_json(study.findings(*args, **options))
+
+
 NASTY = "[red]markup[/red] \x1b[31mescape\x07 line\nbreak \u202eright-to-left\u200b \ud800 tab\t"
 
 

@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 import small_study
 from scipy import stats
+from small_study import findings
 
 from autointerp.findings.evidence import View
 from autointerp.findings.latent import latent_findings
-from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal
 from sae.alignment.alignment import read_alignment
 from sae.alignment.nulls import read_null

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from scipy import stats
 
+from autointerp.findings.json_values import to_json
 from autointerp.findings.pair import PairChoice, chosen, compare_runs, ensure_pair_aligned, the_two
+from autointerp.findings.shape import Comparison
 from autointerp.journal.journal import Journal
 from autointerp.report.compare import comparison_page
 from autointerp.report.terminal import print_page
@@ -43,38 +46,38 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
 
 
 @pytest.fixture(scope="module")
-def found(runs: list[Run]) -> dict[str, Any]:
+def found(runs: list[Run]) -> Comparison:
     return compare_runs(runs[0], runs[1])
 
 
-def drawn(found: dict[str, Any], choice: PairChoice | None = None, width: int = 80, colour: Any = None) -> str:
+def drawn(found: Comparison, choice: PairChoice | None = None, width: int = 80, colour: Any = None) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, color_system=colour, force_terminal=colour is not None, highlight=False)
-    print_page(comparison_page(found, chosen(found["pairs"], choice or PairChoice())), console)
+    print_page(comparison_page(found, chosen(found.pairs, choice or PairChoice())), console)
     return out.getvalue()
 
 
 # --- figures ------------------------------------------------------------------------------------------------
 
 
-def test_pairs_are_those_of_the_alignment(runs: list[Run], found: dict[str, Any]) -> None:
+def test_pairs_are_those_of_the_alignment(runs: list[Run], found: Comparison) -> None:
     table = read_alignment(runs[0].root / "alignments", "run_a", "run_b").a
-    assert [pair["latent"] for pair in found["pairs"]] == table["latent"].tolist()
-    assert [pair["partner"] for pair in found["pairs"]] == table["decoder_partner"].tolist()
+    assert [pair["latent"] for pair in found.pairs] == table["latent"].tolist()
+    assert [pair["partner"] for pair in found.pairs] == table["decoder_partner"].tolist()
     for name in ("strict", "both", "decoder", "lenient"):
-        assert [pair["shared"][name] for pair in found["pairs"]] == find_shared(table, name).tolist()
+        assert [pair["shared"][name] for pair in found.pairs] == find_shared(table, name).tolist()
     firing = [read_table(run.stage_path("firing")).set_index("latent") for run in runs]
-    for pair in found["pairs"]:
+    for pair in found.pairs:
         row = table.iloc[pair["latent"]]
         assert pair["encoder_cosine"] == row["encoder_cosine"]
         assert pair["same_partner"] == (row["encoder_partner"] == row["decoder_partner"])
         for side, of, latent in zip(pair["sides"], firing, (pair["latent"], pair["partner"]), strict=True):
             assert side["n_firings"] == of.loc[latent, "n_firings"]
             assert side["alive"] == (not of.loc[latent, "dead"])
-    json.dumps(found, allow_nan=False)
+    json.dumps(to_json(found), allow_nan=False)
 
 
-def test_agreement_uses_the_scores_of_both_sides(runs: list[Run], found: dict[str, Any]) -> None:
+def test_agreement_uses_the_scores_of_both_sides(runs: list[Run], found: Comparison) -> None:
     scores = []
     for run in runs:
         rows = read_table(run.stage_path("scores"))
@@ -85,37 +88,38 @@ def test_agreement_uses_the_scores_of_both_sides(runs: list[Run], found: dict[st
         {"a": scores[0], "b": scores[1].reindex(table["decoder_partner"]).set_axis(table.index)}
     ).dropna()
     returns = pd.Series(find_shared(table, "strict"), index=table.index).reindex(both.index)
+    assert found.agreement
     for name, of in (("together", both), ("shared", both[returns]), ("unshared", both[~returns])):
-        told = found["agreement"][name]
-        assert told["n"] == len(of) > 5
-        assert told["spearman"]["value"] == pytest.approx(stats.spearmanr(of["a"], of["b"]).statistic)
-        assert told["difference"]["value"] == pytest.approx((of["a"] - of["b"]).mean())
-        assert told["gap"]["value"] == pytest.approx((of["a"] - of["b"]).abs().mean())
+        told = found.agreement[name]
+        assert told.n == len(of) > 5
+        assert told.spearman.value == pytest.approx(stats.spearmanr(of["a"], of["b"]).statistic)
+        assert told.difference.value == pytest.approx((of["a"] - of["b"]).mean())
+        assert told.gap.value == pytest.approx((of["a"] - of["b"]).abs().mean())
         for figure in ("spearman", "difference", "gap"):
-            low, high = told[figure]["interval"]
-            assert low <= told[figure]["value"] <= high
-    by_latent = {pair["latent"]: pair for pair in found["pairs"]}
+            low, high = getattr(told, figure).interval
+            assert low <= getattr(told, figure).value <= high
+    by_latent = {pair["latent"]: pair for pair in found.pairs}
     for latent, row in both.iterrows():
         assert by_latent[int(str(latent))]["score_gap"] == pytest.approx(row["a"] - row["b"])
-    assert sum(pair["score_gap"] is not None for pair in found["pairs"]) == len(both)
+    assert sum(pair["score_gap"] is not None for pair in found.pairs) == len(both)
 
 
 def test_the_threshold_and_definition_decide_what_is_shared(runs: list[Run]) -> None:
     loose = compare_runs(runs[0], runs[1], definition="decoder", threshold=0.3)
     table = read_alignment(runs[0].root / "alignments", "run_a", "run_b").a
-    assert [pair["is_shared"] for pair in loose["pairs"]] == find_shared(table, "decoder", 0.3).tolist()
-    assert loose["overlap"]["definition"] == "decoder"
-    assert loose["overlap"]["threshold"] == 0.3
+    assert [pair["is_shared"] for pair in loose.pairs] == find_shared(table, "decoder", 0.3).tolist()
+    assert loose.overlap["definition"] == "decoder"
+    assert loose.overlap["threshold"] == 0.3
 
 
-def test_what_lacks_an_explanation_is_counted_and_named(runs: list[Run], found: dict[str, Any]) -> None:
-    lacking = found["lacking"]
-    explained = [{p["sides"][i]["latent"] for p in found["pairs"] if p["sides"][i]["explanation"]} for i in (0, 1)]
+def test_what_lacks_an_explanation_is_counted_and_named(runs: list[Run], found: Comparison) -> None:
+    lacking = found.lacking
+    explained = [{p["sides"][i]["latent"] for p in found.pairs if p["sides"][i]["explanation"]} for i in (0, 1)]
     assert lacking["n_explained_both"] + lacking["n_explained_one"] == len(
-        {p["latent"] for p in found["pairs"] if p["latent"] in explained[0] or p["partner"] in explained[1]}
+        {p["latent"] for p in found.pairs if p["latent"] in explained[0] or p["partner"] in explained[1]}
     )
     entries = {entry["latent"]: entry for entry in lacking["without_explanation"] if entry["run"] == "run_b"}
-    expected = {p["partner"] for p in found["pairs"] if p["latent"] in explained[0]} - explained[1]
+    expected = {p["partner"] for p in found.pairs if p["latent"] in explained[0]} - explained[1]
     assert set(entries) == expected
     eligible = read_table(runs[1].stage_path("contexts")).set_index("latent")["eligible"]
     assert {latent for latent, e in entries.items() if not e["can_be_explained"]} == {
@@ -137,7 +141,7 @@ def test_nothing_explained_names_the_command(tmp_path: Path) -> None:
     small_study.harvested(made)
     small_study.aligned(made)
     bare = compare_runs(made[0], made[1])
-    assert bare["agreement"] is None
+    assert bare.agreement is None
     text = drawn(bare)
     assert "Nothing is explained in either run yet." in text
     assert "explain --sae run_a --with-partners" in text
@@ -151,9 +155,9 @@ def test_scores_of_other_setups_are_skipped_and_reported(tmp_path: Path) -> None
     rows = small_study.scored(made[1], small_study.explained(made[1], list(range(50))))
     write_table(made[1].stage_path("scores"), rows.assign(judge_prompt_hash="another"))
     other = compare_runs(made[0], made[1])
-    assert other["agreement"] is None
-    assert other["scored_by"]["other_made_otherwise"]
-    assert all(pair["sides"][1]["score"] is None for pair in other["pairs"])
+    assert other.agreement is None
+    assert other.scored_by["other_made_otherwise"]
+    assert all(pair["sides"][1]["score"] is None for pair in other.pairs)
     assert "The scores of run_b were made in another way" in drawn(other)
 
 
@@ -182,19 +186,19 @@ def lone_model(tmp_path: Path) -> list[Run]:
 
 def test_the_newest_scores_of_both_runs_are_compared(lone_model: list[Run]) -> None:
     told = compare_runs(lone_model[0], lone_model[1])
-    assert told["scored_by"]["explainer"] == "ngram"
-    assert told["agreement"]["together"]["n"] > 10
-    texts = [side["explanation"] for pair in told["pairs"] for side in pair["sides"] if side["explanation"]]
+    assert told.scored_by["explainer"] == "ngram"
+    assert told.agreement and told.agreement["together"].n > 10
+    texts = [side["explanation"] for pair in told.pairs for side in pair["sides"] if side["explanation"]]
     assert len(texts) > 60
     assert not any("model on" in text for text in texts)
-    assert compare_runs(lone_model[0], lone_model[1], explainer="ngram") == told
+    assert to_json(compare_runs(lone_model[0], lone_model[1], explainer="ngram")) == to_json(told)
 
 
 def test_explanations_of_two_explainers_are_never_paired(lone_model: list[Run]) -> None:
     told = compare_runs(lone_model[0], lone_model[1], explainer="llm")
-    assert told["agreement"] is None
-    assert told["scored_by"]["other_made_otherwise"]
-    sides = [[pair["sides"][i]["explanation"] for pair in told["pairs"]] for i in (0, 1)]
+    assert told.agreement is None
+    assert told.scored_by["other_made_otherwise"]
+    sides = [[pair["sides"][i]["explanation"] for pair in told.pairs] for i in (0, 1)]
     assert sum(text is not None for text in sides[0]) == 10
     assert not any(sides[1])
     page = " ".join(drawn(told).split())
@@ -212,13 +216,13 @@ def test_scoring_is_advised_only_where_it_can_help(tmp_path: Path) -> None:
         failing = {latents[0]: "too few contexts that can be marked otherwise"} if run is made[1] else {}
         small_study.scored(run, small_study.explained(run, latents), failing=failing)
     told = compare_runs(made[0], made[1])
-    assert told["lacking"]["not_scored"] == [0]
-    assert told["lacking"]["score"] is None
+    assert told.lacking["not_scored"] == [0]
+    assert told.lacking["score"] is None
     assert "This scores" not in drawn(told)
     rows = read_table(made[1].stage_path("scores"))
     write_table(made[1].stage_path("scores"), rows[rows["latent"] != partners[0]])
     told = compare_runs(made[0], made[1])
-    assert told["lacking"]["not_scored"] == [0]
+    assert told.lacking["not_scored"] == [0]
     assert "This scores what is explained:" in drawn(told)
 
 
@@ -228,11 +232,11 @@ def test_scores_of_the_second_run_alone_are_shown(tmp_path: Path) -> None:
     small_study.aligned(made)
     table = small_study.scored(made[1], small_study.explained(made[1], list(range(50))), control=False)
     alone = compare_runs(made[0], made[1])
-    told = {p["partner"]: p["sides"][1]["score"] for p in alone["pairs"] if p["sides"][1]["score"]}
+    told = {p["partner"]: p["sides"][1]["score"] for p in alone.pairs if p["sides"][1]["score"]}
     assert {k: v["value"] for k, v in told.items()} == pytest.approx(
         table.set_index("latent")["balanced_accuracy"].to_dict()
     )
-    assert alone["lacking"]["explain"][0].startswith("python cli.py explain --sae run_b --with-partners")
+    assert alone.lacking["explain"][0].startswith("python cli.py explain --sae run_b --with-partners")
 
 
 def test_a_wider_run_has_latents_without_partner(tmp_path: Path) -> None:
@@ -246,10 +250,10 @@ def test_a_wider_run_has_latents_without_partner(tmp_path: Path) -> None:
     aligned = align(*sides[0], *sides[1], names=(wide.name, narrow.name))
     write_alignment(tmp_path / "alignments", wide.name, narrow.name, aligned, "inputs")
     told = compare_runs(wide, narrow)
-    assert told["n_without_partner"] == 30
-    assert len(told["pairs"]) == 60
-    assert compare_runs(narrow, wide)["n_without_partner"] == 0
-    assert "different studies" in told["apart"]
+    assert told.n_without_partner == 30
+    assert len(told.pairs) == 60
+    assert compare_runs(narrow, wide).n_without_partner == 0
+    assert "different studies" in (told.apart or "")
     assert "Aligned by --force" in drawn(told)
     assert "30 latents of wide_a have no partner" in drawn(told)
 
@@ -257,9 +261,9 @@ def test_a_wider_run_has_latents_without_partner(tmp_path: Path) -> None:
 # --- which pairs --------------------------------------------------------------------------------------------
 
 
-def test_the_default_spreads_over_all_similarities(found: dict[str, Any]) -> None:
-    told = chosen(found["pairs"], PairChoice())
-    both = [p for p in found["pairs"] if all(side["explanation"] for side in p["sides"])]
+def test_the_default_spreads_over_all_similarities(found: Comparison) -> None:
+    told = chosen(found.pairs, PairChoice())
+    both = [p for p in found.pairs if all(side["explanation"] for side in p["sides"])]
     alike = sorted((p["similarity"] for p in both), reverse=True)
     picked = [p["similarity"] for p in told["pairs"]]
     assert len(picked) == 8
@@ -272,31 +276,31 @@ def test_the_default_spreads_over_all_similarities(found: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("sort", ["similarity", "score", "gap", "firing"])
 @pytest.mark.parametrize("sharing", ["any", "shared", "unshared"])
-def test_an_order_holds_over_all_that_are_left(found: dict[str, Any], sort: Any, sharing: Any) -> None:
+def test_an_order_holds_over_all_that_are_left(found: Comparison, sort: Any, sharing: Any) -> None:
     keys: dict[str, Any] = {
         "similarity": lambda p: p["similarity"],
         "score": lambda p: p["sides"][0]["score"]["value"] + p["sides"][1]["score"]["value"],
         "gap": lambda p: abs(p["score_gap"]),
         "firing": lambda p: min(side["firing_frequency"] for side in p["sides"]),
     }
-    told = chosen(found["pairs"], PairChoice(n=10**6, sort=sort, sharing=sharing))
+    told = chosen(found.pairs, PairChoice(n=10**6, sort=sort, sharing=sharing))
     values = [keys[sort](pair) for pair in told["pairs"]]
     assert values == sorted(values, reverse=True)
     assert len(values) == told["n_of"] > 0
     if sharing != "any":
         assert {pair["is_shared"] for pair in told["pairs"]} == {sharing == "shared"}
-    first = chosen(found["pairs"], PairChoice(n=3, sort=sort, sharing=sharing))
+    first = chosen(found.pairs, PairChoice(n=3, sort=sort, sharing=sharing))
     assert first["latents"] == told["latents"][:3]
 
 
 @given(st.integers(1, 200))
-def test_no_pair_is_shown_twice(found: dict[str, Any], n: int) -> None:
-    told = chosen(found["pairs"], PairChoice(n=n))
+def test_no_pair_is_shown_twice(found: Comparison, n: int) -> None:
+    told = chosen(found.pairs, PairChoice(n=n))
     assert len(set(told["latents"])) == len(told["latents"]) == min(n, told["n_of"])
 
 
-def test_none_is_told(found: dict[str, Any]) -> None:
-    nothing = [pair | {"is_shared": True} for pair in found["pairs"]]
+def test_none_is_told(found: Comparison) -> None:
+    nothing = [pair | {"is_shared": True} for pair in found.pairs]
     told = chosen(nothing, PairChoice(sharing="unshared", sort="gap"))
     assert told["says"] == "There are no unshared pairs that are scored on both sides."
 
@@ -310,11 +314,11 @@ def without_spaces(text: str) -> str:
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120])
 @pytest.mark.parametrize("colour", [None, "truecolor"])
-def test_no_line_is_wider_and_nothing_is_lost(found: dict[str, Any], width: int, colour: Any) -> None:
-    long = copy.deepcopy(found)
-    long["runs"][1]["name"] = "a_run_with_quite_a_long_name"
+def test_no_line_is_wider_and_nothing_is_lost(found: Comparison, width: int, colour: Any) -> None:
+    runs = [found.runs[0], replace(found.runs[1], name="a_run_with_quite_a_long_name")]
+    long = replace(copy.deepcopy(found), runs=runs)
     words = " ".join(f"word{i}" for i in range(60)) + " " + "x" * 200 + " 漢字かな交じり文" * 9
-    for i, pair in enumerate(p for p in long["pairs"] if all(side["explanation"] for side in p["sides"])):
+    for i, pair in enumerate(p for p in long.pairs if all(side["explanation"] for side in p["sides"])):
         for j, side in enumerate(pair["sides"]):
             side["explanation"] = f"explanation{i}of{j} {words}"
     text = drawn(long, width=width)
@@ -331,7 +335,7 @@ def test_no_line_is_wider_and_nothing_is_lost(found: dict[str, Any], width: int,
     columns = [
         without_spaces("".join(_cells(line, *span) for line in lines)) for span in ((0, each), (2 + each, width))
     ]
-    for pair in chosen(long["pairs"], PairChoice())["pairs"]:
+    for pair in chosen(long.pairs, PairChoice())["pairs"]:
         assert f"{pair['latent']} ↔ {pair['partner']}" in text
         for column, side in zip(columns, pair["sides"], strict=True):
             assert without_spaces(side["explanation"]) in column
@@ -354,10 +358,10 @@ def _cells(line: str, begin: int, end: int) -> str:
     return kept
 
 
-def test_how_a_pair_is_matched_fits_one_line(found: dict[str, Any]) -> None:
+def test_how_a_pair_is_matched_fits_one_line(found: Comparison) -> None:
     """At 80 columns, with cosines and latents of any size that there are."""
     wide = copy.deepcopy(found)
-    for pair in wide["pairs"]:
+    for pair in wide.pairs:
         pair |= {"encoder_partner": 32_767, "same_partner": False, "jaccard": 0.63}
     lines = [line for line in drawn(wide).splitlines() if line.startswith("  encoder ")]
     assert len(lines) == 8
@@ -365,12 +369,12 @@ def test_how_a_pair_is_matched_fits_one_line(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_hostile_text_is_shown_and_not_obeyed(found: dict[str, Any], width: int) -> None:
-    nasty = copy.deepcopy(found)
-    for pair in nasty["pairs"]:
+def test_hostile_text_is_shown_and_not_obeyed(found: Comparison, width: int) -> None:
+    runs = [replace(run, name=f"run\x1b[31m{run.name[-1]}") for run in found.runs]
+    nasty = replace(copy.deepcopy(found), runs=runs)
+    for pair in nasty.pairs:
         for side in pair["sides"]:
             side["explanation"] = small_study.NASTY
-    nasty["runs"][0]["name"] = "run\x1b[31m"
     text = drawn(nasty, width=width)
     acts = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {"\n"}
     assert not acts
@@ -378,16 +382,16 @@ def test_hostile_text_is_shown_and_not_obeyed(found: dict[str, Any], width: int)
     assert max(map(cell_len, text.splitlines())) <= width
 
 
-def test_without_unicode_the_page_is_legible(found: dict[str, Any]) -> None:
+def test_without_unicode_the_page_is_legible(found: Comparison) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
     print_page(
-        comparison_page(found, chosen(found["pairs"], PairChoice())), Console(file=stream, width=80, color_system=None)
+        comparison_page(found, chosen(found.pairs, PairChoice())), Console(file=stream, width=80, color_system=None)
     )
     stream.flush()
     raw = stream.buffer
     assert isinstance(raw, io.BytesIO)
     text = raw.getvalue().decode("ascii")
-    pair = chosen(found["pairs"], PairChoice())["pairs"][0]
+    pair = chosen(found.pairs, PairChoice())["pairs"][0]
     assert f"{pair['latent']} = {pair['partner']}" in text
 
 

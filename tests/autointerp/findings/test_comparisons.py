@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
+from small_study import findings
 from tiny_study import change_record
 
+from autointerp.findings import study
 from autointerp.findings.controls import difference_of_means
-from autointerp.findings.study import findings
 from autointerp.report.report import report_page
 from autointerp.report.terminal import print_page
 from sae.common.files import read_table, write_table
@@ -42,7 +43,7 @@ def scores_of(root: Path) -> dict[str, Any]:
 
 def page_of(root: Path, width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width)
-    print_page(report_page(findings(root, ["run_a", "run_b", "run_c"]), is_full=True), console)
+    print_page(report_page(study.findings(root, ["run_a", "run_b", "run_c"]), is_full=True), console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from autointerp.findings.json_values import to_json
 from autointerp.findings.paper.dictionaries import Dictionaries, findings_of_dictionaries
 from autointerp.findings.paper.finding import AGREES, DISAGREES, UNDECIDED, Finding, Verdict, against, every
 from autointerp.findings.paper.intervals import jackknife, wider, without_each
-from autointerp.findings.paper.scores import Scores, findings_of_scores
+from autointerp.findings.paper.scores import ScoreEvidence, findings_of_scores
+from autointerp.findings.shape import Mean
 from sae.alignment.alignment import align
 from sae.alignment.dip import Dip
 from sae.common.estimate import UNKNOWN, Estimate
@@ -195,22 +197,18 @@ def test_an_interval_over_seeds_is_never_narrower() -> None:
 
 
 def scores(
-    *, mean: tuple[float, float, float] = (0.7, 0.69, 0.71), above: tuple[float, float, float] = (0.2, 0.19, 0.21)
-) -> dict[str, Any]:
-    control = {"mean": 0.5, "above_control": {"mean": above[0], "interval": list(above[1:])}}
-    return {
-        "n_scored": 100,
-        "mean": mean[0],
-        "interval": list(mean[1:]),
-        "control": control,
-        "quartiles": [0.6, 0.7, 0.8],
-    }
+    *,
+    mean: tuple[float, float, float] = (0.7, 0.69, 0.71),
+    above: tuple[float, float, float] | None = (0.2, 0.19, 0.21),
+) -> Any:
+    control = above and SimpleNamespace(above_control=Mean(Estimate(*above)))
+    return SimpleNamespace(n_scored=100, mean=Estimate(*mean), control=control, quartiles=[UNKNOWN] * 3)
 
 
 def told(**given: Any) -> dict[str, Finding]:
     empty: dict[str, Any] = {"scores": None, "relation": None, "table": None, "pairs": None, "judge": "ngram"}
     empty |= {"n_aligned": None, "most_latents": 1000, "explain_more": "python cli.py explain --latents {}".format}
-    return {row.id: row for row in findings_of_scores(Scores(**{**empty, **given}, more=MORE))}
+    return {row.id: row for row in findings_of_scores(ScoreEvidence(**{**empty, **given}, more=MORE))}
 
 
 @pytest.mark.parametrize(
@@ -220,11 +218,11 @@ def told(**given: Any) -> dict[str, Finding]:
         (scores(mean=(0.45, 0.4, 0.49)), DISAGREES),
         (scores(above=(-0.1, -0.2, -0.05)), DISAGREES),
         (scores(above=(0.01, -0.02, 0.04)), UNDECIDED),
-        ({**scores(), "control": None}, UNDECIDED),
+        (scores(above=None), UNDECIDED),
     ],
     ids=["above both", "below chance", "below the control", "like the control", "no control"],
 )
-def test_interp(of: dict[str, Any], verdict: Verdict) -> None:
+def test_interp(of: Any, verdict: Verdict) -> None:
     assert told(scores=of)["interp"].verdict == verdict
 
 
@@ -232,11 +230,10 @@ def test_interp(of: dict[str, Any], verdict: Verdict) -> None:
     ("bounds", "verdict"), [([0.1, 0.3], AGREES), ([-0.3, -0.1], DISAGREES), ([-0.1, 0.1], UNDECIDED)]
 )
 def test_relation(bounds: list[float], verdict: Verdict) -> None:
-    tree = {"spearman": sum(bounds) / 2, "interval": bounds, "n": 9, "partial": UNKNOWN}
-    relation = {**tree, "pooled": None, "frequency": UNKNOWN}
+    relation = SimpleNamespace(spearman=Estimate(sum(bounds) / 2, *bounds), n=9, partial=UNKNOWN, pooled=None)
     assert told(relation=relation)["relation"].verdict == verdict
-    pooled = {**tree, "spearman": 0.9, "interval": [0.8, 0.95]}
-    assert told(relation={**relation, "pooled": pooled})["relation"].verdict == AGREES  # of all runs, where there are
+    relation.pooled = SimpleNamespace(spearman=Estimate(0.9, 0.8, 0.95), n=9, partial=UNKNOWN)
+    assert told(relation=relation)["relation"].verdict == AGREES  # of all runs, where there are
 
 
 @pytest.mark.parametrize(("slope", "verdict"), [(-0.1, AGREES), (0.1, DISAGREES), (0.0, UNDECIDED)])

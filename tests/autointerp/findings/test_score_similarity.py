@@ -16,20 +16,23 @@ import small_study
 from made_scores import Made, rank_correlation, score
 from rich.console import Console
 from scipy import stats
+from small_study import findings
 
 from autointerp.contexts.sampling import Draw, Sample, draw_sample, make_strata
-from autointerp.findings import relation
+from autointerp.findings import relation, study
 from autointerp.findings.evidence import View
 from autointerp.findings.json_values import to_json
 from autointerp.findings.relation import Part
+from autointerp.findings.shape import Reliability, StudyFindings
 from autointerp.findings.statistics.resampling import Resamples
-from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal, Verdict
+from autointerp.report.numbers import estimate_of
 from autointerp.report.report import report_page
 from autointerp.report.terminal import print_page
 from sae.alignment.alignment import read_alignment
 from sae.alignment.bootstrap import partner_units
-from sae.common.amounts import decimal, estimate, interval
+from sae.common.amounts import decimal
+from sae.common.estimate import UNKNOWN, Estimate
 from sae.common.files import read_table, write_table
 from sae.study.run import Run
 
@@ -354,33 +357,30 @@ def test_what_was_judged_otherwise_is_not_pooled(three: Path, tmp_path: Path) ->
 
 
 def test_the_report_shows_what_was_found(three: Path) -> None:
-    found = findings(three, NAMES)
-    tree = found["relation"]
+    found = study.findings(three, NAMES)
+    tree = found.relation
     page = " ".join(plain(found).split())
-    told = found["scores"]["reliability"]
-    assert f"Reliability {estimate(told['value'], told['interval'], 2)}: the rank correlation" in page
-    for of in (tree, tree["pooled"]):
-        value = of["corrected"]
-        shown = f"{decimal(value['value'], 2, sign=True)} {interval(value['interval'], 2, sign=True)} {of['n']}"
-        assert f"corrected for noise {shown}" in page
+    assert tree and tree.pooled and found.scores and found.scores.reliability
+    assert f"Reliability {estimate_of(found.scores.reliability.value, 2)}: the rank correlation" in page
+    for of in (tree, tree.pooled):
+        assert f"corrected for noise {estimate_of(of.corrected, 2, sign=True)} {of.n}" in page
     assert "3 runs together" in page
-    assert f"{tree['pooled']['n']} latents are {tree['pooled']['n_units']} with their partners" in page
-    matched = tree["shared_and_unshared"]["matched"]
-    assert f"at equal firing frequency {decimal(matched['value'], sign=True)}" in page
+    assert f"{tree.pooled.n} latents are {tree.pooled.n_units} with their partners" in page
+    matched = tree.shared_and_unshared.matched
+    assert f"at equal firing frequency {decimal(matched.value, sign=True)}" in page
     # Without verdicts there is nothing to correct for, and nothing is said of it.
-    unknown = {"value": None, "interval": None}
-    poor = {**tree, "pooled": None, "reliability": unknown, "corrected": unknown, "partial_corrected": unknown}
-    page = plain({**found, "relation": poor, "scores": {**found["scores"], "reliability": None}})
+    poor = replace(tree, pooled=None, reliability=UNKNOWN, corrected=UNKNOWN, partial_corrected=UNKNOWN)
+    page = plain(replace(found, relation=poor, scores=replace(found.scores, reliability=None)))
     assert "Reliability" not in page
     assert "without the score's noise" not in page
     assert "together" not in page.split("How scores relate to similarity")[1].split("Unshared latents")[0]
-    low = {**poor, "reliability": {"value": 0.1, "interval": [0.0, 0.2]}}
-    scores = {**found["scores"], "reliability": low["reliability"]}
-    page = " ".join(plain({**found, "relation": low, "scores": scores}).split())
+    low = Estimate(0.1, 0.0, 0.2)
+    scores = replace(found.scores, reliability=Reliability(low, 20))
+    page = " ".join(plain(replace(found, relation=replace(poor, reliability=low), scores=scores)).split())
     assert "Reliability .10: too small to correct" in page
 
 
-def plain(found: dict[str, Any]) -> str:
+def plain(found: StudyFindings) -> str:
     console = Console(file=io.StringIO(), width=110, color_system=None)
     with console.capture() as captured:
         print_page(report_page(found, is_full=True), console)

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from small_study import findings
 from tiny_study import cli
 
 from autointerp import Run
 from autointerp.contexts.sampling import load_sample
 from autointerp.findings.latent import latent_findings
 from autointerp.findings.reliability import reliability_findings, verdicts_of
-from autointerp.findings.study import findings
 from autointerp.report.latent import latent_page
 from autointerp.report.terminal import print_page
 from autointerp.scoring.scorers.base import HARDER
@@ -106,11 +106,11 @@ def test_a_notebook_has_the_reliability_of_each_setup(run: Run) -> None:
         rows = rows_of(scores, setup)
         expected = reliability_findings(rows, verdicts_of(run, rows, setup), load_sample(run, setup))
         assert told["scorer"] == setup["scorer"]
-        if expected is None or expected["value"] is None:
+        if expected is None or np.isnan(expected.value.value):
             assert np.isnan(told["value"])
         else:
-            assert told["value"] == pytest.approx(expected["value"])
-            assert [told["low"], told["high"]] == pytest.approx(expected["interval"])
+            assert told["value"] == pytest.approx(expected.value.value)
+            assert [told["low"], told["high"]] == pytest.approx(expected.value.interval)
     assert table["value"].notna().any()
     scores_path = run.stage_path("scores")
     scores_path.unlink()

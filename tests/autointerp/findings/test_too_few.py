@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 import small_study
 from rich.console import Console
+from small_study import findings
 
+from autointerp.findings import study
 from autointerp.findings.evidence import View
 from autointerp.findings.scores import too_few_findings
-from autointerp.findings.study import findings
 from autointerp.report.report import report_page
 from autointerp.report.terminal import print_page
 from sae.common.files import read_table, write_table
@@ -27,10 +28,10 @@ def runs(tmp_path: Path) -> list[Run]:
     return small_study.whole(tmp_path)
 
 
-def shown(found: dict) -> str:
-    out = io.StringIO()
-    print_page(report_page(found, is_full=True), Console(file=out, width=110, color_system=None, highlight=False))
-    return out.getvalue()
+def shown(root: Path) -> str:
+    out = Console(file=io.StringIO(), width=110, color_system=None, highlight=False)
+    print_page(report_page(study.findings(root, NAMES, View()), is_full=True), out)
+    return out.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_latents_with_few_contexts_are_listed_by_class(runs: list[Run]) -> None:
@@ -52,7 +53,7 @@ def test_latents_with_few_contexts_are_listed_by_class(runs: list[Run]) -> None:
     assert set().union(*(row["latents"] for row in classes)) == lacking
     assert tree["together"]["reasons"] == {"too few activating contexts to explain from": len(lacking)}
     assert tree["together"]["median_frequency"] < tree["together"]["median_frequency_of_eligible"]
-    text = shown(found)
+    text = shown(runs[0].root)
     assert "too few contexts" in text
     assert f"too few activating contexts to explain from: {len(lacking)}" in text
 
@@ -62,13 +63,13 @@ def test_where_nothing_was_counted_nothing_is_said() -> None:
     every = pd.DataFrame({"alive": [True, False], "eligible": [True, False], "ineligible_reason": ["", "never fires"]})
     tree = too_few_findings(every)
     assert tree is not None
-    assert (tree["together"]["n_alive"], tree["together"]["n"]) == (1, 0), "a dead latent is not among them"
+    assert (tree["together"].n_alive, tree["together"].n) == (1, 0), "a dead latent is not among them"
 
 
 def test_each_kind_of_negative_is_scored_apart(runs: list[Run]) -> None:
     plain = findings(runs[0].root, NAMES, View())
     assert plain["scores"]["negatives"] == {}
-    assert "a neighbour fires" not in shown(plain)
+    assert "a neighbour fires" not in shown(runs[0].root)
     path = runs[0].stage_path("scores")
     table = read_table(path)
     own = (table["control"] == "none").to_numpy()
@@ -91,6 +92,6 @@ def test_each_kind_of_negative_is_scored_apart(runs: list[Run]) -> None:
         assert row["interval"][0] < row["mean"] < row["interval"][1]
     n = int(own.sum())
     assert found["scores"]["n_failed_answers"] == plain["scores"]["n_failed_answers"] + 2 * n
-    text = shown(found)
+    text = shown(runs[0].root)
     assert "a neighbour fires" in text
     assert "same token" in text

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
+from small_study import findings
 
 from autointerp.findings import returning as seeds
-from autointerp.findings.study import findings
+from autointerp.findings import study
 from autointerp.report import charts
 from autointerp.report.dictionaries import training_curves
 from autointerp.report.report import report_page
@@ -89,7 +90,7 @@ def test_constants_draw_flat_lines_and_unknowns_are_skipped() -> None:
 
 def test_the_whole_report_works_without_unicode(tmp_path: Path) -> None:
     runs = small_study.runs_of(tmp_path)
-    found = findings(tmp_path, [run.name for run in runs])
+    found = study.findings(tmp_path, [run.name for run in runs])
     for encoding in ("utf-8", "ascii"):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         console = Console(file=stream, width=80, color_system=None, force_terminal=False)

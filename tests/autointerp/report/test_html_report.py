@@ -8,6 +8,7 @@ import json
 import math
 import re
 import unicodedata
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,17 @@ from html_pages import HOSTILE, Parsed
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.text import Text
+from small_study import findings
 from tiny_study import cli
 
-from autointerp.findings.study import findings
+from autointerp.findings import study
 from autointerp.report import report
 from autointerp.report.blocks import Chart, Column, Facts, Section, Table, spans
 from autointerp.report.html.details import OTHERS, json_in_script, order
 from autointerp.report.html.figures import figures_of
 from autointerp.report.html.page import CHAPTERS, SCRIPTS, _is_chart, _script, kept_columns, show_text
 from autointerp.report.visible import visible
+from sae.common.estimate import Estimate
 from sae.study.run import Run
 
 NAMES = ["run_a", "run_b", "run_c"]
@@ -78,7 +81,7 @@ def test_the_page_has_every_part_of_the_terminal(page: Parsed) -> None:
 
 
 def test_the_head_sentences_are_those_of_the_terminal(root: Path, page: Parsed) -> None:
-    found = findings(root, NAMES)
+    found = study.findings(root, NAMES)
     for _, sentence in report.answer(found):
         assert " ".join(show_text(sentence).split()) in page.text
     for words in report.describe_study(found).values():
@@ -87,7 +90,7 @@ def test_the_head_sentences_are_those_of_the_terminal(root: Path, page: Parsed) 
 
 @pytest.mark.parametrize("name", ["overlap", "similarity", "membership", "scores", "counted", "relation", "methods"])
 def test_every_terminal_number_is_on_the_page(root: Path, page: Parsed, name: str) -> None:
-    section = report.sections()[name](findings(root, NAMES))
+    section = report.sections()[name](study.findings(root, NAMES))
     assert isinstance(section, Section)
     assert section.title in page.text
     cells = [
@@ -172,15 +175,13 @@ def test_a_damaged_sweep_is_named_and_left_out(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_findings_table_is_shown_with_its_verdicts(root: Path) -> None:
     from autointerp.findings.evidence import Study, View
-    from autointerp.findings.study import study_findings
+    from autointerp.findings.paper.finding import DISAGREES, About
     from autointerp.report.html.page import render
 
-    row = {"finding": "wide <b>", "measure": "share", "value": 0.416, "low": 0.4, "high": 0.43, "unit": "number"}
-    told = {"id": "shared", "reference": ".53", "verdict": "disagrees", "why": "below", "command": None}
-    unknown = {"value": None, "low": None, "high": None, "verdict": "cannot tell", "command": "python cli.py sweep x"}
-    study = Study.open(root, NAMES, View())
-    found = {**study_findings(study), "findings": [row | told, row | told | unknown]}
-    page = Parsed.of(render(found, study, 0).html)
+    about = About("shared", "wide <b>", ".53", "share")
+    rows = [about.row(Estimate(0.416, 0.4, 0.43), DISAGREES, "below"), about.missing("", "python cli.py sweep x")]
+    opened = Study.open(root, NAMES, View())
+    page = Parsed.of(render(replace(study.study_findings(opened), findings=rows), opened, 0).html)
     assert "findings-table" in page.ids
     for words in ("wide <b>", ".416", "[.400, .430]", "disagrees", "cannot tell", "python cli.py sweep x"):
         assert words in page.text
@@ -393,5 +394,5 @@ def read(name: str) -> str:
 
 
 def test_every_figure_names_a_part_that_exists(root: Path, page: Parsed) -> None:
-    figures = figures_of(findings(root, NAMES), page.data("columns"))
+    figures = figures_of(study.findings(root, NAMES), page.data("columns"))
     assert {figure.part for figure in figures} <= set(report.sections())

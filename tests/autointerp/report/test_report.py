@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import small_study
 from printed import ACTS_ON_A_TERMINAL, ANSI, COLOURS, console, text_of
 from rich.cells import cell_len
 
-from autointerp.findings import counterparts
+from autointerp.findings import counterparts, shape
 from autointerp.findings.evidence import Study, View
 from autointerp.findings.json_values import to_json
 from autointerp.findings.latent import latent_findings
@@ -30,6 +32,7 @@ from autointerp.report.terminal import print_page
 from sae.alignment.nulls import FIRING_COLUMNS
 from sae.alignment.overlap import DEFINITIONS
 from sae.common.amounts import decimal
+from sae.common.estimate import Estimate
 from sae.common.files import write_table
 
 
@@ -40,7 +43,7 @@ def counterpart_findings(*args: Any, **options: Any) -> Any:
 NAMES = ["run_a", "run_b", "run_c"]
 
 
-def drawn(found: dict[str, Any], width: int = 80, colour: Any = None) -> str:
+def drawn(found: shape.StudyFindings, width: int = 80, colour: Any = None) -> str:
     target = console(width, colour)
     print_page(report_page(found, is_full=True), target)
     return text_of(target)
@@ -54,7 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(root: Path) -> dict[str, Any]:
+def found(root: Path) -> shape.StudyFindings:
     return findings(root, NAMES, contexts=small_study.contexts)
 
 
@@ -63,7 +66,7 @@ def found(root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
 @pytest.mark.parametrize("colour", COLOURS)
-def test_no_line_is_longer_than_the_page(found: dict[str, Any], width: int, colour: Any) -> None:
+def test_no_line_is_longer_than_the_page(found: shape.StudyFindings, width: int, colour: Any) -> None:
     page = drawn(found, width, colour)
     for line in ANSI.sub("", page).splitlines():
         assert cell_len(line) <= min(width, 120), line
@@ -72,22 +75,22 @@ def test_no_line_is_longer_than_the_page(found: dict[str, Any], width: int, colo
 
 
 @pytest.mark.parametrize("width", [80, 99, 100, 120])
-def test_difference_from_the_control_has_its_own_heading(found: dict[str, Any], width: int) -> None:
+def test_difference_from_the_control_has_its_own_heading(found: shape.StudyFindings, width: int) -> None:
     assert drawn(found, width).count("own minus swapped") == 2  # of the classes, of the quarters of similarity
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_nothing_is_cut_off_at_usual_widths(found: dict[str, Any], width: int) -> None:
+def test_nothing_is_cut_off_at_usual_widths(found: shape.StudyFindings, width: int) -> None:
     page = drawn(findings_without_contexts(found), width)
     assert "…" not in page
 
 
-def findings_without_contexts(found: dict[str, Any]) -> dict[str, Any]:
-    return {**found, "interesting": [{**entry, "contexts": []} for entry in found["interesting"]]}
+def findings_without_contexts(found: shape.StudyFindings) -> shape.StudyFindings:
+    return replace(found, interesting=[replace(entry, contexts=[]) for entry in found.interesting or []])
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_brief_report_answers_first(found: dict[str, Any], width: int) -> None:
+def test_brief_report_answers_first(found: shape.StudyFindings, width: int) -> None:
     target = console(width)
     print_page(report_page(found), target)
     page = text_of(target)
@@ -103,13 +106,13 @@ def test_brief_report_answers_first(found: dict[str, Any], width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_summary_has_at_most_25_lines(found: dict[str, Any], width: int) -> None:
+def test_summary_has_at_most_25_lines(found: shape.StudyFindings, width: int) -> None:
     target = console(width)
     print_page(summary(found), target)
     assert len(text_of(target).splitlines()) <= 25
 
 
-def test_sections_come_in_a_natural_order(found: dict[str, Any]) -> None:
+def test_sections_come_in_a_natural_order(found: shape.StudyFindings) -> None:
     page = drawn(found)
     titles = [
         "How much is shared when only the seed changes",
@@ -128,23 +131,25 @@ def test_sections_come_in_a_natural_order(found: dict[str, Any]) -> None:
     assert "What failed" not in page
 
 
-def test_the_page_shows_the_numbers_of_the_object(found: dict[str, Any]) -> None:
+def test_the_page_shows_the_numbers_of_the_object(found: shape.StudyFindings) -> None:
     page = drawn(found)
     for definition in ("strict", "both", "decoder", "lenient"):
-        assert percent(found["overlap"][definition]["value"]) in page
-    assert decimal(found["scores"]["mean"]) in page
-    assert decimal(found["scores"]["control"]["mean"]) in page
-    assert decimal(found["relation"]["spearman"], 2, sign=True) in page
-    for entry in found["interesting"][:5]:
-        assert f"latent {entry['latent']} " in page
+        assert percent(found.overlap[definition]["value"]) in page
+    assert found.scores and found.scores.control and found.relation and found.interesting
+    assert decimal(found.scores.mean.value) in page
+    assert decimal(found.scores.control.mean.value) in page
+    assert decimal(found.relation.spearman.value, 2, sign=True) in page
+    for entry in found.interesting[:5]:
+        assert f"latent {entry.latent} " in page
 
 
 @pytest.fixture(scope="module", params=[2, 3, 5])
-def beside_chance(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def beside_chance(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> shape.StudyFindings:
     """A study with its nulls, and the totals of what its latents do as if they had been compared."""
     folder = tmp_path_factory.mktemp("nulls")
     runs = [run.name for run in small_study.whole(folder, seeds=request.param, m=60, n_scored=10, nulls=True)]
-    return {**findings(folder, runs, contexts=small_study.contexts), "counterparts": some_counterparts(len(runs) > 2)}
+    found = findings(folder, runs, contexts=small_study.contexts)
+    return replace(found, counterparts=some_counterparts(len(runs) > 2))
 
 
 def some_counterparts(several: bool) -> dict[str, Any]:
@@ -173,16 +178,16 @@ def some_counterparts(several: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120])
-def test_nulls_fit_the_page(beside_chance: dict[str, Any], width: int) -> None:
+def test_nulls_fit_the_page(beside_chance: shape.StudyFindings, width: int) -> None:
     page = drawn(findings_without_contexts(beside_chance), width)
     assert all(cell_len(line) <= width for line in page.splitlines())
     assert width < 80 or "…" not in page.replace("firing with the …", "")
 
 
-def test_of_two_equal_means_one_is_shown(beside_chance: dict[str, Any]) -> None:
+def test_of_two_equal_means_one_is_shown(beside_chance: shape.StudyFindings) -> None:
     found = copy.deepcopy(beside_chance)
     for name, value in (("shared", 0.613), ("unshared", 0.287)):
-        found["counterparts"]["of_decoder_partner"][name] |= {"p_there": value, "p_here": value}
+        found.counterparts["of_decoder_partner"][name] |= {"p_there": value, "p_here": value}
     page = drawn(found)
     assert "P(other | this)" in page
     assert "P(this | other)" not in page
@@ -191,11 +196,11 @@ def test_of_two_equal_means_one_is_shown(beside_chance: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_every_shared_figure_has_its_chance_level(beside_chance: dict[str, Any], width: int) -> None:
+def test_every_shared_figure_has_its_chance_level(beside_chance: shape.StudyFindings, width: int) -> None:
     """A null of its own for each place, changed to a number that is nowhere else, is found in the page."""
     found = copy.deepcopy(findings_without_contexts(beside_chance))
-    overlap_, similar, several = found["overlap"], found["similarity"], len(found["runs"]) > 2
-    many = len(found["runs"]) > 3
+    overlap_, similar, several = found.overlap, found.similarity, len(found.runs) > 2
+    many = len(found.runs) > 3
     marked: list[str] = []
 
     def mark(holder: Any, key: Any, *, as_percent: bool = True) -> None:
@@ -220,13 +225,13 @@ def test_every_shared_figure_has_its_chance_level(beside_chance: dict[str, Any],
     for key in ("mean_same_partner", "mean_different_partner"):
         mark(alike, key, as_percent=False)
     mark(similar["bimodality"]["null"]["rotated"], "of_sample", as_percent=False)
-    for part in found["membership"]["parts"][1:]:
+    for part in found.membership["parts"][1:]:
         mark(part["null"], "rotated")
     for name in DEFINITIONS:
         mark(overlap_[name]["null"], "rotated")
     mark(of, "max_cosine")
     mark(of["sweep"]["decoder"], overlap_["sweep"]["threshold"].index(0.3))
-    moved = found["counterparts"]["null"]["shifted"]
+    moved = found.counterparts["null"]["shifted"]
     for row in moved["relations"]:
         mark(row, "fraction")
     mark(moved["same_partner"], "decoder")
@@ -238,7 +243,7 @@ def test_every_shared_figure_has_its_chance_level(beside_chance: dict[str, Any],
     assert "greater by at most .0123" in page
 
 
-def test_words_do_not_depend_on_colour(found: dict[str, Any]) -> None:
+def test_words_do_not_depend_on_colour(found: shape.StudyFindings) -> None:
     def words(page: str) -> list[str]:
         return re.findall(r"[A-Za-z]{3,}|\.\d+", ANSI.sub("", page))
 
@@ -246,19 +251,15 @@ def test_words_do_not_depend_on_colour(found: dict[str, Any]) -> None:
     assert words(drawn(bare, 80, "truecolor")) == words(drawn(bare, 80))
 
 
-def test_hostile_text_is_shown_and_not_obeyed(found: dict[str, Any]) -> None:
-    hostile = {
-        **found,
-        "study": small_study.NASTY,
-        "interesting": [{**found["interesting"][0], "explanation": small_study.NASTY}],
-        "failures": {
-            "n": 1,
-            "n_answers": 2,
-            "retry": "python cli.py score",
-            "reasons": [{"stage": "score", "reason": small_study.NASTY, "n": 1, "latents": [3]}],
-        },
-        "methods": {**found["methods"], "judge": {"name": "llm", "model": small_study.NASTY}},
-    }
+def test_hostile_text_is_shown_and_not_obeyed(found: shape.StudyFindings) -> None:
+    assert found.interesting
+    hostile = replace(
+        found,
+        study=small_study.NASTY,
+        interesting=[replace(found.interesting[0], explanation=small_study.NASTY)],
+        failures=shape.Failures(1, 2, [shape.Reason("score", small_study.NASTY, 1, [3])], "python cli.py score"),
+        methods=replace(found.methods, judge=shape.Agent("llm", small_study.NASTY)),
+    )
     page = drawn(hostile, 120)
     assert page.count("[red]markup[/red]") >= 4
     assert not {unicodedata.category(c) for c in page.replace("\n", "")} & ACTS_ON_A_TERMINAL
@@ -266,7 +267,7 @@ def test_hostile_text_is_shown_and_not_obeyed(found: dict[str, Any]) -> None:
     assert not {unicodedata.category(c) for c in coloured.replace("\n", "")} & ACTS_ON_A_TERMINAL
 
 
-def test_an_ascii_terminal_gets_ascii(found: dict[str, Any]) -> None:
+def test_an_ascii_terminal_gets_ascii(found: shape.StudyFindings) -> None:
     target = console(80, encoding="ascii")
     print_page(report_page(found, is_full=True), target)
     page = text_of(target)
@@ -275,10 +276,11 @@ def test_an_ascii_terminal_gets_ascii(found: dict[str, Any]) -> None:
     assert max(map(len, page.splitlines())) <= 80
 
 
-def test_failures_are_in_the_page_with_their_command(found: dict[str, Any]) -> None:
+def test_failures_are_in_the_page_with_their_command(found: shape.StudyFindings) -> None:
     retry = "python cli.py explain --sae run_a --indices 3"
-    reasons = [{"stage": "explain", "reason": "no explanation line", "n": 1, "latents": [3]}]
-    page = drawn({**found, "failures": {"n": 1, "n_answers": 0, "reasons": reasons, "retry": retry}})
+    page = drawn(
+        replace(found, failures=shape.Failures(1, 0, [shape.Reason("explain", "no explanation line", 1, [3])], retry))
+    )
     assert "What failed" in page
     assert "no explanation line" in page
     assert retry in page
@@ -330,10 +332,11 @@ def test_a_short_harvest_calls_no_latent_dead(tmp_path: Path) -> None:
     ],
 )
 def test_the_summary_says_no_more_than_the_intervals(
-    found: dict[str, Any], whole: list[float], partial: list[float], words: str
+    found: shape.StudyFindings, whole: list[float], partial: list[float], words: str
 ) -> None:
-    tree = {**found["relation"], "interval": whole, "partial": {"value": 0.1, "interval": partial}, "pooled": None}
-    assert any(words in said for _, said in answer({**found, "relation": tree}))
+    assert found.relation
+    tree = replace(found.relation, spearman=Estimate(0.1, *whole), partial=Estimate(0.1, *partial), pooled=None)
+    assert any(words in said for _, said in answer(replace(found, relation=tree)))
 
 
 @pytest.mark.parametrize(
@@ -347,15 +350,18 @@ def test_the_summary_says_no_more_than_the_intervals(
     ],
 )
 def test_the_summary_compares_scores_with_each_control(
-    found: dict[str, Any], mean: float, interval: list[float] | None, words: str
+    found: shape.StudyFindings, mean: float, interval: list[float] | None, words: str
 ) -> None:
-    control = {**found["scores"]["control"], "above_control": {"mean": mean, "interval": interval}}
-    baseline = {"above": {"mean": -0.1, "interval": None}}
-    answers = answer({**found, "scores": {**found["scores"], "control": control, "baseline": baseline}})
+    scores = found.scores
+    assert scores and scores.control
+    above = shape.Difference(Estimate(mean, *(interval or (math.nan, math.nan))), 9, 1.0)
+    control, below = replace(scores.control, above_control=above), shape.Mean(Estimate(-0.1, math.nan, math.nan))
+    baseline = shape.Control(scores.mean, scores.quartiles, 0.5, 9, scores.histogram, below, {})
+    answers = answer(replace(found, scores=replace(scores, control=control, baseline=baseline)))
     assert any(words in said for _, said in answers), answers
 
 
-def test_other_set_ups_are_told_apart_in_words(found: dict[str, Any]) -> None:
+def test_other_set_ups_are_told_apart_in_words(found: shape.StudyFindings) -> None:
     model = {"explainer_model": "m", "model": "m"}
     one = {"explainer": "llm", "judge": "llm", **model, "scorer": "detection", "settings_hash": "a" * 64}
     ngram = {**one, "explainer": "ngram", "judge": "ngram", "explainer_model": "", "model": ""}
@@ -373,8 +379,8 @@ def test_other_set_ups_are_told_apart_in_words(found: dict[str, Any]) -> None:
         "60 latents: explained by llm (m), judged by llm (m), detection, all contexts, settings bbbbbbbb",
         "1 latent: explained by ngram, judged by ngram, detection, all contexts",
     ]
-    others = [{"explainer": small_study.NASTY, "n_scored": 1, "command": "python cli.py report --explainer x"}]
-    page = drawn({**found, "methods": {**found["methods"], "other_explainers": others}})
+    others = [shape.OtherExplainer(small_study.NASTY, 1, "python cli.py report --explainer x")]
+    page = drawn(replace(found, methods=replace(found.methods, other_explainers=others)))
     assert "are scored too (1 latent)" in page
     assert "$ python cli.py report --explainer x" in page
     assert not {unicodedata.category(c) for c in page.replace("\n", "")} & ACTS_ON_A_TERMINAL
@@ -474,7 +480,7 @@ def test_alignment_and_runs(root: Path) -> None:
     assert "--force" not in text_of(target)
     target = console(80)
     apart = "runs [red]x and y are of different hookpoints"
-    print_page(alignment_page({**found, "apart": apart}), target)
+    print_page(alignment_page(replace(found, apart=apart)), target)
     assert "Aligned by --force: runs [red]x and y are of different hookpoints" in text_of(target)
     target = console(80)
     print_page(runs_page([progress_of(Run(name, root)) for name in NAMES]), target)
@@ -524,7 +530,7 @@ def test_the_head_says_which_runs_are_not_trained(part_way: Path) -> None:
 def test_trained_runs_align_while_one_is_training(part_way: Path) -> None:
     (part_way / "run_c" / "cfg.json").unlink()
     found = findings(part_way, FOUR, View("run_a"))
-    waiting = {entry["stage"]: entry["command"] for entry in found["missing"]}
+    waiting = {entry.stage: entry.command for entry in found.missing}
     assert f"align run_a run_b run_d --root {part_way}" in waiting["overlap"]
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_study import findings
 from tiny_study import change_record, journal, records
 
 from autointerp.contexts.material import Material
@@ -23,7 +24,6 @@ from autointerp.explaining.explain import Outcome, explain_runs
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import Explanation
 from autointerp.findings.evidence import View
-from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal
 from autointerp.journal.usage import Usage
 from autointerp.llm.limits import run_in_flight

@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 import small_study
 from printed import console, text_of
+from small_study import findings
 
+from autointerp.findings import study
 from autointerp.findings.evidence import View
-from autointerp.findings.study import findings
 from autointerp.journal.journal import Journal
 from autointerp.report.report import report_page
 from autointerp.report.terminal import print_page
@@ -111,7 +112,7 @@ def test_scores_to_a_precision_say_so(root: Path) -> None:
     assert "80 position-matched" in found["methods"]["contexts"]
     assert "narrow enough (to ±.065)" in found["methods"]["contexts"]
     target = console(120)
-    print_page(report_page(found, is_full=True), target)
+    print_page(report_page(study.findings(root, NAMES), is_full=True), target)
     page = " ".join(text_of(target).split())
     assert f"interval was ±.065: {told['mean_contexts']:.0f} contexts a latent on average, of at most 80 + 80." in page
     assert f"{n_narrow} latents ended narrow enough, {n_cap} at the cap, 0 with no contexts left." in page

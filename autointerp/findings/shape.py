@@ -1,0 +1,509 @@
+"""The findings, from the tables to the page: ``--json`` prints these fields under the same names.
+
+A number that could not be measured is ``None`` or NaN; a part whose stage has not run is ``None``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sae.common.estimate import Estimate
+
+if TYPE_CHECKING:
+    from autointerp.findings.pairs import Agreement
+    from autointerp.findings.paper.finding import Finding
+
+
+SPLIT = {"interval": "interval"}
+"""Declares estimates (one, or several in a list) whose intervals have a key of their own in JSON."""
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mean:
+    mean: Estimate = field(metadata=SPLIT)
+
+
+@dataclass(frozen=True)
+class Difference(Mean):
+    """The mean of own less swapped scores over the ``n`` latents with both, and the ``fraction`` above 0."""
+
+    n: int
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """``counts`` of values between ``edges``; with a sample, ``estimated`` of all eligible latents."""
+
+    edges: list[float]
+    counts: list[int]
+    estimated: list[float] | None = field(default=None, metadata={"optional": True})
+
+    @property
+    def bars(self) -> Sequence[float]:
+        return self.counts if self.estimated is None else self.estimated
+
+
+@dataclass(frozen=True)
+class Distribution(Mean):
+    quartiles: list[Estimate] = field(metadata={"interval": "quartile_intervals"})
+
+
+@dataclass(frozen=True)
+class ScoreFigures(Distribution):
+    auroc_mean: float
+    n_scored: int
+
+
+@dataclass(frozen=True)
+class HarderScores(ScoreFigures):
+    """Scores over a harder kind of negatives, by the latents that have it; ``n_missing`` lack it.
+
+    ``random_mean`` is the same latents' score over random negatives, ``swapped_mean`` the swapped control's over this
+    kind, ``above_control`` the difference.
+    """
+
+    tnr: Estimate
+    random_mean: float
+    swapped_mean: float
+    above_control: Difference | None
+    n_missing: int
+    n_failed_answers: int
+
+
+@dataclass(frozen=True)
+class SwappedControl(ScoreFigures):
+    """Each latent's contexts judged by another latent's explanation.
+
+    ``leaks``: the interval excludes .5, so something other than the explanation reveals where the latent fires.
+    """
+
+    kind: str
+    leaks: bool
+    n_failed: int
+    histogram: Histogram
+    above_control: Difference
+
+
+@dataclass(frozen=True)
+class HarderDifference(Mean):
+    n_scored: int
+    above: Mean
+
+
+@dataclass(frozen=True)
+class Control(ScoreFigures):
+    """The scores of a control SAE or of the n-gram baseline, and how far the own ones are ``above``."""
+
+    histogram: Histogram
+    above: Mean
+    negatives: dict[str, HarderDifference]
+
+
+@dataclass(frozen=True)
+class ControlSae(Control):
+    kind: str
+    run: str
+    n_failed: int
+    n_ineligible: int
+
+
+@dataclass(frozen=True)
+class LackingControls:
+    """The missing control SAEs, and the command that provides them."""
+
+    kinds: list[str]
+    says: str
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoresOfClass(Distribution):
+    n_latents: int
+    n_alive: int
+    n_eligible: int
+    n_explained: int
+    n_scored: int
+    n_failed: int
+    above_control: Difference | None
+
+
+@dataclass(frozen=True)
+class TooFew:
+    """The alive latents with too few contexts to be explained and tested: how many, which, and why."""
+
+    n_alive: int
+    n: int
+    fraction: Estimate = field(metadata=SPLIT)
+    latents: Sequence[int]
+    reasons: Mapping[str, int]
+    median_frequency: float | None
+    median_frequency_of_eligible: float | None
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Adaptive judging; ``rounds`` is :meth:`autointerp.scoring.adaptive.Precision.identity`."""
+
+    half_width: float
+    stopped: Mapping[str, int]
+    mean_contexts: float
+    rounds: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class SampleOfLatents:
+    """A recorded sample, how much of it is done, and how many scored latents are outside it."""
+
+    population: int
+    n_drawn: int
+    draws: Sequence[Mapping[str, Any]]
+    n_done: int
+    n_scored: int
+    n_waiting: int
+    n_failed: int
+    n_outside: int
+    effective_n: float | None
+
+
+@dataclass(frozen=True)
+class SetupScores(ScoreFigures):
+    """The scores of one set-up: their distribution, the control, and counts by shared class."""
+
+    auroc_interval: list[float] | None
+    precision: Adaptive | None
+    sample: SampleOfLatents | None
+    n_failed: int
+    n_ineligible: int
+    n_asked: int
+    n_explained: int
+    n_eligible: int
+    eligible_of: str
+    n_alive: int
+    n_latents: int
+    n_failed_answers: int
+    histogram: Histogram
+    control: SwappedControl | None
+    negatives: dict[str, HarderScores]
+    too_few: dict[str, TooFew] | None
+    by_class: dict[str, ScoresOfClass] | None
+
+
+@dataclass(frozen=True)
+class Reliability:
+    value: Estimate = field(metadata=SPLIT)
+    n: int
+
+
+@dataclass(frozen=True)
+class OtherScorer(Mean):
+    scorer: str
+    explainer: str | None
+    judge: str | None
+    auroc_mean: float
+    auroc_interval: list[float] | None
+    n_scored: int
+    n_failed: int
+    n_ineligible: int
+    control: SwappedControl | None
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The number of explained latents without a score, and the command that scores them."""
+
+    n: int
+    command: str
+
+
+@dataclass(frozen=True)
+class Scores(SetupScores):
+    reliability: Reliability | None
+    control_saes: list[ControlSae]
+    lacking_controls: LackingControls | None
+    baseline: Control | None
+    other_scorers: list[OtherScorer]
+    waiting: Waiting | None
+
+
+# --- scores and similarity ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """The correlation among the ``n`` latents that fire with a frequency from ``low`` to ``high``."""
+
+    low: float
+    high: float
+    n: int
+    value: Estimate = field(metadata=SPLIT)
+
+
+@dataclass(frozen=True)
+class Quarter(Mean):
+    """The mean score of a quarter of similarity; for one run, also how far it is above the swapped control."""
+
+    low: float
+    high: float
+    n: int
+    above_control: Difference | None
+
+
+@dataclass(frozen=True)
+class SharedAndUnshared:
+    """The mean score of shared latents less that of unshared ones: plain, and at equal firing frequency."""
+
+    plain: Estimate
+    matched: Estimate
+    n_shared: int
+    n_unshared: int
+    n_matched: int
+
+
+@dataclass(frozen=True)
+class Correlations:
+    """Spearman's correlation of score and similarity; ``partial``: at equal firing frequency."""
+
+    spearman: Estimate = field(metadata=SPLIT)
+    partial: Estimate
+    within_strata: Estimate
+    frequency: Estimate
+    similarity_and_frequency: Estimate
+    n: int
+    strata: list[Stratum]
+    bins: list[Quarter]
+    reliability: Estimate
+    corrected: Estimate
+    partial_corrected: Estimate
+    shared_and_unshared: SharedAndUnshared
+
+
+@dataclass(frozen=True)
+class PooledRelation(Correlations):
+    runs: list[str]
+    n_units: int
+    weighted: bool
+
+
+@dataclass(frozen=True)
+class Relation(Correlations):
+    pooled: PooledRelation | None
+
+
+# --- latents shown one by one, failures, methods ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShownContext:
+    tokens: Sequence[str]
+    activations: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Interesting:
+    """A latent that no other seed has and that can be explained; ``control`` is its swapped score."""
+
+    latent: int
+    score: Estimate = field(metadata=SPLIT)
+    auroc: float | None
+    control: float | None
+    similarity: float | None
+    firing_frequency: float | None
+    explanation_id: int
+    explanation: str | None
+    contexts: list[ShownContext]
+
+
+@dataclass(frozen=True)
+class Reason:
+    stage: str
+    reason: str
+    n: int
+    latents: list[int]
+
+
+@dataclass(frozen=True)
+class Failures:
+    """The latents that failed, by stage and reason, with the command that retries only them."""
+
+    n: int
+    n_answers: int
+    reasons: list[Reason]
+    retry: str | None
+
+
+@dataclass(frozen=True)
+class Agent:
+    name: str
+    model: str
+
+
+@dataclass(frozen=True)
+class OtherExplainer:
+    explainer: str
+    n_scored: int
+    command: str
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Definitions, interval methods, who explained and judged, prompt hashes, usage of language models."""
+
+    definition: str
+    threshold: float
+    definitions: Mapping[str, str]
+    nulls: Mapping[str, str]
+    relations: Mapping[str, str]
+    against: Sequence[str]
+    seeds: list[int | None]
+    explainer: Agent | None
+    judge: Agent | None
+    scorer: str | None
+    models: list[str]
+    prompt_hashes: Mapping[str, list[str]]
+    settings_hash: str | None
+    other_setups: Sequence[Mapping[str, Any]]
+    other_explainers: list[OtherExplainer]
+    cost: Sequence[Mapping[str, Any]]
+    similarity: str
+    dead: str
+    contexts: str
+    score: str
+    control: str
+    control_saes: str
+    baseline: str
+    negatives: str
+    near_duplicates: str
+    intervals: Mapping[str, str]
+    training: str
+    made_with: str
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage that has not run or is out of date, a sentence about it, and the command that runs it."""
+
+    stage: str
+    says: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A reported run and a run of another study, aligned by ``align --force``."""
+
+    runs: list[str]
+    command: str
+
+
+@dataclass(frozen=True)
+class NamedRun:
+    name: str
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class AlignedRun(NamedRun):
+    study: str
+
+
+@dataclass(frozen=True)
+class ReportedRun(NamedRun):
+    num_latents: int
+    architecture: str
+    k: int | None
+    stages: list[str]
+
+
+@dataclass(frozen=True)
+class ComparedRun(ReportedRun):
+    study: str
+    n_alive: int
+    n_explained: int
+    n_scored: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    model: str
+    hookpoint: str
+    width: int | None
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    kind: str
+    source: list[str]
+    tokens: int | None
+    fingerprint: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """What is shared by the runs that are ``compared``: aligned with each other."""
+
+    runs: Sequence[NamedRun]
+    compared: list[str]
+    missing: list[Step]
+    overlap: Any
+    similarity: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment(Sharing):
+    apart: str | None
+    counterparts: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Sharing):
+    """Two runs: their overlap, the agreement of their scores, and the pairs of their latents."""
+
+    runs: Sequence[ComparedRun]
+    schema: int
+    study: str
+    apart: str | None
+    stale: list[Step]
+    definition: str
+    threshold: float
+    agreement: dict[str, Agreement] | None
+    scored_by: Any
+    n_without_partner: int
+    pairs: Any
+    lacking: Any
+    methods: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFindings(Sharing):
+    """The findings of a study. ``show``: the command that shows an interesting latent."""
+
+    runs: Sequence[ReportedRun]
+    schema: int
+    study: str
+    focus: str
+    subject: Subject
+    corpus: Corpus
+    stale: list[Step]
+    forced: list[Forced]
+    counterparts: Any
+    membership: Any
+    training: Any
+    firing: Any
+    frequency_by_class: Any
+    scores: Scores | None
+    relation: Relation | None
+    interesting: list[Interesting] | None
+    failures: Failures
+    methods: Methods
+    show: str | None
+    findings: list[Finding]
