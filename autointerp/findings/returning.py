@@ -14,7 +14,16 @@ import pandas as pd
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import Study
 from autointerp.findings.json_values import to_json
-from autointerp.findings.shape import AlignedRun, Alignment
+from autointerp.findings.shape import (
+    AlignedRun,
+    Alignment,
+    Firing,
+    Frequencies,
+    Histogram,
+    Membership,
+    Region,
+    Training,
+)
 from autointerp.findings.statistics.correlation import quantiles
 from sae.alignment.overlap import CLASSES, DEFINITIONS, StudyOverlap, classify_sharing, find_range
 from sae.common.estimate import Estimate
@@ -141,7 +150,7 @@ def _histogram(shape: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def membership_findings(study: Study, latents: pd.DataFrame) -> dict[str, Any] | None:
+def membership_findings(study: Study, latents: pd.DataFrame) -> Membership | None:
     """Split the focus run's alive latents by the runs that share them; with over three runs, by their number."""
     if study.shared is None:
         return None
@@ -158,22 +167,12 @@ def membership_findings(study: Study, latents: pd.DataFrame) -> dict[str, Any] |
     else:
         parts += [(f"with {n} of {len(others)}", None, n) for n in range(1, len(others))]
         parts += [(f"with all {len(others)} others", None, len(others))]
-    return {
-        "definition": definition,
-        "n_alive": n_alive,
-        "parts": [
-            {
-                "label": label,
-                "runs": held,
-                "n_others": n,
-                "shared_class": str(classify_sharing(n, len(others))),
-                "n": round((fraction := _fraction(regions, n, held)) * n_alive),
-                "fraction": fraction,
-                "null": {null: _fraction(split, n, held) for null, split in nulls.items()},
-            }
-            for label, held, n in parts
-        ],
-    }
+    rows = []
+    for label, held, n in parts:
+        fraction, null = _fraction(regions, n, held), {name: _fraction(split, n, held) for name, split in nulls.items()}
+        kind = str(classify_sharing(n, len(others)))
+        rows.append(Region(label, held, n, kind, round(fraction * n_alive), fraction, null))
+    return Membership(definition, n_alive, rows)
 
 
 def _fraction(regions: Sequence[tuple[tuple[str, ...], float]], n: int, held: Sequence[str] | None) -> float:
@@ -181,7 +180,7 @@ def _fraction(regions: Sequence[tuple[tuple[str, ...], float]], n: int, held: Se
     return sum((part for by, part in regions if len(by) == n and (held is None or set(by) == set(held))), 0.0)
 
 
-def frequency_by_class_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
+def frequency_by_class_findings(latents: pd.DataFrame) -> dict[str, Frequencies] | None:
     """Describe how often alive latents fire (firings per token) by shared class; five logarithmic bins per decade."""
     if "shared_class" not in latents or "firing_frequency" not in latents:
         return None
@@ -191,25 +190,18 @@ def frequency_by_class_findings(latents: pd.DataFrame) -> dict[str, Any] | None:
     low, high = np.floor(np.log10(alive["firing_frequency"].min())), np.ceil(np.log10(alive["firing_frequency"].max()))
     edges = np.linspace(low, max(high, low + 1), round(5 * max(1.0, high - low)) + 1)
     by_class = {name: alive.loc[alive["shared_class"] == name, "firing_frequency"] for name in CLASSES}
-    return {
-        name: {
-            "n": len(members),
-            "median": members.median(),
-            "quartiles": quantiles(members),
-            "histogram": {
-                "edges": [float(10**e) for e in edges],
-                "counts": np.histogram(np.log10(members), edges)[0].tolist(),
-            },
-        }
-        for name, members in by_class.items()
-        if len(members)
-    }
+    found = {}
+    for name, members in by_class.items():
+        if len(members):
+            shape = Histogram([float(10**e) for e in edges], np.histogram(np.log10(members), edges)[0].tolist())
+            found[name] = Frequencies(len(members), members.median(), quantiles(members).tolist(), shape)
+    return found
 
 
 # --- training and firing ----------------------------------------------------------------------------------
 
 
-def training_findings(runs: Iterable[Run]) -> dict[str, Any] | None:
+def training_findings(runs: Iterable[Run]) -> Training | None:
     """Average the last twentieth of each run's training log, and thin the log for small curves."""
     paths = {run.name: run.training_log_path for run in runs if run.training_log_path.exists()}
     if not paths:
@@ -217,16 +209,16 @@ def training_findings(runs: Iterable[Run]) -> dict[str, Any] | None:
     logs = {name: read_table(path) for name, path in paths.items()}
     tails = {name: log.tail(max(1, len(log) // 20)) for name, log in logs.items()}
     qualities = {name: table_metadata(path).get("quality") for name, path in paths.items()}
-    return {
-        **{
-            key: {name: tail[key].mean() for name, tail in tails.items()}
-            for key in ("fvu", "l0", "dead_fraction", "auxk")
-        },
-        "quality": {name: quality for name, quality in qualities.items() if quality},
-        "tokens": {name: int(log["tokens"].iloc[-1]) if len(log) else 0 for name, log in logs.items()},
-        "steps": {name: int(log["step"].iloc[-1]) if len(log) else 0 for name, log in logs.items()},
-        "curves": {name: _thinned(log) for name, log in logs.items() if len(log)},
+    means = {
+        key: {name: tail[key].mean() for name, tail in tails.items()} for key in ("fvu", "l0", "dead_fraction", "auxk")
     }
+    return Training(
+        **means,
+        quality={name: quality for name, quality in qualities.items() if quality},
+        tokens={name: int(log["tokens"].iloc[-1]) if len(log) else 0 for name, log in logs.items()},
+        steps={name: int(log["step"].iloc[-1]) if len(log) else 0 for name, log in logs.items()},
+        curves={name: _thinned(log) for name, log in logs.items() if len(log)},
+    )
 
 
 def _thinned(log: pd.DataFrame) -> dict[str, list[float]]:
@@ -235,19 +227,19 @@ def _thinned(log: pd.DataFrame) -> dict[str, list[float]]:
     return {column: log[column].to_numpy(float)[places].tolist() for column in _CURVES}
 
 
-def firing_findings(study: Study) -> dict[str, Any] | None:
+def firing_findings(study: Study) -> Firing | None:
     if not study.firing:
         return None
     dead = {name: int(table["dead"].sum()) for name, table in study.firing.items()}
     size = {name: len(table) for name, table in study.firing.items()}
     tokens = [n for table in study.firing.values() if (n := _harvested_tokens(table)) is not None]
-    return {
-        "tokens": min(tokens, default=None),
-        "alive": {name: size[name] - dead[name] for name in dead},
-        "dead": dead,
-        "dead_fraction": {name: dead[name] / max(1, size[name]) for name in dead},
-        "mean_l0": {name: table["firing_frequency"].sum() for name, table in study.firing.items()},
-    }
+    return Firing(
+        tokens=min(tokens, default=None),
+        alive={name: size[name] - dead[name] for name in dead},
+        dead=dead,
+        dead_fraction={name: dead[name] / max(1, size[name]) for name in dead},
+        mean_l0={name: table["firing_frequency"].sum() for name, table in study.firing.items()},
+    )
 
 
 def _harvested_tokens(table: pd.DataFrame) -> int | None:

@@ -295,6 +295,64 @@ class Relation(Correlations):
     pooled: PooledRelation | None
 
 
+# --- training, firing and membership ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Region:
+    """The focus run's latents that ``n_others`` other runs share; ``runs`` names these if it is one set of runs."""
+
+    label: str
+    runs: list[str] | None
+    n_others: int
+    shared_class: str
+    n: int
+    fraction: float
+    null: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Membership:
+    definition: str
+    n_alive: int
+    parts: list[Region]
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """How often the alive latents of a shared class fire, in firings per token."""
+
+    n: int
+    median: float
+    quartiles: Sequence[float]
+    histogram: Histogram
+
+
+@dataclass(frozen=True)
+class Training:
+    """Means over the last twentieth of each run's training log, and its curves."""
+
+    fvu: Mapping[str, float]
+    l0: Mapping[str, float]
+    dead_fraction: Mapping[str, float]
+    auxk: Mapping[str, float]
+    quality: Mapping[str, Mapping[str, float]]
+    tokens: Mapping[str, int]
+    steps: Mapping[str, int]
+    curves: Mapping[str, Mapping[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Firing:
+    """The harvest: tokens, alive and dead latents, and mean latents per token, by run."""
+
+    tokens: int | None
+    alive: Mapping[str, int]
+    dead: Mapping[str, int]
+    dead_fraction: Mapping[str, float]
+    mean_l0: Mapping[str, float]
+
+
 # --- latents shown one by one, failures, methods ------------------------------------------------------------------
 
 
@@ -496,10 +554,10 @@ class StudyFindings(Sharing):
     stale: list[Step]
     forced: list[Forced]
     counterparts: Any
-    membership: Any
-    training: Any
-    firing: Any
-    frequency_by_class: Any
+    membership: Membership | None
+    training: Training | None
+    firing: Firing | None
+    frequency_by_class: dict[str, Frequencies] | None
     scores: Scores | None
     relation: Relation | None
     interesting: list[Interesting] | None

@@ -12,6 +12,7 @@ from autointerp.findings.paper.intervals import without_each
 from autointerp.findings.shape import StudyFindings
 from autointerp.findings.study import findings
 from sae.alignment.overlap import DEFINITIONS
+from sae.common.amounts import is_known
 from sae.common.files import SCHEMA
 from sae.study.recipes import Point, Sweep
 from sae.study.run import Run, git_commit
@@ -49,7 +50,9 @@ def row_of(point: Point, found: StudyFindings) -> dict[str, Any]:
     each seed (for a jackknife), and the nulls; ``None`` for one seed. ``scores`` is ``None`` if nothing was scored.
     """
     settings, seeds = point.study.settings.training, {run.name: run.seed for run in found.runs}
-    firing, overlap, similarity = found.firing, found.overlap, found.similarity
+    firing, training, overlap, similarity = found.firing, found.training, found.overlap, found.similarity
+    assert firing is not None
+    assert training is not None
     return {
         "name": point.study.name,
         "values": dict(point.at),
@@ -57,11 +60,11 @@ def row_of(point: Point, found: StudyFindings) -> dict[str, Any]:
         "seeds": list(seeds.values()),
         "hookpoint": found.subject.hookpoint,
         **{key: getattr(settings, key) for key in ("architecture", "num_latents", "k", "tokens", "learning_rate")},
-        "harvested": firing["tokens"],
-        "alive": _mean(firing["alive"]),
-        "fvu": _mean(found.training["fvu"]),
-        "l0": _mean(firing["mean_l0"]),
-        "dead_fraction": _mean(firing["dead_fraction"]),
+        "harvested": firing.tokens,
+        "alive": _mean(firing.alive),
+        "fvu": _mean(training.fvu),
+        "l0": _mean(firing.mean_l0),
+        "dead_fraction": _mean(firing.dead_fraction),
         "shared": overlap and {name: _shared(overlap[name], seeds) for name in DEFINITIONS},
         "max_cosine": overlap and _with_null(overlap, "max_cosine", overlap["nulls"]),
         "cosines": similarity and {name: _with_null(similarity, name, similarity["null"]) for name in _COSINES},
@@ -70,8 +73,8 @@ def row_of(point: Point, found: StudyFindings) -> dict[str, Any]:
     }
 
 
-def _mean(of: Mapping[str, float | None]) -> float | None:
-    known = [value for value in of.values() if value is not None]
+def _mean(of: Mapping[str, float]) -> float | None:
+    known = [float(value) for value in of.values() if is_known(value)]
     return fmean(known) if known else None
 
 

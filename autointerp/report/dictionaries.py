@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from autointerp.findings.shape import Alignment, Comparison, NamedRun, Sharing, StudyFindings
+from autointerp.findings.shape import Alignment, Comparison, NamedRun, Region, Sharing, StudyFindings
 from autointerp.journal.method import ENOUGH_TO_CALL_DEAD
 from autointerp.report import blocks as doc
 from autointerp.report import charts
@@ -18,7 +18,6 @@ from autointerp.report.numbers import (
     chance_level,
     class_label,
     count,
-    get,
     human,
     listed,
     origin,
@@ -33,31 +32,31 @@ def membership(found: StudyFindings) -> doc.Section:
     title = f"Which SAEs share the latents of {focus}"
     if tree is None:
         return doc.Section(title, "Which other seeds have each latent.", explain_missing(found, "overlap"))
-    says = f"Each alive latent of {focus} is in one part, by the SAEs that share it ({tree['definition']})."
-    parts = tree["parts"]
-    has_null = bool(parts) and chance_level(parts[0]["null"]) is not None
+    says = f"Each alive latent of {focus} is in one part, by the SAEs that share it ({tree.definition})."
+    parts = tree.parts
+    has_null = bool(parts) and chance_level(parts[0].null) is not None
 
     def pieces(has_colour: bool) -> list[charts.Part]:
         fills = ["█" if has_colour else charts.FILLS[i % len(charts.FILLS)] for i in range(len(parts))]
-        return [charts.Part(part["n"], _part_style(part, i), fills[i]) for i, part in enumerate(parts)]
+        return [charts.Part(part.n, _part_style(part, i), fills[i]) for i, part in enumerate(parts)]
 
     def key(i: int) -> doc.Chart:
         return doc.Chart(lambda _, colour: [Text(pieces(colour)[i].fill * 2, pieces(colour)[i].style)])
 
     rows: doc.Rows = []
     for i, part in enumerate(parts):
-        level = [doc.quiet(percent(chance_level(part["null"])))] if has_null else []
-        rows.append([key(i), part["label"], count(part["n"]), percent(part["fraction"]), *level])
+        level = [doc.quiet(percent(chance_level(part.null)))] if has_null else []
+        rows.append([key(i), part.label, count(part.n), percent(part.fraction), *level])
     heads: doc.Heads = [doc.Column("", "key"), "shared with", ">latents", ">share of alive"]
     table = doc.Table([*heads, *([">chance level"] if has_null else [])], rows)
     bar = doc.Chart(lambda width, colour: [charts.stacked_bar(pieces(colour), width)])
     return doc.Section(title, says, [bar, table])
 
 
-def _part_style(part: Mapping[str, Any], i: int) -> str:
+def _part_style(part: Region, i: int) -> str:
     """Return orange for one SAE alone, strong blue for all, and paler blues between."""
     between = ["#9fd3f2", "#56b4e9", "#7cc4ee", "#b7def5"]
-    return STYLE_OF_CLASS[part["shared_class"]] if part["shared_class"] in ("one", "all") else between[i % 4]
+    return STYLE_OF_CLASS[part.shared_class] if part.shared_class in ("one", "all") else between[i % 4]
 
 
 def frequency(found: StudyFindings) -> doc.Section:
@@ -69,13 +68,13 @@ def frequency(found: StudyFindings) -> doc.Section:
     tree = found.frequency_by_class
     if tree is None:
         return doc.Section(title, says, explain_missing(found, "overlap" if found.firing else "harvest"))
-    edges = next(iter(tree.values()))["histogram"]["edges"]
+    edges = next(iter(tree.values())).histogram.edges
     rows: doc.Rows = []
     for name, row in tree.items():
         label = doc.Span(class_label(name, len(found.compared)), name)
-        quartiles = doc.quiet(f"{rate(row['quartiles'][0])} – {rate(row['quartiles'][2])}")
-        histogram = _histogram(row["histogram"]["counts"], name)
-        rows.append([label, count(row["n"]), rate(row["median"]), quartiles, histogram])
+        quartiles = doc.quiet(f"{rate(row.quartiles[0])} – {rate(row.quartiles[2])}")
+        histogram = _histogram(row.histogram.counts, name)
+        rows.append([label, count(row.n), rate(row.median), quartiles, histogram])
     for line in range(2):
         rows.append(["", "", "", "", doc.Chart(lambda width, _, line=line: [_frequency_axis(edges, width)[line]])])  # type: ignore[misc]
     heads: doc.Heads = ["", ">latents", ">median", "quartiles", doc.Column("firings per token", "chart")]
@@ -110,21 +109,24 @@ def training(found: StudyFindings) -> doc.Section:
         is_begun = any(entry.stage == "train" for entry in found.missing)
         stage = "train" if is_begun or not _imported(found) else "harvest"
         return doc.Section(title, says, explain_missing(found, stage))
-    tokens = get(firing, "tokens")
+    tokens = firing.tokens if firing else None
+    logged: Mapping[str, int] = tree.tokens if tree else {}
+    fvu: Mapping[str, float] = tree.fvu if tree else {}
+    dead = {**(tree.dead_fraction if tree else {}), **(firing.dead_fraction if firing else {})}
+    l0 = {**(firing.mean_l0 if firing else {}), **(tree.l0 if tree else {})}
     word = "dead" if tokens is None or tokens >= ENOUGH_TO_CALL_DEAD else "silent"
     rows: doc.Rows = []
     for run in found.runs:
-        name, silent = run.name, get(firing, "dead_fraction", run.name)
-        cells = [human(get(tree, "tokens", name)), decimal(get(tree, "fvu", name)), decimal(_l0(found, name), 1)]
-        dead = percent(silent if silent is not None else get(tree, "dead_fraction", name))
-        rows.append([doc.Span(name, "strong" if name == found.focus else ""), origin(run.seed), *cells, dead])
+        name = run.name
+        cells = [human(logged.get(name)), decimal(fvu.get(name)), decimal(l0.get(name), 1), percent(dead.get(name))]
+        rows.append([doc.Span(name, "strong" if name == found.focus else ""), origin(run.seed), *cells])
     notes = []
     if tokens is not None:
         notes.append(f"Firings were counted over {human(tokens)} tokens.")
     if word == "silent":
         notes.append("These are under 1M tokens, too few to call a latent without a firing dead.")
-    if quality := get(tree, "quality"):
-        names = [f"{name} {decimal(of['fvu_without'])} (L0 {of['l0_without']:.1f})" for name, of in quality.items()]
+    if tree and tree.quality:
+        names = [f"{name} {decimal(x['fvu_without'])} (L0 {x['l0_without']:.1f})" for name, x in tree.quality.items()]
         notes.append(
             "A few outlier tokens (over 10 times the median norm) hold most of the variance, so FVU mostly measures "
             f"them. Without them, on the first batch: {listed(names)}."
@@ -133,7 +135,7 @@ def training(found: StudyFindings) -> doc.Section:
         notes.append(f"Not finished: {listed(unfinished)}.")
     body: list[doc.Block] = [doc.Table(["run", ">seed", ">tokens", ">FVU", ">L0", f">{word}"], rows)]
     body += [" ".join(notes)] if notes else []
-    return doc.Section(title, says, body, list(training_curves(get(tree, "curves") or {})))
+    return doc.Section(title, says, body, list(training_curves(tree.curves if tree else {})))
 
 
 #: Column of the training log, its name, whether its logarithm is drawn, how its values are written.
@@ -147,7 +149,7 @@ _CURVES: tuple[tuple[str, str, bool, Callable[[float], str]], ...] = (
 _SIDE_BY_SIDE = 3
 
 
-def training_curves(curves: Mapping[str, Mapping[str, Any]]) -> Iterator[doc.Block]:
+def training_curves(curves: Mapping[str, Mapping[str, list[float]]]) -> Iterator[doc.Block]:
     """Draw each run's training log as small curves, by column, on a scale shared by the runs."""
     names = list(curves)
     scales = {column: _scale(curve[column] for curve in curves.values()) for column, *_ in _CURVES}
@@ -196,12 +198,6 @@ def warn_stale(found: StudyFindings | Comparison) -> Iterator[doc.Block]:
     for entry in found.stale:
         yield doc.strong(f"Out of date: {entry.says}")
         yield doc.Command(entry.command)
-
-
-def _l0(found: StudyFindings, name: str) -> float | None:
-    """Return the latents per token at the end of training; over the harvested tokens if there is no log."""
-    logged = get(found.training, "l0", name)
-    return get(found.firing, "mean_l0", name) if logged is None else logged
 
 
 def _imported(found: Sharing) -> list[str]:

@@ -16,7 +16,7 @@ from autointerp.findings.shape import Agent, ReportedRun, StudyFindings
 from autointerp.journal.method import BASELINE
 from autointerp.report import blocks as doc
 from autointerp.report import dictionaries, explanations, sharing
-from autointerp.report.numbers import chance_level, estimate_of, get, human, listed, percent, percent_interval, plural
+from autointerp.report.numbers import chance_level, estimate_of, human, listed, percent, percent_interval, plural
 from sae.common.amounts import decimal, estimate, is_known, precision_in_words
 from sae.common.estimate import Estimate
 
@@ -87,10 +87,10 @@ def _sharing(found: StudyFindings) -> Iterator[str]:
         f"mean of {pairs}, 95 % {percent_interval(row['interval'])}{_chance(row['null'])})."
     )
     if found.membership is not None and len(found.compared) > 2:
-        alone = next((p for p in found.membership["parts"] if p["shared_class"] == "one"), None)
+        alone = next((part for part in found.membership.parts if part.shared_class == "one"), None)
         if alone is not None:
-            chance = f" ({_chance(alone['null'])[2:]})" if _chance(alone["null"]) else ""
-            yield f"{percent(alone['fraction'])} of the latents of {found.focus} are in no other SAE{chance}."
+            chance = f" ({_chance(alone.null)[2:]})" if _chance(alone.null) else ""
+            yield f"{percent(alone.fraction)} of the latents of {found.focus} are in no other SAE{chance}."
 
 
 def _chance(null: Mapping[str, float | None]) -> str:
@@ -173,8 +173,8 @@ def describe_study(found: StudyFindings) -> dict[str, str]:
     words = {"subject model": f"{subject.model} · {subject.hookpoint} (width {subject.width})"}
     text = " ".join([corpus.kind, *corpus.source])
     text += f" · {human(corpus.tokens)} tokens" if corpus.tokens else ""
-    trained = next(iter((get(found.training, "tokens") or {}).values()), None)
-    harvested = get(found.firing, "tokens")
+    trained = next(iter(found.training.tokens.values()), None) if found.training else None
+    harvested = found.firing and found.firing.tokens
     text += f", {human(trained)} trained on" if trained else ""
     words["text"] = text + (f", {human(harvested)} harvested" if harvested else "")
     words["runs"] = ", ".join(f"{run.name} ({dictionaries.name_seed(run)}{_unfinished(run)})" for run in runs)

@@ -11,8 +11,8 @@ from itertools import chain
 from typing import Any
 
 from autointerp.findings.shape import StudyFindings
-from autointerp.report.numbers import class_label, estimate_of, get, listed, percent, plural
-from sae.common.amounts import decimal
+from autointerp.report.numbers import class_label, estimate_of, listed, percent, plural
+from sae.common.amounts import decimal, is_known
 
 Tree = Mapping[str, Any]
 
@@ -114,25 +114,25 @@ def _similarity(found: StudyFindings, columns: Tree) -> Iterator[Figure]:
 
 
 def _latents(found: StudyFindings, columns: Tree) -> Iterator[Figure]:
-    if (tree := found.membership) is not None and tree["parts"]:
-        says = f"The {tree['n_alive']:,} alive latents, by which other SAEs share them ({tree['definition']})."
-        alt = "; ".join(f"{part['label']} {percent(part['fraction'])}" for part in tree["parts"]) + "."
+    if (tree := found.membership) is not None and tree.parts:
+        says = f"The {tree.n_alive:,} alive latents, by which other SAEs share them ({tree.definition})."
+        alt = "; ".join(f"{part.label} {percent(part.fraction)}" for part in tree.parts) + "."
         yield Figure("membership", "membership", "Where the latents are found", says, alt, paper="figure 2")
-    tree, scores = found.frequency_by_class, found.scores
-    if tree is not None and columns["against"]:
+    classes, scores = found.frequency_by_class, found.scores
+    if classes is not None and columns["against"]:
         says = (
             "Similarity is the mean over the other SAEs; firings are counted over the harvest, on a logarithmic scale. "
             "At the edges: counts by class."
         )
-        medians = "; ".join(f"{class_label(name, 3)} {1000 * row['median']:.3g}" for name, row in tree.items())
+        medians = "; ".join(f"{class_label(name, 3)} {1000 * row.median:.3g}" for name, row in classes.items())
         alt, title = f"Median firings per thousand tokens: {medians}.", "Similarity and how often a latent fires"
         yield Figure("frequency", "frequency", title, says, alt, paper="figure 3", of_latents=True)
         if scores is not None and scores.n_scored > 3:
             says = "The scored latents alone, in quarters of their score; the palest is the lowest."
             alt = f"Quartiles of the score: {' / '.join(decimal(q.value) for q in scores.quartiles)}."
             yield Figure("quartiles", "frequency", "The same, by score", says, alt, paper="figure 5", of_latents=True)
-    if get(found.training, "curves"):
-        fvu = [f"{name} {decimal(value)}" for name, value in found.training["fvu"].items() if value is not None]
+    if found.training and found.training.curves:
+        fvu = [f"{name} {decimal(value)}" for name, value in found.training.fvu.items() if is_known(value)]
         says = "Fraction of variance unexplained by tokens seen, one line per SAE. The lines should lie on each other."
         yield Figure("training", "training", "How training went", says, f"At the end: {'; '.join(fvu)}.")
 

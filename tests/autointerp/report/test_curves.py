@@ -49,8 +49,8 @@ def test_the_findings_hold_the_log_of_every_seed(tmp_path: Path) -> None:
     write_table(runs[1].training_log_path, log)
     tree = seeds.training_findings(runs)
     assert tree is not None
-    assert list(tree["curves"]) == ["run_a", "run_b", "run_c"]
-    found = pd.DataFrame(tree["curves"]["run_b"]).astype(float)
+    assert list(tree.curves) == ["run_a", "run_b", "run_c"]
+    found = pd.DataFrame(tree.curves["run_b"]).astype(float)
     assert found["step"].iloc[[0, -1]].tolist() == [1, 200]
     assert 50 <= len(found) <= 100
     same = log.set_index("step").loc[found["step"].astype(int)].reset_index()[list(found)].astype(float)

@@ -225,8 +225,9 @@ def test_every_shared_figure_has_its_chance_level(beside_chance: shape.StudyFind
     for key in ("mean_same_partner", "mean_different_partner"):
         mark(alike, key, as_percent=False)
     mark(similar["bimodality"]["null"]["rotated"], "of_sample", as_percent=False)
-    for part in found.membership["parts"][1:]:
-        mark(part["null"], "rotated")
+    assert found.membership
+    for part in found.membership.parts[1:]:
+        mark(part.null, "rotated")
     for name in DEFINITIONS:
         mark(overlap_[name]["null"], "rotated")
     mark(of, "max_cosine")
