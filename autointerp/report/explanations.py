@@ -152,7 +152,7 @@ def _other_scorers(tree: shape.Scores) -> Iterator[doc.Block]:
     who = {(str(row.explainer), str(row.judge)) for row in tree.other_scorers}
     by = "; ".join(f"{explainer}, judged by {judge}" for explainer, judge in sorted(who))
     heads = ["also scored by", ">latents", "own explanation", "swapped control", "own minus swapped"]
-    note = f"Explained by {by}. shape.Scores of different scorers test different things and cannot be compared."
+    note = f"Explained by {by}. Scores of different scorers test different things and cannot be compared."
     yield doc.Table([*heads, doc.Column("AUROC", "number", is_extra=True)], rows, [note])
 
 
