@@ -11,22 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from autointerp.findings import shape
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import Study
 from autointerp.findings.json_values import to_json
-from autointerp.findings.shape import (
-    AlignedRun,
-    Alignment,
-    Firing,
-    Frequencies,
-    Histogram,
-    Membership,
-    Region,
-    Training,
-)
 from autointerp.findings.statistics.correlation import quantiles
 from sae.alignment.overlap import CLASSES, DEFINITIONS, StudyOverlap, classify_sharing, find_range
-from sae.common.estimate import Estimate
 from sae.common.files import read_table, table_metadata
 from sae.study.align import explain_difference
 from sae.study.run import Run
@@ -37,120 +27,112 @@ _MEANS = ("mean_encoder", "mean_decoder", "mean_max_encoder", "mean_max_decoder"
 _BY_NUMBER = ("only_one", "all_of_n", "exactly_n")  # lists over the number of SAEs, 1 … S
 
 
-def overlap_findings(study: Study) -> dict[str, Any] | None:
+def overlap_findings(study: Study) -> shape.Overlap | None:
     if study.shared is None:
         return None
     is_harvested = study.firing.keys() >= set(study.compared)
     over = "alive latents" if is_harvested else "all latents, not all being harvested"
-    return {"over": over, **describe_overlap(study.shared, study.view.definition)}
+    return describe_overlap(study.shared, study.view.definition, over)
 
 
-def describe_overlap(found: StudyOverlap, chosen: str = "strict") -> dict[str, Any]:
-    """Arrange the overlap under every definition; the figures over the number of SAEs also under the ``chosen`` one.
-
-    ``null`` holds the same figure of each null and ``null_range`` its range over pairs of runs (``None`` for one pair).
-    """
-    tree: dict[str, Any] = {"definition": chosen, "threshold": found.threshold}
-    for name in DEFINITIONS:
-        real, everyone = found.alive[name], found.all[name]
-        nulls = {null: of.alive[name] for null, of in found.nulls.items()}
-        tree[name] = {
-            "value": real.value.value,
-            "interval": real.value.interval,
-            "pairs": _values(real.pairs),
-            "pair_intervals": {pair: e.interval for pair, e in real.pairs.items()},
-            "pairs_null": {null: _values(of.pairs) for null, of in nulls.items()},
-            "over_all_latents": everyone.value.value,
-            "over_all_latents_interval": everyone.value.interval,
-            "over_all_latents_null": {null: of.all[name].value.value for null, of in found.nulls.items()},
-            "retained": real.retained,
-            "retained_null": {null: of.retained.value for null, of in nulls.items()},
-            "null": {null: of.value.value for null, of in nulls.items()},
-            "null_range": {null: find_range(_values(of.pairs)) for null, of in nulls.items()},
-        }
-        for key in _BY_NUMBER:
-            estimates: list[Estimate] = getattr(real, key)
-            tree[name][key] = [e.value for e in estimates]
-            tree[name][f"{key}_intervals"] = [e.interval for e in estimates]
-            tree[name][f"{key}_null"] = {null: [e.value for e in getattr(of, key)] for null, of in nulls.items()}
-    return {
-        **tree,
-        **{key: tree[chosen][key] for key in _BY_NUMBER},
-        "same_partner": found.same_partner.value,
-        "max_cosine": found.max_cosine.value,
-        "max_cosine_interval": found.max_cosine.interval,
-        "max_cosine_pairs": found.by_pair["max_cosine"],
-        "sweep": found.sweep.to_dict("list"),
-        "nulls": {
-            null: {
-                **{key: tree[chosen][f"{key}_null"][null] for key in _BY_NUMBER},
-                "pairs": tree[chosen]["pairs_null"][null],
-                "same_partner": of.same_partner.value,
-                "same_partner_range": tree["lenient"]["null_range"][null],
-                "max_cosine": of.max_cosine.value,
-                "max_cosine_range": find_range(of.by_pair["max_cosine"]),
-                "sweep": of.sweep.to_dict("list"),
-            }
+def describe_overlap(found: StudyOverlap, chosen: str = "strict", over: str | None = None) -> shape.Overlap:
+    """Arrange the overlap under every definition; the figures over the number of SAEs also under the ``chosen`` one."""
+    by: dict[str, Any] = {name: _shared_by(found, name) for name in DEFINITIONS}
+    by_number: dict[str, Any] = {key: [e.value for e in getattr(by[chosen], key)] for key in _BY_NUMBER}
+    return shape.Overlap(
+        definition=chosen,
+        threshold=found.threshold,
+        **by,
+        **by_number,
+        same_partner=found.same_partner.value,
+        max_cosine=found.max_cosine,
+        max_cosine_pairs=found.by_pair["max_cosine"],
+        sweep=_columns(found.sweep),
+        nulls={
+            null: shape.OverlapNull(
+                **{key: getattr(by[chosen], f"{key}_null")[null] for key in _BY_NUMBER},
+                pairs=by[chosen].pairs_null[null],
+                same_partner=of.same_partner.value,
+                same_partner_range=by["lenient"].null_range[null],
+                max_cosine=of.max_cosine.value,
+                max_cosine_range=find_range(of.by_pair["max_cosine"]),
+                sweep=_columns(of.sweep),
+            )
             for null, of in found.nulls.items()
         },
-    }
+        over=over,
+    )
 
 
-def _values(pairs: Mapping[str, Estimate]) -> dict[str, float]:
-    return {pair: e.value for pair, e in pairs.items()}
+def _columns(table: pd.DataFrame) -> dict[str, list[float]]:
+    return {str(name): column.tolist() for name, column in table.items()}
 
 
-def similarity_findings(found: StudyOverlap | None) -> dict[str, Any] | None:
+def _shared_by(found: StudyOverlap, name: str) -> shape.SharedBy:
+    real, nulls = found.alive[name], {null: of.alive[name] for null, of in found.nulls.items()}
+    pairs_null = {null: {pair: e.value for pair, e in of.pairs.items()} for null, of in nulls.items()}
+    by_number: dict[str, Any] = {key: getattr(real, key) for key in _BY_NUMBER}
+    for key in _BY_NUMBER:
+        by_number[f"{key}_null"] = {null: [e.value for e in getattr(of, key)] for null, of in nulls.items()}
+    return shape.SharedBy(
+        value=real.value,
+        pairs=real.pairs,
+        pairs_null=pairs_null,
+        over_all_latents=found.all[name].value,
+        over_all_latents_null={null: of.all[name].value.value for null, of in found.nulls.items()},
+        retained=real.retained,
+        retained_null={null: of.retained.value for null, of in nulls.items()},
+        null={null: of.value.value for null, of in nulls.items()},
+        null_range={null: find_range(pairs) for null, pairs in pairs_null.items()},
+        **by_number,
+    )
+
+
+def similarity_findings(found: StudyOverlap | None) -> shape.Similarity | None:
     """Arrange the matched cosines, their histogram and the test for two modes."""
     if found is None:
         return None
-    shape, nulls = found.histogram, found.nulls
+    cosines, nulls, dip = found.histogram, found.nulls, found.bimodality
+    counts_null = {null: shape.CosineCounts(**_count(of.histogram)) for null, of in nulls.items()}
+    return shape.Similarity(
+        **{name: getattr(found, name) for name in _MEANS},
+        pairs={name: found.by_pair[name] for name in _MEANS},
+        mean_same_partner=cosines["mean_agree"],
+        mean_different_partner=cosines["mean_differ"],
+        pw_mcc=shape.PwMcc(
+            value=found.mean_decoder,
+            sd=found.pw_mcc_sd,
+            null={null: of.mean_decoder.value for null, of in nulls.items()},
+            null_sd={null: of.pw_mcc_sd for null, of in nulls.items()},
+        ),
+        null={null: _describe_null(of) for null, of in nulls.items()},
+        bimodality=shape.Bimodality(
+            statistic="Hartigan's dip of the mean of matched encoder and decoder cosine; mean over pairs",
+            **dip._asdict(),
+            null={null: shape.DipOfNull(*of.bimodality[1:]) for null, of in nulls.items()},
+        ),
+        histogram=shape.CosineHistogram(**_count(cosines), null=counts_null),
+    )
+
+
+def _describe_null(of: StudyOverlap) -> shape.SimilarityNull:
+    means: dict[str, Any] = {name: getattr(of, name).value for name in _MEANS}
+    ranges: dict[str, Any] = {f"{name}_range": find_range(of.by_pair[name]) for name in _MEANS}
+    partners = {"mean_same_partner": of.histogram["mean_agree"], "mean_different_partner": of.histogram["mean_differ"]}
+    return shape.SimilarityNull(**means, **ranges, **partners)
+
+
+def _count(cosines: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of :class:`CosineCounts`."""
     return {
-        **{name: getattr(found, name).value for name in _MEANS},
-        **{f"{name}_interval": getattr(found, name).interval for name in _MEANS},
-        "pairs": {name: found.by_pair[name] for name in _MEANS},
-        "mean_same_partner": shape["mean_agree"],
-        "mean_different_partner": shape["mean_differ"],
-        "pw_mcc": {
-            "value": found.mean_decoder.value,
-            "interval": found.mean_decoder.interval,
-            "sd": found.pw_mcc_sd,
-            "null": {null: of.mean_decoder.value for null, of in nulls.items()},
-            "null_sd": {null: of.pw_mcc_sd for null, of in nulls.items()},
-        },
-        "null": {
-            null: {
-                **{name: getattr(of, name).value for name in _MEANS},
-                **{f"{name}_range": find_range(of.by_pair[name]) for name in _MEANS},
-                "mean_same_partner": of.histogram["mean_agree"],
-                "mean_different_partner": of.histogram["mean_differ"],
-            }
-            for null, of in nulls.items()
-        },
-        "bimodality": {
-            "statistic": "Hartigan's dip of the mean of matched encoder and decoder cosine; mean over pairs",
-            **found.bimodality.value.as_dict(),
-            "of_sample": found.bimodality.of_sample,
-            "p_value": found.bimodality.p_value,
-            "null": {
-                null: {"of_sample": of.bimodality.of_sample, "p_value": of.bimodality.p_value}
-                for null, of in nulls.items()
-            },
-        },
-        "histogram": {**_histogram(shape), "null": {null: _histogram(of.histogram) for null, of in nulls.items()}},
+        **{key: cosines[key] for key in ("edges", "encoder", "decoder")},
+        "counts": [a + b for a, b in zip(cosines["agree"], cosines["differ"], strict=True)],
+        "same_partner": cosines["agree"],
+        "different_partner": cosines["differ"],
     }
 
 
-def _histogram(shape: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **{key: shape[key] for key in ("edges", "encoder", "decoder")},
-        "counts": [a + b for a, b in zip(shape["agree"], shape["differ"], strict=True)],
-        "same_partner": shape["agree"],
-        "different_partner": shape["differ"],
-    }
-
-
-def membership_findings(study: Study, latents: pd.DataFrame) -> Membership | None:
+def membership_findings(study: Study, latents: pd.DataFrame) -> shape.Membership | None:
     """Split the focus run's alive latents by the runs that share them; with over three runs, by their number."""
     if study.shared is None:
         return None
@@ -171,8 +153,8 @@ def membership_findings(study: Study, latents: pd.DataFrame) -> Membership | Non
     for label, held, n in parts:
         fraction, null = _fraction(regions, n, held), {name: _fraction(split, n, held) for name, split in nulls.items()}
         kind = str(classify_sharing(n, len(others)))
-        rows.append(Region(label, held, n, kind, round(fraction * n_alive), fraction, null))
-    return Membership(definition, n_alive, rows)
+        rows.append(shape.Region(label, held, n, kind, round(fraction * n_alive), fraction, null))
+    return shape.Membership(definition, n_alive, rows)
 
 
 def _fraction(regions: Sequence[tuple[tuple[str, ...], float]], n: int, held: Sequence[str] | None) -> float:
@@ -180,7 +162,7 @@ def _fraction(regions: Sequence[tuple[tuple[str, ...], float]], n: int, held: Se
     return sum((part for by, part in regions if len(by) == n and (held is None or set(by) == set(held))), 0.0)
 
 
-def frequency_by_class_findings(latents: pd.DataFrame) -> dict[str, Frequencies] | None:
+def frequency_by_class_findings(latents: pd.DataFrame) -> dict[str, shape.Frequencies] | None:
     """Describe how often alive latents fire (firings per token) by shared class; five logarithmic bins per decade."""
     if "shared_class" not in latents or "firing_frequency" not in latents:
         return None
@@ -193,15 +175,15 @@ def frequency_by_class_findings(latents: pd.DataFrame) -> dict[str, Frequencies]
     found = {}
     for name, members in by_class.items():
         if len(members):
-            shape = Histogram([float(10**e) for e in edges], np.histogram(np.log10(members), edges)[0].tolist())
-            found[name] = Frequencies(len(members), members.median(), quantiles(members).tolist(), shape)
+            counts = shape.Histogram([float(10**e) for e in edges], np.histogram(np.log10(members), edges)[0].tolist())
+            found[name] = shape.Frequencies(len(members), members.median(), quantiles(members).tolist(), counts)
     return found
 
 
 # --- training and firing ----------------------------------------------------------------------------------
 
 
-def training_findings(runs: Iterable[Run]) -> Training | None:
+def training_findings(runs: Iterable[Run]) -> shape.Training | None:
     """Average the last twentieth of each run's training log, and thin the log for small curves."""
     paths = {run.name: run.training_log_path for run in runs if run.training_log_path.exists()}
     if not paths:
@@ -212,7 +194,7 @@ def training_findings(runs: Iterable[Run]) -> Training | None:
     means = {
         key: {name: tail[key].mean() for name, tail in tails.items()} for key in ("fvu", "l0", "dead_fraction", "auxk")
     }
-    return Training(
+    return shape.Training(
         **means,
         quality={name: quality for name, quality in qualities.items() if quality},
         tokens={name: int(log["tokens"].iloc[-1]) if len(log) else 0 for name, log in logs.items()},
@@ -227,13 +209,13 @@ def _thinned(log: pd.DataFrame) -> dict[str, list[float]]:
     return {column: log[column].to_numpy(float)[places].tolist() for column in _CURVES}
 
 
-def firing_findings(study: Study) -> Firing | None:
+def firing_findings(study: Study) -> shape.Firing | None:
     if not study.firing:
         return None
     dead = {name: int(table["dead"].sum()) for name, table in study.firing.items()}
     size = {name: len(table) for name, table in study.firing.items()}
     tokens = [n for table in study.firing.values() if (n := _harvested_tokens(table)) is not None]
-    return Firing(
+    return shape.Firing(
         tokens=min(tokens, default=None),
         alive={name: size[name] - dead[name] for name in dead},
         dead=dead,
@@ -250,15 +232,15 @@ def _harvested_tokens(table: pd.DataFrame) -> int | None:
     return round(table["n_firings"].iloc[most] / table["firing_frequency"].iloc[most])
 
 
-def alignment_findings(study: Study) -> Alignment:
+def alignment_findings(study: Study) -> shape.Alignment:
     """Return the overlap of aligned runs, in the shape of the report's findings."""
     assert study.shared is not None
-    return Alignment(
-        runs=[AlignedRun(run.name, run.seed, run.study) for run in study.runs],
+    return shape.Alignment(
+        runs=[shape.AlignedRun(run.name, run.seed, run.study) for run in study.runs],
         compared=study.compared,
         apart=explain_difference(study.runs),
         missing=[],
-        overlap=to_json(describe_overlap(study.shared, study.view.definition)),
-        similarity=to_json(similarity_findings(study.shared)),
+        overlap=describe_overlap(study.shared, study.view.definition),
+        similarity=similarity_findings(study.shared),
         counterparts=to_json(counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts)),
     )

@@ -295,6 +295,135 @@ class Relation(Correlations):
     pooled: PooledRelation | None
 
 
+# --- sharing: ``null`` maps each null to its figure, ``…_range`` is the range over pairs of runs, ``a--b`` a pair ----
+
+
+@dataclass(frozen=True)
+class SharedBy:
+    """The latents shared under one definition; lists are over the number of SAEs, 1 … S."""
+
+    value: Estimate = field(metadata=SPLIT)
+    pairs: Mapping[str, Estimate] = field(metadata={"interval": "pair_intervals"})
+    pairs_null: Mapping[str, Mapping[str, float]]
+    over_all_latents: Estimate = field(metadata={"interval": "over_all_latents_interval"})
+    over_all_latents_null: Mapping[str, float]
+    retained: Estimate
+    retained_null: Mapping[str, float]
+    null: Mapping[str, float]
+    null_range: Mapping[str, Sequence[float] | None]
+    only_one: list[Estimate] = field(metadata={"interval": "only_one_intervals"})
+    only_one_null: Mapping[str, list[float]]
+    all_of_n: list[Estimate] = field(metadata={"interval": "all_of_n_intervals"})
+    all_of_n_null: Mapping[str, list[float]]
+    exactly_n: list[Estimate] = field(metadata={"interval": "exactly_n_intervals"})
+    exactly_n_null: Mapping[str, list[float]]
+
+
+@dataclass(frozen=True)
+class OverlapNull:
+    only_one: list[float]
+    all_of_n: list[float]
+    exactly_n: list[float]
+    pairs: Mapping[str, float]
+    same_partner: float
+    same_partner_range: Sequence[float] | None
+    max_cosine: float
+    max_cosine_range: Sequence[float] | None
+    sweep: Mapping[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """The overlap under every definition; the figures over the number of SAEs also under the chosen ``definition``."""
+
+    definition: str
+    threshold: float
+    strict: SharedBy
+    both: SharedBy
+    decoder: SharedBy
+    lenient: SharedBy
+    only_one: list[float]
+    all_of_n: list[float]
+    exactly_n: list[float]
+    same_partner: float
+    max_cosine: Estimate = field(metadata={"interval": "max_cosine_interval"})
+    max_cosine_pairs: Mapping[str, float]
+    sweep: Mapping[str, list[float]]
+    nulls: Mapping[str, OverlapNull]
+    over: str | None = field(default=None, metadata={"optional": True})
+
+    def by(self, definition: str) -> SharedBy:
+        found: SharedBy = getattr(self, definition)
+        return found
+
+
+@dataclass(frozen=True)
+class PwMcc:
+    value: Estimate = field(metadata=SPLIT)
+    sd: float
+    null: Mapping[str, float]
+    null_sd: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SimilarityNull:
+    mean_encoder: float
+    mean_decoder: float
+    mean_max_encoder: float
+    mean_max_decoder: float
+    mean_encoder_range: Sequence[float] | None
+    mean_decoder_range: Sequence[float] | None
+    mean_max_encoder_range: Sequence[float] | None
+    mean_max_decoder_range: Sequence[float] | None
+    mean_same_partner: float | None
+    mean_different_partner: float | None
+
+
+@dataclass(frozen=True)
+class DipOfNull:
+    of_sample: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Bimodality(DipOfNull):
+    statistic: str
+    value: Estimate = field(metadata=SPLIT)
+    null: Mapping[str, DipOfNull]
+
+
+@dataclass(frozen=True)
+class CosineCounts:
+    edges: list[float]
+    encoder: list[int]
+    decoder: list[int]
+    counts: list[int]
+    same_partner: list[int]
+    different_partner: list[int]
+
+
+@dataclass(frozen=True)
+class CosineHistogram(CosineCounts):
+    null: Mapping[str, CosineCounts]
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Matched cosines, their histogram and the test for two modes."""
+
+    mean_encoder: Estimate = field(metadata={"interval": "mean_encoder_interval"})
+    mean_decoder: Estimate = field(metadata={"interval": "mean_decoder_interval"})
+    mean_max_encoder: Estimate = field(metadata={"interval": "mean_max_encoder_interval"})
+    mean_max_decoder: Estimate = field(metadata={"interval": "mean_max_decoder_interval"})
+    pairs: Mapping[str, Mapping[str, float]]
+    mean_same_partner: float | None
+    mean_different_partner: float | None
+    pw_mcc: PwMcc
+    null: Mapping[str, SimilarityNull]
+    bimodality: Bimodality
+    histogram: CosineHistogram
+
+
 # --- training, firing and membership ------------------------------------------------------------------------------
 
 
@@ -512,8 +641,8 @@ class Sharing:
     runs: Sequence[NamedRun]
     compared: list[str]
     missing: list[Step]
-    overlap: Any
-    similarity: Any
+    overlap: Overlap | None
+    similarity: Similarity | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from autointerp.findings.json_values import to_json
 from autointerp.findings.paper.intervals import without_each
-from autointerp.findings.shape import StudyFindings
+from autointerp.findings.shape import Overlap, SharedBy, Similarity, StudyFindings
 from autointerp.findings.study import findings
 from sae.alignment.overlap import DEFINITIONS
 from sae.common.amounts import is_known
@@ -65,9 +65,9 @@ def row_of(point: Point, found: StudyFindings) -> dict[str, Any]:
         "fvu": _mean(training.fvu),
         "l0": _mean(firing.mean_l0),
         "dead_fraction": _mean(firing.dead_fraction),
-        "shared": overlap and {name: _shared(overlap[name], seeds) for name in DEFINITIONS},
-        "max_cosine": overlap and _with_null(overlap, "max_cosine", overlap["nulls"]),
-        "cosines": similarity and {name: _with_null(similarity, name, similarity["null"]) for name in _COSINES},
+        "shared": overlap and {name: _shared(overlap.by(name), seeds) for name in DEFINITIONS},
+        "max_cosine": overlap and _with_null(overlap, "max_cosine", overlap.nulls),
+        "cosines": similarity and {name: _with_null(similarity, name, similarity.null) for name in _COSINES},
         "scores": _score(found) if found.scores and found.scores.n_scored else None,
         "findings": to_json(found.findings),
     }
@@ -78,14 +78,14 @@ def _mean(of: Mapping[str, float]) -> float | None:
     return fmean(known) if known else None
 
 
-def _shared(row: Mapping[str, Any], seeds: Mapping[str, int | None]) -> dict[str, Any]:
+def _shared(found: SharedBy, seeds: Mapping[str, int | None]) -> dict[str, Any]:
+    row = to_json(found)
     without = {str(seeds[run]): value for run, value in without_each(row["pairs"]).items()}
     return {**{key: row[key] for key in ("value", "interval", "pairs", "null", "null_range")}, "without": without}
 
 
-def _with_null(tree: Mapping[str, Any], name: str, nulls: Mapping[str, Any]) -> dict[str, Any]:
-    null = {null: of[name] for null, of in nulls.items()}
-    return {"value": tree[name], "interval": tree[f"{name}_interval"], "null": null}
+def _with_null(found: Overlap | Similarity, name: str, nulls: Mapping[str, Any]) -> dict[str, Any]:
+    return {**to_json(getattr(found, name)), "null": to_json({null: getattr(of, name) for null, of in nulls.items()})}
 
 
 def _score(found: StudyFindings) -> dict[str, Any]:

@@ -56,17 +56,16 @@ def _who(scored_by: Tree) -> str:
 
 def _answers(found: Comparison) -> Iterator[str]:
     tree, similar = found.overlap, found.similarity
-    row, null = tree[tree["definition"]], chance_level(similar["null"]) or {}
+    assert tree is not None
+    assert similar is not None
+    row, null = tree.by(tree.definition), chance_level(similar.null)
     yield (
-        f"{percent(row['value'])} of the alive latents are shared ({tree['definition']}), 95 % "
-        f"{percent_interval(row['interval'])}{_chance(percent, chance_level(row['null']))}."
+        f"{percent(row.value.value)} of the alive latents are shared ({tree.definition}), 95 % "
+        f"{percent_interval(row.value.interval)}{_chance(percent, chance_level(row.null))}."
     )
-    cosines = [
-        f"{space} {estimate(similar[f'mean_{space}'], similar[f'mean_{space}_interval'])}"
-        f"{_chance(decimal, null.get(f'mean_{space}'))}"
-        for space in ("encoder", "decoder")
-    ]
-    yield f"Mean cosine of partners: {', '.join(cosines)}."
+    encoder = f"{estimate_of(similar.mean_encoder)}{_chance(decimal, null.mean_encoder if null else None)}"
+    decoder = f"{estimate_of(similar.mean_decoder)}{_chance(decimal, null.mean_decoder if null else None)}"
+    yield f"Mean cosine of partners: encoder {encoder}, decoder {decoder}."
     if found.agreement is not None:
         agreement = found.agreement["together"]
         correlation = estimate_of(agreement.spearman, 2, sign=True)
@@ -74,7 +73,7 @@ def _answers(found: Comparison) -> Iterator[str]:
 
 
 def _chance(write: Callable[[float], str], value: float | None) -> str:
-    return "" if value is None else f" (chance level {write(value)})"
+    return "" if value is None or not is_known(value) else f" (chance level {write(value)})"
 
 
 def _scores(found: Comparison) -> doc.Section:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from autointerp.findings.shape import Mean
 from sae.common import amounts
 from sae.common.amounts import choose_digits, decimal, estimate, is_known
 from sae.common.estimate import Estimate
+
+T = TypeVar("T")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -27,9 +29,9 @@ def percent_interval(bounds: Sequence[float | None] | None) -> str:
     return f"[{', '.join(f'{100 * b:.{digits}f}' for b in known)}]"
 
 
-def chance_level(of: Mapping[str, Any] | None) -> Any:
+def chance_level(of: Mapping[str, T]) -> T | None:
     """Return the chance level, measured with the sibling rotated at random; ``None`` where there is none."""
-    return (of or {}).get("rotated")
+    return of.get("rotated")
 
 
 def estimate_of(found: Estimate | Mean | None, digits: int = 3, *, sign: bool = False) -> str:

@@ -80,11 +80,11 @@ def _sharing(found: StudyFindings) -> Iterator[str]:
     tree = found.overlap
     if tree is None:
         return
-    row, definition = tree[tree["definition"]], tree["definition"]
-    pairs = plural(len(row["pairs"]), "pair")
+    row, definition = tree.by(tree.definition), tree.definition
+    pairs = plural(len(row.pairs), "pair")
     yield (
-        f"{percent(row['value'])} of the alive latents are shared {dictionaries.name_change(found)} ({definition}, "
-        f"mean of {pairs}, 95 % {percent_interval(row['interval'])}{_chance(row['null'])})."
+        f"{percent(row.value.value)} of the alive latents are shared {dictionaries.name_change(found)} ({definition}, "
+        f"mean of {pairs}, 95 % {percent_interval(row.value.interval)}{_chance(row.null)})."
     )
     if found.membership is not None and len(found.compared) > 2:
         alone = next((part for part in found.membership.parts if part.shared_class == "one"), None)
@@ -93,9 +93,9 @@ def _sharing(found: StudyFindings) -> Iterator[str]:
             yield f"{percent(alone.fraction)} of the latents of {found.focus} are in no other SAE{chance}."
 
 
-def _chance(null: Mapping[str, float | None]) -> str:
+def _chance(null: Mapping[str, float]) -> str:
     level = chance_level(null)
-    return "" if level is None else f"; chance level {percent(level)}"
+    return f"; chance level {percent(level)}" if is_known(level) else ""
 
 
 def _interpretability(found: StudyFindings) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from autointerp.findings.shape import Alignment, Sharing, StudyFindings
+from autointerp.findings.shape import Alignment, Bimodality, CosineHistogram, Overlap, Sharing, StudyFindings
 from autointerp.report import blocks as doc
 from autointerp.report import charts
 from autointerp.report.charts import STYLE_OF_CLASS
@@ -21,7 +21,8 @@ from autointerp.report.numbers import (
     percent_interval,
     threshold_of,
 )
-from sae.common.amounts import decimal, estimate, interval
+from sae.common.amounts import decimal, estimate, interval, is_known
+from sae.common.estimate import Estimate
 
 Tree = Mapping[str, Any]
 RULES = {
@@ -50,32 +51,33 @@ def overlap(found: Sharing) -> doc.Section:
     for entry in found.forced if isinstance(found, StudyFindings) else []:
         runs = " and ".join(entry.runs)
         body += [f"Also aligned, by --force, with a run of another study: {runs}.", doc.Command(entry.command)]
-    threshold = threshold_of(tree["threshold"])
+    threshold = threshold_of(tree.threshold)
     rules = doc.Facts([(name, rule.format(t=threshold)) for name, rule in RULES.items()])
     return doc.Section(title, says, body, [rules, *_pairs(tree), *_growth(tree), _other_thresholds(tree)])
 
 
-def _definitions(tree: Tree) -> doc.Table:
+def _definitions(tree: Overlap) -> doc.Table:
     rows: doc.Rows = []
     for name in ("strict", "both", "decoder", "lenient"):
-        row, style = tree[name], "strong" if name == tree["definition"] else ""
-        level = _with_range(chance_level(row["null"]), chance_level(row["null_range"]))
-        own = [doc.Span(name, style), doc.Span(percent(row["value"]), style)]
-        others = [doc.quiet(level), doc.quiet(percent(row["over_all_latents"]))]
-        rows.append([*own, percent_interval(row["interval"]), *others, _bar(row["value"])])
-    null = chance_level(tree["nulls"]) or {}
-    level = _with_range(null.get("max_cosine"), null.get("max_cosine_range"))
-    bounds = percent_interval(tree["max_cosine_interval"])
-    rows.append(["nearest", percent(tree["max_cosine"]), bounds, doc.quiet(level), "", _bar(tree["max_cosine"])])
+        row, style = tree.by(name), "strong" if name == tree.definition else ""
+        level = _with_range(chance_level(row.null), chance_level(row.null_range))
+        own = [doc.Span(name, style), doc.Span(percent(row.value.value), style)]
+        others = [doc.quiet(level), doc.quiet(percent(row.over_all_latents.value))]
+        rows.append([*own, percent_interval(row.value.interval), *others, _bar(row.value.value)])
+    null, nearest = chance_level(tree.nulls), tree.max_cosine
+    by_chance = doc.quiet(_with_range(null.max_cosine, null.max_cosine_range) if null else "–")
+    bounds = percent_interval(nearest.interval)
+    rows.append(["nearest", percent(nearest.value), bounds, by_chance, "", _bar(nearest.value)])
     words = "Shares are of alive latents. Chance level: the sibling rotated at random."
-    words += " Brackets: range over pairs." if len(tree["strict"]["pairs"]) > 1 else ""
+    words += " Brackets: range over pairs." if len(tree.strict.pairs) > 1 else ""
     extra = doc.Column("of all latents", "number", is_extra=True), doc.Column("", "chart", is_extra=True)
     heads: doc.Heads = ["", ">shared latents", "95 % interval", "chance level", *extra]
     return doc.Table(heads, rows, [words] if null else [])
 
 
-def _bar(value: float | None) -> doc.Chart:
-    return doc.Chart(lambda width, _: [charts.bar(value or 0.0, min(width, 16), STYLE_OF_CLASS["all"])])
+def _bar(value: float) -> doc.Chart:
+    length = value if is_known(value) else 0.0
+    return doc.Chart(lambda width, _: [charts.bar(length, min(width, 16), STYLE_OF_CLASS["all"])])
 
 
 def _with_range(value: float | None, bounds: Sequence[float | None] | None) -> str:
@@ -86,16 +88,16 @@ def _name_chance(value: float | None, bounds: Sequence[float | None] | None) -> 
     return f" (chance level {_with_range(value, bounds)})"
 
 
-def _pairs(tree: Tree) -> Iterator[doc.Block]:
+def _pairs(tree: Overlap) -> Iterator[doc.Block]:
     """Show the share of each pair of runs: rows for up to three runs, a square for more, the range for many."""
-    definition = tree["definition"]
-    pairs: Mapping[str, float | None] = tree[definition]["pairs"]
-    values = [value for value in pairs.values() if value is not None]
+    definition, row = tree.definition, tree.by(tree.definition)
+    pairs = {pair: of.value for pair, of in row.pairs.items()}
+    values = [*filter(is_known, pairs.values())]
     if len(pairs) < 2 or not values:
         return
     names = list(dict.fromkeys(name for pair in pairs for name in pair.split("--")))
-    by_chance = chance_level(tree[definition]["pairs_null"]) or {}
-    levels = [value for value in by_chance.values() if value is not None]
+    by_chance = chance_level(row.pairs_null) or {}
+    levels = [*filter(is_known, by_chance.values())]
     notes = [f"Chance level: {percent(min(levels))} to {percent(max(levels))} over pairs."] if levels else []
     if len(names) == 3:
         rows = _with_chance(definition, list(pairs.values()), [by_chance[pair] for pair in pairs] if levels else [])
@@ -114,7 +116,7 @@ def _pairs(tree: Tree) -> Iterator[doc.Block]:
 
 
 def _one_pair(value: float | None) -> str:
-    return "·" if value is None else f"{100 * value:.1f}"
+    return "·" if value is None or not is_known(value) else f"{100 * value:.1f}"
 
 
 def _with_chance(name: str, values: Sequence[float | None], chance: Sequence[float], style: str = "") -> doc.Rows:
@@ -123,29 +125,29 @@ def _with_chance(name: str, values: Sequence[float | None], chance: Sequence[flo
     return [*rows, [doc.quiet("chance level"), *(doc.quiet(percent(value)) for value in chance)]] if chance else rows
 
 
-def _growth(tree: Tree) -> Iterator[doc.Block]:
+def _growth(tree: Overlap) -> Iterator[doc.Block]:
     """Show the shares found in one SAE, in every SAE and in exactly n, as more SAEs are compared."""
-    n, null = len(tree["only_one"]), chance_level(tree["nulls"]) or {}
+    n, null = len(tree.only_one), chance_level(tree.nulls)
     if n < 3:
         return
     rows = [
-        *_with_chance("found in one alone", tree["only_one"][1:], null.get("only_one", [])[1:], "one"),
-        *_with_chance("found in every one", tree["all_of_n"][1:], null.get("all_of_n", [])[1:], "all"),
+        *_with_chance("found in one alone", tree.only_one[1:], null.only_one[1:] if null else [], "one"),
+        *_with_chance("found in every one", tree.all_of_n[1:], null.all_of_n[1:] if null else [], "all"),
     ]
     yield doc.Table(["SAEs compared", *(f">{i}" for i in range(2, n + 1))], rows)
-    rows = _with_chance(tree["definition"], tree["exactly_n"], null.get("exactly_n", []))
+    rows = _with_chance(tree.definition, tree.exactly_n, null.exactly_n if null else [])
     yield doc.Table([f"in exactly n of {n}", *(f">{i}" for i in range(1, n + 1))], rows)
 
 
-def _other_thresholds(tree: Tree) -> doc.Table:
+def _other_thresholds(tree: Overlap) -> doc.Table:
     """Show the share at other thresholds, with the decoder definition's chance level, which bounds the others'."""
-    sweep, null = tree["sweep"], chance_level(tree["nulls"])
+    sweep, null = tree.sweep, chance_level(tree.nulls)
     names = ("strict", "both", "decoder")
     rows: doc.Rows = []
     for value in _THRESHOLDS:
         i = sweep["threshold"].index(value)
-        cells = [doc.Span(percent(sweep[name][i]), "strong" if name == tree["definition"] else "") for name in names]
-        rows.append([decimal(value, 1), *cells, *([doc.quiet(percent(null["sweep"]["decoder"][i]))] if null else [])])
+        cells = [doc.Span(percent(sweep[name][i]), "strong" if name == tree.definition else "") for name in names]
+        rows.append([decimal(value, 1), *cells, *([doc.quiet(percent(null.sweep["decoder"][i]))] if null else [])])
     heads = ["threshold", *(f">{name}" for name in names), *([">decoder by chance"] if null else [])]
     note = "Chance levels of strict and both are at most that of decoder: they ask for more."
     return doc.Table(heads, rows, [note] if null else [])
@@ -157,26 +159,28 @@ def similarity(found: Sharing) -> doc.Section:
         "Cosine of each alive latent with its partner, mean of encoder and decoder: 1 is the same direction. "
         "Two humps mean that latents either return or do not."
     )
-    tree = found.similarity
-    if tree is None:
+    tree, shared = found.similarity, found.overlap
+    if tree is None or shared is None:
         return doc.Section(title, says, explain_missing(found, "overlap"))
-    shape, threshold = tree["histogram"], found.overlap["threshold"]
-    null, of_overlap = chance_level(tree["null"]) or {}, chance_level(found.overlap["nulls"])
-    chance = _name_chance(of_overlap["same_partner"], of_overlap["same_partner_range"]) if of_overlap else ""
+    shape, threshold = tree.histogram, shared.threshold
+    null, of_overlap = chance_level(tree.null), chance_level(shared.nulls)
+    chance = _name_chance(of_overlap.same_partner, of_overlap.same_partner_range) if of_overlap else ""
     words = (
-        f"Encoder and decoder pick the same partner for {percent(found.overlap['same_partner'])} of the latents"
-        f"{chance}. The mean cosine is {decimal(tree['mean_same_partner'])} there and "
-        f"{decimal(tree['mean_different_partner'])} elsewhere. {_modes(tree['bimodality'])}"
+        f"Encoder and decoder pick the same partner for {percent(shared.same_partner)} of the latents"
+        f"{chance}. The mean cosine is {decimal(tree.mean_same_partner)} there and "
+        f"{decimal(tree.mean_different_partner)} elsewhere. {_modes(tree.bimodality)}"
     )
     rows: doc.Rows = []
     for key, name in _MEAN_COSINES.items():
-        by_chance = doc.quiet(estimate(null.get(key), null.get(f"{key}_range")))
-        rows.append([name, decimal(tree[key]), interval(tree.get(f"{key}_interval")), by_chance])
+        by_chance = doc.quiet(estimate(getattr(null, key, None), getattr(null, f"{key}_range", None)))
+        value = getattr(tree, key)
+        cells = (value.value, value.interval) if isinstance(value, Estimate) else (value, None)
+        rows.append([name, decimal(cells[0]), interval(cells[1]), by_chance])
     notes = []
-    if tree["pw_mcc"]["sd"] is not None:
-        sd = chance_level(tree["pw_mcc"]["null_sd"])
-        level = f"; by chance {decimal(sd, 4)}" if sd is not None else ""
-        notes = [f"Standard deviation of PW-MCC over pairs of SAEs: {decimal(tree['pw_mcc']['sd'], 4)}{level}."]
+    if is_known(tree.pw_mcc.sd):
+        sd = chance_level(tree.pw_mcc.null_sd)
+        level = f"; by chance {decimal(sd, 4)}" if is_known(sd) else ""
+        notes = [f"Standard deviation of PW-MCC over pairs of SAEs: {decimal(tree.pw_mcc.sd, 4)}{level}."]
     table = doc.Table(["mean cosine", ">value", "95 % interval", "chance level"], rows, notes)
     chart = doc.Chart(lambda width, colour: _similarity_chart(shape, threshold, width, colour))
     return doc.Section(title, says, [chart, words], [table])
@@ -192,21 +196,21 @@ _MEAN_COSINES = {
 }
 
 
-def _modes(dip: Tree) -> str:
+def _modes(dip: Bimodality) -> str:
     """Say whether there are two modes, with the test."""
-    if dip["value"] is None or dip["p_value"] is None:
+    if not is_known(dip.value.value) or not is_known(dip.p_value):
         return "There are too few cosines to tell one mode from two."
-    p = "p < .001" if dip["p_value"] < 0.001 else f"p = {decimal(dip['p_value'])}"
-    result = "The cosines have more than one mode" if dip["p_value"] < 0.05 else "A single mode cannot be ruled out"
-    null = chance_level(dip["null"])
-    chance = f" (by chance {decimal(null['of_sample'])})" if null else ""
-    return f"{result}: dip {decimal(dip['value'])} {interval(dip['interval'])}{chance}, {p}."
+    p = "p < .001" if dip.p_value < 0.001 else f"p = {decimal(dip.p_value)}"
+    result = "The cosines have more than one mode" if dip.p_value < 0.05 else "A single mode cannot be ruled out"
+    null = chance_level(dip.null)
+    chance = f" (by chance {decimal(null.of_sample)})" if null else ""
+    return f"{result}: dip {decimal(dip.value.value)} {interval(dip.value.interval)}{chance}, {p}."
 
 
-def _similarity_chart(shape: Tree, threshold: float, width: int, has_colour: bool) -> Iterator[Text]:
+def _similarity_chart(shape: CosineHistogram, threshold: float, width: int, has_colour: bool) -> Iterator[Text]:
     """Draw cosines from 0 to 1, by same or different partner. The few below 0 are in the first column."""
-    first = next(i for i, edge in enumerate(shape["edges"]) if edge >= 0)
-    same, other = ([sum(c[: first + 1]), *c[first + 1 :]] for c in (shape["same_partner"], shape["different_partner"]))
+    first = next(i for i, edge in enumerate(shape.edges) if edge >= 0)
+    same, other = ([sum(c[: first + 1]), *c[first + 1 :]] for c in (shape.same_partner, shape.different_partner))
     cell = max(1, min(5, width // len(same)))
     width = cell * len(same)
     layers = charts.Layer(other, STYLE_OF_CLASS["one"], "░"), charts.Layer(same, STYLE_OF_CLASS["all"], "█")

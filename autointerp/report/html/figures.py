@@ -44,27 +44,27 @@ def _overlap(found: StudyFindings, columns: Tree) -> Iterator[Figure]:
     tree = found.overlap
     if tree is not None:
         names = ("strict", "both", "decoder", "lenient")
-        shares = listed([f"{name} {percent(tree[name]['value'])}" for name in names])
+        shares = listed([f"{name} {percent(tree.by(name).value.value)}" for name in names])
         says = (
             "Share of alive latents that two SAEs share, by the cosine threshold. Lenient has no threshold. Dashed: "
             "chance level of the decoder definition, which bounds the others."
         )
-        alt = f"At {decimal(tree['threshold'], 2)}: {shares}."
+        alt = f"At {decimal(tree.threshold, 2)}: {shares}."
         yield Figure("sweep", "overlap", "What is shared at other thresholds", says, alt)
-    if tree is not None and len(tree["only_one"]) > 2:
-        one, every = tree["only_one"], tree["all_of_n"]
+    if tree is not None and len(tree.only_one) > 2:
+        one, every = tree.only_one, tree.all_of_n
         says = (
             "Of the alive latents, the share found in one SAE alone and in every one, as more SAEs are compared "
-            f"({tree['definition']}, mean over all sets of that many, bars: 95 %). Dashed: by chance."
+            f"({tree.definition}, mean over all sets of that many, bars: 95 %). Dashed: by chance."
         )
         alt = (
             f"From 2 SAEs to {len(one)}, the share in one alone goes from {percent(one[1])} to {percent(one[-1])}, the "
             f"share in every one from {percent(every[1])} to {percent(every[-1])}."
         )
         yield Figure("growth", "overlap", "What more SAEs change", says, alt)
-    if tree is not None and len(tree["strict"]["pairs"]) > 1:
-        values = [value for value in tree[tree["definition"]]["pairs"].values() if value is not None]
-        says = f"Share of alive latents ({tree['definition']}), mean of both directions. An outlier is a bad training."
+    if tree is not None and len(tree.strict.pairs) > 1:
+        values = [of.value for of in tree.by(tree.definition).pairs.values() if is_known(of.value)]
+        says = f"Share of alive latents ({tree.definition}), mean of both directions. An outlier is a bad training."
         alt = f"{len(values)} pairs, from {percent(min(values))} to {percent(max(values))}."
         yield Figure("pairs", "overlap", "What each two share", says, alt)
     if sweeps := columns["sweeps"]:
@@ -84,14 +84,14 @@ def _overlap(found: StudyFindings, columns: Tree) -> Iterator[Figure]:
 
 def _similarity(found: StudyFindings, columns: Tree) -> Iterator[Figure]:
     tree, siblings = found.similarity, tuple(against["run"] for against in columns["against"])
-    if siblings:
+    if tree is not None and siblings:
         says = (
             "Lines: the threshold. Blue: both matchings pick the same partner; orange: they pick different ones. At "
             "the edges: counts."
         )
         alt = (
-            f"Where the partner is the same, the mean cosine is {decimal(tree['mean_same_partner'])}; where it is not, "
-            f"{decimal(tree['mean_different_partner'])}."
+            f"Where the partner is the same, the mean cosine is {decimal(tree.mean_same_partner)}; where it is not, "
+            f"{decimal(tree.mean_different_partner)}."
         )
         title = "Encoder and decoder cosine of each latent and its partner"
         yield Figure("cosines", "similarity", title, says, alt, choices=siblings, paper="figure 1", of_latents=True)
@@ -100,15 +100,15 @@ def _similarity(found: StudyFindings, columns: Tree) -> Iterator[Figure]:
             "Alive latents of all pairs by the mean of encoder and decoder cosine with their partner. Two humps mean "
             "that latents either return or do not. Line: by chance, cut where it leaves the frame."
         )
-        encoders, decoders = decimal(tree["mean_encoder"]), decimal(tree["mean_decoder"])
+        encoders, decoders = decimal(tree.mean_encoder.value), decimal(tree.mean_decoder.value)
         alt = f"Mean matched cosine: encoders {encoders}, decoders {decoders}."
         yield Figure("similarity", "similarity", "How alike partners are", says, alt)
-    if siblings:
+    if tree is not None and siblings:
         says = (
             "Mean cosine with the matched partner, and with the nearest latents, matched or not. On the diagonal the "
             "matched latent is the nearest; far under it, a match was forced."
         )
-        matched, nearest = decimal(tree["mean_decoder"]), decimal(tree["mean_max_decoder"])
+        matched, nearest = decimal(tree.mean_decoder.value), decimal(tree.mean_max_decoder.value)
         alt = f"Mean decoder cosine: matched {matched}, nearest {nearest}."
         yield Figure("nearest", "similarity", "Matched against nearest", says, alt, choices=siblings, of_latents=True)
 

@@ -108,8 +108,8 @@ def test_the_threshold_and_definition_decide_what_is_shared(runs: list[Run]) -> 
     loose = compare_runs(runs[0], runs[1], definition="decoder", threshold=0.3)
     table = read_alignment(runs[0].root / "alignments", "run_a", "run_b").a
     assert [pair["is_shared"] for pair in loose.pairs] == find_shared(table, "decoder", 0.3).tolist()
-    assert loose.overlap["definition"] == "decoder"
-    assert loose.overlap["threshold"] == 0.3
+    assert loose.overlap and loose.overlap.definition == "decoder"
+    assert loose.overlap.threshold == 0.3
 
 
 def test_what_lacks_an_explanation_is_counted_and_named(runs: list[Run], found: Comparison) -> None:

@@ -134,7 +134,8 @@ def test_sections_come_in_a_natural_order(found: shape.StudyFindings) -> None:
 def test_the_page_shows_the_numbers_of_the_object(found: shape.StudyFindings) -> None:
     page = drawn(found)
     for definition in ("strict", "both", "decoder", "lenient"):
-        assert percent(found.overlap[definition]["value"]) in page
+        assert found.overlap
+        assert percent(found.overlap.by(definition).value.value) in page
     assert found.scores and found.scores.control and found.relation and found.interesting
     assert decimal(found.scores.mean.value) in page
     assert decimal(found.scores.control.mean.value) in page
@@ -205,33 +206,37 @@ def test_every_shared_figure_has_its_chance_level(beside_chance: shape.StudyFind
 
     def mark(holder: Any, key: Any, *, as_percent: bool = True) -> None:
         value = 0.5 + len(marked) / 1000
-        holder[key] = value
+        if isinstance(holder, dict | list):
+            holder[key] = value
+        else:
+            object.__setattr__(holder, key, value)
         marked.append(percent(value) if as_percent else decimal(value))
 
-    of, alike = overlap_["nulls"]["rotated"], similar["null"]["rotated"]
+    assert overlap_ and similar
+    of, alike = overlap_.nulls["rotated"], similar.null["rotated"]
     mark(of, "same_partner")
     if several:
         for key in ("only_one", "all_of_n", "exactly_n"):
-            mark(of[key], -1)
-        of_pairs = overlap_["strict"]["pairs_null"]["rotated"]
+            mark(getattr(of, key), -1)
+        of_pairs: Any = overlap_.strict.pairs_null["rotated"]
         for pair in [*of_pairs] if not many else []:
             mark(of_pairs, pair)
         if many:
             of_pairs.update(dict.fromkeys(of_pairs, 0.9))
             mark(of_pairs, next(iter(of_pairs)))
-        similar["pw_mcc"]["null_sd"]["rotated"] = 0.0123
+        object.__setattr__(similar.pw_mcc, "null_sd", {"rotated": 0.0123})
     for key in ("mean_encoder", "mean_decoder", "mean_max_encoder", "mean_max_decoder"):
         mark(alike, key, as_percent=False)
     for key in ("mean_same_partner", "mean_different_partner"):
         mark(alike, key, as_percent=False)
-    mark(similar["bimodality"]["null"]["rotated"], "of_sample", as_percent=False)
+    mark(similar.bimodality.null["rotated"], "of_sample", as_percent=False)
     assert found.membership
     for part in found.membership.parts[1:]:
         mark(part.null, "rotated")
     for name in DEFINITIONS:
-        mark(overlap_[name]["null"], "rotated")
+        mark(overlap_.by(name).null, "rotated")
     mark(of, "max_cosine")
-    mark(of["sweep"]["decoder"], overlap_["sweep"]["threshold"].index(0.3))
+    mark(of.sweep["decoder"], overlap_.sweep["threshold"].index(0.3))
     moved = found.counterparts["null"]["shifted"]
     for row in moved["relations"]:
         mark(row, "fraction")
@@ -239,7 +244,7 @@ def test_every_shared_figure_has_its_chance_level(beside_chance: shape.StudyFind
     page = " ".join(drawn(found, width).split())
     assert [word for word in marked if word not in page] == []
     assert not several or ".0123" in page
-    assert f"chance level {overlap_['strict']['null']['rotated']:.1%}".replace("%", " %") in page  # in the first lines
+    assert f"chance level {overlap_.strict.null['rotated']:.1%}".replace("%", " %") in page  # in the first lines
     assert "Compared over 2M tokens" in page
     assert "greater by at most .0123" in page
 
