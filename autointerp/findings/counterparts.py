@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from autointerp.findings import shape
 from autointerp.findings.statistics.correlation import bootstrap_mean, mean_fraction, quantiles
 from sae.alignment.nulls import FIRING_COLUMNS, SHIFTED
 from sae.alignment.overlap import find_range
@@ -28,12 +29,8 @@ def counterpart_findings(
     alignments: Tables,
     alive: Mapping[str, np.ndarray],
     facts: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
-) -> dict[str, Any] | None:
-    """Return the totals; ``None`` if no firings have been compared.
-
-    ``null`` has the firing figures with the other SAE's firings moved along the tokens (:mod:`sae.alignment.nulls`),
-    ``None`` unless all pairs have it; ``…_range`` is its range over pairs. ``jaccard`` is the mean with the partner by
-    firing, ``max_jaccard`` with the nearest latent.
+) -> shape.Counterparts | None:
+    """Return the totals; ``None`` if no firings have been compared. ``null`` is ``None`` unless all pairs have it.
 
     Args:
         behaviour: (x, y) → the side of x.
@@ -49,44 +46,38 @@ def counterpart_findings(
     rows["unit"] = rows.groupby(["run", "latent"]).ngroup()
     unshared = rows[rows["relation"].notna()]
     null = _under_null(rows, behaviour)
-    of_null = None if null is None else {**_by_firing(null), **_ranges(null)}
-    found, facts = _by_firing(rows), facts or {}
-    rebuilt = _by_latent(unshared["rebuilt"].dropna(), unshared, bootstrap_mean)
-    return {
-        "pairs": [list(pair) for pair in behaviour],
-        "n": len(rows),
-        "n_tokens": min((of["n_tokens"] for of in facts.values()), default=None),
-        "jaccard_gap_per_latent": max((of["jaccard_gap_per_latent"] for of in facts.values()), default=None),
-        "comparisons": [{"runs": list(pair), **of} for pair, of in facts.items()],
-        **found,
-        "n_unshared": len(unshared),
-        "rebuilt": {
-            "mean": rebuilt.value,
-            "interval": rebuilt.interval,
-            "quartiles": quantiles(unshared["rebuilt"].dropna()),
-            "null": unshared["rebuilt__rotated"].mean() if "rebuilt__rotated" in unshared else None,
-        },
-        "null": None if of_null is None else {SHIFTED: of_null},
-    }
+    facts = facts or {}
+    return shape.Counterparts(
+        **_by_firing(rows),
+        pairs=[list(pair) for pair in behaviour],
+        n=len(rows),
+        n_tokens=min((of["n_tokens"] for of in facts.values()), default=None),
+        jaccard_gap_per_latent=max((of["jaccard_gap_per_latent"] for of in facts.values()), default=None),
+        comparisons=[{"runs": list(pair), **of} for pair, of in facts.items()],
+        n_unshared=len(unshared),
+        rebuilt=shape.Rebuilt(
+            mean=_by_latent(unshared["rebuilt"].dropna(), unshared, bootstrap_mean),
+            quartiles=quantiles(unshared["rebuilt"].dropna()).tolist(),
+            null=unshared["rebuilt__rotated"].mean() if "rebuilt__rotated" in unshared else None,
+        ),
+        null=None if null is None else {SHIFTED: shape.FiringNull(**_by_firing(null), **_ranges(null))},
+    )
 
 
 def _by_firing(rows: pd.DataFrame) -> dict[str, Any]:
-    """Return the figures that rest on firings alone."""
+    """Return the fields of :class:`FiringTogether`."""
     unshared = rows[rows["relation"].notna()]
     by_class = {"shared": rows[rows["relation"].isna()], "unshared": unshared}
+    agreements = [_agreement(rows, "decoder"), _agreement(rows, "encoder")]
     return {
-        "same_partner": {
-            "decoder": _agreement(rows, "decoder"),
-            "encoder": _agreement(rows, "encoder"),
-            **{name: _agreement(of, "decoder") for name, of in by_class.items()},
-        },
+        "same_partner": shape.SamePartner(*agreements, *(_agreement(of, "decoder") for of in by_class.values())),
         "jaccard": rows["jaccard"].mean(),
         "max_jaccard": rows["max_jaccard"].mean(),
         "of_decoder_partner": {
-            name: {
+            name: shape.WithDecoderPartner(
                 **{column.removeprefix("decoder_partner_"): of[column].mean() for column in _FREQUENCIES},
-                "n": int(of["decoder_partner_p_here"].notna().sum()),
-            }
+                n=int(of["decoder_partner_p_here"].notna().sum()),
+            )
             for name, of in by_class.items()
         },
         "relations": [_relation(name, unshared) for name in RELATIONS],
@@ -142,15 +133,8 @@ def _rows(pair: tuple[str, str], table: pd.DataFrame, alignment: pd.DataFrame, a
     return joined[np.asarray(alive, bool)]
 
 
-def _relation(name: str, unshared: pd.DataFrame) -> dict[str, Any]:
+def _relation(name: str, unshared: pd.DataFrame) -> shape.RelationShare:
     of = unshared[unshared["relation"] == name]
     share = _by_latent((unshared["relation"] == name).astype(float), unshared, mean_fraction)
-    return {
-        "relation": name,
-        "says": RELATIONS[name],
-        "n": len(of),
-        "fraction": share.value,
-        "interval": share.interval,
-        "covered": of["relation_covered"].mean() if len(of) else None,
-        **({"rebuilt": of["rebuilt"].mean() if len(of) else None} if "rebuilt" in of else {}),
-    }
+    rebuilt = of["rebuilt"].mean() if "rebuilt" in of else None
+    return shape.RelationShare(name, RELATIONS[name], len(of), share, of["relation_covered"].mean(), rebuilt)

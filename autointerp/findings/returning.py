@@ -14,7 +14,6 @@ import pandas as pd
 from autointerp.findings import shape
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import Study
-from autointerp.findings.json_values import to_json
 from autointerp.findings.statistics.correlation import quantiles
 from sae.alignment.overlap import CLASSES, DEFINITIONS, StudyOverlap, classify_sharing, find_range
 from sae.common.files import read_table, table_metadata
@@ -242,5 +241,5 @@ def alignment_findings(study: Study) -> shape.Alignment:
         missing=[],
         overlap=describe_overlap(study.shared, study.view.definition),
         similarity=similarity_findings(study.shared),
-        counterparts=to_json(counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts)),
+        counterparts=counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts),
     )

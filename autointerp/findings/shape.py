@@ -1,5 +1,6 @@
 """The findings, from the tables to the page: ``--json`` prints these fields under the same names.
 
+Readers outside this repository rely on the names, so a change must be meant.
 A number that could not be measured is ``None`` or NaN; a part whose stage has not run is ``None``.
 """
 
@@ -424,6 +425,80 @@ class Similarity:
     histogram: CosineHistogram
 
 
+# --- what the latents do in the other SAEs ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamePartner:
+    """The fraction of latents whose partner by firing is that by cosine; that of the decoder also by class."""
+
+    decoder: float | None
+    encoder: float | None
+    shared: float | None
+    unshared: float | None
+
+
+@dataclass(frozen=True)
+class WithDecoderPartner:
+    jaccard: float
+    p_there: float
+    p_here: float
+    n: int
+
+
+@dataclass(frozen=True)
+class RelationShare:
+    """The share of unshared latents with one relation to the other SAE; ``rebuilt`` does not rest on firings."""
+
+    relation: str
+    says: str
+    n: int
+    fraction: Estimate = field(metadata=SPLIT)
+    covered: float
+    rebuilt: float | None = field(default=None, metadata={"optional": True})
+
+
+@dataclass(frozen=True)
+class FiringTogether:
+    """The figures that rest on firings; ``jaccard`` is with the partner by firing, ``max_jaccard`` with the nearest."""
+
+    same_partner: SamePartner
+    jaccard: float
+    max_jaccard: float
+    of_decoder_partner: dict[str, WithDecoderPartner]
+    relations: list[RelationShare]
+
+
+@dataclass(frozen=True)
+class FiringNull(FiringTogether):
+    """The same with the other SAE's firings moved along the tokens (:mod:`sae.alignment.nulls`)."""
+
+    jaccard_range: Sequence[float] | None
+    max_jaccard_range: Sequence[float] | None
+    same_partner_range: Sequence[float] | None
+    relations_range: dict[str, Sequence[float] | None]
+
+
+@dataclass(frozen=True)
+class Rebuilt(Mean):
+    quartiles: Sequence[float]
+    null: float | None
+
+
+@dataclass(frozen=True)
+class Counterparts(FiringTogether):
+    """Totals over all ``pairs``; ``comparisons`` has the tokens and the precision of each."""
+
+    pairs: list[list[str]]
+    n: int
+    n_tokens: int | None
+    jaccard_gap_per_latent: float | None
+    comparisons: Sequence[Mapping[str, Any]]
+    n_unshared: int
+    rebuilt: Rebuilt
+    null: Mapping[str, FiringNull] | None
+
+
 # --- training, firing and membership ------------------------------------------------------------------------------
 
 
@@ -648,7 +723,7 @@ class Sharing:
 @dataclass(frozen=True, kw_only=True)
 class Alignment(Sharing):
     apart: str | None
-    counterparts: Any
+    counterparts: Counterparts | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -682,7 +757,7 @@ class StudyFindings(Sharing):
     corpus: Corpus
     stale: list[Step]
     forced: list[Forced]
-    counterparts: Any
+    counterparts: Counterparts | None
     membership: Membership | None
     training: Training | None
     firing: Firing | None

@@ -16,7 +16,7 @@ from autointerp.contexts.sampling import Sample
 from autointerp.findings import controls, relation, reliability, returning, shape
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import JournalFacts, Study, View, asking
-from autointerp.findings.json_values import number, to_json
+from autointerp.findings.json_values import number
 from autointerp.findings.latent import LatentReader
 from autointerp.findings.pairs import pooled_relation
 from autointerp.findings.paper.table import findings_table
@@ -135,7 +135,7 @@ def study_findings(
         forced=[shape.Forced(pair, study.command("align", *pair, "--force")) for pair in study.forced()],
         overlap=returning.overlap_findings(study),
         similarity=returning.similarity_findings(study.shared),
-        counterparts=to_json(counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts)),
+        counterparts=counterpart_findings(study.behaviour, study.tables, study.alive, study.behaviour_facts),
         membership=returning.membership_findings(study, latents),
         training=returning.training_findings(study.runs),
         firing=returning.firing_findings(study),

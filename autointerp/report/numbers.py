@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from autointerp.findings.shape import Mean
 from sae.common import amounts
@@ -79,11 +79,3 @@ def class_label(name: str, n_runs: int) -> str:
     if name == "one":
         return "in no other seed"
     return "in the other seed" if n_runs == 2 else "in every seed" if name == "all" else "in some seeds"
-
-
-def get(tree: Mapping[str, Any] | None, *path: str) -> Any:
-    """Return the value at ``path`` in nested mappings, or ``None`` where any part of it is missing."""
-    node: Any = tree
-    for key in path:
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rich.text import Text
 
-from autointerp.findings.shape import Alignment, Bimodality, CosineHistogram, Overlap, Sharing, StudyFindings
+from autointerp.findings.shape import (
+    Alignment,
+    Bimodality,
+    CosineHistogram,
+    Counterparts,
+    FiringNull,
+    FiringTogether,
+    Overlap,
+    Sharing,
+    StudyFindings,
+)
 from autointerp.report import blocks as doc
 from autointerp.report import charts
 from autointerp.report.charts import STYLE_OF_CLASS
@@ -15,7 +24,6 @@ from autointerp.report.dictionaries import explain_missing, name_change
 from autointerp.report.numbers import (
     chance_level,
     count,
-    get,
     human,
     percent,
     percent_interval,
@@ -24,7 +32,6 @@ from autointerp.report.numbers import (
 from sae.common.amounts import decimal, estimate, interval, is_known
 from sae.common.estimate import Estimate
 
-Tree = Mapping[str, Any]
 RULES = {
     "strict": "encoder and decoder pick the same partner, both cosines > {t}",
     "both": "both matched cosines > {t}, each under its own matching",
@@ -231,28 +238,28 @@ def counterparts(found: StudyFindings | Alignment) -> doc.Section | None:
         "Compared by where latents fire, not by their weights. Each unshared latent (strict, .7) is a case for every "
         "SAE that does not share it."
     )
-    null = get(tree, "null", "shifted")
-    chances = {row["relation"]: row["fraction"] for row in null["relations"]} if null else {}
+    null = (tree.null or {}).get("shifted")
+    chances = {row.relation: row.fraction.value for row in null.relations} if null else {}
     rows: doc.Rows = []
-    for row in tree["relations"]:
-        name = row["relation"]
-        if row["n"] or name != "rare":
-            cells = [_RELATIONS.get(name, name), count(row["n"]), percent(row["fraction"])]
-            level = _with_range(chances.get(name), get(null, "relations_range", name))
-            rows.append([*cells, percent_interval(row["interval"]), doc.quiet(level), decimal(row["rebuilt"], 2)])
+    for row in tree.relations:
+        name = row.relation
+        if row.n or name != "rare":
+            cells = [_RELATIONS.get(name, name), count(row.n), percent(row.fraction.value)]
+            level = _with_range(chances.get(name), null.relations_range[name] if null else None)
+            rows.append([*cells, percent_interval(row.fraction.interval), doc.quiet(level), decimal(row.rebuilt, 2)])
     heads = ["in the other SAE", ">cases", ">share", "95 % interval", "chance level", ">rebuilt"]
-    rebuilt, same = tree["rebuilt"], tree["same_partner"]
-    level = f" (by chance {decimal(rebuilt['null'], 2)})" if rebuilt["null"] is not None else ""
-    paired = _name_chance(null["same_partner"]["decoder"], null["same_partner_range"]) if null else ""
+    rebuilt, same = tree.rebuilt, tree.same_partner
+    level = f" (by chance {decimal(rebuilt.null, 2)})" if is_known(rebuilt.null) else ""
+    paired = _name_chance(null.same_partner.decoder, null.same_partner_range) if null else ""
     body: list[doc.Block] = [
         doc.Table(heads, rows),
         (
             "Rebuilt: the share of the latent's decoder direction that at most four latents of the other SAE explain, "
-            f"{decimal(rebuilt['mean'], 2)} on average{level}."
+            f"{decimal(rebuilt.mean.value, 2)} on average{level}."
         ),
         (
-            f"Pairing by firing together (Jaccard) gives {percent(same['decoder'])} of the latents the same partner as "
-            f"the decoders{paired}: {percent(same['shared'])} of the shared, {percent(same['unshared'])} of the "
+            f"Pairing by firing together (Jaccard) gives {percent(same.decoder)} of the latents the same partner as "
+            f"the decoders{paired}: {percent(same.shared)} of the shared, {percent(same.unshared)} of the "
             "unshared."
         ),
     ]
@@ -260,30 +267,29 @@ def counterparts(found: StudyFindings | Alignment) -> doc.Section | None:
     return doc.Section("What other SAEs have in place of unshared latents", says, body, details)
 
 
-def _firing_together(tree: Tree, null: Tree | None) -> doc.Table:
+def _firing_together(tree: FiringTogether, null: FiringNull | None) -> doc.Table:
     rows: doc.Rows = []
     for name in ("shared", "unshared"):
         # Every pair is seen from both sides, so the mean of p_here is that of p_there.
-        own, chance = tree["of_decoder_partner"][name], get(null, "of_decoder_partner", name)
-        cells = [decimal(of[key], 2) if of else "" for key in ("jaccard", "p_there") for of in (own, chance)]
+        own, chance = tree.of_decoder_partner[name], null and null.of_decoder_partner[name]
+        cells = [decimal(getattr(of, key), 2) if of else "" for key in ("jaccard", "p_there") for of in (own, chance)]
         rows.append([f"decoder's partner, {name}", *cells])
     for key, label in (("jaccard", "partner by firing"), ("max_jaccard", "nearest by firing")):
-        chance = f"{decimal(null[key], 2)} {interval(null[f'{key}_range'], 2)}".rstrip() if null else ""
-        rows.append([label, decimal(tree[key], 2), chance, "", ""])
+        level = estimate(getattr(null, key), getattr(null, f"{key}_range"), 2) if null else ""
+        rows.append([label, decimal(getattr(tree, key), 2), level, "", ""])
     return doc.Table(["firing with the …", ">Jaccard", ">by chance", ">P(other | this)", ">by chance"], rows)
 
 
-def _describe_comparison(tree: Tree) -> str:
+def _describe_comparison(tree: Counterparts) -> str:
     """Describe the comparison: the number of tokens, its precision, and its chance level."""
     words = ""
-    if tree["n_tokens"] is not None:
-        gap = tree["jaccard_gap_per_latent"]
+    if tree.n_tokens is not None and (gap := tree.jaccard_gap_per_latent) is not None:
         most = f"below {decimal(0.0001, 4)}" if gap < 0.0001 else f"at most {decimal(gap, 4)}"
         words = (
-            f"Compared over {human(tree['n_tokens'])} tokens. The best possible pairing by firing has a mean Jaccard "
+            f"Compared over {human(tree.n_tokens)} tokens. The best possible pairing by firing has a mean Jaccard "
             f"greater by {most}. "
         )
-    return words + ("By chance: the other SAE's firings moved far along the tokens." if tree["null"] else "")
+    return words + ("By chance: the other SAE's firings moved far along the tokens." if tree.null else "")
 
 
 _RELATIONS = {

@@ -357,10 +357,9 @@ def test_what_was_judged_otherwise_is_not_pooled(three: Path, tmp_path: Path) ->
 
 
 def test_the_report_shows_what_was_found(three: Path) -> None:
-    found = study.findings(three, NAMES)
+    found: Any = study.findings(three, NAMES)
     tree = found.relation
     page = " ".join(plain(found).split())
-    assert tree and tree.pooled and found.scores and found.scores.reliability
     assert f"Reliability {estimate_of(found.scores.reliability.value, 2)}: the rank correlation" in page
     for of in (tree, tree.pooled):
         assert f"corrected for noise {estimate_of(of.corrected, 2, sign=True)} {of.n}" in page

@@ -17,9 +17,9 @@ import small_study
 from printed import ACTS_ON_A_TERMINAL, ANSI, COLOURS, console, text_of
 from rich.cells import cell_len
 
-from autointerp.findings import counterparts, shape
+from autointerp.findings import shape
+from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import Study, View
-from autointerp.findings.json_values import to_json
 from autointerp.findings.latent import latent_findings
 from autointerp.findings.returning import alignment_findings
 from autointerp.findings.study import findings
@@ -34,11 +34,6 @@ from sae.alignment.overlap import DEFINITIONS
 from sae.common.amounts import decimal
 from sae.common.estimate import Estimate
 from sae.common.files import write_table
-
-
-def counterpart_findings(*args: Any, **options: Any) -> Any:
-    return to_json(counterparts.counterpart_findings(*args, **options))
-
 
 NAMES = ["run_a", "run_b", "run_c"]
 
@@ -131,12 +126,10 @@ def test_sections_come_in_a_natural_order(found: shape.StudyFindings) -> None:
     assert "What failed" not in page
 
 
-def test_the_page_shows_the_numbers_of_the_object(found: shape.StudyFindings) -> None:
+def test_the_page_shows_the_numbers_of_the_object(found: Any) -> None:
     page = drawn(found)
     for definition in ("strict", "both", "decoder", "lenient"):
-        assert found.overlap
         assert percent(found.overlap.by(definition).value.value) in page
-    assert found.scores and found.scores.control and found.relation and found.interesting
     assert decimal(found.scores.mean.value) in page
     assert decimal(found.scores.control.mean.value) in page
     assert decimal(found.relation.spearman.value, 2, sign=True) in page
@@ -153,7 +146,7 @@ def beside_chance(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     return replace(found, counterparts=some_counterparts(len(runs) > 2))
 
 
-def some_counterparts(several: bool) -> dict[str, Any]:
+def some_counterparts(several: bool) -> shape.Counterparts:
     rng = np.random.default_rng(0)
     n = 200
 
@@ -179,16 +172,17 @@ def some_counterparts(several: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120])
-def test_nulls_fit_the_page(beside_chance: shape.StudyFindings, width: int) -> None:
+def test_nulls_fit_the_page(beside_chance: Any, width: int) -> None:
     page = drawn(findings_without_contexts(beside_chance), width)
     assert all(cell_len(line) <= width for line in page.splitlines())
     assert width < 80 or "…" not in page.replace("firing with the …", "")
 
 
-def test_of_two_equal_means_one_is_shown(beside_chance: shape.StudyFindings) -> None:
+def test_of_two_equal_means_one_is_shown(beside_chance: Any) -> None:
     found = copy.deepcopy(beside_chance)
     for name, value in (("shared", 0.613), ("unshared", 0.287)):
-        found.counterparts["of_decoder_partner"][name] |= {"p_there": value, "p_here": value}
+        of = found.counterparts.of_decoder_partner
+        of[name] = replace(of[name], p_there=value, p_here=value)
     page = drawn(found)
     assert "P(other | this)" in page
     assert "P(this | other)" not in page
@@ -197,9 +191,9 @@ def test_of_two_equal_means_one_is_shown(beside_chance: shape.StudyFindings) -> 
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_every_shared_figure_has_its_chance_level(beside_chance: shape.StudyFindings, width: int) -> None:
+def test_every_shared_figure_has_its_chance_level(beside_chance: Any, width: int) -> None:
     """A null of its own for each place, changed to a number that is nowhere else, is found in the page."""
-    found = copy.deepcopy(findings_without_contexts(beside_chance))
+    found: Any = copy.deepcopy(findings_without_contexts(beside_chance))
     overlap_, similar, several = found.overlap, found.similarity, len(found.runs) > 2
     many = len(found.runs) > 3
     marked: list[str] = []
@@ -212,7 +206,6 @@ def test_every_shared_figure_has_its_chance_level(beside_chance: shape.StudyFind
             object.__setattr__(holder, key, value)
         marked.append(percent(value) if as_percent else decimal(value))
 
-    assert overlap_ and similar
     of, alike = overlap_.nulls["rotated"], similar.null["rotated"]
     mark(of, "same_partner")
     if several:
@@ -230,17 +223,18 @@ def test_every_shared_figure_has_its_chance_level(beside_chance: shape.StudyFind
     for key in ("mean_same_partner", "mean_different_partner"):
         mark(alike, key, as_percent=False)
     mark(similar.bimodality.null["rotated"], "of_sample", as_percent=False)
-    assert found.membership
     for part in found.membership.parts[1:]:
         mark(part.null, "rotated")
     for name in DEFINITIONS:
         mark(overlap_.by(name).null, "rotated")
     mark(of, "max_cosine")
     mark(of.sweep["decoder"], overlap_.sweep["threshold"].index(0.3))
-    moved = found.counterparts["null"]["shifted"]
-    for row in moved["relations"]:
-        mark(row, "fraction")
-    mark(moved["same_partner"], "decoder")
+    moved = found.counterparts.null["shifted"]
+    for i, row in enumerate(moved.relations):
+        level: dict[str, float] = {}
+        mark(level, "value")
+        moved.relations[i] = replace(row, fraction=Estimate(level["value"], math.nan, math.nan))
+    mark(moved.same_partner, "decoder")
     page = " ".join(drawn(found, width).split())
     assert [word for word in marked if word not in page] == []
     assert not several or ".0123" in page
@@ -338,9 +332,8 @@ def test_a_short_harvest_calls_no_latent_dead(tmp_path: Path) -> None:
     ],
 )
 def test_the_summary_says_no_more_than_the_intervals(
-    found: shape.StudyFindings, whole: list[float], partial: list[float], words: str
+    found: Any, whole: list[float], partial: list[float], words: str
 ) -> None:
-    assert found.relation
     tree = replace(found.relation, spearman=Estimate(0.1, *whole), partial=Estimate(0.1, *partial), pooled=None)
     assert any(words in said for _, said in answer(replace(found, relation=tree)))
 
@@ -356,10 +349,9 @@ def test_the_summary_says_no_more_than_the_intervals(
     ],
 )
 def test_the_summary_compares_scores_with_each_control(
-    found: shape.StudyFindings, mean: float, interval: list[float] | None, words: str
+    found: Any, mean: float, interval: list[float] | None, words: str
 ) -> None:
     scores = found.scores
-    assert scores and scores.control
     above = shape.Difference(Estimate(mean, *(interval or (math.nan, math.nan))), 9, 1.0)
     control, below = replace(scores.control, above_control=above), shape.Mean(Estimate(-0.1, math.nan, math.nan))
     baseline = shape.Control(scores.mean, scores.quartiles, 0.5, 9, scores.histogram, below, {})
