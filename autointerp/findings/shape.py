@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 from sae.common.estimate import Estimate
 
 if TYPE_CHECKING:
     from autointerp.findings.pairs import Agreement
     from autointerp.findings.paper.finding import Finding
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+class Record:
+    """Makes every subclass a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
 
 
 SPLIT = {"interval": "interval"}
@@ -24,12 +34,10 @@ SPLIT = {"interval": "interval"}
 # --- scores -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Mean:
+class Mean(Record):
     mean: Estimate = field(metadata=SPLIT)
 
 
-@dataclass(frozen=True)
 class Difference(Mean):
     """The mean of own less swapped scores over the ``n`` latents with both, and the ``fraction`` above 0."""
 
@@ -37,8 +45,7 @@ class Difference(Mean):
     fraction: float
 
 
-@dataclass(frozen=True)
-class Histogram:
+class Histogram(Record):
     """``counts`` of values between ``edges``; with a sample, ``estimated`` of all eligible latents."""
 
     edges: list[float]
@@ -50,18 +57,15 @@ class Histogram:
         return self.counts if self.estimated is None else self.estimated
 
 
-@dataclass(frozen=True)
 class Distribution(Mean):
     quartiles: list[Estimate] = field(metadata={"interval": "quartile_intervals"})
 
 
-@dataclass(frozen=True)
 class ScoreFigures(Distribution):
     auroc_mean: float
     n_scored: int
 
 
-@dataclass(frozen=True)
 class HarderScores(ScoreFigures):
     """Scores over a harder kind of negatives, by the latents that have it; ``n_missing`` lack it.
 
@@ -77,7 +81,6 @@ class HarderScores(ScoreFigures):
     n_failed_answers: int
 
 
-@dataclass(frozen=True)
 class SwappedControl(ScoreFigures):
     """Each latent's contexts judged by another latent's explanation.
 
@@ -91,13 +94,11 @@ class SwappedControl(ScoreFigures):
     above_control: Difference
 
 
-@dataclass(frozen=True)
 class HarderDifference(Mean):
     n_scored: int
     above: Mean
 
 
-@dataclass(frozen=True)
 class Control(ScoreFigures):
     """The scores of a control SAE or of the n-gram baseline, and how far the own ones are ``above``."""
 
@@ -106,7 +107,6 @@ class Control(ScoreFigures):
     negatives: dict[str, HarderDifference]
 
 
-@dataclass(frozen=True)
 class ControlSae(Control):
     kind: str
     run: str
@@ -114,8 +114,7 @@ class ControlSae(Control):
     n_ineligible: int
 
 
-@dataclass(frozen=True)
-class LackingControls:
+class LackingControls(Record):
     """The missing control SAEs, and the command that provides them."""
 
     kinds: list[str]
@@ -123,7 +122,6 @@ class LackingControls:
     command: str | None = None
 
 
-@dataclass(frozen=True)
 class ScoresOfClass(Distribution):
     n_latents: int
     n_alive: int
@@ -134,8 +132,7 @@ class ScoresOfClass(Distribution):
     above_control: Difference | None
 
 
-@dataclass(frozen=True)
-class TooFew:
+class TooFew(Record):
     """The alive latents with too few contexts to be explained and tested: how many, which, and why."""
 
     n_alive: int
@@ -147,8 +144,7 @@ class TooFew:
     median_frequency_of_eligible: float | None
 
 
-@dataclass(frozen=True)
-class Adaptive:
+class Adaptive(Record):
     """Adaptive judging; ``rounds`` is :meth:`autointerp.scoring.adaptive.Precision.identity`."""
 
     half_width: float
@@ -157,8 +153,7 @@ class Adaptive:
     rounds: Mapping[str, Any] | None
 
 
-@dataclass(frozen=True)
-class SampleOfLatents:
+class SampleOfLatents(Record):
     """A recorded sample, how much of it is done, and how many scored latents are outside it."""
 
     population: int
@@ -172,7 +167,6 @@ class SampleOfLatents:
     effective_n: float | None
 
 
-@dataclass(frozen=True)
 class SetupScores(ScoreFigures):
     """The scores of one set-up: their distribution, the control, and counts by shared class."""
 
@@ -195,13 +189,11 @@ class SetupScores(ScoreFigures):
     by_class: dict[str, ScoresOfClass] | None
 
 
-@dataclass(frozen=True)
-class Reliability:
+class Reliability(Record):
     value: Estimate = field(metadata=SPLIT)
     n: int
 
 
-@dataclass(frozen=True)
 class OtherScorer(Mean):
     scorer: str
     explainer: str | None
@@ -214,15 +206,13 @@ class OtherScorer(Mean):
     control: SwappedControl | None
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(Record):
     """The number of explained latents without a score, and the command that scores them."""
 
     n: int
     command: str
 
 
-@dataclass(frozen=True)
 class Scores(SetupScores):
     reliability: Reliability | None
     control_saes: list[ControlSae]
@@ -235,8 +225,7 @@ class Scores(SetupScores):
 # --- scores and similarity ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Stratum:
+class Stratum(Record):
     """The correlation among the ``n`` latents that fire with a frequency from ``low`` to ``high``."""
 
     low: float
@@ -245,7 +234,6 @@ class Stratum:
     value: Estimate = field(metadata=SPLIT)
 
 
-@dataclass(frozen=True)
 class Quarter(Mean):
     """The mean score of a quarter of similarity; for one run, also how far it is above the swapped control."""
 
@@ -255,8 +243,7 @@ class Quarter(Mean):
     above_control: Difference | None
 
 
-@dataclass(frozen=True)
-class SharedAndUnshared:
+class SharedAndUnshared(Record):
     """The mean score of shared latents less that of unshared ones: plain, and at equal firing frequency."""
 
     plain: Estimate
@@ -266,8 +253,7 @@ class SharedAndUnshared:
     n_matched: int
 
 
-@dataclass(frozen=True)
-class Correlations:
+class Correlations(Record):
     """Spearman's correlation of score and similarity; ``partial``: at equal firing frequency."""
 
     spearman: Estimate = field(metadata=SPLIT)
@@ -284,14 +270,12 @@ class Correlations:
     shared_and_unshared: SharedAndUnshared
 
 
-@dataclass(frozen=True)
 class PooledRelation(Correlations):
     runs: list[str]
     n_units: int
     weighted: bool
 
 
-@dataclass(frozen=True)
 class Relation(Correlations):
     pooled: PooledRelation | None
 
@@ -299,8 +283,7 @@ class Relation(Correlations):
 # --- sharing: ``null`` maps each null to its figure, ``…_range`` is the range over pairs of runs, ``a--b`` a pair ----
 
 
-@dataclass(frozen=True)
-class SharedBy:
+class SharedBy(Record):
     """The latents shared under one definition; lists are over the number of SAEs, 1 … S."""
 
     value: Estimate = field(metadata=SPLIT)
@@ -320,8 +303,7 @@ class SharedBy:
     exactly_n_null: Mapping[str, list[float]]
 
 
-@dataclass(frozen=True)
-class OverlapNull:
+class OverlapNull(Record):
     only_one: list[float]
     all_of_n: list[float]
     exactly_n: list[float]
@@ -333,8 +315,7 @@ class OverlapNull:
     sweep: Mapping[str, list[float]]
 
 
-@dataclass(frozen=True)
-class Overlap:
+class Overlap(Record):
     """The overlap under every definition; the figures over the number of SAEs also under the chosen ``definition``."""
 
     definition: str
@@ -358,16 +339,14 @@ class Overlap:
         return found
 
 
-@dataclass(frozen=True)
-class PwMcc:
+class PwMcc(Record):
     value: Estimate = field(metadata=SPLIT)
     sd: float
     null: Mapping[str, float]
     null_sd: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class SimilarityNull:
+class SimilarityNull(Record):
     mean_encoder: float
     mean_decoder: float
     mean_max_encoder: float
@@ -380,21 +359,18 @@ class SimilarityNull:
     mean_different_partner: float | None
 
 
-@dataclass(frozen=True)
-class DipOfNull:
+class DipOfNull(Record):
     of_sample: float
     p_value: float
 
 
-@dataclass(frozen=True)
 class Bimodality(DipOfNull):
     statistic: str
     value: Estimate = field(metadata=SPLIT)
     null: Mapping[str, DipOfNull]
 
 
-@dataclass(frozen=True)
-class CosineCounts:
+class CosineCounts(Record):
     edges: list[float]
     encoder: list[int]
     decoder: list[int]
@@ -403,13 +379,11 @@ class CosineCounts:
     different_partner: list[int]
 
 
-@dataclass(frozen=True)
 class CosineHistogram(CosineCounts):
     null: Mapping[str, CosineCounts]
 
 
-@dataclass(frozen=True)
-class Similarity:
+class Similarity(Record):
     """Matched cosines, their histogram and the test for two modes."""
 
     mean_encoder: Estimate = field(metadata={"interval": "mean_encoder_interval"})
@@ -428,8 +402,7 @@ class Similarity:
 # --- what the latents do in the other SAEs ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SamePartner:
+class SamePartner(Record):
     """The fraction of latents whose partner by firing is that by cosine; that of the decoder also by class."""
 
     decoder: float | None
@@ -438,16 +411,14 @@ class SamePartner:
     unshared: float | None
 
 
-@dataclass(frozen=True)
-class WithDecoderPartner:
+class WithDecoderPartner(Record):
     jaccard: float
     p_there: float
     p_here: float
     n: int
 
 
-@dataclass(frozen=True)
-class RelationShare:
+class RelationShare(Record):
     """The share of unshared latents with one relation to the other SAE; ``rebuilt`` does not rest on firings."""
 
     relation: str
@@ -458,8 +429,7 @@ class RelationShare:
     rebuilt: float | None = field(default=None, metadata={"optional": True})
 
 
-@dataclass(frozen=True)
-class FiringTogether:
+class FiringTogether(Record):
     """The figures that rest on firings; ``jaccard`` is with the partner by firing, ``max_jaccard`` with the nearest."""
 
     same_partner: SamePartner
@@ -469,7 +439,6 @@ class FiringTogether:
     relations: list[RelationShare]
 
 
-@dataclass(frozen=True)
 class FiringNull(FiringTogether):
     """The same with the other SAE's firings moved along the tokens (:mod:`sae.alignment.nulls`)."""
 
@@ -479,13 +448,11 @@ class FiringNull(FiringTogether):
     relations_range: dict[str, Sequence[float] | None]
 
 
-@dataclass(frozen=True)
 class Rebuilt(Mean):
     quartiles: Sequence[float]
     null: float | None
 
 
-@dataclass(frozen=True)
 class Counterparts(FiringTogether):
     """Totals over all ``pairs``; ``comparisons`` has the tokens and the precision of each."""
 
@@ -502,8 +469,7 @@ class Counterparts(FiringTogether):
 # --- training, firing and membership ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(Record):
     """The focus run's latents that ``n_others`` other runs share; ``runs`` names these if it is one set of runs."""
 
     label: str
@@ -515,15 +481,13 @@ class Region:
     null: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Membership:
+class Membership(Record):
     definition: str
     n_alive: int
     parts: list[Region]
 
 
-@dataclass(frozen=True)
-class Frequencies:
+class Frequencies(Record):
     """How often the alive latents of a shared class fire, in firings per token."""
 
     n: int
@@ -532,8 +496,7 @@ class Frequencies:
     histogram: Histogram
 
 
-@dataclass(frozen=True)
-class Training:
+class Training(Record):
     """Means over the last twentieth of each run's training log, and its curves."""
 
     fvu: Mapping[str, float]
@@ -546,8 +509,7 @@ class Training:
     curves: Mapping[str, Mapping[str, list[float]]]
 
 
-@dataclass(frozen=True)
-class Firing:
+class Firing(Record):
     """The harvest: tokens, alive and dead latents, and mean latents per token, by run."""
 
     tokens: int | None
@@ -560,14 +522,12 @@ class Firing:
 # --- latents shown one by one, failures, methods ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ShownContext:
+class ShownContext(Record):
     tokens: Sequence[str]
     activations: Sequence[float]
 
 
-@dataclass(frozen=True)
-class Interesting:
+class Interesting(Record):
     """A latent that no other seed has and that can be explained; ``control`` is its swapped score."""
 
     latent: int
@@ -581,16 +541,14 @@ class Interesting:
     contexts: list[ShownContext]
 
 
-@dataclass(frozen=True)
-class Reason:
+class Reason(Record):
     stage: str
     reason: str
     n: int
     latents: list[int]
 
 
-@dataclass(frozen=True)
-class Failures:
+class Failures(Record):
     """The latents that failed, by stage and reason, with the command that retries only them."""
 
     n: int
@@ -599,21 +557,18 @@ class Failures:
     retry: str | None
 
 
-@dataclass(frozen=True)
-class Agent:
+class Agent(Record):
     name: str
     model: str
 
 
-@dataclass(frozen=True)
-class OtherExplainer:
+class OtherExplainer(Record):
     explainer: str
     n_scored: int
     command: str
 
 
-@dataclass(frozen=True)
-class Methods:
+class Methods(Record):
     """Definitions, interval methods, who explained and judged, prompt hashes, usage of language models."""
 
     definition: str
@@ -649,8 +604,7 @@ class Methods:
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Record):
     """A stage that has not run or is out of date, a sentence about it, and the command that runs it."""
 
     stage: str
@@ -658,26 +612,22 @@ class Step:
     command: str
 
 
-@dataclass(frozen=True)
-class Forced:
+class Forced(Record):
     """A reported run and a run of another study, aligned by ``align --force``."""
 
     runs: list[str]
     command: str
 
 
-@dataclass(frozen=True)
-class NamedRun:
+class NamedRun(Record):
     name: str
     seed: int | None
 
 
-@dataclass(frozen=True)
 class AlignedRun(NamedRun):
     study: str
 
 
-@dataclass(frozen=True)
 class ReportedRun(NamedRun):
     num_latents: int
     architecture: str
@@ -685,7 +635,6 @@ class ReportedRun(NamedRun):
     stages: list[str]
 
 
-@dataclass(frozen=True)
 class ComparedRun(ReportedRun):
     study: str
     n_alive: int
@@ -693,24 +642,21 @@ class ComparedRun(ReportedRun):
     n_scored: int
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(Record):
     model: str
     hookpoint: str
     width: int | None
     fingerprint: str | None
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(Record):
     kind: str
     source: list[str]
     tokens: int | None
     fingerprint: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sharing:
+class Sharing(Record):
     """What is shared by the runs that are ``compared``: aligned with each other."""
 
     runs: Sequence[NamedRun]
@@ -720,13 +666,11 @@ class Sharing:
     similarity: Similarity | None
 
 
-@dataclass(frozen=True, kw_only=True)
 class Alignment(Sharing):
     apart: str | None
     counterparts: Counterparts | None
 
 
-@dataclass(frozen=True, kw_only=True)
 class Comparison(Sharing):
     """Two runs: their overlap, the agreement of their scores, and the pairs of their latents."""
 
@@ -745,7 +689,6 @@ class Comparison(Sharing):
     methods: Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
 class StudyFindings(Sharing):
     """The findings of a study. ``show``: the command that shows an interesting latent."""
 
