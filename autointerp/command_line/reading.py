@@ -133,7 +133,7 @@ def compare(
         found = compare_runs(a, b, definition, threshold, explainer)
     sharing: Sharing = "shared" if shared_only else "unshared" if unshared_only else "any"
     shown = chosen(found.pairs, PairChoice(latents, sort, sharing))
-    listed = {"shown": {key: shown[key] for key in ("says", "n_of", "latents")}}
+    listed = {"shown": {"says": shown.says, "n_of": shown.n_of, "latents": shown.latents}}
     finish(
         output.as_json,
         "compare",

@@ -18,13 +18,23 @@ import pandas as pd
 
 from autointerp.contexts.selection import Choice
 from autointerp.findings.evidence import JournalFacts, Study, View
-from autointerp.findings.json_values import to_json
 from autointerp.findings.pairs import METHODS, Agreement, agreement, scored_alike, scored_pairs
 from autointerp.findings.returning import overlap_findings, similarity_findings
-from autointerp.findings.shape import ComparedRun, Comparison
+from autointerp.findings.shape import (
+    ChosenPairs,
+    ComparedRun,
+    Comparison,
+    Lacking,
+    LatentScore,
+    Pair,
+    ScoredBy,
+    SideOfPair,
+    Unexplained,
+)
 from autointerp.scoring.setups import own_scores, rows_of, setups_of, status_kind, wanted_of
 from sae.alignment.alignment import pair_path
 from sae.alignment.overlap import DEFINITIONS, compute_similarity, find_shared
+from sae.common.amounts import is_known
 from sae.common.commands import command, shell_command
 from sae.common.errors import BadInput
 from sae.common.estimate import Estimate
@@ -39,7 +49,6 @@ USUAL = Choice().n or 0
 SHOWN = 8
 Sort = Literal["similarity", "score", "gap", "firing"]
 Sharing = Literal["any", "shared", "unshared"]
-Pair = Mapping[str, Any]
 
 
 def the_two(names: Sequence[str], root: Path) -> tuple[Run, Run]:
@@ -102,8 +111,8 @@ def compare_runs(
         agreement=_agreement(study, table),
         scored_by=_scored_by(study, there),
         n_without_partner=len(table) - len(pairs),
-        pairs=to_json(pairs),
-        lacking=to_json(_lacking(here, there, pairs)),
+        pairs=pairs,
+        lacking=_lacking(here, there, pairs),
         methods={"definitions": DEFINITIONS, **METHODS},
     )
 
@@ -156,23 +165,22 @@ class Side:
             **facts, study=self.run.study, n_alive=n_alive, n_explained=len(self.texts), n_scored=len(self.scores)
         )
 
-    def figures(self, latent: int) -> dict[str, Any]:
+    def figures(self, latent: int) -> SideOfPair:
         """Describe one latent."""
         row, text, score = self.latents[latent], self.texts.get(latent), self.scores.get(latent)
-        n = row.get("n_firings")
-        found = None
+        n, found = row.get("n_firings"), None
         if score is not None:
             estimate = Estimate(score["balanced_accuracy"], score["ba_low"], score["ba_high"])
-            found = {**estimate.as_dict(), "auroc": score.get("auroc")}
-        return {
-            "latent": latent,
-            "alive": bool(row["alive"]),
-            "n_firings": None if n is None or pd.isna(n) else int(n),
-            "firing_frequency": row.get("firing_frequency"),
-            "explanation": text,
-            "without_explanation": None if text is not None else self._why_none(latent),
-            "score": found,
-        }
+            found = LatentScore(estimate, score.get("auroc"))
+        return SideOfPair(
+            latent=latent,
+            alive=bool(row["alive"]),
+            n_firings=None if n is None or pd.isna(n) else int(n),
+            firing_frequency=row.get("firing_frequency"),
+            explanation=text,
+            without_explanation=None if text is not None else self._why_none(latent),
+            score=found,
+        )
 
     def _why_none(self, latent: int) -> str:
         """Say why a latent has no explanation."""
@@ -221,7 +229,7 @@ def _with_common_setup(study: Study, there: Run) -> Study:
 # --- the pairs ----------------------------------------------------------------------------------------------
 
 
-def _pairs(study: Study, table: pd.DataFrame, here: Side, there: Side) -> list[dict[str, Any]]:
+def _pairs(study: Study, table: pd.DataFrame, here: Side, there: Side) -> list[Pair]:
     alike = compute_similarity(table)
     is_shared = {name: find_shared(table, name, study.view.threshold) for name in DEFINITIONS}
     fired = study.behaviour.get((here.run.name, there.run.name))
@@ -231,21 +239,22 @@ def _pairs(study: Study, table: pd.DataFrame, here: Side, there: Side) -> list[d
     found = []
     for latent in np.flatnonzero(partner >= 0).tolist():
         sides = [here.figures(latent), there.figures(int(partner[latent]))]
-        scores = [side["score"]["value"] for side in sides if side["score"] is not None]
+        scores = [side.score.value.value for side in sides if side.score is not None]
         found.append(
-            {
-                "latent": latent,
-                "partner": partner[latent],
-                "encoder_partner": encoder[latent] if encoder[latent] >= 0 else None,
-                "same_partner": partner[latent] == encoder[latent],
-                **{name: of[latent] for name, of in cosines.items()},
-                "similarity": alike[latent],
-                "shared": {name: of[latent] for name, of in is_shared.items()},
-                "is_shared": is_shared[study.view.definition][latent],
-                "jaccard": None if jaccard is None else jaccard[latent],
-                "score_gap": scores[0] - scores[1] if len(scores) == 2 else None,
-                "sides": sides,
-            }
+            Pair(
+                latent=latent,
+                partner=int(partner[latent]),
+                encoder_partner=int(encoder[latent]) if encoder[latent] >= 0 else None,
+                same_partner=bool(partner[latent] == encoder[latent]),
+                encoder_cosine=cosines["encoder_cosine"][latent],
+                decoder_cosine=cosines["decoder_cosine"][latent],
+                similarity=alike[latent],
+                shared={name: bool(of[latent]) for name, of in is_shared.items()},
+                is_shared=bool(is_shared[study.view.definition][latent]),
+                jaccard=None if jaccard is None else jaccard[latent],
+                score_gap=scores[0] - scores[1] if len(scores) == 2 else None,
+                sides=sides,
+            )
         )
     return found
 
@@ -260,65 +269,47 @@ def _agreement(study: Study, table: pd.DataFrame) -> dict[str, Agreement] | None
     return {name: agreement(pairs, mask) for name, mask in kept.items()}
 
 
-def _scored_by(study: Study, there: Side) -> dict[str, Any] | None:
-    """Say who explained and judged, and whether the second run's scores are skipped as made differently."""
+def _scored_by(study: Study, there: Side) -> ScoredBy | None:
     if study.setup is None:
         return None
     names = ("explainer", "explainer_model", "judge", "model", "scorer")
-    return {**{name: study.setup.get(name) or None for name in names}, "other_made_otherwise": there.made_otherwise}
+    who = {name: study.setup.get(name) or None for name in names}
+    return ScoredBy(**who, other_made_otherwise=there.made_otherwise)
 
 
-def _lacking(here: Side, there: Side, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return the missing explanations and scores, with the commands that provide them.
-
-    ``without_explanation``: latents without an explanation whose partner has one. ``not_scored``: latents of pairs
-    explained on both sides that lack a score on either. ``score`` is ``None`` if it would add nothing.
-    """
-    both = [pair for pair in pairs if _n_explained(pair) == 2]
-    one_sided = [pair for pair in pairs if _n_explained(pair) == 1]
+def _lacking(here: Side, there: Side, pairs: Sequence[Pair]) -> Lacking:
+    both = [pair for pair in pairs if pair.n_explained == 2]
+    one_sided = [pair for pair in pairs if pair.n_explained == 1]
     entries = []
     for pair in one_sided:
-        place = 0 if pair["sides"][0]["explanation"] is None else 1
-        side, mine, other = (here, there)[place], pair["sides"][place], pair["sides"][1 - place]
-        entries.append(
-            {
-                "run": side.run.name,
-                "latent": mine["latent"],
-                "partner_of": other["latent"],
-                "can_be_explained": side.can_be_explained(mine["latent"]),
-                "why": mine["without_explanation"],
-            }
-        )
-    wanting = {entry["run"] for entry in entries if entry["can_be_explained"]}
+        place = 0 if pair.sides[0].explanation is None else 1
+        side, mine, other = (here, there)[place], pair.sides[place], pair.sides[1 - place]
+        is_able = side.can_be_explained(mine.latent)
+        entries.append(Unexplained(side.run.name, mine.latent, other.latent, is_able, mine.without_explanation))
+    wanting = {entry.run for entry in entries if entry.can_be_explained}
     # A latent without an explanation is explained as a partner, by the other run's command.
     explaining = [one for one, other in ((here, there), (there, here)) if other.run.name in wanting]
     if not both and not one_sided:
         explaining = [here]
-    not_scored = [pair for pair in both if any(side["score"] is None for side in pair["sides"])]
+    not_scored = [pair for pair in both if any(side.score is None for side in pair.sides)]
     score = command(here.run.root, "score", "--sae", here.run.name, "--sae", there.run.name)
     helps = bool(explaining) or any(_can_be_scored(pair, here, there) for pair in not_scored)
-    return {
-        "n_explained_both": len(both),
-        "n_explained_one": len(one_sided),
-        "without_explanation": entries,
-        "not_scored": [pair["latent"] for pair in not_scored],
-        "by_language_model": any(
-            len(side.facts.table) > 0 and bool((side.facts.table["explainer"] != "ngram").any())
-            for side in (here, there)
-        ),
-        "explain": [side.explain_command() for side in explaining],
-        "score": score if helps else None,
-    }
+    tables = [side.facts.table for side in (here, there)]
+    return Lacking(
+        n_explained_both=len(both),
+        n_explained_one=len(one_sided),
+        without_explanation=entries,
+        not_scored=[pair.latent for pair in not_scored],
+        by_language_model=any(len(table) > 0 and bool((table["explainer"] != "ngram").any()) for table in tables),
+        explain=[side.explain_command() for side in explaining],
+        score=score if helps else None,
+    )
 
 
 def _can_be_scored(pair: Pair, here: Side, there: Side) -> bool:
     """Whether both latents have a score or can get one."""
-    sides = zip(pair["sides"], (here, there), strict=True)
-    return all(latent["score"] is not None or latent["latent"] not in side.untestable for latent, side in sides)
-
-
-def _n_explained(pair: Pair) -> int:
-    return sum(side["explanation"] is not None for side in pair["sides"])
+    sides = zip(pair.sides, (here, there), strict=True)
+    return all(latent.score is not None or latent.latent not in side.untestable for latent, side in sides)
 
 
 # --- the pairs that a terminal shows ------------------------------------------------------------------------
@@ -344,25 +335,28 @@ _ORDERS = {
 
 def _sort_key(pair: Pair, sort: Sort | None) -> float:
     """Return the value to sort by, -inf if it is unknown: for ``firing``, that of the latent that fires less."""
-    values = {
-        "gap": [pair["score_gap"] and abs(pair["score_gap"])],
-        "score": [side["score"] and side["score"]["value"] for side in pair["sides"]],
-        "firing": [side["firing_frequency"] for side in pair["sides"]],
-    }.get(sort or "", [pair["similarity"]])
-    if None in values:
+    values: list[float | None] = [pair.similarity]
+    if sort == "gap":
+        values = [None if pair.score_gap is None else abs(pair.score_gap)]
+    elif sort == "score":
+        values = [None if side.score is None else side.score.value.value for side in pair.sides]
+    elif sort == "firing":
+        values = [side.firing_frequency for side in pair.sides]
+    known = [value for value in values if value is not None and is_known(value)]
+    if len(known) < len(values):
         return -math.inf
-    return float(min(values) if sort == "firing" else sum(values) / len(values))
+    return float(min(known) if sort == "firing" else sum(known) / len(known))
 
 
-def chosen(pairs: Sequence[Pair], choice: PairChoice) -> dict[str, Any]:
+def chosen(pairs: Sequence[Pair], choice: PairChoice) -> ChosenPairs:
     """Return the pairs to show, in order; ``n_of`` is how many they are chosen from, and ``says`` describes them.
 
     Chosen from the pairs explained on both sides, else on one, else from all alive ones; in an order by scores, from
     those scored on both sides.
     """
-    kept = [pair for pair in pairs if choice.sharing == "any" or pair["is_shared"] == (choice.sharing == "shared")]
+    kept = [pair for pair in pairs if choice.sharing == "any" or pair.is_shared == (choice.sharing == "shared")]
     kept, among = _among(kept, choice)
-    ranked = sorted(kept, key=lambda pair: (-_sort_key(pair, choice.sort), pair["latent"]))
+    ranked = sorted(kept, key=lambda pair: (-_sort_key(pair, choice.sort), pair.latent))
     n = min(choice.n, len(ranked))
     shown = ranked[:n]
     if choice.sort is None and n:
@@ -370,14 +364,14 @@ def chosen(pairs: Sequence[Pair], choice: PairChoice) -> dict[str, Any]:
     kind = "" if choice.sharing == "any" else f"{choice.sharing} "
     which = f"{len(shown):,} of the {len(kept):,} {kind}pairs {among}, {_ORDERS[choice.sort]}"
     says = which if shown else f"There are no {kind}pairs {among}"
-    return {"n_of": len(kept), "says": f"{says}.", "latents": [pair["latent"] for pair in shown], "pairs": shown}
+    return ChosenPairs(f"{says}.", len(kept), [pair.latent for pair in shown], shown)
 
 
 def _among(pairs: list[Pair], choice: PairChoice) -> tuple[list[Pair], str]:
     """Return the pairs that can be shown, and what they have in common."""
     if choice.sort in ("score", "gap"):
-        return [pair for pair in pairs if pair["score_gap"] is not None], "that are scored on both sides"
+        return [pair for pair in pairs if pair.score_gap is not None], "that are scored on both sides"
     for n, words in ((2, "that are explained on both sides"), (1, "that are explained on one side")):
-        if found := [pair for pair in pairs if _n_explained(pair) == n]:
+        if found := [pair for pair in pairs if pair.n_explained == n]:
             return found, words
-    return [pair for pair in pairs if all(side["alive"] for side in pair["sides"])], "of latents that both fire"
+    return [pair for pair in pairs if all(side.alive for side in pair.sides)], "of latents that both fire"

@@ -601,6 +601,89 @@ class Methods(Record):
     made_with: str
 
 
+# --- pairs of latents of two runs ---------------------------------------------------------------------------------
+
+
+class LatentScore(Record):
+    value: Estimate = field(metadata=SPLIT)
+    auroc: float | None
+
+
+class SideOfPair(Record):
+    latent: int
+    alive: bool
+    n_firings: int | None
+    firing_frequency: float | None
+    explanation: str | None
+    without_explanation: str | None
+    score: LatentScore | None
+
+
+class Pair(Record):
+    """A latent and its decoder-matched partner; ``sides`` describes the two."""
+
+    latent: int
+    partner: int
+    encoder_partner: int | None
+    same_partner: bool
+    encoder_cosine: float
+    decoder_cosine: float
+    similarity: float
+    shared: dict[str, bool]
+    is_shared: bool
+    jaccard: float | None
+    score_gap: float | None
+    sides: list[SideOfPair]
+
+    @property
+    def n_explained(self) -> int:
+        return sum(side.explanation is not None for side in self.sides)
+
+
+class ScoredBy(Record):
+    """Who explained and judged, and whether the second run's scores are skipped as made differently."""
+
+    explainer: str | None
+    explainer_model: str | None
+    judge: str | None
+    model: str | None
+    scorer: str | None
+    other_made_otherwise: bool
+
+
+class Unexplained(Record):
+    run: str
+    latent: int
+    partner_of: int
+    can_be_explained: bool
+    why: str | None
+
+
+class Lacking(Record):
+    """The missing explanations and scores, with the commands that provide them.
+
+    ``without_explanation``: latents without an explanation whose partner has one. ``not_scored``: latents of pairs
+    explained on both sides that lack a score on either. ``score`` is ``None`` if it would add nothing.
+    """
+
+    n_explained_both: int
+    n_explained_one: int
+    without_explanation: list[Unexplained]
+    not_scored: list[int]
+    by_language_model: bool
+    explain: list[str]
+    score: str | None
+
+
+class ChosenPairs(Record):
+    """The pairs that a terminal shows, of ``n_of``."""
+
+    says: str
+    n_of: int
+    latents: list[int]
+    pairs: list[Pair]
+
+
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 
@@ -682,10 +765,10 @@ class Comparison(Sharing):
     definition: str
     threshold: float
     agreement: dict[str, Agreement] | None
-    scored_by: Any
+    scored_by: ScoredBy | None
     n_without_partner: int
-    pairs: Any
-    lacking: Any
+    pairs: list[Pair]
+    lacking: Lacking
     methods: Mapping[str, Any]
 
 

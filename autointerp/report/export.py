@@ -251,11 +251,12 @@ def _list_others(run: Run, others: Sequence[Run], folder: Path, what: str) -> Se
 
 def _pairs(run: Run, others: Sequence[Run]) -> Frames:
     """Return a flat row for each latent and other run: the pair that ``compare`` shows."""
+    from autointerp.findings.json_values import to_json
     from autointerp.findings.pair import compare_runs
 
     for other in _list_others(run, others, run.root / "alignments", "alignment"):
         rows = []
-        for pair in compare_runs(run, other).pairs:
+        for pair in to_json(compare_runs(run, other).pairs):
             shared = {f"shared_{name}": value for name, value in pair["shared"].items()}
             row = {"run": run.name, "other": other.name, **pair, **shared}
             for end, side in zip(("", "_there"), pair["sides"], strict=True):

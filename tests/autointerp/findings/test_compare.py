@@ -62,18 +62,18 @@ def drawn(found: Comparison, choice: PairChoice | None = None, width: int = 80, 
 
 def test_pairs_are_those_of_the_alignment(runs: list[Run], found: Comparison) -> None:
     table = read_alignment(runs[0].root / "alignments", "run_a", "run_b").a
-    assert [pair["latent"] for pair in found.pairs] == table["latent"].tolist()
-    assert [pair["partner"] for pair in found.pairs] == table["decoder_partner"].tolist()
+    assert [pair.latent for pair in found.pairs] == table["latent"].tolist()
+    assert [pair.partner for pair in found.pairs] == table["decoder_partner"].tolist()
     for name in ("strict", "both", "decoder", "lenient"):
-        assert [pair["shared"][name] for pair in found.pairs] == find_shared(table, name).tolist()
+        assert [pair.shared[name] for pair in found.pairs] == find_shared(table, name).tolist()
     firing = [read_table(run.stage_path("firing")).set_index("latent") for run in runs]
     for pair in found.pairs:
-        row = table.iloc[pair["latent"]]
-        assert pair["encoder_cosine"] == row["encoder_cosine"]
-        assert pair["same_partner"] == (row["encoder_partner"] == row["decoder_partner"])
-        for side, of, latent in zip(pair["sides"], firing, (pair["latent"], pair["partner"]), strict=True):
-            assert side["n_firings"] == of.loc[latent, "n_firings"]
-            assert side["alive"] == (not of.loc[latent, "dead"])
+        row = table.iloc[pair.latent]
+        assert pair.encoder_cosine == row["encoder_cosine"]
+        assert pair.same_partner == (row["encoder_partner"] == row["decoder_partner"])
+        for side, of, latent in zip(pair.sides, firing, (pair.latent, pair.partner), strict=True):
+            assert side.n_firings == of.loc[latent, "n_firings"]
+            assert side.alive == (not of.loc[latent, "dead"])
     json.dumps(to_json(found), allow_nan=False)
 
 
@@ -98,40 +98,40 @@ def test_agreement_uses_the_scores_of_both_sides(runs: list[Run], found: Compari
         for figure in ("spearman", "difference", "gap"):
             low, high = getattr(told, figure).interval
             assert low <= getattr(told, figure).value <= high
-    by_latent = {pair["latent"]: pair for pair in found.pairs}
+    by_latent = {pair.latent: pair for pair in found.pairs}
     for latent, row in both.iterrows():
-        assert by_latent[int(str(latent))]["score_gap"] == pytest.approx(row["a"] - row["b"])
-    assert sum(pair["score_gap"] is not None for pair in found.pairs) == len(both)
+        assert by_latent[int(str(latent))].score_gap == pytest.approx(row["a"] - row["b"])
+    assert sum(pair.score_gap is not None for pair in found.pairs) == len(both)
 
 
 def test_the_threshold_and_definition_decide_what_is_shared(runs: list[Run]) -> None:
     loose: Any = compare_runs(runs[0], runs[1], definition="decoder", threshold=0.3)
     table = read_alignment(runs[0].root / "alignments", "run_a", "run_b").a
-    assert [pair["is_shared"] for pair in loose.pairs] == find_shared(table, "decoder", 0.3).tolist()
+    assert [pair.is_shared for pair in loose.pairs] == find_shared(table, "decoder", 0.3).tolist()
     assert loose.overlap.definition == "decoder"
     assert loose.overlap.threshold == 0.3
 
 
 def test_what_lacks_an_explanation_is_counted_and_named(runs: list[Run], found: Comparison) -> None:
     lacking = found.lacking
-    explained = [{p["sides"][i]["latent"] for p in found.pairs if p["sides"][i]["explanation"]} for i in (0, 1)]
-    assert lacking["n_explained_both"] + lacking["n_explained_one"] == len(
-        {p["latent"] for p in found.pairs if p["latent"] in explained[0] or p["partner"] in explained[1]}
+    explained = [{p.sides[i].latent for p in found.pairs if p.sides[i].explanation} for i in (0, 1)]
+    assert lacking.n_explained_both + lacking.n_explained_one == len(
+        {p.latent for p in found.pairs if p.latent in explained[0] or p.partner in explained[1]}
     )
-    entries = {entry["latent"]: entry for entry in lacking["without_explanation"] if entry["run"] == "run_b"}
-    expected = {p["partner"] for p in found.pairs if p["latent"] in explained[0]} - explained[1]
+    entries = {entry.latent: entry for entry in lacking.without_explanation if entry.run == "run_b"}
+    expected = {p.partner for p in found.pairs if p.latent in explained[0]} - explained[1]
     assert set(entries) == expected
     eligible = read_table(runs[1].stage_path("contexts")).set_index("latent")["eligible"]
-    assert {latent for latent, e in entries.items() if not e["can_be_explained"]} == {
+    assert {latent for latent, e in entries.items() if not e.can_be_explained} == {
         latent for latent in expected if not eligible[latent]
     }
-    failed = [entry["why"] for entry in entries.values() if entry["why"].startswith("failed")]
+    failed = [entry.why for entry in entries.values() if (entry.why or "").startswith("failed")]
     assert failed == ["failed: the server said no"]
     root = ["--root", str(runs[0].root)]
-    assert lacking["explain"] == [" ".join(["python cli.py explain --sae run_a --with-partners", *root])]
-    assert lacking["score"] == " ".join(["python cli.py score --sae run_a --sae run_b", *root])
+    assert lacking.explain == [" ".join(["python cli.py explain --sae run_a --with-partners", *root])]
+    assert lacking.score == " ".join(["python cli.py score --sae run_a --sae run_b", *root])
     text = drawn(found)
-    able = [entry for entry in entries.values() if entry["can_be_explained"]]
+    able = [entry for entry in entries.values() if entry.can_be_explained]
     assert f"run_b: {len(able)} latents with an explained partner" in text
     assert "explain --sae run_a --with-partners" in text
 
@@ -154,10 +154,10 @@ def test_scores_of_other_setups_are_skipped_and_reported(tmp_path: Path) -> None
     made = small_study.whole(tmp_path, seeds=2)
     rows = small_study.scored(made[1], small_study.explained(made[1], list(range(50))))
     write_table(made[1].stage_path("scores"), rows.assign(judge_prompt_hash="another"))
-    other = compare_runs(made[0], made[1])
+    other: Any = compare_runs(made[0], made[1])
     assert other.agreement is None
-    assert other.scored_by["other_made_otherwise"]
-    assert all(pair["sides"][1]["score"] is None for pair in other.pairs)
+    assert other.scored_by.other_made_otherwise
+    assert all(pair.sides[1].score is None for pair in other.pairs)
     assert "The scores of run_b were made in another way" in drawn(other)
 
 
@@ -186,19 +186,19 @@ def lone_model(tmp_path: Path) -> list[Run]:
 
 def test_the_newest_scores_of_both_runs_are_compared(lone_model: list[Run]) -> None:
     told: Any = compare_runs(lone_model[0], lone_model[1])
-    assert told.scored_by["explainer"] == "ngram"
+    assert told.scored_by.explainer == "ngram"
     assert told.agreement["together"].n > 10
-    texts = [side["explanation"] for pair in told.pairs for side in pair["sides"] if side["explanation"]]
+    texts = [side.explanation for pair in told.pairs for side in pair.sides if side.explanation]
     assert len(texts) > 60
     assert not any("model on" in text for text in texts)
     assert to_json(compare_runs(lone_model[0], lone_model[1], explainer="ngram")) == to_json(told)
 
 
 def test_explanations_of_two_explainers_are_never_paired(lone_model: list[Run]) -> None:
-    told = compare_runs(lone_model[0], lone_model[1], explainer="llm")
+    told: Any = compare_runs(lone_model[0], lone_model[1], explainer="llm")
     assert told.agreement is None
-    assert told.scored_by["other_made_otherwise"]
-    sides = [[pair["sides"][i]["explanation"] for pair in told.pairs] for i in (0, 1)]
+    assert told.scored_by.other_made_otherwise
+    sides = [[pair.sides[i].explanation for pair in told.pairs] for i in (0, 1)]
     assert sum(text is not None for text in sides[0]) == 10
     assert not any(sides[1])
     page = " ".join(drawn(told).split())
@@ -215,14 +215,14 @@ def test_scoring_is_advised_only_where_it_can_help(tmp_path: Path) -> None:
     for run, latents in zip(made, (list(range(40)), partners), strict=True):
         failing = {latents[0]: "too few contexts that can be marked otherwise"} if run is made[1] else {}
         small_study.scored(run, small_study.explained(run, latents), failing=failing)
-    told = compare_runs(made[0], made[1])
-    assert told.lacking["not_scored"] == [0]
-    assert told.lacking["score"] is None
+    told: Any = compare_runs(made[0], made[1])
+    assert told.lacking.not_scored == [0]
+    assert told.lacking.score is None
     assert "This scores" not in drawn(told)
     rows = read_table(made[1].stage_path("scores"))
     write_table(made[1].stage_path("scores"), rows[rows["latent"] != partners[0]])
     told = compare_runs(made[0], made[1])
-    assert told.lacking["not_scored"] == [0]
+    assert told.lacking.not_scored == [0]
     assert "This scores what is explained:" in drawn(told)
 
 
@@ -232,11 +232,11 @@ def test_scores_of_the_second_run_alone_are_shown(tmp_path: Path) -> None:
     small_study.aligned(made)
     table = small_study.scored(made[1], small_study.explained(made[1], list(range(50))), control=False)
     alone = compare_runs(made[0], made[1])
-    told = {p["partner"]: p["sides"][1]["score"] for p in alone.pairs if p["sides"][1]["score"]}
-    assert {k: v["value"] for k, v in told.items()} == pytest.approx(
+    told = {p.partner: p.sides[1].score for p in alone.pairs if p.sides[1].score}
+    assert {k: v.value.value for k, v in told.items()} == pytest.approx(
         table.set_index("latent")["balanced_accuracy"].to_dict()
     )
-    assert alone.lacking["explain"][0].startswith("python cli.py explain --sae run_b --with-partners")
+    assert alone.lacking.explain[0].startswith("python cli.py explain --sae run_b --with-partners")
 
 
 def test_a_wider_run_has_latents_without_partner(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_wider_run_has_latents_without_partner(tmp_path: Path) -> None:
     sides = [rng.normal(size=(2, m, 32)) for m in (90, 60)]
     aligned = align(*sides[0], *sides[1], names=(wide.name, narrow.name))
     write_alignment(tmp_path / "alignments", wide.name, narrow.name, aligned, "inputs")
-    told = compare_runs(wide, narrow)
+    told: Any = compare_runs(wide, narrow)
     assert told.n_without_partner == 30
     assert len(told.pairs) == 60
     assert compare_runs(narrow, wide).n_without_partner == 0
@@ -263,46 +263,46 @@ def test_a_wider_run_has_latents_without_partner(tmp_path: Path) -> None:
 
 def test_the_default_spreads_over_all_similarities(found: Comparison) -> None:
     told = chosen(found.pairs, PairChoice())
-    both = [p for p in found.pairs if all(side["explanation"] for side in p["sides"])]
-    alike = sorted((p["similarity"] for p in both), reverse=True)
-    picked = [p["similarity"] for p in told["pairs"]]
+    both = [p for p in found.pairs if all(side.explanation for side in p.sides)]
+    alike = sorted((p.similarity for p in both), reverse=True)
+    picked = [p.similarity for p in told.pairs]
     assert len(picked) == 8
     assert (picked[0], picked[-1]) == (alike[0], alike[-1])
     places = [alike.index(x) for x in picked]
     assert np.ptp(np.diff(places)) <= 1
-    assert told["n_of"] == len(both)
-    assert f"8 of the {len(both)} pairs that are explained on both sides" in told["says"]
+    assert told.n_of == len(both)
+    assert f"8 of the {len(both)} pairs that are explained on both sides" in told.says
 
 
 @pytest.mark.parametrize("sort", ["similarity", "score", "gap", "firing"])
 @pytest.mark.parametrize("sharing", ["any", "shared", "unshared"])
 def test_an_order_holds_over_all_that_are_left(found: Comparison, sort: Any, sharing: Any) -> None:
     keys: dict[str, Any] = {
-        "similarity": lambda p: p["similarity"],
-        "score": lambda p: p["sides"][0]["score"]["value"] + p["sides"][1]["score"]["value"],
-        "gap": lambda p: abs(p["score_gap"]),
-        "firing": lambda p: min(side["firing_frequency"] for side in p["sides"]),
+        "similarity": lambda p: p.similarity,
+        "score": lambda p: p.sides[0].score.value.value + p.sides[1].score.value.value,
+        "gap": lambda p: abs(p.score_gap),
+        "firing": lambda p: min(side.firing_frequency for side in p.sides),
     }
     told = chosen(found.pairs, PairChoice(n=10**6, sort=sort, sharing=sharing))
-    values = [keys[sort](pair) for pair in told["pairs"]]
+    values = [keys[sort](pair) for pair in told.pairs]
     assert values == sorted(values, reverse=True)
-    assert len(values) == told["n_of"] > 0
+    assert len(values) == told.n_of > 0
     if sharing != "any":
-        assert {pair["is_shared"] for pair in told["pairs"]} == {sharing == "shared"}
+        assert {pair.is_shared for pair in told.pairs} == {sharing == "shared"}
     first = chosen(found.pairs, PairChoice(n=3, sort=sort, sharing=sharing))
-    assert first["latents"] == told["latents"][:3]
+    assert first.latents == told.latents[:3]
 
 
 @given(st.integers(1, 200))
 def test_no_pair_is_shown_twice(found: Comparison, n: int) -> None:
     told = chosen(found.pairs, PairChoice(n=n))
-    assert len(set(told["latents"])) == len(told["latents"]) == min(n, told["n_of"])
+    assert len(set(told.latents)) == len(told.latents) == min(n, told.n_of)
 
 
 def test_none_is_told(found: Comparison) -> None:
-    nothing = [pair | {"is_shared": True} for pair in found.pairs]
+    nothing = [replace(pair, is_shared=True) for pair in found.pairs]
     told = chosen(nothing, PairChoice(sharing="unshared", sort="gap"))
-    assert told["says"] == "There are no unshared pairs that are scored on both sides."
+    assert told.says == "There are no unshared pairs that are scored on both sides."
 
 
 # --- in the terminal ----------------------------------------------------------------------------------------
@@ -318,9 +318,9 @@ def test_no_line_is_wider_and_nothing_is_lost(found: Comparison, width: int, col
     runs = [found.runs[0], replace(found.runs[1], name="a_run_with_quite_a_long_name")]
     long = replace(copy.deepcopy(found), runs=runs)
     words = " ".join(f"word{i}" for i in range(60)) + " " + "x" * 200 + " 漢字かな交じり文" * 9
-    for i, pair in enumerate(p for p in long.pairs if all(side["explanation"] for side in p["sides"])):
-        for j, side in enumerate(pair["sides"]):
-            side["explanation"] = f"explanation{i}of{j} {words}"
+    for i, pair in enumerate(p for p in long.pairs if all(side.explanation for side in p.sides)):
+        for j, side in enumerate(pair.sides):
+            pair.sides[j] = replace(side, explanation=f"explanation{i}of{j} {words}")
     text = drawn(long, width=width)
     lines = text.splitlines()
     if colour is None:
@@ -335,11 +335,11 @@ def test_no_line_is_wider_and_nothing_is_lost(found: Comparison, width: int, col
     columns = [
         without_spaces("".join(_cells(line, *span) for line in lines)) for span in ((0, each), (2 + each, width))
     ]
-    for pair in chosen(long.pairs, PairChoice())["pairs"]:
-        assert f"{pair['latent']} ↔ {pair['partner']}" in text
-        for column, side in zip(columns, pair["sides"], strict=True):
-            assert without_spaces(side["explanation"]) in column
-            assert without_spaces(f"fires {side['n_firings']:,} times") in column or not side["alive"]
+    for pair in chosen(long.pairs, PairChoice()).pairs:
+        assert f"{pair.latent} ↔ {pair.partner}" in text
+        for column, side in zip(columns, pair.sides, strict=True):
+            assert without_spaces(side.explanation or "") in column
+            assert without_spaces(f"fires {side.n_firings:,} times") in column or not side.alive
 
 
 def _plain(text: str) -> str:
@@ -361,8 +361,7 @@ def _cells(line: str, begin: int, end: int) -> str:
 def test_how_a_pair_is_matched_fits_one_line(found: Comparison) -> None:
     """At 80 columns, with cosines and latents of any size that there are."""
     wide = copy.deepcopy(found)
-    for pair in wide.pairs:
-        pair |= {"encoder_partner": 32_767, "same_partner": False, "jaccard": 0.63}
+    wide.pairs[:] = [replace(pair, encoder_partner=32_767, same_partner=False, jaccard=0.63) for pair in wide.pairs]
     lines = [line for line in drawn(wide).splitlines() if line.startswith("  encoder ")]
     assert len(lines) == 8
     assert all(line.endswith("encoder's partner is 32767 · fire together .63") for line in lines)
@@ -373,8 +372,7 @@ def test_hostile_text_is_shown_and_not_obeyed(found: Comparison, width: int) -> 
     runs = [replace(run, name=f"run\x1b[31m{run.name[-1]}") for run in found.runs]
     nasty = replace(copy.deepcopy(found), runs=runs)
     for pair in nasty.pairs:
-        for side in pair["sides"]:
-            side["explanation"] = small_study.NASTY
+        pair.sides[:] = [replace(side, explanation=small_study.NASTY) for side in pair.sides]
     text = drawn(nasty, width=width)
     acts = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {"\n"}
     assert not acts
@@ -391,8 +389,8 @@ def test_without_unicode_the_page_is_legible(found: Comparison) -> None:
     raw = stream.buffer
     assert isinstance(raw, io.BytesIO)
     text = raw.getvalue().decode("ascii")
-    pair = chosen(found.pairs, PairChoice())["pairs"][0]
-    assert f"{pair['latent']} = {pair['partner']}" in text
+    pair = chosen(found.pairs, PairChoice()).pairs[0]
+    assert f"{pair.latent} = {pair.partner}" in text
 
 
 # --- which two ----------------------------------------------------------------------------------------------
