@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,12 @@ from autointerp.contexts.sampling import load_sample
 from autointerp.findings.evidence import Study
 from autointerp.findings.relation import Part, pooled_findings
 from autointerp.findings.reliability import verdicts_of
-from autointerp.findings.shape import PooledRelation
+from autointerp.findings.shape import Agreement, PooledRelation
 from autointerp.findings.statistics.resampling import Resamples, interval_of
 from autointerp.scoring.setups import own_scores, precision_of, rows_of, setups_of
 from sae.alignment.bootstrap import partner_units
 from sae.alignment.overlap import find_shared
-from sae.common.estimate import UNKNOWN, Estimate
+from sae.common.estimate import UNKNOWN
 from sae.common.files import read_table
 from sae.study.run import Run
 
@@ -67,21 +66,6 @@ def scored_pairs(study: Study, threshold: float = 0.7) -> pd.DataFrame | None:
             }
             parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True) if parts else None
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far the scores of ``n`` pairs agree; each figure with its 95 % interval (see :data:`METHODS`).
-
-    ``difference`` is the mean of a latent's score less its partner's, ``gap`` the mean size of that difference.
-    """
-
-    n: int
-    spearman: Estimate
-    difference: Estimate
-    gap: Estimate
-    mean: float
-    mean_there: float
 
 
 def agreement(pairs: pd.DataFrame, kept: npt.NDArray[np.bool_]) -> Agreement:

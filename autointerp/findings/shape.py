@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, Literal, dataclass_transform
 
 from sae.common.estimate import Estimate
 
-if TYPE_CHECKING:
-    from autointerp.findings.pairs import Agreement
-    from autointerp.findings.paper.finding import Finding
+Verdict = Literal["agrees in direction", "disagrees", "cannot tell"]
+Unit = Literal["number", "signed"]
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
@@ -640,6 +639,20 @@ class Pair(Record):
         return sum(side.explanation is not None for side in self.sides)
 
 
+class Agreement(Record):
+    """How far the scores of ``n`` pairs agree; each figure with its 95 % interval.
+
+    ``difference`` is the mean of a latent's score less its partner's, ``gap`` the mean size of that difference.
+    """
+
+    n: int
+    spearman: Estimate
+    difference: Estimate
+    gap: Estimate
+    mean: float
+    mean_there: float
+
+
 class ScoredBy(Record):
     """Who explained and judged, and whether the second run's scores are skipped as made differently."""
 
@@ -685,6 +698,26 @@ class ChosenPairs(Record):
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------
+
+
+class Finding(Record):
+    """A finding of the paper. ``value`` decides the verdict, ``measure`` says what it is; NaN if it was not measured.
+
+    ``reference`` has the paper's own figures; ``why`` the reason of the verdict, or what is missing, and ``command``
+    what would provide it.
+    """
+
+    id: str
+    finding: str
+    value: float
+    low: float
+    high: float
+    reference: str
+    verdict: Verdict
+    why: str
+    measure: str
+    unit: Unit = "number"
+    command: str | None = None
 
 
 class Step(Record):

@@ -5,39 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
+from autointerp.findings.shape import Finding, Unit, Verdict
 from sae.common.estimate import UNKNOWN, Estimate
 
-Verdict = Literal["agrees in direction", "disagrees", "cannot tell"]
 AGREES: Verdict = "agrees in direction"
 DISAGREES: Verdict = "disagrees"
 UNDECIDED: Verdict = "cannot tell"
 
-Unit = Literal["number", "signed"]
 NUMBER: Unit = "number"
 SIGNED: Unit = "signed"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A row. ``value`` decides the verdict, ``measure`` says what it is; NaN if it could not be measured.
-
-    ``reference`` has the paper's own figures; ``why`` the reason of the verdict, or what is missing, and ``command``
-    what would provide it.
-    """
-
-    id: str
-    finding: str
-    value: float
-    low: float
-    high: float
-    reference: str
-    verdict: Verdict
-    why: str
-    measure: str
-    unit: Unit = NUMBER
-    command: str | None = None
 
 
 @dataclass(frozen=True)
