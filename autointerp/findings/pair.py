@@ -17,20 +17,10 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.selection import Choice
+from autointerp.findings import shape
 from autointerp.findings.evidence import JournalFacts, Study, View
 from autointerp.findings.pairs import METHODS, Agreement, agreement, scored_alike, scored_pairs
 from autointerp.findings.returning import overlap_findings, similarity_findings
-from autointerp.findings.shape import (
-    ChosenPairs,
-    ComparedRun,
-    Comparison,
-    Lacking,
-    LatentScore,
-    Pair,
-    ScoredBy,
-    SideOfPair,
-    Unexplained,
-)
 from autointerp.scoring.setups import own_scores, rows_of, setups_of, status_kind, wanted_of
 from sae.alignment.alignment import pair_path
 from sae.alignment.overlap import DEFINITIONS, compute_similarity, find_shared
@@ -81,7 +71,7 @@ def ensure_pair_aligned(a: Run, b: Run, compute: Compute) -> None:
 
 def compare_runs(
     a: Run, b: Run, definition: str = "strict", threshold: float = 0.7, explainer: str | None = None
-) -> Comparison:
+) -> shape.Comparison:
     """Return the comparison of two aligned runs.
 
     Scores are those of the newest set-up that both runs have, else of the first run's newest. Raises NotFound if
@@ -96,7 +86,7 @@ def compare_runs(
     here, there = Side.of(study, a), Side.of(study, b)
     table = study.tables[a.name, b.name].sort_values("latent", ignore_index=True)
     pairs = _pairs(study, table, here, there)
-    return Comparison(
+    return shape.Comparison(
         schema=SCHEMA,
         study=a.study,
         runs=[side.describe(study) for side in (here, there)],
@@ -158,21 +148,21 @@ class Side:
             made_otherwise=found is None and run.stage_path("scores").exists(),
         )
 
-    def describe(self, study: Study) -> ComparedRun:
+    def describe(self, study: Study) -> shape.ComparedRun:
         n_alive = sum(bool(row["alive"]) for row in self.latents.values())
         facts = vars(study.describe(self.run))
-        return ComparedRun(
+        return shape.ComparedRun(
             **facts, study=self.run.study, n_alive=n_alive, n_explained=len(self.texts), n_scored=len(self.scores)
         )
 
-    def figures(self, latent: int) -> SideOfPair:
+    def figures(self, latent: int) -> shape.SideOfPair:
         """Describe one latent."""
         row, text, score = self.latents[latent], self.texts.get(latent), self.scores.get(latent)
         n, found = row.get("n_firings"), None
         if score is not None:
             estimate = Estimate(score["balanced_accuracy"], score["ba_low"], score["ba_high"])
-            found = LatentScore(estimate, score.get("auroc"))
-        return SideOfPair(
+            found = shape.LatentScore(estimate, score.get("auroc"))
+        return shape.SideOfPair(
             latent=latent,
             alive=bool(row["alive"]),
             n_firings=None if n is None or pd.isna(n) else int(n),
@@ -229,7 +219,7 @@ def _with_common_setup(study: Study, there: Run) -> Study:
 # --- the pairs ----------------------------------------------------------------------------------------------
 
 
-def _pairs(study: Study, table: pd.DataFrame, here: Side, there: Side) -> list[Pair]:
+def _pairs(study: Study, table: pd.DataFrame, here: Side, there: Side) -> list[shape.Pair]:
     alike = compute_similarity(table)
     is_shared = {name: find_shared(table, name, study.view.threshold) for name in DEFINITIONS}
     fired = study.behaviour.get((here.run.name, there.run.name))
@@ -241,7 +231,7 @@ def _pairs(study: Study, table: pd.DataFrame, here: Side, there: Side) -> list[P
         sides = [here.figures(latent), there.figures(int(partner[latent]))]
         scores = [side.score.value.value for side in sides if side.score is not None]
         found.append(
-            Pair(
+            shape.Pair(
                 latent=latent,
                 partner=int(partner[latent]),
                 encoder_partner=int(encoder[latent]) if encoder[latent] >= 0 else None,
@@ -269,15 +259,15 @@ def _agreement(study: Study, table: pd.DataFrame) -> dict[str, Agreement] | None
     return {name: agreement(pairs, mask) for name, mask in kept.items()}
 
 
-def _scored_by(study: Study, there: Side) -> ScoredBy | None:
+def _scored_by(study: Study, there: Side) -> shape.ScoredBy | None:
     if study.setup is None:
         return None
     names = ("explainer", "explainer_model", "judge", "model", "scorer")
     who = {name: study.setup.get(name) or None for name in names}
-    return ScoredBy(**who, other_made_otherwise=there.made_otherwise)
+    return shape.ScoredBy(**who, other_made_otherwise=there.made_otherwise)
 
 
-def _lacking(here: Side, there: Side, pairs: Sequence[Pair]) -> Lacking:
+def _lacking(here: Side, there: Side, pairs: Sequence[shape.Pair]) -> shape.Lacking:
     both = [pair for pair in pairs if pair.n_explained == 2]
     one_sided = [pair for pair in pairs if pair.n_explained == 1]
     entries = []
@@ -285,7 +275,7 @@ def _lacking(here: Side, there: Side, pairs: Sequence[Pair]) -> Lacking:
         place = 0 if pair.sides[0].explanation is None else 1
         side, mine, other = (here, there)[place], pair.sides[place], pair.sides[1 - place]
         is_able = side.can_be_explained(mine.latent)
-        entries.append(Unexplained(side.run.name, mine.latent, other.latent, is_able, mine.without_explanation))
+        entries.append(shape.Unexplained(side.run.name, mine.latent, other.latent, is_able, mine.without_explanation))
     wanting = {entry.run for entry in entries if entry.can_be_explained}
     # A latent without an explanation is explained as a partner, by the other run's command.
     explaining = [one for one, other in ((here, there), (there, here)) if other.run.name in wanting]
@@ -295,7 +285,7 @@ def _lacking(here: Side, there: Side, pairs: Sequence[Pair]) -> Lacking:
     score = command(here.run.root, "score", "--sae", here.run.name, "--sae", there.run.name)
     helps = bool(explaining) or any(_can_be_scored(pair, here, there) for pair in not_scored)
     tables = [side.facts.table for side in (here, there)]
-    return Lacking(
+    return shape.Lacking(
         n_explained_both=len(both),
         n_explained_one=len(one_sided),
         without_explanation=entries,
@@ -306,7 +296,7 @@ def _lacking(here: Side, there: Side, pairs: Sequence[Pair]) -> Lacking:
     )
 
 
-def _can_be_scored(pair: Pair, here: Side, there: Side) -> bool:
+def _can_be_scored(pair: shape.Pair, here: Side, there: Side) -> bool:
     """Whether both latents have a score or can get one."""
     sides = zip(pair.sides, (here, there), strict=True)
     return all(latent.score is not None or latent.latent not in side.untestable for latent, side in sides)
@@ -333,7 +323,7 @@ _ORDERS = {
 }
 
 
-def _sort_key(pair: Pair, sort: Sort | None) -> float:
+def _sort_key(pair: shape.Pair, sort: Sort | None) -> float:
     """Return the value to sort by, -inf if it is unknown: for ``firing``, that of the latent that fires less."""
     values: list[float | None] = [pair.similarity]
     if sort == "gap":
@@ -348,7 +338,7 @@ def _sort_key(pair: Pair, sort: Sort | None) -> float:
     return float(min(known) if sort == "firing" else sum(known) / len(known))
 
 
-def chosen(pairs: Sequence[Pair], choice: PairChoice) -> ChosenPairs:
+def chosen(pairs: Sequence[shape.Pair], choice: PairChoice) -> shape.ChosenPairs:
     """Return the pairs to show, in order; ``n_of`` is how many they are chosen from, and ``says`` describes them.
 
     Chosen from the pairs explained on both sides, else on one, else from all alive ones; in an order by scores, from
@@ -364,10 +354,10 @@ def chosen(pairs: Sequence[Pair], choice: PairChoice) -> ChosenPairs:
     kind = "" if choice.sharing == "any" else f"{choice.sharing} "
     which = f"{len(shown):,} of the {len(kept):,} {kind}pairs {among}, {_ORDERS[choice.sort]}"
     says = which if shown else f"There are no {kind}pairs {among}"
-    return ChosenPairs(f"{says}.", len(kept), [pair.latent for pair in shown], shown)
+    return shape.ChosenPairs(f"{says}.", len(kept), [pair.latent for pair in shown], shown)
 
 
-def _among(pairs: list[Pair], choice: PairChoice) -> tuple[list[Pair], str]:
+def _among(pairs: list[shape.Pair], choice: PairChoice) -> tuple[list[shape.Pair], str]:
     """Return the pairs that can be shown, and what they have in common."""
     if choice.sort in ("score", "gap"):
         return [pair for pair in pairs if pair.score_gap is not None], "that are scored on both sides"

@@ -6,17 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.text import Text
 
-from autointerp.findings.shape import (
-    Alignment,
-    Bimodality,
-    CosineHistogram,
-    Counterparts,
-    FiringNull,
-    FiringTogether,
-    Overlap,
-    Sharing,
-    StudyFindings,
-)
+from autointerp.findings import shape
 from autointerp.report import blocks as doc
 from autointerp.report import charts
 from autointerp.report.charts import STYLE_OF_CLASS
@@ -43,7 +33,7 @@ _THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _LARGEST_MAP = 8  # runs in a table of pairs
 
 
-def overlap(found: Sharing) -> doc.Section:
+def overlap(found: shape.Sharing) -> doc.Section:
     title = f"How much is shared {name_change(found)}"
     says = (
         "Each latent of one SAE is paired with one latent of the other, once by encoder and once by decoder direction; "
@@ -55,7 +45,7 @@ def overlap(found: Sharing) -> doc.Section:
     body: list[doc.Block] = [_definitions(tree)]
     if len(found.compared) < len(found.runs):
         body += explain_missing(found, "overlap")
-    for entry in found.forced if isinstance(found, StudyFindings) else []:
+    for entry in found.forced if isinstance(found, shape.StudyFindings) else []:
         runs = " and ".join(entry.runs)
         body += [f"Also aligned, by --force, with a run of another study: {runs}.", doc.Command(entry.command)]
     threshold = threshold_of(tree.threshold)
@@ -63,7 +53,7 @@ def overlap(found: Sharing) -> doc.Section:
     return doc.Section(title, says, body, [rules, *_pairs(tree), *_growth(tree), _other_thresholds(tree)])
 
 
-def _definitions(tree: Overlap) -> doc.Table:
+def _definitions(tree: shape.Overlap) -> doc.Table:
     rows: doc.Rows = []
     for name in ("strict", "both", "decoder", "lenient"):
         row, style = tree.by(name), "strong" if name == tree.definition else ""
@@ -95,7 +85,7 @@ def _name_chance(value: float | None, bounds: Sequence[float | None] | None) -> 
     return f" (chance level {_with_range(value, bounds)})"
 
 
-def _pairs(tree: Overlap) -> Iterator[doc.Block]:
+def _pairs(tree: shape.Overlap) -> Iterator[doc.Block]:
     """Show the share of each pair of runs: rows for up to three runs, a square for more, the range for many."""
     definition, row = tree.definition, tree.by(tree.definition)
     pairs = {pair: of.value for pair, of in row.pairs.items()}
@@ -132,7 +122,7 @@ def _with_chance(name: str, values: Sequence[float | None], chance: Sequence[flo
     return [*rows, [doc.quiet("chance level"), *(doc.quiet(percent(value)) for value in chance)]] if chance else rows
 
 
-def _growth(tree: Overlap) -> Iterator[doc.Block]:
+def _growth(tree: shape.Overlap) -> Iterator[doc.Block]:
     """Show the shares found in one SAE, in every SAE and in exactly n, as more SAEs are compared."""
     n, null = len(tree.only_one), chance_level(tree.nulls)
     if n < 3:
@@ -146,7 +136,7 @@ def _growth(tree: Overlap) -> Iterator[doc.Block]:
     yield doc.Table([f"in exactly n of {n}", *(f">{i}" for i in range(1, n + 1))], rows)
 
 
-def _other_thresholds(tree: Overlap) -> doc.Table:
+def _other_thresholds(tree: shape.Overlap) -> doc.Table:
     """Show the share at other thresholds, with the decoder definition's chance level, which bounds the others'."""
     sweep, null = tree.sweep, chance_level(tree.nulls)
     names = ("strict", "both", "decoder")
@@ -160,7 +150,7 @@ def _other_thresholds(tree: Overlap) -> doc.Table:
     return doc.Table(heads, rows, [note] if null else [])
 
 
-def similarity(found: Sharing) -> doc.Section:
+def similarity(found: shape.Sharing) -> doc.Section:
     title = "How similar partners are"
     says = (
         "Cosine of each alive latent with its partner, mean of encoder and decoder: 1 is the same direction. "
@@ -169,7 +159,7 @@ def similarity(found: Sharing) -> doc.Section:
     tree, shared = found.similarity, found.overlap
     if tree is None or shared is None:
         return doc.Section(title, says, explain_missing(found, "overlap"))
-    shape, threshold = tree.histogram, shared.threshold
+    cosines, threshold = tree.histogram, shared.threshold
     null, of_overlap = chance_level(tree.null), chance_level(shared.nulls)
     chance = _name_chance(of_overlap.same_partner, of_overlap.same_partner_range) if of_overlap else ""
     words = (
@@ -189,7 +179,7 @@ def similarity(found: Sharing) -> doc.Section:
         level = f"; by chance {decimal(sd, 4)}" if is_known(sd) else ""
         notes = [f"Standard deviation of PW-MCC over pairs of SAEs: {decimal(tree.pw_mcc.sd, 4)}{level}."]
     table = doc.Table(["mean cosine", ">value", "95 % interval", "chance level"], rows, notes)
-    chart = doc.Chart(lambda width, colour: _similarity_chart(shape, threshold, width, colour))
+    chart = doc.Chart(lambda width, colour: _similarity_chart(cosines, threshold, width, colour))
     return doc.Section(title, says, [chart, words], [table])
 
 
@@ -203,7 +193,7 @@ _MEAN_COSINES = {
 }
 
 
-def _modes(dip: Bimodality) -> str:
+def _modes(dip: shape.Bimodality) -> str:
     """Say whether there are two modes, with the test."""
     if not is_known(dip.value.value) or not is_known(dip.p_value):
         return "There are too few cosines to tell one mode from two."
@@ -214,10 +204,10 @@ def _modes(dip: Bimodality) -> str:
     return f"{result}: dip {decimal(dip.value.value)} {interval(dip.value.interval)}{chance}, {p}."
 
 
-def _similarity_chart(shape: CosineHistogram, threshold: float, width: int, has_colour: bool) -> Iterator[Text]:
+def _similarity_chart(cosines: shape.CosineHistogram, threshold: float, width: int, has_colour: bool) -> Iterator[Text]:
     """Draw cosines from 0 to 1, by same or different partner. The few below 0 are in the first column."""
-    first = next(i for i, edge in enumerate(shape.edges) if edge >= 0)
-    same, other = ([sum(c[: first + 1]), *c[first + 1 :]] for c in (shape.same_partner, shape.different_partner))
+    first = next(i for i, edge in enumerate(cosines.edges) if edge >= 0)
+    same, other = ([sum(c[: first + 1]), *c[first + 1 :]] for c in (cosines.same_partner, cosines.different_partner))
     cell = max(1, min(5, width // len(same)))
     width = cell * len(same)
     layers = charts.Layer(other, STYLE_OF_CLASS["one"], "░"), charts.Layer(same, STYLE_OF_CLASS["all"], "█")
@@ -229,7 +219,7 @@ def _similarity_chart(shape: CosineHistogram, threshold: float, width: int, has_
     yield charts.legend(("same partner", "different partners"), has_colour)
 
 
-def counterparts(found: StudyFindings | Alignment) -> doc.Section | None:
+def counterparts(found: shape.StudyFindings | shape.Alignment) -> doc.Section | None:
     """Show what other SAEs have in place of unshared latents: totals over all pairs."""
     tree = found.counterparts
     if tree is None:
@@ -267,7 +257,7 @@ def counterparts(found: StudyFindings | Alignment) -> doc.Section | None:
     return doc.Section("What other SAEs have in place of unshared latents", says, body, details)
 
 
-def _firing_together(tree: FiringTogether, null: FiringNull | None) -> doc.Table:
+def _firing_together(tree: shape.FiringTogether, null: shape.FiringNull | None) -> doc.Table:
     rows: doc.Rows = []
     for name in ("shared", "unshared"):
         # Every pair is seen from both sides, so the mean of p_here is that of p_there.
@@ -280,7 +270,7 @@ def _firing_together(tree: FiringTogether, null: FiringNull | None) -> doc.Table
     return doc.Table(["firing with the …", ">Jaccard", ">by chance", ">P(other | this)", ">by chance"], rows)
 
 
-def _describe_comparison(tree: Counterparts) -> str:
+def _describe_comparison(tree: shape.Counterparts) -> str:
     """Describe the comparison: the number of tokens, its precision, and its chance level."""
     words = ""
     if tree.n_tokens is not None and (gap := tree.jaccard_gap_per_latent) is not None:
@@ -302,7 +292,7 @@ _RELATIONS = {
 }
 
 
-def alignment_page(found: Alignment) -> list[doc.Block | doc.Section | None]:
+def alignment_page(found: shape.Alignment) -> list[doc.Block | doc.Section | None]:
     """Return the page that ``align`` prints: the report's sections about sharing."""
     warning = warn_apart(found.apart)
     return [*warning, overlap(found), similarity(found), counterparts(found)]
