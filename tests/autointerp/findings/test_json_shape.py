@@ -15,7 +15,6 @@ from autointerp.findings.json_values import to_json
 from autointerp.findings.shape import Histogram, Mean
 from sae.common.estimate import UNKNOWN, Estimate
 
-
 KEYS = Path(__file__).with_name("report_keys.txt")
 
 
