@@ -103,11 +103,11 @@ def test_a_copied_run_is_not_another_seed(root: Path) -> None:
 
 def test_swapped_databases_are_told(root: Path) -> None:
     path = root / "run_a" / "journal.sqlite"
-    with sqlite3.connect(root / "cache.sqlite") as other:
+    with sqlite3.connect(root / "other.sqlite") as other:
         other.execute("CREATE TABLE answer (key TEXT)")
         other.execute("PRAGMA user_version = 4")
     other.close()
-    shutil.copyfile(root / "cache.sqlite", path)
+    shutil.copyfile(root / "other.sqlite", path)
     for command in (("report",), ("show", "--latent", 3), ("score",)):
         cli(*command, "--sae", "run_a", "--root", root).failed_in_one_line("journal.sqlite", "another kind")
     path.write_bytes(b"")

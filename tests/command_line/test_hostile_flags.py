@@ -38,6 +38,7 @@ BASE = {
     "show": "--latent 3",
     "compare": "run_a run_b",
     "runs": "",
+    "doctor": "",
 }
 HOSTILE = [
     *("", " ", "x", "nan", "inf", "-inf", "-1", "0", "1", "1.5", "1e400", "1e-400", "1e15", "true", "None", "-", "--"),

@@ -28,7 +28,8 @@ HERE = Path(__file__).parent
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each scenario, with what its ranks left there."""
     folder = tmp_path_factory.mktemp("ranks")
-    places = os.pathsep.join(map(str, (HERE.parents[2], HERE.parent / "firings", HERE.parent / "training")))
+    folders = HERE.parents[2], HERE.parents[1], HERE.parent / "firings", HERE.parent / "training"
+    places = os.pathsep.join(map(str, folders))
     environment = {
         **os.environ,
         "PYTHONPATH": places,

@@ -448,7 +448,8 @@ def test_a_nonfinite_loss_stops_before_the_weights_change(tmp_path: Path) -> Non
 @pytest.mark.parametrize("rate", [1e15, 1e20, 1e30, 1e38])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 def test_a_diverging_training_names_step_and_cause(tmp_path: Path, rate: float, precision: str) -> None:
-    values = settings(learning_rate=rate, precision=precision, checkpoint_steps=1)
+    values = settings(precision=precision, checkpoint_steps=1)
+    values = values.model_copy(update={"learning_rate": rate})  # above the largest that may be given
     with pytest.raises(BadInput, match=r"run_a: .* step \d of 20.*lower training.learning_rate") as caught:
         train(Batches(20), fresh(0), values, folders(tmp_path, 1))
     assert f"at learning rate {rate / 2:.3g}" in str(caught.value) or f"at learning rate {rate:.3g}" in str(
