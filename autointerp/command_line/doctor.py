@@ -111,14 +111,14 @@ def _examine_tables(run: Run) -> str:
     from sae.study.harvest import is_harvested
 
     paths = [path for path in sorted(run.folder.glob("*.parquet")) if len(read_table(path)) >= 0]
-    stale = run.stage_path("firing").is_file() and not is_harvested(run)
+    stale = (run.firings_folder / "store.json").is_file() and not is_harvested(run)
     return "no current firing table; run `harvest`" if stale else f"{len(paths)} can be read"
 
 
 def _examine_journal(run: Run) -> str:
     from autointerp.journal.journal import open_journal
 
-    with open_journal(run) as journal:
+    with open_journal(run, upgrade=False) as journal:
         journal.check()
         return f"{len(journal.explanations())} explanations, {len(journal.verdicts(['truth']))} verdicts"
 
@@ -141,7 +141,7 @@ def _examine_corpus(folder: Path) -> str:
 def _examine_cache(path: Path) -> str:
     from autointerp.llm.client import ResponseCache
 
-    cache = ResponseCache(path)
+    cache = ResponseCache(path, upgrade=False)
     try:
         return f"{cache.check()} answers"
     finally:

@@ -23,7 +23,7 @@ from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import read_table, table_metadata
 from sae.study.align import is_aligned, is_compared, read_behaviours
 from sae.study.harvest import is_harvested
-from sae.study.run import MAIN_SCORER, Run, all_runs
+from sae.study.run import MAIN_SCORER, Run, study_runs
 
 MODEL = ("--llm-url", "URL")
 """Placeholder for the language model's address; without it a command would use the n-gram baseline."""
@@ -220,7 +220,7 @@ class Study:
 
     def forced(self) -> list[list[str]]:
         """Return the pairs of a reported run and a run of another study, aligned by ``align --force``."""
-        ours = {run.name for run in all_runs(self.root) if run.study == self.focus.study}
+        ours = {run.name for run in study_runs(self.focus.study, self.root)}
         pairs = [path.stem.split("--") for path in sorted((self.root / "alignments").glob("*--*.parquet"))]
         return [
             sorted(pair, key=lambda name: name not in ours)

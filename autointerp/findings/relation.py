@@ -67,7 +67,9 @@ class Part:
         weights = None if self.sample is None else self.sample.weights(set(own.index))
         own = own[own["status"] == "ok"]
         columns = ["similarity", "firing_frequency"]
-        table = own[["balanced_accuracy"]].join(self.latents[columns], how="inner").dropna().astype(float)
+        table = (
+            own[["balanced_accuracy"]].join(self.latents.reindex(columns=columns), how="inner").dropna().astype(float)
+        )
         table = table[table["firing_frequency"] > 0]
         joined = pd.DataFrame(
             {

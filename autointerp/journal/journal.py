@@ -92,12 +92,12 @@ _ROUNDS = TypeAdapter(list[list[PlannedContext]])
 _SETTINGS = TypeAdapter(dict[str, Any])
 
 
-def open_journal(run: Run) -> Journal:
-    """Open a run's journal. Raises BadInput if it has been emptied."""
+def open_journal(run: Run, upgrade: bool = True) -> Journal:
+    """Open a run's journal. Raises BadInput if it has been emptied. ``upgrade`` as in :class:`Database`."""
     path = run.journal_path
     if path.is_file() and not path.stat().st_size and run.stage_path("scores").is_file():
         raise BadInput(f"{str(path)!r} is empty, but the run has scores; restore it, or delete both to start again")
-    return Journal(run.journal_path, run.id)
+    return Journal(run.journal_path, run.id, upgrade)
 
 
 class Journal:
@@ -108,9 +108,10 @@ class Journal:
     is no journal, another run's, or of a later version.
     """
 
-    def __init__(self, path: Path, run: str | None = None) -> None:
+    def __init__(self, path: Path, run: str | None = None, upgrade: bool = True) -> None:
         self.path = path
-        self._database = Database(path, MIGRATIONS, "SAEj")
+        self._database = Database(path, MIGRATIONS, "SAEj", upgrade=upgrade)
+        self._notes_owner = upgrade
 
         if run is not None and self._owner(run) != run:
             self.close()
@@ -129,7 +130,7 @@ class Journal:
         """Return the id of the run that this journal belongs to: ``run`` if it belongs to none yet."""
         with self._reading() as connection:
             row = connection.execute("SELECT run FROM owner").fetchone()
-        if row is None:
+        if row is None and self._notes_owner:
             with suppress(Unavailable), self._database.writing() as connection:  # it may be read-only
                 connection.execute("INSERT OR IGNORE INTO owner VALUES (?)", (run,))
         return run if row is None else str(row[0])

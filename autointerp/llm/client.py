@@ -323,8 +323,8 @@ class ResponseCache:
     An answer is committed before it is used. Failures are not kept. Raises BadInput if the file is no such cache.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._database = Database(path, _MIGRATIONS, "SAEc")
+    def __init__(self, path: Path, upgrade: bool = True) -> None:
+        self._database = Database(path, _MIGRATIONS, "SAEc", upgrade=upgrade)
 
     def get(self, key: str) -> Answer | None:
         with self._database.reading() as connection:

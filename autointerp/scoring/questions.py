@@ -25,7 +25,8 @@ from autointerp.scoring.swapping import swap_partners
 from sae.common.commands import command
 from sae.common.errors import BadInput
 from sae.common.files import digest
-from sae.study.run import Run, all_runs
+from sae.common.progress import say
+from sae.study.run import Run, all_runs, split_readable
 
 C = TypeVar("C", Context, PlannedContext)
 
@@ -73,7 +74,13 @@ def parts_of(
     named: Sequence[Run] | None, root: Path, n_swapped: int | None, control_sae_latents: int | None
 ) -> list[Part]:
     """Return the runs that the user named, or all under ``root``, and their control SAEs."""
-    found = [run for run in all_runs(root) if was_explained(run)] if named is None else list(named)
+    if named is None:
+        readable, damaged = split_readable(all_runs(root))
+        for line in damaged.values():
+            say(f"score: {line}")
+        found = [run for run in readable if was_explained(run)]
+    else:
+        found = list(named)
     if not found:
         explain = command(root, "explain")
         raise BadInput(f"no run under {str(root)!r} has explanations to score; make some with `{explain}`")

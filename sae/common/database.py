@@ -28,18 +28,25 @@ class Database:
 
     :param migrations: SQL scripts, run once each, in order; statements are separated by ``;``.
     :param kind: four letters that are kept in the file, so that no file is taken for another kind.
+    :param upgrade: whether an older file is upgraded in place; otherwise a copy in memory is.
     :raises BadInput: the file is not a database of this kind, or a later version of this program wrote it.
     :raises Unavailable: the file cannot be opened, or another process has locked it.
     """
 
     def __init__(
-        self, path: Path, migrations: Sequence[str], kind: str = "", busy_seconds: float = BUSY_SECONDS
+        self,
+        path: Path,
+        migrations: Sequence[str],
+        kind: str = "",
+        busy_seconds: float = BUSY_SECONDS,
+        upgrade: bool = True,
     ) -> None:
         self.path, self._kind = path, int.from_bytes(kind.encode())
         self._lock = threading.RLock()
         self._waiting: list[tuple[Work, asyncio.Future[None]]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        is_read_only = self._is_read_only = path.is_file() and not os.access(path.parent, os.W_OK)
+        is_read_only = path.is_file() and not os.access(path.parent, os.W_OK)
+        self._stays_as_it_is = is_read_only or not upgrade
         address: Path | str = path
         if is_read_only:  # SQLite cannot lock there, but nobody else writes either
             address = f"{path.absolute().as_uri()}?immutable=1"
@@ -57,7 +64,7 @@ class Database:
             )
         try:
             with self._errors():
-                if not is_read_only:
+                if not self._stays_as_it_is:
                     self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = NORMAL")
                 self._connection.execute("PRAGMA foreign_keys = ON")
@@ -81,9 +88,9 @@ class Database:
                 f"{str(self.path)!r} was written by a later version of this program (schema {done}, known "
                 f"{len(migrations)}); update the program"
             )
-        if done == len(migrations) and (kind == self._kind or self._is_read_only):
+        if done == len(migrations) and (kind == self._kind or self._stays_as_it_is):
             return
-        if self._is_read_only:  # an older file: a copy in memory is upgraded
+        if self._stays_as_it_is:  # an older file: a copy in memory is upgraded
             copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
             self._connection.backup(copy)
             self._connection.close()

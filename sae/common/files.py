@@ -125,6 +125,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
+    check_regular(path, "file")
     return parse_json(path.read_text(encoding="utf-8"))
 
 
@@ -167,6 +168,7 @@ def table_columns(path: Path) -> list[str]:
     """Return the names of a table's columns. Raises BadInput if the file is damaged."""
     import pyarrow.parquet as pq
 
+    check_regular(path, "table")
     with _whole(path):
         return list(pq.read_schema(path).names)
 
@@ -177,6 +179,7 @@ def table_metadata(path: Path) -> dict[str, Any]:
         return {}
     import pyarrow.parquet as pq
 
+    check_regular(path, "table")
     with _whole(path):
         footer = pq.read_metadata(path)
         schema = footer.schema.to_arrow_schema()
@@ -218,6 +221,7 @@ def digest(value: Any) -> str:
 
 def digest_file(path: Path, first_bytes: int | None = None) -> str:
     """Return the SHA-256 of a file, or of its first ``first_bytes`` bytes."""
+    check_regular(path, "file")
     with path.open("rb") as stream:
         if first_bytes is not None:
             return hashlib.sha256(stream.read(first_bytes)).hexdigest()

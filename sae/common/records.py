@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sae.common.errors import BadInput, SettingsDiffer
-from sae.common.files import SCHEMA, digest, write_json
+from sae.common.files import SCHEMA, check_regular, digest, write_json
 
 OPEN = ConfigDict(extra="allow", strict=True)  # of records: later versions may add keys
 PIECE_BYTES = 1 << 22
@@ -34,6 +34,7 @@ def read_record(path: Path, kind: type[_T], fix: str) -> _T:
 
     Raises FileNotFoundError, SettingsDiffer for another schema, BadInput for damage.
     """
+    check_regular(path, "record")
     try:
         record = json.loads(path.read_bytes())
         if not isinstance(record, dict):
@@ -77,6 +78,7 @@ def check_pieces(path: Path, digests: Sequence[str], first: int = 0, last: int |
     """Return whether the pieces that hold bytes ``first`` to ``last`` (exclusive) match; each is read once."""
     if not digests:
         return True
+    check_regular(path, "file")
     status = path.stat()
     stop = len(digests) if last is None else min(len(digests), -(-last // PIECE_BYTES))
     for number in range(first // PIECE_BYTES, stop):

@@ -36,7 +36,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from sae.common.errors import BadInput, NotFound
-from sae.common.files import digest
+from sae.common.files import check_regular, digest
 from sae.common.records import OPEN, check_pieces, read_record
 
 if TYPE_CHECKING:
@@ -448,6 +448,7 @@ def create_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np
 
 def map_array(path: Path) -> np.memmap[Any, Any]:
     """Map a ``.npy`` file; raise OSError, ValueError or EOFError if it is missing or cut short."""
+    check_regular(path, "file")
     array: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 

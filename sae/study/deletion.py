@@ -19,7 +19,7 @@ from sae.common.errors import BadInput, NotFound, UserError, suggest
 from sae.study.run import Run, all_runs, check_name, split_readable
 from sae.study.stage import lock_study
 
-_TITLE = b": which latents come back, and what they mean</title>"  # of autointerp/report/html/page.html
+_PAGE_TITLE = b": which latents come back, and what they mean</title>"  # of autointerp/report/html/page.html
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,15 @@ def _pair_files(root: Path) -> list[Path]:
     return sorted(path for path in files if path.suffix in (".parquet", ".json") and not path.name.startswith("."))
 
 
+def is_page(path: Path) -> bool:
+    """Return whether a file is an HTML report of this program."""
+    return path.is_file() and _PAGE_TITLE in path.read_bytes()
+
+
 def _is_report(path: Path) -> bool:
     """Return whether a page is this program's report of the run that the file is named after."""
-    if not path.is_file() or path.is_symlink():
-        return False
-    page = path.read_bytes()
-    return _TITLE in page and f"Latents of <bdi>{path.stem}</bdi>".encode() in page
+    is_ours = not path.is_symlink() and is_page(path)
+    return is_ours and f"Latents of <bdi>{path.stem}</bdi>".encode() in path.read_bytes()
 
 
 def _add(plan: Plan, kind: str, paths: Sequence[Path]) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae.common.amounts import human
-from sae.common.errors import BadInput, NotFound
+from sae.common.errors import BadInput, NotFound, UserError
 from sae.common.files import digest, write_table
 from sae.common.parallel import join_ranks_at_text
 from sae.common.progress import say
 from sae.common.ranks import Job
 from sae.study.controls import find_controls
-from sae.study.run import Run, all_runs
+from sae.study.run import Run, all_runs, split_readable
 from sae.study.stage import Compute, Source, check_same_inputs, get_source_key, lock_study, open_source
 
 if TYPE_CHECKING:
@@ -102,11 +102,18 @@ def _harvest_group(source: Source, runs: list[Run], tokens: int, job: Job) -> No
 
 def _delete_unused_caches(source: Source, root: Path) -> None:
     """Delete the activation caches of hookpoints whose runs are all harvested: later stages read the stores."""
-    readers = [run for run in all_runs(root) if run.record["corpus"]["key"] == source.corpus.key]
+    every, damaged = split_readable(all_runs(root))
+    if damaged:  # they may need a cache
+        return
+    readers = [run for run in every if run.record["corpus"]["key"] == source.corpus.key]
     begun = [run for run in readers if run.is_trained or run.state_folder.is_dir()]
     for hookpoint, stream in source.streams.items():
         own = [run for run in begun if run.record["hookpoint"] == hookpoint]
-        if stream.cache is not None and all(map(is_harvested, own)):
+        try:
+            is_unused = all(map(is_harvested, own))
+        except (UserError, OSError):  # another run is damaged and may have to be harvested again
+            continue
+        if stream.cache is not None and is_unused:
             stream.cache.delete()
 
 

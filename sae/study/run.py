@@ -27,7 +27,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from sae.common.commands import DEFAULT_ROOT, command
-from sae.common.errors import BadInput, NotFound, SettingsDiffer, suggest
+from sae.common.errors import BadInput, NotFound, SettingsDiffer, UserError, suggest
 from sae.common.files import digest, digest_file, mapping_differences, read_table, table_metadata
 from sae.common.package_data import TOP
 from sae.common.records import OPEN, check_pieces, digest_pieces, read_record
@@ -395,7 +395,7 @@ def study_runs(study: str, root: Path) -> list[Run]:
     def belongs(run: Run) -> bool:
         try:
             return run.study == study
-        except BadInput:
+        except (UserError, OSError):
             if run.name.startswith(f"{study}_"):  # probably of this study; others do not matter here
                 raise
             return False

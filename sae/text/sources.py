@@ -134,6 +134,9 @@ def _read_all(paths: list[Path], column: str) -> Iterator[Document]:
         yield from read_json_lines(path, column) if path.suffix.lower() in JSON_LINES else read_pieces(path)
 
 
+_FACTS = ([str, int], [str, type(None)])  # types of sha256 and not_text_at
+
+
 class FileFacts(NamedTuple):
     sha256: str
     size: int
@@ -148,7 +151,8 @@ class Hashes:
         self._known: dict[str, Any] = {}
         with suppress(OSError, UserError):
             record = read_record(memo, dict[str, Any], "")
-            self._known = record.get("files", record)  # older ones have no key above the files
+            files = record.get("files", record)  # older ones have no key above the files
+            self._known = files if isinstance(files, dict) else {}
         self._changed = False
 
     def facts(self, path: Path) -> FileFacts:
@@ -157,7 +161,7 @@ class Hashes:
             status = path.stat()
             key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns]
             kept = self._known.get(key)
-            if isinstance(kept, list) and kept[:2] == stamp and len(kept) == 4 and isinstance(kept[2], str):
+            if isinstance(kept, list) and kept[:2] == stamp and [type(v) for v in kept[2:]] in _FACTS:
                 return FileFacts(kept[2], status.st_size, kept[3])
             facts = _read_facts(path)
         except OSError as error:

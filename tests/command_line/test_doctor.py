@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from pathlib import Path
@@ -113,3 +114,66 @@ def test_swapped_databases_are_told(root: Path) -> None:
     path.write_bytes(b"")
     for command in (("report",), ("show", "--latent", 3)):
         cli(*command, "--sae", "run_a", "--root", root).failed_in_one_line("journal.sqlite", "is empty")
+
+
+def set_application_id(path: Path, application_id: int) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute(f"PRAGMA application_id = {application_id}")
+    connection.close()
+
+
+def test_doctor_upgrades_no_journal(root: Path) -> None:
+    path = root / "run_a" / "journal.sqlite"
+    set_application_id(path, 0)
+    before = path.read_bytes()
+    assert checks(root, "--sae", "run_a")["run_a journal"][0] == "ok"
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob("journal.sqlite-*"))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "run_b/run.json",
+        "run_a/weights.json",
+        "run_a/latents.firing.parquet",
+        "run_a/firings/store.json",
+        "run_a/firings/index-*/positions.npy",
+        "alignments/run_a--run_b.json",
+        "alignments/run_a--run_b.parquet",
+        "alignments/dips.json",
+        "corpora/*/corpus.json",
+    ],
+)
+def test_a_pipe_among_the_files_blocks_nothing(root: Path, part: str) -> None:
+    cli("report", "--root", root).well()
+    path = next(root.glob(part))
+    path.unlink()
+    os.mkfifo(path)
+    for command in ("doctor", "report"):
+        ran = cli(command, "--sae", "run_a", "--root", root)
+        assert ran.code in (0, 1)
+        assert "Traceback" not in ran.err
+
+
+def test_a_lost_firing_table_is_reported(root: Path) -> None:
+    (root / "run_a" / "latents.firing.parquet").unlink()
+    assert checks(root)["run_a tables"] == ("note", "no current firing table; run `harvest`")
+    ran = cli("report", "--sae", "run_a", "--root", root).well()
+    assert "harvest --sae run_a" in " ".join(ran.out.split())
+
+
+@pytest.mark.parametrize("damage", ["[]", '{"schema": 99}'])
+def test_another_damaged_study_stops_no_command(root: Path, damage: str) -> None:
+    (root / "theirs_a").mkdir()
+    (root / "theirs_a" / "run.json").write_text(damage)
+    shutil.rmtree(root / "run_a" / "firings")
+    for command in (
+        "harvest --sae run_a",
+        "align run_a run_b",
+        "score",
+        "report --sae run_a",
+        "runs --prune --dry-run",
+    ):
+        cli(*command.split(), "--root", root).well()

@@ -52,6 +52,15 @@ def test_windows_is_refused_in_one_line(start: str) -> None:
     assert "WSL" in line
 
 
+@pytest.mark.parametrize("threads", ["0", "00", "x", "-1", "1.5", ""])
+def test_a_bad_number_of_threads_is_refused(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_NUM_THREADS", threads)
+    ran = python("import runpy; runpy.run_path('cli.py', run_name='__main__')", "--help")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("error: NUMBA_NUM_THREADS must be a whole number")
+
+
 @pytest.mark.parametrize("imported", ["import sae", "import sae.study.run", "from autointerp import Run"])
 def test_an_import_on_windows_says_why(imported: str) -> None:
     refused = python(ON_WINDOWS + imported)

@@ -31,7 +31,9 @@ from autointerp.report.html.details import BUDGET, details_of, json_in_script
 from autointerp.report.html.figures import Figure, figures_of
 from autointerp.report.visible import visible
 from sae.common.amounts import decimal, interval
+from sae.common.errors import BadInput
 from sae.common.files import atomic
+from sae.study.deletion import is_page
 from sae.study.run import Run
 
 SCRIPTS = ("base.js", "plots.js", "figures.js", "table.js", "detail.js", "main.js")
@@ -49,11 +51,13 @@ def write_report(run: Run, study: Sequence[Run], path: Path | None = None, **vie
     """Write the report of ``study`` with focus run ``run`` to ``path`` (default: reports/RUN.html under the root).
 
     ``view`` is as in :func:`autointerp.findings.study.findings_of`. Return the path, and the numbers of bytes, of
-    latents, and of latents with details.
+    latents, and of latents with details. Raises BadInput if ``path`` holds something else than a report.
     """
+    path = path or run.root / "reports" / f"{run.name}.html"
+    if path.exists() and not is_page(path):
+        raise BadInput(f"{str(path)!r} exists and holds something else; delete it, or name another file with --to")
     opened = Study.open(run.root, [r.name for r in study], View(run.name, **view))
     page = render(study_findings(opened, open_contexts(run)), opened)
-    path = path or run.root / "reports" / f"{run.name}.html"
     content = page.html.encode()
     with atomic(path) as temporary:
         temporary.write_bytes(content)

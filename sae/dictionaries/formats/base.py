@@ -19,6 +19,8 @@ from sae.common.errors import BadInput, NotFound
 from sae.common.files import atomic, read_json
 from sae.dictionaries.sae import Sae
 
+_DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+
 
 class Opened(NamedTuple):
     """A dictionary that was read, and the changes to its weights."""
@@ -106,6 +108,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     check_exists(path)
     try:
         with safe_open(path, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                if (dtype := stored.get_slice(name).get_dtype()) not in _DTYPES:
+                    raise BadInput(f"{path}: {name} has dtype {dtype}, which cannot be read; convert it to F32")
             # Copied out of the mapped file: its tensors may lie at any address, and then BLAS may round differently.
             return {name: stored.get_tensor(name).to(torch.float32, copy=True) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

@@ -372,6 +372,12 @@ def test_the_command_reports_its_file_and_size(untouched_copy: Path) -> None:
     assert json_said["n_latents"] == 64
 
 
+def test_a_page_replaces_no_other_file(untouched: Path) -> None:
+    record = untouched / "run_a" / "run.json"
+    ran = cli("report", "--html", "--to", record, "--root", untouched)
+    ran.failed_in_one_line("run_a/run.json", "holds something else")
+
+
 def test_a_study_without_corpus_has_a_page(untouched_copy: Path) -> None:
     (untouched_copy / "corpora").rename(untouched_copy / "gone")
     cli("report", "--html", "--root", untouched_copy).well()

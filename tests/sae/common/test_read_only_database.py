@@ -35,3 +35,16 @@ def test_a_read_only_folder_is_read(has_log: bool, tmp_path: Path, monkeypatch: 
         connection.execute("INSERT INTO t VALUES (8)")
     opened.close()
     assert sorted(kept.parent.iterdir()) == before
+
+
+def test_an_older_file_is_upgraded_on_demand(tmp_path: Path) -> None:
+    path = tmp_path / "older.sqlite"
+    Database(path, TABLE).close()
+    before, newer = path.read_bytes(), (*TABLE, "CREATE TABLE u (y)")
+    reader = Database(path, newer, upgrade=False)
+    with reader.reading() as connection:
+        assert connection.execute("SELECT y FROM u").fetchall() == []
+    reader.close()
+    assert path.read_bytes() == before
+    Database(path, newer).close()
+    assert path.read_bytes() != before

@@ -94,6 +94,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[UserError], str]] = {
     "other keys": (stored(lambda t: t.update(W_enc=t.pop("encoder.weight"))), BadInput, "encoder.weight missing"),
     "wrong shape": (stored(lambda t: t.update(b_dec=torch.zeros(D + 1))), BadInput, r"b_dec has shape \[9\].*\[8\]"),
     "not a number": (stored(lambda t: t["W_dec"].fill_(torch.nan)), BadInput, "W_dec holds NaN"),
+    "complex numbers": (
+        stored(lambda t: t.update(b_dec=t["b_dec"].to(torch.complex64))),
+        BadInput,
+        "b_dec has dtype C64",
+    ),
+    "four bits": (
+        stored(lambda t: t.update(b_dec=torch.zeros(D // 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))),
+        BadInput,
+        "b_dec has dtype F4",
+    ),
     "skip": (stored(lambda t: t.update(W_skip=torch.zeros(D, D))), BadInput, "skip connection"),
     "no json": (lambda f: (f / "cfg.json").write_text("{"), BadInput, "not valid JSON"),
     "binary json": (lambda f: (f / "cfg.json").write_bytes(b"\xff\xfe"), BadInput, "not valid JSON"),

@@ -128,9 +128,10 @@ def test_a_remembered_hash_does_not_hide_a_change(neox: tuple[Any, str], folder:
     text = (folder / "03.txt").read_text()
     (folder / "03.txt").write_text(text.swapcase())  # the same size, a new modification time
     assert prepare_corpus(text_settings(folder), *neox, tmp_path).key != first.key
-    (tmp_path / "corpora" / "hashes.json").write_text("{ damaged")
     (folder / "03.txt").write_text(text)
-    assert prepare_corpus(text_settings(folder), *neox, tmp_path).key == first.key
+    for damaged in ("{ damaged", '{"files": []}', '{"files": 3}', '{"files": {"a": [1, 2, "x", "y"]}}'):
+        (tmp_path / "corpora" / "hashes.json").write_text(damaged)
+        assert prepare_corpus(text_settings(folder), *neox, tmp_path).key == first.key
 
 
 def test_special_tokens_in_text_are_recognised(neox: tuple[Any, str], tmp_path: Path) -> None:
