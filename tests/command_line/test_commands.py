@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 import socket
@@ -378,6 +379,7 @@ def test_score_goes_on_explaining_where_it_was_stopped(root: Path, monkeypatch: 
     with monkeypatch.context() as patched:
         patched.setattr(NgramExplainer, "explain", stops)
         assert cli("score", "--sae", "run_b", "--root", root).code == 130
+    gc.collect()  # the stopped task is reported now: later, within `ast.parse`, that is an error of CPython 3.11
     assert len(journal(root / "run_b" / "journal.sqlite")["explanation"]) == 3
     assert cli("score", "--sae", "run_b", "--root", root, "--json").well().json["n_done"] == whole
     # Once it is through, what is asked for by hand stays what is scored.
