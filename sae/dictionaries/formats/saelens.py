@@ -54,6 +54,9 @@ def read(folder: Path) -> Opened:
     d_in, num_latents = base.positive_int(config, "d_in", path, NAME), base.positive_int(config, "d_sae", path, NAME)
     k = _k(config, architecture, path)
     base.check_k(k, num_latents, path)
+    for key in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+        if not isinstance(config.get(key, False), bool):
+            raise BadInput(f"{path}: {key} = {config[key]!r:.60} is neither true nor false; fetch the checkpoint again")
     factor = _activation_factor(config, folder)
     tensors = base.read_safetensors(folder / WEIGHTS)
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, num_latents), "W_dec": (num_latents, d_in), "b_dec": (d_in,)}

@@ -149,6 +149,11 @@ BAD: dict[str, tuple[Callable[[Path], object], type[UserError], str]] = {
         BadInput,
         "its threshold was never measured",
     ),
+    "a flag that is a number": (
+        lambda f: saelens_bad(f, {"apply_b_dec_to_input": -1}),
+        BadInput,
+        "apply_b_dec_to_input = -1 is neither true nor false",
+    ),
     "no description": (lambda f: without(f, "config.json"), NotFound, "it has no config.json"),
     "no weights": (lambda f: without(f, "ae.pt"), NotFound, "ae.pt is missing"),
 }
