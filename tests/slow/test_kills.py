@@ -118,7 +118,7 @@ def contents(root: Path) -> dict[str, Any]:
         if "/activations/" in name or path.name == "hashes.json":
             continue
         if path.name == "run.json":
-            found[name] = {k: v for k, v in read_json(path).items() if k not in ("created", "git_commit")}
+            found[name] = {k: v for k, v in read_json(path).items() if k not in ("created", "git_commit", "digest")}
         elif path.suffix == ".parquet":
             found[name] = [{k: plain(v) for k, v in row.items()} for row in records(read_table(path))]
         else:
