@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
-BASELINE = "ngram"  # the explainer that explains beside every other one, and the judge of its sentences
+BASELINE = "ngram"  # explains the latents of every other explainer too, and judges its own sentences
 CHANCE = 0.5  # the balanced accuracy, and the AUROC, of a judge who knows nothing
 ENOUGH_TO_CALL_DEAD = 1_000_000  # tokens without a firing before the word is used
 
