@@ -75,9 +75,10 @@ def finish_with_runs(
         return [progress_of(run) for run in found]
 
     def render() -> None:
-        from autointerp.report.rendering import render_runs
+        from autointerp.report.stages import runs_page
+        from autointerp.report.terminal import print_page
 
-        render_runs(progress(), root=root, damaged=list(damaged))
+        print_page(runs_page(progress(), root, list(damaged)))
 
     said = {"damaged": list(damaged.values())} if damaged else {}
     finish(as_json, command, lambda: {"runs": progress(), **said}, render)
