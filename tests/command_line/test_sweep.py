@@ -117,7 +117,7 @@ def _stop(*_: Any, **__: Any) -> None:
         pytest.param(autointerp.command_line.sweeping, "align_runs", 1, marks=pytest.mark.slow),
         (autointerp.command_line.sweeping, "explain_runs", 1),
         pytest.param(autointerp.command_line.sweeping, "score_runs", 2, marks=pytest.mark.slow),
-        pytest.param(autointerp.findings.sweep_table, "write_json", 0, marks=pytest.mark.slow),
+        pytest.param(autointerp.findings.sweep_table, "write_record", 0, marks=pytest.mark.slow),
     ],
     ids=["before the harvest", "while aligning", "while explaining", "while scoring", "between the two tables"],
 )
