@@ -224,7 +224,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--tokens", nargs="+", type=int, default=[250_000, 1_000_000])
     parser.add_argument("--shapes", nargs="+", metavar="MxK", default=["2048x8", "8192x32"])
-    parser.add_argument("--sides", nargs="+", choices=("delphi",), default=["delphi"], help="peers; none: bare alone")
+    parser.add_argument("--sides", nargs="*", choices=("delphi",), default=["delphi"], help="peers; none: bare alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scratch", help="where the stores are written; default: the system's place")
