@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,21 @@ class Conversation:
     def messages(self, **values: Any) -> tuple[Message, ...]:
         """Return all messages, with the question rendered from ``values``, which are not read as templates."""
         return (*self.prefix, {"role": "user", "content": self.request.render(values).strip()})
+
+    @property
+    def instructions(self) -> str:
+        return self.prefix[0]["content"]
+
+    @property
+    def examples(self) -> list[str]:
+        """The text of each solved example, question and answer."""
+        texts = [message["content"] for message in self.prefix[1:]]
+        return [f"{question}\n{answer}" for question, answer in zip(texts[::2], texts[1::2], strict=True)]
+
+    def without(self, example: int) -> Conversation:
+        """Return the conversation without one of its examples, counted from 0, under the same hash."""
+        start = 1 + 2 * example
+        return replace(self, prefix=self.prefix[:start] + self.prefix[start + 2 :])
 
 
 def load(name: str, folder: Path = FOLDER) -> str:

@@ -198,7 +198,7 @@ def _of_part(part: Part, scorer_name: str, judge: ModelJudge, rule: StoppingRule
     asked_by = judge.of_marks() if tests.scorer.marked else judge
     with open_journal(part.run) as journal:
         labels = journal.labels(**tests.set_up(asked_by)._asdict(), replicate=0)
-        for question in questions_of(part, part.readable(journal, judge)):
+        for question in questions_of(part, part.readable(journal, judge))[0]:
             answers = labels.get(question.key, {})
             done = {window for window, label in answers.items() if label is not None}
             asked.before += len(done)

@@ -5,7 +5,7 @@ Controls cost as much as the scores, so with a language model only a sample of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -165,26 +165,37 @@ def has_more_than_baseline(journal: Journal) -> bool:
     return bool((journal.explanations()["explainer"] != BASELINE).any())
 
 
-def questions_of(part: Part, readable: pd.DataFrame) -> list[Question]:
+def questions_of(part: Part, readable: pd.DataFrame) -> tuple[list[Question], int]:
     """Return the questions for each wanted readable explanation (:meth:`Part.readable`), and its controls.
 
     The explanation used for a control does not depend on ``wanted``, so scoring more latents later keeps the controls.
+    The number is of the wanted latents that can have no control, because no dissimilar latent has another text.
     """
     own = [_question(row) for row in records_of(part.wanted(readable))]
-    return [*own, *_controls(part.run, readable, part.n_swapped, part.latents)]
+    controls, n_lacking = _controls(part.run, readable, part.n_swapped, part.latents)
+    return [*own, *controls], n_lacking
 
 
-def _controls(run: Run, explanations: pd.DataFrame, n: int | None, wanted: Set[int] | None) -> Iterator[Question]:
-    """Pair up to ``n`` latents of each set-up with the explanation of a dissimilar latent."""
+def _controls(
+    run: Run, explanations: pd.DataFrame, n: int | None, wanted: Set[int] | None
+) -> tuple[list[Question], int]:
+    """Pair up to ``n`` latents of each set-up with the explanation of a dissimilar latent; count those without one."""
+    controls: list[Question] = []
+    n_lacking = 0
     if n == 0 or explanations.empty:
-        return
+        return controls, n_lacking
     decoder = run.read_decoder()
     for _, group in explanations.groupby(["explainer", "settings_hash", "prompt_hash", "model", "draw"]):
         own = {question.latent: question for question in map(_question, records_of(group))}
-        chosen = swap_partners(sorted(own), decoder, run.store(), seed=run.settings.contexts.sample_seed)
-        for latent in _first_by_hash([x for x in chosen if wanted is None or x in wanted], n):
-            other = own[chosen[latent]]
-            yield replace(own[latent], explanation_id=other.explanation_id, text=other.text, control="swap")
+        texts = {latent: question.text for latent, question in own.items()}
+        seed = run.settings.contexts.sample_seed
+        partners = swap_partners(sorted(own), decoder, run.store(), texts=texts, seed=seed)
+        asked = own.keys() if wanted is None else own.keys() & wanted
+        n_lacking += len(asked - partners.keys())
+        for latent in _first_by_hash(sorted(asked & partners.keys()), n):
+            other = own[partners[latent]]
+            controls.append(replace(own[latent], explanation_id=other.explanation_id, text=other.text, control="swap"))
+    return controls, n_lacking
 
 
 def _question(explanation: Mapping[str, Any]) -> Question:

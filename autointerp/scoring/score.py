@@ -168,7 +168,11 @@ async def _score_run(
                 f"{run.name}: skipped {len(explanations) - len(readable)} explanations that are not by {judge.reads}, "
                 f"because the judge {judge.name} reads no others; to judge them give --llm-url or another --judge"
             )
-        questions = questions_of(part, readable)
+        questions, n_lacking = questions_of(part, readable)
+        if n_lacking:
+            outcome.notes.append(
+                f"{run.name}: {n_lacking} explanations have no swapped control: no dissimilar latent has another text"
+            )
         if not all(map(asking.is_done, questions)):
             n_swapped = sum(question.control != "none" for question in questions)
             of = f"{scorer.name}, {n_swapped:,} of them swapped controls" if n_swapped else scorer.name

@@ -14,6 +14,7 @@ import pandas as pd
 
 from autointerp.contexts.material import Material
 from autointerp.contexts.sampling import EXPLAINED_BY
+from autointerp.explaining.copies import normalise
 from autointerp.journal.journal import Journal, PlannedContext, SetUp
 from autointerp.journal.method import BASELINE
 from autointerp.llm.opening import get_capabilities
@@ -79,7 +80,8 @@ def score_table(
 ) -> pd.DataFrame:
     """Return one row per explanation, judge set-up and control, from the verdicts; failed explanations are rows too.
 
-    Contexts of the test set without a verdict count as failed. Verdicts of removed scorers make no rows.
+    Contexts of the test set without a verdict count as failed. Verdicts of removed scorers make no rows, nor do swapped
+    controls with the latent's own text, which earlier versions drew.
 
     Args:
         old: rows of an earlier table, kept if the test set of their verdicts is not in the journal.
@@ -89,6 +91,7 @@ def score_table(
     explanations = {row["id"]: row for row in records_of(journal.explanations())}
     adaptive = {key: settings.get("adaptive") for key, settings in journal.setups().items()}
     before = {_place(row): row for row in old}
+    own = {_explainer(row): normalise(row["text"]) for row in explanations.values() if row["status"] == "ok"}
     rows: list[Row] = []
     for set_up in (SetUp(*of[:5]) for of in journal.state()["verdicts"]):
         if set_up.scorer not in SCORERS:
@@ -98,7 +101,13 @@ def score_table(
         verdicts = journal.verdicts(**set_up._asdict()).sort_values("context", kind="stable")
         for key, group in verdicts.groupby(["explanation_id", "latent", "control", "replicate"], sort=True):
             number, latent, control, replicate = cast(tuple[int, int, str, int], key)
-            row = {**_explained_by(latent, explanations[number]), **_judged_by(set_up)}
+            if advance:
+                advance(len(group))
+            explained = explanations[number]
+            mine = own.get(_explainer({**explained, "latent": latent}))
+            if control == "swap" and mine == normalise(explained["text"]):
+                continue
+            row = {**_explained_by(latent, explained), **_judged_by(set_up)}
             row |= {"control": control, "replicate": replicate}
             rounds = test_sets.get(latent)
             if rounds is None and _place(row) in before:
@@ -106,8 +115,6 @@ def score_table(
             else:
                 scores = _score(set_up.scorer, group, rounds, adaptive.get(set_up.settings_hash))
                 rows.append({**row, **scores.as_columns()})
-            if advance:
-                advance(len(group))
     rows.sort(key=_place)
     known = [row for row in untested if row["explanation_id"] in explanations]
     rows += sorted(known, key=lambda row: (row["scorer"], row["settings_hash"], *_place(row)))
@@ -156,6 +163,11 @@ def _judged_by(set_up: SetUp) -> Row:
     """Return the columns that say who judged, and how."""
     same = {key: getattr(set_up, key) for key in ("judge", "model", "scorer", "settings_hash")}
     return {**same, "judge_prompt_hash": set_up.prompt_hash}
+
+
+def _explainer(explanation: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the latent of an explanation, and how it was explained."""
+    return tuple(explanation[name] for name in ("latent", "draw", *EXPLAINED_BY))
 
 
 def _explained_by(latent: int, explanation: Mapping[str, Any]) -> Row:

@@ -2,12 +2,13 @@
 
 Contexts, judge, prompts, and the style and length of the explanations stay the same. So any score above one half (a
 judge that leans to "yes" on rich contexts, latents that fire in most of the text) does not come from the explanation.
-The other latent must be dissimilar: neither point the same way nor fire in the same windows.
+The other latent must be dissimilar: neither point the same way nor fire in the same windows. Its explanation must be
+another text, or the control would be no control.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
 
+from autointerp.explaining.copies import normalise
 from sae.firings.store import mix_bits
 
 Ints = NDArray[np.int64]
@@ -38,6 +40,7 @@ def swap_partners(
     W_dec: NDArray[np.floating],
     store: FiringWindows | None = None,
     *,
+    texts: Mapping[int, str] | None = None,
     seed: int = 0,
     max_cosine: float = 0.2,
     max_cofiring: float = 0.1,
@@ -45,13 +48,15 @@ def swap_partners(
     """Return for each latent another of ``latents`` by whose explanation it is judged.
 
     Latents are placed on a ring by a hash of the seed and their number, and take one of the next ones: all different if
-    possible, and near, so that adding latents changes few pairs. Latents without a dissimilar candidate are skipped.
+    possible, and near, so that adding latents changes few pairs. Latents without a candidate that is dissimilar and has
+    another text are skipped.
 
     Args:
         latents: n latents, each with an explanation.
         W_dec: [M, D] the decoder; partners have a cosine below ``max_cosine`` in absolute value.
         store: the firings; partners have a correlation of firing in a window (phi) below ``max_cofiring`` in absolute
             value. Without it only the decoder is used.
+        texts: the explanations; without them all count as different.
     Returns:
         Latent to partner, in the order of ``latents``.
     """
@@ -60,8 +65,12 @@ def swap_partners(
     n, tried = len(ring), min(CANDIDATES, len(ring) - 1)
     if n < 2:
         return {}
-    following = (np.arange(n)[:, None] + np.arange(1, tried + 1)) % n
+    text = np.arange(n)  # [n] equal numbers for equal texts
+    if texts is not None:
+        text = np.unique([normalise(texts[latent]) for latent in ring.tolist()], return_inverse=True)[1]
+    following = _following(text, tried)
     allowed = _dissimilar_directions(np.asarray(W_dec[ring], dtype=np.float64), following, max_cosine)
+    allowed &= text[following] != text[:, None]
     if store is not None:
         allowed &= _fire_apart(ring, store, following, max_cofiring)
     has_any = np.flatnonzero(allowed.any(1))
@@ -69,6 +78,17 @@ def swap_partners(
     partner[has_any] = _assign(allowed[has_any], following[has_any], n)
     found = {int(ring[i]): int(ring[partner[i]]) for i in has_any}
     return {latent: found[latent] for latent in latents if latent in found}
+
+
+def _following(text: Ints, tried: int) -> Ints:
+    """Return the next places on the ring that have another text, [n, tried]; a row that lacks some ends in its own."""
+    n = len(text)
+    following = (np.arange(n)[:, None] + np.arange(1, tried + 1)) % n
+    for row in np.flatnonzero((text[following] == text[:, None]).any(1)).tolist():
+        others = (row + 1 + np.flatnonzero(np.roll(text, -row - 1) != text[row])[:tried]) % n
+        following[row] = row
+        following[row, : len(others)] = others
+    return following
 
 
 def _dissimilar_directions(rows: NDArray[np.float64], following: Ints, most: float) -> Bools:

@@ -1,7 +1,8 @@
 """Explain a latent by showing a language model where it fires (after Paulo et al. 2024, arXiv 2410.13928).
 
 The model sees text with the firing pieces marked and nothing else. Its answer ends in one line, ``[EXPLANATION]: …``;
-an answer without that line is a failure.
+an answer without that line is a failure. If it repeats one of the prompt's examples, the model is asked once more
+without that example. A copy in the second answer is a failure, and so is a copy of the instructions.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from autointerp.contexts.marking import choose_marks, mark_text
+from autointerp.explaining.copies import find_copied
 from autointerp.explaining.explainers.base import Explanation
+from autointerp.journal.usage import Usage
 from autointerp.llm.capabilities import Capabilities
 from autointerp.llm.client import LlmClient
-from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
-from autointerp.llm.prompts import conversation
+from autointerp.llm.exchange import Answer, AnswerFailed, Request, one_line, without_thinking
+from autointerp.llm.prompts import Conversation, conversation
 from sae.common.files import digest
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 LONGEST = 1500  # most characters of an explanation
 THRESHOLD = 0.3  # tokens above this share of a context's peak activation are marked
+_COPY_SHOWN = 80  # characters of a copied text in the reason
 MAX_TOKENS = 1000  # of the answer, thinking included; doubled for answers that were cut off
 
 _FORMAT = 1  # part of the settings hash: raise it when the same contexts would be written out differently
@@ -74,18 +78,28 @@ class LlmExplainer:
         """Ask for one sentence about ``contexts``; ``latent`` and ``background`` are not shown to the model."""
         if not contexts:
             return Explanation(None, "no contexts to explain from")
-        try:
-            text, answer = await self._client.ask(self.request(contexts), parse_explanation)
-        except AnswerFailed as failed:
-            return Explanation(None, failed.reason, failed.usage)
-        return Explanation(text, usage=answer.usage)
+        shown, usage = self._conversation, Usage()
+        for _ in range(2):
+            try:
+                # A copy is accepted here, so that it is kept in the cache and never paid for again.
+                text, answer = await self._client.ask(self.request(contexts, shown), parse_explanation)
+            except AnswerFailed as failed:
+                return Explanation(None, failed.reason, usage + failed.usage)
+            usage += answer.usage
+            copied = find_copied(text, [*shown.examples, shown.instructions])
+            if copied is None:
+                return Explanation(text, usage=usage)
+            if copied == len(shown.examples):
+                break
+            shown = shown.without(copied)
+        return Explanation(None, f"copied from the prompt: {one_line(text, _COPY_SHOWN)}", usage)
 
-    def request(self, contexts: Sequence[Context]) -> Request:
-        """Return the request for ``contexts``."""
+    def request(self, contexts: Sequence[Context], shown: Conversation | None = None) -> Request:
+        """Return the request for ``contexts``, with the messages of ``shown`` before it (default: all examples)."""
         opening, closing = choose_marks([context.text for context in contexts])
         snippets = [mark_text(c.tokens, c.marked(THRESHOLD), opening, closing) for c in contexts]
         return Request(
-            self._conversation.messages(opening=opening, closing=closing, snippets=snippets),
+            (shown or self._conversation).messages(opening=opening, closing=closing, snippets=snippets),
             max_tokens=MAX_TOKENS,
             temperature=self._temperature,
             seed=self._draw if self._temperature > 0 else None,

@@ -6,9 +6,10 @@ import asyncio
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fake_server import FakeServer, Reply, error, snippets_of
+from fake_server import FakeServer, Reply, error, sensible, snippets_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +68,84 @@ def test_everything_before_the_question_is_the_same_bytes() -> None:
     first, second = (seen.body["messages"][:-1] for seen in server.requests)
     assert first == second
     assert [message["role"] for message in first] == ["system", *["user", "assistant"] * (len(first) // 2)]
+
+
+# copies of the prompt
+
+EXAMPLES = [message["content"] for message in prompts.conversation("explain").prefix if message["role"] == "assistant"]
+
+
+def repeat_last_example(body: dict[str, Any]) -> str:
+    return str(body["messages"][-2]["content"])
+
+
+def repeat_doctests(body: dict[str, Any]) -> Reply | str:
+    """Repeat the last example where it is shown, as Qwen2.5-Coder-1.5B does; else answer sensibly."""
+    return EXAMPLES[-1] if repeat_last_example(body) == EXAMPLES[-1] else sensible(body)
+
+
+def test_a_copy_of_an_example_is_asked_once_more_without_it() -> None:
+    with FakeServer(repeat_doctests) as server:
+        explanation = explain(server, CONTEXTS[:1])
+    assert explanation.text == 'Text that contains "cat".'
+    assert explanation.usage.requests == 2
+    first, second = (seen.body["messages"] for seen in server.requests)
+    assert second == [*first[:-3], first[-1]], "the last example is not shown again, and everything else is"
+
+
+def test_a_second_copy_is_a_failure() -> None:
+    with FakeServer(repeat_last_example) as server:
+        explanation = explain(server)
+    assert explanation.text is None
+    assert explanation.failure is not None
+    assert explanation.failure.startswith("copied from the prompt: The two blank lines that close")
+    assert explanation.usage.requests == len(server.requests) == 2
+
+
+def test_a_text_like_an_example_that_was_not_shown_is_no_copy() -> None:
+    with FakeServer(EXAMPLES[-1]) as server:
+        explanation = explain(server)
+    assert explanation.text == EXAMPLES[-1].removeprefix("[EXPLANATION]: ")
+    assert len(server.requests) == 2
+
+
+def test_a_copy_of_the_instructions_is_a_failure() -> None:
+    with FakeServer("[EXPLANATION]: Be as narrow as the evidence allows and no narrower.") as server:
+        explanation = explain(server)
+    assert explanation.failure == "copied from the prompt: Be as narrow as the evidence allows and no narrower."
+    assert len(server.requests) == 1
+
+
+def test_an_unusable_second_answer_is_a_failure_with_the_cost_of_both() -> None:
+    with FakeServer("Commas, I believe.") as server:
+        server.script.append(Reply(EXAMPLES[2]))
+        explanation = explain(server)
+    assert explanation.failure is not None
+    assert "no line that begins with" in explanation.failure
+    assert explanation.usage.requests == len(server.requests) == 4
+
+
+def test_a_copy_is_paid_for_once(tmp_path: Path) -> None:
+    """Stopped between the two questions, the first is not asked again; nor is a failure that is tried again."""
+
+    async def main(server: FakeServer) -> Explanation:
+        cache = ResponseCache(tmp_path / "cache.sqlite")
+        async with LlmClient(server.url, cache=cache, model="fake-model", tries=1, patience=0.0) as client:
+            return await LlmExplainer(client).explain(1, CONTEXTS, [])
+
+    with FakeServer(repeat_last_example) as server:
+        server.answer = lambda _: Reply(EXAMPLES[-1]) if len(server.requests) == 1 else error(401, "stopped")
+        with pytest.raises(Unavailable):
+            asyncio.run(main(server))
+        n_sent = len(server.requests)
+        server.answer = repeat_last_example
+        resumed, again = asyncio.run(main(server)), asyncio.run(main(server))
+    assert n_sent == 2
+    assert resumed.failure is not None
+    assert (resumed.usage.requests, resumed.usage.from_cache) == (1, 1)
+    assert again.failure == resumed.failure
+    assert (again.usage.requests, again.usage.from_cache) == (0, 2)
+    assert len(server.requests) == 3
 
 
 # marks

@@ -72,6 +72,33 @@ def test_where_partners_cannot_all_differ_some_are_shared() -> None:
     assert partners[3] in (0, 1, 2)
 
 
+@given(st.lists(st.integers(0, 199), unique=True, min_size=2, max_size=120), st.integers(1, 6), st.integers(0, 5))
+def test_partners_have_another_text(latents: list[int], n_texts: int, seed: int) -> None:
+    decoder = np.eye(200)
+    texts = {
+        latent: f"Text{'  ' * (latent % 2)} {latent % n_texts}." for latent in latents
+    }  # white space is no difference
+    partners = swap_partners(latents, decoder, texts=texts, seed=seed)
+    assert all(a % n_texts != b % n_texts for a, b in partners.items())
+    some_differ = len({latent % n_texts for latent in latents}) > 1
+    assert set(partners) == (set(latents) if some_differ else set())
+
+
+@given(st.lists(st.integers(0, 399), unique=True, max_size=120), st.integers(0, 5))
+def test_different_texts_change_no_partner(latents: list[int], seed: int) -> None:
+    decoder = np.random.default_rng(3).normal(size=(400, 64)).astype(np.float32)
+    texts = {latent: f"statement {latent}" for latent in latents}
+    assert swap_partners(latents, decoder, texts=texts, seed=seed) == swap_partners(latents, decoder, seed=seed)
+
+
+def test_one_text_among_many_equal_ones_is_found() -> None:
+    """However far away on the ring it is."""
+    texts = dict.fromkeys(range(300), "Commas.") | {17: "Full stops."}
+    partners = swap_partners(range(300), np.eye(300), texts=texts)
+    assert {partner for latent, partner in partners.items() if latent != 17} == {17}
+    assert len(partners) == 300
+
+
 @pytest.mark.parametrize("n_windows", [900, 90_000])
 def test_latents_that_fire_together_are_no_control(n_windows: int) -> None:
     """Two groups that fire in the same windows, and two that avoid each other; directions all different."""

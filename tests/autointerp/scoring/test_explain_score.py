@@ -32,6 +32,7 @@ from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import Judgement
 from autointerp.scoring.score import open_judge, score_runs
+from autointerp.scoring.swapping import swap_partners
 from sae.common.errors import BadInput, Unavailable
 from sae.common.files import read_table, table_metadata
 from sae.common.progress import track
@@ -137,6 +138,17 @@ def score(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
 
 Explain = Callable[..., Outcome]
 Score = Callable[..., Outcome]
+
+
+@dataclass
+class Repeats(FakeExplainer):
+    """Gives the same ``texts`` again and again."""
+
+    texts: tuple[str, ...] = ("Commas.",)
+
+    async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:
+        found = await super().explain(latent, contexts, background)
+        return replace(found, text=self.texts[latent % len(self.texts)])
 
 
 # --- explain ------------------------------------------------------------------------------------------------
@@ -295,6 +307,40 @@ def test_controls_may_be_fewer(run: Run, explain: Explain, score: Score, n: int)
     table = read_table(run.stage_path("scores"))
     assert (table["control"] == "swap").sum() == n
     assert (table["control"] == "none").sum() == 8
+
+
+def swapped_texts(run: Run) -> list[tuple[str, str]]:
+    """The own and the other's text of each swapped control in the score table."""
+    stored = journal(run.journal_path)["explanation"]
+    text, mine = {row["id"]: row["text"] for row in stored}, {row["latent"]: row["text"] for row in stored}
+    rows = [row for row in records(read_table(run.stage_path("scores"))) if row["control"] == "swap"]
+    return [(mine[row["latent"]], text[row["explanation_id"]]) for row in rows]
+
+
+def test_the_control_has_another_text(run: Run, explain: Explain, score: Score) -> None:
+    explain(Repeats(texts=("Commas.", "commas", "Full stops.")))
+    outcome = score(FakeJudge())
+    swapped = swapped_texts(run)
+    assert swapped
+    assert all((own == "Full stops.") != (other == "Full stops.") for own, other in swapped)
+    n_lacking = 8 - len(swapped)
+    lacking = f"run_b: {n_lacking} explanations have no swapped control: no dissimilar latent has another text"
+    assert (lacking in outcome.notes) == (n_lacking > 0)
+
+
+def test_where_all_texts_are_equal_there_is_no_control(
+    run: Run, explain: Explain, score: Score, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explain(Repeats())
+    with monkeypatch.context() as patch:  # as earlier versions drew them
+        patch.setattr("autointerp.scoring.questions.swap_partners", lambda *of, texts, **how: swap_partners(*of, **how))  # noqa: ARG005
+        score(FakeJudge())
+    assert any(verdict["control"] == "swap" for verdict in journal(run.journal_path)["verdict"])
+    assert swapped_texts(run) == [], "a control with the same text shows nothing"
+    outcome = score(FakeJudge())
+    lacking = "run_b: 8 explanations have no swapped control: no dissimilar latent has another text"
+    assert lacking in outcome.notes
+    assert outcome.n_done == 8
 
 
 def failing(every: int) -> Verdict:
