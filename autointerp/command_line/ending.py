@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from autointerp.command_line.values import UsageError
 from sae.common import launch
 from sae.common.commands import program
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 SOME_FAILED = 3
 INTERRUPTED = 130
 TERMINATED = 143
-_UsageError: Any = typer.BadParameter.__base__  # typer's own copy of click's class, which has no public name
 _ADVICE = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run the same command again",
@@ -109,7 +109,7 @@ def one_line_errors(as_json: bool) -> Iterator[None]:
         return
     except UserError as error:
         line, code = make_printable(" ".join(str(error).split())), error.exit_code
-    except _UsageError as error:
+    except UsageError as error:
         asked = error.ctx.command_path if error.ctx is not None else program()
         line, code = f"{' '.join(error.format_message().split())} (see `{asked} --help`)", error.exit_code
     except BrokenPipeError:

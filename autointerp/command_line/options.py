@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from autointerp.command_line.values import absolute, check_value, check_words, known
+from autointerp.command_line.values import UsageError, absolute, check_value, check_words, hide_secrets, known
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
@@ -106,7 +106,11 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         check_words(args)
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, list(args))
+        except UsageError as error:
+            error.message = hide_secrets(error.message, args)
+            raise
         for parameter in self.params:
             check_value(max(parameter.opts, key=len), parameter.name or "", ctx.params.get(parameter.name))
         return rest
@@ -186,6 +190,21 @@ class Server:
     llm_model: Annotated[
         str | None, Option(help="Model name. Default: the only one served; with --vllm, its own name.")
     ] = None
+    llm_body: Annotated[
+        str | None,
+        Option(
+            metavar="JSON",
+            help='Object merged into every request: {"reasoning_effort": "none"}. null removes a parameter.',
+        ),
+    ] = None
+    llm_header: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME=VALUE",
+            help="Header of every request, such as 'api-key=$AZURE_KEY', read from the environment; may be repeated. "
+            "Its value is never stored or shown.",
+        ),
+    ] = None
     vllm: Annotated[
         str | None,
         Option(
@@ -214,6 +233,13 @@ class JudgeServer:
 
     judge_url: Annotated[list[str] | None, Option(help="Separate endpoint for the judge.")] = None
     judge_model: Annotated[str | None, Option(help="Separate model for the judge.")] = None
+    judge_body: Annotated[
+        str | None, Option(metavar="JSON", help="--llm-body of the judge. Default: --llm-body on the same endpoint.")
+    ] = None
+    judge_header: Annotated[
+        list[str] | None,
+        Option(metavar="NAME=VALUE", help="--llm-header of the judge. Default: --llm-header on the same endpoint."),
+    ] = None
     judge_vllm: Annotated[
         str | None, Option(metavar="MODEL", help="Local vLLM model for the judge. Shares the server of --vllm.")
     ] = None
@@ -247,13 +273,18 @@ def llm_options(
     server: Server, judge: JudgeServer | None = None, spending: Spending | None = None, **asking: Any
 ) -> LlmOptions:
     """Combine the groups; ``asking`` is how the judge is asked."""
+    from autointerp.llm.additions import read_body, read_headers
     from autointerp.llm.limits import parse_budget
 
     judge, spending = judge or JudgeServer(), spending or Spending()
-    same_names = {k: v for k, v in {**vars(server), **vars(judge)}.items() if not k.startswith("llm_")}
+    read = {**vars(server), **vars(judge), "judge_url": tuple(judge.judge_url or ())}
+    read["judge_body"] = read_body("--judge-body", judge.judge_body)
+    read["judge_headers"] = read_headers("--judge-header", read.pop("judge_header"))
     return LlmOptions(
-        **{**same_names, "judge_url": tuple(judge.judge_url or ())},
+        **{k: v for k, v in read.items() if not k.startswith("llm_")},
         url=tuple(server.llm_url or ()),
+        body=read_body("--llm-body", server.llm_body),
+        headers=read_headers("--llm-header", server.llm_header),
         model=server.llm_model,
         requests_per_second=spending.requests_per_second,
         tokens_per_minute=spending.tokens_per_minute,

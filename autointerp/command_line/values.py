@@ -9,10 +9,12 @@ from typing import Any
 import typer
 
 from sae.common.amounts import parse_amount
+from sae.common.commands import is_secret
 from sae.common.errors import BadInput, suggest
 from sae.common.files import check_regular, expand_user
 from sae.common.registry import Registry
 
+UsageError: Any = typer.BadParameter.__base__  # typer's own copy of click's class, which has no public name
 LISTS = frozenset({"--seeds", "--text", "--against", "--hookpoint", "--sae"})
 
 
@@ -39,7 +41,19 @@ def check_words(words: list[str]) -> None:
         if not value.strip() and flag != "--vllm-args":
             raise BadInput(f"{flag} is empty; give a value, or leave it out (is a shell variable unset?)")
         if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
-            raise BadInput(f"{flag} {value!r:.100} is not UTF-8 text; give a value that is")
+            shown = "…" if is_secret(flag) else f"{value!r:.100}"
+            raise BadInput(f"{flag} {shown} is not UTF-8 text; give a value that is")
+
+
+def hide_secrets(text: str, words: list[str]) -> str:
+    """Replace in ``text`` the words after a header flag: a header without quotes may be several."""
+    inside = False
+    for word in words:
+        if word.startswith("--"):
+            inside = is_secret(word.partition("=")[0])
+        elif inside and len(word) > 3:
+            text = text.replace(word, "…")
+    return text
 
 
 def check_value(flag: str, name: str, value: Any) -> None:
@@ -51,7 +65,7 @@ def check_value(flag: str, name: str, value: Any) -> None:
             largest = LARGEST_FLAGS.get(name, LARGEST_FLAG)
             if not -largest <= one <= largest:
                 raise BadInput(f"{flag} {one!s:.60}: give a number of at most {largest}")
-        elif isinstance(one, str | Path):
+        elif isinstance(one, str | Path) and not flag.endswith(("-header", "-body")):
             check_regular(expand_user(one), flag)
 
 

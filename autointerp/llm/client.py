@@ -20,17 +20,19 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from autointerp.journal.usage import Usage
+from autointerp.llm.additions import KEY_HEADERS
 from autointerp.llm.capabilities import Capabilities
 from autointerp.llm.exchange import Answer, AnswerFailed, Message, Request, Transient, explain_cut
 from autointerp.llm.limits import Pace
 from autointerp.llm.prompts import conversation
 from autointerp.llm.replies import find_fault
 from autointerp.llm.servers import Server, Servers
-from autointerp.llm.transport import read_key
+from autointerp.llm.transport import list_secrets, read_key
 from sae.common.database import Database
 from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
+    from autointerp.llm.additions import Header
     from autointerp.llm.limits import Budget
     from autointerp.llm.options import LlmOptions
 
@@ -54,13 +56,15 @@ class LlmClient:
     :param base_url: the server's address, with or without ``/v1``; or several, which share the load.
     :param model: the model's name; ``None`` takes the one that the servers serve.
     :param key_file: a file that holds the key; ``None`` reads the environment (see ``options.KEY_VARIABLES``).
+    :param headers: of every request. With one of ``additions.KEY_HEADERS`` among them, no key is read or sent.
+    :param body: merged into every request; ``None`` as a value removes a parameter.
     :param concurrency: requests in flight at once, over all servers.
     :param requests_per_second, tokens_per_minute: see :class:`autointerp.llm.limits.Pace`.
     :param answer_tries: how often a question is asked when the answers are unusable.
     :param start: starts a server of ours, which takes no key, and returns its address: called before the first question
         without a cached answer. ``model`` must be given; ``base_url`` is not used.
     :param sending: ``timeout``, ``tries``, ``backoff`` and ``patience`` of :class:`autointerp.llm.servers.Servers`.
-    :raises BadInput: a URL or the key is invalid, or a limit lets nothing through.
+    :raises BadInput: a URL or the key is invalid, a secret is where it would be shown, or a limit lets nothing through.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class LlmClient:
         model: str | None = None,
         *,
         key_file: Path | None = None,
+        headers: Sequence[Header] = (),
+        body: Mapping[str, Any] | None = None,
         cache: ResponseCache | None = None,
         concurrency: int = 8,
         requests_per_second: float | None = None,
@@ -81,10 +87,15 @@ class LlmClient:
         if concurrency < 1 or answer_tries < 1:
             raise BadInput("concurrency and the number of tries must be at least 1")
         urls = [_LOCAL] if start is not None else [base_url] if isinstance(base_url, str) else base_url
-        key = read_key(key_file) if start is None else None
-        if key is not None and any(key.redact(word) != word for word in [*urls, model or ""]):
-            raise BadInput(f"the address or name of the model holds {key}; give it without: the key is read from there")
-        self._servers = Servers(urls, key=key, **sending)
+        brings_key = any(header.name.lower() in KEY_HEADERS for header in headers)
+        key = read_key(key_file) if start is None and not brings_key else None
+        self.body = dict(body or {})
+        places = {"address": urls, "name of the model": [model or ""], "body": [json.dumps(self.body)]}
+        for secret in list_secrets(key, headers):
+            place = next((name for name, texts in places.items() if any(secret.redact(t) != t for t in texts)), None)
+            if place is not None:
+                raise BadInput(f"the {place} holds {secret}; give it without: the value is read from there")
+        self._servers = Servers(urls, key=key, headers=headers, body=self.body, **sending)
         self.capabilities = self._servers.capabilities
         self._pace = Pace(requests_per_second, tokens_per_minute)
         self._start = start
@@ -184,7 +195,18 @@ class LlmClient:
 
     @property
     def _cache_url(self) -> str:
-        return self.url if self._start is None else _LOCAL
+        """The servers, and the body, which may change what they can do."""
+        url = self.url if self._start is None else _LOCAL
+        return f"{url} {json.dumps(self.body, sort_keys=True)}" if self.body else url
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The part of a method's settings, for its settings hash, that is the client's: the body, if there is one."""
+        return {"body": self.body} if self.body else {}
+
+    def key(self, request: Request) -> str:
+        """Return the digest under which the answer to ``request`` is cached."""
+        return request.key(self.model, self.body)
 
     async def complete(self, messages: Sequence[Message], max_tokens: int, **fields: Any) -> Answer:
         """Return one answer, whatever its text; ``fields`` are those of :class:`Request`. See :meth:`ask`."""
@@ -205,7 +227,7 @@ class LlmClient:
             await self.check()
         if self._cache is None:
             return await self.ask_anew(request, parse)
-        key = request.key(self.model)
+        key = self.key(request)
         # A simultaneous equal question waits for this lock and then finds the answer in the cache.
         lock = self._asking.setdefault(key, asyncio.Lock())
         async with lock:
@@ -384,6 +406,8 @@ async def open_client(
             options.urls or DEFAULT_URL,
             options.model,
             key_file=options.api_key_file,
+            headers=options.headers,
+            body=options.body,
             cache=answers,
             concurrency=options.concurrency,
             requests_per_second=options.requests_per_second,

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -17,6 +18,7 @@ from autointerp.journal.usage import Usage
 
 Message = dict[str, str]  # ``{"role": "system" | "user" | "assistant", "content": text}``
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _BLANK = 100  # an answer that ends in more white space than this, in characters, would only have continued it
 
 
@@ -60,10 +62,11 @@ class Request:
         """The length of all messages together."""
         return self._written[1]
 
-    def key(self, model: str) -> str:
-        """Return the digest under which the answer is cached. 64 hex characters."""
+    def key(self, model: str, body: Mapping[str, Any] = _NOTHING) -> str:
+        """Return the digest under which the answer is cached. 64 hex characters. ``body``: see :meth:`parameters`."""
         # Equals sae.common.files.digest of {"model": model, **the fields but affinity}, at a tenth of the time.
         before = {
+            **({"body": body} if body else {}),
             "json_schema": self.json_schema,
             "logprobs": self.logprobs,
             "max_tokens": self.max_tokens,
@@ -73,23 +76,29 @@ class Request:
         head, tail = (json.dumps(part, sort_keys=True, separators=(",", ":")) for part in (before, after))
         return hashlib.sha256(f'{head[:-1]},"messages":{self._written[0]},{tail[1:]}'.encode()).hexdigest()
 
-    def parameters(self, model: str, without: Collection[str] = ()) -> dict[str, Any]:
-        """Return the body without its messages and the parameters that the server does not take.
+    def parameters(
+        self, model: str, without: Collection[str] = (), body: Mapping[str, Any] = _NOTHING
+    ) -> dict[str, Any]:
+        """Return the parameters to send: those that the server takes, replaced and extended by the user's ``body``.
 
-        ``max_tokens`` among them means that the server uses its newer name.
+        ``max_tokens`` in ``without``: the server uses its newer name. ``None`` in ``body`` removes a parameter.
         """
-        body: dict[str, Any] = {"model": model}
-        body["max_completion_tokens" if "max_tokens" in without else "max_tokens"] = self.max_tokens
+        sent: dict[str, Any] = {"model": model}
+        sent["max_completion_tokens" if "max_tokens" in without else "max_tokens"] = self.max_tokens
         if "temperature" not in without:
-            body["temperature"] = self.temperature
+            sent["temperature"] = self.temperature
         if self.json_schema is not None and "response_format" not in without:
             schema = {"name": "answer", "strict": True, "schema": self.json_schema}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+            sent["response_format"] = {"type": "json_schema", "json_schema": schema}
         if self.logprobs and "logprobs" not in without:
-            body["logprobs"], body["top_logprobs"] = True, self.logprobs
+            sent["logprobs"], sent["top_logprobs"] = True, self.logprobs
         if self.seed is not None and "seed" not in without:
-            body["seed"] = self.seed
-        return body
+            sent["seed"] = self.seed
+        if body:
+            sent = {name: value for name, value in {**sent, **body}.items() if value is not None}
+            if not sent.get("logprobs"):
+                sent.pop("top_logprobs", None)  # refused without the other
+        return sent
 
     def content(self, parameters: Mapping[str, Any]) -> bytes:
         """Return the bytes to send: :meth:`parameters` and the messages, as JSON."""
@@ -191,13 +200,13 @@ def without_thinking(text: str) -> str:
     return "".join([*spoken, text[start:]]).strip()
 
 
-_KEY_LIKE = re.compile(r"\b(?:(?:sk|pk|hf|gsk|xai)[-_]|AIza)[\w*.\-]{6,}", re.IGNORECASE)
+KEY_LIKE = re.compile(r"\b(?:(?:sk|pk|hf|gsk|xai)[-_]|AIza)[\w*.\-]{6,}", re.IGNORECASE)
 
 
 def one_line(text: object, limit: int = 200) -> str:
     """Return a server's text for an error message: one bounded line without anything that looks like a key."""
     try:
-        line = _KEY_LIKE.sub("[key]", " ".join(str(text).split()))
+        line = KEY_LIKE.sub("[key]", " ".join(str(text).split()))
     except RecursionError:
         return "nested too deeply"
     line = "".join(c for c in line if c.isprintable())

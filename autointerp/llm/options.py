@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae.common.errors import BadInput
 
 if TYPE_CHECKING:
+    from autointerp.llm.additions import Header
     from autointerp.llm.limits import Budget
 
 KEY_VARIABLES = ("AUTOINTERP_API_KEY", "OPENAI_API_KEY")  # that may hold a key; the first that is set wins
@@ -24,6 +26,10 @@ class LlmOptions:
     model: str | None = None
     judge_url: str | Sequence[str] | None = None
     judge_model: str | None = None
+    body: Mapping[str, Any] | None = None  # merged into every request; ``None`` as a value removes a parameter
+    judge_body: Mapping[str, Any] | None = None
+    headers: tuple[Header, ...] = ()  # of every request to ``url``
+    judge_headers: tuple[Header, ...] = ()
     api_key_file: Path | None = None
     concurrency: int = 32
     requests_per_second: float | None = None
@@ -46,6 +52,16 @@ class LlmOptions:
                 f"--judge-model {self.judge_model!r}: the server of --vllm {self.vllm!r} has one model alone; "
                 "give --judge-vllm or --judge-url"
             )
+        judge_vllm = self.judge_vllm or (None if self.judge_url else self.vllm)
+        has_judge = self.is_named or self.judge_is_elsewhere
+        for who, body, headers, vllm, is_named in (
+            ("llm", self.body, self.headers, self.vllm, self.is_named),
+            ("judge", self.judge_body, self.judge_headers, judge_vllm, has_judge),
+        ):
+            if body and not is_named:
+                raise BadInput(f"--{who}-body has no effect without a language model; give --{who}-url too")
+            if headers and (vllm is not None or not is_named):
+                raise BadInput(f"--{who}-header has no effect without a running server; give --{who}-url too")
         if self.protocol == "single" and (self.contexts_per_request or 1) > 1:
             raise BadInput(
                 "--protocol single asks about one context at a time, --contexts-per-request "
@@ -76,24 +92,37 @@ class LlmOptions:
         if serves and self.vllm_timeout != VLLM_TIMEOUT:
             pairs.append(("--vllm-timeout", f"{self.vllm_timeout:g}"))
         # An address may hold a password before an @; in a hub name an @ is harmless.
-        return [word for flag, value in pairs if "@" not in value or "vllm" in flag for word in (flag, value)]
+        words = [word for flag, value in pairs if "@" not in value or "vllm" in flag for word in (flag, value)]
+        for name in ("body", "judge_body"):
+            if (body := getattr(self, name)) is not None:
+                words += [_write_flag(name), json.dumps(body)]
+        for name in ("headers", "judge_headers"):
+            words += [word for header in getattr(self, name) for word in (_write_flag(name), header.shown)]
+        return words
 
     def list_server_flags(self) -> list[str]:
         """Return the flags that named a language model for any part of a command."""
-        return [_write_flag(name) for name in ("url", "model", "vllm") if getattr(self, name)]
+        return [_write_flag(name) for name in ("url", "model", "vllm", "body", "headers") if getattr(self, name)]
 
     def list_judge_flags(self) -> list[str]:
         """Return the flags that concern only a judge that is a language model."""
-        names = ["judge_url", "judge_model", "judge_vllm"]
+        names = ["judge_url", "judge_model", "judge_vllm", "judge_body", "judge_headers"]
         names += ["protocol"] if self.protocol != "auto" else []
         return [_write_flag(name) for name in (*names, "contexts_per_request") if getattr(self, name)]
 
     def for_judge(self) -> LlmOptions:
-        """Return the options of the judge, with its own endpoint and model if it has them."""
-        if not self.judge_is_elsewhere:
-            return replace(self, model=self.judge_model or self.model)
-        own: dict[str, Any] = {"url": self.judge_url, "vllm": self.judge_vllm, "model": self.judge_model}
-        return replace(self, **own, judge_url=None, judge_vllm=None, judge_model=None)
+        """Return the options of the judge, with its own endpoint, model, body and headers if it has them.
+
+        On the explainer's endpoint it inherits the others; another endpoint never gets the explainer's headers.
+        """
+        own: dict[str, Any] = {"model": self.judge_model, "body": self.judge_body, "headers": self.judge_headers}
+        if self.judge_is_elsewhere:
+            own |= {"url": self.judge_url, "vllm": self.judge_vllm}
+        else:
+            own |= {"model": self.judge_model or self.model, "headers": self.judge_headers or self.headers}
+            own["body"] = self.body if self.judge_body is None else self.judge_body
+        own |= {f.name: f.default for f in fields(self) if f.name.startswith("judge_")}
+        return replace(self, **own)
 
 
 def _several(given: Any) -> tuple[Any, ...]:
@@ -101,4 +130,5 @@ def _several(given: Any) -> tuple[Any, ...]:
 
 
 def _write_flag(name: str) -> str:
-    return f"--{'llm-' if name in ('url', 'model') else ''}{name.replace('_', '-')}"
+    prefix = "llm-" if name in ("url", "model", "body", "headers") else ""
+    return f"--{prefix}{name.replace('_', '-').replace('headers', 'header')}"

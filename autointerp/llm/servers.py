@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 
 import tenacity
 
+from autointerp.llm.additions import KEY_HEADERS, Header
 from autointerp.llm.capabilities import Capabilities
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, Transient
 from autointerp.llm.replies import NoSuchModel, Refused, explain_fault, find_fault, read_answer
-from autointerp.llm.transport import Connections, Key, is_local, list_candidates
+from autointerp.llm.transport import Connections, Key, at, is_local, list_candidates
 from sae.common.errors import BadInput, Unavailable, suggest
 from sae.common.progress import say
 
@@ -74,7 +75,8 @@ class NoServer(Unavailable):
 class Servers:
     """The servers of one client.
 
-    :param key: sent to all of them.
+    :param key, headers: sent to all of them.
+    :param body: merged into every request; see :meth:`autointerp.llm.exchange.Request.parameters`.
     :param timeout: seconds for one answer, including the time in the server's queue.
     :param tries: how often one request is sent.
     :param backoff: scale of the first pause between tries, in seconds; pauses double and are randomised.
@@ -88,6 +90,8 @@ class Servers:
         clock: Callable[[], float] = time.monotonic,
         *,
         key: Key | None = None,
+        headers: Sequence[Header] = (),
+        body: Mapping[str, Any] | None = None,
         timeout: float = 300.0,
         tries: int = 6,
         backoff: float = 0.5,
@@ -103,6 +107,8 @@ class Servers:
             raise BadInput(f"LLM URL {twice!r} is given twice; give every server once")
         self._clock = clock
         self._key, self._timeout = key, timeout
+        self._headers, self._body = headers, body or {}
+        self._has_key = key is not None or any(header.name.lower() in KEY_HEADERS for header in headers)
         self._connections: Connections | None = None
         self._tries, self._backoff, self._patience = tries, backoff, patience
         self.capabilities = Capabilities()
@@ -123,7 +129,7 @@ class Servers:
     def connections(self) -> Connections:
         """Those of the running event loop; a second ``asyncio.run`` opens new ones."""
         if self._connections is None or self._connections.loop is not asyncio.get_running_loop():
-            self._connections = Connections(self._key, self._timeout)
+            self._connections = Connections(self._key, self._timeout, self._headers)
         return self._connections
 
     async def close(self) -> None:
@@ -263,9 +269,9 @@ class Servers:
     async def _send_to(self, server: Server, request: Request, model: str) -> Answer:
         """Send once (and again at once where the server refuses a parameter that is optional)."""
         while True:
-            parameters = request.parameters(model, server.without)
+            parameters = request.parameters(model, server.without, self._body)
             started = time.monotonic()
-            reply = await self.connections.send(f"{server.url}/chat/completions", request.content(parameters))
+            reply = await self.connections.send(at(server.url, "/chat/completions"), request.content(parameters))
             fault = find_fault(reply)
             if fault is None:
                 self._has_answered = True
@@ -273,14 +279,16 @@ class Servers:
                 self.capabilities.learn(request, answer)
                 self.capabilities.learn_model(model, reply.body.get("model"))
                 return answer
-            meaning = explain_fault(fault, parameters, server.url, self._key is not None)
+            optional = {name: value for name, value in parameters.items() if name not in self._body}
+            meaning = explain_fault(fault, optional, server.url, self._has_key)
             if isinstance(meaning, NoSuchModel):
                 raise await self._explain_unknown(server, model, fault.status)
             if isinstance(meaning, AnswerFailed) and not self._has_answered:
                 # One refusal may be the question's fault; several before the first answer come from the settings.
                 self._refused_so_far += 1
                 if self._refused_so_far >= _REFUSALS:
-                    raise BadInput(f"{server.url}: {meaning.reason}, and nothing else so far; check --llm-model")
+                    flags = "--llm-model and --llm-body" if self._body else "--llm-model"
+                    raise BadInput(f"{server.url}: {meaning.reason}, and nothing else so far; check {flags}")
             if not isinstance(meaning, Refused):
                 raise meaning
             if meaning.parameter not in server.without:
@@ -360,10 +368,10 @@ class Servers:
         """Return the models listed at ``url``, or ``None`` where there is no such list. Raises as :meth:`find`."""
 
         async def once() -> Any:
-            reply = await self.connections.send(f"{url}/models", most_seconds=_LIST_SECONDS)
+            reply = await self.connections.send(at(url, "/models"), most_seconds=_LIST_SECONDS)
             fault = None if reply.status in (404, 405, 501) else find_fault(reply)
             if fault is not None:
-                raise explain_fault(fault, {}, url, self._key is not None)
+                raise explain_fault(fault, {}, url, self._has_key)
             return reply.body
 
         try:

@@ -83,14 +83,15 @@ async def ask_server(client: LlmClient) -> Tokenize | str:
 
     :returns: if there is none, a sentence with the reason; empty for a server without a tokenizer.
     """
-    address = client.urls[0].removesuffix("/").removesuffix("/v1")
+    address, mark, query = client.urls[0].partition("?")
+    address = address.removesuffix("/").removesuffix("/v1")
     doubt = ""
     for how, exact, dialect in _DIALECTS:
 
         async def ask(messages: Sequence[Message], dialect: Any = dialect) -> list[int]:
             try:
                 tokens: list[int] = await dialect(
-                    lambda path, body: client.post(address + path, body), client.model, messages
+                    lambda path, body: client.post(f"{address}{path}{mark}{query}", body), client.model, messages
                 )
             except (AnswerFailed, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise NotCounted(one_line(error)) from None

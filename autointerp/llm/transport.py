@@ -2,7 +2,8 @@
 
 A key comes from the environment or from a file and goes into request headers only. Without an address there is no
 client, so a key alone never spends money. Everything that a server sends passes :class:`Connections`, which removes an
-echo of the key, bounds the size after unpacking, follows no redirect, and quotes no bytes that are not HTTP.
+echo of the key or of a header, bounds the size after unpacking, follows no redirect, and quotes no bytes that are not
+HTTP.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import aiohttp
 import httpx2
 import openai
 
 from autointerp.journal.usage import Usage
-from autointerp.llm.exchange import AnswerFailed, Transient, one_line
+from autointerp.llm.additions import KEY_HEADERS, SECRET_NAMES, Header
+from autointerp.llm.exchange import KEY_LIKE, AnswerFailed, Transient, one_line
 from autointerp.llm.options import KEY_VARIABLES
 from sae.common.errors import BadInput, NotFound
 from sae.common.files import check_regular
@@ -92,21 +94,33 @@ def read_key(file: Path | None = None, environment: Mapping[str, str] | None = N
     return key
 
 
+def list_secrets(key: Key | None, headers: Sequence[Header]) -> list[Key]:
+    """Return what must not be shown: the key, and the values of the headers."""
+    of_headers = [Key(secret, f"the header {header.name}") for header in headers for secret in header.secrets]
+    return of_headers if key is None else [key, *of_headers]
+
+
 def list_candidates(url: str) -> list[str]:
     """Return the base addresses that ``url`` may mean, likeliest first: people give it with and without ``/v1``.
 
     >>> list_candidates("localhost:8000")
     ['http://localhost:8000/v1', 'http://localhost:8000']
-    >>> list_candidates("https://host/api/v1/chat/completions/")
-    ['https://host/api/v1']
+    >>> list_candidates("https://host/api/v1/chat/completions/?api-version=2")
+    ['https://host/api/v1?api-version=2']
 
-    :raises BadInput: not an http address, or one with a password or a query.
+    :raises BadInput: not an http address, or one with a password or with a secret in its query.
     """
     given = url.strip() if "://" in url else f"http://{url.strip()}"
-    if set("@?#;") & set(given):
+    if set("@#;") & set(given):
         raise BadInput(
-            "the LLM URL has a user name, password or query in it; give the address alone, and a key through "
+            "the LLM URL has a user name, password or fragment in it; give the address alone, and a key through "
             f"the environment ({KEY_VARIABLES[0]}) or a file"
+        )
+    _, _, query = given.partition("?")
+    if any(not value or SECRET_NAMES.search(name) for name, value in parse_qsl(query, True)) or KEY_LIKE.search(query):
+        raise BadInput(
+            "the query of the LLM URL has a secret in it (a key, a token, a signature), or a name without a value; "
+            "give a secret as a header: --llm-header 'NAME=$VARIABLE'"
         )
     try:
         parts = urlsplit(given)
@@ -118,12 +132,18 @@ def list_candidates(url: str) -> list[str]:
     path = parts.path.rstrip("/")
     for tail in ("/chat/completions", "/models"):
         path = path.removesuffix(tail)
-    base = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+    base = urlunsplit((parts.scheme, parts.netloc, path, query, ""))
     last = path.rsplit("/", 1)[-1]
     if last[:1] == "v" and last[1:2].isdigit():
         return [base]
     # A bare host means its /v1; a longer path was given on purpose and is tried first as it is.
-    return [base, f"{base}/v1"] if path else [f"{base}/v1", base]
+    return [base, at(base, "/v1")] if path else [at(base, "/v1"), base]
+
+
+def at(url: str, path: str) -> str:
+    """Return the address of ``path`` under ``url``, whose query it keeps."""
+    address, mark, query = url.partition("?")
+    return f"{address}{path}{mark}{query}"
 
 
 @functools.lru_cache(maxsize=32)
@@ -154,13 +174,16 @@ class Reply(NamedTuple):
 class Connections:
     """The connections of one client, in the running event loop, with ``timeout`` seconds for a reply.
 
+    Every request has the ``headers``; one of ``KEY_HEADERS`` among them replaces the key.
+
     The ``openai`` client sends, through aiohttp, which halves the processor time of a request. It sends and returns
     bytes, because its typed methods take more time than everything else together.
     """
 
-    def __init__(self, key: Key | None, timeout: float) -> None:
+    def __init__(self, key: Key | None, timeout: float, headers: Sequence[Header] = ()) -> None:
         self.loop = asyncio.get_running_loop()
-        self._key, self._timeout = key, timeout
+        self._key, self._timeout, self._headers = key, timeout, headers
+        self._secrets = list_secrets(key, headers)
         self._apis: dict[bool, openai.AsyncOpenAI] = {}
 
     async def close(self) -> None:
@@ -205,23 +228,27 @@ class Connections:
         """Return the client for this machine, without a proxy, or that for any other."""
         is_here = is_local(url)
         if is_here not in self._apis:
+            own = {header.name.lower(): header.value for header in self._headers}
+            replaces_key = KEY_HEADERS.intersection(own) and "authorization" not in own
             self._apis[is_here] = openai.AsyncOpenAI(
                 api_key="none" if self._key is None else self._key.value,  # the SDK insists on one
                 base_url=url,
                 max_retries=0,
                 timeout=openai.Timeout(self._timeout, connect=10.0),
-                default_headers={"Accept-Encoding": "identity", "Content-Type": "application/json"},
+                default_headers={"Accept-Encoding": "identity", "Content-Type": "application/json", **own},
                 http_client=openai.DefaultAioHttpClient(
                     trust_env=not is_here,
                     follow_redirects=False,
-                    event_hooks={"response": [_read]},
+                    event_hooks={"request": [_omit_key] if replaces_key else [], "response": [_read]},
                     limits=httpx2.Limits(max_connections=0),  # none: the requests in flight are limited
                 ),
             )
         return self._apis[is_here]
 
     def _redact(self, text: str) -> str:
-        return text if self._key is None else self._key.redact(text)
+        for secret in self._secrets:
+            text = secret.redact(text)
+        return text
 
     def _parse(self, raw: bytes) -> Any:
         """Return the JSON value of ``raw``, or its text, without the key and without halves of surrogate pairs."""
@@ -234,6 +261,11 @@ class Connections:
         except (ValueError, RecursionError):
             return text
         return value
+
+
+async def _omit_key(request: httpx2.Request) -> None:
+    """Remove the key's header, which the SDK insists on."""
+    del request.headers["authorization"]
 
 
 async def _read(reply: httpx2.Response) -> None:

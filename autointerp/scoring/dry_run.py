@@ -89,7 +89,7 @@ class Forecast:
 class _Asked:
     """The requests of a command, in order."""
 
-    model: str
+    client: LlmClient
     cache: ResponseCache | None
     answer_like: Callable[[Request], str] | None = None
     """An answer as long as a request's; ``None``: an explanation."""
@@ -103,7 +103,7 @@ class _Asked:
     def add(self, requests: Iterable[Request], is_sure: bool) -> None:
         """Add requests, except those whose answer is in the cache, or will be after an earlier one of this command."""
         for request in requests:
-            key = request.key(self.model)
+            key = self.client.key(request)
             if key in self._keys or (self.cache is not None and self.cache.get(key) is not None):
                 self.from_cache += 1
             else:
@@ -127,7 +127,7 @@ def forecast_explain(
 
     def lay_out(client: LlmClient, cache: ResponseCache | None) -> dict[str, _Asked]:
         explainer, notes = cast("type[ModelExplainer]", EXPLAINERS[name]).plan(client, options)
-        asked = _Asked(client.model, cache, notes=notes)
+        asked = _Asked(client, cache, notes=notes)
         tasks = [task for run in runs for task in plan_latents(run, choice)]
         try:
             controls = plan_controls(tasks, choice, True, control_sae_latents)
@@ -184,7 +184,7 @@ def forecast_score(
     def lay_out(client: LlmClient, cache: ResponseCache | None) -> dict[str, _Asked]:
         found = {}
         for protocol, judge in of_kind.plan(client, options.for_judge()).items():
-            found[protocol] = _Asked(client.model, cache, judge.answer_like)
+            found[protocol] = _Asked(client, cache, judge.answer_like)
             for part in parts:
                 for name in scorers:
                     _of_part(part, name, judge, rule, found[protocol])
@@ -229,6 +229,8 @@ async def _forecast(
         options.urls or DEFAULT_URL,
         model,
         key_file=options.api_key_file,
+        headers=options.headers,
+        body=options.body,
         cache=cache,
         start=None if served is None else _never,
     ) as client:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sae.common.package_data import IS_CHECKOUT
@@ -16,6 +17,8 @@ from sae.common.package_data import IS_CHECKOUT
 DEFAULT_ROOT = Path("eval_runs")  # the folder of all runs
 
 _CREDENTIALS = re.compile(r"(https?://)[^/@]*@")
+_NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
+_REFERENCE = re.compile(r"((Bearer|Basic|Token) )?\$(\{[A-Za-z_]\w*\}|[A-Za-z_]\w*)", re.ASCII | re.IGNORECASE)
 _WRITTEN = re.compile(r"(python )?\bcli\.py\b")
 
 
@@ -48,9 +51,36 @@ def command(root: Path, *words: str) -> str:
 
 
 def get_typed_command() -> str:
-    """Return the command as typed, without passwords in URLs; empty in a notebook. It resumes if run again."""
+    """Return the command as typed, without secrets; empty in a notebook. It resumes if run again."""
     started = Path(sys.argv[0])
     is_module = (started.parent.name, started.name) == ("autointerp", "__main__.py")
     if started.name not in ("cli.py", "autointerp") and not is_module:
         return ""
-    return shell_command(*(_CREDENTIALS.sub(r"\1", word) for word in sys.argv[1:]))
+    return shell_command(*(_CREDENTIALS.sub(r"\1", word) for word in hide_headers(sys.argv[1:])))
+
+
+def is_secret(flag: str) -> bool:
+    """Return whether the values of a flag are secrets."""
+    return flag.startswith("--") and flag.endswith("-header")
+
+
+def hide_header(given: str) -> str:
+    """Return ``NAME=VALUE`` as it may be shown: ``NAME=…``, unless the value is a variable of the environment."""
+    name, _, value = given.partition("=")
+    if not _NAME.fullmatch(name) or not any(map(str.isalnum, value)):
+        return "…"  # the secret alone, or in another form
+    return given if _REFERENCE.fullmatch(value) else f"{name}=…"
+
+
+def hide_headers(words: Sequence[str]) -> Iterator[str]:
+    """Yield the words of a command with the values of header flags hidden."""
+    before = ""
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if is_secret(before):
+            yield hide_header(word)
+        elif equals and is_secret(flag):
+            yield f"{flag}={hide_header(value)}"
+        else:
+            yield word
+        before = word

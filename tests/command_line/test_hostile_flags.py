@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import typer
+from fake_server import FakeServer, Reply, error
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny_study import cli, write_recipe
@@ -99,6 +100,63 @@ def place(tiny_root: Path, tiny_llama_dir: Path, tiny_recipe: Path, monkeypatch:
         monkeypatch.setattr(f"huggingface_hub.HfApi.{look_up}", unreachable)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+SECRET = "sekret-0123456789abcdef"
+HEADERS = [
+    *(["api-key={}"], ["Authorization=Bearer {}"], ["Authorization=Bearer", "{}"], ["Authorization=", "Bearer {}"]),
+    *(["{}"], ["={}"], ["{}="], ["{}=="], ["Authorization: Bearer {}"], ["Host={}"], ["a={}", "--llm-header", "A={}"]),
+    *(
+        ["api-key={}é"],
+        ["api-key={}\n"],
+        ["api-key={}\0"],
+        ["api-key={}\udcff"],
+        ["a={}$UNSET_VARIABLE"],
+        ["-{}", "{}"],
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[FakeServer]:
+    """A server that puts what it was sent into answers and errors."""
+
+    def answer(_: object) -> Reply:
+        said = f"[EXPLANATION]: {server.requests[-1].headers}"
+        return error(400, said) if len(server.requests) % 2 else Reply(said)
+
+    with FakeServer(answer) as server:
+        yield server
+
+
+@pytest.mark.fuzz
+@settings(
+    max_examples=max(1, int(os.environ.get("FUZZ", "0"))) * 20,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    st.sampled_from(["explain --sae run_a --latents 2", "score --sae run_a", "doctor", "sweep sweep.toml"]),
+    st.sampled_from(["--llm-header", "--judge-header"]),
+    st.sampled_from(HEADERS),
+    st.booleans(),
+)
+@example("explain --sae run_a --latents 2", "--llm-header", ["api-key={}"], False)
+@example("score --sae run_a", "--llm-header", ["Authorization=Bearer {}"], True)
+@example("score --sae run_a", "--llm-header", ["Authorization=Bearer", "{}"], False)
+def test_no_header_is_shown_or_stored(
+    place: Path, echo: FakeServer, command: str, flag: str, shape: list[str], is_attached: bool
+) -> None:
+    words = [word.format(SECRET) for word in shape]
+    words = [f"{flag}={words[0]}", *words[1:]] if is_attached else [flag, *words]
+    sent = len(echo.requests)
+    ran = cli(*command.split(), "--root", "runs", "--llm-url", echo.url, *words)
+    torch.set_num_threads(1)
+    assert "Traceback" not in ran.err
+    assert SECRET not in ran.out + ran.err
+    files = [path for path in (place / "runs").rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+    if (command[:3], flag, shape) == ("exp", "--llm-header", ["api-key={}"]) and len(echo.requests) > sent:
+        assert echo.requests[-1].headers["api-key"] == SECRET
 
 
 def check(command: str, flag: str, value: str) -> None:

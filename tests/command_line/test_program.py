@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_study import cli
 
@@ -62,6 +62,21 @@ def test_a_notebook_has_no_typed_command(started: str, monkeypatch: pytest.Monke
 def test_a_typed_command_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["cli.py", "score", "--llm-url", "https://me:secret@host/v1"])
     assert get_typed_command() == "python cli.py score --llm-url https://host/v1"
+
+
+@given(st.text(max_size=9), st.booleans())
+@example("api-key", False)
+@example("Authorization: Bearer", True)
+def test_a_typed_command_shows_no_header(name: str, is_one_word: bool) -> None:
+    value = f"{name}=sekret-0123"
+    words = [f"--judge-header={value}"] if is_one_word else ["--llm-header", value]
+    with mock.patch.object(sys, "argv", ["cli.py", "score", *words, "--sae", "run_a"]):
+        typed = get_typed_command()
+    assert "sekret" not in typed
+    assert typed.endswith(" --sae run_a")
+    variable = ("--llm-header", "Authorization=Bearer $MY_KEY", "--judge-header=api-key=${MY_KEY}")
+    with mock.patch.object(sys, "argv", ["cli.py", "score", *variable]):
+        assert shlex.split(get_typed_command())[3:] == list(variable)
 
 
 def names_the_script(path: Path) -> Iterator[str]:

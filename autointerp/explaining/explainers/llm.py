@@ -55,6 +55,7 @@ class LlmExplainer:
         self.prompt_hash = self._conversation.hash
         self.settings_hash = digest(
             {"format": _FORMAT, "temperature": temperature, "threshold": THRESHOLD, "max_tokens": MAX_TOKENS}
+            | client.settings
         )
 
     @classmethod

@@ -83,8 +83,9 @@ class LlmJudge:
             self.contexts_per_request = 1
         self._conversation = conversation(f"{'fuzz' if self.marked else 'judge'}_{self.protocol}")
         self.prompt_hash = self._conversation.hash
-        decides = {key: getattr(self, key) for key in ("protocol", "contexts_per_request", "temperature")}
-        self.settings_hash = digest({"format": _FORMAT, **decides, **({"marked": True} if self.marked else {})})
+        decides: dict[str, Any] = {k: getattr(self, k) for k in ("protocol", "contexts_per_request", "temperature")}
+        decides |= {"marked": True} if self.marked else {}
+        self.settings_hash = digest({"format": _FORMAT, **decides, **self.client.settings})
 
     @classmethod
     async def open(cls, client: LlmClient, options: LlmOptions) -> Self:

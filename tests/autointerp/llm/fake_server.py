@@ -83,7 +83,8 @@ class FakeServer:
     :param answer: a reply, or what turns a request's body into one; the default is :func:`sensible`.
     :param models: what ``/models`` lists; ``None`` for a server without that list.
     :param prefix: where the API lives.
-    :param key: refuse requests with another key.
+    :param key: refuse requests with another key, in ``key_header``.
+    :param query: of every path.
     :param rejects: parameters answered by HTTP 400.
     :param port: where to listen; 0 for any.
     :param gives_logprobs, holds_schemas, counts_cached: what it does of what it is asked for, taking no notice of the
@@ -98,7 +99,9 @@ class FakeServer:
         *,
         models: Sequence[str] | None = ("fake-model",),
         prefix: str = "/v1",
+        query: str = "",
         key: str | None = None,
+        key_header: str = "authorization",
         rejects: Sequence[str] = (),
         port: int = 0,
         gives_logprobs: bool = True,
@@ -115,6 +118,7 @@ class FakeServer:
         else:
             self.answer = lambda _: answer
         self.models, self.prefix, self.key, self.rejects = models, prefix, key, tuple(rejects)
+        self.key_header, self._query = key_header, f"?{query}" if query else ""
         self.script: deque[Reply] = deque()
         self.raw_models: bytes | None = None
         """Sent as it is to who asks for the models."""
@@ -148,15 +152,15 @@ class FakeServer:
         self.gets += 1
         if self.raw_models is not None:
             return Reply(raw=self.raw_models)
-        if path != f"{self.prefix}/models" or self.models is None:
+        if path != f"{self.prefix}/models{self._query}" or self.models is None:
             return error(404, "no such path")
         if not self._key_fits(headers):
-            return error(401, f"Incorrect API key provided: {headers.get('authorization')}")
+            return error(401, f"Incorrect API key provided: {headers.get(self.key_header)}")
         told = {} if self.context_length is None else {"max_model_len": self.context_length}
         return Reply(body={"object": "list", "data": [{"id": name, "object": "model", **told} for name in self.models]})
 
     def chat_reply(self, seen: Seen) -> Reply:
-        if seen.path != f"{self.prefix}/chat/completions":
+        if seen.path != f"{self.prefix}/chat/completions{self._query}":
             return error(404, "no such path")
         if seen.body["messages"][0]["content"] == PROBE:
             return self._probe_reply(seen)
@@ -167,7 +171,7 @@ class FakeServer:
             scripted = self.script.popleft() if self.script else None
         try:
             if not self._key_fits(seen.headers):
-                return error(401, f"Incorrect API key provided: {seen.headers.get('authorization')}")
+                return error(401, f"Incorrect API key provided: {seen.headers.get(self.key_header)}")
             if scripted is not None:
                 time.sleep(scripted.delay)
                 return scripted
@@ -187,7 +191,7 @@ class FakeServer:
     def _probe_reply(self, seen: Seen) -> Reply:
         self.probes.append(seen)
         if not self._key_fits(seen.headers):
-            return error(401, f"Incorrect API key provided: {seen.headers.get('authorization')}")
+            return error(401, f"Incorrect API key provided: {seen.headers.get(self.key_header)}")
         for name in self.rejects:
             if name in seen.body:
                 return error(400, f"Unsupported parameter: '{name}' is not supported", param=name)
@@ -198,7 +202,7 @@ class FakeServer:
         return Reply("1", logprobs=[_label_token(1)] if seen.body.get("logprobs") and self.gives_logprobs else None)
 
     def _key_fits(self, headers: dict[str, str]) -> bool:
-        return self.key is None or headers.get("authorization") == f"Bearer {self.key}"
+        return self.key is None or headers.get(self.key_header, "").removeprefix("Bearer ") == self.key
 
 
 class _Server(ThreadingHTTPServer):

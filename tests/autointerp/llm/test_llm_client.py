@@ -20,6 +20,7 @@ import pytest
 from asking import MESSAGES, client, complete, free_port, line_of, run
 from fake_server import FakeServer, Reply, error, token
 
+from autointerp.llm.additions import read_headers
 from autointerp.llm.client import LlmClient, ResponseCache, open_client
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, one_line
 from autointerp.llm.options import LlmOptions
@@ -75,7 +76,7 @@ def test_addresses_that_cannot_be_one() -> None:
     for url in ("", "ftp://host", "http://", "http://host:port", "http://ho st/v1", "http://h:0/v1"):
         with pytest.raises(BadInput, match="not an http address"):
             list_candidates(url)
-    for url in (f"http://me:{SECRET}@host/v1", f"http://host/v1?key={SECRET}"):
+    for url in (f"http://me:{SECRET}@host/v1", f"http://host/v1#{SECRET}"):
         with pytest.raises(BadInput) as caught:
             list_candidates(url)
         assert SECRET not in line_of(caught)
@@ -275,6 +276,19 @@ def test_limits_that_allow_nothing_are_refused(wrong: dict[str, Any]) -> None:
 # keys
 
 
+by_key_or_header = pytest.mark.parametrize("name", ["authorization", "api-key"])
+
+
+def give_secret(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Put the secret where a key is read, or where a header named otherwise is; return the client's arguments."""
+    if name == "authorization":
+        monkeypatch.setenv("AUTOINTERP_API_KEY", SECRET)
+        return {}
+    monkeypatch.setenv("AUTOINTERP_API_KEY", "another-key-0123456789")
+    monkeypatch.setenv("SECRET_OF_MINE", SECRET)
+    return {"headers": read_headers("--llm-header", [f"{name}=$SECRET_OF_MINE"], os.environ)}
+
+
 def test_where_a_key_comes_from(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("from-file\n")
@@ -300,15 +314,20 @@ def test_where_a_key_comes_from(tmp_path: Path) -> None:
         read_key(file)
 
 
+@by_key_or_header
 def test_the_key_is_sent_and_shown_nowhere(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("AUTOINTERP_API_KEY", SECRET)
+    given = give_secret(name, monkeypatch)
     caplog.set_level(logging.DEBUG)
     shown = []
 
     def told(server: FakeServer, **settings: Any) -> None:
-        made = client(server, **settings)
+        made = client(server, **given, **settings)
         shown.append(repr(made))
         try:
             shown.append(repr(complete(made)))
@@ -316,14 +335,15 @@ def test_the_key_is_sent_and_shown_nowhere(
             shown.append("".join(traceback.format_exception(problem)))
 
     cache = ResponseCache(tmp_path / "cache.sqlite")
-    with FakeServer(f"echo {SECRET}", key=SECRET) as server:
+    with FakeServer(f"echo {SECRET}", key=SECRET, key_header=name) as server:
         told(server, cache=cache)
-        assert server.requests[0].headers["authorization"] == f"Bearer {SECRET}"
+        assert server.requests[0].headers[name].endswith(SECRET)
+        assert set(server.requests[0].headers) & {"authorization", "api-key"} == {name}
         server.script.append(error(400, f"bad request with {SECRET} in it"))
         told(server)
         server.script.append(Reply(body={"error": {"message": f"key {SECRET}"}}))
         told(server, answer_tries=1)
-    with FakeServer(key="another") as server:
+    with FakeServer(key="another", key_header=name) as server:
         told(server)
     cache.close()
     on_disk = b"".join(path.read_bytes() for path in tmp_path.iterdir())
@@ -334,13 +354,14 @@ def test_the_key_is_sent_and_shown_nowhere(
     assert any("refused the API key (HTTP 401)" in text for text in shown)
 
 
+@by_key_or_header
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_no_redirect_is_followed(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AUTOINTERP_API_KEY", SECRET)
+def test_no_redirect_is_followed(name: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = give_secret(name, monkeypatch)
     with FakeServer() as server, FakeServer() as other:
         server.script.append(Reply(status=status, headers={"location": f"{other.url}/{SECRET}"}, body=""))
         with pytest.raises(BadInput, match=rf"redirects to {other.url}/\[key\]; if that is the right"):
-            complete(client(server))
+            complete(client(server, **given))
         assert not other.requests
         assert not other.gets
 

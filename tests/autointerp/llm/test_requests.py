@@ -31,13 +31,17 @@ REQUESTS = st.builds(
 )
 
 
-@given(REQUESTS, TEXT)
-def test_the_key_digests_everything_an_answer_depends_on(request: Request, model: str) -> None:
+BODIES = st.dictionaries(st.sampled_from(["zeta", "effort", "seed"]), st.none() | st.integers(), max_size=2)
+
+
+@given(REQUESTS, TEXT, BODIES)
+def test_the_key_digests_everything_an_answer_depends_on(request: Request, model: str, body: dict[str, Any]) -> None:
     fields = {
         name: getattr(request, name)
         for name in ("max_tokens", "temperature", "json_schema", "logprobs", "seed", "replicate", "may_be_cut")
     }
-    assert request.key(model) == digest({"model": model, "messages": list(request.messages), **fields})
+    of_body = {"body": body} if body else {}
+    assert request.key(model, body) == digest({"model": model, "messages": list(request.messages), **fields, **of_body})
 
 
 @given(REQUESTS)

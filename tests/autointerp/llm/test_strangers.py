@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autointerp.explaining.explainers.llm import parse_explanation
+from autointerp.llm.additions import Header
 from autointerp.llm.exchange import Answer, AnswerFailed, Transient, without_thinking
 from autointerp.llm.replies import NoSuchModel, Refused, explain_fault, find_fault, read_answer
 from autointerp.llm.transport import Key, list_candidates, read_key
@@ -109,15 +110,16 @@ def server() -> Iterator[FakeServer]:
 
 
 @pytest.mark.fuzz
-@given(raw=wire(), named=st.booleans())
-def test_any_reply_is_an_answer_or_one_line(server: FakeServer, raw: bytes, named: bool) -> None:
+@given(raw=wire(), named=st.booleans(), in_header=st.booleans())
+def test_any_reply_is_an_answer_or_one_line(server: FakeServer, raw: bytes, named: bool, in_header: bool) -> None:
     server.script.clear()
     server.raw_models = None if named else raw
     server.answer = lambda _: Reply(raw=raw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUTOINTERP_API_KEY", SECRET)
+        patch.setenv("AUTOINTERP_API_KEY", "EMPTY" if in_header else SECRET)
+        headers = (Header("Authorization", f"Bearer {SECRET}"),) if in_header else ()
         try:
-            made = client(server, model="m" if named else None, tries=1, answer_tries=1, timeout=5)
+            made = client(server, model="m" if named else None, headers=headers, tries=1, answer_tries=1, timeout=5)
             answer = complete(made, logprobs=5)
             hides_key(answer, made.model, *made.capabilities.list_missing())
             assert answer.text.encode()

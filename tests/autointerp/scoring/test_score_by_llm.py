@@ -22,6 +22,7 @@ from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import Outcome, explain_runs
 from autointerp.findings.reliability import verdicts_of
 from autointerp.journal.journal import Journal, Verdict
+from autointerp.llm.additions import read_headers
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.score import score_runs
 from autointerp.scoring.score_table import COLUMNS, UNTESTED, score_table
@@ -49,12 +50,13 @@ def run(harvested: Path, tmp_path: Path) -> Run:
     return Run.open("run_a", Path(shutil.copytree(harvested, tmp_path / "runs")))
 
 
-def explain(run: Run, server: FakeServer) -> Outcome:
-    return explain_runs([run], Choice(n=N), "llm", LlmOptions(url=server.url, concurrency=2), Compute("cpu", 1))
+def explain(run: Run, server: FakeServer, **more: Any) -> Outcome:
+    options = LlmOptions(url=server.url, concurrency=2, **more)
+    return explain_runs([run], Choice(n=N), "llm", options, Compute("cpu", 1))
 
 
-def score(run: Run, server: FakeServer, protocol: str = "batch", named: bool = True) -> Outcome:
-    options = LlmOptions(url=server.url, protocol=protocol, concurrency=2)
+def score(run: Run, server: FakeServer, protocol: str = "batch", named: bool = True, **more: Any) -> Outcome:
+    options = LlmOptions(url=server.url, protocol=protocol, concurrency=2, **more)
     return score_runs([run] if named else None, run.root, ("detection",), "llm", options, control_latents=0)
 
 
@@ -229,11 +231,19 @@ def test_missing_server_abilities_are_reported_and_stored(run: Run) -> None:
     assert (found["logprobs"], found["cached_tokens"], found["json_schema"]) == (0, False, True)
 
 
+@pytest.mark.parametrize("name", ["authorization", "api-key"])
 def test_the_key_is_in_no_file_or_output(
-    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    name: str,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Whatever a server does with the key that it is given: it says it in answers, in errors, in escapes."""
+    """Whatever a server does with the key or header that it is given: it says it in answers, in errors, in escapes."""
     monkeypatch.setenv("AUTOINTERP_API_KEY", SECRET)
+    given: dict[str, Any] = (
+        {} if name == "authorization" else {"headers": read_headers("--llm-header", [f"{name}={SECRET}"])}
+    )
     caplog.set_level(logging.DEBUG)
     escaped = "".join(f"\\u{ord(c):04x}" for c in SECRET)
     told: list[str] = []
@@ -252,15 +262,15 @@ def test_the_key_is_in_no_file_or_output(
             return Reply(body={"error": {"message": f"no {SECRET}"}}, headers={"x-key": SECRET})
         return sensible(body)
 
-    with FakeServer(betray, key=SECRET) as server:
-        explained = explain(run, server)
-        scored = score(run, server, "auto", named=False)
+    with FakeServer(betray, key=SECRET, key_header=name) as server:
+        explained = explain(run, server, **given)
+        scored = score(run, server, "auto", named=False, **given)
         told += [repr(explained), str(explained.as_dict()), repr(scored), str(scored.as_dict())]
         assert explained.n_failed
         assert explained.n_done
-        assert all(seen.headers["authorization"] == f"Bearer {SECRET}" for seen in server.requests)
-    with FakeServer(key="another") as server, pytest.raises(Unavailable) as caught:
-        score(run, server, "single")
+        assert all(seen.headers[name].endswith(SECRET) for seen in server.requests)
+    with FakeServer(key="another", key_header=name) as server, pytest.raises(Unavailable) as caught:
+        score(run, server, "single", **given)
     told.append("".join(traceback.format_exception(caught.value)))
     with FakeServer() as server:
         explain(run, server)
