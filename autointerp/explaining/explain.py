@@ -31,6 +31,7 @@ from autointerp.contexts.selection import (
     find_partners,
     list_control_saes,
 )
+from autointerp.explaining.copies import find_flags, is_quoting_unseen
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import Explainer
 from autointerp.journal.journal import open_journal
@@ -62,6 +63,7 @@ class Outcome:
     n_new: int = 0  # of these, the ones of this call
     failures: Counter[str] = field(default_factory=Counter)  # reason → latents that failed; asking again may succeed
     left_out: Counter[str] = field(default_factory=Counter)  # reason → latents with nothing to ask about; not failures
+    flags: Counter[str] = field(default_factory=Counter)  # flag → explained latents whose text is suspicious
     retry: str = ""  # The typed command, which asks again only for what failed. Empty in a notebook.
     next: str = ""  # the command for the next stage
     notes: list[str] = field(default_factory=list)
@@ -81,6 +83,7 @@ class Outcome:
             "failures": dict(self.failures.most_common()),
             "n_left_out": self.left_out.total(),
             "left_out": dict(self.left_out.most_common()),
+            "flags": dict(self.flags.most_common()),
             "retry": (self.retry or None) if self.failures else None,
             "next": (self.next or None) if self.n_done and not self.failures else None,
             "notes": self.notes,
@@ -251,16 +254,18 @@ async def _explain_run(
             contexts = material.sampler.explaining(latent)
             eligible, reason = material.sampler.eligible(latent)
             background = material.sampler.background(latent, explainer.needs_background)
-            text, failure = None, f"too few contexts: {reason}"
+            text, failure, is_unseen = None, f"too few contexts: {reason}", None
             if eligible:
                 explanation = await explainer.explain(latent, contexts, background)
                 text, failure = explanation.text, explanation.failure or ""
+                is_unseen = None if text is None else is_quoting_unseen(text, [context.text for context in contexts])
                 journal.add_usage("explain", explainer.model, explanation.usage, latent)
             journal.add_explanation(
                 latent=latent,
                 contexts=[context.window for context in contexts],
                 text=text,
                 failure=None if text is not None else failure,
+                quotes_unseen=is_unseen,
                 **same,
             )
             if not eligible:
@@ -272,4 +277,8 @@ async def _explain_run(
 
         if todo:
             await run_with_progress(todo, explain_one, concurrency, f"{doing} {task.run.name}", "latents", before)
-        outcome.n_done += len(journal.explanations(status="ok", draw=0, latent=task.latents, **same))
+        done = journal.explanations(status="ok", draw=0, **same)
+    flags, mine = find_flags(done), done[done["latent"].isin(task.latents)]
+    outcome.n_done += len(mine)
+    for number in mine["id"]:
+        outcome.flags.update(flags.get(number, []))

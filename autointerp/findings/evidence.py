@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.sampling import EXPLAINED_BY, Sample, load_sample
+from autointerp.explaining.copies import find_flags
 from autointerp.findings.shape import ReportedRun, Step
 from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
@@ -57,6 +58,11 @@ class JournalFacts:
     failed: dict[int, str]
     cost: list[dict[str, Any]]
     rounds: dict[str, Any] | None = None  # of adaptive judging: `Precision.identity`
+
+    @functools.cached_property
+    def flags(self) -> dict[int, list[str]]:
+        """Why explanations are suspicious, by their numbers."""
+        return find_flags(self.table) if len(self.table) else {}
 
     def explanations(self, own: pd.DataFrame) -> dict[int, str]:
         """Map each latent to the explanation of its score in ``own`` (by latent), or else to the newest."""

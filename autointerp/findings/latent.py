@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from autointerp.contexts.sampling import load_sample
+from autointerp.explaining.copies import find_flags
 from autointerp.findings.json_values import number, to_json
 from autointerp.findings.reliability import reliability_findings, verdicts_of
 from autointerp.findings.shape import Reliability
@@ -56,6 +57,7 @@ class LatentReader:
         self.siblings = [x for x in self._all_siblings if pair_path(run.root / "alignments", run.name, x.name)]
         """The trained runs of the study that this one is aligned with."""
         self._tables: dict[Path, tuple[pd.DataFrame, dict[Any, Any]] | None] = {}
+        self._flagged: dict[Path, dict[int, list[str]]] = {}
         self._materials: dict[str, Material] = {}
 
     def findings(self, latent: int, n_contexts: int = 8) -> dict[str, Any]:
@@ -112,9 +114,16 @@ class LatentReader:
         return self._materials.get(run.name)
 
     def explanations(self, run: Run, latent: int) -> list[dict[str, Any]]:
-        """Return every explanation in the run's journal, newest first; failed ones with their reason."""
+        """Return every explanation in the run's journal, newest first; failed ones with their reason.
+
+        ``flags`` say why an explanation is suspicious (:func:`autointerp.explaining.copies.find_flags`).
+        """
         rows = self._rows(run.journal_path, latent)
-        return [{k: plain(row[k]) for k in _EXPLANATION_COLUMNS} for row in rows[::-1]]
+        flags = self._flags(run.journal_path) if rows else {}
+        return [
+            {**{k: plain(row[k]) for k in _EXPLANATION_COLUMNS}, "flags": flags.get(row["id"], [])}
+            for row in rows[::-1]
+        ]
 
     def scores(self, run: Run, latent: int) -> list[dict[str, Any]]:
         """Return every row of the run's score table, including controls."""
@@ -190,6 +199,12 @@ class LatentReader:
                     table = read_table(path)
                 self._tables[path] = table, table.groupby("latent").indices
         return self._tables[path]
+
+    def _flags(self, journal: Path) -> dict[int, list[str]]:
+        if journal not in self._flagged:
+            found = self._table(journal)
+            self._flagged[journal] = {} if found is None else find_flags(found[0])
+        return self._flagged[journal]
 
     def _rows(self, path: Path, latent: int) -> list[dict[str, Any]]:
         """Return the rows of a table about a latent, in order."""

@@ -212,13 +212,23 @@ class Waiting(Record):
     command: str
 
 
+class Reason(Record):
+    stage: str
+    reason: str
+    n: int
+    latents: list[int]
+
+
 class Scores(SetupScores):
+    """``flags``: latents whose explanation many others share, or quotes nothing it saw. They are in the figures."""
+
     reliability: Reliability | None
     control_saes: list[ControlSae]
     lacking_controls: LackingControls | None
     baseline: Control | None
     other_scorers: list[OtherScorer]
     waiting: Waiting | None
+    flags: list[Reason]
 
 
 # --- scores and similarity ----------------------------------------------------------------------------------------
@@ -537,14 +547,8 @@ class Interesting(Record):
     firing_frequency: float | None
     explanation_id: int
     explanation: str | None
+    flags: list[str]
     contexts: list[ShownContext]
-
-
-class Reason(Record):
-    stage: str
-    reason: str
-    n: int
-    latents: list[int]
 
 
 class Failures(Record):

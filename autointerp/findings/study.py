@@ -6,7 +6,7 @@ A part whose stage has not run is ``None``, and ``missing`` names the command th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,7 +118,7 @@ def study_findings(
         if has_similarity and (found := relation.relation_findings(part)) is not None:
             related = shape.Relation(**vars(found), pooled=pooled_relation(study, verdicts))
         if has_similarity and has_scores:
-            shown = choose_interesting(focus.name, rows, latents, facts.texts, contexts)
+            shown = choose_interesting(focus.name, rows, latents, facts, contexts)
     if rows is not None or facts.explained:
         scores = _scores(study, facts, rows, part, sample)
     subject, corpus = _provenance(focus)
@@ -167,6 +167,7 @@ def _scores(
         baseline=controls.baseline_findings(study, controls.own_scored(rows, facts, sample)),
         other_scorers=other_scorer_findings(study, latents, facts),
         waiting=shape.Waiting(n_waiting, asking(study, facts, "score")) if n_waiting else None,
+        flags=_flags(facts),
     )
 
 
@@ -184,6 +185,21 @@ def _provenance(run: Run) -> tuple[shape.Subject, shape.Corpus]:
     )
 
 
+def _flags(facts: JournalFacts) -> list[shape.Reason]:
+    """Return the latents whose explanation is flagged, by flag."""
+    latents = dict(zip(facts.table.get("id", ()), facts.table.get("latent", ()), strict=True))
+    by_flag: dict[tuple[str, str], set[int]] = {}
+    for explanation, flags in facts.flags.items():
+        for flag in flags:
+            by_flag.setdefault(("explain", flag), set()).add(int(latents[explanation]))
+    return _by_size(by_flag)
+
+
+def _by_size(by_reason: Mapping[tuple[str, str], Set[int]]) -> list[shape.Reason]:
+    ordered = sorted(by_reason.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1]))
+    return [shape.Reason(stage, why, len(latents), sorted(latents)) for (stage, why), latents in ordered]
+
+
 def _failures(study: Study, rows: pd.DataFrame | None, facts: JournalFacts) -> shape.Failures:
     """Return the latents that failed, by stage and reason, with the command that retries only them."""
     by_reason: dict[tuple[str, str], set[int]] = {}
@@ -197,15 +213,13 @@ def _failures(study: Study, rows: pd.DataFrame | None, facts: JournalFacts) -> s
                 stage = "score" if row["control"] == "none" else f"score ({row['control']} control)"
                 by_reason.setdefault((stage, reason(row)), set()).add(int(row["latent"]))
         n_answers = failed_answers(rows[kinds == "ok"])
-    ordered = sorted(by_reason.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1]))
     n, retry = len(set().union(*by_reason.values())), None
     if facts.failed:
         latents = ["--indices", ",".join(map(str, sorted(facts.failed)))] if len(facts.failed) <= 20 else []
         retry = asking(study, facts, "explain", *latents)
     elif n or n_answers:
         retry = asking(study, facts, "score")
-    reasons = [shape.Reason(stage, why, len(latents), sorted(latents)) for (stage, why), latents in ordered]
-    return shape.Failures(n, n_answers, reasons, retry)
+    return shape.Failures(n, n_answers, _by_size(by_reason), retry)
 
 
 def _other_setups(study: Study) -> tuple[list[dict[str, Any]], list[shape.OtherExplainer]]:
@@ -256,7 +270,7 @@ def _methods(study: Study, facts: JournalFacts) -> shape.Methods:
         + (f", judged in rounds until the 95 % interval of the score is narrow enough ({to})" if to else ""),
         score="balanced accuracy, (true positive rate + true negative rate) / 2; latents weigh the same in means",
         control="swap: the same contexts judged by the explanation of a dissimilar latent (decoder cosine below "
-        ".2, little firing together)",
+        ".2, little firing together, another text)",
         control_saes="a sample of the latents of an SAE whose random decoder is never trained, and of one that is "
         "not trained at all, explained and judged by the same protocol",
         baseline="n-gram explanations of the same latents, from the same contexts, judged by the n-gram judge on "
@@ -289,7 +303,7 @@ def _methods(study: Study, facts: JournalFacts) -> shape.Methods:
 
 
 def choose_interesting(
-    run: str, rows: pd.DataFrame, latents: pd.DataFrame, texts: Mapping[int, str], contexts: ContextSource | None
+    run: str, rows: pd.DataFrame, latents: pd.DataFrame, facts: JournalFacts, contexts: ContextSource | None
 ) -> list[shape.Interesting]:
     """Return latents that no other seed has and that can be explained, best first.
 
@@ -311,7 +325,8 @@ def choose_interesting(
             similarity=number(row["similarity"]),
             firing_frequency=number(row.get("firing_frequency")),
             explanation_id=int(row["explanation_id"]),
-            explanation=texts.get(int(row["explanation_id"])),
+            explanation=facts.texts.get(int(row["explanation_id"])),
+            flags=facts.flags.get(int(row["explanation_id"]), []),
             contexts=spread_contexts(contexts(run, int(row["latent"]))) if contexts else [],
         )
         for row in kept.reset_index().to_dict("records")

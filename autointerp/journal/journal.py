@@ -178,6 +178,7 @@ class Journal:
         contexts: Iterable[int],
         text: str | None = None,
         failure: str | None = None,
+        quotes_unseen: bool | None = None,
         draw: int = 0,
         **method: str,
     ) -> int:
@@ -187,6 +188,7 @@ class Journal:
         existing id is returned and the new text is dropped.
 
         :param contexts: the window ids that the explainer saw.
+        :param quotes_unseen: whether the text quotes strings, and none of them is in these contexts.
         :param method: ``explainer``, ``settings_hash``, ``prompt_hash`` and ``model``.
         """
         identity = {"latent": latent, **method, "draw": draw}
@@ -196,6 +198,7 @@ class Journal:
             "status": "failed" if text is None else "ok",
             "failure": failure,
             "contexts": json.dumps(list(contexts), default=int),
+            "quotes_unseen": quotes_unseen,
             "created": _now(),
         }
         with self._database.writing() as connection:
@@ -206,13 +209,14 @@ class Journal:
     def explanations(self, **filters: Any) -> pd.DataFrame:
         """Return rows of the explanation table by id; ``contexts`` as lists of window ids.
 
+        ``quotes_unseen`` is missing in failed rows and in those of earlier versions.
         Filters are columns: ``latent=17``, ``status="ok"``, ``model="…"``, …; a list, tuple or set matches any of its
         items.
         """
         table = self._select("explanation", filters)
         with self._reading():
             table["contexts"] = [_WINDOWS.validate_json(stored, strict=True) for stored in table["contexts"]]
-        return table
+            return table.astype({"quotes_unseen": "boolean"})
 
     # verdicts
 
@@ -444,6 +448,10 @@ MIGRATIONS = (
     CREATE TABLE owner (
         run TEXT PRIMARY KEY
     ) WITHOUT ROWID
+    """,
+    # 6: whether an explanation quotes strings, and none of them is in its contexts. NULL in failed and older rows.
+    """
+    ALTER TABLE explanation ADD COLUMN quotes_unseen INTEGER CHECK (quotes_unseen IN (0, 1))
     """,
 )
 """Constraints make it impossible to store a failure, which has a reason and no number, as a zero."""

@@ -35,10 +35,11 @@ def scores(found: shape.StudyFindings) -> doc.Section:
     )
     tree = found.scores
     if tree is None or not tree.n_scored:
-        body = [*explain_missing(found, "score"), *_outcome(tree), *(_other_scorers(tree) if tree else ())]
+        rest = [*_flags(tree), *_other_scorers(tree)] if tree else []
+        body = [*explain_missing(found, "score"), *_outcome(tree), *rest]
         return doc.Section(title, says, body)
     chart = doc.Chart(lambda width, _: _histograms(tree, width))
-    body = [*_sample(tree), chart, _score_table(tree), *_describe_controls(tree)]
+    body = [*_sample(tree), chart, _score_table(tree), *_describe_controls(tree), *_flags(tree)]
     details = [*_by_negatives(tree), *_other_scorers(tree), *_score_notes(found, tree)]
     return doc.Section(title, says, body, details)
 
@@ -92,6 +93,17 @@ def _outcome(tree: shape.Scores | None) -> Iterator[doc.Block]:
             f"Of {plural(tree.n_asked, 'latent')} asked for: {tree.n_explained} explained, "
             f"{tree.n_failed} failed, {tree.n_ineligible} with too few contexts."
         )
+
+
+def _flags(tree: shape.Scores) -> Iterator[doc.Block]:
+    """List the latents whose explanation is suspicious, by the reason; they are in the figures."""
+    if tree.flags:
+        rows: doc.Rows = [[count(row.n), row.reason, doc.quiet(_name_some(row.latents))] for row in tree.flags]
+        yield doc.Table([">latents", doc.Column("explained, but flagged", "fold"), "which"], rows)
+
+
+def _name_some(latents: Sequence[int]) -> str:
+    return ", ".join(map(str, latents[:6])) + (", …" if len(latents) > 6 else "")
 
 
 def _histograms(tree: shape.Scores, width: int) -> Iterator[Text]:
@@ -414,6 +426,7 @@ def _one(entry: shape.Interesting, is_apart: bool) -> Iterator[doc.Block]:
         *([f"swapped {decimal(entry.control, 2)}"] if is_known(entry.control) else []),
         f"similarity {decimal(entry.similarity, 2)}",
         f"fires {rate(entry.firing_frequency)}",
+        *entry.flags,
     ]
     name = doc.Span(f"latent {entry.latent}", "strong", entry.latent)
     yield doc.Sentence([name, "  ", doc.quiet(" · ".join(facts))], is_apart=is_apart)
@@ -432,8 +445,7 @@ def failures(found: shape.StudyFindings) -> doc.Section | None:
         return None
     rows: doc.Rows = []
     for row in tree.reasons:
-        some = ", ".join(str(n) for n in row.latents[:6]) + (", …" if len(row.latents) > 6 else "")
-        rows.append([row.stage, count(row.n), row.reason, doc.quiet(some)])
+        rows.append([row.stage, count(row.n), row.reason, doc.quiet(_name_some(row.latents))])
     heads: doc.Heads = ["stage", ">latents", doc.Column("reason", "fold"), "which"]
     body: list[doc.Block] = [doc.Table(heads, rows)] if rows else []
     if n := tree.n_answers:

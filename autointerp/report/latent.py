@@ -84,6 +84,7 @@ def _explanations(found: Tree) -> doc.Section:
         who = f"{entry['explainer']}: {entry['model']}" if entry["model"] else entry["explainer"]
         body.append(doc.Sentence([doc.strong(who), doc.quiet(f"   {entry['created']}")], is_apart=i > 0))
         body.append(doc.Sentence(entry["text"] or f"failed: {entry['failure'] or 'unknown'}", indent=2))
+        body += [doc.Sentence(doc.Span(f"! {flag}", "warn"), indent=2) for flag in entry["flags"]]
         own = [row for row in found["scores"] if row["explanation_id"] == entry["id"] and row["control"] == "none"]
         if judged := [row for row in own if row.get("judge")]:
             body.append(_score_table(judged))

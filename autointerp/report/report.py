@@ -114,6 +114,9 @@ def _interpretability(found: StudyFindings) -> Iterator[str]:
         yield f"This is {listed([f'{_apart(x)} the {name}' for name, x in above])}."
     if tree.control is not None and tree.control.leaks:
         yield "The swapped control is not at .5: some of the score does not come from the explanations (see below)."
+    if tree.flags:
+        n = len(set().union(*(row.latents for row in tree.flags)))
+        yield f"Flagged: {plural(n, 'explanation')} shared by other latents or quoting nothing they saw (see below)."
 
 
 def _apart(difference: Estimate) -> str:

@@ -31,6 +31,8 @@ def outcome_page(found: Tree, stage: str) -> Iterator[doc.Block]:
         yield doc.quiet(note)
     if found.get("left_out"):
         yield _reasons(found["left_out"], "skipped because")
+    if found.get("flags"):
+        yield _reasons(found["flags"], "explained, but flagged")
     if found["n_failed"]:
         yield _reasons(found["failures"], "failed because")
         if found["retry"]:

@@ -171,7 +171,7 @@ async def _score_run(
         questions, n_lacking = questions_of(part, readable)
         if n_lacking:
             outcome.notes.append(
-                f"{run.name}: {n_lacking} explanations have no swapped control: no dissimilar latent has another text"
+                f"{run.name}: {n_lacking} explanations have no swapped control: no dissimilar latent with another text"
             )
         if not all(map(asking.is_done, questions)):
             n_swapped = sum(question.control != "none" for question in questions)

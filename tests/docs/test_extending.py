@@ -243,17 +243,21 @@ def test_a_removed_scorer_leaves_its_verdicts(study: tuple[Path, dict[str, Ran]]
     of = ("--sae", "run_a", "--judge", "quoted", "--root", root, "--json")
     folders, place = Folders(), tmp_path / "scorers"
     place.mkdir()
+
+    def notes_of_scorers(*more: object) -> list[str]:
+        return [note for note in cli("score", *of, *more).well().json["notes"] if "scorer" in note]
+
     text = FILES["autointerp/scoring/scorers/top_and_random.py"]
     (place / "passing.py").write_text(text.replace('= "top_and_random"', '= "passing"'))
     try:
         folders.lay("autointerp.scoring.scorers", place)
-        assert not cli("score", *of, "--scorer", "passing").well().json["notes"]
+        assert not notes_of_scorers("--scorer", "passing")
     finally:
         folders.undo()
     with Journal(root / "run_a" / "journal.sqlite") as journal:
         before = journal.verdicts(scorer="passing")
     assert len(before)
-    (note,) = cli("score", *of, "--control-latents", 3).well().json["notes"]
+    (note,) = notes_of_scorers("--control-latents", 3)
     assert note.startswith("run_a: verdicts of the scorer passing stay in the journal")
     with Journal(root / "run_a" / "journal.sqlite") as journal:
         assert len(journal.verdicts(scorer="passing")) == len(before)

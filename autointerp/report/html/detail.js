@@ -63,7 +63,8 @@
       const said = entry.text === null ? element("p", { class: "said wrong" }, "failed: ", foreign(entry.failure ?? "unknown")) : foreign(entry.text, "p");
       said.classList.add("said");
       said.dir = "auto";
-      return [said, element("p", { class: "quiet small" }, foreign(who), ` · ${entry.created.slice(0, 10)}`)];
+      const flags = entry.flags.map((flag) => element("p", { class: "wrong small" }, `! ${flag}`));
+      return [said, ...flags, element("p", { class: "quiet small" }, foreign(who), ` · ${entry.created.slice(0, 10)}`)];
     });
   }
 

@@ -59,6 +59,14 @@ def test_explanations_come_back_as_they_went_in(journal: Journal) -> None:
     assert table["failure"].isna().tolist() == [True, False]
 
 
+def test_an_explanation_may_say_whether_its_quotes_were_seen(journal: Journal) -> None:
+    for latent, quotes_unseen in enumerate((True, False, None)):
+        journal.add_explanation(latent=latent, contexts=[1], text="x", quotes_unseen=quotes_unseen, **SAME)
+    stored = journal.explanations()["quotes_unseen"]
+    assert stored.dtype == "boolean"
+    assert stored.astype(object).where(stored.notna(), None).tolist() == [True, False, None]
+
+
 def test_only_a_failed_explanation_is_replaced(journal: Journal) -> None:
     failed = journal.add_explanation(latent=7, contexts=[1], failure="cut off", **SAME)
     mended = journal.add_explanation(latent=7, contexts=[1], text="Commas.", **SAME)

@@ -34,6 +34,7 @@ from sae.alignment.overlap import DEFINITIONS
 from sae.common.amounts import decimal
 from sae.common.estimate import Estimate
 from sae.common.files import write_table
+from sae.study.run import Run
 
 NAMES = ["run_a", "run_b", "run_c"]
 
@@ -286,6 +287,23 @@ def test_failures_are_in_the_page_with_their_command(found: shape.StudyFindings)
     assert retry in page
 
 
+def test_flagged_explanations_are_in_the_page(found: shape.StudyFindings) -> None:
+    assert found.scores
+    assert found.interesting
+    rows = [shape.Reason("explain", f"same text as {n} others", n + 1, list(range(n + 1))) for n in (8, 3)]
+    rows.append(shape.Reason("explain", "quotes nothing it saw", 2, [3, 20]))
+    shown = replace(found.interesting[0], flags=["same text as 8 others"])
+    page = drawn(replace(found, scores=replace(found.scores, flags=rows), interesting=[shown]))
+    words = " ".join(page.split())
+    assert "Flagged: 10 explanations shared by other latents or quoting nothing they saw" in words
+    assert re.search(r"9 +same text as 8 others +0, 1, 2, 3, 4, 5, …", page)
+    assert re.search(r"2 +quotes nothing it saw +3, 20", page)
+    assert re.search(r"fires [^·]+ · same text as 8 others", words)
+    unscored = replace(found.scores, flags=rows, n_scored=0)
+    assert "quotes nothing it saw" in drawn(replace(found, scores=unscored))
+    assert "flagged" not in drawn(found).lower()
+
+
 def test_each_missing_stage_prints_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     root = Path("eval_runs")
@@ -390,8 +408,6 @@ def test_other_set_ups_are_told_apart_in_words(found: shape.StudyFindings) -> No
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("colour", ["truecolor", None])
 def test_one_latent(root: Path, width: int, colour: Any) -> None:
-    from sae.study.run import Run
-
     found = latent_findings(Run("run_a", root), 5)
     pieces = [{"tokens": p.tokens, "activations": p.activations} for p in small_study.contexts("run_a", 5)]
     target = console(width, colour)
@@ -404,6 +420,16 @@ def test_one_latent(root: Path, width: int, colour: Any) -> None:
     assert "In the other seeds" in page
     assert "run_c" in page
     assert not {unicodedata.category(c) for c in page.replace("\n", "")} & ACTS_ON_A_TERMINAL
+
+
+def test_a_flagged_explanation_is_shown_with_its_flags(root: Path) -> None:
+    found = latent_findings(Run("run_a", root), 5)
+    assert found["explanations"][0]["flags"] == []
+    flags = ["same text as 7 others", "quotes nothing it saw"]
+    found["explanations"][0]["flags"] = flags
+    target = console(80)
+    print_page(latent_page({**found, "activations": {"edges": [0, 1, 2], "counts": [5, 1]}}), target)
+    assert all(f"! {flag}" in text_of(target) for flag in flags)
 
 
 @pytest.mark.parametrize("reason", ["7 activating contexts to test on, [b]20[/b] needed", "", "dead"])
@@ -463,12 +489,18 @@ def test_outcome_with_failures_and_without() -> None:
     assert "[red]too few" in text_of(target)
     assert "This retries only what failed" in text_of(target)
     target = console(80)
+    flagged = {"flags": {"same text as 9 others": 10}, "retry": None, "next": "python cli.py score"}
+    print_page(outcome_page({**whole, **flagged}, "explain"), target)
+    assert "explained, but flagged" in text_of(target)
+    assert re.search(r"10 +same text as 9 others", text_of(target))
+    assert "python cli.py score" in text_of(target), "they are no failures"
+    target = console(80)
     print_page(outcome_page({**whole, "of": "score", "n_done": 400, "retry": None, "next": None}, "score"), target)
     assert "400 scores made, 200 of them now by ngram" in text_of(target)
 
 
 def test_alignment_and_runs(root: Path) -> None:
-    from sae.study.run import Run, progress_of
+    from sae.study.run import progress_of
 
     found = alignment_findings(Study.open(root, NAMES, View()))
     target = console(80)
@@ -534,7 +566,6 @@ def test_trained_runs_align_while_one_is_training(part_way: Path) -> None:
 
 def test_a_page_has_the_same_head(part_way: Path) -> None:
     from autointerp.report.html.page import write_report
-    from sae.study.run import Run
 
     runs = [Run(name, part_way) for name in FOUR]
     written = Path(write_report(runs[0], runs)["path"]).read_text()
@@ -542,7 +573,7 @@ def test_a_page_has_the_same_head(part_way: Path) -> None:
 
 
 def test_runs_says_with_how_many_each_is_aligned(part_way: Path) -> None:
-    from sae.study.run import Run, progress_of
+    from sae.study.run import progress_of
 
     for name in NAMES:
         table = pd.DataFrame({"latent": [0]})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from autointerp.explaining.explain import Outcome, explain_runs
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import Explanation
 from autointerp.findings.evidence import View
+from autointerp.findings.latent import latent_findings
 from autointerp.journal.journal import Journal
 from autointerp.journal.usage import Usage
 from autointerp.llm.limits import run_in_flight
@@ -264,6 +266,29 @@ def test_partners_of_a_sample_are_on_record_too(run: Run, explain: Explain) -> N
     assert set(table["latent"][table["drawn"] & (table["draw"] == draws[-1]["draw"])]) == asked
 
 
+def test_suspicious_explanations_are_counted_and_shown(run: Run, explain: Explain) -> None:
+    explain(Repeats(texts=('The word "ananas" in a text.',)))
+    outcome = explain(Repeats(texts=('The word "ananas" in a text.',)))
+    flags = {"same text as 7 others": 8, "quotes nothing it saw": 8}
+    assert outcome.flags == Counter(flags), "those of earlier calls count too"
+    assert outcome.as_dict()["flags"] == flags
+    rows = journal(run.journal_path)["explanation"]
+    latents = sorted(row["latent"] for row in rows)
+    assert all(row["quotes_unseen"] == 1 for row in rows)
+    assert latent_findings(run, latents[0])["explanations"][0]["flags"] == list(flags)
+    found = findings(run.root, [run.name], View(run.name))["scores"]["flags"]
+    shown = [{"stage": "explain", "reason": flag, "n": 8, "latents": latents} for flag in flags]
+    assert sorted(found, key=str) == sorted(shown, key=str)
+
+
+def test_explanations_of_earlier_versions_have_no_flag_for_quotes(run: Run, explain: Explain) -> None:
+    explain(Repeats(texts=('The word "ananas".', 'The word "banana".')))
+    with closing(sqlite3.connect(run.journal_path)) as connection:
+        connection.execute("UPDATE explanation SET quotes_unseen = NULL")
+        connection.commit()
+    assert "quotes nothing it saw" not in explain(Repeats()).flags
+
+
 # --- score --------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +349,7 @@ def test_the_control_has_another_text(run: Run, explain: Explain, score: Score) 
     assert swapped
     assert all((own == "Full stops.") != (other == "Full stops.") for own, other in swapped)
     n_lacking = 8 - len(swapped)
-    lacking = f"run_b: {n_lacking} explanations have no swapped control: no dissimilar latent has another text"
+    lacking = f"run_b: {n_lacking} explanations have no swapped control: no dissimilar latent with another text"
     assert (lacking in outcome.notes) == (n_lacking > 0)
 
 
@@ -338,7 +363,7 @@ def test_where_all_texts_are_equal_there_is_no_control(
     assert any(verdict["control"] == "swap" for verdict in journal(run.journal_path)["verdict"])
     assert swapped_texts(run) == [], "a control with the same text shows nothing"
     outcome = score(FakeJudge())
-    lacking = "run_b: 8 explanations have no swapped control: no dissimilar latent has another text"
+    lacking = "run_b: 8 explanations have no swapped control: no dissimilar latent with another text"
     assert lacking in outcome.notes
     assert outcome.n_done == 8
 
