@@ -79,12 +79,16 @@ def new_file(option: str, path: Path) -> Path:
     """Check, before any work, that a file can be written to ``path`` in an existing folder; return the path."""
     import tempfile
 
+    from sae.study.run import RESERVED
+
     path = expand_user(path)
     folder = path.absolute().parent
     if not folder.is_dir():
         raise BadInput(f"{option} {str(path)!r}: folder {str(folder)!r} does not exist; make it first, or name another")
     if path.is_dir():
         raise BadInput(f"{option} {str(path)!r} is a folder; name a file in it")
+    if path.name in RESERVED or (folder / "run.json").is_file():
+        raise BadInput(f"{option} {str(path)!r} is where the program keeps its own files; name another place")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -46,13 +46,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8-sig")
         if len(text) > _LARGEST or _DEEP.search(text):  # tomllib needs the square of a key's parts in time
             raise ValueError("it is too long or too deep")
-        return tomllib.loads(text)
+        values = tomllib.loads(text)
     except FileNotFoundError:
         nearby = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         hint = f"; there is {suggest(str(path), nearby)}" if nearby else ""
         raise NotFound(f"recipe {str(path)!r} does not exist{hint}; bundled recipes: {', '.join(bundled)}") from None
     except (ValueError, RecursionError) as error:
         raise BadInput(f"recipe {str(path)!r} is not valid TOML: {error}") from None
+    if not values:
+        raise BadInput(f"recipe {str(path)!r} is empty; begin with a copy of a bundled one: {', '.join(bundled)}")
+    return values
 
 
 def settings_from(recipe: Path | None, known: Settings | None = None, **tables: dict[str, Any]) -> Settings:

@@ -73,6 +73,10 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "negative latent to show": ("show --latent -1", ("latent -1 ",)),
     "a page in no folder": ("report --html --to {folder}/no/such/x.html", ("--to", "no/such", "make it first")),
     "a table in no folder": ("export --table scores --format csv --to {folder}/no/x.csv", ("--to", "make it first")),
+    "a table in the cache's place": (
+        "export --table scores --format csv --to {folder}/cache.sqlite",
+        ("--to", "cache.sqlite", "name another place"),
+    ),
     "a page in a folder's place": ("report --html --to {folder}", ("--to", "is a folder")),
     "a page where nothing goes": ("report --html --to /proc/x.html", ("--to '/proc/x.html'",)),
     "one run to compare": ("compare --sae run_a", ("run_a",)),
@@ -160,6 +164,11 @@ def test_a_text_shorter_than_one_sequence(tmp_path: Path, recipe: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     ran, _ = fresh(tmp_path, recipe, "--text", tmp_path / "short.txt")
     ran.failed_in_one_line("short.txt", "corpus.context = 32")
+
+
+def test_an_empty_recipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.toml").write_text("# nothing yet")
+    cli("train", "--recipe", tmp_path / "empty.toml", "--root", tmp_path).failed_in_one_line("empty.toml", "demo")
 
 
 def test_a_missing_or_binary_text_is_refused(tmp_path: Path, recipe: Path) -> None:

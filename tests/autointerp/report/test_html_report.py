@@ -375,7 +375,7 @@ def test_the_command_reports_its_file_and_size(untouched_copy: Path) -> None:
 def test_a_page_replaces_no_other_file(untouched: Path) -> None:
     record = untouched / "run_a" / "run.json"
     ran = cli("report", "--html", "--to", record, "--root", untouched)
-    ran.failed_in_one_line("run_a/run.json", "holds something else")
+    ran.failed_in_one_line("run_a/run.json", "name another place")
 
 
 def test_a_study_without_corpus_has_a_page(untouched_copy: Path) -> None:
