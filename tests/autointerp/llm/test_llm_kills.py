@@ -10,14 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_server import FakeServer, Reply, sensible
+from fake_server import FakeServer, Reply, Seen, sensible
 from tiny_study import harvested_study, journal, records
 
+from autointerp.llm.prompts import conversation
 from sae.common.files import read_table
 
 CLI = Path(__file__).parents[3] / "cli.py"
@@ -40,8 +42,8 @@ def harvested(tmp_path_factory: pytest.TempPathFactory, tiny_neox_dir: Path) -> 
 class Slow:
     """A server that takes its time, so that a kill finds requests under way; told to, it answers only so many."""
 
-    def __init__(self, seed: int) -> None:
-        self._chance = random.Random(seed)
+    def __init__(self, seed: int, answer: Callable[[dict[str, Any]], Reply | str] = sensible) -> None:
+        self._chance, self._answer = random.Random(seed), answer
         self._lock = threading.Lock()
         self._left: float = math.inf
         self._freed = threading.Event()
@@ -59,7 +61,7 @@ class Slow:
         if waits:
             freed.wait(60)
             return Reply(drop=True)
-        answer = sensible(body)
+        answer = self._answer(body)
         answer = Reply(answer) if isinstance(answer, str) else answer
         return Reply(**{**vars(answer), "delay": delay})
 
@@ -142,3 +144,34 @@ def test_killed_at_random_moments(kills: int, harvested: Path, tmp_path: Path) -
     # What was under way when the process died is lost: at most one request for each slot and death.
     assert needed <= asked <= needed + kills * AT_ONCE
     assert outcome(root) == outcome(undisturbed)
+
+
+def test_killed_between_the_two_questions_about_a_latent(harvested: Path, tmp_path: Path) -> None:
+    """The first answer repeats an example, and is not paid for again."""
+    root = Path(shutil.copytree(harvested, tmp_path / "root"))
+    example = conversation("explain").prefix[-1]["content"]
+
+    def is_second(seen: Seen) -> bool:
+        return example not in [message["content"] for message in seen.body["messages"]]
+
+    def repeat(body: dict[str, Any]) -> Reply | str:
+        return example if body["messages"][-2]["content"] == example else sensible(body)
+
+    slow = Slow(0, repeat)
+    with FakeServer(slow) as server:
+        slow.answers(1)
+        process = start(root, COMMANDS[0], server)
+        while process.poll() is None and not any(map(is_second, server.requests)):
+            time.sleep(0.001)
+        process.kill()
+        _, said = process.communicate()
+        assert process.returncode < 0, said
+        slow.answers(math.inf)
+        question = next(seen.question for seen in server.requests if is_second(seen))
+        to_the_end(root, COMMANDS[0], server)
+        asked = [is_second(seen) for seen in server.requests if seen.question == question]
+    assert asked == [False, True, True]
+    rows = journal(root / "run_a" / "journal.sqlite")["explanation"]
+    texts = [row["text"] for row in rows if row["explainer"] == "llm"]
+    assert texts
+    assert all(text.startswith("Text that contains") for text in texts)

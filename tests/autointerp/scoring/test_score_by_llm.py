@@ -84,6 +84,35 @@ def test_everything_is_done_once(run: Run) -> None:
     assert (table["status"] == "ok").all()
 
 
+def test_a_model_that_repeats_an_example_fails_and_costs_nothing_again(run: Run) -> None:
+    def repeat(body: dict[str, Any]) -> str:
+        return str(body["messages"][-2]["content"])
+
+    with FakeServer(repeat) as server:
+        first = explain(run, server)
+        assert len(server.requests) == 2 * N
+        again = explain(run, server)
+        assert len(server.requests) == 2 * N, "both answers are in the cache"
+    assert first.failures == again.failures
+    assert (first.n_done, first.n_failed) == (0, N)
+    assert [reason.split(":")[0] for reason in first.failures] == ["copied from the prompt"]
+    with Journal(run.journal_path) as journal:
+        assert journal.usage()["requests"].tolist() == [2 * N]
+
+
+def test_a_model_that_says_the_same_of_every_latent_is_flagged(run: Run) -> None:
+    with FakeServer('[EXPLANATION]: Words like "ananas" in a text.') as server:
+        explained = explain(run, server)
+        assert (explained.n_done, explained.n_failed) == (N, 0)
+        assert explained.flags == {f"same text as {N - 1} others": N, "quotes nothing it saw": N}
+        options = LlmOptions(url=server.url)
+        server.answer = sensible
+        scored = score_runs([run], run.root, ("detection",), "llm", options, control_latents=2)
+    assert scored.n_done == N
+    lacking = f"run_a: {N} explanations have no swapped control: no dissimilar latent with another text"
+    assert lacking in scored.notes
+
+
 def test_contexts_per_request_are_as_asked_for(run: Run) -> None:
     with FakeServer() as server:
         explain(run, server)

@@ -195,6 +195,7 @@ def without_test_sets(run: Run) -> None:  # noqa: F811
     with sqlite3.connect(run.journal_path) as connection:
         connection.execute("DROP TABLE test_set")
         connection.execute("DROP TABLE owner")
+        connection.execute("ALTER TABLE explanation DROP COLUMN quotes_unseen")
         connection.execute("PRAGMA user_version = 3")
     connection.close()
     write_table(run.stage_path("scores"), table_of(run), columns=digest(COLUMNS), material="m")
