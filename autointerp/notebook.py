@@ -4,6 +4,7 @@ from autointerp import Run
 run = Run.open("run_a")
 run.latents()        # one row per latent, every stage's columns
 run.contexts(17)     # activating contexts, strongest first
+run.logits(17)       # the tokens that latent 17 promotes and suppresses
 run.explanations(), run.scores(), run.reliability(), run.sae()
 run.sample()         # which latents were drawn to be explained, with their inclusion probabilities and weights
 """
@@ -18,6 +19,8 @@ from autointerp.contexts.sampler import Context
 from autointerp.findings.latent import reliability_of
 from autointerp.journal.journal import open_journal
 from sae.common.files import read_table
+from sae.study.logits import Logits, LogitTable, ensure_logits
+from sae.study.stage import Compute
 
 
 class Run(sae.study.run.Run):
@@ -30,6 +33,16 @@ class Run(sae.study.run.Run):
         """
         found = Material.of(self).sampler.explaining(latent)
         return sorted(found, key=lambda context: -max(context.activations))
+
+    def logits(self, latent: int) -> Logits:
+        """Return the tokens that a latent promotes and suppresses, and the moments of its logits.
+
+        The first use loads the subject model, for the table of all latents. Raises :class:`NotApplicable` if the
+        hookpoint does not write into the residual stream, :class:`NotFound` if the run has no such latent.
+        """
+        self.check_latent(latent)
+        ensure_logits([self], Compute())
+        return LogitTable(self)[latent]
 
     def explanations(self) -> pd.DataFrame:
         """Return every explanation asked for, one row each; failed ones with their reason."""

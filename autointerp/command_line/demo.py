@@ -81,6 +81,7 @@ def _run(
     from sae.common.progress import waiting
     from sae.study.align import align_runs
     from sae.study.harvest import harvest_runs
+    from sae.study.logits import ensure_logits
     from sae.study.probe import time_tokens
     from sae.study.run import MAIN_SCORER, Study
     from sae.study.stage import Compute
@@ -92,6 +93,7 @@ def _run(
     (runs,) = train_studies([Study(STUDY, settings, SEEDS)], root, compute)
     overview.begin(HARVEST)
     harvest_runs(runs, compute)
+    ensure_logits(runs, compute)
     overview.begin(ALIGN)
     align_runs(runs, compute)
     overview.begin(EXPLAIN)

@@ -83,15 +83,20 @@ def train(
 def harvest(*, sae: opt.Saes = None, tokens: opt.HarvestTokens = None, machine: Machine, output: Output) -> None:
     """Record which latents fire on which tokens, for all seeds in one pass over the subject model.
 
-    A later harvest with more --tokens adds to the recorded ones.
+    A later harvest with more --tokens adds to the recorded ones. Also records which tokens each latent promotes and
+    suppresses, if the hookpoint writes into the residual stream.
 
     \b
     python cli.py harvest --sae run_a --sae run_b --tokens 10M
     """
+    from sae.common.launch import rank
     from sae.study.harvest import harvest_runs
+    from sae.study.logits import ensure_logits
 
     runs = open_runs(sae, output.root, whole_study=True)
     harvest_runs(runs, machine.compute(), tokens=amount("--tokens", tokens))
+    if rank() == 0:
+        ensure_logits(runs, machine.compute())
     finish_with_runs(output.as_json, "harvest", runs, output.root)
 
 

@@ -18,7 +18,7 @@ from autointerp.contexts.material import Material
 from autointerp.contexts.sampling import Draw, draw_sample, make_strata, permanent_number
 from autointerp.journal.journal import open_journal
 from sae.alignment.overlap import find_shared
-from sae.common.errors import BadInput, NotFound, suggest
+from sae.common.errors import BadInput, suggest
 from sae.common.files import read_table
 from sae.study.controls import find_controls
 from sae.study.run import Run
@@ -49,10 +49,8 @@ class Choice:
 
 def check_choice(run: Run, choice: Choice) -> None:
     """Raise UserError if ``choice`` does not fit ``run``; fast, to be called before any work."""
-    n = run.settings.training.num_latents
-    outside = [i for i in choice.indices if not 0 <= i < n]
-    if outside:
-        raise NotFound(f"latent {outside[0]} does not exist in run {run.name!r}; it has latents 0 to {n - 1}")
+    for latent in choice.indices:
+        run.check_latent(latent)
     if choice.indices and choice.sharing != "any":
         raise BadInput(f"--indices names latents, --{choice.sharing}-only chooses them; give one of the two")
     siblings = [r.name for r in run.siblings()]

@@ -22,10 +22,11 @@ from autointerp.scoring.setups import own_scores, plain, precision_of, records_o
 from sae.alignment.alignment import pair_path, read_alignment, read_sides
 from sae.alignment.overlap import DEFINITIONS, find_shared
 from sae.common.commands import command
-from sae.common.errors import NotFound
+from sae.common.errors import NotApplicable, NotFound
 from sae.common.estimate import UNKNOWN
 from sae.common.files import SCHEMA, read_table
 from sae.study.align import behaviour_folder
+from sae.study.logits import LogitTable
 from sae.study.run import MAIN_SCORER, Run
 
 if TYPE_CHECKING:
@@ -65,11 +66,11 @@ class LatentReader:
 
         ``matches`` has an entry per aligned sibling: partners by encoder and decoder, cosines, which definitions of
         shared hold, and the partner's explanation. ``contexts`` are ordered from the strongest activation.
-        ``cannot_be_explained`` gives the reason, if any. Raises :class:`NotFound` for a number the run does not have.
+        ``cannot_be_explained`` and ``no_logits`` give the reason, if any. Raises :class:`NotFound` for a number the
+        run does not have.
         """
-        run, m = self.run, self.run.settings.training.num_latents
-        if not 0 <= latent < m:
-            raise NotFound(f"latent {latent} does not exist in run {run.name!r}; it has latents 0 to {m - 1}")
+        run = self.run
+        run.check_latent(latent)
         firing = self._firing(latent)
         unable, words = _why_unable(firing), ("explain", "--sae", run.name, "--indices", str(latent))
         matches = [self._match(sibling, latent) for sibling in self.siblings]
@@ -90,6 +91,8 @@ class LatentReader:
                 "firing": firing,
                 "cannot_be_explained": unable,
                 "activations": self._activations(latent),
+                "logits": None if isinstance(self._logits, str) else self._logits[latent],
+                "no_logits": self._logits if isinstance(self._logits, str) else None,
                 "similarity": np.mean(similar) if similar else None,
                 "n_shared": sum(match["shared"]["strict"] for match in matches),
                 "matches": matches,
@@ -186,6 +189,14 @@ class LatentReader:
             return None
         counts, edges = np.histogram(values, bins=_BINS, range=(0.0, float(values.max())))
         return {"edges": edges, "counts": counts}
+
+    @functools.cached_property
+    def _logits(self) -> LogitTable | str:
+        """The logits of the run's latents, or why there are none."""
+        try:
+            return LogitTable(self.run)
+        except (NotApplicable, NotFound) as error:
+            return str(error)
 
     def _table(self, path: Path) -> tuple[pd.DataFrame, dict[Any, Any]] | None:
         """Return a table, or a journal's explanations, with the places of each latent's rows; ``None`` if missing."""

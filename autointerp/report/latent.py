@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from autointerp.explaining.patterns import shorten
+from autointerp.explaining.patterns import quote, shorten
 from autointerp.report import blocks as doc
 from autointerp.report import charts
 from autointerp.report.charts import ACCENT
@@ -42,6 +42,11 @@ def _head(found: Tree) -> Iterator[doc.Block]:
         facts += [("fires", words), ("activation", strength)]
     if firing is not None and firing.get("ineligible_reason"):
         facts.append(("not eligible", firing["ineligible_reason"]))
+    if found["logits"] is None:
+        facts.append(("promotes", f"not known: {found['no_logits']}"))
+    else:
+        for name, side in (("promotes", "promoted"), ("suppresses", "suppressed")):
+            facts.append((name, "  ".join(quote(of["token"]).replace(" ", "␣") for of in found["logits"][side])))
     if found["matches"]:
         n, of = found["n_shared"], len(found["matches"])
         words = f"with {n} of {of} other seeds (strict); similarity {decimal(found['similarity'], 2)}"

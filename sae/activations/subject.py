@@ -20,7 +20,7 @@ import torch
 
 from sae.activations.bundled import BUNDLED
 from sae.activations.hookpoint_names import likely_hookpoints
-from sae.common.errors import BadInput, NotFound, UserError, join_or, suggest
+from sae.common.errors import BadInput, NotApplicable, NotFound, UserError, join_or, suggest
 from sae.common.files import digest, digest_file, digest_samples, expand_user, read_json
 from sae.common.hub import find_on_hub, first_line, looks_like_path
 from sae.common.memory import is_out_of_memory
@@ -60,7 +60,10 @@ class Subject:
         source: the name given to :meth:`load`.
         fingerprint: SHA-256 of its configuration and samples of its weights, 64 hex characters.
         prefix: the token ids that the tokenizer puts before a text (usually none or a BOS).
+        whole: the model that the trunk belongs to, with its unembedding, if that was loaded too.
     """
+
+    whole: Any = None
 
     def __init__(self, source: str, model: Any, tokenizer: Any, fingerprint: str, tokenizer_fingerprint: str) -> None:
         self.source = source
@@ -73,17 +76,32 @@ class Subject:
         self.prefix = _prefix(tokenizer)
 
     @classmethod
-    def load(cls, source: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False) -> Subject:
+    def load(
+        cls,
+        source: str,
+        device: str = "cpu",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        with_unembedding: bool = False,
+    ) -> Subject:
         """Load a model folder, a hub name (``name`` or ``name@revision``) or ``'bundled'``.
 
         ``dtype`` is one of ``DTYPES``, or "auto": bfloat16 if ``device`` has instructions for it, else float32.
-        ``trust_remote_code`` runs Python code that comes with the model.
+        ``trust_remote_code`` runs Python code that comes with the model. ``with_unembedding`` loads all of the model.
 
         Raises:
             NotFound, BadInput: no such model, damaged or incomplete weights, no usable tokenizer.
+            NotApplicable: the unembedding was asked for, and the model has none.
             Unavailable: the hub cannot be reached and the name is not cached.
         """
-        from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
+        from transformers import (
+            CONFIG_MAPPING,
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_MAPPING,
+            AutoConfig,
+            AutoModel,
+            AutoModelForCausalLM,
+        )
 
         try:
             torch.empty(0, device=device)
@@ -105,8 +123,11 @@ class Subject:
                 raise _own_code(source, "model", "config.json")
             if config.is_encoder_decoder:
                 raise BadInput(f"model {source!r} is an encoder-decoder; give a decoder-only language model")
+            has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+            if with_unembedding and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+                raise NotApplicable(f"model {source!r} predicts no tokens")
             try:
-                model, report = AutoModel.from_pretrained(
+                model, report = (AutoModelForCausalLM if with_unembedding else AutoModel).from_pretrained(
                     place,
                     config=config,
                     dtype=DTYPES[dtype],
@@ -118,6 +139,8 @@ class Subject:
                 why = first_line(error)
                 raise BadInput(f"model {source!r} cannot be loaded: {why}; download its files again") from None
         absent = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+        if with_unembedding and absent and not any(name.startswith(f"{model.base_model_prefix}.") for name in absent):
+            raise NotApplicable(f"the files of model {source!r} have no unembedding ({absent[0]})")
         if absent:
             raise BadInput(
                 f"model {source!r} lacks {len(absent)} of its weights, such as {absent[0]}; download its files again"
@@ -129,7 +152,10 @@ class Subject:
             model = model.to(device).eval().requires_grad_(False)
         except (RuntimeError, AssertionError) as error:
             raise BadInput(f"model {source!r} cannot be put on {device!r}: {first_line(error)}") from None
-        return cls(source, model, tokenizer, fingerprint, tokenizer_fingerprint)
+        trunk = model.base_model if with_unembedding else model
+        subject = cls(source, trunk, tokenizer, fingerprint, tokenizer_fingerprint)
+        subject.whole = model if with_unembedding else None
+        return subject
 
     def hookpoints(self) -> list[str]:
         """Return the names of all hookpoints, in the order of the forward pass."""

@@ -5,6 +5,7 @@ UserError                 one line: which input, what is wrong, what to do (exit
 │   └── NotFinite         a number that has become NaN or infinite
 ├── NotFound              a run, latent, hookpoint or file that does not exist
 ├── SettingsDiffer        the name is taken by work with other settings
+├── NotApplicable         a quantity that is not defined for this model or hookpoint
 └── Unavailable           something outside this program did not answer (an LLM endpoint, a hub)
 """
 
@@ -33,6 +34,10 @@ class NotFound(UserError):
 
 
 class SettingsDiffer(UserError):
+    pass
+
+
+class NotApplicable(UserError):
     pass
 
 

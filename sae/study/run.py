@@ -275,6 +275,12 @@ class Run:
         """Return the other trained runs of the study."""
         return [r for r in study_runs(self.study, self.root) if r.name != self.name and r.is_trained]
 
+    def check_latent(self, latent: int) -> None:
+        """Raise NotFound if the run has no latent of this number."""
+        n = self.settings.training.num_latents
+        if not 0 <= latent < n:
+            raise NotFound(f"latent {latent} does not exist in run {self.name!r}; it has latents 0 to {n - 1}")
+
     def missing_error(self, what: str, stage: str) -> NotFound:
         """Return the error for a missing stage, with the command that runs it."""
         return NotFound(f"run {self.name!r} has no {what}; run `{command(self.root, stage, '--sae', self.name)}`")

@@ -50,11 +50,11 @@ class Compute:
             raise BadInput(f"--device {self.device!r} cannot be used here ({reason}); try --device cpu") from None
         return self.device
 
-    def load_subject(self, settings: Settings) -> Subject:
+    def load_subject(self, settings: Settings, with_unembedding: bool = False) -> Subject:
         from sae.activations.subject import Subject
 
         subject = settings.subject
-        return Subject.load(subject.model, self.resolve(), subject.dtype, self.trust_remote_code)
+        return Subject.load(subject.model, self.resolve(), subject.dtype, self.trust_remote_code, with_unembedding)
 
 
 def _cpus_allowed() -> int:

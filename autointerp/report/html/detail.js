@@ -45,10 +45,13 @@
     const latents = Report.latents();
     const kind = latents.classOf(latent);
     const firing = detail?.firing ?? null;
+    const tokens = (side) => (detail?.logits ? foreign(detail.logits[side].map((of) => `"${of.token}"`).join("  ")) : null);
     const facts = [
       ["fires", rate(latents.frequency(latent))],
       ["firings", firing === null ? count(latents.firings(latent)) : `${count(firing.n_firings)} in ${count(firing.n_windows)} contexts`],
       ["largest activation", firing === null ? null : `${firing.max_activation}`],
+      ["promotes", tokens("promoted")],
+      ["suppresses", tokens("suppressed")],
       ["found", kind === null ? null : element("span", { class: `badge ${kind}` }, Report.classNames()[kind])],
       ["similarity", latents.similarity(latent) === null ? null : decimal(latents.similarity(latent), 2)],
       ["score", latents.score(latent) === null ? latents.status(latent) : `${decimal(latents.score(latent), 2)} ${interval(latents.low(latent), latents.high(latent))}`],

@@ -29,7 +29,7 @@ OTHERS = 200
 _CONTEXTS, _OF_PARTNER = 8, 4
 _PER_CHUNK = 32  # details that are read together when one of them is opened
 _RIGHT, _WRONG = 2, 4  # verdicts shown of each kind
-_LEFT_OUT = ("schema", "run", "commands", "study", "threshold", "reliability", "cannot_be_explained")
+_LEFT_OUT = ("schema", "run", "commands", "study", "threshold", "reliability", "no_logits", "cannot_be_explained")
 """The same of all latents, or, of the last, in ``firing`` too."""
 
 
