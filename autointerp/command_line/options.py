@@ -63,7 +63,11 @@ Explainer = Annotated[
 ]
 ShownExplainer = Annotated[
     str | None,
-    Option(metavar="NAME", help="Explainer whose newest scores are shown: llm, ngram, … Default: others before ngram."),
+    Option(
+        metavar="NAME",
+        callback=lambda name: name and EXPLAINERS.spell(name),
+        help="Explainer whose newest scores are shown: llm, ngram, … Default: others before ngram.",
+    ),
 ]
 
 

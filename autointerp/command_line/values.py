@@ -135,9 +135,11 @@ def known(names: Registry[Any], *more: str) -> Callable[[Any], Any]:
     """Return a callback that accepts values in ``names`` or ``more`` and suggests the nearest for others."""
 
     def check(given: Any) -> Any:
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value not in more and value not in names:
-                raise typer.BadParameter(f"{value!r} is not known; choose {suggest(value, [*more, *names])}")
-        return given
+        if isinstance(given, list):
+            return [check(value) for value in given]
+        value = given and names.spell(given)
+        if value is not None and value not in more and value not in names:
+            raise typer.BadParameter(f"{value!r} is not known; choose {suggest(value, [*more, *names])}")
+        return value
 
     return check

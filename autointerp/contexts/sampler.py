@@ -45,9 +45,11 @@ STRONG = 0.25  # a neighbour fires strongly in this share of its windows, those 
 _PEAKS = 200  # contexts whose peaks decide the latent's top token
 _WALK = 1 << 16  # windows searched for a token at most
 _BLOCK = 1 << 12
-_FEWEST = 5  # contexts of a harder kind: fewer are of no use
+_FEWEST = 5  # contexts of a harder kind: fewer are of no use for a score
+_NONE: Ints = np.empty(0, np.int64)
 
 Kind = Literal["active", "random", "hard", "same_token", "mismarked"]
+BackgroundKind = Literal["random", "hard"]
 DecodeTokens = Callable[[npt.NDArray[Any]], list[str]]
 NeighboursOf = Callable[[int], Ints]
 
@@ -152,10 +154,14 @@ class ContextSampler:
         """Return up to ``n`` activating contexts that no explainer sees, those of :meth:`testing` first."""
         return self._active_contexts(latent, self._draw_active(latent, False, n))
 
-    def background(self, latent: int, n: int) -> list[Context]:
-        """Return up to ``n`` silent contexts for an explainer to compare with, matched to :meth:`explaining`."""
+    def background(self, latent: int, n: int, kind: BackgroundKind = "random") -> list[Context]:
+        """Return up to ``n`` silent contexts for an explainer to compare with, matched to :meth:`explaining`.
+
+        With ``kind`` hard, a neighbour fires strongly in each.
+        """
         positives = self._actives(latent).windows[self._draw_active(latent, True, self.settings.n_explain)]
-        return self._silent_contexts(self._draw_inactive(latent, positives, n, explain=True), "random")
+        draw = self._draw_inactive if kind == "random" else self._draw_hard
+        return self._silent_contexts(draw(latent, positives, n, explain=True), kind)
 
     def testing(self, latent: int) -> TestSet:
         """Return the test set: contexts that no explainer sees.
@@ -170,7 +176,7 @@ class ContextSampler:
         positives = self._actives(latent).windows[drawn]
         n = self._n_inactive(len(positives))
         random = self._draw_inactive(latent, positives, n, explain=False)
-        hard = self._draw_hard(latent, positives, self.settings.n_hard, random)
+        hard = self._draw_hard(latent, positives, self.settings.n_hard, explain=False, taken=random)
         taken = np.concatenate([random, hard])
         same_token = self._draw_same_token(latent, positives, self.settings.n_same_token, taken)
         return TestSet(
@@ -248,7 +254,7 @@ class ContextSampler:
     def _draw_inactive(self, latent: int, positives: Ints, n: int, explain: bool) -> Ints:
         """Draw ``n`` silent windows from the slots of the positives, no group twice."""
         if len(positives) == 0 or n == 0:
-            return np.empty(0, np.int64)
+            return _NONE
         rings = self._silent_rings(explain)
         firing, key = self._actives(latent).firing, self._key(latent)
         drawn = [(np.empty(0, np.int64), np.empty(0, np.uint64))]
@@ -262,26 +268,26 @@ class ContextSampler:
         windows, group = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         return windows[np.argsort(mix_bits(group ^ key))]
 
-    def _draw_hard(self, latent: int, positives: Ints, n: int, taken: Ints) -> Ints:
+    def _draw_hard(self, latent: int, positives: Ints, n: int, explain: bool, taken: Ints = _NONE) -> Ints:
         """Draw up to ``n`` windows in which a neighbour fires strongly and the latent is silent, in no taken group."""
         if n == 0 or self._neighbours is None or not len(positives):
-            return np.empty(0, np.int64)
+            return _NONE
         firing, key, excluded = self._actives(latent).firing, self._key(latent), np.unique(self._groups[taken])
         queues = []
         for neighbour in self._neighbours(latent).tolist():
             windows, peaks = self.store.windows(neighbour)
             strong = windows[peaks >= np.quantile(peaks, 1 - STRONG)] if len(windows) else windows
             group = self._groups[strong]
-            usable = ~self._explain_side(group) & ~self.store.has_special(strong)
+            usable = (self._explain_side(group) == explain) & ~self.store.has_special(strong)
             usable &= ~is_among(group, firing) & ~is_among(group, excluded)
             distinct, first = np.unique(group[usable], return_index=True)
             queues.append(self._queue(strong[usable][first], distinct, key).shorten(2 * n))
-        return self._from_queues(queues, positives, n, key)
+        return self._from_queues(queues, positives, n, key, fewest=1 if explain else _FEWEST)
 
     def _draw_same_token(self, latent: int, positives: Ints, n: int, taken: Ints) -> Ints:
         """Draw up to ``n`` silent windows that hold the latent's top token, in no taken group."""
         if n == 0 or not len(positives):
-            return np.empty(0, np.int64)
+            return _NONE
         token = self.find_top_token(latent)
         firing, key, excluded = self._actives(latent).firing, self._key(latent), np.unique(self._groups[taken])
         lacking = self._count_wanted(positives, n)
@@ -299,10 +305,10 @@ class ContextSampler:
     def _queue(self, windows: Ints, group: Hashes, key: np.uint64) -> Queue:
         return Queue(windows, group, self.store.slot(windows), mix_bits(group ^ key))
 
-    def _from_queues(self, queues: list[Queue], positives: Ints, n: int, key: np.uint64) -> Ints:
+    def _from_queues(self, queues: list[Queue], positives: Ints, n: int, key: np.uint64, fewest: int = _FEWEST) -> Ints:
         windows, group = draw_in_turn(queues, self._count_wanted(positives, n))
         order = np.argsort(mix_bits(mix_bits(group ^ key)))  # not the priority, by which slots and neighbours differ
-        return windows[order] if len(windows) >= min(n, _FEWEST) else windows[:0]
+        return windows[order] if len(windows) >= min(n, fewest) else windows[:0]
 
     def _count_wanted(self, positives: Ints, n: int) -> Ints:
         """Return how many of ``n`` harder contexts each slot gives."""

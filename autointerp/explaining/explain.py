@@ -33,7 +33,7 @@ from autointerp.contexts.selection import (
 )
 from autointerp.explaining.copies import find_flags, is_quoting_unseen
 from autointerp.explaining.explainers import EXPLAINERS
-from autointerp.explaining.explainers.base import Explainer
+from autointerp.explaining.explainers.base import Evidence, Explainer, list_texts, needs_logits
 from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.llm.limits import BudgetSpent, run_with_progress
@@ -45,6 +45,7 @@ from sae.common.files import digest, read_table
 from sae.common.progress import say
 from sae.study.align import ensure_aligned
 from sae.study.harvest import ensure_harvested
+from sae.study.logits import ensure_logits
 from sae.study.run import Run
 from sae.study.stage import Compute
 
@@ -125,6 +126,8 @@ def explain_runs(
             _prepare(runs, choice, with_controls, compute or Compute())
             tasks = [task for run in runs for task in plan_latents(run, choice)]
             controls = plan_controls(tasks, choice, explainer.asks_model, control_sae_latents)
+            if needs_logits(explainer):
+                ensure_logits([task.run for task in [*tasks, *controls]], compute or Compute())
             await _explain_tasks(tasks, controls, explainer, kind != BASELINE, options.concurrency, outcome)
             outcome.notes += list_missing(explainer)
 
@@ -246,23 +249,25 @@ async def _explain_run(
         stored = journal.explanations(status="ok", draw=0, **same)
         # In a random order, so that the latents done when a budget ends are a fair sample.
         todo = sorted(set(task.latents) - set(stored["latent"].tolist()), key=lambda x: permanent_number(0, x))
+        evidence = Evidence(explainer, material)
+        if evidence.without_logits:
+            outcome.notes.append(f"{task.run.name}: explained without promoted tokens: {evidence.without_logits}")
         before = len(task.latents) - len(todo)
         if before:
             say(f"{task.run.name}: {before} of {len(task.latents)} latents already have an explanation")
 
         async def explain_one(latent: int) -> None:
-            contexts = material.sampler.explaining(latent)
+            shown = evidence.of(latent)
             eligible, reason = material.sampler.eligible(latent)
-            background = material.sampler.background(latent, explainer.needs_background)
             text, failure, is_unseen = None, f"too few contexts: {reason}", None
             if eligible:
-                explanation = await explainer.explain(latent, contexts, background)
+                explanation = await explainer.explain(latent, *shown)
                 text, failure = explanation.text, explanation.failure or ""
-                is_unseen = None if text is None else is_quoting_unseen(text, [context.text for context in contexts])
+                is_unseen = None if text is None else is_quoting_unseen(text, list_texts(*shown))
                 journal.add_usage("explain", explainer.model, explanation.usage, latent)
             journal.add_explanation(
                 latent=latent,
-                contexts=[context.window for context in contexts],
+                contexts=[context.window for context in shown[0]],
                 text=text,
                 failure=None if text is not None else failure,
                 quotes_unseen=is_unseen,

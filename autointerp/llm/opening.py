@@ -33,7 +33,7 @@ def resolve_name(kinds: Registry[M], backend: str, options: LlmOptions) -> str:
     """
     if backend == "auto":
         return "llm" if options.is_named else BASELINE
-    kinds.check(backend, f"--{kinds.what}", "auto")
+    backend = kinds.check(backend, f"--{kinds.what}", "auto")
     if kinds[backend].asks_model and not options.is_named:
         raise BadInput(
             f"--{kinds.what} {backend} needs a language model: give --llm-url (such as http://127.0.0.1:8000/v1), "

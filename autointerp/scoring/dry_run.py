@@ -23,7 +23,7 @@ from autointerp.contexts.material import Material
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import get_identity, plan_controls, plan_latents
 from autointerp.explaining.explainers import EXPLAINERS
-from autointerp.explaining.explainers.base import ModelExplainer
+from autointerp.explaining.explainers.base import Evidence, ModelExplainer
 from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.journal.usage import is_plausible_count
@@ -149,9 +149,10 @@ def _of_task(run: Run, latents: Sequence[int], explainer: ModelExplainer, asked:
         with open_journal(run) as journal:
             done = set(journal.explanations(status="ok", draw=0, **same)["latent"].tolist()) & set(latents)
     asked.before += len(done)
+    evidence = Evidence(explainer, material)
     for latent in sorted(set(latents) - done):
         if material.sampler.eligible(latent)[0]:
-            asked.add([explainer.request(material.sampler.explaining(latent))], is_sure=True)
+            asked.add([explainer.request(*evidence.of(latent))], is_sure=True)
 
 
 def forecast_score(
@@ -166,8 +167,7 @@ def forecast_score(
     control_sae_latents: int | None = None,
 ) -> Forecast:
     """Return the cost of `score` for the existing explanations; see :func:`autointerp.scoring.score.score_runs`."""
-    for name in scorers:
-        SCORERS.check(name, "--scorer")
+    scorers = [SCORERS.check(name, "--scorer") for name in scorers]
     kind = resolve_name(JUDGES, backend, options.for_judge())
     check_flags(JUDGES, kind, options.list_judge_flags())
     if not JUDGES[kind].asks_model:

@@ -51,9 +51,13 @@ class Registry(Mapping[str, type[T]]):
             )
         return classes[0]
 
+    def spell(self, name: str) -> str:
+        """Return ``name`` as its file spells it: ``input_output`` for ``input-output``; an unknown one as it is."""
+        return spelt if (spelt := name.replace("-", "_")) in self else name
+
     def check(self, name: str, flag: str, *more: str) -> str:
         """Return ``name`` if it is known or in ``more``, or raise BadInput about ``flag`` that suggests one."""
-        if name in more or name in self:
+        if (name := self.spell(name)) in more or name in self:
             return name
         raise BadInput(f"{flag} {name!r} is not known; choose {suggest(name, [*more, *self])}")
 

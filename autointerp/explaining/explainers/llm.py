@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from autointerp.contexts.marking import choose_marks, mark_text
 from autointerp.explaining.copies import find_copied
@@ -25,6 +25,7 @@ from sae.common.files import digest
 if TYPE_CHECKING:
     from autointerp.contexts.sampler import Context
     from autointerp.llm.options import LlmOptions
+    from sae.study.logits import Logits
 
 LONGEST = 1500  # most characters of an explanation
 THRESHOLD = 0.3  # tokens above this share of a context's peak activation are marked
@@ -48,14 +49,17 @@ class LlmExplainer:
     name = "llm"
     asks_model: ClassVar[bool] = True
     needs_background = 0
+    prompts: ClassVar[str] = "explain"  # the conversation
+    settings: ClassVar[Mapping[str, Any]] = {}  # what else an answer depends on
 
     def __init__(self, client: LlmClient, *, draw: int = 0, temperature: float = 0.0) -> None:
         self._client, self._draw, self._temperature = client, draw, temperature
-        self._conversation = conversation("explain")
+        self._conversation = conversation(self.prompts)
         self.prompt_hash = self._conversation.hash
         self.settings_hash = digest(
             {"format": _FORMAT, "temperature": temperature, "threshold": THRESHOLD, "max_tokens": MAX_TOKENS}
             | client.settings
+            | dict(self.settings)
         )
 
     @classmethod
@@ -75,15 +79,22 @@ class LlmExplainer:
         """What the model's servers can do, as far as it is known."""
         return self._client.capabilities
 
-    async def explain(self, latent: int, contexts: Sequence[Context], background: Sequence[Context]) -> Explanation:  # noqa: ARG002
-        """Ask for one sentence about ``contexts``; ``latent`` and ``background`` are not shown to the model."""
+    async def explain(
+        self,
+        latent: int,  # noqa: ARG002 - never shown to the model
+        contexts: Sequence[Context],
+        background: Sequence[Context],
+        logits: Logits | None = None,
+    ) -> Explanation:
+        """Ask for one sentence about ``contexts``."""
         if not contexts:
             return Explanation(None, "no contexts to explain from")
         shown, usage = self._conversation, Usage()
         for _ in range(2):
             try:
                 # A copy is accepted here, so that it is kept in the cache and never paid for again.
-                text, answer = await self._client.ask(self.request(contexts, shown), parse_explanation)
+                request = self.request(contexts, background, logits, shown=shown)
+                text, answer = await self._client.ask(request, parse_explanation)
             except AnswerFailed as failed:
                 return Explanation(None, failed.reason, usage + failed.usage)
             usage += answer.usage
@@ -95,17 +106,29 @@ class LlmExplainer:
             shown = shown.without(copied)
         return Explanation(None, f"copied from the prompt: {one_line(text, _COPY_SHOWN)}", usage)
 
-    def request(self, contexts: Sequence[Context], shown: Conversation | None = None) -> Request:
-        """Return the request for ``contexts``, with the messages of ``shown`` before it (default: all examples)."""
-        opening, closing = choose_marks([context.text for context in contexts])
+    def request(
+        self,
+        contexts: Sequence[Context],
+        background: Sequence[Context] = (),
+        logits: Logits | None = None,
+        *,
+        shown: Conversation | None = None,
+    ) -> Request:
+        """Return the request that :meth:`explain` sends, after the messages of ``shown`` (default: all examples)."""
+        opening, closing = choose_marks([context.text for context in [*contexts, *background]])
         snippets = [mark_text(c.tokens, c.marked(THRESHOLD), opening, closing) for c in contexts]
+        values = self._list_values(background, logits)
         return Request(
-            (shown or self._conversation).messages(opening=opening, closing=closing, snippets=snippets),
+            (shown or self._conversation).messages(opening=opening, closing=closing, snippets=snippets, **values),
             max_tokens=MAX_TOKENS,
             temperature=self._temperature,
             seed=self._draw if self._temperature > 0 else None,
             replicate=self._draw,
         )
+
+    def _list_values(self, background: Sequence[Context], logits: Logits | None) -> dict[str, Any]:  # noqa: ARG002
+        """Return the values of the conversation's template apart from the marked snippets."""
+        return {}
 
 
 def parse_explanation(answer: Answer) -> str:

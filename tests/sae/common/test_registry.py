@@ -15,7 +15,7 @@ from sae.dictionaries.architectures import ARCHITECTURES
 @pytest.mark.parametrize(
     ("found", "names", "attribute"),
     [
-        (EXPLAINERS, ["llm", "ngram"], "name"),
+        (EXPLAINERS, ["contrastive", "input_output", "llm", "ngram"], "name"),
         (JUDGES, ["llm", "ngram"], "name"),
         (SCORERS, ["detection", "fuzzing"], "name"),
         (ARCHITECTURES, ["batchtopk", "gated", "jumprelu", "relu", "topk"], "architecture"),
@@ -26,7 +26,7 @@ def test_each_file_is_one(found: Registry[object], names: list[str], attribute: 
     assert len(found) == len(names)
     for name, kind in found.items():
         assert getattr(kind, attribute) == name
-        assert found.check(name, "--flag") == name
+        assert found.check(name, "--flag") == found.check(name.replace("_", "-"), "--flag") == name
         assert found[name] is kind
 
 
