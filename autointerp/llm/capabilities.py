@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any
 
-from autointerp.llm.exchange import Answer, AnswerFailed, Request, one_line
+from pydantic import Field
+
+from autointerp.llm.exchange import Answer, AnswerFailed, Request, fits_schema, one_line
 from sae.common.progress import say
 
 _LEAST_TOKENS = 1 / 8  # tokens of a character before anything was counted: no tokenizer makes fewer of ordinary text
+THINKING_TOKENS = 4096  # that a model which thinks before it answers may write in addition to the answer
 _MOST_NAMES = 3  # of models in :attr:`Capabilities.other_models`
 
 
@@ -24,22 +26,30 @@ class Capabilities:
     """
 
     json_schema: bool | None = None  # answers are held to a JSON schema
-    logprobs: int | None = None  # alternatives that come back for a token; 0 where there are no log-probabilities
+    logprobs: Annotated[int, Field(ge=0)] | None = None  # alternatives that come back for a token; 0: none
     cached_tokens: bool | None = None  # the server reports how many tokens of a prompt it had cached
     label_first: bool | None = None  # a label that is asked for is the first token, without thinking before it
-    context_length: int | None = None  # tokens of prompt and answer together
+    context_length: Annotated[int, Field(ge=0)] | None = None  # tokens of prompt and answer together
+    thinks: bool | None = None  # the model thinks before it answers
+    most_logprobs: Annotated[int, Field(ge=1)] | None = None  # alternatives that may be asked for, if limited
+    without: list[str] = field(default_factory=list)  # parameters that are not sent; see ``replies.Refused``
     tokens_per_character: float | None = field(default=None, repr=False)  # at least, as far as it was counted
     other_models: list[str] = field(default_factory=list, repr=False)  # that answered in place of the one asked
 
     def take_over(self, known: Mapping[str, Any]) -> None:
         """Fill in unknown fields from an earlier :meth:`as_dict`."""
-        for name in ("json_schema", "logprobs", "cached_tokens", "label_first"):
+        for name in ("json_schema", "logprobs", "cached_tokens", "label_first", "most_logprobs"):
             if getattr(self, name) is None:
                 setattr(self, name, known.get(name))
+        self.without += [name for name in known.get("without", ()) if name not in self.without]
+        if known.get("thinks"):
+            self.note_thinking()
+        elif self.thinks is None:
+            self.thinks = known.get("thinks")
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is stored and reported."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.repr} | {"without": sorted(self.without)}
 
     def list_missing(self) -> list[str]:
         """Return the missing capabilities, each with its substitute: a sentence each."""
@@ -55,10 +65,22 @@ class Capabilities:
         return missing
 
     def note_refusal(self, parameter: str) -> None:
+        """Remember not to send ``parameter`` again."""
+        if parameter not in self.without:
+            self.without.append(parameter)
         if parameter == "response_format":
             self.json_schema = False
         if parameter == "logprobs":
             self.logprobs = 0
+
+    def note_thinking(self) -> None:
+        if not self.thinks:
+            self.thinks = True
+            say(f"the model thinks before it answers: each answer may take {THINKING_TOKENS:,} tokens more")
+
+    def give_room(self, request: Request) -> Request:
+        """Return the request with tokens for thinking, if the model thinks."""
+        return replace(request, max_tokens=request.max_tokens + THINKING_TOKENS) if self.thinks else request
 
     def learn(self, request: Request, answer: Answer) -> None:
         """Read off an answer which parts of the request the server honoured."""
@@ -67,7 +89,9 @@ class Capabilities:
             n = 0 if answer.top_logprobs is None else max(map(len, answer.top_logprobs), default=0)
             self.logprobs = n if self.logprobs is None else min(self.logprobs, n)
         if request.json_schema is not None and answer.finish_reason == "stop":
-            self.json_schema = _fits(answer.text, request.json_schema) and self.json_schema is not False
+            self.json_schema = fits_schema(answer.text, request.json_schema) and self.json_schema is not False
+        if answer.thought:
+            self.note_thinking()
 
         characters, n_tokens = request.characters, answer.usage.prompt_tokens
         if characters >= 1000 and n_tokens > 0:  # 0: not reported, or implausible
@@ -85,6 +109,7 @@ class Capabilities:
                 f"the prompt is too long for the model: about {least} tokens at least, and its context holds "
                 f"{self.context_length}; not sent",
                 final=True,
+                systematic=True,
             )
 
     def learn_model(self, asked: str, answered: Any) -> None:
@@ -101,12 +126,3 @@ class Capabilities:
             if type(length) is int and length > 0:
                 self.context_length = length if self.context_length is None else min(self.context_length, length)
                 return
-
-
-def _fits(text: str, schema: Mapping[str, Any]) -> bool:
-    """Return whether ``text`` is an object with the schema's fields, which shows a server that honours schemas."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and set(schema.get("required", ())) <= set(value)

@@ -15,9 +15,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from autointerp.journal.usage import Usage
 from autointerp.llm.additions import KEY_HEADERS
@@ -26,7 +26,7 @@ from autointerp.llm.exchange import Answer, AnswerFailed, Message, Request, Tran
 from autointerp.llm.limits import Pace
 from autointerp.llm.prompts import conversation
 from autointerp.llm.replies import find_fault
-from autointerp.llm.servers import Server, Servers
+from autointerp.llm.servers import Sending, Server, Servers
 from autointerp.llm.transport import list_secrets, read_key
 from sae.common.database import Database
 from sae.common.errors import BadInput
@@ -42,6 +42,7 @@ DEFAULT_URL = "https://api.openai.com/v1"  # the server if only a model was name
 
 _LOCAL = "http://127.0.0.1"  # stands for a server of ours until it is started, and for its capabilities on any port
 _BELIEVED = timedelta(days=1)  # age of capabilities, at most: the server may be restarted with other flags
+_FAILURES = 3  # this many failures before the first answer mean that the settings are wrong, not the questions
 _WORD_SCHEMA = {
     "type": "object",
     "properties": {"word": {"type": "string", "enum": ["yes"]}},
@@ -101,6 +102,8 @@ class LlmClient:
         self._start = start
         self._model = model or None
         self._cache = cache
+        self._kept: dict[str, Any] = {}  # capabilities that the cache has
+        self._has_answered, self._n_failed = False, 0
         self._slots, self._answer_tries = asyncio.Semaphore(concurrency), answer_tries
         self._budget = budget
         self._connecting, self._is_connected = asyncio.Lock(), False
@@ -154,6 +157,7 @@ class LlmClient:
                 if self._start is not None:
                     self._servers.all = [Server(await self._start())]
                 self._model = await self._servers.find(self._model)
+                self.load_capabilities()
                 self._is_connected = True
         return self.model
 
@@ -161,8 +165,14 @@ class LlmClient:
         """Fill in the capabilities that the cache has of these servers."""
         if self._cache is not None:
             # A server of ours would have to be started to ask again, perhaps for nothing else, so any age will do.
-            known = self._cache.capabilities(self._cache_url, self.model, any_age=self._start is not None)
-            self.capabilities.take_over(known)
+            self._kept = self._cache.capabilities(self._cache_url, self.model, any_age=self._start is not None)
+            self.capabilities.take_over(self._kept)
+
+    async def _keep_capabilities(self) -> None:
+        found = self.capabilities.as_dict()
+        if self._cache is not None and found != self._kept:
+            self._kept = found
+            await self._cache.put_capabilities(self._cache_url, self.model, found)
 
     async def probe(self) -> Capabilities:
         """Find out what the servers can do before a protocol is chosen: from the cache, or by two tiny questions.
@@ -180,8 +190,8 @@ class LlmClient:
             with contextlib.suppress(AnswerFailed):
                 await self.ask_anew(asked, lambda answer: answer)
             known.json_schema = bool(known.json_schema)  # still unknown after a failure or an answer that was cut off
-        if self._cache is not None:
-            await self._cache.put_capabilities(self._cache_url, self.model, known.as_dict())
+        known.thinks = bool(known.thinks)
+        await self._keep_capabilities()
         return known
 
     async def _gives_label_first(self) -> bool:
@@ -226,7 +236,7 @@ class LlmClient:
         if self._model is None:
             await self.check()
         if self._cache is None:
-            return await self.ask_anew(request, parse)
+            return await self._ask_counted(request, parse)
         key = self.key(request)
         # A simultaneous equal question waits for this lock and then finds the answer in the cache.
         lock = self._asking.setdefault(key, asyncio.Lock())
@@ -234,19 +244,36 @@ class LlmClient:
             kept = self._cache.get(key)
             if kept is not None:
                 try:
-                    return parse(kept), kept
+                    parsed = parse(kept)
+                    self._has_answered = True
+                    return parsed, kept
                 except AnswerFailed:
                     pass  # an earlier version of ``parse`` accepted it: ask again
-            parsed, answer = await self.ask_anew(request, parse)
+            parsed, answer = await self._ask_counted(request, parse)
             await self._cache.put(key, self.model, answer)
             return parsed, answer
+
+    async def _ask_counted(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T, Answer]:
+        """:meth:`ask_anew`, and stop if the first questions all fail for a reason that the settings may have."""
+        try:
+            parsed, answer = await self.ask_anew(request, parse)
+        except AnswerFailed as failed:
+            self._n_failed += failed.systematic
+            if failed.systematic and not self._has_answered and self._n_failed >= _FAILURES:
+                raise BadInput(
+                    f"{self.url} answers none of the first questions: {failed.reason}; check --llm-url, --llm-model, "
+                    "--llm-body and the server's settings, then run the same command again: finished work is kept"
+                ) from None
+            raise
+        self._has_answered = True
+        return parsed, answer
 
     async def ask_anew(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T, Answer]:
         """:meth:`ask` without the cache."""
         await self._connect()
         self.capabilities.check_length(request)
         spent = Usage()
-        sent = request
+        sent = self.capabilities.give_room(request)
         cut_before = ""
         for tries_left in reversed(range(self._answer_tries)):
             try:
@@ -260,10 +287,11 @@ class LlmClient:
                 if not tries_left or failed.final:
                     # If the model's context is too small for twice the tokens, the refusal alone would mislead.
                     again = f"{cut_before}; asked again with more tokens: " if failed.final and cut_before else ""
-                    raise AnswerFailed(again + failed.reason, spent) from None
+                    raise AnswerFailed(again + failed.reason, spent, systematic=failed.systematic) from None
                 cut_before = failed.reason if failed.cut else ""
                 if failed.cut:
-                    sent = replace(sent, max_tokens=2 * sent.max_tokens)
+                    with_room = self.capabilities.give_room(request).max_tokens  # it may have begun to think
+                    sent = replace(sent, max_tokens=max(2 * sent.max_tokens, with_room))
         raise AssertionError("unreachable")
 
     async def post(self, url: str, body: Mapping[str, Any]) -> Any:
@@ -283,7 +311,7 @@ class LlmClient:
     async def _answer(self, request: Request) -> Answer:
         """Return one usable reply, sent for as often as needed; its usage counts all sendings."""
         n_sent = 0
-        failed_at: set[Server] = set()
+        sending = Sending()
 
         async def send() -> Answer:
             nonlocal n_sent
@@ -291,7 +319,7 @@ class LlmClient:
             n_sent += 1
             usage = Usage()
             try:
-                answer = await self._servers.send(request, self.model, failed_at)
+                answer = await self._servers.send(request, self.model, sending)
                 usage = answer.usage
             except AnswerFailed as failed:
                 usage = failed.usage
@@ -308,7 +336,9 @@ class LlmClient:
                 answer = await self._servers.retry(send_within_budget)
             except AnswerFailed as failed:
                 failed.usage = replace(failed.usage, requests=n_sent)
+                await self._keep_capabilities()
                 raise
+        await self._keep_capabilities()
         return replace(answer, usage=replace(answer.usage, requests=n_sent))
 
 
@@ -335,7 +365,7 @@ _MIGRATIONS = (
 )
 
 
-_FOUND = TypeAdapter(dict[str, bool | Annotated[int, Field(ge=0)] | None])
+_FOUND = TypeAdapter(Capabilities)
 
 
 class ResponseCache:
@@ -364,20 +394,21 @@ class ResponseCache:
             query = "SELECT found FROM capability WHERE url = ? AND model = ? AND created >= ?"
             row = connection.execute(query, (url, model, oldest)).fetchone()
         try:
-            return {} if row is None else _FOUND.validate_json(row[0], strict=True)
+            return {} if row is None else _FOUND.validate_json(row[0], strict=True).as_dict()
         except (ValidationError, TypeError):  # a damaged row
             return {}
 
     async def put_capabilities(self, url: str, model: str, found: Mapping[str, Any]) -> None:
-        """Store capabilities, unless the same ones are stored: their age counts from the first time."""
-        if self.capabilities(url, model) != found:
-            await self._insert("capability (url, model, found, created)", (url, model, json.dumps(found)))
+        """Store capabilities. Their age counts from the first time in a day that some were stored."""
+        if (known := self.capabilities(url, model)) != found:
+            await self._insert("capability (url, model, found, created)", (url, model, json.dumps(found)), bool(known))
 
-    async def _insert(self, into: str, row: tuple[str, str, str]) -> None:
+    async def _insert(self, into: str, row: tuple[str, str, str], keeps_age: bool = False) -> None:
         values = (*row, datetime.now(UTC).isoformat(timespec="seconds"))
-        await self._database.written(
-            lambda connection: connection.execute(f"INSERT OR REPLACE INTO {into} VALUES (?, ?, ?, ?)", values)
-        )
+        query = f"INSERT OR REPLACE INTO {into} VALUES (?, ?, ?, ?)"
+        if keeps_age:
+            query = f"INSERT INTO {into} VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET found = excluded.found"
+        await self._database.written(lambda connection: connection.execute(query, values))
 
     def check(self) -> int:
         """Return the number of answers; raise BadInput if the file is damaged."""

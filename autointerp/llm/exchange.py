@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -25,21 +25,35 @@ _BLANK = 100  # an answer that ends in more white space than this, in characters
 class AnswerFailed(Exception):
     """This one request brought no usable answer. ``reason`` is one line; ``usage`` is its cost."""
 
-    def __init__(self, reason: str, usage: Usage | None = None, *, cut: bool = False, final: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        usage: Usage | None = None,
+        *,
+        cut: bool = False,
+        final: bool = False,
+        systematic: bool = False,
+        thought: bool = False,
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.usage = usage or Usage()
         self.cut = cut  # the answer ran into ``max_tokens``: a larger limit may help, the same again will not
         self.final = final  # asking again is of no use: it was tried often enough, or this very request is refused
+        self.systematic = systematic  # where the first questions all fail so, the settings are wrong
+        self.thought = thought  # the model spent its tokens on thinking
 
 
 class Transient(Exception):
     """Worth trying again. ``wait`` is the pause the server asked for, in seconds."""
 
-    def __init__(self, reason: str, wait: float = 0.0, is_unreachable: bool = False) -> None:
+    def __init__(
+        self, reason: str, wait: float = 0.0, *, is_unreachable: bool = False, is_loading: bool = False
+    ) -> None:
         super().__init__(reason)
         self.reason, self.wait = reason, wait
         self.is_unreachable = is_unreachable  # no connection could be made at all
+        self.is_loading = is_loading  # the server loads its model, which may take minutes
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,12 @@ class Request:
                 sent.pop("top_logprobs", None)  # refused without the other
         return sent
 
+    def without_system(self) -> Request:
+        """Return the request with its system message at the beginning of the first question."""
+        system, first, *others = self.messages
+        first = {**first, "content": f"{system['content']}\n\n{first['content']}"}
+        return replace(self, messages=(first, *others))
+
     def content(self, parameters: Mapping[str, Any]) -> bytes:
         """Return the bytes to send: :meth:`parameters` and the messages, as JSON."""
         return f'{json.dumps(parameters)[:-1]}, "messages": {self._written[0]}}}'.encode()
@@ -149,6 +169,7 @@ class Answer:
     tokens: tuple[str, ...] | None = None  # the generated tokens, where log-probabilities came back
     top_logprobs: tuple[dict[str, float], ...] | None = None  # of each token and its likeliest alternatives, in nats
     counts_cached: bool = field(default=False, compare=False)  # whether the server reported cached prompt tokens
+    thought: bool = field(default=False, compare=False)  # whether the model thought before it answered
 
     def to_json(self) -> str:
         names = ("text", "finish_reason", "usage", "tokens", "top_logprobs")
@@ -179,7 +200,23 @@ def explain_cut(answer: Answer, sent: Request) -> AnswerFailed:
     return AnswerFailed(reason, cut=True)
 
 
+def fits_schema(text: str, schema: Mapping[str, Any]) -> bool:
+    """Return whether ``text`` is an object with the schema's fields and no others."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    fields = set(schema.get("required", ())), set(schema.get("properties", value if isinstance(value, dict) else ()))
+    return isinstance(value, dict) and fields[0] <= set(value) <= fields[1]
+
+
 _THINKING = re.compile(r"<(/?)(?:think|thinking|reasoning)>", re.IGNORECASE)
+_NO_THOUGHT = re.compile(r"<(think|thinking|reasoning)>\s*</\1>", re.IGNORECASE)
+
+
+def has_thinking(text: str) -> bool:
+    """Return whether a model thought within its answer. Some write empty tags where thinking is turned off."""
+    return "<" in text and _THINKING.search(_NO_THOUGHT.sub("", text)) is not None
 
 
 def without_thinking(text: str) -> str:

@@ -16,7 +16,7 @@ import hashlib
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import tenacity
@@ -24,8 +24,8 @@ import tenacity
 from autointerp.llm.additions import KEY_HEADERS, Header
 from autointerp.llm.capabilities import Capabilities
 from autointerp.llm.exchange import Answer, AnswerFailed, Request, Transient
-from autointerp.llm.replies import NoSuchModel, Refused, explain_fault, find_fault, read_answer
-from autointerp.llm.transport import Connections, Key, at, is_local, list_candidates
+from autointerp.llm.replies import Fault, NoSuchModel, Refused, explain_fault, find_fault, read_answer
+from autointerp.llm.transport import Connections, Key, Reply, at, is_local, list_candidates, list_secrets
 from sae.common.errors import BadInput, Unavailable, suggest
 from sae.common.progress import say
 
@@ -39,7 +39,11 @@ LONGEST_REST = 300.0
 _MEMORY = 0.1  # weight of the latest answer in the mean time of an answer
 _LIST_SECONDS = 30.0
 _LONGEST_NAME = 500  # characters of a model's name
-_REFUSALS = 3  # this many refused requests before the first answer mean that the settings are wrong, not the questions
+_SLOW = 15.0  # seconds until the first answer; a longer wait is reported
+_LOADING_PAUSE = 5.0  # seconds between tries meanwhile, at most
+_LONGEST_LOADING = 1200.0  # seconds that a server may take to load its model
+_SUSPECTS = {1: "response_format", 4: "logprobs"}  # after this many breakdowns of a request, it is tried without
+_NOT_AVAILABLE = (503, 529)  # the server is busy or loading, whatever the request is
 
 
 @dataclass(eq=False)
@@ -55,11 +59,28 @@ class Server:
     rests: int = 0
     rests_until: float = 0.0
     not_before: float = 0.0  # the end of the pause it asked for
-    without: set[str] = field(default_factory=set)  # parameters that it does not take
 
     def __post_init__(self) -> None:
         self.candidates = list_candidates(self.given)
         self.url = self.candidates[0]
+
+
+@dataclass
+class Sending:
+    """A request on its way, and what its earlier tries showed."""
+
+    failed_at: set[Server] = field(default_factory=set)
+    without: set[str] = field(default_factory=set)  # parameters that were refused
+    most_logprobs: int | None = None
+    n_breakdowns: int = 0
+    suspect: str = ""  # a parameter that may have caused the last one: the next try leaves it away
+    failed_from: float = 0.0  # start of the try that failed
+
+    def note_breakdown(self, parameters: Mapping[str, Any], started: float) -> None:
+        self.n_breakdowns += 1
+        name = _SUSPECTS.get(self.n_breakdowns, "")
+        self.suspect = name if name in parameters else ""
+        self.failed_from = started
 
 
 class NoServer(Unavailable):
@@ -113,8 +134,9 @@ class Servers:
         self._tries, self._backoff, self._patience = tries, backoff, patience
         self.capabilities = Capabilities()
         self._failed_in_a_row = 0
-        self._refused_so_far = 0
         self._has_answered = False
+        self._said: set[str] = set()
+        self._suspicions: dict[str, float] = {}  # when a request succeeded without a parameter, having failed with it
 
     @property
     def names(self) -> str:
@@ -222,15 +244,25 @@ class Servers:
             return await once()
 
         grow = tenacity.wait_random_exponential(multiplier=self._backoff, max=30)
+        n_loading = 0
+
+        def has_tried_enough(state: tenacity.RetryCallState) -> bool:
+            nonlocal n_loading
+            if state.outcome and getattr(state.outcome.exception(), "is_loading", False):
+                n_loading += 1
+                self._say_once("the server is loading the model: waiting")
+                return (state.seconds_since_start or 0.0) > _LONGEST_LOADING
+            return state.attempt_number - n_loading >= self._tries
 
         def pause(state: tenacity.RetryCallState) -> float:
             # A pause that a server asked for is kept before sending; here requests must not all return at once.
-            return random.uniform(0, self._backoff) if self.pause_left() > 0 else grow(state)
+            seconds = random.uniform(0, self._backoff) if self.pause_left() > 0 else grow(state)
+            return min(seconds, _LOADING_PAUSE) if n_loading else seconds
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda e: isinstance(e, Transient) and (waits or not e.is_unreachable)),
             wait=pause,
-            stop=tenacity.stop_after_attempt(self._tries),
+            stop=has_tried_enough,
             reraise=True,
         )
         try:
@@ -243,17 +275,17 @@ class Servers:
         self._failed_in_a_row = 0
         return result
 
-    async def send(self, request: Request, model: str, failed_at: set[Server]) -> Answer:
+    async def send(self, request: Request, model: str, sending: Sending) -> Answer:
         """Send ``request`` once, to the best server, and keep that server's record.
 
-        :param failed_at: servers where this request failed before; grows.
+        :param sending: what earlier tries of this request showed; grows.
         """
-        server = self.choose(request.affinity, failed_at)
+        server = self.choose(request.affinity, sending.failed_at)
         server.in_flight += 1
         try:
-            answer = await self._send_to(server, request, model)
+            answer = await self._send_to(server, request, model, sending)
         except Transient as error:
-            failed_at.add(server)
+            sending.failed_at.add(server)
             self.note_failure(server, error.reason, at_once=error.is_unreachable)
             if error.wait:
                 server.not_before = max(server.not_before, self._clock() + error.wait)
@@ -266,36 +298,88 @@ class Servers:
         self.note_answer(server, answer.usage.seconds)
         return answer
 
-    async def _send_to(self, server: Server, request: Request, model: str) -> Answer:
+    async def _send_to(self, server: Server, request: Request, model: str, sending: Sending) -> Answer:
         """Send once (and again at once where the server refuses a parameter that is optional)."""
         while True:
-            parameters = request.parameters(model, server.without, self._body)
+            without = {*self.capabilities.without, *sending.without, *filter(None, [sending.suspect])}
+            most = min(filter(None, (self.capabilities.most_logprobs, sending.most_logprobs)), default=request.logprobs)
+            sent = request if most >= request.logprobs else replace(request, logprobs=most)
+            has_system = sent.messages[0]["role"] == "system" and len(sent.messages) > 1
+            if has_system and "system" in without:
+                sent, has_system = sent.without_system(), False
+            parameters = sent.parameters(model, without, self._body)
             started = time.monotonic()
-            reply = await self.connections.send(at(server.url, "/chat/completions"), request.content(parameters))
+            reply = await self._post(server, sent.content(parameters))
             fault = find_fault(reply)
             if fault is None:
-                self._has_answered = True
-                answer = read_answer(reply.body, time.monotonic() - started, request.characters)
-                self.capabilities.learn(request, answer)
-                self.capabilities.learn_model(model, reply.body.get("model"))
-                return answer
+                self._learn(server, sending, parameters)
+                return self._read(reply, time.monotonic() - started, sent, model)
             optional = {name: value for name, value in parameters.items() if name not in self._body}
-            meaning = explain_fault(fault, optional, server.url, self._has_key)
+            if has_system:
+                optional["system"] = True
+            meaning = self._explain(fault, optional, server.url)
             if isinstance(meaning, NoSuchModel):
                 raise await self._explain_unknown(server, model, fault.status)
-            if isinstance(meaning, AnswerFailed) and not self._has_answered:
-                # One refusal may be the question's fault; several before the first answer come from the settings.
-                self._refused_so_far += 1
-                if self._refused_so_far >= _REFUSALS:
-                    flags = "--llm-model and --llm-body" if self._body else "--llm-model"
-                    raise BadInput(f"{server.url}: {meaning.reason}, and nothing else so far; check {flags}")
+            if isinstance(meaning, Transient) and fault.status >= 500 and fault.status not in _NOT_AVAILABLE:
+                sending.note_breakdown(parameters, started)
             if not isinstance(meaning, Refused):
                 raise meaning
-            if meaning.parameter not in server.without:
-                server.without.add(meaning.parameter)
-                self.capabilities.note_refusal(meaning.parameter)
-                if meaning.parameter != "max_tokens":
-                    say(f"{server.url} does not take {meaning.parameter!r}: continuing without it")
+            if meaning.most:
+                sending.most_logprobs = meaning.most
+            else:
+                sending.without.add(meaning.parameter)
+
+    def _explain(self, fault: Fault, optional: Mapping[str, Any], url: str) -> Exception:
+        return explain_fault(fault, optional, url, self._has_key, list_secrets(self._key, self._headers))
+
+    async def _post(self, server: Server, content: bytes) -> Reply:
+        """Post a question, and say so if the first answer takes long."""
+        url = at(server.url, "/chat/completions")
+        if self._has_answered:
+            return await self.connections.send(url, content)
+        words = f"{server.url} has not answered yet: it may be loading the model; waiting up to {self._timeout:g} s"
+        timer = asyncio.get_running_loop().call_later(_SLOW, self._say_once, words)
+        try:
+            reply = await self.connections.send(url, content)
+        finally:
+            timer.cancel()
+        self._has_answered = True
+        return reply
+
+    def _say_once(self, words: str) -> None:
+        if words not in self._said:
+            self._said.add(words)
+            say(words)
+
+    def _read(self, reply: Reply, seconds: float, sent: Request, model: str) -> Answer:
+        try:
+            answer = read_answer(reply.body, seconds, sent)
+        except AnswerFailed as failed:
+            if failed.thought:
+                self.capabilities.note_thinking()
+            raise
+        self.capabilities.learn(sent, answer)
+        self.capabilities.learn_model(model, reply.body.get("model"))
+        return answer
+
+    def _learn(self, server: Server, sending: Sending, parameters: Mapping[str, Any]) -> None:
+        """Remember what a success shows about the parameters that it did without.
+
+        A server that broke down may have recovered by chance. A parameter is the cause if this happened twice in a row,
+        one after the other, and no request with the parameter succeeded in between.
+        """
+        for name in _SUSPECTS.values():
+            if name in parameters:
+                self._suspicions.pop(name, None)
+        if sending.suspect and sending.failed_from > self._suspicions.setdefault(sending.suspect, time.monotonic()):
+            sending.without.add(sending.suspect)
+        for name in sorted(sending.without.difference(self.capabilities.without)):
+            self.capabilities.note_refusal(name)
+            if name != "max_tokens":
+                say(f"{server.url} does not take {name!r}: continuing without it")
+        if sending.most_logprobs and sending.most_logprobs != self.capabilities.most_logprobs:
+            self.capabilities.most_logprobs = sending.most_logprobs
+            say(f"{server.url} gives the log-probabilities of at most {sending.most_logprobs} tokens: asking for those")
 
     async def _explain_unknown(self, server: Server, model: str, status: int) -> BadInput:
         served = list(await self._list_models(server.url) or ())
@@ -371,7 +455,7 @@ class Servers:
             reply = await self.connections.send(at(url, "/models"), most_seconds=_LIST_SECONDS)
             fault = None if reply.status in (404, 405, 501) else find_fault(reply)
             if fault is not None:
-                raise explain_fault(fault, {}, url, self._has_key)
+                raise self._explain(fault, {}, url)
             return reply.body
 
         try:

@@ -37,6 +37,8 @@ LARGEST_REPLY = 8 * 2**20  # Bytes of a reply at most. The longest real ones, wi
 _LARGEST_ERROR = 2**16  # bytes read of an error page: it is shown as one line
 _LONGEST_KEY = 8000  # characters
 _SPELLED = 200  # characters of a key that are looked for in any spelling, with what follows
+_PART = 4  # characters of a key in a row that an error message must not show
+_MASK = re.compile(r"\*\*|•|xxx|[\w-](?:…|\.\.\.)\w")
 _UNUSABLE = "{} cannot be asked; correct that address, or the proxy in the environment"
 
 
@@ -62,8 +64,25 @@ class Key:
 
     def redact(self, text: str) -> str:
         """Replace the key in ``text``, in any spelling. Placeholder keys (``EMPTY``) are ordinary words and stay."""
-        is_word = len(self.value) < 12 and not any(c.isdigit() for c in self.value)
-        return text if is_word or len(self.value) < 6 else self._pattern.sub("[key]", text)
+        return self._pattern.sub("[key]", text) if self._is_secret else text
+
+    def redact_parts(self, text: str) -> str:
+        """Replace each word of ``text`` that shows a part of the key or masks some characters of one."""
+        if not self._is_secret:
+            return text
+        value = self.value.lower()
+        parts = {value[i : i + _PART] for i in range(len(value) - _PART + 1)}
+
+        def hide(word: re.Match[str]) -> str:
+            said = word[0].lower()
+            shows = any(said[i : i + _PART] in parts for i in range(len(said) - _PART + 1))
+            return "[key]" if shows or _MASK.search(said) else word[0]
+
+        return re.sub(r"\S+", hide, self.redact(text))
+
+    @property
+    def _is_secret(self) -> bool:
+        return len(self.value) >= 12 or (len(self.value) >= 6 and any(c.isdigit() for c in self.value))
 
 
 def read_key(file: Path | None = None, environment: Mapping[str, str] | None = None) -> Key | None:

@@ -237,6 +237,7 @@ async def _forecast(
         if model is None:
             await client.check()
 
+        client.load_capabilities()
         try:
             laid_out = lay_out(client, cache)
         finally:
@@ -252,23 +253,28 @@ async def _forecast(
             per_token = mean / per_request if per_request and mean and is_measured else 0.0
             tokenize = await find_tokenizer(client, options, per_token, place)
             try:
-                found = await _counted(stage, client.model, asked, tokenize)
+                found = await _counted(stage, asked, tokenize)
             except NotCounted as error:  # the server stopped counting half-way
                 note = f"{tokenize.name} failed ({one_line(error, 100)}): prompt tokens are an estimate"
                 tokenize = estimate_tokens(client.model, per_token, note)
-                found = await _counted(stage, client.model, asked, tokenize)
+                found = await _counted(stage, asked, tokenize)
             found.protocol = protocol or None
-            _estimate(found, usage, options, prices)
+            _estimate(found, usage, options, prices, bool(client.capabilities.thinks))
             forecasts.append(found)
     cheaper, dearest = min(forecasts, key=lambda f: f.cost), max(forecasts, key=lambda f: f.cost)
     dearest.cheaper = None if cheaper is dearest else cheaper
     return dearest
 
 
-def _estimate(found: Forecast, usage: Mapping[str, float], options: LlmOptions, prices: Prices | None) -> None:
+def _estimate(
+    found: Forecast, usage: Mapping[str, float], options: LlmOptions, prices: Prices | None, thinks: bool
+) -> None:
     """Estimate time, price and output tokens from this model's earlier requests."""
-    if found.stage == "explain" and usage["completion_tokens"]:
+    if (found.stage == "explain" or thinks) and usage["completion_tokens"]:
         found.completion_tokens = round(found.requests * usage["completion_tokens"] / usage["requests"])
+    elif thinks:
+        found.completion_tokens = found.completion_at_most
+        found.notes.append("the model thinks before it answers; output tokens are the most that it may write")
     if usage["requests"] and usage["seconds"]:
         found.seconds = found.requests * usage["seconds"] / usage["requests"] / options.concurrency
     if options.requests_per_second:
@@ -281,10 +287,10 @@ def _estimate(found: Forecast, usage: Mapping[str, float], options: LlmOptions, 
             )
 
 
-async def _counted(stage: str, model: str, asked: _Asked, tokenize: Tokenize) -> Forecast:
+async def _counted(stage: str, asked: _Asked, tokenize: Tokenize) -> Forecast:
     """Return the forecast's counts of requests and tokens."""
     notes = [*asked.notes, *([tokenize.note] if tokenize.note else [])]
-    found = Forecast(stage, model, tokenize.name, tokenize.exact, notes=notes)
+    found = Forecast(stage, asked.client.model, tokenize.name, tokenize.exact, notes=notes)
     found.requests, found.requests_at_least = len(asked.most), asked.least
     found.answered_before, found.from_cache = asked.before, asked.from_cache
     blocks: set[bytes] = set()
@@ -293,7 +299,7 @@ async def _counted(stage: str, model: str, asked: _Asked, tokenize: Tokenize) ->
         found.prompt_tokens += len(tokens)
         found.cached_tokens += count_cached(tokens, blocks)
         found.completion_tokens += _written(asked, request, tokenize)
-        found.completion_at_most += request.max_tokens
+        found.completion_at_most += asked.client.capabilities.give_room(request).max_tokens
     return found
 
 

@@ -29,7 +29,7 @@ from autointerp.contexts.marking import choose_marks, mark_text
 from autointerp.journal.usage import Usage
 from autointerp.llm.capabilities import Capabilities
 from autointerp.llm.client import LlmClient
-from autointerp.llm.exchange import Answer, AnswerFailed, Request, without_thinking
+from autointerp.llm.exchange import Answer, AnswerFailed, Request, has_thinking, without_thinking
 from autointerp.llm.prompts import conversation
 from autointerp.scoring.judges.base import Judgement
 from sae.common.errors import BadInput
@@ -199,7 +199,7 @@ def best_protocol(found: Capabilities, local: bool) -> Protocol:
     =================================  =====================  ===========================
     """
     kept = local or bool(found.cached_tokens)
-    return "single" if found.label_first and found.logprobs and kept else "batch"
+    return "single" if found.label_first and found.logprobs and kept and not found.thinks else "batch"
 
 
 def labels_schema(n: int) -> dict[str, Any]:
@@ -255,14 +255,14 @@ def parse_single(answer: Answer) -> tuple[bool, float | None]:
 
     :raises AnswerFailed: neither label is among that token's likeliest alternatives.
     """
-    if answer.tokens is not None and answer.top_logprobs is not None:
+    text = without_thinking(answer.text)
+    if answer.tokens is not None and answer.top_logprobs is not None and not has_thinking(answer.text):
         first = next((i for i, token in enumerate(answer.tokens) if token.strip(_AROUND_LABELS)), 0)
         p = _p_active(answer.top_logprobs[first], answer.tokens[first])
         if p is None:
-            without_thinking(answer.text)  # reports a model that has begun to think
             raise AnswerFailed(f"neither 0 nor 1 is among the {len(answer.top_logprobs[first])} likeliest answers")
         return p >= 0.5, p
-    found = _SINGLE_LABEL.match(without_thinking(answer.text))
+    found = _SINGLE_LABEL.match(text)
     if found is None:
         raise AnswerFailed("the answer is neither 0 nor 1")
     return found[1] == "1", None

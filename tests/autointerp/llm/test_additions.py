@@ -175,7 +175,7 @@ def test_refusals_of_every_request_name_the_body() -> None:
                     continue
 
     refusing = FakeServer(lambda _: error(400, "unknown field 'effort'"))
-    with refusing as server, pytest.raises(BadInput, match="check --llm-model and --llm-body"):
+    with refusing as server, pytest.raises(BadInput, match="check --llm-url, --llm-model, --llm-body"):
         asyncio.run(ask(client(server, body={"effort": 1})))
 
 

@@ -44,7 +44,16 @@ def question(**fields: Any) -> Request:
     return Request(({"role": "user", "content": "Statement: x"},), max_tokens=20, **fields)
 
 
-ABLE = {"json_schema": True, "logprobs": 2, "cached_tokens": True, "label_first": True, "context_length": 4096}
+ABLE: dict[str, Any] = {
+    "json_schema": True,
+    "logprobs": 2,
+    "cached_tokens": True,
+    "label_first": True,
+    "context_length": 4096,
+    "thinks": False,
+    "most_logprobs": None,
+    "without": [],
+}
 
 
 @pytest.mark.parametrize(
@@ -52,12 +61,12 @@ ABLE = {"json_schema": True, "logprobs": 2, "cached_tokens": True, "label_first"
     [
         ({}, {}),
         ({"gives_logprobs": False}, {"logprobs": 0}),
-        ({"rejects": ("logprobs",)}, {"logprobs": 0}),
+        ({"rejects": ("logprobs",)}, {"logprobs": 0, "without": ["logprobs"]}),
         ({"holds_schemas": False}, {"json_schema": False}),
-        ({"rejects": ("response_format",)}, {"json_schema": False}),
+        ({"rejects": ("response_format",)}, {"json_schema": False, "without": ["response_format"]}),
         ({"counts_cached": False}, {"cached_tokens": False}),
         ({"context_length": None}, {"context_length": None}),
-        ({"thinks": True}, {"label_first": False, "logprobs": 1}),
+        ({"thinks": True}, {"label_first": False, "logprobs": 1, "thinks": True}),
     ],
 )
 def test_what_a_server_can_do_is_found_out(fault: dict[str, Any], found: dict[str, Any]) -> None:

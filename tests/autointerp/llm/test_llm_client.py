@@ -351,7 +351,7 @@ def test_the_key_is_sent_and_shown_nowhere(
     for place in (*shown, caplog.text, out, err, on_disk.decode(errors="replace")):
         assert SECRET not in place
         assert SECRET[:12] not in place
-    assert any("refused the API key (HTTP 401)" in text for text in shown)
+    assert any("refused the API key (HTTP 401: Incorrect API key provided: " in text for text in shown)
 
 
 @by_key_or_header

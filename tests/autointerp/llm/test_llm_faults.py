@@ -128,23 +128,6 @@ def test_a_silent_server_times_out() -> None:
 # refusals
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_key_stops_everything_at_once(status: int) -> None:
-    with FakeServer() as server:
-        server.script.append(error(status, "no"))
-        with pytest.raises(Unavailable, match=rf"wants an API key \(HTTP {status}\); set AUTOINTERP_API_KEY"):
-            complete(client(server))
-        assert len(server.requests) == 1
-
-
-def test_no_credit_stops_everything_at_once() -> None:
-    with FakeServer() as server:
-        server.script.append(error(429, "You exceeded your current quota", code="insufficient_quota"))
-        with pytest.raises(Unavailable, match="no credit left"):
-            complete(client(server))
-        assert len(server.requests) == 1
-
-
 def test_one_refusal_fails_one_question_all_refusals_stop() -> None:
     with FakeServer() as server:
         server.script.append(error(400, "maximum context length is 4096 tokens, 'max_tokens' is too large"))
@@ -160,32 +143,10 @@ def test_one_refusal_fails_one_question_all_refusals_stop() -> None:
                 except AnswerFailed:
                     assert n < 2
 
-        with pytest.raises(BadInput, match=r"refused the request \(HTTP 400: no such thing\), and nothing else so far"):
+        with pytest.raises(
+            BadInput, match=r"answers none of the first questions: .* \(HTTP 400: no such thing\); check"
+        ):
             run(work, client(server))
-
-
-def test_refused_parameters_are_dropped_once_and_for_all() -> None:
-    rejects = ["response_format", "logprobs", "temperature", "seed"]
-    with FakeServer(rejects=rejects) as server:
-
-        async def work(c: LlmClient) -> None:
-            for _ in range(2):
-                await c.complete(MESSAGES, 20, json_schema={"type": "object"}, logprobs=5, seed=1)
-
-        run(work, client(server))
-    assert len(server.requests) == 4 + 2
-    assert server.requests[-1].body.keys() == {"model", "messages", "max_tokens"}
-
-
-def test_the_newer_name_of_max_tokens() -> None:
-    with FakeServer() as server:
-        message = (
-            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
-        )
-        server.script.append(error(400, message, param="max_tokens", code="unsupported_parameter"))
-        complete(client(server))
-    assert server.requests[1].body["max_completion_tokens"] == 20
-    assert "max_tokens" not in server.requests[1].body
 
 
 # answers that are none
@@ -194,14 +155,9 @@ def test_the_newer_name_of_max_tokens() -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (Reply(body={"choices": []}), "no choices"),
-        (Reply(body={"error": {"message": "upstream is down"}}), "no choices: upstream is down"),
-        (Reply(body="<html>Sign in</html>"), "not JSON"),
         (Reply(body=[1, 2]), "not a chat completion"),
         (Reply(content=None), "empty"),
         (Reply(content="  \n"), "empty"),
-        (Reply(content=None, message={"refusal": "I cannot"}), "refused: I cannot"),
-        (Reply(finish_reason="content_filter"), "content filter"),
         (Reply(content='{"labels": [1', finish_reason="length"), r"cut off at (20|40|80) tokens"),
         (Reply(content="", finish_reason="length", message={"reasoning_content": "hm"}), "before any text"),
     ],

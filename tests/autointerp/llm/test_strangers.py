@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from autointerp.explaining.explainers.llm import parse_explanation
 from autointerp.llm.additions import Header
-from autointerp.llm.exchange import Answer, AnswerFailed, Transient, without_thinking
+from autointerp.llm.exchange import Answer, AnswerFailed, Request, Transient, without_thinking
 from autointerp.llm.replies import NoSuchModel, Refused, explain_fault, find_fault, read_answer
 from autointerp.llm.transport import Key, list_candidates, read_key
 from autointerp.llm.transport import Reply as Received
@@ -27,6 +27,7 @@ from autointerp.scoring.judges.llm import parse_batch, parse_single
 from sae.common.errors import BadInput, NotFound, UserError
 
 SECRET = "sekret/KEY+0123456789\\x"
+REQUEST = Request(({"role": "user", "content": "x" * 100},), 20, json_schema={"properties": {"labels": {}}})
 LABELS = json.dumps(completion(Reply('{"labels": [1]}', logprobs=[token("1", t1=-0.1)]), 10))
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=20)
@@ -46,6 +47,7 @@ NAMES = [
     "id",
     "data",
 ]
+NAMES += ["reasoning", "reasoning_content", "completion_probabilities", "probs", "tok_str", "prob", "type", "text"]
 NAMES += ["finish_reason", "refusal", "detail", "code", "param", "prompt_tokens", "prompt_tokens_details", "model"]
 values = st.recursive(
     scalars, lambda some: st.lists(some, max_size=3) | st.dictionaries(st.sampled_from(NAMES), some, max_size=5)
@@ -134,7 +136,7 @@ def test_any_value_has_a_meaning(body: Any, status: int, head: list[tuple[str, s
     fault = find_fault(Received(status, dict(head), body))
     if fault is None:
         try:
-            answer = read_answer(body, 1.0, 100)
+            answer = read_answer(body, 1.0, REQUEST)
         except AnswerFailed:
             return
         assert answer.text.strip()
@@ -143,7 +145,7 @@ def test_any_value_has_a_meaning(body: Any, status: int, head: list[tuple[str, s
             with suppress(AnswerFailed):
                 reader(answer)
     else:
-        meaning = explain_fault(fault, {"logprobs": True, "max_tokens": 1}, "http://x", True)
+        meaning = explain_fault(fault, {"logprobs": True, "max_tokens": 1}, "http://x", True, [Key(SECRET, "here")])
         assert isinstance(meaning, UserError | AnswerFailed | Transient | Refused | NoSuchModel)
 
 
@@ -165,6 +167,19 @@ def test_any_address_is_base_addresses_or_one_line(text: str) -> None:
 def test_the_key_is_removed_in_any_spelling(key: str, between: str, spell: Any) -> None:
     redacted = Key(key, "here").redact(f"before {between.join(map(spell, key))} after")
     assert redacted == "before [key] after"
+
+
+@pytest.mark.fuzz
+@given(
+    key=st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=12, max_size=40),
+    cut=st.integers(0, 36),
+    spell=st.sampled_from([str, str.upper, str.swapcase]),
+    around=st.sampled_from(["{}", "({})", "ends_in={}.", '"{}"', "***{}"]),
+)
+def test_no_part_of_the_key_is_shown(key: str, cut: int, spell: Any, around: str) -> None:
+    part = spell(key)[min(cut, len(key) - 4) :]
+    shown = Key(key, "here").redact_parts(f"no {around.format(part)} a")
+    assert shown == "no [key] a"
 
 
 def test_a_long_key_is_removed_whole() -> None:

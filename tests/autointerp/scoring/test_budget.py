@@ -12,6 +12,7 @@ from test_score_by_llm import ITEMS, N, explain, harvested, run  # noqa: F401
 from autointerp.contexts.selection import Choice
 from autointerp.explaining.explain import explain_runs
 from autointerp.journal.journal import Journal
+from autointerp.llm.capabilities import THINKING_TOKENS
 from autointerp.llm.client import LlmClient
 from autointerp.llm.exchange import AnswerFailed, Request
 from autointerp.llm.limits import Budget, BudgetSpent, Prices, parse_budget, read_prices
@@ -51,6 +52,20 @@ def test_the_budget_is_used_up_and_never_overdrawn(at_once: int) -> None:
         assert n * COST <= 20 * COST + 60
         # What stays unspent is less than one more request might have taken: 100 read (at most 108 thought) and 20.
         assert n >= 19
+
+
+def test_room_for_thinking_is_reserved() -> None:
+    async def go(server: FakeServer) -> None:
+        async with LlmClient(server.url, budget=Budget(tokens=2 * THINKING_TOKENS)) as client:
+            for i in range(40):
+                await client.ask(question(i), lambda answer: answer.text)
+
+    with FakeServer(Reply("<think>hm</think>fine", completion_tokens=500)) as server:
+        with pytest.raises(BudgetSpent):
+            asyncio.run(go(server))
+        assert server.requests[-1].body["max_tokens"] == 20 + THINKING_TOKENS
+        # Each takes 600; the last one to leave found 4,096 and some left.
+        assert 6 <= len(server.requests) <= 7
 
 
 def test_dollars_count_cached_tokens_at_their_price() -> None:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from test_score_by_llm import ITEMS, N, explain, harvested, run, score  # noqa: F401
 
 from autointerp.contexts.selection import Choice
-from autointerp.llm.client import LlmClient
+from autointerp.llm.capabilities import THINKING_TOKENS
+from autointerp.llm.client import LlmClient, open_client
 from autointerp.llm.limits import Prices
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import (
@@ -85,6 +86,25 @@ def test_the_protocol_is_what_the_command_would_choose(run: Run) -> None:  # noq
     assert known.protocol == "single"
     assert known.cheaper is None
     assert not known.notes
+
+
+def test_thinking_is_counted(run: Run, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    with FakeServer(thinks=True) as server:
+        explain(run, server)
+        plain = forecast(run, server)
+
+        async def probe() -> None:
+            async with open_client(LlmOptions(url=server.url), run.root / "cache.sqlite") as client:
+                await client.probe()
+
+        asyncio.run(probe())
+        capsys.readouterr()
+        found = forecast(run, server, "auto")
+    assert found.protocol == "batch"
+    assert found.completion_at_most == plain.completion_at_most + THINKING_TOKENS * plain.requests
+    assert found.completion_tokens == found.completion_at_most
+    assert any("thinks before it answers" in note for note in found.notes)
+    assert capsys.readouterr().err.count("each answer may take 4,096 tokens more") == 1
 
 
 @pytest.mark.parametrize("prices", [None, Prices(prompt=2.0, completion=8.0)])
