@@ -1,4 +1,4 @@
-"""The activations that every side trains on: the same numbers on each, and made before the clock starts.
+"""Make the activations that every side trains on: equal on all sides, and made before the clock starts.
 
 Sparse sums of fixed directions plus noise, so that a dictionary has something to find and its choice of latents is as
 clear-cut as on a model's activations; the trainers' work does not depend on what they are.

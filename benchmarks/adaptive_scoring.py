@@ -1,16 +1,16 @@
-"""What adaptive scoring keeps and saves: coverage, bias and contexts, beside fixed sizes and beside naive stopping.
+"""Compare adaptive scoring with fixed sizes and with naive stopping: coverage, bias, and number of contexts.
 
     python benchmarks/adaptive_scoring.py [--json]
 
-Nothing is simulated: the chance of every course of judging is added up, for true rates from .5 to .98. Three ways:
+Exact, not simulated: sums the probability of every sequence of verdicts, for true rates from .5 to .98. Three ways:
 
 * ``adaptive``: looks, rule, estimate and interval of ``autointerp.scoring.adaptive``;
 * ``naive``: the same looks, but stopping as soon as the usual interval (MOVER of Wilson's) is narrow enough, and
   reporting that interval and the raw rates;
 * ``fixed``: the whole test set, with the usual interval.
 
-The worst coverage over the grid, the largest bias, and the mean number of contexts judged where both rates are .6, .75,
-.85, .9, .95 and .98.
+Prints the worst coverage over the grid, the largest bias, and the mean number of contexts judged if both rates are .6,
+.75, .85, .9, .95 and .98.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Do all architectures come to the same L0, keep their latents alive, and how stable are they? On the bundled study.
+"""Compare the architectures on the bundled study: L0, dead latents, and stability across seeds.
 
     python benchmarks/architectures.py [--kinds topk relu …] [--seeds 0 1] [--tokens 9M] [--json] [--out x.json]
 
 Trains the study of ``make demo`` under each architecture, all on one stream of activations, harvests 1M tokens that
 training has seen too, aligns the seeds, and reports per architecture: firing latents per token in training's last
 twentieth and over the harvest, and how far the latter is from k; dead latents over the harvest; FVU; and what fraction
-of alive latents two seeds share (Paulo & Belrose, arXiv 2501.16615, report the decoder definition). Stopped, it goes on
-where it was. Exits with 1 where an L0 is more than 10 % from k, or 5 % or more of the latents are dead.
+of alive latents two seeds share (Paulo & Belrose, arXiv 2501.16615, report the decoder definition). The same command
+resumes it. Exits with 1 if an L0 is more than 10 % from k, or 5 % or more of the latents are dead.
 """
 
 from __future__ import annotations

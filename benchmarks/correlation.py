@@ -1,13 +1,13 @@
-"""Is the corrected correlation of score and similarity right, and where is it not? By simulation.
+"""Test the corrected correlation of score and similarity by simulation.
 
     python benchmarks/correlation.py [--rounds 200] [--latents 200] [--json] [--out x.json]
 
-Latents have a known true score and a known similarity. Each is scored by n verdicts on either kind of context, as the
-program does it, and the program's own functions make of them the raw correlation, the reliability and the corrected
-correlation with their intervals. Over many such studies the means are held against the truth, and it is counted how
-often an interval holds it. ``all`` latents are scored; or some fail, ``by chance`` or the likelier the worse their true
-score (``hard ones``); or only the upper half of the similarities is looked at (``half the range``). What the latents
-that are left would give with endless verdicts is ``truth_of_these``. Takes minutes.
+Latents have a known true score and a known similarity. Each is scored by n verdicts on either kind of context, as in
+the program. The program's own functions compute the raw correlation, the reliability and the corrected correlation,
+with their intervals. Over many such studies, the means are compared with the truth, and the intervals that hold it are
+counted. ``all`` latents are scored; or some fail, ``by chance`` or more likely if their true score is low (``hard
+ones``); or only the upper half of the similarities is used (``half the range``). ``truth_of_these`` is the correlation
+of the scored latents with endless verdicts. Takes minutes.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def cell(shape: str, correlation: float, n: int, left: str, latents: int, rounds
         size, verdicts = len(made.true), made.verdicts(n, rng)
         measured, resamples = score(verdicts), Resamples(np.arange(size), 300)
         halves = Halves.of(verdicts, range(size), splits=10)
-        told = corrected_spearman(measured, made.similarity, made.frequency, halves, resamples)
+        result = corrected_spearman(measured, made.similarity, made.frequency, halves, resamples)
         raw = interval_of(resamples.correlations([measured, made.similarity])[:, 0, 1])
-        corrected = told.spearman
+        corrected = result.spearman
         found.append(
             [
-                *(raw.value, corrected.value, told.reliability.value),
+                *(raw.value, corrected.value, result.reliability.value),
                 *(e.low <= of_these <= e.high if np.isfinite(e.low) else np.nan for e in (raw, corrected)),
-                told.reliability.low <= retest <= told.reliability.high,
+                result.reliability.low <= retest <= result.reliability.high,
             ]
         )
     means = np.nanmean(np.array(found, dtype=float), axis=0)

@@ -1,10 +1,10 @@
-"""What the stages of the demo cost on this machine, in the form in which `autointerp/command_line/demo.py` keeps it.
+"""Time the demo's stages on this machine, and print the constants for `autointerp/command_line/demo.py`.
 
     python benchmarks/demo_stages.py [--recipe RECIPE] [--threads 2]
 
 Runs the demo's study from nothing in a temporary folder, with kernels that are not compiled yet, as in a fresh clone.
-Prints the constants to paste over those of `autointerp/command_line/demo.py`, and how good the estimate of the whole
-time was on the way. Run it on a machine that does nothing else.
+Prints the constants to paste over those of `autointerp/command_line/demo.py`, and how good the estimate of the total
+time was during the run. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Does training by rounded products end where training in float32 ends? The bundled study, both ways.
+"""Compare training by rounded products with training in float32, on the bundled study.
 
     python benchmarks/fast_mode.py [--modes int8 bfloat16] [--triples 3] [--root build/fast-mode] [--out x.json]
 
 Trains the study of ``make demo`` in float32 for several triples of seeds and in each rounded mode for the first triple,
-harvests and aligns, and compares: the FVU at the end of training, and what fraction of alive latents two seeds share,
-where the mean of a mode's three pairs is held against the mean of all of float32's by these pairs' spread. It also
-counts how often two precisions choose different latents for the same token with the trained weights. Takes minutes for
-each triple; stopped, it goes on where it was. Exits with 1 where a mode falls outside.
+harvests and aligns. Compares the FVU at the end of training, and the fraction of alive latents that two seeds share:
+the mean of a mode's three pairs against the mean of all of float32's, by these pairs' spread. It also counts how often
+two precisions choose different latents for the same token with the trained weights. Takes minutes for each triple; the
+same command resumes it. Exits with 1 if a mode falls outside.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def chosen_differently(run: Run, mode: Precision, compute: Compute, root: Path) 
 def compare(
     settings: Settings, modes: Sequence[Precision], triples: int, root: Path, compute: Compute
 ) -> dict[str, Any]:
-    """Train what is missing, and set each mode beside float32."""
+    """Train what is missing, and compare each mode with float32."""
     exact = [_study(settings, "float32", i, root, compute)[1] for i in range(triples)]
     found = {}
     for mode in modes:
@@ -111,7 +111,7 @@ def _study(
 
 
 def _beside(rounded: dict[str, Any], exact: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One mode's triple beside all of float32's."""
+    """Compare one mode's triple with all of float32's."""
     ratio = statistics.mean(rounded["fvu"]) / statistics.mean(exact[0]["fvu"])
     spread = {}
     for name in DEFINITIONS:

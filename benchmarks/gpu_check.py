@@ -1,13 +1,13 @@
-"""Is what the GPU computes what the CPU computes, and how fast is it? Needs a CUDA device.
+"""Check that the GPU computes what the CPU computes, and time it. Needs a CUDA device.
 
     python benchmarks/gpu_check.py [--width 768 --latents 32768 --k 32 --batch 8192 --seeds 3] [--json] [--out x.json]
 
-Triton's interpreter has shown that the programs mean the right thing; a processor can still disagree, about sizes past
-2^31, order, rounding or memory. So every sparse step is done at real sizes on both sides and compared, and done twice
-on the GPU, where it must give the same bits. Deviations are relative to the largest number of the CPU's result.
-Times are medians, of the GPU alone. The last line sets a whole training step against the dense product it contains.
+Tests run the programs in Triton's interpreter. A processor can still differ: in sizes past 2^31, order, rounding or
+memory. So every sparse step runs at real sizes on both sides and is compared, and runs twice on the GPU, which must
+give the same bits. Deviations are relative to the largest number of the CPU's result. Times are medians, of the GPU
+alone. The last line compares a whole training step with the dense product it contains.
 
-Exits with 1 where anything deviates by more than it may. Results go to ``benchmarks/results/gpu-check.json``.
+Exits with 1 if anything deviates too much. Results go to ``benchmarks/results/gpu-check.json``.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class Check:
             self.compare(f"Adam, {'unit rows' if unit_rows else 'plain'} (with copies)", work, expected)
 
     def beyond_32_bits(self) -> None:
-        """Rows whose first element's number does not fit into 32 bits; left out where memory is short."""
+        """Rows whose first element's number does not fit into 32 bits; skipped if memory is short."""
         s = self.sizes
         m = (2**31 + 2**28) // (s.seeds * s.width) + 1
         if self.device.type != "cuda" or torch.cuda.mem_get_info(self.device)[0] < 6 * s.seeds * m * s.width:
@@ -217,7 +217,7 @@ class Check:
         self.choices("top-k beyond 2^31", lambda: [t[:, -1:] for t in self.kernels.topk(pre, s.k)], expected)
 
     def whole_step(self) -> None:
-        """Loss and gradient of all seeds; and how fast a whole step is, beside its dense product alone."""
+        """Loss and gradient of all seeds, and the time of a whole step compared with its dense product alone."""
         s = self.sizes
         x = self.random(s.batch, s.width) @ self.random(s.width, s.width) / s.width**0.5 + 1
         sample = x[:1024].cpu()

@@ -1,4 +1,4 @@
-"""How fast firings are recorded, beside the forward pass that it takes and beside delphi's cache: tokens/s and memory.
+"""Time the harvest (tokens/s, memory), compared with its forward pass and with delphi's cache.
 
     python benchmarks/harvest.py [--tokens 250000 1000000] [--shapes 2048x8 8192x32] [--rounds 3] [--out x.json]
 
@@ -7,13 +7,13 @@ weights: how many latents fire does not depend on what they have learnt. Every s
 
 - *ours*: ``sae.firings.harvest.harvest`` to a firing store that is ready for look-ups, index included, for one
   dictionary and for three in one pass; no cache of activations;
-- *bare*: the same forward pass and the same encoding, with nothing recorded: what no harvest exceeds;
+- *bare*: the same forward pass and the same encoding, with nothing recorded: an upper limit;
 - *delphi*: ``LatentCache.run`` and ``save_splits`` (5 splits), the dictionary opened by sparsify, as its documentation
   has it; it runs the model to its last layer.
 
 Times are of the second of two calls in the process, the first being a small one (compiling, growing heaps). delphi and
-what it needs are installed into ``build/delphi`` beside the peers' environment (``make test-peers`` makes that), or
-name a Python that has them with ``--delphi-python``.
+its dependencies are installed into ``build/delphi``, next to the peers' environment (``make test-peers`` makes that);
+or name a Python that has them with ``--delphi-python``.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def our_source(folder: Path) -> Any:
 
 
 def ours(folder: Path, tokens: int, names: str) -> None:
-    """Harvest so many tokens for the dictionaries ``names``, from nothing."""
+    """Harvest ``tokens`` tokens for the dictionaries ``names``, from nothing."""
     from sae.dictionaries.checkpoint import load_sae
     from sae.firings.harvest import harvest
 
@@ -154,7 +154,7 @@ def started(name: str, folder: Path, tokens: int, names: str, asked: argparse.Na
 
 
 def delphi_python() -> str:
-    """The peers' Python; puts delphi beside it if it is not there."""
+    """The peers' Python; installs delphi next to it if it is missing."""
     python = peers_python(None)
     if not (DELPHI / ".ready").exists():
         print(f"installing delphi into {DELPHI} …", file=sys.stderr)
@@ -203,8 +203,8 @@ def compare(shape: str, tokens: int, asked: argparse.Namespace) -> list[dict[str
 
 def shown(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
     table = Table(title=title, title_justify="left")
-    for name in ("", "beside", "ours", "theirs", "ratio", "MiB", "their MiB"):
-        table.add_column(name, justify="left" if name in ("", "beside") else "right")
+    for name in ("", "compared with", "ours", "theirs", "ratio", "MiB", "their MiB"):
+        table.add_column(name, justify="left" if name in ("", "compared with") else "right")
     for row in rows:
         numbers = f"{row['ours']:,}", f"{row['peer']:,}", f"{row['ratio']:.2f} ×"
         table.add_row(row["setting"], row["peer_name"], *numbers, f"{row['peak_mib']:,}", f"{row['peer_peak_mib']:,}")

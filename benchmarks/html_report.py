@@ -1,4 +1,4 @@
-"""How large the HTML report of a wide study is, how long it takes to make, and how long a browser takes to open it.
+"""Measure the HTML report of a wide study: its size, the time to make it, and the time until a browser can use it.
 
     python benchmarks/html_report.py [--latents 32768] [--runs 3] [--scored 7000] [--rounds 5] [--json] [--out x.json]
 

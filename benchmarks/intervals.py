@@ -1,12 +1,12 @@
-"""How often do the intervals of a latent's score hold the truth?
+"""Measure how often the intervals of a latent's score hold the truth.
 
     python benchmarks/intervals.py [--trials 20000] [--out benchmarks/results/intervals.json] [--json]
 
 A 95 % interval should hold the truth in 95 of 100 repetitions, at the sizes and rates that scores have: 50 contexts of
-each kind, 20 of a harder kind, 5 of a stratum, and rates from guessing to near perfect. Rates (Wilson) are worked out
+each kind, 20 of a harder kind, 5 of a stratum, and rates from guessing to near perfect. Rates (Wilson) are computed
 exactly over all outcomes; balanced accuracy (MOVER) and AUROC (DeLong on the logit scale) are simulated, AUROC for
 normal scores and for answers rounded to five levels, as a judge's probabilities are. Takes about two minutes at 20,000
-trials. Exits with 1 where a coverage of 20 contexts or more lies outside 91 to 99.9 %.
+trials. Exits with 1 if a coverage of 20 contexts or more lies outside 91 to 99.9 %.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""How many requests a second the LLM client sustains, beside delphi's client on the same server.
+"""Measure the requests a second that the LLM client sustains, compared with delphi's client on the same server.
 
     python benchmarks/llm_client.py [--requests 6000] [--rounds 3] [--json] [--out x.json]
 
 A server in a process of its own answers every request the same, at once or after a latency. Ours is the product's own
 path: the judge's prompts, the answer cache, verdicts and costs in the journal. delphi's is its HTTP client under its
-pipeline. ``raw`` is aiohttp alone, which keeps nothing: what a client in Python, and this server, can reach. The sides
-run one after the other in every round, and a side's figure is the median of its rounds.
+pipeline. ``raw`` is aiohttp alone, which keeps nothing: the most that a client in Python, and this server, can reach.
+The sides run one after the other in every round, and a side's figure is the median of its rounds.
 
-Beside the rate stands the processor time of a request in the client's process. The rate on a quiet machine is about its
-inverse; on a machine that others use, believe the processor time.
+Next to the rate is the processor time of a request in the client's process. The rate on a quiet machine is about its
+inverse; on a machine that others use, trust the processor time.
 
-With a latency of 50 ms, concurrency / latency is the most that there can be; shown is the share of it that is reached.
+With a latency of 50 ms, the upper limit is concurrency / latency; the table shows the share of it that is reached.
 ``raw`` does not reach all of it either: timers are late by a millisecond or two, the server's as well as the client's.
 delphi is installed into ``.venv-delphi``, made here; or name a Python that has it with ``--peers-python``.
 """

@@ -1,4 +1,4 @@
-"""Latents whose true interpretability and similarity are known, scored by so many simulated verdicts."""
+"""Simulate latents with a known true score and similarity, each scored by a number of verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every benchmark has in common: its options, its date and machine, and where its rows go."""
+"""The common part of the benchmarks: options, date and machine, and output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scoring a latent costs in prompt tokens, beside delphi: in all, and not found in the server's prefix cache.
+"""Count the prompt tokens of scoring a latent, in total and not cached, compared with delphi.
 
     python cli.py demo                                            # makes runs with explanations and verdicts
     python benchmarks/scoring_cost.py --run demo_a [--vllm-python .venv-vllm/bin/python] [--json] [--out x.json]
@@ -14,7 +14,7 @@ error, whatever its rates, is above the one asked for (``same guarantee``: rates
 
 Tokens are counted by the tokenizer and chat template of ``--model``, the cache is simulated in blocks of 16 with
 nothing evicted. With ``--vllm-python`` a vLLM server is then asked the same requests for ``--measured`` latents, and
-its counters ``vllm:prefix_cache_queries`` and ``…_hits`` are put beside the arithmetic.
+its counters ``vllm:prefix_cache_queries`` and ``…_hits`` are compared with the arithmetic.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a side of the comparison is to the one who asks: a process that trains so many steps when it is told to.
+"""One side of the training comparison: a process that trains a number of steps when asked.
 
 Requests and answers are lines of JSON. A side that is not asked waits in a read, and takes no processor time from the
-one that is. This module imports nothing but PyTorch, since it also runs where only the peers are installed.
+other. This module imports nothing but PyTorch, since it also runs where only the peers are installed.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from activations import batches
 from side import Asked, Task, now
 from torch import Tensor
 
-_STEPS = 1_000_000  # what their schedules are told; the first thousand, the warm-up, is not timed differently
+_STEPS = 1_000_000  # of their schedules; the first thousand, the warm-up, is not timed differently
 Step = Callable[[int, Tensor], Any]
 
 

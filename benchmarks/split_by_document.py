@@ -1,4 +1,4 @@
-"""What do scores gain by documents whose other windows the explainer saw? By splitting a run's texts in two ways.
+"""Measure what scores gain from documents whose other windows the explainer saw, by splitting texts in two ways.
 
     python benchmarks/split_by_document.py [--sae demo_a] [--latents 400] [--splits 4] [--json] [--out x.json]
 

@@ -1,4 +1,4 @@
-"""How fast S seeds are trained, beside the peers: whole optimiser steps, in token·seeds per second.
+"""Time the training of S seeds, whole optimiser steps in token·seeds per second, compared with the peers.
 
     python benchmarks/training.py [--shapes 256x4096x32x4096 …] [--threads 2] [--rounds 5] [--json] [--out x.json]
 
@@ -62,7 +62,7 @@ class Side:
         return side
 
     def round(self, steps: int) -> float:
-        """Train so many steps; returns the seconds they took."""
+        """Train ``steps`` steps; return the seconds they took."""
         self._tell(json.dumps({"steps": steps}))
         heard = self._hear()
         self.peak = heard["peak"]
@@ -224,8 +224,8 @@ def shown(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
             )
         console.print(table)
     sides = [("ours", row["about"]) for row in rows] + [(row["peer_name"], row["peer_about"]) for row in rows]
-    for told in dict.fromkeys(f"{name}: {', '.join(f'{k} {v}' for k, v in of.items())}" for name, of in sides if of):
-        console.print(f"  {told}", style="dim")
+    for line in dict.fromkeys(f"{name}: {', '.join(f'{k} {v}' for k, v in of.items())}" for name, of in sides if of):
+        console.print(f"  {line}", style="dim")
 
 
 def main() -> None:

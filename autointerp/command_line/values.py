@@ -39,7 +39,7 @@ def check_words(words: list[str]) -> None:
         flag, _, value = word.partition("=") if word.startswith("--") and "=" in word else (before, "", word)
         flag = flag if flag.startswith("-") else "an argument"
         if not value.strip() and flag != "--vllm-args":
-            raise BadInput(f"{flag} is empty; give a value, or leave it out (is a shell variable unset?)")
+            raise BadInput(f"{flag} is empty; give a value, or remove it (is a shell variable unset?)")
         if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
             shown = "…" if is_secret(flag) else f"{value!r:.100}"
             raise BadInput(f"{flag} {shown} is not UTF-8 text; give a value that is")

@@ -40,7 +40,7 @@ from sae.study.run import Run
 METHODS = {
     "reliability": "mean rank correlation of random halves of each latent's verdicts, stepped up by Spearman and "
     "Brown's formula; expanded percentile bootstrap over latents, 1000 resamples, seeded",
-    "corrected": "Spearman / sqrt(reliability of the score); both are made anew in each of 1000 bootstrap resamples",
+    "corrected": "Spearman / sqrt(reliability of the score); both recomputed in each of 1000 bootstrap resamples",
 }
 LEAST = 0.25
 """Least reliability at which correlations are corrected; below it they would more than double."""

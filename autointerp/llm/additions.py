@@ -65,7 +65,7 @@ def read_headers(
         if not equals or not _HEADER_NAME.fullmatch(name) or not any(map(str.isalnum, value)):
             raise BadInput(f"{flag}: write NAME=VALUE, such as {flag} 'api-key=$AZURE_KEY'; in quotes, with no colon")
         if _OWN_HEADERS.fullmatch(name):
-            raise BadInput(f"{flag} {name}: the program sets this header itself; leave it out")
+            raise BadInput(f"{flag} {name}: the program sets this header itself; remove it")
         if name.lower() in found:
             raise BadInput(f"{flag} {name} is given twice; give every header once")
         shown = hide_header(text)
@@ -101,7 +101,7 @@ def read_body(flag: str, given: str | None) -> dict[str, Any] | None:
         raise BadInput(f"{flag} is not a JSON object; give one, {example}")
     own = next((name for name in _OWN_FIELDS if name in body), None)
     if own is not None:
-        raise BadInput(f"{flag}: the program itself decides {own!r}; leave it out")
+        raise BadInput(f"{flag}: the program itself decides {own!r}; remove it")
     if KEY_LIKE.search(written) or any(map(_SECRET_FIELDS.search, _list_names(body))):
         raise BadInput(f"{flag} holds a key or a password, and is stored and shown; give secrets with a header flag")
     return body

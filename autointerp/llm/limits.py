@@ -110,7 +110,7 @@ class Pace:
         limits = {"requests per second": (requests_per_second, 0.001), "tokens per minute": (tokens_per_minute, 1)}
         for words, (given, least) in limits.items():
             if given is not None and not least <= given <= 1e12:
-                raise BadInput(f"{words} = {given:g}: must be from {least} to 1e12; leave it out for no limit")
+                raise BadInput(f"{words} = {given:g}: must be from {least} to 1e12; omit it for no limit")
         self._throttle = None
         if requests_per_second is not None:
             # At high rates a few leave together every twentieth of a second: the throttler reads the clock seldom.

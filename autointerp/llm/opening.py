@@ -46,7 +46,7 @@ def check_flags(kinds: Registry[M], name: str, flags: list[str]) -> None:
     """Raise BadInput if an explainer or judge that asks no language model got flags about one."""
     if flags and not kinds[name].asks_model:
         raise BadInput(
-            f"{flags[0]} has no effect: the {kinds.what} {name} asks no language model; leave it out, or choose "
+            f"{flags[0]} has no effect: the {kinds.what} {name} asks no language model; remove it, or choose "
             f"another --{kinds.what}"
         )
 

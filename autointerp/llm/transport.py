@@ -227,7 +227,7 @@ class Connections:
         except openai.APIStatusError as error:
             reply = error.response
         except TimeoutError:
-            # A server that does not even list its models in time is as good as none.
+            # A server that does not list its models in time counts as absent.
             raise Transient(f"no answer within {seconds:g} s", is_unreachable=content is None) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ and error.__cause__.__cause__  # aiohttp's, under that of its bridge to httpx

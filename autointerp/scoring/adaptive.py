@@ -50,7 +50,7 @@ GROWTH = 1.25
 LARGEST = 1_000
 """Contexts of both kinds at most: beyond it the path counts leave the range of floating point."""
 MOST_FAILED = 0.2
-"""A look with a larger share of failures decides nothing, as a score with so many is none."""
+"""A look with a larger share of failures decides nothing, because such a score is not valid."""
 LEVEL = 0.95
 METHOD = 2
 """Of rounds, rule and estimate; part of what adaptive scores are keyed by."""

@@ -44,7 +44,7 @@ class Part:
     at_most: int | None = None
     """Latents to score; ``None``: all that are explained."""
     is_control: bool = False
-    """Whether it is there beside a run of its study."""
+    """Whether it is a control SAE, scored with a run of its study."""
     latents: frozenset[int] | None = None
     """Those whose scores are wanted; ``None``: all that are explained. Others lend their explanations to controls."""
 

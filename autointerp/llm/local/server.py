@@ -271,7 +271,7 @@ def _give_back_gpu() -> None:
 def choose_cache_gib(free: int | None, weights: int) -> int:
     """Return the GiB for vLLM's KV cache on a CPU: by default vLLM takes nearly all of the machine.
 
-    A quarter of the ``free`` bytes (``None``: not known) that a model with so many bytes of ``weights`` leaves.
+    A quarter of the ``free`` bytes (``None``: not known) that a model with ``weights`` bytes of weights leaves.
     """
     left = (free or 0) - 2 * weights  # while they are read, they may be in memory twice
     return max(1, min(_MOST_CACHE_GIB, left // 4 >> 30))
