@@ -1,9 +1,9 @@
-"""Compare a run's scores with its controls, scored by the same protocol: control SAEs and the n-gram baseline.
+"""Compare a run's scores with others by the same protocol: control SAEs, the n-gram baseline, other explainers.
 
 A *control SAE* (:mod:`sae.study.controls`) has other latents, a plain random sample, so the interval of the difference
 of means resamples both samples; the run's own are weighted if stratified
 (:mod:`autointerp.findings.statistics.estimation`). The *baseline* explained the same latents from the same contexts, so
-it is compared latent by latent.
+it is compared latent by latent, as is any other explainer of the run.
 
 The same protocol means the same explainer, judge, prompts, models, scorer, numbers of contexts and precision.
 """
@@ -19,13 +19,13 @@ from autointerp.contexts.sampling import Sample
 from autointerp.findings.evidence import JournalFacts, Study
 from autointerp.findings.pairs import scored_alike
 from autointerp.findings.scores import Scored, estimator_of
-from autointerp.findings.shape import Control, ControlSae, HarderDifference, LackingControls, Mean
+from autointerp.findings.shape import Control, ControlSae, Difference, HarderDifference, LackingControls, Mean
 from autointerp.findings.statistics.estimation import AS_THEY_ARE, Estimator, error_of
 from autointerp.findings.statistics.resampling import interval_of
 from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.scorers.base import HARDER
-from autointerp.scoring.setups import own_scores, precision_of, rows_of, setups_of, status_kind
+from autointerp.scoring.setups import JUDGED_BY, own_scores, precision_of, rows_of, setups_of, status_kind
 from sae.common.estimate import UNKNOWN, Estimate
 from sae.study.controls import CONTROLS, find_controls
 from sae.study.run import Run
@@ -113,6 +113,21 @@ def baseline_findings(study: Study, own: Scored) -> Control | None:
             ours, others = Scored(own.rows.loc[both], own.of), Scored(theirs.loc[both], own.of)
             return Control(**_compare(ours, others, lambda mine, baseline: baseline.difference(mine)))
     return None
+
+
+def compare_explainer(study: Study, setup: Mapping[str, Any], facts: JournalFacts) -> Difference | None:
+    """Return how far the run's scores are above those of another explainer of its latents, latent by latent.
+
+    ``None`` if another judge or precision made them, or no latent has both. The contexts are the same.
+    """
+    rows, scores = study.score_rows(), study.scores
+    if rows is None or scores is None or any(setup.get(key) != (study.setup or {}).get(key) for key in JUDGED_BY):
+        return None
+    theirs = rows_of(scores, setup)
+    if precision_of(theirs) != precision_of(rows):
+        return None
+    own = own_scored(rows, facts, study.sample)
+    return Scored(own_scores(theirs), own.of).below(own)
 
 
 # --- missing controls -------------------------------------------------------------------------------------

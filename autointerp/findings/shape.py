@@ -566,9 +566,12 @@ class Agent(Record):
 
 
 class OtherExplainer(Record):
+    """``above``: own scores less these, over the latents with both; ``None`` if the protocols or latents differ."""
+
     explainer: str
     n_scored: int
     command: str
+    above: Difference | None
 
 
 class Methods(Record):

@@ -222,15 +222,20 @@ def _failures(study: Study, rows: pd.DataFrame | None, facts: JournalFacts) -> s
     return shape.Failures(n, n_answers, _by_size(by_reason), retry)
 
 
-def _other_setups(study: Study) -> tuple[list[dict[str, Any]], list[shape.OtherExplainer]]:
-    """Describe the set-ups not reported; for each other explainer, the command that shows its newest scores."""
-    others = [] if study.scores is None else [described(study.scores, setup) for setup in study.other_setups]
-    newest: dict[str, int] = {}
-    for other in others:
+def _other_setups(study: Study, facts: JournalFacts) -> tuple[list[dict[str, Any]], list[shape.OtherExplainer]]:
+    """Describe the set-ups not reported; compare the newest scores of each other explainer with the reported ones."""
+    if study.scores is None:
+        return [], []
+    others = [described(study.scores, setup) for setup in study.other_setups]
+    newest: dict[str, tuple[int, dict[str, Any]]] = {}
+    for setup, other in zip(study.other_setups, others, strict=True):
         if (name := other.get("explainer")) and name != (study.setup or {}).get("explainer"):
-            newest.setdefault(str(name), other["n_scored"])
-    show = ("report", "--sae", study.focus.name, "--explainer")
-    return others, [shape.OtherExplainer(name, n, study.command(*show, name)) for name, n in newest.items()]
+            newest.setdefault(str(name), (other["n_scored"], setup))
+    found = []
+    for name, (n, setup) in newest.items():
+        command = study.command("report", "--sae", study.focus.name, "--explainer", name)
+        found.append(shape.OtherExplainer(name, n, command, controls.compare_explainer(study, setup, facts)))
+    return others, found
 
 
 def _methods(study: Study, facts: JournalFacts) -> shape.Methods:
@@ -241,7 +246,7 @@ def _methods(study: Study, facts: JournalFacts) -> shape.Methods:
     to = precision_in_words(rounds["half_width"]) if rounds else None
     prompts = {"explain": sorted({str(h) for h in facts.table["prompt_hash"] if h}) if last is not None else []}
     prompts["judge"] = [str(setup[c]) for c in setup if "prompt_hash" in c and "explain" not in c and setup[c]]
-    other_setups, other_explainers = _other_setups(study)
+    other_setups, other_explainers = _other_setups(study, facts)
     record = study.focus.record
     commit = str(record.get("git_commit") or "")[:12]
     versions = ", ".join(f"{k} {v}" for k, v in record.get("packages", {}).items() if k in ("torch", "transformers"))

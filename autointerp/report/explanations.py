@@ -82,8 +82,12 @@ def _score_notes(found: shape.StudyFindings, tree: shape.Scores) -> Iterator[doc
         words = "the rank correlation of these scores with those of another draw of contexts."
         yield f"Reliability {estimate_of(reliability.value, 2)}: {words}"
     for other in found.methods.other_explainers:
-        n = plural(other.n_scored, "latent")
-        yield f"Explanations by {other.explainer} are scored too ({n}). This shows their scores:"
+        n, above = plural(other.n_scored, "latent"), other.above
+        words = f"Explanations by {other.explainer} are scored too ({n})."
+        if above is not None:
+            both = "its latent" if above.n == 1 else f"the {above.n:,} latents with both"
+            words += f" Over {both}, the scores here are {estimate_of(above, sign=True)} above those."
+        yield f"{words} This shows their scores:"
         yield doc.Command(other.command)
 
 

@@ -395,7 +395,7 @@ def test_other_set_ups_are_told_apart_in_words(found: shape.StudyFindings) -> No
         "60 latents: explained by llm (m), judged by llm (m), detection, all contexts, settings bbbbbbbb",
         "1 latent: explained by ngram, judged by ngram, detection, all contexts",
     ]
-    others = [shape.OtherExplainer(small_study.NASTY, 1, "python cli.py report --explainer x")]
+    others = [shape.OtherExplainer(small_study.NASTY, 1, "python cli.py report --explainer x", None)]
     page = drawn(replace(found, methods=replace(found.methods, other_explainers=others)))
     assert "are scored too (1 latent)" in page
     assert "$ python cli.py report --explainer x" in page

@@ -73,6 +73,7 @@ def test_an_explainer_can_be_chosen(two_explainers: Path) -> None:
     assert newest["scores"]["mean"] == pytest.approx(0.9)
     (other,) = newest["methods"]["other_explainers"]
     assert (other["explainer"], other["n_scored"]) == ("ngram", 108)
+    assert other["above"] is None, "another judge"
     assert other["command"].startswith("python cli.py report --sae run_a --explainer ngram")
     chosen = findings(two_explainers, NAMES, View(explainer="ngram"))
     assert chosen["scores"]["n_scored"] == 108
@@ -83,6 +84,33 @@ def test_an_explainer_can_be_chosen(two_explainers: Path) -> None:
         findings(two_explainers, NAMES, View(explainer="gpt"))
     with pytest.raises(NotFound, match=r"'ngram'.*'run_b'.*no explanation of it is"):
         findings(two_explainers, NAMES, View(focus="run_b", explainer="ngram"))
+
+
+def test_explainers_are_compared_latent_by_latent(root: Path) -> None:
+    """A second explainer, judged by the same protocol, scores .03 or .05 more on some of the latents."""
+    path = Run("run_a", root).stage_path("scores")
+    old = read_table(path)
+    mine = old[(old["control"] == "none") & (old["latent"] > 60)]
+    more = np.where(mine["latent"] % 2, 0.03, 0.05)
+    theirs = mine.assign(
+        explainer="contrastive", explainer_model="m", balanced_accuracy=mine["balanced_accuracy"] + more
+    )
+    theirs["explanation_id"] += 1000
+    write_table(path, pd.concat([old, theirs], ignore_index=True))
+    for explainer, sign in (("contrastive", 1), ("ngram", -1)):
+        found = findings(root, NAMES, View(explainer=explainer))
+        (other,) = found["methods"]["other_explainers"]
+        expected = pd.Series(more, mine.index)[mine["balanced_accuracy"].notna()]
+        above = other["above"]
+        assert above["mean"] == pytest.approx(sign * expected.mean())
+        assert (above["n"], above["fraction"]) == (len(expected), float(sign > 0))
+        low, high = above["interval"]
+        assert low < above["mean"] < high
+        assert high - low < 0.01, "the same latents: only their differences vary"
+        words = f"Over the {len(expected)} latents with both, the scores here are {'+' if sign > 0 else '−'}.0"
+        target = console(100)
+        print_page(report_page(study.findings(root, NAMES, View(explainer=explainer)), is_full=True), target)
+        assert words in " ".join(text_of(target).split())
 
 
 def test_scores_to_a_precision_say_so(root: Path) -> None:
