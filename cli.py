@@ -11,7 +11,7 @@ except ImportError as error:
 
 import typer
 
-from autointerp.command_line import dictionaries, doctor, explaining, reading
+from autointerp.command_line import dictionaries, doctor, explaining, probing, reading
 from autointerp.command_line.ending import INTERRUPTED, TERMINATED, end, leave, one_line_errors
 from autointerp.command_line.options import Command
 from autointerp.command_line.values import spread_lists
@@ -38,7 +38,7 @@ for command in (
     reading.demo,
     *(dictionaries.train, dictionaries.harvest, dictionaries.align, dictionaries.sweep),
     *(dictionaries.import_, dictionaries.export),
-    *(explaining.explain, explaining.score),
+    *(probing.llm, explaining.explain, explaining.score),
     *(reading.report, reading.show, reading.compare, reading.runs, doctor.doctor),
 ):
     app.command(command.__name__.rstrip("_"), cls=Command)(command)

@@ -47,6 +47,10 @@ class Capabilities:
         elif self.thinks is None:
             self.thinks = known.get("thinks")
 
+    def forget(self) -> None:
+        """Forget what answers showed, to find it out again."""
+        self.__dict__.update(vars(Capabilities(context_length=self.context_length)))
+
     def as_dict(self) -> dict[str, Any]:
         """Return what is stored and reported."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.repr} | {"without": sorted(self.without)}

@@ -98,6 +98,7 @@ class LlmClient:
                 raise BadInput(f"the {place} holds {secret}; give it without: the value is read from there")
         self._servers = Servers(urls, key=key, headers=headers, body=self.body, **sending)
         self.capabilities = self._servers.capabilities
+        self.usage = Usage()  # of all requests so far
         self._pace = Pace(requests_per_second, tokens_per_minute)
         self._start = start
         self._model = model or None
@@ -139,6 +140,11 @@ class LlmClient:
             raise RuntimeError("the model is not known before check()")
         return self._model
 
+    @property
+    def served(self) -> list[str] | None:
+        """The models that the servers list; ``None`` where they list none, and before :meth:`check`."""
+        return self._servers.served
+
     async def check(self) -> str:
         """Find the API and the model before any work is done, and return the model's name.
 
@@ -174,15 +180,21 @@ class LlmClient:
             self._kept = found
             await self._cache.put_capabilities(self._cache_url, self.model, found)
 
-    async def probe(self) -> Capabilities:
+    async def probe(self, anew: bool = False) -> Capabilities:
         """Find out what the servers can do before a protocol is chosen: from the cache, or by two tiny questions.
+
+        ``anew`` asks whatever the cache has. What is found is stored in it.
 
         The first has the form of the ``single`` protocol, because a model that thinks first gives log-probabilities,
         but not of the label. The second forces a word that no model would answer. Raises as :meth:`check`.
         """
         await self.check()
-        self.load_capabilities()
         known = self.capabilities
+        if anew:
+            await self._connect()
+            known.forget()
+        else:
+            self.load_capabilities()
         if known.label_first is None:
             known.label_first = await self._gives_label_first()
         if known.json_schema is None:
@@ -336,10 +348,13 @@ class LlmClient:
                 answer = await self._servers.retry(send_within_budget)
             except AnswerFailed as failed:
                 failed.usage = replace(failed.usage, requests=n_sent)
+                self.usage += failed.usage
                 await self._keep_capabilities()
                 raise
         await self._keep_capabilities()
-        return replace(answer, usage=replace(answer.usage, requests=n_sent))
+        answer = replace(answer, usage=replace(answer.usage, requests=n_sent))
+        self.usage += answer.usage
+        return answer
 
 
 _MIGRATIONS = (

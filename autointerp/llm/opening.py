@@ -78,12 +78,14 @@ async def open_method(
     if not kind.asks_model:
         yield kind()
         return
-    async with _open_client(options, cache, servers) as client:
+    async with open_any_client(options, cache, servers) as client:
         yield await kind.open(client, options)
 
 
 @asynccontextmanager
-async def _open_client(options: LlmOptions, cache: Path, servers: OneServer | None) -> AsyncIterator[LlmClient]:
+async def open_any_client(
+    options: LlmOptions, cache: Path, servers: OneServer | None = None
+) -> AsyncIterator[LlmClient]:
     """Open the client of a running server, or of one that starts at its first question."""
     from autointerp.llm.client import open_client
 

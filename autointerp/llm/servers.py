@@ -133,6 +133,7 @@ class Servers:
         self._connections: Connections | None = None
         self._tries, self._backoff, self._patience = tries, backoff, patience
         self.capabilities = Capabilities()
+        self.served: list[str] | None = None  # the models that they list, once found
         self._failed_in_a_row = 0
         self._has_answered = False
         self._said: set[str] = set()
@@ -409,6 +410,8 @@ class Servers:
         if not lists and absent is not None:
             raise absent
         chosen = self._choose_model(model, lists)
+        listed = [name for entries in lists.values() for name in entries or ()]
+        self.served = list(dict.fromkeys(listed)) if any(of is not None for of in lists.values()) else None
         for entries in lists.values():
             self.capabilities.learn_length((entries or {}).get(chosen, {}))
         return chosen

@@ -15,6 +15,7 @@ from sae.study.run import all_runs, split_readable
 
 Tree = Mapping[str, Any]
 _MOST_REASONS = 8
+_MOST_MODELS = 5
 
 
 def outcome_page(found: Tree, stage: str) -> Iterator[doc.Block]:
@@ -83,6 +84,48 @@ def _other_protocol(protocol: str, cheaper: Tree) -> str:
         f"be {_requests(cheaper)}, {cheaper['prompt_tokens']:,} prompt tokens{price}; "
         "without --protocol the command chooses after asking the server what it can do"
     )
+
+
+def server_page(found: Tree) -> Iterator[doc.Block]:
+    """Show what a language-model server can do: a :class:`autointerp.scoring.probing.ServerReport` as a mapping."""
+    models, length, n_tokens = found["models"], found["context_length"], found["answer_tokens"]
+    thinks = {True: "before every answer", False: "no", None: "not seen"}[found["thinks"]]
+    if found["thinks"] and n_tokens:
+        thinks += f"; {plural(n_tokens, 'token')} written for a word"
+    first = "the label's at once" if found["label_first"] else "not the label's at once"
+    yield ""
+    yield [doc.Span(", ".join(found["urls"]), "strong accent"), f"  answers as {found['model']}"]
+    yield doc.Facts(
+        [
+            ("models listed", _list_models(models)),
+            ("context", "length not reported" if length is None else f"{length:,} tokens"),
+            ("plain answers", "yes"),
+            ("JSON schema", "answers are held to it" if found["json_schema"] else "ignored"),
+            ("log-probabilities", f"{found['logprobs']} for each token, {first}" if found["logprobs"] else "none"),
+            ("cached tokens", "reported" if found["cached_tokens"] else "not reported"),
+            ("thinking", thinks),
+            ("prompt tokens", f"counted by {found['counted_by']}{', exactly' if found['exact'] else ''}"),
+            ("this probe", f"{_probe_cost(found)}, {found['seconds_per_request']:.2g} s each"),
+        ],
+        indent=2,
+    )
+    yield f"score would use --protocol {found['protocol']}: {found['because']}."
+    for words in found["missing"]:
+        yield doc.quiet(words)
+    yield doc.quiet("Next:")
+    yield doc.Command(found["next"])
+
+
+def _list_models(models: Sequence[str] | None) -> str:
+    rest = len(models or ()) - _MOST_MODELS
+    more = f" and {rest:,} more" if rest > 0 else ""
+    return "no list" if models is None else f"{', '.join(models[:_MOST_MODELS])}{more}"
+
+
+def _probe_cost(found: Tree) -> str:
+    prompt, completion = found["prompt_tokens"], found["completion_tokens"]
+    tokens = f"{prompt:,} prompt tokens and {completion:,} completion tokens" if prompt else "tokens not reported"
+    return f"{plural(found['requests'], 'request')}, {tokens}"
 
 
 def runs_page(

@@ -40,6 +40,7 @@ BASE = {
     "compare": "run_a run_b",
     "runs": "",
     "doctor": "",
+    "llm": "--llm-url http://127.0.0.1:9",
 }
 HOSTILE = [
     *("", " ", "x", "nan", "inf", "-inf", "-1", "0", "1", "1.5", "1e400", "1e-400", "1e15", "true", "None", "-", "--"),

@@ -102,7 +102,15 @@ def test_commands_exist_though_they_may_not_be_run(page: Page) -> None:
             check(ours(line) or [], f"{page.name}: {line}")
 
 
-FLAGS_OF_OTHERS = {"--max-model-len", "--quantization", "--nnodes", "--nproc-per-node", "--rdzv-endpoint"}
+FLAGS_OF_OTHERS = {
+    "--enable-prompt-tokens-details",
+    "--reasoning-parser",
+    "--max-model-len",
+    "--quantization",
+    "--nnodes",
+    "--nproc-per-node",
+    "--rdzv-endpoint",
+}
 
 
 @each_page

@@ -202,6 +202,18 @@ def best_protocol(found: Capabilities, local: bool) -> Protocol:
     return "single" if found.label_first and found.logprobs and kept and not found.thinks else "batch"
 
 
+def explain_protocol(found: Capabilities, local: bool) -> str:
+    """Return the reason for :func:`best_protocol`: a clause."""
+    if not found.logprobs:
+        return "there are no log-probabilities, so a request for each context would gain nothing"
+    if not found.label_first:
+        return "an answer does not begin with the label, so its first token has no P(active)"
+    if best_protocol(found, local) == "batch":
+        return "the server does not report cached prompt tokens, so a request for each context may cost 3 times as much"
+    cached = "runs on this machine" if local else "caches the beginning of prompts"
+    return f"the label's log-probabilities give P(active) of each context by itself, and the server {cached}"
+
+
 def labels_schema(n: int) -> dict[str, Any]:
     """JSON schema of ``{"labels": [0, 1, …]}`` with exactly ``n`` of them."""
     labels = {"type": "array", "items": {"type": "integer", "enum": [0, 1]}, "minItems": n, "maxItems": n}

@@ -273,12 +273,12 @@ Messages = list[dict[str, str]]
 class Tokenizing(FakeServer):
     """A server with a ``/tokenize`` that answers as ``reply_to`` says; every word and every space is a token."""
 
-    def __init__(self, reply_to: Callable[[str, dict[str, Any]], Any]) -> None:
-        super().__init__()
+    def __init__(self, reply_to: Callable[[str, dict[str, Any]], Any], **settings: Any) -> None:
+        super().__init__(**settings)
         self.reply_to = reply_to
 
     def chat_reply(self, seen: Any) -> Reply:
-        if seen.path.endswith("/chat/completions"):
+        if "/chat/completions" in seen.path:
             return super().chat_reply(seen)
         found = self.reply_to(seen.path, seen.body)
         return error(404, "no such path") if found is None else found if isinstance(found, Reply) else Reply(body=found)
