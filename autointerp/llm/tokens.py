@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from autointerp.journal.usage import is_plausible_count
@@ -56,7 +57,7 @@ async def find_tokenizer(
     :param per_token: characters of a token in earlier requests; 0 if there were none.
     :param place: the model's folder or hub name, if the servers call it otherwise.
     """
-    local = load_local_tokenizer(place or client.model)
+    local = load_local_tokenizer(place or client.model, _get_template_settings(client))
     if local is not None:
         return local
     note = ""
@@ -83,6 +84,8 @@ async def ask_server(client: LlmClient) -> Tokenize | str:
 
     :returns: if there is none, a sentence with the reason; empty for a server without a tokenizer.
     """
+    settings = _get_template_settings(client)
+    extra = {"chat_template_kwargs": settings} if settings else {}
     address, mark, query = client.urls[0].partition("?")
     address = address.removesuffix("/").removesuffix("/v1")
     doubt = ""
@@ -91,7 +94,9 @@ async def ask_server(client: LlmClient) -> Tokenize | str:
         async def ask(messages: Sequence[Message], dialect: Any = dialect) -> list[int]:
             try:
                 tokens: list[int] = await dialect(
-                    lambda path, body: client.post(f"{address}{path}{mark}{query}", body), client.model, messages
+                    lambda path, body: client.post(f"{address}{path}{mark}{query}", body | extra),
+                    client.model,
+                    messages,
                 )
             except (AnswerFailed, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise NotCounted(one_line(error)) from None
@@ -112,6 +117,12 @@ async def ask_server(client: LlmClient) -> Tokenize | str:
             name = f"the server's own tokenizer ({address}/tokenize){how}"
             return Tokenize(name, exact, ask, _estimate_length)
     return f"the server's /tokenize is not believed ({doubt}): prompt tokens are an estimate" if doubt else ""
+
+
+def _get_template_settings(client: LlmClient) -> dict[str, Any]:
+    """Return the chat template's settings in ``--llm-body``, which change the prompt."""
+    settings = client.body.get("chat_template_kwargs")
+    return settings if isinstance(settings, dict) else {}
 
 
 def _check_count(n_tokens: int, n_characters: int) -> None:
@@ -169,8 +180,11 @@ def _read_ids(reply: Any) -> list[int]:
 # --- other tokenizers -------------------------------------------------------------------------------------------------
 
 
-def load_local_tokenizer(model: str) -> Tokenize | None:
-    """Load the model's tokenizer and chat template from a folder or the local hub cache; ``None`` if missing."""
+def load_local_tokenizer(model: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Tokenize | None:
+    """Load the model's tokenizer and chat template from a folder or the local hub cache; ``None`` if missing.
+
+    ``settings`` are the chat template's.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -184,7 +198,8 @@ def load_local_tokenizer(model: str) -> Tokenize | None:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     async def tokens(messages: Sequence[Message]) -> list[int]:
-        return encode(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        how = {**settings, "tokenize": False, "add_generation_prompt": True}
+        return encode(tokenizer.apply_chat_template(list(messages), **how))
 
     return Tokenize(f"the tokenizer of {model}", True, tokens, lambda text: len(encode(text)))
 

@@ -309,9 +309,17 @@ def old_llama_cpp(path: str, body: dict[str, Any]) -> Any:
     return llama_cpp(path, body) if path == "/tokenize" else None
 
 
-def counted(server: FakeServer, messages: Messages) -> tuple[Tokenize, int]:
+def thinking_template(path: str, body: dict[str, Any]) -> Any:
+    """A template that thinks unless it is asked not to."""
+    found = vllm(path, body)
+    if found is not None and body.get("chat_template_kwargs") == {"enable_thinking": False}:
+        found = {"tokens": [*found["tokens"], 7, 7, 7, 7]}
+    return found
+
+
+def counted(server: FakeServer, messages: Messages, **settings: Any) -> tuple[Tokenize, int]:
     async def go() -> tuple[Tokenize, int]:
-        async with LlmClient(server.url, "fake-model") as client:
+        async with LlmClient(server.url, "fake-model", **settings) as client:
             tokenize = await find_tokenizer(client, LlmOptions(url=server.url))
             return tokenize, len(await tokenize.of_messages(messages))
 
@@ -319,6 +327,13 @@ def counted(server: FakeServer, messages: Messages) -> tuple[Tokenize, int]:
 
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one two three " * 50}]
+
+
+def test_template_settings_of_the_body_are_counted() -> None:
+    with Tokenizing(thinking_template) as server:
+        plain = counted(server, TALK)[1]
+        body = {"chat_template_kwargs": {"enable_thinking": False}}
+        assert counted(server, TALK, body=body)[1] == plain + 4
 
 
 @pytest.mark.parametrize("dialect", [vllm, llama_cpp])
