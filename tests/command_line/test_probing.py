@@ -105,7 +105,7 @@ def test_a_server_that_cannot_be_asked_is_one_line(
     named = [] if reply is None else ["--llm-model", "qwen"]
     with FakeServer(**kind) as server:
         if reply is not None:
-            server.chat_reply = lambda _: reply  # type: ignore[method-assign]
+            server.chat_reply = lambda seen: reply  # type: ignore[method-assign, misc]  # noqa: ARG005
         cli("llm", "--llm-url", server.url, *named, "--root", tmp_path).failed_in_one_line(*words)
 
 
