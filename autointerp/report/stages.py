@@ -89,9 +89,8 @@ def _other_protocol(protocol: str, cheaper: Tree) -> str:
 def server_page(found: Tree) -> Iterator[doc.Block]:
     """Show what a language-model server can do: a :class:`autointerp.scoring.probing.ServerReport` as a mapping."""
     models, length, n_tokens = found["models"], found["context_length"], found["answer_tokens"]
-    thinks = {True: "before every answer", False: "no", None: "not seen"}[found["thinks"]]
-    if found["thinks"] and n_tokens:
-        thinks += f"; {plural(n_tokens, 'token')} written for a word"
+    how_long = f", {plural(n_tokens, 'token')} written for one word" if n_tokens else ""
+    thinks = f"before it answers{how_long}" if found["thinks"] else "no"
     first = "the label's at once" if found["label_first"] else "not the label's at once"
     yield ""
     yield [doc.Span(", ".join(found["urls"]), "strong accent"), f"  answers as {found['model']}"]

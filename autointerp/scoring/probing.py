@@ -29,7 +29,7 @@ class ServerReport:
     logprobs: int  # alternatives of each token; 0 for no log-probabilities
     label_first: bool  # a label that is asked for is the first token
     cached_tokens: bool | None  # whether the server reports them
-    thinks: bool | None
+    thinks: bool  # before it answers
     answer_tokens: int  # tokens written for the plain answer, thinking included; 0 if not reported
     counted_by: str
     exact: bool  # whether prompts are counted by the model's own tokenizer and template
@@ -72,7 +72,7 @@ async def probe_servers(options: LlmOptions, root: Path) -> ServerReport:
             logprobs=found.logprobs or 0,
             label_first=bool(found.label_first),
             cached_tokens=found.cached_tokens,
-            thinks=None,
+            thinks=bool(found.thinks),
             answer_tokens=answer.usage.completion_tokens,
             counted_by=tokenize.name,
             exact=tokenize.exact,

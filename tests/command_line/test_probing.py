@@ -24,6 +24,7 @@ EVERYTHING: dict[str, Any] = {
     "cached_tokens": True,
     "requests": 3,
     "protocol": "single",
+    "thinks": False,
     "missing": [],
 }
 SERVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -31,6 +32,7 @@ SERVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no log-probabilities": ({"gives_logprobs": False}, {"logprobs": 0, "protocol": "batch"}),
     "no schema": ({"holds_schemas": False}, {"json_schema": False, "protocol": "single"}),
     "no counts": ({"counts_cached": False}, {"cached_tokens": False, "protocol": "single"}),
+    "thinking": ({"thinks": True}, {"thinks": True, "label_first": False, "protocol": "batch"}),
     "no list of models": ({"models": None}, {"models": None, "context_length": None}),
     "several models": ({"models": ("a", "fake-model", *map(str, range(9)))}, {"model": "fake-model"}),
 }
