@@ -14,6 +14,7 @@ import json
 import os
 import re
 import socket
+import urllib.request
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -39,7 +40,7 @@ _LONGEST_KEY = 8000  # characters
 _SPELLED = 200  # characters of a key that are looked for in any spelling, with what follows
 _PART = 4  # characters of a key in a row that an error message must not show
 _MASK = re.compile(r"\*\*|•|xxx|[\w-](?:…|\.\.\.)\w")
-_UNUSABLE = "{} cannot be asked; correct that address, or the proxy in the environment"
+_READ_HEADERS = ("location", "retry-after", "retry-after-ms")
 
 
 # --- addresses and keys -----------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class Reply(NamedTuple):
     """A reply of any status."""
 
     status: int
-    headers: Mapping[str, str]  # with names in lower case
+    headers: Mapping[str, str]  # those of ``_READ_HEADERS``
     body: Any  # its JSON value; its text if it is not JSON
 
 
@@ -195,19 +196,16 @@ class Connections:
 
     Every request has the ``headers``; one of ``KEY_HEADERS`` among them replaces the key.
 
-    The ``openai`` client sends, through aiohttp, which halves the processor time of a request. It sends and returns
-    bytes, because its typed methods take more time than everything else together.
+    The ``openai`` client sends bytes and returns bytes, because its typed methods take more time than all the rest.
     """
 
     def __init__(self, key: Key | None, timeout: float, headers: Sequence[Header] = ()) -> None:
         self.loop = asyncio.get_running_loop()
-        self._key, self._timeout, self._headers = key, timeout, headers
-        self._secrets = list_secrets(key, headers)
-        self._apis: dict[bool, openai.AsyncOpenAI] = {}
+        self._timeout, self._secrets = timeout, list_secrets(key, headers)
+        self._api = _Api(key, timeout, headers)
 
     async def close(self) -> None:
-        for api in self._apis.values():
-            await api.close()
+        await self._api.close()
 
     async def send(self, url: str, content: bytes | None = None, most_seconds: float = float("inf")) -> Reply:
         """Post ``content`` to ``url``, or get ``url``, and return the reply, whatever its status. Follow no redirect.
@@ -218,51 +216,20 @@ class Connections:
         """
         seconds = min(self._timeout, most_seconds)
         try:
-            api = self._get_api(url)
             async with asyncio.timeout(seconds):
                 if content is None:
-                    reply = await api.get(url, cast_to=httpx2.Response)
+                    reply = await self._api.get(url, cast_to=httpx2.Response)
                 else:
-                    reply = await api.post(url, cast_to=httpx2.Response, content=content)
+                    reply = await self._api.post(url, cast_to=httpx2.Response, content=content)
         except openai.APIStatusError as error:
             reply = error.response
         except TimeoutError:
             # A server that does not list its models in time counts as absent.
             raise Transient(f"no answer within {seconds:g} s", is_unreachable=content is None) from None
-        except openai.APIConnectionError as error:
-            cause = error.__cause__ and error.__cause__.__cause__  # aiohttp's, under that of its bridge to httpx
-            if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-                raise Transient(f"the connection failed: {one_line(cause, 120)}", is_unreachable=True) from None
-            if not isinstance(error.__cause__, httpx2.UnsupportedProtocol):
-                raise Transient("the connection broke off") from None
-            raise BadInput(_UNUSABLE.format(url)) from None
         except (httpx2.InvalidURL, ValueError):  # aiohttp's is one, and that of a name without an IDNA form
-            raise BadInput(_UNUSABLE.format(url)) from None
-        except (aiohttp.ClientError, httpx2.HTTPError, zlib.error):
-            raise Transient("the server's reply cannot be read: it is not HTTP, or not compressed as it says") from None
-        headers = {name.lower(): self._redact(value) for name, value in reply.headers.items()}
-        return Reply(reply.status_code, headers, self._parse(reply.content))
-
-    def _get_api(self, url: str) -> openai.AsyncOpenAI:
-        """Return the client for this machine, without a proxy, or that for any other."""
-        is_here = is_local(url)
-        if is_here not in self._apis:
-            own = {header.name.lower(): header.value for header in self._headers}
-            replaces_key = KEY_HEADERS.intersection(own) and "authorization" not in own
-            self._apis[is_here] = openai.AsyncOpenAI(
-                api_key="none" if self._key is None else self._key.value,  # the SDK insists on one
-                base_url=url,
-                max_retries=0,
-                timeout=openai.Timeout(self._timeout, connect=10.0),
-                default_headers={"Accept-Encoding": "identity", "Content-Type": "application/json", **own},
-                http_client=openai.DefaultAioHttpClient(
-                    trust_env=not is_here,
-                    follow_redirects=False,
-                    event_hooks={"request": [_omit_key] if replaces_key else [], "response": [_read]},
-                    limits=httpx2.Limits(max_connections=0),  # none: the requests in flight are limited
-                ),
-            )
-        return self._apis[is_here]
+            raise BadInput(f"{url} cannot be asked; correct that address, or the proxy in the environment") from None
+        headers = {name: self._redact(value) for name, value in reply.headers.items()}
+        return Reply(reply.status_code, headers, self._parse(await reply.aread()))
 
     def _redact(self, text: str) -> str:
         for secret in self._secrets:
@@ -282,32 +249,104 @@ class Connections:
         return value
 
 
-async def _omit_key(request: httpx2.Request) -> None:
-    """Remove the key's header, which the SDK insists on."""
-    del request.headers["authorization"]
+class _Api(openai.AsyncOpenAI):
+    """The SDK's client. Makes the headers for an address once: making them takes as long as sending."""
+
+    def __init__(self, key: Key | None, timeout: float, headers: Sequence[Header]) -> None:
+        own = {header.name.lower(): header.value for header in headers}
+        super().__init__(
+            api_key="none" if key is None else key.value,  # the SDK insists on one
+            base_url="http://127.0.0.1",  # not used: every request has its whole address
+            timeout=timeout,
+            max_retries=0,
+            default_headers={"Accept-Encoding": "identity", **own},
+            http_client=_HttpClient(),
+        )
+        self._replaces_key = bool(KEY_HEADERS.intersection(own)) and "authorization" not in own
+        self._empty: dict[tuple[str, str], httpx2.Request] = {}
+
+    def _build_request(self, options: Any, **rest: Any) -> httpx2.Request:
+        to = options.method, options.url
+        if to not in self._empty:
+            self._empty[to] = super()._build_request(options, **rest)
+            for name in ("content-length", "authorization") if self._replaces_key else ("content-length",):
+                self._empty[to].headers.pop(name, None)
+        empty = self._empty[to]
+        request = httpx2.Request(empty.method, empty.url, stream=httpx2.ByteStream(options.content or b""))
+        request.headers = empty.headers
+        return request
 
 
-async def _read(reply: httpx2.Response) -> None:
-    """Read the body of a reply, up to a limit after unpacking: all of an answer, or the beginning of an error page.
+class _HttpClient(httpx2.AsyncClient):
+    """Sends the requests of the SDK through aiohttp alone: the SDK's own client for it takes twice the processor time.
 
-    A hook of httpx, which would unpack without a limit and decode by a charset of the server's choice.
+    Keeps no cookies and follows no redirect.
     """
-    limit, failed = (LARGEST_REPLY, False) if reply.status_code < 400 else (_LARGEST_ERROR, True)
+
+    def __init__(self) -> None:
+        super().__init__(transport=httpx2.AsyncBaseTransport())  # not used
+        self._session = aiohttp.ClientSession(
+            # No limit, because the requests in flight are limited. Most servers close an idle connection after 5 s.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5.0, ssl=httpx2.create_ssl_context()),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(sock_connect=10.0),
+            auto_decompress=False,
+        )
+        self._find_proxy = functools.cache(_find_proxy)
+
+    async def aclose(self) -> None:
+        await self._session.close()
+
+    async def send(self, request: httpx2.Request, **_: Any) -> httpx2.Response:
+        url = str(request.url)
+        try:
+            async with self._session.request(
+                request.method,
+                url,
+                headers=request.headers.multi_items(),
+                data=request.read() or None,
+                allow_redirects=False,
+                proxy=self._find_proxy(url),
+            ) as reply:
+                content = await _read(reply)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise Transient(f"the connection failed: {one_line(error, 120)}", is_unreachable=True) from None
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, aiohttp.ClientHttpProxyError, OSError):
+            raise Transient("the connection broke off") from None
+        except (aiohttp.ClientResponseError, zlib.error):
+            raise Transient("the server's reply cannot be read: it is not HTTP, or not compressed as it says") from None
+        headers = {name: reply.headers[name] for name in _READ_HEADERS if name in reply.headers}
+        return httpx2.Response(reply.status, headers=headers, stream=httpx2.ByteStream(content), request=request)
+
+
+def _find_proxy(url: str) -> str | None:
+    """Return the proxy of the environment for ``url``; none for this machine. ValueError if aiohttp cannot use it."""
+    parts = urlsplit(url)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy is None or is_local(url) or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if urlsplit(proxy).scheme not in ("http", "https"):
+        raise ValueError("not an HTTP proxy")
+    return proxy
+
+
+async def _read(reply: aiohttp.ClientResponse) -> bytes:
+    """Read a body, up to a limit after unpacking: all of an answer, or the beginning of an error page."""
+    limit, failed = (LARGEST_REPLY, False) if reply.status < 400 else (_LARGEST_ERROR, True)
     too_large = AnswerFailed(f"the server's reply is larger than {limit / 2**20:.3g} MiB", Usage(requests=1))
-    content, stream = bytearray(), reply.stream
-    assert isinstance(stream, httpx2.AsyncByteStream)
-    async for piece in stream:
+    content = bytearray()
+    async for piece in reply.content.iter_any():
         content += piece
         if len(content) > limit:
             if failed:
                 break
             raise too_large
-    await stream.aclose()
-    if reply.headers.get("content-encoding", "").lower() not in ("", "identity"):
-        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        content[:] = unpacker.decompress(content, limit)
-        if not failed and (unpacker.unconsumed_tail or unpacker.unused_data):
-            raise too_large
-    for name in ("content-encoding", "content-length", "content-type"):
-        reply.headers.pop(name, None)
-    reply.stream = httpx2.ByteStream(bytes(content))
+    if reply.headers.get("content-encoding", "").lower() in ("", "identity"):
+        return bytes(content)
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    unpacked = unpacker.decompress(content, limit)
+    if not failed and (unpacker.unconsumed_tail or unpacker.unused_data):
+        raise too_large
+    return unpacked

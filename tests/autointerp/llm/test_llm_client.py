@@ -104,6 +104,27 @@ def test_a_proxy_is_used_for_other_machines_only(host: str, monkeypatch: pytest.
         assert (proxy.gets > 0) == (host == "llm.invalid")
 
 
+@pytest.mark.parametrize(
+    ("variable", "written", "no_proxy", "is_used"),
+    [
+        ("all_proxy", "http://{}", "", True),
+        ("all_proxy", "{}", "", True),
+        ("http_proxy", "{}", "elsewhere.invalid", True),
+        ("http_proxy", "http://{}", "elsewhere.invalid,llm.invalid", False),
+        ("https_proxy", "http://{}", "", False),
+    ],
+)
+def test_the_environment_names_the_proxy(
+    variable: str, written: str, no_proxy: str, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeServer() as proxy:
+        monkeypatch.setenv(variable, written.format(proxy.root.removeprefix("http://")))
+        monkeypatch.setenv("no_proxy", no_proxy)
+        with suppress(UserError):
+            complete(client("http://llm.invalid/v1", tries=1))
+    assert (proxy.gets > 0) == is_used
+
+
 @pytest.mark.parametrize("proxy", ["ftp://x", "http://[::1", "http://x:port", f"ftp://u:{SECRET}@x"])
 def test_an_invalid_proxy_is_one_line(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", proxy)
