@@ -1,0 +1,168 @@
+"""Explain and score latents with a real language model: the reference results in ``eval_runs/reference/``.
+
+    python benchmarks/real_model.py --llm-url http://127.0.0.1:8080/v1 --out eval_runs/reference/real-model.json
+    python benchmarks/real_model.py --llm-url … --judge-url http://127.0.0.1:8081/v1   # a second judge
+
+Trains the study of ``eval_runs/recipes/real-model.toml`` under ``--root`` if it is missing, then runs `explain` and
+`score` as a user would: ``--latents`` of its first run by the ``batch`` protocol, and ``--both`` of its second run by
+both protocols. The n-gram baseline and the swapped control come with `score`, on the same contexts. The command resumes
+if stopped. On two CPU cores a model of 1.5B parameters takes a few hours.
+
+Written are one row for each explainer, judge and protocol (mean scores of latents with their standard errors, share of
+contexts without a verdict), tokens and time of each stage and model, ten explanations from best to worst, and the
+finding ``relation`` of the report.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from outcome import about, leave, parser_of
+from rich.console import Console
+from rich.table import Table
+
+from autointerp import Run
+from autointerp.journal.journal import open_journal
+from autointerp.scoring.setups import rows_of, setups_of
+
+HERE = Path(__file__).resolve().parent.parent
+RECIPE = HERE / "eval_runs" / "recipes" / "real-model.toml"
+NAME, SHOWN = "real", 10
+Row = dict[str, Any]
+
+
+def run_cli(*words: object) -> str:
+    """Run a command of the program, show its progress, and return its output."""
+    said = [sys.executable, HERE / "cli.py", *words]
+    done = subprocess.run([str(word) for word in said], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode not in (0, 3):  # 3: some latents failed, which the rows show
+        raise SystemExit(f"`{' '.join(map(str, words))}` failed")
+    return done.stdout
+
+
+def list_new(run: Run, known: list[Row], name: str) -> list[Row]:
+    """Return a row for each set-up of ``run`` that is not among ``known``, which grows."""
+    scores = run.scores()
+    found = [setup for setup in setups_of(scores) if setup not in known]
+    known += found
+    return [summarise(rows_of(scores, setup), {"name": name, "run": run.name, **setup}) for setup in found]
+
+
+def summarise(rows: pd.DataFrame, head: Row) -> Row:
+    """Return the means over latents of one set-up, own explanations and swapped ones."""
+    own, swapped = (rows[(rows["control"] == kind) & (rows["status"] == "ok")] for kind in ("none", "swap"))
+    tried = rows[(rows["control"] == "none") & rows["judge"].notna()]
+    judged = float(tried[["n_active", "n_inactive"]].to_numpy().sum())
+    n_failed = float(tried["n_failed"].sum())
+    keys = ("name", "run", "explainer", "explainer_model", "judge", "model", "scorer")
+    return {
+        **{key: head[key] for key in keys},
+        "latents": len(own),
+        "not_explained": int((rows["status"] != "ok").sum()),
+        **{name: _mean(own[name]) for name in ("balanced_accuracy", "auroc", "tpr", "tnr")},
+        "swapped": _mean(swapped["balanced_accuracy"]),
+        "contexts_failed": n_failed / max(1.0, judged + n_failed),
+    }
+
+
+def _mean(values: pd.Series) -> list[float] | None:
+    """Return the mean and its standard error."""
+    known = values.dropna().to_numpy(float)
+    return [float(known.mean()), float(known.std(ddof=1) / np.sqrt(len(known)))] if len(known) > 1 else None
+
+
+def list_examples(run: Run) -> list[Row]:
+    """Return the language model's explanations of ``SHOWN`` latents, evenly spaced from the best score to the worst."""
+    scores, texts = run.scores(), run.explanations().set_index("id")["text"]
+    (setup, *_) = setups_of(scores, explainer="llm", judge="llm")
+    rows = rows_of(scores, setup)
+    own = rows[(rows["control"] == "none") & (rows["status"] == "ok")].sort_values("balanced_accuracy", ascending=False)
+    chosen = own.iloc[np.unique(np.linspace(0, len(own) - 1, SHOWN).round().astype(int))]
+    return [
+        {"latent": int(r.latent), "balanced_accuracy": r.balanced_accuracy, "text": texts[r.explanation_id]}
+        for r in chosen.itertuples()
+    ]
+
+
+def list_costs(runs: list[Run]) -> list[Row]:
+    """Return tokens, requests and the servers' seconds of each stage and model."""
+    tables = []
+    for run in runs:
+        with open_journal(run) as journal:
+            tables.append(journal.usage())
+    total = pd.concat(tables).groupby(["stage", "model"], as_index=False).sum(numeric_only=True)
+    return [{key: _plain(value) for key, value in row.items()} for row in total.to_dict("records")]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def measure(given: Any) -> dict[str, Any]:
+    """Run all stages and return the record."""
+    root = ["--root", given.root]
+    if not (given.root / f"{NAME}_a" / "run.json").exists():
+        run_cli("train", "--recipe", RECIPE, "--name", NAME, "--seeds", 0, 1, *root)
+    asked = ["--llm-url", given.llm_url, *(["--llm-model", given.llm_model] if given.llm_model else [])]
+    asked += ["--concurrency", given.concurrency, *root]
+    first, second = (Run.open(f"{NAME}_{letter}", given.root) for letter in "ab")
+    run_cli("align", first.name, second.name, *root)
+    rows: list[Row] = []
+    known: list[Row] = []
+    for run, n, protocols in ((first, given.latents, ("batch",)), (second, given.both, ("batch", "single"))):
+        run_cli("explain", "--sae", run.name, "--latents", n, "--control-sae-latents", 0, *asked)
+        for protocol in protocols:
+            run_cli("score", "--sae", run.name, "--protocol", protocol, "--control-latents", n, *asked)
+            rows += list_new(run, known, protocol)
+    if given.judge_url:
+        elsewhere = ["--judge-url", given.judge_url]
+        run_cli("score", "--sae", first.name, "--protocol", "batch", *elsewhere, *asked)
+        rows += list_new(first, known, "batch, second judge")
+    report = json.loads(run_cli("report", "--sae", first.name, "--json", *root))
+    return {
+        "rows": rows,
+        "costs": list_costs([first, second]),
+        "examples": list_examples(first),
+        "relation": report.get("relation"),
+    }
+
+
+def show(record: dict[str, Any]) -> None:
+    names = ("protocol", "explainer", "judge", "latents", "balanced accuracy", "swapped", "AUROC", "no verdict")
+    table = Table(*names)
+    for row in record["rows"]:
+        means = [f"{m[0]:.3f} ± {m[1]:.3f}" if (m := row[k]) else "" for k in ("balanced_accuracy", "swapped", "auroc")]
+        judge = row["model"] or row["judge"]
+        explainer = row["explainer_model"] or row["explainer"]
+        table.add_row(row["name"], explainer, judge, str(row["latents"]), *means, f"{row['contexts_failed']:.1%}")
+    console = Console(width=140)
+    console.print(table)
+    for row in record["examples"]:
+        console.print(f"{row['balanced_accuracy']:.2f}  {row['text']}", markup=False, highlight=False)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--llm-url", required=True)
+    parser.add_argument("--llm-model")
+    parser.add_argument("--judge-url", help="a server of a second judge")
+    parser.add_argument("--latents", type=int, default=40, help="of the first run, by the batch protocol")
+    parser.add_argument("--both", type=int, default=10, help="of the second run, by both protocols")
+    parser.add_argument("--concurrency", type=int, default=2)
+    parser.add_argument("--root", type=Path, default=Path("build/real-model"))
+    given = parser.parse_args()
+    begun = time.time()
+    record = measure(given)
+    rest = {key: record[key] for key in ("costs", "examples", "relation")}
+    leave(given, record["rows"], about(begun, **rest), lambda: show(record))
+
+
+if __name__ == "__main__":
+    main()
