@@ -30,7 +30,7 @@ from rich.table import Table
 
 from autointerp import Run
 from autointerp.journal.journal import open_journal
-from autointerp.scoring.setups import rows_of, setups_of
+from autointerp.scoring.setups import records_of, rows_of, setups_of
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPE = HERE / "eval_runs" / "recipes" / "real-model.toml"
@@ -86,8 +86,8 @@ def list_examples(run: Run) -> list[Row]:
     own = rows[(rows["control"] == "none") & (rows["status"] == "ok")].sort_values("balanced_accuracy", ascending=False)
     chosen = own.iloc[np.unique(np.linspace(0, len(own) - 1, SHOWN).round().astype(int))]
     return [
-        {"latent": int(r.latent), "balanced_accuracy": r.balanced_accuracy, "text": texts[r.explanation_id]}
-        for r in chosen.itertuples()
+        {"latent": row["latent"], "balanced_accuracy": row["balanced_accuracy"], "text": texts[row["explanation_id"]]}
+        for row in records_of(chosen)
     ]
 
 
@@ -98,11 +98,7 @@ def list_costs(runs: list[Run]) -> list[Row]:
         with open_journal(run) as journal:
             tables.append(journal.usage())
     total = pd.concat(tables).groupby(["stage", "model"], as_index=False).sum(numeric_only=True)
-    return [{key: _plain(value) for key, value in row.items()} for row in total.to_dict("records")]
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+    return records_of(total)
 
 
 def measure(given: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
@@ -159,7 +159,7 @@ class Run:
     journal_path = _File("journal.sqlite")
 
     @classmethod
-    def open(cls, name: str, root: Path | str = DEFAULT_ROOT) -> Run:
+    def open(cls, name: str, root: Path | str = DEFAULT_ROOT) -> Self:
         """Open an existing run. Raises NotFound with suggestions."""
         run = cls(name, Path(root))
         if not _NAME.fullmatch(name) or not run.has_begun:
