@@ -84,7 +84,7 @@ class Outcome:
             "failures": dict(self.failures.most_common()),
             "n_left_out": self.left_out.total(),
             "left_out": dict(self.left_out.most_common()),
-            "flags": dict(self.flags.most_common()),
+            **({"flags": dict(self.flags.most_common())} if self.stage == "explain" else {}),
             "retry": (self.retry or None) if self.failures else None,
             "next": (self.next or None) if self.n_done and not self.failures else None,
             "notes": self.notes,

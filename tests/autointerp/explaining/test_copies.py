@@ -45,7 +45,7 @@ def test_parts_of_the_prompt_are_copies(text: str) -> None:
     assert find_copied(text, SOURCES) is not None
 
 
-HONEST = [
+NO_COPIES = [
     # about what the examples are about
     "Results printed in Python doctests, on the line below a >>> prompt with an expression.",
     "Numbers and lists that a Python doctest expects, directly under the line that begins with >>>.",
@@ -54,6 +54,10 @@ HONEST = [
     'Verbs of saying after a closing quotation mark, such as "asked" or "replied", before the name of the speaker.',
     "Words about hunger and drought: empty wells, failed harvests, rationed bread.",
     "Blank lines between the end of a Python function and the next definition at the top level.",
+    # second answers of Qwen2.5-Coder-1.5B, after it had repeated the example of doctests word for word: adapted
+    'The name of a function or method that is being called, right after "raise" or "throw new".',
+    'The name of a function or method that is being called, right after ">>" or "throw new"; not a function or method '
+    'name in an "except" or "catch" clause.',
     # in words that the instructions use too
     "Words in the middle of a line.",
     "Line breaks, tabs and spaces in program code.",
@@ -69,8 +73,8 @@ HONEST = [
 ]
 
 
-@pytest.mark.parametrize("text", HONEST)
-def test_an_honest_explanation_is_no_copy(text: str) -> None:
+@pytest.mark.parametrize("text", NO_COPIES)
+def test_texts_in_other_words_are_no_copies(text: str) -> None:
     assert find_copied(text, SOURCES) is None
 
 
