@@ -64,6 +64,9 @@ class Capabilities:
             missing.append("the server gives no log-probabilities: labels stand in for P(active)")
         if self.cached_tokens is False:
             missing.append("the server does not report how many prompt tokens it had cached: they count as not cached")
+        if others := set(self.without) - {"response_format", "logprobs", "max_tokens"}:
+            names = ", ".join(map(repr, sorted(others)))
+            missing.append(f"the server does not take {names}: the requests had none, and its own defaults apply")
         if self.other_models:
             missing.append(f"answers came under another model name: {', '.join(map(repr, self.other_models))}")
         return missing

@@ -42,7 +42,7 @@ DEFAULT_URL = "https://api.openai.com/v1"  # the server if only a model was name
 
 _LOCAL = "http://127.0.0.1"  # stands for a server of ours until it is started, and for its capabilities on any port
 _BELIEVED = timedelta(days=1)  # age of capabilities, at most: the server may be restarted with other flags
-_FAILURES = 3  # this many failures before the first answer mean that the settings are wrong, not the questions
+_FIRST = 3  # if this many first questions fail and none was ever answered, the settings are wrong, not the questions
 _WORD_SCHEMA = {
     "type": "object",
     "properties": {"word": {"type": "string", "enum": ["yes"]}},
@@ -104,7 +104,7 @@ class LlmClient:
         self._model = model or None
         self._cache = cache
         self._kept: dict[str, Any] = {}  # capabilities that the cache has
-        self._has_answered, self._n_failed = False, 0
+        self._n_asked = self._n_failed = 0
         self._slots, self._answer_tries = asyncio.Semaphore(concurrency), answer_tries
         self._budget = budget
         self._connecting, self._is_connected = asyncio.Lock(), False
@@ -256,9 +256,7 @@ class LlmClient:
             kept = self._cache.get(key)
             if kept is not None:
                 try:
-                    parsed = parse(kept)
-                    self._has_answered = True
-                    return parsed, kept
+                    return parse(kept), kept
                 except AnswerFailed:
                     pass  # an earlier version of ``parse`` accepted it: ask again
             parsed, answer = await self._ask_counted(request, parse)
@@ -267,18 +265,19 @@ class LlmClient:
 
     async def _ask_counted(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T, Answer]:
         """:meth:`ask_anew`, and stop if the first questions all fail for a reason that the settings may have."""
+        is_first = self._n_asked < _FIRST
+        self._n_asked += 1
         try:
-            parsed, answer = await self.ask_anew(request, parse)
+            return await self.ask_anew(request, parse)
         except AnswerFailed as failed:
-            self._n_failed += failed.systematic
-            if failed.systematic and not self._has_answered and self._n_failed >= _FAILURES:
+            self._n_failed += failed.systematic and is_first
+            has_answered = self._cache is not None and self._cache.has_answer(self.model)
+            if failed.systematic and self._n_failed == _FIRST and not has_answered:
                 raise BadInput(
                     f"{self.url} answers none of the first questions: {failed.reason}; check --llm-url, --llm-model, "
                     "--llm-body and the server's settings, then run the same command again: finished work is kept"
                 ) from None
             raise
-        self._has_answered = True
-        return parsed, answer
 
     async def ask_anew(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T, Answer]:
         """:meth:`ask` without the cache."""
@@ -397,6 +396,11 @@ class ResponseCache:
         with self._database.reading() as connection:
             row = connection.execute("SELECT answer FROM answer WHERE key = ?", (key,)).fetchone()
         return None if row is None else Answer.from_json(row[0])  # a damaged row is asked for again
+
+    def has_answer(self, model: str) -> bool:
+        """Return whether there is any answer of ``model``."""
+        with self._database.reading() as connection:
+            return connection.execute("SELECT 1 FROM answer WHERE model = ? LIMIT 1", (model,)).fetchone() is not None
 
     async def put(self, key: str, model: str, answer: Answer) -> None:
         """Store ``answer``; committed when this returns, in one transaction with others of the same moment."""

@@ -17,6 +17,7 @@ import pytest
 from fake_server import FakeServer, Reply, completion, error, sensible, token
 
 from autointerp.contexts.sampler import Context
+from autointerp.explaining.explainers.llm import LlmExplainer
 from autointerp.llm import servers
 from autointerp.llm.capabilities import THINKING_TOKENS
 from autointerp.llm.client import LlmClient, ResponseCache
@@ -42,11 +43,14 @@ class Row:
     client: dict[str, Any] = field(default_factory=dict)
     key: str = ""
 
+    explains: bool = False  # explanations are asked for, not labels
+
     sent: dict[str, Any] = field(default_factory=dict)  # in the last request; ``None``: not in it
     sees: str = LABELS  # the labels, or a pattern of the reason why there are none
     has_p: bool = True  # P(active) comes with the labels
     says: str = ""  # a pattern of the line that is printed meanwhile
     requests: int = 3
+    later: str = ""  # what the user sees then, if that is something else
     again: int | None = 3  # requests of the later command; ``None``: there is none
 
 
@@ -416,6 +420,28 @@ ROWS = {
     "thinking that takes all tokens": Row(
         needs_room, requests=4, sent={"max_tokens": ROOM + THINKING_TOKENS}, says="thinks before"
     ),
+    "thinking before a single label": Row(
+        thinks_first, judge={"protocol": "single"}, requests=6, again=6, sent={"max_tokens": 4 + THINKING_TOKENS}
+    ),
+    "thinking in tags before a single label": Row(
+        lambda body: completed(body, content=f"<think>0?</think>{completed(body).content}"),
+        judge={"protocol": "single"},
+        requests=6,
+        again=6,
+        has_p=False,  # the tokens of the label are not looked for in those of the thinking
+    ),
+    "an explanation in the thinking": Row(
+        lambda _: Reply(None, message={"reasoning": "[EXPLANATION]: Perhaps cats."}),
+        explains=True,
+        sees="answers none of the first questions: the answer is empty and 'reasoning' is not",
+        again=None,
+    ),
+    "an explanation in the thinking, and one after it": Row(
+        lambda _: Reply("<think>[EXPLANATION]: Perhaps cats.</think>[EXPLANATION]: Dogs."),
+        explains=True,
+        sees="^Dogs.$",
+        sent={"max_tokens": 1000 + THINKING_TOKENS},
+    ),
     "thinking found by the probe": Row(
         thinks_first,
         server={"thinks": True},
@@ -424,6 +450,13 @@ ROWS = {
         says="thinks before",
     ),
     # Refused by the model or a filter: a failed context, never a zero.
+    "some contexts too long, later": Row(
+        script=(),
+        answers=lambda body: error(400, "maximum context length is 64") if "text 10" in str(body) else sensible(body),
+        again=3,
+        sees=LABELS,
+        later="^the server refused the request .HTTP 400: maximum context length is 64",
+    ),
     "finish_reason content_filter": Row(
         lambda _: Reply(finish_reason="content_filter"), sees="content filter withheld", requests=9, again=9
     ),
@@ -456,13 +489,13 @@ def test_conformance(
     monkeypatch.setattr(servers, "_SLOW", 0.1)
     with FakeServer(row.answers, **row.server) as server:
         server.script.extend(row.script)
-        for n, first in ((row.requests, 0), (row.again, 100)):
+        for n, first, sees in ((row.requests, 0, row.sees), (row.again, 100, row.later or row.sees)):
             if n is None:
                 break
             before = len(server.requests) + len(server.probes)
             seen = judge(server, row, tmp_path / "cache.sqlite", first)
             said = capsys.readouterr().err
-            assert re.search(row.sees, seen) if row.sees[0] not in "01" else seen == row.sees + "p" * row.has_p
+            assert re.search(sees, seen) if sees[0] not in "01" else seen == sees + "p" * row.has_p
             assert "\n" not in seen
             assert KEY[:4] not in seen
             assert len(server.requests) + len(server.probes) - before == n
@@ -486,6 +519,9 @@ def judge(server: FakeServer, row: Row, cache: Path, first: int) -> str:
         )
         async with client:
             settings = {"protocol": "batch", "contexts_per_request": 2, **row.judge}
+            if row.explains:
+                explained = [await LlmExplainer(client).explain(0, contexts[i : i + 2], []) for i in (0, 2, 4)]
+                return "; ".join(sorted({x.failure or x.text or "" for x in explained}))
             if settings["protocol"] == "auto":
                 made = await LlmJudge.open(client, LlmOptions())
             else:
