@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_server import FakeServer, Reply, error
+from fake_vllm_python import FakeVllm
 from tiny_study import cli
 
 from autointerp.llm.capabilities import Capabilities
-from autointerp.llm.client import ResponseCache
-from autointerp.scoring.judges.llm import best_protocol, explain_protocol
+from autointerp.llm.client import ResponseCache, open_client
+from autointerp.llm.options import LlmOptions
+from autointerp.scoring.judges.llm import LlmJudge, best_protocol, explain_protocol
 
 EVERYTHING: dict[str, Any] = {
     "model": "fake-model",
@@ -70,6 +74,27 @@ def test_the_probe_is_stored_and_asked_anew(tmp_path: Path) -> None:
         assert probe(tmp_path, server)["logprobs"] == 2
         assert cache.capabilities(server.url, "fake-model")["logprobs"] == 2
         cache.close()
+
+
+def test_score_asks_nothing_again(tmp_path: Path) -> None:
+    async def choose() -> str:
+        async with open_client(LlmOptions(url=server.url), tmp_path / "cache.sqlite") as client:
+            return (await LlmJudge.open(client, LlmOptions(url=server.url))).protocol
+
+    with FakeServer() as server:
+        found = probe(tmp_path, server)
+        assert asyncio.run(choose()) == found["protocol"]
+        assert len(server.probes) == 3
+
+
+def test_a_vllm_server_is_started_and_asked(tmp_path: Path) -> None:
+    vllm = FakeVllm(tmp_path / "fake")
+    flags = ("--vllm", "bundled", "--vllm-python", vllm.python)
+    found = cli("llm", *flags, "--root", tmp_path, "--json").well().json
+    assert found["model"].startswith("pystdlib")
+    assert found["exact"]
+    assert shlex.split(found["next"])[2:7] == ["explain", *map(str, flags)]
+    assert not vllm.living()
 
 
 def test_the_cost_is_that_of_the_requests(tmp_path: Path) -> None:

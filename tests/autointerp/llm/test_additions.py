@@ -96,6 +96,7 @@ def test_any_header_is_read_or_refused_in_one_line(before: str, name: str) -> No
         ("Api-Key", SECRET, None),
         ("authorization", f"Bearer {SECRET}", f"Bearer {SECRET}"),
         ("X-Team", "interpretability", "Bearer from-environment"),
+        ("user-agent", "a browser", "Bearer from-environment"),
     ],
 )
 def test_headers_are_sent_and_may_replace_the_key(
