@@ -198,7 +198,7 @@ def _explain_busy(fault: Fault, url: str) -> Exception:
 
 def _explain_denied(fault: Fault, url: str, has_key: bool, secrets: Sequence[Key]) -> Unavailable:
     """Quote the server's words without any part of a secret: some servers echo some of it."""
-    how = f"set {KEY_VARIABLES[0]} or name a key file"
+    how = f"set {KEY_VARIABLES[0]}, name a key file, or give it with --llm-header"
     said = fault
     for secret in secrets:
         said = replace(said, message=secret.redact_parts(said.message))
