@@ -33,6 +33,7 @@ from sae.common.errors import BadInput, NotFound, suggest
 from sae.common.files import add_metadata, atomic, digest_file, read_table
 from sae.common.progress import say
 from sae.study.align import behaviour_folder
+from sae.study.logits import LogitTable
 from sae.study.run import Run
 
 VERDICTS_AT_ONCE = 100_000
@@ -314,6 +315,7 @@ _OF_PAIRS = ("alignment", "behaviour", "pairs")  # further runs may be named: th
 TABLES: dict[str, _Reader] = {
     "latents": _adapt(OpenedRun.latents),
     "firing": _stage("firing", "firings", "harvest"),
+    "logits": lambda run, _: LogitTable(run).table,
     "overlap": _overlap,
     "eligibility": _stage("contexts", "count of contexts", "explain"),
     "training": _training,

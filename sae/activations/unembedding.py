@@ -142,9 +142,7 @@ class Unembedding:
 
     def _check_logits(self, read: Tensor, head: Any, logits: Tensor) -> None:
         """Raise NotApplicable unless the logits grow with the products; scaling and soft-capping keep the order."""
-        product = torch.nn.functional.linear(read.float(), head.weight.float())
-        bias = getattr(head, "bias", None)
-        order = (product if bias is None else product + bias.float()).argsort(-1)
+        order = torch.nn.functional.linear(read, head.weight, getattr(head, "bias", None)).argsort(-1)
         sorted_logits = logits.float().gather(-1, order)
         fallen = sorted_logits.cummax(-1).values - sorted_logits
         if not float(fallen.max()) <= _STEP * float(sorted_logits.max() - sorted_logits.min()):

@@ -66,10 +66,10 @@ class LogitTable:
             raise run.missing_error("promoted and suppressed tokens", "harvest")
         if reason := table_metadata(path).get(_REASON):
             raise NotApplicable(reason)
-        self._table = read_table(path)  # in the order of latents
+        self.table = read_table(path)  # in the order of latents
 
     def __getitem__(self, latent: int) -> Logits:
-        row: dict[Any, Any] = self._table.iloc[latent].to_dict()
+        row: dict[Any, Any] = self.table.iloc[latent].to_dict()
         sides = [
             tuple(TokenLogit(str(token), float(x)) for token, x in zip(row[side], row[f"{side}_logits"], strict=True))
             for side in ("promoted", "suppressed")

@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -160,3 +161,17 @@ def test_harvest_records_it_and_show_prints_it(tmp_path: Path, tiny_llama_dir: P
     assert "promotes" in shown
     assert "suppresses" in shown
     assert found.promoted[0].token.strip() in shown
+    words = (
+        "export",
+        "--sae",
+        "run_a",
+        "--table",
+        "logits",
+        "--format",
+        "parquet",
+        "--to",
+        tmp_path / "logits.parquet",
+    )
+    assert cli(*words, "--root", tmp_path, "--json").well().json["rows"] == M
+    exported = pd.read_parquet(tmp_path / "logits.parquet")
+    assert list(exported["promoted"][3]) == [of.token for of in found.promoted]
