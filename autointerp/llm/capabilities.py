@@ -49,7 +49,8 @@ class Capabilities:
 
     def forget(self) -> None:
         """Forget what answers showed, to find it out again."""
-        self.__dict__.update(vars(Capabilities(context_length=self.context_length)))
+        kept = Capabilities(context_length=self.context_length, other_models=self.other_models)
+        self.__dict__.update(vars(kept))
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is stored and reported."""
@@ -127,9 +128,11 @@ class Capabilities:
             say(f"asked for model {asked!r}, the server answers as {name!r}")
 
     def learn_length(self, entry: Mapping[str, Any]) -> None:
-        """Read the context length off a list of models: ``max_model_len`` of vLLM, or another server's name for it."""
-        for name in ("max_model_len", "context_length", "context_window"):
-            length = entry.get(name)
+        """Read the context length off a list of models: vLLM, llama.cpp (in ``meta``) and others have names for it."""
+        more = entry.get("meta")
+        named = {**more, **entry} if isinstance(more, dict) else entry
+        for name in ("max_model_len", "context_length", "context_window", "n_ctx"):
+            length = named.get(name)
             if type(length) is int and length > 0:
                 self.context_length = length if self.context_length is None else min(self.context_length, length)
                 return

@@ -177,3 +177,28 @@ def test_the_least_tokens_of_a_character_are_learnt() -> None:
     with FakeServer("ok", context_length=1000) as server:
         asyncio.run(main())
         assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "length"),
+    [
+        ({"max_model_len": 4096}, 4096),
+        ({"context_length": 8192}, 8192),
+        ({"meta": {"n_ctx": 2048, "n_ctx_train": 32768}}, 2048),  # llama.cpp
+        ({"meta": {"n_ctx": 2048}, "max_model_len": 1024}, 1024),
+        ({"meta": "n_ctx"}, None),
+        ({"meta": {"n_ctx": True}}, None),
+    ],
+)
+def test_context_length_is_read_off_the_list_of_models(entry: dict[str, Any], length: int | None) -> None:
+    found = Capabilities()
+    found.learn_length(entry)
+    assert found.context_length == length
+
+
+def test_another_model_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
+    found = Capabilities()
+    for _ in range(2):
+        found.learn_model("asked", "other")
+        found.forget()
+    assert capsys.readouterr().err.count("answers as 'other'") == 1
