@@ -169,6 +169,46 @@ def test_the_key_is_removed_in_any_spelling(key: str, between: str, spell: Any) 
     assert redacted == "before [key] after"
 
 
+EQUAL = {"s": "ſ", "i": "ıİ", "k": "\N{KELVIN SIGN}"}  # regardless of case
+SPELLINGS = {
+    "as it is": str,
+    "in lower case": str.lower,
+    "in upper case": str.upper,
+    "with escapes": lambda c: f"%{ord(c):02x}",
+    "with equal letters": lambda c: (EQUAL.get(c.lower()) or c)[0],
+    "with other equal letters": lambda c: (EQUAL.get(c.lower()) or c)[-1],
+}
+BETWEEN = [
+    "",
+    " \t",
+    "\u200b",
+    "\u00e9",
+    "\ud800",
+    "\\",
+    "\\u0123",
+    "\\u4567",
+    "\\u89aB",
+    "\\uCDeF",
+    "\\b\\f",
+    "\\n\\r\\t",
+    "\\B\\F\\N\\R\\T\\UCDEF",
+]
+
+
+@pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS.keys())
+@pytest.mark.parametrize("value", ["sk-Kiss/0a9Ifb", "\\%i\"s+k'F9abS=", "0123456789abcdef"])
+def test_the_quick_check_overlooks_no_spelling(value: str, spell: Any) -> None:
+    key = Key(value, "here")
+    everywhere = set(range(len(value)))
+    for between in BETWEEN:
+        for odd in [everywhere, *({i} for i in everywhere)]:
+            written = [spell(c) + between if i in odd else c for i, c in enumerate(value)]
+            text = "".join(written)
+            assert "[key]" in key.redact(text)
+            for part in (text, text[1:]):
+                assert key.redact(part) == key._pattern.sub("[key]", part)
+
+
 @pytest.mark.fuzz
 @given(
     key=st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=12, max_size=40),
