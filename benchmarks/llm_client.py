@@ -4,8 +4,9 @@
 
 A server in a process of its own answers every request the same, at once or after a latency. Ours is the product's own
 path: the judge's prompts, the answer cache, verdicts and costs in the journal. delphi's is its HTTP client under its
-pipeline. ``raw`` is aiohttp alone, which keeps nothing: the most that a client in Python, and this server, can reach.
-The sides run one after the other in every round, and a side's figure is the median of its rounds.
+pipeline. ``sdk`` is the ``openai`` package alone, with typed answers. ``raw`` is aiohttp alone: the most that a client
+in Python, and this server, can reach. These two keep nothing. The sides run one after the other in every round, and a
+side's figure is the median of its rounds.
 
 Next to the rate is the processor time of a request in the client's process. The rate on a quiet machine is about its
 inverse; on a machine that others use, trust the processor time.
@@ -36,7 +37,8 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 ENVIRONMENT = HERE.parent / ".venv-delphi"
-SIDES = ("ours", "delphi", "raw")
+ALONE = ("sdk", "raw")
+SIDES = ("ours", "delphi", *ALONE)
 LATENCY = 0.05
 
 
@@ -90,6 +92,10 @@ def compared(
 
 def rows_of(found: dict[str, dict[str, float]], name: str, latency: float, concurrency: int) -> list[dict[str, Any]]:
     ours, peer = found["ours"], found.get("delphi")
+
+    def share_of(one: dict[str, float] | None) -> float | None:
+        return None if one is None or not latency else round(one["rate"] * latency / concurrency, 3)
+
     setting = f"{concurrency} at once, latency {latency * 1000:g} ms"
     rows = [
         {
@@ -101,10 +107,10 @@ def rows_of(found: dict[str, dict[str, float]], name: str, latency: float, concu
             "unit": "requests/s",
             "ratio": None if peer is None else round(ours["rate"] / peer["rate"], 2),
             "peak_mib": None,
-            "share": None if not latency else round(ours["rate"] * latency / concurrency, 3),
-            "peer_share": None if peer is None or not latency else round(peer["rate"] * latency / concurrency, 3),
-            "raw": round(found["raw"]["rate"]) if "raw" in found else None,
-            "raw_share": round(found["raw"]["rate"] * latency / concurrency, 3) if latency and "raw" in found else None,
+            "share": share_of(ours),
+            "peer_share": share_of(peer),
+            **{side: round(found[side]["rate"]) if side in found else None for side in ALONE},
+            **{f"{side}_share": share_of(found.get(side)) for side in ALONE},
         }
     ]
     if not latency:
@@ -116,7 +122,7 @@ def rows_of(found: dict[str, dict[str, float]], name: str, latency: float, concu
                 "peer": None if peer is None else round(1000 * peer["cost"], 3),
                 "unit": "ms/request",
                 "ratio": None if peer is None else round(peer["cost"] / ours["cost"], 2),
-                "raw": round(1000 * found["raw"]["cost"], 3) if "raw" in found else None,
+                **{side: round(1000 * found[side]["cost"], 3) if side in found else None for side in ALONE},
             }
         )
     return rows
@@ -141,15 +147,16 @@ def peers_python(given: str | None) -> str:
 
 def shown(rows: Sequence[dict[str, Any]], console: Console) -> None:
     of = "of concurrency / latency"
-    table = Table("what", "setting", "ours", "delphi", "ratio", "raw", f"{of}: ours", "delphi", "raw")
+    table = Table("what", "setting", "ours", "delphi", "ratio", *ALONE, f"{of}: ours", "delphi", *ALONE)
     for row in rows:
         texts = [row["name"], row["setting"], f"{row['ours']:,} {row['unit']}"]
         texts += [
             "" if row["peer"] is None else f"{row['peer']:,}",
             "" if row["ratio"] is None else f"{row['ratio']} ×",
         ]
-        texts += ["" if row["raw"] is None else f"{row['raw']:,}"]
-        texts += ["" if row[name] is None else f"{row[name]:.0%}" for name in ("share", "peer_share", "raw_share")]
+        texts += ["" if row[side] is None else f"{row[side]:,}" for side in ALONE]
+        shares = ("share", "peer_share", *(f"{side}_share" for side in ALONE))
+        texts += ["" if row[name] is None else f"{row[name]:.0%}" for name in shares]
         table.add_row(*texts)
     console.print(table)
 

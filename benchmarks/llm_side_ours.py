@@ -15,7 +15,9 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -30,6 +32,7 @@ from autointerp.scoring.score import Asking, open_judge
 from autointerp.scoring.scorers.detection import DetectionScorer
 
 PER_LATENT = 100
+T = TypeVar("T")
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
 
 
@@ -103,11 +106,13 @@ async def ours(url: str, requests: int, concurrency: int, folder: Path) -> dict[
     return {**taken, "answered": answered}
 
 
+ASKED = {"model": "m", "max_tokens": 4, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
+
+
 async def raw(url: str, requests: int, concurrency: int) -> dict[str, float]:
     import aiohttp
 
-    asked = {"model": "m", "max_tokens": 4, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
-    bodies = [json.dumps({**asked, "messages": one}).encode() for one in messages(requests)]
+    bodies = [json.dumps({**ASKED, "messages": one}).encode() for one in messages(requests)]
     async with aiohttp.ClientSession() as session:
 
         async def send(body: bytes) -> None:
@@ -115,10 +120,26 @@ async def raw(url: str, requests: int, concurrency: int) -> dict[str, float]:
             async with session.post(f"{url}/v1/chat/completions", data=body, headers=head) as reply:
                 json.loads(await reply.read())
 
-        await run_in_flight(bodies[: 2 * concurrency], send, concurrency)
-        clock = Clock()
-        await run_in_flight(bodies, send, concurrency)
-        return {**clock.read(), "answered": len(bodies)}
+        return await timed(send, bodies, concurrency)
+
+
+async def sdk(url: str, requests: int, concurrency: int) -> dict[str, float]:
+    import openai
+
+    http_client = openai.DefaultAioHttpClient()
+    async with openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0, http_client=http_client) as api:
+
+        async def send(one: list[dict[str, str]]) -> None:
+            await api.chat.completions.create(messages=one, **ASKED)  # type: ignore[call-overload]
+
+        return await timed(send, messages(requests), concurrency)
+
+
+async def timed(send: Callable[[T], Awaitable[None]], items: list[T], concurrency: int) -> dict[str, float]:
+    await run_in_flight(items[: 2 * concurrency], send, concurrency)
+    clock = Clock()
+    await run_in_flight(items, send, concurrency)
+    return {**clock.read(), "answered": len(items)}
 
 
 class Clock:
@@ -133,8 +154,8 @@ class Clock:
 
 if __name__ == "__main__":
     side, address, n, at_once = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    if side == "raw":
-        print(json.dumps(asyncio.run(raw(address, n, at_once))))
+    if side in ("raw", "sdk"):
+        print(json.dumps(asyncio.run({"raw": raw, "sdk": sdk}[side](address, n, at_once))))
     else:
         with tempfile.TemporaryDirectory() as made:
             print(json.dumps(asyncio.run(ours(address, n, at_once, Path(made)))))
