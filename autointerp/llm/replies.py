@@ -51,14 +51,18 @@ _OPTIONAL = {
     "logprobs": _compile(r"logprobs?"),
     "temperature": _compile(r"temperature"),
     "seed": _compile(r"\bseed\b"),
-    "system": _compile(r"system.(?:role|message|prompt|instruction).*\bnot\b|roles must alternate"),
+    "system": _compile(
+        r"system.(?:role|message|prompt|instruction).*\bnot\b|not support.{0,3}system\b|roles must alternate"
+    ),
 }
 _FILTERED = _compile(r"content.?(?:filter|policy|management)|responsible.?ai|moderation|flagged|prohibited.content")
 _INVALID_KEY = _compile(r"api.?key.{0,20}(?:not valid|invalid|incorrect|expired)|(?:invalid|incorrect).{0,5}api.?key")
+_MALFORMED = _compile(r"json_validate_failed|failed.generation|failed to (?:generate|validate)")
 _NO_CREDIT = _compile(r"insufficient_quota|billing_hard_limit_reached")
 _NO_MODEL = _compile(r"(?:invalid|unknown|no such) model\b|not a valid model|not found|does not exist|not available")
 _LOADING = _compile(r"\bloading\b|\bnot ready\b|starting up|warming up")
 _NUMBER = re.compile(r"(?<![\w.-])\d{1,3}(?![\w-]|\.\d)")
+_SPOKEN = ("text", "output_text")  # kinds of parts of a message that are the answer
 _PLACES = ("reasoning_content", "reasoning")  # of a message, where servers put the thinking
 _FINISHES = {  # the words of Gemini and Anthropic for those of OpenAI
     "max_tokens": "length",
@@ -174,6 +178,8 @@ def explain_fault(
         return _explain_busy(fault, url)
     if fault.is_filtered:
         return AnswerFailed(f"the server's content filter refused the prompt ({fault})", final=True)
+    if 400 <= status < 500 and _MALFORMED.search(words):
+        return AnswerFailed(f"the server found no valid JSON in the answer ({fault})")
     if status >= 400:
         refused = _find_refused(fault, parameters)
         if refused is not None:
@@ -254,7 +260,8 @@ def read_answer(body: Any, seconds: float, request: Request) -> Answer:
     choices = body.get("choices")
     choice = _read_fields(choices[0] if isinstance(choices, list) and choices else None)
     message = _read_fields(choice.get("message"))
-    text, refusal = _read_content(message.get("content")), message.get("refusal")
+    parts = _read_parts(message.get("content"))
+    text, refusal = "".join(said for kind, said in parts if kind in _SPOKEN), message.get("refusal")
     place = next((name for name in _PLACES if _read_text(message.get(name)).strip()), "")
     finish_reason = _read_text(choice.get("finish_reason")).lower() or "stop"
     finish_reason = _FINISHES.get(finish_reason, finish_reason)
@@ -290,7 +297,7 @@ def read_answer(body: Any, seconds: float, request: Request) -> Answer:
         start = _find_start(tokens, text)
         tokens, top = (None, None) if start is None else (tokens[start:], top[start:])
     n_thought = _read_fields(counts.get("completion_tokens_details")).get("reasoning_tokens")
-    thought = bool(place or n_thought) or has_thinking(text)
+    thought = bool(place or n_thought) or has_thinking(text) or any(kind == "thinking" for kind, _ in parts)
     return Answer(text, finish_reason, usage, tokens, top, counts_cached, thought)
 
 
@@ -302,12 +309,11 @@ def _read_text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _read_content(content: Any) -> str:
-    """Return the text of a message, whole or in parts."""
+def _read_parts(content: Any) -> list[tuple[str, str]]:
+    """Return the parts of a message, each with its kind; most servers send one text."""
     if not isinstance(content, list):
-        return _read_text(content)
-    parts = [_read_fields(part) for part in content]
-    return "".join(_read_text(part.get("text")) for part in parts if part.get("type") in ("text", "output_text"))
+        return [("text", _read_text(content))]
+    return [(_read_text(part.get("type")), _read_text(part.get("text"))) for part in map(_read_fields, content)]
 
 
 def _find_start(tokens: Sequence[str], text: str) -> int | None:

@@ -219,7 +219,7 @@ def test_the_quick_check_overlooks_no_spelling(value: str, spell: Any) -> None:
 def test_no_part_of_the_key_is_shown(key: str, cut: int, spell: Any, around: str) -> None:
     part = spell(key)[min(cut, len(key) - 4) :]
     shown = Key(key, "here").redact_parts(f"no {around.format(part)} a")
-    assert shown == "no [key] a"
+    assert shown in ("no [key] a", f"no {around.format('[key]')} a")
 
 
 def test_a_long_key_is_removed_whole() -> None:
