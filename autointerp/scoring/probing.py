@@ -54,7 +54,7 @@ async def probe_servers(options: LlmOptions, root: Path) -> ServerReport:
     place = None if options.vllm is None else find_model(options.vllm, options.vllm_args, options.model).place
     root.mkdir(parents=True, exist_ok=True)
     async with open_any_client(options, root / "cache.sqlite") as client:
-        plain = Request(conversation("probe").messages(question="word"), max_tokens=200)
+        plain = Request(conversation("probe").messages(question="word"), max_tokens=200, may_be_cut=True)
         try:
             _, answer = await client.ask_anew(plain, lambda answer: answer)
         except AnswerFailed as failed:

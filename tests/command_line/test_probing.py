@@ -76,6 +76,15 @@ def test_the_probe_is_stored_and_asked_anew(tmp_path: Path) -> None:
         cache.close()
 
 
+def test_a_model_without_an_end_is_asked_once(tmp_path: Path) -> None:
+    """One that is not tuned to answer continues for as long as it may."""
+    with FakeServer() as server:
+        server._probe_reply = lambda seen: server.probes.append(seen) or Reply("on " * 99, "length")  # type: ignore[method-assign,func-returns-value]
+        found = probe(tmp_path, server)
+    assert (found["label_first"], found["json_schema"], found["protocol"]) == (False, False, "batch")
+    assert [seen.body["max_tokens"] for seen in server.probes[:2]] == [200, 4]
+
+
 def test_score_asks_nothing_again(tmp_path: Path) -> None:
     async def choose() -> str:
         async with open_client(LlmOptions(url=server.url), tmp_path / "cache.sqlite") as client:
