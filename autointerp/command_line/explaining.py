@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish, open_runs
@@ -31,6 +31,8 @@ def explain(
     indices: opt.Indices = None,
     with_partners: opt.WithPartners = False,
     control_sae_latents: opt.ControlSaeLatents = None,
+    draws: opt.Draws = 1,
+    temperature: opt.Temperature = None,
     explainer: opt.Explainer = "auto",
     server: Server,
     spending: Spending,
@@ -67,24 +69,26 @@ def explain(
     )
     if choice.indices and latents != Choice().n:
         raise BadInput("--indices names latents outright, --latents draws a sample; give one of the two")
-    options = llm_options(server, spending=spending)
+    if temperature is not None and draws == 1:
+        raise BadInput("--temperature is of further draws; give --draws too, such as --draws 3")
+    options = llm_options(server, spending=spending, temperature=temperature)
     check_flags(EXPLAINERS, resolve_name(EXPLAINERS, explainer, options), options.list_server_flags())
     runs = open_runs(sae, output.root)
     if spending.dry_run:
         from autointerp.scoring.dry_run import forecast_explain
 
-        forecast = forecast_explain(runs, choice, explainer, options, spending.prices(), control_sae_latents)
+        forecast = forecast_explain(runs, choice, explainer, options, spending.prices(), control_sae_latents, draws)
         finish(output.as_json, "explain", forecast.as_dict, lambda: print_page(cost_page(forecast.as_dict())))
         return
     from autointerp.explaining.explain import explain_runs
 
-    outcome = explain_runs(runs, choice, explainer, options, machine.compute(), control_sae_latents)
-    outcome.next = _score_command(outcome, resolve_name(EXPLAINERS, explainer, options), options, output.root)
+    outcome = explain_runs(runs, choice, explainer, options, machine.compute(), control_sae_latents, draws=draws)
+    outcome.next = _score_command(outcome, resolve_name(EXPLAINERS, explainer, options), options, output.root, draws)
     finish(output.as_json, "explain", outcome.as_dict, lambda: print_page(outcome_page(outcome.as_dict(), "explain")))
     exit_if(outcome.n_failed)
 
 
-def _score_command(outcome: Outcome, explainer: str, options: LlmOptions, root: Path) -> str:
+def _score_command(outcome: Outcome, explainer: str, options: LlmOptions, root: Path, draws: int) -> str:
     """Return the command that scores what was explained, with a judge that can read it."""
     from autointerp.explaining.explainers import EXPLAINERS
     from autointerp.journal.method import BASELINE
@@ -97,6 +101,7 @@ def _score_command(outcome: Outcome, explainer: str, options: LlmOptions, root: 
                 if not JUDGES[name].asks_model and JUDGES[name].reads in (None, explainer):
                     words += ["--judge", name]
                     break
+    words += ["--draws", str(draws)] if draws > 1 else []
     return command(root, "score", *words, *options.list_words())
 
 
@@ -105,7 +110,10 @@ def score(
     *,
     sae: opt.ScoredSaes = None,
     scorer: opt.Scorers = None,
-    judge: opt.Judge = "auto",
+    judge: opt.Judges = None,
+    draws: opt.ScoredDraws = 1,
+    replicates: opt.Replicates = 1,
+    temperature: opt.Temperature = None,
     control_latents: opt.ControlLatents = None,
     control_sae_latents: opt.ScoredControlSaeLatents = None,
     server: Server,
@@ -131,22 +139,27 @@ def score(
     from autointerp.report.terminal import print_page
     from autointerp.scoring.adaptive import StoppingRule
 
-    options = llm_options(server, judge_server, spending, protocol=protocol, contexts_per_request=contexts_per_request)
+    if temperature is not None and replicates == 1:
+        raise BadInput("--temperature is of further replicates; give --replicates too, such as --replicates 2")
+    asking: dict[str, Any] = {"protocol": protocol, "contexts_per_request": contexts_per_request}
+    options = llm_options(server, judge_server, spending, **asking, temperature=temperature)
     half_width = precision if ci_half_width is None else ci_half_width
     if max_contexts is not None and half_width is None:
         raise BadInput("--max-contexts needs --ci-half-width too, such as --ci-half-width 0.065")
     rule = None if half_width is None else StoppingRule(half_width, max_contexts)
     runs = open_runs(sae, output.root) if sae else None
     scorers = tuple(scorer or ("detection",))
-    asked = (runs, output.root, scorers, judge, options)
+    asked = (runs, output.root, scorers, tuple(judge or ("auto",)), options)
+    rest: dict[str, Any] = {"control_latents": control_latents, "rule": rule}
+    rest |= {"control_sae_latents": control_sae_latents, "draws": draws, "replicates": replicates}
     if spending.dry_run:
         from autointerp.scoring.dry_run import forecast_score
 
-        forecast = forecast_score(*asked, spending.prices(), control_latents, rule, control_sae_latents)
+        forecast = forecast_score(*asked, spending.prices(), **rest)
         finish(output.as_json, "score", forecast.as_dict, lambda: print_page(cost_page(forecast.as_dict())))
         return
     from autointerp.scoring.score import score_runs
 
-    outcome = score_runs(*asked, control_latents, rule, control_sae_latents)
+    outcome = score_runs(*asked, **rest)
     finish(output.as_json, "score", outcome.as_dict, lambda: print_page(outcome_page(outcome.as_dict(), "score")))
     exit_if(outcome.n_failed)

@@ -61,14 +61,6 @@ Explainer = Annotated[
     str,
     Option(callback=known(EXPLAINERS, "auto"), help=f"{EXPLAINERS.join_names('auto')}. {_AUTO}"),
 ]
-ShownExplainer = Annotated[
-    str | None,
-    Option(
-        metavar="NAME",
-        callback=lambda name: name and EXPLAINERS.spell(name),
-        help="Explainer whose newest scores are shown: llm, ngram, … Default: others before ngram.",
-    ),
-]
 
 
 # --- groups
@@ -235,8 +227,12 @@ class Server:
 class JudgeServer:
     """A separate language model for the judge."""
 
-    judge_url: Annotated[list[str] | None, Option(help="Separate endpoint for the judge.")] = None
-    judge_model: Annotated[str | None, Option(help="Separate model for the judge.")] = None
+    judge_url: Annotated[
+        list[str] | None, Option(help="Separate endpoint for the judge; of several judges, one for all or one each.")
+    ] = None
+    judge_model: Annotated[
+        list[str] | None, Option(help="Separate model for the judge; several are several judges, one after the other.")
+    ] = None
     judge_body: Annotated[
         str | None, Option(metavar="JSON", help="--llm-body of the judge. Default: --llm-body on the same endpoint.")
     ] = None
@@ -245,8 +241,28 @@ class JudgeServer:
         Option(metavar="NAME=VALUE", help="--llm-header of the judge. Default: --llm-header on the same endpoint."),
     ] = None
     judge_vllm: Annotated[
-        str | None, Option(metavar="MODEL", help="Local vLLM model for the judge. Shares the server of --vllm.")
+        list[str] | None,
+        Option(metavar="MODEL", help="Local vLLM model for the judge; may be repeated. Shares the server of --vllm."),
     ] = None
+
+
+@dataclass(frozen=True)
+class ShownScores:
+    """Which scores are shown, if there are several."""
+
+    explainer: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            callback=lambda name: name and EXPLAINERS.spell(name),
+            help="Explainer whose newest scores are shown: llm, ngram, … Default: others before ngram.",
+        ),
+    ] = None
+    judge: Annotated[
+        str | None, Option(metavar="NAME", help="Judge whose scores are shown: llm, ngram, … or the name of its model.")
+    ] = None
+    draw: Annotated[int, Option(min=0, help="Draw of the explanations that are shown.")] = 0
+    replicate: Annotated[int, Option(min=0, help="Replicate of the judgements that are shown.")] = 0
 
 
 @dataclass(frozen=True)
@@ -276,12 +292,13 @@ class Spending:
 def llm_options(
     server: Server, judge: JudgeServer | None = None, spending: Spending | None = None, **asking: Any
 ) -> LlmOptions:
-    """Combine the groups; ``asking`` is how the judge is asked."""
+    """Combine the groups; ``asking`` is how models are asked, with ``None`` for each value not given."""
     from autointerp.llm.additions import read_body, read_headers
     from autointerp.llm.limits import parse_budget
 
     judge, spending = judge or JudgeServer(), spending or Spending()
-    read = {**vars(server), **vars(judge), "judge_url": tuple(judge.judge_url or ())}
+    read = {**vars(server), **vars(judge)}
+    read |= {name: tuple(read[name] or ()) for name in ("judge_url", "judge_model", "judge_vllm")}
     read["judge_body"] = read_body("--judge-body", judge.judge_body)
     read["judge_headers"] = read_headers("--judge-header", read.pop("judge_header"))
     return LlmOptions(
@@ -293,7 +310,7 @@ def llm_options(
         requests_per_second=spending.requests_per_second,
         tokens_per_minute=spending.tokens_per_minute,
         budget=parse_budget(spending.budget, spending.prices()),
-        **asking,
+        **{name: value for name, value in asking.items() if value is not None},
     )
 
 
@@ -388,6 +405,10 @@ ControlSaeLatents = Annotated[
         "Default: the number explained in the run, up to 200 (50 with a language model); none with --indices.",
     ),
 ]
+Draws = Annotated[
+    int, Option(min=1, help="Independent explanations of each latent: draw 0 at temperature 0, the others sampled.")
+]
+Temperature = Annotated[float | None, Option(help="Temperature of answers after the first. Default: 0.7.")]
 ScoredSaes = Annotated[
     list[str] | None, Option(help="A run. Default: all runs with explanations that have no score yet.")
 ]
@@ -395,9 +416,14 @@ Scorers = Annotated[
     list[str] | None,
     Option(callback=known(SCORERS), help=f"{SCORERS.join_names()}; may be repeated. Default: detection."),
 ]
-Judge = Annotated[
-    str,
-    Option(callback=known(JUDGES, "auto"), help=f"{JUDGES.join_names('auto')}. {_AUTO}"),
+Judges = Annotated[
+    list[str] | None,
+    Option(callback=known(JUDGES, "auto"), help=f"{JUDGES.join_names('auto')}; may be repeated. {_AUTO}"),
+]
+ScoredDraws = Annotated[int, Option(min=1, help="Draws of the explanations to score, from draw 0.")]
+Replicates = Annotated[
+    int,
+    Option(min=1, help="Independent judgements of the same contexts: number 0 at temperature 0, the others sampled."),
 ]
 ControlLatents = Annotated[
     int | None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish, finish_with_runs, open_runs, reading
-from autointerp.command_line.options import Machine, Output, takes_groups
+from autointerp.command_line.options import Machine, Output, ShownScores, takes_groups
 from autointerp.command_line.values import new_file
 from sae.common.errors import BadInput, UserError
 
@@ -41,7 +41,7 @@ def report(
     definition: opt.Shared = "strict",
     threshold: opt.Threshold = 0.7,
     against: opt.Against = None,
-    explainer: opt.ShownExplainer = None,
+    scores: ShownScores,
     full: opt.Full = False,
     html: opt.Html = False,
     to: opt.HtmlTo = None,
@@ -59,7 +59,7 @@ def report(
 
     run = open_runs([sae] if sae else None, output.root)[0]
     study = study_runs(run.study, output.root)
-    chosen: dict[str, Any] = {"definition": definition, "threshold": threshold, "explainer": explainer}
+    chosen: dict[str, Any] = {"definition": definition, "threshold": threshold, **vars(scores)}
     view = {**chosen, "against": tuple(against or ())}
     if not (html or to):
         from autointerp.findings.json_values import to_json
@@ -109,7 +109,7 @@ def compare(
     unshared_only: opt.UnsharedPairs = False,
     definition: opt.Shared = "strict",
     threshold: opt.Threshold = 0.7,
-    explainer: opt.ShownExplainer = None,
+    scores: ShownScores,
     machine: Machine,
     output: Output,
 ) -> None:
@@ -130,7 +130,7 @@ def compare(
     a, b = the_two([*(names or []), *(sae or [])], output.root)
     ensure_pair_aligned(a, b, machine.compute())
     with reading(a):
-        found = compare_runs(a, b, definition, threshold, explainer)
+        found = compare_runs(a, b, definition, threshold, **vars(scores))
     sharing: Sharing = "shared" if shared_only else "unshared" if unshared_only else "any"
     shown = chosen(found.pairs, PairChoice(latents, sort, sharing))
     listed = {"shown": {"says": shown.says, "n_of": shown.n_of, "latents": shown.latents}}

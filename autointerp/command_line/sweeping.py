@@ -22,7 +22,7 @@ from autointerp.findings.sweep_table import read_summary, summary_inputs, write_
 from autointerp.llm.opening import resolve_name
 from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges import JUDGES
-from autointerp.scoring.score import score_runs
+from autointerp.scoring.score import list_judges, score_runs
 from sae.common.errors import UserError
 from sae.common.progress import say
 from sae.settings import Count, Table, check_table
@@ -64,7 +64,7 @@ def scoring_of(
         return None
     asked, judge = recipe or Explaining(), judge or (explainer if explainer in JUDGES else "auto")
     resolve_name(EXPLAINERS, explainer, options)  # check both before training
-    resolve_name(JUDGES, judge, options.for_judge())
+    list_judges(judge, options)
 
     def score_point(runs: list[Run], root: Path, compute: Compute) -> int:
         choice = Choice(n=asked.latents, with_partners=asked.with_partners and len(runs) > 1)

@@ -81,7 +81,7 @@ def _plain(text: str) -> str:
 def find_flags(explanations: pd.DataFrame) -> dict[int, list[str]]:
     """Return why explanations are suspicious, by their ids in the journal; ``explanations`` are rows of one run's."""
     good = explanations[explanations["status"] == "ok"]
-    made_by = [good[name] for name in ("explainer", "settings_hash", "prompt_hash", "model")]
+    made_by = [good[name] for name in ("explainer", "settings_hash", "prompt_hash", "model", "draw")]
     others = good["latent"].groupby([*made_by, good["text"].map(normalise)]).transform("nunique") - 1
     flags: dict[int, list[str]] = {}
     for number, n, is_unseen in zip(good["id"], others, good["quotes_unseen"].fillna(False), strict=True):

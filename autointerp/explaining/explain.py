@@ -6,6 +6,9 @@ the reason and are no failure.
 
 The n-gram baseline explains the same latents, and a sample of each control SAE is explained too
 (:mod:`autointerp.contexts.selection`).
+
+Draw 0 of a latent's explanations is the model's likeliest answer. Further draws have the same contexts and are sampled
+at one temperature, so only these are equal in distribution. All of draw 0 comes first, in case a budget ends.
 """
 
 from __future__ import annotations
@@ -35,9 +38,9 @@ from autointerp.explaining.copies import find_flags, is_quoting_unseen
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import Evidence, Explainer, list_texts, needs_logits
 from autointerp.journal.journal import open_journal
-from autointerp.journal.method import BASELINE
+from autointerp.journal.method import BASELINE, repeat
 from autointerp.llm.limits import BudgetSpent, run_with_progress
-from autointerp.llm.opening import list_missing, open_method, resolve_name
+from autointerp.llm.opening import check_repeats, list_missing, open_method, resolve_name
 from autointerp.llm.options import LlmOptions
 from sae.common.commands import get_typed_command
 from sae.common.errors import BadInput
@@ -68,7 +71,7 @@ class Outcome:
     retry: str = ""  # The typed command, which asks again only for what failed. Empty in a notebook.
     next: str = ""  # the command for the next stage
     notes: list[str] = field(default_factory=list)
-    of: str = "latent"  # the unit of the counts: ``latent``, or the score of several scorers
+    of: str = "latent"  # the unit of the counts: ``latent``, or, of several for each, ``explanation`` or ``score``
     explained: list[str] = field(default_factory=list)  # ``runs`` without control SAEs
     n_controls: int = 0  # of ``n_done``, latents of control SAEs
 
@@ -108,15 +111,17 @@ def explain_runs(
     compute: Compute | None = None,
     control_sae_latents: int | None = None,
     servers: OneServer | None = None,
+    draws: int = 1,
 ) -> Outcome:
     """Explain the chosen latents of ``runs``, and ``control_sae_latents`` (``None``: the default) of each control SAE.
 
-    ``servers`` keeps a vLLM server for the judge.
+    Each gets ``draws`` independent explanations. ``servers`` keeps a vLLM server for the judge.
     """
     kind = resolve_name(EXPLAINERS, backend, options)
+    check_repeats(EXPLAINERS, kind, "--draws", draws)
     for run in runs:
         check_choice(run, choice)
-    outcome = Outcome("explain", retry=get_typed_command())
+    outcome = Outcome("explain", retry=get_typed_command(), of="explanation" if draws > 1 else "latent")
 
     async def explain() -> None:
         # Opened first: an endpoint that is down is reported before an hour's harvest.
@@ -128,7 +133,13 @@ def explain_runs(
             controls = plan_controls(tasks, choice, explainer.asks_model, control_sae_latents)
             if needs_logits(explainer):
                 ensure_logits([task.run for task in [*tasks, *controls]], compute or Compute())
-            await _explain_tasks(tasks, controls, explainer, kind != BASELINE, options.concurrency, outcome)
+            for draw in range(draws):
+                await _explain_tasks(tasks, controls, explainer, draw, kind != BASELINE and not draw, options, outcome)
+            for task in controls:
+                n = f"{len(task.latents)} latents" if task.latents else "no latent has enough contexts"
+                outcome.notes.append(f"{task.run.name} (control): {n}")
+            outcome.explained = list(dict.fromkeys(task.run.name for task in tasks))
+            outcome.runs = outcome.explained + [task.run.name for task in controls]
             outcome.notes += list_missing(explainer)
 
     asyncio.run(explain())
@@ -190,15 +201,16 @@ async def _explain_tasks(
     tasks: Sequence[Task],
     controls: Sequence[Task],
     explainer: Explainer,
+    draw: int,
     with_baseline: bool,
-    concurrency: int,
+    options: LlmOptions,
     outcome: Outcome,
 ) -> None:
     for task in [*tasks, *controls]:
         before = outcome.n_done
         spent: BudgetSpent | None = None
         try:
-            await _explain_run(task, explainer, concurrency, outcome)
+            await _explain_run(task, explainer, draw, options, outcome)
         except BudgetSpent as error:  # the paid explanations still get their baseline
             spent = error
         if with_baseline and task not in controls:
@@ -206,11 +218,6 @@ async def _explain_tasks(
         if spent is not None:
             raise spent
         outcome.n_controls += outcome.n_done - before if task in controls else 0
-    for task in controls:
-        n = f"{len(task.latents)} latents" if task.latents else "no latent has enough contexts"
-        outcome.notes.append(f"{task.run.name} (control): {n}")
-    outcome.explained = list(dict.fromkeys(task.run.name for task in tasks))
-    outcome.runs = outcome.explained + [task.run.name for task in controls]
 
 
 async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcome) -> None:
@@ -222,8 +229,8 @@ async def _explain_by_baseline(task: Task, explainer: Explainer, outcome: Outcom
     latents = sorted(set(task.latents) & set(explained["latent"].tolist()))
     if not latents:
         return
-    baseline = Outcome("explain")
-    await _explain_run(Task(task.run, latents), NgramExplainer(), 1, baseline, "explain by n-grams")
+    baseline, options = Outcome("explain"), LlmOptions(concurrency=1)
+    await _explain_run(Task(task.run, latents), NgramExplainer(), 0, options, baseline, "explain by n-grams")
     failed = (baseline.failures + baseline.left_out).items()
     outcome.notes += [f"{task.run.name}: {n} latents without an n-gram baseline: {why}" for why, n in failed]
 
@@ -239,26 +246,31 @@ def get_identity(explainer: Explainer, material: Material) -> dict[str, Any]:
 
 
 async def _explain_run(
-    task: Task, explainer: Explainer, concurrency: int, outcome: Outcome, doing: str = "explain"
+    task: Task, first: Explainer, draw: int, options: LlmOptions, outcome: Outcome, doing: str = "explain"
 ) -> None:
-    material = Material.of(task.run)
-    same = get_identity(explainer, material)
+    """Explain the task's latents that have no explanation of this ``draw``; ``first`` is the explainer of draw 0."""
+    material, explainer = Material.of(task.run), repeat(first, draw, options.temperature)
+    same, of_draw = get_identity(explainer, material), f", draw {draw}" if draw else ""
     with open_journal(task.run) as journal, journal.claim():
         if task.draw is not None:
             store_draw(task.run, task.draw, same)
-        stored = journal.explanations(status="ok", draw=0, **same)
+        if draw:
+            journal.add_setup(same["settings_hash"], {"first": get_identity(first, material)["settings_hash"]})
+        stored = journal.explanations(status="ok", draw=draw, **same)
         # In a random order, so that the latents done when a budget ends are a fair sample.
         todo = sorted(set(task.latents) - set(stored["latent"].tolist()), key=lambda x: permanent_number(0, x))
         evidence = Evidence(explainer, material)
-        if evidence.without_logits:
+        if evidence.without_logits and not draw:
             outcome.notes.append(f"{task.run.name}: explained without promoted tokens: {evidence.without_logits}")
         before = len(task.latents) - len(todo)
         if before:
-            say(f"{task.run.name}: {before} of {len(task.latents)} latents already have an explanation")
+            say(f"{task.run.name}{of_draw}: {before} of {len(task.latents)} latents already have an explanation")
 
         async def explain_one(latent: int) -> None:
             shown = evidence.of(latent)
             eligible, reason = material.sampler.eligible(latent)
+            if draw and not eligible:  # counted in draw 0
+                return
             text, failure, is_unseen = None, f"too few contexts: {reason}", None
             if eligible:
                 explanation = await explainer.explain(latent, *shown)
@@ -271,6 +283,7 @@ async def _explain_run(
                 text=text,
                 failure=None if text is not None else failure,
                 quotes_unseen=is_unseen,
+                draw=draw,
                 **same,
             )
             if not eligible:
@@ -281,8 +294,9 @@ async def _explain_run(
                 outcome.n_new += 1
 
         if todo:
-            await run_with_progress(todo, explain_one, concurrency, f"{doing} {task.run.name}", "latents", before)
-        done = journal.explanations(status="ok", draw=0, **same)
+            words = f"{doing} {task.run.name}{of_draw}"
+            await run_with_progress(todo, explain_one, options.concurrency, words, "latents", before)
+        done = journal.explanations(status="ok", draw=draw, **same)
     flags, mine = find_flags(done), done[done["latent"].isin(task.latents)]
     outcome.n_done += len(mine)
     for number in mine["id"]:

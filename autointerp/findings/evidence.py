@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,8 @@ class View:
     """The choices of a report.
 
     ``focus`` is the run whose latents are counted and explained (default: the first); ``against`` names the runs that
-    decide which latents are unshared (default: all others); the last three choose among set-ups of scores.
+    decide which latents are unshared (default: all others); the rest chooses among set-ups of scores. ``judge`` is the
+    name of a judge or of its model.
     """
 
     focus: str | None = None
@@ -45,6 +46,13 @@ class View:
     scorer: str | None = MAIN_SCORER
     explainer: str | None = None
     judge: str | None = None
+    draw: int = 0
+    replicate: int = 0
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """The columns of a set-up that are chosen."""
+        return {"scorer": self.scorer, "draw": self.draw, "replicate": self.replicate}
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class JournalFacts:
     failed: dict[int, str]
     cost: list[dict[str, Any]]
     rounds: dict[str, Any] | None = None  # of adaptive judging: `Precision.identity`
+    first: dict[str, str] = field(default_factory=dict)  # settings hash of a repeat → that of draw or replicate 0
 
     @functools.cached_property
     def flags(self) -> dict[int, list[str]]:
@@ -114,7 +123,9 @@ class Study:
         behaviour, facts = read_behaviours(root, compared)
         dips = root / "alignments" / DIPS
         scores = read_table(path) if (path := focus.stage_path("scores")).exists() else None
-        known = [] if scores is None else setups_of(scores, scorer=view.scorer)
+        known = [] if scores is None else setups_of(scores, **view.setup)
+        if scores is not None and not known and (view.draw or view.replicate):
+            raise NotFound(_explain_missing_repeat(scores, focus.name, view))
         chosen = wanted_of(known, focus.name, explainer=view.explainer, judge=view.judge)
         return cls(
             root=root,
@@ -197,6 +208,7 @@ class Study:
         with open_journal(self.focus) as journal:
             table, cost, setups = journal.explanations(), journal.usage(), journal.setups()
         texts = {int(i): text for i, text in zip(table["id"], table["text"], strict=True) if isinstance(text, str)}
+        table = table[table["draw"] == self.view.draw]
         for column, value in self._identity(table).items():
             if value is not None:
                 table = table[table[column] == value]
@@ -212,6 +224,7 @@ class Study:
             failed={latent: why for latent, why in failed.items() if latent not in too_few},
             cost=[{str(k): v for k, v in row.items()} for row in cost.to_dict("records")],
             rounds=setups.get((self.setup or {}).get("settings_hash", ""), {}).get("adaptive"),
+            first={key: str(settings["first"]) for key, settings in setups.items() if "first" in settings},
         )
 
     def _identity(self, table: pd.DataFrame) -> dict[str, Any]:
@@ -299,6 +312,15 @@ class Study:
                 yield self._step("score", says, "score", "--sae", self.focus.name)
 
 
+def _explain_missing_repeat(scores: pd.DataFrame, run: str, view: View) -> str:
+    there = {(s["draw"], s["replicate"]) for s in setups_of(scores, scorer=view.scorer, draw=None, replicate=None)}
+    listed = ", ".join(f"draw {draw} replicate {replicate}" for draw, replicate in sorted(there))
+    return (
+        f"run {run!r} has no scores of draw {view.draw} replicate {view.replicate}; there are {listed or 'none'}; "
+        "`explain --draws` and `score --draws --replicates` make more"
+    )
+
+
 def _compared(folder: Path, focus: str, names: Sequence[str]) -> list[str]:
     """Return the focus run and, in order, every run that is aligned with all before it."""
     found = [focus]
@@ -328,4 +350,6 @@ def asking(study: Study, facts: JournalFacts, stage: Literal["explain", "score"]
     explained_by = str(facts.table["model"].iloc[-1] or "") if len(facts.table) else ""
     judged_by = explained_by if study.setup is None else str(study.setup.get("model") or "")
     asks_model = explained_by if stage == "explain" else judged_by
-    return study.command(stage, "--sae", study.focus.name, *words, *(MODEL if asks_model else ()))
+    repeats = {"draws": study.view.draw, **({"replicates": study.view.replicate} if stage == "score" else {})}
+    more = [word for name, number in repeats.items() if number for word in (f"--{name}", str(number + 1))]
+    return study.command(stage, "--sae", study.focus.name, *words, *more, *(MODEL if asks_model else ()))

@@ -18,7 +18,7 @@ from autointerp.findings.shape import Reliability
 from autointerp.journal.journal import open_journal
 from autointerp.journal.method import BASELINE
 from autointerp.scoring.scorers.base import SCORE_COLUMNS
-from autointerp.scoring.setups import own_scores, plain, precision_of, records_of, rows_of, setups_of
+from autointerp.scoring.setups import FIRST, own_scores, plain, precision_of, records_of, rows_of, setups_of
 from sae.alignment.alignment import pair_path, read_alignment, read_sides
 from sae.alignment.overlap import DEFINITIONS, find_shared
 from sae.common.commands import command
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _BINS = 30
 _SCORE_COLUMNS = (
-    *("explanation_id", "explainer", "judge", "model", "scorer", "control"),
+    *("explanation_id", "explainer", "judge", "model", "scorer", "control", *FIRST),
     *(name for name in SCORE_COLUMNS if not name.startswith("stratum")),
 )
 _EXPLANATION_COLUMNS = ("id", "explainer", "model", "draw", "status", "text", "failure", "created")
@@ -117,16 +117,13 @@ class LatentReader:
         return self._materials.get(run.name)
 
     def explanations(self, run: Run, latent: int) -> list[dict[str, Any]]:
-        """Return every explanation in the run's journal, newest first; failed ones with their reason.
+        """Return every explanation in the run's journal, by draw and newest first; failed ones with their reason.
 
         ``flags`` say why an explanation is suspicious (:func:`autointerp.explaining.copies.find_flags`).
         """
-        rows = self._rows(run.journal_path, latent)
+        rows = sorted(self._rows(run.journal_path, latent), key=lambda row: (row["draw"], -row["id"]))
         flags = self._flags(run.journal_path) if rows else {}
-        return [
-            {**{k: plain(row[k]) for k in _EXPLANATION_COLUMNS}, "flags": flags.get(row["id"], [])}
-            for row in rows[::-1]
-        ]
+        return [{**{k: plain(row[k]) for k in _EXPLANATION_COLUMNS}, "flags": flags.get(row["id"], [])} for row in rows]
 
     def scores(self, run: Run, latent: int) -> list[dict[str, Any]]:
         """Return every row of the run's score table, including controls."""
@@ -142,6 +139,7 @@ class LatentReader:
         # Scorers are never mixed; any other explainer comes before the baseline.
         wanted = {"status": "ok", "control": "none", "scorer": MAIN_SCORER}
         scores = [s for s in self.scores(sibling, partner) if wanted.items() <= s.items()]
+        scores = [s for s in scores if not any(map(s.get, FIRST))]
         scores.sort(key=lambda s: (s["explainer"] != BASELINE, s["explanation_id"]))
         partners = ("encoder_partner", "decoder_partner", "max_encoder_neighbor", "max_decoder_neighbor")
         cosines = ("encoder_cosine", "decoder_cosine", "max_encoder_cosine", "max_decoder_cosine")

@@ -70,18 +70,18 @@ def ensure_pair_aligned(a: Run, b: Run, compute: Compute) -> None:
 
 
 def compare_runs(
-    a: Run, b: Run, definition: str = "strict", threshold: float = 0.7, explainer: str | None = None
+    a: Run, b: Run, definition: str = "strict", threshold: float = 0.7, explainer: str | None = None, **scores: Any
 ) -> shape.Comparison:
     """Return the comparison of two aligned runs.
 
     Scores are those of the newest set-up that both runs have, else of the first run's newest. Raises NotFound if
-    ``explainer`` made none of the first run's scores.
+    ``explainer`` made none of the first run's scores. ``scores``: other choices of :class:`View` among set-ups.
 
     ``agreement`` covers the pairs scored alike on both sides: ``shared``, ``unshared`` and all ``together``. ``pairs``
     has one entry for each latent of ``a`` with a partner, and ``sides`` describes the two latents. ``lacking`` lists
     explained latents whose partner has no explanation, with the commands that provide one.
     """
-    view = View(a.name, definition, threshold, explainer=explainer)
+    view = View(a.name, definition, threshold, explainer=explainer, **scores)
     study = _with_common_setup(Study.open(a.root, [a.name, b.name], view), b)
     here, there = Side.of(study, a), Side.of(study, b)
     table = study.tables[a.name, b.name].sort_values("latent", ignore_index=True)
@@ -199,7 +199,7 @@ def _by_latent(table: pd.DataFrame) -> dict[int, dict[str, Any]]:
 
 def _newest_scores(study: Study, run: Run) -> tuple[pd.DataFrame, Mapping[str, Any]] | None:
     path = run.stage_path("scores")
-    if not path.exists() or not (setups := setups_of(table := read_table(path), scorer=study.view.scorer)):
+    if not path.exists() or not (setups := setups_of(table := read_table(path), **study.view.setup)):
         return None
     return rows_of(table, setups[0]), setups[0]
 
@@ -209,7 +209,7 @@ def _with_common_setup(study: Study, there: Run) -> Study:
     if study.setup is None or study.scores is None:
         return study
     setups = [study.setup, *study.other_setups]
-    for setup in wanted_of(setups, study.focus.name, explainer=study.view.explainer):
+    for setup in wanted_of(setups, study.focus.name, explainer=study.view.explainer, judge=study.view.judge):
         found = replace(study, setup=setup, other_setups=[other for other in setups if other != setup])
         if scored_alike(found, there) is not None:
             return found

@@ -20,7 +20,7 @@ from autointerp.findings.relation import Part, pooled_findings
 from autointerp.findings.reliability import verdicts_of
 from autointerp.findings.shape import Agreement, PooledRelation
 from autointerp.findings.statistics.resampling import Resamples, interval_of
-from autointerp.scoring.setups import own_scores, precision_of, rows_of, setups_of
+from autointerp.scoring.setups import FIRST, own_scores, precision_of, rows_of, setups_of
 from sae.alignment.bootstrap import partner_units
 from sae.alignment.overlap import find_shared
 from sae.common.estimate import UNKNOWN
@@ -31,7 +31,10 @@ METHODS = {
     "score agreement": "expanded percentile bootstrap over pairs, 1000 resamples, seeded; pairs that hold a latent in "
     "common are resampled together; unweighted"
 }
-_ALIKE = ("explainer", "explainer_model", "explain_prompt_hash", "judge", "model", "scorer", "judge_prompt_hash")
+_ALIKE = (
+    *("explainer", "explainer_model", "explain_prompt_hash", "judge", "model", "scorer", "judge_prompt_hash"),
+    *FIRST,
+)
 """Columns that the set-ups of two runs must share. Their settings hashes differ by the run's own contexts."""
 
 
@@ -119,7 +122,7 @@ def scored_alike(study: Study, run: Run) -> tuple[pd.DataFrame, Mapping[str, Any
     if (ours.contexts, ours.harvest.window) != (theirs.contexts, theirs.harvest.window):
         return None
     table = read_table(path)
-    for found in setups_of(table):
+    for found in setups_of(table, draw=None, replicate=None):
         if all(found.get(key) == setup.get(key) for key in _ALIKE):
             rows = rows_of(table, found)
             if precision_of(rows) == precision_of(own):

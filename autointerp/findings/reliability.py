@@ -20,7 +20,7 @@ that (*disattenuated*, Spearman 1904); the similarity, computed from the weights
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,35 +157,44 @@ def reliability_findings(rows: pd.DataFrame, verdicts: pd.DataFrame, sample: Sam
     With a ``sample``, it is that of all eligible latents, without finite population correction. ``verdicts`` are those
     behind the ``rows`` (:func:`verdicts_of`).
     """
-    own = rows[rows["control"] == "none"].set_index("latent")
-    weights = None if sample is None else sample.weights(set(own.index))
-    own = own[own["status"] == "ok"]
-    own = own if weights is None else own[own.index.isin(weights.index)]
-    halves = Halves.of(verdicts, own.index.tolist())
+    latents, resamples = resample_latents(rows, sample)
+    halves = Halves.of(verdicts, latents)
     if not halves.n:
         return None
-    resamples = Resamples(np.arange(len(own)))
-    if weights is not None:
-        of = weights.loc[own.index]
-        resamples = Resamples(np.arange(len(own)), weights=of["weight"], strata=of["stratum"])
     return Reliability(interval_of(halves.draws(resamples), max(2, resamples.n_free)), halves.n)
 
 
+def resample_latents(
+    rows: pd.DataFrame, sample: Sample | None, among: Set[int] | None = None
+) -> tuple[list[int], Resamples]:
+    """Return the latents scored in ``rows`` (of the ``sample`` and ``among`` these, if given), and their resamples."""
+    own = rows[rows["control"] == "none"].set_index("latent")
+    weights = None if sample is None else sample.weights(set(own.index))
+    own = own[own["status"] == "ok"]
+    for kept in (among, None if weights is None else weights.index):
+        own = own if kept is None else own[own.index.isin(kept)]
+    if weights is None:
+        return own.index.tolist(), Resamples(np.arange(len(own)))
+    of = weights.loc[own.index]
+    return own.index.tolist(), Resamples(np.arange(len(own)), weights=of["weight"], strata=of["stratum"])
+
+
 def verdicts_of(run: Run, rows: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:
-    """Read the verdicts behind the scores in ``rows`` (one set-up's): ``latent``, ``truth`` and ``label``.
+    """Read the verdicts behind the scores in ``rows`` (one set-up's): ``latent``, ``context``, ``truth`` and ``label``.
 
     For a language model, ``request`` numbers those given together. Failed ones are skipped. Empty without a journal.
     """
     own = rows[(rows["control"] == "none") & (rows["status"] == "ok")]
     if not run.journal_path.exists() or own.empty:
-        return pd.DataFrame(columns=["latent", "truth", "label"]).astype({"latent": int, "truth": bool, "label": float})
+        types = {"latent": int, "context": int, "truth": bool, "label": float}
+        return pd.DataFrame(columns=list(types)).astype(types)
     with open_journal(run) as journal:
         ids = [int(i) for i in own["explanation_id"]]
-        read = ["latent", "truth", "label", "failure", "negative_kind", "request"]
+        read = ["latent", "context", "truth", "label", "failure", "negative_kind", "request"]
         table = journal.verdicts(read, explanation_id=ids, **verdict_filters(setup))
     # The score is over random negatives; the requests also held harder ones.
     counted = table["failure"].isna() & ~table["negative_kind"].isin(HARDER)
-    columns = ["latent", "truth", "label"]
+    columns = ["latent", "context", "truth", "label"]
     if setup["model"]:
         older = -1 - table.groupby("latent").cumcount() // _TOGETHER
         table["request"] = table["request"].fillna(older)

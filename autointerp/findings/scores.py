@@ -290,9 +290,10 @@ def other_scorer_findings(study: Study, latents: pd.DataFrame, facts: JournalFac
     if study.scores is None or "scorer" not in study.scores:
         return []
     view, setup = study.view, study.setup or {}
-    wanted = {"explainer": view.explainer, "judge": view.judge}
+    wanted: dict[str, Any] = {"explainer": view.explainer, "judge": view.judge}
     if setup:
         wanted = {key: setup.get(key) for key in ("explainer", "explainer_model", "judge", "model")}
+    wanted |= {"draw": view.draw, "replicate": view.replicate}
     found = []
     for scorer in sorted(set(study.scores["scorer"].dropna()) - {view.scorer, setup.get("scorer")}):
         for other in setups_of(study.scores, scorer=scorer, **wanted)[:1]:

@@ -193,6 +193,23 @@ class Reliability(Record):
     n: int
 
 
+class Repeat(Record):
+    """Scores that differ from the reported ones in one thing, ``by``: their draw, replicate or judge.
+
+    Over the contexts that both judged: the share of ``equal`` answers, and the rank correlation of the scores.
+    """
+
+    by: str
+    draw: int | None
+    replicate: int | None
+    judge: str
+    model: str | None
+    equal: Estimate
+    spearman: Estimate
+    n: int
+    n_contexts: int
+
+
 class OtherScorer(Mean):
     scorer: str
     explainer: str | None
@@ -223,6 +240,7 @@ class Scores(SetupScores):
     """``flags``: latents whose explanation many others share, or quotes nothing it saw. They are in the figures."""
 
     reliability: Reliability | None
+    repeats: list[Repeat]
     control_saes: list[ControlSae]
     lacking_controls: LackingControls | None
     baseline: Control | None

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from autointerp.contexts.sampling import Sample
-from autointerp.findings import controls, relation, reliability, returning, shape
+from autointerp.findings import controls, relation, reliability, repeats, returning, shape
 from autointerp.findings.counterparts import counterpart_findings
 from autointerp.findings.evidence import JournalFacts, Study, View, asking
 from autointerp.findings.json_values import number
@@ -61,14 +61,14 @@ def findings_of(
     definition: str = "strict",
     threshold: float = 0.7,
     against: Sequence[str] = (),
-    explainer: str | None = None,
+    **scores: Any,
 ) -> shape.StudyFindings:
     """Return the findings of a study with ``run`` as focus run, with contexts if its firing store is available.
 
-    ``explainer``: use the newest scores of its explanations; by default the newest of all
+    ``scores`` chooses among set-ups as in :class:`View` (``explainer="llm"``…): the newest that fits is used
     (:func:`autointerp.scoring.setups.setups_of`).
     """
-    view = View(run.name, definition, threshold, tuple(against), explainer=explainer)
+    view = View(run.name, definition, threshold, tuple(against), **scores)
     return findings(run.root, [r.name for r in study], view, open_contexts(run))
 
 
@@ -162,6 +162,7 @@ def _scores(
     return shape.Scores(
         **vars(found),
         reliability=None if part is None else reliability.reliability_findings(part.rows, part.verdicts, sample),
+        repeats=[] if part is None else repeats.repeat_findings(study, part.rows, part.verdicts, facts, sample),
         control_saes=control_saes,
         lacking_controls=lacking,
         baseline=controls.baseline_findings(study, controls.own_scored(rows, facts, sample)),
@@ -296,6 +297,7 @@ def _methods(study: Study, facts: JournalFacts) -> shape.Methods:
             "held fixed": METHODS["partial_spearman"],
             "strata": METHODS["stratified_spearman"],
             **reliability.METHODS,
+            **repeats.METHODS,
             **relation.METHODS,
             **estimation.METHODS,
         },

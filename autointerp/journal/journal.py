@@ -284,7 +284,10 @@ class Journal:
     # set-ups
 
     def add_setup(self, settings_hash: str, settings: Mapping[str, Any]) -> None:
-        """Keep what ``settings_hash`` stands for; a hash that is known already stays as it is."""
+        """Keep what ``settings_hash`` stands for; a hash that is known already stays as it is.
+
+        ``first`` among the settings is the hash of draw 0, or of replicate 0, of the same explainer or judge.
+        """
         with self._database.writing() as connection:
             connection.execute("INSERT OR IGNORE INTO setup VALUES (?, ?)", (settings_hash, json.dumps(settings)))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
+
+M = TypeVar("M")
 
 BASELINE = "ngram"  # explains the latents of every other explainer too, and judges its own sentences
 CHANCE = 0.5  # the balanced accuracy, and the AUROC, of a judge who knows nothing
@@ -21,3 +23,16 @@ class Method(Protocol):
     def model(self) -> str:
         """The model that is asked; empty for a method that asks none."""
         ...
+
+
+class Repeatable(Method, Protocol):
+    """A method that can be asked the same again. Its first answer, number 0, is the one that it thinks likeliest."""
+
+    def repeated(self, number: int, temperature: float) -> Self:
+        """Return the method that gives independent answer ``number`` (from 1), sampled at ``temperature``."""
+        ...
+
+
+def repeat(method: M, number: int, temperature: float) -> M:
+    """Return the method for answer ``number``, which is itself for 0; for others it must be :class:`Repeatable`."""
+    return cast(M, cast(Any, method).repeated(number, temperature)) if number else method

@@ -51,6 +51,15 @@ def check_flags(kinds: Registry[M], name: str, flags: list[str]) -> None:
         )
 
 
+def check_repeats(kinds: Registry[M], name: str, flag: str, n: int) -> None:
+    """Raise BadInput if ``n`` answers are asked of an explainer or judge that always gives the same one."""
+    if n > 1 and not hasattr(kinds[name], "repeated"):
+        raise BadInput(
+            f"{flag} {n}: the {kinds.what} {name} always answers the same; leave it out, or choose another "
+            f"--{kinds.what}"
+        )
+
+
 def get_capabilities(method: Method) -> Capabilities | None:
     """Return what the servers of an explainer or judge can do; ``None`` for one that asks no model."""
     return getattr(method, "capabilities", None)

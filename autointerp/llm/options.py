@@ -25,7 +25,7 @@ class LlmOptions:
     url: str | Sequence[str] | None = None  # an address, or several that share the load
     model: str | None = None
     judge_url: str | Sequence[str] | None = None
-    judge_model: str | None = None
+    judge_model: str | Sequence[str] | None = None  # several are several judges, as with ``judge_vllm``
     body: Mapping[str, Any] | None = None  # merged into every request; ``None`` as a value removes a parameter
     judge_body: Mapping[str, Any] | None = None
     headers: tuple[Header, ...] = ()  # of every request to ``url``
@@ -36,18 +36,19 @@ class LlmOptions:
     tokens_per_minute: float | None = None
     protocol: str = "auto"
     vllm: str | None = None  # the model to serve: a folder, a hub name or ``bundled``; ``model`` is then its name
-    judge_vllm: str | None = None
+    judge_vllm: str | Sequence[str] | None = None
     vllm_python: Path | None = None
     vllm_args: str = ""
     vllm_timeout: float = VLLM_TIMEOUT
     contexts_per_request: int | None = None  # of the batch protocol; ``None`` leaves it to the judge
     budget: Budget | None = None  # shared by explainer and judge
+    temperature: float = 0.7  # of draws and replicates after the first, which has 0
 
     def __post_init__(self) -> None:
         for flag, vllm, url in (("", self.vllm, self.url), ("judge-", self.judge_vllm, self.judge_url)):
-            if vllm is not None and url:
+            if vllm and url:
                 raise BadInput(f"--{flag}vllm starts a server, --{flag or 'llm-'}url names one; give one of the two")
-        if self.vllm is not None and self.judge_model is not None and not self.judge_is_elsewhere:
+        if self.vllm is not None and self.judge_model and not self.judge_is_elsewhere:
             raise BadInput(
                 f"--judge-model {self.judge_model!r}: the server of --vllm {self.vllm!r} has one model alone; "
                 "give --judge-vllm or --judge-url"
@@ -60,8 +61,12 @@ class LlmOptions:
         ):
             if body and not is_named:
                 raise BadInput(f"--{who}-body has no effect without a language model; give --{who}-url too")
-            if headers and (vllm is not None or not is_named):
+            if headers and (vllm or not is_named):
                 raise BadInput(f"--{who}-header has no effect without a running server; give --{who}-url too")
+        if not 0 < self.temperature <= 2:
+            raise BadInput(
+                f"--temperature {self.temperature:g}: give a number above 0, at which answers differ, up to 2"
+            )
         if self.protocol == "single" and (self.contexts_per_request or 1) > 1:
             raise BadInput(
                 "--protocol single asks about one context at a time, --contexts-per-request "
@@ -76,7 +81,7 @@ class LlmOptions:
     @property
     def judge_is_elsewhere(self) -> bool:
         """Whether the judge has an endpoint of its own."""
-        return bool(self.judge_url) or self.judge_vllm is not None
+        return bool(self.judge_url or self.judge_vllm)
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -110,16 +115,32 @@ class LlmOptions:
         names += ["protocol"] if self.protocol != "auto" else []
         return [_write_flag(name) for name in (*names, "contexts_per_request") if getattr(self, name)]
 
+    def split_judges(self) -> list[LlmOptions]:
+        """Return the options for each of several judges; of one judge, these.
+
+        The n-th judge asks its ``judge_model`` at the n-th ``judge_url``, or all ask at the same one.
+        """
+        given = {name: _several(getattr(self, name)) for name in ("judge_model", "judge_vllm", "judge_url")}
+        n = max(1, len(given["judge_model"]), len(given["judge_vllm"]))
+        for name, values in given.items():
+            if n > 1 and len(values) not in ((0, 1, n) if name == "judge_url" else (0, n)):
+                raise BadInput(
+                    f"{_write_flag(name)} is given {len(values)} times for {n} judges; give it once for each judge"
+                )
+        own = [{name: values[min(i, len(values) - 1)] for name, values in given.items() if values} for i in range(n)]
+        return [self] if n == 1 else [replace(self, **of_judge) for of_judge in own]
+
     def for_judge(self) -> LlmOptions:
-        """Return the options of the judge, with its own endpoint, model, body and headers if it has them.
+        """Return the options of the only judge, with its own endpoint, model, body and headers if it has them.
 
         On the explainer's endpoint it inherits the others; another endpoint never gets the explainer's headers.
         """
-        own: dict[str, Any] = {"model": self.judge_model, "body": self.judge_body, "headers": self.judge_headers}
+        model, vllm = (next(iter(_several(given)), None) for given in (self.judge_model, self.judge_vllm))
+        own: dict[str, Any] = {"model": model, "body": self.judge_body, "headers": self.judge_headers}
         if self.judge_is_elsewhere:
-            own |= {"url": self.judge_url, "vllm": self.judge_vllm}
+            own |= {"url": self.judge_url, "vllm": vllm}
         else:
-            own |= {"model": self.judge_model or self.model, "headers": self.judge_headers or self.headers}
+            own |= {"model": model or self.model, "headers": self.judge_headers or self.headers}
             own["body"] = self.body if self.judge_body is None else self.judge_body
         own |= {f.name: f.default for f in fields(self) if f.name.startswith("judge_")}
         return replace(self, **own)

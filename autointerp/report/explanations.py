@@ -81,6 +81,7 @@ def _score_notes(found: shape.StudyFindings, tree: shape.Scores) -> Iterator[doc
     if reliability is not None and is_known(reliability.value.value):
         words = "the rank correlation of these scores with those of another draw of contexts."
         yield f"Reliability {estimate_of(reliability.value, 2)}: {words}"
+    yield from _repeats(tree)
     for other in found.methods.other_explainers:
         n, above = plural(other.n_scored, "latent"), other.above
         words = f"Explanations by {other.explainer} are scored too ({n})."
@@ -89,6 +90,22 @@ def _score_notes(found: shape.StudyFindings, tree: shape.Scores) -> Iterator[doc
             words += f" Over {both}, the scores here are {estimate_of(above, sign=True)} above those."
         yield f"{words} This shows their scores:"
         yield doc.Command(other.command)
+
+
+def _repeats(tree: shape.Scores) -> Iterator[doc.Block]:
+    """Show how far other draws, replicates and judges agree with these scores."""
+    if not tree.repeats:
+        return
+    rows: doc.Rows = []
+    for row in tree.repeats:
+        judge = f"judge {row.judge}" + (f" ({row.model})" if row.model else "")
+        name = judge if row.by == "judge" else f"{row.by} {getattr(row, row.by)}"
+        rows.append([name, count(row.n), estimate_of(row.equal), estimate_of(row.spearman, 2)])
+    notes = [
+        "On the contexts that both judged. Draws and replicates after 0 are sampled at a temperature above 0.",
+        "`report` shows the scores of another one with --draw, --replicate or --judge.",
+    ]
+    yield doc.Table(["compared with", ">latents", "equal answers", "correlation of scores"], rows, notes)
 
 
 def _outcome(tree: shape.Scores | None) -> Iterator[doc.Block]:

@@ -87,6 +87,7 @@ def _explanations(found: Tree) -> doc.Section:
     body: list[doc.Block] = []
     for i, entry in enumerate(found["explanations"]):
         who = f"{entry['explainer']}: {entry['model']}" if entry["model"] else entry["explainer"]
+        who += f", draw {entry['draw']}" if entry["draw"] else ""
         body.append(doc.Sentence([doc.strong(who), doc.quiet(f"   {entry['created']}")], is_apart=i > 0))
         body.append(doc.Sentence(entry["text"] or f"failed: {entry['failure'] or 'unknown'}", indent=2))
         body += [doc.Sentence(doc.Span(f"! {flag}", "warn"), indent=2) for flag in entry["flags"]]
@@ -115,6 +116,8 @@ def _score_table(rows: Sequence[Tree]) -> doc.Table:
     cells: doc.Rows = []
     for row in rows:
         who = _who(row) if row["control"] == "none" else f"{row['control']}, {row['scorer']}, {row['judge']}"
+        swapped = () if row["control"] == "none" else ("draw",)  # own scores are below their explanation
+        who += "".join(f", {name} {row[name]:.0f}" for name in (*swapped, "replicate") if row.get(name))
         if row["status"] != "ok":
             cells.append([who, "–", str(row["status"]), "", "", "", ""])
             continue

@@ -64,11 +64,12 @@ class Ids:
 
 
 def lines_of(run: Run, ids: Ids) -> tuple[list[dict[str, Any]], int]:
-    """Return a line for each explanation that did not fail, by latent, and the number of failed ones.
+    """Return a line for each explanation (draw 0) that did not fail, by latent, and the number of failed ones.
 
     Raises NotFound if there are no explanations.
     """
     table = OpenedRun(run.name, run.root).explanations()
+    table = table[table["draw"] == 0]
     good = table[table["status"] == "ok"].sort_values(["latent", "id"], kind="stable")
     if good.empty:
         raise run.missing_error("explanations", "explain")
@@ -99,7 +100,7 @@ def _line(run: Run, row: Mapping[str, Any], scores: list[dict[str, Any]], ids: I
 
 def _scores_by_explanation(table: pd.DataFrame) -> dict[int, list[dict[str, Any]]]:
     """Map each explanation to its valid scores under its own latent."""
-    good = table[(table["control"] == "none") & (table["status"] == "ok")]
+    good = table[(table["control"] == "none") & (table["status"] == "ok") & ~table["replicate"].gt(0)]
     found: dict[int, list[dict[str, Any]]] = {}
     for row in good.to_dict("records"):
         entry = {

@@ -56,6 +56,11 @@ def _reasons(counts: Mapping[str, int], head: str) -> doc.Table:
 
 def cost_page(found: Tree) -> list[doc.Block]:
     """Show the cost of ``explain`` or ``score``: a :class:`autointerp.scoring.dry_run.Forecast` as a mapping."""
+    if judges := found.get("judges"):
+        price = "" if found["dollars"] is None else f", about ${found['dollars']:,.4f}"
+        tokens = f"{found['prompt_tokens']:,} prompt tokens, about {found['completion_tokens']:,} completion tokens"
+        total = f"all {len(judges)} judges together: {_requests(found)}, {tokens}{price}"
+        return [*(block for of_judge in judges for block in cost_page(of_judge)), total]
     cheaper, seconds, dollars = found["cheaper"], found["seconds"], found["dollars"]
     most, about = "at most " if cheaper else "", "" if found["exact"] else " (an estimate)"
     lines = [

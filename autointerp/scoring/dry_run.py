@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,25 +25,30 @@ from autointerp.explaining.explain import get_identity, plan_controls, plan_late
 from autointerp.explaining.explainers import EXPLAINERS
 from autointerp.explaining.explainers.base import Evidence, ModelExplainer
 from autointerp.journal.journal import open_journal
-from autointerp.journal.method import BASELINE
+from autointerp.journal.method import BASELINE, repeat
 from autointerp.journal.usage import is_plausible_count
 from autointerp.llm.client import DEFAULT_URL, LlmClient, ResponseCache
 from autointerp.llm.exchange import Request, one_line
 from autointerp.llm.limits import Prices
 from autointerp.llm.local.model import find_model
-from autointerp.llm.opening import check_flags, resolve_name
+from autointerp.llm.opening import check_repeats, resolve_name
 from autointerp.llm.options import LlmOptions
 from autointerp.llm.tokens import NotCounted, Tokenize, count_cached, count_characters, estimate_tokens, find_tokenizer
 from autointerp.scoring.adaptive import StoppingRule, find_stop
 from autointerp.scoring.judges import JUDGES
 from autointerp.scoring.judges.base import ModelJudge
-from autointerp.scoring.questions import CONTROL_LATENTS, Part, TestSets, parts_of, questions_of
+from autointerp.scoring.questions import Part, TestSets, parts_of, passes_of, questions_of
+from autointerp.scoring.score import list_judges
 from autointerp.scoring.scorers import SCORERS
 from sae.common.errors import BadInput, NotFound
 from sae.study.run import Run
 
 EXPLANATION_TOKENS = 80
 """Written for an explanation where the journal has none to go by."""
+_SUMS = (
+    *("requests", "requests_at_least", "answered_before", "from_cache", "prompt_tokens", "cached_tokens"),
+    *("completion_tokens", "completion_at_most", "seconds", "dollars"),
+)
 
 
 @dataclass
@@ -73,11 +78,15 @@ class Forecast:
     notes: list[str] = field(default_factory=list)
     cheaper: Forecast | None = None
     """By the other protocol, where only the server can tell which one it will be."""
+    judges: list[Forecast] = field(default_factory=list)
+    """Of each of several judges; the other figures are then sums."""
 
     def as_dict(self) -> dict[str, Any]:
-        common = ("stage", "model", "counted_by", "exact", "notes", "cheaper")
+        common = ("stage", "model", "counted_by", "exact", "notes", "cheaper", "judges")
         cheaper = self.cheaper and {k: v for k, v in self.cheaper.__dict__.items() if k not in common}
-        return {"dry_run": True, **self.__dict__, "cheaper": cheaper}
+        found = {"dry_run": True, **self.__dict__, "cheaper": cheaper}
+        del found["judges"]
+        return {**found, "judges": [of.as_dict() for of in self.judges]} if self.judges else found
 
     @property
     def cost(self) -> tuple[float, int]:
@@ -119,9 +128,11 @@ def forecast_explain(
     options: LlmOptions,
     prices: Prices | None,
     control_sae_latents: int | None = None,
+    draws: int = 1,
 ) -> Forecast:
     """Return the expected cost of `explain`. Needs harvest and alignment: contexts are not known before."""
     name = resolve_name(EXPLAINERS, backend, options)
+    check_repeats(EXPLAINERS, name, "--draws", draws)
     if not EXPLAINERS[name].asks_model:
         return _free("explain", name)
 
@@ -134,20 +145,22 @@ def forecast_explain(
         except NotFound as error:
             controls = []
             asked.notes.append(f"control SAEs are not counted: {error}")
-        for task in [*tasks, *controls]:
-            _of_task(task.run, task.latents, explainer, asked)
+        for draw in range(draws):
+            of_draw = repeat(explainer, draw, options.temperature)
+            for task in [*tasks, *controls]:
+                _of_task(task.run, task.latents, of_draw, draw, asked)
         return {"": asked}
 
     return asyncio.run(_forecast("explain", runs, options, prices, lay_out))
 
 
-def _of_task(run: Run, latents: Sequence[int], explainer: ModelExplainer, asked: _Asked) -> None:
+def _of_task(run: Run, latents: Sequence[int], explainer: ModelExplainer, draw: int, asked: _Asked) -> None:
     material = Material.of(run)
     done: set[int] = set()
     if run.journal_path.exists():
         same = get_identity(explainer, material)
         with open_journal(run) as journal:
-            done = set(journal.explanations(status="ok", draw=0, **same)["latent"].tolist()) & set(latents)
+            done = set(journal.explanations(status="ok", draw=draw, **same)["latent"].tolist()) & set(latents)
     asked.before += len(done)
     evidence = Evidence(explainer, material)
     for latent in sorted(set(latents) - done):
@@ -159,45 +172,54 @@ def forecast_score(
     named: Sequence[Run] | None,
     root: Path,
     scorers: Sequence[str],
-    backend: str,
+    backends: str | Sequence[str],
     options: LlmOptions,
     prices: Prices | None,
     control_latents: int | None = None,
     rule: StoppingRule | None = None,
     control_sae_latents: int | None = None,
+    draws: int = 1,
+    replicates: int = 1,
 ) -> Forecast:
     """Return the cost of `score` for the existing explanations; see :func:`autointerp.scoring.score.score_runs`."""
     scorers = [SCORERS.check(name, "--scorer") for name in scorers]
-    kind = resolve_name(JUDGES, backend, options.for_judge())
-    check_flags(JUDGES, kind, options.list_judge_flags())
-    if not JUDGES[kind].asks_model:
-        return _free("score", kind)
-    of_kind = cast("type[ModelJudge]", JUDGES[kind])
+    judges = list_judges(backends, options, replicates)
+    if not any(JUDGES[kind].asks_model for kind, _ in judges):
+        return _free("score", judges[0][0])
     lacking = [run.name for run in named or () if not run.journal_path.exists()]
     if lacking:
         raise BadInput(
             f"--dry-run: run {lacking[0]!r} has no explanations yet; `explain --dry-run` says what they cost"
         )
-    n_swapped = CONTROL_LATENTS[True] if control_latents is None else control_latents
-    parts = parts_of(named, root, n_swapped, control_sae_latents)
+    parts = parts_of(named, root, control_sae_latents)
 
-    def lay_out(client: LlmClient, cache: ResponseCache | None) -> dict[str, _Asked]:
-        found = {}
-        for protocol, judge in of_kind.plan(client, options.for_judge()).items():
-            found[protocol] = _Asked(client, cache, judge.answer_like)
-            for part in parts:
-                for name in scorers:
-                    _of_part(part, name, judge, rule, found[protocol])
-        return found
+    def forecast(kind: str, options: LlmOptions) -> Forecast:
+        if not JUDGES[kind].asks_model:
+            return _free("score", kind)
 
-    return asyncio.run(_forecast("score", [part.run for part in parts], options.for_judge(), prices, lay_out))
+        def lay_out(client: LlmClient, cache: ResponseCache | None) -> dict[str, _Asked]:
+            found = {}
+            for protocol, judge in cast("type[ModelJudge]", JUDGES[kind]).plan(client, options).items():
+                found[protocol] = _Asked(client, cache, judge.answer_like)
+                for replicate, of_draw in passes_of(parts, judge, control_latents, draws, replicates):
+                    again = repeat(judge, replicate, options.temperature)
+                    for part in of_draw:
+                        for name in scorers:
+                            _of_part(part, name, again, replicate, rule, found[protocol])
+            return found
+
+        return asyncio.run(_forecast("score", [part.run for part in parts], options, prices, lay_out))
+
+    return _add_up([forecast(kind, of_judge.for_judge()) for kind, of_judge in judges])
 
 
-def _of_part(part: Part, scorer_name: str, judge: ModelJudge, rule: StoppingRule | None, asked: _Asked) -> None:
+def _of_part(
+    part: Part, scorer_name: str, judge: ModelJudge, replicate: int, rule: StoppingRule | None, asked: _Asked
+) -> None:
     tests = TestSets(part.run, SCORERS[scorer_name](), rule)
     asked_by = judge.of_marks() if tests.scorer.marked else judge
     with open_journal(part.run) as journal:
-        labels = journal.labels(**tests.set_up(asked_by)._asdict(), replicate=0)
+        labels = journal.labels(**tests.set_up(asked_by)._asdict(), replicate=replicate)
         for question in questions_of(part, part.readable(journal, judge))[0]:
             answers = labels.get(question.key, {})
             done = {window for window, label in answers.items() if label is not None}
@@ -264,6 +286,21 @@ async def _forecast(
     cheaper, dearest = min(forecasts, key=lambda f: f.cost), max(forecasts, key=lambda f: f.cost)
     dearest.cheaper = None if cheaper is dearest else cheaper
     return dearest
+
+
+def _add_up(found: Sequence[Forecast]) -> Forecast:
+    """Return the sum over several judges; that of one is its own."""
+    if len(found) == 1:
+        return found[0]
+
+    def add(name: str) -> Any:
+        values = [getattr(of, name) for of in found]
+        return None if None in values else sum(values)
+
+    sums = {name: add(name) for name in _SUMS}
+    models, counted = (list(dict.fromkeys(getattr(of, name) for of in found)) for name in ("model", "counted_by"))
+    of_all = Forecast("score", ", ".join(filter(None, models)), "; ".join(counted), all(of.exact for of in found))
+    return replace(of_all, judges=list(found), **sums)
 
 
 def _estimate(

@@ -5,7 +5,7 @@ Controls cost as much as the scores, so with a language model only a sample of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,18 +39,20 @@ class Part:
     """One run's part of a `score`."""
 
     run: Run
-    n_swapped: int | None
+    n_swapped: int | None = None
     """Latents also judged by another's explanation; ``None``: all."""
     at_most: int | None = None
     """Latents to score; ``None``: all that are explained."""
     is_control: bool = False
     """Whether it is a control SAE, scored with a run of its study."""
+    draw: int = 0
+    """Of the explanations of each latent, the one to score."""
     latents: frozenset[int] | None = None
     """Those whose scores are wanted; ``None``: all that are explained. Others lend their explanations to controls."""
 
     def explanations(self, journal: Journal) -> pd.DataFrame:
         """The explanations to score, from any explainer."""
-        return keep_first(journal.explanations(status="ok"), self.at_most)
+        return keep_first(journal.explanations(status="ok", draw=self.draw), self.at_most)
 
     def readable(self, journal: Journal, judge: Judge) -> pd.DataFrame:
         """The explanations that the judge can read.
@@ -70,9 +72,7 @@ class Part:
         return readable if self.latents is None else readable[readable["latent"].isin(self.latents)]
 
 
-def parts_of(
-    named: Sequence[Run] | None, root: Path, n_swapped: int | None, control_sae_latents: int | None
-) -> list[Part]:
+def parts_of(named: Sequence[Run] | None, root: Path, control_sae_latents: int | None) -> list[Part]:
     """Return the runs that the user named, or all under ``root``, and their control SAEs."""
     if named is None:
         readable, damaged = split_readable(all_runs(root))
@@ -87,10 +87,26 @@ def parts_of(
     own = found if named is not None else [run for run in found if not run.is_control]
     controls = [run for run in list_control_saes(own) if was_explained(run)]
     names = {run.name for run in controls}
-    parts = [Part(run, n_swapped) for run in found if run.name not in names]
+    parts = [Part(run) for run in found if run.name not in names]
     if control_sae_latents != 0:
         parts += [Part(run, 0, control_sae_latents, is_control=True) for run in controls]
     return parts
+
+
+def passes_of(
+    parts: Sequence[Part], judge: Judge, control_latents: int | None, draws: int, replicates: int
+) -> Iterator[tuple[int, list[Part]]]:
+    """Yield what ``judge`` scores, in order: the number of the replicate, and ``parts`` for one draw.
+
+    ``control_latents`` have a swapped control (``None``: the judge's usual number); latents of control SAEs have none.
+    """
+    n_swapped = CONTROL_LATENTS[judge.asks_model] if control_latents is None else control_latents
+    for replicate in range(replicates if hasattr(judge, "repeated") else 1):
+        for draw in range(draws):
+            yield (
+                replicate,
+                [replace(part, draw=draw, n_swapped=0 if part.is_control else n_swapped) for part in parts],
+            )
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,12 @@ _ROUNDS_UNKNOWN = "failed: which rounds were judged is not known; run the same `
 
 
 def update_score_table(
-    run: Run, journal: Journal, set_up: SetUp, explanations: pd.DataFrame, judge: Judge
+    run: Run, journal: Journal, set_up: SetUp, replicate: int, explanations: pd.DataFrame, judge: Judge
 ) -> pd.DataFrame:
     """Return the run's score table, recomputed if the journal has changed.
 
     Args:
-        explanations: those to be scored by ``set_up``; latents with too few contexts become rows too.
+        explanations: those to be scored by ``set_up`` and ``replicate``; latents with too few contexts become rows too.
         judge: its server's capabilities are kept in the file.
     """
     path, material = run.stage_path("scores"), Material.of(run).digest
@@ -55,7 +55,7 @@ def update_score_table(
     for explained in records_of(explanations):
         if not any(test_sets[explained["latent"]]):
             row = {**_explained_by(explained["latent"], explained), **_judged_by(set_up)}
-            row |= {"control": "none", "replicate": 0, "status": UNTESTED}
+            row |= {"control": "none", "replicate": replicate, "status": UNTESTED}
             untested.setdefault(_place(row), row)
     state = journal.state()
     state["verdicts"] = [of for of in state["verdicts"] if of[1] in SCORERS]  # other scorers have no rows
@@ -78,7 +78,9 @@ def score_table(
     untested: Iterable[Row] = (),
     advance: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
-    """Return one row per explanation, judge set-up and control, from the verdicts; failed explanations are rows too.
+    """Return one row per explanation, judge set-up, control and replicate, from the verdicts.
+
+    Failed explanations are rows too.
 
     Contexts of the test set without a verdict count as failed. Verdicts of removed scorers make no rows, nor do swapped
     controls with the latent's own text, which earlier versions drew.
@@ -146,9 +148,9 @@ def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[column] for column in (*_PLACE, "control", "replicate"))
 
 
-def rows_of_set_up(table: pd.DataFrame, set_up: SetUp) -> pd.DataFrame:
-    """Return a set-up's rows without controls, and the failed explanations that it would have judged."""
-    found = table[table["control"] == "none"]
+def rows_of_set_up(table: pd.DataFrame, set_up: SetUp, replicate: int = 0) -> pd.DataFrame:
+    """Return the rows of a set-up and replicate, without controls, and the failed explanations that it would judge."""
+    found = table[(table["control"] == "none") & ((table["replicate"] == replicate) | table["replicate"].isna())]
     by = _judged_by(set_up)
     judged = (found[list(by)] == pd.Series(by)).all(axis=1)
     unexplained, by_ngram = found["judge"].isna(), found["explainer"] == BASELINE

@@ -16,31 +16,35 @@ from autointerp.journal.method import BASELINE
 from sae.common.errors import NotFound
 
 Row = dict[str, Any]
-#: The columns that identify a set-up.
-_EXPLAIN = tuple(EXPLAINED_BY.values())
 JUDGED_BY = ("judge", "model", "scorer", "settings_hash", "judge_prompt_hash")
+FIRST = {"draw": 0, "replicate": 0}
+"""Of several explanations of a latent, and of several judgements of a context, those that are shown by default."""
+_COLUMNS = (*EXPLAINED_BY.values(), *JUDGED_BY, *FIRST)  # that identify a set-up
 TOO_FEW = "too few contexts"  # how an explanation that was not even tried says so
 
 
-def setups_of(scores: pd.DataFrame, **wanted: str | None) -> list[dict[str, Any]]:
+def setups_of(scores: pd.DataFrame, **wanted: str | int | None) -> list[dict[str, Any]]:
     """Return the set-ups in a score table that match ``wanted`` (``scorer="detection"``…), newest first.
+
+    Of draw 0 and replicate 0 unless ``wanted`` names others; ``None`` matches any value.
 
     Newest by explanation id. The n-gram baseline's explanations and judgements come last. Of equal ones, those judged
     on all contexts come before those judged to a precision, and finer precisions before coarser ones.
     """
-    columns = [c for c in (*_EXPLAIN, *JUDGED_BY) if c in scores]
+    columns = [c for c in _COLUMNS if c in scores]
     if "judge" not in columns:  # nothing but failed explanations
         return []
     mask = (scores["control"] == "none") & scores["judge"].notna()
-    for column, value in wanted.items():
-        if value is not None:
+    for column, value in {**FIRST, **wanted}.items():
+        if value is not None and column in scores:
             mask &= scores[column] == value
     found = []
     for _, group in scores[mask].groupby(columns, dropna=False, sort=False):
         by_model = {column: group[column].iloc[0] != BASELINE for column in columns}
         newest = int(group["explanation_id"].max()), by_model["judge"]
         rank = by_model.get("explainer", True), *newest, -(precision_of(group) or 0.0), int(group.index.max())
-        found.append((rank, {c: plain(group[c].iloc[0]) for c in columns}))
+        setup = {c: plain(group[c].iloc[0]) for c in columns}
+        found.append((rank, {**setup, **{c: int(setup[c]) for c in FIRST if c in setup}}))
     return [setup for _, setup in sorted(found, key=lambda item: item[0], reverse=True)]
 
 
@@ -49,21 +53,26 @@ def wanted_of(
 ) -> list[dict[str, Any]]:
     """Return the set-ups of run ``name`` with this explainer and judge (``None``: any), in order.
 
-    Raises NotFound, with the existing ones, if no set-up has the explainer.
+    A judge is named by its name or its model. Raises NotFound, with the existing ones, if no set-up has them.
     """
     there = list(dict.fromkeys(str(setup.get("explainer")) for setup in setups))
     if explainer is not None and explainer not in there:
         those = f"those by {' and '.join(map(repr, there))} are" if there else "no explanation of it is"
         raise NotFound(f"--explainer {explainer!r} has no explanations of {name!r} that are scored; {those}")
-    wanted = {"explainer": explainer, "judge": judge}
-    return [dict(s) for s in setups if all(value is None or s.get(key) == value for key, value in wanted.items())]
+    by = [setup for setup in setups if explainer in (None, setup.get("explainer"))]
+    found = [dict(setup) for setup in by if judge in (None, setup.get("judge"), setup.get("model") or None)]
+    if judge is not None and not found:
+        judges = list(dict.fromkeys(str(setup.get("model") or setup.get("judge")) for setup in by))
+        those = f"those by {' and '.join(map(repr, judges))} do" if judges else "no judge does"
+        raise NotFound(f"--judge {judge!r} has no scores of {name!r}; {those}")
+    return found
 
 
 def verdict_filters(setup: Mapping[str, Any]) -> dict[str, Any]:
     """Return filters of :meth:`autointerp.journal.journal.Journal.verdicts` for a set-up's own explanations."""
     same = {key: setup[key] for key in ("judge", "scorer", "settings_hash")}
     by = {"prompt_hash": setup["judge_prompt_hash"], "model": setup["model"] or ""}
-    return {**same, **by, "control": "none", "replicate": 0}
+    return {**same, **by, "control": "none", "replicate": setup.get("replicate", 0)}
 
 
 def rows_of(scores: pd.DataFrame, setup: Mapping[str, Any]) -> pd.DataFrame:

@@ -330,8 +330,9 @@ class Run:
     def latents(self) -> pd.DataFrame:
         """Return a table with one row per latent: the columns of all stages.
 
-        The scores are the latest successful ones, of a language model's explanation if there is one, else of the n-gram
-        baseline. Detection has plain column names, fuzzing a prefix (``fuzzing_balanced_accuracy`` …).
+        The scores are the latest successful ones of draw 0 and replicate 0, of a language model's explanation if there
+        is one, else of the n-gram baseline. Detection has plain column names, fuzzing a prefix
+        (``fuzzing_balanced_accuracy`` …).
         """
         stages = [stage for stage in LATENT_STAGES if self.stage_path(stage).exists()]
         read = {stage: read_table(self.stage_path(stage)) for stage in stages}
@@ -351,7 +352,7 @@ class Run:
 
 
 def _choose_scores(table: pd.DataFrame) -> pd.DataFrame:
-    own = table[table["control"] == "none"]
+    own = table[(table["control"] == "none") & ~table.reindex(columns=["draw", "replicate"]).gt(0).any(axis=1)]
     rank = 2 * (own["status"] == "ok") + (own["explainer"] != _BASELINE)
     own = own.loc[rank.sort_values(kind="stable").index]
     others = sorted(set(own["scorer"].dropna()) - {MAIN_SCORER})

@@ -67,6 +67,18 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "a header of n-grams": ("score --judge ngram --llm-url http://x --judge-header a=b", ("--judge-header", "ngram")),
     "a header without a value": ("explain --llm-url http://x --llm-header a", ("--llm-header", "NAME=VALUE")),
     "a header without a server": ("sweep ks --llm-header a=b", ("--llm-header", "--llm-url")),
+    "draws of n-grams": ("explain --draws 2", ("--draws 2", "ngram", "always answers the same")),
+    "replicates of n-grams": ("score --replicates 2 --dry-run", ("--replicates 2", "ngram", "always answers the same")),
+    "a temperature of one draw": ("explain --temperature 1", ("--draws",)),
+    "a temperature of one replicate": ("score --draws 2 --temperature 1", ("--replicates",)),
+    "no temperature": ("score --replicates 2 --temperature 0 --llm-url http://x", ("--temperature 0", "above 0")),
+    "judges without a server each": (
+        "score --llm-url http://x --judge-model a --judge-model b --judge-model c --judge-url http://y "
+        "--judge-url http://z",
+        ("--judge-url is given 2 times for 3 judges",),
+    ),
+    "a draw that is not scored": ("report --draw 3", ("no scores of draw 3", "there are draw 0 replicate 0")),
+    "a judge that did not": ("report --judge gpt", ("--judge 'gpt'", "'ngram'")),
     "named and drawn": ("explain --indices 3 --latents 20", ("--indices", "--latents")),
     "no such address": ("explain --llm-url ftp://x", ("'ftp://x'",)),
     "unknown latent to show": ("show --latent 64", ("latent 64 ", "0 to 63")),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from autointerp.journal.method import Method
+from autointerp.journal.method import Method, Repeatable
 from autointerp.journal.usage import Usage
 from sae.common.errors import NotApplicable
 from sae.study.logits import Logits, LogitTable
@@ -56,7 +56,7 @@ class Explainer(Method, Protocol):
         ...
 
 
-class ModelExplainer(Explainer, Protocol):
+class ModelExplainer(Explainer, Repeatable, Protocol):
     """An explainer that asks a language model."""
 
     @classmethod

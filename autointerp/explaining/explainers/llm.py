@@ -70,6 +70,10 @@ class LlmExplainer:
     def plan(cls, client: LlmClient, options: LlmOptions) -> tuple[Self, list[str]]:  # noqa: ARG003
         return cls(client), []
 
+    def repeated(self, number: int, temperature: float) -> Self:
+        """Return the same explainer, asked for draw ``number`` at ``temperature``."""
+        return type(self)(self._client, draw=number, temperature=temperature)
+
     @property
     def model(self) -> str:
         return self._client.model

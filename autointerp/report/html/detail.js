@@ -60,9 +60,11 @@
     return element("dl", { class: "facts" }, facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
   }
 
+  const repeat = (of, name) => (of[name] > 0 ? `${name} ${of[name]}` : null);
+
   function explanations(detail) {
     return detail.explanations.map((entry) => {
-      const who = entry.model ? `${entry.explainer}: ${entry.model}` : entry.explainer;
+      const who = [entry.model ? `${entry.explainer}: ${entry.model}` : entry.explainer, repeat(entry, "draw")].filter(Boolean).join(", ");
       const said = entry.text === null ? element("p", { class: "said wrong" }, "failed: ", foreign(entry.failure ?? "unknown")) : foreign(entry.text, "p");
       said.classList.add("said");
       said.dir = "auto";
@@ -75,7 +77,7 @@
     if (detail.scores.length === 0) return null;
     const names = ["scored by", "control", "balanced accuracy", "95 % interval", "true positive", "true negative", "AUROC", "contexts"];
     const rows = detail.scores.map((score) => {
-      const who = foreign([score.scorer, score.judge, score.model].filter(Boolean).join(", ") || "–");
+      const who = foreign([score.scorer, score.judge, score.model, repeat(score, "draw"), repeat(score, "replicate")].filter(Boolean).join(", ") || "–");
       const head = [element("th", { scope: "row" }, who), element("td", {}, score.control === "none" ? "own explanation" : score.control)];
       if (score.status !== "ok") return [...head, element("td", { colspan: "6", class: "wrong" }, foreign(score.status))];
       const cells = [

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
-from autointerp.journal.method import Method
+from autointerp.journal.method import Method, Repeatable
 from autointerp.journal.usage import Usage
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Judge(Method, Protocol):
         ...
 
 
-class ModelJudge(Judge, Protocol):
+class ModelJudge(Judge, Repeatable, Protocol):
     """A judge that asks a language model: how to create it, and its requests."""
 
     @classmethod

@@ -127,6 +127,10 @@ class LlmJudge:
         """Return the same model and protocol, asked about marked tokens."""
         return replace(self, marked=True)
 
+    def repeated(self, number: int, temperature: float) -> Self:
+        """Return the same judge, asked for replicate ``number`` at ``temperature``."""
+        return replace(self, replicate=number, temperature=temperature)
+
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:
         """Return one judgement per context; requests run in parallel as far as the client allows."""
         size = self.contexts_per_request
