@@ -61,6 +61,14 @@ Explainer = Annotated[
     str,
     Option(callback=known(EXPLAINERS, "auto"), help=f"{EXPLAINERS.join_names('auto')}. {_AUTO}"),
 ]
+ShownExplainer = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        callback=lambda name: name and EXPLAINERS.spell(name),
+        help="Explainer whose newest scores are shown: llm, ngram, … Default: others before ngram.",
+    ),
+]
 
 
 # --- groups
@@ -250,14 +258,7 @@ class JudgeServer:
 class ShownScores:
     """Which scores are shown, if there are several."""
 
-    explainer: Annotated[
-        str | None,
-        Option(
-            metavar="NAME",
-            callback=lambda name: name and EXPLAINERS.spell(name),
-            help="Explainer whose newest scores are shown: llm, ngram, … Default: others before ngram.",
-        ),
-    ] = None
+    explainer: ShownExplainer = None
     judge: Annotated[
         str | None, Option(metavar="NAME", help="Judge whose scores are shown: llm, ngram, … or the name of its model.")
     ] = None

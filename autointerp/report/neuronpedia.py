@@ -100,7 +100,8 @@ def _line(run: Run, row: Mapping[str, Any], scores: list[dict[str, Any]], ids: I
 
 def _scores_by_explanation(table: pd.DataFrame) -> dict[int, list[dict[str, Any]]]:
     """Map each explanation to its valid scores under its own latent."""
-    good = table[(table["control"] == "none") & (table["status"] == "ok") & ~table["replicate"].gt(0)]
+    is_repeated = table.reindex(columns=["replicate"]).gt(0).any(axis=1)
+    good = table[(table["control"] == "none") & (table["status"] == "ok") & ~is_repeated]
     found: dict[int, list[dict[str, Any]]] = {}
     for row in good.to_dict("records"):
         entry = {

@@ -34,6 +34,7 @@ from autointerp.llm.prompts import conversation
 from autointerp.scoring.judges.base import Judgement
 from sae.common.errors import BadInput
 from sae.common.files import digest
+from sae.common.progress import say_once
 
 if TYPE_CHECKING:
     from autointerp.contexts.sampler import Context
@@ -129,6 +130,11 @@ class LlmJudge:
 
     def repeated(self, number: int, temperature: float) -> Self:
         """Return the same judge, asked for replicate ``number`` at ``temperature``."""
+        if self.protocol == "single" and self.capabilities.logprobs != 0:
+            say_once(
+                "replicates by --protocol single differ little: its labels come from log-probabilities, not from "
+                "sampling; --protocol batch samples them"
+            )
         return replace(self, replicate=number, temperature=temperature)
 
     async def judge(self, explanation_text: str, contexts: Sequence[Context]) -> list[Judgement]:

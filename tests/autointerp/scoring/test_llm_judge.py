@@ -24,6 +24,7 @@ from autointerp.llm.options import LlmOptions
 from autointerp.scoring.judges.base import Judge, Judgement
 from autointerp.scoring.judges.llm import LlmJudge, parse_batch, parse_single
 from sae.common.errors import BadInput, Unavailable
+from sae.common.progress import say_once
 
 EXPLANATION = 'Text that contains "cat".'
 
@@ -357,3 +358,13 @@ def test_the_prompts_examples_can_be_parsed() -> None:
     assert any(not any(json.loads(e["answer"])["labels"]) for e in batch)
     answers = [parse_single(Answer(example["answer"], "stop"))[0] for example in single]
     assert sum(answers) * 2 == len(answers)
+
+
+def test_replicates_by_log_probabilities_are_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    client = LlmClient("http://127.0.0.1:9", model="m")
+    say_once.cache_clear()
+    for protocol, is_warned in (("batch", False), ("single", True)):
+        again = LlmJudge(client, protocol).repeated(2, 0.7)  # type: ignore[arg-type]
+        assert (again.replicate, again.temperature) == (2, 0.7)
+        assert again.settings_hash != LlmJudge(client, protocol).settings_hash  # type: ignore[arg-type]
+        assert ("--protocol batch samples them" in capsys.readouterr().err) == is_warned
