@@ -272,3 +272,20 @@ def test_the_budget_holds_for_them_too(run: Run) -> None:
         assert asked < 3 * N
         explain(run, server=server)
         assert questions(server) == 3 * N
+
+
+def test_further_draws_and_replicates_have_their_controls(run: Run) -> None:
+    with FakeServer() as server:
+        options = LlmOptions(url=server.url, protocol="batch")
+        explained = explain_runs([run], Choice(n=N), "llm", options, CPU, 2, draws=2)
+        assert (explained.n_done, explained.n_controls) == (2 * (N + 4), 8)
+        args = ("detection",), "llm", options
+        repeats: dict[str, Any] = {"control_latents": 2, "draws": 2, "replicates": 2}
+        foretold, before = forecast_score([run], run.root, *args, None, **repeats), questions(server)
+        score_runs([run], run.root, *args, **repeats)
+        assert questions(server) - before == foretold.requests
+    for draw, replicate in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        found = findings_of(run, study_runs(run.study, run.root), draw=draw, replicate=replicate).scores
+        assert found is not None
+        assert found.control is not None
+        assert (found.control.n_scored, [of.n_scored for of in found.control_saes]) == (2, [2, 2])
