@@ -43,6 +43,7 @@ _LOWER = bytes(range(256)).lower()
 _OTHER_SPELLINGS = "%ſıİ\N{KELVIN SIGN}"  # an escape, and letters that equal s, i and k regardless of case
 _PART = 4  # characters of a key in a row that an error message must not show
 _MASK = re.compile(r"\*\*|•|xxx|[\w-](?:…|\.\.\.)\w")
+_ACCOUNT_HEADERS = ("openai-organization", "openai-project")  # the SDK reads them from the environment
 _READ_HEADERS = ("location", "retry-after", "retry-after-ms")
 
 
@@ -278,14 +279,17 @@ class _Api(openai.AsyncOpenAI):
             default_headers={"Accept-Encoding": "identity", **own},
             http_client=_HttpClient(),
         )
-        self._replaces_key = bool(KEY_HEADERS.intersection(own)) and "authorization" not in own
+        replaces_key = bool(KEY_HEADERS.intersection(own)) and "authorization" not in own
+        self._omitted = ("content-length", *(["authorization"] if replaces_key else []))
+        self._account = [name for name in _ACCOUNT_HEADERS if name not in own]
         self._empty: dict[tuple[str, str], httpx2.Request] = {}
 
     def _build_request(self, options: Any, **rest: Any) -> httpx2.Request:
         to = options.method, options.url
         if to not in self._empty:
             self._empty[to] = super()._build_request(options, **rest)
-            for name in ("content-length", "authorization") if self._replaces_key else ("content-length",):
+            is_openai = urlsplit(options.url).hostname == "api.openai.com"
+            for name in (*self._omitted, *([] if is_openai else self._account)):
                 self._empty[to].headers.pop(name, None)
         empty = self._empty[to]
         request = httpx2.Request(empty.method, empty.url, stream=httpx2.ByteStream(options.content or b""))
@@ -326,7 +330,9 @@ class _HttpClient(httpx2.AsyncClient):
             ) as reply:
                 content = await _read(reply)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise Transient(f"the connection failed: {one_line(error, 120)}", is_unreachable=True) from None
+            number = getattr(error, "errno", None) or 0
+            reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
+            raise Transient(f"the connection failed: {one_line(reason, 120)}", is_unreachable=True) from None
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, aiohttp.ClientHttpProxyError, OSError):
             raise Transient("the connection broke off") from None
         except (aiohttp.ClientResponseError, zlib.error):

@@ -125,6 +125,21 @@ def test_the_environment_names_the_proxy(
     assert (proxy.gets > 0) == is_used
 
 
+def test_account_of_openai_reaches_no_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-of-mine")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "project-of-mine")
+    with FakeServer() as server:
+        complete(client(server))
+        assert not any("of-mine" in value for value in server.requests[-1].headers.values())
+
+
+def test_refused_connection_is_named() -> None:
+    with FakeServer() as server:
+        url = server.url
+    with pytest.raises(UserError, match=r"the connection failed: Connection refused\)"):
+        complete(client(url, tries=1))
+
+
 @pytest.mark.parametrize("proxy", ["ftp://x", "http://[::1", "http://x:port", f"ftp://u:{SECRET}@x"])
 def test_an_invalid_proxy_is_one_line(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", proxy)
