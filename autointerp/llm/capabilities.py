@@ -48,7 +48,7 @@ class Capabilities:
             self.thinks = known.get("thinks")
 
     def forget(self) -> None:
-        """Forget what answers showed, to find it out again."""
+        """Forget what was learned from answers, to probe again."""
         kept = Capabilities(context_length=self.context_length, other_models=self.other_models)
         self.__dict__.update(vars(kept))
 

@@ -183,7 +183,7 @@ class LlmClient:
     async def probe(self, anew: bool = False) -> Capabilities:
         """Find out what the servers can do before a protocol is chosen: from the cache, or by two tiny questions.
 
-        ``anew`` asks whatever the cache has. What is found is stored in it.
+        ``anew`` asks even if the cache has an answer. The result is stored in the cache.
 
         The first has the form of the ``single`` protocol, because a model that thinks first gives log-probabilities,
         but not of the label. The second forces a word that no model would answer. Raises as :meth:`check`.

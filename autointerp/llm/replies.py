@@ -166,7 +166,7 @@ def explain_fault(
 ) -> Exception:
     """Return the meaning of a fault; see the module's docstring.
 
-    ``parameters`` are those of the request that may be left away, with ``system`` if it has a system message;
+    ``parameters`` are those of the request that may be dropped, with ``system`` if it has a system message;
     ``has_key`` is whether it had a key, and ``secrets`` are that and others.
     """
     status, words = fault.status, f"{fault.code} {fault.message}"
