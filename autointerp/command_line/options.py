@@ -43,9 +43,7 @@ CheckedSaes = Annotated[list[str] | None, Option(help="A run, such as run_a. Def
 Nulls = Annotated[
     bool, Option("--nulls/--no-nulls", help="Also measure the chance level (sibling rotated, firings shifted).")
 ]
-Recipe = Annotated[
-    Path | None, Option(help="TOML file of settings, or a bundled one: demo or real-model. Flags override it.")
-]
+Recipe = Annotated[Path | None, Option(help="TOML file of settings, or a bundled one: demo. Flags override it.")]
 Model = Annotated[
     str | None, Option(help="Hugging Face name or folder. Default: {subject.model}, the model in this package.")
 ]
