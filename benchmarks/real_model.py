@@ -3,7 +3,7 @@
     python benchmarks/real_model.py --llm-url http://127.0.0.1:8080/v1 --out eval_runs/reference/real-model.json
     python benchmarks/real_model.py --llm-url … --judge-url http://127.0.0.1:8081/v1   # a second judge
 
-Trains the study of ``eval_runs/recipes/real-model.toml`` under ``--root`` if it is missing, then runs `explain` and
+Trains the study of ``benchmarks/real_model.toml`` under ``--root`` if it is missing, then runs `explain` and
 `score` as a user would: ``--latents`` of its first run by the ``batch`` protocol, and ``--both`` of its second run by
 both protocols. The n-gram baseline and the swapped control come with `score`, on the same contexts. The command resumes
 if stopped. On two CPU cores a model of 1.5B parameters takes a few hours.
@@ -33,7 +33,7 @@ from autointerp.journal.journal import open_journal
 from autointerp.scoring.setups import records_of, rows_of, setups_of
 
 HERE = Path(__file__).resolve().parent.parent
-RECIPE = HERE / "eval_runs" / "recipes" / "real-model.toml"
+RECIPE = HERE / "benchmarks" / "real_model.toml"
 NAME, SHOWN = "real", 10
 Row = dict[str, Any]
 
