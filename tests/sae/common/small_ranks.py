@@ -31,9 +31,12 @@ PATIENCE = 60.0
 def run_ranks(work: Callable[[Path], object], ranks: int, folder: Path) -> None:
     """Fork ``ranks`` processes that do ``work``, each with its standard output and error in files of ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     begun = time.monotonic()
-    children = [_fork(work, rank, ranks, store.port, folder) for rank in range(ranks)]
+    # The store comes after the forks: a process that is forked while a thread of the store holds a lock waits for ever.
+    reads, writes = os.pipe()
+    children = [_fork(work, rank, ranks, reads, folder) for rank in range(ranks)]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(writes, store.port.to_bytes(4, "big") * ranks)
     codes: dict[int, int] = {}
     while len(codes) < ranks:
         for rank, child in enumerate(children):
@@ -46,12 +49,15 @@ def run_ranks(work: Callable[[Path], object], ranks: int, folder: Path) -> None:
         time.sleep(0.01)
     report = {"codes": [codes[rank] for rank in range(ranks)], "seconds": time.monotonic() - begun}
     (folder / "ended.json").write_text(json.dumps(report))
+    os.close(reads)
+    os.close(writes)
 
 
-def _fork(work: Callable[[Path], object], rank: int, ranks: int, port: int, folder: Path) -> int:
+def _fork(work: Callable[[Path], object], rank: int, ranks: int, reads: int, folder: Path) -> int:
     child = os.fork()
     if child:
         return child
+    port = int.from_bytes(os.read(reads, 4), "big")
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
