@@ -127,6 +127,11 @@ class LlmOptions:
                 raise BadInput(
                     f"{_write_flag(name)} is given {len(values)} times for {n} judges; give it once for each judge"
                 )
+        if self.judge_headers and len(set(given["judge_url"])) > 1 and n > 1:
+            raise BadInput(
+                "--judge-header would go to several servers, and its value may be a secret of one; score with one "
+                "--judge-url at a time"
+            )
         own = [{name: values[min(i, len(values) - 1)] for name, values in given.items() if values} for i in range(n)]
         return [self] if n == 1 else [replace(self, **of_judge) for of_judge in own]
 

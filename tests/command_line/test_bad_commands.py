@@ -77,6 +77,11 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
         "--judge-url http://z",
         ("--judge-url is given 2 times for 3 judges",),
     ),
+    "a judge's header for two servers": (
+        "score --llm-url http://x --judge-model a --judge-model b --judge-url http://y --judge-url http://z "
+        "--judge-header api-key=0123456789",
+        ("--judge-header", "several servers", "one --judge-url"),
+    ),
     "a draw that is not scored": ("report --draw 3", ("no scores of draw 3", "there are draw 0 replicate 0")),
     "a judge that did not": ("report --judge gpt", ("--judge 'gpt'", "'ngram'")),
     "named and drawn": ("explain --indices 3 --latents 20", ("--indices", "--latents")),
