@@ -50,7 +50,9 @@ class SubjectSettings(Table):
     """The language model whose activations are studied."""
 
     model: Words = Field("bundled", description="a Hugging Face name or folder; 'bundled' is the model in this package")
-    hookpoint: Words = Field("layers.2.mlp", description="name of the module whose output is studied")
+    hookpoint: Words = Field(
+        "layers.2.mlp", description="module whose output is studied, or with :in at its end, whose input"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the forward pass; auto: bfloat16 if the machine supports it, else float32"
     )

@@ -326,10 +326,14 @@ Parallel = Annotated[
     str | None,
     Option(help="Split seeds or data (tokens) over torchrun's ranks. Default: seeds, if they are at least as many."),
 ]
-Hookpoint = Annotated[str | None, Option(help="Module whose output is studied. Default: {subject.hookpoint}.")]
+Hookpoint = Annotated[
+    str | None, Option(help="Module whose output, or input (NAME:in), is studied. Default: {subject.hookpoint}.")
+]
 Hookpoints = Annotated[
     list[str] | None,
-    Option(help="Module whose output is studied; several make one study each. Default: {subject.hookpoint}."),
+    Option(
+        help="Module whose output, or input (NAME:in), is studied; several: a study each. Default: {subject.hookpoint}."
+    ),
 ]
 Architecture = Annotated[str | None, Option(help=f"{ARCHITECTURES.join_names()}. Default: {{training.architecture}}.")]
 TrainPrecision = Annotated[

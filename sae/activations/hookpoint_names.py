@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
+INPUT = ":in"  # ends the name of a module's input
 _LAYER = re.compile(r"(?:layers?|blocks?|h|l)[._ -]?(\d+)(?!\d)", re.IGNORECASE)
 _ATTENTION, _MLP = re.compile(r"attn|attention"), re.compile(r"mlp|feed_?forward|ffn?(?![a-z])")
 _NO_MODULE = re.compile(r"norm|dropout|(^|_)ln")

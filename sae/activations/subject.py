@@ -1,16 +1,16 @@
 """Run a language model up to a hookpoint: tokens in, activations out.
 
-Only the trunk is loaded, and the forward pass ends at the last hookpoint. A hookpoint is any module that outputs one
-vector per token, found by running a few tokens, so no architecture is special. Python code that a model brings
-(``auto_map``) runs only for a user who asks for it. If the tokenizer adds a BOS, it is used in the forward pass and its
-position is dropped.
+Only the trunk is loaded, and the forward pass ends at the last hookpoint. A hookpoint is the output of a module
+(``layers.3.mlp``) or its input (``layers.3.mlp:in``), if that is one vector per token. Hookpoints are found by running
+some tokens, so no architecture is special. Python code that a model brings (``auto_map``) runs only for a user who asks
+for it. If the tokenizer adds a BOS, it is used in the forward pass and its position is dropped.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from sae.activations.bundled import BUNDLED
-from sae.activations.hookpoint_names import likely_hookpoints
+from sae.activations.hookpoint_names import INPUT, likely_hookpoints
 from sae.common.errors import BadInput, NotApplicable, NotFound, UserError, join_or, suggest
 from sae.common.files import digest, digest_file, digest_samples, expand_user, read_json
 from sae.common.hub import find_on_hub, first_line, looks_like_path
@@ -166,43 +166,56 @@ class Subject:
         return self._widths[self.resolve(hookpoint)]
 
     def resolve(self, name: str) -> str:
-        """Return the module's path in the trunk (``layers.2.mlp``); raise NotFound or BadInput with suggestions."""
+        """Return the module's path in the trunk (``layers.2.mlp``), with ``:in`` if its input is meant.
+
+        Raises NotFound or BadInput, with suggestions.
+        """
         trunk = self.model.base_model_prefix
         for candidate in (name, name.removeprefix(f"{trunk}."), name.removeprefix("model.")):
             if candidate in self._widths:
                 return candidate
-        if name in dict(self.model.named_modules()):
+        if name.removesuffix(INPUT) in dict(self.model.named_modules()):
+            verb = "get" if name.endswith(INPUT) else "give"
             raise BadInput(
-                f"hookpoint {name!r} of model {self.source!r} does not give one vector per token; "
+                f"hookpoint {name!r} of model {self.source!r} does not {verb} one vector per token; "
                 f"choose for example {self._suggest(name)}"
             )
         raise NotFound(f"model {self.source!r} has no hookpoint {name!r}; did you mean {self._suggest(name)}?")
 
     def _suggest(self, name: str) -> str:
-        known = self.hookpoints()
-        return join_or(likely_hookpoints(name, known)) or suggest(name, known)
+        ending = INPUT if name.endswith(INPUT) else ""
+        known = [each.removesuffix(ending) for each in self.hookpoints() if each.endswith(INPUT) == bool(ending)]
+        place = name.removesuffix(ending)
+        likely = [each + ending for each in likely_hookpoints(place, known) if each in known]
+        return join_or(likely) or suggest(name, [each + ending for each in known])
 
     @functools.cached_property
     def _widths(self) -> dict[str, int]:
         n, t = 3, 5  # sizes that no other dimension has by chance
         found: dict[str, int] = {}
 
-        def record(name: str, output: Any) -> None:
-            value = _first(output)
+        def record(name: str, value: Any) -> None:
             if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[:2] == (n, t):
                 found.setdefault(name, value.shape[2])
 
-        with self._hooked([name for name, _ in self.model.named_modules() if name], record):
+        modules = [name for name, _ in self.model.named_modules() if name]
+        with self._hooked([name + ending for name in modules for ending in (INPUT, "")], record):
             self._forward(torch.arange(n * t).reshape(n, t).to(self.device) % 7)
         return found
 
     @contextmanager
     def _hooked(self, names: Iterable[str], record: Callable[[str, Any], None]) -> Iterator[None]:
-        """Call ``record(name, output)`` for each of these modules while the block runs; ends early on ``_Enough``."""
-        handles = [
-            self.model.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: record(name, output))
-            for name in names
-        ]
+        """Call ``record(name, value)`` for each hookpoint while the block runs; ends early on ``_Enough``."""
+
+        def watch(name: str) -> Any:
+            module = self.model.get_submodule(name.removesuffix(INPUT))
+            if name.endswith(INPUT):
+                return module.register_forward_pre_hook(
+                    lambda _m, args, kwargs: record(name, _first_input(args, kwargs)), with_kwargs=True
+                )
+            return module.register_forward_hook(lambda _m, _i, output: record(name, _first(output)))
+
+        handles = [watch(name) for name in names]
         try:
             yield
         except _Enough:
@@ -223,9 +236,9 @@ class Subject:
         found: dict[str, torch.Tensor] = {}
         awaited = set(wanted.values())
 
-        def record(name: str, output: Any) -> None:
+        def record(name: str, value: Any) -> None:
             if name not in found:
-                found[name] = _first(output)
+                found[name] = value
                 if len(found) == len(awaited):
                     raise _Enough
                 found[name] = found[name].clone()  # some models later add to this tensor in place
@@ -275,6 +288,11 @@ class _Enough(Exception):
 
 def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def _first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the first positional tensor that a module gets, else the keyword ``hidden_states``."""
+    return next((each for each in args if isinstance(each, torch.Tensor)), kwargs.get("hidden_states"))
 
 
 def _prefix(tokenizer: Any) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae.activations.hookpoint_names import INPUT
 from sae.activations.subject import Subject
 from sae.common.errors import NotApplicable
 
@@ -70,7 +71,7 @@ class Unembedding:
 
     @torch.no_grad()
     def check_writes(self, hookpoint: str) -> None:
-        """Raise NotApplicable unless the hookpoint's output is added to the residual stream, as it is or scaled.
+        """Raise NotApplicable unless the hookpoint is added to the residual stream, or part of it, as it is or scaled.
 
         A vector is added to it while all other modules repeat their outputs: it must arrive at the final norm.
         """
@@ -84,7 +85,9 @@ class Unembedding:
         with ExitStack() as hooks:
             for module, outputs in self._group_outputs().items():
                 hooks.enter_context(_replace(module, functools.partial(_repeat, outputs)))
-            hooks.enter_context(_replace(self._subject.model.get_submodule(name), functools.partial(_add, added)))
+            module = self._subject.model.get_submodule(name.removesuffix(INPUT))
+            replace = _replace_input if name.endswith(INPUT) else _replace
+            hooks.enter_context(replace(module, functools.partial(_add, added)))
             hooks.enter_context(_watch(self._norm, lambda x: arrived.append(x)))
             self._subject.whole(input_ids=self._ids, use_cache=False)
         change = (arrived[-1] - self._stream).float()
@@ -176,6 +179,21 @@ def _add(added: Tensor, output: Any) -> Any:
 @contextmanager
 def _replace(module: torch.nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
     handle = module.register_forward_hook(lambda _m, _i, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replace_input(module: torch.nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
+    def changed(_m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        at = next((i for i, each in enumerate(args) if isinstance(each, Tensor)), None)
+        if at is None:
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+        return (*args[:at], change(args[at]), *args[at + 1 :]), kwargs
+
+    handle = module.register_forward_pre_hook(changed, with_kwargs=True)
     try:
         yield
     finally:

@@ -30,7 +30,7 @@ from sae.common.files import check_regular
 from sae.common.package_data import bundled_recipes
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.settings import Settings, validated
-from sae.study.run import Study, check_name
+from sae.study.run import Study, check_name, label_hookpoint
 
 _LARGEST = 1 << 20  # characters
 _MOST_POINTS = 1000
@@ -91,6 +91,8 @@ class Axis(NamedTuple):
         """Format a value for a name: ``m256``, ``t1.5M``, ``relu``."""
         if self.key == "learning_rate":
             return f"{self.sign}{value:g}"
+        if self.key == "hookpoint":
+            return label_hookpoint(str(value))
         if self.key != "tokens":
             return f"{self.sign}{value}"
         short = human(value)

@@ -375,7 +375,12 @@ class Study:
 
 def name_studies(name: str, hookpoints: Sequence[str]) -> list[str]:
     """Return the study of each hookpoint: ``name`` for one, ``name-layers.1.mlp`` and so on for several."""
-    return [name] if len(hookpoints) <= 1 else [f"{name}-{hookpoint}" for hookpoint in hookpoints]
+    return [name] if len(hookpoints) <= 1 else [f"{name}-{label_hookpoint(hookpoint)}" for hookpoint in hookpoints]
+
+
+def label_hookpoint(hookpoint: str) -> str:
+    """Return a hookpoint as a part of a run's name, in which no colon may be: ``layers.1.mlp-in`` for an input."""
+    return hookpoint.replace(":", "-")
 
 
 def make_studies(name: str, settings: Settings, hookpoints: Sequence[str], seeds: Sequence[int]) -> list[Study]:

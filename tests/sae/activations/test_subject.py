@@ -124,6 +124,51 @@ def test_precision(tiny_neox_dir: Path, neox: Subject) -> None:
     assert half.fingerprint == neox.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("which", "module", "front"),
+    [
+        ("neox", "layers.1.mlp", []),
+        ("neox", "layers.2", []),
+        ("neox", "layers.0.mlp.dense_4h_to_h", []),
+        ("llama", "layers.1.mlp", [1]),
+        ("llama", "layers.0.self_attn", [1]),  # which gets a keyword
+    ],
+)
+def test_inputs_are_those_of_the_whole_model(
+    which: str, module: str, front: list[int], request: pytest.FixtureRequest
+) -> None:
+    cut: Subject = request.getfixturevalue(which)
+    seen: list[torch.Tensor] = []
+    handle = cut.model.get_submodule(module).register_forward_pre_hook(
+        lambda _m, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
+    )
+    ids = tokens()
+    with torch.no_grad():
+        cut.model(torch.tensor([[*front, *row] for row in ids.tolist()]))
+    handle.remove()
+    name = f"{module}:in"
+    found = cut.activations(ids, [name, module, "layers.0"])
+    torch.testing.assert_close(found[name], seen[0][:, len(front) :], rtol=0, atol=0)
+    assert torch.equal(found[module], cut.activations(ids, [module])[module])
+    assert cut.width(name) == found[name].shape[2]
+    full = f"{cut.model.base_model_prefix}.{name}"
+    assert cut.resolve(full) == name
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in cut.model.modules())
+
+
+def test_the_pass_ends_before_a_module_whose_input_is_asked(neox: Subject) -> None:
+    ran: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in neox.model.named_modules()
+    ]
+    neox.activations(tokens(), ["layers.1.mlp:in"])
+    for handle in handles:
+        handle.remove()
+    assert ran[-1] == "layers.1.post_attention_layernorm"
+    assert not any(name.startswith("layers.1.mlp") for name in ran)
+
+
 # --- hookpoints -------------------------------------------------------------------------------------------
 
 
@@ -137,6 +182,9 @@ def test_names(neox: Subject, llama: Subject) -> None:
     assert "rotary_emb" not in listed
     for name in listed:
         assert neox.resolve(name) == name
+    assert listed.index("layers.1.mlp:in") < listed.index("layers.1.mlp")
+    assert neox.width("layers.2.mlp.dense_4h_to_h:in") == 32
+    assert "embed_in:in" not in listed
 
 
 def test_wrong_names(neox: Subject) -> None:
@@ -144,6 +192,10 @@ def test_wrong_names(neox: Subject) -> None:
         neox.resolve("layers.9.mlp")
     with pytest.raises(BadInput, match=r"'rotary_emb' .* does not give one vector per token"):
         neox.resolve("rotary_emb")
+    with pytest.raises(BadInput, match=r"'embed_in:in' .* does not get one vector per token"):
+        neox.resolve("embed_in:in")
+    with pytest.raises(NotFound, match=r"no hookpoint 'transformer\.h\.2\.mlp:in'; did you mean 'layers\.2\.mlp:in'\?"):
+        neox.resolve("transformer.h.2.mlp:in")
     with pytest.raises(NotFound):
         neox.activations(tokens(), ["nonsense"])
 

@@ -135,6 +135,15 @@ def test_the_map_is_that_of_the_norm_and_the_unembedding(family: str) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_only_inputs_from_the_stream_write_into_it(family: str) -> None:
+    found = Unembedding(subject_of(make(family, **FAMILIES[family][0])))
+    block = "layers.1" if family == "Llama" else "h.1"
+    found.check_writes(f"{block}:in")
+    with pytest.raises(NotApplicable, match=f"{block}.mlp:in of model 'made' does not write into the residual"):
+        found.check_writes(f"{block}.mlp:in")
+
+
 def test_low_precision_passes_the_checks() -> None:
     subject = subject_of(make("Llama", **LLAMA_LIKE).bfloat16())
     Unembedding(subject).check_writes("layers.0.mlp")

@@ -23,6 +23,7 @@ from sae.common.files import read_json, read_table, write_json, write_table
 from sae.settings import Settings
 from sae.study import align as align_stage
 from sae.study.harvest import harvest_runs
+from sae.study.recipes import AXES
 from sae.study.run import (
     RESERVED,
     Run,
@@ -30,6 +31,7 @@ from sae.study.run import (
     check_name,
     git_commit,
     make_suffix,
+    name_studies,
     newest_study,
     plan_study,
     progress_of,
@@ -333,3 +335,8 @@ def test_how_far_a_run_has_come(tmp_path: Path) -> None:
     small_study.scored(runs[0], small_study.explained(runs[0], [3]))
     assert [progress_of(runs[0])[stage] for stage in stages] == [True, True, False, True, True]
     assert [progress_of(runs[1])[stage] for stage in stages] == [True, True, False, False, False]
+
+
+def test_names_of_inputs_hold_no_colon() -> None:
+    assert name_studies("run", ["layers.1.mlp:in", "layers.1.mlp"]) == ["run-layers.1.mlp-in", "run-layers.1.mlp"]
+    assert AXES["subject.hookpoint"].label("layers.1.mlp:in") == "layers.1.mlp-in"
