@@ -1,12 +1,13 @@
 """Compare ways of asking a judge: how many contexts a request holds, and which prompts. Needs a server with a model.
 
     python cli.py demo                                                          # makes runs with contexts
-    python benchmarks/judging.py --llm-url http://127.0.0.1:8080/v1 --explanations mine.toml
-    python benchmarks/judging.py --llm-url … --sizes 1 5 20 --prompts prompts shorter
+    python benchmarks/judging.py --llm-url http://127.0.0.1:8080/v1
+    python benchmarks/judging.py --llm-url … --sizes 1 5 20 --prompts prompts benchmarks/prompts/*
 
 Judges see contexts of the explaining side only, so prompts chosen here are not fitted to the test sets. Explanations
 are those of the run's language model, or of a TOML file with lines such as ``131 = "The word 'self'."``. Every way is
-asked about the same contexts, half of them activating. A size of 1 is the ``single`` protocol, others are ``batch``.
+asked about the same contexts, half of them activating. A size of 1 is the ``single`` protocol, others are ``batch``; a
+folder of prompts without the files of a protocol is not asked in it.
 Answers are kept in ``build/judging.sqlite``, so that a stopped measurement resumes.
 
 A row: share of contexts with a verdict, balanced accuracy and AUROC (means over latents, with the standard error), and
@@ -132,8 +133,8 @@ def _mean(values: Sequence[float | None], sign: str = "") -> str:
     return f"{known.mean():{sign}.3f} ± {known.std(ddof=1) / np.sqrt(len(known)):.3f}" if len(known) > 1 else ""
 
 
-async def measure(given: Any) -> list[Row]:
-    """Ask in every way, and return the rows."""
+async def measure(given: Any) -> tuple[list[Row], str]:
+    """Ask in every way, and return the rows and the name of the model."""
     run = Run.open(given.run, given.root)
     explanations = read_explanations(run, given.explanations)
     contexts = draw_contexts(run, sorted(explanations)[: given.latents], given.contexts)
@@ -146,12 +147,14 @@ async def measure(given: Any) -> list[Row]:
         for folder in given.prompts:
             for size in given.sizes:
                 judge = LlmJudge(client, "single" if size == 1 else "batch", contexts_per_request=size)
+                if not (folder / f"judge_{judge.protocol}.md").exists():
+                    continue
                 judge._conversation = conversation(f"judge_{judge.protocol}", folder)
                 begun = time.monotonic()
                 judged = await judge_all(judge, explanations, contexts)
                 rows.append(summarise(f"{folder.name}, {size}", judged, contexts, time.monotonic() - begun))
                 say(f"{rows[-1]['name']}: {rows[-1]['requests']} requests in {rows[-1]['seconds']:.0f} s")
-    return rows
+        return rows, client.model
 
 
 def main() -> None:
@@ -168,8 +171,8 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=2)
     given = parser.parse_args()
     begun = time.time()
-    rows = asyncio.run(measure(given))
-    leave(given, rows, about(begun, model=given.llm_model), lambda: show(rows))
+    rows, model = asyncio.run(measure(given))
+    leave(given, rows, about(begun, model=model), lambda: show(rows))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python benchmarks/real_model.py --llm-url http://127.0.0.1:8080/v1 --out eval_runs/reference/real-model.json
     python benchmarks/real_model.py --llm-url … --judge-url http://127.0.0.1:8081/v1   # a second judge
 
-Trains the study of ``benchmarks/real_model.toml`` under ``--root`` if it is missing, then runs `explain` and
-`score` as a user would: ``--latents`` of its first run by the ``batch`` protocol, and ``--both`` of its second run by
-both protocols. The n-gram baseline and the swapped control come with `score`, on the same contexts. The command resumes
-if stopped. On two CPU cores a model of 1.5B parameters takes a few hours.
+Trains the study of ``benchmarks/real_model.toml`` under ``--root``, then runs `explain` and `score` as a user would.
+``--latents`` of its first run are explained and scored by the protocol ``single``. ``--both`` of them have the
+swapped control, are scored by the protocol ``batch`` and by a second judge as well, and are explained by each of
+``--explainers``. The n-gram baseline comes with `score`, on the same contexts. The command resumes if stopped. A
+model of 1.5B parameters takes about an hour and a half on two CPU cores.
 
 Written are one row for each explainer, judge and protocol (mean scores of latents with their standard errors, share of
 contexts without a verdict), tokens and time of each stage and model, ten explanations from best to worst, and the
@@ -47,21 +48,13 @@ def run_cli(*words: object) -> str:
     return done.stdout
 
 
-def list_new(run: Run, known: list[Row], name: str) -> list[Row]:
-    """Return a row for each set-up of ``run`` that is not among ``known``, which grows."""
-    scores = run.scores()
-    found = [setup for setup in setups_of(scores) if setup not in known]
-    known += found
-    return [summarise(rows_of(scores, setup), {"name": name, "run": run.name, **setup}) for setup in found]
-
-
 def summarise(rows: pd.DataFrame, head: Row) -> Row:
     """Return the means over latents of one set-up, own explanations and swapped ones."""
     own, swapped = (rows[(rows["control"] == kind) & (rows["status"] == "ok")] for kind in ("none", "swap"))
     tried = rows[(rows["control"] == "none") & rows["judge"].notna()]
     judged = float(tried[["n_active", "n_inactive"]].to_numpy().sum())
     n_failed = float(tried["n_failed"].sum())
-    keys = ("name", "run", "explainer", "explainer_model", "judge", "model", "scorer")
+    keys = ("name", "explainer", "explainer_model", "judge", "model", "scorer")
     return {
         **{key: head[key] for key in keys},
         "latents": len(own),
@@ -91,41 +84,50 @@ def list_examples(run: Run) -> list[Row]:
     ]
 
 
-def list_costs(runs: list[Run]) -> list[Row]:
+def list_costs(run: Run) -> list[Row]:
     """Return tokens, requests and the servers' seconds of each stage and model."""
-    tables = []
-    for run in runs:
-        with open_journal(run) as journal:
-            tables.append(journal.usage())
-    total = pd.concat(tables).groupby(["stage", "model"], as_index=False).sum(numeric_only=True)
-    return records_of(total)
+    with open_journal(run) as journal:
+        return records_of(journal.usage())
 
 
 def measure(given: Any) -> dict[str, Any]:
     """Run all stages and return the record."""
     root = ["--root", given.root]
-    if not (given.root / f"{NAME}_a" / "run.json").exists():
-        run_cli("train", "--recipe", RECIPE, "--name", NAME, "--seeds", 0, 1, *root)
+    run_cli("train", "--recipe", RECIPE, "--name", NAME, "--seeds", 0, 1, *root)
     asked = ["--llm-url", given.llm_url, *(["--llm-model", given.llm_model] if given.llm_model else [])]
     asked += ["--concurrency", given.concurrency, *root]
-    first, second = (Run.open(f"{NAME}_{letter}", given.root) for letter in "ab")
-    run_cli("align", first.name, second.name, *root)
-    rows: list[Row] = []
-    known: list[Row] = []
-    for run, n, protocols in ((first, given.latents, ("batch",)), (second, given.both, ("batch", "single"))):
-        run_cli("explain", "--sae", run.name, "--latents", n, "--control-sae-latents", 0, *asked)
-        for protocol in protocols:
-            run_cli("score", "--sae", run.name, "--protocol", protocol, "--control-latents", n, *asked)
-            rows += list_new(run, known, protocol)
+    run, sibling = (Run.open(f"{NAME}_{letter}", given.root) for letter in "ab")
+    run_cli("align", run.name, sibling.name, *root)
+    setups: list[Row] = []
+    names: list[str] = []
+
+    def explain(n: int, explainer: str = "llm") -> None:
+        rest = ["--control-sae-latents", 0, "--explainer", explainer]
+        run_cli("explain", "--sae", run.name, "--latents", n, *rest, *asked)
+
+    def score(protocol: str, n_controls: int, *rest: object) -> None:
+        which = ["--protocol", protocol, "--control-latents", n_controls]
+        run_cli("score", "--sae", run.name, *which, *rest, *asked)
+        new = [setup for setup in setups_of(run.scores()) if setup not in setups]
+        setups.extend(new)
+        names.extend([protocol] * len(new))
+
+    explain(given.both)
+    score("single", given.both)
+    score("batch", 0)
     if given.judge_url:
-        elsewhere = ["--judge-url", given.judge_url]
-        run_cli("score", "--sae", first.name, "--protocol", "batch", *elsewhere, *asked)
-        rows += list_new(first, known, "batch, second judge")
-    report = json.loads(run_cli("report", "--sae", first.name, "--json", *root))
+        score("single", 0, "--judge-url", given.judge_url)
+    explain(given.latents)
+    score("single", given.both)
+    for explainer in given.explainers:
+        explain(given.both, explainer)
+        score("single", 0)
+    scores = run.scores()
+    report = json.loads(run_cli("report", "--sae", run.name, "--json", *root))
     return {
-        "rows": rows,
-        "costs": list_costs([first, second]),
-        "examples": list_examples(first),
+        "rows": [summarise(rows_of(scores, s), {"name": n, **s}) for n, s in zip(names, setups, strict=True)],
+        "costs": list_costs(run),
+        "examples": list_examples(run),
         "relation": report.get("relation"),
     }
 
@@ -149,9 +151,12 @@ def main() -> None:
     parser.add_argument("--llm-url", required=True)
     parser.add_argument("--llm-model")
     parser.add_argument("--judge-url", help="a server of a second judge")
-    parser.add_argument("--latents", type=int, default=40, help="of the first run, by the batch protocol")
-    parser.add_argument("--both", type=int, default=10, help="of the second run, by both protocols")
-    parser.add_argument("--concurrency", type=int, default=2)
+    parser.add_argument("--latents", type=int, default=40, help="explained and scored")
+    parser.add_argument("--both", type=int, default=10, help="of them scored in every way")
+    parser.add_argument(
+        "--explainers", nargs="*", default=["contrastive", "input_output"], help="compared with the default"
+    )
+    parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--root", type=Path, default=Path("build/real-model"))
     given = parser.parse_args()
     begun = time.time()
