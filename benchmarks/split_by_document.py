@@ -2,12 +2,10 @@
 
     python benchmarks/split_by_document.py [--sae demo_a] [--latents 400] [--splits 4] [--json] [--out x.json]
 
-The program never shows a judge a text that an explainer saw, nor a near-duplicate; but a text is a window of some tens
-of tokens, and two windows of one document may lie on either side. Here latents are explained and judged anew by the
-n-gram baseline, on texts that are split ``by text``, as the program does it, or ``by document``: all windows of a
-document on one side. The same latents take part in both, and each split is drawn several times. A row is a split of
-both kinds: mean scores, and their difference with the standard error over latents. Needs a harvested run whose
-tokenizer puts a token between documents, such as those of ``make demo``. Takes minutes.
+Latents are explained and judged anew by the n-gram baseline, on texts that are split ``by text`` (a window of some tens
+of tokens is on one side with its near-duplicates, as in runs from before), or ``by document``, as the program does it.
+The same latents take part in both, and each split is drawn several times. A row is a split of both kinds: mean scores,
+and their difference with the standard error over latents. Needs a harvested run. Takes minutes.
 """
 
 from __future__ import annotations
@@ -26,34 +24,12 @@ from rich.table import Table
 
 from autointerp.contexts.material import Material
 from autointerp.contexts.near_duplicates import load_groups
-from autointerp.contexts.sampler import EXPLAIN_SHARE, ContextSampler
+from autointerp.contexts.sampler import ContextSampler
+from autointerp.contexts.sides import split_by_document, split_by_text
 from autointerp.explaining.explainers.ngram import NgramExplainer
 from autointerp.scoring.judges.ngram import NgramJudge
-from sae.firings.store import FiringStore
+from sae.firings.store import mix_bits
 from sae.study.run import Run
-
-Hashes = npt.NDArray[np.uint64]
-Bools = npt.NDArray[np.bool_]
-
-
-class Split(ContextSampler):
-    """A sampler in which ``explain`` [G] says for each of ``groups`` [G], ascending, whether it is the explainer's."""
-
-    def __init__(self, material: Material, of_window: Hashes, groups: Hashes, explain: Bools) -> None:
-        super().__init__(material.store, material.store.corpus.decode, material.settings, of_window)
-        self._ascending, self._explain = groups, explain
-
-    def _explain_side(self, group: Hashes) -> Bools:  # type: ignore[override]
-        return self._explain[np.searchsorted(self._ascending, group)]
-
-
-def documents_of(store: FiringStore) -> npt.NDArray[np.int64]:
-    """[W] the number of the document that each harvested window ends in."""
-    corpus, per_sequence = store.corpus, store.windows_per_sequence
-    ends = np.cumsum(corpus.is_special(np.asarray(corpus.tokens)).ravel()).reshape(corpus.tokens.shape)
-    window = np.arange(store.n_windows)
-    last = (window % per_sequence) * store.window + store.window - 1
-    return np.asarray(ends[store.sequences_of(window), last], np.int64)
 
 
 def scores(sampler: ContextSampler, latents: list[int]) -> npt.NDArray[np.float64]:
@@ -72,15 +48,16 @@ def scores(sampler: ContextSampler, latents: list[int]) -> npt.NDArray[np.float6
 
 
 def row_of(material: Material, latents: list[int], seed: int) -> dict[str, Any]:
-    of_window = load_groups(material.run, material.store, material.settings.near_duplicate)
-    groups, first = np.unique(of_window, return_index=True)
-    document, rng = documents_of(material.store), np.random.default_rng(seed)
-    # A text that several documents hold goes where its first one goes.
+    store, settings = material.store, material.settings
+    groups = load_groups(material.run, store, settings.near_duplicate)
     sides = {
-        "by text": rng.random(len(groups)) < EXPLAIN_SHARE,
-        "by document": (rng.random(document.max() + 1) < EXPLAIN_SHARE)[document[first]],
+        "by text": split_by_text(mix_bits(groups ^ np.uint64(seed))),
+        "by document": split_by_document(store, groups, seed).of_window,
     }
-    found = {name: scores(Split(material, of_window, groups, side), latents) for name, side in sides.items()}
+    found = {
+        name: scores(ContextSampler(store, store.corpus.decode, settings, groups, sides=side), latents)
+        for name, side in sides.items()
+    }
     gain = found["by text"] - found["by document"]
     gain = gain[~np.isnan(gain)]
     return {
@@ -112,7 +89,7 @@ def main() -> None:
     drawn = np.random.default_rng(0).permutation(eligible)[: asked.latents].tolist()
     console = Console(stderr=True)
     rows = [row_of(material, drawn, seed) for seed in track(range(asked.splits), "splitting", console=console)]
-    documents = len(np.unique(documents_of(material.store)))
+    documents = len(material.store.corpus.document_ends)
     leave(asked, rows, about(begun, run=asked.sae, documents=documents), lambda: shown(rows))
 
 

@@ -1,11 +1,13 @@
 """All settings of a study, with defaults, bounds and descriptions; recipes and flags use the same model.
 
 A recipe is a TOML file with these tables. A stage's hash covers exactly the settings that its results depend on: see
-:meth:`Settings.identity`.
+:meth:`Settings.identity`. A setting added later is omitted from records at the value that says what was done before it
+existed (``exclude_if``), so that older runs keep their hashes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -37,7 +39,12 @@ Amount = Annotated[int, BeforeValidator(_amount), Field(le=LARGEST)]
 Count = Annotated[int, Field(le=2**31 - 1)]
 Rate = Annotated[float, Field(le=1e6)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Weight = Annotated[float, Field(gt=0, le=1e6)]
 Words = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+
+
+def _is(value: Any) -> Callable[[Any], bool]:
+    return lambda other: bool(other == value)
 
 
 class Table(BaseModel):
@@ -63,14 +70,28 @@ class CorpusSettings(Table):
 
     kind: Literal["stdlib", "text", "dataset"] = Field("stdlib", description="source of the text")
     source: tuple[Words, ...] = Field(
-        (), strict=False, description="files or folders (text), or one folder or hub name (dataset)"
+        (), strict=False, description="files or folders (text), or data files, folders or hub names (dataset)"
     )
     config: Words | None = Field(None, description="dataset: configuration name")
     split: Words = Field("train", description="dataset: split")
-    column: Words = Field("text", description="dataset: column of the text")
+    column: Words = Field("text", description="dataset: column of text, of chat messages or of token ids")
     context: int = Field(256, ge=8, le=2**24, description="tokens in a packed sequence (T)")
     max_tokens: Amount | None = Field(None, ge=1, description="stop reading after this many tokens")
     order_seed: Seed = Field(0, description="seed of the order of sequences")
+    end_token: bool = Field(True, exclude_if=_is(True), description="put the end-of-text token after each document")
+    columns: tuple[Words, ...] = Field(
+        (), strict=False, exclude_if=_is(()), description="dataset: a column for each of several datasets"
+    )
+    weights: tuple[Weight, ...] = Field(
+        (),
+        strict=False,
+        exclude_if=_is(()),
+        description="dataset: a share of the documents for each of several datasets; default equal shares",
+    )
+    shuffle_buffer: Count = Field(
+        0, ge=0, exclude_if=_is(0), description="dataset: documents in the buffer that is drawn from; 0: stored order"
+    )
+    shuffle_seed: Seed = Field(0, exclude_if=_is(0), description="dataset: seed of the draw from the buffer")
 
 
 class TrainingSettings(Table):
@@ -120,6 +141,12 @@ class HarvestSettings(Table):
 class ContextSettings(Table):
     """The contexts that explainers and judges see."""
 
+    split: Literal["document", "text"] = Field(
+        "document",
+        exclude_if=_is("text"),
+        description="what is kept on one side, the explainer's or the judge's: whole documents, or equal texts alone",
+    )
+
     n_explain: Count = Field(40, ge=1, description="activating contexts shown to the explainer")
     n_active: Count = Field(50, ge=2, description="activating contexts in the test set")
     n_inactive: Count = Field(50, ge=2, description="non-activating contexts in the test set")
@@ -158,7 +185,7 @@ class Settings(Table):
 
     def with_values(self, **tables: dict[str, Any]) -> Settings:
         """Return a validated copy with the given values; ``None`` keeps a value."""
-        merged = self.model_dump()
+        merged = {table: dict(getattr(self, table)) for table in Settings.model_fields}
         for table, values in tables.items():
             merged[table].update({key: value for key, value in values.items() if value is not None})
         return validated(merged, "the command line")
@@ -195,4 +222,11 @@ def validated(values: dict[str, Any], where: str) -> Settings:
             f"{where}: corpus.source = {list(settings.corpus.source)!r} is not used with corpus.kind 'stdlib'; "
             "set kind = 'text' (files and folders) or kind = 'dataset'"
         )
+    if settings.corpus.kind != "dataset":
+        default = CorpusSettings()
+        for key in ("columns", "weights", "shuffle_buffer"):
+            if (value := getattr(settings.corpus, key)) != getattr(default, key):
+                raise BadInput(
+                    f"{where}: corpus.{key} = {value!r} needs corpus.kind = 'dataset'; change the kind or drop it"
+                )
     return settings

@@ -165,9 +165,28 @@ class Text:
     text: Annotated[
         list[str] | None, Option(help="Text files or folders. Default: the sources of Python's library.")
     ] = None
-    dataset: Annotated[str | None, Option(help="Folder or hub name of a Hugging Face dataset.")] = None
+    dataset: Annotated[
+        list[str] | None,
+        Option(help="Folder, data file or hub name of a Hugging Face dataset; several are interleaved."),
+    ] = None
+    weights: Annotated[
+        list[float] | None, Option(help="Share of the documents of each of several datasets. Default: equal shares.")
+    ] = None
     split: Annotated[str | None, Option(help="Split of the dataset. Default: {corpus.split}.")] = None
-    column: Annotated[str | None, Option(help="Column of the dataset with the text. Default: {corpus.column}.")] = None
+    column: Annotated[
+        list[str] | None,
+        Option(
+            help="Column of the dataset: text, chat messages or token ids. Default: {corpus.column}. "
+            "For several datasets one for all or one each."
+        ),
+    ] = None
+    shuffle_buffer: Annotated[
+        int | None, Option(help="Shuffle the dataset through a buffer of this many documents, seeded.")
+    ] = None
+    shuffle_seed: Annotated[int | None, Option(help="Seed of --shuffle-buffer. Default: {corpus.shuffle_seed}.")] = None
+    end_token: Annotated[
+        bool | None, Option("--end-token/--no-end-token", help="End-of-text token after each document, or none.")
+    ] = None
     config: Annotated[str | None, Option(help="Configuration of the dataset, if it has several.")] = None
     context: Annotated[int | None, Option(help="Tokens in a packed sequence. Default: {corpus.context}.")] = None
 
@@ -175,11 +194,16 @@ class Text:
         """Return the settings' table ``corpus``, with ``None`` for each value not given."""
         if self.text and self.dataset:
             raise BadInput("--text and --dataset both name the corpus; give one of them")
-        corpus: dict[str, Any] = {name: getattr(self, name) for name in ("context", "split", "column", "config")}
+        given = ("context", "split", "config", "shuffle_buffer", "shuffle_seed", "end_token")
+        corpus: dict[str, Any] = {name: getattr(self, name) for name in given}
+        if self.column:
+            corpus |= {"column": self.column[0], "columns": tuple(self.column) if self.column[1:] else ()}
+        if self.weights:
+            corpus["weights"] = tuple(self.weights)
         if self.text:
             corpus |= {"kind": "text", "source": tuple(absolute(t) for t in self.text)}
         if self.dataset:
-            corpus |= {"kind": "dataset", "source": (absolute(self.dataset),)}
+            corpus |= {"kind": "dataset", "source": tuple(absolute(name) for name in self.dataset)}
         return corpus
 
 

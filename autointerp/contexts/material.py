@@ -10,9 +10,11 @@ import pandas as pd
 from autointerp.contexts.near_duplicates import METHOD as GROUPING
 from autointerp.contexts.near_duplicates import load_groups
 from autointerp.contexts.neighbours import Neighbours
+from autointerp.contexts.positions import Hashes
 from autointerp.contexts.sampler import METHOD, ContextSampler
+from autointerp.contexts.sides import Sides, split_by_document
 from sae.common.files import digest, read_table, write_table
-from sae.common.progress import track
+from sae.common.progress import say, track
 from sae.firings.store import FiringStore
 from sae.settings import ContextSettings
 from sae.study.run import Run
@@ -39,9 +41,19 @@ class Material:
             self.store,
             self.store.corpus.decode,
             self.settings,
-            load_groups(self.run, self.store, self.settings.near_duplicate),
+            self._groups,
             Neighbours(self.store, self.run.read_decoder),
+            self._sides.of_window if self._sides else None,
         )
+
+    @functools.cached_property
+    def _groups(self) -> Hashes:
+        return load_groups(self.run, self.store, self.settings.near_duplicate)
+
+    @functools.cached_property
+    def _sides(self) -> Sides | None:
+        """The split by document; ``None`` if runs from before split by text."""
+        return split_by_document(self.store, self._groups) if self.settings.split == "document" else None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -54,11 +66,16 @@ class Material:
         path = self.run.stage_path("contexts")
         if self.run.stage_inputs("contexts") == self.digest:
             return read_table(path)
+        if self._sides and self._sides.n_cut:
+            say(
+                f"{self.run.name}: few documents hold most of the text; {self._sides.n_cut} cut into sections, "
+                "which the explainer and the judge share"
+            )
         rows = []
         with track(f"counting contexts of {self.run.name}", self.store.num_latents, "latents") as bar:
             for latent in range(self.store.num_latents):
                 rows.append((latent, *self.sampler.eligible(latent)))
                 bar.advance()
         table = pd.DataFrame(rows, columns=["latent", "eligible", "ineligible_reason"])
-        write_table(path, table, inputs=self.digest)
+        write_table(path, table, inputs=self.digest, split=self._sides.describe() if self._sides else None)
         return table

@@ -2,8 +2,8 @@
 
 A judge must be tested on text that the explainer never saw. Corpora repeat themselves (licence headers, boilerplate):
 drawn from one list, 20 to 40 % of the test texts would be known. So near-duplicate windows form a *group*
-(:mod:`autointerp.contexts.near_duplicates`), whose hash decides the side of its windows, once for all latents. A latent
-never gets two windows of one group.
+(:mod:`autointerp.contexts.near_duplicates`), and each group and document has one side, once for all latents
+(:mod:`autointerp.contexts.sides`). A latent never gets two windows of one group.
 
 Within a side, hashes of the sample seed, the latent and the group decide. So every process draws the same, and a larger
 harvest changes a draw only where new texts displace old ones.
@@ -34,11 +34,11 @@ from autointerp.contexts.positions import (
     draw_in_turn,
     is_among,
 )
+from autointerp.contexts.sides import EXPLAIN, JUDGE, NEITHER, SideArray, split_by_text
 from sae.firings.store import FiringStore, Ints, mix_bits
 from sae.settings import ContextSettings
 
 METHOD = 3  # raise it when the same settings would draw other contexts: it is part of the key of scores
-EXPLAIN_SHARE = 0.4  # of all texts; the test set is larger because its error bars are reported
 _LATENTS_REMEMBERED = 8  # explaining, testing and eligible are called in turn for the same latent
 
 STRONG = 0.25  # a neighbour fires strongly in this share of its windows, those with the highest peaks
@@ -47,6 +47,11 @@ _WALK = 1 << 16  # windows searched for a token at most
 _BLOCK = 1 << 12
 _FEWEST = 5  # contexts of a harder kind: fewer are of no use for a score
 _NONE: Ints = np.empty(0, np.int64)
+
+
+def _side_of(explain: bool) -> int:
+    return EXPLAIN if explain else JUDGE
+
 
 Kind = Literal["active", "random", "hard", "same_token", "mismarked"]
 BackgroundKind = Literal["random", "hard"]
@@ -107,7 +112,7 @@ class TestSet:
 
 
 class _Actives(NamedTuple):
-    """The groups of texts in which a latent fires, without those with special tokens: [n] each, ``group`` ascending."""
+    """The groups of usable texts in which a latent fires, without special tokens: [n] each, ``group`` ascending."""
 
     windows: Ints
     group: Hashes
@@ -125,6 +130,7 @@ class ContextSampler:
         settings: the number of contexts of each kind, and the sample seed.
         groups: [W] the group of each window; by default only equal texts share one.
         neighbours: gives the neighbours of a latent; without it no hard negatives are drawn.
+        sides: [W] the side of each window; by default a hash of its group decides.
     """
 
     def __init__(
@@ -134,9 +140,11 @@ class ContextSampler:
         settings: ContextSettings,
         groups: Hashes | None = None,
         neighbours: NeighboursOf | None = None,
+        sides: SideArray | None = None,
     ) -> None:
         self.store = store
         self._groups = store.content() if groups is None else groups
+        self._sides = split_by_text(self._groups) if sides is None else sides
         self._neighbours = neighbours
         self.settings = settings
         self._decode = decode_tokens
@@ -190,7 +198,7 @@ class ContextSampler:
         """Return whether there are enough contexts to explain and test the latent; if not, with the reason."""
         settings = self.settings
         actives = self._actives(latent)
-        explain = int(self._explain_side(actives.group).sum())
+        explain = int((self._sides[actives.windows] == EXPLAIN).sum())
         test = len(actives.windows) - explain
         if len(self.store.windows(latent)[0]) == 0:
             return False, "never fires in the harvest"
@@ -214,7 +222,7 @@ class ContextSampler:
             return self._remembered[latent]
         windows, peaks = self.store.windows(latent)
         group = self._groups[windows]
-        kept = np.flatnonzero(~self.store.has_special(windows))
+        kept = np.flatnonzero(~self.store.has_special(windows) & (self._sides[windows] != NEITHER))
         distinct, first = np.unique(group[kept], return_index=True)  # the earliest window of each group
         kept = kept[first]
         # Equal peaks are common in half precision: the group's hash breaks ties, not its position.
@@ -230,7 +238,7 @@ class ContextSampler:
     def _draw_active(self, latent: int, explain: bool, wanted: int) -> Ints:
         """Return up to ``wanted`` numbers of :meth:`_actives`, the next by priority from each stratum in turn."""
         actives = self._actives(latent)
-        here = np.flatnonzero(self._explain_side(actives.group) == explain)
+        here = np.flatnonzero(self._sides[actives.windows] == _side_of(explain))
         priority = mix_bits(actives.group[here] ^ self._key(latent))
         by_stratum = np.lexsort((priority, actives.strata[here]))
         strata = actives.strata[here][by_stratum]
@@ -278,7 +286,7 @@ class ContextSampler:
             windows, peaks = self.store.windows(neighbour)
             strong = windows[peaks >= np.quantile(peaks, 1 - STRONG)] if len(windows) else windows
             group = self._groups[strong]
-            usable = (self._explain_side(group) == explain) & ~self.store.has_special(strong)
+            usable = (self._sides[strong] == _side_of(explain)) & ~self.store.has_special(strong)
             usable &= ~is_among(group, firing) & ~is_among(group, excluded)
             distinct, first = np.unique(group[usable], return_index=True)
             queues.append(self._queue(strong[usable][first], distinct, key).shorten(2 * n))
@@ -339,7 +347,7 @@ class ContextSampler:
         return Ring.of(self._usable(explain=False), self._groups, self._seed)
 
     def _usable(self, explain: bool) -> Ints:
-        return np.flatnonzero(~self.store.has_special() & (self._explain_side(self._groups) == explain))
+        return np.flatnonzero(~self.store.has_special() & (self._sides == _side_of(explain)))
 
     def _silent_contexts(self, windows: Ints, kind: Kind) -> list[Context]:
         silence = (0.0,) * self.store.window
@@ -352,11 +360,6 @@ class ContextSampler:
 
     def _n_inactive(self, n_active: int) -> int:
         return round(n_active * self.settings.n_inactive / self.settings.n_active)
-
-    @staticmethod
-    def _explain_side(group: Hashes) -> npt.NDArray[np.bool_]:
-        """Return whether each group belongs to the explainer, the same for every latent, run and sample seed."""
-        return mix_bits(group) < np.uint64(int(EXPLAIN_SHARE * 2**64))
 
     def _key(self, latent: int) -> np.uint64:
         return mix_bits(np.array([latent], np.uint64) ^ self._seed)[0]

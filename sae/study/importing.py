@@ -26,7 +26,7 @@ from sae.settings import Settings
 from sae.study.harvest import check_trained
 from sae.study.recipes import settings_from
 from sae.study.run import Run, check_folder_is_free, check_name, remove_failed_runs, study_runs, write_record
-from sae.study.stage import Compute, describe_inputs, lock_study, resolve_dtype
+from sae.study.stage import Compute, describe_inputs, fit_to_study, lock_study
 from sae.text.packing import prepare_corpus
 
 
@@ -55,7 +55,7 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
     check_name(study)
     folder, exact_source = locate(source)
     opened, format_ = open_sae(folder)
-    settings = resolve_dtype(study, _with_dictionary(settings, opened.sae), root, compute)
+    settings = fit_to_study(study, _with_dictionary(settings, opened.sae), root, compute)
     files = [format_.config, format_.weights, *format_.extras]
     origin = {
         "from": exact_source,

@@ -238,7 +238,10 @@ class Run:
 
     @functools.cached_property
     def settings(self) -> Settings:
-        return validated(self.record["settings"], f"run {self.name!r}")
+        values = dict(self.record["settings"])
+        if isinstance(contexts := values.get("contexts", {}), dict):
+            values["contexts"] = {"split": "text", **contexts}  # of runs from before there was another
+        return validated(values, f"run {self.name!r}")
 
     @property
     def is_trained(self) -> bool:

@@ -83,14 +83,19 @@ def lock_study(root: Path, study: str) -> Iterator[None]:
         raise UserError(f"another command is using study {study!r}; wait for it, then run this command again") from None
 
 
-def resolve_dtype(study: str, settings: Settings, root: Path, compute: Compute) -> Settings:
-    """Replace subject.dtype "auto" by the dtype of the study's runs, else by the machine's best."""
+def fit_to_study(study: str, settings: Settings, root: Path, compute: Compute) -> Settings:
+    """Return settings whose split of contexts is that of the study's runs, and whose dtype is theirs if it is "auto".
+
+    Without runs, "auto" becomes the machine's best dtype.
+    """
+    begun = [run.settings for run in study_runs(study, root)[:1]]
+    for theirs in begun:
+        settings = settings.with_values(contexts={"split": theirs.contexts.split})
     if settings.subject.dtype != "auto":
         return settings
     from sae.common.precision import resolve_float
 
-    begun = study_runs(study, root)
-    dtype = begun[0].settings.subject.dtype if begun else resolve_float("auto", compute.resolve())
+    dtype = begun[0].subject.dtype if begun else resolve_float("auto", compute.resolve())
     return settings.with_values(subject={"dtype": dtype})
 
 

@@ -27,10 +27,10 @@ from sae.study.stage import (
     Source,
     check_same_inputs,
     describe_inputs,
+    fit_to_study,
     get_source_key,
     lock_study,
     open_source,
-    resolve_dtype,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def train_studies(
     """
     n_studies = len(studies)
     studies = [replace(s, settings=s.settings.limit_dataset(s.settings.most_tokens)) for s in studies]
-    studies = [replace(s, settings=resolve_dtype(s.name, s.settings, root, compute)) for s in studies]
+    studies = [replace(s, settings=fit_to_study(s.name, s.settings, root, compute)) for s in studies]
     if controls:
         studies = add_controls(studies, root)
     names = [study.name for study in studies]

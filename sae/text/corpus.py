@@ -26,6 +26,7 @@ from sae.common.records import OPEN, PIECE_BYTES, check_pieces, read_record
 BLOCK_TOKENS = 4096
 MIXED_BLOCKS = 4
 _BLOCK_SEED = 0x5AE
+_SCAN_TOKENS = 1 << 24
 _AGAIN = f"delete the folder and run `{shell_command('train')}` with the same settings to write it again"
 
 
@@ -39,6 +40,7 @@ class CorpusRecord(TypedDict):
     n_sequences: Annotated[int, Field(ge=1)]
     dtype: Literal["<u2", "<u4"]
     special_ids: list[int]
+    separator: NotRequired[int | None]
     info: dict[str, Any]
     digests: NotRequired[dict[str, list[str]]]  # of the pieces of the files; older corpora have none
 
@@ -65,6 +67,7 @@ class Corpus:
         self.context: int = record["context"]
         self.special_ids: tuple[int, ...] = tuple(record["special_ids"])
         self.info: dict[str, Any] = record["info"]
+        self._separator = record.get("separator")
         self.tokens = tokens
         self.n_sequences: int = tokens.shape[0]
         self.n_tokens: int = tokens.size
@@ -136,6 +139,31 @@ class Corpus:
             self.check(piece * PIECE_BYTES, (piece + 1) * PIECE_BYTES)
             self._intact.add(piece)
         return self.tokens[index].astype(np.int64)
+
+    @property
+    def has_document_ends(self) -> bool:
+        """Whether the ends of documents were recorded; in older corpora each end-of-text token is taken as one."""
+        return "documents.bin" in self._digests
+
+    @functools.cached_property
+    def document_ends(self) -> np.ndarray:
+        """The first token after each document, int64, ascending; the last is N·T, which may cut a document.
+
+        Tokens count through the rows. An older corpus without end-of-text tokens is one document.
+        """
+        if self.has_document_ends:
+            self.check(name="documents.bin")
+            ends = np.fromfile(self.folder / "documents.bin", "<i8")
+        elif self._separator is None:
+            ends = np.empty(0, np.int64)
+        else:
+            flat = self.tokens.reshape(-1)
+            pieces = (
+                np.flatnonzero(flat[start : start + _SCAN_TOKENS] == self._separator) + start + 1
+                for start in range(0, len(flat), _SCAN_TOKENS)
+            )
+            ends = np.concatenate(list(pieces))
+        return np.append(ends[: np.searchsorted(ends, self.n_tokens)], self.n_tokens)
 
     def is_special(self, tokens: np.ndarray) -> np.ndarray:
         """Return which of ``tokens`` are special tokens: bool of the same shape."""

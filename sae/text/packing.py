@@ -30,6 +30,7 @@ _SCHEMA = 1
 _BATCH_CHARACTERS = 1 << 19
 _BATCH_DOCUMENTS = 512
 _CHECKPOINT_SECONDS = 15.0
+_END_BYTES = 8  # int64
 
 
 def prepare_corpus(settings: CorpusSettings, tokenizer: Any, tokenizer_fingerprint: str, root: Path) -> Corpus:
@@ -43,7 +44,7 @@ def prepare_corpus(settings: CorpusSettings, tokenizer: Any, tokenizer_fingerpri
             f"{settings.context}; raise the first or lower the second"
         )
     corpora = root / "corpora"
-    source = open_source(settings, corpora / "hashes.json")
+    source = open_source(settings, corpora / "hashes.json", tokenizer)
     if source.total is None and settings.max_tokens is None:
         raise BadInput(f"the length of {settings.source[0]!r} is unknown; set corpus.max_tokens")
     made_from = {
@@ -52,6 +53,7 @@ def prepare_corpus(settings: CorpusSettings, tokenizer: Any, tokenizer_fingerpri
         "tokenizer": tokenizer_fingerprint,
         "context": settings.context,
         "max_tokens": settings.max_tokens,
+        **({} if settings.end_token else {"end_token": False}),
     }
     key = digest(made_from)[:16]
     folder = corpora / key
@@ -63,8 +65,11 @@ def prepare_corpus(settings: CorpusSettings, tokenizer: Any, tokenizer_fingerpri
     return Corpus.open(folder)
 
 
-def open_source(settings: CorpusSettings, memo: Path) -> TextSource:
-    """Open the source of ``settings``, with hashes cached in ``memo``; raise NotFound or BadInput if it is no text."""
+def open_source(settings: CorpusSettings, memo: Path, tokenizer: Any) -> TextSource:
+    """Open the source of ``settings``, with hashes cached in ``memo``; raise NotFound or BadInput if it is no text.
+
+    The ``tokenizer`` renders chat messages and bounds token ids.
+    """
     if settings.kind == "stdlib":
         return open_stdlib()
     if not settings.source:
@@ -72,9 +77,9 @@ def open_source(settings: CorpusSettings, memo: Path) -> TextSource:
         raise BadInput(f"corpus.source is empty, and corpus.kind {settings.kind!r} needs {wanted}; give one")
     if settings.kind == "text":
         return open_text_files(settings, Hashes(memo))
-    from sae.text.hf_datasets import open_dataset  # takes a second to import
+    from sae.text.hf_datasets import open_datasets  # takes a second to import
 
-    return open_dataset(settings, Hashes(memo))
+    return open_datasets(settings, Hashes(memo), tokenizer)
 
 
 def _lock(folder: Path) -> AbstractContextManager[object]:
@@ -86,7 +91,7 @@ def _lock(folder: Path) -> AbstractContextManager[object]:
         return lock.acquire()
 
 
-_COUNTS = ("rows", "pieces", "documents", "bytes", "within_document")
+_COUNTS = ("rows", "pieces", "documents", "bytes", "within_document", "last_id", "n_ends")
 
 
 @with_config(OPEN)
@@ -98,11 +103,13 @@ class _State(TypedDict):
     documents: int
     bytes: int
     within_document: bool
+    last_id: int
+    n_ends: int
     left: list[int]
 
 
 class _Packer:
-    """Tokenise into ``tokens.part`` and rename it when it is complete.
+    """Tokenise into ``tokens.part`` and rename it when it is complete; ``documents.part`` gets the documents' ends.
 
     ``packing.json`` records how many pieces of text the first ``rows`` rows hold and which tokens remain, to resume.
     """
@@ -111,27 +118,32 @@ class _Packer:
         self.folder, self.key, self.settings, self.source = folder, key, settings, source
         self.context = settings.context
         self.special_ids = find_special_ids(tokenizer)
-        self.separator = find_separator(tokenizer)
+        self.separator = find_separator(tokenizer) if settings.end_token else None
+        self.bos = getattr(tokenizer, "bos_token_id", None)
         self.encode, self.backend = make_encoder(tokenizer)
         self.dtype = np.dtype("<u2" if count_token_ids(tokenizer) <= 1 << 16 else "<u4")
         self.max_rows = sys.maxsize if settings.max_tokens is None else settings.max_tokens // self.context
-        self.part = folder / "tokens.part"
+        self.part, self.ends_part = folder / "tokens.part", folder / "documents.part"
         self.state = folder / "packing.json"
-        self.rows = self.pieces = self.documents = self.bytes = 0
+        self.rows = self.pieces = self.documents = self.bytes = self.n_ends = 0
+        self.last_id = -1  # of the document that is being read
         self.left = np.empty(0, dtype=self.dtype)
         self.within_document = False
 
     def run(self, made_from: dict[str, Any]) -> None:
         self._resume()
         hasher = hashlib.sha256(f"{self.context}\n".encode())
-        with report_full_disk(self.folder), self.part.open("r+b") as stream:
+        with report_full_disk(self.folder), self.part.open("r+b") as stream, self.ends_part.open("r+b") as ends:
             while data := stream.read((1 << 18) * self.dtype.itemsize):
                 hasher.update(np.frombuffer(data, self.dtype).astype("<u4").tobytes())
-            self._pack(stream, hasher)
-            stream.flush()
-            os.fsync(stream.fileno())
+            ends.seek(0, os.SEEK_END)
+            self._pack(stream, ends, hasher)
+            for file in (stream, ends):
+                file.flush()
+                os.fsync(file.fileno())
         if self.rows == 0:
             self.part.unlink()
+            self.ends_part.unlink()
             self.state.unlink(missing_ok=True)
             name = ", ".join(map(repr, self.settings.source)) or "the standard library"
             raise BadInput(
@@ -141,6 +153,7 @@ class _Packer:
         if self.backend is not None:
             self.backend.save(str(self.folder / "tokenizer.json"))
         self.part.replace(self.folder / "tokens.bin")
+        self.ends_part.replace(self.folder / "documents.bin")
         info = {
             "kind": self.settings.kind,
             **self.source.info,
@@ -149,6 +162,7 @@ class _Packer:
             "n_tokens": self.rows * self.context,
             "context": self.context,
             "max_tokens": self.settings.max_tokens,
+            "end_token": self.separator is not None,
         }
         record = {
             "key": self.key,
@@ -162,14 +176,14 @@ class _Packer:
             "info": info,
             "digests": {
                 name: digest_pieces(self.folder / name)
-                for name in ("tokens.bin", "tokenizer.json")
+                for name in ("tokens.bin", "documents.bin", "tokenizer.json")
                 if (self.folder / name).is_file()
             },
         }
         write_record(self.folder / "corpus.json", record)
         self.state.unlink(missing_ok=True)
 
-    def _pack(self, stream: Any, hasher: Any) -> None:
+    def _pack(self, stream: Any, ends: Any, hasher: Any) -> None:
         total, unit = self.max_rows * self.context, "tokens"
         if self.settings.max_tokens is None:
             total, unit = self.source.total or 0, self.source.unit
@@ -179,45 +193,64 @@ class _Packer:
                 if self.rows >= self.max_rows:
                     break
                 before = self._amount(unit)
-                rows = self._rows_of(batch)
+                rows, ends_here = self._rows_of(batch)
                 stream.write(rows.tobytes())
+                ends.write(ends_here.tobytes())
                 hasher.update(rows.astype("<u4").tobytes())
                 bar.advance(self._amount(unit) - before)
                 if time.monotonic() - last > _CHECKPOINT_SECONDS:
-                    self._checkpoint(stream)
+                    self._checkpoint(stream, ends)
                     last = time.monotonic()
 
     def _amount(self, unit: str) -> int:
         return {"tokens": self.rows * self.context, "bytes": self.bytes, "documents": self.documents}[unit]
 
-    def _rows_of(self, batch: Sequence[Document]) -> np.ndarray:
-        """Add a batch of pieces; return the rows [n, T] that it completes."""
+    def _rows_of(self, batch: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+        """Add a batch of pieces; return the rows [n, T] that it completes, and the ends of its documents."""
         parts = [self.left]
+        begin, ends = self.rows * self.context, []
         limit = (self.max_rows - self.rows) * self.context
         total = len(self.left)
-        for piece, ids in zip(batch, self.encode([d.text for d in batch]), strict=True):
+        for piece, ids in zip(batch, self._encode(batch), strict=True):
             if total >= limit:
                 break  # so that the counts do not depend on the batches
             parts.append(np.asarray(ids, dtype=self.dtype))
             total += len(ids)
             self.pieces += 1
             self.bytes += len(piece.text.encode())
-            self.within_document = self.within_document or len(ids) > 0
-            if piece.ends:
-                if self.within_document and self.separator is not None:
+            if len(ids) > 0:
+                self.within_document, self.last_id = True, int(ids[-1])
+            if piece.ends and self.within_document:
+                is_closed = self.source.has_markers and self.last_id == self.separator
+                if self.separator is not None and not is_closed:
                     parts.append(np.asarray([self.separator], dtype=self.dtype))
                     total += 1
-                self.documents += self.within_document
+                ends.append(begin + total)
+                self.documents += 1
                 self.within_document = False
         flat = np.concatenate(parts)
         n = min(len(flat) // self.context, self.max_rows - self.rows)
         self.left = flat[n * self.context :]
         self.rows += n
-        return flat[: n * self.context].reshape(n, self.context)
+        self.n_ends += len(ends)
+        return flat[: n * self.context].reshape(n, self.context), np.asarray(ends, dtype="<i8")
 
-    def _checkpoint(self, stream: Any) -> None:
-        stream.flush()
-        os.fsync(stream.fileno())
+    def _encode(self, batch: Sequence[Document]) -> list[Sequence[int]]:
+        """Return the token ids of each piece. A BOS that chat templates begin with is dropped: the model adds its own.
+
+        Only sources with markers are concerned. A BOS that is also the end-of-text token stays.
+        """
+        encoded = iter(self.encode([d.text for d in batch if d.ids is None]))
+        found = [next(encoded) if d.ids is None else d.ids for d in batch]
+        if not self.source.has_markers or self.bos is None or self.bos == self.separator:
+            return found
+        begins = [not self.within_document, *(d.ends for d in batch[:-1])]
+        return [ids[1:] if first and ids[:1] == [self.bos] else ids for first, ids in zip(begins, found, strict=True)]
+
+    def _checkpoint(self, stream: Any, ends: Any) -> None:
+        for file in (stream, ends):
+            file.flush()
+            os.fsync(file.fileno())
         state = {name: getattr(self, name) for name in _COUNTS}
         write_record(self.state, {**state, "left": self.left.tolist()})
 
@@ -225,13 +258,15 @@ class _Packer:
         row_bytes = self.context * self.dtype.itemsize
         try:
             state = read_record(self.state, _State, "")
-            if self.part.stat().st_size >= state["rows"] * row_bytes:
+            ends = self.ends_part.stat().st_size // _END_BYTES
+            if self.part.stat().st_size >= state["rows"] * row_bytes and ends >= state["n_ends"]:
                 self.left = np.asarray(state["left"], dtype=self.dtype)
                 vars(self).update({name: value for name, value in state.items() if name in _COUNTS})
         except (OSError, OverflowError, UserError):
             self.rows = 0
-        self.part.touch()
-        os.truncate(self.part, self.rows * row_bytes)
+        for path, size in ((self.part, self.rows * row_bytes), (self.ends_part, self.n_ends * _END_BYTES)):
+            path.touch()
+            os.truncate(path, size)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

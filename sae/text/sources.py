@@ -11,11 +11,11 @@ import difflib
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sae.common.errors import BadInput, NotFound, UserError, join_or, suggest
 from sae.common.files import check_regular, digest, expand_user, parse_json
@@ -31,12 +31,19 @@ _READ = 1 << 20
 _SETTLED_SECONDS = 2.0  # a newer file may change again within the same modification time
 
 
+Form = Literal["text", "messages", "token ids"]
+
+
 class Document(NamedTuple):
-    """A document, or one piece of it; ``ends`` is false if the next piece continues it."""
+    """A document, or one piece of it; ``ends`` is false if the next piece continues it.
+
+    ``ids`` are the token ids of a document that is tokenised already; its text is then empty.
+    """
 
     name: str
     text: str
     ends: bool = True
+    ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class TextSource:
     """A source of text.
 
     ``identity`` is JSON that changes exactly when the text does; ``info`` is the entry in a run's record; ``total`` is
-    the number of ``unit`` (bytes or documents), ``None`` if unknown.
+    the number of ``unit`` (bytes or documents), ``None`` if unknown. ``has_markers``: documents may begin with a BOS
+    and end with an end token of their own, as chat templates write them.
     """
 
     identity: dict[str, Any]
@@ -52,6 +60,7 @@ class TextSource:
     documents: Callable[[], Iterator[Document]]
     total: int | None
     unit: str
+    has_markers: bool = False
 
 
 def open_stdlib() -> TextSource:
@@ -245,16 +254,36 @@ def read_json_lines(path: Path, column: str) -> Iterator[Document]:
             yield from split_text(f"{path}:{number}", get_text(row, column, f"{str(path)!r} line {number}"))
 
 
-def get_text(row: dict[str, Any], column: str, where: str) -> str:
+def find_form(value: Any) -> Form | None:
+    """Return how a dataset's value can be read; ``None`` if it cannot be, or is missing or empty."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list) or not value:
+        return None
+    if all(isinstance(each, dict) and {"role", "content"} <= each.keys() for each in value):
+        return "messages"
+    return "token ids" if all(type(each) is int for each in value) else None
+
+
+def _advise(row: Mapping[str, Any], column: str, form: Form | None) -> str:
+    """Return what to do about a column that cannot be read as text."""
+    if form is not None:
+        return "give the file as a dataset (--dataset)"
+    readable = [f"{name!r} ({found})" for name, value in row.items() if name != column and (found := find_form(value))]
+    if readable:
+        return f"choose {' or '.join(readable)} (corpus.column)"
+    return "choose another column" if len(row) == 1 else "none of its other columns can be read as text"
+
+
+def get_text(row: Mapping[str, Any], column: str, where: str) -> str:
     """Return the text under ``column``, empty for a missing value."""
     if column not in row:
         raise NotFound(f"{where} has no column {column!r}; did you mean {suggest(column, row)}? (corpus.column)")
     value = row[column]
     if value is not None and not isinstance(value, str):
-        raise BadInput(
-            f"{where}: column {column!r} holds {type(value).__name__}, not text; "
-            f"choose another of its columns ({', '.join(row)})"
-        )
+        form = find_form(value)
+        kind = form or type(value).__name__
+        raise BadInput(f"{where}: column {column!r} holds {kind}, not text; {_advise(row, column, form)}")
     try:
         (value or "").encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON allows

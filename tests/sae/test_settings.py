@@ -13,6 +13,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from sae.common.errors import BadInput, NotFound
+from sae.common.files import digest
 from sae.settings import LARGEST_SEED, Settings, validated
 from sae.study.recipes import read_recipe, read_sweep, settings_from
 
@@ -24,6 +25,20 @@ def test_the_defaults_are_valid_and_come_back() -> None:
     settings = Settings()
     assert validated(settings.model_dump(mode="json"), "here") == settings
     assert settings_from(None) == settings
+
+
+def test_default_identity_is_that_of_older_versions() -> None:
+    assert digest(Settings().identity()) == "970ab30fef86509d6b69c7461de747cad469e1c62413bfddd58bcf24a4cc2ebf"
+    by_text = Settings().with_values(contexts={"split": "text"}).contexts
+    of_contexts = digest(by_text.model_dump(mode="json"))
+    assert of_contexts == "fab390c3a3ad00421497284de22632b460b5778e66e448528f36d5e80cf4f7ed"
+
+
+@pytest.mark.parametrize("values", [{"columns": ("a",)}, {"weights": (1.0,)}, {"shuffle_buffer": 9}])
+def test_options_of_datasets_need_a_dataset(values: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=f"corpus.{next(iter(values))} = .* needs corpus.kind = 'dataset'"):
+        Settings().with_values(corpus=values)
+    Settings().with_values(corpus={"kind": "dataset", "source": ("x",), **values})
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -118,6 +133,7 @@ RELEVANT: list[tuple[str, str, Any]] = [
     ("subject", "dtype", "bfloat16"),
     ("corpus", "context", 64),
     ("corpus", "order_seed", 1),
+    ("corpus", "end_token", False),
     ("corpus", "max_tokens", 5000),
     ("training", "k", 9),
     ("training", "tokens", 9),

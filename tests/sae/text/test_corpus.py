@@ -201,9 +201,11 @@ def test_killed_while_packing_it_resumes_to_equal_rows(
     assert (resumed.fingerprint, resumed.key, resumed.info) == (whole.fingerprint, whole.key, whole.info)
     assert sorted(p.name for p in resumed.folder.iterdir() if p.name != ".lock") == [
         "corpus.json",
+        "documents.bin",
         "tokenizer.json",
         "tokens.bin",
     ]
+    np.testing.assert_array_equal(resumed.document_ends, whole.document_ends)
 
 
 def test_a_limit_counts_the_same_wherever_batches_begin(
