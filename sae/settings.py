@@ -94,6 +94,25 @@ class CorpusSettings(Table):
     shuffle_seed: Seed = Field(0, exclude_if=_is(0), description="dataset: seed of the draw from the buffer")
 
 
+def _token_names(value: Any) -> Any:
+    """Sort tokens, each once, so that the order in which they are given does not matter; an id may be a number."""
+    if not isinstance(value, list | tuple) or not all(type(name) in (int, str) for name in value):
+        return value
+    return tuple(sorted({str(name) for name in value}))
+
+
+class SkipSettings(Table):
+    """Tokens that no dictionary sees: not trained on, not harvested, not counted; still part of the text."""
+
+    positions: int = Field(0, ge=0, le=2**24, description="tokens skipped at the start of each sequence")
+    max_norm: Rate | None = Field(
+        None, gt=1, description="skip tokens whose activation has a norm of more than this many times the median"
+    )
+    tokens: Annotated[tuple[Words, ...], BeforeValidator(_token_names)] = Field(
+        (), description="skipped tokens: bos, eos and other special names, ids, or text that is one token"
+    )
+
+
 class TrainingSettings(Table):
     """The sparse autoencoder and its training."""
 
@@ -164,18 +183,26 @@ class ContextSettings(Table):
 class Settings(Table):
     subject: SubjectSettings = SubjectSettings()
     corpus: CorpusSettings = CorpusSettings()
+    skip: SkipSettings = SkipSettings()
     training: TrainingSettings = TrainingSettings()
     harvest: HarvestSettings = HarvestSettings()
     contexts: ContextSettings = ContextSettings()
 
     def identity(self) -> dict[str, Any]:
-        """Return all settings that the trained weights depend on."""
-        return {**self.model_dump(mode="json", include={"subject", "corpus"}), "training": self.training.identity()}
+        """Return all settings that the trained weights depend on; without skipped tokens, those of older runs."""
+        found = {**self.shared(), "training": self.training.identity()}
+        return found if self.skip != SkipSettings() else {k: v for k, v in found.items() if k != "skip"}
+
+    def shared(self) -> dict[str, Any]:
+        """Return the settings that all runs of a study share, imported or not."""
+        return self.model_dump(mode="json", include={"subject", "corpus", "skip"})
 
     @property
     def most_tokens(self) -> int:
         """The tokens of text that training and harvest need."""
-        return max(self.training.tokens, self.harvest.tokens)
+        context = self.corpus.context
+        trained = -(-self.training.tokens * context // (context - self.skip.positions))
+        return max(trained, self.harvest.tokens)
 
     def limit_dataset(self, tokens: int) -> Settings:
         """Return settings that read at most ``tokens`` of a dataset, which may be endless, if they set no limit."""
@@ -216,6 +243,11 @@ def validated(values: dict[str, Any], where: str) -> Settings:
         raise BadInput(
             f"{where}: training.k = {training.k} is more than training.num_latents = {training.num_latents}; "
             "lower k or raise num_latents"
+        )
+    if settings.skip.positions >= settings.corpus.context:
+        raise BadInput(
+            f"{where}: skip.positions = {settings.skip.positions} (--skip-positions) skips all of a sequence of "
+            f"corpus.context = {settings.corpus.context}; give fewer positions"
         )
     if settings.corpus.source and settings.corpus.kind == "stdlib":
         raise BadInput(

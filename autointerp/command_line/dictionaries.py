@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from autointerp.command_line import options as opt
 from autointerp.command_line.ending import exit_if, finish, finish_with_runs, open_runs
-from autointerp.command_line.options import JudgeServer, Machine, Output, Server, Text, llm_options, takes_groups
+from autointerp.command_line.options import (
+    JudgeServer,
+    Machine,
+    Output,
+    Server,
+    Skipping,
+    Text,
+    llm_options,
+    takes_groups,
+)
 from autointerp.command_line.values import absolute, amount, new_file
 from sae.common.errors import BadInput
 
@@ -21,6 +30,7 @@ def train(
     hookpoint: opt.Hookpoints = None,
     dtype: opt.Dtype = None,
     text: Text,
+    skipping: Skipping,
     architecture: opt.Architecture = None,
     precision: opt.TrainPrecision = None,
     num_latents: opt.NumLatents = None,
@@ -60,6 +70,7 @@ def train(
         existing[0].settings if existing else None,
         subject={"model": absolute(model) if model else None, "dtype": dtype},
         corpus=text.settings(),
+        skip=skipping.settings(),
         training={
             "architecture": architecture,
             "precision": precision,
@@ -185,6 +196,7 @@ def import_(
     hookpoint: opt.Hookpoint = None,
     dtype: opt.Dtype = None,
     text: Text,
+    skipping: Skipping,
     machine: Machine,
     output: Output,
 ) -> None:
@@ -200,7 +212,8 @@ def import_(
     from sae.study.importing import import_sae, import_settings
 
     subject = {"model": absolute(model) if model else None, "hookpoint": hookpoint, "dtype": dtype}
-    settings = import_settings(study, output.root, recipe, subject=subject, corpus=text.settings())
+    tables = {"subject": subject, "corpus": text.settings(), "skip": skipping.settings()}
+    settings = import_settings(study, output.root, recipe, **tables)
     run = import_sae(source, name, study, settings, output.root, machine.compute())
     finish_with_runs(output.as_json, "import", [run], output.root)
 

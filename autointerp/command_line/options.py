@@ -208,6 +208,32 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Skipping:
+    """Tokens that no dictionary sees, from training to contexts; a study's runs share them."""
+
+    skip_positions: Annotated[
+        int | None,
+        Option(
+            min=0,
+            help="Tokens at the start of each sequence that are not trained on or harvested, such as 1 for the "
+            "attention sink of GPT-2, Llama or Qwen. Default: {skip.positions}.",
+        ),
+    ] = None
+    max_norm: Annotated[
+        float | None,
+        Option(help="Skip tokens whose activation has a norm over this many times the median. Default: no limit."),
+    ] = None
+    exclude_tokens: Annotated[
+        list[str] | None, Option(help="Skip these tokens: bos, eos, an id, or text that is one token. Default: none.")
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings' table ``skip``, with ``None`` for each value not given."""
+        tokens = None if self.exclude_tokens is None else tuple(self.exclude_tokens)
+        return {"positions": self.skip_positions, "max_norm": self.max_norm, "tokens": tokens}
+
+
+@dataclass(frozen=True)
 class Server:
     """The language model and how it is reached."""
 

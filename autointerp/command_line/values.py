@@ -15,7 +15,9 @@ from sae.common.files import check_regular, expand_user
 from sae.common.registry import Registry
 
 UsageError: Any = typer.BadParameter.__base__  # typer's own copy of click's class, which has no public name
-LISTS = frozenset({"--seeds", "--text", "--dataset", "--column", "--weights", "--against", "--hookpoint", "--sae"})
+LISTS = frozenset(
+    {"--seeds", "--text", "--dataset", "--column", "--weights", "--against", "--hookpoint", "--sae", "--exclude-tokens"}
+)
 
 
 def spread_lists(arguments: list[str]) -> list[str]:

@@ -125,8 +125,12 @@ def training(found: StudyFindings) -> doc.Section:
         notes.append(f"Firings were counted over {human(tokens)} tokens.")
     if word == "silent":
         notes.append("These are under 1M tokens, too few to call a latent without a firing dead.")
-    if tree and tree.quality:
-        names = [f"{name} {decimal(x['fvu_without'])} (L0 {x['l0_without']:.1f})" for name, x in tree.quality.items()]
+    of = tree.quality if tree else {}
+    if skipping := {name: x for name, x in of.items() if x.get("skipped")}:
+        names = [f"{name} {decimal(x['fvu'])} (L0 {x['l0']:.1f})" for name, x in skipping.items()]
+        notes.append(f"Skipped tokens are not in FVU and L0. With them, on the first batch: {listed(names)}.")
+    if outlying := {name: x for name, x in of.items() if not x.get("skipped")}:
+        names = [f"{name} {decimal(x['fvu_without'])} (L0 {x['l0_without']:.1f})" for name, x in outlying.items()]
         notes.append(
             "A few outlier tokens (over 10 times the median norm) hold most of the variance, so FVU mostly measures "
             f"them. Without them, on the first batch: {listed(names)}."

@@ -9,12 +9,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from sae.activations.stream import TrainingBatches
 from sae.dictionaries.sae import Sae
 
+SAMPLE = 16_384  # tokens of the first batch that are searched for outliers
 TIMES_MEDIAN = 10.0
 _FEW, _MOST = 0.1, 0.5
+_MOST_POSITIONS, _MOST_IDS, _NEARLY_ALL = 8, 4, 0.95  # of flags that are advised
 
 
 @dataclass(frozen=True)
@@ -55,33 +60,83 @@ def find_outliers(x: Tensor) -> Outliers:
     return Outliers(len(x), float(outlying.double().mean()), share)
 
 
+def advise(batches: TrainingBatches, x: Tensor) -> str:
+    """Name the flag that skips the outlier tokens of ``x`` [B, D], the first rows of the first of ``batches``."""
+    outlying = outlier_rows(x).cpu()
+    squares = (x.double() - x.double().mean(0)).square().sum(1).cpu()
+    most = _NEARLY_ALL * squares[outlying].sum()
+    places = batches.places(0)
+    if places is not None:
+        at = torch.from_numpy(places[: len(x)])
+        columns = at[:, 1]
+        before = torch.stack([squares[outlying & (columns < n)].sum() for n in range(_MOST_POSITIONS + 1)])
+        enough = before >= most
+        if enough.any():
+            n = int(enough.int().argmax())
+            where = "position 0" if n == 1 else f"positions 0 to {n - 1}"
+            return f"they are at {where} of the sequences: --skip-positions {n} skips them"
+        tokens = batches.stream.corpus.rows(batches.sequences(0))[at[:, 0], at[:, 1]]
+        ids, counts = np.unique(tokens[outlying], return_counts=True)
+        frequent = ids[np.argsort(-counts, kind="stable")][:_MOST_IDS]
+        if squares[outlying & torch.from_numpy(np.isin(tokens, frequent))].sum() >= most:
+            words = ", ".join(repr(batches.stream.corpus.decode(np.array([i]))[0]) for i in frequent)
+            listed = " ".join(str(i) for i in frequent)
+            return f"they are {words}: --exclude-tokens {listed} skips them"
+    return f"--max-norm {TIMES_MEDIAN:.0f} skips them"
+
+
 @dataclass(frozen=True)
 class Quality:
-    """FVU and L0 of a dictionary on a sample, with and without outlier tokens."""
+    """FVU and L0 of a dictionary on a sample, with and without outlier tokens, or those that are skipped."""
 
     fvu: float
     fvu_without: float
     l0: float
     l0_without: float
+    skipped: bool = False  # whether the tokens that are missing in ``_without`` were skipped in training
 
     def describe(self) -> str:
+        which = "skipped" if self.skipped else "outlier"
         return (
-            f"FVU {self.fvu:.3f}, without the outlier tokens {self.fvu_without:.3f} · "
+            f"FVU {self.fvu:.3f}, without the {which} tokens {self.fvu_without:.3f} · "
             f"L0 {self.l0:.1f}, without {self.l0_without:.1f}"
         )
 
 
-def measure_quality(sae: Sae, x: Tensor) -> Quality:
-    """Measure FVU (about the mean of these rows) and L0 of ``sae`` on ``x`` [B, D], with and without outlier rows."""
-    x = x.to(device=sae.device, dtype=sae.dtype)
-    firings = sae.encode(x)
-    squares = (sae.decode(firings) - x).double().square().sum(1)
-    fired = (firings.activations > 0).sum(1).double()
-    kept = ~outlier_rows(x)
+@dataclass(frozen=True)
+class Compared:
+    """A sample ``x`` [B, D] of activations, and the rows ``kept`` [B] without outliers or skipped tokens."""
 
-    def fvu(rows: Tensor) -> float:
-        of = x[rows].double()
-        return float(squares[rows].sum() / (of - of.mean(0)).square().sum())
+    x: Tensor
+    kept: Tensor
+    skipped: bool = False
 
-    every = kept | True
-    return Quality(fvu(every), fvu(kept), float(fired.mean()), float(fired[kept].mean()))
+    @classmethod
+    def without_outliers(cls, x: Tensor) -> Compared:
+        """Compare with the rows that are no outliers."""
+        sample = x[:SAMPLE].clone()
+        return cls(sample, ~outlier_rows(sample))
+
+    @classmethod
+    def with_skipped(cls, batches: TrainingBatches) -> Compared:
+        """Compare all tokens of the first step but the special ones with those that dictionaries see."""
+        stream, index = batches.stream, batches.sequences(0)
+        index = index[: max(1, SAMPLE // stream.context)]
+        values = stream.rows(index)
+        ordinary = torch.from_numpy(~stream.corpus.is_special(stream.corpus.rows(index))).to(values.device)
+        return cls(values[ordinary].float(), stream.find_kept(index, values)[ordinary], skipped=True)
+
+    def measure(self, sae: Sae) -> Quality:
+        """Measure FVU (about the mean of the rows) and L0 of ``sae``, on all rows and on the kept ones."""
+        x = self.x.to(device=sae.device, dtype=sae.dtype)
+        kept = self.kept.to(x.device)
+        firings = sae.encode(x)
+        squares = (sae.decode(firings) - x).double().square().sum(1)
+        fired = (firings.activations > 0).sum(1).double()
+
+        def fvu(rows: Tensor) -> float:
+            of = x[rows].double()
+            return float(squares[rows].sum() / (of - of.mean(0)).square().sum())
+
+        every = kept | True
+        return Quality(fvu(every), fvu(kept), float(fired.mean()), float(fired[kept].mean()), self.skipped)

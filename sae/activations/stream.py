@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from sae.activations.cache import ActivationCache
+from sae.activations.skipping import MEDIAN_BLOCKS, Skip, compute_norms
 from sae.activations.subject import Subject
-from sae.common.errors import NotFinite, UserError
+from sae.common.errors import BadInput, NotFinite, UserError
 from sae.common.files import digest
 from sae.common.ranks import Job
 from sae.text.corpus import MIXED_BLOCKS, Corpus
@@ -32,6 +33,7 @@ class ActivationStream:
     Attributes:
         hookpoint: the resolved name (see :meth:`Subject.resolve`).
         others: streams of other hookpoints of the same subject and corpus, whose caches are filled on the way.
+        skip: the tokens that dictionaries do not see (:meth:`find_kept`); :meth:`rows` returns them all the same.
     """
 
     def __init__(self, subject: Subject, corpus: Corpus, hookpoint: str, cache: ActivationCache | None = None) -> None:
@@ -43,6 +45,7 @@ class ActivationStream:
         self.context = corpus.context
         self.device = subject.device
         self.others: list[ActivationStream] = []
+        self.skip = Skip()
         subject.check_context(corpus.context)
         # Without a cache on disk, holds one group of an order (see Corpus.order).
         self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
@@ -53,6 +56,31 @@ class ActivationStream:
         Reading along :meth:`Corpus.order` computes each block once. Raises NotFinite for NaN or infinity.
         """
         return read_rows([self], index)[0]
+
+    def find_kept(self, index: np.ndarray, values: torch.Tensor) -> torch.Tensor:
+        """Return which tokens of :meth:`rows` (``values`` [n, T, D]) dictionaries see: bool [n, T], on their device.
+
+        Special tokens are never among them.
+        """
+        kept = torch.from_numpy(self.find_kept_by_token(index)).to(values.device)
+        return kept & ~self.skip.by_norm(values)
+
+    def find_kept_by_token(self, index: np.ndarray) -> np.ndarray:
+        """Return :meth:`find_kept` without the limit on norms, which needs no activations: bool [n, T]."""
+        tokens = self.corpus.rows(index)
+        return ~(self.corpus.is_special(tokens) | self.skip.by_token(tokens))
+
+    def measure_median_norm(self) -> float:
+        """Return the median norm of the kept tokens of the corpus's first blocks, which are a fixed random draw."""
+        norms = []
+        for number in range(min(MEDIAN_BLOCKS, self.corpus.n_blocks)):
+            index = self.corpus.block(number)
+            values = self.rows(index)
+            norms.append(compute_norms(values)[self.find_kept(index, values)])
+        found = torch.cat(norms)
+        if not len(found):
+            raise BadInput("--skip-positions and --exclude-tokens skip all of the text; skip fewer tokens")
+        return float(found.median())
 
     def keep(self, number: int, values: torch.Tensor) -> None:
         """Keep a block's activations on disk or, if they do not fit, in memory."""
@@ -183,17 +211,19 @@ def _assign(out: torch.Tensor, mask: np.ndarray, values: torch.Tensor) -> None:
 class TrainingBatches:
     """The training batches: ``len`` steps of [B, D] float32, each reproducible on its own.
 
-    A step takes whole sequences in the order of their epoch, without special tokens, so B is slightly less than
-    ``tokens_per_step``. A longer training starts with the same steps. ``fingerprint`` is the SHA-256 of the sequences
-    of all steps and of the special tokens.
+    A step takes whole sequences in the order of their epoch, without special tokens and those with an excluded id or
+    norm, so B is slightly less than ``tokens_per_step``; positions skipped in every sequence are made up for by more
+    sequences. A longer training starts with the same steps. ``fingerprint`` is the SHA-256 of the sequences of all
+    steps and of the tokens that are skipped.
     """
 
     def __init__(self, stream: ActivationStream, tokens: int, batch_tokens: int, order_seed: int = 0) -> None:
         self.stream = stream
         self.order_seed = order_seed
         corpus = stream.corpus
-        self.sequences_per_step = max(1, round(batch_tokens / corpus.context))
-        self.tokens_per_step = self.sequences_per_step * corpus.context
+        per_sequence = corpus.context - stream.skip.positions
+        self.sequences_per_step = max(1, round(batch_tokens / per_sequence))
+        self.tokens_per_step = self.sequences_per_step * per_sequence
         self._steps = max(1, -(-tokens // self.tokens_per_step))
         self._order = functools.lru_cache(maxsize=2)(lambda epoch: corpus.order(epoch, order_seed))
 
@@ -207,7 +237,7 @@ class TrainingBatches:
         # The orders too: a seed's generator may change between versions of NumPy.
         orders = [digest(self._order(epoch).tolist()) for epoch in sorted({0, last_epoch})]
         made_from = [corpus.fingerprint, corpus.special_ids, self.order_seed, self.sequences_per_step, self._steps]
-        return digest([*made_from, orders])
+        return digest([*made_from, orders, *self.stream.skip.record().values()])
 
     def sequences(self, step: int) -> np.ndarray:
         """Return the sequences of a step, int64 [sequences_per_step]."""
@@ -224,13 +254,21 @@ class TrainingBatches:
     def describe(self, step: int, row: int | None = None) -> str:
         """Describe where a step's batch, or one row of it, comes from, for an error message."""
         corpus, index = self.stream.corpus, self.sequences(step)
-        if row is not None:
-            kept = np.flatnonzero(~corpus.is_special(corpus.rows(index)).reshape(-1))
-            index = index[kept[row : row + 1] // corpus.context]
+        if row is not None and (places := self.places(step)) is not None:
+            index = index[places[row : row + 1, 0]]
         blocks = [str(block) for block in np.unique(corpus.place(index)[0])]
         more = f" and {len(index) - 1} more" if len(index) > 1 else ""
         listed = ", ".join(blocks[:4]) + (f" and {len(blocks) - 4} more" if len(blocks) > 4 else "")
         return f"sequence {index[0]}{more} of the corpus, block{'s' * (len(blocks) > 1)} {listed}"
+
+    def places(self, step: int) -> np.ndarray | None:
+        """Return where the B rows of a step are: its sequence in the step, and the position there, int64 [B, 2].
+
+        ``None`` under a limit on norms, which only the activations can tell.
+        """
+        if self.stream.skip.norm_limit is not None:
+            return None
+        return np.argwhere(self.stream.find_kept_by_token(self.sequences(step)))
 
     @property
     def sequence_source(self) -> tuple[object, ...]:
@@ -247,25 +285,25 @@ def read_batches(
 ) -> list[torch.Tensor]:
     """Return ``batches[i][step]`` for each i, from one forward pass; batches of one hookpoint share a tensor.
 
-    All must share their steps. Raises NotFinite for NaN or infinity, UserError if the step has only special tokens.
+    All must share their steps. Raises NotFinite for NaN or infinity, UserError if all tokens of the step are special or
+    skipped.
     """
     first = batches[0]
     if any(other.sequence_source != first.sequence_source for other in batches):
         raise ValueError("these batches do not take the same sequences")
     streams = get_streams(batches)
     index = first.sequences(step)
-    corpus = first.stream.corpus
     try:
         rows = read_rows(streams, index, source)
     except NotFinite as error:
         raise NotFinite(f"step {step + 1} of the training: {error}") from None
-    special = corpus.is_special(corpus.rows(index)).reshape(-1)
-    if special.all():
-        raise UserError(f"step {step + 1} has special tokens only; use a corpus of text")
     found = {}
     for stream, values in zip(streams, rows, strict=True):
-        x = values.reshape(-1, stream.width)
-        found[stream.hookpoint] = (x[torch.from_numpy(~special).to(x.device)] if special.any() else x).float()
+        kept = stream.find_kept(index, values)
+        if not kept.any():
+            what, also = ("special or skipped", " or skip fewer tokens") if stream.skip else ("special", "")
+            raise UserError(f"step {step + 1} has {what} tokens only; use a corpus of text{also}")
+        found[stream.hookpoint] = (values.flatten(0, 1) if kept.all() else values[kept]).float()
     return [found[b.stream.hookpoint] for b in batches]
 
 

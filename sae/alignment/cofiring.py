@@ -95,6 +95,7 @@ def count_cofirings(
         members=np.full((m, relation.MEMBERS), -1, np.int32),
         covered=np.full(m, np.nan, np.float32),
     )
+    possible = n_tokens - round(n_tokens * store.n_skipped_tokens / max(store.n_tokens, 1))  # where latents can fire
     lookup, telling, stopped = _ByToken(other), Lock(), Event()
 
     def count(low: int, high: int) -> None:
@@ -113,7 +114,7 @@ def count_cofirings(
             if relate[latent]:
                 touched.sort()  # ties go to the lower number
                 found.relation[latent], members, found.covered[latent] = relation.find_relation(
-                    counts[touched], there[touched], len(position), n_tokens, tokens
+                    counts[touched], there[touched], len(position), possible, tokens
                 )
                 found.members[latent, : len(members)] = touched[members]
             counts[touched] = 0

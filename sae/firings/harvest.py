@@ -44,6 +44,7 @@ from sae.firings.store import (
 if TYPE_CHECKING:
     import torch
 
+    from sae.activations.skipping import Skip
     from sae.activations.stream import ActivationStream
     from sae.dictionaries.sae import Sae
     from sae.text.corpus import Corpus
@@ -96,7 +97,7 @@ def harvest(
     jobs = []
     for name, sae in saes.items():
         provenance = {**study, "num_latents": sae.num_latents, "weights": weights[name]}
-        jobs.append(_Job(name, sae, folders[name], (ids or {}).get(name), provenance, pieces))
+        jobs.append(_Job(name, sae, folders[name], (ids or {}).get(name), provenance, pieces, stream.skip))
     label = f"harvest {' '.join(saes)}"
     begun = ranks.first(f"{label} begun", lambda: [job.name for job in jobs if job.begin()])
     pending = [job for job in jobs if job.name in begun]
@@ -140,12 +141,17 @@ class _Job:
     """The harvest of one run."""
 
     def __init__(
-        self, name: str, sae: Sae, folder: Path, id_: str | None, provenance: dict[str, Any], pieces: list[Piece]
+        self,
+        name: str,
+        sae: Sae,
+        folder: Path,
+        id_: str | None,
+        provenance: dict[str, Any],
+        pieces: list[Piece],
+        skip: Skip,
     ) -> None:
-        self.name, self.sae, self.folder, self.id, self.provenance, self.pieces = (
-            *(name, sae, folder, id_),
-            *(provenance, pieces),
-        )
+        self.name, self.sae, self.folder, self.id = name, sae, folder, id_
+        self.provenance, self.pieces, self.skip = provenance, pieces, skip
         self.shards = folder / "shards"
         self.kept: StoreRecord | None = None  # the record of a finished, smaller store that this harvest extends
 
@@ -187,12 +193,12 @@ class _Job:
         n_windows = len(order) * (self.provenance["context"] // window)
         with _atomic_folder(self.folder / index) as temporary:
             n_firings = merge(temporary, self._sources(), self.sae.num_latents, f"index {self.name} by latent")
-            n_special = describe_windows(temporary, corpus, order, window)
+            n_special = describe_windows(temporary, corpus, order, window, self.skip.by_token)
         places = [self.shards / piece.name / "facts.json" for piece in self.pieces]
         facts = [read_record(path, ShardFacts, HARVEST_AGAIN) for path in places]
         shards = [
             {"name": piece.name, "n_sequences": piece.stop - piece.start}
-            | {key: fact[key] for key in ("n_firings", "digests") if key in fact}
+            | {key: fact[key] for key in ("n_firings", "n_skipped", "digests") if key in fact}
             for piece, fact in zip(self.pieces, facts, strict=True)
         ]
         corpus_path = os.path.relpath(corpus.folder.resolve(), self.folder.resolve())
@@ -203,6 +209,7 @@ class _Job:
             "n_windows": n_windows,
             "n_tokens": n_windows * window,
             "n_special_tokens": n_special,
+            **({"n_skipped_tokens": sum(fact.get("n_skipped", 0) for fact in facts)} if self.skip else {}),
             "n_firings": n_firings,
             "n_clipped": sum(fact.get("n_clipped", 0) for fact in facts),
             "n_raised": sum(fact.get("n_raised", 0) for fact in facts),
@@ -264,26 +271,31 @@ def _encode_missing(
                 bar.advance((piece.stop - piece.start) * used)  # another rank does it at about the same time
                 continue
             shards: dict[_Job, list[Coded]] = {job: [] for job in lacking}
+            n_skipped = 0
             for start in range(piece.start, piece.stop, corpus.block_rows):
                 rows = order[start : min(start + corpus.block_rows, piece.stop)]
-                activations = stream.rows(rows)[:, :used].flatten(0, 1)
-                ordinary = ~corpus.is_special(corpus.rows(rows)[:, :used]).ravel()
+                values = stream.rows(rows)
+                kept = stream.find_kept(rows, values)[:, :used]
+                n_skipped += int((~kept).sum()) - int(corpus.is_special(corpus.rows(rows)[:, :used]).sum())
+                activations, kept = values[:, :used].flatten(0, 1), kept.flatten()
+                if stream.skip:
+                    activations[~kept] = 0  # an outlier must not reach the arithmetic of the others
                 for job, coded in shards.items():
-                    coded += _encode(job.name, job.sae, activations, ordinary)
+                    coded += _encode(job.name, job.sae, activations, kept.cpu().numpy())
                 bar.advance(len(rows) * used)
             written.result()  # one shard at a time is written; an error ends the harvest
-            written = writer.submit(_write_shards, piece.name, shards, window)
+            written = writer.submit(_write_shards, piece.name, shards, window, n_skipped)
         written.result()
 
 
-def _encode(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> list[Coded]:
-    """Encode ``activations`` [B, D]; keep the firings at tokens where ``ordinary`` [B] is true."""
+def _encode(name: str, sae: Sae, activations: torch.Tensor, kept: Array) -> list[Coded]:
+    """Encode ``activations`` [B, D]; keep the firings at tokens where ``kept`` [B] is true."""
     from sae.dictionaries.entries import tokens_at_once
 
     _check_products(name, sae, activations)
     n = tokens_at_once(sae.num_latents)
     starts = range(0, len(activations), n)
-    return [_encode_part(name, sae, activations[i : i + n], ordinary[i : i + n]) for i in starts]
+    return [_encode_part(name, sae, activations[i : i + n], kept[i : i + n]) for i in starts]
 
 
 def _check_products(name: str, sae: Sae, activations: torch.Tensor) -> None:
@@ -299,7 +311,7 @@ def _check_products(name: str, sae: Sae, activations: torch.Tensor) -> None:
         )
 
 
-def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array) -> Coded:
+def _encode_part(name: str, sae: Sae, activations: torch.Tensor, kept: Array) -> Coded:
     """Encode so few tokens that M slots for each fit in memory, since one may fire nearly all latents."""
     import torch
 
@@ -309,15 +321,15 @@ def _encode_part(name: str, sae: Sae, activations: torch.Tensor, ordinary: Array
     values, latents = strengths.float().cpu().numpy(), indices.cpu().numpy()
     if not np.isfinite(values).all():
         raise UserError(f"harvest: the SAE of run {name!r} gives NaN or infinite activations; use another SAE")
-    fires = (values > 0) & ordinary[:, None]
-    kept = values[fires]
+    fires = (values > 0) & kept[:, None]
+    strong = values[fires]
     # Clip to the range of float16, so that weak firings stay firings and strong ones finite.
     return Coded(
         latents=latents[fires].astype(latent_type),
-        activations=np.clip(kept, _SMALLEST, _LARGEST).astype(np.float16),
+        activations=np.clip(strong, _SMALLEST, _LARGEST).astype(np.float16),
         counts=fires.sum(1, dtype=count_type),
-        n_clipped=int((kept > _LARGEST).sum()),
-        n_raised=int((kept < _SMALLEST).sum()),
+        n_clipped=int((strong > _LARGEST).sum()),
+        n_raised=int((strong < _SMALLEST).sum()),
     )
 
 
@@ -341,16 +353,19 @@ def _provenance(stream: ActivationStream, order: Ints, order_seed: int, window: 
         "context": corpus.context,
         "window": window,
         "sequences_per_shard": SHARD_BLOCKS * corpus.block_rows,
+        **stream.skip.record(),
     }
 
 
-def _write_shards(piece: str, shards: Mapping[_Job, list[Coded]], window: int) -> None:
+def _write_shards(piece: str, shards: Mapping[_Job, list[Coded]], window: int, n_skipped: int) -> None:
     for job, coded in shards.items():
         with _atomic_folder(job.shards / piece) as temporary:
-            _write_shard(temporary, coded, job.sae.num_latents, window)
+            _write_shard(temporary, coded, job.sae.num_latents, window, {"n_skipped": n_skipped} if job.skip else {})
 
 
-def _write_shard(folder: Path, coded: Sequence[Coded], num_latents: int, window: int) -> None:
+def _write_shard(
+    folder: Path, coded: Sequence[Coded], num_latents: int, window: int, more_facts: Mapping[str, int]
+) -> None:
     latents, activations, counts = (np.concatenate([part[i] for part in coded]) for i in range(3))
     window_counts = counts.reshape(-1, window).sum(1, dtype=np.int64)
     token = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
@@ -367,7 +382,7 @@ def _write_shard(folder: Path, coded: Sequence[Coded], num_latents: int, window:
         create_array(folder / f"{name}.npy", array.dtype, array.shape)[:] = array
     facts = {name: sum(getattr(part, name) for part in coded) for name in ("n_clipped", "n_raised")}
     digests = {name: digest_pieces(folder / f"{name}.npy") for name in SHARD_FILES}
-    write_record(folder / "facts.json", {"n_firings": len(latents), **facts, "digests": digests})
+    write_record(folder / "facts.json", {"n_firings": len(latents), **facts, **more_facts, "digests": digests})
 
 
 def _offsets(counts: Array) -> Ints:

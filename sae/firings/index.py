@@ -6,11 +6,12 @@ of a block of latents at a time. Sources come in the order of their tokens, so p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from sae.common.progress import track
 from sae.firings.store import Array, Ints, create_array, hash_windows, split_latents
@@ -83,8 +84,14 @@ def merge(folder: Path, sources: list[Source], num_latents: int, label: str) -> 
     return n_firings
 
 
-def describe_windows(folder: Path, corpus: Corpus, order: Ints, window: int) -> int:
-    """Write each window's sequence, content hash and special flag; return the number of special tokens."""
+def describe_windows(
+    folder: Path, corpus: Corpus, order: Ints, window: int, skipped: Callable[[Ints], npt.NDArray[np.bool_]]
+) -> int:
+    """Write each window's sequence, content hash and special flag; return the number of special tokens.
+
+    ``skipped`` tells which tokens of sequences [n, T] their position or id excludes. A window of such tokens alone gets
+    the flag too: no latent can fire in it, so it shows nothing.
+    """
     slots = corpus.context // window
     n_windows = len(order) * slots
     create_array(folder / "sequences.npy", np.int64, order.shape)[:] = order
@@ -93,11 +100,13 @@ def describe_windows(folder: Path, corpus: Corpus, order: Ints, window: int) -> 
     n_special = 0
     step = max(1, _SEQUENCES_AT_ONCE_TOKENS // corpus.context)
     for start in range(0, len(order), step):
-        tokens = corpus.rows(order[start : start + step])[:, : slots * window].reshape(-1, window)
+        sequences = corpus.rows(order[start : start + step])
+        tokens = sequences[:, : slots * window].reshape(-1, window)
+        unseen = skipped(sequences)[:, : slots * window].reshape(-1, window)
         marked = corpus.is_special(tokens)
         n_special += int(marked.sum())
         content[start * slots : start * slots + len(tokens)] = hash_windows(tokens)
-        special[start * slots : start * slots + len(tokens)] = marked.any(1)
+        special[start * slots : start * slots + len(tokens)] = marked.any(1) | unseen.all(1)
     content.flush()
     special.flush()
     return n_special

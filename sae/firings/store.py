@@ -10,7 +10,7 @@ It finds where a latent fires, and which latents fire in a window, in memory-map
         activations.npy         float16 [F]
         sequences.npy           int64   [n]    the corpus row behind each harvested sequence
         content.npy             uint64  [W]    hash of each window's tokens
-        special.npy             bool    [W]    whether a special token is among them
+        special.npy             bool    [W]    whether a special token is among them, or all are skipped
       shards/<from>-<to>/       by token, for the sequences of one piece of the order
         latents.npy             uint16 or uint32, ordered by token
         counts.npy              uint16 or uint32: how many latents fired at each token
@@ -87,6 +87,7 @@ class ShardFacts(TypedDict):
     n_firings: _Count
     n_clipped: NotRequired[_Count]
     n_raised: NotRequired[_Count]
+    n_skipped: NotRequired[_Count]
     digests: NotRequired[dict[str, list[str]]]  # of the pieces of its files; older stores have none
 
 
@@ -113,6 +114,7 @@ class StoreRecord(Plan):
     n_windows: _Count
     n_tokens: _Count
     n_special_tokens: _Count
+    n_skipped_tokens: NotRequired[_Count]  # other tokens that are not encoded (settings.skip)
     n_firings: _Count
     n_clipped: NotRequired[_Count]
     n_raised: NotRequired[_Count]
@@ -136,6 +138,7 @@ class FiringStore:
         self.n_windows: int = record["n_windows"]
         self.n_tokens: int = record["n_tokens"]
         self.n_special_tokens: int = record["n_special_tokens"]
+        self.n_skipped_tokens: int = record.get("n_skipped_tokens", 0)
         self.n_firings: int = record["n_firings"]
         index = folder / record["index"]
         self._index = {name: map_array(index / f"{name}.npy") for name in INDEX_FILES}
@@ -213,6 +216,11 @@ class FiringStore:
         return self._checked_array("special")
 
     @property
+    def n_encoded_tokens(self) -> int:
+        """Tokens at which latents can fire: neither special nor skipped."""
+        return self.n_tokens - self.n_special_tokens - self.n_skipped_tokens
+
+    @property
     def digest(self) -> str:
         """Digest of inputs and amount, for tables made from this store: 64 hex characters."""
         return _digest(self.record)
@@ -278,7 +286,7 @@ class FiringStore:
         return self._content if window_ids is None else self._content[self._checked(window_ids)]
 
     def has_special(self, window_ids: npt.ArrayLike | None = None) -> npt.NDArray[np.bool_]:
-        """Return whether each window has a special token; all windows by default."""
+        """Return whether each window has a special token, or skipped ones alone; all windows by default."""
         return self._special if window_ids is None else self._special[self._checked(window_ids)]
 
     @functools.cached_property
@@ -328,8 +336,8 @@ class FiringStore:
 def latent_statistics(store: FiringStore) -> pd.DataFrame:
     """Compute how often and how strongly each latent fires: a table of M rows.
 
-    ``n_firings`` and ``n_windows`` count tokens and windows; ``firing_frequency`` is per non-special token; mean and
-    maximum activation are over firings (0 if none); ``dead`` means no firing in this harvest.
+    ``n_firings`` and ``n_windows`` count tokens and windows; ``firing_frequency`` is per token that is neither special
+    nor skipped; mean and maximum activation are over firings (0 if none); ``dead`` means no firing in this harvest.
     """
     offsets = np.asarray(store.latent_offsets)
     n_firings = np.diff(offsets)
@@ -349,7 +357,7 @@ def latent_statistics(store: FiringStore) -> pd.DataFrame:
         n_windows[alive] = np.add.reduceat(new_window, starts, dtype=np.int64)
         total[alive] = np.add.reduceat(activation, starts, dtype=np.float64)
         peak[alive] = np.maximum.reduceat(activation, starts)
-    n_tokens = store.n_tokens - store.n_special_tokens
+    n_tokens = store.n_encoded_tokens
     return pd.DataFrame(
         {
             "latent": np.arange(store.num_latents),

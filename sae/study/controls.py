@@ -40,6 +40,11 @@ def find_controls(run: Run) -> dict[str, Run]:
     return found
 
 
+def get_parent(study: Study) -> str:
+    """Return the name of the study that ``study`` is a control of, else its own."""
+    return study.name if study.settings.training.frozen == "nothing" else study.name.rpartition("-")[0]
+
+
 def _control(study: Study, kind: str, root: Path) -> Study:
     name, training = check_name(_name(check_name(study.name), kind)), dict[str, Any](frozen=_FROZEN[kind])
     if kind == "untrained":

@@ -19,7 +19,15 @@ from sae.common.progress import say
 from sae.common.ranks import Job
 from sae.study.controls import find_controls
 from sae.study.run import Run, all_runs, split_readable
-from sae.study.stage import Compute, Source, check_same_inputs, get_source_key, lock_study, open_source
+from sae.study.stage import (
+    Compute,
+    Source,
+    check_same_inputs,
+    get_source_key,
+    limit_norms,
+    lock_study,
+    open_source,
+)
 
 if TYPE_CHECKING:
     from sae.firings.store import FiringStore
@@ -55,7 +63,8 @@ def _harvest_sharing(sharing: list[Run], compute: Compute, tokens: int | None, j
             source = open_source(settings, sharing[0].root, compute, cache="fill" if job.rank == 0 else "read")
         groups: dict[Any, list[Run]] = {}  # one pass each: the same hookpoint, tokens and order
         for run in sharing:
-            key = run.record["hookpoint"], run.settings.harvest, run.settings.corpus.order_seed
+            limit = run.record["skipped"]["norm_limit"] if "skipped" in run.record else None
+            key = run.record["hookpoint"], run.settings.harvest, run.settings.corpus.order_seed, limit
             groups.setdefault(key, []).append(run)
         for group in groups.values():
             _harvest_group(source, group, tokens or group[0].settings.harvest.tokens, job)
@@ -70,6 +79,7 @@ def _harvest_group(source: Source, runs: list[Run], tokens: int, job: Job) -> No
 
     settings, corpus = runs[0].settings, source.corpus
     stream = source.stream(settings.subject.hookpoint)
+    limit_norms(stream, settings, runs[0].record.get("skipped"))
     for run in runs:
         check_same_inputs(run, subject=source.subject.fingerprint, corpus=corpus.fingerprint)
     saes = {run.name: run.sae().to(stream.device) for run in runs}
@@ -96,7 +106,7 @@ def _harvest_group(source: Source, runs: list[Run], tokens: int, job: Job) -> No
         store = run.store()
         inputs = _firing_inputs(run, store)
         if run.stage_inputs("firing") != inputs:
-            n_tokens = store.n_tokens - store.n_special_tokens
+            n_tokens = store.n_encoded_tokens
             write_table(run.stage_path("firing"), latent_statistics(store), inputs=inputs, n_tokens=n_tokens)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sae.activations.stream import ActivationStream
 from sae.activations.subject import Subject
 from sae.common.amounts import human
 from sae.common.errors import BadInput, NotFound, SettingsDiffer, Unavailable, suggest
@@ -26,7 +27,15 @@ from sae.settings import Settings
 from sae.study.harvest import check_trained
 from sae.study.recipes import settings_from
 from sae.study.run import Run, check_folder_is_free, check_name, remove_failed_runs, study_runs, write_record
-from sae.study.stage import Compute, describe_inputs, fit_to_study, lock_study
+from sae.study.stage import (
+    Compute,
+    describe_inputs,
+    find_skip,
+    find_skipped,
+    fit_to_study,
+    limit_norms,
+    lock_study,
+)
 from sae.text.packing import prepare_corpus
 
 
@@ -74,13 +83,13 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
             say(f"import: {name}: already imported, from {run.record['imported']['from']}")
             return run
         for other in study_runs(study, root):
-            differences = mapping_differences(_identity(other.settings), _identity(settings))
+            differences = mapping_differences(other.settings.shared(), settings.shared())
             if other.name != name and differences:
                 raise SettingsDiffer(
-                    f"study {study!r} has another model, hookpoint or text ({'; '.join(differences)}); "
+                    f"study {study!r} has another model, hookpoint, text or skipped tokens ({'; '.join(differences)}); "
                     "choose another --study, or drop these flags to use the study's"
                 )
-        provenance = _provenance(source, opened.sae, settings, root, compute)
+        provenance = _provenance(source, opened.sae, study, settings, root, compute)
         with remove_failed_runs([run]):
             if not begun:
                 write_record(run, None, study, settings, {**provenance, "imported": origin})
@@ -105,7 +114,7 @@ def _check_name_is_free(run: Run, study: str, settings: Settings, origin: dict[s
 
     def identity(study: str, settings: Settings, origin: Mapping[str, Any]) -> dict[str, Any]:
         imported = {key: origin[key] for key in ("format", "files")}  # the same files may have moved
-        return {"study": study, "import": imported, **_identity(settings)}
+        return {"study": study, "import": imported, **settings.shared()}
 
     changes = mapping_differences(identity(run.study, run.settings, run.imported), identity(study, settings, origin))
     if changes:
@@ -117,19 +126,17 @@ def _check_name_is_free(run: Run, study: str, settings: Settings, origin: dict[s
     return True
 
 
-def _identity(settings: Settings) -> dict[str, Any]:
-    """Return the settings that all runs of a study share, imported or not."""
-    kept = settings.identity()
-    return {table: kept[table] for table in ("subject", "corpus")}
-
-
-def _provenance(source: str, sae: Sae, settings: Settings, root: Path, compute: Compute) -> dict[str, Any]:
-    """Check that the dictionary fits; return the records of subject, hookpoint and corpus."""
+def _provenance(source: str, sae: Sae, study: str, settings: Settings, root: Path, compute: Compute) -> dict[str, Any]:
+    """Check that the dictionary fits; return the records of subject, hookpoint, corpus and skipped tokens."""
     subject = compute.load_subject(settings)
     hookpoint = subject.resolve(settings.subject.hookpoint)
     _check_width(source, sae.d_in, subject, hookpoint)
+    skip = find_skip(settings, subject)
     corpus = prepare_corpus(settings.corpus, subject.tokenizer, subject.tokenizer_fingerprint, root)
-    return describe_inputs(settings, subject, corpus, hookpoint)
+    stream = ActivationStream(subject, corpus, hookpoint)
+    stream.skip = skip
+    skipped = limit_norms(stream, settings, find_skipped([study], root))
+    return describe_inputs(settings, subject, corpus, hookpoint) | skipped
 
 
 def _check_width(source: str, d_in: int, subject: Subject, hookpoint: str) -> None:

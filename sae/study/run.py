@@ -99,6 +99,15 @@ class BatchOrder(TypedDict):
     steps: _Count
 
 
+@with_config(OPEN)
+class SkipFacts(TypedDict):
+    """What ``settings.skip`` means for this model, text and hookpoint; absent if nothing is skipped."""
+
+    token_ids: list[_Count]
+    median_norm: float | None  # of a fixed sample of the tokens that are not skipped otherwise
+    norm_limit: float | None  # tokens with a larger norm are skipped
+
+
 Imported = TypedDict(
     "Imported",
     {
@@ -132,6 +141,7 @@ class RunRecord(TypedDict):
     imported: NotRequired[Imported]
     ranks: NotRequired[dict[str, Any]]
     precision: NotRequired[Literal["float32", "bfloat16", "int8"]]
+    skipped: NotRequired[SkipFacts]
     packages: NotRequired[dict[str, str]]
     git_commit: NotRequired[str | None]
 
@@ -468,9 +478,10 @@ def plan_study(study: str, seeds: list[int], settings: Settings, root: Path) -> 
         raise BadInput(f"seeds {' '.join(map(str, seeds))}: give whole numbers from 0 to {LARGEST_SEED}, each once")
     existing = study_runs(study, root)
     for run in existing:
-        common = {"subject", "corpus"} if run.imported else {"subject", "corpus", "training"}
-        theirs, ours = ({t: s.identity()[t] for t in common} for s in (run.settings, settings))
-        differences = mapping_differences(theirs, ours)
+        differences = mapping_differences(run.settings.shared(), settings.shared())
+        if not run.imported:
+            theirs, ours = ({"training": s.training.identity()} for s in (run.settings, settings))
+            differences += mapping_differences(theirs, ours)
         if differences:
             raise SettingsDiffer(
                 f"run {run.name!r} exists with other settings ({'; '.join(differences)}); "

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from filelock import FileLock, Timeout
 
 from sae.common.errors import BadInput, SettingsDiffer, UserError
-from sae.settings import Settings
-from sae.study.run import Run, study_runs
+from sae.settings import Settings, SkipSettings
+from sae.study.run import Run, SkipFacts, study_runs
 
 if TYPE_CHECKING:
+    from sae.activations.skipping import Skip
     from sae.activations.stream import ActivationStream, TrainingBatches
     from sae.activations.subject import Subject
     from sae.text.corpus import Corpus
@@ -139,7 +140,7 @@ def describe_inputs(
 
 def get_source_key(settings: Settings) -> tuple[Any, ...]:
     """Return the settings that studies must share to use one forward pass over one text."""
-    return settings.subject.model, settings.subject.dtype, settings.corpus
+    return settings.subject.model, settings.subject.dtype, settings.corpus, settings.skip
 
 
 def open_source(of: Sequence[Settings], root: Path, compute: Compute, cache: Cache = "fill") -> Source:
@@ -153,14 +154,46 @@ def open_source(of: Sequence[Settings], root: Path, compute: Compute, cache: Cac
 
     first = of[0]
     subject = compute.load_subject(first)
-    # Resolve now, so that a wrong name fails before the text is read.
+    # Resolve now, so that a wrong name of a hookpoint or token fails before the text is read.
     hookpoints = list(dict.fromkeys(subject.resolve(settings.subject.hookpoint) for settings in of))
+    skip = find_skip(first, subject)
     corpus = prepare_corpus(first.corpus, subject.tokenizer, subject.tokenizer_fingerprint, root)
     limit = min(settings.training.activation_cache for settings in of)
     caches = open_caches(corpus, subject, hookpoints, limit) if cache == "fill" else {}
     if cache == "read":
         caches = open_caches_to_read(corpus, subject, hookpoints)
-    return Source(subject, corpus, open_streams(subject, corpus, hookpoints, caches))
+    streams = open_streams(subject, corpus, hookpoints, caches)
+    for stream in streams.values():
+        stream.skip = skip
+    return Source(subject, corpus, streams)
+
+
+def find_skip(settings: Settings, subject: Subject) -> Skip:
+    """Return which tokens the settings skip, without the limit on norms (:func:`limit_norms`)."""
+    from sae.activations.skipping import Skip, resolve_tokens
+
+    return Skip(settings.skip.positions, resolve_tokens(settings.skip.tokens, subject.tokenizer, subject.source))
+
+
+def find_skipped(studies: Sequence[str], root: Path) -> SkipFacts | None:
+    """Return the entry ``skipped`` of the first run of ``studies`` that has one."""
+    records = (run.record for study in studies for run in study_runs(study, root))
+    return next((record["skipped"] for record in records if "skipped" in record), None)
+
+
+def limit_norms(stream: ActivationStream, settings: Settings, known: SkipFacts | None = None) -> dict[str, Any]:
+    """Let ``stream`` skip tokens over ``skip.max_norm``; return the entry ``skipped`` of ``run.json``, if any.
+
+    The limit is that of ``known``, the entry of a run of the study; without one, it is measured.
+    """
+    if settings.skip == SkipSettings():
+        return {}
+    median = limit = None
+    if settings.skip.max_norm is not None:
+        median = stream.measure_median_norm() if known is None else known["median_norm"]
+        limit = settings.skip.max_norm * (median or 0.0) if known is None else known["norm_limit"]
+    stream.skip = replace(stream.skip, norm_limit=limit)
+    return {"skipped": {"token_ids": list(stream.skip.token_ids), "median_norm": median, "norm_limit": limit}}
 
 
 def check_same_inputs(run: Run, **fingerprints: str) -> None:

@@ -7,6 +7,7 @@ and weights once it is done; in between it resumes from its last state.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -20,15 +21,17 @@ from sae.common.files import mapping_differences, write_table
 from sae.common.launch import launched
 from sae.common.parallel import join_ranks
 from sae.common.progress import say
-from sae.study.controls import add_controls
+from sae.study.controls import add_controls, get_parent
 from sae.study.run import Run, Study, plan_study, remove_failed_runs, study_runs, write_record
 from sae.study.stage import (
     Compute,
     Source,
     check_same_inputs,
     describe_inputs,
+    find_skipped,
     fit_to_study,
     get_source_key,
+    limit_norms,
     lock_study,
     open_source,
 )
@@ -36,7 +39,7 @@ from sae.study.stage import (
 if TYPE_CHECKING:
     import torch
 
-    from sae.activations.outliers import Outliers
+    from sae.activations.outliers import Compared, Outliers
     from sae.activations.stream import ActivationStream, TrainingBatches
     from sae.common.precision import Precision
     from sae.common.ranks import Job
@@ -44,8 +47,6 @@ if TYPE_CHECKING:
     from sae.study.tracking import Tracker
     from sae.training.learner import LogRow, TrainLog
     from sae.training.trainer import Group
-
-_SAMPLE = 16_384  # tokens of the first batch that are searched for outliers
 
 
 def train_studies(
@@ -158,6 +159,7 @@ def _group_by_source(todo: Sequence[_Todo]) -> list[list[_Todo]]:
 def _train_together(
     todo: list[_Todo], root: Path, compute: Compute, job: Job, tracker: Tracker | None, label: str
 ) -> None:
+    from sae.activations.outliers import Compared
     from sae.activations.stream import Reader
     from sae.training.memory import Part, check_fits, report_out_of_memory
     from sae.training.trainer import train_groups
@@ -165,10 +167,11 @@ def _train_together(
     with job.first_then_others(label):
         settings = [each.study.settings for each in todo]
         source = open_source(settings, root, compute, cache="fill" if job.rank == 0 else "none")
+    skipped = _limit_norms(todo, source, root, job, label)
     mine = set(job.share([run.name for each in todo for run, _ in each.missing]))
     # Rank 0 decides, since other machines may have other instructions.
     precisions = job.first(f"{label} precision", lambda: [_precision(x, source.subject.device, root) for x in todo])
-    works = [_prepare(each, mine, source, precision) for each, precision in zip(todo, precisions, strict=True)]
+    works = [_prepare(each, mine, source, precision, skipped) for each, precision in zip(todo, precisions, strict=True)]
     new: list[tuple[_Work, Run, int]] = []
     for work in works if job.rank == 0 else []:
         for run, seed in work.missing:
@@ -188,8 +191,15 @@ def _train_together(
         read = Reader(job)
         first = read([work.batches for work in works], 0)
         samples = {work.stream.hookpoint: x for work, x in zip(works, first, strict=True)}
-        outliers = {hookpoint: _find_outliers(hookpoint, x) for hookpoint, x in samples.items()}
-        dominated = {h: samples[h][:_SAMPLE].clone() for h, found in outliers.items() if found.dominate}
+        batches = {work.stream.hookpoint: work.batches for work in works}
+        outliers = {hookpoint: _find_outliers(batches[hookpoint], x) for hookpoint, x in samples.items()}
+        compared = {
+            hookpoint: Compared.with_skipped(batches[hookpoint])
+            if batches[hookpoint].stream.skip
+            else Compared.without_outliers(samples[hookpoint])
+            for hookpoint, found in outliers.items()
+            if found.dominate or batches[hookpoint].stream.skip
+        }
         for work, run, seed in new:
             found = {"outlier_tokens": outliers[work.stream.hookpoint].record()}
             write_record(run, seed, work.study.name, work.study.settings, {**work.record, **found, **job.record})
@@ -197,16 +207,37 @@ def _train_together(
         groups = [_make_group(work, samples[work.stream.hookpoint]) for work in works]
         del first, samples
         pairs = [list(zip((run for run, _ in w.own), g.saes, strict=True)) for w, g in zip(works, groups, strict=True)]
-        ending = _Ending(pairs if job.writes else [[] for _ in pairs], tracker, dominated)
+        ending = _Ending(pairs if job.writes else [[] for _ in pairs], tracker, compared)
         written = [run for of_group in ending.dictionaries for run, _ in of_group]
         with nullcontext() if tracker is None else tracker.follow(written):
             train_groups(groups, job, read, ending)
     job.barrier()
 
 
-def _prepare(todo: _Todo, mine: Collection[str], source: Source, precision: Precision) -> _Work:
+def _limit_norms(todo: Sequence[_Todo], source: Source, root: Path, job: Job, label: str) -> dict[str, dict[str, Any]]:
+    """Let each stream skip the same tokens as the runs that have begun; return its entry of ``run.json``.
+
+    Rank 0 measures the limits on norms that no run has, and tells the others.
+    """
+    sharing: dict[str, list[Study]] = {}
+    for each in todo:
+        sharing.setdefault(source.subject.resolve(each.study.settings.subject.hookpoint), []).append(each.study)
+    found = {}
+    for hookpoint, studies in sharing.items():
+        stream, settings = source.streams[hookpoint], studies[0].settings
+        names = [name for study in studies for name in (study.name, get_parent(study))]
+        measure = functools.partial(limit_norms, stream, settings)
+        found[hookpoint] = job.first(f"{label} skipped {hookpoint}", lambda: measure(find_skipped(names, root)))  # noqa: B023
+        measure(found[hookpoint].get("skipped"))
+    return found
+
+
+def _prepare(
+    todo: _Todo, mine: Collection[str], source: Source, precision: Precision, skipped: Mapping[str, dict[str, Any]]
+) -> _Work:
     settings, batches = todo.study.settings, source.batches(todo.study.settings)
     record = describe_inputs(settings, source.subject, source.corpus, batches.stream.hookpoint, batches)
+    record |= skipped[batches.stream.hookpoint]
     own = [(run, seed) for run, seed in todo.missing if run.name in mine]
     return _Work(*todo, own, batches, {**record, "precision": precision})
 
@@ -223,15 +254,16 @@ def _precision(todo: _Todo, device: torch.device, root: Path) -> Precision:
     return precision
 
 
-def _find_outliers(hookpoint: str, x: torch.Tensor) -> Outliers:
-    """Measure the outlier tokens of a hookpoint's first batch ``x`` [B, D]; warn if they dominate FVU."""
-    from sae.activations.outliers import find_outliers
+def _find_outliers(batches: TrainingBatches, x: torch.Tensor) -> Outliers:
+    """Measure the outlier tokens of the first batch ``x`` [B, D]; warn, with the flag that helps, if they dominate."""
+    from sae.activations.outliers import SAMPLE, advise, find_outliers
 
-    outliers = find_outliers(x[:_SAMPLE])
+    outliers = find_outliers(x[:SAMPLE])
     if outliers.dominate:
         say(
-            f"train: warning: at {hookpoint} {outliers.describe()}; FVU and L0, here and in the report, are mostly "
-            "about these few tokens; both are printed without them at the end of the training"
+            f"train: warning: at {batches.stream.hookpoint} {outliers.describe()}; FVU and L0, here and in the report, "
+            f"are mostly about these few tokens; both are printed without them at the end of the training; "
+            f"{advise(batches, x[:SAMPLE])}"
         )
     return outliers
 
@@ -253,7 +285,7 @@ class _Ending:
 
     dictionaries: list[list[tuple[Run, Sae]]]  # those that this rank writes, of each group
     tracker: Tracker | None
-    dominated: Mapping[str, torch.Tensor]  # the first batch of hookpoints that outliers dominate
+    compared: Mapping[str, Compared]  # the first batch of hookpoints that have outliers or skipped tokens
 
     def row(self, run: str, row: LogRow) -> None:
         if self.tracker is not None:
@@ -264,21 +296,19 @@ class _Ending:
         from sae.training.state import discard_states
 
         for (run, sae), log in zip(self.dictionaries[group], logs, strict=False):
-            write_table(run.training_log_path, log.table(), **self._without_outliers(run, sae))
+            write_table(run.training_log_path, log.table(), **self._with_and_without(run, sae))
             save_sae(run.folder, sae, run.about())
             run.seal()
             discard_states(run.state_folder)
             if self.tracker is not None:
                 self.tracker.end(run.name)
 
-    def _without_outliers(self, run: Run, sae: Sae) -> dict[str, Any]:
-        """Return FVU and L0 without outlier tokens, as metadata of the log; empty if there are none."""
-        from sae.activations.outliers import measure_quality
-
-        sample = self.dominated.get(run.record["hookpoint"])
-        if sample is None:
+    def _with_and_without(self, run: Run, sae: Sae) -> dict[str, Any]:
+        """Return FVU and L0 with and without outlier or skipped tokens, as metadata of the log; empty without any."""
+        compared = self.compared.get(run.record["hookpoint"])
+        if compared is None or compared.kept.all():
             return {}
-        quality = measure_quality(sae, sample)
+        quality = compared.measure(sae)
         if not run.is_control:
             say(f"train: {run.name}: {quality.describe()} (on the first batch)")
         return {"quality": asdict(quality)}

@@ -11,7 +11,7 @@ import torch
 from tiny_study import cli, write_recipe
 from transformers import GPT2Config, GPT2Model
 
-from sae.activations.outliers import find_outliers, measure_quality
+from sae.activations.outliers import Compared, find_outliers
 from sae.common.files import read_json, table_metadata
 from sae.dictionaries.architectures.topk import TopKSae
 from sae.dictionaries.sae import total_variance
@@ -41,7 +41,7 @@ def test_an_ordinary_sample_is_none(outlying: int, times: float) -> None:
 def test_quality_without_outliers_is_that_of_the_others() -> None:
     x = sample(400, 8, 100.0)
     sae = TopKSae.init(8, 20, 3, 0, x)
-    found, others = measure_quality(sae, x), x[8:]
+    found, others = Compared.without_outliers(x).measure(sae), x[8:]
     error = float((sae.reconstruct(others) - others).square().sum())
     assert found.fvu_without == pytest.approx(error / total_variance(others), rel=1e-5)
     assert found.fvu == pytest.approx(float((sae.reconstruct(x) - x).square().sum()) / total_variance(x), rel=1e-5)
