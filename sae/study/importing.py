@@ -86,8 +86,8 @@ def import_sae(source: str, name: str, study: str, settings: Settings, root: Pat
             differences = mapping_differences(other.settings.shared(), settings.shared())
             if other.name != name and differences:
                 raise SettingsDiffer(
-                    f"study {study!r} has another model, hookpoint, text or skipped tokens ({'; '.join(differences)}); "
-                    "choose another --study, or drop these flags to use the study's"
+                    f"study {study!r} has another model, hookpoint or text, or skips other tokens "
+                    f"({'; '.join(differences)}); choose another --study, or drop these flags to use the study's"
                 )
         provenance = _provenance(source, opened.sae, study, settings, root, compute)
         with remove_failed_runs([run]):

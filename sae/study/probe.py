@@ -49,7 +49,8 @@ def probe(studies: Sequence[Study], root: Path, compute: Compute) -> Probe:
     hookpoints = list({of.stream.hookpoint: of for of in batches.values()}.values())
     read = [read_batches(hookpoints, step) for step in range(n)]
     held = {of.stream.hookpoint: [batch[i] for batch in read] for i, of in enumerate(hookpoints)}
-    computed = min(len(longest) * longest.tokens_per_step, source.corpus.n_tokens)
+    read_tokens = len(longest) * longest.sequences_per_step * source.corpus.context
+    computed = min(read_tokens, source.corpus.n_tokens)
     seconds = {}
     for study in studies:
         steps = len(batches[study.name])

@@ -198,7 +198,7 @@ def _train_together(
             if batches[hookpoint].stream.skip
             else Compared.without_outliers(samples[hookpoint])
             for hookpoint, found in outliers.items()
-            if found.dominate or batches[hookpoint].stream.skip
+            if job.writes and (found.dominate or batches[hookpoint].stream.skip)
         }
         for work, run, seed in new:
             found = {"outlier_tokens": outliers[work.stream.hookpoint].record()}

@@ -110,7 +110,7 @@ def test_fvu_is_reported_with_and_without_skipped(train: Any, tmp_path: Path) ->
 
 
 def test_skipped_tokens_neither_fire_nor_count(train: Any, tmp_path: Path) -> None:
-    train("plain", "run", "--skip-positions", 9, "--exclude-tokens", "eos", "x", 98, "--max-norm", 1.5).well()
+    train("plain", "run", "--skip-positions", 9, "--exclude-tokens", "eos", "x", 98, "--max-norm", 1.1).well()
     cli("harvest", "--sae", "run_a", "--root", tmp_path / "runs").well()
     run = Run.open("run_a", tmp_path / "runs")
     store, skipped = run.store(), run.record["skipped"]
@@ -169,7 +169,7 @@ def test_imports_take_and_share_skipped_tokens(
     records = [read_json(root / name / "run.json")["skipped"] for name in ("run_a", "theirs", "joined")]
     assert records[0] == records[1] == records[2]
     refused = cli(*source, "--name", "third", "--study", "run", "--skip-positions", 1)
-    refused.failed_in_one_line("skipped tokens", "skip.positions: 0 there, 1 now")
+    refused.failed_in_one_line("skips other tokens", "skip.positions: 0 there, 1 now")
     cli("harvest", "--sae", "run_a", "--sae", "joined", "--sae", "theirs", "--root", root).well()
     tables = [Run.open(name, root).latents() for name in ("run_a", "joined", "theirs")]
     assert tables[0]["n_firings"].sum() > 0

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from sae.activations.skipping import Skip
+from sae.activations.stream import ActivationStream
 from sae.common.files import write_json
 from sae.dictionaries.architectures.topk import TopKSae
 from sae.firings import harvest as harvesting
@@ -46,6 +48,9 @@ class FakeStream:
 
     hookpoint = "layers.1.mlp"
     subject = SimpleNamespace(fingerprint="beef", dtype=torch.float32)
+    skip = Skip()
+    find_kept = ActivationStream.find_kept
+    find_kept_by_token = ActivationStream.find_kept_by_token
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus

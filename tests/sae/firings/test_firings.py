@@ -34,6 +34,7 @@ from small_harvest import (
 )
 from tiny_study import change_record
 
+from sae.activations.skipping import Skip
 from sae.common.errors import BadInput, NotFound, SettingsDiffer, UserError
 from sae.common.files import read_json, write_json
 from sae.dictionaries.architectures.topk import TopKSae
@@ -389,3 +390,28 @@ def test_hash_is_fixed_for_good() -> None:
     one, other = hash_windows(np.array([[1, 2, 3], [3, 2, 1]], np.uint16)).tolist()
     assert one != other
     assert hash_windows(np.array([[1, 2, 3]], np.int64)).tolist() == [one]
+
+
+def test_skipped_tokens_grow_to_equal_results(stream: FakeStream, tmp_path: Path) -> None:
+    norms = stream.values.double().norm(dim=-1).numpy()
+    stream.skip = Skip(positions=WINDOW, token_ids=(3, 4), norm_limit=float(np.quantile(norms, 0.8)))
+    run(stream, tmp_path / "grown", tokens=N // 2 * USED)
+    (grown,) = run(stream, tmp_path / "grown")
+    (whole,) = run(stream, tmp_path / "whole")
+    assert grown.record == whole.record
+    order = stream.corpus.order(0, 7)
+    tokens = stream.corpus.tokens[order][:, :USED]
+    special = stream.corpus.is_special(tokens)
+    unseen = np.isin(tokens, (3, 4)) | (np.arange(USED) < WINDOW)
+    skipped = (unseen | (norms[order][:, :USED] > stream.skip.norm_limit)) & ~special
+    expected = dense(stream, an_sae(ord("a")))
+    expected[skipped.ravel()] = 0
+    assert whole.n_skipped_tokens == skipped.sum()
+    assert whole.n_firings == (expected > 0).sum()
+    for latent in range(M):
+        np.testing.assert_array_equal(whole.firings(latent)[0], np.flatnonzero(expected[:, latent]))
+    unusable = special.reshape(-1, WINDOW).any(1) | unseen.reshape(-1, WINDOW).all(1)
+    np.testing.assert_array_equal(whole.has_special(), unusable)
+    stream.skip = Skip(positions=1)
+    with pytest.raises(SettingsDiffer, match=r"skip\.positions"):
+        run(stream, tmp_path / "whole")
