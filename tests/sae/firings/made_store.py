@@ -12,6 +12,8 @@ from sae.firings.store import FiringStore
 class MadeStore:
     """``fires`` [T, M], T a multiple of the window; three windows make a shard."""
 
+    n_skipped_tokens = 0
+
     def __init__(self, fires: np.ndarray, window: int = 4) -> None:
         self.fires, self.window = fires, window
         self.n_tokens, self.num_latents = fires.shape
