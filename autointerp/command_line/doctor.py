@@ -135,7 +135,9 @@ def _examine_corpus(folder: Path) -> str:
     corpus = Corpus.open(folder)
     corpus.check()
     corpus.decode(corpus.tokens[0])
-    return f"{'digests match' if corpus.has_digests else _OLD}; {human(corpus.n_tokens)} tokens"
+    documents = len(corpus.document_ends)
+    state = "digests match" if corpus.has_digests else _OLD
+    return f"{state}; {human(corpus.n_tokens)} tokens, {human(documents)} documents"
 
 
 def _examine_cache(path: Path) -> str:

@@ -149,11 +149,15 @@ class Corpus:
     def document_ends(self) -> np.ndarray:
         """The first token after each document, int64, ascending; the last is N·T, which may cut a document.
 
-        Tokens count through the rows. An older corpus without end-of-text tokens is one document.
+        Tokens count through the rows. An older corpus without end-of-text tokens is one document. Raises NotFound or
+        BadInput if the recorded ends are missing or damaged.
         """
         if self.has_document_ends:
-            self.check(name="documents.bin")
-            ends = np.fromfile(self.folder / "documents.bin", "<i8")
+            path = self.folder / "documents.bin"
+            if not path.is_file():
+                raise NotFound(f"corpus {str(self.folder)!r} has no documents.bin; {_AGAIN}")
+            self.check(name=path.name)
+            ends = np.fromfile(path, "<i8")
         elif self._separator is None:
             ends = np.empty(0, np.int64)
         else:

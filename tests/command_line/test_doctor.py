@@ -56,6 +56,7 @@ def test_an_endpoint_is_asked(untouched: Path) -> None:
         ("run_a/latents.overlap.parquet", "run_a tables"),
         ("run_a/training.parquet", "run_a tables"),
         ("corpora/*/tokens.bin", "corpus"),
+        ("corpora/*/documents.bin", "corpus"),
         ("corpora/*/tokenizer.json", "corpus"),
         ("alignments/run_a--run_b.json", "alignment run_a--run_b"),
         ("alignments/run_a--run_b.parquet", "alignment run_a--run_b"),

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from test_corpus import dataset_settings, folder, llama, neox, refused, text_settings  # noqa: F401
 
 import sae.text.packing as packing
-from sae.common.errors import BadInput
+from sae.common.errors import BadInput, NotFound
+from sae.common.records import write_record
 from sae.settings import CorpusSettings
 from sae.text.corpus import Corpus
 from sae.text.hf_datasets import interleave
@@ -248,12 +249,12 @@ def test_documents_with_and_without_end_token(
 def test_older_corpora_find_documents_by_end_tokens(
     neox: tuple[Any, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sae.common.records import write_record
-
     corpus = prepare_corpus(text_settings(folder), *neox, tmp_path)
     expected = corpus.document_ends
+    (corpus.folder / "documents.bin").rename(tmp_path / "documents.bin")
+    with pytest.raises(NotFound, match=r"has no documents\.bin; delete the folder"):
+        _ = Corpus.open(corpus.folder).document_ends
     record = json.loads((corpus.folder / "corpus.json").read_text())
-    (corpus.folder / "documents.bin").unlink()
     del record["digest"], record["digests"]["documents.bin"]
     write_record(corpus.folder / "corpus.json", record)
     monkeypatch.setattr("sae.text.corpus._SCAN_TOKENS", 7)
