@@ -22,7 +22,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 def record_of(*arguments: Any, root: Path) -> dict[str, Any]:
     cli("train", "--name", "new", "--seeds", 0, "--no-controls", *arguments, "--root", root, "--json").well()
-    return Run.open("new_a", root).record
+    return dict(Run.open("new_a", root).record)
 
 
 def test_flags_and_recipe_make_one_corpus(files: list[Path], short: Path, tmp_path: Path) -> None:

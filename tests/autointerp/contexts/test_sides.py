@@ -174,7 +174,7 @@ def tiny_copy(tiny_root: Path) -> Run:
 
 def make_old(run: Run) -> Run:
     """Return the run as a program from before this split wrote it."""
-    record = {key: value for key, value in run.record.items() if key != "digest"}
+    record: dict[str, Any] = {key: value for key, value in run.record.items() if key != "digest"}
     contexts = {key: value for key, value in record["settings"]["contexts"].items() if key != "split"}
     record["settings"] = {**record["settings"], "contexts": contexts}
     write_record(run.record_path, record)
