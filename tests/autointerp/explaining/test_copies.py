@@ -34,10 +34,10 @@ def test_every_example_is_recognised(number: int, answer: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "The expected result in a Python doctest",
+        "The number of the day where it follows the name of a month",
         "Write what to look for.",
         "The pieces on which the latent is active are marked.",
-        '"Nonsense!" cried the old woman, and the letter went into the fire',
+        "Simmer the barley in a litre of stock, skimming",
         "Be as narrow as the evidence allows: where the pieces are always one of a few strings, quote those strings.",
     ],
 )
@@ -47,17 +47,17 @@ def test_parts_of_the_prompt_are_copies(text: str) -> None:
 
 NO_COPIES = [
     # about what the examples are about
-    "Results printed in Python doctests, on the line below a >>> prompt with an expression.",
-    "Numbers and lists that a Python doctest expects, directly under the line that begins with >>>.",
-    'Names of exceptions after "raise", such as "ValueError" or "KeyError".',
-    'The exception class that follows "raise" or "throw new" in an error path.',
-    'Verbs of saying after a closing quotation mark, such as "asked" or "replied", before the name of the speaker.',
-    "Words about hunger and drought: empty wells, failed harvests, rationed bread.",
-    "Blank lines between the end of a Python function and the next definition at the top level.",
-    # second answers of Qwen2.5-Coder-1.5B, after it had repeated the example of doctests word for word: adapted
-    'The name of a function or method that is being called, right after "raise" or "throw new".',
-    'The name of a function or method that is being called, right after ">>" or "throw new"; not a function or method '
-    'name in an "except" or "catch" clause.',
+    'Amounts in recipes: "grams", "spoon" and other units that stand behind a number.',
+    "Cups, spoons and other kitchen measures.",
+    'Names of loop variables after "for", in Python and JavaScript.',
+    "The variable that a for loop assigns, before the word in.",
+    "Days of a month, in dates written in words, such as May 3.",
+    "Numbers after the names of months.",
+    # answers of Qwen2.5-Coder-1.5B to this prompt
+    'The name of a function or method, as in "newlines", "recreate_cm", "GCM".',
+    'The name of a file, as in "fname".',
+    'The name of a programming language or a programming language feature, as in "Unix", "Python", "Java".',
+    "The name of a variable or function after the name of a class or function, in any programming language.",
     # in words that the instructions use too
     "Words in the middle of a line.",
     "Line breaks, tabs and spaces in program code.",
@@ -67,7 +67,6 @@ NO_COPIES = [
     # short ones
     'The word "the".',
     "Commas.",
-    "Verbs of saying.",
     "Program code.",
     'Text that contains "self".',
 ]
