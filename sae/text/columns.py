@@ -12,7 +12,6 @@ from typing import Any, cast
 
 from sae.common.errors import BadInput
 from sae.common.hub import first_line
-from sae.text.packing import count_token_ids
 from sae.text.sources import Document, Form, find_form, get_text, split_text
 
 _SHOWN_IDS = 16
@@ -90,3 +89,8 @@ class Reader:
                 f"0 to {self._n_ids - 1}: the ids are of another tokenizer; choose a column of text"
             )
         return ids
+
+
+def count_token_ids(tokenizer: Any) -> int:
+    """Return one more than the largest token id."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)

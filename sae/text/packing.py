@@ -23,6 +23,7 @@ from sae.common.files import digest, report_full_disk
 from sae.common.progress import say, track
 from sae.common.records import OPEN, digest_pieces, read_record, write_record
 from sae.settings import CorpusSettings
+from sae.text.columns import count_token_ids
 from sae.text.corpus import Corpus
 from sae.text.sources import Document, Hashes, TextSource, open_stdlib, open_text_files
 
@@ -294,10 +295,6 @@ def find_separator(tokenizer: Any) -> int | None:
     """Return the token to put after each document: EOS, else SEP, else BOS."""
     found = (getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "sep", "bos"))
     return next((int(token) for token in found if token is not None), None)
-
-
-def count_token_ids(tokenizer: Any) -> int:
-    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
 def make_encoder(tokenizer: Any) -> tuple[Any, Any]:
