@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from sae.common.amounts import LARGEST, parse_amount
 from sae.common.errors import BadInput, suggest
@@ -60,9 +60,17 @@ class SubjectSettings(Table):
     hookpoint: Words = Field(
         "layers.2.mlp", description="module whose output is studied, or with :in at its end, whose input"
     )
+    target: str | None = Field(
+        None, description="hookpoint that a transcoder predicts from the other; none or empty: an autoencoder"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the forward pass; auto: bfloat16 if the machine supports it, else float32"
     )
+
+    @field_validator("target")
+    @classmethod
+    def _none_if_empty(cls, value: str | None) -> str | None:
+        return value or None
 
 
 class CorpusSettings(Table):
@@ -137,6 +145,7 @@ class TrainingSettings(Table):
         description="precision of the product that selects latents in training (by rank, and in AuxK); "
         "auto: the fewest bits that the machine has instructions for (int8 on CPUs only)",
     )
+    skip: bool = Field(False, description="give a transcoder a linear skip connection (needs subject.target)")
     frozen: Literal["nothing", "decoder", "everything"] = Field(
         "nothing", description="weights that keep their initial values, for controls (sae/study/controls.py)"
     )
@@ -147,7 +156,8 @@ class TrainingSettings(Table):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that the trained weights depend on."""
-        return self.model_dump(mode="json", exclude={"checkpoint_steps", "activation_cache"})
+        kept = self.model_dump(mode="json", exclude={"checkpoint_steps", "activation_cache"})
+        return kept if self.skip else {key: value for key, value in kept.items() if key != "skip"}  # as before it
 
 
 class HarvestSettings(Table):
@@ -195,7 +205,10 @@ class Settings(Table):
 
     def shared(self) -> dict[str, Any]:
         """Return the settings that all runs of a study share, imported or not."""
-        return self.model_dump(mode="json", include={"subject", "corpus", "skip"})
+        found = self.model_dump(mode="json", include={"subject", "corpus", "skip"})
+        if self.subject.target is None:
+            del found["subject"]["target"]  # as before there were transcoders
+        return found
 
     @property
     def most_tokens(self) -> int:
@@ -248,6 +261,10 @@ def validated(values: dict[str, Any], where: str) -> Settings:
         raise BadInput(
             f"{where}: skip.positions = {settings.skip.positions} (--skip-positions) skips all of a sequence of "
             f"corpus.context = {settings.corpus.context}; give fewer positions"
+        )
+    if training.skip and settings.subject.target is None:
+        raise BadInput(
+            f"{where}: training.skip = true is for transcoders; give subject.target (--target), or remove it"
         )
     if settings.corpus.source and settings.corpus.kind == "stdlib":
         raise BadInput(

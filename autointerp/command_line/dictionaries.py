@@ -28,6 +28,8 @@ def train(
     recipe: opt.Recipe = None,
     model: opt.Model = None,
     hookpoint: opt.Hookpoints = None,
+    target: opt.Target = None,
+    skip: opt.Skip = None,
     dtype: opt.Dtype = None,
     text: Text,
     skipping: Skipping,
@@ -68,12 +70,13 @@ def train(
     settings = settings_from(
         recipe,
         existing[0].settings if existing else None,
-        subject={"model": absolute(model) if model else None, "dtype": dtype},
+        subject={"model": absolute(model) if model else None, "dtype": dtype, "target": target},
         corpus=text.settings(),
         skip=skipping.settings(),
         training={
             "architecture": architecture,
             "precision": precision,
+            "skip": skip or None,
             "num_latents": num_latents,
             "k": k,
             "tokens": amount("--tokens", tokens),
@@ -194,6 +197,7 @@ def import_(
     recipe: opt.Recipe = None,
     model: opt.Model = None,
     hookpoint: opt.Hookpoint = None,
+    target: opt.Target = None,
     dtype: opt.Dtype = None,
     text: Text,
     skipping: Skipping,
@@ -211,7 +215,7 @@ def import_(
     """
     from sae.study.importing import import_sae, import_settings
 
-    subject = {"model": absolute(model) if model else None, "hookpoint": hookpoint, "dtype": dtype}
+    subject = {"model": absolute(model) if model else None, "hookpoint": hookpoint, "target": target, "dtype": dtype}
     tables = {"subject": subject, "corpus": text.settings(), "skip": skipping.settings()}
     settings = import_settings(study, output.root, recipe, **tables)
     run = import_sae(source, name, study, settings, output.root, machine.compute())

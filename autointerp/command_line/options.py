@@ -385,6 +385,11 @@ Hookpoints = Annotated[
         help="Module whose output, or input (NAME:in), is studied; several: a study each. Default: {subject.hookpoint}."
     ),
 ]
+Target = Annotated[
+    str | None,
+    Option(help="Train a transcoder, which predicts this hookpoint from --hookpoint. Default: an autoencoder."),
+]
+Skip = Annotated[bool | None, Option("--skip", help="Give a transcoder a linear skip connection.")]
 Architecture = Annotated[str | None, Option(help=f"{ARCHITECTURES.join_names()}. Default: {{training.architecture}}.")]
 TrainPrecision = Annotated[
     str | None,

@@ -214,14 +214,23 @@ class TrainingBatches:
     A step takes whole sequences in the order of their epoch, without special tokens and those with an excluded id or
     norm, so B is slightly less than ``tokens_per_step``; positions skipped in every sequence are made up for by more
     sequences. A longer training starts with the same steps. ``fingerprint`` is the SHA-256 of the sequences of all
-    steps and of the tokens that are skipped.
+    steps and of the tokens that are skipped: those that the stream ``masked_by`` skips, by default ``stream`` itself.
+    What a transcoder predicts is masked by its input, so that the rows of both are the same tokens.
     """
 
-    def __init__(self, stream: ActivationStream, tokens: int, batch_tokens: int, order_seed: int = 0) -> None:
+    def __init__(
+        self,
+        stream: ActivationStream,
+        tokens: int,
+        batch_tokens: int,
+        order_seed: int = 0,
+        masked_by: ActivationStream | None = None,
+    ) -> None:
         self.stream = stream
+        self.masked_by = masked_by or stream
         self.order_seed = order_seed
         corpus = stream.corpus
-        per_sequence = corpus.context - stream.skip.positions
+        per_sequence = corpus.context - self.masked_by.skip.positions
         self.sequences_per_step = max(1, round(batch_tokens / per_sequence))
         self.tokens_per_step = self.sequences_per_step * per_sequence
         self._steps = max(1, -(-tokens // self.tokens_per_step))
@@ -237,7 +246,7 @@ class TrainingBatches:
         # The orders too: a seed's generator may change between versions of NumPy.
         orders = [digest(self._order(epoch).tolist()) for epoch in sorted({0, last_epoch})]
         made_from = [corpus.fingerprint, corpus.special_ids, self.order_seed, self.sequences_per_step, self._steps]
-        return digest([*made_from, orders, *self.stream.skip.record().values()])
+        return digest([*made_from, orders, *self.masked_by.skip.record().values()])
 
     def sequences(self, step: int) -> np.ndarray:
         """Return the sequences of a step, int64 [sequences_per_step]."""
@@ -266,24 +275,34 @@ class TrainingBatches:
 
         ``None`` under a limit on norms, which only the activations can tell.
         """
-        if self.stream.skip.norm_limit is not None:
+        if self.masked_by.skip.norm_limit is not None:
             return None
-        return np.argwhere(self.stream.find_kept_by_token(self.sequences(step)))
+        return np.argwhere(self.masked_by.find_kept_by_token(self.sequences(step)))
+
+    @property
+    def hookpoint(self) -> str:
+        return self.stream.hookpoint
 
     @property
     def sequence_source(self) -> tuple[object, ...]:
         """What decides which sequences each step takes."""
         return self.stream.corpus.fingerprint, self.stream.subject, self.sequences_per_step, self.order_seed
 
+    @property
+    def rows_source(self) -> tuple[str, str]:
+        """What decides which rows of a step's sequences a batch has: the hookpoint, and the one of the mask."""
+        return self.stream.hookpoint, self.masked_by.hookpoint
+
 
 def get_streams(batches: Sequence[TrainingBatches]) -> list[ActivationStream]:
-    return list({b.stream.hookpoint: b.stream for b in batches}.values())
+    """Return the streams of ``batches`` and of their masks, each once."""
+    return list({stream.hookpoint: stream for b in batches for stream in (b.stream, b.masked_by)}.values())
 
 
 def read_batches(
     batches: Sequence[TrainingBatches], step: int, source: BlockSource | None = None
 ) -> list[torch.Tensor]:
-    """Return ``batches[i][step]`` for each i, from one forward pass; batches of one hookpoint share a tensor.
+    """Return ``batches[i][step]`` for each i, from one forward pass; batches of one hookpoint and mask share it.
 
     All must share their steps. Raises NotFinite for NaN or infinity, UserError if all tokens of the step are special or
     skipped.
@@ -297,14 +316,18 @@ def read_batches(
         rows = read_rows(streams, index, source)
     except NotFinite as error:
         raise NotFinite(f"step {step + 1} of the training: {error}") from None
-    found = {}
-    for stream, values in zip(streams, rows, strict=True):
-        kept = stream.find_kept(index, values)
+    of_hookpoint = {stream.hookpoint: values for stream, values in zip(streams, rows, strict=True)}
+    found: dict[tuple[str, str], torch.Tensor] = {}
+    for b in batches:
+        if b.rows_source in found:
+            continue
+        values, mask = of_hookpoint[b.stream.hookpoint], b.masked_by
+        kept = mask.find_kept(index, of_hookpoint[mask.hookpoint])
         if not kept.any():
-            what, also = ("special or skipped", " or skip fewer tokens") if stream.skip else ("special", "")
+            what, also = ("special or skipped", " or skip fewer tokens") if mask.skip else ("special", "")
             raise UserError(f"step {step + 1} has {what} tokens only; use a corpus of text{also}")
-        found[stream.hookpoint] = (values.flatten(0, 1) if kept.all() else values[kept]).float()
-    return [found[b.stream.hookpoint] for b in batches]
+        found[b.rows_source] = (values.flatten(0, 1) if kept.all() else values[kept]).float()
+    return [found[b.rows_source] for b in batches]
 
 
 class Reader:
@@ -327,19 +350,19 @@ class Reader:
         numbers = job.numbers(find_missing_blocks(streams, batches[0].sequences(step)) if job.rank == 0 else None)
         owners = {number: (self._n_given_out + i) % job.size for i, number in enumerate(numbers)}
         self._n_given_out += len(numbers)
-        found: dict[str, torch.Tensor | None] = dict.fromkeys(stream.hookpoint for stream in streams)
+        found: dict[tuple[str, str], torch.Tensor | None] = dict.fromkeys(b.rows_source for b in batches)
         if job.rank == 0:
             read = read_batches(batches, step, lambda wanted, number: self._block(streams, wanted, number, owners))
             if any(owners.values()):
                 raise RuntimeError(f"step {step} did not take all of the blocks that the ranks computed for it")
-            found |= {b.stream.hookpoint: x for b, x in zip(batches, read, strict=True)}
+            found |= {b.rows_source: x for b, x in zip(batches, read, strict=True)}
         else:
             for number in (n for n, owner in owners.items() if owner == job.rank):
                 values = compute_block(streams, number)
                 for stream in streams:
                     job.give(values[stream.hookpoint])
-        sent = {hookpoint: job.broadcast(x) for hookpoint, x in found.items()}
-        return [sent[b.stream.hookpoint] for b in batches]
+        sent = {rows: job.broadcast(x) for rows, x in found.items()}
+        return [sent[b.rows_source] for b in batches]
 
     def _block(
         self, streams: Streams, wanted: Streams, number: int, owners: dict[int, int]

@@ -120,7 +120,8 @@ def align(
             )
     if first[0].shape[1] != second[0].shape[1] or first[1].shape[1] != second[1].shape[1]:
         raise BadInput(
-            f"{names[0]} has d_in {first[0].shape[1]} and {names[1]} has {second[0].shape[1]}: "
+            f"{names[0]} has d_in {first[0].shape[1]}, d_out {first[1].shape[1]} and {names[1]} has d_in "
+            f"{second[0].shape[1]}, d_out {second[1].shape[1]}: "
             "only dictionaries of the same hookpoint can be aligned"
         )
     n_a, n_b = len(first[0]), len(second[0])

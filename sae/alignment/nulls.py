@@ -70,11 +70,19 @@ def read_nulls(runs: Sequence[str], alignments: Tables) -> dict[str, Tables]:
 
 
 def rotate_sibling(weights: Weights, pair: tuple[str, str], seed: int = 0) -> Weights:
-    """Return the ``weights`` of the sibling (last in ``pair``), encoder and decoder rotated alike, in float32."""
+    """Return the ``weights`` of the sibling (last in ``pair``), encoder and decoder rotated alike, in float32.
+
+    The rows of a transcoder's decoder may have another width; then they get a rotation of their own.
+    """
     rng = np.random.default_rng([seed, zlib.crc32(f"{ROTATED} {'--'.join(pair)}".encode())])
-    turn = draw_rotation(weights[0].shape[1], rng).astype(np.float32)
+    turns: dict[int, NDArray[np.float32]] = {}
+    for rows in weights:
+        if rows.shape[1] not in turns:
+            turns[rows.shape[1]] = draw_rotation(rows.shape[1], rng).astype(np.float32)
     encoder, decoder = (
-        np.concatenate([rows[i : i + _ROWS].astype(np.float32) @ turn for i in range(0, len(rows), _ROWS)])
+        np.concatenate(
+            [rows[i : i + _ROWS].astype(np.float32) @ turns[rows.shape[1]] for i in range(0, len(rows), _ROWS)]
+        )
         for rows in weights
     )
     return encoder, decoder

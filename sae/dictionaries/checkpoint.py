@@ -20,9 +20,10 @@ _DEPTH = 3  # levels of folders below a given one that are searched for checkpoi
 _LARGEST = 1e17  # of a weight: the squares of a row of larger ones overflow float32, as do products
 
 
-def native_format(architecture: str) -> Format:
-    """Return the format in which a run keeps a dictionary of ``architecture``."""
-    return next(FORMATS[name] for name in ("sparsify", "SAELens", "native") if FORMATS[name].has(architecture))
+def native_format(architecture: str, transcodes: bool = False) -> Format:
+    """Return the format in which a run keeps a dictionary (or a transcoder) of ``architecture``."""
+    names = ("sparsify", "native") if transcodes else ("sparsify", "SAELens", "native")
+    return next(FORMATS[name] for name in names if FORMATS[name].has(architecture, transcodes))
 
 
 def format_named(name: str) -> Format:
@@ -35,7 +36,13 @@ def format_named(name: str) -> Format:
 
 def save_sae(folder: Path, sae: Sae, about: About | None = None, format_: Format | None = None) -> None:
     """Write ``sae`` to ``folder`` in float32, in its native format by default; BadInput if the format lacks it."""
-    format_ = format_ or native_format(sae.architecture)
+    format_ = format_ or native_format(sae.architecture, sae.transcodes)
+    if sae.transcodes and not format_.has(sae.architecture, transcodes=True):
+        able = [name.lower() for name, other in FORMATS.items() if other.has(sae.architecture, transcodes=True)]
+        raise BadInput(
+            f"a {sae.architecture!r} transcoder cannot be written in {format_.name}'s format; "
+            f"choose {' or '.join(able)}"
+        )
     written = sae if format_.has(sae.architecture) else sae.as_known()
     if written is None or not format_.has(written.architecture):
         kinds = [sae.architecture] if written is None else [sae.architecture, written.architecture]

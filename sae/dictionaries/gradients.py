@@ -41,16 +41,28 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruction(sae: Sae, firings: Firings, x: Tensor, centred: Tensor, scale: float) -> Reconstruction:
-    """Return the error of ``sae`` with the given firings on ``x`` [B, D], where ``centred`` is ``x - b_dec``."""
+    """Return the error of ``sae`` with the given firings on the target ``x`` [B, D]; ``centred`` is what it reads."""
     kernels = kernels_for(x.device)
     residual, products, squares = kernels.residuals(*firings, sae.W_dec, sae.b_dec, x)
     W_dec, W_enc, b_enc, fired = kernels.weight_gradients(
         firings.activations, products, firings.indices, residual, centred, scale, sae.num_latents
     )
-    # b_dec is added to the reconstruction and subtracted from the encoder's input.
-    b_dec = residual.sum(0) * scale - b_enc @ sae.W_enc
-    gradient = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    gradient = {
+        "W_enc": W_enc,
+        "b_enc": b_enc,
+        "W_dec": W_dec,
+        **_other_gradients(sae, b_enc, residual, centred, scale),
+    }
     return Reconstruction(squares, residual, gradient, fired)
+
+
+def _other_gradients(sae: Sae, b_enc: Tensor, residual: Tensor, centred: Tensor, scale: float) -> dict[str, Tensor]:
+    """Return the gradient by b_dec and W_skip; ``b_enc`` is that by b_enc."""
+    if not sae.transcodes:
+        # b_dec is added to the reconstruction and subtracted from the encoder's input.
+        return {"b_dec": residual.sum(0) * scale - b_enc @ sae.W_enc}
+    found = {"b_dec": residual.sum(0) * scale}
+    return found if sae.W_skip is None else {**found, "W_skip": (residual.T @ centred).mul_(scale)}
 
 
 class Totals:
@@ -91,11 +103,10 @@ class Totals:
             self._sums[name] = amount
 
     def gradient(self) -> dict[str, Tensor]:
-        """Return the gradient by W_enc, b_enc, W_dec, b_dec and all other tensors that were added to."""
+        """Return the gradient by W_enc, b_enc, W_dec, b_dec, W_skip and all other tensors that were added to."""
         sae, zero = self._sae, torch.zeros_like  # a process may have no token of a batch
         sums = {"W_enc": zero(sae.W_enc), "b_enc": zero(sae.b_enc), "W_dec": zero(sae.W_dec), **self._sums}
-        # b_dec is added to the reconstruction and subtracted from the encoder's input.
-        return {**sums, "b_dec": self.residual.sum(0) * self.scale - sums["b_enc"] @ sae.W_enc}
+        return {**sums, **_other_gradients(sae, sums["b_enc"], self.residual, self._centred, self.scale)}
 
 
 def add_auxk(gradient: dict[str, Tensor], sae: Sae, centred: Tensor, residual: Tensor, objective: Objective) -> Tensor:
@@ -114,7 +125,8 @@ def add_auxk(gradient: dict[str, Tensor], sae: Sae, centred: Tensor, residual: T
     gradient["W_enc"][dead] += W_enc
     gradient["b_enc"][dead] += b_enc
     gradient["W_dec"][dead] += W_dec
-    gradient["b_dec"] -= b_enc @ encoder
+    if not sae.transcodes:
+        gradient["b_dec"] -= b_enc @ encoder
     return squares / objective.variance
 
 

@@ -12,10 +12,15 @@ AuxK, or another term in its place, revives dead latents (``sae.dictionaries.gra
 sparsity term, a mean over tokens (none in TopK and BatchTopK). G is any further term (Gated's auxiliary
 reconstruction). V and the number of tokens are given, so that the gradients of parts of a batch add up.
 
+A transcoder reads the activations x at one hookpoint and predicts those y at another (Dunefsky et al. 2024, arXiv
+2406.11944). Then r = y_hat - y, V is that of y, decoder rows lie in the space of y, and the encoder reads x itself in
+place of x - b_dec. A skip connection adds x W_skip^T to y_hat (Paulo et al. 2025, arXiv 2501.18823). An autoencoder is
+the case y = x.
+
 Activations are not rescaled. Numbers with their unit are measured in sqrt(V / B), the root mean square distance of a
 token from the mean, so that lambda and the bandwidth mean the same for every hookpoint.
 
-Legend: B batch, D model width (d_in), M latents, K active latents.
+Legend: B batch, D model width (d_in; d_out of a transcoder's target), M latents, K active latents.
 """
 
 from __future__ import annotations
@@ -59,6 +64,7 @@ class Objective(NamedTuple):
     bandwidth: float = 0.01  # epsilon of JumpReLU's estimators, in units of ``unit``
     precision: Precision = "float32"  # of the dense encoder product; activations and gradients are never rounded
     job: Job = ALONE  # the processes that share the batch, for architectures that choose among all of its tokens
+    target: Tensor | None = None  # [B, D_out] y of a transcoder, for the rows of x; None: x
 
     @property
     def unit(self) -> float:
@@ -81,7 +87,11 @@ class Sae(ABC):
     """An SAE of any architecture: four weights, an encoder and a decoder.
 
     ``W_enc`` [M, D], ``b_enc`` [M], ``W_dec`` [M, D] and ``b_dec`` [D] have one dtype and one device, without autograd.
+    In a transcoder (:meth:`as_transcoder`) the last two have the width D_out, and ``W_skip`` [D_out, D] may be a fifth.
     """
+
+    transcodes: bool = False  # reads one hookpoint and predicts another
+    W_skip: Tensor | None = None
 
     architecture: ClassVar[str]
     penalised: ClassVar[bool] = False  # a sparsity term decides how many fire: training finds its coefficient
@@ -93,11 +103,12 @@ class Sae(ABC):
         num_latents, d_in = W_enc.shape
         for name, tensor, shape in (
             ("b_enc", b_enc, (num_latents,)),
-            ("W_dec", W_dec, (num_latents, d_in)),
-            ("b_dec", b_dec, (d_in,)),
+            ("W_dec", W_dec, (num_latents, W_dec.shape[-1])),
+            ("b_dec", b_dec, (W_dec.shape[-1],)),
         ):
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with W_enc {tuple(W_enc.shape)}: {shape}")
+        self.transcodes = W_dec.shape[1] != d_in
         if k is not None and not 1 <= k <= num_latents:
             raise ValueError(f"k = {k} is not between 1 and the number of latents, {num_latents}")
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (t.contiguous() for t in (W_enc, b_enc, W_dec, b_dec))
@@ -107,6 +118,11 @@ class Sae(ABC):
     def d_in(self) -> int:
         """D, the width of the activations."""
         return self.W_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """D_out, the width of the reconstruction."""
+        return self.W_dec.shape[1]
 
     @property
     def num_latents(self) -> int:
@@ -123,17 +139,26 @@ class Sae(ABC):
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the tensors that training changes by gradient, by name, not copied."""
-        return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        skip = {} if self.W_skip is None else {"W_skip": self.W_skip}
+        return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec, **skip}
 
     def weights(self) -> dict[str, Tensor]:
         """Return all tensors that define the dictionary: the parameters, and those that training only measures."""
         return self.parameters()
 
     @classmethod
-    def of_weights(cls, weights: Mapping[str, Tensor], k: int | None) -> Self:
+    def of_weights(cls, weights: Mapping[str, Tensor], k: int | None, transcodes: bool = False) -> Self:
         """Build a dictionary from its :meth:`weights`, under the names of the constructor's arguments."""
         build: Callable[..., Self] = cls
-        return build(**weights, k=k)
+        sae = build(**{name: weight for name, weight in weights.items() if name != "W_skip"}, k=k)
+        return sae.as_transcoder(weights.get("W_skip")) if transcodes or "W_skip" in weights else sae
+
+    def as_transcoder(self, W_skip: Tensor | None = None) -> Self:
+        """Make this a transcoder, in place, with the skip connection ``W_skip`` [D_out, D] if given."""
+        if W_skip is not None and tuple(W_skip.shape) != (self.d_out, self.d_in):
+            raise ValueError(f"W_skip has shape {tuple(W_skip.shape)}; it maps {self.d_in} to {self.d_out}")
+        self.transcodes, self.W_skip = True, None if W_skip is None else W_skip.contiguous()
+        return self
 
     def as_known(self) -> Sae | None:
         """Return a dictionary that computes the same and that other programs support, for export; None without one."""
@@ -172,20 +197,33 @@ class Sae(ABC):
         return self.encode(x)
 
     def decode(self, firings: Firings) -> Tensor:
-        """Return the reconstruction [B, D]: ``sum_j a_j W_dec[i_j] + b_dec``."""
+        """Return the reconstruction [B, D]: ``sum_j a_j W_dec[i_j] + b_dec``, without a skip connection."""
         return kernels_for(self.device).decode(*firings, self.W_dec, self.b_dec)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x))
+        """Return the reconstruction of ``x`` [B, D], or a transcoder's prediction [B, D_out] of y."""
+        rebuilt = self.decode(self.encode(x))
+        if self.W_skip is None:
+            return rebuilt
+        return rebuilt + x.to(device=self.device, dtype=self.dtype) @ self.W_skip.T
+
+    def target(self, x: Tensor, objective: Objective) -> Tensor:
+        """Return what the latents must reconstruct for ``x`` [B, D]: x or y [B, D_out], less the skip connection."""
+        y = x if objective.target is None else objective.target
+        return y if self.W_skip is None else torch.addmm(y, x, self.W_skip.T, alpha=-1)
 
     def centred(self, x: Tensor) -> Tensor:
-        """Return ``x - b_dec`` [B, D] in the weights' dtype; raise BadInput if ``x`` has another width."""
+        """Return the encoder's input [B, D] in the weights' dtype: ``x - b_dec``, or ``x`` in a transcoder.
+
+        Raises BadInput if ``x`` has another width.
+        """
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise BadInput(
                 f"this SAE reads activations of width {self.d_in}, got shape {list(x.shape)}; "
                 "use the subject model and hookpoint that it was trained on"
             )
-        return x.to(device=self.device, dtype=self.dtype) - self.b_dec
+        x = x.to(device=self.device, dtype=self.dtype)
+        return x if self.transcodes else x - self.b_dec
 
 
 def draw_weights(d_in: int, num_latents: int, seed: int, x_sample: Tensor | None) -> dict[str, Tensor]:
@@ -200,6 +238,22 @@ def draw_weights(d_in: int, num_latents: int, seed: int, x_sample: Tensor | None
     decoder = torch.nn.functional.normalize(encoder.double(), dim=1).float()
     centre = torch.zeros(d_in) if x_sample is None else geometric_median(x_sample).float().cpu()
     return {"W_enc": encoder, "b_enc": torch.zeros(num_latents), "W_dec": decoder, "b_dec": centre}
+
+
+def draw_transcoder(
+    kind: type[Sae], sizes: tuple[int, int], num_latents: int, k: int, seed: int, skip: bool, y_sample: Tensor | None
+) -> Sae:
+    """Make a transcoder of ``kind`` to train, for the widths ``sizes`` (D, D_out), as :meth:`Sae.init` does an SAE.
+
+    The encoder is drawn as that of an SAE, decoder rows are random directions, ``b_dec`` is computed from ``y_sample``
+    [N, D_out], and the skip connection starts at zero.
+    """
+    d_in, d_out = sizes
+    sae = kind.init(d_in, num_latents, k, seed)
+    decoder = torch.randn(num_latents, d_out, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    sae.W_dec = torch.nn.functional.normalize(decoder, dim=1).float()
+    sae.b_dec = torch.zeros(d_out) if y_sample is None else geometric_median(y_sample).float().cpu()
+    return sae.as_transcoder(torch.zeros(d_out, d_in) if skip else None)
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

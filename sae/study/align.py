@@ -76,13 +76,19 @@ def align_runs(runs: Sequence[Run], compute: Compute, nulls: bool = True, force:
                     _write_overlap(run)
 
 
+def _places(run: Run) -> list[str]:
+    """Return the run's hookpoint, and its target if it is a transcoder."""
+    record = run.record
+    return [record["hookpoint"], *([f"→ {record['target']}"] if "target" in record else [])]
+
+
 def explain_difference(runs: Sequence[Run]) -> str | None:
     """Return why ``runs`` differ in more than the seed; ``None`` for runs of one study."""
     studies = group_by_study(runs)
     if len(studies) < 2:
         return None
     names = ", ".join(run.name for run in runs)
-    hookpoints = {f"{run.record['subject']['source']} {run.record['hookpoint']}" for run in runs}
+    hookpoints = {" ".join([r.record["subject"]["source"], *_places(r)]) for r in runs}
     if len(hookpoints) > 1:
         return f"runs {names} have different hookpoints ({', '.join(sorted(hookpoints))})"
     return f"runs {names} belong to different studies ({', '.join(studies)}): they did not see the same batches"

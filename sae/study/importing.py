@@ -128,9 +128,15 @@ def _check_name_is_free(run: Run, study: str, settings: Settings, origin: dict[s
 
 def _provenance(source: str, sae: Sae, study: str, settings: Settings, root: Path, compute: Compute) -> dict[str, Any]:
     """Check that the dictionary fits; return the records of subject, hookpoint, corpus and skipped tokens."""
+    target = settings.subject.target
+    if sae.transcodes != (target is not None):
+        kind, advice = ("a transcoder", "name its target") if sae.transcodes else ("no transcoder", "leave out")
+        raise BadInput(f"{source!r} is {kind}; {advice} (--target)")
     subject = compute.load_subject(settings)
     hookpoint = subject.resolve(settings.subject.hookpoint)
     _check_width(source, sae.d_in, subject, hookpoint)
+    if target is not None:
+        _check_width(source, sae.d_out, subject, subject.resolve(target), "predicts")
     skip = find_skip(settings, subject)
     corpus = prepare_corpus(settings.corpus, subject.tokenizer, subject.tokenizer_fingerprint, root)
     stream = ActivationStream(subject, corpus, hookpoint)
@@ -139,7 +145,7 @@ def _provenance(source: str, sae: Sae, study: str, settings: Settings, root: Pat
     return describe_inputs(settings, subject, corpus, hookpoint) | skipped
 
 
-def _check_width(source: str, d_in: int, subject: Subject, hookpoint: str) -> None:
+def _check_width(source: str, d_in: int, subject: Subject, hookpoint: str, verb: str = "reads") -> None:
     width = subject.width(hookpoint)
     if width == d_in:
         return
@@ -150,7 +156,7 @@ def _check_width(source: str, d_in: int, subject: Subject, hookpoint: str) -> No
         else f"no hookpoint of that model has width {d_in}, so give the SAE's own model"
     )
     raise BadInput(
-        f"the SAE in {source!r} reads activations of width {d_in}, and hookpoint {hookpoint!r} of model "
+        f"the SAE in {source!r} {verb} activations of width {d_in}, and hookpoint {hookpoint!r} of model "
         f"{subject.source!r} gives {width}; {advice}"
     )
 

@@ -101,7 +101,7 @@ def _compute_sharing(runs: Sequence[Run], compute: Compute) -> None:
         return
     for run in runs:
         try:
-            unembedding.check_writes(run.record["hookpoint"])
+            unembedding.check_writes(run.record.get("target", run.record["hookpoint"]))
         except NotApplicable as error:
             _write_reason(run, error)
             continue

@@ -20,7 +20,7 @@ from sae.dictionaries.sae import total_variance
 from sae.settings import Settings
 from sae.study.run import Study
 from sae.study.stage import Compute, open_source
-from sae.training.learner import Learner
+from sae.training.learner import Batch, Learner
 
 STEPS = 8  # steps per setting; the first two are not counted
 _WARM = 2
@@ -104,6 +104,6 @@ def _step_seconds(settings: Settings, batches: list[torch.Tensor], steps: int, s
     for step, batch in enumerate(batches):
         began = time.perf_counter()
         x = batch.to(device=sae.device, dtype=sae.dtype).contiguous()
-        learner.step(x, total_variance(x), step, ALONE)
+        learner.step(Batch(x, total_variance(x)), step, ALONE)  # of a transcoder: about as long
         times.append(time.perf_counter() - began)
     return statistics.median(times[_WARM:] or times)

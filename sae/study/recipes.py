@@ -91,6 +91,10 @@ class Axis(NamedTuple):
         """Format a value for a name: ``m256``, ``t1.5M``, ``relu``."""
         if self.key == "learning_rate":
             return f"{self.sign}{value:g}"
+        if self.key == "target":
+            return f"to-{label_hookpoint(str(value))}" if value else "sae"
+        if self.key == "skip":
+            return "skip" if value else ""
         if self.key == "hookpoint":
             return label_hookpoint(str(value))
         if self.key != "tokens":
@@ -101,12 +105,16 @@ class Axis(NamedTuple):
 
 AXES = {
     "subject.hookpoint": Axis("subject", "hookpoint", "", "hookpoint"),
+    "subject.target": Axis("subject", "target", "", "target"),
+    "training.skip": Axis("training", "skip", "", "skip connection"),
     "training.num_latents": Axis("training", "num_latents", "m", "width"),
     "training.k": Axis("training", "k", "k", "k"),
     "training.tokens": Axis("training", "tokens", "t", "training tokens"),
     "training.architecture": Axis("training", "architecture", "", "architecture"),
     "training.learning_rate": Axis("training", "learning_rate", "lr", "learning rate"),
 }
+
+_ALWAYS_NAMED = ("subject.target", "training.skip")  # of axes that advance together
 
 _OTHER_TABLES = ("sweep", "explain")  # of a recipe, which are not settings of a run
 
@@ -255,5 +263,6 @@ def _point(
         if isinstance(table, dict):  # otherwise validation reports it
             table[AXES[axis].key] = value
     settings = check_architecture(validated(merged, where), where)
-    label = "_".join([name, *(AXES[axis].label(value) for axis, value in values.items() if axis not in silent)])
+    labels = [AXES[axis].label(value) for axis, value in values.items() if axis not in silent or axis in _ALWAYS_NAMED]
+    label = "_".join([name, *filter(None, labels)])
     return Point(Study(check_name(label), settings, seeds), values)

@@ -134,6 +134,7 @@ class RunRecord(TypedDict):
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d")]
     subject: SubjectFacts
     hookpoint: str
+    target: NotRequired[str]  # of a transcoder
     corpus: CorpusFacts
     batch_order: BatchOrder
     settings: dict[str, Any]

@@ -113,11 +113,13 @@ class Source(NamedTuple):
     def stream(self, hookpoint: str) -> ActivationStream:
         return self.streams[self.subject.resolve(hookpoint)]
 
-    def batches(self, settings: Settings) -> TrainingBatches:
+    def batches(self, settings: Settings, target: str | None = None) -> TrainingBatches:
+        """Return the training batches of the settings, or those at ``target`` for the same tokens."""
         from sae.activations.stream import TrainingBatches
 
-        training, stream = settings.training, self.stream(settings.subject.hookpoint)
-        return TrainingBatches(stream, training.tokens, training.batch_tokens, settings.corpus.order_seed)
+        training, source = settings.training, self.stream(settings.subject.hookpoint)
+        stream = source if target is None else self.stream(target)
+        return TrainingBatches(stream, training.tokens, training.batch_tokens, settings.corpus.order_seed, source)
 
 
 def describe_inputs(
@@ -125,7 +127,9 @@ def describe_inputs(
 ) -> dict[str, Any]:
     """Return the entries of ``run.json`` for subject, hookpoint, corpus and batches (``None``: imported)."""
     fingerprint, steps = (None, 0) if batches is None else (batches.fingerprint, len(batches))
+    target = settings.subject.target
     return {
+        **({} if target is None else {"target": subject.resolve(target)}),
         "subject": {
             "source": settings.subject.model,
             "fingerprint": subject.fingerprint,
@@ -155,7 +159,8 @@ def open_source(of: Sequence[Settings], root: Path, compute: Compute, cache: Cac
     first = of[0]
     subject = compute.load_subject(first)
     # Resolve now, so that a wrong name of a hookpoint or token fails before the text is read.
-    hookpoints = list(dict.fromkeys(subject.resolve(settings.subject.hookpoint) for settings in of))
+    names = [name for s in of for name in (s.subject.hookpoint, s.subject.target) if name is not None]
+    hookpoints = list(dict.fromkeys(subject.resolve(name) for name in names))
     skip = find_skip(first, subject)
     corpus = prepare_corpus(first.corpus, subject.tokenizer, subject.tokenizer_fingerprint, root)
     limit = min(settings.training.activation_cache for settings in of)

@@ -114,11 +114,17 @@ class _Work(NamedTuple):
     missing: list[tuple[Run, int]]  # the untrained runs and their seeds
     own: list[tuple[Run, int]]  # those of them that this rank trains
     batches: TrainingBatches
+    targets: TrainingBatches | None  # what transcoders predict
     record: dict[str, Any]  # the inputs, for ``run.json``
 
     @property
     def stream(self) -> ActivationStream:
         return self.batches.stream
+
+    @property
+    def output(self) -> ActivationStream:
+        """The stream of what is reconstructed."""
+        return (self.targets or self.batches).stream
 
 
 def _count_missing(study: Study, root: Path) -> int:
@@ -185,26 +191,28 @@ def _train_together(
         say(
             f"train: {', '.join(run.name for run, _ in work.missing)} · M {training.num_latents}, k {training.k}, "
             f"D {work.stream.width} · {human(training.tokens)} tokens of {human(source.corpus.n_tokens)} · "
-            f"{source.subject.source}, {work.stream.hookpoint}"
+            f"{source.subject.source}, {work.stream.hookpoint}{f' → {work.output.hookpoint}' if work.targets else ''}"
         )
     with remove_failed_runs([run for _, run, _ in new]), report_out_of_memory(parts, source.subject.device):
         read = Reader(job)
-        first = read([work.batches for work in works], 0)
-        samples = {work.stream.hookpoint: x for work, x in zip(works, first, strict=True)}
-        batches = {work.stream.hookpoint: work.batches for work in works}
-        outliers = {hookpoint: _find_outliers(batches[hookpoint], x) for hookpoint, x in samples.items()}
+        outputs = [work.targets or work.batches for work in works]
+        every = [batches for work in works for batches in (work.batches, work.targets) if batches is not None]
+        first = read(every, 0)
+        samples = {batches.rows_source: x for batches, x in zip(every, first, strict=True)}
+        batches = {of.rows_source: of for of in outputs}
+        outliers = {source: _find_outliers(of, samples[source]) for source, of in batches.items()}
         compared = {
-            hookpoint: Compared.with_skipped(batches[hookpoint])
-            if batches[hookpoint].stream.skip
-            else Compared.without_outliers(samples[hookpoint])
-            for hookpoint, found in outliers.items()
-            if job.writes and (found.dominate or batches[hookpoint].stream.skip)
+            of.hookpoint: Compared.with_skipped(of)
+            if of.stream.skip
+            else Compared.without_outliers(samples[of.rows_source])
+            for of in (work.batches for work in works if work.targets is None)
+            if job.writes and (outliers[of.rows_source].dominate or of.stream.skip)
         }
         for work, run, seed in new:
-            found = {"outlier_tokens": outliers[work.stream.hookpoint].record()}
+            found = {"outlier_tokens": outliers[(work.targets or work.batches).rows_source].record()}
             write_record(run, seed, work.study.name, work.study.settings, {**work.record, **found, **job.record})
         job.barrier()
-        groups = [_make_group(work, samples[work.stream.hookpoint]) for work in works]
+        groups = [_make_group(work, samples[of.rows_source]) for work, of in zip(works, outputs, strict=True)]
         del first, samples
         pairs = [list(zip((run for run, _ in w.own), g.saes, strict=True)) for w, g in zip(works, groups, strict=True)]
         ending = _Ending(pairs if job.writes else [[] for _ in pairs], tracker, compared)
@@ -236,10 +244,11 @@ def _prepare(
     todo: _Todo, mine: Collection[str], source: Source, precision: Precision, skipped: Mapping[str, dict[str, Any]]
 ) -> _Work:
     settings, batches = todo.study.settings, source.batches(todo.study.settings)
+    targets = None if settings.subject.target is None else source.batches(settings, settings.subject.target)
     record = describe_inputs(settings, source.subject, source.corpus, batches.stream.hookpoint, batches)
     record |= skipped[batches.stream.hookpoint]
     own = [(run, seed) for run, seed in todo.missing if run.name in mine]
-    return _Work(*todo, own, batches, {**record, "precision": precision})
+    return _Work(*todo, own, batches, targets, {**record, "precision": precision})
 
 
 def _precision(todo: _Todo, device: torch.device, root: Path) -> Precision:
@@ -270,13 +279,20 @@ def _find_outliers(batches: TrainingBatches, x: torch.Tensor) -> Outliers:
 
 def _make_group(work: _Work, sample: torch.Tensor) -> Group:
     from sae.dictionaries.architectures import ARCHITECTURES
+    from sae.dictionaries.sae import draw_transcoder
     from sae.training.trainer import Group
 
     training = work.study.settings.training
     kind, shape = ARCHITECTURES[training.architecture], (work.stream.width, training.num_latents, training.k)
-    saes = [kind.init(*shape, seed=seed, x_sample=sample).to(work.stream.device) for _, seed in work.own]
+    if work.targets is None:
+        saes = [kind.init(*shape, seed=seed, x_sample=sample).to(work.stream.device) for _, seed in work.own]
+    else:
+        sizes, device = (work.stream.width, work.output.width), work.stream.device
+        saes = [
+            draw_transcoder(kind, sizes, *shape[1:], seed, training.skip, sample).to(device) for _, seed in work.own
+        ]
     training = training.model_copy(update={"precision": work.record["precision"]})
-    return Group(work.batches, saes, training, [run.state_folder for run, _ in work.own])
+    return Group(work.batches, saes, training, [run.state_folder for run, _ in work.own], work.targets)
 
 
 @dataclass(frozen=True)
@@ -304,9 +320,12 @@ class _Ending:
                 self.tracker.end(run.name)
 
     def _with_and_without(self, run: Run, sae: Sae) -> dict[str, Any]:
-        """Return FVU and L0 with and without outlier or skipped tokens, as metadata of the log; empty without any."""
+        """Return FVU and L0 with and without outlier or skipped tokens, as metadata of the log; empty without any.
+
+        Empty for transcoders, too.
+        """
         compared = self.compared.get(run.record["hookpoint"])
-        if compared is None or compared.kept.all():
+        if compared is None or sae.transcodes or compared.kept.all():
             return {}
         quality = compared.measure(sae)
         if not run.is_control:

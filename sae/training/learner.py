@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -30,6 +30,14 @@ _LOG_ROWS = 200
 _MEANS = ("fvu", "auxk", "l0", "sparsity", "other")
 
 LogRow = dict[str, float]
+
+
+class Batch(NamedTuple):
+    """The activations of one step, with the device and dtype of the dictionaries."""
+
+    x: Tensor  # [B, D]
+    variance: float  # V: the total variance of x, or of y where there is one
+    y: Tensor | None = None  # [B, D_out] what transcoders predict
 
 
 @dataclass
@@ -119,15 +127,20 @@ class Learner:
     def name(self) -> str:
         return self.folder.parent.name
 
-    def objective(self, x: Tensor, variance: float, job: Job) -> Objective:
-        """Return the objective of the next step on the batch ``x`` [B, D] with total variance ``variance``."""
+    def objective(self, batch: Batch, job: Job) -> Objective:
+        """Return the objective of the next step on ``batch``."""
         auxk = AuxK(self.silent >= self.plan.dead_tokens, self.plan.k_aux, self.settings.auxk)
-        return Objective(variance, len(x), auxk, self.coefficient, self.settings.bandwidth, self.plan.precision, job)
+        target = None if batch.y is None else job.rows(batch.y)
+        settings, tokens = self.settings, len(batch.x)
+        return Objective(
+            batch.variance, tokens, auxk, self.coefficient, settings.bandwidth, self.plan.precision, job, target
+        )
 
-    def step(self, x: Tensor, variance: float, step: int, job: Job, found: LossAndGradient | None = None) -> None:
-        """Learn from one batch [B, D], of which ``job`` may give us some rows; ``found`` is a loss computed already."""
+    def step(self, batch: Batch, step: int, job: Job, found: LossAndGradient | None = None) -> None:
+        """Learn from one batch, of which ``job`` may give us some rows; ``found`` is a loss computed already."""
+        x = batch.x
         if found is None:
-            found = self.sae.loss_and_gradient(job.rows(x), self.objective(x, variance, job))
+            found = self.sae.loss_and_gradient(job.rows(x), self.objective(batch, job))
         loss, gradient = _sum_over_ranks(job, *found)
         self._check(loss, gradient, step)
         kernels = kernels_for(self.sae.device)

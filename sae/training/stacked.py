@@ -34,7 +34,7 @@ def can_be_stacked(kind: type[Sae]) -> bool:
 
 def stack_on_gpu(saes: Sequence[Sae]) -> Stack | None:
     """Stack ``saes`` if they are TopK dictionaries of one shape on a CUDA device with Triton; else return None."""
-    kinds = [sae for sae in saes if isinstance(sae, TopKSae) and can_be_stacked(type(sae))]
+    kinds = [sae for sae in saes if isinstance(sae, TopKSae) and can_be_stacked(type(sae)) and not sae.transcodes]
     if not kinds or len(kinds) < len(saes) or kinds[0].device.type != "cuda":
         return None
     kernels = triton_kernels()

@@ -26,7 +26,7 @@ from sae.common.progress import track
 from sae.common.ranks import ALONE, Job
 from sae.dictionaries.sae import Sae, total_variance
 from sae.settings import TrainingSettings
-from sae.training.learner import Learner, LogRow, TrainLog
+from sae.training.learner import Batch, Learner, LogRow, TrainLog
 from sae.training.stacked import LossAndGradient, stack_on_gpu
 from sae.training.state import kept_steps
 
@@ -49,6 +49,7 @@ class Group:
     saes: Sequence[Sae]  # as they were initialised; changed in place
     settings: TrainingSettings
     state_folders: Sequence[Path]  # ``<run>/training-state`` of each
+    targets: Batches | None = None  # what transcoders predict, [B, D_out] for the same tokens
 
 
 class Watch(Protocol):
@@ -100,16 +101,25 @@ def train_groups(
             active = [training for training in waiting.values() if step >= training.first]
             if not active:
                 continue
-            found = read([training.group.batches for training in active], step)
+            wanted = [of for t in active for of in (t.group.batches, t.group.targets) if of is not None]
+            read_in_turn = iter(read(wanted, step))
             ready: dict[Any, tuple[Tensor, float]] = {}
-            for training, raw in zip(active, found, strict=True):
-                if not training.seeds:
-                    continue  # other processes train this group
-                sae = training.group.saes[0]
-                form = id(raw), sae.device, sae.dtype
-                if form not in ready:
-                    ready[form] = _prepare(raw, training.group.batches, step, sae)
-                training.step(*ready[form], step, watch)
+            for training in active:
+                prepared = []
+                for of in (training.group.batches, training.group.targets):
+                    if of is None:
+                        continue
+                    raw = next(read_in_turn)
+                    if not training.seeds:
+                        continue  # other processes train this group
+                    sae = training.group.saes[0]
+                    form = id(raw), sae.device, sae.dtype
+                    if form not in ready:
+                        ready[form] = _prepare(raw, of, step, sae)
+                    prepared.append(ready[form])
+                if prepared:
+                    (x, _), (y, variance) = prepared[0], prepared[-1]
+                    training.step(Batch(x, variance, None if len(prepared) == 1 else y), step, watch)
             bar.advance(each, next((t.seeds[0].note() for t in active if t.seeds), ""))
             clock.checkpoint(active, step)
     return logs
@@ -155,7 +165,7 @@ class _Training:
         self.steps = len(group.batches)
         self.tokens = min(group.settings.tokens, self.steps * group.settings.batch_tokens)
         self.written = 0
-        identities = [_identity(sae, group.settings, group.batches) for sae in group.saes]
+        identities = [_identity(sae, group) for sae in group.saes]
         self.stack = stack_on_gpu(group.saes)
         self.seeds = [
             Learner(sae, group.settings, self.steps, folder, identity)
@@ -165,19 +175,19 @@ class _Training:
             seed.resume(job)
         self.first = job.least(min((seed.resumed_from for seed in self.seeds), default=self.steps))
 
-    def step(self, x: Tensor, variance: float, step: int, watch: Watch | None) -> None:
+    def step(self, batch: Batch, step: int, watch: Watch | None) -> None:
         """Take one step of every seed that has not taken it yet, and write the states if the settings ask for them."""
         found: Sequence[LossAndGradient | None] = [None] * len(self.seeds)
         if self.stack is not None and all(step >= seed.resumed_from for seed in self.seeds):
-            objectives = [seed.objective(x, variance, self.job) for seed in self.seeds]
-            found = self.stack.loss_and_gradient(self.job.rows(x), objectives)
+            objectives = [seed.objective(batch, self.job) for seed in self.seeds]
+            found = self.stack.loss_and_gradient(self.job.rows(batch.x), objectives)
         due = (step + 1) % self.group.settings.checkpoint_steps == 0 or step + 1 == self.steps
         for seed, of_seed in zip(self.seeds, found, strict=True):
             if step < seed.resumed_from:
                 continue  # this one is ahead of the others
             rows = len(seed.rows)
             with self._located(step, seed):
-                seed.step(x, variance, step, self.job, of_seed)
+                seed.step(batch, step, self.job, of_seed)
                 if due:
                     seed.write(step, self.job)
             if watch is not None and len(seed.rows) > rows and self.job.writes:
@@ -206,8 +216,9 @@ class _Training:
             raise NotFinite(f"{error}{_place(self.group.batches, step)}; {kept}") from None
 
 
-def _identity(sae: Sae, settings: TrainingSettings, batches: Batches) -> dict[str, Any]:
+def _identity(sae: Sae, group: Group) -> dict[str, Any]:
     """Return everything that the trained weights depend on, as JSON. ``sae`` must be as initialised."""
+    settings, batches = group.settings, group.batches
     initial = {name: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for name, t in sae.parameters().items()}
     return {
         "settings": {**settings.identity(), "precision": resolve(settings.precision, sae.device)},
@@ -215,6 +226,7 @@ def _identity(sae: Sae, settings: TrainingSettings, batches: Batches) -> dict[st
         "steps": len(batches),
         "batches": getattr(batches, "fingerprint", None),
         "initial_weights": digest(initial)[:16],
+        **({} if group.targets is None else {"target": getattr(group.targets, "hookpoint", None)}),
     }
 
 

@@ -52,7 +52,7 @@ class BatchTopKSae(Sae):
         if self.k is None:
             raise ValueError("a BatchTopK dictionary without a k cannot be trained")
         centred = self.centred(x)
-        totals = Totals(self, x, centred, objective)
+        totals = Totals(self, self.target(x, objective), centred, objective)
         chosen = batch_topk(centred, self.W_enc, self.b_enc, self.k, objective.job, objective.precision)
         for rows, entries in chosen.groups:
             totals.add(rows, entries, entries.pre)

@@ -62,7 +62,8 @@ class GatedSae(Sae):
 
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
         centred, stretch = self.centred(x), self.r_mag.exp()
-        totals = Totals(self, x, centred, objective)
+        y = self.target(x, objective)
+        totals = Totals(self, y, centred, objective)
         penalty = objective.sparsity / (objective.tokens * objective.unit)
         length, unexplained = (x.new_zeros((), dtype=torch.float64) for _ in range(2))
         for rows, entries in parts(centred, self.W_enc, None, -self.b_gate):
@@ -71,14 +72,15 @@ class GatedSae(Sae):
 
             gate = (entries.pre + entries.of(self.b_gate)).relu_() * entries.real
             length += gate.sum(1).sum(dtype=torch.float64)
-            error = entries.error(gate, self.W_dec, self.b_dec, x[rows])
+            error = entries.error(gate, self.W_dec, self.b_dec, y[rows])
             unexplained += error.squares
             of = entries.sums(gate, error.products * totals.scale + penalty, error.residual, centred[rows])
             totals.add_to("W_enc", of.W_enc)
             totals.add_to("b_gate", of.b_enc)
         gradient = {"b_gate": torch.zeros_like(self.b_gate), **totals.gradient()}
         stretched = gradient.pop("b_enc")
-        gradient["b_dec"] -= gradient["b_gate"] @ self.W_enc
+        if not self.transcodes:
+            gradient["b_dec"] -= gradient["b_gate"] @ self.W_enc
         gradient["b_mag"] = stretched / stretch
         # Sums over tokens of exp(r_mag) p times the gradient by a; those of a times it are W_dec's along its rows.
         gradient["r_mag"] = (gradient["W_dec"] * self.W_dec).sum(1) - self.b_mag * gradient["b_mag"]

@@ -87,7 +87,7 @@ class JumpReluSae(Sae):
 
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
         centred, theta = self.centred(x), self.threshold
-        totals = Totals(self, x, centred, objective)
+        totals = Totals(self, self.target(x, objective), centred, objective)
         bandwidth = objective.bandwidth * objective.unit
         penalty = objective.sparsity / objective.tokens
         for rows, entries in parts(centred, self.W_enc, self.b_enc, theta - bandwidth / 2):

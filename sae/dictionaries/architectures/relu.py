@@ -29,7 +29,7 @@ class ReluSae(Sae):
 
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
         centred = self.centred(x)
-        totals = Totals(self, x, centred, objective)
+        totals = Totals(self, self.target(x, objective), centred, objective)
         penalty = objective.sparsity / (objective.tokens * objective.unit)
         length = x.new_zeros((), dtype=torch.float64)
         for rows, entries in parts(centred, self.W_enc, self.b_enc, 0.0):

@@ -39,7 +39,7 @@ class TopKSae(Sae):
     def loss_and_gradient(self, x: Tensor, objective: Objective) -> tuple[Loss, dict[str, Tensor]]:
         centred = self.centred(x)
         firings = self.encode_centred(centred, objective.precision)
-        error = reconstruction(self, firings, x, centred, 2 / objective.variance)
+        error = reconstruction(self, firings, self.target(x, objective), centred, 2 / objective.variance)
         auxk = add_auxk(error.gradient, self, centred, error.residual, objective)
         none = torch.zeros_like(error.squares)
         return Loss(error.squares / objective.variance, auxk, none, error.firings), error.gradient

@@ -50,9 +50,11 @@ class Format:
     read: Callable[[Path], Opened]  # from a folder; raises NotFound for a missing file, BadInput for an unusable one
     write: Callable[[Path, Sae, About], None]  # to a folder, the weights before the description
     extras: tuple[str, ...] = ()  # further files, read where they exist
+    transcoders: frozenset[str] | None = frozenset()  # architectures of which it supports transcoders too
 
-    def has(self, architecture: str) -> bool:
-        return self.architectures is None or architecture in self.architectures
+    def has(self, architecture: str, transcodes: bool = False) -> bool:
+        known = self.transcoders if transcodes else self.architectures
+        return known is None or architecture in known
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -75,6 +77,14 @@ def positive_int(config: Mapping[str, Any], key: str, path: Path, format_name: s
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         said = f"{key} = {value!r} is not a positive whole number" if key in config else f"{key!r} is missing"
         raise BadInput(f"{path}: {said}; this is not a {format_name} checkpoint, or a damaged one")
+    return value
+
+
+def flag(config: Mapping[str, Any], key: str, path: Path) -> bool:
+    """Return the truth value under ``key``; false without one."""
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise BadInput(f"{path}: {key} = {value!r:.60} is neither true nor false; fetch the checkpoint again")
     return value
 
 

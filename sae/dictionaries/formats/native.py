@@ -1,4 +1,4 @@
-"""Our own format, for architectures that no other program has: every tensor under the name that its class gives it.
+"""Our own format, for what no other program has: every tensor under the name that its class gives it.
 
 ``dictionary.safetensors`` holds :meth:`sae.dictionaries.sae.Sae.weights`, ``cfg.json`` the architecture, k, and the
 shape of each tensor. Opening one needs the architecture's file; the error names it where it is missing.
@@ -38,7 +38,8 @@ def read(folder: Path) -> Opened:
     base.check_tensors(tensors, {key: tuple(of) for key, of in shapes.items()}, folder / WEIGHTS, CONFIG, NAME)
     base.check_k(k, len(tensors["W_enc"]), path)
     try:
-        return Opened(ARCHITECTURES[name].of_weights({key: tensors[key] for key in shapes}, k))
+        transcodes = base.flag(config, "transcodes", path)
+        return Opened(ARCHITECTURES[name].of_weights({key: tensors[key] for key in shapes}, k, transcodes))
     except (TypeError, ValueError) as error:
         raise BadInput(f"{path}: the weights are not those of a {name!r} dictionary ({error})") from None
 
@@ -51,10 +52,11 @@ def write(folder: Path, sae: Sae, about: About) -> None:
         "sae_autointerp": _SCHEMA,
         "architecture": sae.architecture,
         "k": sae.k,
+        **({"transcodes": True} if sae.transcodes else {}),
         "shapes": {name: list(tensor.shape) for name, tensor in weights.items()},
         "about": {key: value for key, value in vars(about).items() if value is not None},
     }
     write_json(folder / CONFIG, config)
 
 
-FORMAT = Format(NAME, WEIGHTS, CONFIG, None, read, write)
+FORMAT = Format(NAME, WEIGHTS, CONFIG, None, read, write, transcoders=None)

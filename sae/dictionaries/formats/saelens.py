@@ -10,6 +10,8 @@ The encoder is transposed, ``W_enc`` [D, M]. Until 6.0 the description was flat 
   expected_average_only_in         activations times a constant s, in ``activation_scaler.json`` of a training
                                    checkpoint: W_enc s, W_dec / s, b_dec / s; refused where the constant is missing
 
+Transcoders (``transcoder``, ``jumprelu_transcoder``; with ``skip_`` they have ``W_skip`` [D_out, D]) subtract no b_dec.
+
 Normalisation that differs from token to token cannot be part of a dictionary's weights and is refused. BatchTopK is
 kept as JumpReLU with one threshold for all latents, and named under ``training_architecture``. A JumpReLU threshold of
 0 or less passes every positive pre-activation, as the smallest positive threshold does.
@@ -42,6 +44,12 @@ _VECTORS = {  # [M], besides W_enc, W_dec and b_dec
     "batchtopk": ("b_enc",),
     "gated": ("b_gate", "b_mag", "r_mag"),
 }
+_TRANSCODERS = {  # of which architecture, and whether with a skip connection
+    "transcoder": ("standard", False),
+    "skip_transcoder": ("standard", True),
+    "jumprelu_transcoder": ("jumprelu", False),
+    "jumprelu_skip_transcoder": ("jumprelu", True),
+}
 _AS_BATCHTOPK = ["batchtopk", "matryoshka_batchtopk"]
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -50,16 +58,22 @@ def read(folder: Path) -> Opened:
     """Read the dictionary in ``folder``, of SAELens 6 or older."""
     path = folder / CONFIG
     config = _modern(base.read_config(path))
-    architecture = _architecture(config, path)
+    transcodes = config.get("architecture") in _TRANSCODERS
+    name, skips = _TRANSCODERS[config["architecture"]] if transcodes else (None, False)
+    architecture = name or _architecture(config, path)
     d_in, num_latents = base.positive_int(config, "d_in", path, NAME), base.positive_int(config, "d_sae", path, NAME)
     k = _k(config, architecture, path)
     base.check_k(k, num_latents, path)
     for key in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
         if not isinstance(config.get(key, False), bool):
             raise BadInput(f"{path}: {key} = {config[key]!r:.60} is neither true nor false; fetch the checkpoint again")
+    if transcodes:
+        _check_transcoder(config, path)
+    d_out = base.positive_int(config, "d_out", path, NAME) if transcodes else d_in
     factor = _activation_factor(config, folder)
     tensors = base.read_safetensors(folder / WEIGHTS)
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, num_latents), "W_dec": (num_latents, d_in), "b_dec": (d_in,)}
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, num_latents), "W_dec": (num_latents, d_out)}
+    shapes |= {"b_dec": (d_out,), **({"W_skip": (d_out, d_in)} if skips else {})}
     shapes |= dict.fromkeys(_VECTORS[architecture], (num_latents,))
     if architecture == "batchtopk":
         shapes["topk_threshold"] = ()
@@ -70,6 +84,8 @@ def read(folder: Path) -> Opened:
                 f"{folder / WEIGHTS}: {name} is not 1; neither SAELens 6 nor this program supports a fine-tuned scale"
             )
     tensors["W_enc"] = tensors["W_enc"].T.contiguous()
+    if transcodes:
+        config = {**config, "apply_b_dec_to_input": True}  # no transcoder does, here or there
     folded = _fold(tensors, config, _BIASES.get(architecture, ("b_enc",)), factor)
     weights = {key: tensors[key] for key in shapes}
     name = {"standard": "relu"}.get(architecture, architecture)
@@ -82,7 +98,14 @@ def read(folder: Path) -> Opened:
             name, weights["threshold"] = "batchtopk", threshold[0].clone().clamp_min(0)
         else:
             weights["threshold"] = threshold.clamp_min(_TINY)
-    return Opened(ARCHITECTURES[name].of_weights(weights, k), folded)
+    return Opened(ARCHITECTURES[name].of_weights(weights, k, transcodes), folded)
+
+
+def _check_transcoder(config: dict[str, Any], path: Path) -> None:
+    """Raise BadInput for settings under which SAELens's transcoders compute something else."""
+    for key, usual in (("normalize_activations", "none"), ("rescale_acts_by_decoder_norm", False)):
+        if config.get(key, usual) != usual:
+            raise BadInput(f"{path}: {key} = {config[key]!r:.60} is not supported in a transcoder; save it without")
 
 
 def _modern(config: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +131,9 @@ def _architecture(config: dict[str, Any], path: Path) -> str:
         raise BadInput(f"{path}: 'architecture' is missing; this is not a {NAME} checkpoint, or a damaged one")
     found = "batchtopk" if name in _AS_BATCHTOPK else name
     if not isinstance(found, str) or found not in _VECTORS:
-        raise BadInput(f"{path}: architecture {name!r} cannot be opened; supported are {', '.join(_VECTORS)}")
+        raise BadInput(
+            f"{path}: architecture {name!r} cannot be opened; supported are {', '.join([*_VECTORS, *_TRANSCODERS])}"
+        )
     return found
 
 
@@ -166,6 +191,8 @@ def _fold(
 
 _WRITTEN_AS = {"topk": "topk", "relu": "standard", "gated": "gated", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}
 
+_WRITTEN_TRANSCODERS = frozenset({"relu", "jumprelu", "batchtopk"})
+
 
 def write(folder: Path, sae: Sae, about: About) -> None:
     """Write a dictionary of any architecture; ``SAE.load_from_disk`` opens it."""
@@ -174,6 +201,9 @@ def write(folder: Path, sae: Sae, about: About) -> None:
     tensors["W_enc"] = tensors["W_enc"].T
     if isinstance(sae, BatchTopKSae):
         tensors["threshold"] = sae.threshold.expand(sae.num_latents)
+    if sae.transcodes:
+        kinds = {of: name for name, of in _TRANSCODERS.items()}
+        architecture = kinds[architecture, sae.W_skip is not None]
     base.write_safetensors(folder / WEIGHTS, tensors)
     config: dict[str, Any] = {
         "architecture": architecture,
@@ -181,14 +211,16 @@ def write(folder: Path, sae: Sae, about: About) -> None:
         "d_sae": sae.num_latents,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not sae.transcodes,
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
     if architecture == "topk":
         config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    if sae.transcodes:
+        config["d_out"] = sae.d_out
     known = {"model_name": about.model, "hook_name": about.hookpoint, "context_size": about.context}
-    trained_as = "batchtopk" if isinstance(sae, BatchTopKSae) else architecture
+    trained_as = "batchtopk" if isinstance(sae, BatchTopKSae) else _WRITTEN_AS[sae.architecture]
     aimed = {} if sae.k is None else {"k" if trained_as in ("topk", "batchtopk") else "target_l0": sae.k}
     config["metadata"] = {
         "sae_lens_version": VERSION,
@@ -199,4 +231,4 @@ def write(folder: Path, sae: Sae, about: About) -> None:
     write_json(folder / CONFIG, config)
 
 
-FORMAT = Format(NAME, WEIGHTS, CONFIG, frozenset(_WRITTEN_AS), read, write, extras=(_SCALER,))
+FORMAT = Format(NAME, WEIGHTS, CONFIG, frozenset(_WRITTEN_AS), read, write, (_SCALER,), _WRITTEN_TRANSCODERS)

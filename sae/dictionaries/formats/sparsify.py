@@ -2,8 +2,10 @@
 
 The encoder is held as a linear layer (``encoder.weight`` [M, D], ``encoder.bias`` [M]), the decoder as rows
 (``W_dec`` [M, D], ``b_dec`` [D]). ``num_latents`` is 0, or absent, where M = D * expansion_factor. ``multi_topk``
-changes the training loss alone, so such a checkpoint encodes like any other. Transcoders (which subtract no ``b_dec``
-and predict another activation), skip connections and GroupMax are other functions, and are refused.
+changes the training loss alone, so such a checkpoint encodes like any other. Transcoders (``transcode``) subtract no
+``b_dec`` and predict another activation, with ``W_skip`` [D, D] if ``skip_connection`` is set; ``d_out`` is ours, for a
+target of another width, which sparsify does not know. GroupMax is another function, and is refused, as is an
+autoencoder's skip connection.
 """
 
 from __future__ import annotations
@@ -28,25 +30,33 @@ def read(folder: Path) -> Opened:
     config = base.read_config(path)
     _check_architecture(config, path)
     tensors = base.read_safetensors(folder / WEIGHTS)
-    if "W_skip" in tensors:
+    transcodes, skips = (base.flag(config, key, path) for key in ("transcode", "skip_connection"))
+    if skips != ("W_skip" in tensors):
         raise BadInput(
-            f"{folder / WEIGHTS}: a skip connection (W_skip) is not supported; only autoencoders can be opened"
+            f"{path}: skip_connection is {'not ' * (not skips)}set, but {WEIGHTS} has {'no ' * skips}W_skip; "
+            "fetch the checkpoint again"
         )
+    if skips and not transcodes:
+        raise BadInput(f"{path}: an autoencoder with a skip connection is not supported; only transcoders may have one")
     d_in, k = base.positive_int(config, "d_in", path, NAME), base.positive_int(config, "k", path, NAME)
     if config.get("num_latents"):
         num_latents = base.positive_int(config, "num_latents", path, NAME)
     else:
         num_latents = d_in * base.positive_int(config, "expansion_factor", path, NAME)
-    shapes = {"W_enc": (num_latents, d_in), "b_enc": (num_latents,), "W_dec": (num_latents, d_in), "b_dec": (d_in,)}
+    d_out = base.positive_int(config, "d_out", path, NAME) if "d_out" in config else d_in
+    shapes = {"W_enc": (num_latents, d_in), "b_enc": (num_latents,), "W_dec": (num_latents, d_out), "b_dec": (d_out,)}
     stored = {_STORED[name]: shape for name, shape in shapes.items()}
+    if skips:
+        stored["W_skip"] = (d_out, d_in)
     base.check_tensors(tensors, stored, folder / WEIGHTS, CONFIG, NAME)
     base.check_k(k, num_latents, path)
-    return Opened(TopKSae(**{name: tensors[stored] for name, stored in _STORED.items()}, k=k))
+    sae = TopKSae(**{name: tensors[stored] for name, stored in _STORED.items()}, k=k)
+    return Opened(sae.as_transcoder(tensors.get("W_skip")) if transcodes else sae)
 
 
 def write(folder: Path, sae: Sae, about: About) -> None:  # noqa: ARG001 - the format has no place for it
-    """Write a TopK dictionary; ``Sae.load_from_disk`` opens it."""
-    base.write_safetensors(folder / WEIGHTS, {_STORED[name]: tensor for name, tensor in sae.weights().items()})
+    """Write a TopK dictionary; ``Sae.load_from_disk`` opens it (a transcoder to another width only this program)."""
+    base.write_safetensors(folder / WEIGHTS, {_STORED.get(name, name): t for name, t in sae.weights().items()})
     config = {
         "activation": "topk",
         "expansion_factor": max(1, sae.num_latents // sae.d_in),
@@ -54,22 +64,23 @@ def write(folder: Path, sae: Sae, about: About) -> None:  # noqa: ARG001 - the f
         "num_latents": sae.num_latents,
         "k": sae.k,
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": sae.W_skip is not None,
+        "transcode": sae.transcodes,
         "d_in": sae.d_in,
+        **({"d_out": sae.d_out} if sae.d_out != sae.d_in else {}),
     }
     write_json(folder / CONFIG, config)
 
 
-FORMAT = Format(NAME, WEIGHTS, CONFIG, frozenset({"topk"}), read, write)
+FORMAT = Format(NAME, WEIGHTS, CONFIG, frozenset({"topk"}), read, write, transcoders=frozenset({"topk"}))
 
 
 def _check_architecture(config: dict[str, Any], path: Path) -> None:
-    said = [f"{key} is set" for key in ("transcode", "skip_connection", "signed") if config.get(key)]
+    said = [f"{key} is set" for key in ("signed",) if config.get(key)]
     said += [
         f"{key} = {config[key]!r}"
         for key in ("activation", "architecture")  # the second is SAELens's, in a renamed file
         if config.get(key, "topk") != "topk"
     ]
     if said:
-        raise BadInput(f"{path}: {said[0]}; only TopK autoencoders can be opened in sparsify's format")
+        raise BadInput(f"{path}: {said[0]}; only TopK dictionaries can be opened in sparsify's format")

@@ -154,7 +154,7 @@ def residuals(
 def weight_gradients(
     values: Tensor, products: Tensor, latents: Tensor, residual: Tensor, centred: Tensor, scale: float, num_latents: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    W_dec, W_enc = (buffers.empty((num_latents, residual.shape[1]), residual.dtype) for _ in range(2))
+    W_dec, W_enc = (buffers.empty((num_latents, x.shape[1]), x.dtype) for x in (residual, centred))
     b_enc = residual.new_empty(num_latents)
     factors = _arrays((values, products))
     offsets = np.zeros(num_latents + 2, np.int64)

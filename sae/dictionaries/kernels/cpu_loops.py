@@ -228,6 +228,7 @@ def weight_gradient_rows(
         factor = dec.dtype.type(scale)
         for d in range(len(dec)):
             dec[d] *= factor
+        for d in range(len(enc)):
             enc[d] *= factor
         grad_bias[m] = bias * factor
 

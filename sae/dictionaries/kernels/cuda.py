@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.dictionaries.kernels import cuda_programs as programs
+from sae.dictionaries.kernels import plain
 from sae.dictionaries.kernels.cpu_loops import BETAS, EPS
 
 _LANES = 2048  # a row is folded into this many; up to four times as many where K is large
@@ -103,6 +104,8 @@ def rounded_topk(pre: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, k: 
 def weight_gradients(
     values: Tensor, products: Tensor, latents: Tensor, residual: Tensor, centred: Tensor, scale: float, num_latents: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if residual.shape[-1] != centred.shape[-1]:  # a transcoder between hookpoints of different widths
+        return plain.weight_gradients(values, products, latents, residual, centred, scale, num_latents)
     values, slot_products, r, c = _contiguous(values, products, residual, centred)
     k, width, lead = values.shape[-1], r.shape[-1], values.shape[:-2]
     n = num_latents * lead.numel()

@@ -46,15 +46,15 @@ def residuals(
 def weight_gradients(
     values: Tensor, products: Tensor, latents: Tensor, residual: Tensor, centred: Tensor, scale: float, num_latents: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lead, width = latents.shape[:-2], residual.shape[-1]
+    lead, widths = latents.shape[:-2], (residual.shape[-1], centred.shape[-1])
     n = num_latents * lead.numel()
     values, slopes, owners = (t.flatten(0, -2) for t in (values, products, _rows(latents, num_latents)))
-    errors, inputs = residual.reshape(-1, width), centred.reshape(-1, width)
+    errors, inputs = residual.reshape(-1, widths[0]), centred.reshape(-1, widths[1])
     token, column = torch.nonzero(values > 0, as_tuple=True)
     owner = owners[token, column]
-    dec = residual.new_zeros(n, width)
-    enc, bias = torch.zeros_like(dec), residual.new_zeros(n)
-    slots = max(1, _GATHER_ELEMENTS // width)
+    dec, enc = (residual.new_zeros(n, width) for width in widths)
+    bias = residual.new_zeros(n)
+    slots = max(1, _GATHER_ELEMENTS // max(widths))
     for start in range(0, len(token), slots):
         t, c, m = (x[start : start + slots] for x in (token, column, owner))
         dec.index_add_(0, m, errors[t] * values[t, c, None])
