@@ -239,7 +239,8 @@ def _grid(axes: Mapping[str, tuple[Any, ...]], together: list[str], where: str) 
         raise BadInput(f"{where}: [sweep] has {points} points; give at most {_MOST_POINTS}")
     for name, values in axes.items():
         twice = next((v for v in values if values.count(v) > 1), None)
-        if twice is not None and name not in together[1:]:
+        unnamed = together if set(together) & set(_ALWAYS_NAMED) else together[1:]  # others tell the points apart
+        if twice is not None and name not in unnamed:
             raise BadInput(f"{where}: axis {name} has {twice!r} twice; give each value once")
     steps = [range(len(axes[name])) for name in free]
     grid = []

@@ -82,7 +82,9 @@ def positive_int(config: Mapping[str, Any], key: str, path: Path, format_name: s
 
 def flag(config: Mapping[str, Any], key: str, path: Path) -> bool:
     """Return the truth value under ``key``; false without one."""
-    value = config.get(key, False)
+    value = config.get(key)
+    if value is None:
+        return False
     if not isinstance(value, bool):
         raise BadInput(f"{path}: {key} = {value!r:.60} is neither true nor false; fetch the checkpoint again")
     return value

@@ -58,7 +58,7 @@ def read(folder: Path) -> Opened:
     """Read the dictionary in ``folder``, of SAELens 6 or older."""
     path = folder / CONFIG
     config = _modern(base.read_config(path))
-    transcodes = config.get("architecture") in _TRANSCODERS
+    transcodes = str(config.get("architecture")) in _TRANSCODERS
     name, skips = _TRANSCODERS[config["architecture"]] if transcodes else (None, False)
     architecture = name or _architecture(config, path)
     d_in, num_latents = base.positive_int(config, "d_in", path, NAME), base.positive_int(config, "d_sae", path, NAME)

@@ -99,7 +99,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[UserError], str]] = {
     ),
     "two formats": (both, BadInput, "sae_weights.safetensors and ae.pt, weights in two formats"),
     "another architecture": (lambda f: saelens_bad(f, {"architecture": "temporal"}), BadInput, "'temporal' cannot be"),
-    "a transcoder": (lambda f: saelens_bad(f, {"architecture": "transcoder"}), BadInput, "'transcoder' cannot be"),
+    "a transcoder": (lambda f: saelens_bad(f, {"architecture": "transcoder"}), BadInput, "'d_out' is missing"),
     "tanh": (lambda f: saelens_bad(f, {"activation_fn_str": "tanh-relu"}), BadInput, "standard with tanh-relu"),
     "no k": (lambda f: saelens_bad(f, TOPK), BadInput, "'k' is missing"),
     "k > M": (lambda f: saelens_bad(f, {**TOPK, "k": M + 1}), BadInput, "k = 21 is more than the 20 latents"),

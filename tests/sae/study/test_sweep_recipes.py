@@ -114,3 +114,15 @@ def test_every_recipe_can_be_read(path: Path) -> None:
         found = read_sweep(path)
         assert len(found.points) > 1
         assert len({point.study.settings.subject.model for point in found.points}) == 1
+
+
+def test_transcoders_and_saes_are_points_of_one_sweep() -> None:
+    sweep = read_sweep(RECIPES / "transcoders.toml")
+    names = [study.name for study in sweep.studies]
+    assert names == [
+        "transcoders_layers.2.mlp-in_sae",
+        "transcoders_layers.2.mlp_sae",
+        "transcoders_layers.2.mlp-in_to-layers.2.mlp",
+        "transcoders_layers.2.mlp-in_to-layers.2.mlp_skip",
+    ]
+    assert [study.settings.subject.target for study in sweep.studies] == [None, None, "layers.2.mlp", "layers.2.mlp"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from sae.alignment.alignment import align
 from sae.alignment.nulls import rotate_sibling
 from sae.common.errors import BadInput
+from sae.common.files import read_json, write_json
 from sae.common.interrupt import Terminated
 from sae.dictionaries.architectures import ARCHITECTURES
 from sae.dictionaries.architectures.topk import TopKSae
@@ -161,6 +162,29 @@ def test_checkpoints_keep_transcoders(kind: str, name: str, d_out: int, skip: bo
     x = torch.randn(50, D)
     torch.testing.assert_close(found.reconstruct(x), sae.reconstruct(x))
     assert (found.W_skip is not None) == skip
+
+
+def test_sparsify_files_that_disagree_are_refused(tmp_path: Path) -> None:
+    save_sae(tmp_path, example("topk")[0])
+    config = read_json(tmp_path / "cfg.json")
+    for change, match in (
+        ({"skip_connection": False}, "skip_connection is not set, but sae.safetensors has W_skip"),
+        ({"transcode": False}, "an autoencoder with a skip connection"),
+        ({"transcode": "yes"}, "transcode = 'yes' is neither true nor false"),
+        ({"d_out": D}, "W_dec"),
+    ):
+        write_json(tmp_path / "cfg.json", {**config, **change})
+        with pytest.raises(BadInput, match=match):
+            load_sae(tmp_path)
+
+
+def test_saelens_transcoders_have_only_the_usual_input(tmp_path: Path) -> None:
+    save_sae(tmp_path, example("relu")[0], format_=FORMATS["SAELens"])
+    config = read_json(tmp_path / "cfg.json")
+    assert config["architecture"] == "skip_transcoder"
+    write_json(tmp_path / "cfg.json", {**config, "normalize_activations": "layer_norm"})
+    with pytest.raises(BadInput, match=r"normalize_activations = 'layer_norm' is not supported in a transcoder"):
+        load_sae(tmp_path)
 
 
 def test_formats_without_transcoders_refuse_them(tmp_path: Path) -> None:
