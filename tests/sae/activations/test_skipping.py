@@ -14,13 +14,14 @@ from tiny_study import Ran, cli, write_recipe
 from transformers import GPT2Config, GPT2Model
 
 from sae.activations.skipping import Skip, resolve_tokens
-from sae.activations.stream import ActivationStream, TrainingBatches
+from sae.activations.stream import ActivationStream, TrainingBatches, open_streams, read_batches
 from sae.activations.subject import Subject, load_tokenizer
 from sae.common.errors import BadInput
 from sae.common.files import digest, read_json, table_metadata
 from sae.dictionaries.sae import total_variance
 from sae.settings import Settings, SkipSettings, check_table, validated
 from sae.study.run import Run
+from sae.study.stage import Source, find_skip, limit_norms
 from sae.text.packing import prepare_corpus
 
 CONTEXT, TOKENS = 32, 16 * 8 * 31
@@ -195,6 +196,43 @@ def test_steps_make_up_for_skipped_positions(tiny_neox_dir: Path, tiny_recipe: P
     assert x.shape == (int((~corpus.is_special(corpus.rows(index)[:, 16:])).sum()), 16)
     plain = ActivationStream(stream.subject, corpus, "layers.1.mlp")
     assert TrainingBatches(plain, 2048, 256).fingerprint != batches.fingerprint
+
+
+def test_a_target_has_the_tokens_of_its_input(tiny_neox_dir: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    """Also where the target is the input of another study, with a limit of its own."""
+    settings = Settings().with_values(
+        subject={"hookpoint": "layers.0", "target": "layers.1.mlp"},
+        corpus={"kind": "text", "source": (str(tiny_recipe.parent / "texts"),), "context": CONTEXT},
+        skip={"max_norm": 1.02, "positions": 2},
+        training={"tokens": 2048, "batch_tokens": 256},
+    )
+    other = settings.with_values(subject={"hookpoint": "layers.1.mlp"})
+    subject = Subject.load(str(tiny_neox_dir), dtype="float32")
+    corpus = prepare_corpus(settings.corpus, *load_tokenizer(str(tiny_neox_dir)), tmp_path)
+    source = Source(subject, corpus, open_streams(subject, corpus, ["layers.0", "layers.1.mlp"], {}))
+    for stream in source.streams.values():
+        stream.skip = find_skip(settings, subject)
+        limit_norms(stream, settings)
+    batches = [source.batches(settings), source.batches(settings, "layers.1.mlp"), source.batches(other)]
+    x, y, alone = read_batches(batches, 1)
+    index = batches[0].sequences(1)
+    values = {name: stream.rows(index) for name, stream in source.streams.items()}
+    kept, of_target = (stream.find_kept(index, values[name]) for name, stream in source.streams.items())
+    assert not torch.equal(kept, of_target)
+    assert not kept[:, 2:].all()
+    assert torch.equal(x, values["layers.0"][kept])
+    assert torch.equal(y, values["layers.1.mlp"][kept])
+    assert torch.equal(y, batches[1][1])
+    assert torch.equal(alone, values["layers.1.mlp"][of_target])
+    assert batches[1].fingerprint == batches[0].fingerprint
+
+
+def test_transcoders_train_with_a_norm_limit(train: Any, tmp_path: Path) -> None:
+    train("plain", "t", "--target", "h.1", "--max-norm", 1.02, hookpoint="h.0").well()
+    record = read_json(tmp_path / "runs/t_a/run.json")
+    assert record["target"] == "h.1"
+    assert record["skipped"]["norm_limit"] > 0
+    assert "quality" not in table_metadata(tmp_path / "runs/t_a/training.parquet")
 
 
 def test_settings_without_skipping_keep_their_hash() -> None:
