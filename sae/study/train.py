@@ -269,10 +269,11 @@ def _find_outliers(batches: TrainingBatches, x: torch.Tensor) -> Outliers:
 
     outliers = find_outliers(x[:SAMPLE])
     if outliers.dominate:
+        is_target = batches.masked_by is not batches.stream  # of transcoders, which are not measured without them
+        more = "" if is_target else "; both are printed without them at the end of the training"
         say(
             f"train: warning: at {batches.stream.hookpoint} {outliers.describe()}; FVU and L0, here and in the report, "
-            f"are mostly about these few tokens; both are printed without them at the end of the training; "
-            f"{advise(batches, x[:SAMPLE])}"
+            f"are mostly about these few tokens{more}; {advise(batches, x[:SAMPLE])}"
         )
     return outliers
 
