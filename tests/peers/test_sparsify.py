@@ -59,12 +59,36 @@ def test_what_it_saves_is_read_and_encodes_alike(tmp_path: Path, config: dict[st
     assert load_sae(tmp_path).num_latents == (width or D * config["expansion_factor"])
 
 
-@pytest.mark.parametrize("config", [{"transcode": True}, {"skip_connection": True}, {"activation": "groupmax"}])
-def test_its_other_functions_are_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("skip", [False, True])
+def test_its_transcoders_are_read_and_predict_alike(tmp_path: Path, skip: bool) -> None:
+    import sparsify
+
+    torch.manual_seed(1)
+    config = sparsify.SparseCoderConfig(k=K, num_latents=24, transcode=True, skip_connection=skip)
+    made = sparsify.Sae(D, config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += torch.randn_like(parameter) * 0.3
+    made.save_to_disk(tmp_path)
+    theirs, ours, x = sparsify.Sae.load_from_disk(tmp_path), load_sae(tmp_path), tokens()
+    assert ours.transcodes
+    with torch.no_grad():
+        predicted = theirs(x, torch.zeros_like(x)).sae_out
+    torch.testing.assert_close(ours.reconstruct(x), predicted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"skip_connection": True}, "only transcoders may have one"),
+        ({"activation": "groupmax"}, "only TopK dictionaries"),
+    ],
+)
+def test_its_other_functions_are_refused(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
     import sparsify
 
     sparsify.Sae(D, sparsify.SparseCoderConfig(k=K, num_latents=24, **config)).save_to_disk(tmp_path)
-    with pytest.raises(BadInput, match="only TopK autoencoders can be opened"):
+    with pytest.raises(BadInput, match=reason):
         load_sae(tmp_path)
 
 
