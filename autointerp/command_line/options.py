@@ -518,7 +518,8 @@ SweepRecipe = Annotated[
     Path,
     Argument(
         metavar="RECIPE",
-        help="TOML file with a [sweep] table, or a bundled one: architectures, ks, pythia-160m, tokens or widths.",
+        help="TOML file with a [sweep] table, or a bundled one: architectures, ks, pythia-160m, tokens, transcoders or "
+        "widths.",
     ),
 ]
 SweepName = Annotated[str | None, Option(help="Prefix of its studies' names. Default: the recipe's name.")]

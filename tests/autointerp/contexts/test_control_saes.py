@@ -266,7 +266,7 @@ def test_a_stopped_call_resumes_with_what_remains(run: Run) -> None:
 def test_the_budget_holds_for_them_too(run: Run) -> None:
     with FakeServer() as server:
         with pytest.raises(BudgetSpent) as caught:
-            explain(run, server=server, budget=Budget(tokens=3500))
+            explain(run, server=server, budget=Budget(tokens=2000))
         assert f"0 of {N} latents are finished" in str(caught.value)
         asked = questions(server)
         assert asked < 3 * N

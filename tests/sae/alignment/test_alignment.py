@@ -181,7 +181,7 @@ def test_very_small_and_very_large_rows_have_directions() -> None:
 def test_inputs_that_cannot_be_aligned_are_named() -> None:
     W_enc_a, W_dec_a, W_enc_b, W_dec_b = dictionaries(8, 8)
     names = ("run_x", "run_y")
-    with pytest.raises(BadInput, match="run_x has d_in 12 and run_y has 5"):
+    with pytest.raises(BadInput, match="run_x has d_in 12, d_out 12 and run_y has d_in 5, d_out 5"):
         align(W_enc_a, W_dec_a, W_enc_b[:, :5], W_dec_b[:, :5], names=names)
     with pytest.raises(BadInput, match="run_y: 8 encoder rows but 7 decoder rows"):
         align(W_enc_a, W_dec_a, W_enc_b, W_dec_b[:7], names=names)

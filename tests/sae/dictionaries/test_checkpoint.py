@@ -104,14 +104,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[UserError], str]] = {
         BadInput,
         "b_dec has dtype F4",
     ),
-    "skip": (stored(lambda t: t.update(W_skip=torch.zeros(D, D))), BadInput, "skip connection"),
+    "skip": (stored(lambda t: t.update(W_skip=torch.zeros(D, D))), BadInput, "has W_skip"),
     "no json": (lambda f: (f / "cfg.json").write_text("{"), BadInput, "not valid JSON"),
     "binary json": (lambda f: (f / "cfg.json").write_bytes(b"\xff\xfe"), BadInput, "not valid JSON"),
     "a list": (lambda f: (f / "cfg.json").write_text("[]"), BadInput, "no JSON object"),
     "no d_in": (lambda f: configure(f, d_in="DROP"), BadInput, "'d_in' is missing"),
     "k in words": (lambda f: configure(f, k="many"), BadInput, "k = 'many'"),
     "k too large": (lambda f: configure(f, k=M + 1), BadInput, "more than the 24 latents"),
-    "transcoder": (lambda f: configure(f, transcode=True), BadInput, "transcode is set"),
+    "skip in an SAE": (lambda f: configure(f, skip_connection=True), BadInput, "has no W_skip"),
     "groupmax": (lambda f: configure(f, activation="groupmax"), BadInput, "activation = 'groupmax'"),
 }
 
