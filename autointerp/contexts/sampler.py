@@ -144,7 +144,7 @@ class ContextSampler:
     ) -> None:
         self.store = store
         self._groups = store.content() if groups is None else groups
-        self._sides = split_by_text(self._groups) if sides is None else sides
+        self.sides = split_by_text(self._groups) if sides is None else sides
         self._neighbours = neighbours
         self.settings = settings
         self._decode = decode_tokens
@@ -198,7 +198,7 @@ class ContextSampler:
         """Return whether there are enough contexts to explain and test the latent; if not, with the reason."""
         settings = self.settings
         actives = self._actives(latent)
-        explain = int((self._sides[actives.windows] == EXPLAIN).sum())
+        explain = int((self.sides[actives.windows] == EXPLAIN).sum())
         test = len(actives.windows) - explain
         if len(self.store.windows(latent)[0]) == 0:
             return False, "never fires in the harvest"
@@ -222,7 +222,7 @@ class ContextSampler:
             return self._remembered[latent]
         windows, peaks = self.store.windows(latent)
         group = self._groups[windows]
-        kept = np.flatnonzero(~self.store.has_special(windows) & (self._sides[windows] != NEITHER))
+        kept = np.flatnonzero(~self.store.has_special(windows) & (self.sides[windows] != NEITHER))
         distinct, first = np.unique(group[kept], return_index=True)  # the earliest window of each group
         kept = kept[first]
         # Equal peaks are common in half precision: the group's hash breaks ties, not its position.
@@ -238,7 +238,7 @@ class ContextSampler:
     def _draw_active(self, latent: int, explain: bool, wanted: int) -> Ints:
         """Return up to ``wanted`` numbers of :meth:`_actives`, the next by priority from each stratum in turn."""
         actives = self._actives(latent)
-        here = np.flatnonzero(self._sides[actives.windows] == _side_of(explain))
+        here = np.flatnonzero(self.sides[actives.windows] == _side_of(explain))
         priority = mix_bits(actives.group[here] ^ self._key(latent))
         by_stratum = np.lexsort((priority, actives.strata[here]))
         strata = actives.strata[here][by_stratum]
@@ -286,7 +286,7 @@ class ContextSampler:
             windows, peaks = self.store.windows(neighbour)
             strong = windows[peaks >= np.quantile(peaks, 1 - STRONG)] if len(windows) else windows
             group = self._groups[strong]
-            usable = (self._sides[strong] == _side_of(explain)) & ~self.store.has_special(strong)
+            usable = (self.sides[strong] == _side_of(explain)) & ~self.store.has_special(strong)
             usable &= ~is_among(group, firing) & ~is_among(group, excluded)
             distinct, first = np.unique(group[usable], return_index=True)
             queues.append(self._queue(strong[usable][first], distinct, key).shorten(2 * n))
@@ -347,7 +347,7 @@ class ContextSampler:
         return Ring.of(self._usable(explain=False), self._groups, self._seed)
 
     def _usable(self, explain: bool) -> Ints:
-        return np.flatnonzero(~self.store.has_special() & (self._sides == _side_of(explain)))
+        return np.flatnonzero(~self.store.has_special() & (self.sides == _side_of(explain)))
 
     def _silent_contexts(self, windows: Ints, kind: Kind) -> list[Context]:
         silence = (0.0,) * self.store.window

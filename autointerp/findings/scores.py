@@ -177,7 +177,8 @@ def swapped_scores(rows: pd.DataFrame, sample: Sample | None) -> Scored:
 def _control(rows: pd.DataFrame, swapped: Scored, own: Scored) -> shape.SwappedControl | None:
     if swapped.rows.empty:
         return None
-    figures = swapped.figures()
+    # Partners are drawn at random, so scoring all latents does not make the mean certain: no correction for that.
+    figures = swapped.figures() | {"mean": swapped.of.mean(swapped.values())}
     low, high = figures["mean"].interval or (CHANCE, CHANCE)
     return shape.SwappedControl(
         **figures,

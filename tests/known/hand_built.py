@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from tiny_study import cli
 
+from autointerp.contexts.material import Material
+from autointerp.contexts.sides import JUDGE
 from sae.dictionaries.architectures.relu import ReluSae
 from sae.dictionaries.checkpoint import save_sae
 from sae.study.run import Run, write_record
@@ -262,8 +264,9 @@ def _relu_sae(rows: np.ndarray, bias: np.ndarray) -> ReluSae:
 
 
 def rule_score(run: Run, latent: int, known: Latent) -> float:
-    """The balanced accuracy of "the context shows what is seen" over every ordinary context of the harvest."""
+    """The balanced accuracy of "the context shows what is seen" over every ordinary context of the judge's side."""
     store = run.store()
+    sides = Material.of(run).sampler.sides
     fires = np.zeros(store.n_windows, bool)
     fires[store.windows(latent)[0]] = True
     tokens = store.tokens(np.arange(store.n_windows))
@@ -271,5 +274,5 @@ def rule_score(run: Run, latent: int, known: Latent) -> float:
     if known.after is not None:
         wanted[:, 1:] &= tokens[:, :-1] == place(known.after)
         wanted[:, 0] = False
-    says, used = np.asarray(wanted.any(1)), ~store.has_special(np.arange(store.n_windows))
+    says, used = np.asarray(wanted.any(1)), ~store.has_special() & (sides == JUDGE)
     return float(says[used & fires].mean() + (~says[used & ~fires]).mean()) / 2

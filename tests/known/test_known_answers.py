@@ -102,9 +102,10 @@ def check_known(root: Path, judge: str, among: Sequence[int]) -> None:
     assert values[chosen["digit"]].min() >= 0.98
     # Of one firing in eight the first word stands outside the context: nobody can score more than .95 on average.
     assert values[chosen["bigram"]].mean() >= 0.9
+    # Intervals of 95 %: over eight sample seeds they hold 190 of 200 rules' scores, with this one all but one.
     ruled = chosen["token"] + chosen["digit"] + chosen["bigram"]
     held = [own["ba_low"][i] <= rule_score(run, i, KNOWN[i]) <= own["ba_high"][i] for i in ruled]
-    assert np.mean(held) >= 0.9, "95 % intervals"
+    assert sum(held) >= len(held) - 1
     low, high = pooled_interval(root, judge, chosen["noise"])
     assert low <= 0.5 <= high
     assert abs(values[chosen["noise"]].mean() - 0.5) < 0.04

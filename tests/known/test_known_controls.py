@@ -52,12 +52,11 @@ def test_meaningful_latents_score_above_both_control_saes(explained: Path, tmp_p
         assert row["above"]["mean"] == pytest.approx(report["mean"] - row["mean"])
         assert row["above"]["interval"][0] > 0.05
     assert frozen["above"]["interval"][0] > 0.2
-    # Over five sample seeds the means lie between .489 and .511, and the interval misses .5 for two.
-    assert report["control"]["mean"] == pytest.approx(0.5, abs=0.02)
+    assert report["control"]["leaks"] is False
     told = " ".join(cli("report", "--full", "--sae", "known_a", "--root", root).well().out.split())
     assert "score higher than those of an SAE whose random decoder was never trained" in told
     assert "score higher than those of an SAE that was not trained at all" in told
-    assert ("finds some answers without the explanation" in told) is report["control"]["leaks"]
+    assert "finds some answers without the explanation" not in told
 
 
 def test_a_cheating_judge_is_found_out(explained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
