@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from outcome import about, leave, parser_of
+from outcome import about, leave, prompts_parser
 from rich.console import Console
 from rich.table import Table
 
@@ -79,15 +79,10 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--run", default="demo_a")
-    parser.add_argument("--root", type=Path, default=Path("eval_runs"))
-    parser.add_argument("--llm-url", required=True)
-    parser.add_argument("--llm-model")
+    parser = prompts_parser(__doc__, FOLDER)
     latents = [1302, 897, 1534, 1914, 1358, 856, 1306, 1259, 1770]
     parser.add_argument("--latents", type=int, nargs="+", default=latents, help="default: nine of the demo's")
     parser.add_argument("--contexts", type=int, default=10, help="of each latent, at most")
-    parser.add_argument("--prompts", type=Path, nargs="+", default=[FOLDER], help="folders like prompts/")
     given = parser.parse_args()
     begun = time.time()
     rows, model = asyncio.run(measure(given))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from outcome import about, leave, parser_of
+from outcome import about, leave, prompts_parser
 from rich.console import Console
 from rich.table import Table
 
@@ -158,16 +158,11 @@ async def measure(given: Any) -> tuple[list[Row], str]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--run", default="demo_a")
-    parser.add_argument("--root", type=Path, default=Path("eval_runs"))
-    parser.add_argument("--llm-url", required=True)
-    parser.add_argument("--llm-model")
+    parser = prompts_parser(__doc__, FOLDER)
     parser.add_argument("--explanations", type=Path, help="TOML file; default: the run's own, by a language model")
     parser.add_argument("--latents", type=int, default=12, help="at most")
     parser.add_argument("--contexts", type=int, default=20, help="of each kind, at most")
     parser.add_argument("--sizes", type=int, nargs="+", default=[5, 10, 20, 40], help="contexts in a request")
-    parser.add_argument("--prompts", type=Path, nargs="+", default=[FOLDER], help="folders like prompts/")
     parser.add_argument("--concurrency", type=int, default=2)
     given = parser.parse_args()
     begun = time.time()

@@ -22,6 +22,17 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def prompts_parser(description: str | None, prompts: Path) -> argparse.ArgumentParser:
+    """A parser of a benchmark that asks a server about a run's contexts with the files of several folders."""
+    parser = parser_of(description)
+    parser.add_argument("--run", default="demo_a")
+    parser.add_argument("--root", type=Path, default=Path("eval_runs"))
+    parser.add_argument("--llm-url", required=True)
+    parser.add_argument("--llm-model")
+    parser.add_argument("--prompts", type=Path, nargs="+", default=[prompts], help="folders like prompts/")
+    return parser
+
+
 def about(begun: float | None = None, device: str = "cpu", **more: Any) -> dict[str, Any]:
     """Date and machine, ``more``, and where it ``begun`` (:func:`time.time`) the minutes that it took."""
     found = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "processor": processor(device), **more}
